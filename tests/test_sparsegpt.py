@@ -1,0 +1,538 @@
+"""Check sparsegpt against brute force in float64: explicit inverses, sorted lists, errors from the inputs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsegpt import (
+    SparseGPT,
+    inverse_factor,
+    magnitude_prune,
+    obs_saliency,
+    prune_matrix,
+    relative_error,
+    smallest,
+    smallest_per_row,
+)
+
+PERCDAMP = 0.01
+hypothesis_settings = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+fractions = st.one_of(st.floats(0, 1), st.integers(0, 100).map(lambda percent: percent / 100))
+
+
+def random(*shape, seed=0):
+    """Return a float64 tensor of normal values."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated_inputs(tokens, columns, dead=(), seed=0):
+    """Return inputs (tokens, columns) with different scales and correlations; those in `dead` are always 0."""
+    X = random(tokens, columns, seed=seed + 1) @ (torch.eye(columns) + 0.4 * random(columns, columns, seed=seed + 2))
+    X[:, list(dead)] = 0
+    return X
+
+
+def damped(H, percdamp=PERCDAMP):
+    """Return H + percdamp · mean(diag H) · I."""
+    return H + percdamp * H.diagonal().sum() / len(H) * torch.eye(len(H), dtype=H.dtype)
+
+
+def remaining_inverses(A):
+    """Return the explicit inverse of A[j:, j:] for every j."""
+    return [torch.linalg.inv(A[j:, j:]) for j in range(len(A))]
+
+
+def brute_force(W, H, sparsity, prunen, prunem, blocksize):
+    """Prune by optimal brain surgeon with one explicit inverse a column. Returns (Ŵ, mask, ½ Σ w²/[inv]_00)."""
+    rows, columns = W.shape
+    inverses = remaining_inverses(damped(H))
+    W, mask, loss = W.clone(), torch.zeros(rows, columns, dtype=torch.bool), 0.0
+    width = prunem or blocksize
+    for j in range(columns):
+        if j % width == 0:
+            right = min(j + width, columns)
+            scores = {(i, k): 0.0 if H[k, k] == 0 else (W[i, k] ** 2 / inverses[k][0, 0]).item()
+                      for i in range(rows) for k in range(j, right)}
+            if prunem:
+                chosen = [place for i in range(rows)
+                          for place in sorted((p for p in scores if p[0] == i), key=scores.get)[:prunen]]
+            else:
+                count = round(sparsity * (rows * right)) - int(mask.sum())
+                chosen = sorted(scores, key=scores.get)[:count]
+            for i, k in chosen:
+                mask[i, k] = True
+        for i in range(rows):
+            if mask[i, j]:
+                w, inverse = W[i, j].item(), inverses[j]
+                W[i, j:] -= w / inverse[0, 0] * inverse[0]
+                W[i, j] = 0
+                loss += 0.5 * w ** 2 / inverse[0, 0].item()
+    return W, mask, loss
+
+
+def pruned_by(W, H, sparsity=0.0, prunen=0, prunem=0, blocksize=128):
+    """Return what sparsegpt makes of W with the damping of these tests."""
+    U, used = inverse_factor(H, PERCDAMP)
+    assert used == PERCDAMP
+    return prune_matrix(W, U, H.diagonal(), sparsity, prunen, prunem, blocksize)
+
+
+def explicit_error(W, W_hat, X):
+    """Return ‖X (W − Ŵ)ᵀ‖² / ‖X Wᵀ‖² from the outputs themselves, in float64."""
+    X, W, W_hat = X.double(), W.double(), W_hat.double()
+    return (((X @ W.t() - X @ W_hat.t()) ** 2).sum() / ((X @ W.t()) ** 2).sum()).item()
+
+
+def zeros_per_group(W, prunem):
+    """Return the number of zeros in every prunem consecutive weights of a row."""
+    return [row[left:left + prunem].count(0.0) for row in W.tolist() for left in range(0, len(row), prunem)]
+
+
+# inverse_factor
+
+
+@pytest.mark.parametrize("percdamp", [0.0, 0.01, 0.3, 2.0])
+def test_the_factor_is_upper_triangular_and_gives_the_damped_inverse(percdamp):
+    X = correlated_inputs(50, 9)
+    H = X.t() @ X
+    U, used = inverse_factor(H, percdamp)
+    assert used == percdamp
+    assert torch.equal(U, U.triu())
+    torch.testing.assert_close(U.t() @ U, torch.linalg.inv(damped(H, percdamp)), rtol=1e-9, atol=1e-12)
+
+
+def test_the_squared_diagonal_of_the_factor_is_the_first_entry_of_each_remaining_inverse():
+    X = correlated_inputs(50, 9)
+    H = X.t() @ X
+    U, _ = inverse_factor(H, PERCDAMP)
+    expected = torch.stack([inverse[0, 0] for inverse in remaining_inverses(damped(H))])
+    torch.testing.assert_close(U.diagonal() ** 2, expected, rtol=1e-9, atol=0)
+
+
+def test_the_default_damping_is_one_percent():
+    X = correlated_inputs(50, 5)
+    H = X.t() @ X
+    U, used = inverse_factor(H)
+    assert used == 0.01
+    assert torch.equal(U, inverse_factor(H, 0.01)[0])
+
+
+def test_a_rank_deficient_hessian_is_damped_though_none_was_asked_for():
+    x = torch.tensor([[1.0, 2.0, 4.0, 1.0]], dtype=torch.float64)  # powers of 2: the pivots are 0 without rounding
+    U, used = inverse_factor(x.t() @ x, 0.0)
+    assert used == 1e-4
+    torch.testing.assert_close(U.t() @ U, torch.linalg.inv(damped(x.t() @ x, 1e-4)), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("asked, depth, needed", [
+    (0.0, 0.5e-4, 1e-4), (0.0, 0.5e-3, 1e-3), (0.0, 0.5e-2, 1e-2), (0.0, 0.05, 0.1), (0.0, 0.5, 1.0),
+    (1e-6, 0.5e-4, 1e-4), (0.01, 0.5e-2, 0.01), (0.003, 0.005, 0.03), (0.003, 0.5, 1.0), (2.0, 1.5, 2.0)])
+def test_damping_is_raised_to_the_first_step_that_suffices(asked, depth, needed):
+    Q, _ = torch.linalg.qr(random(6, 6))
+    eigenvalues = torch.tensor([-depth] + [(6 + depth) / 5] * 5, dtype=torch.float64)  # mean 1: needs λ > depth
+    H = 3 * (Q * eigenvalues) @ Q.t()
+    U, used = inverse_factor(H, asked)
+    assert used == pytest.approx(needed, rel=1e-12)
+    torch.testing.assert_close(U.t() @ U, torch.linalg.inv(damped(H, needed)), rtol=1e-7, atol=1e-7)
+
+
+def test_a_hessian_that_no_damping_mends_is_refused():
+    Q, _ = torch.linalg.qr(random(6, 6))
+    H = (Q * torch.tensor([-1.5] + [1.5] * 5, dtype=torch.float64)) @ Q.t()
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite at percdamp 1"):
+        inverse_factor(H, 0.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_hessian_that_is_not_finite_is_refused(value):
+    X = correlated_inputs(30, 4)
+    X[3, 2] = value
+    with pytest.raises(torch.linalg.LinAlgError, match="NaN or inf"):
+        inverse_factor(X.t() @ X, PERCDAMP)
+    H = torch.eye(4)
+    H[0, 3] = H[3, 0] = value
+    with pytest.raises(torch.linalg.LinAlgError):
+        inverse_factor(H, PERCDAMP)
+
+
+@pytest.mark.parametrize("percdamp", [0.0, 0.01])
+def test_a_hessian_of_zeros_gives_the_identity(percdamp):
+    U, used = inverse_factor(torch.zeros(5, 5), percdamp)
+    assert used == percdamp
+    assert torch.equal(U, torch.eye(5))
+
+
+# prune_matrix against brute force
+
+UNSTRUCTURED = [(sparsity, 0, 0, blocksize) for sparsity in (0.13, 0.5, 0.77) for blocksize in (1, 4, 7, 24, 128)]
+UNSTRUCTURED += [(1.0, 0, 0, 7)]
+STRUCTURED = [(0.0, 2, 4, blocksize) for blocksize in (1, 4, 6, 8, 128)]
+STRUCTURED += [(0.0, 4, 8, blocksize) for blocksize in (4, 8, 12, 20, 128)] + [(0.0, 1, 3, 7), (0.7, 0, 4, 8)]
+
+
+@pytest.mark.parametrize("sparsity, prunen, prunem, blocksize", UNSTRUCTURED + STRUCTURED)
+def test_prune_matrix_equals_optimal_brain_surgeon_with_explicit_inverses(sparsity, prunen, prunem, blocksize):
+    W, X = random(5, 24), correlated_inputs(60, 24)
+    H = X.t() @ X
+    W_hat = pruned_by(W, H, sparsity, prunen, prunem, blocksize)
+    expected, mask, loss = brute_force(W, H, sparsity, prunen, prunem, blocksize)
+    assert torch.equal(W_hat == 0, mask)
+    torch.testing.assert_close(W_hat, expected, rtol=0, atol=1e-8)
+    added = 0.5 * torch.trace((W - W_hat) @ damped(H) @ (W - W_hat).t()).item()
+    assert added == pytest.approx(loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("rows, columns, blocksize", [(3, 23, 5), (7, 10, 4), (1, 17, 6), (6, 1, 4)])
+def test_prune_matrix_equals_brute_force_where_the_last_block_is_narrower(rows, columns, blocksize):
+    W, X = random(rows, columns, seed=3), correlated_inputs(60, columns, seed=3)
+    expected, mask, _ = brute_force(W, X.t() @ X, 0.45, 0, 0, blocksize)
+    W_hat = pruned_by(W.clone(), X.t() @ X, 0.45, blocksize=blocksize)
+    assert torch.equal(W_hat == 0, mask)
+    torch.testing.assert_close(W_hat, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("sparsity, prunen, prunem, blocksize",
+                         [(0.6, 0, 0, 8), (0.7, 0, 0, 7), (0.8, 0, 0, 128), (0.0, 2, 4, 8), (0.0, 4, 8, 20)])
+def test_prune_matrix_equals_brute_force_with_dead_columns(sparsity, prunen, prunem, blocksize):
+    W, X = 1 + random(5, 24).abs(), correlated_inputs(60, 24, dead=(0, 3, 9, 22, 23))
+    H = X.t() @ X
+    expected, mask, _ = brute_force(W, H, sparsity, prunen, prunem, blocksize)
+    W_hat = pruned_by(W, H, sparsity, prunen, prunem, blocksize)
+    assert mask[:, [0, 3, 9, 22, 23]].all()
+    assert torch.equal(W_hat == 0, mask)
+    torch.testing.assert_close(W_hat, expected, rtol=0, atol=1e-8)
+
+
+def test_dead_columns_are_pruned_first_and_leave_the_others_as_they_were():
+    dead = [1, 2, 6, 7]
+    W, X = random(6, 8), correlated_inputs(40, 8, dead)
+    W[:, dead] *= 1e3
+    W_hat = pruned_by(W, X.t() @ X, 0.4)
+    zeros = W_hat == 0
+    assert zeros.sum() == 19 and zeros[:, dead].sum() == 19
+    assert torch.equal(W_hat[~zeros], W[~zeros])
+
+
+def test_kept_weights_of_dead_columns_are_not_changed():
+    dead = [5, 6, 7]
+    W, X = random(6, 8), correlated_inputs(40, 8, dead)
+    W_hat = pruned_by(W, X.t() @ X, prunen=1, prunem=4, blocksize=4)
+    zeros = W_hat == 0
+    assert zeros[:, :4].sum() == 6 and zeros[:, dead].sum() == 6
+    assert torch.equal(W_hat[:, dead][~zeros[:, dead]], W[:, dead][~zeros[:, dead]])
+    assert not torch.isclose(W_hat[:, 4], W[:, 4]).any()  # the live column beside them does compensate
+
+
+@pytest.mark.parametrize("target", [{"sparsity": 0.6}, {"prunen": 2, "prunem": 4}])
+def test_weights_of_dead_columns_have_no_influence_on_the_others(target):
+    dead, live = [0, 5, 6], [1, 2, 3, 4, 7]
+    W, X = random(6, 8), correlated_inputs(40, 8, dead)
+    other = W.clone()
+    other[:, dead] = 100 * random(6, 3, seed=7)
+    assert torch.equal(pruned_by(W, X.t() @ X, **target)[:, live], pruned_by(other, X.t() @ X, **target)[:, live])
+
+
+def test_one_removal_per_row_leaves_the_constrained_least_squares_optimum():
+    W, X = random(30, 6), correlated_inputs(40, 6)
+    H = damped(X.t() @ X)
+    W_hat = pruned_by(W, X.t() @ X, prunen=1, prunem=6)
+    removed = set()
+    for w, w_hat in zip(W, W_hat, strict=True):
+        [j] = (w_hat == 0).nonzero().flatten().tolist()
+        rest = slice(j + 1, 6)
+        change = torch.linalg.solve(H[rest, rest], H[rest, j]) * w[j]  # minimises Δ H̃ Δᵀ where Δ_j = w_j is given
+        torch.testing.assert_close(w_hat[:j], w[:j], rtol=0, atol=0)
+        torch.testing.assert_close(w_hat[rest], w[rest] + change, rtol=0, atol=1e-10)
+        removed.add(j)
+    assert len(removed) > 2
+
+
+def test_the_saliency_is_the_callers_choice_and_sees_the_diagonals_of_its_columns():
+    W, X = random(4, 12), correlated_inputs(40, 12)
+    H = X.t() @ X
+    U, _ = inverse_factor(H, PERCDAMP)
+
+    def by_input(weights, h, u):
+        assert len(h) == len(u) == weights.shape[1]
+        return (h + 0 * u).expand_as(weights)
+
+    def by_factor(weights, h, u):
+        return u.expand_as(weights)
+
+    for saliency, diagonal in ((by_input, H.diagonal()), (by_factor, U.diagonal())):
+        W_hat = prune_matrix(W, U, H.diagonal(), 0.0, 1, 4, saliency=saliency)
+        expected = [left + diagonal[left:left + 4].argmin().item() for left in (0, 4, 8)]
+        assert (W_hat == 0).all(0).nonzero().flatten().tolist() == expected
+
+
+def test_obs_saliency_is_the_squared_weight_over_the_diagonal_of_the_inverse():
+    W = torch.tensor([[1.0, -2.0, 3.0], [0.0, 4.0, -5.0]])
+    scores = obs_saliency(W, torch.full((3,), float("nan")), torch.tensor([1.0, 2.0, 0.5]))
+    assert scores.tolist() == [[1.0, 1.0, 36.0], [0.0, 4.0, 100.0]]
+
+
+# counts
+
+
+@hypothesis_settings
+@given(rows=st.integers(1, 9), columns=st.integers(1, 20), sparsity=fractions, blocksize=st.integers(1, 25),
+       seed=st.integers(0, 1000))
+def test_exactly_the_wanted_number_of_weights_is_pruned(rows, columns, sparsity, blocksize, seed):
+    W, X = random(rows, columns, seed=seed), correlated_inputs(40, columns, seed=seed)
+    W_hat = pruned_by(W, X.t() @ X, sparsity, blocksize=blocksize)
+    assert (W_hat == 0).sum() == round(sparsity * (rows * columns))
+
+
+@pytest.mark.parametrize("sparsity, rows, columns", [(0.01, 35, 30), (0.02, 35, 15), (0.011, 20, 25)])
+def test_the_wanted_number_is_the_same_as_magnitudes_also_halfway_between_two_counts(sparsity, rows, columns):
+    W = random(rows, columns)
+    H = torch.eye(columns, dtype=torch.float64)
+    for W_hat in (magnitude_prune(W, sparsity), pruned_by(W, H, sparsity), pruned_by(W, H, sparsity, blocksize=7)):
+        assert (W_hat == 0).sum() == round(sparsity * W.numel())
+
+
+@hypothesis_settings
+@given(rows=st.integers(1, 6), columns=st.integers(1, 12), sparsity=fractions, blocksize=st.integers(1, 15))
+def test_exactly_the_wanted_number_is_pruned_among_equal_weights(rows, columns, sparsity, blocksize):
+    W, H = torch.ones(rows, columns, dtype=torch.float64), torch.eye(columns, dtype=torch.float64)
+    W_hat = pruned_by(W.clone(), H, sparsity, blocksize=blocksize)
+    assert (W_hat == 0).sum() == round(sparsity * (rows * columns))
+    assert torch.equal(W_hat[W_hat != 0], W[W_hat != 0])
+
+
+@hypothesis_settings
+@given(already=st.integers(0, 30), seed=st.integers(0, 100))
+def test_weights_that_are_zero_already_count_among_the_pruned(already, seed):
+    W, X = random(6, 10, seed=seed), correlated_inputs(40, 10, seed=seed)
+    places = torch.randperm(60, generator=torch.Generator().manual_seed(seed))[:already]
+    W.view(-1)[places] = 0
+    W_hat = pruned_by(W, X.t() @ X, 0.5)
+    assert (W_hat == 0).sum() == 30
+    assert (W_hat.flatten()[places] == 0).all()
+
+
+@hypothesis_settings
+@given(rows=st.integers(1, 6), groups=st.integers(1, 4), prunem=st.integers(1, 8), blocksize=st.integers(1, 40),
+       equal=st.booleans(), data=st.data())
+def test_every_group_has_exactly_n_zeros(rows, groups, prunem, blocksize, equal, data):
+    columns, prunen = groups * prunem, data.draw(st.integers(0, prunem), label="prunen")
+    W = torch.ones(rows, columns, dtype=torch.float64) if equal else random(rows, columns)
+    X = correlated_inputs(60, columns)
+    W_hat = pruned_by(W, X.t() @ X, 0.9, prunen, prunem, blocksize)
+    assert zeros_per_group(W_hat, prunem) == [prunen] * (rows * groups)
+
+
+@pytest.mark.parametrize("target", [{"sparsity": 0.0}, {"sparsity": 0.0, "blocksize": 3},
+                                    {"prunen": 0, "prunem": 4, "blocksize": 4}])
+def test_sparsity_0_returns_the_weights_bit_for_bit(target):
+    W, X = random(5, 12), correlated_inputs(40, 12)
+    W_hat = pruned_by(W, X.t() @ X, **target)
+    assert torch.equal(W_hat.view(torch.int64), W.view(torch.int64))
+
+
+@pytest.mark.parametrize("make", [
+    pytest.param(lambda: random(5, 12), id="row-major"),
+    pytest.param(lambda: random(12, 5).t(), id="column-major"),
+    pytest.param(lambda: random(5, 24)[:, ::2], id="strided"),
+    pytest.param(lambda: random(1, 12), id="one row"),
+    pytest.param(lambda: random(5, 1), id="one column")])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_the_given_weights_are_not_modified_whatever_their_layout(make, sparsity):
+    W = make()
+    before, X = W.tolist(), correlated_inputs(40, W.shape[1])
+    W_hat = pruned_by(W, X.t() @ X, sparsity)
+    assert W.tolist() == before
+    W_hat.fill_(7)
+    assert W.tolist() == before
+
+
+@pytest.mark.parametrize("columns, prunem", [(10, 4), (12, 8), (3, 4)])
+def test_a_group_size_that_does_not_divide_the_columns_is_refused(columns, prunem):
+    H = torch.eye(columns, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"prunem {prunem} does not divide the {columns} columns"):
+        pruned_by(random(4, columns), H, prunen=2, prunem=prunem)
+
+
+# smallest, smallest_per_row, magnitude_prune
+
+small_integers = st.integers(-3, 3).map(float)  # many ties
+
+
+@hypothesis_settings
+@given(rows=st.integers(1, 5), columns=st.integers(1, 6), data=st.data())
+def test_smallest_marks_the_first_k_of_the_sorted_scores(rows, columns, data):
+    scores = data.draw(st.lists(small_integers, min_size=rows * columns, max_size=rows * columns))
+    k = data.draw(st.integers(0, rows * columns), label="k")
+    mask = smallest(torch.tensor(scores).view(rows, columns), k)
+    assert mask.shape == (rows, columns) and mask.dtype == torch.bool
+    assert sorted(s for s, marked in zip(scores, mask.flatten().tolist(), strict=True) if marked) == sorted(scores)[:k]
+
+
+def test_smallest_reads_scores_in_any_layout():
+    scores = random(6, 4).t()
+    threshold = sorted(scores.flatten().tolist())[9]
+    assert torch.equal(smallest(scores, 10), scores <= threshold)
+
+
+@hypothesis_settings
+@given(columns=st.integers(1, 6), data=st.data())
+def test_smallest_per_row_marks_the_first_n_of_each_sorted_row(columns, data):
+    rows = data.draw(st.lists(st.lists(small_integers, min_size=columns, max_size=columns), min_size=1, max_size=5))
+    n = data.draw(st.integers(0, columns), label="n")
+    mask = smallest_per_row(torch.tensor(rows), n)
+    assert mask.shape == (len(rows), columns) and mask.dtype == torch.bool
+    for row, marks in zip(rows, mask.tolist(), strict=True):
+        assert sorted(score for score, marked in zip(row, marks, strict=True) if marked) == sorted(row)[:n]
+
+
+@hypothesis_settings
+@given(rows=st.integers(1, 8), columns=st.integers(1, 20), sparsity=fractions, seed=st.integers(0, 1000),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_magnitude_prune_zeroes_the_smallest_magnitudes_and_keeps_the_rest(rows, columns, sparsity, seed, dtype):
+    W = random(rows, columns, seed=seed).to(dtype)
+    before = W.clone()
+    W_hat = magnitude_prune(W, sparsity)
+    assert W_hat.dtype == dtype and torch.equal(W, before)
+    kept, count = W_hat != 0, round(sparsity * (rows * columns))
+    assert torch.equal(W_hat[kept], W[kept])
+    assert sorted(W[~kept].abs().tolist()) == sorted(W.abs().flatten().tolist())[:count]
+
+
+@pytest.mark.parametrize("prunen, prunem", [(2, 4), (4, 8), (1, 2), (0, 4), (4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitude_prune_zeroes_the_n_smallest_magnitudes_of_every_group(prunen, prunem, dtype):
+    W = random(5, 16).to(dtype)
+    before = W.clone()
+    W_hat = magnitude_prune(W, 0.9, prunen, prunem)
+    assert W_hat.dtype == dtype and torch.equal(W, before)
+    for row, row_hat in zip(W.tolist(), W_hat.tolist(), strict=True):
+        for left in range(0, 16, prunem):
+            group, group_hat = row[left:left + prunem], row_hat[left:left + prunem]
+            pairs = list(zip(group, group_hat, strict=True))
+            assert all(w_hat in (0.0, w) for w, w_hat in pairs)
+            assert sorted(abs(w) for w, w_hat in pairs if w_hat == 0) == sorted(map(abs, group))[:prunen]
+
+
+# relative_error
+
+
+def test_relative_error_is_the_error_of_the_outputs_whatever_the_scale_of_the_hessian():
+    W, W_hat, X = random(5, 8), random(5, 8, seed=1), correlated_inputs(40, 8)
+    for scale in (1.0, 2 / 7):
+        assert relative_error(W, W_hat, scale * X.t() @ X) == pytest.approx(explicit_error(W, W_hat, X), rel=1e-10)
+    assert relative_error(W, W, X.t() @ X) == 0
+    assert relative_error(W, 0 * W, X.t() @ X) == pytest.approx(1)
+
+
+def test_relative_error_is_0_where_the_output_vanishes():
+    W, X = random(5, 8), correlated_inputs(40, 8, dead=range(4))
+    W[:, 4:] = 0
+    assert relative_error(W, 2 * W, X.t() @ X) == 0
+    assert relative_error(W, 2 * W, torch.zeros(8, 8, dtype=torch.float64)) == 0
+    assert relative_error(0 * W, W, torch.eye(8, dtype=torch.float64)) == 0
+
+
+def test_relative_error_is_never_negative():
+    H = torch.diag(torch.tensor([1.0, -1e-9]))  # as rounding may leave it
+    assert relative_error(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]), H) == 0
+
+
+# the SparseGPT object
+
+
+def calibrated(X, nsequences):
+    """Return a SparseGPT object that has seen X (sequences, T, in)."""
+    hessian = SparseGPT(X.shape[-1], nsequences, "cpu")
+    hessian.add_batch(X)
+    return hessian
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[6], [1] * 6, [4, 2], [1, 5]])
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_hessian_is_two_over_n_times_the_gram_matrix_whatever_the_batches(dtype, sizes, flat):
+    X = correlated_inputs(6 * 9, 7).view(6, 9, 7).to(dtype)  # (N, T, in)
+    hessian = SparseGPT(7, 6, "cpu")
+    for batch in X.split(sizes):
+        hessian.add_batch(batch.flatten(0, 1) if flat else batch)
+    expected = sum(2 / 6 * x.t() @ x for x in X.double())
+    assert hessian.H.dtype == torch.float32
+    torch.testing.assert_close(hessian.H.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_factor_reports_the_damping_and_keeps_the_hessian_undamped():
+    hessian = calibrated(torch.tensor([[[1.0, 2.0, 4.0, 1.0]]]), 2)
+    before = hessian.H.clone()
+    assert hessian.factor(0.0) == 1e-4
+    assert hessian.factor(0.05) == 0.05
+    torch.testing.assert_close(hessian.U, inverse_factor(before, 0.05)[0], rtol=0, atol=0)
+    assert torch.equal(hessian.H, before)
+
+
+@pytest.mark.parametrize("make", [
+    pytest.param(lambda: random(12, 16), id="row-major"),
+    pytest.param(lambda: random(16, 12).t(), id="column-major"),
+    pytest.param(lambda: random(1, 16), id="one row")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", [(0.5, 0, 0), (0.0, 2, 4)])
+def test_prune_works_in_place_and_returns_the_true_error(make, dtype, target):
+    X = correlated_inputs(64, 16).float().view(4, 16, 16)
+    hessian = calibrated(X, 4)
+    hessian.factor(PERCDAMP)
+    weight = make().to(dtype)
+    before, place = weight.clone(), weight.data_ptr()
+    error = hessian.prune(weight, *target, blocksize=8)
+    assert weight.dtype == dtype and weight.data_ptr() == place
+    assert (weight == 0).sum() == weight.numel() / 2
+    true_error = explicit_error(before, weight, X.view(-1, 16))
+    assert 0.001 < true_error < 1
+    assert error == pytest.approx(true_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparsity, prunen, prunem, blocksize", [(0.6, 0, 0, 8), (0.0, 2, 4, 8), (0.0, 1, 8, 4)])
+def test_prune_rounds_what_prune_matrix_returns_to_the_dtype_of_the_weight(dtype, sparsity, prunen, prunem, blocksize):
+    hessian = calibrated(correlated_inputs(64, 16, dead=[2, 9]).float().view(4, 16, 16), 4)
+    hessian.factor(PERCDAMP)
+    first, second = random(8, 16).to(dtype), random(4, 16, seed=1).to(dtype)
+    expected = [prune_matrix(weight.float(), hessian.U, hessian.H.diagonal(), sparsity, prunen, prunem, blocksize)
+                for weight in (first, second)]
+    for weight, pruned in zip((first, second), expected, strict=True):  # one factor serves several matrices
+        hessian.prune(weight, sparsity, prunen, prunem, blocksize)
+        assert torch.equal(weight, pruned.to(dtype))
+        assert (weight[pruned == 0] == 0).all()
+
+
+def test_the_weights_of_a_linear_module_are_pruned_in_place():
+    X = correlated_inputs(64, 16).float()
+    module = torch.nn.Linear(16, 8, bias=False)
+    hessian = calibrated(X[None], 1)
+    hessian.factor(PERCDAMP)
+    with torch.no_grad():
+        before = module(X)
+        error = hessian.prune(module.weight, 0.5)
+        after = module(X)
+    assert (module.weight == 0).sum() == 64
+    assert error == pytest.approx(((before - after) ** 2).sum().item() / (before ** 2).sum().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", [(0.5, 0, 0), (0.7, 0, 0), (0.0, 2, 4), (0.0, 4, 8)])
+def test_the_error_is_well_below_that_of_magnitude_pruning(dtype, target):
+    X = correlated_inputs(256, 32).float()
+    hessian = calibrated(X[None], 1)
+    hessian.factor(PERCDAMP)
+    weight = random(24, 32).to(dtype)
+    by_magnitude = explicit_error(weight, magnitude_prune(weight, *target), X)
+    assert hessian.prune(weight, *target, blocksize=8) < 0.75 * by_magnitude
+
+
+def test_inputs_that_are_always_zero_are_pruned_without_error():
+    hessian = calibrated(torch.zeros(2, 3, 8), 2)
+    assert hessian.factor(0.0) == 0.0
+    weight = random(4, 8).float()
+    before = weight.clone()
+    assert hessian.prune(weight, 0.0, 2, 4) == 0
+    assert zeros_per_group(weight, 4) == [2] * 8
+    assert torch.equal(weight[weight != 0], before[weight != 0])
