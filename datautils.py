@@ -1,0 +1,185 @@
+"""Calibration samples and test tokens from WikiText-2, PTB, C4 or text that comes with Python.
+
+The joins, splits and the order of random draws are those of SparseGPT and GPTQ
+(github.com/IST-DASLab/sparsegpt, datautils.py), so the same seed gives the same samples as there.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import random
+from dataclasses import dataclass, field
+from pydoc_data.topics import topics
+
+import torch
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
+
+import hub
+from errors import InputError
+from localdata import LOCAL_SETS, local_rows, one_line, text_column
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Describe one dataset: where its rows come from and how they become one text."""
+
+    train_join: str
+    test_join: str
+    hub_id: str | None = None  # None: made here, neither on the hub nor in --data-dir
+    hub_options: dict = field(default_factory=dict)  # further arguments of load_dataset
+    hub_files: dict = field(default_factory=dict)  # split -> the one file to fetch
+    test_split: str = "test"
+    by_document: bool = False  # a sample lies within one document; only the first shard is used
+    test_documents: int | None = None
+    test_segments: int | None = None
+
+
+TEXT_SETS = {
+    "wikitext2": TextSet(
+        train_join=" ", test_join="\n\n", hub_id="Salesforce/wikitext", hub_options={"name": "wikitext-2-raw-v1"},
+    ),
+    "ptb": TextSet(
+        train_join=" ", test_join=" ", hub_id="ptb-text-only/ptb_text_only",
+        hub_options={"revision": "refs/convert/parquet"},  # its script is refused by datasets >= 4
+    ),
+    "c4": TextSet(
+        train_join=" ", test_join=" ", hub_id="allenai/c4", test_split="validation",
+        hub_files={"train": "en/c4-train.00000-of-01024.json.gz",
+                   "validation": "en/c4-validation.00000-of-00008.json.gz"},
+        by_document=True, test_documents=1100, test_segments=256,
+    ),
+    "builtin": TextSet(train_join="\n\n", test_join="\n\n"),
+}
+DATASETS = tuple(TEXT_SETS)
+DRAWS = 10_000  # new documents in a row that may be too short before C4 is given up
+
+
+def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=None):
+    """Draw random segments of a train split.
+
+    Returns (LongTensor (nsamples, seqlen), source), source being a JSON-able dict that says where the
+    text is from. Raises InputError where the text cannot be had or is shorter than seqlen + 1 tokens.
+    """
+    rows, source = load_rows(dataset, "train", data_dir)
+    rng, text_set = random.Random(seed), TEXT_SETS[dataset]
+    if text_set.by_document:
+        samples = sample_documents(rows, nsamples, seqlen, rng, tokenizer)
+    else:
+        ids = token_ids(tokenizer, text_set.train_join.join(rows))
+        require_tokens(ids, seqlen + 1, seqlen, source)
+        samples = [random_segment(ids, seqlen, rng) for _ in range(nsamples)]
+    return torch.tensor(samples), source
+
+
+def test_tokens(dataset, seqlen, tokenizer, data_dir=None):
+    """Cut a test split into segments; the incomplete last one is dropped.
+
+    Returns (LongTensor (n, seqlen), source) as `calibration_samples` does. Raises InputError where the text
+    cannot be had or is shorter than seqlen tokens.
+    """
+    rows, source = load_rows(dataset, "test", data_dir)
+    text_set = TEXT_SETS[dataset]
+    ids = token_ids(tokenizer, text_set.test_join.join(rows[: text_set.test_documents]))
+    require_tokens(ids, seqlen, seqlen, source)
+    n = min(len(ids) // seqlen, text_set.test_segments or len(ids))
+    return torch.tensor(ids[: n * seqlen]).view(n, seqlen), source
+
+
+def token_ids(tokenizer, text):
+    """Return the ids of the whole text, with the special tokens the tokenizer adds by default."""
+    return tokenizer(text, verbose=False).input_ids  # verbose warns that the text exceeds the model's length
+
+
+def random_segment(ids, seqlen, rng):
+    """Return `seqlen` consecutive ids; never the last possible segment, as the ancestors draw."""
+    start = rng.randint(0, len(ids) - seqlen - 1)
+    return ids[start : start + seqlen]
+
+
+def sample_documents(documents, nsamples, seqlen, rng, tokenizer):
+    """Draw each segment from a random document of more than `seqlen` tokens. Returns lists of ids."""
+    short = {}  # index -> length
+    return [
+        random_segment(long_document(documents, seqlen, rng, tokenizer, short), seqlen, rng)
+        for _ in range(nsamples)
+    ]
+
+
+def long_document(documents, seqlen, rng, tokenizer, short):
+    """Draw documents until one has more than `seqlen` tokens; return its ids and fill `short`.
+
+    The ancestors draw for ever where none is long enough; this raises InputError once every document or
+    `DRAWS` new ones in a row were too short.
+    """
+    most = min(len(documents), len(short) + DRAWS)
+    while len(short) < most:
+        i = rng.randint(0, len(documents) - 1)
+        if i in short:
+            continue
+        ids = token_ids(tokenizer, documents[i])
+        if len(ids) > seqlen:
+            return ids
+        short[i] = len(ids)
+    raise InputError(
+        f"--seqlen {seqlen}: none of the {len(short)} documents looked at (of {len(documents)}) has "
+        f"more than {seqlen} tokens, the longest has {max(short.values())}; lower --seqlen"
+    )
+
+
+def require_tokens(ids, needed, seqlen, source):
+    """Raise InputError where a text has fewer than `needed` tokens."""
+    if len(ids) < needed:
+        raise InputError(
+            f"--seqlen {seqlen}: the {source['split']} text of dataset {source['dataset']} has {len(ids)} "
+            f"tokens and {needed} are needed; lower --seqlen or take another dataset"
+        )
+
+
+def load_rows(dataset, part, data_dir):
+    """Return (rows, source) of the "train" or "test" part of a dataset; rows is a list of str."""
+    if dataset not in TEXT_SETS:
+        raise InputError(f"dataset {dataset!r} is not known: choose from {', '.join(DATASETS)}")
+    split = TEXT_SETS[dataset].test_split if part == "test" else part
+    if TEXT_SETS[dataset].hub_id is None:
+        rows, origin = builtin_rows(split)
+    elif data_dir is None:
+        rows, origin = hub_rows(dataset, split)
+    else:
+        rows, origin = local_rows(dataset, split, data_dir)
+    return rows, {"dataset": dataset, "split": split, **origin}
+
+
+def builtin_rows(split):
+    """Return the paragraphs of Python's help topics, and the sha256 of all of them, joined.
+
+    A paragraph that occurs again, indented differently or not, is dropped: topics share whole sections, and
+    the test text must be unseen. Train is the first 80% of the characters, test the rest.
+    """
+    unique = {}
+    for paragraph in "\n\n".join(topics[topic] for topic in sorted(topics)).split("\n\n"):
+        unique.setdefault(" ".join(paragraph.split()), paragraph)
+    paragraphs = list(unique.values())
+    ends = list(itertools.accumulate(len(paragraph) + len("\n\n") for paragraph in paragraphs))
+    border = sum(end <= 0.8 * ends[-1] for end in ends)
+    sha256 = hashlib.sha256("\n\n".join(paragraphs).encode()).hexdigest()
+    return paragraphs[:border] if split == "train" else paragraphs[border:], {"sha256": sha256}
+
+
+def hub_rows(dataset, split):
+    """Return the rows of a split from the hub or its cache, and which hub dataset that is."""
+    text_set = TEXT_SETS[dataset]
+    options = dict(text_set.hub_options)
+    if text_set.hub_files:
+        options["data_files"] = {split: text_set.hub_files[split]}
+    online = hub.reachable()
+    try:
+        with contextlib.nullcontext() if online else hub.offline():
+            table = load_dataset(text_set.hub_id, split=split, **options)
+    except (DatasetsError, OSError, ValueError) as error:  # ValueError: another configuration is cached
+        reason = one_line(error) if online else "the hub cannot be reached and it is not in the cache"
+        raise InputError(
+            f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy with --data-dir DIR "
+            f"({LOCAL_SETS[dataset].wanted}), or use the dataset builtin"
+        ) from None
+    return text_column(table, text_set.hub_id), {"hub": text_set.hub_id, **options}

@@ -1,0 +1,37 @@
+"""Whether the Hugging Face hub can be reached, asked once, and doing without it."""
+
+import contextlib
+import functools
+import urllib.error
+import urllib.request
+
+import datasets
+from huggingface_hub import constants
+
+
+@functools.cache
+def reachable(timeout=5):
+    """Tell whether the hub answers within `timeout` seconds (HF_HUB_OFFLINE and HF_ENDPOINT are obeyed).
+
+    Without this question `datasets` and `transformers` retry for 23 s before they give up.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return True  # an error status is an answer all the same
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def offline():
+    """Make `datasets` and `huggingface_hub` use what is on disk and nothing else, without their retries."""
+    saved = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = saved
