@@ -1,0 +1,25 @@
+"""Prune BLOOM (arXiv 2211.05100) in one shot and report perplexity.
+
+python bloom.py bigscience/bloom-560m c4                              # dense baseline
+python bloom.py bigscience/bloom-560m c4 --sparsity .5 --gmp          # magnitude pruning
+python bloom.py bigscience/bloom-560m c4 --sparsity .5                # SparseGPT, 50% in every matrix
+python bloom.py bigscience/bloom-560m c4 --prunen 2 --prunem 4        # 2 pruned of every 4
+python bloom.py bigscience/bloom-560m c4 --sparsity .5 --save pruned  # a folder that from_pretrained loads
+
+Positions enter as ALiBi biases, so the sequence length has no limit of its own.
+"""
+
+import sys
+
+from modelutils import Family
+from pipeline import main
+
+FAMILY = Family(
+    script="bloom.py",
+    layers="transformer.h",
+    before=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
+    after=("transformer.ln_f", "lm_head"),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(FAMILY))

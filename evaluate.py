@@ -1,0 +1,76 @@
+"""Measure a model: perplexity, streamed one layer at a time, and sparsity. Nothing here changes weights."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from modelutils import Stream, linears, on_device
+
+SLICE = 1024  # tokens whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class MatrixSparsity:
+    """Zeros counted in one linear of one decoder layer."""
+
+    layer: int
+    name: str
+    shape: tuple[int, int]
+    zeros: int
+
+    @property
+    def numel(self):
+        return self.shape[0] * self.shape[1]
+
+
+@torch.no_grad()
+def run_layers(model, family, tokens, batch_size, device, title):
+    """Stream tokens (N, T) through all decoder layers. Returns the `Stream` behind the last one."""
+    stream = Stream.embed(model, family, tokens, batch_size, device)
+    for index, layer in enumerate(tqdm(family.layers_of(model), desc=title, unit="layer", disable=None, leave=False)):
+        with on_device([layer], device):
+            stream.advance(layer, index)
+    return stream
+
+
+def _apply(modules, hidden):
+    for module in modules:
+        hidden = module(hidden)
+    return hidden
+
+
+@torch.no_grad()
+def perplexity(model, family, tokens, batch_size, device, title="perplexity"):
+    """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence on its own.
+
+    T − 1 tokens of each sequence are predicted, as SparseGPT and GPTQ report it. Logits in the model's dtype,
+    log-likelihood in float32. title: of the progress bar.
+    """
+    N, T = tokens.shape
+    stream = run_layers(model, family, tokens, batch_size, device, title)
+    after = family.after_of(model)
+    total = 0.0
+    with on_device(after, device):
+        for rows in stream.batches():
+            hidden = stream.hidden[rows, :-1].to(device).flatten(0, 1)  # (B·(T−1), C)
+            targets = tokens[rows, 1:].to(device).flatten()
+            for h, t in zip(hidden.split(SLICE), targets.split(SLICE), strict=True):
+                total += torch.nn.functional.cross_entropy(_apply(after, h).float(), t, reduction="sum").item()
+    return math.exp(total / (N * (T - 1)))
+
+
+@torch.no_grad()
+def logits(model, family, tokens, batch_size, device):
+    """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
+    stream = run_layers(model, family, tokens, batch_size, device, "logits")
+    after = family.after_of(model)
+    with on_device(after, device):
+        return torch.cat([_apply(after, stream.hidden[rows].to(device)).to("cpu") for rows in stream.batches()])
+
+
+def measure_sparsity(model, family):
+    """Count the zeros of every linear of every decoder layer. Returns a list of `MatrixSparsity`."""
+    return [MatrixSparsity(index, name, tuple(module.weight.shape), int((module.weight == 0).sum()))
+            for index, layer in enumerate(family.layers_of(model)) for name, module in linears(layer).items()]

@@ -1,0 +1,26 @@
+"""Prune LLaMA (arXiv 2302.13971) and models of the same layout in one shot and report perplexity.
+
+python llama.py meta-llama/Llama-2-7b-hf c4                              # dense baseline
+python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5 --gmp          # magnitude pruning
+python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5                # SparseGPT, 50% in every matrix
+python llama.py meta-llama/Llama-2-7b-hf c4 --prunen 2 --prunem 4        # 2 pruned of every 4
+python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5 --save pruned  # a folder that from_pretrained loads
+python llama.py SmolLM2-135M-Instruct.Q4_1.gguf c4 --sparsity .5         # a GGUF file, dequantized
+
+LLaMA-1, 2 and 3, Mistral, Qwen2, Qwen3 and SmolLM2 share this layout.
+"""
+
+import sys
+
+from modelutils import Family
+from pipeline import main
+
+FAMILY = Family(
+    script="llama.py",
+    layers="model.layers",
+    before=("model.embed_tokens", "model.rotary_emb"),
+    after=("model.norm", "lm_head"),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(FAMILY))

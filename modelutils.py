@@ -1,0 +1,166 @@
+"""Families of models, and running a model one decoder layer at a time."""
+
+import contextlib
+from dataclasses import dataclass, field
+
+import torch
+
+# Model classes that each family script accepts: those whose modules lie where its Family says.
+SCRIPTS = {
+    "OPTForCausalLM": "opt.py",
+    "BloomForCausalLM": "bloom.py",
+    "LlamaForCausalLM": "llama.py",
+    "MistralForCausalLM": "llama.py",
+    "Qwen2ForCausalLM": "llama.py",
+    "Qwen3ForCausalLM": "llama.py",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of a model lie, as dotted paths; a path that leads to None is skipped."""
+
+    script: str  # the command line of this family
+    layers: str  # the list of decoder layers
+    before: tuple[str, ...]  # modules that run before the first layer
+    after: tuple[str, ...]  # modules that turn the last layer's output into logits, in order
+
+    def layers_of(self, model):
+        return model.get_submodule(self.layers)
+
+    def before_of(self, model):
+        return _present(model, self.before)
+
+    def after_of(self, model):
+        return _present(model, self.after)
+
+
+def _present(model, paths):
+    modules = []
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        module = getattr(model.get_submodule(parent), name)
+        if module is not None:
+            modules.append(module)
+    return modules
+
+
+@contextlib.contextmanager
+def on_device(modules, device):
+    """Keep `modules` on `device` within the block, and on the host afterwards."""
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")
+
+
+class _LastLayerReached(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _recording(layers, calls):
+    """Let every layer pass its input on unchanged and append its keyword arguments to `calls`.
+
+    All layers are recorded, not only the first: models with sliding windows give their layers different masks.
+    """
+    def record(hidden, **kwargs):
+        calls.append((hidden, kwargs))
+        if len(calls) == len(layers):
+            raise _LastLayerReached
+        return (hidden,)
+
+    try:
+        for layer in layers:
+            layer.forward = record  # on the instance, so that what the model reads off its layers stays
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@dataclass
+class Stream:
+    """The hidden states of a set of sequences at the border of a layer."""
+
+    hidden: torch.Tensor  # (N, T, C), on the host
+    batch_size: int
+    device: torch.device
+    kwargs: dict = field(default_factory=dict)  # batch size -> keyword arguments of every layer
+
+    @classmethod
+    @torch.no_grad()
+    def embed(cls, model, family, tokens, batch_size, device):
+        """Run what lies before the first layer on tokens (N, T); batches of batch_size, 1 and the remainder."""
+        N, T = tokens.shape
+        layers = family.layers_of(model)
+        stream = cls(torch.empty(0), batch_size, device)
+        with on_device(family.before_of(model), device):
+            for rows in [slice(0, 1), *stream.batches(N)]:
+                calls = []
+                with _recording(layers, calls), contextlib.suppress(_LastLayerReached):
+                    model(tokens[rows].to(device), use_cache=False)
+                hidden = calls[0][0]
+                if not stream.kwargs:
+                    stream.hidden = torch.empty(N, T, hidden.shape[-1], dtype=hidden.dtype)
+                stream.hidden[rows] = hidden.to("cpu")
+                stream.kwargs.setdefault(len(hidden), [kwargs for _, kwargs in calls])
+        return stream
+
+    def batches(self, N=None):
+        """Return the slices of sequences that run together."""
+        N = len(self.hidden) if N is None else N
+        return [slice(start, min(start + self.batch_size, N)) for start in range(0, N, self.batch_size)]
+
+    def forward(self, layer, index, rows):
+        """Run layer number `index`, which is on the device, on sequences `rows`. Returns (B, T, C) there."""
+        hidden = self.hidden[rows].to(self.device)
+        output = layer(hidden, **self.kwargs[len(hidden)][index])
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def advance(self, layer, index):
+        """Replace the hidden states by the output of layer number `index`, which is on the device."""
+        for rows in self.batches():
+            self.hidden[rows] = self.forward(layer, index, rows).to("cpu")
+
+
+def linears(layer):
+    """Return the linear layers of a decoder layer by name."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+@torch.no_grad()
+def shared_inputs(layer, index, stream):
+    """Find which linears of a layer read the same tensor, by running one sequence through it.
+
+    Returns a list of lists of names, in the order in which the inputs are first read. Linears that do not run
+    as modules are missing.
+    """
+    groups, inputs = {}, []  # the inputs are kept, so that no address is used twice
+
+    def note(name, X):
+        inputs.append(X)
+        # a change in place makes another input of the same tensor
+        group = groups.setdefault((X.data_ptr(), X.shape, X.stride(), X._version), [])
+        if name not in group:
+            group.append(name)
+
+    with hooked({module: lambda X, name=name: note(name, X) for name, module in linears(layer).items()}):
+        stream.forward(layer, index, slice(0, 1))
+    return list(groups.values())
+
+
+@contextlib.contextmanager
+def hooked(readers):
+    """Call readers[module](input) before each run of a module, within the block."""
+    handles = [module.register_forward_pre_hook(lambda _, args, read=read: read(args[0]))
+               for module, read in readers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,26 @@
+"""Prune OPT (arXiv 2205.01068) in one shot and report perplexity.
+
+python opt.py facebook/opt-125m c4                                # dense baseline
+python opt.py facebook/opt-125m c4 --sparsity .5 --gmp            # magnitude pruning
+python opt.py facebook/opt-125m c4 --sparsity .5                  # SparseGPT, 50% in every matrix
+python opt.py facebook/opt-125m c4 --prunen 2 --prunem 4          # 2 pruned of every 4
+python opt.py facebook/opt-125m c4 --sparsity .5 --save pruned    # a folder that from_pretrained loads
+
+OPT-350m projects its embeddings into and out of the layers and has no final norm: project_in, project_out and
+final_layer_norm are None in the other sizes or in this one, and skipped.
+"""
+
+import sys
+
+from modelutils import Family
+from pipeline import main
+
+FAMILY = Family(
+    script="opt.py",
+    layers="model.decoder.layers",
+    before=("model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.project_in"),
+    after=("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head"),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(FAMILY))

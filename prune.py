@@ -1,0 +1,134 @@
+"""Prune a whole model, one decoder layer on the device at a time: SparseGPT (streamed) and magnitude."""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from errors import InputError
+from modelutils import Stream, hooked, linears, on_device, shared_inputs
+from sparsegpt import SparseGPT, magnitude_prune
+
+
+@dataclass(frozen=True)
+class Target:
+    """How sparse one matrix shall be: a fraction of its weights, or prunen of every prunem consecutive ones."""
+
+    sparsity: float
+    prunen: int = 0
+    prunem: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What pruning one matrix did."""
+
+    error: float  # ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs
+    percdamp: float  # the damping that its Hessian needed
+
+
+def uniform_plan(model, family, target, minlayer, maxlayer, prune_only, invert):
+    """Give the same target to every selected linear. Returns {(layer, name): target} in the order of the model.
+
+    Selected are the layers minlayer ≤ index < maxlayer and the names that contain prune_only; invert selects all
+    others instead. The model may be on meta. Raises InputError where nothing is selected or prunem does not divide
+    the columns.
+    """
+    plan = {}
+    for index, layer in enumerate(family.layers_of(model)):
+        for name, module in linears(layer).items():
+            if (minlayer <= index < maxlayer and prune_only in name) == invert:
+                continue
+            if target.prunem and module.in_features % target.prunem:
+                raise InputError(f"--prunem {target.prunem}: does not divide the {module.in_features} columns of "
+                                 f"layer {index} {name}")
+            plan[index, name] = target
+    if not plan:
+        names = ", ".join(linears(family.layers_of(model)[0]))
+        raise InputError(f"--minlayer {minlayer} --maxlayer {maxlayer} --prune_only {prune_only!r}: select no matrix "
+                         f"of {len(family.layers_of(model))} layers with {names}")
+    return plan
+
+
+@torch.no_grad()
+def prune_magnitude(model, family, plan, device):
+    """Prune every matrix of the plan by magnitude, in place."""
+    for index, layer in enumerate(tqdm(family.layers_of(model), desc="magnitude", unit="layer", disable=None)):
+        with on_device([layer], device):
+            for name, module in linears(layer).items():
+                if target := plan.get((index, name)):
+                    module.weight.copy_(
+                        magnitude_prune(module.weight, target.sparsity, target.prunen, target.prunem))
+
+
+@torch.no_grad()
+def prune_sparsegpt(model, family, plan, tokens, *, blocksize, percdamp, true_sequential, batch_size, device, clock):
+    """Prune every matrix of the plan by SparseGPT on calibration tokens (N, T), in place.
+
+    Inputs come from the pruned layers before; with true_sequential also from the pruned linears before in the same
+    layer. Returns {(layer, name): Outcome}. Raises InputError where an input is not finite.
+    """
+    with clock.part("forward"):
+        stream = Stream.embed(model, family, tokens, batch_size, device)
+    layers = family.layers_of(model)[:max(index for index, _ in plan) + 1]
+    outcomes = {}
+    with tqdm(layers, desc="SparseGPT", unit="layer", disable=None) as bar:
+        for index, layer in enumerate(bar):
+            with on_device([layer], device):
+                for group in _stages(layer, index, stream, plan, true_sequential):
+                    hessians = _collect(layer, index, stream, group, clock)
+                    with clock.part("walk"):
+                        outcomes |= _prune_group(layer, index, hessians, plan, blocksize, percdamp, bar)
+                if index + 1 < len(layers):
+                    with clock.part("forward"):
+                        stream.advance(layer, index)
+    return outcomes
+
+
+def _stages(layer, index, stream, plan, true_sequential):
+    """Return the lists of inputs, each a tuple of the names of its readers, to prune after one pass each."""
+    wanted = [name for planned, name in plan if planned == index]
+    if not wanted:
+        return []
+    groups = [tuple(name for name in group if name in wanted) for group in shared_inputs(layer, index, stream)]
+    groups = [group for group in groups if group]
+    unused = set(wanted).difference(*groups)
+    if unused:
+        raise InputError(f"layer {index} {', '.join(sorted(unused))}: not called as a module, cannot be calibrated; "
+                         "leave it out with --prune_only")
+    return [[group] for group in groups] if true_sequential else [groups]
+
+
+def _collect(layer, index, stream, groups, clock):
+    """Run all sequences through a layer. Returns {group: SparseGPT with the Hessian of its input}."""
+    modules = linears(layer)
+    N = len(stream.hidden)
+    hessians = {group: SparseGPT(modules[group[0]].in_features, N, stream.device) for group in groups}
+
+    def add(hessian, X):
+        with clock.part("Hessian"):
+            hessian.add_batch(X)
+
+    with clock.part("forward"), hooked({modules[group[0]]: lambda X, hessian=hessian: add(hessian, X)
+                                        for group, hessian in hessians.items()}):
+        for rows in stream.batches():
+            stream.forward(layer, index, rows)
+    return hessians
+
+
+def _prune_group(layer, index, hessians, plan, blocksize, percdamp, bar):
+    modules, outcomes = linears(layer), {}
+    for group, hessian in hessians.items():
+        try:
+            used = hessian.factor(percdamp)
+        except torch.linalg.LinAlgError as error:
+            raise InputError(f"layer {index} {group[0]}: {error}") from error
+        if used != percdamp:
+            bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp {percdamp:g}, "
+                      f"raised to {used:g}")
+        for name in group:
+            target = plan[index, name]
+            error = hessian.prune(modules[name].weight, target.sparsity, target.prunen, target.prunem, blocksize)
+            outcomes[index, name] = Outcome(error, used)
+    bar.set_postfix_str(f"layer {index} error {sum(o.error for o in outcomes.values()) / len(outcomes):.2%}")
+    return outcomes

@@ -1,0 +1,87 @@
+"""What a run tells: seconds per part, peak memory, tables for the terminal, and the record that is saved."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections import defaultdict
+
+import torch
+
+
+class Clock:
+    """Add up wall time by part of the run; a part inside another one counts only for itself."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = defaultdict(float)
+
+    def _now(self):
+        if self.device.type == "cuda":  # kernels run on after their launch
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def part(self, name):
+        start, others = self._now(), sum(self.seconds.values())
+        yield
+        self.seconds[name] += self._now() - start - (sum(self.seconds.values()) - others)
+
+
+def peak_memory(device):
+    """Return the highest use of memory so far in bytes: {"host": …} and on CUDA {"device": …}."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def table(header, rows):
+    """Lay out rows of text under a header: the first column to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def line(cells):
+        first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([cells[0].ljust(widths[0]), *others]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def total_sparsity(matrices):
+    """Return the share of zeros in a list of `MatrixSparsity`."""
+    return sum(matrix.zeros for matrix in matrices) / sum(matrix.numel for matrix in matrices)
+
+
+def sparsity_table(matrices, outcomes):
+    """Tabulate measured sparsity and mean reconstruction error per matrix kind, and the sparsity in total.
+
+    matrices: list of `MatrixSparsity`. outcomes: {(layer, name): Outcome}, empty where nothing was calibrated.
+    """
+    kinds = defaultdict(list)
+    for matrix in matrices:
+        kinds[matrix.name].append(matrix)
+    rows = []
+    for name, group in kinds.items():
+        errors = [outcomes[m.layer, m.name].error for m in group if (m.layer, m.name) in outcomes]
+        shapes = sorted({"x".join(map(str, m.shape)) for m in group})
+        rows.append([name, str(len(group)), ", ".join(shapes), f"{total_sparsity(group):.2%}",
+                     f"{sum(errors) / len(errors):.2%}" if errors else "-"])
+    rows.append(["total", str(len(matrices)), f"{sum(m.numel for m in matrices):,}",
+                 f"{total_sparsity(matrices):.2%}", ""])
+    return table(["matrix kind", "count", "shape", "sparsity", "error"], rows)
+
+
+def perplexity_table(perplexities):
+    """Tabulate {"dense" or method: {dataset: perplexity}}."""
+    datasets = list(next(iter(perplexities.values())))
+    return table(["perplexity", *datasets],
+                 [[name, *(f"{row[dataset]:.2f}" for dataset in datasets)] for name, row in perplexities.items()])
+
+
+def cost_line(seconds, peak):
+    """Tell seconds per part and peak memory in one line."""
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    memory = ", ".join(f"{place} {value / 1e9:.2f} GB" for place, value in peak.items())
+    return f"time {sum(seconds.values()):.1f} s ({parts}); peak memory {memory}"

@@ -1,0 +1,139 @@
+"""Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests need no network
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import bloom
+import datautils
+import llama
+import opt
+
+VOCABULARY = 384
+CPU = torch.device("cpu")
+
+
+def _llama(kind, config, **options):
+    return kind(config(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                       num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
+                       initializer_range=0.2, **options))
+
+
+def _opt(**options):
+    return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=3,
+                                    num_attention_heads=4, max_position_embeddings=128, init_std=0.2, **options))
+
+
+FAMILIES = {
+    "opt": (opt.FAMILY, lambda: _opt(word_embed_proj_dim=32)),
+    "opt-350m": (opt.FAMILY, lambda: _opt(word_embed_proj_dim=16, do_layer_norm_before=False)),
+    "llama": (llama.FAMILY, lambda: _llama(LlamaForCausalLM, LlamaConfig, tie_word_embeddings=True)),
+    "mistral": (llama.FAMILY, lambda: _llama(MistralForCausalLM, MistralConfig, sliding_window=8)),
+    "qwen2": (llama.FAMILY, lambda: _llama(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=8,
+                                           max_window_layers=1)),  # the layers have different masks
+    "qwen3": (llama.FAMILY, lambda: _llama(Qwen3ForCausalLM, Qwen3Config)),
+    "bloom": (bloom.FAMILY, lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3,
+                                                                 n_head=4, initializer_range=0.2))),
+}
+
+
+def make(name):
+    """Build the tiny random model of a name in FAMILIES. Returns (family, model)."""
+    torch.manual_seed(0)
+    family, build = FAMILIES[name]
+    return family, build().eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def tiny(request):
+    """Give (family, model) for every kind of model in turn."""
+    return make(request.param)
+
+
+@pytest.fixture
+def tokens():
+    """Five random sequences of 24 tokens: batches of 4 leave a remainder."""
+    return torch.randint(0, VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer trained on the builtin text; it puts <s> in front, as LLaMA's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(datautils.load_rows("builtin", "train", None)[0][:500], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory, tokenizer):
+    """Return a function that gives the folder of a saved tiny model by its name in FAMILIES."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def folder(name):
+        path = root / name
+        if not path.exists():
+            make(name)[1].save_pretrained(path)
+            tokenizer.save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tokenizer):
+    """Give (state dict, test tokens, calibration tokens) of a LLaMA briefly trained on the builtin text."""
+    torch.manual_seed(0)
+    model = trainable()
+    ids = torch.tensor(datautils.token_ids(tokenizer, "\n\n".join(datautils.load_rows("builtin", "train", None)[0])))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    steps = 300
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    for _ in range(steps):
+        batch = torch.stack([ids[i:i + 96] for i in torch.randint(0, len(ids) - 96, (16,)).tolist()])
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    test, _ = datautils.test_tokens("builtin", 96, tokenizer)
+    calibration, _ = datautils.calibration_samples("builtin", 64, 96, 0, tokenizer)
+    return model.state_dict(), test[:64], calibration
+
+
+def trainable():
+    """Build the model of `trained`."""
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256,
+                                        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                                        max_position_embeddings=128, tie_word_embeddings=True)).eval()
+
+
+@pytest.fixture
+def trained_model(trained):
+    """Give (family, model, test tokens, calibration tokens), the model a fresh copy."""
+    state, test, calibration = trained
+    model = trainable()
+    model.load_state_dict(state)
+    return llama.FAMILY, model, test, calibration

@@ -1,0 +1,58 @@
+"""Check what is discovered from running models: which linears share an input, in which order."""
+
+import pytest
+import torch
+from conftest import CPU, make
+
+from modelutils import Stream, linears, shared_inputs
+
+ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+OPT = [ATTENTION, ["self_attn.out_proj"], ["fc1"], ["fc2"]]
+LLAMA = [ATTENTION, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+BLOOM = [["self_attention.query_key_value"], ["self_attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]
+
+
+@pytest.mark.parametrize("name, expected", {
+    "opt": OPT, "opt-350m": OPT, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "bloom": BLOOM,
+}.items())
+def test_linears_that_read_the_same_tensor_are_found_in_running_order(name, expected, tokens):
+    family, model = make(name)
+    stream = Stream.embed(model, family, tokens, 2, CPU)
+    found = [shared_inputs(layer, index, stream) for index, layer in enumerate(family.layers_of(model))]
+    assert found == 3 * [expected]
+
+
+class Changed(torch.nn.Module):
+    """A layer whose second linear reads the input after it was changed in place, and whose third never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        a = self.a(x)
+        x += a
+        return self.b(x)
+
+
+def test_a_tensor_changed_in_place_is_another_input():
+    stream = Stream(torch.ones(1, 2, 4), 1, CPU, {1: [{}]})
+    layer = Changed()
+    assert list(linears(layer)) == ["a", "b", "c"]
+    assert shared_inputs(layer, 0, stream) == [["a"], ["b"]]
+
+
+def test_batches_cover_every_sequence_once():
+    stream = Stream(torch.zeros(7, 1, 1), 3, CPU)
+    assert [list(range(7))[rows] for rows in stream.batches()] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_hidden_states_advance_layer_by_layer_as_in_the_model(tiny, tokens):
+    family, model = tiny
+    with torch.no_grad():
+        expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+    stream = Stream.embed(model, family, tokens, 2, CPU)
+    assert torch.allclose(stream.hidden, expected[0], atol=1e-5)
+    for index, layer in enumerate(list(family.layers_of(model))[:-1]):
+        stream.advance(layer, index)
+        assert torch.allclose(stream.hidden, expected[index + 1], atol=1e-4)

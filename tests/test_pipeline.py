@@ -1,0 +1,241 @@
+"""Run the command line: what it prints, saves and refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, FAMILIES
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import checkpoint
+import datautils
+import evaluate
+import pipeline
+from modelutils import linears
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def short_builtin(monkeypatch):
+    """Evaluate on four segments only."""
+    whole = datautils.test_tokens
+    monkeypatch.setattr(pipeline, "test_tokens", lambda *arguments: (lambda tokens, source: (tokens[:4], source))(
+        *whole(*arguments)))
+
+
+def run(family, *arguments):
+    """Run a family's command line in this process. Returns the exit status."""
+    try:
+        return pipeline.main(family, [str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+@pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "qwen2", "bloom"])
+@pytest.mark.parametrize("options", [[], ["--sparsity", ".5", "--gmp"], ["--sparsity", ".5"],
+                                     ["--prunen", "2", "--prunem", "4", "--true-sequential"]])
+def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, checkpoint_folder, tmp_path, capsys):
+    family, _ = FAMILIES[name]
+    folder = tmp_path / "saved"
+    assert run(family, checkpoint_folder(name), "builtin", *options, *SMALL, "--save", folder) == 0
+    out = capsys.readouterr().out
+    record = json.loads((folder / "mixgpt.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    zeros = [[(m.weight == 0).sum().item(), m.weight.numel()] for layer in family.layers_of(model)
+             for m in linears(layer).values()]
+    assert [row["sparsity"] for row in record["matrices"]] == [count / numel for count, numel in zeros]
+    assert all(row["sparsity"] == (0.5 if options else 0) for row in record["matrices"])
+    method = "magnitude" if "--gmp" in options else "SparseGPT" if options else "dense"
+    if options:
+        assert re.search(r"^total .* 50\.00%$", out, re.MULTILINE)
+        assert all(("error" in row) == (method == "SparseGPT") for row in record["matrices"])
+
+    tokens, source = pipeline.test_tokens("builtin", 32, checkpoint.load_tokenizer(folder))
+    with torch.no_grad():
+        expected = model(tokens, labels=tokens).loss.exp().item()
+    assert record["perplexity"] == {method: {"builtin": pytest.approx(expected, rel=1e-5)}}
+    assert re.search(rf"^{method} +{record['perplexity'][method]['builtin']:.2f}$", out, re.MULTILINE)
+    assert record["data"]["builtin"]["sha256"] == source["sha256"]
+    assert record["settings"]["seqlen"] == 32 and record["versions"]["torch"] == torch.__version__
+
+
+def test_dense_perplexity_stands_beside_the_pruned_where_asked(checkpoint_folder, capsys):
+    assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--dense", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^perplexity +builtin\n-+ +-+\ndense +\d+\.\d\d\nSparseGPT +\d+\.\d\d$", out, re.MULTILINE)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(checkpoint_folder, tmp_path):
+    states = []
+    for run_number, seed in enumerate([0, 0, 1]):
+        folder = tmp_path / str(run_number)
+        assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--seed", seed,
+                   *SMALL, "--save", folder) == 0
+        states.append((folder / "model.safetensors").read_bytes())
+    assert states[0] == states[1] != states[2]
+
+
+def test_sequences_and_their_tokens_come_from_the_options(checkpoint_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, "calibration_samples",
+                        lambda *given: asked.append(given) or datautils.calibration_samples(*given))
+    run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".1", "--nsamples", "3", "--seqlen",
+        "16", "--seed", "5", "--eval")
+    (dataset, nsamples, seqlen, seed, _, data_dir), = asked
+    assert (dataset, nsamples, seqlen, seed, data_dir) == ("builtin", 3, 16, 5, None)
+
+
+def test_dtype_is_that_of_the_saved_weights(checkpoint_folder, tmp_path):
+    folder = tmp_path / "saved"
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--dtype",
+               "bfloat16", "--save", folder) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert all(m.zeros == m.numel // 2 for m in evaluate.measure_sparsity(model, FAMILIES["llama"][0]))
+
+
+def test_float16_checkpoints_run_in_float32_on_a_cpu(checkpoint_folder, tmp_path, capsys):
+    AutoModelForCausalLM.from_pretrained(checkpoint_folder("opt"), dtype=torch.float16).save_pretrained(tmp_path)
+    for file in checkpoint_folder("opt").glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert run(FAMILIES["opt"][0], tmp_path, "builtin", *SMALL) == 0
+    assert "float32, on cpu" in capsys.readouterr().out
+
+
+def test_a_save_that_reads_back_differently_is_reported(checkpoint_folder, tmp_path, capsys, monkeypatch):
+    save = checkpoint.save
+
+    def corrupt(folder, *rest):
+        save(folder, *rest)
+        state = load_file(folder + "/model.safetensors")
+        state["model.norm.weight"][0] += 1
+        save_file(state, folder + "/model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(checkpoint, "save", corrupt)
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save",
+               tmp_path / "saved") == 2
+    assert "logits of the saved model differ" in capsys.readouterr().err
+
+
+# What is given after the script's name, and what the line on stderr must hold.
+BAD = {
+    "unknown model": ("no/model builtin", "model no/model: not a folder or .gguf file here"),
+    "wrong family": ("{bloom} builtin", "this is a BloomForCausalLM; use bloom.py"),
+    "folder without a model": ("{empty} builtin", "model {empty}: "),
+    "unknown dataset": ("{opt} c5", "argument dataset: invalid choice: 'c5'"),
+    "unknown test set": ("{opt} c4 --eval c5", "argument --eval: invalid choice: 'c5'"),
+    "sparsity below 0": ("{opt} builtin --sparsity -0.1", "--sparsity -0.1: must be at least 0 and below 1"),
+    "sparsity 1": ("{opt} builtin --sparsity 1.0", "--sparsity 1: must be at least 0 and below 1"),
+    "sparsity nan": ("{opt} builtin --sparsity nan", "--sparsity nan: must be at least 0 and below 1"),
+    "sparsity text": ("{opt} builtin --sparsity half", "argument --sparsity: invalid float value: 'half'"),
+    "prunen alone": ("{opt} builtin --prunen 2", "--prunen 2 --prunem 0: needs 0 < prunen < prunem"),
+    "prunem alone": ("{opt} builtin --prunem 4", "--prunen 0 --prunem 4: needs 0 < prunen < prunem"),
+    "3:2": ("{opt} builtin --prunen 3 --prunem 2", "--prunen 3 --prunem 2: needs 0 < prunen < prunem"),
+    "4:4": ("{opt} builtin --prunen 4 --prunem 4", "--prunen 4 --prunem 4: needs 0 < prunen < prunem"),
+    "sparsity against n:m": (
+        "{opt} builtin --sparsity .3 --prunen 2 --prunem 4",
+        "--sparsity 0.3: contradicts --prunen 2 --prunem 4"),
+    "columns not in groups": (
+        "{opt} builtin --prunen 2 --prunem 5",
+        "--prunem 5: does not divide the 32 columns of layer 0 self_attn.k_proj"),
+    "gmp alone": ("{opt} builtin --gmp", "--gmp: needs --sparsity or --prunen and --prunem"),
+    "nothing selected": ("{opt} builtin --sparsity .5 --minlayer 3", "select no matrix"),
+    "percdamp": ("{opt} builtin --sparsity .5 --percdamp -1", "--percdamp -1: must lie between 0 and 1"),
+    "no samples": ("{opt} builtin --nsamples 0", "--nsamples 0: must be at least 1"),
+    "batch size": ("{opt} builtin --batch-size 0", "--batch-size 0: must be at least 1"),
+    "blocksize": ("{opt} builtin --blocksize 0", "--blocksize 0: must be at least 1"),
+    "seqlen too small": ("{opt} builtin --seqlen 1", "--seqlen 1: must be at least 2"),
+    "seqlen above the limit": ("{opt} builtin --seqlen 129", "--seqlen 129: the model's limit is 128 tokens"),
+    "text too short": ("{bloom} builtin --sparsity .5 --seqlen 1000000", "--seqlen 1000000: the train text"),
+    "dataset not local": ("{opt} c4 --sparsity .5 --data-dir {empty}", "--data-dir {empty}: no train split"),
+    "dataset offline": ("{opt} c4 --sparsity .5", "dataset c4: cannot load allenai/c4: the hub cannot be reached"),
+    "data-dir missing": ("{opt} builtin --eval ptb --data-dir {empty}/no", "there is no such folder"),
+    "no CUDA": ("{opt} builtin --device cuda:99", "--device cuda:99: there are "),
+    "unknown device": ("{opt} builtin --device tpu", "--device tpu: must be cpu, cuda or cuda:N"),
+    "NaN weights": ("{nan} builtin --sparsity .5", "model.decoder.layers.1.fc1.weight holds NaN or inf"),
+    "save path taken": ("{opt} builtin --sparsity .5 --save {nan}", "exists and is not an empty folder"),
+    "save path not writable": ("{opt} builtin --save {nan}/config.json/x", "cannot be written"),
+    "unknown option": ("{opt} builtin --sparsety .5", "unrecognized arguments: --sparsety"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(case, checkpoint_folder, tmp_path, capsys,
+                                                                     monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    places = {"opt": checkpoint_folder("opt"), "bloom": checkpoint_folder("bloom"), "empty": tmp_path / "empty",
+              "nan": tmp_path / "nan"}
+    places["nan"].mkdir()
+    for file in places["opt"].iterdir():
+        (places["nan"] / file.name).write_bytes(file.read_bytes())
+    state = load_file(places["opt"] / "model.safetensors")
+    state["model.decoder.layers.1.fc1.weight"][3, 2] = float("nan")
+    save_file(state, places["nan"] / "model.safetensors", metadata={"format": "pt"})
+    before = sorted(tmp_path.rglob("*"))
+
+    command, message = BAD[case]
+    arguments = [argument.format(**places) for argument in command.split()]
+    if "--eval" not in arguments:
+        arguments += ["--eval", "builtin"]
+    if "--seqlen" not in arguments:
+        arguments += ["--seqlen", "32"]
+    if "--save" not in arguments:
+        arguments += ["--save", "saved"]
+    script = "bloom" if "{bloom}" in command and case != "wrong family" else "opt"
+    assert run(FAMILIES[script][0], *arguments) == 2
+    captured = capsys.readouterr()
+    error, = captured.err.splitlines()
+    assert error.startswith(f"{script}.py: error: ")
+    assert message.format(**places) in error
+    assert captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(checkpoint_folder, capsys):
+    assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", "--device", "cuda") == 2
+    assert "--device cuda: there are 0 CUDA devices here; use --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_perplexity_of_the_cpu(checkpoint_folder, tmp_path):
+    perplexities = []
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--nsamples", "4",
+                   "--seqlen", "32", "--eval", "builtin", "--device", device, "--save", folder) == 0
+        perplexities.append(json.loads((folder / "mixgpt.json").read_text())["perplexity"]["SparseGPT"]["builtin"])
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("script", ["opt.py", "llama.py", "bloom.py"])
+def test_help_of_every_script_tells_the_flags(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for flag in ("--sparsity", "--prunen", "--prunem", "--gmp", "--true-sequential", "--data-dir", "--save"):
+        assert flag in done.stdout
+
+
+def test_a_script_runs_from_the_shell_and_ends_with_status_2_on_bad_input(checkpoint_folder):
+    done = subprocess.run([sys.executable, "llama.py", checkpoint_folder("bloom"), "builtin"], cwd=ROOT,
+                          capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"llama.py: error: model {checkpoint_folder('bloom')}: this is a "
+                                        "BloomForCausalLM; use bloom.py"]
+
+
+def test_devices_default_to_cuda_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pipeline._device(None) == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pipeline._device(None) == torch.device("cuda")
