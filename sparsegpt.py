@@ -42,6 +42,18 @@ def obs_saliency(W, h, u):
     return (W / u) ** 2
 
 
+def isc_saliency(W, h, u):
+    """Score weights by the loss that removing them adds, before and after compensation.
+
+    W: (out, in). h: (in,), diagonal of H. u: (in,), diagonal of U. Returns (out, in).
+    MixGPT (arXiv 2310.09499), eq. 4: w² (H_mm + 1 / [H⁻¹]_mm), with [H⁻¹]_mm = u_m². The released code divides by u_m.
+    """
+    return W**2 * (h + 1 / u**2)
+
+
+SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency}
+
+
 def smallest(scores, k):
     """Mark the k smallest scores, exactly k of them also among ties. Returns a mask like `scores`."""
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
@@ -138,10 +150,11 @@ class SparseGPT:
         self.U, used = inverse_factor(self.H, percdamp)
         return used
 
-    def prune(self, weight, sparsity, prunen=0, prunem=0, blocksize=128):
+    def prune(self, weight, sparsity, prunen=0, prunem=0, blocksize=128, saliency=obs_saliency):
         """Prune `weight` (out, in) in place in its own dtype and return its `relative_error`."""
         W = weight.float()
-        W_hat = prune_matrix(W, self.U, self.H.diagonal(), sparsity, prunen, prunem, blocksize).to(weight.dtype)
+        h = self.H.diagonal()
+        W_hat = prune_matrix(W, self.U, h, sparsity, prunen, prunem, blocksize, saliency).to(weight.dtype)
         error = relative_error(W, W_hat.float(), self.H)  # before the copy: W may be the weight itself
         weight.copy_(W_hat)
         return error

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsegpt import (
+    SALIENCIES,
     SparseGPT,
     inverse_factor,
+    isc_saliency,
     magnitude_prune,
     obs_saliency,
     prune_matrix,
@@ -43,8 +45,10 @@ def remaining_inverses(A):
     return [torch.linalg.inv(A[j:, j:]) for j in range(len(A))]
 
 
-def brute_force(W, H, sparsity, prunen, prunem, blocksize):
+def brute_force(W, H, sparsity, prunen, prunem, blocksize, saliency="obs"):
     """Prune by optimal brain surgeon with one explicit inverse a column. Returns (Ŵ, mask, ½ Σ w²/[inv]_00)."""
+    score = {"obs": lambda w, h, inverse: w ** 2 / inverse,
+             "isc": lambda w, h, inverse: w ** 2 * (h + 1 / inverse)}[saliency]
     rows, columns = W.shape
     inverses = remaining_inverses(damped(H))
     W, mask, loss = W.clone(), torch.zeros(rows, columns, dtype=torch.bool), 0.0
@@ -52,7 +56,7 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize):
     for j in range(columns):
         if j % width == 0:
             right = min(j + width, columns)
-            scores = {(i, k): 0.0 if H[k, k] == 0 else (W[i, k] ** 2 / inverses[k][0, 0]).item()
+            scores = {(i, k): 0.0 if H[k, k] == 0 else score(W[i, k], H[k, k], inverses[k][0, 0]).item()
                       for i in range(rows) for k in range(j, right)}
             if prunem:
                 chosen = [place for i in range(rows)
@@ -71,11 +75,11 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize):
     return W, mask, loss
 
 
-def pruned_by(W, H, sparsity=0.0, prunen=0, prunem=0, blocksize=128):
+def pruned_by(W, H, sparsity=0.0, prunen=0, prunem=0, blocksize=128, saliency="obs"):
     """Return what sparsegpt makes of W with the damping of these tests."""
     U, used = inverse_factor(H, PERCDAMP)
     assert used == PERCDAMP
-    return prune_matrix(W, U, H.diagonal(), sparsity, prunen, prunem, blocksize)
+    return prune_matrix(W, U, H.diagonal(), sparsity, prunen, prunem, blocksize, SALIENCIES[saliency])
 
 
 def explicit_error(W, W_hat, X):
@@ -172,11 +176,13 @@ STRUCTURED += [(0.0, 4, 8, blocksize) for blocksize in (4, 8, 12, 20, 128)] + [(
 
 
 @pytest.mark.parametrize("sparsity, prunen, prunem, blocksize", UNSTRUCTURED + STRUCTURED)
-def test_prune_matrix_equals_optimal_brain_surgeon_with_explicit_inverses(sparsity, prunen, prunem, blocksize):
+@pytest.mark.parametrize("saliency", ["obs", "isc"])
+def test_prune_matrix_equals_optimal_brain_surgeon_with_explicit_inverses(saliency, sparsity, prunen, prunem,
+                                                                          blocksize):
     W, X = random(5, 24), correlated_inputs(60, 24)
     H = X.t() @ X
-    W_hat = pruned_by(W, H, sparsity, prunen, prunem, blocksize)
-    expected, mask, loss = brute_force(W, H, sparsity, prunen, prunem, blocksize)
+    W_hat = pruned_by(W, H, sparsity, prunen, prunem, blocksize, saliency)
+    expected, mask, loss = brute_force(W, H, sparsity, prunen, prunem, blocksize, saliency)
     assert torch.equal(W_hat == 0, mask)
     torch.testing.assert_close(W_hat, expected, rtol=0, atol=1e-8)
     added = 0.5 * torch.trace((W - W_hat) @ damped(H) @ (W - W_hat).t()).item()
@@ -194,11 +200,12 @@ def test_prune_matrix_equals_brute_force_where_the_last_block_is_narrower(rows, 
 
 @pytest.mark.parametrize("sparsity, prunen, prunem, blocksize",
                          [(0.6, 0, 0, 8), (0.7, 0, 0, 7), (0.8, 0, 0, 128), (0.0, 2, 4, 8), (0.0, 4, 8, 20)])
-def test_prune_matrix_equals_brute_force_with_dead_columns(sparsity, prunen, prunem, blocksize):
+@pytest.mark.parametrize("saliency", ["obs", "isc"])
+def test_prune_matrix_equals_brute_force_with_dead_columns(saliency, sparsity, prunen, prunem, blocksize):
     W, X = 1 + random(5, 24).abs(), correlated_inputs(60, 24, dead=(0, 3, 9, 22, 23))
     H = X.t() @ X
-    expected, mask, _ = brute_force(W, H, sparsity, prunen, prunem, blocksize)
-    W_hat = pruned_by(W, H, sparsity, prunen, prunem, blocksize)
+    expected, mask, _ = brute_force(W, H, sparsity, prunen, prunem, blocksize, saliency)
+    W_hat = pruned_by(W, H, sparsity, prunen, prunem, blocksize, saliency)
     assert mask[:, [0, 3, 9, 22, 23]].all()
     assert torch.equal(W_hat == 0, mask)
     torch.testing.assert_close(W_hat, expected, rtol=0, atol=1e-8)
@@ -270,6 +277,38 @@ def test_obs_saliency_is_the_squared_weight_over_the_diagonal_of_the_inverse():
     W = torch.tensor([[1.0, -2.0, 3.0], [0.0, 4.0, -5.0]])
     scores = obs_saliency(W, torch.full((3,), float("nan")), torch.tensor([1.0, 2.0, 0.5]))
     assert scores.tolist() == [[1.0, 1.0, 36.0], [0.0, 4.0, 100.0]]
+
+
+def test_isc_saliency_is_the_squared_weight_times_the_input_and_the_inverse_of_the_remaining_inverse():
+    W, X = random(5, 9), correlated_inputs(50, 9)
+    H = X.t() @ X
+    U, _ = inverse_factor(H, PERCDAMP)
+    expected = torch.stack([W[:, m] ** 2 * (H[m, m] + 1 / inverse[0, 0])
+                            for m, inverse in enumerate(remaining_inverses(damped(H)))], dim=1)
+    torch.testing.assert_close(isc_saliency(W, H.diagonal(), U.diagonal()), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("scale", [2.0 ** -7, 2.0 ** 7])
+@pytest.mark.parametrize("saliency", ["obs", "isc"])
+def test_scaling_the_inputs_scales_the_scores_by_its_square_and_leaves_the_result(saliency, scale):
+    # the paper's released code has 1/U_mm, of which neither holds: it is of another dimension than H_mm
+    W, X = random(8, 16), correlated_inputs(60, 16)
+    H, scaled = X.t() @ X, (scale * X).t() @ (scale * X)
+    score = SALIENCIES[saliency]
+    scores, scaled_scores = (score(W, A.diagonal(), inverse_factor(A, PERCDAMP)[0].diagonal()) for A in (H, scaled))
+    torch.testing.assert_close(scaled_scores, scale ** 2 * scores, rtol=1e-9, atol=0)
+    for target in ({"sparsity": 0.5}, {"prunen": 2, "prunem": 4}):
+        W_hat, scaled_W_hat = (pruned_by(W, A, **target, saliency=saliency) for A in (H, scaled))
+        assert torch.equal(scaled_W_hat == 0, W_hat == 0)
+        torch.testing.assert_close(scaled_W_hat, W_hat, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"prunen": 2, "prunem": 4}, {"prunen": 4, "prunem": 8}])
+def test_isc_and_obs_choose_different_masks(target):
+    W, X = random(5, 24), correlated_inputs(60, 24)
+    obs, isc = (pruned_by(W, X.t() @ X, **target, saliency=saliency) == 0 for saliency in ("obs", "isc"))
+    assert obs.sum() == isc.sum() == 60
+    assert not torch.equal(obs, isc)
 
 
 # counts
@@ -502,6 +541,18 @@ def test_prune_rounds_what_prune_matrix_returns_to_the_dtype_of_the_weight(dtype
         hessian.prune(weight, sparsity, prunen, prunem, blocksize)
         assert torch.equal(weight, pruned.to(dtype))
         assert (weight[pruned == 0] == 0).all()
+
+
+@pytest.mark.parametrize("target", [(0.5, 0, 0), (0.0, 2, 4)])
+def test_prune_ranks_by_the_saliency_it_is_given(target):
+    hessian = calibrated(correlated_inputs(64, 16).float().view(4, 16, 16), 4)
+    hessian.factor(PERCDAMP)
+    by_obs, by_isc = (random(8, 16).float() for _ in range(2))
+    expected = prune_matrix(by_isc, hessian.U, hessian.H.diagonal(), *target, blocksize=8, saliency=isc_saliency)
+    hessian.prune(by_obs, *target, blocksize=8)
+    hessian.prune(by_isc, *target, blocksize=8, saliency=isc_saliency)
+    assert torch.equal(by_isc, expected)
+    assert not torch.equal(by_isc == 0, by_obs == 0)
 
 
 def test_the_weights_of_a_linear_module_are_pruned_in_place():
