@@ -6,9 +6,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from modelutils import Stream, linears, on_device
-
-SLICE = 1024  # tokens whose logits exist at a time
+from modelutils import SLICE, Stream, apply, linears, on_device
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,6 @@ def run_layers(model, family, tokens, batch_size, device, title):
     return stream
 
 
-def _apply(modules, hidden):
-    for module in modules:
-        hidden = module(hidden)
-    return hidden
-
-
 @torch.no_grad()
 def perplexity(model, family, tokens, batch_size, device, title="perplexity"):
     """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence on its own.
@@ -57,7 +49,7 @@ def perplexity(model, family, tokens, batch_size, device, title="perplexity"):
             hidden = stream.hidden[rows, :-1].to(device).flatten(0, 1)  # (B·(T−1), C)
             targets = tokens[rows, 1:].to(device).flatten()
             for h, t in zip(hidden.split(SLICE), targets.split(SLICE), strict=True):
-                total += torch.nn.functional.cross_entropy(_apply(after, h).float(), t, reduction="sum").item()
+                total += torch.nn.functional.cross_entropy(apply(after, h).float(), t, reduction="sum").item()
     return math.exp(total / (N * (T - 1)))
 
 
@@ -67,7 +59,7 @@ def logits(model, family, tokens, batch_size, device):
     stream = run_layers(model, family, tokens, batch_size, device, "logits")
     after = family.after_of(model)
     with on_device(after, device):
-        return torch.cat([_apply(after, stream.hidden[rows].to(device)).to("cpu") for rows in stream.batches()])
+        return torch.cat([apply(after, stream.hidden[rows].to(device)).to("cpu") for rows in stream.batches()])
 
 
 def measure_sparsity(model, family):

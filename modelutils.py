@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+SLICE = 1024  # tokens whose logits exist at a time
+
 # Model classes that each family script accepts: those whose modules lie where its Family says.
 SCRIPTS = {
     "OPTForCausalLM": "opt.py",
@@ -117,7 +119,10 @@ class Stream:
 
     def forward(self, layer, index, rows):
         """Run layer number `index`, which is on the device, on sequences `rows`. Returns (B, T, C) there."""
-        hidden = self.hidden[rows].to(self.device)
+        return self.call(layer, index, self.hidden[rows].to(self.device))
+
+    def call(self, layer, index, hidden):
+        """Run layer number `index` on hidden states (B, T, C), all on the device. Returns (B, T, C)."""
         output = layer(hidden, **self.kwargs[len(hidden)][index])
         return output[0] if isinstance(output, tuple) else output
 
@@ -126,6 +131,13 @@ class Stream:
         """Replace the hidden states by the output of layer number `index`, which is on the device."""
         for rows in self.batches():
             self.hidden[rows] = self.forward(layer, index, rows).to("cpu")
+
+
+def apply(modules, hidden):
+    """Run modules one after the other."""
+    for module in modules:
+        hidden = module(hidden)
+    return hidden
 
 
 def linears(layer):

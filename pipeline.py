@@ -1,142 +1,25 @@
-"""The main job, from the command line to the saved model: load, calibrate, prune, save, verify, evaluate, report."""
+"""The main job: load, calibrate, allocate, prune, save, verify, evaluate, report."""
 
-import argparse
 import dataclasses
 import platform
 import sys
-from dataclasses import dataclass
 
 import datasets
 import torch
 import transformers
 
 import checkpoint
-from datautils import DATASETS, calibration_samples, test_tokens
+import plots
+import traces
+from datautils import calibration_samples, test_tokens
 from errors import InputError
 from evaluate import logits, measure_sparsity, perplexity
-from prune import Target, prune_magnitude, prune_sparsegpt, uniform_plan
-from report import Clock, cost_line, peak_memory, perplexity_table, sparsity_table, total_sparsity
+from prune import make_plan, prune_magnitude, prune_sparsegpt, select
+from report import Clock, cost_line, peak_memory, perplexity_table, plan_tables, sparsity_table, total_sparsity
+from settings import parse
 
 DEFAULT_SEQLEN = 2048
 PROBE = 128  # tokens on which a saved model is compared with the one in memory
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of a run, named as on the command line. Raises InputError where their values cannot be used."""
-
-    model: str
-    dataset: str
-    sparsity: float = 0.0
-    prunen: int = 0
-    prunem: int = 0
-    gmp: bool = False
-    blocksize: int = 128
-    percdamp: float = 0.01
-    true_sequential: bool = False
-    minlayer: int = 0
-    maxlayer: int = 1000
-    prune_only: str = ""
-    invert: bool = False
-    nsamples: int = 128
-    seqlen: int | None = None
-    seed: int = 0
-    data_dir: str | None = None
-    eval: tuple[str, ...] = ("wikitext2", "ptb", "c4")
-    dense: bool = False
-    batch_size: int = 4
-    device: str | None = None
-    dtype: str = "auto"
-    save: str | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.sparsity < 1:
-            raise InputError(f"--sparsity {self.sparsity:g}: must be at least 0 and below 1")
-        if (self.prunen or self.prunem) and not 0 < self.prunen < self.prunem:
-            raise InputError(f"--prunen {self.prunen} --prunem {self.prunem}: needs 0 < prunen < prunem, "
-                             "for example --prunen 2 --prunem 4")
-        if self.prunem and self.sparsity not in (0, self.prunen / self.prunem):
-            raise InputError(f"--sparsity {self.sparsity:g}: contradicts --prunen {self.prunen} "
-                             f"--prunem {self.prunem}; leave it out")
-        if self.gmp and not self.prunes:
-            raise InputError("--gmp: needs --sparsity or --prunen and --prunem")
-        if not 0 <= self.percdamp <= 1:
-            raise InputError(f"--percdamp {self.percdamp:g}: must lie between 0 and 1")
-        for name, least in {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-
-    @property
-    def prunes(self):
-        return self.sparsity > 0 or self.prunem > 0
-
-    @property
-    def method(self):
-        return "magnitude" if self.gmp else "SparseGPT"
-
-    @property
-    def target(self):
-        if self.prunem:
-            return Target(self.prunen / self.prunem, self.prunen, self.prunem)
-        return Target(self.sparsity)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def parse(family, argv=None):
-    """Read the command line of a family script. Returns `Settings`; exits with status 2 on what it cannot read."""
-    parser = _Parser(
-        prog=family.script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Prune a language model in one shot and report its perplexity.\n"
-                    "Without --sparsity or --prunen/--prunem: the perplexity of the dense model.")
-    default = {field.name: field.default for field in dataclasses.fields(Settings)}
-
-    def option(group, flag, text, **arguments):
-        name = flag.lstrip("-").replace("-", "_")
-        value = " ".join(default[name]) if isinstance(default[name], tuple) else default[name]
-        if value is False:
-            arguments["action"] = "store_true"
-        shown = "" if value is None or value is False or value == "" else f" (default: {value})"
-        group.add_argument(flag, dest=name, help=text + shown, **arguments)
-
-    parser.add_argument("model", help="hub id, local folder or .gguf file")
-    parser.add_argument("dataset", choices=DATASETS, help="calibration text: %(choices)s; builtin is CPython's own "
-                                                          "reference manual and needs no download")
-    group = parser.add_argument_group("what to prune")
-    option(group, "--sparsity", "fraction of the weights of every matrix to prune, 0 to below 1", type=float)
-    option(group, "--prunen", "n of n:m, weights pruned in every group", type=int)
-    option(group, "--prunem", "m of n:m, consecutive weights of a row in a group", type=int)
-    option(group, "--minlayer", "first layer to prune", type=int)
-    option(group, "--maxlayer", "first layer not to prune any more", type=int)
-    option(group, "--prune_only", "prune only matrices whose name contains this, such as fc1 or mlp")
-    option(group, "--invert", "prune what the three options above do not select")
-    group = parser.add_argument_group("how to prune")
-    option(group, "--gmp", "by magnitude, without calibration (the baseline)")
-    option(group, "--blocksize", "columns between two updates of the rest of the matrix", type=int)
-    option(group, "--percdamp", "damping of the Hessian, as a fraction of its mean diagonal", type=float)
-    option(group, "--true-sequential", "calibrate each linear on inputs from the pruned linears before it in its layer")
-    group = parser.add_argument_group("calibration")
-    option(group, "--nsamples", "sequences", type=int)
-    option(group, "--seqlen", "tokens in a sequence, also in evaluation (default: 2048, or the model's limit "
-                              "where that is lower)", type=int)
-    option(group, "--seed", "of the choice of sequences", type=int)
-    option(group, "--data-dir", "folder with local copies of the datasets, instead of the hub")
-    group = parser.add_argument_group("evaluation")
-    option(group, "--eval", "test sets to report perplexity on; none: --eval without a name", nargs="*",
-           choices=DATASETS)
-    option(group, "--dense", "report the dense model's perplexity too")
-    group = parser.add_argument_group("where and how it runs")
-    option(group, "--batch-size", "sequences that run together; changes speed and memory only", type=int)
-    option(group, "--device", "cpu, cuda or cuda:N (default: cuda where there is one)")
-    option(group, "--dtype", "of the weights in memory and saved; auto: as stored, but float32 for float16 on a CPU",
-           choices=["auto", "float32", "bfloat16", "float16"])
-    group = parser.add_argument_group("output")
-    option(group, "--save", "new folder for weights, tokenizer, config and mixgpt.json, verified by loading it again")
-    return Settings(**vars(parser.parse_args(argv)))
 
 
 def main(family, argv=None):
@@ -164,8 +47,12 @@ def run(family, settings):
         seqlen = _seqlen(settings.seqlen, config)
         dtype = _dtype(settings.dtype, config, device)
         skeleton = checkpoint.skeleton(config)
-        plan = uniform_plan(skeleton, family, settings.target, settings.minlayer, settings.maxlayer,
-                            settings.prune_only, settings.invert) if settings.prunes else {}
+        selected = select(skeleton, family, settings.prunem, settings.minlayer, settings.maxlayer,
+                          settings.prune_only, settings.invert) if settings.prunes else {}
+        if settings.sensitivity_file:
+            traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
+        if settings.plot:
+            plots.check(settings.plot)
         if settings.save:
             itemsize = 4 if dtype == "auto" else dtype.itemsize
             checkpoint.check_save(settings.save, itemsize * sum(p.numel() for p in skeleton.parameters()))
@@ -174,7 +61,7 @@ def run(family, settings):
         calibration, tests, sources = _tokens(settings, seqlen, tokenizer, config.vocab_size)
     with clock.part("load"):
         model = checkpoint.load_model(settings.model, dtype)
-    print(_heading(model, family, settings, plan, calibration, seqlen, device), flush=True)
+    print(_heading(model, family, settings, selected, calibration, seqlen, device), flush=True)
 
     def evaluate():
         with clock.part("evaluation"):
@@ -182,18 +69,20 @@ def run(family, settings):
                     for name, tokens in tests.items()}
 
     perplexities = {}
-    if settings.dense or not plan:
+    if settings.dense or not selected:
         perplexities["dense"] = evaluate()
+    plan, known = _plan(settings, selected, model, family, calibration, device, clock)
     outcomes = {}
     if plan and settings.gmp:
         with clock.part("magnitude"):
             prune_magnitude(model, family, plan, device)
     elif plan:
         outcomes = prune_sparsegpt(
-            model, family, plan, calibration, blocksize=settings.blocksize, percdamp=settings.percdamp,
-            true_sequential=settings.true_sequential, batch_size=settings.batch_size, device=device, clock=clock)
+            model, family, plan, calibration, saliency=settings.saliency, blocksize=settings.blocksize,
+            percdamp=settings.percdamp, true_sequential=settings.true_sequential, batch_size=settings.batch_size,
+            device=device, clock=clock)
     matrices = measure_sparsity(model, family)
-    record = _record(settings, seqlen, model.dtype, device, sources, matrices, outcomes)
+    record = _record(settings, seqlen, model.dtype, device, sources, matrices, outcomes, plan, known)
     if settings.save:
         with clock.part("save"):
             checkpoint.save(settings.save, model, tokenizer, record)
@@ -205,6 +94,26 @@ def run(family, settings):
         checkpoint.write_record(settings.save, record)
     print(_result(settings, matrices, outcomes, perplexities, record))
     return record
+
+
+def _plan(settings, selected, model, family, calibration, device, clock):
+    """Return {(layer, name): Target} and the `Traces` behind it, None for uniform sparsity; print and draw both."""
+    if not settings.mixed:
+        return make_plan(selected, settings.target), None
+    with clock.part("sensitivity"):
+        known, path = traces.obtain(
+            model, family, calibration, settings.sensitivity, seed=settings.seed, nprobes=settings.nprobes,
+            batch_size=settings.batch_size, device=device, path=settings.sensitivity_file)
+    plan = make_plan(selected, settings.target, settings.sparsity_way, known.sensitivity, settings.alpha)
+    numel = {key: out * columns for key, (out, columns) in selected.items()}
+    total = sum(target.sparsity * numel[key] for key, target in plan.items()) / sum(numel.values())
+    met = abs(total - settings.target.sparsity) < 1e-9
+    closest = "" if met else f", as close to {settings.target.sparsity:.2%} as whole n of {settings.prunem} allow"
+    print(f"{known.verdict()}\n         kept in {path}\n\n{plan_tables(plan, selected, known)}\n\n"
+          f"plan     {total:.2%} of the weights in all{closest}", flush=True)
+    if settings.plot:
+        plots.draw(settings.plot, known, plan)
+    return plan, known
 
 
 def _device(name):
@@ -243,7 +152,7 @@ def _dtype(name, config, device):
 def _tokens(settings, seqlen, tokenizer, vocab_size):
     """Return calibration tokens (N, T) or None, {test set: tokens (n, T)} and where the texts come from."""
     calibration, tests, sources = None, {}, {}
-    if settings.prunes and not settings.gmp:
+    if settings.mixed or settings.prunes and not settings.gmp:
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
     for name in settings.eval:
@@ -271,13 +180,19 @@ def _verify(folder, model, family, matrices, probe, device):
         raise InputError(f"--save {folder}: the logits of the saved model differ from those in memory")
 
 
-def _record(settings, seqlen, dtype, device, sources, matrices, outcomes):
+def _record(settings, seqlen, dtype, device, sources, matrices, outcomes, plan, known):
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    sensitivity = known.sensitivity if known else {}
     rows = []
     for m in matrices:
+        key = m.layer, m.name
         row = {"layer": m.layer, "name": m.name, "shape": list(m.shape), "sparsity": m.zeros / m.numel}
-        if outcome := outcomes.get((m.layer, m.name)):
-            row |= dataclasses.asdict(outcome)
+        if key in plan:
+            row["target"] = plan[key].sparsity
+        if key in sensitivity:
+            row["sensitivity"] = sensitivity[key]
+        if key in outcomes:
+            row |= dataclasses.asdict(outcomes[key])
         rows.append(row)
     versions = {"python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
@@ -287,15 +202,17 @@ def _record(settings, seqlen, dtype, device, sources, matrices, outcomes):
             "sparsity": total_sparsity(matrices), "matrices": rows}
 
 
-def _heading(model, family, settings, plan, calibration, seqlen, device):
+def _heading(model, family, settings, selected, calibration, seqlen, device):
     parameters = sum(p.numel() for p in model.parameters())
     lines = [f"model    {settings.model}: {type(model).__name__}, {len(family.layers_of(model))} layers, "
              f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {device}"]
-    if plan:
+    if selected:
         how = f"{settings.prunen}:{settings.prunem}" if settings.prunem else f"{settings.sparsity:.4g} of the weights"
-        details = "" if settings.gmp else f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
+        where = "over" if settings.mixed else "in each of"
+        details = f", alpha {settings.alpha:g}, {settings.nprobes} probes a sequence" if settings.mixed else ""
+        details += "" if settings.gmp else f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
             ", true-sequential" if settings.true_sequential else "")
-        lines.append(f"pruning  {settings.method}, {how} in each of {len(plan)} matrices{details}")
+        lines.append(f"pruning  {settings.method}, {how} {where} {len(selected)} matrices{details}")
     if calibration is not None:
         lines.append(f"data     {settings.dataset}: {len(calibration)} sequences of {seqlen} tokens, "
                      f"seed {settings.seed}, batches of {settings.batch_size}")

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from allocation import allocate, allocate_whole
 from errors import InputError
 from modelutils import Stream, hooked, linears, on_device, shared_inputs
-from sparsegpt import SparseGPT, magnitude_prune
+from sparsegpt import SALIENCIES, SparseGPT, magnitude_prune
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,51 @@ class Outcome:
     percdamp: float  # the damping that its Hessian needed
 
 
-def uniform_plan(model, family, target, minlayer, maxlayer, prune_only, invert):
-    """Give the same target to every selected linear. Returns {(layer, name): target} in the order of the model.
+def select(model, family, prunem, minlayer, maxlayer, prune_only, invert):
+    """Return the shapes of the matrices to prune, {(layer, name): (out, in)}, in the order of the model.
 
     Selected are the layers minlayer ≤ index < maxlayer and the names that contain prune_only; invert selects all
     others instead. The model may be on meta. Raises InputError where nothing is selected or prunem does not divide
     the columns.
     """
-    plan = {}
+    selected = {}
     for index, layer in enumerate(family.layers_of(model)):
         for name, module in linears(layer).items():
             if (minlayer <= index < maxlayer and prune_only in name) == invert:
                 continue
-            if target.prunem and module.in_features % target.prunem:
-                raise InputError(f"--prunem {target.prunem}: does not divide the {module.in_features} columns of "
+            if prunem and module.in_features % prunem:
+                raise InputError(f"--prunem {prunem}: does not divide the {module.in_features} columns of "
                                  f"layer {index} {name}")
-            plan[index, name] = target
-    if not plan:
+            selected[index, name] = tuple(module.weight.shape)
+    if not selected:
         names = ", ".join(linears(family.layers_of(model)[0]))
         raise InputError(f"--minlayer {minlayer} --maxlayer {maxlayer} --prune_only {prune_only!r}: select no matrix "
                          f"of {len(family.layers_of(model))} layers with {names}")
-    return plan
+    return selected
+
+
+def make_plan(selected, target, way="uniform", sensitivity=None, alpha=0.0):
+    """Say how sparse each matrix shall be. Returns {(layer, name): Target}.
+
+    selected: {(layer, name): (out, in)}. target: of all of them together. way: uniform (origin), layer-level or
+    weight-level. sensitivity: {(layer, name): trace per weight}, of any matrices that include the selected ones;
+    layer-level ranks layers by the sum over their selected matrices.
+    """
+    if way in ("uniform", "origin"):
+        return dict.fromkeys(selected, target)
+    unit_of = {key: key[0] if way == "layer-level" else key for key in selected}
+    ranked, sizes = {}, {}
+    for key, (out, columns) in selected.items():
+        ranked[unit_of[key]] = ranked.get(unit_of[key], 0) + sensitivity[key]
+        sizes[unit_of[key]] = sizes.get(unit_of[key], 0) + out * columns
+    arguments = list(ranked.values()), list(sizes.values()), target.sparsity, alpha
+    if target.prunem:
+        m = target.prunem
+        targets = [Target(n / m, n, m) for n in allocate_whole(*arguments, m)]
+    else:
+        targets = [Target(sparsity) for sparsity in allocate(*arguments)]
+    of_unit = dict(zip(ranked, targets, strict=True))
+    return {key: of_unit[unit_of[key]] for key in selected}
 
 
 @torch.no_grad()
@@ -57,16 +82,17 @@ def prune_magnitude(model, family, plan, device):
         with on_device([layer], device):
             for name, module in linears(layer).items():
                 if target := plan.get((index, name)):
-                    module.weight.copy_(
-                        magnitude_prune(module.weight, target.sparsity, target.prunen, target.prunem))
+                    module.weight.copy_(magnitude_prune(module.weight, target.sparsity, target.prunen, target.prunem))
 
 
 @torch.no_grad()
-def prune_sparsegpt(model, family, plan, tokens, *, blocksize, percdamp, true_sequential, batch_size, device, clock):
+def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdamp, true_sequential, batch_size, device,
+                    clock):
     """Prune every matrix of the plan by SparseGPT on calibration tokens (N, T), in place.
 
     Inputs come from the pruned layers before; with true_sequential also from the pruned linears before in the same
-    layer. Returns {(layer, name): Outcome}. Raises InputError where an input is not finite.
+    layer. saliency: a key of SALIENCIES. Returns {(layer, name): Outcome}. Raises InputError where an input is not
+    finite.
     """
     with clock.part("forward"):
         stream = Stream.embed(model, family, tokens, batch_size, device)
@@ -78,7 +104,8 @@ def prune_sparsegpt(model, family, plan, tokens, *, blocksize, percdamp, true_se
                 for group in _stages(layer, index, stream, plan, true_sequential):
                     hessians = _collect(layer, index, stream, group, clock)
                     with clock.part("walk"):
-                        outcomes |= _prune_group(layer, index, hessians, plan, blocksize, percdamp, bar)
+                        outcomes |= _prune_group(layer, index, hessians, plan, percdamp, bar, blocksize=blocksize,
+                                                 saliency=SALIENCIES[saliency])
                 if index + 1 < len(layers):
                     with clock.part("forward"):
                         stream.advance(layer, index)
@@ -116,7 +143,7 @@ def _collect(layer, index, stream, groups, clock):
     return hessians
 
 
-def _prune_group(layer, index, hessians, plan, blocksize, percdamp, bar):
+def _prune_group(layer, index, hessians, plan, percdamp, bar, **options):
     modules, outcomes = linears(layer), {}
     for group, hessian in hessians.items():
         try:
@@ -128,7 +155,7 @@ def _prune_group(layer, index, hessians, plan, blocksize, percdamp, bar):
                       f"raised to {used:g}")
         for name in group:
             target = plan[index, name]
-            error = hessian.prune(modules[name].weight, target.sparsity, target.prunen, target.prunem, blocksize)
+            error = hessian.prune(modules[name].weight, target.sparsity, target.prunen, target.prunem, **options)
             outcomes[index, name] = Outcome(error, used)
     bar.set_postfix_str(f"layer {index} error {sum(o.error for o in outcomes.values()) / len(outcomes):.2%}")
     return outcomes

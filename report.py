@@ -73,6 +73,30 @@ def sparsity_table(matrices, outcomes):
     return table(["matrix kind", "count", "shape", "sparsity", "error"], rows)
 
 
+def plan_tables(plan, shapes, traces):
+    """Tabulate trace per weight, rank (1: most sensitive) and sparsity assigned, by matrix kind and by layer.
+
+    plan: {(layer, name): Target}. shapes: {(layer, name): (out, in)}. traces: `Traces` that include these.
+    """
+    sensitivity = traces.sensitivity
+    order = sorted(plan, key=sensitivity.get, reverse=True)
+    rank = {key: number for number, key in enumerate(order, start=1)}
+    numel = {key: shapes[key][0] * shapes[key][1] for key in plan}
+
+    def rows(group_of):
+        groups = defaultdict(list)
+        for key in plan:
+            groups[group_of(key)].append(key)
+        for group, keys in groups.items():
+            pruned = sum(plan[key].sparsity * numel[key] for key in keys) / sum(numel[key] for key in keys)
+            yield [str(group), f"{sum(sensitivity[key] for key in keys) / len(keys):.3e}",
+                   f"{sum(rank[key] for key in keys) / len(keys):.0f}", f"{pruned:.2%}"]
+
+    header = ["mean trace/n", "mean rank", "sparsity"]
+    return "\n\n".join([table(["matrix kind", *header], list(rows(lambda key: key[1]))),
+                        table(["layer", *header], list(rows(lambda key: key[0])))])
+
+
 def perplexity_table(perplexities):
     """Tabulate {"dense" or method: {dataset: perplexity}}."""
     datasets = list(next(iter(perplexities.values())))

@@ -17,6 +17,7 @@ import checkpoint
 import datautils
 import evaluate
 import pipeline
+import traces
 from modelutils import linears
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +25,9 @@ SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "
 
 
 @pytest.fixture(autouse=True)
-def short_builtin(monkeypatch):
-    """Evaluate on four segments only."""
+def short_builtin(monkeypatch, tmp_path_factory):
+    """Evaluate on four segments only, and keep traces out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     whole = datautils.test_tokens
     monkeypatch.setattr(pipeline, "test_tokens", lambda *arguments: (lambda tokens, source: (tokens[:4], source))(
         *whole(*arguments)))
@@ -66,6 +68,70 @@ def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, chec
     assert re.search(rf"^{method} +{record['perplexity'][method]['builtin']:.2f}$", out, re.MULTILINE)
     assert record["data"]["builtin"]["sha256"] == source["sha256"]
     assert record["settings"]["seqlen"] == 32 and record["versions"]["torch"] == torch.__version__
+
+
+MIXGPT = ["--sparsity", ".5", "--sparsity_way", "weight-level", "--saliency", "isc"]
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "qwen2", "bloom"])
+@pytest.mark.parametrize("options", [MIXGPT, [*MIXGPT, "--sparsity_way", "layer-level", "--sensitivity", "fisher"]])
+def test_mixgpt_meets_the_total_in_the_saved_weights(name, options, checkpoint_folder, tmp_path, capsys):
+    family, _ = FAMILIES[name]
+    folder, plot = tmp_path / "saved", tmp_path / "plan.png"
+    assert run(family, checkpoint_folder(name), "builtin", *options, *SMALL, "--save", folder, "--plot", plot) == 0
+    out = capsys.readouterr().out
+    counted = evaluate.measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), family)
+    assert sum(m.zeros for m in counted) / sum(m.numel for m in counted) == pytest.approx(0.5, abs=1e-4)
+    rows = json.loads((folder / "mixgpt.json").read_text())["matrices"]
+    assert [round(row["target"] * m.numel) for row, m in zip(rows, counted, strict=True)] == [m.zeros for m in counted]
+
+    if "fisher" in options:
+        units = {row["layer"]: set() for row in rows}
+        for row in rows:
+            units[row["layer"]].add(row["target"])
+        assert all(len(targets) == 1 for targets in units.values()) and len(set.union(*units.values())) == 3
+    else:
+        ranked = sorted(rows, key=lambda row: row["sensitivity"], reverse=True)
+        targets = [row["target"] for row in ranked]
+        assert targets == sorted(targets) and targets[-1] - targets[0] == pytest.approx(0.2)
+    assert re.search(r"^plan     50\.00% of the weights in all$", out, re.MULTILINE)
+    assert re.search(r"^matrix kind +mean trace/n +mean rank +sparsity$", out, re.MULTILINE)
+    recipe = "layer-level by fisher" if "fisher" in options else "weight-level by hutchinson"
+    assert re.search(rf"^MixGPT \({recipe}\) +\d+\.\d\d$", out, re.MULTILINE)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mixed_n_to_m_tells_how_close_whole_n_come(checkpoint_folder, tmp_path, capsys):
+    folder = tmp_path / "saved"
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--prunen", "3", "--prunem", "8",
+               "--sparsity_way", "weight-level", "--alpha", ".2", *SMALL, "--save", folder) == 0
+    counted = evaluate.measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES["llama"][0])
+    total = sum(m.zeros for m in counted) / sum(m.numel for m in counted)
+    assert abs(total - 3 / 8) < 0.02 and len({m.zeros * 8 // m.numel for m in counted}) > 1
+    assert all(m.zeros * 8 % m.numel == 0 for m in counted)
+    assert f"plan     {total:.2%} of the weights in all" in capsys.readouterr().out
+
+
+def test_a_sweep_computes_the_traces_once(checkpoint_folder, tmp_path, monkeypatch, capsys):
+    arguments = [checkpoint_folder("opt"), "builtin", *MIXGPT, *SMALL]
+    named = ["--sensitivity_file", tmp_path / "traces.json"]
+    assert run(FAMILIES["opt"][0], *arguments) == run(FAMILIES["opt"][0], *arguments, *named) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr(traces, "hessian_traces", lambda *_, **__: pytest.fail("computed again"))
+    for sparsity in (".4", ".6"):
+        assert run(FAMILIES["opt"][0], *arguments, "--sparsity", sparsity) == 0
+        assert run(FAMILIES["opt"][0], *arguments, *named, "--sparsity", sparsity, "--prune_only", "fc") == 0
+    assert str(tmp_path / "traces.json") in first
+
+
+def test_a_budget_is_over_what_is_pruned(checkpoint_folder, tmp_path):
+    folder = tmp_path / "saved"
+    assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", *MIXGPT, *SMALL, "--prune_only", "fc",
+               "--minlayer", "1", "--save", folder) == 0
+    counted = evaluate.measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES["opt"][0])
+    pruned = [m for m in counted if m.layer >= 1 and "fc" in m.name]
+    assert sum(m.zeros for m in pruned) / sum(m.numel for m in pruned) == pytest.approx(0.5, abs=1e-4)
+    assert not any(m.zeros for m in counted if m not in pruned)
 
 
 def test_dense_perplexity_stands_beside_the_pruned_where_asked(checkpoint_folder, capsys):
@@ -149,6 +215,25 @@ BAD = {
         "--prunem 5: does not divide the 32 columns of layer 0 self_attn.k_proj"),
     "gmp alone": ("{opt} builtin --gmp", "--gmp: needs --sparsity or --prunen and --prunem"),
     "nothing selected": ("{opt} builtin --sparsity .5 --minlayer 3", "select no matrix"),
+    "mixed without sparsity": (
+        "{opt} builtin --sparsity_way weight-level",
+        "--sparsity_way weight-level: needs --sparsity or --prunen and --prunem"),
+    "unknown way": (
+        "{opt} builtin --sparsity .5 --sparsity_way best", "argument --sparsity_way: invalid choice: 'best'"),
+    "unknown saliency": ("{opt} builtin --sparsity .5 --saliency l1", "argument --saliency: invalid choice: 'l1'"),
+    "alpha": ("{opt} builtin --sparsity .5 --alpha -1", "--alpha -1: must lie between 0 and 1"),
+    "no probes": ("{opt} builtin --sparsity .5 --nprobes 0", "--nprobes 0: must be at least 1"),
+    "plot of nothing": (
+        "{opt} builtin --sparsity .5 --plot a.png", "--plot: draws sensitivities, needs --sparsity_way"),
+    "plot format": (
+        "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot a.txt",
+        "--plot a.txt: must end in .png, .pdf, .svg"),
+    "plot folder": (
+        "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot no/a.png",
+        "--plot no/a.png: there is no folder"),
+    "traces that are none": (
+        "{opt} builtin --sparsity .5 --sparsity_way weight-level --sensitivity_file {nan}/config.json",
+        "--sensitivity_file {nan}/config.json: is not a file of traces"),
     "percdamp": ("{opt} builtin --sparsity .5 --percdamp -1", "--percdamp -1: must lie between 0 and 1"),
     "no samples": ("{opt} builtin --nsamples 0", "--nsamples 0: must be at least 1"),
     "batch size": ("{opt} builtin --batch-size 0", "--batch-size 0: must be at least 1"),

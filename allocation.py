@@ -1,0 +1,48 @@
+"""Divide a budget of sparsity among matrices by their sensitivity: MixGPT (arXiv 2310.09499), algorithm 1."""
+
+import torch
+
+
+def allocate(sensitivities, sizes, sparsity, alpha):
+    """Give each unit a sparsity that falls linearly with the rank of its sensitivity, on an exact budget.
+
+    sensitivities, sizes (weights): one number per unit, a matrix or a layer. Before the shift, the most sensitive
+    unit gets sparsity − alpha and the least sensitive sparsity + alpha (the paper's keep-ratios). One common shift,
+    clipped to [0, 1], then makes the weighted mean equal `sparsity`, since units differ in size. Returns a list of
+    floats. Of equal sensitivities the earlier unit ranks as less sensitive.
+    """
+    sizes = torch.tensor(sizes, dtype=torch.float64)
+    wanted = sparsity + alpha * (1 - 2 * _rank_fractions(sensitivities))
+    low, high = -2.0, 2.0  # wanted lies within [−1, 2]: the shift that empties and the one that fills every unit
+    for _ in range(100):
+        shift = (low + high) / 2
+        total = ((wanted + shift).clamp(0, 1) * sizes).sum() / sizes.sum()
+        low, high = (shift, high) if total < sparsity else (low, shift)
+    return (wanted + high).clamp(0, 1).tolist()
+
+
+def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
+    """Give each unit a whole n of n:m, as `allocate` would, with the total as close to the budget as whole n allow.
+
+    Returns a list of ints in [0, m], none higher for a more sensitive unit.
+    """
+    sizes = torch.tensor(sizes, dtype=torch.float64)
+    wanted = m * torch.tensor(allocate(sensitivities, sizes.tolist(), sparsity, alpha), dtype=torch.float64)
+    # n changes where wanted + shift passes a whole number and a half: try the middle of every interval between
+    steps = (torch.arange(-m, m + 1) + 0.5 - wanted[:, None]).flatten().unique()
+    shifts = torch.cat([torch.zeros(1, dtype=torch.float64), (steps[1:] + steps[:-1]) / 2])
+    n = (wanted + shifts[:, None] + 0.5).floor().clamp(0, m)  # (shifts, units)
+    miss = ((n * sizes).sum(dim=1) / sizes.sum() / m - sparsity).abs()
+    best = miss.min()
+    closest = [i for i in range(len(shifts)) if miss[i] <= best + 1e-12]
+    return n[min(closest, key=lambda i: shifts[i].abs().item())].int().tolist()
+
+
+def _rank_fractions(sensitivities):
+    """Return rank / (units − 1), 0 for the least sensitive unit; 1/2 for a single one."""
+    if len(sensitivities) == 1:
+        return torch.tensor([0.5], dtype=torch.float64)
+    ranks = torch.empty(len(sensitivities), dtype=torch.float64)
+    order = sorted(range(len(sensitivities)), key=lambda i: sensitivities[i])
+    ranks[order] = torch.arange(len(order), dtype=torch.float64)
+    return ranks / (len(order) - 1)

@@ -1,0 +1,169 @@
+"""The command line: the options of a run, their checks and their help."""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+
+from datautils import DATASETS
+from errors import InputError
+from prune import Target
+from sensitivity import ESTIMATORS
+from sparsegpt import SALIENCIES
+
+WAYS = ("uniform", "origin", "layer-level", "weight-level")  # origin: what the ancestors call uniform
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run, named as on the command line. Raises InputError where their values cannot be used."""
+
+    model: str
+    dataset: str
+    sparsity: float = 0.0
+    prunen: int = 0
+    prunem: int = 0
+    sparsity_way: str = "uniform"
+    alpha: float = 0.1
+    sensitivity: str = "hutchinson"
+    nprobes: int = 1
+    sensitivity_file: str | None = None
+    gmp: bool = False
+    saliency: str = "obs"
+    blocksize: int = 128
+    percdamp: float = 0.01
+    true_sequential: bool = False
+    minlayer: int = 0
+    maxlayer: int = 1000
+    prune_only: str = ""
+    invert: bool = False
+    nsamples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+    data_dir: str | None = None
+    eval: tuple[str, ...] = ("wikitext2", "ptb", "c4")
+    dense: bool = False
+    batch_size: int = 4
+    device: str | None = None
+    dtype: str = "auto"
+    save: str | None = None
+    plot: str | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.sparsity < 1:
+            raise InputError(f"--sparsity {self.sparsity:g}: must be at least 0 and below 1")
+        if (self.prunen or self.prunem) and not 0 < self.prunen < self.prunem:
+            raise InputError(f"--prunen {self.prunen} --prunem {self.prunem}: needs 0 < prunen < prunem, "
+                             "for example --prunen 2 --prunem 4")
+        if self.prunem and self.sparsity not in (0, self.prunen / self.prunem):
+            raise InputError(f"--sparsity {self.sparsity:g}: contradicts --prunen {self.prunen} "
+                             f"--prunem {self.prunem}; leave it out")
+        if self.gmp and not self.prunes:
+            raise InputError("--gmp: needs --sparsity or --prunen and --prunem")
+        if self.mixed and not self.prunes:
+            raise InputError(f"--sparsity_way {self.sparsity_way}: needs --sparsity or --prunen and --prunem")
+        if self.plot and not self.mixed:
+            raise InputError("--plot: draws sensitivities, needs --sparsity_way layer-level or weight-level")
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"--alpha {self.alpha:g}: must lie between 0 and 1")
+        if not 0 <= self.percdamp <= 1:
+            raise InputError(f"--percdamp {self.percdamp:g}: must lie between 0 and 1")
+        for name, least in {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+    @property
+    def prunes(self):
+        return self.sparsity > 0 or self.prunem > 0
+
+    @property
+    def mixed(self):
+        return self.sparsity_way in ("layer-level", "weight-level")
+
+    @property
+    def method(self):
+        """Name of the recipe in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
+        if self.gmp:
+            name, saliency = "magnitude", None
+        else:
+            name, saliency = ("MixGPT" if self.mixed and self.saliency == "isc" else "SparseGPT"), self.saliency
+        details = [saliency] if saliency == "isc" and not self.mixed else []
+        details += [f"{self.sparsity_way} by {self.sensitivity}"] if self.mixed else []
+        return f"{name} ({', '.join(details)})" if details else name
+
+    @property
+    def target(self):
+        if self.prunem:
+            return Target(self.prunen / self.prunem, self.prunen, self.prunem)
+        return Target(self.sparsity)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse(family, argv=None):
+    """Read the command line of a family script. Returns `Settings`; exits with status 2 on what it cannot read."""
+    parser = _Parser(
+        prog=family.script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Prune a language model in one shot and report its perplexity.\n"
+                    "Without --sparsity or --prunen/--prunem: the perplexity of the dense model.")
+    default = {field.name: field.default for field in dataclasses.fields(Settings)}
+
+    def option(group, flag, text, **arguments):
+        name = flag.lstrip("-").replace("-", "_")
+        value = " ".join(default[name]) if isinstance(default[name], tuple) else default[name]
+        if value is False:
+            arguments["action"] = "store_true"
+        shown = "" if value is None or value is False or value == "" else f" (default: {value})"
+        group.add_argument(flag, dest=name, help=text + shown, **arguments)
+
+    parser.add_argument("model", help="hub id, local folder or .gguf file")
+    parser.add_argument("dataset", choices=DATASETS, help="calibration text: %(choices)s; builtin is CPython's own "
+                                                          "reference manual and needs no download")
+    group = parser.add_argument_group("what to prune")
+    option(group, "--sparsity", "fraction of the weights of every matrix to prune, 0 to below 1", type=float)
+    option(group, "--prunen", "n of n:m, weights pruned in every group", type=int)
+    option(group, "--prunem", "m of n:m, consecutive weights of a row in a group", type=int)
+    option(group, "--minlayer", "first layer to prune", type=int)
+    option(group, "--maxlayer", "first layer not to prune any more", type=int)
+    option(group, "--prune_only", "prune only matrices whose name contains this, such as fc1 or mlp")
+    option(group, "--invert", "prune what the three options above do not select")
+    group = parser.add_argument_group("how sparse each matrix is")
+    option(group, "--sparsity_way", "uniform (or origin): all matrices alike; layer-level, weight-level: the less "
+           "sensitive a layer or matrix, the sparser, with the same total", choices=WAYS)
+    option(group, "--alpha", "greatest distance of a matrix from the sparsity asked for, before the shift that meets "
+                             "the total", type=float)
+    option(group, "--sensitivity", "hutchinson: trace of the exact Hessian of the loss, by random probes; fisher: "
+                                   "trace of the Gauss-Newton matrix, less noise in less time", choices=ESTIMATORS)
+    option(group, "--nprobes", "probes, or draws of labels with fisher, per calibration sequence", type=int)
+    option(group, "--sensitivity_file", "JSON file of the traces, read where it exists, else computed and written "
+                                        "(default: kept in ~/.cache/mixgpt by model, data, seed and settings)")
+    group = parser.add_argument_group("how to prune")
+    option(group, "--gmp", "by magnitude, without calibration (the baseline)")
+    option(group, "--saliency", "what ranks weights: obs (SparseGPT) or isc, the improved criterion of MixGPT",
+           choices=SALIENCIES)
+    option(group, "--blocksize", "columns between two updates of the rest of the matrix", type=int)
+    option(group, "--percdamp", "damping of the Hessian, as a fraction of its mean diagonal", type=float)
+    option(group, "--true-sequential", "calibrate each linear on inputs from the pruned linears before it in its layer")
+    group = parser.add_argument_group("calibration")
+    option(group, "--nsamples", "sequences", type=int)
+    option(group, "--seqlen", "tokens in a sequence, also in evaluation (default: 2048, or the model's limit "
+                              "where that is lower)", type=int)
+    option(group, "--seed", "of the choice of sequences", type=int)
+    option(group, "--data-dir", "folder with local copies of the datasets, instead of the hub")
+    group = parser.add_argument_group("evaluation")
+    option(group, "--eval", "test sets to report perplexity on; none: --eval without a name", nargs="*",
+           choices=DATASETS)
+    option(group, "--dense", "report the dense model's perplexity too")
+    group = parser.add_argument_group("where and how it runs")
+    option(group, "--batch-size", "sequences that run together; changes speed and memory only", type=int)
+    option(group, "--device", "cpu, cuda or cuda:N (default: cuda where there is one)")
+    option(group, "--dtype", "of the weights in memory and saved; auto: as stored, but float32 for float16 on a CPU",
+           choices=["auto", "float32", "bfloat16", "float16"])
+    group = parser.add_argument_group("output")
+    option(group, "--save", "new folder for weights, tokenizer, config and mixgpt.json, verified by loading it again")
+    option(group, "--plot", "picture of sensitivities by layer and by kind, and of the sparsities assigned (.png, "
+                            ".pdf, .svg)")
+    return Settings(**vars(parser.parse_args(argv)))

@@ -1,0 +1,144 @@
+"""Traces of all matrices of a model with their errors, computed once and kept in a file."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from errors import InputError
+from modelutils import linears
+from sensitivity import hessian_traces
+
+STABLE = 0.8  # split-half rank correlation below which the ranking is called noise
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Estimates of Tr ∇²_W L of every matrix from each of N calibration sequences."""
+
+    estimator: str
+    shapes: dict  # (layer, name) -> (out, in)
+    samples: torch.Tensor  # (N, matrices), float64
+
+    @property
+    def sizes(self):
+        return torch.tensor([out * columns for out, columns in self.shapes.values()], dtype=torch.float64)
+
+    @property
+    def mean(self):
+        return self.samples.mean(dim=0)
+
+    @property
+    def standard_error(self):
+        """Standard error of the mean over sequences; NaN for one sequence."""
+        if len(self.samples) < 2:
+            return torch.full_like(self.mean, float("nan"))
+        return self.samples.std(dim=0) / len(self.samples) ** 0.5
+
+    @property
+    def sensitivity(self):
+        """Trace per weight, {(layer, name): Tr / n}: MixGPT (arXiv 2310.09499), section 2.3.1."""
+        return dict(zip(self.shapes, (self.mean / self.sizes).tolist(), strict=True))
+
+    @property
+    def split_half_correlation(self):
+        """Spearman's rank correlation of Tr / n between the even and the odd sequences; NaN for one sequence."""
+        if len(self.samples) < 2 or len(self.shapes) < 2:
+            return float("nan")
+        ranks = torch.stack([(self.samples[half::2].mean(dim=0) / self.sizes).argsort().argsort().double()
+                             for half in (0, 1)])
+        return torch.corrcoef(ranks)[0, 1].item()
+
+    def verdict(self):
+        """Say in a line or two how far the ranking can be trusted, and what to raise where it cannot."""
+        relative = (self.standard_error / self.mean).abs().median().item()
+        correlation = self.split_half_correlation
+        text = (f"traces   {self.estimator}, {len(self.samples)} sequences: median standard error {relative:.1%} of "
+                f"the trace, {int((self.mean < 0).sum())} negative, split-half rank correlation {correlation:.3f}")
+        if not correlation >= STABLE:
+            others = "" if self.estimator == "fisher" else ", or take --sensitivity fisher"
+            text += (f"\nwarning  the ranking is not stable (rank correlation below {STABLE}): raise --nsamples or "
+                     f"--nprobes{others}")
+        return text
+
+
+def matrices_of(model, family):
+    """Return {(layer, name): (out, in)} of all linears of all decoder layers. The model may be on meta."""
+    return {(index, name): tuple(module.weight.shape) for index, layer in enumerate(family.layers_of(model))
+            for name, module in linears(layer).items()}
+
+
+def key_of(model, tokens, estimator, seed, nprobes):
+    """Return what traces depend on, as a JSON-able dict: weights, tokens, estimator, seed, probes, dtype."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for parameter in model.parameters():  # 64 numbers of each, the same whether stored as bfloat16 or wider
+        numbers = parameter.detach().flatten()
+        digest.update(numbers[:: -(-numbers.numel() // 64)].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return {"weights": digest.hexdigest(), "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "sequences": len(tokens), "estimator": estimator, "seed": seed, "nprobes": nprobes,
+            "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def default_path(key):
+    """Return where traces of this key are kept: ~/.cache/mixgpt, or mixgpt in XDG_CACHE_HOME."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixgpt"
+    return cache / f"traces-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+
+
+def read(path, shapes, estimator):
+    """Read a file of traces, None where there is none. Returns its content, a dict.
+
+    Raises InputError, naming the file, where it holds other matrices or another estimator, or is no such file.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        held = {(row["layer"], row["name"]): tuple(row["shape"]) for row in content["matrices"]}
+        kind = content["key"]["estimator"]
+        samples = torch.tensor(content["samples"], dtype=torch.float64)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--sensitivity_file {path}: is not a file of traces ({type(error).__name__})") from error
+    for matrix in {**shapes, **held}:
+        if shapes.get(matrix) != held.get(matrix):
+            raise InputError(f"--sensitivity_file {path}: does not fit the model: layer {matrix[0]} {matrix[1]} is "
+                             f"{held.get(matrix, 'missing')} there, {shapes.get(matrix, 'missing')} in the model")
+    if kind != estimator:
+        raise InputError(f"--sensitivity_file {path}: holds {kind} traces; ask for --sensitivity {kind}")
+    return content | {"samples": samples}
+
+
+def obtain(model, family, tokens, estimator, *, seed, nprobes, batch_size, device, path=None):
+    """Return (`Traces` of all matrices, path of their file): read where they are there, else computed and written.
+
+    A file of an interrupted computation is gone on with. path: a file to use; None: `default_path`. A file that is
+    given may come from other tokens, seed or probes, but not from other weights. Raises InputError where it does.
+    """
+    shapes = matrices_of(model, family)
+    key = key_of(model, tokens, estimator, seed, nprobes)
+    target = Path(path) if path else default_path(key)
+    held = read(target, shapes, estimator)
+    if held and held["key"]["weights"] != key["weights"]:
+        raise InputError(f"--sensitivity_file {target}: was computed from other weights than these")
+    if held and len(held["samples"]) == held["key"]["sequences"]:
+        return Traces(estimator, shapes, held["samples"]), target
+    if held and held["key"] != key:
+        raise InputError(f"--sensitivity_file {target}: is incomplete and was begun with other data or settings")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    samples = hessian_traces(
+        model, family, list(shapes), tokens, estimator, seed=seed, nprobes=nprobes, batch_size=batch_size,
+        device=device, known=held and held["samples"], save=lambda rows: _write(target, key, shapes, rows))
+    return Traces(estimator, shapes, samples), target
+
+
+def _write(path, key, shapes, samples):
+    traces = Traces(key["estimator"], shapes, samples)
+    rows = [{"layer": layer, "name": name, "shape": shape, "trace": mean, "standard_error": error}
+            for ((layer, name), shape), mean, error in zip(
+                shapes.items(), traces.mean.tolist(), traces.standard_error.tolist(), strict=True)]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")
+    partial.replace(path)
