@@ -29,7 +29,7 @@ def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
     sizes = torch.tensor(sizes, dtype=torch.float64)
     wanted = m * torch.tensor(allocate(sensitivities, sizes.tolist(), sparsity, alpha), dtype=torch.float64)
     # n changes where wanted + shift passes a whole number and a half: try the middle of every interval between
-    steps = (torch.arange(-m, m + 1) + 0.5 - wanted[:, None]).flatten().unique()
+    steps = (torch.arange(m) + 0.5 - wanted[:, None]).flatten().unique()
     shifts = torch.cat([torch.zeros(1, dtype=torch.float64), (steps[1:] + steps[:-1]) / 2])
     n = (wanted + shifts[:, None] + 0.5).floor().clamp(0, m)  # (shifts, units)
     miss = ((n * sizes).sum(dim=1) / sizes.sum() / m - sparsity).abs()
@@ -39,10 +39,8 @@ def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
 
 
 def _rank_fractions(sensitivities):
-    """Return rank / (units − 1), 0 for the least sensitive unit; 1/2 for a single one."""
-    if len(sensitivities) == 1:
-        return torch.tensor([0.5], dtype=torch.float64)
+    """Return rank / (units − 1), 0 for the least sensitive unit."""
     ranks = torch.empty(len(sensitivities), dtype=torch.float64)
     order = sorted(range(len(sensitivities)), key=lambda i: sensitivities[i])
     ranks[order] = torch.arange(len(order), dtype=torch.float64)
-    return ranks / (len(order) - 1)
+    return ranks / max(len(order) - 1, 1)

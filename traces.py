@@ -135,6 +135,9 @@ def obtain(model, family, tokens, estimator, *, seed, nprobes, batch_size, devic
 
 
 def _write(path, key, shapes, samples):
+    for (layer, name), finite in zip(shapes, samples.isfinite().all(dim=0).tolist(), strict=True):
+        if not finite:
+            raise InputError(f"layer {layer} {name}: its trace is NaN or inf; try --dtype float32")
     traces = Traces(key["estimator"], shapes, samples)
     rows = [{"layer": layer, "name": name, "shape": shape, "trace": mean, "standard_error": error}
             for ((layer, name), shape), mean, error in zip(

@@ -80,6 +80,14 @@ def test_a_model_with_another_norm_is_another_model(tokens):
     assert keys[0]["weights"] != keys[1]["weights"]
 
 
+def test_traces_that_are_not_finite_are_refused_and_not_kept(tokens, path):
+    family, model = make("opt")
+    model.model.decoder.layers[1].fc1.bias.data[0] = float("inf")
+    with pytest.raises(InputError, match="layer 0 self_attn.k_proj: its trace is NaN or inf"):
+        traces.obtain(model, family, tokens, "fisher", path=path, **OPTIONS)
+    assert not path.exists()
+
+
 def test_an_incomplete_file_of_other_settings_is_refused(tokens, path):
     obtain("llama", tokens, path)
     content = json.loads(path.read_text())
