@@ -68,11 +68,10 @@ def run(family, settings):
             return {name: perplexity(model, family, tokens, settings.batch_size, device, name)
                     for name, tokens in tests.items()}
 
-    perplexities = {}
-    if settings.dense or not selected:
-        perplexities["dense"] = evaluate()
     plan, known = _plan(settings, selected, model, family, calibration, device, clock)
-    outcomes = {}
+    perplexities, outcomes = {}, {}
+    if settings.dense or not plan:
+        perplexities["dense"] = evaluate()
     if plan and settings.gmp:
         with clock.part("magnitude"):
             prune_magnitude(model, family, plan, device)

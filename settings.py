@@ -98,6 +98,62 @@ class Settings:
         return Target(self.sparsity)
 
 
+# Group -> (flag, help, further arguments of argparse); types and defaults are those of Settings.
+OPTIONS = {
+    "what to prune": [
+        ("--sparsity", "fraction of the weights to prune, 0 to below 1", {}),
+        ("--prunen", "n of n:m, weights pruned in every group", {}),
+        ("--prunem", "m of n:m, consecutive weights of a row in a group", {}),
+        ("--minlayer", "first layer to prune", {}),
+        ("--maxlayer", "first layer not to prune any more", {}),
+        ("--prune_only", "prune only matrices whose name contains this, such as fc1 or mlp", {}),
+        ("--invert", "prune what the three options above do not select", {}),
+    ],
+    "how sparse each matrix is": [
+        ("--sparsity_way", "uniform (or origin): all matrices alike; layer-level, weight-level: the less sensitive a "
+                           "layer or matrix, the sparser, with the same total", {"choices": WAYS}),
+        ("--alpha", "greatest distance of a matrix from the sparsity asked for, before the shift that meets the "
+                    "total", {}),
+        ("--sensitivity", "hutchinson: trace of the exact Hessian of the loss, by random probes; fisher: trace of the "
+                          "Gauss-Newton matrix, less noise in less time", {"choices": ESTIMATORS}),
+        ("--nprobes", "probes, or draws of labels with fisher, per calibration sequence", {}),
+        ("--sensitivity_file", "JSON file of the traces, read where it exists, else computed and written (default: "
+                               "kept in ~/.cache/mixgpt by model, data, seed and settings)", {}),
+    ],
+    "how to prune": [
+        ("--gmp", "by magnitude, without calibration (the baseline)", {}),
+        ("--saliency", "what ranks weights: obs (SparseGPT) or isc, the improved criterion of MixGPT",
+         {"choices": SALIENCIES}),
+        ("--blocksize", "columns between two updates of the rest of the matrix", {}),
+        ("--percdamp", "damping of the Hessian, as a fraction of its mean diagonal", {}),
+        ("--true-sequential", "calibrate each linear on inputs from the pruned linears before it in its layer", {}),
+    ],
+    "calibration": [
+        ("--nsamples", "sequences", {}),
+        ("--seqlen", "tokens in a sequence, also in evaluation (default: 2048, or the model's limit where that is "
+                     "lower)", {"type": int}),
+        ("--seed", "of the choice of sequences, and of probes and labels", {}),
+        ("--data-dir", "folder with local copies of the datasets, instead of the hub", {}),
+    ],
+    "evaluation": [
+        ("--eval", "test sets to report perplexity on; none: --eval without a name",
+         {"nargs": "*", "type": str, "choices": DATASETS}),
+        ("--dense", "report the dense model's perplexity too", {}),
+    ],
+    "where and how it runs": [
+        ("--batch-size", "sequences that run together; changes speed and memory only", {}),
+        ("--device", "cpu, cuda or cuda:N (default: cuda where there is one)", {}),
+        ("--dtype", "of the weights in memory and saved; auto: as stored, but float32 for float16 on a CPU",
+         {"choices": ["auto", "float32", "bfloat16", "float16"]}),
+    ],
+    "output": [
+        ("--save", "new folder for weights, tokenizer, config and mixgpt.json, verified by loading it again", {}),
+        ("--plot", "picture of sensitivities by layer and by kind, and of the sparsities assigned (.png, .pdf, .svg)",
+         {}),
+    ],
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -107,63 +163,22 @@ def parse(family, argv=None):
     """Read the command line of a family script. Returns `Settings`; exits with status 2 on what it cannot read."""
     parser = _Parser(
         prog=family.script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Prune a language model in one shot and report its perplexity.\n"
-                    "Without --sparsity or --prunen/--prunem: the perplexity of the dense model.")
-    default = {field.name: field.default for field in dataclasses.fields(Settings)}
-
-    def option(group, flag, text, **arguments):
-        name = flag.lstrip("-").replace("-", "_")
-        value = " ".join(default[name]) if isinstance(default[name], tuple) else default[name]
-        if value is False:
-            arguments["action"] = "store_true"
-        shown = "" if value is None or value is False or value == "" else f" (default: {value})"
-        group.add_argument(flag, dest=name, help=text + shown, **arguments)
-
+        allow_abbrev=False, description="Prune a language model in one shot and report its perplexity.\n"
+                                        "Without --sparsity or --prunen/--prunem: the perplexity of the dense model.")
     parser.add_argument("model", help="hub id, local folder or .gguf file")
     parser.add_argument("dataset", choices=DATASETS, help="calibration text: %(choices)s; builtin is CPython's own "
                                                           "reference manual and needs no download")
-    group = parser.add_argument_group("what to prune")
-    option(group, "--sparsity", "fraction of the weights of every matrix to prune, 0 to below 1", type=float)
-    option(group, "--prunen", "n of n:m, weights pruned in every group", type=int)
-    option(group, "--prunem", "m of n:m, consecutive weights of a row in a group", type=int)
-    option(group, "--minlayer", "first layer to prune", type=int)
-    option(group, "--maxlayer", "first layer not to prune any more", type=int)
-    option(group, "--prune_only", "prune only matrices whose name contains this, such as fc1 or mlp")
-    option(group, "--invert", "prune what the three options above do not select")
-    group = parser.add_argument_group("how sparse each matrix is")
-    option(group, "--sparsity_way", "uniform (or origin): all matrices alike; layer-level, weight-level: the less "
-           "sensitive a layer or matrix, the sparser, with the same total", choices=WAYS)
-    option(group, "--alpha", "greatest distance of a matrix from the sparsity asked for, before the shift that meets "
-                             "the total", type=float)
-    option(group, "--sensitivity", "hutchinson: trace of the exact Hessian of the loss, by random probes; fisher: "
-                                   "trace of the Gauss-Newton matrix, less noise in less time", choices=ESTIMATORS)
-    option(group, "--nprobes", "probes, or draws of labels with fisher, per calibration sequence", type=int)
-    option(group, "--sensitivity_file", "JSON file of the traces, read where it exists, else computed and written "
-                                        "(default: kept in ~/.cache/mixgpt by model, data, seed and settings)")
-    group = parser.add_argument_group("how to prune")
-    option(group, "--gmp", "by magnitude, without calibration (the baseline)")
-    option(group, "--saliency", "what ranks weights: obs (SparseGPT) or isc, the improved criterion of MixGPT",
-           choices=SALIENCIES)
-    option(group, "--blocksize", "columns between two updates of the rest of the matrix", type=int)
-    option(group, "--percdamp", "damping of the Hessian, as a fraction of its mean diagonal", type=float)
-    option(group, "--true-sequential", "calibrate each linear on inputs from the pruned linears before it in its layer")
-    group = parser.add_argument_group("calibration")
-    option(group, "--nsamples", "sequences", type=int)
-    option(group, "--seqlen", "tokens in a sequence, also in evaluation (default: 2048, or the model's limit "
-                              "where that is lower)", type=int)
-    option(group, "--seed", "of the choice of sequences", type=int)
-    option(group, "--data-dir", "folder with local copies of the datasets, instead of the hub")
-    group = parser.add_argument_group("evaluation")
-    option(group, "--eval", "test sets to report perplexity on; none: --eval without a name", nargs="*",
-           choices=DATASETS)
-    option(group, "--dense", "report the dense model's perplexity too")
-    group = parser.add_argument_group("where and how it runs")
-    option(group, "--batch-size", "sequences that run together; changes speed and memory only", type=int)
-    option(group, "--device", "cpu, cuda or cuda:N (default: cuda where there is one)")
-    option(group, "--dtype", "of the weights in memory and saved; auto: as stored, but float32 for float16 on a CPU",
-           choices=["auto", "float32", "bfloat16", "float16"])
-    group = parser.add_argument_group("output")
-    option(group, "--save", "new folder for weights, tokenizer, config and mixgpt.json, verified by loading it again")
-    option(group, "--plot", "picture of sensitivities by layer and by kind, and of the sparsities assigned (.png, "
-                            ".pdf, .svg)")
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for flag, text, arguments in options:
+            name = flag.lstrip("-").replace("-", "_")
+            default = defaults[name]
+            if default is False:
+                group.add_argument(flag, dest=name, help=text, action="store_true")
+                continue
+            if default not in (None, ""):
+                text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
+            kind = str if default is None else type(default)
+            group.add_argument(flag, dest=name, help=text, **{"type": kind} | arguments)
     return Settings(**vars(parser.parse_args(argv)))

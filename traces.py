@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def read(path, shapes, estimator):
         held = {(row["layer"], row["name"]): tuple(row["shape"]) for row in content["matrices"]}
         kind = content["key"]["estimator"]
         samples = torch.tensor(content["samples"], dtype=torch.float64)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--sensitivity_file {path}: is not a file of traces ({type(error).__name__})") from error
@@ -127,7 +128,12 @@ def obtain(model, family, tokens, estimator, *, seed, nprobes, batch_size, devic
         return Traces(estimator, shapes, held["samples"]), target
     if held and held["key"] != key:
         raise InputError(f"--sensitivity_file {target}: is incomplete and was begun with other data or settings")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise InputError(f"--sensitivity_file {target}: cannot be written ({error.strerror}); "
+                         "name another file") from error
     samples = hessian_traces(
         model, family, list(shapes), tokens, estimator, seed=seed, nprobes=nprobes, batch_size=batch_size,
         device=device, known=held and held["samples"], save=lambda rows: _write(target, key, shapes, rows))

@@ -88,6 +88,13 @@ def test_traces_that_are_not_finite_are_refused_and_not_kept(tokens, path):
     assert not path.exists()
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tokens, tmp_path, monkeypatch, never_computed):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=f"--sensitivity_file {tmp_path}/file/mixgpt/traces-.*cannot be written"):
+        obtain("llama", tokens, None)
+
+
 def test_an_incomplete_file_of_other_settings_is_refused(tokens, path):
     obtain("llama", tokens, path)
     content = json.loads(path.read_text())
