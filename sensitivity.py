@@ -81,10 +81,10 @@ class _Pass:
         modules = linears(layer)
         return {column: modules[name] for column, (at, name) in enumerate(self.matrices) if at == index}
 
-    def head_gradients(self, loss):
-        """Return what `loss(logits function, batch rows)` gives for the last border, batch by batch, joined."""
+    def head_gradients(self, gradients):
+        """Call gradients(modules after the layers, rows) for every batch; return the tensors it gives, joined."""
         after = [self.copied(module) for module in self.after]
-        parts = [loss(after, rows) for rows in self.stream.batches()]
+        parts = [gradients(after, rows) for rows in self.stream.batches()]
         return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
