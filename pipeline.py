@@ -208,7 +208,7 @@ def _heading(model, family, settings, selected, calibration, seqlen, device):
     if selected:
         how = f"{settings.prunen}:{settings.prunem}" if settings.prunem else f"{settings.sparsity:.4g} of the weights"
         where = "over" if settings.mixed else "in each of"
-        details = f", alpha {settings.alpha:g}, {settings.nprobes} probes a sequence" if settings.mixed else ""
+        details = f", alpha {settings.alpha:g}, nprobes {settings.nprobes}" if settings.mixed else ""
         details += "" if settings.gmp else f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
             ", true-sequential" if settings.true_sequential else "")
         lines.append(f"pruning  {settings.method}, {how} {where} {len(selected)} matrices{details}")
