@@ -83,13 +83,11 @@ class Settings:
     @property
     def method(self):
         """Name of the recipe in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
-        if self.gmp:
-            name, saliency = "magnitude", None
-        else:
-            name, saliency = ("MixGPT" if self.mixed and self.saliency == "isc" else "SparseGPT"), self.saliency
-        details = [saliency] if saliency == "isc" and not self.mixed else []
-        details += [f"{self.sparsity_way} by {self.sensitivity}"] if self.mixed else []
-        return f"{name} ({', '.join(details)})" if details else name
+        improved = self.saliency == "isc" and not self.gmp
+        name = "magnitude" if self.gmp else "MixGPT" if self.mixed and improved else "SparseGPT"
+        if self.mixed:
+            return f"{name} ({self.sparsity_way} by {self.sensitivity})"
+        return f"{name} (isc)" if improved else name
 
     @property
     def target(self):

@@ -19,6 +19,7 @@ import evaluate
 import pipeline
 import traces
 from modelutils import linears
+from settings import Settings
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
@@ -99,6 +100,17 @@ def test_mixgpt_meets_the_total_in_the_saved_weights(name, options, checkpoint_f
     recipe = "layer-level by fisher" if "fisher" in options else "weight-level by hutchinson"
     assert re.search(rf"^MixGPT \({recipe}\) +\d+\.\d\d$", out, re.MULTILINE)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options, name", [
+    ({}, "SparseGPT"), ({"saliency": "isc"}, "SparseGPT (isc)"), ({"gmp": True, "saliency": "isc"}, "magnitude"),
+    ({"sparsity_way": "layer-level"}, "SparseGPT (layer-level by hutchinson)"),
+    ({"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}, "MixGPT (weight-level by fisher)"),
+    ({"sparsity_way": "weight-level", "gmp": True}, "magnitude (weight-level by hutchinson)"),
+    ({"sparsity_way": "origin"}, "SparseGPT"),
+])
+def test_a_recipe_is_named_by_its_choices(options, name):
+    assert Settings("model", "c4", sparsity=0.5, **options).method == name
 
 
 def test_mixed_n_to_m_tells_how_close_whole_n_come(checkpoint_folder, tmp_path, capsys):
