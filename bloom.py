@@ -5,6 +5,7 @@ python bloom.py bigscience/bloom-560m c4 --sparsity .5 --gmp          # magnitud
 python bloom.py bigscience/bloom-560m c4 --sparsity .5                # SparseGPT, 50% in every matrix
 python bloom.py bigscience/bloom-560m c4 --sparsity .5 --sparsity_way weight-level --saliency isc  # MixGPT
 python bloom.py bigscience/bloom-560m c4 --prunen 2 --prunem 4        # 2 pruned of every 4
+python bloom.py bigscience/bloom-560m c4 --sparsity .5 --wbits 4      # the kept half in 4 bits, in the same pass
 python bloom.py bigscience/bloom-560m c4 --sparsity .5 --save pruned  # a folder that from_pretrained loads
 
 Positions enter as ALiBi biases, so the sequence length has no limit of its own.

@@ -20,7 +20,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import hub
 from errors import InputError
-from modelutils import SCRIPTS
+from formats import FORMATS
+from modelutils import SCRIPTS, SPARSE, load_sparse
 
 RECORD = "mixgpt.json"
 
@@ -87,21 +88,39 @@ def skeleton(config):
 
 
 def load_model(model, dtype):
-    """Load the weights of `model` on the host, in `dtype` ("auto": as stored).
+    """Load the weights of `model` on the host, in `dtype` ("auto": as stored), whatever format they were saved in.
 
-    Raises InputError where the checkpoint lacks a weight or holds NaN or inf.
+    Raises InputError where the checkpoint lacks a weight, holds NaN or inf, or is quantized in another way.
     """
     name, arguments = _source(model)
-    if "gguf_file" in arguments:
-        arguments["quantization_config"] = GgufConfig(dequantize=True)
     with _refusing(model):
-        loaded, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **arguments)
-    if report["missing_keys"]:
-        raise InputError(f"model {model}: the checkpoint lacks {', '.join(sorted(report['missing_keys'])[:3])}")
+        if (Path(model) / SPARSE).is_file():
+            loaded, missing = load_sparse(model, dtype), ()
+        else:
+            arguments |= _dequantizing(model, name, arguments)
+            loaded, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True,
+                                                                  **arguments)
+            missing = report["missing_keys"]
+    if missing:
+        raise InputError(f"model {model}: the checkpoint lacks {', '.join(sorted(missing)[:3])}")
     for key, parameter in loaded.named_parameters():
         if not parameter.isfinite().all():
             raise InputError(f"model {model}: {key} holds NaN or inf")
     return loaded.eval()
+
+
+def _dequantizing(model, name, arguments):
+    """Return the arguments of `from_pretrained` that turn quantized weights into ordinary ones."""
+    if "gguf_file" in arguments:
+        return {"quantization_config": GgufConfig(dequantize=True)}
+    config = AutoConfig.from_pretrained(name, **arguments)
+    quantization = getattr(config, "quantization_config", {"quant_method": None})
+    method = quantization["quant_method"]
+    if method == "compressed-tensors":
+        quantization["dequantize"] = True
+    elif method:
+        raise InputError(f"model {model}: its weights are quantized by {method}; give the original model")
+    return {"config": config}
 
 
 def check_save(folder, nbytes):
@@ -121,12 +140,15 @@ def check_save(folder, nbytes):
         raise InputError(f"--save {folder}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {parent}")
 
 
-def save(folder, model, tokenizer, record):
-    """Write weights, configuration, tokenizer and record; the folder appears under its name when all is there."""
+def save(folder, model, tokenizer, record, family=None, save_format="dense", grids=None):
+    """Write weights, configuration, tokenizer and record; the folder appears under its name when all is there.
+
+    save_format: a key of formats.FORMATS. grids: {name of a linear: quant.Grid} of those that are quantized.
+    """
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    model.save_pretrained(partial)
+    FORMATS[save_format](partial, model, family, grids)
     tokenizer.save_pretrained(partial)
     write_record(partial, record)
     partial.replace(folder)  # an empty folder of this name gives way

@@ -1,10 +1,18 @@
 """Families of models, and running a model one decoder layer at a time."""
 
 import contextlib
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+from packing import decode
+
+SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}
+SPARSE_VARIANT = "sparse"  # and part of the names of the files with its tensors
 SLICE = 1024  # tokens whose logits exist at a time
 
 # Model classes that each family script accepts: those whose modules lie where its Family says.
@@ -29,6 +37,10 @@ class Family:
 
     def layers_of(self, model):
         return model.get_submodule(self.layers)
+
+    def path(self, index, name):
+        """Return the name in the model of the linear `name` of layer number `index`."""
+        return f"{self.layers}.{index}.{name}"
 
     def before_of(self, model):
         return _present(model, self.before)
@@ -131,6 +143,32 @@ class Stream:
         """Replace the hidden states by the output of layer number `index`, which is on the device."""
         for rows in self.batches():
             self.hidden[rows] = self.forward(layer, index, rows).to("cpu")
+
+
+def load_sparse(folder, dtype="auto"):
+    """Load a folder written by --save-format sparse as an ordinary transformers model, bit for bit.
+
+        from modelutils import load_sparse
+        model = load_sparse("pruned")
+
+    dtype: of the weights in memory ("auto": as they were when saved). Raises OSError, ValueError, KeyError or
+    safetensors.SafetensorError where the folder is damaged.
+    """
+    folder = Path(folder)
+    matrices = json.loads((folder / SPARSE).read_text())
+    state = {}
+    for shard in sorted(folder.glob(f"model.{SPARSE_VARIANT}*.safetensors")):
+        state |= load_file(shard)
+    for name, description in matrices.items():
+        parts = {key: state.pop(f"{name}.{key}") for key in description["parts"]}
+        state[name] = decode(parts, description)
+    config = AutoConfig.from_pretrained(folder)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, report = kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True,
+                                         dtype=config.dtype if dtype == "auto" else dtype)
+    if report["missing_keys"]:
+        raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
+    return model
 
 
 def apply(modules, hidden):

@@ -1,4 +1,4 @@
-"""The main job: load, calibrate, allocate, prune, save, verify, evaluate, report."""
+"""The main job: load, calibrate, allocate, prune and quantize, save, verify, evaluate, report."""
 
 import dataclasses
 import platform
@@ -14,8 +14,18 @@ import traces
 from datautils import calibration_samples, test_tokens
 from errors import InputError
 from evaluate import logits, measure_sparsity, perplexity
-from prune import make_plan, prune_magnitude, prune_sparsegpt, select
-from report import Clock, cost_line, peak_memory, perplexity_table, plan_tables, sparsity_table, total_sparsity
+from formats import stored_bytes
+from prune import Outcome, make_plan, prune_magnitude, prune_sparsegpt, select
+from report import (
+    Clock,
+    cost_line,
+    disk_line,
+    peak_memory,
+    perplexity_table,
+    plan_tables,
+    sparsity_table,
+    total_sparsity,
+)
 from settings import parse
 
 DEFAULT_SEQLEN = 2048
@@ -47,8 +57,8 @@ def run(family, settings):
         seqlen = _seqlen(settings.seqlen, config)
         dtype = _dtype(settings.dtype, config, device)
         skeleton = checkpoint.skeleton(config)
-        selected = select(skeleton, family, settings.prunem, settings.minlayer, settings.maxlayer,
-                          settings.prune_only, settings.invert) if settings.prunes else {}
+        selected = select(skeleton, family, settings.prunem, settings.groupsize, settings.minlayer, settings.maxlayer,
+                          settings.prune_only, settings.invert) if settings.compresses else {}
         if settings.sensitivity_file:
             traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
         if settings.plot:
@@ -69,23 +79,19 @@ def run(family, settings):
                     for name, tokens in tests.items()}
 
     plan, known = _plan(settings, selected, model, family, calibration, device, clock)
-    perplexities, outcomes = {}, {}
+    perplexities = {}
     if settings.dense or not plan:
         perplexities["dense"] = evaluate()
-    if plan and settings.gmp:
-        with clock.part("magnitude"):
-            prune_magnitude(model, family, plan, device)
-    elif plan:
-        outcomes = prune_sparsegpt(
-            model, family, plan, calibration, saliency=settings.saliency, blocksize=settings.blocksize,
-            percdamp=settings.percdamp, true_sequential=settings.true_sequential, batch_size=settings.batch_size,
-            device=device, clock=clock)
+    outcomes = _compress(settings, plan, model, family, calibration, device, clock)
     matrices = measure_sparsity(model, family)
     record = _record(settings, seqlen, model.dtype, device, sources, matrices, outcomes, plan, known)
     if settings.save:
         with clock.part("save"):
-            checkpoint.save(settings.save, model, tokenizer, record)
+            grids = {family.path(*key): outcome.grid for key, outcome in outcomes.items() if outcome.grid}
+            checkpoint.save(settings.save, model, tokenizer, record, family, settings.save_format, grids)
             _verify(settings.save, model, family, matrices, _probe(tests, calibration, config.vocab_size), device)
+            if plan:
+                record["disk"] = _disk(settings, family, plan, selected)
     if plan:
         perplexities[settings.method] = evaluate()
     record |= {"perplexity": perplexities, "seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
@@ -93,6 +99,29 @@ def run(family, settings):
         checkpoint.write_record(settings.save, record)
     print(_result(settings, matrices, outcomes, perplexities, record))
     return record
+
+
+def _compress(settings, plan, model, family, calibration, device, clock):
+    """Prune and quantize what the plan names. Returns {(layer, name): Outcome}."""
+    if not plan:
+        return {}
+    if not settings.calibrates:
+        with clock.part("magnitude"):
+            return prune_magnitude(model, family, plan, device, settings.scheme)
+    return prune_sparsegpt(
+        model, family, plan, calibration, saliency=settings.saliency, blocksize=settings.blocksize,
+        percdamp=settings.percdamp, true_sequential=settings.true_sequential, batch_size=settings.batch_size,
+        device=device, clock=clock, scheme=settings.scheme, act_order=settings.act_order)
+
+
+def _disk(settings, family, plan, selected):
+    """Count what the matrices of the plan take on disk, against bfloat16; theory counts only the kept weights' bits."""
+    sizes = {key: out * columns for key, (out, columns) in selected.items()}
+    kept = sum((1 - target.sparsity) * sizes[key] for key, target in plan.items())
+    nbytes = stored_bytes(settings.save, {family.path(*key) for key in plan})
+    numel = sum(sizes.values())
+    return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
+            "theoretical_ratio": 16 * numel / (settings.wbits * kept)}
 
 
 def _plan(settings, selected, model, family, calibration, device, clock):
@@ -151,7 +180,7 @@ def _dtype(name, config, device):
 def _tokens(settings, seqlen, tokenizer, vocab_size):
     """Return calibration tokens (N, T) or None, {test set: tokens (n, T)} and where the texts come from."""
     calibration, tests, sources = None, {}, {}
-    if settings.mixed or settings.prunes and not settings.gmp:
+    if settings.mixed or settings.calibrates:
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
     for name in settings.eval:
@@ -190,8 +219,10 @@ def _record(settings, seqlen, dtype, device, sources, matrices, outcomes, plan, 
             row["target"] = plan[key].sparsity
         if key in sensitivity:
             row["sensitivity"] = sensitivity[key]
-        if key in outcomes:
-            row |= dataclasses.asdict(outcomes[key])
+        outcome = outcomes.get(key, Outcome())
+        row |= {name: value for name in ("error", "percdamp") if (value := getattr(outcome, name)) is not None}
+        if outcome.grid:
+            row["wbits"] = outcome.grid.scheme.wbits
         rows.append(row)
     versions = {"python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
@@ -205,24 +236,40 @@ def _heading(model, family, settings, selected, calibration, seqlen, device):
     parameters = sum(p.numel() for p in model.parameters())
     lines = [f"model    {settings.model}: {type(model).__name__}, {len(family.layers_of(model))} layers, "
              f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {device}"]
-    if selected:
-        how = f"{settings.prunen}:{settings.prunem}" if settings.prunem else f"{settings.sparsity:.4g} of the weights"
-        where = "over" if settings.mixed else "in each of"
-        details = f", alpha {settings.alpha:g}, nprobes {settings.nprobes}" if settings.mixed else ""
-        details += "" if settings.gmp else f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
-            ", true-sequential" if settings.true_sequential else "")
-        lines.append(f"pruning  {settings.method}, {how} {where} {len(selected)} matrices{details}")
+    lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(selected)).items()]
     if calibration is not None:
         lines.append(f"data     {settings.dataset}: {len(calibration)} sequences of {seqlen} tokens, "
                      f"seed {settings.seed}, batches of {settings.batch_size}")
     return "\n".join(lines)
 
 
+def _methods(settings, count):
+    """Say how weights are pruned and quantized: {"pruning" or "grids": text}."""
+    how = {}
+    walk = f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
+        ", true-sequential" if settings.true_sequential else "") + (
+        ", columns by activation" if settings.act_order else "") if settings.calibrates else ""
+    if settings.prunes:
+        n, m = settings.prunen, settings.prunem
+        amount = f"{n}:{m}" if m else f"{settings.sparsity:.4g} of the weights"
+        where = "over" if settings.mixed else "in each of"
+        spread = f", alpha {settings.alpha:g}, nprobes {settings.nprobes}" if settings.mixed else ""
+        how["pruning"] = f"{settings.method}, {amount} {where} {count} matrices{spread}{walk}"
+    if scheme := settings.scheme:
+        name = "" if settings.prunes else f"{settings.method}, {count} matrices, "
+        grids = "a row" if scheme.groupsize == -1 else f"{scheme.groupsize} columns of a row"
+        how["grids"] = (f"{name}{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for {grids} each"
+                        + (", range by squared error" if scheme.mse else "") + ("" if settings.prunes else walk))
+    return how
+
+
 def _result(settings, matrices, outcomes, perplexities, record):
-    parts = [sparsity_table(matrices, outcomes)] if settings.prunes else []
+    parts = [sparsity_table(matrices, outcomes)] if settings.compresses else []
     if settings.eval:
         parts.append(perplexity_table(perplexities))
     parts.append(cost_line(record["seconds"], record["peak_memory"]))
+    if "disk" in record:
+        parts.append(disk_line(record["disk"]))
     if settings.save:
         parts.append(f"saved in {settings.save}, loaded again and found equal")
     return "\n" + "\n\n".join(parts)

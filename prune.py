@@ -1,4 +1,4 @@
-"""Prune a whole model, one decoder layer on the device at a time: SparseGPT (streamed) and magnitude."""
+"""Prune and quantize a whole model, one decoder layer on the device at a time, with calibration or without."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,8 @@ from tqdm import tqdm
 from allocation import allocate, allocate_whole
 from errors import InputError
 from modelutils import Stream, hooked, linears, on_device, shared_inputs
-from sparsegpt import SALIENCIES, SparseGPT, magnitude_prune
+from quant import Grid, quantize_nearest
+from sparsegpt import SALIENCIES, SparseGPT, activation_order, magnitude_prune
 
 
 @dataclass(frozen=True)
@@ -22,27 +23,29 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What pruning one matrix did."""
+    """What was done to one matrix."""
 
-    error: float  # ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs
-    percdamp: float  # the damping that its Hessian needed
+    error: float | None = None  # ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs, where there are any
+    percdamp: float | None = None  # the damping that its Hessian needed
+    grid: Grid | None = None  # where it is quantized
 
 
-def select(model, family, prunem, minlayer, maxlayer, prune_only, invert):
-    """Return the shapes of the matrices to prune, {(layer, name): (out, in)}, in the order of the model.
+def select(model, family, prunem, groupsize, minlayer, maxlayer, prune_only, invert):
+    """Return the shapes of the matrices to change, {(layer, name): (out, in)}, in the order of the model.
 
     Selected are the layers minlayer ≤ index < maxlayer and the names that contain prune_only; invert selects all
-    others instead. The model may be on meta. Raises InputError where nothing is selected or prunem does not divide
-    the columns.
+    others instead. The model may be on meta. Raises InputError where nothing is selected, or prunem or groupsize does
+    not divide the columns.
     """
     selected = {}
     for index, layer in enumerate(family.layers_of(model)):
         for name, module in linears(layer).items():
             if (minlayer <= index < maxlayer and prune_only in name) == invert:
                 continue
-            if prunem and module.in_features % prunem:
-                raise InputError(f"--prunem {prunem}: does not divide the {module.in_features} columns of "
-                                 f"layer {index} {name}")
+            for flag, width in {"--prunem": prunem, "--groupsize": groupsize}.items():
+                if width and module.in_features % width:
+                    raise InputError(f"{flag} {width}: does not divide the {module.in_features} columns of "
+                                     f"layer {index} {name}")
             selected[index, name] = tuple(module.weight.shape)
     if not selected:
         names = ", ".join(linears(family.layers_of(model)[0]))
@@ -76,23 +79,32 @@ def make_plan(selected, target, way="uniform", sensitivity=None, alpha=0.0):
 
 
 @torch.no_grad()
-def prune_magnitude(model, family, plan, device):
-    """Prune every matrix of the plan by magnitude, in place."""
+def prune_magnitude(model, family, plan, device, scheme=None):
+    """Prune every matrix of the plan by magnitude and round it to the nearest grid values of `scheme`, in place.
+
+    Returns {(layer, name): Outcome}.
+    """
+    outcomes = {}
     for index, layer in enumerate(tqdm(family.layers_of(model), desc="magnitude", unit="layer", disable=None)):
         with on_device([layer], device):
             for name, module in linears(layer).items():
                 if target := plan.get((index, name)):
-                    module.weight.copy_(magnitude_prune(module.weight, target.sparsity, target.prunen, target.prunem))
+                    W, grid = magnitude_prune(module.weight, target.sparsity, target.prunen, target.prunem), None
+                    if scheme:
+                        W, grid = quantize_nearest(W, scheme)
+                    module.weight.copy_(W)
+                    outcomes[index, name] = Outcome(grid=grid and grid.to("cpu"))
+    return outcomes
 
 
 @torch.no_grad()
 def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdamp, true_sequential, batch_size, device,
-                    clock):
-    """Prune every matrix of the plan by SparseGPT on calibration tokens (N, T), in place.
+                    clock, scheme=None, act_order=False):
+    """Prune and quantize every matrix of the plan by SparseGPT on calibration tokens (N, T), in place.
 
     Inputs come from the pruned layers before; with true_sequential also from the pruned linears before in the same
-    layer. saliency: a key of SALIENCIES. Returns {(layer, name): Outcome}. Raises InputError where an input is not
-    finite.
+    layer. saliency: a key of SALIENCIES. scheme: a quant.Scheme, None: do not quantize. act_order: walk the columns
+    in `activation_order`. Returns {(layer, name): Outcome}. Raises InputError where an input is not finite.
     """
     with clock.part("forward"):
         stream = Stream.embed(model, family, tokens, batch_size, device)
@@ -104,8 +116,8 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
                 for group in _stages(layer, index, stream, plan, true_sequential):
                     hessians = _collect(layer, index, stream, group, clock)
                     with clock.part("walk"):
-                        outcomes |= _prune_group(layer, index, hessians, plan, percdamp, bar, blocksize=blocksize,
-                                                 saliency=SALIENCIES[saliency])
+                        outcomes |= _prune_group(layer, index, hessians, plan, percdamp, act_order, bar,
+                                                 blocksize=blocksize, saliency=SALIENCIES[saliency], scheme=scheme)
                 if index + 1 < len(layers):
                     with clock.part("forward"):
                         stream.advance(layer, index)
@@ -143,19 +155,20 @@ def _collect(layer, index, stream, groups, clock):
     return hessians
 
 
-def _prune_group(layer, index, hessians, plan, percdamp, bar, **options):
+def _prune_group(layer, index, hessians, plan, percdamp, act_order, bar, **options):
     modules, outcomes = linears(layer), {}
     for group, hessian in hessians.items():
+        targets = {name: plan[index, name] for name in group}
+        order = activation_order(hessian.H.diagonal(), targets[group[0]].prunem) if act_order else None
         try:
-            used = hessian.factor(percdamp)
+            used = hessian.factor(percdamp, order)
         except torch.linalg.LinAlgError as error:
             raise InputError(f"layer {index} {group[0]}: {error}") from error
         if used != percdamp:
             bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp {percdamp:g}, "
                       f"raised to {used:g}")
-        for name in group:
-            target = plan[index, name]
-            error = hessian.prune(modules[name].weight, target.sparsity, target.prunen, target.prunem, **options)
-            outcomes[index, name] = Outcome(error, used)
+        for name, target in targets.items():
+            error, grid = hessian.prune(modules[name].weight, target.sparsity, target.prunen, target.prunem, **options)
+            outcomes[index, name] = Outcome(error, used, grid and grid.to("cpu"))
     bar.set_postfix_str(f"layer {index} error {sum(o.error for o in outcomes.values()) / len(outcomes):.2%}")
     return outcomes

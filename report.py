@@ -64,7 +64,8 @@ def sparsity_table(matrices, outcomes):
         kinds[matrix.name].append(matrix)
     rows = []
     for name, group in kinds.items():
-        errors = [outcomes[m.layer, m.name].error for m in group if (m.layer, m.name) in outcomes]
+        errors = [outcome.error for m in group
+                  if (outcome := outcomes.get((m.layer, m.name))) and outcome.error is not None]
         shapes = sorted({"x".join(map(str, m.shape)) for m in group})
         rows.append([name, str(len(group)), ", ".join(shapes), f"{total_sparsity(group):.2%}",
                      f"{sum(errors) / len(errors):.2%}" if errors else "-"])
@@ -102,6 +103,13 @@ def perplexity_table(perplexities):
     datasets = list(next(iter(perplexities.values())))
     return table(["perplexity", *datasets],
                  [[name, *(f"{row[dataset]:.2f}" for dataset in datasets)] for name, row in perplexities.items()])
+
+
+def disk_line(disk):
+    """Tell what the changed matrices take on disk; see pipeline for the keys."""
+    return (f"disk {disk['bytes'] / 1e6:.1f} MB for the matrices above, {disk['bits_per_weight']:.2f} bits a weight, "
+            f"{disk['ratio']:.2f} times smaller than bfloat16 (in theory, without mask and grids, "
+            f"{disk['theoretical_ratio']:.2f} times)")
 
 
 def cost_line(seconds, peak):

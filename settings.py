@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from datautils import DATASETS
 from errors import InputError
+from formats import FORMATS
 from prune import Target
+from quant import WBITS, Scheme
 from sensitivity import ESTIMATORS
 from sparsegpt import SALIENCIES
 
@@ -27,6 +29,12 @@ class Settings:
     sensitivity: str = "hutchinson"
     nprobes: int = 1
     sensitivity_file: str | None = None
+    wbits: int = 16
+    groupsize: int = -1
+    sym: bool = False
+    mse: bool = False
+    act_order: bool = False
+    nearest: bool = False
     gmp: bool = False
     saliency: str = "obs"
     blocksize: int = 128
@@ -46,6 +54,7 @@ class Settings:
     device: str | None = None
     dtype: str = "auto"
     save: str | None = None
+    save_format: str = "dense"
     plot: str | None = None
 
     def __post_init__(self):
@@ -57,8 +66,8 @@ class Settings:
         if self.prunem and self.sparsity not in (0, self.prunen / self.prunem):
             raise InputError(f"--sparsity {self.sparsity:g}: contradicts --prunen {self.prunen} "
                              f"--prunem {self.prunem}; leave it out")
-        if self.gmp and not self.prunes:
-            raise InputError("--gmp: needs --sparsity or --prunen and --prunem")
+        if self.gmp and not self.compresses:
+            raise InputError("--gmp: needs --sparsity, --prunen and --prunem, or --wbits")
         if self.mixed and not self.prunes:
             raise InputError(f"--sparsity_way {self.sparsity_way}: needs --sparsity or --prunen and --prunem")
         if self.plot and not self.mixed:
@@ -71,10 +80,59 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        self._check_quantization()
+        self._check_format()
+
+    def _check_quantization(self):
+        if self.wbits not in WBITS:
+            raise InputError(f"--wbits {self.wbits}: must be one of {', '.join(map(str, WBITS))}")
+        if self.groupsize != -1 and self.groupsize < 1:
+            raise InputError(f"--groupsize {self.groupsize}: must be at least 1, or -1 for a whole row")
+        given = {"--groupsize": self.groupsize != -1, "--sym": self.sym, "--mse": self.mse, "--nearest": self.nearest}
+        for flag in (flag for flag, is_given in given.items() if is_given and not self.scheme):
+            raise InputError(f"{flag}: needs --wbits {', '.join(map(str, WBITS[:-1]))}")
+        if self.nearest and self.prunes and not self.gmp:
+            raise InputError("--nearest: rounds without calibration; with --sparsity or --prunen it needs --gmp")
+        if self.act_order and not self.calibrates:
+            raise InputError("--act-order: orders the walk over the columns, which needs --sparsity, --prunen or "
+                             "--wbits without --gmp and --nearest")
+        m, g = self.prunem, self.groupsize
+        if m and g > 0 and m % g and g % m:
+            raise InputError(f"--groupsize {g} --prunem {m}: one must divide the other")
+        if self.act_order and 0 < g < m:
+            raise InputError(f"--act-order --groupsize {g}: the {m} columns of an n:m group are moved together, so "
+                             f"--groupsize must be at least {m}")
+
+    def _check_format(self):
+        if self.save_format not in FORMATS:
+            raise InputError(f"--save-format {self.save_format}: must be one of {', '.join(FORMATS)}")
+        if self.save_format != "dense" and not self.save:
+            raise InputError(f"--save-format {self.save_format}: needs --save")
+        if self.save_format != "compressed-tensors":
+            return
+        if not (self.wbits in (4, 8) and self.sym):
+            raise InputError("--save-format compressed-tensors: holds symmetric grids of 4 or 8 bits; needs --wbits 4 "
+                             "or 8, and --sym")
+        if self.act_order and self.groupsize != -1:
+            raise InputError("--save-format compressed-tensors: holds groups of columns that lie side by side, with "
+                             "--act-order only --groupsize -1")
 
     @property
     def prunes(self):
         return self.sparsity > 0 or self.prunem > 0
+
+    @property
+    def scheme(self):
+        """The grids of the weights, None where they stay as they are."""
+        return Scheme(self.wbits, self.groupsize, self.sym, self.mse) if self.wbits < 16 else None
+
+    @property
+    def compresses(self):
+        return self.prunes or self.scheme is not None
+
+    @property
+    def calibrates(self):
+        return self.compresses and not (self.gmp or self.nearest)
 
     @property
     def mixed(self):
@@ -83,11 +141,13 @@ class Settings:
     @property
     def method(self):
         """Name of the recipe in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
+        bits = f"{self.wbits} bit" if self.scheme else ""
+        if not self.prunes:
+            return f"{'GPTQ' if self.calibrates else 'nearest'} {bits}"
         improved = self.saliency == "isc" and not self.gmp
         name = "magnitude" if self.gmp else "MixGPT" if self.mixed and improved else "SparseGPT"
-        if self.mixed:
-            return f"{name} ({self.sparsity_way} by {self.sensitivity})"
-        return f"{name} (isc)" if improved else name
+        choices = f" ({self.sparsity_way} by {self.sensitivity})" if self.mixed else " (isc)" if improved else ""
+        return name + choices + (f" + {bits}" if bits else "")
 
     @property
     def target(self):
@@ -98,14 +158,14 @@ class Settings:
 
 # Group -> (flag, help, further arguments of argparse); types and defaults are those of Settings.
 OPTIONS = {
-    "what to prune": [
+    "what to prune and to quantize": [
         ("--sparsity", "fraction of the weights to prune, 0 to below 1", {}),
         ("--prunen", "n of n:m, weights pruned in every group", {}),
         ("--prunem", "m of n:m, consecutive weights of a row in a group", {}),
-        ("--minlayer", "first layer to prune", {}),
-        ("--maxlayer", "first layer not to prune any more", {}),
-        ("--prune_only", "prune only matrices whose name contains this, such as fc1 or mlp", {}),
-        ("--invert", "prune what the three options above do not select", {}),
+        ("--minlayer", "first layer to change", {}),
+        ("--maxlayer", "first layer not to change any more", {}),
+        ("--prune_only", "change only matrices whose name contains this, such as fc1 or mlp", {}),
+        ("--invert", "change what the three options above do not select", {}),
     ],
     "how sparse each matrix is": [
         ("--sparsity_way", "uniform (or origin): all matrices alike; layer-level, weight-level: the less sensitive a "
@@ -125,6 +185,14 @@ OPTIONS = {
         ("--blocksize", "columns between two updates of the rest of the matrix", {}),
         ("--percdamp", "damping of the Hessian, as a fraction of its mean diagonal", {}),
         ("--true-sequential", "calibrate each linear on inputs from the pruned linears before it in its layer", {}),
+    ],
+    "how many bits a weight has": [
+        ("--wbits", "bits of a weight that is kept, by GPTQ in the same walk; 16: as they are", {"choices": WBITS}),
+        ("--groupsize", "columns of a row that share a grid; -1: all", {}),
+        ("--sym", "grids with zero in their middle, instead of the range of the weights", {}),
+        ("--mse", "search the range of each grid for the least squared error", {}),
+        ("--act-order", "walk the columns in order of decreasing activations; groups of n:m stay whole", {}),
+        ("--nearest", "round to the nearest value without calibration (the baseline)", {}),
     ],
     "calibration": [
         ("--nsamples", "sequences", {}),
@@ -146,6 +214,8 @@ OPTIONS = {
     ],
     "output": [
         ("--save", "new folder for weights, tokenizer, config and mixgpt.json, verified by loading it again", {}),
+        ("--save-format", "dense: every weight in its dtype; compressed-tensors: packed integers, for vLLM too; "
+                          "sparse: a bit mask and the packed values of the kept weights", {"choices": FORMATS}),
         ("--plot", "picture of sensitivities by layer and by kind, and of the sparsities assigned (.png, .pdf, .svg)",
          {}),
     ],
@@ -161,8 +231,9 @@ def parse(family, argv=None):
     """Read the command line of a family script. Returns `Settings`; exits with status 2 on what it cannot read."""
     parser = _Parser(
         prog=family.script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, description="Prune a language model in one shot and report its perplexity.\n"
-                                        "Without --sparsity or --prunen/--prunem: the perplexity of the dense model.")
+        allow_abbrev=False, description="Prune and quantize a language model in one shot and report its perplexity.\n"
+                                        "Without --sparsity, --prunen/--prunem or --wbits: the perplexity of the dense "
+                                        "model.")
     parser.add_argument("model", help="hub id, local folder or .gguf file")
     parser.add_argument("dataset", choices=DATASETS, help="calibration text: %(choices)s; builtin is CPython's own "
                                                           "reference manual and needs no download")

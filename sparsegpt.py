@@ -1,11 +1,16 @@
-"""Prune matrices from the Hessian of their inputs: SparseGPT's optimal brain surgeon (arXiv 2301.00774).
+"""Prune and quantize matrices from the Hessian of their inputs: SparseGPT's optimal brain surgeon (arXiv 2301.00774).
 
 Notation: Y = X Wᵀ with W (out, in); H = (2/N) Xᵀ X (in, in) over N sequences; U upper triangular with
 (H + λI)⁻¹ = Uᵀ U. The inverse Hessian of the columns not yet processed has U_mm² at its first diagonal place.
 """
 
+from dataclasses import replace
+
 import torch
 
+from quant import Grid, find_grid, to_grid
+
+INNER = 16  # columns of the innermost range of the walk
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H is factored then
 
 
@@ -67,44 +72,116 @@ def smallest_per_row(scores, n):
     return mask.scatter_(1, scores.topk(n, dim=1, largest=False, sorted=False).indices, True)
 
 
-def prune_matrix(W, U, h, sparsity, prunen=0, prunem=0, blocksize=128, saliency=obs_saliency):
-    """Prune W and let the remaining columns compensate each removed weight (SparseGPT, algorithm 1).
+def prune_matrix(W, U, h, sparsity, prunen=0, prunem=0, blocksize=128, saliency=obs_saliency, scheme=None,
+                 dtype=torch.float32):
+    """Prune and quantize W and let the remaining columns compensate each error (SparseGPT, algorithm 1).
 
     W: (out, in), float32 or float64. U: (in, in) from `inverse_factor`. h: (in,), diagonal of H without damping.
     sparsity: fraction in [0, 1]; round(sparsity · numel) weights become 0, spread evenly over blocks of
     `blocksize` columns. With prunem > 0 instead prunen weights of every prunem consecutive ones of a row become 0,
-    chosen when the walk reaches the group. Returns the pruned matrix (out, in), a new tensor.
-    Raises ValueError where prunem does not divide the columns.
+    chosen when the walk reaches the group. scheme: a quant.Scheme; every weight that is kept is rounded to a grid
+    found when the walk reaches its columns (GPTQ, arXiv 2210.17323). dtype: in which grid values must be exact.
+    Returns the new matrix (out, in) and its quant.Grid, None without a scheme.
+    Raises ValueError where prunem or the group size does not divide the columns, or neither the other.
 
     Columns that no input reaches (h = 0) are free to prune: they go first, and keep their weights otherwise.
     """
-    rows, columns = W.shape
-    if prunem and columns % prunem:
-        raise ValueError(f"prunem {prunem} does not divide the {columns} columns")
-    W = W.t().clone(memory_format=torch.contiguous_format).t()  # contiguous columns: the walk goes column by column
-    u = U.diagonal()
-    if prunem:  # whole groups in a block; the choice of the mask does not depend on the block
-        blocksize = max(blocksize // prunem, 1) * prunem
-    pruned = 0
-    for start in range(0, columns, blocksize):
-        stop = min(start + blocksize, columns)
-        E = torch.zeros(rows, stop - start, dtype=W.dtype, device=W.device)
-        for left in range(start, stop, prunem or blocksize):
-            right = min(left + (prunem or blocksize), stop)
-            group = slice(left, right)
-            scores = saliency(W[:, group], h[group], u[group]).masked_fill(h[group] == 0, 0)
-            if prunem:
-                mask = smallest_per_row(scores, prunen)
+    walk = _Walk(W, U, h, saliency, sparsity, prunen, prunem, blocksize, scheme, dtype)
+    walk.run(0, W.shape[1], walk.widths)
+    return walk.W.t() + 0.0, walk.grid()  # −0 of the grid becomes 0
+
+
+class _Walk:
+    """One pass over the columns of a matrix.
+
+    Columns lie in nested ranges of decreasing width. On entering a range all its columns receive, in one matrix
+    product, the errors of the columns before it in the enclosing range: so a whole range is up to date when its
+    first column is reached, and that is when its mask and its grid are chosen.
+    """
+
+    def __init__(self, W, U, h, saliency, sparsity, prunen, prunem, blocksize, scheme, dtype):
+        self.columns = W.shape[1]
+        self.W = W.t().clone(memory_format=torch.contiguous_format)  # (in, out) here: a column is contiguous
+        self.E = torch.empty_like(self.W)  # errors over the diagonal of U
+        self.mask = torch.zeros_like(self.W, dtype=torch.bool)
+        self.U, self.u, self.h, self.saliency = U, U.diagonal(), h, saliency
+        self.sparsity, self.prunen, self.prunem = sparsity, prunen, prunem
+        self.chosen = self.pruned = 0  # columns whose mask is known, and weights pruned in them
+        self.scheme, self.dtype = scheme, dtype
+        self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
+        self.grids = []
+        self.widths = self._nest(blocksize)
+
+    def _nest(self, blocksize):
+        """Return the widths of the ranges, such that those with a mask or a grid of their own are among them."""
+        m, g = self.prunem or 1, self.groupsize or 1
+        for name, width in {"prunem": m, "groupsize": g}.items():
+            if self.columns % width:
+                raise ValueError(f"{name} {width} does not divide the {self.columns} columns")
+        if m % g and g % m:
+            raise ValueError(f"prunem {m}, groupsize {g}: one must divide the other")
+
+        def whole(width):
+            """Round a width down to whole groups of both kinds where they fit in."""
+            for unit in sorted({m, g}):
+                width = width // unit * unit or width
+            return width
+
+        self.block = whole(blocksize)
+        return sorted({m, g, self.block, whole(min(INNER, self.block)), 1}, reverse=True)
+
+    def run(self, left, right, widths):
+        """Walk columns left … right − 1, which are up to date, in ranges of the first of `widths`."""
+        width, *finer = widths
+        for start in range(left, right, width):
+            stop = min(start + width, right)
+            if start > left:
+                self.W[start:stop].addmm_(self.U[left:start, start:stop].t(), self.E[left:start], alpha=-1)
+            if width == (self.prunem or self.block):
+                self._choose_mask(start, stop)
+            if width == self.groupsize:
+                self._choose_grid(start, stop)
+            if finer:
+                self.run(start, stop, finer)
             else:
-                target = round(sparsity * (rows * right))  # cumulative: the last block meets the total exactly
-                mask, pruned = smallest(scores, target - pruned), target
-            for j in range(left, right):
-                e = W[:, j] * mask[:, j - left] / u[j]
-                W[:, j:stop].addr_(e, U[j, j:stop], alpha=-1)
-                W[:, j].masked_fill_(mask[:, j - left], 0)
-                E[:, j - start] = e
-        W[:, stop:] -= E @ U[start:stop, stop:]
-    return W.contiguous()
+                self._step(start)
+
+    def _choose_mask(self, start, stop):
+        target = round(self.sparsity * (self.W.shape[1] * stop))  # cumulative: the last block meets the total exactly
+        self.mask[start:stop] = self._least_salient(start, stop, target - self.pruned)
+        self.chosen, self.pruned = stop, target
+
+    def _least_salient(self, start, stop, count):
+        h = self.h[start:stop]
+        scores = self.saliency(self.W[start:stop].t(), h, self.u[start:stop]).masked_fill(h == 0, 0)
+        if self.prunem:
+            return smallest_per_row(scores.reshape(-1, self.prunem), self.prunen).view(scores.shape).t()
+        return smallest(scores, count).t()
+
+    def _choose_grid(self, start, stop):
+        W = self.W[start:stop].t()
+        known = stop <= self.chosen  # else what would be pruned as things are
+        pruned = self.mask[start:stop].t() if known else self._least_salient(
+            start, stop, round(self.sparsity * W.numel())).t()
+        self.grids.append(find_grid(W, pruned, self.scheme, self.dtype))
+
+    def _step(self, j):
+        w = self.W[j]
+        if self.scheme:
+            scale, zero = self.grids[-1]
+            q = to_grid(w, scale, zero, self.scheme.wbits, self.dtype).masked_fill_(self.mask[j], 0)
+        else:
+            q = w.masked_fill(self.mask[j], 0)
+        torch.sub(w, q, out=self.E[j]).div_(self.u[j])
+        self.W[j] = q
+
+    def grid(self):
+        """Return the grids of all columns, in the order of the walk."""
+        if self.scheme is None:
+            return None
+        scale, zero = (torch.stack(values, 1) for values in zip(*self.grids, strict=True))
+        group = torch.arange(self.columns, dtype=torch.int32, device=self.W.device) // self.groupsize
+        return Grid(self.scheme, scale.to(self.dtype), zero.to(torch.uint8), group)
 
 
 def magnitude_prune(W, sparsity, prunen=0, prunem=0):
@@ -145,16 +222,32 @@ class SparseGPT:
         X = X.reshape(-1, X.shape[-1]).float()
         self.H.addmm_(X.t(), X, alpha=self.scale)
 
-    def factor(self, percdamp):
-        """Factor the Hessian once for all matrices; see `inverse_factor`. Returns the percdamp that was needed."""
-        self.U, used = inverse_factor(self.H, percdamp)
+    def factor(self, percdamp, order=None):
+        """Factor the Hessian once for all matrices; see `inverse_factor`. Returns the percdamp that was needed.
+
+        order: (in,), the columns in the order in which to walk them (default: as they are).
+        """
+        self.order = slice(None) if order is None else order
+        self.back = slice(None) if order is None else order.argsort()
+        self.U, used = inverse_factor(self.H[self.order][:, self.order], percdamp)
         return used
 
-    def prune(self, weight, sparsity, prunen=0, prunem=0, blocksize=128, saliency=obs_saliency):
-        """Prune `weight` (out, in) in place in its own dtype and return its `relative_error`."""
-        W = weight.float()
-        h = self.H.diagonal()
-        W_hat = prune_matrix(W, self.U, h, sparsity, prunen, prunem, blocksize, saliency).to(weight.dtype)
+    def prune(self, weight, *target, **options):
+        """Prune and quantize `weight` (out, in) in place, in its own dtype.
+
+        target: sparsity, prunen and prunem, and options: the others, of `prune_matrix`. Returns the matrix's
+        `relative_error` and quant.Grid, None where it is not quantized.
+        """
+        W, h = weight.float(), self.H.diagonal()[self.order]
+        W_hat, grid = prune_matrix(W[:, self.order], self.U, h, *target, dtype=weight.dtype, **options)
+        W_hat = W_hat[:, self.back].to(weight.dtype)
         error = relative_error(W, W_hat.float(), self.H)  # before the copy: W may be the weight itself
         weight.copy_(W_hat)
-        return error
+        return error, grid and replace(grid, group=grid.group[self.back])
+
+
+def activation_order(h, prunem=0):
+    """Return the columns in order of decreasing h (in,), the diagonal of H; n:m groups stay whole, by their sum."""
+    groups = h.view(-1, prunem or 1)
+    order = groups.sum(1).argsort(descending=True, stable=True)
+    return torch.arange(len(h), device=h.device).view(groups.shape)[order].flatten()

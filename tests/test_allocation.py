@@ -243,7 +243,7 @@ SELECTIONS = [{}, {"minlayer": 1}, {"maxlayer": 2}, {"prune_only": "fc1"}, {"min
 
 
 def selected_of(model, family, minlayer=0, maxlayer=1000, prune_only="", invert=False):
-    return select(model, family, 0, minlayer, maxlayer, prune_only, invert)
+    return select(model, family, 0, -1, minlayer, maxlayer, prune_only, invert)
 
 
 def random_sensitivity(model, family, seed=0):

@@ -71,6 +71,55 @@ def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, chec
     assert record["settings"]["seqlen"] == 32 and record["versions"]["torch"] == torch.__version__
 
 
+QUANTIZED = [
+    ["--wbits", "4"], ["--wbits", "3", "--nearest"], ["--wbits", "4", "--gmp", "--sparsity", ".5"],
+    ["--wbits", "8", "--sparsity", ".5", "--act-order"],
+    ["--wbits", "4", "--prunen", "2", "--prunem", "4", "--groupsize", "8", "--mse", "--act-order"],
+    ["--wbits", "4", "--sparsity", ".5", "--sym", "--sparsity_way", "weight-level", "--sensitivity", "fisher"]]
+PACKABLE = [
+    ["--wbits", "4", "--sym"], ["--wbits", "8", "--sym", "--nearest", "--groupsize", "16"],
+    ["--wbits", "4", "--sym", "--sparsity", ".5", "--act-order"],
+    ["--wbits", "4", "--sym", "--prunen", "2", "--prunem", "4", "--groupsize", "8", "--mse"]]
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+@pytest.mark.parametrize("options, save_format", [
+    *((options, save_format) for options in QUANTIZED for save_format in ("dense", "sparse")),
+    *((options, "compressed-tensors") for options in PACKABLE)])
+def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, options, save_format, checkpoint_folder,
+                                                                        tmp_path, capsys):
+    family, _ = FAMILIES[name]
+    folder = tmp_path / "saved"
+    assert run(family, checkpoint_folder(name), "builtin", *options, *SMALL, "--save", folder,
+               "--save-format", save_format) == 0
+    out, record = capsys.readouterr().out, json.loads((folder / "mixgpt.json").read_text())
+    model = checkpoint.load_model(folder, "auto")
+    counted = evaluate.measure_sparsity(model, family)
+    assert [row["sparsity"] for row in record["matrices"]] == [m.zeros / m.numel for m in counted]
+    pruned = 0.5 if "--sparsity" in options or "--prunen" in options else 0
+    assert sum(m.zeros for m in counted) >= pruned * sum(m.numel for m in counted)
+    wbits = int(options[options.index("--wbits") + 1])
+    for layer in family.layers_of(model):
+        for module in linears(layer).values():
+            size = int(options[options.index("--groupsize") + 1]) if "--groupsize" in options else module.in_features
+            groups = module.weight.view(-1, size)
+            assert "--act-order" in options or max(len(row.unique()) for row in groups) <= 2**wbits
+            if "--prunen" in options:
+                assert ((module.weight.view(-1, 4) == 0).sum(1) >= 2).all()
+
+    [(method, perplexities)] = record["perplexity"].items()
+    assert method.endswith(f"{wbits} bit") and f"\n{method} " in out
+    assert run(family, folder, "builtin", *SMALL) == 0  # what was saved is a model like any other
+    assert re.search(rf"^dense +{perplexities['builtin']:.2f}$", capsys.readouterr().out, re.MULTILINE)
+
+    disk, numel = record["disk"], sum(m.numel for m in counted)
+    least = 32 if save_format == "dense" else wbits if save_format == "compressed-tensors" else wbits * (1 - pruned)
+    assert disk["bits_per_weight"] == 8 * disk["bytes"] / numel and disk["ratio"] == 2 * numel / disk["bytes"]
+    assert 0.8 * least <= disk["bits_per_weight"] <= least + (0 if save_format == "dense" else 8)
+    assert disk["theoretical_ratio"] == pytest.approx(16 / (wbits * (1 - pruned)))
+    assert f"{disk['bits_per_weight']:.2f} bits a weight, {disk['ratio']:.2f} times smaller than bfloat16" in out
+
+
 MIXGPT = ["--sparsity", ".5", "--sparsity_way", "weight-level", "--saliency", "isc"]
 
 
@@ -103,6 +152,9 @@ def test_mixgpt_meets_the_total_in_the_saved_weights(name, options, checkpoint_f
 
 
 @pytest.mark.parametrize("options, name", [
+    ({"wbits": 4}, "SparseGPT + 4 bit"), ({"wbits": 3, "gmp": True}, "magnitude + 3 bit"),
+    ({"wbits": 4, "sparsity": 0}, "GPTQ 4 bit"), ({"wbits": 4, "sparsity": 0, "nearest": True}, "nearest 4 bit"),
+    ({"wbits": 8, "sparsity": 0, "gmp": True}, "nearest 8 bit"),
     ({}, "SparseGPT"), ({"saliency": "isc"}, "SparseGPT (isc)"), ({"gmp": True, "saliency": "isc"}, "magnitude"),
     ({"sparsity_way": "layer-level"}, "SparseGPT (layer-level by hutchinson)"),
     ({"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}, "MixGPT (weight-level by fisher)"),
@@ -110,7 +162,7 @@ def test_mixgpt_meets_the_total_in_the_saved_weights(name, options, checkpoint_f
     ({"sparsity_way": "origin"}, "SparseGPT"),
 ])
 def test_a_recipe_is_named_by_its_choices(options, name):
-    assert Settings("model", "c4", sparsity=0.5, **options).method == name
+    assert Settings("model", "c4", **{"sparsity": 0.5} | options).method == name
 
 
 def test_mixed_n_to_m_tells_how_close_whole_n_come(checkpoint_folder, tmp_path, capsys):
@@ -225,7 +277,34 @@ BAD = {
     "columns not in groups": (
         "{opt} builtin --prunen 2 --prunem 5",
         "--prunem 5: does not divide the 32 columns of layer 0 self_attn.k_proj"),
-    "gmp alone": ("{opt} builtin --gmp", "--gmp: needs --sparsity or --prunen and --prunem"),
+    "gmp alone": ("{opt} builtin --gmp", "--gmp: needs --sparsity, --prunen and --prunem, or --wbits"),
+    "bits": ("{opt} builtin --wbits 5", "argument --wbits: invalid choice: 5 (choose from 2, 3, 4, 8, 16)"),
+    "columns not in grids": (
+        "{opt} builtin --wbits 4 --groupsize 12",
+        "--groupsize 12: does not divide the 32 columns of layer 0 self_attn.k_proj"),
+    "group size": ("{opt} builtin --wbits 4 --groupsize 0", "--groupsize 0: must be at least 1, or -1 for a whole row"),
+    "groups without bits": ("{opt} builtin --sparsity .5 --groupsize 8", "--groupsize: needs --wbits 2, 3, 4, 8"),
+    "sym without bits": ("{opt} builtin --sparsity .5 --sym", "--sym: needs --wbits"),
+    "mse without bits": ("{opt} builtin --mse", "--mse: needs --wbits"),
+    "nearest without bits": ("{opt} builtin --nearest", "--nearest: needs --wbits"),
+    "nearest after the walk": (
+        "{opt} builtin --wbits 4 --nearest --sparsity .5", "--nearest: rounds without calibration; with --sparsity"),
+    "order without a walk": ("{opt} builtin --wbits 4 --nearest --act-order", "--act-order: orders the walk"),
+    "order of n:m": (
+        "{opt} builtin --wbits 4 --groupsize 2 --prunen 2 --prunem 4 --act-order",
+        "--act-order --groupsize 2: the 4 columns of an n:m group are moved together"),
+    "groups across n:m": (
+        "{opt} builtin --wbits 4 --groupsize 16 --prunen 2 --prunem 6",
+        "--groupsize 16 --prunem 6: one must divide the other"),
+    "unknown format": ("{opt} builtin --save-format gguf", "argument --save-format: invalid choice: 'gguf'"),
+    "packed without bits": (
+        "{opt} builtin --sparsity .5 --save-format compressed-tensors", "holds symmetric grids of 4 or 8 bits"),
+    "packed asymmetric": (
+        "{opt} builtin --wbits 4 --save-format compressed-tensors", "needs --wbits 4 or 8, and --sym"),
+    "packed 3 bits": ("{opt} builtin --wbits 3 --sym --save-format compressed-tensors", "needs --wbits 4 or 8"),
+    "packed in another order": (
+        "{opt} builtin --wbits 4 --sym --groupsize 8 --act-order --save-format compressed-tensors",
+        "holds groups of columns that lie side by side, with --act-order only --groupsize -1"),
     "nothing selected": ("{opt} builtin --sparsity .5 --minlayer 3", "select no matrix"),
     "mixed without sparsity": (
         "{opt} builtin --sparsity_way weight-level",

@@ -19,7 +19,7 @@ OPTIONS = {"saliency": "obs",
 
 
 def plan_of(model, family, target=HALF, minlayer=0, maxlayer=1000, prune_only="", invert=False):
-    return make_plan(select(model, family, target.prunem, minlayer, maxlayer, prune_only, invert), target)
+    return make_plan(select(model, family, target.prunem, -1, minlayer, maxlayer, prune_only, invert), target)
 
 
 def sparsegpt(model, family, plan, tokens, **changes):
@@ -52,7 +52,7 @@ def prune_by_whole_forwards(model, family, tokens, steps):
         for module, X in inputs_of(model, modules, tokens).items():
             H = 2 / len(tokens) * X.double().T @ X.double()
             U, _ = inverse_factor(H)
-            module.weight.copy_(prune_matrix(module.weight.double(), U, H.diagonal(), 0.5, blocksize=16))
+            module.weight.copy_(prune_matrix(module.weight.double(), U, H.diagonal(), 0.5, blocksize=16)[0])
 
 
 def assert_same_pruning(model, reference, family):

@@ -79,7 +79,7 @@ def pruned_by(W, H, sparsity=0.0, prunen=0, prunem=0, blocksize=128, saliency="o
     """Return what sparsegpt makes of W with the damping of these tests."""
     U, used = inverse_factor(H, PERCDAMP)
     assert used == PERCDAMP
-    return prune_matrix(W, U, H.diagonal(), sparsity, prunen, prunem, blocksize, SALIENCIES[saliency])
+    return prune_matrix(W, U, H.diagonal(), sparsity, prunen, prunem, blocksize, SALIENCIES[saliency])[0]
 
 
 def explicit_error(W, W_hat, X):
@@ -268,7 +268,7 @@ def test_the_saliency_is_the_callers_choice_and_sees_the_diagonals_of_its_column
         return u.expand_as(weights)
 
     for saliency, diagonal in ((by_input, H.diagonal()), (by_factor, U.diagonal())):
-        W_hat = prune_matrix(W, U, H.diagonal(), 0.0, 1, 4, saliency=saliency)
+        W_hat = prune_matrix(W, U, H.diagonal(), 0.0, 1, 4, saliency=saliency)[0]
         expected = [left + diagonal[left:left + 4].argmin().item() for left in (0, 4, 8)]
         assert (W_hat == 0).all(0).nonzero().flatten().tolist() == expected
 
@@ -521,7 +521,7 @@ def test_prune_works_in_place_and_returns_the_true_error(make, dtype, target):
     hessian.factor(PERCDAMP)
     weight = make().to(dtype)
     before, place = weight.clone(), weight.data_ptr()
-    error = hessian.prune(weight, *target, blocksize=8)
+    error, _ = hessian.prune(weight, *target, blocksize=8)
     assert weight.dtype == dtype and weight.data_ptr() == place
     assert (weight == 0).sum() == weight.numel() / 2
     true_error = explicit_error(before, weight, X.view(-1, 16))
@@ -535,10 +535,10 @@ def test_prune_rounds_what_prune_matrix_returns_to_the_dtype_of_the_weight(dtype
     hessian = calibrated(correlated_inputs(64, 16, dead=[2, 9]).float().view(4, 16, 16), 4)
     hessian.factor(PERCDAMP)
     first, second = random(8, 16).to(dtype), random(4, 16, seed=1).to(dtype)
-    expected = [prune_matrix(weight.float(), hessian.U, hessian.H.diagonal(), sparsity, prunen, prunem, blocksize)
+    expected = [prune_matrix(weight.float(), hessian.U, hessian.H.diagonal(), sparsity, prunen, prunem, blocksize)[0]
                 for weight in (first, second)]
     for weight, pruned in zip((first, second), expected, strict=True):  # one factor serves several matrices
-        hessian.prune(weight, sparsity, prunen, prunem, blocksize)
+        hessian.prune(weight, sparsity, prunen, prunem, blocksize=blocksize)
         assert torch.equal(weight, pruned.to(dtype))
         assert (weight[pruned == 0] == 0).all()
 
@@ -548,7 +548,7 @@ def test_prune_ranks_by_the_saliency_it_is_given(target):
     hessian = calibrated(correlated_inputs(64, 16).float().view(4, 16, 16), 4)
     hessian.factor(PERCDAMP)
     by_obs, by_isc = (random(8, 16).float() for _ in range(2))
-    expected = prune_matrix(by_isc, hessian.U, hessian.H.diagonal(), *target, blocksize=8, saliency=isc_saliency)
+    expected = prune_matrix(by_isc, hessian.U, hessian.H.diagonal(), *target, blocksize=8, saliency=isc_saliency)[0]
     hessian.prune(by_obs, *target, blocksize=8)
     hessian.prune(by_isc, *target, blocksize=8, saliency=isc_saliency)
     assert torch.equal(by_isc, expected)
@@ -562,7 +562,7 @@ def test_the_weights_of_a_linear_module_are_pruned_in_place():
     hessian.factor(PERCDAMP)
     with torch.no_grad():
         before = module(X)
-        error = hessian.prune(module.weight, 0.5)
+        error, _ = hessian.prune(module.weight, 0.5)
         after = module(X)
     assert (module.weight == 0).sum() == 64
     assert error == pytest.approx(((before - after) ** 2).sum().item() / (before ** 2).sum().item(), rel=1e-3)
@@ -576,7 +576,7 @@ def test_the_error_is_well_below_that_of_magnitude_pruning(dtype, target):
     hessian.factor(PERCDAMP)
     weight = random(24, 32).to(dtype)
     by_magnitude = explicit_error(weight, magnitude_prune(weight, *target), X)
-    assert hessian.prune(weight, *target, blocksize=8) < 0.75 * by_magnitude
+    assert hessian.prune(weight, *target, blocksize=8)[0] < 0.75 * by_magnitude
 
 
 def test_inputs_that_are_always_zero_are_pruned_without_error():
@@ -584,6 +584,6 @@ def test_inputs_that_are_always_zero_are_pruned_without_error():
     assert hessian.factor(0.0) == 0.0
     weight = random(4, 8).float()
     before = weight.clone()
-    assert hessian.prune(weight, 0.0, 2, 4) == 0
+    assert hessian.prune(weight, 0.0, 2, 4) == (0, None)
     assert zeros_per_group(weight, 4) == [2] * 8
     assert torch.equal(weight[weight != 0], before[weight != 0])

@@ -1,0 +1,82 @@
+"""The sparse format: a bit mask and the values of the kept weights, packed to their bits.
+
+A matrix is stored as tensors named after it: `mask`, one bit a weight, where that pays; `values`, the kept weights as
+they are or `codes`, packed to wbits, of a matrix on a grid; `scale`, and where the grid needs them `zero` (packed to
+wbits) and `group`, the group of each column. Bits fill bytes from the lowest.
+"""
+
+import torch
+
+from quant import Grid, Scheme
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a value -> integers of that size
+
+
+def pack(codes, bits):
+    """Pack integers below 2^bits, at most 8 bits each, one behind the other. Returns uint8, flat."""
+    each = (codes.to(torch.uint8).flatten()[:, None] >> torch.arange(bits, dtype=torch.uint8)) & 1  # (n, bits)
+    each = torch.nn.functional.pad(each.flatten(), (0, -each.numel() % 8)).view(-1, 8)
+    return (each << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed, bits, count):
+    """Undo `pack`. Returns `count` integers, uint8, flat."""
+    each = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:count * bits]
+    return (each.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def encode(W, grid=None):
+    """Encode a matrix (out, in), on `grid` where there is one, as the smallest that the format knows.
+
+    Returns the tensors by name and a description that `decode` needs. Raises ValueError where W is not on the grid.
+    """
+    description = {"shape": list(W.shape), "dtype": str(W.dtype).removeprefix("torch.")}
+    if grid is None:
+        bits = 8 * W.element_size()
+        parts, values = {}, W.contiguous().flatten()
+        kept = values.view(_BITS[W.element_size()]) != 0  # −0 is kept: the weights come back bit for bit
+    else:
+        bits = description["wbits"] = grid.scheme.wbits
+        codes = grid.codes(W)
+        parts, values = _grid_parts(grid), codes.flatten()
+        kept = (codes != grid.zero[:, grid.group]).flatten()
+    if W.numel() + bits * int(kept.sum()) < bits * W.numel():
+        parts["mask"], values = pack(kept, 1), values[kept]
+    if grid is None:
+        parts["values"] = values
+    else:
+        parts["codes"] = pack(values, bits)
+    return parts, description | {"parts": sorted(parts)}
+
+
+def _grid_parts(grid):
+    groups, columns = grid.scale.shape[1], len(grid.group)
+    parts = {"scale": grid.scale}
+    if not (grid.zero == 2 ** (grid.scheme.wbits - 1)).all():
+        parts["zero"] = pack(grid.zero, grid.scheme.wbits)
+    if not torch.equal(grid.group, _consecutive(columns, groups)):
+        parts["group"] = grid.group
+    return parts
+
+
+def _consecutive(columns, groups):
+    return torch.arange(columns, dtype=torch.int32) // (columns // groups)
+
+
+def decode(parts, description):
+    """Return the matrix (out, in) that `encode` was given, bit for bit."""
+    shape, dtype = description["shape"], getattr(torch, description["dtype"])
+    count = shape[0] * shape[1]
+    kept = unpack(parts["mask"], 1, count).bool() if "mask" in parts else torch.ones(count, dtype=torch.bool)
+    if "values" in parts:
+        W = torch.zeros(count, dtype=dtype)
+        W[kept] = parts["values"]
+        return W.view(shape)
+    wbits, scale = description["wbits"], parts["scale"]
+    groups = scale.shape[1]
+    zero = unpack(parts["zero"], wbits, scale.numel()).view(scale.shape) if "zero" in parts else torch.full(
+        scale.shape, 2 ** (wbits - 1), dtype=torch.uint8)
+    grid = Grid(Scheme(wbits), scale, zero, parts.get("group", _consecutive(shape[1], groups)))
+    codes = zero[:, grid.group].flatten()
+    codes[kept] = unpack(parts["codes"], wbits, int(kept.sum()))
+    return grid.weights(codes.view(shape))

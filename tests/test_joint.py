@@ -1,0 +1,184 @@
+"""Check pruning and quantization in one walk against brute force: explicit inverses, exhaustive rounding."""
+
+import math
+
+import pytest
+import torch
+from test_sparsegpt import PERCDAMP, correlated_inputs, damped, random, remaining_inverses, zeros_per_group
+
+from modelutils import hooked, linears
+from quant import Scheme, find_grid, quantize_nearest
+from sparsegpt import SALIENCIES, SparseGPT, activation_order, inverse_factor, prune_matrix, relative_error
+
+
+def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_hat):
+    """Walk with one explicit inverse a column and every grid value tried. Returns (Ŵ, mask, grids by column).
+
+    Where two values are equally near, as for the largest weight of a symmetric grid, it goes on with that of W_hat.
+    """
+    score = {"obs": lambda w, h, inverse: w**2 / inverse,
+             "isc": lambda w, h, inverse: w**2 * (h + 1 / inverse)}[saliency]
+    rows, columns = W.shape
+    inverses, W = remaining_inverses(damped(H)), W.clone()
+    mask, grids = torch.zeros(rows, columns, dtype=torch.bool), {}
+    unit, width = prunem or blocksize, columns if scheme.groupsize == -1 else scheme.groupsize
+
+    def least(left, right, count):
+        scores = {(i, k): score(W[i, k], H[k, k], inverses[k][0, 0]).item()
+                  for i in range(rows) for k in range(left, right)}
+        if not prunem:
+            return sorted(scores, key=scores.get)[:count]
+        return [place for i in range(rows) for group in range(left, right, prunem)
+                for place in sorted(((i, k) for k in range(group, group + prunem)), key=scores.get)[:prunen]]
+
+    for j in range(columns):
+        if j % unit == 0:
+            right = min(j + unit, columns)
+            for i, k in least(j, right, round(sparsity * (rows * right)) - int(mask.sum())):
+                mask[i, k] = True
+        if j % width == 0:
+            pruned = mask[:, j:j + width].clone()
+            if width > unit:  # not all masks of the group are known: what would be pruned as things are
+                pruned[:] = False
+                for i, k in least(j, j + width, round(sparsity * rows * width)):
+                    pruned[i, k - j] = True
+            scale, zero = find_grid(W[:, j:j + width], pruned, scheme, torch.float64)
+        grids[j] = scale, zero
+        values = (torch.arange(2**scheme.wbits) - zero[:, None]) * scale[:, None]  # (out, codes)
+        distance = (values - W[:, j, None]).abs()
+        distance = torch.where((values - W_hat[:, j, None]).abs() < 1e-9, distance - 1e-9, distance)
+        q = values.gather(1, distance.argmin(1, keepdim=True))[:, 0]
+        e = (W[:, j] - torch.where(mask[:, j], 0, q)) / inverses[j][0, 0]
+        W[:, j:] -= e[:, None] * inverses[j][0]
+    return W, mask, grids
+
+
+def joint(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency="obs"):
+    """Return what sparsegpt makes of W, and the grids."""
+    U, _ = inverse_factor(H, PERCDAMP)
+    return prune_matrix(W, U, H.diagonal(), sparsity, prunen, prunem, blocksize, SALIENCIES[saliency], scheme,
+                        dtype=torch.float64)
+
+
+TARGETS = [(0.0, 0, 0, 8), (0.5, 0, 0, 8), (0.5, 0, 0, 24), (0.0, 2, 4, 8), (0.0, 4, 8, 16)]
+SCHEMES = [Scheme(wbits, groupsize, sym, mse) for wbits, groupsize, sym, mse in [
+    (2, -1, True, False), (2, 8, False, True), (3, -1, False, False), (3, 4, True, True), (4, 8, False, False),
+    (4, 24, True, False), (4, -1, True, True), (8, -1, False, True), (8, 8, True, False)]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("saliency", ["obs", "isc"])
+def test_the_joint_walk_equals_brute_force_with_explicit_inverses(target, scheme, saliency):
+    W, X = random(5, 48), correlated_inputs(90, 48)
+    W_hat, grid = joint(W, X.t() @ X, *target, scheme, saliency)
+    expected, mask, grids = brute_force(W, X.t() @ X, *target, scheme, saliency, W_hat)
+    torch.testing.assert_close(W_hat, expected, rtol=0, atol=1e-8)
+    assert (W_hat[mask] == 0).all()
+    torch.testing.assert_close(grid.scale[:, grid.group], torch.stack([grids[j][0] for j in range(48)], 1))
+    assert torch.equal(grid.zero[:, grid.group].double(), torch.stack([grids[j][1] for j in range(48)], 1))
+    codes = torch.stack([(expected[:, j] / grids[j][0]).round() + grids[j][1] for j in range(48)], 1)
+    assert torch.equal(grid.codes(W_hat).double(), codes)  # every weight lies on its grid
+    assert len(codes.unique()) > 2 and codes.max() <= 2**scheme.wbits - 1
+
+
+@pytest.mark.parametrize("prunem", [0, 4])
+@pytest.mark.parametrize("groupsize", [-1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_in_order_of_activations_are_put_back(prunem, groupsize, dtype):
+    X = correlated_inputs(60, 24).float() * torch.linspace(0.2, 3, 24)[torch.randperm(24)]
+    hessian = SparseGPT(24, 1, "cpu")
+    hessian.add_batch(X)
+    h = hessian.H.diagonal()
+    width = prunem or 1
+    groups = sorted(range(24 // width), key=lambda g: -sum(h[width * g:width * (g + 1)].double()).item())
+    order = torch.tensor([width * g + k for g in groups for k in range(width)])
+    assert activation_order(h, prunem).tolist() == order.tolist()
+
+    target, scheme = (0.0, 2, 4) if prunem else (0.5, 0, 0), Scheme(4, groupsize)
+    weight = random(5, 24).to(dtype)
+    U, _ = inverse_factor(hessian.H[order][:, order], PERCDAMP)
+    walked, walked_grid = prune_matrix(weight.float()[:, order], U, h[order], *target, 8, scheme=scheme, dtype=dtype)
+    hessian.factor(PERCDAMP, order)
+    before = weight.float().clone()
+    error, grid = hessian.prune(weight, *target, blocksize=8, scheme=scheme)
+    assert torch.equal(weight[:, order], walked.to(dtype)) and not torch.equal(weight, walked.to(dtype))
+    assert torch.equal(grid.weights(grid.codes(weight)), weight)
+    assert torch.equal(grid.codes(weight)[:, order], walked_grid.codes(walked.to(dtype)))
+    difference = X.double() @ (before - weight.float()).double().t()
+    assert error == pytest.approx((difference**2).sum().item() / ((X.double() @ before.double().t())**2).sum().item(),
+                                  rel=1e-3)
+    if prunem:
+        assert min(zeros_per_group(weight, 4)) >= 2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pruned_weights_stay_zero_when_quantized(scheme, dtype):
+    X = correlated_inputs(90, 48).float()
+    for act_order in (False, True):
+        hessian = SparseGPT(48, 1, "cpu")
+        hessian.add_batch(X)
+        hessian.factor(PERCDAMP, activation_order(hessian.H.diagonal(), 4) if act_order else None)
+        weight = random(16, 48).to(dtype)
+        _, grid = hessian.prune(weight, 0.0, 2, 4, scheme=scheme)
+        assert min(zeros_per_group(weight, 4)) >= 2
+        assert torch.equal(grid.weights(grid.codes(weight)), weight)  # exactly on the grid in its own dtype
+        assert not (weight == 0)[weight.signbit()].any()
+        weight = random(16, 48).to(dtype)
+        hessian.prune(weight, 0.5, scheme=scheme)
+        assert (weight == 0).sum() >= weight.numel() // 2
+
+
+def test_the_finest_grid_changes_little_and_no_grid_changes_nothing():
+    W, X = random(6, 24), correlated_inputs(60, 24)
+    H = X.t() @ X
+    U, _ = inverse_factor(H, PERCDAMP)
+    same, grid = prune_matrix(W, U, H.diagonal(), 0.0)
+    assert grid is None and torch.equal(same, W)
+    quantized, _ = joint(W, H, 0.0, 0, 0, 128, Scheme(8, 4))
+    assert 0 < relative_error(W, quantized, H) < 1e-4
+
+
+@pytest.mark.parametrize("groupsize, prunem, message", [
+    (5, 0, "groupsize 5 does not divide the 24 columns"), (6, 4, "prunem 4, groupsize 6: one must divide the other")])
+def test_groups_that_do_not_fit_are_refused(groupsize, prunem, message):
+    W, X = random(3, 24), correlated_inputs(60, 24)
+    with pytest.raises(ValueError, match=message):
+        joint(W, X.t() @ X, 0.0, 2 if prunem else 0, prunem, 8, Scheme(4, groupsize))
+
+
+def _hessians(trained_model):
+    """Collect the Hessian of every linear of the trained model from its own forward passes."""
+    family, model, _, calibration = trained_model
+    modules = [module for layer in family.layers_of(model) for module in linears(layer).values()]
+    hessians = {module: SparseGPT(module.in_features, len(calibration), "cpu") for module in modules}
+    with torch.no_grad(), hooked({module: hessian.add_batch for module, hessian in hessians.items()}):
+        model(calibration)
+    return hessians
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("scheme", [Scheme(2, 32), Scheme(3), Scheme(3, 32, sym=True), Scheme(4), Scheme(4, sym=True),
+                                    Scheme(4, 32, mse=True), Scheme(8)])
+def test_gptq_is_never_worse_than_rounding_on_real_activations(scheme, act_order, trained_model):
+    ratios = []
+    for module, hessian in _hessians(trained_model).items():
+        W = module.weight.detach().clone()
+        hessian.factor(PERCDAMP, activation_order(hessian.H.diagonal()) if act_order else None)
+        error, _ = hessian.prune(weight := W.clone(), 0.0, scheme=scheme)
+        nearest, _ = quantize_nearest(W, scheme)
+        assert error <= relative_error(W, nearest, hessian.H)
+        assert error == pytest.approx(relative_error(W, weight, hessian.H))
+        ratios.append(error / relative_error(W, nearest, hessian.H))
+    assert math.prod(ratios) ** (1 / len(ratios)) < 0.8
+
+
+def test_pruning_and_quantizing_together_is_better_than_one_after_the_other(trained_model):
+    for module, hessian in _hessians(trained_model).items():
+        W = module.weight.detach().clone()
+        hessian.factor(PERCDAMP)
+        error, _ = hessian.prune(W.clone(), 0.5, scheme=Scheme(3))
+        hessian.prune(pruned := W.clone(), 0.5)
+        after, _ = quantize_nearest(pruned, Scheme(3))
+        assert error < relative_error(W, after, hessian.H)
