@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +20,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 import hub
 from errors import InputError
 from formats import FORMATS
-from modelutils import SCRIPTS, SPARSE, load_sparse
+from modelutils import SCRIPTS, SPARSE, load_sparse, model_class
 
 RECORD = "mixgpt.json"
 
@@ -58,9 +57,10 @@ def load_config(model, family):
     name, arguments = _source(model)
     with _refusing(model):
         config = AutoConfig.from_pretrained(name, **arguments)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    kind = model_class(config)
+    if kind is None:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    architecture = kind.__name__
     script = SCRIPTS.get(architecture)
     if script != family.script:
         accepted = ", ".join(name for name, of in SCRIPTS.items() if of == family.script)

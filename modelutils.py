@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+import baichuan_model  # noqa: F401, makes the Auto classes know Baichuan
 from packing import decode
 
 SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}
@@ -23,7 +24,17 @@ SCRIPTS = {
     "MistralForCausalLM": "llama.py",
     "Qwen2ForCausalLM": "llama.py",
     "Qwen3ForCausalLM": "llama.py",
+    "BaichuanForCausalLM": "baichuan.py",
+    "BaiChuanForCausalLM": "baichuan.py",
 }
+
+
+def model_class(config):
+    """Return the class of causal language model that transformers builds for `config`, None where there is none."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not isinstance(known, tuple):
+        return known
+    return next((kind for kind in known if kind.__name__ in (config.architectures or ())), known[0])
 
 
 @dataclass(frozen=True)
@@ -163,9 +174,9 @@ def load_sparse(folder, dtype="auto"):
         parts = {key: state.pop(f"{name}.{key}") for key in description["parts"]}
         state[name] = decode(parts, description)
     config = AutoConfig.from_pretrained(folder)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, report = kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True,
-                                         dtype=config.dtype if dtype == "auto" else dtype)
+    dtype = config.dtype if dtype == "auto" else dtype
+    model, report = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype,
+                                                        output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
     return model

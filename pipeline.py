@@ -161,7 +161,7 @@ def _device(name):
 
 
 def _seqlen(seqlen, config):
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "model_max_length", None)
     if seqlen is None:
         return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
     if limit and seqlen > limit:

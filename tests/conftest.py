@@ -23,10 +23,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import baichuan
 import bloom
 import datautils
 import llama
 import opt
+from baichuan_model import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 
 VOCABULARY = 384
 CPU = torch.device("cpu")
@@ -54,6 +56,13 @@ FAMILIES = {
     "bloom": (bloom.FAMILY, lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3,
                                                                  n_head=4, initializer_range=0.2))),
 }
+
+for name, kind, options in [
+        ("baichuan-7b", BaiChuanForCausalLM, {"max_position_embeddings": 128}),
+        ("baichuan-13b", BaichuanForCausalLM, {"model_max_length": 128})]:
+    FAMILIES[name] = baichuan.FAMILY, lambda kind=kind, options=options: kind(BaichuanConfig(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
+        initializer_range=0.2, **options))
 
 
 def make(name):

@@ -395,7 +395,7 @@ def test_cuda_gives_the_perplexity_of_the_cpu(checkpoint_folder, tmp_path):
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-2)
 
 
-@pytest.mark.parametrize("script", ["opt.py", "llama.py", "bloom.py"])
+@pytest.mark.parametrize("script", ["opt.py", "llama.py", "bloom.py", "baichuan.py"])
 def test_help_of_every_script_tells_the_flags(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     for flag in ("--sparsity", "--prunen", "--prunem", "--gmp", "--true-sequential", "--data-dir", "--save"):

@@ -1,0 +1,28 @@
+"""Prune Baichuan (arXiv 2309.10305) in one shot and report perplexity.
+
+python baichuan.py baichuan-inc/Baichuan-7B c4                              # dense baseline
+python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --gmp          # magnitude pruning
+python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5                # SparseGPT, 50% in every matrix
+python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --sparsity_way weight-level --saliency isc  # MixGPT
+python baichuan.py baichuan-inc/Baichuan-7B c4 --prunen 2 --prunem 4        # 2 pruned of every 4
+python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --wbits 4      # the kept half in 4 bits, in the same pass
+python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --save pruned  # a folder in the published layout
+
+Baichuan-7B, Baichuan-13B, Baichuan2-7B and Baichuan2-13B, Base and Chat. The code that comes with the checkpoints is
+never run: baichuan_model.py takes its place. W_pack holds q, k and v, and is pruned as one matrix.
+"""
+
+import sys
+
+from modelutils import Family
+from pipeline import main
+
+FAMILY = Family(
+    script="baichuan.py",
+    layers="model.layers",
+    before=("model.embed_tokens", "model.rotary_emb"),
+    after=("model.norm", "lm_head"),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(FAMILY))
