@@ -22,7 +22,7 @@ def save_compressed_tensors(folder, model, family, grids):
     """Save a pack-quantized checkpoint, which `from_pretrained` and vLLM load, with the matrices of `grids` packed.
 
     grids: {name of a linear: quant.Grid}, all of one symmetric scheme, with the columns of a group side by side.
-    Raises ValueError where weights do not lie on their grid.
+    Raises ValueError where weights do not lie on their grid or columns of a group not side by side.
     """
     quantization = next(iter(grids.values())).scheme
     group = {"strategy": "channel"} if quantization.groupsize == -1 else {"strategy": "group",
@@ -34,6 +34,8 @@ def save_compressed_tensors(folder, model, family, grids):
     for name, grid in grids.items():
         W = state.pop(f"{name}.weight")
         grid.codes(W)  # raises where W is not on the grid
+        if not (grid.group.diff() >= 0).all():
+            raise ValueError(f"{name}: the columns of a group do not lie side by side")
         packed = compressor.compress({  # in float32, where it finds the same codes
             "weight": W.float(), "weight_scale": grid.scale.float(),
             "weight_zero_point": torch.zeros_like(grid.scale, dtype=torch.int8)}, scheme)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 import baichuan_model  # noqa: F401, makes the Auto classes know Baichuan
 from packing import decode
@@ -179,6 +180,8 @@ def load_sparse(folder, dtype="auto"):
                                                         output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

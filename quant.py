@@ -35,7 +35,12 @@ class Grid:
 
     def codes(self, W):
         """Return the codes (out, in), uint8, of weights W (out, in). Raises ValueError where W is not on the grid."""
-        codes = ((W.float() / self.scale.float()[:, self.group]).round() + self.zero[:, self.group]).to(torch.uint8)
+        zero, largest = self.zero[:, self.group], 2**self.scheme.wbits - 1
+        steps = (W.float() / self.scale.float()[:, self.group]).round()
+        codes = (steps + zero).clamp(0, largest).to(torch.uint8)
+        # a weight with 8 bits in bfloat16 is rounded by up to a step: then it may be that of the next code
+        beyond = (steps + steps.sign() + zero).clamp(0, largest).to(torch.uint8)
+        codes = torch.where(self.weights(codes) == W, codes, beyond)
         if not torch.equal(self.weights(codes), W):
             raise ValueError("the weights do not lie on the grid")
         return codes

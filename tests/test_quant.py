@@ -1,0 +1,230 @@
+"""Check grids and rounding against plain Python: one number at a time, exhaustive search over all codes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant import SHRINKS, Grid, Scheme, find_grid, quantize_nearest, to_grid
+from sparsegpt import magnitude_prune
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+hypothesis_settings = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+all_wbits, booleans, seeds = st.sampled_from([2, 3, 4, 8]), st.booleans(), st.integers(0, 1000)
+dtypes = st.sampled_from(DTYPES)
+
+
+def random(*shape, seed=0):
+    """Return a float32 tensor of normal values."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(x, dtype=torch.float32):
+    """Round a Python float to float32 and then to dtype."""
+    return torch.tensor(x, dtype=torch.float64).float().to(dtype).item()
+
+
+def reference_grid(values, scheme, dtype, shrink=1.0):
+    """Return scale and zero for the kept weights of a row, a list, with the range multiplied by shrink."""
+    codes = 2 ** scheme.wbits - 1
+    low, high = min([0.0, *values]), max([0.0, *values])
+    if scheme.sym:
+        low, high = -max(-low, high), max(-low, high)
+    low, high = rounded(rounded(shrink) * low), rounded(rounded(shrink) * high)
+    scale = rounded(rounded(rounded(high - low) / codes), dtype) or 1.0
+    return scale, 2 ** (scheme.wbits - 1) if scheme.sym else min(round(rounded(-low / scale)), codes)
+
+
+def reference_rounding(w, scale, zero, wbits, dtype):
+    """Round one weight to scale · (code − zero)."""
+    step = min(max(round(rounded(w / scale)), -zero), 2 ** wbits - 1 - zero)
+    return rounded(step * scale, dtype)
+
+
+def squared_error(values, scale, zero, wbits, dtype):
+    return sum((w - reference_rounding(w, scale, zero, wbits, dtype)) ** 2 for w in values)
+
+
+def some_grid(wbits, dtype, groups=1, sym=False, seed=0):
+    """Return a Grid for 3 rows, whose columns name every code of every group once, and these codes (3, in)."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = (0.5 + torch.rand(3, groups, generator=generator)).to(dtype)
+    zero = torch.randint(0, 2 ** wbits, (3, groups), dtype=torch.uint8, generator=generator)
+    if sym:
+        zero.fill_(2 ** (wbits - 1))
+    group = torch.arange(groups, dtype=torch.int32).repeat_interleave(2 ** wbits)
+    codes = torch.arange(2 ** wbits, dtype=torch.uint8).repeat(3, groups)
+    return Grid(Scheme(wbits, sym=sym), scale, zero, group), codes
+
+
+# find_grid
+
+
+@hypothesis_settings
+@given(wbits=all_wbits, sym=booleans, dtype=dtypes, columns=st.integers(1, 9), sparsity=st.floats(0, 1), seed=seeds,
+       shift=st.sampled_from([-3, 0, 3]))
+def test_a_grid_holds_the_range_of_the_kept_weights_and_zero(wbits, sym, dtype, columns, sparsity, seed, shift):
+    W, pruned = random(4, columns, seed=seed) + shift, random(4, columns, seed=seed + 1).sigmoid() < sparsity
+    W[pruned] *= 10  # would widen the range if they counted
+    scheme = Scheme(wbits, sym=sym)
+    expected = [reference_grid(row[~mask].tolist(), scheme, dtype) for row, mask in zip(W, pruned, strict=True)]
+    before = W.clone()
+    scale, zero = find_grid(W, pruned, scheme, dtype)
+    assert list(zip(scale.tolist(), zero.tolist(), strict=True)) == expected
+    assert torch.equal(scale.to(dtype).float(), scale) and torch.equal(W, before)
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("mse", [False, True])
+def test_rows_without_weights_have_a_finite_grid_that_holds_zero(sym, mse):
+    W, pruned = random(3, 8), torch.zeros(3, 8, dtype=torch.bool)
+    W[0], pruned[1] = 0, True
+    scale, zero = find_grid(W, pruned, Scheme(4, sym=sym, mse=mse), torch.bfloat16)
+    assert scale.isfinite().all() and (scale > 0).all() and ((zero >= 0) & (zero <= 15)).all()
+    assert (to_grid(torch.zeros(3, 8), scale[:, None], zero[:, None], 4, torch.bfloat16) == 0).all()
+
+
+@hypothesis_settings
+@given(wbits=all_wbits, sym=booleans, dtype=dtypes, seed=seeds, outlier=st.sampled_from([1, 4]))
+def test_the_search_takes_the_shrunk_range_with_the_least_error_over_the_kept_weights(wbits, sym, dtype, seed, outlier):
+    W, pruned = random(2, 12, seed=seed), random(2, 12, seed=seed + 1) < 0
+    W[:, 0] *= outlier
+    W[pruned] *= 10
+    scheme = Scheme(wbits, sym=sym, mse=True)
+    for row, mask, scale, zero in zip(W, pruned, *(x.tolist() for x in find_grid(W, pruned, scheme, dtype)),
+                                      strict=True):
+        kept = row[~mask].tolist()
+        candidates = [reference_grid(kept, scheme, dtype, shrink) for shrink in SHRINKS]
+        errors = [squared_error(kept, *candidate, wbits, dtype) for candidate in candidates]
+        assert (scale, zero) in candidates
+        error = squared_error(kept, scale, zero, wbits, dtype)
+        assert error <= min(errors) * (1 + 1e-5) + 1e-12  # errors are summed in float32 there
+        assert error <= squared_error(kept, *reference_grid(kept, scheme, dtype), wbits, dtype) * (1 + 1e-5) + 1e-12
+
+
+def test_the_search_gives_up_an_outlier_for_the_other_weights():
+    W = torch.cat([random(1, 200), torch.tensor([[12.0]])], 1)
+    nothing = torch.zeros_like(W, dtype=torch.bool)
+    whole, shrunk = (find_grid(W, nothing, Scheme(3, sym=True, mse=mse), torch.float32)[0] for mse in (False, True))
+    assert shrunk < 0.7 * whole
+
+
+# to_grid
+
+
+@hypothesis_settings
+@given(wbits=all_wbits, dtype=dtypes, seed=seeds, data=st.data())
+def test_rounding_finds_the_nearest_of_all_codes(wbits, dtype, seed, data):
+    zero = data.draw(st.integers(0, 2 ** wbits - 1), label="zero")
+    scale = rounded(data.draw(st.floats(0.01, 2), label="scale"), dtype)
+    W = random(20, seed=seed) * scale * 2 ** wbits
+    result = to_grid(W.clone(), torch.tensor(scale), torch.tensor(float(zero)), wbits, dtype)
+    exact = [scale * (code - zero) for code in range(2 ** wbits)]
+    for w, q in zip(W.tolist(), result.tolist(), strict=True):
+        distance = min(abs(w - value) for value in exact if rounded(value, dtype) == q)
+        assert distance <= min(abs(w - value) for value in exact) + 1e-5 * scale  # either, halfway between two
+
+
+@pytest.mark.parametrize("wbits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_lies_on_every_grid(wbits, dtype):
+    zero = torch.arange(2.0 ** wbits)[:, None]
+    assert (to_grid(torch.zeros(2 ** wbits, 5), torch.rand(5) + 0.01, zero, wbits, dtype) == 0).all()
+
+
+# Grid
+
+
+@pytest.mark.parametrize("wbits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups, sym, permuted", [(1, False, False), (1, True, False), (3, False, False),
+                                                   (3, True, True), (3, False, True)])
+def test_every_code_has_its_weight_and_every_weight_its_code(wbits, dtype, groups, sym, permuted):
+    grid, codes = some_grid(wbits, dtype, groups, sym)
+    if permuted:
+        order = torch.randperm(codes.shape[1], generator=torch.Generator().manual_seed(1))
+        grid, codes = Grid(grid.scheme, grid.scale, grid.zero, grid.group[order]), codes[:, order]
+    W = grid.weights(codes)
+    for i, row in enumerate(codes.tolist()):
+        expected = [(code - int(grid.zero[i, g])) * grid.scale[i, g].item()
+                    for code, g in zip(row, grid.group.tolist(), strict=True)]
+        assert W[i].tolist() == [rounded(w, dtype) for w in expected] and W.dtype == dtype
+    if (wbits, dtype) != (8, torch.bfloat16):  # there neighbours may round to the same weight
+        assert torch.equal(grid.codes(W), codes)
+    assert torch.equal(grid.weights(grid.codes(W)), W) and grid.codes(W).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("zero", [0, 128, 255])
+def test_every_weight_of_every_8_bit_grid_in_bfloat16_has_a_code(zero):
+    scale = 1 + torch.arange(128)[:, None] / 128  # all of them up to powers of 2
+    grid = Grid(Scheme(8), scale.bfloat16(), torch.full((128, 1), zero, dtype=torch.uint8),
+                torch.zeros(256, dtype=torch.int32))
+    W = ((torch.arange(256) - zero) * scale).bfloat16()
+    assert torch.equal(grid.weights(grid.codes(W)), W)
+
+
+@pytest.mark.parametrize("code", [2.5, 2.001, -1, 16, 20, 255, 256, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("sym", [False, True])
+def test_weights_off_the_grid_have_no_code(code, sym):
+    grid, codes = some_grid(4, torch.float32, sym=sym)
+    W = grid.weights(codes)
+    assert torch.equal(grid.codes(W), codes)
+    W[1, 7] = (code - int(grid.zero[1, 0])) * grid.scale[1, 0]
+    with pytest.raises(ValueError, match="do not lie on the grid"):
+        grid.codes(W)
+
+
+def test_weights_of_another_group_have_no_code():
+    grid, codes = some_grid(4, torch.bfloat16, groups=2)
+    with pytest.raises(ValueError, match="do not lie on the grid"):
+        Grid(grid.scheme, grid.scale, grid.zero, 1 - grid.group).codes(grid.weights(codes))
+
+
+# quantize_nearest
+
+
+@hypothesis_settings
+@given(wbits=all_wbits, sym=booleans, dtype=dtypes, groupsize=st.sampled_from([-1, 4, 8]), rows=st.integers(1, 4),
+       eights=st.integers(1, 3), sparsity=st.floats(0, 1), seed=seeds)
+def test_quantizing_rounds_every_weight_to_the_grid_of_its_group(wbits, sym, dtype, groupsize, rows, eights, sparsity,
+                                                                 seed):
+    columns = 8 * eights
+    W = magnitude_prune(random(rows, columns, seed=seed).to(dtype), sparsity)
+    before, scheme = W.clone(), Scheme(wbits, groupsize, sym)
+    Q, grid = quantize_nearest(W, scheme)
+    width = columns if groupsize == -1 else groupsize
+    expected, grids = [], []
+    for row in W.tolist():
+        expected.append([])
+        for left in range(0, columns, width):
+            weights = row[left:left + width]
+            grids.append(reference_grid([w for w in weights if w], scheme, dtype))
+            expected[-1] += [reference_rounding(w, *grids[-1], wbits, dtype) for w in weights]
+    assert Q.tolist() == expected and Q.dtype == dtype and torch.equal(W, before)
+    assert list(zip(grid.scale.flatten().tolist(), grid.zero.flatten().tolist(), strict=True)) == grids
+    assert grid.scheme == scheme and grid.group.tolist() == [j // width for j in range(columns)]
+    assert (grid.scale.dtype, grid.zero.dtype, grid.group.dtype) == (dtype, torch.uint8, torch.int32)
+    assert torch.equal(grid.weights(grid.codes(Q)), Q)
+
+
+@pytest.mark.parametrize("groupsize", [-1, 4, 8])
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("mse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", [(0.5, 0, 0), (0.0, 2, 4)])
+def test_zeros_stay_zeros_without_a_sign(target, dtype, groupsize, sym, mse):
+    W = magnitude_prune(random(6, 16).to(dtype), *target)
+    W[0, :4] = torch.tensor([-0.0, -1e-3, 1e-3, -2.0])  # the small ones round to 0 as well
+    Q, grid = quantize_nearest(W, Scheme(3, groupsize, sym, mse))
+    assert (Q[W == 0] == 0).all() and Q[0, :3].tolist() == [0, 0, 0]
+    assert not Q[Q == 0].signbit().any()
+    assert torch.equal(grid.weights(grid.codes(Q)), Q)
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("groupsize", [-1, 4])
+def test_the_search_never_makes_the_error_of_a_group_larger(groupsize, sym):
+    W = magnitude_prune(random(16, 32), 0.5) * random(16, 32, seed=1).exp()
+    plain, searched = ((quantize_nearest(W, Scheme(3, groupsize, sym, mse))[0] - W).double().square()
+                       .view(-1, 32 if groupsize == -1 else 4).sum(1) for mse in (False, True))
+    assert (searched <= plain * (1 + 1e-5)).all() and searched.sum() < 0.98 * plain.sum()
