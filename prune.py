@@ -1,15 +1,17 @@
 """Prune and quantize a whole model, one decoder layer on the device at a time, with calibration or without."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from allocation import allocate, allocate_whole
 from errors import InputError
-from modelutils import Stream, hooked, linears, on_device, shared_inputs
+from modelutils import Stream, hooked, linears, on_device, paused_forwards, shared_inputs
 from quant import Grid, quantize_nearest
-from sparsegpt import SALIENCIES, SparseGPT, activation_order, magnitude_prune
+from sparsegpt import SparseGPT, activation_order, magnitude_prune
+from walk import SALIENCIES
 
 
 @dataclass(frozen=True)
@@ -113,19 +115,23 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
     with tqdm(layers, desc="SparseGPT", unit="layer", disable=None) as bar:
         for index, layer in enumerate(bar):
             with on_device([layer], device):
-                for group in _stages(layer, index, stream, plan, true_sequential):
-                    hessians = _collect(layer, index, stream, group, clock)
-                    with clock.part("walk"):
-                        outcomes |= _prune_group(layer, index, hessians, plan, percdamp, act_order, bar,
-                                                 blocksize=blocksize, saliency=SALIENCIES[saliency], scheme=scheme)
-                if index + 1 < len(layers):
+                groups = _groups(layer, index, stream, plan)
+                last = index + 1 == len(layers)
+                prune = partial(_prune_groups, layer, index, plan, percdamp, act_order, bar, clock,
+                                blocksize=blocksize, saliency=SALIENCIES[saliency], scheme=scheme)
+                if groups and true_sequential:
+                    outcomes |= _prune_in_turn(layer, index, stream, groups, prune, clock, last)
+                    continue
+                if groups:
+                    outcomes |= prune(_collect(layer, index, stream, groups, clock))
+                if not last:
                     with clock.part("forward"):
                         stream.advance(layer, index)
     return outcomes
 
 
-def _stages(layer, index, stream, plan, true_sequential):
-    """Return the lists of inputs, each a tuple of the names of its readers, to prune after one pass each."""
+def _groups(layer, index, stream, plan):
+    """Return the inputs that planned matrices read, in order, each as a tuple of the names of its readers."""
     wanted = [name for planned, name in plan if planned == index]
     if not wanted:
         return []
@@ -135,7 +141,30 @@ def _stages(layer, index, stream, plan, true_sequential):
     if unused:
         raise InputError(f"layer {index} {', '.join(sorted(unused))}: not called as a module, cannot be calibrated; "
                          "leave it out with --prune_only")
-    return [[group] for group in groups] if true_sequential else [groups]
+    return groups
+
+
+def _prune_in_turn(layer, index, stream, groups, prune, clock, last):
+    """Prune each input's matrices when all batches have come to them, in one run; hidden states are then those behind
+    the layer, except behind the last one, where nobody needs them."""
+    modules, outcomes = linears(layer), {}
+    N = len(stream.hidden)
+    hessians = {modules[group[0]]: SparseGPT(modules[group[0]].in_features, N, stream.device) for group in groups}
+
+    def read(module, X):
+        with clock.part("Hessian"):
+            hessians[module].add_batch(X)
+
+    forwards = paused_forwards(layer, index, stream, list(hessians), read)
+    for group in groups:
+        with clock.part("forward"):
+            module = next(forwards)
+        outcomes |= prune({group: hessians.pop(module)})
+    if last:
+        forwards.close()
+    with clock.part("forward"):
+        next(forwards, None)
+    return outcomes
 
 
 def _collect(layer, index, stream, groups, clock):
@@ -155,20 +184,23 @@ def _collect(layer, index, stream, groups, clock):
     return hessians
 
 
-def _prune_group(layer, index, hessians, plan, percdamp, act_order, bar, **options):
+def _prune_groups(layer, index, plan, percdamp, act_order, bar, clock, hessians, **options):
     modules, outcomes = linears(layer), {}
     for group, hessian in hessians.items():
-        targets = {name: plan[index, name] for name in group}
-        order = activation_order(hessian.H.diagonal(), targets[group[0]].prunem) if act_order else None
+        targets = [plan[index, name] for name in group]
+        order = activation_order(hessian.H.diagonal(), targets[0].prunem) if act_order else None
         try:
-            used = hessian.factor(percdamp, order)
+            with clock.part("factorisation"):
+                used = hessian.factor(percdamp, order)
         except torch.linalg.LinAlgError as error:
             raise InputError(f"layer {index} {group[0]}: {error}") from error
         if used != percdamp:
             bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp {percdamp:g}, "
                       f"raised to {used:g}")
-        for name, target in targets.items():
-            error, grid = hessian.prune(modules[name].weight, target.sparsity, target.prunen, target.prunem, **options)
+        with clock.part("walk"):
+            pruned = hessian.prune([modules[name].weight for name in group],
+                                   [(target.sparsity, target.prunen, target.prunem) for target in targets], **options)
+        for name, (error, grid) in zip(group, pruned, strict=True):
             outcomes[index, name] = Outcome(error, used, grid and grid.to("cpu"))
     bar.set_postfix_str(f"layer {index} error {sum(o.error for o in outcomes.values()) / len(outcomes):.2%}")
     return outcomes

@@ -85,8 +85,12 @@ def _fit(low, high, scheme, dtype):
 
 def to_grid(W, scale, zero, wbits, dtype):
     """Round W to its grid: scale · (code − zero), as computed in `dtype`. Shapes broadcast; returns W's dtype."""
-    steps = (W / scale).round_().clamp_(-zero, 2**wbits - 1 - zero)
-    return steps.mul_(scale).to(dtype).to(W.dtype)
+    return to_multiples(W, scale, -zero, 2**wbits - 1 - zero, dtype)
+
+
+def to_multiples(W, scale, low, high, dtype):
+    """Round W to a multiple of scale, between low and high times it, as computed in `dtype`. Returns W's dtype."""
+    return (W / scale).round_().clamp_(low, high).mul_(scale).to(dtype).to(W.dtype)
 
 
 def quantize_nearest(W, scheme):

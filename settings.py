@@ -10,7 +10,7 @@ from formats import FORMATS
 from prune import Target
 from quant import WBITS, Scheme
 from sensitivity import ESTIMATORS
-from sparsegpt import SALIENCIES
+from walk import SALIENCIES
 
 WAYS = ("uniform", "origin", "layer-level", "weight-level")  # origin: what the ancestors call uniform
 
@@ -39,7 +39,7 @@ class Settings:
     saliency: str = "obs"
     blocksize: int = 128
     percdamp: float = 0.01
-    true_sequential: bool = False
+    true_sequential: bool = True
     minlayer: int = 0
     maxlayer: int = 1000
     prune_only: str = ""
@@ -184,7 +184,9 @@ OPTIONS = {
          {"choices": SALIENCIES}),
         ("--blocksize", "columns between two updates of the rest of the matrix", {}),
         ("--percdamp", "damping of the Hessian, as a fraction of its mean diagonal", {}),
-        ("--true-sequential", "calibrate each linear on inputs from the pruned linears before it in its layer", {}),
+        ("--true-sequential", "calibrate each linear on inputs from the pruned linears before it in its layer, in one "
+                              "run of the layer; else all of a layer on its unpruned linears, in two",
+         {"action": argparse.BooleanOptionalAction}),
     ],
     "how many bits a weight has": [
         ("--wbits", "bits of a weight that is kept, by GPTQ in the same walk; 16: as they are", {"choices": WBITS}),
@@ -248,6 +250,7 @@ def parse(family, argv=None):
                 continue
             if default not in (None, ""):
                 text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
-            kind = str if default is None else type(default)
-            group.add_argument(flag, dest=name, help=text, **{"type": kind} | arguments)
+            if "action" not in arguments:
+                arguments = {"type": str if default is None else type(default)} | arguments
+            group.add_argument(flag, dest=name, help=text, **arguments)
     return Settings(**vars(parser.parse_args(argv)))

@@ -4,11 +4,20 @@ import math
 
 import pytest
 import torch
-from test_sparsegpt import PERCDAMP, correlated_inputs, damped, random, remaining_inverses, zeros_per_group
+from test_sparsegpt import (
+    PERCDAMP,
+    correlated_inputs,
+    damped,
+    prune_one,
+    random,
+    remaining_inverses,
+    zeros_per_group,
+)
 
 from modelutils import hooked, linears
 from quant import Scheme, find_grid, quantize_nearest
-from sparsegpt import SALIENCIES, SparseGPT, activation_order, inverse_factor, prune_matrix, relative_error
+from sparsegpt import SparseGPT, activation_order, factor, relative_error
+from walk import SALIENCIES, prune_matrices, prune_matrix
 
 
 def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_hat):
@@ -55,9 +64,9 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_h
 
 def joint(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency="obs"):
     """Return what sparsegpt makes of W, and the grids."""
-    U, _ = inverse_factor(H, PERCDAMP)
-    return prune_matrix(W, U, H.diagonal(), sparsity, prunen, prunem, blocksize, SALIENCIES[saliency], scheme,
-                        dtype=torch.float64)
+    R, _ = factor(H, PERCDAMP)
+    return prune_matrix(W, R, H.diagonal(), sparsity, prunen, prunem, blocksize=blocksize,
+                        saliency=SALIENCIES[saliency], scheme=scheme, dtype=torch.float64)
 
 
 TARGETS = [(0.0, 0, 0, 8), (0.5, 0, 0, 8), (0.5, 0, 0, 24), (0.0, 2, 4, 8), (0.0, 4, 8, 16)]
@@ -97,11 +106,12 @@ def test_columns_in_order_of_activations_are_put_back(prunem, groupsize, dtype):
 
     target, scheme = (0.0, 2, 4) if prunem else (0.5, 0, 0), Scheme(4, groupsize)
     weight = random(5, 24).to(dtype)
-    U, _ = inverse_factor(hessian.H[order][:, order], PERCDAMP)
-    walked, walked_grid = prune_matrix(weight.float()[:, order], U, h[order], *target, 8, scheme=scheme, dtype=dtype)
+    R, _ = factor(hessian.H[order][:, order], PERCDAMP)
+    walked, walked_grid = prune_matrix(weight.float()[:, order], R, h[order], *target, blocksize=8, scheme=scheme,
+                                       dtype=dtype)
     hessian.factor(PERCDAMP, order)
     before = weight.float().clone()
-    error, grid = hessian.prune(weight, *target, blocksize=8, scheme=scheme)
+    error, grid = prune_one(hessian, weight, *target, blocksize=8, scheme=scheme)
     assert torch.equal(weight[:, order], walked.to(dtype)) and not torch.equal(weight, walked.to(dtype))
     assert torch.equal(grid.weights(grid.codes(weight)), weight)
     assert torch.equal(grid.codes(weight)[:, order], walked_grid.codes(walked.to(dtype)))
@@ -121,20 +131,20 @@ def test_pruned_weights_stay_zero_when_quantized(scheme, dtype):
         hessian.add_batch(X)
         hessian.factor(PERCDAMP, activation_order(hessian.H.diagonal(), 4) if act_order else None)
         weight = random(16, 48).to(dtype)
-        _, grid = hessian.prune(weight, 0.0, 2, 4, scheme=scheme)
+        _, grid = prune_one(hessian, weight, 0.0, 2, 4, scheme=scheme)
         assert min(zeros_per_group(weight, 4)) >= 2
         assert torch.equal(grid.weights(grid.codes(weight)), weight)  # exactly on the grid in its own dtype
         assert not (weight == 0)[weight.signbit()].any()
         weight = random(16, 48).to(dtype)
-        hessian.prune(weight, 0.5, scheme=scheme)
+        prune_one(hessian, weight, 0.5, scheme=scheme)
         assert (weight == 0).sum() >= weight.numel() // 2
 
 
 def test_the_finest_grid_changes_little_and_no_grid_changes_nothing():
     W, X = random(6, 24), correlated_inputs(60, 24)
     H = X.t() @ X
-    U, _ = inverse_factor(H, PERCDAMP)
-    same, grid = prune_matrix(W, U, H.diagonal(), 0.0)
+    R, _ = factor(H, PERCDAMP)
+    same, grid = prune_matrix(W, R, H.diagonal(), 0.0)
     assert grid is None and torch.equal(same, W)
     quantized, _ = joint(W, H, 0.0, 0, 0, 128, Scheme(8, 4))
     assert 0 < relative_error(W, quantized, H) < 1e-4
@@ -166,7 +176,7 @@ def test_gptq_is_never_worse_than_rounding_on_real_activations(scheme, act_order
     for module, hessian in _hessians(trained_model).items():
         W = module.weight.detach().clone()
         hessian.factor(PERCDAMP, activation_order(hessian.H.diagonal()) if act_order else None)
-        error, _ = hessian.prune(weight := W.clone(), 0.0, scheme=scheme)
+        error, _ = prune_one(hessian, weight := W.clone(), 0.0, scheme=scheme)
         nearest, _ = quantize_nearest(W, scheme)
         assert error <= relative_error(W, nearest, hessian.H)
         assert error == pytest.approx(relative_error(W, weight, hessian.H))
@@ -178,7 +188,36 @@ def test_pruning_and_quantizing_together_is_better_than_one_after_the_other(trai
     for module, hessian in _hessians(trained_model).items():
         W = module.weight.detach().clone()
         hessian.factor(PERCDAMP)
-        error, _ = hessian.prune(W.clone(), 0.5, scheme=Scheme(3))
-        hessian.prune(pruned := W.clone(), 0.5)
+        error, _ = prune_one(hessian, W.clone(), 0.5, scheme=Scheme(3))
+        prune_one(hessian, pruned := W.clone(), 0.5)
         after, _ = quantize_nearest(pruned, Scheme(3))
         assert error < relative_error(W, after, hessian.H)
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme(4), Scheme(3, 8, mse=True)])
+@pytest.mark.parametrize("targets", [[(0.3,), (0.71,), (0.0,)], [(0.0, 2, 4), (0.0, 1, 4), (0.0, 0, 4)]])
+def test_matrices_walked_together_are_those_walked_alone(scheme, targets):
+    X, matrices = correlated_inputs(90, 48), [random(out, 48, seed=out) for out in (5, 1, 12)]
+    H = X.t() @ X
+    R, _ = factor(H, PERCDAMP)
+    options = {"blocksize": 16, "scheme": scheme, "dtype": torch.float64}
+    for W, target, (together, grid) in zip(matrices, targets, prune_matrices(
+            matrices, R, H.diagonal(), targets, **options), strict=True):
+        alone, alone_grid = prune_matrix(W, R, H.diagonal(), *target, **options)
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+        assert torch.equal(together == 0, alone == 0)
+        if scheme:
+            torch.testing.assert_close(grid.scale, alone_grid.scale)
+            assert torch.equal(grid.codes(together), alone_grid.codes(alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("columns", [64, 500])
+def test_the_hessian_is_exact_against_its_damping(dtype, columns):
+    X = (correlated_inputs(900, columns) / columns**0.5).to(dtype).view(3, 300, columns)
+    hessian = SparseGPT(columns, 3, "cpu")
+    for batch in X:
+        hessian.add_batch(batch)
+    exact = 2 / 3 * X.double().view(-1, columns).t() @ X.double().view(-1, columns)
+    assert torch.equal(hessian.H, hessian.H.t())
+    assert (hessian.H - exact).norm() <= 1e-3 * PERCDAMP * exact.diagonal().mean()

@@ -44,7 +44,7 @@ def run(family, *arguments):
 
 @pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "qwen2", "bloom"])
 @pytest.mark.parametrize("options", [[], ["--sparsity", ".5", "--gmp"], ["--sparsity", ".5"],
-                                     ["--prunen", "2", "--prunem", "4", "--true-sequential"]])
+                                     ["--prunen", "2", "--prunem", "4", "--no-true-sequential"]])
 def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, checkpoint_folder, tmp_path, capsys):
     family, _ = FAMILIES[name]
     folder = tmp_path / "saved"

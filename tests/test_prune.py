@@ -11,7 +11,8 @@ from errors import InputError
 from modelutils import linears
 from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
 from report import Clock
-from sparsegpt import inverse_factor, prune_matrix
+from sparsegpt import factor
+from walk import prune_matrix
 
 HALF = Target(0.5)
 OPTIONS = {"saliency": "obs",
@@ -51,8 +52,8 @@ def prune_by_whole_forwards(model, family, tokens, steps):
         modules = [dict(linears(family.layers_of(model)[index]))[name] for index, name in step]
         for module, X in inputs_of(model, modules, tokens).items():
             H = 2 / len(tokens) * X.double().T @ X.double()
-            U, _ = inverse_factor(H)
-            module.weight.copy_(prune_matrix(module.weight.double(), U, H.diagonal(), 0.5, blocksize=16)[0])
+            R, _ = factor(H)
+            module.weight.copy_(prune_matrix(module.weight.double(), R, H.diagonal(), 0.5, blocksize=16)[0])
 
 
 def assert_same_pruning(model, reference, family):

@@ -5,18 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsegpt import (
-    SALIENCIES,
-    SparseGPT,
-    inverse_factor,
-    isc_saliency,
-    magnitude_prune,
-    obs_saliency,
-    prune_matrix,
-    relative_error,
-    smallest,
-    smallest_per_row,
-)
+from sparsegpt import SparseGPT, factor, magnitude_prune, relative_error
+from walk import SALIENCIES, isc_saliency, obs_saliency, prune_matrix, smallest, smallest_per_row
 
 PERCDAMP = 0.01
 hypothesis_settings = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -77,9 +67,15 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize, saliency="obs"):
 
 def pruned_by(W, H, sparsity=0.0, prunen=0, prunem=0, blocksize=128, saliency="obs"):
     """Return what sparsegpt makes of W with the damping of these tests."""
-    U, used = inverse_factor(H, PERCDAMP)
+    R, used = factor(H, PERCDAMP)
     assert used == PERCDAMP
-    return prune_matrix(W, U, H.diagonal(), sparsity, prunen, prunem, blocksize, SALIENCIES[saliency])[0]
+    return prune_matrix(W, R, H.diagonal(), sparsity, prunen, prunem, blocksize=blocksize,
+                        saliency=SALIENCIES[saliency])[0]
+
+
+def prune_one(hessian, weight, *target, **options):
+    """Prune one matrix in place. Returns its error and its grid."""
+    return hessian.prune([weight], [target], **options)[0]
 
 
 def explicit_error(W, W_hat, X):
@@ -93,40 +89,40 @@ def zeros_per_group(W, prunem):
     return [row[left:left + prunem].count(0.0) for row in W.tolist() for left in range(0, len(row), prunem)]
 
 
-# inverse_factor
+# factor
 
 
 @pytest.mark.parametrize("percdamp", [0.0, 0.01, 0.3, 2.0])
 def test_the_factor_is_upper_triangular_and_gives_the_damped_inverse(percdamp):
     X = correlated_inputs(50, 9)
     H = X.t() @ X
-    U, used = inverse_factor(H, percdamp)
+    R, used = factor(H, percdamp)
     assert used == percdamp
-    assert torch.equal(U, U.triu())
-    torch.testing.assert_close(U.t() @ U, torch.linalg.inv(damped(H, percdamp)), rtol=1e-9, atol=1e-12)
+    assert torch.equal(R, R.triu())
+    torch.testing.assert_close(R @ R.t(), damped(H, percdamp), rtol=1e-9, atol=1e-12)
 
 
 def test_the_squared_diagonal_of_the_factor_is_the_first_entry_of_each_remaining_inverse():
     X = correlated_inputs(50, 9)
     H = X.t() @ X
-    U, _ = inverse_factor(H, PERCDAMP)
+    R, _ = factor(H, PERCDAMP)
     expected = torch.stack([inverse[0, 0] for inverse in remaining_inverses(damped(H))])
-    torch.testing.assert_close(U.diagonal() ** 2, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(1 / R.diagonal() ** 2, expected, rtol=1e-9, atol=0)
 
 
 def test_the_default_damping_is_one_percent():
     X = correlated_inputs(50, 5)
     H = X.t() @ X
-    U, used = inverse_factor(H)
+    R, used = factor(H)
     assert used == 0.01
-    assert torch.equal(U, inverse_factor(H, 0.01)[0])
+    assert torch.equal(R, factor(H, 0.01)[0])
 
 
 def test_a_rank_deficient_hessian_is_damped_though_none_was_asked_for():
     x = torch.tensor([[1.0, 2.0, 4.0, 1.0]], dtype=torch.float64)  # powers of 2: the pivots are 0 without rounding
-    U, used = inverse_factor(x.t() @ x, 0.0)
+    R, used = factor(x.t() @ x, 0.0)
     assert used == 1e-4
-    torch.testing.assert_close(U.t() @ U, torch.linalg.inv(damped(x.t() @ x, 1e-4)), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(R @ R.t(), damped(x.t() @ x, 1e-4), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("asked, depth, needed", [
@@ -136,16 +132,16 @@ def test_damping_is_raised_to_the_first_step_that_suffices(asked, depth, needed)
     Q, _ = torch.linalg.qr(random(6, 6))
     eigenvalues = torch.tensor([-depth] + [(6 + depth) / 5] * 5, dtype=torch.float64)  # mean 1: needs λ > depth
     H = 3 * (Q * eigenvalues) @ Q.t()
-    U, used = inverse_factor(H, asked)
+    R, used = factor(H, asked)
     assert used == pytest.approx(needed, rel=1e-12)
-    torch.testing.assert_close(U.t() @ U, torch.linalg.inv(damped(H, needed)), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(R @ R.t(), damped(H, needed), rtol=1e-7, atol=1e-7)
 
 
 def test_a_hessian_that_no_damping_mends_is_refused():
     Q, _ = torch.linalg.qr(random(6, 6))
     H = (Q * torch.tensor([-1.5] + [1.5] * 5, dtype=torch.float64)) @ Q.t()
     with pytest.raises(torch.linalg.LinAlgError, match="not positive definite at percdamp 1"):
-        inverse_factor(H, 0.0)
+        factor(H, 0.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -153,18 +149,18 @@ def test_a_hessian_that_is_not_finite_is_refused(value):
     X = correlated_inputs(30, 4)
     X[3, 2] = value
     with pytest.raises(torch.linalg.LinAlgError, match="NaN or inf"):
-        inverse_factor(X.t() @ X, PERCDAMP)
+        factor(X.t() @ X, PERCDAMP)
     H = torch.eye(4)
     H[0, 3] = H[3, 0] = value
     with pytest.raises(torch.linalg.LinAlgError):
-        inverse_factor(H, PERCDAMP)
+        factor(H, PERCDAMP)
 
 
 @pytest.mark.parametrize("percdamp", [0.0, 0.01])
 def test_a_hessian_of_zeros_gives_the_identity(percdamp):
-    U, used = inverse_factor(torch.zeros(5, 5), percdamp)
+    R, used = factor(torch.zeros(5, 5), percdamp)
     assert used == percdamp
-    assert torch.equal(U, torch.eye(5))
+    assert torch.equal(R, torch.eye(5))
 
 
 # prune_matrix against brute force
@@ -258,7 +254,7 @@ def test_one_removal_per_row_leaves_the_constrained_least_squares_optimum():
 def test_the_saliency_is_the_callers_choice_and_sees_the_diagonals_of_its_columns():
     W, X = random(4, 12), correlated_inputs(40, 12)
     H = X.t() @ X
-    U, _ = inverse_factor(H, PERCDAMP)
+    R, _ = factor(H, PERCDAMP)
 
     def by_input(weights, h, u):
         assert len(h) == len(u) == weights.shape[1]
@@ -267,8 +263,8 @@ def test_the_saliency_is_the_callers_choice_and_sees_the_diagonals_of_its_column
     def by_factor(weights, h, u):
         return u.expand_as(weights)
 
-    for saliency, diagonal in ((by_input, H.diagonal()), (by_factor, U.diagonal())):
-        W_hat = prune_matrix(W, U, H.diagonal(), 0.0, 1, 4, saliency=saliency)[0]
+    for saliency, diagonal in ((by_input, H.diagonal()), (by_factor, 1 / R.diagonal())):
+        W_hat = prune_matrix(W, R, H.diagonal(), 0.0, 1, 4, saliency=saliency)[0]
         expected = [left + diagonal[left:left + 4].argmin().item() for left in (0, 4, 8)]
         assert (W_hat == 0).all(0).nonzero().flatten().tolist() == expected
 
@@ -282,10 +278,10 @@ def test_obs_saliency_is_the_squared_weight_over_the_diagonal_of_the_inverse():
 def test_isc_saliency_is_the_squared_weight_times_the_input_and_the_inverse_of_the_remaining_inverse():
     W, X = random(5, 9), correlated_inputs(50, 9)
     H = X.t() @ X
-    U, _ = inverse_factor(H, PERCDAMP)
+    R, _ = factor(H, PERCDAMP)
     expected = torch.stack([W[:, m] ** 2 * (H[m, m] + 1 / inverse[0, 0])
                             for m, inverse in enumerate(remaining_inverses(damped(H)))], dim=1)
-    torch.testing.assert_close(isc_saliency(W, H.diagonal(), U.diagonal()), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(isc_saliency(W, H.diagonal(), 1 / R.diagonal()), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("scale", [2.0 ** -7, 2.0 ** 7])
@@ -295,7 +291,7 @@ def test_scaling_the_inputs_scales_the_scores_by_its_square_and_leaves_the_resul
     W, X = random(8, 16), correlated_inputs(60, 16)
     H, scaled = X.t() @ X, (scale * X).t() @ (scale * X)
     score = SALIENCIES[saliency]
-    scores, scaled_scores = (score(W, A.diagonal(), inverse_factor(A, PERCDAMP)[0].diagonal()) for A in (H, scaled))
+    scores, scaled_scores = (score(W, A.diagonal(), 1 / factor(A, PERCDAMP)[0].diagonal()) for A in (H, scaled))
     torch.testing.assert_close(scaled_scores, scale ** 2 * scores, rtol=1e-9, atol=0)
     for target in ({"sparsity": 0.5}, {"prunen": 2, "prunem": 4}):
         W_hat, scaled_W_hat = (pruned_by(W, A, **target, saliency=saliency) for A in (H, scaled))
@@ -505,7 +501,7 @@ def test_factor_reports_the_damping_and_keeps_the_hessian_undamped():
     before = hessian.H.clone()
     assert hessian.factor(0.0) == 1e-4
     assert hessian.factor(0.05) == 0.05
-    torch.testing.assert_close(hessian.U, inverse_factor(before, 0.05)[0], rtol=0, atol=0)
+    torch.testing.assert_close(hessian.R, factor(before, 0.05)[0], rtol=0, atol=0)
     assert torch.equal(hessian.H, before)
 
 
@@ -521,7 +517,7 @@ def test_prune_works_in_place_and_returns_the_true_error(make, dtype, target):
     hessian.factor(PERCDAMP)
     weight = make().to(dtype)
     before, place = weight.clone(), weight.data_ptr()
-    error, _ = hessian.prune(weight, *target, blocksize=8)
+    error, _ = prune_one(hessian, weight, *target, blocksize=8)
     assert weight.dtype == dtype and weight.data_ptr() == place
     assert (weight == 0).sum() == weight.numel() / 2
     true_error = explicit_error(before, weight, X.view(-1, 16))
@@ -535,10 +531,11 @@ def test_prune_rounds_what_prune_matrix_returns_to_the_dtype_of_the_weight(dtype
     hessian = calibrated(correlated_inputs(64, 16, dead=[2, 9]).float().view(4, 16, 16), 4)
     hessian.factor(PERCDAMP)
     first, second = random(8, 16).to(dtype), random(4, 16, seed=1).to(dtype)
-    expected = [prune_matrix(weight.float(), hessian.U, hessian.H.diagonal(), sparsity, prunen, prunem, blocksize)[0]
+    expected = [prune_matrix(weight.float(), hessian.R, hessian.H.diagonal(), sparsity, prunen, prunem,
+                             blocksize=blocksize)[0]
                 for weight in (first, second)]
     for weight, pruned in zip((first, second), expected, strict=True):  # one factor serves several matrices
-        hessian.prune(weight, sparsity, prunen, prunem, blocksize=blocksize)
+        prune_one(hessian, weight, sparsity, prunen, prunem, blocksize=blocksize)
         assert torch.equal(weight, pruned.to(dtype))
         assert (weight[pruned == 0] == 0).all()
 
@@ -548,9 +545,9 @@ def test_prune_ranks_by_the_saliency_it_is_given(target):
     hessian = calibrated(correlated_inputs(64, 16).float().view(4, 16, 16), 4)
     hessian.factor(PERCDAMP)
     by_obs, by_isc = (random(8, 16).float() for _ in range(2))
-    expected = prune_matrix(by_isc, hessian.U, hessian.H.diagonal(), *target, blocksize=8, saliency=isc_saliency)[0]
-    hessian.prune(by_obs, *target, blocksize=8)
-    hessian.prune(by_isc, *target, blocksize=8, saliency=isc_saliency)
+    expected = prune_matrix(by_isc, hessian.R, hessian.H.diagonal(), *target, blocksize=8, saliency=isc_saliency)[0]
+    prune_one(hessian, by_obs, *target, blocksize=8)
+    prune_one(hessian, by_isc, *target, blocksize=8, saliency=isc_saliency)
     assert torch.equal(by_isc, expected)
     assert not torch.equal(by_isc == 0, by_obs == 0)
 
@@ -562,7 +559,7 @@ def test_the_weights_of_a_linear_module_are_pruned_in_place():
     hessian.factor(PERCDAMP)
     with torch.no_grad():
         before = module(X)
-        error, _ = hessian.prune(module.weight, 0.5)
+        error, _ = prune_one(hessian, module.weight, 0.5)
         after = module(X)
     assert (module.weight == 0).sum() == 64
     assert error == pytest.approx(((before - after) ** 2).sum().item() / (before ** 2).sum().item(), rel=1e-3)
@@ -576,7 +573,7 @@ def test_the_error_is_well_below_that_of_magnitude_pruning(dtype, target):
     hessian.factor(PERCDAMP)
     weight = random(24, 32).to(dtype)
     by_magnitude = explicit_error(weight, magnitude_prune(weight, *target), X)
-    assert hessian.prune(weight, *target, blocksize=8)[0] < 0.75 * by_magnitude
+    assert prune_one(hessian, weight, *target, blocksize=8)[0] < 0.75 * by_magnitude
 
 
 def test_inputs_that_are_always_zero_are_pruned_without_error():
@@ -584,6 +581,6 @@ def test_inputs_that_are_always_zero_are_pruned_without_error():
     assert hessian.factor(0.0) == 0.0
     weight = random(4, 8).float()
     before = weight.clone()
-    assert hessian.prune(weight, 0.0, 2, 4) == (0, None)
+    assert prune_one(hessian, weight, 0.0, 2, 4) == (0, None)
     assert zeros_per_group(weight, 4) == [2] * 8
     assert torch.equal(weight[weight != 0], before[weight != 0])
