@@ -29,7 +29,7 @@ def test_the_textbook_prunes_as_the_product_does(target, wbits):
     for batch in X:
         hessian.add_batch(batch)
         book.add_batch(batch[None])
-    torch.testing.assert_close(book.H, hessian.H, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(book.H, hessian.H, rtol=0, atol=1e-5 * hessian.H.max().item())
     W = random(64, 256).float()
     linear.weight.data.copy_(W)
     book.prune(book.inverse(0.01), *target, **{"wbits": wbits})
