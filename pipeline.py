@@ -106,7 +106,7 @@ def _compress(settings, plan, model, family, calibration, device, clock):
     if not plan:
         return {}
     if not settings.calibrates:
-        with clock.part("magnitude"):
+        with clock.part("magnitude" if settings.prunes else "rounding"):
             return prune_magnitude(model, family, plan, device, settings.scheme)
     return prune_sparsegpt(
         model, family, plan, calibration, saliency=settings.saliency, blocksize=settings.blocksize,

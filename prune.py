@@ -87,7 +87,8 @@ def prune_magnitude(model, family, plan, device, scheme=None):
     Returns {(layer, name): Outcome}.
     """
     outcomes = {}
-    for index, layer in enumerate(tqdm(family.layers_of(model), desc="magnitude", unit="layer", disable=None)):
+    title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
+    for index, layer in enumerate(tqdm(family.layers_of(model), desc=title, unit="layer", disable=None)):
         with on_device([layer], device):
             for name, module in linears(layer).items():
                 if target := plan.get((index, name)):
