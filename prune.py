@@ -145,18 +145,24 @@ def _groups(layer, index, stream, plan):
     return groups
 
 
-def _prune_in_turn(layer, index, stream, groups, prune, clock, last):
-    """Prune each input's matrices when all batches have come to them, in one run; hidden states are then those behind
-    the layer, except behind the last one, where nobody needs them."""
-    modules, outcomes = linears(layer), {}
-    N = len(stream.hidden)
-    hessians = {modules[group[0]]: SparseGPT(modules[group[0]].in_features, N, stream.device) for group in groups}
+def _hessians(layer, stream, groups, clock):
+    """Return {module that reads an input first: SparseGPT of that input}, in order, and what adds an input to it."""
+    modules = linears(layer)
+    hessians = {modules[group[0]]: SparseGPT(modules[group[0]].in_features, len(stream.hidden), stream.device)
+                for group in groups}
 
     def read(module, X):
         with clock.part("Hessian"):
             hessians[module].add_batch(X)
 
-    forwards = paused_forwards(layer, index, stream, list(hessians), read)
+    return hessians, read
+
+
+def _prune_in_turn(layer, index, stream, groups, prune, clock, last):
+    """Prune each input's matrices when all batches have come to them, in one run; hidden states are then those behind
+    the layer, except behind the last one, where nobody needs them."""
+    hessians, read = _hessians(layer, stream, groups, clock)
+    forwards, outcomes = paused_forwards(layer, index, stream, list(hessians), read), {}
     for group in groups:
         with clock.part("forward"):
             module = next(forwards)
@@ -170,19 +176,11 @@ def _prune_in_turn(layer, index, stream, groups, prune, clock, last):
 
 def _collect(layer, index, stream, groups, clock):
     """Run all sequences through a layer. Returns {group: SparseGPT with the Hessian of its input}."""
-    modules = linears(layer)
-    N = len(stream.hidden)
-    hessians = {group: SparseGPT(modules[group[0]].in_features, N, stream.device) for group in groups}
-
-    def add(hessian, X):
-        with clock.part("Hessian"):
-            hessian.add_batch(X)
-
-    with clock.part("forward"), hooked({modules[group[0]]: lambda X, hessian=hessian: add(hessian, X)
-                                        for group, hessian in hessians.items()}):
+    hessians, read = _hessians(layer, stream, groups, clock)
+    with clock.part("forward"), hooked({module: partial(read, module) for module in hessians}):
         for rows in stream.batches():
             stream.forward(layer, index, rows)
-    return hessians
+    return dict(zip(groups, hessians.values(), strict=True))
 
 
 def _prune_groups(layer, index, plan, percdamp, act_order, bar, clock, hessians, **options):
