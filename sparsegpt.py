@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from walk import prune_matrices, smallest, smallest_per_row
+from columns import smallest_per_row
+from walk import prune_matrices, smallest
 
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H is factored then
 
@@ -90,10 +91,16 @@ class SparseGPT:
         self.scale = 2 / nsequences
 
     def add_batch(self, X):
-        """Add inputs X (..., in) to the Hessian, in float32: the blocks on its diagonal and above."""
-        X = X.reshape(-1, X.shape[-1]).float()
+        """Add inputs X (..., in) to the blocks on and above the diagonal of H: exact products, float32 sums."""
+        X = X.reshape(-1, X.shape[-1])
+        halves = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16)  # no such product on a CPU
+        X = X if halves else X.float()
         for B in upper_blocks(X.shape[1]):
-            self._H[:B.stop, B].addmm_(X[:, :B.stop].t(), X[:, B], alpha=self.scale)
+            H, before = self._H[:B.stop, B], X[:, :B.stop].t()
+            if halves:
+                H.add_(torch.mm(before, X[:, B], out_dtype=torch.float32), alpha=self.scale)
+            else:
+                H.addmm_(before, X[:, B], alpha=self.scale)
         self._mirrored = False
 
     @property

@@ -3,12 +3,15 @@
 Notation as in `sparsegpt`: W (out, in), H + λI = R Rᵀ with R upper triangular, U = R⁻¹.
 """
 
+import itertools
+
 import numpy as np
 import torch
 
-from quant import Grid, find_grid, to_multiples
+import columns
+from quant import Grid, find_grid
 
-INNER = 16  # columns of the innermost range
+WIDE = 512  # columns that are updated in one product from all columns before them
 
 
 def obs_saliency(W, h, u):
@@ -29,7 +32,7 @@ def isc_saliency(W, h, u):
     return W**2 * (h + 1 / u**2)
 
 
-SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency}
+SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency}  # each w² times a factor of the column
 
 
 def smallest(scores, k):
@@ -44,12 +47,6 @@ def smallest(scores, k):
     return mask.view_as(scores)
 
 
-def smallest_per_row(scores, n):
-    """Mark the n smallest scores of every row. scores: (rows, m). Returns a mask (rows, m)."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter_(1, scores.topk(n, dim=1, largest=False, sorted=False).indices, True)
-
-
 def prune_matrix(W, R, h, *target, **options):
     """Prune and quantize one matrix; see `prune_matrices`. target: sparsity, prunen, prunem. Returns Ŵ and its Grid."""
     return prune_matrices([W], R, h, [target], **options)[0]
@@ -62,14 +59,15 @@ def prune_matrices(matrices, R, h, targets, blocksize=128, saliency=obs_saliency
     `factor`. h: (in,), diagonal of H without damping. targets: (sparsity, prunen, prunem) of each, the latter two 0
     where left out. round(sparsity · numel) weights become 0, spread evenly over blocks of `blocksize` columns; with
     prunem > 0, the same for all, instead prunen weights of every prunem consecutive ones of a row, chosen when the
-    walk reaches the group. scheme: a quant.Scheme; every weight that is kept is rounded to a grid found when the walk
-    reaches its columns (GPTQ, arXiv 2210.17323). dtype: in which grid values must be exact.
+    walk reaches the group. saliency: ranks them, one of SALIENCIES or another that is w² times a factor of the column.
+    scheme: a quant.Scheme; every weight that is kept is rounded to a grid found when the walk reaches its columns
+    (GPTQ, arXiv 2210.17323). dtype: in which grid values must be exact.
     Returns a list of new matrices (out, in), each with its quant.Grid, None without a scheme.
     Raises ValueError where prunem or the group size does not divide the columns, or neither the other.
 
     Columns that no input reaches (h = 0) are free to prune: they go first, and keep their weights otherwise.
     """
-    walk = _Walk(torch.cat(matrices), R, h, saliency, [len(W) for W in matrices], targets, blocksize, scheme, dtype)
+    walk = _Walk(matrices, R, h, saliency, targets, blocksize, scheme, dtype)
     W = walk.run().t() + 0.0  # −0 of the grid becomes 0
     return [(W[rows], walk.grid(rows)) for rows in walk.rows]
 
@@ -86,22 +84,26 @@ class _Walk:
     errors over the diagonal of U.
     """
 
-    def __init__(self, W, R, h, saliency, rows, targets, blocksize, scheme, dtype):
-        self.columns = W.shape[1]
-        self.W = W.t().contiguous()  # (in, out) here: a column is contiguous
-        self.D = self.W.clone()
+    def __init__(self, matrices, R, h, saliency, targets, blocksize, scheme, dtype):
+        self.W = torch.cat([W.t() for W in matrices], dim=1)  # (in, out) here: a column is contiguous
+        self.columns = len(self.W)
+        self.D = torch.empty_like(self.W)
         self.mask = torch.zeros_like(self.W, dtype=torch.bool)
-        self.R, self.u, self.h, self.saliency = R, 1 / R.diagonal(), h, saliency
-        stops = torch.tensor(rows).cumsum(0).tolist()
-        self.rows = [slice(stop - count, stop) for stop, count in zip(stops, rows, strict=True)]
+        self.R = R
+        factors = saliency(torch.ones_like(h)[None], h, 1 / R.diagonal())[0]
+        self.factors = factors.masked_fill(h == 0, 0)
+        stops = list(itertools.accumulate(map(len, matrices)))
+        self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
         sparsities, prunens, prunems = zip(*((*target, 0, 0)[:3] for target in targets), strict=True)
         self.sparsities, self.prunens, self.prunem = sparsities, prunens, prunems[0]
-        self.pruned = [0] * len(rows)
-        self.chosen = 0  # columns whose mask is known
+        self.pruned = [0] * len(matrices)
         self.scheme, self.dtype = scheme, dtype
         self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
         self.grids = []
+        # masks of n:m are chosen column group by column group, where no grid is finer
+        self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem
         self.widths = self._nest(blocksize)
+        self.walk_columns = columns.fastest(self.W.device, dtype if scheme else None, self.W.dtype)
 
     def _nest(self, blocksize):
         """Return the widths of the ranges, such that those with a mask or a grid of their own are among them."""
@@ -111,19 +113,15 @@ class _Walk:
                 raise ValueError(f"{name} {width} does not divide the {self.columns} columns")
         if m % g and g % m:
             raise ValueError(f"prunem {m}, groupsize {g}: one must divide the other")
-
-        def whole(width):
-            """Round a width down to whole groups of both kinds where they fit in."""
-            for unit in sorted({m, g}):
-                width = width // unit * unit or width
-            return width
-
-        self.block = whole(blocksize)
-        widths = {m, self.block, whole(min(INNER, self.block))}
-        if g < self.columns:  # else the only grid is there from the start
+        block = max(blocksize, m)
+        for unit in sorted({m, g}):  # whole groups of both kinds where they fit in
+            block = block // unit * unit or block
+        self.unit = self.prunem or block  # columns whose mask is chosen at once
+        widths = {max(WIDE // block, 1) * block, block}
+        if 0 < self.groupsize < self.columns:  # else the only grid is there from the start
             widths.add(g)
-        if 1 not in (self.prunem or self.block, self.groupsize):
-            widths.discard(1)  # the columns of the innermost range are walked one by one as it is
+        if not self.chosen_inside:
+            widths.add(self.unit)
         return sorted(widths, reverse=True)
 
     def run(self):
@@ -135,9 +133,10 @@ class _Walk:
             B = slice(start, min(start + top, self.columns))
             R = self.R[B, B]
             self.U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+            self.D[B] = self.W[B]
             if start:
                 self.W[B].addmm_(self.U.t(), self.R[:start, B].t() @ self.D[:start])
-            self.E, self.start = torch.zeros_like(self.W[B]), start
+            self.E, self.start = torch.empty_like(self.W[B]), start
             self._enter(B.start, B.stop, self.widths)
             self.D[B] -= self.W[B]
         return self.W
@@ -150,7 +149,7 @@ class _Walk:
             if start > left:
                 done, now = slice(left - self.start, start - self.start), slice(start - self.start, stop - self.start)
                 self.W[start:stop].addmm_(self.U[done, now].t(), self.E[done], alpha=-1)
-            if width == (self.prunem or self.block):
+            if width == self.unit and not self.chosen_inside:
                 self._choose_mask(start, stop)
             if width == self.groupsize < self.columns:
                 self._choose_grid(start, stop)
@@ -163,49 +162,38 @@ class _Walk:
         # cumulative counts: the last block meets the total exactly
         counts = [round(sparsity * ((rows.stop - rows.start) * stop))
                   for sparsity, rows in zip(self.sparsities, self.rows, strict=True)]
-        self.mask[start:stop] = self._least_salient(
-            start, stop, [count - pruned for count, pruned in zip(counts, self.pruned, strict=True)])
+        self._mark_least(self.mask[start:stop], start, stop, [
+            count - pruned for count, pruned in zip(counts, self.pruned, strict=True)])
         self.chosen, self.pruned = stop, counts
 
-    def _least_salient(self, start, stop, counts):
-        h = self.h[start:stop]
-        scores = self.saliency(self.W[start:stop].t(), h, self.u[start:stop]).masked_fill(h == 0, 0)
-        if self.prunem:
-            masks = [smallest_per_row(scores[rows].reshape(-1, self.prunem), n).view(-1, stop - start)
-                     for rows, n in zip(self.rows, self.prunens, strict=True)]
-        else:
-            masks = [smallest(scores[rows], count) for rows, count in zip(self.rows, counts, strict=True)]
-        return torch.cat(masks).t()
+    def _mark_least(self, mask, start, stop, counts):
+        """Set in `mask` the least salient weights of each matrix in columns start … stop − 1, as things are."""
+        scores = self.W[start:stop].square().mul_(self.factors[start:stop, None])
+        for rows, count, n in zip(self.rows, counts, self.prunens, strict=True):
+            if self.prunem:
+                mask[:, rows] = columns.smallest_in_groups(scores[:, rows], n, self.prunem)
+            else:
+                mask[:, rows] = smallest(scores[:, rows], count)
 
     def _choose_grid(self, start, stop):
-        if stop <= self.chosen:
-            pruned = self.mask[start:stop]
-        else:  # what would be pruned as things are
-            pruned = self._least_salient(start, stop, [
+        pruned = self.mask[start:stop]
+        if self.chosen_inside or stop > start // self.unit * self.unit + self.unit:  # masks not known yet
+            pruned = torch.empty_like(pruned)
+            self._mark_least(pruned, start, stop, [
                 round(sparsity * ((rows.stop - rows.start) * (stop - start)))
                 for sparsity, rows in zip(self.sparsities, self.rows, strict=True)])
         self.grids.append(find_grid(self.W[start:stop].t(), pruned.t(), self.scheme, self.dtype))
 
     def _walk(self, start, stop):
         """Walk columns start … stop − 1 one by one."""
-        here = slice(start - self.start, stop - self.start)
-        E, mask = self.E[here], self.mask[start:stop]
-        # errors not made yet are 0, so every product takes the whole range
-        before, shares = E.t(), self.U[here, here].t().unbind(0)
-        columns, errors, u = self.W[start:stop].unbind(0), E.unbind(0), self.u[start:stop]
-        if self.scheme is None:
-            removed = (mask / u[:, None]).unbind(0)
-            for w, e, share, remove in zip(columns, errors, shares, removed, strict=True):
-                torch.mul(w.addmv_(before, share, alpha=-1), remove, out=e)
-            self.W[start:stop].masked_fill_(mask, 0)
-            return
-        scale, zero = self.grids[-1]
-        low, high = -zero, 2**self.scheme.wbits - 1 - zero
-        for w, e, share, m, d in zip(columns, errors, shares, mask.unbind(0), u.unbind(0), strict=True):
-            w.addmv_(before, share, alpha=-1)
-            q = to_multiples(w, scale, low, high, self.dtype).masked_fill_(m, 0)
-            torch.sub(w, q, out=e).div_(d)
-            w.copy_(q)
+        here, grid, prunens = slice(start - self.start, stop - self.start), None, None
+        if self.chosen_inside:
+            prunens = list(zip(self.rows, self.prunens, strict=True))
+        if self.scheme:
+            scale, zero = self.grids[-1]
+            grid = scale, -zero, 2**self.scheme.wbits - 1 - zero, self.dtype
+        self.walk_columns(self.W[start:stop], self.E[here], self.U[here, here], self.mask[start:stop],
+                          self.factors[start:stop], self.prunem if self.chosen_inside else 0, prunens, grid)
 
     def grid(self, rows):
         """Return the grids of a matrix, in the order of the walk."""

@@ -23,6 +23,7 @@ import datautils
 import llama
 import opt
 from evaluate import perplexity
+from modelutils import Stream, linears, shared_inputs
 from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
 from report import Clock, peak_memory, table
@@ -46,14 +47,36 @@ SHAPES = {  # name: family, class, configuration, layers of the whole model
 def machine(device):
     """Name what the figures were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    n = 4096
-    A = torch.randn(n, n, device=device)
-    clock = Clock(device)
-    A @ A
-    with clock.part("product"):
-        A @ A
-    return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32 product of {n}x{n} at "
-            f"{2 * n**3 / clock.seconds['product'] / 1e9:.0f} GFLOP/s")
+    return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32 product of 4096x4096 at "
+            f"{rate(device, torch.float32) / 1e9:.0f} GFLOP/s")
+
+
+def rate(device, dtype):
+    """Return the floating-point operations per second of a large matrix product, the best of five."""
+    n, seconds = 4096, []
+    A = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(5):
+        clock = Clock(device)
+        with clock.part("product"):
+            A @ A
+        seconds.append(clock.seconds["product"])
+    return 2 * n**3 / min(seconds)
+
+
+def floors(model, family, tokens, device):
+    """Return the seconds that the arithmetic of each part of PARTS takes at the rate of a large matrix product.
+
+    forward: every linear on every token, without attention, in the model's dtype. The others are float32: half of
+    XᵀX and one Cholesky factorisation for each distinct input, and what all columns receive from those before them.
+    """
+    layer, tokens = family.layers_of(model)[0], tokens[:1].expand(tokens.shape)
+    inputs = shared_inputs(layer, 0, Stream.embed(model, family, tokens[:1], 1, device))
+    columns = [layer.get_submodule(group[0]).in_features for group in inputs]
+    shapes = [tuple(module.weight.shape) for module in linears(layer).values()]
+    number, slow, fast = tokens.numel(), rate(device, torch.float32), rate(device, model.dtype)
+    parts = (sum(2 * out * n * number / fast for out, n in shapes), sum(n * n * number / slow for n in columns),
+             sum(n**3 / 3 / slow for n in columns), sum(out * n * n / slow for out, n in shapes))
+    return [len(family.layers_of(model)) * part for part in parts]
 
 
 def calibrated(columns, device):
@@ -68,8 +91,9 @@ def calibrated(columns, device):
     return hessian
 
 
-def compare_matrix(hessian, W, name, device):
-    """Return a row of the table: seconds of both, their ratio, and how far masks and errors agree."""
+def compare_matrix(hessian, W, name, device, speed):
+    """Return a row of the table: seconds of both, their ratio, that at the floor (the operations of one factorisation
+    and of what all columns receive, at `speed` of them a second), and how far masks and errors agree."""
     *target, wbits = TARGETS[name]
     linear = torch.nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta").to_empty(device=device)
     linear.weight.data.copy_(W)
@@ -89,23 +113,25 @@ def compare_matrix(hessian, W, name, device):
     H = hessian.H.double()
     exact, _ = prune_matrix(W.double(), factor(H, 0.01)[0], H.diagonal(), *target, scheme=scheme)
     error, expected = (row_energies(W.double() - Y.double(), H).sum().item() for Y in (ours, exact))
-    seconds = clock.seconds
+    seconds, (out, columns) = clock.seconds, W.shape
     total = seconds["textbook factorisation"] + seconds["textbook walk"]
-    return [f"{'x'.join(map(str, W.shape))} {name}", *(f"{value:.2f}" for value in seconds.values()),
-            f"{total / (seconds['factorisation'] + seconds['walk']):.1f}x",
+    floor = (columns**3 / 3 + out * columns**2) / speed
+    return [f"{out}x{columns} {name}", *(f"{value:.2f}" for value in seconds.values()),
+            f"{total / (seconds['factorisation'] + seconds['walk']):.1f}x", f"{total / floor:.1f}x",
             f"{((ours == 0) == (theirs == 0)).float().mean().item():.3%}",
             f"{((ours == 0) == (exact == 0)).float().mean().item():.3%}", f"{error / expected - 1:+.4%}"]
 
 
 def bench_matrices(device, sizes):
-    rows = []
+    rows, speed = [], rate(device, torch.float32)
+    prune_matrix(torch.randn(8, 8, device=device), torch.eye(8, device=device), torch.ones(8, device=device), 0.5)
     for size in sizes:
         out, columns = map(int, size.split("x"))
         hessian = calibrated(columns, device)
         W = torch.randn(out, columns, device=device, generator=torch.Generator(device).manual_seed(1))
-        rows += [compare_matrix(hessian, W, name, device) for name in TARGETS]
-    print(table(["matrix", "textbook: factor", "walk", "here: factor", "walk", "ratio", "same mask", "as in float64",
-                 "error against float64"], rows))
+        rows += [compare_matrix(hessian, W, name, device, speed) for name in TARGETS]
+    print(table(["matrix", "textbook: factor", "walk", "here: factor", "walk", "ratio", "at the floor", "same mask",
+                 "as in float64", "error against float64"], rows))
 
 
 def compare_model(model, family, tokens, device, batch_size, layers, tests=None):
@@ -127,13 +153,16 @@ def compare_model(model, family, tokens, device, batch_size, layers, tests=None)
         quality = f"{perplexity(pruned, family, tests, batch_size, device):.2f}" if tests is not None else "-"
         columns[name] = [*(factor_up * clock.seconds[part] for part in PARTS), peak, quality]
         columns[name].insert(len(PARTS), sum(columns[name][:len(PARTS)]))
+    least = [factor_up * part for part in floors(model, family, tokens, device)]
+    least.append(sum(least))
     rows = []
     for i, part in enumerate((*PARTS, "total")):
         theirs, ours = columns["textbook"][i], columns["here"][i]
-        rows.append([part, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}x", f"{ours / layers:.3f}"])
+        rows.append([part, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}x", f"{ours / layers:.3f}",
+                     f"{least[i]:.1f}"])
     for i, title in ((-2, "peak memory so far, GB"), (-1, "perplexity")):
-        rows.append([title, columns["textbook"][i], columns["here"][i], "", ""])
-    print(table(["seconds", "textbook", "here", "ratio", "here, a layer"], rows), flush=True)
+        rows.append([title, columns["textbook"][i], columns["here"][i], "", "", ""])
+    print(table(["seconds", "textbook", "here", "ratio", "here, a layer", "floor"], rows), flush=True)
 
 
 def bench_model(device, arguments):
@@ -174,7 +203,7 @@ def main():
     parser.add_argument("--data-dir")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

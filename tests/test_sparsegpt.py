@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from columns import smallest_per_row
 from sparsegpt import SparseGPT, factor, magnitude_prune, relative_error
-from walk import SALIENCIES, isc_saliency, obs_saliency, prune_matrix, smallest, smallest_per_row
+from walk import SALIENCIES, isc_saliency, obs_saliency, prune_matrix, smallest
 
 PERCDAMP = 0.01
 hypothesis_settings = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -252,18 +253,18 @@ def test_one_removal_per_row_leaves_the_constrained_least_squares_optimum():
 
 
 def test_the_saliency_is_the_callers_choice_and_sees_the_diagonals_of_its_columns():
-    W, X = random(4, 12), correlated_inputs(40, 12)
-    H = X.t() @ X
+    h = torch.rand(12, dtype=torch.float64) + 0.5
+    W, H = random(4, 12).sign(), torch.diag(h)  # nothing to compensate: all weights stay ±1, or become 0
     R, _ = factor(H, PERCDAMP)
 
     def by_input(weights, h, u):
         assert len(h) == len(u) == weights.shape[1]
-        return (h + 0 * u).expand_as(weights)
+        return weights**2 * (h + 0 * u)
 
     def by_factor(weights, h, u):
-        return u.expand_as(weights)
+        return weights**2 * u
 
-    for saliency, diagonal in ((by_input, H.diagonal()), (by_factor, 1 / R.diagonal())):
+    for saliency, diagonal in ((by_input, h), (by_factor, 1 / R.diagonal())):
         W_hat = prune_matrix(W, R, H.diagonal(), 0.0, 1, 4, saliency=saliency)[0]
         expected = [left + diagonal[left:left + 4].argmin().item() for left in (0, 4, 8)]
         assert (W_hat == 0).all(0).nonzero().flatten().tolist() == expected
@@ -387,6 +388,19 @@ def test_a_group_size_that_does_not_divide_the_columns_is_refused(columns, prune
     H = torch.eye(columns, dtype=torch.float64)
     with pytest.raises(ValueError, match=f"prunem {prunem} does not divide the {columns} columns"):
         pruned_by(random(4, columns), H, prunen=2, prunem=prunem)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_hessian_on_cuda_is_exact_far_below_the_damping(dtype):
+    X = correlated_inputs(4096, 300).to("cuda", dtype)
+    hessian = SparseGPT(300, 1, "cuda")
+    for batch in X.split(1024):
+        hessian.add_batch(batch)
+    exact = 2 * X.double().t() @ X.double()
+    assert torch.linalg.matrix_norm(hessian.H.double() - exact, 2) <= 1e-3 * PERCDAMP * exact.diagonal().mean()
+
 
 
 # smallest, smallest_per_row, magnitude_prune

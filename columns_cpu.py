@@ -1,0 +1,90 @@
+"""The columns of a narrow range walked one by one, compiled for the CPU; see `columns.walk_columns`.
+
+One thread: the errors of a tile stay in the first cache, so that this costs far less than the products around it.
+"""
+
+import numba
+import numpy as np
+import torch
+
+TILE = 64  # rows of W at a time
+GRID_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that the compiled code can round to
+
+
+def walk_columns(W, E, U, mask, factors, prunem, prunens, grid):
+    """Walk the columns of a range on the host; arguments as in `columns.walk_columns`."""
+    W, E, U, mask, factors = (x.numpy() for x in (W, E, U, mask, factors))
+    scale, low, high = (x.numpy() for x in grid[:3]) if grid else (W[0, :0],) * 3
+    for rows, n in prunens if prunem else [(slice(0, W.shape[1]), 0)]:
+        _walk_rows(W, E, U, mask, factors, rows.start, rows.stop, prunem, n, scale, low, high,
+                   grid is not None and grid[3] == torch.bfloat16)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _update(W, E, U, column, start, stop):
+    """Subtract what the errors of columns start … stop − 1 leave to compensate from a column of a tile."""
+    for k in range(start, stop):
+        share = U[k, column]
+        for r in range(TILE):
+            W[column, r] -= share * E[k, r]
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16):
+    """Walk rows start … stop − 1 of all columns; scale is empty where weights are not rounded."""
+    columns, width = len(W), max(prunem, 1)
+    w, e = np.zeros((columns, TILE), W.dtype), np.zeros((columns, TILE), W.dtype)
+    remove = np.zeros((columns, TILE), np.bool_)
+    step, least, most = np.ones(TILE, W.dtype), np.zeros(TILE, W.dtype), np.zeros(TILE, W.dtype)
+    rank = np.empty(TILE, np.int32)
+    for first in range(start, stop, TILE):
+        rows = min(TILE, stop - first)
+        w[:, :rows] = W[:, first:first + rows]
+        if prunem == 0:
+            remove[:, :rows] = mask[:, first:first + rows]
+        if len(scale):
+            step[:rows] = scale[first:first + rows]
+            least[:rows] = low[first:first + rows]
+            most[:rows] = high[first:first + rows]
+        for group in range(0, columns, width):
+            for j in range(group, group + width):
+                _update(w, e, U, j, 0, group)
+            if prunem:
+                _choose(w, remove, factors, rank, group, width, prunen)
+            for j in range(group, group + width):
+                _update(w, e, U, j, group, j)
+                diagonal = 1 / U[j, j]
+                if len(scale) == 0:
+                    for r in range(TILE):
+                        e[j, r] = w[j, r] * diagonal if remove[j, r] else 0
+                        w[j, r] = 0 if remove[j, r] else w[j, r]
+                else:
+                    for r in range(TILE):
+                        q = min(max(np.rint(w[j, r] / step[r]), least[r]), most[r]) * step[r]
+                        e[j, r] = 0 if remove[j, r] else q
+                    if bfloat16:
+                        bits = e[j].view(np.uint32)
+                        for r in range(TILE):
+                            bits[r] = (bits[r] + 0x7FFF + ((bits[r] >> 16) & 1)) & 0xFFFF0000
+                    for r in range(TILE):
+                        q = e[j, r]
+                        e[j, r] = (w[j, r] - q) * diagonal
+                        w[j, r] = q
+        W[:, first:first + rows] = w[:, :rows]
+        E[:, first:first + rows] = e[:, :rows]
+        if prunem:
+            mask[:, first:first + rows] = remove[:, :rows]
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _choose(W, remove, factors, rank, group, width, prunen):
+    """Mark the prunen least salient of columns group … group + width − 1 in every row of a tile."""
+    for j in range(group, group + width):
+        rank[:] = 0
+        for other in range(group, group + width):
+            tie = other < j
+            for r in range(TILE):
+                mine, its = W[j, r] * W[j, r] * factors[j], W[other, r] * W[other, r] * factors[other]
+                rank[r] += (its < mine) | (tie & (its == mine))
+        for r in range(TILE):
+            remove[j, r] = rank[r] < prunen

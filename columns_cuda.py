@@ -1,0 +1,84 @@
+"""The columns of a narrow range walked one by one in one Triton kernel; see `columns.walk_columns`.
+
+A program keeps a tile of rows of W in registers, and every error is at once compensated in all columns to come: so
+each column is up to date when it is reached, and W, E and the mask are read or written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS, TILE = 32, 4096  # at most so many rows of W, and so many of its weights, in a program: 32 registers a thread
+WARPS = 4
+GRID_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+ROUNDER = tl.constexpr(1.5 * 2**23)  # the float32 numbers of this size are the integers: a sum with it is rounded
+
+
+def walk_columns(W, E, U, mask, factors, prunem, prunens, grid):
+    """Walk the columns of a range on the device; arguments as in `columns.walk_columns`, all float32."""
+    columns, out = W.shape
+    padded = triton.next_power_of_2(columns)
+    tile = max(min(ROWS, TILE // padded), 1)
+    prunen = None
+    if prunem:
+        prunen = torch.empty(out, dtype=torch.int32, device=W.device)
+        for rows, n in prunens:
+            prunen[rows] = n
+    scale, low, high, dtype = grid or (None, None, None, torch.float32)
+    with torch.cuda.device_of(W):  # Triton launches on the current device
+        _walk_rows[triton.cdiv(out, tile),](
+            W, E, U, mask, factors, prunen, scale, low, high, columns, out,
+            W.stride(0), E.stride(0), U.stride(0), mask.stride(0), PRUNEM=prunem, DTYPE=GRID_DTYPES[dtype],
+            COLUMNS=padded, ROWS=tile, num_warps=WARPS, enable_fp_fusion=True)
+
+
+@triton.jit
+def _walk_rows(W, E, U, mask, factors, prunen, scale, low, high, columns, out, next_w, next_e, next_u, next_mask,
+               PRUNEM: tl.constexpr, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Walk a tile of rows; next_w, next_e, next_u and next_mask lead to the next column, that of U to its next row."""
+    column, row = tl.arange(0, COLUMNS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < out
+    w_all = tl.load(W + column[:, None] * next_w + row, mask=(column < columns)[:, None] & real, other=0)
+    if scale is not None:
+        step = tl.load(scale + row, mask=real, other=1)
+        least, most = tl.load(low + row, mask=real, other=0), tl.load(high + row, mask=real, other=0)
+    if PRUNEM:
+        share = tl.load(prunen + row, mask=real, other=0)
+        factor = tl.load(factors + column, mask=column < columns, other=0)
+        rank = tl.zeros((COLUMNS, ROWS), tl.int32)
+
+    for j in range(columns):
+        if PRUNEM:
+            if j % PRUNEM == 0:
+                rank = _ranks(w_all * w_all * factor[:, None], column, j, PRUNEM)
+            removed = _column(rank, column, j) < share
+            tl.store(mask + j * next_mask + row, removed, mask=real)
+        else:
+            removed = tl.load(mask + j * next_mask + row, mask=real, other=0)
+        w = _column(w_all, column, j)
+        q = w
+        if scale is not None:
+            q = tl.clamp(tl.div_rn(w, step), least, most, propagate_nan=tl.PropagateNan.ALL)
+            q = (((q + ROUNDER) - ROUNDER) * step).to(DTYPE).to(tl.float32)
+        q = tl.where(removed, 0.0, q)
+        e = (w - q) / tl.load(U + j * next_u + j)
+        tl.store(W + j * next_w + row, q, mask=real)
+        tl.store(E + j * next_e + row, e, mask=real)
+        u = tl.load(U + j * next_u + column, mask=(column > j) & (column < columns), other=0)
+        w_all -= u[:, None] * e
+
+
+@triton.jit
+def _column(tile, column, j):
+    """Return column j of a tile, (rows,)."""
+    return tl.sum(tl.where(column[:, None] == j, tile, 0), 0)
+
+
+@triton.jit
+def _ranks(scores, column, start, width):
+    """Rank each score among those of columns start … start + width − 1, the first among equals first."""
+    rank = tl.zeros_like(scores).to(tl.int32)
+    for other in range(start, start + width):
+        its = _column(scores, column, other)
+        rank += ((its < scores) | ((its == scores) & (other < column)[:, None])).to(tl.int32)
+    return rank
