@@ -1,4 +1,4 @@
-"""Load models and tokenizers, and save a pruned model as a folder that `from_pretrained` loads."""
+"""Find, check and load models and tokenizers, and write the record of a run."""
 
 import contextlib
 import json
@@ -13,13 +13,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 import hub
+import weights
 from errors import InputError
-from formats import FORMATS
+from folder import begun, empty
 from modelutils import SCRIPTS, SPARSE, load_sparse, model_class
 
 RECORD = "mixgpt.json"
@@ -81,10 +83,10 @@ def load_tokenizer(model):
         return AutoTokenizer.from_pretrained(name, **arguments)
 
 
-def skeleton(config):
+def skeleton(config, dtype=torch.float32):
     """Build the model of `config` without weights, to know its modules and shapes."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def load_model(model, dtype):
@@ -103,10 +105,35 @@ def load_model(model, dtype):
             missing = report["missing_keys"]
     if missing:
         raise InputError(f"model {model}: the checkpoint lacks {', '.join(sorted(missing)[:3])}")
-    for key, parameter in loaded.named_parameters():
-        if not parameter.isfinite().all():
-            raise InputError(f"model {model}: {key} holds NaN or inf")
+    _check_finite(model, loaded)
     return loaded.eval()
+
+
+def open_model(model, config, family, dtype):
+    """Open `model` with its weights left on disk where they are in safetensors files as they are, else load it.
+
+    Raises InputError where weights are missing, hold NaN or inf, or do not fit the configuration.
+    """
+    name, arguments = _source(model)
+    if "gguf_file" in arguments or (Path(model) / SPARSE).is_file() or getattr(config, "quantization_config", None):
+        return load_model(model, dtype)
+    with _refusing(model):
+        files = weights.files_of(name, **arguments)
+        if dtype == "auto":
+            dtype = config.dtype or weights.dtype_of(files)
+        opened = skeleton(config, dtype)
+        if not (files and weights.stream(opened, family, files)):
+            return load_model(model, dtype)
+        _check_finite(model, opened)
+        with contextlib.suppress(OSError):  # where there is none, what the configuration says
+            opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
+    return opened
+
+
+def _check_finite(model, opened):
+    for key, tensor in weights.tensors_of(opened):
+        if not tensor.isfinite().all():
+            raise InputError(f"model {model}: {key} holds NaN or inf")
 
 
 def _dequantizing(model, name, arguments):
@@ -123,10 +150,15 @@ def _dequantizing(model, name, arguments):
     return {"config": config}
 
 
-def check_save(folder, nbytes):
-    """Refuse a folder that is not empty, cannot be written or lacks room for nbytes. Leaves nothing behind."""
+def check_save(folder, nbytes, resume):
+    """Refuse a folder that is not empty, cannot be written or lacks room for nbytes. Leaves nothing behind.
+
+    resume: accept the folder of a run that left off.
+    """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if begun(folder) and not resume:
+        raise InputError(f"--save {folder}: holds a run that left off; go on with --resume, or remove the folder")
+    if folder.exists() and not begun(folder) and not (folder.is_dir() and empty(folder)):
         raise InputError(f"--save {folder}: exists and is not an empty folder")
     parent = folder.absolute()
     while not parent.exists():
@@ -136,22 +168,9 @@ def check_save(folder, nbytes):
     except OSError as error:
         raise InputError(f"--save {folder}: {parent} cannot be written ({error.strerror})") from error
     free = shutil.disk_usage(parent).free
+    nbytes -= sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if free < nbytes:
         raise InputError(f"--save {folder}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {parent}")
-
-
-def save(folder, model, tokenizer, record, family=None, save_format="dense", grids=None):
-    """Write weights, configuration, tokenizer and record; the folder appears under its name when all is there.
-
-    save_format: a key of formats.FORMATS. grids: {name of a linear: quant.Grid} of those that are quantized.
-    """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    FORMATS[save_format](partial, model, family, grids)
-    tokenizer.save_pretrained(partial)
-    write_record(partial, record)
-    partial.replace(folder)  # an empty folder of this name gives way
 
 
 def write_record(folder, record):

@@ -64,5 +64,9 @@ def logits(model, family, tokens, batch_size, device):
 
 def measure_sparsity(model, family):
     """Count the zeros of every linear of every decoder layer. Returns a list of `MatrixSparsity`."""
-    return [MatrixSparsity(index, name, tuple(module.weight.shape), int((module.weight == 0).sum()))
-            for index, layer in enumerate(family.layers_of(model)) for name, module in linears(layer).items()]
+    counted = []
+    for index, layer in enumerate(family.layers_of(model)):
+        with on_device([layer], "cpu"):
+            counted += [MatrixSparsity(index, name, tuple(module.weight.shape), int((module.weight == 0).sum()))
+                        for name, module in linears(layer).items()]
+    return counted

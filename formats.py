@@ -13,11 +13,6 @@ from packing import encode
 PACKED = "pack-quantized"  # the name that compressed-tensors and vLLM give it
 
 
-def save_dense(folder, model, family, grids):
-    """Save what `from_pretrained` loads, every weight in the model's dtype."""
-    model.save_pretrained(folder)
-
-
 def save_compressed_tensors(folder, model, family, grids):
     """Save a pack-quantized checkpoint, which `from_pretrained` and vLLM load, with the matrices of `grids` packed.
 
@@ -69,7 +64,8 @@ def save_sparse(folder, model, family, grids):
     (Path(folder) / SPARSE).write_text(json.dumps(matrices, indent=1) + "\n")
 
 
-FORMATS = {"dense": save_dense, "compressed-tensors": save_compressed_tensors, "sparse": save_sparse}
+# beside "dense": every weight in its dtype, as folder.Folder writes it
+FORMATS = {"compressed-tensors": save_compressed_tensors, "sparse": save_sparse}
 
 
 def stored_bytes(folder, paths):

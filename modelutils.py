@@ -74,14 +74,25 @@ def _present(model, paths):
 
 @contextlib.contextmanager
 def on_device(modules, device):
-    """Keep `modules` on `device` within the block, and on the host afterwards."""
+    """Keep `modules` on `device` within the block; afterwards on the host, or where their `weights.Source` is, on disk.
+
+    Changes to modules that have a source are lost with the end of the block, unless they were written there.
+    """
+    held = []
     try:
         for module in modules:
-            module.to(device)
+            held.append(module)
+            if source := getattr(module, "source", None):
+                source.load(module, device)
+            else:
+                module.to(device)
         yield
     finally:
-        for module in modules:
-            module.to("cpu")
+        for module in held:
+            if source := getattr(module, "source", None):
+                source.unload(module)
+            else:
+                module.to("cpu")
 
 
 class _LastLayerReached(Exception):

@@ -1,8 +1,10 @@
 """The main job: load, calibrate, allocate, prune and quantize, save, verify, evaluate, report."""
 
+import contextlib
 import dataclasses
 import platform
 import sys
+import tempfile
 
 import datasets
 import torch
@@ -14,6 +16,7 @@ import traces
 from datautils import calibration_samples, test_tokens
 from errors import InputError
 from evaluate import logits, measure_sparsity, perplexity
+from folder import Folder
 from formats import stored_bytes
 from prune import Outcome, make_plan, prune_magnitude, prune_sparsegpt, select
 from report import (
@@ -27,13 +30,14 @@ from report import (
     total_sparsity,
 )
 from settings import parse
+from weights import digest, fingerprint
 
 DEFAULT_SEQLEN = 2048
 PROBE = 128  # tokens on which a saved model is compared with the one in memory
 
 
 def main(family, argv=None):
-    """Run a family script. Returns the exit status: 0, or 2 after one line on stderr about unusable input."""
+    """Run a family script. Returns the exit status: 0, 2 after one line about unusable input, 130 after Ctrl-C."""
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -42,6 +46,9 @@ def main(family, argv=None):
     except InputError as error:
         print(f"{family.script}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{family.script}: interrupted; what is in the folder of --save goes on with --resume", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -52,66 +59,90 @@ def run(family, settings):
     """
     device = _device(settings.device)
     clock = Clock(device)
-    with clock.part("load"):
-        config = checkpoint.load_config(settings.model, family)
-        seqlen = _seqlen(settings.seqlen, config)
-        dtype = _dtype(settings.dtype, config, device)
-        skeleton = checkpoint.skeleton(config)
-        selected = select(skeleton, family, settings.prunem, settings.groupsize, settings.minlayer, settings.maxlayer,
-                          settings.prune_only, settings.invert) if settings.compresses else {}
-        if settings.sensitivity_file:
-            traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
-        if settings.plot:
-            plots.check(settings.plot)
+    with contextlib.ExitStack() as stack:
+        with clock.part("load"):
+            config = checkpoint.load_config(settings.model, family)
+            seqlen = _seqlen(settings.seqlen, config)
+            dtype = _dtype(settings.dtype, config, device)
+            skeleton = checkpoint.skeleton(config)
+            selected = _check(settings, family, skeleton, dtype)
+            tokenizer = checkpoint.load_tokenizer(settings.model)
+            folder = stack.enter_context(Folder(settings.save, settings.save_format)) if settings.save else None
+        with clock.part("data"):
+            calibration, tests, sources = _tokens(settings, seqlen, tokenizer, config.vocab_size)
+        with clock.part("load"):
+            model = checkpoint.open_model(settings.model, config, family, dtype)
+            if not folder and selected and hasattr(model, "source"):  # pruned layers are put away on disk too
+                folder = stack.enter_context(Folder(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))))
+            if folder:
+                folder.start(model, family, _identity(settings, seqlen, device, model, calibration))
+        print(_heading(model, family, settings, selected, calibration, seqlen, device), flush=True)
+
+        def evaluate():
+            with clock.part("evaluation"):
+                return {name: perplexity(model, family, tokens, settings.batch_size, device, name)
+                        for name, tokens in tests.items()}
+
+        plan, known = _plan(settings, selected, model, family, calibration, device, clock)
+        perplexities = {}
+        if settings.dense or not plan:
+            perplexities["dense"] = evaluate()
+        outcomes = _compress(settings, plan, model, family, calibration, device, clock, folder)
+        matrices = measure_sparsity(model, family)
+        record = _record(settings, seqlen, model.dtype, device, sources, matrices, outcomes, plan, known)
         if settings.save:
-            itemsize = 4 if dtype == "auto" else dtype.itemsize
-            checkpoint.check_save(settings.save, itemsize * sum(p.numel() for p in skeleton.parameters()))
-        tokenizer = checkpoint.load_tokenizer(settings.model)
-    with clock.part("data"):
-        calibration, tests, sources = _tokens(settings, seqlen, tokenizer, config.vocab_size)
-    with clock.part("load"):
-        model = checkpoint.load_model(settings.model, dtype)
-    print(_heading(model, family, settings, selected, calibration, seqlen, device), flush=True)
+            with clock.part("save"):
+                grids = {family.path(*key): outcome.grid for key, outcome in outcomes.items() if outcome.grid}
+                checkpoint.write_record(settings.save, record)
+                folder.complete(tokenizer, grids)
+                _verify(settings.save, model, family, matrices, _probe(tests, calibration, config.vocab_size), device)
+                if plan:
+                    record["disk"] = _disk(settings, family, plan, selected)
+        if plan:
+            perplexities[settings.method] = evaluate()
+        record |= {"perplexity": perplexities, "seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
+        if settings.save:
+            checkpoint.write_record(settings.save, record)
+            folder.end()
+        print(_result(settings, matrices, outcomes, perplexities, record))
+        return record
 
-    def evaluate():
-        with clock.part("evaluation"):
-            return {name: perplexity(model, family, tokens, settings.batch_size, device, name)
-                    for name, tokens in tests.items()}
 
-    plan, known = _plan(settings, selected, model, family, calibration, device, clock)
-    perplexities = {}
-    if settings.dense or not plan:
-        perplexities["dense"] = evaluate()
-    outcomes = _compress(settings, plan, model, family, calibration, device, clock)
-    matrices = measure_sparsity(model, family)
-    record = _record(settings, seqlen, model.dtype, device, sources, matrices, outcomes, plan, known)
+def _check(settings, family, skeleton, dtype):
+    """Refuse what does not fit the model, given on meta, or the disk. Returns the shapes of the matrices to change."""
+    selected = select(skeleton, family, settings.prunem, settings.groupsize, settings.minlayer, settings.maxlayer,
+                      settings.prune_only, settings.invert) if settings.compresses else {}
+    if settings.sensitivity_file:
+        traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
+    if settings.plot:
+        plots.check(settings.plot)
     if settings.save:
-        with clock.part("save"):
-            grids = {family.path(*key): outcome.grid for key, outcome in outcomes.items() if outcome.grid}
-            checkpoint.save(settings.save, model, tokenizer, record, family, settings.save_format, grids)
-            _verify(settings.save, model, family, matrices, _probe(tests, calibration, config.vocab_size), device)
-            if plan:
-                record["disk"] = _disk(settings, family, plan, selected)
-    if plan:
-        perplexities[settings.method] = evaluate()
-    record |= {"perplexity": perplexities, "seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
-    if settings.save:
-        checkpoint.write_record(settings.save, record)
-    print(_result(settings, matrices, outcomes, perplexities, record))
-    return record
+        itemsize = 4 if dtype == "auto" else dtype.itemsize
+        checkpoint.check_save(settings.save, itemsize * sum(p.numel() for p in skeleton.parameters()), settings.resume)
+    return selected
 
 
-def _compress(settings, plan, model, family, calibration, device, clock):
+def _identity(settings, seqlen, device, model, calibration):
+    """Return what a run and its continuation must have in common, {flag: value}."""
+    free = ("resume", "save", "eval", "dense", "plot", "data_dir", "sensitivity_file", "model", "device", "dtype")
+    shared = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(settings).items()
+              if name not in free}
+    return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),
+                     "model's weights": fingerprint(model),
+                     "calibration tokens": None if calibration is None else digest(calibration)}
+
+
+def _compress(settings, plan, model, family, calibration, device, clock, folder):
     """Prune and quantize what the plan names. Returns {(layer, name): Outcome}."""
     if not plan:
         return {}
     if not settings.calibrates:
         with clock.part("magnitude" if settings.prunes else "rounding"):
-            return prune_magnitude(model, family, plan, device, settings.scheme)
+            return prune_magnitude(model, family, plan, device, settings.scheme, folder)
     return prune_sparsegpt(
         model, family, plan, calibration, saliency=settings.saliency, blocksize=settings.blocksize,
         percdamp=settings.percdamp, true_sequential=settings.true_sequential, batch_size=settings.batch_size,
-        device=device, clock=clock, scheme=settings.scheme, act_order=settings.act_order)
+        device=device, clock=clock, scheme=settings.scheme, act_order=settings.act_order, folder=folder)
 
 
 def _disk(settings, family, plan, selected):
@@ -201,7 +232,7 @@ def _probe(tests, calibration, vocab_size):
 
 def _verify(folder, model, family, matrices, probe, device):
     """Load what was saved and compare it with the model in memory: zeros of every matrix, logits of the probe."""
-    reloaded = checkpoint.load_model(folder, "auto")
+    reloaded = checkpoint.open_model(folder, checkpoint.load_config(folder, family), family, "auto")
     if measure_sparsity(reloaded, family) != matrices:
         raise InputError(f"--save {folder}: the zeros of the saved weights differ from those in memory")
     if not torch.equal(logits(reloaded, family, probe, 1, device), logits(model, family, probe, 1, device)):

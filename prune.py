@@ -81,14 +81,17 @@ def make_plan(selected, target, way="uniform", sensitivity=None, alpha=0.0):
 
 
 @torch.no_grad()
-def prune_magnitude(model, family, plan, device, scheme=None):
+def prune_magnitude(model, family, plan, device, scheme=None, folder=None):
     """Prune every matrix of the plan by magnitude and round it to the nearest grid values of `scheme`, in place.
 
-    Returns {(layer, name): Outcome}.
+    folder: a folder.Folder that keeps finished layers. Returns {(layer, name): Outcome}.
     """
-    outcomes = {}
     title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
-    for index, layer in enumerate(tqdm(family.layers_of(model), desc=title, unit="layer", disable=None)):
+    layers = family.layers_of(model)
+    first, outcomes = folder.begin(len(layers)) if folder else (0, {})
+    for index in tqdm(range(first, len(layers)), desc=title, unit="layer", disable=None, initial=first,
+                      total=len(layers)):
+        layer, made = layers[index], {}
         with on_device([layer], device):
             for name, module in linears(layer).items():
                 if target := plan.get((index, name)):
@@ -96,47 +99,63 @@ def prune_magnitude(model, family, plan, device, scheme=None):
                     if scheme:
                         W, grid = quantize_nearest(W, scheme)
                     module.weight.copy_(W)
-                    outcomes[index, name] = Outcome(grid=grid and grid.to("cpu"))
+                    made[index, name] = Outcome(grid=grid and grid.to("cpu"))
+            if folder:
+                folder.finish(index, layer, made)
+        outcomes |= made
     return outcomes
 
 
 @torch.no_grad()
 def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdamp, true_sequential, batch_size, device,
-                    clock, scheme=None, act_order=False):
+                    clock, scheme=None, act_order=False, folder=None):
     """Prune and quantize every matrix of the plan by SparseGPT on calibration tokens (N, T), in place.
 
     Inputs come from the pruned layers before; with true_sequential also from the pruned linears before in the same
     layer. saliency: a key of SALIENCIES. scheme: a quant.Scheme, None: do not quantize. act_order: walk the columns
-    in `activation_order`. Returns {(layer, name): Outcome}. Raises InputError where an input is not finite.
+    in `activation_order`. folder: a folder.Folder that keeps finished layers. Returns {(layer, name): Outcome}. Raises
+    InputError where an input is not finite.
     """
     with clock.part("forward"):
         stream = Stream.embed(model, family, tokens, batch_size, device)
     layers = family.layers_of(model)[:max(index for index, _ in plan) + 1]
-    outcomes = {}
-    with tqdm(layers, desc="SparseGPT", unit="layer", disable=None) as bar:
-        for index, layer in enumerate(bar):
+    shared = {}
+    first, outcomes = folder.begin(len(layers), stream) if folder else (0, {})
+    with tqdm(range(first, len(layers)), desc="SparseGPT", unit="layer", disable=None, initial=first,
+              total=len(layers)) as bar:
+        for index in bar:
+            layer = layers[index]
             with on_device([layer], device):
-                groups = _groups(layer, index, stream, plan)
+                groups = _groups(layer, index, stream, plan, shared)
                 last = index + 1 == len(layers)
                 prune = partial(_prune_groups, layer, index, plan, percdamp, act_order, bar, clock,
                                 blocksize=blocksize, saliency=SALIENCIES[saliency], scheme=scheme)
                 if groups and true_sequential:
-                    outcomes |= _prune_in_turn(layer, index, stream, groups, prune, clock, last)
-                    continue
-                if groups:
-                    outcomes |= prune(_collect(layer, index, stream, groups, clock))
-                if not last:
-                    with clock.part("forward"):
-                        stream.advance(layer, index)
+                    made = _prune_in_turn(layer, index, stream, groups, prune, clock, last)
+                else:
+                    made = prune(_collect(layer, index, stream, groups, clock)) if groups else {}
+                    if not last:
+                        with clock.part("forward"):
+                            stream.advance(layer, index)
+                if folder:
+                    with clock.part("save"):
+                        folder.finish(index, layer, made, None if last else stream)
+                outcomes |= made
     return outcomes
 
 
-def _groups(layer, index, stream, plan):
-    """Return the inputs that planned matrices read, in order, each as a tuple of the names of its readers."""
+def _groups(layer, index, stream, plan, shared):
+    """Return the inputs that planned matrices read, in order, each as a tuple of the names of its readers.
+
+    shared: {names of a layer's linears: its inputs}, as found in the layers before of the same making.
+    """
     wanted = [name for planned, name in plan if planned == index]
     if not wanted:
         return []
-    groups = [tuple(name for name in group if name in wanted) for group in shared_inputs(layer, index, stream)]
+    kind = tuple(linears(layer))
+    if kind not in shared:
+        shared[kind] = shared_inputs(layer, index, stream)
+    groups = [tuple(name for name in group if name in wanted) for group in shared[kind]]
     groups = [group for group in groups if group]
     unused = set(wanted).difference(*groups)
     if unused:

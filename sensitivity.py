@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from modelutils import SLICE, Stream, apply, linears
+from modelutils import SLICE, Stream, apply, linears, on_device
 
 BORDERS = 2e9  # bytes of hidden states and tangents at layer borders that exist at a time, on the host
 
@@ -74,7 +74,8 @@ class _Pass:
 
     def copied(self, module):
         """Copy a module to the device without gradients of its own weights."""
-        return copy.deepcopy(module).to(self.device, self.dtype).requires_grad_(False)
+        with on_device([module], "cpu"):
+            return copy.deepcopy(module).to(self.device, self.dtype).requires_grad_(False)
 
     def wanted(self, layer, index):
         """Return {column of the result: linear} of a layer's matrices."""

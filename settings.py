@@ -50,11 +50,12 @@ class Settings:
     data_dir: str | None = None
     eval: tuple[str, ...] = ("wikitext2", "ptb", "c4")
     dense: bool = False
-    batch_size: int = 4
+    batch_size: int = 2
     device: str | None = None
     dtype: str = "auto"
     save: str | None = None
     save_format: str = "dense"
+    resume: bool = False
     plot: str | None = None
 
     def __post_init__(self):
@@ -104,10 +105,12 @@ class Settings:
                              f"--groupsize must be at least {m}")
 
     def _check_format(self):
-        if self.save_format not in FORMATS:
-            raise InputError(f"--save-format {self.save_format}: must be one of {', '.join(FORMATS)}")
+        if self.save_format not in ("dense", *FORMATS):
+            raise InputError(f"--save-format {self.save_format}: must be one of {', '.join(('dense', *FORMATS))}")
         if self.save_format != "dense" and not self.save:
             raise InputError(f"--save-format {self.save_format}: needs --save")
+        if self.resume and not self.save:
+            raise InputError("--resume: needs --save, the folder of the run that left off")
         if self.save_format != "compressed-tensors":
             return
         if not (self.wbits in (4, 8) and self.sym):
@@ -217,7 +220,9 @@ OPTIONS = {
     "output": [
         ("--save", "new folder for weights, tokenizer, config and mixgpt.json, verified by loading it again", {}),
         ("--save-format", "dense: every weight in its dtype; compressed-tensors: packed integers, for vLLM too; "
-                          "sparse: a bit mask and the packed values of the kept weights", {"choices": FORMATS}),
+                          "sparse: a bit mask and the packed values of the kept weights",
+         {"choices": ("dense", *FORMATS)}),
+        ("--resume", "go on with the run that left off in the folder of --save, where there is one", {}),
         ("--plot", "picture of sensitivities by layer and by kind, and of the sparsities assigned (.png, .pdf, .svg)",
          {}),
     ],

@@ -12,6 +12,7 @@ import torch
 from errors import InputError
 from modelutils import linears
 from sensitivity import hessian_traces
+from weights import digest, fingerprint
 
 STABLE = 0.8  # split-half rank correlation below which the ranking is called noise
 
@@ -74,13 +75,8 @@ def matrices_of(model, family):
 
 def key_of(model, tokens, estimator, seed, nprobes):
     """Return what traces depend on, as a JSON-able dict: weights, tokens, estimator, seed, probes, dtype."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for parameter in model.parameters():  # 64 numbers of each, the same whether stored as bfloat16 or wider
-        numbers = parameter.detach().flatten()
-        digest.update(numbers[:: -(-numbers.numel() // 64)].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return {"weights": digest.hexdigest(), "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "sequences": len(tokens), "estimator": estimator, "seed": seed, "nprobes": nprobes,
-            "dtype": str(model.dtype).removeprefix("torch.")}
+    return {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens), "estimator": estimator,
+            "seed": seed, "nprobes": nprobes, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def default_path(key):

@@ -1,6 +1,8 @@
 """Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
 
+import importlib
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests need no network
 
@@ -10,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run on the CPU then
 
 import pytest
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BloomConfig,
@@ -29,10 +32,13 @@ from transformers import (
 
 import baichuan
 import bloom
+import checkpoint
 import datautils
 import llama
 import opt
 from baichuan_model import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
+from folder import Folder
+from modelutils import SCRIPTS
 
 VOCABULARY = 384
 CPU = torch.device("cpu")
@@ -150,3 +156,18 @@ def trained_model(trained):
     model = trainable()
     model.load_state_dict(state)
     return llama.FAMILY, model, test, calibration
+
+
+def saved_tensors(path):
+    """Return {key: tensor} of all safetensors files of a folder."""
+    return {key: tensor for file in Path(path).glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+def save(path, model, tokenizer, record, family=None, save_format="dense", grids=None):
+    """Save a model in memory as a run does at its end."""
+    family = family or importlib.import_module(SCRIPTS[type(model).__name__].removesuffix(".py")).FAMILY
+    with Folder(path, save_format) as folder:
+        folder.start(model, family, {})
+        checkpoint.write_record(path, record)
+        folder.complete(tokenizer, grids or {})
+        folder.end()

@@ -6,7 +6,7 @@ import gguf
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import VOCABULARY, make
+from conftest import VOCABULARY, make, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config
 
@@ -74,7 +74,7 @@ def test_a_truncated_file_is_refused(checkpoint_folder, tmp_path):
 
 def test_a_saved_folder_loads_with_plain_transformers_and_gives_the_same_logits(tiny, tokenizer, tokens, tmp_path):
     _, model = tiny
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {"seed": 0})
+    save(tmp_path / "saved", model, tokenizer, {"seed": 0})
     with torch.no_grad():
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
         assert torch.equal(reloaded(tokens).logits, model(tokens).logits)
@@ -84,18 +84,19 @@ def test_a_saved_folder_loads_with_plain_transformers_and_gives_the_same_logits(
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_a_folder_appears_only_when_all_of_it_is_written(tokenizer, tmp_path, monkeypatch):
+def test_a_folder_can_be_loaded_only_when_all_of_it_is_written(tokenizer, tmp_path, monkeypatch):
     _, model = make("llama")
 
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "write_record", fail)
+    monkeypatch.setattr(type(model.config), "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(tmp_path / "saved", model, tokenizer, {})
-    assert not (tmp_path / "saved").exists()
+        save(tmp_path / "saved", model, tokenizer, {})
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", config=model.config)
     monkeypatch.undo()
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {})
+    save(tmp_path / "saved", model, tokenizer, {})
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
@@ -105,7 +106,7 @@ def test_a_save_path_that_cannot_be_used_is_refused_and_nothing_is_left(case, tm
     folder = {"file": tmp_path / "file", "filled": tmp_path, "below a file": tmp_path / "file" / "saved",
               "too large": tmp_path / "new" / "saved"}[case]
     with pytest.raises(InputError, match=f"--save {folder}: "):
-        checkpoint.check_save(folder, 10**18 if case == "too large" else 0)
+        checkpoint.check_save(folder, 10**18 if case == "too large" else 0, False)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -114,7 +115,7 @@ def test_a_new_or_empty_save_path_is_accepted_and_nothing_is_left(exists, tmp_pa
     folder = tmp_path / "a" / "b"
     if exists:
         folder.mkdir(parents=True)
-    checkpoint.check_save(folder, 1)
+    checkpoint.check_save(folder, 1, False)
     assert folder.exists() == exists
 
 
@@ -185,6 +186,6 @@ def test_a_gguf_file_loads_and_can_be_saved(gguf_file, tokens, tmp_path):
     with torch.no_grad():
         expected = model(tokens).logits
         assert torch.allclose(loaded(tokens).logits, expected, atol=1e-5)
-        checkpoint.save(tmp_path / "saved", loaded, tokenizer, {})
+        save(tmp_path / "saved", loaded, tokenizer, {})
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
         assert torch.allclose(reloaded(tokens).logits, expected, atol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from conftest import CPU, make
+from conftest import CPU, make, save, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -91,7 +91,7 @@ def tensors_of(folder):
 def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, halved, tokenizer, tokens, tmp_path):
     family, model, grids = halved(name, scheme, dtype)
     expected, folder = logits(model, tokens), tmp_path / "saved"
-    checkpoint.save(folder, model, tokenizer, {}, family, save_format, grids)
+    save(folder, model, tokenizer, {}, family, save_format, grids)
     reloaded = checkpoint.load_model(folder, "auto")
     assert_same(model, reloaded)
     assert all((W == 0).sum() >= W.numel() / 2 for W in matrices(family, reloaded).values())
@@ -107,7 +107,7 @@ def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, 
 @pytest.mark.parametrize("wbits", [2, 3, 8])
 def test_other_bit_widths_come_back_bit_for_bit(wbits, save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved("llama", Scheme(wbits, 16, sym=True), torch.bfloat16)
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
     assert_same(model, checkpoint.load_model(tmp_path / "saved", "auto"))
 
 
@@ -115,7 +115,7 @@ def test_other_bit_widths_come_back_bit_for_bit(wbits, save_format, halved, toke
 def test_matrices_that_are_not_quantized_come_back_too(save_format, halved, tokenizer, tokens, tmp_path):
     family, model, grids = halved("llama", SYM_GROUPS, torch.bfloat16, only="mlp")
     folder = tmp_path / "saved"
-    checkpoint.save(folder, model, tokenizer, {}, family, save_format, grids)
+    save(folder, model, tokenizer, {}, family, save_format, grids)
     assert len(grids) == 9
     assert_same(model, checkpoint.load_model(folder, "auto"))
     if save_format == "compressed-tensors":
@@ -128,7 +128,7 @@ def test_matrices_that_are_not_quantized_come_back_too(save_format, halved, toke
 @pytest.mark.parametrize("name, tied", [("llama", True), ("qwen3", False), ("opt-350m", True)])
 def test_embeddings_stay_tied_and_are_stored_once(name, tied, save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved(name, SYM_GROUPS)
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
     reloaded = checkpoint.load_model(tmp_path / "saved", "auto")
     assert_same(model, reloaded)
     assert (reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight) == tied
@@ -141,7 +141,7 @@ def test_saving_changes_neither_the_model_nor_its_configuration(save_format, hal
     family, model, grids = halved("llama", SYM)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     config = model.config.to_dict()
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     assert model.config.to_dict() == config and not hasattr(model.config, "quantization_config")
 
@@ -149,15 +149,15 @@ def test_saving_changes_neither_the_model_nor_its_configuration(save_format, hal
 @pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
 def test_a_reloaded_model_saves_as_an_ordinary_one(save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved("llama", SYM)
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    checkpoint.save(tmp_path / "again", checkpoint.load_model(tmp_path / "saved", "auto"), tokenizer, {})
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    save(tmp_path / "again", checkpoint.load_model(tmp_path / "saved", "auto"), tokenizer, {})
     assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
 def test_a_saved_model_loads_in_another_dtype(save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved("llama", SYM)
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
     reloaded = checkpoint.load_model(tmp_path / "saved", torch.bfloat16)
     for W, other in zip(model.parameters(), reloaded.parameters(), strict=True):
         assert torch.equal(W.bfloat16(), other) and other.dtype == torch.bfloat16
@@ -167,7 +167,7 @@ def test_a_saved_model_loads_in_another_dtype(save_format, halved, tokenizer, tm
 def test_generation_settings_come_back(save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved("llama", SYM)
     model.generation_config.eos_token_id = [7, 9]
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
     assert checkpoint.load_model(tmp_path / "saved", "auto").generation_config.eos_token_id == [7, 9]
 
 
@@ -175,7 +175,7 @@ def test_generation_settings_come_back(save_format, halved, tokenizer, tmp_path)
 def test_a_model_in_several_files_comes_back_bit_for_bit(save_format, halved, tokenizer, tmp_path, monkeypatch):
     family, model, grids = halved("bloom", SYM_GROUPS, torch.bfloat16)
     monkeypatch.setattr(model, "save_pretrained", functools.partial(model.save_pretrained, max_shard_size="20KB"))
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 3
     assert_same(model, checkpoint.load_model(tmp_path / "saved", "auto"))
 
@@ -186,7 +186,7 @@ def test_a_fresh_process_loads_the_same_bits(halved, tokenizer, tmp_path):
         for save_format in ("compressed-tensors", "sparse"):
             family, model, grids = halved(name, SYM_GROUPS, torch.bfloat16)
             folders.append(tmp_path / f"{name} {save_format}")
-            checkpoint.save(folders[-1], model, tokenizer, {}, family, save_format, grids)
+            save(folders[-1], model, tokenizer, {}, family, save_format, grids)
             digest = hashlib.sha256()
             for key, tensor in sorted(model.state_dict().items()):
                 digest.update(key.encode() + tensor.view(torch.uint8).numpy().tobytes())
@@ -213,7 +213,7 @@ def test_a_fresh_process_loads_the_same_bits(halved, tokenizer, tmp_path):
                          "transformer.h.2.self_attention.query_key_value"])])
 def test_the_configuration_says_what_vllm_reads(name, only, dense, scheme, weights, halved, tokenizer, tmp_path):
     family, model, grids = halved(name, scheme, only=only)
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, "compressed-tensors", grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, "compressed-tensors", grids)
     written = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert (written["quant_method"], written["format"], written["quantization_status"]) == (
         "compressed-tensors", "pack-quantized", "compressed")
@@ -227,7 +227,7 @@ def test_the_configuration_says_what_vllm_reads(name, only, dense, scheme, weigh
 @pytest.mark.parametrize("scheme", [SYM, SYM_GROUPS])
 def test_every_packed_matrix_is_what_compressed_tensors_unpacks(scheme, halved, tokenizer, tmp_path):
     family, model, grids = halved("opt", scheme, torch.bfloat16)
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, "compressed-tensors", grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, "compressed-tensors", grids)
     tensors = tensors_of(tmp_path / "saved")
     group = {"strategy": "channel"} if scheme is SYM else {"strategy": "group", "group_size": 8}
     layout = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, symmetric=True, **group))
@@ -243,7 +243,7 @@ def test_every_packed_matrix_is_what_compressed_tensors_unpacks(scheme, halved, 
 def test_a_sparse_folder_holds_a_mask_and_the_kept_weights_and_nothing_twice(scheme, row_bits, halved, tokenizer,
                                                                               tmp_path):
     family, model, grids = halved("opt", scheme, torch.bfloat16, only="fc1")  # 64 rows of 32 weights
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", grids)
     tensors = tensors_of(tmp_path / "saved")
     for path, W in matrices(family, model).items():
         bits, rest = (4, len(W) * row_bits) if path in grids else (16, 0)
@@ -258,7 +258,7 @@ def test_a_sparse_folder_holds_a_mask_and_the_kept_weights_and_nothing_twice(sch
 def test_stored_bytes_are_those_of_the_named_weights_alone(save_format, halved, tokenizer, tmp_path, monkeypatch):
     family, model, grids = halved("opt", SYM_GROUPS, torch.bfloat16)
     monkeypatch.setattr(model, "save_pretrained", functools.partial(model.save_pretrained, max_shard_size="20KB"))
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
     paths = {path for path in matrices(family, model) if "fc" in path or "v_proj" in path}
     expected = sum(tensor.nbytes for key, tensor in tensors_of(tmp_path / "saved").items()
                    for path in paths if key.startswith((f"{path}.weight.", f"{path}.weight_")) or
@@ -279,8 +279,8 @@ def test_weights_off_their_grid_are_not_saved(step, save_format, halved, tokeniz
     path, grid = list(grids.items())[-1]
     matrices(family, model)[path][0, 0] = step * grid.scale[0, 0]
     with pytest.raises(ValueError, match="do not lie on the grid"):
-        checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    assert not (tmp_path / "saved").exists() and not hasattr(model.config, "quantization_config")
+        save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    assert not saved_tensors(tmp_path / "saved") and not hasattr(model.config, "quantization_config")
 
 
 def test_the_configuration_in_memory_stays_clean_where_the_folder_cannot_be_written(halved, tmp_path):
@@ -295,7 +295,7 @@ def test_the_configuration_in_memory_stays_clean_where_the_folder_cannot_be_writ
 def sparse_folder(halved, tokenizer, tmp_path):
     """Give a folder in the sparse format."""
     family, model, grids = halved("llama", SYM)
-    checkpoint.save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", grids)
+    save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", grids)
     return tmp_path / "saved"
 
 

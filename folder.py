@@ -1,0 +1,219 @@
+"""The folder that a run saves to: layers as they are finished, what it takes to go on with them, the result.
+
+It can be loaded when its index is there, which is written last. Until the run has ended, `progress` in it holds the
+settings of the run, a file for each finished layer, and the hidden states at the latest border of layers.
+"""
+
+import fcntl
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+import weights
+from errors import InputError
+from formats import FORMATS
+from modelutils import on_device
+from prune import Outcome
+from quant import Grid, Scheme
+
+PROGRESS = "progress"
+PATIENCE = 10  # hidden states are written when that took less than 1/PATIENCE of the time since the last ones
+
+
+class Folder:
+    """Use as a context: the folder is locked within it, and left as it was where the run did not begin."""
+
+    def __init__(self, path, save_format="dense"):
+        """Lock the folder. Raises InputError where another run holds it."""
+        self.path, self.save_format = Path(path), save_format
+        self.progress = self.path / PROGRESS
+        self.shards = self.path if save_format == "dense" else self.progress / "dense"
+        self.fresh = not self.path.exists()
+        self.shards.mkdir(parents=True, exist_ok=True)
+        self.progress.mkdir(exist_ok=True)
+        self.lock = (self.progress / "lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.lock.close()
+            raise InputError(f"--save {path}: another run is writing there") from error
+        self.written, self.cost = time.monotonic(), 0.0
+        self.sums = {}  # checksum of every tensor as it was in memory
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.lock.close()
+        if not begun(self.path):
+            shutil.rmtree(self.progress, ignore_errors=True)
+            if self.fresh and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def start(self, model, family, identity):
+        """Begin a run, or go on with the one that left off here. identity: what both must share, {flag: value}."""
+        self.model, self.family = model, family
+        self.layers = family.layers_of(model)
+        settings = self.progress / "run.json"
+        if not settings.is_file():
+            _write_json(settings, identity)
+            return
+        for flag, value in json.loads(settings.read_text()).items():
+            if identity.get(flag) != value:
+                raise InputError(f"--resume: {flag} was {value} in the run that left off in {self.path}, "
+                                 f"now it is {identity.get(flag)}")
+
+    def _shard(self, number):
+        return self.shards / f"model-{number + 1:05d}-of-{len(self.layers) + 1:05d}.safetensors"
+
+    def _note(self, index):
+        return self.progress / f"layer-{index:05d}.json"
+
+    def begin(self, count, stream=None):
+        """Bring the model, and the stream of its calibration, to where the run left off.
+
+        count: of layers to go through, from the first. Returns the first one that is not finished, and the outcomes
+        of those before.
+        """
+        first = next((index for index in range(count) if not self._note(index).is_file()), count)
+        if stream is not None and first < count:
+            states = [file for file in self.progress.glob("state-*.safetensors")]
+            first = max((int(file.stem.partition("-")[2]) for file in states), default=0)
+            if first:
+                stream.hidden.copy_(load_file(self._state(first))["hidden"])
+        outcomes = {}
+        for index in range(first):
+            self._take(index)
+            grids = self.progress / f"grids-{index:05d}.safetensors"
+            tensors = load_file(grids) if grids.is_file() else {}
+            notes = json.loads(self._note(index).read_text())
+            self.sums |= notes["checksums"]
+            for name, note in notes["matrices"].items():
+                grid = note["scheme"] and Grid(Scheme(**note["scheme"]), *(
+                    tensors[f"{name}.{part}"] for part in ("scale", "zero", "group")))
+                outcomes[index, name] = Outcome(note["error"], note["percdamp"], grid)
+        return first, outcomes
+
+    def _state(self, index):
+        return self.progress / f"state-{index:05d}.safetensors"
+
+    def _take(self, index):
+        """Let the model read a layer from its shard."""
+        layer, prefix = self.layers[index], f"{self.family.layers}.{index}."
+        if hasattr(layer, "source"):
+            places = {name: (str(self._shard(index)), prefix + name) for name in layer.source.places}
+            layer.source.places = places
+            self.model.source.places |= {prefix + name: place for name, place in places.items()}
+        else:
+            layer.load_state_dict({key.removeprefix(prefix): tensor
+                                   for key, tensor in load_file(self._shard(index)).items()})
+
+    def _write(self, file, tensors):
+        """Write tensors; a full disk ends the run with one line."""
+        try:
+            weights.write(file, tensors)
+        except (OSError, SafetensorError) as error:
+            Path(f"{file}.partial").unlink(missing_ok=True)
+            need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            free = shutil.disk_usage(self.path).free
+            raise InputError(f"--save {self.path}: {Path(file).name} needs {need / 1e9:.3f} GB, {free / 1e9:.3f} GB "
+                             f"are free ({error}); make room and go on with --resume") from error
+
+    def _write_shard(self, number, tensors):
+        """Write a shard of the result. Returns its checksums."""
+        self._write(self._shard(number), tensors)
+        sums = {name: weights.checksum(tensor) for name, tensor in tensors.items()}
+        self.sums |= sums
+        return sums
+
+    def _write_layer(self, index, layer):
+        return self._write_shard(index, {f"{self.family.layers}.{index}.{name}": tensor
+                                         for name, tensor in layer.state_dict().items()})
+
+    def finish(self, index, layer, outcomes, stream=None):
+        """Keep a layer that is finished and on the device, {(layer, name): Outcome}, and the states behind it."""
+        sums = self._write_layer(index, layer)
+        if grids := {name: outcome.grid for (_, name), outcome in outcomes.items() if outcome.grid}:
+            self._write(self.progress / f"grids-{index:05d}.safetensors", {
+                f"{name}.{part}": getattr(grid, part) for name, grid in grids.items()
+                for part in ("scale", "zero", "group")})
+        _write_json(self._note(index), {"checksums": sums, "matrices": {
+            name: {"error": outcome.error, "percdamp": outcome.percdamp,
+                   "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()}})
+        if hasattr(layer, "source"):
+            self._take(index)
+        if stream is not None and time.monotonic() - self.written >= PATIENCE * self.cost:
+            start = time.monotonic()
+            self._write(self._state(index + 1), {"hidden": stream.hidden})
+            for file in self.progress.glob("state-*.safetensors"):
+                if file != self._state(index + 1):
+                    file.unlink()
+            self.written = time.monotonic()
+            self.cost = self.written - start
+
+    def complete(self, tokenizer, grids):
+        """Write what is missing from a folder that `from_pretrained` loads, its index last.
+
+        grids: {name of a linear: quant.Grid}. In formats other than dense the model is loaded whole.
+        """
+        files = {}
+        for index, layer in enumerate(self.layers):
+            if not self._note(index).is_file():
+                with on_device([layer], "cpu"):
+                    self._write_layer(index, layer)
+            files[self._shard(index)] = [f"{self.family.layers}.{index}.{name}" for name in layer.state_dict()]
+        inside = {name for names in files.values() for name in names}
+        state = self.model.state_dict()
+        others = [name for name in state if name not in inside and name not in self.model.all_tied_weights_keys]
+        source = getattr(self.model, "source", None)
+        self._write_shard(len(self.layers), {name: source.tensor(name) if source else state[name] for name in others})
+        files[self._shard(len(self.layers))] = others
+        self._check(files)
+        tokenizer.save_pretrained(self.path)
+        self._write_configuration(self.shards)
+        _write_json(self.shards / SAFE_WEIGHTS_INDEX_NAME, {
+            "metadata": {"total_size": sum(t.numel() * t.element_size() for name, t in state.items()
+                                           if name in inside or name in others)},
+            "weight_map": {name: file.name for file, names in files.items() for name in names}})
+        if self.shards != self.path:
+            model = self.model if source is None else type(self.model).from_pretrained(self.shards)
+            FORMATS[self.save_format](self.path, model, self.family, grids)
+
+    def _check(self, files):
+        """Read everything back and compare it with what was in memory."""
+        for file, names in files.items():
+            for name, tensor in load_file(file).items():
+                if name not in names or weights.checksum(tensor) != self.sums[name]:
+                    raise InputError(f"--save {self.path}: {name} in {file.name} differs from what was in memory")
+
+    def _write_configuration(self, folder):
+        config = self.model.config
+        config.architectures, config.dtype = [type(self.model).__name__], self.model.dtype
+        config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
+
+    def end(self):
+        """Remove what only an interrupted run needs."""
+        shutil.rmtree(self.progress)
+
+
+def begun(path):
+    """Tell whether a folder holds a run that has begun and not ended."""
+    return (Path(path) / PROGRESS / "run.json").is_file()
+
+
+def empty(path):
+    """Tell whether a folder holds nothing but the remains of a run that never began."""
+    return all(file.name == PROGRESS for file in Path(path).iterdir())
+
+
+def _write_json(file, content):
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(file)
