@@ -3,11 +3,15 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
+import struct
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -25,6 +29,10 @@ from folder import begun, empty
 from modelutils import SCRIPTS, SPARSE, load_sparse, model_class
 
 RECORD = "mixgpt.json"
+# What transformers, torch and gguf raise for files that are damaged, contradict each other or are of another kind.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, EOFError, struct.error,
+           pickle.UnpicklingError, SafetensorError, StrictDataclassError)
+NO_CODE = {"trust_remote_code": False}  # without it transformers asks on a terminal whether to run what is there
 
 
 def _source(model):
@@ -36,29 +44,45 @@ def _source(model):
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         return str(path), {}
+    if path.is_file():
+        raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
     return model, {"local_files_only": not hub.reachable()}
 
 
 @contextlib.contextmanager
-def _refusing(model):
-    """Turn what transformers raises for a model that it cannot load into one line."""
+def _refusing(model, part=""):
+    """Turn what is raised for a model, or a part of it, that cannot be loaded into one line; nothing else is logged."""
     try:
-        yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
+        with hub.unlogged("transformers"):
+            yield
+    except InputError:
+        raise
+    except DAMAGED as error:
         if not Path(model).exists() and not hub.reachable():
             raise InputError(f"model {model}: not a folder or .gguf file here, not in the cache of the Hugging Face "
                              "hub, and the hub cannot be reached") from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"model {model}: {reason}") from error
+        raise InputError(f"model {model}: {part}{_reason(error)}") from error
+
+
+def _reason(error):
+    """Say in one line why a model cannot be loaded: the first line of a message, and what that line announces."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "its .bin file is damaged or holds more than tensors, which is not executed; give safetensors files"
+    if "trust_remote_code" in str(error):
+        return "it needs code from its repository, which is never executed here"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = next((number for number, line in enumerate(lines, 1) if not line.endswith((":", ",", " or"))), len(lines))
+    text = textwrap.shorten(" ".join(lines[:count]), 400)
+    # the message of these is a key or a name without a sentence
+    return text if text and not isinstance(error, (KeyError, TypeError, AttributeError)) else (
+        f"{type(error).__name__} {text}".strip())
 
 
 def load_config(model, family):
     """Load the configuration of `model` and refuse it where its class belongs to another family script."""
     name, arguments = _source(model)
-    with _refusing(model):
-        config = AutoConfig.from_pretrained(name, **arguments)
+    with _refusing(model, "its configuration cannot be read: "):
+        config = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
     kind = model_class(config)
     if kind is None:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
@@ -68,6 +92,8 @@ def load_config(model, family):
         accepted = ", ".join(name for name, of in SCRIPTS.items() if of == family.script)
         advice = f"use {script}" if script else f"no script here prunes it; {family.script} accepts {accepted}"
         raise InputError(f"model {model}: this is a {architecture}; {advice}")
+    if config.num_hidden_layers < 1:
+        raise InputError(f"model {model}: its configuration has {config.num_hidden_layers} layers")
     return config
 
 
@@ -77,16 +103,16 @@ def load_tokenizer(model):
     Early conversions of LLaMA-1 give the empty string as their special tokens; those of its model file are put in.
     """
     name, arguments = _source(model)
-    with _refusing(model):
+    with _refusing(model, "its tokenizer cannot be read: "):
         if "gguf_file" not in arguments and get_tokenizer_config(name, **arguments).get("bos_token") == "":
             arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-        return AutoTokenizer.from_pretrained(name, **arguments)
+        return AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
 
 
 def skeleton(config, dtype=torch.float32):
     """Build the model of `config` without weights, to know its modules and shapes."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with _refusing(config.name_or_path, "its configuration cannot be used: "), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE).eval()
 
 
 def load_model(model, dtype):
@@ -101,7 +127,7 @@ def load_model(model, dtype):
         else:
             arguments |= _dequantizing(model, name, arguments)
             loaded, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True,
-                                                                  **arguments)
+                                                                  **arguments, **NO_CODE)
             missing = report["missing_keys"]
     if missing:
         raise InputError(f"model {model}: the checkpoint lacks {', '.join(sorted(missing)[:3])}")
@@ -140,9 +166,9 @@ def _dequantizing(model, name, arguments):
     """Return the arguments of `from_pretrained` that turn quantized weights into ordinary ones."""
     if "gguf_file" in arguments:
         return {"quantization_config": GgufConfig(dequantize=True)}
-    config = AutoConfig.from_pretrained(name, **arguments)
-    quantization = getattr(config, "quantization_config", {"quant_method": None})
-    method = quantization["quant_method"]
+    config = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
+    quantization = getattr(config, "quantization_config", {})
+    method = quantization.get("quant_method", "an unknown method" if quantization else None)
     if method == "compressed-tensors":
         quantization["dequantize"] = True
     elif method:
@@ -156,12 +182,16 @@ def check_save(folder, nbytes, resume):
     resume: accept the folder of a run that left off.
     """
     folder = Path(folder)
-    if begun(folder) and not resume:
+    try:
+        left_off, taken = begun(folder), folder.exists() and not (folder.is_dir() and empty(folder))
+    except OSError as error:
+        raise InputError(f"--save {folder}: cannot be used ({error.strerror})") from error
+    if left_off and not resume:
         raise InputError(f"--save {folder}: holds a run that left off; go on with --resume, or remove the folder")
-    if folder.exists() and not begun(folder) and not (folder.is_dir() and empty(folder)):
+    if taken and not left_off:
         raise InputError(f"--save {folder}: exists and is not an empty folder")
     parent = folder.absolute()
-    while not parent.exists():
+    while not os.path.lexists(parent):  # a link that leads nowhere is there, and cannot be written
         parent = parent.parent
     try:
         tempfile.TemporaryDirectory(dir=parent).cleanup()
@@ -177,5 +207,11 @@ def write_record(folder, record):
     """Write the record of a run into `folder`, whole or not at all."""
     path = Path(folder) / RECORD
     partial = path.with_name(RECORD + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"--save {folder}: {RECORD} cannot be written ({error.strerror}), "
+                         f"{shutil.disk_usage(folder).free / 1e9:.3f} GB are free; make room and go on with --resume"
+                         ) from error

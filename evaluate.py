@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+import distributed
 from modelutils import SLICE, Stream, apply, linears, on_device
 
 
@@ -41,16 +42,22 @@ def perplexity(model, family, tokens, batch_size, device, title="perplexity"):
     log-likelihood in float32. title: of the progress bar.
     """
     N, T = tokens.shape
+    mine = tokens[distributed.share(N)]
+    total = _negative_log_likelihood(model, family, mine, batch_size, device, title) if len(mine) else 0.0
+    return math.exp(sum(distributed.gather(total)) / (N * (T - 1)))
+
+
+def _negative_log_likelihood(model, family, tokens, batch_size, device, title):
+    """Return the sum over all predicted tokens."""
     stream = run_layers(model, family, tokens, batch_size, device, title)
-    after = family.after_of(model)
-    total = 0.0
+    after, total = family.after_of(model), 0.0
     with on_device(after, device):
         for rows in stream.batches():
             hidden = stream.hidden[rows, :-1].to(device).flatten(0, 1)  # (B·(T−1), C)
             targets = tokens[rows, 1:].to(device).flatten()
             for h, t in zip(hidden.split(SLICE), targets.split(SLICE), strict=True):
                 total += torch.nn.functional.cross_entropy(apply(after, h).float(), t, reduction="sum").item()
-    return math.exp(total / (N * (T - 1)))
+    return total
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ settings of the run, a file for each finished layer, and the hidden states at th
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+import distributed
 import weights
 from errors import InputError
 from formats import FORMATS
@@ -30,36 +32,52 @@ class Folder:
     """Use as a context: the folder is locked within it, and left as it was where the run did not begin."""
 
     def __init__(self, path, save_format="dense"):
-        """Lock the folder. Raises InputError where another run holds it."""
+        """Lock the folder, in the first of several processes, which writes; InputError where another run does."""
         self.path, self.save_format = Path(path), save_format
         self.progress = self.path / PROGRESS
         self.shards = self.path if save_format == "dense" else self.progress / "dense"
-        self.fresh = not self.path.exists()
-        self.shards.mkdir(parents=True, exist_ok=True)
-        self.progress.mkdir(exist_ok=True)
+        self.writes = distributed.rank() == 0
+        self.written, self.cost = time.monotonic(), 0.0
+        self.sums = {}  # checksum of every tensor as it was in memory
+        if self.writes:
+            self._lock()
+
+    def _lock(self):
+        self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.progress.mkdir(parents=True, exist_ok=True)
         self.lock = (self.progress / "lock").open("w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.lock.close()
-            raise InputError(f"--save {path}: another run is writing there") from error
-        self.written, self.cost = time.monotonic(), 0.0
-        self.sums = {}  # checksum of every tensor as it was in memory
+            raise InputError(f"--save {self.path}: another run is writing there") from error
+        if not begun(self.path) and not empty(self.path):  # that run has ended just now
+            self.__exit__()
+            raise InputError(f"--save {self.path}: exists and is not an empty folder")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.lock.close()
+        if not self.writes:
+            return
         if not begun(self.path):
             shutil.rmtree(self.progress, ignore_errors=True)
-            if self.fresh and not any(self.path.iterdir()):
-                self.path.rmdir()
+            for folder in self.made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+        self.lock.close()
 
     def start(self, model, family, identity):
         """Begin a run, or go on with the one that left off here. identity: what both must share, {flag: value}."""
         self.model, self.family = model, family
         self.layers = family.layers_of(model)
+        if self.writes:
+            self._identify(identity)
+            self.shards.mkdir(exist_ok=True)
+        distributed.tell(None)  # the others wait
+
+    def _identify(self, identity):
         settings = self.progress / "run.json"
         if not settings.is_file():
             _write_json(settings, identity)
@@ -68,6 +86,9 @@ class Folder:
             if identity.get(flag) != value:
                 raise InputError(f"--resume: {flag} was {value} in the run that left off in {self.path}, "
                                  f"now it is {identity.get(flag)}")
+        for folder in (self.path, self.shards):  # files of safetensors that a kill left half written
+            for file in folder.glob(".tmp*"):
+                file.unlink()
 
     def _shard(self, number):
         return self.shards / f"model-{number + 1:05d}-of-{len(self.layers) + 1:05d}.safetensors"
@@ -83,10 +104,11 @@ class Folder:
         """
         first = next((index for index in range(count) if not self._note(index).is_file()), count)
         if stream is not None and first < count:
-            states = [file for file in self.progress.glob("state-*.safetensors")]
-            first = max((int(file.stem.partition("-")[2]) for file in states), default=0)
+            states = {int(file.stem.split("-")[1]) for file in self.progress.glob("state-*.safetensors")}
+            first = max((index for index in states if all(
+                self._state(index, rank).is_file() for rank in range(distributed.world()))), default=0)
             if first:
-                stream.hidden.copy_(load_file(self._state(first))["hidden"])
+                stream.hidden.copy_(load_file(self._state(first, distributed.rank()))["hidden"])
         outcomes = {}
         for index in range(first):
             self._take(index)
@@ -100,8 +122,8 @@ class Folder:
                 outcomes[index, name] = Outcome(note["error"], note["percdamp"], grid)
         return first, outcomes
 
-    def _state(self, index):
-        return self.progress / f"state-{index:05d}.safetensors"
+    def _state(self, index, rank):
+        return self.progress / f"state-{index:05d}-{rank}.safetensors"
 
     def _take(self, index):
         """Let the model read a layer from its shard."""
@@ -138,6 +160,15 @@ class Folder:
 
     def finish(self, index, layer, outcomes, stream=None):
         """Keep a layer that is finished and on the device, {(layer, name): Outcome}, and the states behind it."""
+        if self.writes:
+            self._keep(index, layer, outcomes)
+        distributed.tell(None)  # the others wait
+        if hasattr(layer, "source"):
+            self._take(index)
+        if stream is not None and distributed.tell(time.monotonic() - self.written >= PATIENCE * self.cost):
+            self._keep_states(index + 1, stream)
+
+    def _keep(self, index, layer, outcomes):
         sums = self._write_layer(index, layer)
         if grids := {name: outcome.grid for (_, name), outcome in outcomes.items() if outcome.grid}:
             self._write(self.progress / f"grids-{index:05d}.safetensors", {
@@ -146,23 +177,30 @@ class Folder:
         _write_json(self._note(index), {"checksums": sums, "matrices": {
             name: {"error": outcome.error, "percdamp": outcome.percdamp,
                    "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()}})
-        if hasattr(layer, "source"):
-            self._take(index)
-        if stream is not None and time.monotonic() - self.written >= PATIENCE * self.cost:
-            start = time.monotonic()
-            self._write(self._state(index + 1), {"hidden": stream.hidden})
+
+    def _keep_states(self, border, stream):
+        start = time.monotonic()
+        self._write(self._state(border, distributed.rank()), {"hidden": stream.hidden})
+        distributed.gather(None)  # all have written theirs
+        if self.writes:
             for file in self.progress.glob("state-*.safetensors"):
-                if file != self._state(index + 1):
+                if int(file.stem.split("-")[1]) != border:
                     file.unlink()
-            self.written = time.monotonic()
-            self.cost = self.written - start
+        self.written = time.monotonic()
+        self.cost = self.written - start
 
     def complete(self, tokenizer, grids):
         """Write what is missing from a folder that `from_pretrained` loads, its index last.
 
         grids: {name of a linear: quant.Grid}. In formats other than dense the model is loaded whole.
         """
-        files = {}
+        if self.writes:
+            self._complete(tokenizer, grids)
+        distributed.tell(None)  # the others wait
+
+    def _complete(self, tokenizer, grids):
+        files, place = {}, self.shards / SAFE_WEIGHTS_INDEX_NAME
+        place.unlink(missing_ok=True)  # of a run that was killed behind this
         for index, layer in enumerate(self.layers):
             if not self._note(index).is_file():
                 with on_device([layer], "cpu"):
@@ -177,7 +215,7 @@ class Folder:
         self._check(files)
         tokenizer.save_pretrained(self.path)
         self._write_configuration(self.shards)
-        _write_json(self.shards / SAFE_WEIGHTS_INDEX_NAME, {
+        _write_json(place, {
             "metadata": {"total_size": sum(t.numel() * t.element_size() for name, t in state.items()
                                            if name in inside or name in others)},
             "weight_map": {name: file.name for file, names in files.items() for name in names}})
@@ -199,7 +237,15 @@ class Folder:
         self.model.generation_config.save_pretrained(folder)
 
     def end(self):
-        """Remove what only an interrupted run needs."""
+        """Remove what only an interrupted run needs, in an order in which it can go on from what is left."""
+        if not self.writes:
+            return
+        for pattern in ("state-*", "layer-*", "grids-*"):
+            for file in self.progress.glob(pattern):
+                file.unlink()
+        if self.shards != self.path:
+            shutil.rmtree(self.shards)
+        (self.progress / "run.json").unlink()
         shutil.rmtree(self.progress)
 
 
@@ -215,5 +261,8 @@ def empty(path):
 
 def _write_json(file, content):
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    with partial.open("w") as held:
+        held.write(json.dumps(content, indent=1) + "\n")
+        held.flush()
+        os.fsync(held.fileno())
     partial.replace(file)

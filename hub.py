@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import urllib.error
 import urllib.request
 
@@ -35,3 +36,15 @@ def offline():
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = saved
+
+
+@contextlib.contextmanager
+def unlogged(library):
+    """Let a library log nothing: what it raises is said in one line of ours, where it would log a table or it twice."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -158,7 +158,7 @@ def read_file(path, text_row):
         if reader == "text":
             with path.open(encoding="utf-8") as lines:
                 return [text_row(line) for line in lines]
-        with hub.offline(), tempfile.TemporaryDirectory() as cache:
+        with hub.offline(), hub.unlogged("datasets"), tempfile.TemporaryDirectory() as cache:
             if reader == "save_to_disk":
                 return text_column(load_from_disk(path.parent), path.parent)
             files = [glob.escape(str(path))]

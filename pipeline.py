@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import platform
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 import checkpoint
+import distributed
 import plots
 import traces
 from datautils import calibration_samples, test_tokens
@@ -42,7 +44,13 @@ def main(family, argv=None):
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
     try:
-        run(family, parse(family, argv))
+        settings = parse(family, argv)
+        with contextlib.ExitStack() as stack:
+            if int(os.environ.get("RANK", 0)):  # only the first of several processes tells what happens
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            run(family, settings)
     except InputError as error:
         print(f"{family.script}: error: {error}", file=sys.stderr)
         return 2
@@ -60,6 +68,7 @@ def run(family, settings):
     device = _device(settings.device)
     clock = Clock(device)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.joined(device))
         with clock.part("load"):
             config = checkpoint.load_config(settings.model, family)
             seqlen = _seqlen(settings.seqlen, config)
@@ -73,7 +82,8 @@ def run(family, settings):
         with clock.part("load"):
             model = checkpoint.open_model(settings.model, config, family, dtype)
             if not folder and selected and hasattr(model, "source"):  # pruned layers are put away on disk too
-                folder = stack.enter_context(Folder(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))))
+                path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
+                folder = stack.enter_context(Folder(distributed.tell(path)))
             if folder:
                 folder.start(model, family, _identity(settings, seqlen, device, model, calibration))
         print(_heading(model, family, settings, selected, calibration, seqlen, device), flush=True)
@@ -90,10 +100,12 @@ def run(family, settings):
         outcomes = _compress(settings, plan, model, family, calibration, device, clock, folder)
         matrices = measure_sparsity(model, family)
         record = _record(settings, seqlen, model.dtype, device, sources, matrices, outcomes, plan, known)
+        first = distributed.rank() == 0
         if settings.save:
             with clock.part("save"):
                 grids = {family.path(*key): outcome.grid for key, outcome in outcomes.items() if outcome.grid}
-                checkpoint.write_record(settings.save, record)
+                if first:
+                    checkpoint.write_record(settings.save, record)
                 folder.complete(tokenizer, grids)
                 _verify(settings.save, model, family, matrices, _probe(tests, calibration, config.vocab_size), device)
                 if plan:
@@ -101,7 +113,7 @@ def run(family, settings):
         if plan:
             perplexities[settings.method] = evaluate()
         record |= {"perplexity": perplexities, "seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
-        if settings.save:
+        if settings.save and first:
             checkpoint.write_record(settings.save, record)
             folder.end()
         print(_result(settings, matrices, outcomes, perplexities, record))
@@ -128,7 +140,7 @@ def _identity(settings, seqlen, device, model, calibration):
     shared = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(settings).items()
               if name not in free}
     return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),
-                     "model's weights": fingerprint(model),
+                     "number of processes": distributed.world(), "model's weights": fingerprint(model),
                      "calibration tokens": None if calibration is None else digest(calibration)}
 
 
@@ -170,14 +182,18 @@ def _plan(settings, selected, model, family, calibration, device, clock):
     closest = "" if met else f", as close to {settings.target.sparsity:.2%} as whole n of {settings.prunem} allow"
     print(f"{known.verdict()}\n         kept in {path}\n\n{plan_tables(plan, selected, known)}\n\n"
           f"plan     {total:.2%} of the weights in all{closest}", flush=True)
-    if settings.plot:
+    if settings.plot and distributed.rank() == 0:
         plots.draw(settings.plot, known, plan)
     return plan, known
 
 
 def _device(name):
-    if name is None:
+    """Return the device of this process: with torchrun, the GPU of its number on this machine."""
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if name is None and not (torch.cuda.is_available() and number):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name in (None, "cuda") and number:
+        name = f"cuda:{number}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -211,6 +227,9 @@ def _dtype(name, config, device):
 def _tokens(settings, seqlen, tokenizer, vocab_size):
     """Return calibration tokens (N, T) or None, {test set: tokens (n, T)} and where the texts come from."""
     calibration, tests, sources = None, {}, {}
+    if settings.nsamples < distributed.world():
+        raise InputError(f"--nsamples {settings.nsamples}: must be at least one for each of the "
+                         f"{distributed.world()} processes")
     if settings.mixed or settings.calibrates:
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)

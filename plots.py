@@ -1,5 +1,6 @@
 """Draw sensitivities and the sparsities assigned: MixGPT (arXiv 2310.09499), figures 1 and 2, and the plan."""
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,6 +18,12 @@ def check(path):
         raise InputError(f"--plot {path}: must end in {', '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise InputError(f"--plot {path}: there is no folder {path.absolute().parent}")
+    if path.is_dir():
+        raise InputError(f"--plot {path}: is a folder; name a file")
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise InputError(f"--plot {path}: cannot be written ({error.strerror})") from error
 
 
 def draw(path, traces, plan):
@@ -53,4 +60,8 @@ def draw(path, traces, plan):
     heat.set(xlabel="layer", title="Sparsity assigned", yticks=range(len(kinds)),
              yticklabels=[kind.rpartition(".")[2] for kind in kinds])
     figure.colorbar(image, ax=heat, label="fraction of weights pruned")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        Path(path).unlink(missing_ok=True)
+        raise InputError(f"--plot {path}: cannot be written ({error.strerror}); the traces are kept") from error

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+import distributed
 from allocation import allocate, allocate_whole
 from errors import InputError
 from modelutils import Stream, hooked, linears, on_device, paused_forwards, shared_inputs
@@ -117,7 +118,7 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
     InputError where an input is not finite.
     """
     with clock.part("forward"):
-        stream = Stream.embed(model, family, tokens, batch_size, device)
+        stream = Stream.embed(model, family, tokens[distributed.share(len(tokens))], batch_size, device)
     layers = family.layers_of(model)[:max(index for index, _ in plan) + 1]
     shared = {}
     first, outcomes = folder.begin(len(layers), stream) if folder else (0, {})
@@ -131,9 +132,9 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
                 prune = partial(_prune_groups, layer, index, plan, percdamp, act_order, bar, clock,
                                 blocksize=blocksize, saliency=SALIENCIES[saliency], scheme=scheme)
                 if groups and true_sequential:
-                    made = _prune_in_turn(layer, index, stream, groups, prune, clock, last)
+                    made = _prune_in_turn(layer, index, stream, groups, len(tokens), prune, clock, last)
                 else:
-                    made = prune(_collect(layer, index, stream, groups, clock)) if groups else {}
+                    made = prune(_collect(layer, index, stream, groups, len(tokens), clock)) if groups else {}
                     if not last:
                         with clock.part("forward"):
                             stream.advance(layer, index)
@@ -164,10 +165,13 @@ def _groups(layer, index, stream, plan, shared):
     return groups
 
 
-def _hessians(layer, stream, groups, clock):
-    """Return {module that reads an input first: SparseGPT of that input}, in order, and what adds an input to it."""
+def _hessians(layer, stream, groups, nsequences, clock):
+    """Return {module that reads an input first: SparseGPT of that input}, in order, and what adds an input to it.
+
+    nsequences: in all processes together.
+    """
     modules = linears(layer)
-    hessians = {modules[group[0]]: SparseGPT(modules[group[0]].in_features, len(stream.hidden), stream.device)
+    hessians = {modules[group[0]]: SparseGPT(modules[group[0]].in_features, nsequences, stream.device)
                 for group in groups}
 
     def read(module, X):
@@ -177,10 +181,10 @@ def _hessians(layer, stream, groups, clock):
     return hessians, read
 
 
-def _prune_in_turn(layer, index, stream, groups, prune, clock, last):
+def _prune_in_turn(layer, index, stream, groups, nsequences, prune, clock, last):
     """Prune each input's matrices when all batches have come to them, in one run; hidden states are then those behind
     the layer, except behind the last one, where nobody needs them."""
-    hessians, read = _hessians(layer, stream, groups, clock)
+    hessians, read = _hessians(layer, stream, groups, nsequences, clock)
     forwards, outcomes = paused_forwards(layer, index, stream, list(hessians), read), {}
     for group in groups:
         with clock.part("forward"):
@@ -193,9 +197,9 @@ def _prune_in_turn(layer, index, stream, groups, prune, clock, last):
     return outcomes
 
 
-def _collect(layer, index, stream, groups, clock):
+def _collect(layer, index, stream, groups, nsequences, clock):
     """Run all sequences through a layer. Returns {group: SparseGPT with the Hessian of its input}."""
-    hessians, read = _hessians(layer, stream, groups, clock)
+    hessians, read = _hessians(layer, stream, groups, nsequences, clock)
     with clock.part("forward"), hooked({module: partial(read, module) for module in hessians}):
         for rows in stream.batches():
             stream.forward(layer, index, rows)
@@ -203,22 +207,36 @@ def _collect(layer, index, stream, groups, clock):
 
 
 def _prune_groups(layer, index, plan, percdamp, act_order, bar, clock, hessians, **options):
+    """Prune the matrices of each input from its Hessian; inputs are shared out to the processes."""
     modules, outcomes = linears(layer), {}
-    for group, hessian in hessians.items():
-        targets = [plan[index, name] for name in group]
-        order = activation_order(hessian.H.diagonal(), targets[0].prunem) if act_order else None
-        try:
-            with clock.part("factorisation"):
-                used = hessian.factor(percdamp, order)
-        except torch.linalg.LinAlgError as error:
-            raise InputError(f"layer {index} {group[0]}: {error}") from error
+    for hessian in hessians.values():
+        hessian.reduce()
+    for number, (group, hessian) in enumerate(hessians.items()):
+        if number % distributed.world() == distributed.rank():
+            outcomes |= _prune_group(modules, index, group, hessian, plan, percdamp, act_order, clock, **options)
+    for number, group in enumerate(hessians):
+        source = number % distributed.world()
+        for name in group:
+            distributed.copy(modules[name].weight, source)
+            outcomes[index, name] = distributed.tell(outcomes.get((index, name)), source)
+        used = outcomes[index, group[0]].percdamp
         if used != percdamp:
             bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp {percdamp:g}, "
                       f"raised to {used:g}")
-        with clock.part("walk"):
-            pruned = hessian.prune([modules[name].weight for name in group],
-                                   [(target.sparsity, target.prunen, target.prunem) for target in targets], **options)
-        for name, (error, grid) in zip(group, pruned, strict=True):
-            outcomes[index, name] = Outcome(error, used, grid and grid.to("cpu"))
     bar.set_postfix_str(f"layer {index} error {sum(o.error for o in outcomes.values()) / len(outcomes):.2%}")
     return outcomes
+
+
+def _prune_group(modules, index, group, hessian, plan, percdamp, act_order, clock, **options):
+    targets = [plan[index, name] for name in group]
+    order = activation_order(hessian.H.diagonal(), targets[0].prunem) if act_order else None
+    try:
+        with clock.part("factorisation"):
+            used = hessian.factor(percdamp, order)
+    except torch.linalg.LinAlgError as error:
+        raise InputError(f"layer {index} {group[0]}: {error}") from error
+    with clock.part("walk"):
+        pruned = hessian.prune([modules[name].weight for name in group],
+                               [(target.sparsity, target.prunen, target.prunem) for target in targets], **options)
+    return {(index, name): Outcome(error, used, grid and grid.to("cpu"))
+            for name, (error, grid) in zip(group, pruned, strict=True)}

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import distributed
 from modelutils import SLICE, Stream, apply, linears, on_device
 
 BORDERS = 2e9  # bytes of hidden states and tangents at layer borders that exist at a time, on the host
@@ -33,13 +34,14 @@ def hessian_traces(model, family, matrices, tokens, estimator, *, seed, nprobes,
     chunk = max(int(BORDERS / border / batch_size), 1) * batch_size
     with tqdm(total=(N - len(rows)) * nprobes * 2 * len(layers), desc=estimator, unit="layer", disable=None) as bar:
         while len(rows) < N:
-            numbers = range(len(rows), min(len(rows) + chunk, N))
+            together = range(len(rows), min(len(rows) + chunk * distributed.world(), N))
+            numbers = together[distributed.share(len(together))]
             sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
-            for probe in range(nprobes):
+            for probe in range(nprobes if numbers else 0):
                 sums += ESTIMATORS[estimator](
                     model, family, matrices, tokens[numbers.start:numbers.stop], [(seed, n, probe) for n in numbers],
                     batch_size, device, bar)
-            rows.extend(sums / nprobes / (T - 1))
+            rows.extend(torch.cat(distributed.gather(sums)) / nprobes / (T - 1))
             if save:
                 save(torch.stack(rows))
     return torch.stack(rows)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+import distributed
 from columns import smallest_per_row
 from walk import prune_matrices, smallest
 
@@ -102,6 +103,10 @@ class SparseGPT:
             else:
                 H.addmm_(before, X[:, B], alpha=self.scale)
         self._mirrored = False
+
+    def reduce(self):
+        """Sum the Hessian over all processes."""
+        distributed.add(self._H)
 
     @property
     def H(self):

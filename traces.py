@@ -1,5 +1,6 @@
 """Traces of all matrices of a model with their errors, computed once and kept in a file."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import distributed
 from errors import InputError
 from modelutils import linears
 from sensitivity import hessian_traces
@@ -86,16 +88,20 @@ def default_path(key):
 
 
 def read(path, shapes, estimator):
-    """Read a file of traces, None where there is none. Returns its content, a dict.
+    """Read a file of traces, None where there is none yet. Returns its content, a dict.
 
-    Raises InputError, naming the file, where it holds other matrices or another estimator, or is no such file.
+    Raises InputError, naming the file, where it holds other matrices or another estimator, is no such file, or is not
+    there and cannot be written.
     """
     try:
         content = json.loads(Path(path).read_text())
         held = {(row["layer"], row["name"]): tuple(row["shape"]) for row in content["matrices"]}
-        kind = content["key"]["estimator"]
+        kind, _, _ = (content["key"][name] for name in ("estimator", "weights", "sequences"))
         samples = torch.tensor(content["samples"], dtype=torch.float64)
+        if samples.shape[1:] != (len(held),) or not samples.isfinite().all():
+            raise ValueError(f"samples {tuple(samples.shape)} of {len(held)} matrices")
     except (FileNotFoundError, NotADirectoryError):
+        _check_writable(Path(path))
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--sensitivity_file {path}: is not a file of traces ({type(error).__name__})") from error
@@ -124,16 +130,36 @@ def obtain(model, family, tokens, estimator, *, seed, nprobes, batch_size, devic
         return Traces(estimator, shapes, held["samples"]), target
     if held and held["key"] != key:
         raise InputError(f"--sensitivity_file {target}: is incomplete and was begun with other data or settings")
-    try:
+    with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()
-    except OSError as error:
-        raise InputError(f"--sensitivity_file {target}: cannot be written ({error.strerror}); "
-                         "name another file") from error
+    _check_writable(target)
+
+    def save(rows):
+        if distributed.rank() == 0:
+            _write(target, key, shapes, rows)
+
     samples = hessian_traces(
         model, family, list(shapes), tokens, estimator, seed=seed, nprobes=nprobes, batch_size=batch_size,
-        device=device, known=held and held["samples"], save=lambda rows: _write(target, key, shapes, rows))
+        device=device, known=held and held["samples"], save=save)
     return Traces(estimator, shapes, samples), target
+
+
+@contextlib.contextmanager
+def _writing(path):
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--sensitivity_file {path}: cannot be written ({error.strerror}); "
+                         "name another file") from error
+
+
+def _check_writable(path):
+    """Refuse a file that could not be written, before the work. Leaves nothing behind."""
+    parent = path.absolute().parent
+    while not os.path.lexists(parent):  # a link that leads nowhere is there, and cannot be written
+        parent = parent.parent
+    with _writing(path):
+        tempfile.TemporaryFile(dir=parent).close()
 
 
 def _write(path, key, shapes, samples):
@@ -145,5 +171,9 @@ def _write(path, key, shapes, samples):
             for ((layer, name), shape), mean, error in zip(
                 shapes.items(), traces.mean.tolist(), traces.standard_error.tolist(), strict=True)]
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")
-    partial.replace(path)
+    try:
+        with _writing(path):
+            partial.write_text(json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

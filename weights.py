@@ -111,16 +111,24 @@ def stream(model, family, files):
     for file in files:
         with _opened(file) as tensors:
             held |= {key: (file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()}  # noqa: SIM118
-    base, places = model.base_model_prefix + ".", {}
+    base, tied, places = model.base_model_prefix + ".", model.all_tied_weights_keys, {}
+
+    def find(name):
+        return next((key for key in (name, name.removeprefix(base), base + name) if key in held), None)
+
     for name, tensor in model.state_dict().items():
-        stored = model.all_tied_weights_keys.get(name, name)
-        key = next((key for key in (stored, stored.removeprefix(base), base + stored) if key in held), None)
+        key = find(tied.get(name, name))
         if key is None:
             return False
         file, shape = held[key]
         if shape != tuple(tensor.shape):
             raise ValueError(f"{key} is {_times(shape)}, its configuration asks for {_times(tensor.shape)}")
         places[name] = file, key
+    # where tied tensors are both there and differ, `from_pretrained` does not tie them
+    own = Source({name: (held[key][0], key) for name in tied if (key := find(name))}, model.dtype)
+    together = Source(places, model.dtype)
+    if not all(torch.equal(own.tensor(name), together.tensor(name)) for name in own.places):
+        return False
     attach(model, family, places)
     _compute_buffers(model)
     return True

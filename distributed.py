@@ -1,0 +1,66 @@
+"""Several processes that share the work, as torchrun starts them; without it, one process that does all of it."""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def joined(device):
+    """Join the processes that torchrun started, within the block. device: of this process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            device_id=device if device.type == "cuda" else None)
+    yield
+    dist.destroy_process_group()  # not after an error: torchrun ends the others then
+
+
+def world():
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Return the number of this process, from 0; process 0 prints and saves."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def share(count):
+    """Return the slice of `count` things that falls to this process."""
+    return slice(rank() * count // world(), (rank() + 1) * count // world())
+
+
+def add(tensor):
+    """Sum a tensor over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+
+
+def copy(tensor, source):
+    """Overwrite a tensor by that of process `source`."""
+    if world() > 1:
+        held = tensor.contiguous()
+        dist.broadcast(held.view(torch.uint8), source)  # gloo does not know every dtype
+        tensor.copy_(held)
+
+
+def tell(value, source=0):
+    """Return the value that process `source` gives."""
+    if world() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, source)
+    return values[0]
+
+
+def gather(value):
+    """Return the values that all processes give, in order."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,37 @@
+"""Run by torchrun in test_distributed.py: prune a model in memory, and keep what this process made of it."""
+
+import sys
+
+import torch
+from conftest import CPU, VOCABULARY, make
+
+import distributed
+from evaluate import perplexity
+from prune import Target, make_plan, prune_sparsegpt, select
+from quant import Scheme
+from report import Clock
+from sensitivity import hessian_traces
+
+
+def made(name, true_sequential, wbits):
+    """Return traces, weights, outcomes and perplexity of a tiny model, as this process has them."""
+    family, model = make(name)
+    tokens = torch.randint(0, VOCABULARY, (7, 24), generator=torch.Generator().manual_seed(1))
+    selected = select(model, family, 0, -1, 0, 1000, "", False)
+    traces = [hessian_traces(model, family, list(selected), tokens, estimator, seed=1, nprobes=1, batch_size=2,
+                             device=CPU) for estimator in ("hutchinson", "fisher")]
+    plan = make_plan(selected, Target(0.5))
+    outcomes = prune_sparsegpt(
+        model, family, plan, tokens, saliency="isc", blocksize=16, percdamp=0.01, true_sequential=true_sequential,
+        batch_size=2, device=CPU, clock=Clock(CPU), scheme=Scheme(wbits) if wbits < 16 else None)
+    return {"traces": traces, "state": model.state_dict(),
+            "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
+                         for key, outcome in outcomes.items()},
+            "perplexity": [perplexity(model, family, part, 2, CPU) for part in (tokens, tokens[:1])]}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with distributed.joined(CPU):
+        results = {case: made(*case) for case in [("llama", True, 16), ("opt", False, 4), ("bloom", True, 4)]}
+        torch.save(results, f"{sys.argv[1]}/{distributed.world()}-{distributed.rank()}")
