@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from modelutils import SLICE, Stream, apply, linears, on_device
+from modelutils import SLICE, Stream, apply, linears, on_device, prefetch
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,10 @@ class MatrixSparsity:
 def run_layers(model, family, tokens, batch_size, device, title):
     """Stream tokens (N, T) through all decoder layers. Returns the `Stream` behind the last one."""
     stream = Stream.embed(model, family, tokens, batch_size, device)
-    for index, layer in enumerate(tqdm(family.layers_of(model), desc=title, unit="layer", disable=None, leave=False)):
+    layers = family.layers_of(model)
+    for index, layer in enumerate(tqdm(layers, desc=title, unit="layer", disable=None, leave=False)):
         with on_device([layer], device):
+            prefetch(layers, index + 1, device)
             stream.advance(layer, index)
     return stream
 

@@ -2,9 +2,14 @@
 
 import contextlib
 import json
+import math
+import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
 from greenlet import getcurrent, greenlet
 from safetensors.torch import load_file
@@ -12,6 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConf
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import baichuan_model  # noqa: F401, makes the Auto classes know Baichuan
+from errors import InputError
 from packing import decode
 
 SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}
@@ -120,11 +126,36 @@ def _recording(layers, calls):
             del layer.forward
 
 
+def allocate(shape, dtype, device):
+    """Return an uninitialised tensor on the device, the host or, mapped, on disk: where there is ample room for it.
+
+    Raises InputError where there is none.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type == "cuda" and 4 * nbytes <= torch.cuda.mem_get_info(device)[0]:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if 2 * nbytes <= psutil.virtual_memory().available:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            return torch.from_numpy(np.memmap(file, np.uint8, shape=nbytes)).view(dtype).view(shape)
+    except OSError as error:
+        raise InputError(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, for which there is no room "
+                         f"in memory nor in {tempfile.gettempdir()} ({error.strerror})") from error
+
+
+def prefetch(layers, index, device):
+    """Begin to read layer number `index`, where there is one that is on disk, for `on_device`."""
+    if index < len(layers) and (source := getattr(layers[index], "source", None)):
+        source.prefetch(device)
+
+
 @dataclass
 class Stream:
     """The hidden states of a set of sequences at the border of a layer."""
 
-    hidden: torch.Tensor  # (N, T, C), on the host
+    hidden: torch.Tensor  # (N, T, C), where `allocate` found room
     batch_size: int
     device: torch.device
     kwargs: dict = field(default_factory=dict)  # batch size -> keyword arguments of every layer
@@ -143,8 +174,8 @@ class Stream:
                     model(tokens[rows].to(device), use_cache=False)
                 hidden = calls[0][0]
                 if not stream.kwargs:
-                    stream.hidden = torch.empty(N, T, hidden.shape[-1], dtype=hidden.dtype)
-                stream.hidden[rows] = hidden.to("cpu")
+                    stream.hidden = allocate((N, T, hidden.shape[-1]), hidden.dtype, device)
+                stream.hidden[rows] = hidden
                 stream.kwargs.setdefault(len(hidden), [kwargs for _, kwargs in calls])
         return stream
 
@@ -166,7 +197,7 @@ class Stream:
     def advance(self, layer, index):
         """Replace the hidden states by the output of layer number `index`, which is on the device."""
         for rows in self.batches():
-            self.hidden[rows] = self.forward(layer, index, rows).to("cpu")
+            self.hidden[rows] = self.forward(layer, index, rows)
 
 
 def load_sparse(folder, dtype="auto"):
@@ -252,7 +283,7 @@ def paused_forwards(layer, index, stream, stops, read):
     left off.
     """
     def run(rows):
-        stream.hidden[rows] = stream.forward(layer, index, rows).to("cpu")
+        stream.hidden[rows] = stream.forward(layer, index, rows)
 
     def pause(module, X):
         read(module, X)

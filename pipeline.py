@@ -88,16 +88,19 @@ def run(family, settings):
                 folder.start(model, family, _identity(settings, seqlen, device, model, calibration))
         print(_heading(model, family, settings, selected, calibration, seqlen, device), flush=True)
 
-        def evaluate():
+        def evaluate(settings):
             with clock.part("evaluation"):
                 return {name: perplexity(model, family, tokens, settings.batch_size, device, name)
                         for name, tokens in tests.items()}
 
-        plan, known = _plan(settings, selected, model, family, calibration, device, clock)
+        plan, known = _fitting(
+            settings, lambda settings: _plan(settings, selected, model, family, calibration, device, clock))
         perplexities = {}
         if settings.dense or not plan:
-            perplexities["dense"] = evaluate()
-        outcomes = _compress(settings, plan, model, family, calibration, device, clock, folder)
+            perplexities["dense"] = _fitting(settings, evaluate)
+        outcomes = _fitting(
+            settings, lambda settings: _compress(settings, plan, model, family, calibration, device, clock, folder),
+            again=hasattr(model, "source"))
         matrices = measure_sparsity(model, family)
         record = _record(settings, seqlen, model.dtype, device, sources, matrices, outcomes, plan, known)
         first = distributed.rank() == 0
@@ -111,13 +114,33 @@ def run(family, settings):
                 if plan:
                     record["disk"] = _disk(settings, family, plan, selected)
         if plan:
-            perplexities[settings.method] = evaluate()
+            perplexities[settings.method] = _fitting(settings, evaluate)
         record |= {"perplexity": perplexities, "seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
         if settings.save and first:
             checkpoint.write_record(settings.save, record)
             folder.end()
         print(_result(settings, matrices, outcomes, perplexities, record))
         return record
+
+
+def _fitting(settings, step, again=True):
+    """Return step(settings), with batches of half the size each time the memory of the GPU does not suffice.
+
+    again: whether the step can be begun a second time.
+    """
+    while True:
+        try:
+            return step(settings)
+        except torch.OutOfMemoryError as error:
+            size = settings.batch_size
+            if size == 1 or not again or distributed.world() > 1:
+                smaller = "--seqlen" if size == 1 else "--batch-size"
+                raise InputError(f"--batch-size {size} --seqlen {settings.seqlen or 'default'}: the GPU's memory does "
+                                 f"not suffice; lower {smaller}, or give --no-true-sequential") from error
+        settings = dataclasses.replace(settings, batch_size=size // 2)
+        torch.cuda.empty_cache()
+        print(f"warning  the GPU's memory does not suffice for --batch-size {size}: going on with {size // 2}",
+              flush=True)
 
 
 def _check(settings, family, skeleton, dtype):

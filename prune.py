@@ -9,7 +9,7 @@ from tqdm import tqdm
 import distributed
 from allocation import allocate, allocate_whole
 from errors import InputError
-from modelutils import Stream, hooked, linears, on_device, paused_forwards, shared_inputs
+from modelutils import Stream, hooked, linears, on_device, paused_forwards, prefetch, shared_inputs
 from quant import Grid, quantize_nearest
 from sparsegpt import SparseGPT, activation_order, magnitude_prune
 from walk import SALIENCIES
@@ -94,6 +94,7 @@ def prune_magnitude(model, family, plan, device, scheme=None, folder=None):
                       total=len(layers)):
         layer, made = layers[index], {}
         with on_device([layer], device):
+            prefetch(layers, index + 1, device)
             for name, module in linears(layer).items():
                 if target := plan.get((index, name)):
                     W, grid = magnitude_prune(module.weight, target.sparsity, target.prunen, target.prunem), None
@@ -127,6 +128,7 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
         for index in bar:
             layer = layers[index]
             with on_device([layer], device):
+                prefetch(layers, index + 1, device)
                 groups = _groups(layer, index, stream, plan, shared)
                 last = index + 1 == len(layers)
                 prune = partial(_prune_groups, layer, index, plan, percdamp, act_order, bar, clock,

@@ -72,7 +72,7 @@ class _Pass:
         self.stream = Stream.embed(model, family, tokens, batch_size, device)
         self.stream.kwargs = {size: [_cast(kwargs, self.dtype) for kwargs in layers]
                               for size, layers in self.stream.kwargs.items()}
-        self.borders = [self.stream.hidden.to(self.dtype)]
+        self.borders = [self.stream.hidden.to("cpu", self.dtype)]
 
     def copied(self, module):
         """Copy a module to the device without gradients of its own weights."""

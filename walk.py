@@ -62,6 +62,7 @@ def prune_matrices(matrices, R, h, targets, blocksize=128, saliency=obs_saliency
     walk reaches the group. saliency: ranks them, one of SALIENCIES or another that is w² times a factor of the column.
     scheme: a quant.Scheme; every weight that is kept is rounded to a grid found when the walk reaches its columns
     (GPTQ, arXiv 2210.17323). dtype: in which grid values must be exact.
+    Weights that are 0 stay 0, also where that is more than was asked for.
     Returns a list of new matrices (out, in), each with its quant.Grid, None without a scheme.
     Raises ValueError where prunem or the group size does not divide the columns, or neither the other.
 
@@ -97,11 +98,13 @@ class _Walk:
         sparsities, prunens, prunems = zip(*((*target, 0, 0)[:3] for target in targets), strict=True)
         self.sparsities, self.prunens, self.prunem = sparsities, prunens, prunems[0]
         self.pruned = [0] * len(matrices)
+        zeros = self.W == 0
+        self.zeros = zeros if zeros.any() else None  # weights pruned before stay 0
         self.scheme, self.dtype = scheme, dtype
         self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
         self.grids = []
         # masks of n:m are chosen column group by column group, where no grid is finer
-        self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem
+        self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem and self.zeros is None
         self.widths = self._nest(blocksize)
         self.walk_columns = columns.fastest(self.W.device, dtype if scheme else None, self.W.dtype)
 
@@ -169,11 +172,15 @@ class _Walk:
     def _mark_least(self, mask, start, stop, counts):
         """Set in `mask` the least salient weights of each matrix in columns start … stop − 1, as things are."""
         scores = self.W[start:stop].square().mul_(self.factors[start:stop, None])
+        if self.zeros is not None:
+            scores.masked_fill_(self.zeros[start:stop], -1)
         for rows, count, n in zip(self.rows, counts, self.prunens, strict=True):
             if self.prunem:
                 mask[:, rows] = columns.smallest_in_groups(scores[:, rows], n, self.prunem)
             else:
                 mask[:, rows] = smallest(scores[:, rows], count)
+        if self.zeros is not None:
+            mask |= self.zeros[start:stop]
 
     def _choose_grid(self, start, stop):
         pruned = self.mask[start:stop]

@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -23,6 +24,7 @@ class Source:
 
     places: dict  # name in the module -> (file, key in the file)
     dtype: torch.dtype  # of the weights in memory
+    ahead: Future | None = field(default=None, init=False)  # tensors that are being read
 
     def tensor(self, name):
         """Read one tensor."""
@@ -40,13 +42,30 @@ class Source:
                     tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return tensors
 
+    def prefetch(self, device):
+        """Begin to read the tensors that `load` will want, in a thread."""
+        self.ahead = ThreadPoolExecutor(1).submit(self._fetch, device)
+
+    def _fetch(self, device):
+        tensors = self._read(self.places)
+        if torch.device(device).type == "cuda":  # on a stream of its own, beside the computation
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(stream):
+                tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+            stream.synchronize()
+        return tensors
+
     def load(self, module, device):
         """Put the tensors of the module, which is on meta, on a device."""
         self.empty = dict(module.state_dict(keep_vars=True))
-        for name, tensor in self._read(self.places).items():
+        tensors = self.ahead.result() if self.ahead else self._fetch(device)
+        self.ahead = None
+        for name, tensor in tensors.items():
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(device))
             if isinstance(self.empty[name], torch.nn.Parameter):
-                tensor = torch.nn.Parameter(tensor.to(device), requires_grad=False)
-            _assign(module, name, tensor.to(device))
+                tensor = torch.nn.Parameter(tensor, requires_grad=False)
+            _assign(module, name, tensor)
         module.to(device)  # buffers that are not on disk
 
     def unload(self, module):

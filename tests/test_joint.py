@@ -221,3 +221,24 @@ def test_the_hessian_is_exact_against_its_damping(dtype, columns):
     exact = 2 / 3 * X.double().view(-1, columns).t() @ X.double().view(-1, columns)
     assert torch.equal(hessian.H, hessian.H.t())
     assert (hessian.H - exact).norm() <= 1e-3 * PERCDAMP * exact.diagonal().mean()
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme(4), Scheme(3, 4)])
+@pytest.mark.parametrize("target", [(0.0, 0, 0), (0.3, 0, 0), (0.8, 0, 0), (0.0, 2, 4), (0.0, 6, 8)])
+def test_weights_that_are_zero_stay_zero_and_count_as_pruned(target, scheme):
+    W, X = random(6, 48), correlated_inputs(90, 48)
+    W[torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < 0.5] = 0
+    H = X.t() @ X
+    R, _ = factor(H, PERCDAMP)
+    pruned, _ = prune_matrix(W, R, H.diagonal(), *target, blocksize=16, scheme=scheme, dtype=torch.float64)
+    assert (pruned[W == 0] == 0).all()
+    sparsity, n, m = target
+    assert torch.equal(pruned, W) == (scheme is None and sparsity < 0.5 and not m)
+    if m:
+        zeros, before = ((matrix == 0).reshape(-1, m).sum(1) for matrix in (pruned, W))
+        assert (zeros >= torch.maximum(before, torch.tensor(n))).all()
+        if scheme is None:
+            assert torch.equal(zeros, torch.maximum(before, torch.tensor(n)))
+    elif scheme is None:
+        more = round(0.8 * W.numel()) if sparsity == 0.8 else (W == 0).sum()
+        assert (pruned == 0).sum() == more

@@ -1,9 +1,14 @@
 """Check what is discovered from running models: which linears share an input, in which order."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, make
 
+import modelutils
+from errors import InputError
 from modelutils import Stream, hooked, linears, paused_forwards, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -85,3 +90,36 @@ def test_what_changes_while_paused_counts_for_the_rest_of_the_forward(tokens):
                                       lambda module, X: None):
             module.weight.zero_()
     assert torch.equal(stream.hidden, before)  # nothing is added to the residual stream
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_lie_on_disk_where_memory_is_short_and_are_the_same(dtype, tokens, monkeypatch):
+    family, model = make("llama")
+    model.to(dtype)
+
+    def last():
+        stream = Stream.embed(model, family, tokens, 2, CPU)
+        for index, layer in enumerate(family.layers_of(model)):
+            stream.advance(layer, index)
+        return stream.hidden
+
+    expected, mapped = last(), []
+    monkeypatch.setattr(modelutils.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    memmap = np.memmap
+    monkeypatch.setattr(modelutils.np, "memmap", lambda *given, **options: mapped.append(options) or memmap(
+        *given, **options))
+    found = last()
+    assert torch.equal(found, expected) and found.dtype == dtype
+    assert mapped == [{"shape": expected.numel() * expected.element_size()}]
+
+
+def test_hidden_states_without_room_anywhere_are_refused(tokens, monkeypatch):
+    family, model = make("llama")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(modelutils.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(modelutils.os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="--nsamples, --seqlen: hidden states take 0.0 GB, .*No space left"):
+        Stream.embed(model, family, tokens, 2, CPU)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES
+from conftest import CPU, FAMILIES, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +19,7 @@ import evaluate
 import pipeline
 import traces
 import weights
-from modelutils import linears
+from modelutils import Stream, linears
 from settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -413,3 +413,37 @@ def test_devices_default_to_cuda_where_there_is_one(monkeypatch):
     assert pipeline._device(None) == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pipeline._device(None) == torch.device("cuda")
+
+
+def _limited(monkeypatch, limit):
+    """Let a layer have too little memory for more than `limit` sequences at a time, from layer 1 on."""
+    forward = Stream.forward
+
+    def limited(self, layer, index, rows):
+        if index and rows.stop - rows.start > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, layer, index, rows)
+
+    monkeypatch.setattr(Stream, "forward", limited)
+
+
+def test_batches_are_halved_where_memory_does_not_suffice(checkpoint_folder, tmp_path, monkeypatch, capsys):
+    arguments = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL]
+    assert run(FAMILIES["llama"][0], *arguments, "--batch-size", 1, "--save", tmp_path / "one") == 0
+    _limited(monkeypatch, 1)
+    assert run(FAMILIES["llama"][0], *arguments, "--batch-size", 4, "--save", tmp_path / "halved") == 0
+    out = capsys.readouterr().out
+    assert out.count("does not suffice for --batch-size 4: going on with 2") == 2  # pruning, evaluation
+    assert out.count("does not suffice for --batch-size 2: going on with 1") == 2
+    one, halved = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "halved")
+    for key, tensor in one.items():
+        torch.testing.assert_close(halved[key], tensor, rtol=1e-4, atol=1e-5)
+        assert torch.equal(halved[key] == 0, tensor == 0)
+
+
+def test_memory_that_never_suffices_names_what_to_lower(checkpoint_folder, tmp_path, monkeypatch, capsys):
+    _limited(monkeypatch, 0)
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL) == 2
+    assert capsys.readouterr().err.strip().splitlines() == [
+        "llama.py: error: --batch-size 1 --seqlen 32: the GPU's memory does not suffice; lower --seqlen, or give "
+        "--no-true-sequential"]
