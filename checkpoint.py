@@ -21,11 +21,12 @@ from transformers import (
     GgufConfig,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import WEIGHTS_INDEX_NAME, cached_file
 
 import hub
 import weights
 from errors import InputError
-from folder import begun, empty
+from folder import begun, empty, held
 from modelutils import SCRIPTS, SPARSE, load_sparse, model_class
 
 RECORD = "mixgpt.json"
@@ -125,10 +126,14 @@ def load_model(model, dtype):
         if (Path(model) / SPARSE).is_file():
             loaded, missing = load_sparse(model, dtype), ()
         else:
+            if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
+                weights.check_index(index)
             arguments |= _dequantizing(model, name, arguments)
-            loaded, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True,
-                                                                  **arguments, **NO_CODE)
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **NO_CODE)
             missing = report["missing_keys"]
+            for key, held, asked in report["mismatched_keys"]:
+                raise InputError(f"model {model}: {key} is {tuple(held)}, its configuration asks for {tuple(asked)}")
     if missing:
         raise InputError(f"model {model}: the checkpoint lacks {', '.join(sorted(missing)[:3])}")
     _check_finite(model, loaded)
@@ -186,6 +191,8 @@ def check_save(folder, nbytes, resume):
         left_off, taken = begun(folder), folder.exists() and not (folder.is_dir() and empty(folder))
     except OSError as error:
         raise InputError(f"--save {folder}: cannot be used ({error.strerror})") from error
+    if held(folder):
+        raise InputError(f"--save {folder}: another run is writing there")
     if left_off and not resume:
         raise InputError(f"--save {folder}: holds a run that left off; go on with --resume, or remove the folder")
     if taken and not left_off:
@@ -200,7 +207,7 @@ def check_save(folder, nbytes, resume):
     free = shutil.disk_usage(parent).free
     nbytes -= sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if free < nbytes:
-        raise InputError(f"--save {folder}: needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {parent}")
+        raise InputError(f"--save {folder}: needs {nbytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free in {parent}")
 
 
 def write_record(folder, record):

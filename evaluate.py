@@ -46,7 +46,8 @@ def perplexity(model, family, tokens, batch_size, device, title="perplexity"):
     N, T = tokens.shape
     mine = tokens[distributed.share(N)]
     total = _negative_log_likelihood(model, family, mine, batch_size, device, title) if len(mine) else 0.0
-    return math.exp(sum(distributed.gather(total)) / (N * (T - 1)))
+    mean = sum(distributed.gather(total)) / (N * (T - 1))
+    return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan  # exp overflows above 709
 
 
 def _negative_log_likelihood(model, family, tokens, batch_size, device, title):

@@ -4,6 +4,7 @@ It can be loaded when its index is there, which is written last. Until the run h
 settings of the run, a file for each finished layer, and the hidden states at the latest border of layers.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -61,12 +62,21 @@ class Folder:
     def __exit__(self, *_):
         if not self.writes:
             return
+        if begun(self.path) and self._kept_nothing():
+            for file in self.path.glob("model-*.safetensors"):
+                file.unlink()
+            (self.progress / "run.json").unlink()
         if not begun(self.path):
             shutil.rmtree(self.progress, ignore_errors=True)
             for folder in self.made:
                 if not any(folder.iterdir()):
                     folder.rmdir()
         self.lock.close()
+
+    def _kept_nothing(self):
+        """Tell whether the run has finished no layer yet, and written nothing but what is to become one."""
+        held = [file for file in self.path.iterdir() if file != self.progress]
+        return not any(self.progress.glob("layer-*.json")) and all(file.match("model-*.safetensors") for file in held)
 
     def start(self, model, family, identity):
         """Begin a run, or go on with the one that left off here. identity: what both must share, {flag: value}."""
@@ -80,7 +90,7 @@ class Folder:
     def _identify(self, identity):
         settings = self.progress / "run.json"
         if not settings.is_file():
-            _write_json(settings, identity)
+            self._write_json(settings, identity)
             return
         for flag, value in json.loads(settings.read_text()).items():
             if identity.get(flag) != value:
@@ -136,16 +146,35 @@ class Folder:
             layer.load_state_dict({key.removeprefix(prefix): tensor
                                    for key, tensor in load_file(self._shard(index)).items()})
 
-    def _write(self, file, tensors):
-        """Write tensors; a full disk ends the run with one line."""
+    @contextlib.contextmanager
+    def _room(self, name, nbytes=None):
+        """Let a disk that is full, or cannot be written, end the run with one line and no half-written file."""
         try:
-            weights.write(file, tensors)
-        except (OSError, SafetensorError) as error:
-            Path(f"{file}.partial").unlink(missing_ok=True)
-            need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # tokenizers has no exception of its own for it
+            if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+                raise
+            for file in (*self.path.rglob("*.partial"), *self.path.rglob(".tmp*")):
+                file.unlink(missing_ok=True)
+            need = "cannot be written" if nbytes is None else f"needs {nbytes / 1e9:.3f} GB"
             free = shutil.disk_usage(self.path).free
-            raise InputError(f"--save {self.path}: {Path(file).name} needs {need / 1e9:.3f} GB, {free / 1e9:.3f} GB "
-                             f"are free ({error}); make room and go on with --resume") from error
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--save {self.path}: {name} {need}, {free / 1e9:.3f} GB are free ({reason}); "
+                             "make room and go on with --resume") from error
+
+    def _write(self, file, tensors):
+        with self._room(Path(file).name, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())):
+            weights.write(file, tensors)
+
+    def _write_json(self, file, content):
+        partial = file.with_name(file.name + ".partial")
+        with self._room(file.name), partial.open("w") as held:
+            held.write(json.dumps(content, indent=1) + "\n")
+            held.flush()
+            os.fsync(held.fileno())
+        partial.replace(file)
 
     def _write_shard(self, number, tensors):
         """Write a shard of the result. Returns its checksums."""
@@ -174,7 +203,7 @@ class Folder:
             self._write(self.progress / f"grids-{index:05d}.safetensors", {
                 f"{name}.{part}": getattr(grid, part) for name, grid in grids.items()
                 for part in ("scale", "zero", "group")})
-        _write_json(self._note(index), {"checksums": sums, "matrices": {
+        self._write_json(self._note(index), {"checksums": sums, "matrices": {
             name: {"error": outcome.error, "percdamp": outcome.percdamp,
                    "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()}})
 
@@ -213,15 +242,18 @@ class Folder:
         self._write_shard(len(self.layers), {name: source.tensor(name) if source else state[name] for name in others})
         files[self._shard(len(self.layers))] = others
         self._check(files)
-        tokenizer.save_pretrained(self.path)
-        self._write_configuration(self.shards)
-        _write_json(place, {
+        with self._room("the tokenizer"):
+            tokenizer.save_pretrained(self.path)
+        with self._room("the configuration"):
+            self._write_configuration(self.shards)
+        self._write_json(place, {
             "metadata": {"total_size": sum(t.numel() * t.element_size() for name, t in state.items()
                                            if name in inside or name in others)},
             "weight_map": {name: file.name for file, names in files.items() for name in names}})
         if self.shards != self.path:
             model = self.model if source is None else type(self.model).from_pretrained(self.shards)
-            FORMATS[self.save_format](self.path, model, self.family, grids)
+            with self._room(f"the model in the format {self.save_format}"):
+                FORMATS[self.save_format](self.path, model, self.family, grids)
 
     def _check(self, files):
         """Read everything back and compare it with what was in memory."""
@@ -254,15 +286,18 @@ def begun(path):
     return (Path(path) / PROGRESS / "run.json").is_file()
 
 
+def held(path):
+    """Tell whether a run is writing to a folder."""
+    try:
+        with (Path(path) / PROGRESS / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def empty(path):
     """Tell whether a folder holds nothing but the remains of a run that never began."""
     return all(file.name == PROGRESS for file in Path(path).iterdir())
-
-
-def _write_json(file, content):
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w") as held:
-        held.write(json.dumps(content, indent=1) + "\n")
-        held.flush()
-        os.fsync(held.fileno())
-    partial.replace(file)

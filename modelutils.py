@@ -214,13 +214,20 @@ def load_sparse(folder, dtype="auto"):
     state = {}
     for shard in sorted(folder.glob(f"model.{SPARSE_VARIANT}*.safetensors")):
         state |= load_file(shard)
+    if not isinstance(matrices, dict):
+        raise ValueError(f"{SPARSE} holds no descriptions of matrices")
     for name, description in matrices.items():
-        parts = {key: state.pop(f"{name}.{key}") for key in description["parts"]}
-        state[name] = decode(parts, description)
+        try:
+            parts = {key: state.pop(f"{name}.{key}") for key in description["parts"]}
+            state[name] = decode(parts, description)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{name} does not fit its description in {SPARSE} ({error})") from error
     config = AutoConfig.from_pretrained(folder)
     dtype = config.dtype if dtype == "auto" else dtype
     model, report = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype,
-                                                        output_loading_info=True)
+                                                        output_loading_info=True, ignore_mismatched_sizes=True)
+    for name, held, asked in report["mismatched_keys"]:
+        raise ValueError(f"{name} is {tuple(held)}, its configuration asks for {tuple(asked)}")
     if report["missing_keys"]:
         raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
     if (folder / GENERATION_CONFIG_NAME).is_file():

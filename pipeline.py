@@ -31,7 +31,7 @@ from report import (
     sparsity_table,
     total_sparsity,
 )
-from settings import parse
+from settings import OPTIONS, parse
 from weights import digest, fingerprint
 
 DEFAULT_SEQLEN = 2048
@@ -160,8 +160,8 @@ def _check(settings, family, skeleton, dtype):
 def _identity(settings, seqlen, device, model, calibration):
     """Return what a run and its continuation must have in common, {flag: value}."""
     free = ("resume", "save", "eval", "dense", "plot", "data_dir", "sensitivity_file", "model", "device", "dtype")
-    shared = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(settings).items()
-              if name not in free}
+    flags = {flag.lstrip("-").replace("-", "_"): flag for options in OPTIONS.values() for flag, *_ in options}
+    shared = {flags.get(name, name): value for name, value in dataclasses.asdict(settings).items() if name not in free}
     return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),
                      "number of processes": distributed.world(), "model's weights": fingerprint(model),
                      "calibration tokens": None if calibration is None else digest(calibration)}
@@ -277,7 +277,8 @@ def _verify(folder, model, family, matrices, probe, device):
     reloaded = checkpoint.open_model(folder, checkpoint.load_config(folder, family), family, "auto")
     if measure_sparsity(reloaded, family) != matrices:
         raise InputError(f"--save {folder}: the zeros of the saved weights differ from those in memory")
-    if not torch.equal(logits(reloaded, family, probe, 1, device), logits(model, family, probe, 1, device)):
+    found, wanted = (logits(each, family, probe, 1, device) for each in (reloaded, model))
+    if not torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True):
         raise InputError(f"--save {folder}: the logits of the saved model differ from those in memory")
 
 

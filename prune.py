@@ -176,9 +176,13 @@ def _hessians(layer, stream, groups, nsequences, clock):
     hessians = {modules[group[0]]: SparseGPT(modules[group[0]].in_features, nsequences, stream.device)
                 for group in groups}
 
+    T = stream.hidden.shape[1]
+
     def read(module, X):
         with clock.part("Hessian"):
             hessians[module].add_batch(X)
+            # one pass; asked for only where the Hessian is not finite
+            hessians[module].sums.append(X.reshape(-1, T * X.shape[-1]).sum(1, dtype=torch.float32))
 
     return hessians, read
 
@@ -229,6 +233,12 @@ def _prune_groups(layer, index, plan, percdamp, act_order, bar, clock, hessians,
     return outcomes
 
 
+def _first_bad(hessian):
+    """Say from which calibration sequence of this process on an input is not finite, where it is not."""
+    finite = torch.cat(hessian.sums).isfinite().tolist()
+    return "" if all(finite) else f", from calibration sequence {finite.index(False)} on"
+
+
 def _prune_group(modules, index, group, hessian, plan, percdamp, act_order, clock, **options):
     targets = [plan[index, name] for name in group]
     order = activation_order(hessian.H.diagonal(), targets[0].prunem) if act_order else None
@@ -236,7 +246,7 @@ def _prune_group(modules, index, group, hessian, plan, percdamp, act_order, cloc
         with clock.part("factorisation"):
             used = hessian.factor(percdamp, order)
     except torch.linalg.LinAlgError as error:
-        raise InputError(f"layer {index} {group[0]}: {error}") from error
+        raise InputError(f"layer {index} {group[0]}: {error}{_first_bad(hessian)}") from error
     with clock.part("walk"):
         pruned = hessian.prune([modules[name].weight for name in group],
                                [(target.sparsity, target.prunen, target.prunem) for target in targets], **options)

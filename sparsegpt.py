@@ -90,6 +90,7 @@ class SparseGPT:
         self._H = torch.zeros(columns, columns, device=device)
         self._mirrored = True
         self.scale = 2 / nsequences
+        self.sums = []  # of each batch, (B,): sums of the inputs of a sequence, by who adds them
 
     def add_batch(self, X):
         """Add inputs X (..., in) to the blocks on and above the diagonal of H: exact products, float32 sums."""

@@ -95,7 +95,7 @@ def attach(model, family, places):
 def files_of(name, **arguments):
     """Return the safetensors files of a folder or hub id, none where its weights are in another format.
 
-    Raises ValueError where the index leads out of the folder.
+    Raises ValueError where the index is damaged or leads out of the folder.
     """
     found = {file: cached_file(name, file, _raise_exceptions_for_missing_entries=False, **arguments)
              for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)}
@@ -103,10 +103,19 @@ def files_of(name, **arguments):
         return [found[SAFE_WEIGHTS_NAME]]
     if not found[SAFE_WEIGHTS_INDEX_NAME]:
         return []
-    for file in set(json.loads(Path(found[SAFE_WEIGHTS_INDEX_NAME]).read_text())["weight_map"].values()):
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise ValueError(f"its index names {file}, which is not in the folder")
+    check_index(found[SAFE_WEIGHTS_INDEX_NAME])
     return get_checkpoint_shard_files(name, found[SAFE_WEIGHTS_INDEX_NAME], **arguments)[0]
+
+
+def check_index(index):
+    """Raise ValueError where an index of shards is damaged or leads out of its folder."""
+    try:
+        files = set(json.loads(Path(index).read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{Path(index).name} is damaged ({type(error).__name__}: {error})") from error
+    for file in files:
+        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise ValueError(f"its index names {file}, which is not in the folder")
 
 
 def dtype_of(files):

@@ -1,7 +1,11 @@
 """Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
 
 import importlib
+import json
+import multiprocessing
 import os
+import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests need no network
@@ -33,9 +37,11 @@ from transformers import (
 import baichuan
 import bloom
 import checkpoint
+import columns_cpu
 import datautils
 import llama
 import opt
+import pipeline
 from baichuan_model import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from folder import Folder
 from modelutils import SCRIPTS
@@ -171,3 +177,67 @@ def save(path, model, tokenizer, record, family=None, save_format="dense", grids
         checkpoint.write_record(path, record)
         folder.complete(tokenizer, grids or {})
         folder.end()
+
+
+@pytest.fixture(scope="session")
+def fork():
+    """Return a function that starts another one in a process, forked from one that has imported all it needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "pipeline"])
+    with pytest.MonkeyPatch.context() as patch:
+        here = Path(__file__).parent
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))  # it does not know sys.path
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("FORK_SERVER", "1")
+        forkserver.ensure_running()
+
+    def start(function, *arguments):
+        process = context.Process(target=function, args=arguments)
+        process.start()
+        return process
+
+    return start
+
+
+def command(name, arguments, log, prepare=None, given=()):
+    """Run the command line of a name in FAMILIES on short texts, for `fork`; its output goes to the file `log`.
+
+    prepare: called with `given` before, for example to break the world.
+    """
+    with open(log, "w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    torch.set_num_threads(1)
+    whole = datautils.load_rows
+    datautils.load_rows = lambda *asked: (lambda rows, source: (rows[:150], source))(*whole(*asked))
+    pipeline.test_tokens = lambda *asked: (lambda tokens, source: (tokens[:4], source))(*datautils.test_tokens(*asked))
+    if prepare:
+        prepare(*given)
+    status = pipeline.main(FAMILIES[name][0], [str(argument) for argument in arguments])
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def contents(folder):
+    """Return {name: what must be the same in two runs} of all files of a saved folder."""
+    folder, found = Path(folder), {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            found[str(file.relative_to(folder))] = file.read_bytes()
+    record = json.loads(found.pop("mixgpt.json"))
+    for key in ("seconds", "peak_memory"):
+        record.pop(key, None)
+    for key in ("save", "resume", "sensitivity_file"):
+        record["settings"].pop(key)
+    return found | {"mixgpt.json": record}
+
+
+def load_compiled():
+    """Load the compiled walk over columns from its cache, which takes most of the time of a tiny run."""
+    for grid in (None, (*torch.ones(3, 2), torch.float32)):
+        columns_cpu.walk_columns(torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4, 4), torch.zeros(4, 2) > 0,
+                                 torch.ones(4), 0, [], grid)
+
+
+if os.environ.pop("FORK_SERVER", None):  # this is the process that others are forked from
+    load_compiled()
