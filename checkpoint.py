@@ -1,6 +1,7 @@
 """Find, check and load models and tokenizers, and write the record of a run."""
 
 import contextlib
+import copy
 import json
 import os
 import pickle
@@ -113,6 +114,7 @@ def load_tokenizer(model):
 def skeleton(config, dtype=torch.float32):
     """Build the model of `config` without weights, to know its modules and shapes."""
     with _refusing(config.name_or_path, "its configuration cannot be used: "), torch.device("meta"):
+        config = copy.deepcopy(config)  # from_config writes the dtype into it
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE).eval()
 
 
@@ -150,9 +152,7 @@ def open_model(model, config, family, dtype):
         return load_model(model, dtype)
     with _refusing(model):
         files = weights.files_of(name, **arguments)
-        if dtype == "auto":
-            dtype = config.dtype or weights.dtype_of(files)
-        opened = skeleton(config, dtype)
+        opened = skeleton(config, config.dtype or weights.dtype_of(files) if dtype == "auto" else dtype)
         if not (files and weights.stream(opened, family, files)):
             return load_model(model, dtype)
         _check_finite(model, opened)

@@ -31,6 +31,7 @@ def factor(H, percdamp=0.01):
         # an input that is zero throughout has no scale of its own: λ = 1 then
         damped.diagonal().add_(torch.where(mean > 0, percdamp * mean, 1.0))
         L, info = torch.linalg.cholesky_ex(damped)
+        del damped  # one of these may take a tenth of what a run needs
         if info == 0:
             return L.flip(0, 1), percdamp
         if percdamp >= MAX_DAMPING:
