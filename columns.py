@@ -24,18 +24,19 @@ def walk_columns(W, E, U, mask, factors, prunem, prunens, grid):
     """Remove or round the weights of each column in turn, and let the columns behind it compensate the error.
 
     W: (n, out), the columns of a range, up to date at its first one; becomes the new weights. E: (n, out), becomes
-    their errors over the diagonal of U. U: (n, n), upper triangular. mask: (n, out), the weights to remove; with
-    prunem > 0 it is chosen here: the prunens least of every prunem, for each (slice of rows, prunen), by the scores
-    w² · factors (n,). grid: (scale, low, high, dtype), the first three (out,), as in `quant.to_multiples`; or None.
+    their errors over the diagonal of U. U: (n, n), upper triangular. mask: (n, out), the weights to remove. With
+    prunem > 0 more are chosen here: the prunens least of every prunem, for each (slice of rows, prunen), by the scores
+    w² · factors (n,), those of the mask first. grid: (scale, low, high, dtype), the first three (out,), as in
+    `quant.to_multiples`; or None.
     SparseGPT (arXiv 2301.00774), algorithm 1, and GPTQ (arXiv 2210.17323), eq. 2 and 3.
     """
     for j in range(len(W)):
         if prunem and j % prunem == 0:
             group = slice(j, j + prunem)
             now = W[group] - U[:j, group].t() @ E[:j]
-            scores = now.square_().mul_(factors[group, None])
+            scores = now.square_().mul_(factors[group, None]).masked_fill_(mask[group], -1)
             for rows, n in prunens:
-                mask[group, rows] = smallest_in_groups(scores[:, rows], n, prunem)
+                mask[group, rows] |= smallest_in_groups(scores[:, rows], n, prunem)
         w, e = W[j], E[j]
         w.addmv_(E[:j].t(), U[:j, j], alpha=-1)
         q = w if grid is None else to_multiples(w, *grid)

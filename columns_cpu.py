@@ -36,12 +36,11 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
     w, e = np.zeros((columns, TILE), W.dtype), np.zeros((columns, TILE), W.dtype)
     remove = np.zeros((columns, TILE), np.bool_)
     step, least, most = np.ones(TILE, W.dtype), np.zeros(TILE, W.dtype), np.zeros(TILE, W.dtype)
-    rank = np.empty(TILE, np.int32)
+    scores, rank = np.empty((columns, TILE), W.dtype), np.empty(TILE, np.int32)
     for first in range(start, stop, TILE):
         rows = min(TILE, stop - first)
         w[:, :rows] = W[:, first:first + rows]
-        if prunem == 0:
-            remove[:, :rows] = mask[:, first:first + rows]
+        remove[:, :rows] = mask[:, first:first + rows]
         if len(scale):
             step[:rows] = scale[first:first + rows]
             least[:rows] = low[first:first + rows]
@@ -50,7 +49,7 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
             for j in range(group, group + width):
                 _update(w, e, U, j, 0, group)
             if prunem:
-                _choose(w, remove, factors, rank, group, width, prunen)
+                _choose(w, remove, factors, scores, rank, group, width, prunen)
             for j in range(group, group + width):
                 _update(w, e, U, j, group, j)
                 diagonal = 1 / U[j, j]
@@ -77,14 +76,16 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
-def _choose(W, remove, factors, rank, group, width, prunen):
-    """Mark the prunen least salient of columns group … group + width − 1 in every row of a tile."""
+def _choose(W, remove, factors, scores, rank, group, width, prunen):
+    """Mark the prunen least salient of columns group … group + width − 1 in every row of a tile, marked ones first."""
+    for j in range(group, group + width):
+        for r in range(TILE):
+            scores[j, r] = -1 if remove[j, r] else W[j, r] * W[j, r] * factors[j]
     for j in range(group, group + width):
         rank[:] = 0
         for other in range(group, group + width):
             tie = other < j
             for r in range(TILE):
-                mine, its = W[j, r] * W[j, r] * factors[j], W[other, r] * W[other, r] * factors[other]
-                rank[r] += (its < mine) | (tie & (its == mine))
+                rank[r] += (scores[other, r] < scores[j, r]) | (tie & (scores[other, r] == scores[j, r]))
         for r in range(TILE):
-            remove[j, r] = rank[r] < prunen
+            remove[j, r] |= rank[r] < prunen

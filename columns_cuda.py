@@ -46,12 +46,13 @@ def _walk_rows(W, E, U, mask, factors, prunen, scale, low, high, columns, out, n
         share = tl.load(prunen + row, mask=real, other=0)
         factor = tl.load(factors + column, mask=column < columns, other=0)
         rank = tl.zeros((COLUMNS, ROWS), tl.int32)
+        marked = tl.load(mask + column[:, None] * next_mask + row, mask=(column < columns)[:, None] & real, other=0)
 
     for j in range(columns):
         if PRUNEM:
             if j % PRUNEM == 0:
-                rank = _ranks(w_all * w_all * factor[:, None], column, j, PRUNEM)
-            removed = _column(rank, column, j) < share
+                rank = _ranks(tl.where(marked, -1.0, w_all * w_all * factor[:, None]), column, j, PRUNEM)
+            removed = (_column(rank, column, j) < share) | (_column(marked.to(tl.int32), column, j) > 0)
             tl.store(mask + j * next_mask + row, removed, mask=real)
         else:
             removed = tl.load(mask + j * next_mask + row, mask=real, other=0)

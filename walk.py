@@ -89,7 +89,7 @@ class _Walk:
         self.W = torch.cat([W.t() for W in matrices], dim=1)  # (in, out) here: a column is contiguous
         self.columns = len(self.W)
         self.D = torch.empty_like(self.W)
-        self.mask = torch.zeros_like(self.W, dtype=torch.bool)
+        self.mask = self.W == 0  # weights pruned before stay 0
         self.R = R
         factors = saliency(torch.ones_like(h)[None], h, 1 / R.diagonal())[0]
         self.factors = factors.masked_fill(h == 0, 0)
@@ -98,13 +98,11 @@ class _Walk:
         sparsities, prunens, prunems = zip(*((*target, 0, 0)[:3] for target in targets), strict=True)
         self.sparsities, self.prunens, self.prunem = sparsities, prunens, prunems[0]
         self.pruned = [0] * len(matrices)
-        zeros = self.W == 0
-        self.zeros = zeros if zeros.any() else None  # weights pruned before stay 0
         self.scheme, self.dtype = scheme, dtype
         self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
         self.grids = []
         # masks of n:m are chosen column group by column group, where no grid is finer
-        self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem and self.zeros is None
+        self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem
         self.widths = self._nest(blocksize)
         self.walk_columns = columns.fastest(self.W.device, dtype if scheme else None, self.W.dtype)
 
@@ -172,20 +170,17 @@ class _Walk:
     def _mark_least(self, mask, start, stop, counts):
         """Set in `mask` the least salient weights of each matrix in columns start … stop − 1, as things are."""
         scores = self.W[start:stop].square().mul_(self.factors[start:stop, None])
-        if self.zeros is not None:
-            scores.masked_fill_(self.zeros[start:stop], -1)
+        scores.masked_fill_(self.mask[start:stop], -1)
         for rows, count, n in zip(self.rows, counts, self.prunens, strict=True):
             if self.prunem:
-                mask[:, rows] = columns.smallest_in_groups(scores[:, rows], n, self.prunem)
+                mask[:, rows] |= columns.smallest_in_groups(scores[:, rows], n, self.prunem)
             else:
-                mask[:, rows] = smallest(scores[:, rows], count)
-        if self.zeros is not None:
-            mask |= self.zeros[start:stop]
+                mask[:, rows] |= smallest(scores[:, rows], count)
 
     def _choose_grid(self, start, stop):
         pruned = self.mask[start:stop]
         if self.chosen_inside or stop > start // self.unit * self.unit + self.unit:  # masks not known yet
-            pruned = torch.empty_like(pruned)
+            pruned = pruned.clone()
             self._mark_least(pruned, start, stop, [
                 round(sparsity * ((rows.stop - rows.start) * (stop - start)))
                 for sparsity, rows in zip(self.sparsities, self.rows, strict=True)])

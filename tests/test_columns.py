@@ -109,9 +109,10 @@ def brute_force(case):
                 if case.prunem and j % case.prunem == 0:
                     group = range(j, j + case.prunem)
                     scores = {k: w[k] ** 2 * factors[k] for k in group}
-                    order = sorted(group, key=scores.get)
-                    mask[group, row] = [k in order[:n] for k in group]
-                    if 0 < n < case.prunem:
+                    order = sorted(group, key=lambda k: (not mask[k, row], scores[k]))  # those of the mask first
+                    alike = 0 < n < case.prunem and mask[order[n - 1], row] == mask[order[n], row]
+                    mask[group, row] |= [k in order[:n] for k in group]
+                    if alike:
                         margin[row] = min(margin[row], scores[order[n]] / scores[order[n - 1]] - 1)
                 q = 0.0 if mask[j, row] else w[j]
                 if grid and not mask[j, row]:
