@@ -7,7 +7,8 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from modelutils import SLICE, Stream, apply, linears, on_device, prefetch
+from modelutils import SLICE, Stream, apply, linears, on_device
+from weights import prefetch
 
 
 @dataclass(frozen=True)

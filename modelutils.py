@@ -145,12 +145,6 @@ def allocate(shape, dtype, device):
                          f"in memory nor in {tempfile.gettempdir()} ({error.strerror})") from error
 
 
-def prefetch(layers, index, device):
-    """Begin to read layer number `index`, where there is one that is on disk, for `on_device`."""
-    if index < len(layers) and (source := getattr(layers[index], "source", None)):
-        source.prefetch(device)
-
-
 @dataclass
 class Stream:
     """The hidden states of a set of sequences at the border of a layer."""

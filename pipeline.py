@@ -103,20 +103,16 @@ def run(family, settings):
             again=hasattr(model, "source"))
         matrices = measure_sparsity(model, family)
         record = _record(settings, seqlen, model.dtype, device, sources, matrices, outcomes, plan, known)
-        first = distributed.rank() == 0
         if settings.save:
             with clock.part("save"):
-                grids = {family.path(*key): outcome.grid for key, outcome in outcomes.items() if outcome.grid}
-                if first:
-                    checkpoint.write_record(settings.save, record)
-                folder.complete(tokenizer, grids)
+                _complete(settings, folder, tokenizer, record, family, outcomes)
                 _verify(settings.save, model, family, matrices, _probe(tests, calibration, config.vocab_size), device)
                 if plan:
                     record["disk"] = _disk(settings, family, plan, selected)
         if plan:
             perplexities[settings.method] = _fitting(settings, evaluate)
         record |= {"perplexity": perplexities, "seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
-        if settings.save and first:
+        if settings.save and distributed.rank() == 0:
             checkpoint.write_record(settings.save, record)
             folder.end()
         print(_result(settings, matrices, outcomes, perplexities, record))
@@ -151,7 +147,7 @@ def _check(settings, family, skeleton, dtype):
         traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
     if settings.plot:
         plots.check(settings.plot)
-    if settings.save:
+    if settings.save and distributed.rank() == 0:  # which locks the folder then
         itemsize = 4 if dtype == "auto" else dtype.itemsize
         checkpoint.check_save(settings.save, itemsize * sum(p.numel() for p in skeleton.parameters()), settings.resume)
     return selected
@@ -178,6 +174,13 @@ def _compress(settings, plan, model, family, calibration, device, clock, folder)
         model, family, plan, calibration, saliency=settings.saliency, blocksize=settings.blocksize,
         percdamp=settings.percdamp, true_sequential=settings.true_sequential, batch_size=settings.batch_size,
         device=device, clock=clock, scheme=settings.scheme, act_order=settings.act_order, folder=folder)
+
+
+def _complete(settings, folder, tokenizer, record, family, outcomes):
+    """Write what the folder lacks to be loaded, the record first."""
+    if distributed.rank() == 0:
+        checkpoint.write_record(settings.save, record)
+    folder.complete(tokenizer, {family.path(*key): outcome.grid for key, outcome in outcomes.items() if outcome.grid})
 
 
 def _disk(settings, family, plan, selected):

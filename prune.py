@@ -9,10 +9,11 @@ from tqdm import tqdm
 import distributed
 from allocation import allocate, allocate_whole
 from errors import InputError
-from modelutils import Stream, hooked, linears, on_device, paused_forwards, prefetch, shared_inputs
+from modelutils import Stream, hooked, linears, on_device, paused_forwards, shared_inputs
 from quant import Grid, quantize_nearest
 from sparsegpt import SparseGPT, activation_order, magnitude_prune
 from walk import SALIENCIES
+from weights import prefetch
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,12 @@ def attach(model, family, places):
                                        if name.startswith(f"{path}.")}, model.dtype)
 
 
+def prefetch(layers, index, device):
+    """Begin to read layer number `index`, where there is one that is on disk, for `on_device`."""
+    if index < len(layers) and (source := getattr(layers[index], "source", None)):
+        source.prefetch(device)
+
+
 def files_of(name, **arguments):
     """Return the safetensors files of a folder or hub id, none where its weights are in another format.
 
