@@ -216,6 +216,8 @@ def _plan(settings, selected, model, family, calibration, device, clock):
 def _device(name):
     """Return the device of this process: with torchrun, the GPU of its number on this machine."""
     number = int(os.environ.get("LOCAL_RANK", 0))
+    if (name or "").startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
     if name is None and not (torch.cuda.is_available() and number):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name in (None, "cuda") and number:

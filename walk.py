@@ -165,7 +165,7 @@ class _Walk:
                   for sparsity, rows in zip(self.sparsities, self.rows, strict=True)]
         self._mark_least(self.mask[start:stop], start, stop, [
             count - pruned for count, pruned in zip(counts, self.pruned, strict=True)])
-        self.chosen, self.pruned = stop, counts
+        self.pruned = counts
 
     def _mark_least(self, mask, start, stop, counts):
         """Set in `mask` the least salient weights of each matrix in columns start … stop − 1, as things are."""

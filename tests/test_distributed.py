@@ -13,6 +13,10 @@ import pytest
 import torch
 from conftest import saved_tensors
 
+import distributed
+import llama
+import pipeline
+
 ROOT = Path(__file__).parent.parent
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -107,3 +111,23 @@ def test_fewer_sequences_than_processes_are_refused(checkpoint_folder):
     process = torchrun(2, ROOT / "llama.py", checkpoint_folder("llama"), *ARGUMENTS, "--nsamples", "1")
     assert process.wait(60) != 0
     assert "--nsamples 1: must be at least one for each of the 2 processes" in process.stderr.read()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_process_joins_with_the_number_of_its_gpu_and_makes_it_the_current_one(device, monkeypatch):
+    told = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(("current", device)))
+    monkeypatch.setattr(distributed.dist, "init_process_group",
+                        lambda backend, device_id: told.append((backend, device_id)))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: told.append("left"))
+    with distributed.joined(torch.device(device)):
+        assert len(told) == 2
+    own = torch.device(device if ":" in device else "cuda:0")
+    assert told == [("current", own), ("nccl", own), "left"]
+
+
+def test_one_gpu_for_all_processes_is_refused(checkpoint_folder, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert pipeline.main(llama.FAMILY, [str(checkpoint_folder("llama")), *ARGUMENTS[:-4], "--device", "cuda:1"]) == 2
+    assert "--device cuda:1: torchrun gives each process a GPU of its own" in capsys.readouterr().err
