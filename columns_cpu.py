@@ -29,6 +29,20 @@ def _update(W, E, U, column, start, stop):
             W[column, r] -= share * E[k, r]
 
 
+@numba.njit(nogil=True, cache=True)
+def _copy(source, target):
+    """Copy a tile in the order of the memory outside it: source or target, whichever is not the tile itself."""
+    columns, rows = source.shape
+    if max(source.strides[1], target.strides[1]) > max(source.strides[0], target.strides[0]):
+        for r in range(rows):
+            for j in range(columns):
+                target[j, r] = source[j, r]
+    else:
+        for j in range(columns):
+            for r in range(rows):
+                target[j, r] = source[j, r]
+
+
 @numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16):
     """Walk rows start … stop − 1 of all columns; scale is empty where weights are not rounded."""
@@ -39,8 +53,8 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
     scores, rank = np.empty((columns, TILE), W.dtype), np.empty(TILE, np.int32)
     for first in range(start, stop, TILE):
         rows = min(TILE, stop - first)
-        w[:, :rows] = W[:, first:first + rows]
-        remove[:, :rows] = mask[:, first:first + rows]
+        _copy(W[:, first:first + rows], w)
+        _copy(mask[:, first:first + rows], remove)
         if len(scale):
             step[:rows] = scale[first:first + rows]
             least[:rows] = low[first:first + rows]
@@ -69,10 +83,10 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
                         q = e[j, r]
                         e[j, r] = (w[j, r] - q) * diagonal
                         w[j, r] = q
-        W[:, first:first + rows] = w[:, :rows]
-        E[:, first:first + rows] = e[:, :rows]
+        _copy(w[:, :rows], W[:, first:first + rows])
+        _copy(e[:, :rows], E[:, first:first + rows])
         if prunem:
-            mask[:, first:first + rows] = remove[:, :rows]
+            _copy(remove[:, :rows], mask[:, first:first + rows])
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")

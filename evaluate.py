@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 import distributed
 from modelutils import SLICE, Stream, apply, linears, on_device
+from products import fast_linears
 from weights import prefetch
 
 
@@ -38,6 +39,7 @@ def run_layers(model, family, tokens, batch_size, device, title):
 
 
 @torch.no_grad()
+@fast_linears()
 def perplexity(model, family, tokens, batch_size, device, title="perplexity"):
     """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence on its own.
 
@@ -65,6 +67,7 @@ def _negative_log_likelihood(model, family, tokens, batch_size, device, title):
 
 
 @torch.no_grad()
+@fast_linears()
 def logits(model, family, tokens, batch_size, device):
     """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
     stream = run_layers(model, family, tokens, batch_size, device, "logits")

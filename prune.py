@@ -10,6 +10,7 @@ import distributed
 from allocation import allocate, allocate_whole
 from errors import InputError
 from modelutils import Stream, hooked, linears, on_device, paused_forwards, shared_inputs
+from products import fast_linears
 from quant import Grid, quantize_nearest
 from sparsegpt import SparseGPT, activation_order, magnitude_prune
 from walk import SALIENCIES
@@ -110,6 +111,7 @@ def prune_magnitude(model, family, plan, device, scheme=None, folder=None):
 
 
 @torch.no_grad()
+@fast_linears()
 def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdamp, true_sequential, batch_size, device,
                     clock, scheme=None, act_order=False, folder=None):
     """Prune and quantize every matrix of the plan by SparseGPT on calibration tokens (N, T), in place.

@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 import distributed
 from modelutils import SLICE, Stream, apply, linears, on_device
+from products import fast_linears
 
 BORDERS = 2e9  # bytes of hidden states and tangents at layer borders that exist at a time, on the host
 
 
+@fast_linears()
 def hessian_traces(model, family, matrices, tokens, estimator, *, seed, nprobes, batch_size, device, known=None,
                    save=None):
     """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, from each sequence on its own.

@@ -6,14 +6,17 @@ first diagonal place.
 """
 
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
 import distributed
 from columns import smallest_per_row
-from walk import prune_matrices, smallest
+from products import exact_bfloat16, suits, times_transposed
+from walk import prune_matrices, smallest, upper_inverse
 
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H is factored then
+PANEL = 512  # columns that are factored at a time
 
 
 def factor(H, percdamp=0.01):
@@ -27,16 +30,41 @@ def factor(H, percdamp=0.01):
         raise torch.linalg.LinAlgError("the Hessian holds NaN or inf")
     mean = H.diagonal().mean()
     while True:
-        damped = H.flip(0, 1)  # the Cholesky factor of the flipped matrix, flipped back, is upper triangular
         # an input that is zero throughout has no scale of its own: λ = 1 then
-        damped.diagonal().add_(torch.where(mean > 0, percdamp * mean, 1.0))
-        L, info = torch.linalg.cholesky_ex(damped)
-        del damped  # one of these may take a tenth of what a run needs
-        if info == 0:
-            return L.flip(0, 1), percdamp
+        R = upper_cholesky(H, torch.where(mean > 0, percdamp * mean, 1.0))
+        if R is not None:
+            return R, percdamp
         if percdamp >= MAX_DAMPING:
             raise torch.linalg.LinAlgError(f"the Hessian is not positive definite at percdamp {percdamp:g}")
         percdamp = min(max(10 * percdamp, 1e-4), MAX_DAMPING)
+
+
+def upper_cholesky(H, damping):
+    """Return R (in, in), upper triangular with H + damping · I = R Rᵀ, None where that is not positive definite.
+
+    H: (in, in), symmetric; its upper triangle is read.
+    """
+    if not suits(H) or len(H) <= 3 * PANEL:
+        damped = H.flip(0, 1)  # the Cholesky factor of the flipped matrix, flipped back, is upper triangular
+        damped.diagonal().add_(damping)
+        L, info = torch.linalg.cholesky_ex(damped)
+        return L.flip(0, 1) if info == 0 else None
+    # the same from the last panel of columns to the first, by products; MKL's factorisation knows no faster ones
+    R, panels = torch.zeros_like(H), []
+    for stop in range(len(H), 0, -PANEL):
+        B = slice(max(stop - PANEL, 0), stop)
+        rest = H[:stop, B].contiguous()
+        for panel in panels:
+            rest = times_transposed(panel[:stop], -panel[B], rest)
+        R_B = upper_cholesky(rest[B], damping)
+        if R_B is None:
+            return None
+        R[B, B] = R_B
+        if B.start:
+            above = times_transposed(rest[:B.start], upper_inverse(R_B))
+            R[:B.start, B] = above
+            panels.append(above)
+    return R
 
 
 def magnitude_prune(W, sparsity, prunen=0, prunem=0):
@@ -59,7 +87,9 @@ def upper_blocks(columns):
 
 
 def row_energies(A, H):
-    """Return the diagonal of A H Aᵀ, ‖a X‖² for every row a of A (rows, in): from the upper blocks of H (in, in)."""
+    """Return the diagonal of A H Aᵀ, ‖a X‖² for every row a of A (rows, in). H: (in, in), symmetric."""
+    if suits(A, H):  # copying blocks of A would cost more than the lower half
+        return torch.linalg.vecdot(times_transposed(A, H), A)
     total = torch.zeros(len(A), dtype=A.dtype, device=A.device)
     for B in upper_blocks(A.shape[1]):
         A_B = A[:, B]
@@ -88,36 +118,39 @@ class SparseGPT:
 
     def __init__(self, columns, nsequences, device):
         """Start from H = 0. columns: width of the input. nsequences: N of H = (2/N) Xᵀ X."""
-        self._H = torch.zeros(columns, columns, device=device)
-        self._mirrored = True
-        self.scale = 2 / nsequences
+        self._blocks = upper_blocks(columns)
+        # the upper triangle by blocks of columns, each down to its diagonal, without the factor 2/N
+        self._sums = [torch.zeros(B.stop, B.stop - B.start, device=device) for B in self._blocks]
+        self._scale = 2 / nsequences
         self.sums = []  # of each batch, (B,): sums of the inputs of a sequence, by who adds them
 
     def add_batch(self, X):
         """Add inputs X (..., in) to the blocks on and above the diagonal of H: exact products, float32 sums."""
         X = X.reshape(-1, X.shape[-1])
-        halves = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16)  # no such product on a CPU
-        X = X if halves else X.float()
-        for B in upper_blocks(X.shape[1]):
-            H, before = self._H[:B.stop, B], X[:, :B.stop].t()
-            if halves:
-                H.add_(torch.mm(before, X[:, B], out_dtype=torch.float32), alpha=self.scale)
-            else:
-                H.addmm_(before, X[:, B], alpha=self.scale)
-        self._mirrored = False
+        if X.is_cuda and X.dtype in (torch.bfloat16, torch.float16):  # no such product on a CPU
+            for B, total in zip(self._blocks, self._sums, strict=True):
+                total.add_(torch.mm(X[:, :B.stop].t(), X[:, B], out_dtype=torch.float32))
+            return
+        with exact_bfloat16(X.dtype):
+            features = X.t().contiguous().float()  # (in, tokens); a transposed copy of floats takes longer
+            self._sums = [times_transposed(features[:B.stop], features[B], total)
+                          for B, total in zip(self._blocks, self._sums, strict=True)]
 
     def reduce(self):
         """Sum the Hessian over all processes."""
-        distributed.add(self._H)
+        for total in self._sums:
+            distributed.add(total)
 
-    @property
+    @cached_property
     def H(self):
-        """The Hessian (in, in)."""
-        if not self._mirrored:
-            self._H.triu_()
-            self._H += self._H.triu(1).t()
-            self._mirrored = True
-        return self._H
+        """The Hessian (in, in), complete: no batch is added after this was asked for."""
+        H = torch.empty(self._blocks[-1].stop, self._blocks[-1].stop, device=self._sums[0].device)
+        for B in self._blocks:
+            block = self._sums.pop(0).mul_(self._scale)
+            H[:B.stop, B] = block
+            H[B, :B.start] = block[:B.start].t()
+            H[B, B] = block[B].triu() + block[B].triu(1).t()
+        return H
 
     def factor(self, percdamp, order=None):
         """Factor the Hessian once for all matrices; see `factor`. Returns the percdamp that was needed.

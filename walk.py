@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 import columns
+from products import suits, times_transposed
 from quant import Grid, find_grid
 
 WIDE = 512  # columns that are updated in one product from all columns before them
+NARROW = 128  # columns of a triangular matrix that LAPACK inverts as fast as products would
 
 
 def obs_saliency(W, h, u):
@@ -37,6 +39,8 @@ SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency}  # each w² times a fact
 
 def smallest(scores, k):
     """Mark the k smallest scores, exactly k of them also among ties. Returns a mask like `scores`."""
+    if scores.dim() == 2 and scores.stride(0) < scores.stride(1):  # in the order of memory, without a copy
+        return smallest(scores.t(), k).t()
     flat = scores.flatten()
     if flat.device.type == "cpu" and k:  # numpy selects two to three times faster than topk
         mask = flat <= np.partition(flat.numpy(), k - 1)[k - 1].item()
@@ -45,6 +49,17 @@ def smallest(scores, k):
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[flat.topk(k, largest=False, sorted=False).indices] = True
     return mask.view_as(scores)
+
+
+def upper_inverse(R):
+    """Return the inverse of R (n, n), upper triangular."""
+    n = len(R)
+    if n <= NARROW or not suits(R):
+        return torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True)
+    U, left, right = torch.zeros_like(R), slice(0, n // 2), slice(n // 2, n)  # most of it by products
+    U[left, left], U[right, right] = upper_inverse(R[left, left]), upper_inverse(R[right, right])
+    U[left, right] = -U[left, left] @ (R[left, right] @ U[right, right])
+    return U
 
 
 def prune_matrix(W, R, h, *target, **options):
@@ -69,7 +84,9 @@ def prune_matrices(matrices, R, h, targets, blocksize=128, saliency=obs_saliency
     Columns that no input reaches (h = 0) are free to prune: they go first, and keep their weights otherwise.
     """
     walk = _Walk(matrices, R, h, saliency, targets, blocksize, scheme, dtype)
-    W = walk.run().t() + 0.0  # −0 of the grid becomes 0
+    W = walk.run().t()
+    if scheme:
+        W += 0.0  # −0 of the grid becomes 0
     return [(W[rows], walk.grid(rows)) for rows in walk.rows]
 
 
@@ -86,9 +103,11 @@ class _Walk:
     """
 
     def __init__(self, matrices, R, h, saliency, targets, blocksize, scheme, dtype):
-        self.W = torch.cat([W.t() for W in matrices], dim=1)  # (in, out) here: a column is contiguous
+        # (in, out) here, where oneDNN multiplies with contiguous rows, else with contiguous columns
+        self.rowwise = suits(R, *matrices)
+        self.W = torch.cat(matrices).t() if self.rowwise else torch.cat([W.t() for W in matrices], dim=1)
         self.columns = len(self.W)
-        self.D = torch.empty_like(self.W)
+        self.D = [] if self.rowwise else torch.empty_like(self.W)  # a list of W − Ŵ by ranges, (out, range) each
         self.mask = self.W == 0  # weights pruned before stay 0
         self.R = R
         factors = saliency(torch.ones_like(h)[None], h, 1 / R.diagonal())[0]
@@ -132,15 +151,29 @@ class _Walk:
         top = self.widths[0]
         for start in range(0, self.columns, top):
             B = slice(start, min(start + top, self.columns))
-            R = self.R[B, B]
-            self.U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-            self.D[B] = self.W[B]
+            self.U = upper_inverse(self.R[B, B])
+            before = self.W[B].clone()
             if start:
-                self.W[B].addmm_(self.U.t(), self.R[:start, B].t() @ self.D[:start])
-            self.E, self.start = torch.empty_like(self.W[B]), start
+                self._receive(B)
+            self.E, self.start = torch.empty_like(before), start
             self._enter(B.start, B.stop, self.widths)
-            self.D[B] -= self.W[B]
+            before -= self.W[B]
+            if self.rowwise:
+                self.D.append(before.t())
+            else:
+                self.D[B] = before
         return self.W
+
+    def _receive(self, B):
+        """Let a range of the first level compensate the errors of all columns before it."""
+        if not self.rowwise:
+            self.W[B].addmm_(self.U.t(), self.R[:B.start, B].t() @ self.D[:B.start])
+            return
+        received = None
+        for number, D in enumerate(self.D):
+            P = slice(number * self.widths[0], (number + 1) * self.widths[0])
+            received = times_transposed(D, self.R[P, B].t(), received)
+        self.W[B] += times_transposed(received, self.U.t()).t()
 
     def _enter(self, left, right, widths):
         """Walk columns left … right − 1, which are up to date, in ranges of the first of `widths`."""

@@ -6,8 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from columns import smallest_per_row
+from quant import Scheme
 from sparsegpt import SparseGPT, factor, magnitude_prune, relative_error
-from walk import SALIENCIES, isc_saliency, obs_saliency, prune_matrix, smallest
+from walk import (
+    SALIENCIES,
+    isc_saliency,
+    obs_saliency,
+    prune_matrices,
+    prune_matrix,
+    smallest,
+    upper_inverse,
+)
 
 PERCDAMP = 0.01
 hypothesis_settings = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -388,6 +397,52 @@ def test_a_group_size_that_does_not_divide_the_columns_is_refused(columns, prune
     H = torch.eye(columns, dtype=torch.float64)
     with pytest.raises(ValueError, match=f"prunem {prunem} does not divide the {columns} columns"):
         pruned_by(random(4, columns), H, prunen=2, prunem=prunem)
+
+
+# matrices so wide that oneDNN makes their factor and their walk in several panels, against float64, which LAPACK makes
+
+WIDE = 1700
+
+
+@pytest.fixture(scope="module")
+def wide_hessian():
+    X = correlated_inputs(2500, WIDE)
+    return X.t() @ X / 1000
+
+
+def test_a_wide_float32_matrix_is_factored_as_in_float64(wide_hessian):
+    H = damped(wide_hessian)
+    R, percdamp = factor(wide_hessian.float(), PERCDAMP)
+    assert (R.dtype, percdamp) == (torch.float32, PERCDAMP)
+    assert torch.equal(R, R.triu())
+    assert (R.double() @ R.double().t() - H).norm() <= 1e-6 * H.norm()
+
+
+@pytest.mark.parametrize("bad", [3, 700, 1690])
+def test_a_wide_matrix_that_is_indefinite_in_any_panel_is_damped_more(wide_hessian, bad):
+    H = wide_hessian.clone()
+    H[bad] = H[:, bad] = 0
+    H[bad, bad] = -0.05 * H.diagonal().mean()
+    assert factor(H.float(), 0.01)[1] == factor(H, 0.01)[1] == 0.1
+
+
+@pytest.mark.parametrize("n", [1, 130, 300, 511])
+def test_the_inverse_of_a_triangular_matrix(n):
+    R = (torch.eye(n) + random(n, n) / 3 / n ** 0.5).triu()
+    torch.testing.assert_close(upper_inverse(R.float()).double(), torch.linalg.inv(R), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [(0.6, 0, 0), (0.0, 2, 4)])
+@pytest.mark.parametrize("wbits", [16, 4])
+def test_a_wide_float32_walk_does_what_the_float64_walk_does(wide_hessian, target, wbits):
+    R, _ = factor(wide_hessian, PERCDAMP)
+    matrices, scheme = [random(40, WIDE, seed=5), random(9, WIDE, seed=6)], Scheme(wbits) if wbits < 16 else None
+    exact, found = (prune_matrices([W.to(dtype) for W in matrices], R.to(dtype), wide_hessian.diagonal().to(dtype),
+                                   [target] * 2, scheme=scheme) for dtype in (torch.float64, torch.float32))
+    for W, (X, _), (Y, _) in zip(matrices, exact, found, strict=True):
+        assert ((X == 0) == (Y == 0)).double().mean() > 0.99
+        assert relative_error(W, Y.double(), wide_hessian) == pytest.approx(
+            relative_error(W, X, wide_hessian), rel=3e-3)
 
 
 @pytest.mark.gpu
