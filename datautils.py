@@ -62,14 +62,19 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
     text is from. Raises InputError where the text cannot be had or is shorter than seqlen + 1 tokens.
     """
     rows, source = load_rows(dataset, "train", data_dir)
-    rng, text_set = random.Random(seed), TEXT_SETS[dataset]
+    return samples_of(rows, source, nsamples, seqlen, seed, tokenizer), source
+
+
+def samples_of(rows, source, nsamples, seqlen, seed, tokenizer):
+    """Draw random segments of rows that `load_rows` gave, or of some of them. Returns LongTensor (nsamples, seqlen)."""
+    rng, text_set = random.Random(seed), TEXT_SETS[source["dataset"]]
     if text_set.by_document:
         samples = sample_documents(rows, nsamples, seqlen, rng, tokenizer)
     else:
         ids = token_ids(tokenizer, text_set.train_join.join(rows))
         require_tokens(ids, seqlen + 1, seqlen, source)
         samples = [random_segment(ids, seqlen, rng) for _ in range(nsamples)]
-    return torch.tensor(samples), source
+    return torch.tensor(samples)
 
 
 def test_tokens(dataset, seqlen, tokenizer, data_dir=None):
@@ -79,11 +84,16 @@ def test_tokens(dataset, seqlen, tokenizer, data_dir=None):
     cannot be had or is shorter than seqlen tokens.
     """
     rows, source = load_rows(dataset, "test", data_dir)
-    text_set = TEXT_SETS[dataset]
+    return segments_of(rows, source, seqlen, tokenizer), source
+
+
+def segments_of(rows, source, seqlen, tokenizer):
+    """Cut rows that `load_rows` gave, or some of them, as a test split is cut. Returns LongTensor (n, seqlen)."""
+    text_set = TEXT_SETS[source["dataset"]]
     ids = token_ids(tokenizer, text_set.test_join.join(rows[: text_set.test_documents]))
     require_tokens(ids, seqlen, seqlen, source)
     n = min(len(ids) // seqlen, text_set.test_segments or len(ids))
-    return torch.tensor(ids[: n * seqlen]).view(n, seqlen), source
+    return torch.tensor(ids[: n * seqlen]).view(n, seqlen)
 
 
 def token_ids(tokenizer, text):

@@ -1,0 +1,230 @@
+"""Compare methods by perplexity at equal sparsity: each one × target × seed on the same tokens, a cell at a time.
+
+python benchmarks/accuracy.py FILE c4 --data-dir DIR --output accuracy.json --segments 40
+python benchmarks/accuracy.py FILE c4 --data-dir DIR --output choice.json --heldout   # for choices, without test text
+
+A run that was interrupted goes on when it is started again; methods, targets and seeds can be added (what was changed
+since is measured again where its cells are removed from the file). Peers are
+magnitude, Wanda, OWL (with Wanda's mask, and with the walk here) and the textbook's SparseGPT; sparsegpt and mixgpt are
+the recipes of this project. With n:m OWL is left out: its paper mixes several n, here every method prunes the same.
+Seconds are those of pruning with the sensitivities or outliers it rests on, which are measured once per seed.
+"""
+
+import argparse
+import copy
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import datasets
+import torch
+import transformers
+from peers import outlier_ratios, owl_plan, prune_wanda
+from scores import Scores
+from textbook import prune_model
+
+import checkpoint
+import datautils
+from errors import InputError
+from evaluate import measure_sparsity, perplexity
+from modelutils import SCRIPTS
+from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
+from quant import Scheme
+from report import Clock, total_sparsity
+from sensitivity import hessian_traces
+from traces import Traces, matrices_of
+from weights import digest, fingerprint
+
+TARGETS = {"50%": (Target(0.5), None), "60%": (Target(0.6), None), "70%": (Target(0.7), None),
+           "2:4": (Target(0.5, 2, 4), None), "50%+4bit": (Target(0.5), Scheme(4))}
+ALPHA = 0.1  # of mixgpt, the paper's
+
+
+class Calibration:
+    """What all cells of a seed share: the dense model, the tokens (N, T), and what is measured once with them."""
+
+    def __init__(self, model, family, tokens, seed, batch_size, device):
+        self.model, self.family, self.tokens, self.seed = model, family, tokens, seed
+        self.batch_size, self.device, self.clock = batch_size, device, Clock(device)
+
+    @cached_property
+    def selected(self):
+        return select(self.model, self.family, 0, -1, 0, len(self.family.layers_of(self.model)), "", False)
+
+    @cached_property
+    def sensitivity(self):
+        """Fisher trace per weight of every matrix."""
+        shapes = matrices_of(self.model, self.family)
+        with self.clock.part("mixed"):
+            samples = hessian_traces(self.model, self.family, list(shapes), self.tokens, "fisher", seed=self.seed,
+                                     nprobes=1, batch_size=self.batch_size, device=self.device)
+        return Traces("fisher", shapes, samples).sensitivity
+
+    @cached_property
+    def outliers(self):
+        """OWL's outlier ratio of every layer."""
+        with self.clock.part("owl"):
+            return outlier_ratios(self.model, self.family, self.tokens, self.batch_size, self.device)
+
+
+def uniform(calibration, target):
+    return make_plan(calibration.selected, target)
+
+
+def mixed(calibration, target):
+    return make_plan(calibration.selected, target, "weight-level", calibration.sensitivity, ALPHA)
+
+
+def owl(calibration, target):
+    if target.prunem:
+        return None
+    return owl_plan(calibration.selected, calibration.outliers, target.sparsity)
+
+
+def by_magnitude(calibration, model, plan, scheme):
+    prune_magnitude(model, calibration.family, plan, calibration.device, scheme)
+
+
+def by_wanda(calibration, model, plan, scheme):
+    prune_wanda(model, calibration.family, plan, calibration.tokens, calibration.batch_size, calibration.device, scheme)
+
+
+def by_textbook(calibration, model, plan, scheme):
+    target = next(iter(plan.values()))
+    prune_model(model, calibration.family, calibration.tokens, calibration.device, Clock(calibration.device),
+                target.sparsity, target.prunen, target.prunem, scheme.wbits if scheme else 16)
+
+
+def by_walk(calibration, model, plan, scheme, **options):
+    defaults = {"saliency": "obs", "blocksize": 128, "percdamp": 0.01, "true_sequential": True}
+    prune_sparsegpt(model, calibration.family, plan, calibration.tokens, batch_size=calibration.batch_size,
+                    device=calibration.device, clock=Clock(calibration.device), scheme=scheme, **defaults | options)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How sparse each matrix shall be, and how it is pruned to that."""
+
+    allocate: Callable  # (calibration, target) -> plan, None where it is not defined
+    prune: Callable  # (calibration, model, plan, scheme), in place
+
+
+METHODS = {
+    "magnitude": Method(uniform, by_magnitude),
+    "wanda": Method(uniform, by_wanda),
+    "owl-wanda": Method(owl, by_wanda),
+    "textbook": Method(uniform, by_textbook),
+    "owl-sparsegpt": Method(owl, by_walk),
+    "sparsegpt": Method(uniform, by_walk),
+    "mixgpt": Method(mixed, partial(by_walk, saliency="isc")),
+}
+
+
+def measure(method, target, calibration, tests):
+    """Prune a copy of the model and evaluate it. Returns the figures of a cell, None where it is not defined."""
+    target, scheme = TARGETS[target]
+    plan, clock = method.allocate(calibration, target), Clock(calibration.device)
+    if plan is None:
+        return None
+    model = copy.deepcopy(calibration.model)
+    with clock.part("prune"):
+        method.prune(calibration, model, plan, scheme)
+    return {"perplexity": {name: perplexity(model, calibration.family, tokens, calibration.batch_size,
+                                            calibration.device, name) for name, tokens in tests.items()},
+            "sparsity": total_sparsity(measure_sparsity(model, calibration.family)),
+            "seconds": clock.seconds["prune"] + calibration.clock.seconds[method.allocate.__name__]}
+
+
+def run(model, family, draw, tests, setup, *, methods, targets, seeds, batch_size, device, output):
+    """Measure every cell that the file `output` lacks. draw: seed -> calibration tokens. Returns the `Scores`."""
+    scores = Scores(output, setup)
+    for name in [name for name in tests if name not in scores.dense]:
+        scores.dense[name] = perplexity(model, family, tests[name], batch_size, device, name)
+        scores.save()
+    for seed in seeds:
+        calibration = Calibration(model, family, draw(seed), seed, batch_size, device)
+        for key in [{"method": method, "target": target, "seed": seed} for target in targets for method in methods]:
+            if scores.find(**key):
+                continue
+            cell = measure(METHODS[key["method"]], key["target"], calibration, tests)
+            if cell:
+                scores.add(key | cell)
+                print(*key.values(), *(f"{name} {value:.2f}" for name, value in cell["perplexity"].items()),
+                      f"{cell['sparsity']:.3%}", f"{cell['seconds']:.0f} s", flush=True)
+    return scores
+
+
+def texts(dataset, names, heldout, nsamples, seqlen, segments, tokenizer, data_dir):
+    """Return (draw, {text: tokens (n, seqlen)}): draw(seed) gives calibration tokens, the tests are cut to `segments`.
+
+    heldout: calibrate on the first four fifths of the train rows and test on the others, on no test text.
+    """
+    rows, source = datautils.load_rows(dataset, "train", data_dir)
+    if heldout:
+        border = len(rows) * 4 // 5
+        tests = {"heldout": datautils.segments_of(rows[border:], source, seqlen, tokenizer)}
+        rows = rows[:border]
+    else:
+        tests = {name: datautils.test_tokens(name, seqlen, tokenizer, data_dir)[0] for name in names}
+    return (lambda seed: datautils.samples_of(rows, source, nsamples, seqlen, seed, tokenizer),
+            {name: tokens[:segments] for name, tokens in tests.items()})
+
+
+def parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="hub id, local folder or .gguf file")
+    parser.add_argument("dataset", choices=datautils.DATASETS, help="calibration text")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--nsamples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--eval", nargs="+", default=["wikitext2", "c4"], choices=datautils.DATASETS)
+    parser.add_argument("--heldout", action="store_true",
+                        help="evaluate on train documents that calibration never draws, instead of --eval")
+    parser.add_argument("--segments", type=int, help="of each text to evaluate on at most (default: all)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data-dir", help="folder with local copies of the texts, instead of the hub")
+    parser.add_argument("--output", required=True, help=".json file of the cells; the tables go beside it, in .md")
+    return parser
+
+
+def main(argv=None):
+    """Returns the exit status: 0, or 2 after one line about unusable input."""
+    given = parser().parse_args(argv)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    try:
+        for name, least in {"nsamples": 1, "seqlen": 2, "segments": 1, "batch_size": 1}.items():
+            if (value := getattr(given, name)) is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        draw, tests = texts(given.dataset, given.eval, given.heldout, given.nsamples, given.seqlen, given.segments,
+                            checkpoint.load_tokenizer(given.model), given.data_dir)
+        model = checkpoint.load_model(given.model, getattr(torch, given.dtype))
+        script = SCRIPTS.get(type(model).__name__)
+        if script is None:
+            raise InputError(f"model {given.model}: this is a {type(model).__name__}; needs {', '.join(SCRIPTS)}")
+        family = importlib.import_module(script.removesuffix(".py")).FAMILY
+        setup = {"model": Path(given.model).name, "weights": fingerprint(model), "dtype": given.dtype,
+                 "calibration": given.dataset, "nsamples": given.nsamples, "seqlen": given.seqlen,
+                 "texts": {"seed 0": digest(draw(0))} | {name: digest(tokens) for name, tokens in tests.items()}}
+        scores = run(model, family, draw, tests, setup, methods=given.methods, targets=given.targets,
+                     seeds=given.seeds, batch_size=given.batch_size, device=torch.device(given.device),
+                     output=given.output)
+    except InputError as error:
+        print(f"accuracy.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{scores.path.with_suffix('.md').read_text()}", end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
