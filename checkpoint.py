@@ -55,7 +55,7 @@ def _source(model):
 def _refusing(model, part=""):
     """Turn what is raised for a model, or a part of it, that cannot be loaded into one line; nothing else is logged."""
     try:
-        with hub.unlogged("transformers"):
+        with hub.unlogged("transformers"), hub.barred():
             yield
     except InputError:
         raise

@@ -81,6 +81,11 @@ def measure_sparsity(model, family):
     counted = []
     for index, layer in enumerate(family.layers_of(model)):
         with on_device([layer], "cpu"):
-            counted += [MatrixSparsity(index, name, tuple(module.weight.shape), int((module.weight == 0).sum()))
-                        for name, module in linears(layer).items()]
+            counted += count_zeros(index, layer)
     return counted
+
+
+def count_zeros(index, layer):
+    """Count the zeros of every linear of a decoder layer that is on a device. Returns a list of `MatrixSparsity`."""
+    return [MatrixSparsity(index, name, tuple(module.weight.shape), int((module.weight == 0).sum()))
+            for name, module in linears(layer).items()]

@@ -1,8 +1,10 @@
-"""Whether the Hugging Face hub can be reached, asked once, and doing without it."""
+"""Whether the Hugging Face hub can be reached, asked once, doing without it, and keeping its libraries quiet."""
 
 import contextlib
 import functools
+import io
 import logging
+import sys
 import urllib.error
 import urllib.request
 
@@ -48,3 +50,17 @@ def unlogged(library):
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def barred():
+    """Keep off bars that do not ask whether there is a terminal. Other lines pass, when the block is left."""
+    if sys.stderr.isatty():
+        yield
+        return
+    held, stderr = io.StringIO(), sys.stderr
+    try:
+        with contextlib.redirect_stderr(held):
+            yield
+    finally:
+        stderr.writelines(f"{line}\n" for line in held.getvalue().split("\n") if line.strip() and "\r" not in line)

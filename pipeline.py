@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 
@@ -17,7 +19,8 @@ import plots
 import traces
 from datautils import calibration_samples, test_tokens
 from errors import InputError
-from evaluate import logits, measure_sparsity, perplexity
+from evaluate import count_zeros, logits, measure_sparsity, perplexity
+from files import check_writable, write
 from folder import Folder
 from formats import stored_bytes
 from prune import Outcome, make_plan, prune_magnitude, prune_sparsegpt, select
@@ -32,6 +35,7 @@ from report import (
     total_sparsity,
 )
 from settings import OPTIONS, parse
+from tracking import Tracker
 from weights import digest, fingerprint
 
 DEFAULT_SEQLEN = 2048
@@ -40,9 +44,7 @@ PROBE = 128  # tokens on which a saved model is compared with the one in memory
 
 def main(family, argv=None):
     """Run a family script. Returns the exit status: 0, 2 after one line about unusable input, 130 after Ctrl-C."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+    argv = sys.argv[1:] if argv is None else argv
     try:
         settings = parse(family, argv)
         with contextlib.ExitStack() as stack:
@@ -50,7 +52,12 @@ def main(family, argv=None):
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
-            run(family, settings)
+            if settings.quiet:
+                stack.enter_context(contextlib.redirect_stderr(_Barred(sys.stderr)))
+            if not sys.stderr.isatty():
+                transformers.utils.logging.disable_progress_bar()
+                datasets.disable_progress_bars()
+            run(family, settings, shlex.join(["python", family.script, *argv]))
     except InputError as error:
         print(f"{family.script}: error: {error}", file=sys.stderr)
         return 2
@@ -60,8 +67,23 @@ def main(family, argv=None):
     return 0
 
 
-def run(family, settings):
+class _Barred:
+    """A stream that is no terminal, so that bars keep off it."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def isatty(self):
+        return False
+
+
+def run(family, settings, command=None):
     """Do the main job and print its report. Returns the record of the run, as saved in mixgpt.json.
+
+    command: the command line, for the heading.
 
     Everything that can be refused is refused before the weights are loaded.
     """
@@ -86,7 +108,12 @@ def run(family, settings):
                 folder = stack.enter_context(Folder(distributed.tell(path)))
             if folder:
                 folder.start(model, family, _identity(settings, seqlen, device, model, calibration))
-        print(_heading(model, family, settings, selected, calibration, seqlen, device), flush=True)
+        facts = _facts(settings, seqlen, model.dtype, device, sources)
+        _tell(settings, _heading(model, family, settings, selected, calibration, seqlen, device, facts, command))
+        with clock.part("W&B"):
+            tracker = stack.enter_context(_tracker(settings, facts))
+        if tracker.place:
+            _tell(settings, f"W&B      {tracker.place}")
 
         def evaluate(settings):
             with clock.part("evaluation"):
@@ -94,15 +121,15 @@ def run(family, settings):
                         for name, tokens in tests.items()}
 
         plan, known = _fitting(
-            settings, lambda settings: _plan(settings, selected, model, family, calibration, device, clock))
+            settings, lambda settings: _plan(settings, selected, model, family, calibration, device, clock, tracker))
         perplexities = {}
         if settings.dense or not plan:
             perplexities["dense"] = _fitting(settings, evaluate)
         outcomes = _fitting(
-            settings, lambda settings: _compress(settings, plan, model, family, calibration, device, clock, folder),
-            again=hasattr(model, "source"))
+            settings, lambda settings: _compress(settings, plan, model, family, calibration, device, clock, folder,
+                                                 tracker), again=hasattr(model, "source"))
         matrices = measure_sparsity(model, family)
-        record = _record(settings, seqlen, model.dtype, device, sources, matrices, outcomes, plan, known)
+        record = facts | _record(matrices, outcomes, plan, known)
         if settings.save:
             with clock.part("save"):
                 _complete(settings, folder, tokenizer, record, family, outcomes)
@@ -115,8 +142,24 @@ def run(family, settings):
         if settings.save and distributed.rank() == 0:
             checkpoint.write_record(settings.save, record)
             folder.end()
-        print(_result(settings, matrices, outcomes, perplexities, record))
+        if result := _result(settings, matrices, outcomes, perplexities, record):
+            print(result, flush=True)
+        if settings.record and distributed.rank() == 0:
+            write("--record", settings.record, json.dumps(record, indent=1) + "\n")
+        tracker.result(record, settings.method if plan else "dense")
         return record
+
+
+def _tell(settings, text):
+    if not settings.quiet:
+        print(text, flush=True)
+
+
+def _tracker(settings, facts):
+    """Begin a run in W&B, in the first of several processes, where it is asked for."""
+    config = {**facts["settings"], **facts, "method": settings.method if settings.compresses else "dense"}
+    return Tracker(config if settings.log_wandb and distributed.rank() == 0 else None, settings.wandb_project,
+                   settings.wandb_name, settings.wandb_group)
 
 
 def _fitting(settings, step, again=True):
@@ -147,6 +190,8 @@ def _check(settings, family, skeleton, dtype):
         traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
     if settings.plot:
         plots.check(settings.plot)
+    if settings.record:
+        check_writable("--record", settings.record)
     if settings.save and distributed.rank() == 0:  # which locks the folder then
         itemsize = 4 if dtype == "auto" else dtype.itemsize
         checkpoint.check_save(settings.save, itemsize * sum(p.numel() for p in skeleton.parameters()), settings.resume)
@@ -155,7 +200,8 @@ def _check(settings, family, skeleton, dtype):
 
 def _identity(settings, seqlen, device, model, calibration):
     """Return what a run and its continuation must have in common, {flag: value}."""
-    free = ("resume", "save", "eval", "dense", "plot", "data_dir", "sensitivity_file", "model", "device", "dtype")
+    free = ("resume", "save", "eval", "dense", "plot", "data_dir", "sensitivity_file", "model", "device", "dtype",
+            "record", "log_wandb", "wandb_project", "wandb_name", "wandb_group", "quiet")
     flags = {flag.lstrip("-").replace("-", "_"): flag for options in OPTIONS.values() for flag, *_ in options}
     shared = {flags.get(name, name): value for name, value in dataclasses.asdict(settings).items() if name not in free}
     return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),
@@ -163,17 +209,24 @@ def _identity(settings, seqlen, device, model, calibration):
                      "calibration tokens": None if calibration is None else digest(calibration)}
 
 
-def _compress(settings, plan, model, family, calibration, device, clock, folder):
+def _compress(settings, plan, model, family, calibration, device, clock, folder, tracker):
     """Prune and quantize what the plan names. Returns {(layer, name): Outcome}."""
     if not plan:
         return {}
+
+    def observe(index, layer, outcomes, start):
+        seconds = clock.now() - start
+        tracker.layer(index, outcomes, seconds, count_zeros(index, layer))
+
+    observe = observe if tracker.run else None
     if not settings.calibrates:
         with clock.part("magnitude" if settings.prunes else "rounding"):
-            return prune_magnitude(model, family, plan, device, settings.scheme, folder)
+            return prune_magnitude(model, family, plan, device, settings.scheme, folder, observe)
     return prune_sparsegpt(
         model, family, plan, calibration, saliency=settings.saliency, blocksize=settings.blocksize,
         percdamp=settings.percdamp, true_sequential=settings.true_sequential, batch_size=settings.batch_size,
-        device=device, clock=clock, scheme=settings.scheme, act_order=settings.act_order, folder=folder)
+        device=device, clock=clock, scheme=settings.scheme, act_order=settings.act_order, folder=folder,
+        observe=observe)
 
 
 def _complete(settings, folder, tokenizer, record, family, outcomes):
@@ -193,7 +246,7 @@ def _disk(settings, family, plan, selected):
             "theoretical_ratio": 16 * numel / (settings.wbits * kept)}
 
 
-def _plan(settings, selected, model, family, calibration, device, clock):
+def _plan(settings, selected, model, family, calibration, device, clock, tracker):
     """Return {(layer, name): Target} and the `Traces` behind it, None for uniform sparsity; print and draw both."""
     if not settings.mixed:
         return make_plan(selected, settings.target), None
@@ -206,10 +259,13 @@ def _plan(settings, selected, model, family, calibration, device, clock):
     total = sum(target.sparsity * numel[key] for key, target in plan.items()) / sum(numel.values())
     met = abs(total - settings.target.sparsity) < 1e-9
     closest = "" if met else f", as close to {settings.target.sparsity:.2%} as whole n of {settings.prunem} allow"
-    print(f"{known.verdict()}\n         kept in {path}\n\n{plan_tables(plan, selected, known)}\n\n"
-          f"plan     {total:.2%} of the weights in all{closest}", flush=True)
+    _tell(settings, f"{known.verdict()}\n         kept in {path}")
+    if warning := known.warning():
+        print(warning, flush=True)
+    _tell(settings, f"\n{plan_tables(plan, selected, known)}\n\nplan     {total:.2%} of the weights in all{closest}")
     if settings.plot and distributed.rank() == 0:
         plots.draw(settings.plot, known, plan)
+    tracker.plan(known, plan)
     return plan, known
 
 
@@ -287,8 +343,18 @@ def _verify(folder, model, family, matrices, probe, device):
         raise InputError(f"--save {folder}: the logits of the saved model differ from those in memory")
 
 
-def _record(settings, seqlen, dtype, device, sources, matrices, outcomes, plan, known):
+def _facts(settings, seqlen, dtype, device, sources):
+    """Return what the record says before the work: settings as they ended up, versions, device and texts."""
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    versions = {"python": platform.python_version()}
+    versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    return {"settings": dataclasses.asdict(settings) | {"seqlen": seqlen, "dtype": str(dtype).removeprefix("torch."),
+                                                        "device": str(device)},
+            "device_name": device_name, "versions": versions, "data": sources}
+
+
+def _record(matrices, outcomes, plan, known):
+    """Return what the record says of the matrices."""
     sensitivity = known.sensitivity if known else {}
     rows = []
     for m in matrices:
@@ -303,18 +369,17 @@ def _record(settings, seqlen, dtype, device, sources, matrices, outcomes, plan, 
         if outcome.grid:
             row["wbits"] = outcome.grid.scheme.wbits
         rows.append(row)
-    versions = {"python": platform.python_version()}
-    versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    return {"settings": dataclasses.asdict(settings) | {"seqlen": seqlen, "dtype": str(dtype).removeprefix("torch."),
-                                                        "device": str(device)},
-            "device_name": device_name, "versions": versions, "data": sources,
-            "sparsity": total_sparsity(matrices), "matrices": rows}
+    return {"sparsity": total_sparsity(matrices), "matrices": rows}
 
 
-def _heading(model, family, settings, selected, calibration, seqlen, device):
+def _heading(model, family, settings, selected, calibration, seqlen, device, facts, command):
+    """Say all that it takes to repeat the run."""
     parameters = sum(p.numel() for p in model.parameters())
-    lines = [f"model    {settings.model}: {type(model).__name__}, {len(family.layers_of(model))} layers, "
-             f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {device}"]
+    lines = [f"command  {command}"] if command else []
+    lines += ["versions " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+              f"model    {settings.model}: {type(model).__name__}, {len(family.layers_of(model))} layers, "
+             f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {device}"
+              + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
     lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(selected)).items()]
     if calibration is not None:
         lines.append(f"data     {settings.dataset}: {len(calibration)} sequences of {seqlen} tokens, "
@@ -346,6 +411,8 @@ def _result(settings, matrices, outcomes, perplexities, record):
     parts = [sparsity_table(matrices, outcomes)] if settings.compresses else []
     if settings.eval:
         parts.append(perplexity_table(perplexities))
+    if settings.quiet:
+        return "\n\n".join(parts)
     parts.append(cost_line(record["seconds"], record["peak_memory"]))
     if "disk" in record:
         parts.append(disk_line(record["disk"]))

@@ -1,5 +1,10 @@
-"""Prune and quantize a whole model, one decoder layer on the device at a time, with calibration or without."""
+"""Prune and quantize a whole model, one decoder layer on the device at a time, with calibration or without.
 
+observe: called with (index, layer, {(layer, name): Outcome}, time.perf_counter() at its start) when a layer is finished
+and still on the device.
+"""
+
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -84,7 +89,7 @@ def make_plan(selected, target, way="uniform", sensitivity=None, alpha=0.0):
 
 
 @torch.no_grad()
-def prune_magnitude(model, family, plan, device, scheme=None, folder=None):
+def prune_magnitude(model, family, plan, device, scheme=None, folder=None, observe=None):
     """Prune every matrix of the plan by magnitude and round it to the nearest grid values of `scheme`, in place.
 
     folder: a folder.Folder that keeps finished layers. Returns {(layer, name): Outcome}.
@@ -94,7 +99,7 @@ def prune_magnitude(model, family, plan, device, scheme=None, folder=None):
     first, outcomes = folder.begin(len(layers)) if folder else (0, {})
     for index in tqdm(range(first, len(layers)), desc=title, unit="layer", disable=None, initial=first,
                       total=len(layers)):
-        layer, made = layers[index], {}
+        layer, made, start = layers[index], {}, time.perf_counter()
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
             for name, module in linears(layer).items():
@@ -104,6 +109,8 @@ def prune_magnitude(model, family, plan, device, scheme=None, folder=None):
                         W, grid = quantize_nearest(W, scheme)
                     module.weight.copy_(W)
                     made[index, name] = Outcome(grid=grid and grid.to("cpu"))
+            if observe:
+                observe(index, layer, made, start)
             if folder:
                 folder.finish(index, layer, made)
         outcomes |= made
@@ -113,7 +120,7 @@ def prune_magnitude(model, family, plan, device, scheme=None, folder=None):
 @torch.no_grad()
 @fast_linears()
 def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdamp, true_sequential, batch_size, device,
-                    clock, scheme=None, act_order=False, folder=None):
+                    clock, scheme=None, act_order=False, folder=None, observe=None):
     """Prune and quantize every matrix of the plan by SparseGPT on calibration tokens (N, T), in place.
 
     Inputs come from the pruned layers before; with true_sequential also from the pruned linears before in the same
@@ -129,7 +136,7 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
     with tqdm(range(first, len(layers)), desc="SparseGPT", unit="layer", disable=None, initial=first,
               total=len(layers)) as bar:
         for index in bar:
-            layer = layers[index]
+            layer, start = layers[index], time.perf_counter()
             with on_device([layer], device):
                 prefetch(layers, index + 1, device)
                 groups = _groups(layer, index, stream, plan, shared)
@@ -143,6 +150,8 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
                     if not last:
                         with clock.part("forward"):
                             stream.advance(layer, index)
+                if observe:
+                    observe(index, layer, made, start)
                 if folder:
                     with clock.part("save"):
                         folder.finish(index, layer, made, None if last else stream)

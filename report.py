@@ -16,16 +16,17 @@ class Clock:
         self.device = device
         self.seconds = defaultdict(float)
 
-    def _now(self):
+    def now(self):
+        """Return time.perf_counter() when all that was begun before is done."""
         if self.device.type == "cuda":  # kernels run on after their launch
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     @contextlib.contextmanager
     def part(self, name):
-        start, others = self._now(), sum(self.seconds.values())
+        start, others = self.now(), sum(self.seconds.values())
         yield
-        self.seconds[name] += self._now() - start - (sum(self.seconds.values()) - others)
+        self.seconds[name] += self.now() - start - (sum(self.seconds.values()) - others)
 
 
 def peak_memory(device):

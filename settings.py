@@ -57,6 +57,12 @@ class Settings:
     save_format: str = "dense"
     resume: bool = False
     plot: str | None = None
+    record: str | None = None
+    log_wandb: bool = False
+    wandb_project: str | None = None
+    wandb_name: str | None = None
+    wandb_group: str | None = None
+    quiet: bool = False
 
     def __post_init__(self):
         if not 0 <= self.sparsity < 1:
@@ -81,6 +87,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        for name in ("wandb_project", "wandb_name", "wandb_group"):
+            if getattr(self, name) and not self.log_wandb:
+                raise InputError(f"--{name}: needs --log_wandb")
         self._check_quantization()
         self._check_format()
 
@@ -225,18 +234,27 @@ OPTIONS = {
         ("--resume", "go on with the run that left off in the folder of --save, where there is one", {}),
         ("--plot", "picture of sensitivities by layer and by kind, and of the sparsities assigned (.png, .pdf, .svg)",
          {}),
+        ("--record", "JSON file for what --save keeps in mixgpt.json: settings, versions, every matrix, perplexities; "
+                     "results.py makes tables and plots of many", {}),
+        ("--log_wandb", "log to Weights & Biases as the run goes (pip install wandb, wandb login)", {}),
+        ("--wandb_project", "project there (default: WANDB_PROJECT, like all that wandb reads from its variables)", {}),
+        ("--wandb_name", "name of the run there (default: WANDB_NAME)", {}),
+        ("--wandb_group", "group of the run there (default: WANDB_RUN_GROUP)", {}),
+        ("--quiet", "print nothing but the results and warnings", {}),
     ],
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that says in one line what it cannot read, and exits with status 2."""
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse(family, argv=None):
     """Read the command line of a family script. Returns `Settings`; exits with status 2 on what it cannot read."""
-    parser = _Parser(
+    parser = Parser(
         prog=family.script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, description="Prune and quantize a language model in one shot and report its perplexity.\n"
                                         "Without --sparsity, --prunen/--prunem or --wbits: the perplexity of the dense "

@@ -1,10 +1,8 @@
 """Traces of all matrices of a model with their errors, computed once and kept in a file."""
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +10,12 @@ import torch
 
 import distributed
 from errors import InputError
+from files import check_writable, write
 from modelutils import linears
 from sensitivity import hessian_traces
 from weights import digest, fingerprint
 
+FLAG = "--sensitivity_file"
 STABLE = 0.8  # split-half rank correlation below which the ranking is called noise
 
 
@@ -57,16 +57,19 @@ class Traces:
         return torch.corrcoef(ranks)[0, 1].item()
 
     def verdict(self):
-        """Say in a line or two how far the ranking can be trusted, and what to raise where it cannot."""
+        """Say in a line how far the ranking can be trusted."""
         relative = (self.standard_error / self.mean).abs().median().item()
-        correlation = self.split_half_correlation
-        text = (f"traces   {self.estimator}, {len(self.samples)} sequences: median standard error {relative:.1%} of "
-                f"the trace, {int((self.mean < 0).sum())} negative, split-half rank correlation {correlation:.3f}")
-        if not correlation >= STABLE:
-            others = "" if self.estimator == "fisher" else ", or take --sensitivity fisher"
-            text += (f"\nwarning  the ranking is not stable (rank correlation below {STABLE}): raise --nsamples or "
-                     f"--nprobes{others}")
-        return text
+        return (f"traces   {self.estimator}, {len(self.samples)} sequences: median standard error {relative:.1%} of "
+                f"the trace, {int((self.mean < 0).sum())} negative, split-half rank correlation "
+                f"{self.split_half_correlation:.3f}")
+
+    def warning(self):
+        """Say in a line what to raise where the ranking cannot be trusted; empty where it can."""
+        if self.split_half_correlation >= STABLE:
+            return ""
+        others = "" if self.estimator == "fisher" else ", or take --sensitivity fisher"
+        return (f"warning  the ranking is not stable (rank correlation below {STABLE}): raise --nsamples or "
+                f"--nprobes{others}")
 
 
 def matrices_of(model, family):
@@ -101,7 +104,7 @@ def read(path, shapes, estimator):
         if samples.shape[1:] != (len(held),) or not samples.isfinite().all():
             raise ValueError(f"samples {tuple(samples.shape)} of {len(held)} matrices")
     except (FileNotFoundError, NotADirectoryError):
-        _check_writable(Path(path))
+        check_writable(FLAG, path)
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--sensitivity_file {path}: is not a file of traces ({type(error).__name__})") from error
@@ -130,9 +133,7 @@ def obtain(model, family, tokens, estimator, *, seed, nprobes, batch_size, devic
         return Traces(estimator, shapes, held["samples"]), target
     if held and held["key"] != key:
         raise InputError(f"--sensitivity_file {target}: is incomplete and was begun with other data or settings")
-    with _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    _check_writable(target)
+    check_writable(FLAG, target)
 
     def save(rows):
         if distributed.rank() == 0:
@@ -144,24 +145,6 @@ def obtain(model, family, tokens, estimator, *, seed, nprobes, batch_size, devic
     return Traces(estimator, shapes, samples), target
 
 
-@contextlib.contextmanager
-def _writing(path):
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"--sensitivity_file {path}: cannot be written ({error.strerror}); "
-                         "name another file") from error
-
-
-def _check_writable(path):
-    """Refuse a file that could not be written, before the work. Leaves nothing behind."""
-    parent = path.absolute().parent
-    while not os.path.lexists(parent):  # a link that leads nowhere is there, and cannot be written
-        parent = parent.parent
-    with _writing(path):
-        tempfile.TemporaryFile(dir=parent).close()
-
-
 def _write(path, key, shapes, samples):
     for (layer, name), finite in zip(shapes, samples.isfinite().all(dim=0).tolist(), strict=True):
         if not finite:
@@ -170,10 +153,4 @@ def _write(path, key, shapes, samples):
     rows = [{"layer": layer, "name": name, "shape": shape, "trace": mean, "standard_error": error}
             for ((layer, name), shape), mean, error in zip(
                 shapes.items(), traces.mean.tolist(), traces.standard_error.tolist(), strict=True)]
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with _writing(path):
-            partial.write_text(json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write(FLAG, path, json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")

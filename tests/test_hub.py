@@ -1,10 +1,12 @@
 """Check that the hub is asked once, quickly, and that a lack of it is recognised."""
 
 import http.server
+import sys
 import threading
 
 import pytest
 from huggingface_hub import constants
+from tqdm import tqdm
 
 import hub
 
@@ -46,3 +48,20 @@ def test_no_answer_and_offline_mode_are_recognised(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked in offline mode"))
     assert not hub.reachable()
+
+
+def test_bars_are_kept_off_where_there_is_no_terminal_and_other_lines_pass(capsys):
+    with pytest.raises(KeyError), hub.barred():
+        for _ in tqdm(range(3), desc="bar"):
+            pass
+        print("a line", file=sys.stderr)
+        raise KeyError
+    assert capsys.readouterr().err == "a line\n"
+
+
+def test_bars_are_drawn_in_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with hub.barred():
+        for _ in tqdm(range(3), desc="bar"):
+            pass
+    assert "bar: 100%" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 import json
 import os
+import platform
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -199,6 +201,27 @@ def test_a_budget_is_over_what_is_pruned(checkpoint_folder, tmp_path):
     assert not any(m.zeros for m in counted if m not in pruned)
 
 
+def test_the_heading_tells_all_that_it_takes_to_repeat_the_run(checkpoint_folder, capsys):
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--prune_only", "fc 1", "--invert"]
+    assert run(FAMILIES["opt"][0], *arguments) == 0
+    command, versions, model, pruning, data, *_ = capsys.readouterr().out.splitlines()
+    assert shlex.split(command) == ["command", "python", "opt.py", *map(str, arguments)]
+    assert f"torch {torch.__version__}" in versions and f"python {platform.python_version()}" in versions
+    assert "float32, on cpu" in model and pruning.startswith("pruning  SparseGPT, 0.5") and "seed 0" in data
+
+
+def test_quiet_prints_the_tables_and_warnings_only(checkpoint_folder, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # where bars would be drawn
+    monkeypatch.setattr(pipeline, "perplexity", lambda *given: shown.append(sys.stderr.isatty()) or 1.0)
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *MIXGPT, *SMALL, "--quiet") == 0
+    captured = capsys.readouterr()
+    warning, header, _, *rows = captured.out.splitlines()
+    assert warning.startswith("warning  the ranking is not stable") and header.startswith("matrix kind  ")
+    assert [row.split(" ")[0].strip("-") for row in rows[-5:]] == ["total", "", "perplexity", "", "MixGPT"]
+    assert captured.err == "" and shown == [False] and sys.stderr.isatty()
+
+
 def test_dense_perplexity_stands_beside_the_pruned_where_asked(checkpoint_folder, capsys):
     assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--dense", *SMALL) == 0
     out = capsys.readouterr().out
@@ -323,6 +346,9 @@ BAD = {
     "traces that are none": (
         "{opt} builtin --sparsity .5 --sparsity_way weight-level --sensitivity_file {nan}/config.json",
         "--sensitivity_file {nan}/config.json: is not a file of traces"),
+    "record in a file": ("{opt} builtin --record {nan}/config.json/a.json", "config.json/a.json: cannot be written"),
+    "record is a folder": ("{opt} builtin --record {empty}", "--record {empty}: is a folder; name a file"),
+    "W&B not asked for": ("{opt} builtin --wandb_project pruning", "--wandb_project: needs --log_wandb"),
     "percdamp": ("{opt} builtin --sparsity .5 --percdamp -1", "--percdamp -1: must lie between 0 and 1"),
     "no samples": ("{opt} builtin --nsamples 0", "--nsamples 0: must be at least 1"),
     "batch size": ("{opt} builtin --batch-size 0", "--batch-size 0: must be at least 1"),
