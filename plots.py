@@ -1,10 +1,11 @@
-"""Draw sensitivities and the sparsities assigned: MixGPT (arXiv 2310.09499), figures 1 and 2, and the plan."""
+"""Draw sensitivities, the sparsities assigned, and perplexities: MixGPT (arXiv 2310.09499), figures 1 to 3."""
 
 import tempfile
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from errors import InputError
 
@@ -60,8 +61,56 @@ def draw(path, traces, plan):
     heat.set(xlabel="layer", title="Sparsity assigned", yticks=range(len(kinds)),
              yticklabels=[kind.rpartition(".")[2] for kind in kinds])
     figure.colorbar(image, ax=heat, label="fraction of weights pruned")
+    _write(figure, path, "; the traces are kept")
+
+
+def draw_tradeoff(path, panels):
+    """Write a picture of perplexity against sparsity by method (arXiv 2310.09499, figure 3).
+
+    panels: {(model, dataset): (dense perplexity or None, {method: [(sparsity, mean, lowest, highest), …]})}. A row of
+    pictures for each model, a column for each dataset.
+    """
+    models, sets = (list(dict.fromkeys(key)) for key in zip(*panels, strict=True))
+    methods = list(dict.fromkeys(method for _, series in panels.values() for method in series))
+    columns = 1 if len(methods) < 3 else 2
+    size = max(5.5 * len(sets), 7), 4 * len(models) + 0.3 * len(methods) / columns
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(models), len(sets), squeeze=False)
+    for row, model in enumerate(models):
+        for column, name in enumerate(sets):
+            axis = axes[row, column]
+            if (model, name) in panels:
+                _tradeoff(axis, *panels[model, name], methods)
+                axis.set(title=f"{model}, {name}", xlabel="weights pruned", ylabel="perplexity")
+            else:
+                axis.set_axis_off()
+    shown = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, fontsize=9)
+    _write(figure, path)
+
+
+def _tradeoff(axis, dense, series, methods):
+    """Draw the methods of one picture, each in its colour, with bars from the lowest to the highest."""
+    for method, points in series.items():
+        sparsity, mean, low, high = map(list, zip(*sorted(points), strict=True))
+        below, above = ([abs(a - b) for a, b in zip(mean, ends, strict=True)] for ends in (low, high))
+        number = methods.index(method)
+        axis.errorbar(sparsity, mean, [below, above], label=method, color=f"C{number % 10}",
+                      marker="osD^vP*X"[number % 8], markersize=5, capsize=3)
+    if dense is not None:
+        axis.axhline(dense, label="dense", color="black", linestyle="--", linewidth=1)
+    low, high = axis.get_ylim()
+    if low > 0 and high > 5 * low:
+        axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.grid(alpha=0.3)
+
+
+def _write(figure, path, consolation=""):
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:
         Path(path).unlink(missing_ok=True)
-        raise InputError(f"--plot {path}: cannot be written ({error.strerror}); the traces are kept") from error
+        raise InputError(f"--plot {path}: cannot be written ({error.strerror}){consolation}") from error

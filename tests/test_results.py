@@ -1,0 +1,163 @@
+"""Gather records: what stands in the table, the files and the picture, and what is refused."""
+
+import csv
+import json
+
+import pytest
+from conftest import FAMILIES
+from matplotlib.figure import Figure
+
+import pipeline
+import results
+from settings import Settings
+
+SETTINGS = {"model": "facebook/opt-125m", "dataset": "c4", "seqlen": 2048}
+
+
+def record(perplexity, dense=None, tasks=None, sparsity=None, **settings):
+    """Make the record of a run as the pipeline writes it, with made-up figures."""
+    settings = Settings(**SETTINGS | {"sparsity": sparsity or 0.0} | settings)
+    method = settings.method if settings.compresses else "dense"
+    found = ({"dense": {"wikitext2": dense}} if dense else {}) | {method: {"wikitext2": perplexity}}
+    return {"settings": vars(settings) | {"eval": list(settings.eval)}, "sparsity": settings.target.sparsity,
+            "data": {"wikitext2": {"sha256": "abc"}}, "perplexity": found, "seconds": {"load": 2.0, "walk": 10.4},
+            "peak_memory": {"host": 1.5e9}, **({"tasks": {method: tasks}} if tasks else {})}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**records):
+        for name, content in records.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return sorted(str(tmp_path / f"{name}.json") for name in records)
+
+    return write
+
+
+def lines(capsys):
+    return [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_table_holds_what_the_records_hold_in_order(write, capsys, tmp_path):
+    files = write(
+        a=record(40.0, sparsity=0.6, gmp=True), b=record(35.25, sparsity=0.5, seed=1, tasks={"piqa": {
+            "acc": 0.61, "acc_stderr": 0.01, "examples": 100, "version": 1.0}}),
+        c=record(27.66),
+        d=record(34.0, sparsity=0.5, sparsity_way="weight-level", saliency="isc", sensitivity="fisher"),
+        e=record(36.0, prunen=2, prunem=4), f=record(50.0, sparsity=0.5, wbits=4))
+    assert results.main([*files, "--csv", str(tmp_path / "new" / "runs.csv")]) == 0
+    header, _, *rows = ([cell for cell in line if cell] for line in lines(capsys))
+    assert [cell.strip() for cell in header] == [
+        "model", "method", "sparsity", "wbits", "sparsity_way", "saliency", "seed", "wikitext2", "dense wikitext2",
+        "piqa acc", "seconds", "GB host"]
+    held = list(csv.DictReader((tmp_path / "new" / "runs.csv").open()))
+    assert [(row["method"], row["wikitext2"]) for row in held] == [
+        ("dense", "27.66"), ("MixGPT (weight-level by fisher)", "34.0"), ("SparseGPT", "35.25"),
+        ("SparseGPT 2:4", "36.0"), ("SparseGPT + 4 bit", "50.0"), ("magnitude", "40.0")]
+    assert {row["dense wikitext2"] for row in held} == {"27.66"}  # from the run of the dense model
+    assert [row["piqa acc"] for row in held] == ["", "", "0.61", "", "", ""] and "piqa acc_stderr" not in held[0]
+    assert [(row["sparsity_way"], row["saliency"]) for row in held] == [
+        ("", ""), ("weight-level", "isc"), ("uniform", "obs"), ("uniform", "obs"), ("uniform", "obs"), ("uniform", "")]
+    assert [row["seed"] for row in held] == ["0", "0", "1", "0", "0", "0"] and held[0]["file"] == files[2]
+    assert {(row["seconds"], row["GB host"]) for row in held} == {("12.4", "1.5")}
+    row = " ".join(" ".join(rows[2]).split())
+    assert row == "facebook/opt-125m SparseGPT 50.00% 16 uniform obs 1 35.25 27.66 0.61 12 1.50"
+
+
+def test_dense_figures_of_other_texts_or_models_are_not_put_beside(write, tmp_path, capsys):
+    other = record(27.66)
+    other["data"]["wikitext2"]["sha256"] = "def"
+    assert results.main([*write(a=record(40.0, sparsity=0.6), b=other, c=record(20.0, model="/data/opt-1.3b"),
+                                d=record(21.0, seqlen=128)), "--csv", str(tmp_path / "runs.csv")]) == 0
+    held = {row["model"]: row for row in csv.DictReader((tmp_path / "runs.csv").open()) if row["method"] == "SparseGPT"}
+    assert held["facebook/opt-125m"]["dense wikitext2"] == ""
+    assert "opt-1.3b" in capsys.readouterr().out
+
+
+def test_markdown_is_a_table_of_the_same_cells(write, capsys):
+    files = write(a=record(40.0, 27.66, sparsity=0.6))
+    assert results.main([*files, "--markdown"]) == 0
+    header, rule, row = capsys.readouterr().out.splitlines()
+    assert header.startswith("| model | method | sparsity |") and set(rule) == set("|- ")
+    assert row == "| facebook/opt-125m | SparseGPT | 60.00% | 16 | uniform | obs | 0 | 40.00 | 27.66 | 12 | 1.50 |"
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_point(write):
+    files = write(a=record(40.0, 20.0, sparsity=0.6), b=record(44.0, sparsity=0.6, seed=1),
+                  c=record(30.0, sparsity=0.5), d=record(50.0, sparsity=0.5, gmp=True),
+                  e=record(39.0, sparsity=0.6, nsamples=32), f=record(20.0))
+    runs = [results.read(path) for path in results.files_of(files)]
+    dense, series = results.panels_of(runs)["facebook/opt-125m", "wikitext2"]
+    assert dense == 20.0
+    assert series == {"SparseGPT, nsamples 128": [(0.5, 30.0, 30.0, 30.0), (0.6, 42.0, 40.0, 44.0)],
+                      "SparseGPT, nsamples 32": [(0.6, 39.0, 39.0, 39.0)], "magnitude": [(0.5, 50.0, 50.0, 50.0)]}
+
+
+def test_the_picture_has_a_line_for_each_method_and_the_dense_model(write, tmp_path, monkeypatch):
+    files = write(**{f"r{seed}{number}": record(30.0 + 10 * number + seed, 20.0, sparsity=0.5 + number / 10, seed=seed)
+                     for seed in (0, 1) for number in (0, 1)}, gmp=record(500.0, 20.0, sparsity=0.5, gmp=True))
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **options: drawn.append(figure) or save(
+        figure, *given, **options))
+    assert results.main([*files, "--plot", str(tmp_path / "tradeoff.png")]) == 0
+    assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    axis, = drawn[0].axes
+    bars = {container.get_label(): container for container in axis.containers}
+    assert bars["SparseGPT"].lines[0].get_xydata().tolist() == [[0.5, 30.5], [0.6, 40.5]]
+    low_high = [segment[:, 1].tolist() for segment in bars["SparseGPT"].lines[2][0].get_segments()]
+    assert low_high == [[30.0, 31.0], [40.0, 41.0]]
+    assert [line.get_ydata()[0] for line in axis.lines if line.get_label() == "dense"] == [20.0]
+    assert axis.get_yscale() == "log"
+
+
+def test_what_a_run_records_is_read_without_its_weights(checkpoint_folder, tmp_path, capsys):
+    file = tmp_path / "new" / "a.json"
+    for more in (["--record", file], ["--save", tmp_path / "saved", "--record", tmp_path / "b.json"]):
+        assert pipeline.main(FAMILIES["opt"][0], [str(word) for word in (
+            checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--gmp", "--seqlen", "128", "--eval", "--device",
+            "cpu", "--quiet", *more)]) == 0
+    assert [path.name for path in file.parent.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "b.json").read_text()) == json.loads((tmp_path / "saved/mixgpt.json").read_text())
+    capsys.readouterr()
+    assert results.main([str(file), str(tmp_path / "sav*"), str(file)]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 2 and all("magnitude" in row and "50.00%" in row for row in rows)
+
+
+def test_files_that_are_no_records_get_a_line_each_and_the_others_are_shown(write, tmp_path, capsys):
+    good, = write(good=record(40.0, sparsity=0.6))
+    (tmp_path / "damaged.json").write_text('{"settings": {')
+    (tmp_path / "foreign.json").write_text('{"model_type": "opt"}')
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished" / "progress").mkdir(parents=True)
+    (tmp_path / "unfinished" / "progress" / "run.json").write_text("{}")
+    (tmp_path / "unfinished" / "mixgpt.json").write_text("{}")
+    names = ["damaged.json", "foreign.json", "list.json", "binary.json", "empty", "unfinished", "missing.json"]
+    assert results.main([good, *(str(tmp_path / name) for name in names)]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3 and "40.00" in captured.out
+    assert [line.replace(str(tmp_path) + "/", "") for line in captured.err.splitlines()] == [
+        "results.py: error: damaged.json: cannot be read as JSON (Expecting property name enclosed in double quotes: "
+        "line 1 column 15 (char 14))",
+        "results.py: error: foreign.json: is not the record of a run (KeyError: 'perplexity')",
+        "results.py: error: list.json: is not the record of a run (TypeError: list indices must be integers or slices, "
+        "not str)",
+        "results.py: error: binary.json: cannot be read as JSON ('utf-8' codec can't decode byte 0xff in position 0: "
+        "invalid start byte)",
+        "results.py: error: empty/mixgpt.json: there is no such file; give files of --record or folders of --save",
+        "results.py: error: unfinished/mixgpt.json: its run has not ended; go on with it by --save unfinished "
+        "--resume",
+        "results.py: error: missing.json: there is no such file; give files of --record or folders of --save"]
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--plot", "a.txt"], "--plot a.txt: must end in .png, .pdf, .svg"),
+    (["--csv", "/proc/a/b.csv"], "--csv /proc/a/b.csv: cannot be written"),
+    (["--plot", "{dense}.png"], "none of the runs has both a perplexity and pruned weights")])
+def test_files_that_cannot_be_written_are_refused(given, message, write, tmp_path, capsys):
+    given = [word.format(dense=tmp_path / "dense") for word in given]
+    assert results.main([*write(a=record(40.0)), *given]) == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert message in error and error.startswith("results.py: error: --")
