@@ -80,15 +80,20 @@ def _reason(error):
         f"{type(error).__name__} {text}".strip())
 
 
-def load_config(model, family):
-    """Load the configuration of `model` and refuse it where its class belongs to another family script."""
+def read_config(model):
+    """Load the configuration of `model`, which must be a causal language model."""
     name, arguments = _source(model)
     with _refusing(model, "its configuration cannot be read: "):
         config = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
-    kind = model_class(config)
-    if kind is None:
+    if model_class(config) is None:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
-    architecture = kind.__name__
+    return config
+
+
+def load_config(model, family):
+    """Load the configuration of `model` and refuse it where its class belongs to another family script."""
+    config = read_config(model)
+    architecture = model_class(config).__name__
     script = SCRIPTS.get(architecture)
     if script != family.script:
         accepted = ", ".join(name for name, of in SCRIPTS.items() if of == family.script)
@@ -116,6 +121,11 @@ def skeleton(config, dtype=torch.float32):
     with _refusing(config.name_or_path, "its configuration cannot be used: "), torch.device("meta"):
         config = copy.deepcopy(config)  # from_config writes the dtype into it
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE).eval()
+
+
+def size(skeleton, dtype):
+    """Return the bytes of a model's parameters; where its dtype is "auto", as many as they can be."""
+    return (4 if dtype == "auto" else dtype.itemsize) * sum(parameter.numel() for parameter in skeleton.parameters())
 
 
 def load_model(model, dtype):

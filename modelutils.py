@@ -101,6 +101,13 @@ def on_device(modules, device):
                 module.to("cpu")
 
 
+@contextlib.contextmanager
+def whole(model, family, device):
+    """Keep all of a model on `device` within the block, to run it as it is."""
+    with on_device([*family.before_of(model), *family.layers_of(model), *family.after_of(model)], device):
+        yield
+
+
 class _LastLayerReached(Exception):
     pass
 

@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 import tempfile
+from importlib.metadata import version
 
 import datasets
 import torch
@@ -16,7 +17,9 @@ import transformers
 import checkpoint
 import distributed
 import plots
+import semistructured
 import traces
+from choices import choose_device, choose_dtype, choose_seqlen
 from datautils import calibration_samples, test_tokens
 from errors import InputError
 from evaluate import count_zeros, logits, measure_sparsity, perplexity
@@ -28,17 +31,18 @@ from report import (
     Clock,
     cost_line,
     disk_line,
+    kernels_line,
     peak_memory,
     perplexity_table,
     plan_tables,
     sparsity_table,
+    task_table,
     total_sparsity,
 )
 from settings import OPTIONS, parse
 from tracking import Tracker
 from weights import digest, fingerprint
 
-DEFAULT_SEQLEN = 2048
 PROBE = 128  # tokens on which a saved model is compared with the one in memory
 
 
@@ -87,20 +91,21 @@ def run(family, settings, command=None):
 
     Everything that can be refused is refused before the weights are loaded.
     """
-    device = _device(settings.device)
+    device = choose_device(settings.device)
     clock = Clock(device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.joined(device))
         with clock.part("load"):
             config = checkpoint.load_config(settings.model, family)
-            seqlen = _seqlen(settings.seqlen, config)
-            dtype = _dtype(settings.dtype, config, device)
+            seqlen = choose_seqlen(settings.seqlen, config)
+            dtype = choose_dtype(settings.dtype, config, device)
             skeleton = checkpoint.skeleton(config)
             selected = _check(settings, family, skeleton, dtype)
             tokenizer = checkpoint.load_tokenizer(settings.model)
             folder = stack.enter_context(Folder(settings.save, settings.save_format)) if settings.save else None
         with clock.part("data"):
             calibration, tests, sources = _tokens(settings, seqlen, tokenizer, config.vocab_size)
+            score = _scorer(settings, seqlen, tokenizer, skeleton, dtype, device)
         with clock.part("load"):
             model = checkpoint.open_model(settings.model, config, family, dtype)
             if not folder and selected and hasattr(model, "source"):  # pruned layers are put away on disk too
@@ -115,16 +120,26 @@ def run(family, settings, command=None):
         if tracker.place:
             _tell(settings, f"W&B      {tracker.place}")
 
+        obstacle = semistructured.obstacle(device, model.dtype) if settings.semi_structured else None
+        if obstacle:
+            print(f"kernels  --semi-structured is skipped: {obstacle}", flush=True)
+
         def evaluate(settings):
             with clock.part("evaluation"):
                 return {name: perplexity(model, family, tokens, settings.batch_size, device, name)
                         for name, tokens in tests.items()}
 
+        def score_tasks(settings):
+            with clock.part("tasks"):
+                return score(model, family, settings.batch_size)
+
         plan, known = _fitting(
             settings, lambda settings: _plan(settings, selected, model, family, calibration, device, clock, tracker))
-        perplexities = {}
+        perplexities, scores = {}, {}
         if settings.dense or not plan:
             perplexities["dense"] = _fitting(settings, evaluate)
+            if score:
+                scores["dense"] = _fitting(settings, score_tasks)
         outcomes = _fitting(
             settings, lambda settings: _compress(settings, plan, model, family, calibration, device, clock, folder,
                                                  tracker), again=hasattr(model, "source"))
@@ -138,11 +153,17 @@ def run(family, settings, command=None):
                     record["disk"] = _disk(settings, family, plan, selected)
         if plan:
             perplexities[settings.method] = _fitting(settings, evaluate)
-        record |= {"perplexity": perplexities, "seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
+            if score:
+                scores[settings.method] = _fitting(settings, score_tasks)
+        if settings.semi_structured:
+            record["semi_structured"] = {"skipped": obstacle} if obstacle else _fitting(
+                settings, lambda settings: semistructured.compare(model, family, tests, settings.batch_size, device))
+        record |= {"perplexity": perplexities} | ({"tasks": scores} if score else {})
+        record |= {"seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
         if settings.save and distributed.rank() == 0:
             checkpoint.write_record(settings.save, record)
             folder.end()
-        if result := _result(settings, matrices, outcomes, perplexities, record):
+        if result := _result(settings, matrices, outcomes, perplexities, scores, record):
             print(result, flush=True)
         if settings.record and distributed.rank() == 0:
             write("--record", settings.record, json.dumps(record, indent=1) + "\n")
@@ -193,15 +214,15 @@ def _check(settings, family, skeleton, dtype):
     if settings.record:
         check_writable("--record", settings.record)
     if settings.save and distributed.rank() == 0:  # which locks the folder then
-        itemsize = 4 if dtype == "auto" else dtype.itemsize
-        checkpoint.check_save(settings.save, itemsize * sum(p.numel() for p in skeleton.parameters()), settings.resume)
+        checkpoint.check_save(settings.save, checkpoint.size(skeleton, dtype), settings.resume)
     return selected
 
 
 def _identity(settings, seqlen, device, model, calibration):
     """Return what a run and its continuation must have in common, {flag: value}."""
-    free = ("resume", "save", "eval", "dense", "plot", "data_dir", "sensitivity_file", "model", "device", "dtype",
-            "record", "log_wandb", "wandb_project", "wandb_name", "wandb_group", "quiet")
+    free = ("resume", "save", "eval", "dense", "tasks", "tasks_dir", "limit", "semi_structured", "plot", "data_dir",
+            "sensitivity_file", "model", "device", "dtype", "record", "log_wandb", "wandb_project", "wandb_name",
+            "wandb_group", "quiet")
     flags = {flag.lstrip("-").replace("-", "_"): flag for options in OPTIONS.values() for flag, *_ in options}
     shared = {flags.get(name, name): value for name, value in dataclasses.asdict(settings).items() if name not in free}
     return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),
@@ -269,45 +290,6 @@ def _plan(settings, selected, model, family, calibration, device, clock, tracker
     return plan, known
 
 
-def _device(name):
-    """Return the device of this process: with torchrun, the GPU of its number on this machine."""
-    number = int(os.environ.get("LOCAL_RANK", 0))
-    if (name or "").startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
-    if name is None and not (torch.cuda.is_available() and number):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name in (None, "cuda") and number:
-        name = f"cuda:{number}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: must be cpu, cuda or cuda:N")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"--device {name}: there are {count} CUDA devices here; use --device cpu" if not count else
-                         f"--device {name}: there are {count} CUDA devices here, cuda:0 to cuda:{count - 1}")
-    return device
-
-
-def _seqlen(seqlen, config):
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "model_max_length", None)
-    if seqlen is None:
-        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
-    if limit and seqlen > limit:
-        raise InputError(f"--seqlen {seqlen}: the model's limit is {limit} tokens")
-    return seqlen
-
-
-def _dtype(name, config, device):
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cpu" and config.dtype in (torch.float16, "float16"):
-        return torch.float32  # float16 on a CPU is slow and overflows
-    return "auto"
-
-
 def _tokens(settings, seqlen, tokenizer, vocab_size):
     """Return calibration tokens (N, T) or None, {test set: tokens (n, T)} and where the texts come from."""
     calibration, tests, sources = None, {}, {}
@@ -324,6 +306,20 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
             raise InputError(f"model {settings.model}: its tokenizer gives token {tokens.max()}, its vocabulary "
                              f"has {vocab_size}")
     return calibration, tests, sources
+
+
+def _scorer(settings, seqlen, tokenizer, skeleton, dtype, device):
+    """Return a function (model, family, batch size) that scores a model on the tasks of a run, None without any."""
+    if not settings.tasks:
+        return None
+    try:
+        import tasks  # lm-eval is an extra
+    except ImportError as error:
+        raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
+    chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
+    tasks.check(chosen, tokenizer, checkpoint.size(skeleton, dtype), device)
+    return lambda model, family, batch_size: tasks.score(
+        chosen, model, family, tokenizer, settings.limit, batch_size * seqlen, device)
 
 
 def _probe(tests, calibration, vocab_size):
@@ -348,6 +344,8 @@ def _facts(settings, seqlen, dtype, device, sources):
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     versions = {"python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    if settings.tasks:
+        versions["lm_eval"] = version("lm_eval")
     return {"settings": dataclasses.asdict(settings) | {"seqlen": seqlen, "dtype": str(dtype).removeprefix("torch."),
                                                         "device": str(device)},
             "device_name": device_name, "versions": versions, "data": sources}
@@ -407,10 +405,14 @@ def _methods(settings, count):
     return how
 
 
-def _result(settings, matrices, outcomes, perplexities, record):
+def _result(settings, matrices, outcomes, perplexities, scores, record):
     parts = [sparsity_table(matrices, outcomes)] if settings.compresses else []
     if settings.eval:
         parts.append(perplexity_table(perplexities))
+    if scores:
+        parts.append(task_table(scores))
+    if "semi_structured" in record:
+        parts.append(kernels_line(record["semi_structured"], list(perplexities.values())[-1]))
     if settings.quiet:
         return "\n\n".join(parts)
     parts.append(cost_line(record["seconds"], record["peak_memory"]))

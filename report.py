@@ -8,6 +8,8 @@ from collections import defaultdict
 
 import torch
 
+TASK_FACTS = ("examples", "num_fewshot", "version")  # of a task, beside its metrics
+
 
 class Clock:
     """Add up wall time by part of the run; a part inside another one counts only for itself."""
@@ -104,6 +106,34 @@ def perplexity_table(perplexities):
     datasets = list(next(iter(perplexities.values())))
     return table(["perplexity", *datasets],
                  [[name, *(f"{row[dataset]:.2f}" for dataset in datasets)] for name, row in perplexities.items()])
+
+
+def task_table(scores):
+    """Tabulate {"dense" or method: {task: {metric: value, …}}} as tasks.score gives it, with standard errors."""
+    models, rows = list(scores), []
+    for task, found in scores[models[0]].items():
+        about = [str(found.get(key, "")) for key in TASK_FACTS]
+        for metric in (key for key in found if key not in TASK_FACTS and not key.endswith("_stderr")):
+            rows.append([task, metric, *about, *(_score(scores[model][task], metric) for model in models)])
+    return table(["task", "metric", *TASK_FACTS, *models], rows)
+
+
+def _score(found, metric):
+    value, error = found[metric], found.get(f"{metric}_stderr")
+    digits = 2 if abs(value) >= 100 else 4
+    return f"{value:,.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def kernels_line(found, dense):
+    """Tell what semistructured.compare found, or why it was not asked. dense: {test set: perplexity}, dense kernels."""
+    if "skipped" in found:
+        return f"semi-structured kernels: skipped, {found['skipped']}"
+    perplexities = ", ".join(f"{name} {value:.2f} ({dense[name]:.2f})" for name, value in found["perplexity"].items())
+    seconds = found["seconds"]
+    return (f"semi-structured kernels: layers run {found['speed_up']:.2f} times as fast as on dense ones "
+            f"({seconds['semi_structured']:.2f} s, {seconds['dense']:.2f} s), {found['matrices']} matrices compressed; "
+            f"their outputs differ by {found['difference']:.2%} at most\n"
+            f"perplexity on them, in brackets on dense kernels: {perplexities}")
 
 
 def disk_line(disk):

@@ -50,6 +50,10 @@ class Settings:
     data_dir: str | None = None
     eval: tuple[str, ...] = ("wikitext2", "ptb", "c4")
     dense: bool = False
+    tasks: tuple[str, ...] = ()
+    tasks_dir: str | None = None
+    limit: int | None = None
+    semi_structured: bool = False
     batch_size: int = 2
     device: str | None = None
     dtype: str = "auto"
@@ -83,13 +87,21 @@ class Settings:
             raise InputError(f"--alpha {self.alpha:g}: must lie between 0 and 1")
         if not 0 <= self.percdamp <= 1:
             raise InputError(f"--percdamp {self.percdamp:g}: must lie between 0 and 1")
-        for name, least in {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1}.items():
+        for name, least in {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1,
+                            "limit": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         for name in ("wandb_project", "wandb_name", "wandb_group"):
             if getattr(self, name) and not self.log_wandb:
                 raise InputError(f"--{name}: needs --log_wandb")
+        if self.semi_structured and self.prunes and not (self.prunem == 4 and self.prunen >= 2):
+            raise InputError("--semi-structured: needs a 2:4 sparse model: --prunen 2 --prunem 4, or one pruned before")
+        if self.semi_structured and not self.eval:
+            raise InputError("--semi-structured: is measured on the test sets of --eval, and none is given")
+        for flag, given in {"--limit": self.limit, "--tasks_dir": self.tasks_dir}.items():
+            if given is not None and not self.tasks:
+                raise InputError(f"{flag} {given}: needs --tasks")
         self._check_quantization()
         self._check_format()
 
@@ -168,6 +180,13 @@ class Settings:
         return Target(self.sparsity)
 
 
+def _names(text):
+    names = tuple(dict.fromkeys(text.replace(",", " ").split()))
+    if not names:
+        raise argparse.ArgumentTypeError("names no task; give for example arc_challenge,hellaswag")
+    return names
+
+
 # Group -> (flag, help, further arguments of argparse); types and defaults are those of Settings.
 OPTIONS = {
     "what to prune and to quantize": [
@@ -218,7 +237,13 @@ OPTIONS = {
     "evaluation": [
         ("--eval", "test sets to report perplexity on; none: --eval without a name",
          {"nargs": "*", "type": str, "choices": DATASETS}),
-        ("--dense", "report the dense model's perplexity too", {}),
+        ("--dense", "report the dense model's perplexity and scores too", {}),
+        ("--tasks", "tasks of lm-eval to report scores on, separated by commas, such as arc_challenge,hellaswag; needs "
+                    "requirements-eval.txt", {"type": _names}),
+        ("--tasks_dir", "folder with further tasks, described by lm-eval's .yaml files", {}),
+        ("--limit", "examples of each task, the first ones (default: all)", {"type": int}),
+        ("--semi-structured", "run the model, which must be 2:4 sparse, on the kernels that GPUs have for that too, "
+                              "and report speed and difference", {}),
     ],
     "where and how it runs": [
         ("--batch-size", "sequences that run together; changes speed and memory only", {}),
@@ -271,7 +296,7 @@ def parse(family, argv=None):
             if default is False:
                 group.add_argument(flag, dest=name, help=text, action="store_true")
                 continue
-            if default not in (None, ""):
+            if default not in (None, "", ()):
                 text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
             if "action" not in arguments:
                 arguments = {"type": str if default is None else type(default)} | arguments

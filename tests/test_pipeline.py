@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import checkpoint
+import choices
 import datautils
 import evaluate
 import pipeline
@@ -436,9 +437,9 @@ def test_a_script_runs_from_the_shell_and_ends_with_status_2_on_bad_input(checkp
 
 def test_devices_default_to_cuda_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pipeline._device(None) == CPU
+    assert choices.choose_device(None) == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pipeline._device(None) == torch.device("cuda")
+    assert choices.choose_device(None) == torch.device("cuda")
 
 
 def _limited(monkeypatch, limit):

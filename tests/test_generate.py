@@ -1,0 +1,122 @@
+"""Check generated text against decoding by full forwards, and the columns in which it is shown."""
+
+import re
+
+import pytest
+import torch
+from conftest import make, save
+from test_pipeline import SMALL
+from test_pipeline import run as prune
+
+import generate
+import llama
+from choices import position_limit
+from errors import InputError
+
+
+@torch.no_grad()
+def by_hand(model, tokenizer, prompt, count):
+    """Return the text of the likeliest tokens, each from a forward of all before it."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    length = ids.shape[1]
+    while ids.shape[1] < length + count and ids[0, -1] != model.generation_config.eos_token_id:
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+
+
+def test_greedy_text_is_that_of_full_forwards(tiny, tokenizer):
+    _, model = tiny
+    found = generate.complete(model, tokenizer, "import a module", max_new_tokens=12)
+    assert found.text == by_hand(model, tokenizer, "import a module", 12)
+    assert 0 < found.tokens <= 12 and found.seconds > 0
+
+
+def test_draws_depend_on_the_seed_only_and_leave_the_global_one(tokenizer):
+    _, model = make("llama")
+    state = torch.get_rng_state()
+    texts = [generate.complete(model, tokenizer, "import", 12, 5.0, seed).text for seed in (1, 2, 1)]
+    assert texts[0] == texts[2] != texts[1]
+    assert torch.equal(torch.get_rng_state(), state)
+    cold = generate.complete(model, tokenizer, "import", 12, 1e-4, 3)
+    assert cold.text == generate.complete(model, tokenizer, "import", 12).text
+
+
+def test_text_ends_before_what_ends_it(tokenizer):
+    _, model = make("llama")
+    whole = generate.complete(model, tokenizer, "import", 40, 5.0)
+    end = re.search("[a-z]{2}", whole.text).group()
+    cut = generate.complete(model, tokenizer, "import", 40, 5.0, until=["no such text", end])
+    assert cut.text == whole.text[:whole.text.index(end)] and cut.tokens < whole.tokens
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning(tokenizer):
+    _, model = make("opt")
+    limit = position_limit(model.config)
+    ids = tokenizer("one two three four " * 60, return_tensors="pt").input_ids[:, -(limit - 1):]
+    with torch.no_grad():
+        likeliest = model(ids).logits[0, -1:].argmax(-1)
+    assert generate.complete(model, tokenizer, "one two three four " * 60, 1).text == tokenizer.decode(likeliest)
+    with pytest.raises(InputError, match=f"--max_new_tokens {limit}: the model's limit is {limit} tokens"):
+        generate.complete(model, tokenizer, "one", limit)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_texts_stand_beside_each_other_in_the_width(width):
+    left, right = "a line\n\nand a second one that is long " * 4, "x" * 130 + "\tend"
+    lines = generate.side_by_side({"dense": left, "pruned": right}, width).splitlines()
+    each = (width - 3) // 2
+    assert max(map(len, lines)) <= width
+    assert lines[0].split() == ["dense", "|", "pruned"] and lines[1] == f"{'-' * each} | {'-' * each}"
+    columns = [[line[:each] for line in lines[2:]], [line[each + 3:] for line in lines[2:]]]
+    assert [re.sub(r"\s", "", "".join(column)) for column in columns] == [re.sub(r"\s", "", text)
+                                                                          for text in (left, right)]
+    assert columns[0][0].rstrip() == "a line" and not columns[0][1].strip()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tokenizer):
+    """Return {format: folder} of a pruned and quantized model, and "dense" the model before."""
+    root = tmp_path_factory.mktemp("saved")
+    save(root / "dense", make("llama")[1], tokenizer, {})
+    for kind in ("sparse", "compressed-tensors"):
+        assert prune(llama.FAMILY, root / "dense", "builtin", *SMALL, "--eval", "--gmp", "--sparsity", ".5", "--wbits",
+                     4, "--sym", "--save", root / kind, "--save-format", kind) == 0
+    return root
+
+
+def run(*arguments):
+    try:
+        return generate.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, tokenizer, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = {}
+    for kind in ("sparse", "compressed-tensors"):
+        assert run(saved / kind, "the list", "--max_new_tokens", 8, "--dense", saved / "dense", "--device", "cpu") == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:2] == ["the list", ""] and lines[2].split() == ["dense", "|", "pruned"]
+        assert re.fullmatch(r"dense \d tokens in \d+\.\d s, [\d.]+ tokens/s; pruned \d tokens in .* on cpu", lines[-1])
+        texts[kind] = lines[2:-1]
+    assert texts["sparse"] == texts["compressed-tensors"]
+    expected = {title: by_hand(generate.load(saved / folder, torch.device("cpu"))[0], tokenizer, "the list", 8)
+                for title, folder in (("dense", "dense"), ("pruned", "sparse"))}
+    assert "\n".join(texts["sparse"]).strip() == generate.side_by_side(expected, 80).strip()
+    assert expected["dense"] != expected["pruned"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere", "x"], "model nowhere: not a folder or .gguf file here, not in the cache"),
+    (["{}", "x", "--dense", "nowhere"], "model nowhere: not a folder"), (["{}", ""], "prompt: is empty"),
+    (["{}", "x", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
+    (["{}", "x", "--max_new_tokens", "128"], "--max_new_tokens 128: the model's limit is 128 tokens"),
+    (["{}", "x", "--temperature", "-1"], "--temperature -1: must be at least 0"),
+    (["{}", "x", "--device", "tpu"], "--device tpu: must be cpu"),
+    (["{}"], "the following arguments are required: prompt")])
+def test_bad_input_gets_one_line_and_status_2(arguments, message, saved, capsys):
+    capsys.readouterr()
+    assert run(*(argument.replace("{}", str(saved / "dense")) for argument in arguments)) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"generate.py: error: {message}") and err.count("\n") == 1 and not out
