@@ -121,3 +121,11 @@ def test_padding_is_at_most_an_eighth_and_lengths_are_few():
     assert all(length <= padded <= length * 9 / 8 for length, padded in lengths.items())
     assert len(set(lengths.values())) < 80
     assert padded_length(99, 100) == 100 == padded_length(100, 100)
+
+
+def test_groups_hold_as_many_tokens_as_may_be_resident(monkeypatch):
+    monkeypatch.setattr(streamed_lm, "RESIDENT", 64)
+    sequences = [(0,) * 100, (1,) * 31, (2,) * 31, *((number,) * 8 for number in range(3, 12))]
+    groups = list(streamed_lm._groups(sequences, 2048))
+    assert [sum(T * len(held) for T, held in group.items()) for group in groups] == [104, 64, 64, 8]
+    assert [tokens for group in groups for held in group.values() for tokens in held] == sequences
