@@ -44,3 +44,31 @@ def _rank_fractions(sensitivities):
     order = sorted(range(len(sensitivities)), key=lambda i: sensitivities[i])
     ranks[order] = torch.arange(len(order), dtype=torch.float64)
     return ranks / max(len(order) - 1, 1)
+
+
+def threshold_counts(scores, least, most, total):
+    """Count how many weights of each unit one common threshold removes, exactly `total` of all.
+
+    scores: function that yields (unit's number, float32 scores of all its weights, not negative), the same at each of
+    two calls. least, most: lists of ints, the fewest and the most weights that a unit may lose; total lies between
+    their sums. Of weights with the very score of the threshold, those of the last units stay. Returns a list of ints.
+
+    The order of such floats is that of their bits: one pass finds the upper half of the threshold's, one the lower.
+    """
+    least, most = torch.tensor(least)[:, None], torch.tensor(most)[:, None]
+    below, prefix = torch.zeros(len(least), 1, dtype=torch.int64), 0
+    for shift in (16, 0):
+        counts = torch.zeros(len(least), 1 << 16, dtype=torch.int64)
+        for unit, values in scores():
+            bits = values.flatten().cpu().view(torch.int32)
+            if not shift:
+                bits = bits[bits >> 16 == prefix]
+            counts[unit] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16)
+        counts.cumsum_(1).add_(below)  # of scores up to each value of these bits
+        digit = int((counts.clamp(least, most).sum(0) >= total).int().argmax())
+        reached, below = counts[:, digit:digit + 1], counts[:, digit - 1:digit] if digit else below
+        prefix = digit
+    reached, below = reached.clamp(least, most).flatten(), below.clamp(least, most).flatten()
+    spare = (reached - below).flip(0)
+    surplus = int(reached.sum()) - total
+    return (reached - (surplus - spare.cumsum(0) + spare).clamp_min(0).minimum(spare).flip(0)).tolist()

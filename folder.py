@@ -106,19 +106,20 @@ class Folder:
     def _note(self, index):
         return self.progress / f"layer-{index:05d}.json"
 
-    def begin(self, count, stream=None):
-        """Bring the model, and the stream of its calibration, to where the run left off.
+    def begin(self, count, states=None):
+        """Bring the model, and the hidden states of its calibration, to where the run left off.
 
-        count: of layers to go through, from the first. Returns the first one that is not finished, and the outcomes
-        of those before.
+        count: of layers to go through, from the first. states: {name: hidden states}, overwritten. Returns the first
+        layer that is not finished, and the outcomes of those before.
         """
         first = next((index for index in range(count) if not self._note(index).is_file()), count)
-        if stream is not None and first < count:
-            states = {int(file.stem.split("-")[1]) for file in self.progress.glob("state-*.safetensors")}
-            first = max((index for index in states if all(
+        if states is not None and first < count:
+            borders = {int(file.stem.split("-")[1]) for file in self.progress.glob("state-*.safetensors")}
+            first = max((index for index in borders if all(
                 self._state(index, rank).is_file() for rank in range(distributed.world()))), default=0)
             if first:
-                stream.hidden.copy_(load_file(self._state(first, distributed.rank()))["hidden"])
+                for name, kept in load_file(self._state(first, distributed.rank())).items():
+                    states[name].copy_(kept)
         outcomes = {}
         for index in range(first):
             self._take(index)
@@ -187,15 +188,15 @@ class Folder:
         return self._write_shard(index, {f"{self.family.layers}.{index}.{name}": tensor
                                          for name, tensor in layer.state_dict().items()})
 
-    def finish(self, index, layer, outcomes, stream=None):
-        """Keep a layer that is finished and on the device, {(layer, name): Outcome}, and the states behind it."""
+    def finish(self, index, layer, outcomes, states=None):
+        """Keep a finished layer, which is on the device, {(layer, name): Outcome}, and the hidden states behind it."""
         if self.writes:
             self._keep(index, layer, outcomes)
         distributed.tell(None)  # the others wait
         if hasattr(layer, "source"):
             self._take(index)
-        if stream is not None and distributed.tell(time.monotonic() - self.written >= PATIENCE * self.cost):
-            self._keep_states(index + 1, stream)
+        if states is not None and distributed.tell(time.monotonic() - self.written >= PATIENCE * self.cost):
+            self._keep_states(index + 1, states)
 
     def _keep(self, index, layer, outcomes):
         sums = self._write_layer(index, layer)
@@ -207,9 +208,9 @@ class Folder:
             name: {"error": outcome.error, "percdamp": outcome.percdamp,
                    "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()}})
 
-    def _keep_states(self, border, stream):
+    def _keep_states(self, border, states):
         start = time.monotonic()
-        self._write(self._state(border, distributed.rank()), {"hidden": stream.hidden})
+        self._write(self._state(border, distributed.rank()), states)
         distributed.gather(None)  # all have written theirs
         if self.writes:
             for file in self.progress.glob("state-*.safetensors"):

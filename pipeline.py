@@ -16,6 +16,7 @@ import transformers
 
 import checkpoint
 import distributed
+import importance
 import plots
 import semistructured
 import traces
@@ -39,6 +40,7 @@ from report import (
     task_table,
     total_sparsity,
 )
+from sensitivity import output_gradients
 from settings import OPTIONS, parse
 from tracking import Tracker
 from weights import digest, fingerprint
@@ -133,7 +135,7 @@ def run(family, settings, command=None):
             with clock.part("tasks"):
                 return score(model, family, settings.batch_size)
 
-        plan, known = _fitting(
+        plan, known, gradients = _fitting(
             settings, lambda settings: _plan(settings, selected, model, family, calibration, device, clock, tracker))
         perplexities, scores = {}, {}
         if settings.dense or not plan:
@@ -141,8 +143,8 @@ def run(family, settings, command=None):
             if score:
                 scores["dense"] = _fitting(settings, score_tasks)
         outcomes = _fitting(
-            settings, lambda settings: _compress(settings, plan, model, family, calibration, device, clock, folder,
-                                                 tracker), again=hasattr(model, "source"))
+            settings, lambda settings: _compress(settings, plan, gradients, model, family, calibration, device, clock,
+                                                 folder, tracker), again=hasattr(model, "source"))
         matrices = measure_sparsity(model, family)
         record = facts | _record(matrices, outcomes, plan, known)
         if settings.save:
@@ -222,7 +224,7 @@ def _identity(settings, seqlen, device, model, calibration):
     """Return what a run and its continuation must have in common, {flag: value}."""
     free = ("resume", "save", "eval", "dense", "tasks", "tasks_dir", "limit", "semi_structured", "plot", "data_dir",
             "sensitivity_file", "model", "device", "dtype", "record", "log_wandb", "wandb_project", "wandb_name",
-            "wandb_group", "quiet")
+            "wandb_group", "quiet", "preset")
     flags = {flag.lstrip("-").replace("-", "_"): flag for options in OPTIONS.values() for flag, *_ in options}
     shared = {flags.get(name, name): value for name, value in dataclasses.asdict(settings).items() if name not in free}
     return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),
@@ -230,7 +232,7 @@ def _identity(settings, seqlen, device, model, calibration):
                      "calibration tokens": None if calibration is None else digest(calibration)}
 
 
-def _compress(settings, plan, model, family, calibration, device, clock, folder, tracker):
+def _compress(settings, plan, gradients, model, family, calibration, device, clock, folder, tracker):
     """Prune and quantize what the plan names. Returns {(layer, name): Outcome}."""
     if not plan:
         return {}
@@ -247,7 +249,8 @@ def _compress(settings, plan, model, family, calibration, device, clock, folder,
         model, family, plan, calibration, saliency=settings.saliency, blocksize=settings.blocksize,
         percdamp=settings.percdamp, true_sequential=settings.true_sequential, batch_size=settings.batch_size,
         device=device, clock=clock, scheme=settings.scheme, act_order=settings.act_order, folder=folder,
-        observe=observe)
+        observe=observe, solver=settings.solver, to_dense=settings.target == "dense",
+        row_weights=gradients if settings.saliency == "fisher" else None)
 
 
 def _complete(settings, folder, tokenizer, record, family, outcomes):
@@ -268,18 +271,33 @@ def _disk(settings, family, plan, selected):
 
 
 def _plan(settings, selected, model, family, calibration, device, clock, tracker):
-    """Return {(layer, name): Target} and the `Traces` behind it, None for uniform sparsity; print and draw both."""
+    """Return {(layer, name): Target}; the `Traces` behind it, None where it needs none; {(layer, name): mean square of
+    the loss's gradient by each output}, None likewise. Print and draw the plan."""
+    gradients = None
+    if settings.weighs:
+        with clock.part("gradients"):
+            gradients = output_gradients(model, family, list(selected), calibration, seed=settings.seed,
+                                         batch_size=settings.batch_size, device=device)
+    if settings.sparsity_way == "global":
+        with clock.part("allocation"):
+            diagonals = importance.inverse_diagonals(model, family, list(selected), calibration, settings.percdamp,
+                                                     settings.batch_size, device, clock)
+            plan = importance.global_plan(model, family, selected, gradients, diagonals, settings.sparsity,
+                                          settings.alpha)
+        sparsities = [target.sparsity for target in plan.values()]
+        _tell(settings, f"plan     one threshold: matrices from {min(sparsities):.2%} to {max(sparsities):.2%}")
+        return plan, None, gradients
     if not settings.mixed:
-        return make_plan(selected, settings.target), None
+        return make_plan(selected, settings.amount), None, gradients
     with clock.part("sensitivity"):
         known, path = traces.obtain(
             model, family, calibration, settings.sensitivity, seed=settings.seed, nprobes=settings.nprobes,
             batch_size=settings.batch_size, device=device, path=settings.sensitivity_file)
-    plan = make_plan(selected, settings.target, settings.sparsity_way, known.sensitivity, settings.alpha)
+    plan = make_plan(selected, settings.amount, settings.sparsity_way, known.sensitivity, settings.alpha)
     numel = {key: out * columns for key, (out, columns) in selected.items()}
     total = sum(target.sparsity * numel[key] for key, target in plan.items()) / sum(numel.values())
-    met = abs(total - settings.target.sparsity) < 1e-9
-    closest = "" if met else f", as close to {settings.target.sparsity:.2%} as whole n of {settings.prunem} allow"
+    met = abs(total - settings.amount.sparsity) < 1e-9
+    closest = "" if met else f", as close to {settings.amount.sparsity:.2%} as whole n of {settings.prunem} allow"
     _tell(settings, f"{known.verdict()}\n         kept in {path}")
     if warning := known.warning():
         print(warning, flush=True)
@@ -287,7 +305,7 @@ def _plan(settings, selected, model, family, calibration, device, clock, tracker
     if settings.plot and distributed.rank() == 0:
         plots.draw(settings.plot, known, plan)
     tracker.plan(known, plan)
-    return plan, known
+    return plan, known, gradients
 
 
 def _tokens(settings, seqlen, tokenizer, vocab_size):
@@ -296,7 +314,7 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
     if settings.nsamples < distributed.world():
         raise InputError(f"--nsamples {settings.nsamples}: must be at least one for each of the "
                          f"{distributed.world()} processes")
-    if settings.mixed or settings.calibrates:
+    if settings.mixed or settings.weighs or settings.calibrates:
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
     for name in settings.eval:
@@ -394,8 +412,10 @@ def _methods(settings, count):
     if settings.prunes:
         n, m = settings.prunen, settings.prunem
         amount = f"{n}:{m}" if m else f"{settings.sparsity:.4g} of the weights"
-        where = "over" if settings.mixed else "in each of"
-        spread = f", alpha {settings.alpha:g}, nprobes {settings.nprobes}" if settings.mixed else ""
+        spreads = settings.mixed or settings.sparsity_way == "global"
+        where = "over" if spreads else "in each of"
+        spread = (f", alpha {settings.alpha:g}" if spreads else "") + (
+            f", nprobes {settings.nprobes}" if settings.mixed else "")
         how["pruning"] = f"{settings.method}, {amount} {where} {count} matrices{spread}{walk}"
     if scheme := settings.scheme:
         name = "" if settings.prunes else f"{settings.method}, {count} matrices, "

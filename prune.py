@@ -4,7 +4,9 @@ observe: called with (index, layer, {(layer, name): Outcome}, time.perf_counter(
 and still on the device.
 """
 
+import copy
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +22,8 @@ from quant import Grid, quantize_nearest
 from sparsegpt import SparseGPT, activation_order, magnitude_prune
 from walk import SALIENCIES
 from weights import prefetch
+
+SOLVERS = {"obs": "SparseGPT", "admm": "ADMM"}
 
 
 @dataclass(frozen=True)
@@ -120,33 +124,41 @@ def prune_magnitude(model, family, plan, device, scheme=None, folder=None, obser
 @torch.no_grad()
 @fast_linears()
 def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdamp, true_sequential, batch_size, device,
-                    clock, scheme=None, act_order=False, folder=None, observe=None):
-    """Prune and quantize every matrix of the plan by SparseGPT on calibration tokens (N, T), in place.
+                    clock, scheme=None, act_order=False, folder=None, observe=None, solver="obs", to_dense=False,
+                    row_weights=None):
+    """Prune and quantize every matrix of the plan on calibration tokens (N, T), in place.
 
     Inputs come from the pruned layers before; with true_sequential also from the pruned linears before in the same
     layer. saliency: a key of SALIENCIES. scheme: a quant.Scheme, None: do not quantize. act_order: walk the columns
-    in `activation_order`. folder: a folder.Folder that keeps finished layers. Returns {(layer, name): Outcome}. Raises
+    in `activation_order`. folder: a folder.Folder that keeps finished layers. solver: a key of SOLVERS. to_dense: fit
+    the outputs of the dense model, too, whose hidden states are then computed beside those of the pruned one.
+    row_weights: {(layer, name): (out,)}, as in `walk.prune_matrices`. Returns {(layer, name): Outcome}. Raises
     InputError where an input is not finite.
     """
+    mine = tokens[distributed.share(len(tokens))]
     with clock.part("forward"):
-        stream = Stream.embed(model, family, tokens[distributed.share(len(tokens))], batch_size, device)
+        stream = Stream.embed(model, family, mine, batch_size, device)
+        dense = Stream.embed(model, family, mine, batch_size, device) if to_dense else None
+    states = {"hidden": stream.hidden} | ({"dense": dense.hidden} if dense else {})
     layers = family.layers_of(model)[:max(index for index, _ in plan) + 1]
     shared = {}
-    first, outcomes = folder.begin(len(layers), stream) if folder else (0, {})
-    with tqdm(range(first, len(layers)), desc="SparseGPT", unit="layer", disable=None, initial=first,
+    first, outcomes = folder.begin(len(layers), states) if folder else (0, {})
+    with tqdm(range(first, len(layers)), desc=SOLVERS[solver], unit="layer", disable=None, initial=first,
               total=len(layers)) as bar:
         for index in bar:
             layer, start = layers[index], time.perf_counter()
             with on_device([layer], device):
                 prefetch(layers, index + 1, device)
-                groups = _groups(layer, index, stream, plan, shared)
+                groups = groups_of(layer, index, stream, plan, shared)
                 last = index + 1 == len(layers)
                 prune = partial(_prune_groups, layer, index, plan, percdamp, act_order, bar, clock,
-                                blocksize=blocksize, saliency=SALIENCIES[saliency], scheme=scheme)
+                                blocksize=blocksize, saliency=SALIENCIES[saliency], scheme=scheme, solver=solver,
+                                row_weights=row_weights)
                 if groups and true_sequential:
-                    made = _prune_in_turn(layer, index, stream, groups, len(tokens), prune, clock, last)
+                    made = _prune_in_turn(layer, index, stream, dense, groups, len(tokens), prune, clock, last)
                 else:
-                    made = prune(_collect(layer, index, stream, groups, len(tokens), clock)) if groups else {}
+                    hessians = _collect(layer, index, stream, dense, groups, len(tokens), clock)
+                    made = prune(hessians) if groups else {}
                     if not last:
                         with clock.part("forward"):
                             stream.advance(layer, index)
@@ -154,12 +166,12 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
                     observe(index, layer, made, start)
                 if folder:
                     with clock.part("save"):
-                        folder.finish(index, layer, made, None if last else stream)
+                        folder.finish(index, layer, made, None if last else states)
                 outcomes |= made
     return outcomes
 
 
-def _groups(layer, index, stream, plan, shared):
+def groups_of(layer, index, stream, plan, shared):
     """Return the inputs that planned matrices read, in order, each as a tuple of the names of its readers.
 
     shared: {names of a layer's linears: its inputs}, as found in the layers before of the same making.
@@ -179,10 +191,11 @@ def _groups(layer, index, stream, plan, shared):
     return groups
 
 
-def _hessians(layer, stream, groups, nsequences, clock):
+def hessians_of(layer, stream, groups, nsequences, clock, dense=None):
     """Return {module that reads an input first: SparseGPT of that input}, in order, and what adds an input to it.
 
-    nsequences: in all processes together.
+    nsequences: in all processes together. dense: {module: the dense model's inputs, a list by batches}, of which each
+    is taken out in turn, or None.
     """
     modules = linears(layer)
     hessians = {modules[group[0]]: SparseGPT(modules[group[0]].in_features, nsequences, stream.device)
@@ -192,35 +205,52 @@ def _hessians(layer, stream, groups, nsequences, clock):
 
     def read(module, X):
         with clock.part("Hessian"):
-            hessians[module].add_batch(X)
+            hessians[module].add_batch(X, dense and dense[module].pop(0))
             # one pass; asked for only where the Hessian is not finite
             hessians[module].sums.append(X.reshape(-1, T * X.shape[-1]).sum(1, dtype=torch.float32))
 
     return hessians, read
 
 
-def _prune_in_turn(layer, index, stream, groups, nsequences, prune, clock, last):
+def _prune_in_turn(layer, index, stream, dense, groups, nsequences, prune, clock, last):
     """Prune each input's matrices when all batches have come to them, in one run; hidden states are then those behind
-    the layer, except behind the last one, where nobody needs them."""
-    hessians, read = _hessians(layer, stream, groups, nsequences, clock)
-    forwards, outcomes = paused_forwards(layer, index, stream, list(hessians), read), {}
+    the layer, except behind the last one, where nobody needs them. The dense model's run, through a copy of the layer,
+    pauses at the same places."""
+    inputs = dense and defaultdict(list)
+    hessians, read = hessians_of(layer, stream, groups, nsequences, clock, inputs)
+    runs, outcomes = [paused_forwards(layer, index, stream, list(hessians), read)], {}
+    if dense:
+        twin = copy.deepcopy(layer)
+        original = {linears(twin)[group[0]]: module for group, module in zip(groups, hessians, strict=True)}
+        runs.insert(0, paused_forwards(twin, index, dense, list(original),
+                                       lambda module, X: inputs[original[module]].append(X)))
     for group in groups:
         with clock.part("forward"):
-            module = next(forwards)
+            *_, module = map(next, runs)
         outcomes |= prune({group: hessians.pop(module)})
-    if last:
-        forwards.close()
-    with clock.part("forward"):
-        next(forwards, None)
+    for run in runs:
+        if last:
+            run.close()
+        with clock.part("forward"):
+            next(run, None)
     return outcomes
 
 
-def _collect(layer, index, stream, groups, nsequences, clock):
-    """Run all sequences through a layer. Returns {group: SparseGPT with the Hessian of its input}."""
-    hessians, read = _hessians(layer, stream, groups, nsequences, clock)
-    with clock.part("forward"), hooked({module: partial(read, module) for module in hessians}):
+def _collect(layer, index, stream, dense, groups, nsequences, clock):
+    """Run all sequences through a layer. Returns {group: SparseGPT with the Hessian of its input}.
+
+    The dense model's hidden states are then those behind the layer.
+    """
+    inputs = dense and defaultdict(list)
+    hessians, read = hessians_of(layer, stream, groups, nsequences, clock, inputs)
+    with clock.part("forward"):
         for rows in stream.batches():
-            stream.forward(layer, index, rows)
+            if dense:
+                with hooked({module: inputs[module].append for module in hessians}):
+                    dense.hidden[rows] = dense.forward(layer, index, rows)
+            if groups:
+                with hooked({module: partial(read, module) for module in hessians}):
+                    stream.forward(layer, index, rows)
     return dict(zip(groups, hessians.values(), strict=True))
 
 
@@ -251,7 +281,9 @@ def _first_bad(hessian):
     return "" if all(finite) else f", from calibration sequence {finite.index(False)} on"
 
 
-def _prune_group(modules, index, group, hessian, plan, percdamp, act_order, clock, **options):
+def _prune_group(modules, index, group, hessian, plan, percdamp, act_order, clock, solver, row_weights, **options):
+    if row_weights:
+        row_weights = torch.cat([row_weights[index, name] for name in group]).to(hessian.H.device)
     targets = [plan[index, name] for name in group]
     order = activation_order(hessian.H.diagonal(), targets[0].prunem) if act_order else None
     try:
@@ -259,8 +291,9 @@ def _prune_group(modules, index, group, hessian, plan, percdamp, act_order, cloc
             used = hessian.factor(percdamp, order)
     except torch.linalg.LinAlgError as error:
         raise InputError(f"layer {index} {group[0]}: {error}{_first_bad(hessian)}") from error
-    with clock.part("walk"):
+    with clock.part("walk" if solver == "obs" else solver):
         pruned = hessian.prune([modules[name].weight for name in group],
-                               [(target.sparsity, target.prunen, target.prunem) for target in targets], **options)
+                               [(target.sparsity, target.prunen, target.prunem) for target in targets], solver=solver,
+                               row_weights=row_weights, **options)
     return {(index, name): Outcome(error, used, grid and grid.to("cpu"))
             for name, (error, grid) in zip(group, pruned, strict=True)}

@@ -31,9 +31,7 @@ def hessian_traces(model, family, matrices, tokens, estimator, *, seed, nprobes,
     """
     N, T = tokens.shape
     rows = [] if known is None else list(known)
-    layers = family.layers_of(model)
-    border = 2 * (len(layers) + 1) * T * model.config.hidden_size * 4
-    chunk = max(int(BORDERS / border / batch_size), 1) * batch_size
+    layers, chunk = family.layers_of(model), _together(model, family, T, batch_size, 2)
     with tqdm(total=(N - len(rows)) * nprobes * 2 * len(layers), desc=estimator, unit="layer", disable=None) as bar:
         while len(rows) < N:
             together = range(len(rows), min(len(rows) + chunk * distributed.world(), N))
@@ -47,6 +45,39 @@ def hessian_traces(model, family, matrices, tokens, estimator, *, seed, nprobes,
             if save:
                 save(torch.stack(rows))
     return torch.stack(rows)
+
+
+def _together(model, family, T, batch_size, states):
+    """Return how many sequences of T tokens have room for `states` kinds of hidden states at all borders at a time."""
+    border = states * (len(family.layers_of(model)) + 1) * T * model.config.hidden_size * 4
+    return max(int(BORDERS / border / batch_size), 1) * batch_size
+
+
+@fast_linears()
+def output_gradients(model, family, matrices, tokens, *, seed, batch_size, device):
+    """Estimate E[(∂L/∂y_r)²] for every output r of each matrix, over tokens, labels drawn from the model's predictions.
+
+    With x independent of ∂L/∂y, the Fisher matrix of row r of a matrix is this number times E[x xᵀ]: the diagonal of
+    the output's factor in K-FAC (arXiv 1503.05671). matrices: list of (layer, name). tokens: (N, T). Returns
+    {(layer, name): (out,)}, float32 on the host.
+    """
+    N, T = tokens.shape
+    mine = range(N)[distributed.share(N)]
+    layers, chunk = family.layers_of(model), _together(model, family, T, batch_size, 1)
+    sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=device)
+            for index, name in matrices]
+
+    def add(column, rows, X, Y):
+        sums[column] += Y.double().square().sum(dim=(0, 1))
+
+    with tqdm(total=2 * len(mine) * len(layers), desc="gradients", unit="layer", disable=None) as bar:
+        for start in range(0, len(mine), chunk):
+            numbers = mine[start:start + chunk]
+            _sampled_backward(model, family, matrices, tokens[numbers.start:numbers.stop],
+                              [(seed, n, 0) for n in numbers], batch_size, device, bar, add)
+    for total in sums:
+        distributed.add(total)
+    return {key: (total / (N * T)).float().cpu() for key, total in zip(matrices, sums, strict=True)}
 
 
 def _seeded(*key, device="cpu"):
@@ -228,6 +259,21 @@ def _fisher(model, family, matrices, tokens, keys, batch_size, device, bar):
     Its mean over draws is T − 1 times the trace of the Gauss-Newton matrix of the mean cross-entropy: the gradients
     of different tokens are independent with mean zero. keys: seeds of the sequences' labels.
     """
+    result = torch.zeros(len(tokens), len(matrices), dtype=torch.float64)
+
+    def note(column, rows, X, Y):
+        result[rows, column] = (Y.mT @ X).double().square().sum(dim=(1, 2)).to("cpu")
+
+    _sampled_backward(model, family, matrices, tokens, keys, batch_size, device, bar, note)
+    return result
+
+
+def _sampled_backward(model, family, matrices, tokens, keys, batch_size, device, bar, visit):
+    """Go forward and back through all layers, with labels ŷ sampled from the model's predictions by `keys`.
+
+    Calls visit(column, rows, X, Y) with the number of each matrix, the sequences of each batch, its input (B, T, in)
+    and the gradient of L(ŷ) by its output (B, T, out).
+    """
     chunk = _Pass(model, family, matrices, tokens, batch_size, device, bar)
     for index, layer in enumerate(chunk.layers):
         layer = chunk.copied(layer)
@@ -237,14 +283,12 @@ def _fisher(model, family, matrices, tokens, keys, batch_size, device, bar):
         chunk.borders.append(torch.cat(outputs))
         bar.update(len(tokens))
     g, = chunk.head_gradients(lambda after, rows: (_sampled_gradient(chunk, after, rows, keys[rows]),))
-    result = torch.zeros(len(tokens), len(matrices), dtype=torch.float64)
     for index in reversed(range(len(chunk.layers))):
         layer = chunk.copied(chunk.layers[index])
         for rows in chunk.stream.batches():
-            g[rows] = _layer_gradient(chunk, layer, index, rows, g[rows], result[rows])
+            g[rows] = _layer_gradient(chunk, layer, index, rows, g[rows], visit)
         chunk.borders.pop()
         bar.update(len(tokens))
-    return result
 
 
 def _sampled_gradient(chunk, after, rows, keys):
@@ -264,8 +308,8 @@ def _sampled_gradient(chunk, after, rows, keys):
     return g
 
 
-def _layer_gradient(chunk, layer, index, rows, g, result):
-    """Go back through a layer: write ‖∇_W L‖² of its matrices into result (B, matrices); return the next g."""
+def _layer_gradient(chunk, layer, index, rows, g, visit):
+    """Go back through a layer: let `visit` see its matrices; return the next g."""
     seen, handles = {}, []
     for column, module in chunk.wanted(layer, index).items():
         handles.append(module.register_forward_hook(
@@ -278,8 +322,7 @@ def _layer_gradient(chunk, layer, index, rows, g, result):
     for handle in handles:
         handle.remove()
     for (column, (X, _)), Y in zip(seen.items(), cotangents, strict=True):
-        X, Y = (A.reshape(len(x), -1, A.shape[-1]) for A in (X, Y))  # (B, T, in), (B, T, out)
-        result[:, column] = (Y.mT @ X).double().square().sum(dim=(1, 2)).to("cpu")
+        visit(column, rows, *(A.reshape(len(x), -1, A.shape[-1]) for A in (X, Y)))
     return next_g.to("cpu")
 
 

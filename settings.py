@@ -7,12 +7,25 @@ from dataclasses import dataclass
 from datautils import DATASETS
 from errors import InputError
 from formats import FORMATS
-from prune import Target
+from prune import SOLVERS, Target
 from quant import WBITS, Scheme
 from sensitivity import ESTIMATORS
 from walk import SALIENCIES
 
-WAYS = ("uniform", "origin", "layer-level", "weight-level")  # origin: what the ancestors call uniform
+WAYS = ("uniform", "origin", "layer-level", "weight-level", "global")  # origin: what the ancestors call uniform
+TARGETS = ("layer", "dense")
+PRESETS = {  # whole recipes; a flag that is given overrides them
+    "sparsegpt": {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs", "target": "layer"},
+    "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
+               "target": "layer"},
+    "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense"},
+}
+
+
+def recipe(preset, prunem=0):
+    """Return the options of a preset; in n:m, where all matrices are alike, it has no threshold."""
+    options = PRESETS[preset]
+    return options | {"sparsity_way": "uniform"} if prunem and options["sparsity_way"] == "global" else options
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,7 @@ class Settings:
     sparsity: float = 0.0
     prunen: int = 0
     prunem: int = 0
+    preset: str | None = None
     sparsity_way: str = "uniform"
     alpha: float = 0.1
     sensitivity: str = "hutchinson"
@@ -36,6 +50,8 @@ class Settings:
     act_order: bool = False
     nearest: bool = False
     gmp: bool = False
+    solver: str = "obs"
+    target: str = "layer"
     saliency: str = "obs"
     blocksize: int = 128
     percdamp: float = 0.01
@@ -81,6 +97,9 @@ class Settings:
             raise InputError("--gmp: needs --sparsity, --prunen and --prunem, or --wbits")
         if self.mixed and not self.prunes:
             raise InputError(f"--sparsity_way {self.sparsity_way}: needs --sparsity or --prunen and --prunem")
+        if self.sparsity_way == "global" and self.prunem:
+            raise InputError("--sparsity_way global: gives each matrix a fraction, not n of m; with --prunen and "
+                             "--prunem it must be uniform, layer-level or weight-level")
         if self.plot and not self.mixed:
             raise InputError("--plot: draws sensitivities, needs --sparsity_way layer-level or weight-level")
         if not 0 <= self.alpha <= 1:
@@ -102,8 +121,21 @@ class Settings:
         for flag, given in {"--limit": self.limit, "--tasks_dir": self.tasks_dir}.items():
             if given is not None and not self.tasks:
                 raise InputError(f"{flag} {given}: needs --tasks")
+        self._check_solver()
         self._check_quantization()
         self._check_format()
+
+    def _check_solver(self):
+        if self.preset and not self.prunes:
+            raise InputError(f"--preset {self.preset}: needs --sparsity or --prunen and --prunem")
+        given = {"--solver admm": self.solver == "admm", "--target dense": self.target == "dense"}
+        for flag in (flag for flag, is_given in given.items() if is_given and not self.calibrates):
+            raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and --nearest")
+        if self.solver == "admm" and not self.prunes:
+            raise InputError("--solver admm: chooses what to prune, needs --sparsity or --prunen and --prunem")
+        if self.solver == "admm" and self.saliency == "isc":
+            raise InputError("--saliency isc: ranks weights in the walk of --solver obs; with admm it must be obs or "
+                             "fisher")
 
     def _check_quantization(self):
         if self.wbits not in WBITS:
@@ -163,18 +195,27 @@ class Settings:
         return self.sparsity_way in ("layer-level", "weight-level")
 
     @property
+    def weighs(self):
+        """Whether the gradients of the loss by the outputs of matrices are needed."""
+        return self.sparsity_way == "global" or self.saliency == "fisher" and self.calibrates
+
+    @property
     def method(self):
         """Name of the recipe in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
         bits = f"{self.wbits} bit" if self.scheme else ""
         if not self.prunes:
-            return f"{'GPTQ' if self.calibrates else 'nearest'} {bits}"
-        improved = self.saliency == "isc" and not self.gmp
-        name = "magnitude" if self.gmp else "MixGPT" if self.mixed and improved else "SparseGPT"
-        choices = f" ({self.sparsity_way} by {self.sensitivity})" if self.mixed else " (isc)" if improved else ""
-        return name + choices + (f" + {bits}" if bits else "")
+            return f"{'GPTQ' if self.calibrates else 'nearest'} {bits}" + (
+                " (dense target)" if self.target == "dense" else "")
+        mixgpt = self.mixed and self.saliency == "isc" and not self.gmp
+        name = "magnitude" if self.gmp else "ADMM" if self.solver == "admm" else "MixGPT" if mixgpt else "SparseGPT"
+        choices = [f"{self.sparsity_way} by {self.sensitivity}"] if self.mixed else []
+        choices += ["global"] if self.sparsity_way == "global" else []
+        choices += [self.saliency] if self.saliency != "obs" and not self.gmp and not mixgpt else []
+        choices += ["dense target"] if self.target == "dense" else []
+        return name + (f" ({', '.join(choices)})" if choices else "") + (f" + {bits}" if bits else "")
 
     @property
-    def target(self):
+    def amount(self):
         if self.prunem:
             return Target(self.prunen / self.prunem, self.prunen, self.prunem)
         return Target(self.sparsity)
@@ -198,11 +239,16 @@ OPTIONS = {
         ("--prune_only", "change only matrices whose name contains this, such as fc1 or mlp", {}),
         ("--invert", "change what the three options above do not select", {}),
     ],
+    "whole recipes": [
+        ("--preset", "sparsegpt, mixgpt (the paper's) or best (what measures best); flags that are given override it",
+         {"choices": PRESETS}),
+    ],
     "how sparse each matrix is": [
         ("--sparsity_way", "uniform (or origin): all matrices alike; layer-level, weight-level: the less sensitive a "
-                           "layer or matrix, the sparser, with the same total", {"choices": WAYS}),
-        ("--alpha", "greatest distance of a matrix from the sparsity asked for, before the shift that meets the "
-                    "total", {}),
+                           "layer or matrix, the sparser, with the same total; global: one threshold for the weights "
+                           "of all matrices, on what removing them adds to the loss", {"choices": WAYS}),
+        ("--alpha", "greatest distance of a matrix from the sparsity asked for, with layer-level and weight-level "
+                    "before the shift that meets the total", {}),
         ("--sensitivity", "hutchinson: trace of the exact Hessian of the loss, by random probes; fisher: trace of the "
                           "Gauss-Newton matrix, less noise in less time", {"choices": ESTIMATORS}),
         ("--nprobes", "probes, or draws of labels with fisher, per calibration sequence", {}),
@@ -211,7 +257,12 @@ OPTIONS = {
     ],
     "how to prune": [
         ("--gmp", "by magnitude, without calibration (the baseline)", {}),
-        ("--saliency", "what ranks weights: obs (SparseGPT) or isc, the improved criterion of MixGPT",
+        ("--solver", "obs: one walk over the columns (SparseGPT); admm: masks by ADMM, and the kept weights solved for",
+         {"choices": SOLVERS}),
+        ("--target", "what the outputs of a pruned matrix come close to: those of the dense matrix on the same inputs "
+                     "(layer), or the mean of these and those of the dense model (dense)", {"choices": TARGETS}),
+        ("--saliency", "what ranks weights: obs (SparseGPT), isc, the improved criterion of MixGPT, or fisher, obs "
+                       "with each row weighted by the loss's gradient there",
          {"choices": SALIENCIES}),
         ("--blocksize", "columns between two updates of the rest of the matrix", {}),
         ("--percdamp", "damping of the Hessian, as a fraction of its mean diagonal", {}),
@@ -301,4 +352,6 @@ def parse(family, argv=None):
             if "action" not in arguments:
                 arguments = {"type": str if default is None else type(default)} | arguments
             group.add_argument(flag, dest=name, help=text, **arguments)
-    return Settings(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    preset = recipe(given["preset"], given.get("prunem", 0)) if "preset" in given else {}
+    return Settings(**preset | given)

@@ -13,8 +13,10 @@ import torch
 import distributed
 from columns import smallest_per_row
 from products import exact_bfloat16, suits, times_transposed
+from solver import prune_by_admm
 from walk import prune_matrices, smallest, upper_inverse
 
+DENSE = 0.5  # weight of the dense model's outputs in the target, against those of the dense matrix on pruned inputs
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H is factored then
 PANEL = 512  # columns that are factored at a time
 
@@ -28,15 +30,19 @@ def factor(H, percdamp=0.01):
     """
     if not H.diagonal().isfinite().all():
         raise torch.linalg.LinAlgError("the Hessian holds NaN or inf")
-    mean = H.diagonal().mean()
     while True:
-        # an input that is zero throughout has no scale of its own: λ = 1 then
-        R = upper_cholesky(H, torch.where(mean > 0, percdamp * mean, 1.0))
+        R = upper_cholesky(H, damping(H, percdamp))
         if R is not None:
             return R, percdamp
         if percdamp >= MAX_DAMPING:
             raise torch.linalg.LinAlgError(f"the Hessian is not positive definite at percdamp {percdamp:g}")
         percdamp = min(max(10 * percdamp, 1e-4), MAX_DAMPING)
+
+
+def damping(H, percdamp):
+    """Return λ = percdamp · mean(diag H)."""
+    mean = H.diagonal().mean()
+    return torch.where(mean > 0, percdamp * mean, 1.0)  # an input that is zero throughout has no scale of its own
 
 
 def upper_cholesky(H, damping):
@@ -122,11 +128,18 @@ class SparseGPT:
         # the upper triangle by blocks of columns, each down to its diagonal, without the factor 2/N
         self._sums = [torch.zeros(B.stop, B.stop - B.start, device=device) for B in self._blocks]
         self._scale = 2 / nsequences
+        self._drift = None
         self.sums = []  # of each batch, (B,): sums of the inputs of a sequence, by who adds them
 
-    def add_batch(self, X):
-        """Add inputs X (..., in) to the blocks on and above the diagonal of H: exact products, float32 sums."""
+    def add_batch(self, X, dense=None):
+        """Add inputs X (..., in) to the blocks on and above the diagonal of H: exact products, float32 sums.
+
+        dense: (..., in), what the dense model has in the place of X, to fit its outputs.
+        """
         X = X.reshape(-1, X.shape[-1])
+        if dense is not None:
+            difference = (dense.reshape(X.shape) - X).t().float()
+            self._drift = times_transposed(difference, X.t().float(), self._drift)
         if X.is_cuda and X.dtype in (torch.bfloat16, torch.float16):  # no such product on a CPU
             for B, total in zip(self._blocks, self._sums, strict=True):
                 total.add_(torch.mm(X[:, :B.stop].t(), X[:, B], out_dtype=torch.float32))
@@ -138,7 +151,7 @@ class SparseGPT:
 
     def reduce(self):
         """Sum the Hessian over all processes."""
-        for total in self._sums:
+        for total in self._sums if self._drift is None else [*self._sums, self._drift]:
             distributed.add(total)
 
     @cached_property
@@ -159,18 +172,43 @@ class SparseGPT:
         """
         self.order = slice(None) if order is None else order
         self.back = slice(None) if order is None else order.argsort()
-        self.R, used = factor(self.H[self.order][:, self.order], percdamp)
-        return used
+        self.R, self.percdamp = factor(self.H[self.order][:, self.order], percdamp)
+        return self.percdamp
 
-    def prune(self, weights, targets, **options):
+    def wanted(self, W):
+        """Return the weights W* (out, in), columns in the order of the walk, that the pruned ones shall come close to.
+
+        W: (out, in), those of the dense model. Without inputs x of the dense model they are W* itself. With them, the
+        outputs shall be the mean of W x and W ẋ, and W* = W + `DENSE` W D (H + λI)⁻¹ with D = (2/N) Σ (x − ẋ) ẋᵀ solves
+        the least squares problem with a ridge of λ around W. Around W*, the loss of any other weights is the same
+        quadratic as around W before. Weights that are 0 stay 0. Compare QEP (arXiv 2504.09629).
+        """
+        W = W[:, self.order]
+        if self._drift is None:
+            return W
+        D = self._drift.mul(self._scale)[self.order][:, self.order]
+        moved = torch.linalg.solve_triangular(self.R.t(), times_transposed(W, D.t()), upper=False, left=False)
+        moved = torch.linalg.solve_triangular(self.R, moved, upper=True, left=False)
+        return W.add(moved, alpha=DENSE).masked_fill_(W == 0, 0)
+
+    def prune(self, weights, targets, solver="obs", row_weights=None, scheme=None, **options):
         """Prune and quantize `weights`, a list of matrices (out, in) of one dtype, in place.
 
-        targets and options: as in `prune_matrices`. Returns the `relative_error` and the quant.Grid of each, None
-        where it is not quantized.
+        targets, row_weights and options: as in `prune_matrices`. solver: obs, by one walk; admm, by `prune_by_admm`,
+        and the walk only quantizes. Returns the `relative_error` and the quant.Grid of each, None where it is not
+        quantized.
         """
         h, dtype, counts = self.H.diagonal()[self.order], weights[0].dtype, [len(weight) for weight in weights]
         W = torch.cat([weight.float() for weight in weights])
-        pruned = prune_matrices(W[:, self.order].split(counts), self.R, h, targets, dtype=dtype, **options)
+        matrices = self.wanted(W).split(counts)
+        if solver == "admm":
+            H = self.H[self.order][:, self.order]
+            H.diagonal().add_(damping(H, self.percdamp))
+            matrices, targets = prune_by_admm(matrices, H, targets, row_weights), [(0.0,)] * len(targets)
+        pruned = [(matrix, None) for matrix in matrices]
+        if solver == "obs" or scheme:
+            pruned = prune_matrices(matrices, self.R, h, targets, dtype=dtype, row_weights=row_weights, scheme=scheme,
+                                    **options)
         W_hat = torch.cat([matrix for matrix, _ in pruned])[:, self.back].to(dtype)
         whole, lost = row_energies(W, self.H).split(counts), row_energies(W - W_hat.float(), self.H).split(counts)
         for weight, new in zip(weights, W_hat.split(counts), strict=True):

@@ -34,7 +34,8 @@ def isc_saliency(W, h, u):
     return W**2 * (h + 1 / u**2)
 
 
-SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency}  # each w² times a factor of the column
+# each w² times a factor of the column; with fisher, rows have a factor, too: `row_weights`
+SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency, "fisher": obs_saliency}
 
 
 def smallest(scores, k):
@@ -67,7 +68,8 @@ def prune_matrix(W, R, h, *target, **options):
     return prune_matrices([W], R, h, [target], **options)[0]
 
 
-def prune_matrices(matrices, R, h, targets, blocksize=128, saliency=obs_saliency, scheme=None, dtype=torch.float32):
+def prune_matrices(matrices, R, h, targets, blocksize=128, saliency=obs_saliency, scheme=None, dtype=torch.float32,
+                   row_weights=None):
     """Prune and quantize matrices that read the same input, and let their remaining columns compensate each error.
 
     SparseGPT, algorithm 1. matrices: (out, in) each, float32 or float64; walked together, stacked. R: (in, in) from
@@ -76,14 +78,15 @@ def prune_matrices(matrices, R, h, targets, blocksize=128, saliency=obs_saliency
     prunem > 0, the same for all, instead prunen weights of every prunem consecutive ones of a row, chosen when the
     walk reaches the group. saliency: ranks them, one of SALIENCIES or another that is w² times a factor of the column.
     scheme: a quant.Scheme; every weight that is kept is rounded to a grid found when the walk reaches its columns
-    (GPTQ, arXiv 2210.17323). dtype: in which grid values must be exact.
+    (GPTQ, arXiv 2210.17323). dtype: in which grid values must be exact. row_weights: (rows of all,), factors of the
+    scores of each row.
     Weights that are 0 stay 0, also where that is more than was asked for.
     Returns a list of new matrices (out, in), each with its quant.Grid, None without a scheme.
     Raises ValueError where prunem or the group size does not divide the columns, or neither the other.
 
     Columns that no input reaches (h = 0) are free to prune: they go first, and keep their weights otherwise.
     """
-    walk = _Walk(matrices, R, h, saliency, targets, blocksize, scheme, dtype)
+    walk = _Walk(matrices, R, h, saliency, targets, blocksize, scheme, dtype, row_weights)
     W = walk.run().t()
     if scheme:
         W += 0.0  # −0 of the grid becomes 0
@@ -102,7 +105,7 @@ class _Walk:
     errors over the diagonal of U.
     """
 
-    def __init__(self, matrices, R, h, saliency, targets, blocksize, scheme, dtype):
+    def __init__(self, matrices, R, h, saliency, targets, blocksize, scheme, dtype, row_weights):
         # (in, out) here, where oneDNN multiplies with contiguous rows, else with contiguous columns
         self.rowwise = suits(R, *matrices)
         self.W = torch.cat(matrices).t() if self.rowwise else torch.cat([W.t() for W in matrices], dim=1)
@@ -112,6 +115,7 @@ class _Walk:
         self.R = R
         factors = saliency(torch.ones_like(h)[None], h, 1 / R.diagonal())[0]
         self.factors = factors.masked_fill(h == 0, 0)
+        self.row_weights = row_weights
         stops = list(itertools.accumulate(map(len, matrices)))
         self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
         sparsities, prunens, prunems = zip(*((*target, 0, 0)[:3] for target in targets), strict=True)
@@ -203,6 +207,8 @@ class _Walk:
     def _mark_least(self, mask, start, stop, counts):
         """Set in `mask` the least salient weights of each matrix in columns start … stop − 1, as things are."""
         scores = self.W[start:stop].square().mul_(self.factors[start:stop, None])
+        if self.row_weights is not None:
+            scores.mul_(self.row_weights)
         scores.masked_fill_(self.mask[start:stop], -1)
         for rows, count, n in zip(self.rows, counts, self.prunens, strict=True):
             if self.prunem:

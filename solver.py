@@ -1,0 +1,95 @@
+"""Choose the weights to keep by ADMM and solve those exactly: better layers than one walk over the columns gives.
+
+Notation: W (out, in), W* the weights that are wanted, H (in, in) positive definite; a row w costs
+(w − w*) H (w − w*)ᵀ. All functions here expect columns in the scale in which H has a unit diagonal, W √diag(H).
+"""
+
+import itertools
+
+import torch
+
+from columns import smallest_per_row
+from products import times_transposed
+from walk import smallest
+
+ITERATIONS = 24  # of ADMM
+RAMP = 16  # iterations over which the sparsity rises to what is asked for
+STEPS = 10  # of conjugate gradients
+
+
+def keep_mask(scores, targets, fraction=1.0):
+    """Mark what is kept when the smallest scores of each of several matrices, stacked, are removed.
+
+    scores: (out, in), negative where a weight must go. targets: (rows, sparsity, prunen, prunem) of each matrix, rows
+    a slice of the stack; round(sparsity · numel) weights go, or prunen of every prunem consecutive ones of a row.
+    fraction: of those numbers, in matrices without groups. Returns a mask (out, in).
+    """
+    gone = scores < 0
+    for rows, sparsity, prunen, prunem in targets:
+        part = scores[rows]
+        if prunem:
+            gone[rows] |= smallest_per_row(part.reshape(-1, prunem), prunen).view(part.shape)
+        else:
+            gone[rows] |= smallest(part, round(fraction * round(sparsity * part.numel())))
+    return ~gone
+
+
+def admm_mask(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
+    """Choose the weights to keep by the alternating direction method of multipliers. Returns a mask (out, in).
+
+    W: (out, in), the weights wanted; what is 0 goes first. targets: as in `keep_mask`. row_weights: (out,), what an
+    error in each row counts; it bears on the ranking only, as the rows are independent.
+    With Z the closest weights that are sparse enough and V the multipliers, each iteration sets (ρ = 1)
+    W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
+    1 − (1 − t/ramp)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H + torch.eye(len(H), dtype=H.dtype, device=H.device)))
+    importance = 1.0 if row_weights is None else row_weights.sqrt()[:, None]
+    wanted, S = W, W  # S = W + V
+    for t in range(1, iterations + 1):
+        scores = (S.abs() * importance).masked_fill_(W == 0, -1)
+        keep = keep_mask(scores, targets, 1 - (1 - min(t / ramp, 1)) ** 3)
+        if t < iterations:
+            Z = S * keep
+            V = S - Z
+            S = V + wanted + times_transposed(Z - V - wanted, inverse)  # (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
+    return keep
+
+
+def solve_on_support(W, wanted, H, keep, steps=STEPS):
+    """Solve min (w − w*) H (w − w*)ᵀ over the kept weights of each row, by conjugate gradients from W on.
+
+    W, wanted: (out, in). keep: mask (out, in). All rows at once; with the unit diagonal of H, plain conjugate
+    gradients are those preconditioned by Jacobi. ALPS (arXiv 2406.07831), section 3.3. Returns (out, in).
+    """
+    W = W * keep
+    residual = times_transposed(wanted - W, H) * keep
+    direction, energy = residual, residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        image = times_transposed(direction, H) * keep
+        length = _quotient(energy, (direction * image).sum(1, keepdim=True))
+        W = W + length * direction
+        residual = residual - length * image
+        before, energy = energy, residual.square().sum(1, keepdim=True)
+        direction = residual + _quotient(energy, before) * direction
+    return W
+
+
+def _quotient(a, b):
+    return torch.where(b > 0, a / b, 0)  # a row that is solved has nothing left
+
+
+def prune_by_admm(matrices, H, targets, row_weights=None):
+    """Prune matrices that read the same input, stacked: masks by `admm_mask`, then `solve_on_support`.
+
+    matrices: list of (out, in), the weights wanted; what is 0 stays 0. H: (in, in), damped. targets: (sparsity, prunen,
+    prunem) of each, the latter two 0 where left out. row_weights: (rows of all,). Returns a list like `matrices`.
+    """
+    scale = H.diagonal().sqrt()
+    H, W = H / scale / scale[:, None], torch.cat(matrices) * scale
+    counts = [len(matrix) for matrix in matrices]
+    stops = list(itertools.accumulate(counts))
+    stacked = [(slice(stop - count, stop), *(*target, 0, 0)[:3])
+               for stop, count, target in zip(stops, counts, targets, strict=True)]
+    keep = admm_mask(W, H, stacked, row_weights)
+    return (solve_on_support(W, W, H, keep) / scale).masked_fill_(~keep, 0).split(counts)
