@@ -202,7 +202,7 @@ class SparseGPT:
         W = torch.cat([weight.float() for weight in weights])
         matrices = self.wanted(W).split(counts)
         if solver == "admm":
-            H = self.H[self.order][:, self.order]
+            H = self.H[self.order][:, self.order].clone()
             H.diagonal().add_(damping(H, self.percdamp))
             matrices, targets = prune_by_admm(matrices, H, targets, row_weights), [(0.0,)] * len(targets)
         pruned = [(matrix, None) for matrix in matrices]

@@ -7,23 +7,29 @@ from conftest import CPU, VOCABULARY, make
 
 import distributed
 from evaluate import perplexity
+from importance import global_plan, inverse_diagonals
 from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
 from report import Clock
-from sensitivity import hessian_traces
+from sensitivity import hessian_traces, output_gradients
 
 
-def made(name, true_sequential, wbits):
+def made(name, true_sequential, wbits, best=False):
     """Return traces, weights, outcomes and perplexity of a tiny model, as this process has them."""
     family, model = make(name)
     tokens = torch.randint(0, VOCABULARY, (7, 24), generator=torch.Generator().manual_seed(1))
     selected = select(model, family, 0, -1, 0, 1000, "", False)
     traces = [hessian_traces(model, family, list(selected), tokens, estimator, seed=1, nprobes=1, batch_size=2,
                              device=CPU) for estimator in ("hutchinson", "fisher")]
-    plan = make_plan(selected, Target(0.5))
+    plan, options = make_plan(selected, Target(0.5)), {"saliency": "isc"}
+    if best:
+        gradients = output_gradients(model, family, list(selected), tokens, seed=1, batch_size=2, device=CPU)
+        diagonals = inverse_diagonals(model, family, list(selected), tokens, 0.01, 2, CPU, Clock(CPU))
+        plan = global_plan(model, family, selected, gradients, diagonals, 0.5, 0.15)
+        options = {"saliency": "fisher", "solver": "admm", "to_dense": True, "row_weights": gradients}
     outcomes = prune_sparsegpt(
-        model, family, plan, tokens, saliency="isc", blocksize=16, percdamp=0.01, true_sequential=true_sequential,
-        batch_size=2, device=CPU, clock=Clock(CPU), scheme=Scheme(wbits) if wbits < 16 else None)
+        model, family, plan, tokens, blocksize=16, percdamp=0.01, true_sequential=true_sequential,
+        batch_size=2, device=CPU, clock=Clock(CPU), scheme=Scheme(wbits) if wbits < 16 else None, **options)
     return {"traces": traces, "state": model.state_dict(),
             "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
                          for key, outcome in outcomes.items()},
@@ -33,5 +39,6 @@ def made(name, true_sequential, wbits):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with distributed.joined(CPU):
-        results = {case: made(*case) for case in [("llama", True, 16), ("opt", False, 4), ("bloom", True, 4)]}
+        results = {case: made(*case) for case in [("llama", True, 16), ("opt", False, 4), ("bloom", True, 4),
+                                                     ("llama", True, 16, True)]}
         torch.save(results, f"{sys.argv[1]}/{distributed.world()}-{distributed.rank()}")

@@ -163,10 +163,42 @@ def test_mixgpt_meets_the_total_in_the_saved_weights(name, options, checkpoint_f
     ({"sparsity_way": "layer-level"}, "SparseGPT (layer-level by hutchinson)"),
     ({"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}, "MixGPT (weight-level by fisher)"),
     ({"sparsity_way": "weight-level", "gmp": True}, "magnitude (weight-level by hutchinson)"),
-    ({"sparsity_way": "origin"}, "SparseGPT"),
+    ({"sparsity_way": "origin"}, "SparseGPT"), ({"saliency": "fisher"}, "SparseGPT (fisher)"),
+    ({"sparsity_way": "global", "saliency": "fisher", "solver": "admm", "target": "dense", "wbits": 4},
+     "ADMM (global, fisher, dense target) + 4 bit"),
+    ({"target": "dense", "wbits": 4, "sparsity": 0}, "GPTQ 4 bit (dense target)"),
+    ({"sparsity_way": "global", "saliency": "fisher", "gmp": True}, "magnitude (global)"),
 ])
 def test_a_recipe_is_named_by_its_choices(options, name):
     assert Settings("model", "c4", **{"sparsity": 0.5} | options).method == name
+
+
+@pytest.mark.parametrize("preset, amount, expected", [
+    ("sparsegpt", ["--sparsity", ".5"], {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs"}),
+    ("mixgpt", ["--sparsity", ".5"], {"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}),
+    ("best", ["--sparsity", ".5"], {"sparsity_way": "global", "saliency": "fisher", "solver": "admm",
+                                    "target": "dense", "alpha": 0.15}),
+    ("best", ["--prunen", "2", "--prunem", "4"], {"sparsity_way": "uniform", "solver": "admm", "target": "dense"}),
+    ("best", ["--sparsity", ".5", "--alpha", ".2", "--solver", "obs", "--wbits", "4"],
+     {"alpha": 0.2, "solver": "obs", "saliency": "fisher"}),
+])
+def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected, checkpoint_folder, tmp_path):
+    made = []
+    for number, flags in enumerate([["--preset", preset], [part for name, value in expected.items()
+                                                           for part in (f"--{name}", str(value))]]):
+        folder = tmp_path / str(number)
+        flags += ["--alpha", ".15"] if number and preset == "best" and "--alpha" not in [*flags, *amount] else []
+        flags += ["--target", "dense"] if number and "obs" in amount else []
+        flags += ["--sparsity_way", "global"] if number and "obs" in amount else []
+        assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *amount, *flags, *SMALL,
+                   "--save", folder) == 0
+        made.append(folder)
+    records = [json.loads((folder / "mixgpt.json").read_text()) for folder in made]
+    assert expected.items() <= records[0]["settings"].items() and records[0]["settings"]["preset"] == preset
+    assert records[0]["matrices"] == records[1]["matrices"]
+    assert records[0]["sparsity"] == pytest.approx(0.5, abs=1e-5)
+    for key, tensor in saved_tensors(made[0]).items():
+        assert torch.equal(tensor, saved_tensors(made[1])[key]), key
 
 
 def test_mixed_n_to_m_tells_how_close_whole_n_come(checkpoint_folder, tmp_path, capsys):
@@ -333,6 +365,17 @@ BAD = {
         "--sparsity_way weight-level: needs --sparsity or --prunen and --prunem"),
     "unknown way": (
         "{opt} builtin --sparsity .5 --sparsity_way best", "argument --sparsity_way: invalid choice: 'best'"),
+    "unknown preset": ("{opt} builtin --sparsity .5 --preset worst", "argument --preset: invalid choice: 'worst'"),
+    "preset of nothing": ("{opt} builtin --preset best", "--preset best: needs --sparsity or --prunen and --prunem"),
+    "threshold for n:m": (
+        "{opt} builtin --prunen 2 --prunem 4 --sparsity_way global", "--sparsity_way global: gives each matrix a"),
+    "solver without calibration": ("{opt} builtin --sparsity .5 --gmp --solver admm", "--solver admm: needs calibration"),
+    "target without calibration": (
+        "{opt} builtin --wbits 4 --nearest --target dense", "--target dense: needs calibration"),
+    "solver of nothing to prune": (
+        "{opt} builtin --wbits 4 --solver admm", "--solver admm: chooses what to prune, needs --sparsity"),
+    "isc without a walk": (
+        "{opt} builtin --sparsity .5 --solver admm --saliency isc", "--saliency isc: ranks weights in the walk of"),
     "unknown saliency": ("{opt} builtin --sparsity .5 --saliency l1", "argument --saliency: invalid choice: 'l1'"),
     "alpha": ("{opt} builtin --sparsity .5 --alpha -1", "--alpha -1: must lie between 0 and 1"),
     "no probes": ("{opt} builtin --sparsity .5 --nprobes 0", "--nprobes 0: must be at least 1"),

@@ -83,6 +83,46 @@ def test_true_sequential_calibrates_each_linear_on_the_pruned_ones_before(tiny, 
                                                       strict=True))
 
 
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_the_dense_target_is_that_of_the_dense_models_inputs(tiny, tokens, true_sequential):
+    family, model = tiny
+    reference, dense = copy.deepcopy(model), copy.deepcopy(model)
+    sparsegpt(model, family, plan_of(model, family), tokens, to_dense=True, true_sequential=true_sequential)
+    names = list(linears(family.layers_of(model)[0]))
+    for index in range(3):
+        for step in ([[name] for name in names] if true_sequential else [names]):
+            layers = [linears(family.layers_of(each)[index]) for each in (reference, dense)]
+            inputs = [inputs_of(each, [layer[name] for name in step], tokens)
+                      for each, layer in zip((reference, dense), layers, strict=True)]
+            for name in step:
+                X, X_dense = (every[layer[name]].double() for every, layer in zip(inputs, layers, strict=True))
+                H = 2 / len(tokens) * X.T @ X
+                R, _ = factor(H)
+                W, ridge = layers[0][name].weight, (0.01 * H.diagonal().mean() * len(tokens) / 2).sqrt()
+                wanted = torch.linalg.lstsq(
+                    torch.cat([X, ridge * torch.eye(len(H))]),
+                    torch.cat([(X + X_dense) / 2 @ W.double().T, ridge * W.double().T])).solution.T
+                with torch.no_grad():
+                    W.copy_(prune_matrix(wanted, R, H.diagonal(), 0.5, blocksize=16)[0])
+    differing = total = 0
+    for key, W in weights(model, family).items():
+        assert torch.allclose(W, weights(reference, family)[key], atol=2e-3) or true_sequential, key
+        differing += ((W == 0) != (weights(reference, family)[key] == 0)).sum().item()
+        total += W.numel()
+    assert differing <= 2e-3 * total
+
+
+def test_admm_and_the_dense_target_beat_sparsegpt_on_a_trained_model(trained_model):
+    family, model, test, calibration = trained_model
+    best, plan = copy.deepcopy(model), plan_of(model, family)
+    walked = sparsegpt(model, family, plan, calibration, batch_size=8)
+    solved = sparsegpt(best, family, plan, calibration, batch_size=8, solver="admm", to_dense=True)
+    assert sum(o.error for o in solved.values()) < 0.75 * sum(o.error for o in walked.values())
+    assert evaluate.perplexity(best, family, test, 8, CPU) < evaluate.perplexity(model, family, test, 8, CPU)
+    for W in weights(best, family).values():
+        assert (W == 0).sum() == round(0.5 * W.numel())
+
+
 @pytest.mark.parametrize("target", [Target(0.5), Target(0.37), Target(0.5, 2, 4), Target(0.25, 2, 8)])
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_every_matrix_meets_its_target_to_the_weight(tiny, tokens, target, magnitude):

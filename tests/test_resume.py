@@ -49,6 +49,8 @@ SPARSEGPT = [{"forward"}, CALIBRATION, {"finish"}, {"finish"}, {"half a file"}, 
 SCENARIOS = {
     "opt": Scenario("opt", ["--sparsity", ".5"], [{"load"}, *SPARSEGPT]),
     "opt, in memory": Scenario("opt", ["--sparsity", ".5", "--wbits", "4"], SPARSEGPT[1:6], pickled=True),
+    "llama, best": Scenario("llama", ["--preset", "best", "--sparsity", ".5"],
+                            [{"gradients", "allocation"}, CALIBRATION | {"admm"}, CALIBRATION | {"admm"}, {"finish"}]),
     "opt, magnitude": Scenario("opt", ["--sparsity", ".5", "--gmp", "--wbits", "3"],
                                [{"finish"}, {"finish"}, {"finish"}, {"complete"}, {"evaluation"}, {"end"}]),
     "llama, mixed": Scenario("llama", [*MIXED, "--wbits", "4"], [{"sensitivity"}, {"traces"}, {"traces"}, {"traces"},

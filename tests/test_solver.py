@@ -1,0 +1,137 @@
+"""Check masks by ADMM and the solution for the kept weights against exact least squares and the walk."""
+
+import pytest
+import torch
+
+from quant import Scheme
+from solver import admm_mask, keep_mask, prune_by_admm, solve_on_support
+from sparsegpt import SparseGPT, factor, relative_error
+from walk import obs_saliency, prune_matrices
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def problem():
+    """Weights (24, 32), and inputs as those of language models: correlated, of very different scales."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(400, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    X = X * torch.randn(32, generator=generator).exp()
+    return torch.randn(24, 32, generator=generator).double(), X.double()
+
+
+def normalised(X, percdamp=0.01):
+    H = X.T @ X / len(X)
+    H.diagonal().add_(percdamp * H.diagonal().mean())
+    scale = H.diagonal().sqrt()
+    return H / scale / scale[:, None], scale
+
+
+def test_conjugate_gradients_find_the_least_squares_solution_of_every_row(problem):
+    W, X = problem
+    H, _ = normalised(X)
+    keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    keep[0], keep[1] = False, True  # a row that is removed, and one that stays as it is
+    found = solve_on_support(W, W, H, keep, steps=60)
+    assert torch.equal(found == 0, ~keep)
+    for row, wanted, kept in zip(found, W, keep, strict=True):
+        exact = torch.linalg.solve(H[kept][:, kept], H[kept] @ wanted)
+        assert torch.allclose(row[kept], exact, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("target, ratio", [((0.5,), 0.85), ((0.7,), 0.75), ((0.5, 2, 4), 0.85)])
+def test_layers_err_less_than_after_the_walk(problem, target, ratio):
+    W, X = problem
+    H = X.T @ X / len(X)
+    R, _ = factor(H)
+    walked = prune_matrices([W], R, H.diagonal(), [target])[0][0]
+    damped = H.clone()
+    damped.diagonal().add_(0.01 * H.diagonal().mean())
+    solved, = prune_by_admm([W], damped, [target])
+    assert (solved == 0).sum() == round(target[0] * W.numel())
+    assert relative_error(W, solved, H) < ratio * relative_error(W, walked, H)
+
+
+@pytest.mark.parametrize("sparsity", [0.37, 0.5, 0.999, 0.0])
+def test_each_matrix_of_a_stack_meets_its_own_target(problem, sparsity):
+    W, X = problem
+    H, _ = normalised(X)
+    parts = prune_by_admm([W[:7], W[7:]], H, [(sparsity,), (0.25, 1, 4)])
+    assert (parts[0] == 0).sum() == round(sparsity * 7 * 32)
+    assert ((parts[1] == 0).view(-1, 4).sum(1) == 1).all()
+    alone, = prune_by_admm([W[:7]], H, [(sparsity,)])
+    assert torch.allclose(parts[0], alone)
+
+
+def test_weights_that_are_zero_stay_zero_also_beyond_the_target(problem):
+    W, X = problem
+    H, _ = normalised(X)
+    W = W.masked_fill(torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.6, 0)
+    pruned, = prune_by_admm([W], H, [(0.5,)])
+    assert torch.equal(pruned == 0, W == 0)
+    pruned, = prune_by_admm([W], H, [(0.75,)])
+    assert (pruned == 0).sum() == round(0.75 * W.numel()) and (pruned[W == 0] == 0).all()
+    pruned, = prune_by_admm([W], H, [(0.5, 2, 4)])
+    assert ((pruned == 0).view(-1, 4).sum(1) == (W == 0).view(-1, 4).sum(1).clamp_min(2)).all()
+
+
+@pytest.mark.parametrize("solver", ["obs", "admm"])
+def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(problem, solver):
+    W, X = problem
+    weights = torch.ones(24)
+    weights[:12] = 16.0
+    hessian = SparseGPT(32, 4, CPU)
+    hessian.add_batch(X.float())
+    hessian.factor(0.01)
+    plain, weighted, scaled = W.float(), W.float(), W.float()
+    hessian.prune([plain], [(0.5,)], solver=solver)
+    hessian.prune([weighted], [(0.5,)], solver=solver, row_weights=weights)
+    assert (weighted[:12] != 0).sum() > (plain[:12] != 0).sum() + 12
+    scaled *= weights.sqrt()[:, None]  # the same problem, told by the weights
+    hessian.prune([scaled], [(0.5,)], solver=solver)
+    assert torch.allclose(scaled / weights.sqrt()[:, None], weighted, atol=1e-3)
+
+
+def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [2.0, -1.0, 9.0, 4.0]])
+    keep = keep_mask(scores, [(slice(0, 1), 0.5, 0, 0), (slice(1, 2), 0.5, 2, 4)])
+    assert keep[0].sum() == 2 and keep[0, 0] and not keep[0, 1]
+    assert keep[1].tolist() == [False, False, True, True]
+
+
+def test_sparsity_rises_until_it_is_met(problem):
+    W, X = problem
+    H, _ = normalised(X)
+    kept = [admm_mask(W, H, [(slice(0, 24), 0.5, 0, 0)], iterations=t).sum().item() for t in (1, 4, 16, 24)]
+    assert kept == sorted(kept, reverse=True) and kept[-2:] == [12 * 32, 12 * 32]
+
+
+@pytest.mark.parametrize("solver, scheme", [("obs", None), ("admm", None), ("admm", "grid")])
+def test_columns_without_input_are_free_to_prune(problem, solver, scheme):
+    W, X = problem
+    X = X.float().clone()
+    X[:, 3] = 0
+    hessian = SparseGPT(32, 4, CPU)
+    hessian.add_batch(X, X + 0.01)
+    hessian.factor(0.01)
+    weight = W.float()
+    (error, grid), = hessian.prune([weight], [(0.5,)], solver=solver, scheme=Scheme(4) if scheme else None,
+                                   saliency=obs_saliency)
+    assert weight.isfinite().all() and (weight[:, 3] == 0).all() and (weight == 0).sum() >= 12 * 32
+    assert (grid is None) == (scheme is None)
+    assert scheme is None or torch.equal(grid.weights(grid.codes(weight)), weight)
+
+
+def test_the_dense_target_is_the_ridge_solution_for_the_mean_of_both_outputs(problem):
+    W, dense = problem
+    X = dense + 2 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    hessian = SparseGPT(32, 4, CPU)
+    for half in (slice(0, 150), slice(150, 400)):
+        hessian.add_batch(X[half].float(), dense[half].float())
+    hessian.factor(0.01)
+    ridge = (0.01 * hessian.H.diagonal().mean().double()).sqrt()
+    inputs = torch.cat([(2 / 4) ** 0.5 * X, ridge * torch.eye(32, dtype=torch.float64)])
+    outputs = torch.cat([(2 / 4) ** 0.5 * (X + dense) / 2 @ W.T, ridge * W.T])
+    exact = torch.linalg.lstsq(inputs, outputs).solution.T
+    assert torch.allclose(hessian.wanted(W.float()).double(), exact, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(exact, W, atol=0.05)
