@@ -247,10 +247,12 @@ def _collect(layer, index, stream, dense, groups, nsequences, clock):
         for rows in stream.batches():
             if dense:
                 with hooked({module: inputs[module].append for module in hessians}):
-                    dense.hidden[rows] = dense.forward(layer, index, rows)
+                    output = dense.forward(layer, index, rows)
             if groups:
                 with hooked({module: partial(read, module) for module in hessians}):
                     stream.forward(layer, index, rows)
+            if dense:
+                dense.hidden[rows] = output  # not before: a linear may read the hidden states themselves
     return dict(zip(groups, hessians.values(), strict=True))
 
 

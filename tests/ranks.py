@@ -14,7 +14,7 @@ from report import Clock
 from sensitivity import hessian_traces, output_gradients
 
 
-def made(name, true_sequential, wbits, best=False):
+def made(name, true_sequential, wbits, best=None):
     """Return traces, weights, outcomes and perplexity of a tiny model, as this process has them."""
     family, model = make(name)
     tokens = torch.randint(0, VOCABULARY, (7, 24), generator=torch.Generator().manual_seed(1))
@@ -40,5 +40,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with distributed.joined(CPU):
         results = {case: made(*case) for case in [("llama", True, 16), ("opt", False, 4), ("bloom", True, 4),
-                                                     ("llama", True, 16, True)]}
+                                                     ("llama", True, 16, "best")]}
         torch.save(results, f"{sys.argv[1]}/{distributed.world()}-{distributed.rank()}")

@@ -196,7 +196,8 @@ def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expec
     records = [json.loads((folder / "mixgpt.json").read_text()) for folder in made]
     assert expected.items() <= records[0]["settings"].items() and records[0]["settings"]["preset"] == preset
     assert records[0]["matrices"] == records[1]["matrices"]
-    assert records[0]["sparsity"] == pytest.approx(0.5, abs=1e-5)
+    if "--wbits" not in amount and preset != "mixgpt":  # rounding makes more zeros, ranks each matrix its own fraction
+        assert records[0]["sparsity"] == pytest.approx(0.5, abs=1e-5)
     for key, tensor in saved_tensors(made[0]).items():
         assert torch.equal(tensor, saved_tensors(made[1])[key]), key
 
