@@ -370,7 +370,8 @@ BAD = {
     "preset of nothing": ("{opt} builtin --preset best", "--preset best: needs --sparsity or --prunen and --prunem"),
     "threshold for n:m": (
         "{opt} builtin --prunen 2 --prunem 4 --sparsity_way global", "--sparsity_way global: gives each matrix a"),
-    "solver without calibration": ("{opt} builtin --sparsity .5 --gmp --solver admm", "--solver admm: needs calibration"),
+    "solver without calibration": (
+        "{opt} builtin --sparsity .5 --gmp --solver admm", "--solver admm: needs calibration"),
     "target without calibration": (
         "{opt} builtin --wbits 4 --nearest --target dense", "--target dense: needs calibration"),
     "solver of nothing to prune": (
