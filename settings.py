@@ -23,9 +23,9 @@ PRESETS = {  # whole recipes; a flag that is given overrides them
 
 
 def recipe(preset, prunem=0):
-    """Return the options of a preset; in n:m, where all matrices are alike, it has no threshold."""
-    options = PRESETS[preset]
-    return options | {"sparsity_way": "uniform"} if prunem and options["sparsity_way"] == "global" else options
+    """Return the options of a preset; in n:m all matrices and rows are alike, so that nothing weighs them there."""
+    alike = {"sparsity_way": "uniform", "saliency": "obs"} if prunem and preset == "best" else {}
+    return PRESETS[preset] | alike
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ python benchmarks/accuracy.py FILE c4 --data-dir DIR --output choice.json --held
 
 A run that was interrupted goes on when it is started again; methods, targets and seeds can be added (what was changed
 since is measured again where its cells are removed from the file). Peers are
-magnitude, Wanda, OWL (with Wanda's mask, and with the walk here) and the textbook's SparseGPT; sparsegpt and mixgpt are
-the recipes of this project. With n:m OWL is left out: its paper mixes several n, here every method prunes the same.
+magnitude, Wanda, OWL (with Wanda's mask, and with the walk here) and the textbook's SparseGPT; sparsegpt, mixgpt and
+best are the presets of this project. With n:m OWL is left out: its paper mixes several n, here every method prunes the same.
 Seconds are those of pruning with the sensitivities or outliers it rests on, which are measured once per seed.
 """
 
@@ -32,17 +32,20 @@ import checkpoint
 import datautils
 from errors import InputError
 from evaluate import measure_sparsity, perplexity
+from importance import global_plan, inverse_diagonals
 from modelutils import SCRIPTS
 from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
 from quant import Scheme
 from report import Clock, total_sparsity
-from sensitivity import hessian_traces
+from sensitivity import hessian_traces, output_gradients
+from settings import PRESETS
 from traces import Traces, matrices_of
 from weights import digest, fingerprint
 
 TARGETS = {"50%": (Target(0.5), None), "60%": (Target(0.6), None), "70%": (Target(0.7), None),
            "2:4": (Target(0.5, 2, 4), None), "50%+4bit": (Target(0.5), Scheme(4))}
 ALPHA = 0.1  # of mixgpt, the paper's
+PERCDAMP = 0.01
 
 
 class Calibration:
@@ -66,6 +69,14 @@ class Calibration:
         return Traces("fisher", shapes, samples).sensitivity
 
     @cached_property
+    def weights(self):
+        """What the errors of outputs and the inputs of every matrix weigh in the loss."""
+        given = self.model, self.family, list(self.selected), self.tokens
+        with self.clock.part("threshold"):
+            gradients = output_gradients(*given, seed=self.seed, batch_size=self.batch_size, device=self.device)
+            return gradients, inverse_diagonals(*given, PERCDAMP, self.batch_size, self.device, Clock(self.device))
+
+    @cached_property
     def outliers(self):
         """OWL's outlier ratio of every layer."""
         with self.clock.part("owl"):
@@ -78,6 +89,13 @@ def uniform(calibration, target):
 
 def mixed(calibration, target):
     return make_plan(calibration.selected, target, "weight-level", calibration.sensitivity, ALPHA)
+
+
+def threshold(calibration, target):
+    if target.prunem:
+        return uniform(calibration, target)
+    return global_plan(calibration.model, calibration.family, calibration.selected, *calibration.weights,
+                       target.sparsity, PRESETS["best"]["alpha"])
 
 
 def owl(calibration, target):
@@ -101,9 +119,15 @@ def by_textbook(calibration, model, plan, scheme):
 
 
 def by_walk(calibration, model, plan, scheme, **options):
-    defaults = {"saliency": "obs", "blocksize": 128, "percdamp": 0.01, "true_sequential": True}
+    defaults = {"saliency": "obs", "blocksize": 128, "percdamp": PERCDAMP, "true_sequential": True}
     prune_sparsegpt(model, calibration.family, plan, calibration.tokens, batch_size=calibration.batch_size,
                     device=calibration.device, clock=Clock(calibration.device), scheme=scheme, **defaults | options)
+
+
+def by_admm(calibration, model, plan, scheme):
+    prunem = next(iter(plan.values())).prunem
+    by_walk(calibration, model, plan, scheme, solver="admm", to_dense=True,
+            row_weights=None if prunem else calibration.weights[0])
 
 
 @dataclass(frozen=True)
@@ -122,6 +146,7 @@ METHODS = {
     "owl-sparsegpt": Method(owl, by_walk),
     "sparsegpt": Method(uniform, by_walk),
     "mixgpt": Method(mixed, partial(by_walk, saliency="isc")),
+    "best": Method(threshold, by_admm),
 }
 
 
