@@ -6,7 +6,7 @@ python benchmarks/accuracy.py FILE c4 --data-dir DIR --output choice.json --held
 A run that was interrupted goes on when it is started again; methods, targets and seeds can be added (what was changed
 since is measured again where its cells are removed from the file). Peers are
 magnitude, Wanda, OWL (with Wanda's mask, and with the walk here) and the textbook's SparseGPT; sparsegpt, mixgpt and
-best are the presets of this project. With n:m OWL is left out: its paper mixes several n, here every method prunes the same.
+best are the presets of this project. With n:m OWL is left out: its paper mixes several n, here all prune the same.
 Seconds are those of pruning with the sensitivities or outliers it rests on, which are measured once per seed.
 """
 
