@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
 
 from errors import InputError
 
@@ -33,8 +33,8 @@ def draw(path, traces, plan):
     kinds = list(dict.fromkeys(name for _, name in traces.shapes))
     sensitivity = traces.sensitivity
     errors = dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True))
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=[3, 2])
+    figure = Figure(figsize=(11, 12), layout="constrained")
+    grid = figure.add_gridspec(3, 2, width_ratios=[3, 2])
 
     by_layer = figure.add_subplot(grid[0, 0])
     for kind in kinds:
@@ -43,6 +43,7 @@ def draw(path, traces, plan):
                           label=kind.rpartition(".")[2], marker=".", linewidth=1, elinewidth=0.5)
     by_layer.set(xlabel="layer", ylabel="trace per weight", title=f"Sensitivity by layer ({traces.estimator})")
     by_layer.set_yscale("log" if all(value > 0 for value in sensitivity.values()) else "linear")
+    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_layer.legend(fontsize=8, ncols=2)
 
     by_kind = figure.add_subplot(grid[0, 1])
@@ -53,15 +54,25 @@ def draw(path, traces, plan):
     by_kind.locator_params(axis="x", nbins=4)
     by_kind.set(xlabel="trace per weight, mean over layers", title="Sensitivity by matrix kind")
 
-    heat = figure.add_subplot(grid[1, :])
-    values = torch.full((len(kinds), len(layers)), float("nan"))
-    for (layer, name), target in plan.items():
-        values[kinds.index(name), layers.index(layer)] = target.sparsity
-    image = heat.imshow(values.numpy(), aspect="auto", cmap="viridis")
-    heat.set(xlabel="layer", title="Sparsity assigned", yticks=range(len(kinds)),
-             yticklabels=[kind.rpartition(".")[2] for kind in kinds])
-    figure.colorbar(image, ax=heat, label="fraction of weights pruned")
+    positive = {key: value for key, value in sensitivity.items() if value > 0}  # hutchinson's noise can exceed a trace
+    _heat_map(figure.add_subplot(grid[1, :]), positive, kinds, layers, title="Sensitivity", label="trace per weight",
+              norm="log" if positive else None)
+    sparsities = {key: target.sparsity for key, target in plan.items()}
+    _heat_map(figure.add_subplot(grid[2, :]), sparsities, kinds, layers, title="Sparsity assigned",
+              label="fraction of weights pruned")
     _write(figure, path, "; the traces are kept")
+
+
+def _heat_map(axis, values, kinds, layers, *, title, label, norm=None):
+    """Show {(layer, name): value} as colours, kinds of matrices against layers; what is missing stays blank."""
+    grid = torch.full((len(kinds), len(layers)), float("nan"))
+    for (layer, name), value in values.items():
+        grid[kinds.index(name), layers.index(layer)] = value
+    image = axis.imshow(grid.numpy(), aspect="auto", cmap="viridis", norm=norm)
+    axis.set(xlabel="layer", title=title, yticks=range(len(kinds)),
+             yticklabels=[kind.rpartition(".")[2] for kind in kinds])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.figure.colorbar(image, ax=axis, label=label)
 
 
 def draw_tradeoff(path, panels):
@@ -99,11 +110,12 @@ def _tradeoff(axis, dense, series, methods):
                       marker="osD^vP*X"[number % 8], markersize=5, capsize=3)
     if dense is not None:
         axis.axhline(dense, label="dense", color="black", linestyle="--", linewidth=1)
-    low, high = axis.get_ylim()
+    low, high = axis.dataLim.intervaly  # the limits of the axis have a margin, which may reach below 0
     if low > 0 and high > 5 * low:
         axis.set_yscale("log")
-    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        ticks("{x:g}")
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.yaxis.set_minor_formatter("{x:,g}" if high < 50 * low else NullFormatter())  # they would overlap
+    axis.xaxis.set_major_locator(MultipleLocator(0.1))
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.grid(alpha=0.3)
 

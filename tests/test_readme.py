@@ -1,0 +1,238 @@
+"""Run every command of README.md on tiny stand-ins, and compare its flags with those that there are.
+
+A command that cannot run here says so in its line: it "needs the hub", "a GPU", "several GPUs" or "an account".
+"""
+
+import argparse
+import gzip
+import importlib
+import importlib.metadata
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.requirements import Requirement
+from torch.distributed.run import get_args_parser
+
+import pipeline
+import settings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+VERBS = ("python", "pip", "make", "torchrun", "wandb", "jupyter", "git")
+MARK = re.compile(r"needs (the hub|a GPU|several GPUs|an account)")
+# What the commands name -> the tiny model of conftest.py that stands there as a folder.
+MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "facebook/opt-350m": "opt-350m",
+          "meta-llama/Llama-2-7b-hf": "llama", "mistralai/Mistral-7B-v0.1": "mistral", "Qwen/Qwen2.5-0.5B": "qwen2",
+          "Qwen/Qwen3-0.6B": "qwen3", "HuggingFaceTB/SmolLM2-135M": "llama",
+          "HuggingFaceTB/SmolLM2-135M-Instruct": "llama", "bigscience/bloom-560m": "bloom",
+          "baichuan-inc/Baichuan2-7B-Base": "baichuan-7b", "baichuan-inc/Baichuan-13B-Base": "baichuan-13b"}
+LESS = {"benchmarks/accuracy.py": ("--methods", "magnitude", "wanda", "--targets", "50%", "--seeds", "0")}
+SCRIPTS = [path for path in sorted((*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")))
+           if '__name__ == "__main__"' in path.read_text()]
+
+
+def commands(text):
+    """Yield (command, line) for each line of a sh block, and for what starts with a verb in other code.
+
+    line: where it stands, with the marks that it has. A line that ends in a backslash goes on in the next; of a loop
+    the commands are given once, with the first value.
+    """
+    fence, values = None, {}
+    verb = re.compile(rf"(?:{'|'.join(VERBS)}) ")
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith("```"):
+            fence = None if fence is not None else line[3:]
+        elif loop := re.match(r" *for (\w+) in (\S+) .*; do$", line):
+            values[loop[1]] = loop[2]
+        elif line.strip() == "done":
+            values.clear()
+        elif fence == "sh" and line.strip() and not line.startswith("#") or (
+                (fence is not None or line.startswith("    ")) and verb.match(line.strip().removeprefix("$ "))):
+            yield re.sub(r"\$(\w+)", lambda name: values[name[1]], line.strip().removeprefix("$ ")), line
+        elif fence is None:
+            yield from ((span, line) for span in re.findall(r"`([^`]+)`", line) if verb.match(span))
+
+
+COMMANDS = list(dict.fromkeys(commands(README)))
+TO_RUN = list(dict.fromkeys(command for command, line in COMMANDS if not MARK.search(line)))
+
+
+def flags_of(path):
+    """Return the flags that a script takes."""
+    found = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text()))
+    if "FAMILY = " in path.read_text():
+        found |= {flag for options in settings.OPTIONS.values() for flag, *_ in options}
+    return found
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Give a folder with a few lines of every dataset, named as README says."""
+    folder = tmp_path_factory.mktemp("texts")
+    lines = [f"The {number} sheep of the village graze on the hill behind the mill all day ." for number in range(9)]
+    for split in ("train", "valid", "test"):
+        (folder / f"wiki.{split}.raw").write_text("\n".join(lines))
+        (folder / f"ptb.{split}.txt").write_text("\n".join(lines))
+    for name in ("c4-train.00000-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"):
+        with gzip.open(folder / name, "wt") as file:
+            file.writelines(json.dumps({"text": " ".join(lines)}) + "\n" for _ in range(4))
+    return folder
+
+
+@pytest.fixture
+def workplace(checkpoint_folder, texts, tmp_path, monkeypatch):
+    """Go to a folder with all that the commands name: models, texts and the files of this repository."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of which tiny models have no use for more
+    for name, kind in MODELS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(checkpoint_folder(kind))
+    shutil.copytree(texts, "texts")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for path in (*ROOT.glob("*.txt"), *ROOT.glob("*.yaml"), ROOT / "Makefile"):
+        (tmp_path / path.name).symlink_to(path)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_script(name, *arguments):
+    """Run a script in this process, a family's on little text. Returns the exit status."""
+    path = ROOT / name
+    assert path in SCRIPTS, name
+    script = importlib.import_module(path.stem)
+    data = [] if "--data-dir" in arguments else ["--data-dir", "texts"]
+    small = ["--nsamples", "2", "--seqlen", "32", "--device", "cpu", *data]
+    try:
+        if hasattr(script, "FAMILY"):
+            return pipeline.main(script.FAMILY, [*arguments, *small])
+        return script.main([*arguments, *LESS.get(name, ()), *(small if path.parent != ROOT else ())])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def run_torchrun(*words):
+    """Check the options of torchrun, and run the script in one process."""
+    given = get_args_parser().parse_args(words)
+    return run_script(given.training_script, *given.training_script_args)
+
+
+def pip_options():
+    """Return a parser of those options of pip that README uses."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag in ("-d", "--find-links"):
+        parser.add_argument(flag)
+    for flag in ("--no-index", "--upgrade"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("-r", action="append", default=[])
+    parser.add_argument("names", nargs="*")
+    return parser
+
+
+def run_pip(verb, *words):
+    """Check the options, and that what is installed satisfies what is asked for. Returns the exit status."""
+    given = pip_options().parse_args(words)
+    lines = given.names + [line for name in given.r for line in Path(name).read_text().splitlines()]
+    wanted = [Requirement(line) for line in lines if not line.startswith("-r")]
+    fitting = [each for each in wanted if each.specifier.contains(importlib.metadata.version(each.name))]
+    return 0 if verb in ("install", "download") and wanted and fitting == wanted else 1
+
+
+def run_make(*targets):
+    """Check that there are such targets."""
+    return subprocess.run(["make", "--dry-run", *targets], capture_output=True).returncode
+
+
+def run(command):
+    """Run a command, or what stands for it. Returns the exit status."""
+    verb, *words = shlex.split(command, comments=True)
+    if verb == "python":
+        return run_script(*words)
+    return {"torchrun": run_torchrun, "pip": run_pip, "make": run_make}[verb](*words)
+
+
+@pytest.fixture(scope="session")
+def pruned(checkpoint_folder, tmp_path_factory):
+    """Give a folder that a run has saved."""
+    folder = tmp_path_factory.mktemp("saved") / "pruned"
+    assert run_script("opt.py", str(checkpoint_folder("opt")), "builtin", "--gmp", "--sparsity", ".5", "--eval",
+                      "builtin", "--save", str(folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", TO_RUN)
+def test_commands_run(command, workplace, pruned):
+    if "--save" not in command:
+        Path("pruned").symlink_to(pruned)
+    Path("runs").mkdir()
+    if "--record" not in command:
+        shutil.copy(pruned / "mixgpt.json", "runs")
+    assert run(command) == 0
+
+
+def test_no_command_is_missed():
+    text = ("Run `python a.py x --flag` (needs a GPU).\n\n    $ make demo\n    output\n\n"
+            "```sh\n# comment\nls \\\n-l\n```\n"
+            "| `pip install b` | `word` |\n\n"
+            "```sh\nfor a in 1 2; do\n    ls $a\ndone\n```\n\n```text\npython c.py\nresult\n```\n")
+    found = list(commands(text))
+    assert [command for command, _ in found] == ["python a.py x --flag", "make demo", "ls  -l", "pip install b",
+                                                 "ls 1", "python c.py"]
+    assert [bool(MARK.search(line)) for _, line in found] == [True] + [False] * 5
+    assert {"make demo", "make test"} <= set(TO_RUN) and len(TO_RUN) > 15
+
+
+@pytest.mark.parametrize("command", ["python no.py model c4", "python opt.py facebook/opt-125m c4 --no-such-flag",
+                                     "torchrun --no-such-flag 2 opt.py facebook/opt-125m c4", "make no-such-target",
+                                     "pip install -r no.txt", "ls"])
+def test_a_wrong_command_is_noticed(command, workplace):
+    try:
+        status = run(command)
+    except (AssertionError, KeyError, OSError, SystemExit):
+        return
+    assert status != 0
+
+
+def test_every_flag_stands_in_the_readme():
+    for script in (path for path in SCRIPTS if path.parent == ROOT):
+        missing = {flag for flag in flags_of(script) if not re.search(rf"{flag}(?![\w-])", README)}
+        assert not missing, f"{script.name}: README lacks {', '.join(sorted(missing))}"
+
+
+def test_every_flag_in_the_readme_exists():
+    known = {"--help", "--no-true-sequential"}.union(*map(flags_of, SCRIPTS))
+    known |= {flag for parser in (get_args_parser(), pip_options()) for flag in parser._option_string_actions}
+    found = set(re.findall(r"(?<![\w-])--\w[\w-]*", README))
+    assert found <= known, found - known
+
+
+def test_every_file_stands_in_the_layout():
+    layout = " ".join(re.findall("`([^`]+)`", README.partition("## Contributing")[2])).split()
+    assert {path.name for path in ROOT.glob("*.py")} <= set(layout)
+
+
+def test_messages_under_troubleshooting_are_those_of_the_program():
+    files = [*ROOT.glob("*.py"), *(Path(transformers.__file__).parent / name for name in (
+        "utils/hub.py", "models/auto/configuration_auto.py"))]
+    sources = "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in files)  # joins strings in pieces
+    section = README.partition("## Troubleshooting")[2].partition("\n## ")[0]
+    messages = re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
+    assert len(messages) > 10
+    for message in messages:
+        for part in re.split(" ?… ?|(?<=: )", message):
+            assert part in sources, message
+
+
+def test_files_that_the_readme_links_to_exist():
+    links = re.findall(r"\]\(([^)#\s]+)", README) + re.findall(r"`(\w+\.(?:py|txt|yaml|ipynb|cff))`", README)
+    for link in (link for link in links if not link.startswith("http")):
+        assert (ROOT / link).exists() or list(ROOT.glob(f"*/{link}")), link
