@@ -64,6 +64,7 @@ class Tracker:
         try:
             self._begin(asked | {"mode": "offline"})
         except Exception as error:  # nothing but the disk can fail
+            self.run = None
             _warn(f"{_first_line(reason)}; {_first_line(error)}; going on without it")
         else:
             _warn(f"{_first_line(reason)}; the run is kept {self.place}")

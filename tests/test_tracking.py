@@ -46,7 +46,7 @@ def surroundings(tmp_path_factory):
 
 def folder_of(home):
     """Return the folder of the latest run."""
-    return max(home.glob("wandb/offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    return (home / "wandb" / "latest-run").resolve()
 
 
 def read_back(folder):
@@ -55,6 +55,7 @@ def read_back(folder):
     It is a LevelDB log of protocol buffers: after 7 bytes of header, blocks of 32 KiB with parts of records, each part
     behind its checksum, length and kind (1: whole, 2: first, 3: middle, 4: last).
     """
+    wandb.teardown()  # the last records are on disk when the client's process has ended
     file, = folder.glob("*.wandb")
     data, at, held = file.read_bytes(), 7, b""
     config, history, summary, status, group = {}, [], {}, None, None
