@@ -144,7 +144,7 @@ def disk_line(disk):
 
 
 def cost_line(seconds, peak):
-    """Tell seconds per part and peak memory in one line."""
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    """Tell seconds per part, those that do not round to 0, and peak memory in one line."""
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05)
     memory = ", ".join(f"{place} {value / 1e9:.2f} GB" for place, value in peak.items())
     return f"time {sum(seconds.values()):.1f} s ({parts}); peak memory {memory}"
