@@ -124,7 +124,7 @@ def run(family, settings, command=None):
 
         obstacle = semistructured.obstacle(device, model.dtype) if settings.semi_structured else None
         if obstacle:
-            print(f"kernels  --semi-structured is skipped: {obstacle}", flush=True)
+            _tell(settings, f"kernels  --semi-structured is skipped: {obstacle}")
 
         def evaluate(settings):
             with clock.part("evaluation"):
