@@ -19,7 +19,7 @@ def record(perplexity, dense=None, tasks=None, sparsity=None, **settings):
     settings = Settings(**SETTINGS | {"sparsity": sparsity or 0.0} | settings)
     method = settings.method if settings.compresses else "dense"
     found = ({"dense": {"wikitext2": dense}} if dense else {}) | {method: {"wikitext2": perplexity}}
-    return {"settings": vars(settings) | {"eval": list(settings.eval)}, "sparsity": settings.target.sparsity,
+    return {"settings": vars(settings) | {"eval": list(settings.eval)}, "sparsity": settings.amount.sparsity,
             "data": {"wikitext2": {"sha256": "abc"}}, "perplexity": found, "seconds": {"load": 2.0, "walk": 10.4},
             "peak_memory": {"host": 1.5e9}, **({"tasks": {method: tasks}} if tasks else {})}
 
