@@ -139,7 +139,7 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, tmp_path, mo
     cells = cells_of(output)
     assert cells[0] == first  # seconds included: it was not measured again
     keys = [(cell["method"], cell["target"], cell["seed"]) for cell in cells]
-    assert len(keys) == len(set(keys)) == 7 + 5 + 7  # no OWL at 2:4
+    assert len(keys) == len(set(keys)) == 8 + 6 + 8  # no OWL at 2:4
     for cell in cells:
         assert math.isfinite(cell["perplexity"]["builtin"]) and cell["seconds"] > 0
         tolerance = 5e-3 if "bit" in cell["target"] else 2e-4  # half a weight of each tiny matrix

@@ -40,6 +40,7 @@ def surroundings(tmp_path_factory):
         patch.setattr(pipeline, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(
             *whole(*asked)))
         load_compiled()
+        wandb.teardown()  # a client that was begun before keeps the folders it was begun with
         yield home
         wandb.teardown()
 
