@@ -28,6 +28,15 @@ def times_transposed(A, B, start=None):
     return torch.ops.mkldnn._linear_pointwise.binary(A, start.contiguous(), B, None, "add")
 
 
+def rough_product_with(B):
+    """Return what multiplies A (m, k) by B (k, n), symmetric, to about three digits: in bfloat16 where that is fast."""
+    fast = B.is_cuda or B.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not fast or B.dtype != torch.float32:
+        return lambda A: times_transposed(A, B)
+    B = B.bfloat16()
+    return lambda A: (A.bfloat16() @ B).float()
+
+
 @contextlib.contextmanager
 def exact_bfloat16(dtype):
     """Let float32 products of numbers that came from `dtype` take the units for bfloat16 (AMX), if that is exact.

@@ -4,9 +4,8 @@ observe: called with (index, layer, {(layer, name): Outcome}, time.perf_counter(
 and still on the device.
 """
 
-import copy
+import contextlib
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 import distributed
 from allocation import allocate, allocate_whole
+from dense import Beside
 from errors import InputError
 from modelutils import Stream, hooked, linears, on_device, paused_forwards, shared_inputs
 from products import fast_linears
@@ -191,11 +191,10 @@ def groups_of(layer, index, stream, plan, shared):
     return groups
 
 
-def hessians_of(layer, stream, groups, nsequences, clock, dense=None):
+def hessians_of(layer, stream, groups, nsequences, clock, beside=None):
     """Return {module that reads an input first: SparseGPT of that input}, in order, and what adds an input to it.
 
-    nsequences: in all processes together. dense: {module: the dense model's inputs, a list by batches}, of which each
-    is taken out in turn, or None.
+    nsequences: in all processes together. beside: a dense.Beside, whose batches come before the layer's.
     """
     modules = linears(layer)
     hessians = {modules[group[0]]: SparseGPT(modules[group[0]].in_features, nsequences, stream.device)
@@ -205,7 +204,7 @@ def hessians_of(layer, stream, groups, nsequences, clock, dense=None):
 
     def read(module, X):
         with clock.part("Hessian"):
-            hessians[module].add_batch(X, dense and dense[module].pop(0))
+            hessians[module].add_batch(X, **beside.ahead(module, X) if beside else {})
             # one pass; asked for only where the Hessian is not finite
             hessians[module].sums.append(X.reshape(-1, T * X.shape[-1]).sum(1, dtype=torch.float32))
 
@@ -214,25 +213,22 @@ def hessians_of(layer, stream, groups, nsequences, clock, dense=None):
 
 def _prune_in_turn(layer, index, stream, dense, groups, nsequences, prune, clock, last):
     """Prune each input's matrices when all batches have come to them, in one run; hidden states are then those behind
-    the layer, except behind the last one, where nobody needs them. The dense model's run, through a copy of the layer,
-    pauses at the same places."""
-    inputs = dense and defaultdict(list)
-    hessians, read = hessians_of(layer, stream, groups, nsequences, clock, inputs)
+    the layer, except behind the last one, where nobody needs them. The dense model's run pauses at the same places."""
+    beside = Beside(layer, index, stream, dense, groups) if dense else None
+    hessians, read = hessians_of(layer, stream, groups, nsequences, clock, beside)
     runs, outcomes = [paused_forwards(layer, index, stream, list(hessians), read)], {}
-    if dense:
-        twin = copy.deepcopy(layer)
-        original = {linears(twin)[group[0]]: module for group, module in zip(groups, hessians, strict=True)}
-        runs.insert(0, paused_forwards(twin, index, dense, list(original),
-                                       lambda module, X: inputs[original[module]].append(X)))
-    for group in groups:
-        with clock.part("forward"):
-            *_, module = map(next, runs)
-        outcomes |= prune({group: hessians.pop(module)})
-    for run in runs:
-        if last:
-            run.close()
-        with clock.part("forward"):
-            next(run, None)
+    if beside:
+        runs.insert(0, paused_forwards(beside.layer, index, dense, list(beside.stops), beside.note))
+    with beside.following() if beside else contextlib.nullcontext():
+        for group in groups:
+            with clock.part("forward"):
+                *_, module = map(next, runs)
+            outcomes |= prune({group: hessians.pop(module)})
+        for run in runs:
+            if last:
+                run.close()
+            with clock.part("forward"):
+                next(run, None)
     return outcomes
 
 
@@ -241,17 +237,17 @@ def _collect(layer, index, stream, dense, groups, nsequences, clock):
 
     The dense model's hidden states are then those behind the layer.
     """
-    inputs = dense and defaultdict(list)
-    hessians, read = hessians_of(layer, stream, groups, nsequences, clock, inputs)
-    with clock.part("forward"):
+    beside = Beside(layer, index, stream, dense, groups) if dense else None
+    hessians, read = hessians_of(layer, stream, groups, nsequences, clock, beside)
+    with clock.part("forward"), beside.following() if beside else contextlib.nullcontext():
         for rows in stream.batches():
-            if dense:
-                with hooked({module: inputs[module].append for module in hessians}):
-                    output = dense.forward(layer, index, rows)
+            if beside:
+                with hooked({twin: partial(beside.note, twin) for twin in beside.stops}):
+                    output = dense.forward(beside.layer, index, rows)
             if groups:
                 with hooked({module: partial(read, module) for module in hessians}):
                     stream.forward(layer, index, rows)
-            if dense:
+            if beside:
                 dense.hidden[rows] = output  # not before: a linear may read the hidden states themselves
     return dict(zip(groups, hessians.values(), strict=True))
 

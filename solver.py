@@ -9,29 +9,36 @@ import itertools
 import torch
 
 from columns import smallest_per_row
-from products import times_transposed
+from products import rough_product_with, times_transposed
 from walk import smallest
 
 ITERATIONS = 24  # of ADMM
 RAMP = 16  # iterations over which the sparsity rises to what is asked for
 STEPS = 10  # of conjugate gradients
+SAMPLE = 2**16  # scores of a matrix, at least, that tell about how large the k-th smallest one is
 
 
-def keep_mask(scores, targets, fraction=1.0):
+def keep_mask(scores, targets, fraction=1.0, exact=True):
     """Mark what is kept when the smallest scores of each of several matrices, stacked, are removed.
 
-    scores: (out, in), negative where a weight must go. targets: (rows, sparsity, prunen, prunem) of each matrix, rows
-    a slice of the stack; round(sparsity · numel) weights go, or prunen of every prunem consecutive ones of a row.
-    fraction: of those numbers, in matrices without groups. Returns a mask (out, in).
+    scores: (out, in), 0 where a weight must go. targets: (rows, sparsity, prunen, prunem) of each matrix, rows a slice
+    of the stack; round(sparsity · numel) weights go, or prunen of every prunem consecutive ones of a row. fraction: of
+    those numbers, in matrices without groups. exact: else these numbers are met about, by what a sample of the scores
+    says. Returns a mask (out, in) of ones and zeros in the dtype of the scores, by which products are fast.
     """
-    gone = scores < 0
+    keep = torch.empty_like(scores)
     for rows, sparsity, prunen, prunem in targets:
-        part = scores[rows]
+        part, kept = scores[rows], keep[rows]
+        threshold = torch.zeros((), dtype=scores.dtype, device=scores.device)
+        if not prunem and not exact:
+            sample = part.flatten()[::part.numel() // SAMPLE | 1]  # an odd step: all columns are in it
+            threshold = sample.kthvalue(max(round(fraction * sparsity * len(sample)), 1)).values
+        torch.gt(part, threshold, out=kept)
         if prunem:
-            gone[rows] |= smallest_per_row(part.reshape(-1, prunem), prunen).view(part.shape)
-        else:
-            gone[rows] |= smallest(part, round(fraction * round(sparsity * part.numel())))
-    return ~gone
+            kept.masked_fill_(smallest_per_row(part.reshape(-1, prunem), prunen).view(part.shape), 0)
+        elif exact:
+            kept.masked_fill_(smallest(part, round(fraction * round(sparsity * part.numel()))), 0)
+    return keep
 
 
 def admm_mask(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
@@ -44,16 +51,18 @@ def admm_mask(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP)
     1 − (1 − t/ramp)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H + torch.eye(len(H), dtype=H.dtype, device=H.device)))
-    importance = 1.0 if row_weights is None else row_weights.sqrt()[:, None]
-    wanted, S = W, W  # S = W + V
+    importance = (W != 0).to(W.dtype)
+    if row_weights is not None:
+        importance.mul_(row_weights.sqrt()[:, None])
+    multiply, S = rough_product_with(inverse), W.clone()  # S = W + V
     for t in range(1, iterations + 1):
-        scores = (S.abs() * importance).masked_fill_(W == 0, -1)
-        keep = keep_mask(scores, targets, 1 - (1 - min(t / ramp, 1)) ** 3)
+        keep = keep_mask(S.abs().mul_(importance), targets, 1 - (1 - min(t / ramp, 1)) ** 3, t == iterations)
         if t < iterations:
             Z = S * keep
-            V = S - Z
-            S = V + wanted + times_transposed(Z - V - wanted, inverse)  # (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
-    return keep
+            V = S.sub_(Z)
+            change = multiply(Z.sub_(V).sub_(W))  # as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
+            S = V.add_(W).add_(change)
+    return keep.bool()
 
 
 def solve_on_support(W, wanted, H, keep, steps=STEPS):
@@ -62,17 +71,22 @@ def solve_on_support(W, wanted, H, keep, steps=STEPS):
     W, wanted: (out, in). keep: mask (out, in). All rows at once; with the unit diagonal of H, plain conjugate
     gradients are those preconditioned by Jacobi. ALPS (arXiv 2406.07831), section 3.3. Returns (out, in).
     """
+    keep = keep.to(W.dtype)
     W = W * keep
-    residual = times_transposed(wanted - W, H) * keep
-    direction, energy = residual, residual.square().sum(1, keepdim=True)
+    residual = times_transposed(wanted - W, H).mul_(keep)
+    direction, energy = residual.clone(), _energies(residual, residual)
     for _ in range(steps):
-        image = times_transposed(direction, H) * keep
-        length = _quotient(energy, (direction * image).sum(1, keepdim=True))
-        W = W + length * direction
-        residual = residual - length * image
-        before, energy = energy, residual.square().sum(1, keepdim=True)
-        direction = residual + _quotient(energy, before) * direction
+        image = times_transposed(direction, H).mul_(keep)
+        length = _quotient(energy, _energies(direction, image))
+        W.addcmul_(direction, length)
+        residual.addcmul_(image, length, value=-1)
+        before, energy = energy, _energies(residual, residual)
+        direction.mul_(_quotient(energy, before)).add_(residual)
     return W
+
+
+def _energies(A, B):
+    return torch.linalg.vecdot(A, B)[:, None]
 
 
 def _quotient(a, b):

@@ -16,7 +16,6 @@ from products import exact_bfloat16, suits, times_transposed
 from solver import prune_by_admm
 from walk import prune_matrices, smallest, upper_inverse
 
-DENSE = 0.5  # weight of the dense model's outputs in the target, against those of the dense matrix on pruned inputs
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H is factored then
 PANEL = 512  # columns that are factored at a time
 
@@ -128,31 +127,35 @@ class SparseGPT:
         # the upper triangle by blocks of columns, each down to its diagonal, without the factor 2/N
         self._sums = [torch.zeros(B.stop, B.stop - B.start, device=device) for B in self._blocks]
         self._scale = 2 / nsequences
-        self._drift = None
+        self._shift = self._gain = None
         self.sums = []  # of each batch, (B,): sums of the inputs of a sequence, by who adds them
 
-    def add_batch(self, X, dense=None):
+    def add_batch(self, X, shift=None, gain=None):
         """Add inputs X (..., in) to the blocks on and above the diagonal of H: exact products, float32 sums.
 
-        dense: (..., in), what the dense model has in the place of X, to fit its outputs.
+        What the outputs shall come close to, where it is not X Wᵀ: with shift (..., in), (X + shift) Wᵀ; with gain
+        (..., out), X Wᵀ + gain.
         """
         X = X.reshape(-1, X.shape[-1])
-        if dense is not None:
-            difference = (dense.reshape(X.shape) - X).t().float()
-            self._drift = times_transposed(difference, X.t().float(), self._drift)
-        if X.is_cuda and X.dtype in (torch.bfloat16, torch.float16):  # no such product on a CPU
+        direct = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16)  # no such product on a CPU
+        features = None if direct and shift is gain is None else _features(X)
+        if shift is not None:
+            self._shift = times_transposed(_features(shift), features, self._shift)
+        if gain is not None:
+            self._gain = times_transposed(_features(gain), features, self._gain)
+        if direct:
             for B, total in zip(self._blocks, self._sums, strict=True):
                 total.add_(torch.mm(X[:, :B.stop].t(), X[:, B], out_dtype=torch.float32))
             return
         with exact_bfloat16(X.dtype):
-            features = X.t().contiguous().float()  # (in, tokens); a transposed copy of floats takes longer
             self._sums = [times_transposed(features[:B.stop], features[B], total)
                           for B, total in zip(self._blocks, self._sums, strict=True)]
 
     def reduce(self):
         """Sum the Hessian over all processes."""
-        for total in self._sums if self._drift is None else [*self._sums, self._drift]:
-            distributed.add(total)
+        for total in (*self._sums, self._shift, self._gain):
+            if total is not None:
+                distributed.add(total)
 
     @cached_property
     def H(self):
@@ -178,18 +181,21 @@ class SparseGPT:
     def wanted(self, W):
         """Return the weights W* (out, in), columns in the order of the walk, that the pruned ones shall come close to.
 
-        W: (out, in), those of the dense model. Without inputs x of the dense model they are W* itself. With them, the
-        outputs shall be the mean of W x and W ẋ, and W* = W + `DENSE` W D (H + λI)⁻¹ with D = (2/N) Σ (x − ẋ) ẋᵀ solves
-        the least squares problem with a ridge of λ around W. Around W*, the loss of any other weights is the same
-        quadratic as around W before. Weights that are 0 stay 0. Compare QEP (arXiv 2504.09629).
+        W: (out, in), those of the dense model, which are W* where no batch had a shift s or a gain g. Else, with
+        D = (2/N) Σ s ẋᵀ and G = (2/N) Σ g ẋᵀ over the inputs ẋ, W* = W + (W D + G) (H + λI)⁻¹ solves the least squares
+        problem for the outputs W (ẋ + s) + g with a ridge of λ around W. Around W*, the loss of any other weights is
+        the same quadratic as around W before. Weights that are 0 stay 0. Compare QEP (arXiv 2504.09629).
         """
-        W = W[:, self.order]
-        if self._drift is None:
+        W, moment = W[:, self.order], 0.0
+        if self._shift is None and self._gain is None:
             return W
-        D = self._drift.mul(self._scale)[self.order][:, self.order]
-        moved = torch.linalg.solve_triangular(self.R.t(), times_transposed(W, D.t()), upper=False, left=False)
+        if self._shift is not None:
+            moment = times_transposed(W, self._shift[self.order][:, self.order].t())
+        if self._gain is not None:
+            moment = moment + self._gain[:, self.order]
+        moved = torch.linalg.solve_triangular(self.R.t(), self._scale * moment, upper=False, left=False)
         moved = torch.linalg.solve_triangular(self.R, moved, upper=True, left=False)
-        return W.add(moved, alpha=DENSE).masked_fill_(W == 0, 0)
+        return (W + moved).masked_fill_(W == 0, 0)
 
     def prune(self, weights, targets, solver="obs", row_weights=None, scheme=None, **options):
         """Prune and quantize `weights`, a list of matrices (out, in) of one dtype, in place.
@@ -215,6 +221,11 @@ class SparseGPT:
             weight.copy_(new)
         return [(_ratio(lost, whole), grid and replace(grid, group=grid.group[self.back]))
                 for lost, whole, (_, grid) in zip(lost, whole, pruned, strict=True)]
+
+
+def _features(X):
+    """Return X (..., width) as floats by features, (width, tokens)."""
+    return X.reshape(-1, X.shape[-1]).t().contiguous().float()  # a transposed copy of floats takes longer
 
 
 def activation_order(h, prunem=0):

@@ -7,8 +7,9 @@ import torch
 from conftest import CPU, make
 
 import evaluate
+from dense import residual_writers
 from errors import InputError
-from modelutils import linears
+from modelutils import Stream, linears
 from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
 from report import Clock
 from sparsegpt import factor
@@ -17,6 +18,12 @@ from walk import prune_matrix
 HALF = Target(0.5)
 OPTIONS = {"saliency": "obs",
            "blocksize": 16, "percdamp": 0.01, "true_sequential": False, "batch_size": 2, "device": CPU}
+
+
+# the norm in front of the part of a layer whose sum with the norm's input a linear's outputs make
+NORMS = {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm",
+         "self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm",
+         "self_attention.dense": "input_layernorm", "mlp.dense_4h_to_h": "post_attention_layernorm"}
 
 
 def plan_of(model, family, target=HALF, minlayer=0, maxlayer=1000, prune_only="", invert=False):
@@ -83,25 +90,44 @@ def test_true_sequential_calibrates_each_linear_on_the_pruned_ones_before(tiny, 
                                                       strict=True))
 
 
+def writers_of(model):
+    """Return {linear whose outputs are added to the hidden states: the norm whose input they are added to}."""
+    return NORMS if getattr(model.config, "do_layer_norm_before", True) else {}
+
+
+def test_the_linears_that_write_to_the_hidden_states_are_found(tiny, tokens):
+    family, model = tiny
+    stream = Stream.embed(model, family, tokens, 2, CPU)
+    layer = family.layers_of(model)[0]
+    assert residual_writers(layer, 0, stream) == [name for name in linears(layer) if name in writers_of(model)]
+
+
 @pytest.mark.parametrize("true_sequential", [False, True])
-def test_the_dense_target_is_that_of_the_dense_models_inputs(tiny, tokens, true_sequential):
+def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, tokens, true_sequential):
     family, model = tiny
     reference, dense = copy.deepcopy(model), copy.deepcopy(model)
     sparsegpt(model, family, plan_of(model, family), tokens, to_dense=True, true_sequential=true_sequential)
-    names = list(linears(family.layers_of(model)[0]))
+    names, norms = list(linears(family.layers_of(model)[0])), writers_of(model)
     for index in range(3):
         for step in ([[name] for name in names] if true_sequential else [names]):
-            layers = [linears(family.layers_of(each)[index]) for each in (reference, dense)]
-            inputs = [inputs_of(each, [layer[name] for name in step], tokens)
-                      for each, layer in zip((reference, dense), layers, strict=True)]
+            seen = []
+            for each in (reference, dense):
+                layer = family.layers_of(each)[index]
+                wanted = [*step, *(norms[name] for name in step if name in norms)]
+                modules = [layer.get_submodule(name) for name in wanted]
+                inputs = inputs_of(each, modules, tokens)
+                seen.append({name: inputs[module].double() for name, module in zip(wanted, modules, strict=True)})
             for name in step:
-                X, X_dense = (every[layer[name]].double() for every, layer in zip(inputs, layers, strict=True))
+                module = family.layers_of(reference)[index].get_submodule(name)
+                W, (X, X_dense) = module.weight, (inputs[name] for inputs in seen)
                 H = 2 / len(tokens) * X.T @ X
                 R, _ = factor(H)
-                W, ridge = layers[0][name].weight, (0.01 * H.diagonal().mean() * len(tokens) / 2).sqrt()
-                wanted = torch.linalg.lstsq(
-                    torch.cat([X, ridge * torch.eye(len(H))]),
-                    torch.cat([(X + X_dense) / 2 @ W.double().T, ridge * W.double().T])).solution.T
+                Y = (X + X_dense) / 2 @ W.double().T
+                if name in norms:
+                    Y += (seen[1][norms[name]] - seen[0][norms[name]]) / 2
+                ridge = (0.01 * H.diagonal().mean() * len(tokens) / 2).sqrt()
+                wanted = torch.linalg.lstsq(torch.cat([X, ridge * torch.eye(len(H))]),
+                                            torch.cat([Y, ridge * W.double().T])).solution.T
                 with torch.no_grad():
                     W.copy_(prune_matrix(wanted, R, H.diagonal(), 0.5, blocksize=16)[0])
     differing = total = 0

@@ -122,16 +122,19 @@ def test_columns_without_input_are_free_to_prune(problem, solver, scheme):
     assert scheme is None or torch.equal(grid.weights(grid.codes(weight)), weight)
 
 
-def test_the_dense_target_is_the_ridge_solution_for_the_mean_of_both_outputs(problem):
-    W, dense = problem
-    X = dense + 2 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    hessian = SparseGPT(32, 4, CPU)
-    for half in (slice(0, 150), slice(150, 400)):
-        hessian.add_batch(X[half].float(), dense[half].float())
-    hessian.factor(0.01)
-    ridge = (0.01 * hessian.H.diagonal().mean().double()).sqrt()
-    inputs = torch.cat([(2 / 4) ** 0.5 * X, ridge * torch.eye(32, dtype=torch.float64)])
-    outputs = torch.cat([(2 / 4) ** 0.5 * (X + dense) / 2 @ W.T, ridge * W.T])
-    exact = torch.linalg.lstsq(inputs, outputs).solution.T
-    assert torch.allclose(hessian.wanted(W.float()).double(), exact, rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(exact, W, atol=0.05)
+def test_outputs_that_are_shifted_or_gain_are_met_by_the_ridge_solution(problem):
+    W, X = problem
+    generator = torch.Generator().manual_seed(2)
+    shift = torch.randn(X.shape, generator=generator, dtype=torch.float64)
+    gain = 3 * torch.randn(len(X), len(W), generator=generator, dtype=torch.float64)
+    for options in ({"shift": shift}, {"gain": gain}, {"shift": shift, "gain": gain}):
+        hessian = SparseGPT(32, 4, CPU)
+        for half in (slice(0, 150), slice(150, 400)):
+            hessian.add_batch(X[half].float(), **{name: value[half].float() for name, value in options.items()})
+        hessian.factor(0.01)
+        ridge = (0.01 * hessian.H.diagonal().mean().double()).sqrt()
+        outputs = (X + options.get("shift", 0)) @ W.T + options.get("gain", 0)
+        exact = torch.linalg.lstsq(torch.cat([(2 / 4) ** 0.5 * X, ridge * torch.eye(32, dtype=torch.float64)]),
+                                   torch.cat([(2 / 4) ** 0.5 * outputs, ridge * W.T])).solution.T
+        assert torch.allclose(hessian.wanted(W.float()).double(), exact, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(exact, W, atol=0.05)
