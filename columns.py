@@ -7,11 +7,22 @@ import torch
 import columns_cpu
 from quant import to_multiples
 
+NARROW = 8  # scores of a row up to which comparing them in pairs is faster than selecting
+
 
 def smallest_per_row(scores, n):
     """Mark the n smallest scores of every row. scores: (rows, m). Returns a mask (rows, m)."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter_(1, scores.topk(n, dim=1, largest=False, sorted=False).indices, True)
+    if scores.shape[1] > NARROW:
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        return mask.scatter_(1, scores.topk(n, dim=1, largest=False, sorted=False).indices, True)
+    mask, columns = torch.empty_like(scores, dtype=torch.bool), scores.unbind(1)
+    for j, column in enumerate(columns):
+        rank = torch.zeros(len(scores), dtype=torch.uint8, device=scores.device)
+        for k, other in enumerate(columns):
+            if k != j:
+                rank += other <= column if k < j else other < column
+        torch.lt(rank, n, out=mask[:, j])
+    return mask
 
 
 def smallest_in_groups(scores, n, m):

@@ -12,9 +12,9 @@ from columns import smallest_per_row
 from products import rough_product_with, times_transposed
 from walk import smallest
 
-ITERATIONS = 24  # of ADMM
-RAMP = 16  # iterations over which the sparsity rises to what is asked for
-STEPS = 10  # of conjugate gradients
+ITERATIONS = 16  # of ADMM
+RAMP = 12  # iterations over which the sparsity rises to what is asked for
+STEPS = 6  # of conjugate gradients
 SAMPLE = 2**16  # scores of a matrix, at least, that tell about how large the k-th smallest one is
 
 

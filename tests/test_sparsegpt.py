@@ -480,7 +480,7 @@ def test_smallest_reads_scores_in_any_layout():
 
 
 @hypothesis_settings
-@given(columns=st.integers(1, 6), data=st.data())
+@given(columns=st.integers(1, 12), data=st.data())
 def test_smallest_per_row_marks_the_first_n_of_each_sorted_row(columns, data):
     rows = data.draw(st.lists(st.lists(small_integers, min_size=columns, max_size=columns), min_size=1, max_size=5))
     n = data.draw(st.integers(0, columns), label="n")
