@@ -45,7 +45,7 @@ from weights import digest, fingerprint
 TARGETS = {"50%": (Target(0.5), None), "60%": (Target(0.6), None), "70%": (Target(0.7), None),
            "2:4": (Target(0.5, 2, 4), None), "50%+4bit": (Target(0.5), Scheme(4))}
 ALPHA = 0.1  # of mixgpt, the paper's
-PERCDAMP = 0.01
+PERCDAMP = 0.01  # of all but best
 
 
 class Calibration:
@@ -74,7 +74,8 @@ class Calibration:
         given = self.model, self.family, list(self.selected), self.tokens
         with self.clock.part("threshold"):
             gradients = output_gradients(*given, seed=self.seed, batch_size=self.batch_size, device=self.device)
-            return gradients, inverse_diagonals(*given, PERCDAMP, self.batch_size, self.device, Clock(self.device))
+            return gradients, inverse_diagonals(*given, PRESETS["best"]["percdamp"], self.batch_size, self.device,
+                                                Clock(self.device))
 
     @cached_property
     def outliers(self):
@@ -126,7 +127,7 @@ def by_walk(calibration, model, plan, scheme, **options):
 
 def by_admm(calibration, model, plan, scheme):
     prunem = next(iter(plan.values())).prunem
-    by_walk(calibration, model, plan, scheme, solver="admm", to_dense=True,
+    by_walk(calibration, model, plan, scheme, solver="admm", to_dense=True, percdamp=PRESETS["best"]["percdamp"],
             row_weights=None if prunem else calibration.weights[0])
 
 

@@ -177,10 +177,11 @@ def test_a_recipe_is_named_by_its_choices(options, name):
     ("sparsegpt", ["--sparsity", ".5"], {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs"}),
     ("mixgpt", ["--sparsity", ".5"], {"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}),
     ("best", ["--sparsity", ".5"], {"sparsity_way": "global", "saliency": "fisher", "solver": "admm",
-                                    "target": "dense", "alpha": 0.15}),
-    ("best", ["--prunen", "2", "--prunem", "4"], {"sparsity_way": "uniform", "solver": "admm", "target": "dense"}),
+                                    "target": "dense", "alpha": 0.15, "percdamp": 0.1}),
+    ("best", ["--prunen", "2", "--prunem", "4"],
+     {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "percdamp": 0.1}),
     ("best", ["--sparsity", ".5", "--alpha", ".2", "--solver", "obs", "--wbits", "4"],
-     {"alpha": 0.2, "solver": "obs", "saliency": "fisher"}),
+     {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1}),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected, checkpoint_folder, tmp_path):
     made = []
