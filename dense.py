@@ -10,6 +10,7 @@ from collections import Counter, defaultdict, deque
 
 import torch
 
+import distributed
 from modelutils import linears
 
 SHARE = 0.5  # of what the dense model's inputs, and its sums, are ahead by, what the pruned outputs shall make up for
@@ -19,17 +20,19 @@ SHARE = 0.5  # of what the dense model's inputs, and its sums, are ahead by, wha
 def residual_writers(layer, index, stream):
     """Find the linears whose outputs, added to the input of layer number `index`, make its output, in this order.
 
-    Runs one sequence through the layer. Returns a list of names, empty where more than sums lies on that way (a norm).
+    Runs one sequence through the layer. Returns a list of names, empty where more than sums lies on that way (a norm),
+    or something is not finite.
     """
     x, outputs = stream.hidden[:1].to(stream.device, copy=True), {}
     writers = {name: module for name, module in linears(layer).items() if module.out_features == x.shape[-1]}
     with _outputs({module: lambda y, name=name: outputs.update({name: y.flatten().double()})
                    for name, module in writers.items()}):
         y = stream.call(layer, index, x.clone())
-    if not outputs:
-        return []
     change = (y.double() - x.double()).flatten()
-    names, A = list(outputs), torch.stack(list(outputs.values()), 1)
+    names, A = list(outputs), torch.stack([*outputs.values(), change], 1)
+    if not outputs or not A.isfinite().all():
+        return []
+    A = A[:, :-1]
     share = torch.linalg.pinv(A.t() @ A, hermitian=True) @ (A.t() @ change)  # 1 for writers, 0 for others
     writes = share > 0.5
     rest = (change - A @ writes.double()).norm()
@@ -60,7 +63,7 @@ class Beside:
         self.layer = copy.deepcopy(layer)
         modules, twins = linears(layer), linears(self.layer)
         self.stops = {twins[group[0]]: modules[group[0]] for group in groups}
-        names = residual_writers(layer, index, stream)
+        names = distributed.tell(residual_writers(layer, index, stream))
         self._writers = [(modules[name], twins[name]) for name in names]
         self._alone = {modules[group[0]] for group in groups if len(group) == 1}
         self._inputs, self._outputs, self._taken = defaultdict(deque), defaultdict(deque), Counter()

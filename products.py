@@ -30,7 +30,8 @@ def times_transposed(A, B, start=None):
 
 def rough_product_with(B):
     """Return what multiplies A (m, k) by B (k, n), symmetric, to about three digits: in bfloat16 where that is fast."""
-    fast = B.is_cuda or B.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = B.is_cuda or (B.device.type == "cpu" and torch.backends.mkldnn.is_available()
+                         and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if not fast or B.dtype != torch.float32:
         return lambda A: times_transposed(A, B)
     B = B.bfloat16()

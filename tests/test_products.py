@@ -28,6 +28,15 @@ def test_product_with_transpose(monkeypatch, available, dtype, contiguous):
     assert torch.equal(start, held)
 
 
+@pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-2), (torch.float64, 1e-12)])
+def test_rough_products_are_close_and_only_float32_ones_rough(dtype, digits):
+    A, B = random(70, 50, dtype=dtype), random(50, 50, seed=1, dtype=dtype)
+    B = B + B.t()
+    product, expected = products.rough_product_with(B)(A), A.double() @ B.double()
+    assert product.dtype == dtype
+    assert (product.double() - expected).norm() <= digits * expected.norm()
+
+
 class Counted(torch.overrides.TorchFunctionMode):
     """Count the linears that PyTorch itself runs."""
 

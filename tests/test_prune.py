@@ -231,11 +231,12 @@ def test_damping_is_raised_and_reported_where_samples_are_few(tokens, capsys):
     assert "layer 0 fc1: Hessian not positive definite at --percdamp 0, raised to" in capsys.readouterr().out
 
 
-def test_activations_that_are_not_finite_are_named(tokens):
+@pytest.mark.parametrize("to_dense", [False, True])
+def test_activations_that_are_not_finite_are_named(tokens, to_dense):
     family, model = make("opt")
     family.layers_of(model)[1].fc1.bias.data[0] = float("inf")
     with pytest.raises(InputError, match="layer 1 fc2: the Hessian holds NaN or inf"):
-        sparsegpt(model, family, plan_of(model, family), tokens)
+        sparsegpt(model, family, plan_of(model, family), tokens, to_dense=to_dense)
 
 
 def test_a_linear_that_does_not_run_is_refused(tokens):

@@ -99,6 +99,17 @@ def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
     assert keep[1].tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
+def test_a_sample_of_the_scores_tells_about_how_many_go_also_where_columns_differ(fraction):
+    scores = torch.rand(1024, 512, generator=torch.Generator().manual_seed(0))
+    scores[:, ::8] += 1  # of columns that every eighth score lies in
+    scores[:, 100:200] = 0  # must go
+    keep = keep_mask(scores, [(slice(0, 512), 0.5, 0, 0), (slice(512, 1024), 0.7, 0, 0)], fraction, exact=False)
+    for rows, sparsity in ((slice(0, 512), 0.5), (slice(512, 1024), 0.7)):
+        assert (1 - keep[rows].mean()).item() == pytest.approx(max(fraction * sparsity, 100 / 512), abs=0.01)
+    assert not keep[:, 100:200].any()
+
+
 def test_sparsity_rises_until_it_is_met(problem):
     W, X = problem
     H, _ = normalised(X)
