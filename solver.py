@@ -23,8 +23,8 @@ def keep_mask(scores, targets, fraction=1.0, exact=True):
 
     scores: (out, in), 0 where a weight must go. targets: (rows, sparsity, prunen, prunem) of each matrix, rows a slice
     of the stack; round(sparsity · numel) weights go, or prunen of every prunem consecutive ones of a row. fraction: of
-    those numbers, in matrices without groups. exact: else these numbers are met about, by what a sample of the scores
-    says. Returns a mask (out, in) of ones and zeros in the dtype of the scores, by which products are fast.
+    those numbers. exact: else they are met about where there are no groups, by what a sample of the scores says.
+    Returns a mask (out, in) of ones and zeros in the dtype of the scores, by which products are fast.
     """
     keep = torch.empty_like(scores)
     for rows, sparsity, prunen, prunem in targets:
@@ -35,7 +35,8 @@ def keep_mask(scores, targets, fraction=1.0, exact=True):
             threshold = sample.kthvalue(max(round(fraction * sparsity * len(sample)), 1)).values
         torch.gt(part, threshold, out=kept)
         if prunem:
-            kept.masked_fill_(smallest_per_row(part.reshape(-1, prunem), prunen).view(part.shape), 0)
+            groups = part.reshape(-1, prunem)
+            kept.masked_fill_(smallest_per_row(groups, round(fraction * prunen)).view(part.shape), 0)
         elif exact:
             kept.masked_fill_(smallest(part, round(fraction * round(sparsity * part.numel()))), 0)
     return keep
