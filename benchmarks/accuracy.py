@@ -85,24 +85,27 @@ class Calibration:
 
 
 def uniform(calibration, target):
-    return make_plan(calibration.selected, target)
+    return make_plan(calibration.selected, target), 0.0
 
 
 def mixed(calibration, target):
-    return make_plan(calibration.selected, target, "weight-level", calibration.sensitivity, ALPHA)
+    plan = make_plan(calibration.selected, target, "weight-level", calibration.sensitivity, ALPHA)
+    return plan, calibration.clock.seconds["mixed"]
 
 
 def threshold(calibration, target):
     if target.prunem:
         return uniform(calibration, target)
-    return global_plan(calibration.model, calibration.family, calibration.selected, *calibration.weights,
+    plan = global_plan(calibration.model, calibration.family, calibration.selected, *calibration.weights,
                        target.sparsity, PRESETS["best"]["alpha"])
+    return plan, calibration.clock.seconds["threshold"]
 
 
 def owl(calibration, target):
     if target.prunem:
-        return None
-    return owl_plan(calibration.selected, calibration.outliers, target.sparsity)
+        return None, 0.0
+    plan = owl_plan(calibration.selected, calibration.outliers, target.sparsity)
+    return plan, calibration.clock.seconds["owl"]
 
 
 def by_magnitude(calibration, model, plan, scheme):
@@ -135,7 +138,7 @@ def by_admm(calibration, model, plan, scheme):
 class Method:
     """How sparse each matrix shall be, and how it is pruned to that."""
 
-    allocate: Callable  # (calibration, target) -> plan, None where it is not defined
+    allocate: Callable  # (calibration, target) -> plan, None where it is not defined, and seconds of what it rests on
     prune: Callable  # (calibration, model, plan, scheme), in place
 
 
@@ -154,7 +157,7 @@ METHODS = {
 def measure(method, target, calibration, tests):
     """Prune a copy of the model and evaluate it. Returns the figures of a cell, None where it is not defined."""
     target, scheme = TARGETS[target]
-    plan, clock = method.allocate(calibration, target), Clock(calibration.device)
+    (plan, seconds), clock = method.allocate(calibration, target), Clock(calibration.device)
     if plan is None:
         return None
     model = copy.deepcopy(calibration.model)
@@ -163,7 +166,7 @@ def measure(method, target, calibration, tests):
     return {"perplexity": {name: perplexity(model, calibration.family, tokens, calibration.batch_size,
                                             calibration.device, name) for name, tokens in tests.items()},
             "sparsity": total_sparsity(measure_sparsity(model, calibration.family)),
-            "seconds": clock.seconds["prune"] + calibration.clock.seconds[method.allocate.__name__]}
+            "seconds": clock.seconds["prune"] + seconds}
 
 
 def run(model, family, draw, tests, setup, *, methods, targets, seeds, batch_size, device, output):

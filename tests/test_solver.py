@@ -97,6 +97,8 @@ def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
     keep = keep_mask(scores, [(slice(0, 1), 0.5, 0, 0), (slice(1, 2), 0.5, 2, 4)])
     assert keep[0].sum() == 2 and keep[0, 0] and not keep[0, 1]
     assert keep[1].tolist() == [False, False, True, True]
+    early = keep_mask(scores.abs(), [(slice(0, 2), 0.5, 2, 4)], fraction=0.5)
+    assert early.tolist() == [[1, 0, 1, 1], [1, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
