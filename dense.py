@@ -11,7 +11,7 @@ from collections import Counter, defaultdict, deque
 import torch
 
 import distributed
-from modelutils import linears
+from modelutils import hooked, linears
 
 SHARE = 0.5  # of what the dense model's inputs, and its sums, are ahead by, what the pruned outputs shall make up for
 
@@ -25,8 +25,8 @@ def residual_writers(layer, index, stream):
     """
     x, outputs = stream.hidden[:1].to(stream.device, copy=True), {}
     writers = {name: module for name, module in linears(layer).items() if module.out_features == x.shape[-1]}
-    with _outputs({module: lambda y, name=name: outputs.update({name: y.flatten().double()})
-                   for name, module in writers.items()}):
+    with hooked({module: lambda y, name=name: outputs.update({name: y.flatten().double()})
+                 for name, module in writers.items()}, outputs=True):
         y = stream.call(layer, index, x.clone())
     change = (y.double() - x.double()).flatten()
     names, A = list(outputs), torch.stack([*outputs.values(), change], 1)
@@ -39,17 +39,6 @@ def residual_writers(layer, index, stream):
     rounding = torch.finfo(y.dtype).eps * (x.double().norm() + y.double().norm())
     return [name for name, written in zip(names, writes.tolist(), strict=True)
             if written and rest <= 0.01 * change.norm() + rounding]
-
-
-@contextlib.contextmanager
-def _outputs(readers):
-    """Call readers[module](output) after each run of a module, within the block."""
-    handles = [module.register_forward_hook(lambda _, args, y, read=read: read(y)) for module, read in readers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Beside:
@@ -96,7 +85,7 @@ class Beside:
         for (module, twin), (behind, _) in zip(self._writers, self._writers[1:], strict=False):
             readers[twin] = self._outputs[module].append
             readers[module] = lambda y, module=module, behind=behind: self._go_on(module, behind, y)
-        with _outputs(readers):
+        with hooked(readers, outputs=True):
             yield
 
     def _go_on(self, module, behind, y):

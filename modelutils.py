@@ -270,9 +270,10 @@ def shared_inputs(layer, index, stream):
 
 
 @contextlib.contextmanager
-def hooked(readers):
-    """Call readers[module](input) before each run of a module, within the block."""
-    handles = [module.register_forward_pre_hook(lambda _, args, read=read: read(args[0]))
+def hooked(readers, outputs=False):
+    """Call readers[module](input) before each run of a module, or with its output after it, within the block."""
+    handles = [module.register_forward_hook(lambda _, args, output, read=read: read(output)) if outputs
+               else module.register_forward_pre_hook(lambda _, args, read=read: read(args[0]))
                for module, read in readers.items()]
     try:
         yield

@@ -261,7 +261,8 @@ OPTIONS = {
         ("--solver", "obs: one walk over the columns (SparseGPT); admm: masks by ADMM, and the kept weights solved for",
          {"choices": SOLVERS}),
         ("--target", "what the outputs of a pruned matrix come close to: those of the dense matrix on the same inputs "
-                     "(layer), or the mean of these and those of the dense model (dense)", {"choices": TARGETS}),
+                     "(layer), or the mean of these and those of the dense model, and half of what the hidden "
+                     "states that they are added to lack (dense)", {"choices": TARGETS}),
         ("--saliency", "what ranks weights: obs (SparseGPT), isc, the improved criterion of MixGPT, or fisher, obs "
                        "with each row weighted by the loss's gradient there",
          {"choices": SALIENCIES}),
