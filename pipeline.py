@@ -250,7 +250,8 @@ def _compress(settings, plan, gradients, model, family, calibration, device, clo
         percdamp=settings.percdamp, true_sequential=settings.true_sequential, batch_size=settings.batch_size,
         device=device, clock=clock, scheme=settings.scheme, act_order=settings.act_order, folder=folder,
         observe=observe, solver=settings.solver, to_dense=settings.target == "dense",
-        row_weights=gradients if settings.saliency == "fisher" else None)
+        row_weights=gradients.rows if settings.saliency == "fisher" else None,
+        token_weights=gradients.tokens if settings.token_weights == "fisher" else None)
 
 
 def _complete(settings, folder, tokenizer, record, family, outcomes):
@@ -271,8 +272,8 @@ def _disk(settings, family, plan, selected):
 
 
 def _plan(settings, selected, model, family, calibration, device, clock, tracker):
-    """Return {(layer, name): Target}; the `Traces` behind it, None where it needs none; {(layer, name): mean square of
-    the loss's gradient by each output}, None likewise. Print and draw the plan."""
+    """Return {(layer, name): Target}; the `Traces` behind it, None where it needs none; the loss's `Gradients` by the
+    outputs of matrices, None likewise. Print and draw the plan."""
     gradients = None
     if settings.weighs:
         with clock.part("gradients"):
@@ -282,7 +283,7 @@ def _plan(settings, selected, model, family, calibration, device, clock, tracker
         with clock.part("allocation"):
             diagonals = importance.inverse_diagonals(model, family, list(selected), calibration, settings.percdamp,
                                                      settings.batch_size, device, clock)
-            plan = importance.global_plan(model, family, selected, gradients, diagonals, settings.sparsity,
+            plan = importance.global_plan(model, family, selected, gradients.rows, diagonals, settings.sparsity,
                                           settings.alpha)
         sparsities = [target.sparsity for target in plan.values()]
         _tell(settings, f"plan     one threshold: matrices from {min(sparsities):.2%} to {max(sparsities):.2%}")

@@ -42,7 +42,7 @@ def rough_product_with(B):
 def exact_bfloat16(dtype):
     """Let float32 products of numbers that came from `dtype` take the units for bfloat16 (AMX), if that is exact.
 
-    Numbers that were bfloat16 lose nothing there, and sums are float32.
+    Numbers that were bfloat16 lose nothing there, and sums are float32. dtype: None where they came from none.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from PyTorch 2.9 on
     if matmul is None or dtype != torch.bfloat16:

@@ -18,7 +18,7 @@ from dense import Beside
 from errors import InputError
 from modelutils import Stream, hooked, linears, on_device, paused_forwards, shared_inputs
 from products import fast_linears
-from quant import Grid, quantize_nearest
+from quant import Grid, meet_sparsities, quantize_nearest
 from sparsegpt import SparseGPT, activation_order, magnitude_prune
 from walk import SALIENCIES
 from weights import prefetch
@@ -108,9 +108,7 @@ def prune_magnitude(model, family, plan, device, scheme=None, folder=None, obser
             prefetch(layers, index + 1, device)
             for name, module in linears(layer).items():
                 if target := plan.get((index, name)):
-                    W, grid = magnitude_prune(module.weight, target.sparsity, target.prunen, target.prunem), None
-                    if scheme:
-                        W, grid = quantize_nearest(W, scheme)
+                    W, grid = _by_magnitude(module.weight, target, scheme)
                     module.weight.copy_(W)
                     made[index, name] = Outcome(grid=grid and grid.to("cpu"))
             if observe:
@@ -121,18 +119,28 @@ def prune_magnitude(model, family, plan, device, scheme=None, folder=None, obser
     return outcomes
 
 
+def _by_magnitude(W, target, scheme):
+    if scheme is None:
+        return magnitude_prune(W, target.sparsity, target.prunen, target.prunem), None
+    made, = meet_sparsities(lambda asked: [quantize_nearest(
+        magnitude_prune(W, asked[0], target.prunen, target.prunem), scheme)], [target.sparsity],
+        attempts=1 if target.prunem else 4)
+    return made
+
+
 @torch.no_grad()
 @fast_linears()
 def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdamp, true_sequential, batch_size, device,
                     clock, scheme=None, act_order=False, folder=None, observe=None, solver="obs", to_dense=False,
-                    row_weights=None):
+                    row_weights=None, token_weights=None):
     """Prune and quantize every matrix of the plan on calibration tokens (N, T), in place.
 
     Inputs come from the pruned layers before; with true_sequential also from the pruned linears before in the same
     layer. saliency: a key of SALIENCIES. scheme: a quant.Scheme, None: do not quantize. act_order: walk the columns
     in `activation_order`. folder: a folder.Folder that keeps finished layers. solver: a key of SOLVERS. to_dense: fit
     the outputs of the dense model, too, whose hidden states are then computed beside those of the pruned one.
-    row_weights: {(layer, name): (out,)}, as in `walk.prune_matrices`. Returns {(layer, name): Outcome}. Raises
+    row_weights: {(layer, name): (out,)}, as in `walk.prune_matrices`. token_weights: {(layer, name): (n, T)}, squares
+    of what the tokens of this process count in the Hessians, of mean 1. Returns {(layer, name): Outcome}. Raises
     InputError where an input is not finite.
     """
     mine = tokens[distributed.share(len(tokens))]
@@ -154,10 +162,13 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
                 prune = partial(_prune_groups, layer, index, plan, percdamp, act_order, bar, clock,
                                 blocksize=blocksize, saliency=SALIENCIES[saliency], scheme=scheme, solver=solver,
                                 row_weights=row_weights)
+                beside = Beside(layer, index, stream, dense, groups) if dense else None
+                calibration = hessians_of(layer, stream, groups, len(tokens), clock, beside,
+                                          _of_groups(token_weights, index, groups) if token_weights else None)
                 if groups and true_sequential:
-                    made = _prune_in_turn(layer, index, stream, dense, groups, len(tokens), prune, clock, last)
+                    made = _prune_in_turn(layer, index, stream, dense, beside, groups, *calibration, prune, clock, last)
                 else:
-                    hessians = _collect(layer, index, stream, dense, groups, len(tokens), clock)
+                    hessians = _collect(layer, index, stream, dense, beside, groups, *calibration, clock)
                     made = prune(hessians) if groups else {}
                     if not last:
                         with clock.part("forward"):
@@ -191,31 +202,40 @@ def groups_of(layer, index, stream, plan, shared):
     return groups
 
 
-def hessians_of(layer, stream, groups, nsequences, clock, beside=None):
+def _of_groups(token_weights, index, groups):
+    """Return what tokens count for each input, the root of what its readers have on average: [(n, T)]."""
+    return [torch.stack([token_weights[index, name] for name in group]).mean(0).sqrt() for group in groups]
+
+
+def hessians_of(layer, stream, groups, nsequences, clock, beside=None, token_weights=None):
     """Return {module that reads an input first: SparseGPT of that input}, in order, and what adds an input to it.
 
     nsequences: in all processes together. beside: a dense.Beside, whose batches come before the layer's.
+    token_weights: of each input, (n, T).
     """
     modules = linears(layer)
-    hessians = {modules[group[0]]: SparseGPT(modules[group[0]].in_features, nsequences, stream.device)
-                for group in groups}
+    firsts = [modules[group[0]] for group in groups]
+    hessians = {module: SparseGPT(module.in_features, nsequences, stream.device) for module in firsts}
+    weights = {module: iter(of_tokens.split(stream.batch_size))  # batch by batch
+               for module, of_tokens in zip(firsts, token_weights or [], strict=bool(token_weights))}
 
     T = stream.hidden.shape[1]
 
     def read(module, X):
         with clock.part("Hessian"):
-            hessians[module].add_batch(X, **beside.ahead(module, X) if beside else {})
+            more = beside.ahead(module, X) if beside else {}
+            if weights:
+                more["weights"] = next(weights[module]).flatten().to(X.device)
+            hessians[module].add_batch(X, **more)
             # one pass; asked for only where the Hessian is not finite
             hessians[module].sums.append(X.reshape(-1, T * X.shape[-1]).sum(1, dtype=torch.float32))
 
     return hessians, read
 
 
-def _prune_in_turn(layer, index, stream, dense, groups, nsequences, prune, clock, last):
+def _prune_in_turn(layer, index, stream, dense, beside, groups, hessians, read, prune, clock, last):
     """Prune each input's matrices when all batches have come to them, in one run; hidden states are then those behind
     the layer, except behind the last one, where nobody needs them. The dense model's run pauses at the same places."""
-    beside = Beside(layer, index, stream, dense, groups) if dense else None
-    hessians, read = hessians_of(layer, stream, groups, nsequences, clock, beside)
     runs, outcomes = [paused_forwards(layer, index, stream, list(hessians), read)], {}
     if beside:
         runs.insert(0, paused_forwards(beside.layer, index, dense, list(beside.stops), beside.note))
@@ -232,13 +252,11 @@ def _prune_in_turn(layer, index, stream, dense, groups, nsequences, prune, clock
     return outcomes
 
 
-def _collect(layer, index, stream, dense, groups, nsequences, clock):
+def _collect(layer, index, stream, dense, beside, groups, hessians, read, clock):
     """Run all sequences through a layer. Returns {group: SparseGPT with the Hessian of its input}.
 
     The dense model's hidden states are then those behind the layer.
     """
-    beside = Beside(layer, index, stream, dense, groups) if dense else None
-    hessians, read = hessians_of(layer, stream, groups, nsequences, clock, beside)
     with clock.part("forward"), beside.following() if beside else contextlib.nullcontext():
         for rows in stream.batches():
             if beside:

@@ -9,6 +9,7 @@ import torch
 
 WBITS = (2, 3, 4, 8, 16)  # 16: weights stay as they are
 SHRINKS = torch.linspace(1, 0.2, 65).tolist()  # ranges that the search tries, as fractions of the largest
+CLOSE = 2e-5  # to the sparsity that is asked for
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,26 @@ def to_grid(W, scale, zero, wbits, dtype):
 def to_multiples(W, scale, low, high, dtype):
     """Round W to a multiple of scale, between low and high times it, as computed in `dtype`. Returns W's dtype."""
     return (W / scale).round_().clamp_(low, high).mul_(scale).to(dtype).to(W.dtype)
+
+
+def meet_sparsities(attempt, sparsities, attempts=4):
+    """Prune less by as much as rounding makes 0, so that the shares of zeros in matrices come to `sparsities`.
+
+    attempt: called with sparsities, returns a list of (W, whatever). Called up to `attempts` times, by the secant
+    method for each matrix. Returns what it gave last. Where rounding alone makes more zeros, there are more.
+    """
+    asked, before = list(sparsities), None
+    for left in reversed(range(attempts)):
+        made = attempt(asked)
+        found = [(W == 0).double().mean().item() for W, _ in made]
+        missed = [share - wanted for share, wanted in zip(found, sparsities, strict=True)]
+        if not left or all(abs(miss) <= CLOSE or not share for miss, share in zip(missed, asked, strict=True)):
+            return made
+        slopes = [1.0] * len(asked) if before is None else [
+            min(max((new - old) / (p - q), 0.3), 1.0) if p != q else 1.0
+            for new, old, p, q in zip(found, before[1], asked, before[0], strict=True)]
+        before = asked, found
+        asked = [max(p - miss / slope, 0.0) for p, miss, slope in zip(asked, missed, slopes, strict=True)]
 
 
 def quantize_nearest(W, scheme):

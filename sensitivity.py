@@ -7,6 +7,8 @@ Notation: L = Σ over the tokens of a sequence of −log p(next token); x, y inp
 import contextlib
 import copy
 import random
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,31 +55,46 @@ def _together(model, family, T, batch_size, states):
     return max(int(BORDERS / border / batch_size), 1) * batch_size
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """How much the loss hangs on the outputs y of matrices: squares of ∂L/∂y, {(layer, name): float32 on the host}."""
+
+    rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens
+    tokens: dict  # (n, T): ‖∂L/∂y‖² at each token of the sequences of this process, over its mean in all
+
+
 @fast_linears()
 def output_gradients(model, family, matrices, tokens, *, seed, batch_size, device):
-    """Estimate E[(∂L/∂y_r)²] for every output r of each matrix, over tokens, labels drawn from the model's predictions.
+    """Measure the loss's `Gradients` by the outputs of matrices, with labels drawn from the model's predictions.
 
-    With x independent of ∂L/∂y, the Fisher matrix of row r of a matrix is this number times E[x xᵀ]: the diagonal of
-    the output's factor in K-FAC (arXiv 1503.05671). matrices: list of (layer, name). tokens: (N, T). Returns
-    {(layer, name): (out,)}, float32 on the host.
+    With x independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r times E[x xᵀ]: the diagonal of the
+    output's factor in K-FAC (arXiv 1503.05671). matrices: list of (layer, name). tokens: (N, T).
     """
     N, T = tokens.shape
     mine = range(N)[distributed.share(N)]
     layers, chunk = family.layers_of(model), _together(model, family, T, batch_size, 1)
     sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=device)
             for index, name in matrices]
+    energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64)
 
-    def add(column, rows, X, Y):
-        sums[column] += Y.double().square().sum(dim=(0, 1))
+    def add(first, column, rows, X, Y):
+        squares = Y.double().square()
+        sums[column] += squares.sum(dim=(0, 1))
+        energies[column, first + rows.start:first + rows.stop] = squares.sum(2).cpu()
 
     with tqdm(total=2 * len(mine) * len(layers), desc="gradients", unit="layer", disable=None) as bar:
         for start in range(0, len(mine), chunk):
             numbers = mine[start:start + chunk]
-            _sampled_backward(model, family, matrices, tokens[numbers.start:numbers.stop],
-                              [(seed, n, 0) for n in numbers], batch_size, device, bar, add)
+            keys, visit = [(seed, n, 0) for n in numbers], partial(add, start)
+            _sampled_backward(model, family, matrices, tokens[numbers.start:numbers.stop], keys, batch_size, device,
+                              bar, visit)
     for total in sums:
         distributed.add(total)
-    return {key: (total / (N * T)).float().cpu() for key, total in zip(matrices, sums, strict=True)}
+    means = [total.cpu() / (N * T) for total in sums]
+    shares = [energy / mean.sum() if mean.any() else torch.ones_like(energy)
+              for mean, energy in zip(means, energies, strict=True)]
+    return Gradients(*({key: value.float() for key, value in zip(matrices, values, strict=True)}
+                       for values in (means, shares)))
 
 
 def _seeded(*key, device="cpu"):

@@ -14,6 +14,7 @@ from walk import SALIENCIES
 
 WAYS = ("uniform", "origin", "layer-level", "weight-level", "global")  # origin: what the ancestors call uniform
 TARGETS = ("layer", "dense")
+TOKEN_WEIGHTS = ("equal", "fisher")
 PRESETS = {  # whole recipes; a flag that is given overrides them
     "sparsegpt": {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs", "target": "layer"},
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
@@ -24,9 +25,9 @@ PRESETS = {  # whole recipes; a flag that is given overrides them
 
 
 def recipe(preset, prunem=0):
-    """Return the options of a preset; in n:m all matrices and rows are alike, so that nothing weighs them there."""
-    alike = {"sparsity_way": "uniform", "saliency": "obs"} if prunem and preset == "best" else {}
-    return PRESETS[preset] | alike
+    """Return the options of a preset; in n:m all matrices and rows are alike, so that best weighs tokens instead."""
+    alike = {"sparsity_way": "uniform", "saliency": "obs", "token_weights": "fisher"}
+    return PRESETS[preset] | (alike if prunem and preset == "best" else {})
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Settings:
     gmp: bool = False
     solver: str = "obs"
     target: str = "layer"
+    token_weights: str = "equal"
     saliency: str = "obs"
     blocksize: int = 128
     percdamp: float = 0.01
@@ -129,7 +131,8 @@ class Settings:
     def _check_solver(self):
         if self.preset and not self.prunes:
             raise InputError(f"--preset {self.preset}: needs --sparsity or --prunen and --prunem")
-        given = {"--solver admm": self.solver == "admm", "--target dense": self.target == "dense"}
+        given = {"--solver admm": self.solver == "admm", "--target dense": self.target == "dense",
+                 "--token_weights fisher": self.token_weights == "fisher"}
         for flag in (flag for flag, is_given in given.items() if is_given and not self.calibrates):
             raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and --nearest")
         if self.solver == "admm" and not self.prunes:
@@ -198,7 +201,8 @@ class Settings:
     @property
     def weighs(self):
         """Whether the gradients of the loss by the outputs of matrices are needed."""
-        return self.sparsity_way == "global" or self.saliency == "fisher" and self.calibrates
+        by_loss = "fisher" in (self.saliency, self.token_weights)
+        return self.sparsity_way == "global" or by_loss and self.calibrates
 
     @property
     def method(self):
@@ -213,6 +217,7 @@ class Settings:
         choices += ["global"] if self.sparsity_way == "global" else []
         choices += [self.saliency] if self.saliency != "obs" and not self.gmp and not mixgpt else []
         choices += ["dense target"] if self.target == "dense" else []
+        choices += ["weighted tokens"] if self.token_weights == "fisher" else []
         return name + (f" ({', '.join(choices)})" if choices else "") + (f" + {bits}" if bits else "")
 
     @property
@@ -263,6 +268,8 @@ OPTIONS = {
         ("--target", "what the outputs of a pruned matrix come close to: those of the dense matrix on the same inputs "
                      "(layer), or the mean of these and those of the dense model, and half of what the hidden "
                      "states that they are added to lack (dense)", {"choices": TARGETS}),
+        ("--token_weights", "what a calibration token counts in the Hessians: as much as each other one (equal), or by "
+                            "the root of the loss's gradient there (fisher)", {"choices": TOKEN_WEIGHTS}),
         ("--saliency", "what ranks weights: obs (SparseGPT), isc, the improved criterion of MixGPT, or fisher, obs "
                        "with each row weighted by the loss's gradient there",
          {"choices": SALIENCIES}),

@@ -42,8 +42,8 @@ def keep_mask(scores, targets, fraction=1.0, exact=True):
     return keep
 
 
-def admm_mask(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
-    """Choose the weights to keep by the alternating direction method of multipliers. Returns a mask (out, in).
+def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
+    """Rank weights by the alternating direction method of multipliers: those with the largest scores (out, in) stay.
 
     W: (out, in), the weights wanted; what is 0 goes first. targets: as in `keep_mask`. row_weights: (out,), what an
     error in each row counts; it bears on the ranking only, as the rows are independent.
@@ -52,18 +52,21 @@ def admm_mask(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP)
     1 − (1 − t/ramp)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H + torch.eye(len(H), dtype=H.dtype, device=H.device)))
-    importance = (W != 0).to(W.dtype)
+    gone = W == 0 if (W == 0).any() else None
     if row_weights is not None:
-        importance.mul_(row_weights.sqrt()[:, None])
-    multiply, S = rough_product_with(inverse), W.clone()  # S = W + V
+        W = W * row_weights.sqrt()[:, None]  # all that follows is linear in a row
+    multiply, S = rough_product_with(2 * inverse), W.clone()  # S = W + V
+    scores = torch.empty_like(S)
     for t in range(1, iterations + 1):
-        keep = keep_mask(S.abs().mul_(importance), targets, 1 - (1 - min(t / ramp, 1)) ** 3, t == iterations)
+        torch.abs(S, out=scores)
+        if gone is not None:
+            scores.masked_fill_(gone, 0)
         if t < iterations:
-            Z = S * keep
-            V = S.sub_(Z)
-            change = multiply(Z.sub_(V).sub_(W))  # as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
-            S = V.add_(W).add_(change)
-    return keep.bool()
+            Z = keep_mask(scores, targets, 1 - (1 - min(t / ramp, 1)) ** 3, exact=False).mul_(S)
+            S.add_(W)
+            change = multiply(torch.add(Z, S, alpha=-0.5))  # of Z − V − W, as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
+            S.sub_(Z).add_(change)
+    return scores
 
 
 def solve_on_support(W, wanted, H, keep, steps=STEPS):
@@ -95,16 +98,29 @@ def _quotient(a, b):
 
 
 def prune_by_admm(matrices, H, targets, row_weights=None):
-    """Prune matrices that read the same input, stacked: masks by `admm_mask`, then `solve_on_support`.
+    """Prune matrices that read the same input, stacked: masks by ADMM, then `solve_on_support`.
 
     matrices: list of (out, in), the weights wanted; what is 0 stays 0. H: (in, in), damped. targets: (sparsity, prunen,
     prunem) of each, the latter two 0 where left out. row_weights: (rows of all,). Returns a list like `matrices`.
     """
+    return admm_pruner(matrices, H, targets, row_weights)(targets)
+
+
+def admm_pruner(matrices, H, targets, row_weights=None):
+    """Rank weights for `targets`; arguments as in `prune_by_admm`. Returns what prunes to these or similar targets."""
     scale = H.diagonal().sqrt()
     H, W = H / scale / scale[:, None], torch.cat(matrices) * scale
     counts = [len(matrix) for matrix in matrices]
     stops = list(itertools.accumulate(counts))
-    stacked = [(slice(stop - count, stop), *(*target, 0, 0)[:3])
-               for stop, count, target in zip(stops, counts, targets, strict=True)]
-    keep = admm_mask(W, H, stacked, row_weights)
-    return (solve_on_support(W, W, H, keep) / scale).masked_fill_(~keep, 0).split(counts)
+
+    def stacked(targets):
+        return [(slice(stop - count, stop), *(*target, 0, 0)[:3])
+                for stop, count, target in zip(stops, counts, targets, strict=True)]
+
+    scores = admm_scores(W, H, stacked(targets), row_weights)
+
+    def prune(targets):
+        keep = keep_mask(scores, stacked(targets)).bool()
+        return (solve_on_support(W, W, H, keep) / scale).masked_fill_(~keep, 0).split(counts)
+
+    return prune

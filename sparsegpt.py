@@ -13,7 +13,8 @@ import torch
 import distributed
 from columns import smallest_per_row
 from products import exact_bfloat16, suits, times_transposed
-from solver import prune_by_admm
+from quant import meet_sparsities
+from solver import admm_pruner
 from walk import prune_matrices, smallest, upper_inverse
 
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H is factored then
@@ -130,24 +131,26 @@ class SparseGPT:
         self._shift = self._gain = None
         self.sums = []  # of each batch, (B,): sums of the inputs of a sequence, by who adds them
 
-    def add_batch(self, X, shift=None, gain=None):
+    def add_batch(self, X, shift=None, gain=None, weights=None):
         """Add inputs X (..., in) to the blocks on and above the diagonal of H: exact products, float32 sums.
 
         What the outputs shall come close to, where it is not X Wᵀ: with shift (..., in), (X + shift) Wᵀ; with gain
-        (..., out), X Wᵀ + gain.
+        (..., out), X Wᵀ + gain. weights (tokens,): how often each token counts (default: once).
         """
         X = X.reshape(-1, X.shape[-1])
-        direct = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16)  # no such product on a CPU
-        features = None if direct and shift is gain is None else _features(X)
+        equal = weights is None
+        direct = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16) and equal  # no such product on a CPU
+        roots = None if equal else weights.sqrt()
+        features = None if direct and shift is gain is None else _features(X, roots)
         if shift is not None:
-            self._shift = times_transposed(_features(shift), features, self._shift)
+            self._shift = times_transposed(_features(shift, roots), features, self._shift)
         if gain is not None:
-            self._gain = times_transposed(_features(gain), features, self._gain)
+            self._gain = times_transposed(_features(gain, roots), features, self._gain)
         if direct:
             for B, total in zip(self._blocks, self._sums, strict=True):
                 total.add_(torch.mm(X[:, :B.stop].t(), X[:, B], out_dtype=torch.float32))
             return
-        with exact_bfloat16(X.dtype):
+        with exact_bfloat16(X.dtype if equal else None):
             self._sums = [times_transposed(features[:B.stop], features[B], total)
                           for B, total in zip(self._blocks, self._sums, strict=True)]
 
@@ -200,21 +203,31 @@ class SparseGPT:
     def prune(self, weights, targets, solver="obs", row_weights=None, scheme=None, **options):
         """Prune and quantize `weights`, a list of matrices (out, in) of one dtype, in place.
 
-        targets, row_weights and options: as in `prune_matrices`. solver: obs, by one walk; admm, by `prune_by_admm`,
-        and the walk only quantizes. Returns the `relative_error` and the quant.Grid of each, None where it is not
+        targets, row_weights and options: as in `prune_matrices`. solver: obs, by one walk; admm, by `admm_pruner`, and
+        the walk only quantizes. Returns the `relative_error` and the quant.Grid of each, None where it is not
         quantized.
         """
         h, dtype, counts = self.H.diagonal()[self.order], weights[0].dtype, [len(weight) for weight in weights]
         W = torch.cat([weight.float() for weight in weights])
-        matrices = self.wanted(W).split(counts)
-        if solver == "admm":
+        wanted = self.wanted(W).split(counts)
+
+        def walk(matrices, targets):
+            return prune_matrices(matrices, self.R, h, targets, dtype=dtype, row_weights=row_weights, scheme=scheme,
+                                  **options)
+
+        if solver == "obs":
+            pruned = walk(wanted, targets)
+        else:
             H = self.H[self.order][:, self.order].clone()
             H.diagonal().add_(damping(H, self.percdamp))
-            matrices, targets = prune_by_admm(matrices, H, targets, row_weights), [(0.0,)] * len(targets)
-        pruned = [(matrix, None) for matrix in matrices]
-        if solver == "obs" or scheme:
-            pruned = prune_matrices(matrices, self.R, h, targets, dtype=dtype, row_weights=row_weights, scheme=scheme,
-                                    **options)
+            prune = admm_pruner(wanted, H, targets, row_weights)
+            if scheme is None:
+                pruned = [(matrix, None) for matrix in prune(targets)]
+            else:
+                pruned = meet_sparsities(
+                    lambda asked: walk(prune([(sparsity, *groups) for sparsity, (_, *groups)
+                                              in zip(asked, targets, strict=True)]), [(0.0,)] * len(targets)),
+                    [sparsity for sparsity, *_ in targets], attempts=1 if any(targets[0][1:]) else 4)
         W_hat = torch.cat([matrix for matrix, _ in pruned])[:, self.back].to(dtype)
         whole, lost = row_energies(W, self.H).split(counts), row_energies(W - W_hat.float(), self.H).split(counts)
         for weight, new in zip(weights, W_hat.split(counts), strict=True):
@@ -223,9 +236,10 @@ class SparseGPT:
                 for lost, whole, (_, grid) in zip(lost, whole, pruned, strict=True)]
 
 
-def _features(X):
-    """Return X (..., width) as floats by features, (width, tokens)."""
-    return X.reshape(-1, X.shape[-1]).t().contiguous().float()  # a transposed copy of floats takes longer
+def _features(X, factors=None):
+    """Return X (..., width), times factors (tokens,), as floats by features, (width, tokens)."""
+    features = X.reshape(-1, X.shape[-1]).t().contiguous().float()  # a transposed copy of floats takes longer
+    return features if factors is None else features.mul_(factors)
 
 
 def activation_order(h, prunem=0):

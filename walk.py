@@ -74,8 +74,9 @@ def prune_matrices(matrices, R, h, targets, blocksize=128, saliency=obs_saliency
 
     SparseGPT, algorithm 1. matrices: (out, in) each, float32 or float64; walked together, stacked. R: (in, in) from
     `factor`. h: (in,), diagonal of H without damping. targets: (sparsity, prunen, prunem) of each, the latter two 0
-    where left out. round(sparsity · numel) weights become 0, spread evenly over blocks of `blocksize` columns; with
-    prunem > 0, the same for all, instead prunen weights of every prunem consecutive ones of a row, chosen when the
+    where left out. round(sparsity · numel) weights become 0, spread evenly over blocks of `blocksize` columns, those
+    that are rounded to 0 among them, as nearly as these can be foreseen in the last block; with prunem > 0, the same
+    for all, instead prunen weights of every prunem consecutive ones of a row, chosen when the
     walk reaches the group. saliency: ranks them, one of SALIENCIES or another that is w² times a factor of the column.
     scheme: a quant.Scheme; every weight that is kept is rounded to a grid found when the walk reaches its columns
     (GPTQ, arXiv 2210.17323). dtype: in which grid values must be exact. row_weights: (rows of all,), factors of the
@@ -120,7 +121,7 @@ class _Walk:
         self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
         sparsities, prunens, prunems = zip(*((*target, 0, 0)[:3] for target in targets), strict=True)
         self.sparsities, self.prunens, self.prunem = sparsities, prunens, prunems[0]
-        self.pruned = [0] * len(matrices)
+        self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # before the last block, and where it was
         self.scheme, self.dtype = scheme, dtype
         self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
         self.grids = []
@@ -197,12 +198,26 @@ class _Walk:
                 self._walk(start, stop)
 
     def _choose_mask(self, start, stop):
-        # cumulative counts: the last block meets the total exactly
+        counts = [0] * len(self.rows) if self.prunem else self._counts(start, stop)
+        self._mark_least(self.mask[start:stop], start, stop, counts)
+
+    def _counts(self, start, stop):
+        """Return how many weights of each matrix go in the block of columns start … stop − 1."""
+        # cumulative counts: the last block meets the total exactly, but for what is rounded to 0 there
         counts = [round(sparsity * ((rows.stop - rows.start) * stop))
                   for sparsity, rows in zip(self.sparsities, self.rows, strict=True)]
-        self._mark_least(self.mask[start:stop], start, stop, [
-            count - pruned for count, pruned in zip(counts, self.pruned, strict=True)])
-        self.pruned = counts
+        if self.scheme is None:
+            counts, self.zeros = [count - zeros for count, zeros in zip(counts, self.zeros, strict=True)], counts
+            return counts
+        before, self.block = self.block, slice(start, stop)
+        if not any(counts):
+            return counts
+        W, mask, growth = self.W[before], self.mask[before], (stop - start) / max(start - before.start, 1)
+        for i, rows in enumerate(self.rows):
+            zeros, removed = (W[:, rows] == 0).sum().item(), mask[:, rows].sum().item()
+            self.zeros[i] += zeros
+            counts[i] -= self.zeros[i] + round((zeros - removed) * growth)  # as many are rounded to 0 again
+        return [max(count, 0) for count in counts]
 
     def _mark_least(self, mask, start, stop, counts):
         """Set in `mask` the least salient weights of each matrix in columns start … stop − 1, as things are."""

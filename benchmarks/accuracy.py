@@ -69,13 +69,18 @@ class Calibration:
         return Traces("fisher", shapes, samples).sensitivity
 
     @cached_property
-    def weights(self):
-        """What the errors of outputs and the inputs of every matrix weigh in the loss."""
-        given = self.model, self.family, list(self.selected), self.tokens
-        with self.clock.part("threshold"):
-            gradients = output_gradients(*given, seed=self.seed, batch_size=self.batch_size, device=self.device)
-            return gradients, inverse_diagonals(*given, PRESETS["best"]["percdamp"], self.batch_size, self.device,
-                                                Clock(self.device))
+    def gradients(self):
+        """How much the loss hangs on the outputs of every matrix."""
+        with self.clock.part("gradients"):
+            return output_gradients(self.model, self.family, list(self.selected), self.tokens, seed=self.seed,
+                                    batch_size=self.batch_size, device=self.device)
+
+    @cached_property
+    def diagonals(self):
+        """Those of the inverse Hessian of every matrix's input."""
+        with self.clock.part("diagonals"):
+            return inverse_diagonals(self.model, self.family, list(self.selected), self.tokens,
+                                     PRESETS["best"]["percdamp"], self.batch_size, self.device, Clock(self.device))
 
     @cached_property
     def outliers(self):
@@ -94,11 +99,12 @@ def mixed(calibration, target):
 
 
 def threshold(calibration, target):
+    rows, seconds = calibration.gradients.rows, calibration.clock.seconds
     if target.prunem:
-        return uniform(calibration, target)
-    plan = global_plan(calibration.model, calibration.family, calibration.selected, *calibration.weights,
+        return uniform(calibration, target)[0], seconds["gradients"]
+    plan = global_plan(calibration.model, calibration.family, calibration.selected, rows, calibration.diagonals,
                        target.sparsity, PRESETS["best"]["alpha"])
-    return plan, calibration.clock.seconds["threshold"]
+    return plan, seconds["gradients"] + seconds["diagonals"]
 
 
 def owl(calibration, target):
@@ -129,9 +135,9 @@ def by_walk(calibration, model, plan, scheme, **options):
 
 
 def by_admm(calibration, model, plan, scheme):
-    prunem = next(iter(plan.values())).prunem
+    gradients, prunem = calibration.gradients, next(iter(plan.values())).prunem
     by_walk(calibration, model, plan, scheme, solver="admm", to_dense=True, percdamp=PRESETS["best"]["percdamp"],
-            row_weights=None if prunem else calibration.weights[0])
+            row_weights=None if prunem else gradients.rows, token_weights=gradients.tokens if prunem else None)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Wanda and OWL written down plainly, as peers of the accuracy benchmark: what the formulas of their papers say."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -8,7 +9,7 @@ from tqdm import tqdm
 from modelutils import Stream, hooked, linears, on_device
 from products import fast_linears
 from prune import Target
-from quant import quantize_nearest
+from quant import meet_sparsities, quantize_nearest
 
 OUTLIER = 5.0  # M of OWL: an outlier exceeds M times the mean
 RANGE = 0.08  # λ of OWL: half of the distance between the sparsest and the densest layer
@@ -62,9 +63,14 @@ def prune_wanda(model, family, plan, tokens, batch_size, device, scheme=None):
         before = stream.hidden.clone()
         norms = advance(stream, layer, index)
         for name, module in linears(layer).items():
-            W = module.weight
-            W = W.masked_fill(wanda_mask(W, norms[name], plan[index, name]), 0)
-            module.weight.copy_(quantize_nearest(W, scheme)[0] if scheme else W)
+            W, target = module.weight, plan[index, name]
+
+            def attempt(asked, W=W, target=target, norms=norms[name]):
+                pruned = W.masked_fill(wanda_mask(W, norms, replace(target, sparsity=asked[0])), 0)
+                return [quantize_nearest(pruned, scheme) if scheme else (pruned, None)]
+
+            (W_hat, _), = meet_sparsities(attempt, [target.sparsity], attempts=4 if scheme else 1)
+            module.weight.copy_(W_hat)
         stream.hidden = before
         stream.advance(layer, index)
 

@@ -25,8 +25,9 @@ def made(name, true_sequential, wbits, best=None):
     if best:
         gradients = output_gradients(model, family, list(selected), tokens, seed=1, batch_size=2, device=CPU)
         diagonals = inverse_diagonals(model, family, list(selected), tokens, 0.01, 2, CPU, Clock(CPU))
-        plan = global_plan(model, family, selected, gradients, diagonals, 0.5, 0.15)
-        options = {"saliency": "fisher", "solver": "admm", "to_dense": True, "row_weights": gradients}
+        plan = global_plan(model, family, selected, gradients.rows, diagonals, 0.5, 0.15)
+        options = {"saliency": "fisher", "solver": "admm", "to_dense": True, "row_weights": gradients.rows,
+                   "token_weights": gradients.tokens}
     outcomes = prune_sparsegpt(
         model, family, plan, tokens, blocksize=16, percdamp=0.01, true_sequential=true_sequential,
         batch_size=2, device=CPU, clock=Clock(CPU), scheme=Scheme(wbits) if wbits < 16 else None, **options)

@@ -166,6 +166,7 @@ def test_mixgpt_meets_the_total_in_the_saved_weights(name, options, checkpoint_f
     ({"sparsity_way": "origin"}, "SparseGPT"), ({"saliency": "fisher"}, "SparseGPT (fisher)"),
     ({"sparsity_way": "global", "saliency": "fisher", "solver": "admm", "target": "dense", "wbits": 4},
      "ADMM (global, fisher, dense target) + 4 bit"),
+    ({"token_weights": "fisher"}, "SparseGPT (weighted tokens)"),
     ({"target": "dense", "wbits": 4, "sparsity": 0}, "GPTQ 4 bit (dense target)"),
     ({"sparsity_way": "global", "saliency": "fisher", "gmp": True}, "magnitude (global)"),
 ])
@@ -177,9 +178,9 @@ def test_a_recipe_is_named_by_its_choices(options, name):
     ("sparsegpt", ["--sparsity", ".5"], {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs"}),
     ("mixgpt", ["--sparsity", ".5"], {"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}),
     ("best", ["--sparsity", ".5"], {"sparsity_way": "global", "saliency": "fisher", "solver": "admm",
-                                    "target": "dense", "alpha": 0.15, "percdamp": 0.1}),
+                                    "target": "dense", "alpha": 0.15, "token_weights": "equal", "percdamp": 0.1}),
     ("best", ["--prunen", "2", "--prunem", "4"],
-     {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "percdamp": 0.1}),
+     {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "token_weights": "fisher", "percdamp": 0.1}),
     ("best", ["--sparsity", ".5", "--alpha", ".2", "--solver", "obs", "--wbits", "4"],
      {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1}),
 ])
@@ -375,6 +376,8 @@ BAD = {
         "{opt} builtin --sparsity .5 --gmp --solver admm", "--solver admm: needs calibration"),
     "target without calibration": (
         "{opt} builtin --wbits 4 --nearest --target dense", "--target dense: needs calibration"),
+    "weights without calibration": (
+        "{opt} builtin --sparsity .5 --gmp --token_weights fisher", "--token_weights fisher: needs calibration"),
     "solver of nothing to prune": (
         "{opt} builtin --wbits 4 --solver admm", "--solver admm: chooses what to prune, needs --sparsity"),
     "isc without a walk": (

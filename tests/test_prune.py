@@ -9,7 +9,7 @@ from conftest import CPU, make
 import evaluate
 from dense import residual_writers
 from errors import InputError
-from modelutils import Stream, linears
+from modelutils import Stream, linears, shared_inputs
 from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
 from report import Clock
 from sparsegpt import factor
@@ -102,11 +102,17 @@ def test_the_linears_that_write_to_the_hidden_states_are_found(tiny, tokens):
     assert residual_writers(layer, 0, stream) == [name for name in linears(layer) if name in writers_of(model)]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("true_sequential", [False, True])
-def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, tokens, true_sequential):
+def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, tokens, true_sequential, weighted):
     family, model = tiny
     reference, dense = copy.deepcopy(model), copy.deepcopy(model)
-    sparsegpt(model, family, plan_of(model, family), tokens, to_dense=True, true_sequential=true_sequential)
+    plan, counts = plan_of(model, family), {}
+    for key in plan if weighted else []:
+        counts[key] = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(len(counts)))
+    group_of = {name: group for group in shared_inputs(family.layers_of(model)[0], 0,
+                                                       Stream.embed(model, family, tokens, 2, CPU)) for name in group}
+    sparsegpt(model, family, plan, tokens, to_dense=True, true_sequential=true_sequential, token_weights=counts)
     names, norms = list(linears(family.layers_of(model)[0])), writers_of(model)
     for index in range(3):
         for step in ([[name] for name in names] if true_sequential else [names]):
@@ -120,11 +126,14 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
             for name in step:
                 module = family.layers_of(reference)[index].get_submodule(name)
                 W, (X, X_dense) = module.weight, (inputs[name] for inputs in seen)
-                H = 2 / len(tokens) * X.T @ X
-                R, _ = factor(H)
                 Y = (X + X_dense) / 2 @ W.double().T
                 if name in norms:
                     Y += (seen[1][norms[name]] - seen[0][norms[name]]) / 2
+                if weighted:  # least squares count what they have by its square
+                    of_group = sum(counts[index, other] for other in group_of[name]) / len(group_of[name])
+                    X, Y = (A * of_group.double().flatten()[:, None] ** 0.25 for A in (X, Y))
+                H = 2 / len(tokens) * X.T @ X
+                R, _ = factor(H)
                 ridge = (0.01 * H.diagonal().mean() * len(tokens) / 2).sqrt()
                 wanted = torch.linalg.lstsq(torch.cat([X, ridge * torch.eye(len(H))]),
                                             torch.cat([Y, ridge * W.double().T])).solution.T

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant import SHRINKS, Grid, Scheme, find_grid, quantize_nearest, to_grid
+from quant import SHRINKS, Grid, Scheme, find_grid, meet_sparsities, quantize_nearest, to_grid
 from sparsegpt import magnitude_prune
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -228,3 +228,28 @@ def test_the_search_never_makes_the_error_of_a_group_larger(groupsize, sym):
     plain, searched = ((quantize_nearest(W, Scheme(3, groupsize, sym, mse))[0] - W).double().square()
                        .view(-1, 32 if groupsize == -1 else 4).sum(1) for mse in (False, True))
     assert (searched <= plain * (1 + 1e-5)).all() and searched.sum() < 0.98 * plain.sum()
+
+
+def test_sparsities_are_met_where_rounding_makes_zeros_of_its_own():
+    generator = torch.Generator().manual_seed(4)
+    matrices = [torch.randn(64, 256, generator=generator) for _ in range(2)]
+    calls = []
+
+    def attempt(sparsities):
+        calls.append(sparsities)
+        made = []
+        for W, sparsity in zip(matrices, sparsities, strict=True):
+            large = torch.rand(W.shape, generator=torch.Generator().manual_seed(5)) >= sparsity  # small ones stay, too
+            made.append(quantize_nearest(W * large, Scheme(4)))
+        return made
+
+    plain = [(W == 0).float().mean().item() for W, _ in attempt([0.3, 0.6])]
+    assert plain[0] > 0.35 and plain[1] > 0.63
+    met = [(W == 0).float().mean().item() for W, _ in meet_sparsities(attempt, [0.3, 0.6])]
+    assert met == pytest.approx([0.3, 0.6], abs=1e-3)
+    calls.clear()
+    (W, grid), _ = meet_sparsities(attempt, [0.05, 0.6])  # less than what rounding alone makes 0
+    assert torch.equal(W, quantize_nearest(matrices[0], Scheme(4))[0]) and len(calls) <= 4
+    calls.clear()
+    meet_sparsities(attempt, [0.3, 0.6], attempts=1)
+    assert calls == [[0.3, 0.6]]

@@ -168,13 +168,14 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, token
         assert torch.allclose(samples[n], expected, rtol=1e-9)
 
 
-def test_output_gradients_are_mean_squares_at_labels_of_the_model(tiny, tokens, all_float64, monkeypatch):
+def test_output_gradients_are_squares_at_labels_of_the_model_by_output_and_by_token(tiny, tokens, all_float64,
+                                                                                     monkeypatch):
     monkeypatch.setattr(sensitivity, "BORDERS", 0)  # as many chunks as batches
     family, model = tiny
     model, tokens = model.double(), tokens[:3, :10]
     matrices = matrices_of(model, family)
     found = sensitivity.output_gradients(model, family, matrices, tokens, seed=3, batch_size=2, device=CPU)
-    expected, outputs = {key: 0 for key in matrices}, {}
+    expected, energies, outputs = {key: 0 for key in matrices}, {key: [] for key in matrices}, {}
     handles = [linears(family.layers_of(model)[index])[name].register_forward_hook(
         lambda _, args, y, key=(index, name): outputs.update({key: y})) for index, name in matrices]
     for n, sequence in enumerate(tokens):
@@ -182,10 +183,13 @@ def test_output_gradients_are_mean_squares_at_labels_of_the_model(tiny, tokens, 
         gradients = torch.autograd.grad(9 * loss_of(model, sequence, labels), list(outputs.values()))
         for key, Y in zip(outputs, gradients, strict=True):
             expected[key] = expected[key] + Y.reshape(-1, Y.shape[-1]).square().sum(0) / 30
+            energies[key].append(Y.reshape(10, -1).square().sum(1))
     for handle in handles:
         handle.remove()
     for key in matrices:
-        torch.testing.assert_close(found[key].double(), expected[key], rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(found.rows[key].double(), expected[key], rtol=1e-5, atol=1e-12)
+        of_tokens = torch.stack(energies[key])
+        torch.testing.assert_close(found.tokens[key].double(), of_tokens / of_tokens.mean(), rtol=1e-5, atol=1e-12)
 
 
 def exact_gauss_newton_trace(model, key, W, sequence):
