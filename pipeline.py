@@ -4,11 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shlex
 import sys
 import tempfile
-from importlib.metadata import version
 
 import datasets
 import torch
@@ -18,6 +16,7 @@ import checkpoint
 import distributed
 import importance
 import plots
+import records
 import semistructured
 import traces
 from choices import choose_device, choose_dtype, choose_seqlen
@@ -26,24 +25,11 @@ from errors import InputError
 from evaluate import count_zeros, logits, measure_sparsity, perplexity
 from files import check_writable, write
 from folder import Folder
-from formats import stored_bytes
-from prune import Outcome, make_plan, prune_magnitude, prune_sparsegpt, select
-from report import (
-    Clock,
-    cost_line,
-    disk_line,
-    kernels_line,
-    peak_memory,
-    perplexity_table,
-    plan_tables,
-    sparsity_table,
-    task_table,
-    total_sparsity,
-)
+from prune import make_plan, prune_magnitude, prune_sparsegpt, select
+from report import Clock, heading, peak_memory, plan_tables, result_text
 from sensitivity import output_gradients
-from settings import OPTIONS, parse
+from settings import parse
 from tracking import Tracker
-from weights import digest, fingerprint
 
 PROBE = 128  # tokens on which a saved model is compared with the one in memory
 
@@ -114,9 +100,9 @@ def run(family, settings, command=None):
                 path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
                 folder = stack.enter_context(Folder(distributed.tell(path)))
             if folder:
-                folder.start(model, family, _identity(settings, seqlen, device, model, calibration))
-        facts = _facts(settings, seqlen, model.dtype, device, sources)
-        _tell(settings, _heading(model, family, settings, selected, calibration, seqlen, device, facts, command))
+                folder.start(model, family, records.identity(settings, seqlen, device, model, calibration))
+        facts = records.facts(settings, seqlen, model.dtype, device, sources)
+        _tell(settings, heading(model, family, settings, selected, calibration, seqlen, device, facts, command))
         with clock.part("W&B"):
             tracker = stack.enter_context(_tracker(settings, facts))
         if tracker.place:
@@ -146,13 +132,13 @@ def run(family, settings, command=None):
             settings, lambda settings: _compress(settings, plan, gradients, model, family, calibration, device, clock,
                                                  folder, tracker), again=hasattr(model, "source"))
         matrices = measure_sparsity(model, family)
-        record = facts | _record(matrices, outcomes, plan, known)
+        record = facts | records.of_matrices(matrices, outcomes, plan, known)
         if settings.save:
             with clock.part("save"):
                 _complete(settings, folder, tokenizer, record, family, outcomes)
                 _verify(settings.save, model, family, matrices, _probe(tests, calibration, config.vocab_size), device)
                 if plan:
-                    record["disk"] = _disk(settings, family, plan, selected)
+                    record["disk"] = records.disk(settings, family, plan, selected)
         if plan:
             perplexities[settings.method] = _fitting(settings, evaluate)
             if score:
@@ -165,7 +151,7 @@ def run(family, settings, command=None):
         if settings.save and distributed.rank() == 0:
             checkpoint.write_record(settings.save, record)
             folder.end()
-        if result := _result(settings, matrices, outcomes, perplexities, scores, record):
+        if result := result_text(settings, matrices, outcomes, perplexities, scores, record):
             print(result, flush=True)
         if settings.record and distributed.rank() == 0:
             write("--record", settings.record, json.dumps(record, indent=1) + "\n")
@@ -220,18 +206,6 @@ def _check(settings, family, skeleton, dtype):
     return selected
 
 
-def _identity(settings, seqlen, device, model, calibration):
-    """Return what a run and its continuation must have in common, {flag: value}."""
-    free = ("resume", "save", "eval", "dense", "tasks", "tasks_dir", "limit", "semi_structured", "plot", "data_dir",
-            "sensitivity_file", "model", "device", "dtype", "record", "log_wandb", "wandb_project", "wandb_name",
-            "wandb_group", "quiet", "preset")
-    flags = {flag.lstrip("-").replace("-", "_"): flag for options in OPTIONS.values() for flag, *_ in options}
-    shared = {flags.get(name, name): value for name, value in dataclasses.asdict(settings).items() if name not in free}
-    return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),
-                     "number of processes": distributed.world(), "model's weights": fingerprint(model),
-                     "calibration tokens": None if calibration is None else digest(calibration)}
-
-
 def _compress(settings, plan, gradients, model, family, calibration, device, clock, folder, tracker):
     """Prune and quantize what the plan names. Returns {(layer, name): Outcome}."""
     if not plan:
@@ -259,16 +233,6 @@ def _complete(settings, folder, tokenizer, record, family, outcomes):
     if distributed.rank() == 0:
         checkpoint.write_record(settings.save, record)
     folder.complete(tokenizer, {family.path(*key): outcome.grid for key, outcome in outcomes.items() if outcome.grid})
-
-
-def _disk(settings, family, plan, selected):
-    """Count what the matrices of the plan take on disk, against bfloat16; theory counts only the kept weights' bits."""
-    sizes = {key: out * columns for key, (out, columns) in selected.items()}
-    kept = sum((1 - target.sparsity) * sizes[key] for key, target in plan.items())
-    nbytes = stored_bytes(settings.save, {family.path(*key) for key in plan})
-    numel = sum(sizes.values())
-    return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
-            "theoretical_ratio": 16 * numel / (settings.wbits * kept)}
 
 
 def _plan(settings, selected, model, family, calibration, device, clock, tracker):
@@ -356,89 +320,3 @@ def _verify(folder, model, family, matrices, probe, device):
     found, wanted = (logits(each, family, probe, 1, device) for each in (reloaded, model))
     if not torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True):
         raise InputError(f"--save {folder}: the logits of the saved model differ from those in memory")
-
-
-def _facts(settings, seqlen, dtype, device, sources):
-    """Return what the record says before the work: settings as they ended up, versions, device and texts."""
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    versions = {"python": platform.python_version()}
-    versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    if settings.tasks:
-        versions["lm_eval"] = version("lm_eval")
-    return {"settings": dataclasses.asdict(settings) | {"seqlen": seqlen, "dtype": str(dtype).removeprefix("torch."),
-                                                        "device": str(device)},
-            "device_name": device_name, "versions": versions, "data": sources}
-
-
-def _record(matrices, outcomes, plan, known):
-    """Return what the record says of the matrices."""
-    sensitivity = known.sensitivity if known else {}
-    rows = []
-    for m in matrices:
-        key = m.layer, m.name
-        row = {"layer": m.layer, "name": m.name, "shape": list(m.shape), "sparsity": m.zeros / m.numel}
-        if key in plan:
-            row["target"] = plan[key].sparsity
-        if key in sensitivity:
-            row["sensitivity"] = sensitivity[key]
-        outcome = outcomes.get(key, Outcome())
-        row |= {name: value for name in ("error", "percdamp") if (value := getattr(outcome, name)) is not None}
-        if outcome.grid:
-            row["wbits"] = outcome.grid.scheme.wbits
-        rows.append(row)
-    return {"sparsity": total_sparsity(matrices), "matrices": rows}
-
-
-def _heading(model, family, settings, selected, calibration, seqlen, device, facts, command):
-    """Say all that it takes to repeat the run."""
-    parameters = sum(p.numel() for p in model.parameters())
-    lines = [f"command  {command}"] if command else []
-    lines += ["versions " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-              f"model    {settings.model}: {type(model).__name__}, {len(family.layers_of(model))} layers, "
-             f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {device}"
-              + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
-    lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(selected)).items()]
-    if calibration is not None:
-        lines.append(f"data     {settings.dataset}: {len(calibration)} sequences of {seqlen} tokens, "
-                     f"seed {settings.seed}, batches of {settings.batch_size}")
-    return "\n".join(lines)
-
-
-def _methods(settings, count):
-    """Say how weights are pruned and quantized: {"pruning" or "grids": text}."""
-    how = {}
-    walk = f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
-        ", true-sequential" if settings.true_sequential else "") + (
-        ", columns by activation" if settings.act_order else "") if settings.calibrates else ""
-    if settings.prunes:
-        n, m = settings.prunen, settings.prunem
-        amount = f"{n}:{m}" if m else f"{settings.sparsity:.4g} of the weights"
-        spreads = settings.mixed or settings.sparsity_way == "global"
-        where = "over" if spreads else "in each of"
-        spread = (f", alpha {settings.alpha:g}" if spreads else "") + (
-            f", nprobes {settings.nprobes}" if settings.mixed else "")
-        how["pruning"] = f"{settings.method}, {amount} {where} {count} matrices{spread}{walk}"
-    if scheme := settings.scheme:
-        name = "" if settings.prunes else f"{settings.method}, {count} matrices, "
-        grids = "a row" if scheme.groupsize == -1 else f"{scheme.groupsize} columns of a row"
-        how["grids"] = (f"{name}{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for {grids} each"
-                        + (", range by squared error" if scheme.mse else "") + ("" if settings.prunes else walk))
-    return how
-
-
-def _result(settings, matrices, outcomes, perplexities, scores, record):
-    parts = [sparsity_table(matrices, outcomes)] if settings.compresses else []
-    if settings.eval:
-        parts.append(perplexity_table(perplexities))
-    if scores:
-        parts.append(task_table(scores))
-    if "semi_structured" in record:
-        parts.append(kernels_line(record["semi_structured"], list(perplexities.values())[-1]))
-    if settings.quiet:
-        return "\n\n".join(parts)
-    parts.append(cost_line(record["seconds"], record["peak_memory"]))
-    if "disk" in record:
-        parts.append(disk_line(record["disk"]))
-    if settings.save:
-        parts.append(f"saved in {settings.save}, loaded again and found equal")
-    return "\n" + "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""What a run tells: seconds per part, peak memory, tables for the terminal, and the record that is saved."""
+"""What a run tells in the terminal: its heading, tables, seconds per part, peak memory."""
 
 import contextlib
 import resource
@@ -7,6 +7,8 @@ import time
 from collections import defaultdict
 
 import torch
+
+import distributed
 
 TASK_FACTS = ("examples", "num_fewshot", "version")  # of a task, beside its metrics
 
@@ -137,7 +139,7 @@ def kernels_line(found, dense):
 
 
 def disk_line(disk):
-    """Tell what the changed matrices take on disk; see pipeline for the keys."""
+    """Tell what the changed matrices take on disk; see `records.disk` for the keys."""
     return (f"disk {disk['bytes'] / 1e6:.1f} MB for the matrices above, {disk['bits_per_weight']:.2f} bits a weight, "
             f"{disk['ratio']:.2f} times smaller than bfloat16 (in theory, without mask and grids, "
             f"{disk['theoretical_ratio']:.2f} times)")
@@ -148,3 +150,59 @@ def cost_line(seconds, peak):
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05)
     memory = ", ".join(f"{place} {value / 1e9:.2f} GB" for place, value in peak.items())
     return f"time {sum(seconds.values()):.1f} s ({parts}); peak memory {memory}"
+
+
+def heading(model, family, settings, selected, calibration, seqlen, device, facts, command):
+    """Say all that it takes to repeat the run."""
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [f"command  {command}"] if command else []
+    lines += ["versions " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+              f"model    {settings.model}: {type(model).__name__}, {len(family.layers_of(model))} layers, "
+             f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {device}"
+              + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
+    lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(selected)).items()]
+    if calibration is not None:
+        lines.append(f"data     {settings.dataset}: {len(calibration)} sequences of {seqlen} tokens, "
+                     f"seed {settings.seed}, batches of {settings.batch_size}")
+    return "\n".join(lines)
+
+
+def _methods(settings, count):
+    """Say how weights are pruned and quantized: {"pruning" or "grids": text}."""
+    how = {}
+    walk = f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
+        ", true-sequential" if settings.true_sequential else "") + (
+        ", columns by activation" if settings.act_order else "") if settings.calibrates else ""
+    if settings.prunes:
+        n, m = settings.prunen, settings.prunem
+        amount = f"{n}:{m}" if m else f"{settings.sparsity:.4g} of the weights"
+        spreads = settings.mixed or settings.sparsity_way == "global"
+        where = "over" if spreads else "in each of"
+        spread = (f", alpha {settings.alpha:g}" if spreads else "") + (
+            f", nprobes {settings.nprobes}" if settings.mixed else "")
+        how["pruning"] = f"{settings.method}, {amount} {where} {count} matrices{spread}{walk}"
+    if scheme := settings.scheme:
+        name = "" if settings.prunes else f"{settings.method}, {count} matrices, "
+        grids = "a row" if scheme.groupsize == -1 else f"{scheme.groupsize} columns of a row"
+        how["grids"] = (f"{name}{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for {grids} each"
+                        + (", range by squared error" if scheme.mse else "") + ("" if settings.prunes else walk))
+    return how
+
+
+def result_text(settings, matrices, outcomes, perplexities, scores, record):
+    """Return what is printed at the end: tables of sparsity, perplexity and tasks, unless quiet also the costs."""
+    parts = [sparsity_table(matrices, outcomes)] if settings.compresses else []
+    if settings.eval:
+        parts.append(perplexity_table(perplexities))
+    if scores:
+        parts.append(task_table(scores))
+    if "semi_structured" in record:
+        parts.append(kernels_line(record["semi_structured"], list(perplexities.values())[-1]))
+    if settings.quiet:
+        return "\n\n".join(parts)
+    parts.append(cost_line(record["seconds"], record["peak_memory"]))
+    if "disk" in record:
+        parts.append(disk_line(record["disk"]))
+    if settings.save:
+        parts.append(f"saved in {settings.save}, loaded again and found equal")
+    return "\n" + "\n\n".join(parts)

@@ -239,7 +239,7 @@ class SparseGPT:
 def _features(X, factors=None):
     """Return X (..., width), times factors (tokens,), as floats by features, (width, tokens)."""
     features = X.reshape(-1, X.shape[-1]).t().contiguous().float()  # a transposed copy of floats takes longer
-    return features if factors is None else features.mul_(factors)
+    return features if factors is None else features * factors
 
 
 def activation_order(h, prunem=0):
