@@ -105,7 +105,8 @@ def meet_sparsities(attempt, sparsities, attempts=4):
         made = attempt(asked)
         found = [1 - W.count_nonzero().item() / W.numel() for W, _ in made]
         missed = [share - wanted for share, wanted in zip(found, sparsities, strict=True)]
-        if not left or all(abs(miss) <= CLOSE or not share for miss, share in zip(missed, asked, strict=True)):
+        met = [abs(miss) <= CLOSE or (p == 0 and miss > 0) for miss, p in zip(missed, asked, strict=True)]
+        if all(met) or not left:
             return made
         slopes = [1.0] * len(asked) if before is None else [
             min(max((new - old) / (p - q), 0.3), 1.0) if p != q else 1.0
