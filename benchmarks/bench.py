@@ -7,6 +7,7 @@ python benchmarks/bench.py layers --nsamples 128 --seqlen 2048     # two layers 
 
 import argparse
 import copy
+import functools
 import importlib
 import platform
 import sys
@@ -52,6 +53,7 @@ def machine(device):
             f"{rate(device, torch.float32) / 1e9:.0f} GFLOP/s")
 
 
+@functools.cache
 def rate(device, dtype):
     """Return the floating-point operations per second of a large matrix product, the best of five.
 
