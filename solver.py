@@ -97,17 +97,13 @@ def _quotient(a, b):
     return torch.where(b > 0, a / b, 0)  # a row that is solved has nothing left
 
 
-def prune_by_admm(matrices, H, targets, row_weights=None):
-    """Prune matrices that read the same input, stacked: masks by ADMM, then `solve_on_support`.
+def admm_pruner(matrices, H, targets, row_weights=None):
+    """Prune matrices that read the same input, stacked: ranked for `targets` by ADMM, then `solve_on_support`.
 
     matrices: list of (out, in), the weights wanted; what is 0 stays 0. H: (in, in), damped. targets: (sparsity, prunen,
-    prunem) of each, the latter two 0 where left out. row_weights: (rows of all,). Returns a list like `matrices`.
+    prunem) of each, the latter two 0 where left out. row_weights: (rows of all,). Returns a function of these or
+    similar targets, which returns a list like `matrices`.
     """
-    return admm_pruner(matrices, H, targets, row_weights)(targets)
-
-
-def admm_pruner(matrices, H, targets, row_weights=None):
-    """Rank weights for `targets`; arguments as in `prune_by_admm`. Returns what prunes to these or similar targets."""
     scale = H.diagonal().sqrt()
     H, W = H / scale / scale[:, None], torch.cat(matrices) * scale
     counts = [len(matrix) for matrix in matrices]

@@ -5,7 +5,7 @@ import torch
 
 import solver
 from quant import Scheme
-from solver import admm_scores, keep_mask, prune_by_admm, solve_on_support
+from solver import admm_pruner, admm_scores, keep_mask, solve_on_support
 from sparsegpt import SparseGPT, factor, relative_error
 from walk import obs_saliency, prune_matrices
 
@@ -48,7 +48,7 @@ def test_layers_err_less_than_after_the_walk(problem, target, ratio):
     walked = prune_matrices([W], R, H.diagonal(), [target])[0][0]
     damped = H.clone()
     damped.diagonal().add_(0.01 * H.diagonal().mean())
-    solved, = prune_by_admm([W], damped, [target])
+    solved, = admm_pruner([W], damped, [target])([target])
     assert (solved == 0).sum() == round(target[0] * W.numel())
     assert relative_error(W, solved, H) < ratio * relative_error(W, walked, H)
 
@@ -57,10 +57,10 @@ def test_layers_err_less_than_after_the_walk(problem, target, ratio):
 def test_each_matrix_of_a_stack_meets_its_own_target(problem, sparsity):
     W, X = problem
     H, _ = normalised(X)
-    parts = prune_by_admm([W[:7], W[7:]], H, [(sparsity,), (0.25, 1, 4)])
+    parts = admm_pruner([W[:7], W[7:]], H, [(sparsity,), (0.25, 1, 4)])([(sparsity,), (0.25, 1, 4)])
     assert (parts[0] == 0).sum() == round(sparsity * 7 * 32)
     assert ((parts[1] == 0).view(-1, 4).sum(1) == 1).all()
-    alone, = prune_by_admm([W[:7]], H, [(sparsity,)])
+    alone, = admm_pruner([W[:7]], H, [(sparsity,)])([(sparsity,)])
     assert torch.allclose(parts[0], alone)
 
 
@@ -68,11 +68,11 @@ def test_weights_that_are_zero_stay_zero_also_beyond_the_target(problem):
     W, X = problem
     H, _ = normalised(X)
     W = W.masked_fill(torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.6, 0)
-    pruned, = prune_by_admm([W], H, [(0.5,)])
+    pruned, = admm_pruner([W], H, [(0.5,)])([(0.5,)])
     assert torch.equal(pruned == 0, W == 0)
-    pruned, = prune_by_admm([W], H, [(0.75,)])
+    pruned, = admm_pruner([W], H, [(0.75,)])([(0.75,)])
     assert (pruned == 0).sum() == round(0.75 * W.numel()) and (pruned[W == 0] == 0).all()
-    pruned, = prune_by_admm([W], H, [(0.5, 2, 4)])
+    pruned, = admm_pruner([W], H, [(0.5, 2, 4)])([(0.5, 2, 4)])
     assert ((pruned == 0).view(-1, 4).sum(1) == (W == 0).view(-1, 4).sum(1).clamp_min(2)).all()
 
 
