@@ -1,6 +1,6 @@
 """Walk over the columns of a narrow range one by one: the reference on any device, and the choice of a faster one."""
 
-from importlib.util import find_spec
+import functools
 
 import torch
 
@@ -56,12 +56,22 @@ def walk_columns(W, E, U, mask, factors, prunem, prunens, grid):
         w.copy_(q)
 
 
+@functools.cache
+def triton_obstacle(device):
+    """Say why the columns cannot be walked in Triton on a GPU, having tried once; None where they can."""
+    try:
+        import columns_cuda  # only where there is a GPU
+    except (ImportError, OSError, RuntimeError) as error:
+        return " ".join(str(error).split())
+    return columns_cuda.obstacle(device)
+
+
 def fastest(device, grid_dtype, dtype):
     """Return the fastest `walk_columns` for a device, grids of grid_dtype, None without grids, and W of a dtype."""
     unrounded = grid_dtype in (None, dtype)
     if device.type == "cpu" and (unrounded or dtype == torch.float32 and grid_dtype in columns_cpu.GRID_DTYPES):
         return columns_cpu.walk_columns
-    if device.type == "cuda" and dtype == torch.float32 and find_spec("triton"):  # imported only where it is needed
+    if device.type == "cuda" and dtype == torch.float32 and triton_obstacle(device) is None:
         import columns_cuda
         if unrounded or grid_dtype in columns_cuda.GRID_DTYPES:
             return columns_cuda.walk_columns

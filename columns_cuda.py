@@ -4,6 +4,8 @@ A program keeps a tile of rows of W in registers, and every error is at once com
 each column is up to date when it is reached, and W, E and the mask are read or written once.
 """
 
+import subprocess
+
 import torch
 import triton
 import triton.language as tl
@@ -27,18 +29,36 @@ def walk_columns(W, E, U, mask, factors, prunem, prunens, grid):
     scale, low, high, dtype = grid or (None, None, None, torch.float32)
     with torch.cuda.device_of(W):  # Triton launches on the current device
         _walk_rows[triton.cdiv(out, tile),](
-            W, E, U, mask, factors, prunen, scale, low, high, columns, out,
-            W.stride(0), E.stride(0), U.stride(0), mask.stride(0), PRUNEM=prunem, DTYPE=GRID_DTYPES[dtype],
+            W, E, U, mask, factors.contiguous(), prunen, scale, low, high, columns, out,
+            *W.stride(), *E.stride(), *U.stride(), *mask.stride(), PRUNEM=prunem, DTYPE=GRID_DTYPES[dtype],
             COLUMNS=padded, ROWS=tile, num_warps=WARPS, enable_fp_fusion=True)
 
 
+def obstacle(device):
+    """Say why the kernel cannot run on a device, by trying it once; None where it can.
+
+    Triton compiles a launcher on the machine itself, with a C compiler and the libraries of the driver.
+    """
+    W, E, mask = torch.ones(2, 2, device=device), torch.empty(2, 2, device=device), torch.ones(2, 2, device=device) > 0
+    try:
+        walk_columns(W, E, torch.eye(2, device=device), mask, torch.ones(2, device=device), 0, None, None)
+    except (OSError, RuntimeError, AssertionError, subprocess.SubprocessError, triton.TritonError) as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
 @triton.jit
-def _walk_rows(W, E, U, mask, factors, prunen, scale, low, high, columns, out, next_w, next_e, next_u, next_mask,
-               PRUNEM: tl.constexpr, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Walk a tile of rows; next_w, next_e, next_u and next_mask lead to the next column, that of U to its next row."""
+def _walk_rows(W, E, U, mask, factors, prunen, scale, low, high, columns, out, w_column, w_row, e_column, e_row,
+               u_row, u_column, mask_column, mask_row, PRUNEM: tl.constexpr, DTYPE: tl.constexpr,
+               COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Walk a tile of rows of the matrix.
+
+    w_column and w_row lead to its next column and row, e_… and mask_… likewise; u_row and u_column to those of U.
+    """
     column, row = tl.arange(0, COLUMNS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < out
-    w_all = tl.load(W + column[:, None] * next_w + row, mask=(column < columns)[:, None] & real, other=0)
+    at_w, at_e, at_mask = W + row * w_row, E + row * e_row, mask + row * mask_row
+    w_all = tl.load(at_w + column[:, None] * w_column, mask=(column < columns)[:, None] & real, other=0)
     if scale is not None:
         step = tl.load(scale + row, mask=real, other=1)
         least, most = tl.load(low + row, mask=real, other=0), tl.load(high + row, mask=real, other=0)
@@ -46,26 +66,26 @@ def _walk_rows(W, E, U, mask, factors, prunen, scale, low, high, columns, out, n
         share = tl.load(prunen + row, mask=real, other=0)
         factor = tl.load(factors + column, mask=column < columns, other=0)
         rank = tl.zeros((COLUMNS, ROWS), tl.int32)
-        marked = tl.load(mask + column[:, None] * next_mask + row, mask=(column < columns)[:, None] & real, other=0)
+        marked = tl.load(at_mask + column[:, None] * mask_column, mask=(column < columns)[:, None] & real, other=0)
 
     for j in range(columns):
         if PRUNEM:
             if j % PRUNEM == 0:
                 rank = _ranks(tl.where(marked, -1.0, w_all * w_all * factor[:, None]), column, j, PRUNEM)
             removed = (_column(rank, column, j) < share) | (_column(marked.to(tl.int32), column, j) > 0)
-            tl.store(mask + j * next_mask + row, removed, mask=real)
+            tl.store(at_mask + j * mask_column, removed, mask=real)
         else:
-            removed = tl.load(mask + j * next_mask + row, mask=real, other=0)
+            removed = tl.load(at_mask + j * mask_column, mask=real, other=0)
         w = _column(w_all, column, j)
         q = w
         if scale is not None:
             q = tl.clamp(tl.div_rn(w, step), least, most, propagate_nan=tl.PropagateNan.ALL)
             q = (((q + ROUNDER) - ROUNDER) * step).to(DTYPE).to(tl.float32)
         q = tl.where(removed, 0.0, q)
-        e = (w - q) / tl.load(U + j * next_u + j)
-        tl.store(W + j * next_w + row, q, mask=real)
-        tl.store(E + j * next_e + row, e, mask=real)
-        u = tl.load(U + j * next_u + column, mask=(column > j) & (column < columns), other=0)
+        e = (w - q) / tl.load(U + j * (u_row + u_column))
+        tl.store(at_w + j * w_column, q, mask=real)
+        tl.store(at_e + j * e_column, e, mask=real)
+        u = tl.load(U + j * u_row + column * u_column, mask=(column > j) & (column < columns), other=0)
         w_all -= u[:, None] * e
 
 

@@ -39,10 +39,16 @@ SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency, "fisher": obs_saliency}
 
 
 def smallest(scores, k):
-    """Mark the k smallest scores, exactly k of them also among ties. Returns a mask like `scores`."""
+    """Mark the k smallest scores, exactly k of them also among ties. Returns a mask like `scores`.
+
+    k: an int, or a tensor on the device of the scores, where the host shall not wait for it.
+    """
     if scores.dim() == 2 and scores.stride(0) < scores.stride(1):  # in the order of memory, without a copy
         return smallest(scores.t(), k).t()
     flat = scores.flatten()
+    if torch.is_tensor(k):
+        mask = torch.empty_like(flat, dtype=torch.bool)
+        return mask.scatter_(0, flat.argsort(), torch.arange(len(flat), device=flat.device) < k).view_as(scores)
     if flat.device.type == "cpu" and k:  # numpy selects two to three times faster than topk
         mask = flat <= np.partition(flat.numpy(), k - 1)[k - 1].item()
         if mask.count_nonzero() == k:
@@ -202,7 +208,10 @@ class _Walk:
         self._mark_least(self.mask[start:stop], start, stop, counts)
 
     def _counts(self, start, stop):
-        """Return how many weights of each matrix go in the block of columns start … stop − 1."""
+        """Return how many weights of each matrix go in the block of columns start … stop − 1.
+
+        On a GPU these are tensors where they depend on what was rounded to 0: the host does not wait for them.
+        """
         # cumulative counts: the last block meets the total exactly, but for what is rounded to 0 there
         counts = [round(sparsity * ((rows.stop - rows.start) * stop))
                   for sparsity, rows in zip(self.sparsities, self.rows, strict=True)]
@@ -214,10 +223,12 @@ class _Walk:
             return counts
         W, mask, growth = self.W[before], self.mask[before], (stop - start) / max(start - before.start, 1)
         for i, rows in enumerate(self.rows):
-            zeros, removed = (W[:, rows] == 0).sum().item(), mask[:, rows].sum().item()
-            self.zeros[i] += zeros
-            counts[i] -= self.zeros[i] + round((zeros - removed) * growth)  # as many are rounded to 0 again
-        return [max(count, 0) for count in counts]
+            zeros, removed = (W[:, rows] == 0).sum(), mask[:, rows].sum()
+            self.zeros[i] = self.zeros[i] + zeros
+            again = ((zeros - removed).double() * growth).round().long()  # as many are rounded to 0 again
+            count = (counts[i] - self.zeros[i] - again).clamp_min(0)
+            counts[i] = count if self.W.is_cuda else int(count)
+        return counts
 
     def _mark_least(self, mask, start, stop, counts):
         """Set in `mask` the least salient weights of each matrix in columns start … stop − 1, as things are."""

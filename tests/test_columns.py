@@ -1,6 +1,10 @@
 """Check the walks over the columns of a range, plain, compiled and in Triton, against the formulas in plain loops."""
 
+import json
+import subprocess
+import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +23,7 @@ except ImportError:  # no Triton
 CPU = torch.device("cpu")
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # Triton's interpreter runs on the CPU
 NO_TRITON = "Triton cannot be imported"
+COMPILER = Path(columns_cuda.triton.__file__).parent / "backends" / "nvidia" / "bin" if columns_cuda else Path()
 needs_triton = pytest.mark.skipif(columns_cuda is None, reason=NO_TRITON)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 NEAR = 1e-3  # how near a tie, in steps of a grid or as a fraction of a score, float32 may break it another way
@@ -127,9 +132,11 @@ def brute_force(case):
     return torch.tensor(W), torch.tensor(E), torch.tensor(mask), torch.tensor(margin > NEAR)
 
 
-def inside(values, device, *, extra_columns=0):
+def inside(values, device, *, extra_columns=0, by_columns=False):
     """Return a tensor with rows, and maybe columns, around a copy of `values`, and the view of that copy."""
-    large = torch.ones(values.shape[0] + 5, values.shape[1] + extra_columns, dtype=values.dtype, device=device)
+    shape = values.shape[0] + 5, values.shape[1] + extra_columns
+    large = torch.ones(shape[::-1] if by_columns else shape, dtype=values.dtype, device=device)
+    large = large.t() if by_columns else large
     view = large[2:2 + len(values), :values.shape[1]]
     view.copy_(values)
     return large, view
@@ -142,14 +149,19 @@ def untouched(large, values):
     return bool((around == 1).all())
 
 
-@pytest.mark.parametrize(("name", "dtype", "case"), WALKS, ids=str)
-def test_walks_as_the_formulas_say(name, dtype, case):
+# layouts: which of W (with E and the mask) and of U lie by columns; solve_triangular returns U so, on a GPU too
+@pytest.mark.parametrize(("name", "dtype", "case", "layouts"), [
+    *((*walk, (False, False)) for walk in WALKS),
+    *((name, torch.float32, case, layouts) for layouts in [(False, True), (True, False), (True, True)]
+      for name in ("torch", "compiled", "triton") for case in (SPARSE[4], N_OF_M[2], GRIDS[0]))], ids=str)
+def test_walks_as_the_formulas_say(name, dtype, case, layouts):
     walk, device = walker(name, case.dtype)
     W, U, mask, factors, grid = make(case)
-    large_W, inner_W = inside(W.to(dtype), device)
-    large_E, inner_E = inside(torch.full_like(W, torch.nan, dtype=dtype), device)
-    large_mask, inner_mask = inside(mask, device, extra_columns=3)
-    large_U, inner_U = inside(U.to(dtype), device, extra_columns=4)
+    matrix, triangle = ({"by_columns": by_columns} for by_columns in layouts)
+    large_W, inner_W = inside(W.to(dtype), device, **matrix)
+    large_E, inner_E = inside(torch.full_like(W, torch.nan, dtype=dtype), device, **matrix)
+    large_mask, inner_mask = inside(mask, device, extra_columns=3, **matrix)
+    large_U, inner_U = inside(U.to(dtype), device, extra_columns=4, **triangle)
     factors = factors.to(device, dtype)
     grid = grid and (*(x.to(device, dtype) for x in grid[:3]), grid[3])
     walk(inner_W, inner_E, inner_U, inner_mask, factors, case.prunem, slices(case) if case.prunem else None, grid)
@@ -213,14 +225,42 @@ def test_the_compiled_walk_is_chosen_for_what_it_can_round(dtype, grid_dtype, co
     assert columns.fastest(CPU, grid_dtype, dtype) is expected
 
 
+@pytest.fixture
+def triton_runs(monkeypatch):
+    """Return a function that says why Triton does not run on a GPU, None for: it does."""
+    return lambda reason: monkeypatch.setattr(columns, "triton_obstacle", lambda device: reason)
+
+
 @needs_triton
-def test_triton_is_chosen_on_a_gpu_for_float32():
+def test_triton_is_chosen_on_a_gpu_for_float32(triton_runs):
+    triton_runs(None)
     gpu = torch.device("cuda", 1)
     for grid_dtype in None, torch.float32, torch.bfloat16, torch.float16:
         assert columns.fastest(gpu, grid_dtype, torch.float32) is columns_cuda.walk_columns
     assert columns.fastest(gpu, None, torch.float64) is columns.walk_columns
 
 
-def test_without_triton_a_gpu_walks_in_torch(monkeypatch):
-    monkeypatch.setattr(columns, "find_spec", lambda name: None)
+def test_without_triton_a_gpu_walks_in_torch(triton_runs):
+    triton_runs("No module named 'triton'")
     assert columns.fastest(torch.device("cuda"), None, torch.float32) is columns.walk_columns
+
+
+def test_without_triton_the_reason_is_that_it_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "columns_cuda", None)
+    columns.triton_obstacle.cache_clear()
+    assert "columns_cuda" in columns.triton_obstacle(GPU)
+    columns.triton_obstacle.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_the_kernel_compiles_without_spilling_registers(capability):
+    if not (COMPILER / "ptxas").is_file():
+        pytest.skip(f"Triton brings no compiler, {COMPILER / 'ptxas'}")
+    script = Path(__file__).parent / "aot.py"
+    done = subprocess.run([sys.executable, script, capability], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 8
+    for name, used in found.items():
+        assert used["spills"] == used["stack"] == 0 and 0 < used["registers"] <= 255, name
