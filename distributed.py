@@ -2,9 +2,19 @@
 
 import contextlib
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# The others wait for the first process while it writes and verifies what is saved. One that dies ends them at once.
+PATIENCE = timedelta(days=7)
+
+
+class _Hosts:
+    """Between which processes objects pass; None: those of the default group."""
+
+    group = None
 
 
 @contextlib.contextmanager
@@ -15,12 +25,14 @@ def joined(device):
         return
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)  # where objects pass through
-        dist.init_process_group("nccl", device_id=device)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)  # tensors, on the GPUs
+        _Hosts.group = dist.new_group(backend="gloo", timeout=PATIENCE)  # objects, on the hosts
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     yield
     dist.destroy_process_group()  # not after an error: torchrun ends the others then
+    _Hosts.group = None
 
 
 def world():
@@ -57,7 +69,7 @@ def tell(value, source=0):
     if world() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, source)
+    dist.broadcast_object_list(values, source, group=_Hosts.group)
     return values[0]
 
 
@@ -66,5 +78,5 @@ def gather(value):
     if world() == 1:
         return [value]
     values = [None] * world()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_Hosts.group)
     return values

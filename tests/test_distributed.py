@@ -126,11 +126,18 @@ def test_a_process_joins_with_the_number_of_its_gpu_and_makes_it_the_current_one
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(("current", device)))
     monkeypatch.setattr(distributed.dist, "init_process_group",
                         lambda backend, device_id: told.append((backend, device_id)))
+    monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: told.append((backend, timeout)) or 7)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: told.append("left"))
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "broadcast_object_list", lambda values, source, group: told.append(group))
+    monkeypatch.setattr(distributed.dist, "all_gather_object", lambda values, value, group: told.append(group))
     with distributed.joined(torch.device(device)):
-        assert len(told) == 2
+        assert len(told) == 3
+        distributed.tell(None)  # NCCL gives up after ten minutes; the first process may need longer to save
+        distributed.gather(None)
     own = torch.device(device if ":" in device else "cuda:0")
-    assert told == [("current", own), ("nccl", own), "left"]
+    assert told == [("current", own), ("nccl", own), ("gloo", distributed.PATIENCE), 7, 7, "left"]
+    assert distributed.PATIENCE.total_seconds() > 24 * 3600
 
 
 def test_one_gpu_for_all_processes_is_refused(checkpoint_folder, monkeypatch, capsys):
