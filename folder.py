@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,8 +22,9 @@ import weights
 from errors import InputError
 from formats import FORMATS
 from modelutils import on_device
-from prune import Outcome
+from prune import Outcome, Target
 from quant import Grid, Scheme
+from sensitivity import Gradients
 
 PROGRESS = "progress"
 PATIENCE = 10  # hidden states are written when that took less than 1/PATIENCE of the time since the last ones
@@ -105,6 +106,35 @@ class Folder:
 
     def _note(self, index):
         return self.progress / f"layer-{index:05d}.json"
+
+    def _measured(self):
+        return self.progress / f"gradients-{distributed.rank()}.safetensors"
+
+    def keep_plan(self, plan, gradients):
+        """Keep {(layer, name): Target} and the sensitivity.Gradients that it rests on, None where there are none."""
+        if gradients:
+            self._write(self._measured(), {f"{kind}.{layer}.{name}": tensor for kind in ("rows", "tokens")
+                                           for (layer, name), tensor in getattr(gradients, kind).items()})
+        distributed.gather(None)  # all have written theirs
+        if self.writes:
+            self._write_json(self.progress / "plan.json", {
+                "gradients": gradients is not None,
+                "targets": [[layer, name, *astuple(target)] for (layer, name), target in plan.items()]})
+
+    def kept_plan(self):
+        """Return what `keep_plan` was given in the run that left off here; (None, None) where it came to none."""
+        file = self.progress / "plan.json"
+        if not distributed.tell(file.is_file()):
+            return None, None
+        kept = json.loads(file.read_text())
+        plan = {(layer, name): Target(*target) for layer, name, *target in kept["targets"]}
+        if not kept["gradients"]:
+            return plan, None
+        gradients = Gradients({}, {})
+        for key, tensor in load_file(self._measured()).items():
+            kind, layer, name = key.split(".", 2)
+            getattr(gradients, kind)[int(layer), name] = tensor
+        return plan, gradients
 
     def begin(self, count, states=None):
         """Bring the model, and the hidden states of its calibration, to where the run left off.
@@ -273,7 +303,7 @@ class Folder:
         """Remove what only an interrupted run needs, in an order in which it can go on from what is left."""
         if not self.writes:
             return
-        for pattern in ("state-*", "layer-*", "grids-*"):
+        for pattern in ("state-*", "layer-*", "grids-*", "plan.json", "gradients-*"):
             for file in self.progress.glob(pattern):
                 file.unlink()
         if self.shards != self.path:

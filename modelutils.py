@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -133,16 +133,27 @@ def _recording(layers, calls):
             del layer.forward
 
 
-def allocate(shape, dtype, device):
-    """Return an uninitialised tensor on the device, the host or, mapped, on disk: where there is ample room for it.
+def free_memory(device):
+    """Return the bytes of a GPU that new tensors can take: what is free, and what PyTorch holds but does not use."""
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device))
 
-    Raises InputError where there is none.
+
+def place_for(nbytes, device, on_host=False):
+    """Choose where nbytes of hidden states lie: on the "device", the "host" or, mapped, on "disk".
+
+    It is the first of these that has ample room; with on_host, of the latter two.
     """
+    if device.type == "cuda" and not on_host and 4 * nbytes <= free_memory(device):
+        return "device"
+    return "host" if 2 * nbytes <= psutil.virtual_memory().available else "disk"
+
+
+def allocate(shape, dtype, device, place):
+    """Return an uninitialised tensor at a place that `place_for` chose. Raises InputError where the disk is full."""
+    if place != "disk":
+        return torch.empty(shape, dtype=dtype, device=device if place == "device" else "cpu")
     nbytes = math.prod(shape) * dtype.itemsize
-    if device.type == "cuda" and 4 * nbytes <= torch.cuda.mem_get_info(device)[0]:
-        return torch.empty(shape, dtype=dtype, device=device)
-    if 2 * nbytes <= psutil.virtual_memory().available:
-        return torch.empty(shape, dtype=dtype)
     try:
         with tempfile.TemporaryFile() as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)
@@ -156,15 +167,19 @@ def allocate(shape, dtype, device):
 class Stream:
     """The hidden states of a set of sequences at the border of a layer."""
 
-    hidden: torch.Tensor  # (N, T, C), where `allocate` found room
+    hidden: torch.Tensor  # (N, T, C)
     batch_size: int
-    device: torch.device
+    device: torch.device  # where layers run
+    place: str = ""  # of the hidden states, as `place_for` chose it
     kwargs: dict = field(default_factory=dict)  # batch size -> keyword arguments of every layer
 
     @classmethod
     @torch.no_grad()
-    def embed(cls, model, family, tokens, batch_size, device):
-        """Run what lies before the first layer on tokens (N, T); batches of batch_size, 1 and the remainder."""
+    def embed(cls, model, family, tokens, batch_size, device, sets=1, on_host=False):
+        """Run what lies before the first layer on tokens (N, T); batches of batch_size, 1 and the remainder.
+
+        sets: how many of such hidden states there will be; one place is chosen for all. on_host: not on the device.
+        """
         N, T = tokens.shape
         layers = family.layers_of(model)
         stream = cls(torch.empty(0), batch_size, device)
@@ -175,10 +190,17 @@ class Stream:
                     model(tokens[rows].to(device), use_cache=False)
                 hidden = calls[0][0]
                 if not stream.kwargs:
-                    stream.hidden = allocate((N, T, hidden.shape[-1]), hidden.dtype, device)
+                    shape = N, T, hidden.shape[-1]
+                    stream.place = place_for(sets * math.prod(shape) * hidden.dtype.itemsize, device, on_host)
+                    stream.hidden = allocate(shape, hidden.dtype, device, stream.place)
                 stream.hidden[rows] = hidden
                 stream.kwargs.setdefault(len(hidden), [kwargs for _, kwargs in calls])
         return stream
+
+    def twin(self):
+        """Return a stream of the same hidden states, in memory of its own at the same place."""
+        hidden = allocate(self.hidden.shape, self.hidden.dtype, self.device, self.place).copy_(self.hidden)
+        return replace(self, hidden=hidden)
 
     def batches(self, N=None):
         """Return the slices of sequences that run together."""

@@ -1,18 +1,20 @@
 """The main job: load, calibrate, allocate, prune and quantize, save, verify, evaluate, report."""
 
 import contextlib
-import dataclasses
+import gc
 import json
 import os
 import shlex
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 
 import datasets
 import torch
 import transformers
 
 import checkpoint
+import columns
 import distributed
 import importance
 import plots
@@ -108,29 +110,37 @@ def run(family, settings, command=None):
         if tracker.place:
             _tell(settings, f"W&B      {tracker.place}")
 
+        if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
+            _tell(settings, f"kernels  PyTorch walks the columns, which is slower: Triton does not run here ({reason})")
         obstacle = semistructured.obstacle(device, model.dtype) if settings.semi_structured else None
         if obstacle:
             _tell(settings, f"kernels  --semi-structured is skipped: {obstacle}")
 
-        def evaluate(settings):
+        way = Way(settings.batch_size)
+
+        def evaluate(way):
             with clock.part("evaluation"):
-                return {name: perplexity(model, family, tokens, settings.batch_size, device, name)
+                return {name: perplexity(model, family, tokens, way.batch_size, device, name)
                         for name, tokens in tests.items()}
 
-        def score_tasks(settings):
+        def score_tasks(way):
             with clock.part("tasks"):
-                return score(model, family, settings.batch_size)
+                return score(model, family, way.batch_size)
 
-        plan, known, gradients = _fitting(
-            settings, lambda settings: _plan(settings, selected, model, family, calibration, device, clock, tracker))
+        plan, known, gradients = _fitting(settings, way, lambda way: _plan(
+            settings, selected, model, family, calibration, device, clock, tracker, folder, way))
         perplexities, scores = {}, {}
         if settings.dense or not plan:
-            perplexities["dense"] = _fitting(settings, evaluate)
+            perplexities["dense"] = _fitting(settings, way, evaluate)
             if score:
-                scores["dense"] = _fitting(settings, score_tasks)
-        outcomes = _fitting(
-            settings, lambda settings: _compress(settings, plan, gradients, model, family, calibration, device, clock,
-                                                 folder, tracker), again=hasattr(model, "source"))
+                scores["dense"] = _fitting(settings, way, score_tasks)
+        holds_layer = settings.calibrates and settings.true_sequential
+        outcomes, taken = _fitting(
+            settings, Way(settings.batch_size, two_passes=not holds_layer, on_host=not settings.calibrates),
+            lambda way: (_compress(settings, plan, gradients, model, family, calibration, device, clock, folder,
+                                   tracker, way), way), again=hasattr(model, "source"))
+        facts["settings"] |= {"batch_size": taken.batch_size,
+                              "true_sequential": settings.true_sequential and not (holds_layer and taken.two_passes)}
         matrices = measure_sparsity(model, family)
         record = facts | records.of_matrices(matrices, outcomes, plan, known)
         if settings.save:
@@ -140,12 +150,12 @@ def run(family, settings, command=None):
                 if plan:
                     record["disk"] = records.disk(settings, family, plan, selected)
         if plan:
-            perplexities[settings.method] = _fitting(settings, evaluate)
+            perplexities[settings.method] = _fitting(settings, way, evaluate)
             if score:
-                scores[settings.method] = _fitting(settings, score_tasks)
+                scores[settings.method] = _fitting(settings, way, score_tasks)
         if settings.semi_structured:
             record["semi_structured"] = {"skipped": obstacle} if obstacle else _fitting(
-                settings, lambda settings: semistructured.compare(model, family, tests, settings.batch_size, device))
+                settings, way, lambda way: semistructured.compare(model, family, tests, way.batch_size, device))
         record |= {"perplexity": perplexities} | ({"tasks": scores} if score else {})
         record |= {"seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
         if settings.save and distributed.rank() == 0:
@@ -171,24 +181,45 @@ def _tracker(settings, facts):
                    settings.wandb_name, settings.wandb_group)
 
 
-def _fitting(settings, step, again=True):
-    """Return step(settings), with batches of half the size each time the memory of the GPU does not suffice.
+@dataclass(frozen=True)
+class Way:
+    """How a step gets by with the memory of a GPU, from the fastest way to the thriftiest."""
+
+    batch_size: int
+    on_host: bool = True  # hidden states of the calibration
+    two_passes: bool = True  # through each layer, so that what is inside it is there for one batch at a time
+
+    def thriftier(self):
+        """Return the next way and what it does, None where there is none."""
+        if not self.two_passes:  # in one, every sequence holds its hidden states inside the layer, wherever they lie
+            return replace(self, two_passes=True, on_host=True), (
+                "two passes through each layer, as by --no-true-sequential, and hidden states on the host")
+        if not self.on_host:
+            return replace(self, on_host=True), "hidden states on the host"
+        size = self.batch_size // 2
+        return (replace(self, batch_size=size), f"batches of {size}") if size else None
+
+
+def _fitting(settings, way, step, again=True):
+    """Return step(way), in a thriftier way each time the memory of the GPU does not suffice.
 
     again: whether the step can be begun a second time.
     """
     while True:
         try:
-            return step(settings)
+            return step(way)
         except torch.OutOfMemoryError as error:
-            size = settings.batch_size
-            if size == 1 or not again or distributed.world() > 1:
-                smaller = "--seqlen" if size == 1 else "--batch-size"
-                raise InputError(f"--batch-size {size} --seqlen {settings.seqlen or 'default'}: the GPU's memory does "
-                                 f"not suffice; lower {smaller}, or give --no-true-sequential") from error
-        settings = dataclasses.replace(settings, batch_size=size // 2)
+            thriftier = way.thriftier()
+            if not thriftier or not again or distributed.world() > 1:
+                remedies = "--seqlen" if way.batch_size == 1 else "--batch-size or --seqlen"
+                if settings.true_sequential and not way.two_passes:
+                    remedies += ", or give --no-true-sequential"
+                raise InputError(f"--batch-size {way.batch_size} --seqlen {settings.seqlen or 'default'}: the GPU's "
+                                 f"memory does not suffice; lower {remedies}") from error
+        way, change = thriftier
+        gc.collect()  # what the error's frames held
         torch.cuda.empty_cache()
-        print(f"warning  the GPU's memory does not suffice for --batch-size {size}: going on with {size // 2}",
-              flush=True)
+        print(f"warning  the GPU's memory does not suffice: going on with {change}", flush=True)
 
 
 def _check(settings, family, skeleton, dtype):
@@ -206,7 +237,7 @@ def _check(settings, family, skeleton, dtype):
     return selected
 
 
-def _compress(settings, plan, gradients, model, family, calibration, device, clock, folder, tracker):
+def _compress(settings, plan, gradients, model, family, calibration, device, clock, folder, tracker, way):
     """Prune and quantize what the plan names. Returns {(layer, name): Outcome}."""
     if not plan:
         return {}
@@ -221,11 +252,11 @@ def _compress(settings, plan, gradients, model, family, calibration, device, clo
             return prune_magnitude(model, family, plan, device, settings.scheme, folder, observe)
     return prune_sparsegpt(
         model, family, plan, calibration, saliency=settings.saliency, blocksize=settings.blocksize,
-        percdamp=settings.percdamp, true_sequential=settings.true_sequential, batch_size=settings.batch_size,
+        percdamp=settings.percdamp, true_sequential=not way.two_passes, batch_size=way.batch_size,
         device=device, clock=clock, scheme=settings.scheme, act_order=settings.act_order, folder=folder,
         observe=observe, solver=settings.solver, to_dense=settings.target == "dense",
         row_weights=gradients.rows if settings.saliency == "fisher" else None,
-        token_weights=gradients.tokens if settings.token_weights == "fisher" else None)
+        token_weights=gradients.tokens if settings.token_weights == "fisher" else None, on_host=way.on_host)
 
 
 def _complete(settings, folder, tokenizer, record, family, outcomes):
@@ -235,30 +266,49 @@ def _complete(settings, folder, tokenizer, record, family, outcomes):
     folder.complete(tokenizer, {family.path(*key): outcome.grid for key, outcome in outcomes.items() if outcome.grid})
 
 
-def _plan(settings, selected, model, family, calibration, device, clock, tracker):
+def _plan(settings, selected, model, family, calibration, device, clock, tracker, folder, way):
     """Return {(layer, name): Target}; the `Traces` behind it, None where it needs none; the loss's `Gradients` by the
-    outputs of matrices, None likewise. Print and draw the plan."""
-    gradients = None
-    if settings.weighs:
+    outputs of matrices, None likewise. Print and draw the plan.
+
+    The folder keeps what was measured: on a GPU another run may round it in another way, and choose other targets.
+    """
+    kept = folder if settings.save and (settings.weighs or settings.mixed) else None
+    plan, gradients = kept.kept_plan() if kept else (None, None)
+    known = path = None
+    if settings.weighs and not plan:
         with clock.part("gradients"):
             gradients = output_gradients(model, family, list(selected), calibration, seed=settings.seed,
-                                         batch_size=settings.batch_size, device=device)
+                                         batch_size=way.batch_size, device=device)
+    if settings.mixed:
+        with clock.part("sensitivity"):
+            known, path = traces.obtain(
+                model, family, calibration, settings.sensitivity, seed=settings.seed, nprobes=settings.nprobes,
+                batch_size=way.batch_size, device=device, path=settings.sensitivity_file)
+    if not plan:
+        if settings.sparsity_way == "global":
+            with clock.part("allocation"):
+                diagonals = importance.inverse_diagonals(model, family, list(selected), calibration, settings.percdamp,
+                                                         way.batch_size, device, clock)
+                plan = importance.global_plan(model, family, selected, gradients.rows, diagonals, settings.sparsity,
+                                              settings.alpha)
+        else:
+            plan = make_plan(selected, settings.amount, settings.sparsity_way, known and known.sensitivity,
+                             settings.alpha)
+        if kept:
+            kept.keep_plan(plan, gradients)
     if settings.sparsity_way == "global":
-        with clock.part("allocation"):
-            diagonals = importance.inverse_diagonals(model, family, list(selected), calibration, settings.percdamp,
-                                                     settings.batch_size, device, clock)
-            plan = importance.global_plan(model, family, selected, gradients.rows, diagonals, settings.sparsity,
-                                          settings.alpha)
         sparsities = [target.sparsity for target in plan.values()]
         _tell(settings, f"plan     one threshold: matrices from {min(sparsities):.2%} to {max(sparsities):.2%}")
-        return plan, None, gradients
-    if not settings.mixed:
-        return make_plan(selected, settings.amount), None, gradients
-    with clock.part("sensitivity"):
-        known, path = traces.obtain(
-            model, family, calibration, settings.sensitivity, seed=settings.seed, nprobes=settings.nprobes,
-            batch_size=settings.batch_size, device=device, path=settings.sensitivity_file)
-    plan = make_plan(selected, settings.amount, settings.sparsity_way, known.sensitivity, settings.alpha)
+    if known:
+        _tell_plan(settings, plan, selected, known, path)
+        if settings.plot and distributed.rank() == 0:
+            plots.draw(settings.plot, known, plan)
+        tracker.plan(known, plan)
+    return plan, known, gradients
+
+
+def _tell_plan(settings, plan, selected, known, path):
+    """Print what the traces say and how sparse each matrix shall be."""
     numel = {key: out * columns for key, (out, columns) in selected.items()}
     total = sum(target.sparsity * numel[key] for key, target in plan.items()) / sum(numel.values())
     met = abs(total - settings.amount.sparsity) < 1e-9
@@ -267,10 +317,6 @@ def _plan(settings, selected, model, family, calibration, device, clock, tracker
     if warning := known.warning():
         print(warning, flush=True)
     _tell(settings, f"\n{plan_tables(plan, selected, known)}\n\nplan     {total:.2%} of the weights in all{closest}")
-    if settings.plot and distributed.rank() == 0:
-        plots.draw(settings.plot, known, plan)
-    tracker.plan(known, plan)
-    return plan, known, gradients
 
 
 def _tokens(settings, seqlen, tokenizer, vocab_size):

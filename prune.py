@@ -132,7 +132,7 @@ def _by_magnitude(W, target, scheme):
 @fast_linears()
 def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdamp, true_sequential, batch_size, device,
                     clock, scheme=None, act_order=False, folder=None, observe=None, solver="obs", to_dense=False,
-                    row_weights=None, token_weights=None):
+                    row_weights=None, token_weights=None, on_host=False):
     """Prune and quantize every matrix of the plan on calibration tokens (N, T), in place.
 
     Inputs come from the pruned layers before; with true_sequential also from the pruned linears before in the same
@@ -140,13 +140,13 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
     in `activation_order`. folder: a folder.Folder that keeps finished layers. solver: a key of SOLVERS. to_dense: fit
     the outputs of the dense model, too, whose hidden states are then computed beside those of the pruned one.
     row_weights: {(layer, name): (out,)}, as in `walk.prune_matrices`. token_weights: {(layer, name): (n, T)}, squares
-    of what the tokens of this process count in the Hessians, of mean 1. Returns {(layer, name): Outcome}. Raises
-    InputError where an input is not finite.
+    of what the tokens of this process count in the Hessians, of mean 1. on_host: keep hidden states on the host, where
+    the device has room for them, too. Returns {(layer, name): Outcome}. Raises InputError where an input is not finite.
     """
     mine = tokens[distributed.share(len(tokens))]
     with clock.part("forward"):
-        stream = Stream.embed(model, family, mine, batch_size, device)
-        dense = Stream.embed(model, family, mine, batch_size, device) if to_dense else None
+        stream = Stream.embed(model, family, mine, batch_size, device, 2 if to_dense else 1, on_host)
+        dense = stream.twin() if to_dense else None
     states = {"hidden": stream.hidden} | ({"dense": dense.hidden} if dense else {})
     layers = family.layers_of(model)[:max(index for index, _ in plan) + 1]
     shared = {}

@@ -10,7 +10,6 @@ from pathlib import Path
 import jinja2
 import lm_eval
 import psutil
-import torch
 import yaml
 from datasets.exceptions import DatasetsError
 from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -21,6 +20,7 @@ from lm_eval.tasks.manager import TaskManager
 import hub
 from errors import InputError
 from localdata import one_line
+from modelutils import free_memory
 from streamed_lm import StreamedLM
 
 VERSION = lm_eval.__version__
@@ -116,7 +116,7 @@ def check(chosen, tokenizer, nbytes, device):
     for name, task in chosen["tasks"].items():
         kinds = {instance.request_type for instance in task.instances}
         if "generate_until" in kinds:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+            free = free_memory(device) if device.type == "cuda" else psutil.virtual_memory().available
             if nbytes > free:
                 raise InputError(f"--tasks {name}: lets the model generate, which needs all of its {nbytes / 1e9:.1f} "
                                  f"GB in memory; {free / 1e9:.1f} GB are free on {device}")

@@ -1,6 +1,7 @@
 """Models whose weights stay on disk: on meta, each module reads its own from safetensors files when its turn comes."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -49,7 +50,7 @@ class Source:
     def _fetch(self, device):
         tensors = self._read(self.places)
         if torch.device(device).type == "cuda":  # on a stream of its own, beside the computation
-            stream = torch.cuda.Stream(device)
+            stream = _transfers(torch.device(device))
             with torch.cuda.stream(stream):
                 tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
             stream.synchronize()
@@ -75,6 +76,12 @@ class Source:
         for name, buffer in module.named_buffers():
             if not buffer.is_meta:
                 _assign(module, name, buffer.to("cpu"))
+
+
+@functools.cache
+def _transfers(device):
+    """Return the stream on which weights are copied to a GPU: PyTorch keeps unused memory for each stream apart."""
+    return torch.cuda.Stream(device)
 
 
 def _assign(module, name, tensor):

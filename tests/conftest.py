@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run on the CPU then
 
 import pytest
+import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -46,8 +47,17 @@ from baichuan_model import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausa
 from folder import Folder
 from modelutils import SCRIPTS
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processor's cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
 VOCABULARY = 384
 CPU = torch.device("cpu")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--every-combination", action="store_true",
+                     help="run test_cuda.py on each family, job, dtype and room, not only on all pairs of these")
 
 
 def _llama(kind, config, **options):
@@ -121,6 +131,7 @@ def checkpoint_folder(tmp_path_factory, tokenizer):
     def folder(name):
         path = root / name
         if not path.exists():
+            transformers.utils.logging.disable_progress_bar()  # or the test that comes first would see it
             make(name)[1].save_pretrained(path)
             tokenizer.save_pretrained(path)
         return path
@@ -189,6 +200,7 @@ def fork():
         patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))  # it does not know sys.path
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("FORK_SERVER", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # a process that has asked for GPUs cannot fork ones that use them
         forkserver.ensure_running()
 
     def start(function, *arguments):
