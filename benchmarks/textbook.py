@@ -86,7 +86,7 @@ def prune_model(model, family, tokens, device, clock, sparsity=0.0, prunen=0, pr
             for prune in (True, False):
                 with clock.part("forward"):
                     for rows in stream.batches():
-                        output[rows] = stream.forward(layer, index, rows).to("cpu")
+                        output[rows] = stream.forward(layer, index, rows)
                 if not prune:
                     break
                 for handle in handles:

@@ -1,16 +1,23 @@
 """Check that the yardstick of speed does the same work, and that the benchmarks run."""
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import bench
+import gpu
 import pytest
 import torch
 from conftest import CPU, make
+from makebelieve import Gpu
 from test_sparsegpt import correlated_inputs, random
 from textbook import Textbook, prune_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import columns
+import llama
 from modelutils import linears
 from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
@@ -65,3 +72,54 @@ def test_the_benchmark_of_matrices_prints_ratios_and_agreement():
                           capture_output=True, text=True, check=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("64x96")]
     assert len(rows) == 3 and all(row.count("x") == 3 and row.count("%") >= 3 for row in rows)
+
+
+@pytest.fixture
+def small_gpu(monkeypatch, tmp_path):
+    """Give a shape that the benchmarks for GPUs take, and a make-believe GPU where there is no real one."""
+    shape = llama.FAMILY, LlamaForCausalLM, LlamaConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4), 6
+    for module in (bench, gpu):
+        monkeypatch.setattr(module, "SHAPES", {"LLaMA-tiny": shape})
+    monkeypatch.setattr(bench, "rate", lambda device, dtype: 1e9)  # large products take long here
+    if torch.cuda.is_available():
+        yield
+    else:
+        monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        with Gpu():
+            yield
+
+
+def test_the_benchmark_of_layers_runs_on_a_gpu(small_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "layers", "--shapes", "LLaMA-tiny", "--nsamples", "4", "--seqlen",
+                                      "16", "--device", "cuda:0"])
+    bench.main()
+    out = capsys.readouterr().out
+    assert out.count("LLaMA-tiny, ") == 2 and len([line for line in out.splitlines() if line.startswith("total")]) == 2
+    for line in out.splitlines():
+        if line.startswith("total"):
+            textbook, here, *_, floor = line.split()[1:]
+            assert float(textbook) > float(here.rstrip("x")) > 0 and float(floor) >= 0
+
+
+def test_make_gpu_measures_every_method_and_writes_all_it_found(small_gpu, tmp_path, capsys):
+    file = tmp_path / "gpu.json"
+    assert gpu.main(["--output", str(file), "--shapes", "LLaMA-tiny", "--nsamples", "4", "--seqlen", "32", "--device",
+                     "cuda:0", "--no-tests"]) == 0
+    results = json.loads(file.read_text())
+    assert set(results["LLaMA-tiny"]) == {*gpu.METHODS, "textbook"}
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "50.00%" in line]
+    assert [row[0] for row in rows] == [*gpu.METHODS, "textbook"] and rows[-1][2] == "1.0x"
+    for method, record in results["LLaMA-tiny"].items():
+        assert record["sparsity"] == 0.5 and record["peak_memory"]["device"] > 0
+        assert any(part not in gpu.OURS for part in record["seconds"]), method
+    assert "skipped" in results["LLaMA-tiny"]["2:4"]["semi_structured"] or torch.cuda.is_available()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_make_gpu_says_so_where_there_is_none(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--output", str(tmp_path / "gpu.json")])
+    assert stop.value.code == 2 and "--device cuda: there is no CUDA device here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
