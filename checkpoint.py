@@ -26,8 +26,8 @@ from transformers.utils import WEIGHTS_INDEX_NAME, cached_file
 
 import hub
 import weights
-from errors import InputError
 from folder import begun, empty, held
+from mixgpt.common.errors import InputError
 from modelutils import SCRIPTS, SPARSE, load_sparse, model_class
 
 RECORD = "mixgpt.json"

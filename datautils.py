@@ -16,8 +16,8 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 import hub
-from errors import InputError
 from localdata import LOCAL_SETS, local_rows, one_line, text_column
+from mixgpt.common.errors import InputError
 
 
 @dataclass(frozen=True)

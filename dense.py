@@ -10,7 +10,7 @@ from collections import Counter, defaultdict, deque
 
 import torch
 
-import distributed
+from mixgpt.common import distributed
 from modelutils import hooked, linears
 
 SHARE = 0.5  # of what the dense model's inputs, and its sums, are ahead by, what the pruned outputs shall make up for

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import distributed
+from mixgpt.common import distributed
 from modelutils import SLICE, Stream, apply, linears, on_device
 from products import fast_linears
 from weights import prefetch

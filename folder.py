@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-import distributed
 import weights
-from errors import InputError
 from formats import FORMATS
+from mixgpt.common import distributed
+from mixgpt.common.errors import InputError
 from modelutils import on_device
 from prune import Outcome
 from quant import Grid, Scheme

@@ -18,8 +18,8 @@ import transformers
 from transformers import GenerationConfig
 
 import checkpoint
-from choices import choose_device, choose_dtype, position_limit
-from errors import InputError
+from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import choose_device, choose_dtype, position_limit
 from settings import Parser
 
 WIDEST = 120  # columns

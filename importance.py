@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-import distributed
 from allocation import threshold_counts
+from mixgpt.common import distributed
 from modelutils import Stream, hooked, linears, on_device
 from products import fast_linears
 from prune import Target, groups_of, hessians_of

@@ -13,7 +13,7 @@ from datasets import load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 import hub
-from errors import InputError
+from mixgpt.common.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConf
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import baichuan_model  # noqa: F401, makes the Auto classes know Baichuan
-from errors import InputError
+from mixgpt.common.errors import InputError
 from packing import decode
 
 SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}

@@ -13,20 +13,21 @@ import torch
 import transformers
 
 import checkpoint
-import distributed
 import importance
 import plots
 import records
 import semistructured
 import traces
-from choices import choose_device, choose_dtype, choose_seqlen
 from datautils import calibration_samples, test_tokens
-from errors import InputError
 from evaluate import count_zeros, logits, measure_sparsity, perplexity
-from files import check_writable, write
 from folder import Folder
+from mixgpt.common import distributed
+from mixgpt.common.clock import Clock, peak_memory
+from mixgpt.common.errors import InputError
+from mixgpt.common.files import check_writable, write
+from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
 from prune import make_plan, prune_magnitude, prune_sparsegpt, select
-from report import Clock, heading, peak_memory, plan_tables, result_text
+from report import heading, plan_tables, result_text
 from sensitivity import output_gradients
 from settings import parse
 from tracking import Tracker

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
 
-from errors import InputError
+from mixgpt.common.errors import InputError
 
 FORMATS = (".png", ".pdf", ".svg")
 

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-import distributed
 from allocation import allocate, allocate_whole
 from dense import Beside
-from errors import InputError
+from mixgpt.common import distributed
+from mixgpt.common.errors import InputError
 from modelutils import Stream, hooked, linears, on_device, paused_forwards, shared_inputs
 from products import fast_linears
 from quant import Grid, meet_sparsities, quantize_nearest

@@ -8,8 +8,8 @@ import datasets
 import torch
 import transformers
 
-import distributed
 from formats import stored_bytes
+from mixgpt.common import distributed
 from prune import Outcome
 from report import total_sparsity
 from settings import OPTIONS

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import plots
 from checkpoint import RECORD
-from errors import InputError
-from files import check_writable, write
 from folder import begun
+from mixgpt.common.errors import InputError
+from mixgpt.common.files import check_writable, write
 from report import table
 from settings import Parser
 

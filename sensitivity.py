@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import distributed
+from mixgpt.common import distributed
 from modelutils import SLICE, Stream, apply, linears, on_device
 from products import fast_linears
 

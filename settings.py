@@ -5,8 +5,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from datautils import DATASETS
-from errors import InputError
 from formats import FORMATS
+from mixgpt.common.errors import InputError
 from prune import SOLVERS, Target
 from quant import WBITS, Scheme
 from sensitivity import ESTIMATORS

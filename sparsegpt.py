@@ -10,8 +10,8 @@ from functools import cached_property
 
 import torch
 
-import distributed
 from columns import smallest_per_row
+from mixgpt.common import distributed
 from products import exact_bfloat16, suits, times_transposed
 from quant import meet_sparsities
 from solver import admm_pruner

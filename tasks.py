@@ -19,8 +19,8 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks.manager import TaskManager
 
 import hub
-from errors import InputError
 from localdata import one_line
+from mixgpt.common.errors import InputError
 from streamed_lm import StreamedLM
 
 VERSION = lm_eval.__version__

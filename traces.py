@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-import distributed
-from errors import InputError
-from files import check_writable, write
+from mixgpt.common import distributed
+from mixgpt.common.errors import InputError
+from mixgpt.common.files import check_writable, write
 from modelutils import linears
 from sensitivity import hessian_traces
 from weights import digest, fingerprint

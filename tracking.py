@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 import plots
-from errors import InputError
+from mixgpt.common.errors import InputError
 
 PATIENCE = {"init_timeout": 30, "finish_timeout": 300}  # seconds for a server that does not answer
 

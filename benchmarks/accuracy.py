@@ -30,13 +30,14 @@ from textbook import prune_model
 
 import checkpoint
 import datautils
-from errors import InputError
 from evaluate import measure_sparsity, perplexity
 from importance import global_plan, inverse_diagonals
+from mixgpt.common.clock import Clock
+from mixgpt.common.errors import InputError
 from modelutils import SCRIPTS
 from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
 from quant import Scheme
-from report import Clock, total_sparsity
+from report import total_sparsity
 from sensitivity import hessian_traces, output_gradients
 from settings import PRESETS
 from traces import Traces, matrices_of

@@ -24,11 +24,12 @@ import datautils
 import llama
 import opt
 from evaluate import perplexity
+from mixgpt.common.clock import Clock, peak_memory
 from modelutils import Stream, linears, shared_inputs
 from products import times_transposed
 from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
-from report import Clock, peak_memory, table
+from report import table
 from sparsegpt import SparseGPT, factor, row_energies
 from walk import prune_matrix
 

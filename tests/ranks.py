@@ -5,12 +5,12 @@ import sys
 import torch
 from conftest import CPU, VOCABULARY, make
 
-import distributed
 from evaluate import perplexity
 from importance import global_plan, inverse_diagonals
+from mixgpt.common import distributed
+from mixgpt.common.clock import Clock
 from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
-from report import Clock
 from sensitivity import hessian_traces, output_gradients
 
 

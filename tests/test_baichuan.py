@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import baichuan
 import checkpoint
-import choices
 import datautils
 import evaluate
 import opt
 import pipeline
-from errors import InputError
+from mixgpt.common import runtime
+from mixgpt.common.errors import InputError
 from modelutils import linears
 
 LAYERS, LIMIT = 2, 64
@@ -311,9 +311,9 @@ def test_the_command_line_prunes_the_published_folder_without_running_its_code(n
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_limit_of_the_sequence_length_comes_from_the_config(name, published):
     config = AutoConfig.from_pretrained(published(name))
-    assert choices.choose_seqlen(None, config) == LIMIT
+    assert runtime.choose_seqlen(None, config) == LIMIT
     with pytest.raises(InputError, match=f"--seqlen {LIMIT + 1}: the model's limit is {LIMIT} tokens"):
-        choices.choose_seqlen(LIMIT + 1, config)
+        runtime.choose_seqlen(LIMIT + 1, config)
 
 
 def test_another_script_names_this_one(published):

@@ -11,10 +11,10 @@ from conftest import CPU, make
 from test_sparsegpt import correlated_inputs, random
 from textbook import Textbook, prune_model
 
+from mixgpt.common.clock import Clock
 from modelutils import linears
 from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
-from report import Clock
 from sparsegpt import SparseGPT, relative_error
 from walk import prune_matrix
 

@@ -14,7 +14,7 @@ import checkpoint
 import datautils
 import llama
 import opt
-from errors import InputError
+from mixgpt.common.errors import InputError
 
 
 @pytest.mark.parametrize("name, other, script", [

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import datautils
 import localdata
-from errors import InputError
+from mixgpt.common.errors import InputError
 
 BOS = 256
 WIKI_ROWS = ["", " = Alpha = \n", "", " Beta gamma “δ” . \n", " Epsilon zeta . \n", ""]

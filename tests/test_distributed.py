@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import saved_tensors
 
-import distributed
 import llama
 import pipeline
+from mixgpt.common import distributed
 
 ROOT = Path(__file__).parent.parent
 

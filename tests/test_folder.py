@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 import datautils
 import folder
 import pipeline
-from errors import InputError
 from folder import Folder
+from mixgpt.common.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import checkpoint
 import formats
-from errors import InputError
 from evaluate import perplexity
+from mixgpt.common.errors import InputError
 from modelutils import linears, load_sparse
 from quant import Scheme, quantize_nearest
 from sparsegpt import magnitude_prune

@@ -10,8 +10,8 @@ from test_pipeline import run as prune
 
 import generate
 import llama
-from choices import position_limit
-from errors import InputError
+from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import position_limit
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ import torch
 from conftest import CPU, make
 
 from importance import global_plan, inverse_diagonals
+from mixgpt.common.clock import Clock
 from modelutils import linears
 from prune import select
-from report import Clock
 
 
 @pytest.fixture(params=["llama", "opt"])

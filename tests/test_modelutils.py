@@ -8,7 +8,7 @@ import torch
 from conftest import CPU, make
 
 import modelutils
-from errors import InputError
+from mixgpt.common.errors import InputError
 from modelutils import Stream, hooked, linears, paused_forwards, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import checkpoint
-import choices
 import datautils
 import evaluate
 import pipeline
 import traces
 import weights
+from mixgpt.common import runtime
 from modelutils import Stream, linears
 from settings import Settings
 
@@ -486,9 +486,9 @@ def test_a_script_runs_from_the_shell_and_ends_with_status_2_on_bad_input(checkp
 
 def test_devices_default_to_cuda_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choices.choose_device(None) == CPU
+    assert runtime.choose_device(None) == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choices.choose_device(None) == torch.device("cuda")
+    assert runtime.choose_device(None) == torch.device("cuda")
 
 
 def _limited(monkeypatch, limit):

@@ -8,10 +8,10 @@ from conftest import CPU, make
 
 import evaluate
 from dense import residual_writers
-from errors import InputError
+from mixgpt.common.clock import Clock
+from mixgpt.common.errors import InputError
 from modelutils import Stream, linears, shared_inputs
 from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
-from report import Clock
 from sparsegpt import factor
 from walk import prune_matrix
 

@@ -5,8 +5,9 @@ import time
 from conftest import CPU
 
 from evaluate import MatrixSparsity
+from mixgpt.common.clock import Clock, peak_memory
 from prune import Outcome
-from report import Clock, peak_memory, perplexity_table, sparsity_table
+from report import perplexity_table, sparsity_table
 
 
 def test_a_part_inside_another_counts_only_for_itself():

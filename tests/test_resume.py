@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 import folder
 import modelutils
 import pipeline
-import report
 import sensitivity
 import traces
 import weights
+from mixgpt.common import clock
 from modelutils import load_sparse
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--batch-size", "1", "--eval", "builtin", "--device", "cpu"]
@@ -127,14 +127,14 @@ def watch(fatal, log, root, patience):
     """Kill this process at moment number `fatal`, or write the parts that all moments fell in to `log`."""
     moments = Moments(fatal)
     folder.PATIENCE, sensitivity.BORDERS = patience, 1  # a chunk of sequences is one batch
-    timed = report.Clock.part
+    timed = clock.Clock.part
 
     @contextlib.contextmanager
     def part(clock, name):
         with timed(clock, name), moments.part(name):
             yield
 
-    report.Clock.part = part
+    clock.Clock.part = part
     for name in ("finish", "complete", "end"):
         moments.around(folder.Folder, name, name)
     moments.around(traces, "_write", "traces")

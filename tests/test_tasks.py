@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import checkpoint
 import tasks
-from choices import DEFAULT_SEQLEN, position_limit
-from errors import InputError
+from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 
 QUESTIONS = [{"question": f"what is {word}?", "choices": choices, "label": number % len(choices)}
              for number, (word, choices) in enumerate([

@@ -8,7 +8,7 @@ from conftest import CPU, make
 
 import sensitivity
 import traces
-from errors import InputError
+from mixgpt.common.errors import InputError
 
 OPTIONS = {"seed": 0, "nprobes": 1, "batch_size": 2, "device": CPU}
 

@@ -14,7 +14,7 @@ import evaluate
 import pipeline
 import traces
 import weights
-from errors import InputError
+from mixgpt.common.errors import InputError
 
 UP = "model.layers.1.mlp.up_proj.weight"
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--device", "cpu"]

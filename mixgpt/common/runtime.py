@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from errors import InputError
+from mixgpt.common.errors import InputError
 
 DEFAULT_SEQLEN = 2048
 

@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from errors import InputError
+from mixgpt.common.errors import InputError
 
 
 def check_writable(flag, path):
