@@ -24,10 +24,10 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import WEIGHTS_INDEX_NAME, cached_file
 
-import hub
-import weights
 from folder import begun, empty, held
 from mixgpt.common.errors import InputError
+from mixgpt.modeling import streaming
+from mixgpt.text import hub
 from modelutils import SCRIPTS, SPARSE, load_sparse, model_class
 
 RECORD = "mixgpt.json"
@@ -139,7 +139,7 @@ def load_model(model, dtype):
             loaded, missing = load_sparse(model, dtype), ()
         else:
             if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
-                weights.check_index(index)
+                streaming.check_index(index)
             arguments |= _dequantizing(model, name, arguments)
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **NO_CODE)
@@ -161,9 +161,9 @@ def open_model(model, config, family, dtype):
     if "gguf_file" in arguments or (Path(model) / SPARSE).is_file() or getattr(config, "quantization_config", None):
         return load_model(model, dtype)
     with _refusing(model):
-        files = weights.files_of(name, **arguments)
-        opened = skeleton(config, config.dtype or weights.dtype_of(files) if dtype == "auto" else dtype)
-        if not (files and weights.stream(opened, family, files)):
+        files = streaming.files_of(name, **arguments)
+        opened = skeleton(config, config.dtype or streaming.dtype_of(files) if dtype == "auto" else dtype)
+        if not (files and streaming.stream(opened, family, files)):
             return load_model(model, dtype)
         _check_finite(model, opened)
         with contextlib.suppress(OSError):  # where there is none, what the configuration says
@@ -172,7 +172,7 @@ def open_model(model, config, family, dtype):
 
 
 def _check_finite(model, opened):
-    for key, tensor in weights.tensors_of(opened):
+    for key, tensor in streaming.tensors_of(opened):
         if not tensor.isfinite().all():
             raise InputError(f"model {model}: {key} holds NaN or inf")
 

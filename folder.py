@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-import weights
 from formats import FORMATS
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
+from mixgpt.modeling import streaming
 from modelutils import on_device
 from prune import Outcome
 from quant import Grid, Scheme
@@ -167,7 +167,7 @@ class Folder:
 
     def _write(self, file, tensors):
         with self._room(Path(file).name, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())):
-            weights.write(file, tensors)
+            streaming.write(file, tensors)
 
     def _write_json(self, file, content):
         partial = file.with_name(file.name + ".partial")
@@ -180,7 +180,7 @@ class Folder:
     def _write_shard(self, number, tensors):
         """Write a shard of the result. Returns its checksums."""
         self._write(self._shard(number), tensors)
-        sums = {name: weights.checksum(tensor) for name, tensor in tensors.items()}
+        sums = {name: streaming.checksum(tensor) for name, tensor in tensors.items()}
         self.sums |= sums
         return sums
 
@@ -260,7 +260,7 @@ class Folder:
         """Read everything back and compare it with what was in memory."""
         for file, names in files.items():
             for name, tensor in load_file(file).items():
-                if name not in names or weights.checksum(tensor) != self.sums[name]:
+                if name not in names or streaming.checksum(tensor) != self.sums[name]:
                     raise InputError(f"--save {self.path}: {name} in {file.name} differs from what was in memory")
 
     def _write_configuration(self, folder):

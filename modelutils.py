@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-import baichuan_model  # noqa: F401, makes the Auto classes know Baichuan
 from mixgpt.common.errors import InputError
+from mixgpt.modeling import baichuan  # noqa: F401, makes the Auto classes know Baichuan
 from packing import decode
 
 SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}
@@ -80,7 +80,7 @@ def _present(model, paths):
 
 @contextlib.contextmanager
 def on_device(modules, device):
-    """Keep `modules` on `device` within the block; afterwards on the host, or where their `weights.Source` is, on disk.
+    """Keep `modules` on `device` within the block; afterwards on the host, or on disk where they have a `Source`.
 
     Changes to modules that have a source are lost with the end of the block, unless they were written there.
     """

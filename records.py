@@ -10,10 +10,10 @@ import transformers
 
 from formats import stored_bytes
 from mixgpt.common import distributed
+from mixgpt.modeling.streaming import digest, fingerprint
 from prune import Outcome
 from report import total_sparsity
 from settings import OPTIONS
-from weights import digest, fingerprint
 
 
 def facts(settings, seqlen, dtype, device, sources):

@@ -18,9 +18,9 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks.manager import TaskManager
 
-import hub
-from localdata import one_line
 from mixgpt.common.errors import InputError
+from mixgpt.text import hub
+from mixgpt.text.local import one_line
 from streamed_lm import StreamedLM
 
 VERSION = lm_eval.__version__

@@ -11,9 +11,9 @@ import torch
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
+from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import linears
 from sensitivity import hessian_traces
-from weights import digest, fingerprint
 
 FLAG = "--sensitivity_file"
 STABLE = 0.8  # split-half rank correlation below which the ranking is called noise

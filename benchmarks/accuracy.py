@@ -34,6 +34,7 @@ from evaluate import measure_sparsity, perplexity
 from importance import global_plan, inverse_diagonals
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
+from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import SCRIPTS
 from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
 from quant import Scheme
@@ -41,7 +42,6 @@ from report import total_sparsity
 from sensitivity import hessian_traces, output_gradients
 from settings import PRESETS
 from traces import Traces, matrices_of
-from weights import digest, fingerprint
 
 TARGETS = {"50%": (Target(0.5), None), "60%": (Target(0.6), None), "70%": (Target(0.7), None),
            "2:4": (Target(0.5, 2, 4), None), "50%+4bit": (Target(0.5), Scheme(4))}

@@ -42,8 +42,8 @@ import datautils
 import llama
 import opt
 import pipeline
-from baichuan_model import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from folder import Folder
+from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from modelutils import SCRIPTS
 
 VOCABULARY = 384

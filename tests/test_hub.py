@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 from tqdm import tqdm
 
-import hub
+from mixgpt.text import hub
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,8 @@ import datautils
 import evaluate
 import pipeline
 import traces
-import weights
 from mixgpt.common import runtime
+from mixgpt.modeling import streaming
 from modelutils import Stream, linears
 from settings import Settings
 
@@ -302,12 +302,12 @@ def test_float16_checkpoints_run_in_float32_on_a_cpu(checkpoint_folder, tmp_path
 
 
 def test_a_save_that_reads_back_differently_is_reported(checkpoint_folder, tmp_path, capsys, monkeypatch):
-    write = weights.write
+    write = streaming.write
 
     def corrupt(file, tensors):
         write(file, {key: tensor + 1 if key == "model.norm.weight" else tensor for key, tensor in tensors.items()})
 
-    monkeypatch.setattr(weights, "write", corrupt)
+    monkeypatch.setattr(streaming, "write", corrupt)
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save",
                tmp_path / "saved") == 2
     assert "model.norm.weight in model-00004-of-00004.safetensors differs" in capsys.readouterr().err

@@ -24,8 +24,8 @@ import modelutils
 import pipeline
 import sensitivity
 import traces
-import weights
 from mixgpt.common import clock
+from mixgpt.modeling import streaming
 from modelutils import load_sparse
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--batch-size", "1", "--eval", "builtin", "--device", "cpu"]
@@ -140,7 +140,7 @@ def watch(fatal, log, root, patience):
     moments.around(traces, "_write", "traces")
     for name in ("embed", "call"):
         moments.around(modelutils.Stream, name)
-    moments.half_written(weights, "save_file")
+    moments.half_written(streaming, "save_file")
     moments.half_written(transformers.modeling_utils, "safe_save_file")
     for owner in (io, builtins):
         moments.opened(owner, root)

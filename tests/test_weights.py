@@ -13,8 +13,8 @@ import checkpoint
 import evaluate
 import pipeline
 import traces
-import weights
 from mixgpt.common.errors import InputError
+from mixgpt.modeling import streaming
 
 UP = "model.layers.1.mlp.up_proj.weight"
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--device", "cpu"]
@@ -79,7 +79,7 @@ def test_a_model_on_disk_is_that_of_from_pretrained_and_nothing_of_it_stays_load
 def test_tensors_are_read_one_by_one_under_the_names_of_the_model(tiny, tmp_path):
     family, model = tiny
     store(model, "float32 sharded", tmp_path)
-    read = dict(weights.tensors_of(opened(tmp_path, family)))
+    read = dict(streaming.tensors_of(opened(tmp_path, family)))
     assert list(read) == [name for name, _ in model.named_parameters()]
     assert all(torch.equal(read[name], parameter) for name, parameter in model.named_parameters())
 
@@ -117,13 +117,13 @@ def test_a_tied_head_that_is_stored_with_its_twin_is_streamed(tokens, tmp_path):
                                  "model.norm.weight"])
 def test_a_fingerprint_tells_other_weights_apart_but_not_another_dtype(key, tmp_path):
     family, model = make("llama")
-    found = weights.fingerprint(model.to(torch.bfloat16))
+    found = streaming.fingerprint(model.to(torch.bfloat16))
     model.save_pretrained(tmp_path)
-    assert weights.fingerprint(opened(tmp_path, family, torch.float32)) == found
+    assert streaming.fingerprint(opened(tmp_path, family, torch.float32)) == found
     state = load_file(tmp_path / "model.safetensors")
     state[key].view(-1)[state[key].numel() // 2:] += 1
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert weights.fingerprint(opened(tmp_path, family)) != found
+    assert streaming.fingerprint(opened(tmp_path, family)) != found
 
 
 def test_the_dtype_asked_for_is_that_of_the_weights_in_memory(tokens, tmp_path):
@@ -263,7 +263,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(key, value, checkpoint_
 
 def test_a_file_is_written_whole_or_not_at_all_and_others_may_read_it(tmp_path, monkeypatch):
     file = tmp_path / "a.safetensors"
-    weights.write(file, {"x": torch.ones(3, 2).T})
+    streaming.write(file, {"x": torch.ones(3, 2).T})
     assert torch.equal(load_file(file)["x"], torch.ones(2, 3))
     (tmp_path / "plain").write_text("")
     assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -271,20 +271,20 @@ def test_a_file_is_written_whole_or_not_at_all_and_others_may_read_it(tmp_path, 
     def fail(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights.os, "fsync", fail)
+    monkeypatch.setattr(streaming.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        weights.write(file, {"x": torch.zeros(2, 3)})
+        streaming.write(file, {"x": torch.zeros(2, 3)})
     assert torch.equal(load_file(file)["x"], torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_a_checksum_is_that_of_the_bytes(dtype):
     a = torch.randint(0, 100, (5, 7), generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert weights.checksum(a.T) == weights.checksum(a.T.contiguous()) != weights.checksum(a)
+    assert streaming.checksum(a.T) == streaming.checksum(a.T.contiguous()) != streaming.checksum(a)
     for flipped in range(a.numel()):
         b = a.clone()
         b.view(-1)[flipped] += 1
-        assert weights.checksum(b) != weights.checksum(a)
+        assert streaming.checksum(b) != streaming.checksum(a)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

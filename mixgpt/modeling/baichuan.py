@@ -23,11 +23,12 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-
-from baichuan_tokenizer import BaichuanTokenizer
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 ROTARY = {4096: True, 5120: False}  # by hidden size, in the published models
 NORMALISED_HEAD = 125_696  # the vocabulary of Baichuan 2
+# special tokens around a text, by (add_bos_token, add_eos_token)
+PATTERNS = {(False, False): "none", (True, False): "bos", (False, True): "eos", (True, True): "bos_eos"}
 
 
 @strict
@@ -159,6 +160,24 @@ class BaichuanForCausalLM(LlamaForCausalLM):
 
 class BaiChuanForCausalLM(BaichuanForCausalLM):
     """The same, named as in the configuration of Baichuan-7B."""
+
+
+class BaichuanTokenizer(SentencePieceBackend):
+    """The pieces that sentencepiece finds with a checkpoint's own tokenizer.model, named as checkpoints name theirs.
+
+    Spaces are treated as the model file says; no <s> in front by default.
+    """
+
+    def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=False,
+                 add_eos_token=False, **kwargs):
+        pattern = PATTERNS[add_bos_token, add_eos_token]
+        super().__init__(**kwargs | {"legacy": True, "special_tokens_pattern": pattern}, vocab_file=vocab_file,
+                         bos_token=bos_token, eos_token=eos_token, unk_token=unk_token, add_bos_token=add_bos_token,
+                         add_eos_token=add_eos_token)
+
+    def convert_tokens_to_string(self, tokens):
+        """Join pieces to the text that they came from."""
+        return self.sp_model.decode(tokens)
 
 
 AutoConfig.register("baichuan", BaichuanConfig)

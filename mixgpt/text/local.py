@@ -12,8 +12,8 @@ from pathlib import Path
 from datasets import load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-import hub
 from mixgpt.common.errors import InputError
+from mixgpt.text import hub
 
 
 @dataclass(frozen=True)
