@@ -7,9 +7,9 @@ import torch
 from tqdm import tqdm
 
 from mixgpt.common import distributed
+from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
 from modelutils import SLICE, Stream, apply, linears, on_device
-from products import fast_linears
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from allocation import threshold_counts
 from mixgpt.common import distributed
+from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
 from modelutils import Stream, hooked, linears, on_device
-from products import fast_linears
 from prune import Target, groups_of, hessians_of
 from walk import upper_inverse
 

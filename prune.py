@@ -16,9 +16,9 @@ from allocation import allocate, allocate_whole
 from dense import Beside
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
+from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
 from modelutils import Stream, hooked, linears, on_device, paused_forwards, shared_inputs
-from products import fast_linears
 from quant import Grid, meet_sparsities, quantize_nearest
 from sparsegpt import SparseGPT, activation_order, magnitude_prune
 from walk import SALIENCIES

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from mixgpt.common import distributed
+from mixgpt.kernels.matmul import fast_linears
 from modelutils import SLICE, Stream, apply, linears, on_device
-from products import fast_linears
 
 BORDERS = 2e9  # bytes of hidden states and tangents at layer borders that exist at a time, on the host
 

@@ -8,8 +8,8 @@ import itertools
 
 import torch
 
-from columns import smallest_per_row
-from products import rough_product_with, times_transposed
+from mixgpt.kernels.columns import smallest_per_row
+from mixgpt.kernels.matmul import rough_product_with, times_transposed
 from walk import smallest
 
 ITERATIONS = 16  # of ADMM

@@ -10,9 +10,9 @@ from functools import cached_property
 
 import torch
 
-from columns import smallest_per_row
 from mixgpt.common import distributed
-from products import exact_bfloat16, suits, times_transposed
+from mixgpt.kernels.columns import smallest_per_row
+from mixgpt.kernels.matmul import exact_bfloat16, suits, times_transposed
 from quant import meet_sparsities
 from solver import admm_pruner
 from walk import prune_matrices, smallest, upper_inverse

@@ -16,8 +16,8 @@ from evaluate import run_layers
 from generate import complete
 from mixgpt.common import distributed
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
+from mixgpt.kernels.matmul import fast_linears
 from modelutils import SLICE, Stream, apply, on_device, whole
-from products import fast_linears
 
 RESIDENT = 2**18  # tokens whose hidden states exist at a time
 

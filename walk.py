@@ -8,8 +8,8 @@ import itertools
 import numpy as np
 import torch
 
-import columns
-from products import suits, times_transposed
+from mixgpt.kernels import columns
+from mixgpt.kernels.matmul import suits, times_transposed
 from quant import Grid, find_grid
 
 WIDE = 512  # columns that are updated in one product from all columns before them

@@ -25,8 +25,8 @@ import llama
 import opt
 from evaluate import perplexity
 from mixgpt.common.clock import Clock, peak_memory
+from mixgpt.kernels.matmul import times_transposed
 from modelutils import Stream, linears, shared_inputs
-from products import times_transposed
 from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
 from report import table

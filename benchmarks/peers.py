@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from mixgpt.kernels.matmul import fast_linears
 from modelutils import Stream, hooked, linears, on_device
-from products import fast_linears
 from prune import Target
 from quant import meet_sparsities, quantize_nearest
 

@@ -37,12 +37,12 @@ from transformers import (
 import baichuan
 import bloom
 import checkpoint
-import columns_cpu
 import datautils
 import llama
 import opt
 import pipeline
 from folder import Folder
+from mixgpt.kernels import columns_cpu
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from modelutils import SCRIPTS
 

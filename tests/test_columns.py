@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import columns
-import columns_cpu
+from mixgpt.kernels import columns, columns_cpu
 from quant import to_multiples
 
 try:
-    import columns_cuda
+    from mixgpt.kernels import columns_cuda
 except ImportError:  # no Triton
     columns_cuda = None
 

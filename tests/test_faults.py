@@ -20,9 +20,9 @@ import torch
 from conftest import FAMILIES, VOCABULARY, command, contents, saved_tensors
 from safetensors.torch import load_file, save_file
 
-import columns
 import datautils
 import pipeline
+from mixgpt.kernels import columns
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--nsamples 4 --seqlen 32 --device cpu"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import products
-from products import fast_linears, times_transposed
+from mixgpt.kernels import matmul
+from mixgpt.kernels.matmul import fast_linears, times_transposed
 
-needs_onednn = pytest.mark.skipif(not products.AVAILABLE, reason="needs a CPU with AVX-512 and oneDNN in PyTorch")
+needs_onednn = pytest.mark.skipif(not matmul.AVAILABLE, reason="needs a CPU with AVX-512 and oneDNN in PyTorch")
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -17,7 +17,7 @@ def random(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_product_with_transpose(monkeypatch, available, dtype, contiguous):
-    monkeypatch.setattr(products, "AVAILABLE", available)
+    monkeypatch.setattr(matmul, "AVAILABLE", available)
     A, B, start = random(70, 300, dtype=dtype), random(50, 300, seed=1, dtype=dtype), random(70, 50, dtype=dtype)
     if not contiguous:
         A, B, start = A.t().contiguous().t(), torch.stack([B, B], 1)[:, 0], start.t().contiguous().t()
@@ -32,7 +32,7 @@ def test_product_with_transpose(monkeypatch, available, dtype, contiguous):
 def test_rough_products_are_close_and_only_float32_ones_rough(dtype, digits):
     A, B = random(70, 50, dtype=dtype), random(50, 50, seed=1, dtype=dtype)
     B = B + B.t()
-    product, expected = products.rough_product_with(B)(A), A.double() @ B.double()
+    product, expected = matmul.rough_product_with(B)(A), A.double() @ B.double()
     assert product.dtype == dtype
     assert (product.double() - expected).norm() <= digits * expected.norm()
 

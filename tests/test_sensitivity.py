@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import OPTConfig, OPTForCausalLM
 
 import opt
-import products
 import sensitivity
+from mixgpt.kernels import matmul
 from modelutils import linears
 
 
@@ -20,7 +20,7 @@ from modelutils import linears
 def all_float64(monkeypatch):
     """Let norms and softmax of transformers, which compute in torch.float32, compute in float64 too."""
     monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(products, "AVAILABLE", False)
+    monkeypatch.setattr(matmul, "AVAILABLE", False)
 
 
 def matrices_of(model, family):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from columns import smallest_per_row
+from mixgpt.kernels.columns import smallest_per_row
 from quant import Scheme
 from sparsegpt import SparseGPT, factor, magnitude_prune, relative_error
 from walk import (

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
-import columns_cpu
+from mixgpt.kernels import columns_cpu
 from quant import to_multiples
 
 NARROW = 8  # scores of a row up to which comparing them in pairs is faster than selecting
@@ -62,7 +62,7 @@ def fastest(device, grid_dtype, dtype):
     if device.type == "cpu" and (unrounded or dtype == torch.float32 and grid_dtype in columns_cpu.GRID_DTYPES):
         return columns_cpu.walk_columns
     if device.type == "cuda" and dtype == torch.float32 and find_spec("triton"):  # imported only where it is needed
-        import columns_cuda
+        from mixgpt.kernels import columns_cuda
         if unrounded or grid_dtype in columns_cuda.GRID_DTYPES:
             return columns_cuda.walk_columns
     return walk_columns
