@@ -21,8 +21,8 @@ from formats import FORMATS
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
+from mixgpt.pruning.targets import Outcome
 from modelutils import on_device
-from prune import Outcome
 from quant import Grid, Scheme
 
 PROGRESS = "progress"

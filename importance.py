@@ -12,13 +12,14 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from allocation import threshold_counts
+from mixgpt.allocation.ranking import threshold_counts
 from mixgpt.common import distributed
+from mixgpt.kernels.linalg import upper_inverse
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
+from mixgpt.pruning.calibration import groups_of, hessians_of
+from mixgpt.pruning.targets import Target
 from modelutils import Stream, hooked, linears, on_device
-from prune import Target, groups_of, hessians_of
-from walk import upper_inverse
 
 
 @torch.no_grad()

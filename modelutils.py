@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from greenlet import getcurrent, greenlet
 from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+import mixgpt.modeling.baichuan  # noqa: F401, makes the Auto classes know Baichuan
 from mixgpt.common.errors import InputError
-from mixgpt.modeling import baichuan  # noqa: F401, makes the Auto classes know Baichuan
 from packing import decode
 
 SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}
@@ -280,29 +279,3 @@ def hooked(readers, outputs=False):
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def paused_forwards(layer, index, stream, stops, read):
-    """Run every batch through layer number `index` once, all of them side by side, and pause at each module of `stops`.
-
-    stops: modules in the order in which the layer runs them. Calls read(module, input) for each batch and yields the
-    module when all batches wait in front of it, so that it can be changed from all of its inputs; with the generator's
-    end the hidden states are those behind the layer. Every batch is a greenlet: one thread, which goes on where it
-    left off.
-    """
-    def run(rows):
-        stream.hidden[rows] = stream.forward(layer, index, rows)
-
-    def pause(module, X):
-        read(module, X)
-        getcurrent().parent.switch()
-
-    batches = [(greenlet(run), rows) for rows in stream.batches()]
-    with hooked({module: lambda X, module=module: pause(module, X) for module in stops}):
-        for number, module in enumerate(stops):
-            for batch, rows in batches:
-                batch.switch(*([] if number else [rows]))
-            yield module
-        for batch, _ in batches:
-            batch.switch()

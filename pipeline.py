@@ -21,12 +21,15 @@ import traces
 from datautils import calibration_samples, test_tokens
 from evaluate import count_zeros, logits, measure_sparsity, perplexity
 from folder import Folder
+from mixgpt.allocation.plan import make_plan
 from mixgpt.common import distributed
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
-from prune import make_plan, prune_magnitude, prune_sparsegpt, select
+from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.targets import select
 from report import heading, plan_tables, result_text
 from sensitivity import output_gradients
 from settings import parse

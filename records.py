@@ -11,7 +11,7 @@ import transformers
 from formats import stored_bytes
 from mixgpt.common import distributed
 from mixgpt.modeling.streaming import digest, fingerprint
-from prune import Outcome
+from mixgpt.pruning.targets import Outcome
 from report import total_sparsity
 from settings import OPTIONS
 

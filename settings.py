@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from datautils import DATASETS
 from formats import FORMATS
 from mixgpt.common.errors import InputError
-from prune import SOLVERS, Target
+from mixgpt.pruning.solvers import SOLVERS
+from mixgpt.pruning.targets import Target
 from quant import WBITS, Scheme
 from sensitivity import ESTIMATORS
-from walk import SALIENCIES
+from sparsegpt import SALIENCIES
 
 WAYS = ("uniform", "origin", "layer-level", "weight-level", "global")  # origin: what the ancestors call uniform
 TARGETS = ("layer", "dense")

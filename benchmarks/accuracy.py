@@ -32,11 +32,14 @@ import checkpoint
 import datautils
 from evaluate import measure_sparsity, perplexity
 from importance import global_plan, inverse_diagonals
+from mixgpt.allocation.plan import make_plan
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.streaming import digest, fingerprint
+from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.targets import Target, select
 from modelutils import SCRIPTS
-from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
 from quant import Scheme
 from report import total_sparsity
 from sensitivity import hessian_traces, output_gradients

@@ -24,14 +24,16 @@ import datautils
 import llama
 import opt
 from evaluate import perplexity
+from mixgpt.allocation.plan import make_plan
 from mixgpt.common.clock import Clock, peak_memory
+from mixgpt.kernels.linalg import row_energies
 from mixgpt.kernels.matmul import times_transposed
+from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.targets import Target, select
 from modelutils import Stream, linears, shared_inputs
-from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
 from report import table
-from sparsegpt import SparseGPT, factor, row_energies
-from walk import prune_matrix
+from sparsegpt import SparseGPT, factor, prune_matrix
 
 MATRICES = ["4096x4096", "4096x11008", "11008x4096"]
 TARGETS = {"50%": (0.5, 0, 0, 16), "2:4": (0.0, 2, 4, 16), "50% + 4 bit": (0.5, 0, 0, 4)}

@@ -7,9 +7,11 @@ from conftest import CPU, VOCABULARY, make
 
 from evaluate import perplexity
 from importance import global_plan, inverse_diagonals
+from mixgpt.allocation.plan import make_plan
 from mixgpt.common import distributed
 from mixgpt.common.clock import Clock
-from prune import Target, make_plan, prune_sparsegpt, select
+from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.targets import Target, select
 from quant import Scheme
 from sensitivity import hessian_traces, output_gradients
 

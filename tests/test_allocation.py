@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llama
-from allocation import allocate, allocate_whole, threshold_counts
+from mixgpt.allocation.plan import make_plan
+from mixgpt.allocation.ranking import allocate, allocate_whole, threshold_counts
+from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.targets import Target, select
 from modelutils import linears
-from prune import Target, make_plan, prune_magnitude, select
 
 hypothesis_settings = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 budgets = st.floats(0.05, 0.95)

@@ -11,12 +11,13 @@ from conftest import CPU, make
 from test_sparsegpt import correlated_inputs, random
 from textbook import Textbook, prune_model
 
+from mixgpt.allocation.plan import make_plan
 from mixgpt.common.clock import Clock
+from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.targets import Target, select
 from modelutils import linears
-from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
-from sparsegpt import SparseGPT, relative_error
-from walk import prune_matrix
+from sparsegpt import SparseGPT, prune_matrix, relative_error
 
 BENCH = Path(__file__).parent.parent / "benchmarks" / "bench.py"
 

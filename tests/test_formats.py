@@ -19,9 +19,9 @@ import checkpoint
 import formats
 from evaluate import perplexity
 from mixgpt.common.errors import InputError
+from mixgpt.pruning.magnitude import magnitude_prune
 from modelutils import linears, load_sparse
 from quant import Scheme, quantize_nearest
-from sparsegpt import magnitude_prune
 
 SYM, SYM_GROUPS, ASYM_GROUPS = Scheme(4, sym=True), Scheme(4, 8, sym=True), Scheme(4, 8)
 DIGESTS = """

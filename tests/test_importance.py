@@ -6,8 +6,8 @@ from conftest import CPU, make
 
 from importance import global_plan, inverse_diagonals
 from mixgpt.common.clock import Clock
+from mixgpt.pruning.targets import select
 from modelutils import linears
-from prune import select
 
 
 @pytest.fixture(params=["llama", "opt"])

@@ -9,7 +9,8 @@ from conftest import CPU, make
 
 import modelutils
 from mixgpt.common.errors import InputError
-from modelutils import Stream, hooked, linears, paused_forwards, shared_inputs
+from mixgpt.pruning.calibration import paused_forwards
+from modelutils import Stream, hooked, linears, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 OPT = [ATTENTION, ["self_attn.out_proj"], ["fc1"], ["fc2"]]

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixgpt.pruning.magnitude import magnitude_prune
 from packing import decode, encode, pack, unpack
 from quant import Grid, Scheme, quantize_nearest
-from sparsegpt import magnitude_prune
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 hypothesis_settings = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -14,8 +14,9 @@ from conftest import CPU, make
 from peers import outlier_ratios, owl_plan, prune_wanda, wanda_mask
 
 from evaluate import measure_sparsity
+from mixgpt.allocation.plan import make_plan
+from mixgpt.pruning.targets import Target, select
 from modelutils import linears
-from prune import Target, make_plan, select
 from quant import Scheme, quantize_nearest
 from report import total_sparsity
 

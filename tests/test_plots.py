@@ -5,7 +5,7 @@ import torch
 from matplotlib.figure import Figure
 
 import plots
-from prune import Target
+from mixgpt.pruning.targets import Target
 from traces import Traces
 
 SHAPES = {(layer, name): (4, 8) for layer in range(3) for name in ("self_attn.q_proj", "mlp.fc1")}

@@ -7,13 +7,15 @@ import torch
 from conftest import CPU, make
 
 import evaluate
-from dense import residual_writers
+from mixgpt.allocation.plan import make_plan
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
+from mixgpt.pruning.dense_target import residual_writers
+from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.targets import Target, select
 from modelutils import Stream, linears, shared_inputs
-from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
-from sparsegpt import factor
-from walk import prune_matrix
+from sparsegpt import factor, prune_matrix
 
 HALF = Target(0.5)
 OPTIONS = {"saliency": "obs",

@@ -6,7 +6,7 @@ from conftest import CPU
 
 from evaluate import MatrixSparsity
 from mixgpt.common.clock import Clock, peak_memory
-from prune import Outcome
+from mixgpt.pruning.targets import Outcome
 from report import perplexity_table, sparsity_table
 
 

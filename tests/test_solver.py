@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import solver
+from mixgpt.pruning import admm
+from mixgpt.pruning.admm import admm_pruner, admm_scores, keep_mask, solve_on_support
+from mixgpt.pruning.solvers import prune_in_place
 from quant import Scheme
-from solver import admm_pruner, admm_scores, keep_mask, solve_on_support
-from sparsegpt import SparseGPT, factor, relative_error
-from walk import obs_saliency, prune_matrices
+from sparsegpt import SparseGPT, factor, obs_saliency, prune_matrices, relative_error
 
 CPU = torch.device("cpu")
 
@@ -85,11 +85,11 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
     hessian.add_batch(X.float())
     hessian.factor(0.01)
     plain, weighted, scaled = W.float(), W.float(), W.float()
-    hessian.prune([plain], [(0.5,)], solver=solver)
-    hessian.prune([weighted], [(0.5,)], solver=solver, row_weights=weights)
+    prune_in_place(hessian, [plain], [(0.5,)], solver=solver)
+    prune_in_place(hessian, [weighted], [(0.5,)], solver=solver, row_weights=weights)
     assert (weighted[:12] != 0).sum() > (plain[:12] != 0).sum() + 12
     scaled *= weights.sqrt()[:, None]  # the same problem, told by the weights
-    hessian.prune([scaled], [(0.5,)], solver=solver)
+    prune_in_place(hessian, [scaled], [(0.5,)], solver=solver)
     assert torch.allclose(scaled / weights.sqrt()[:, None], weighted, atol=1e-3)
 
 
@@ -122,7 +122,7 @@ def test_sparsity_rises_cubically_until_it_is_met(problem, monkeypatch):
         kept.append(keep_mask(*args, **kwargs))
         return kept[-1].clone()
 
-    monkeypatch.setattr(solver, "keep_mask", noted)
+    monkeypatch.setattr(admm, "keep_mask", noted)
     admm_scores(W, H, [(slice(0, 24), 0.5, 0, 0)], iterations=9, ramp=6)
     assert [1 - keep.mean().item() for keep in kept] == pytest.approx(
         [0.5 * (1 - max(1 - t / 6, 0) ** 3) for t in range(1, 9)], abs=2 / W.numel())
@@ -137,8 +137,8 @@ def test_columns_without_input_are_free_to_prune(problem, solver, scheme):
     hessian.add_batch(X, X + 0.01)
     hessian.factor(0.01)
     weight = W.float()
-    (error, grid), = hessian.prune([weight], [(0.5,)], solver=solver, scheme=Scheme(4) if scheme else None,
-                                   saliency=obs_saliency)
+    (error, grid), = prune_in_place(hessian, [weight], [(0.5,)], solver=solver, scheme=Scheme(4) if scheme else None,
+                                          saliency=obs_saliency)
     assert weight.isfinite().all() and (weight[:, 3] == 0).all()
     assert abs((weight == 0).sum() - 12 * 32) <= (2 if scheme else 0)
     assert (grid is None) == (scheme is None)

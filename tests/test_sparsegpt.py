@@ -6,16 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixgpt.kernels.columns import smallest_per_row
+from mixgpt.kernels.linalg import smallest, upper_inverse
+from mixgpt.pruning.magnitude import magnitude_prune
+from mixgpt.pruning.solvers import prune_in_place
 from quant import Scheme
-from sparsegpt import SparseGPT, factor, magnitude_prune, relative_error
-from walk import (
+from sparsegpt import (
     SALIENCIES,
+    SparseGPT,
+    factor,
     isc_saliency,
     obs_saliency,
     prune_matrices,
     prune_matrix,
-    smallest,
-    upper_inverse,
+    relative_error,
 )
 
 PERCDAMP = 0.01
@@ -85,7 +88,7 @@ def pruned_by(W, H, sparsity=0.0, prunen=0, prunem=0, blocksize=128, saliency="o
 
 def prune_one(hessian, weight, *target, **options):
     """Prune one matrix in place. Returns its error and its grid."""
-    return hessian.prune([weight], [target], **options)[0]
+    return prune_in_place(hessian, [weight], [target], **options)[0]
 
 
 def explicit_error(W, W_hat, X):

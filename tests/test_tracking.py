@@ -14,7 +14,7 @@ import datautils
 import pipeline
 import tracking
 from evaluate import MatrixSparsity
-from prune import Outcome
+from mixgpt.pruning.targets import Outcome
 from settings import Settings
 from tracking import Tracker
 

@@ -1,4 +1,4 @@
-"""Prune and quantize a whole model, one decoder layer on the device at a time, with calibration or without.
+"""Prune and quantize a whole model on calibration data, one decoder layer on the device at a time.
 
 observe: called with (index, layer, {(layer, name): Outcome}, time.perf_counter() at its start) when a layer is finished
 and still on the device.
@@ -6,126 +6,21 @@ and still on the device.
 
 import contextlib
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from allocation import allocate, allocate_whole
-from dense import Beside
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
-from modelutils import Stream, hooked, linears, on_device, paused_forwards, shared_inputs
-from quant import Grid, meet_sparsities, quantize_nearest
-from sparsegpt import SparseGPT, activation_order, magnitude_prune
-from walk import SALIENCIES
-
-SOLVERS = {"obs": "SparseGPT", "admm": "ADMM"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """How sparse one matrix shall be: a fraction of its weights, or prunen of every prunem consecutive ones."""
-
-    sparsity: float
-    prunen: int = 0
-    prunem: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was done to one matrix."""
-
-    error: float | None = None  # ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs, where there are any
-    percdamp: float | None = None  # the damping that its Hessian needed
-    grid: Grid | None = None  # where it is quantized
-
-
-def select(model, family, prunem, groupsize, minlayer, maxlayer, prune_only, invert):
-    """Return the shapes of the matrices to change, {(layer, name): (out, in)}, in the order of the model.
-
-    Selected are the layers minlayer ≤ index < maxlayer and the names that contain prune_only; invert selects all
-    others instead. The model may be on meta. Raises InputError where nothing is selected, or prunem or groupsize does
-    not divide the columns.
-    """
-    selected = {}
-    for index, layer in enumerate(family.layers_of(model)):
-        for name, module in linears(layer).items():
-            if (minlayer <= index < maxlayer and prune_only in name) == invert:
-                continue
-            for flag, width in {"--prunem": prunem, "--groupsize": groupsize}.items():
-                if width and module.in_features % width:
-                    raise InputError(f"{flag} {width}: does not divide the {module.in_features} columns of "
-                                     f"layer {index} {name}")
-            selected[index, name] = tuple(module.weight.shape)
-    if not selected:
-        names = ", ".join(linears(family.layers_of(model)[0]))
-        raise InputError(f"--minlayer {minlayer} --maxlayer {maxlayer} --prune_only {prune_only!r}: select no matrix "
-                         f"of {len(family.layers_of(model))} layers with {names}")
-    return selected
-
-
-def make_plan(selected, target, way="uniform", sensitivity=None, alpha=0.0):
-    """Say how sparse each matrix shall be. Returns {(layer, name): Target}.
-
-    selected: {(layer, name): (out, in)}. target: of all of them together. way: uniform (origin), layer-level or
-    weight-level. sensitivity: {(layer, name): trace per weight}, of any matrices that include the selected ones;
-    layer-level ranks layers by the sum over their selected matrices.
-    """
-    if way in ("uniform", "origin"):
-        return dict.fromkeys(selected, target)
-    unit_of = {key: key[0] if way == "layer-level" else key for key in selected}
-    ranked, sizes = {}, {}
-    for key, (out, columns) in selected.items():
-        ranked[unit_of[key]] = ranked.get(unit_of[key], 0) + sensitivity[key]
-        sizes[unit_of[key]] = sizes.get(unit_of[key], 0) + out * columns
-    arguments = list(ranked.values()), list(sizes.values()), target.sparsity, alpha
-    if target.prunem:
-        m = target.prunem
-        targets = [Target(n / m, n, m) for n in allocate_whole(*arguments, m)]
-    else:
-        targets = [Target(sparsity) for sparsity in allocate(*arguments)]
-    of_unit = dict(zip(ranked, targets, strict=True))
-    return {key: of_unit[unit_of[key]] for key in selected}
-
-
-@torch.no_grad()
-def prune_magnitude(model, family, plan, device, scheme=None, folder=None, observe=None):
-    """Prune every matrix of the plan by magnitude and round it to the nearest grid values of `scheme`, in place.
-
-    folder: a folder.Folder that keeps finished layers. Returns {(layer, name): Outcome}.
-    """
-    title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
-    layers = family.layers_of(model)
-    first, outcomes = folder.begin(len(layers)) if folder else (0, {})
-    for index in tqdm(range(first, len(layers)), desc=title, unit="layer", disable=None, initial=first,
-                      total=len(layers)):
-        layer, made, start = layers[index], {}, time.perf_counter()
-        with on_device([layer], device):
-            prefetch(layers, index + 1, device)
-            for name, module in linears(layer).items():
-                if target := plan.get((index, name)):
-                    W, grid = _by_magnitude(module.weight, target, scheme)
-                    module.weight.copy_(W)
-                    made[index, name] = Outcome(grid=grid and grid.to("cpu"))
-            if observe:
-                observe(index, layer, made, start)
-            if folder:
-                folder.finish(index, layer, made)
-        outcomes |= made
-    return outcomes
-
-
-def _by_magnitude(W, target, scheme):
-    if scheme is None:
-        return magnitude_prune(W, target.sparsity, target.prunen, target.prunem), None
-    made, = meet_sparsities(lambda asked: [quantize_nearest(
-        magnitude_prune(W, asked[0], target.prunen, target.prunem), scheme)], [target.sparsity],
-        attempts=1 if target.prunem else 4)
-    return made
+from mixgpt.pruning.calibration import groups_of, hessians_of, paused_forwards
+from mixgpt.pruning.dense_target import Beside
+from mixgpt.pruning.solvers import SOLVERS, prune_in_place
+from mixgpt.pruning.targets import Outcome
+from modelutils import Stream, hooked, linears, on_device
+from sparsegpt import SALIENCIES, activation_order
 
 
 @torch.no_grad()
@@ -137,9 +32,9 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
 
     Inputs come from the pruned layers before; with true_sequential also from the pruned linears before in the same
     layer. saliency: a key of SALIENCIES. scheme: a quant.Scheme, None: do not quantize. act_order: walk the columns
-    in `activation_order`. folder: a folder.Folder that keeps finished layers. solver: a key of SOLVERS. to_dense: fit
+    in `activation_order`. folder: a run_dir.RunDir that keeps finished layers. solver: a key of SOLVERS. to_dense: fit
     the outputs of the dense model, too, whose hidden states are then computed beside those of the pruned one.
-    row_weights: {(layer, name): (out,)}, as in `walk.prune_matrices`. token_weights: {(layer, name): (n, T)}, squares
+    row_weights: {(layer, name): (out,)}, as in `prune_matrices`. token_weights: {(layer, name): (n, T)}, squares
     of what the tokens of this process count in the Hessians, of mean 1. Returns {(layer, name): Outcome}. Raises
     InputError where an input is not finite.
     """
@@ -182,55 +77,9 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
     return outcomes
 
 
-def groups_of(layer, index, stream, plan, shared):
-    """Return the inputs that planned matrices read, in order, each as a tuple of the names of its readers.
-
-    shared: {names of a layer's linears: its inputs}, as found in the layers before of the same making.
-    """
-    wanted = [name for planned, name in plan if planned == index]
-    if not wanted:
-        return []
-    kind = tuple(linears(layer))
-    if kind not in shared:
-        shared[kind] = shared_inputs(layer, index, stream)
-    groups = [tuple(name for name in group if name in wanted) for group in shared[kind]]
-    groups = [group for group in groups if group]
-    unused = set(wanted).difference(*groups)
-    if unused:
-        raise InputError(f"layer {index} {', '.join(sorted(unused))}: not called as a module, cannot be calibrated; "
-                         "leave it out with --prune_only")
-    return groups
-
-
 def _of_groups(token_weights, index, groups):
     """Return what tokens count for each input, the root of what its readers have on average: [(n, T)]."""
     return [torch.stack([token_weights[index, name] for name in group]).mean(0).sqrt() for group in groups]
-
-
-def hessians_of(layer, stream, groups, nsequences, clock, beside=None, token_weights=None):
-    """Return {module that reads an input first: SparseGPT of that input}, in order, and what adds an input to it.
-
-    nsequences: in all processes together. beside: a dense.Beside, whose batches come before the layer's.
-    token_weights: of each input, (n, T).
-    """
-    modules = linears(layer)
-    firsts = [modules[group[0]] for group in groups]
-    hessians = {module: SparseGPT(module.in_features, nsequences, stream.device) for module in firsts}
-    weights = {module: iter(of_tokens.split(stream.batch_size))  # batch by batch
-               for module, of_tokens in zip(firsts, token_weights or [], strict=bool(token_weights))}
-
-    T = stream.hidden.shape[1]
-
-    def read(module, X):
-        with clock.part("Hessian"):
-            more = beside.ahead(module, X) if beside else {}
-            if weights:
-                more["weights"] = next(weights[module]).flatten().to(X.device)
-            hessians[module].add_batch(X, **more)
-            # one pass; asked for only where the Hessian is not finite
-            hessians[module].sums.append(X.reshape(-1, T * X.shape[-1]).sum(1, dtype=torch.float32))
-
-    return hessians, read
 
 
 def _prune_in_turn(layer, index, stream, dense, beside, groups, hessians, read, prune, clock, last):
@@ -308,8 +157,8 @@ def _prune_group(modules, index, group, hessian, plan, percdamp, act_order, cloc
     except torch.linalg.LinAlgError as error:
         raise InputError(f"layer {index} {group[0]}: {error}{_first_bad(hessian)}") from error
     with clock.part("walk" if solver == "obs" else solver):
-        pruned = hessian.prune([modules[name].weight for name in group],
-                               [(target.sparsity, target.prunen, target.prunem) for target in targets], solver=solver,
-                               row_weights=row_weights, **options)
+        pruned = prune_in_place(hessian, [modules[name].weight for name in group],
+                                [(target.sparsity, target.prunen, target.prunem) for target in targets], solver=solver,
+                                row_weights=row_weights, **options)
     return {(index, name): Outcome(error, used, grid and grid.to("cpu"))
             for name, (error, grid) in zip(group, pruned, strict=True)}

@@ -9,8 +9,8 @@ import itertools
 import torch
 
 from mixgpt.kernels.columns import smallest_per_row
+from mixgpt.kernels.linalg import smallest
 from mixgpt.kernels.matmul import rough_product_with, times_transposed
-from walk import smallest
 
 ITERATIONS = 16  # of ADMM
 RAMP = 12  # iterations over which the sparsity rises to what is asked for

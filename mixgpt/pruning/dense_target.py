@@ -48,7 +48,7 @@ class Beside:
     """
 
     def __init__(self, layer, index, stream, dense, groups):
-        """stream, dense: both models' hidden states in front of the layer. groups: as from `prune.groups_of`."""
+        """stream, dense: both models' hidden states in front of the layer. groups: as from `calibration.groups_of`."""
         self.layer = copy.deepcopy(layer)
         modules, twins = linears(layer), linears(self.layer)
         self.stops = {twins[group[0]]: modules[group[0]] for group in groups}
