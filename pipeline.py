@@ -13,14 +13,15 @@ import torch
 import transformers
 
 import checkpoint
-import importance
 import plots
 import records
 import semistructured
-import traces
 from datautils import calibration_samples, test_tokens
 from evaluate import count_zeros, logits, measure_sparsity, perplexity
 from folder import Folder
+from mixgpt.allocation import traces
+from mixgpt.allocation.fisher import output_gradients
+from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
 from mixgpt.common import distributed
 from mixgpt.common.clock import Clock, peak_memory
@@ -31,7 +32,6 @@ from mixgpt.pruning.layerwise import prune_sparsegpt
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.targets import select
 from report import heading, plan_tables, result_text
-from sensitivity import output_gradients
 from settings import parse
 from tracking import Tracker
 
@@ -249,10 +249,9 @@ def _plan(settings, selected, model, family, calibration, device, clock, tracker
                                          batch_size=settings.batch_size, device=device)
     if settings.sparsity_way == "global":
         with clock.part("allocation"):
-            diagonals = importance.inverse_diagonals(model, family, list(selected), calibration, settings.percdamp,
-                                                     settings.batch_size, device, clock)
-            plan = importance.global_plan(model, family, selected, gradients.rows, diagonals, settings.sparsity,
-                                          settings.alpha)
+            diagonals = inverse_diagonals(model, family, list(selected), calibration, settings.percdamp,
+                                          settings.batch_size, device, clock)
+            plan = global_plan(model, family, selected, gradients.rows, diagonals, settings.sparsity, settings.alpha)
         sparsities = [target.sparsity for target in plan.values()]
         _tell(settings, f"plan     one threshold: matrices from {min(sparsities):.2%} to {max(sparsities):.2%}")
         return plan, None, gradients

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from datautils import DATASETS
 from formats import FORMATS
+from mixgpt.allocation.traces import ESTIMATORS
 from mixgpt.common.errors import InputError
 from mixgpt.pruning.solvers import SOLVERS
 from mixgpt.pruning.targets import Target
 from quant import WBITS, Scheme
-from sensitivity import ESTIMATORS
 from sparsegpt import SALIENCIES
 
 WAYS = ("uniform", "origin", "layer-level", "weight-level", "global")  # origin: what the ancestors call uniform

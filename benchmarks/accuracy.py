@@ -31,8 +31,10 @@ from textbook import prune_model
 import checkpoint
 import datautils
 from evaluate import measure_sparsity, perplexity
-from importance import global_plan, inverse_diagonals
+from mixgpt.allocation.fisher import output_gradients
+from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
+from mixgpt.allocation.traces import Traces, hessian_traces, matrices_of
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.streaming import digest, fingerprint
@@ -42,9 +44,7 @@ from mixgpt.pruning.targets import Target, select
 from modelutils import SCRIPTS
 from quant import Scheme
 from report import total_sparsity
-from sensitivity import hessian_traces, output_gradients
 from settings import PRESETS
-from traces import Traces, matrices_of
 
 TARGETS = {"50%": (Target(0.5), None), "60%": (Target(0.6), None), "70%": (Target(0.7), None),
            "2:4": (Target(0.5, 2, 4), None), "50%+4bit": (Target(0.5), Scheme(4))}

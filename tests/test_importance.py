@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import CPU, make
 
-from importance import global_plan, inverse_diagonals
+from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.common.clock import Clock
 from mixgpt.pruning.targets import select
 from modelutils import linears

@@ -19,7 +19,7 @@ import checkpoint
 import datautils
 import evaluate
 import pipeline
-import traces
+from mixgpt.allocation import traces
 from mixgpt.common import runtime
 from mixgpt.modeling import streaming
 from modelutils import Stream, linears

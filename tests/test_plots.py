@@ -5,8 +5,8 @@ import torch
 from matplotlib.figure import Figure
 
 import plots
+from mixgpt.allocation.traces import Traces
 from mixgpt.pruning.targets import Target
-from traces import Traces
 
 SHAPES = {(layer, name): (4, 8) for layer in range(3) for name in ("self_attn.q_proj", "mlp.fc1")}
 KEYS = list(SHAPES)

@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM
 import folder
 import modelutils
 import pipeline
-import sensitivity
-import traces
+from mixgpt.allocation import backward, traces
 from mixgpt.common import clock
 from mixgpt.modeling import streaming
 from modelutils import load_sparse
@@ -126,7 +125,7 @@ class Moments:
 def watch(fatal, log, root, patience):
     """Kill this process at moment number `fatal`, or write the parts that all moments fell in to `log`."""
     moments = Moments(fatal)
-    folder.PATIENCE, sensitivity.BORDERS = patience, 1  # a chunk of sequences is one batch
+    folder.PATIENCE, backward.BORDERS = patience, 1  # a chunk of sequences is one batch
     timed = clock.Clock.part
 
     @contextlib.contextmanager

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import OPTConfig, OPTForCausalLM
 
 import opt
-import sensitivity
+from mixgpt.allocation import backward, fisher, hutchinson
+from mixgpt.allocation.traces import hessian_traces
 from mixgpt.kernels import matmul
 from modelutils import linears
 
@@ -38,15 +39,15 @@ def loss_of(model, sequence, labels=None):
 
 
 def traces(model, family, matrices, tokens, estimator, **options):
-    return sensitivity.hessian_traces(model, family, matrices, tokens, estimator,
-                                      **{"seed": 3, "nprobes": 1, "batch_size": 2, "device": CPU} | options)
+    return hessian_traces(model, family, matrices, tokens, estimator,
+                          **{"seed": 3, "nprobes": 1, "batch_size": 2, "device": CPU} | options)
 
 
 def whole_model_products(model, family, matrices, tokens, probe=0):
     """zᵀ H z of every block by double backward through the whole model, with the probes of the streamed pass."""
     weights, rows = weights_of(model, family, matrices), []
     for n, sequence in enumerate(tokens):
-        Z = [sensitivity.signs(W.shape, sensitivity._seeded(3, n, probe, *matrix), W.dtype)
+        Z = [hutchinson.signs(W.shape, backward.seeded(3, n, probe, *matrix), W.dtype)
              for W, matrix in zip(weights, matrices, strict=True)]
         with sdpa_kernel(SDPBackend.MATH):
             gradients = torch.autograd.grad(loss_of(model, sequence), weights, create_graph=True)
@@ -86,8 +87,9 @@ def test_batches_and_chunks_change_nothing(tokens, estimator, all_float64, monke
     family, model = make("bloom")
     model, matrices = model.double(), matrices_of(model, family)
     whole = traces(model, family, matrices, tokens, estimator, batch_size=5)
-    monkeypatch.setattr(sensitivity, "BORDERS", 0)
-    monkeypatch.setattr(sensitivity, "SLICE", 7)
+    monkeypatch.setattr(backward, "BORDERS", 0)
+    monkeypatch.setattr(fisher, "SLICE", 7)
+    monkeypatch.setattr(hutchinson, "SLICE", 7)
     saved = []
     parts = traces(model, family, matrices, tokens, estimator, save=saved.append)
     assert torch.allclose(parts, whole, rtol=1e-9)
@@ -130,8 +132,8 @@ def minute():
 @pytest.mark.parametrize("name", ["fc1", "fc2"])
 def test_the_mean_over_all_sign_vectors_is_the_exact_trace(minute, name, all_float64, monkeypatch):
     sequence = torch.randint(0, 11, (6,))
-    monkeypatch.setattr(sensitivity, "_seeded", lambda *key, device: key)
-    monkeypatch.setattr(sensitivity, "signs", lambda shape, key, dtype: torch.tensor(
+    monkeypatch.setattr(hutchinson, "seeded", lambda *key, device: key)
+    monkeypatch.setattr(hutchinson, "signs", lambda shape, key, dtype: torch.tensor(
         [1 - 2 * (key[1] >> bit & 1) for bit in range(12)], dtype=dtype).view(shape))
     samples = traces(minute, opt.FAMILY, [(0, name)], sequence.expand(4096, -1), "hutchinson", batch_size=512)
 
@@ -162,7 +164,7 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, token
     matrices = matrices_of(model, family)
     samples = traces(model, family, matrices, tokens, "fisher")
     for n, sequence in enumerate(tokens):
-        labels = sampled_labels(model, sequence, sensitivity._seeded(3, n, 0, "labels"))
+        labels = sampled_labels(model, sequence, backward.seeded(3, n, 0, "labels"))
         gradients = torch.autograd.grad(loss_of(model, sequence, labels), weights_of(model, family, matrices))
         expected = torch.stack([9 * G.square().sum() for G in gradients])  # 9 tokens are predicted
         assert torch.allclose(samples[n], expected, rtol=1e-9)
@@ -170,16 +172,16 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, token
 
 def test_output_gradients_are_squares_at_labels_of_the_model_by_output_and_by_token(tiny, tokens, all_float64,
                                                                                      monkeypatch):
-    monkeypatch.setattr(sensitivity, "BORDERS", 0)  # as many chunks as batches
+    monkeypatch.setattr(backward, "BORDERS", 0)  # as many chunks as batches
     family, model = tiny
     model, tokens = model.double(), tokens[:3, :10]
     matrices = matrices_of(model, family)
-    found = sensitivity.output_gradients(model, family, matrices, tokens, seed=3, batch_size=2, device=CPU)
+    found = fisher.output_gradients(model, family, matrices, tokens, seed=3, batch_size=2, device=CPU)
     expected, energies, outputs = {key: 0 for key in matrices}, {key: [] for key in matrices}, {}
     handles = [linears(family.layers_of(model)[index])[name].register_forward_hook(
         lambda _, args, y, key=(index, name): outputs.update({key: y})) for index, name in matrices]
     for n, sequence in enumerate(tokens):
-        labels = sampled_labels(model, sequence, sensitivity._seeded(3, n, 0, "labels"))
+        labels = sampled_labels(model, sequence, backward.seeded(3, n, 0, "labels"))
         gradients = torch.autograd.grad(9 * loss_of(model, sequence, labels), list(outputs.values()))
         for key, Y in zip(outputs, gradients, strict=True):
             expected[key] = expected[key] + Y.reshape(-1, Y.shape[-1]).square().sum(0) / 30
@@ -216,7 +218,7 @@ def test_fisher_is_the_exact_gauss_newton_trace_within_its_standard_error(minute
 
 
 def test_signs_are_balanced_and_independent():
-    Z = sensitivity.signs(torch.Size([257, 63]), sensitivity._seeded(0), torch.float64)
+    Z = hutchinson.signs(torch.Size([257, 63]), backward.seeded(0), torch.float64)
     assert set(Z.unique().tolist()) == {-1.0, 1.0}
     assert abs(Z.mean()) < 4 / Z.numel() ** 0.5
     off = (Z.T @ Z / len(Z)).fill_diagonal_(0)
@@ -226,7 +228,8 @@ def test_signs_are_balanced_and_independent():
 MEMORY = """
 import resource, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-import llama, sensitivity, traces
+import llama
+from mixgpt.allocation import traces
 layers = int(sys.argv[1])
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
@@ -234,8 +237,8 @@ model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, hidden_size=576, intermedi
 tokens = torch.randint(0, 2048, (1, 256))
 with open("/proc/self/statm") as statm:
     before = int(statm.read().split()[1]) * resource.getpagesize()
-sensitivity.hessian_traces(model, llama.FAMILY, list(traces.matrices_of(model, llama.FAMILY)), tokens, "hutchinson",
-                           seed=0, nprobes=1, batch_size=1, device=torch.device("cpu"))
+traces.hessian_traces(model, llama.FAMILY, list(traces.matrices_of(model, llama.FAMILY)), tokens, "hutchinson",
+                      seed=0, nprobes=1, batch_size=1, device=torch.device("cpu"))
 borders = 2 * (layers + 1) * 256 * 576 * 4
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - borders)
 """

@@ -221,7 +221,7 @@ def test_runs_of_the_sweep_share_their_traces_and_belong_to_it(sweep, surroundin
         assert run("opt", *words) == 0
         config, _, summary, status, _ = read_back(folder_of(surroundings))
         assert (config["sparsity"], status) == (0.6, 0) and summary["perplexity/builtin"] > 1
-        variables.setattr("traces.hessian_traces", lambda *_, **__: pytest.fail("computed again"))
+        variables.setattr("mixgpt.allocation.traces.hessian_traces", lambda *_, **__: pytest.fail("computed again"))
     assert len(chosen) == 2 and (tmp_path / "traces-opt-125m.json").is_file()
 
 

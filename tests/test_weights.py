@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 import checkpoint
 import evaluate
 import pipeline
-import traces
+from mixgpt.allocation import traces
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
 

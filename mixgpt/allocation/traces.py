@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from mixgpt.allocation import fisher, hutchinson
+from mixgpt.allocation.backward import chunk_size
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
+from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import linears
-from sensitivity import hessian_traces
 
 FLAG = "--sensitivity_file"
 STABLE = 0.8  # split-half rank correlation below which the ranking is called noise
+ESTIMATORS = {"hutchinson": hutchinson.curvatures, "fisher": fisher.squared_gradients}
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,34 @@ def read(path, shapes, estimator):
     if kind != estimator:
         raise InputError(f"--sensitivity_file {path}: holds {kind} traces; ask for --sensitivity {kind}")
     return content | {"samples": samples}
+
+
+@fast_linears()
+def hessian_traces(model, family, matrices, tokens, estimator, *, seed, nprobes, batch_size, device, known=None,
+                   save=None):
+    """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, from each sequence on its own.
+
+    matrices: list of (layer, name). tokens: (N, T). estimator: a key of ESTIMATORS. nprobes: probes (hutchinson) or
+    draws of labels (fisher) per sequence. known: rows of an earlier, interrupted call. save: called with the rows
+    known so far after every chunk of sequences. Returns (N, len(matrices)) in float64: the mean over sequences
+    estimates the trace, their spread its error.
+    """
+    N, T = tokens.shape
+    rows = [] if known is None else list(known)
+    layers, chunk = family.layers_of(model), chunk_size(model, family, T, batch_size, 2)
+    with tqdm(total=(N - len(rows)) * nprobes * 2 * len(layers), desc=estimator, unit="layer", disable=None) as bar:
+        while len(rows) < N:
+            together = range(len(rows), min(len(rows) + chunk * distributed.world(), N))
+            numbers = together[distributed.share(len(together))]
+            sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
+            for probe in range(nprobes if numbers else 0):
+                sums += ESTIMATORS[estimator](
+                    model, family, matrices, tokens[numbers.start:numbers.stop], [(seed, n, probe) for n in numbers],
+                    batch_size, device, bar)
+            rows.extend(torch.cat(distributed.gather(sums)) / nprobes / (T - 1))
+            if save:
+                save(torch.stack(rows))
+    return torch.stack(rows)
 
 
 def obtain(model, family, tokens, estimator, *, seed, nprobes, batch_size, device, path=None):
