@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-import checkpoint
+from mixgpt.checkpoints.load import load_model, load_tokenizer, read_config
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_device, choose_dtype, position_limit
 from settings import Parser
@@ -85,9 +85,9 @@ def wrapped(text, width):
 
 def load(model, device, dtype="auto"):
     """Load a model in any format, and its tokenizer. Returns (model on `device`, tokenizer)."""
-    config = checkpoint.read_config(model)
-    tokenizer = checkpoint.load_tokenizer(model)
-    loaded = checkpoint.load_model(model, choose_dtype(dtype, config, device))
+    config = read_config(model)
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, choose_dtype(dtype, config, device))
     try:
         return loaded.to(device), tokenizer
     except torch.OutOfMemoryError as error:

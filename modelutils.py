@@ -1,26 +1,19 @@
 """Families of models, and running a model one decoder layer at a time."""
 
 import contextlib
-import json
 import math
 import os
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from safetensors.torch import load_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import mixgpt.modeling.baichuan  # noqa: F401, makes the Auto classes know Baichuan
 from mixgpt.common.errors import InputError
-from packing import decode
 
-SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}
-SPARSE_VARIANT = "sparse"  # and part of the names of the files with its tensors
 SLICE = 1024  # tokens whose logits exist at a time
 
 # Model classes that each family script accepts: those whose modules lie where its Family says.
@@ -198,41 +191,6 @@ class Stream:
         """Replace the hidden states by the output of layer number `index`, which is on the device."""
         for rows in self.batches():
             self.hidden[rows] = self.forward(layer, index, rows)
-
-
-def load_sparse(folder, dtype="auto"):
-    """Load a folder written by --save-format sparse as an ordinary transformers model, bit for bit.
-
-        from modelutils import load_sparse
-        model = load_sparse("pruned")
-
-    dtype: of the weights in memory ("auto": as they were when saved). Raises OSError, ValueError, KeyError or
-    safetensors.SafetensorError where the folder is damaged.
-    """
-    folder = Path(folder)
-    matrices = json.loads((folder / SPARSE).read_text())
-    state = {}
-    for shard in sorted(folder.glob(f"model.{SPARSE_VARIANT}*.safetensors")):
-        state |= load_file(shard)
-    if not isinstance(matrices, dict):
-        raise ValueError(f"{SPARSE} holds no descriptions of matrices")
-    for name, description in matrices.items():
-        try:
-            parts = {key: state.pop(f"{name}.{key}") for key in description["parts"]}
-            state[name] = decode(parts, description)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{name} does not fit its description in {SPARSE} ({error})") from error
-    config = AutoConfig.from_pretrained(folder)
-    dtype = config.dtype if dtype == "auto" else dtype
-    model, report = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype,
-                                                        output_loading_info=True, ignore_mismatched_sizes=True)
-    for name, held, asked in report["mismatched_keys"]:
-        raise ValueError(f"{name} is {tuple(held)}, its configuration asks for {tuple(asked)}")
-    if report["missing_keys"]:
-        raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
 
 
 def apply(modules, hidden):

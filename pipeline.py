@@ -12,17 +12,17 @@ import datasets
 import torch
 import transformers
 
-import checkpoint
 import plots
 import records
 import semistructured
 from datautils import calibration_samples, test_tokens
 from evaluate import count_zeros, logits, measure_sparsity, perplexity
-from folder import Folder
 from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
+from mixgpt.checkpoints import load
+from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError
@@ -88,21 +88,21 @@ def run(family, settings, command=None):
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.joined(device))
         with clock.part("load"):
-            config = checkpoint.load_config(settings.model, family)
+            config = load.load_config(settings.model, family)
             seqlen = choose_seqlen(settings.seqlen, config)
             dtype = choose_dtype(settings.dtype, config, device)
-            skeleton = checkpoint.skeleton(config)
+            skeleton = load.skeleton(config)
             selected = _check(settings, family, skeleton, dtype)
-            tokenizer = checkpoint.load_tokenizer(settings.model)
-            folder = stack.enter_context(Folder(settings.save, settings.save_format)) if settings.save else None
+            tokenizer = load.load_tokenizer(settings.model)
+            folder = stack.enter_context(RunDir(settings.save, settings.save_format)) if settings.save else None
         with clock.part("data"):
             calibration, tests, sources = _tokens(settings, seqlen, tokenizer, config.vocab_size)
             score = _scorer(settings, seqlen, tokenizer, skeleton, dtype, device)
         with clock.part("load"):
-            model = checkpoint.open_model(settings.model, config, family, dtype)
+            model = load.open_model(settings.model, config, family, dtype)
             if not folder and selected and hasattr(model, "source"):  # pruned layers are put away on disk too
                 path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
-                folder = stack.enter_context(Folder(distributed.tell(path)))
+                folder = stack.enter_context(RunDir(distributed.tell(path)))
             if folder:
                 folder.start(model, family, records.identity(settings, seqlen, device, model, calibration))
         facts = records.facts(settings, seqlen, model.dtype, device, sources)
@@ -153,7 +153,7 @@ def run(family, settings, command=None):
         record |= {"perplexity": perplexities} | ({"tasks": scores} if score else {})
         record |= {"seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
         if settings.save and distributed.rank() == 0:
-            checkpoint.write_record(settings.save, record)
+            load.write_record(settings.save, record)
             folder.end()
         if result := result_text(settings, matrices, outcomes, perplexities, scores, record):
             print(result, flush=True)
@@ -206,7 +206,7 @@ def _check(settings, family, skeleton, dtype):
     if settings.record:
         check_writable("--record", settings.record)
     if settings.save and distributed.rank() == 0:  # which locks the folder then
-        checkpoint.check_save(settings.save, checkpoint.size(skeleton, dtype), settings.resume)
+        load.check_save(settings.save, load.size(skeleton, dtype), settings.resume)
     return selected
 
 
@@ -235,7 +235,7 @@ def _compress(settings, plan, gradients, model, family, calibration, device, clo
 def _complete(settings, folder, tokenizer, record, family, outcomes):
     """Write what the folder lacks to be loaded, the record first."""
     if distributed.rank() == 0:
-        checkpoint.write_record(settings.save, record)
+        load.write_record(settings.save, record)
     folder.complete(tokenizer, {family.path(*key): outcome.grid for key, outcome in outcomes.items() if outcome.grid})
 
 
@@ -303,7 +303,7 @@ def _scorer(settings, seqlen, tokenizer, skeleton, dtype, device):
     except ImportError as error:
         raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
     chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
-    tasks.check(chosen, tokenizer, checkpoint.size(skeleton, dtype), device)
+    tasks.check(chosen, tokenizer, load.size(skeleton, dtype), device)
     return lambda model, family, batch_size: tasks.score(
         chosen, model, family, tokenizer, settings.limit, batch_size * seqlen, device)
 
@@ -317,7 +317,7 @@ def _probe(tests, calibration, vocab_size):
 
 def _verify(folder, model, family, matrices, probe, device):
     """Load what was saved and compare it with the model in memory: zeros of every matrix, logits of the probe."""
-    reloaded = checkpoint.open_model(folder, checkpoint.load_config(folder, family), family, "auto")
+    reloaded = load.open_model(folder, load.load_config(folder, family), family, "auto")
     if measure_sparsity(reloaded, family) != matrices:
         raise InputError(f"--save {folder}: the zeros of the saved weights differ from those in memory")
     found, wanted = (logits(each, family, probe, 1, device) for each in (reloaded, model))

@@ -8,7 +8,7 @@ import datasets
 import torch
 import transformers
 
-from formats import stored_bytes
+from mixgpt.checkpoints.formats import stored_bytes
 from mixgpt.common import distributed
 from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome

@@ -15,8 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import plots
-from checkpoint import RECORD
-from folder import begun
+from mixgpt.checkpoints.load import RECORD
+from mixgpt.checkpoints.run_dir import begun
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
 from report import table

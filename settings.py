@@ -5,8 +5,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from datautils import DATASETS
-from formats import FORMATS
 from mixgpt.allocation.traces import ESTIMATORS
+from mixgpt.checkpoints.formats import FORMATS
 from mixgpt.common.errors import InputError
 from mixgpt.pruning.solvers import SOLVERS
 from mixgpt.pruning.targets import Target

@@ -28,13 +28,13 @@ from peers import outlier_ratios, owl_plan, prune_wanda
 from scores import Scores
 from textbook import prune_model
 
-import checkpoint
 import datautils
 from evaluate import measure_sparsity, perplexity
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
 from mixgpt.allocation.traces import Traces, hessian_traces, matrices_of
+from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.streaming import digest, fingerprint
@@ -246,8 +246,8 @@ def main(argv=None):
             if (value := getattr(given, name)) is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         draw, tests = texts(given.dataset, given.eval, given.heldout, given.nsamples, given.seqlen, given.segments,
-                            checkpoint.load_tokenizer(given.model), given.data_dir)
-        model = checkpoint.load_model(given.model, getattr(torch, given.dtype))
+                            load.load_tokenizer(given.model), given.data_dir)
+        model = load.load_model(given.model, getattr(torch, given.dtype))
         script = SCRIPTS.get(type(model).__name__)
         if script is None:
             raise InputError(f"model {given.model}: this is a {type(model).__name__}; needs {', '.join(SCRIPTS)}")

@@ -19,12 +19,12 @@ import torch
 from textbook import Textbook, prune_model
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-import checkpoint
 import datautils
 import llama
 import opt
 from evaluate import perplexity
 from mixgpt.allocation.plan import make_plan
+from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.kernels.linalg import row_energies
 from mixgpt.kernels.matmul import times_transposed
@@ -176,13 +176,13 @@ def compare_model(model, family, tokens, device, batch_size, layers, tests=None)
 
 def bench_model(device, arguments):
     family = importlib.import_module(arguments.script.removesuffix(".py")).FAMILY
-    tokenizer = checkpoint.load_tokenizer(arguments.file)
+    tokenizer = load.load_tokenizer(arguments.file)
     tokens, _ = datautils.calibration_samples(arguments.dataset, arguments.nsamples, arguments.seqlen, 0, tokenizer,
                                               arguments.data_dir)
     name = "wikitext2" if arguments.data_dir else "builtin"
     tests, _ = datautils.test_tokens(name, arguments.seqlen, tokenizer, arguments.data_dir)
     for dtype in arguments.dtypes:
-        model = checkpoint.load_model(arguments.file, getattr(torch, dtype))
+        model = load.load_model(arguments.file, getattr(torch, dtype))
         print(f"\n{Path(arguments.file).name}, {dtype}, {len(tokens)} sequences of {arguments.seqlen} tokens of "
               f"{arguments.dataset}, perplexity on 40 segments of {name}")
         compare_model(model, family, tokens, device, arguments.batch_size, len(family.layers_of(model)), tests[:40])

@@ -36,12 +36,12 @@ from transformers import (
 
 import baichuan
 import bloom
-import checkpoint
 import datautils
 import llama
 import opt
 import pipeline
-from folder import Folder
+from mixgpt.checkpoints import load
+from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns_cpu
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from modelutils import SCRIPTS
@@ -172,9 +172,9 @@ def saved_tensors(path):
 def save(path, model, tokenizer, record, family=None, save_format="dense", grids=None):
     """Save a model in memory as a run does at its end."""
     family = family or importlib.import_module(SCRIPTS[type(model).__name__].removesuffix(".py")).FAMILY
-    with Folder(path, save_format) as folder:
+    with RunDir(path, save_format) as folder:
         folder.start(model, family, {})
-        checkpoint.write_record(path, record)
+        load.write_record(path, record)
         folder.complete(tokenizer, grids or {})
         folder.end()
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import baichuan
-import checkpoint
 import datautils
 import evaluate
 import opt
 import pipeline
+from mixgpt.checkpoints import load
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
 from modelutils import linears
@@ -166,7 +166,7 @@ def sequences(count, length):
 def variant(request, published):
     """Give (folder, configuration, model) of every variant in turn."""
     folder = published(request.param)
-    return folder, json.loads((folder / "config.json").read_text()), checkpoint.load_model(folder, "auto")
+    return folder, json.loads((folder / "config.json").read_text()), load.load_model(folder, "auto")
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def test_generation_is_the_same_with_and_without_cache_and_with_padding(variant)
 @torch.no_grad()
 def test_the_head_of_baichuan_2_is_normalised_and_its_weight_left_alone(published):
     folder = published("Baichuan2-7B")
-    model = checkpoint.load_model(folder, "auto")
+    model = load.load_model(folder, "auto")
     before = model(sequences(1, 5)).logits
     assert torch.equal(model.lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
     model.lm_head.weight.mul_(3)
@@ -222,7 +222,7 @@ def test_the_head_of_baichuan_2_is_normalised_and_its_weight_left_alone(publishe
 @torch.no_grad()
 def test_a_saved_model_has_the_published_keys_and_config_and_the_same_logits(variant, tmp_path):
     folder, config, model = variant
-    save(tmp_path / "saved", model, checkpoint.load_tokenizer(folder), {})
+    save(tmp_path / "saved", model, load.load_tokenizer(folder), {})
     saved, source = saved_tensors(tmp_path / "saved"), load_file(folder / "model.safetensors")
     assert set(saved) == {key for key in source if "inv_freq" not in key}
     assert all(torch.equal(saved[key], source[key]) for key in saved)
@@ -234,7 +234,7 @@ def test_a_saved_model_has_the_published_keys_and_config_and_the_same_logits(var
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     assert type(reloaded).__name__ == config["architectures"][0]
     assert torch.equal(reloaded(sequences(2, 12)).logits, model(sequences(2, 12)).logits)
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXTS[3]) == checkpoint.load_tokenizer(folder)(TEXTS[3])
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXTS[3]) == load.load_tokenizer(folder)(TEXTS[3])
 
 
 def test_everything_in_the_checkpoint_is_used_and_nothing_else_is_needed(variant):
@@ -253,7 +253,7 @@ def test_streamed_perplexity_is_that_of_the_full_forward(variant):
 
 def test_token_ids_are_those_of_sentencepiece(published, sentencepiece_model):
     reference = spm.SentencePieceProcessor(model_proto=sentencepiece_model)
-    for tokenizer in (checkpoint.load_tokenizer(published("Baichuan-7B")),
+    for tokenizer in (load.load_tokenizer(published("Baichuan-7B")),
                       AutoTokenizer.from_pretrained(published("Baichuan2-13B"))):
         assert type(tokenizer).__name__ == "BaichuanTokenizer"
         for text in TEXTS[:-1]:
@@ -275,7 +275,7 @@ def test_the_model_file_says_whether_a_space_goes_in_front(add_dummy_prefix, pub
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "m.model").rename(tmp_path / "tokenizer.model")
     reference = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    tokenizer = checkpoint.load_tokenizer(tmp_path)
+    tokenizer = load.load_tokenizer(tmp_path)
     for text in ("Hello world", " one", "there"):
         assert tokenizer(text).input_ids == reference.encode(text)
     assert (tokenizer.convert_ids_to_tokens(tokenizer("there").input_ids)[0][0] == "▁") == add_dummy_prefix
@@ -301,7 +301,7 @@ def test_the_command_line_prunes_the_published_folder_without_running_its_code(n
                  "cpu", "--save", str(tmp_path / "saved"), *options]
     assert pipeline.main(baichuan.FAMILY, arguments) == 0
     assert "self_attn.W_pack" in capsys.readouterr().out
-    model = checkpoint.load_model(tmp_path / "saved", "auto")
+    model = load.load_model(tmp_path / "saved", "auto")
     matrices = [m.weight for layer in model.model.layers for m in linears(layer).values()]
     assert len(matrices) == 5 * LAYERS
     zeros = sum((W == 0).sum().item() for W in matrices) / sum(W.numel() for W in matrices)
@@ -318,8 +318,8 @@ def test_the_limit_of_the_sequence_length_comes_from_the_config(name, published)
 
 def test_another_script_names_this_one(published):
     with pytest.raises(InputError, match="this is a BaiChuanForCausalLM; use baichuan.py"):
-        checkpoint.load_config(str(published("Baichuan-7B")), opt.FAMILY)
-    assert checkpoint.load_config(str(published("Baichuan-7B")), baichuan.FAMILY).rotary
+        load.load_config(str(published("Baichuan-7B")), opt.FAMILY)
+    assert load.load_config(str(published("Baichuan-7B")), baichuan.FAMILY).rotary
 
 
 @pytest.mark.parametrize("hidden, fields, rotary", [

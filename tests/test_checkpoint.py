@@ -10,10 +10,10 @@ from conftest import VOCABULARY, make, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config
 
-import checkpoint
 import datautils
 import llama
 import opt
+from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 
 
@@ -23,19 +23,19 @@ from mixgpt.common.errors import InputError
 def test_a_checkpoint_of_another_family_is_refused_with_its_script(name, other, script, checkpoint_folder):
     architecture = type(make(name)[1]).__name__
     with pytest.raises(InputError, match=f"this is a {architecture}; use {script}"):
-        checkpoint.load_config(checkpoint_folder(name), other)
+        load.load_config(checkpoint_folder(name), other)
 
 
 def test_a_model_of_no_family_is_refused(tmp_path):
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="t5 is not a causal language model"):
-        checkpoint.load_config(tmp_path, opt.FAMILY)
+        load.load_config(tmp_path, opt.FAMILY)
 
 
 @pytest.mark.parametrize("model", ["facebook/opt-125m", "no/such/thing", "missing.gguf"])
 def test_a_model_that_cannot_be_found_is_one_line(model):
     with pytest.raises(InputError, match=f"model {model}: ") as error:
-        checkpoint.load_config(model, opt.FAMILY)
+        load.load_config(model, opt.FAMILY)
     assert "\n" not in str(error.value)
 
 
@@ -53,14 +53,14 @@ def test_weights_that_are_nan_are_refused_by_name(checkpoint_folder, tmp_path):
     key = "model.layers.1.mlp.up_proj.weight"
     folder = damaged(checkpoint_folder("llama"), tmp_path, lambda state: state[key][0].fill_(float("nan")))
     with pytest.raises(InputError, match=f"{key} holds NaN or inf"):
-        checkpoint.load_model(folder, "auto")
+        load.load_model(folder, "auto")
 
 
 def test_weights_that_are_missing_are_refused_by_name(checkpoint_folder, tmp_path):
     key = "model.layers.1.mlp.up_proj.weight"
     folder = damaged(checkpoint_folder("llama"), tmp_path, lambda state: state.pop(key))
     with pytest.raises(InputError, match=f"the checkpoint lacks {key}"):
-        checkpoint.load_model(folder, "auto")
+        load.load_model(folder, "auto")
 
 
 def test_a_truncated_file_is_refused(checkpoint_folder, tmp_path):
@@ -68,7 +68,7 @@ def test_a_truncated_file_is_refused(checkpoint_folder, tmp_path):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:len(content) // 2])
     with pytest.raises(InputError) as error:
-        checkpoint.load_model(folder, "auto")
+        load.load_model(folder, "auto")
     assert "\n" not in str(error.value)
 
 
@@ -106,7 +106,7 @@ def test_a_save_path_that_cannot_be_used_is_refused_and_nothing_is_left(case, tm
     folder = {"file": tmp_path / "file", "filled": tmp_path, "below a file": tmp_path / "file" / "saved",
               "too large": tmp_path / "new" / "saved"}[case]
     with pytest.raises(InputError, match=f"--save {folder}: "):
-        checkpoint.check_save(folder, 10**18 if case == "too large" else 0, False)
+        load.check_save(folder, 10**18 if case == "too large" else 0, False)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -115,7 +115,7 @@ def test_a_new_or_empty_save_path_is_accepted_and_nothing_is_left(exists, tmp_pa
     folder = tmp_path / "a" / "b"
     if exists:
         folder.mkdir(parents=True)
-    checkpoint.check_save(folder, 1, False)
+    load.check_save(folder, 1, False)
     assert folder.exists() == exists
 
 
@@ -127,7 +127,7 @@ def test_the_empty_special_tokens_of_early_llama_conversions_are_put_right(tmp_p
     LlamaConfig(vocab_size=600, bos_token_id=0, eos_token_id=1).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": "", "eos_token": "", "unk_token": "", "tokenizer_class": "LLaMATokenizer"}))
-    tokenizer = checkpoint.load_tokenizer(tmp_path)
+    tokenizer = load.load_tokenizer(tmp_path)
     pieces = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text)
     assert tokenizer(text).input_ids == [1, *pieces]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
@@ -181,8 +181,8 @@ def gguf_file(tmp_path, tokenizer):
 
 def test_a_gguf_file_loads_and_can_be_saved(gguf_file, tokens, tmp_path):
     path, model = gguf_file
-    checkpoint.load_config(path, llama.FAMILY)
-    loaded, tokenizer = checkpoint.load_model(path, "auto"), checkpoint.load_tokenizer(path)
+    load.load_config(path, llama.FAMILY)
+    loaded, tokenizer = load.load_model(path, "auto"), load.load_tokenizer(path)
     with torch.no_grad():
         expected = model(tokens).logits
         assert torch.allclose(loaded(tokens).logits, expected, atol=1e-5)

@@ -26,6 +26,7 @@ from mixgpt.kernels import columns
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--nsamples 4 --seqlen 32 --device cpu"
+RUN_DIR = "mixgpt.checkpoints.run_dir.RunDir"
 WEIGHTS, INDEX, NOTE = "model.safetensors", "model.safetensors.index.json", "progress/layer-00001.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -434,7 +435,7 @@ def interrupted_at(path, number=0):
 
 def waiting(file):
     """Wait before layer 2 is kept, and say so."""
-    before_call("folder.Folder.finish", 2, lambda: (Path(file).touch(), time.sleep(60)))
+    before_call(RUN_DIR + ".finish", 2, lambda: (Path(file).touch(), time.sleep(60)))
 
 
 def apart(errors, prepare, given):
@@ -474,32 +475,32 @@ ACCIDENTS = {
     "no room for hidden states": (
         limited, (40_000,), "--nsamples 12", "state-00001-0.safetensors needs 0.000 GB", 1),
     "no room for the third layer": (
-        limited_at, ("folder.Folder._write_layer", 20_000, 2), "", "model-00003-of-00004.safetensors needs", 2),
-    "no room for the note on a layer": (limited_at, ("folder.Folder._write_json", 100, 2), "", FULL, 1),
+        limited_at, (RUN_DIR + "._write_layer", 20_000, 2), "", "model-00003-of-00004.safetensors needs", 2),
+    "no room for the note on a layer": (limited_at, (RUN_DIR + "._write_json", 100, 2), "", FULL, 1),
     "no room for what is not in layers": (
         limited, (40_000,), "", "model-00004-of-00004.safetensors needs 0.000 GB", 3),
-    "no room for the tokenizer": (limited_at, ("folder.Folder._check", 100), "", FULL, 3),
-    "no room for the configuration": (limited_at, ("folder.Folder._write_configuration", 100), "", FULL, 3),
-    "no room for the index": (limited_at, ("folder.Folder._write_json", 100, 4), "", FULL, 3),
+    "no room for the tokenizer": (limited_at, (RUN_DIR + "._check", 100), "", FULL, 3),
+    "no room for the configuration": (limited_at, (RUN_DIR + "._write_configuration", 100), "", FULL, 3),
+    "no room for the index": (limited_at, (RUN_DIR + "._write_json", 100, 4), "", FULL, 3),
     "no room for the record": (
-        limited_at, ("checkpoint.write_record", 100), "", "mixgpt.json cannot be written", 3),
+        limited_at, ("mixgpt.checkpoints.load.write_record", 100), "", "mixgpt.json cannot be written", 3),
     "no room for the record at the end": (
-        limited_at, ("checkpoint.write_record", 100, 1), "", "mixgpt.json cannot be written", 3),
+        limited_at, ("mixgpt.checkpoints.load.write_record", 100, 1), "", "mixgpt.json cannot be written", 3),
     "no room for grids": (
-        limited_at, ("folder.Folder._write", 100, 4), "--wbits 4", "grids-00001.safetensors needs", 1),
+        limited_at, (RUN_DIR + "._write", 100, 4), "--wbits 4", "grids-00001.safetensors needs", 1),
     "no room for the sparse format": (
-        limited_at, ("folder.Folder._write_configuration", 20_000), "--save-format sparse", FULL, 3),
+        limited_at, (RUN_DIR + "._write_configuration", 20_000), "--save-format sparse", FULL, 3),
     "no room for compressed tensors": (
-        limited_at, ("folder.Folder._write_configuration", 20_000),
+        limited_at, (RUN_DIR + "._write_configuration", 20_000),
         "--wbits 4 --sym --save-format compressed-tensors", FULL, 3),
-    "Ctrl-C while it loads": (interrupted_at, ("checkpoint.load_tokenizer",), "", None, 0),
+    "Ctrl-C while it loads": (interrupted_at, ("mixgpt.checkpoints.load.load_tokenizer",), "", None, 0),
     "Ctrl-C in an input's Hessian": (interrupted_at, ("sparsegpt.SparseGPT.add_batch", 9), "", None, 1),
-    "Ctrl-C while a layer is kept": (interrupted_at, ("folder.Folder._write_json", 2), "", None, 1),
-    "Ctrl-C by magnitude": (interrupted_at, ("folder.Folder.finish", 1), "--gmp", None, 1),
-    "Ctrl-C while the rest is written": (interrupted_at, ("folder.Folder._check",), "", None, 3),
+    "Ctrl-C while a layer is kept": (interrupted_at, (RUN_DIR + "._write_json", 2), "", None, 1),
+    "Ctrl-C by magnitude": (interrupted_at, (RUN_DIR + ".finish", 1), "--gmp", None, 1),
+    "Ctrl-C while the rest is written": (interrupted_at, (RUN_DIR + "._check",), "", None, 3),
     "Ctrl-C in the evaluation": (interrupted_at, ("pipeline.perplexity",), "", None, 3),
     "Ctrl-C in the traces": (
-        interrupted_at, ("traces._write",),
+        interrupted_at, ("mixgpt.allocation.traces._write",),
         "--sparsity_way weight-level --sensitivity fisher --sensitivity_file {root}/traces.json", None, 0),
 }
 

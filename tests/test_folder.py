@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import datautils
-import folder
 import pipeline
-from folder import Folder
+from mixgpt.checkpoints import run_dir
+from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def run(name, *arguments):
 def interrupt(monkeypatch, name, arguments, finished):
     """Run a command line that Ctrl-C stops when so many layers are finished."""
     with monkeypatch.context() as patch:
-        keep, count = Folder.finish, []
+        keep, count = RunDir.finish, []
 
         def finish(self, *given):
             keep(self, *given)
@@ -56,7 +56,7 @@ def interrupt(monkeypatch, name, arguments, finished):
             if len(count) == finished:
                 raise KeyboardInterrupt
 
-        patch.setattr(Folder, "finish", finish)
+        patch.setattr(RunDir, "finish", finish)
         assert run(name, *arguments) == 130
 
 
@@ -79,15 +79,21 @@ def refused(capsys, name, *arguments):
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
-    with Folder(tmp_path / "saved"):
+    with RunDir(tmp_path / "saved"):
         with pytest.raises(InputError, match=f"--save {tmp_path / 'saved'}: another run is writing there"):
-            Folder(tmp_path / "saved")
-    with Folder(tmp_path / "saved"):
+            RunDir(tmp_path / "saved")
+    with RunDir(tmp_path / "saved"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-HOLD = "import sys, time; from folder import Folder; held = Folder(sys.argv[1]); print('held', flush=True); {}"
+HOLD = """
+import sys, time
+from mixgpt.checkpoints.run_dir import RunDir
+held = RunDir(sys.argv[1])
+print("held", flush=True)
+{}
+"""
 
 
 def test_a_folder_is_held_against_other_processes_until_its_process_is_killed(checkpoint_folder, tmp_path, capsys):
@@ -116,7 +122,7 @@ def wait_forever(held):
         held.write_text("")
         time.sleep(99)
 
-    Folder.finish = finish
+    RunDir.finish = finish
 
 
 def test_a_run_is_refused_while_another_prunes_and_goes_on_when_that_is_killed(fork, checkpoint_folder, tmp_path,
@@ -140,7 +146,7 @@ def test_a_run_that_waited_for_another_to_end_does_not_write_over_its_result(tok
     save(tmp_path / "saved", model, tokenizer, {})
     before = snapshot(tmp_path)
     with pytest.raises(InputError, match="exists and is not an empty folder"):
-        Folder(tmp_path / "saved")  # as after a check that came before the end of the other
+        RunDir(tmp_path / "saved")  # as after a check that came before the end of the other
     assert snapshot(tmp_path) == before
 
 
@@ -291,11 +297,11 @@ def test_an_interrupted_run_gives_the_files_and_the_record_of_one_that_was_not(s
 
 def test_a_run_that_is_interrupted_while_it_clears_up_goes_on_to_the_same_files(checkpoint_folder, tmp_path,
                                                                                 monkeypatch):
-    monkeypatch.setattr(folder, "PATIENCE", 0)
+    monkeypatch.setattr(run_dir, "PATIENCE", 0)
     arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--wbits", "4", *SMALL, "--eval",
                  "--maxlayer", "2", "--save-format", "sparse"]
     assert run("opt", *arguments, "--save", tmp_path / "whole") == 0
-    whole, unlink, end = contents(tmp_path / "whole"), os.unlink, Folder.end
+    whole, unlink, end = contents(tmp_path / "whole"), os.unlink, RunDir.end
     fatal, status = 0, 130
     while status == 130:
         fatal, left = fatal + 1, [fatal]
@@ -314,9 +320,9 @@ def test_a_run_that_is_interrupted_while_it_clears_up_goes_on_to_the_same_files(
 
         saved = tmp_path / str(fatal)
         with monkeypatch.context() as patch:
-            patch.setattr(Folder, "end", interrupted)
+            patch.setattr(RunDir, "end", interrupted)
             status = run("opt", *arguments, "--save", saved)
-        if folder.begun(saved):
+        if run_dir.begun(saved):
             assert run("opt", *arguments, "--save", saved, "--resume") == 0
         assert contents(saved) == whole, fatal
     assert status == 0 and fatal > 6  # a file of states, notes and grids of two layers, settings
@@ -324,11 +330,11 @@ def test_a_run_that_is_interrupted_while_it_clears_up_goes_on_to_the_same_files(
 
 @pytest.mark.parametrize("patience", [0, 10**9])
 def test_layers_that_are_finished_are_not_pruned_again(patience, checkpoint_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "PATIENCE", patience)
+    monkeypatch.setattr(run_dir, "PATIENCE", patience)
     arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
     interrupt(monkeypatch, "opt", arguments, 2)
-    pruned, keep = [], Folder.finish
-    monkeypatch.setattr(Folder, "finish", lambda self, index, *given: (pruned.append(index), keep(self, index, *given)))
+    pruned, keep = [], RunDir.finish
+    monkeypatch.setattr(RunDir, "finish", lambda self, index, *given: (pruned.append(index), keep(self, index, *given)))
     assert run("opt", *arguments, "--resume") == 0
     assert pruned == ([2] if patience == 0 else [1, 2])  # hidden states of the first border are always there
 

@@ -15,21 +15,22 @@ from conftest import CPU, make, save, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import formats
 from evaluate import perplexity
+from mixgpt.checkpoints import formats, load
+from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common.errors import InputError
 from mixgpt.pruning.magnitude import magnitude_prune
-from modelutils import linears, load_sparse
+from modelutils import linears
 from quant import Scheme, quantize_nearest
 
 SYM, SYM_GROUPS, ASYM_GROUPS = Scheme(4, sym=True), Scheme(4, 8, sym=True), Scheme(4, 8)
 DIGESTS = """
-import hashlib, sys, checkpoint
+import hashlib, sys
+from mixgpt.checkpoints import load
 for folder in sys.argv[1:]:
     digest = hashlib.sha256()
-    for key, tensor in sorted(checkpoint.load_model(folder, "auto").state_dict().items()):
-        digest.update(key.encode() + bytes(tensor.flatten().view(dtype=checkpoint.torch.uint8).tolist()))
+    for key, tensor in sorted(load.load_model(folder, "auto").state_dict().items()):
+        digest.update(key.encode() + bytes(tensor.flatten().view(dtype=load.torch.uint8).tolist()))
     print(digest.hexdigest())
 """
 
@@ -44,7 +45,7 @@ def halved(tmp_path):
     def build(name, scheme, dtype=torch.float32, only=""):
         family, model = make(name)
         model.to(dtype).save_pretrained(tmp_path / "dense")
-        model, grids = checkpoint.load_model(tmp_path / "dense", "auto"), {}
+        model, grids = load.load_model(tmp_path / "dense", "auto"), {}
         for path, W in matrices(family, model).items():
             W.copy_(magnitude_prune(W, 0.5))
             if scheme and only in path:
@@ -92,7 +93,7 @@ def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, 
     family, model, grids = halved(name, scheme, dtype)
     expected, folder = logits(model, tokens), tmp_path / "saved"
     save(folder, model, tokenizer, {}, family, save_format, grids)
-    reloaded = checkpoint.load_model(folder, "auto")
+    reloaded = load.load_model(folder, "auto")
     assert_same(model, reloaded)
     assert all((W == 0).sum() >= W.numel() / 2 for W in matrices(family, reloaded).values())
     assert torch.equal(logits(reloaded, tokens), expected)
@@ -108,7 +109,7 @@ def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, 
 def test_other_bit_widths_come_back_bit_for_bit(wbits, save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved("llama", Scheme(wbits, 16, sym=True), torch.bfloat16)
     save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    assert_same(model, checkpoint.load_model(tmp_path / "saved", "auto"))
+    assert_same(model, load.load_model(tmp_path / "saved", "auto"))
 
 
 @pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
@@ -117,7 +118,7 @@ def test_matrices_that_are_not_quantized_come_back_too(save_format, halved, toke
     folder = tmp_path / "saved"
     save(folder, model, tokenizer, {}, family, save_format, grids)
     assert len(grids) == 9
-    assert_same(model, checkpoint.load_model(folder, "auto"))
+    assert_same(model, load.load_model(folder, "auto"))
     if save_format == "compressed-tensors":
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), tokens), logits(model, tokens))
         dense = {key for key in tensors_of(folder) if key.endswith("proj.weight")}
@@ -129,7 +130,7 @@ def test_matrices_that_are_not_quantized_come_back_too(save_format, halved, toke
 def test_embeddings_stay_tied_and_are_stored_once(name, tied, save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved(name, SYM_GROUPS)
     save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    reloaded = checkpoint.load_model(tmp_path / "saved", "auto")
+    reloaded = load.load_model(tmp_path / "saved", "auto")
     assert_same(model, reloaded)
     assert (reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight) == tied
     stored = [tensor for tensor in tensors_of(tmp_path / "saved").values() if tensor.ndim == 2 and len(tensor) == 384]
@@ -150,7 +151,7 @@ def test_saving_changes_neither_the_model_nor_its_configuration(save_format, hal
 def test_a_reloaded_model_saves_as_an_ordinary_one(save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved("llama", SYM)
     save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    save(tmp_path / "again", checkpoint.load_model(tmp_path / "saved", "auto"), tokenizer, {})
+    save(tmp_path / "again", load.load_model(tmp_path / "saved", "auto"), tokenizer, {})
     assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
 
 
@@ -158,7 +159,7 @@ def test_a_reloaded_model_saves_as_an_ordinary_one(save_format, halved, tokenize
 def test_a_saved_model_loads_in_another_dtype(save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved("llama", SYM)
     save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    reloaded = checkpoint.load_model(tmp_path / "saved", torch.bfloat16)
+    reloaded = load.load_model(tmp_path / "saved", torch.bfloat16)
     for W, other in zip(model.parameters(), reloaded.parameters(), strict=True):
         assert torch.equal(W.bfloat16(), other) and other.dtype == torch.bfloat16
 
@@ -168,7 +169,7 @@ def test_generation_settings_come_back(save_format, halved, tokenizer, tmp_path)
     family, model, grids = halved("llama", SYM)
     model.generation_config.eos_token_id = [7, 9]
     save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    assert checkpoint.load_model(tmp_path / "saved", "auto").generation_config.eos_token_id == [7, 9]
+    assert load.load_model(tmp_path / "saved", "auto").generation_config.eos_token_id == [7, 9]
 
 
 @pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
@@ -177,7 +178,7 @@ def test_a_model_in_several_files_comes_back_bit_for_bit(save_format, halved, to
     monkeypatch.setattr(model, "save_pretrained", functools.partial(model.save_pretrained, max_shard_size="20KB"))
     save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 3
-    assert_same(model, checkpoint.load_model(tmp_path / "saved", "auto"))
+    assert_same(model, load.load_model(tmp_path / "saved", "auto"))
 
 
 def test_a_fresh_process_loads_the_same_bits(halved, tokenizer, tmp_path):
@@ -312,7 +313,7 @@ def test_a_sparse_folder_without_a_tensor_is_refused_with_its_name(key, sparse_f
     del state[key]
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match=key) as error:
-        checkpoint.load_model(sparse_folder, "auto")
+        load.load_model(sparse_folder, "auto")
     assert "\n" not in str(error.value)
 
 
@@ -321,7 +322,7 @@ def test_a_sparse_folder_without_the_description_of_a_matrix_is_refused_with_its
     del described["model.layers.1.mlp.up_proj.weight"]
     (sparse_folder / "sparse.json").write_text(json.dumps(described))
     with pytest.raises(InputError, match="lacks model.layers.1.mlp.up_proj.weight") as error:
-        checkpoint.load_model(sparse_folder, "auto")
+        load.load_model(sparse_folder, "auto")
     assert "\n" not in str(error.value)
 
 
@@ -333,5 +334,5 @@ def test_a_sparse_folder_with_a_truncated_or_missing_file_is_refused_in_one_line
     if kept is not None:
         (sparse_folder / name).write_bytes(content[:int(kept * len(content))])
     with pytest.raises(InputError, match=f"model {sparse_folder}: ") as error:
-        checkpoint.load_model(sparse_folder, "auto")
+        load.load_model(sparse_folder, "auto")
     assert "\n" not in str(error.value)

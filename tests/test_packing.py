@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixgpt.checkpoints.packing import decode, encode, pack, unpack
 from mixgpt.pruning.magnitude import magnitude_prune
-from packing import decode, encode, pack, unpack
 from quant import Grid, Scheme, quantize_nearest
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

@@ -15,11 +15,11 @@ from conftest import CPU, FAMILIES, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import checkpoint
 import datautils
 import evaluate
 import pipeline
 from mixgpt.allocation import traces
+from mixgpt.checkpoints import load
 from mixgpt.common import runtime
 from mixgpt.modeling import streaming
 from modelutils import Stream, linears
@@ -66,7 +66,7 @@ def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, chec
         assert re.search(r"^total .* 50\.00%$", out, re.MULTILINE)
         assert all(("error" in row) == (method == "SparseGPT") for row in record["matrices"])
 
-    tokens, source = pipeline.test_tokens("builtin", 32, checkpoint.load_tokenizer(folder))
+    tokens, source = pipeline.test_tokens("builtin", 32, load.load_tokenizer(folder))
     with torch.no_grad():
         expected = model(tokens, labels=tokens).loss.exp().item()
     assert record["perplexity"] == {method: {"builtin": pytest.approx(expected, rel=1e-5)}}
@@ -97,7 +97,7 @@ def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, op
     assert run(family, checkpoint_folder(name), "builtin", *options, *SMALL, "--save", folder,
                "--save-format", save_format) == 0
     out, record = capsys.readouterr().out, json.loads((folder / "mixgpt.json").read_text())
-    model = checkpoint.load_model(folder, "auto")
+    model = load.load_model(folder, "auto")
     counted = evaluate.measure_sparsity(model, family)
     assert [row["sparsity"] for row in record["matrices"]] == [m.zeros / m.numel for m in counted]
     pruned = 0.5 if "--sparsity" in options or "--prunen" in options else 0

@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import folder
 import modelutils
 import pipeline
 from mixgpt.allocation import backward, traces
+from mixgpt.checkpoints import run_dir
+from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common import clock
 from mixgpt.modeling import streaming
-from modelutils import load_sparse
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--batch-size", "1", "--eval", "builtin", "--device", "cpu"]
 MIXED = ["--sparsity", ".5", "--sparsity_way", "weight-level", "--sensitivity", "fisher", "--saliency", "isc"]
@@ -125,7 +125,7 @@ class Moments:
 def watch(fatal, log, root, patience):
     """Kill this process at moment number `fatal`, or write the parts that all moments fell in to `log`."""
     moments = Moments(fatal)
-    folder.PATIENCE, backward.BORDERS = patience, 1  # a chunk of sequences is one batch
+    run_dir.PATIENCE, backward.BORDERS = patience, 1  # a chunk of sequences is one batch
     timed = clock.Clock.part
 
     @contextlib.contextmanager
@@ -135,7 +135,7 @@ def watch(fatal, log, root, patience):
 
     clock.Clock.part = part
     for name in ("finish", "complete", "end"):
-        moments.around(folder.Folder, name, name)
+        moments.around(run_dir.RunDir, name, name)
     moments.around(traces, "_write", "traces")
     for name in ("embed", "call"):
         moments.around(modelutils.Stream, name)
@@ -240,7 +240,7 @@ def check_goes_on(launch, scenario, saved, root, kills, whole):
 def complete_but_for_an_empty_folder(saved):
     """Tell whether a run was killed after it had taken back that it runs, when it could only remove an empty folder."""
     progress = saved / "progress"
-    if folder.begun(saved) or not (saved / "mixgpt.json").exists():
+    if run_dir.begun(saved) or not (saved / "mixgpt.json").exists():
         return False
     for file in progress.iterdir() if progress.exists() else ():
         assert file.name == "lock"

@@ -7,7 +7,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import streamed_lm
-from checkpoint import load_config, open_model
+from mixgpt.checkpoints.load import load_config, open_model
 from streamed_lm import StreamedLM, padded_length
 
 LIMIT = 128  # tokens that the tiny models take

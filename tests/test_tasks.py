@@ -13,8 +13,8 @@ from test_pipeline import run
 from test_streamed_lm import pair_by_hand, text_by_hand
 from transformers import AutoModelForCausalLM
 
-import checkpoint
 import tasks
+from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 
@@ -123,7 +123,7 @@ def test_scores_of_dense_and_pruned_models_are_those_computed_by_hand(name, fold
     out, record = capsys.readouterr().out, json.loads((saved / "mixgpt.json").read_text())
     assert list(record["tasks"]) == ["dense", "magnitude"] and record["versions"]["lm_eval"] == tasks.VERSION
     check(record["tasks"]["dense"], AutoModelForCausalLM.from_pretrained(checkpoint_folder(name)).eval(), tokenizer)
-    pruned = checkpoint.load_model(saved, "auto")
+    pruned = load.load_model(saved, "auto")
     check(record["tasks"]["magnitude"], pruned, tokenizer)
 
     scores = record["tasks"]["dense"]["shots"], record["tasks"]["magnitude"]["shots"]
@@ -138,7 +138,7 @@ def test_scores_of_dense_and_pruned_models_are_those_computed_by_hand(name, fold
 
 def scored(name, chosen, tokenizer, checkpoint_folder, limit=None):
     family, folder = FAMILIES[name][0], checkpoint_folder(name)
-    model = checkpoint.open_model(folder, checkpoint.load_config(folder, family), family, "auto")
+    model = load.open_model(folder, load.load_config(folder, family), family, "auto")
     return tasks.score(chosen, model, family, tokenizer, limit, 256, CPU)
 
 

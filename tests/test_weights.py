@@ -9,10 +9,10 @@ from conftest import CPU, FAMILIES, VOCABULARY, command, contents, make, saved_t
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import checkpoint
 import evaluate
 import pipeline
 from mixgpt.allocation import traces
+from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
 
@@ -22,7 +22,7 @@ SMALL = ["--nsamples", "4", "--seqlen", "32", "--device", "cpu"]
 
 def opened(folder, family, dtype="auto"):
     """Open a folder as a run does."""
-    return checkpoint.open_model(folder, checkpoint.load_config(folder, family), family, dtype)
+    return load.open_model(folder, load.load_config(folder, family), family, dtype)
 
 
 def rename(path, new_name):

@@ -1,4 +1,4 @@
-"""The folder that a run saves to: layers as they are finished, what it takes to go on with them, the result.
+"""The output directory of a run: layers as they are finished, what it takes to resume, the final checkpoint.
 
 It can be loaded when its index is there, which is written last. Until the run has ended, `progress` in it holds the
 settings of the run, a file for each finished layer, and the hidden states at the latest border of layers.
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from formats import FORMATS
+from mixgpt.checkpoints.formats import FORMATS
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
@@ -29,8 +29,11 @@ PROGRESS = "progress"
 PATIENCE = 10  # hidden states are written when that took less than 1/PATIENCE of the time since the last ones
 
 
-class Folder:
-    """Use as a context: the folder is locked within it, and left as it was where the run did not begin."""
+class RunDir:
+    """The output directory of a run: finished layers, what it takes to resume, the final checkpoint.
+
+    As a context it locks the directory, and leaves it as it was where the run did not begin.
+    """
 
     def __init__(self, path, save_format="dense"):
         """Lock the folder, in the first of several processes, which writes; InputError where another run does."""

@@ -24,11 +24,12 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import WEIGHTS_INDEX_NAME, cached_file
 
-from folder import begun, empty, held
+from mixgpt.checkpoints.formats import SPARSE, load_sparse
+from mixgpt.checkpoints.run_dir import begun, empty, held
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
 from mixgpt.text import hub
-from modelutils import SCRIPTS, SPARSE, load_sparse, model_class
+from modelutils import SCRIPTS, model_class
 
 RECORD = "mixgpt.json"
 # What transformers, torch and gguf raise for files that are damaged, contradict each other or are of another kind.

@@ -1,4 +1,4 @@
-"""The formats in which a model is saved, and how many bytes its matrices take on disk."""
+"""The formats in which a model is saved, how the sparse one is loaded, and the bytes that matrices take on disk."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,16 @@ from pathlib import Path
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from safetensors.torch import load_file
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from modelutils import SPARSE, SPARSE_VARIANT, linears
-from packing import encode
+from mixgpt.checkpoints.packing import decode, encode
+from modelutils import linears, model_class
 
 PACKED = "pack-quantized"  # the name that compressed-tensors and vLLM give it
+SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}
+SPARSE_VARIANT = "sparse"  # and part of the names of the files with its tensors
 
 
 def save_compressed_tensors(folder, model, family, grids):
@@ -48,7 +53,7 @@ def save_compressed_tensors(folder, model, family, grids):
 
 
 def save_sparse(folder, model, family, grids):
-    """Save every linear of the decoder layers as `packing` encodes it; modelutils.load_sparse loads it.
+    """Save every linear of the decoder layers as `packing` encodes it; `load_sparse` loads it.
 
     grids: {name of a linear: quant.Grid} of those that are quantized. Raises ValueError where weights do not lie on
     their grid.
@@ -64,7 +69,42 @@ def save_sparse(folder, model, family, grids):
     (Path(folder) / SPARSE).write_text(json.dumps(matrices, indent=1) + "\n")
 
 
-# beside "dense": every weight in its dtype, as folder.Folder writes it
+def load_sparse(folder, dtype="auto"):
+    """Load a folder written by --save-format sparse as an ordinary transformers model, bit for bit.
+
+        from mixgpt.checkpoints.formats import load_sparse
+        model = load_sparse("pruned")
+
+    dtype: of the weights in memory ("auto": as they were when saved). Raises OSError, ValueError, KeyError or
+    safetensors.SafetensorError where the folder is damaged.
+    """
+    folder = Path(folder)
+    matrices = json.loads((folder / SPARSE).read_text())
+    state = {}
+    for shard in sorted(folder.glob(f"model.{SPARSE_VARIANT}*.safetensors")):
+        state |= load_file(shard)
+    if not isinstance(matrices, dict):
+        raise ValueError(f"{SPARSE} holds no descriptions of matrices")
+    for name, description in matrices.items():
+        try:
+            parts = {key: state.pop(f"{name}.{key}") for key in description["parts"]}
+            state[name] = decode(parts, description)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{name} does not fit its description in {SPARSE} ({error})") from error
+    config = AutoConfig.from_pretrained(folder)
+    dtype = config.dtype if dtype == "auto" else dtype
+    model, report = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype,
+                                                        output_loading_info=True, ignore_mismatched_sizes=True)
+    for name, held, asked in report["mismatched_keys"]:
+        raise ValueError(f"{name} is {tuple(held)}, its configuration asks for {tuple(asked)}")
+    if report["missing_keys"]:
+        raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+# beside "dense": every weight in its dtype, as run_dir.RunDir writes it
 FORMATS = {"compressed-tensors": save_compressed_tensors, "sparse": save_sparse}
 
 
