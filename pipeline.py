@@ -14,9 +14,7 @@ import transformers
 
 import plots
 import records
-import semistructured
 from datautils import calibration_samples, test_tokens
-from evaluate import count_zeros, logits, measure_sparsity, perplexity
 from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
@@ -28,6 +26,9 @@ from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
+from mixgpt.evaluation import semistructured
+from mixgpt.evaluation.perplexity import logits, perplexity
+from mixgpt.evaluation.sparsity import count_zeros, measure_sparsity
 from mixgpt.pruning.layerwise import prune_sparsegpt
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.targets import select
@@ -299,7 +300,7 @@ def _scorer(settings, seqlen, tokenizer, skeleton, dtype, device):
     if not settings.tasks:
         return None
     try:
-        import tasks  # lm-eval is an extra
+        from mixgpt.evaluation import tasks  # lm-eval is an extra
     except ImportError as error:
         raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
     chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)

@@ -10,9 +10,9 @@ import transformers
 
 from mixgpt.checkpoints.formats import stored_bytes
 from mixgpt.common import distributed
+from mixgpt.evaluation.sparsity import total_sparsity
 from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome
-from report import total_sparsity
 from settings import OPTIONS
 
 

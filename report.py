@@ -1,8 +1,10 @@
 """What a run tells in the terminal: its heading, its tables, its costs."""
 
+import textwrap
 from collections import defaultdict
 
 from mixgpt.common import distributed
+from mixgpt.evaluation.sparsity import total_sparsity
 
 TASK_FACTS = ("examples", "num_fewshot", "version")  # of a task, beside its metrics
 
@@ -19,9 +21,19 @@ def table(header, rows):
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
-def total_sparsity(matrices):
-    """Return the share of zeros in a list of `MatrixSparsity`."""
-    return sum(matrix.zeros for matrix in matrices) / sum(matrix.numel for matrix in matrices)
+def side_by_side(texts, width=100):
+    """Lay out {title: text} in columns beside each other, in lines of at most `width` characters."""
+    each = (width - 3 * (len(texts) - 1)) // len(texts)
+    columns = [[title, "-" * each, *wrapped(text, each)] for title, text in texts.items()]
+    height = max(map(len, columns))
+    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
+    return "\n".join(" | ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
+
+
+def wrapped(text, width):
+    """Return the lines of a text, none longer than `width`."""
+    return [part for line in text.strip("\n").expandtabs(4).splitlines()
+            for part in textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False) or [""]]
 
 
 def sparsity_table(matrices, outcomes):

@@ -29,7 +29,6 @@ from scores import Scores
 from textbook import prune_model
 
 import datautils
-from evaluate import measure_sparsity, perplexity
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
@@ -37,13 +36,14 @@ from mixgpt.allocation.traces import Traces, hessian_traces, matrices_of
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
 from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.layerwise import prune_sparsegpt
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.targets import Target, select
 from modelutils import SCRIPTS
 from quant import Scheme
-from report import total_sparsity
 from settings import PRESETS
 
 TARGETS = {"50%": (Target(0.5), None), "60%": (Target(0.6), None), "70%": (Target(0.7), None),

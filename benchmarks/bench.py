@@ -22,10 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 import datautils
 import llama
 import opt
-from evaluate import perplexity
 from mixgpt.allocation.plan import make_plan
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock, peak_memory
+from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.kernels.linalg import row_energies
 from mixgpt.kernels.matmul import times_transposed
 from mixgpt.pruning.layerwise import prune_sparsegpt

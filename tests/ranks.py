@@ -5,13 +5,13 @@ import sys
 import torch
 from conftest import CPU, VOCABULARY, make
 
-from evaluate import perplexity
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
 from mixgpt.allocation.traces import hessian_traces
 from mixgpt.common import distributed
 from mixgpt.common.clock import Clock
+from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.pruning.layerwise import prune_sparsegpt
 from mixgpt.pruning.targets import Target, select
 from quant import Scheme

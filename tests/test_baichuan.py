@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import baichuan
 import datautils
-import evaluate
 import opt
 import pipeline
 from mixgpt.checkpoints import load
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import perplexity
 from modelutils import linears
 
 LAYERS, LIMIT = 2, 64
@@ -248,7 +248,7 @@ def test_streamed_perplexity_is_that_of_the_full_forward(variant):
     _, _, model = variant
     tokens = sequences(3, 16)
     expected = torch.stack([model(row[None], labels=row[None]).loss for row in tokens]).mean().exp().item()
-    assert evaluate.perplexity(model, baichuan.FAMILY, tokens, 2, CPU) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, baichuan.FAMILY, tokens, 2, CPU) == pytest.approx(expected, rel=1e-5)
 
 
 def test_token_ids_are_those_of_sentencepiece(published, sentencepiece_model):

@@ -15,10 +15,10 @@ from conftest import CPU, make, save, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from evaluate import perplexity
 from mixgpt.checkpoints import formats, load
 from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.pruning.magnitude import magnitude_prune
 from modelutils import linears
 from quant import Scheme, quantize_nearest

@@ -13,12 +13,11 @@ import torch
 from conftest import CPU, make
 from peers import outlier_ratios, owl_plan, prune_wanda, wanda_mask
 
-from evaluate import measure_sparsity
 from mixgpt.allocation.plan import make_plan
+from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
 from mixgpt.pruning.targets import Target, select
 from modelutils import linears
 from quant import Scheme, quantize_nearest
-from report import total_sparsity
 
 
 def random(*shape):

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import datautils
-import evaluate
 import pipeline
 from mixgpt.allocation import traces
 from mixgpt.checkpoints import load
 from mixgpt.common import runtime
+from mixgpt.evaluation.sparsity import measure_sparsity
 from mixgpt.modeling import streaming
 from modelutils import Stream, linears
 from settings import Settings
@@ -98,7 +98,7 @@ def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, op
                "--save-format", save_format) == 0
     out, record = capsys.readouterr().out, json.loads((folder / "mixgpt.json").read_text())
     model = load.load_model(folder, "auto")
-    counted = evaluate.measure_sparsity(model, family)
+    counted = measure_sparsity(model, family)
     assert [row["sparsity"] for row in record["matrices"]] == [m.zeros / m.numel for m in counted]
     pruned = 0.5 if "--sparsity" in options or "--prunen" in options else 0
     assert sum(m.zeros for m in counted) >= pruned * sum(m.numel for m in counted)
@@ -134,7 +134,7 @@ def test_mixgpt_meets_the_total_in_the_saved_weights(name, options, checkpoint_f
     folder, plot = tmp_path / "saved", tmp_path / "plan.png"
     assert run(family, checkpoint_folder(name), "builtin", *options, *SMALL, "--save", folder, "--plot", plot) == 0
     out = capsys.readouterr().out
-    counted = evaluate.measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), family)
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), family)
     assert sum(m.zeros for m in counted) / sum(m.numel for m in counted) == pytest.approx(0.5, abs=1e-4)
     rows = json.loads((folder / "mixgpt.json").read_text())["matrices"]
     assert [round(row["target"] * m.numel) for row, m in zip(rows, counted, strict=True)] == [m.zeros for m in counted]
@@ -208,7 +208,7 @@ def test_mixed_n_to_m_tells_how_close_whole_n_come(checkpoint_folder, tmp_path, 
     folder = tmp_path / "saved"
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--prunen", "3", "--prunem", "8",
                "--sparsity_way", "weight-level", "--alpha", ".2", *SMALL, "--save", folder) == 0
-    counted = evaluate.measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES["llama"][0])
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES["llama"][0])
     total = sum(m.zeros for m in counted) / sum(m.numel for m in counted)
     assert abs(total - 3 / 8) < 0.02 and len({m.zeros * 8 // m.numel for m in counted}) > 1
     assert all(m.zeros * 8 % m.numel == 0 for m in counted)
@@ -231,7 +231,7 @@ def test_a_budget_is_over_what_is_pruned(checkpoint_folder, tmp_path):
     folder = tmp_path / "saved"
     assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", *MIXGPT, *SMALL, "--prune_only", "fc",
                "--minlayer", "1", "--save", folder) == 0
-    counted = evaluate.measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES["opt"][0])
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES["opt"][0])
     pruned = [m for m in counted if m.layer >= 1 and "fc" in m.name]
     assert sum(m.zeros for m in pruned) / sum(m.numel for m in pruned) == pytest.approx(0.5, abs=1e-4)
     assert not any(m.zeros for m in counted if m not in pruned)
@@ -290,7 +290,7 @@ def test_dtype_is_that_of_the_saved_weights(checkpoint_folder, tmp_path):
                "bfloat16", "--save", folder) == 0
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.bfloat16
-    assert all(m.zeros == m.numel // 2 for m in evaluate.measure_sparsity(model, FAMILIES["llama"][0]))
+    assert all(m.zeros == m.numel // 2 for m in measure_sparsity(model, FAMILIES["llama"][0]))
 
 
 def test_float16_checkpoints_run_in_float32_on_a_cpu(checkpoint_folder, tmp_path, capsys):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import CPU, make
 
-import evaluate
 from mixgpt.allocation.plan import make_plan
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.pruning.dense_target import residual_writers
 from mixgpt.pruning.layerwise import prune_sparsegpt
 from mixgpt.pruning.magnitude import prune_magnitude
@@ -155,7 +155,7 @@ def test_admm_and_the_dense_target_beat_sparsegpt_on_a_trained_model(trained_mod
     walked = sparsegpt(model, family, plan, calibration, batch_size=8)
     solved = sparsegpt(best, family, plan, calibration, batch_size=8, solver="admm", to_dense=True)
     assert sum(o.error for o in solved.values()) < 0.75 * sum(o.error for o in walked.values())
-    assert evaluate.perplexity(best, family, test, 8, CPU) < evaluate.perplexity(model, family, test, 8, CPU)
+    assert perplexity(best, family, test, 8, CPU) < perplexity(model, family, test, 8, CPU)
     for W in weights(best, family).values():
         assert (W == 0).sum() == round(0.5 * W.numel())
 
@@ -229,7 +229,7 @@ def test_sparsegpt_beats_magnitude_on_a_trained_model(trained_model):
         errors = [(X @ (W - weights(m, family)[0, name]).T).square().sum().item() for m in (model, magnitude)]
         assert errors[0] < errors[1], name
 
-    dense_ppl, ppl, magnitude_ppl = (evaluate.perplexity(m, family, test, 8, CPU) for m in (dense, model, magnitude))
+    dense_ppl, ppl, magnitude_ppl = (perplexity(m, family, test, 8, CPU) for m in (dense, model, magnitude))
     assert dense_ppl < 40, "the model has not learned"
     assert dense_ppl < ppl
     assert torch.tensor(ppl / dense_ppl).log() < 0.8 * torch.tensor(magnitude_ppl / dense_ppl).log()

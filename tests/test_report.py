@@ -4,8 +4,8 @@ import time
 
 from conftest import CPU
 
-from evaluate import MatrixSparsity
 from mixgpt.common.clock import Clock, peak_memory
+from mixgpt.evaluation.sparsity import MatrixSparsity
 from mixgpt.pruning.targets import Outcome
 from report import perplexity_table, sparsity_table
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, checkpoint, make, save
+from conftest import CPU, FAMILIES, make, save
 from test_pipeline import SMALL, run, short_builtin  # noqa: F401, a fixture
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -12,8 +12,9 @@ from torch.sparse._semi_structured_conversions import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import evaluate
-import semistructured
+from mixgpt.checkpoints import load
+from mixgpt.evaluation import semistructured
+from mixgpt.evaluation.perplexity import perplexity
 from modelutils import linears
 
 
@@ -56,7 +57,7 @@ def halved():
 def test_both_kinds_of_kernels_get_the_same_input_and_the_weights_come_back(halved, tokens, monkeypatch):
     family, model = halved
     before = dict(model.named_parameters())
-    expected = evaluate.perplexity(model, family, tokens, 2, CPU)
+    expected = perplexity(model, family, tokens, 2, CPU)
     monkeypatch.setattr(semistructured, "compress", lambda W: W.detach().clone())
     found = semistructured.compare(model, family, {"a": tokens, "b": tokens}, 2, CPU)
     assert found["perplexity"] == {"a": expected, "b": expected} and found["difference"] == 0
@@ -116,7 +117,7 @@ def test_the_kernels_give_what_dense_ones_give(halved, tokenizer, tmp_path, caps
     save(tmp_path / "model", model.bfloat16(), tokenizer, {})
     assert run(family, tmp_path / "model", "builtin", "--seqlen", "32", "--eval", "builtin", "--device", "cuda",
                "--semi-structured", "--save", tmp_path / "saved") == 0
-    record = json.loads((tmp_path / "saved" / checkpoint.RECORD).read_text())
+    record = json.loads((tmp_path / "saved" / load.RECORD).read_text())
     found = record["semi_structured"]
     assert found["matrices"] == 10 and 0 <= found["difference"] < 0.02
     assert found["perplexity"]["builtin"] == pytest.approx(record["perplexity"]["dense"]["builtin"], rel=0.02)

@@ -6,9 +6,9 @@ from conftest import CPU, make
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-import streamed_lm
 from mixgpt.checkpoints.load import load_config, open_model
-from streamed_lm import StreamedLM, padded_length
+from mixgpt.evaluation import streamed_lm
+from mixgpt.evaluation.streamed_lm import StreamedLM, padded_length
 
 LIMIT = 128  # tokens that the tiny models take
 PAIRS = [("Question: what is it?\nAnswer:", " a list"), ("Question: what is it?\nAnswer:", " a tuple of numbers"),

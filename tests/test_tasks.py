@@ -13,10 +13,10 @@ from test_pipeline import run
 from test_streamed_lm import pair_by_hand, text_by_hand
 from transformers import AutoModelForCausalLM
 
-import tasks
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
+from mixgpt.evaluation import tasks
 
 QUESTIONS = [{"question": f"what is {word}?", "choices": choices, "label": number % len(choices)}
              for number, (word, choices) in enumerate([
@@ -216,7 +216,8 @@ def test_flags_that_lack_another_are_refused(arguments, message, checkpoint_fold
 
 def test_without_lm_eval_the_line_says_what_to_install(checkpoint_folder, monkeypatch, capsys):
     for name in ("tasks", "streamed_lm"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delitem(sys.modules, f"mixgpt.evaluation.{name}", raising=False)
+        monkeypatch.delattr(f"mixgpt.evaluation.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), *SMALL, "--tasks", "choice") == 2
     line = capsys.readouterr().err.splitlines()[-1]

@@ -13,7 +13,7 @@ from conftest import FAMILIES, load_compiled
 import datautils
 import pipeline
 import tracking
-from evaluate import MatrixSparsity
+from mixgpt.evaluation.sparsity import MatrixSparsity
 from mixgpt.pruning.targets import Outcome
 from settings import Settings
 from tracking import Tracker

@@ -9,11 +9,12 @@ from conftest import CPU, FAMILIES, VOCABULARY, command, contents, make, saved_t
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import evaluate
 import pipeline
 from mixgpt.allocation import traces
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import logits, perplexity
+from mixgpt.evaluation.sparsity import measure_sparsity
 from mixgpt.modeling import streaming
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -61,11 +62,11 @@ def test_a_model_on_disk_is_that_of_from_pretrained_and_nothing_of_it_stays_load
         return all(parameter.is_meta for parameter in streamed.parameters())
 
     assert on_meta() and hasattr(streamed, "source") and streamed.dtype == plain.dtype
-    assert torch.equal(evaluate.logits(streamed, family, tokens, 4, CPU),
-                       evaluate.logits(plain.eval(), family, tokens, 4, CPU))
+    assert torch.equal(logits(streamed, family, tokens, 4, CPU),
+                       logits(plain.eval(), family, tokens, 4, CPU))
     assert on_meta()
-    assert evaluate.perplexity(streamed, family, tokens, 4, CPU) == evaluate.perplexity(plain, family, tokens, 4, CPU)
-    assert evaluate.measure_sparsity(streamed, family) == evaluate.measure_sparsity(plain, family)
+    assert perplexity(streamed, family, tokens, 4, CPU) == perplexity(plain, family, tokens, 4, CPU)
+    assert measure_sparsity(streamed, family) == measure_sparsity(plain, family)
     assert on_meta()
 
     kept = plain.state_dict()
@@ -93,8 +94,8 @@ def test_a_heads_own_weights_are_kept_where_the_configuration_calls_them_tied(na
     save_file(state, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
     assert torch.equal(plain.lm_head.weight, model.lm_head.weight * 2)  # so transformers takes it
-    assert torch.equal(evaluate.logits(opened(tmp_path / "source", family), family, tokens, 4, CPU),
-                       evaluate.logits(plain, family, tokens, 4, CPU))
+    assert torch.equal(logits(opened(tmp_path / "source", family), family, tokens, 4, CPU),
+                       logits(plain, family, tokens, 4, CPU))
 
     assert pipeline.main(family, [str(tmp_path / "source"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval",
                                   "--save", str(tmp_path / "saved")]) == 0
@@ -109,8 +110,8 @@ def test_a_tied_head_that_is_stored_with_its_twin_is_streamed(tokens, tmp_path):
               metadata={"format": "pt"})
     streamed = opened(tmp_path, family)
     assert hasattr(streamed, "source")
-    assert torch.equal(evaluate.logits(streamed, family, tokens, 4, CPU),
-                       evaluate.logits(model, family, tokens, 4, CPU))
+    assert torch.equal(logits(streamed, family, tokens, 4, CPU),
+                       logits(model, family, tokens, 4, CPU))
 
 
 @pytest.mark.parametrize("key", ["model.layers.2.self_attn.q_proj.weight", "model.embed_tokens.weight",
@@ -133,8 +134,8 @@ def test_the_dtype_asked_for_is_that_of_the_weights_in_memory(tokens, tmp_path):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
         streamed = opened(tmp_path, family, dtype)
         assert streamed.dtype == dtype
-        assert torch.equal(evaluate.logits(streamed, family, tokens, 4, CPU),
-                           evaluate.logits(plain, family, tokens, 4, CPU))
+        assert torch.equal(logits(streamed, family, tokens, 4, CPU),
+                           logits(plain, family, tokens, 4, CPU))
 
 
 @pytest.mark.parametrize("named", [True, False])

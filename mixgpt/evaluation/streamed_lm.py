@@ -12,10 +12,10 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from evaluate import run_layers
-from generate import complete
 from mixgpt.common import distributed
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
+from mixgpt.evaluation.generation import complete
+from mixgpt.evaluation.perplexity import run_layers
 from mixgpt.kernels.matmul import fast_linears
 from modelutils import SLICE, Stream, apply, on_device, whole
 

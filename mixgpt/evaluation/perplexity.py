@@ -1,7 +1,6 @@
-"""Measure a model: perplexity, streamed one layer at a time, and sparsity. Nothing here changes weights."""
+"""Measure the perplexity of a model, streamed one decoder layer at a time."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -9,21 +8,7 @@ from tqdm import tqdm
 from mixgpt.common import distributed
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
-from modelutils import SLICE, Stream, apply, linears, on_device
-
-
-@dataclass(frozen=True)
-class MatrixSparsity:
-    """Zeros counted in one linear of one decoder layer."""
-
-    layer: int
-    name: str
-    shape: tuple[int, int]
-    zeros: int
-
-    @property
-    def numel(self):
-        return self.shape[0] * self.shape[1]
+from modelutils import SLICE, Stream, apply, on_device
 
 
 @torch.no_grad()
@@ -78,18 +63,3 @@ def logits(model, family, tokens, batch_size, device):
     after = family.after_of(model)
     with on_device(after, device):
         return torch.cat([apply(after, stream.hidden[rows].to(device)).to("cpu") for rows in stream.batches()])
-
-
-def measure_sparsity(model, family):
-    """Count the zeros of every linear of every decoder layer. Returns a list of `MatrixSparsity`."""
-    counted = []
-    for index, layer in enumerate(family.layers_of(model)):
-        with on_device([layer], "cpu"):
-            counted += count_zeros(index, layer)
-    return counted
-
-
-def count_zeros(index, layer):
-    """Count the zeros of every linear of a decoder layer that is on a device. Returns a list of `MatrixSparsity`."""
-    return [MatrixSparsity(index, name, tuple(module.weight.shape), int((module.weight == 0).sum()))
-            for name, module in linears(layer).items()]

@@ -19,9 +19,9 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks.manager import TaskManager
 
 from mixgpt.common.errors import InputError
+from mixgpt.evaluation.streamed_lm import StreamedLM
 from mixgpt.text import hub
 from mixgpt.text.local import one_line
-from streamed_lm import StreamedLM
 
 VERSION = lm_eval.__version__
 BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from evaluate import perplexity
+from mixgpt.evaluation.perplexity import perplexity
 from modelutils import linears
 
 ROWS, COLUMNS = 32, 64  # what both dimensions of a matrix must be a multiple of, in 16 bits
@@ -66,7 +66,7 @@ class Comparison:
         self.matrices, self.difference = 0, 0.0
 
     def step(self, stream, layer, index):
-        """Replace the hidden states by the output of layer number `index`, as `evaluate.run_layers` asks for it."""
+        """Replace the hidden states by the output of layer number `index`, as `run_layers` asks for it."""
         expected = self._timed("dense", stream, layer, index)
         with compressed(layer) as count:
             found = self._timed("semi_structured", stream, layer, index)
