@@ -12,11 +12,11 @@ import sys
 
 import transformers
 
+from mixgpt.app.report import side_by_side, wrapped
+from mixgpt.app.settings import Parser
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_device
 from mixgpt.evaluation.generation import complete, load
-from report import side_by_side, wrapped
-from settings import Parser
 
 WIDEST = 120  # columns
 

@@ -33,6 +33,7 @@ from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
 from mixgpt.allocation.traces import Traces, hessian_traces, matrices_of
+from mixgpt.app.settings import PRESETS
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
@@ -44,7 +45,6 @@ from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.targets import Target, select
 from modelutils import SCRIPTS
 from quant import Scheme
-from settings import PRESETS
 
 TARGETS = {"50%": (Target(0.5), None), "60%": (Target(0.6), None), "70%": (Target(0.7), None),
            "2:4": (Target(0.5, 2, 4), None), "50%+4bit": (Target(0.5), Scheme(4))}

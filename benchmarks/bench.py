@@ -23,6 +23,7 @@ import datautils
 import llama
 import opt
 from mixgpt.allocation.plan import make_plan
+from mixgpt.app.report import table
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.evaluation.perplexity import perplexity
@@ -32,7 +33,6 @@ from mixgpt.pruning.layerwise import prune_sparsegpt
 from mixgpt.pruning.targets import Target, select
 from modelutils import Stream, linears, shared_inputs
 from quant import Scheme
-from report import table
 from sparsegpt import SparseGPT, factor, prune_matrix
 
 MATRICES = ["4096x4096", "4096x11008", "11008x4096"]

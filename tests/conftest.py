@@ -39,7 +39,7 @@ import bloom
 import datautils
 import llama
 import opt
-import pipeline
+from mixgpt.app import pipeline
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns_cpu
@@ -183,7 +183,7 @@ def save(path, model, tokenizer, record, family=None, save_format="dense", grids
 def fork():
     """Return a function that starts another one in a process, forked from one that has imported all it needs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "pipeline"])
+    context.set_forkserver_preload(["conftest", "mixgpt.app.pipeline"])
     with pytest.MonkeyPatch.context() as patch:
         here = Path(__file__).parent
         patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))  # it does not know sys.path

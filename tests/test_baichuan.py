@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import baichuan
 import datautils
 import opt
-import pipeline
+from mixgpt.app import pipeline
 from mixgpt.checkpoints import load
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError

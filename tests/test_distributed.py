@@ -14,7 +14,7 @@ import torch
 from conftest import saved_tensors
 
 import llama
-import pipeline
+from mixgpt.app import pipeline
 from mixgpt.common import distributed
 
 ROOT = Path(__file__).parent.parent

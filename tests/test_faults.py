@@ -21,7 +21,7 @@ from conftest import FAMILIES, VOCABULARY, command, contents, saved_tensors
 from safetensors.torch import load_file, save_file
 
 import datautils
-import pipeline
+from mixgpt.app import pipeline
 from mixgpt.kernels import columns
 
 ROOT = Path(__file__).parent.parent
@@ -498,7 +498,7 @@ ACCIDENTS = {
     "Ctrl-C while a layer is kept": (interrupted_at, (RUN_DIR + "._write_json", 2), "", None, 1),
     "Ctrl-C by magnitude": (interrupted_at, (RUN_DIR + ".finish", 1), "--gmp", None, 1),
     "Ctrl-C while the rest is written": (interrupted_at, (RUN_DIR + "._check",), "", None, 3),
-    "Ctrl-C in the evaluation": (interrupted_at, ("pipeline.perplexity",), "", None, 3),
+    "Ctrl-C in the evaluation": (interrupted_at, ("mixgpt.app.pipeline.perplexity",), "", None, 3),
     "Ctrl-C in the traces": (
         interrupted_at, ("mixgpt.allocation.traces._write",),
         "--sparsity_way weight-level --sensitivity fisher --sensitivity_file {root}/traces.json", None, 0),

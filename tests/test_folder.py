@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import datautils
-import pipeline
+from mixgpt.app import pipeline
 from mixgpt.checkpoints import run_dir
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.errors import InputError

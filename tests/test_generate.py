@@ -10,7 +10,7 @@ from test_pipeline import run as prune
 
 import generate
 import llama
-import report
+from mixgpt.app import report
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import position_limit
 from mixgpt.evaluation import generation

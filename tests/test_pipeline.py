@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import datautils
-import pipeline
 from mixgpt.allocation import traces
+from mixgpt.app import pipeline
+from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
 from mixgpt.common import runtime
 from mixgpt.evaluation.sparsity import measure_sparsity
 from mixgpt.modeling import streaming
 from modelutils import Stream, linears
-from settings import Settings
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]

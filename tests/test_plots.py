@@ -4,8 +4,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import plots
 from mixgpt.allocation.traces import Traces
+from mixgpt.app import plots
 from mixgpt.pruning.targets import Target
 
 SHAPES = {(layer, name): (4, 8) for layer in range(3) for name in ("self_attn.q_proj", "mlp.fc1")}

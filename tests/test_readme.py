@@ -20,8 +20,7 @@ import transformers
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
-import pipeline
-import settings
+from mixgpt.app import pipeline, settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -4,10 +4,10 @@ import time
 
 from conftest import CPU
 
+from mixgpt.app.report import perplexity_table, sparsity_table
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.evaluation.sparsity import MatrixSparsity
 from mixgpt.pruning.targets import Outcome
-from report import perplexity_table, sparsity_table
 
 
 def test_a_part_inside_another_counts_only_for_itself():

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import modelutils
-import pipeline
 from mixgpt.allocation import backward, traces
+from mixgpt.app import pipeline
 from mixgpt.checkpoints import run_dir
 from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common import clock

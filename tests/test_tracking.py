@@ -11,12 +11,11 @@ import yaml
 from conftest import FAMILIES, load_compiled
 
 import datautils
-import pipeline
-import tracking
+from mixgpt.app import pipeline, tracking
+from mixgpt.app.settings import Settings
+from mixgpt.app.tracking import Tracker
 from mixgpt.evaluation.sparsity import MatrixSparsity
 from mixgpt.pruning.targets import Outcome
-from settings import Settings
-from tracking import Tracker
 
 wandb = pytest.importorskip("wandb")
 from wandb.proto import wandb_internal_pb2  # noqa: E402

@@ -9,8 +9,8 @@ from conftest import CPU, FAMILIES, VOCABULARY, command, contents, make, saved_t
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import pipeline
 from mixgpt.allocation import traces
+from mixgpt.app import pipeline
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.perplexity import logits, perplexity

@@ -8,12 +8,12 @@ import datasets
 import torch
 import transformers
 
+from mixgpt.app.settings import OPTIONS
 from mixgpt.checkpoints.formats import stored_bytes
 from mixgpt.common import distributed
 from mixgpt.evaluation.sparsity import total_sparsity
 from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome
-from settings import OPTIONS
 
 
 def facts(settings, seqlen, dtype, device, sources):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-import plots
+from mixgpt.app import plots
 from mixgpt.common.errors import InputError
 
 PATIENCE = {"init_timeout": 30, "finish_timeout": 300}  # seconds for a server that does not answer

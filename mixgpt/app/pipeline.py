@@ -12,13 +12,15 @@ import datasets
 import torch
 import transformers
 
-import plots
-import records
 from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
+from mixgpt.app import plots, records
+from mixgpt.app.report import heading, plan_tables, result_text
+from mixgpt.app.settings import parse
+from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed
@@ -32,9 +34,6 @@ from mixgpt.evaluation.sparsity import count_zeros, measure_sparsity
 from mixgpt.pruning.layerwise import prune_sparsegpt
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.targets import select
-from report import heading, plan_tables, result_text
-from settings import parse
-from tracking import Tracker
 
 PROBE = 128  # tokens on which a saved model is compared with the one in memory
 
