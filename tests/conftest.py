@@ -46,6 +46,7 @@ from mixgpt.kernels import columns_cpu
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from modelutils import SCRIPTS
 
+ROOT = Path(__file__).parent.parent
 VOCABULARY = 384
 CPU = torch.device("cpu")
 

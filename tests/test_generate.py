@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
+from commands import SMALL
+from commands import run as prune
 from conftest import make, save
-from test_pipeline import SMALL
-from test_pipeline import run as prune
 
 import generate
 import llama

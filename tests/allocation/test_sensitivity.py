@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, ROOT, make
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -246,7 +246,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - borde
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_layers():
-    three, six = (int(subprocess.run([sys.executable, "-c", MEMORY, layers], cwd=Path(__file__).parent.parent,
+    three, six = (int(subprocess.run([sys.executable, "-c", MEMORY, layers], cwd=ROOT,
                                      capture_output=True, text=True, check=True).stdout) for layers in ("3", "6"))
     assert three > 20e6, "less than the probes of one layer: nothing was measured"
     assert six < 1.2 * three

@@ -24,7 +24,6 @@ import datautils
 from mixgpt.app import pipeline
 from mixgpt.kernels import columns
 
-ROOT = Path(__file__).parent.parent
 SMALL = "--nsamples 4 --seqlen 32 --device cpu"
 RUN_DIR = "mixgpt.checkpoints.run_dir.RunDir"
 WEIGHTS, INDEX, NOTE = "model.safetensors", "model.safetensors.index.json", "progress/layer-00001.json"

@@ -7,11 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, saved_tensors
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import CPU, FAMILIES, ROOT, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,26 +24,6 @@ from mixgpt.common import runtime
 from mixgpt.evaluation.sparsity import measure_sparsity
 from mixgpt.modeling import streaming
 from modelutils import Stream, linears
-
-ROOT = Path(__file__).parent.parent
-SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def short_builtin(monkeypatch, tmp_path_factory):
-    """Evaluate on four segments only, and keep traces out of the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    whole = datautils.test_tokens
-    monkeypatch.setattr(pipeline, "test_tokens", lambda *arguments: (lambda tokens, source: (tokens[:4], source))(
-        *whole(*arguments)))
-
-
-def run(family, *arguments):
-    """Run a family's command line in this process. Returns the exit status."""
-    try:
-        return pipeline.main(family, [str(argument) for argument in arguments])
-    except SystemExit as stop:  # argparse
-        return stop.code
 
 
 @pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "qwen2", "bloom"])

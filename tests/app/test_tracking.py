@@ -4,11 +4,10 @@ import json
 import os
 import struct
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FAMILIES, load_compiled
+from conftest import FAMILIES, ROOT, load_compiled
 
 import datautils
 from mixgpt.app import pipeline, tracking
@@ -21,7 +20,6 @@ wandb = pytest.importorskip("wandb")
 from wandb.proto import wandb_internal_pb2  # noqa: E402
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 ARGUMENTS = ["--nsamples=4", "--seqlen=32", "--eval=builtin", "--device=cpu", "--sensitivity=fisher"]
 
 

@@ -3,11 +3,10 @@
 import copy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, ROOT, make
 from test_sparsegpt import correlated_inputs, random
 from textbook import Textbook, prune_model
 
@@ -19,7 +18,7 @@ from modelutils import linears
 from quant import Scheme
 from sparsegpt import SparseGPT, prune_matrix, relative_error
 
-BENCH = Path(__file__).parent.parent / "benchmarks" / "bench.py"
+BENCH = ROOT / "benchmarks" / "bench.py"
 
 
 @pytest.mark.parametrize("target, wbits", [((0.5,), 16), ((0.0, 2, 4), 16), ((0.5,), 4)])

@@ -5,13 +5,12 @@ import hashlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from conftest import CPU, make, save, saved_tensors
+from conftest import CPU, ROOT, make, save, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -192,7 +191,7 @@ def test_a_fresh_process_loads_the_same_bits(halved, tokenizer, tmp_path):
             for key, tensor in sorted(model.state_dict().items()):
                 digest.update(key.encode() + tensor.view(torch.uint8).numpy().tobytes())
             expected.append(digest.hexdigest())
-    done = subprocess.run([sys.executable, "-c", DIGESTS, *folders], cwd=Path(__file__).parent.parent,
+    done = subprocess.run([sys.executable, "-c", DIGESTS, *folders], cwd=ROOT,
                           capture_output=True, text=True, check=True)
     assert done.stdout.split() == expected
 

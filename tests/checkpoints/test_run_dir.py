@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, command, contents, make, save
+from conftest import FAMILIES, ROOT, command, contents, make, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,6 @@ from mixgpt.checkpoints import run_dir
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.errors import InputError
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
 
 

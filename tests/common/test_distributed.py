@@ -1,31 +1,18 @@
 """Run several processes by torchrun, and compare them with one."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import saved_tensors
+from commands import torchrun
+from conftest import ROOT, saved_tensors
 
 import llama
 from mixgpt.app import pipeline
 from mixgpt.common import distributed
-
-ROOT = Path(__file__).parent.parent
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-
-
-def torchrun(number, *arguments, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    return subprocess.Popen([*TORCHRUN, str(number), *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 @pytest.fixture(scope="module")

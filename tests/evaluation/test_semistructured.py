@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import CPU, FAMILIES, make, save
-from test_pipeline import SMALL, run, short_builtin  # noqa: F401, a fixture
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,

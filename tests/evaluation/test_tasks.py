@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, saved_tensors
-from test_distributed import ROOT, torchrun
-from test_pipeline import run
+from commands import run, torchrun
+from conftest import CPU, FAMILIES, ROOT, saved_tensors
 from test_streamed_lm import pair_by_hand, text_by_hand
 from transformers import AutoModelForCausalLM
 
