@@ -1,6 +1,5 @@
 """Draw sensitivities, the sparsities assigned, and perplexities: MixGPT (arXiv 2310.09499), figures 1 to 3."""
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
 
 from mixgpt.common.errors import InputError
+from mixgpt.common.files import check_writable
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -19,12 +19,7 @@ def check(path):
         raise InputError(f"--plot {path}: must end in {', '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise InputError(f"--plot {path}: there is no folder {path.absolute().parent}")
-    if path.is_dir():
-        raise InputError(f"--plot {path}: is a folder; name a file")
-    try:
-        tempfile.TemporaryFile(dir=path.absolute().parent).close()
-    except OSError as error:
-        raise InputError(f"--plot {path}: cannot be written ({error.strerror})") from error
+    check_writable("--plot", path)
 
 
 def draw(path, traces, plan):

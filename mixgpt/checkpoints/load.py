@@ -3,11 +3,9 @@
 import contextlib
 import copy
 import json
-import os
 import pickle
 import shutil
 import struct
-import tempfile
 import textwrap
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from transformers.utils import WEIGHTS_INDEX_NAME, cached_file
 from mixgpt.checkpoints.formats import SPARSE, load_sparse
 from mixgpt.checkpoints.run_dir import begun, empty, held
 from mixgpt.common.errors import InputError
+from mixgpt.common.files import nearest_folder, replacing, try_writing
 from mixgpt.modeling import streaming
 from mixgpt.text import hub
 from modelutils import SCRIPTS, model_class
@@ -208,11 +207,9 @@ def check_save(folder, nbytes, resume):
         raise InputError(f"--save {folder}: holds a run that left off; go on with --resume, or remove the folder")
     if taken and not left_off:
         raise InputError(f"--save {folder}: exists and is not an empty folder")
-    parent = folder.absolute()
-    while not os.path.lexists(parent):  # a link that leads nowhere is there, and cannot be written
-        parent = parent.parent
+    parent = nearest_folder(folder)
     try:
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
+        try_writing(parent)
     except OSError as error:
         raise InputError(f"--save {folder}: {parent} cannot be written ({error.strerror})") from error
     free = shutil.disk_usage(parent).free
@@ -223,13 +220,10 @@ def check_save(folder, nbytes, resume):
 
 def write_record(folder, record):
     """Write the record of a run into `folder`, whole or not at all."""
-    path = Path(folder) / RECORD
-    partial = path.with_name(RECORD + ".partial")
     try:
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(partial, path)
+        with replacing(Path(folder) / RECORD) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise InputError(f"--save {folder}: {RECORD} cannot be written ({error.strerror}), "
                          f"{shutil.disk_usage(folder).free / 1e9:.3f} GB are free; make room and go on with --resume"
                          ) from error

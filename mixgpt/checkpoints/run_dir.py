@@ -7,7 +7,6 @@ settings of the run, a file for each finished layer, and the hidden states at th
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from mixgpt.checkpoints.formats import FORMATS
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
+from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import Outcome
 from modelutils import on_device
@@ -99,8 +99,8 @@ class RunDir:
             if identity.get(flag) != value:
                 raise InputError(f"--resume: {flag} was {value} in the run that left off in {self.path}, "
                                  f"now it is {identity.get(flag)}")
-        for folder in (self.path, self.shards):  # files of safetensors that a kill left half written
-            for file in folder.glob(".tmp*"):
+        for folder in (self.path, self.shards, self.progress):  # files that a kill left half written
+            for file in (*folder.glob("*.partial"), *folder.glob(".tmp*")):
                 file.unlink()
 
     def _shard(self, number):
@@ -173,12 +173,8 @@ class RunDir:
             streaming.write(file, tensors)
 
     def _write_json(self, file, content):
-        partial = file.with_name(file.name + ".partial")
-        with self._room(file.name), partial.open("w") as held:
-            held.write(json.dumps(content, indent=1) + "\n")
-            held.flush()
-            os.fsync(held.fileno())
-        partial.replace(file)
+        with self._room(file.name), replacing(file) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
 
     def _write_shard(self, number, tensors):
         """Write a shard of the result. Returns its checksums."""

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from mixgpt.common.files import replacing
+
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -218,12 +220,9 @@ def checksum(tensor):
 
 def write(file, tensors):
     """Write {key: tensor} as a safetensors file, whole or not at all, and onto the disk before it has its name."""
-    partial = f"{file}.partial"
-    save_file({key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}, partial,
-              metadata={"format": "pt"})
-    with open(partial, "rb+") as held:
-        os.fsync(held.fileno())
-    mask = os.umask(0)  # can only be asked for by setting it
-    os.umask(mask)
-    os.chmod(partial, 0o666 & ~mask)  # safetensors lets only the owner read
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        save_file({key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}, partial,
+                  metadata={"format": "pt"})
+        mask = os.umask(0)  # can only be asked for by setting it
+        os.umask(mask)
+        os.chmod(partial, 0o666 & ~mask)  # safetensors lets only the owner read
