@@ -9,13 +9,13 @@ python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --wbits 4      # th
 python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --save pruned  # a folder in the published layout
 
 Baichuan-7B, Baichuan-13B, Baichuan2-7B and Baichuan2-13B, Base and Chat. The code that comes with the checkpoints is
-never run: baichuan_model.py takes its place. W_pack holds q, k and v, and is pruned as one matrix.
+never run: mixgpt/modeling/baichuan.py takes its place. W_pack holds q, k and v, and is pruned as one matrix.
 """
 
 import sys
 
+from mixgpt.app.pipeline import main
 from modelutils import Family
-from pipeline import main
 
 FAMILY = Family(
     script="baichuan.py",

@@ -15,9 +15,9 @@ import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
-import hub
-from errors import InputError
-from localdata import LOCAL_SETS, local_rows, one_line, text_column
+from mixgpt.common.errors import InputError
+from mixgpt.text import hub
+from mixgpt.text.local import LOCAL_SETS, local_rows, one_line, text_column
 
 
 @dataclass(frozen=True)

@@ -9,89 +9,16 @@ A model is a folder that the scripts here saved, in any of their formats, a hub 
 
 import shutil
 import sys
-import textwrap
-import time
-from dataclasses import dataclass
 
-import torch
 import transformers
-from transformers import GenerationConfig
 
-import checkpoint
-from choices import choose_device, choose_dtype, position_limit
-from errors import InputError
-from settings import Parser
+from mixgpt.app.report import side_by_side, wrapped
+from mixgpt.app.settings import Parser
+from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import choose_device
+from mixgpt.evaluation.generation import complete, load
 
 WIDEST = 120  # columns
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a model made of a prompt."""
-
-    text: str  # without the prompt
-    tokens: int  # generated
-    seconds: float  # for all of them, the prompt included
-
-    @property
-    def speed(self):
-        return f"{self.tokens} tokens in {self.seconds:.1f} s, {self.tokens / self.seconds:.1f} tokens/s"
-
-
-@torch.no_grad()
-def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=0, until=()):
-    """Let a model that is whole on its device go on with `prompt`. Returns a `Completion`.
-
-    temperature: 0 takes the likeliest token each time; else they are drawn, from `seed`. until: texts that end it, and
-    that are cut off. Where the prompt and what follows exceed what the model can take, the prompt loses its beginning;
-    where even that leaves no room, raises InputError.
-    """
-    begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    ids = tokenizer(prompt, add_special_tokens=not begun, return_tensors="pt", verbose=False).input_ids.to(model.device)
-    limit = position_limit(model.config)
-    if limit and max_new_tokens >= limit:
-        raise InputError(f"--max_new_tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")
-    ids = ids[:, -(limit - max_new_tokens):] if limit else ids
-    choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=0,
-                                eos_token_id=model.generation_config.eos_token_id, stop_strings=list(until) or None,
-                                **choice)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        start = time.perf_counter()
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-                                tokenizer=tokenizer)[0, ids.shape[1]:].tolist()
-        seconds = time.perf_counter() - start
-    text = tokenizer.decode(output, skip_special_tokens=True)
-    for end in until:
-        text = text.partition(end)[0]
-    return Completion(text, len(output), seconds)
-
-
-def side_by_side(texts, width=100):
-    """Lay out {title: text} in columns beside each other, in lines of at most `width` characters."""
-    each = (width - 3 * (len(texts) - 1)) // len(texts)
-    columns = [[title, "-" * each, *wrapped(text, each)] for title, text in texts.items()]
-    height = max(map(len, columns))
-    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
-    return "\n".join(" | ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
-
-
-def wrapped(text, width):
-    """Return the lines of a text, none longer than `width`."""
-    return [part for line in text.strip("\n").expandtabs(4).splitlines()
-            for part in textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False) or [""]]
-
-
-def load(model, device, dtype="auto"):
-    """Load a model in any format, and its tokenizer. Returns (model on `device`, tokenizer)."""
-    config = checkpoint.read_config(model)
-    tokenizer = checkpoint.load_tokenizer(model)
-    loaded = checkpoint.load_model(model, choose_dtype(dtype, config, device))
-    try:
-        return loaded.to(device), tokenizer
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"model {model}: the GPU's memory does not suffice; give --device cpu") from error
 
 
 def _parse(argv):

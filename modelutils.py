@@ -1,27 +1,19 @@
 """Families of models, and running a model one decoder layer at a time."""
 
 import contextlib
-import json
 import math
 import os
 import tempfile
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from greenlet import getcurrent, greenlet
-from safetensors.torch import load_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-import baichuan_model  # noqa: F401, makes the Auto classes know Baichuan
-from errors import InputError
-from packing import decode
+import mixgpt.modeling.baichuan  # noqa: F401, makes the Auto classes know Baichuan
+from mixgpt.common.errors import InputError
 
-SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}
-SPARSE_VARIANT = "sparse"  # and part of the names of the files with its tensors
 SLICE = 1024  # tokens whose logits exist at a time
 
 # Model classes that each family script accepts: those whose modules lie where its Family says.
@@ -80,7 +72,7 @@ def _present(model, paths):
 
 @contextlib.contextmanager
 def on_device(modules, device):
-    """Keep `modules` on `device` within the block; afterwards on the host, or where their `weights.Source` is, on disk.
+    """Keep `modules` on `device` within the block; afterwards on the host, or on disk where they have a `Source`.
 
     Changes to modules that have a source are lost with the end of the block, unless they were written there.
     """
@@ -223,41 +215,6 @@ class Stream:
             self.hidden[rows] = self.forward(layer, index, rows)
 
 
-def load_sparse(folder, dtype="auto"):
-    """Load a folder written by --save-format sparse as an ordinary transformers model, bit for bit.
-
-        from modelutils import load_sparse
-        model = load_sparse("pruned")
-
-    dtype: of the weights in memory ("auto": as they were when saved). Raises OSError, ValueError, KeyError or
-    safetensors.SafetensorError where the folder is damaged.
-    """
-    folder = Path(folder)
-    matrices = json.loads((folder / SPARSE).read_text())
-    state = {}
-    for shard in sorted(folder.glob(f"model.{SPARSE_VARIANT}*.safetensors")):
-        state |= load_file(shard)
-    if not isinstance(matrices, dict):
-        raise ValueError(f"{SPARSE} holds no descriptions of matrices")
-    for name, description in matrices.items():
-        try:
-            parts = {key: state.pop(f"{name}.{key}") for key in description["parts"]}
-            state[name] = decode(parts, description)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{name} does not fit its description in {SPARSE} ({error})") from error
-    config = AutoConfig.from_pretrained(folder)
-    dtype = config.dtype if dtype == "auto" else dtype
-    model, report = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype,
-                                                        output_loading_info=True, ignore_mismatched_sizes=True)
-    for name, held, asked in report["mismatched_keys"]:
-        raise ValueError(f"{name} is {tuple(held)}, its configuration asks for {tuple(asked)}")
-    if report["missing_keys"]:
-        raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
-
-
 def apply(modules, hidden):
     """Run modules one after the other."""
     for module in modules:
@@ -302,29 +259,3 @@ def hooked(readers, outputs=False):
     finally:
         for handle in handles:
             handle.remove()
-
-
-@torch.no_grad()
-def paused_forwards(layer, index, stream, stops, read):
-    """Run every batch through layer number `index` once, all of them side by side, and pause at each module of `stops`.
-
-    stops: modules in the order in which the layer runs them. Calls read(module, input) for each batch and yields the
-    module when all batches wait in front of it, so that it can be changed from all of its inputs; with the generator's
-    end the hidden states are those behind the layer. Every batch is a greenlet: one thread, which goes on where it
-    left off.
-    """
-    def run(rows):
-        stream.hidden[rows] = stream.forward(layer, index, rows)
-
-    def pause(module, X):
-        read(module, X)
-        getcurrent().parent.switch()
-
-    batches = [(greenlet(run), rows) for rows in stream.batches()]
-    with hooked({module: lambda X, module=module: pause(module, X) for module in stops}):
-        for number, module in enumerate(stops):
-            for batch, rows in batches:
-                batch.switch(*([] if number else [rows]))
-            yield module
-        for batch, _ in batches:
-            batch.switch()

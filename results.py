@@ -6,26 +6,13 @@ python results.py runs/*.json --csv runs.csv             # for a spreadsheet: al
 python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv 2310.09499)
 """
 
-import csv
-import glob
-import io
-import json
 import sys
-from collections import defaultdict
-from pathlib import Path
 
-import plots
-from checkpoint import RECORD
-from errors import InputError
-from files import check_writable, write
-from folder import begun
-from report import table
-from settings import Parser
-
-# What changes a result beside what the name of the method tells.
-CHOICES = ("alpha", "nprobes", "groupsize", "sym", "mse", "act_order", "blocksize", "percdamp",
-           "true_sequential", "minlayer", "maxlayer", "prune_only", "invert", "dataset", "nsamples", "seqlen", "dtype")
-NO_SCORES = ("examples", "num_fewshot", "version")  # what stands beside the metrics of a task
+from mixgpt.app import plots
+from mixgpt.app.comparison import csv_of, draw, files_of, read, text_of
+from mixgpt.app.settings import Parser
+from mixgpt.common.errors import InputError
+from mixgpt.common.files import check_writable, write
 
 
 def main(argv=None):
@@ -50,142 +37,16 @@ def main(argv=None):
             except InputError as error:
                 problems.append(str(error))
         if runs:
-            _tell(runs, options.markdown, options.csv, options.plot)
+            print(text_of(runs, options.markdown))
+            if options.csv:
+                write("--csv", options.csv, csv_of(runs))
+            if options.plot:
+                draw(options.plot, runs)
     except InputError as error:
         problems.append(str(error))
     for problem in problems:
         print(f"results.py: error: {problem}", file=sys.stderr)
     return 2 if problems else 0
-
-
-def _tell(runs, markdown, csv_file, plot):
-    rows = table_of(runs)
-    header = list(dict.fromkeys(column for row in rows for column in row if column != "file"))
-    cells = [[_text(column, row.get(column)) for column in header] for row in rows]
-    print(_markdown(header, cells) if markdown else table(header, cells))
-    if csv_file:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [*header, "file"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write("--csv", csv_file, text.getvalue())
-    if plot:
-        panels = panels_of(runs)
-        if not panels:
-            raise InputError(f"--plot {plot}: none of the runs has both a perplexity and pruned weights")
-        plots.draw_tradeoff(plot, panels)
-
-
-def files_of(names):
-    """Return the records that names, folders and patterns stand for, each once."""
-    found = []
-    for name in names:
-        for path in map(Path, sorted(glob.glob(name)) or [name]):
-            found.append(path / RECORD if path.is_dir() else path)
-    return list(dict.fromkeys(found))
-
-
-def read(file):
-    """Read the record of a run. Raises InputError, naming the file, where it is none."""
-    try:
-        record = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: there is no such file; give files of --record or folders of --save") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({getattr(error, 'strerror', None) or error})") from error
-    if file.name == RECORD and begun(file.parent):
-        raise InputError(f"{file}: its run has not ended; go on with it by --save {file.parent} --resume")
-    try:
-        names = [name for name in record["perplexity"] if name != "dense"] or ["dense"]
-        settings, model = record["settings"], record["settings"]["model"]
-        n, m = (settings.get(name, 0) for name in ("prunen", "prunem"))
-        run = record | {"file": str(file), "model": _short(model), "method": names[0],
-                        "label": names[0] + (f" {n}:{m}" if m else "")}
-        table_of([run]), panels_of([run])  # whatever they read is there
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{file}: is not the record of a run ({type(error).__name__}: {error})") from error
-    return run
-
-
-def _short(model):
-    """Return a hub id as it is, and the last part of a path."""
-    return model if model.count("/") <= 1 and not model.startswith((".", "/")) else Path(model).name
-
-
-def _dense(runs):
-    """Return {(model, sequence length, dataset, its sha256): perplexity} of the dense models."""
-    return {_text_of(run, name): value for run in runs for name, value in run["perplexity"].get("dense", {}).items()}
-
-
-def _text_of(run, name):
-    return run["model"], run["settings"].get("seqlen"), name, run["data"].get(name, {}).get("sha256")
-
-
-def table_of(runs):
-    """Return a row {column: value} for each run, by model, sparsity, bits, method and seed."""
-    dense, rows = _dense(runs), []
-    sets = list(dict.fromkeys(name for run in runs for values in run["perplexity"].values() for name in values))
-    scores = list(dict.fromkeys(name for run in runs for name in _scores(run)))
-    for run in runs:
-        settings, method = run["settings"], run["method"]
-        pruned = method != "dense" and run["sparsity"] > 0 and bool(settings.get("sparsity") or settings.get("prunem"))
-        walked = pruned and not settings.get("gmp")
-        row = {"model": run["model"], "method": run["label"],
-               "sparsity": run["sparsity"], "wbits": settings.get("wbits", 16),
-               "sparsity_way": settings["sparsity_way"].replace("origin", "uniform") if pruned else None,
-               "saliency": settings["saliency"] if walked else None, "seed": settings["seed"]}
-        for name in sets:
-            row |= {name: run["perplexity"][method].get(name), f"dense {name}": dense.get(_text_of(run, name))}
-        row |= dict.fromkeys(scores) | _scores(run) | {"seconds": sum(run["seconds"].values())}
-        row |= {f"GB {place}": size / 1e9 for place, size in run["peak_memory"].items()}
-        rows.append(row | {"file": run["file"]})
-    return sorted(rows, key=lambda row: (row["model"], round(row["sparsity"], 3), -row["wbits"], row["method"],
-                                         row["seed"], row["file"]))
-
-
-def _scores(run):
-    """Return {task and metric: value} of the model that the run made."""
-    return {f"{task} {metric}": value for task, values in run.get("tasks", {}).get(run["method"], {}).items()
-            for metric, value in values.items() if metric not in NO_SCORES and not metric.endswith("_stderr")}
-
-
-def panels_of(runs):
-    """Return what `plots.draw_tradeoff` takes: runs that differ in their seed alone make one point."""
-    dense, points, values = _dense(runs), defaultdict(list), defaultdict(set)
-    pruned = [run for run in runs if run["method"] != "dense"]
-    for run in pruned:
-        for name in CHOICES:
-            values[run["model"], run["label"], name].add(run["settings"].get(name))
-    for run in pruned:
-        settings = run["settings"]
-        label = [run["label"], *(f"{name} {settings.get(name)}" for name in CHOICES
-                                 if len(values[run["model"], run["label"], name]) > 1)]
-        for name, perplexity in run["perplexity"][run["method"]].items():
-            key = run["model"], name, ", ".join(label), settings.get("sparsity", 0), settings.get("prunen", 0)
-            points[key].append((run["sparsity"], perplexity, dense.get(_text_of(run, name))))
-    panels = {}
-    for (model, name, label, *_), found in sorted(points.items()):
-        sparsities, perplexities, references = zip(*found, strict=True)
-        reference, series = panels.get((model, name), (None, {}))
-        series.setdefault(label, []).append((sum(sparsities) / len(found), sum(perplexities) / len(found),
-                                             min(perplexities), max(perplexities)))
-        panels[model, name] = next((value for value in (reference, *references) if value is not None), None), series
-    return panels
-
-
-def _text(column, value):
-    if value is None:
-        return "-"
-    if column == "sparsity":
-        return f"{value:.2%}"
-    if column == "seconds":
-        return f"{value:.0f}"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _markdown(header, cells):
-    lines = [header, ["---"] * len(header), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

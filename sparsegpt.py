@@ -1,126 +1,30 @@
-"""The Hessian of an input, and the matrices pruned by it: SparseGPT's optimal brain surgeon (arXiv 2301.00774).
+"""SparseGPT (arXiv 2301.00774): the Hessian of an input, saliencies of weights, and the walk over the columns.
 
 Notation: Y = X Wᵀ with W (out, in); H = (2/N) Xᵀ X (in, in) over N sequences; H + λI = R Rᵀ with R upper triangular,
 and U = R⁻¹, so that (H + λI)⁻¹ = Uᵀ U. The inverse Hessian of the columns not yet processed has U_mm² = 1/R_mm² at its
 first diagonal place.
 """
 
-from dataclasses import replace
+import itertools
 from functools import cached_property
 
 import torch
 
-import distributed
-from columns import smallest_per_row
-from products import exact_bfloat16, suits, times_transposed
-from quant import meet_sparsities
-from solver import admm_pruner
-from walk import prune_matrices, smallest, upper_inverse
+from mixgpt.common import distributed
+from mixgpt.kernels import columns
+from mixgpt.kernels.linalg import damping, row_energies, smallest, upper_blocks, upper_cholesky, upper_inverse
+from mixgpt.kernels.matmul import exact_bfloat16, suits, times_transposed
+from quant import Grid, find_grid
 
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H is factored then
-PANEL = 512  # columns that are factored at a time
+WIDE = 512  # columns that are updated in one product from all columns before them
 
 
-def factor(H, percdamp=0.01):
-    """Factor the damped Hessian: R upper triangular with H + λI = R Rᵀ, λ = percdamp · mean(diag H).
-
-    H: (in, in), symmetric; its upper triangle is read. Returns R (in, in) and the percdamp that was needed: where
-    H + λI is not positive definite it is raised in steps of 10, from at least 1e-4, up to MAX_DAMPING.
-    Raises torch.linalg.LinAlgError where H is not finite or cannot be factored at the limit.
-    """
-    if not H.diagonal().isfinite().all():
-        raise torch.linalg.LinAlgError("the Hessian holds NaN or inf")
-    while True:
-        R = upper_cholesky(H, damping(H, percdamp))
-        if R is not None:
-            return R, percdamp
-        if percdamp >= MAX_DAMPING:
-            raise torch.linalg.LinAlgError(f"the Hessian is not positive definite at percdamp {percdamp:g}")
-        percdamp = min(max(10 * percdamp, 1e-4), MAX_DAMPING)
-
-
-def damping(H, percdamp):
-    """Return λ = percdamp · mean(diag H)."""
-    mean = H.diagonal().mean()
-    return torch.where(mean > 0, percdamp * mean, 1.0)  # an input that is zero throughout has no scale of its own
-
-
-def upper_cholesky(H, damping):
-    """Return R (in, in), upper triangular with H + damping · I = R Rᵀ, None where that is not positive definite.
-
-    H: (in, in), symmetric; its upper triangle is read.
-    """
-    if not suits(H) or len(H) <= 3 * PANEL:
-        damped = H.flip(0, 1)  # the Cholesky factor of the flipped matrix, flipped back, is upper triangular
-        damped.diagonal().add_(damping)
-        L, info = torch.linalg.cholesky_ex(damped)
-        return L.flip(0, 1) if info == 0 else None
-    # the same from the last panel of columns to the first, by products; MKL's factorisation knows no faster ones
-    R, panels = torch.zeros_like(H), []
-    for stop in range(len(H), 0, -PANEL):
-        B = slice(max(stop - PANEL, 0), stop)
-        rest = H[:stop, B].contiguous()
-        for panel in panels:
-            rest = times_transposed(panel[:stop], -panel[B], rest)
-        R_B = upper_cholesky(rest[B], damping)
-        if R_B is None:
-            return None
-        R[B, B] = R_B
-        if B.start:
-            above = times_transposed(rest[:B.start], upper_inverse(R_B))
-            R[:B.start, B] = above
-            panels.append(above)
-    return R
-
-
-def magnitude_prune(W, sparsity, prunen=0, prunem=0):
-    """Set the weights of smallest magnitude to 0 and leave the others as they are.
-
-    W: (out, in). sparsity, prunen, prunem: as in `prune_matrix`. Returns a new tensor (out, in).
-    """
-    scores = W.abs().float()
-    if prunem:
-        mask = smallest_per_row(scores.reshape(-1, prunem), prunen).view(W.shape)
-    else:
-        mask = smallest(scores, round(sparsity * W.numel()))
-    return W.masked_fill(mask, 0)
-
-
-def upper_blocks(columns):
-    """Return the ranges of columns by which symmetric products are made; each needs only the rows up to its end."""
-    width = max(192, columns // 8)  # narrower saves little more and multiplies slower
-    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
-
-
-def row_energies(A, H):
-    """Return the diagonal of A H Aᵀ, ‖a X‖² for every row a of A (rows, in). H: (in, in), symmetric."""
-    if suits(A, H):  # copying blocks of A would cost more than the lower half
-        return torch.linalg.vecdot(times_transposed(A, H), A)
-    total = torch.zeros(len(A), dtype=A.dtype, device=A.device)
-    for B in upper_blocks(A.shape[1]):
-        A_B = A[:, B]
-        AH = A_B @ H[B, B]
-        if B.start:
-            AH.addmm_(A[:, :B.start], H[:B.start, B], alpha=2)  # what lies above the diagonal counts for both sides
-        total += torch.linalg.vecdot(AH, A_B)
-    return total
-
-
-def relative_error(W, W_hat, H):
-    """Return ‖(W − Ŵ) X‖² / ‖W X‖² over the calibration inputs behind H (0 where W X vanishes).
-
-    W, W_hat: (out, in). H: (in, in), undamped; its scale cancels.
-    """
-    return _ratio(row_energies(W - W_hat, H), row_energies(W, H))
-
-
-def _ratio(lost, whole):
-    whole = whole.sum().item()
-    return max(lost.sum().item(), 0.0) / whole if whole else 0.0
+# ---- the Hessian of an input -----------------------------------------------------------------------------------
 
 
 class SparseGPT:
-    """Collect the Hessian of one distinct input and prune every matrix that reads it."""
+    """The Hessian of one distinct input, added up batch by batch, and its factor for every matrix that reads it."""
 
     def __init__(self, columns, nsequences, device):
         """Start from H = 0. columns: width of the input. nsequences: N of H = (2/N) Xᵀ X."""
@@ -200,41 +104,6 @@ class SparseGPT:
         moved = torch.linalg.solve_triangular(self.R, moved, upper=True, left=False)
         return (W + moved).masked_fill_(W == 0, 0)
 
-    def prune(self, weights, targets, solver="obs", row_weights=None, scheme=None, **options):
-        """Prune and quantize `weights`, a list of matrices (out, in) of one dtype, in place.
-
-        targets, row_weights and options: as in `prune_matrices`. solver: obs, by one walk; admm, by `admm_pruner`, and
-        the walk only quantizes. Returns the `relative_error` and the quant.Grid of each, None where it is not
-        quantized.
-        """
-        h, dtype, counts = self.H.diagonal()[self.order], weights[0].dtype, [len(weight) for weight in weights]
-        W = torch.cat([weight.float() for weight in weights])
-        wanted = self.wanted(W).split(counts)
-
-        def walk(matrices, targets):
-            return prune_matrices(matrices, self.R, h, targets, dtype=dtype, row_weights=row_weights, scheme=scheme,
-                                  **options)
-
-        if solver == "obs":
-            pruned = walk(wanted, targets)
-        else:
-            H = self.H[self.order][:, self.order].clone()
-            H.diagonal().add_(damping(H, self.percdamp))
-            prune = admm_pruner(wanted, H, targets, row_weights)
-            if scheme is None:
-                pruned = [(matrix, None) for matrix in prune(targets)]
-            else:
-                pruned = meet_sparsities(
-                    lambda asked: walk(prune([(sparsity, *groups) for sparsity, (_, *groups)
-                                              in zip(asked, targets, strict=True)]), [(0.0,)] * len(targets)),
-                    [sparsity for sparsity, *_ in targets], attempts=1 if any(targets[0][1:]) else 4)
-        W_hat = torch.cat([matrix for matrix, _ in pruned])[:, self.back].to(dtype)
-        whole, lost = row_energies(W, self.H).split(counts), row_energies(W - W_hat.float(), self.H).split(counts)
-        for weight, new in zip(weights, W_hat.split(counts), strict=True):
-            weight.copy_(new)
-        return [(_ratio(lost, whole), grid and replace(grid, group=grid.group[self.back]))
-                for lost, whole, (_, grid) in zip(lost, whole, pruned, strict=True)]
-
 
 def _features(X, factors=None):
     """Return X (..., width), times factors (tokens,), as floats by features, (width, tokens)."""
@@ -242,8 +111,270 @@ def _features(X, factors=None):
     return features if factors is None else features * factors
 
 
+def factor(H, percdamp=0.01):
+    """Factor the damped Hessian: R upper triangular with H + λI = R Rᵀ, λ = percdamp · mean(diag H).
+
+    H: (in, in), symmetric; its upper triangle is read. Returns R (in, in) and the percdamp that was needed: where
+    H + λI is not positive definite it is raised in steps of 10, from at least 1e-4, up to MAX_DAMPING.
+    Raises torch.linalg.LinAlgError where H is not finite or cannot be factored at the limit.
+    """
+    if not H.diagonal().isfinite().all():
+        raise torch.linalg.LinAlgError("the Hessian holds NaN or inf")
+    while True:
+        R = upper_cholesky(H, damping(H, percdamp))
+        if R is not None:
+            return R, percdamp
+        if percdamp >= MAX_DAMPING:
+            raise torch.linalg.LinAlgError(f"the Hessian is not positive definite at percdamp {percdamp:g}")
+        percdamp = min(max(10 * percdamp, 1e-4), MAX_DAMPING)
+
+
 def activation_order(h, prunem=0):
     """Return the columns in order of decreasing h (in,), the diagonal of H; n:m groups stay whole, by their sum."""
     groups = h.view(-1, prunem or 1)
     order = groups.sum(1).argsort(descending=True, stable=True)
     return torch.arange(len(h), device=h.device).view(groups.shape)[order].flatten()
+
+
+def relative_error(W, W_hat, H):
+    """Return ‖(W − Ŵ) X‖² / ‖W X‖² over the calibration inputs behind H (0 where W X vanishes).
+
+    W, W_hat: (out, in). H: (in, in), undamped; its scale cancels.
+    """
+    return relative_errors(W, W_hat, H, [len(W)])[0]
+
+
+def relative_errors(W, W_hat, H, counts):
+    """Return the `relative_error` of each of several matrices, stacked. counts: the rows of each."""
+    lost, whole = ([energies.sum().item() for energies in row_energies(A, H).split(counts)] for A in (W - W_hat, W))
+    return [max(error, 0.0) / scale if scale else 0.0 for error, scale in zip(lost, whole, strict=True)]
+
+
+# ---- saliencies ------------------------------------------------------------------------------------------------
+
+
+def obs_saliency(W, h, u):
+    """Score weights by the loss that removing them adds, after compensation.
+
+    W: (out, in). h: (in,), diagonal of H (not used). u: (in,), diagonal of U. Returns (out, in).
+    SparseGPT (arXiv 2301.00774), eq. 3: w² / [H⁻¹]_mm, and [H⁻¹]_mm = u_m² for the columns not yet processed.
+    """
+    return (W / u) ** 2
+
+
+def isc_saliency(W, h, u):
+    """Score weights by the loss that removing them adds, before and after compensation.
+
+    W: (out, in). h: (in,), diagonal of H. u: (in,), diagonal of U. Returns (out, in).
+    MixGPT (arXiv 2310.09499), eq. 4: w² (H_mm + 1 / [H⁻¹]_mm), with [H⁻¹]_mm = u_m². The released code divides by u_m.
+    """
+    return W**2 * (h + 1 / u**2)
+
+
+# each w² times a factor of the column; with fisher, rows have a factor, too: `row_weights`
+SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency, "fisher": obs_saliency}
+
+
+# ---- the walk over the columns ---------------------------------------------------------------------------------
+
+
+def prune_matrix(W, R, h, *target, **options):
+    """Prune and quantize one matrix; see `prune_matrices`. target: sparsity, prunen, prunem. Returns Ŵ and its Grid."""
+    return prune_matrices([W], R, h, [target], **options)[0]
+
+
+def prune_matrices(matrices, R, h, targets, blocksize=128, saliency=obs_saliency, scheme=None, dtype=torch.float32,
+                   row_weights=None):
+    """Prune and quantize matrices that read the same input, and let their remaining columns compensate each error.
+
+    SparseGPT, algorithm 1. matrices: (out, in) each, float32 or float64; walked together, stacked. R: (in, in) from
+    `factor`. h: (in,), diagonal of H without damping. targets: (sparsity, prunen, prunem) of each, the latter two 0
+    where left out. round(sparsity · numel) weights become 0, spread evenly over blocks of `blocksize` columns, those
+    that are rounded to 0 among them, as nearly as these can be foreseen in the last block; with prunem > 0, the same
+    for all, instead prunen weights of every prunem consecutive ones of a row, chosen when the
+    walk reaches the group. saliency: ranks them, one of SALIENCIES or another that is w² times a factor of the column.
+    scheme: a quant.Scheme; every weight that is kept is rounded to a grid found when the walk reaches its columns
+    (GPTQ, arXiv 2210.17323). dtype: in which grid values must be exact. row_weights: (rows of all,), factors of the
+    scores of each row.
+    Weights that are 0 stay 0, also where that is more than was asked for.
+    Returns a list of new matrices (out, in), each with its quant.Grid, None without a scheme.
+    Raises ValueError where prunem or the group size does not divide the columns, or neither the other.
+
+    Columns that no input reaches (h = 0) are free to prune: they go first, and keep their weights otherwise.
+    """
+    walk = _Walk(matrices, R, h, saliency, targets, blocksize, scheme, dtype, row_weights)
+    W = walk.run().t()
+    if scheme:
+        W += 0.0  # −0 of the grid becomes 0
+    return [(W[rows], walk.grid(rows)) for rows in walk.rows]
+
+
+class _Walk:
+    """One pass over the columns of stacked matrices.
+
+    Columns lie in nested ranges of decreasing width. On entering a range all its columns receive what the columns
+    before it leave to compensate, in one matrix product: so a whole range is up to date when its first column is
+    reached, and that is when its mask and its grid are chosen.
+
+    With P the columns before a range B of the first level and D = W − Ŵ there, B receives D_P R_PB R_BB⁻¹, so that
+    only the small R_BB is inverted. Within B, whose U = R_BB⁻¹ is at hand then, it is −E U as in the paper, E the
+    errors over the diagonal of U.
+    """
+
+    def __init__(self, matrices, R, h, saliency, targets, blocksize, scheme, dtype, row_weights):
+        # (in, out) here, where oneDNN multiplies with contiguous rows, else with contiguous columns
+        self.rowwise = suits(R, *matrices)
+        self.W = torch.cat(matrices).t() if self.rowwise else torch.cat([W.t() for W in matrices], dim=1)
+        self.columns = len(self.W)
+        self.D = [] if self.rowwise else torch.empty_like(self.W)  # a list of W − Ŵ by ranges, (out, range) each
+        self.mask = self.W == 0  # weights pruned before stay 0
+        self.R = R
+        factors = saliency(torch.ones_like(h)[None], h, 1 / R.diagonal())[0]
+        self.factors = factors.masked_fill(h == 0, 0)
+        self.row_weights = row_weights
+        stops = list(itertools.accumulate(map(len, matrices)))
+        self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
+        sparsities, prunens, prunems = zip(*((*target, 0, 0)[:3] for target in targets), strict=True)
+        self.sparsities, self.prunens, self.prunem = sparsities, prunens, prunems[0]
+        self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # before the last block, and where it was
+        self.scheme, self.dtype = scheme, dtype
+        self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
+        self.grids = []
+        # masks of n:m are chosen column group by column group, where no grid is finer
+        self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem
+        self.widths = self._nest(blocksize)
+        self.walk_columns = columns.fastest(self.W.device, dtype if scheme else None, self.W.dtype)
+
+    def _nest(self, blocksize):
+        """Return the widths of the ranges, such that those with a mask or a grid of their own are among them."""
+        m, g = self.prunem or 1, self.groupsize or 1
+        for name, width in {"prunem": m, "groupsize": g}.items():
+            if self.columns % width:
+                raise ValueError(f"{name} {width} does not divide the {self.columns} columns")
+        if m % g and g % m:
+            raise ValueError(f"prunem {m}, groupsize {g}: one must divide the other")
+        block = max(blocksize, m)
+        for unit in sorted({m, g}):  # whole groups of both kinds where they fit in
+            block = block // unit * unit or block
+        self.unit = self.prunem or block  # columns whose mask is chosen at once
+        widths = {max(WIDE // block, 1) * block, block}
+        if 0 < self.groupsize < self.columns:  # else the only grid is there from the start
+            widths.add(g)
+        if not self.chosen_inside:
+            widths.add(self.unit)
+        return sorted(widths, reverse=True)
+
+    def run(self):
+        """Walk all columns. Returns the new weights, (in, out)."""
+        if self.groupsize == self.columns:
+            self._choose_grid(0, self.columns)
+        top = self.widths[0]
+        for start in range(0, self.columns, top):
+            B = slice(start, min(start + top, self.columns))
+            self.U = upper_inverse(self.R[B, B])
+            before = self.W[B].clone()
+            if start:
+                self._receive(B)
+            self.E, self.start = torch.empty_like(before), start
+            self._enter(B.start, B.stop, self.widths)
+            before -= self.W[B]
+            if self.rowwise:
+                self.D.append(before.t())
+            else:
+                self.D[B] = before
+        return self.W
+
+    def _receive(self, B):
+        """Let a range of the first level compensate the errors of all columns before it."""
+        if not self.rowwise:
+            self.W[B].addmm_(self.U.t(), self.R[:B.start, B].t() @ self.D[:B.start])
+            return
+        received = None
+        for number, D in enumerate(self.D):
+            P = slice(number * self.widths[0], (number + 1) * self.widths[0])
+            received = times_transposed(D, self.R[P, B].t(), received)
+        self.W[B] += times_transposed(received, self.U.t()).t()
+
+    def _enter(self, left, right, widths):
+        """Walk columns left … right − 1, which are up to date, in ranges of the first of `widths`."""
+        width, *finer = widths
+        for start in range(left, right, width):
+            stop = min(start + width, right)
+            if start > left:
+                done, now = slice(left - self.start, start - self.start), slice(start - self.start, stop - self.start)
+                self.W[start:stop].addmm_(self.U[done, now].t(), self.E[done], alpha=-1)
+            if width == self.unit and not self.chosen_inside:
+                self._choose_mask(start, stop)
+            if width == self.groupsize < self.columns:
+                self._choose_grid(start, stop)
+            if finer:
+                self._enter(start, stop, finer)
+            else:
+                self._walk(start, stop)
+
+    def _choose_mask(self, start, stop):
+        counts = [0] * len(self.rows) if self.prunem else self._counts(start, stop)
+        self._mark_least(self.mask[start:stop], start, stop, counts)
+
+    def _counts(self, start, stop):
+        """Return how many weights of each matrix go in the block of columns start … stop − 1.
+
+        On a GPU these are tensors where they depend on what was rounded to 0: the host does not wait for them.
+        """
+        # cumulative counts: the last block meets the total exactly, but for what is rounded to 0 there
+        counts = [round(sparsity * ((rows.stop - rows.start) * stop))
+                  for sparsity, rows in zip(self.sparsities, self.rows, strict=True)]
+        if self.scheme is None:
+            counts, self.zeros = [count - zeros for count, zeros in zip(counts, self.zeros, strict=True)], counts
+            return counts
+        before, self.block = self.block, slice(start, stop)
+        if not any(counts):
+            return counts
+        W, mask, growth = self.W[before], self.mask[before], (stop - start) / max(start - before.start, 1)
+        for i, rows in enumerate(self.rows):
+            zeros, removed = (W[:, rows] == 0).sum(), mask[:, rows].sum()
+            self.zeros[i] = self.zeros[i] + zeros
+            again = ((zeros - removed).double() * growth).round().long()  # as many are rounded to 0 again
+            count = (counts[i] - self.zeros[i] - again).clamp_min(0)
+            counts[i] = count if self.W.is_cuda else int(count)
+        return counts
+
+    def _mark_least(self, mask, start, stop, counts):
+        """Set in `mask` the least salient weights of each matrix in columns start … stop − 1, as things are."""
+        scores = self.W[start:stop].square().mul_(self.factors[start:stop, None])
+        if self.row_weights is not None:
+            scores.mul_(self.row_weights)
+        scores.masked_fill_(self.mask[start:stop], -1)
+        for rows, count, n in zip(self.rows, counts, self.prunens, strict=True):
+            if self.prunem:
+                mask[:, rows] |= columns.smallest_in_groups(scores[:, rows], n, self.prunem)
+            else:
+                mask[:, rows] |= smallest(scores[:, rows], count)
+
+    def _choose_grid(self, start, stop):
+        pruned = self.mask[start:stop]
+        if self.chosen_inside or stop > start // self.unit * self.unit + self.unit:  # masks not known yet
+            pruned = pruned.clone()
+            self._mark_least(pruned, start, stop, [
+                round(sparsity * ((rows.stop - rows.start) * (stop - start)))
+                for sparsity, rows in zip(self.sparsities, self.rows, strict=True)])
+        self.grids.append(find_grid(self.W[start:stop].t(), pruned.t(), self.scheme, self.dtype))
+
+    def _walk(self, start, stop):
+        """Walk columns start … stop − 1 one by one."""
+        here, grid, prunens = slice(start - self.start, stop - self.start), None, None
+        if self.chosen_inside:
+            prunens = list(zip(self.rows, self.prunens, strict=True))
+        if self.scheme:
+            scale, zero = self.grids[-1]
+            grid = scale, -zero, 2**self.scheme.wbits - 1 - zero, self.dtype
+        self.walk_columns(self.W[start:stop], self.E[here], self.U[here, here], self.mask[start:stop],
+                          self.factors[start:stop], self.prunem if self.chosen_inside else 0, prunens, grid)
+
+    def grid(self, rows):
+        """Return the grids of a matrix, in the order of the walk."""
+        if self.scheme is None:
+            return None
+        scale, zero = (torch.stack(values, 1)[rows] for values in zip(*self.grids, strict=True))
+        group = torch.arange(self.columns, dtype=torch.int32, device=self.W.device) // self.groupsize
+        return Grid(self.scheme, scale.to(self.dtype), zero.to(torch.uint8), group)

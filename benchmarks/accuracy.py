@@ -28,19 +28,23 @@ from peers import outlier_ratios, owl_plan, prune_wanda
 from scores import Scores
 from textbook import prune_model
 
-import checkpoint
 import datautils
-from errors import InputError
-from evaluate import measure_sparsity, perplexity
-from importance import global_plan, inverse_diagonals
+from mixgpt.allocation.fisher import output_gradients
+from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
+from mixgpt.allocation.plan import make_plan
+from mixgpt.allocation.traces import Traces, hessian_traces, matrices_of
+from mixgpt.app.settings import PRESETS
+from mixgpt.checkpoints import load
+from mixgpt.common.clock import Clock
+from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
+from mixgpt.modeling.streaming import digest, fingerprint
+from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.targets import Target, select
 from modelutils import SCRIPTS
-from prune import Target, make_plan, prune_magnitude, prune_sparsegpt, select
 from quant import Scheme
-from report import Clock, total_sparsity
-from sensitivity import hessian_traces, output_gradients
-from settings import PRESETS
-from traces import Traces, matrices_of
-from weights import digest, fingerprint
 
 TARGETS = {"50%": (Target(0.5), None), "60%": (Target(0.6), None), "70%": (Target(0.7), None),
            "2:4": (Target(0.5, 2, 4), None), "50%+4bit": (Target(0.5), Scheme(4))}
@@ -242,8 +246,8 @@ def main(argv=None):
             if (value := getattr(given, name)) is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         draw, tests = texts(given.dataset, given.eval, given.heldout, given.nsamples, given.seqlen, given.segments,
-                            checkpoint.load_tokenizer(given.model), given.data_dir)
-        model = checkpoint.load_model(given.model, getattr(torch, given.dtype))
+                            load.load_tokenizer(given.model), given.data_dir)
+        model = load.load_model(given.model, getattr(torch, given.dtype))
         script = SCRIPTS.get(type(model).__name__)
         if script is None:
             raise InputError(f"model {given.model}: this is a {type(model).__name__}; needs {', '.join(SCRIPTS)}")

@@ -19,18 +19,21 @@ import torch
 from textbook import Textbook, prune_model
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-import checkpoint
 import datautils
 import llama
 import opt
-from evaluate import perplexity
+from mixgpt.allocation.plan import make_plan
+from mixgpt.app.report import table
+from mixgpt.checkpoints import load
+from mixgpt.common.clock import Clock, peak_memory
+from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.kernels.linalg import row_energies
+from mixgpt.kernels.matmul import times_transposed
+from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.targets import Target, select
 from modelutils import Stream, linears, on_device, shared_inputs
-from products import times_transposed
-from prune import Target, make_plan, prune_sparsegpt, select
 from quant import Scheme
-from report import Clock, peak_memory, table
-from sparsegpt import SparseGPT, factor, row_energies
-from walk import prune_matrix
+from sparsegpt import SparseGPT, factor, prune_matrix
 
 MATRICES = ["4096x4096", "4096x11008", "11008x4096"]
 TARGETS = {"50%": (0.5, 0, 0, 16), "2:4": (0.0, 2, 4, 16), "50% + 4 bit": (0.5, 0, 0, 4)}
@@ -187,13 +190,13 @@ def compare_model(model, family, tokens, device, batch_size, layers, tests=None)
 
 def bench_model(device, arguments):
     family = importlib.import_module(arguments.script.removesuffix(".py")).FAMILY
-    tokenizer = checkpoint.load_tokenizer(arguments.file)
+    tokenizer = load.load_tokenizer(arguments.file)
     tokens, _ = datautils.calibration_samples(arguments.dataset, arguments.nsamples, arguments.seqlen, 0, tokenizer,
                                               arguments.data_dir)
     name = "wikitext2" if arguments.data_dir else "builtin"
     tests, _ = datautils.test_tokens(name, arguments.seqlen, tokenizer, arguments.data_dir)
     for dtype in arguments.dtypes:
-        model = checkpoint.load_model(arguments.file, getattr(torch, dtype))
+        model = load.load_model(arguments.file, getattr(torch, dtype))
         print(f"\n{Path(arguments.file).name}, {dtype}, {len(tokens)} sequences of {arguments.seqlen} tokens of "
               f"{arguments.dataset}, perplexity on 40 segments of {name}")
         compare_model(model, family, tokens, device, arguments.batch_size, len(family.layers_of(model)), tests[:40])

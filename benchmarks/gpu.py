@@ -27,12 +27,13 @@ from textbook import prune_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import pipeline
 from datautils import calibration_samples
-from evaluate import perplexity
-from files import write
-from report import Clock, peak_memory, table
-from settings import PRESETS, Settings
+from mixgpt.app import pipeline
+from mixgpt.app.report import table
+from mixgpt.app.settings import PRESETS, Settings
+from mixgpt.common.clock import Clock, peak_memory
+from mixgpt.common.files import write
+from mixgpt.evaluation.perplexity import perplexity
 
 ROOT = Path(__file__).parent.parent
 BEST = PRESETS["best"]

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from mixgpt.kernels.matmul import fast_linears
+from mixgpt.pruning.targets import Target
 from modelutils import Stream, hooked, linears, on_device
-from products import fast_linears
-from prune import Target
 from quant import meet_sparsities, quantize_nearest
 
 OUTLIER = 5.0  # M of OWL: an outlier exceeds M times the mean

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from statistics import mean, stdev
 
-from errors import InputError
+from mixgpt.common.errors import InputError
 
 REFERENCE = "sparsegpt"  # the method to which the gap from the dense model is measured
 

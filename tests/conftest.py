@@ -37,19 +37,20 @@ from transformers import (
 
 import baichuan
 import bloom
-import checkpoint
-import columns_cpu
 import datautils
 import llama
 import opt
-import pipeline
-from baichuan_model import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
-from folder import Folder
+from mixgpt.app import pipeline
+from mixgpt.checkpoints import load
+from mixgpt.checkpoints.run_dir import RunDir
+from mixgpt.kernels import columns_cpu
+from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from modelutils import SCRIPTS
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processor's cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
+ROOT = Path(__file__).parent.parent
 VOCABULARY = 384
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -183,9 +184,9 @@ def saved_tensors(path):
 def save(path, model, tokenizer, record, family=None, save_format="dense", grids=None):
     """Save a model in memory as a run does at its end."""
     family = family or importlib.import_module(SCRIPTS[type(model).__name__].removesuffix(".py")).FAMILY
-    with Folder(path, save_format) as folder:
+    with RunDir(path, save_format) as folder:
         folder.start(model, family, {})
-        checkpoint.write_record(path, record)
+        load.write_record(path, record)
         folder.complete(tokenizer, grids or {})
         folder.end()
 
@@ -194,7 +195,7 @@ def save(path, model, tokenizer, record, family=None, save_format="dense", grids
 def fork():
     """Return a function that starts another one in a process, forked from one that has imported all it needs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "pipeline"])
+    context.set_forkserver_preload(["conftest", "mixgpt.app.pipeline"])
     with pytest.MonkeyPatch.context() as patch:
         here = Path(__file__).parent
         patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))  # it does not know sys.path

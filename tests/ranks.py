@@ -5,13 +5,16 @@ import sys
 import torch
 from conftest import CPU, VOCABULARY, make
 
-import distributed
-from evaluate import perplexity
-from importance import global_plan, inverse_diagonals
-from prune import Target, make_plan, prune_sparsegpt, select
+from mixgpt.allocation.fisher import output_gradients
+from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
+from mixgpt.allocation.plan import make_plan
+from mixgpt.allocation.traces import hessian_traces
+from mixgpt.common import distributed
+from mixgpt.common.clock import Clock
+from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.targets import Target, select
 from quant import Scheme
-from report import Clock
-from sensitivity import hessian_traces, output_gradients
 
 
 def made(name, true_sequential, wbits, best=None):

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import datautils
-import localdata
-from errors import InputError
+from mixgpt.common.errors import InputError
+from mixgpt.text import local
 
 BOS = 256
 WIKI_ROWS = ["", " = Alpha = \n", "", " Beta gamma “δ” . \n", " Epsilon zeta . \n", ""]
@@ -366,7 +366,7 @@ def test_a_local_read_stays_local_and_leaves_no_copy(monkeypatch, root, tmp_path
         assert datasets.config.HF_HUB_OFFLINE, "the hub counts what is loaded while this is off"
         return datasets.load_dataset(*given, **keywords)
 
-    monkeypatch.setattr(localdata, "load_dataset", load_dataset)
+    monkeypatch.setattr(local, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     cache = tmp_path / "cache"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)

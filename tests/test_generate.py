@@ -4,14 +4,16 @@ import re
 
 import pytest
 import torch
+from commands import SMALL
+from commands import run as prune
 from conftest import make, save
-from test_pipeline import SMALL
-from test_pipeline import run as prune
 
 import generate
 import llama
-from choices import position_limit
-from errors import InputError
+from mixgpt.app import report
+from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import position_limit
+from mixgpt.evaluation import generation
 
 
 @torch.no_grad()
@@ -26,7 +28,7 @@ def by_hand(model, tokenizer, prompt, count):
 
 def test_greedy_text_is_that_of_full_forwards(tiny, tokenizer):
     _, model = tiny
-    found = generate.complete(model, tokenizer, "import a module", max_new_tokens=12)
+    found = generation.complete(model, tokenizer, "import a module", max_new_tokens=12)
     assert found.text == by_hand(model, tokenizer, "import a module", 12)
     assert 0 < found.tokens <= 12 and found.seconds > 0
 
@@ -34,18 +36,18 @@ def test_greedy_text_is_that_of_full_forwards(tiny, tokenizer):
 def test_draws_depend_on_the_seed_only_and_leave_the_global_one(tokenizer):
     _, model = make("llama")
     state = torch.get_rng_state()
-    texts = [generate.complete(model, tokenizer, "import", 12, 5.0, seed).text for seed in (1, 2, 1)]
+    texts = [generation.complete(model, tokenizer, "import", 12, 5.0, seed).text for seed in (1, 2, 1)]
     assert texts[0] == texts[2] != texts[1]
     assert torch.equal(torch.get_rng_state(), state)
-    cold = generate.complete(model, tokenizer, "import", 12, 1e-4, 3)
-    assert cold.text == generate.complete(model, tokenizer, "import", 12).text
+    cold = generation.complete(model, tokenizer, "import", 12, 1e-4, 3)
+    assert cold.text == generation.complete(model, tokenizer, "import", 12).text
 
 
 def test_text_ends_before_what_ends_it(tokenizer):
     _, model = make("llama")
-    whole = generate.complete(model, tokenizer, "import", 40, 5.0)
+    whole = generation.complete(model, tokenizer, "import", 40, 5.0)
     end = re.search("[a-z]{2}", whole.text).group()
-    cut = generate.complete(model, tokenizer, "import", 40, 5.0, until=["no such text", end])
+    cut = generation.complete(model, tokenizer, "import", 40, 5.0, until=["no such text", end])
     assert cut.text == whole.text[:whole.text.index(end)] and cut.tokens < whole.tokens
 
 
@@ -55,15 +57,15 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(tokenizer):
     ids = tokenizer("one two three four " * 60, return_tensors="pt").input_ids[:, -(limit - 1):]
     with torch.no_grad():
         likeliest = model(ids).logits[0, -1:].argmax(-1)
-    assert generate.complete(model, tokenizer, "one two three four " * 60, 1).text == tokenizer.decode(likeliest)
+    assert generation.complete(model, tokenizer, "one two three four " * 60, 1).text == tokenizer.decode(likeliest)
     with pytest.raises(InputError, match=f"--max_new_tokens {limit}: the model's limit is {limit} tokens"):
-        generate.complete(model, tokenizer, "one", limit)
+        generation.complete(model, tokenizer, "one", limit)
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_texts_stand_beside_each_other_in_the_width(width):
     left, right = "a line\n\nand a second one that is long " * 4, "x" * 130 + "\tend"
-    lines = generate.side_by_side({"dense": left, "pruned": right}, width).splitlines()
+    lines = report.side_by_side({"dense": left, "pruned": right}, width).splitlines()
     each = (width - 3) // 2
     assert max(map(len, lines)) <= width
     assert lines[0].split() == ["dense", "|", "pruned"] and lines[1] == f"{'-' * each} | {'-' * each}"
@@ -101,9 +103,9 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
         assert re.fullmatch(r"dense \d tokens in \d+\.\d s, [\d.]+ tokens/s; pruned \d tokens in .* on cpu", lines[-1])
         texts[kind] = lines[2:-1]
     assert texts["sparse"] == texts["compressed-tensors"]
-    expected = {title: by_hand(generate.load(saved / folder, torch.device("cpu"))[0], tokenizer, "the list", 8)
+    expected = {title: by_hand(generation.load(saved / folder, torch.device("cpu"))[0], tokenizer, "the list", 8)
                 for title, folder in (("dense", "dense"), ("pruned", "sparse"))}
-    assert "\n".join(texts["sparse"]).strip() == generate.side_by_side(expected, 80).strip()
+    assert "\n".join(texts["sparse"]).strip() == report.side_by_side(expected, 80).strip()
     assert expected["dense"] != expected["pruned"]
 
 

@@ -14,10 +14,10 @@ from test_sparsegpt import (
     zeros_per_group,
 )
 
+from mixgpt.pruning.solvers import prune_in_place
 from modelutils import hooked, linears
 from quant import Scheme, find_grid, quantize_nearest
-from sparsegpt import SparseGPT, activation_order, factor, relative_error
-from walk import SALIENCIES, prune_matrices, prune_matrix
+from sparsegpt import SALIENCIES, SparseGPT, activation_order, factor, prune_matrices, prune_matrix, relative_error
 
 
 def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_hat):
@@ -255,7 +255,7 @@ def test_what_is_rounded_to_zero_counts_as_pruned(solver):
     hessian.factor(PERCDAMP)
     matrices, targets = [random(out, 512, seed=out).float() for out in (96, 160)], [(0.5,), (0.7,)]
     pruned = [W.clone() for W in matrices]
-    hessian.prune(pruned, targets, solver=solver, scheme=Scheme(3), blocksize=64)
+    prune_in_place(hessian, pruned, targets, solver=solver, scheme=Scheme(3), blocksize=64)
     for W, (sparsity,) in zip(pruned, targets, strict=True):
         assert (W == 0).float().mean().item() == pytest.approx(sparsity, abs=2e-3)
     rounded, _ = prune_matrix(matrices[0], hessian.R, hessian.H.diagonal(), 0.0, scheme=Scheme(3))

@@ -8,8 +8,8 @@ import torch
 from conftest import CPU, make
 
 import modelutils
-from errors import InputError
-from modelutils import Stream, hooked, linears, paused_forwards, shared_inputs
+from mixgpt.common.errors import InputError
+from modelutils import Stream, linears, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 OPT = [ATTENTION, ["self_attn.out_proj"], ["fc1"], ["fc2"]]
@@ -61,35 +61,6 @@ def test_hidden_states_advance_layer_by_layer_as_in_the_model(tiny, tokens):
     for index, layer in enumerate(list(family.layers_of(model))[:-1]):
         stream.advance(layer, index)
         assert torch.allclose(stream.hidden, expected[index + 1], atol=1e-4)
-
-
-def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_each_module(tiny, tokens):
-    family, model = tiny
-    layer = family.layers_of(model)[0]
-    whole = Stream.embed(model, family, tokens, 2, CPU)
-    paused = Stream.embed(model, family, tokens, 2, CPU)
-    stops = [linears(layer)[group[0]] for group in shared_inputs(layer, 0, whole)]
-    inputs, expected = {module: [] for module in stops}, {module: [] for module in stops}
-    with hooked({module: expected[module].append for module in stops}):
-        whole.advance(layer, 0)
-    forwards = paused_forwards(layer, 0, paused, stops, lambda module, X: inputs[module].append(X))
-    for number, module in enumerate(forwards):
-        assert module is stops[number]
-        assert [len(inputs[stop]) for stop in stops] == [3] * (number + 1) + [0] * (len(stops) - number - 1)
-    assert torch.equal(paused.hidden, whole.hidden)
-    assert all(torch.equal(X, Y) for module in stops for X, Y in zip(inputs[module], expected[module], strict=True))
-
-
-def test_what_changes_while_paused_counts_for_the_rest_of_the_forward(tokens):
-    family, model = make("llama")
-    layer = family.layers_of(model)[0]
-    stream = Stream.embed(model, family, tokens, 4, CPU)
-    before = stream.hidden.clone()
-    with torch.no_grad():
-        for module in paused_forwards(layer, 0, stream, [layer.self_attn.o_proj, layer.mlp.down_proj],
-                                      lambda module, X: None):
-            module.weight.zero_()
-    assert torch.equal(stream.hidden, before)  # nothing is added to the residual stream
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

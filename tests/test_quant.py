@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixgpt.pruning.magnitude import magnitude_prune
 from quant import SHRINKS, Grid, Scheme, find_grid, meet_sparsities, quantize_nearest, to_grid
-from sparsegpt import magnitude_prune
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 hypothesis_settings = settings(max_examples=40, deadline=None, derandomize=True, database=None)

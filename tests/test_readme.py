@@ -20,8 +20,7 @@ import transformers
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
-import pipeline
-import settings
+from mixgpt.app import pipeline, settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,6 +33,7 @@ MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "facebook/opt-35
           "HuggingFaceTB/SmolLM2-135M-Instruct": "llama", "bigscience/bloom-560m": "bloom",
           "baichuan-inc/Baichuan2-7B-Base": "baichuan-7b", "baichuan-inc/Baichuan-13B-Base": "baichuan-13b"}
 LESS = {"benchmarks/accuracy.py": ("--methods", "magnitude", "wanda", "--targets", "50%", "--seeds", "0")}
+PRODUCT = [*ROOT.glob("*.py"), *ROOT.glob("mixgpt/**/*.py")]
 SCRIPTS = [path for path in sorted((*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")))
            if '__name__ == "__main__"' in path.read_text()]
 
@@ -217,11 +217,11 @@ def test_every_flag_in_the_readme_exists():
 
 def test_every_file_stands_in_the_layout():
     layout = " ".join(re.findall("`([^`]+)`", README.partition("## Contributing")[2])).split()
-    assert {path.name for path in ROOT.glob("*.py")} <= set(layout)
+    assert {path.name for path in PRODUCT if path.name != "__init__.py"} <= set(layout)
 
 
 def test_messages_under_troubleshooting_are_those_of_the_program():
-    files = [*ROOT.glob("*.py"), *(Path(transformers.__file__).parent / name for name in (
+    files = [*PRODUCT, *(Path(transformers.__file__).parent / name for name in (
         "utils/hub.py", "models/auto/configuration_auto.py"))]
     sources = "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in files)  # joins strings in pieces
     section = README.partition("## Troubleshooting")[2].partition("\n## ")[0]
@@ -235,4 +235,4 @@ def test_messages_under_troubleshooting_are_those_of_the_program():
 def test_files_that_the_readme_links_to_exist():
     links = re.findall(r"\]\(([^)#\s]+)", README) + re.findall(r"`(\w+\.(?:py|txt|yaml|ipynb|cff))`", README)
     for link in (link for link in links if not link.startswith("http")):
-        assert (ROOT / link).exists() or list(ROOT.glob(f"*/{link}")), link
+        assert (ROOT / link).exists() or list(ROOT.glob(f"*/**/{link}")), link

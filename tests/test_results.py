@@ -7,9 +7,9 @@ import pytest
 from conftest import FAMILIES
 from matplotlib.figure import Figure
 
-import pipeline
 import results
-from settings import Settings
+from mixgpt.app import comparison, pipeline
+from mixgpt.app.settings import Settings
 
 SETTINGS = {"model": "facebook/opt-125m", "dataset": "c4", "seqlen": 2048}
 
@@ -86,8 +86,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_point(write):
     files = write(a=record(40.0, 20.0, sparsity=0.6), b=record(44.0, sparsity=0.6, seed=1),
                   c=record(30.0, sparsity=0.5), d=record(50.0, sparsity=0.5, gmp=True),
                   e=record(39.0, sparsity=0.6, nsamples=32), f=record(20.0))
-    runs = [results.read(path) for path in results.files_of(files)]
-    dense, series = results.panels_of(runs)["facebook/opt-125m", "wikitext2"]
+    runs = [comparison.read(path) for path in comparison.files_of(files)]
+    dense, series = comparison.panels_of(runs)["facebook/opt-125m", "wikitext2"]
     assert dense == 20.0
     assert series == {"SparseGPT, nsamples 128": [(0.5, 30.0, 30.0, 30.0), (0.6, 42.0, 40.0, 44.0)],
                       "SparseGPT, nsamples 32": [(0.6, 39.0, 39.0, 39.0)], "magnitude": [(0.5, 50.0, 50.0, 50.0)]}

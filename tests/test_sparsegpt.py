@@ -5,17 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from columns import smallest_per_row
+from mixgpt.pruning.magnitude import magnitude_prune
+from mixgpt.pruning.solvers import prune_in_place
 from quant import Scheme
-from sparsegpt import SparseGPT, factor, magnitude_prune, relative_error
-from walk import (
+from sparsegpt import (
     SALIENCIES,
+    SparseGPT,
+    factor,
     isc_saliency,
     obs_saliency,
     prune_matrices,
     prune_matrix,
-    smallest,
-    upper_inverse,
+    relative_error,
 )
 
 PERCDAMP = 0.01
@@ -85,7 +86,7 @@ def pruned_by(W, H, sparsity=0.0, prunen=0, prunem=0, blocksize=128, saliency="o
 
 def prune_one(hessian, weight, *target, **options):
     """Prune one matrix in place. Returns its error and its grid."""
-    return hessian.prune([weight], [target], **options)[0]
+    return prune_in_place(hessian, [weight], [target], **options)[0]
 
 
 def explicit_error(W, W_hat, X):
@@ -426,12 +427,6 @@ def test_a_wide_matrix_that_is_indefinite_in_any_panel_is_damped_more(wide_hessi
     assert factor(H.float(), 0.01)[1] == factor(H, 0.01)[1] == 0.1
 
 
-@pytest.mark.parametrize("n", [1, 130, 300, 511])
-def test_the_inverse_of_a_triangular_matrix(n):
-    R = (torch.eye(n) + random(n, n) / 3 / n ** 0.5).triu()
-    torch.testing.assert_close(upper_inverse(R.float()).double(), torch.linalg.inv(R), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("target", [(0.6, 0, 0), (0.0, 2, 4)])
 @pytest.mark.parametrize("wbits", [16, 4])
 def test_a_wide_float32_walk_does_what_the_float64_walk_does(wide_hessian, target, wbits):
@@ -455,67 +450,6 @@ def test_the_hessian_on_cuda_is_exact_far_below_the_damping(dtype):
         hessian.add_batch(batch)
     exact = 2 * X.double().t() @ X.double()
     assert torch.linalg.matrix_norm(hessian.H.double() - exact, 2) <= 1e-3 * PERCDAMP * exact.diagonal().mean()
-
-
-
-# smallest, smallest_per_row, magnitude_prune
-
-small_integers = st.integers(-3, 3).map(float)  # many ties
-
-
-@hypothesis_settings
-@given(rows=st.integers(1, 5), columns=st.integers(1, 6), data=st.data())
-def test_smallest_marks_the_first_k_of_the_sorted_scores(rows, columns, data):
-    scores = data.draw(st.lists(small_integers, min_size=rows * columns, max_size=rows * columns))
-    k = data.draw(st.integers(0, rows * columns), label="k")
-    mask = smallest(torch.tensor(scores).view(rows, columns), k)
-    assert mask.shape == (rows, columns) and mask.dtype == torch.bool
-    assert sorted(s for s, marked in zip(scores, mask.flatten().tolist(), strict=True) if marked) == sorted(scores)[:k]
-
-
-def test_smallest_reads_scores_in_any_layout():
-    scores = random(6, 4).t()
-    threshold = sorted(scores.flatten().tolist())[9]
-    assert torch.equal(smallest(scores, 10), scores <= threshold)
-
-
-@hypothesis_settings
-@given(columns=st.integers(1, 12), data=st.data())
-def test_smallest_per_row_marks_the_first_n_of_each_sorted_row(columns, data):
-    rows = data.draw(st.lists(st.lists(small_integers, min_size=columns, max_size=columns), min_size=1, max_size=5))
-    n = data.draw(st.integers(0, columns), label="n")
-    mask = smallest_per_row(torch.tensor(rows), n)
-    assert mask.shape == (len(rows), columns) and mask.dtype == torch.bool
-    for row, marks in zip(rows, mask.tolist(), strict=True):
-        assert sorted(score for score, marked in zip(row, marks, strict=True) if marked) == sorted(row)[:n]
-
-
-@hypothesis_settings
-@given(rows=st.integers(1, 8), columns=st.integers(1, 20), sparsity=fractions, seed=st.integers(0, 1000),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_magnitude_prune_zeroes_the_smallest_magnitudes_and_keeps_the_rest(rows, columns, sparsity, seed, dtype):
-    W = random(rows, columns, seed=seed).to(dtype)
-    before = W.clone()
-    W_hat = magnitude_prune(W, sparsity)
-    assert W_hat.dtype == dtype and torch.equal(W, before)
-    kept, count = W_hat != 0, round(sparsity * (rows * columns))
-    assert torch.equal(W_hat[kept], W[kept])
-    assert sorted(W[~kept].abs().tolist()) == sorted(W.abs().flatten().tolist())[:count]
-
-
-@pytest.mark.parametrize("prunen, prunem", [(2, 4), (4, 8), (1, 2), (0, 4), (4, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_magnitude_prune_zeroes_the_n_smallest_magnitudes_of_every_group(prunen, prunem, dtype):
-    W = random(5, 16).to(dtype)
-    before = W.clone()
-    W_hat = magnitude_prune(W, 0.9, prunen, prunem)
-    assert W_hat.dtype == dtype and torch.equal(W, before)
-    for row, row_hat in zip(W.tolist(), W_hat.tolist(), strict=True):
-        for left in range(0, 16, prunem):
-            group, group_hat = row[left:left + prunem], row_hat[left:left + prunem]
-            pairs = list(zip(group, group_hat, strict=True))
-            assert all(w_hat in (0.0, w) for w, w_hat in pairs)
-            assert sorted(abs(w) for w, w_hat in pairs if w_hat == 0) == sorted(map(abs, group))[:prunen]
 
 
 # relative_error

@@ -1,0 +1,1 @@
+"""How sparse each matrix shall be: sensitivities, their ranking, one global threshold."""

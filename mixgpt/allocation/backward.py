@@ -1,0 +1,70 @@
+"""Gradients of the loss, one decoder layer at a time: what Hutchinson's and Fisher's estimates share.
+
+Notation: L = Σ over the tokens of a sequence of −log p(next token); x, y input and output of a layer or linear;
+g = ∂L/∂y.
+"""
+
+import copy
+import random
+
+import torch
+
+from modelutils import Stream, linears, on_device
+
+BORDERS = 2e9  # bytes of hidden states and tangents at layer borders that exist at a time, on the host
+
+
+def chunk_size(model, family, T, batch_size, states):
+    """Return how many sequences of T tokens have room for `states` kinds of hidden states at all borders at a time."""
+    border = states * (len(family.layers_of(model)) + 1) * T * model.config.hidden_size * 4
+    return max(int(BORDERS / border / batch_size), 1) * batch_size
+
+
+def seeded(*key, device="cpu"):
+    """Return a generator whose stream depends on all of `key`."""
+    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+def loss_of(logits, target):
+    """Return the cross-entropy summed over tokens, in float32 or wider. logits: (n, vocabulary). target: (n,)."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+
+
+class Chunk:
+    """Hidden states at all layer borders of a chunk of sequences, and layers as copies that can be differentiated."""
+
+    def __init__(self, model, family, matrices, tokens, batch_size, device, bar):
+        self.layers, self.after = family.layers_of(model), family.after_of(model)
+        # gradients underflow in float16
+        self.dtype = torch.float32 if model.dtype == torch.float16 else model.dtype
+        self.tokens, self.matrices, self.device, self.bar = tokens, matrices, device, bar
+        self.stream = Stream.embed(model, family, tokens, batch_size, device)
+        self.stream.kwargs = {size: [_cast(kwargs, self.dtype) for kwargs in layers]
+                              for size, layers in self.stream.kwargs.items()}
+        self.borders = [self.stream.hidden.to("cpu", self.dtype)]
+
+    def copied(self, module):
+        """Copy a module to the device without gradients of its own weights."""
+        with on_device([module], "cpu"):
+            return copy.deepcopy(module).to(self.device, self.dtype).requires_grad_(False)
+
+    def wanted(self, layer, index):
+        """Return {column of the result: linear} of a layer's matrices."""
+        modules = linears(layer)
+        return {column: modules[name] for column, (at, name) in enumerate(self.matrices) if at == index}
+
+    def head_gradients(self, gradients):
+        """Call gradients(modules after the layers, rows) for every batch; return the tensors it gives, joined."""
+        after = [self.copied(module) for module in self.after]
+        parts = [gradients(after, rows) for rows in self.stream.batches()]
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+
+def _cast(kwargs, dtype):
+    def cast(value):
+        if isinstance(value, tuple):
+            return tuple(map(cast, value))
+        return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+    return {key: cast(value) for key, value in kwargs.items()}

@@ -1,0 +1,130 @@
+"""Traces of the Gauss-Newton matrix, and what the outputs of matrices count: from labels drawn by the model itself.
+
+Notation as in `backward`; ŷ labels drawn from the model's predictions.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from mixgpt.allocation.backward import Chunk, chunk_size, loss_of, seeded
+from mixgpt.common import distributed
+from mixgpt.kernels.matmul import fast_linears
+from modelutils import SLICE, apply, linears
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """How much the loss hangs on the outputs y of matrices: squares of ∂L/∂y, {(layer, name): float32 on the host}."""
+
+    rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens
+    tokens: dict  # (n, T): ‖∂L/∂y‖² at each token of the sequences of this process, over its mean in all
+
+
+@fast_linears()
+def output_gradients(model, family, matrices, tokens, *, seed, batch_size, device):
+    """Measure the loss's `Gradients` by the outputs of matrices, with labels drawn from the model's predictions.
+
+    With x independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r times E[x xᵀ]: the diagonal of the
+    output's factor in K-FAC (arXiv 1503.05671). matrices: list of (layer, name). tokens: (N, T).
+    """
+    N, T = tokens.shape
+    mine = range(N)[distributed.share(N)]
+    layers, chunk = family.layers_of(model), chunk_size(model, family, T, batch_size, 1)
+    sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=device)
+            for index, name in matrices]
+    energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64)
+
+    def add(first, column, rows, X, Y):
+        squares = Y.double().square()
+        sums[column] += squares.sum(dim=(0, 1))
+        energies[column, first + rows.start:first + rows.stop] = squares.sum(2).cpu()
+
+    with tqdm(total=2 * len(mine) * len(layers), desc="gradients", unit="layer", disable=None) as bar:
+        for start in range(0, len(mine), chunk):
+            numbers = mine[start:start + chunk]
+            keys, visit = [(seed, n, 0) for n in numbers], partial(add, start)
+            _sampled_backward(model, family, matrices, tokens[numbers.start:numbers.stop], keys, batch_size, device,
+                              bar, visit)
+    for total in sums:
+        distributed.add(total)
+    means = [total.cpu() / (N * T) for total in sums]
+    shares = [energy / mean.sum() if mean.any() else torch.ones_like(energy)
+              for mean, energy in zip(means, energies, strict=True)]
+    return Gradients(*({key: value.float() for key, value in zip(matrices, values, strict=True)}
+                       for values in (means, shares)))
+
+
+def squared_gradients(model, family, matrices, tokens, keys, batch_size, device, bar):
+    """Return ‖∇_W L(ŷ)‖² for each sequence and matrix (n, matrices), labels ŷ sampled from the model's predictions.
+
+    Its mean over draws is T − 1 times the trace of the Gauss-Newton matrix of the mean cross-entropy: the gradients
+    of different tokens are independent with mean zero. keys: seeds of the sequences' labels.
+    """
+    result = torch.zeros(len(tokens), len(matrices), dtype=torch.float64)
+
+    def note(column, rows, X, Y):
+        result[rows, column] = (Y.mT @ X).double().square().sum(dim=(1, 2)).to("cpu")
+
+    _sampled_backward(model, family, matrices, tokens, keys, batch_size, device, bar, note)
+    return result
+
+
+def _sampled_backward(model, family, matrices, tokens, keys, batch_size, device, bar, visit):
+    """Go forward and back through all layers, with labels ŷ sampled from the model's predictions by `keys`.
+
+    Calls visit(column, rows, X, Y) with the number of each matrix, the sequences of each batch, its input (B, T, in)
+    and the gradient of L(ŷ) by its output (B, T, out).
+    """
+    chunk = Chunk(model, family, matrices, tokens, batch_size, device, bar)
+    for index, layer in enumerate(chunk.layers):
+        layer = chunk.copied(layer)
+        with torch.no_grad():
+            outputs = [chunk.stream.call(layer, index, chunk.borders[-1][rows].to(device)).to("cpu")
+                       for rows in chunk.stream.batches()]
+        chunk.borders.append(torch.cat(outputs))
+        bar.update(len(tokens))
+    g, = chunk.head_gradients(lambda after, rows: (_sampled_gradient(chunk, after, rows, keys[rows]),))
+    for index in reversed(range(len(chunk.layers))):
+        layer = chunk.copied(chunk.layers[index])
+        for rows in chunk.stream.batches():
+            g[rows] = _layer_gradient(chunk, layer, index, rows, g[rows], visit)
+        chunk.borders.pop()
+        bar.update(len(tokens))
+
+
+def _sampled_gradient(chunk, after, rows, keys):
+    """Return ∂L(ŷ)/∂x at the last border (B, T, C), on the host."""
+    hidden = chunk.borders[-1][rows, :-1]
+    uniform = torch.cat([torch.rand(hidden.shape[1], generator=seeded(*key, "labels"), dtype=torch.float64)
+                         for key in keys])
+    g, parts = torch.zeros_like(chunk.borders[-1][rows]), []
+    for h, threshold in zip(hidden.flatten(0, 1).split(SLICE), uniform.split(SLICE), strict=True):
+        with torch.enable_grad():
+            h = h.to(chunk.device).requires_grad_()
+            logits = apply(after, h)
+            cumulative = logits.detach().double().softmax(-1).cumsum(-1)
+            target = torch.searchsorted(cumulative, threshold[:, None].to(chunk.device)).squeeze(1)
+            parts.append(torch.autograd.grad(loss_of(logits, target.clamp_(max=logits.shape[-1] - 1)), h)[0].to("cpu"))
+    g[:, :-1] = torch.cat(parts).view(hidden.shape)
+    return g
+
+
+def _layer_gradient(chunk, layer, index, rows, g, visit):
+    """Go back through a layer: let `visit` see its matrices; return the next g."""
+    seen, handles = {}, []
+    for column, module in chunk.wanted(layer, index).items():
+        handles.append(module.register_forward_hook(
+            lambda _, args, output, column=column: seen.update({column: (args[0].detach(), output)})))
+    with torch.enable_grad():
+        x = chunk.borders[index][rows].to(chunk.device).requires_grad_()
+        y = chunk.stream.call(layer, index, x)
+        outputs = [output for _, output in seen.values()]
+        next_g, *cotangents = torch.autograd.grad((y * g.to(chunk.device)).sum(), [x, *outputs])
+    for handle in handles:
+        handle.remove()
+    for (column, (X, _)), Y in zip(seen.items(), cotangents, strict=True):
+        visit(column, rows, *(A.reshape(len(x), -1, A.shape[-1]) for A in (X, Y)))
+    return next_g.to("cpu")

@@ -1,0 +1,68 @@
+"""How much each weight counts for the loss of the model, and one threshold on that for all matrices.
+
+Notation: L the cross-entropy, y = W x a matrix's outputs, G_r = E[(∂L/∂y_r)²], H the Hessian of its input x. Around the
+dense model, removing w_rc and letting the other weights of its row compensate adds about w_rc² G_r / [H⁻¹]_cc to L:
+optimal brain surgeon (arXiv 2301.00774, eq. 3) with the Fisher matrix of a row taken as G_r H.
+"""
+
+import itertools
+import math
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from mixgpt.allocation.ranking import threshold_counts
+from mixgpt.common import distributed
+from mixgpt.kernels.linalg import upper_inverse
+from mixgpt.kernels.matmul import fast_linears
+from mixgpt.modeling.streaming import prefetch
+from mixgpt.pruning.calibration import groups_of, hessians_of
+from mixgpt.pruning.targets import Target
+from modelutils import Stream, hooked, linears, on_device
+
+
+@torch.no_grad()
+@fast_linears()
+def inverse_diagonals(model, family, matrices, tokens, percdamp, batch_size, device, clock):
+    """Return [(H + λI)⁻¹]_cc of the input of each matrix in the dense model, {(layer, name): (in,)} on the host.
+
+    matrices: list of (layer, name). tokens: (N, T). H is the mean over tokens, so that it is comparable everywhere.
+    """
+    stream = Stream.embed(model, family, tokens[distributed.share(len(tokens))], batch_size, device)
+    layers, shared, diagonals = family.layers_of(model)[:max(index for index, _ in matrices) + 1], {}, {}
+    for index, layer in enumerate(tqdm(layers, desc="inputs", unit="layer", disable=None)):
+        with on_device([layer], device):
+            prefetch(layers, index + 1, device)
+            groups = groups_of(layer, index, stream, matrices, shared)
+            hessians, read = hessians_of(layer, stream, groups, tokens.numel(), clock)
+            with hooked({module: partial(read, module) for module in hessians}):
+                stream.advance(layer, index)
+            for group, hessian in zip(groups, hessians.values(), strict=True):
+                hessian.reduce()
+                hessian.factor(percdamp)
+                diagonal = upper_inverse(hessian.R).square().sum(0).cpu()  # H⁻¹ = Uᵀ U
+                diagonals |= {(index, name): diagonal for name in group}
+    return diagonals
+
+
+@torch.no_grad()
+def global_plan(model, family, selected, gradients, diagonals, sparsity, spread):
+    """Give every matrix the sparsity that one threshold on w² G_r / [H⁻¹]_cc gives it, within sparsity ± spread.
+
+    selected: {(layer, name): (out, in)}. gradients: {(layer, name): G (out,)}. diagonals: as from `inverse_diagonals`.
+    Exactly round(sparsity · all weights) go. Returns {(layer, name): Target}.
+    """
+    layers, sizes = family.layers_of(model), [out * columns for out, columns in selected.values()]
+
+    def scores():
+        for index, keys in itertools.groupby(enumerate(selected), key=lambda pair: pair[1][0]):
+            with on_device([layers[index]], "cpu"):
+                for unit, (_, name) in keys:
+                    W = linears(layers[index])[name].weight.float()
+                    yield unit, W.square() * gradients[index, name][:, None] / diagonals[index, name]
+
+    least = [int(max(sparsity - spread, 0) * size) for size in sizes]
+    most = [math.ceil(min(sparsity + spread, 1) * size) for size in sizes]
+    counts = threshold_counts(scores, least, most, round(sparsity * sum(sizes)))
+    return {key: Target(count / size) for key, count, size in zip(selected, counts, sizes, strict=True)}

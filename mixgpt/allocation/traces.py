@@ -1,0 +1,188 @@
+"""Traces of all matrices of a model with their errors, computed once and kept in a file."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mixgpt.allocation import fisher, hutchinson
+from mixgpt.allocation.backward import chunk_size
+from mixgpt.common import distributed
+from mixgpt.common.errors import InputError
+from mixgpt.common.files import check_writable, write
+from mixgpt.kernels.matmul import fast_linears
+from mixgpt.modeling.streaming import digest, fingerprint
+from modelutils import linears
+
+FLAG = "--sensitivity_file"
+STABLE = 0.8  # split-half rank correlation below which the ranking is called noise
+ESTIMATORS = {"hutchinson": hutchinson.curvatures, "fisher": fisher.squared_gradients}
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Estimates of Tr ∇²_W L of every matrix from each of N calibration sequences."""
+
+    estimator: str
+    shapes: dict  # (layer, name) -> (out, in)
+    samples: torch.Tensor  # (N, matrices), float64
+
+    @property
+    def sizes(self):
+        return torch.tensor([out * columns for out, columns in self.shapes.values()], dtype=torch.float64)
+
+    @property
+    def mean(self):
+        return self.samples.mean(dim=0)
+
+    @property
+    def standard_error(self):
+        """Standard error of the mean over sequences; NaN for one sequence."""
+        if len(self.samples) < 2:
+            return torch.full_like(self.mean, float("nan"))
+        return self.samples.std(dim=0) / len(self.samples) ** 0.5
+
+    @property
+    def sensitivity(self):
+        """Trace per weight, {(layer, name): Tr / n}: MixGPT (arXiv 2310.09499), section 2.3.1."""
+        return dict(zip(self.shapes, (self.mean / self.sizes).tolist(), strict=True))
+
+    @property
+    def split_half_correlation(self):
+        """Spearman's rank correlation of Tr / n between the even and the odd sequences; NaN for one sequence."""
+        if len(self.samples) < 2 or len(self.shapes) < 2:
+            return float("nan")
+        ranks = torch.stack([(self.samples[half::2].mean(dim=0) / self.sizes).argsort().argsort().double()
+                             for half in (0, 1)])
+        return torch.corrcoef(ranks)[0, 1].item()
+
+    def verdict(self):
+        """Say in a line how far the ranking can be trusted."""
+        relative = (self.standard_error / self.mean).abs().median().item()
+        return (f"traces   {self.estimator}, {len(self.samples)} sequences: median standard error {relative:.1%} of "
+                f"the trace, {int((self.mean < 0).sum())} negative, split-half rank correlation "
+                f"{self.split_half_correlation:.3f}")
+
+    def warning(self):
+        """Say in a line what to raise where the ranking cannot be trusted; empty where it can."""
+        if self.split_half_correlation >= STABLE:
+            return ""
+        others = "" if self.estimator == "fisher" else ", or take --sensitivity fisher"
+        return (f"warning  the ranking is not stable (rank correlation below {STABLE}): raise --nsamples or "
+                f"--nprobes{others}")
+
+
+def matrices_of(model, family):
+    """Return {(layer, name): (out, in)} of all linears of all decoder layers. The model may be on meta."""
+    return {(index, name): tuple(module.weight.shape) for index, layer in enumerate(family.layers_of(model))
+            for name, module in linears(layer).items()}
+
+
+def key_of(model, tokens, estimator, seed, nprobes):
+    """Return what traces depend on, as a JSON-able dict: weights, tokens, estimator, seed, probes, dtype."""
+    return {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens), "estimator": estimator,
+            "seed": seed, "nprobes": nprobes, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def default_path(key):
+    """Return where traces of this key are kept: ~/.cache/mixgpt, or mixgpt in XDG_CACHE_HOME."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixgpt"
+    return cache / f"traces-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+
+
+def read(path, shapes, estimator):
+    """Read a file of traces, None where there is none yet. Returns its content, a dict.
+
+    Raises InputError, naming the file, where it holds other matrices or another estimator, is no such file, or is not
+    there and cannot be written.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        held = {(row["layer"], row["name"]): tuple(row["shape"]) for row in content["matrices"]}
+        kind, _, _ = (content["key"][name] for name in ("estimator", "weights", "sequences"))
+        samples = torch.tensor(content["samples"], dtype=torch.float64)
+        if samples.shape[1:] != (len(held),) or not samples.isfinite().all():
+            raise ValueError(f"samples {tuple(samples.shape)} of {len(held)} matrices")
+    except (FileNotFoundError, NotADirectoryError):
+        check_writable(FLAG, path)
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--sensitivity_file {path}: is not a file of traces ({type(error).__name__})") from error
+    for matrix in {**shapes, **held}:
+        if shapes.get(matrix) != held.get(matrix):
+            raise InputError(f"--sensitivity_file {path}: does not fit the model: layer {matrix[0]} {matrix[1]} is "
+                             f"{held.get(matrix, 'missing')} there, {shapes.get(matrix, 'missing')} in the model")
+    if kind != estimator:
+        raise InputError(f"--sensitivity_file {path}: holds {kind} traces; ask for --sensitivity {kind}")
+    return content | {"samples": samples}
+
+
+@fast_linears()
+def hessian_traces(model, family, matrices, tokens, estimator, *, seed, nprobes, batch_size, device, known=None,
+                   save=None):
+    """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, from each sequence on its own.
+
+    matrices: list of (layer, name). tokens: (N, T). estimator: a key of ESTIMATORS. nprobes: probes (hutchinson) or
+    draws of labels (fisher) per sequence. known: rows of an earlier, interrupted call. save: called with the rows
+    known so far after every chunk of sequences. Returns (N, len(matrices)) in float64: the mean over sequences
+    estimates the trace, their spread its error.
+    """
+    N, T = tokens.shape
+    rows = [] if known is None else list(known)
+    layers, chunk = family.layers_of(model), chunk_size(model, family, T, batch_size, 2)
+    with tqdm(total=(N - len(rows)) * nprobes * 2 * len(layers), desc=estimator, unit="layer", disable=None) as bar:
+        while len(rows) < N:
+            together = range(len(rows), min(len(rows) + chunk * distributed.world(), N))
+            numbers = together[distributed.share(len(together))]
+            sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
+            for probe in range(nprobes if numbers else 0):
+                sums += ESTIMATORS[estimator](
+                    model, family, matrices, tokens[numbers.start:numbers.stop], [(seed, n, probe) for n in numbers],
+                    batch_size, device, bar)
+            rows.extend(torch.cat(distributed.gather(sums)) / nprobes / (T - 1))
+            if save:
+                save(torch.stack(rows))
+    return torch.stack(rows)
+
+
+def obtain(model, family, tokens, estimator, *, seed, nprobes, batch_size, device, path=None):
+    """Return (`Traces` of all matrices, path of their file): read where they are there, else computed and written.
+
+    A file of an interrupted computation is gone on with. path: a file to use; None: `default_path`. A file that is
+    given may come from other tokens, seed or probes, but not from other weights. Raises InputError where it does.
+    """
+    shapes = matrices_of(model, family)
+    key = key_of(model, tokens, estimator, seed, nprobes)
+    target = Path(path) if path else default_path(key)
+    held = read(target, shapes, estimator)
+    if held and held["key"]["weights"] != key["weights"]:
+        raise InputError(f"--sensitivity_file {target}: was computed from other weights than these")
+    if held and len(held["samples"]) == held["key"]["sequences"]:
+        return Traces(estimator, shapes, held["samples"]), target
+    if held and held["key"] != key:
+        raise InputError(f"--sensitivity_file {target}: is incomplete and was begun with other data or settings")
+    check_writable(FLAG, target)
+
+    def save(rows):
+        if distributed.rank() == 0:
+            _write(target, key, shapes, rows)
+
+    samples = hessian_traces(
+        model, family, list(shapes), tokens, estimator, seed=seed, nprobes=nprobes, batch_size=batch_size,
+        device=device, known=held and held["samples"], save=save)
+    return Traces(estimator, shapes, samples), target
+
+
+def _write(path, key, shapes, samples):
+    for (layer, name), finite in zip(shapes, samples.isfinite().all(dim=0).tolist(), strict=True):
+        if not finite:
+            raise InputError(f"layer {layer} {name}: its trace is NaN or inf; try --dtype float32")
+    traces = Traces(key["estimator"], shapes, samples)
+    rows = [{"layer": layer, "name": name, "shape": shape, "trace": mean, "standard_error": error}
+            for ((layer, name), shape), mean, error in zip(
+                shapes.items(), traces.mean.tolist(), traces.standard_error.tolist(), strict=True)]
+    write(FLAG, path, json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")

@@ -1,0 +1,1 @@
+"""One run of a command line, from flags to the table at its end, and many runs side by side."""

@@ -1,0 +1,123 @@
+"""Draw sensitivities, the sparsities assigned, and perplexities: MixGPT (arXiv 2310.09499), figures 1 to 3."""
+
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
+
+from mixgpt.common.errors import InputError
+from mixgpt.common.files import check_writable
+
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def check(path):
+    """Refuse a picture that could not be written."""
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise InputError(f"--plot {path}: must end in {', '.join(FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--plot {path}: there is no folder {path.absolute().parent}")
+    check_writable("--plot", path)
+
+
+def draw(path, traces, plan):
+    """Write a picture of `Traces` by layer and by matrix kind, and of {(layer, name): Target} as a heat map."""
+    layers = sorted({layer for layer, _ in traces.shapes})
+    kinds = list(dict.fromkeys(name for _, name in traces.shapes))
+    sensitivity = traces.sensitivity
+    errors = dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True))
+    figure = Figure(figsize=(11, 12), layout="constrained")
+    grid = figure.add_gridspec(3, 2, width_ratios=[3, 2])
+
+    by_layer = figure.add_subplot(grid[0, 0])
+    for kind in kinds:
+        at = [layer for layer in layers if (layer, kind) in sensitivity]
+        by_layer.errorbar(at, [sensitivity[layer, kind] for layer in at], [errors[layer, kind] for layer in at],
+                          label=kind.rpartition(".")[2], marker=".", linewidth=1, elinewidth=0.5)
+    by_layer.set(xlabel="layer", ylabel="trace per weight", title=f"Sensitivity by layer ({traces.estimator})")
+    by_layer.set_yscale("log" if all(value > 0 for value in sensitivity.values()) else "linear")
+    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_layer.legend(fontsize=8, ncols=2)
+
+    by_kind = figure.add_subplot(grid[0, 1])
+    of_kind = [[value for (_, name), value in sensitivity.items() if name == kind] for kind in kinds]
+    means = [sum(values) / len(values) for values in of_kind]
+    by_kind.barh([kind.rpartition(".")[2] for kind in kinds], means)
+    by_kind.invert_yaxis()
+    by_kind.locator_params(axis="x", nbins=4)
+    by_kind.set(xlabel="trace per weight, mean over layers", title="Sensitivity by matrix kind")
+
+    positive = {key: value for key, value in sensitivity.items() if value > 0}  # hutchinson's noise can exceed a trace
+    _heat_map(figure.add_subplot(grid[1, :]), positive, kinds, layers, title="Sensitivity", label="trace per weight",
+              norm="log" if positive else None)
+    sparsities = {key: target.sparsity for key, target in plan.items()}
+    _heat_map(figure.add_subplot(grid[2, :]), sparsities, kinds, layers, title="Sparsity assigned",
+              label="fraction of weights pruned")
+    _write(figure, path, "; the traces are kept")
+
+
+def _heat_map(axis, values, kinds, layers, *, title, label, norm=None):
+    """Show {(layer, name): value} as colours, kinds of matrices against layers; what is missing stays blank."""
+    grid = torch.full((len(kinds), len(layers)), float("nan"))
+    for (layer, name), value in values.items():
+        grid[kinds.index(name), layers.index(layer)] = value
+    image = axis.imshow(grid.numpy(), aspect="auto", cmap="viridis", norm=norm)
+    axis.set(xlabel="layer", title=title, yticks=range(len(kinds)),
+             yticklabels=[kind.rpartition(".")[2] for kind in kinds])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.figure.colorbar(image, ax=axis, label=label)
+
+
+def draw_tradeoff(path, panels):
+    """Write a picture of perplexity against sparsity by method (arXiv 2310.09499, figure 3).
+
+    panels: {(model, dataset): (dense perplexity or None, {method: [(sparsity, mean, lowest, highest), …]})}. A row of
+    pictures for each model, a column for each dataset.
+    """
+    models, sets = (list(dict.fromkeys(key)) for key in zip(*panels, strict=True))
+    methods = list(dict.fromkeys(method for _, series in panels.values() for method in series))
+    columns = 1 if len(methods) < 3 else 2
+    size = max(5.5 * len(sets), 7), 4 * len(models) + 0.3 * len(methods) / columns
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(models), len(sets), squeeze=False)
+    for row, model in enumerate(models):
+        for column, name in enumerate(sets):
+            axis = axes[row, column]
+            if (model, name) in panels:
+                _tradeoff(axis, *panels[model, name], methods)
+                axis.set(title=f"{model}, {name}", xlabel="weights pruned", ylabel="perplexity")
+            else:
+                axis.set_axis_off()
+    shown = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, fontsize=9)
+    _write(figure, path)
+
+
+def _tradeoff(axis, dense, series, methods):
+    """Draw the methods of one picture, each in its colour, with bars from the lowest to the highest."""
+    for method, points in series.items():
+        sparsity, mean, low, high = map(list, zip(*sorted(points), strict=True))
+        below, above = ([abs(a - b) for a, b in zip(mean, ends, strict=True)] for ends in (low, high))
+        number = methods.index(method)
+        axis.errorbar(sparsity, mean, [below, above], label=method, color=f"C{number % 10}",
+                      marker="osD^vP*X"[number % 8], markersize=5, capsize=3)
+    if dense is not None:
+        axis.axhline(dense, label="dense", color="black", linestyle="--", linewidth=1)
+    low, high = axis.dataLim.intervaly  # the limits of the axis have a margin, which may reach below 0
+    if low > 0 and high > 5 * low:
+        axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.yaxis.set_minor_formatter("{x:,g}" if high < 50 * low else NullFormatter())  # they would overlap
+    axis.xaxis.set_major_locator(MultipleLocator(0.1))
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.grid(alpha=0.3)
+
+
+def _write(figure, path, consolation=""):
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        Path(path).unlink(missing_ok=True)
+        raise InputError(f"--plot {path}: cannot be written ({error.strerror}){consolation}") from error

@@ -1,0 +1,185 @@
+"""What a run tells in the terminal: its heading, its tables, its costs."""
+
+import textwrap
+from collections import defaultdict
+
+from mixgpt.common import distributed
+from mixgpt.evaluation.sparsity import total_sparsity
+
+TASK_FACTS = ("examples", "num_fewshot", "version")  # of a task, beside its metrics
+
+
+def table(header, rows):
+    """Lay out rows of text under a header: the first column to the left, the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def line(cells):
+        first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([cells[0].ljust(widths[0]), *others]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def side_by_side(texts, width=100):
+    """Lay out {title: text} in columns beside each other, in lines of at most `width` characters."""
+    each = (width - 3 * (len(texts) - 1)) // len(texts)
+    columns = [[title, "-" * each, *wrapped(text, each)] for title, text in texts.items()]
+    height = max(map(len, columns))
+    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
+    return "\n".join(" | ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
+
+
+def wrapped(text, width):
+    """Return the lines of a text, none longer than `width`."""
+    return [part for line in text.strip("\n").expandtabs(4).splitlines()
+            for part in textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False) or [""]]
+
+
+def sparsity_table(matrices, outcomes):
+    """Tabulate measured sparsity and mean reconstruction error per matrix kind, and the sparsity in total.
+
+    matrices: list of `MatrixSparsity`. outcomes: {(layer, name): Outcome}, empty where nothing was calibrated.
+    """
+    kinds = defaultdict(list)
+    for matrix in matrices:
+        kinds[matrix.name].append(matrix)
+    rows = []
+    for name, group in kinds.items():
+        errors = [outcome.error for m in group
+                  if (outcome := outcomes.get((m.layer, m.name))) and outcome.error is not None]
+        shapes = sorted({"x".join(map(str, m.shape)) for m in group})
+        rows.append([name, str(len(group)), ", ".join(shapes), f"{total_sparsity(group):.2%}",
+                     f"{sum(errors) / len(errors):.2%}" if errors else "-"])
+    rows.append(["total", str(len(matrices)), f"{sum(m.numel for m in matrices):,}",
+                 f"{total_sparsity(matrices):.2%}", ""])
+    return table(["matrix kind", "count", "shape", "sparsity", "error"], rows)
+
+
+def plan_tables(plan, shapes, traces):
+    """Tabulate trace per weight, rank (1: most sensitive) and sparsity assigned, by matrix kind and by layer.
+
+    plan: {(layer, name): Target}. shapes: {(layer, name): (out, in)}. traces: `Traces` that include these.
+    """
+    sensitivity = traces.sensitivity
+    order = sorted(plan, key=sensitivity.get, reverse=True)
+    rank = {key: number for number, key in enumerate(order, start=1)}
+    numel = {key: shapes[key][0] * shapes[key][1] for key in plan}
+
+    def rows(group_of):
+        groups = defaultdict(list)
+        for key in plan:
+            groups[group_of(key)].append(key)
+        for group, keys in groups.items():
+            pruned = sum(plan[key].sparsity * numel[key] for key in keys) / sum(numel[key] for key in keys)
+            yield [str(group), f"{sum(sensitivity[key] for key in keys) / len(keys):.3e}",
+                   f"{sum(rank[key] for key in keys) / len(keys):.0f}", f"{pruned:.2%}"]
+
+    header = ["mean trace/n", "mean rank", "sparsity"]
+    return "\n\n".join([table(["matrix kind", *header], list(rows(lambda key: key[1]))),
+                        table(["layer", *header], list(rows(lambda key: key[0])))])
+
+
+def perplexity_table(perplexities):
+    """Tabulate {"dense" or method: {dataset: perplexity}}."""
+    datasets = list(next(iter(perplexities.values())))
+    return table(["perplexity", *datasets],
+                 [[name, *(f"{row[dataset]:.2f}" for dataset in datasets)] for name, row in perplexities.items()])
+
+
+def task_table(scores):
+    """Tabulate {"dense" or method: {task: {metric: value, …}}} as tasks.score gives it, with standard errors."""
+    models, rows = list(scores), []
+    for task, found in scores[models[0]].items():
+        about = [str(found.get(key, "")) for key in TASK_FACTS]
+        for metric in (key for key in found if key not in TASK_FACTS and not key.endswith("_stderr")):
+            rows.append([task, metric, *about, *(_score(scores[model][task], metric) for model in models)])
+    return table(["task", "metric", *TASK_FACTS, *models], rows)
+
+
+def _score(found, metric):
+    value, error = found[metric], found.get(f"{metric}_stderr")
+    digits = 2 if abs(value) >= 100 else 4
+    return f"{value:,.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def kernels_line(found, dense):
+    """Tell what semistructured.compare found, or why it was not asked. dense: {test set: perplexity}, dense kernels."""
+    if "skipped" in found:
+        return f"semi-structured kernels: skipped, {found['skipped']}"
+    perplexities = ", ".join(f"{name} {value:.2f} ({dense[name]:.2f})" for name, value in found["perplexity"].items())
+    seconds = found["seconds"]
+    return (f"semi-structured kernels: layers run {found['speed_up']:.2f} times as fast as on dense ones "
+            f"({seconds['semi_structured']:.2f} s, {seconds['dense']:.2f} s), {found['matrices']} matrices compressed; "
+            f"their outputs differ by {found['difference']:.2%} at most\n"
+            f"perplexity on them, in brackets on dense kernels: {perplexities}")
+
+
+def disk_line(disk):
+    """Tell what the changed matrices take on disk; see `records.disk` for the keys."""
+    return (f"disk {disk['bytes'] / 1e6:.1f} MB for the matrices above, {disk['bits_per_weight']:.2f} bits a weight, "
+            f"{disk['ratio']:.2f} times smaller than bfloat16 (in theory, without mask and grids, "
+            f"{disk['theoretical_ratio']:.2f} times)")
+
+
+def cost_line(seconds, peak):
+    """Tell seconds per part, those that do not round to 0, and peak memory in one line."""
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05)
+    memory = ", ".join(f"{place} {value / 1e9:.2f} GB" for place, value in peak.items())
+    return f"time {sum(seconds.values()):.1f} s ({parts}); peak memory {memory}"
+
+
+def heading(model, family, settings, selected, calibration, seqlen, device, facts, command):
+    """Say all that it takes to repeat the run."""
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [f"command  {command}"] if command else []
+    lines += ["versions " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+              f"model    {settings.model}: {type(model).__name__}, {len(family.layers_of(model))} layers, "
+             f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {device}"
+              + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
+    lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(selected)).items()]
+    if calibration is not None:
+        lines.append(f"data     {settings.dataset}: {len(calibration)} sequences of {seqlen} tokens, "
+                     f"seed {settings.seed}, batches of {settings.batch_size}")
+    return "\n".join(lines)
+
+
+def _methods(settings, count):
+    """Say how weights are pruned and quantized: {"pruning" or "grids": text}."""
+    how = {}
+    walk = f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
+        ", true-sequential" if settings.true_sequential else "") + (
+        ", columns by activation" if settings.act_order else "") if settings.calibrates else ""
+    if settings.prunes:
+        n, m = settings.prunen, settings.prunem
+        amount = f"{n}:{m}" if m else f"{settings.sparsity:.4g} of the weights"
+        spreads = settings.mixed or settings.sparsity_way == "global"
+        where = "over" if spreads else "in each of"
+        spread = (f", alpha {settings.alpha:g}" if spreads else "") + (
+            f", nprobes {settings.nprobes}" if settings.mixed else "")
+        how["pruning"] = f"{settings.method}, {amount} {where} {count} matrices{spread}{walk}"
+    if scheme := settings.scheme:
+        name = "" if settings.prunes else f"{settings.method}, {count} matrices, "
+        grids = "a row" if scheme.groupsize == -1 else f"{scheme.groupsize} columns of a row"
+        how["grids"] = (f"{name}{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for {grids} each"
+                        + (", range by squared error" if scheme.mse else "") + ("" if settings.prunes else walk))
+    return how
+
+
+def result_text(settings, matrices, outcomes, perplexities, scores, record):
+    """Return what is printed at the end: tables of sparsity, perplexity and tasks, unless quiet also the costs."""
+    parts = [sparsity_table(matrices, outcomes)] if settings.compresses else []
+    if settings.eval:
+        parts.append(perplexity_table(perplexities))
+    if scores:
+        parts.append(task_table(scores))
+    if "semi_structured" in record:
+        parts.append(kernels_line(record["semi_structured"], list(perplexities.values())[-1]))
+    if settings.quiet:
+        return "\n\n".join(parts)
+    parts.append(cost_line(record["seconds"], record["peak_memory"]))
+    if "disk" in record:
+        parts.append(disk_line(record["disk"]))
+    if settings.save:
+        parts.append(f"saved in {settings.save}, loaded again and found equal")
+    return "\n" + "\n\n".join(parts)

@@ -1,0 +1,119 @@
+"""The formats in which a model is saved, how the sparse one is loaded, and the bytes that matrices take on disk."""
+
+import json
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from safetensors.torch import load_file
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from mixgpt.checkpoints.packing import decode, encode
+from modelutils import linears, model_class
+
+PACKED = "pack-quantized"  # the name that compressed-tensors and vLLM give it
+SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}
+SPARSE_VARIANT = "sparse"  # and part of the names of the files with its tensors
+
+
+def save_compressed_tensors(folder, model, family, grids):
+    """Save a pack-quantized checkpoint, which `from_pretrained` and vLLM load, with the matrices of `grids` packed.
+
+    grids: {name of a linear: quant.Grid}, all of one symmetric scheme, with the columns of a group side by side.
+    Raises ValueError where weights do not lie on their grid or columns of a group not side by side.
+    """
+    quantization = next(iter(grids.values())).scheme
+    group = {"strategy": "channel"} if quantization.groupsize == -1 else {"strategy": "group",
+                                                                         "group_size": quantization.groupsize}
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
+        num_bits=quantization.wbits, type="int", symmetric=True, **group))
+    compressor = BaseCompressor.get_value_from_registry(PACKED)
+    state = model.state_dict()
+    for name, grid in grids.items():
+        W = state.pop(f"{name}.weight")
+        grid.codes(W)  # raises where W is not on the grid
+        if not (grid.group.diff() >= 0).all():
+            raise ValueError(f"{name}: the columns of a group do not lie side by side")
+        packed = compressor.compress({  # in float32, where it finds the same codes
+            "weight": W.float(), "weight_scale": grid.scale.float(),
+            "weight_zero_point": torch.zeros_like(grid.scale, dtype=torch.int8)}, scheme)
+        packed["weight_scale"] = grid.scale
+        state |= {f"{name}.{part}": tensor for part, tensor in packed.items()}
+    dense = [name for name, module in model.named_modules()
+             if isinstance(module, torch.nn.Linear) and name not in grids]
+    model.config.quantization_config = QuantizationConfig(
+        config_groups={"group_0": scheme}, format=PACKED, quantization_status="compressed",
+        ignore=dense).model_dump(mode="json", exclude_none=True)
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        del model.config.quantization_config
+
+
+def save_sparse(folder, model, family, grids):
+    """Save every linear of the decoder layers as `packing` encodes it; `load_sparse` loads it.
+
+    grids: {name of a linear: quant.Grid} of those that are quantized. Raises ValueError where weights do not lie on
+    their grid.
+    """
+    state, matrices = model.state_dict(), {}
+    for index, layer in enumerate(family.layers_of(model)):
+        for name in linears(layer):
+            path = family.path(index, name)
+            parts, matrices[f"{path}.weight"] = encode(state.pop(f"{path}.weight"), grids.get(path))
+            state |= {f"{path}.weight.{part}": tensor for part, tensor in parts.items()}
+    # under another name than from_pretrained looks for: it would take random weights for those it misses
+    model.save_pretrained(folder, state_dict=state, variant=SPARSE_VARIANT)
+    (Path(folder) / SPARSE).write_text(json.dumps(matrices, indent=1) + "\n")
+
+
+def load_sparse(folder, dtype="auto"):
+    """Load a folder written by --save-format sparse as an ordinary transformers model, bit for bit.
+
+        from mixgpt.checkpoints.formats import load_sparse
+        model = load_sparse("pruned")
+
+    dtype: of the weights in memory ("auto": as they were when saved). Raises OSError, ValueError, KeyError or
+    safetensors.SafetensorError where the folder is damaged.
+    """
+    folder = Path(folder)
+    matrices = json.loads((folder / SPARSE).read_text())
+    state = {}
+    for shard in sorted(folder.glob(f"model.{SPARSE_VARIANT}*.safetensors")):
+        state |= load_file(shard)
+    if not isinstance(matrices, dict):
+        raise ValueError(f"{SPARSE} holds no descriptions of matrices")
+    for name, description in matrices.items():
+        try:
+            parts = {key: state.pop(f"{name}.{key}") for key in description["parts"]}
+            state[name] = decode(parts, description)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{name} does not fit its description in {SPARSE} ({error})") from error
+    config = AutoConfig.from_pretrained(folder)
+    dtype = config.dtype if dtype == "auto" else dtype
+    model, report = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype,
+                                                        output_loading_info=True, ignore_mismatched_sizes=True)
+    for name, held, asked in report["mismatched_keys"]:
+        raise ValueError(f"{name} is {tuple(held)}, its configuration asks for {tuple(asked)}")
+    if report["missing_keys"]:
+        raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+# beside "dense": every weight in its dtype, as run_dir.RunDir writes it
+FORMATS = {"compressed-tensors": save_compressed_tensors, "sparse": save_sparse}
+
+
+def stored_bytes(folder, paths):
+    """Count the bytes that the weights of the linears at `paths` take in the safetensors files of a folder."""
+    total = 0
+    for file in Path(folder).glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))  # as safetensors defines it
+        total += sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for key, tensor in header.items()
+                     if key.partition(".weight")[0] in paths)
+    return total

@@ -1,0 +1,229 @@
+"""Find, check and load models and tokenizers, and write the record of a run."""
+
+import contextlib
+import copy
+import json
+import pickle
+import shutil
+import struct
+import textwrap
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import WEIGHTS_INDEX_NAME, cached_file
+
+from mixgpt.checkpoints.formats import SPARSE, load_sparse
+from mixgpt.checkpoints.run_dir import begun, empty, held
+from mixgpt.common.errors import InputError
+from mixgpt.common.files import nearest_folder, replacing, try_writing
+from mixgpt.modeling import streaming
+from mixgpt.text import hub
+from modelutils import SCRIPTS, model_class
+
+RECORD = "mixgpt.json"
+# What transformers, torch and gguf raise for files that are damaged, contradict each other or are of another kind.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, EOFError, struct.error,
+           pickle.UnpicklingError, SafetensorError, StrictDataclassError)
+NO_CODE = {"trust_remote_code": False}  # without it transformers asks on a terminal whether to run what is there
+
+
+def _source(model):
+    """Return where `from_pretrained` finds `model`, a hub id, a folder or a .gguf file, as its arguments."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model {model}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        return str(path), {}
+    if path.is_file():
+        raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
+    return model, {"local_files_only": not hub.reachable()}
+
+
+@contextlib.contextmanager
+def _refusing(model, part=""):
+    """Turn what is raised for a model, or a part of it, that cannot be loaded into one line; nothing else is logged."""
+    try:
+        with hub.unlogged("transformers"), hub.barred():
+            yield
+    except InputError:
+        raise
+    except DAMAGED as error:
+        if not Path(model).exists() and not hub.reachable():
+            raise InputError(f"model {model}: not a folder or .gguf file here, not in the cache of the Hugging Face "
+                             "hub, and the hub cannot be reached") from error
+        raise InputError(f"model {model}: {part}{_reason(error)}") from error
+
+
+def _reason(error):
+    """Say in one line why a model cannot be loaded: the first line of a message, and what that line announces."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "its .bin file is damaged or holds more than tensors, which is not executed; give safetensors files"
+    if "trust_remote_code" in str(error):
+        return "it needs code from its repository, which is never executed here"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    count = next((number for number, line in enumerate(lines, 1) if not line.endswith((":", ",", " or"))), len(lines))
+    text = textwrap.shorten(" ".join(lines[:count]), 400)
+    # the message of these is a key or a name without a sentence
+    return text if text and not isinstance(error, (KeyError, TypeError, AttributeError)) else (
+        f"{type(error).__name__} {text}".strip())
+
+
+def read_config(model):
+    """Load the configuration of `model`, which must be a causal language model."""
+    name, arguments = _source(model)
+    with _refusing(model, "its configuration cannot be read: "):
+        config = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
+    if model_class(config) is None:
+        raise InputError(f"model {model}: {config.model_type} is not a causal language model")
+    return config
+
+
+def load_config(model, family):
+    """Load the configuration of `model` and refuse it where its class belongs to another family script."""
+    config = read_config(model)
+    architecture = model_class(config).__name__
+    script = SCRIPTS.get(architecture)
+    if script != family.script:
+        accepted = ", ".join(name for name, of in SCRIPTS.items() if of == family.script)
+        advice = f"use {script}" if script else f"no script here prunes it; {family.script} accepts {accepted}"
+        raise InputError(f"model {model}: this is a {architecture}; {advice}")
+    if config.num_hidden_layers < 1:
+        raise InputError(f"model {model}: its configuration has {config.num_hidden_layers} layers")
+    return config
+
+
+def load_tokenizer(model):
+    """Load the tokenizer of `model`.
+
+    Early conversions of LLaMA-1 give the empty string as their special tokens; those of its model file are put in.
+    """
+    name, arguments = _source(model)
+    with _refusing(model, "its tokenizer cannot be read: "):
+        if "gguf_file" not in arguments and get_tokenizer_config(name, **arguments).get("bos_token") == "":
+            arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+        return AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
+
+
+def skeleton(config, dtype=torch.float32):
+    """Build the model of `config` without weights, to know its modules and shapes."""
+    with _refusing(config.name_or_path, "its configuration cannot be used: "), torch.device("meta"):
+        config = copy.deepcopy(config)  # from_config writes the dtype into it
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE).eval()
+
+
+def size(skeleton, dtype):
+    """Return the bytes of a model's parameters; where its dtype is "auto", as many as they can be."""
+    return (4 if dtype == "auto" else dtype.itemsize) * sum(parameter.numel() for parameter in skeleton.parameters())
+
+
+def load_model(model, dtype):
+    """Load the weights of `model` on the host, in `dtype` ("auto": as stored), whatever format they were saved in.
+
+    Raises InputError where the checkpoint lacks a weight, holds NaN or inf, or is quantized in another way.
+    """
+    name, arguments = _source(model)
+    with _refusing(model):
+        if (Path(model) / SPARSE).is_file():
+            loaded, missing = load_sparse(model, dtype), ()
+        else:
+            if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
+                streaming.check_index(index)
+            arguments |= _dequantizing(model, name, arguments)
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **NO_CODE)
+            missing = report["missing_keys"]
+            for key, held, asked in report["mismatched_keys"]:
+                raise InputError(f"model {model}: {key} is {tuple(held)}, its configuration asks for {tuple(asked)}")
+    if missing:
+        raise InputError(f"model {model}: the checkpoint lacks {', '.join(sorted(missing)[:3])}")
+    _check_finite(model, loaded)
+    return loaded.eval()
+
+
+def open_model(model, config, family, dtype):
+    """Open `model` with its weights left on disk where they are in safetensors files as they are, else load it.
+
+    Raises InputError where weights are missing, hold NaN or inf, or do not fit the configuration.
+    """
+    name, arguments = _source(model)
+    if "gguf_file" in arguments or (Path(model) / SPARSE).is_file() or getattr(config, "quantization_config", None):
+        return load_model(model, dtype)
+    with _refusing(model):
+        files = streaming.files_of(name, **arguments)
+        opened = skeleton(config, config.dtype or streaming.dtype_of(files) if dtype == "auto" else dtype)
+        if not (files and streaming.stream(opened, family, files)):
+            return load_model(model, dtype)
+        _check_finite(model, opened)
+        with contextlib.suppress(OSError):  # where there is none, what the configuration says
+            opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
+    return opened
+
+
+def _check_finite(model, opened):
+    for key, tensor in streaming.tensors_of(opened):
+        if not tensor.isfinite().all():
+            raise InputError(f"model {model}: {key} holds NaN or inf")
+
+
+def _dequantizing(model, name, arguments):
+    """Return the arguments of `from_pretrained` that turn quantized weights into ordinary ones."""
+    if "gguf_file" in arguments:
+        return {"quantization_config": GgufConfig(dequantize=True)}
+    config = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
+    quantization = getattr(config, "quantization_config", {})
+    method = quantization.get("quant_method", "an unknown method" if quantization else None)
+    if method == "compressed-tensors":
+        quantization["dequantize"] = True
+    elif method:
+        raise InputError(f"model {model}: its weights are quantized by {method}; give the original model")
+    return {"config": config}
+
+
+def check_save(folder, nbytes, resume):
+    """Refuse a folder that is not empty, cannot be written or lacks room for nbytes. Leaves nothing behind.
+
+    resume: accept the folder of a run that left off.
+    """
+    folder = Path(folder)
+    try:
+        left_off, taken = begun(folder), folder.exists() and not (folder.is_dir() and empty(folder))
+    except OSError as error:
+        raise InputError(f"--save {folder}: cannot be used ({error.strerror})") from error
+    if held(folder):
+        raise InputError(f"--save {folder}: another run is writing there")
+    if left_off and not resume:
+        raise InputError(f"--save {folder}: holds a run that left off; go on with --resume, or remove the folder")
+    if taken and not left_off:
+        raise InputError(f"--save {folder}: exists and is not an empty folder")
+    parent = nearest_folder(folder)
+    try:
+        try_writing(parent)
+    except OSError as error:
+        raise InputError(f"--save {folder}: {parent} cannot be written ({error.strerror})") from error
+    free = shutil.disk_usage(parent).free
+    nbytes -= sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if free < nbytes:
+        raise InputError(f"--save {folder}: needs {nbytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free in {parent}")
+
+
+def write_record(folder, record):
+    """Write the record of a run into `folder`, whole or not at all."""
+    try:
+        with replacing(Path(folder) / RECORD) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"--save {folder}: {RECORD} cannot be written ({error.strerror}), "
+                         f"{shutil.disk_usage(folder).free / 1e9:.3f} GB are free; make room and go on with --resume"
+                         ) from error

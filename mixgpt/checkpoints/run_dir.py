@@ -1,0 +1,333 @@
+"""The output directory of a run: layers as they are finished, what it takes to resume, the final checkpoint.
+
+It can be loaded when its index is there, which is written last. Until the run has ended, `progress` in it holds the
+settings of the run, a file for each finished layer, and the hidden states at the latest border of layers.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import time
+from dataclasses import asdict, astuple
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from mixgpt.allocation.fisher import Gradients
+from mixgpt.checkpoints.formats import FORMATS
+from mixgpt.common import distributed
+from mixgpt.common.errors import InputError
+from mixgpt.common.files import replacing
+from mixgpt.modeling import streaming
+from mixgpt.pruning.targets import Outcome, Target
+from modelutils import on_device
+from quant import Grid, Scheme
+
+PROGRESS = "progress"
+PATIENCE = 10  # hidden states are written when that took less than 1/PATIENCE of the time since the last ones
+
+
+class RunDir:
+    """The output directory of a run: finished layers, what it takes to resume, the final checkpoint.
+
+    As a context it locks the directory, and leaves it as it was where the run did not begin.
+    """
+
+    def __init__(self, path, save_format="dense"):
+        """Lock the folder, in the first of several processes, which writes; InputError where another run does."""
+        self.path, self.save_format = Path(path), save_format
+        self.progress = self.path / PROGRESS
+        self.shards = self.path if save_format == "dense" else self.progress / "dense"
+        self.writes = distributed.rank() == 0
+        self.written, self.cost = time.monotonic(), 0.0
+        self.sums = {}  # checksum of every tensor as it was in memory
+        if self.writes:
+            self._lock()
+
+    def _lock(self):
+        self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self.progress.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.progress / "lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.lock.close()
+            raise InputError(f"--save {self.path}: another run is writing there") from error
+        if not begun(self.path) and not empty(self.path):  # that run has ended just now
+            self.__exit__()
+            raise InputError(f"--save {self.path}: exists and is not an empty folder")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if not self.writes:
+            return
+        if begun(self.path) and self._kept_nothing():
+            for file in self.path.glob("model-*.safetensors"):
+                file.unlink()
+            (self.progress / "run.json").unlink()
+        if not begun(self.path):
+            shutil.rmtree(self.progress, ignore_errors=True)
+            for folder in self.made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+        self.lock.close()
+
+    def _kept_nothing(self):
+        """Tell whether the run has finished no layer yet, and written nothing but what is to become one."""
+        held = [file for file in self.path.iterdir() if file != self.progress]
+        return not any(self.progress.glob("layer-*.json")) and all(file.match("model-*.safetensors") for file in held)
+
+    def start(self, model, family, identity):
+        """Begin a run, or go on with the one that left off here. identity: what both must share, {flag: value}."""
+        self.model, self.family = model, family
+        self.layers = family.layers_of(model)
+        if self.writes:
+            self._identify(identity)
+            self.shards.mkdir(exist_ok=True)
+        distributed.tell(None)  # the others wait
+
+    def _identify(self, identity):
+        settings = self.progress / "run.json"
+        if not settings.is_file():
+            self._write_json(settings, identity)
+            return
+        for flag, value in json.loads(settings.read_text()).items():
+            if identity.get(flag) != value:
+                raise InputError(f"--resume: {flag} was {value} in the run that left off in {self.path}, "
+                                 f"now it is {identity.get(flag)}")
+        for folder in (self.path, self.shards, self.progress):  # files that a kill left half written
+            for file in (*folder.glob("*.partial"), *folder.glob(".tmp*")):
+                file.unlink()
+
+    def _shard(self, number):
+        return self.shards / f"model-{number + 1:05d}-of-{len(self.layers) + 1:05d}.safetensors"
+
+    def _note(self, index):
+        return self.progress / f"layer-{index:05d}.json"
+
+    def _measured(self):
+        return self.progress / f"gradients-{distributed.rank()}.safetensors"
+
+    def keep_plan(self, plan, gradients):
+        """Keep {(layer, name): Target} and the fisher.Gradients that it rests on, None where there are none."""
+        if gradients:
+            self._write(self._measured(), {f"{kind}.{layer}.{name}": tensor for kind in ("rows", "tokens")
+                                           for (layer, name), tensor in getattr(gradients, kind).items()})
+        distributed.gather(None)  # all have written theirs
+        if self.writes:
+            self._write_json(self.progress / "plan.json", {
+                "gradients": gradients is not None,
+                "targets": [[layer, name, *astuple(target)] for (layer, name), target in plan.items()]})
+
+    def kept_plan(self):
+        """Return what `keep_plan` was given in the run that left off here; (None, None) where it came to none."""
+        file = self.progress / "plan.json"
+        if not distributed.tell(file.is_file()):
+            return None, None
+        kept = json.loads(file.read_text())
+        plan = {(layer, name): Target(*target) for layer, name, *target in kept["targets"]}
+        if not kept["gradients"]:
+            return plan, None
+        gradients = Gradients({}, {})
+        for key, tensor in load_file(self._measured()).items():
+            kind, layer, name = key.split(".", 2)
+            getattr(gradients, kind)[int(layer), name] = tensor
+        return plan, gradients
+
+    def begin(self, count, states=None):
+        """Bring the model, and the hidden states of its calibration, to where the run left off.
+
+        count: of layers to go through, from the first. states: {name: hidden states}, overwritten. Returns the first
+        layer that is not finished, and the outcomes of those before.
+        """
+        first = next((index for index in range(count) if not self._note(index).is_file()), count)
+        if states is not None and first < count:
+            borders = {int(file.stem.split("-")[1]) for file in self.progress.glob("state-*.safetensors")}
+            first = max((index for index in borders if all(
+                self._state(index, rank).is_file() for rank in range(distributed.world()))), default=0)
+            if first:
+                for name, kept in load_file(self._state(first, distributed.rank())).items():
+                    states[name].copy_(kept)
+        outcomes = {}
+        for index in range(first):
+            self._take(index)
+            grids = self.progress / f"grids-{index:05d}.safetensors"
+            tensors = load_file(grids) if grids.is_file() else {}
+            notes = json.loads(self._note(index).read_text())
+            self.sums |= notes["checksums"]
+            for name, note in notes["matrices"].items():
+                grid = note["scheme"] and Grid(Scheme(**note["scheme"]), *(
+                    tensors[f"{name}.{part}"] for part in ("scale", "zero", "group")))
+                outcomes[index, name] = Outcome(note["error"], note["percdamp"], grid)
+        return first, outcomes
+
+    def _state(self, index, rank):
+        return self.progress / f"state-{index:05d}-{rank}.safetensors"
+
+    def _take(self, index):
+        """Let the model read a layer from its shard."""
+        layer, prefix = self.layers[index], f"{self.family.layers}.{index}."
+        if hasattr(layer, "source"):
+            places = {name: (str(self._shard(index)), prefix + name) for name in layer.source.places}
+            layer.source.places = places
+            self.model.source.places |= {prefix + name: place for name, place in places.items()}
+        else:
+            layer.load_state_dict({key.removeprefix(prefix): tensor
+                                   for key, tensor in load_file(self._shard(index)).items()})
+
+    @contextlib.contextmanager
+    def _room(self, name, nbytes=None):
+        """Let a disk that is full, or cannot be written, end the run with one line and no half-written file."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # tokenizers has no exception of its own for it
+            if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+                raise
+            for file in (*self.path.rglob("*.partial"), *self.path.rglob(".tmp*")):
+                file.unlink(missing_ok=True)
+            need = "cannot be written" if nbytes is None else f"needs {nbytes / 1e9:.3f} GB"
+            free = shutil.disk_usage(self.path).free
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--save {self.path}: {name} {need}, {free / 1e9:.3f} GB are free ({reason}); "
+                             "make room and go on with --resume") from error
+
+    def _write(self, file, tensors):
+        with self._room(Path(file).name, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())):
+            streaming.write(file, tensors)
+
+    def _write_json(self, file, content):
+        with self._room(file.name), replacing(file) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+
+    def _write_shard(self, number, tensors):
+        """Write a shard of the result. Returns its checksums."""
+        self._write(self._shard(number), tensors)
+        sums = {name: streaming.checksum(tensor) for name, tensor in tensors.items()}
+        self.sums |= sums
+        return sums
+
+    def _write_layer(self, index, layer):
+        return self._write_shard(index, {f"{self.family.layers}.{index}.{name}": tensor
+                                         for name, tensor in layer.state_dict().items()})
+
+    def finish(self, index, layer, outcomes, states=None):
+        """Keep a finished layer, which is on the device, {(layer, name): Outcome}, and the hidden states behind it."""
+        if self.writes:
+            self._keep(index, layer, outcomes)
+        distributed.tell(None)  # the others wait
+        if hasattr(layer, "source"):
+            self._take(index)
+        if states is not None and distributed.tell(time.monotonic() - self.written >= PATIENCE * self.cost):
+            self._keep_states(index + 1, states)
+
+    def _keep(self, index, layer, outcomes):
+        sums = self._write_layer(index, layer)
+        if grids := {name: outcome.grid for (_, name), outcome in outcomes.items() if outcome.grid}:
+            self._write(self.progress / f"grids-{index:05d}.safetensors", {
+                f"{name}.{part}": getattr(grid, part) for name, grid in grids.items()
+                for part in ("scale", "zero", "group")})
+        self._write_json(self._note(index), {"checksums": sums, "matrices": {
+            name: {"error": outcome.error, "percdamp": outcome.percdamp,
+                   "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()}})
+
+    def _keep_states(self, border, states):
+        start = time.monotonic()
+        self._write(self._state(border, distributed.rank()), states)
+        distributed.gather(None)  # all have written theirs
+        if self.writes:
+            for file in self.progress.glob("state-*.safetensors"):
+                if int(file.stem.split("-")[1]) != border:
+                    file.unlink()
+        self.written = time.monotonic()
+        self.cost = self.written - start
+
+    def complete(self, tokenizer, grids):
+        """Write what is missing from a folder that `from_pretrained` loads, its index last.
+
+        grids: {name of a linear: quant.Grid}. In formats other than dense the model is loaded whole.
+        """
+        if self.writes:
+            self._complete(tokenizer, grids)
+        distributed.tell(None)  # the others wait
+
+    def _complete(self, tokenizer, grids):
+        files, place = {}, self.shards / SAFE_WEIGHTS_INDEX_NAME
+        place.unlink(missing_ok=True)  # of a run that was killed behind this
+        for index, layer in enumerate(self.layers):
+            if not self._note(index).is_file():
+                with on_device([layer], "cpu"):
+                    self._write_layer(index, layer)
+            files[self._shard(index)] = [f"{self.family.layers}.{index}.{name}" for name in layer.state_dict()]
+        inside = {name for names in files.values() for name in names}
+        state = self.model.state_dict()
+        others = [name for name in state if name not in inside and name not in self.model.all_tied_weights_keys]
+        source = getattr(self.model, "source", None)
+        self._write_shard(len(self.layers), {name: source.tensor(name) if source else state[name] for name in others})
+        files[self._shard(len(self.layers))] = others
+        self._check(files)
+        with self._room("the tokenizer"):
+            tokenizer.save_pretrained(self.path)
+        with self._room("the configuration"):
+            self._write_configuration(self.shards)
+        self._write_json(place, {
+            "metadata": {"total_size": sum(t.numel() * t.element_size() for name, t in state.items()
+                                           if name in inside or name in others)},
+            "weight_map": {name: file.name for file, names in files.items() for name in names}})
+        if self.shards != self.path:
+            model = self.model if source is None else type(self.model).from_pretrained(self.shards)
+            with self._room(f"the model in the format {self.save_format}"):
+                FORMATS[self.save_format](self.path, model, self.family, grids)
+
+    def _check(self, files):
+        """Read everything back and compare it with what was in memory."""
+        for file, names in files.items():
+            for name, tensor in load_file(file).items():
+                if name not in names or streaming.checksum(tensor) != self.sums[name]:
+                    raise InputError(f"--save {self.path}: {name} in {file.name} differs from what was in memory")
+
+    def _write_configuration(self, folder):
+        config = self.model.config
+        config.architectures, config.dtype = [type(self.model).__name__], self.model.dtype
+        config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
+
+    def end(self):
+        """Remove what only an interrupted run needs, in an order in which it can go on from what is left."""
+        if not self.writes:
+            return
+        for pattern in ("state-*", "layer-*", "grids-*", "plan.json", "gradients-*"):
+            for file in self.progress.glob(pattern):
+                file.unlink()
+        if self.shards != self.path:
+            shutil.rmtree(self.shards)
+        (self.progress / "run.json").unlink()
+        shutil.rmtree(self.progress)
+
+
+def begun(path):
+    """Tell whether a folder holds a run that has begun and not ended."""
+    return (Path(path) / PROGRESS / "run.json").is_file()
+
+
+def held(path):
+    """Tell whether a run is writing to a folder."""
+    try:
+        with (Path(path) / PROGRESS / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def empty(path):
+    """Tell whether a folder holds nothing but the remains of a run that never began."""
+    return all(file.name == PROGRESS for file in Path(path).iterdir())

@@ -1,0 +1,55 @@
+"""What a run takes where the command line leaves it open: the device, the dtype and the length of sequences."""
+
+import os
+
+import torch
+
+from mixgpt.common.errors import InputError
+
+DEFAULT_SEQLEN = 2048
+
+
+def choose_device(name):
+    """Return the device of this process: with torchrun, the GPU of its number on this machine."""
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if (name or "").startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
+    if name is None and not (torch.cuda.is_available() and number):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name in (None, "cuda") and number:
+        name = f"cuda:{number}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: must be cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"--device {name}: there are {count} CUDA devices here; use --device cpu" if not count else
+                         f"--device {name}: there are {count} CUDA devices here, cuda:0 to cuda:{count - 1}")
+    return device
+
+
+def position_limit(config):
+    """Return how many tokens a model can take, None where nothing limits them."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "model_max_length", None)
+
+
+def choose_seqlen(seqlen, config):
+    """Return the tokens in a sequence: those asked for, else 2048 or the model's limit."""
+    limit = position_limit(config)
+    if seqlen is None:
+        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
+    if limit and seqlen > limit:
+        raise InputError(f"--seqlen {seqlen}: the model's limit is {limit} tokens")
+    return seqlen
+
+
+def choose_dtype(name, config, device):
+    """Return the dtype of the weights in memory, "auto" for that in which they are stored."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu" and config.dtype in (torch.float16, "float16"):
+        return torch.float32  # float16 on a CPU is slow and overflows
+    return "auto"

@@ -1,0 +1,65 @@
+"""Measure the perplexity of a model, streamed one decoder layer at a time."""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from mixgpt.common import distributed
+from mixgpt.kernels.matmul import fast_linears
+from mixgpt.modeling.streaming import prefetch
+from modelutils import SLICE, Stream, apply, on_device
+
+
+@torch.no_grad()
+def run_layers(model, family, streams, device, title, step=Stream.advance):
+    """Take a list of `Stream` through all decoder layers, each layer loaded once for all of them.
+
+    step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
+    """
+    layers = family.layers_of(model)
+    for index, layer in enumerate(tqdm(layers, desc=title, unit="layer", disable=None, leave=False)):
+        with on_device([layer], device):
+            prefetch(layers, index + 1, device)
+            for stream in streams:
+                step(stream, layer, index)
+
+
+@torch.no_grad()
+@fast_linears()
+def perplexity(model, family, tokens, batch_size, device, title="perplexity", step=Stream.advance):
+    """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence on its own.
+
+    T − 1 tokens of each sequence are predicted, as SparseGPT and GPTQ report it. Logits in the model's dtype,
+    log-likelihood in float32. title: of the progress bar. step: as `run_layers` takes it.
+    """
+    N, T = tokens.shape
+    mine = tokens[distributed.share(N)]
+    total = _negative_log_likelihood(model, family, mine, batch_size, device, title, step) if len(mine) else 0.0
+    mean = sum(distributed.gather(total)) / (N * (T - 1))
+    return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan  # exp overflows above 709
+
+
+def _negative_log_likelihood(model, family, tokens, batch_size, device, title, step):
+    """Return the sum over all predicted tokens."""
+    stream = Stream.embed(model, family, tokens, batch_size, device)
+    run_layers(model, family, [stream], device, title, step)
+    after, total = family.after_of(model), 0.0
+    with on_device(after, device):
+        for rows in stream.batches():
+            hidden = stream.hidden[rows, :-1].to(device).flatten(0, 1)  # (B·(T−1), C)
+            targets = tokens[rows, 1:].to(device).flatten()
+            for h, t in zip(hidden.split(SLICE), targets.split(SLICE), strict=True):
+                total += torch.nn.functional.cross_entropy(apply(after, h).float(), t, reduction="sum").item()
+    return total
+
+
+@torch.no_grad()
+@fast_linears()
+def logits(model, family, tokens, batch_size, device):
+    """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
+    stream = Stream.embed(model, family, tokens, batch_size, device)
+    run_layers(model, family, [stream], device, "logits")
+    after = family.after_of(model)
+    with on_device(after, device):
+        return torch.cat([apply(after, stream.hidden[rows].to(device)).to("cpu") for rows in stream.batches()])

@@ -1,0 +1,106 @@
+"""Run 2:4 sparse models on the kernels that GPUs have for them, and compare these with the dense kernels.
+
+torch stores half of the values of such a matrix and two bits for each, and multiplies by it at up to twice the speed
+(arXiv 2104.08378). Which matrices can be stored so depends on the backend; the shapes asked for here suit both that
+torch has, cuSPARSELt and CUTLASS.
+"""
+
+import contextlib
+import time
+
+import torch
+
+from mixgpt.evaluation.perplexity import perplexity
+from modelutils import linears
+
+ROWS, COLUMNS = 32, 64  # what both dimensions of a matrix must be a multiple of, in 16 bits
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def obstacle(device, dtype):
+    """Say why the kernels cannot run on a device with weights of a dtype; None where they can."""
+    if device.type != "cuda":
+        return f"the kernels need a CUDA GPU, this runs on the {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8 or major > 8 and not torch.backends.cusparselt.is_available():
+        return (f"the kernels need a GPU of compute capability 8, or above with cuSPARSELt; "
+                f"{torch.cuda.get_device_name(device)} has {major}.{minor}")
+    if dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return f"the kernels need weights in 16 bits, these are {name}; give --dtype bfloat16"
+    return None
+
+
+def fits(W):
+    """Tell whether a matrix (out, in) is 2:4 sparse and of a shape that the kernels take."""
+    rows, columns = W.shape
+    return rows % ROWS == 0 and columns % COLUMNS == 0 and bool(((W.reshape(-1, 4) != 0).sum(1) <= 2).all())
+
+
+def compress(W):
+    """Return a 2:4 sparse matrix as torch stores it for these kernels."""
+    backend = (torch.sparse.SparseSemiStructuredTensorCUSPARSELT if torch.backends.cusparselt.is_available()
+               else torch.sparse.SparseSemiStructuredTensorCUTLASS)
+    return backend.from_dense(W.detach().contiguous())
+
+
+@contextlib.contextmanager
+def compressed(layer):
+    """Keep the linears of a layer that fit in compressed form within the block. Yields how many these are."""
+    dense = {module: module.weight for module in linears(layer).values() if fits(module.weight)}
+    try:
+        for module, weight in dense.items():
+            module.weight = torch.nn.Parameter(compress(weight), requires_grad=False)
+        yield len(dense)
+    finally:
+        for module, weight in dense.items():
+            module.weight = weight
+
+
+class Comparison:
+    """Take hidden states through layers on these kernels, and time both kinds on the same input."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = {"dense": 0.0, "semi_structured": 0.0}
+        self.matrices, self.difference = 0, 0.0
+
+    def step(self, stream, layer, index):
+        """Replace the hidden states by the output of layer number `index`, as `run_layers` asks for it."""
+        expected = self._timed("dense", stream, layer, index)
+        with compressed(layer) as count:
+            found = self._timed("semi_structured", stream, layer, index)
+            stream.advance(layer, index)
+        self.matrices += count
+        self.difference = max(self.difference, ((found - expected).norm() / expected.norm()).item())
+
+    def _timed(self, kind, stream, layer, index):
+        """Run all batches and add up their time, after one to warm up. Returns the output of that one, in float32."""
+        batches = stream.batches()
+        first = stream.forward(layer, index, batches[0]).float()
+        start = self._now()
+        for rows in batches:
+            stream.forward(layer, index, rows)
+        self.seconds[kind] += self._now() - start
+        return first
+
+    def _now(self):
+        if self.device.type == "cuda":  # kernels run on after their launch
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def compare(model, family, tests, batch_size, device):
+    """Measure the layers of a model on both kinds of kernels. tests: {test set: tokens (N, T)}.
+
+    Returns seconds of the forwards, how many matrices ran compressed, the greatest relative difference of a layer's
+    output and the perplexities; or {"skipped": reason} where no matrix fits.
+    """
+    comparison = Comparison(device)
+    perplexities = {name: perplexity(model, family, tokens, batch_size, device, f"2:4 {name}", comparison.step)
+                    for name, tokens in tests.items()}
+    if not comparison.matrices:
+        return {"skipped": f"no matrix has at most 2 of 4 weights, and sizes that {ROWS} and {COLUMNS} divide"}
+    return {"seconds": comparison.seconds, "matrices": comparison.matrices // len(tests),
+            "difference": comparison.difference, "perplexity": perplexities,
+            "speed_up": comparison.seconds["dense"] / comparison.seconds["semi_structured"]}

@@ -1,0 +1,152 @@
+"""A model of lm-eval whose likelihoods are computed one decoder layer at a time.
+
+The texts of all tasks pass through the layers together, so that a layer is loaded once for thousands of them. Tokens
+and windows are those of lm-eval's own `hf` model, and so are the answers, up to rounding.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from mixgpt.common import distributed
+from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
+from mixgpt.evaluation.generation import complete
+from mixgpt.evaluation.perplexity import run_layers
+from mixgpt.kernels.matmul import fast_linears
+from modelutils import SLICE, Stream, apply, on_device, whole
+
+RESIDENT = 2**18  # tokens whose hidden states exist at a time
+
+
+class StreamedLM(TemplateLM):
+    """A model of lm-eval that takes all texts through one decoder layer after the other.
+
+    Several processes share out the texts, and all of them know all answers.
+    """
+
+    def __init__(self, model, family, tokenizer, tokens, device):
+        super().__init__()
+        self.model, self.family, self.tokenizer = model, family, tokenizer
+        self.tokens, self.where = tokens, device
+        self.max_length = position_limit(model.config) or DEFAULT_SEQLEN
+        self.cut = 0  # texts that were too long
+
+    @property
+    def eot_token_id(self):
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self):
+        """The token in front of a text that has nothing else there."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        """Return the ids of a text, with the special tokens of the tokenizer unless it begins with one."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False).input_ids
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        """Return the log-likelihood of each text in windows as long as the model allows, each token counted once."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            for window in get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id,
+                                                    self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for number, (likelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[number] += likelihood
+        return totals
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """Return what the model, whole on its device, goes on with; one text at a time."""
+        mine = range(distributed.rank(), len(requests), distributed.world())
+        texts = {}
+        with whole(self.model, self.family, self.where):
+            for number in mine:
+                context, options = requests[number].args
+                until, most = options.get("until") or [], options.get("max_gen_toks", 256)
+                temperature = options.get("temperature") or 1.0 if options.get("do_sample") else 0.0
+                texts[number] = complete(self.model, self.tokenizer, context, min(most, self.max_length - 1),
+                                         temperature, until=[until] if isinstance(until, str) else until).text
+        return self._in_order(texts)
+
+    def _loglikelihood_tokens(self, requests, **_):
+        """Return (log-likelihood, whether each token is the likeliest) of (_, context, continuation) as token ids.
+
+        Requests that need the same run of the model share it.
+        """
+        runs = defaultdict(list)  # tokens to run -> [(number of the request, tokens to predict at its end)]
+        for number, (_, context, continuation) in enumerate(requests):
+            tokens = (context + continuation)[-self.max_length - 1:]
+            self.cut += len(tokens) < len(context) + len(continuation)
+            runs[tuple(tokens[:-1])].append((number, continuation[-self.max_length:]))
+        longest_first = sorted(runs, key=len, reverse=True)  # memory that does not suffice shows at once
+        answers = {}
+        for group in _groups(longest_first[distributed.rank()::distributed.world()], self.max_length):
+            answers |= self._answers(group, runs)
+        return self._in_order(answers)
+
+    @torch.no_grad()
+    @fast_linears()
+    def _answers(self, group, runs):
+        """Return {number of a request: answer}. group: {padded length: token sequences}."""
+        # padding to the right changes nothing for the tokens before it, which do not see it
+        streams = [Stream.embed(self.model, self.family,
+                                torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in sequences]),
+                                max(1, self.tokens // T), self.where) for T, sequences in group.items()]
+        run_layers(self.model, self.family, streams, self.where, "tasks")
+        after, answers = self.family.after_of(self.model), {}
+        with on_device(after, self.where):
+            for stream, sequences in zip(streams, group.values(), strict=True):
+                answers |= _read(stream, after, [(row, len(tokens), *request) for row, tokens in enumerate(sequences)
+                                                 for request in runs[tokens]])
+        return answers
+
+    def _in_order(self, answers):
+        """Return the answers of all processes, {number: answer}, as a list."""
+        together = dict(itertools.chain.from_iterable(part.items() for part in distributed.gather(answers)))
+        return [together[number] for number in range(len(together))]
+
+
+def padded_length(length, most):
+    """Return a length that is at most an eighth longer, so that there are few different ones; `most` at most."""
+    step = 2 ** max(0, length.bit_length() - 4)
+    return min(most, math.ceil(length / step) * step)
+
+
+def _groups(sequences, most):
+    """Yield {padded length: sequences} of at most RESIDENT tokens, or one sequence. sequences: the longest first."""
+    group, size = defaultdict(list), 0
+    for tokens in sequences:
+        T = padded_length(len(tokens), most)
+        if size and size + T > RESIDENT:
+            yield group
+            group, size = defaultdict(list), 0
+        group[T].append(tokens)
+        size += T
+    if group:
+        yield group
+
+
+def _read(stream, after, wanted):
+    """Return {number: (log-likelihood, whether greedy decoding gives it)} from the hidden states behind the layers.
+
+    wanted: list of (row, length without padding, number, token ids that end one token behind that length).
+    """
+    spots = torch.tensor([(row, length - len(targets) + place, target) for row, length, _, targets in wanted
+                          for place, target in enumerate(targets)]).view(-1, 3)
+    likelihoods, greedy = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    for rows, columns, targets in (part.unbind(1) for part in spots.split(SLICE)):
+        hidden = stream.hidden[rows.to(stream.hidden.device), columns.to(stream.hidden.device)].to(stream.device)
+        scores = apply(after, hidden).float().log_softmax(-1).cpu()  # (n, vocabulary)
+        likelihoods.append(scores.gather(1, targets[:, None])[:, 0])
+        greedy.append(scores.argmax(-1) == targets)
+    counts = [len(targets) for *_, targets in wanted]
+    return {number: (likelihood.sum().item(), same.all().item()) for (_, _, number, _), likelihood, same in zip(
+        wanted, torch.cat(likelihoods).split(counts), torch.cat(greedy).split(counts), strict=True)}

@@ -1,0 +1,1 @@
+"""Fast computation on matrices, which knows nothing of models."""

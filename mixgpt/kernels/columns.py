@@ -1,0 +1,78 @@
+"""Walk over the columns of a narrow range one by one: the reference on any device, and the choice of a faster one."""
+
+import functools
+
+import torch
+
+from mixgpt.kernels import columns_cpu
+from quant import to_multiples
+
+NARROW = 8  # scores of a row up to which comparing them in pairs is faster than selecting
+
+
+def smallest_per_row(scores, n):
+    """Mark the n smallest scores of every row. scores: (rows, m). Returns a mask (rows, m)."""
+    if scores.shape[1] > NARROW:
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        return mask.scatter_(1, scores.topk(n, dim=1, largest=False, sorted=False).indices, True)
+    mask, columns = torch.empty_like(scores, dtype=torch.bool), scores.unbind(1)
+    for j, column in enumerate(columns):
+        rank = torch.zeros(len(scores), dtype=torch.uint8, device=scores.device)
+        for k, other in enumerate(columns):
+            if k != j:
+                rank += other <= column if k < j else other < column
+        torch.lt(rank, n, out=mask[:, j])
+    return mask
+
+
+def smallest_in_groups(scores, n, m):
+    """Mark the n smallest scores of every m consecutive columns of a row. scores: (in, out). Returns a mask like it."""
+    groups = scores.t().reshape(-1, m)
+    return smallest_per_row(groups, n).view(scores.shape[1], -1).t()
+
+
+def walk_columns(W, E, U, mask, factors, prunem, prunens, grid):
+    """Remove or round the weights of each column in turn, and let the columns behind it compensate the error.
+
+    W: (n, out), the columns of a range, up to date at its first one; becomes the new weights. E: (n, out), becomes
+    their errors over the diagonal of U. U: (n, n), upper triangular. mask: (n, out), the weights to remove. With
+    prunem > 0 more are chosen here: the prunens least of every prunem, for each (slice of rows, prunen), by the scores
+    w² · factors (n,), those of the mask first. grid: (scale, low, high, dtype), the first three (out,), as in
+    `quant.to_multiples`; or None.
+    SparseGPT (arXiv 2301.00774), algorithm 1, and GPTQ (arXiv 2210.17323), eq. 2 and 3.
+    """
+    for j in range(len(W)):
+        if prunem and j % prunem == 0:
+            group = slice(j, j + prunem)
+            now = W[group] - U[:j, group].t() @ E[:j]
+            scores = now.square_().mul_(factors[group, None]).masked_fill_(mask[group], -1)
+            for rows, n in prunens:
+                mask[group, rows] |= smallest_in_groups(scores[:, rows], n, prunem)
+        w, e = W[j], E[j]
+        w.addmv_(E[:j].t(), U[:j, j], alpha=-1)
+        q = w if grid is None else to_multiples(w, *grid)
+        q = q.masked_fill(mask[j], 0)
+        torch.sub(w, q, out=e).div_(U[j, j])
+        w.copy_(q)
+
+
+@functools.cache
+def triton_obstacle(device):
+    """Say why the columns cannot be walked in Triton on a GPU, having tried once; None where they can."""
+    try:
+        from mixgpt.kernels import columns_cuda  # only where there is a GPU
+    except (ImportError, OSError, RuntimeError) as error:
+        return " ".join(str(error).split())
+    return columns_cuda.obstacle(device)
+
+
+def fastest(device, grid_dtype, dtype):
+    """Return the fastest `walk_columns` for a device, grids of grid_dtype, None without grids, and W of a dtype."""
+    unrounded = grid_dtype in (None, dtype)
+    if device.type == "cpu" and (unrounded or dtype == torch.float32 and grid_dtype in columns_cpu.GRID_DTYPES):
+        return columns_cpu.walk_columns
+    if device.type == "cuda" and dtype == torch.float32 and triton_obstacle(device) is None:
+        from mixgpt.kernels import columns_cuda
+        if unrounded or grid_dtype in columns_cuda.GRID_DTYPES:
+            return columns_cuda.walk_columns
+    return walk_columns

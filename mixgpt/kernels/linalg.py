@@ -1,0 +1,94 @@
+"""Triangular factors, products with symmetric matrices, and the smallest of many scores."""
+
+import numpy as np
+import torch
+
+from mixgpt.kernels.matmul import suits, times_transposed
+
+PANEL = 512  # columns that are factored at a time
+SMALL = 128  # columns of a triangular matrix that LAPACK inverts as fast as products would
+
+
+def damping(H, percdamp):
+    """Return λ = percdamp · mean(diag H)."""
+    mean = H.diagonal().mean()
+    return torch.where(mean > 0, percdamp * mean, 1.0)  # an input that is zero throughout has no scale of its own
+
+
+def upper_cholesky(H, damping):
+    """Return R (in, in), upper triangular with H + damping · I = R Rᵀ, None where that is not positive definite.
+
+    H: (in, in), symmetric; its upper triangle is read.
+    """
+    if not suits(H) or len(H) <= 3 * PANEL:
+        damped = H.flip(0, 1)  # the Cholesky factor of the flipped matrix, flipped back, is upper triangular
+        damped.diagonal().add_(damping)
+        L, info = torch.linalg.cholesky_ex(damped)
+        return L.flip(0, 1) if info == 0 else None
+    # the same from the last panel of columns to the first, by products; MKL's factorisation knows no faster ones
+    R, panels = torch.zeros_like(H), []
+    for stop in range(len(H), 0, -PANEL):
+        B = slice(max(stop - PANEL, 0), stop)
+        rest = H[:stop, B].contiguous()
+        for panel in panels:
+            rest = times_transposed(panel[:stop], -panel[B], rest)
+        R_B = upper_cholesky(rest[B], damping)
+        if R_B is None:
+            return None
+        R[B, B] = R_B
+        if B.start:
+            above = times_transposed(rest[:B.start], upper_inverse(R_B))
+            R[:B.start, B] = above
+            panels.append(above)
+    return R
+
+
+def upper_inverse(R):
+    """Return the inverse of R (n, n), upper triangular."""
+    n = len(R)
+    if n <= SMALL or not suits(R):
+        return torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True)
+    U, left, right = torch.zeros_like(R), slice(0, n // 2), slice(n // 2, n)  # most of it by products
+    U[left, left], U[right, right] = upper_inverse(R[left, left]), upper_inverse(R[right, right])
+    U[left, right] = -U[left, left] @ (R[left, right] @ U[right, right])
+    return U
+
+
+def upper_blocks(columns):
+    """Return the ranges of columns by which symmetric products are made; each needs only the rows up to its end."""
+    width = max(192, columns // 8)  # narrower saves little more and multiplies slower
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def row_energies(A, H):
+    """Return the diagonal of A H Aᵀ, ‖a X‖² for every row a of A (rows, in). H: (in, in), symmetric."""
+    if suits(A, H):  # copying blocks of A would cost more than the lower half
+        return torch.linalg.vecdot(times_transposed(A, H), A)
+    total = torch.zeros(len(A), dtype=A.dtype, device=A.device)
+    for B in upper_blocks(A.shape[1]):
+        A_B = A[:, B]
+        AH = A_B @ H[B, B]
+        if B.start:
+            AH.addmm_(A[:, :B.start], H[:B.start, B], alpha=2)  # what lies above the diagonal counts for both sides
+        total += torch.linalg.vecdot(AH, A_B)
+    return total
+
+
+def smallest(scores, k):
+    """Mark the k smallest scores, exactly k of them also among ties. Returns a mask like `scores`.
+
+    k: an int, or a tensor on the device of the scores, where the host shall not wait for it.
+    """
+    if scores.dim() == 2 and scores.stride(0) < scores.stride(1):  # in the order of memory, without a copy
+        return smallest(scores.t(), k).t()
+    flat = scores.flatten()
+    if torch.is_tensor(k):
+        mask = torch.empty_like(flat, dtype=torch.bool)
+        return mask.scatter_(0, flat.argsort(), torch.arange(len(flat), device=flat.device) < k).view_as(scores)
+    if flat.device.type == "cpu" and k:  # numpy selects two to three times faster than topk
+        mask = flat <= np.partition(flat.numpy(), k - 1)[k - 1].item()
+        if mask.count_nonzero() == k:
+            return mask.view_as(scores)
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[flat.topk(k, largest=False, sorted=False).indices] = True
+    return mask.view_as(scores)

@@ -1,0 +1,1 @@
+"""Models beyond transformers: weights that stay on disk, and Baichuan."""

@@ -1,0 +1,185 @@
+"""Baichuan (arXiv 2309.10305) on transformers' own LLaMA parts: the published checkpoints, without their code.
+
+Other than in LLaMA, q, k and v come from one matrix W_pack, the 13B models have ALiBi (arXiv 2108.12409) in place of
+rotary positions, and Baichuan 2 normalises the rows of its head. Importing this file makes the Auto classes know them.
+"""
+
+import math
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+ROTARY = {4096: True, 5120: False}  # by hidden size, in the published models
+NORMALISED_HEAD = 125_696  # the vocabulary of Baichuan 2
+# special tokens around a text, by (add_bos_token, add_eos_token)
+PATTERNS = {(False, False): "none", (True, False): "bos", (False, True): "eos", (True, True): "bos_eos"}
+
+
+@strict
+class BaichuanConfig(LlamaConfig):
+    """The published fields; 13B models give their limit as model_max_length only."""
+
+    model_type = "baichuan"
+
+    vocab_size: int = 64_000
+    max_position_embeddings: int | None = None
+    model_max_length: int | None = None
+    pad_token_id: int | None = 0
+
+    @property
+    def rotary(self):
+        """Positions by rotation (7B), else by ALiBi (13B)."""
+        return ROTARY.get(self.hidden_size, self.max_position_embeddings is not None)
+
+
+class BaichuanAttention(LlamaAttention):
+    """LLaMA's attention with one matrix for q, k and v."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        del self.q_proj, self.k_proj, self.v_proj
+        self.W_pack = torch.nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = self._modules.pop("o_proj")  # listed behind W_pack, as they run
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
+        B, T, C = hidden_states.shape
+        query, key, value = (part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+                             for part in self.W_pack(hidden_states).split(C, dim=-1))
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling,
+                                    dropout=self.attention_dropout if self.training else 0.0, **kwargs)
+        return self.o_proj(output.reshape(B, T, C)), weights
+
+
+class BaichuanDecoderLayer(LlamaDecoderLayer):
+    """LLaMA's layer with Baichuan's attention."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.self_attn = BaichuanAttention(config, layer_idx)
+
+
+class NoRotation(torch.nn.Module):
+    """Stands where models with rotary positions compute their angles."""
+
+    def forward(self, hidden_states, position_ids):
+        return None
+
+
+def alibi_slopes(heads):
+    """Return the slope of every head: 2^(−8i/n), i = 1 … n, n the next power of two below; those left over take every
+    other slope of 2n heads (arXiv 2108.12409, section 3 and its code)."""
+    n = 2 ** math.floor(math.log2(heads))
+    return [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
+
+
+def alibi_mask(slopes, queries, keys, attention_mask, dtype, device):
+    """Return what is added to the scores of the last `queries` of `keys` positions: (1 or B, heads, queries, keys).
+
+    −slope · distance to positions before and the lowest number elsewhere. attention_mask: (B, keys), 0 for padding, or
+    None. Distances, not positions: small numbers stay exact in bfloat16, and padding on the left shifts nothing.
+    """
+    position = torch.arange(keys, device=device)
+    distance = position[keys - queries:, None] - position
+    bias = -torch.tensor(slopes, device=device)[:, None, None] * distance
+    blocked = (distance < 0)[None, None]
+    if attention_mask is not None:
+        blocked = blocked | (attention_mask[:, None, None] == 0)
+    return bias.to(dtype).masked_fill(blocked, torch.finfo(dtype).min)
+
+
+class BaichuanModel(LlamaModel):
+    """The decoder without its head."""
+
+    config_class = BaichuanConfig
+    _no_split_modules = ["BaichuanDecoderLayer"]
+    _supports_flash_attn = False  # ALiBi is a mask
+    _supports_flex_attn = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = torch.nn.ModuleList(BaichuanDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        if not config.rotary:
+            self.rotary_emb = NoRotation()
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, cache=None, inputs_embeds=None, **kwargs):
+        if not self.config.rotary and (attention_mask is None or attention_mask.dim() == 2):
+            source = input_ids if input_ids is not None else inputs_embeds
+            queries = source.shape[1]
+            keys = queries + (cache.get_seq_length() if cache is not None else 0)
+            attention_mask = alibi_mask(alibi_slopes(self.config.num_attention_heads), queries, keys, attention_mask,
+                                        self.embed_tokens.weight.dtype, source.device)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, cache=cache,
+                               inputs_embeds=inputs_embeds, **kwargs)
+
+
+class NormHead(torch.nn.Linear):
+    """A head whose rows have length 1 when used; the weight itself stays as it was stored (arXiv 2309.10305, 2.4)."""
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, torch.nn.functional.normalize(self.weight))
+
+
+class BaichuanForCausalLM(LlamaForCausalLM):
+    """The language model, named as in the configurations of Baichuan-13B and Baichuan 2."""
+
+    config_class = BaichuanConfig
+    _no_split_modules = ["BaichuanDecoderLayer"]
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = BaichuanModel(config)
+        if config.vocab_size == NORMALISED_HEAD:
+            self.lm_head = NormHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class BaiChuanForCausalLM(BaichuanForCausalLM):
+    """The same, named as in the configuration of Baichuan-7B."""
+
+
+class BaichuanTokenizer(SentencePieceBackend):
+    """The pieces that sentencepiece finds with a checkpoint's own tokenizer.model, named as checkpoints name theirs.
+
+    Spaces are treated as the model file says; no <s> in front by default.
+    """
+
+    def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=False,
+                 add_eos_token=False, **kwargs):
+        pattern = PATTERNS[add_bos_token, add_eos_token]
+        super().__init__(**kwargs | {"legacy": True, "special_tokens_pattern": pattern}, vocab_file=vocab_file,
+                         bos_token=bos_token, eos_token=eos_token, unk_token=unk_token, add_bos_token=add_bos_token,
+                         add_eos_token=add_eos_token)
+
+    def convert_tokens_to_string(self, tokens):
+        """Join pieces to the text that they came from."""
+        return self.sp_model.decode(tokens)
+
+
+AutoConfig.register("baichuan", BaichuanConfig)
+MODEL_FOR_CAUSAL_LM_MAPPING.register(BaichuanConfig, (BaichuanForCausalLM, BaiChuanForCausalLM))
+AutoTokenizer.register(BaichuanConfig, BaichuanTokenizer)

@@ -1,0 +1,235 @@
+"""Models whose weights stay on disk: on meta, each module reads its own from safetensors files when its turn comes."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from mixgpt.common.files import replacing
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass
+class Source:
+    """Where the parameters and buffers of a module lie on disk."""
+
+    places: dict  # name in the module -> (file, key in the file)
+    dtype: torch.dtype  # of the weights in memory
+    ahead: Future | None = field(default=None, init=False)  # tensors that are being read
+
+    def tensor(self, name):
+        """Read one tensor."""
+        return self._read([name])[name]
+
+    def _read(self, names):
+        tensors, files = {}, {}
+        for name in names:
+            file, key = self.places[name]
+            files.setdefault(file, []).append((name, key))
+        for file, wanted in files.items():
+            with _opened(file) as held:
+                for name, key in wanted:
+                    tensor = held.get_tensor(key)
+                    tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return tensors
+
+    def prefetch(self, device):
+        """Begin to read the tensors that `load` will want, in a thread."""
+        self.ahead = ThreadPoolExecutor(1).submit(self._fetch, device)
+
+    def _fetch(self, device):
+        tensors = self._read(self.places)
+        if torch.device(device).type == "cuda":  # on a stream of its own, beside the computation
+            stream = _transfers(torch.device(device))
+            with torch.cuda.stream(stream):
+                tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+            stream.synchronize()
+        return tensors
+
+    def load(self, module, device):
+        """Put the tensors of the module, which is on meta, on a device."""
+        self.empty = dict(module.state_dict(keep_vars=True))
+        tensors = self.ahead.result() if self.ahead else self._fetch(device)
+        self.ahead = None
+        for name, tensor in tensors.items():
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(device))
+            if isinstance(self.empty[name], torch.nn.Parameter):
+                tensor = torch.nn.Parameter(tensor, requires_grad=False)
+            _assign(module, name, tensor)
+        module.to(device)  # buffers that are not on disk
+
+    def unload(self, module):
+        """Take the tensors of the module from memory again; buffers that are not on disk go to the host."""
+        for name, tensor in self.empty.items():
+            _assign(module, name, tensor)
+        for name, buffer in module.named_buffers():
+            if not buffer.is_meta:
+                _assign(module, name, buffer.to("cpu"))
+
+
+@functools.cache
+def _transfers(device):
+    """Return the stream on which weights are copied to a GPU: PyTorch keeps unused memory for each stream apart."""
+    return torch.cuda.Stream(device)
+
+
+def _assign(module, name, tensor):
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, tensor)
+
+
+def attach(model, family, places):
+    """Let the modules of a model on meta read their tensors at places {name: (file, key)}; `model.source` knows all."""
+    model.source = Source(places, model.dtype)
+    modules = dict(model.named_modules())
+    layers = [f"{family.layers}.{index}" for index in range(len(family.layers_of(model)))]
+    for path in [*layers, *(path for path in (*family.before, *family.after) if path in modules)]:
+        modules[path].source = Source({name.removeprefix(f"{path}."): place for name, place in places.items()
+                                       if name.startswith(f"{path}.")}, model.dtype)
+
+
+def prefetch(layers, index, device):
+    """Begin to read layer number `index`, where there is one that is on disk, for `on_device`."""
+    if index < len(layers) and (source := getattr(layers[index], "source", None)):
+        source.prefetch(device)
+
+
+def files_of(name, **arguments):
+    """Return the safetensors files of a folder or hub id, none where its weights are in another format.
+
+    Raises ValueError where the index is damaged or leads out of the folder.
+    """
+    found = {file: cached_file(name, file, _raise_exceptions_for_missing_entries=False, **arguments)
+             for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)}
+    if found[SAFE_WEIGHTS_NAME]:
+        return [found[SAFE_WEIGHTS_NAME]]
+    if not found[SAFE_WEIGHTS_INDEX_NAME]:
+        return []
+    check_index(found[SAFE_WEIGHTS_INDEX_NAME])
+    return get_checkpoint_shard_files(name, found[SAFE_WEIGHTS_INDEX_NAME], **arguments)[0]
+
+
+def check_index(index):
+    """Raise ValueError where an index of shards is damaged or leads out of its folder."""
+    try:
+        files = set(json.loads(Path(index).read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{Path(index).name} is damaged ({type(error).__name__}: {error})") from error
+    for file in files:
+        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise ValueError(f"its index names {file}, which is not in the folder")
+
+
+def dtype_of(files):
+    """Return the dtype of the first floating-point tensor of safetensors files; float32 where there is none."""
+    for file in files:
+        with _opened(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118, not a dict
+                name = tensors.get_slice(key).get_dtype()
+                if name in FLOATS:
+                    return FLOATS[name]
+    return torch.float32
+
+
+def stream(model, family, files):
+    """Let a model on meta read its weights from safetensors files. Returns whether they hold all of them, as they are.
+
+    Keys may lack the name of the base model or have it in addition, as `from_pretrained` allows. Raises ValueError
+    where a shape differs from that in the configuration; OSError or SafetensorError where a file is damaged.
+    """
+    held = {}  # key -> (file, shape)
+    for file in files:
+        with _opened(file) as tensors:
+            held |= {key: (file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()}  # noqa: SIM118
+    base, tied, places = model.base_model_prefix + ".", model.all_tied_weights_keys, {}
+
+    def find(name):
+        return next((key for key in (name, name.removeprefix(base), base + name) if key in held), None)
+
+    for name, tensor in model.state_dict().items():
+        key = find(tied.get(name, name))
+        if key is None:
+            return False
+        file, shape = held[key]
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"{key} is {_times(shape)}, its configuration asks for {_times(tensor.shape)}")
+        places[name] = file, key
+    # where tied tensors are both there and differ, `from_pretrained` does not tie them
+    own = Source({name: (held[key][0], key) for name in tied if (key := find(name))}, model.dtype)
+    together = Source(places, model.dtype)
+    if not all(torch.equal(own.tensor(name), together.tensor(name)) for name in own.places):
+        return False
+    attach(model, family, places)
+    _compute_buffers(model)
+    return True
+
+
+@contextlib.contextmanager
+def _opened(file):
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{Path(file).name} is damaged ({error})") from error
+
+
+def _times(shape):
+    return " x ".join(map(str, shape))
+
+
+def _compute_buffers(model):
+    """Compute on the host the buffers that are in no file, such as the frequencies of rotary positions."""
+    for module in model.modules():
+        if any(buffer.is_meta for name, buffer in module.named_buffers(recurse=False)
+               if name not in module.state_dict()):
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)
+
+
+def tensors_of(model):
+    """Yield (name, tensor) of every parameter, read from disk where the model is streamed."""
+    source = getattr(model, "source", None)
+    for name, parameter in model.named_parameters():
+        yield name, source.tensor(name) if source else parameter
+
+
+def fingerprint(model):
+    """Return a digest of 64 numbers of every parameter, the same whether stored as bfloat16 or wider."""
+    found = hashlib.sha256(type(model).__name__.encode())
+    for _, parameter in tensors_of(model):
+        numbers = parameter.detach().flatten()
+        found.update(numbers[:: -(-numbers.numel() // 64)].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return found.hexdigest()
+
+
+def digest(tokens):
+    """Return a digest of tokens (N, T)."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+def checksum(tensor):
+    """Return the CRC-32 of the bytes of a tensor."""
+    return zlib.crc32(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+
+
+def write(file, tensors):
+    """Write {key: tensor} as a safetensors file, whole or not at all, and onto the disk before it has its name."""
+    with replacing(file) as partial:
+        save_file({key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}, partial,
+                  metadata={"format": "pt"})
+        mask = os.umask(0)  # can only be asked for by setting it
+        os.umask(mask)
+        os.chmod(partial, 0o666 & ~mask)  # safetensors lets only the owner read

@@ -1,0 +1,122 @@
+"""Choose the weights to keep by ADMM and solve those exactly: better layers than one walk over the columns gives.
+
+Notation: W (out, in), W* the weights that are wanted, H (in, in) positive definite; a row w costs
+(w − w*) H (w − w*)ᵀ. All functions here expect columns in the scale in which H has a unit diagonal, W √diag(H).
+"""
+
+import itertools
+
+import torch
+
+from mixgpt.kernels.columns import smallest_per_row
+from mixgpt.kernels.linalg import smallest
+from mixgpt.kernels.matmul import rough_product_with, times_transposed
+
+ITERATIONS = 16  # of ADMM
+RAMP = 12  # iterations over which the sparsity rises to what is asked for
+STEPS = 6  # of conjugate gradients
+SAMPLE = 2**16  # scores of a matrix, at least, that tell about how large the k-th smallest one is
+
+
+def keep_mask(scores, targets, fraction=1.0, exact=True):
+    """Mark what is kept when the smallest scores of each of several matrices, stacked, are removed.
+
+    scores: (out, in), 0 where a weight must go. targets: (rows, sparsity, prunen, prunem) of each matrix, rows a slice
+    of the stack; round(sparsity · numel) weights go, or prunen of every prunem consecutive ones of a row. fraction: of
+    those numbers. exact: else they are met about where there are no groups, by what a sample of the scores says.
+    Returns a mask (out, in) of ones and zeros in the dtype of the scores, by which products are fast.
+    """
+    keep = torch.empty_like(scores)
+    for rows, sparsity, prunen, prunem in targets:
+        part, kept = scores[rows], keep[rows]
+        threshold = torch.zeros((), dtype=scores.dtype, device=scores.device)
+        if not prunem and not exact:
+            sample = part.flatten()[::part.numel() // SAMPLE | 1]  # an odd step: all columns are in it
+            threshold = sample.kthvalue(max(round(fraction * sparsity * len(sample)), 1)).values
+        torch.gt(part, threshold, out=kept)
+        if prunem:
+            groups = part.reshape(-1, prunem)
+            kept.masked_fill_(smallest_per_row(groups, round(fraction * prunen)).view(part.shape), 0)
+        elif exact:
+            kept.masked_fill_(smallest(part, round(fraction * round(sparsity * part.numel()))), 0)
+    return keep
+
+
+def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
+    """Rank weights by the alternating direction method of multipliers: those with the largest scores (out, in) stay.
+
+    W: (out, in), the weights wanted; what is 0 goes first. targets: as in `keep_mask`. row_weights: (out,), what an
+    error in each row counts; it bears on the ranking only, as the rows are independent.
+    With Z the closest weights that are sparse enough and V the multipliers, each iteration sets (ρ = 1)
+    W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
+    1 − (1 − t/ramp)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H + torch.eye(len(H), dtype=H.dtype, device=H.device)))
+    gone = W == 0 if (W == 0).any() else None
+    if row_weights is not None:
+        W = W * row_weights.sqrt()[:, None]  # all that follows is linear in a row
+    multiply, S = rough_product_with(2 * inverse), W.clone()  # S = W + V
+    scores = torch.empty_like(S)
+    for t in range(1, iterations + 1):
+        torch.abs(S, out=scores)
+        if gone is not None:
+            scores.masked_fill_(gone, 0)
+        if t < iterations:
+            Z = keep_mask(scores, targets, 1 - (1 - min(t / ramp, 1)) ** 3, exact=False).mul_(S)
+            S.add_(W)
+            change = multiply(torch.add(Z, S, alpha=-0.5))  # of Z − V − W, as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
+            S.sub_(Z).add_(change)
+    return scores
+
+
+def solve_on_support(W, wanted, H, keep, steps=STEPS):
+    """Solve min (w − w*) H (w − w*)ᵀ over the kept weights of each row, by conjugate gradients from W on.
+
+    W, wanted: (out, in). keep: mask (out, in). All rows at once; with the unit diagonal of H, plain conjugate
+    gradients are those preconditioned by Jacobi. ALPS (arXiv 2406.07831), section 3.3. Returns (out, in).
+    """
+    keep = keep.to(W.dtype)
+    W = W * keep
+    residual = times_transposed(wanted - W, H).mul_(keep)
+    direction, energy = residual.clone(), _energies(residual, residual)
+    for _ in range(steps):
+        image = times_transposed(direction, H).mul_(keep)
+        length = _quotient(energy, _energies(direction, image))
+        W.addcmul_(direction, length)
+        residual.addcmul_(image, length, value=-1)
+        before, energy = energy, _energies(residual, residual)
+        direction.mul_(_quotient(energy, before)).add_(residual)
+    return W
+
+
+def _energies(A, B):
+    return torch.linalg.vecdot(A, B)[:, None]
+
+
+def _quotient(a, b):
+    return torch.where(b > 0, a / b, 0)  # a row that is solved has nothing left
+
+
+def admm_pruner(matrices, H, targets, row_weights=None):
+    """Prune matrices that read the same input, stacked: ranked for `targets` by ADMM, then `solve_on_support`.
+
+    matrices: list of (out, in), the weights wanted; what is 0 stays 0. H: (in, in), damped. targets: (sparsity, prunen,
+    prunem) of each, the latter two 0 where left out. row_weights: (rows of all,). Returns a function of these or
+    similar targets, which returns a list like `matrices`.
+    """
+    scale = H.diagonal().sqrt()
+    H, W = H / scale / scale[:, None], torch.cat(matrices) * scale
+    counts = [len(matrix) for matrix in matrices]
+    stops = list(itertools.accumulate(counts))
+
+    def stacked(targets):
+        return [(slice(stop - count, stop), *(*target, 0, 0)[:3])
+                for stop, count, target in zip(stops, counts, targets, strict=True)]
+
+    scores = admm_scores(W, H, stacked(targets), row_weights)
+
+    def prune(targets):
+        keep = keep_mask(scores, stacked(targets)).bool()
+        return (solve_on_support(W, W, H, keep) / scale).masked_fill_(~keep, 0).split(counts)
+
+    return prune

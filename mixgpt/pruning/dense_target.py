@@ -1,0 +1,94 @@
+"""The dense model beside the pruned one, layer by layer: what the pruned linears can make up for.
+
+Notation: x and ẋ the inputs of a linear in the dense and in the pruned model. A lag is what the hidden states of the
+pruned model are short of, compared with the dense one's, in front of a sum to which a linear contributes.
+"""
+
+import contextlib
+import copy
+from collections import Counter, defaultdict, deque
+
+import torch
+
+from mixgpt.common import distributed
+from modelutils import hooked, linears
+
+SHARE = 0.5  # of what the dense model's inputs, and its sums, are ahead by, what the pruned outputs shall make up for
+
+
+@torch.no_grad()
+def residual_writers(layer, index, stream):
+    """Find the linears whose outputs, added to the input of layer number `index`, make its output, in this order.
+
+    Runs one sequence through the layer. Returns a list of names, empty where more than sums lies on that way (a norm),
+    or something is not finite.
+    """
+    x, outputs = stream.hidden[:1].to(stream.device, copy=True), {}
+    writers = {name: module for name, module in linears(layer).items() if module.out_features == x.shape[-1]}
+    with hooked({module: lambda y, name=name: outputs.update({name: y.flatten().double()})
+                 for name, module in writers.items()}, outputs=True):
+        y = stream.call(layer, index, x.clone())
+    change = (y.double() - x.double()).flatten()
+    names, A = list(outputs), torch.stack([*outputs.values(), change], 1)
+    if not outputs or not A.isfinite().all():
+        return []
+    A = A[:, :-1]
+    share = torch.linalg.pinv(A.t() @ A, hermitian=True) @ (A.t() @ change)  # 1 for writers, 0 for others
+    writes = share > 0.5
+    rest = (change - A @ writes.double()).norm()
+    rounding = torch.finfo(y.dtype).eps * (x.double().norm() + y.double().norm())
+    return [name for name, written in zip(names, writes.tolist(), strict=True)
+            if written and rest <= 0.01 * change.norm() + rounding]
+
+
+class Beside:
+    """What the dense model has in a layer, batch by batch; each batch of the pruned model comes the same way after it.
+
+    layer: a copy that stays dense. stops: {its module: the pruned layer's} of those that read each input first.
+    """
+
+    def __init__(self, layer, index, stream, dense, groups):
+        """stream, dense: both models' hidden states in front of the layer. groups: as from `calibration.groups_of`."""
+        self.layer = copy.deepcopy(layer)
+        modules, twins = linears(layer), linears(self.layer)
+        self.stops = {twins[group[0]]: modules[group[0]] for group in groups}
+        names = distributed.tell(residual_writers(layer, index, stream))
+        self._writers = [(modules[name], twins[name]) for name in names]
+        self._alone = {modules[group[0]] for group in groups if len(group) == 1}
+        self._inputs, self._outputs, self._taken = defaultdict(deque), defaultdict(deque), Counter()
+        self._lags = {module: [] for module, _ in self._writers}  # by batch
+        for module, _ in self._writers[:1]:
+            self._lags[module] = [(dense.hidden[rows] - stream.hidden[rows]).to(stream.device)
+                                  for rows in stream.batches()]
+
+    def note(self, twin, x):
+        """Keep x, the next batch's input of a module of the dense layer."""
+        self._inputs[self.stops[twin]].append(x)
+
+    def ahead(self, module, X):
+        """Return what the outputs of a module of the pruned layer shall make up for in the next batch, with input X.
+
+        As arguments of `SparseGPT.add_batch`: half of the way to the dense model's inputs, and where the module writes
+        to the hidden states, half of the lag in front of it, too.
+        """
+        batch, self._taken[module] = self._taken[module], self._taken[module] + 1
+        shift = SHARE * (self._inputs[module].popleft() - X)
+        if module not in self._lags or module not in self._alone:
+            return {"shift": shift}
+        lag = self._lags[module][batch]
+        return {"gain": torch.nn.functional.linear(shift, module.weight).view_as(lag).add(lag, alpha=SHARE)}
+
+    @contextlib.contextmanager
+    def following(self):
+        """Let both layers' runs within the block tell what they add to the hidden states on their way."""
+        readers = {}
+        for (module, twin), (behind, _) in zip(self._writers, self._writers[1:], strict=False):
+            readers[twin] = self._outputs[module].append
+            readers[module] = lambda y, module=module, behind=behind: self._go_on(module, behind, y)
+        with hooked(readers, outputs=True):
+            yield
+
+    def _go_on(self, module, behind, y):
+        batch = len(self._lags[behind])
+        lag, self._lags[module][batch] = self._lags[module][batch], None
+        self._lags[behind].append(lag + (self._outputs[module].popleft() - y))

@@ -1,0 +1,62 @@
+"""Prune by magnitude and round to the nearest value, without calibration: the baselines."""
+
+import time
+
+import torch
+from tqdm import tqdm
+
+from mixgpt.kernels.columns import smallest_per_row
+from mixgpt.kernels.linalg import smallest
+from mixgpt.modeling.streaming import prefetch
+from mixgpt.pruning.targets import Outcome
+from modelutils import linears, on_device
+from quant import meet_sparsities, quantize_nearest
+
+
+@torch.no_grad()
+def prune_magnitude(model, family, plan, device, scheme=None, folder=None, observe=None):
+    """Prune every matrix of the plan by magnitude and round it to the nearest grid values of `scheme`, in place.
+
+    folder: a run_dir.RunDir that keeps finished layers. Returns {(layer, name): Outcome}.
+    """
+    title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
+    layers = family.layers_of(model)
+    first, outcomes = folder.begin(len(layers)) if folder else (0, {})
+    for index in tqdm(range(first, len(layers)), desc=title, unit="layer", disable=None, initial=first,
+                      total=len(layers)):
+        layer, made, start = layers[index], {}, time.perf_counter()
+        with on_device([layer], device):
+            prefetch(layers, index + 1, device)
+            for name, module in linears(layer).items():
+                if target := plan.get((index, name)):
+                    W, grid = _by_magnitude(module.weight, target, scheme)
+                    module.weight.copy_(W)
+                    made[index, name] = Outcome(grid=grid and grid.to("cpu"))
+            if observe:
+                observe(index, layer, made, start)
+            if folder:
+                folder.finish(index, layer, made)
+        outcomes |= made
+    return outcomes
+
+
+def _by_magnitude(W, target, scheme):
+    if scheme is None:
+        return magnitude_prune(W, target.sparsity, target.prunen, target.prunem), None
+    made, = meet_sparsities(lambda asked: [quantize_nearest(
+        magnitude_prune(W, asked[0], target.prunen, target.prunem), scheme)], [target.sparsity],
+        attempts=1 if target.prunem else 4)
+    return made
+
+
+def magnitude_prune(W, sparsity, prunen=0, prunem=0):
+    """Set the weights of smallest magnitude to 0 and leave the others as they are.
+
+    W: (out, in). sparsity, prunen, prunem: as in `sparsegpt.prune_matrices`. Returns a new tensor (out, in).
+    """
+    scores = W.abs().float()
+    if prunem:
+        mask = smallest_per_row(scores.reshape(-1, prunem), prunen).view(W.shape)
+    else:
+        mask = smallest(scores, round(sparsity * W.numel()))
+    return W.masked_fill(mask, 0)

@@ -1,0 +1,71 @@
+"""Check the threshold for all matrices against sorting all weights, on a model's own statistics."""
+
+import pytest
+import torch
+from conftest import CPU, make
+
+from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
+from mixgpt.common.clock import Clock
+from mixgpt.pruning.targets import select
+from modelutils import linears
+
+
+@pytest.fixture(params=["llama", "opt"])
+def statistics(request, tokens):
+    family, model = make(request.param)
+    selected = select(model, family, 0, -1, 0, 1000, "", False)
+    generator = torch.Generator().manual_seed(0)
+    gradients = {key: torch.rand(out, generator=generator) for key, (out, _) in selected.items()}
+    return family, model, selected, gradients
+
+
+def diagonals_of(model, family, selected, tokens, batch_size=2):
+    return inverse_diagonals(model, family, list(selected), tokens, 0.01, batch_size, CPU, Clock(CPU))
+
+
+@torch.no_grad()
+def test_inverse_diagonals_are_those_of_the_dense_models_inputs(statistics, tokens):
+    family, model, selected, _ = statistics
+    diagonals, inputs = diagonals_of(model, family, selected, tokens), {}
+    modules = {key: linears(family.layers_of(model)[key[0]])[key[1]] for key in selected}
+    handles = [module.register_forward_pre_hook(lambda _, args, key=key: inputs.update({key: args[0]}))
+               for key, module in modules.items()]
+    model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for key, X in inputs.items():
+        X = X.reshape(-1, X.shape[-1]).double()
+        H = 2 / len(X) * X.T @ X
+        H.diagonal().add_(0.01 * H.diagonal().mean())
+        torch.testing.assert_close(diagonals[key].double(), H.inverse().diagonal(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("sparsity", [0.31, 0.5, 0.7])
+def test_one_threshold_removes_the_least_scores_of_all(statistics, tokens, sparsity):
+    family, model, selected, gradients = statistics
+    diagonals = diagonals_of(model, family, selected, tokens)
+    plan = global_plan(model, family, selected, gradients, diagonals, sparsity, 1.0)
+    scores = {key: linears(family.layers_of(model)[key[0]])[key[1]].weight.detach() ** 2
+              * gradients[key][:, None] / diagonals[key] for key in selected}
+    total = sum(map(torch.numel, scores.values()))
+    threshold = torch.cat([s.flatten() for s in scores.values()]).sort().values[round(sparsity * total) - 1]
+    counts = {key: round(plan[key].sparsity * s.numel()) for key, s in scores.items()}
+    assert counts == {key: int((s <= threshold).sum()) for key, s in scores.items()}
+    assert sum(counts.values()) == round(sparsity * total)
+    assert len(set(counts.values())) > len(counts) / 2
+
+
+def test_no_matrix_strays_further_than_it_may_and_the_total_is_met(statistics, tokens):
+    family, model, selected, gradients = statistics
+    plan = global_plan(model, family, selected, gradients, diagonals_of(model, family, selected, tokens), 0.5, 0.05)
+    sizes = {key: out * columns for key, (out, columns) in selected.items()}
+    assert sum(round(plan[key].sparsity * size) for key, size in sizes.items()) == round(0.5 * sum(sizes.values()))
+    for key, size in sizes.items():
+        assert abs(plan[key].sparsity - 0.5) < 0.05 + 1 / size
+    assert max(target.sparsity for target in plan.values()) > 0.54
+
+
+def test_a_threshold_without_room_is_uniform(statistics, tokens):
+    family, model, selected, gradients = statistics
+    plan = global_plan(model, family, selected, gradients, diagonals_of(model, family, selected, tokens), 0.5, 0.0)
+    assert all(target.sparsity == 0.5 for target in plan.values())

@@ -1,0 +1,386 @@
+"""Check the division of the sparsity against the paper's algorithm by hand, exact conditions and brute force."""
+
+from fractions import Fraction
+from itertools import pairwise
+from math import floor
+
+import pytest
+import torch
+from conftest import CPU, make, trainable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llama
+from mixgpt.allocation.plan import make_plan
+from mixgpt.allocation.ranking import allocate, allocate_whole, threshold_counts
+from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.targets import Target, select
+from modelutils import linears
+
+hypothesis_settings = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+budgets = st.floats(0.05, 0.95)
+alphas = st.floats(0, 0.3)
+
+
+@st.composite
+def units(draw, most=12, largest=10**8):
+    """Draw (sensitivities, sizes) of 1 to `most` units; the sensitivities include negative and equal ones."""
+    count = draw(st.integers(1, most))
+    sensitivity = draw(st.sampled_from([st.integers(-2, 2), st.integers(-1000, 1000)])).map(float)
+    return (draw(st.lists(sensitivity, min_size=count, max_size=count)),
+            draw(st.lists(st.integers(1, largest), min_size=count, max_size=count)))
+
+
+def by_rank(sensitivities):
+    """Return the places of the units from the least to the most sensitive, equal ones in their order."""
+    return [place for _, place in sorted((value, place) for place, value in enumerate(sensitivities))]
+
+
+def by_the_paper(sensitivities, p, alpha):
+    """Return 1 − keep-ratio, which rises with the rank from 1 − p − alpha to 1 − p + alpha (algorithm 1)."""
+    result = [None] * len(sensitivities)
+    for rank, place in enumerate(by_rank(sensitivities)):
+        step = Fraction(rank, len(result) - 1) if len(result) > 1 else Fraction(1, 2)
+        result[place] = 1 - float(1 - Fraction(p) - Fraction(alpha) + 2 * Fraction(alpha) * step)
+    return result
+
+
+def total(sparsities, sizes):
+    """Return the sparsity of all weights together, from exact sums."""
+    return float(sum(Fraction(s) * size for s, size in zip(sparsities, sizes, strict=True)) / sum(sizes))
+
+
+def by_hand(sensitivities, sizes, p, alpha):
+    """Return the paper's sparsities moved onto the budget, where none leaves [0, 1]. Takes and returns dicts."""
+    keys, values = list(sizes), by_the_paper([sensitivities[key] for key in sizes], p, alpha)
+    shift = p - total(values, sizes.values())
+    assert all(0 < value + shift < 1 for value in values)
+    return {key: value + shift for key, value in zip(keys, values, strict=True)}
+
+
+# allocate
+
+
+@hypothesis_settings
+@given(units=units(), p=budgets, alpha=alphas)
+def test_all_weights_together_meet_the_budget_and_no_sparsity_leaves_0_to_1(units, p, alpha):
+    sparsities = allocate(*units, p, alpha)
+    assert len(sparsities) == len(units[0])
+    assert all(0 <= s <= 1 for s in sparsities)
+    assert total(sparsities, units[1]) == pytest.approx(p, rel=0, abs=1e-9)
+
+
+@hypothesis_settings
+@given(units=units(), p=budgets, alpha=alphas)
+def test_a_more_sensitive_unit_is_never_sparser(units, p, alpha):
+    ranked = sorted(zip(units[0], allocate(*units, p, alpha), strict=True))
+    for (low, sparse), (high, dense) in pairwise(ranked):
+        assert low == high or dense <= sparse
+
+
+@hypothesis_settings
+@given(units=units(), p=st.floats(0, 1), alpha=st.floats(0, 1))
+def test_one_common_shift_and_clipping_lead_from_the_papers_sparsities_to_the_budget(units, p, alpha):
+    sparsities = allocate(*units, p, alpha)
+    assert total(sparsities, units[1]) == pytest.approx(p, rel=0, abs=1e-9)
+    least, most = -3.0, 3.0  # the shifts that explain every value: any below −s for 0, any above 1 − s for 1
+    for s, paper in zip(sparsities, by_the_paper(units[0], p, alpha), strict=True):
+        least, most = max(least, s - paper if s > 0 else -3.0), min(most, s - paper if s < 1 else 3.0)
+    assert least <= most + 1e-9
+
+
+@hypothesis_settings
+@given(units=units(), alpha=st.floats(0, 0.24), data=st.data())
+def test_sparsities_fall_in_equal_steps_with_the_rank_over_twice_alpha_where_none_is_clipped(units, alpha, data):
+    p = data.draw(st.floats(2 * alpha, 1 - 2 * alpha), label="p")  # neither alpha nor a shift of alpha clips
+    sparsities = allocate(*units, p, alpha)
+    ranked = [sparsities[place] for place in by_rank(units[0])]
+    for sparse, dense in pairwise(ranked):
+        assert sparse - dense == pytest.approx(2 * alpha / (len(ranked) - 1), rel=0, abs=1e-9)
+    if len(ranked) > 1:
+        assert ranked[0] - ranked[-1] == pytest.approx(2 * alpha, rel=0, abs=1e-9)
+
+
+@hypothesis_settings
+@given(units=units(), p=budgets, alpha=alphas, factor=st.floats(1e-6, 1e6))
+def test_the_scale_of_the_sensitivities_does_not_matter(units, p, alpha, factor):
+    sensitivities, sizes = units
+    assert allocate([factor * s for s in sensitivities], sizes, p, alpha) == allocate(sensitivities, sizes, p, alpha)
+
+
+@hypothesis_settings
+@given(units=units(), p=budgets, alpha=alphas, factor=st.integers(2, 1000))
+def test_the_scale_of_the_sizes_does_not_matter(units, p, alpha, factor):
+    sensitivities, sizes = units
+    assert allocate(sensitivities, [factor * size for size in sizes], p, alpha) == pytest.approx(
+        allocate(sensitivities, sizes, p, alpha), rel=0, abs=1e-9)
+
+
+@hypothesis_settings
+@given(units=units(), p=budgets)
+def test_alpha_0_gives_the_budget_to_everyone(units, p):
+    assert allocate(*units, p, 0.0) == pytest.approx([p] * len(units[0]), rel=0, abs=1e-12)
+
+
+@hypothesis_settings
+@given(units=units(most=1), p=budgets, alpha=alphas)
+def test_a_single_unit_gets_the_budget(units, p, alpha):
+    assert allocate(*units, p, alpha) == pytest.approx([p], rel=0, abs=1e-12)
+
+
+def test_equal_sizes_get_the_papers_sparsities():
+    sparsities = allocate([3.0, -1.0, 7.0, 0.0, 5.0], [10] * 5, 0.5, 0.1)
+    assert sparsities == pytest.approx([0.5, 0.6, 0.4, 0.55, 0.45])
+
+
+def test_of_equal_sensitivities_the_earlier_unit_is_sparser():
+    assert allocate([1.0, 1.0, 0.0, 1.0], [10] * 4, 0.5, 0.3) == pytest.approx([0.6, 0.4, 0.8, 0.2])
+
+
+def test_what_clipping_takes_from_one_unit_the_others_get():
+    assert allocate([2.0, 1.0, 0.0], [10] * 3, 0.9, 0.3) == pytest.approx([0.7, 1.0, 1.0])
+    assert allocate([2.0, 1.0, 0.0], [10] * 3, 0.1, 0.3) == pytest.approx([0.0, 0.0, 0.3])
+    # sparsity 1 for the small unit: the two others, 0.2 apart, hold the rest of the budget
+    assert allocate([2.0, 1.0, 0.0], [30, 30, 20], 0.85, 0.2) == pytest.approx([0.7, 0.9, 1.0])
+
+
+# the shapes of LLaMA-7B
+
+LLAMA_7B = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "self_attn.v_proj": (4096, 4096),
+            "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096),
+            "mlp.down_proj": (4096, 11008)}
+LLAMA_SIZES = [rows * columns for _ in range(32) for rows, columns in LLAMA_7B.values()]
+LLAMA_SENSITIVITIES = [(10.0 if "attn" in name else 1.0) + 0.01 * layer + 0.001 * place
+                       for layer in range(32) for place, name in enumerate(LLAMA_7B)]
+
+
+def test_the_shapes_of_llama_7b_meet_the_budget_which_the_papers_sparsities_alone_miss():
+    paper = by_the_paper(LLAMA_SENSITIVITIES, 0.5, 0.1)
+    assert sum(paper) / len(paper) == pytest.approx(0.5)  # of matrices
+    missed = total(paper, LLAMA_SIZES)  # of weights: the sparser mlp matrices are larger
+    assert missed > 0.52
+    sparsities = allocate(LLAMA_SENSITIVITIES, LLAMA_SIZES, 0.5, 0.1)
+    assert total(sparsities, LLAMA_SIZES) == pytest.approx(0.5, rel=0, abs=1e-9)
+    assert sparsities == pytest.approx([s - (missed - 0.5) for s in paper], rel=0, abs=1e-9)
+
+
+@pytest.mark.parametrize("p", [0.3, 0.5, 0.7, 0.8])
+def test_the_most_sensitive_matrix_is_the_least_sparse_at_every_budget(p):
+    sparsities = allocate(LLAMA_SENSITIVITIES, LLAMA_SIZES, p, 0.1)
+    least_to_most = [sparsities[place] for place in by_rank(LLAMA_SENSITIVITIES)]
+    assert least_to_most == sorted(sparsities, reverse=True)
+    assert least_to_most[0] - least_to_most[-1] == pytest.approx(0.2)
+
+
+# allocate_whole
+
+
+def rounded(real, shift, m):
+    """Round every value + shift to a whole number in [0, m]."""
+    return [min(max(floor(value + shift + 0.5), 0), m) for value in real]
+
+
+def miss(n, sizes, m, p):
+    """Return how far the sparsity of all weights together is from p."""
+    return abs(total([Fraction(k, m) for k in n], sizes) - p)
+
+
+@hypothesis_settings
+@given(units=units(), p=budgets, alpha=alphas, m=st.sampled_from([2, 3, 4, 8, 16]))
+def test_n_is_whole_within_0_and_m_and_never_higher_for_a_more_sensitive_unit(units, p, alpha, m):
+    n = allocate_whole(*units, p, alpha, m)
+    assert len(n) == len(units[0])
+    assert all(type(k) is int and 0 <= k <= m for k in n)
+    for (low, sparse), (high, dense) in pairwise(sorted(zip(units[0], n, strict=True))):
+        assert low == high or dense <= sparse
+
+
+@hypothesis_settings
+@given(units=units(most=6, largest=100), p=budgets, alpha=alphas, m=st.sampled_from([2, 4, 8]))
+def test_no_common_shift_of_the_real_plan_comes_closer_to_the_budget(units, p, alpha, m):
+    n = allocate_whole(*units, p, alpha, m)
+    real = [m * s for s in allocate(*units, p, alpha)]
+    grid = [m * (2 * (i + 0.4142) / 400 - 1) for i in range(400)]
+    assert miss(n, units[1], m, p) <= min(miss(rounded(real, shift, m), units[1], m, p) for shift in grid) + 1e-9
+
+
+@hypothesis_settings
+@given(units=units(), p=budgets, alpha=alphas, m=st.sampled_from([2, 4, 8]))
+def test_one_common_shift_and_rounding_lead_from_the_real_plan_to_n(units, p, alpha, m):
+    least, most = -2.0 * m, 2.0 * m
+    for k, s in zip(allocate_whole(*units, p, alpha, m), allocate(*units, p, alpha), strict=True):
+        least = max(least, k - 0.5 - m * s if k > 0 else -2.0 * m)
+        most = min(most, k + 0.5 - m * s if k < m else 2.0 * m)
+    assert least <= most + 1e-9
+
+
+@pytest.mark.parametrize("count", range(1, 25))  # with 25 units two values lie halfway between whole numbers
+def test_equal_sizes_round_the_papers_values_and_hit_2_of_4_exactly(count):
+    sensitivities = torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist()
+    n = allocate_whole(sensitivities, [4096] * count, 0.5, 0.3, 4)
+    assert n == rounded([4 * s for s in by_the_paper(sensitivities, 0.5, 0.3)], 0, 4)
+    assert sum(n) == 2 * count
+
+
+def test_rounding_alone_that_misses_the_budget_is_mended_by_a_shift():
+    # 2.4, 2.2 and 2 of 4 round to a total of 6, but 7 is closer to their sum of 6.6
+    assert allocate_whole([2.0, 1.0, 0.0], [10] * 3, 0.55, 0.05, 4) == [2, 2, 3]
+
+
+@pytest.mark.parametrize("p, alpha, closest", [
+    (0.5625, 0.05, [2, 2]),  # 2.05, 2.45: totals of 4 and 5 are equally close to 4.5; 2.05 and 2.45 round to 4
+    (0.6875, 0.05, [3, 3]),  # 2.55, 2.95: totals of 5 and 6 are equally close to 5.5; 2.55 and 2.95 round to 6
+    (0.65625, 0.02, [2, 3, 3, 3]),  # 2.55 to 2.71: 10 and 11 are equally close to 10.5; rounding gives 12
+])
+def test_of_equally_close_plans_the_one_of_the_smallest_shift_is_taken(p, alpha, closest):
+    sensitivities = list(range(len(closest), 0, -1))
+    assert allocate_whole(sensitivities, [10] * len(closest), p, alpha, 4) == closest
+
+
+# make_plan
+
+WAYS = ["layer-level", "weight-level"]
+SELECTIONS = [{}, {"minlayer": 1}, {"maxlayer": 2}, {"prune_only": "fc1"}, {"minlayer": 1, "prune_only": "self_attn"},
+              {"minlayer": 1, "prune_only": "fc", "invert": True}]
+
+
+def selected_of(model, family, minlayer=0, maxlayer=1000, prune_only="", invert=False):
+    return select(model, family, 0, -1, minlayer, maxlayer, prune_only, invert)
+
+
+def random_sensitivity(model, family, seed=0):
+    """Return a sensitivity for every linear of the model."""
+    keys = list(selected_of(model, family))
+    values = torch.randn(len(keys), generator=torch.Generator().manual_seed(seed)).tolist()
+    return dict(zip(keys, values, strict=True))
+
+
+def sizes_of(selected):
+    return {key: rows * columns for key, (rows, columns) in selected.items()}
+
+
+def zeros_of(model, family, plan):
+    """Count the zeros in the matrices of a plan."""
+    return sum((linears(family.layers_of(model)[index])[name].weight == 0).sum().item() for index, name in plan)
+
+
+@pytest.mark.parametrize("way", ["uniform", "origin"])
+@pytest.mark.parametrize("target", [Target(0.37), Target(0.5, 2, 4)])
+def test_uniform_gives_the_target_to_every_selected_matrix(way, target):
+    family, model = make("opt")
+    selected = selected_of(model, family, maxlayer=2)
+    assert make_plan(selected, target, way) == {key: target for key in selected}
+    assert make_plan(selected, target, way, random_sensitivity(model, family), 0.3) == make_plan(selected, target)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_weight_level_ranks_the_selected_matrices_on_their_own_budget(selection):
+    family, model = make("opt")
+    sensitivity = random_sensitivity(model, family)
+    selected = selected_of(model, family, **selection)
+    plan = make_plan(selected, Target(0.4), "weight-level", sensitivity, 0.15)
+    expected = by_hand(sensitivity, sizes_of(selected), 0.4, 0.15)
+    assert {key: target.sparsity for key, target in plan.items()} == pytest.approx(expected, rel=0, abs=1e-9)
+    assert all((target.prunen, target.prunem) == (0, 0) for target in plan.values())
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_layer_level_gives_all_selected_matrices_of_a_layer_one_sparsity(selection):
+    family, model = make("opt")
+    sensitivity = random_sensitivity(model, family)
+    selected = selected_of(model, family, **selection)
+    plan = make_plan(selected, Target(0.4), "layer-level", sensitivity, 0.15)
+    sums, sizes = {}, {}
+    for (layer, name), (rows, columns) in selected.items():
+        sums[layer] = sums.get(layer, 0) + sensitivity[layer, name]
+        sizes[layer] = sizes.get(layer, 0) + rows * columns
+    expected = by_hand(sums, sizes, 0.4, 0.15)
+    assert {key: target.sparsity for key, target in plan.items()} == pytest.approx(
+        {key: expected[key[0]] for key in selected}, rel=0, abs=1e-9)
+    assert all(len({target for (index, _), target in plan.items() if index == layer}) == 1 for layer in sizes)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])  # with alpha 0.3 some sparsities are clipped
+def test_the_selected_weights_together_meet_the_budget(way, selection, p):
+    family, model = make("opt")
+    selected = selected_of(model, family, **selection)
+    plan = make_plan(selected, Target(p), way, random_sensitivity(model, family), 0.3)
+    assert list(plan) == list(selected)
+    assert total([target.sparsity for target in plan.values()], sizes_of(selected).values()) == pytest.approx(p)
+
+
+def test_layer_level_ranks_by_the_sum_over_the_selected_matrices():
+    small, large = (4, 4), (4, 16)
+    selected = {(0, "a"): small, (0, "b"): large, (1, "a"): small, (1, "b"): large, (2, "b"): large}
+    # the mean, the maximum, the trace (times the size), or all matrices instead, would each rank otherwise
+    sensitivity = {(0, "a"): 5.0, (0, "b"): 1.0, (1, "a"): 1.0, (1, "b"): 4.0, (2, "a"): 100.0, (2, "b"): 4.5}
+    plan = make_plan(selected, Target(0.5), "layer-level", sensitivity, 0.1)
+    shift = 0.5 - (0.4 * 80 + 0.5 * 80 + 0.6 * 64) / (80 + 80 + 64)
+    expected = {0: 0.4 + shift, 1: 0.5 + shift, 2: 0.6 + shift}
+    assert {key: target.sparsity for key, target in plan.items()} == pytest.approx(
+        {key: expected[key[0]] for key in selected})
+
+
+def test_n_of_m_gives_every_matrix_a_whole_n_of_the_same_m_by_its_rank():
+    family, model = make("opt")
+    selected = selected_of(model, family, prune_only="self_attn")  # 12 matrices of one size
+    sensitivity = random_sensitivity(model, family)
+    plan = make_plan(selected, Target(0.5, 2, 4), "weight-level", sensitivity, 0.3)
+    n = rounded([4 * s for s in by_the_paper([sensitivity[key] for key in selected], 0.5, 0.3)], 0, 4)
+    assert plan == {key: Target(k / 4, k, 4) for key, k in zip(selected, n, strict=True)}
+    assert set(n) == {1, 2, 3} and sum(n) == 24
+
+
+def test_n_of_m_gives_every_layer_a_whole_n_of_the_same_m_by_its_rank():
+    family, model = make("opt")
+    selected = selected_of(model, family)
+    sensitivity = {(layer, name): {0: 2.0, 1: 3.0, 2: 1.0}[layer] for layer, name in selected}
+    plan = make_plan(selected, Target(0.5, 4, 8), "layer-level", sensitivity, 0.25)
+    assert plan == {(layer, name): Target(n / 8, n, 8) for layer, name in selected for n in [{0: 4, 1: 2, 2: 6}[layer]]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("target", [Target(0.5, 2, 4), Target(0.75, 6, 8)])
+def test_pruned_by_a_plan_of_n_of_m_every_group_has_its_n_zeros(way, target):
+    family, model = make("opt")
+    plan = make_plan(selected_of(model, family), target, way, random_sensitivity(model, family), 0.2)
+    assert len(set(plan.values())) > 1
+    prune_magnitude(model, family, plan, CPU)
+    for (index, name), planned in plan.items():
+        zeros = linears(family.layers_of(model)[index])[name].weight == 0
+        assert planned.prunem == target.prunem
+        assert (zeros.view(-1, target.prunem).sum(dim=1) == planned.prunen).all()
+    assert zeros_of(model, family, plan) / sum(sizes_of(selected_of(model, family)).values()) == pytest.approx(
+        target.sparsity, abs=0.05)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("p, alpha", [(0.5, 0.1), (0.7, 0.1), (0.61803, 0.123), (0.9, 0.3)])
+def test_rounding_to_whole_weights_keeps_the_pruned_model_within_a_ten_thousandth_of_the_budget(way, p, alpha):
+    family, model = llama.FAMILY, trainable()
+    selected = selected_of(model, family)
+    plan = make_plan(selected, Target(p), way, random_sensitivity(model, family), alpha)
+    prune_magnitude(model, family, plan, CPU)
+    weights = sum(sizes_of(selected).values())
+    zeros = zeros_of(model, family, plan)
+    assert abs(zeros - p * weights) <= len(plan) / 2 + 1e-3  # half a weight a matrix
+    assert abs(zeros / weights - p) < 1e-4
+
+
+@pytest.mark.parametrize("total", [0, 1, 700, 2500, 4000, 4321, 5500])
+def test_a_common_threshold_counts_what_sorting_all_scores_gives(total):
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(1000, generator=generator) * 10.0**power for power in range(-2, 3)] + [torch.ones(500)]
+    counts = threshold_counts(lambda: enumerate(scores), [0] * 6, [len(s) for s in scores], total)
+    order = torch.cat(scores).sort(stable=True).indices[:total]  # of equal scores those of the first units go
+    units = torch.repeat_interleave(torch.arange(6), torch.tensor([len(s) for s in scores]))
+    assert counts == torch.bincount(units[order], minlength=6).tolist()
+
+
+def test_a_common_threshold_breaks_ties_to_the_weight_and_keeps_to_limits():
+    scores = [torch.zeros(10), torch.ones(20), torch.ones(30), torch.full((40,), 2.0)]
+    assert threshold_counts(lambda: enumerate(scores), [0] * 4, [10, 20, 30, 40], 37) == [10, 20, 7, 0]
+    assert threshold_counts(lambda: enumerate(scores), [2, 4, 6, 8], [8, 16, 24, 32], 50) == [8, 16, 18, 8]
+    assert threshold_counts(lambda: enumerate(scores), [2, 4, 6, 8], [8, 16, 24, 32], 20) == [2, 4, 6, 8]

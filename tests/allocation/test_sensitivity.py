@@ -1,0 +1,252 @@
+"""Check streamed traces against autograd through the whole model, full Hessians and exact Gauss-Newton matrices."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, ROOT, make
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import OPTConfig, OPTForCausalLM
+
+import opt
+from mixgpt.allocation import backward, fisher, hutchinson
+from mixgpt.allocation.traces import hessian_traces
+from mixgpt.kernels import matmul
+from modelutils import linears
+
+
+@pytest.fixture
+def all_float64(monkeypatch):
+    """Let norms and softmax of transformers, which compute in torch.float32, compute in float64 too."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(matmul, "AVAILABLE", False)
+
+
+def matrices_of(model, family):
+    return [(index, name) for index, layer in enumerate(family.layers_of(model)) for name in linears(layer)]
+
+
+def weights_of(model, family, matrices):
+    return [linears(family.layers_of(model)[index])[name].weight for index, name in matrices]
+
+
+def loss_of(model, sequence, labels=None):
+    """Mean cross-entropy of one sequence (T,) in the model's dtype."""
+    return torch.nn.functional.cross_entropy(model(sequence[None]).logits[0, :-1],
+                                             sequence[1:] if labels is None else labels)
+
+
+def traces(model, family, matrices, tokens, estimator, **options):
+    return hessian_traces(model, family, matrices, tokens, estimator,
+                          **{"seed": 3, "nprobes": 1, "batch_size": 2, "device": CPU} | options)
+
+
+def whole_model_products(model, family, matrices, tokens, probe=0):
+    """zᵀ H z of every block by double backward through the whole model, with the probes of the streamed pass."""
+    weights, rows = weights_of(model, family, matrices), []
+    for n, sequence in enumerate(tokens):
+        Z = [hutchinson.signs(W.shape, backward.seeded(3, n, probe, *matrix), W.dtype)
+             for W, matrix in zip(weights, matrices, strict=True)]
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = torch.autograd.grad(loss_of(model, sequence), weights, create_graph=True)
+            product = sum((G * z).sum() for G, z in zip(gradients, Z, strict=True))
+            rows.append(torch.stack([(Hz * z).sum() for Hz, z in zip(torch.autograd.grad(product, weights), Z,
+                                                                     strict=True)]))
+    return torch.stack(rows)
+
+
+def test_streamed_products_are_those_of_double_backward_through_the_whole_model(tiny, tokens, all_float64):
+    family, model = tiny
+    model, tokens = model.double(), tokens[:3, :10]
+    matrices = matrices_of(model, family)
+    expected = whole_model_products(model, family, matrices, tokens)
+    assert (traces(model, family, matrices, tokens, "hutchinson") - expected).abs().max() < 1e-10
+    assert expected.abs().min() > 1e-6
+
+
+def test_only_the_wanted_matrices_are_probed(tokens, all_float64):
+    family, model = make("llama")
+    model, tokens = model.double(), tokens[:2, :10]
+    matrices = [(0, "mlp.up_proj"), (2, "self_attn.v_proj")]
+    expected = whole_model_products(model, family, matrices, tokens)
+    assert (traces(model, family, matrices, tokens, "hutchinson") - expected).abs().max() < 1e-10
+
+
+def test_several_probes_are_averaged(tokens, all_float64):
+    family, model = make("llama")
+    model, tokens = model.double(), tokens[:2, :10]
+    matrices = matrices_of(model, family)
+    expected = sum(whole_model_products(model, family, matrices, tokens, probe) for probe in range(3)) / 3
+    assert (traces(model, family, matrices, tokens, "hutchinson", nprobes=3) - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
+def test_batches_and_chunks_change_nothing(tokens, estimator, all_float64, monkeypatch):
+    family, model = make("bloom")
+    model, matrices = model.double(), matrices_of(model, family)
+    whole = traces(model, family, matrices, tokens, estimator, batch_size=5)
+    monkeypatch.setattr(backward, "BORDERS", 0)
+    monkeypatch.setattr(fisher, "SLICE", 7)
+    monkeypatch.setattr(hutchinson, "SLICE", 7)
+    saved = []
+    parts = traces(model, family, matrices, tokens, estimator, save=saved.append)
+    assert torch.allclose(parts, whole, rtol=1e-9)
+    assert [len(rows) for rows in saved] == [2, 4, 5]
+    resumed = traces(model, family, matrices, tokens, estimator, known=saved[0])
+    assert torch.equal(resumed, parts)
+
+
+@pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
+def test_the_seed_decides_and_no_weight_or_gradient_changes(tokens, estimator):
+    family, model = make("opt")
+    matrices = matrices_of(model, family)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    first, again = (traces(model, family, matrices, tokens, estimator) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, traces(model, family, matrices, tokens, estimator, seed=4))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
+def test_float16_weights_give_the_traces_of_float32(tokens, estimator):
+    family, model = make("opt")
+    matrices = matrices_of(model, family)
+    model.half().float()  # round the weights
+    expected = traces(model, family, matrices, tokens, estimator).sum(dim=0)
+    half = traces(model.half(), family, matrices, tokens, estimator).sum(dim=0)
+    assert (half - expected).abs().median() < 0.1 * expected.abs().median()
+
+
+@pytest.fixture
+def minute():
+    """An OPT of one layer whose fc1 has 12 weights."""
+    torch.manual_seed(0)
+    return OPTForCausalLM(OPTConfig(
+        vocab_size=11, hidden_size=4, ffn_dim=3, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=4,
+        max_position_embeddings=16, init_std=0.7, activation_function="gelu")).eval().double()
+
+
+@pytest.mark.parametrize("name", ["fc1", "fc2"])
+def test_the_mean_over_all_sign_vectors_is_the_exact_trace(minute, name, all_float64, monkeypatch):
+    sequence = torch.randint(0, 11, (6,))
+    monkeypatch.setattr(hutchinson, "seeded", lambda *key, device: key)
+    monkeypatch.setattr(hutchinson, "signs", lambda shape, key, dtype: torch.tensor(
+        [1 - 2 * (key[1] >> bit & 1) for bit in range(12)], dtype=dtype).view(shape))
+    samples = traces(minute, opt.FAMILY, [(0, name)], sequence.expand(4096, -1), "hutchinson", batch_size=512)
+
+    module = getattr(minute.model.decoder.layers[0], name)
+
+    def loss(W):
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = torch.func.functional_call(minute, {f"model.decoder.layers.0.{name}.weight": W},
+                                                sequence[None]).logits
+        return torch.nn.functional.cross_entropy(logits[0, :-1], sequence[1:])
+
+    H = torch.autograd.functional.hessian(loss, module.weight.detach()).view(12, 12)
+    assert samples.mean().item() == pytest.approx(H.trace().item(), rel=1e-10)
+    assert samples.std() > 1e-3 * samples.mean().abs()
+
+
+def sampled_labels(model, sequence, generator):
+    """Labels drawn from the model's own predictions by inverting their distribution function."""
+    with torch.no_grad():
+        cumulative = model(sequence[None]).logits[0, :-1].softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(sequence) - 1, generator=generator, dtype=torch.float64)
+    return (cumulative < uniform[:, None]).sum(dim=1)
+
+
+def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, tokens, all_float64):
+    family, model = tiny
+    model, tokens = model.double(), tokens[:3, :10]
+    matrices = matrices_of(model, family)
+    samples = traces(model, family, matrices, tokens, "fisher")
+    for n, sequence in enumerate(tokens):
+        labels = sampled_labels(model, sequence, backward.seeded(3, n, 0, "labels"))
+        gradients = torch.autograd.grad(loss_of(model, sequence, labels), weights_of(model, family, matrices))
+        expected = torch.stack([9 * G.square().sum() for G in gradients])  # 9 tokens are predicted
+        assert torch.allclose(samples[n], expected, rtol=1e-9)
+
+
+def test_output_gradients_are_squares_at_labels_of_the_model_by_output_and_by_token(tiny, tokens, all_float64,
+                                                                                     monkeypatch):
+    monkeypatch.setattr(backward, "BORDERS", 0)  # as many chunks as batches
+    family, model = tiny
+    model, tokens = model.double(), tokens[:3, :10]
+    matrices = matrices_of(model, family)
+    found = fisher.output_gradients(model, family, matrices, tokens, seed=3, batch_size=2, device=CPU)
+    expected, energies, outputs = {key: 0 for key in matrices}, {key: [] for key in matrices}, {}
+    handles = [linears(family.layers_of(model)[index])[name].register_forward_hook(
+        lambda _, args, y, key=(index, name): outputs.update({key: y})) for index, name in matrices]
+    for n, sequence in enumerate(tokens):
+        labels = sampled_labels(model, sequence, backward.seeded(3, n, 0, "labels"))
+        gradients = torch.autograd.grad(9 * loss_of(model, sequence, labels), list(outputs.values()))
+        for key, Y in zip(outputs, gradients, strict=True):
+            expected[key] = expected[key] + Y.reshape(-1, Y.shape[-1]).square().sum(0) / 30
+            energies[key].append(Y.reshape(10, -1).square().sum(1))
+    for handle in handles:
+        handle.remove()
+    for key in matrices:
+        torch.testing.assert_close(found.rows[key].double(), expected[key], rtol=1e-5, atol=1e-12)
+        of_tokens = torch.stack(energies[key])
+        torch.testing.assert_close(found.tokens[key].double(), of_tokens / of_tokens.mean(), rtol=1e-5, atol=1e-12)
+
+
+def exact_gauss_newton_trace(model, key, W, sequence):
+    """Tr Jᵀ (diag p − p pᵀ) J, mean over the predicted tokens, from the Jacobian of all logits."""
+    def logits(W):
+        return torch.func.functional_call(model, {key: W}, sequence[None]).logits[0, :-1]
+
+    J = torch.autograd.functional.jacobian(logits, W.detach()).flatten(2)  # (T − 1, vocabulary, weights)
+    p = logits(W).softmax(-1)
+    F = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("tvw,tvu,tuw->t", J, F, J).mean().item()
+
+
+def test_fisher_is_the_exact_gauss_newton_trace_within_its_standard_error(minute, all_float64):
+    sequence = torch.randint(0, 11, (6,))
+    matrices = matrices_of(minute, opt.FAMILY)
+    samples = traces(minute, opt.FAMILY, matrices, sequence.expand(4000, -1), "fisher", batch_size=500)
+    error = samples.std(dim=0) / len(samples) ** 0.5
+    for (_, name), W, mean, se in zip(matrices, weights_of(minute, opt.FAMILY, matrices), samples.mean(dim=0), error,
+                                      strict=True):
+        exact = exact_gauss_newton_trace(minute, f"model.decoder.layers.0.{name}.weight", W, sequence)
+        assert abs(mean.item() - exact) < 4 * se.item(), name
+        assert se < 0.1 * exact, name
+
+
+def test_signs_are_balanced_and_independent():
+    Z = hutchinson.signs(torch.Size([257, 63]), backward.seeded(0), torch.float64)
+    assert set(Z.unique().tolist()) == {-1.0, 1.0}
+    assert abs(Z.mean()) < 4 / Z.numel() ** 0.5
+    off = (Z.T @ Z / len(Z)).fill_diagonal_(0)
+    assert off.abs().max() < 5 / len(Z) ** 0.5
+
+
+MEMORY = """
+import resource, sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import llama
+from mixgpt.allocation import traces
+layers = int(sys.argv[1])
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+                                     num_attention_heads=9, num_key_value_heads=3)).eval()
+tokens = torch.randint(0, 2048, (1, 256))
+with open("/proc/self/statm") as statm:
+    before = int(statm.read().split()[1]) * resource.getpagesize()
+traces.hessian_traces(model, llama.FAMILY, list(traces.matrices_of(model, llama.FAMILY)), tokens, "hutchinson",
+                      seed=0, nprobes=1, batch_size=1, device=torch.device("cpu"))
+borders = 2 * (layers + 1) * 256 * 576 * 4
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - borders)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_layers():
+    three, six = (int(subprocess.run([sys.executable, "-c", MEMORY, layers], cwd=ROOT,
+                                     capture_output=True, text=True, check=True).stdout) for layers in ("3", "6"))
+    assert three > 20e6, "less than the probes of one layer: nothing was measured"
+    assert six < 1.2 * three

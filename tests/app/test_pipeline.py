@@ -1,0 +1,504 @@
+"""Run the command line: what it prints, saves and refuses."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import CPU, FAMILIES, ROOT, saved_tensors
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import datautils
+from mixgpt.allocation import traces
+from mixgpt.app import pipeline
+from mixgpt.app.settings import Settings
+from mixgpt.checkpoints import load
+from mixgpt.common import runtime
+from mixgpt.evaluation.sparsity import measure_sparsity
+from mixgpt.modeling import streaming
+from modelutils import Stream, linears
+
+
+@pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "qwen2", "bloom"])
+@pytest.mark.parametrize("options", [[], ["--sparsity", ".5", "--gmp"], ["--sparsity", ".5"],
+                                     ["--prunen", "2", "--prunem", "4", "--no-true-sequential"]])
+def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, checkpoint_folder, tmp_path, capsys):
+    family, _ = FAMILIES[name]
+    folder = tmp_path / "saved"
+    assert run(family, checkpoint_folder(name), "builtin", *options, *SMALL, "--save", folder) == 0
+    out = capsys.readouterr().out
+    record = json.loads((folder / "mixgpt.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    zeros = [[(m.weight == 0).sum().item(), m.weight.numel()] for layer in family.layers_of(model)
+             for m in linears(layer).values()]
+    assert [row["sparsity"] for row in record["matrices"]] == [count / numel for count, numel in zeros]
+    assert all(row["sparsity"] == (0.5 if options else 0) for row in record["matrices"])
+    method = "magnitude" if "--gmp" in options else "SparseGPT" if options else "dense"
+    if options:
+        assert re.search(r"^total .* 50\.00%$", out, re.MULTILINE)
+        assert all(("error" in row) == (method == "SparseGPT") for row in record["matrices"])
+
+    tokens, source = pipeline.test_tokens("builtin", 32, load.load_tokenizer(folder))
+    with torch.no_grad():
+        expected = model(tokens, labels=tokens).loss.exp().item()
+    assert record["perplexity"] == {method: {"builtin": pytest.approx(expected, rel=1e-5)}}
+    assert re.search(rf"^{method} +{record['perplexity'][method]['builtin']:.2f}$", out, re.MULTILINE)
+    assert record["data"]["builtin"]["sha256"] == source["sha256"]
+    assert record["settings"]["seqlen"] == 32 and record["versions"]["torch"] == torch.__version__
+
+
+QUANTIZED = [
+    ["--wbits", "4"], ["--wbits", "3", "--nearest"], ["--wbits", "4", "--gmp", "--sparsity", ".5"],
+    ["--wbits", "8", "--sparsity", ".5", "--act-order"],
+    ["--wbits", "4", "--prunen", "2", "--prunem", "4", "--groupsize", "8", "--mse", "--act-order"],
+    ["--wbits", "4", "--sparsity", ".5", "--sym", "--sparsity_way", "weight-level", "--sensitivity", "fisher"]]
+PACKABLE = [
+    ["--wbits", "4", "--sym"], ["--wbits", "8", "--sym", "--nearest", "--groupsize", "16"],
+    ["--wbits", "4", "--sym", "--sparsity", ".5", "--act-order"],
+    ["--wbits", "4", "--sym", "--prunen", "2", "--prunem", "4", "--groupsize", "8", "--mse"]]
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+@pytest.mark.parametrize("options, save_format", [
+    *((options, save_format) for options in QUANTIZED for save_format in ("dense", "sparse")),
+    *((options, "compressed-tensors") for options in PACKABLE)])
+def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, options, save_format, checkpoint_folder,
+                                                                        tmp_path, capsys):
+    family, _ = FAMILIES[name]
+    folder = tmp_path / "saved"
+    assert run(family, checkpoint_folder(name), "builtin", *options, *SMALL, "--save", folder,
+               "--save-format", save_format) == 0
+    out, record = capsys.readouterr().out, json.loads((folder / "mixgpt.json").read_text())
+    model = load.load_model(folder, "auto")
+    counted = measure_sparsity(model, family)
+    assert [row["sparsity"] for row in record["matrices"]] == [m.zeros / m.numel for m in counted]
+    pruned = 0.5 if "--sparsity" in options or "--prunen" in options else 0
+    assert sum(m.zeros for m in counted) >= pruned * sum(m.numel for m in counted)
+    wbits = int(options[options.index("--wbits") + 1])
+    for layer in family.layers_of(model):
+        for module in linears(layer).values():
+            size = int(options[options.index("--groupsize") + 1]) if "--groupsize" in options else module.in_features
+            groups = module.weight.view(-1, size)
+            assert "--act-order" in options or max(len(row.unique()) for row in groups) <= 2**wbits
+            if "--prunen" in options:
+                assert ((module.weight.view(-1, 4) == 0).sum(1) >= 2).all()
+
+    [(method, perplexities)] = record["perplexity"].items()
+    assert method.endswith(f"{wbits} bit") and f"\n{method} " in out
+    assert run(family, folder, "builtin", *SMALL) == 0  # what was saved is a model like any other
+    assert re.search(rf"^dense +{perplexities['builtin']:.2f}$", capsys.readouterr().out, re.MULTILINE)
+
+    disk, numel = record["disk"], sum(m.numel for m in counted)
+    least = 32 if save_format == "dense" else wbits if save_format == "compressed-tensors" else wbits * (1 - pruned)
+    assert disk["bits_per_weight"] == 8 * disk["bytes"] / numel and disk["ratio"] == 2 * numel / disk["bytes"]
+    assert 0.8 * least <= disk["bits_per_weight"] <= least + (0 if save_format == "dense" else 8)
+    assert disk["theoretical_ratio"] == pytest.approx(16 / (wbits * (1 - pruned)))
+    assert f"{disk['bits_per_weight']:.2f} bits a weight, {disk['ratio']:.2f} times smaller than bfloat16" in out
+
+
+MIXGPT = ["--sparsity", ".5", "--sparsity_way", "weight-level", "--saliency", "isc"]
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "qwen2", "bloom"])
+@pytest.mark.parametrize("options", [MIXGPT, [*MIXGPT, "--sparsity_way", "layer-level", "--sensitivity", "fisher"]])
+def test_mixgpt_meets_the_total_in_the_saved_weights(name, options, checkpoint_folder, tmp_path, capsys):
+    family, _ = FAMILIES[name]
+    folder, plot = tmp_path / "saved", tmp_path / "plan.png"
+    assert run(family, checkpoint_folder(name), "builtin", *options, *SMALL, "--save", folder, "--plot", plot) == 0
+    out = capsys.readouterr().out
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), family)
+    assert sum(m.zeros for m in counted) / sum(m.numel for m in counted) == pytest.approx(0.5, abs=1e-4)
+    rows = json.loads((folder / "mixgpt.json").read_text())["matrices"]
+    assert [round(row["target"] * m.numel) for row, m in zip(rows, counted, strict=True)] == [m.zeros for m in counted]
+
+    if "fisher" in options:
+        units = {row["layer"]: set() for row in rows}
+        for row in rows:
+            units[row["layer"]].add(row["target"])
+        assert all(len(targets) == 1 for targets in units.values()) and len(set.union(*units.values())) == 3
+    else:
+        ranked = sorted(rows, key=lambda row: row["sensitivity"], reverse=True)
+        targets = [row["target"] for row in ranked]
+        assert targets == sorted(targets) and targets[-1] - targets[0] == pytest.approx(0.2)
+    assert re.search(r"^plan     50\.00% of the weights in all$", out, re.MULTILINE)
+    assert re.search(r"^matrix kind +mean trace/n +mean rank +sparsity$", out, re.MULTILINE)
+    recipe = "layer-level by fisher" if "fisher" in options else "weight-level by hutchinson"
+    assert re.search(rf"^MixGPT \({recipe}\) +\d+\.\d\d$", out, re.MULTILINE)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options, name", [
+    ({"wbits": 4}, "SparseGPT + 4 bit"), ({"wbits": 3, "gmp": True}, "magnitude + 3 bit"),
+    ({"wbits": 4, "sparsity": 0}, "GPTQ 4 bit"), ({"wbits": 4, "sparsity": 0, "nearest": True}, "nearest 4 bit"),
+    ({"wbits": 8, "sparsity": 0, "gmp": True}, "nearest 8 bit"),
+    ({}, "SparseGPT"), ({"saliency": "isc"}, "SparseGPT (isc)"), ({"gmp": True, "saliency": "isc"}, "magnitude"),
+    ({"sparsity_way": "layer-level"}, "SparseGPT (layer-level by hutchinson)"),
+    ({"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}, "MixGPT (weight-level by fisher)"),
+    ({"sparsity_way": "weight-level", "gmp": True}, "magnitude (weight-level by hutchinson)"),
+    ({"sparsity_way": "origin"}, "SparseGPT"), ({"saliency": "fisher"}, "SparseGPT (fisher)"),
+    ({"sparsity_way": "global", "saliency": "fisher", "solver": "admm", "target": "dense", "wbits": 4},
+     "ADMM (global, fisher, dense target) + 4 bit"),
+    ({"token_weights": "fisher"}, "SparseGPT (weighted tokens)"),
+    ({"target": "dense", "wbits": 4, "sparsity": 0}, "GPTQ 4 bit (dense target)"),
+    ({"sparsity_way": "global", "saliency": "fisher", "gmp": True}, "magnitude (global)"),
+])
+def test_a_recipe_is_named_by_its_choices(options, name):
+    assert Settings("model", "c4", **{"sparsity": 0.5} | options).method == name
+
+
+@pytest.mark.parametrize("preset, amount, expected", [
+    ("sparsegpt", ["--sparsity", ".5"], {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs"}),
+    ("mixgpt", ["--sparsity", ".5"], {"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}),
+    ("best", ["--sparsity", ".5"], {"sparsity_way": "global", "saliency": "fisher", "solver": "admm",
+                                    "target": "dense", "alpha": 0.15, "token_weights": "equal", "percdamp": 0.1}),
+    ("best", ["--prunen", "2", "--prunem", "4"],
+     {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "token_weights": "fisher", "percdamp": 0.1}),
+    ("best", ["--sparsity", ".5", "--alpha", ".2", "--solver", "obs", "--wbits", "4"],
+     {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1}),
+])
+def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected, checkpoint_folder, tmp_path):
+    made = []
+    for number, flags in enumerate([["--preset", preset], [part for name, value in expected.items()
+                                                           for part in (f"--{name}", str(value))]]):
+        folder = tmp_path / str(number)
+        flags += ["--alpha", ".15"] if number and preset == "best" and "--alpha" not in [*flags, *amount] else []
+        flags += ["--target", "dense"] if number and "obs" in amount else []
+        flags += ["--sparsity_way", "global"] if number and "obs" in amount else []
+        assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *amount, *flags, *SMALL,
+                   "--save", folder) == 0
+        made.append(folder)
+    records = [json.loads((folder / "mixgpt.json").read_text()) for folder in made]
+    assert expected.items() <= records[0]["settings"].items() and records[0]["settings"]["preset"] == preset
+    assert records[0]["matrices"] == records[1]["matrices"]
+    if "--wbits" not in amount and preset != "mixgpt":  # rounding makes more zeros, ranks each matrix its own fraction
+        assert records[0]["sparsity"] == pytest.approx(0.5, abs=1e-5)
+    for key, tensor in saved_tensors(made[0]).items():
+        assert torch.equal(tensor, saved_tensors(made[1])[key]), key
+
+
+def test_mixed_n_to_m_tells_how_close_whole_n_come(checkpoint_folder, tmp_path, capsys):
+    folder = tmp_path / "saved"
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--prunen", "3", "--prunem", "8",
+               "--sparsity_way", "weight-level", "--alpha", ".2", *SMALL, "--save", folder) == 0
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES["llama"][0])
+    total = sum(m.zeros for m in counted) / sum(m.numel for m in counted)
+    assert abs(total - 3 / 8) < 0.02 and len({m.zeros * 8 // m.numel for m in counted}) > 1
+    assert all(m.zeros * 8 % m.numel == 0 for m in counted)
+    assert f"plan     {total:.2%} of the weights in all" in capsys.readouterr().out
+
+
+def test_a_sweep_computes_the_traces_once(checkpoint_folder, tmp_path, monkeypatch, capsys):
+    arguments = [checkpoint_folder("opt"), "builtin", *MIXGPT, *SMALL]
+    named = ["--sensitivity_file", tmp_path / "traces.json"]
+    assert run(FAMILIES["opt"][0], *arguments) == run(FAMILIES["opt"][0], *arguments, *named) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr(traces, "hessian_traces", lambda *_, **__: pytest.fail("computed again"))
+    for sparsity in (".4", ".6"):
+        assert run(FAMILIES["opt"][0], *arguments, "--sparsity", sparsity) == 0
+        assert run(FAMILIES["opt"][0], *arguments, *named, "--sparsity", sparsity, "--prune_only", "fc") == 0
+    assert str(tmp_path / "traces.json") in first
+
+
+def test_a_budget_is_over_what_is_pruned(checkpoint_folder, tmp_path):
+    folder = tmp_path / "saved"
+    assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", *MIXGPT, *SMALL, "--prune_only", "fc",
+               "--minlayer", "1", "--save", folder) == 0
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES["opt"][0])
+    pruned = [m for m in counted if m.layer >= 1 and "fc" in m.name]
+    assert sum(m.zeros for m in pruned) / sum(m.numel for m in pruned) == pytest.approx(0.5, abs=1e-4)
+    assert not any(m.zeros for m in counted if m not in pruned)
+
+
+def test_the_heading_tells_all_that_it_takes_to_repeat_the_run(checkpoint_folder, capsys):
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--prune_only", "fc 1", "--invert"]
+    assert run(FAMILIES["opt"][0], *arguments) == 0
+    command, versions, model, pruning, data, *_ = capsys.readouterr().out.splitlines()
+    assert shlex.split(command) == ["command", "python", "opt.py", *map(str, arguments)]
+    assert f"torch {torch.__version__}" in versions and f"python {platform.python_version()}" in versions
+    assert "float32, on cpu" in model and pruning.startswith("pruning  SparseGPT, 0.5") and "seed 0" in data
+
+
+def test_quiet_prints_the_tables_and_warnings_only(checkpoint_folder, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # where bars would be drawn
+    monkeypatch.setattr(pipeline, "perplexity", lambda *given: shown.append(sys.stderr.isatty()) or 1.0)
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *MIXGPT, *SMALL, "--quiet") == 0
+    captured = capsys.readouterr()
+    warning, header, _, *rows = captured.out.splitlines()
+    assert warning.startswith("warning  the ranking is not stable") and header.startswith("matrix kind  ")
+    assert [row.split(" ")[0].strip("-") for row in rows[-5:]] == ["total", "", "perplexity", "", "MixGPT"]
+    assert captured.err == "" and shown == [False] and sys.stderr.isatty()
+
+
+def test_dense_perplexity_stands_beside_the_pruned_where_asked(checkpoint_folder, capsys):
+    assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--dense", *SMALL) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^perplexity +builtin\n-+ +-+\ndense +\d+\.\d\d\nSparseGPT +\d+\.\d\d$", out, re.MULTILINE)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(checkpoint_folder, tmp_path):
+    states = []
+    for run_number, seed in enumerate([0, 0, 1]):
+        folder = tmp_path / str(run_number)
+        assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--seed", seed,
+                   *SMALL, "--save", folder) == 0
+        states.append({file.name: file.read_bytes() for file in folder.iterdir() if file.name != "mixgpt.json"})
+    assert states[0] == states[1] and states[0] != states[2] and len(states[0]) >= 7  # shards, index, configuration
+
+
+def test_sequences_and_their_tokens_come_from_the_options(checkpoint_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, "calibration_samples",
+                        lambda *given: asked.append(given) or datautils.calibration_samples(*given))
+    run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".1", "--nsamples", "3", "--seqlen",
+        "16", "--seed", "5", "--eval")
+    (dataset, nsamples, seqlen, seed, _, data_dir), = asked
+    assert (dataset, nsamples, seqlen, seed, data_dir) == ("builtin", 3, 16, 5, None)
+
+
+def test_dtype_is_that_of_the_saved_weights(checkpoint_folder, tmp_path):
+    folder = tmp_path / "saved"
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--dtype",
+               "bfloat16", "--save", folder) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert all(m.zeros == m.numel // 2 for m in measure_sparsity(model, FAMILIES["llama"][0]))
+
+
+def test_float16_checkpoints_run_in_float32_on_a_cpu(checkpoint_folder, tmp_path, capsys):
+    AutoModelForCausalLM.from_pretrained(checkpoint_folder("opt"), dtype=torch.float16).save_pretrained(tmp_path)
+    for file in checkpoint_folder("opt").glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert run(FAMILIES["opt"][0], tmp_path, "builtin", *SMALL) == 0
+    assert "float32, on cpu" in capsys.readouterr().out
+
+
+def test_a_save_that_reads_back_differently_is_reported(checkpoint_folder, tmp_path, capsys, monkeypatch):
+    write = streaming.write
+
+    def corrupt(file, tensors):
+        write(file, {key: tensor + 1 if key == "model.norm.weight" else tensor for key, tensor in tensors.items()})
+
+    monkeypatch.setattr(streaming, "write", corrupt)
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save",
+               tmp_path / "saved") == 2
+    assert "model.norm.weight in model-00004-of-00004.safetensors differs" in capsys.readouterr().err
+
+
+# What is given after the script's name, and what the line on stderr must hold.
+BAD = {
+    "unknown model": ("no/model builtin", "model no/model: not a folder or .gguf file here"),
+    "wrong family": ("{bloom} builtin", "this is a BloomForCausalLM; use bloom.py"),
+    "folder without a model": ("{empty} builtin", "model {empty}: "),
+    "unknown dataset": ("{opt} c5", "argument dataset: invalid choice: 'c5'"),
+    "unknown test set": ("{opt} c4 --eval c5", "argument --eval: invalid choice: 'c5'"),
+    "sparsity below 0": ("{opt} builtin --sparsity -0.1", "--sparsity -0.1: must be at least 0 and below 1"),
+    "sparsity 1": ("{opt} builtin --sparsity 1.0", "--sparsity 1: must be at least 0 and below 1"),
+    "sparsity nan": ("{opt} builtin --sparsity nan", "--sparsity nan: must be at least 0 and below 1"),
+    "sparsity text": ("{opt} builtin --sparsity half", "argument --sparsity: invalid float value: 'half'"),
+    "prunen alone": ("{opt} builtin --prunen 2", "--prunen 2 --prunem 0: needs 0 < prunen < prunem"),
+    "prunem alone": ("{opt} builtin --prunem 4", "--prunen 0 --prunem 4: needs 0 < prunen < prunem"),
+    "3:2": ("{opt} builtin --prunen 3 --prunem 2", "--prunen 3 --prunem 2: needs 0 < prunen < prunem"),
+    "4:4": ("{opt} builtin --prunen 4 --prunem 4", "--prunen 4 --prunem 4: needs 0 < prunen < prunem"),
+    "sparsity against n:m": (
+        "{opt} builtin --sparsity .3 --prunen 2 --prunem 4",
+        "--sparsity 0.3: contradicts --prunen 2 --prunem 4"),
+    "columns not in groups": (
+        "{opt} builtin --prunen 2 --prunem 5",
+        "--prunem 5: does not divide the 32 columns of layer 0 self_attn.k_proj"),
+    "gmp alone": ("{opt} builtin --gmp", "--gmp: needs --sparsity, --prunen and --prunem, or --wbits"),
+    "bits": ("{opt} builtin --wbits 5", "argument --wbits: invalid choice: 5 (choose from 2, 3, 4, 8, 16)"),
+    "columns not in grids": (
+        "{opt} builtin --wbits 4 --groupsize 12",
+        "--groupsize 12: does not divide the 32 columns of layer 0 self_attn.k_proj"),
+    "group size": ("{opt} builtin --wbits 4 --groupsize 0", "--groupsize 0: must be at least 1, or -1 for a whole row"),
+    "groups without bits": ("{opt} builtin --sparsity .5 --groupsize 8", "--groupsize: needs --wbits 2, 3, 4, 8"),
+    "sym without bits": ("{opt} builtin --sparsity .5 --sym", "--sym: needs --wbits"),
+    "mse without bits": ("{opt} builtin --mse", "--mse: needs --wbits"),
+    "nearest without bits": ("{opt} builtin --nearest", "--nearest: needs --wbits"),
+    "nearest after the walk": (
+        "{opt} builtin --wbits 4 --nearest --sparsity .5", "--nearest: rounds without calibration; with --sparsity"),
+    "order without a walk": ("{opt} builtin --wbits 4 --nearest --act-order", "--act-order: orders the walk"),
+    "order of n:m": (
+        "{opt} builtin --wbits 4 --groupsize 2 --prunen 2 --prunem 4 --act-order",
+        "--act-order --groupsize 2: the 4 columns of an n:m group are moved together"),
+    "groups across n:m": (
+        "{opt} builtin --wbits 4 --groupsize 16 --prunen 2 --prunem 6",
+        "--groupsize 16 --prunem 6: one must divide the other"),
+    "unknown format": ("{opt} builtin --save-format gguf", "argument --save-format: invalid choice: 'gguf'"),
+    "packed without bits": (
+        "{opt} builtin --sparsity .5 --save-format compressed-tensors", "holds symmetric grids of 4 or 8 bits"),
+    "packed asymmetric": (
+        "{opt} builtin --wbits 4 --save-format compressed-tensors", "needs --wbits 4 or 8, and --sym"),
+    "packed 3 bits": ("{opt} builtin --wbits 3 --sym --save-format compressed-tensors", "needs --wbits 4 or 8"),
+    "packed in another order": (
+        "{opt} builtin --wbits 4 --sym --groupsize 8 --act-order --save-format compressed-tensors",
+        "holds groups of columns that lie side by side, with --act-order only --groupsize -1"),
+    "nothing selected": ("{opt} builtin --sparsity .5 --minlayer 3", "select no matrix"),
+    "mixed without sparsity": (
+        "{opt} builtin --sparsity_way weight-level",
+        "--sparsity_way weight-level: needs --sparsity or --prunen and --prunem"),
+    "unknown way": (
+        "{opt} builtin --sparsity .5 --sparsity_way best", "argument --sparsity_way: invalid choice: 'best'"),
+    "unknown preset": ("{opt} builtin --sparsity .5 --preset worst", "argument --preset: invalid choice: 'worst'"),
+    "preset of nothing": ("{opt} builtin --preset best", "--preset best: needs --sparsity or --prunen and --prunem"),
+    "threshold for n:m": (
+        "{opt} builtin --prunen 2 --prunem 4 --sparsity_way global", "--sparsity_way global: gives each matrix a"),
+    "solver without calibration": (
+        "{opt} builtin --sparsity .5 --gmp --solver admm", "--solver admm: needs calibration"),
+    "target without calibration": (
+        "{opt} builtin --wbits 4 --nearest --target dense", "--target dense: needs calibration"),
+    "weights without calibration": (
+        "{opt} builtin --sparsity .5 --gmp --token_weights fisher", "--token_weights fisher: needs calibration"),
+    "solver of nothing to prune": (
+        "{opt} builtin --wbits 4 --solver admm", "--solver admm: chooses what to prune, needs --sparsity"),
+    "isc without a walk": (
+        "{opt} builtin --sparsity .5 --solver admm --saliency isc", "--saliency isc: ranks weights in the walk of"),
+    "unknown saliency": ("{opt} builtin --sparsity .5 --saliency l1", "argument --saliency: invalid choice: 'l1'"),
+    "alpha": ("{opt} builtin --sparsity .5 --alpha -1", "--alpha -1: must lie between 0 and 1"),
+    "no probes": ("{opt} builtin --sparsity .5 --nprobes 0", "--nprobes 0: must be at least 1"),
+    "plot of nothing": (
+        "{opt} builtin --sparsity .5 --plot a.png", "--plot: draws sensitivities, needs --sparsity_way"),
+    "plot format": (
+        "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot a.txt",
+        "--plot a.txt: must end in .png, .pdf, .svg"),
+    "plot folder": (
+        "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot no/a.png",
+        "--plot no/a.png: there is no folder"),
+    "traces that are none": (
+        "{opt} builtin --sparsity .5 --sparsity_way weight-level --sensitivity_file {nan}/config.json",
+        "--sensitivity_file {nan}/config.json: is not a file of traces"),
+    "record in a file": ("{opt} builtin --record {nan}/config.json/a.json", "config.json/a.json: cannot be written"),
+    "record is a folder": ("{opt} builtin --record {empty}", "--record {empty}: is a folder; name a file"),
+    "W&B not asked for": ("{opt} builtin --wandb_project pruning", "--wandb_project: needs --log_wandb"),
+    "percdamp": ("{opt} builtin --sparsity .5 --percdamp -1", "--percdamp -1: must lie between 0 and 1"),
+    "no samples": ("{opt} builtin --nsamples 0", "--nsamples 0: must be at least 1"),
+    "batch size": ("{opt} builtin --batch-size 0", "--batch-size 0: must be at least 1"),
+    "blocksize": ("{opt} builtin --blocksize 0", "--blocksize 0: must be at least 1"),
+    "seqlen too small": ("{opt} builtin --seqlen 1", "--seqlen 1: must be at least 2"),
+    "seqlen above the limit": ("{opt} builtin --seqlen 129", "--seqlen 129: the model's limit is 128 tokens"),
+    "text too short": ("{bloom} builtin --sparsity .5 --seqlen 1000000", "--seqlen 1000000: the train text"),
+    "dataset not local": ("{opt} c4 --sparsity .5 --data-dir {empty}", "--data-dir {empty}: no train split"),
+    "dataset offline": ("{opt} c4 --sparsity .5", "dataset c4: cannot load allenai/c4: the hub cannot be reached"),
+    "data-dir missing": ("{opt} builtin --eval ptb --data-dir {empty}/no", "there is no such folder"),
+    "no CUDA": ("{opt} builtin --device cuda:99", "--device cuda:99: there are "),
+    "unknown device": ("{opt} builtin --device tpu", "--device tpu: must be cpu, cuda or cuda:N"),
+    "NaN weights": ("{nan} builtin --sparsity .5", "model.decoder.layers.1.fc1.weight holds NaN or inf"),
+    "save path taken": ("{opt} builtin --sparsity .5 --save {nan}", "exists and is not an empty folder"),
+    "save path not writable": ("{opt} builtin --save {nan}/config.json/x", "cannot be written"),
+    "unknown option": ("{opt} builtin --sparsety .5", "unrecognized arguments: --sparsety"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_status_2_and_nothing_is_written(case, checkpoint_folder, tmp_path, capsys,
+                                                                     monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    places = {"opt": checkpoint_folder("opt"), "bloom": checkpoint_folder("bloom"), "empty": tmp_path / "empty",
+              "nan": tmp_path / "nan"}
+    places["nan"].mkdir()
+    for file in places["opt"].iterdir():
+        (places["nan"] / file.name).write_bytes(file.read_bytes())
+    state = load_file(places["opt"] / "model.safetensors")
+    state["model.decoder.layers.1.fc1.weight"][3, 2] = float("nan")
+    save_file(state, places["nan"] / "model.safetensors", metadata={"format": "pt"})
+    before = sorted(tmp_path.rglob("*"))
+
+    command, message = BAD[case]
+    arguments = [argument.format(**places) for argument in command.split()]
+    if "--eval" not in arguments:
+        arguments += ["--eval", "builtin"]
+    if "--seqlen" not in arguments:
+        arguments += ["--seqlen", "32"]
+    if "--save" not in arguments:
+        arguments += ["--save", "saved"]
+    script = "bloom" if "{bloom}" in command and case != "wrong family" else "opt"
+    assert run(FAMILIES[script][0], *arguments) == 2
+    captured = capsys.readouterr()
+    error, = captured.err.splitlines()
+    assert error.startswith(f"{script}.py: error: ")
+    assert message.format(**places) in error
+    assert captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(checkpoint_folder, capsys):
+    assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", "--device", "cuda") == 2
+    assert "--device cuda: there are 0 CUDA devices here; use --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_perplexity_of_the_cpu(checkpoint_folder, tmp_path):
+    perplexities = []
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--nsamples", "4",
+                   "--seqlen", "32", "--eval", "builtin", "--device", device, "--save", folder) == 0
+        perplexities.append(json.loads((folder / "mixgpt.json").read_text())["perplexity"]["SparseGPT"]["builtin"])
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("script", ["opt.py", "llama.py", "bloom.py", "baichuan.py"])
+def test_help_of_every_script_tells_the_flags(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for flag in ("--sparsity", "--prunen", "--prunem", "--gmp", "--true-sequential", "--data-dir", "--save"):
+        assert flag in done.stdout
+
+
+def test_a_script_runs_from_the_shell_and_ends_with_status_2_on_bad_input(checkpoint_folder):
+    done = subprocess.run([sys.executable, "llama.py", checkpoint_folder("bloom"), "builtin"], cwd=ROOT,
+                          capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"llama.py: error: model {checkpoint_folder('bloom')}: this is a "
+                                        "BloomForCausalLM; use bloom.py"]
+
+
+def test_devices_default_to_cuda_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.choose_device(None) == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runtime.choose_device(None) == torch.device("cuda")
+
+
+def _limited(monkeypatch, limit):
+    """Let a layer have too little memory for more than `limit` sequences at a time, from layer 1 on."""
+    forward = Stream.forward
+
+    def limited(self, layer, index, rows):
+        if index and rows.stop - rows.start > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, layer, index, rows)
+
+    monkeypatch.setattr(Stream, "forward", limited)
+
+
+def test_batches_are_halved_where_memory_does_not_suffice(checkpoint_folder, tmp_path, monkeypatch, capsys):
+    arguments = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--no-true-sequential", *SMALL]
+    assert run(FAMILIES["llama"][0], *arguments, "--batch-size", 1, "--save", tmp_path / "one") == 0
+    _limited(monkeypatch, 1)
+    assert run(FAMILIES["llama"][0], *arguments, "--batch-size", 4, "--save", tmp_path / "halved") == 0
+    out = capsys.readouterr().out
+    assert out.count("does not suffice: going on with batches of 2\n") == 2  # pruning, evaluation
+    assert out.count("does not suffice: going on with batches of 1\n") == 2
+    one, halved = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "halved")
+    for key, tensor in one.items():
+        torch.testing.assert_close(halved[key], tensor, rtol=1e-4, atol=1e-5)
+        assert torch.equal(halved[key] == 0, tensor == 0)
+
+
+def test_memory_that_never_suffices_names_what_to_lower(checkpoint_folder, tmp_path, monkeypatch, capsys):
+    _limited(monkeypatch, 0)
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL) == 2
+    assert capsys.readouterr().err.strip().splitlines() == [
+        "llama.py: error: --batch-size 1 --seqlen 32: the GPU's memory does not suffice; lower --seqlen"]

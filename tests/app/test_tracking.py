@@ -1,0 +1,274 @@
+"""Run with the real W&B client, offline, and read back what it wrote."""
+
+import json
+import os
+import struct
+import sys
+
+import pytest
+import yaml
+from conftest import FAMILIES, ROOT, load_compiled
+
+import datautils
+from mixgpt.app import pipeline, tracking
+from mixgpt.app.settings import Settings
+from mixgpt.app.tracking import Tracker
+from mixgpt.evaluation.sparsity import MatrixSparsity
+from mixgpt.pruning.targets import Outcome
+
+wandb = pytest.importorskip("wandb")
+from wandb.proto import wandb_internal_pb2  # noqa: E402
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # noqa: E402
+
+ARGUMENTS = ["--nsamples=4", "--seqlen=32", "--eval=builtin", "--device=cpu", "--sensitivity=fisher"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory):
+    """Keep the client offline and away from the user's files; evaluate on four segments."""
+    whole = datautils.test_tokens
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("WANDB_MODE", "offline")
+        for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "HOME", "XDG_CACHE_HOME"):
+            patch.setenv(name, str(home))
+        patch.setattr(pipeline, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(
+            *whole(*asked)))
+        load_compiled()
+        wandb.teardown()  # a client that was begun before keeps the folders it was begun with
+        yield home
+        wandb.teardown()
+
+
+def folder_of(home):
+    """Return the folder of the latest run."""
+    return (home / "wandb" / "latest-run").resolve()
+
+
+def read_back(folder):
+    """Return (config, history, summary, exit code, group) from the file of a run.
+
+    It is a LevelDB log of protocol buffers: after 7 bytes of header, blocks of 32 KiB with parts of records, each part
+    behind its checksum, length and kind (1: whole, 2: first, 3: middle, 4: last).
+    """
+    wandb.teardown()  # the last records are on disk when the client's process has ended
+    file, = folder.glob("*.wandb")
+    data, at, held = file.read_bytes(), 7, b""
+    config, history, summary, status, group = {}, [], {}, None, None
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        held += data[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind not in (1, 4):
+            continue
+        record = wandb_internal_pb2.Record.FromString(held)
+        held = b""
+        match record.WhichOneof("record_type"):
+            case "run":
+                config |= _values(record.run.config.update)
+                group = record.run.run_group
+            case "history":
+                history.append(_values(record.history.item))
+            case "summary":
+                summary |= _values(record.summary.update)
+            case "exit":
+                status = record.exit.exit_code
+    return config, history, summary, status, group
+
+
+def _values(items):
+    return {" ".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+
+def run(name, *arguments):
+    return pipeline.main(FAMILIES[name][0], [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def logged(surroundings, checkpoint_folder, tmp_path_factory):
+    """Give (record, folder of W&B) of a run that logs."""
+    record = tmp_path_factory.mktemp("record") / "new" / "run.json"
+    assert run("opt", checkpoint_folder("opt"), "builtin", *ARGUMENTS, "--sparsity=.5", "--sparsity_way=weight-level",
+               "--saliency=isc", "--wbits=4", "--dense", "--log_wandb", "--wandb_project=pruning", "--wandb_name=first",
+               "--wandb_group=tiny", f"--record={record}") == 0
+    return json.loads(record.read_text()), folder_of(surroundings)
+
+
+def test_settings_and_surroundings_are_the_config_and_the_run_is_finished(logged):
+    record, folder = logged
+    config, _, _, status, group = read_back(folder)
+    assert record["settings"]["dtype"] == "float32" and record["settings"]["seqlen"] == 32
+    for name, value in record["settings"].items():
+        assert config[name] == value
+    assert config["versions"] == record["versions"] and config["data"] == record["data"]
+    assert config["device_name"] == record["device_name"]
+    assert config["method"] == "MixGPT (weight-level by fisher) + 4 bit"
+    assert (status, group) == (0, "tiny")
+
+
+def test_layers_are_logged_as_the_run_goes(logged):
+    record, folder = logged
+    _, history, _, _, _ = read_back(folder)
+    layers = [point for point in history if "layer" in point]
+    assert [point["layer"] for point in layers] == [0, 1, 2]
+    for point in layers:
+        rows = [row for row in record["matrices"] if row["layer"] == point["layer"]]
+        sizes = [row["shape"][0] * row["shape"][1] for row in rows]
+        assert point["layers/error"] == pytest.approx(sum(row["error"] for row in rows) / len(rows))
+        assert point["layers/sparsity"] == pytest.approx(
+            sum(row["sparsity"] * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes))
+        for row in rows:
+            name = row["name"].replace(".", "/")
+            assert (point[f"error/{name}"], point[f"sparsity/{name}"]) == (row["error"], row["sparsity"])
+    pruning = sum(record["seconds"][part] for part in ("forward", "Hessian", "factorisation", "walk"))
+    assert 0.5 * pruning < sum(point["layers/seconds"] for point in layers) < sum(record["seconds"].values())
+    assert layers[0]["_timestamp"] < layers[1]["_timestamp"] < layers[2]["_timestamp"]
+
+
+def test_the_plan_is_a_table_and_a_picture(logged):
+    record, folder = logged
+    table = next(folder.glob("files/media/table/plan/*.json"))
+    content = json.loads(table.read_text())
+    rows = {(row["layer"], row["name"]): row for row in record["matrices"]}
+    assert [row[4] for row in content["data"]] == list(range(1, len(rows) + 1))
+    traces = [row[2] for row in content["data"]]
+    assert traces == sorted(traces, reverse=True)
+    for layer, name, trace, error, _, sparsity in content["data"]:
+        assert (trace, sparsity) == (rows[layer, name]["sensitivity"], rows[layer, name]["target"]) and error > 0
+    picture = next(folder.glob("files/media/images/plan/*.png"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_perplexities_seconds_memory_and_matrices_are_the_summary(logged):
+    record, folder = logged
+    _, history, summary, _, _ = read_back(folder)
+    method = "MixGPT (weight-level by fisher) + 4 bit"
+    for found in (summary, history[-1]):
+        assert found["perplexity/builtin"] == record["perplexity"][method]["builtin"]
+        assert found["dense_perplexity/builtin"] == record["perplexity"]["dense"]["builtin"]
+    assert summary["method"] == method and summary["sparsity"] == record["sparsity"]
+    assert summary["seconds"] == record["seconds"] | {"total": pytest.approx(sum(record["seconds"].values()))}
+    assert summary["peak_memory"] == record["peak_memory"]
+    table = json.loads(next(folder.glob("files/media/table/matrices*.json")).read_text())
+    for row, cells in zip(record["matrices"], table["data"], strict=True):
+        assert dict(zip(table["columns"], cells, strict=True)) == {
+            name: value for name, value in row.items() if name != "shape"}
+
+
+def test_scores_of_tasks_are_named_as_perplexities_are():
+    record = {"perplexity": {"dense": {"c4": 3.0}, "SparseGPT": {"c4": 4.0}},
+              "tasks": {"dense": {"piqa": {"acc": 0.5}}, "SparseGPT": {"piqa": {"acc": 0.4, "acc_stderr": 0.1}}}}
+    assert tracking.scores(record, "SparseGPT") == {
+        "perplexity/c4": 4.0, "dense_perplexity/c4": 3.0, "tasks/piqa/acc": 0.4, "tasks/piqa/acc_stderr": 0.1,
+        "dense_tasks/piqa/acc": 0.5}
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Give a MonkeyPatch for the variables that the client reads, which it does once."""
+    wandb.teardown()
+    yield monkeypatch
+    monkeypatch.undo()
+    wandb.teardown()
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    return yaml.safe_load((ROOT / "sweep.yaml").read_text())
+
+
+def commands_of(sweep):
+    """Return the command lines of all runs of a grid as the client's agent builds them, and their parameters."""
+    runs = [{}]
+    for name, values in sweep["parameters"].items():
+        runs = [run | {name: value} for run in runs for value in values["values"]]
+    for parameters in runs:
+        made = create_sweep_command_args({"args": {name: {"value": value} for name, value in parameters.items()}})
+        words = [made["args_no_boolean_flags"] if word == "${args_no_boolean_flags}" else [word]
+                 for word in sweep["command"]]
+        yield parameters, [word for group in words for word in group]
+
+
+def test_no_run_of_the_sweep_is_refused_by_the_settings(sweep):
+    commands = list(commands_of(sweep))
+    assert len(commands) == 36
+    for parameters, (env, interpreter, program, *arguments) in commands:
+        assert (env, interpreter, program) == ("${env}", "${interpreter}", "${program}")
+        settings = pipeline.parse(FAMILIES["opt"][0], arguments)
+        assert all(getattr(settings, name) == value for name, value in parameters.items())
+        assert settings.log_wandb and settings.sensitivity_file == "traces-opt-125m.json"
+
+
+def test_runs_of_the_sweep_share_their_traces_and_belong_to_it(sweep, surroundings, checkpoint_folder, tmp_path,
+                                                               variables, capsys):
+    variables.chdir(tmp_path)
+    (tmp_path / "parameters.yaml").write_text("wandb_version: 1\nsparsity: {value: 0.6}\n")
+    variables.setenv("WANDB_SWEEP_ID", "abcd1234")  # what an agent tells the runs that it starts
+    variables.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "parameters.yaml"))
+    chosen = [arguments for parameters, arguments in commands_of(sweep) if (
+        parameters["sparsity"], parameters["saliency"], parameters["wbits"]) == (0.6, "isc", 4)
+        and parameters["sparsity_way"] != "uniform"]
+    for arguments in chosen:
+        words = [checkpoint_folder("opt"), "builtin", *arguments[5:], *ARGUMENTS]
+        assert run("opt", *words) == 0
+        config, _, summary, status, _ = read_back(folder_of(surroundings))
+        assert (config["sparsity"], status) == (0.6, 0) and summary["perplexity/builtin"] > 1
+        variables.setattr("mixgpt.allocation.traces.hessian_traces", lambda *_, **__: pytest.fail("computed again"))
+    assert len(chosen) == 2 and (tmp_path / "traces-opt-125m.json").is_file()
+
+
+def test_a_run_that_fails_is_marked_so_and_says_why(surroundings, checkpoint_folder, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "_compress", lambda *_: (_ for _ in ()).throw(pipeline.InputError("no luck\nat all")))
+    assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log_wandb") == 2
+    _, _, summary, status, _ = read_back(folder_of(surroundings))
+    assert status == 2 and summary["failed"] == "no luck"
+    monkeypatch.setattr(pipeline, "_compress", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log_wandb") == 130
+    assert read_back(folder_of(surroundings))[3] == 130
+
+
+def test_without_wandb_the_run_goes_on_after_one_line(checkpoint_folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import fails
+    assert run("opt", checkpoint_folder("opt"), "builtin", *ARGUMENTS, "--log_wandb", "--quiet") == 0
+    captured = capsys.readouterr()
+    warning, header, _, row = captured.out.splitlines()
+    assert warning == "warning  W&B: wandb is not installed; going on without it (pip install wandb)"
+    assert header.startswith("perplexity ") and row.startswith("dense ") and captured.err == ""
+
+
+def test_logged_out_the_run_is_kept_on_disk_after_one_line(surroundings, checkpoint_folder, variables, capfd):
+    variables.delenv("WANDB_MODE")
+    model = checkpoint_folder("opt")
+    capfd.readouterr()
+    assert run("opt", model, "builtin", "--seqlen=32", "--eval", "--device=cpu", "--log_wandb", "--quiet") == 0
+    folder, captured = folder_of(surroundings), capfd.readouterr()
+    assert captured.out == ("warning  W&B: No API key configured. Use `wandb login` to log in; the run is kept on "
+                            f"disk; upload it with: wandb sync {folder}\n")
+    assert captured.err == "" and read_back(folder)[3] == 0
+
+
+def test_a_client_that_fails_in_mid_run_is_left_after_one_line(surroundings, capsys, monkeypatch):
+    with Tracker({"sparsity": 0.5}) as tracker:
+        folder, real = folder_of(surroundings), tracker.run
+        monkeypatch.setattr(real, "log", lambda *_: (_ for _ in ()).throw(BrokenPipeError("the service\nhas died")))
+        counted = [MatrixSparsity(0, "fc1", (2, 2), 1)]
+        for _ in range(2):
+            tracker.layer(0, {(0, "fc1"): Outcome(0.1)}, 1.0, counted)
+        tracker.result({"matrices": [], "seconds": {}}, "dense")
+        assert tracker.place is None
+    assert capsys.readouterr().out == (f"warning  W&B: the service; going on without it; upload it with: "
+                                       f"wandb sync {folder}\n")
+
+
+@pytest.mark.parametrize("rank, asked, warnings", [(0, True, 1), (0, False, 0), (1, True, 0)])
+def test_only_the_first_process_logs_and_only_where_asked(rank, asked, warnings, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # so that who would log warns
+    monkeypatch.setattr(pipeline.distributed, "rank", lambda: rank)
+    with pipeline._tracker(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
+        tracker.layer(0, {}, 0.0, [])
+    assert tracker.place is None and capsys.readouterr().out.count("not installed") == warnings

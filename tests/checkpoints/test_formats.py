@@ -1,0 +1,337 @@
+"""Check that what every format saves is, read back from disk, the model that was in memory, bit for bit."""
+
+import functools
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from conftest import CPU, ROOT, make, save, saved_tensors
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mixgpt.checkpoints import formats, load
+from mixgpt.checkpoints.formats import load_sparse
+from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.pruning.magnitude import magnitude_prune
+from modelutils import linears
+from quant import Scheme, quantize_nearest
+
+SYM, SYM_GROUPS, ASYM_GROUPS = Scheme(4, sym=True), Scheme(4, 8, sym=True), Scheme(4, 8)
+DIGESTS = """
+import hashlib, sys
+from mixgpt.checkpoints import load
+for folder in sys.argv[1:]:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(load.load_model(folder, "auto").state_dict().items()):
+        digest.update(key.encode() + bytes(tensor.flatten().view(dtype=load.torch.uint8).tolist()))
+    print(digest.hexdigest())
+"""
+
+
+@pytest.fixture
+def halved(tmp_path):
+    """Return a function that makes a tiny model in which half of every matrix is 0 and the rest on the grids it gives.
+
+    scheme: None leaves the matrices as they are. only: quantizes those whose path contains it. The model has been on
+    disk: .to(bfloat16) would also cast rotary buffers, which from_pretrained does not.
+    """
+    def build(name, scheme, dtype=torch.float32, only=""):
+        family, model = make(name)
+        model.to(dtype).save_pretrained(tmp_path / "dense")
+        model, grids = load.load_model(tmp_path / "dense", "auto"), {}
+        for path, W in matrices(family, model).items():
+            W.copy_(magnitude_prune(W, 0.5))
+            if scheme and only in path:
+                Q, grids[path] = quantize_nearest(W, scheme)
+                W.copy_(Q)
+        return family, model, grids
+
+    return build
+
+
+def matrices(family, model):
+    """Return the weights of the linears of the decoder layers by their paths."""
+    return {f"{family.layers}.{index}.{name}": module.weight.data
+            for index, layer in enumerate(family.layers_of(model)) for name, module in linears(layer).items()}
+
+
+def assert_same(model, other):
+    """Assert that two models have the same state, in the same dtypes, bit for bit."""
+    first, second = model.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert tensor.dtype == second[key].dtype, key
+        assert torch.equal(tensor.view(torch.uint8), second[key].view(torch.uint8)), key
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model(tokens, use_cache=False).logits
+
+
+def tensors_of(folder):
+    """Return all tensors in the safetensors files of a folder by name."""
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+# what is saved comes back
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("save_format, scheme", [
+    ("compressed-tensors", SYM), ("compressed-tensors", SYM_GROUPS),
+    ("sparse", None), ("sparse", SYM), ("sparse", SYM_GROUPS), ("sparse", ASYM_GROUPS)])
+def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, halved, tokenizer, tokens, tmp_path):
+    family, model, grids = halved(name, scheme, dtype)
+    expected, folder = logits(model, tokens), tmp_path / "saved"
+    save(folder, model, tokenizer, {}, family, save_format, grids)
+    reloaded = load.load_model(folder, "auto")
+    assert_same(model, reloaded)
+    assert all((W == 0).sum() >= W.numel() / 2 for W in matrices(family, reloaded).values())
+    assert torch.equal(logits(reloaded, tokens), expected)
+    assert perplexity(reloaded, family, tokens, 5, CPU) == perplexity(model, family, tokens, 5, CPU)
+    if save_format == "sparse":
+        assert_same(model, load_sparse(folder))
+    else:
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), tokens), expected)
+
+
+@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
+@pytest.mark.parametrize("wbits", [2, 3, 8])
+def test_other_bit_widths_come_back_bit_for_bit(wbits, save_format, halved, tokenizer, tmp_path):
+    family, model, grids = halved("llama", Scheme(wbits, 16, sym=True), torch.bfloat16)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    assert_same(model, load.load_model(tmp_path / "saved", "auto"))
+
+
+@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
+def test_matrices_that_are_not_quantized_come_back_too(save_format, halved, tokenizer, tokens, tmp_path):
+    family, model, grids = halved("llama", SYM_GROUPS, torch.bfloat16, only="mlp")
+    folder = tmp_path / "saved"
+    save(folder, model, tokenizer, {}, family, save_format, grids)
+    assert len(grids) == 9
+    assert_same(model, load.load_model(folder, "auto"))
+    if save_format == "compressed-tensors":
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), tokens), logits(model, tokens))
+        dense = {key for key in tensors_of(folder) if key.endswith("proj.weight")}
+        assert dense == {f"{path}.weight" for path in matrices(family, model) if "self_attn" in path}
+
+
+@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
+@pytest.mark.parametrize("name, tied", [("llama", True), ("qwen3", False), ("opt-350m", True)])
+def test_embeddings_stay_tied_and_are_stored_once(name, tied, save_format, halved, tokenizer, tmp_path):
+    family, model, grids = halved(name, SYM_GROUPS)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    reloaded = load.load_model(tmp_path / "saved", "auto")
+    assert_same(model, reloaded)
+    assert (reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight) == tied
+    stored = [tensor for tensor in tensors_of(tmp_path / "saved").values() if tensor.ndim == 2 and len(tensor) == 384]
+    assert len(stored) == 2 - tied
+
+
+@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
+def test_saving_changes_neither_the_model_nor_its_configuration(save_format, halved, tokenizer, tmp_path):
+    family, model, grids = halved("llama", SYM)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    config = model.config.to_dict()
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert model.config.to_dict() == config and not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
+def test_a_reloaded_model_saves_as_an_ordinary_one(save_format, halved, tokenizer, tmp_path):
+    family, model, grids = halved("llama", SYM)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    save(tmp_path / "again", load.load_model(tmp_path / "saved", "auto"), tokenizer, {})
+    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
+def test_a_saved_model_loads_in_another_dtype(save_format, halved, tokenizer, tmp_path):
+    family, model, grids = halved("llama", SYM)
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    reloaded = load.load_model(tmp_path / "saved", torch.bfloat16)
+    for W, other in zip(model.parameters(), reloaded.parameters(), strict=True):
+        assert torch.equal(W.bfloat16(), other) and other.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
+def test_generation_settings_come_back(save_format, halved, tokenizer, tmp_path):
+    family, model, grids = halved("llama", SYM)
+    model.generation_config.eos_token_id = [7, 9]
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    assert load.load_model(tmp_path / "saved", "auto").generation_config.eos_token_id == [7, 9]
+
+
+@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
+def test_a_model_in_several_files_comes_back_bit_for_bit(save_format, halved, tokenizer, tmp_path, monkeypatch):
+    family, model, grids = halved("bloom", SYM_GROUPS, torch.bfloat16)
+    monkeypatch.setattr(model, "save_pretrained", functools.partial(model.save_pretrained, max_shard_size="20KB"))
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 3
+    assert_same(model, load.load_model(tmp_path / "saved", "auto"))
+
+
+def test_a_fresh_process_loads_the_same_bits(halved, tokenizer, tmp_path):
+    folders, expected = [], []
+    for name in ("opt", "llama", "bloom"):
+        for save_format in ("compressed-tensors", "sparse"):
+            family, model, grids = halved(name, SYM_GROUPS, torch.bfloat16)
+            folders.append(tmp_path / f"{name} {save_format}")
+            save(folders[-1], model, tokenizer, {}, family, save_format, grids)
+            digest = hashlib.sha256()
+            for key, tensor in sorted(model.state_dict().items()):
+                digest.update(key.encode() + tensor.view(torch.uint8).numpy().tobytes())
+            expected.append(digest.hexdigest())
+    done = subprocess.run([sys.executable, "-c", DIGESTS, *folders], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected
+
+
+# what the files hold
+
+
+@pytest.mark.parametrize("scheme, weights", [
+    (SYM, {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}),
+    (Scheme(8, 16, sym=True), {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group",
+                               "group_size": 16})])
+@pytest.mark.parametrize("name, only, dense", [
+    ("opt", "", ["lm_head"]),
+    ("opt-350m", "", ["lm_head", "model.decoder.project_in", "model.decoder.project_out"]),
+    ("qwen3", "", ["lm_head"]),
+    ("bloom", "dense_", ["lm_head", "transformer.h.0.self_attention.dense",
+                         "transformer.h.0.self_attention.query_key_value", "transformer.h.1.self_attention.dense",
+                         "transformer.h.1.self_attention.query_key_value", "transformer.h.2.self_attention.dense",
+                         "transformer.h.2.self_attention.query_key_value"])])
+def test_the_configuration_says_what_vllm_reads(name, only, dense, scheme, weights, halved, tokenizer, tmp_path):
+    family, model, grids = halved(name, scheme, only=only)
+    save(tmp_path / "saved", model, tokenizer, {}, family, "compressed-tensors", grids)
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert (written["quant_method"], written["format"], written["quantization_status"]) == (
+        "compressed-tensors", "pack-quantized", "compressed")
+    assert sorted(written["ignore"]) == dense and list(written["config_groups"]) == ["group_0"]
+    group = written["config_groups"]["group_0"]
+    assert group["targets"] == ["Linear"] and group["weights"].items() >= weights.items()
+    assert ("group_size" in group["weights"]) == ("group_size" in weights)
+    assert "input_activations" not in group and "output_activations" not in group
+
+
+@pytest.mark.parametrize("scheme", [SYM, SYM_GROUPS])
+def test_every_packed_matrix_is_what_compressed_tensors_unpacks(scheme, halved, tokenizer, tmp_path):
+    family, model, grids = halved("opt", scheme, torch.bfloat16)
+    save(tmp_path / "saved", model, tokenizer, {}, family, "compressed-tensors", grids)
+    tensors = tensors_of(tmp_path / "saved")
+    group = {"strategy": "channel"} if scheme is SYM else {"strategy": "group", "group_size": 8}
+    layout = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, symmetric=True, **group))
+    for path, W in matrices(family, model).items():
+        parts = {key.removeprefix(f"{path}."): tensor for key, tensor in tensors.items() if key.startswith(f"{path}.w")}
+        assert parts.keys() == {"weight_packed", "weight_scale", "weight_shape"}
+        assert parts["weight_packed"].nbytes == W.numel() / 2 and parts["weight_scale"].dtype == torch.bfloat16
+        unpacked = BaseCompressor.get_value_from_registry("pack-quantized").decompress(parts, layout)
+        assert torch.equal(unpacked["weight"].view(torch.int16), W.view(torch.int16))
+
+
+@pytest.mark.parametrize("scheme, row_bits", [(None, 0), (SYM, 16), (ASYM_GROUPS, 4 * (16 + 4))])
+def test_a_sparse_folder_holds_a_mask_and_the_kept_weights_and_nothing_twice(scheme, row_bits, halved, tokenizer,
+                                                                              tmp_path):
+    family, model, grids = halved("opt", scheme, torch.bfloat16, only="fc1")  # 64 rows of 32 weights
+    save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", grids)
+    tensors = tensors_of(tmp_path / "saved")
+    for path, W in matrices(family, model).items():
+        bits, rest = (4, len(W) * row_bits) if path in grids else (16, 0)
+        stored = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(f"{path}.weight"))
+        assert stored == (W.numel() + bits * int((W != 0).sum()) + rest + 7) // 8
+        assert f"{path}.weight" not in tensors
+    others = {key for key in model.state_dict() if key.removesuffix(".weight") not in matrices(family, model)}
+    assert {key for key in tensors if ".weight." not in key} == others - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("save_format", ["dense", "compressed-tensors", "sparse"])
+def test_stored_bytes_are_those_of_the_named_weights_alone(save_format, halved, tokenizer, tmp_path, monkeypatch):
+    family, model, grids = halved("opt", SYM_GROUPS, torch.bfloat16)
+    monkeypatch.setattr(model, "save_pretrained", functools.partial(model.save_pretrained, max_shard_size="20KB"))
+    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    paths = {path for path in matrices(family, model) if "fc" in path or "v_proj" in path}
+    expected = sum(tensor.nbytes for key, tensor in tensors_of(tmp_path / "saved").items()
+                   for path in paths if key.startswith((f"{path}.weight.", f"{path}.weight_")) or
+                   key == f"{path}.weight")
+    assert formats.stored_bytes(tmp_path / "saved", paths) == expected > 0
+    if save_format == "dense":
+        assert expected == 3 * 2 * (2 * 32 * 64 + 32 * 32)
+    assert formats.stored_bytes(tmp_path / "saved", set()) == 0
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
+@pytest.mark.parametrize("step", [0.5, 8, -9])  # 8 and -9 lie next to the ends of the grid
+def test_weights_off_their_grid_are_not_saved(step, save_format, halved, tokenizer, tmp_path):
+    family, model, grids = halved("llama", SYM)
+    path, grid = list(grids.items())[-1]
+    matrices(family, model)[path][0, 0] = step * grid.scale[0, 0]
+    with pytest.raises(ValueError, match="do not lie on the grid"):
+        save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    assert not saved_tensors(tmp_path / "saved") and not hasattr(model.config, "quantization_config")
+
+
+def test_the_configuration_in_memory_stays_clean_where_the_folder_cannot_be_written(halved, tmp_path):
+    family, model, grids = halved("llama", SYM)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        formats.save_compressed_tensors(tmp_path / "file" / "saved", model, family, grids)
+    assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.fixture
+def sparse_folder(halved, tokenizer, tmp_path):
+    """Give a folder in the sparse format."""
+    family, model, grids = halved("llama", SYM)
+    save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", grids)
+    return tmp_path / "saved"
+
+
+def test_plain_transformers_refuses_a_sparse_folder(sparse_folder):
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(sparse_folder)
+
+
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight.codes", "model.layers.2.mlp.up_proj.weight.scale",
+                                 "model.norm.weight", "model.embed_tokens.weight"])
+def test_a_sparse_folder_without_a_tensor_is_refused_with_its_name(key, sparse_folder):
+    file = sparse_folder / "model.sparse.safetensors"
+    state = load_file(file)
+    del state[key]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=key) as error:
+        load.load_model(sparse_folder, "auto")
+    assert "\n" not in str(error.value)
+
+
+def test_a_sparse_folder_without_the_description_of_a_matrix_is_refused_with_its_name(sparse_folder):
+    described = json.loads((sparse_folder / "sparse.json").read_text())
+    del described["model.layers.1.mlp.up_proj.weight"]
+    (sparse_folder / "sparse.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match="lacks model.layers.1.mlp.up_proj.weight") as error:
+        load.load_model(sparse_folder, "auto")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.sparse.safetensors", "sparse.json"])
+@pytest.mark.parametrize("kept", [0, 0.5, None])
+def test_a_sparse_folder_with_a_truncated_or_missing_file_is_refused_in_one_line(kept, name, sparse_folder):
+    content = (sparse_folder / name).read_bytes()
+    (sparse_folder / name).unlink()
+    if kept is not None:
+        (sparse_folder / name).write_bytes(content[:int(kept * len(content))])
+    with pytest.raises(InputError, match=f"model {sparse_folder}: ") as error:
+        load.load_model(sparse_folder, "auto")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,171 @@
+"""Check the sparse format against numpy.packbits, counted bits, and the matrices that went in, bit for bit."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixgpt.checkpoints.packing import decode, encode, pack, unpack
+from mixgpt.pruning.magnitude import magnitude_prune
+from quant import Grid, Scheme, quantize_nearest
+
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+hypothesis_settings = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+dtypes, all_wbits, seeds = st.sampled_from(list(INTEGERS)), st.sampled_from([2, 3, 4, 8]), st.integers(0, 1000)
+sparsities = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1))
+
+
+def some_codes(count, bits, seed=0):
+    return torch.randint(0, 2 ** bits, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def random_bits(rows, columns, dtype, sparsity, seed):
+    """Return a matrix of any bit patterns, NaN included, of which about `sparsity` are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    integers, info = INTEGERS[dtype], torch.iinfo(INTEGERS[dtype])
+    W = torch.randint(info.min, info.max + 1, (rows, columns), dtype=integers, generator=generator)
+    return W.masked_fill(torch.rand(rows, columns, generator=generator) < sparsity, 0).view(dtype)
+
+
+def on_grid(rows, groups, width, wbits, dtype, sym, permuted, sparsity, seed):
+    """Return a matrix (rows, groups · width), of which about `sparsity` are 0, and its Grid."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = (0.5 + torch.rand(rows, groups, generator=generator)).to(dtype)
+    zero = torch.randint(0, 2 ** wbits, (rows, groups), dtype=torch.uint8, generator=generator)
+    if sym:
+        zero.fill_(2 ** (wbits - 1))
+    group = torch.arange(groups, dtype=torch.int32).repeat_interleave(width)
+    if permuted:
+        group = group[torch.randperm(len(group), generator=generator)]
+    steps = some_codes(rows * len(group), wbits, seed).view(rows, -1) - zero[:, group].float()
+    steps[torch.rand(steps.shape, generator=generator) < sparsity] = 0
+    W = (steps * scale[:, group].float()).to(dtype)
+    return W, Grid(Scheme(wbits, -1 if groups == 1 else width, sym), scale, zero, group)
+
+
+def same_bits(first, second):
+    integers = INTEGERS[first.dtype]
+    return first.dtype == second.dtype and torch.equal(first.view(integers), second.view(integers))
+
+
+def through_a_file(parts, description):
+    """Decode what `encode` returned, its description having been JSON."""
+    return decode(parts, json.loads(json.dumps(description)))
+
+
+def nbytes(parts):
+    return sum(tensor.nbytes for tensor in parts.values())
+
+
+# pack
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
+def test_codes_are_packed_as_numpy_packs_their_bits_and_unpacked_again(bits, count):
+    codes = some_codes(count, bits)
+    each = np.array([code >> k & 1 for code in codes.tolist() for k in range(bits)], dtype=np.uint8)
+    expected = np.packbits(each, bitorder="little")
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.tolist() == expected.tolist()
+    assert packed.shape == (-(-count * bits // 8),)
+    assert unpack(packed, bits, count).dtype == torch.uint8 and torch.equal(unpack(packed, bits, count), codes)
+
+
+def test_a_mask_is_packed_as_numpy_packs_it():
+    mask = random_bits(7, 13, torch.float32, 0.5, 0) != 0
+    assert pack(mask, 1).tolist() == np.packbits(mask.numpy(), bitorder="little").tolist()
+
+
+# encode and decode
+
+
+@hypothesis_settings
+@given(rows=st.integers(1, 9), columns=st.integers(1, 20), dtype=dtypes, sparsity=sparsities, seed=seeds)
+def test_any_matrix_comes_back_bit_for_bit_and_takes_no_more_than_its_values(rows, columns, dtype, sparsity, seed):
+    W = random_bits(rows, columns, dtype, sparsity, seed)
+    before = W.clone()
+    parts, description = encode(W)
+    assert same_bits(through_a_file(parts, description), W) and same_bits(W, before)
+    assert nbytes(parts) <= W.nbytes
+    assert description["parts"] == sorted(parts) and "wbits" not in description
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_negative_zeros_and_subnormals_are_kept(dtype):
+    W = torch.zeros(4, 32, dtype=dtype)
+    W.view(INTEGERS[dtype])[0, :3] = torch.tensor([1, 2, torch.iinfo(INTEGERS[dtype]).min], dtype=INTEGERS[dtype])
+    parts, description = encode(W)
+    assert len(parts["values"]) == 3
+    assert same_bits(through_a_file(parts, description), W) and not same_bits(W, W + 0.0)
+
+
+def test_a_matrix_may_lie_in_memory_in_any_way():
+    W = random_bits(6, 10, torch.bfloat16, 0.5, 0).t()
+    assert not W.is_contiguous() and same_bits(through_a_file(*encode(W)), W.contiguous())
+
+
+@hypothesis_settings
+@given(rows=st.integers(1, 5), groups=st.integers(1, 3), width=st.sampled_from([1, 5, 8]), wbits=all_wbits,
+       dtype=st.sampled_from([torch.float32, torch.float16]), sym=st.booleans(), permuted=st.booleans(),
+       sparsity=sparsities, seed=seeds)
+def test_a_matrix_on_a_grid_comes_back_bit_for_bit(rows, groups, width, wbits, dtype, sym, permuted, sparsity, seed):
+    W, grid = on_grid(rows, groups, width, wbits, dtype, sym, permuted, sparsity, seed)
+    parts, description = encode(W, grid)
+    assert same_bits(through_a_file(parts, description), W)
+    assert description["parts"] == sorted(parts) and description["wbits"] == wbits
+
+
+@pytest.mark.parametrize("wbits", [2, 3, 4, 8])
+@pytest.mark.parametrize("groupsize", [-1, 8])
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("sparsity", [0, 0.5, 1])
+def test_a_quantized_bfloat16_matrix_comes_back_bit_for_bit(wbits, groupsize, sym, sparsity):
+    W = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    W, grid = quantize_nearest(magnitude_prune(W, sparsity), Scheme(wbits, groupsize, sym))
+    assert same_bits(through_a_file(*encode(W, grid)), W)
+
+
+@pytest.mark.parametrize("sym, permuted, parts", [
+    (True, False, {"codes", "scale"}), (True, True, {"codes", "scale", "group"}),
+    (False, False, {"codes", "scale", "zero"}), (False, True, {"codes", "scale", "zero", "group"})])
+def test_only_what_the_grid_needs_is_stored(sym, permuted, parts):
+    W, grid = on_grid(4, 3, 8, 4, torch.bfloat16, sym, permuted, 0, 0)
+    assert set(encode(W, grid)[0]) == parts
+    W, grid = on_grid(4, 3, 8, 4, torch.bfloat16, sym, permuted, 0.9, 0)
+    assert set(encode(W, grid)[0]) == parts | {"mask"}
+
+
+@pytest.mark.parametrize("dtype, wbits, first", [  # the least number of 48 weights kept for which it does not
+    (torch.float32, None, 47), (torch.bfloat16, None, 45), (torch.float16, None, 45), (torch.bfloat16, 8, 42),
+    (torch.bfloat16, 4, 36), (torch.float32, 4, 36), (torch.float16, 3, 32), (torch.bfloat16, 2, 24)])
+def test_there_is_a_mask_exactly_where_it_pays(dtype, wbits, first):
+    bits = wbits or 8 * dtype.itemsize
+    for kept in range(49):
+        W = torch.cat([torch.ones(kept), torch.zeros(48 - kept)]).view(4, 12).to(dtype)
+        grid = wbits and Grid(Scheme(wbits), torch.ones(4, 1, dtype=dtype), torch.zeros(4, 1, dtype=torch.uint8),
+                              torch.zeros(12, dtype=torch.int32))
+        parts, _ = encode(W, grid)
+        assert ("mask" in parts) == (kept < first) == (48 + bits * kept < bits * 48)
+        weights = sum(parts[key].nbytes for key in {"mask", "codes", "values"} & set(parts))
+        assert weights == min(bits * 6, 6 + -(-bits * kept // 8))
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_half_of_the_weights_at_4_bits_take_3_bits_a_weight(sym):
+    W = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    W, grid = quantize_nearest(magnitude_prune(W, 0.5), Scheme(4, sym=sym))
+    parts, _ = encode(W, grid)
+    per_row = 16 + (0 if sym else 4)
+    assert 8 * nbytes(parts) == pytest.approx(W.numel() + 4 * int((W != 0).sum()) + 64 * per_row, abs=8)
+    assert 8 * nbytes(parts) / W.numel() <= 3.3
+
+
+def test_a_matrix_off_its_grid_is_refused():
+    W, grid = on_grid(4, 3, 8, 4, torch.bfloat16, False, True, 0.5, 0)
+    W[2, 3] += 0.3 * grid.scale[2, grid.group[3]]
+    with pytest.raises(ValueError, match="do not lie on the grid"):
+        encode(W, grid)

@@ -1,0 +1,374 @@
+"""Check the folder of a run: who may write to it, what may go on in it, and that what comes back is what was left."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, command, contents, make, save
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import datautils
+from mixgpt.app import pipeline
+from mixgpt.checkpoints import run_dir
+from mixgpt.checkpoints.run_dir import RunDir
+from mixgpt.common.errors import InputError
+
+SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch, tmp_path_factory):
+    """Read a part of the builtin text, evaluate on four segments, keep traces out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    whole = datautils.load_rows
+    monkeypatch.setattr(datautils, "load_rows", lambda *asked: (lambda rows, source: (rows[:150], source))(
+        *whole(*asked)))
+    monkeypatch.setattr(pipeline, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(
+        *datautils.test_tokens(*asked)))
+
+
+def run(name, *arguments):
+    """Run the command line of a name in FAMILIES in this process. Returns the exit status."""
+    try:
+        return pipeline.main(FAMILIES[name][0], [str(argument) for argument in arguments])
+    except SystemExit as stop:  # argparse
+        return stop.code
+
+
+def interrupt(monkeypatch, name, arguments, finished):
+    """Run a command line that Ctrl-C stops when so many layers are finished."""
+    with monkeypatch.context() as patch:
+        keep, count = RunDir.finish, []
+
+        def finish(self, *given):
+            keep(self, *given)
+            count.append(1)
+            if len(count) == finished:
+                raise KeyboardInterrupt
+
+        patch.setattr(RunDir, "finish", finish)
+        assert run(name, *arguments) == 130
+
+
+def snapshot(path):
+    """Return {path: bytes, None for folders} of everything below a path."""
+    return {file: None if file.is_dir() else file.read_bytes() for file in sorted(Path(path).rglob("*"))}
+
+
+def refused(capsys, name, *arguments):
+    """Run a command line that must be refused with one line. Returns the line."""
+    capsys.readouterr()
+    assert run(name, *arguments) == 2
+    captured = capsys.readouterr()
+    line, = captured.err.splitlines()
+    assert captured.out == ""
+    return line
+
+
+# ---- one run at a time -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+    with RunDir(tmp_path / "saved"):
+        with pytest.raises(InputError, match=f"--save {tmp_path / 'saved'}: another run is writing there"):
+            RunDir(tmp_path / "saved")
+    with RunDir(tmp_path / "saved"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLD = """
+import sys, time
+from mixgpt.checkpoints.run_dir import RunDir
+held = RunDir(sys.argv[1])
+print("held", flush=True)
+{}
+"""
+
+
+def test_a_folder_is_held_against_other_processes_until_its_process_is_killed(checkpoint_folder, tmp_path, capsys):
+    saved = tmp_path / "saved"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD.format("time.sleep(99)"), saved], cwd=ROOT,
+                              stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = snapshot(tmp_path)
+        for save_format in ("dense", "sparse"):
+            arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--save", saved,
+                         "--save-format", save_format]
+            for resume in ([], ["--resume"]):
+                line = refused(capsys, "opt", *arguments, *resume)
+                assert line == f"opt.py: error: --save {saved}: another run is writing there"
+                assert snapshot(tmp_path) == before
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert run("opt", *arguments) == 0
+
+
+def wait_forever(held):
+    """Stop a run when its first layer is finished, for `command`."""
+    def finish(*_):
+        held.write_text("")
+        time.sleep(99)
+
+    RunDir.finish = finish
+
+
+def test_a_run_is_refused_while_another_prunes_and_goes_on_when_that_is_killed(fork, checkpoint_folder, tmp_path,
+                                                                               capsys):
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
+    process = fork(command, "opt", arguments, tmp_path / "log", wait_forever, (tmp_path / "held",))
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "held").exists():
+            assert process.is_alive() and time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        assert "another run is writing there" in refused(capsys, "opt", *arguments, "--resume")
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert run("opt", *arguments, "--resume") == 0
+
+
+def test_a_run_that_waited_for_another_to_end_does_not_write_over_its_result(tokenizer, tmp_path, monkeypatch):
+    _, model = make("opt")
+    save(tmp_path / "saved", model, tokenizer, {})
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match="exists and is not an empty folder"):
+        RunDir(tmp_path / "saved")  # as after a check that came before the end of the other
+    assert snapshot(tmp_path) == before
+
+
+# ---- what may go on ----------------------------------------------------------------------------------------------
+
+CHANGED = {  # options of the first run, options of its continuation, what the line must name
+    "sparsity": ([], ["--sparsity", ".6"], "--sparsity was 0.5 .*, now it is 0.6"),
+    "seed": ([], ["--seed", "3"], "--seed was 0 .*, now it is 3"),
+    "sequences": ([], ["--nsamples", "5"], "--nsamples was 4 .*, now it is 5"),
+    "length": ([], ["--seqlen", "31"], "--seqlen was 32 .*, now it is 31"),
+    "batch size": (["--batch-size", "1"], ["--batch-size", "3"], "--batch-size was 1 .*, now it is 3"),
+    "blocks": ([], ["--blocksize", "64"], "--blocksize was 128 .*, now it is 64"),
+    "damping": ([], ["--percdamp", ".02"], "--percdamp was 0.01 .*, now it is 0.02"),
+    "saliency": ([], ["--saliency", "isc"], "--saliency was obs .*, now it is isc"),
+    "order": ([], ["--no-true-sequential"], "--true-sequential was True .*, now it is False"),
+    "magnitude": ([], ["--gmp"], "--gmp was False .*, now it is True"),
+    "bits": (["--wbits", "4"], ["--wbits", "3"], "--wbits was 4 .*, now it is 3"),
+    "groups": (["--wbits", "4"], ["--groupsize", "16"], "--groupsize was -1 .*, now it is 16"),
+    "symmetry": (["--wbits", "4"], ["--sym"], "--sym was False .*, now it is True"),
+    "n:m": (["--sparsity", "0", "--prunen", "2", "--prunem", "4"], ["--prunem", "8"],
+            "--prunem was 4 .*, now it is 8"),
+    "layers": ([], ["--minlayer", "1"], "--minlayer was 0 .*, now it is 1"),
+    "names": ([], ["--prune_only", "fc"], "--prune_only was  .*, now it is fc"),
+    "dtype": ([], ["--dtype", "bfloat16"], "--dtype was float32 .*, now it is bfloat16"),
+    "format": ([], ["--save-format", "sparse"], "--save-format was dense .*, now it is sparse"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_run_goes_on_with_the_same_settings_only(case, checkpoint_folder, tmp_path, capsys, monkeypatch):
+    first, then, named = CHANGED[case]
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, *first, "--save", tmp_path / "saved"]
+    interrupt(monkeypatch, "opt", arguments, 1)
+    before = snapshot(tmp_path)
+    line = refused(capsys, "opt", *arguments, *then, "--resume")
+    assert re.search(rf"--resume: {named}$", line), line
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_goes_on_with_the_same_text_and_weights_only(checkpoint_folder, tmp_path, capsys, monkeypatch):
+    source = tmp_path / "model"
+    source.mkdir()
+    for file in checkpoint_folder("opt").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    arguments = [source, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
+    interrupt(monkeypatch, "opt", arguments, 2)
+    before = snapshot(tmp_path / "saved")
+
+    with monkeypatch.context() as patch:
+        short = datautils.load_rows
+        patch.setattr(datautils, "load_rows", lambda *asked: (lambda rows, source: (rows[::-1], source))(
+            *short(*asked)))
+        assert "--resume: calibration tokens was " in refused(capsys, "opt", *arguments, "--resume")
+
+    state = load_file(source / "model.safetensors")
+    state["model.decoder.layers.2.fc2.weight"] *= 1.5
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    assert "--resume: model's weights was " in refused(capsys, "opt", *arguments, "--resume")
+    assert snapshot(tmp_path / "saved") == before
+
+
+def test_a_run_may_go_on_with_another_evaluation_and_place_of_the_model(checkpoint_folder, tmp_path, monkeypatch):
+    arguments = ["builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
+    source = shutil.copytree(checkpoint_folder("opt"), tmp_path / "model")
+    interrupt(monkeypatch, "opt", [source, *arguments], 1)
+    assert run("opt", source.rename(tmp_path / "moved"), *arguments, "--resume", "--dense") == 0
+    record = json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
+    assert set(record["perplexity"]) == {"dense", "SparseGPT"}
+
+
+def test_resume_needs_a_folder(checkpoint_folder, capsys):
+    assert refused(capsys, "opt", checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--resume") == (
+        "opt.py: error: --resume: needs --save, the folder of the run that left off")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_resume_begins_in_a_new_or_empty_folder(exists, checkpoint_folder, tmp_path):
+    if exists:
+        (tmp_path / "resumed").mkdir()
+    for name, resume in (("resumed", ["--resume"]), ("plain", [])):
+        assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / name,
+                   *resume) == 0
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "plain")
+
+
+def test_resume_in_the_folder_of_a_finished_run_or_of_others_is_refused(checkpoint_folder, tmp_path, capsys):
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--gmp", *SMALL]
+    assert run("opt", *arguments, "--save", tmp_path / "saved") == 0
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    for path in (tmp_path / "saved", tmp_path / "notes"):
+        for resume in ([], ["--resume"]):
+            line = refused(capsys, "opt", *arguments, "--save", path, *resume)
+            assert line == f"opt.py: error: --save {path}: exists and is not an empty folder"
+    assert snapshot(tmp_path) == before
+
+
+def test_the_folder_of_an_interrupted_run_is_refused_without_resume(checkpoint_folder, tmp_path, capsys, monkeypatch):
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
+    interrupt(monkeypatch, "opt", arguments, 1)
+    before = snapshot(tmp_path)
+    assert refused(capsys, "opt", *arguments) == (f"opt.py: error: --save {tmp_path / 'saved'}: holds a run that left "
+                                                  "off; go on with --resume, or remove the folder")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("existing", ["", "a", "a/b/saved"])
+def test_a_run_that_is_refused_leaves_only_the_folders_that_were_there(existing, checkpoint_folder, tmp_path, capsys,
+                                                                       monkeypatch):
+    # too short, which shows when the folder is locked
+    monkeypatch.setattr(datautils, "load_rows", lambda *_: (["short"], {"split": "train", "dataset": "builtin"}))
+    (tmp_path / existing).mkdir(parents=True, exist_ok=True)
+    before = snapshot(tmp_path)
+    for save_format in ("dense", "sparse"):
+        line = refused(capsys, "opt", checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save",
+                       tmp_path / "a" / "b" / "saved", "--save-format", save_format)
+        assert "--seqlen 32: the train text" in line
+        assert snapshot(tmp_path) == before
+
+
+# ---- what comes back ---------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "dense": ["--wbits", "3", "--saliency", "isc"],
+    "sparse": ["--wbits", "4", "--groupsize", "16", "--act-order"],
+    "compressed-tensors": ["--wbits", "4", "--sym"],
+}
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom", "baichuan-13b"])
+@pytest.mark.parametrize("save_format", FORMATS)
+def test_an_interrupted_run_gives_the_files_and_the_record_of_one_that_was_not(save_format, name, checkpoint_folder,
+                                                                               tmp_path, monkeypatch):
+    arguments = [checkpoint_folder(name), "builtin", "--sparsity", ".5", *FORMATS[save_format], *SMALL,
+                 "--save-format", save_format, "--percdamp", ".02"]
+    assert run(name, *arguments, "--save", tmp_path / "whole") == 0
+    interrupt(monkeypatch, name, [*arguments, "--save", tmp_path / "parts"], 1)
+    interrupt(monkeypatch, name, [*arguments, "--save", tmp_path / "parts", "--resume"], 1)
+    assert run(name, *arguments, "--save", tmp_path / "parts", "--resume") == 0
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    rows = parts["mixgpt.json"]["matrices"]
+    assert rows == whole["mixgpt.json"]["matrices"]
+    assert all(row["error"] > 0 and row["percdamp"] == .02 and row["wbits"] == int(FORMATS[save_format][1])
+               for row in rows)
+    assert parts == whole
+
+
+def test_a_run_that_is_interrupted_while_it_clears_up_goes_on_to_the_same_files(checkpoint_folder, tmp_path,
+                                                                                monkeypatch):
+    monkeypatch.setattr(run_dir, "PATIENCE", 0)
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--wbits", "4", *SMALL, "--eval",
+                 "--maxlayer", "2", "--save-format", "sparse"]
+    assert run("opt", *arguments, "--save", tmp_path / "whole") == 0
+    whole, unlink, end = contents(tmp_path / "whole"), os.unlink, RunDir.end
+    fatal, status = 0, 130
+    while status == 130:
+        fatal, left = fatal + 1, [fatal]
+
+        def stop(*args, left=left, **options):
+            if left[0] == 0:
+                left[0] = -1
+                raise KeyboardInterrupt
+            left[0] -= 1
+            unlink(*args, **options)
+
+        def interrupted(self, stop=stop):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "unlink", stop)
+                end(self)
+
+        saved = tmp_path / str(fatal)
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDir, "end", interrupted)
+            status = run("opt", *arguments, "--save", saved)
+        if run_dir.begun(saved):
+            assert run("opt", *arguments, "--save", saved, "--resume") == 0
+        assert contents(saved) == whole, fatal
+    assert status == 0 and fatal > 6  # a file of states, notes and grids of two layers, settings
+
+
+@pytest.mark.parametrize("patience", [0, 10**9])
+def test_layers_that_are_finished_are_not_pruned_again(patience, checkpoint_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "PATIENCE", patience)
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
+    interrupt(monkeypatch, "opt", arguments, 2)
+    pruned, keep = [], RunDir.finish
+    monkeypatch.setattr(RunDir, "finish", lambda self, index, *given: (pruned.append(index), keep(self, index, *given)))
+    assert run("opt", *arguments, "--resume") == 0
+    assert pruned == ([2] if patience == 0 else [1, 2])  # hidden states of the first border are always there
+
+
+def test_layers_that_are_not_pruned_are_saved_as_they_are(checkpoint_folder, tmp_path, monkeypatch):
+    arguments = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--maxlayer", "2", "--save",
+                 tmp_path / "saved"]
+    interrupt(monkeypatch, "llama", arguments, 2)
+    assert run("llama", *arguments, "--resume") == 0
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert dense.keys() == saved.keys()
+    for name, tensor in saved.items():
+        pruned = "_proj" in name and "layers.2" not in name
+        assert torch.equal(tensor, dense[name]) != pruned, name
+
+
+@pytest.mark.parametrize("options", [["--sparsity", ".5", "--gmp"], ["--wbits", "4", "--nearest"],
+                                     ["--sparsity", ".5", "--sparsity_way", "weight-level"], []])
+def test_two_runs_with_the_same_seed_write_the_same_bytes(options, checkpoint_folder, tmp_path):
+    for saved in ("one", "two"):
+        assert run("bloom", checkpoint_folder("bloom"), "builtin", *options, *SMALL, "--save", tmp_path / saved,
+                   "--sensitivity_file", tmp_path / saved / ".." / f"{saved}.json") == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_what_reads_back_differently_after_an_interruption_is_found(checkpoint_folder, tmp_path, capsys, monkeypatch):
+    arguments = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
+    interrupt(monkeypatch, "llama", arguments, 3)
+    shard = tmp_path / "saved" / "model-00001-of-00004.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1  # the last bit of a weight
+    shard.write_bytes(content)
+    assert run("llama", *arguments, "--resume") == 2
+    assert re.search(r"error: --save .*: model.layers.0.* in model-00001-of-00004.safetensors differs from what was in "
+                     "memory$", capsys.readouterr().err.splitlines()[-1])
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", config=make("llama")[1].config)

@@ -1,0 +1,124 @@
+"""Check which matrices go to the semi-structured kernels and that nothing else changes; the kernels need a GPU."""
+
+import json
+
+import pytest
+import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import CPU, FAMILIES, make, save
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mixgpt.checkpoints import load
+from mixgpt.evaluation import semistructured
+from mixgpt.evaluation.perplexity import perplexity
+from modelutils import linears
+
+
+def sparse(rows, columns, dtype=torch.bfloat16):
+    """Draw a 2:4 sparse matrix."""
+    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    W.view(-1, 4)[:, :2] = 0
+    return W
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (96, 192)])
+def test_what_fits_is_stored_without_loss(shape):
+    W = sparse(*shape)
+    assert semistructured.fits(W)
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(W)), W)
+
+
+def test_what_does_not_fit_stays_dense():
+    W = sparse(32, 64)
+    W[3, 0] = 1
+    assert not semistructured.fits(W)
+    assert not torch.equal(sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(W)), W)
+    assert not semistructured.fits(sparse(16, 64)) and not semistructured.fits(sparse(32, 96))
+
+
+@pytest.fixture
+def halved():
+    """Give (family, model) with 2:4 sparse matrices, those of the MLP in sizes that fit."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                         num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=128,
+                                         initializer_range=0.2)).eval()
+    family = FAMILIES["llama"][0]
+    for layer in family.layers_of(model):
+        for module in linears(layer).values():
+            module.weight.data.view(-1, 4)[:, :2] = 0
+    return family, model
+
+
+def test_both_kinds_of_kernels_get_the_same_input_and_the_weights_come_back(halved, tokens, monkeypatch):
+    family, model = halved
+    before = dict(model.named_parameters())
+    expected = perplexity(model, family, tokens, 2, CPU)
+    monkeypatch.setattr(semistructured, "compress", lambda W: W.detach().clone())
+    found = semistructured.compare(model, family, {"a": tokens, "b": tokens}, 2, CPU)
+    assert found["perplexity"] == {"a": expected, "b": expected} and found["difference"] == 0
+    assert found["matrices"] == 2 * 5  # k_proj and v_proj have 16 rows
+    assert found["speed_up"] == found["seconds"]["dense"] / found["seconds"]["semi_structured"] > 0
+    monkeypatch.setattr(semistructured, "compress", lambda W: W.detach() * 1.5)
+    found = semistructured.compare(model, family, {"a": tokens}, 2, CPU)
+    assert found["difference"] > 0.01 and found["perplexity"]["a"] != expected
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_a_model_that_is_not_sparse_is_skipped(tokens):
+    family, model = make("llama")
+    assert semistructured.compare(model, family, {"a": tokens}, 2, CPU) == {
+        "skipped": "no matrix has at most 2 of 4 weights, and sizes that 32 and 64 divide"}
+
+
+@pytest.mark.parametrize("capability, library, dtype, reason", [
+    ((7, 5), True, torch.float16, "compute capability 8, or above with cuSPARSELt; a GPU has 7.5"),
+    ((9, 0), False, torch.float16, "compute capability 8, or above with cuSPARSELt; a GPU has 9.0"),
+    ((9, 0), True, torch.float32, "weights in 16 bits, these are float32; give --dtype bfloat16"),
+    ((9, 0), True, torch.bfloat16, None), ((8, 6), False, torch.float16, None)])
+def test_the_reason_is_told_where_the_kernels_cannot_run(capability, library, dtype, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: library)
+    found = semistructured.obstacle(torch.device("cuda"), dtype)
+    assert found is None if reason is None else found.endswith(reason)
+
+
+def test_on_a_cpu_the_run_goes_on_and_says_why_it_skipped_them(checkpoint_folder, tmp_path, capsys):
+    arguments = ["builtin", "--prunen", "2", "--prunem", "4", *SMALL, "--semi-structured"]
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), *arguments, "--save", tmp_path / "saved") == 0
+    out, reason = capsys.readouterr().out, "the kernels need a CUDA GPU, this runs on the cpu"
+    assert f"kernels  --semi-structured is skipped: {reason}\n" in out
+    assert f"\nsemi-structured kernels: skipped, {reason}\n" in out
+    assert json.loads((tmp_path / "saved" / "mixgpt.json").read_text())["semi_structured"] == {"skipped": reason}
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--sparsity", ".5"], "--semi-structured: needs a 2:4 sparse model: --prunen 2 --prunem 4, or one pruned before"),
+    (["--prunen", "1", "--prunem", "4"], "--semi-structured: needs a 2:4 sparse model"),
+    (["--eval"], "--semi-structured: is measured on the test sets of --eval, and none is given")])
+def test_what_cannot_be_2_4_is_refused(options, message, checkpoint_folder, capsys):
+    folder = checkpoint_folder("llama")
+    assert run(FAMILIES["llama"][0], folder, "builtin", *SMALL, *options, "--semi-structured") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernels_give_what_dense_ones_give(halved, tokenizer, tmp_path, capsys):
+    family, model = halved
+    if reason := semistructured.obstacle(torch.device("cuda"), torch.bfloat16):
+        pytest.skip(reason)
+    save(tmp_path / "model", model.bfloat16(), tokenizer, {})
+    assert run(family, tmp_path / "model", "builtin", "--seqlen", "32", "--eval", "builtin", "--device", "cuda",
+               "--semi-structured", "--save", tmp_path / "saved") == 0
+    record = json.loads((tmp_path / "saved" / load.RECORD).read_text())
+    found = record["semi_structured"]
+    assert found["matrices"] == 10 and 0 <= found["difference"] < 0.02
+    assert found["perplexity"]["builtin"] == pytest.approx(record["perplexity"]["dense"]["builtin"], rel=0.02)
+    assert "times as fast as on dense ones" in capsys.readouterr().out

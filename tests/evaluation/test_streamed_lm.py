@@ -1,0 +1,131 @@
+"""Check the answers of the streamed model against plain forwards and against lm-eval's own model."""
+
+import pytest
+import torch
+from conftest import CPU, make
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from mixgpt.checkpoints.load import load_config, open_model
+from mixgpt.evaluation import streamed_lm
+from mixgpt.evaluation.streamed_lm import StreamedLM, padded_length
+
+LIMIT = 128  # tokens that the tiny models take
+PAIRS = [("Question: what is it?\nAnswer:", " a list"), ("Question: what is it?\nAnswer:", " a tuple of numbers"),
+         ("", "no context at all"), ("trailing space ", "goes to the continuation"), ("x", " y"), ("x", " z"),
+         ("<s>begins with a special token", " here"), ("long " * 90, "after a context that is cut"),
+         ("import this module and call the function " * 2, " with the arguments")]
+TEXTS = ["a short text", "", "some words of the language reference, " * 12, "one"]
+
+
+def asked(kind, arguments):
+    return [Instance(request_type=kind, doc={}, arguments=tuple(each), idx=0) for each in arguments]
+
+
+@torch.no_grad()
+def by_hand(model, ids, count):
+    """Return (log-likelihood, greedy) of the last `count` of ids, from a forward of these tokens alone, in float64."""
+    scores = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0].double().log_softmax(-1)[-count:]
+    wanted = torch.tensor(ids[-count:])
+    return scores.gather(1, wanted[:, None]).sum().item(), bool((scores.argmax(-1) == wanted).all())
+
+
+def pair_by_hand(model, tokenizer, context, continuation):
+    if not context:
+        ids = [tokenizer.bos_token_id, *tokenizer(continuation, add_special_tokens=False).input_ids]
+        return by_hand(model, ids, len(ids) - 1)
+    stripped = context.rstrip()
+    special = not stripped.startswith("<s>")
+    whole = tokenizer(context + continuation, add_special_tokens=special).input_ids
+    count = len(whole) - len(tokenizer(stripped, add_special_tokens=special).input_ids)
+    return by_hand(model, whole[-(LIMIT + 1):], count)
+
+
+def text_by_hand(model, tokenizer, text, limit=LIMIT):
+    """Count each token once, in windows of `limit` tokens of which the last one is full."""
+    ids, total, done = [tokenizer.bos_token_id, *tokenizer(text).input_ids], 0.0, 1
+    while done < len(ids):
+        end = min(done + limit, len(ids))
+        total += by_hand(model, ids[max(0, end - limit - 1):end], end - done)[0]
+        done = end
+    return total
+
+
+def limited(name):
+    """Make a model that takes LIMIT tokens, also where nothing in it says so."""
+    family, model = make(name)
+    if name == "bloom":
+        model.config.max_position_embeddings = LIMIT
+    return family, model
+
+
+@pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "mistral", "qwen2", "qwen3", "bloom", "baichuan-7b",
+                                  "baichuan-13b"])
+def test_answers_are_those_of_a_forward_of_each_text_alone(name, tokenizer):
+    family, model = limited(name)
+    lm = StreamedLM(model, family, tokenizer, 300, CPU)
+    answers = lm.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
+    for (likelihood, greedy), pair in zip(answers, PAIRS, strict=True):
+        expected, same = pair_by_hand(model, tokenizer, *pair)
+        assert likelihood == pytest.approx(expected, rel=1e-5, abs=1e-4) and greedy == same
+    assert lm.cut == 1
+    rolling = lm.loglikelihood_rolling(asked("loglikelihood_rolling", ([text] for text in TEXTS)))
+    assert rolling == pytest.approx([text_by_hand(model, tokenizer, text) for text in TEXTS], rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+def test_answers_are_those_of_the_model_that_lm_eval_has(name, tokenizer):
+    family, model = limited(name)
+    theirs = HFLM(model, tokenizer=tokenizer, device="cpu", batch_size=1)
+    ours = StreamedLM(model, family, tokenizer, 300, CPU)
+    assert theirs.max_length == ours.max_length == LIMIT
+    pairs, texts = asked("loglikelihood", PAIRS), asked("loglikelihood_rolling", ([text] for text in TEXTS if text))
+    for answer, expected in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
+        assert answer == (pytest.approx(expected[0], rel=1e-4, abs=1e-3), expected[1])
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-4)
+    for options in ({"until": ["\n", " a"], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 9, "do_sample": False}):
+        texts = asked("generate_until", [(context, options) for context, _ in PAIRS if context])
+        assert ours.generate_until(texts) == theirs.generate_until(texts, disable_tqdm=True)
+
+
+def test_the_likeliest_continuation_is_called_greedy(tokenizer):
+    family, model = make("llama")
+    [text] = StreamedLM(model, family, tokenizer, 300, CPU).generate_until(
+        asked("generate_until", [("def", {"max_gen_toks": 1})]))
+    [(_, greedy)] = StreamedLM(model, family, tokenizer, 300, CPU).loglikelihood(
+        asked("loglikelihood", [("def", text)]), disable_tqdm=True)
+    assert greedy
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+def test_a_model_on_disk_answers_as_one_in_memory_and_groups_change_nothing(name, checkpoint_folder, tokenizer,
+                                                                            monkeypatch):
+    family, model = make(name)
+    folder = checkpoint_folder(name)
+    on_disk = open_model(folder, load_config(folder, family), family, "auto")
+    assert all(parameter.is_meta for parameter in on_disk.parameters())
+    pairs, texts = asked("loglikelihood", PAIRS), asked("generate_until", [("x", {"max_gen_toks": 5})])
+    lms = [StreamedLM(each, family, tokenizer, 300, CPU) for each in (model, on_disk)]
+    expected = lms[0].loglikelihood(pairs, disable_tqdm=True)
+    assert lms[1].loglikelihood(pairs, disable_tqdm=True) == expected
+    assert lms[1].generate_until(texts) == lms[0].generate_until(texts)
+    assert all(parameter.is_meta for parameter in on_disk.parameters())
+    monkeypatch.setattr(streamed_lm, "RESIDENT", 40)
+    for tokens in (1, 300):
+        answers = StreamedLM(on_disk, family, tokenizer, tokens, CPU).loglikelihood(pairs, disable_tqdm=True)
+        assert [answer[0] for answer in answers] == pytest.approx([answer[0] for answer in expected], rel=1e-5)
+
+
+def test_padding_is_at_most_an_eighth_and_lengths_are_few():
+    lengths = {length: padded_length(length, 2048) for length in range(1, 2049)}
+    assert all(length <= padded <= length * 9 / 8 for length, padded in lengths.items())
+    assert len(set(lengths.values())) < 80
+    assert padded_length(99, 100) == 100 == padded_length(100, 100)
+
+
+def test_groups_hold_as_many_tokens_as_may_be_resident(monkeypatch):
+    monkeypatch.setattr(streamed_lm, "RESIDENT", 64)
+    sequences = [(0,) * 100, (1,) * 31, (2,) * 31, *((number,) * 8 for number in range(3, 12))]
+    groups = list(streamed_lm._groups(sequences, 2048))
+    assert [sum(T * len(held) for T, held in group.items()) for group in groups] == [104, 64, 64, 8]
+    assert [tokens for group in groups for held in group.values() for tokens in held] == sequences

@@ -1,0 +1,235 @@
+"""Run tasks of lm-eval from local files, and check their scores against scores computed by hand."""
+
+import json
+import math
+import re
+import sys
+
+import pytest
+import torch
+from commands import run, torchrun
+from conftest import CPU, FAMILIES, ROOT, saved_tensors
+from test_streamed_lm import pair_by_hand, text_by_hand
+from transformers import AutoModelForCausalLM
+
+from mixgpt.checkpoints import load
+from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
+from mixgpt.evaluation import tasks
+
+QUESTIONS = [{"question": f"what is {word}?", "choices": choices, "label": number % len(choices)}
+             for number, (word, choices) in enumerate([
+                 ("a list", ["mutable", "a number", "nothing of that kind at all"]), ("a class", ["a type", "é"]),
+                 ("import", ["a statement", "an operator", "a name", "it"]), ("None", ["a value", "a keyword, too"]),
+                 ("a tuple", ["fixed", "changing", "ü ü ü"]), ("self", ["the instance", "a module"]),
+                 ("yield", ["an expression", "a loop"]), ("lambda", ["a function", "a list of names", "x"])])]
+DOCUMENTS = [{"text": text} for text in ("a first document, short", "the second one repeats itself, " * 9, "zwölf")]
+CHOICE = """
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl, train: FOLDER/questions.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_choice: "{{choices}}"
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+metadata: {version: 2.5}
+"""
+FEWSHOT = "training_split: train\nnum_fewshot: 2\n"
+FIRST = "fewshot_config: {sampler: first_n}\n"
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/documents.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
+"""
+GENERATE = """
+task: generate
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["?"], max_gen_toks: 4}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Give a folder with tasks and their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, rows in {"questions": QUESTIONS, "documents": DOCUMENTS}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in {"choice": CHOICE, "shots": CHOICE + FEWSHOT + FIRST, "drawn": CHOICE + FEWSHOT,
+                       "rolling": ROLLING, "generate": GENERATE,
+                       "remote": CHOICE.replace("json", "nobody/nothing").replace("dataset_kwargs", "#"),
+                       "misspelt": CHOICE.replace("{{question}}", "{{qestion.x}}"),
+                       "unsafe": CHOICE + "unsafe_code: true\n",
+                       "beyond": CHOICE.replace("label", '"{{choices[7]}}"'),
+                       "absent": CHOICE.replace("questions", "answers")}.items():
+        (folder / f"{name}.yaml").write_text(text.replace("NAME", name).replace("FOLDER", str(folder)))
+    return folder
+
+
+def expected(model, tokenizer, limit, shots=""):
+    """Compute (acc, acc_norm) of the multiple-choice task from a forward for each choice."""
+    hits = torch.zeros(2)
+    for row in QUESTIONS[:limit]:
+        likelihoods = [pair_by_hand(model, tokenizer, f"{shots}Q: {row['question']}\nA:", f" {choice}")[0]
+                       for choice in row["choices"]]
+        normed = [likelihood / len(choice) for likelihood, choice in zip(likelihoods, row["choices"], strict=True)]
+        hits += torch.tensor([each.index(max(each)) == row["label"] for each in (likelihoods, normed)])
+    return (hits / len(QUESTIONS[:limit])).tolist()
+
+
+def check(found, model, tokenizer, limit=None):
+    """Compare the scores of a record with those computed by hand."""
+    shots = "".join(f"Q: {row['question']}\nA: {row['choices'][row['label']]}\n\n" for row in QUESTIONS[:2])
+    number = len(QUESTIONS[:limit])
+    for task, count, text in (("choice", 0, ""), ("shots", 2, shots)):
+        acc, norm = expected(model, tokenizer, limit, text)
+        errors = [math.sqrt(share * (1 - share) / (number - 1)) for share in (acc, norm)]
+        assert found[task] == pytest.approx({
+            "acc": acc, "acc_stderr": errors[0], "acc_norm": norm, "acc_norm_stderr": errors[1], "examples": number,
+            "num_fewshot": count, "version": 2.5})
+    texts = [row["text"] for row in DOCUMENTS][:limit]
+    longest = position_limit(model.config) or DEFAULT_SEQLEN
+    total = sum(text_by_hand(model, tokenizer, text, longest) for text in texts)
+    words = sum(len(re.split(r"\s+", text)) for text in texts)
+    assert found["rolling"]["word_perplexity"] == pytest.approx(math.exp(-total / words), rel=1e-3)
+    assert found["rolling"]["byte_perplexity"] == pytest.approx(
+        math.exp(-total / sum(len(text.encode()) for text in texts)), rel=1e-4)
+    assert found["rolling"]["examples"] == len(texts)
+
+
+SMALL = ["builtin", "--nsamples", "2", "--seqlen", "32", "--eval", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+def test_scores_of_dense_and_pruned_models_are_those_computed_by_hand(name, folder, checkpoint_folder, tmp_path, capsys,
+                                                                      tokenizer):
+    family, saved, chosen = FAMILIES[name][0], tmp_path / "saved", ["--tasks", "choice,shots,rolling", "--tasks_dir",
+                                                                    folder]
+    arguments = [*SMALL, *chosen, "--dense", "--sparsity", ".5", "--gmp", "--save", saved, "--save-format", "sparse"]
+    assert run(family, checkpoint_folder(name), *arguments) == 0  # on disk, and pruned layers too
+    out, record = capsys.readouterr().out, json.loads((saved / "mixgpt.json").read_text())
+    assert list(record["tasks"]) == ["dense", "magnitude"] and record["versions"]["lm_eval"] == tasks.VERSION
+    check(record["tasks"]["dense"], AutoModelForCausalLM.from_pretrained(checkpoint_folder(name)).eval(), tokenizer)
+    pruned = load.load_model(saved, "auto")
+    check(record["tasks"]["magnitude"], pruned, tokenizer)
+
+    scores = record["tasks"]["dense"]["shots"], record["tasks"]["magnitude"]["shots"]
+    cells = [rf"{each['acc']:.4f} ± {each['acc_stderr']:.4f}" for each in scores]
+    assert re.search(rf"^shots +acc +8 +2 +2\.5 +{cells[0]} +{cells[1]}$", out, re.MULTILINE)
+    assert re.search(r"^task +metric +examples +num_fewshot +version +dense +magnitude$", out, re.MULTILINE)
+
+    assert run(family, saved, *SMALL, *chosen, "--limit", "3", "--save", tmp_path / "again") == 0  # in memory
+    limited = json.loads((tmp_path / "again" / "mixgpt.json").read_text())["tasks"]["dense"]
+    check(limited, pruned, tokenizer, limit=3)
+
+
+def scored(name, chosen, tokenizer, checkpoint_folder, limit=None):
+    family, folder = FAMILIES[name][0], checkpoint_folder(name)
+    model = load.open_model(folder, load.load_config(folder, family), family, "auto")
+    return tasks.score(chosen, model, family, tokenizer, limit, 256, CPU)
+
+
+def test_every_model_gets_the_same_examples_in_its_prompts(folder, tokenizer, checkpoint_folder):
+    chosen = tasks.load(("drawn",), folder, None)
+    prompts = []
+    for _ in range(2):
+        scored("llama", chosen, tokenizer, checkpoint_folder)
+        prompts.append([instance.args for instance in chosen["tasks"]["drawn"].instances])
+    assert prompts[0] == prompts[1]
+    assert len({args[0].split("\n\n")[0] for args in prompts[0]}) > 1  # they are drawn for each question
+
+
+def test_generated_answers_are_scored(folder, tokenizer, checkpoint_folder):
+    chosen = tasks.load(("generate",), folder, 2)
+    found = scored("llama", chosen, tokenizer, checkpoint_folder, 2)["generate"]
+    assert found["exact_match"] == 0 and found["examples"] == 2
+    given = [instance.filtered_resps["none"] for instance in chosen["tasks"]["generate"].instances]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).eval()
+    for row, text in zip(QUESTIONS, given, strict=False):
+        ids = tokenizer(row["question"], return_tensors="pt").input_ids
+        for _ in range(4):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        assert text == tokenizer.decode(ids[0, -4:], skip_special_tokens=True).partition("?")[0]
+
+
+def test_generation_is_refused_where_memory_does_not_hold_the_model(folder, tokenizer):
+    chosen = tasks.load(("generate",), folder, 1)
+    tasks.check(chosen, tokenizer, 1, CPU)
+    with pytest.raises(InputError, match=r"--tasks generate: lets the model generate, .* 1000000\.0 GB in memory; "):
+        tasks.check(chosen, tokenizer, 10**15, CPU)
+    tasks.check(tasks.load(("choice",), folder, 1), tokenizer, 10**15, CPU)
+
+
+REFUSED = {
+    "a task whose data is on the hub": (["remote"], r"--tasks remote: its dataset is not in the cache .*nobody/nothing"
+                                                    r".*and the hub cannot be reached; --tasks_dir names"),
+    "a task that reads what is not there": (["misspelt"], r"--tasks misspelt: cannot be used: UndefinedError: "),
+    "a task that executes code": (["unsafe"], r"--tasks unsafe: executes code"),
+    "a task whose answers are wrong": (["beyond"], r"--tasks beyond: cannot be used: "),
+    "a task whose file is missing": (["absent"], r"--tasks absent: cannot be used: .*answers\.jsonl"),
+    "no name": ([","], r"argument --tasks: names no task"),
+    "a limit of nothing": (["choice", "--limit", "0"], r"--limit 0: must be at least 1"),
+    "a limit that is no number": (["choice", "--limit", "all"], r"argument --limit: invalid int value: 'all'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_task_that_cannot_be_used_gets_one_line_before_the_work(case, folder, checkpoint_folder, tmp_path, capsys):
+    chosen, message = REFUSED[case]
+    arguments = [checkpoint_folder("llama"), *SMALL, "--sparsity", ".5", "--save", tmp_path / "saved", "--tasks_dir",
+                 folder, "--tasks", *chosen]
+    capsys.readouterr()
+    assert run(FAMILIES["llama"][0], *arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out and re.fullmatch(rf"llama\.py: error: {message}.*", err.strip())
+    assert not list(tmp_path.glob("saved/*.safetensors"))
+
+
+def test_an_unknown_name_is_refused_with_those_that_resemble_it(folder):
+    with pytest.raises(InputError, match=r"--tasks arc_chalenge: no task, .* of this name in lm-eval .*arc_challenge"):
+        tasks.load(("arc_challenge", "hellaswag", "truthfulqa_mc2", "piqa", "choice", "arc_chalenge"), folder, None)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--limit", "3"], "--limit 3: needs --tasks"), (["--tasks_dir", "x"], "--tasks_dir x: needs --tasks"),
+    (["--tasks", "choice", "--tasks_dir", "nowhere"], "--tasks_dir nowhere: must be a folder with .yaml files that "
+                                                      "describe tasks of lm-eval")])
+def test_flags_that_lack_another_are_refused(arguments, message, checkpoint_folder, capsys):
+    folder = checkpoint_folder("llama")
+    capsys.readouterr()
+    assert run(FAMILIES["llama"][0], folder, *SMALL, *arguments) == 2
+    assert capsys.readouterr().err == f"llama.py: error: {message}\n"
+
+
+def test_without_lm_eval_the_line_says_what_to_install(checkpoint_folder, monkeypatch, capsys):
+    for name in ("tasks", "streamed_lm"):
+        monkeypatch.delitem(sys.modules, f"mixgpt.evaluation.{name}", raising=False)
+        monkeypatch.delattr(f"mixgpt.evaluation.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), *SMALL, "--tasks", "choice") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("llama.py: error: --tasks: lm-eval cannot be used (") and line.endswith(
+        "pip install -r requirements-eval.txt")
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), *SMALL) == 0  # not needed then
+
+
+def test_processes_share_out_the_texts_and_score_as_one_does(folder, checkpoint_folder, tmp_path, tokenizer):
+    process = torchrun(2, ROOT / "llama.py", checkpoint_folder("llama"), *SMALL, "--tasks", "choice,shots,rolling",
+                       "--tasks_dir", folder, "--save", tmp_path / "two")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("word_perplexity") == 1 and saved_tensors(tmp_path / "two")
+    record = json.loads((tmp_path / "two" / "mixgpt.json").read_text())
+    check(record["tasks"]["dense"], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).eval(), tokenizer)

@@ -1,0 +1,103 @@
+"""Compile the kernel that walks columns ahead of time, as no GPU is needed for it, and print what it takes as JSON.
+
+python tests/kernels/aot.py 80 90        {"sm_80 2:4": {"registers": 96, "stack": 0, "spills": 0}, …}
+
+The kernel is given the arguments that `columns_cuda.walk_columns` would launch it with, specialised as Triton
+specialises them: integers that are 1 are constants, those that 16 divides are known to be so.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # of tests that run the kernel on the CPU
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mixgpt.kernels import columns_cuda
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {torch.float32: "*fp32", torch.bool: "*i1", torch.int32: "*i32"}
+BF16, F16 = torch.bfloat16, torch.float16
+# name: rows, columns, m of n:m, dtype of the grid or None, whether U is row-major
+KERNELS = {"50%": (4096, 128, 0, None, False), "50%, U by rows": (4096, 128, 0, None, True),
+           "50%, an odd number of rows": (4095, 128, 0, None, False), "2:4": (4096, 128, 4, None, False),
+           "4:8": (4096, 128, 8, None, False), "50% + grid, bfloat16": (4096, 128, 0, BF16, False),
+           "50% + grid, float16": (4096, 128, 0, F16, False), "2:4 + grid, bfloat16": (4096, 128, 4, BF16, False)}
+
+
+class Recorder:
+    """Takes the place of the kernel and notes what it is launched with."""
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **options):
+        self.args, self.options = args, options
+
+
+def launch(rows, columns, m, dtype, by_rows):
+    """Return the arguments and options with which such a range of columns would be walked."""
+    recorder, kernel = Recorder(), columns_cuda._walk_rows
+    W, U = torch.zeros(512, rows)[:columns], torch.zeros(512, 512)  # ranges of 128 columns out of 512
+    U = (U if by_rows else U.t())[:columns, :columns]
+    grid = dtype and (torch.ones(rows), torch.zeros(rows), torch.ones(rows), dtype)
+    columns_cuda._walk_rows = recorder
+    try:
+        columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, torch.ones(columns), m, [(slice(0, rows), m // 2)],
+                                  grid)
+    finally:
+        columns_cuda._walk_rows = kernel
+    return recorder.args, recorder.options
+
+
+def source(args, options):
+    """Return the kernel as Triton would specialise it for these arguments."""
+    kernel = columns_cuda._walk_rows
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: options[name] for name in kernel.arg_names if name in options}
+    signature, constants, attributes = {}, {}, {}
+    for place, (name, value) in enumerate(values.items()):
+        if torch.is_tensor(value):
+            signature[name] = POINTERS[value.dtype]
+        elif name in options or value in (None, 1):
+            signature[name], constants[place,] = "constexpr", value
+        else:
+            signature[name] = "i32"
+        if signature[name] != "constexpr" and (torch.is_tensor(value) or value % 16 == 0):
+            attributes[place,] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def resources(cubin):
+    """Return registers, bytes of stack and of spilled registers, as NVIDIA's own tool reads them off."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True,
+                              check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "stack": found["STACK"], "spills": found["LOCAL"]}
+
+
+def main(capabilities):
+    results = {}
+    for capability in capabilities:
+        for name, case in KERNELS.items():
+            args, options = launch(*case)
+            compiled = triton.compile(source(args, options), target=GPUTarget("cuda", int(capability), 32), options={
+                key: value for key, value in options.items() if not key.isupper()})
+            results[f"sm_{capability} {name}"] = resources(compiled.asm["cubin"])
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

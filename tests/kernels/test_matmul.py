@@ -1,0 +1,85 @@
+"""Check products by oneDNN against float64, and linears in a model against PyTorch's own, with their derivatives."""
+
+import pytest
+import torch
+
+from mixgpt.kernels import matmul
+from mixgpt.kernels.matmul import fast_linears, times_transposed
+
+needs_onednn = pytest.mark.skipif(not matmul.AVAILABLE, reason="needs a CPU with AVX-512 and oneDNN in PyTorch")
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("available", [pytest.param(True, marks=needs_onednn), False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_product_with_transpose(monkeypatch, available, dtype, contiguous):
+    monkeypatch.setattr(matmul, "AVAILABLE", available)
+    A, B, start = random(70, 300, dtype=dtype), random(50, 300, seed=1, dtype=dtype), random(70, 50, dtype=dtype)
+    if not contiguous:
+        A, B, start = A.t().contiguous().t(), torch.stack([B, B], 1)[:, 0], start.t().contiguous().t()
+    held = start.clone()
+    expected = A.double() @ B.double().t()
+    torch.testing.assert_close(times_transposed(A, B).double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(times_transposed(A, B, start).double(), start.double() + expected, rtol=0, atol=1e-4)
+    assert torch.equal(start, held)
+
+
+@pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-2), (torch.float64, 1e-12)])
+def test_rough_products_are_close_and_only_float32_ones_rough(dtype, digits):
+    A, B = random(70, 50, dtype=dtype), random(50, 50, seed=1, dtype=dtype)
+    B = B + B.t()
+    product, expected = matmul.rough_product_with(B)(A), A.double() @ B.double()
+    assert product.dtype == dtype
+    assert (product.double() - expected).norm() <= digits * expected.norm()
+
+
+class Counted(torch.overrides.TorchFunctionMode):
+    """Count the linears that PyTorch itself runs."""
+
+    calls = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls += function is torch.nn.functional.linear
+        return function(*args, **kwargs or {})
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape, bias", [((6,), False), ((2, 6), True), ((2, 5, 6), True), ((0, 6), True)])
+def test_linears_are_those_of_pytorch(shape, bias):
+    linear = torch.nn.Linear(6, 3, bias=bias).requires_grad_(False)
+    X = random(*shape)
+    with Counted() as counted, fast_linears():
+        found = linear(X)
+    assert found.shape == (*shape[:-1], 3)
+    assert counted.calls == (X.numel() == 0)  # an empty input is left to PyTorch
+    torch.testing.assert_close(found, linear(X))
+    assert counted.calls <= 1, "the block has ended"
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype, frozen", [(torch.float64, True), (torch.bfloat16, True), (torch.float32, False)])
+def test_other_linears_are_left_to_pytorch(dtype, frozen):
+    linear = torch.nn.Linear(6, 3, dtype=dtype).requires_grad_(not frozen)
+    with Counted() as counted, fast_linears():
+        found = linear(random(2, 6, dtype=dtype))
+    assert counted.calls == 1
+    assert found.requires_grad == (not frozen)
+
+
+@needs_onednn
+def test_second_derivatives_with_respect_to_the_input():
+    linear = torch.nn.Linear(6, 3).requires_grad_(False)
+    X, v = random(4, 6).requires_grad_(), random(4, 6, seed=1)
+
+    def curvature():
+        gradient, = torch.autograd.grad(linear(X).pow(3).sum(), X, create_graph=True)
+        return torch.autograd.grad((gradient * v).sum(), X)[0]
+
+    with fast_linears():
+        found = curvature()
+    Y, W = linear(X).detach(), linear.weight
+    torch.testing.assert_close(found, 6 * Y * (v @ W.t()) @ W)

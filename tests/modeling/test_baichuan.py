@@ -1,0 +1,329 @@
+"""Check the native Baichuan against a plain implementation of its papers, on folders as they are published."""
+
+import json
+import math
+
+import pytest
+import sentencepiece as spm
+import torch
+from conftest import CPU, save, saved_tensors
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import baichuan
+import datautils
+import opt
+from mixgpt.app import pipeline
+from mixgpt.checkpoints import load
+from mixgpt.common import runtime
+from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import perplexity
+from modelutils import linears
+
+LAYERS, LIMIT = 2, 64
+VARIANTS = {  # architectures, hidden size, heads, vocabulary, further fields, all as in the published configurations
+    "Baichuan-7B": ("BaiChuanForCausalLM", 32, 4, 400, {"max_position_embeddings": LIMIT}),
+    "Baichuan-13B": ("BaichuanForCausalLM", 32, 4, 400, {"model_max_length": LIMIT}),
+    "Baichuan2-7B": ("BaichuanForCausalLM", 32, 4, 125_696,
+                     {"max_position_embeddings": LIMIT, "model_max_length": LIMIT}),
+    "Baichuan2-13B": ("BaichuanForCausalLM", 24, 6, 125_696, {"model_max_length": LIMIT}),
+}
+TEXTS = ["Hello world", "  leading spaces", " one", "in 2023 there were 12345 of 6.78%", "你好，世界！百川大模型。",
+         "emoji 😀🎉 here",
+         "line one\nline two\n\nline four\n", "", " ", "tab\tand  two spaces", "Ünïcödé ﬁ ligature", "<s>not bos</s> x"]
+POISON = "raise RuntimeError('code of the checkpoint was run')\n"
+
+
+def weights(hidden, intermediate, vocabulary, rotary):
+    """Return random weights under the published keys."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) / math.sqrt(shape[-1])
+
+    state = {"model.embed_tokens.weight": random(vocabulary, hidden) * 5, "model.norm.weight": 1 + random(hidden),
+             "lm_head.weight": random(vocabulary, hidden) * 4}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        state |= {layer + "self_attn.W_pack.weight": 2 * random(3 * hidden, hidden),
+                  layer + "self_attn.o_proj.weight": random(hidden, hidden),
+                  layer + "mlp.gate_proj.weight": random(intermediate, hidden),
+                  layer + "mlp.up_proj.weight": random(intermediate, hidden),
+                  layer + "mlp.down_proj.weight": random(hidden, intermediate),
+                  layer + "input_layernorm.weight": 1 + random(hidden),
+                  layer + "post_attention_layernorm.weight": 1 + random(hidden)}
+        if rotary:
+            state[layer + "self_attn.rotary_emb.inv_freq"] = random(4)
+    return state
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory):
+    """Train a BPE model with byte fallback, as Baichuan's is, on the builtin text and some Chinese."""
+    path = tmp_path_factory.mktemp("sentencepiece")
+    rows = datautils.load_rows("builtin", "train", None)[0][:200] + TEXTS * 3
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for row in rows for line in row.splitlines()), model_prefix=str(path / "m"),
+        model_type="bpe", vocab_size=400, character_coverage=0.99, byte_fallback=True, add_dummy_prefix=False,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", split_digits=True, pad_id=-1,
+        minloglevel=2)
+    return (path / "m.model").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, sentencepiece_model):
+    """Return a function that gives the folder of a variant, written as on the hub, with code that must not run."""
+    root = tmp_path_factory.mktemp("published")
+
+    def folder(name):
+        path = root / name
+        if path.exists():
+            return path
+        path.mkdir()
+        architecture, hidden, heads, vocabulary, fields = VARIANTS[name]
+        config = {"architectures": [architecture], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+                  "auto_map": {"AutoConfig": "configuration_baichuan.BaichuanConfig",
+                               "AutoModelForCausalLM": f"modeling_baichuan.{architecture}"},
+                  "hidden_act": "silu", "hidden_size": hidden, "initializer_range": 0.02, "intermediate_size": 40,
+                  "model_type": "baichuan", "num_attention_heads": heads, "num_hidden_layers": LAYERS,
+                  "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": "float32",
+                  "transformers_version": "4.29.2", "use_cache": True, "vocab_size": vocabulary,
+                  "gradient_checkpointing": False, "_from_model_config": True} | fields
+        (path / "config.json").write_text(json.dumps(config))
+        token = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        (path / "tokenizer_config.json").write_text(json.dumps({
+            "add_bos_token": False, "add_eos_token": False, "bos_token": token | {"content": "<s>"},
+            "eos_token": token | {"content": "</s>"}, "unk_token": token | {"content": "<unk>"},
+            "auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaichuanTokenizer", None]},
+            "clean_up_tokenization_spaces": False, "model_max_length": 4096, "sp_model_kwargs": {},
+            "tokenizer_class": "BaichuanTokenizer", "use_fast": False}))
+        (path / "tokenizer.model").write_bytes(sentencepiece_model)
+        for module in ("modeling", "configuration", "tokenization"):
+            (path / f"{module}_baichuan.py").write_text(POISON)
+        save_file(weights(hidden, 40, vocabulary, "max_position_embeddings" in fields), path / "model.safetensors",
+                  metadata={"format": "pt"})
+        return path
+
+    return folder
+
+
+def slopes(heads):
+    """The geometric sequence of ALiBi's paper; other head counts take every other one of the next power of two."""
+    if math.log2(heads).is_integer():
+        return [2 ** (-8 * (i + 1) / heads) for i in range(heads)]
+    lower = 2 ** math.floor(math.log2(heads))
+    return slopes(lower) + slopes(2 * lower)[::2][:heads - lower]
+
+
+def rotate(x, position, width):
+    """Rotate the pairs (i, i + width/2) of x (width,) by position · 10000^(−2i/width)."""
+    half, out = width // 2, x.clone()
+    for i in range(half):
+        angle = position * 10000 ** (-2 * i / width)
+        out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+        out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+    return out
+
+
+def plain_logits(state, config, ids):
+    """Compute the logits (T, vocabulary) of one sequence in float64, head by head and position by position."""
+    state = {key: value.double() for key, value in state.items()}
+    C, heads = config["hidden_size"], config["num_attention_heads"]
+    D, T, rotary = C // heads, len(ids), "max_position_embeddings" in config
+
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    x = state["model.embed_tokens.weight"][ids]
+    for i in range(LAYERS):
+        w = {key.removeprefix(f"model.layers.{i}."): value for key, value in state.items()}
+        h = norm(x, w["input_layernorm.weight"])
+        q, k, v = (h @ part.t() for part in w["self_attn.W_pack.weight"].split(C))
+        mixed = torch.zeros(T, C, dtype=torch.float64)
+        for head, slope in enumerate(slopes(heads)):
+            part = slice(head * D, (head + 1) * D)
+            keys = [rotate(k[t, part], t, D) if rotary else k[t, part] for t in range(T)]
+            for t in range(T):
+                query = rotate(q[t, part], t, D) if rotary else q[t, part]
+                scores = torch.stack([query @ keys[s] / math.sqrt(D) - (0 if rotary else slope * (t - s))
+                                      for s in range(t + 1)])
+                mixed[t, part] = scores.softmax(0) @ v[:t + 1, part]
+        x = x + mixed @ w["self_attn.o_proj.weight"].t()
+        h = norm(x, w["post_attention_layernorm.weight"])
+        gated = torch.nn.functional.silu(h @ w["mlp.gate_proj.weight"].t()) * (h @ w["mlp.up_proj.weight"].t())
+        x = x + gated @ w["mlp.down_proj.weight"].t()
+    head = state["lm_head.weight"]
+    if config["vocab_size"] == 125_696:
+        head = head / head.norm(dim=1, keepdim=True)
+    return norm(x, state["model.norm.weight"]) @ head.t()
+
+
+def sequences(count, length):
+    return torch.randint(3, 400, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, published):
+    """Give (folder, configuration, model) of every variant in turn."""
+    folder = published(request.param)
+    return folder, json.loads((folder / "config.json").read_text()), load.load_model(folder, "auto")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logits_are_those_of_the_papers_formulas(variant, attention):
+    folder, config, model = variant
+    model.set_attn_implementation(attention)
+    tokens = sequences(3, 12)
+    expected = torch.stack([plain_logits(load_file(folder / "model.safetensors"), config, ids) for ids in tokens])
+    torch.testing.assert_close(model(tokens).logits.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_on_the_left_changes_nothing(variant, attention):
+    _, _, model = variant
+    model.set_attn_implementation(attention)
+    tokens, lengths = sequences(3, 12), [12, 7, 1]
+    mask = torch.stack([torch.arange(12) >= 12 - length for length in lengths]).long()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    logits = model(tokens * mask, attention_mask=mask, position_ids=positions).logits
+    assert logits.isfinite().all()
+    for row, length in enumerate(lengths):
+        alone = model(tokens[row:row + 1, 12 - length:]).logits[0]
+        torch.testing.assert_close(logits[row, 12 - length:], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_generation_is_the_same_with_and_without_cache_and_with_padding(variant):
+    _, _, model = variant
+    tokens = sequences(2, 9)
+    tokens[1, :4] = 0
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, uncached = (model.generate(tokens, attention_mask=mask, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, uncached) and cached.shape == (2, 17)
+    assert torch.equal(model.generate(tokens[1:, 4:], **options)[0], cached[1, 4:])
+    steps = model(cached[:1]).logits.argmax(-1)[0]
+    assert torch.equal(steps[8:-1], cached[0, 9:])  # the model's own full forward
+
+
+@torch.no_grad()
+def test_the_head_of_baichuan_2_is_normalised_and_its_weight_left_alone(published):
+    folder = published("Baichuan2-7B")
+    model = load.load_model(folder, "auto")
+    before = model(sequences(1, 5)).logits
+    assert torch.equal(model.lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+    model.lm_head.weight.mul_(3)
+    torch.testing.assert_close(model(sequences(1, 5)).logits, before)
+
+
+@torch.no_grad()
+def test_a_saved_model_has_the_published_keys_and_config_and_the_same_logits(variant, tmp_path):
+    folder, config, model = variant
+    save(tmp_path / "saved", model, load.load_tokenizer(folder), {})
+    saved, source = saved_tensors(tmp_path / "saved"), load_file(folder / "model.safetensors")
+    assert set(saved) == {key for key in source if "inv_freq" not in key}
+    assert all(torch.equal(saved[key], source[key]) for key in saved)
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {key: written.get(key) for key in ("model_type", "architectures", "vocab_size", "hidden_size",
+                                              "max_position_embeddings", "model_max_length")} == {
+        key: config.get(key) for key in ("model_type", "architectures", "vocab_size", "hidden_size",
+                                         "max_position_embeddings", "model_max_length")}
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert type(reloaded).__name__ == config["architectures"][0]
+    assert torch.equal(reloaded(sequences(2, 12)).logits, model(sequences(2, 12)).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXTS[3]) == load.load_tokenizer(folder)(TEXTS[3])
+
+
+def test_everything_in_the_checkpoint_is_used_and_nothing_else_is_needed(variant):
+    folder, _, _ = variant
+    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+
+
+@torch.no_grad()
+def test_streamed_perplexity_is_that_of_the_full_forward(variant):
+    _, _, model = variant
+    tokens = sequences(3, 16)
+    expected = torch.stack([model(row[None], labels=row[None]).loss for row in tokens]).mean().exp().item()
+    assert perplexity(model, baichuan.FAMILY, tokens, 2, CPU) == pytest.approx(expected, rel=1e-5)
+
+
+def test_token_ids_are_those_of_sentencepiece(published, sentencepiece_model):
+    reference = spm.SentencePieceProcessor(model_proto=sentencepiece_model)
+    for tokenizer in (load.load_tokenizer(published("Baichuan-7B")),
+                      AutoTokenizer.from_pretrained(published("Baichuan2-13B"))):
+        assert type(tokenizer).__name__ == "BaichuanTokenizer"
+        for text in TEXTS[:-1]:
+            ids = tokenizer(text).input_ids
+            assert ids == reference.encode(text), text
+            assert tokenizer.decode(ids) == reference.decode(ids)
+        assert tokenizer(TEXTS[-1]).input_ids == [1, *reference.encode("not bos"), 2, *reference.encode(" x")]
+        text = "\n".join(TEXTS[:-1])
+        assert datautils.token_ids(tokenizer, text) == reference.encode(text)
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("add_dummy_prefix", [False, True])
+def test_the_model_file_says_whether_a_space_goes_in_front(add_dummy_prefix, published, tmp_path):
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[:4] * 20), model_prefix=str(tmp_path / "m"), model_type="bpe", vocab_size=330,
+        byte_fallback=True, add_dummy_prefix=add_dummy_prefix, minloglevel=2, hard_vocab_limit=False)
+    for file in published("Baichuan-7B").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "m.model").rename(tmp_path / "tokenizer.model")
+    reference = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = load.load_tokenizer(tmp_path)
+    for text in ("Hello world", " one", "there"):
+        assert tokenizer(text).input_ids == reference.encode(text)
+    assert (tokenizer.convert_ids_to_tokens(tokenizer("there").input_ids)[0][0] == "▁") == add_dummy_prefix
+
+
+def test_the_tokens_in_front_are_those_that_the_configuration_asks_for(published):
+    tokenizer = AutoTokenizer.from_pretrained(published("Baichuan-7B"), add_bos_token=True, add_eos_token=True)
+    plain = AutoTokenizer.from_pretrained(published("Baichuan-7B"))
+    assert tokenizer("Hello").input_ids == [1, *plain("Hello").input_ids, 2]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("options", [
+    ["--sparsity", ".5"], ["--prunen", "2", "--prunem", "4", "--true-sequential"],
+    ["--sparsity", ".5", "--sparsity_way", "weight-level", "--saliency", "isc", "--wbits", "4"]])
+def test_the_command_line_prunes_the_published_folder_without_running_its_code(name, options, published, tmp_path,
+                                                                               monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    whole = datautils.test_tokens
+    monkeypatch.setattr(pipeline, "test_tokens", lambda *arguments: (lambda tokens, source: (tokens[:3], source))(
+        *whole(*arguments)))
+    arguments = [str(published(name)), "builtin", "--eval", "builtin", "--nsamples", "3", "--seqlen", "24", "--device",
+                 "cpu", "--save", str(tmp_path / "saved"), *options]
+    assert pipeline.main(baichuan.FAMILY, arguments) == 0
+    assert "self_attn.W_pack" in capsys.readouterr().out
+    model = load.load_model(tmp_path / "saved", "auto")
+    matrices = [m.weight for layer in model.model.layers for m in linears(layer).values()]
+    assert len(matrices) == 5 * LAYERS
+    zeros = sum((W == 0).sum().item() for W in matrices) / sum(W.numel() for W in matrices)
+    assert zeros >= 0.5 if "--wbits" in options else zeros == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_limit_of_the_sequence_length_comes_from_the_config(name, published):
+    config = AutoConfig.from_pretrained(published(name))
+    assert runtime.choose_seqlen(None, config) == LIMIT
+    with pytest.raises(InputError, match=f"--seqlen {LIMIT + 1}: the model's limit is {LIMIT} tokens"):
+        runtime.choose_seqlen(LIMIT + 1, config)
+
+
+def test_another_script_names_this_one(published):
+    with pytest.raises(InputError, match="this is a BaiChuanForCausalLM; use baichuan.py"):
+        load.load_config(str(published("Baichuan-7B")), opt.FAMILY)
+    assert load.load_config(str(published("Baichuan-7B")), baichuan.FAMILY).rotary
+
+
+@pytest.mark.parametrize("hidden, fields, rotary", [
+    (4096, {"model_max_length": 4096}, True), (5120, {"max_position_embeddings": 4096}, False),
+    (5120, {"model_max_length": 4096}, False), (64, {"max_position_embeddings": 8}, True), (64, {}, False)])
+def test_the_published_sizes_decide_the_kind_of_positions(hidden, fields, rotary):
+    assert AutoConfig.for_model("baichuan", hidden_size=hidden, num_attention_heads=8, **fields).rotary == rotary

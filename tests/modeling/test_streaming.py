@@ -1,0 +1,343 @@
+"""Check that a model whose weights stay on disk is the one that plain transformers loads, and that it stays there."""
+
+import json
+import resource
+
+import pytest
+import torch
+from conftest import CPU, FAMILIES, VOCABULARY, command, contents, make, saved_tensors
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from mixgpt.allocation import traces
+from mixgpt.app import pipeline
+from mixgpt.checkpoints import load
+from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import logits, perplexity
+from mixgpt.evaluation.sparsity import measure_sparsity
+from mixgpt.modeling import streaming
+
+UP = "model.layers.1.mlp.up_proj.weight"
+SMALL = ["--nsamples", "4", "--seqlen", "32", "--device", "cpu"]
+
+
+def opened(folder, family, dtype="auto"):
+    """Open a folder as a run does."""
+    return load.open_model(folder, load.load_config(folder, family), family, dtype)
+
+
+def rename(path, new_name):
+    """Give the keys of a saved model other names."""
+    state = load_file(path / "model.safetensors")
+    save_file({new_name(key): tensor for key, tensor in state.items()}, path / "model.safetensors",
+              metadata={"format": "pt"})
+
+
+def store(model, layout, path):
+    """Save a model by plain transformers in one of LAYOUTS."""
+    if "bfloat16" in layout:
+        model = model.to(torch.bfloat16)
+    model.save_pretrained(path, max_shard_size="20KB" if "sharded" in layout else "1GB")
+    base = model.base_model_prefix + "."
+    if layout == "without prefix":
+        rename(path, lambda key: key.removeprefix(base))
+    if layout == "prefix twice":
+        rename(path, lambda key: base + key)
+    return path
+
+
+LAYOUTS = ["float32", "float32 sharded", "bfloat16", "bfloat16 sharded", "without prefix", "prefix twice"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_on_disk_is_that_of_from_pretrained_and_nothing_of_it_stays_loaded(layout, tiny, tokens, tmp_path):
+    family, model = tiny
+    store(model, layout, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3 or "sharded" not in layout
+    plain, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"]
+    streamed = opened(tmp_path, family)
+
+    def on_meta():
+        return all(parameter.is_meta for parameter in streamed.parameters())
+
+    assert on_meta() and hasattr(streamed, "source") and streamed.dtype == plain.dtype
+    assert torch.equal(logits(streamed, family, tokens, 4, CPU),
+                       logits(plain.eval(), family, tokens, 4, CPU))
+    assert on_meta()
+    assert perplexity(streamed, family, tokens, 4, CPU) == perplexity(plain, family, tokens, 4, CPU)
+    assert measure_sparsity(streamed, family) == measure_sparsity(plain, family)
+    assert on_meta()
+
+    kept = plain.state_dict()
+    buffers = {name: buffer for name, buffer in plain.named_buffers() if name not in kept}
+    streamed_buffers = dict(streamed.named_buffers())
+    assert all(torch.equal(streamed_buffers[name], buffer) for name, buffer in buffers.items())
+    for estimator in ("fisher", "hutchinson"):
+        assert traces.key_of(streamed, tokens, estimator, 0, 1) == traces.key_of(plain, tokens, estimator, 0, 1)
+
+
+def test_tensors_are_read_one_by_one_under_the_names_of_the_model(tiny, tmp_path):
+    family, model = tiny
+    store(model, "float32 sharded", tmp_path)
+    read = dict(streaming.tensors_of(opened(tmp_path, family)))
+    assert list(read) == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(read[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+def test_a_heads_own_weights_are_kept_where_the_configuration_calls_them_tied(name, tokenizer, tokens, tmp_path):
+    family, model = make(name)
+    model.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    state = model.state_dict() | {"lm_head.weight": model.lm_head.weight.detach() * 2}
+    save_file(state, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
+    assert torch.equal(plain.lm_head.weight, model.lm_head.weight * 2)  # so transformers takes it
+    assert torch.equal(logits(opened(tmp_path / "source", family), family, tokens, 4, CPU),
+                       logits(plain, family, tokens, 4, CPU))
+
+    assert pipeline.main(family, [str(tmp_path / "source"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval",
+                                  "--save", str(tmp_path / "saved")]) == 0
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(saved.lm_head.weight, plain.lm_head.weight)
+
+
+def test_a_tied_head_that_is_stored_with_its_twin_is_streamed(tokens, tmp_path):
+    family, model = make("llama")
+    model.save_pretrained(tmp_path)
+    save_file({key: tensor.clone() for key, tensor in model.state_dict().items()}, tmp_path / "model.safetensors",
+              metadata={"format": "pt"})
+    streamed = opened(tmp_path, family)
+    assert hasattr(streamed, "source")
+    assert torch.equal(logits(streamed, family, tokens, 4, CPU),
+                       logits(model, family, tokens, 4, CPU))
+
+
+@pytest.mark.parametrize("key", ["model.layers.2.self_attn.q_proj.weight", "model.embed_tokens.weight",
+                                 "model.norm.weight"])
+def test_a_fingerprint_tells_other_weights_apart_but_not_another_dtype(key, tmp_path):
+    family, model = make("llama")
+    found = streaming.fingerprint(model.to(torch.bfloat16))
+    model.save_pretrained(tmp_path)
+    assert streaming.fingerprint(opened(tmp_path, family, torch.float32)) == found
+    state = load_file(tmp_path / "model.safetensors")
+    state[key].view(-1)[state[key].numel() // 2:] += 1
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert streaming.fingerprint(opened(tmp_path, family)) != found
+
+
+def test_the_dtype_asked_for_is_that_of_the_weights_in_memory(tokens, tmp_path):
+    family, model = make("qwen3")
+    store(model, "bfloat16 sharded", tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+        streamed = opened(tmp_path, family, dtype)
+        assert streamed.dtype == dtype
+        assert torch.equal(logits(streamed, family, tokens, 4, CPU),
+                           logits(plain, family, tokens, 4, CPU))
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("stored", ["safetensors", "bin"])
+def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, tokenizer, tmp_path):
+    family, model = make("llama")
+    source = store(model, "bfloat16", tmp_path / "source")
+    tokenizer.save_pretrained(source)
+    if stored == "bin":
+        torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+        (source / "model.safetensors").unlink()
+    config = json.loads((source / "config.json").read_text())
+    assert config.pop("dtype") == "bfloat16"
+    if not named:  # in the configuration
+        (source / "config.json").write_text(json.dumps(config))
+    assert AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype == torch.bfloat16
+    assert pipeline.main(family, [str(source), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval", "--save",
+                                  str(tmp_path / "saved")]) == 0
+    assert {tensor.dtype for tensor in saved_tensors(tmp_path / "saved").values()} == {torch.bfloat16}
+
+
+def test_weights_in_a_pickle_are_pruned_to_the_same(checkpoint_folder, tmp_path):
+    family, _ = FAMILIES["opt"]
+    for file in checkpoint_folder("opt").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    for source, saved in ((checkpoint_folder("opt"), "one"), (tmp_path, "two")):
+        assert pipeline.main(family, [str(source), "builtin", "--sparsity", ".5", "--wbits", "4", *SMALL, "--eval",
+                                      "--save", str(tmp_path / saved)]) == 0
+    one, two = (contents(tmp_path / saved) for saved in ("one", "two"))
+    for record in (one, two):
+        record["mixgpt.json"]["settings"].pop("model")
+    assert one == two
+
+
+def test_the_generation_configuration_of_the_source_is_saved(checkpoint_folder, tmp_path):
+    family, _ = FAMILIES["llama"]
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in checkpoint_folder("llama").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    GenerationConfig(do_sample=True, temperature=0.375, eos_token_id=[1, 7], max_length=99).save_pretrained(source)
+    for save_format, more in {"dense": [], "sparse": [], "compressed-tensors": ["--wbits", "4", "--sym"]}.items():
+        saved = tmp_path / save_format
+        assert pipeline.main(family, [str(source), "builtin", "--sparsity", ".5", "--gmp", *more, *SMALL, "--eval",
+                                      "--save", str(saved), "--save-format", save_format]) == 0
+        kept = GenerationConfig.from_pretrained(saved)
+        assert (kept.do_sample, kept.temperature, kept.eos_token_id, kept.max_length) == (True, 0.375, [1, 7], 99)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+def with_index(path, change):
+    """Shard a tiny LLaMA below path / model, with its index changed. Returns its folder."""
+    _, model = make("llama")
+    store(model, "float32 sharded", path / "model")
+    file = path / "model" / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
+    return path / "model"
+
+
+@pytest.mark.parametrize("outside", ["../x.safetensors", "a/../../x.safetensors", "{root}/x.safetensors"])
+def test_an_index_that_leads_out_of_the_folder_is_refused_by_name(outside, tmp_path):
+    outside = outside.format(root=tmp_path)
+    folder = with_index(tmp_path, lambda places: places.update({UP: outside}))
+    save_file({UP: make("llama")[1].state_dict()[UP]}, tmp_path / "x.safetensors")  # all would be there
+    (folder / "a").mkdir()
+    with pytest.raises(InputError) as error:
+        opened(folder, FAMILIES["llama"][0])
+    assert str(folder) in str(error.value) and f"names {outside}, which is not in the folder" in str(error.value)
+
+
+def test_weights_that_are_missing_are_refused_by_name(tmp_path):
+    folder = with_index(tmp_path, lambda places: None)
+    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][UP]
+    state = load_file(file)
+    state.pop(UP)
+    save_file(state | {"other": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"the checkpoint lacks {UP}"):
+        opened(folder, FAMILIES["llama"][0])
+
+
+def test_a_shape_that_differs_from_the_configuration_is_refused_with_both(checkpoint_folder, tmp_path):
+    for file in checkpoint_folder("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    state = load_file(tmp_path / "model.safetensors")
+    state[UP] = state[UP].T.contiguous()  # as many numbers
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"{UP} is 32 x 48, its configuration asks for 48 x 32"):
+        opened(tmp_path, FAMILIES["llama"][0])
+
+
+@pytest.mark.parametrize("damage", ["truncated by a byte", "truncated", "empty", "longer", "missing"])
+def test_a_damaged_or_missing_shard_is_refused_by_name(damage, tmp_path):
+    folder = with_index(tmp_path, lambda places: None)
+    shard = sorted(folder.glob("*.safetensors"))[2]
+    content = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes({"truncated by a byte": content[:-1], "truncated": content[:50], "empty": b"",
+                           "longer": content + b"x"}[damage])
+    with pytest.raises(InputError, match=shard.name) as error:
+        opened(folder, FAMILIES["llama"][0])
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("key", [UP, "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_are_refused_by_name(key, value, checkpoint_folder, tmp_path):
+    for file in checkpoint_folder("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    state = load_file(tmp_path / "model.safetensors")
+    state[key][-1, -1] = float(value)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"{key} holds NaN or inf"):
+        opened(tmp_path, FAMILIES["llama"][0])
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_whole_or_not_at_all_and_others_may_read_it(tmp_path, monkeypatch):
+    file = tmp_path / "a.safetensors"
+    streaming.write(file, {"x": torch.ones(3, 2).T})
+    assert torch.equal(load_file(file)["x"], torch.ones(2, 3))
+    (tmp_path / "plain").write_text("")
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    def fail(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(streaming.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        streaming.write(file, {"x": torch.zeros(2, 3)})
+    assert torch.equal(load_file(file)["x"], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_checksum_is_that_of_the_bytes(dtype):
+    a = torch.randint(0, 100, (5, 7), generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert streaming.checksum(a.T) == streaming.checksum(a.T.contiguous()) != streaming.checksum(a)
+    for flipped in range(a.numel()):
+        b = a.clone()
+        b.view(-1)[flipped] += 1
+        assert streaming.checksum(b) != streaming.checksum(a)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+WIDTH, INNER = 1024, 2048
+LAYER = 2 * (4 * WIDTH**2 + 3 * WIDTH * INNER)  # bytes in bfloat16
+
+
+def write_shards(folder, layers, tokenizer):
+    """Write a LLaMA with one shard for a layer, its weights never all in memory."""
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=layers,
+                         num_attention_heads=8, max_position_embeddings=128, dtype="bfloat16",
+                         architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in LlamaForCausalLM(config).state_dict().items()}
+    places, generator = {}, torch.Generator().manual_seed(0)
+    for key in shapes:
+        places[key] = f"{key.split('.')[2] if '.layers.' in key else 'rest'}.safetensors"
+    for file in set(places.values()):
+        save_file({key: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=generator)
+                   for key, shape in shapes.items() if places[key] == file}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def peak_of(report):
+    """Write the peak memory of this process behind a run, for `command`."""
+    whole = pipeline.run
+
+    def run(*arguments):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        whole(*arguments)
+        report.write_text(json.dumps([before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+
+    pipeline.run = run
+
+
+def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
+    grown = {}
+    for layers in (3, 9):
+        write_shards(tmp_path / f"model{layers}", layers, tokenizer)
+        process = fork(command, "llama", [
+            tmp_path / f"model{layers}", "builtin", "--sparsity", ".5", "--gmp", "--eval", "builtin", "--seqlen", "32",
+            "--dtype", "bfloat16", "--save", tmp_path / f"saved{layers}"], tmp_path / "log", peak_of,
+            (tmp_path / "peak",))
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "log").read_text()
+        before, after = json.loads((tmp_path / "peak").read_text())
+        grown[layers] = after - before
+    size = sum(file.stat().st_size for file in (tmp_path / "saved9").glob("*.safetensors"))
+    assert size > 9 * LAYER
+    assert abs(grown[9] - grown[3]) < 1.5 * LAYER
+    assert grown[9] < 7.5 * LAYER
+    assert AutoConfig.from_pretrained(tmp_path / "saved9").num_hidden_layers == 9

@@ -1,0 +1,163 @@
+"""Check masks by ADMM and the solution for the kept weights against exact least squares and the walk."""
+
+import pytest
+import torch
+
+from mixgpt.pruning import admm
+from mixgpt.pruning.admm import admm_pruner, admm_scores, keep_mask, solve_on_support
+from mixgpt.pruning.solvers import prune_in_place
+from quant import Scheme
+from sparsegpt import SparseGPT, factor, obs_saliency, prune_matrices, relative_error
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def problem():
+    """Weights (24, 32), and inputs as those of language models: correlated, of very different scales."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(400, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    X = X * torch.randn(32, generator=generator).exp()
+    return torch.randn(24, 32, generator=generator).double(), X.double()
+
+
+def normalised(X, percdamp=0.01):
+    H = X.T @ X / len(X)
+    H.diagonal().add_(percdamp * H.diagonal().mean())
+    scale = H.diagonal().sqrt()
+    return H / scale / scale[:, None], scale
+
+
+def test_conjugate_gradients_find_the_least_squares_solution_of_every_row(problem):
+    W, X = problem
+    H, _ = normalised(X)
+    keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    keep[0], keep[1] = False, True  # a row that is removed, and one that stays as it is
+    found = solve_on_support(W, W, H, keep, steps=60)
+    assert torch.equal(found == 0, ~keep)
+    for row, wanted, kept in zip(found, W, keep, strict=True):
+        exact = torch.linalg.solve(H[kept][:, kept], H[kept] @ wanted)
+        assert torch.allclose(row[kept], exact, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("target, ratio", [((0.5,), 0.85), ((0.7,), 0.75), ((0.5, 2, 4), 0.85)])
+def test_layers_err_less_than_after_the_walk(problem, target, ratio):
+    W, X = problem
+    H = X.T @ X / len(X)
+    R, _ = factor(H)
+    walked = prune_matrices([W], R, H.diagonal(), [target])[0][0]
+    damped = H.clone()
+    damped.diagonal().add_(0.01 * H.diagonal().mean())
+    solved, = admm_pruner([W], damped, [target])([target])
+    assert (solved == 0).sum() == round(target[0] * W.numel())
+    assert relative_error(W, solved, H) < ratio * relative_error(W, walked, H)
+
+
+@pytest.mark.parametrize("sparsity", [0.37, 0.5, 0.999, 0.0])
+def test_each_matrix_of_a_stack_meets_its_own_target(problem, sparsity):
+    W, X = problem
+    H, _ = normalised(X)
+    parts = admm_pruner([W[:7], W[7:]], H, [(sparsity,), (0.25, 1, 4)])([(sparsity,), (0.25, 1, 4)])
+    assert (parts[0] == 0).sum() == round(sparsity * 7 * 32)
+    assert ((parts[1] == 0).view(-1, 4).sum(1) == 1).all()
+    alone, = admm_pruner([W[:7]], H, [(sparsity,)])([(sparsity,)])
+    assert torch.allclose(parts[0], alone)
+
+
+def test_weights_that_are_zero_stay_zero_also_beyond_the_target(problem):
+    W, X = problem
+    H, _ = normalised(X)
+    W = W.masked_fill(torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.6, 0)
+    pruned, = admm_pruner([W], H, [(0.5,)])([(0.5,)])
+    assert torch.equal(pruned == 0, W == 0)
+    pruned, = admm_pruner([W], H, [(0.75,)])([(0.75,)])
+    assert (pruned == 0).sum() == round(0.75 * W.numel()) and (pruned[W == 0] == 0).all()
+    pruned, = admm_pruner([W], H, [(0.5, 2, 4)])([(0.5, 2, 4)])
+    assert ((pruned == 0).view(-1, 4).sum(1) == (W == 0).view(-1, 4).sum(1).clamp_min(2)).all()
+
+
+@pytest.mark.parametrize("solver", ["obs", "admm"])
+def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(problem, solver):
+    W, X = problem
+    weights = torch.ones(24)
+    weights[:12] = 16.0
+    hessian = SparseGPT(32, 4, CPU)
+    hessian.add_batch(X.float())
+    hessian.factor(0.01)
+    plain, weighted, scaled = W.float(), W.float(), W.float()
+    prune_in_place(hessian, [plain], [(0.5,)], solver=solver)
+    prune_in_place(hessian, [weighted], [(0.5,)], solver=solver, row_weights=weights)
+    assert (weighted[:12] != 0).sum() > (plain[:12] != 0).sum() + 12
+    scaled *= weights.sqrt()[:, None]  # the same problem, told by the weights
+    prune_in_place(hessian, [scaled], [(0.5,)], solver=solver)
+    assert torch.allclose(scaled / weights.sqrt()[:, None], weighted, atol=1e-3)
+
+
+def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [2.0, -1.0, 9.0, 4.0]])
+    keep = keep_mask(scores, [(slice(0, 1), 0.5, 0, 0), (slice(1, 2), 0.5, 2, 4)])
+    assert keep[0].sum() == 2 and keep[0, 0] and not keep[0, 1]
+    assert keep[1].tolist() == [False, False, True, True]
+    early = keep_mask(scores.abs(), [(slice(0, 2), 0.5, 2, 4)], fraction=0.5)
+    assert early.tolist() == [[1, 0, 1, 1], [1, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.3])
+def test_a_sample_of_the_scores_tells_about_how_many_go_also_where_columns_differ(fraction):
+    scores = torch.rand(1024, 512, generator=torch.Generator().manual_seed(0))
+    scores[:, ::8] += 1  # of columns that every eighth score lies in
+    scores[:, 100:200] = 0  # must go
+    keep = keep_mask(scores, [(slice(0, 512), 0.5, 0, 0), (slice(512, 1024), 0.7, 0, 0)], fraction, exact=False)
+    for rows, sparsity in ((slice(0, 512), 0.5), (slice(512, 1024), 0.7)):
+        assert (1 - keep[rows].mean()).item() == pytest.approx(max(fraction * sparsity, 100 / 512), abs=0.01)
+    assert not keep[:, 100:200].any()
+
+
+def test_sparsity_rises_cubically_until_it_is_met(problem, monkeypatch):
+    W, X = problem
+    H, _ = normalised(X)
+    kept = []
+
+    def noted(*args, **kwargs):
+        kept.append(keep_mask(*args, **kwargs))
+        return kept[-1].clone()
+
+    monkeypatch.setattr(admm, "keep_mask", noted)
+    admm_scores(W, H, [(slice(0, 24), 0.5, 0, 0)], iterations=9, ramp=6)
+    assert [1 - keep.mean().item() for keep in kept] == pytest.approx(
+        [0.5 * (1 - max(1 - t / 6, 0) ** 3) for t in range(1, 9)], abs=2 / W.numel())
+
+
+@pytest.mark.parametrize("solver, scheme", [("obs", None), ("admm", None), ("admm", "grid")])
+def test_columns_without_input_are_free_to_prune(problem, solver, scheme):
+    W, X = problem
+    X = X.float().clone()
+    X[:, 3] = 0
+    hessian = SparseGPT(32, 4, CPU)
+    hessian.add_batch(X, X + 0.01)
+    hessian.factor(0.01)
+    weight = W.float()
+    (error, grid), = prune_in_place(hessian, [weight], [(0.5,)], solver=solver, scheme=Scheme(4) if scheme else None,
+                                          saliency=obs_saliency)
+    assert weight.isfinite().all() and (weight[:, 3] == 0).all()
+    assert abs((weight == 0).sum() - 12 * 32) <= (2 if scheme else 0)
+    assert (grid is None) == (scheme is None)
+    assert scheme is None or torch.equal(grid.weights(grid.codes(weight)), weight)
+
+
+def test_outputs_that_are_shifted_or_gain_are_met_by_the_ridge_solution(problem):
+    W, X = problem
+    generator = torch.Generator().manual_seed(2)
+    shift = torch.randn(X.shape, generator=generator, dtype=torch.float64)
+    gain = 3 * torch.randn(len(X), len(W), generator=generator, dtype=torch.float64)
+    for options in ({"shift": shift}, {"gain": gain}, {"shift": shift, "gain": gain}):
+        hessian = SparseGPT(32, 4, CPU)
+        for half in (slice(0, 150), slice(150, 400)):
+            hessian.add_batch(X[half].float(), **{name: value[half].float() for name, value in options.items()})
+        hessian.factor(0.01)
+        ridge = (0.01 * hessian.H.diagonal().mean().double()).sqrt()
+        outputs = (X + options.get("shift", 0)) @ W.T + options.get("gain", 0)
+        exact = torch.linalg.lstsq(torch.cat([(2 / 4) ** 0.5 * X, ridge * torch.eye(32, dtype=torch.float64)]),
+                                   torch.cat([(2 / 4) ** 0.5 * outputs, ridge * W.T])).solution.T
+        assert torch.allclose(hessian.wanted(W.float()).double(), exact, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(exact, W, atol=0.05)

@@ -1,0 +1,270 @@
+"""Check the pruning of whole models against hooks on the model's own forward, and against magnitude."""
+
+import copy
+
+import pytest
+import torch
+from conftest import CPU, make
+
+from mixgpt.allocation.plan import make_plan
+from mixgpt.common.clock import Clock
+from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.pruning.dense_target import residual_writers
+from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.targets import Target, select
+from modelutils import Stream, linears, shared_inputs
+from sparsegpt import factor, prune_matrix
+
+HALF = Target(0.5)
+OPTIONS = {"saliency": "obs",
+           "blocksize": 16, "percdamp": 0.01, "true_sequential": False, "batch_size": 2, "device": CPU}
+
+
+# the norm in front of the part of a layer whose sum with the norm's input a linear's outputs make
+NORMS = {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm",
+         "self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm",
+         "self_attention.dense": "input_layernorm", "mlp.dense_4h_to_h": "post_attention_layernorm"}
+
+
+def plan_of(model, family, target=HALF, minlayer=0, maxlayer=1000, prune_only="", invert=False):
+    return make_plan(select(model, family, target.prunem, -1, minlayer, maxlayer, prune_only, invert), target)
+
+
+def sparsegpt(model, family, plan, tokens, **changes):
+    return prune_sparsegpt(model, family, plan, tokens, clock=Clock(CPU), **(OPTIONS | changes))
+
+
+def weights(model, family):
+    return {(index, name): module.weight for index, layer in enumerate(family.layers_of(model))
+            for name, module in linears(layer).items()}
+
+
+@torch.no_grad()
+def inputs_of(model, modules, tokens):
+    """Inputs (tokens, in) of modules during one run of the whole model on all sequences."""
+    inputs, handles = {}, []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(
+            lambda module, args: inputs.update({module: args[0].reshape(-1, args[0].shape[-1])})))
+    model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
+@torch.no_grad()
+def prune_by_whole_forwards(model, family, tokens, steps):
+    """Prune as `steps` orders it, each step a list of (layer, name), from one run of the whole model per step."""
+    for step in steps:
+        modules = [dict(linears(family.layers_of(model)[index]))[name] for index, name in step]
+        for module, X in inputs_of(model, modules, tokens).items():
+            H = 2 / len(tokens) * X.double().T @ X.double()
+            R, _ = factor(H)
+            module.weight.copy_(prune_matrix(module.weight.double(), R, H.diagonal(), 0.5, blocksize=16)[0])
+
+
+def assert_same_pruning(model, reference, family):
+    for (key, W), R in zip(weights(model, family).items(), weights(reference, family).values(), strict=True):
+        assert torch.equal(W == 0, R == 0), key
+        assert torch.allclose(W, R, atol=2e-4), key
+
+
+def test_every_layer_is_calibrated_on_the_pruned_layers_before(tiny, tokens):
+    family, model = tiny
+    reference = copy.deepcopy(model)
+    sparsegpt(model, family, plan_of(model, family), tokens)
+    names = list(linears(family.layers_of(model)[0]))
+    prune_by_whole_forwards(reference, family, tokens, [[(index, name) for name in names] for index in range(3)])
+    assert_same_pruning(model, reference, family)
+
+
+def test_true_sequential_calibrates_each_linear_on_the_pruned_ones_before(tiny, tokens):
+    family, model = tiny
+    reference, plain = copy.deepcopy(model), copy.deepcopy(model)
+    sparsegpt(model, family, plan_of(model, family), tokens, true_sequential=True)
+    order = list(linears(family.layers_of(model)[0]))  # every family registers its linears as they run
+    prune_by_whole_forwards(reference, family, tokens, [[(index, name)] for index in range(3) for name in order])
+    assert_same_pruning(model, reference, family)
+    sparsegpt(plain, family, plan_of(plain, family), tokens)
+    assert any(not torch.equal(W, P) for W, P in zip(weights(model, family).values(), weights(plain, family).values(),
+                                                      strict=True))
+
+
+def writers_of(model):
+    """Return {linear whose outputs are added to the hidden states: the norm whose input they are added to}."""
+    return NORMS if getattr(model.config, "do_layer_norm_before", True) else {}
+
+
+def test_the_linears_that_write_to_the_hidden_states_are_found(tiny, tokens):
+    family, model = tiny
+    stream = Stream.embed(model, family, tokens, 2, CPU)
+    layer = family.layers_of(model)[0]
+    assert residual_writers(layer, 0, stream) == [name for name in linears(layer) if name in writers_of(model)]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, tokens, true_sequential, weighted):
+    family, model = tiny
+    reference, dense = copy.deepcopy(model), copy.deepcopy(model)
+    plan, counts = plan_of(model, family), {}
+    for key in plan if weighted else []:
+        counts[key] = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(len(counts)))
+    group_of = {name: group for group in shared_inputs(family.layers_of(model)[0], 0,
+                                                       Stream.embed(model, family, tokens, 2, CPU)) for name in group}
+    sparsegpt(model, family, plan, tokens, to_dense=True, true_sequential=true_sequential, token_weights=counts)
+    names, norms = list(linears(family.layers_of(model)[0])), writers_of(model)
+    for index in range(3):
+        for step in ([[name] for name in names] if true_sequential else [names]):
+            seen = []
+            for each in (reference, dense):
+                layer = family.layers_of(each)[index]
+                wanted = [*step, *(norms[name] for name in step if name in norms)]
+                modules = [layer.get_submodule(name) for name in wanted]
+                inputs = inputs_of(each, modules, tokens)
+                seen.append({name: inputs[module].double() for name, module in zip(wanted, modules, strict=True)})
+            for name in step:
+                module = family.layers_of(reference)[index].get_submodule(name)
+                W, (X, X_dense) = module.weight, (inputs[name] for inputs in seen)
+                Y = (X + X_dense) / 2 @ W.double().T
+                if name in norms:
+                    Y += (seen[1][norms[name]] - seen[0][norms[name]]) / 2
+                if weighted:  # least squares count what they have by its square
+                    of_group = sum(counts[index, other] for other in group_of[name]) / len(group_of[name])
+                    X, Y = (A * of_group.double().flatten()[:, None] ** 0.25 for A in (X, Y))
+                H = 2 / len(tokens) * X.T @ X
+                R, _ = factor(H)
+                ridge = (0.01 * H.diagonal().mean() * len(tokens) / 2).sqrt()
+                wanted = torch.linalg.lstsq(torch.cat([X, ridge * torch.eye(len(H))]),
+                                            torch.cat([Y, ridge * W.double().T])).solution.T
+                with torch.no_grad():
+                    W.copy_(prune_matrix(wanted, R, H.diagonal(), 0.5, blocksize=16)[0])
+    differing = total = 0
+    for key, W in weights(model, family).items():
+        assert torch.allclose(W, weights(reference, family)[key], atol=2e-3) or true_sequential, key
+        differing += ((W == 0) != (weights(reference, family)[key] == 0)).sum().item()
+        total += W.numel()
+    assert differing <= 2e-3 * total
+
+
+def test_admm_and_the_dense_target_beat_sparsegpt_on_a_trained_model(trained_model):
+    family, model, test, calibration = trained_model
+    best, plan = copy.deepcopy(model), plan_of(model, family)
+    walked = sparsegpt(model, family, plan, calibration, batch_size=8)
+    solved = sparsegpt(best, family, plan, calibration, batch_size=8, solver="admm", to_dense=True)
+    assert sum(o.error for o in solved.values()) < 0.75 * sum(o.error for o in walked.values())
+    assert perplexity(best, family, test, 8, CPU) < perplexity(model, family, test, 8, CPU)
+    for W in weights(best, family).values():
+        assert (W == 0).sum() == round(0.5 * W.numel())
+
+
+@pytest.mark.parametrize("target", [Target(0.5), Target(0.37), Target(0.5, 2, 4), Target(0.25, 2, 8)])
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_every_matrix_meets_its_target_to_the_weight(tiny, tokens, target, magnitude):
+    family, model = tiny
+    plan = plan_of(model, family, target)
+    if magnitude:
+        prune_magnitude(model, family, plan, CPU)
+    else:
+        sparsegpt(model, family, plan, tokens)
+    for W in weights(model, family).values():
+        assert (W == 0).sum() == round(target.sparsity * W.numel())
+        if target.prunem:
+            assert ((W == 0).view(-1, target.prunem).sum(dim=1) == target.prunen).all()
+
+
+@pytest.mark.parametrize("selection, chosen", [
+    ({"minlayer": 1}, lambda index, name: index >= 1),
+    ({"maxlayer": 2}, lambda index, name: index < 2),
+    ({"prune_only": "fc1"}, lambda index, name: name == "fc1"),
+    ({"minlayer": 1, "maxlayer": 2, "prune_only": "self_attn"}, lambda index, name: index == 1 and "attn" in name),
+    ({"minlayer": 1, "prune_only": "fc", "invert": True}, lambda index, name: not (index >= 1 and "fc" in name)),
+])
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_only_what_is_selected_changes(selection, chosen, true_sequential, tokens):
+    family, model = make("opt")
+    before = {key: W.clone() for key, W in weights(model, family).items()}
+    outcomes = sparsegpt(model, family, plan_of(model, family, **selection), tokens, true_sequential=true_sequential)
+    assert set(outcomes) == {key for key in before if chosen(*key)}
+    for key, W in weights(model, family).items():
+        assert torch.equal(W, before[key]) != chosen(*key), key
+
+
+def test_the_batch_size_does_not_change_the_masks(tokens):
+    pruned = []
+    for batch_size in (1, 3, 5):
+        family, model = make("llama")
+        sparsegpt(model, family, plan_of(model, family), tokens, batch_size=batch_size)
+        pruned.append(model)
+    for model in pruned[1:]:
+        assert_same_pruning(model, pruned[0], family)
+
+
+def test_the_reported_error_is_that_of_the_outputs(tokens):
+    family, model = make("llama")
+    dense = copy.deepcopy(model)
+    key = (0, "mlp.up_proj")
+    outcomes = sparsegpt(model, family, plan_of(model, family, maxlayer=1), tokens)
+    module = linears(family.layers_of(dense)[0])[key[1]]
+    X = inputs_of(dense, [module], tokens)[module]
+    W, W_hat = weights(dense, family)[key], weights(model, family)[key]
+    assert outcomes[key].error == pytest.approx(
+        ((X @ (W - W_hat).T).square().sum() / (X @ W.T).square().sum()).item(), rel=1e-3)
+    assert outcomes[key].percdamp == 0.01
+
+
+def test_sparsegpt_beats_magnitude_on_a_trained_model(trained_model):
+    family, model, test, calibration = trained_model
+    dense, magnitude = copy.deepcopy(model), copy.deepcopy(model)
+    plan = plan_of(model, family)
+    sparsegpt(model, family, plan, calibration, batch_size=8)
+    prune_magnitude(magnitude, family, plan, CPU)
+
+    first = linears(family.layers_of(dense)[0])
+    inputs = inputs_of(dense, first.values(), calibration)
+    for name, module in first.items():
+        X, W = inputs[module], module.weight
+        errors = [(X @ (W - weights(m, family)[0, name]).T).square().sum().item() for m in (model, magnitude)]
+        assert errors[0] < errors[1], name
+
+    dense_ppl, ppl, magnitude_ppl = (perplexity(m, family, test, 8, CPU) for m in (dense, model, magnitude))
+    assert dense_ppl < 40, "the model has not learned"
+    assert dense_ppl < ppl
+    assert torch.tensor(ppl / dense_ppl).log() < 0.8 * torch.tensor(magnitude_ppl / dense_ppl).log()
+
+
+def test_damping_is_raised_and_reported_where_samples_are_few(tokens, capsys):
+    family, model = make("opt")
+    outcomes = sparsegpt(model, family, plan_of(model, family, maxlayer=1), tokens[:1, :8], percdamp=0.0)
+    assert all(0 < outcome.percdamp <= 1 for outcome in outcomes.values())
+    assert "layer 0 fc1: Hessian not positive definite at --percdamp 0, raised to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to_dense", [False, True])
+def test_activations_that_are_not_finite_are_named(tokens, to_dense):
+    family, model = make("opt")
+    family.layers_of(model)[1].fc1.bias.data[0] = float("inf")
+    with pytest.raises(InputError, match="layer 1 fc2: the Hessian holds NaN or inf"):
+        sparsegpt(model, family, plan_of(model, family), tokens, to_dense=to_dense)
+
+
+def test_a_linear_that_does_not_run_is_refused(tokens):
+    family, model = make("opt")
+    layer = family.layers_of(model)[0]
+    layer.spare = torch.nn.Linear(4, 4)
+    with pytest.raises(InputError, match="layer 0 spare: not called as a module"):
+        sparsegpt(model, family, plan_of(model, family), tokens)
+
+
+def test_a_selection_of_nothing_is_refused():
+    family, model = make("opt")
+    with pytest.raises(InputError, match="--prune_only 'qkv': select no matrix of 3 layers with self_attn.k_proj"):
+        plan_of(model, family, prune_only="qkv")
+
+
+def test_prunem_that_does_not_divide_is_refused_by_matrix():
+    family, model = make("llama")
+    with pytest.raises(InputError, match="--prunem 32: does not divide the 48 columns of layer 0 mlp.down_proj"):
+        plan_of(model, family, Target(0.5, 16, 32))

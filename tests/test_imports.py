@@ -1,0 +1,100 @@
+"""Draw the graph of imports: every file stands in a room, and imports only go down from floor to floor."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+from conftest import ROOT
+
+FLOORS = [  # from the top
+    ("opt", "llama", "bloom", "baichuan", "generate", "results"),
+    ("mixgpt.app",),
+    ("mixgpt.evaluation",),
+    ("mixgpt.allocation", "mixgpt.checkpoints"),
+    ("mixgpt.pruning",),
+    ("sparsegpt", "datautils"),
+    ("mixgpt.kernels", "modelutils", "mixgpt.text"),
+    ("quant", "mixgpt.modeling", "mixgpt.common"),
+]
+FLOOR = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(module):
+    """Return the room of a module, None where it stands in none: a file at the root is a room of its own."""
+    room = ".".join(module.split(".")[:2])
+    return room if room in FLOOR and module.count(".") <= 2 else None
+
+
+def imports_of(source, modules):
+    """Return those of `modules` that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & modules or {node.module}
+    return found & modules
+
+
+def graph_of(root):
+    """Return {module: modules that it imports} of all files of the product below a folder."""
+    sources = {path: path.read_text() for path in (*root.glob("*.py"), *root.glob("mixgpt/**/*.py"))}
+    names = {path: ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in sources}
+    modules = set(names.values())
+    return {names[path]: imports_of(source, modules) for path, source in sources.items()}
+
+
+def faults_of(graph):
+    """Return a line for everything in a graph that the house does not allow."""
+    faults = [f"{module} stands in no room" for module in sorted(graph) if module != "mixgpt" and not room_of(module)]
+    rooms = {}
+    for module, imported in sorted(graph.items()):
+        for other in sorted(imported):
+            room, target = room_of(module), room_of(other)
+            if room and target and room != target:
+                rooms.setdefault(room, set()).add(target)
+                if FLOOR[target] > FLOOR[room]:
+                    faults.append(f"{module} imports {other}, which is on a floor above")
+    for level in (graph, rooms):
+        try:
+            TopologicalSorter(level).prepare()
+        except CycleError as error:
+            faults.append(f"a circle: {' <- '.join(error.args[1])}")
+    return faults
+
+
+def test_every_file_stands_in_a_room_and_imports_only_go_down():
+    graph = graph_of(ROOT)
+    assert len(graph) > 50 and sum(map(len, graph.values())) > 150
+    assert faults_of(graph) == []
+
+
+@pytest.mark.parametrize("file, line, fault", [
+    ("mixgpt/kernels/linalg.py", "import sparsegpt",
+     "mixgpt.kernels.linalg imports sparsegpt, which is on a floor above"),
+    ("quant.py", "def f():\n    from mixgpt.kernels import linalg",
+     "quant imports mixgpt.kernels.linalg, which is on a floor above"),
+    ("mixgpt/pruning/admm.py", "from mixgpt.pruning.layerwise import prune_sparsegpt", "a circle: "),
+    ("mixgpt/checkpoints/formats.py", "import mixgpt.allocation.plan\n", None),  # sideways
+    ("utils.py", "", "utils stands in no room"),
+    ("mixgpt/helpers.py", "", "mixgpt.helpers stands in no room"),
+    ("mixgpt/pruning/more/deep.py", "", "mixgpt.pruning.more.deep stands in no room"),
+])
+def test_what_the_house_does_not_allow_is_found(file, line, fault, tmp_path):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("mixgpt/**/*.py"), ROOT / file):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text() if path.exists() else "")
+    with (tmp_path / file).open("a") as changed:
+        changed.write(f"\n{line}\n")
+    faults = faults_of(graph_of(tmp_path))
+    assert not faults if fault is None else any(found.startswith(fault) for found in faults), faults
+
+
+def test_rooms_of_one_floor_do_not_import_each_other_in_a_circle():
+    graph = {"mixgpt.allocation.a": {"mixgpt.checkpoints.a"}, "mixgpt.checkpoints.a": set(),
+             "mixgpt.checkpoints.b": {"mixgpt.allocation.b"}, "mixgpt.allocation.b": set()}
+    (fault,) = faults_of(graph)
+    assert fault.startswith("a circle: ")
