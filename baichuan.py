@@ -14,8 +14,8 @@ never run: mixgpt/modeling/baichuan.py takes its place. W_pack holds q, k and v,
 
 import sys
 
-from mixgpt.app.pipeline import main
-from modelutils import Family
+from mixgpt.app.cli import main
+from mixgpt.modeling.family import Family
 
 FAMILY = Family(
     script="baichuan.py",

@@ -13,8 +13,8 @@ Positions enter as ALiBi biases, so the sequence length has no limit of its own.
 
 import sys
 
-from mixgpt.app.pipeline import main
-from modelutils import Family
+from mixgpt.app.cli import main
+from mixgpt.modeling.family import Family
 
 FAMILY = Family(
     script="bloom.py",

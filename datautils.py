@@ -5,11 +5,7 @@ The joins, splits and the order of random draws are those of SparseGPT and GPTQ
 """
 
 import contextlib
-import hashlib
-import itertools
 import random
-from dataclasses import dataclass, field
-from pydoc_data.topics import topics
 
 import torch
 from datasets import load_dataset
@@ -17,41 +13,9 @@ from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError
 from mixgpt.text import hub
-from mixgpt.text.local import LOCAL_SETS, local_rows, one_line, text_column
+from mixgpt.text.local import local_rows, one_line, text_column
+from mixgpt.text.sets import DATASETS
 
-
-@dataclass(frozen=True)
-class TextSet:
-    """Describe one dataset: where its rows come from and how they become one text."""
-
-    train_join: str
-    test_join: str
-    hub_id: str | None = None  # None: made here, neither on the hub nor in --data-dir
-    hub_options: dict = field(default_factory=dict)  # further arguments of load_dataset
-    hub_files: dict = field(default_factory=dict)  # split -> the one file to fetch
-    test_split: str = "test"
-    by_document: bool = False  # a sample lies within one document; only the first shard is used
-    test_documents: int | None = None
-    test_segments: int | None = None
-
-
-TEXT_SETS = {
-    "wikitext2": TextSet(
-        train_join=" ", test_join="\n\n", hub_id="Salesforce/wikitext", hub_options={"name": "wikitext-2-raw-v1"},
-    ),
-    "ptb": TextSet(
-        train_join=" ", test_join=" ", hub_id="ptb-text-only/ptb_text_only",
-        hub_options={"revision": "refs/convert/parquet"},  # its script is refused by datasets >= 4
-    ),
-    "c4": TextSet(
-        train_join=" ", test_join=" ", hub_id="allenai/c4", test_split="validation",
-        hub_files={"train": "en/c4-train.00000-of-01024.json.gz",
-                   "validation": "en/c4-validation.00000-of-00008.json.gz"},
-        by_document=True, test_documents=1100, test_segments=256,
-    ),
-    "builtin": TextSet(train_join="\n\n", test_join="\n\n"),
-}
-DATASETS = tuple(TEXT_SETS)
 DRAWS = 10_000  # new documents in a row that may be too short before C4 is given up
 
 
@@ -67,7 +31,7 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
 
 def samples_of(rows, source, nsamples, seqlen, seed, tokenizer):
     """Draw random segments of rows that `load_rows` gave, or of some of them. Returns LongTensor (nsamples, seqlen)."""
-    rng, text_set = random.Random(seed), TEXT_SETS[source["dataset"]]
+    rng, text_set = random.Random(seed), DATASETS[source["dataset"]]
     if text_set.by_document:
         samples = sample_documents(rows, nsamples, seqlen, rng, tokenizer)
     else:
@@ -89,7 +53,7 @@ def test_tokens(dataset, seqlen, tokenizer, data_dir=None):
 
 def segments_of(rows, source, seqlen, tokenizer):
     """Cut rows that `load_rows` gave, or some of them, as a test split is cut. Returns LongTensor (n, seqlen)."""
-    text_set = TEXT_SETS[source["dataset"]]
+    text_set = DATASETS[source["dataset"]]
     ids = token_ids(tokenizer, text_set.test_join.join(rows[: text_set.test_documents]))
     require_tokens(ids, seqlen, seqlen, source)
     n = min(len(ids) // seqlen, text_set.test_segments or len(ids))
@@ -148,11 +112,10 @@ def require_tokens(ids, needed, seqlen, source):
 
 def load_rows(dataset, part, data_dir):
     """Return (rows, source) of the "train" or "test" part of a dataset; rows is a list of str."""
-    if dataset not in TEXT_SETS:
-        raise InputError(f"dataset {dataset!r} is not known: choose from {', '.join(DATASETS)}")
-    split = TEXT_SETS[dataset].test_split if part == "test" else part
-    if TEXT_SETS[dataset].hub_id is None:
-        rows, origin = builtin_rows(split)
+    text_set = DATASETS.check(dataset)
+    split = text_set.test_split if part == "test" else part
+    if text_set.code:
+        rows, origin = text_set.load()(split)
     elif data_dir is None:
         rows, origin = hub_rows(dataset, split)
     else:
@@ -160,25 +123,9 @@ def load_rows(dataset, part, data_dir):
     return rows, {"dataset": dataset, "split": split, **origin}
 
 
-def builtin_rows(split):
-    """Return the paragraphs of Python's help topics, and the sha256 of all of them, joined.
-
-    A paragraph that occurs again, indented differently or not, is dropped: topics share whole sections, and
-    the test text must be unseen. Train is the first 80% of the characters, test the rest.
-    """
-    unique = {}
-    for paragraph in "\n\n".join(topics[topic] for topic in sorted(topics)).split("\n\n"):
-        unique.setdefault(" ".join(paragraph.split()), paragraph)
-    paragraphs = list(unique.values())
-    ends = list(itertools.accumulate(len(paragraph) + len("\n\n") for paragraph in paragraphs))
-    border = sum(end <= 0.8 * ends[-1] for end in ends)
-    sha256 = hashlib.sha256("\n\n".join(paragraphs).encode()).hexdigest()
-    return paragraphs[:border] if split == "train" else paragraphs[border:], {"sha256": sha256}
-
-
 def hub_rows(dataset, split):
     """Return the rows of a split from the hub or its cache, and which hub dataset that is."""
-    text_set = TEXT_SETS[dataset]
+    text_set = DATASETS[dataset]
     options = dict(text_set.hub_options)
     if text_set.hub_files:
         options["data_files"] = {split: text_set.hub_files[split]}
@@ -190,6 +137,6 @@ def hub_rows(dataset, split):
         reason = one_line(error) if online else "the hub cannot be reached and it is not in the cache"
         raise InputError(
             f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy with --data-dir DIR "
-            f"({LOCAL_SETS[dataset].wanted}), or use the dataset builtin"
+            f"({text_set.local.wanted}), or use the dataset builtin"
         ) from None
     return text_column(table, text_set.hub_id), {"hub": text_set.hub_id, **options}

@@ -14,8 +14,8 @@ LLaMA-1, 2 and 3, Mistral, Qwen2, Qwen3 and SmolLM2 share this layout.
 
 import sys
 
-from mixgpt.app.pipeline import main
-from modelutils import Family
+from mixgpt.app.cli import main
+from mixgpt.modeling.family import Family
 
 FAMILY = Family(
     script="llama.py",

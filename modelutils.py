@@ -12,7 +12,9 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import mixgpt.modeling.baichuan  # noqa: F401, makes the Auto classes know Baichuan
+from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
+from mixgpt.modeling.family import Family
 
 SLICE = 1024  # tokens whose logits exist at a time
 
@@ -38,36 +40,27 @@ def model_class(config):
 
 
 @dataclass(frozen=True)
-class Family:
-    """Where the parts of a model lie, as dotted paths; a path that leads to None is skipped."""
+class Execution:
+    """Where and how a model runs: one decoder layer on the device at a time, on batches of sequences."""
 
-    script: str  # the command line of this family
-    layers: str  # the list of decoder layers
-    before: tuple[str, ...]  # modules that run before the first layer
-    after: tuple[str, ...]  # modules that turn the last layer's output into logits, in order
+    model: torch.nn.Module
+    family: Family
+    device: torch.device
+    batch_size: int
+    clock: Clock | None = None
+    on_host: bool = False  # keep hidden states of calibration on the host, where the device has room for them, too
 
-    def layers_of(self, model):
-        return model.get_submodule(self.layers)
+    def __post_init__(self):
+        if self.clock is None:
+            object.__setattr__(self, "clock", Clock(self.device))  # frozen
 
-    def path(self, index, name):
-        """Return the name in the model of the linear `name` of layer number `index`."""
-        return f"{self.layers}.{index}.{name}"
+    @property
+    def layers(self):
+        return self.family.layers_of(self.model)
 
-    def before_of(self, model):
-        return _present(model, self.before)
-
-    def after_of(self, model):
-        return _present(model, self.after)
-
-
-def _present(model, paths):
-    modules = []
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        module = getattr(model.get_submodule(parent), name)
-        if module is not None:
-            modules.append(module)
-    return modules
+    def embed(self, tokens, sets=1):
+        """Return the `Stream` of tokens (N, T) in front of the first layer; see `Stream.embed`."""
+        return Stream.embed(self.model, self.family, tokens, self.batch_size, self.device, sets, self.on_host)
 
 
 @contextlib.contextmanager

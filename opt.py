@@ -14,8 +14,8 @@ final_layer_norm are None in the other sizes or in this one, and skipped.
 
 import sys
 
-from mixgpt.app.pipeline import main
-from modelutils import Family
+from mixgpt.app.cli import main
+from mixgpt.modeling.family import Family
 
 FAMILY = Family(
     script="opt.py",

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-WBITS = (2, 3, 4, 8, 16)  # 16: weights stay as they are
 SHRINKS = torch.linspace(1, 0.2, 65).tolist()  # ranges that the search tries, as fractions of the largest
 CLOSE = 2e-5  # to the sparsity that is asked for
 

@@ -6,6 +6,8 @@ first diagonal place.
 """
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,7 +16,7 @@ from mixgpt.common import distributed
 from mixgpt.kernels import columns
 from mixgpt.kernels.linalg import damping, row_energies, smallest, upper_blocks, upper_cholesky, upper_inverse
 from mixgpt.kernels.matmul import exact_bfloat16, suits, times_transposed
-from quant import Grid, find_grid
+from quant import Grid, Scheme, find_grid
 
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H is factored then
 WIDE = 512  # columns that are updated in one product from all columns before them
@@ -153,58 +155,66 @@ def relative_errors(W, W_hat, H, counts):
 # ---- saliencies ------------------------------------------------------------------------------------------------
 
 
-def obs_saliency(W, h, u):
+# The saliency of a weight is w² times a factor of its column, which is what these functions return, (in,), from
+# h (in,), the diagonal of H, and u (in,), that of U. `row_weights` of the walk are factors of rows beside it.
+
+
+def obs_saliency(h, u):
     """Score weights by the loss that removing them adds, after compensation.
 
-    W: (out, in). h: (in,), diagonal of H (not used). u: (in,), diagonal of U. Returns (out, in).
     SparseGPT (arXiv 2301.00774), eq. 3: w² / [H⁻¹]_mm, and [H⁻¹]_mm = u_m² for the columns not yet processed.
     """
-    return (W / u) ** 2
+    return (1 / u) ** 2
 
 
-def isc_saliency(W, h, u):
+def isc_saliency(h, u):
     """Score weights by the loss that removing them adds, before and after compensation.
 
-    W: (out, in). h: (in,), diagonal of H. u: (in,), diagonal of U. Returns (out, in).
     MixGPT (arXiv 2310.09499), eq. 4: w² (H_mm + 1 / [H⁻¹]_mm), with [H⁻¹]_mm = u_m². The released code divides by u_m.
     """
-    return W**2 * (h + 1 / u**2)
-
-
-# each w² times a factor of the column; with fisher, rows have a factor, too: `row_weights`
-SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency, "fisher": obs_saliency}
+    return h + 1 / u**2
 
 
 # ---- the walk over the columns ---------------------------------------------------------------------------------
 
 
-def prune_matrix(W, R, h, *target, **options):
+@dataclass(frozen=True)
+class WalkOptions:
+    """How the columns are walked."""
+
+    blocksize: int = 128  # columns whose mask is chosen at once, and over which pruned weights are spread evenly
+    saliency: Callable = obs_saliency
+    scheme: Scheme | None = None  # to whose grids the kept weights are rounded
+
+
+def prune_matrix(W, R, h, *target, dtype=torch.float32, row_weights=None, **options):
     """Prune and quantize one matrix; see `prune_matrices`. target: sparsity, prunen, prunem. Returns Ŵ and its Grid."""
-    return prune_matrices([W], R, h, [target], **options)[0]
+    return prune_matrices([W], R, h, [target], WalkOptions(**options), dtype, row_weights)[0]
 
 
-def prune_matrices(matrices, R, h, targets, blocksize=128, saliency=obs_saliency, scheme=None, dtype=torch.float32,
-                   row_weights=None):
+def prune_matrices(matrices, R, h, targets, options=WalkOptions(), dtype=torch.float32, row_weights=None):  # noqa: B008
     """Prune and quantize matrices that read the same input, and let their remaining columns compensate each error.
 
-    SparseGPT, algorithm 1. matrices: (out, in) each, float32 or float64; walked together, stacked. R: (in, in) from
-    `factor`. h: (in,), diagonal of H without damping. targets: (sparsity, prunen, prunem) of each, the latter two 0
-    where left out. round(sparsity · numel) weights become 0, spread evenly over blocks of `blocksize` columns, those
-    that are rounded to 0 among them, as nearly as these can be foreseen in the last block; with prunem > 0, the same
-    for all, instead prunen weights of every prunem consecutive ones of a row, chosen when the
-    walk reaches the group. saliency: ranks them, one of SALIENCIES or another that is w² times a factor of the column.
-    scheme: a quant.Scheme; every weight that is kept is rounded to a grid found when the walk reaches its columns
-    (GPTQ, arXiv 2210.17323). dtype: in which grid values must be exact. row_weights: (rows of all,), factors of the
-    scores of each row.
-    Weights that are 0 stay 0, also where that is more than was asked for.
+    SparseGPT, algorithm 1, and GPTQ (arXiv 2210.17323): a kept weight is rounded to a grid that is found when the walk
+    reaches its columns.
+
+    matrices: (out, in) each, float32 or float64; walked together, stacked. R: (in, in) from `factor`. h: (in,),
+    diagonal of H without damping. targets: (sparsity, prunen, prunem) of each, the latter two 0 where left out.
+    dtype: in which grid values must be exact. row_weights: (rows of all,), factors of the saliencies of each row.
+
+    Prunes round(sparsity · numel) weights, spread evenly over column blocks. Weights quantized to zero count; the last
+    block's number is an estimate. With prunem > 0, the same for all matrices, prunes prunen of every prunem consecutive
+    weights of a row instead, chosen when the walk reaches them. Weights that are 0 stay 0, even where these are more
+    than was asked for.
+
     Returns a list of new matrices (out, in), each with its quant.Grid, None without a scheme.
     Raises ValueError where prunem or the group size does not divide the columns, or neither the other.
 
     Columns that no input reaches (h = 0) are free to prune: they go first, and keep their weights otherwise.
     """
-    walk = _Walk(matrices, R, h, saliency, targets, blocksize, scheme, dtype, row_weights)
+    walk = _Walk(matrices, R, h, targets, options, dtype, row_weights)
     W = walk.run().t()
-    if scheme:
+    if options.scheme:
         W += 0.0  # −0 of the grid becomes 0
     return [(W[rows], walk.grid(rows)) for rows in walk.rows]
 
@@ -221,7 +231,7 @@ class _Walk:
     errors over the diagonal of U.
     """
 
-    def __init__(self, matrices, R, h, saliency, targets, blocksize, scheme, dtype, row_weights):
+    def __init__(self, matrices, R, h, targets, options, dtype, row_weights):
         # (in, out) here, where oneDNN multiplies with contiguous rows, else with contiguous columns
         self.rowwise = suits(R, *matrices)
         self.W = torch.cat(matrices).t() if self.rowwise else torch.cat([W.t() for W in matrices], dim=1)
@@ -229,20 +239,20 @@ class _Walk:
         self.D = [] if self.rowwise else torch.empty_like(self.W)  # a list of W − Ŵ by ranges, (out, range) each
         self.mask = self.W == 0  # weights pruned before stay 0
         self.R = R
-        factors = saliency(torch.ones_like(h)[None], h, 1 / R.diagonal())[0]
-        self.factors = factors.masked_fill(h == 0, 0)
+        self.factors = options.saliency(h, 1 / R.diagonal()).masked_fill(h == 0, 0)
         self.row_weights = row_weights
         stops = list(itertools.accumulate(map(len, matrices)))
         self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
         sparsities, prunens, prunems = zip(*((*target, 0, 0)[:3] for target in targets), strict=True)
         self.sparsities, self.prunens, self.prunem = sparsities, prunens, prunems[0]
         self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # before the last block, and where it was
-        self.scheme, self.dtype = scheme, dtype
+        scheme = self.scheme = options.scheme
+        self.dtype = dtype
         self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
         self.grids = []
         # masks of n:m are chosen column group by column group, where no grid is finer
         self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem
-        self.widths = self._nest(blocksize)
+        self.widths = self._nest(options.blocksize)
         self.walk_columns = columns.fastest(self.W.device, dtype if scheme else None, self.W.dtype)
 
     def _nest(self, blocksize):
@@ -362,14 +372,14 @@ class _Walk:
 
     def _walk(self, start, stop):
         """Walk columns start … stop − 1 one by one."""
-        here, grid, prunens = slice(start - self.start, stop - self.start), None, None
+        here, grid, groups = slice(start - self.start, stop - self.start), None, None
         if self.chosen_inside:
-            prunens = list(zip(self.rows, self.prunens, strict=True))
+            groups = self.prunem, list(zip(self.rows, self.prunens, strict=True))
         if self.scheme:
             scale, zero = self.grids[-1]
             grid = scale, -zero, 2**self.scheme.wbits - 1 - zero, self.dtype
         self.walk_columns(self.W[start:stop], self.E[here], self.U[here, here], self.mask[start:stop],
-                          self.factors[start:stop], self.prunem if self.chosen_inside else 0, prunens, grid)
+                          self.factors[start:stop], groups, grid)
 
     def grid(self, rows):
         """Return the grids of a matrix, in the order of the walk."""

@@ -249,7 +249,7 @@ def load_compiled():
     """Load the compiled walk over columns from its cache, which takes most of the time of a tiny run."""
     for grid in (None, (*torch.ones(3, 2), torch.float32)):
         columns_cpu.walk_columns(torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4, 4), torch.zeros(4, 2) > 0,
-                                 torch.ones(4), 0, [], grid)
+                                 torch.ones(4), None, grid)
 
 
 if os.environ.pop("FORK_SERVER", None):  # this is the process that others are forked from

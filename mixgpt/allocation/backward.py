@@ -9,15 +9,15 @@ import random
 
 import torch
 
-from modelutils import Stream, linears, on_device
+from modelutils import linears, on_device
 
 BORDERS = 2e9  # bytes of hidden states and tangents at layer borders that exist at a time, on the host
 
 
-def chunk_size(model, family, T, batch_size, states):
+def chunk_size(execution, T, states):
     """Return how many sequences of T tokens have room for `states` kinds of hidden states at all borders at a time."""
-    border = states * (len(family.layers_of(model)) + 1) * T * model.config.hidden_size * 4
-    return max(int(BORDERS / border / batch_size), 1) * batch_size
+    border = states * (len(execution.layers) + 1) * T * execution.model.config.hidden_size * 4
+    return max(int(BORDERS / border / execution.batch_size), 1) * execution.batch_size
 
 
 def seeded(*key, device="cpu"):
@@ -34,12 +34,13 @@ def loss_of(logits, target):
 class Chunk:
     """Hidden states at all layer borders of a chunk of sequences, and layers as copies that can be differentiated."""
 
-    def __init__(self, model, family, matrices, tokens, batch_size, device, bar):
-        self.layers, self.after = family.layers_of(model), family.after_of(model)
+    def __init__(self, execution, matrices, tokens, bar):
+        model, device = execution.model, execution.device
+        self.layers, self.after = execution.layers, execution.family.after_of(model)
         # gradients underflow in float16
         self.dtype = torch.float32 if model.dtype == torch.float16 else model.dtype
         self.tokens, self.matrices, self.device, self.bar = tokens, matrices, device, bar
-        self.stream = Stream.embed(model, family, tokens, batch_size, device)
+        self.stream = execution.embed(tokens)
         self.stream.kwargs = {size: [_cast(kwargs, self.dtype) for kwargs in layers]
                               for size, layers in self.stream.kwargs.items()}
         self.borders = [self.stream.hidden.to("cpu", self.dtype)]

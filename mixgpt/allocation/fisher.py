@@ -24,16 +24,17 @@ class Gradients:
 
 
 @fast_linears()
-def output_gradients(model, family, matrices, tokens, *, seed, batch_size, device):
+def output_gradients(execution, matrices, tokens, seed):
     """Measure the loss's `Gradients` by the outputs of matrices, with labels drawn from the model's predictions.
 
     With x independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r times E[x xᵀ]: the diagonal of the
-    output's factor in K-FAC (arXiv 1503.05671). matrices: list of (layer, name). tokens: (N, T).
+    output's factor in K-FAC (arXiv 1503.05671). execution: a modelutils.Execution. matrices: list of (layer, name).
+    tokens: (N, T).
     """
     N, T = tokens.shape
     mine = range(N)[distributed.share(N)]
-    layers, chunk = family.layers_of(model), chunk_size(model, family, T, batch_size, 1)
-    sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=device)
+    layers, size = execution.layers, chunk_size(execution, T, 1)
+    sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=execution.device)
             for index, name in matrices]
     energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64)
 
@@ -43,11 +44,10 @@ def output_gradients(model, family, matrices, tokens, *, seed, batch_size, devic
         energies[column, first + rows.start:first + rows.stop] = squares.sum(2).cpu()
 
     with tqdm(total=2 * len(mine) * len(layers), desc="gradients", unit="layer", disable=None) as bar:
-        for start in range(0, len(mine), chunk):
-            numbers = mine[start:start + chunk]
-            keys, visit = [(seed, n, 0) for n in numbers], partial(add, start)
-            _sampled_backward(model, family, matrices, tokens[numbers.start:numbers.stop], keys, batch_size, device,
-                              bar, visit)
+        for start in range(0, len(mine), size):
+            numbers = mine[start:start + size]
+            chunk = Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar)
+            _sampled_backward(chunk, [(seed, n, 0) for n in numbers], partial(add, start))
     for total in sums:
         distributed.add(total)
     means = [total.cpu() / (N * T) for total in sums]
@@ -57,42 +57,41 @@ def output_gradients(model, family, matrices, tokens, *, seed, batch_size, devic
                        for values in (means, shares)))
 
 
-def squared_gradients(model, family, matrices, tokens, keys, batch_size, device, bar):
+def squared_gradients(chunk, keys):
     """Return ‖∇_W L(ŷ)‖² for each sequence and matrix (n, matrices), labels ŷ sampled from the model's predictions.
 
     Its mean over draws is T − 1 times the trace of the Gauss-Newton matrix of the mean cross-entropy: the gradients
     of different tokens are independent with mean zero. keys: seeds of the sequences' labels.
     """
-    result = torch.zeros(len(tokens), len(matrices), dtype=torch.float64)
+    result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64)
 
     def note(column, rows, X, Y):
         result[rows, column] = (Y.mT @ X).double().square().sum(dim=(1, 2)).to("cpu")
 
-    _sampled_backward(model, family, matrices, tokens, keys, batch_size, device, bar, note)
+    _sampled_backward(chunk, keys, note)
     return result
 
 
-def _sampled_backward(model, family, matrices, tokens, keys, batch_size, device, bar, visit):
+def _sampled_backward(chunk, keys, visit):
     """Go forward and back through all layers, with labels ŷ sampled from the model's predictions by `keys`.
 
     Calls visit(column, rows, X, Y) with the number of each matrix, the sequences of each batch, its input (B, T, in)
     and the gradient of L(ŷ) by its output (B, T, out).
     """
-    chunk = Chunk(model, family, matrices, tokens, batch_size, device, bar)
     for index, layer in enumerate(chunk.layers):
         layer = chunk.copied(layer)
         with torch.no_grad():
-            outputs = [chunk.stream.call(layer, index, chunk.borders[-1][rows].to(device)).to("cpu")
+            outputs = [chunk.stream.call(layer, index, chunk.borders[-1][rows].to(chunk.device)).to("cpu")
                        for rows in chunk.stream.batches()]
         chunk.borders.append(torch.cat(outputs))
-        bar.update(len(tokens))
+        chunk.bar.update(len(chunk.tokens))
     g, = chunk.head_gradients(lambda after, rows: (_sampled_gradient(chunk, after, rows, keys[rows]),))
     for index in reversed(range(len(chunk.layers))):
         layer = chunk.copied(chunk.layers[index])
         for rows in chunk.stream.batches():
             g[rows] = _layer_gradient(chunk, layer, index, rows, g[rows], visit)
         chunk.borders.pop()
-        bar.update(len(tokens))
+        chunk.bar.update(len(chunk.tokens))
 
 
 def _sampled_gradient(chunk, after, rows, keys):

@@ -19,23 +19,24 @@ from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
 from mixgpt.pruning.calibration import groups_of, hessians_of
 from mixgpt.pruning.targets import Target
-from modelutils import Stream, hooked, linears, on_device
+from modelutils import hooked, linears, on_device
 
 
 @torch.no_grad()
 @fast_linears()
-def inverse_diagonals(model, family, matrices, tokens, percdamp, batch_size, device, clock):
+def inverse_diagonals(execution, matrices, tokens, percdamp):
     """Return [(H + λI)⁻¹]_cc of the input of each matrix in the dense model, {(layer, name): (in,)} on the host.
 
-    matrices: list of (layer, name). tokens: (N, T). H is the mean over tokens, so that it is comparable everywhere.
+    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). H is the mean over tokens, so
+    that it is comparable everywhere.
     """
-    stream = Stream.embed(model, family, tokens[distributed.share(len(tokens))], batch_size, device)
-    layers, shared, diagonals = family.layers_of(model)[:max(index for index, _ in matrices) + 1], {}, {}
+    stream, device = execution.embed(tokens[distributed.share(len(tokens))]), execution.device
+    layers, shared, diagonals = execution.layers[:max(index for index, _ in matrices) + 1], {}, {}
     for index, layer in enumerate(tqdm(layers, desc="inputs", unit="layer", disable=None)):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
             groups = groups_of(layer, index, stream, matrices, shared)
-            hessians, read = hessians_of(layer, stream, groups, tokens.numel(), clock)
+            hessians, read = hessians_of(layer, stream, groups, tokens.numel(), execution.clock)
             with hooked({module: partial(read, module) for module in hessians}):
                 stream.advance(layer, index)
             for group, hessian in zip(groups, hessians.values(), strict=True):

@@ -9,7 +9,7 @@ import contextlib
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixgpt.allocation.backward import Chunk, loss_of, seeded
+from mixgpt.allocation.backward import loss_of, seeded
 from modelutils import SLICE, apply
 
 
@@ -22,14 +22,13 @@ def signs(shape, generator, dtype):
     return bits.flatten()[:count].view(shape).to(dtype).mul_(2).sub_(1)
 
 
-def curvatures(model, family, matrices, tokens, keys, batch_size, device, bar):
+def curvatures(chunk, keys):
     """Return zᵀ H z of every matrix for each sequence (n, matrices), H the Hessian of the loss summed over tokens.
 
     keys: seeds of the sequences' probes Z, entries ±1, drawn anew in the backward pass. Exact second derivatives by
     double backward: the loss is seen as a function of one scalar per matrix and sequence, ε at W + εZ, so that no
     gradient of the size of a weight is ever formed.
     """
-    chunk = Chunk(model, family, matrices, tokens, batch_size, device, bar)
     tangents = [torch.zeros_like(chunk.borders[0])]
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
         for index, layer in enumerate(chunk.layers):
@@ -37,17 +36,19 @@ def curvatures(model, family, matrices, tokens, keys, batch_size, device, bar):
             outputs = [_layer_tangent(chunk, layer, index, rows, tangents[-1], keys) for rows in chunk.stream.batches()]
             for border, parts in zip((chunk.borders, tangents), zip(*outputs, strict=True), strict=True):
                 border.append(torch.cat(parts))
-            bar.update(len(tokens))
+            chunk.bar.update(len(chunk.tokens))
         g, g_dot = chunk.head_gradients(lambda after, rows: _head_tangent(chunk, after, rows, tangents[-1]))
-        result = torch.zeros(len(tokens), len(matrices), dtype=torch.float64)
+        result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64)
         for index in reversed(range(len(chunk.layers))):
             layer = chunk.copied(chunk.layers[index])
             for rows in chunk.stream.batches():
-                g[rows], g_dot[rows] = _layer_curvature(
-                    chunk, layer, index, rows, tangents[index], keys, g[rows], g_dot[rows], result[rows])
+                g[rows], g_dot[rows], found = _layer_curvature(
+                    chunk, layer, index, rows, tangents[index], keys, (g[rows], g_dot[rows]))
+                for column, values in found.items():
+                    result[rows, column] = values
             chunk.borders.pop()
             tangents.pop()
-            bar.update(len(tokens))
+            chunk.bar.update(len(chunk.tokens))
     return result
 
 
@@ -113,19 +114,18 @@ def _head_tangent(chunk, after, rows, x_dot):
     return g, g_dot
 
 
-def _layer_curvature(chunk, layer, index, rows, x_dot, keys, g, g_dot, result):
-    """Go back through a layer: write zᵀ H z of its matrices into result (B, matrices); return the next (g, ġ).
+def _layer_curvature(chunk, layer, index, rows, x_dot, keys, cotangents):
+    """Go back through a layer from (g, ġ). Returns the next g and ġ, and zᵀ H z of its matrices, {column: (B,)}.
 
     s = ⟨y, g⟩ and φ = ds/dε + ⟨y, ġ⟩ give ∇_x s = g, ∇_x φ = ġ of the layer before, and ∂φ/∂ε of a matrix's own ε
     is zᵀ H z.
     """
-    g, g_dot = g.to(chunk.device), g_dot.to(chunk.device)
+    g, g_dot = (each.to(chunk.device) for each in cotangents)
     with torch.enable_grad(), _probed(chunk, layer, index, keys[rows]) as epsilons:
         x, t, moved = _along(chunk, index, rows, x_dot)
         y = chunk.stream.call(layer, index, moved)
         first = torch.autograd.grad((y * g).sum(), [x, t, *epsilons.values()], create_graph=True)
         phi = sum(d.sum() for d in first[1:]) + (y * g_dot).sum()
         second = torch.autograd.grad(phi, [x, *epsilons.values()])
-    for column, curvature in zip(epsilons, second[1:], strict=True):
-        result[:, column] = curvature.to("cpu", torch.float64)
-    return first[0].detach().to("cpu"), second[0].to("cpu")
+    found = {column: curvature.to("cpu", torch.float64) for column, curvature in zip(epsilons, second[1:], strict=True)}
+    return first[0].detach().to("cpu"), second[0].to("cpu"), found

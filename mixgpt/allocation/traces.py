@@ -3,14 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from mixgpt.allocation import fisher, hutchinson
-from mixgpt.allocation.backward import chunk_size
+from mixgpt.allocation.backward import Chunk, chunk_size
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
@@ -20,7 +20,16 @@ from modelutils import linears
 
 FLAG = "--sensitivity_file"
 STABLE = 0.8  # split-half rank correlation below which the ranking is called noise
-ESTIMATORS = {"hutchinson": hutchinson.curvatures, "fisher": fisher.squared_gradients}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How traces are estimated."""
+
+    estimator: str  # its name, in files and messages
+    estimate: Callable  # of (backward.Chunk, seeds of its sequences): traces times T − 1, (n, matrices) in float64
+    seed: int = 0
+    nprobes: int = 1  # probes, or draws of labels, per sequence
 
 
 @dataclass(frozen=True)
@@ -82,10 +91,11 @@ def matrices_of(model, family):
             for name, module in linears(layer).items()}
 
 
-def key_of(model, tokens, estimator, seed, nprobes):
+def key_of(model, tokens, sampling):
     """Return what traces depend on, as a JSON-able dict: weights, tokens, estimator, seed, probes, dtype."""
-    return {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens), "estimator": estimator,
-            "seed": seed, "nprobes": nprobes, "dtype": str(model.dtype).removeprefix("torch.")}
+    return {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens),
+            "estimator": sampling.estimator, "seed": sampling.seed, "nprobes": sampling.nprobes,
+            "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def default_path(key):
@@ -122,41 +132,39 @@ def read(path, shapes, estimator):
 
 
 @fast_linears()
-def hessian_traces(model, family, matrices, tokens, estimator, *, seed, nprobes, batch_size, device, known=None,
-                   save=None):
+def hessian_traces(execution, matrices, tokens, sampling, known=None, save=None):
     """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, from each sequence on its own.
 
-    matrices: list of (layer, name). tokens: (N, T). estimator: a key of ESTIMATORS. nprobes: probes (hutchinson) or
-    draws of labels (fisher) per sequence. known: rows of an earlier, interrupted call. save: called with the rows
-    known so far after every chunk of sequences. Returns (N, len(matrices)) in float64: the mean over sequences
-    estimates the trace, their spread its error.
+    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). known: rows of an earlier,
+    interrupted call. save: called with the rows known so far after every chunk of sequences. Returns (N, len(matrices))
+    in float64: the mean over sequences estimates the trace, their spread its error.
     """
     N, T = tokens.shape
-    rows = [] if known is None else list(known)
-    layers, chunk = family.layers_of(model), chunk_size(model, family, T, batch_size, 2)
-    with tqdm(total=(N - len(rows)) * nprobes * 2 * len(layers), desc=estimator, unit="layer", disable=None) as bar:
+    rows, nprobes = [] if known is None else list(known), sampling.nprobes
+    size = chunk_size(execution, T, 2)
+    with tqdm(total=(N - len(rows)) * nprobes * 2 * len(execution.layers), desc=sampling.estimator, unit="layer",
+              disable=None) as bar:
         while len(rows) < N:
-            together = range(len(rows), min(len(rows) + chunk * distributed.world(), N))
+            together = range(len(rows), min(len(rows) + size * distributed.world(), N))
             numbers = together[distributed.share(len(together))]
             sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
             for probe in range(nprobes if numbers else 0):
-                sums += ESTIMATORS[estimator](
-                    model, family, matrices, tokens[numbers.start:numbers.stop], [(seed, n, probe) for n in numbers],
-                    batch_size, device, bar)
+                chunk = Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar)
+                sums += sampling.estimate(chunk, [(sampling.seed, n, probe) for n in numbers])
             rows.extend(torch.cat(distributed.gather(sums)) / nprobes / (T - 1))
             if save:
                 save(torch.stack(rows))
     return torch.stack(rows)
 
 
-def obtain(model, family, tokens, estimator, *, seed, nprobes, batch_size, device, path=None):
+def load_or_compute(execution, tokens, sampling, path=None):
     """Return (`Traces` of all matrices, path of their file): read where they are there, else computed and written.
 
     A file of an interrupted computation is gone on with. path: a file to use; None: `default_path`. A file that is
     given may come from other tokens, seed or probes, but not from other weights. Raises InputError where it does.
     """
-    shapes = matrices_of(model, family)
-    key = key_of(model, tokens, estimator, seed, nprobes)
+    estimator, shapes = sampling.estimator, matrices_of(execution.model, execution.family)
+    key = key_of(execution.model, tokens, sampling)
     target = Path(path) if path else default_path(key)
     held = read(target, shapes, estimator)
     if held and held["key"]["weights"] != key["weights"]:
@@ -171,9 +179,7 @@ def obtain(model, family, tokens, estimator, *, seed, nprobes, batch_size, devic
         if distributed.rank() == 0:
             _write(target, key, shapes, rows)
 
-    samples = hessian_traces(
-        model, family, list(shapes), tokens, estimator, seed=seed, nprobes=nprobes, batch_size=batch_size,
-        device=device, known=held and held["samples"], save=save)
+    samples = hessian_traces(execution, list(shapes), tokens, sampling, held and held["samples"], save)
     return Traces(estimator, shapes, samples), target
 
 

@@ -9,13 +9,11 @@ from pathlib import Path
 
 from mixgpt.app import plots
 from mixgpt.app.report import table
+from mixgpt.app.settings import RESULT, having_effect
 from mixgpt.checkpoints.load import RECORD
 from mixgpt.checkpoints.run_dir import begun
 from mixgpt.common.errors import InputError
 
-# What changes a result beside what the name of the method tells.
-CHOICES = ("alpha", "nprobes", "groupsize", "sym", "mse", "act_order", "blocksize", "percdamp",
-           "true_sequential", "minlayer", "maxlayer", "prune_only", "invert", "dataset", "nsamples", "seqlen", "dtype")
 NO_SCORES = ("examples", "num_fewshot", "version")  # what stands beside the metrics of a task
 
 
@@ -97,11 +95,11 @@ def panels_of(runs):
     dense, points, values = _dense(runs), defaultdict(list), defaultdict(set)
     pruned = [run for run in runs if run["method"] != "dense"]
     for run in pruned:
-        for name in CHOICES:
+        for name in having_effect(RESULT):
             values[run["model"], run["label"], name].add(run["settings"].get(name))
     for run in pruned:
         settings = run["settings"]
-        label = [run["label"], *(f"{name} {settings.get(name)}" for name in CHOICES
+        label = [run["label"], *(f"{name} {settings.get(name)}" for name in having_effect(RESULT)
                                  if len(values[run["model"], run["label"], name]) > 1)]
         for name, perplexity in run["perplexity"][run["method"]].items():
             key = run["model"], name, ", ".join(label), settings.get("sparsity", 0), settings.get("prunen", 0)

@@ -1,13 +1,13 @@
-"""The main job: load, calibrate, allocate, prune and quantize, save, verify, evaluate, report."""
+"""The main job, step by step: load, calibrate, allocate, prune and quantize, save, verify, evaluate, report."""
 
 import contextlib
 import gc
 import json
-import os
-import shlex
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import datasets
 import torch
@@ -19,8 +19,8 @@ from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
 from mixgpt.app import plots, records
-from mixgpt.app.report import heading, plan_tables, result_text
-from mixgpt.app.settings import parse
+from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
+from mixgpt.app.report import heading, plan_text, result_text
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
@@ -33,156 +33,185 @@ from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
 from mixgpt.evaluation.sparsity import count_zeros, measure_sparsity
 from mixgpt.kernels.columns import triton_obstacle
-from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
-from mixgpt.pruning.targets import select
+from mixgpt.pruning.solvers import Recipe
+from mixgpt.pruning.targets import Selection, Target, select
+from modelutils import Execution, Family
+from sparsegpt import WalkOptions
 
 PROBE = 128  # tokens on which a saved model is compared with the one in memory
 
 
-def main(family, argv=None):
-    """Run a family script. Returns the exit status: 0, 2 after one line about unusable input, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        settings = parse(family, argv)
-        with contextlib.ExitStack() as stack:
-            if int(os.environ.get("RANK", 0)):  # only the first of several processes tells what happens
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
-            if settings.quiet:
-                stack.enter_context(contextlib.redirect_stderr(_Barred(sys.stderr)))
-            if not sys.stderr.isatty():
-                transformers.utils.logging.disable_progress_bar()
-                datasets.disable_progress_bars()
-            run(family, settings, shlex.join(["python", family.script, *argv]))
-    except InputError as error:
-        print(f"{family.script}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{family.script}: interrupted; what is in the folder of --save goes on with --resume", file=sys.stderr)
-        return 130
-    return 0
+@dataclass
+class Job:
+    """What the steps of a run leave to those that follow."""
 
+    family: Family
+    settings: Any  # app.settings.Settings
+    command: str | None  # the command line, for the heading
+    stack: contextlib.ExitStack  # is closed at the end of the run
+    device: torch.device
+    clock: Clock
+    config: Any = None
+    seqlen: int = 0
+    tokenizer: Any = None
+    selected: dict = field(default_factory=dict)  # {(layer, name): (out, in)}, the matrices to change
+    calibration: torch.Tensor | None = None  # (N, T)
+    tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
+    sources: dict = field(default_factory=dict)  # where the texts come from
+    score: Any = None  # scores a model on the tasks, None without any
+    model: Any = None
+    run_dir: RunDir | None = None
+    tracker: Tracker | None = None
+    plan: dict = field(default_factory=dict)  # {(layer, name): Target}
+    traces: Any = None  # behind the plan, None where it needs none
+    gradients: Any = None  # of the loss by the outputs of matrices, None likewise
+    outcomes: dict = field(default_factory=dict)  # {(layer, name): Outcome}
+    matrices: list = field(default_factory=list)  # MatrixSparsity of every linear
+    perplexities: dict = field(default_factory=dict)  # {"dense" or method: {test set: perplexity}}
+    scores: dict = field(default_factory=dict)  # likewise, of tasks
+    record: dict = field(default_factory=dict)
 
-class _Barred:
-    """A stream that is no terminal, so that bars keep off it."""
+    @property
+    def streamed(self):
+        """Whether the weights stay on disk, so that a step that failed can begin again."""
+        return hasattr(self.model, "source")
 
-    def __init__(self, stream):
-        self._stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    def isatty(self):
-        return False
+    def execution(self, way):
+        return Execution(self.model, self.family, self.device, way.batch_size, self.clock, way.on_host)
 
 
 def run(family, settings, command=None):
     """Do the main job and print its report. Returns the record of the run, as saved in mixgpt.json.
 
-    command: the command line, for the heading.
-
-    Everything that can be refused is refused before the weights are loaded.
+    command: the command line, for the heading. Everything that can be refused is refused before the weights are loaded.
     """
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     device = choose_device(settings.device)
-    clock = Clock(device)
     with contextlib.ExitStack() as stack:
+        job = Job(family, settings, command, stack, device, Clock(device))
         stack.enter_context(distributed.joined(device))
-        with clock.part("load"):
-            config = load.load_config(settings.model, family)
-            seqlen = choose_seqlen(settings.seqlen, config)
-            dtype = choose_dtype(settings.dtype, config, device)
-            skeleton = load.skeleton(config)
-            selected = _check(settings, family, skeleton, dtype)
-            tokenizer = load.load_tokenizer(settings.model)
-            folder = stack.enter_context(RunDir(settings.save, settings.save_format)) if settings.save else None
-        with clock.part("data"):
-            calibration, tests, sources = _tokens(settings, seqlen, tokenizer, config.vocab_size)
-            score = _scorer(settings, seqlen, tokenizer, skeleton, dtype, device)
-        with clock.part("load"):
-            model = load.open_model(settings.model, config, family, dtype)
-            if not folder and selected and hasattr(model, "source"):  # pruned layers are put away on disk too
-                path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
-                folder = stack.enter_context(RunDir(distributed.tell(path)))
-            if folder:
-                folder.start(model, family, records.identity(settings, seqlen, device, model, calibration))
-        facts = records.facts(settings, seqlen, model.dtype, device, sources)
-        _tell(settings, heading(model, family, settings, selected, calibration, seqlen, device, facts, command))
-        with clock.part("W&B"):
-            tracker = stack.enter_context(_tracker(settings, facts))
-        if tracker.place:
-            _tell(settings, f"W&B      {tracker.place}")
+        for step in (check, read_texts, open_model, announce, choose_plan, evaluate_dense, compress, save, evaluate,
+                     report):
+            step(job)
+        return job.record
 
-        if settings.calibrates and device.type == "cuda" and (reason := triton_obstacle(device)):
-            _tell(settings, f"kernels  PyTorch walks the columns, which is slower: Triton does not run here ({reason})")
-        obstacle = semistructured.obstacle(device, model.dtype) if settings.semi_structured else None
-        if obstacle:
-            _tell(settings, f"kernels  --semi-structured is skipped: {obstacle}")
 
-        way = Way(settings.batch_size)
+# ---- before the weights are read -------------------------------------------------------------------------------
 
-        def evaluate(way):
-            with clock.part("evaluation"):
-                return {name: perplexity(model, family, tokens, way.batch_size, device, name)
-                        for name, tokens in tests.items()}
 
-        def score_tasks(way):
-            with clock.part("tasks"):
-                return score(model, family, way.batch_size)
-
-        plan, known, gradients = _fitting(settings, way, lambda way: _plan(
-            settings, selected, model, family, calibration, device, clock, tracker, folder, way))
-        perplexities, scores = {}, {}
-        if settings.dense or not plan:
-            perplexities["dense"] = _fitting(settings, way, evaluate)
-            if score:
-                scores["dense"] = _fitting(settings, way, score_tasks)
-        holds_layer = settings.calibrates and settings.true_sequential
-        outcomes, taken = _fitting(
-            settings, Way(settings.batch_size, two_passes=not holds_layer, on_host=not settings.calibrates),
-            lambda way: (_compress(settings, plan, gradients, model, family, calibration, device, clock, folder,
-                                   tracker, way), way), again=hasattr(model, "source"))
-        facts["settings"] |= {"batch_size": taken.batch_size,
-                              "true_sequential": settings.true_sequential and not (holds_layer and taken.two_passes)}
-        matrices = measure_sparsity(model, family)
-        record = facts | records.of_matrices(matrices, outcomes, plan, known)
+def check(job):
+    """Refuse what does not fit the model or the disk."""
+    settings = job.settings
+    with job.clock.part("load"):
+        job.config = load.load_config(settings.model, job.family)
+        job.seqlen = choose_seqlen(settings.seqlen, job.config)
+        skeleton = load.skeleton(job.config)
+        if settings.compresses:
+            job.selected = select(skeleton, job.family, selection_of(settings),
+                                  {"--prunem": settings.prunem, "--groupsize": settings.groupsize})
+        if settings.sensitivity_file:
+            traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, job.family), settings.sensitivity)
+        if settings.plot:
+            plots.check(settings.plot)
+        if settings.record:
+            check_writable("--record", settings.record)
+        if settings.save and distributed.rank() == 0:  # which locks the folder then
+            load.check_save(settings.save, load.size(skeleton, dtype_of(job)), settings.resume)
+        job.tokenizer = load.load_tokenizer(settings.model)
         if settings.save:
-            with clock.part("save"):
-                _complete(settings, folder, tokenizer, record, family, outcomes)
-                _verify(settings.save, model, family, matrices, _probe(tests, calibration, config.vocab_size), device)
-                if plan:
-                    record["disk"] = records.disk(settings, family, plan, selected)
-        if plan:
-            perplexities[settings.method] = _fitting(settings, way, evaluate)
-            if score:
-                scores[settings.method] = _fitting(settings, way, score_tasks)
-        if settings.semi_structured:
-            record["semi_structured"] = {"skipped": obstacle} if obstacle else _fitting(
-                settings, way, lambda way: semistructured.compare(model, family, tests, way.batch_size, device))
-        record |= {"perplexity": perplexities} | ({"tasks": scores} if score else {})
-        record |= {"seconds": dict(clock.seconds), "peak_memory": peak_memory(device)}
-        if settings.save and distributed.rank() == 0:
-            load.write_record(settings.save, record)
-            folder.end()
-        if result := result_text(settings, matrices, outcomes, perplexities, scores, record):
-            print(result, flush=True)
-        if settings.record and distributed.rank() == 0:
-            write("--record", settings.record, json.dumps(record, indent=1) + "\n")
-        tracker.result(record, settings.method if plan else "dense")
-        return record
+            job.run_dir = job.stack.enter_context(RunDir(settings.save, settings.save_format))
 
 
-def _tell(settings, text):
+def selection_of(settings):
+    return Selection(settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert)
+
+
+def dtype_of(job):
+    return choose_dtype(job.settings.dtype, job.config, job.device)
+
+
+def read_texts(job):
+    """Read and tokenize the texts, and load the tasks."""
+    settings = job.settings
+    with job.clock.part("data"):
+        job.calibration, job.tests, job.sources = _tokens(settings, job.seqlen, job.tokenizer, job.config.vocab_size)
+        if settings.tasks:
+            job.score = _scorer(job)
+
+
+def _tokens(settings, seqlen, tokenizer, vocab_size):
+    """Return calibration tokens (N, T) or None, {test set: tokens (n, T)} and where the texts come from."""
+    calibration, tests, sources = None, {}, {}
+    if settings.nsamples < distributed.world():
+        raise InputError(f"--nsamples {settings.nsamples}: must be at least one for each of the "
+                         f"{distributed.world()} processes")
+    if settings.mixed or settings.weighs or settings.calibrates:
+        calibration, sources["calibration"] = calibration_samples(
+            settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
+    for name in settings.eval:
+        tests[name], sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir)
+    for tokens in ([calibration] if calibration is not None else []) + list(tests.values()):
+        if tokens.max() >= vocab_size:
+            raise InputError(f"model {settings.model}: its tokenizer gives token {tokens.max()}, its vocabulary "
+                             f"has {vocab_size}")
+    return calibration, tests, sources
+
+
+def _scorer(job):
+    """Return a function of (model, batch size) that scores a model on the tasks of a run."""
+    settings = job.settings
+    try:
+        from mixgpt.evaluation import tasks  # lm-eval is an extra
+    except ImportError as error:
+        raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
+    chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
+    tasks.check(chosen, job.tokenizer, load.size(load.skeleton(job.config), dtype_of(job)), job.device)
+    return lambda model, batch_size: tasks.score(
+        chosen, model, job.family, job.tokenizer, settings.limit, batch_size * job.seqlen, job.device)
+
+
+def open_model(job):
+    """Open the weights, and begin the folder of the run."""
+    settings = job.settings
+    with job.clock.part("load"):
+        job.model = load.open_model(settings.model, job.config, job.family, dtype_of(job))
+        if not job.run_dir and job.selected and job.streamed:  # pruned layers are put away on disk too
+            path = job.stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
+            job.run_dir = job.stack.enter_context(RunDir(distributed.tell(path)))
+        if job.run_dir:
+            job.run_dir.start(job.model, job.family, records.identity(settings, job.seqlen, job.device, job.model,
+                                                                      job.calibration))
+
+
+def announce(job):
+    """Print the heading, and begin a run in W&B, in the first of several processes, where it is asked for."""
+    settings, model = job.settings, job.model
+    facts = job.record = records.facts(settings, job.seqlen, model.dtype, job.device, job.sources)
+    log(settings, heading(job))
+    with job.clock.part("W&B"):
+        config = {**facts["settings"], **facts, "method": settings.method if settings.compresses else "dense"}
+        job.tracker = job.stack.enter_context(Tracker(
+            config if settings.log_wandb and distributed.rank() == 0 else None, settings.wandb_project,
+            settings.wandb_name, settings.wandb_group))
+    if job.tracker.place:
+        log(settings, f"W&B      {job.tracker.place}")
+    if settings.calibrates and job.device.type == "cuda" and (reason := triton_obstacle(job.device)):
+        log(settings, f"kernels  PyTorch walks the columns, which is slower: Triton does not run here ({reason})")
+    if settings.semi_structured and (reason := semistructured.obstacle(job.device, model.dtype)):
+        job.record["semi_structured"] = {"skipped": reason}
+        log(settings, f"kernels  --semi-structured is skipped: {reason}")
+
+
+def log(settings, text):
     if not settings.quiet:
         print(text, flush=True)
 
 
-def _tracker(settings, facts):
-    """Begin a run in W&B, in the first of several processes, where it is asked for."""
-    config = {**facts["settings"], **facts, "method": settings.method if settings.compresses else "dense"}
-    return Tracker(config if settings.log_wandb and distributed.rank() == 0 else None, settings.wandb_project,
-                   settings.wandb_name, settings.wandb_group)
+# ---- memory ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -204,7 +233,7 @@ class Way:
         return (replace(self, batch_size=size), f"batches of {size}") if size else None
 
 
-def _fitting(settings, way, step, again=True):
+def retry_with_less_memory(settings, way, step, again=True):
     """Return step(way), in a thriftier way each time the memory of the GPU does not suffice.
 
     again: whether the step can be begun a second time.
@@ -226,133 +255,130 @@ def _fitting(settings, way, step, again=True):
         print(f"warning  the GPU's memory does not suffice: going on with {change}", flush=True)
 
 
-def _check(settings, family, skeleton, dtype):
-    """Refuse what does not fit the model, given on meta, or the disk. Returns the shapes of the matrices to change."""
-    selected = select(skeleton, family, settings.prunem, settings.groupsize, settings.minlayer, settings.maxlayer,
-                      settings.prune_only, settings.invert) if settings.compresses else {}
-    if settings.sensitivity_file:
-        traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
-    if settings.plot:
-        plots.check(settings.plot)
-    if settings.record:
-        check_writable("--record", settings.record)
-    if settings.save and distributed.rank() == 0:  # which locks the folder then
-        load.check_save(settings.save, load.size(skeleton, dtype), settings.resume)
-    return selected
+# ---- how sparse each matrix shall be ---------------------------------------------------------------------------
 
 
-def _compress(settings, plan, gradients, model, family, calibration, device, clock, folder, tracker, way):
-    """Prune and quantize what the plan names. Returns {(layer, name): Outcome}."""
-    if not plan:
-        return {}
-
-    def observe(index, layer, outcomes, start):
-        seconds = clock.now() - start
-        tracker.layer(index, outcomes, seconds, count_zeros(index, layer))
-
-    observe = observe if tracker.run else None
-    if not settings.calibrates:
-        with clock.part("magnitude" if settings.prunes else "rounding"):
-            return prune_magnitude(model, family, plan, device, settings.scheme, folder, observe)
-    return prune_sparsegpt(
-        model, family, plan, calibration, saliency=settings.saliency, blocksize=settings.blocksize,
-        percdamp=settings.percdamp, true_sequential=not way.two_passes, batch_size=way.batch_size,
-        device=device, clock=clock, scheme=settings.scheme, act_order=settings.act_order, folder=folder,
-        observe=observe, solver=settings.solver, to_dense=settings.target == "dense",
-        row_weights=gradients.rows if settings.saliency == "fisher" else None,
-        token_weights=gradients.tokens if settings.token_weights == "fisher" else None, on_host=way.on_host)
-
-
-def _complete(settings, folder, tokenizer, record, family, outcomes):
-    """Write what the folder lacks to be loaded, the record first."""
-    if distributed.rank() == 0:
-        load.write_record(settings.save, record)
-    folder.complete(tokenizer, {family.path(*key): outcome.grid for key, outcome in outcomes.items() if outcome.grid})
-
-
-def _plan(settings, selected, model, family, calibration, device, clock, tracker, folder, way):
-    """Return {(layer, name): Target}; the `Traces` behind it, None where it needs none; the loss's `Gradients` by the
-    outputs of matrices, None likewise. Print and draw the plan.
+def choose_plan(job):
+    """Choose how sparse each matrix shall be, from sensitivities where that is asked for; print and draw it.
 
     The folder keeps what was measured: on a GPU another run may round it in another way, and choose other targets.
     """
-    kept = folder if settings.save and (settings.weighs or settings.mixed) else None
-    plan, gradients = kept.kept_plan() if kept else (None, None)
-    known = path = None
-    if settings.weighs and not plan:
-        with clock.part("gradients"):
-            gradients = output_gradients(model, family, list(selected), calibration, seed=settings.seed,
-                                         batch_size=way.batch_size, device=device)
-    if settings.mixed:
-        with clock.part("sensitivity"):
-            known, path = traces.obtain(
-                model, family, calibration, settings.sensitivity, seed=settings.seed, nprobes=settings.nprobes,
-                batch_size=way.batch_size, device=device, path=settings.sensitivity_file)
-    if not plan:
-        if settings.sparsity_way == "global":
-            with clock.part("allocation"):
-                diagonals = inverse_diagonals(model, family, list(selected), calibration, settings.percdamp,
-                                                         way.batch_size, device, clock)
-                plan = global_plan(model, family, selected, gradients.rows, diagonals, settings.sparsity,
-                                              settings.alpha)
-        else:
-            plan = make_plan(selected, settings.amount, settings.sparsity_way, known and known.sensitivity,
-                             settings.alpha)
-        if kept:
-            kept.keep_plan(plan, gradients)
-    if settings.sparsity_way == "global":
-        sparsities = [target.sparsity for target in plan.values()]
-        _tell(settings, f"plan     one threshold: matrices from {min(sparsities):.2%} to {max(sparsities):.2%}")
-    if known:
-        _tell_plan(settings, plan, selected, known, path)
+    settings = job.settings
+    if not settings.compresses:
+        return
+    kept = job.run_dir if settings.save and (settings.weighs or settings.mixed) else None
+    job.plan, job.gradients = kept.kept_plan() if kept else (None, None)
+    path = retry_with_less_memory(settings, Way(settings.batch_size), partial(_measure, job))
+    if kept and not kept.has_plan:
+        kept.keep_plan(job.plan, job.gradients)
+    if ALLOCATIONS[settings.sparsity_way].by_loss:
+        sparsities = [target.sparsity for target in job.plan.values()]
+        log(settings, f"plan     one threshold: matrices from {min(sparsities):.2%} to {max(sparsities):.2%}")
+    if job.traces:
+        log(settings, f"{job.traces.verdict()}\n         kept in {path}")
+        if warning := job.traces.warning():
+            print(warning, flush=True)
+        log(settings, plan_text(settings, target_of(settings), job.plan, job.selected, job.traces))
         if settings.plot and distributed.rank() == 0:
-            plots.draw(settings.plot, known, plan)
-        tracker.plan(known, plan)
-    return plan, known, gradients
+            plots.draw(settings.plot, job.traces, job.plan)
+        job.tracker.plan(job.traces, job.plan)
 
 
-def _tell_plan(settings, plan, selected, known, path):
-    """Print what the traces say and how sparse each matrix shall be."""
-    numel = {key: out * columns for key, (out, columns) in selected.items()}
-    total = sum(target.sparsity * numel[key] for key, target in plan.items()) / sum(numel.values())
-    met = abs(total - settings.amount.sparsity) < 1e-9
-    closest = "" if met else f", as close to {settings.amount.sparsity:.2%} as whole n of {settings.prunem} allow"
-    _tell(settings, f"{known.verdict()}\n         kept in {path}")
-    if warning := known.warning():
-        print(warning, flush=True)
-    _tell(settings, f"\n{plan_tables(plan, selected, known)}\n\nplan     {total:.2%} of the weights in all{closest}")
+def _measure(job, way):
+    """Measure what the plan rests on, and make it where it was not kept. Returns the file of the traces, if any."""
+    settings, clock, execution, path = job.settings, job.clock, job.execution(way), None
+    if settings.weighs and not job.plan:
+        with clock.part("gradients"):
+            job.gradients = output_gradients(execution, list(job.selected), job.calibration, settings.seed)
+    if settings.mixed:
+        sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
+                                   settings.nprobes)
+        with clock.part("sensitivity"):
+            job.traces, path = traces.load_or_compute(execution, job.calibration, sampling, settings.sensitivity_file)
+    if not job.plan and ALLOCATIONS[settings.sparsity_way].by_loss:
+        with clock.part("allocation"):
+            diagonals = inverse_diagonals(execution, list(job.selected), job.calibration, settings.percdamp)
+            job.plan = global_plan(job.model, job.family, job.selected, job.gradients.rows, diagonals,
+                                   settings.sparsity, settings.alpha)
+    elif not job.plan:
+        job.plan = make_plan(job.selected, target_of(settings), settings.sparsity_way,
+                             job.traces and job.traces.sensitivity, settings.alpha)
+    return path
 
 
-def _tokens(settings, seqlen, tokenizer, vocab_size):
-    """Return calibration tokens (N, T) or None, {test set: tokens (n, T)} and where the texts come from."""
-    calibration, tests, sources = None, {}, {}
-    if settings.nsamples < distributed.world():
-        raise InputError(f"--nsamples {settings.nsamples}: must be at least one for each of the "
-                         f"{distributed.world()} processes")
-    if settings.mixed or settings.weighs or settings.calibrates:
-        calibration, sources["calibration"] = calibration_samples(
-            settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
-    for name in settings.eval:
-        tests[name], sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir)
-    for tokens in ([calibration] if calibration is not None else []) + list(tests.values()):
-        if tokens.max() >= vocab_size:
-            raise InputError(f"model {settings.model}: its tokenizer gives token {tokens.max()}, its vocabulary "
-                             f"has {vocab_size}")
-    return calibration, tests, sources
+def target_of(settings):
+    """Return the target of all matrices together."""
+    if settings.prunem:
+        return Target(settings.prunen / settings.prunem, settings.prunen, settings.prunem)
+    return Target(settings.sparsity)
 
 
-def _scorer(settings, seqlen, tokenizer, skeleton, dtype, device):
-    """Return a function (model, family, batch size) that scores a model on the tasks of a run, None without any."""
-    if not settings.tasks:
-        return None
-    try:
-        from mixgpt.evaluation import tasks  # lm-eval is an extra
-    except ImportError as error:
-        raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
-    chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
-    tasks.check(chosen, tokenizer, load.size(skeleton, dtype), device)
-    return lambda model, family, batch_size: tasks.score(
-        chosen, model, family, tokenizer, settings.limit, batch_size * seqlen, device)
+# ---- prune, quantize, save -------------------------------------------------------------------------------------
+
+
+def compress(job):
+    """Prune and quantize what the plan names."""
+    settings, record = job.settings, job.record
+    if job.plan:
+        one_pass = settings.calibrates and settings.true_sequential
+        way = Way(settings.batch_size, on_host=not settings.calibrates, two_passes=not one_pass)
+        job.outcomes, way = retry_with_less_memory(settings, way, partial(_compress, job), job.streamed)
+        record["settings"] |= {"batch_size": way.batch_size,
+                               "true_sequential": settings.true_sequential and not (one_pass and way.two_passes)}
+    job.matrices = measure_sparsity(job.model, job.family)
+    record |= records.of_matrices(job.matrices, job.outcomes, job.plan, job.traces)
+
+
+def _compress(job, way):
+    settings, tracker = job.settings, job.tracker
+
+    def observe(index, layer, outcomes, start):
+        seconds = job.clock.now() - start
+        tracker.layer(index, outcomes, seconds, count_zeros(index, layer))
+
+    execution, observe = job.execution(way), observe if tracker.run else None
+    if not settings.calibrates:
+        with job.clock.part("magnitude" if settings.prunes else "rounding"):
+            return prune_magnitude(execution, job.plan, settings.scheme, job.run_dir, observe), way
+    recipe = replace(recipe_of(settings, job.gradients), true_sequential=not way.two_passes)
+    return prune_layerwise(execution, job.plan, job.calibration, recipe, job.run_dir, observe), way
+
+
+def recipe_of(settings, gradients=None):
+    """Return how matrices are pruned and quantized. gradients: fisher.Gradients, where settings.weighs."""
+    saliency, solver = SALIENCIES[settings.saliency], SOLVERS[settings.solver]
+    return Recipe(
+        solver.load(), WalkOptions(settings.blocksize, saliency.load(), settings.scheme), settings.percdamp,
+        settings.act_order, settings.true_sequential, settings.target == "dense",
+        row_weights=gradients.rows if saliency.weighs_rows else None,
+        token_weights=gradients.tokens if settings.token_weights == "fisher" else None, title=solver.title)
+
+
+def save(job):
+    """Complete the folder, load it again and compare it with the model in memory."""
+    settings, record = job.settings, job.record
+    if not settings.save:
+        return
+    with job.clock.part("save"):
+        if distributed.rank() == 0:
+            load.write_record(settings.save, record)
+        job.run_dir.complete(job.tokenizer, {job.family.path(*key): outcome.grid
+                                             for key, outcome in job.outcomes.items() if outcome.grid})
+        _verify(job)
+        if job.plan:
+            record["disk"] = records.disk(settings, job.family, job.plan, job.selected)
+
+
+def _verify(job):
+    """Load what was saved and compare it with the model in memory: zeros of every matrix, logits of a few tokens."""
+    folder, family = job.settings.save, job.family
+    probe = _probe(job.tests, job.calibration, job.config.vocab_size)
+    reloaded = load.open_model(folder, load.load_config(folder, family), family, "auto")
+    if measure_sparsity(reloaded, family) != job.matrices:
+        raise InputError(f"--save {folder}: the zeros of the saved weights differ from those in memory")
+    found, wanted = (logits(each, family, probe, 1, job.device) for each in (reloaded, job.model))
+    if not torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True):
+        raise InputError(f"--save {folder}: the logits of the saved model differ from those in memory")
 
 
 def _probe(tests, calibration, vocab_size):
@@ -362,11 +388,52 @@ def _probe(tests, calibration, vocab_size):
     return torch.arange(PROBE)[None] % vocab_size
 
 
-def _verify(folder, model, family, matrices, probe, device):
-    """Load what was saved and compare it with the model in memory: zeros of every matrix, logits of the probe."""
-    reloaded = load.open_model(folder, load.load_config(folder, family), family, "auto")
-    if measure_sparsity(reloaded, family) != matrices:
-        raise InputError(f"--save {folder}: the zeros of the saved weights differ from those in memory")
-    found, wanted = (logits(each, family, probe, 1, device) for each in (reloaded, model))
-    if not torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True):
-        raise InputError(f"--save {folder}: the logits of the saved model differ from those in memory")
+# ---- evaluate and report ---------------------------------------------------------------------------------------
+
+
+def evaluate_dense(job):
+    """Measure the model as it is, where that is asked for or nothing else is."""
+    if job.settings.dense or not job.plan:
+        _evaluate(job, "dense")
+
+
+def evaluate(job):
+    """Measure the pruned model, and the kernels for 2:4 sparsity."""
+    settings = job.settings
+    if job.plan:
+        _evaluate(job, settings.method)
+    if settings.semi_structured and "semi_structured" not in job.record:
+        job.record["semi_structured"] = retry_with_less_memory(
+            settings, Way(settings.batch_size),
+            lambda way: semistructured.compare(job.model, job.family, job.tests, way.batch_size, job.device))
+
+
+def _evaluate(job, method):
+    def perplexities(way):
+        with job.clock.part("evaluation"):
+            return {name: perplexity(job.model, job.family, tokens, way.batch_size, job.device, name)
+                    for name, tokens in job.tests.items()}
+
+    def scores(way):
+        with job.clock.part("tasks"):
+            return job.score(job.model, way.batch_size)
+
+    way = Way(job.settings.batch_size)
+    job.perplexities[method] = retry_with_less_memory(job.settings, way, perplexities)
+    if job.score:
+        job.scores[method] = retry_with_less_memory(job.settings, way, scores)
+
+
+def report(job):
+    """Complete the record, write it where it is asked for, and print the tables."""
+    settings, record = job.settings, job.record
+    record |= {"perplexity": job.perplexities} | ({"tasks": job.scores} if job.scores else {})
+    record |= {"seconds": dict(job.clock.seconds), "peak_memory": peak_memory(job.device)}
+    if settings.save and distributed.rank() == 0:
+        load.write_record(settings.save, record)
+        job.run_dir.end()
+    if result := result_text(job):
+        print(result, flush=True)
+    if settings.record and distributed.rank() == 0:
+        write("--record", settings.record, json.dumps(record, indent=1) + "\n")
+    job.tracker.result(record, settings.method if job.plan else "dense")

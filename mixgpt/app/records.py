@@ -8,7 +8,7 @@ import datasets
 import torch
 import transformers
 
-from mixgpt.app.settings import OPTIONS
+from mixgpt.app.settings import METHOD, RESULT, ROUNDING, flags, having_effect
 from mixgpt.checkpoints.formats import stored_bytes
 from mixgpt.common import distributed
 from mixgpt.evaluation.sparsity import total_sparsity
@@ -49,11 +49,7 @@ def of_matrices(matrices, outcomes, plan, known):
 
 def identity(settings, seqlen, device, model, calibration):
     """Return what a run and its continuation must have in common, {flag: value}."""
-    free = ("resume", "save", "eval", "dense", "tasks", "tasks_dir", "limit", "semi_structured", "plot", "data_dir",
-            "sensitivity_file", "model", "device", "dtype", "record", "log_wandb", "wandb_project", "wandb_name",
-            "wandb_group", "quiet", "preset")
-    flags = {flag.lstrip("-").replace("-", "_"): flag for options in OPTIONS.values() for flag, *_ in options}
-    shared = {flags.get(name, name): value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    shared = {flags()[name]: getattr(settings, name) for name in having_effect(RESULT, METHOD, ROUNDING)}
     return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),
                      "number of processes": distributed.world(), "model's weights": fingerprint(model),
                      "calibration tokens": None if calibration is None else digest(calibration)}

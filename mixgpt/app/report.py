@@ -129,17 +129,18 @@ def cost_line(seconds, peak):
     return f"time {sum(seconds.values()):.1f} s ({parts}); peak memory {memory}"
 
 
-def heading(model, family, settings, selected, calibration, seqlen, device, facts, command):
+def heading(job):
     """Say all that it takes to repeat the run."""
+    settings, model = job.settings, job.model
     parameters = sum(p.numel() for p in model.parameters())
-    lines = [f"command  {command}"] if command else []
-    lines += ["versions " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-              f"model    {settings.model}: {type(model).__name__}, {len(family.layers_of(model))} layers, "
-             f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {device}"
+    lines = [f"command  {job.command}"] if job.command else []
+    lines += ["versions " + ", ".join(f"{name} {version}" for name, version in job.record["versions"].items()),
+              f"model    {settings.model}: {type(model).__name__}, {len(job.family.layers_of(model))} layers, "
+              f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {job.device}"
               + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
-    lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(selected)).items()]
-    if calibration is not None:
-        lines.append(f"data     {settings.dataset}: {len(calibration)} sequences of {seqlen} tokens, "
+    lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(job.selected)).items()]
+    if job.calibration is not None:
+        lines.append(f"data     {settings.dataset}: {len(job.calibration)} sequences of {job.seqlen} tokens, "
                      f"seed {settings.seed}, batches of {settings.batch_size}")
     return "\n".join(lines)
 
@@ -166,15 +167,25 @@ def _methods(settings, count):
     return how
 
 
-def result_text(settings, matrices, outcomes, perplexities, scores, record):
+def plan_text(settings, target, plan, selected, traces):
+    """Return the tables of a plan that rests on traces, and the sparsity that it comes to. target: of all matrices."""
+    numel = {key: out * columns for key, (out, columns) in selected.items()}
+    total = sum(each.sparsity * numel[key] for key, each in plan.items()) / sum(numel.values())
+    met = abs(total - target.sparsity) < 1e-9
+    closest = "" if met else f", as close to {target.sparsity:.2%} as whole n of {settings.prunem} allow"
+    return f"\n{plan_tables(plan, selected, traces)}\n\nplan     {total:.2%} of the weights in all{closest}"
+
+
+def result_text(job):
     """Return what is printed at the end: tables of sparsity, perplexity and tasks, unless quiet also the costs."""
-    parts = [sparsity_table(matrices, outcomes)] if settings.compresses else []
+    settings, record = job.settings, job.record
+    parts = [sparsity_table(job.matrices, job.outcomes)] if settings.compresses else []
     if settings.eval:
-        parts.append(perplexity_table(perplexities))
-    if scores:
-        parts.append(task_table(scores))
+        parts.append(perplexity_table(job.perplexities))
+    if job.scores:
+        parts.append(task_table(job.scores))
     if "semi_structured" in record:
-        parts.append(kernels_line(record["semi_structured"], list(perplexities.values())[-1]))
+        parts.append(kernels_line(record["semi_structured"], list(job.perplexities.values())[-1]))
     if settings.quiet:
         return "\n\n".join(parts)
     parts.append(cost_line(record["seconds"], record["peak_memory"]))

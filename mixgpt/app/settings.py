@@ -1,19 +1,14 @@
-"""The command line: the options of a run, their checks and their help."""
+"""The command line: the options of a run, their checks and their help. Nothing here imports PyTorch."""
 
 import argparse
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
-from datautils import DATASETS
-from mixgpt.allocation.traces import ESTIMATORS
-from mixgpt.checkpoints.formats import FORMATS
+from mixgpt.app.choices import ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, SALIENCIES, SOLVERS
 from mixgpt.common.errors import InputError
-from mixgpt.pruning.solvers import SOLVERS
-from mixgpt.pruning.targets import Target
-from quant import WBITS, Scheme
-from sparsegpt import SALIENCIES
 
-WAYS = ("uniform", "origin", "layer-level", "weight-level", "global")  # origin: what the ancestors call uniform
+WBITS = (2, 3, 4, 8, 16)  # 16: weights stay as they are
 TARGETS = ("layer", "dense")
 TOKEN_WEIGHTS = ("equal", "fisher")
 PRESETS = {  # whole recipes; a flag that is given overrides them
@@ -31,64 +26,135 @@ def recipe(preset, prunem=0):
     return PRESETS[preset] | (alike if prunem and preset == "best" else {})
 
 
+# What an option has an effect on.
+RESULT = "result"  # the result: the same for --resume, and told apart in plots
+METHOD = "method"  # the result, which the method's name, the sparsity or the range over seeds tells in plots
+ROUNDING = "rounding"  # the order of sums or the files only: the same for --resume, one point in plots
+FREE = "free"  # nothing of that: it may differ between a run and its continuation
+
+
+def option(default, effect, help, *, flag=None, group=None, **arguments):
+    """Describe a field of `Settings`: its effect, help and flag, the group of options that begins with it, and further
+    arguments of argparse."""
+    return dataclasses.field(default=default, metadata={
+        "effect": effect, "help": help, "flag": flag, "group": group, "arguments": arguments})
+
+
+def names(text):
+    """Split a list of names."""
+    found = tuple(dict.fromkeys(text.replace(",", " ").split()))
+    if not found:
+        raise argparse.ArgumentTypeError("names no task; give for example arc_challenge,hellaswag")
+    return found
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options of a run, named as on the command line. Raises InputError where their values cannot be used."""
 
-    model: str
-    dataset: str
-    sparsity: float = 0.0
-    prunen: int = 0
-    prunem: int = 0
-    preset: str | None = None
-    sparsity_way: str = "uniform"
-    alpha: float = 0.1
-    sensitivity: str = "hutchinson"
-    nprobes: int = 1
-    sensitivity_file: str | None = None
-    wbits: int = 16
-    groupsize: int = -1
-    sym: bool = False
-    mse: bool = False
-    act_order: bool = False
-    nearest: bool = False
-    gmp: bool = False
-    solver: str = "obs"
-    target: str = "layer"
-    token_weights: str = "equal"
-    saliency: str = "obs"
-    blocksize: int = 128
-    percdamp: float = 0.01
-    true_sequential: bool = True
-    minlayer: int = 0
-    maxlayer: int = 1000
-    prune_only: str = ""
-    invert: bool = False
-    nsamples: int = 128
-    seqlen: int | None = None
-    seed: int = 0
-    data_dir: str | None = None
-    eval: tuple[str, ...] = ("wikitext2", "ptb", "c4")
-    dense: bool = False
-    tasks: tuple[str, ...] = ()
-    tasks_dir: str | None = None
-    limit: int | None = None
-    semi_structured: bool = False
-    batch_size: int = 2
-    device: str | None = None
-    dtype: str = "auto"
-    save: str | None = None
-    save_format: str = "dense"
-    resume: bool = False
-    plot: str | None = None
-    record: str | None = None
-    log_wandb: bool = False
-    wandb_project: str | None = None
-    wandb_name: str | None = None
-    wandb_group: str | None = None
-    quiet: bool = False
+    model: str = dataclasses.field(metadata={"effect": FREE})  # its weights count, see records.identity
+    dataset: str = dataclasses.field(metadata={"effect": RESULT})
+
+    sparsity: float = option(0.0, METHOD,
+        "fraction of the weights to prune, 0 to below 1", group="what to prune and to quantize")
+    prunen: int = option(0, METHOD, "n of n:m, weights pruned in every group")
+    prunem: int = option(0, METHOD, "m of n:m, consecutive weights of a row in a group")
+    minlayer: int = option(0, RESULT, "first layer to change")
+    maxlayer: int = option(1000, RESULT, "first layer not to change any more")
+    prune_only: str = option("", RESULT, "change only matrices whose name contains this, such as fc1 or mlp")
+    invert: bool = option(False, RESULT, "change what the three options above do not select")
+
+    preset: str | None = option(None, FREE,
+        "sparsegpt, mixgpt (the paper's) or best (what measures best); flags that are given override it",
+        group="whole recipes", choices=PRESETS)
+
+    sparsity_way: str = option("uniform", METHOD,
+        ALLOCATIONS.help, group="how sparse each matrix is", choices=ALLOCATIONS)
+    alpha: float = option(0.1, RESULT,
+        "greatest distance of a matrix from the sparsity asked for, with layer-level and weight-level "
+        "before the shift that meets the total")
+    sensitivity: str = option("hutchinson", METHOD, ESTIMATORS.help, choices=ESTIMATORS)
+    nprobes: int = option(1, RESULT, "probes, or draws of labels with fisher, per calibration sequence")
+    sensitivity_file: str | None = option(None, FREE,
+        "JSON file of the traces, read where it exists, else computed and written (default: kept in "
+        "~/.cache/mixgpt by model, data, seed and settings)")
+
+    gmp: bool = option(False, METHOD, "by magnitude, without calibration (the baseline)", group="how to prune")
+    solver: str = option("obs", METHOD, SOLVERS.help, choices=SOLVERS)
+    target: str = option("layer", METHOD,
+        "what the outputs of a pruned matrix come close to: those of the dense matrix on the same inputs "
+        "(layer), or the mean of these and those of the dense model, and half of what the hidden states "
+        "that they are added to lack (dense)", choices=TARGETS)
+    token_weights: str = option("equal", METHOD,
+        "what a calibration token counts in the Hessians: as much as each other one (equal), or by the "
+        "root of the loss's gradient there (fisher)", choices=TOKEN_WEIGHTS)
+    saliency: str = option("obs", METHOD, f"what ranks weights; {SALIENCIES.help}", choices=SALIENCIES)
+    blocksize: int = option(128, RESULT, "columns between two updates of the rest of the matrix")
+    percdamp: float = option(0.01, RESULT, "damping of the Hessian, as a fraction of its mean diagonal")
+    true_sequential: bool = option(True, RESULT,
+        "calibrate each linear on inputs from the pruned linears before it in its layer, in one run of "
+        "the layer; else all of a layer on its unpruned linears, in two",
+        flag="--true-sequential", action=argparse.BooleanOptionalAction)
+
+    wbits: int = option(16, METHOD,
+        "bits of a weight that is kept, by GPTQ in the same walk; 16: as they are",
+        group="how many bits a weight has", choices=WBITS)
+    groupsize: int = option(-1, RESULT, "columns of a row that share a grid; -1: all")
+    sym: bool = option(False, RESULT, "grids with zero in their middle, instead of the range of the weights")
+    mse: bool = option(False, RESULT, "search the range of each grid for the least squared error")
+    act_order: bool = option(False, RESULT,
+        "walk the columns in order of decreasing activations; groups of n:m stay whole", flag="--act-order")
+    nearest: bool = option(False, METHOD, "round to the nearest value without calibration (the baseline)")
+
+    nsamples: int = option(128, RESULT, "sequences", group="calibration")
+    seqlen: int | None = option(None, RESULT,
+        "tokens in a sequence, also in evaluation (default: 2048, or the model's limit where that is "
+        "lower)", type=int)
+    seed: int = option(0, METHOD, "of the choice of sequences, and of probes and labels")
+    data_dir: str | None = option(None, FREE,
+        "folder with local copies of the datasets, instead of the hub", flag="--data-dir")
+
+    eval: tuple[str, ...] = option(("wikitext2", "ptb", "c4"), FREE,
+        "test sets to report perplexity on; none: --eval without a name",
+        group="evaluation", nargs='*', type=str, choices=DATASETS)
+    dense: bool = option(False, FREE, "report the dense model's perplexity and scores too")
+    tasks: tuple[str, ...] = option((), FREE,
+        "tasks of lm-eval to report scores on, separated by commas, such as arc_challenge,hellaswag; "
+        "needs requirements-eval.txt", type=names)
+    tasks_dir: str | None = option(None, FREE, "folder with further tasks, described by lm-eval's .yaml files")
+    limit: int | None = option(None, FREE, "examples of each task, the first ones (default: all)", type=int)
+    semi_structured: bool = option(False, FREE,
+        "run the model, which must be 2:4 sparse, on the kernels that GPUs have for that too, and report "
+        "speed and difference", flag="--semi-structured")
+
+    batch_size: int = option(2, ROUNDING,
+        "sequences that run together; changes speed and memory only",
+        flag="--batch-size", group="where and how it runs")
+    device: str | None = option(None, FREE, "cpu, cuda or cuda:N (default: cuda where there is one)")
+    dtype: str = option("auto", RESULT,
+        "of the weights in memory and saved; auto: as stored, but float32 for float16 on a CPU",
+        choices=['auto', 'float32', 'bfloat16', 'float16'])
+
+    save: str | None = option(None, FREE,
+        "new folder for weights, tokenizer, config and mixgpt.json, verified by loading it again", group="output")
+    save_format: str = option("dense", ROUNDING, FORMATS.help, flag="--save-format", choices=FORMATS)
+    resume: bool = option(False, FREE, "go on with the run that left off in the folder of --save, where there is one")
+    plot: str | None = option(None, FREE,
+        "picture of sensitivities by layer and by kind, and of the sparsities assigned (.png, .pdf, .svg)")
+    record: str | None = option(None, FREE,
+        "JSON file for what --save keeps in mixgpt.json: settings, versions, every matrix, perplexities; "
+        "results.py makes tables and plots of many")
+    log_wandb: bool = option(False, FREE, "log to Weights & Biases as the run goes (pip install wandb, wandb login)")
+    wandb_project: str | None = option(None, FREE,
+        "project there (default: WANDB_PROJECT, like all that wandb reads from its variables)")
+    wandb_name: str | None = option(None, FREE, "name of the run there (default: WANDB_NAME)")
+    wandb_group: str | None = option(None, FREE, "group of the run there (default: WANDB_RUN_GROUP)")
+    quiet: bool = option(False, FREE, "print nothing but the results and warnings")
 
     def __post_init__(self):
+        for name, registry in {"sparsity_way": ALLOCATIONS, "sensitivity": ESTIMATORS, "solver": SOLVERS,
+                               "saliency": SALIENCIES, "save_format": FORMATS}.items():
+            registry.check(getattr(self, name))
         if not 0 <= self.sparsity < 1:
             raise InputError(f"--sparsity {self.sparsity:g}: must be at least 0 and below 1")
         if (self.prunen or self.prunem) and not 0 < self.prunen < self.prunem:
@@ -101,9 +167,9 @@ class Settings:
             raise InputError("--gmp: needs --sparsity, --prunen and --prunem, or --wbits")
         if self.mixed and not self.prunes:
             raise InputError(f"--sparsity_way {self.sparsity_way}: needs --sparsity or --prunen and --prunem")
-        if self.sparsity_way == "global" and self.prunem:
-            raise InputError("--sparsity_way global: gives each matrix a fraction, not n of m; with --prunen and "
-                             "--prunem it must be uniform, layer-level or weight-level")
+        if ALLOCATIONS[self.sparsity_way].by_loss and self.prunem:
+            raise InputError(f"--sparsity_way {self.sparsity_way}: gives each matrix a fraction, not n of m; with "
+                             "--prunen and --prunem it must be uniform, layer-level or weight-level")
         if self.plot and not self.mixed:
             raise InputError("--plot: draws sensitivities, needs --sparsity_way layer-level or weight-level")
         if not 0 <= self.alpha <= 1:
@@ -138,9 +204,10 @@ class Settings:
             raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and --nearest")
         if self.solver == "admm" and not self.prunes:
             raise InputError("--solver admm: chooses what to prune, needs --sparsity or --prunen and --prunem")
-        if self.solver == "admm" and self.saliency == "isc":
-            raise InputError("--saliency isc: ranks weights in the walk of --solver obs; with admm it must be obs or "
-                             "fisher")
+        if self.solver not in SALIENCIES[self.saliency].solvers:
+            others = [name for name, saliency in SALIENCIES.items() if self.solver in saliency.solvers]
+            raise InputError(f"--saliency {self.saliency}: --solver {self.solver} does not rank weights by it; it must "
+                             f"be {' or '.join(others) or 'left out'}")
 
     def _check_quantization(self):
         if self.wbits not in WBITS:
@@ -148,7 +215,7 @@ class Settings:
         if self.groupsize != -1 and self.groupsize < 1:
             raise InputError(f"--groupsize {self.groupsize}: must be at least 1, or -1 for a whole row")
         given = {"--groupsize": self.groupsize != -1, "--sym": self.sym, "--mse": self.mse, "--nearest": self.nearest}
-        for flag in (flag for flag, is_given in given.items() if is_given and not self.scheme):
+        for flag in (flag for flag, is_given in given.items() if is_given and not self.quantizes):
             raise InputError(f"{flag}: needs --wbits {', '.join(map(str, WBITS[:-1]))}")
         if self.nearest and self.prunes and not self.gmp:
             raise InputError("--nearest: rounds without calibration; with --sparsity or --prunen it needs --gmp")
@@ -163,8 +230,6 @@ class Settings:
                              f"--groupsize must be at least {m}")
 
     def _check_format(self):
-        if self.save_format not in ("dense", *FORMATS):
-            raise InputError(f"--save-format {self.save_format}: must be one of {', '.join(('dense', *FORMATS))}")
         if self.save_format != "dense" and not self.save:
             raise InputError(f"--save-format {self.save_format}: needs --save")
         if self.resume and not self.save:
@@ -183,13 +248,19 @@ class Settings:
         return self.sparsity > 0 or self.prunem > 0
 
     @property
+    def quantizes(self):
+        return self.wbits < 16
+
+    @property
     def scheme(self):
-        """The grids of the weights, None where they stay as they are."""
-        return Scheme(self.wbits, self.groupsize, self.sym, self.mse) if self.wbits < 16 else None
+        """The quant.Scheme of the weights' grids, None where they stay as they are."""
+        from quant import Scheme  # imports PyTorch
+
+        return Scheme(self.wbits, self.groupsize, self.sym, self.mse) if self.quantizes else None
 
     @property
     def compresses(self):
-        return self.prunes or self.scheme is not None
+        return self.prunes or self.quantizes
 
     @property
     def calibrates(self):
@@ -197,23 +268,24 @@ class Settings:
 
     @property
     def mixed(self):
-        return self.sparsity_way in ("layer-level", "weight-level")
+        """Whether matrices or layers are ranked by their sensitivity."""
+        return ALLOCATIONS[self.sparsity_way].ranks
 
     @property
     def weighs(self):
         """Whether the gradients of the loss by the outputs of matrices are needed."""
-        by_loss = "fisher" in (self.saliency, self.token_weights)
-        return self.sparsity_way == "global" or by_loss and self.calibrates
+        weighted = SALIENCIES[self.saliency].weighs_rows or self.token_weights == "fisher"
+        return ALLOCATIONS[self.sparsity_way].by_loss or weighted and self.calibrates
 
     @property
     def method(self):
         """Name of the recipe in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
-        bits = f"{self.wbits} bit" if self.scheme else ""
+        bits = f"{self.wbits} bit" if self.quantizes else ""
         if not self.prunes:
             return f"{'GPTQ' if self.calibrates else 'nearest'} {bits}" + (
                 " (dense target)" if self.target == "dense" else "")
         mixgpt = self.mixed and self.saliency == "isc" and not self.gmp
-        name = "magnitude" if self.gmp else "ADMM" if self.solver == "admm" else "MixGPT" if mixgpt else "SparseGPT"
+        name = "magnitude" if self.gmp else "MixGPT" if mixgpt and self.solver == "obs" else SOLVERS[self.solver].title
         choices = [f"{self.sparsity_way} by {self.sensitivity}"] if self.mixed else []
         choices += ["global"] if self.sparsity_way == "global" else []
         choices += [self.saliency] if self.saliency != "obs" and not self.gmp and not mixgpt else []
@@ -221,114 +293,26 @@ class Settings:
         choices += ["weighted tokens"] if self.token_weights == "fisher" else []
         return name + (f" ({', '.join(choices)})" if choices else "") + (f" + {bits}" if bits else "")
 
-    @property
-    def amount(self):
-        if self.prunem:
-            return Target(self.prunen / self.prunem, self.prunen, self.prunem)
-        return Target(self.sparsity)
+    def check_paths(self):
+        """Raise InputError where a file or folder that is named as one is not there."""
+        path = Path(self.model)
+        if path.suffix == ".gguf" and not path.is_file():
+            raise InputError(f"model {self.model}: no such file")
+        if (path.is_absolute() or self.model.startswith((".", "~"))) and not path.exists():
+            raise InputError(f"model {self.model}: there is no such folder or file")
+        if self.data_dir and not Path(self.data_dir).is_dir():
+            raise InputError(f"--data-dir {self.data_dir}: there is no such folder")
 
 
-def _names(text):
-    names = tuple(dict.fromkeys(text.replace(",", " ").split()))
-    if not names:
-        raise argparse.ArgumentTypeError("names no task; give for example arc_challenge,hellaswag")
-    return names
+def flags():
+    """Return {name of a field of Settings: its flag, or its name where it is positional}."""
+    return {field.name: field.metadata.get("flag") or (
+        f"--{field.name}" if "help" in field.metadata else field.name) for field in dataclasses.fields(Settings)}
 
 
-# Group -> (flag, help, further arguments of argparse); types and defaults are those of Settings.
-OPTIONS = {
-    "what to prune and to quantize": [
-        ("--sparsity", "fraction of the weights to prune, 0 to below 1", {}),
-        ("--prunen", "n of n:m, weights pruned in every group", {}),
-        ("--prunem", "m of n:m, consecutive weights of a row in a group", {}),
-        ("--minlayer", "first layer to change", {}),
-        ("--maxlayer", "first layer not to change any more", {}),
-        ("--prune_only", "change only matrices whose name contains this, such as fc1 or mlp", {}),
-        ("--invert", "change what the three options above do not select", {}),
-    ],
-    "whole recipes": [
-        ("--preset", "sparsegpt, mixgpt (the paper's) or best (what measures best); flags that are given override it",
-         {"choices": PRESETS}),
-    ],
-    "how sparse each matrix is": [
-        ("--sparsity_way", "uniform (or origin): all matrices alike; layer-level, weight-level: the less sensitive a "
-                           "layer or matrix, the sparser, with the same total; global: one threshold for the weights "
-                           "of all matrices, on what removing them adds to the loss", {"choices": WAYS}),
-        ("--alpha", "greatest distance of a matrix from the sparsity asked for, with layer-level and weight-level "
-                    "before the shift that meets the total", {}),
-        ("--sensitivity", "hutchinson: trace of the exact Hessian of the loss, by random probes; fisher: trace of the "
-                          "Gauss-Newton matrix, less noise in less time", {"choices": ESTIMATORS}),
-        ("--nprobes", "probes, or draws of labels with fisher, per calibration sequence", {}),
-        ("--sensitivity_file", "JSON file of the traces, read where it exists, else computed and written (default: "
-                               "kept in ~/.cache/mixgpt by model, data, seed and settings)", {}),
-    ],
-    "how to prune": [
-        ("--gmp", "by magnitude, without calibration (the baseline)", {}),
-        ("--solver", "obs: one walk over the columns (SparseGPT); admm: masks by ADMM, and the kept weights solved for",
-         {"choices": SOLVERS}),
-        ("--target", "what the outputs of a pruned matrix come close to: those of the dense matrix on the same inputs "
-                     "(layer), or the mean of these and those of the dense model, and half of what the hidden "
-                     "states that they are added to lack (dense)", {"choices": TARGETS}),
-        ("--token_weights", "what a calibration token counts in the Hessians: as much as each other one (equal), or by "
-                            "the root of the loss's gradient there (fisher)", {"choices": TOKEN_WEIGHTS}),
-        ("--saliency", "what ranks weights: obs (SparseGPT), isc, the improved criterion of MixGPT, or fisher, obs "
-                       "with each row weighted by the loss's gradient there",
-         {"choices": SALIENCIES}),
-        ("--blocksize", "columns between two updates of the rest of the matrix", {}),
-        ("--percdamp", "damping of the Hessian, as a fraction of its mean diagonal", {}),
-        ("--true-sequential", "calibrate each linear on inputs from the pruned linears before it in its layer, in one "
-                              "run of the layer; else all of a layer on its unpruned linears, in two",
-         {"action": argparse.BooleanOptionalAction}),
-    ],
-    "how many bits a weight has": [
-        ("--wbits", "bits of a weight that is kept, by GPTQ in the same walk; 16: as they are", {"choices": WBITS}),
-        ("--groupsize", "columns of a row that share a grid; -1: all", {}),
-        ("--sym", "grids with zero in their middle, instead of the range of the weights", {}),
-        ("--mse", "search the range of each grid for the least squared error", {}),
-        ("--act-order", "walk the columns in order of decreasing activations; groups of n:m stay whole", {}),
-        ("--nearest", "round to the nearest value without calibration (the baseline)", {}),
-    ],
-    "calibration": [
-        ("--nsamples", "sequences", {}),
-        ("--seqlen", "tokens in a sequence, also in evaluation (default: 2048, or the model's limit where that is "
-                     "lower)", {"type": int}),
-        ("--seed", "of the choice of sequences, and of probes and labels", {}),
-        ("--data-dir", "folder with local copies of the datasets, instead of the hub", {}),
-    ],
-    "evaluation": [
-        ("--eval", "test sets to report perplexity on; none: --eval without a name",
-         {"nargs": "*", "type": str, "choices": DATASETS}),
-        ("--dense", "report the dense model's perplexity and scores too", {}),
-        ("--tasks", "tasks of lm-eval to report scores on, separated by commas, such as arc_challenge,hellaswag; needs "
-                    "requirements-eval.txt", {"type": _names}),
-        ("--tasks_dir", "folder with further tasks, described by lm-eval's .yaml files", {}),
-        ("--limit", "examples of each task, the first ones (default: all)", {"type": int}),
-        ("--semi-structured", "run the model, which must be 2:4 sparse, on the kernels that GPUs have for that too, "
-                              "and report speed and difference", {}),
-    ],
-    "where and how it runs": [
-        ("--batch-size", "sequences that run together; changes speed and memory only", {}),
-        ("--device", "cpu, cuda or cuda:N (default: cuda where there is one)", {}),
-        ("--dtype", "of the weights in memory and saved; auto: as stored, but float32 for float16 on a CPU",
-         {"choices": ["auto", "float32", "bfloat16", "float16"]}),
-    ],
-    "output": [
-        ("--save", "new folder for weights, tokenizer, config and mixgpt.json, verified by loading it again", {}),
-        ("--save-format", "dense: every weight in its dtype; compressed-tensors: packed integers, for vLLM too; "
-                          "sparse: a bit mask and the packed values of the kept weights",
-         {"choices": ("dense", *FORMATS)}),
-        ("--resume", "go on with the run that left off in the folder of --save, where there is one", {}),
-        ("--plot", "picture of sensitivities by layer and by kind, and of the sparsities assigned (.png, .pdf, .svg)",
-         {}),
-        ("--record", "JSON file for what --save keeps in mixgpt.json: settings, versions, every matrix, perplexities; "
-                     "results.py makes tables and plots of many", {}),
-        ("--log_wandb", "log to Weights & Biases as the run goes (pip install wandb, wandb login)", {}),
-        ("--wandb_project", "project there (default: WANDB_PROJECT, like all that wandb reads from its variables)", {}),
-        ("--wandb_name", "name of the run there (default: WANDB_NAME)", {}),
-        ("--wandb_group", "group of the run there (default: WANDB_RUN_GROUP)", {}),
-        ("--quiet", "print nothing but the results and warnings", {}),
-    ],
-}
+def having_effect(*effects):
+    """Return the names of the fields of Settings whose effect is one of these."""
+    return [field.name for field in dataclasses.fields(Settings) if field.metadata["effect"] in effects]
 
 
 class Parser(argparse.ArgumentParser):
@@ -346,22 +330,26 @@ def parse(family, argv=None):
                                         "Without --sparsity, --prunen/--prunem or --wbits: the perplexity of the dense "
                                         "model.")
     parser.add_argument("model", help="hub id, local folder or .gguf file")
-    parser.add_argument("dataset", choices=DATASETS, help="calibration text: %(choices)s; builtin is CPython's own "
-                                                          "reference manual and needs no download")
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-    for title, options in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for flag, text, arguments in options:
-            name = flag.lstrip("-").replace("-", "_")
-            default = defaults[name]
-            if default is False:
-                group.add_argument(flag, dest=name, help=text, action="store_true")
-                continue
-            if default not in (None, "", ()):
-                text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
-            if "action" not in arguments:
-                arguments = {"type": str if default is None else type(default)} | arguments
-            group.add_argument(flag, dest=name, help=text, **arguments)
+    parser.add_argument("dataset", choices=DATASETS, help=f"calibration text; {DATASETS.help}")
+    for field in dataclasses.fields(Settings):
+        if "help" in field.metadata:
+            if title := field.metadata["group"]:
+                group = parser.add_argument_group(title)
+            _add(group, field)
     given = vars(parser.parse_args(argv))
     preset = recipe(given["preset"], given.get("prunem", 0)) if "preset" in given else {}
     return Settings(**preset | given)
+
+
+def _add(group, field):
+    """Add the option of a field of Settings to a group of argparse's."""
+    default, text, arguments = field.default, field.metadata["help"], field.metadata["arguments"]
+    flag = flags()[field.name]
+    if default is False:
+        group.add_argument(flag, dest=field.name, help=text, action="store_true")
+        return
+    if default not in (None, "", ()):
+        text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
+    if "action" not in arguments:
+        arguments = {"type": str if default is None else type(default)} | arguments
+    group.add_argument(flag, dest=field.name, help=text, **arguments)

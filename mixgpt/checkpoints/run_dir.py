@@ -124,12 +124,15 @@ class RunDir:
                 "gradients": gradients is not None,
                 "targets": [[layer, name, *astuple(target)] for (layer, name), target in plan.items()]})
 
+    @property
+    def has_plan(self):
+        return distributed.tell((self.progress / "plan.json").is_file())
+
     def kept_plan(self):
         """Return what `keep_plan` was given in the run that left off here; (None, None) where it came to none."""
-        file = self.progress / "plan.json"
-        if not distributed.tell(file.is_file()):
+        if not self.has_plan:
             return None, None
-        kept = json.loads(file.read_text())
+        kept = json.loads((self.progress / "plan.json").read_text())
         plan = {(layer, name): Target(*target) for layer, name, *target in kept["targets"]}
         if not kept["gradients"]:
             return plan, None

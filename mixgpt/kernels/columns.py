@@ -31,16 +31,17 @@ def smallest_in_groups(scores, n, m):
     return smallest_per_row(groups, n).view(scores.shape[1], -1).t()
 
 
-def walk_columns(W, E, U, mask, factors, prunem, prunens, grid):
+def walk_columns(W, E, U, mask, factors, groups, grid):
     """Remove or round the weights of each column in turn, and let the columns behind it compensate the error.
 
     W: (n, out), the columns of a range, up to date at its first one; becomes the new weights. E: (n, out), becomes
-    their errors over the diagonal of U. U: (n, n), upper triangular. mask: (n, out), the weights to remove. With
-    prunem > 0 more are chosen here: the prunens least of every prunem, for each (slice of rows, prunen), by the scores
-    w² · factors (n,), those of the mask first. grid: (scale, low, high, dtype), the first three (out,), as in
-    `quant.to_multiples`; or None.
+    their errors over the diagonal of U. U: (n, n), upper triangular. mask: (n, out), the weights to remove. groups:
+    (prunem, [(slice of rows, prunen)]), to choose here the prunen least of every prunem weights of those rows, by the
+    scores w² · factors (n,), those of the mask first; or None. grid: (scale, low, high, dtype), the first three (out,),
+    as in `quant.to_multiples`; or None.
     SparseGPT (arXiv 2301.00774), algorithm 1, and GPTQ (arXiv 2210.17323), eq. 2 and 3.
     """
+    prunem, prunens = groups or (0, [])
     for j in range(len(W)):
         if prunem and j % prunem == 0:
             group = slice(j, j + prunem)

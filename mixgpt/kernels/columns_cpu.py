@@ -11,11 +11,12 @@ TILE = 64  # rows of W at a time
 GRID_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that the compiled code can round to
 
 
-def walk_columns(W, E, U, mask, factors, prunem, prunens, grid):
+def walk_columns(W, E, U, mask, factors, groups, grid):
     """Walk the columns of a range on the host; arguments as in `columns.walk_columns`."""
     W, E, U, mask, factors = (x.numpy() for x in (W, E, U, mask, factors))
     scale, low, high = (x.numpy() for x in grid[:3]) if grid else (W[0, :0],) * 3
-    for rows, n in prunens if prunem else [(slice(0, W.shape[1]), 0)]:
+    prunem, prunens = groups or (0, [(slice(0, W.shape[1]), 0)])
+    for rows, n in prunens:
         _walk_rows(W, E, U, mask, factors, rows.start, rows.stop, prunem, n, scale, low, high,
                    grid is not None and grid[3] == torch.bfloat16)
 

@@ -16,12 +16,12 @@ GRID_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.flo
 ROUNDER = tl.constexpr(1.5 * 2**23)  # the float32 numbers of this size are the integers: a sum with it is rounded
 
 
-def walk_columns(W, E, U, mask, factors, prunem, prunens, grid):
+def walk_columns(W, E, U, mask, factors, groups, grid):
     """Walk the columns of a range on the device; arguments as in `columns.walk_columns`, all float32."""
     columns, out = W.shape
     padded = triton.next_power_of_2(columns)
     tile = max(min(ROWS, TILE // padded), 1)
-    prunen = None
+    prunen, (prunem, prunens) = None, groups or (0, [])
     if prunem:
         prunen = torch.empty(out, dtype=torch.int32, device=W.device)
         for rows, n in prunens:
@@ -41,7 +41,7 @@ def obstacle(device):
     """
     W, E, mask = torch.ones(2, 2, device=device), torch.empty(2, 2, device=device), torch.ones(2, 2, device=device) > 0
     try:
-        walk_columns(W, E, torch.eye(2, device=device), mask, torch.ones(2, device=device), 0, None, None)
+        walk_columns(W, E, torch.eye(2, device=device), mask, torch.ones(2, device=device), None, None)
     except (OSError, RuntimeError, AssertionError, subprocess.SubprocessError, triton.TritonError) as error:
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None

@@ -28,10 +28,10 @@ def groups_of(layer, index, stream, plan, shared):
     return groups
 
 
-def hessians_of(layer, stream, groups, nsequences, clock, beside=None, token_weights=None):
+def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weights=None):
     """Return {module that reads an input first: SparseGPT of that input}, in order, and what adds an input to it.
 
-    nsequences: in all processes together. beside: a dense.Beside, whose batches come before the layer's.
+    nsequences: in all processes together. twin: a DenseTwin, whose batches come before the layer's.
     token_weights: of each input, (n, T).
     """
     modules = linears(layer)
@@ -44,7 +44,7 @@ def hessians_of(layer, stream, groups, nsequences, clock, beside=None, token_wei
 
     def read(module, X):
         with clock.part("Hessian"):
-            more = beside.ahead(module, X) if beside else {}
+            more = twin.fit_targets(module, X) if twin else {}
             if weights:
                 more["weights"] = next(weights[module]).flatten().to(X.device)
             hessians[module].add_batch(X, **more)

@@ -13,7 +13,7 @@ import torch
 from mixgpt.common import distributed
 from modelutils import hooked, linears
 
-SHARE = 0.5  # of what the dense model's inputs, and its sums, are ahead by, what the pruned outputs shall make up for
+SHARE = 0.5  # fraction of the gap to the dense model that the regression target closes
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def residual_writers(layer, index, stream):
             if written and rest <= 0.01 * change.norm() + rounding]
 
 
-class Beside:
+class DenseTwin:
     """What the dense model has in a layer, batch by batch; each batch of the pruned model comes the same way after it.
 
     layer: a copy that stays dense. stops: {its module: the pruned layer's} of those that read each input first.
@@ -61,15 +61,15 @@ class Beside:
             self._lags[module] = [(dense.hidden[rows] - stream.hidden[rows]).to(stream.device)
                                   for rows in stream.batches()]
 
-    def note(self, twin, x):
+    def record_input(self, twin, x):
         """Keep x, the next batch's input of a module of the dense layer."""
         self._inputs[self.stops[twin]].append(x)
 
-    def ahead(self, module, X):
-        """Return what the outputs of a module of the pruned layer shall make up for in the next batch, with input X.
+    def fit_targets(self, module, X):
+        """Return what the regression targets of a module of the pruned layer add in the next batch, with input X.
 
-        As arguments of `SparseGPT.add_batch`: half of the way to the dense model's inputs, and where the module writes
-        to the hidden states, half of the lag in front of it, too.
+        As arguments of `SparseGPT.add_batch`: half of the gap to the dense model's inputs, and where the module writes
+        to the residual stream, half of the gap there, too.
         """
         batch, self._taken[module] = self._taken[module], self._taken[module] + 1
         shift = SHARE * (self._inputs[module].popleft() - X)
@@ -79,8 +79,8 @@ class Beside:
         return {"gain": torch.nn.functional.linear(shift, module.weight).view_as(lag).add(lag, alpha=SHARE)}
 
     @contextlib.contextmanager
-    def following(self):
-        """Let both layers' runs within the block tell what they add to the hidden states on their way."""
+    def recording(self):
+        """While active, record what both layers add to the residual stream."""
         readers = {}
         for (module, twin), (behind, _) in zip(self._writers, self._writers[1:], strict=False):
             readers[twin] = self._outputs[module].append

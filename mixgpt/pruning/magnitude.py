@@ -14,14 +14,14 @@ from quant import meet_sparsities, quantize_nearest
 
 
 @torch.no_grad()
-def prune_magnitude(model, family, plan, device, scheme=None, folder=None, observe=None):
+def prune_magnitude(execution, plan, scheme=None, run_dir=None, observe=None):
     """Prune every matrix of the plan by magnitude and round it to the nearest grid values of `scheme`, in place.
 
-    folder: a run_dir.RunDir that keeps finished layers. Returns {(layer, name): Outcome}.
+    execution, plan, run_dir, observe: as in `layerwise.prune_layerwise`. Returns {(layer, name): Outcome}.
     """
     title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
-    layers = family.layers_of(model)
-    first, outcomes = folder.begin(len(layers)) if folder else (0, {})
+    layers, device = execution.layers, execution.device
+    first, outcomes = run_dir.begin(len(layers)) if run_dir else (0, {})
     for index in tqdm(range(first, len(layers)), desc=title, unit="layer", disable=None, initial=first,
                       total=len(layers)):
         layer, made, start = layers[index], {}, time.perf_counter()
@@ -34,8 +34,8 @@ def prune_magnitude(model, family, plan, device, scheme=None, folder=None, obser
                     made[index, name] = Outcome(grid=grid and grid.to("cpu"))
             if observe:
                 observe(index, layer, made, start)
-            if folder:
-                folder.finish(index, layer, made)
+            if run_dir:
+                run_dir.finish(index, layer, made)
         outcomes |= made
     return outcomes
 

@@ -1,55 +1,94 @@
-"""The solvers, which prune and quantize the matrices that read one input from its Hessian."""
+"""The solvers, which prune and quantize the matrices that read one input, and the recipe that names one of them."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from mixgpt.kernels.linalg import damping
 from mixgpt.pruning.admm import admm_pruner
 from quant import meet_sparsities
-from sparsegpt import prune_matrices, relative_errors
-
-SOLVERS = {"obs": "SparseGPT", "admm": "ADMM"}
+from sparsegpt import SparseGPT, WalkOptions, prune_matrices, relative_errors
 
 
-def prune_in_place(hessian, weights, targets, solver="obs", row_weights=None, scheme=None, **options):
-    """Prune and quantize `weights`, a list of matrices (out, in) of one dtype, in place.
+@dataclass(frozen=True)
+class Problem:
+    """What a solver gets: the matrices that read one input, stacked or one by one, and what shall become of them.
 
-    hessian: a SparseGPT, factored. targets, row_weights and options: as in `prune_matrices`. solver: obs, by one walk;
-    admm, by `admm_pruner`, and the walk only quantizes. Returns the `relative_error` and the quant.Grid of each, None
-    where it is not quantized.
+    Columns are in the order of the walk. A solver returns [(Ŵ, its quant.Grid or None)] in the order of `wanted`; what
+    is 0 in W* must be 0 in Ŵ.
     """
-    h, dtype, counts = hessian.H.diagonal()[hessian.order], weights[0].dtype, [len(weight) for weight in weights]
+
+    hessian: SparseGPT  # factored
+    wanted: list[torch.Tensor]  # W* (out, in) of each, float32: the weights that are best without any constraint
+    targets: list[tuple]  # (sparsity, prunen, prunem) of each
+    options: WalkOptions
+    dtype: torch.dtype  # of the weights in the end
+    row_weights: torch.Tensor | None = None  # (rows of all,), what an error in each row counts
+
+    @property
+    def h(self):
+        """The diagonal of H, (in,)."""
+        return self.hessian.H.diagonal()[self.hessian.order]
+
+    @property
+    def damped(self):
+        """H + λI (in, in)."""
+        H = self.hessian.H[self.hessian.order][:, self.hessian.order].clone()
+        H.diagonal().add_(damping(H, self.hessian.percdamp))
+        return H
+
+
+def walk(problem):
+    """Walk once over the columns: SparseGPT, and GPTQ where there is a scheme."""
+    return prune_matrices(problem.wanted, problem.hessian.R, problem.h, problem.targets, problem.options, problem.dtype,
+                          problem.row_weights)
+
+
+def admm(problem):
+    """Prune by `admm_pruner`; with a scheme, walk over the columns to round what is left, and prune less by as much as
+    that rounds to 0."""
+    prune = admm_pruner(problem.wanted, problem.damped, problem.targets, problem.row_weights)
+    if problem.options.scheme is None:
+        return [(W, None) for W in prune(problem.targets)]
+
+    def attempt(sparsities):
+        pruned = prune([(sparsity, *groups) for sparsity, (_, *groups)
+                        in zip(sparsities, problem.targets, strict=True)])
+        return walk(replace(problem, wanted=pruned, targets=[(0.0,)] * len(pruned)))
+
+    return meet_sparsities(attempt, [sparsity for sparsity, *_ in problem.targets],
+                           attempts=1 if any(problem.targets[0][1:]) else 4)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How matrices are pruned and quantized on calibration inputs."""
+
+    solver: Callable = walk
+    options: WalkOptions = WalkOptions()
+    percdamp: float = 0.01  # of each Hessian, as a fraction of its mean diagonal
+    act_order: bool = False  # walk the columns in `sparsegpt.activation_order`
+    true_sequential: bool = True  # calibrate a linear on inputs from the pruned linears before it in its layer
+    dense_target: bool = False  # come close to the dense model's outputs, too
+    row_weights: dict | None = None  # {(layer, name): (out,)}, what an error in each row of a matrix counts
+    token_weights: dict | None = None  # {(layer, name): (n, T)}, squares of what this process's tokens count, mean 1
+    title: str = "SparseGPT"  # of the progress
+
+
+def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
+    """Prune and quantize `weights`, a list of matrices (out, in) of one dtype that read one input, in place.
+
+    hessian: a SparseGPT, factored. targets: (sparsity, prunen, prunem) of each. row_weights: (rows of all,). Returns
+    the `relative_error` and the quant.Grid of each, None where it is not quantized.
+    """
+    dtype, counts = weights[0].dtype, [len(weight) for weight in weights]
     W = torch.cat([weight.float() for weight in weights])
-    wanted = hessian.wanted(W).split(counts)
-
-    def walk(matrices, targets):
-        return prune_matrices(matrices, hessian.R, h, targets, dtype=dtype, row_weights=row_weights, scheme=scheme,
-                              **options)
-
-    if solver == "obs":
-        pruned = walk(wanted, targets)
-    else:
-        pruned = _by_admm(hessian, wanted, targets, row_weights, scheme, walk)
+    wanted = list(hessian.wanted(W).split(counts))
+    pruned = recipe.solver(Problem(hessian, wanted, targets, recipe.options, dtype, row_weights))
     W_hat = torch.cat([matrix for matrix, _ in pruned])[:, hessian.back].to(dtype)
     errors = relative_errors(W, W_hat.float(), hessian.H, counts)
     for weight, new in zip(weights, W_hat.split(counts), strict=True):
         weight.copy_(new)
     return [(error, grid and replace(grid, group=grid.group[hessian.back]))
             for error, (_, grid) in zip(errors, pruned, strict=True)]
-
-
-def _by_admm(hessian, wanted, targets, row_weights, scheme, walk):
-    """Prune by ADMM; with a scheme, let the walk round what is left, so often that what it rounds to 0 is counted in.
-
-    Returns [(Ŵ, its Grid or None)], columns in the order of the walk.
-    """
-    H = hessian.H[hessian.order][:, hessian.order].clone()
-    H.diagonal().add_(damping(H, hessian.percdamp))
-    prune = admm_pruner(wanted, H, targets, row_weights)
-    if scheme is None:
-        return [(matrix, None) for matrix in prune(targets)]
-    return meet_sparsities(
-        lambda asked: walk(prune([(sparsity, *groups) for sparsity, (_, *groups)
-                                  in zip(asked, targets, strict=True)]), [(0.0,)] * len(targets)),
-        [sparsity for sparsity, *_ in targets], attempts=1 if any(targets[0][1:]) else 4)

@@ -25,25 +25,35 @@ class Outcome:
     grid: Grid | None = None  # where it is quantized
 
 
-def select(model, family, prunem, groupsize, minlayer, maxlayer, prune_only, invert):
+@dataclass(frozen=True)
+class Selection:
+    """Which matrices are changed: layers minlayer ≤ index < maxlayer, names that contain prune_only."""
+
+    minlayer: int = 0
+    maxlayer: int = 1000
+    prune_only: str = ""
+    invert: bool = False  # all others instead
+
+
+def select(model, family, selection=Selection(), widths=None):  # noqa: B008
     """Return the shapes of the matrices to change, {(layer, name): (out, in)}, in the order of the model.
 
-    Selected are the layers minlayer ≤ index < maxlayer and the names that contain prune_only; invert selects all
-    others instead. The model may be on meta. Raises InputError where nothing is selected, or prunem or groupsize does
-    not divide the columns.
+    widths: {flag: columns of a group}, which must divide those of each matrix where they are positive. The model may be
+    on meta. Raises InputError where nothing is selected, or a width does not divide the columns.
     """
-    selected = {}
+    selected, chosen = {}, selection
     for index, layer in enumerate(family.layers_of(model)):
         for name, module in linears(layer).items():
-            if (minlayer <= index < maxlayer and prune_only in name) == invert:
+            if (chosen.minlayer <= index < chosen.maxlayer and chosen.prune_only in name) == chosen.invert:
                 continue
-            for flag, width in {"--prunem": prunem, "--groupsize": groupsize}.items():
-                if width and module.in_features % width:
+            for flag, width in (widths or {}).items():
+                if width > 0 and module.in_features % width:
                     raise InputError(f"{flag} {width}: does not divide the {module.in_features} columns of "
                                      f"layer {index} {name}")
             selected[index, name] = tuple(module.weight.shape)
     if not selected:
-        names = ", ".join(linears(family.layers_of(model)[0]))
-        raise InputError(f"--minlayer {minlayer} --maxlayer {maxlayer} --prune_only {prune_only!r}: select no matrix "
-                         f"of {len(family.layers_of(model))} layers with {names}")
+        layers = family.layers_of(model)
+        raise InputError(f"--minlayer {chosen.minlayer} --maxlayer {chosen.maxlayer} --prune_only "
+                         f"{chosen.prune_only!r}: select no matrix of {len(layers)} layers with "
+                         f"{', '.join(linears(layers[0]))}")
     return selected

@@ -5,8 +5,6 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import load_dataset, load_from_disk
@@ -14,37 +12,8 @@ from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError
 from mixgpt.text import hub
+from mixgpt.text.sets import DATASETS
 
-
-@dataclass(frozen=True)
-class LocalSet:
-    """Describe how local copies of a dataset are called. Patterns see lower case and "-" for "_"."""
-
-    name: str  # pattern of its names
-    wanted: str  # what to supply, with an example
-    unwanted: str = "$^"  # pattern of paths that only look like it
-    row: Callable = str.strip  # line of a plain text file -> row as the hub has it
-    first_shard: bool = False  # of the hub's shards only the first is used
-
-
-def wikitext_row(line):
-    """Make the row that the hub's script made from a line: only blank lines lose their newline."""
-    return line if line.strip() else ""
-
-
-LOCAL_SETS = {
-    "wikitext2": LocalSet(
-        name=r"wikitext|wiki[.-]", unwanted=r"wikitext-?103|wikitext-2-v1|\.tokens$",
-        wanted="the raw version of WikiText-2 (wikitext-2-raw-v1/*.parquet or wiki.test.raw, wiki.train.raw)",
-        row=wikitext_row,
-    ),
-    "ptb": LocalSet(name="ptb|penn", wanted="penn_treebank/*/0000.parquet or ptb.test.txt, ptb.train.txt"),
-    "c4": LocalSet(
-        name=r"\bc4\b", unwanted=r"/(realnewslike|multilingual|en\.no\w+)/",
-        wanted="en/c4-train.00000-of-01024.json.gz or en/c4-validation.00000-of-00008.json.gz", first_shard=True,
-    ),
-}
-NAMES = {dataset: local_set.name for dataset, local_set in LOCAL_SETS.items()}
 SPLITS = {"train": r"\btrain\b", "test": r"\btest\b", "validation": r"\b(validation|valid|val)\b"}
 # Ending of a local file -> what reads it; of several copies of a split the earliest in this order is taken.
 READERS = {
@@ -67,7 +36,7 @@ READ_ERRORS = (DatasetsError, OSError, EOFError, ValueError, zlib.error)
 def local_rows(dataset, split, data_dir):
     """Return the rows of a split from a folder, and the files they are from. The hub is not asked."""
     paths = find_files(dataset, split, data_dir)
-    rows = [row for path in paths for row in read_file(path, LOCAL_SETS[dataset].row)]
+    rows = [row for path in paths for row in read_file(path, DATASETS[dataset].local.row)]
     if not rows:
         raise InputError(f"--data-dir: {paths[0]} holds no rows")
     return rows, {"files": [str(path) for path in paths]}
@@ -75,7 +44,7 @@ def local_rows(dataset, split, data_dir):
 
 def find_files(dataset, split, data_dir):
     """Return the paths of the files below `data_dir` that hold one split. Raises InputError without any."""
-    local_set, root = LOCAL_SETS[dataset], Path(data_dir)
+    local_set, root = DATASETS[dataset].local, Path(data_dir)
     if not root.is_dir():
         raise InputError(f"--data-dir {data_dir}: there is no such folder")
     held = sorted(data_files(root))
@@ -131,8 +100,9 @@ def speaks_of(names, dataset, split):
     folder that belongs to another dataset, nor a name that fits several splits (or datasets) at all.
     """
     found, found_split = False, None
+    names_of_sets = {key: text_set.local.name for key, text_set in DATASETS.items() if text_set.local}
     for name in reversed(names):
-        sets, splits = labels(name, NAMES), labels(name, SPLITS)
+        sets, splits = labels(name, names_of_sets), labels(name, SPLITS)
         if len(sets) == 1 and sets != [dataset]:
             break
         found = found or sets == [dataset]

@@ -52,8 +52,8 @@ def launch(rows, columns, m, dtype, by_rows):
     grid = dtype and (torch.ones(rows), torch.zeros(rows), torch.ones(rows), dtype)
     columns_cuda._walk_rows = recorder
     try:
-        columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, torch.ones(columns), m, [(slice(0, rows), m // 2)],
-                                  grid)
+        groups = (m, [(slice(0, rows), m // 2)]) if m else None
+        columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, torch.ones(columns), groups, grid)
     finally:
         columns_cuda._walk_rows = kernel
     return recorder.args, recorder.options

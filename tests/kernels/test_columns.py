@@ -164,7 +164,7 @@ def test_walks_as_the_formulas_say(name, dtype, case, layouts):
     large_U, inner_U = inside(U.to(dtype), device, extra_columns=4, **triangle)
     factors = factors.to(device, dtype)
     grid = grid and (*(x.to(device, dtype) for x in grid[:3]), grid[3])
-    walk(inner_W, inner_E, inner_U, inner_mask, factors, case.prunem, slices(case) if case.prunem else None, grid)
+    walk(inner_W, inner_E, inner_U, inner_mask, factors, (case.prunem, slices(case)) if case.prunem else None, grid)
 
     new, errors, removed, compared = brute_force(case)
     assert compared.double().mean() >= 0.5
@@ -195,7 +195,7 @@ def test_halves_are_rounded_to_even(name, dtype):
     ones = torch.ones(3, device=device)
     grid = ones, -4 * ones, 3 * ones, dtype
     expected = to_multiples(W, *grid)
-    walk(W, *independent(W), 0, None, grid)
+    walk(W, *independent(W), None, grid)
     assert torch.equal(W, expected)
 
 
@@ -204,7 +204,7 @@ def test_the_first_of_equal_scores_are_removed(name):
     walk, device = walker(name)
     W = torch.tensor([2.0, 1, 1, -1, 0, 0, 0, 0], device=device)[:, None].repeat(1, 2)
     E, U, mask, factors = independent(W)
-    walk(W, E, U, mask, factors, 4, [(slice(0, 1), 2), (slice(1, 2), 1)], None)
+    walk(W, E, U, mask, factors, (4, [(slice(0, 1), 2), (slice(1, 2), 1)]), None)
     assert mask.t().int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0, 0, 0]]
 
 
@@ -212,7 +212,7 @@ def test_the_first_of_equal_scores_are_removed(name):
 def test_weights_that_are_no_numbers_do_not_become_some(name):
     walk, device = walker(name)
     W, ones = torch.full((2, 3), torch.nan, device=device), torch.ones(3, device=device)
-    walk(W, *independent(W), 0, None, (ones, -ones, ones, W.dtype))
+    walk(W, *independent(W), None, (ones, -ones, ones, W.dtype))
     assert W.isnan().all()
 
 

@@ -1,0 +1,52 @@
+"""The command line of the family scripts: read and check it, and only then import PyTorch and do the main job."""
+
+import contextlib
+import os
+import shlex
+import sys
+
+from mixgpt.app.settings import parse
+from mixgpt.common.errors import InputError
+
+
+def main(family, argv=None):
+    """Run a family script. Returns the exit status: 0, 2 after one line about unusable input, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        settings = parse(family, argv)
+        settings.check_paths()
+        with contextlib.ExitStack() as stack:
+            _silence(settings, stack)
+            from mixgpt.app import pipeline  # takes seconds
+
+            pipeline.run(family, settings, shlex.join(["python", family.script, *argv]))
+    except InputError as error:
+        print(f"{family.script}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{family.script}: interrupted; what is in the folder of --save goes on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _silence(settings, stack):
+    """Let only the first of several processes print, and bars keep off a quiet run, until `stack` is closed."""
+    if int(os.environ.get("RANK", 0)):
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(contextlib.redirect_stderr(nowhere))
+    if settings.quiet:
+        stack.enter_context(contextlib.redirect_stderr(_NoTerminal(sys.stderr)))
+
+
+class _NoTerminal:
+    """A stream that is no terminal, so that progress bars keep off it."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def isatty(self):
+        return False

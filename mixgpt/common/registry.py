@@ -1,0 +1,45 @@
+"""A registry: what a flag may be set to, one entry each, from which help, checks and error lines follow."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from mixgpt.common.errors import InputError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One value of a flag.
+
+    Its code is "module:name", imported when it is used, so that the command line is read and checked before PyTorch is
+    imported; or the thing itself.
+    """
+
+    help: str  # what it does, in a few words
+    code: Any = None  # "module:name", or the thing itself
+    title: str = ""  # what tables and progress call it
+
+    def load(self):
+        """Return the code behind this choice."""
+        if not isinstance(self.code, str):
+            return self.code
+        module, _, name = self.code.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+class Registry(dict):
+    """{name: Choice} of one flag."""
+
+    def __init__(self, flag, choices):
+        super().__init__(choices)
+        self.flag = flag
+
+    def check(self, name):
+        """Raise InputError where there is no such choice."""
+        if name not in self:
+            raise InputError(f"{self.flag} {name}: must be one of {', '.join(self)}")
+        return self[name]
+
+    @property
+    def help(self):
+        return "; ".join(f"{name}: {choice.help}" for name, choice in self.items())

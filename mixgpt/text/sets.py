@@ -1,0 +1,80 @@
+"""The datasets: where their rows come from, on the hub and in local copies, and how they become one text."""
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from mixgpt.common.registry import Choice, Registry
+
+
+@dataclass(frozen=True)
+class LocalSet:
+    """How local copies of a dataset are called. Patterns see lower case and "-" for "_"."""
+
+    name: str  # pattern of its names
+    wanted: str  # what to supply, with an example
+    unwanted: str = "$^"  # pattern of paths that only look like it
+    row: Callable = str.strip  # line of a plain text file -> row as the hub has it
+    first_shard: bool = False  # of the hub's shards only the first is used
+
+
+@dataclass(frozen=True)
+class TextSet(Choice):
+    """One dataset. Its code, if it has any, makes the rows: a function of the split that returns (rows, JSON-able dict
+    that says where they are from); else they are on the hub and in local copies."""
+
+    train_join: str = "\n\n"
+    test_join: str = "\n\n"
+    hub_id: str | None = None
+    hub_options: dict = field(default_factory=dict)  # further arguments of load_dataset
+    hub_files: dict = field(default_factory=dict)  # split -> the one file to fetch
+    local: LocalSet | None = None
+    test_split: str = "test"
+    by_document: bool = False  # a sample lies within one document; only the first shard is used
+    test_documents: int | None = None
+    test_segments: int | None = None
+
+
+def wikitext_row(line):
+    """Make the row that the hub's script made from a line: only blank lines lose their newline."""
+    return line if line.strip() else ""
+
+
+def builtin_rows(split):
+    """Return the paragraphs of Python's help topics, and the sha256 of all of them, joined.
+
+    A paragraph that occurs again, indented differently or not, is dropped: topics share whole sections, and
+    the test text must be unseen. Train is the first 80% of the characters, test the rest.
+    """
+    from pydoc_data.topics import topics  # half a megabyte
+
+    unique = {}
+    for paragraph in "\n\n".join(topics[topic] for topic in sorted(topics)).split("\n\n"):
+        unique.setdefault(" ".join(paragraph.split()), paragraph)
+    paragraphs = list(unique.values())
+    ends = list(itertools.accumulate(len(paragraph) + len("\n\n") for paragraph in paragraphs))
+    border = sum(end <= 0.8 * ends[-1] for end in ends)
+    sha256 = hashlib.sha256("\n\n".join(paragraphs).encode()).hexdigest()
+    return paragraphs[:border] if split == "train" else paragraphs[border:], {"sha256": sha256}
+
+
+DATASETS = Registry("dataset", {
+    "wikitext2": TextSet(
+        "raw WikiText-2", train_join=" ", hub_id="Salesforce/wikitext", hub_options={"name": "wikitext-2-raw-v1"},
+        local=LocalSet(name=r"wikitext|wiki[.-]", unwanted=r"wikitext-?103|wikitext-2-v1|\.tokens$", row=wikitext_row,
+                       wanted="the raw version of WikiText-2 (wikitext-2-raw-v1/*.parquet or wiki.test.raw, "
+                              "wiki.train.raw)")),
+    "ptb": TextSet(
+        "Penn Treebank", train_join=" ", test_join=" ", hub_id="ptb-text-only/ptb_text_only",
+        hub_options={"revision": "refs/convert/parquet"},  # its script is refused by datasets >= 4
+        local=LocalSet(name="ptb|penn", wanted="penn_treebank/*/0000.parquet or ptb.test.txt, ptb.train.txt")),
+    "c4": TextSet(
+        "C4, English", train_join=" ", test_join=" ", hub_id="allenai/c4", test_split="validation",
+        hub_files={"train": "en/c4-train.00000-of-01024.json.gz",
+                   "validation": "en/c4-validation.00000-of-00008.json.gz"},
+        by_document=True, test_documents=1100, test_segments=256,
+        local=LocalSet(name=r"\bc4\b", unwanted=r"/(realnewslike|multilingual|en\.no\w+)/", first_shard=True,
+                       wanted="en/c4-train.00000-of-01024.json.gz or en/c4-validation.00000-of-00008.json.gz")),
+    "builtin": TextSet("CPython's own reference manual, which needs no download", builtin_rows),
+})
