@@ -155,8 +155,8 @@ class Stream:
     hidden: torch.Tensor  # (N, T, C)
     batch_size: int
     device: torch.device  # where layers run
-    place: str = ""  # of the hidden states, as `place_for` chose it
     kwargs: dict = field(default_factory=dict)  # batch size -> keyword arguments of every layer
+    place: str = ""  # of the hidden states, as `place_for` chose it
 
     @classmethod
     @torch.no_grad()
