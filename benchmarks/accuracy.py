@@ -29,10 +29,11 @@ from scores import Scores
 from textbook import prune_model
 
 import datautils
-from mixgpt.allocation.fisher import output_gradients
+from mixgpt.allocation.fisher import output_gradients, squared_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
-from mixgpt.allocation.traces import Traces, hessian_traces, matrices_of
+from mixgpt.allocation.traces import Sampling, Traces, hessian_traces, matrices_of
+from mixgpt.app.choices import DATASETS
 from mixgpt.app.settings import PRESETS
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
@@ -40,11 +41,13 @@ from mixgpt.common.errors import InputError
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
 from mixgpt.modeling.streaming import digest, fingerprint
-from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
-from modelutils import SCRIPTS
+from modelutils import SCRIPTS, Execution
 from quant import Scheme
+from sparsegpt import WalkOptions, isc_saliency, obs_saliency
 
 TARGETS = {"50%": (Target(0.5), None), "60%": (Target(0.6), None), "70%": (Target(0.7), None),
            "2:4": (Target(0.5, 2, 4), None), "50%+4bit": (Target(0.5), Scheme(4))}
@@ -59,32 +62,35 @@ class Calibration:
         self.model, self.family, self.tokens, self.seed = model, family, tokens, seed
         self.batch_size, self.device, self.clock = batch_size, device, Clock(device)
 
+    def execution(self, model):
+        """Return where and how a copy of the model runs."""
+        return Execution(model, self.family, self.device, self.batch_size)
+
     @cached_property
     def selected(self):
-        return select(self.model, self.family, 0, -1, 0, len(self.family.layers_of(self.model)), "", False)
+        return select(self.model, self.family)
 
     @cached_property
     def sensitivity(self):
         """Fisher trace per weight of every matrix."""
         shapes = matrices_of(self.model, self.family)
         with self.clock.part("mixed"):
-            samples = hessian_traces(self.model, self.family, list(shapes), self.tokens, "fisher", seed=self.seed,
-                                     nprobes=1, batch_size=self.batch_size, device=self.device)
+            samples = hessian_traces(self.execution(self.model), list(shapes), self.tokens,
+                                     Sampling("fisher", squared_gradients, self.seed))
         return Traces("fisher", shapes, samples).sensitivity
 
     @cached_property
     def gradients(self):
         """How much the loss hangs on the outputs of every matrix."""
         with self.clock.part("gradients"):
-            return output_gradients(self.model, self.family, list(self.selected), self.tokens, seed=self.seed,
-                                    batch_size=self.batch_size, device=self.device)
+            return output_gradients(self.execution(self.model), list(self.selected), self.tokens, self.seed)
 
     @cached_property
     def diagonals(self):
         """Those of the inverse Hessian of every matrix's input."""
         with self.clock.part("diagonals"):
-            return inverse_diagonals(self.model, self.family, list(self.selected), self.tokens,
-                                     PRESETS["best"]["percdamp"], self.batch_size, self.device, Clock(self.device))
+            return inverse_diagonals(self.execution(self.model), list(self.selected), self.tokens,
+                                     PRESETS["best"]["percdamp"])
 
     @cached_property
     def outliers(self):
@@ -119,7 +125,7 @@ def owl(calibration, target):
 
 
 def by_magnitude(calibration, model, plan, scheme):
-    prune_magnitude(model, calibration.family, plan, calibration.device, scheme)
+    prune_magnitude(calibration.execution(model), plan, scheme)
 
 
 def by_wanda(calibration, model, plan, scheme):
@@ -132,16 +138,17 @@ def by_textbook(calibration, model, plan, scheme):
                 target.sparsity, target.prunen, target.prunem, scheme.wbits if scheme else 16)
 
 
-def by_walk(calibration, model, plan, scheme, **options):
-    defaults = {"saliency": "obs", "blocksize": 128, "percdamp": PERCDAMP, "true_sequential": True}
-    prune_sparsegpt(model, calibration.family, plan, calibration.tokens, batch_size=calibration.batch_size,
-                    device=calibration.device, clock=Clock(calibration.device), scheme=scheme, **defaults | options)
+def by_walk(calibration, model, plan, scheme, saliency=obs_saliency):
+    recipe = Recipe(options=WalkOptions(saliency=saliency, scheme=scheme), percdamp=PERCDAMP)
+    prune_layerwise(calibration.execution(model), plan, calibration.tokens, recipe)
 
 
 def by_admm(calibration, model, plan, scheme):
     gradients, prunem = calibration.gradients, next(iter(plan.values())).prunem
-    by_walk(calibration, model, plan, scheme, solver="admm", to_dense=True, percdamp=PRESETS["best"]["percdamp"],
-            row_weights=None if prunem else gradients.rows, token_weights=gradients.tokens if prunem else None)
+    prune_layerwise(calibration.execution(model), plan, calibration.tokens, Recipe(
+        admm, WalkOptions(scheme=scheme), PRESETS["best"]["percdamp"], dense_target=True,
+        row_weights=None if prunem else gradients.rows, token_weights=gradients.tokens if prunem else None,
+        title="ADMM"))
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ METHODS = {
     "textbook": Method(uniform, by_textbook),
     "owl-sparsegpt": Method(owl, by_walk),
     "sparsegpt": Method(uniform, by_walk),
-    "mixgpt": Method(mixed, partial(by_walk, saliency="isc")),
+    "mixgpt": Method(mixed, partial(by_walk, saliency=isc_saliency)),
     "best": Method(threshold, by_admm),
 }
 
@@ -217,13 +224,13 @@ def texts(dataset, names, heldout, nsamples, seqlen, segments, tokenizer, data_d
 def parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="hub id, local folder or .gguf file")
-    parser.add_argument("dataset", choices=datautils.DATASETS, help="calibration text")
+    parser.add_argument("dataset", choices=DATASETS, help="calibration text")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--eval", nargs="+", default=["wikitext2", "c4"], choices=datautils.DATASETS)
+    parser.add_argument("--eval", nargs="+", default=["wikitext2", "c4"], choices=DATASETS)
     parser.add_argument("--heldout", action="store_true",
                         help="evaluate on train documents that calibration never draws, instead of --eval")
     parser.add_argument("--segments", type=int, help="of each text to evaluate on at most (default: all)")

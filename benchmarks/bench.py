@@ -23,15 +23,17 @@ import datautils
 import llama
 import opt
 from mixgpt.allocation.plan import make_plan
+from mixgpt.app.choices import DATASETS
 from mixgpt.app.report import table
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.kernels.linalg import row_energies
 from mixgpt.kernels.matmul import times_transposed
-from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.layerwise import prune_layerwise
+from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import Stream, linears, on_device, shared_inputs
+from modelutils import Execution, Stream, linears, on_device, shared_inputs
 from quant import Scheme
 from sparsegpt import SparseGPT, factor, prune_matrix
 
@@ -154,15 +156,14 @@ def compare_model(model, family, tokens, device, batch_size, layers, tests=None)
 
     layers: of the whole model; seconds are multiplied by that over the layers there are.
     """
-    plan = make_plan(select(model, family, 0, -1, 0, 1000, "", False), Target(0.5))
+    plan = make_plan(select(model, family), Target(0.5))
     factor_up = layers / len(family.layers_of(model))
     columns = {}
 
     def prune(name, tokens):
         pruned, clock = copy.deepcopy(model), Clock(device)
         if name == "here":
-            prune_sparsegpt(pruned, family, plan, tokens, saliency="obs", blocksize=128, percdamp=0.01,
-                            true_sequential=True, batch_size=batch_size, device=device, clock=clock)
+            prune_layerwise(Execution(pruned, family, device, batch_size, clock), plan, tokens, Recipe())
         else:
             prune_model(pruned, family, tokens, device, clock, sparsity=0.5)
         return pruned, clock
@@ -222,7 +223,7 @@ def main():
     parser.add_argument("--sizes", nargs="+", default=MATRICES, help="out x in of the matrices")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--dataset", default="builtin", choices=datautils.DATASETS)
+    parser.add_argument("--dataset", default="builtin", choices=DATASETS)
     parser.add_argument("--data-dir")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 import datautils
-from mixgpt.app import pipeline
+from mixgpt.app import cli, pipeline
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -26,7 +26,7 @@ def short_builtin(monkeypatch, tmp_path_factory):
 def run(family, *arguments):
     """Run a family's command line in this process. Returns the exit status."""
     try:
-        return pipeline.main(family, [str(argument) for argument in arguments])
+        return cli.main(family, [str(argument) for argument in arguments])
     except SystemExit as stop:  # argparse
         return stop.code
 

@@ -40,7 +40,7 @@ import bloom
 import datautils
 import llama
 import opt
-from mixgpt.app import pipeline
+from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns_cpu
@@ -226,7 +226,7 @@ def command(name, arguments, log, prepare=None, given=()):
     pipeline.test_tokens = lambda *asked: (lambda tokens, source: (tokens[:4], source))(*datautils.test_tokens(*asked))
     if prepare:
         prepare(*given)
-    status = pipeline.main(FAMILIES[name][0], [str(argument) for argument in arguments])
+    status = cli.main(FAMILIES[name][0], [str(argument) for argument in arguments])
     sys.stdout.flush()
     sys.exit(status)
 

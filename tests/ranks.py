@@ -8,32 +8,36 @@ from conftest import CPU, VOCABULARY, make
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.allocation.plan import make_plan
-from mixgpt.allocation.traces import hessian_traces
+from mixgpt.allocation.traces import Sampling, hessian_traces
+from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common import distributed
-from mixgpt.common.clock import Clock
 from mixgpt.evaluation.perplexity import perplexity
-from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.layerwise import prune_layerwise
+from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
+from modelutils import Execution
 from quant import Scheme
+from sparsegpt import WalkOptions, isc_saliency
 
 
 def made(name, true_sequential, wbits, best=None):
     """Return traces, weights, outcomes and perplexity of a tiny model, as this process has them."""
     family, model = make(name)
     tokens = torch.randint(0, VOCABULARY, (7, 24), generator=torch.Generator().manual_seed(1))
-    selected = select(model, family, 0, -1, 0, 1000, "", False)
-    traces = [hessian_traces(model, family, list(selected), tokens, estimator, seed=1, nprobes=1, batch_size=2,
-                             device=CPU) for estimator in ("hutchinson", "fisher")]
-    plan, options = make_plan(selected, Target(0.5)), {"saliency": "isc"}
+    selected = select(model, family)
+    execution = Execution(model, family, CPU, 2)
+    traces = [hessian_traces(execution, list(selected), tokens, Sampling(name, estimator.load(), 1))
+              for name, estimator in ESTIMATORS.items()]
+    plan, options = make_plan(selected, Target(0.5)), {}
+    walk = WalkOptions(16, isc_saliency, Scheme(wbits) if wbits < 16 else None)
     if best:
-        gradients = output_gradients(model, family, list(selected), tokens, seed=1, batch_size=2, device=CPU)
-        diagonals = inverse_diagonals(model, family, list(selected), tokens, 0.01, 2, CPU, Clock(CPU))
+        gradients = output_gradients(execution, list(selected), tokens, 1)
+        diagonals = inverse_diagonals(execution, list(selected), tokens, 0.01)
         plan = global_plan(model, family, selected, gradients.rows, diagonals, 0.5, 0.15)
-        options = {"saliency": "fisher", "solver": "admm", "to_dense": True, "row_weights": gradients.rows,
+        options = {"solver": admm, "dense_target": True, "row_weights": gradients.rows,
                    "token_weights": gradients.tokens}
-    outcomes = prune_sparsegpt(
-        model, family, plan, tokens, blocksize=16, percdamp=0.01, true_sequential=true_sequential,
-        batch_size=2, device=CPU, clock=Clock(CPU), scheme=Scheme(wbits) if wbits < 16 else None, **options)
+    outcomes = prune_layerwise(execution, plan, tokens, Recipe(
+        options=walk, true_sequential=true_sequential, **options))
     return {"traces": traces, "state": model.state_dict(),
             "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
                          for key, outcome in outcomes.items()},

@@ -328,7 +328,7 @@ def test_offline_the_error_comes_at_once_and_in_one_line(monkeypatch, tmp_path, 
     with pytest.raises(InputError, match=f"^dataset {dataset}: .*cannot be reached.*--data-dir DIR.*builtin") as error:
         datautils.test_tokens(dataset, 8, tokenizer)
     assert time.monotonic() - start < 5
-    assert "\n" not in str(error.value) and datautils.TEXT_SETS[dataset].hub_id in str(error.value)
+    assert "\n" not in str(error.value) and datautils.DATASETS[dataset].hub_id in str(error.value)
     assert constants.HF_HUB_OFFLINE is False and datasets.config.HF_HUB_OFFLINE is False
 
 

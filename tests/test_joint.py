@@ -14,10 +14,20 @@ from test_sparsegpt import (
     zeros_per_group,
 )
 
-from mixgpt.pruning.solvers import prune_in_place
+from mixgpt.app.choices import SOLVERS
+from mixgpt.pruning.solvers import Recipe, prune_in_place
 from modelutils import hooked, linears
 from quant import Scheme, find_grid, quantize_nearest
-from sparsegpt import SALIENCIES, SparseGPT, activation_order, factor, prune_matrices, prune_matrix, relative_error
+from sparsegpt import (
+    SparseGPT,
+    activation_order,
+    factor,
+    isc_saliency,
+    obs_saliency,
+    prune_matrices,
+    prune_matrix,
+    relative_error,
+)
 
 
 def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_hat):
@@ -69,7 +79,8 @@ def joint(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency="obs"):
     """Return what sparsegpt makes of W, and the grids."""
     R, _ = factor(H, PERCDAMP)
     return prune_matrix(W, R, H.diagonal(), sparsity, prunen, prunem, blocksize=blocksize,
-                        saliency=SALIENCIES[saliency], scheme=scheme, dtype=torch.float64)
+                        saliency=isc_saliency if saliency == "isc" else obs_saliency, scheme=scheme,
+                        dtype=torch.float64)
 
 
 TARGETS = [(0.0, 0, 0, 8), (0.5, 0, 0, 8), (0.5, 0, 0, 24), (0.0, 2, 4, 8), (0.0, 4, 8, 16)]
@@ -203,10 +214,9 @@ def test_matrices_walked_together_are_those_walked_alone(scheme, targets):
     X, matrices = correlated_inputs(90, 48), [random(out, 48, seed=out) for out in (5, 1, 12)]
     H = X.t() @ X
     R, _ = factor(H, PERCDAMP)
-    options = {"blocksize": 16, "scheme": scheme, "dtype": torch.float64}
     for W, target, (together, grid) in zip(matrices, targets, prune_matrices(
-            matrices, R, H.diagonal(), targets, **options), strict=True):
-        alone, alone_grid = prune_matrix(W, R, H.diagonal(), *target, **options)
+            matrices, R, H.diagonal(), targets, WalkOptions(16, scheme=scheme), torch.float64), strict=True):
+        alone, alone_grid = prune_matrix(W, R, H.diagonal(), *target, blocksize=16, scheme=scheme, dtype=torch.float64)
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
         assert torch.equal(together == 0, alone == 0)
         if scheme:
@@ -255,7 +265,7 @@ def test_what_is_rounded_to_zero_counts_as_pruned(solver):
     hessian.factor(PERCDAMP)
     matrices, targets = [random(out, 512, seed=out).float() for out in (96, 160)], [(0.5,), (0.7,)]
     pruned = [W.clone() for W in matrices]
-    prune_in_place(hessian, pruned, targets, solver=solver, scheme=Scheme(3), blocksize=64)
+    prune_in_place(hessian, pruned, targets, Recipe(SOLVERS[solver].load(), WalkOptions(64, scheme=Scheme(3))))
     for W, (sparsity,) in zip(pruned, targets, strict=True):
         assert (W == 0).float().mean().item() == pytest.approx(sparsity, abs=2e-3)
     rounded, _ = prune_matrix(matrices[0], hessian.R, hessian.H.diagonal(), 0.0, scheme=Scheme(3))

@@ -20,7 +20,7 @@ import transformers
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
-from mixgpt.app import pipeline, settings
+from mixgpt.app import cli, settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,7 +68,7 @@ def flags_of(path):
     """Return the flags that a script takes."""
     found = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text()))
     if "FAMILY = " in path.read_text():
-        found |= {flag for options in settings.OPTIONS.values() for flag, *_ in options}
+        found |= {flag for flag in settings.flags().values() if flag.startswith("--")}
     return found
 
 
@@ -114,7 +114,7 @@ def run_script(name, *arguments):
     small = ["--nsamples", "2", "--seqlen", "32", "--device", "cpu", *data]
     try:
         if hasattr(script, "FAMILY"):
-            return pipeline.main(script.FAMILY, [*arguments, *small])
+            return cli.main(script.FAMILY, [*arguments, *small])
         return script.main([*arguments, *LESS.get(name, ()), *(small if path.parent != ROOT else ())])
     except SystemExit as stop:  # argparse
         return stop.code

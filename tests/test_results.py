@@ -8,7 +8,7 @@ from conftest import FAMILIES
 from matplotlib.figure import Figure
 
 import results
-from mixgpt.app import comparison, pipeline
+from mixgpt.app import cli, comparison
 from mixgpt.app.settings import Settings
 
 SETTINGS = {"model": "facebook/opt-125m", "dataset": "c4", "seqlen": 2048}
@@ -19,7 +19,8 @@ def record(perplexity, dense=None, tasks=None, sparsity=None, **settings):
     settings = Settings(**SETTINGS | {"sparsity": sparsity or 0.0} | settings)
     method = settings.method if settings.compresses else "dense"
     found = ({"dense": {"wikitext2": dense}} if dense else {}) | {method: {"wikitext2": perplexity}}
-    return {"settings": vars(settings) | {"eval": list(settings.eval)}, "sparsity": settings.amount.sparsity,
+    return {"settings": vars(settings) | {"eval": list(settings.eval)},
+            "sparsity": settings.prunen / settings.prunem if settings.prunem else settings.sparsity,
             "data": {"wikitext2": {"sha256": "abc"}}, "perplexity": found, "seconds": {"load": 2.0, "walk": 10.4},
             "peak_memory": {"host": 1.5e9}, **({"tasks": {method: tasks}} if tasks else {})}
 
@@ -113,7 +114,7 @@ def test_the_picture_has_a_line_for_each_method_and_the_dense_model(write, tmp_p
 def test_what_a_run_records_is_read_without_its_weights(checkpoint_folder, tmp_path, capsys):
     file = tmp_path / "new" / "a.json"
     for more in (["--record", file], ["--save", tmp_path / "saved", "--record", tmp_path / "b.json"]):
-        assert pipeline.main(FAMILIES["opt"][0], [str(word) for word in (
+        assert cli.main(FAMILIES["opt"][0], [str(word) for word in (
             checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--gmp", "--seqlen", "128", "--eval", "--device",
             "cpu", "--quiet", *more)]) == 0
     assert [path.name for path in file.parent.iterdir()] == ["a.json"]

@@ -188,15 +188,12 @@ def open_model(job):
 
 
 def announce(job):
-    """Print the heading, and begin a run in W&B, in the first of several processes, where it is asked for."""
+    """Print the heading, and begin a run in W&B where it is asked for."""
     settings, model = job.settings, job.model
-    facts = job.record = records.facts(settings, job.seqlen, model.dtype, job.device, job.sources)
+    job.record = records.facts(settings, job.seqlen, model.dtype, job.device, job.sources)
     log(settings, heading(job))
     with job.clock.part("W&B"):
-        config = {**facts["settings"], **facts, "method": settings.method if settings.compresses else "dense"}
-        job.tracker = job.stack.enter_context(Tracker(
-            config if settings.log_wandb and distributed.rank() == 0 else None, settings.wandb_project,
-            settings.wandb_name, settings.wandb_group))
+        job.tracker = job.stack.enter_context(tracker_of(settings, job.record))
     if job.tracker.place:
         log(settings, f"W&B      {job.tracker.place}")
     if settings.calibrates and job.device.type == "cuda" and (reason := triton_obstacle(job.device)):
@@ -204,6 +201,13 @@ def announce(job):
     if settings.semi_structured and (reason := semistructured.obstacle(job.device, model.dtype)):
         job.record["semi_structured"] = {"skipped": reason}
         log(settings, f"kernels  --semi-structured is skipped: {reason}")
+
+
+def tracker_of(settings, facts):
+    """Return what logs to W&B, in the first of several processes, where it is asked for."""
+    config = {**facts["settings"], **facts, "method": settings.method if settings.compresses else "dense"}
+    return Tracker(config if settings.log_wandb and distributed.rank() == 0 else None, settings.wandb_project,
+                   settings.wandb_name, settings.wandb_group)
 
 
 def log(settings, text):

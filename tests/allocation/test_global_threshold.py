@@ -5,22 +5,21 @@ import torch
 from conftest import CPU, make
 
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
-from mixgpt.common.clock import Clock
 from mixgpt.pruning.targets import select
-from modelutils import linears
+from modelutils import Execution, linears
 
 
 @pytest.fixture(params=["llama", "opt"])
 def statistics(request, tokens):
     family, model = make(request.param)
-    selected = select(model, family, 0, -1, 0, 1000, "", False)
+    selected = select(model, family)
     generator = torch.Generator().manual_seed(0)
     gradients = {key: torch.rand(out, generator=generator) for key, (out, _) in selected.items()}
     return family, model, selected, gradients
 
 
 def diagonals_of(model, family, selected, tokens, batch_size=2):
-    return inverse_diagonals(model, family, list(selected), tokens, 0.01, batch_size, CPU, Clock(CPU))
+    return inverse_diagonals(Execution(model, family, CPU, batch_size), list(selected), tokens, 0.01)
 
 
 @torch.no_grad()

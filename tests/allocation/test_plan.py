@@ -14,8 +14,8 @@ import llama
 from mixgpt.allocation.plan import make_plan
 from mixgpt.allocation.ranking import allocate, allocate_whole, threshold_counts
 from mixgpt.pruning.magnitude import prune_magnitude
-from mixgpt.pruning.targets import Target, select
-from modelutils import linears
+from mixgpt.pruning.targets import Selection, Target, select
+from modelutils import Execution, linears
 
 hypothesis_settings = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 budgets = st.floats(0.05, 0.95)
@@ -244,8 +244,8 @@ SELECTIONS = [{}, {"minlayer": 1}, {"maxlayer": 2}, {"prune_only": "fc1"}, {"min
               {"minlayer": 1, "prune_only": "fc", "invert": True}]
 
 
-def selected_of(model, family, minlayer=0, maxlayer=1000, prune_only="", invert=False):
-    return select(model, family, 0, -1, minlayer, maxlayer, prune_only, invert)
+def selected_of(model, family, **selection):
+    return select(model, family, Selection(**selection))
 
 
 def random_sensitivity(model, family, seed=0):
@@ -347,7 +347,7 @@ def test_pruned_by_a_plan_of_n_of_m_every_group_has_its_n_zeros(way, target):
     family, model = make("opt")
     plan = make_plan(selected_of(model, family), target, way, random_sensitivity(model, family), 0.2)
     assert len(set(plan.values())) > 1
-    prune_magnitude(model, family, plan, CPU)
+    prune_magnitude(Execution(model, family, CPU, 2), plan)
     for (index, name), planned in plan.items():
         zeros = linears(family.layers_of(model)[index])[name].weight == 0
         assert planned.prunem == target.prunem
@@ -362,7 +362,7 @@ def test_rounding_to_whole_weights_keeps_the_pruned_model_within_a_ten_thousandt
     family, model = llama.FAMILY, trainable()
     selected = selected_of(model, family)
     plan = make_plan(selected, Target(p), way, random_sensitivity(model, family), alpha)
-    prune_magnitude(model, family, plan, CPU)
+    prune_magnitude(Execution(model, family, CPU, 2), plan)
     weights = sum(sizes_of(selected).values())
     zeros = zeros_of(model, family, plan)
     assert abs(zeros - p * weights) <= len(plan) / 2 + 1e-3  # half a weight a matrix

@@ -12,9 +12,10 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import opt
 from mixgpt.allocation import backward, fisher, hutchinson
-from mixgpt.allocation.traces import hessian_traces
+from mixgpt.allocation.traces import Sampling, hessian_traces
+from mixgpt.app.choices import ESTIMATORS
 from mixgpt.kernels import matmul
-from modelutils import linears
+from modelutils import Execution, linears
 
 
 @pytest.fixture
@@ -38,9 +39,9 @@ def loss_of(model, sequence, labels=None):
                                              sequence[1:] if labels is None else labels)
 
 
-def traces(model, family, matrices, tokens, estimator, **options):
-    return hessian_traces(model, family, matrices, tokens, estimator,
-                          **{"seed": 3, "nprobes": 1, "batch_size": 2, "device": CPU} | options)
+def traces(model, family, matrices, tokens, estimator, batch_size=2, known=None, save=None, **options):
+    sampling = Sampling(estimator, ESTIMATORS[estimator].load(), **{"seed": 3} | options)
+    return hessian_traces(Execution(model, family, CPU, batch_size), matrices, tokens, sampling, known, save)
 
 
 def whole_model_products(model, family, matrices, tokens, probe=0):
@@ -176,7 +177,7 @@ def test_output_gradients_are_squares_at_labels_of_the_model_by_output_and_by_to
     family, model = tiny
     model, tokens = model.double(), tokens[:3, :10]
     matrices = matrices_of(model, family)
-    found = fisher.output_gradients(model, family, matrices, tokens, seed=3, batch_size=2, device=CPU)
+    found = fisher.output_gradients(Execution(model, family, CPU, 2), matrices, tokens, 3)
     expected, energies, outputs = {key: 0 for key in matrices}, {key: [] for key in matrices}, {}
     handles = [linears(family.layers_of(model)[index])[name].register_forward_hook(
         lambda _, args, y, key=(index, name): outputs.update({key: y})) for index, name in matrices]
@@ -229,7 +230,8 @@ MEMORY = """
 import resource, sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import llama
-from mixgpt.allocation import traces
+from mixgpt.allocation import hutchinson, traces
+from modelutils import Execution
 layers = int(sys.argv[1])
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
@@ -237,8 +239,9 @@ model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, hidden_size=576, intermedi
 tokens = torch.randint(0, 2048, (1, 256))
 with open("/proc/self/statm") as statm:
     before = int(statm.read().split()[1]) * resource.getpagesize()
-traces.hessian_traces(model, llama.FAMILY, list(traces.matrices_of(model, llama.FAMILY)), tokens, "hutchinson",
-                      seed=0, nprobes=1, batch_size=1, device=torch.device("cpu"))
+execution = Execution(model, llama.FAMILY, torch.device("cpu"), 1)
+traces.hessian_traces(execution, list(traces.matrices_of(model, llama.FAMILY)), tokens,
+                      traces.Sampling("hutchinson", hutchinson.curvatures))
 borders = 2 * (layers + 1) * 256 * 576 * 4
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - borders)
 """

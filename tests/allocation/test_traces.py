@@ -7,9 +7,11 @@ import torch
 from conftest import CPU, make
 
 from mixgpt.allocation import backward, traces
+from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common.errors import InputError
+from modelutils import Execution
 
-OPTIONS = {"seed": 0, "nprobes": 1, "batch_size": 2, "device": CPU}
+FISHER = traces.Sampling("fisher", ESTIMATORS["fisher"].load())
 
 
 @pytest.fixture
@@ -17,9 +19,10 @@ def path(tmp_path):
     return tmp_path / "traces.json"
 
 
-def obtain(name, tokens, path, estimator="fisher", **changes):
+def obtain(name, tokens, path, estimator="fisher", batch_size=2, **changes):
     family, model = make(name)
-    return traces.obtain(model, family, tokens, estimator, path=path, **OPTIONS | changes)
+    sampling = traces.Sampling(estimator, ESTIMATORS[estimator].load(), **changes)
+    return traces.load_or_compute(Execution(model, family, CPU, batch_size), tokens, sampling, path)
 
 
 @pytest.fixture
@@ -64,7 +67,7 @@ def test_an_interrupted_computation_goes_on_and_gives_the_same(tokens, path, est
     assert len(json.loads(path.read_text())["samples"]) == 2
     monkeypatch.setattr(traces, "_write", write)
     compute, known = traces.hessian_traces, []
-    monkeypatch.setattr(traces, "hessian_traces", lambda *given, **options: known.append(options["known"]) or compute(
+    monkeypatch.setattr(traces, "hessian_traces", lambda *given, **options: known.append(given[4]) or compute(
         *given, **options))
     resumed, _ = obtain("llama", tokens, path, estimator)
     assert torch.equal(resumed.samples, whole.samples)
@@ -73,9 +76,9 @@ def test_an_interrupted_computation_goes_on_and_gives_the_same(tokens, path, est
 
 def test_a_model_with_another_norm_is_another_model(tokens):
     family, model = make("llama")
-    keys = [traces.key_of(model, tokens, "fisher", 0, 1)]
+    keys = [traces.key_of(model, tokens, FISHER)]
     model.model.norm.weight.data.mul_(2)
-    keys.append(traces.key_of(model, tokens, "fisher", 0, 1))
+    keys.append(traces.key_of(model, tokens, FISHER))
     assert keys[0]["weights"] != keys[1]["weights"]
 
 
@@ -83,7 +86,7 @@ def test_traces_that_are_not_finite_are_refused_and_not_kept(tokens, path):
     family, model = make("opt")
     model.model.decoder.layers[1].fc1.bias.data[0] = float("inf")
     with pytest.raises(InputError, match="layer 0 self_attn.k_proj: its trace is NaN or inf"):
-        traces.obtain(model, family, tokens, "fisher", path=path, **OPTIONS)
+        traces.load_or_compute(Execution(model, family, CPU, 2), tokens, FISHER, path)
     assert not path.exists()
 
 

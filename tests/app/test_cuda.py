@@ -15,7 +15,7 @@ from conftest import FAMILIES, saved_tensors
 from makebelieve import Gpu, GpuTensor, held
 
 import modelutils
-from mixgpt.app import pipeline
+from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns
@@ -95,7 +95,7 @@ def run(checkpoint_folder, tmp_path, capsys):
         folder = save or tmp_path / str(next(count))
         words = [checkpoint_folder(family), "builtin", *options_of(job).split(), "--seqlen", 32, "--nsamples", 5,
                  "--eval", "builtin", "--device", device, "--dtype", dtype, "--save", folder, *more]
-        assert pipeline.main(FAMILIES[family][0], [str(word) for word in words]) == status
+        assert cli.main(FAMILIES[family][0], [str(word) for word in words]) == status
         printed = capsys.readouterr()
         if status:
             return printed.err
@@ -287,7 +287,7 @@ def test_memory_is_given_back_before_a_step_begins_again(gpu, checkpoint_folder)
 
         gc.disable()
         try:
-            assert pipeline._fitting(None, pipeline.Way(2, on_host=False), step) == 0
+            assert pipeline.retry_with_less_memory(None, pipeline.Way(2, on_host=False), step) == 0
         finally:
             gc.enable()
 

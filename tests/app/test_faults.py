@@ -21,7 +21,7 @@ from conftest import FAMILIES, VOCABULARY, command, contents, saved_tensors
 from safetensors.torch import load_file, save_file
 
 import datautils
-from mixgpt.app import pipeline
+from mixgpt.app import cli, pipeline
 from mixgpt.kernels import columns
 
 SMALL = "--nsamples 4 --seqlen 32 --device cpu"
@@ -33,7 +33,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 def run(family, command, **places):
     """Run a family's command line in this process. Returns the exit status."""
     try:
-        return pipeline.main(FAMILIES[family][0], [word.format(**places) for word in command.split()])
+        return cli.main(FAMILIES[family][0], [word.format(**places) for word in command.split()])
     except SystemExit as stop:  # argparse
         return stop.code
 

@@ -10,7 +10,7 @@ import yaml
 from conftest import FAMILIES, ROOT, load_compiled
 
 import datautils
-from mixgpt.app import pipeline, tracking
+from mixgpt.app import cli, pipeline, tracking
 from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
 from mixgpt.evaluation.sparsity import MatrixSparsity
@@ -86,7 +86,7 @@ def _values(items):
 
 
 def run(name, *arguments):
-    return pipeline.main(FAMILIES[name][0], [str(argument) for argument in arguments])
+    return cli.main(FAMILIES[name][0], [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +269,6 @@ def test_a_client_that_fails_in_mid_run_is_left_after_one_line(surroundings, cap
 def test_only_the_first_process_logs_and_only_where_asked(rank, asked, warnings, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # so that who would log warns
     monkeypatch.setattr(pipeline.distributed, "rank", lambda: rank)
-    with pipeline._tracker(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
+    with pipeline.tracker_of(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
         tracker.layer(0, {}, 0.0, [])
     assert tracker.place is None and capsys.readouterr().out.count("not installed") == warnings

@@ -19,9 +19,10 @@ import llama
 from mixgpt.allocation.plan import make_plan
 from mixgpt.common.clock import Clock
 from mixgpt.kernels import columns
-from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.layerwise import prune_layerwise
+from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import linears
+from modelutils import Execution, linears
 from quant import Scheme
 from sparsegpt import SparseGPT, prune_matrix, relative_error
 
@@ -59,9 +60,8 @@ def test_the_textbook_prunes_a_model_as_two_passes_do(tokens):
     family, model = make("llama")
     theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
     prune_model(theirs, family, tokens, CPU, Clock(CPU), sparsity=0.5)
-    plan = make_plan(select(ours, family, 0, -1, 0, 1000, "", False), Target(0.5))
-    prune_sparsegpt(ours, family, plan, tokens, saliency="obs", blocksize=128, percdamp=0.01, true_sequential=False,
-                    batch_size=2, device=CPU, clock=Clock(CPU))
+    plan = make_plan(select(ours, family), Target(0.5))
+    prune_layerwise(Execution(ours, family, CPU, 2), plan, tokens, Recipe(true_sequential=False))
     for left, right in zip(family.layers_of(theirs), family.layers_of(ours), strict=True):
         for W, V in zip(linears(left).values(), linears(right).values(), strict=True):
             assert ((W.weight == 0) == (V.weight == 0)).float().mean() > 0.99

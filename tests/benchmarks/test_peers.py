@@ -25,7 +25,7 @@ def random(*shape):
 
 
 def all_of(model, family):
-    return select(model, family, 0, -1, 0, 1000, "", False)
+    return select(model, family)
 
 
 def inputs_of(model, family, tokens):

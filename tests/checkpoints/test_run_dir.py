@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import datautils
-from mixgpt.app import pipeline
+from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import run_dir
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.errors import InputError
@@ -39,7 +39,7 @@ def short_texts(monkeypatch, tmp_path_factory):
 def run(name, *arguments):
     """Run the command line of a name in FAMILIES in this process. Returns the exit status."""
     try:
-        return pipeline.main(FAMILIES[name][0], [str(argument) for argument in arguments])
+        return cli.main(FAMILIES[name][0], [str(argument) for argument in arguments])
     except SystemExit as stop:  # argparse
         return stop.code
 
@@ -88,6 +88,7 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
 
 HOLD = """
 import sys, time
+from mixgpt.app import pipeline
 from mixgpt.checkpoints.run_dir import RunDir
 held = RunDir(sys.argv[1])
 print("held", flush=True)

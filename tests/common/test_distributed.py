@@ -11,7 +11,7 @@ from commands import torchrun
 from conftest import ROOT, saved_tensors
 
 import llama
-from mixgpt.app import pipeline
+from mixgpt.app import cli
 from mixgpt.common import distributed
 
 
@@ -129,5 +129,5 @@ def test_a_process_joins_with_the_number_of_its_gpu_and_makes_it_the_current_one
 
 def test_one_gpu_for_all_processes_is_refused(checkpoint_folder, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert pipeline.main(llama.FAMILY, [str(checkpoint_folder("llama")), *ARGUMENTS[:-4], "--device", "cuda:1"]) == 2
+    assert cli.main(llama.FAMILY, [str(checkpoint_folder("llama")), *ARGUMENTS[:-4], "--device", "cuda:1"]) == 2
     assert "--device cuda:1: torchrun gives each process a GPU of its own" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import baichuan
 import datautils
 import opt
-from mixgpt.app import pipeline
+from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
@@ -299,7 +299,7 @@ def test_the_command_line_prunes_the_published_folder_without_running_its_code(n
         *whole(*arguments)))
     arguments = [str(published(name)), "builtin", "--eval", "builtin", "--nsamples", "3", "--seqlen", "24", "--device",
                  "cpu", "--save", str(tmp_path / "saved"), *options]
-    assert pipeline.main(baichuan.FAMILY, arguments) == 0
+    assert cli.main(baichuan.FAMILY, arguments) == 0
     assert "self_attn.W_pack" in capsys.readouterr().out
     model = load.load_model(tmp_path / "saved", "auto")
     matrices = [m.weight for layer in model.model.layers for m in linears(layer).values()]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from mixgpt.allocation import traces
-from mixgpt.app import pipeline
+from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.perplexity import logits, perplexity
@@ -97,7 +97,7 @@ def test_a_heads_own_weights_are_kept_where_the_configuration_calls_them_tied(na
     assert torch.equal(logits(opened(tmp_path / "source", family), family, tokens, 4, CPU),
                        logits(plain, family, tokens, 4, CPU))
 
-    assert pipeline.main(family, [str(tmp_path / "source"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval",
+    assert cli.main(family, [str(tmp_path / "source"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval",
                                   "--save", str(tmp_path / "saved")]) == 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(saved.lm_head.weight, plain.lm_head.weight)
@@ -152,7 +152,7 @@ def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, to
     if not named:  # in the configuration
         (source / "config.json").write_text(json.dumps(config))
     assert AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype == torch.bfloat16
-    assert pipeline.main(family, [str(source), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval", "--save",
+    assert cli.main(family, [str(source), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval", "--save",
                                   str(tmp_path / "saved")]) == 0
     assert {tensor.dtype for tensor in saved_tensors(tmp_path / "saved").values()} == {torch.bfloat16}
 
@@ -164,7 +164,7 @@ def test_weights_in_a_pickle_are_pruned_to_the_same(checkpoint_folder, tmp_path)
     torch.save(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     for source, saved in ((checkpoint_folder("opt"), "one"), (tmp_path, "two")):
-        assert pipeline.main(family, [str(source), "builtin", "--sparsity", ".5", "--wbits", "4", *SMALL, "--eval",
+        assert cli.main(family, [str(source), "builtin", "--sparsity", ".5", "--wbits", "4", *SMALL, "--eval",
                                       "--save", str(tmp_path / saved)]) == 0
     one, two = (contents(tmp_path / saved) for saved in ("one", "two"))
     for record in (one, two):
@@ -181,7 +181,7 @@ def test_the_generation_configuration_of_the_source_is_saved(checkpoint_folder, 
     GenerationConfig(do_sample=True, temperature=0.375, eos_token_id=[1, 7], max_length=99).save_pretrained(source)
     for save_format, more in {"dense": [], "sparse": [], "compressed-tensors": ["--wbits", "4", "--sym"]}.items():
         saved = tmp_path / save_format
-        assert pipeline.main(family, [str(source), "builtin", "--sparsity", ".5", "--gmp", *more, *SMALL, "--eval",
+        assert cli.main(family, [str(source), "builtin", "--sparsity", ".5", "--gmp", *more, *SMALL, "--eval",
                                       "--save", str(saved), "--save-format", save_format]) == 0
         kept = GenerationConfig.from_pretrained(saved)
         assert (kept.do_sample, kept.temperature, kept.eos_token_id, kept.max_length) == (True, 0.375, [1, 7], 99)

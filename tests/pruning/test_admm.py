@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from mixgpt.app.choices import SOLVERS
 from mixgpt.pruning import admm
 from mixgpt.pruning.admm import admm_pruner, admm_scores, keep_mask, solve_on_support
-from mixgpt.pruning.solvers import prune_in_place
+from mixgpt.pruning.solvers import Recipe, prune_in_place
 from quant import Scheme
-from sparsegpt import SparseGPT, factor, obs_saliency, prune_matrices, relative_error
+from sparsegpt import SparseGPT, WalkOptions, factor, prune_matrices, relative_error
 
 CPU = torch.device("cpu")
 
@@ -85,11 +86,11 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
     hessian.add_batch(X.float())
     hessian.factor(0.01)
     plain, weighted, scaled = W.float(), W.float(), W.float()
-    prune_in_place(hessian, [plain], [(0.5,)], solver=solver)
-    prune_in_place(hessian, [weighted], [(0.5,)], solver=solver, row_weights=weights)
+    prune_in_place(hessian, [plain], [(0.5,)], Recipe(SOLVERS[solver].load()))
+    prune_in_place(hessian, [weighted], [(0.5,)], Recipe(SOLVERS[solver].load()), weights)
     assert (weighted[:12] != 0).sum() > (plain[:12] != 0).sum() + 12
     scaled *= weights.sqrt()[:, None]  # the same problem, told by the weights
-    prune_in_place(hessian, [scaled], [(0.5,)], solver=solver)
+    prune_in_place(hessian, [scaled], [(0.5,)], Recipe(SOLVERS[solver].load()))
     assert torch.allclose(scaled / weights.sqrt()[:, None], weighted, atol=1e-3)
 
 
@@ -137,8 +138,8 @@ def test_columns_without_input_are_free_to_prune(problem, solver, scheme):
     hessian.add_batch(X, X + 0.01)
     hessian.factor(0.01)
     weight = W.float()
-    (error, grid), = prune_in_place(hessian, [weight], [(0.5,)], solver=solver, scheme=Scheme(4) if scheme else None,
-                                          saliency=obs_saliency)
+    recipe = Recipe(SOLVERS[solver].load(), WalkOptions(scheme=Scheme(4) if scheme else None))
+    (error, grid), = prune_in_place(hessian, [weight], [(0.5,)], recipe)
     assert weight.isfinite().all() and (weight[:, 3] == 0).all()
     assert abs((weight == 0).sum() - 12 * 32) <= (2 if scheme else 0)
     assert (grid is None) == (scheme is None)

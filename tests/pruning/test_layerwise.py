@@ -7,19 +7,19 @@ import torch
 from conftest import CPU, make
 
 from mixgpt.allocation.plan import make_plan
-from mixgpt.common.clock import Clock
+from mixgpt.app.choices import SALIENCIES, SOLVERS
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.pruning.dense_target import residual_writers
-from mixgpt.pruning.layerwise import prune_sparsegpt
+from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
-from mixgpt.pruning.targets import Target, select
-from modelutils import Stream, linears, shared_inputs
-from sparsegpt import factor, prune_matrix
+from mixgpt.pruning.solvers import Recipe
+from mixgpt.pruning.targets import Selection, Target, select
+from modelutils import Execution, Stream, linears, shared_inputs
+from sparsegpt import WalkOptions, factor, prune_matrix
 
 HALF = Target(0.5)
-OPTIONS = {"saliency": "obs",
-           "blocksize": 16, "percdamp": 0.01, "true_sequential": False, "batch_size": 2, "device": CPU}
+OPTIONS = {"saliency": "obs", "blocksize": 16, "true_sequential": False}
 
 
 # the norm in front of the part of a layer whose sum with the norm's input a linear's outputs make
@@ -28,12 +28,15 @@ NORMS = {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"
          "self_attention.dense": "input_layernorm", "mlp.dense_4h_to_h": "post_attention_layernorm"}
 
 
-def plan_of(model, family, target=HALF, minlayer=0, maxlayer=1000, prune_only="", invert=False):
-    return make_plan(select(model, family, target.prunem, -1, minlayer, maxlayer, prune_only, invert), target)
+def plan_of(model, family, target=HALF, **selection):
+    return make_plan(select(model, family, Selection(**selection), {"--prunem": target.prunem}), target)
 
 
-def sparsegpt(model, family, plan, tokens, **changes):
-    return prune_sparsegpt(model, family, plan, tokens, clock=Clock(CPU), **(OPTIONS | changes))
+def sparsegpt(model, family, plan, tokens, batch_size=2, **changes):
+    options = OPTIONS | changes
+    saliency, solver = SALIENCIES[options.pop("saliency")].load(), SOLVERS[options.pop("solver", "obs")].load()
+    walk = WalkOptions(options.pop("blocksize"), saliency, options.pop("scheme", None))
+    return prune_layerwise(Execution(model, family, CPU, batch_size), plan, tokens, Recipe(solver, walk, **options))
 
 
 def weights(model, family):
@@ -114,7 +117,7 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
         counts[key] = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(len(counts)))
     group_of = {name: group for group in shared_inputs(family.layers_of(model)[0], 0,
                                                        Stream.embed(model, family, tokens, 2, CPU)) for name in group}
-    sparsegpt(model, family, plan, tokens, to_dense=True, true_sequential=true_sequential, token_weights=counts)
+    sparsegpt(model, family, plan, tokens, dense_target=True, true_sequential=true_sequential, token_weights=counts)
     names, norms = list(linears(family.layers_of(model)[0])), writers_of(model)
     for index in range(3):
         for step in ([[name] for name in names] if true_sequential else [names]):
@@ -153,7 +156,7 @@ def test_admm_and_the_dense_target_beat_sparsegpt_on_a_trained_model(trained_mod
     family, model, test, calibration = trained_model
     best, plan = copy.deepcopy(model), plan_of(model, family)
     walked = sparsegpt(model, family, plan, calibration, batch_size=8)
-    solved = sparsegpt(best, family, plan, calibration, batch_size=8, solver="admm", to_dense=True)
+    solved = sparsegpt(best, family, plan, calibration, batch_size=8, solver="admm", dense_target=True)
     assert sum(o.error for o in solved.values()) < 0.75 * sum(o.error for o in walked.values())
     assert perplexity(best, family, test, 8, CPU) < perplexity(model, family, test, 8, CPU)
     for W in weights(best, family).values():
@@ -166,7 +169,7 @@ def test_every_matrix_meets_its_target_to_the_weight(tiny, tokens, target, magni
     family, model = tiny
     plan = plan_of(model, family, target)
     if magnitude:
-        prune_magnitude(model, family, plan, CPU)
+        prune_magnitude(Execution(model, family, CPU, 2), plan)
     else:
         sparsegpt(model, family, plan, tokens)
     for W in weights(model, family).values():
@@ -220,7 +223,7 @@ def test_sparsegpt_beats_magnitude_on_a_trained_model(trained_model):
     dense, magnitude = copy.deepcopy(model), copy.deepcopy(model)
     plan = plan_of(model, family)
     sparsegpt(model, family, plan, calibration, batch_size=8)
-    prune_magnitude(magnitude, family, plan, CPU)
+    prune_magnitude(Execution(magnitude, family, CPU, 2), plan)
 
     first = linears(family.layers_of(dense)[0])
     inputs = inputs_of(dense, first.values(), calibration)
@@ -247,7 +250,7 @@ def test_activations_that_are_not_finite_are_named(tokens, to_dense):
     family, model = make("opt")
     family.layers_of(model)[1].fc1.bias.data[0] = float("inf")
     with pytest.raises(InputError, match="layer 1 fc2: the Hessian holds NaN or inf"):
-        sparsegpt(model, family, plan_of(model, family), tokens, to_dense=to_dense)
+        sparsegpt(model, family, plan_of(model, family), tokens, dense_target=to_dense)
 
 
 def test_a_linear_that_does_not_run_is_refused(tokens):
