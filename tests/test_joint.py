@@ -20,6 +20,7 @@ from modelutils import hooked, linears
 from quant import Scheme, find_grid, quantize_nearest
 from sparsegpt import (
     SparseGPT,
+    WalkOptions,
     activation_order,
     factor,
     isc_saliency,

@@ -433,8 +433,9 @@ def test_a_wide_matrix_that_is_indefinite_in_any_panel_is_damped_more(wide_hessi
 def test_a_wide_float32_walk_does_what_the_float64_walk_does(wide_hessian, target, wbits):
     R, _ = factor(wide_hessian, PERCDAMP)
     matrices, scheme = [random(40, WIDE, seed=5), random(9, WIDE, seed=6)], Scheme(wbits) if wbits < 16 else None
+    options = WalkOptions(scheme=scheme)
     exact, found = (prune_matrices([W.to(dtype) for W in matrices], R.to(dtype), wide_hessian.diagonal().to(dtype),
-                                   [target] * 2, WalkOptions(scheme=scheme)) for dtype in (torch.float64, torch.float32))
+                                   [target] * 2, options) for dtype in (torch.float64, torch.float32))
     for W, (X, _), (Y, _) in zip(matrices, exact, found, strict=True):
         assert ((X == 0) == (Y == 0)).double().mean() > 0.99
         assert relative_error(W, Y.double(), wide_hessian) == pytest.approx(
