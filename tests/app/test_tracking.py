@@ -199,7 +199,7 @@ def test_no_run_of_the_sweep_is_refused_by_the_settings(sweep):
     assert len(commands) == 36
     for parameters, (env, interpreter, program, *arguments) in commands:
         assert (env, interpreter, program) == ("${env}", "${interpreter}", "${program}")
-        settings = pipeline.parse(FAMILIES["opt"][0], arguments)
+        settings = cli.parse(FAMILIES["opt"][0], arguments)
         assert all(getattr(settings, name) == value for name, value in parameters.items())
         assert settings.log_wandb and settings.sensitivity_file == "traces-opt-125m.json"
 
