@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from mixgpt.allocation.backward import Chunk, chunk_size, loss_of, seeded
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.kernels.matmul import fast_linears
 from modelutils import SLICE, apply, linears
 
@@ -42,7 +41,7 @@ def output_gradients(model, family, matrices, tokens, *, seed, batch_size, devic
         sums[column] += squares.sum(dim=(0, 1))
         energies[column, first + rows.start:first + rows.stop] = squares.sum(2).cpu()
 
-    with tqdm(total=2 * len(mine) * len(layers), desc="gradients", unit="layer", disable=None) as bar:
+    with progress.bar(total=2 * len(mine) * len(layers), title="gradients", unit="step") as bar:
         for start in range(0, len(mine), chunk):
             numbers = mine[start:start + chunk]
             keys, visit = [(seed, n, 0) for n in numbers], partial(add, start)

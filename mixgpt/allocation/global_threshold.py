@@ -10,10 +10,9 @@ import math
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from mixgpt.allocation.ranking import threshold_counts
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.kernels.linalg import upper_inverse
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
@@ -31,7 +30,7 @@ def inverse_diagonals(model, family, matrices, tokens, percdamp, batch_size, dev
     """
     stream = Stream.embed(model, family, tokens[distributed.share(len(tokens))], batch_size, device)
     layers, shared, diagonals = family.layers_of(model)[:max(index for index, _ in matrices) + 1], {}, {}
-    for index, layer in enumerate(tqdm(layers, desc="inputs", unit="layer", disable=None)):
+    for index, layer in enumerate(progress.bar(layers, title="inputs")):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
             groups = groups_of(layer, index, stream, matrices, shared)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from mixgpt.allocation import fisher, hutchinson
 from mixgpt.allocation.backward import chunk_size
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
 from mixgpt.kernels.matmul import fast_linears
@@ -134,7 +133,7 @@ def hessian_traces(model, family, matrices, tokens, estimator, *, seed, nprobes,
     N, T = tokens.shape
     rows = [] if known is None else list(known)
     layers, chunk = family.layers_of(model), chunk_size(model, family, T, batch_size, 2)
-    with tqdm(total=(N - len(rows)) * nprobes * 2 * len(layers), desc=estimator, unit="layer", disable=None) as bar:
+    with progress.bar(total=(N - len(rows)) * nprobes * 2 * len(layers), title=estimator, unit="step") as bar:
         while len(rows) < N:
             together = range(len(rows), min(len(rows) + chunk * distributed.world(), N))
             numbers = together[distributed.share(len(together))]

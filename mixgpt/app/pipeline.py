@@ -24,7 +24,7 @@ from mixgpt.app.settings import parse
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
@@ -89,6 +89,8 @@ def run(family, settings, command=None):
     clock = Clock(device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.joined(device))
+        if settings.quiet:
+            stack.enter_context(progress.silent())
         with clock.part("load"):
             config = load.load_config(settings.model, family)
             seqlen = choose_seqlen(settings.seqlen, config)

@@ -9,9 +9,8 @@ import time
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
@@ -46,8 +45,7 @@ def prune_sparsegpt(model, family, plan, tokens, *, saliency, blocksize, percdam
     layers = family.layers_of(model)[:max(index for index, _ in plan) + 1]
     shared = {}
     first, outcomes = folder.begin(len(layers), states) if folder else (0, {})
-    with tqdm(range(first, len(layers)), desc=SOLVERS[solver], unit="layer", disable=None, initial=first,
-              total=len(layers)) as bar:
+    with progress.bar(range(first, len(layers)), title=SOLVERS[solver], initial=first, total=len(layers)) as bar:
         for index in bar:
             layer, start = layers[index], time.perf_counter()
             with on_device([layer], device):
