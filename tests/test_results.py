@@ -65,7 +65,8 @@ def test_dense_figures_of_other_texts_or_models_are_not_put_beside(write, tmp_pa
     other = record(27.66)
     other["data"]["wikitext2"]["sha256"] = "def"
     assert results.main([*write(a=record(40.0, sparsity=0.6), b=other, c=record(20.0, model="/data/opt-1.3b"),
-                                d=record(21.0, seqlen=128)), "--csv", str(tmp_path / "runs.csv")]) == 0
+                                d=record(21.0, seqlen=128), e=record(22.0, eval_limit=8)), "--csv",
+                         str(tmp_path / "runs.csv")]) == 0
     held = {row["model"]: row for row in csv.DictReader((tmp_path / "runs.csv").open()) if row["method"] == "SparseGPT"}
     assert held["facebook/opt-125m"]["dense wikitext2"] == ""
     assert "opt-1.3b" in capsys.readouterr().out
@@ -103,12 +104,15 @@ def test_the_preset_best_is_named_where_all_its_settings_are_those_of_the_run(wr
 def test_runs_that_differ_in_their_seed_alone_are_one_point(write):
     files = write(a=record(40.0, 20.0, sparsity=0.6), b=record(44.0, sparsity=0.6, seed=1),
                   c=record(30.0, sparsity=0.5), d=record(50.0, sparsity=0.5, gmp=True),
-                  e=record(39.0, sparsity=0.6, nsamples=32), f=record(20.0))
+                  e=record(39.0, sparsity=0.6, nsamples=32), f=record(20.0),
+                  g=record(48.0, sparsity=0.5, gmp=True, eval_limit=8))
     runs = [comparison.read(path) for path in comparison.files_of(files)]
     dense, series = comparison.panels_of(runs)["facebook/opt-125m", "wikitext2"]
     assert dense == 20.0
     assert series == {"SparseGPT, nsamples 128": [(0.5, 30.0, 30.0, 30.0), (0.6, 42.0, 40.0, 44.0)],
-                      "SparseGPT, nsamples 32": [(0.6, 39.0, 39.0, 39.0)], "magnitude": [(0.5, 50.0, 50.0, 50.0)]}
+                      "SparseGPT, nsamples 32": [(0.6, 39.0, 39.0, 39.0)],
+                      "magnitude, eval_limit 8": [(0.5, 48.0, 48.0, 48.0)],
+                      "magnitude, eval_limit None": [(0.5, 50.0, 50.0, 50.0)]}
 
 
 def test_the_picture_has_a_line_for_each_method_and_the_dense_model(write, tmp_path, monkeypatch, capsys):

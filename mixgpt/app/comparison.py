@@ -16,7 +16,8 @@ from mixgpt.common.errors import InputError
 
 # What changes a result beside what the name of the method tells.
 CHOICES = ("alpha", "nprobes", "groupsize", "sym", "mse", "act_order", "blocksize", "percdamp",
-           "true_sequential", "minlayer", "maxlayer", "prune_only", "invert", "dataset", "nsamples", "seqlen", "dtype")
+           "true_sequential", "minlayer", "maxlayer", "prune_only", "invert", "dataset", "nsamples", "seqlen", "dtype",
+           "eval_limit")
 NO_SCORES = ("examples", "num_fewshot", "version")  # what stands beside the metrics of a task
 TOLD = ("wbits", "sparsity_way", "saliency")  # columns that the name of the method tells, too
 ABOUT = ("model", "seed")  # columns that say what was run; they and those of dense models stand above where all agree
@@ -66,12 +67,13 @@ def _preset(settings):
 
 
 def _dense(runs):
-    """Return {(model, sequence length, dataset, its sha256): perplexity} of the dense models."""
+    """Return {(model, length and number of sequences, dataset, its sha256): perplexity} of the dense models."""
     return {_text_of(run, name): value for run in runs for name, value in run["perplexity"].get("dense", {}).items()}
 
 
 def _text_of(run, name):
-    return run["model"], run["settings"].get("seqlen"), name, run["data"].get(name, {}).get("sha256")
+    settings, source = run["settings"], run["data"].get(name, {})
+    return run["model"], settings.get("seqlen"), settings.get("eval_limit"), name, source.get("sha256")
 
 
 def table_of(runs):

@@ -335,7 +335,8 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
     for name in settings.eval:
-        tests[name], sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir)
+        tokens, sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir)
+        tests[name] = tokens[:settings.eval_limit]
     for tokens in ([calibration] if calibration is not None else []) + list(tests.values()):
         if tokens.max() >= vocab_size:
             raise InputError(f"model {settings.model}: its tokenizer gives token {tokens.max()}, its vocabulary "

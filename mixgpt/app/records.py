@@ -49,9 +49,9 @@ def of_matrices(matrices, outcomes, plan, known):
 
 def identity(settings, seqlen, device, model, calibration):
     """Return what a run and its continuation must have in common, {flag: value}."""
-    free = ("resume", "save", "eval", "dense", "tasks", "tasks_dir", "limit", "semi_structured", "plot", "data_dir",
-            "sensitivity_file", "model", "device", "dtype", "record", "log_wandb", "wandb_project", "wandb_name",
-            "wandb_group", "quiet", "preset")
+    free = ("resume", "save", "eval", "eval_limit", "dense", "tasks", "tasks_dir", "limit", "semi_structured", "plot",
+            "data_dir", "sensitivity_file", "model", "device", "dtype", "record", "log_wandb", "wandb_project",
+            "wandb_name", "wandb_group", "quiet", "preset")
     flags = {flag.lstrip("-").replace("-", "_"): flag for options in OPTIONS.values() for flag, *_ in options}
     shared = {flags.get(name, name): value for name, value in dataclasses.asdict(settings).items() if name not in free}
     return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),

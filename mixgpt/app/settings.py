@@ -69,6 +69,7 @@ class Settings:
     seed: int = 0
     data_dir: str | None = None
     eval: tuple[str, ...] = ("wikitext2", "ptb", "c4")
+    eval_limit: int | None = None
     dense: bool = False
     tasks: tuple[str, ...] = ()
     tasks_dir: str | None = None
@@ -111,7 +112,7 @@ class Settings:
         if not 0 <= self.percdamp <= 1:
             raise InputError(f"--percdamp {self.percdamp:g}: must lie between 0 and 1")
         for name, least in {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1,
-                            "limit": 1}.items():
+                            "eval_limit": 1, "limit": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -298,6 +299,7 @@ OPTIONS = {
     "evaluation": [
         ("--eval", "test sets to report perplexity on; none: --eval without a name",
          {"nargs": "*", "type": str, "choices": DATASETS}),
+        ("--eval-limit", "sequences of each test set, the first ones (default: all)", {"type": int}),
         ("--dense", "report the dense model's perplexity and scores too", {}),
         ("--tasks", "tasks of lm-eval to report scores on, separated by commas, such as arc_challenge,hellaswag; needs "
                     "requirements-eval.txt", {"type": _names}),
