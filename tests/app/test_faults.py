@@ -1,7 +1,6 @@
 """Break the world around the command line: damaged files, full disks, signals. One line, a status, nothing left."""
 
 import gzip
-import itertools
 import json
 import math
 import os
@@ -11,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,7 @@ from mixgpt.app import pipeline
 from mixgpt.kernels import columns
 
 SMALL = "--nsamples 4 --seqlen 32 --device cpu"
-RUN_DIR = "mixgpt.checkpoints.run_dir.RunDir"
-WEIGHTS, INDEX, NOTE = "model.safetensors", "model.safetensors.index.json", "progress/layer-00001.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -459,35 +458,41 @@ def limited(nbytes):
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
 
 
-def before_call(path, number, act, *given):
-    """Replace the function at a dotted path by one that acts before its call `number`, counted from 0."""
+def at(event, name, act, *given):
+    """Act when a file of a name is opened, or is about to take its place (event "placed"), the first time."""
+    waiting = [act]
+
+    def hook(happening, arguments):
+        if waiting and happening == {"opened": "open", "placed": "os.rename"}[event]:
+            file = arguments[event == "placed"]
+            if isinstance(file, str | Path) and Path(file).match(name):
+                waiting.pop()(*given)
+
+    sys.addaudithook(hook)
+
+
+def before_next(path, act, *given):
+    """Let the function at a dotted path act before it is called the next time."""
     owner, _, name = path.rpartition(".")
-    owner, calls = pkgutil.resolve_name(owner), itertools.count()
+    owner = pkgutil.resolve_name(owner)
     function = getattr(owner, name)
 
     def replacement(*arguments, **options):
-        if next(calls) == number:
-            act(*given)
+        setattr(owner, name, function)
+        act(*given)
         return function(*arguments, **options)
 
     setattr(owner, name, replacement)
-
-
-def limited_at(path, nbytes, number=0):
-    before_call(path, number, limited, nbytes)
 
 
 def interrupted():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def interrupted_at(path, number=0):
-    before_call(path, number, interrupted)
-
-
 def waiting(file):
-    """Wait before layer 2 is kept, and say so."""
-    before_call(RUN_DIR + ".finish", 2, lambda: (Path(file).touch(), time.sleep(60)))
+    """Wait, and say so."""
+    Path(file).touch()
+    time.sleep(60)
 
 
 def apart(errors, prepare, given):
@@ -516,43 +521,52 @@ class Child:
 
 
 RUN = f"{{root}}/model builtin --sparsity .5 --eval builtin {SMALL} --save {{root}}/saved"
-FULL = "go on with --resume"
+FULL = "… GB are free (…); make room and go on with --resume"
+FULL_RECORD = "(File too large), … GB are free; make room and go on with --resume"
 STOPPED = "llama.py: interrupted; what is in the folder of --save goes on with --resume"
 
 # What happens, the options of the run, what it says, and how many layers a --resume finds finished.
 ACCIDENTS = {
-    "no room for the settings": (limited, (100,), "", FULL, 0),
-    "no room for a layer": (
-        limited, (20_000,), "", "model-00001-of-00004.safetensors needs 0.000 GB", 0),
+    "no room for the settings": (limited, (100,), "", f"run.json cannot be written, {FULL}", 0),
+    "no room for a layer": (limited, (20_000,), "", f"model-00001-of-00004.safetensors needs 0.000 GB, {FULL}", 0),
     "no room for hidden states": (
-        limited, (40_000,), "--nsamples 12", "state-00001-0.safetensors needs 0.000 GB", 1),
+        limited, (40_000,), "--nsamples 12", f"state-00001-0.safetensors needs 0.000 GB, {FULL}", 1),
     "no room for the third layer": (
-        limited_at, (RUN_DIR + "._write_layer", 20_000, 2), "", "model-00003-of-00004.safetensors needs", 2),
-    "no room for the note on a layer": (limited_at, (RUN_DIR + "._write_json", 100, 2), "", FULL, 1),
+        at, ("placed", "layer-00001.json", limited, 20_000), "",
+        f"model-00003-of-00004.safetensors needs 0.000 GB, {FULL}", 2),
+    "no room for the note on a layer": (
+        at, ("opened", "layer-00001.json.*", limited, 100), "", f"layer-00001.json cannot be written, {FULL}", 1),
     "no room for what is not in layers": (
-        limited, (40_000,), "", "model-00004-of-00004.safetensors needs 0.000 GB", 3),
-    "no room for the tokenizer": (limited_at, (RUN_DIR + "._check", 100), "", FULL, 3),
-    "no room for the configuration": (limited_at, (RUN_DIR + "._write_configuration", 100), "", FULL, 3),
-    "no room for the index": (limited_at, (RUN_DIR + "._write_json", 100, 4), "", FULL, 3),
+        limited, (40_000,), "", f"model-00004-of-00004.safetensors needs 0.000 GB, {FULL}", 3),
+    "no room for the tokenizer": (
+        at, ("placed", "model-00004-of-00004.safetensors", limited, 100), "",
+        f"the tokenizer cannot be written, {FULL}", 3),
+    "no room for the configuration": (
+        at, ("opened", "saved/config.json", limited, 100), "", f"the configuration cannot be written, {FULL}", 3),
+    "no room for the index": (
+        at, ("opened", f"{INDEX}.*", limited, 100), "", f"{INDEX} cannot be written, {FULL}", 3),
     "no room for the record": (
-        limited_at, ("mixgpt.checkpoints.load.write_record", 100), "", "mixgpt.json cannot be written", 3),
+        at, ("opened", "mixgpt.json.*", limited, 100), "", f"mixgpt.json cannot be written {FULL_RECORD}", 3),
     "no room for the record at the end": (
-        limited_at, ("mixgpt.checkpoints.load.write_record", 100, 1), "", "mixgpt.json cannot be written", 3),
+        at, ("placed", INDEX, limited, 100), "", f"mixgpt.json cannot be written {FULL_RECORD}", 3),
     "no room for grids": (
-        limited_at, (RUN_DIR + "._write", 100, 4), "--wbits 4", "grids-00001.safetensors needs", 1),
+        at, ("placed", "model-00002-of-00004.safetensors", limited, 100), "--wbits 4",
+        f"grids-00001.safetensors needs 0.000 GB, {FULL}", 1),
     "no room for the sparse format": (
-        limited_at, (RUN_DIR + "._write_configuration", 20_000), "--save-format sparse", FULL, 3),
+        at, ("opened", "dense/config.json", limited, 20_000), "--save-format sparse",
+        f"the model in the format sparse cannot be written, {FULL}", 3),
     "no room for compressed tensors": (
-        limited_at, (RUN_DIR + "._write_configuration", 20_000),
-        "--wbits 4 --sym --save-format compressed-tensors", FULL, 3),
-    "Ctrl-C while it loads": (interrupted_at, ("mixgpt.checkpoints.load.load_tokenizer",), "", None, 0),
-    "Ctrl-C in an input's Hessian": (interrupted_at, ("sparsegpt.SparseGPT.add_batch", 9), "", None, 1),
-    "Ctrl-C while a layer is kept": (interrupted_at, (RUN_DIR + "._write_json", 2), "", None, 1),
-    "Ctrl-C by magnitude": (interrupted_at, (RUN_DIR + ".finish", 1), "--gmp", None, 1),
-    "Ctrl-C while the rest is written": (interrupted_at, (RUN_DIR + "._check",), "", None, 3),
-    "Ctrl-C in the evaluation": (interrupted_at, ("mixgpt.app.pipeline.perplexity",), "", None, 3),
+        at, ("opened", "dense/config.json", limited, 20_000), "--wbits 4 --sym --save-format compressed-tensors",
+        f"the model in the format compressed-tensors cannot be written, {FULL}", 3),
+    "Ctrl-C while it loads": (at, ("opened", "model/tokenizer_config.json", interrupted), "", None, 0),
+    "Ctrl-C in an input's Hessian": (
+        at, ("placed", "layer-00000.json", before_next, "sparsegpt.SparseGPT.add_batch", interrupted), "", None, 1),
+    "Ctrl-C while a layer is kept": (at, ("opened", "layer-00001.json.*", interrupted), "", None, 1),
+    "Ctrl-C by magnitude": (at, ("placed", "model-00002-of-00004.safetensors", interrupted), "--gmp", None, 1),
+    "Ctrl-C while the rest is written": (at, ("opened", "saved/tokenizer_config.json", interrupted), "", None, 3),
+    "Ctrl-C in the evaluation": (before_next, ("torch.nn.functional.cross_entropy", interrupted), "", None, 3),
     "Ctrl-C in the traces": (
-        interrupted_at, ("mixgpt.allocation.traces._write",),
+        at, ("opened", "traces.json.*", interrupted),
         "--sparsity_way weight-level --sensitivity fisher --sensitivity_file {root}/traces.json", None, 0),
 }
 
@@ -584,7 +598,7 @@ def test_an_accident_gets_one_line_and_resume_gives_the_files_of_an_undisturbed_
     status, (line,) = child.end()
     assert status == (2 if message else 130)
     if message:
-        assert line.startswith(f"llama.py: error: --save {tmp_path}/saved: ") and message in line
+        assert re.fullmatch(says(f"llama.py: error: --save {tmp_path}/saved: {message}"), line), line
     else:
         assert line == STOPPED
     assert not list(tmp_path.rglob("*.partial"))
@@ -627,7 +641,7 @@ def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed
 def test_a_signal_from_outside_stops_a_run_and_two_cannot_share_a_folder(fork, undisturbed, checkpoint_folder,
                                                                          tmp_path, capsys):
     (tmp_path / "model").symlink_to(checkpoint_folder("llama"))
-    child = Child(fork, tmp_path, "llama", RUN, waiting, (tmp_path / "waits",))
+    child = Child(fork, tmp_path, "llama", RUN, at, ("placed", "layer-00002.json", waiting, tmp_path / "waits"))
     while not (tmp_path / "waits").exists():
         assert child.process.is_alive()
         time.sleep(0.01)
