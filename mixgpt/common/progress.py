@@ -18,14 +18,20 @@ class Lines(tqdm):
     """Write lines such as `SparseGPT  layer 12 of 32, 184 s, about 310 s left (22:41)`, for logs and notebooks.
 
     A line is due INTERVAL seconds after the one before and comes with the next step, or part of a step, that is
-    finished then. Rate and estimate are those of tqdm's bar.
+    finished then. The estimate rests on the mean of all steps that are finished; that of late ones jumps between lines.
     """
 
     monitor_interval = 0  # no thread that redraws
 
     def __init__(self, *arguments, **options):
-        self._last_line = 0.0  # seconds from the start
+        self._last_line = self._last_step = 0.0  # seconds from the start
         super().__init__(*arguments, **options | {"leave": False, "mininterval": 0, "miniters": 1})
+
+    def update(self, n=1):
+        """Note when a step is finished."""
+        if not self.disable:
+            self._last_step = self.format_dict["elapsed"]
+        return super().update(n)
 
     def display(self, msg=None, pos=None):
         """Write a line if one is due: where tqdm redraws the bar."""
@@ -34,9 +40,11 @@ class Lines(tqdm):
             return False
         self._last_line = elapsed
         line = "{desc}  {unit} {n_fmt} of {total_fmt}, {elapsed_s:.0f} s"
+        facts = self.format_dict | {"prefix": self.desc.removesuffix(": "), "ncols": None}
         if self.n > self.initial:
             line += ", about {remaining_s:.0f} s left ({eta:%H:%M})"
-        facts = self.format_dict | {"prefix": self.desc.removesuffix(": "), "bar_format": line, "ncols": None}
+            facts["rate"] = (self.n - self.initial) / max(self._last_step, 1e-9)
+        facts["bar_format"] = line
         self.fp.write(self.format_meter(**facts) + "\n")
         self.fp.flush()
         return True

@@ -70,6 +70,12 @@ def test_a_layer_that_takes_longer_tells_of_itself_at_its_next_event(clock, caps
                      "ADMM  layer 4 of 5, 150 s, about 75 s left"]
 
 
+def test_the_estimate_rests_on_all_steps_so_far(clock, capsys):
+    finish([(clock.sleep, seconds) for seconds in (10, 10, 10, 50, 10, 10)])  # 20 s each
+    line, *_ = capsys.readouterr().err.splitlines()[1:]
+    assert line.startswith("SparseGPT  layer 4 of 6, 80 s, about 40 s left (")
+
+
 def test_steps_without_an_iterable_are_counted(clock, capsys):
     with progress.bar(total=40, title="gradients", unit="step") as bar:
         for _ in range(4):
