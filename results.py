@@ -3,7 +3,7 @@
 python results.py runs/*.json                            # what --record wrote, or folders of --save
 python results.py runs/*.json --markdown                 # for a README
 python results.py runs/*.json --csv runs.csv             # for a spreadsheet: all digits, and the files
-python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv 2310.09499)
+python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv 2310.09499), bars at one sparsity
 """
 
 import sys
@@ -22,8 +22,9 @@ def main(argv=None):
                                                                "as 'runs/*'")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--csv", metavar="FILE", help="write the table as comma-separated values too")
-    parser.add_argument("--plot", metavar="FILE", help="draw perplexity against sparsity by method, the mean over "
-                                                       "seeds with its range (.png, .pdf, .svg)")
+    parser.add_argument("--plot", metavar="FILE", help="draw perplexity against sparsity by method, or bars where "
+                                                       "all runs have one sparsity; the mean over seeds with its "
+                                                       "range (.png, .pdf, .svg)")
     options = parser.parse_args(argv)
     problems, runs = [], []
     try:
@@ -40,8 +41,10 @@ def main(argv=None):
             print(text_of(runs, options.markdown))
             if options.csv:
                 write("--csv", options.csv, csv_of(runs))
+                print(f"\nwritten  {options.csv}")
             if options.plot:
                 draw(options.plot, runs)
+                print(f"\npicture  {options.plot}")
     except InputError as error:
         problems.append(str(error))
     for problem in problems:

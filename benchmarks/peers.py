@@ -4,8 +4,8 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
+from mixgpt.common import progress
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.pruning.targets import Target
 from modelutils import Stream, hooked, linears, on_device
@@ -46,7 +46,7 @@ def advance(stream, layer, index):
 def visit(model, family, tokens, batch_size, device, title):
     """Yield (index, layer, stream of the hidden states of tokens (N, T)), each layer on the device in its turn."""
     stream = Stream.embed(model, family, tokens, batch_size, device)
-    for index, layer in enumerate(tqdm(family.layers_of(model), desc=title, unit="layer", disable=None)):
+    for index, layer in enumerate(progress.bar(family.layers_of(model), title=title)):
         with on_device([layer], device):
             yield index, layer, stream
 

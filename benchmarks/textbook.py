@@ -5,8 +5,8 @@ sort for every block of a mask, one Python step and one rank-1 update of the blo
 """
 
 import torch
-from tqdm import tqdm
 
+from mixgpt.common import progress
 from modelutils import Stream, linears, on_device
 from quant import Scheme, find_grid, to_grid
 
@@ -79,7 +79,7 @@ def prune_model(model, family, tokens, device, clock, sparsity=0.0, prunen=0, pr
     with clock.part("forward"):
         stream = Stream.embed(model, family, tokens, 1, device)
         output = torch.empty_like(stream.hidden)
-    for index, layer in enumerate(tqdm(family.layers_of(model), desc="textbook", disable=None)):
+    for index, layer in enumerate(progress.bar(family.layers_of(model), title="textbook")):
         with on_device([layer], device):
             pruners = {module: Textbook(module) for module in linears(layer).values()}
             handles = [module.register_forward_pre_hook(_adder(pruner, clock)) for module, pruner in pruners.items()]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 from conftest import FAMILIES
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 
 import results
 from mixgpt.app import cli, comparison
-from mixgpt.app.settings import Settings
+from mixgpt.app.settings import Settings, recipe
 
 SETTINGS = {"model": "facebook/opt-125m", "dataset": "c4", "seqlen": 2048}
 
@@ -35,10 +36,6 @@ def write(tmp_path):
     return write
 
 
-def lines(capsys):
-    return [line.split("  ") for line in capsys.readouterr().out.splitlines()]
-
-
 def test_the_table_holds_what_the_records_hold_in_order(write, capsys, tmp_path):
     files = write(
         a=record(40.0, sparsity=0.6, gmp=True), b=record(35.25, sparsity=0.5, seed=1, tasks={"piqa": {
@@ -47,29 +44,30 @@ def test_the_table_holds_what_the_records_hold_in_order(write, capsys, tmp_path)
         d=record(34.0, sparsity=0.5, sparsity_way="weight-level", saliency="isc", sensitivity="fisher"),
         e=record(36.0, prunen=2, prunem=4), f=record(50.0, sparsity=0.5, wbits=4))
     assert results.main([*files, "--csv", str(tmp_path / "new" / "runs.csv")]) == 0
-    header, _, *rows = ([cell for cell in line if cell] for line in lines(capsys))
-    assert [cell.strip() for cell in header] == [
-        "model", "method", "sparsity", "wbits", "sparsity_way", "saliency", "seed", "wikitext2", "dense wikitext2",
-        "piqa acc", "seconds", "GB host"]
+    above, _, header, _, *rows, _, written = capsys.readouterr().out.splitlines()
+    assert above == "model facebook/opt-125m, dense wikitext2 27.66"
+    assert re.split("  +", header) == ["method", "sparsity", "seed", "wikitext2 ppl", "piqa acc", "seconds", "GB host"]
+    assert written == f"written  {tmp_path}/new/runs.csv" and max(map(len, rows)) <= 100
     held = list(csv.DictReader((tmp_path / "new" / "runs.csv").open()))
     assert [(row["method"], row["wikitext2"]) for row in held] == [
-        ("dense", "27.66"), ("MixGPT (weight-level by fisher)", "34.0"), ("SparseGPT", "35.25"),
+        ("dense", "27.66"), ("SparseGPT", "35.25"), ("MixGPT (weight-level by fisher)", "34.0"),
         ("SparseGPT 2:4", "36.0"), ("SparseGPT + 4 bit", "50.0"), ("magnitude", "40.0")]
     assert {row["dense wikitext2"] for row in held} == {"27.66"}  # from the run of the dense model
-    assert [row["piqa acc"] for row in held] == ["", "", "0.61", "", "", ""] and "piqa acc_stderr" not in held[0]
+    assert [row["piqa acc"] for row in held] == ["", "0.61", "", "", "", ""] and "piqa acc_stderr" not in held[0]
     assert [(row["sparsity_way"], row["saliency"]) for row in held] == [
-        ("", ""), ("weight-level", "isc"), ("uniform", "obs"), ("uniform", "obs"), ("uniform", "obs"), ("uniform", "")]
-    assert [row["seed"] for row in held] == ["0", "0", "1", "0", "0", "0"] and held[0]["file"] == files[2]
+        ("", ""), ("uniform", "obs"), ("weight-level", "isc"), ("uniform", "obs"), ("uniform", "obs"), ("uniform", "")]
+    assert [row["seed"] for row in held] == ["0", "1", "0", "0", "0", "0"] and held[0]["file"] == files[2]
     assert {(row["seconds"], row["GB host"]) for row in held} == {("12.4", "1.5")}
-    row = " ".join(" ".join(rows[2]).split())
-    assert row == "facebook/opt-125m SparseGPT 50.00% 16 uniform obs 1 35.25 27.66 0.61 12 1.50"
+    assert rows[1].split() == ["SparseGPT", "50.00%", "1", "35.25", "0.61", "12", "1.50"]
+    assert rows[-1].split() == ["magnitude", "60.00%", "0", "40.00", "-", "12", "1.50"]
 
 
 def test_dense_figures_of_other_texts_or_models_are_not_put_beside(write, tmp_path, capsys):
     other = record(27.66)
     other["data"]["wikitext2"]["sha256"] = "def"
     assert results.main([*write(a=record(40.0, sparsity=0.6), b=other, c=record(20.0, model="/data/opt-1.3b"),
-                                d=record(21.0, seqlen=128)), "--csv", str(tmp_path / "runs.csv")]) == 0
+                                d=record(21.0, seqlen=128), e=record(22.0, eval_limit=8)), "--csv",
+                         str(tmp_path / "runs.csv")]) == 0
     held = {row["model"]: row for row in csv.DictReader((tmp_path / "runs.csv").open()) if row["method"] == "SparseGPT"}
     assert held["facebook/opt-125m"]["dense wikitext2"] == ""
     assert "opt-1.3b" in capsys.readouterr().out
@@ -78,23 +76,47 @@ def test_dense_figures_of_other_texts_or_models_are_not_put_beside(write, tmp_pa
 def test_markdown_is_a_table_of_the_same_cells(write, capsys):
     files = write(a=record(40.0, 27.66, sparsity=0.6))
     assert results.main([*files, "--markdown"]) == 0
-    header, rule, row = capsys.readouterr().out.splitlines()
-    assert header.startswith("| model | method | sparsity |") and set(rule) == set("|- ")
-    assert row == "| facebook/opt-125m | SparseGPT | 60.00% | 16 | uniform | obs | 0 | 40.00 | 27.66 | 12 | 1.50 |"
+    assert capsys.readouterr().out.splitlines() == [
+        "model facebook/opt-125m, seed 0, dense wikitext2 27.66", "",
+        "| method | sparsity | wikitext2 ppl | seconds | GB host |", "| --- | --- | --- | --- | --- |",
+        "| SparseGPT | 60.00% | 40.00 | 12 | 1.50 |"]
+
+
+def test_what_differs_between_runs_stands_in_the_table_and_not_above(write, capsys):
+    assert results.main(write(a=record(40.0, 27.66, sparsity=0.6), b=record(30.0, sparsity=0.5, model="gpt2", seed=1),
+                              c=record(9.0, wbits=4, nearest=True))) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert re.split("  +", header) == ["model", "method", "sparsity", "seed", "wikitext2 ppl", "dense wikitext2",
+                                       "seconds", "GB host"]
+    assert [row.split()[0] for row in rows] == ["facebook/opt-125m", "facebook/opt-125m", "gpt2"]
+    assert rows[2].split()[-3] == "-"  # no run of its dense model
+
+
+def test_the_preset_best_is_named_where_all_its_settings_are_those_of_the_run(write, capsys):
+    files = write(a=record(30.0, sparsity=0.5, **recipe("best")), c=record(32.0, sparsity=0.5, **recipe("mixgpt")),
+                  b=record(31.0, sparsity=0.5, **recipe("best") | {"alpha": 0.1}),
+                  d=record(33.0, prunen=2, prunem=4, **recipe("best", 4)), e=record(40.0, sparsity=0.5))
+    assert results.main(files) == 0
+    methods = [re.split("  +", row)[0] for row in capsys.readouterr().out.splitlines()[4:]]
+    assert methods == ["best: ADMM (global, fisher, dense target)", "ADMM (global, fisher, dense target)",
+                       "MixGPT (weight-level by fisher)", "best: ADMM (dense target, weighted tokens) 2:4", "SparseGPT"]
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_point(write):
     files = write(a=record(40.0, 20.0, sparsity=0.6), b=record(44.0, sparsity=0.6, seed=1),
                   c=record(30.0, sparsity=0.5), d=record(50.0, sparsity=0.5, gmp=True),
-                  e=record(39.0, sparsity=0.6, nsamples=32), f=record(20.0))
+                  e=record(39.0, sparsity=0.6, nsamples=32), f=record(20.0),
+                  g=record(48.0, sparsity=0.5, gmp=True, eval_limit=8))
     runs = [comparison.read(path) for path in comparison.files_of(files)]
     dense, series = comparison.panels_of(runs)["facebook/opt-125m", "wikitext2"]
     assert dense == 20.0
     assert series == {"SparseGPT, nsamples 128": [(0.5, 30.0, 30.0, 30.0), (0.6, 42.0, 40.0, 44.0)],
-                      "SparseGPT, nsamples 32": [(0.6, 39.0, 39.0, 39.0)], "magnitude": [(0.5, 50.0, 50.0, 50.0)]}
+                      "SparseGPT, nsamples 32": [(0.6, 39.0, 39.0, 39.0)],
+                      "magnitude, eval_limit 8": [(0.5, 48.0, 48.0, 48.0)],
+                      "magnitude, eval_limit None": [(0.5, 50.0, 50.0, 50.0)]}
 
 
-def test_the_picture_has_a_line_for_each_method_and_the_dense_model(write, tmp_path, monkeypatch):
+def test_the_picture_has_a_line_for_each_method_and_the_dense_model(write, tmp_path, monkeypatch, capsys):
     files = write(**{f"r{seed}{number}": record(30.0 + 10 * number + seed, 20.0, sparsity=0.5 + number / 10, seed=seed)
                      for seed in (0, 1) for number in (0, 1)}, gmp=record(500.0, 20.0, sparsity=0.5, gmp=True))
     drawn, save = [], Figure.savefig
@@ -102,6 +124,7 @@ def test_the_picture_has_a_line_for_each_method_and_the_dense_model(write, tmp_p
         figure, *given, **options))
     assert results.main([*files, "--plot", str(tmp_path / "tradeoff.png")]) == 0
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.endswith(f"\n\npicture  {tmp_path}/tradeoff.png\n")
     axis, = drawn[0].axes
     bars = {container.get_label(): container for container in axis.containers}
     assert bars["SparseGPT"].lines[0].get_xydata().tolist() == [[0.5, 30.5], [0.6, 40.5]]
@@ -121,7 +144,7 @@ def test_what_a_run_records_is_read_without_its_weights(checkpoint_folder, tmp_p
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads((tmp_path / "saved/mixgpt.json").read_text())
     capsys.readouterr()
     assert results.main([str(file), str(tmp_path / "sav*"), str(file)]) == 0
-    rows = capsys.readouterr().out.splitlines()[2:]
+    rows = capsys.readouterr().out.splitlines()[4:]
     assert len(rows) == 2 and all("magnitude" in row and "50.00%" in row for row in rows)
 
 
@@ -138,7 +161,7 @@ def test_files_that_are_no_records_get_a_line_each_and_the_others_are_shown(writ
     names = ["damaged.json", "foreign.json", "list.json", "binary.json", "empty", "unfinished", "missing.json"]
     assert results.main([good, *(str(tmp_path / name) for name in names)]) == 2
     captured = capsys.readouterr()
-    assert len(captured.out.splitlines()) == 3 and "40.00" in captured.out
+    assert len(captured.out.splitlines()) == 5 and "40.00" in captured.out
     assert [line.replace(str(tmp_path) + "/", "") for line in captured.err.splitlines()] == [
         "results.py: error: damaged.json: cannot be read as JSON (Expecting property name enclosed in double quotes: "
         "line 1 column 15 (char 14))",

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from mixgpt.allocation.backward import Chunk, chunk_size, loss_of, seeded
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.kernels.matmul import fast_linears
 from modelutils import SLICE, apply, linears
 
@@ -43,7 +42,7 @@ def output_gradients(execution, matrices, tokens, seed):
         sums[column] += squares.sum(dim=(0, 1))
         energies[column, first + rows.start:first + rows.stop] = squares.sum(2).cpu()
 
-    with tqdm(total=2 * len(mine) * len(layers), desc="gradients", unit="layer", disable=None) as bar:
+    with progress.bar(total=2 * len(mine) * len(layers), title="gradients", unit="step") as bar:
         for start in range(0, len(mine), size):
             numbers = mine[start:start + size]
             chunk = Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar)

@@ -10,10 +10,9 @@ import math
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from mixgpt.allocation.ranking import threshold_counts
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.kernels.linalg import upper_inverse
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
@@ -32,7 +31,7 @@ def inverse_diagonals(execution, matrices, tokens, percdamp):
     """
     stream, device = execution.embed(tokens[distributed.share(len(tokens))]), execution.device
     layers, shared, diagonals = execution.layers[:max(index for index, _ in matrices) + 1], {}, {}
-    for index, layer in enumerate(tqdm(layers, desc="inputs", unit="layer", disable=None)):
+    for index, layer in enumerate(progress.bar(layers, title="inputs")):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
             groups = groups_of(layer, index, stream, matrices, shared)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from mixgpt.allocation.backward import Chunk, chunk_size
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
 from mixgpt.kernels.matmul import fast_linears
@@ -142,8 +141,8 @@ def hessian_traces(execution, matrices, tokens, sampling, known=None, save=None)
     N, T = tokens.shape
     rows, nprobes = [] if known is None else list(known), sampling.nprobes
     size = chunk_size(execution, T, 2)
-    with tqdm(total=(N - len(rows)) * nprobes * 2 * len(execution.layers), desc=sampling.estimator, unit="layer",
-              disable=None) as bar:
+    total = (N - len(rows)) * nprobes * 2 * len(execution.layers)
+    with progress.bar(total=total, title=sampling.estimator, unit="step") as bar:
         while len(rows) < N:
             together = range(len(rows), min(len(rows) + size * distributed.world(), N))
             numbers = together[distributed.share(len(together))]

@@ -16,7 +16,7 @@ def main(family, argv=None):
         settings = parse(family, argv)
         settings.check_paths()
         with contextlib.ExitStack() as stack:
-            _silence(settings, stack)
+            _silence(stack)
             from mixgpt.app import pipeline  # takes seconds
 
             pipeline.run(family, settings, shlex.join(["python", family.script, *argv]))
@@ -29,24 +29,9 @@ def main(family, argv=None):
     return 0
 
 
-def _silence(settings, stack):
-    """Let only the first of several processes print, and bars keep off a quiet run, until `stack` is closed."""
+def _silence(stack):
+    """Let only the first of several processes print, until `stack` is closed."""
     if int(os.environ.get("RANK", 0)):
         nowhere = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))
-    if settings.quiet:
-        stack.enter_context(contextlib.redirect_stderr(_NoTerminal(sys.stderr)))
-
-
-class _NoTerminal:
-    """A stream that is no terminal, so that progress bars keep off it."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    def isatty(self):
-        return False

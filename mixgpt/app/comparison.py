@@ -9,12 +9,14 @@ from pathlib import Path
 
 from mixgpt.app import plots
 from mixgpt.app.report import table
-from mixgpt.app.settings import RESULT, having_effect
+from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
 from mixgpt.checkpoints.load import RECORD
 from mixgpt.checkpoints.run_dir import begun
 from mixgpt.common.errors import InputError
 
 NO_SCORES = ("examples", "num_fewshot", "version")  # what stands beside the metrics of a task
+TOLD = ("wbits", "sparsity_way", "saliency")  # columns that the name of the method tells, too
+ABOUT = ("model", "seed")  # columns that say what was run; they and those of dense models stand above where all agree
 
 
 def files_of(names):
@@ -41,7 +43,7 @@ def read(file):
         settings, model = record["settings"], record["settings"]["model"]
         n, m = (settings.get(name, 0) for name in ("prunen", "prunem"))
         run = record | {"file": str(file), "model": _short(model), "method": names[0],
-                        "label": names[0] + (f" {n}:{m}" if m else "")}
+                        "label": _preset(settings) + names[0] + (f" {n}:{m}" if m else "")}
         table_of([run]), panels_of([run])  # whatever they read is there
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{file}: is not the record of a run ({type(error).__name__}: {error})") from error
@@ -53,19 +55,27 @@ def _short(model):
     return model if model.count("/") <= 1 and not model.startswith((".", "/")) else Path(model).name
 
 
+def _preset(settings):
+    """Return "best: " for the settings of that preset, however they were given; the others' methods have names."""
+    prunes = settings.get("sparsity") or settings.get("prunem")
+    best = recipe("best", settings.get("prunem", 0))
+    return "best: " if prunes and all(settings.get(name) == value for name, value in best.items()) else ""
+
+
 def _dense(runs):
-    """Return {(model, sequence length, dataset, its sha256): perplexity} of the dense models."""
+    """Return {(model, length and number of sequences, dataset, its sha256): perplexity} of the dense models."""
     return {_text_of(run, name): value for run in runs for name, value in run["perplexity"].get("dense", {}).items()}
 
 
 def _text_of(run, name):
-    return run["model"], run["settings"].get("seqlen"), name, run["data"].get(name, {}).get("sha256")
+    settings, source = run["settings"], run["data"].get(name, {})
+    return run["model"], settings.get("seqlen"), settings.get("eval_limit"), name, source.get("sha256")
 
 
 def table_of(runs):
-    """Return a row {column: value} for each run, by model, sparsity, bits, method and seed."""
-    dense, rows = _dense(runs), []
-    sets = list(dict.fromkeys(name for run in runs for values in run["perplexity"].values() for name in values))
+    """Return a row {column: value} for each run, by model, sparsity, bits, method in the order given, and seed."""
+    dense, rows, order = _dense(runs), [], list(dict.fromkeys(run["label"] for run in runs))
+    sets = _sets(runs)
     scores = list(dict.fromkeys(name for run in runs for name in _scores(run)))
     for run in runs:
         settings, method = run["settings"], run["method"]
@@ -80,8 +90,12 @@ def table_of(runs):
         row |= dict.fromkeys(scores) | _scores(run) | {"seconds": sum(run["seconds"].values())}
         row |= {f"GB {place}": size / 1e9 for place, size in run["peak_memory"].items()}
         rows.append(row | {"file": run["file"]})
-    return sorted(rows, key=lambda row: (row["model"], round(row["sparsity"], 3), -row["wbits"], row["method"],
-                                         row["seed"], row["file"]))
+    return sorted(rows, key=lambda row: (row["model"], round(row["sparsity"], 3), -row["wbits"],
+                                         order.index(row["method"]), row["seed"], row["file"]))
+
+
+def _sets(runs):
+    return list(dict.fromkeys(name for run in runs for values in run["perplexity"].values() for name in values))
 
 
 def _scores(run):
@@ -95,11 +109,11 @@ def panels_of(runs):
     dense, points, values = _dense(runs), defaultdict(list), defaultdict(set)
     pruned = [run for run in runs if run["method"] != "dense"]
     for run in pruned:
-        for name in having_effect(RESULT):
+        for name in having_effect(RESULT, EVALUATION):
             values[run["model"], run["label"], name].add(run["settings"].get(name))
     for run in pruned:
         settings = run["settings"]
-        label = [run["label"], *(f"{name} {settings.get(name)}" for name in having_effect(RESULT)
+        label = [run["label"], *(f"{name} {settings.get(name)}" for name in having_effect(RESULT, EVALUATION)
                                  if len(values[run["model"], run["label"], name]) > 1)]
         for name, perplexity in run["perplexity"][run["method"]].items():
             key = run["model"], name, ", ".join(label), settings.get("sparsity", 0), settings.get("prunen", 0)
@@ -115,15 +129,21 @@ def panels_of(runs):
 
 
 def text_of(runs, markdown=False):
-    """Return the table as text, for a terminal or in Markdown."""
+    """Return the table as text, for a terminal or in Markdown; what all runs have in common stands above it, once."""
     rows = table_of(runs)
-    header = _header(rows)
+    header = [column for column in _header(rows)
+              if column not in TOLD and any(row.get(column) is not None for row in rows)]
+    shared = {column: _text(column, rows[0].get(column)) for column in header
+              if (column in ABOUT or column.startswith("dense ")) and len({row.get(column) for row in rows}) == 1}
+    header = [column for column in header if column not in shared]
     cells = [[_text(column, row.get(column)) for column in header] for row in rows]
-    return _markdown(header, cells) if markdown else table(header, cells)
+    above = ", ".join(f"{column} {value}" for column, value in shared.items())
+    header = [f"{column} ppl" if column in _sets(runs) else column for column in header]
+    return (above and f"{above}\n\n") + (_markdown(header, cells) if markdown else table(header, cells))
 
 
 def csv_of(runs):
-    """Return the table as comma-separated values: all digits, and the files."""
+    """Return the table as comma-separated values: all columns, all digits, and the files."""
     rows, text = table_of(runs), io.StringIO()
     writer = csv.DictWriter(text, [*_header(rows), "file"], lineterminator="\n")
     writer.writeheader()

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from huggingface_hub.utils import disable_progress_bars
 
 from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
@@ -24,7 +25,7 @@ from mixgpt.app.report import heading, plan_text, result_text
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
@@ -87,13 +88,16 @@ def run(family, settings, command=None):
 
     command: the command line, for the heading. Everything that can be refused is refused before the weights are loaded.
     """
-    if not sys.stderr.isatty():
+    if settings.quiet or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+        disable_progress_bars()
     device = choose_device(settings.device)
     with contextlib.ExitStack() as stack:
         job = Job(family, settings, command, stack, device, Clock(device))
         stack.enter_context(distributed.joined(device))
+        if settings.quiet:
+            stack.enter_context(progress.silent())
         for step in (check, read_texts, open_model, announce, choose_plan, evaluate_dense, compress, save, evaluate,
                      report):
             step(job)
@@ -153,7 +157,8 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
     for name in settings.eval:
-        tests[name], sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir)
+        tokens, sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir)
+        tests[name] = tokens[:settings.eval_limit]
     for tokens in ([calibration] if calibration is not None else []) + list(tests.values()):
         if tokens.max() >= vocab_size:
             raise InputError(f"model {settings.model}: its tokenizer gives token {tokens.max()}, its vocabulary "

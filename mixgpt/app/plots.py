@@ -6,6 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
 
+from mixgpt.app.report import wrapped
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable
 
@@ -74,24 +75,31 @@ def draw_tradeoff(path, panels):
     """Write a picture of perplexity against sparsity by method (arXiv 2310.09499, figure 3).
 
     panels: {(model, dataset): (dense perplexity or None, {method: [(sparsity, mean, lowest, highest), …]})}. A row of
-    pictures for each model, a column for each dataset.
+    pictures for each model, a column for each dataset. Where all points are of one sparsity, bars show them.
     """
     models, sets = (list(dict.fromkeys(key)) for key in zip(*panels, strict=True))
     methods = list(dict.fromkeys(method for _, series in panels.values() for method in series))
+    sparsities = {f"{point[0]:.0%}" for _, series in panels.values() for points in series.values() for point in points}
+    bars = len(sparsities) == 1
     columns = 1 if len(methods) < 3 else 2
-    size = max(5.5 * len(sets), 7), 4 * len(models) + 0.3 * len(methods) / columns
-    figure = Figure(figsize=size, layout="constrained")
+    height = 1.8 + 0.5 * len(methods) if bars else 4
+    figure = Figure(figsize=(max(5.5 * len(sets), 7), height * len(models) + (
+        0 if bars else 0.3 * len(methods) / columns)), layout="constrained")
     axes = figure.subplots(len(models), len(sets), squeeze=False)
     for row, model in enumerate(models):
         for column, name in enumerate(sets):
             axis = axes[row, column]
-            if (model, name) in panels:
+            if (model, name) not in panels:
+                axis.set_axis_off()
+            elif bars:
+                _bars(axis, *panels[model, name], methods)
+                axis.set_title(f"{model}\n{name}, {', '.join(sparsities)} of the weights pruned", fontsize=11)
+            else:
                 _tradeoff(axis, *panels[model, name], methods)
                 axis.set(title=f"{model}, {name}", xlabel="weights pruned", ylabel="perplexity")
-            else:
-                axis.set_axis_off()
     shown = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, fontsize=9)
+    if not bars:
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, fontsize=9)
     _write(figure, path)
 
 
@@ -105,14 +113,38 @@ def _tradeoff(axis, dense, series, methods):
                       marker="osD^vP*X"[number % 8], markersize=5, capsize=3)
     if dense is not None:
         axis.axhline(dense, label="dense", color="black", linestyle="--", linewidth=1)
-    low, high = axis.dataLim.intervaly  # the limits of the axis have a margin, which may reach below 0
-    if low > 0 and high > 5 * low:
-        axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:,g}")
-    axis.yaxis.set_minor_formatter("{x:,g}" if high < 50 * low else NullFormatter())  # they would overlap
+    _perplexity_axis(axis, axis.yaxis, *axis.dataLim.intervaly)
     axis.xaxis.set_major_locator(MultipleLocator(0.1))
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.grid(alpha=0.3)
+
+
+def _bars(axis, dense, series, methods):
+    """Draw a bar for each method of one picture, the best on top, under that of the dense model."""
+    bars = [] if dense is None else [("dense", "0.6", dense, dense, dense)]
+    bars += sorted(((method, f"C{methods.index(method) % 10}", *point[1:]) for method, (point, *_) in series.items()),
+                   key=lambda bar: bar[2])
+    names, colours, mean, low, high = zip(*bars, strict=True)
+    below, above = ([abs(a - b) for a, b in zip(mean, ends, strict=True)] for ends in (low, high))
+    labels = ["\n".join(wrapped(name.replace(" (", "\n("), 30)) for name in names]
+    shown = axis.barh(labels, mean, color=colours, height=0.6)
+    if low != high:  # over seeds
+        axis.errorbar(mean, range(len(mean)), xerr=[below, above], color="black", capsize=3, linestyle="none")
+    axis.bar_label(shown, [f"{value:,.{2 if value < 100 else 0}f}" for value in mean], padding=4)
+    axis.invert_yaxis()
+    axis.set_xlabel("perplexity")
+    axis.margins(x=0.12)
+    _perplexity_axis(axis, axis.xaxis, min(low), max(high))
+    axis.xaxis.set_minor_formatter(NullFormatter())  # the bars have labels
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _perplexity_axis(axis, side, low, high):
+    """Scale the side of a picture that shows perplexities between low and high; its own limits have a margin."""
+    if low > 0 and high > 5 * low:
+        axis.set(**{f"{side.axis_name}scale": "log"})
+    side.set_major_formatter("{x:,g}")
+    side.set_minor_formatter("{x:,g}" if high < 50 * low else NullFormatter())  # they would overlap
 
 
 def _write(figure, path, consolation=""):

@@ -30,6 +30,7 @@ def recipe(preset, prunem=0):
 RESULT = "result"  # the result: the same for --resume, and told apart in plots
 METHOD = "method"  # the result, which the method's name, the sparsity or the range over seeds tells in plots
 ROUNDING = "rounding"  # the order of sums or the files only: the same for --resume, one point in plots
+EVALUATION = "evaluation"  # what is reported, not what is saved: free to differ for --resume, told apart in plots
 FREE = "free"  # nothing of that: it may differ between a run and its continuation
 
 
@@ -116,7 +117,9 @@ class Settings:
 
     eval: tuple[str, ...] = option(("wikitext2", "ptb", "c4"), FREE,
         "test sets to report perplexity on; none: --eval without a name",
-        group="evaluation", nargs='*', type=str, choices=DATASETS)
+        group="evaluation", nargs="*", type=str, choices=DATASETS)
+    eval_limit: int | None = option(None, EVALUATION,
+        "sequences of each test set, the first ones (default: all)", flag="--eval-limit", type=int)
     dense: bool = option(False, FREE, "report the dense model's perplexity and scores too")
     tasks: tuple[str, ...] = option((), FREE,
         "tasks of lm-eval to report scores on, separated by commas, such as arc_challenge,hellaswag; "
@@ -177,7 +180,7 @@ class Settings:
         if not 0 <= self.percdamp <= 1:
             raise InputError(f"--percdamp {self.percdamp:g}: must lie between 0 and 1")
         for name, least in {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1,
-                            "limit": 1}.items():
+                            "eval_limit": 1, "limit": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

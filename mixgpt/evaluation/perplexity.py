@@ -3,9 +3,8 @@
 import math
 
 import torch
-from tqdm import tqdm
 
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
 from modelutils import SLICE, Stream, apply, on_device
@@ -18,7 +17,7 @@ def run_layers(model, family, streams, device, title, step=Stream.advance):
     step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
     """
     layers = family.layers_of(model)
-    for index, layer in enumerate(tqdm(layers, desc=title, unit="layer", disable=None, leave=False)):
+    for index, layer in enumerate(progress.bar(layers, title=title, leave=False)):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
             for stream in streams:

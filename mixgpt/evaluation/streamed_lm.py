@@ -12,7 +12,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.evaluation.generation import complete
 from mixgpt.evaluation.perplexity import run_layers
@@ -68,7 +68,7 @@ class StreamedLM(TemplateLM):
         mine = range(distributed.rank(), len(requests), distributed.world())
         texts = {}
         with whole(self.model, self.family, self.where):
-            for number in mine:
+            for number in progress.bar(mine, title="tasks", unit="text", leave=False):
                 context, options = requests[number].args
                 until, most = options.get("until") or [], options.get("max_gen_toks", 256)
                 temperature = options.get("temperature") or 1.0 if options.get("do_sample") else 0.0

@@ -17,6 +17,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks.manager import TaskManager
 
+from mixgpt.common import progress
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.streamed_lm import StreamedLM
 from mixgpt.text import hub
@@ -91,11 +92,12 @@ def _refusing(name):
 
 @contextlib.contextmanager
 def _silent():
-    """Keep what lm-eval prints and logs to itself, and its bars where there is no terminal."""
+    """Keep what lm-eval prints and logs to itself, and its bars where there is no terminal; ours pass."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(hub.unlogged("lm_eval"))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not sys.stderr.isatty():
+            stack.enter_context(progress.shown_on(sys.stderr))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
 

@@ -5,9 +5,8 @@ import time
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
-from mixgpt.common import distributed
+from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
@@ -33,8 +32,7 @@ def prune_layerwise(execution, plan, tokens, recipe, run_dir=None, observe=None)
     calibrated = _Calibrated(execution, plan, tokens, recipe)
     layers, clock, states = calibrated.layers, execution.clock, calibrated.states
     first, outcomes = run_dir.begin(len(layers), states) if run_dir else (0, {})
-    with tqdm(range(first, len(layers)), desc=recipe.title, unit="layer", disable=None, initial=first,
-              total=len(layers)) as bar:
+    with progress.bar(range(first, len(layers)), title=recipe.title, initial=first, total=len(layers)) as bar:
         for index in bar:
             layer, start, last = layers[index], time.perf_counter(), index + 1 == len(layers)
             with on_device([layer], execution.device):

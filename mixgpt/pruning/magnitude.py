@@ -3,8 +3,8 @@
 import time
 
 import torch
-from tqdm import tqdm
 
+from mixgpt.common import progress
 from mixgpt.kernels.columns import smallest_per_row
 from mixgpt.kernels.linalg import smallest
 from mixgpt.modeling.streaming import prefetch
@@ -22,8 +22,7 @@ def prune_magnitude(execution, plan, scheme=None, run_dir=None, observe=None):
     title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
     layers, device = execution.layers, execution.device
     first, outcomes = run_dir.begin(len(layers)) if run_dir else (0, {})
-    for index in tqdm(range(first, len(layers)), desc=title, unit="layer", disable=None, initial=first,
-                      total=len(layers)):
+    for index in progress.bar(range(first, len(layers)), title=title, initial=first, total=len(layers)):
         layer, made, start = layers[index], {}, time.perf_counter()
         with on_device([layer], device):
             prefetch(layers, index + 1, device)

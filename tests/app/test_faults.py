@@ -1,7 +1,6 @@
 """Break the world around the command line: damaged files, full disks, signals. One line, a status, nothing left."""
 
 import gzip
-import itertools
 import json
 import math
 import os
@@ -11,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,7 @@ from mixgpt.app import cli, pipeline
 from mixgpt.kernels import columns
 
 SMALL = "--nsamples 4 --seqlen 32 --device cpu"
-RUN_DIR = "mixgpt.checkpoints.run_dir.RunDir"
-WEIGHTS, INDEX, NOTE = "model.safetensors", "model.safetensors.index.json", "progress/layer-00001.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -169,7 +168,7 @@ class Fault:
     """What is broken, what the line on stderr says, and what is asked for."""
 
     damage: object  # called with the folder in which `model` is a copy of a tiny model
-    message: str
+    message: str  # the whole of it; "…" stands for words of other libraries
     command: str = "{root}/model builtin --sparsity .5 --eval builtin"
 
 
@@ -178,193 +177,247 @@ MIXED = (f"{{root}}/model builtin --sparsity .5 --sparsity_way weight-level --se
 LINES = "".join(f'{{"text": "row {number}"}}\n' for number in range(999))
 WIKI = "{root}/model wikitext2 --sparsity .5 --eval builtin --data-dir {root}/texts"
 
+MODEL = "model {root}/model: "
+TRACES = "--sensitivity_file {root}/traces.json: "
+UNREAD = "its configuration cannot be read: "
+REMOTE = "it needs code from its repository, which is never executed here"
+PICKLE = "its .bin file is damaged or holds more than tensors, which is not executed; give safetensors files"
+A_FILE = "is a file; give its folder, a .gguf file or a hub id"
+MISFIT = f"{UP} does not fit its description in sparse.json"
+
 FAULTS = {
     # weights
-    "empty weights": Fault(lambda root: cut(root / "model" / WEIGHTS, 0), f"model {{root}}/model: {WEIGHTS}"),
+    "empty weights": Fault(
+        lambda root: cut(root / "model" / WEIGHTS, 0), f"{MODEL}{WEIGHTS} is damaged (… header too small)"),
     "cut in the header's length": Fault(
-        lambda root: cut(root / "model" / WEIGHTS, 5), f"model {{root}}/model: {WEIGHTS} is damaged"),
+        lambda root: cut(root / "model" / WEIGHTS, 5), f"{MODEL}{WEIGHTS} is damaged (… header too small)"),
     "cut in the header": Fault(
-        lambda root: cut(root / "model" / WEIGHTS, 200), f"model {{root}}/model: {WEIGHTS} is damaged"),
+        lambda root: cut(root / "model" / WEIGHTS, 200), f"{MODEL}{WEIGHTS} is damaged (… invalid header length)"),
     "cut in the data": Fault(
-        lambda root: cut(root / "model" / WEIGHTS, -9), f"model {{root}}/model: {WEIGHTS} is damaged"),
+        lambda root: cut(root / "model" / WEIGHTS, -9), f"{MODEL}{WEIGHTS} is damaged (… file not fully covered)"),
     "not safetensors": Fault(
         lambda root: (root / "model" / WEIGHTS).write_text("<html>\nquota exceeded\n" * 99),
-        f"model {{root}}/model: {WEIGHTS} is damaged"),
+        f"{MODEL}{WEIGHTS} is damaged (… header too large)"),
     "a pointer of git LFS": Fault(
         lambda root: (root / "model" / WEIGHTS).write_text(
             "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
-        f"model {{root}}/model: {WEIGHTS} is damaged"),
+        f"{MODEL}{WEIGHTS} is damaged (… header too large)"),
     "weights are a folder": Fault(
         lambda root: ((root / "model" / WEIGHTS).unlink(), (root / "model" / WEIGHTS).mkdir()),
-        "model {root}/model: "),
-    "no weights": Fault(lambda root: (root / "model" / WEIGHTS).unlink(), "model {root}/model: "),
+        f"{MODEL}… no file named {WEIGHTS}, or pytorch_model.bin, found in …"),
+    "no weights": Fault(
+        lambda root: (root / "model" / WEIGHTS).unlink(),
+        f"{MODEL}… no file named {WEIGHTS}, or pytorch_model.bin, found in …"),
     "a weight is missing": Fault(
-        lambda root: weights_changed(root, lambda state: state.pop(UP)),
-        f"model {{root}}/model: the checkpoint lacks {UP}"),
-    "NaN": Fault(lambda root: filled(root, UP, float("nan")), f"model {{root}}/model: {UP} holds NaN or inf"),
+        lambda root: weights_changed(root, lambda state: state.pop(UP)), f"{MODEL}the checkpoint lacks {UP}"),
+    "NaN": Fault(lambda root: filled(root, UP, float("nan")), f"{MODEL}{UP} holds NaN or inf"),
     "inf in the embeddings": Fault(
         lambda root: filled(root, "model.embed_tokens.weight", float("inf")),
-        "model {root}/model: model.embed_tokens.weight holds NaN or inf"),
+        f"{MODEL}model.embed_tokens.weight holds NaN or inf"),
     "a weight of another shape": Fault(
         lambda root: weights_changed(root, lambda state: state.update({UP: torch.zeros(47, 32)})),
-        f"model {{root}}/model: {UP} is 47 x 32, its configuration asks for 48 x 32"),
+        f"{MODEL}{UP} is 47 x 32, its configuration asks for 48 x 32"),
     "weights of another layout": Fault(
-        lambda root: config_changed(root, hidden_size=64), "its configuration asks for"),
+        lambda root: config_changed(root, hidden_size=64),
+        f"{MODEL}model.embed_tokens.weight is 384 x 32, its configuration asks for 384 x 64"),
     "more layers in the configuration": Fault(
-        lambda root: config_changed(root, num_hidden_layers=4), "the checkpoint lacks model.layers.3."),
+        lambda root: config_changed(root, num_hidden_layers=4),
+        f"{MODEL}the checkpoint lacks model.layers.3.input_layernorm.weight, model.layers.3.mlp.down_proj.weight, "
+        "model.layers.3.mlp.gate_proj.weight"),
     "no shard": Fault(
-        lambda root: (sharded(root), (root / "model" / "two.safetensors").unlink()), "two.safetensors"),
+        lambda root: (sharded(root), (root / "model" / "two.safetensors").unlink()),
+        f"{MODEL}No such file or directory: {{root}}/model/two.safetensors"),
     "a shard is cut": Fault(
-        lambda root: (sharded(root), cut(root / "model" / "two.safetensors", 99)), "two.safetensors is damaged"),
+        lambda root: (sharded(root), cut(root / "model" / "two.safetensors", 99)),
+        f"{MODEL}two.safetensors is damaged (… invalid header length)"),
     "an index is no JSON": Fault(
-        lambda root: (sharded(root), cut(root / "model" / INDEX, 99)), f"model {{root}}/model: {INDEX}"),
+        lambda root: (sharded(root), cut(root / "model" / INDEX, 99)),
+        f"{MODEL}{INDEX} is damaged (JSONDecodeError: …)"),
     "an index without a map": Fault(
-        lambda root: sharded(root, weight_map=None), f"model {{root}}/model: {INDEX}"),
+        lambda root: sharded(root, weight_map=None), f"{MODEL}{INDEX} is damaged (KeyError: 'weight_map')"),
     "an index that is a list": Fault(
-        lambda root: (sharded(root), (root / "model" / INDEX).write_text("[]")), f"model {{root}}/model: {INDEX}"),
+        lambda root: (sharded(root), (root / "model" / INDEX).write_text("[]")),
+        f"{MODEL}{INDEX} is damaged (TypeError: list indices …)"),
     "an index whose map is a list": Fault(
-        lambda root: sharded(root, weight_map=["one.safetensors"]), f"model {{root}}/model: {INDEX}"),
+        lambda root: sharded(root, weight_map=["one.safetensors"]),
+        f"{MODEL}{INDEX} is damaged (AttributeError: 'list' object …)"),
     "an index that names numbers": Fault(
-        lambda root: sharded(root, weight_map={UP: 1}), "model {root}/model: its index names 1, which is not in"),
+        lambda root: sharded(root, weight_map={UP: 1}), f"{MODEL}its index names 1, which is not in the folder"),
     "an index out of the folder": Fault(
         lambda root: leading(root, "../elsewhere.safetensors"),
-        "model {root}/model: its index names ../elsewhere.safetensors, which is not in the folder"),
+        f"{MODEL}its index names ../elsewhere.safetensors, which is not in the folder"),
     "an index to an absolute path": Fault(
         lambda root: leading(root, "{root}/elsewhere.safetensors"),
-        "model {root}/model: its index names {root}/elsewhere.safetensors, which is not in the folder"),
+        f"{MODEL}its index names {{root}}/elsewhere.safetensors, which is not in the folder"),
     "an index of .bin files out of the folder": Fault(
         lambda root: ((root / "model" / WEIGHTS).rename(root / "elsewhere"),
                       (root / "model" / "pytorch_model.bin.index.json").write_text(json.dumps(
                           {"metadata": {}, "weight_map": {UP: "../elsewhere"}}))),
-        "model {root}/model: its index names ../elsewhere, which is not in the folder"),
+        f"{MODEL}its index names ../elsewhere, which is not in the folder"),
     "a weight of another shape in a .bin file": Fault(
         lambda root: (torch.save(load_file(root / "model" / WEIGHTS) | {UP: torch.zeros(47, 32)},
                                  root / "model" / "pytorch_model.bin"), (root / "model" / WEIGHTS).unlink()),
-        f"model {{root}}/model: {UP} is (47, 32), its configuration asks for (48, 32)"),
-    "a malicious pickle": Fault(pickled, "model {root}/model: "),
+        f"{MODEL}{UP} is (47, 32), its configuration asks for (48, 32)"),
+    "a malicious pickle": Fault(pickled, f"{MODEL}{PICKLE}"),
     "a damaged pickle": Fault(
-        lambda root: (root / "model" / WEIGHTS).rename(root / "model" / "pytorch_model.bin"), "model {root}/model: "),
+        lambda root: (root / "model" / WEIGHTS).rename(root / "model" / "pytorch_model.bin"), f"{MODEL}{PICKLE}"),
     # configuration and tokenizer
-    "no configuration": Fault(lambda root: (root / "model" / "config.json").unlink(), "model {root}/model: "),
-    "an empty configuration": Fault(lambda root: cut(root / "model" / "config.json", 0), "model {root}/model: "),
-    "a cut configuration": Fault(lambda root: cut(root / "model" / "config.json", 99), "model {root}/model: "),
+    "no configuration": Fault(
+        lambda root: (root / "model" / "config.json").unlink(),
+        f"{MODEL}{UNREAD}… `model_type` key in its config.json."),
+    "an empty configuration": Fault(
+        lambda root: cut(root / "model" / "config.json", 0),
+        f"{MODEL}{UNREAD}… '{{root}}/model/config.json' is not a valid JSON file."),
+    "a cut configuration": Fault(
+        lambda root: cut(root / "model" / "config.json", 99),
+        f"{MODEL}{UNREAD}… '{{root}}/model/config.json' is not a valid JSON file."),
     "a configuration that is a list": Fault(
-        lambda root: (root / "model" / "config.json").write_text("[1]"), "model {root}/model: "),
+        lambda root: (root / "model" / "config.json").write_text("[1]"),
+        f"{MODEL}{UNREAD}… `model_type` key in its config.json."),
     "a binary configuration": Fault(
-        lambda root: (root / "model" / "config.json").write_bytes(b"\xff\xfe\x00"), "model {root}/model: "),
-    "an unknown kind": Fault(lambda root: config_changed(root, model_type="other"), "model {root}/model: "),
-    "no kind": Fault(lambda root: config_changed(root, model_type=None), "model {root}/model: "),
+        lambda root: (root / "model" / "config.json").write_bytes(b"\xff\xfe\x00"),
+        f"{MODEL}{UNREAD}… '{{root}}/model/config.json' is not a valid JSON file."),
+    "an unknown kind": Fault(
+        lambda root: config_changed(root, model_type="other"),
+        f"{MODEL}{UNREAD}… model type `other` but Transformers does not recognize this …"),
+    "no kind": Fault(
+        lambda root: config_changed(root, model_type=None), f"{MODEL}{UNREAD}… `model_type` key in its config.json."),
     "a configuration that contradicts itself": Fault(
-        lambda root: config_changed(root, num_attention_heads=5), "model {root}/model: "),
-    "text for a number": Fault(lambda root: config_changed(root, hidden_size="32"), "model {root}/model: "),
+        lambda root: config_changed(root, num_attention_heads=5),
+        f"{MODEL}{UNREAD}… hidden size (32) … attention heads (5)."),
+    "text for a number": Fault(
+        lambda root: config_changed(root, hidden_size="32"), f"{MODEL}{UNREAD}… 'hidden_size' expected int, got str …"),
     "no layers": Fault(
-        lambda root: config_changed(root, num_hidden_layers=0), "model {root}/model: its configuration has 0 layers"),
-    "a dtype that is none": Fault(lambda root: config_changed(root, dtype="float99"), "model {root}/model: "),
-    "an unknown activation": Fault(lambda root: config_changed(root, hidden_act="other"), "model {root}/model: "),
+        lambda root: config_changed(root, num_hidden_layers=0), f"{MODEL}its configuration has 0 layers"),
+    "a dtype that is none": Fault(lambda root: config_changed(root, dtype="float99"), f"{MODEL}{UNREAD}… 'float99'"),
+    "an unknown activation": Fault(
+        lambda root: config_changed(root, hidden_act="other"),
+        f"{MODEL}its configuration cannot be used: KeyError 'other'"),
     "quantized by others": Fault(
         lambda root: config_changed(root, quantization_config={"quant_method": "gptq", "bits": 4}),
-        "model {root}/model: its weights are quantized by gptq; give the original model"),
+        f"{MODEL}its weights are quantized by gptq; give the original model"),
     "quantized by nobody": Fault(
         lambda root: config_changed(root, quantization_config={"bits": 4}),
-        "model {root}/model: its weights are quantized by an unknown method; give the original model"),
-    "remote code of an unknown kind": Fault(lambda root: remote(root, "other"), "model {root}/model: "),
+        f"{MODEL}its weights are quantized by an unknown method; give the original model"),
+    "remote code of an unknown kind": Fault(lambda root: remote(root, "other"), f"{MODEL}{UNREAD}{REMOTE}"),
     "no tokenizer": Fault(
-        lambda root: [file.unlink() for file in (root / "model").glob("*token*")], "model {root}/model: "),
-    "a cut tokenizer": Fault(lambda root: cut(root / "model" / "tokenizer.json", 999), "model {root}/model: "),
-    "a tokenizer in other code": Fault(remote_tokenizer, "model {root}/model: "),
+        lambda root: [file.unlink() for file in (root / "model").glob("*token*")],
+        f"{MODEL}its tokenizer cannot be read: Couldn't instantiate the backend tokenizer …"),
+    "a cut tokenizer": Fault(
+        lambda root: cut(root / "model" / "tokenizer.json", 999),
+        f"{MODEL}its tokenizer cannot be read: … line 57 column 3 (char 999)"),
+    "a tokenizer in other code": Fault(remote_tokenizer, f"{MODEL}its tokenizer cannot be read: {REMOTE}"),
     "a tokenizer of another model": Fault(
         lambda root: (weights_changed(root, lambda state: state.update(
             {"model.embed_tokens.weight": state["model.embed_tokens.weight"][:99].clone()})),
             config_changed(root, vocab_size=99)),
-        "model {root}/model: its tokenizer gives token"),
+        f"{MODEL}its tokenizer gives token 382, its vocabulary has 99"),
     # the path of the model
     "a model that is a file": Fault(
-        nothing, "model {root}/model/config.json: ", "{root}/model/config.json builtin"),
+        nothing, f"model {{root}}/model/config.json: {A_FILE}", "{root}/model/config.json builtin"),
     "weights for a model": Fault(
-        nothing, "model {root}/model/model.safetensors: ", "{root}/model/model.safetensors builtin"),
+        nothing, f"model {{root}}/model/model.safetensors: {A_FILE}", "{root}/model/model.safetensors builtin"),
     "a damaged gguf": Fault(
-        lambda root: (root / "a.gguf").write_bytes(b"GGUFjunk"), "model {root}/a.gguf: ", "{root}/a.gguf builtin"),
+        lambda root: (root / "a.gguf").write_bytes(b"GGUFjunk"),
+        f"model {{root}}/a.gguf: {UNREAD}… (actual buffer size is 8)", "{root}/a.gguf builtin"),
     # the sparse format
-    "sparse: another shape": Fault(
-        lambda root: described(root, shape=[47, 32]), f"model {{root}}/model: {UP}"),
-    "sparse: turned": Fault(lambda root: described(root, shape=[32, 48]), f"model {{root}}/model: {UP}"),
-    "sparse: a negative shape": Fault(
-        lambda root: described(root, shape=[-48, 32]), f"model {{root}}/model: {UP}"),
+    "sparse: another shape": Fault(lambda root: described(root, shape=[47, 32]), f"{MODEL}{MISFIT} (… [733] … [717])"),
+    "sparse: turned": Fault(
+        lambda root: described(root, shape=[32, 48]), f"{MODEL}{UP} is (32, 48), its configuration asks for (48, 32)"),
+    "sparse: a negative shape": Fault(lambda root: described(root, shape=[-48, 32]), f"{MODEL}{MISFIT} (… [-1536, 1])"),
     "sparse: a huge shape": Fault(
-        lambda root: described(root, shape=[10**9, 10**9]), f"model {{root}}/model: {UP}"),
-    "sparse: no shape": Fault(lambda root: described(root, shape=48), f"model {{root}}/model: {UP}"),
-    "sparse: another dtype": Fault(lambda root: described(root, dtype="float16"), f"model {{root}}/model: {UP}"),
-    "sparse: a dtype that is none": Fault(lambda root: described(root, dtype="load"), f"model {{root}}/model: {UP}"),
+        lambda root: described(root, shape=[10**9, 10**9]), f"{MODEL}{MISFIT} (… input of size 1536)"),
+    "sparse: no shape": Fault(lambda root: described(root, shape=48), f"{MODEL}{MISFIT} ('int' object …)"),
+    "sparse: another dtype": Fault(
+        lambda root: described(root, dtype="float16"), f"{MODEL}{MISFIT} (… Half … Float …)"),
+    "sparse: a dtype that is none": Fault(
+        lambda root: described(root, dtype="load"), f"{MODEL}{MISFIT} (… 'dtype' must be torch.dtype, not function)"),
     "sparse: a part that is missing": Fault(
-        lambda root: described(root, parts=["mask", "values", "codes"]), f"model {{root}}/model: {UP}"),
-    "sparse: no values": Fault(lambda root: described(root, parts=["mask"]), f"model {{root}}/model: {UP}"),
+        lambda root: described(root, parts=["mask", "values", "codes"]), f"{MODEL}{MISFIT} ('{UP}.codes')"),
+    "sparse: no values": Fault(lambda root: described(root, parts=["mask"]), f"{MODEL}{MISFIT} ('wbits')"),
     "sparse: parts elsewhere": Fault(
-        lambda root: described(root, parts=["../../../etc/passwd"]), f"model {{root}}/model: {UP}"),
+        lambda root: described(root, parts=["../../../etc/passwd"]), f"{MODEL}{MISFIT} ('{UP}.../../../etc/passwd')"),
     "sparse: not a description": Fault(
-        lambda root: sparse(root, lambda held: held.update({UP: None})), f"model {{root}}/model: {UP}"),
+        lambda root: sparse(root, lambda held: held.update({UP: None})), f"{MODEL}{MISFIT} ('NoneType' object …)"),
     "sparse: a list": Fault(
         lambda root: (sparse(root, lambda held: None), (root / "model" / "sparse.json").write_text("[]")),
-        "model {root}/model: "),
+        f"{MODEL}sparse.json holds no descriptions of matrices"),
     # where to save
     "save onto a file": Fault(
-        lambda root: (root / "taken").write_text(""), "--save {root}/taken: exists and is not an empty folder",
-        "{root}/model builtin --save {root}/taken"),
+        lambda root: (root / "taken").write_text(""),
+        "--save {root}/taken: exists and is not an empty folder", "{root}/model builtin --save {root}/taken"),
     "save into the model": Fault(
-        nothing, "--save {root}/model: exists and is not an empty folder",
-        "{root}/model builtin --save {root}/model"),
+        nothing, "--save {root}/model: exists and is not an empty folder", "{root}/model builtin --save {root}/model"),
     "save where nobody can write": Fault(
-        nothing, "--save /proc/saved/a: /proc cannot be written", "{root}/model builtin --save /proc/saved/a"),
+        nothing,
+        "--save /proc/saved/a: /proc cannot be written (No such file or directory)",
+        "{root}/model builtin --save /proc/saved/a"),
     "save under a name that is too long": Fault(
-        nothing, "--save {root}/" + "a" * 300 + ": ", "{root}/model builtin --save {root}/" + "a" * 300),
+        nothing, "--save {root}/" + "a" * 300 + ": cannot be used (File name too long)",
+        "{root}/model builtin --save {root}/" + "a" * 300),
     "save to a dangling link": Fault(
-        lambda root: (root / "link").symlink_to(root / "gone" / "away"), "--save {root}/link: ",
+        lambda root: (root / "link").symlink_to(root / "gone" / "away"),
+        "--save {root}/link: {root}/link cannot be written (No such file or directory)",
         "{root}/model builtin --save {root}/link"),
     # texts
     "no texts": Fault(nothing, "--data-dir {root}/texts: there is no such folder", WIKI),
     "a file of texts": Fault(
         lambda root: (root / "texts").write_text(""), "--data-dir {root}/texts: there is no such folder", WIKI),
     "an empty folder of texts": Fault(
-        lambda root: (root / "texts").mkdir(), "--data-dir {root}/texts: no train split of wikitext2 found", WIKI),
+        lambda root: (root / "texts").mkdir(),
+        "--data-dir {root}/texts: no train split of wikitext2 found, the raw version of WikiText-2 "
+        "(wikitext-2-raw-v1/*.parquet or wiki.test.raw, wiki.train.raw) is needed (looked for paths with "
+        "wikitext|wiki[.-] and \\btrain\\b, ending in … .txt .tokens); there is nothing", WIKI),
     "a cut gzip file": Fault(
         lambda root: text(root, "wikitext/train.json.gz", gzip.compress(LINES.encode())[:500]),
-        "--data-dir: {root}/texts/wikitext/train.json.gz cannot be read", WIKI),
+        "--data-dir: {root}/texts/wikitext/train.json.gz cannot be read (json): Compressed file ended before …", WIKI),
     "a cut JSON line": Fault(
         lambda root: text(root, "wikitext/train.json", LINES[:-5]),
-        "--data-dir: {root}/texts/wikitext/train.json cannot be read", WIKI),
+        "--data-dir: {root}/texts/wikitext/train.json cannot be read (json): JSON parse error: …", WIKI),
     "other columns": Fault(
         lambda root: text(root, "wikitext/train.json", LINES.replace("text", "body")),
         "{root}/texts/wikitext/train.json has the columns body: text or sentence is needed", WIKI),
     "text that is not UTF-8": Fault(
         lambda root: text(root, "wiki.train.raw", "Überschrift\n".encode("latin-1")),
-        "--data-dir: {root}/texts/wiki.train.raw cannot be read (text): 'utf-8' codec can't decode", WIKI),
+        "--data-dir: {root}/texts/wiki.train.raw cannot be read (text): 'utf-8' codec can't decode byte 0xdc …", WIKI),
     "too little text": Fault(
         lambda root: text(root, "wiki.train.raw", "a few words\n"),
-        "--seqlen 32: the train text of dataset wikitext2 has", WIKI),
+        "--seqlen 32: the train text of dataset wikitext2 has 10 tokens and 33 are needed; lower --seqlen or take"
+        " another dataset", WIKI),
     "no text at all": Fault(
         lambda root: text(root, "wiki.train.raw", ""), "--data-dir: {root}/texts/wiki.train.raw holds no rows", WIKI),
     # traces
     "traces that are cut": Fault(
         lambda root: known_traces(root, lambda content: content[:500]),
-        "--sensitivity_file {root}/traces.json: is not a file of traces", MIXED),
+        f"{TRACES}is not a file of traces (JSONDecodeError)", MIXED),
     "traces of other matrices": Fault(
         lambda root: known_traces(root, lambda content: content.replace("up_proj", "middle")),
-        "--sensitivity_file {root}/traces.json: does not fit the model: layer 0 mlp.up_proj is missing there", MIXED),
+        f"{TRACES}does not fit the model: layer 0 mlp.up_proj is missing there, (48, 32) in the model", MIXED),
     "traces of another number of matrices": Fault(
         lambda root: known_traces(root, with_samples(lambda row: row[:-1])),
-        "--sensitivity_file {root}/traces.json: is not a file of traces", MIXED),
+        f"{TRACES}is not a file of traces (ValueError)", MIXED),
     "traces that are NaN": Fault(
         lambda root: known_traces(root, with_samples(lambda row: [math.nan for _ in row])),
-        "--sensitivity_file {root}/traces.json: is not a file of traces", MIXED),
+        f"{TRACES}is not a file of traces (ValueError)", MIXED),
     "traces in a folder": Fault(
-        lambda root: (root / "traces.json").mkdir(), "--sensitivity_file {root}/traces.json: is not a file of", MIXED),
+        lambda root: (root / "traces.json").mkdir(), f"{TRACES}is not a file of traces (IsADirectoryError)", MIXED),
     "traces where nobody can write": Fault(
-        nothing, "--sensitivity_file /proc/a/traces.json: cannot be written",
+        nothing,
+        "--sensitivity_file /proc/a/traces.json: cannot be written (No such file or directory); name another file",
         MIXED.replace("{root}/traces", "/proc/a/traces")),
     "a picture where nobody can write": Fault(
-        nothing, "--plot /proc/a.png: ", MIXED + " --plot /proc/a.png"),
+        nothing,
+        "--plot /proc/a.png: cannot be written (No such file or directory); name another file",
+        MIXED + " --plot /proc/a.png"),
     "a picture that is a folder": Fault(
-        lambda root: (root / "a.png").mkdir(), "--plot {root}/a.png: ", MIXED + " --plot {root}/a.png"),
+        lambda root: (root / "a.png").mkdir(),
+        "--plot {root}/a.png: is a folder; name a file", MIXED + " --plot {root}/a.png"),
 }
+
+
+def says(message):
+    """Return the pattern of a line: "…" stands for anything."""
+    return ".*".join(map(re.escape, message.split("…")))
 
 
 @pytest.fixture(scope="module")
@@ -392,8 +445,7 @@ def test_a_fault_gets_one_line_and_status_2_and_nothing_is_written(case, checkpo
     assert run("llama", command, root=root) == 2
     captured = capsys.readouterr()
     line, = captured.err.splitlines()
-    assert line.startswith("llama.py: error: ")
-    assert fault.message.format(root=root) in line
+    assert re.fullmatch(says(f"llama.py: error: {fault.message.format(root=root)}"), line), line
     assert captured.out == ""
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
@@ -406,35 +458,41 @@ def limited(nbytes):
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
 
 
-def before_call(path, number, act, *given):
-    """Replace the function at a dotted path by one that acts before its call `number`, counted from 0."""
+def at(event, name, act, *given):
+    """Act when a file of a name is opened, or is about to take its place (event "placed"), the first time."""
+    waiting = [act]
+
+    def hook(happening, arguments):
+        if waiting and happening == {"opened": "open", "placed": "os.rename"}[event]:
+            file = arguments[event == "placed"]
+            if isinstance(file, str | Path) and Path(file).match(name):
+                waiting.pop()(*given)
+
+    sys.addaudithook(hook)
+
+
+def before_next(path, act, *given):
+    """Let the function at a dotted path act before it is called the next time."""
     owner, _, name = path.rpartition(".")
-    owner, calls = pkgutil.resolve_name(owner), itertools.count()
+    owner = pkgutil.resolve_name(owner)
     function = getattr(owner, name)
 
     def replacement(*arguments, **options):
-        if next(calls) == number:
-            act(*given)
+        setattr(owner, name, function)
+        act(*given)
         return function(*arguments, **options)
 
     setattr(owner, name, replacement)
-
-
-def limited_at(path, nbytes, number=0):
-    before_call(path, number, limited, nbytes)
 
 
 def interrupted():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def interrupted_at(path, number=0):
-    before_call(path, number, interrupted)
-
-
 def waiting(file):
-    """Wait before layer 2 is kept, and say so."""
-    before_call(RUN_DIR + ".finish", 2, lambda: (Path(file).touch(), time.sleep(60)))
+    """Wait, and say so."""
+    Path(file).touch()
+    time.sleep(60)
 
 
 def apart(errors, prepare, given):
@@ -463,43 +521,52 @@ class Child:
 
 
 RUN = f"{{root}}/model builtin --sparsity .5 --eval builtin {SMALL} --save {{root}}/saved"
-FULL = "go on with --resume"
+FULL = "… GB are free (…); make room and go on with --resume"
+FULL_RECORD = "(File too large), … GB are free; make room and go on with --resume"
 STOPPED = "llama.py: interrupted; what is in the folder of --save goes on with --resume"
 
 # What happens, the options of the run, what it says, and how many layers a --resume finds finished.
 ACCIDENTS = {
-    "no room for the settings": (limited, (100,), "", FULL, 0),
-    "no room for a layer": (
-        limited, (20_000,), "", "model-00001-of-00004.safetensors needs 0.000 GB", 0),
+    "no room for the settings": (limited, (100,), "", f"run.json cannot be written, {FULL}", 0),
+    "no room for a layer": (limited, (20_000,), "", f"model-00001-of-00004.safetensors needs 0.000 GB, {FULL}", 0),
     "no room for hidden states": (
-        limited, (40_000,), "--nsamples 12", "state-00001-0.safetensors needs 0.000 GB", 1),
+        limited, (40_000,), "--nsamples 12", f"state-00001-0.safetensors needs 0.000 GB, {FULL}", 1),
     "no room for the third layer": (
-        limited_at, (RUN_DIR + "._write_layer", 20_000, 2), "", "model-00003-of-00004.safetensors needs", 2),
-    "no room for the note on a layer": (limited_at, (RUN_DIR + "._write_json", 100, 2), "", FULL, 1),
+        at, ("placed", "layer-00001.json", limited, 20_000), "",
+        f"model-00003-of-00004.safetensors needs 0.000 GB, {FULL}", 2),
+    "no room for the note on a layer": (
+        at, ("opened", "layer-00001.json.*", limited, 100), "", f"layer-00001.json cannot be written, {FULL}", 1),
     "no room for what is not in layers": (
-        limited, (40_000,), "", "model-00004-of-00004.safetensors needs 0.000 GB", 3),
-    "no room for the tokenizer": (limited_at, (RUN_DIR + "._check", 100), "", FULL, 3),
-    "no room for the configuration": (limited_at, (RUN_DIR + "._write_configuration", 100), "", FULL, 3),
-    "no room for the index": (limited_at, (RUN_DIR + "._write_json", 100, 4), "", FULL, 3),
+        limited, (40_000,), "", f"model-00004-of-00004.safetensors needs 0.000 GB, {FULL}", 3),
+    "no room for the tokenizer": (
+        at, ("placed", "model-00004-of-00004.safetensors", limited, 100), "",
+        f"the tokenizer cannot be written, {FULL}", 3),
+    "no room for the configuration": (
+        at, ("opened", "saved/config.json", limited, 100), "", f"the configuration cannot be written, {FULL}", 3),
+    "no room for the index": (
+        at, ("opened", f"{INDEX}.*", limited, 100), "", f"{INDEX} cannot be written, {FULL}", 3),
     "no room for the record": (
-        limited_at, ("mixgpt.checkpoints.load.write_record", 100), "", "mixgpt.json cannot be written", 3),
+        at, ("opened", "mixgpt.json.*", limited, 100), "", f"mixgpt.json cannot be written {FULL_RECORD}", 3),
     "no room for the record at the end": (
-        limited_at, ("mixgpt.checkpoints.load.write_record", 100, 1), "", "mixgpt.json cannot be written", 3),
+        at, ("placed", INDEX, limited, 100), "", f"mixgpt.json cannot be written {FULL_RECORD}", 3),
     "no room for grids": (
-        limited_at, (RUN_DIR + "._write", 100, 4), "--wbits 4", "grids-00001.safetensors needs", 1),
+        at, ("placed", "model-00002-of-00004.safetensors", limited, 100), "--wbits 4",
+        f"grids-00001.safetensors needs 0.000 GB, {FULL}", 1),
     "no room for the sparse format": (
-        limited_at, (RUN_DIR + "._write_configuration", 20_000), "--save-format sparse", FULL, 3),
+        at, ("opened", "dense/config.json", limited, 20_000), "--save-format sparse",
+        f"the model in the format sparse cannot be written, {FULL}", 3),
     "no room for compressed tensors": (
-        limited_at, (RUN_DIR + "._write_configuration", 20_000),
-        "--wbits 4 --sym --save-format compressed-tensors", FULL, 3),
-    "Ctrl-C while it loads": (interrupted_at, ("mixgpt.checkpoints.load.load_tokenizer",), "", None, 0),
-    "Ctrl-C in an input's Hessian": (interrupted_at, ("sparsegpt.SparseGPT.add_batch", 9), "", None, 1),
-    "Ctrl-C while a layer is kept": (interrupted_at, (RUN_DIR + "._write_json", 2), "", None, 1),
-    "Ctrl-C by magnitude": (interrupted_at, (RUN_DIR + ".finish", 1), "--gmp", None, 1),
-    "Ctrl-C while the rest is written": (interrupted_at, (RUN_DIR + "._check",), "", None, 3),
-    "Ctrl-C in the evaluation": (interrupted_at, ("mixgpt.app.pipeline.perplexity",), "", None, 3),
+        at, ("opened", "dense/config.json", limited, 20_000), "--wbits 4 --sym --save-format compressed-tensors",
+        f"the model in the format compressed-tensors cannot be written, {FULL}", 3),
+    "Ctrl-C while it loads": (at, ("opened", "model/tokenizer_config.json", interrupted), "", None, 0),
+    "Ctrl-C in an input's Hessian": (
+        at, ("placed", "layer-00000.json", before_next, "sparsegpt.SparseGPT.add_batch", interrupted), "", None, 1),
+    "Ctrl-C while a layer is kept": (at, ("opened", "layer-00001.json.*", interrupted), "", None, 1),
+    "Ctrl-C by magnitude": (at, ("placed", "model-00002-of-00004.safetensors", interrupted), "--gmp", None, 1),
+    "Ctrl-C while the rest is written": (at, ("opened", "saved/tokenizer_config.json", interrupted), "", None, 3),
+    "Ctrl-C in the evaluation": (before_next, ("torch.nn.functional.cross_entropy", interrupted), "", None, 3),
     "Ctrl-C in the traces": (
-        interrupted_at, ("mixgpt.allocation.traces._write",),
+        at, ("opened", "traces.json.*", interrupted),
         "--sparsity_way weight-level --sensitivity fisher --sensitivity_file {root}/traces.json", None, 0),
 }
 
@@ -531,7 +598,7 @@ def test_an_accident_gets_one_line_and_resume_gives_the_files_of_an_undisturbed_
     status, (line,) = child.end()
     assert status == (2 if message else 130)
     if message:
-        assert line.startswith(f"llama.py: error: --save {tmp_path}/saved: ") and message in line
+        assert re.fullmatch(says(f"llama.py: error: --save {tmp_path}/saved: {message}"), line), line
     else:
         assert line == STOPPED
     assert not list(tmp_path.rglob("*.partial"))
@@ -574,7 +641,7 @@ def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed
 def test_a_signal_from_outside_stops_a_run_and_two_cannot_share_a_folder(fork, undisturbed, checkpoint_folder,
                                                                          tmp_path, capsys):
     (tmp_path / "model").symlink_to(checkpoint_folder("llama"))
-    child = Child(fork, tmp_path, "llama", RUN, waiting, (tmp_path / "waits",))
+    child = Child(fork, tmp_path, "llama", RUN, at, ("placed", "layer-00002.json", waiting, tmp_path / "waits"))
     while not (tmp_path / "waits").exists():
         assert child.process.is_alive()
         time.sleep(0.01)

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, FAMILIES, ROOT, saved_tensors
+from conftest import CPU, FAMILIES, ROOT, make, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +21,7 @@ from mixgpt.app import pipeline
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
 from mixgpt.common import runtime
+from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.evaluation.sparsity import measure_sparsity
 from mixgpt.modeling import streaming
 from modelutils import Stream, linears
@@ -238,6 +239,15 @@ def test_quiet_prints_the_tables_and_warnings_only(checkpoint_folder, capsys, mo
     assert captured.err == "" and shown == [False] and sys.stderr.isatty()
 
 
+def test_eval_limit_takes_the_first_sequences_of_each_test_set(checkpoint_folder, tokenizer, capsys):
+    family, model = make("opt")
+    assert run(family, checkpoint_folder("opt"), "builtin", *SMALL, "--eval-limit", "2") == 0
+    tokens, _ = datautils.test_tokens("builtin", 32, tokenizer)
+    found = float(re.search(r"^dense +(\d+\.\d\d)$", capsys.readouterr().out, re.MULTILINE)[1])
+    expected = [perplexity(model, family, tokens[:count], 2, CPU) for count in (2, 4)]
+    assert found == pytest.approx(expected[0], abs=0.006) and abs(found - expected[1]) > 0.02
+
+
 def test_dense_perplexity_stands_beside_the_pruned_where_asked(checkpoint_folder, capsys):
     assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--dense", *SMALL) == 0
     out = capsys.readouterr().out
@@ -361,7 +371,8 @@ BAD = {
     "solver of nothing to prune": (
         "{opt} builtin --wbits 4 --solver admm", "--solver admm: chooses what to prune, needs --sparsity"),
     "isc without a walk": (
-        "{opt} builtin --sparsity .5 --solver admm --saliency isc", "--saliency isc: --solver admm does not rank weights by it; it must be obs or fisher"),
+        "{opt} builtin --sparsity .5 --solver admm --saliency isc", "--saliency isc: --solver admm does not rank weights by it; it "
+        "must be obs or fisher"),
     "unknown saliency": ("{opt} builtin --sparsity .5 --saliency l1", "argument --saliency: invalid choice: 'l1'"),
     "alpha": ("{opt} builtin --sparsity .5 --alpha -1", "--alpha -1: must lie between 0 and 1"),
     "no probes": ("{opt} builtin --sparsity .5 --nprobes 0", "--nprobes 0: must be at least 1"),

@@ -49,3 +49,25 @@ def test_perplexities_of_other_orders_of_magnitude_stay_readable(tmp_path, monke
                  for tick in (axis_of.get_minor_ticks() if minor else axis_of.get_major_ticks())
                  if low <= tick.get_loc() <= high and tick.label1.get_text()]
         assert shown == labels
+
+
+@pytest.mark.parametrize("values, scale", [
+    ({"SparseGPT": (60, 59, 61), "best: ADMM (global)": (49.5, 49, 50)}, "linear"),
+    ({"SparseGPT": (60, 60, 60), "magnitude": (3501, 3501, 3501)}, "log")])
+def test_methods_at_one_sparsity_are_bars_from_the_best_down(values, scale, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
+    panels = {("a model", "wikitext2"): (29.0, {name: [(0.5001, *points)] for name, points in values.items()}),
+              ("a model", "c4"): (None, {"SparseGPT": [(0.5, 25.0, 25.0, 25.0)]})}
+    plots.draw_tradeoff(tmp_path / "bars.png", panels)
+    axis, other = figures[0].axes
+    best_first = sorted(values, key=values.get)
+    assert [label.get_text().replace("\n", " ") for label in axis.get_yticklabels()] == ["dense", *best_first]
+    assert [bar.get_width() for bar in axis.patches] == [29.0, *(values[name][0] for name in best_first)]
+    texts = [text.get_text() for text in axis.texts]
+    assert texts == ["29.00", *("49.50 60.00" if scale == "linear" else "60.00 3,501").split()]
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first bar is on top
+    assert axis.get_xscale() == scale and axis.get_title() == "a model\nwikitext2, 50% of the weights pruned"
+    assert [bar.get_width() for bar in other.patches] == [25.0]
+    ranges = [segment[:, 0].tolist() for lines in axis.collections for segment in lines.get_segments()]
+    assert ranges == ([[29.0, 29.0], [49.0, 50.0], [59.0, 61.0]] if scale == "linear" else [])

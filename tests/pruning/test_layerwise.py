@@ -109,7 +109,9 @@ def test_the_linears_that_write_to_the_hidden_states_are_found(tiny, tokens):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("true_sequential", [False, True])
+@torch.no_grad()
 def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, tokens, true_sequential, weighted):
+    """Each matrix is solved for by least squares on what the model as pruned before it, and the dense one, give."""
     family, model = tiny
     reference, dense = copy.deepcopy(model), copy.deepcopy(model)
     plan, counts = plan_of(model, family), {}
@@ -119,6 +121,7 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
                                                        Stream.embed(model, family, tokens, 2, CPU)) for name in group}
     sparsegpt(model, family, plan, tokens, dense_target=True, true_sequential=true_sequential, token_weights=counts)
     names, norms = list(linears(family.layers_of(model)[0])), writers_of(model)
+    pruned, expected = weights(reference, family), {}
     for index in range(3):
         for step in ([[name] for name in names] if true_sequential else [names]):
             seen = []
@@ -142,14 +145,15 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
                 ridge = (0.01 * H.diagonal().mean() * len(tokens) / 2).sqrt()
                 wanted = torch.linalg.lstsq(torch.cat([X, ridge * torch.eye(len(H))]),
                                             torch.cat([Y, ridge * W.double().T])).solution.T
-                with torch.no_grad():
-                    W.copy_(prune_matrix(wanted, R, H.diagonal(), 0.5, blocksize=16)[0])
-    differing = total = 0
+                expected[index, name] = prune_matrix(wanted, R, H.diagonal(), 0.5, blocksize=16)[0].float()
+            for name in step:  # what follows is compared on the same inputs, whatever rounding did here
+                pruned[index, name].copy_(weights(model, family)[index, name])
+    rows = differing = 0
     for key, W in weights(model, family).items():
-        assert torch.allclose(W, weights(reference, family)[key], atol=2e-3) or true_sequential, key
-        differing += ((W == 0) != (weights(reference, family)[key] == 0)).sum().item()
-        total += W.numel()
-    assert differing <= 2e-3 * total
+        same = ((W == 0) == (expected[key] == 0)).all(dim=1)  # a tie that rounding breaks changes its row alone
+        assert torch.allclose(W[same], expected[key][same], atol=2e-4), key
+        rows, differing = rows + len(W), differing + (~same).sum().item()
+    assert differing <= 0.01 * rows
 
 
 def test_admm_and_the_dense_target_beat_sparsegpt_on_a_trained_model(trained_model):
