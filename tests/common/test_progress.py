@@ -10,7 +10,7 @@ import pytest
 from conftest import FAMILIES
 from tqdm import std, tqdm
 
-from mixgpt.app import pipeline
+from mixgpt.app import cli
 from mixgpt.common import distributed, progress
 
 
@@ -131,7 +131,7 @@ def test_every_long_step_of_a_run_tells_how_far_it_is(quiet, checkpoint_folder, 
     monkeypatch.setattr(progress, "INTERVAL", 0)
     arguments = [str(checkpoint_folder("llama")), "builtin", "--sparsity", ".5", "--nsamples", "2", "--seqlen", "32",
                  "--eval", "builtin", "--device", "cpu", "--preset", "best"]
-    assert pipeline.main(FAMILIES["llama"][0], arguments + ["--quiet"] * quiet) == 0
+    assert cli.main(FAMILIES["llama"][0], arguments + ["--quiet"] * quiet) == 0
     lines = capsys.readouterr().err.splitlines()
     if quiet:
         assert lines == []
