@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import datautils
 from mixgpt.app import pipeline
+from mixgpt.checkpoints import shards
 from mixgpt.kernels import columns
 
 SMALL = "--nsamples 4 --seqlen 32 --device cpu"
@@ -442,6 +443,7 @@ def apart(errors, prepare, given):
     with open(errors, "w") as output:
         os.dup2(output.fileno(), 2)
     columns.fastest = lambda *_: columns.walk_columns  # loading the compiled ones takes longer than a run
+    shards.LARGEST = 60_000  # three of them, each with a part of a layer
     prepare(*given)
 
 
@@ -470,17 +472,20 @@ STOPPED = "llama.py: interrupted; what is in the folder of --save goes on with -
 ACCIDENTS = {
     "no room for the settings": (limited, (100,), "", FULL, 0),
     "no room for a layer": (
-        limited, (20_000,), "", "model-00001-of-00004.safetensors needs 0.000 GB", 0),
+        limited, (20_000,), "", "layer-00000.safetensors needs 0.000 GB", 0),
     "no room for hidden states": (
         limited, (40_000,), "--nsamples 12", "state-00001-0.safetensors needs 0.000 GB", 1),
     "no room for the third layer": (
-        limited_at, (RUN_DIR + "._write_layer", 20_000, 2), "", "model-00003-of-00004.safetensors needs", 2),
+        limited_at, (RUN_DIR + ".finish", 20_000, 2), "", "layer-00002.safetensors needs", 2),
     "no room for the note on a layer": (limited_at, (RUN_DIR + "._write_json", 100, 2), "", FULL, 1),
     "no room for what is not in layers": (
-        limited, (40_000,), "", "model-00004-of-00004.safetensors needs 0.000 GB", 3),
-    "no room for the tokenizer": (limited_at, (RUN_DIR + "._check", 100), "", FULL, 3),
+        limited, (40_000,), "", "model-00001-of-00003.safetensors needs 0.000 GB", 3),
+    "no room for the tokenizer": (limited_at, (RUN_DIR + ".complete", 100), "", FULL, 3),
     "no room for the configuration": (limited_at, (RUN_DIR + "._write_configuration", 100), "", FULL, 3),
-    "no room for the index": (limited_at, (RUN_DIR + "._write_json", 100, 4), "", FULL, 3),
+    "no room for the names of the shards": (limited_at, (RUN_DIR + "._write_json", 100, 4), "", FULL, 3),
+    "no room for the last shard": (
+        limited_at, ("mixgpt.checkpoints.shards.write", 100, 2), "", "model-00003-of-00003.safetensors needs", 3),
+    "no room for the index": (limited_at, (RUN_DIR + "._write_json", 100, 5), "", FULL, 3),
     "no room for the record": (
         limited_at, ("mixgpt.checkpoints.load.write_record", 100), "", "mixgpt.json cannot be written", 3),
     "no room for the record at the end": (
@@ -488,15 +493,16 @@ ACCIDENTS = {
     "no room for grids": (
         limited_at, (RUN_DIR + "._write", 100, 4), "--wbits 4", "grids-00001.safetensors needs", 1),
     "no room for the sparse format": (
-        limited_at, (RUN_DIR + "._write_configuration", 20_000), "--save-format sparse", FULL, 3),
+        limited_at, (RUN_DIR + "._convert", 20_000), "--save-format sparse", FULL, 3),
     "no room for compressed tensors": (
-        limited_at, (RUN_DIR + "._write_configuration", 20_000),
+        limited_at, (RUN_DIR + "._convert", 20_000),
         "--wbits 4 --sym --save-format compressed-tensors", FULL, 3),
     "Ctrl-C while it loads": (interrupted_at, ("mixgpt.checkpoints.load.load_tokenizer",), "", None, 0),
     "Ctrl-C in an input's Hessian": (interrupted_at, ("sparsegpt.SparseGPT.add_batch", 9), "", None, 1),
     "Ctrl-C while a layer is kept": (interrupted_at, (RUN_DIR + "._write_json", 2), "", None, 1),
     "Ctrl-C by magnitude": (interrupted_at, (RUN_DIR + ".finish", 1), "--gmp", None, 1),
-    "Ctrl-C while the rest is written": (interrupted_at, (RUN_DIR + "._check",), "", None, 3),
+    "Ctrl-C while a shard is written": (interrupted_at, ("mixgpt.modeling.streaming._append", 30), "", None, 3),
+    "Ctrl-C between two shards": (interrupted_at, ("mixgpt.checkpoints.shards.write", 1), "", None, 3),
     "Ctrl-C in the evaluation": (interrupted_at, ("mixgpt.app.pipeline.perplexity",), "", None, 3),
     "Ctrl-C in the traces": (
         interrupted_at, ("mixgpt.allocation.traces._write",),
@@ -547,7 +553,7 @@ def test_an_accident_gets_one_line_and_resume_gives_the_files_of_an_undisturbed_
 
 
 def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed, checkpoint_folder, tmp_path):
-    disk = tmp_path / "saved"
+    disk, many = tmp_path / "saved", "--nsamples 16"
     disk.mkdir()
     (tmp_path / "model").symlink_to(checkpoint_folder("llama"))
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", disk], capture_output=True).returncode:
@@ -556,17 +562,17 @@ def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed
         status, (line,) = Child(fork, tmp_path, "llama", RUN, nothing).end()
         assert status == 2 and line.startswith(f"llama.py: error: --save {disk}: needs 0.000 GB, 0.000 GB are free in")
         assert list(disk.iterdir()) == []
-        # room for the weights, which is asked for before the run, and not for the hidden states beside them
-        subprocess.run(["mount", "-o", "remount,size=180k", disk], check=True)
-        child = Child(fork, tmp_path, "llama", RUN, nothing)
+        # room for the weights and a shard, which is asked for before the run, and not for the hidden states beside them
+        subprocess.run(["mount", "-o", "remount,size=212k", disk], check=True)
+        child = Child(fork, tmp_path, "llama", f"{RUN} {many}", nothing)
         status, (line,) = child.end()
         assert status == 2 and "GB are free" in line and line.endswith("make room and go on with --resume")
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
-        again = Child(fork, tmp_path, "llama", f"{RUN} --resume", nothing)
+        again = Child(fork, tmp_path, "llama", f"{RUN} {many} --resume", nothing)
         assert again.end() == (0, [])
         found = contents(disk)
         found["mixgpt.json"]["settings"].pop("model")
-        assert found == undisturbed("")
+        assert found == undisturbed(many)
     finally:
         subprocess.run(["umount", disk], check=True)
 
