@@ -22,8 +22,9 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import WEIGHTS_INDEX_NAME, cached_file
 
+from mixgpt.checkpoints import shards
 from mixgpt.checkpoints.formats import SPARSE, load_sparse
-from mixgpt.checkpoints.run_dir import begun, empty, held
+from mixgpt.checkpoints.run_dir import PROGRESS, begun, empty, held
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import nearest_folder, replacing, try_writing
 from mixgpt.modeling import streaming
@@ -192,9 +193,10 @@ def _dequantizing(model, name, arguments):
 
 
 def check_save(folder, nbytes, resume):
-    """Refuse a folder that is not empty, cannot be written or lacks room for nbytes. Leaves nothing behind.
+    """Refuse a folder that is not empty, cannot be written or lacks room. Leaves nothing behind.
 
-    resume: accept the folder of a run that left off.
+    nbytes: of the model, whose layers lie beside the shard that they are moved into. resume: accept the folder of a run
+    that left off.
     """
     folder = Path(folder)
     try:
@@ -213,9 +215,14 @@ def check_save(folder, nbytes, resume):
     except OSError as error:
         raise InputError(f"--save {folder}: {parent} cannot be written ({error.strerror})") from error
     free = shutil.disk_usage(parent).free
-    nbytes -= sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if free < nbytes:
-        raise InputError(f"--save {folder}: needs {nbytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free in {parent}")
+    rest = max(nbytes - _stored(folder.glob("*.safetensors")), 0)  # what is not in shards yet
+    needed = max(rest - _stored(folder.glob(f"{PROGRESS}/layer-*.safetensors")), 0) + min(rest, shards.LARGEST)
+    if free < needed:
+        raise InputError(f"--save {folder}: needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free in {parent}")
+
+
+def _stored(files):
+    return sum(file.stat().st_size for file in files)
 
 
 def write_record(folder, record):

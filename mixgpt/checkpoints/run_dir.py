@@ -1,10 +1,12 @@
 """The output directory of a run: layers as they are finished, what it takes to resume, the final checkpoint.
 
-It can be loaded when its index is there, which is written last. Until the run has ended, `progress` in it holds the
-settings of the run, a file for each finished layer, and the hidden states at the latest border of layers.
+Until the run has ended, `progress` in it holds the settings of the run, a file for each finished layer, and the hidden
+states at the latest border of layers. On completion layers move from there into shards, and the last of these, or their
+index where there are several, makes the folder one that can be loaded.
 """
 
 import contextlib
+import copy
 import fcntl
 import json
 import shutil
@@ -17,13 +19,13 @@ from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.allocation.fisher import Gradients
+from mixgpt.checkpoints import shards
 from mixgpt.checkpoints.formats import FORMATS
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import Outcome, Target
-from modelutils import on_device
 from quant import Grid, Scheme
 
 PROGRESS = "progress"
@@ -40,10 +42,10 @@ class RunDir:
         """Lock the folder, in the first of several processes, which writes; InputError where another run does."""
         self.path, self.save_format = Path(path), save_format
         self.progress = self.path / PROGRESS
-        self.shards = self.path if save_format == "dense" else self.progress / "dense"
         self.writes = distributed.rank() == 0
         self.written, self.cost = time.monotonic(), 0.0
         self.sums = {}  # checksum of every tensor as it was in memory
+        self.shards = {}  # name of a tensor -> name of its shard, once the run has come to them
         if self.writes:
             self._lock()
 
@@ -67,8 +69,6 @@ class RunDir:
         if not self.writes:
             return
         if begun(self.path) and self._kept_nothing():
-            for file in self.path.glob("model-*.safetensors"):
-                file.unlink()
             (self.progress / "run.json").unlink()
         if not begun(self.path):
             shutil.rmtree(self.progress, ignore_errors=True)
@@ -78,9 +78,8 @@ class RunDir:
         self.lock.close()
 
     def _kept_nothing(self):
-        """Tell whether the run has finished no layer yet, and written nothing but what is to become one."""
-        held = [file for file in self.path.iterdir() if file != self.progress]
-        return not any(self.progress.glob("layer-*.json")) and all(file.match("model-*.safetensors") for file in held)
+        """Tell whether the run has finished no layer yet, and written nothing of the result."""
+        return not any(self.progress.glob("layer-*.json")) and empty(self.path)
 
     def start(self, model, family, identity):
         """Begin a run, or go on with the one that left off here. identity: what both must share, {flag: value}."""
@@ -88,8 +87,9 @@ class RunDir:
         self.layers = family.layers_of(model)
         if self.writes:
             self._identify(identity)
-            self.shards.mkdir(exist_ok=True)
-        distributed.tell(None)  # the others wait
+            if self._shards().is_file():
+                self.shards = json.loads(self._shards().read_text())
+        self.shards = distributed.tell(self.shards)  # the others wait
 
     def _identify(self, identity):
         settings = self.progress / "run.json"
@@ -100,15 +100,30 @@ class RunDir:
             if identity.get(flag) != value:
                 raise InputError(f"--resume: {flag} was {value} in the run that left off in {self.path}, "
                                  f"now it is {identity.get(flag)}")
-        for folder in (self.path, self.shards, self.progress):  # files that a kill left half written
+        for folder in (self.path, self.progress):  # files that a kill left half written
             for file in (*folder.glob("*.partial"), *folder.glob(".tmp*")):
                 file.unlink()
+        if self.save_format == "dense" and not self._shards().is_file():  # killed in `end`: layers are pruned again
+            for file in self.path.glob("model*.safetensors*"):
+                file.unlink()
 
-    def _shard(self, number):
-        return self.shards / f"model-{number + 1:05d}-of-{len(self.layers) + 1:05d}.safetensors"
+    def _shards(self):
+        return self.progress / "shards.json"
 
     def _note(self, index):
         return self.progress / f"layer-{index:05d}.json"
+
+    def _layer(self, index):
+        return self.progress / f"layer-{index:05d}.safetensors"
+
+    def _places(self, index):
+        """Return where the tensors of a finished layer lie, {name in the model: file}."""
+        names = [f"{self.family.layers}.{index}.{name}" for name in self.layers[index].state_dict()]
+        files = {name: self.path / self.shards[name] for name in names if name in self.shards}
+        return {name: files[name] if name in files and files[name].is_file() else self._layer(index) for name in names}
+
+    def _finished(self, index):
+        return self._note(index).is_file() and all(file.is_file() for file in set(self._places(index).values()))
 
     def _measured(self):
         return self.progress / f"gradients-{distributed.rank()}.safetensors"
@@ -148,10 +163,10 @@ class RunDir:
         count: of layers to go through, from the first. states: {name: hidden states}, overwritten. Returns the first
         layer that is not finished, and the outcomes of those before.
         """
-        first = next((index for index in range(count) if not self._note(index).is_file()), count)
+        first = next((index for index in range(count) if not self._finished(index)), count)
         if states is not None and first < count:
             borders = {int(file.stem.split("-")[1]) for file in self.progress.glob("state-*.safetensors")}
-            first = max((index for index in borders if all(
+            first = max((index for index in borders if index <= first and all(
                 self._state(index, rank).is_file() for rank in range(distributed.world()))), default=0)
             if first:
                 for name, kept in load_file(self._state(first, distributed.rank())).items():
@@ -173,15 +188,14 @@ class RunDir:
         return self.progress / f"state-{index:05d}-{rank}.safetensors"
 
     def _take(self, index):
-        """Let the model read a layer from its shard."""
+        """Let the model read a finished layer from where it lies."""
         layer, prefix = self.layers[index], f"{self.family.layers}.{index}."
+        places = {name.removeprefix(prefix): (str(file), name) for name, file in self._places(index).items()}
         if hasattr(layer, "source"):
-            places = {name: (str(self._shard(index)), prefix + name) for name in layer.source.places}
             layer.source.places = places
             self.model.source.places |= {prefix + name: place for name, place in places.items()}
         else:
-            layer.load_state_dict({key.removeprefix(prefix): tensor
-                                   for key, tensor in load_file(self._shard(index)).items()})
+            layer.load_state_dict(streaming.read(places))
 
     @contextlib.contextmanager
     def _room(self, name, nbytes=None):
@@ -202,23 +216,13 @@ class RunDir:
                              "make room and go on with --resume") from error
 
     def _write(self, file, tensors):
-        with self._room(Path(file).name, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())):
-            streaming.write(file, tensors)
+        """Write {key: tensor} as a safetensors file. Returns {key: checksum}."""
+        with self._room(Path(file).name, _size(tensors)):
+            return streaming.write(file, tensors)
 
     def _write_json(self, file, content):
         with self._room(file.name), replacing(file) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
-
-    def _write_shard(self, number, tensors):
-        """Write a shard of the result. Returns its checksums."""
-        self._write(self._shard(number), tensors)
-        sums = {name: streaming.checksum(tensor) for name, tensor in tensors.items()}
-        self.sums |= sums
-        return sums
-
-    def _write_layer(self, index, layer):
-        return self._write_shard(index, {f"{self.family.layers}.{index}.{name}": tensor
-                                         for name, tensor in layer.state_dict().items()})
 
     def finish(self, index, layer, outcomes, states=None):
         """Keep a finished layer, which is on the device, {(layer, name): Outcome}, and the hidden states behind it."""
@@ -231,7 +235,9 @@ class RunDir:
             self._keep_states(index + 1, states)
 
     def _keep(self, index, layer, outcomes):
-        sums = self._write_layer(index, layer)
+        sums = self._write(self._layer(index), {f"{self.family.layers}.{index}.{name}": tensor
+                                                for name, tensor in layer.state_dict().items()})
+        self.sums |= sums
         if grids := {name: outcome.grid for (_, name), outcome in outcomes.items() if outcome.grid}:
             self._write(self.progress / f"grids-{index:05d}.safetensors", {
                 f"{name}.{part}": getattr(grid, part) for name, grid in grids.items()
@@ -252,66 +258,87 @@ class RunDir:
         self.cost = self.written - start
 
     def complete(self, tokenizer, grids):
-        """Write what is missing from a folder that `from_pretrained` loads, its index last.
+        """Write a folder that `from_pretrained` loads, what makes it one last; the model reads its layers from there.
 
         grids: {name of a linear: quant.Grid}. In formats other than dense the model is loaded whole.
         """
         if self.writes:
-            self._complete(tokenizer, grids)
-        distributed.tell(None)  # the others wait
+            state = {name: tensor for name, tensor in self.model.state_dict().items()
+                     if name not in self.model.all_tied_weights_keys}
+            if not self.shards:
+                with self._room("the tokenizer"):
+                    tokenizer.save_pretrained(self.path)
+            if self.save_format == "dense":
+                self._assemble(state)
+            else:
+                self._convert(state, grids)
+        self.shards = distributed.tell(self.shards)  # the others wait
+        for index, layer in enumerate(self.layers if self.shards else ()):
+            if hasattr(layer, "source") and str(self._layer(index)) in dict(layer.source.places.values()):
+                self._take(index)
 
-    def _complete(self, tokenizer, grids):
-        files, place = {}, self.shards / SAFE_WEIGHTS_INDEX_NAME
-        place.unlink(missing_ok=True)  # of a run that was killed behind this
-        for index, layer in enumerate(self.layers):
-            if not self._note(index).is_file():
-                with on_device([layer], "cpu"):
-                    self._write_layer(index, layer)
-            files[self._shard(index)] = [f"{self.family.layers}.{index}.{name}" for name in layer.state_dict()]
-        inside = {name for names in files.values() for name in names}
-        state = self.model.state_dict()
-        others = [name for name in state if name not in inside and name not in self.model.all_tied_weights_keys]
+    def _assemble(self, state):
+        """Move all tensors into shards; what is in them already stays. state: {name: tensor}, which may be on meta."""
+        if not self.shards:
+            with self._room("the configuration"):
+                self._write_configuration()
+            self.shards = shards.split(state)
+            self._write_json(self._shards(), self.shards)
+        files = list(dict.fromkeys(self.shards.values()))
+        for file in files:
+            part = {name: state[name] for name, place in self.shards.items() if place == file}
+            if not (self.path / file).is_file():
+                with self._room(file, _size(part)):
+                    shards.write(self.path / file, part, self._reader(state), self.sums)
+            self._remove_layers()
+        if len(files) > 1:
+            self._write_json(self.path / SAFE_WEIGHTS_INDEX_NAME, {
+                "metadata": {"total_size": _size(state)}, "weight_map": self.shards})
+
+    def _reader(self, state):
         source = getattr(self.model, "source", None)
-        self._write_shard(len(self.layers), {name: source.tensor(name) if source else state[name] for name in others})
-        files[self._shard(len(self.layers))] = others
-        self._check(files)
-        with self._room("the tokenizer"):
-            tokenizer.save_pretrained(self.path)
-        with self._room("the configuration"):
-            self._write_configuration(self.shards)
-        self._write_json(place, {
-            "metadata": {"total_size": sum(t.numel() * t.element_size() for name, t in state.items()
-                                           if name in inside or name in others)},
-            "weight_map": {name: file.name for file, names in files.items() for name in names}})
-        if self.shards != self.path:
-            model = self.model if source is None else type(self.model).from_pretrained(self.shards)
-            with self._room(f"the model in the format {self.save_format}"):
-                FORMATS[self.save_format](self.path, model, self.family, grids)
+        return source.tensor if source else state.get
 
-    def _check(self, files):
-        """Read everything back and compare it with what was in memory."""
-        for file, names in files.items():
-            for name, tensor in load_file(file).items():
-                if name not in names or streaming.checksum(tensor) != self.sums[name]:
-                    raise InputError(f"--save {self.path}: {name} in {file.name} differs from what was in memory")
+    def _remove_layers(self):
+        """Remove the files of layers that are in shards, so that the disk need not hold both."""
+        for index in range(len(self.layers)):
+            if self._layer(index) not in self._places(index).values():
+                self._layer(index).unlink(missing_ok=True)
 
-    def _write_configuration(self, folder):
+    def _convert(self, state, grids):
+        """Write the model in another format than dense."""
+        model = self.model
+        if hasattr(model, "source"):
+            tensors = {name: model.source.tensor(name) for name in state}
+            for name in self.sums:
+                if streaming.checksum(tensors[name]) != self.sums[name]:
+                    raise InputError(f"--save {self.path}: {name}, as its finished layer was kept, differs from what "
+                                     "was in memory")
+            model = type(model).from_pretrained(None, config=copy.deepcopy(model.config), state_dict=tensors,
+                                                dtype=model.dtype)
+            model.generation_config = self.model.generation_config
+        with self._room(f"the model in the format {self.save_format}"):
+            FORMATS[self.save_format](self.path, model, self.family, grids)
+
+    def _write_configuration(self):
         config = self.model.config
         config.architectures, config.dtype = [type(self.model).__name__], self.model.dtype
-        config.save_pretrained(folder)
-        self.model.generation_config.save_pretrained(folder)
+        config.save_pretrained(self.path)
+        self.model.generation_config.save_pretrained(self.path)
 
     def end(self):
         """Remove what only an interrupted run needs, in an order in which it can go on from what is left."""
         if not self.writes:
             return
-        for pattern in ("state-*", "layer-*", "grids-*", "plan.json", "gradients-*"):
+        for pattern in ("state-*", "shards.json", "layer-*", "grids-*", "plan.json", "gradients-*"):
             for file in self.progress.glob(pattern):
                 file.unlink()
-        if self.shards != self.path:
-            shutil.rmtree(self.shards)
         (self.progress / "run.json").unlink()
         shutil.rmtree(self.progress)
+
+
+def _size(tensors):
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def begun(path):

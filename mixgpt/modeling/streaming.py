@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,13 +11,16 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from mixgpt.common.files import replacing
 
+# dtypes by the names that safetensors gives them
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+            "BOOL": torch.bool}
+NAMES = {dtype: name for name, dtype in {**FLOATS, **INTEGERS}.items()}
 
 
 @dataclass
@@ -34,16 +36,8 @@ class Source:
         return self._read([name])[name]
 
     def _read(self, names):
-        tensors, files = {}, {}
-        for name in names:
-            file, key = self.places[name]
-            files.setdefault(file, []).append((name, key))
-        for file, wanted in files.items():
-            with _opened(file) as held:
-                for name, key in wanted:
-                    tensor = held.get_tensor(key)
-                    tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-        return tensors
+        return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in read({name: self.places[name] for name in names}).items()}
 
     def prefetch(self, device):
         """Begin to read the tensors that `load` will want, in a thread."""
@@ -78,6 +72,17 @@ class Source:
         for name, buffer in module.named_buffers():
             if not buffer.is_meta:
                 _assign(module, name, buffer.to("cpu"))
+
+
+def read(places):
+    """Read {name: tensor} from places, {name: (file, key in the file)}."""
+    tensors, files = {}, {}
+    for name, (file, key) in places.items():
+        files.setdefault(file, []).append((name, key))
+    for file, wanted in files.items():
+        with _opened(file) as held:
+            tensors |= {name: held.get_tensor(key) for name, key in wanted}
+    return tensors
 
 
 @functools.cache
@@ -222,14 +227,49 @@ def digest(tokens):
 
 def checksum(tensor):
     """Return the CRC-32 of the bytes of a tensor."""
-    return zlib.crc32(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(_bytes(tensor))
+
+
+def _bytes(tensor):
+    return tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
 
 
 def write(file, tensors):
-    """Write {key: tensor} as a safetensors file, whole or not at all, and onto the disk before it has its name."""
+    """Write {key: tensor} as a safetensors file, whole or not at all, and onto the disk before it has its name.
+
+    Returns {key: checksum}.
+    """
     with replacing(file) as partial:
-        save_file({key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}, partial,
-                  metadata={"format": "pt"})
-        mask = os.umask(0)  # can only be asked for by setting it
-        os.umask(mask)
-        os.chmod(partial, 0o666 & ~mask)  # safetensors lets only the owner read
+        return save(partial, tensors, tensors.get)
+
+
+def save(file, tensors, read):
+    """Write a safetensors file, one tensor after the other: the bytes of `save_file`, which has all in memory at once.
+
+    tensors: {key: tensor}, which may be on meta. read: returns the tensor of a key. Returns {key: checksum}.
+    """
+    keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # so each begins at a multiple of it
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key in keys:
+        start, end = end, end + tensors[key].nbytes
+        header[key] = {"dtype": NAMES[tensors[key].dtype], "shape": list(tensors[key].shape),
+                       "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    sums = {}
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            tensor = read(key)
+            if (tensor.dtype, tensor.shape) != (tensors[key].dtype, tensors[key].shape):
+                raise ValueError(f"{key} is {tensor.dtype} {_times(tensor.shape)}, the model asks for "
+                                 f"{tensors[key].dtype} {_times(tensors[key].shape)}")
+            sums[key] = _append(stream, tensor)
+    return sums
+
+
+def _append(stream, tensor):
+    """Write the bytes of a tensor to an open file. Returns their checksum."""
+    content = _bytes(tensor)
+    stream.write(content)
+    return zlib.crc32(content)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import datautils
 from mixgpt.app import cli, pipeline
+from mixgpt.checkpoints import shards
 from mixgpt.kernels import columns
 
 SMALL = "--nsamples 4 --seqlen 32 --device cpu"
@@ -500,6 +501,7 @@ def apart(errors, prepare, given):
     with open(errors, "w") as output:
         os.dup2(output.fileno(), 2)
     columns.fastest = lambda *_: columns.walk_columns  # loading the compiled ones takes longer than a run
+    shards.LARGEST = 60_000  # three of them, each with a part of a layer
     prepare(*given)
 
 
@@ -528,21 +530,25 @@ STOPPED = "llama.py: interrupted; what is in the folder of --save goes on with -
 # What happens, the options of the run, what it says, and how many layers a --resume finds finished.
 ACCIDENTS = {
     "no room for the settings": (limited, (100,), "", f"run.json cannot be written, {FULL}", 0),
-    "no room for a layer": (limited, (20_000,), "", f"model-00001-of-00004.safetensors needs 0.000 GB, {FULL}", 0),
+    "no room for a layer": (limited, (20_000,), "", f"layer-00000.safetensors needs 0.000 GB, {FULL}", 0),
     "no room for hidden states": (
         limited, (40_000,), "--nsamples 12", f"state-00001-0.safetensors needs 0.000 GB, {FULL}", 1),
     "no room for the third layer": (
         at, ("placed", "layer-00001.json", limited, 20_000), "",
-        f"model-00003-of-00004.safetensors needs 0.000 GB, {FULL}", 2),
+        f"layer-00002.safetensors needs 0.000 GB, {FULL}", 2),
     "no room for the note on a layer": (
         at, ("opened", "layer-00001.json.*", limited, 100), "", f"layer-00001.json cannot be written, {FULL}", 1),
     "no room for what is not in layers": (
-        limited, (40_000,), "", f"model-00004-of-00004.safetensors needs 0.000 GB, {FULL}", 3),
+        limited, (40_000,), "", f"model-00001-of-00003.safetensors needs 0.000 GB, {FULL}", 3),
     "no room for the tokenizer": (
-        at, ("placed", "model-00004-of-00004.safetensors", limited, 100), "",
-        f"the tokenizer cannot be written, {FULL}", 3),
+        at, ("opened", "saved/tokenizer_config.json", limited, 100), "", f"the tokenizer cannot be written, {FULL}", 3),
     "no room for the configuration": (
         at, ("opened", "saved/config.json", limited, 100), "", f"the configuration cannot be written, {FULL}", 3),
+    "no room for the names of the shards": (
+        at, ("opened", "shards.json.*", limited, 100), "", f"shards.json cannot be written, {FULL}", 3),
+    "no room for the last shard": (
+        at, ("placed", "model-00002-of-00003.safetensors", limited, 100), "",
+        f"model-00003-of-00003.safetensors needs 0.000 GB, {FULL}", 3),
     "no room for the index": (
         at, ("opened", f"{INDEX}.*", limited, 100), "", f"{INDEX} cannot be written, {FULL}", 3),
     "no room for the record": (
@@ -550,20 +556,23 @@ ACCIDENTS = {
     "no room for the record at the end": (
         at, ("placed", INDEX, limited, 100), "", f"mixgpt.json cannot be written {FULL_RECORD}", 3),
     "no room for grids": (
-        at, ("placed", "model-00002-of-00004.safetensors", limited, 100), "--wbits 4",
+        at, ("placed", "layer-00001.safetensors", limited, 100), "--wbits 4",
         f"grids-00001.safetensors needs 0.000 GB, {FULL}", 1),
     "no room for the sparse format": (
-        at, ("opened", "dense/config.json", limited, 20_000), "--save-format sparse",
+        at, ("opened", "saved/config.json", limited, 20_000), "--save-format sparse",
         f"the model in the format sparse cannot be written, {FULL}", 3),
     "no room for compressed tensors": (
-        at, ("opened", "dense/config.json", limited, 20_000), "--wbits 4 --sym --save-format compressed-tensors",
+        at, ("opened", "saved/config.json", limited, 20_000), "--wbits 4 --sym --save-format compressed-tensors",
         f"the model in the format compressed-tensors cannot be written, {FULL}", 3),
     "Ctrl-C while it loads": (at, ("opened", "model/tokenizer_config.json", interrupted), "", None, 0),
     "Ctrl-C in an input's Hessian": (
         at, ("placed", "layer-00000.json", before_next, "sparsegpt.SparseGPT.add_batch", interrupted), "", None, 1),
     "Ctrl-C while a layer is kept": (at, ("opened", "layer-00001.json.*", interrupted), "", None, 1),
-    "Ctrl-C by magnitude": (at, ("placed", "model-00002-of-00004.safetensors", interrupted), "--gmp", None, 1),
+    "Ctrl-C by magnitude": (at, ("placed", "layer-00001.safetensors", interrupted), "--gmp", None, 1),
     "Ctrl-C while the rest is written": (at, ("opened", "saved/tokenizer_config.json", interrupted), "", None, 3),
+    "Ctrl-C while a shard is written": (
+        at, ("opened", "model-00002-of-00003.safetensors.*", interrupted), "", None, 3),
+    "Ctrl-C between two shards": (at, ("placed", "model-00002-of-00003.safetensors", interrupted), "", None, 3),
     "Ctrl-C in the evaluation": (before_next, ("torch.nn.functional.cross_entropy", interrupted), "", None, 3),
     "Ctrl-C in the traces": (
         at, ("opened", "traces.json.*", interrupted),
@@ -614,7 +623,7 @@ def test_an_accident_gets_one_line_and_resume_gives_the_files_of_an_undisturbed_
 
 
 def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed, checkpoint_folder, tmp_path):
-    disk = tmp_path / "saved"
+    disk, many = tmp_path / "saved", "--nsamples 16"
     disk.mkdir()
     (tmp_path / "model").symlink_to(checkpoint_folder("llama"))
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", disk], capture_output=True).returncode:
@@ -623,17 +632,17 @@ def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed
         status, (line,) = Child(fork, tmp_path, "llama", RUN, nothing).end()
         assert status == 2 and line.startswith(f"llama.py: error: --save {disk}: needs 0.000 GB, 0.000 GB are free in")
         assert list(disk.iterdir()) == []
-        # room for the weights, which is asked for before the run, and not for the hidden states beside them
-        subprocess.run(["mount", "-o", "remount,size=180k", disk], check=True)
-        child = Child(fork, tmp_path, "llama", RUN, nothing)
+        # room for the weights and a shard, which is asked for before the run, and not for the hidden states beside them
+        subprocess.run(["mount", "-o", "remount,size=212k", disk], check=True)
+        child = Child(fork, tmp_path, "llama", f"{RUN} {many}", nothing)
         status, (line,) = child.end()
         assert status == 2 and "GB are free" in line and line.endswith("make room and go on with --resume")
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
-        again = Child(fork, tmp_path, "llama", f"{RUN} --resume", nothing)
+        again = Child(fork, tmp_path, "llama", f"{RUN} {many} --resume", nothing)
         assert again.end() == (0, [])
         found = contents(disk)
         found["mixgpt.json"]["settings"].pop("model")
-        assert found == undisturbed("")
+        assert found == undisturbed(many)
     finally:
         subprocess.run(["umount", disk], check=True)
 

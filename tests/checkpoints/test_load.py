@@ -1,6 +1,7 @@
 """Check loading, what is refused, and that a saved folder loads with plain transformers."""
 
 import json
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Con
 import datautils
 import llama
 import opt
-from mixgpt.checkpoints import load
+from mixgpt.checkpoints import load, shards
 from mixgpt.common.errors import InputError
 
 
@@ -108,6 +109,23 @@ def test_a_save_path_that_cannot_be_used_is_refused_and_nothing_is_left(case, tm
     with pytest.raises(InputError, match=f"--save {folder}: "):
         load.check_save(folder, 10**18 if case == "too large" else 0, False)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("layers, saved, needed", [
+    (0, 0, 140), (60, 0, 80), (100, 0, 40), (80, 20, 40), (20, 70, 40), (0, 70, 60), (0, 100, 0)])
+def test_room_for_the_model_and_a_shard_beside_its_layers_is_asked_for(layers, saved, needed, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "LARGEST", 40)
+    (tmp_path / "progress").mkdir()
+    (tmp_path / "progress" / "run.json").write_text("{}")
+    (tmp_path / "progress" / "layer-00000.safetensors").write_bytes(bytes(layers))
+    (tmp_path / "model-00001-of-00003.safetensors").write_bytes(bytes(saved))
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(load.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if free == needed:
+            load.check_save(tmp_path, 100, True)
+        else:
+            with pytest.raises(InputError, match=r"needs 0.000 GB"):
+                load.check_save(tmp_path, 100, True)
 
 
 @pytest.mark.parametrize("exists", [False, True])

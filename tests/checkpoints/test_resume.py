@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import modelutils
 from mixgpt.allocation import backward, traces
 from mixgpt.app import pipeline
-from mixgpt.checkpoints import run_dir
+from mixgpt.checkpoints import run_dir, shards
 from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common import clock
 from mixgpt.modeling import streaming
@@ -40,14 +40,15 @@ class Scenario:
     parts: list  # sets of parts of a run, of which one moment each is drawn
     patience: int = 0  # hidden states are kept behind every layer (0) or behind the first one only (10⁹)
     pickled: bool = False  # weights that cannot be left on disk
+    shard: int = shards.LARGEST  # bytes
 
 
 CALIBRATION = {"forward", "Hessian", "factorisation", "walk"}
 SPARSEGPT = [{"forward"}, CALIBRATION, {"finish"}, {"finish"}, {"half a file"}, {"complete"}, {"complete"},
              {"evaluation"}, {"end"}]
 SCENARIOS = {
-    "opt": Scenario("opt", ["--sparsity", ".5"], [{"load"}, *SPARSEGPT]),
-    "opt, in memory": Scenario("opt", ["--sparsity", ".5", "--wbits", "4"], SPARSEGPT[1:6], pickled=True),
+    "opt": Scenario("opt", ["--sparsity", ".5"], [{"load"}, *SPARSEGPT], shard=40_000),
+    "opt, in memory": Scenario("opt", ["--sparsity", ".5", "--wbits", "4"], SPARSEGPT[1:8], pickled=True),
     "llama, best": Scenario("llama", ["--preset", "best", "--sparsity", ".5"],
                             [{"gradients", "allocation"}, CALIBRATION | {"admm"}, CALIBRATION | {"admm"}, {"finish"}]),
     "opt, magnitude": Scenario("opt", ["--sparsity", ".5", "--gmp", "--wbits", "3"],
@@ -55,7 +56,8 @@ SCENARIOS = {
     "llama, mixed": Scenario("llama", [*MIXED, "--wbits", "4"], [{"sensitivity"}, {"traces"}, {"traces"}, {"traces"},
                                                                  *SPARSEGPT]),
     "llama, few layers": Scenario("llama", ["--prunen", "2", "--prunem", "4", "--maxlayer", "2"],
-                                  [CALIBRATION, {"finish"}, {"complete"}, {"complete"}], patience=10**9),
+                                  [CALIBRATION, {"finish"}, {"half a file"}, {"complete"}, {"complete"}, {"complete"}],
+                                  patience=10**9, shard=60_000),
     "bloom, sparse": Scenario("bloom", ["--sparsity", ".5", "--wbits", "4", "--no-true-sequential", "--save-format",
                                         "sparse"], SPARSEGPT, patience=10**9),
     "baichuan-7b, packed": Scenario("baichuan-7b", ["--sparsity", ".5", "--wbits", "4", "--sym", "--act-order",
@@ -103,9 +105,21 @@ class Moments:
             call(tensors, file, **options)
             content, half = Path(file).read_bytes(), Path(file).with_name(f".tmp{os.getpid()}")
             half.write_bytes(content[:len(content) // 2])
-            with self.part("half a file" if half.parent.name == "saved" else self.parts[-1]):  # of the result
+            with self.part("half a file"):
                 self.mark()
             half.unlink()
+
+        setattr(owner, name, wrapped)
+
+    def partly_written(self, owner, name):
+        """Make a moment before each tensor that is appended to a file."""
+        call = getattr(owner, name)
+
+        def wrapped(stream, tensor):
+            stream.flush()
+            with self.part("half a file" if Path(stream.name).parent.name == "saved" else self.parts[-1]):
+                self.mark()  # half a file of the result
+            return call(stream, tensor)
 
         setattr(owner, name, wrapped)
 
@@ -122,10 +136,11 @@ class Moments:
         owner.open = wrapped
 
 
-def watch(fatal, log, root, patience):
+def watch(fatal, log, root, patience, shard):
     """Kill this process at moment number `fatal`, or write the parts that all moments fell in to `log`."""
     moments = Moments(fatal)
     run_dir.PATIENCE, backward.BORDERS = patience, 1  # a chunk of sequences is one batch
+    shards.LARGEST = shard
     timed = clock.Clock.part
 
     @contextlib.contextmanager
@@ -139,7 +154,7 @@ def watch(fatal, log, root, patience):
     moments.around(traces, "_write", "traces")
     for name in ("embed", "call"):
         moments.around(modelutils.Stream, name)
-    moments.half_written(streaming, "save_file")
+    moments.partly_written(streaming, "_append")
     moments.half_written(transformers.modeling_utils, "safe_save_file")
     for owner in (io, builtins):
         moments.opened(owner, root)
@@ -179,7 +194,7 @@ def launch(fork, checkpoint_folder, tmp_path, monkeypatch):
         if "--sensitivity" in scenario.options:
             arguments += ["--sensitivity_file", root / "traces.json"]
         return fork(command, scenario.name, arguments, root / "log", watch,
-                    (fatal, root / "moments.json", root, scenario.patience))
+                    (fatal, root / "moments.json", root, scenario.patience, scenario.shard))
 
     return start
 

@@ -361,15 +361,18 @@ def test_two_runs_with_the_same_seed_write_the_same_bytes(options, checkpoint_fo
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_what_reads_back_differently_after_an_interruption_is_found(checkpoint_folder, tmp_path, capsys, monkeypatch):
-    arguments = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
+@pytest.mark.parametrize("save_format", ["dense", "sparse"])
+def test_what_reads_back_differently_after_an_interruption_is_found(save_format, checkpoint_folder, tmp_path, capsys,
+                                                                    monkeypatch):
+    arguments = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved",
+                 "--save-format", save_format]
     interrupt(monkeypatch, "llama", arguments, 3)
-    shard = tmp_path / "saved" / "model-00001-of-00004.safetensors"
-    content = bytearray(shard.read_bytes())
+    kept = tmp_path / "saved" / "progress" / "layer-00000.safetensors"
+    content = bytearray(kept.read_bytes())
     content[-1] ^= 1  # the last bit of a weight
-    shard.write_bytes(content)
+    kept.write_bytes(content)
     assert run("llama", *arguments, "--resume") == 2
-    assert re.search(r"error: --save .*: model.layers.0.* in model-00001-of-00004.safetensors differs from what was in "
+    assert re.search(r"error: --save .*: model.layers.0.*, as its finished layer was kept, differs from what was in "
                      "memory$", capsys.readouterr().err.splitlines()[-1])
     with pytest.raises(OSError, match="no file named model.safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved", config=make("llama")[1].config)

@@ -1,6 +1,7 @@
 """Check that a model whose weights stay on disk is the one that plain transformers loads, and that it stays there."""
 
 import json
+import os
 import resource
 
 import pytest
@@ -272,10 +273,26 @@ def test_a_file_is_written_whole_or_not_at_all_and_others_may_read_it(tmp_path, 
     def fail(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(streaming.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         streaming.write(file, {"x": torch.zeros(2, 3)})
     assert torch.equal(load_file(file)["x"], torch.ones(2, 3))
+
+
+def test_files_are_byte_for_byte_those_of_safetensors(tmp_path):
+    tensors = {"a.é": torch.randn(3, 5), "b": torch.randn(4).to(torch.bfloat16), "c": torch.arange(7),
+               "d": torch.randn(()), "e": torch.tensor([True, False, True]), "f": torch.randn(0, 2),
+               "g\"": torch.randn(2, 3).T}
+    sums = streaming.save(tmp_path / "own", {key: tensor.to("meta") for key, tensor in tensors.items()}, tensors.get)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "theirs",
+              metadata={"format": "pt"})
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert sums == {key: streaming.checksum(tensor) for key, tensor in tensors.items()}
+
+
+def test_a_tensor_that_is_not_as_announced_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"x is torch.float32 2 x 3, the model asks for torch.float32 3 x 2"):
+        streaming.save(tmp_path / "a", {"x": torch.empty(3, 2, device="meta")}, {"x": torch.ones(2, 3)}.get)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
