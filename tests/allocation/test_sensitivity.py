@@ -1,15 +1,15 @@
 """Check streamed traces against autograd through the whole model, full Hessians and exact Gauss-Newton matrices."""
 
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, make
+from conftest import CPU, make
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+import llama
 import opt
 from mixgpt.allocation import backward, fisher, hutchinson
 from mixgpt.allocation.traces import Sampling, hessian_traces
@@ -226,30 +226,24 @@ def test_signs_are_balanced_and_independent():
     assert off.abs().max() < 5 / len(Z) ** 0.5
 
 
-MEMORY = """
-import resource, sys, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-import llama
-from mixgpt.allocation import hutchinson, traces
-from modelutils import Execution
-layers = int(sys.argv[1])
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=2048, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
-                                     num_attention_heads=9, num_key_value_heads=3)).eval()
-tokens = torch.randint(0, 2048, (1, 256))
-with open("/proc/self/statm") as statm:
-    before = int(statm.read().split()[1]) * resource.getpagesize()
-execution = Execution(model, llama.FAMILY, torch.device("cpu"), 1)
-traces.hessian_traces(execution, list(traces.matrices_of(model, llama.FAMILY)), tokens,
-                      traces.Sampling("hutchinson", hutchinson.curvatures))
-borders = 2 * (layers + 1) * 256 * 576 * 4
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - borders)
-"""
+def memory(layers, file):
+    """Write to a file how many bytes traces of so many layers take, without the hidden states at borders."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=2048, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
+        num_key_value_heads=3)).eval()
+    tokens = torch.randint(0, 2048, (1, 256))
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    traces(model, llama.FAMILY, matrices_of(model, llama.FAMILY), tokens, "hutchinson", batch_size=1)
+    borders = 2 * (layers + 1) * 256 * 576 * 4
+    file.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - borders))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_memory_does_not_grow_with_the_number_of_layers():
-    three, six = (int(subprocess.run([sys.executable, "-c", MEMORY, layers], cwd=ROOT,
-                                     capture_output=True, text=True, check=True).stdout) for layers in ("3", "6"))
+def test_memory_does_not_grow_with_the_number_of_layers(fork, tmp_path):
+    processes = [fork(memory, layers, tmp_path / str(layers)) for layers in (3, 6)]
+    for process in processes:
+        process.join(120)
+    three, six = (int((tmp_path / str(layers)).read_text()) for layers in (3, 6))
     assert three > 20e6, "less than the probes of one layer: nothing was measured"
     assert six < 1.2 * three
