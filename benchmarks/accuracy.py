@@ -31,7 +31,7 @@ from textbook import prune_model
 import datautils
 from mixgpt.allocation.fisher import output_gradients, squared_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
-from mixgpt.allocation.plan import make_plan
+from mixgpt.allocation.plan import Budget, by_matrix
 from mixgpt.allocation.traces import Sampling, Traces, hessian_traces, matrices_of
 from mixgpt.app.choices import DATASETS
 from mixgpt.app.settings import PRESETS
@@ -100,11 +100,11 @@ class Calibration:
 
 
 def uniform(calibration, target):
-    return make_plan(calibration.selected, target), 0.0
+    return dict.fromkeys(calibration.selected, target), 0.0
 
 
 def mixed(calibration, target):
-    plan = make_plan(calibration.selected, target, "weight-level", calibration.sensitivity, ALPHA)
+    plan = by_matrix(Budget(calibration.selected, target, ALPHA, calibration.sensitivity))
     return plan, calibration.clock.seconds["mixed"]
 
 

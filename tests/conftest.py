@@ -40,7 +40,9 @@ import bloom
 import datautils
 import llama
 import opt
+from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli, pipeline
+from mixgpt.app.choices import ALLOCATIONS
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns_cpu
@@ -174,6 +176,11 @@ def trained_model(trained):
     model = trainable()
     model.load_state_dict(state)
     return llama.FAMILY, model, test, calibration
+
+
+def make_plan(selected, target, way="uniform", sensitivity=None, alpha=0.0):
+    """Say how sparse each matrix shall be, by the name of an allocation."""
+    return ALLOCATIONS[way].load()(Budget(selected, target, alpha, sensitivity))
 
 
 def saved_tensors(path):

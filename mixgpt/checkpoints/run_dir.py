@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.allocation.fisher import Gradients
-from mixgpt.checkpoints.formats import FORMATS
+from mixgpt.checkpoints.choices import FORMATS
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
@@ -286,7 +286,7 @@ class RunDir:
         if self.shards != self.path:
             model = self.model if source is None else type(self.model).from_pretrained(self.shards)
             with self._room(f"the model in the format {self.save_format}"):
-                FORMATS[self.save_format](self.path, model, self.family, grids)
+                FORMATS[self.save_format].load()(self.path, model, self.family, grids)
 
     def _check(self, files):
         """Read everything back and compare it with what was in memory."""

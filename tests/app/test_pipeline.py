@@ -361,7 +361,8 @@ BAD = {
     "solver of nothing to prune": (
         "{opt} builtin --wbits 4 --solver admm", "--solver admm: chooses what to prune, needs --sparsity"),
     "isc without a walk": (
-        "{opt} builtin --sparsity .5 --solver admm --saliency isc", "--saliency isc: ranks weights in the walk of"),
+        "{opt} builtin --sparsity .5 --solver admm --saliency isc",
+        "--saliency isc: --solver admm does not rank weights by it; it must be obs or fisher"),
     "unknown saliency": ("{opt} builtin --sparsity .5 --saliency l1", "argument --saliency: invalid choice: 'l1'"),
     "alpha": ("{opt} builtin --sparsity .5 --alpha -1", "--alpha -1: must lie between 0 and 1"),
     "no probes": ("{opt} builtin --sparsity .5 --nprobes 0", "--nprobes 0: must be at least 1"),
