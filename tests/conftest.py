@@ -1,6 +1,5 @@
 """Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -47,7 +46,7 @@ from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns_cpu
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
-from modelutils import SCRIPTS
+from mixgpt.modeling.family import family_of
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processor's cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
@@ -190,7 +189,7 @@ def saved_tensors(path):
 
 def save(path, model, tokenizer, record, family=None, save_format="dense", grids=None):
     """Save a model in memory as a run does at its end."""
-    family = family or importlib.import_module(SCRIPTS[type(model).__name__].removesuffix(".py")).FAMILY
+    family = family or family_of(type(model).__name__)
     with RunDir(path, save_format) as folder:
         folder.start(model, family, {})
         load.write_record(path, record)
