@@ -19,6 +19,7 @@ from mixgpt.modeling.family import Family
 
 FAMILY = Family(
     script="baichuan.py",
+    classes=("BaichuanForCausalLM", "BaiChuanForCausalLM"),
     layers="model.layers",
     before=("model.embed_tokens", "model.rotary_emb"),
     after=("model.norm", "lm_head"),

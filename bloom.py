@@ -18,6 +18,7 @@ from mixgpt.modeling.family import Family
 
 FAMILY = Family(
     script="bloom.py",
+    classes=("BloomForCausalLM",),
     layers="transformer.h",
     before=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
     after=("transformer.ln_f", "lm_head"),

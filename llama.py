@@ -19,6 +19,7 @@ from mixgpt.modeling.family import Family
 
 FAMILY = Family(
     script="llama.py",
+    classes=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     layers="model.layers",
     before=("model.embed_tokens", "model.rotary_emb"),
     after=("model.norm", "lm_head"),

@@ -18,18 +18,6 @@ from mixgpt.modeling.family import Family
 
 SLICE = 1024  # tokens whose logits exist at a time
 
-# Model classes that each family script accepts: those whose modules lie where its Family says.
-SCRIPTS = {
-    "OPTForCausalLM": "opt.py",
-    "BloomForCausalLM": "bloom.py",
-    "LlamaForCausalLM": "llama.py",
-    "MistralForCausalLM": "llama.py",
-    "Qwen2ForCausalLM": "llama.py",
-    "Qwen3ForCausalLM": "llama.py",
-    "BaichuanForCausalLM": "baichuan.py",
-    "BaiChuanForCausalLM": "baichuan.py",
-}
-
 
 def model_class(config):
     """Return the class of causal language model that transformers builds for `config`, None where there is none."""

@@ -19,6 +19,7 @@ from mixgpt.modeling.family import Family
 
 FAMILY = Family(
     script="opt.py",
+    classes=("OPTForCausalLM",),
     layers="model.decoder.layers",
     before=("model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.project_in"),
     after=("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head"),

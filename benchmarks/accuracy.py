@@ -12,7 +12,6 @@ Seconds are those of pruning with the sensitivities or outliers it rests on, whi
 
 import argparse
 import copy
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from textbook import prune_model
 import datautils
 from mixgpt.allocation.fisher import output_gradients, squared_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
-from mixgpt.allocation.plan import make_plan
+from mixgpt.allocation.plan import Budget, by_matrix
 from mixgpt.allocation.traces import Sampling, Traces, hessian_traces, matrices_of
 from mixgpt.app.choices import DATASETS
 from mixgpt.app.settings import PRESETS
@@ -40,12 +39,13 @@ from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
+from mixgpt.modeling.family import family_of
 from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
-from modelutils import SCRIPTS, Execution
+from modelutils import Execution
 from quant import Scheme
 from sparsegpt import WalkOptions, isc_saliency, obs_saliency
 
@@ -100,11 +100,11 @@ class Calibration:
 
 
 def uniform(calibration, target):
-    return make_plan(calibration.selected, target), 0.0
+    return dict.fromkeys(calibration.selected, target), 0.0
 
 
 def mixed(calibration, target):
-    plan = make_plan(calibration.selected, target, "weight-level", calibration.sensitivity, ALPHA)
+    plan = by_matrix(Budget(calibration.selected, target, ALPHA, calibration.sensitivity))
     return plan, calibration.clock.seconds["mixed"]
 
 
@@ -255,10 +255,9 @@ def main(argv=None):
         draw, tests = texts(given.dataset, given.eval, given.heldout, given.nsamples, given.seqlen, given.segments,
                             load.load_tokenizer(given.model), given.data_dir)
         model = load.load_model(given.model, getattr(torch, given.dtype))
-        script = SCRIPTS.get(type(model).__name__)
-        if script is None:
-            raise InputError(f"model {given.model}: this is a {type(model).__name__}; needs {', '.join(SCRIPTS)}")
-        family = importlib.import_module(script.removesuffix(".py")).FAMILY
+        family = family_of(type(model).__name__)
+        if family is None:
+            raise InputError(f"model {given.model}: this is a {type(model).__name__}, which no script here prunes")
         setup = {"model": Path(given.model).name, "weights": fingerprint(model), "dtype": given.dtype,
                  "calibration": given.dataset, "nsamples": given.nsamples, "seqlen": given.seqlen,
                  "texts": {"seed 0": digest(draw(0))} | {name: digest(tokens) for name, tokens in tests.items()}}

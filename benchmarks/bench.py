@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 import datautils
 import llama
 import opt
-from mixgpt.allocation.plan import make_plan
+from mixgpt.allocation.plan import Budget, uniform
 from mixgpt.app.choices import DATASETS
 from mixgpt.app.report import table
 from mixgpt.checkpoints import load
@@ -156,7 +156,7 @@ def compare_model(model, family, tokens, device, batch_size, layers, tests=None)
 
     layers: of the whole model; seconds are multiplied by that over the layers there are.
     """
-    plan = make_plan(select(model, family), Target(0.5))
+    plan = uniform(Budget(select(model, family), Target(0.5)))
     factor_up = layers / len(family.layers_of(model))
     columns = {}
 

@@ -1,6 +1,5 @@
 """Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -40,12 +39,14 @@ import bloom
 import datautils
 import llama
 import opt
+from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli, pipeline
+from mixgpt.app.choices import ALLOCATIONS
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns_cpu
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
-from modelutils import SCRIPTS
+from mixgpt.modeling.family import family_of
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processor's cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
@@ -176,6 +177,11 @@ def trained_model(trained):
     return llama.FAMILY, model, test, calibration
 
 
+def make_plan(selected, target, way="uniform", sensitivity=None, alpha=0.0):
+    """Say how sparse each matrix shall be, by the name of an allocation."""
+    return ALLOCATIONS[way].load()(Budget(selected, target, alpha, sensitivity))
+
+
 def saved_tensors(path):
     """Return {key: tensor} of all safetensors files of a folder."""
     return {key: tensor for file in Path(path).glob("*.safetensors") for key, tensor in load_file(file).items()}
@@ -183,7 +189,7 @@ def saved_tensors(path):
 
 def save(path, model, tokenizer, record, family=None, save_format="dense", grids=None):
     """Save a model in memory as a run does at its end."""
-    family = family or importlib.import_module(SCRIPTS[type(model).__name__].removesuffix(".py")).FAMILY
+    family = family or family_of(type(model).__name__)
     with RunDir(path, save_format) as folder:
         folder.start(model, family, {})
         load.write_record(path, record)

@@ -3,11 +3,10 @@
 import sys
 
 import torch
-from conftest import CPU, VOCABULARY, make
+from conftest import CPU, VOCABULARY, make, make_plan
 
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
-from mixgpt.allocation.plan import make_plan
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common import distributed

@@ -21,6 +21,15 @@ from mixgpt.pruning.targets import Target
 from modelutils import hooked, linears, on_device
 
 
+def by_threshold(budget):
+    """Measure H, and let one threshold say how sparse each matrix of a plan.Budget is."""
+    execution = budget.execution
+    with execution.clock.part("allocation"):
+        diagonals = inverse_diagonals(execution, list(budget.selected), budget.calibration, budget.percdamp)
+        return global_plan(execution.model, execution.family, budget.selected, budget.gradients.rows, diagonals,
+                           budget.target.sparsity, budget.alpha)
+
+
 @torch.no_grad()
 @fast_linears()
 def inverse_diagonals(execution, matrices, tokens, percdamp):

@@ -1,28 +1,55 @@
-"""Say how sparse each matrix shall be, from a sparsity in all and the sensitivities."""
+"""Say how sparse each matrix shall be, from a sparsity in all and what was measured of the model."""
 
+from dataclasses import dataclass
+
+import torch
+
+from mixgpt.allocation.fisher import Gradients
 from mixgpt.allocation.ranking import allocate, allocate_whole
 from mixgpt.pruning.targets import Target
+from modelutils import Execution
 
 
-def make_plan(selected, target, way="uniform", sensitivity=None, alpha=0.0):
-    """Say how sparse each matrix shall be. Returns {(layer, name): Target}.
+@dataclass(frozen=True)
+class Budget:
+    """What an allocation gets, of which it makes {(layer, name): Target}."""
 
-    selected: {(layer, name): (out, in)}. target: of all of them together. way: uniform (origin), layer-level or
-    weight-level. sensitivity: {(layer, name): trace per weight}, of any matrices that include the selected ones;
-    layer-level ranks layers by the sum over their selected matrices.
-    """
-    if way in ("uniform", "origin"):
-        return dict.fromkeys(selected, target)
-    unit_of = {key: key[0] if way == "layer-level" else key for key in selected}
-    ranked, sizes = {}, {}
-    for key, (out, columns) in selected.items():
-        ranked[unit_of[key]] = ranked.get(unit_of[key], 0) + sensitivity[key]
-        sizes[unit_of[key]] = sizes.get(unit_of[key], 0) + out * columns
-    arguments = list(ranked.values()), list(sizes.values()), target.sparsity, alpha
+    selected: dict  # {(layer, name): (out, in)}, the matrices to prune
+    target: Target  # of all of them together
+    alpha: float = 0.0  # greatest distance of a matrix from it
+    sensitivity: dict | None = None  # {(layer, name): trace per weight} of all matrices, where it ranks them
+    gradients: Gradients | None = None  # where it goes by the loss
+    execution: Execution | None = None  # the dense model, to run it
+    calibration: torch.Tensor | None = None  # (N, T)
+    percdamp: float = 0.01
+
+
+def uniform(budget):
+    """Give all matrices the target."""
+    return dict.fromkeys(budget.selected, budget.target)
+
+
+def by_matrix(budget):
+    """Rank matrices by their sensitivity, the least sensitive sparsest."""
+    return _by_rank(budget, lambda key: key)
+
+
+def by_layer(budget):
+    """Rank layers by the sum of the sensitivities of their selected matrices, the least sensitive sparsest."""
+    return _by_rank(budget, lambda key: key[0])
+
+
+def _by_rank(budget, unit_of):
+    ranked, sizes, target = {}, {}, budget.target
+    for key, (out, columns) in budget.selected.items():
+        unit = unit_of(key)
+        ranked[unit] = ranked.get(unit, 0) + budget.sensitivity[key]
+        sizes[unit] = sizes.get(unit, 0) + out * columns
+    arguments = list(ranked.values()), list(sizes.values()), target.sparsity, budget.alpha
     if target.prunem:
         m = target.prunem
         targets = [Target(n / m, n, m) for n in allocate_whole(*arguments, m)]
     else:
         targets = [Target(sparsity) for sparsity in allocate(*arguments)]
     of_unit = dict(zip(ranked, targets, strict=True))
-    return {key: of_unit[unit_of[key]] for key in selected}
+    return {key: of_unit[unit_of(key)] for key in budget.selected}

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from mixgpt.checkpoints.choices import FORMATS  # noqa: F401, one of them
 from mixgpt.common.registry import Choice, Registry
-from mixgpt.text.sets import DATASETS  # noqa: F401, one of them
+from mixgpt.text.sets import DATASETS  # noqa: F401, another
 
 
 @dataclass(frozen=True)
@@ -11,26 +12,35 @@ class Saliency(Choice):
     """A saliency: w² times the factor of a column that its code returns, see sparsegpt.py."""
 
     weighs_rows: bool = False  # and times the loss's mean squared gradient at the row's output
-    solvers: tuple[str, ...] = ("obs",)  # that honour it
+
+
+@dataclass(frozen=True)
+class Solver(Choice):
+    """A solver: a function of a mixgpt.pruning.solvers.Problem."""
+
+    saliencies: tuple[str, ...] | None = ("obs",)  # that --saliency may name beside it; None: all
+    quantizes: bool = False  # whether it rounds the kept weights where --wbits asks for that
 
 
 @dataclass(frozen=True)
 class Allocation(Choice):
-    """A way to spread a sparsity over matrices."""
+    """A way to spread a sparsity over matrices: a function of a mixgpt.allocation.plan.Budget."""
 
+    even: bool = False  # all matrices alike
     ranks: bool = False  # by the traces of --sensitivity
-    by_loss: bool = False  # by gradients of the loss, in fractions only
+    by_loss: bool = False  # by the mean squared gradients of the loss at the outputs of matrices
 
 
 SALIENCIES = Registry("--saliency", {
-    "obs": Saliency("w² / [H⁻¹]_mm (SparseGPT)", "sparsegpt:obs_saliency", solvers=("obs", "admm")),
+    "obs": Saliency("w² / [H⁻¹]_mm (SparseGPT)", "sparsegpt:obs_saliency"),
     "isc": Saliency("w² (H_mm + 1 / [H⁻¹]_mm) (MixGPT)", "sparsegpt:isc_saliency"),
-    "fisher": Saliency("obs, rows weighted by the loss's gradient there", "sparsegpt:obs_saliency", weighs_rows=True,
-                       solvers=("obs", "admm")),
+    "fisher": Saliency("obs, rows weighted by the loss's gradient there", "sparsegpt:obs_saliency", weighs_rows=True),
 })
 SOLVERS = Registry("--solver", {
-    "obs": Choice("one walk over the columns (SparseGPT)", "mixgpt.pruning.solvers:walk", "SparseGPT"),
-    "admm": Choice("masks by ADMM, and the kept weights solved for", "mixgpt.pruning.solvers:admm", "ADMM"),
+    "obs": Solver("one walk over the columns (SparseGPT)", "mixgpt.pruning.solvers:walk", "SparseGPT",
+                  saliencies=None, quantizes=True),
+    "admm": Solver("masks by ADMM, and the kept weights solved for", "mixgpt.pruning.solvers:admm", "ADMM",
+                   saliencies=("obs", "fisher"), quantizes=True),
 })
 ESTIMATORS = Registry("--sensitivity", {
     "hutchinson": Choice("trace of the exact Hessian of the loss, by random probes",
@@ -39,16 +49,14 @@ ESTIMATORS = Registry("--sensitivity", {
                      "mixgpt.allocation.fisher:squared_gradients"),
 })
 ALLOCATIONS = Registry("--sparsity_way", {
-    "uniform": Allocation("all matrices alike"),
-    "origin": Allocation("what the ancestors call uniform"),
-    "layer-level": Allocation("the less sensitive a layer, the sparser, with the same total", ranks=True),
-    "weight-level": Allocation("the less sensitive a matrix, the sparser, with the same total", ranks=True),
+    "uniform": Allocation("all matrices alike", "mixgpt.allocation.plan:uniform", even=True),
+    "origin": Allocation("what the ancestors call uniform", "mixgpt.allocation.plan:uniform", even=True),
+    "layer-level": Allocation("the less sensitive a layer, the sparser, with the same total",
+                              "mixgpt.allocation.plan:by_layer", ranks=True),
+    "weight-level": Allocation("the less sensitive a matrix, the sparser, with the same total",
+                               "mixgpt.allocation.plan:by_matrix", ranks=True),
     "global": Allocation("one threshold for the weights of all matrices, on what removing them adds to the loss",
-                         by_loss=True),
-})
-FORMATS = Registry("--save-format", {
-    "dense": Choice("every weight in its dtype"),
-    "compressed-tensors": Choice("packed integers, for vLLM too",
-                                 "mixgpt.checkpoints.formats:save_compressed_tensors"),
-    "sparse": Choice("a bit mask and the packed values of the kept weights", "mixgpt.checkpoints.formats:save_sparse"),
+                         "mixgpt.allocation.global_threshold:by_threshold", by_loss=True, refuses=lambda settings: (
+                             "gives each matrix a fraction, not n of m; with --prunen and --prunem it must be uniform, "
+                             "layer-level or weight-level") if settings.prunem else ""),
 })

@@ -4,14 +4,20 @@ import contextlib
 import os
 import shlex
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 from mixgpt.app.settings import parse
 from mixgpt.common.errors import InputError
 
 
 def main(family, argv=None):
-    """Run a family script. Returns the exit status: 0, 2 after one line about unusable input, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run a family's command line. Returns the exit status: 0, 2 after one line about unusable input, 130 after Ctrl-C.
+
+    argv: its arguments (default: those of the script that runs, by whose name it goes then).
+    """
+    if argv is None:
+        family, argv = replace(family, script=Path(sys.argv[0]).name), sys.argv[1:]
     try:
         settings = parse(family, argv)
         settings.check_paths()

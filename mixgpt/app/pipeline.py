@@ -17,8 +17,7 @@ from huggingface_hub.utils import disable_progress_bars
 from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import output_gradients
-from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
-from mixgpt.allocation.plan import make_plan
+from mixgpt.allocation.plan import Budget
 from mixgpt.app import plots, records
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
 from mixgpt.app.report import heading, plan_text, result_text
@@ -275,14 +274,15 @@ def choose_plan(job):
     settings = job.settings
     if not settings.compresses:
         return
-    kept = job.run_dir if settings.save and (settings.weighs or settings.mixed) else None
+    kept = job.run_dir if settings.save and (settings.weighs or settings.spreads) else None
     job.plan, job.gradients = kept.kept_plan() if kept else (None, None)
     path = retry_with_less_memory(settings, Way(settings.batch_size), partial(_measure, job))
     if kept and not kept.has_plan:
         kept.keep_plan(job.plan, job.gradients)
-    if ALLOCATIONS[settings.sparsity_way].by_loss:
+    if settings.spreads and not job.traces:
         sparsities = [target.sparsity for target in job.plan.values()]
-        log(settings, f"plan     one threshold: matrices from {min(sparsities):.2%} to {max(sparsities):.2%}")
+        log(settings, f"plan     {ALLOCATIONS.title(settings.sparsity_way)}: matrices from {min(sparsities):.2%} to "
+                      f"{max(sparsities):.2%}")
     if job.traces:
         log(settings, f"{job.traces.verdict()}\n         kept in {path}")
         if warning := job.traces.warning():
@@ -304,14 +304,10 @@ def _measure(job, way):
                                    settings.nprobes)
         with clock.part("sensitivity"):
             job.traces, path = traces.load_or_compute(execution, job.calibration, sampling, settings.sensitivity_file)
-    if not job.plan and ALLOCATIONS[settings.sparsity_way].by_loss:
-        with clock.part("allocation"):
-            diagonals = inverse_diagonals(execution, list(job.selected), job.calibration, settings.percdamp)
-            job.plan = global_plan(job.model, job.family, job.selected, job.gradients.rows, diagonals,
-                                   settings.sparsity, settings.alpha)
-    elif not job.plan:
-        job.plan = make_plan(job.selected, target_of(settings), settings.sparsity_way,
-                             job.traces and job.traces.sensitivity, settings.alpha)
+    if not job.plan:
+        job.plan = ALLOCATIONS[settings.sparsity_way].load()(Budget(
+            job.selected, target_of(settings), settings.alpha, job.traces and job.traces.sensitivity, job.gradients,
+            execution, job.calibration, settings.percdamp))
     return path
 
 
@@ -355,12 +351,13 @@ def _compress(job, way):
 
 def recipe_of(settings, gradients=None):
     """Return how matrices are pruned and quantized. gradients: fisher.Gradients, where settings.weighs."""
-    saliency, solver = SALIENCIES[settings.saliency], SOLVERS[settings.solver]
+    saliency = SALIENCIES[settings.saliency]
     return Recipe(
-        solver.load(), WalkOptions(settings.blocksize, saliency.load(), settings.scheme), settings.percdamp,
-        settings.act_order, settings.true_sequential, settings.target == "dense",
+        SOLVERS[settings.solver].load(), WalkOptions(settings.blocksize, saliency.load(), settings.scheme),
+        settings.percdamp, settings.act_order, settings.true_sequential, settings.target == "dense",
         row_weights=gradients.rows if saliency.weighs_rows else None,
-        token_weights=gradients.tokens if settings.token_weights == "fisher" else None, title=solver.title)
+        token_weights=gradients.tokens if settings.token_weights == "fisher" else None,
+        title=SOLVERS.title(settings.solver))
 
 
 def save(job):

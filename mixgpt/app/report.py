@@ -154,9 +154,8 @@ def _methods(settings, count):
     if settings.prunes:
         n, m = settings.prunen, settings.prunem
         amount = f"{n}:{m}" if m else f"{settings.sparsity:.4g} of the weights"
-        spreads = settings.mixed or settings.sparsity_way == "global"
-        where = "over" if spreads else "in each of"
-        spread = (f", alpha {settings.alpha:g}" if spreads else "") + (
+        where = "over" if settings.spreads else "in each of"
+        spread = (f", alpha {settings.alpha:g}" if settings.spreads else "") + (
             f", nprobes {settings.nprobes}" if settings.mixed else "")
         how["pruning"] = f"{settings.method}, {amount} {where} {count} matrices{spread}{walk}"
     if scheme := settings.scheme:

@@ -34,11 +34,11 @@ EVALUATION = "evaluation"  # what is reported, not what is saved: free to differ
 FREE = "free"  # nothing of that: it may differ between a run and its continuation
 
 
-def option(default, effect, help, *, flag=None, group=None, **arguments):
-    """Describe a field of `Settings`: its effect, help and flag, the group of options that begins with it, and further
-    arguments of argparse."""
+def option(default, effect, help="", *, flag=None, group=None, registry=None, **arguments):
+    """Describe a field of `Settings`: its effect, help and flag, the group of options that begins with it, the registry
+    that it names an entry of, and further arguments of argparse."""
     return dataclasses.field(default=default, metadata={
-        "effect": effect, "help": help, "flag": flag, "group": group, "arguments": arguments})
+        "effect": effect, "help": help, "flag": flag, "group": group, "registry": registry, "arguments": arguments})
 
 
 def names(text):
@@ -70,18 +70,18 @@ class Settings:
         group="whole recipes", choices=PRESETS)
 
     sparsity_way: str = option("uniform", METHOD,
-        ALLOCATIONS.help, group="how sparse each matrix is", choices=ALLOCATIONS)
+        group="how sparse each matrix is", registry=ALLOCATIONS)
     alpha: float = option(0.1, RESULT,
         "greatest distance of a matrix from the sparsity asked for, with layer-level and weight-level "
         "before the shift that meets the total")
-    sensitivity: str = option("hutchinson", METHOD, ESTIMATORS.help, choices=ESTIMATORS)
+    sensitivity: str = option("hutchinson", METHOD, registry=ESTIMATORS)
     nprobes: int = option(1, RESULT, "probes, or draws of labels with fisher, per calibration sequence")
     sensitivity_file: str | None = option(None, FREE,
         "JSON file of the traces, read where it exists, else computed and written (default: kept in "
         "~/.cache/mixgpt by model, data, seed and settings)")
 
     gmp: bool = option(False, METHOD, "by magnitude, without calibration (the baseline)", group="how to prune")
-    solver: str = option("obs", METHOD, SOLVERS.help, choices=SOLVERS)
+    solver: str = option("obs", METHOD, registry=SOLVERS)
     target: str = option("layer", METHOD,
         "what the outputs of a pruned matrix come close to: those of the dense matrix on the same inputs "
         "(layer), or the mean of these and those of the dense model, and half of what the hidden states "
@@ -89,7 +89,7 @@ class Settings:
     token_weights: str = option("equal", METHOD,
         "what a calibration token counts in the Hessians: as much as each other one (equal), or by the "
         "root of the loss's gradient there (fisher)", choices=TOKEN_WEIGHTS)
-    saliency: str = option("obs", METHOD, f"what ranks weights; {SALIENCIES.help}", choices=SALIENCIES)
+    saliency: str = option("obs", METHOD, "what ranks weights", registry=SALIENCIES)
     blocksize: int = option(128, RESULT, "columns between two updates of the rest of the matrix")
     percdamp: float = option(0.01, RESULT, "damping of the Hessian, as a fraction of its mean diagonal")
     true_sequential: bool = option(True, RESULT,
@@ -140,7 +140,7 @@ class Settings:
 
     save: str | None = option(None, FREE,
         "new folder for weights, tokenizer, config and mixgpt.json, verified by loading it again", group="output")
-    save_format: str = option("dense", ROUNDING, FORMATS.help, flag="--save-format", choices=FORMATS)
+    save_format: str = option("dense", ROUNDING, flag="--save-format", registry=FORMATS)
     resume: bool = option(False, FREE, "go on with the run that left off in the folder of --save, where there is one")
     plot: str | None = option(None, FREE,
         "picture of sensitivities by layer and by kind, and of the sparsities assigned (.png, .pdf, .svg)")
@@ -155,9 +155,10 @@ class Settings:
     quiet: bool = option(False, FREE, "print nothing but the results and warnings")
 
     def __post_init__(self):
-        for name, registry in {"sparsity_way": ALLOCATIONS, "sensitivity": ESTIMATORS, "solver": SOLVERS,
-                               "saliency": SALIENCIES, "save_format": FORMATS}.items():
-            registry.check(getattr(self, name))
+        chosen = [(registry, getattr(self, field.name)) for field in dataclasses.fields(self)
+                  if (registry := field.metadata.get("registry"))]
+        for registry, name in chosen:
+            registry.check(name)
         if not 0 <= self.sparsity < 1:
             raise InputError(f"--sparsity {self.sparsity:g}: must be at least 0 and below 1")
         if (self.prunen or self.prunem) and not 0 < self.prunen < self.prunem:
@@ -168,11 +169,10 @@ class Settings:
                              f"--prunem {self.prunem}; leave it out")
         if self.gmp and not self.compresses:
             raise InputError("--gmp: needs --sparsity, --prunen and --prunem, or --wbits")
-        if self.mixed and not self.prunes:
+        if self.preset and not self.prunes:
+            raise InputError(f"--preset {self.preset}: needs --sparsity or --prunen and --prunem")
+        if self.spreads and not self.prunes:
             raise InputError(f"--sparsity_way {self.sparsity_way}: needs --sparsity or --prunen and --prunem")
-        if ALLOCATIONS[self.sparsity_way].by_loss and self.prunem:
-            raise InputError(f"--sparsity_way {self.sparsity_way}: gives each matrix a fraction, not n of m; with "
-                             "--prunen and --prunem it must be uniform, layer-level or weight-level")
         if self.plot and not self.mixed:
             raise InputError("--plot: draws sensitivities, needs --sparsity_way layer-level or weight-level")
         if not 0 <= self.alpha <= 1:
@@ -197,20 +197,26 @@ class Settings:
         self._check_solver()
         self._check_quantization()
         self._check_format()
+        for registry, name in chosen:
+            if registry[name].refuses and (reason := registry[name].refuses(self)):
+                raise InputError(f"{registry.flag} {name}: {reason}")
 
     def _check_solver(self):
-        if self.preset and not self.prunes:
-            raise InputError(f"--preset {self.preset}: needs --sparsity or --prunen and --prunem")
-        given = {"--solver admm": self.solver == "admm", "--target dense": self.target == "dense",
+        given = {f"--solver {self.solver}": self.solver != "obs", "--target dense": self.target == "dense",
                  "--token_weights fisher": self.token_weights == "fisher"}
         for flag in (flag for flag, is_given in given.items() if is_given and not self.calibrates):
             raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and --nearest")
-        if self.solver == "admm" and not self.prunes:
-            raise InputError("--solver admm: chooses what to prune, needs --sparsity or --prunen and --prunem")
-        if self.solver not in SALIENCIES[self.saliency].solvers:
-            others = [name for name, saliency in SALIENCIES.items() if self.solver in saliency.solvers]
+        if self.solver != "obs" and not self.prunes:
+            raise InputError(f"--solver {self.solver}: chooses what to prune, needs --sparsity or --prunen and "
+                             "--prunem")
+        solver = SOLVERS[self.solver]
+        if solver.saliencies is not None and self.saliency not in solver.saliencies:
             raise InputError(f"--saliency {self.saliency}: --solver {self.solver} does not rank weights by it; it must "
-                             f"be {' or '.join(others) or 'left out'}")
+                             f"be {' or '.join(solver.saliencies)}")
+        if self.quantizes and not solver.quantizes:
+            others = [name for name, other in SOLVERS.items() if other.quantizes]
+            raise InputError(f"--wbits {self.wbits}: --solver {self.solver} does not round weights; it must be "
+                             f"{' or '.join(others)}")
 
     def _check_quantization(self):
         if self.wbits not in WBITS:
@@ -237,14 +243,6 @@ class Settings:
             raise InputError(f"--save-format {self.save_format}: needs --save")
         if self.resume and not self.save:
             raise InputError("--resume: needs --save, the folder of the run that left off")
-        if self.save_format != "compressed-tensors":
-            return
-        if not (self.wbits in (4, 8) and self.sym):
-            raise InputError("--save-format compressed-tensors: holds symmetric grids of 4 or 8 bits; needs --wbits 4 "
-                             "or 8, and --sym")
-        if self.act_order and self.groupsize != -1:
-            raise InputError("--save-format compressed-tensors: holds groups of columns that lie side by side, with "
-                             "--act-order only --groupsize -1")
 
     @property
     def prunes(self):
@@ -270,6 +268,11 @@ class Settings:
         return self.compresses and not (self.gmp or self.nearest)
 
     @property
+    def spreads(self):
+        """Whether matrices differ in their sparsity."""
+        return not ALLOCATIONS[self.sparsity_way].even
+
+    @property
     def mixed(self):
         """Whether matrices or layers are ranked by their sensitivity."""
         return ALLOCATIONS[self.sparsity_way].ranks
@@ -288,10 +291,10 @@ class Settings:
             return f"{'GPTQ' if self.calibrates else 'nearest'} {bits}" + (
                 " (dense target)" if self.target == "dense" else "")
         mixgpt = self.mixed and self.saliency == "isc" and not self.gmp
-        name = "magnitude" if self.gmp else "MixGPT" if mixgpt and self.solver == "obs" else SOLVERS[self.solver].title
-        choices = [f"{self.sparsity_way} by {self.sensitivity}"] if self.mixed else []
-        choices += ["global"] if self.sparsity_way == "global" else []
-        choices += [self.saliency] if self.saliency != "obs" and not self.gmp and not mixgpt else []
+        name = "magnitude" if self.gmp else "MixGPT" if mixgpt and self.solver == "obs" else SOLVERS.title(self.solver)
+        way = ALLOCATIONS.title(self.sparsity_way)
+        choices = [f"{way} by {ESTIMATORS.title(self.sensitivity)}" if self.mixed else way] if self.spreads else []
+        choices += [SALIENCIES.title(self.saliency)] if self.saliency != "obs" and not self.gmp and not mixgpt else []
         choices += ["dense target"] if self.target == "dense" else []
         choices += ["weighted tokens"] if self.token_weights == "fisher" else []
         return name + (f" ({', '.join(choices)})" if choices else "") + (f" + {bits}" if bits else "")
@@ -351,6 +354,9 @@ def _add(group, field):
     if default is False:
         group.add_argument(flag, dest=field.name, help=text, action="store_true")
         return
+    if registry := field.metadata["registry"]:
+        text = "; ".join(filter(None, [text, registry.help]))
+        arguments = {"choices": registry} | arguments
     if default not in (None, "", ()):
         text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
     if "action" not in arguments:

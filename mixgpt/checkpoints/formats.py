@@ -104,10 +104,6 @@ def load_sparse(folder, dtype="auto"):
     return model
 
 
-# beside "dense": every weight in its dtype, as run_dir.RunDir writes it
-FORMATS = {"compressed-tensors": save_compressed_tensors, "sparse": save_sparse}
-
-
 def stored_bytes(folder, paths):
     """Count the bytes that the weights of the linears at `paths` take in the safetensors files of a folder."""
     total = 0

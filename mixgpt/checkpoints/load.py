@@ -28,8 +28,9 @@ from mixgpt.checkpoints.run_dir import PROGRESS, begun, empty, held
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import nearest_folder, replacing, try_writing
 from mixgpt.modeling import streaming
+from mixgpt.modeling.family import family_of
 from mixgpt.text import hub
-from modelutils import SCRIPTS, model_class
+from modelutils import model_class
 
 RECORD = "mixgpt.json"
 # What transformers, torch and gguf raise for files that are damaged, contradict each other or are of another kind.
@@ -95,10 +96,10 @@ def load_config(model, family):
     """Load the configuration of `model` and refuse it where its class belongs to another family script."""
     config = read_config(model)
     architecture = model_class(config).__name__
-    script = SCRIPTS.get(architecture)
-    if script != family.script:
-        accepted = ", ".join(name for name, of in SCRIPTS.items() if of == family.script)
-        advice = f"use {script}" if script else f"no script here prunes it; {family.script} accepts {accepted}"
+    if architecture not in family.classes:
+        other = family_of(architecture)
+        advice = f"use {other.script}" if other else (
+            f"no script here prunes it; {family.script} accepts {', '.join(family.classes)}")
         raise InputError(f"model {model}: this is a {architecture}; {advice}")
     if config.num_hidden_layers < 1:
         raise InputError(f"model {model}: its configuration has {config.num_hidden_layers} layers")

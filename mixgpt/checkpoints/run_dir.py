@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.allocation.fisher import Gradients
 from mixgpt.checkpoints import shards
-from mixgpt.checkpoints.formats import FORMATS
+from mixgpt.checkpoints.choices import FORMATS
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
@@ -318,7 +318,7 @@ class RunDir:
                                                 dtype=model.dtype)
             model.generation_config = self.model.generation_config
         with self._room(f"the model in the format {self.save_format}"):
-            FORMATS[self.save_format](self.path, model, self.family, grids)
+            FORMATS[self.save_format].load()(self.path, model, self.family, grids)
 
     def _write_configuration(self):
         config = self.model.config

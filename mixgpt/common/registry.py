@@ -1,6 +1,7 @@
 """A registry: what a flag may be set to, one entry each, from which help, checks and error lines follow."""
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ class Choice:
 
     help: str  # what it does, in a few words
     code: Any = None  # "module:name", or the thing itself
-    title: str = ""  # what tables and progress call it
+    title: str = ""  # what tables and progress call it (default: its name)
+    refuses: Callable | None = None  # function of app.settings.Settings: why it cannot do what they ask for, or ""
 
     def load(self):
         """Return the code behind this choice."""
@@ -40,6 +42,11 @@ class Registry(dict):
             raise InputError(f"{self.flag} {name}: must be one of {', '.join(self)}")
         return self[name]
 
+    def title(self, name):
+        """Return what tables and progress call a choice."""
+        return self[name].title or name
+
     @property
     def help(self):
-        return "; ".join(f"{name}: {choice.help}" for name, choice in self.items())
+        """What each choice does, for argparse, which formats it."""
+        return "; ".join(f"{name}: {choice.help}" for name, choice in self.items()).replace("%", "%%")

@@ -1,6 +1,9 @@
 """Families of models: where the parts of a model lie."""
 
+import importlib
 from dataclasses import dataclass
+
+SCRIPTS = ("opt", "llama", "bloom", "baichuan")  # that come with the program, each with its FAMILY
 
 
 @dataclass(frozen=True)
@@ -8,6 +11,7 @@ class Family:
     """Where the parts of a model lie, as dotted paths; a path that leads to None is skipped."""
 
     script: str  # the command line of this family
+    classes: tuple[str, ...]  # of models whose modules lie there
     layers: str  # the list of decoder layers
     before: tuple[str, ...]  # modules that run before the first layer
     after: tuple[str, ...]  # modules that turn the last layer's output into logits, in order
@@ -24,6 +28,12 @@ class Family:
 
     def after_of(self, model):
         return _present(model, self.after)
+
+
+def family_of(name):
+    """Return the family that comes with the program and accepts a class of models, None where none does."""
+    families = (importlib.import_module(script).FAMILY for script in SCRIPTS)  # they import this module
+    return next((family for family in families if name in family.classes), None)
 
 
 def _present(model, paths):

@@ -6,12 +6,11 @@ from math import floor
 
 import pytest
 import torch
-from conftest import CPU, make, trainable
+from conftest import CPU, make, make_plan, trainable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llama
-from mixgpt.allocation.plan import make_plan
 from mixgpt.allocation.ranking import allocate, allocate_whole, threshold_counts
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.targets import Selection, Target, select
@@ -237,7 +236,7 @@ def test_of_equally_close_plans_the_one_of_the_smallest_shift_is_taken(p, alpha,
     assert allocate_whole(sensitivities, [10] * len(closest), p, alpha, 4) == closest
 
 
-# make_plan
+# plan.py
 
 WAYS = ["layer-level", "weight-level"]
 SELECTIONS = [{}, {"minlayer": 1}, {"maxlayer": 2}, {"prune_only": "fc1"}, {"minlayer": 1, "prune_only": "self_attn"},

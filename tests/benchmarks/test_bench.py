@@ -9,14 +9,13 @@ import gpu
 import pytest
 import torch
 from commands import short_builtin  # noqa: F401, a fixture
-from conftest import CPU, make
+from conftest import CPU, make, make_plan
 from makebelieve import Gpu
 from test_sparsegpt import correlated_inputs, random
 from textbook import Textbook, prune_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama
-from mixgpt.allocation.plan import make_plan
 from mixgpt.common.clock import Clock
 from mixgpt.kernels import columns
 from mixgpt.pruning.layerwise import prune_layerwise

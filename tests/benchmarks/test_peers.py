@@ -10,10 +10,9 @@ import accuracy
 import pytest
 import scores
 import torch
-from conftest import CPU, make
+from conftest import CPU, make, make_plan
 from peers import outlier_ratios, owl_plan, prune_wanda, wanda_mask
 
-from mixgpt.allocation.plan import make_plan
 from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
 from mixgpt.pruning.targets import Target, select
 from modelutils import linears

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, make, make_plan
 
-from mixgpt.allocation.plan import make_plan
 from mixgpt.app.choices import SALIENCIES, SOLVERS
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.perplexity import perplexity

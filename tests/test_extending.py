@@ -1,0 +1,300 @@
+"""Run the files of docs/extending.md as it says, each on its own, and check what they add."""
+
+import json
+import math
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import CPU, FAMILIES, ROOT, VOCABULARY, saved_tensors
+from test_readme import commands
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+import datautils
+import opt
+from mixgpt.app.choices import ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, SALIENCIES, SOLVERS, Allocation
+from mixgpt.checkpoints import load
+from mixgpt.common.registry import Choice
+from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.sparsity import measure_sparsity
+from mixgpt.pruning.targets import Target
+from modelutils import Stream, hooked, linears, shared_inputs
+
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+EXAMPLES = dict(re.findall(r"^## [^\n]*`(\w+\.py)`\n.*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
+COMMANDS = [command for command, _ in commands(PAGE)]
+REGISTRIES = ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, SALIENCIES, SOLVERS
+TEXT = "\n\n".join(f"Paragraph {number} of a text about sheep, hills and mills." * 3 for number in range(100))
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """Forget after each test what it has added to the registries."""
+    before = [dict(registry) for registry in REGISTRIES]
+    yield
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+@pytest.fixture(scope="session")
+def neox_folder(tmp_path_factory, tokenizer):
+    """Give the folder of a saved tiny GPT-NeoX, named as its hub's checkpoints are."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("neox")
+    GPTNeoXForCausalLM(GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=128, initializer_range=0.2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch, checkpoint_folder, neox_folder):
+    """Return a function that runs a file of the page as a script, in this process. It returns the exit status."""
+    monkeypatch.chdir(tmp_path)
+    folders = {"facebook/opt-125m": checkpoint_folder("opt"), "EleutherAI/pythia-160m": neox_folder}
+
+    def script(name, *arguments):
+        (tmp_path / name).write_text(EXAMPLES[name])
+        monkeypatch.setattr(sys, "argv", [name, *(str(folders.get(argument, argument)) for argument in arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(tmp_path / name), run_name="__main__")
+        return stop.value.code
+
+    return script
+
+
+def masks_of(folder, names):
+    """Return {name: which weights are 0} of linears of the first layer of a saved OPT."""
+    state = saved_tensors(folder)
+    return {name: state[f"model.decoder.layers.0.{name}.weight"] == 0 for name in names}
+
+
+def scores_of(folder, nsamples, seqlen):
+    """Return {name: |w| ‖x‖} of the linears of the first layer of a dense OPT, from inputs that hooks collect."""
+    model, inputs = AutoModelForCausalLM.from_pretrained(folder), {}
+    tokens, _ = datautils.calibration_samples("builtin", nsamples, seqlen, 0, load.load_tokenizer(folder))
+    modules = linears(opt.FAMILY.layers_of(model)[0])
+    with torch.no_grad(), hooked({module: lambda X, name=name: inputs.update({name: X.flatten(0, -2)})
+                                  for name, module in modules.items()}):
+        model(tokens)
+    return {name: module.weight.detach().abs() * inputs[name].norm(dim=0) for name, module in modules.items()}
+
+
+def least(scores, count):
+    """Mark the `count` least of each row."""
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.argsort(dim=1)[:, :count], True)
+
+
+def assert_sparsity(folder, family, fraction):
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), family)
+    assert counted and all(m.zeros == round(fraction * m.numel) for m in counted)
+
+
+# ---- all files -------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_file_of_each_kind_and_a_command_for_each():
+    assert list(EXAMPLES) == ["wanda.py", "wanda_solver.py", "my_text.py", "gptneox.py"]
+    assert PAGE.count("```python") == len(EXAMPLES)
+    assert [shlex.split(command)[1] for command in COMMANDS] == list(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_file_has_less_than_30_lines(name):
+    assert len(EXAMPLES[name].splitlines()) < 30
+
+
+@pytest.mark.parametrize("command, label", list(zip(COMMANDS, [
+    "SparseGPT (wanda)", "Wanda", "SparseGPT", "SparseGPT"], strict=True)))
+def test_its_command_prunes_to_the_weight_and_calls_the_method_by_name(command, label, execute, tmp_path, capsys):
+    (tmp_path / "my_text.txt").write_text(TEXT)
+    python, name, *arguments = shlex.split(command.replace(" c4", " builtin"))
+    small = SMALL if "--eval" not in arguments else SMALL[:4]  # of their own
+    assert python == "python" and execute(name, *arguments, *small, "--device", "cpu", "--save", "saved") == 0
+    out = capsys.readouterr().out
+    family = opt.FAMILY if name != "gptneox.py" else runpy.run_path(name)["FAMILY"]
+    assert_sparsity("saved", family, 0.5)
+    assert re.search(rf"^{re.escape(label)} +\d+\.\d\d$", out, re.MULTILINE)
+    assert f"pruning  {label}, 0.5 of the weights" in out and out.startswith(f"command  python {name} ")
+    assert label in json.loads((tmp_path / "saved" / "mixgpt.json").read_text())["perplexity"]
+
+
+@pytest.mark.parametrize("name, lines", {
+    "wanda.py": ["--saliency {obs,isc,fisher,wanda}", "wanda: |w| ‖x‖ (Wanda) (default: obs)"],
+    "wanda_solver.py": ["--solver {obs,admm,wanda}", "wanda: in each row by |w| ‖x‖, without update (Wanda) (default"],
+    "my_text.py": ["{wikitext2,ptb,c4,builtin,my_text}", "my_text: the paragraphs of my_text.txt"],
+    "gptneox.py": ["usage: gptneox.py "],
+}.items())
+def test_help_names_it(name, lines, execute, capsys):
+    assert execute(name, "--help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(line in out for line in lines)
+
+
+@pytest.mark.parametrize("name, arguments, line", [
+    ("wanda.py", "facebook/opt-125m builtin --sparsity .5 --saliency wanda --solver admm",
+     "--saliency wanda: --solver admm does not rank weights by it; it must be obs or fisher"),
+    ("wanda_solver.py", "facebook/opt-125m builtin --sparsity .5 --solver wanda --saliency isc",
+     "--saliency isc: --solver wanda does not rank weights by it; it must be obs"),
+    ("wanda_solver.py", "facebook/opt-125m builtin --sparsity .5 --solver wanda --wbits 4",
+     "--wbits 4: --solver wanda does not round weights; it must be obs or admm"),
+    ("wanda_solver.py", "facebook/opt-125m builtin --sparsity .5 --solver wanda --gmp",
+     "--solver wanda: needs calibration"),
+    ("my_text.py", "facebook/opt-125m my_text --sparsity .5", "dataset my_text: there is no my_text.txt in "),
+    ("my_text.py", "facebook/opt-125m my_novel",
+     "invalid choice: my_novel (choose from wikitext2, ptb, c4, builtin, my_text)"),
+    ("gptneox.py", "facebook/opt-125m builtin", "this is a OPTForCausalLM; use opt.py"),
+])
+def test_what_it_cannot_do_is_refused_by_name(name, arguments, line, execute, capsys):
+    assert execute(name, *arguments.split(), "--eval", "builtin", "--seqlen", "32") == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"{name}: error: ") and line in error.replace("'", "")  # which not every Python puts
+
+
+# ---- Wanda -----------------------------------------------------------------------------------------------------
+
+
+def test_the_saliency_ranks_as_wandas_does(execute, checkpoint_folder):
+    assert execute("wanda.py", "facebook/opt-125m", "builtin", "--sparsity", ".4", "--saliency", "wanda",
+                   "--no-true-sequential", *SMALL, "--save", "saved") == 0
+    scores = scores_of(checkpoint_folder("opt"), 4, 32)
+    for name, mask in masks_of("saved", scores).items():  # one block of columns holds them all
+        assert torch.equal(mask, least(scores[name].reshape(1, -1), round(0.4 * mask.numel())).view(mask.shape)), name
+
+
+@pytest.mark.parametrize("more", [[], ["--act-order"]])
+def test_the_solver_is_wanda(more, execute, checkpoint_folder):
+    assert execute("wanda_solver.py", "facebook/opt-125m", "builtin", "--sparsity", ".5", "--solver", "wanda",
+                   "--no-true-sequential", *SMALL, "--save", "saved", *more) == 0
+    scores, dense = scores_of(checkpoint_folder("opt"), 4, 32), saved_tensors(checkpoint_folder("opt"))
+    for name, mask in masks_of("saved", scores).items():
+        assert torch.equal(mask, least(scores[name], mask.shape[1] // 2)), name
+    for key, tensor in saved_tensors("saved").items():
+        assert torch.equal(tensor, dense[key].masked_fill(tensor == 0, 0)), key
+
+
+@pytest.mark.parametrize("more", [[], ["--act-order"]])
+def test_the_solver_prunes_n_of_m(more, execute, checkpoint_folder):
+    assert execute("wanda_solver.py", "facebook/opt-125m", "builtin", "--prunen", "2", "--prunem", "4", "--solver",
+                   "wanda", "--no-true-sequential", *SMALL, "--save", "saved", *more) == 0
+    scores = scores_of(checkpoint_folder("opt"), 4, 32)
+    for name, mask in masks_of("saved", scores).items():
+        assert torch.equal(mask.view(-1, 4), least(scores[name].view(-1, 4), 2)), name
+
+
+def test_the_solver_meets_fractions_that_no_row_can(execute):
+    assert execute("wanda_solver.py", "facebook/opt-125m", "builtin", "--sparsity", ".3", "--solver", "wanda", *SMALL,
+                   "--target", "dense", "--save", "saved") == 0
+    assert_sparsity("saved", opt.FAMILY, 0.3)
+    counts = masks_of("saved", ["fc1"])["fc1"].sum(1)
+    assert set(counts.tolist()) == {9, 10}  # of 32
+
+
+# ---- a text, a family ------------------------------------------------------------------------------------------
+
+
+def test_calibration_and_test_text_are_parts_of_the_file(execute, tmp_path):
+    (tmp_path / "my_text.txt").write_text(TEXT)
+    assert execute("my_text.py", "--help") == 0
+    train, source = datautils.load_rows("my_text", "train", None)
+    test, _ = datautils.load_rows("my_text", "test", None)
+    assert "\n\n".join(train + test) == TEXT and (len(train), len(test)) == (90, 10)
+    assert source["dataset"] == "my_text" and source["file"] == "my_text.txt" and len(source["sha256"]) == 64
+
+
+@pytest.fixture
+def neox(execute, neox_folder, tmp_path):
+    """Give (family, model) of the page's family."""
+    assert execute("gptneox.py", "--help") == 0
+    return runpy.run_path(str(tmp_path / "gptneox.py"))["FAMILY"], GPTNeoXForCausalLM.from_pretrained(neox_folder)
+
+
+def test_the_family_has_the_perplexity_of_the_whole_model(neox, tokens):
+    family, model = neox
+    with torch.no_grad():
+        loss = model(tokens, labels=tokens).loss.item()
+    assert perplexity(model, family, tokens, 2, CPU) == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_its_layers_are_discovered(neox, tokens):
+    family, model = neox
+    found = shared_inputs(family.layers_of(model)[0], 0, Stream.embed(model, family, tokens, 2, CPU))
+    assert found == [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]
+
+
+@pytest.mark.parametrize("options", [
+    "--prunen 2 --prunem 4", "--preset best --alpha 0", "--gmp", "--saliency isc --sparsity_way weight-level --alpha 0",
+    "--wbits 4 --save-format sparse"])
+def test_it_is_pruned_by_every_recipe_and_comes_back_as_it_was_saved(options, neox, execute, capsys):
+    family, model = neox
+    sparsity = [] if "prunem" in options else ["--sparsity", ".5"]
+    assert execute("gptneox.py", "EleutherAI/pythia-160m", "builtin", *sparsity, *options.split(), *SMALL, "--save",
+                   "saved") == 0
+    assert "saved in saved, loaded again and found equal" in capsys.readouterr().out
+    config = load.load_config("saved", family)
+    counted = measure_sparsity(load.open_model("saved", config, family, "auto"), family)
+    if "sparse" not in options:  # a head of another name would be made anew
+        assert torch.equal(AutoModelForCausalLM.from_pretrained("saved").lm_head.weight, model.lm_head.weight)
+    miss = 0.05 if "--wbits" in options else 0  # how many are rounded to 0 in the only block of columns is an estimate
+    assert len(counted) == 12 and all(abs(m.zeros / m.numel - 0.5) <= miss for m in counted)
+
+
+def test_another_script_says_what_it_accepts(neox_folder, capsys):
+    assert run(FAMILIES["opt"][0], neox_folder, "builtin", "--eval", "builtin") == 2
+    assert ("this is a GPTNeoXForCausalLM; no script here prunes it; opt.py accepts OPTForCausalLM"
+            in capsys.readouterr().err)
+
+
+# ---- what the page describes only ------------------------------------------------------------------------------
+
+
+def test_an_estimator_ranks_as_it_says(checkpoint_folder, tmp_path):
+    def by_depth(chunk, keys):
+        """Call each layer less sensitive than the one before."""
+        return -torch.tensor([[float(index) for index, _ in chunk.matrices]] * len(keys), dtype=torch.float64)
+
+    ESTIMATORS["depth"] = Choice("less for each layer", by_depth)
+    assert run(opt.FAMILY, checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--sparsity_way", "layer-level",
+               "--prune_only", "fc1", "--sensitivity", "depth", *SMALL, "--save", tmp_path / "saved") == 0
+    record = json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
+    assert [row["target"] for row in record["matrices"] if row["name"] == "fc1"] == pytest.approx([0.4, 0.5, 0.6])
+    assert list(record["perplexity"]) == ["SparseGPT (layer-level by depth)"]
+
+
+def test_an_allocation_is_followed_and_named(checkpoint_folder, tmp_path, capsys):
+    def alternate(budget):
+        """Take turns, alpha above and alpha below the target."""
+        return {key: Target(budget.target.sparsity + (-1)**number * budget.alpha)
+                for number, key in enumerate(budget.selected)}
+
+    ALLOCATIONS["turns"] = Allocation("one sparser, the next denser", alternate, title="in turns", refuses=lambda
+                                      settings: "fractions only" if settings.prunem else "")
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity_way", "turns", "--prune_only", "out_proj", *SMALL]
+    assert run(opt.FAMILY, *arguments, "--sparsity", ".5", "--save", tmp_path / "saved") == 0
+    out = capsys.readouterr().out
+    assert "plan     in turns: matrices from 40.00% to 60.00%" in out
+    assert "pruning  SparseGPT (in turns), 0.5 of the weights over 3 matrices, alpha 0.1" in out
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), opt.FAMILY)
+    assert [m.zeros for m in counted if m.name == "self_attn.out_proj"] == [round(f * 1024) for f in (0.6, 0.4, 0.6)]
+    assert run(opt.FAMILY, *arguments, "--prunen", "2", "--prunem", "4") == 2
+    assert "--sparsity_way turns: fractions only" in capsys.readouterr().err
+    assert run(opt.FAMILY, *arguments) == 2
+    assert "--sparsity_way turns: needs --sparsity" in capsys.readouterr().err
+
+
+def test_a_save_format_writes_the_folder(checkpoint_folder, tmp_path):
+    def in_one_file(folder, model, family, grids):
+        model.save_pretrained(folder, max_shard_size="1TB")
+
+    FORMATS["one-file"] = Choice("every weight in one file", in_one_file)
+    folder = tmp_path / "saved"
+    assert run(opt.FAMILY, checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--save", folder, "--save-format",
+               "one-file", *SMALL) == 0
+    assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert_sparsity(folder, opt.FAMILY, 0.5)
