@@ -7,18 +7,11 @@ python generate.py SmolLM2-135M-Instruct.Q4_1.gguf "Once upon a time" --temperat
 A model is a folder that the scripts here saved, in any of their formats, a hub id, a folder or a .gguf file.
 """
 
-import shutil
 import sys
+from pathlib import Path
 
-import transformers
-
-from mixgpt.app.report import side_by_side, wrapped
 from mixgpt.app.settings import Parser
 from mixgpt.common.errors import InputError
-from mixgpt.common.runtime import choose_device
-from mixgpt.evaluation.generation import complete, load
-
-WIDEST = 120  # columns
 
 
 def _parse(argv):
@@ -41,32 +34,20 @@ def _parse(argv):
         raise InputError(f"--temperature {given.temperature:g}: must be at least 0")
     if not given.prompt:
         raise InputError("prompt: is empty; give a text to go on with")
+    for flag, name in {"model": given.model, "--dense": given.dense}.items():
+        if name and Path(name).suffix == ".gguf" and not Path(name).is_file():
+            raise InputError(f"{flag} {name}: no such file")
     return vars(given)
-
-
-def run(model, prompt, dense, max_new_tokens, temperature, seed, device, dtype):
-    """Print what a model, or two in turn, make of a prompt."""
-    device, made = choose_device(device), {}
-    names = {"dense": dense, "pruned": model} if dense else {"model": model}
-    for title, name in names.items():
-        loaded, tokenizer = load(name, device, dtype)
-        made[title] = complete(loaded, tokenizer, prompt, max_new_tokens, temperature, seed)
-        del loaded  # before the next one is loaded
-    width = min(shutil.get_terminal_size((100, 24)).columns, WIDEST)
-    print("\n".join(wrapped(prompt, width)), end="\n\n")
-    if dense:
-        print(side_by_side({title: each.text for title, each in made.items()}, width))
-    else:
-        print("\n".join(wrapped(made["model"].text, width)))
-    print("\n" + "; ".join(f"{title} {each.speed}" for title, each in made.items()) + f" on {device}")
 
 
 def main(argv=None):
     """Run the command line. Returns the exit status, 2 after one line about unusable input."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     try:
-        run(**_parse(argv))
+        given = _parse(argv)
+        from mixgpt.app.completion import print_completions  # takes seconds
+
+        model, dense = given.pop("model"), given.pop("dense")
+        print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
     except InputError as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 2

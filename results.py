@@ -8,7 +8,6 @@ python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv
 
 import sys
 
-from mixgpt.app import plots
 from mixgpt.app.comparison import csv_of, draw, files_of, read, text_of
 from mixgpt.app.settings import Parser
 from mixgpt.common.errors import InputError
@@ -31,6 +30,8 @@ def main(argv=None):
         if options.csv:
             check_writable("--csv", options.csv)
         if options.plot:
+            from mixgpt.app import plots  # imports PyTorch and matplotlib
+
             plots.check(options.plot)
         for file in files_of(options.runs):
             try:

@@ -7,11 +7,9 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from mixgpt.app import plots
-from mixgpt.app.report import table
 from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
-from mixgpt.checkpoints.load import RECORD
-from mixgpt.checkpoints.run_dir import begun
+from mixgpt.app.tables import table
+from mixgpt.checkpoints.names import RECORD, begun
 from mixgpt.common.errors import InputError
 
 NO_SCORES = ("examples", "num_fewshot", "version")  # what stands beside the metrics of a task
@@ -156,6 +154,8 @@ def draw(path, runs):
     panels = panels_of(runs)
     if not panels:
         raise InputError(f"--plot {path}: none of the runs has both a perplexity and pruned weights")
+    from mixgpt.app import plots  # imports PyTorch and matplotlib
+
     plots.draw_tradeoff(path, panels)
 
 

@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
 
-from mixgpt.app.report import wrapped
+from mixgpt.app.tables import wrapped
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable
 

@@ -184,6 +184,15 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        self._check_solver()
+        self._check_quantization()
+        self._check_format()
+        self._check_reports()
+        for registry, name in chosen:
+            if registry[name].refuses and (reason := registry[name].refuses(self)):
+                raise InputError(f"{registry.flag} {name}: {reason}")
+
+    def _check_reports(self):
         for name in ("wandb_project", "wandb_name", "wandb_group"):
             if getattr(self, name) and not self.log_wandb:
                 raise InputError(f"--{name}: needs --log_wandb")
@@ -194,12 +203,6 @@ class Settings:
         for flag, given in {"--limit": self.limit, "--tasks_dir": self.tasks_dir}.items():
             if given is not None and not self.tasks:
                 raise InputError(f"{flag} {given}: needs --tasks")
-        self._check_solver()
-        self._check_quantization()
-        self._check_format()
-        for registry, name in chosen:
-            if registry[name].refuses and (reason := registry[name].refuses(self)):
-                raise InputError(f"{registry.flag} {name}: {reason}")
 
     def _check_solver(self):
         given = {f"--solver {self.solver}": self.solver != "obs", "--target dense": self.target == "dense",

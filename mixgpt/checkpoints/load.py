@@ -24,7 +24,8 @@ from transformers.utils import WEIGHTS_INDEX_NAME, cached_file
 
 from mixgpt.checkpoints import shards
 from mixgpt.checkpoints.formats import SPARSE, load_sparse
-from mixgpt.checkpoints.run_dir import PROGRESS, begun, empty, held
+from mixgpt.checkpoints.names import PROGRESS, RECORD, begun
+from mixgpt.checkpoints.run_dir import empty, held
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import nearest_folder, replacing, try_writing
 from mixgpt.modeling import streaming
@@ -32,7 +33,6 @@ from mixgpt.modeling.family import family_of
 from mixgpt.text import hub
 from modelutils import model_class
 
-RECORD = "mixgpt.json"
 # What transformers, torch and gguf raise for files that are damaged, contradict each other or are of another kind.
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, EOFError, struct.error,
            pickle.UnpicklingError, SafetensorError, StrictDataclassError)

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from mixgpt.allocation.fisher import Gradients
 from mixgpt.checkpoints import shards
 from mixgpt.checkpoints.choices import FORMATS
+from mixgpt.checkpoints.names import PROGRESS, begun
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
@@ -28,7 +29,6 @@ from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import Outcome, Target
 from quant import Grid, Scheme
 
-PROGRESS = "progress"
 PATIENCE = 10  # hidden states are written when that took less than 1/PATIENCE of the time since the last ones
 
 
@@ -339,11 +339,6 @@ class RunDir:
 
 def _size(tensors):
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def begun(path):
-    """Tell whether a folder holds a run that has begun and not ended."""
-    return (Path(path) / PROGRESS / "run.json").is_file()
 
 
 def held(path):

@@ -1,0 +1,30 @@
+"""What generate.py prints: how one model, or two side by side, go on with a prompt."""
+
+import shutil
+import sys
+
+import transformers
+
+from mixgpt.app.tables import side_by_side, wrapped
+from mixgpt.common.runtime import choose_device
+from mixgpt.evaluation.generation import complete, load
+
+WIDEST = 120  # columns
+
+
+def print_completions(models, prompt, device=None, dtype="auto", **options):
+    """Print what models {title: name} make of a prompt, one after the other on a device. options: of `complete`."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    device, made = choose_device(device), {}
+    for title, name in models.items():
+        loaded, tokenizer = load(name, device, dtype)
+        made[title] = complete(loaded, tokenizer, prompt, **options)
+        del loaded  # before the next one is loaded
+    width = min(shutil.get_terminal_size((100, 24)).columns, WIDEST)
+    print("\n".join(wrapped(prompt, width)), end="\n\n")
+    if len(made) > 1:
+        print(side_by_side({title: each.text for title, each in made.items()}, width))
+    else:
+        print("\n".join(wrapped(next(iter(made.values())).text, width)))
+    print("\n" + "; ".join(f"{title} {each.speed}" for title, each in made.items()) + f" on {device}")
