@@ -64,7 +64,7 @@ class SparseGPT:
         """Sum the Hessian over all processes."""
         for total in (*self._sums, self._shift, self._gain):
             if total is not None:
-                distributed.add(total)
+                distributed.all_reduce(total)
 
     @cached_property
     def H(self):

@@ -48,7 +48,7 @@ def output_gradients(execution, matrices, tokens, seed):
             chunk = Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar)
             _sampled_backward(chunk, [(seed, n, 0) for n in numbers], partial(add, start))
     for total in sums:
-        distributed.add(total)
+        distributed.all_reduce(total)
     means = [total.cpu() / (N * T) for total in sums]
     shares = [energy / mean.sum() if mean.any() else torch.ones_like(energy)
               for mean, energy in zip(means, energies, strict=True)]

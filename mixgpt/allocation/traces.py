@@ -150,7 +150,7 @@ def hessian_traces(execution, matrices, tokens, sampling, known=None, save=None)
             for probe in range(nprobes if numbers else 0):
                 chunk = Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar)
                 sums += sampling.estimate(chunk, [(sampling.seed, n, probe) for n in numbers])
-            rows.extend(torch.cat(distributed.gather(sums)) / nprobes / (T - 1))
+            rows.extend(torch.cat(distributed.all_gather_object(sums)) / nprobes / (T - 1))
             if save:
                 save(torch.stack(rows))
     return torch.stack(rows)

@@ -89,7 +89,7 @@ class RunDir:
             self._identify(identity)
             if self._shards().is_file():
                 self.shards = json.loads(self._shards().read_text())
-        self.shards = distributed.tell(self.shards)  # the others wait
+        self.shards = distributed.broadcast_object(self.shards)  # the others wait
 
     def _identify(self, identity):
         settings = self.progress / "run.json"
@@ -133,7 +133,7 @@ class RunDir:
         if gradients:
             self._write(self._measured(), {f"{kind}.{layer}.{name}": tensor for kind in ("rows", "tokens")
                                            for (layer, name), tensor in getattr(gradients, kind).items()})
-        distributed.gather(None)  # all have written theirs
+        distributed.barrier()  # all have written theirs
         if self.writes:
             self._write_json(self.progress / "plan.json", {
                 "gradients": gradients is not None,
@@ -141,7 +141,7 @@ class RunDir:
 
     @property
     def has_plan(self):
-        return distributed.tell((self.progress / "plan.json").is_file())
+        return distributed.broadcast_object((self.progress / "plan.json").is_file())
 
     def kept_plan(self):
         """Return what `keep_plan` was given in the run that left off here; (None, None) where it came to none."""
@@ -228,10 +228,10 @@ class RunDir:
         """Keep a finished layer, which is on the device, {(layer, name): Outcome}, and the hidden states behind it."""
         if self.writes:
             self._keep(index, layer, outcomes)
-        distributed.tell(None)  # the others wait
+        distributed.barrier()  # the others wait
         if hasattr(layer, "source"):
             self._take(index)
-        if states is not None and distributed.tell(time.monotonic() - self.written >= PATIENCE * self.cost):
+        if states is not None and distributed.broadcast_object(time.monotonic() - self.written >= PATIENCE * self.cost):
             self._keep_states(index + 1, states)
 
     def _keep(self, index, layer, outcomes):
@@ -249,7 +249,7 @@ class RunDir:
     def _keep_states(self, border, states):
         start = time.monotonic()
         self._write(self._state(border, distributed.rank()), states)
-        distributed.gather(None)  # all have written theirs
+        distributed.barrier()  # all have written theirs
         if self.writes:
             for file in self.progress.glob("state-*.safetensors"):
                 if int(file.stem.split("-")[1]) != border:
@@ -272,7 +272,7 @@ class RunDir:
                 self._assemble(state)
             else:
                 self._convert(state, grids)
-        self.shards = distributed.tell(self.shards)  # the others wait
+        self.shards = distributed.broadcast_object(self.shards)  # the others wait
         for index, layer in enumerate(self.layers if self.shards else ()):
             if hasattr(layer, "source") and str(self._layer(index)) in dict(layer.source.places.values()):
                 self._take(index)

@@ -50,13 +50,13 @@ def share(count):
     return slice(rank() * count // world(), (rank() + 1) * count // world())
 
 
-def add(tensor):
+def all_reduce(tensor):
     """Sum a tensor over all processes, in place."""
     if world() > 1:
         dist.all_reduce(tensor)
 
 
-def copy(tensor, source):
+def broadcast(tensor, source):
     """Overwrite a tensor by that of process `source`."""
     if world() > 1:
         held = tensor.contiguous()
@@ -64,7 +64,7 @@ def copy(tensor, source):
         tensor.copy_(held)
 
 
-def tell(value, source=0):
+def broadcast_object(value, source=0):
     """Return the value that process `source` gives."""
     if world() == 1:
         return value
@@ -73,10 +73,15 @@ def tell(value, source=0):
     return values[0]
 
 
-def gather(value):
+def all_gather_object(value):
     """Return the values that all processes give, in order."""
     if world() == 1:
         return [value]
     values = [None] * world()
     dist.all_gather_object(values, value, group=_Hosts.group)
     return values
+
+
+def barrier():
+    """Wait until all processes are here."""
+    all_gather_object(None)

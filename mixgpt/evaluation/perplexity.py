@@ -35,7 +35,7 @@ def perplexity(model, family, tokens, batch_size, device, title="perplexity", st
     N, T = tokens.shape
     mine = tokens[distributed.share(N)]
     total = _negative_log_likelihood(model, family, mine, batch_size, device, title, step) if len(mine) else 0.0
-    mean = sum(distributed.gather(total)) / (N * (T - 1))
+    mean = sum(distributed.all_gather_object(total)) / (N * (T - 1))
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan  # exp overflows above 709
 
 

@@ -110,7 +110,7 @@ class StreamedLM(TemplateLM):
 
     def _in_order(self, answers):
         """Return the answers of all processes, {number: answer}, as a list."""
-        together = dict(itertools.chain.from_iterable(part.items() for part in distributed.gather(answers)))
+        together = dict(itertools.chain.from_iterable(part.items() for part in distributed.all_gather_object(answers)))
         return [together[number] for number in range(len(together))]
 
 

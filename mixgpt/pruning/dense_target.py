@@ -52,7 +52,7 @@ class DenseTwin:
         self.layer = copy.deepcopy(layer)
         modules, twins = linears(layer), linears(self.layer)
         self.stops = {twins[group[0]]: modules[group[0]] for group in groups}
-        names = distributed.tell(residual_writers(layer, index, stream))
+        names = distributed.broadcast_object(residual_writers(layer, index, stream))
         self._writers = [(modules[name], twins[name]) for name in names]
         self._alone = {modules[group[0]] for group in groups if len(group) == 1}
         self._inputs, self._outputs, self._taken = defaultdict(deque), defaultdict(deque), Counter()

@@ -132,8 +132,8 @@ class _Calibrated:
         for number, group in enumerate(hessians):
             source = number % distributed.world()
             for name in group:
-                distributed.copy(modules[name].weight, source)
-                outcomes[index, name] = distributed.tell(outcomes.get((index, name)), source)
+                distributed.broadcast(modules[name].weight, source)
+                outcomes[index, name] = distributed.broadcast_object(outcomes.get((index, name)), source)
             used = outcomes[index, group[0]].percdamp
             if used != percdamp:
                 bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp "

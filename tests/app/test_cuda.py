@@ -168,8 +168,11 @@ def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no
     compare(found, expected, job)
 
 
-@pytest.mark.parametrize("job", ["SparseGPT", "best", "best 2:4", "MixGPT, two passes", "50% + 4 bit, sparse"])
-def test_an_interrupted_run_goes_on_to_the_same_weights(job, gpu, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family, job", [
+    ("opt", "SparseGPT"), ("opt-350m", "MixGPT, two passes"), ("llama", "best"), ("mistral", "2:4"),
+    ("qwen2", "best 2:4"), ("qwen3", "50% + 4 bit, sparse"), ("bloom", "best"), ("baichuan-7b", "dense and magnitude"),
+    ("baichuan-13b", "best + 4 bit")])
+def test_an_interrupted_run_goes_on_to_the_same_weights(family, job, gpu, run, tmp_path, monkeypatch):
     measure, finish = pipeline.output_gradients, RunDir.finish
 
     def interrupted(folder, index, *args):
@@ -178,13 +181,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(job, gpu, run, tmp_path,
             raise KeyboardInterrupt
 
     with gpu():
-        expected, *_ = run("llama", job, "cuda:0")
+        expected, *_ = run(family, job, "cuda:0")
         monkeypatch.setattr(RunDir, "finish", interrupted)
-        run("llama", job, "cuda:0", save=tmp_path / "saved", status=130)
+        run(family, job, "cuda:0", save=tmp_path / "saved", status=130)
         monkeypatch.setattr(RunDir, "finish", finish)
         # attention's gradients on a GPU are not the same each time: those of the first run count
         monkeypatch.setattr(pipeline, "output_gradients", lambda *args, **kwargs: pytest.fail("measured again"))
-        found, *_ = run("llama", job, "cuda:0", "--resume", save=tmp_path / "saved")
+        found, *_ = run(family, job, "cuda:0", "--resume", save=tmp_path / "saved")
         monkeypatch.setattr(pipeline, "output_gradients", measure)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 

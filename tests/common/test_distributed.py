@@ -120,8 +120,8 @@ def test_a_process_joins_with_the_number_of_its_gpu_and_makes_it_the_current_one
     monkeypatch.setattr(distributed.dist, "all_gather_object", lambda values, value, group: told.append(group))
     with distributed.joined(torch.device(device)):
         assert len(told) == 3
-        distributed.tell(None)  # NCCL gives up after ten minutes; the first process may need longer to save
-        distributed.gather(None)
+        distributed.barrier()  # NCCL gives up after ten minutes; the first process may need longer to save
+        distributed.barrier()
     own = torch.device(device if ":" in device else "cuda:0")
     assert told == [("current", own), ("nccl", own), ("gloo", distributed.PATIENCE), 7, 7, "left"]
     assert distributed.PATIENCE.total_seconds() > 24 * 3600

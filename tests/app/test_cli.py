@@ -1,0 +1,36 @@
+"""Check that the command line answers before anything expensive is imported."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+CHECK = """
+import runpy, sys
+script, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as stop:
+    print("status", stop.code)
+expensive = {"torch", "transformers", "datasets", "numba", "matplotlib", "lm_eval", "wandb"}
+print("imported", sorted(expensive.intersection(sys.modules)))
+"""
+ANSWERS = {
+    "opt.py --help": 0, "llama.py --help": 0, "generate.py --help": 0, "results.py --help": 0,
+    "opt.py facebook/opt-125m c4 --sparsity 1.5": 2, "opt.py facebook/opt-125m c4 --prunen 3 --prunem 2": 2,
+    "opt.py facebook/opt-125m nowhere": 2, "opt.py facebook/opt-125m c4 --no-such-flag": 2,
+    "opt.py ./nowhere c4": 2, "llama.py nowhere.gguf c4": 2, "opt.py facebook/opt-125m c4 --data-dir nowhere": 2,
+    "opt.py facebook/opt-125m c4 --save-format sparse": 2, "generate.py nowhere.gguf Hello": 2,
+    "results.py nowhere.json": 2,
+}
+
+
+@pytest.mark.parametrize("command", ANSWERS)
+def test_what_needs_no_model_is_answered_before_pytorch_is_imported(command):
+    done = subprocess.run([sys.executable, "-c", CHECK, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    *_, status, imported = done.stdout.splitlines()
+    assert status == f"status {ANSWERS[command]}" and imported == "imported []", done.stderr
+    assert done.returncode == 0
+    assert ANSWERS[command] == 0 or done.stderr.count("\n") == 1
