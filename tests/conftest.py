@@ -1,9 +1,11 @@
 """Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
 
+import functools
 import json
 import multiprocessing
 import os
 import sys
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -16,6 +18,7 @@ if not torch.cuda.is_available():
 
 import pytest
 import transformers
+from filelock import FileLock
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -113,8 +116,13 @@ def tokens():
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
+def tokenizer(once):
     """A byte-level BPE tokenizer trained on the builtin text; it puts <s> in front, as LLaMA's does."""
+    return PreTrainedTokenizerFast.from_pretrained(once("tokenizer", train_tokenizer))
+
+
+def train_tokenizer(path):
+    """Save what `tokenizer` gives."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -122,28 +130,51 @@ def tokenizer():
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(datautils.load_rows("builtin", "train", None)[0][:500], trainer)
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)
 
 
 @pytest.fixture(scope="session")
-def checkpoint_folder(tmp_path_factory, tokenizer):
+def checkpoint_folder(tokenizer, once):
     """Return a function that gives the folder of a saved tiny model by its name in FAMILIES."""
-    root = tmp_path_factory.mktemp("checkpoints")
 
-    def folder(name):
+    def save(name, path):
+        transformers.utils.logging.disable_progress_bar()  # or the test that comes first would see it
+        make(name)[1].save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    return functools.cache(lambda name: once(f"checkpoint-{name}", partial(save, name)))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Return a function that gives a path that `make` has written to, in one of several workers of pytest-xdist.
+
+    As its documentation has it ("Making session-scoped fixtures execute only once").
+    """
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent  # the folder of the whole run
+
+    def once(name, make):
         path = root / name
-        if not path.exists():
-            transformers.utils.logging.disable_progress_bar()  # or the test that comes first would see it
-            make(name)[1].save_pretrained(path)
-            tokenizer.save_pretrained(path)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                partial = root / f"{name}.partial"
+                make(partial)
+                partial.rename(path)
         return path
 
-    return folder
+    return once
 
 
 @pytest.fixture(scope="session")
-def trained(tokenizer):
+def trained(tokenizer, once):
     """Give (state dict, test tokens, calibration tokens) of a LLaMA briefly trained on the builtin text."""
+    return torch.load(once("trained", lambda path: torch.save(train(tokenizer), path)))
+
+
+def train(tokenizer):
+    """Return what `trained` gives."""
     torch.manual_seed(0)
     model = trainable()
     ids = torch.tensor(datautils.token_ids(tokenizer, "\n\n".join(datautils.load_rows("builtin", "train", None)[0])))

@@ -1,6 +1,6 @@
-"""Run by torchrun in test_distributed.py: prune a model in memory, and keep what this process made of it."""
+"""Prune a model in memory in several processes, for test_distributed.py, and keep what each of them made of it."""
 
-import sys
+import os
 
 import torch
 from conftest import CPU, VOCABULARY, make, make_plan
@@ -43,9 +43,16 @@ def made(name, true_sequential, wbits, best=None):
             "perplexity": [perplexity(model, family, part, 2, CPU) for part in (tokens, tokens[:1])]}
 
 
-if __name__ == "__main__":
+def made_of_all():
+    """Return what `made` gives, {case: …}."""
+    return {case: made(*case) for case in [("llama", True, 16), ("opt", False, 4), ("bloom", True, 4),
+                                           ("llama", True, 16, "best")]}
+
+
+def run(rank, world, port, file):
+    """Make all as process `rank` of as many as torchrun would have started, and save it."""
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
     with distributed.joined(CPU):
-        results = {case: made(*case) for case in [("llama", True, 16), ("opt", False, 4), ("bloom", True, 4),
-                                                     ("llama", True, 16, "best")]}
-        torch.save(results, f"{sys.argv[1]}/{distributed.world()}-{distributed.rank()}")
+        torch.save(made_of_all(), file)

@@ -2,12 +2,14 @@
 
 import json
 import signal
+import socket
 import time
 
 import psutil
 import pytest
+import ranks
 import torch
-from commands import torchrun
+from commands import run, torchrun
 from conftest import ROOT, saved_tensors
 
 import llama
@@ -15,20 +17,20 @@ from mixgpt.app import cli
 from mixgpt.common import distributed
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Return {number of processes: what each of them made}."""
-    folder, results = tmp_path_factory.mktemp("ranks"), {}
-    for number in (1, 2, 3):
-        process = torchrun(number, ROOT / "tests" / "ranks.py", folder)
-        assert process.wait(120) == 0, process.stderr.read()
-        results[number] = [torch.load(folder / f"{number}-{rank}", weights_only=False) for rank in range(number)]
-    return results
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_processes_give_what_one_gives_and_all_the_same(number, ranks):
-    (alone,), together = ranks[1], ranks[number]
+def test_processes_give_what_one_gives_and_all_the_same(fork, tmp_path):
+    port, files = free_port(), [tmp_path / str(rank) for rank in range(3)]
+    processes = [fork(ranks.run, rank, len(files), port, file) for rank, file in enumerate(files)]
+    alone = ranks.made_of_all()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    together = [torch.load(file, weights_only=False) for file in files]
     for case, expected in alone.items():
         for rank in together:
             result = rank[case]
@@ -60,18 +62,16 @@ ARGUMENTS = ["builtin", "--seqlen", "32", "--nsamples", "7", "--sparsity", ".5",
 
 
 def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, tmp_path):
-    def run(number, name, *more):
-        process = torchrun(number, ROOT / "llama.py", checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / name,
-                           "--sensitivity_file", tmp_path / f"{name}.json", *more)
-        out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
+    def options(name):
+        return [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / name, "--sensitivity_file",
+                tmp_path / f"{name}.json"]
 
-    status, out, err = run(2, "two")
-    assert status == 0, err
+    process = torchrun(2, ROOT / "llama.py", *options("two"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     assert out.count("total") == 1 and out.count("saved in") == 1 and out.count("traces ") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two", "two.json"]
-    status, out, err = run(1, "one")
-    assert status == 0, err
+    assert run(llama.FAMILY, *options("one")) == 0
     one, two = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "two")
     assert set(one) == set(two)
     for key, tensor in one.items():
@@ -100,10 +100,11 @@ def test_a_process_that_dies_ends_the_others(victim, checkpoint_folder, tmp_path
     assert "SIGKILL" in process.stderr.read() or "Signal 9" in process.stderr.read()
 
 
-def test_fewer_sequences_than_processes_are_refused(checkpoint_folder):
-    process = torchrun(2, ROOT / "llama.py", checkpoint_folder("llama"), *ARGUMENTS, "--nsamples", "1")
-    assert process.wait(60) != 0
-    assert "--nsamples 1: must be at least one for each of the 2 processes" in process.stderr.read()
+def test_fewer_sequences_than_processes_are_refused(checkpoint_folder, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    assert run(llama.FAMILY, checkpoint_folder("llama"), *ARGUMENTS, "--nsamples", "1") == 2
+    assert capsys.readouterr().err == (
+        "llama.py: error: --nsamples 1: must be at least one for each of the 2 processes\n")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
