@@ -81,7 +81,7 @@ class Calibration:
 
     @cached_property
     def gradients(self):
-        """How much the loss hangs on the outputs of every matrix."""
+        """Mean squared gradients of the loss by the outputs of every matrix."""
         with self.clock.part("gradients"):
             return output_gradients(self.execution(self.model), list(self.selected), self.tokens, self.seed)
 

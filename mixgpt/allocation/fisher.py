@@ -16,7 +16,7 @@ from modelutils import SLICE, apply, linears
 
 @dataclass(frozen=True)
 class Gradients:
-    """How much the loss hangs on the outputs y of matrices: squares of ∂L/∂y, {(layer, name): float32 on the host}."""
+    """Mean squared gradient of the loss by the outputs y of matrices, {(layer, name): float32 tensor on the host}."""
 
     rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens
     tokens: dict  # (n, T): ‖∂L/∂y‖² at each token of the sequences of this process, over its mean in all
