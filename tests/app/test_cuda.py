@@ -160,11 +160,12 @@ def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no
     monkeypatch.setattr(columns, "triton_obstacle", KERNEL)
     walk = columns_cuda.walk_columns
     monkeypatch.setattr(columns_cuda, "walk_columns", lambda *args: launched.append(args[2].stride()) or walk(*args))
-    expected = run("llama", job, "cpu", dtype=dtype)
+    one_layer = ["--maxlayer", 1]  # which an interpreter takes seconds for
+    expected = run("llama", job, "cpu", *one_layer, dtype=dtype)
     with gpu():
-        found = run("llama", job, "cuda:0", dtype=dtype)
+        found = run("llama", job, "cuda:0", *one_layer, dtype=dtype)
     KERNEL.cache_clear()
-    assert len(launched) > 10 and (1, 32) in launched
+    assert len(launched) >= 4 and (1, 32) in launched  # the inputs of a layer
     compare(found, expected, job)
 
 
