@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import socket
 import sys
 from functools import partial
 from multiprocessing import forkserver
@@ -266,6 +267,18 @@ def command(name, arguments, log, prepare=None, given=()):
     status = cli.main(FAMILIES[name][0], [str(argument) for argument in arguments])
     sys.stdout.flush()
     sys.exit(status)
+
+
+def as_rank(rank, world, port):
+    """Be process `rank` of as many as torchrun would have started."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def contents(folder):

@@ -1,9 +1,7 @@
 """Prune a model in memory in several processes, for test_distributed.py, and keep what each of them made of it."""
 
-import os
-
 import torch
-from conftest import CPU, VOCABULARY, make, make_plan
+from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
@@ -52,7 +50,6 @@ def made_of_all():
 def run(rank, world, port, file):
     """Make all as process `rank` of as many as torchrun would have started, and save it."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    as_rank(rank, world, port)
     with distributed.joined(CPU):
         torch.save(made_of_all(), file)

@@ -172,6 +172,21 @@ def test_commands_run(command, workplace, pruned):
     assert run(command) == 0
 
 
+def test_the_demo_ends_in_one_table_and_one_picture(workplace, capsys):
+    done = subprocess.run(["make", "--dry-run", "demo", "MODEL=HuggingFaceTB/SmolLM2-135M-Instruct"],
+                          capture_output=True, text=True, check=True)
+    Path("demo").mkdir()
+    *methods, table = re.findall(r"echo '\$ (python .*?)'", done.stdout)
+    assert len(methods) == 4 and [run(command) for command in methods] == [0] * 4
+    capsys.readouterr()
+    assert run(table) == 0
+    above, _, header, _, *rows, _, picture = capsys.readouterr().out.splitlines()
+    assert re.split("  +", header) == ["method", "sparsity", "builtin ppl", "seconds", "GB host"]
+    assert [row.split()[0] for row in rows] == ["dense", "SparseGPT", "MixGPT", "best:"]
+    assert max(map(len, (above, *rows))) <= 100
+    assert picture == "picture  demo/perplexity.png" and Path("demo/perplexity.png").is_file()
+
+
 def test_no_command_is_missed():
     text = ("Run `python a.py x --flag` (needs a GPU).\n\n    $ make demo\n    output\n\n"
             "```sh\n# comment\nls \\\n-l\n```\n"

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import time
 
 import psutil
@@ -10,17 +9,11 @@ import pytest
 import ranks
 import torch
 from commands import run, torchrun
-from conftest import ROOT, saved_tensors
+from conftest import ROOT, free_port, saved_tensors
 
 import llama
 from mixgpt.app import cli
 from mixgpt.common import distributed
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def test_processes_give_what_one_gives_and_all_the_same(fork, tmp_path):

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from commands import run, torchrun
-from conftest import CPU, FAMILIES, ROOT, saved_tensors
+from commands import run
+from conftest import CPU, FAMILIES, as_rank, command, free_port, saved_tensors
 from test_streamed_lm import pair_by_hand, text_by_hand
 from transformers import AutoModelForCausalLM
 
@@ -225,11 +225,15 @@ def test_without_lm_eval_the_line_says_what_to_install(checkpoint_folder, monkey
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), *SMALL) == 0  # not needed then
 
 
-def test_processes_share_out_the_texts_and_score_as_one_does(folder, checkpoint_folder, tmp_path, tokenizer):
-    process = torchrun(2, ROOT / "llama.py", checkpoint_folder("llama"), *SMALL, "--tasks", "choice,shots,rolling",
-                       "--tasks_dir", folder, "--save", tmp_path / "two")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert out.count("word_perplexity") == 1 and saved_tensors(tmp_path / "two")
+def test_processes_share_out_the_texts_and_score_as_one_does(folder, checkpoint_folder, tmp_path, tokenizer, fork):
+    arguments = [checkpoint_folder("llama"), *SMALL, "--tasks", "choice,shots,rolling", "--tasks_dir", folder,
+                 "--save", tmp_path / "two"]
+    port, logs = free_port(), [tmp_path / "first", tmp_path / "second"]
+    processes = [fork(command, "llama", arguments, log, as_rank, (rank, 2, port)) for rank, log in enumerate(logs)]
+    for process, log in zip(processes, logs, strict=True):
+        process.join(300)
+        assert process.exitcode == 0, log.read_text()
+    assert logs[0].read_text().count("word_perplexity") == 1 and logs[1].read_text() == ""
+    assert saved_tensors(tmp_path / "two")
     record = json.loads((tmp_path / "two" / "mixgpt.json").read_text())
     check(record["tasks"]["dense"], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).eval(), tokenizer)
