@@ -481,7 +481,8 @@ ACCIDENTS = {
     "no room for what is not in layers": (
         limited, (40_000,), "", "model-00001-of-00003.safetensors needs 0.000 GB", 3),
     "no room for the tokenizer": (limited_at, (RUN_DIR + ".complete", 100), "", FULL, 3),
-    "no room for the configuration": (limited_at, (RUN_DIR + "._write_configuration", 100), "", FULL, 3),
+    "no room for the configuration": (
+        limited_at, ("mixgpt.checkpoints.shards.write_configuration", 100), "", FULL, 3),
     "no room for the names of the shards": (limited_at, (RUN_DIR + "._write_json", 100, 4), "", FULL, 3),
     "no room for the last shard": (
         limited_at, ("mixgpt.checkpoints.shards.write", 100, 2), "", "model-00003-of-00003.safetensors needs", 3),
