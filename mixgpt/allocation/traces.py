@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from mixgpt.allocation.backward import Chunk, chunk_size
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import check_writable, write
+from mixgpt.common.files import cache_folder, check_writable, write
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import linears
@@ -98,9 +97,8 @@ def key_of(model, tokens, sampling):
 
 
 def default_path(key):
-    """Return where traces of this key are kept: ~/.cache/mixgpt, or mixgpt in XDG_CACHE_HOME."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixgpt"
-    return cache / f"traces-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    """Return where traces of this key are kept in the cache."""
+    return cache_folder() / f"traces-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
 
 
 def read(path, shapes, estimator):

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import WEIGHTS_INDEX_NAME, cached_file
 
-from mixgpt.checkpoints import shards
+from mixgpt.checkpoints import gguf_files, shards
 from mixgpt.checkpoints.formats import SPARSE, load_sparse
 from mixgpt.checkpoints.names import PROGRESS, RECORD, begun
 from mixgpt.checkpoints.run_dir import empty, held
@@ -45,12 +45,25 @@ def _source(model):
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"model {model}: no such file")
-        return str(path.parent), {"gguf_file": path.name}
+        with _refusing(model):
+            folder = gguf_files.folder_of(path, _read_gguf)
+        return (str(folder), {}) if folder else _gguf_source(path)
     if path.is_dir():
         return str(path), {}
     if path.is_file():
         raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
     return model, {"local_files_only": not hub.reachable()}
+
+
+def _gguf_source(path):
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _read_gguf(path):
+    """Read a .gguf file, to convert it. Returns (model, tokenizer)."""
+    with gguf_files.parsed_once():
+        read_config(path, _gguf_source(path))
+        return load_model(path, gguf_files.DTYPE, _gguf_source(path)), load_tokenizer(path, _gguf_source(path))
 
 
 @contextlib.contextmanager
@@ -82,9 +95,9 @@ def _reason(error):
         f"{type(error).__name__} {text}".strip())
 
 
-def read_config(model):
-    """Load the configuration of `model`, which must be a causal language model."""
-    name, arguments = _source(model)
+def read_config(model, source=None):
+    """Load the configuration of `model`, which must be a causal language model. source: as `_source` returns it."""
+    name, arguments = source or _source(model)
     with _refusing(model, "its configuration cannot be read: "):
         config = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
     if model_class(config) is None:
@@ -106,12 +119,12 @@ def load_config(model, family):
     return config
 
 
-def load_tokenizer(model):
-    """Load the tokenizer of `model`.
+def load_tokenizer(model, source=None):
+    """Load the tokenizer of `model`. source: as `_source` returns it.
 
     Early conversions of LLaMA-1 give the empty string as their special tokens; those of its model file are put in.
     """
-    name, arguments = _source(model)
+    name, arguments = source or _source(model)
     with _refusing(model, "its tokenizer cannot be read: "):
         if "gguf_file" not in arguments and get_tokenizer_config(name, **arguments).get("bos_token") == "":
             arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
@@ -130,12 +143,13 @@ def size(skeleton, dtype):
     return (4 if dtype == "auto" else dtype.itemsize) * sum(parameter.numel() for parameter in skeleton.parameters())
 
 
-def load_model(model, dtype):
+def load_model(model, dtype, source=None):
     """Load the weights of `model` on the host, in `dtype` ("auto": as stored), whatever format they were saved in.
 
-    Raises InputError where the checkpoint lacks a weight, holds NaN or inf, or is quantized in another way.
+    source: as `_source` returns it. Raises InputError where the checkpoint lacks a weight, holds NaN or inf, or is
+    quantized in another way.
     """
-    name, arguments = _source(model)
+    name, arguments = source or _source(model)
     with _refusing(model):
         if (Path(model) / SPARSE).is_file():
             loaded, missing = load_sparse(model, dtype), ()

@@ -14,7 +14,6 @@ import time
 from dataclasses import asdict, astuple
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
@@ -24,7 +23,7 @@ from mixgpt.checkpoints.choices import FORMATS
 from mixgpt.checkpoints.names import PROGRESS, begun
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import replacing
+from mixgpt.common.files import os_errors, replacing
 from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import Outcome, Target
 from quant import Grid, Scheme
@@ -201,23 +200,20 @@ class RunDir:
     def _room(self, name, nbytes=None):
         """Let a disk that is full, or cannot be written, end the run with one line and no half-written file."""
         try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:  # tokenizers has no exception of its own for it
-            if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
-                raise
+            with os_errors():
+                yield
+        except OSError as error:
             for file in (*self.path.rglob("*.partial"), *self.path.rglob(".tmp*")):
                 file.unlink(missing_ok=True)
             need = "cannot be written" if nbytes is None else f"needs {nbytes / 1e9:.3f} GB"
             free = shutil.disk_usage(self.path).free
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"--save {self.path}: {name} {need}, {free / 1e9:.3f} GB are free ({reason}); "
+            raise InputError(f"--save {self.path}: {name} {need}, {free / 1e9:.3f} GB are free "
+                             f"({error.strerror or error}); "
                              "make room and go on with --resume") from error
 
     def _write(self, file, tensors):
         """Write {key: tensor} as a safetensors file. Returns {key: checksum}."""
-        with self._room(Path(file).name, _size(tensors)):
+        with self._room(Path(file).name, shards.size(tensors)):
             return streaming.write(file, tensors)
 
     def _write_json(self, file, content):
@@ -263,8 +259,7 @@ class RunDir:
         grids: {name of a linear: quant.Grid}. In formats other than dense the model is loaded whole.
         """
         if self.writes:
-            state = {name: tensor for name, tensor in self.model.state_dict().items()
-                     if name not in self.model.all_tied_weights_keys}
+            state = shards.own_tensors(self.model)
             if not self.shards:
                 with self._room("the tokenizer"):
                     tokenizer.save_pretrained(self.path)
@@ -281,19 +276,19 @@ class RunDir:
         """Move all tensors into shards; what is in them already stays. state: {name: tensor}, which may be on meta."""
         if not self.shards:
             with self._room("the configuration"):
-                self._write_configuration()
+                shards.write_configuration(self.path, self.model)
             self.shards = shards.split(state)
             self._write_json(self._shards(), self.shards)
         files = list(dict.fromkeys(self.shards.values()))
         for file in files:
             part = {name: state[name] for name, place in self.shards.items() if place == file}
             if not (self.path / file).is_file():
-                with self._room(file, _size(part)):
+                with self._room(file, shards.size(part)):
                     shards.write(self.path / file, part, self._reader(state), self.sums)
             self._remove_layers()
         if len(files) > 1:
             self._write_json(self.path / SAFE_WEIGHTS_INDEX_NAME, {
-                "metadata": {"total_size": _size(state)}, "weight_map": self.shards})
+                "metadata": {"total_size": shards.size(state)}, "weight_map": self.shards})
 
     def _reader(self, state):
         source = getattr(self.model, "source", None)
@@ -320,12 +315,6 @@ class RunDir:
         with self._room(f"the model in the format {self.save_format}"):
             FORMATS[self.save_format].load()(self.path, model, self.family, grids)
 
-    def _write_configuration(self):
-        config = self.model.config
-        config.architectures, config.dtype = [type(self.model).__name__], self.model.dtype
-        config.save_pretrained(self.path)
-        self.model.generation_config.save_pretrained(self.path)
-
     def end(self):
         """Remove what only an interrupted run needs, in an order in which it can go on from what is left."""
         if not self.writes:
@@ -337,8 +326,6 @@ class RunDir:
         shutil.rmtree(self.progress)
 
 
-def _size(tensors):
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def held(path):

@@ -10,6 +10,23 @@ from mixgpt.modeling import streaming
 LARGEST = 5 * 10**9  # bytes of a shard; a tensor that is larger has one of its own
 
 
+def own_tensors(model):
+    """Return {name: tensor} of what a checkpoint of a model holds: all but what is tied to another tensor."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
+def size(tensors):
+    """Return the bytes of {name: tensor}."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def write_configuration(folder, model):
+    """Write what `from_pretrained` needs of a model beside its weights."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
 def split(state):
     """Return {name of a tensor: its file}: one file, or as many shards as it takes. state: {name: tensor}."""
     state = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}  # none shares memory

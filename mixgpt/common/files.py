@@ -1,9 +1,14 @@
-"""Files that are written whole or not at all, and whether a path can be written, before the work."""
+"""Files and folders that are written whole or not at all, the cache, and whether a path can be written."""
 
 import contextlib
+import errno
+import fcntl
 import os
+import shutil
 import tempfile
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from mixgpt.common.errors import InputError
 
@@ -24,6 +29,63 @@ def replacing(path):
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+@contextlib.contextmanager
+def replacing_folder(path):
+    """Give a folder to write to within the block, which is at `path` then, on the disk by then; one process at a time.
+
+    After an error there is none.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
+        yield partial
+        for written in (*partial.rglob("*"), partial):
+            _to_disk(written)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Be the only process within the block that has locked the file at `path`; wait while another has. It stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def os_errors():
+    """Let what safetensors and tokenizers raise where a file cannot be written be an OSError."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, SafetensorError) and type(error) is not Exception:  # tokenizers has none of its own
+            raise
+        raise OSError(str(error)) from error
+
+
+def cache_folder():
+    """Return the folder for what is computed once and used by many runs: mixgpt in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixgpt"
+
+
+def check_room(folder, nbytes):
+    """Raise OSError where the disk of a folder has less than nbytes left."""
+    if shutil.disk_usage(folder).free < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write(flag, path, text):

@@ -3,11 +3,10 @@
 import json
 from types import SimpleNamespace
 
-import gguf
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import VOCABULARY, make, save
+from conftest import make, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config
 
@@ -149,61 +148,3 @@ def test_the_empty_special_tokens_of_early_llama_conversions_are_put_right(tmp_p
     pieces = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text)
     assert tokenizer(text).input_ids == [1, *pieces]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
-
-
-def permuted(weight, heads):
-    """Reorder rows of a query or key matrix from the halves of transformers to the pairs of GGUF's rotary layout."""
-    rows, columns = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-@pytest.fixture
-def gguf_file(tmp_path, tokenizer):
-    """Write a tiny random LLaMA as GGUF. Returns (path, model)."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-                         tie_word_embeddings=True, initializer_range=0.2)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    path = tmp_path / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_rope_freq_base(10000.0)
-    vocabulary = tokenizer.get_vocab()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    for key, weight in model.state_dict().items():
-        if key == "lm_head.weight":  # tied
-            continue
-        if "q_proj" in key or "k_proj" in key:
-            weight = permuted(weight, 4 if "q_proj" in key else 2)
-        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path, model
-
-
-def test_a_gguf_file_loads_and_can_be_saved(gguf_file, tokens, tmp_path):
-    path, model = gguf_file
-    load.load_config(path, llama.FAMILY)
-    loaded, tokenizer = load.load_model(path, "auto"), load.load_tokenizer(path)
-    with torch.no_grad():
-        expected = model(tokens).logits
-        assert torch.allclose(loaded(tokens).logits, expected, atol=1e-5)
-        save(tmp_path / "saved", loaded, tokenizer, {})
-        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-        assert torch.allclose(reloaded(tokens).logits, expected, atol=1e-5)

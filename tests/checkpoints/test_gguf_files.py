@@ -1,0 +1,343 @@
+"""Check that a GGUF file is read once, and is a folder from then on that gives the same, whole or not there."""
+
+import functools
+import hashlib
+import json
+import os
+import pkgutil
+import resource
+import signal
+import time
+
+import gguf
+import pytest
+import torch
+from commands import SMALL, run, torchrun
+from conftest import ROOT, VOCABULARY, save, saved_tensors
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
+
+import generate
+import llama
+from mixgpt.checkpoints import gguf_files, load
+from mixgpt.common import files
+from mixgpt.common.errors import InputError
+from mixgpt.modeling import streaming
+
+Q4_1 = gguf.GGMLQuantizationType.Q4_1
+TEXT = "Names refer to objects.\n\n  They are introduced by name binding operations; café."
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """Keep what is converted out of the user's cache. Gives its folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mixgpt"
+
+
+def permuted(weight, heads):
+    """Reorder rows of a query or key matrix from the halves of transformers to the pairs of GGUF's rotary layout."""
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def write_gguf(path, tokenizer, kind=None, change=None, seed=0):
+    """Write a tiny random LLaMA as GGUF. Returns the model.
+
+    kind: of quantization, for its matrices. change: called with the weights before, {name: tensor}.
+    """
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+                         tie_word_embeddings=True, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_rope_freq_base(10000.0)
+    vocabulary = tokenizer.get_vocab()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    state = model.state_dict()
+    if change:
+        change(state)
+    for key, weight in state.items():
+        if key == "lm_head.weight":  # tied
+            continue
+        if "q_proj" in key or "k_proj" in key:
+            weight = permuted(weight, 4 if "q_proj" in key else 2)
+        weight, quantized = weight.numpy(), kind if kind and weight.dim() == 2 else None
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)),
+                          gguf.quantize(weight, quantized) if quantized else weight, raw_dtype=quantized)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def test_a_gguf_file_loads_and_can_be_saved(tokenizer, tokens, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    model = write_gguf(path, tokenizer)
+    load.load_config(path, llama.FAMILY)
+    loaded = load.load_model(path, "auto")
+    with torch.no_grad():
+        expected = model(tokens).logits
+        assert torch.allclose(loaded(tokens).logits, expected, atol=1e-5)
+        save(tmp_path / "saved", loaded, load.load_tokenizer(path), {})
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert torch.allclose(reloaded(tokens).logits, expected, atol=1e-5)
+
+
+def plain(path, dtype):
+    """Load a GGUF file with plain transformers. Returns (model, tokenizer)."""
+    arguments = {"gguf_file": path.name}
+    return (AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **arguments,
+                                                 quantization_config=GgufConfig(dequantize=True)),
+            AutoTokenizer.from_pretrained(path.parent, **arguments))
+
+
+def converted(cache):
+    """Return the folders in the cache, whole or not."""
+    return sorted(file.name for file in cache.glob("*") if file.is_dir())
+
+
+def opened(path, dtype="auto"):
+    return load.open_model(path, load.load_config(path, llama.FAMILY), llama.FAMILY, dtype)
+
+
+def the_line(capsys, beginning):
+    """Return the one line on stderr, which must begin so."""
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(beginning), line
+    return line
+
+
+@pytest.mark.parametrize("kind", [None, Q4_1])
+@pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.bfloat16, torch.float16])
+def test_a_converted_file_gives_what_transformers_gives_to_the_bit_and_stays_on_disk(dtype, kind, tokenizer, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tokenizer, kind)
+    model, its_tokenizer = plain(path, dtype)
+    streamed = opened(path, dtype)
+    assert all(parameter.is_meta for parameter in streamed.parameters()) and streamed.dtype == model.dtype
+    whole = load.load_model(path, dtype)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(streamed.source.tensor(name), parameter), name
+        assert torch.equal(whole.get_parameter(name), parameter), name
+    assert streaming.fingerprint(streamed) == streaming.fingerprint(model)
+    for each in (streamed, whole):
+        assert each.generation_config.to_dict() == model.generation_config.to_dict()
+        ours, theirs = each.config.to_dict(), model.config.to_dict()
+        assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} <= {"architectures", "_name_or_path"}
+    mine = load.load_tokenizer(path)
+    assert mine(TEXT).input_ids == its_tokenizer(TEXT).input_ids
+    assert mine.special_tokens_map == its_tokenizer.special_tokens_map
+    assert mine.decode(mine(TEXT).input_ids) == its_tokenizer.decode(mine(TEXT).input_ids)
+
+
+def test_a_run_is_that_of_the_file_read_anew(tokenizer, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tokenizer, Q4_1)
+    arguments = [path, "builtin", "--sparsity", ".5", *SMALL, "--save"]
+    assert run(llama.FAMILY, *arguments, tmp_path / "converted") == 0
+    the_line(capsys, f"converted {path} into {tmp_path}/cache/mixgpt/gguf-")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")
+    assert run(llama.FAMILY, *arguments, tmp_path / "anew") == 0
+    line = the_line(capsys, f"warning  {path} is read anew in each run, which takes longer: it cannot be converted")
+    assert line.endswith("(No such file or directory)")
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                 "model.safetensors"):
+        assert (tmp_path / "converted" / name).read_bytes() == (tmp_path / "anew" / name).read_bytes(), name
+    records = [json.loads((tmp_path / name / "mixgpt.json").read_text()) for name in ("converted", "anew")]
+    assert records[0]["settings"]["model"] == str(path)
+    for record in records:
+        del record["seconds"], record["peak_memory"], record["settings"]["save"]
+    assert records[0] == records[1]
+
+
+def test_a_file_is_read_once_and_its_checksum_computed_once_a_process(tokenizer, cache, tmp_path, monkeypatch, capsys):
+    path, reads, checksums = tmp_path / "tiny.gguf", [], []
+    write_gguf(path, tokenizer)
+    reader, digest = gguf.GGUFReader, hashlib.file_digest
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *given: reads.append(given) or reader(*given))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: checksums.append(given) or digest(*given))
+    for _ in range(2):
+        assert run(llama.FAMILY, path, "builtin", "--sparsity", ".5", *SMALL) == 0
+        assert generate.main([str(path), "the list", "--max_new_tokens", "4", "--device", "cpu"]) == 0
+    assert len(reads) == len(checksums) == len(converted(cache)) == 1
+    assert "converted" in the_line(capsys, "converted")
+    gguf_files._folder_of.cache_clear()  # as in another process
+    opened(path)
+    assert len(reads) == 1 and len(checksums) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_belongs_to_the_content_of_a_file(tokenizer, cache, tmp_path):
+    one, two = tmp_path / "one.gguf", tmp_path / "two.gguf"
+    write_gguf(one, tokenizer)
+    first = opened(one).source.tensor("model.norm.weight"), converted(cache)
+    two.write_bytes(one.read_bytes())
+    opened(two)
+    assert converted(cache) == first[1]
+    model = write_gguf(one, tokenizer, change=lambda state: state["model.norm.weight"].mul_(2))
+    assert torch.equal(opened(one).source.tensor("model.norm.weight"), model.model.norm.weight)
+    assert not torch.equal(first[0], model.model.norm.weight) and len(converted(cache)) == 2
+    assert torch.equal(opened(two).source.tensor("model.norm.weight"), first[0])
+
+
+# ---- several processes, kills, disks ----------------------------------------------------------------------------
+
+
+def converting(path, cache, report, prepare=None):
+    """Open a GGUF file and report the sum of its weights, for `fork`. prepare: called before."""
+    os.environ["XDG_CACHE_HOME"] = str(cache.parent)
+    if prepare:
+        prepare()
+    model = opened(path)
+    report.write_text(str(sum(tensor.double().sum().item() for _, tensor in streaming.tensors_of(model))))
+
+
+def slow(started):
+    """Wait in the middle of a conversion, and tell of it."""
+    write = gguf_files._write
+
+    def waiting(folder, *given):
+        with started.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(1)
+        write(folder, *given)
+
+    gguf_files._write = waiting
+
+
+def test_of_processes_that_come_at_once_one_converts_and_the_others_wait(fork, tokenizer, cache, tmp_path):
+    path, started = tmp_path / "tiny.gguf", tmp_path / "started"
+    write_gguf(path, tokenizer)
+    processes = [fork(converting, path, cache, tmp_path / f"report{number}", functools.partial(slow, started))
+                 for number in range(3)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(started.read_text().splitlines()) == len(converted(cache)) == 1
+    assert len({(tmp_path / f"report{number}").read_text() for number in range(3)}) == 1
+
+
+def killed_at(path, call):
+    """Kill this process before call number `call` of the function at a dotted path."""
+    owner, _, name = path.rpartition(".")
+    owner, left = pkgutil.resolve_name(owner), [call]
+    function = getattr(owner, name)
+
+    def fatal(*given, **options):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return function(*given, **options)
+
+    setattr(owner, name, fatal)
+
+
+KILLS = {
+    "before it is read": ("mixgpt.checkpoints.load.read_config", 1),
+    "before it is written": ("mixgpt.checkpoints.gguf_files.check_room", 0),
+    "in the weights": ("mixgpt.modeling.streaming._append", 9),
+    "before all is on the disk": ("mixgpt.common.files._to_disk", 3),
+    "before it has its name": ("pathlib.Path.rename", 0),
+    "while it clears up": ("shutil.rmtree", 1),
+}
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_a_kill_leaves_no_folder_that_is_taken_for_whole(case, fork, tokenizer, cache, tmp_path):
+    path, report = tmp_path / "tiny.gguf", tmp_path / "report"
+    write_gguf(path, tokenizer)
+    process = fork(converting, path, cache, report, functools.partial(killed_at, *KILLS[case]))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    whole = [name for name in converted(cache) if not name.endswith(".partial")]
+    assert bool(whole) == (case == "while it clears up")
+    process = fork(converting, path, cache, report)
+    process.join()
+    assert process.exitcode == 0
+    name, = converted(cache)  # nothing of the first attempt is left
+    assert name.endswith("-float32")
+    model, _ = plain(path, "auto")
+    assert float(report.read_text()) == sum(tensor.double().sum().item() for tensor in model.parameters())
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line_and_the_file_is_read_anew(fork, tokenizer, cache, tmp_path, capsys,
+                                                                            monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tokenizer)
+    free = files.shutil.disk_usage
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: free(folder)._replace(free=1000))
+    model = opened(path)
+    assert the_line(capsys, f"warning  {path} is read anew").endswith("(No space left on device)")
+    assert torch.equal(model.model.norm.weight, plain(path, "auto")[0].model.norm.weight)
+    assert [file.name for file in cache.iterdir()] == ["gguf.lock"]
+
+    for nbytes in (100, 20_000, 80_000):  # a configuration, weights, a tokenizer
+        process = fork(converting, path, cache, tmp_path / "report", functools.partial(
+            resource.setrlimit, resource.RLIMIT_FSIZE, (nbytes, nbytes)))
+        process.join()
+        assert process.exitcode == 0
+        assert [file.name for file in cache.iterdir()] == ["gguf.lock"]
+
+
+def test_a_cache_that_is_a_file_does_not_matter(tokenizer, tmp_path, capsys):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tokenizer)
+    (tmp_path / "cache").write_text("")
+    assert not hasattr(opened(path), "source")
+    assert the_line(capsys, f"warning  {path} is read anew").endswith("(Not a directory)")
+
+
+def test_processes_of_torchrun_convert_a_file_once(tokenizer, cache, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tokenizer, Q4_1)
+    process = torchrun(2, ROOT / "llama.py", path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "two")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert errors.count(f"converted {path} into") == len(converted(cache)) == 1
+    assert run(llama.FAMILY, path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "one") == 0
+    one, two = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "two")
+    assert one.keys() == two.keys() and all((one[key] == 0).sum() == (two[key] == 0).sum() for key in one)
+
+
+# ---- files that cannot be used ----------------------------------------------------------------------------------
+
+DAMAGE = {
+    "junk": lambda path: path.write_bytes(b"GGUFjunk"), "empty": lambda path: path.write_bytes(b""),
+    "cut in the header": lambda path: path.write_bytes(path.read_bytes()[:999]),
+    "cut in the weights": lambda path: path.write_bytes(path.read_bytes()[:-999]),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_file_is_one_line_that_names_it_and_nothing_is_kept(case, tokenizer, cache, tmp_path, capsys):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tokenizer)
+    DAMAGE[case](path)
+    assert run(llama.FAMILY, path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved") == 2
+    the_line(capsys, f"llama.py: error: model {path}: ")
+    assert converted(cache) == [] and not (tmp_path / "saved").exists()
+
+
+def test_weights_that_are_nan_are_refused_and_nothing_is_kept(tokenizer, cache, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tokenizer, change=lambda state: state["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(InputError, match=f"model {path}: model.norm.weight holds NaN or inf"):
+        load.load_config(path, llama.FAMILY)
+    assert converted(cache) == []
