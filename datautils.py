@@ -1,7 +1,7 @@
-"""Calibration samples and test tokens from WikiText-2, PTB, C4 or text that comes with Python.
+"""Calibration samples and test tokens from WikiText-2, PTB, C4 or text shipped with Python.
 
-The joins, splits and the order of random draws are those of SparseGPT and GPTQ
-(github.com/IST-DASLab/sparsegpt, datautils.py), so the same seed gives the same samples as there.
+Joins, splits and the order of random draws follow SparseGPT and GPTQ (github.com/IST-DASLab/sparsegpt, datautils.py),
+so that the same seed gives the same samples.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ from mixgpt.text import hub
 from mixgpt.text.local import local_rows, one_line, text_column
 from mixgpt.text.sets import DATASETS
 
-DRAWS = 10_000  # new documents in a row that may be too short before C4 is given up
+DRAWS = 10_000  # consecutive new documents that may be too short before giving up
 
 
 def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=None):
     """Draw random segments of a train split.
 
-    Returns (LongTensor (nsamples, seqlen), source), source being a JSON-able dict that says where the
-    text is from. Raises InputError where the text cannot be had or is shorter than seqlen + 1 tokens.
+    Returns (LongTensor (nsamples, seqlen), source), source being a JSON-able dict that says where the text comes from.
+    Raises InputError if the text is unavailable or shorter than seqlen + 1 tokens.
     """
     rows, source = load_rows(dataset, "train", data_dir)
     return samples_of(rows, source, nsamples, seqlen, seed, tokenizer), source
 
 
 def samples_of(rows, source, nsamples, seqlen, seed, tokenizer):
-    """Draw random segments of rows that `load_rows` gave, or of some of them. Returns LongTensor (nsamples, seqlen)."""
+    """Draw random segments from all or some of the rows of `load_rows`. Returns LongTensor (nsamples, seqlen)."""
     rng, text_set = random.Random(seed), DATASETS[source["dataset"]]
     if text_set.by_document:
         samples = sample_documents(rows, nsamples, seqlen, rng, tokenizer)
@@ -44,15 +44,15 @@ def samples_of(rows, source, nsamples, seqlen, seed, tokenizer):
 def test_tokens(dataset, seqlen, tokenizer, data_dir=None):
     """Cut a test split into segments; the incomplete last one is dropped.
 
-    Returns (LongTensor (n, seqlen), source) as `calibration_samples` does. Raises InputError where the text
-    cannot be had or is shorter than seqlen tokens.
+    Returns (LongTensor (n, seqlen), source) as `calibration_samples` does. Raises InputError if the text is
+    unavailable or shorter than seqlen tokens.
     """
     rows, source = load_rows(dataset, "test", data_dir)
     return segments_of(rows, source, seqlen, tokenizer), source
 
 
 def segments_of(rows, source, seqlen, tokenizer):
-    """Cut rows that `load_rows` gave, or some of them, as a test split is cut. Returns LongTensor (n, seqlen)."""
+    """Cut all or some of the rows of `load_rows` like a test split. Returns LongTensor (n, seqlen)."""
     text_set = DATASETS[source["dataset"]]
     ids = token_ids(tokenizer, text_set.test_join.join(rows[: text_set.test_documents]))
     require_tokens(ids, seqlen, seqlen, source)
@@ -62,11 +62,11 @@ def segments_of(rows, source, seqlen, tokenizer):
 
 def token_ids(tokenizer, text):
     """Return the ids of the whole text, with the special tokens the tokenizer adds by default."""
-    return tokenizer(text, verbose=False).input_ids  # verbose warns that the text exceeds the model's length
+    return tokenizer(text, verbose=False).input_ids  # verbose would warn that the text exceeds the model's length
 
 
 def random_segment(ids, seqlen, rng):
-    """Return `seqlen` consecutive ids; never the last possible segment, as the ancestors draw."""
+    """Return `seqlen` consecutive random ids; never the last possible segment, as in SparseGPT and GPTQ."""
     start = rng.randint(0, len(ids) - seqlen - 1)
     return ids[start : start + seqlen]
 
@@ -83,8 +83,8 @@ def sample_documents(documents, nsamples, seqlen, rng, tokenizer):
 def long_document(documents, seqlen, rng, tokenizer, short):
     """Draw documents until one has more than `seqlen` tokens; return its ids and fill `short`.
 
-    The ancestors draw for ever where none is long enough; this raises InputError once every document or
-    `DRAWS` new ones in a row were too short.
+    SparseGPT and GPTQ draw forever if none is long enough; this raises InputError once all documents, or `DRAWS` new
+    ones in a row, were too short.
     """
     most = min(len(documents), len(short) + DRAWS)
     while len(short) < most:
@@ -102,7 +102,7 @@ def long_document(documents, seqlen, rng, tokenizer, short):
 
 
 def require_tokens(ids, needed, seqlen, source):
-    """Raise InputError where a text has fewer than `needed` tokens."""
+    """Raise InputError if a text has fewer than `needed` tokens."""
     if len(ids) < needed:
         raise InputError(
             f"--seqlen {seqlen}: the {source['split']} text of dataset {source['dataset']} has {len(ids)} "
@@ -124,7 +124,7 @@ def load_rows(dataset, part, data_dir):
 
 
 def hub_rows(dataset, split):
-    """Return the rows of a split from the hub or its cache, and which hub dataset that is."""
+    """Return the rows of a split from the hub or its cache, and the name of the hub dataset."""
     text_set = DATASETS[dataset]
     options = dict(text_set.hub_options)
     if text_set.hub_files:

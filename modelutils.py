@@ -1,4 +1,4 @@
-"""Families of models, and running a model one decoder layer at a time."""
+"""Model families, and running a model one decoder layer at a time."""
 
 import contextlib
 import math
@@ -11,16 +11,16 @@ import psutil
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-import mixgpt.modeling.baichuan  # noqa: F401, makes the Auto classes know Baichuan
+import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.family import Family
 
-SLICE = 1024  # tokens whose logits exist at a time
+SLICE = 1024  # tokens whose logits are in memory at a time
 
 
 def model_class(config):
-    """Return the class of causal language model that transformers builds for `config`, None where there is none."""
+    """Return the causal LM class that transformers builds for `config`, or None."""
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not isinstance(known, tuple):
         return known
@@ -36,7 +36,7 @@ class Execution:
     device: torch.device
     batch_size: int
     clock: Clock | None = None
-    on_host: bool = False  # keep hidden states of calibration on the host, where the device has room for them, too
+    on_host: bool = False  # keep calibration hidden states on the host even if the device has room
 
     def __post_init__(self):
         if self.clock is None:
@@ -47,15 +47,15 @@ class Execution:
         return self.family.layers_of(self.model)
 
     def embed(self, tokens, sets=1):
-        """Return the `Stream` of tokens (N, T) in front of the first layer; see `Stream.embed`."""
+        """Return the `Stream` of tokens (N, T) before the first layer; see `Stream.embed`."""
         return Stream.embed(self.model, self.family, tokens, self.batch_size, self.device, sets, self.on_host)
 
 
 @contextlib.contextmanager
 def on_device(modules, device):
-    """Keep `modules` on `device` within the block; afterwards on the host, or on disk where they have a `Source`.
+    """Keep `modules` on `device` within the block; afterwards on the host, or on disk if they have a `Source`.
 
-    Changes to modules that have a source are lost with the end of the block, unless they were written there.
+    Changes to modules with a source are lost at the end of the block, unless written to the source.
     """
     held = []
     try:
@@ -76,7 +76,7 @@ def on_device(modules, device):
 
 @contextlib.contextmanager
 def whole(model, family, device):
-    """Keep all of a model on `device` within the block, to run it as it is."""
+    """Keep the whole model on `device` within the block, to run it as usual."""
     with on_device([*family.before_of(model), *family.layers_of(model), *family.after_of(model)], device):
         yield
 
@@ -87,9 +87,9 @@ class _LastLayerReached(Exception):
 
 @contextlib.contextmanager
 def _recording(layers, calls):
-    """Let every layer pass its input on unchanged and append its keyword arguments to `calls`.
+    """Make every layer return its input unchanged and append its keyword arguments to `calls`.
 
-    All layers are recorded, not only the first: models with sliding windows give their layers different masks.
+    All layers, not only the first: models with sliding windows pass different masks to different layers.
     """
     def record(hidden, **kwargs):
         calls.append((hidden, kwargs))
@@ -99,7 +99,7 @@ def _recording(layers, calls):
 
     try:
         for layer in layers:
-            layer.forward = record  # on the instance, so that what the model reads off its layers stays
+            layer.forward = record  # on the instance, to preserve attributes the model reads from its layers
         yield
     finally:
         for layer in layers:
@@ -107,15 +107,15 @@ def _recording(layers, calls):
 
 
 def free_memory(device):
-    """Return the bytes of a GPU that new tensors can take: what is free, and what PyTorch holds but does not use."""
+    """Return the bytes of GPU memory available to new tensors: free, or cached by PyTorch's allocator but unused."""
     return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
             - torch.cuda.memory_allocated(device))
 
 
 def place_for(nbytes, device, on_host=False):
-    """Choose where nbytes of hidden states lie: on the "device", the "host" or, mapped, on "disk".
+    """Choose where to keep nbytes of hidden states: on the "device", the "host" or, memory-mapped, on "disk".
 
-    It is the first of these that has ample room; with on_host, of the latter two.
+    The first of these with ample room; on_host skips the device.
     """
     if device.type == "cuda" and not on_host and 4 * nbytes <= free_memory(device):
         return "device"
@@ -123,7 +123,7 @@ def place_for(nbytes, device, on_host=False):
 
 
 def allocate(shape, dtype, device, place):
-    """Return an uninitialised tensor at a place that `place_for` chose. Raises InputError where the disk is full."""
+    """Return an uninitialised tensor at the place chosen by `place_for`. Raises InputError if the disk is full."""
     if place != "disk":
         return torch.empty(shape, dtype=dtype, device=device if place == "device" else "cpu")
     nbytes = math.prod(shape) * dtype.itemsize
@@ -138,20 +138,20 @@ def allocate(shape, dtype, device, place):
 
 @dataclass
 class Stream:
-    """The hidden states of a set of sequences at the border of a layer."""
+    """The hidden states of a set of sequences between two layers."""
 
     hidden: torch.Tensor  # (N, T, C)
     batch_size: int
     device: torch.device  # where layers run
     kwargs: dict = field(default_factory=dict)  # batch size -> keyword arguments of every layer
-    place: str = ""  # of the hidden states, as `place_for` chose it
+    place: str = ""  # of the hidden states, as chosen by `place_for`
 
     @classmethod
     @torch.no_grad()
     def embed(cls, model, family, tokens, batch_size, device, sets=1, on_host=False):
-        """Run what lies before the first layer on tokens (N, T); batches of batch_size, 1 and the remainder.
+        """Run the modules before the first layer on tokens (N, T); record kwargs for batches of batch_size, 1 and rest.
 
-        sets: how many of such hidden states there will be; one place is chosen for all. on_host: not on the device.
+        sets: number of such sets of hidden states to make room for, all in one place. on_host: not on the device.
         """
         N, T = tokens.shape
         layers = family.layers_of(model)
@@ -171,12 +171,12 @@ class Stream:
         return stream
 
     def twin(self):
-        """Return a stream of the same hidden states, in memory of its own at the same place."""
+        """Return a stream with a copy of the hidden states, in the same place."""
         hidden = allocate(self.hidden.shape, self.hidden.dtype, self.device, self.place).copy_(self.hidden)
         return replace(self, hidden=hidden)
 
     def batches(self, N=None):
-        """Return the slices of sequences that run together."""
+        """Return the slices of sequences that form the batches."""
         N = len(self.hidden) if N is None else N
         return [slice(start, min(start + self.batch_size, N)) for start in range(0, N, self.batch_size)]
 
@@ -210,16 +210,16 @@ def linears(layer):
 
 @torch.no_grad()
 def shared_inputs(layer, index, stream):
-    """Find which linears of a layer read the same tensor, by running one sequence through it.
+    """Group the linears of a layer that read the same tensor, by running one sequence through it.
 
-    Returns a list of lists of names, in the order in which the inputs are first read. Linears that do not run
-    as modules are missing.
+    Returns a list of lists of names, in the order in which the inputs are first read. Linears not called as modules
+    are missing.
     """
-    groups, inputs = {}, []  # the inputs are kept, so that no address is used twice
+    groups, inputs = {}, []  # inputs are kept alive, so that no address is reused
 
     def note(name, X):
         inputs.append(X)
-        # a change in place makes another input of the same tensor
+        # a tensor changed in place counts as another input
         group = groups.setdefault((X.data_ptr(), X.shape, X.stride(), X._version), [])
         if name not in group:
             group.append(name)
@@ -231,7 +231,7 @@ def shared_inputs(layer, index, stream):
 
 @contextlib.contextmanager
 def hooked(readers, outputs=False):
-    """Call readers[module](input) before each run of a module, or with its output after it, within the block."""
+    """Within the block, call readers[module](input) before each forward of a module, or with its output after it."""
     handles = [module.register_forward_hook(lambda _, args, output, read=read: read(output)) if outputs
                else module.register_forward_pre_hook(lambda _, args, read=read: read(args[0]))
                for module, read in readers.items()]

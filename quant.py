@@ -1,24 +1,24 @@
-"""Integer grids for weights, as GPTQ (arXiv 2210.17323) uses them, one for every output channel or group of columns.
+"""Integer grids for weights, as in GPTQ (arXiv 2210.17323), one per output channel or group of columns.
 
-A weight on its grid is w = scale · (code − zero) with code 0 … 2^wbits − 1: zero itself is always on the grid.
+A weight on its grid is w = scale · (code − zero) with code 0 … 2^wbits − 1; the value 0 is always on the grid.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 
-SHRINKS = torch.linspace(1, 0.2, 65).tolist()  # ranges that the search tries, as fractions of the largest
-CLOSE = 2e-5  # to the sparsity that is asked for
+SHRINKS = torch.linspace(1, 0.2, 65).tolist()  # ranges tried by the search, as fractions of the full range
+CLOSE = 2e-5  # tolerance on the sparsity
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What grids a run uses."""
+    """The quantization scheme of a run."""
 
     wbits: int
-    groupsize: int = -1  # columns of a row that share a grid, −1: all
-    sym: bool = False  # zero in the middle of the codes
-    mse: bool = False  # search the range with the least squared error, instead of the one that holds all weights
+    groupsize: int = -1  # columns per grid, −1: the whole row
+    sym: bool = False  # symmetric: zero point in the middle of the codes
+    mse: bool = False  # search the range with the least squared error, instead of covering all weights
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Grid:
     scheme: Scheme
     scale: torch.Tensor  # (out, groups), in the dtype of the weights
     zero: torch.Tensor  # (out, groups), uint8
-    group: torch.Tensor  # (in,), int32: the group of each column
+    group: torch.Tensor  # (in,), int32: group index of each column
 
     def to(self, device):
         return replace(self, scale=self.scale.to(device), zero=self.zero.to(device), group=self.group.to(device))
 
     def codes(self, W):
-        """Return the codes (out, in), uint8, of weights W (out, in). Raises ValueError where W is not on the grid."""
+        """Return the codes (out, in), uint8, of weights W (out, in). Raises ValueError if W is not on the grid."""
         zero, largest = self.zero[:, self.group], 2**self.scheme.wbits - 1
         steps = (W.float() / self.scale.float()[:, self.group]).round()
         codes = (steps + zero).clamp(0, largest).to(torch.uint8)
-        # a weight with 8 bits in bfloat16 is rounded by up to a step: then it may be that of the next code
+        # bfloat16 rounds an 8-bit weight by up to one step: the weight may belong to the neighbouring code
         beyond = (steps + steps.sign() + zero).clamp(0, largest).to(torch.uint8)
         codes = torch.where(self.weights(codes) == W, codes, beyond)
         if not torch.equal(self.weights(codes), W):
@@ -51,11 +51,11 @@ class Grid:
 
 
 def find_grid(W, pruned, scheme, dtype):
-    """Choose scale and zero for every row of W (out, n), whose kept weights share a grid.
+    """Choose scale and zero for every row of W (out, n); the kept weights of a row share a grid.
 
-    pruned: mask (out, n) of the weights that become 0 and do not count. dtype: of the scale, that of the weights in
-    the end. Returns scale and zero, (out,) each in the dtype of W. The range of a grid is that of the kept weights
-    and 0; with scheme.mse it is shrunk to the fraction, one of SHRINKS, with the least squared error.
+    pruned: mask (out, n) of the weights to ignore. dtype: that of the saved weights, to which the scale is rounded.
+    Returns scale and zero, (out,) each, in the dtype of W. A grid spans the kept weights and 0; with scheme.mse its
+    range is shrunk by the factor in SHRINKS with the least squared error.
     """
     W = W.masked_fill(pruned, 0)
     low, high = W.amin(1).clamp_max(0), W.amax(1).clamp_min(0)
@@ -76,8 +76,8 @@ def find_grid(W, pruned, scheme, dtype):
 
 def _fit(low, high, scheme, dtype):
     codes = 2**scheme.wbits - 1
-    scale = ((high - low) / codes).to(dtype).to(low.dtype)  # as it is saved
-    scale = torch.where(scale > 0, scale, 1.0)  # a row without weights has no range: any scale does
+    scale = ((high - low) / codes).to(dtype).to(low.dtype)  # as saved
+    scale = torch.where(scale > 0, scale, 1.0)  # no kept weights, no range: any scale will do
     if scheme.sym:
         return scale, torch.full_like(scale, 2 ** (scheme.wbits - 1))
     return scale, (-low / scale).round().clamp(0, codes)
@@ -94,10 +94,10 @@ def to_multiples(W, scale, low, high, dtype):
 
 
 def meet_sparsities(attempt, sparsities, attempts=4):
-    """Prune less by as much as rounding makes 0, so that the shares of zeros in matrices come to `sparsities`.
+    """Prune fewer weights by as many as rounding sets to 0, so that each matrix ends up at its sparsity.
 
-    attempt: called with sparsities, returns a list of (W, whatever). Called up to `attempts` times, by the secant
-    method for each matrix. Returns what it gave last. Where rounding alone makes more zeros, there are more.
+    attempt: called with a list of sparsities, returns a list of (W, anything); called up to `attempts` times, with the
+    secant method per matrix. Returns its last result. If rounding alone exceeds the sparsity, the excess remains.
     """
     asked, before = list(sparsities), None
     for left in reversed(range(attempts)):
@@ -115,7 +115,7 @@ def meet_sparsities(attempt, sparsities, attempts=4):
 
 
 def quantize_nearest(W, scheme):
-    """Round every weight of W (out, in) to the nearest value of its grid; 0 stays 0. Returns W's like and a `Grid`."""
+    """Round every weight of W (out, in) to the nearest grid value; 0 stays 0. Returns the new W and its `Grid`."""
     rows, columns = W.shape
     width = columns if scheme.groupsize == -1 else scheme.groupsize
     groups = W.float().reshape(-1, width)  # (out · groups, width)

@@ -1,8 +1,8 @@
-"""SparseGPT (arXiv 2301.00774): the Hessian of an input, saliencies of weights, and the walk over the columns.
+"""SparseGPT (arXiv 2301.00774): the Hessian of a layer's input, weight saliencies, and the walk over the columns.
 
 Notation: Y = X Wᵀ with W (out, in); H = (2/N) Xᵀ X (in, in) over N sequences; H + λI = R Rᵀ with R upper triangular,
-and U = R⁻¹, so that (H + λI)⁻¹ = Uᵀ U. The inverse Hessian of the columns not yet processed has U_mm² = 1/R_mm² at its
-first diagonal place.
+and U = R⁻¹, so that (H + λI)⁻¹ = Uᵀ U. The first diagonal entry of the inverse Hessian of the columns not yet
+processed is U_mm² = 1/R_mm².
 """
 
 import itertools
@@ -18,30 +18,30 @@ from mixgpt.kernels.linalg import damping, row_energies, smallest, upper_blocks,
 from mixgpt.kernels.matmul import exact_bfloat16, suits, times_transposed
 from quant import Grid, Scheme, find_grid
 
-MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H is factored then
-WIDE = 512  # columns that are updated in one product from all columns before them
+MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H can be factored
+WIDE = 512  # columns updated from all columns before them in one product
 
 
 # ---- the Hessian of an input -----------------------------------------------------------------------------------
 
 
 class SparseGPT:
-    """The Hessian of one distinct input, added up batch by batch, and its factor for every matrix that reads it."""
+    """The Hessian of one input, accumulated batch by batch, and its factor for all matrices that read this input."""
 
     def __init__(self, columns, nsequences, device):
-        """Start from H = 0. columns: width of the input. nsequences: N of H = (2/N) Xᵀ X."""
+        """Start from H = 0. columns: width of the input. nsequences: N in H = (2/N) Xᵀ X."""
         self._blocks = upper_blocks(columns)
-        # the upper triangle by blocks of columns, each down to its diagonal, without the factor 2/N
+        # the upper triangle in blocks of columns, each down to its diagonal, without the factor 2/N
         self._sums = [torch.zeros(B.stop, B.stop - B.start, device=device) for B in self._blocks]
         self._scale = 2 / nsequences
         self._shift = self._gain = None
-        self.sums = []  # of each batch, (B,): sums of the inputs of a sequence, by who adds them
+        self.sums = []  # per batch, (B,): the sum of each sequence's input; to find those not finite
 
     def add_batch(self, X, shift=None, gain=None, weights=None):
-        """Add inputs X (..., in) to the blocks on and above the diagonal of H: exact products, float32 sums.
+        """Accumulate inputs X (..., in) into the blocks on and above the diagonal of H: exact products, float32 sums.
 
-        What the outputs shall come close to, where it is not X Wᵀ: with shift (..., in), (X + shift) Wᵀ; with gain
-        (..., out), X Wᵀ + gain. weights (tokens,): how often each token counts (default: once).
+        The regression target is X Wᵀ; with shift (..., in), (X + shift) Wᵀ; with gain (..., out), X Wᵀ + gain.
+        weights: (tokens,), the weight of each token (default: 1).
         """
         X = X.reshape(-1, X.shape[-1])
         equal = weights is None
@@ -68,7 +68,7 @@ class SparseGPT:
 
     @cached_property
     def H(self):
-        """The Hessian (in, in), complete: no batch is added after this was asked for."""
+        """The complete Hessian (in, in). No batch can be added once it has been read."""
         H = torch.empty(self._blocks[-1].stop, self._blocks[-1].stop, device=self._sums[0].device)
         for B in self._blocks:
             block = self._sums.pop(0).mul_(self._scale)
@@ -78,9 +78,9 @@ class SparseGPT:
         return H
 
     def factor(self, percdamp, order=None):
-        """Factor the Hessian once for all matrices; see `factor`. Returns the percdamp that was needed.
+        """Factor the Hessian once for all matrices; see `factor`. Returns the percdamp used.
 
-        order: (in,), the columns in the order in which to walk them (default: as they are).
+        order: (in,), column indices in the order of the walk (default: unchanged).
         """
         self.order = slice(None) if order is None else order
         self.back = slice(None) if order is None else order.argsort()
@@ -88,12 +88,12 @@ class SparseGPT:
         return self.percdamp
 
     def wanted(self, W):
-        """Return the weights W* (out, in), columns in the order of the walk, that the pruned ones shall come close to.
+        """Return the target weights W* (out, in) that pruning should approximate, columns in the order of the walk.
 
-        W: (out, in), those of the dense model, which are W* where no batch had a shift s or a gain g. Else, with
-        D = (2/N) Σ s ẋᵀ and G = (2/N) Σ g ẋᵀ over the inputs ẋ, W* = W + (W D + G) (H + λI)⁻¹ solves the least squares
-        problem for the outputs W (ẋ + s) + g with a ridge of λ around W. Around W*, the loss of any other weights is
-        the same quadratic as around W before. Weights that are 0 stay 0. Compare QEP (arXiv 2504.09629).
+        W: (out, in), the dense weights. W* = W if no batch had a shift s or a gain g. Otherwise, with
+        D = (2/N) Σ s ẋᵀ and G = (2/N) Σ g ẋᵀ over the inputs ẋ, W* = W + (W D + G) (H + λI)⁻¹: ridge regression onto
+        the outputs W (ẋ + s) + g, with penalty λ on the distance from W. The loss around W* is the same quadratic as
+        without a shift or gain around W. Zero weights stay zero. Compare QEP (arXiv 2504.09629).
         """
         W, moment = W[:, self.order], 0.0
         if self._shift is None and self._gain is None:
@@ -108,17 +108,17 @@ class SparseGPT:
 
 
 def _features(X, factors=None):
-    """Return X (..., width), times factors (tokens,), as floats by features, (width, tokens)."""
-    features = X.reshape(-1, X.shape[-1]).t().contiguous().float()  # a transposed copy of floats takes longer
+    """Return X (..., width), scaled by factors (tokens,), as a contiguous float32 (width, tokens)."""
+    features = X.reshape(-1, X.shape[-1]).t().contiguous().float()  # transposing after the conversion is slower
     return features if factors is None else features * factors
 
 
 def factor(H, percdamp=0.01):
     """Factor the damped Hessian: R upper triangular with H + λI = R Rᵀ, λ = percdamp · mean(diag H).
 
-    H: (in, in), symmetric; its upper triangle is read. Returns R (in, in) and the percdamp that was needed: where
-    H + λI is not positive definite it is raised in steps of 10, from at least 1e-4, up to MAX_DAMPING.
-    Raises torch.linalg.LinAlgError where H is not finite or cannot be factored at the limit.
+    H: (in, in), symmetric; only its upper triangle is read. Returns R (in, in) and the percdamp used: while H + λI is
+    not positive definite, percdamp is multiplied by 10, starting from at least 1e-4, up to MAX_DAMPING.
+    Raises torch.linalg.LinAlgError if H is not finite or cannot be factored even with MAX_DAMPING.
     """
     if not H.diagonal().isfinite().all():
         raise torch.linalg.LinAlgError("the Hessian holds NaN or inf")
@@ -132,14 +132,14 @@ def factor(H, percdamp=0.01):
 
 
 def activation_order(h, prunem=0):
-    """Return the columns in order of decreasing h (in,), the diagonal of H; n:m groups stay whole, by their sum."""
+    """Order the columns by decreasing h (in,), the diagonal of H; n:m groups stay together, ordered by their sum."""
     groups = h.view(-1, prunem or 1)
     order = groups.sum(1).argsort(descending=True, stable=True)
     return torch.arange(len(h), device=h.device).view(groups.shape)[order].flatten()
 
 
 def relative_error(W, W_hat, H):
-    """Return ‖(W − Ŵ) X‖² / ‖W X‖² over the calibration inputs behind H (0 where W X vanishes).
+    """Return ‖(W − Ŵ) X‖² / ‖W X‖² over the calibration inputs of H (0 if W X vanishes).
 
     W, W_hat: (out, in). H: (in, in), undamped; its scale cancels.
     """
@@ -147,7 +147,7 @@ def relative_error(W, W_hat, H):
 
 
 def relative_errors(W, W_hat, H, counts):
-    """Return the `relative_error` of each of several matrices, stacked. counts: the rows of each."""
+    """Return the `relative_error` of each of several stacked matrices. counts: rows of each."""
     lost, whole = ([energies.sum().item() for energies in row_energies(A, H).split(counts)] for A in (W - W_hat, W))
     return [max(error, 0.0) / scale if scale else 0.0 for error, scale in zip(lost, whole, strict=True)]
 
@@ -155,12 +155,12 @@ def relative_errors(W, W_hat, H, counts):
 # ---- saliencies ------------------------------------------------------------------------------------------------
 
 
-# The saliency of a weight is w² times a factor of its column, which is what these functions return, (in,), from
-# h (in,), the diagonal of H, and u (in,), that of U. `row_weights` of the walk are factors of rows beside it.
+# The saliency of a weight is w² times a column factor. These functions return the column factors (in,) from
+# h (in,), the diagonal of H, and u (in,), the diagonal of U. The walk's `row_weights` multiply saliencies per row.
 
 
 def obs_saliency(h, u):
-    """Score weights by the loss that removing them adds, after compensation.
+    """Score weights by the loss increase when they are removed, after compensation.
 
     SparseGPT (arXiv 2301.00774), eq. 3: w² / [H⁻¹]_mm, and [H⁻¹]_mm = u_m² for the columns not yet processed.
     """
@@ -168,7 +168,7 @@ def obs_saliency(h, u):
 
 
 def isc_saliency(h, u):
-    """Score weights by the loss that removing them adds, before and after compensation.
+    """Score weights by the loss increase when they are removed, before plus after compensation.
 
     MixGPT (arXiv 2310.09499), eq. 4: w² (H_mm + 1 / [H⁻¹]_mm), with [H⁻¹]_mm = u_m². The released code divides by u_m.
     """
@@ -180,11 +180,11 @@ def isc_saliency(h, u):
 
 @dataclass(frozen=True)
 class WalkOptions:
-    """How the columns are walked."""
+    """Options of the walk over the columns."""
 
-    blocksize: int = 128  # columns whose mask is chosen at once, and over which pruned weights are spread evenly
+    blocksize: int = 128  # columns whose mask is chosen at once; each block gets an equal share of the sparsity
     saliency: Callable = obs_saliency
-    scheme: Scheme | None = None  # to whose grids the kept weights are rounded
+    scheme: Scheme | None = None  # quantization of the kept weights
 
 
 def prune_matrix(W, R, h, *target, dtype=torch.float32, row_weights=None, **options):
@@ -193,24 +193,24 @@ def prune_matrix(W, R, h, *target, dtype=torch.float32, row_weights=None, **opti
 
 
 def prune_matrices(matrices, R, h, targets, options=WalkOptions(), dtype=torch.float32, row_weights=None):  # noqa: B008
-    """Prune and quantize matrices that read the same input, and let their remaining columns compensate each error.
+    """Prune and quantize matrices that read the same input, compensating each error in the remaining columns.
 
-    SparseGPT, algorithm 1, and GPTQ (arXiv 2210.17323): a kept weight is rounded to a grid that is found when the walk
-    reaches its columns.
+    SparseGPT, algorithm 1, and GPTQ (arXiv 2210.17323): kept weights are rounded to a grid that is chosen when the
+    walk reaches its columns.
 
-    matrices: (out, in) each, float32 or float64; walked together, stacked. R: (in, in) from `factor`. h: (in,),
-    diagonal of H without damping. targets: (sparsity, prunen, prunem) of each, the latter two 0 where left out.
-    dtype: in which grid values must be exact. row_weights: (rows of all,), factors of the saliencies of each row.
+    matrices: (out, in) each, float32 or float64; stacked and walked together. R: (in, in) from `factor`. h: (in,),
+    diagonal of H without damping. targets: (sparsity, prunen, prunem) per matrix, the latter two 0 if omitted.
+    dtype: in which grid values must be exact. row_weights: (total rows,), factors of the saliencies per row.
 
     Prunes round(sparsity · numel) weights, spread evenly over column blocks. Weights quantized to zero count; the last
-    block's number is an estimate. With prunem > 0, the same for all matrices, prunes prunen of every prunem consecutive
-    weights of a row instead, chosen when the walk reaches them. Weights that are 0 stay 0, even where these are more
-    than was asked for.
+    block's number is an estimate. With prunem > 0 (the same for all matrices), prunes prunen of every prunem
+    consecutive weights of a row instead, chosen when the walk reaches them. Zero weights stay zero, even if they exceed
+    the target.
 
-    Returns a list of new matrices (out, in), each with its quant.Grid, None without a scheme.
-    Raises ValueError where prunem or the group size does not divide the columns, or neither the other.
+    Returns a list of (new matrix (out, in), its quant.Grid or None without a scheme).
+    Raises ValueError if prunem or the group size does not divide the columns, or neither divides the other.
 
-    Columns that no input reaches (h = 0) are free to prune: they go first, and keep their weights otherwise.
+    Columns whose input is always zero (h = 0) cost nothing to prune: they go first, and are otherwise unchanged.
     """
     walk = _Walk(matrices, R, h, targets, options, dtype, row_weights)
     W = walk.run().t()
@@ -222,22 +222,22 @@ def prune_matrices(matrices, R, h, targets, options=WalkOptions(), dtype=torch.f
 class _Walk:
     """One pass over the columns of stacked matrices.
 
-    Columns lie in nested ranges of decreasing width. On entering a range all its columns receive what the columns
-    before it leave to compensate, in one matrix product: so a whole range is up to date when its first column is
-    reached, and that is when its mask and its grid are chosen.
+    Columns are split into nested ranges of decreasing width. On entering a range, one matrix product updates all its
+    columns for the errors of the columns before it. The whole range is then up to date, and its mask and grid are
+    chosen.
 
-    With P the columns before a range B of the first level and D = W − Ŵ there, B receives D_P R_PB R_BB⁻¹, so that
-    only the small R_BB is inverted. Within B, whose U = R_BB⁻¹ is at hand then, it is −E U as in the paper, E the
-    errors over the diagonal of U.
+    For a top-level range B, with P the columns before it and D = W − Ŵ there, the update is D_P R_PB R_BB⁻¹, so only
+    the small R_BB is inverted. Within B, U = R_BB⁻¹ is known and the update is −E U as in the paper, with E the errors
+    divided by the diagonal of U.
     """
 
     def __init__(self, matrices, R, h, targets, options, dtype, row_weights):
-        # (in, out) here, where oneDNN multiplies with contiguous rows, else with contiguous columns
+        # (in, out): with contiguous rows where oneDNN does the products, else with contiguous columns
         self.rowwise = suits(R, *matrices)
         self.W = torch.cat(matrices).t() if self.rowwise else torch.cat([W.t() for W in matrices], dim=1)
         self.columns = len(self.W)
-        self.D = [] if self.rowwise else torch.empty_like(self.W)  # a list of W − Ŵ by ranges, (out, range) each
-        self.mask = self.W == 0  # weights pruned before stay 0
+        self.D = [] if self.rowwise else torch.empty_like(self.W)  # a list of W − Ŵ per range, (out, range) each
+        self.mask = self.W == 0  # zero weights stay zero
         self.R = R
         self.factors = options.saliency(h, 1 / R.diagonal()).masked_fill(h == 0, 0)
         self.row_weights = row_weights
@@ -245,18 +245,18 @@ class _Walk:
         self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
         sparsities, prunens, prunems = zip(*((*target, 0, 0)[:3] for target in targets), strict=True)
         self.sparsities, self.prunens, self.prunem = sparsities, prunens, prunems[0]
-        self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # before the last block, and where it was
+        self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # zeros before the last block, and its columns
         scheme = self.scheme = options.scheme
         self.dtype = dtype
         self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
         self.grids = []
-        # masks of n:m are chosen column group by column group, where no grid is finer
+        # n:m masks are chosen one column group at a time, unless grids are narrower
         self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem
         self.widths = self._nest(options.blocksize)
         self.walk_columns = columns.fastest(self.W.device, dtype if scheme else None, self.W.dtype)
 
     def _nest(self, blocksize):
-        """Return the widths of the ranges, such that those with a mask or a grid of their own are among them."""
+        """Return the widths of the nested ranges, including those of a mask unit and of a grid group."""
         m, g = self.prunem or 1, self.groupsize or 1
         for name, width in {"prunem": m, "groupsize": g}.items():
             if self.columns % width:
@@ -264,11 +264,11 @@ class _Walk:
         if m % g and g % m:
             raise ValueError(f"prunem {m}, groupsize {g}: one must divide the other")
         block = max(blocksize, m)
-        for unit in sorted({m, g}):  # whole groups of both kinds where they fit in
+        for unit in sorted({m, g}):  # whole groups of both kinds where they fit
             block = block // unit * unit or block
         self.unit = self.prunem or block  # columns whose mask is chosen at once
         widths = {max(WIDE // block, 1) * block, block}
-        if 0 < self.groupsize < self.columns:  # else the only grid is there from the start
+        if 0 < self.groupsize < self.columns:  # else there is one grid, chosen at the start
             widths.add(g)
         if not self.chosen_inside:
             widths.add(self.unit)
@@ -295,7 +295,7 @@ class _Walk:
         return self.W
 
     def _receive(self, B):
-        """Let a range of the first level compensate the errors of all columns before it."""
+        """Update a top-level range for the errors of all columns before it."""
         if not self.rowwise:
             self.W[B].addmm_(self.U.t(), self.R[:B.start, B].t() @ self.D[:B.start])
             return
@@ -306,7 +306,7 @@ class _Walk:
         self.W[B] += times_transposed(received, self.U.t()).t()
 
     def _enter(self, left, right, widths):
-        """Walk columns left … right − 1, which are up to date, in ranges of the first of `widths`."""
+        """Walk columns left … right − 1, which are up to date, in ranges of width widths[0]."""
         width, *finer = widths
         for start in range(left, right, width):
             stop = min(start + width, right)
@@ -327,11 +327,11 @@ class _Walk:
         self._mark_least(self.mask[start:stop], start, stop, counts)
 
     def _counts(self, start, stop):
-        """Return how many weights of each matrix go in the block of columns start … stop − 1.
+        """Return how many weights of each matrix to prune in the block of columns start … stop − 1.
 
-        On a GPU these are tensors where they depend on what was rounded to 0: the host does not wait for them.
+        On a GPU, counts that depend on weights quantized to zero are tensors, so that the host does not synchronize.
         """
-        # cumulative counts: the last block meets the total exactly, but for what is rounded to 0 there
+        # cumulative counts: the last block meets the total exactly, except for weights it quantizes to zero
         counts = [round(sparsity * ((rows.stop - rows.start) * stop))
                   for sparsity, rows in zip(self.sparsities, self.rows, strict=True)]
         if self.scheme is None:
@@ -344,13 +344,13 @@ class _Walk:
         for i, rows in enumerate(self.rows):
             zeros, removed = (W[:, rows] == 0).sum(), mask[:, rows].sum()
             self.zeros[i] = self.zeros[i] + zeros
-            again = ((zeros - removed).double() * growth).round().long()  # as many are rounded to 0 again
+            again = ((zeros - removed).double() * growth).round().long()  # expect as many to be rounded to 0 again
             count = (counts[i] - self.zeros[i] - again).clamp_min(0)
             counts[i] = count if self.W.is_cuda else int(count)
         return counts
 
     def _mark_least(self, mask, start, stop, counts):
-        """Set in `mask` the least salient weights of each matrix in columns start … stop − 1, as things are."""
+        """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1."""
         scores = self.W[start:stop].square().mul_(self.factors[start:stop, None])
         if self.row_weights is not None:
             scores.mul_(self.row_weights)
@@ -382,7 +382,7 @@ class _Walk:
                           self.factors[start:stop], groups, grid)
 
     def grid(self, rows):
-        """Return the grids of a matrix, in the order of the walk."""
+        """Return the Grid of a matrix, columns in the order of the walk."""
         if self.scheme is None:
             return None
         scale, zero = (torch.stack(values, 1)[rows] for values in zip(*self.grids, strict=True))
