@@ -1,7 +1,7 @@
-"""Choose the weights to keep by ADMM and solve those exactly: better layers than one walk over the columns gives.
+"""Choose the weights to keep by ADMM, then solve for them exactly: a lower layer error than one walk over the columns.
 
-Notation: W (out, in), W* the weights that are wanted, H (in, in) positive definite; a row w costs
-(w − w*) H (w − w*)ᵀ. All functions here expect columns in the scale in which H has a unit diagonal, W √diag(H).
+Notation: W (out, in), W* the target weights, H (in, in) positive definite; a row w costs (w − w*) H (w − w*)ᵀ. All
+functions here expect columns scaled so that H has a unit diagonal: W √diag(H).
 """
 
 import itertools
@@ -13,25 +13,25 @@ from mixgpt.kernels.linalg import smallest
 from mixgpt.kernels.matmul import rough_product_with, times_transposed
 
 ITERATIONS = 16  # of ADMM
-RAMP = 12  # iterations over which the sparsity rises to what is asked for
+RAMP = 12  # iterations over which the sparsity rises to its target
 STEPS = 6  # of conjugate gradients
-SAMPLE = 2**16  # scores of a matrix, at least, that tell about how large the k-th smallest one is
+SAMPLE = 2**16  # least number of a matrix's scores from which the k-th smallest is estimated
 
 
 def keep_mask(scores, targets, fraction=1.0, exact=True):
-    """Mark what is kept when the smallest scores of each of several matrices, stacked, are removed.
+    """Mark the weights to keep when the smallest scores of each of several stacked matrices are removed.
 
-    scores: (out, in), 0 where a weight must go. targets: (rows, sparsity, prunen, prunem) of each matrix, rows a slice
-    of the stack; round(sparsity · numel) weights go, or prunen of every prunem consecutive ones of a row. fraction: of
-    those numbers. exact: else they are met about where there are no groups, by what a sample of the scores says.
-    Returns a mask (out, in) of ones and zeros in the dtype of the scores, by which products are fast.
+    scores: (out, in), 0 where a weight must go. targets: (rows, sparsity, prunen, prunem) per matrix, rows a slice of
+    the stack; round(sparsity · numel) weights go, or prunen of every prunem consecutive ones of a row. fraction:
+    multiplies these numbers. exact: if False, unstructured counts are only approximate, from a sample of the scores.
+    Returns a mask (out, in) of ones and zeros in the dtype of the scores, fast to multiply by.
     """
     keep = torch.empty_like(scores)
     for rows, sparsity, prunen, prunem in targets:
         part, kept = scores[rows], keep[rows]
         threshold = torch.zeros((), dtype=scores.dtype, device=scores.device)
         if not prunem and not exact:
-            sample = part.flatten()[::part.numel() // SAMPLE | 1]  # an odd step: all columns are in it
+            sample = part.flatten()[::part.numel() // SAMPLE | 1]  # an odd step, so that all columns are sampled
             threshold = sample.kthvalue(max(round(fraction * sparsity * len(sample)), 1)).values
         torch.gt(part, threshold, out=kept)
         if prunem:
@@ -43,18 +43,18 @@ def keep_mask(scores, targets, fraction=1.0, exact=True):
 
 
 def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
-    """Rank weights by the alternating direction method of multipliers: those with the largest scores (out, in) stay.
+    """Score weights (out, in) by the alternating direction method of multipliers; the largest scores are to be kept.
 
-    W: (out, in), the weights wanted; what is 0 goes first. targets: as in `keep_mask`. row_weights: (out,), what an
-    error in each row counts; it bears on the ranking only, as the rows are independent.
-    With Z the closest weights that are sparse enough and V the multipliers, each iteration sets (ρ = 1)
+    W: (out, in), the target weights; zeros go first. targets: as in `keep_mask`. row_weights: (out,), weight of each
+    row's error; affects only the ranking, as rows are independent.
+    With Z the sparse copy of the weights and V the scaled multipliers, each iteration sets (ρ = 1)
     W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
     1 − (1 − t/ramp)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H + torch.eye(len(H), dtype=H.dtype, device=H.device)))
     gone = W == 0 if (W == 0).any() else None
     if row_weights is not None:
-        W = W * row_weights.sqrt()[:, None]  # all that follows is linear in a row
+        W = W * row_weights.sqrt()[:, None]  # everything below is linear in each row
     multiply, S = rough_product_with(2 * inverse), W.clone()  # S = W + V
     scores = torch.empty_like(S)
     for t in range(1, iterations + 1):
@@ -70,10 +70,10 @@ def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAM
 
 
 def solve_on_support(W, wanted, H, keep, steps=STEPS):
-    """Solve min (w − w*) H (w − w*)ᵀ over the kept weights of each row, by conjugate gradients from W on.
+    """Minimize (w − w*) H (w − w*)ᵀ over the kept weights of each row, by conjugate gradients started at W.
 
-    W, wanted: (out, in). keep: mask (out, in). All rows at once; with the unit diagonal of H, plain conjugate
-    gradients are those preconditioned by Jacobi. ALPS (arXiv 2406.07831), section 3.3. Returns (out, in).
+    W, wanted (W*): (out, in). keep: mask (out, in). All rows at once; as H has a unit diagonal, plain conjugate
+    gradients are already Jacobi-preconditioned. ALPS (arXiv 2406.07831), section 3.3. Returns (out, in).
     """
     keep = keep.to(W.dtype)
     W = W * keep
@@ -94,15 +94,15 @@ def _energies(A, B):
 
 
 def _quotient(a, b):
-    return torch.where(b > 0, a / b, 0)  # a row that is solved has nothing left
+    return torch.where(b > 0, a / b, 0)  # a solved row has zero residual
 
 
 def admm_pruner(matrices, H, targets, row_weights=None):
-    """Prune matrices that read the same input, stacked: ranked for `targets` by ADMM, then `solve_on_support`.
+    """Rank the weights of matrices that read the same input by ADMM; return a function that prunes to given targets.
 
-    matrices: list of (out, in), the weights wanted; what is 0 stays 0. H: (in, in), damped. targets: (sparsity, prunen,
-    prunem) of each, the latter two 0 where left out. row_weights: (rows of all,). Returns a function of these or
-    similar targets, which returns a list like `matrices`.
+    matrices: list of (out, in), the target weights; zeros stay zero. H: (in, in), damped. targets: (sparsity, prunen,
+    prunem) per matrix, the latter two 0 if omitted. row_weights: (total rows,). The function takes these or similar
+    targets, runs `solve_on_support`, and returns a list like `matrices`.
     """
     scale = H.diagonal().sqrt()
     H, W = H / scale / scale[:, None], torch.cat(matrices) * scale

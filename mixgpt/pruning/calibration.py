@@ -1,4 +1,4 @@
-"""Calibrate a layer: which linears read the same input, the Hessian of each input, runs that pause at linears."""
+"""Calibrate a layer: linears that share an input, the Hessian of each input, forward passes that pause at linears."""
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -9,9 +9,9 @@ from sparsegpt import SparseGPT
 
 
 def groups_of(layer, index, stream, plan, shared):
-    """Return the inputs that planned matrices read, in order, each as a tuple of the names of its readers.
+    """Return the inputs of the planned matrices, in order, each as a tuple of the names of the linears that read it.
 
-    shared: {names of a layer's linears: its inputs}, as found in the layers before of the same making.
+    shared: {names of a layer's linears: its inputs}, a cache: layers with the same linears share inputs alike.
     """
     wanted = [name for planned, name in plan if planned == index]
     if not wanted:
@@ -29,10 +29,10 @@ def groups_of(layer, index, stream, plan, shared):
 
 
 def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weights=None):
-    """Return {module that reads an input first: SparseGPT of that input}, in order, and what adds an input to it.
+    """Return {first module to read an input: SparseGPT of that input}, in order, and a function that adds a batch.
 
-    nsequences: in all processes together. twin: a DenseTwin, whose batches come before the layer's.
-    token_weights: of each input, (n, T).
+    nsequences: over all processes. twin: a DenseTwin, run on each batch before the layer itself.
+    token_weights: per input, (n, T).
     """
     modules = linears(layer)
     firsts = [modules[group[0]] for group in groups]
@@ -48,7 +48,7 @@ def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weigh
             if weights:
                 more["weights"] = next(weights[module]).flatten().to(X.device)
             hessians[module].add_batch(X, **more)
-            # one pass; asked for only where the Hessian is not finite
+            # cheap; read only if the Hessian is not finite
             hessians[module].sums.append(X.reshape(-1, T * X.shape[-1]).sum(1, dtype=torch.float32))
 
     return hessians, read
@@ -56,12 +56,12 @@ def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weigh
 
 @torch.no_grad()
 def paused_forwards(layer, index, stream, stops, read):
-    """Run every batch through layer number `index` once, all of them side by side, and pause at each module of `stops`.
+    """Run all batches through layer number `index` concurrently, pausing at each module of `stops`.
 
-    stops: modules in the order in which the layer runs them. Calls read(module, input) for each batch and yields the
-    module when all batches wait in front of it, so that it can be changed from all of its inputs; with the generator's
-    end the hidden states are those behind the layer. Every batch is a greenlet: one thread, which goes on where it
-    left off.
+    stops: modules in the order in which the layer runs them. Calls read(module, input) for each batch, and yields the
+    module once all batches wait before it, so that its weights can be changed given all its inputs. When the generator
+    is exhausted, the stream holds the layer's output. Every batch is a greenlet, all in one thread, and resumes where
+    it paused.
     """
     def run(rows):
         stream.hidden[rows] = stream.forward(layer, index, rows)

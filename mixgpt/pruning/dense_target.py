@@ -1,7 +1,7 @@
-"""The dense model beside the pruned one, layer by layer: what the pruned linears can make up for.
+"""Run the dense model beside the pruned one, layer by layer, and regress the pruned linears towards its outputs.
 
-Notation: x and ẋ the inputs of a linear in the dense and in the pruned model. A lag is what the hidden states of the
-pruned model are short of, compared with the dense one's, in front of a sum to which a linear contributes.
+Notation: x and ẋ are the inputs of a linear in the dense and in the pruned model. A lag is the dense minus the pruned
+residual stream just before a linear's output is added to it.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ SHARE = 0.5  # fraction of the gap to the dense model that the regression target
 
 @torch.no_grad()
 def residual_writers(layer, index, stream):
-    """Find the linears whose outputs, added to the input of layer number `index`, make its output, in this order.
+    """Find the linears that write to the residual stream of layer number `index`, in order of writing.
 
-    Runs one sequence through the layer. Returns a list of names, empty where more than sums lies on that way (a norm),
-    or something is not finite.
+    Runs one sequence through the layer. Returns a list of names, empty if the layer's output is not its input plus
+    outputs of linears (a norm on the residual path), or anything is not finite.
     """
     x, outputs = stream.hidden[:1].to(stream.device, copy=True), {}
     writers = {name: module for name, module in linears(layer).items() if module.out_features == x.shape[-1]}
@@ -42,13 +42,13 @@ def residual_writers(layer, index, stream):
 
 
 class DenseTwin:
-    """What the dense model has in a layer, batch by batch; each batch of the pruned model comes the same way after it.
+    """The dense copy of a layer and what it computes, batch by batch; the pruned layer runs each batch after it.
 
-    layer: a copy that stays dense. stops: {its module: the pruned layer's} of those that read each input first.
+    layer: the dense copy. stops: {its module: the pruned layer's}, for the first reader of each input.
     """
 
     def __init__(self, layer, index, stream, dense, groups):
-        """stream, dense: both models' hidden states in front of the layer. groups: as from `calibration.groups_of`."""
+        """stream, dense: both models' hidden states before the layer. groups: from `calibration.groups_of`."""
         self.layer = copy.deepcopy(layer)
         modules, twins = linears(layer), linears(self.layer)
         self.stops = {twins[group[0]]: modules[group[0]] for group in groups}
@@ -56,20 +56,20 @@ class DenseTwin:
         self._writers = [(modules[name], twins[name]) for name in names]
         self._alone = {modules[group[0]] for group in groups if len(group) == 1}
         self._inputs, self._outputs, self._taken = defaultdict(deque), defaultdict(deque), Counter()
-        self._lags = {module: [] for module, _ in self._writers}  # by batch
+        self._lags = {module: [] for module, _ in self._writers}  # per batch
         for module, _ in self._writers[:1]:
             self._lags[module] = [(dense.hidden[rows] - stream.hidden[rows]).to(stream.device)
                                   for rows in stream.batches()]
 
     def record_input(self, twin, x):
-        """Keep x, the next batch's input of a module of the dense layer."""
+        """Keep x, the input of a module of the dense layer in the next batch."""
         self._inputs[self.stops[twin]].append(x)
 
     def fit_targets(self, module, X):
-        """Return what the regression targets of a module of the pruned layer add in the next batch, with input X.
+        """Return the shift or gain of a pruned layer's module in the next batch, whose input is X.
 
-        As arguments of `SparseGPT.add_batch`: half of the gap to the dense model's inputs, and where the module writes
-        to the residual stream, half of the gap there, too.
+        Keyword arguments of `SparseGPT.add_batch`: half of the gap to the dense model's input and, if the module
+        writes to the residual stream, half of the gap there too.
         """
         batch, self._taken[module] = self._taken[module], self._taken[module] + 1
         shift = SHARE * (self._inputs[module].popleft() - X)

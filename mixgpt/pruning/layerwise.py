@@ -24,10 +24,10 @@ def prune_layerwise(execution, plan, tokens, recipe, run_dir=None, observe=None)
     """Prune and quantize every matrix of the plan on calibration tokens (N, T), in place.
 
     execution: a modelutils.Execution. plan: {(layer, name): Target}. recipe: a solvers.Recipe. Inputs come from the
-    pruned layers before; with recipe.true_sequential also from the pruned linears before in the same layer. run_dir: a
-    checkpoints.run_dir.RunDir that keeps finished layers. observe: called with (index, layer, {(layer, name): Outcome},
-    time.perf_counter() at its start) when a layer is finished and still on the device. Returns {(layer, name):
-    Outcome}. Raises InputError where an input is not finite.
+    preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the same layer. run_dir:
+    a checkpoints.run_dir.RunDir that saves finished layers. observe: called with (index, layer, {(layer, name):
+    Outcome}, time.perf_counter() at its start) for each finished layer while it is on the device. Returns
+    {(layer, name): Outcome}. Raises InputError if an input is not finite.
     """
     calibrated = _Calibrated(execution, plan, tokens, recipe)
     layers, clock, states = calibrated.layers, execution.clock, calibrated.states
@@ -48,22 +48,22 @@ def prune_layerwise(execution, plan, tokens, recipe, run_dir=None, observe=None)
 
 
 class _Calibrated:
-    """A model that is pruned layer by layer, and the hidden states of its calibration in front of the next layer."""
+    """A model being pruned layer by layer, and the calibration hidden states before the next layer."""
 
     def __init__(self, execution, plan, tokens, recipe):
         self.execution, self.plan, self.recipe, self.clock = execution, plan, recipe, execution.clock
         with self.clock.part("forward"):
             self.stream = execution.embed(tokens[distributed.share(len(tokens))], 2 if recipe.dense_target else 1)
             self.dense = self.stream.twin() if recipe.dense_target else None
-        self.nsequences = len(tokens)  # in all processes
+        self.nsequences = len(tokens)  # over all processes
         self.states = {"hidden": self.stream.hidden} | ({"dense": self.dense.hidden} if self.dense else {})
         self.layers = execution.layers[:max(index for index, _ in plan) + 1]
         self.shared = {}  # which linears read the same input, by kind of layer
 
     def prune(self, index, last, bar):
-        """Prune layer number `index`, which is on the device, and take the hidden states through it.
+        """Prune layer number `index`, which is on the device, and advance the hidden states through it.
 
-        last: nobody needs the hidden states behind it. Returns {(layer, name): Outcome}.
+        last: its output is not needed. Returns {(layer, name): Outcome}.
         """
         layer, stream = self.layers[index], self.stream
         groups = groups_of(layer, index, stream, self.plan, self.shared)
@@ -73,7 +73,7 @@ class _Calibrated:
         prune = partial(self._prune_groups, layer, index, bar)
         if groups and self.recipe.true_sequential:
             runs = [paused_forwards(layer, index, stream, list(hessians), read)]
-            if twin:  # it pauses at the same places, and comes first
+            if twin:  # it pauses at the same modules, before the layer does
                 runs.insert(0, paused_forwards(twin.layer, index, self.dense, list(twin.stops), twin.record_input))
             with twin.recording() if twin else contextlib.nullcontext():
                 return self._prune_in_turn(runs, dict(zip(groups, hessians, strict=True)), hessians, prune, last)
@@ -86,15 +86,15 @@ class _Calibrated:
         return outcomes
 
     def _token_weights(self, index, groups):
-        """Return what tokens count for each input, the root of what its readers have on average: [(n, T)], or None."""
+        """Return token weights per input, the root of the mean over the linears that read it: [(n, T)], or None."""
         weights = self.recipe.token_weights
         return weights and [torch.stack([weights[index, name] for name in group]).mean(0).sqrt() for group in groups]
 
     def _prune_in_turn(self, runs, stops, hessians, prune, last):
-        """Prune each input's matrices when all batches have come to them, in one run through the layer.
+        """Prune each input's matrices once all batches have reached them, in one pass through the layer.
 
-        stops: {group: module in front of which the runs pause}. Hidden states are then those behind the layer, except
-        behind the last one.
+        stops: {group: module before which the batches pause}. Leaves the layer's output in the hidden states, except
+        for the last layer.
         """
         outcomes = {}
         for group, module in stops.items():
@@ -110,7 +110,7 @@ class _Calibrated:
         return outcomes
 
     def _collect(self, layer, index, twin, hessians, read):
-        """Run all sequences through a layer, its Hessians adding up. Dense hidden states are then those behind it."""
+        """Accumulate a layer's Hessians over all sequences, and advance the dense hidden states through the dense layer."""
         for rows in self.stream.batches():
             if twin:
                 with hooked({module: partial(twin.record_input, module) for module in twin.stops}):
@@ -119,10 +119,10 @@ class _Calibrated:
                 with hooked({module: partial(read, module) for module in hessians}):
                     self.stream.forward(layer, index, rows)
             if twin:
-                self.dense.hidden[rows] = output  # not before: a linear may read the hidden states themselves
+                self.dense.hidden[rows] = output  # not earlier: a linear may read the hidden states themselves
 
     def _prune_groups(self, layer, index, bar, hessians):
-        """Prune the matrices of each input, {group: its Hessian}; inputs are shared out to the processes."""
+        """Prune the matrices of each input, {group: its Hessian}; inputs are divided among the processes."""
         modules, outcomes, percdamp = linears(layer), {}, self.recipe.percdamp
         for hessian in hessians.values():
             hessian.reduce()
@@ -160,6 +160,6 @@ class _Calibrated:
 
 
 def _first_bad(hessian):
-    """Say from which calibration sequence of this process on an input is not finite, where it is not."""
+    """Name this process's first calibration sequence whose input is not finite, if any."""
     finite = torch.cat(hessian.sums).isfinite().tolist()
     return "" if all(finite) else f", from calibration sequence {finite.index(False)} on"

@@ -1,4 +1,4 @@
-"""Prune by magnitude and round to the nearest value, without calibration: the baselines."""
+"""Magnitude pruning and round-to-nearest quantization, without calibration: the baselines."""
 
 import time
 
@@ -15,7 +15,7 @@ from quant import meet_sparsities, quantize_nearest
 
 @torch.no_grad()
 def prune_magnitude(execution, plan, scheme=None, run_dir=None, observe=None):
-    """Prune every matrix of the plan by magnitude and round it to the nearest grid values of `scheme`, in place.
+    """Prune every matrix of the plan by magnitude and round it to the nearest values of the scheme's grid, in place.
 
     execution, plan, run_dir, observe: as in `layerwise.prune_layerwise`. Returns {(layer, name): Outcome}.
     """
@@ -49,7 +49,7 @@ def _by_magnitude(W, target, scheme):
 
 
 def magnitude_prune(W, sparsity, prunen=0, prunem=0):
-    """Set the weights of smallest magnitude to 0 and leave the others as they are.
+    """Set the weights of smallest magnitude to 0 and leave the others unchanged.
 
     W: (out, in). sparsity, prunen, prunem: as in `sparsegpt.prune_matrices`. Returns a new tensor (out, in).
     """

@@ -1,4 +1,4 @@
-"""The solvers, which prune and quantize the matrices that read one input, and the recipe that names one of them."""
+"""Solvers, which prune and quantize the matrices that read one input, and the recipe that selects one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,18 +13,18 @@ from sparsegpt import SparseGPT, WalkOptions, prune_matrices, relative_errors
 
 @dataclass(frozen=True)
 class Problem:
-    """What a solver gets: the matrices that read one input, stacked or one by one, and what shall become of them.
+    """Input of a solver: the matrices that read one input, and their targets.
 
-    Columns are in the order of the walk. A solver returns [(Ŵ, its quant.Grid or None)] in the order of `wanted`; what
-    is 0 in W* must be 0 in Ŵ.
+    Columns are in the order of the walk. A solver returns [(Ŵ, its quant.Grid or None)] in the order of `wanted`;
+    zeros of W* must be zeros of Ŵ.
     """
 
     hessian: SparseGPT  # factored
-    wanted: list[torch.Tensor]  # W* (out, in) of each, float32: the weights that are best without any constraint
+    wanted: list[torch.Tensor]  # W* (out, in) of each, float32: the unconstrained optimum
     targets: list[tuple]  # (sparsity, prunen, prunem) of each
     options: WalkOptions
-    dtype: torch.dtype  # of the weights in the end
-    row_weights: torch.Tensor | None = None  # (rows of all,), what an error in each row counts
+    dtype: torch.dtype  # of the final weights
+    row_weights: torch.Tensor | None = None  # (total rows,), weight of each row's error
 
     @property
     def h(self):
@@ -40,14 +40,14 @@ class Problem:
 
 
 def walk(problem):
-    """Walk once over the columns: SparseGPT, and GPTQ where there is a scheme."""
+    """Walk once over the columns: SparseGPT, and GPTQ if there is a scheme."""
     return prune_matrices(problem.wanted, problem.hessian.R, problem.h, problem.targets, problem.options, problem.dtype,
                           problem.row_weights)
 
 
 def admm(problem):
-    """Prune by `admm_pruner`; with a scheme, walk over the columns to round what is left, and prune less by as much as
-    that rounds to 0."""
+    """Prune by `admm_pruner`; with a scheme, quantize the kept weights in a walk over the columns, and prune fewer
+    weights by as many as that rounds to 0."""
     prune = admm_pruner(problem.wanted, problem.damped, problem.targets, problem.row_weights)
     if problem.options.scheme is None:
         return [(W, None) for W in prune(problem.targets)]
@@ -63,24 +63,24 @@ def admm(problem):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How matrices are pruned and quantized on calibration inputs."""
+    """How to prune and quantize matrices on calibration inputs."""
 
     solver: Callable = walk
     options: WalkOptions = WalkOptions()
     percdamp: float = 0.01  # of each Hessian, as a fraction of its mean diagonal
     act_order: bool = False  # walk the columns in `sparsegpt.activation_order`
     true_sequential: bool = True  # calibrate a linear on inputs from the pruned linears before it in its layer
-    dense_target: bool = False  # come close to the dense model's outputs, too
-    row_weights: dict | None = None  # {(layer, name): (out,)}, what an error in each row of a matrix counts
-    token_weights: dict | None = None  # {(layer, name): (n, T)}, squares of what this process's tokens count, mean 1
-    title: str = "SparseGPT"  # of the progress
+    dense_target: bool = False  # regress towards the dense model's outputs
+    row_weights: dict | None = None  # {(layer, name): (out,)}, weight of each row's error
+    token_weights: dict | None = None  # {(layer, name): (n, T)}, squared weights of this process's tokens, mean 1
+    title: str = "SparseGPT"  # of the progress bar
 
 
 def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     """Prune and quantize `weights`, a list of matrices (out, in) of one dtype that read one input, in place.
 
-    hessian: a SparseGPT, factored. targets: (sparsity, prunen, prunem) of each. row_weights: (rows of all,). Returns
-    the `relative_error` and the quant.Grid of each, None where it is not quantized.
+    hessian: a SparseGPT, factored. targets: (sparsity, prunen, prunem) per matrix. row_weights: (total rows,). Returns
+    the `relative_error` and the quant.Grid of each, None if it is not quantized.
     """
     dtype, counts = weights[0].dtype, [len(weight) for weight in weights]
     W = torch.cat([weight.float() for weight in weights])

@@ -1,4 +1,4 @@
-"""Which matrices are pruned, how sparse each shall be, and what was done to it."""
+"""Which matrices to prune, the target sparsity of each, and the outcome."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from quant import Grid
 
 @dataclass(frozen=True)
 class Target:
-    """How sparse one matrix shall be: a fraction of its weights, or prunen of every prunem consecutive ones."""
+    """Target sparsity of one matrix: a fraction of its weights, or prunen of every prunem consecutive ones."""
 
     sparsity: float
     prunen: int = 0
@@ -18,28 +18,28 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was done to one matrix."""
+    """Result of pruning and quantizing one matrix."""
 
-    error: float | None = None  # ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs, where there are any
-    percdamp: float | None = None  # the damping that its Hessian needed
-    grid: Grid | None = None  # where it is quantized
+    error: float | None = None  # ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs, if any
+    percdamp: float | None = None  # damping used for its Hessian
+    grid: Grid | None = None  # if quantized
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which matrices are changed: layers minlayer ≤ index < maxlayer, names that contain prune_only."""
+    """Which matrices to change: layers minlayer ≤ index < maxlayer, names that contain prune_only."""
 
     minlayer: int = 0
     maxlayer: int = 1000
     prune_only: str = ""
-    invert: bool = False  # all others instead
+    invert: bool = False  # select all others instead
 
 
 def select(model, family, selection=Selection(), widths=None):  # noqa: B008
-    """Return the shapes of the matrices to change, {(layer, name): (out, in)}, in the order of the model.
+    """Return the shapes of the matrices to change, {(layer, name): (out, in)}, in model order.
 
-    widths: {flag: columns of a group}, which must divide those of each matrix where they are positive. The model may be
-    on meta. Raises InputError where nothing is selected, or a width does not divide the columns.
+    widths: {flag: columns of a group}; positive ones must divide the columns of each matrix. The model may be on meta.
+    Raises InputError if nothing is selected, or a width does not divide the columns.
     """
     selected, chosen = {}, selection
     for index, layer in enumerate(family.layers_of(model)):
