@@ -1,1 +1,1 @@
-"""How sparse each matrix shall be: sensitivities, their ranking, one global threshold."""
+"""How sparse to make each matrix: sensitivities, their ranking, one global threshold."""

@@ -1,7 +1,6 @@
-"""Gradients of the loss, one decoder layer at a time: what Hutchinson's and Fisher's estimates share.
+"""Gradients of the loss, one decoder layer at a time: the common part of the Hutchinson and Fisher estimates.
 
-Notation: L = Σ over the tokens of a sequence of −log p(next token); x, y input and output of a layer or linear;
-g = ∂L/∂y.
+Notation: L = Σ −log p(next token) over the tokens of a sequence; x, y input and output of a layer or linear; g = ∂L/∂y.
 """
 
 import copy
@@ -11,17 +10,17 @@ import torch
 
 from modelutils import linears, on_device
 
-BORDERS = 2e9  # bytes of hidden states and tangents at layer borders that exist at a time, on the host
+BORDERS = 2e9  # bytes on the host for the hidden states and tangents of a chunk at all layer boundaries
 
 
 def chunk_size(execution, T, states):
-    """Return how many sequences of T tokens have room for `states` kinds of hidden states at all borders at a time."""
+    """Return how many sequences of T tokens fit in BORDERS with `states` kinds of hidden states per layer boundary."""
     border = states * (len(execution.layers) + 1) * T * execution.model.config.hidden_size * 4
     return max(int(BORDERS / border / execution.batch_size), 1) * execution.batch_size
 
 
 def seeded(*key, device="cpu"):
-    """Return a generator whose stream depends on all of `key`."""
+    """Return a generator seeded by all of `key`."""
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
@@ -32,7 +31,7 @@ def loss_of(logits, target):
 
 
 class Chunk:
-    """Hidden states at all layer borders of a chunk of sequences, and layers as copies that can be differentiated."""
+    """Hidden states of a chunk of sequences at all layer boundaries, and differentiable copies of layers."""
 
     def __init__(self, execution, matrices, tokens, bar):
         model, device = execution.model, execution.device
@@ -46,17 +45,17 @@ class Chunk:
         self.borders = [self.stream.hidden.to("cpu", self.dtype)]
 
     def copied(self, module):
-        """Copy a module to the device without gradients of its own weights."""
+        """Copy a module to the device, its weights not requiring gradients."""
         with on_device([module], "cpu"):
             return copy.deepcopy(module).to(self.device, self.dtype).requires_grad_(False)
 
     def wanted(self, layer, index):
-        """Return {column of the result: linear} of a layer's matrices."""
+        """Return {column of the result: linear} for a layer's matrices."""
         modules = linears(layer)
         return {column: modules[name] for column, (at, name) in enumerate(self.matrices) if at == index}
 
     def head_gradients(self, gradients):
-        """Call gradients(modules after the layers, rows) for every batch; return the tensors it gives, joined."""
+        """Call gradients(modules after the layers, rows) for every batch; return the tensors concatenated."""
         after = [self.copied(module) for module in self.after]
         parts = [gradients(after, rows) for rows in self.stream.batches()]
         return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]

@@ -1,6 +1,6 @@
-"""Traces of the Gauss-Newton matrix, and what the outputs of matrices count: from labels drawn by the model itself.
+"""Traces of the Gauss-Newton matrix, and squared gradients at matrix outputs, from labels sampled from the model.
 
-Notation as in `backward`; ŷ labels drawn from the model's predictions.
+Notation as in `backward`; ŷ are labels sampled from the model's predictions.
 """
 
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from modelutils import SLICE, apply, linears
 
 @dataclass(frozen=True)
 class Gradients:
-    """Mean squared gradient of the loss by the outputs y of matrices, {(layer, name): float32 tensor on the host}."""
+    """Mean squared gradients of the loss w.r.t. matrix outputs y, {(layer, name): float32 tensor on the host}."""
 
     rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens
-    tokens: dict  # (n, T): ‖∂L/∂y‖² at each token of the sequences of this process, over its mean in all
+    tokens: dict  # (n, T): ‖∂L/∂y‖² per token of this process's sequences, divided by its mean over all processes
 
 
 @fast_linears()
 def output_gradients(execution, matrices, tokens, seed):
-    """Measure the loss's `Gradients` by the outputs of matrices, with labels drawn from the model's predictions.
+    """Measure the `Gradients` of the loss w.r.t. matrix outputs, with labels sampled from the model's predictions.
 
-    With x independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r times E[x xᵀ]: the diagonal of the
-    output's factor in K-FAC (arXiv 1503.05671). execution: a modelutils.Execution. matrices: list of (layer, name).
+    If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
+    output factor in K-FAC (arXiv 1503.05671). execution: a modelutils.Execution. matrices: list of (layer, name).
     tokens: (N, T).
     """
     N, T = tokens.shape
@@ -57,10 +57,10 @@ def output_gradients(execution, matrices, tokens, seed):
 
 
 def squared_gradients(chunk, keys):
-    """Return ‖∇_W L(ŷ)‖² for each sequence and matrix (n, matrices), labels ŷ sampled from the model's predictions.
+    """Return ‖∇_W L(ŷ)‖² per sequence and matrix (n, matrices), labels ŷ sampled from the model's predictions.
 
-    Its mean over draws is T − 1 times the trace of the Gauss-Newton matrix of the mean cross-entropy: the gradients
-    of different tokens are independent with mean zero. keys: seeds of the sequences' labels.
+    Its expectation is T − 1 times the trace of the Gauss-Newton matrix of the mean cross-entropy, as the gradients of
+    different tokens are independent with mean zero. keys: seeds of the sequences' labels.
     """
     result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64)
 
@@ -72,10 +72,10 @@ def squared_gradients(chunk, keys):
 
 
 def _sampled_backward(chunk, keys, visit):
-    """Go forward and back through all layers, with labels ŷ sampled from the model's predictions by `keys`.
+    """Run all layers forward and backward, with labels ŷ sampled from the model's predictions, seeded by `keys`.
 
-    Calls visit(column, rows, X, Y) with the number of each matrix, the sequences of each batch, its input (B, T, in)
-    and the gradient of L(ŷ) by its output (B, T, out).
+    Calls visit(column, rows, X, Y) with the index of each matrix, the sequences of each batch, the matrix's input
+    (B, T, in) and the gradient of L(ŷ) w.r.t. its output (B, T, out).
     """
     for index, layer in enumerate(chunk.layers):
         layer = chunk.copied(layer)
@@ -94,7 +94,7 @@ def _sampled_backward(chunk, keys, visit):
 
 
 def _sampled_gradient(chunk, after, rows, keys):
-    """Return ∂L(ŷ)/∂x at the last border (B, T, C), on the host."""
+    """Return ∂L(ŷ)/∂x after the last layer (B, T, C), on the host."""
     hidden = chunk.borders[-1][rows, :-1]
     uniform = torch.cat([torch.rand(hidden.shape[1], generator=seeded(*key, "labels"), dtype=torch.float64)
                          for key in keys])
@@ -111,7 +111,7 @@ def _sampled_gradient(chunk, after, rows, keys):
 
 
 def _layer_gradient(chunk, layer, index, rows, g, visit):
-    """Go back through a layer: let `visit` see its matrices; return the next g."""
+    """Backpropagate through a layer, calling `visit` for its matrices; return g for the layer before."""
     seen, handles = {}, []
     for column, module in chunk.wanted(layer, index).items():
         handles.append(module.register_forward_hook(

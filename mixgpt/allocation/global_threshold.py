@@ -1,8 +1,8 @@
-"""How much each weight counts for the loss of the model, and one threshold on that for all matrices.
+"""Score each weight by its effect on the model's loss, with one threshold for all matrices.
 
-Notation: L the cross-entropy, y = W x a matrix's outputs, G_r = E[(∂L/∂y_r)²], H the Hessian of its input x. Around the
-dense model, removing w_rc and letting the other weights of its row compensate adds about w_rc² G_r / [H⁻¹]_cc to L:
-optimal brain surgeon (arXiv 2301.00774, eq. 3) with the Fisher matrix of a row taken as G_r H.
+Notation: L the cross-entropy, y = W x a matrix's outputs, G_r = E[(∂L/∂y_r)²], H the Hessian of its input x. Removing
+w_rc from the dense model, compensated by the other weights of its row, adds about w_rc² G_r / [H⁻¹]_cc to L: optimal
+brain surgeon (arXiv 2301.00774, eq. 3) with the Fisher matrix of a row approximated by G_r H.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from modelutils import hooked, linears, on_device
 
 
 def by_threshold(budget):
-    """Measure H, and let one threshold say how sparse each matrix of a plan.Budget is."""
+    """Measure H, and set the sparsity of each matrix of a plan.Budget by one global threshold."""
     execution = budget.execution
     with execution.clock.part("allocation"):
         diagonals = inverse_diagonals(execution, list(budget.selected), budget.calibration, budget.percdamp)
@@ -33,10 +33,10 @@ def by_threshold(budget):
 @torch.no_grad()
 @fast_linears()
 def inverse_diagonals(execution, matrices, tokens, percdamp):
-    """Return [(H + λI)⁻¹]_cc of the input of each matrix in the dense model, {(layer, name): (in,)} on the host.
+    """Return [(H + λI)⁻¹]_cc for the input of each matrix in the dense model, {(layer, name): (in,)} on the host.
 
-    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). H is the mean over tokens, so
-    that it is comparable everywhere.
+    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). H is the mean over tokens, to
+    be comparable across matrices.
     """
     stream, device = execution.embed(tokens[distributed.share(len(tokens))]), execution.device
     layers, shared, diagonals = execution.layers[:max(index for index, _ in matrices) + 1], {}, {}
@@ -57,10 +57,10 @@ def inverse_diagonals(execution, matrices, tokens, percdamp):
 
 @torch.no_grad()
 def global_plan(model, family, selected, gradients, diagonals, sparsity, spread):
-    """Give every matrix the sparsity that one threshold on w² G_r / [H⁻¹]_cc gives it, within sparsity ± spread.
+    """Set every matrix's sparsity by one threshold on w² G_r / [H⁻¹]_cc, clipped to sparsity ± spread.
 
-    selected: {(layer, name): (out, in)}. gradients: {(layer, name): G (out,)}. diagonals: as from `inverse_diagonals`.
-    Exactly round(sparsity · all weights) go. Returns {(layer, name): Target}.
+    selected: {(layer, name): (out, in)}. gradients: {(layer, name): G (out,)}. diagonals: from `inverse_diagonals`.
+    Removes exactly round(sparsity · all weights). Returns {(layer, name): Target}.
     """
     layers, sizes = family.layers_of(model), [out * columns for out, columns in selected.values()]
 

@@ -1,7 +1,6 @@
-"""Traces of the Hessian of the cross-entropy by random probes, one decoder layer at a time (MixGPT, 2.3.1).
+"""Hutchinson estimates of the traces of the cross-entropy's Hessian, one decoder layer at a time (MixGPT, 2.3.1).
 
-Notation as in `backward`; ẋ, ẏ the tangents of x and y, derivatives along the probes Z of all matrices at once; ġ the
-tangent of g.
+Notation as in `backward`; ẋ, ẏ, ġ are the tangents of x, y, g: derivatives along the probes Z of all matrices at once.
 """
 
 import contextlib
@@ -23,11 +22,11 @@ def signs(shape, generator, dtype):
 
 
 def curvatures(chunk, keys):
-    """Return zᵀ H z of every matrix for each sequence (n, matrices), H the Hessian of the loss summed over tokens.
+    """Return zᵀ H z per sequence and matrix (n, matrices), H the Hessian of the loss summed over tokens.
 
-    keys: seeds of the sequences' probes Z, entries ±1, drawn anew in the backward pass. Exact second derivatives by
-    double backward: the loss is seen as a function of one scalar per matrix and sequence, ε at W + εZ, so that no
-    gradient of the size of a weight is ever formed.
+    keys: seeds of the sequences' probes Z, entries ±1, regenerated in the backward pass. Exact second derivatives by
+    double backward, with respect to one scalar ε per matrix and sequence, at W + εZ: no gradient of the size of a
+    weight matrix is ever formed.
     """
     tangents = [torch.zeros_like(chunk.borders[0])]
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
@@ -66,7 +65,7 @@ def _probed(chunk, layer, index, keys):
         epsilon = torch.zeros(len(keys), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
 
         def perturb(_, args, output, Z=Z, epsilon=epsilon):
-            X = args[0].reshape(len(Z), -1, Z.shape[2])  # (B, T, in), also where a layer flattens its input
+            X = args[0].reshape(len(Z), -1, Z.shape[2])  # (B, T, in), even if a layer flattens its input
             return output + (_per_sequence(epsilon, X) * (X @ Z.mT)).view(output.shape)
 
         handles.append(module.register_forward_hook(perturb))
@@ -79,7 +78,7 @@ def _probed(chunk, layer, index, keys):
 
 
 def _along(chunk, index, rows, x_dot):
-    """Return x, a scalar t per sequence, and x + t ẋ, where the input of layer `index` moves along its tangent."""
+    """Return x, a scalar t per sequence, and x + t ẋ: the input of layer `index` displaced along its tangent."""
     x = chunk.borders[index][rows].to(chunk.device).requires_grad_()
     t = torch.zeros(len(x), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
     return x, t, x + _per_sequence(t, x) * x_dot[rows].to(chunk.device)
@@ -97,7 +96,7 @@ def _layer_tangent(chunk, layer, index, rows, x_dot, keys):
 
 
 def _head_tangent(chunk, after, rows, x_dot):
-    """Return g = ∂L/∂x and its tangent ġ at the last border (B, T, C), on the host."""
+    """Return g = ∂L/∂x and its tangent ġ after the last layer (B, T, C), on the host."""
     hidden, targets = chunk.borders[-1][rows, :-1], chunk.tokens[rows, 1:].flatten()
     g, g_dot = (torch.zeros_like(chunk.borders[-1][rows]) for _ in range(2))
     results = []
@@ -115,10 +114,10 @@ def _head_tangent(chunk, after, rows, x_dot):
 
 
 def _layer_curvature(chunk, layer, index, rows, x_dot, keys, cotangents):
-    """Go back through a layer from (g, ġ). Returns the next g and ġ, and zᵀ H z of its matrices, {column: (B,)}.
+    """Backpropagate (g, ġ) through a layer. Returns those of the layer before, and zᵀ H z, {column: (B,)}.
 
-    s = ⟨y, g⟩ and φ = ds/dε + ⟨y, ġ⟩ give ∇_x s = g, ∇_x φ = ġ of the layer before, and ∂φ/∂ε of a matrix's own ε
-    is zᵀ H z.
+    With s = ⟨y, g⟩ and φ = ds/dε + ⟨y, ġ⟩: ∇_x s = g and ∇_x φ = ġ of the layer before, and ∂φ/∂ε for a matrix's own
+    ε is zᵀ H z.
     """
     g, g_dot = (each.to(chunk.device) for each in cotangents)
     with torch.enable_grad(), _probed(chunk, layer, index, keys[rows]) as epsilons:

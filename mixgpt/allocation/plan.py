@@ -1,4 +1,4 @@
-"""Say how sparse each matrix shall be, from a sparsity in all and what was measured of the model."""
+"""Assign a target sparsity to each matrix, from an overall sparsity and measurements of the model."""
 
 from dataclasses import dataclass
 
@@ -12,30 +12,30 @@ from modelutils import Execution
 
 @dataclass(frozen=True)
 class Budget:
-    """What an allocation gets, of which it makes {(layer, name): Target}."""
+    """Input of an allocation, which returns {(layer, name): Target}."""
 
     selected: dict  # {(layer, name): (out, in)}, the matrices to prune
-    target: Target  # of all of them together
-    alpha: float = 0.0  # greatest distance of a matrix from it
-    sensitivity: dict | None = None  # {(layer, name): trace per weight} of all matrices, where it ranks them
-    gradients: Gradients | None = None  # where it goes by the loss
+    target: Target  # overall
+    alpha: float = 0.0  # largest deviation of a matrix from it
+    sensitivity: dict | None = None  # {(layer, name): trace per weight} of all matrices, if the allocation ranks by it
+    gradients: Gradients | None = None  # if it goes by the loss
     execution: Execution | None = None  # the dense model, to run it
     calibration: torch.Tensor | None = None  # (N, T)
     percdamp: float = 0.01
 
 
 def uniform(budget):
-    """Give all matrices the target."""
+    """Give every matrix the overall target."""
     return dict.fromkeys(budget.selected, budget.target)
 
 
 def by_matrix(budget):
-    """Rank matrices by their sensitivity, the least sensitive sparsest."""
+    """Rank matrices by sensitivity, the least sensitive become sparsest."""
     return _by_rank(budget, lambda key: key)
 
 
 def by_layer(budget):
-    """Rank layers by the sum of the sensitivities of their selected matrices, the least sensitive sparsest."""
+    """Rank layers by the summed sensitivities of their selected matrices, the least sensitive become sparsest."""
     return _by_rank(budget, lambda key: key[0])
 
 

@@ -1,19 +1,19 @@
-"""Divide a budget of sparsity among matrices by their sensitivity: MixGPT (arXiv 2310.09499), algorithm 1."""
+"""Divide a sparsity budget among matrices by sensitivity: MixGPT (arXiv 2310.09499), algorithm 1."""
 
 import torch
 
 
 def allocate(sensitivities, sizes, sparsity, alpha):
-    """Give each unit a sparsity that falls linearly with the rank of its sensitivity, on an exact budget.
+    """Give each unit a sparsity that falls linearly with its sensitivity rank, on an exact budget.
 
-    sensitivities, sizes (weights): one number per unit, a matrix or a layer. Before the shift, the most sensitive
-    unit gets sparsity − alpha and the least sensitive sparsity + alpha (the paper's keep-ratios). One common shift,
-    clipped to [0, 1], then makes the weighted mean equal `sparsity`, since units differ in size. Returns a list of
-    floats. Of equal sensitivities the earlier unit ranks as less sensitive.
+    sensitivities, sizes (weights): one number per unit, a matrix or a layer. First, the most sensitive unit gets
+    sparsity − alpha and the least sensitive sparsity + alpha (the paper's keep-ratios). As units differ in size, a
+    common shift, clipped to [0, 1], then makes the weighted mean equal `sparsity`. Ties: the earlier unit ranks as less
+    sensitive. Returns a list of floats.
     """
     sizes = torch.tensor(sizes, dtype=torch.float64)
     wanted = sparsity + alpha * (1 - 2 * _rank_fractions(sensitivities))
-    low, high = -2.0, 2.0  # wanted lies within [−1, 2]: the shift that empties and the one that fills every unit
+    low, high = -2.0, 2.0  # wanted lies within [−1, 2]: these shifts clip every unit to 0 or 1
     for _ in range(100):
         shift = (low + high) / 2
         total = ((wanted + shift).clamp(0, 1) * sizes).sum() / sizes.sum()
@@ -22,13 +22,13 @@ def allocate(sensitivities, sizes, sparsity, alpha):
 
 
 def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
-    """Give each unit a whole n of n:m, as `allocate` would, with the total as close to the budget as whole n allow.
+    """Give each unit an integer n of n:m, as `allocate` would, with the total as close to the budget as possible.
 
     Returns a list of ints in [0, m], none higher for a more sensitive unit.
     """
     sizes = torch.tensor(sizes, dtype=torch.float64)
     wanted = m * torch.tensor(allocate(sensitivities, sizes.tolist(), sparsity, alpha), dtype=torch.float64)
-    # n changes where wanted + shift passes a whole number and a half: try the middle of every interval between
+    # n changes where wanted + shift crosses a half-integer: try the midpoint of every interval in between
     steps = (torch.arange(m) + 0.5 - wanted[:, None]).flatten().unique()
     shifts = torch.cat([torch.zeros(1, dtype=torch.float64), (steps[1:] + steps[:-1]) / 2])
     n = (wanted + shifts[:, None] + 0.5).floor().clamp(0, m)  # (shifts, units)
@@ -49,11 +49,12 @@ def _rank_fractions(sensitivities):
 def threshold_counts(scores, least, most, total):
     """Count how many weights of each unit one common threshold removes, exactly `total` of all.
 
-    scores: function that yields (unit's number, float32 scores of all its weights, not negative), the same at each of
+    scores: function that yields (unit index, non-negative float32 scores of all its weights), identically on both of
     two calls. least, most: lists of ints, the fewest and the most weights that a unit may lose; total lies between
-    their sums. Of weights with the very score of the threshold, those of the last units stay. Returns a list of ints.
+    their sums. Ties at the threshold are removed from the first units. Returns a list of ints.
 
-    The order of such floats is that of their bits: one pass finds the upper half of the threshold's, one the lower.
+    Non-negative floats sort like their bit patterns: a radix select, one pass for the threshold's upper 16 bits and one
+    for the lower.
     """
     least, most = torch.tensor(least)[:, None], torch.tensor(most)[:, None]
     below, prefix = torch.zeros(len(least), 1, dtype=torch.int64), 0
@@ -64,7 +65,7 @@ def threshold_counts(scores, least, most, total):
             if not shift:
                 bits = bits[bits >> 16 == prefix]
             counts[unit] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16)
-        counts.cumsum_(1).add_(below)  # of scores up to each value of these bits
+        counts.cumsum_(1).add_(below)  # number of scores up to each value of these bits
         digit = int((counts.clamp(least, most).sum(0) >= total).int().argmax())
         reached, below = counts[:, digit:digit + 1], counts[:, digit - 1:digit] if digit else below
         prefix = digit

@@ -1,4 +1,4 @@
-"""Traces of all matrices of a model with their errors, computed once and kept in a file."""
+"""Traces of all matrices of a model with standard errors, computed once and cached in a file."""
 
 import hashlib
 import json
@@ -24,15 +24,15 @@ STABLE = 0.8  # split-half rank correlation below which the ranking is called no
 class Sampling:
     """How traces are estimated."""
 
-    estimator: str  # its name, in files and messages
-    estimate: Callable  # of (backward.Chunk, seeds of its sequences): traces times T − 1, (n, matrices) in float64
+    estimator: str  # name, in files and messages
+    estimate: Callable  # (backward.Chunk, seeds of its sequences) -> traces times T − 1, (n, matrices) in float64
     seed: int = 0
-    nprobes: int = 1  # probes, or draws of labels, per sequence
+    nprobes: int = 1  # probes, or label draws, per sequence
 
 
 @dataclass(frozen=True)
 class Traces:
-    """Estimates of Tr ∇²_W L of every matrix from each of N calibration sequences."""
+    """Estimates of Tr ∇²_W L for every matrix from each of N calibration sequences."""
 
     estimator: str
     shapes: dict  # (layer, name) -> (out, in)
@@ -60,7 +60,7 @@ class Traces:
 
     @property
     def split_half_correlation(self):
-        """Spearman's rank correlation of Tr / n between the even and the odd sequences; NaN for one sequence."""
+        """Spearman rank correlation of Tr / n between even and odd sequences; NaN for one sequence."""
         if len(self.samples) < 2 or len(self.shapes) < 2:
             return float("nan")
         ranks = torch.stack([(self.samples[half::2].mean(dim=0) / self.sizes).argsort().argsort().double()
@@ -68,14 +68,14 @@ class Traces:
         return torch.corrcoef(ranks)[0, 1].item()
 
     def verdict(self):
-        """Say in a line how far the ranking can be trusted."""
+        """Return a line on how far the ranking can be trusted."""
         relative = (self.standard_error / self.mean).abs().median().item()
         return (f"traces   {self.estimator}, {len(self.samples)} sequences: median standard error {relative:.1%} of "
                 f"the trace, {int((self.mean < 0).sum())} negative, split-half rank correlation "
                 f"{self.split_half_correlation:.3f}")
 
     def warning(self):
-        """Say in a line what to raise where the ranking cannot be trusted; empty where it can."""
+        """Return a line on which flag to raise if the ranking cannot be trusted; empty if it can."""
         if self.split_half_correlation >= STABLE:
             return ""
         others = "" if self.estimator == "fisher" else ", or take --sensitivity fisher"
@@ -90,22 +90,22 @@ def matrices_of(model, family):
 
 
 def key_of(model, tokens, sampling):
-    """Return what traces depend on, as a JSON-able dict: weights, tokens, estimator, seed, probes, dtype."""
+    """Return the cache key of traces, a JSON-able dict: weights, tokens, estimator, seed, probes, dtype."""
     return {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens),
             "estimator": sampling.estimator, "seed": sampling.seed, "nprobes": sampling.nprobes,
             "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def default_path(key):
-    """Return where traces of this key are kept in the cache."""
+    """Return the path in the cache for traces of this key."""
     return cache_folder() / f"traces-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
 
 
 def read(path, shapes, estimator):
-    """Read a file of traces, None where there is none yet. Returns its content, a dict.
+    """Read a file of traces. Returns its content, a dict, or None if there is no file yet.
 
-    Raises InputError, naming the file, where it holds other matrices or another estimator, is no such file, or is not
-    there and cannot be written.
+    Raises InputError, naming the file, if it holds other matrices or another estimator, is not a file of traces, or
+    does not exist and cannot be written.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -130,11 +130,11 @@ def read(path, shapes, estimator):
 
 @fast_linears()
 def hessian_traces(execution, matrices, tokens, sampling, known=None, save=None):
-    """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, from each sequence on its own.
+    """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, separately from each sequence.
 
-    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). known: rows of an earlier,
-    interrupted call. save: called with the rows known so far after every chunk of sequences. Returns (N, len(matrices))
-    in float64: the mean over sequences estimates the trace, their spread its error.
+    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). known: rows from an interrupted
+    call. save: called with the rows so far after every chunk of sequences. Returns (N, len(matrices)) in float64: the
+    mean over sequences estimates the trace, their spread its error.
     """
     N, T = tokens.shape
     rows, nprobes = [] if known is None else list(known), sampling.nprobes
@@ -155,10 +155,10 @@ def hessian_traces(execution, matrices, tokens, sampling, known=None, save=None)
 
 
 def load_or_compute(execution, tokens, sampling, path=None):
-    """Return (`Traces` of all matrices, path of their file): read where they are there, else computed and written.
+    """Return (`Traces` of all matrices, path of their file), read from the file if it exists, else computed and saved.
 
-    A file of an interrupted computation is gone on with. path: a file to use; None: `default_path`. A file that is
-    given may come from other tokens, seed or probes, but not from other weights. Raises InputError where it does.
+    An interrupted computation is resumed from its file. path: file to use (default: `default_path`); it may come from
+    other tokens, seed or probes, but raises InputError if it comes from other weights.
     """
     estimator, shapes = sampling.estimator, matrices_of(execution.model, execution.family)
     key = key_of(execution.model, tokens, sampling)

@@ -110,7 +110,7 @@ class _Calibrated:
         return outcomes
 
     def _collect(self, layer, index, twin, hessians, read):
-        """Accumulate a layer's Hessians over all sequences, and advance the dense hidden states through the dense layer."""
+        """Accumulate a layer's Hessians over all sequences, and advance the dense hidden states."""
         for rows in self.stream.batches():
             if twin:
                 with hooked({module: partial(twin.record_input, module) for module in twin.stops}):
