@@ -1,1 +1,1 @@
-"""One run of a command line, from flags to the table at its end, and many runs side by side."""
+"""One run of the command line, from flags to the final tables, and comparisons of many runs."""

@@ -1,4 +1,4 @@
-"""The registries that a run is chosen from. docs/extending.md shows how to add to them from a file of one's own."""
+"""The registries of the command line's choices. docs/extending.md shows how to add entries from your own file."""
 
 from dataclasses import dataclass
 
@@ -9,26 +9,26 @@ from mixgpt.text.sets import DATASETS  # noqa: F401, another
 
 @dataclass(frozen=True)
 class Saliency(Choice):
-    """A saliency: w² times the factor of a column that its code returns, see sparsegpt.py."""
+    """A saliency: w² times the column factor that its code returns; see sparsegpt.py."""
 
-    weighs_rows: bool = False  # and times the loss's mean squared gradient at the row's output
+    weighs_rows: bool = False  # also times the loss's mean squared gradient at the row's output
 
 
 @dataclass(frozen=True)
 class Solver(Choice):
     """A solver: a function of a mixgpt.pruning.solvers.Problem."""
 
-    saliencies: tuple[str, ...] | None = ("obs",)  # that --saliency may name beside it; None: all
-    quantizes: bool = False  # whether it rounds the kept weights where --wbits asks for that
+    saliencies: tuple[str, ...] | None = ("obs",)  # allowed values of --saliency; None: all
+    quantizes: bool = False  # whether it supports --wbits
 
 
 @dataclass(frozen=True)
 class Allocation(Choice):
-    """A way to spread a sparsity over matrices: a function of a mixgpt.allocation.plan.Budget."""
+    """A way to distribute sparsity over matrices: a function of a mixgpt.allocation.plan.Budget."""
 
     even: bool = False  # all matrices alike
     ranks: bool = False  # by the traces of --sensitivity
-    by_loss: bool = False  # by the mean squared gradients of the loss at the outputs of matrices
+    by_loss: bool = False  # by the mean squared gradients of the loss at matrix outputs
 
 
 SALIENCIES = Registry("--saliency", {

@@ -1,4 +1,4 @@
-"""The command line of the family scripts: read and check it, and only then import PyTorch and do the main job."""
+"""The command line of the family scripts: parse and check it, and only then import PyTorch and run."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ from mixgpt.common.errors import InputError
 
 
 def main(family, argv=None):
-    """Run a family's command line. Returns the exit status: 0, 2 after one line about unusable input, 130 after Ctrl-C.
+    """Run a family's command line. Returns the exit status: 0, 2 after a one-line input error, 130 after Ctrl-C.
 
-    argv: its arguments (default: those of the script that runs, by whose name it goes then).
+    argv: its arguments (default: sys.argv, including the script's name).
     """
     if argv is None:
         family, argv = replace(family, script=Path(sys.argv[0]).name), sys.argv[1:]
@@ -23,7 +23,7 @@ def main(family, argv=None):
         settings.check_paths()
         with contextlib.ExitStack() as stack:
             _silence(stack)
-            from mixgpt.app import pipeline  # takes seconds
+            from mixgpt.app import pipeline  # slow import
 
             pipeline.run(family, settings, shlex.join(["python", family.script, *argv]))
     except InputError as error:
@@ -36,7 +36,7 @@ def main(family, argv=None):
 
 
 def _silence(stack):
-    """Let only the first of several processes print, until `stack` is closed."""
+    """Silence all processes but the first, until `stack` is closed."""
     if int(os.environ.get("RANK", 0)):
         nowhere = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))

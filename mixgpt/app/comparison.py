@@ -1,4 +1,4 @@
-"""Put the records of many runs side by side: one table, and perplexity against sparsity by method."""
+"""Compare the records of many runs: one table, and perplexity against sparsity by method."""
 
 import csv
 import glob
@@ -12,13 +12,13 @@ from mixgpt.app.tables import table
 from mixgpt.checkpoints.names import RECORD, begun
 from mixgpt.common.errors import InputError
 
-NO_SCORES = ("examples", "num_fewshot", "version")  # what stands beside the metrics of a task
-TOLD = ("wbits", "sparsity_way", "saliency")  # columns that the name of the method tells, too
-ABOUT = ("model", "seed")  # columns that say what was run; they and those of dense models stand above where all agree
+NO_SCORES = ("examples", "num_fewshot", "version")  # keys of a task that are not metrics
+TOLD = ("wbits", "sparsity_way", "saliency")  # columns already implied by the method's name
+ABOUT = ("model", "seed")  # columns on what was run; like dense results, above the table if equal in all rows
 
 
 def files_of(names):
-    """Return the records that names, folders and patterns stand for, each once."""
+    """Return the record files that names, directories and glob patterns refer to, each once."""
     found = []
     for name in names:
         for path in map(Path, sorted(glob.glob(name)) or [name]):
@@ -27,7 +27,7 @@ def files_of(names):
 
 
 def read(file):
-    """Read the record of a run. Raises InputError, naming the file, where it is none."""
+    """Read the record of a run. Raises InputError, naming the file, if it is not a record."""
     try:
         record = json.loads(file.read_text())
     except FileNotFoundError as error:
@@ -42,26 +42,26 @@ def read(file):
         n, m = (settings.get(name, 0) for name in ("prunen", "prunem"))
         run = record | {"file": str(file), "model": _short(model), "method": names[0],
                         "label": _preset(settings) + names[0] + (f" {n}:{m}" if m else "")}
-        table_of([run]), panels_of([run])  # whatever they read is there
+        table_of([run]), panels_of([run])  # check that all they read is present
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{file}: is not the record of a run ({type(error).__name__}: {error})") from error
     return run
 
 
 def _short(model):
-    """Return a hub id as it is, and the last part of a path."""
+    """Return a hub id unchanged, or the last part of a path."""
     return model if model.count("/") <= 1 and not model.startswith((".", "/")) else Path(model).name
 
 
 def _preset(settings):
-    """Return "best: " for the settings of that preset, however they were given; the others' methods have names."""
+    """Return "best: " for settings equal to that preset, however given; other presets' methods have names."""
     prunes = settings.get("sparsity") or settings.get("prunem")
     best = recipe("best", settings.get("prunem", 0))
     return "best: " if prunes and all(settings.get(name) == value for name, value in best.items()) else ""
 
 
 def _dense(runs):
-    """Return {(model, length and number of sequences, dataset, its sha256): perplexity} of the dense models."""
+    """Return {(model, sequence length and count, dataset, its sha256): perplexity} of the dense models."""
     return {_text_of(run, name): value for run in runs for name, value in run["perplexity"].get("dense", {}).items()}
 
 
@@ -71,7 +71,7 @@ def _text_of(run, name):
 
 
 def table_of(runs):
-    """Return a row {column: value} for each run, by model, sparsity, bits, method in the order given, and seed."""
+    """Return a row {column: value} per run, sorted by model, sparsity, bits, method in the order given, and seed."""
     dense, rows, order = _dense(runs), [], list(dict.fromkeys(run["label"] for run in runs))
     sets = _sets(runs)
     scores = list(dict.fromkeys(name for run in runs for name in _scores(run)))
@@ -97,13 +97,13 @@ def _sets(runs):
 
 
 def _scores(run):
-    """Return {task and metric: value} of the model that the run made."""
+    """Return {task and metric: value} of the run's pruned model."""
     return {f"{task} {metric}": value for task, values in run.get("tasks", {}).get(run["method"], {}).items()
             for metric, value in values.items() if metric not in NO_SCORES and not metric.endswith("_stderr")}
 
 
 def panels_of(runs):
-    """Return what `plots.draw_tradeoff` takes: runs that differ in their seed alone make one point."""
+    """Return the panels for `plots.draw_tradeoff`; runs that differ only in seed become one point."""
     dense, points, values = _dense(runs), defaultdict(list), defaultdict(set)
     pruned = [run for run in runs if run["method"] != "dense"]
     for run in pruned:
@@ -127,7 +127,7 @@ def panels_of(runs):
 
 
 def text_of(runs, markdown=False):
-    """Return the table as text, for a terminal or in Markdown; what all runs have in common stands above it, once."""
+    """Return the table as text, for a terminal or in Markdown, with values common to all runs listed once above it."""
     rows = table_of(runs)
     header = [column for column in _header(rows)
               if column not in TOLD and any(row.get(column) is not None for row in rows)]
@@ -141,7 +141,7 @@ def text_of(runs, markdown=False):
 
 
 def csv_of(runs):
-    """Return the table as comma-separated values: all columns, all digits, and the files."""
+    """Return the table as CSV: all columns, all digits, and the file names."""
     rows, text = table_of(runs), io.StringIO()
     writer = csv.DictWriter(text, [*_header(rows), "file"], lineterminator="\n")
     writer.writeheader()
@@ -150,7 +150,7 @@ def csv_of(runs):
 
 
 def draw(path, runs):
-    """Draw perplexity against sparsity; InputError where no run has both."""
+    """Plot perplexity against sparsity. Raises InputError if no run has both."""
     panels = panels_of(runs)
     if not panels:
         raise InputError(f"--plot {path}: none of the runs has both a perplexity and pruned weights")

@@ -1,4 +1,4 @@
-"""What generate.py prints: how one model, or two side by side, go on with a prompt."""
+"""Output of generate.py: completions of a prompt by one model, or by two side by side."""
 
 import shutil
 import sys
@@ -13,7 +13,7 @@ WIDEST = 120  # columns
 
 
 def print_completions(models, prompt, device=None, dtype="auto", **options):
-    """Print what models {title: name} make of a prompt, one after the other on a device. options: of `complete`."""
+    """Print the completions of models {title: name}, run one after the other on a device. options: of `complete`."""
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     device, made = choose_device(device), {}

@@ -1,4 +1,4 @@
-"""The main job, step by step: load, calibrate, allocate, prune and quantize, save, verify, evaluate, report."""
+"""The main pipeline: load, calibrate, allocate, prune and quantize, save, verify, evaluate, report."""
 
 import contextlib
 import gc
@@ -40,17 +40,17 @@ from mixgpt.pruning.targets import Selection, Target, select
 from modelutils import Execution, Family
 from sparsegpt import WalkOptions
 
-PROBE = 128  # tokens on which a saved model is compared with the one in memory
+PROBE = 128  # tokens on which the saved model is compared with the one in memory
 
 
 @dataclass
 class Job:
-    """What the steps of a run leave to those that follow."""
+    """State that the steps of a run pass on to later steps."""
 
     family: Family
     settings: Any  # app.settings.Settings
     command: str | None  # the command line, for the heading
-    stack: contextlib.ExitStack  # is closed at the end of the run
+    stack: contextlib.ExitStack  # closed at the end of the run
     device: torch.device
     clock: Clock
     config: Any = None
@@ -59,14 +59,14 @@ class Job:
     selected: dict = field(default_factory=dict)  # {(layer, name): (out, in)}, the matrices to change
     calibration: torch.Tensor | None = None  # (N, T)
     tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
-    sources: dict = field(default_factory=dict)  # where the texts come from
-    score: Any = None  # scores a model on the tasks, None without any
+    sources: dict = field(default_factory=dict)  # origin of the texts
+    score: Any = None  # function that scores a model on the tasks, None without tasks
     model: Any = None
     run_dir: RunDir | None = None
     tracker: Tracker | None = None
     plan: dict = field(default_factory=dict)  # {(layer, name): Target}
-    traces: Any = None  # behind the plan, None where it needs none
-    gradients: Any = None  # of the loss by the outputs of matrices, None likewise
+    traces: Any = None  # used by the plan, None if not needed
+    gradients: Any = None  # of the loss w.r.t. matrix outputs, None if not needed
     outcomes: dict = field(default_factory=dict)  # {(layer, name): Outcome}
     matrices: list = field(default_factory=list)  # MatrixSparsity of every linear
     perplexities: dict = field(default_factory=dict)  # {"dense" or method: {test set: perplexity}}
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def streamed(self):
-        """Whether the weights stay on disk, so that a step that failed can begin again."""
+        """Whether the weights stay on disk, so that a failed step can restart."""
         return hasattr(self.model, "source")
 
     def execution(self, way):
@@ -83,9 +83,10 @@ class Job:
 
 
 def run(family, settings, command=None):
-    """Do the main job and print its report. Returns the record of the run, as saved in mixgpt.json.
+    """Run the pipeline and print its report. Returns the record of the run, as saved in mixgpt.json.
 
-    command: the command line, for the heading. Everything that can be refused is refused before the weights are loaded.
+    command: the command line, for the heading. All input errors that can be detected early are raised before the
+    weights are loaded.
     """
     if settings.quiet or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -107,7 +108,7 @@ def run(family, settings, command=None):
 
 
 def check(job):
-    """Refuse what does not fit the model or the disk."""
+    """Raise InputError for settings that do not fit the model or the disk."""
     settings = job.settings
     with job.clock.part("load"):
         job.config = load.load_config(settings.model, job.family)
@@ -122,7 +123,7 @@ def check(job):
             plots.check(settings.plot)
         if settings.record:
             check_writable("--record", settings.record)
-        if settings.save and distributed.rank() == 0:  # which locks the folder then
+        if settings.save and distributed.rank() == 0:  # the first process locks the directory
             load.check_save(settings.save, load.size(skeleton, dtype_of(job)), settings.resume)
         job.tokenizer = load.load_tokenizer(settings.model)
         if settings.save:
@@ -147,7 +148,7 @@ def read_texts(job):
 
 
 def _tokens(settings, seqlen, tokenizer, vocab_size):
-    """Return calibration tokens (N, T) or None, {test set: tokens (n, T)} and where the texts come from."""
+    """Return calibration tokens (N, T) or None, {test set: tokens (n, T)} and the origin of the texts."""
     calibration, tests, sources = None, {}, {}
     if settings.nsamples < distributed.world():
         raise InputError(f"--nsamples {settings.nsamples}: must be at least one for each of the "
@@ -169,7 +170,7 @@ def _scorer(job):
     """Return a function of (model, batch size) that scores a model on the tasks of a run."""
     settings = job.settings
     try:
-        from mixgpt.evaluation import tasks  # lm-eval is an extra
+        from mixgpt.evaluation import tasks  # lm-eval is an optional dependency
     except ImportError as error:
         raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
     chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
@@ -179,11 +180,11 @@ def _scorer(job):
 
 
 def open_model(job):
-    """Open the weights, and begin the folder of the run."""
+    """Open the weights, and start or resume the output directory."""
     settings = job.settings
     with job.clock.part("load"):
         job.model = load.open_model(settings.model, job.config, job.family, dtype_of(job))
-        if not job.run_dir and job.selected and job.streamed:  # pruned layers are put away on disk too
+        if not job.run_dir and job.selected and job.streamed:  # pruned layers go to disk too
             path = job.stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
             job.run_dir = job.stack.enter_context(RunDir(distributed.broadcast_object(path)))
         if job.run_dir:
@@ -192,7 +193,7 @@ def open_model(job):
 
 
 def announce(job):
-    """Print the heading, and begin a run in W&B where it is asked for."""
+    """Print the heading, and start a W&B run if requested."""
     settings, model = job.settings, job.model
     job.record = records.facts(settings, job.seqlen, model.dtype, job.device, job.sources)
     log(settings, heading(job))
@@ -208,7 +209,7 @@ def announce(job):
 
 
 def tracker_of(settings, facts):
-    """Return what logs to W&B, in the first of several processes, where it is asked for."""
+    """Return a W&B tracker, active only if requested and only in the first process."""
     config = {**facts["settings"], **facts, "method": settings.method if settings.compresses else "dense"}
     return Tracker(config if settings.log_wandb and distributed.rank() == 0 else None, settings.wandb_project,
                    settings.wandb_name, settings.wandb_group)
@@ -224,15 +225,15 @@ def log(settings, text):
 
 @dataclass(frozen=True)
 class Way:
-    """How a step gets by with the memory of a GPU, from the fastest way to the thriftiest."""
+    """How a step uses GPU memory, from the fastest way to the most economical."""
 
     batch_size: int
-    on_host: bool = True  # hidden states of the calibration
-    two_passes: bool = True  # through each layer, so that what is inside it is there for one batch at a time
+    on_host: bool = True  # calibration hidden states
+    two_passes: bool = True  # per layer, so that only one batch's activations inside it exist at a time
 
     def thriftier(self):
-        """Return the next way and what it does, None where there is none."""
-        if not self.two_passes:  # in one, every sequence holds its hidden states inside the layer, wherever they lie
+        """Return the next more economical way and its description, or None."""
+        if not self.two_passes:  # one pass keeps all sequences' activations inside the layer
             return replace(self, two_passes=True, on_host=True), (
                 "two passes through each layer, as by --no-true-sequential, and hidden states on the host")
         if not self.on_host:
@@ -242,9 +243,9 @@ class Way:
 
 
 def retry_with_less_memory(settings, way, step, again=True):
-    """Return step(way), in a thriftier way each time the memory of the GPU does not suffice.
+    """Return step(way), retrying in a more economical way each time the GPU runs out of memory.
 
-    again: whether the step can be begun a second time.
+    again: whether the step can be restarted.
     """
     while True:
         try:
@@ -258,18 +259,19 @@ def retry_with_less_memory(settings, way, step, again=True):
                 raise InputError(f"--batch-size {way.batch_size} --seqlen {settings.seqlen or 'default'}: the GPU's "
                                  f"memory does not suffice; lower {remedies}") from error
         way, change = thriftier
-        gc.collect()  # what the error's frames held
+        gc.collect()  # tensors referenced by the error's frames
         torch.cuda.empty_cache()
         print(f"warning  the GPU's memory does not suffice: going on with {change}", flush=True)
 
 
-# ---- how sparse each matrix shall be ---------------------------------------------------------------------------
+# ---- sparsity allocation ---------------------------------------------------------------------------------------
 
 
 def choose_plan(job):
-    """Choose how sparse each matrix shall be, from sensitivities where that is asked for; print and draw it.
+    """Choose each matrix's target sparsity, from sensitivities if requested; print and plot it.
 
-    The folder keeps what was measured: on a GPU another run may round it in another way, and choose other targets.
+    The plan is saved in the output directory: measured again on a GPU, it might round differently and give other
+    targets.
     """
     settings = job.settings
     if not settings.compresses:
@@ -294,7 +296,7 @@ def choose_plan(job):
 
 
 def _measure(job, way):
-    """Measure what the plan rests on, and make it where it was not kept. Returns the file of the traces, if any."""
+    """Measure traces and gradients, and make the plan unless it was saved. Returns the file of the traces, if any."""
     settings, clock, execution, path = job.settings, job.clock, job.execution(way), None
     if settings.weighs and not job.plan:
         with clock.part("gradients"):
@@ -312,7 +314,7 @@ def _measure(job, way):
 
 
 def target_of(settings):
-    """Return the target of all matrices together."""
+    """Return the overall target."""
     if settings.prunem:
         return Target(settings.prunen / settings.prunem, settings.prunen, settings.prunem)
     return Target(settings.sparsity)
@@ -322,7 +324,7 @@ def target_of(settings):
 
 
 def compress(job):
-    """Prune and quantize what the plan names."""
+    """Prune and quantize the matrices of the plan."""
     settings, record = job.settings, job.record
     if job.plan:
         one_pass = settings.calibrates and settings.true_sequential
@@ -350,7 +352,7 @@ def _compress(job, way):
 
 
 def recipe_of(settings, gradients=None):
-    """Return how matrices are pruned and quantized. gradients: fisher.Gradients, where settings.weighs."""
+    """Return the Recipe for pruning and quantizing. gradients: fisher.Gradients, if settings.weighs."""
     saliency = SALIENCIES[settings.saliency]
     return Recipe(
         SOLVERS[settings.solver].load(), WalkOptions(settings.blocksize, saliency.load(), settings.scheme),
@@ -361,7 +363,7 @@ def recipe_of(settings, gradients=None):
 
 
 def save(job):
-    """Complete the folder, load it again and compare it with the model in memory."""
+    """Complete the output directory, reload it and compare it with the model in memory."""
     settings, record = job.settings, job.record
     if not settings.save:
         return
@@ -376,7 +378,7 @@ def save(job):
 
 
 def _verify(job):
-    """Load what was saved and compare it with the model in memory: zeros of every matrix, logits of a few tokens."""
+    """Reload the saved model and compare it with the one in memory: zeros of every matrix, logits of a few tokens."""
     folder, family = job.settings.save, job.family
     probe = _probe(job.tests, job.calibration, job.config.vocab_size)
     reloaded = load.open_model(folder, load.load_config(folder, family), family, "auto")
@@ -398,13 +400,13 @@ def _probe(tests, calibration, vocab_size):
 
 
 def evaluate_dense(job):
-    """Measure the model as it is, where that is asked for or nothing else is."""
+    """Evaluate the dense model, if requested or if there is nothing else to do."""
     if job.settings.dense or not job.plan:
         _evaluate(job, "dense")
 
 
 def evaluate(job):
-    """Measure the pruned model, and the kernels for 2:4 sparsity."""
+    """Evaluate the pruned model, and the kernels for 2:4 sparsity."""
     settings = job.settings
     if job.plan:
         _evaluate(job, settings.method)
@@ -431,7 +433,7 @@ def _evaluate(job, method):
 
 
 def report(job):
-    """Complete the record, write it where it is asked for, and print the tables."""
+    """Complete the record, write it if requested, and print the tables."""
     settings, record = job.settings, job.record
     record |= {"perplexity": job.perplexities} | ({"tasks": job.scores} if job.scores else {})
     record |= {"seconds": dict(job.clock.seconds), "peak_memory": peak_memory(job.device)}

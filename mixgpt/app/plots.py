@@ -1,4 +1,4 @@
-"""Draw sensitivities, the sparsities assigned, and perplexities: MixGPT (arXiv 2310.09499), figures 1 to 3."""
+"""Plot sensitivities, assigned sparsities and perplexities: MixGPT (arXiv 2310.09499), figures 1 to 3."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def check(path):
-    """Refuse a picture that could not be written."""
+    """Raise InputError for a plot that could not be written."""
     path = Path(path)
     if path.suffix not in FORMATS:
         raise InputError(f"--plot {path}: must end in {', '.join(FORMATS)}")
@@ -24,7 +24,7 @@ def check(path):
 
 
 def draw(path, traces, plan):
-    """Write a picture of `Traces` by layer and by matrix kind, and of {(layer, name): Target} as a heat map."""
+    """Plot `Traces` by layer and by matrix kind, and {(layer, name): Target} as a heat map."""
     layers = sorted({layer for layer, _ in traces.shapes})
     kinds = list(dict.fromkeys(name for _, name in traces.shapes))
     sensitivity = traces.sensitivity
@@ -50,7 +50,7 @@ def draw(path, traces, plan):
     by_kind.locator_params(axis="x", nbins=4)
     by_kind.set(xlabel="trace per weight, mean over layers", title="Sensitivity by matrix kind")
 
-    positive = {key: value for key, value in sensitivity.items() if value > 0}  # hutchinson's noise can exceed a trace
+    positive = {key: value for key, value in sensitivity.items() if value > 0}  # Hutchinson estimates can be negative
     _heat_map(figure.add_subplot(grid[1, :]), positive, kinds, layers, title="Sensitivity", label="trace per weight",
               norm="log" if positive else None)
     sparsities = {key: target.sparsity for key, target in plan.items()}
@@ -60,7 +60,7 @@ def draw(path, traces, plan):
 
 
 def _heat_map(axis, values, kinds, layers, *, title, label, norm=None):
-    """Show {(layer, name): value} as colours, kinds of matrices against layers; what is missing stays blank."""
+    """Show {(layer, name): value} as colours, matrix kinds against layers; missing values stay blank."""
     grid = torch.full((len(kinds), len(layers)), float("nan"))
     for (layer, name), value in values.items():
         grid[kinds.index(name), layers.index(layer)] = value
@@ -72,10 +72,10 @@ def _heat_map(axis, values, kinds, layers, *, title, label, norm=None):
 
 
 def draw_tradeoff(path, panels):
-    """Write a picture of perplexity against sparsity by method (arXiv 2310.09499, figure 3).
+    """Plot perplexity against sparsity by method (arXiv 2310.09499, figure 3).
 
-    panels: {(model, dataset): (dense perplexity or None, {method: [(sparsity, mean, lowest, highest), …]})}. A row of
-    pictures for each model, a column for each dataset. Where all points are of one sparsity, bars show them.
+    panels: {(model, dataset): (dense perplexity or None, {method: [(sparsity, mean, lowest, highest), …]})}. One row
+    per model, one column per dataset. Bars if all points have the same sparsity.
     """
     models, sets = (list(dict.fromkeys(key)) for key in zip(*panels, strict=True))
     methods = list(dict.fromkeys(method for _, series in panels.values() for method in series))
@@ -104,7 +104,7 @@ def draw_tradeoff(path, panels):
 
 
 def _tradeoff(axis, dense, series, methods):
-    """Draw the methods of one picture, each in its colour, with bars from the lowest to the highest."""
+    """Draw the methods of one panel, each in its colour, with error bars from lowest to highest."""
     for method, points in series.items():
         sparsity, mean, low, high = map(list, zip(*sorted(points), strict=True))
         below, above = ([abs(a - b) for a, b in zip(mean, ends, strict=True)] for ends in (low, high))
@@ -120,7 +120,7 @@ def _tradeoff(axis, dense, series, methods):
 
 
 def _bars(axis, dense, series, methods):
-    """Draw a bar for each method of one picture, the best on top, under that of the dense model."""
+    """Draw a bar per method of one panel, best first, below the dense model's."""
     bars = [] if dense is None else [("dense", "0.6", dense, dense, dense)]
     bars += sorted(((method, f"C{methods.index(method) % 10}", *point[1:]) for method, (point, *_) in series.items()),
                    key=lambda bar: bar[2])
@@ -140,7 +140,7 @@ def _bars(axis, dense, series, methods):
 
 
 def _perplexity_axis(axis, side, low, high):
-    """Scale the side of a picture that shows perplexities between low and high; its own limits have a margin."""
+    """Scale and label a perplexity axis for values between low and high; the axis's own limits add a margin."""
     if low > 0 and high > 5 * low:
         axis.set(**{f"{side.axis_name}scale": "log"})
     side.set_major_formatter("{x:,g}")

@@ -1,4 +1,4 @@
-"""What a run keeps on record beside its weights, in mixgpt.json, and what its continuation must have in common."""
+"""The record of a run, mixgpt.json, and the settings that a resumed run must share with it."""
 
 import dataclasses
 import platform
@@ -17,7 +17,7 @@ from mixgpt.pruning.targets import Outcome
 
 
 def facts(settings, seqlen, dtype, device, sources):
-    """Return what the record says before the work: settings as they ended up, versions, device and texts."""
+    """Return the part of the record known before pruning: resolved settings, versions, device and texts."""
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     versions = {"python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
@@ -29,7 +29,7 @@ def facts(settings, seqlen, dtype, device, sources):
 
 
 def of_matrices(matrices, outcomes, plan, known):
-    """Return what the record says of the matrices."""
+    """Return the part of the record on the matrices."""
     sensitivity = known.sensitivity if known else {}
     rows = []
     for m in matrices:
@@ -48,7 +48,7 @@ def of_matrices(matrices, outcomes, plan, known):
 
 
 def identity(settings, seqlen, device, model, calibration):
-    """Return what a run and its continuation must have in common, {flag: value}."""
+    """Return what a resumed run must have in common with the first one, {flag: value}."""
     shared = {flags()[name]: getattr(settings, name) for name in having_effect(RESULT, METHOD, ROUNDING)}
     return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),
                      "number of processes": distributed.world(), "model's weights": fingerprint(model),
@@ -56,7 +56,7 @@ def identity(settings, seqlen, device, model, calibration):
 
 
 def disk(settings, family, plan, selected):
-    """Count what the matrices of the plan take on disk, against bfloat16; theory counts only the kept weights' bits."""
+    """Count the plan's matrices' bytes on disk, against bfloat16; theory counts only the kept weights' bits."""
     sizes = {key: out * columns for key, (out, columns) in selected.items()}
     kept = sum((1 - target.sparsity) * sizes[key] for key, target in plan.items())
     nbytes = stored_bytes(settings.save, {family.path(*key) for key in plan})

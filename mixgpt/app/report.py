@@ -1,4 +1,4 @@
-"""What a run tells in the terminal: its heading, its tables, its costs."""
+"""Terminal output of a run: heading, tables, costs."""
 
 from collections import defaultdict
 
@@ -6,13 +6,13 @@ from mixgpt.app.tables import table
 from mixgpt.common import distributed
 from mixgpt.evaluation.sparsity import total_sparsity
 
-TASK_FACTS = ("examples", "num_fewshot", "version")  # of a task, beside its metrics
+TASK_FACTS = ("examples", "num_fewshot", "version")  # keys of a task that are not metrics
 
 
 def sparsity_table(matrices, outcomes):
-    """Tabulate measured sparsity and mean reconstruction error per matrix kind, and the sparsity in total.
+    """Tabulate measured sparsity and mean reconstruction error per matrix kind, and the total sparsity.
 
-    matrices: list of `MatrixSparsity`. outcomes: {(layer, name): Outcome}, empty where nothing was calibrated.
+    matrices: list of `MatrixSparsity`. outcomes: {(layer, name): Outcome}, empty without calibration.
     """
     kinds = defaultdict(list)
     for matrix in matrices:
@@ -30,7 +30,7 @@ def sparsity_table(matrices, outcomes):
 
 
 def plan_tables(plan, shapes, traces):
-    """Tabulate trace per weight, rank (1: most sensitive) and sparsity assigned, by matrix kind and by layer.
+    """Tabulate trace per weight, rank (1: most sensitive) and assigned sparsity, by matrix kind and by layer.
 
     plan: {(layer, name): Target}. shapes: {(layer, name): (out, in)}. traces: `Traces` that include these.
     """
@@ -61,7 +61,7 @@ def perplexity_table(perplexities):
 
 
 def task_table(scores):
-    """Tabulate {"dense" or method: {task: {metric: value, …}}} as tasks.score gives it, with standard errors."""
+    """Tabulate {"dense" or method: {task: {metric: value, …}}} from tasks.score, with standard errors."""
     models, rows = list(scores), []
     for task, found in scores[models[0]].items():
         about = [str(found.get(key, "")) for key in TASK_FACTS]
@@ -77,7 +77,7 @@ def _score(found, metric):
 
 
 def kernels_line(found, dense):
-    """Tell what semistructured.compare found, or why it was not asked. dense: {test set: perplexity}, dense kernels."""
+    """Report semistructured.compare's result, or why it was skipped. dense: dense kernels' {test set: perplexity}."""
     if "skipped" in found:
         return f"semi-structured kernels: skipped, {found['skipped']}"
     perplexities = ", ".join(f"{name} {value:.2f} ({dense[name]:.2f})" for name, value in found["perplexity"].items())
@@ -89,21 +89,21 @@ def kernels_line(found, dense):
 
 
 def disk_line(disk):
-    """Tell what the changed matrices take on disk; see `records.disk` for the keys."""
+    """Report the size of the changed matrices on disk; see `records.disk` for the keys."""
     return (f"disk {disk['bytes'] / 1e6:.1f} MB for the matrices above, {disk['bits_per_weight']:.2f} bits a weight, "
             f"{disk['ratio']:.2f} times smaller than bfloat16 (in theory, without mask and grids, "
             f"{disk['theoretical_ratio']:.2f} times)")
 
 
 def cost_line(seconds, peak):
-    """Tell seconds per part, those that do not round to 0, and peak memory in one line."""
+    """Report seconds per part, except those that round to 0, and peak memory in one line."""
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05)
     memory = ", ".join(f"{place} {value / 1e9:.2f} GB" for place, value in peak.items())
     return f"time {sum(seconds.values()):.1f} s ({parts}); peak memory {memory}"
 
 
 def heading(job):
-    """Say all that it takes to repeat the run."""
+    """Return the heading: all that is needed to reproduce the run."""
     settings, model = job.settings, job.model
     parameters = sum(p.numel() for p in model.parameters())
     lines = [f"command  {job.command}"] if job.command else []
@@ -119,7 +119,7 @@ def heading(job):
 
 
 def _methods(settings, count):
-    """Say how weights are pruned and quantized: {"pruning" or "grids": text}."""
+    """Describe how weights are pruned and quantized: {"pruning" or "grids": text}."""
     how = {}
     walk = f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
         ", true-sequential" if settings.true_sequential else "") + (
@@ -140,7 +140,7 @@ def _methods(settings, count):
 
 
 def plan_text(settings, target, plan, selected, traces):
-    """Return the tables of a plan that rests on traces, and the sparsity that it comes to. target: of all matrices."""
+    """Return the tables of a plan based on traces, and its total sparsity. target: the overall one."""
     numel = {key: out * columns for key, (out, columns) in selected.items()}
     total = sum(each.sparsity * numel[key] for key, each in plan.items()) / sum(numel.values())
     met = abs(total - target.sparsity) < 1e-9
@@ -149,7 +149,7 @@ def plan_text(settings, target, plan, selected, traces):
 
 
 def result_text(job):
-    """Return what is printed at the end: tables of sparsity, perplexity and tasks, unless quiet also the costs."""
+    """Return the final output: tables of sparsity, perplexity and tasks and, unless quiet, the costs."""
     settings, record = job.settings, job.record
     parts = [sparsity_table(job.matrices, job.outcomes)] if settings.compresses else []
     if settings.eval:

@@ -1,4 +1,4 @@
-"""The command line: the options of a run, their checks and their help. Nothing here imports PyTorch."""
+"""The options of a run, their validation and help. Nothing here imports PyTorch."""
 
 import argparse
 import dataclasses
@@ -8,10 +8,10 @@ from pathlib import Path
 from mixgpt.app.choices import ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, SALIENCIES, SOLVERS
 from mixgpt.common.errors import InputError
 
-WBITS = (2, 3, 4, 8, 16)  # 16: weights stay as they are
+WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 TARGETS = ("layer", "dense")
 TOKEN_WEIGHTS = ("equal", "fisher")
-PRESETS = {  # whole recipes; a flag that is given overrides them
+PRESETS = {  # complete recipes; explicit flags override them
     "sparsegpt": {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs", "target": "layer"},
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
@@ -21,22 +21,22 @@ PRESETS = {  # whole recipes; a flag that is given overrides them
 
 
 def recipe(preset, prunem=0):
-    """Return the options of a preset; in n:m all matrices and rows are alike, so that best weighs tokens instead."""
+    """Return the options of a preset; in n:m all matrices and rows have one sparsity, so best weighs tokens instead."""
     alike = {"sparsity_way": "uniform", "saliency": "obs", "token_weights": "fisher"}
     return PRESETS[preset] | (alike if prunem and preset == "best" else {})
 
 
-# What an option has an effect on.
-RESULT = "result"  # the result: the same for --resume, and told apart in plots
-METHOD = "method"  # the result, which the method's name, the sparsity or the range over seeds tells in plots
-ROUNDING = "rounding"  # the order of sums or the files only: the same for --resume, one point in plots
-EVALUATION = "evaluation"  # what is reported, not what is saved: free to differ for --resume, told apart in plots
-FREE = "free"  # nothing of that: it may differ between a run and its continuation
+# What an option affects.
+RESULT = "result"  # the result: must match for --resume, distinguished in plots
+METHOD = "method"  # the result, already shown in plots as method, sparsity or range over seeds
+ROUNDING = "rounding"  # only summation order or files: must match for --resume, one point in plots
+EVALUATION = "evaluation"  # what is reported, not saved: may differ for --resume, distinguished in plots
+FREE = "free"  # none of these: may differ for --resume
 
 
 def option(default, effect, help="", *, flag=None, group=None, registry=None, **arguments):
-    """Describe a field of `Settings`: its effect, help and flag, the group of options that begins with it, the registry
-    that it names an entry of, and further arguments of argparse."""
+    """Describe a field of `Settings`: its effect, help and flag, the option group that starts with it, the registry of
+    its values, and further argparse arguments."""
     return dataclasses.field(default=default, metadata={
         "effect": effect, "help": help, "flag": flag, "group": group, "registry": registry, "arguments": arguments})
 
@@ -51,9 +51,9 @@ def names(text):
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a run, named as on the command line. Raises InputError where their values cannot be used."""
+    """The options of a run, named as on the command line. Raises InputError for invalid values."""
 
-    model: str = dataclasses.field(metadata={"effect": FREE})  # its weights count, see records.identity
+    model: str = dataclasses.field(metadata={"effect": FREE})  # compared by weights, see records.identity
     dataset: str = dataclasses.field(metadata={"effect": RESULT})
 
     sparsity: float = option(0.0, METHOD,
@@ -257,7 +257,7 @@ class Settings:
 
     @property
     def scheme(self):
-        """The quant.Scheme of the weights' grids, None where they stay as they are."""
+        """The quant.Scheme of the weights, None without quantization."""
         from quant import Scheme  # imports PyTorch
 
         return Scheme(self.wbits, self.groupsize, self.sym, self.mse) if self.quantizes else None
@@ -277,18 +277,18 @@ class Settings:
 
     @property
     def mixed(self):
-        """Whether matrices or layers are ranked by their sensitivity."""
+        """Whether matrices or layers are ranked by sensitivity."""
         return ALLOCATIONS[self.sparsity_way].ranks
 
     @property
     def weighs(self):
-        """Whether the gradients of the loss by the outputs of matrices are needed."""
+        """Whether gradients of the loss w.r.t. matrix outputs are needed."""
         weighted = SALIENCIES[self.saliency].weighs_rows or self.token_weights == "fisher"
         return ALLOCATIONS[self.sparsity_way].by_loss or weighted and self.calibrates
 
     @property
     def method(self):
-        """Name of the recipe in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
+        """Name of the method in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
         bits = f"{self.wbits} bit" if self.quantizes else ""
         if not self.prunes:
             return f"{'GPTQ' if self.calibrates else 'nearest'} {bits}" + (
@@ -303,7 +303,7 @@ class Settings:
         return name + (f" ({', '.join(choices)})" if choices else "") + (f" + {bits}" if bits else "")
 
     def check_paths(self):
-        """Raise InputError where a file or folder that is named as one is not there."""
+        """Raise InputError if a given file or directory does not exist."""
         path = Path(self.model)
         if path.suffix == ".gguf" and not path.is_file():
             raise InputError(f"model {self.model}: no such file")
@@ -314,7 +314,7 @@ class Settings:
 
 
 def flags():
-    """Return {name of a field of Settings: its flag, or its name where it is positional}."""
+    """Return {name of a field of Settings: its flag, or its name if positional}."""
     return {field.name: field.metadata.get("flag") or (
         f"--{field.name}" if "help" in field.metadata else field.name) for field in dataclasses.fields(Settings)}
 
@@ -325,14 +325,14 @@ def having_effect(*effects):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says in one line what it cannot read, and exits with status 2."""
+    """A parser that reports errors in one line and exits with status 2."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse(family, argv=None):
-    """Read the command line of a family script. Returns `Settings`; exits with status 2 on what it cannot read."""
+    """Parse the command line of a family script. Returns `Settings`; exits with status 2 on errors."""
     parser = Parser(
         prog=family.script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, description="Prune and quantize a language model in one shot and report its perplexity.\n"
@@ -351,7 +351,7 @@ def parse(family, argv=None):
 
 
 def _add(group, field):
-    """Add the option of a field of Settings to a group of argparse's."""
+    """Add the option of a field of Settings to an argparse group."""
     default, text, arguments = field.default, field.metadata["help"], field.metadata["arguments"]
     flag = flags()[field.name]
     if default is False:

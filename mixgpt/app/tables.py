@@ -4,7 +4,7 @@ import textwrap
 
 
 def table(header, rows):
-    """Lay out rows of text under a header: the first column to the left, the others to the right."""
+    """Lay out rows of text under a header, the first column left-aligned, the others right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
@@ -16,7 +16,7 @@ def table(header, rows):
 
 
 def side_by_side(texts, width=100):
-    """Lay out {title: text} in columns beside each other, in lines of at most `width` characters."""
+    """Lay out {title: text} in adjacent columns, in lines of at most `width` characters."""
     each = (width - 3 * (len(texts) - 1)) // len(texts)
     columns = [[title, "-" * each, *wrapped(text, each)] for title, text in texts.items()]
     height = max(map(len, columns))

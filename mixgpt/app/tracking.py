@@ -1,4 +1,4 @@
-"""Tell Weights & Biases what a run does, where its user asks for that; trouble there costs a warning, never the run."""
+"""Optional logging to Weights & Biases; failures there cause a warning and never stop the run."""
 
 import contextlib
 import functools
@@ -11,33 +11,33 @@ from PIL import Image
 from mixgpt.app import plots
 from mixgpt.common.errors import InputError
 
-PATIENCE = {"init_timeout": 30, "finish_timeout": 300}  # seconds for a server that does not answer
+PATIENCE = {"init_timeout": 30, "finish_timeout": 300}  # seconds to wait for an unresponsive server
 
 
 def _guarded(method):
-    """Let a method of `Tracker` do nothing without a run in W&B, and go on without that where the client fails."""
+    """Make a method of `Tracker` a no-op without a W&B run, and drop the W&B run if the client fails."""
     @functools.wraps(method)
     def guarded(self, *arguments):
         if self.run is None:
             return
         try:
             method(self, *arguments)
-        except Exception as error:  # whatever the client, its process or its server meets
+        except Exception as error:  # any failure of the client, its process or its server
             _warn(f"{_first_line(error)}; going on without it; {self._upload()}")
             self.run = None
-            with contextlib.suppress(Exception):  # or the client tries again, with a traceback, when Python ends
+            with contextlib.suppress(Exception):  # or the client retries, with a traceback, when Python exits
                 self.wandb.teardown(exit_code=1)
 
     return guarded
 
 
 class Tracker:
-    """A run in W&B, as a context that marks it as finished or failed. Where there is none, methods do nothing."""
+    """A W&B run, as a context manager that marks it finished or failed. Without a run, methods do nothing."""
 
     def __init__(self, config, project=None, name=None, group=None):
-        """Begin a run. config: settings and surroundings, None: no run. What is None is left to wandb's variables.
+        """Start a run. config: settings and environment, None: no run. Other Nones are left to wandb's env variables.
 
-        Where one cannot log in, or the server cannot be reached, the run is kept on disk.
+        Without a login or a reachable server, the run is kept on disk.
         """
         self.run = None
         if config is None:
@@ -63,7 +63,7 @@ class Tracker:
     def _begin_offline(self, asked, reason):
         try:
             self._begin(asked | {"mode": "offline"})
-        except Exception as error:  # nothing but the disk can fail
+        except Exception as error:  # only the disk can fail
             self.run = None
             _warn(f"{_first_line(reason)}; {_first_line(error)}; going on without it")
         else:
@@ -71,7 +71,7 @@ class Tracker:
 
     @property
     def place(self):
-        """Say in a line where the run can be seen, None without one."""
+        """Return a line on where the run can be seen, None without a run."""
         if self.run is None:
             return None
         if self.run.disabled:
@@ -97,7 +97,7 @@ class Tracker:
 
     @_guarded
     def layer(self, index, outcomes, seconds, counted):
-        """Log a layer when it is finished: {(layer, name): Outcome}, and the `MatrixSparsity` of all its matrices."""
+        """Log a finished layer: {(layer, name): Outcome}, and the `MatrixSparsity` of all its matrices."""
         point = {"layer": index, "layers/seconds": seconds,
                  "layers/sparsity": sum(m.zeros for m in counted) / sum(m.numel for m in counted)}
         errors = {name: outcome.error for (_, name), outcome in outcomes.items() if outcome.error is not None}
@@ -109,7 +109,7 @@ class Tracker:
 
     @_guarded
     def result(self, record, method):
-        """Log the record of the run: every matrix as a table, all else as numbers of the summary."""
+        """Log the record of the run: every matrix as a table, all else as summary numbers."""
         columns = list(dict.fromkeys(column for row in record["matrices"] for column in row if column != "shape"))
         rows = [[row.get(column) for column in columns] for row in record["matrices"]]
         self.run.log({"matrices": self.wandb.Table(columns=columns, data=rows)} | scores(record, method))
@@ -155,7 +155,7 @@ def _flat(values, above=""):
 
 
 def _key(name):
-    return name.replace(".", "/")  # a dot nests in W&B's summary
+    return name.replace(".", "/")  # W&B's summary nests at dots
 
 
 def _first_line(error):
