@@ -1,1 +1,1 @@
-"""Models in, folders out: loading and checking, formats, and the folder that a run saves to and goes on from."""
+"""Load and check models, save formats, and the output directory that a run saves to and resumes from."""

@@ -4,7 +4,7 @@ from mixgpt.common.registry import Choice, Registry
 
 
 def not_packed(settings):
-    """Say why a packed checkpoint cannot hold what a run makes, empty where it can."""
+    """Return why a packed checkpoint cannot hold the run's result; empty if it can."""
     if not (settings.wbits in (4, 8) and settings.sym):
         return "holds symmetric grids of 4 or 8 bits; needs --wbits 4 or 8, and --sym"
     if settings.act_order and settings.groupsize != -1:
@@ -13,7 +13,7 @@ def not_packed(settings):
 
 
 FORMATS = Registry("--save-format", {
-    "dense": Choice("every weight in its dtype"),  # which run_dir.RunDir writes itself
+    "dense": Choice("every weight in its dtype"),  # written by run_dir.RunDir itself
     "compressed-tensors": Choice("packed integers, for vLLM too",
                                  "mixgpt.checkpoints.formats:save_compressed_tensors", refuses=not_packed),
     "sparse": Choice("a bit mask and the packed values of the kept weights", "mixgpt.checkpoints.formats:save_sparse"),

@@ -1,4 +1,4 @@
-"""The formats in which a model is saved, how the sparse one is loaded, and the bytes that matrices take on disk."""
+"""Save formats, loading of the sparse one, and the size of matrices on disk."""
 
 import json
 from pathlib import Path
@@ -13,16 +13,16 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from mixgpt.checkpoints.packing import decode, encode
 from modelutils import linears, model_class
 
-PACKED = "pack-quantized"  # the name that compressed-tensors and vLLM give it
-SPARSE = "sparse.json"  # in a folder in the sparse format: {name of a parameter: its description}
-SPARSE_VARIANT = "sparse"  # and part of the names of the files with its tensors
+PACKED = "pack-quantized"  # name used by compressed-tensors and vLLM
+SPARSE = "sparse.json"  # file of a sparse checkpoint: {name of a parameter: its description}
+SPARSE_VARIANT = "sparse"  # part of the names of its tensor files
 
 
 def save_compressed_tensors(folder, model, family, grids):
-    """Save a pack-quantized checkpoint, which `from_pretrained` and vLLM load, with the matrices of `grids` packed.
+    """Save a pack-quantized checkpoint for `from_pretrained` and vLLM, with the matrices of `grids` packed.
 
-    grids: {name of a linear: quant.Grid}, all of one symmetric scheme, with the columns of a group side by side.
-    Raises ValueError where weights do not lie on their grid or columns of a group not side by side.
+    grids: {name of a linear: quant.Grid}, all of one symmetric scheme, with contiguous column groups.
+    Raises ValueError if weights are not on their grid or groups are not contiguous.
     """
     quantization = next(iter(grids.values())).scheme
     group = {"strategy": "channel"} if quantization.groupsize == -1 else {"strategy": "group",
@@ -33,10 +33,10 @@ def save_compressed_tensors(folder, model, family, grids):
     state = model.state_dict()
     for name, grid in grids.items():
         W = state.pop(f"{name}.weight")
-        grid.codes(W)  # raises where W is not on the grid
+        grid.codes(W)  # raises if W is not on the grid
         if not (grid.group.diff() >= 0).all():
             raise ValueError(f"{name}: the columns of a group do not lie side by side")
-        packed = compressor.compress({  # in float32, where it finds the same codes
+        packed = compressor.compress({  # in float32, which recovers the same codes
             "weight": W.float(), "weight_scale": grid.scale.float(),
             "weight_zero_point": torch.zeros_like(grid.scale, dtype=torch.int8)}, scheme)
         packed["weight_scale"] = grid.scale
@@ -53,10 +53,9 @@ def save_compressed_tensors(folder, model, family, grids):
 
 
 def save_sparse(folder, model, family, grids):
-    """Save every linear of the decoder layers as `packing` encodes it; `load_sparse` loads it.
+    """Save every linear of the decoder layers in the encoding of `packing`, for `load_sparse`.
 
-    grids: {name of a linear: quant.Grid} of those that are quantized. Raises ValueError where weights do not lie on
-    their grid.
+    grids: {name of a linear: quant.Grid} of quantized linears. Raises ValueError if weights are not on their grid.
     """
     state, matrices = model.state_dict(), {}
     for index, layer in enumerate(family.layers_of(model)):
@@ -64,19 +63,19 @@ def save_sparse(folder, model, family, grids):
             path = family.path(index, name)
             parts, matrices[f"{path}.weight"] = encode(state.pop(f"{path}.weight"), grids.get(path))
             state |= {f"{path}.weight.{part}": tensor for part, tensor in parts.items()}
-    # under another name than from_pretrained looks for: it would take random weights for those it misses
+    # not under the name from_pretrained looks for: it would initialise missing weights at random
     model.save_pretrained(folder, state_dict=state, variant=SPARSE_VARIANT)
     (Path(folder) / SPARSE).write_text(json.dumps(matrices, indent=1) + "\n")
 
 
 def load_sparse(folder, dtype="auto"):
-    """Load a folder written by --save-format sparse as an ordinary transformers model, bit for bit.
+    """Load a checkpoint written by --save-format sparse as an ordinary transformers model, bit for bit.
 
         from mixgpt.checkpoints.formats import load_sparse
         model = load_sparse("pruned")
 
-    dtype: of the weights in memory ("auto": as they were when saved). Raises OSError, ValueError, KeyError or
-    safetensors.SafetensorError where the folder is damaged.
+    dtype: of the weights in memory ("auto": as saved). Raises OSError, ValueError, KeyError or
+    safetensors.SafetensorError if the checkpoint is damaged.
     """
     folder = Path(folder)
     matrices = json.loads((folder / SPARSE).read_text())
@@ -105,11 +104,11 @@ def load_sparse(folder, dtype="auto"):
 
 
 def stored_bytes(folder, paths):
-    """Count the bytes that the weights of the linears at `paths` take in the safetensors files of a folder."""
+    """Count the bytes of the weights of the linears at `paths` in a directory's safetensors files."""
     total = 0
     for file in Path(folder).glob("*.safetensors"):
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))  # as safetensors defines it
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))  # u64 size, JSON header
         total += sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for key, tensor in header.items()
                      if key.partition(".weight")[0] in paths)
     return total

@@ -1,4 +1,4 @@
-"""GGUF files: each is read once, and converted into a folder in the cache that is an ordinary model from then on."""
+"""GGUF files: each is converted once into an ordinary checkpoint in the cache."""
 
 import contextlib
 import functools
@@ -13,20 +13,20 @@ from mixgpt.checkpoints import shards
 from mixgpt.common.files import cache_folder, check_room, locked, os_errors, replacing_folder
 from mixgpt.modeling import streaming
 
-DTYPE = "float32"  # in which transformers dequantizes, whatever dtype it then gives
+DTYPE = "float32"  # transformers dequantizes in it, whatever dtype is requested
 
 
 def folder_of(file, read):
-    """Return the folder that a .gguf file is converted into at its first use, None where the cache cannot be written.
+    """Return the cached checkpoint of a .gguf file, converted on first use; None if the cache cannot be written.
 
-    read: called with the path, returns (model in DTYPE, tokenizer); raises InputError where it is damaged. Processes
-    that come to a file at the same time wait for one of them. A line on stderr tells what happened.
+    read: called with the path, returns (model in DTYPE, tokenizer); raises InputError if it is damaged. Of concurrent
+    processes, one converts while the others wait. Reports in a line on stderr.
     """
     status = file.stat()
     return _folder_of(file, read, (status.st_ino, status.st_size, status.st_mtime_ns), cache_folder())
 
 
-@functools.cache  # the key: what tells that the file at a path is still the one whose checksum was computed
+@functools.cache  # the key detects that the file at a path has changed since its checksum
 def _folder_of(file, read, _, cache):
     with file.open("rb") as content:
         checksum = hashlib.file_digest(content, "sha256").hexdigest()[:32]
@@ -52,15 +52,15 @@ def _write(folder, model, tokenizer):
     with os_errors():
         shards.write_configuration(folder, model)
         tokenizer.save_pretrained(folder)
-        # save_pretrained of a model writes nothing, and says nothing, in all but the first process of torchrun
+        # a model's save_pretrained silently writes nothing in all but torchrun's first process
         streaming.write(folder / SAFE_WEIGHTS_NAME, state)
 
 
 @contextlib.contextmanager
 def parsed_once():
-    """Let transformers parse the header of a .gguf file once within the block.
+    """Make transformers parse the header of a .gguf file only once within the block.
 
-    It does so anew for the configuration, the tokenizer and the weights: seconds each, for the words of a vocabulary.
+    It would parse it for the configuration, the tokenizer and the weights: seconds each, for the vocabulary.
     """
     reader = gguf.GGUFReader
     gguf.GGUFReader = functools.cache(reader)

@@ -33,14 +33,14 @@ from mixgpt.modeling.family import family_of
 from mixgpt.text import hub
 from modelutils import model_class
 
-# What transformers, torch and gguf raise for files that are damaged, contradict each other or are of another kind.
+# What transformers, torch and gguf raise for damaged, inconsistent or unsupported files.
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, EOFError, struct.error,
            pickle.UnpicklingError, SafetensorError, StrictDataclassError)
-NO_CODE = {"trust_remote_code": False}  # without it transformers asks on a terminal whether to run what is there
+NO_CODE = {"trust_remote_code": False}  # otherwise transformers asks on a terminal whether to run it
 
 
 def _source(model):
-    """Return where `from_pretrained` finds `model`, a hub id, a folder or a .gguf file, as its arguments."""
+    """Return the arguments with which `from_pretrained` finds `model`: a hub id, a directory or a .gguf file."""
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -68,7 +68,7 @@ def _read_gguf(path):
 
 @contextlib.contextmanager
 def _refusing(model, part=""):
-    """Turn what is raised for a model, or a part of it, that cannot be loaded into one line; nothing else is logged."""
+    """Turn errors on loading a model, or a part of it, into a one-line InputError; suppress other logging."""
     try:
         with hub.unlogged("transformers"), hub.barred():
             yield
@@ -82,7 +82,7 @@ def _refusing(model, part=""):
 
 
 def _reason(error):
-    """Say in one line why a model cannot be loaded: the first line of a message, and what that line announces."""
+    """Return in one line why a model cannot be loaded: a message's first line, and the detail it introduces."""
     if isinstance(error, pickle.UnpicklingError):
         return "its .bin file is damaged or holds more than tensors, which is not executed; give safetensors files"
     if "trust_remote_code" in str(error):
@@ -90,7 +90,7 @@ def _reason(error):
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     count = next((number for number, line in enumerate(lines, 1) if not line.endswith((":", ",", " or"))), len(lines))
     text = textwrap.shorten(" ".join(lines[:count]), 400)
-    # the message of these is a key or a name without a sentence
+    # their message is only a key or a name
     return text if text and not isinstance(error, (KeyError, TypeError, AttributeError)) else (
         f"{type(error).__name__} {text}".strip())
 
@@ -106,7 +106,7 @@ def read_config(model, source=None):
 
 
 def load_config(model, family):
-    """Load the configuration of `model` and refuse it where its class belongs to another family script."""
+    """Load the configuration of `model`; raise InputError if its class belongs to another family script."""
     config = read_config(model)
     architecture = model_class(config).__name__
     if architecture not in family.classes:
@@ -122,7 +122,7 @@ def load_config(model, family):
 def load_tokenizer(model, source=None):
     """Load the tokenizer of `model`. source: as `_source` returns it.
 
-    Early conversions of LLaMA-1 give the empty string as their special tokens; those of its model file are put in.
+    Early LLaMA-1 conversions have empty special tokens; they are replaced by those of the model file.
     """
     name, arguments = source or _source(model)
     with _refusing(model, "its tokenizer cannot be read: "):
@@ -132,22 +132,22 @@ def load_tokenizer(model, source=None):
 
 
 def skeleton(config, dtype=torch.float32):
-    """Build the model of `config` without weights, to know its modules and shapes."""
+    """Build the model of `config` without weights, for its modules and shapes."""
     with _refusing(config.name_or_path, "its configuration cannot be used: "), torch.device("meta"):
         config = copy.deepcopy(config)  # from_config writes the dtype into it
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE).eval()
 
 
 def size(skeleton, dtype):
-    """Return the bytes of a model's parameters; where its dtype is "auto", as many as they can be."""
+    """Return the bytes of a model's parameters; an upper bound if its dtype is "auto"."""
     return (4 if dtype == "auto" else dtype.itemsize) * sum(parameter.numel() for parameter in skeleton.parameters())
 
 
 def load_model(model, dtype, source=None):
-    """Load the weights of `model` on the host, in `dtype` ("auto": as stored), whatever format they were saved in.
+    """Load the weights of `model` on the host, in `dtype` ("auto": as stored), from any format.
 
-    source: as `_source` returns it. Raises InputError where the checkpoint lacks a weight, holds NaN or inf, or is
-    quantized in another way.
+    source: as `_source` returns it. Raises InputError if the checkpoint lacks a weight, holds NaN or inf, or has an
+    unsupported quantization.
     """
     name, arguments = source or _source(model)
     with _refusing(model):
@@ -169,9 +169,9 @@ def load_model(model, dtype, source=None):
 
 
 def open_model(model, config, family, dtype):
-    """Open `model` with its weights left on disk where they are in safetensors files as they are, else load it.
+    """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it.
 
-    Raises InputError where weights are missing, hold NaN or inf, or do not fit the configuration.
+    Raises InputError if weights are missing, hold NaN or inf, or do not match the configuration.
     """
     name, arguments = _source(model)
     if "gguf_file" in arguments or (Path(model) / SPARSE).is_file() or getattr(config, "quantization_config", None):
@@ -182,7 +182,7 @@ def open_model(model, config, family, dtype):
         if not (files and streaming.stream(opened, family, files)):
             return load_model(model, dtype)
         _check_finite(model, opened)
-        with contextlib.suppress(OSError):  # where there is none, what the configuration says
+        with contextlib.suppress(OSError):  # no such file: fall back to the configuration
             opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
     return opened
 
@@ -194,7 +194,7 @@ def _check_finite(model, opened):
 
 
 def _dequantizing(model, name, arguments):
-    """Return the arguments of `from_pretrained` that turn quantized weights into ordinary ones."""
+    """Return the arguments of `from_pretrained` that dequantize the weights."""
     if "gguf_file" in arguments:
         return {"quantization_config": GgufConfig(dequantize=True)}
     config = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
@@ -208,10 +208,10 @@ def _dequantizing(model, name, arguments):
 
 
 def check_save(folder, nbytes, resume):
-    """Refuse a folder that is not empty, cannot be written or lacks room. Leaves nothing behind.
+    """Raise InputError for an output directory that is not empty, not writable or lacks room. Leaves nothing behind.
 
-    nbytes: of the model, whose layers lie beside the shard that they are moved into. resume: accept the folder of a run
-    that left off.
+    nbytes: size of the model; layer files and the shard being assembled from them coexist. resume: accept the
+    directory of an interrupted run.
     """
     folder = Path(folder)
     try:
@@ -230,7 +230,7 @@ def check_save(folder, nbytes, resume):
     except OSError as error:
         raise InputError(f"--save {folder}: {parent} cannot be written ({error.strerror})") from error
     free = shutil.disk_usage(parent).free
-    rest = max(nbytes - _stored(folder.glob("*.safetensors")), 0)  # what is not in shards yet
+    rest = max(nbytes - _stored(folder.glob("*.safetensors")), 0)  # not in shards yet
     needed = max(rest - _stored(folder.glob(f"{PROGRESS}/layer-*.safetensors")), 0) + min(rest, shards.LARGEST)
     if free < needed:
         raise InputError(f"--save {folder}: needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free in {parent}")
@@ -241,7 +241,7 @@ def _stored(files):
 
 
 def write_record(folder, record):
-    """Write the record of a run into `folder`, whole or not at all."""
+    """Write the record of a run into `folder` atomically."""
     try:
         with replacing(Path(folder) / RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""What the folder of a run holds, by name."""
+"""File names in a run's output directory."""
 
 from pathlib import Path
 
 RECORD = "mixgpt.json"  # of a run: settings, versions, every matrix, perplexities
-PROGRESS = "progress"  # a folder, until the run has ended: what it takes to go on
+PROGRESS = "progress"  # a directory, until the run has ended: the resume state
 
 
 def begun(path):
-    """Tell whether a folder holds a run that has begun and not ended."""
+    """Return whether a directory holds an unfinished run."""
     return (Path(path) / PROGRESS / "run.json").is_file()

@@ -1,19 +1,19 @@
-"""The sparse format: a bit mask and the values of the kept weights, packed to their bits.
+"""The sparse format: a bit mask and the bit-packed values of the kept weights.
 
-A matrix is stored as tensors named after it: `mask`, one bit a weight, where that pays; `values`, the kept weights as
-they are or `codes`, packed to wbits, of a matrix on a grid; `scale`, and where the grid needs them `zero` (packed to
-wbits) and `group`, the group of each column. Bits fill bytes from the lowest.
+A matrix is stored as tensors named after it: `mask`, one bit per weight, if that saves space; `values`, the kept
+weights, or on a grid `codes`, packed to wbits; `scale`, and if the grid needs them `zero` (packed to wbits) and
+`group`, the group of each column. Bytes are filled from the lowest bit.
 """
 
 import torch
 
 from quant import Grid, Scheme
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a value -> integers of that size
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes per value -> integer dtype of that size
 
 
 def pack(codes, bits):
-    """Pack integers below 2^bits, at most 8 bits each, one behind the other. Returns uint8, flat."""
+    """Pack integers below 2^bits, at most 8 bits each, contiguously. Returns uint8, flat."""
     each = (codes.to(torch.uint8).flatten()[:, None] >> torch.arange(bits, dtype=torch.uint8)) & 1  # (n, bits)
     each = torch.nn.functional.pad(each.flatten(), (0, -each.numel() % 8)).view(-1, 8)
     return (each << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
@@ -26,15 +26,15 @@ def unpack(packed, bits, count):
 
 
 def encode(W, grid=None):
-    """Encode a matrix (out, in), on `grid` where there is one, as the smallest that the format knows.
+    """Encode a matrix (out, in), on `grid` if given, in the smallest encoding of the format.
 
-    Returns the tensors by name and a description that `decode` needs. Raises ValueError where W is not on the grid.
+    Returns the tensors by name and the description for `decode`. Raises ValueError if W is not on the grid.
     """
     description = {"shape": list(W.shape), "dtype": str(W.dtype).removeprefix("torch.")}
     if grid is None:
         bits = 8 * W.element_size()
         parts, values = {}, W.contiguous().flatten()
-        kept = values.view(_BITS[W.element_size()]) != 0  # −0 is kept: the weights come back bit for bit
+        kept = values.view(_BITS[W.element_size()]) != 0  # −0 counts as kept, for a bit-exact round trip
     else:
         bits = description["wbits"] = grid.scheme.wbits
         codes = grid.codes(W)
@@ -64,7 +64,7 @@ def _consecutive(columns, groups):
 
 
 def decode(parts, description):
-    """Return the matrix (out, in) that `encode` was given, bit for bit."""
+    """Return the matrix (out, in) given to `encode`, bit for bit."""
     shape, dtype = description["shape"], getattr(torch, description["dtype"])
     count = shape[0] * shape[1]
     kept = unpack(parts["mask"], 1, count).bool() if "mask" in parts else torch.ones(count, dtype=torch.bool)

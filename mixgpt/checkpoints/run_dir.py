@@ -1,8 +1,8 @@
-"""The output directory of a run: layers as they are finished, what it takes to resume, the final checkpoint.
+"""Output directory of a run: finished layers, resume state, final checkpoint.
 
-Until the run has ended, `progress` in it holds the settings of the run, a file for each finished layer, and the hidden
-states at the latest border of layers. On completion layers move from there into shards, and the last of these, or their
-index where there are several, makes the folder one that can be loaded.
+Until the run has ended, its subdirectory `progress` holds the settings of the run, a file per finished layer, and the
+hidden states after the latest saved layer. On completion layers move from there into shards; the last of these, or the
+index if there are several, makes the checkpoint loadable.
 """
 
 import contextlib
@@ -28,23 +28,23 @@ from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import Outcome, Target
 from quant import Grid, Scheme
 
-PATIENCE = 10  # hidden states are written when that took less than 1/PATIENCE of the time since the last ones
+PATIENCE = 10  # hidden states are saved when that takes less than 1/PATIENCE of the time since the last save
 
 
 class RunDir:
-    """The output directory of a run: finished layers, what it takes to resume, the final checkpoint.
+    """Output directory of a run: finished layers, resume state, final checkpoint.
 
-    As a context it locks the directory, and leaves it as it was where the run did not begin.
+    As a context manager it locks the directory, and restores it if the run did not start.
     """
 
     def __init__(self, path, save_format="dense"):
-        """Lock the folder, in the first of several processes, which writes; InputError where another run does."""
+        """Lock the directory in the first process, the one that writes. Raises InputError if another run holds it."""
         self.path, self.save_format = Path(path), save_format
         self.progress = self.path / PROGRESS
         self.writes = distributed.rank() == 0
         self.written, self.cost = time.monotonic(), 0.0
         self.sums = {}  # checksum of every tensor as it was in memory
-        self.shards = {}  # name of a tensor -> name of its shard, once the run has come to them
+        self.shards = {}  # name of a tensor -> name of its shard, once they are assigned
         if self.writes:
             self._lock()
 
@@ -57,7 +57,7 @@ class RunDir:
         except OSError as error:
             self.lock.close()
             raise InputError(f"--save {self.path}: another run is writing there") from error
-        if not begun(self.path) and not empty(self.path):  # that run has ended just now
+        if not begun(self.path) and not empty(self.path):  # that run has just ended
             self.__exit__()
             raise InputError(f"--save {self.path}: exists and is not an empty folder")
 
@@ -77,11 +77,11 @@ class RunDir:
         self.lock.close()
 
     def _kept_nothing(self):
-        """Tell whether the run has finished no layer yet, and written nothing of the result."""
+        """Whether no layer is finished and nothing of the result is written."""
         return not any(self.progress.glob("layer-*.json")) and empty(self.path)
 
     def start(self, model, family, identity):
-        """Begin a run, or go on with the one that left off here. identity: what both must share, {flag: value}."""
+        """Start a run, or resume the one interrupted here. identity: what both must share, {flag: value}."""
         self.model, self.family = model, family
         self.layers = family.layers_of(model)
         if self.writes:
@@ -99,7 +99,7 @@ class RunDir:
             if identity.get(flag) != value:
                 raise InputError(f"--resume: {flag} was {value} in the run that left off in {self.path}, "
                                  f"now it is {identity.get(flag)}")
-        for folder in (self.path, self.progress):  # files that a kill left half written
+        for folder in (self.path, self.progress):  # partial files of a killed run
             for file in (*folder.glob("*.partial"), *folder.glob(".tmp*")):
                 file.unlink()
         if self.save_format == "dense" and not self._shards().is_file():  # killed in `end`: layers are pruned again
@@ -116,7 +116,7 @@ class RunDir:
         return self.progress / f"layer-{index:05d}.safetensors"
 
     def _places(self, index):
-        """Return where the tensors of a finished layer lie, {name in the model: file}."""
+        """Return the files of a finished layer's tensors, {name in the model: file}."""
         names = [f"{self.family.layers}.{index}.{name}" for name in self.layers[index].state_dict()]
         files = {name: self.path / self.shards[name] for name in names if name in self.shards}
         return {name: files[name] if name in files and files[name].is_file() else self._layer(index) for name in names}
@@ -128,7 +128,7 @@ class RunDir:
         return self.progress / f"gradients-{distributed.rank()}.safetensors"
 
     def keep_plan(self, plan, gradients):
-        """Keep {(layer, name): Target} and the fisher.Gradients that it rests on, None where there are none."""
+        """Save the plan, {(layer, name): Target}, and the fisher.Gradients behind it, or None."""
         if gradients:
             self._write(self._measured(), {f"{kind}.{layer}.{name}": tensor for kind in ("rows", "tokens")
                                            for (layer, name), tensor in getattr(gradients, kind).items()})
@@ -143,7 +143,7 @@ class RunDir:
         return distributed.broadcast_object((self.progress / "plan.json").is_file())
 
     def kept_plan(self):
-        """Return what `keep_plan` was given in the run that left off here; (None, None) where it came to none."""
+        """Return what `keep_plan` saved in the interrupted run, or (None, None)."""
         if not self.has_plan:
             return None, None
         kept = json.loads((self.progress / "plan.json").read_text())
@@ -157,10 +157,10 @@ class RunDir:
         return plan, gradients
 
     def begin(self, count, states=None):
-        """Bring the model, and the hidden states of its calibration, to where the run left off.
+        """Restore the model, and the calibration hidden states, to where the run was interrupted.
 
-        count: of layers to go through, from the first. states: {name: hidden states}, overwritten. Returns the first
-        layer that is not finished, and the outcomes of those before.
+        count: number of layers to process, from the first. states: {name: hidden states}, overwritten. Returns the
+        first unfinished layer, and the outcomes of those before.
         """
         first = next((index for index in range(count) if not self._finished(index)), count)
         if states is not None and first < count:
@@ -187,7 +187,7 @@ class RunDir:
         return self.progress / f"state-{index:05d}-{rank}.safetensors"
 
     def _take(self, index):
-        """Let the model read a finished layer from where it lies."""
+        """Point the model at the files of a finished layer."""
         layer, prefix = self.layers[index], f"{self.family.layers}.{index}."
         places = {name.removeprefix(prefix): (str(file), name) for name, file in self._places(index).items()}
         if hasattr(layer, "source"):
@@ -198,7 +198,7 @@ class RunDir:
 
     @contextlib.contextmanager
     def _room(self, name, nbytes=None):
-        """Let a disk that is full, or cannot be written, end the run with one line and no half-written file."""
+        """Turn a full or unwritable disk into a one-line InputError, leaving no partial file."""
         try:
             with os_errors():
                 yield
@@ -221,7 +221,7 @@ class RunDir:
             partial.write_text(json.dumps(content, indent=1) + "\n")
 
     def finish(self, index, layer, outcomes, states=None):
-        """Keep a finished layer, which is on the device, {(layer, name): Outcome}, and the hidden states behind it."""
+        """Save a finished layer, which is on the device, {(layer, name): Outcome}, and the hidden states after it."""
         if self.writes:
             self._keep(index, layer, outcomes)
         distributed.barrier()  # the others wait
@@ -254,9 +254,9 @@ class RunDir:
         self.cost = self.written - start
 
     def complete(self, tokenizer, grids):
-        """Write a folder that `from_pretrained` loads, what makes it one last; the model reads its layers from there.
+        """Write the final checkpoint; what makes it loadable comes last. The model reads its layers from it afterwards.
 
-        grids: {name of a linear: quant.Grid}. In formats other than dense the model is loaded whole.
+        grids: {name of a linear: quant.Grid}. Formats other than dense load the whole model into memory.
         """
         if self.writes:
             state = shards.own_tensors(self.model)
@@ -273,7 +273,7 @@ class RunDir:
                 self._take(index)
 
     def _assemble(self, state):
-        """Move all tensors into shards; what is in them already stays. state: {name: tensor}, which may be on meta."""
+        """Move all tensors into shards, skipping existing shards. state: {name: tensor}, possibly on meta."""
         if not self.shards:
             with self._room("the configuration"):
                 shards.write_configuration(self.path, self.model)
@@ -295,13 +295,13 @@ class RunDir:
         return source.tensor if source else state.get
 
     def _remove_layers(self):
-        """Remove the files of layers that are in shards, so that the disk need not hold both."""
+        """Remove the files of layers already in shards, so that the disk need not hold both."""
         for index in range(len(self.layers)):
             if self._layer(index) not in self._places(index).values():
                 self._layer(index).unlink(missing_ok=True)
 
     def _convert(self, state, grids):
-        """Write the model in another format than dense."""
+        """Write the model in a format other than dense."""
         model = self.model
         if hasattr(model, "source"):
             tensors = {name: model.source.tensor(name) for name in state}
@@ -316,7 +316,7 @@ class RunDir:
             FORMATS[self.save_format].load()(self.path, model, self.family, grids)
 
     def end(self):
-        """Remove what only an interrupted run needs, in an order in which it can go on from what is left."""
+        """Remove the resume state, in an order that leaves the run resumable at every point."""
         if not self.writes:
             return
         for pattern in ("state-*", "shards.json", "layer-*", "grids-*", "plan.json", "gradients-*"):
@@ -329,7 +329,7 @@ class RunDir:
 
 
 def held(path):
-    """Tell whether a run is writing to a folder."""
+    """Return whether a run is writing to a directory."""
     try:
         with (Path(path) / PROGRESS / "lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -341,5 +341,5 @@ def held(path):
 
 
 def empty(path):
-    """Tell whether a folder holds nothing but the remains of a run that never began."""
+    """Return whether a directory holds nothing but remains of a run that never started."""
     return all(file.name == PROGRESS for file in Path(path).iterdir())
