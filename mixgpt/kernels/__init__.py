@@ -1,1 +1,1 @@
-"""Fast computation on matrices, which knows nothing of models."""
+"""Fast matrix kernels, independent of models."""

@@ -1,4 +1,4 @@
-"""Walk over the columns of a narrow range one by one: the reference on any device, and the choice of a faster one."""
+"""Walk over the columns of a narrow range one by one: the reference for any device, and the choice of a kernel."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch
 from mixgpt.kernels import columns_cpu
 from quant import to_multiples
 
-NARROW = 8  # scores of a row up to which comparing them in pairs is faster than selecting
+NARROW = 8  # scores per row up to which pairwise comparison is faster than selection
 
 
 def smallest_per_row(scores, n):
@@ -32,13 +32,13 @@ def smallest_in_groups(scores, n, m):
 
 
 def walk_columns(W, E, U, mask, factors, groups, grid):
-    """Remove or round the weights of each column in turn, and let the columns behind it compensate the error.
+    """Prune or round the weights of each column in turn, compensating the error in the columns after it.
 
-    W: (n, out), the columns of a range, up to date at its first one; becomes the new weights. E: (n, out), becomes
-    their errors over the diagonal of U. U: (n, n), upper triangular. mask: (n, out), the weights to remove. groups:
-    (prunem, [(slice of rows, prunen)]), to choose here the prunen least of every prunem weights of those rows, by the
-    scores w² · factors (n,), those of the mask first; or None. grid: (scale, low, high, dtype), the first three (out,),
-    as in `quant.to_multiples`; or None.
+    W: (n, out), the columns of a range, updated for all errors before it; overwritten with the new weights. E: (n,
+    out), overwritten with the errors divided by the diagonal of U. U: (n, n), upper triangular. mask: (n, out), the
+    weights to prune. groups: (prunem, [(slice of rows, prunen)]), to choose here the prunen lowest scores
+    w² · factors (n,) of every prunem weights of those rows, masked ones first; or None. grid: (scale, low, high,
+    dtype), the first three (out,), as in `quant.to_multiples`; or None.
     SparseGPT (arXiv 2301.00774), algorithm 1, and GPTQ (arXiv 2210.17323), eq. 2 and 3.
     """
     prunem, prunens = groups or (0, [])
@@ -59,16 +59,16 @@ def walk_columns(W, E, U, mask, factors, groups, grid):
 
 @functools.cache
 def triton_obstacle(device):
-    """Say why the columns cannot be walked in Triton on a GPU, having tried once; None where they can."""
+    """Return why the Triton kernel cannot run on a GPU, trying it once; None if it can."""
     try:
-        from mixgpt.kernels import columns_cuda  # only where there is a GPU
+        from mixgpt.kernels import columns_cuda  # only with a GPU
     except (ImportError, OSError, RuntimeError) as error:
         return " ".join(str(error).split())
     return columns_cuda.obstacle(device)
 
 
 def fastest(device, grid_dtype, dtype):
-    """Return the fastest `walk_columns` for a device, grids of grid_dtype, None without grids, and W of a dtype."""
+    """Return the fastest `walk_columns` for a device, a grid_dtype (None without grids) and W's dtype."""
     unrounded = grid_dtype in (None, dtype)
     if device.type == "cpu" and (unrounded or dtype == torch.float32 and grid_dtype in columns_cpu.GRID_DTYPES):
         return columns_cpu.walk_columns

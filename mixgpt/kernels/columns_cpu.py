@@ -1,6 +1,6 @@
-"""The columns of a narrow range walked one by one, compiled for the CPU; see `columns.walk_columns`.
+"""The walk over the columns of a narrow range, compiled for the CPU; see `columns.walk_columns`.
 
-One thread: the errors of a tile stay in the first cache, so that this costs far less than the products around it.
+Single-threaded: the errors of a tile stay in L1 cache, so that this costs far less than the surrounding products.
 """
 
 import numba
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 TILE = 64  # rows of W at a time
-GRID_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # that the compiled code can round to
+GRID_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # supported by the compiled code
 
 
 def walk_columns(W, E, U, mask, factors, groups, grid):
@@ -23,7 +23,7 @@ def walk_columns(W, E, U, mask, factors, groups, grid):
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 def _update(W, E, U, column, start, stop):
-    """Subtract what the errors of columns start … stop − 1 leave to compensate from a column of a tile."""
+    """Update a column of a tile for the errors of columns start … stop − 1."""
     for k in range(start, stop):
         share = U[k, column]
         for r in range(TILE):
@@ -32,7 +32,7 @@ def _update(W, E, U, column, start, stop):
 
 @numba.njit(nogil=True, cache=True)
 def _copy(source, target):
-    """Copy a tile in the order of the memory outside it: source or target, whichever is not the tile itself."""
+    """Copy a tile in the memory order of the source or target outside it."""
     columns, rows = source.shape
     if max(source.strides[1], target.strides[1]) > max(source.strides[0], target.strides[0]):
         for r in range(rows):
@@ -46,7 +46,7 @@ def _copy(source, target):
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16):
-    """Walk rows start … stop − 1 of all columns; scale is empty where weights are not rounded."""
+    """Walk all columns for rows start … stop − 1; scale is empty without quantization."""
     columns, width = len(W), max(prunem, 1)
     w, e = np.zeros((columns, TILE), W.dtype), np.zeros((columns, TILE), W.dtype)
     remove = np.zeros((columns, TILE), np.bool_)
@@ -92,7 +92,7 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 def _choose(W, remove, factors, scores, rank, group, width, prunen):
-    """Mark the prunen least salient of columns group … group + width − 1 in every row of a tile, marked ones first."""
+    """Mark the prunen least salient of columns group … group + width − 1 per row of a tile, marked ones first."""
     for j in range(group, group + width):
         for r in range(TILE):
             scores[j, r] = -1 if remove[j, r] else W[j, r] * W[j, r] * factors[j]

@@ -1,7 +1,7 @@
-"""The columns of a narrow range walked one by one in one Triton kernel; see `columns.walk_columns`.
+"""The walk over the columns of a narrow range in one Triton kernel; see `columns.walk_columns`.
 
-A program keeps a tile of rows of W in registers, and every error is at once compensated in all columns to come: so
-each column is up to date when it is reached, and W, E and the mask are read or written once.
+A program keeps a tile of rows of W in registers and compensates each error immediately in all later columns: every
+column is up to date when it is reached, and W, E and the mask are read or written only once.
 """
 
 import subprocess
@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS, TILE = 32, 4096  # at most so many rows of W, and so many of its weights, in a program: 32 registers a thread
+ROWS, TILE = 32, 4096  # maximum rows and weights of W per program: 32 registers per thread
 WARPS = 4
 GRID_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-ROUNDER = tl.constexpr(1.5 * 2**23)  # the float32 numbers of this size are the integers: a sum with it is rounded
+ROUNDER = tl.constexpr(1.5 * 2**23)  # float32 spacing is 1 at this size: adding it rounds to an integer
 
 
 def walk_columns(W, E, U, mask, factors, groups, grid):
@@ -35,9 +35,9 @@ def walk_columns(W, E, U, mask, factors, groups, grid):
 
 
 def obstacle(device):
-    """Say why the kernel cannot run on a device, by trying it once; None where it can.
+    """Return why the kernel cannot run on a device, by trying it once; None if it can.
 
-    Triton compiles a launcher on the machine itself, with a C compiler and the libraries of the driver.
+    Triton compiles a launcher at run time, which needs a C compiler and the driver's libraries.
     """
     W, E, mask = torch.ones(2, 2, device=device), torch.empty(2, 2, device=device), torch.ones(2, 2, device=device) > 0
     try:
@@ -53,7 +53,7 @@ def _walk_rows(W, E, U, mask, factors, prunen, scale, low, high, columns, out, w
                COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """Walk a tile of rows of the matrix.
 
-    w_column and w_row lead to its next column and row, e_… and mask_… likewise; u_row and u_column to those of U.
+    w_column and w_row are strides to the next column and row of W; likewise e_…, mask_…, u_row and u_column.
     """
     column, row = tl.arange(0, COLUMNS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < out
@@ -97,7 +97,7 @@ def _column(tile, column, j):
 
 @triton.jit
 def _ranks(scores, column, start, width):
-    """Rank each score among those of columns start … start + width − 1, the first among equals first."""
+    """Rank each score among those of columns start … start + width − 1, ties in column order."""
     rank = tl.zeros_like(scores).to(tl.int32)
     for other in range(start, start + width):
         its = _column(scores, column, other)

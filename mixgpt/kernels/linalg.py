@@ -1,31 +1,31 @@
-"""Triangular factors, products with symmetric matrices, and the smallest of many scores."""
+"""Triangular factors, products with symmetric matrices, and selection of the smallest scores."""
 
 import numpy as np
 import torch
 
 from mixgpt.kernels.matmul import suits, times_transposed
 
-PANEL = 512  # columns that are factored at a time
-SMALL = 128  # columns of a triangular matrix that LAPACK inverts as fast as products would
+PANEL = 512  # columns factored at a time
+SMALL = 128  # columns up to which LAPACK inverts a triangular matrix as fast as blocked products
 
 
 def damping(H, percdamp):
     """Return λ = percdamp · mean(diag H)."""
     mean = H.diagonal().mean()
-    return torch.where(mean > 0, percdamp * mean, 1.0)  # an input that is zero throughout has no scale of its own
+    return torch.where(mean > 0, percdamp * mean, 1.0)  # an all-zero input has no scale
 
 
 def upper_cholesky(H, damping):
-    """Return R (in, in), upper triangular with H + damping · I = R Rᵀ, None where that is not positive definite.
+    """Return R (in, in), upper triangular with H + damping · I = R Rᵀ, or None if that is not positive definite.
 
-    H: (in, in), symmetric; its upper triangle is read.
+    H: (in, in), symmetric; only its upper triangle is read.
     """
     if not suits(H) or len(H) <= 3 * PANEL:
         damped = H.flip(0, 1)  # the Cholesky factor of the flipped matrix, flipped back, is upper triangular
         damped.diagonal().add_(damping)
         L, info = torch.linalg.cholesky_ex(damped)
         return L.flip(0, 1) if info == 0 else None
-    # the same from the last panel of columns to the first, by products; MKL's factorisation knows no faster ones
+    # the same by panels, last to first, with fast products, which MKL's factorisation does not use
     R, panels = torch.zeros_like(H), []
     for stop in range(len(H), 0, -PANEL):
         B = slice(max(stop - PANEL, 0), stop)
@@ -48,15 +48,15 @@ def upper_inverse(R):
     n = len(R)
     if n <= SMALL or not suits(R):
         return torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True)
-    U, left, right = torch.zeros_like(R), slice(0, n // 2), slice(n // 2, n)  # most of it by products
+    U, left, right = torch.zeros_like(R), slice(0, n // 2), slice(n // 2, n)  # mostly by matrix products
     U[left, left], U[right, right] = upper_inverse(R[left, left]), upper_inverse(R[right, right])
     U[left, right] = -U[left, left] @ (R[left, right] @ U[right, right])
     return U
 
 
 def upper_blocks(columns):
-    """Return the ranges of columns by which symmetric products are made; each needs only the rows up to its end."""
-    width = max(192, columns // 8)  # narrower saves little more and multiplies slower
+    """Return the column blocks for symmetric products; each block needs only the rows up to its end."""
+    width = max(192, columns // 8)  # narrower blocks save little and multiply slower
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
@@ -69,17 +69,17 @@ def row_energies(A, H):
         A_B = A[:, B]
         AH = A_B @ H[B, B]
         if B.start:
-            AH.addmm_(A[:, :B.start], H[:B.start, B], alpha=2)  # what lies above the diagonal counts for both sides
+            AH.addmm_(A[:, :B.start], H[:B.start, B], alpha=2)  # blocks above the diagonal count twice
         total += torch.linalg.vecdot(AH, A_B)
     return total
 
 
 def smallest(scores, k):
-    """Mark the k smallest scores, exactly k of them also among ties. Returns a mask like `scores`.
+    """Mark exactly the k smallest scores, even with ties. Returns a mask like `scores`.
 
-    k: an int, or a tensor on the device of the scores, where the host shall not wait for it.
+    k: an int, or a tensor on the scores' device, to avoid a host synchronization.
     """
-    if scores.dim() == 2 and scores.stride(0) < scores.stride(1):  # in the order of memory, without a copy
+    if scores.dim() == 2 and scores.stride(0) < scores.stride(1):  # in memory order, without a copy
         return smallest(scores.t(), k).t()
     flat = scores.flatten()
     if torch.is_tensor(k):

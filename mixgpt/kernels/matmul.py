@@ -1,7 +1,7 @@
-"""Matrix products of float32 on a CPU by oneDNN, which PyTorch brings along beside MKL, its default for them.
+"""Float32 matrix products on the CPU by oneDNN, which PyTorch ships alongside its default, MKL.
 
-MKL takes AVX-512 on Intel's processors only; oneDNN takes it wherever it is, at about twice MKL's speed there. Both
-compute in float32.
+MKL uses AVX-512 only on Intel processors; oneDNN uses it on others too, at about twice MKL's speed there. Both compute
+in float32.
 """
 
 import contextlib
@@ -14,22 +14,22 @@ AVAILABLE = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu
 
 
 def suits(*tensors):
-    """Say whether oneDNN multiplies these tensors faster."""
+    """Return whether oneDNN multiplies these tensors faster."""
     return AVAILABLE and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
 
 
 def times_transposed(A, B, start=None):
-    """Return A Bᵀ, or start + A Bᵀ. A: (m, k). B: (n, k). start: (m, n). Contiguous ones are not copied."""
+    """Return A Bᵀ, or start + A Bᵀ. A: (m, k). B: (n, k). start: (m, n). Contiguous tensors are not copied."""
     if not suits(A, B):
         return A @ B.t() if start is None else torch.addmm(start, A, B.t())
-    A, B = A.contiguous(), B.contiguous()  # on other strides oneDNN is slower by orders of magnitude
+    A, B = A.contiguous(), B.contiguous()  # with other strides oneDNN is orders of magnitude slower
     if start is None:
         return torch.ops.mkldnn._linear_pointwise(A, B, None, "none", [], "")
     return torch.ops.mkldnn._linear_pointwise.binary(A, start.contiguous(), B, None, "add")
 
 
 def rough_product_with(B):
-    """Return what multiplies A (m, k) by B (k, n), symmetric, to about three digits: in bfloat16 where that is fast."""
+    """Return a function A (m, k) ↦ A B, B (k, n) symmetric, good to about three digits: in bfloat16 where fast."""
     fast = B.is_cuda or (B.device.type == "cpu" and torch.backends.mkldnn.is_available()
                          and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if not fast or B.dtype != torch.float32:
@@ -40,11 +40,11 @@ def rough_product_with(B):
 
 @contextlib.contextmanager
 def exact_bfloat16(dtype):
-    """Let float32 products of numbers that came from `dtype` take the units for bfloat16 (AMX), if that is exact.
+    """Allow float32 products of values from `dtype` on bfloat16 hardware (AMX), if that is exact.
 
-    Numbers that were bfloat16 lose nothing there, and sums are float32. dtype: None where they came from none.
+    It is for bfloat16 values, with float32 sums. dtype: original dtype of the values, or None.
     """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from PyTorch 2.9 on
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # PyTorch ≥ 2.9
     if matmul is None or dtype != torch.bfloat16:
         yield
         return
@@ -56,7 +56,7 @@ def exact_bfloat16(dtype):
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map without gradients of its own, differentiable with respect to its input, any number of times."""
+    """A linear map with constant weights, differentiable any number of times with respect to its input."""
 
     @staticmethod
     def forward(ctx, X, W, bias):
@@ -70,7 +70,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Linears(TorchFunctionMode):
-    """Run `torch.nn.functional.linear` by oneDNN where that is faster."""
+    """Run `torch.nn.functional.linear` through oneDNN where that is faster."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.nn.functional.linear and not kwargs:
@@ -83,9 +83,9 @@ class _Linears(TorchFunctionMode):
 
 @contextlib.contextmanager
 def fast_linears():
-    """Run the linears of models by oneDNN within the block, or in the decorated function, where that is faster.
+    """Run linears through oneDNN within the block, or in the decorated function, where that is faster.
 
-    Not across greenlets that are switched within the block: it belongs around all of them.
+    Do not switch greenlets out of the block: wrap all of them.
     """
     with _Linears() if AVAILABLE else contextlib.nullcontext():
         yield
