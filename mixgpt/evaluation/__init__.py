@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, tasks, sparsity, text, speed. Nothing here changes weights."""
+"""Evaluation: perplexity, tasks, sparsity, generated text, speed. Nothing here changes weights."""

@@ -1,4 +1,4 @@
-"""Load a model in any format and let it go on with a prompt."""
+"""Load a model in any format and complete a prompt."""
 
 import time
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from mixgpt.common.runtime import choose_dtype, position_limit
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model made of a prompt."""
+    """A completion of a prompt."""
 
     text: str  # without the prompt
     tokens: int  # generated
-    seconds: float  # for all of them, the prompt included
+    seconds: float  # for all of them, including the prompt
 
     @property
     def speed(self):
@@ -26,11 +26,11 @@ class Completion:
 
 @torch.no_grad()
 def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=0, until=()):
-    """Let a model that is whole on its device go on with `prompt`. Returns a `Completion`.
+    """Complete `prompt` with a model that is entirely on its device. Returns a `Completion`.
 
-    temperature: 0 takes the likeliest token each time; else they are drawn, from `seed`. until: texts that end it, and
-    that are cut off. Where the prompt and what follows exceed what the model can take, the prompt loses its beginning;
-    where even that leaves no room, raises InputError.
+    temperature: 0 is greedy; otherwise tokens are sampled, seeded by `seed`. until: stop strings, not included. If
+    prompt and completion exceed the model's context, the prompt is truncated on the left; raises InputError if even
+    that leaves no room.
     """
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     ids = tokenizer(prompt, add_special_tokens=not begun, return_tensors="pt", verbose=False).input_ids.to(model.device)

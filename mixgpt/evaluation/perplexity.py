@@ -12,7 +12,7 @@ from modelutils import SLICE, Stream, apply, on_device
 
 @torch.no_grad()
 def run_layers(model, family, streams, device, title, step=Stream.advance):
-    """Take a list of `Stream` through all decoder layers, each layer loaded once for all of them.
+    """Run a list of `Stream` through all decoder layers, loading each layer once for all of them.
 
     step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
     """
@@ -27,9 +27,9 @@ def run_layers(model, family, streams, device, title, step=Stream.advance):
 @torch.no_grad()
 @fast_linears()
 def perplexity(model, family, tokens, batch_size, device, title="perplexity", step=Stream.advance):
-    """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence on its own.
+    """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence independently.
 
-    T − 1 tokens of each sequence are predicted, as SparseGPT and GPTQ report it. Logits in the model's dtype,
+    T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ. Logits in the model's dtype,
     log-likelihood in float32. title: of the progress bar. step: as `run_layers` takes it.
     """
     N, T = tokens.shape
@@ -40,7 +40,7 @@ def perplexity(model, family, tokens, batch_size, device, title="perplexity", st
 
 
 def _negative_log_likelihood(model, family, tokens, batch_size, device, title, step):
-    """Return the sum over all predicted tokens."""
+    """Return the negative log-likelihood summed over all predicted tokens."""
     stream = Stream.embed(model, family, tokens, batch_size, device)
     run_layers(model, family, [stream], device, title, step)
     after, total = family.after_of(model), 0.0

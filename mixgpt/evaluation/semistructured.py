@@ -1,8 +1,8 @@
-"""Run 2:4 sparse models on the kernels that GPUs have for them, and compare these with the dense kernels.
+"""Run 2:4 sparse models on the GPU's semi-structured kernels, and compare these with the dense kernels.
 
-torch stores half of the values of such a matrix and two bits for each, and multiplies by it at up to twice the speed
-(arXiv 2104.08378). Which matrices can be stored so depends on the backend; the shapes asked for here suit both that
-torch has, cuSPARSELt and CUTLASS.
+torch stores half of the values of such a matrix with two index bits each, and multiplies by it at up to twice the speed
+(arXiv 2104.08378). Supported shapes depend on the backend; those required here suit both of torch's, cuSPARSELt and
+CUTLASS.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import torch
 from mixgpt.evaluation.perplexity import perplexity
 from modelutils import linears
 
-ROWS, COLUMNS = 32, 64  # what both dimensions of a matrix must be a multiple of, in 16 bits
+ROWS, COLUMNS = 32, 64  # required divisors of the dimensions of a 16-bit matrix
 DTYPES = (torch.float16, torch.bfloat16)
 
 
 def obstacle(device, dtype):
-    """Say why the kernels cannot run on a device with weights of a dtype; None where they can."""
+    """Return why the kernels cannot run on a device with weights of a dtype; None if they can."""
     if device.type != "cuda":
         return f"the kernels need a CUDA GPU, this runs on the {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -32,13 +32,13 @@ def obstacle(device, dtype):
 
 
 def fits(W):
-    """Tell whether a matrix (out, in) is 2:4 sparse and of a shape that the kernels take."""
+    """Return whether a matrix (out, in) is 2:4 sparse and of a shape supported by the kernels."""
     rows, columns = W.shape
     return rows % ROWS == 0 and columns % COLUMNS == 0 and bool(((W.reshape(-1, 4) != 0).sum(1) <= 2).all())
 
 
 def compress(W):
-    """Return a 2:4 sparse matrix as torch stores it for these kernels."""
+    """Return a 2:4 sparse matrix in torch's format for these kernels."""
     backend = (torch.sparse.SparseSemiStructuredTensorCUSPARSELT if torch.backends.cusparselt.is_available()
                else torch.sparse.SparseSemiStructuredTensorCUTLASS)
     return backend.from_dense(W.detach().contiguous())
@@ -46,7 +46,7 @@ def compress(W):
 
 @contextlib.contextmanager
 def compressed(layer):
-    """Keep the linears of a layer that fit in compressed form within the block. Yields how many these are."""
+    """Keep the supported linears of a layer compressed within the block. Yields their number."""
     dense = {module: module.weight for module in linears(layer).values() if fits(module.weight)}
     try:
         for module, weight in dense.items():
@@ -58,7 +58,7 @@ def compressed(layer):
 
 
 class Comparison:
-    """Take hidden states through layers on these kernels, and time both kinds on the same input."""
+    """Run hidden states through layers on these kernels, and time both kinds on the same input."""
 
     def __init__(self, device):
         self.device = device
@@ -66,7 +66,7 @@ class Comparison:
         self.matrices, self.difference = 0, 0.0
 
     def step(self, stream, layer, index):
-        """Replace the hidden states by the output of layer number `index`, as `run_layers` asks for it."""
+        """Replace the hidden states by the output of layer number `index`: a step of `run_layers`."""
         expected = self._timed("dense", stream, layer, index)
         with compressed(layer) as count:
             found = self._timed("semi_structured", stream, layer, index)
@@ -75,7 +75,7 @@ class Comparison:
         self.difference = max(self.difference, ((found - expected).norm() / expected.norm()).item())
 
     def _timed(self, kind, stream, layer, index):
-        """Run all batches and add up their time, after one to warm up. Returns the output of that one, in float32."""
+        """Run all batches and add up their time, after one warm-up batch. Returns the warm-up's output, in float32."""
         batches = stream.batches()
         first = stream.forward(layer, index, batches[0]).float()
         start = self._now()
@@ -85,16 +85,16 @@ class Comparison:
         return first
 
     def _now(self):
-        if self.device.type == "cuda":  # kernels run on after their launch
+        if self.device.type == "cuda":  # launches are asynchronous
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
 def compare(model, family, tests, batch_size, device):
-    """Measure the layers of a model on both kinds of kernels. tests: {test set: tokens (N, T)}.
+    """Measure a model's layers with both kinds of kernels. tests: {test set: tokens (N, T)}.
 
-    Returns seconds of the forwards, how many matrices ran compressed, the greatest relative difference of a layer's
-    output and the perplexities; or {"skipped": reason} where no matrix fits.
+    Returns seconds of the forward passes, the number of compressed matrices, the largest relative difference of a
+    layer's output and the perplexities; or {"skipped": reason} if no matrix fits.
     """
     comparison = Comparison(device)
     perplexities = {name: perplexity(model, family, tokens, batch_size, device, f"2:4 {name}", comparison.step)

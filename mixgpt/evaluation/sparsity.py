@@ -35,5 +35,5 @@ def count_zeros(index, layer):
 
 
 def total_sparsity(matrices):
-    """Return the share of zeros in a list of `MatrixSparsity`."""
+    """Return the fraction of zeros in a list of `MatrixSparsity`."""
     return sum(matrix.zeros for matrix in matrices) / sum(matrix.numel for matrix in matrices)

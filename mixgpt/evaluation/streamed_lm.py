@@ -1,7 +1,7 @@
-"""A model of lm-eval whose likelihoods are computed one decoder layer at a time.
+"""An lm-eval model whose likelihoods are computed one decoder layer at a time.
 
-The texts of all tasks pass through the layers together, so that a layer is loaded once for thousands of them. Tokens
-and windows are those of lm-eval's own `hf` model, and so are the answers, up to rounding.
+The texts of all tasks pass through the layers together, so that a layer is loaded once for thousands of them.
+Tokenization, windows and, up to rounding, results match lm-eval's own `hf` model.
 """
 
 import itertools
@@ -19,13 +19,13 @@ from mixgpt.evaluation.perplexity import run_layers
 from mixgpt.kernels.matmul import fast_linears
 from modelutils import SLICE, Stream, apply, on_device, whole
 
-RESIDENT = 2**18  # tokens whose hidden states exist at a time
+RESIDENT = 2**18  # tokens whose hidden states are in memory at a time
 
 
 class StreamedLM(TemplateLM):
-    """A model of lm-eval that takes all texts through one decoder layer after the other.
+    """An lm-eval model that runs all texts through one decoder layer after the other.
 
-    Several processes share out the texts, and all of them know all answers.
+    Texts are divided among the processes; every process gets all answers.
     """
 
     def __init__(self, model, family, tokenizer, tokens, device):
@@ -33,7 +33,7 @@ class StreamedLM(TemplateLM):
         self.model, self.family, self.tokenizer = model, family, tokenizer
         self.tokens, self.where = tokens, device
         self.max_length = position_limit(model.config) or DEFAULT_SEQLEN
-        self.cut = 0  # texts that were too long
+        self.cut = 0  # number of truncated texts
 
     @property
     def eot_token_id(self):
@@ -41,17 +41,17 @@ class StreamedLM(TemplateLM):
 
     @property
     def prefix_token_id(self):
-        """The token in front of a text that has nothing else there."""
+        """The token that precedes a text without context."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string, add_special_tokens=None, **_):
-        """Return the ids of a text, with the special tokens of the tokenizer unless it begins with one."""
+        """Return the ids of a text, with the tokenizer's special tokens unless it begins with one."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False).input_ids
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """Return the log-likelihood of each text in windows as long as the model allows, each token counted once."""
+        """Return the log-likelihood of each text in windows of maximum length, each token counted once."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             for window in get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id,
@@ -64,7 +64,7 @@ class StreamedLM(TemplateLM):
         return totals
 
     def generate_until(self, requests, disable_tqdm=False):
-        """Return what the model, whole on its device, goes on with; one text at a time."""
+        """Return the completions by the model, entirely on its device; one text at a time."""
         mine = range(distributed.rank(), len(requests), distributed.world())
         texts = {}
         with whole(self.model, self.family, self.where):
@@ -77,16 +77,16 @@ class StreamedLM(TemplateLM):
         return self._in_order(texts)
 
     def _loglikelihood_tokens(self, requests, **_):
-        """Return (log-likelihood, whether each token is the likeliest) of (_, context, continuation) as token ids.
+        """Return (log-likelihood, whether all tokens are the likeliest) of (_, context, continuation) as token ids.
 
-        Requests that need the same run of the model share it.
+        Requests with the same input share a forward pass.
         """
-        runs = defaultdict(list)  # tokens to run -> [(number of the request, tokens to predict at its end)]
+        runs = defaultdict(list)  # input tokens -> [(request number, tokens to predict at its end)]
         for number, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-self.max_length - 1:]
             self.cut += len(tokens) < len(context) + len(continuation)
             runs[tuple(tokens[:-1])].append((number, continuation[-self.max_length:]))
-        longest_first = sorted(runs, key=len, reverse=True)  # memory that does not suffice shows at once
+        longest_first = sorted(runs, key=len, reverse=True)  # so that running out of memory shows at once
         answers = {}
         for group in _groups(longest_first[distributed.rank()::distributed.world()], self.max_length):
             answers |= self._answers(group, runs)
@@ -96,7 +96,7 @@ class StreamedLM(TemplateLM):
     @fast_linears()
     def _answers(self, group, runs):
         """Return {number of a request: answer}. group: {padded length: token sequences}."""
-        # padding to the right changes nothing for the tokens before it, which do not see it
+        # causal attention: right padding does not affect the tokens before it
         streams = [Stream.embed(self.model, self.family,
                                 torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in sequences]),
                                 max(1, self.tokens // T), self.where) for T, sequences in group.items()]
@@ -115,7 +115,7 @@ class StreamedLM(TemplateLM):
 
 
 def padded_length(length, most):
-    """Return a length that is at most an eighth longer, so that there are few different ones; `most` at most."""
+    """Round a length up by at most an eighth, to `most` at most, so that few distinct lengths remain."""
     step = 2 ** max(0, length.bit_length() - 4)
     return min(most, math.ceil(length / step) * step)
 
@@ -135,9 +135,9 @@ def _groups(sequences, most):
 
 
 def _read(stream, after, wanted):
-    """Return {number: (log-likelihood, whether greedy decoding gives it)} from the hidden states behind the layers.
+    """Return {number: (log-likelihood, whether greedy decoding gives it)} from the last layer's hidden states.
 
-    wanted: list of (row, length without padding, number, token ids that end one token behind that length).
+    wanted: list of (row, length without padding, number, token ids that end one token after that length).
     """
     spots = torch.tensor([(row, length - len(targets) + place, target) for row, length, _, targets in wanted
                           for place, target in enumerate(targets)]).view(-1, 3)

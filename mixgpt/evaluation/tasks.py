@@ -25,17 +25,17 @@ from mixgpt.text.local import one_line
 from modelutils import free_memory
 
 VERSION = lm_eval.__version__
-BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean
-# What lm-eval raises for a task whose description or data cannot be used, which may run Python of its own.
+BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
+# What lm-eval raises for a task with an unusable description or data; tasks may run their own Python.
 BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ImportError, SyntaxError,
           AssertionError, ArithmeticError, DatasetsError, yaml.YAMLError, jinja2.TemplateError)
 
 
 def load(names, folder, limit):
-    """Build tasks, groups and tags of lm-eval with their data, and rehearse them with a model that guesses.
+    """Build lm-eval tasks, groups and tags with their data, and try them on a model that guesses.
 
-    folder: of further tasks, None without. limit: examples of each task, None for all. Returns what `score` takes.
-    Raises InputError where a task is not known or cannot be used.
+    folder: of additional tasks, or None. limit: examples per task, None for all. Returns the argument of `score`.
+    Raises InputError if a task is unknown or unusable.
     """
     if folder is not None and not any(Path(folder).glob("**/*.yaml")):
         raise InputError(f"--tasks_dir {folder}: must be a folder with .yaml files that describe tasks of lm-eval")
@@ -57,7 +57,7 @@ def _manager(names, folder):
     if folder is not None:
         manager = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= set(manager.all_subtasks):
-            return manager  # without the seconds that lm-eval's own thousands take
+            return manager  # skips indexing lm-eval's thousands of tasks, which takes seconds
     manager = TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
@@ -78,7 +78,7 @@ def _check(name, tasks):
 
 @contextlib.contextmanager
 def _refusing(name):
-    """Turn what is raised for a task that cannot be used into one line."""
+    """Turn errors raised for an unusable task into a one-line InputError."""
     try:
         yield
     except InputError:
@@ -92,7 +92,7 @@ def _refusing(name):
 
 @contextlib.contextmanager
 def _silent():
-    """Keep what lm-eval prints and logs to itself, and its bars where there is no terminal; ours pass."""
+    """Suppress lm-eval's output and logs and, without a terminal, its progress bars; ours pass."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(hub.unlogged("lm_eval"))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -103,16 +103,16 @@ def _silent():
 
 
 def _run(lm, chosen, limit, bootstrap):
-    """Let lm-eval put its questions to a model. Returns its results."""
+    """Run lm-eval on a model. Returns its results."""
     for task in chosen["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # anew each time, or every model gets other examples
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # reset each time, or each model gets other examples
     return evaluate(lm, chosen, limit=limit, bootstrap_iters=bootstrap, log_samples=False)
 
 
 def check(chosen, tokenizer, nbytes, device):
-    """Refuse tasks that need what the tokenizer lacks, or a model of nbytes whole where memory does not hold that."""
+    """Raise InputError for tasks that need special tokens or memory (nbytes, for the whole model) that are missing."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise InputError("--tasks: the model's tokenizer has no token for the begin or the end of a text")
     for name, task in chosen["tasks"].items():
@@ -127,10 +127,10 @@ def check(chosen, tokenizer, nbytes, device):
 
 
 def score(chosen, model, family, tokenizer, limit, tokens, device):
-    """Score a model on tasks that `load` gave.
+    """Score a model on the tasks from `load`.
 
-    tokens: how many run through a layer together. Returns {task or group: {metric: value, metric_stderr: value,
-    "examples": count, "num_fewshot": count, "version": as lm-eval numbers it}}. Prints a warning where texts were cut.
+    tokens: number per batch. Returns {task or group: {metric: value, metric_stderr: value, "examples": count,
+    "num_fewshot": count, "version": lm-eval's}}. Prints a warning if texts were truncated.
     """
     lm = StreamedLM(model, family, tokenizer, tokens, device)
     with _silent():
@@ -147,7 +147,7 @@ def score(chosen, model, family, tokenizer, limit, tokens, device):
 def _metrics(found):
     """Return {metric or metric (filter): value} of lm-eval's {"metric,filter": value}; standard errors end in _stderr.
 
-    Values that it does not know are left out.
+    Values unknown to lm-eval are left out.
     """
     metrics = {}
     for key, value in found.items():
