@@ -1,1 +1,1 @@
-"""Models beyond transformers: weights that stay on disk, and Baichuan."""
+"""Beyond transformers: models streamed from disk, and Baichuan."""

@@ -1,7 +1,7 @@
-"""Baichuan (arXiv 2309.10305) on transformers' own LLaMA parts: the published checkpoints, without their code.
+"""Baichuan (arXiv 2309.10305) from transformers' LLaMA modules: loads the published checkpoints without their code.
 
-Other than in LLaMA, q, k and v come from one matrix W_pack, the 13B models have ALiBi (arXiv 2108.12409) in place of
-rotary positions, and Baichuan 2 normalises the rows of its head. Importing this file makes the Auto classes know them.
+Unlike LLaMA, q, k and v come from one matrix W_pack, the 13B models use ALiBi (arXiv 2108.12409) instead of rotary
+positions, and Baichuan 2 normalises the rows of its head. Importing this file registers them with the Auto classes.
 """
 
 import math
@@ -33,7 +33,7 @@ PATTERNS = {(False, False): "none", (True, False): "bos", (False, True): "eos", 
 
 @strict
 class BaichuanConfig(LlamaConfig):
-    """The published fields; 13B models give their limit as model_max_length only."""
+    """The published fields; 13B models give their context length only as model_max_length."""
 
     model_type = "baichuan"
 
@@ -44,7 +44,7 @@ class BaichuanConfig(LlamaConfig):
 
     @property
     def rotary(self):
-        """Positions by rotation (7B), else by ALiBi (13B)."""
+        """Whether positions are rotary (7B), not ALiBi (13B)."""
         return ROTARY.get(self.hidden_size, self.max_position_embeddings is not None)
 
 
@@ -55,7 +55,7 @@ class BaichuanAttention(LlamaAttention):
         super().__init__(config, layer_idx)
         del self.q_proj, self.k_proj, self.v_proj
         self.W_pack = torch.nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o_proj = self._modules.pop("o_proj")  # listed behind W_pack, as they run
+        self.o_proj = self._modules.pop("o_proj")  # listed after W_pack, in execution order
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
         B, T, C = hidden_states.shape
@@ -80,24 +80,24 @@ class BaichuanDecoderLayer(LlamaDecoderLayer):
 
 
 class NoRotation(torch.nn.Module):
-    """Stands where models with rotary positions compute their angles."""
+    """Placeholder for the rotary embedding."""
 
     def forward(self, hidden_states, position_ids):
         return None
 
 
 def alibi_slopes(heads):
-    """Return the slope of every head: 2^(−8i/n), i = 1 … n, n the next power of two below; those left over take every
-    other slope of 2n heads (arXiv 2108.12409, section 3 and its code)."""
+    """Return the slope of every head: 2^(−8i/n), i = 1 … n, n the largest power of two that fits; the remaining heads
+    take every other slope of 2n heads (arXiv 2108.12409, section 3 and its code)."""
     n = 2 ** math.floor(math.log2(heads))
     return [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
 
 
 def alibi_mask(slopes, queries, keys, attention_mask, dtype, device):
-    """Return what is added to the scores of the last `queries` of `keys` positions: (1 or B, heads, queries, keys).
+    """Return the bias for the scores of the last `queries` of `keys` positions: (1 or B, heads, queries, keys).
 
-    −slope · distance to positions before and the lowest number elsewhere. attention_mask: (B, keys), 0 for padding, or
-    None. Distances, not positions: small numbers stay exact in bfloat16, and padding on the left shifts nothing.
+    −slope · distance for earlier positions, the lowest finite number elsewhere. attention_mask: (B, keys), 0 for
+    padding, or None. Distances, not positions: small numbers are exact in bfloat16, and left padding shifts nothing.
     """
     position = torch.arange(keys, device=device)
     distance = position[keys - queries:, None] - position
@@ -135,7 +135,7 @@ class BaichuanModel(LlamaModel):
 
 
 class NormHead(torch.nn.Linear):
-    """A head whose rows have length 1 when used; the weight itself stays as it was stored (arXiv 2309.10305, 2.4)."""
+    """A head whose rows are normalised in the forward pass; the weight stays as stored (arXiv 2309.10305, 2.4)."""
 
     def forward(self, hidden):
         return torch.nn.functional.linear(hidden, torch.nn.functional.normalize(self.weight))
@@ -163,9 +163,9 @@ class BaiChuanForCausalLM(BaichuanForCausalLM):
 
 
 class BaichuanTokenizer(SentencePieceBackend):
-    """The pieces that sentencepiece finds with a checkpoint's own tokenizer.model, named as checkpoints name theirs.
+    """Tokenize as sentencepiece does with a checkpoint's own tokenizer.model; has the class name that checkpoints use.
 
-    Spaces are treated as the model file says; no <s> in front by default.
+    Spaces are handled as the model file says; no leading <s> by default.
     """
 
     def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=False,
@@ -176,7 +176,7 @@ class BaichuanTokenizer(SentencePieceBackend):
                          add_eos_token=add_eos_token)
 
     def convert_tokens_to_string(self, tokens):
-        """Join pieces to the text that they came from."""
+        """Join pieces into the original text."""
         return self.sp_model.decode(tokens)
 
 

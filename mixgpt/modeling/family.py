@@ -1,17 +1,17 @@
-"""Families of models: where the parts of a model lie."""
+"""Model families: where the parts of a model are."""
 
 import importlib
 from dataclasses import dataclass
 
-SCRIPTS = ("opt", "llama", "bloom", "baichuan")  # that come with the program, each with its FAMILY
+SCRIPTS = ("opt", "llama", "bloom", "baichuan")  # built in, each with its FAMILY
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a model lie, as dotted paths; a path that leads to None is skipped."""
+    """Where the parts of a model are, as dotted paths; a path to None is skipped."""
 
     script: str  # the command line of this family
-    classes: tuple[str, ...]  # of models whose modules lie there
+    classes: tuple[str, ...]  # model classes with this layout
     layers: str  # the list of decoder layers
     before: tuple[str, ...]  # modules that run before the first layer
     after: tuple[str, ...]  # modules that turn the last layer's output into logits, in order
@@ -20,7 +20,7 @@ class Family:
         return model.get_submodule(self.layers)
 
     def path(self, index, name):
-        """Return the name in the model of the linear `name` of layer number `index`."""
+        """Return the full name of the linear `name` of layer number `index`."""
         return f"{self.layers}.{index}.{name}"
 
     def before_of(self, model):
@@ -31,7 +31,7 @@ class Family:
 
 
 def family_of(name):
-    """Return the family that comes with the program and accepts a class of models, None where none does."""
+    """Return the built-in family of a model class, or None."""
     families = (importlib.import_module(script).FAMILY for script in SCRIPTS)  # they import this module
     return next((family for family in families if name in family.classes), None)
 

@@ -1,4 +1,4 @@
-"""Models whose weights stay on disk: on meta, each module reads its own from safetensors files when its turn comes."""
+"""Models on meta whose weights stay on disk: each module reads its own from safetensors files when it runs."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from mixgpt.common.files import replacing
 
-# dtypes by the names that safetensors gives them
+# dtypes by their safetensors names
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
             "BOOL": torch.bool}
@@ -25,11 +25,11 @@ NAMES = {dtype: name for name, dtype in {**FLOATS, **INTEGERS}.items()}
 
 @dataclass
 class Source:
-    """Where the parameters and buffers of a module lie on disk."""
+    """Where a module's parameters and buffers are on disk."""
 
     places: dict  # name in the module -> (file, key in the file)
     dtype: torch.dtype  # of the weights in memory
-    ahead: Future | None = field(default=None, init=False)  # tensors that are being read
+    ahead: Future | None = field(default=None, init=False)  # tensors being read
 
     def tensor(self, name):
         """Read one tensor."""
@@ -40,12 +40,12 @@ class Source:
                 for name, tensor in read({name: self.places[name] for name in names}).items()}
 
     def prefetch(self, device):
-        """Begin to read the tensors that `load` will want, in a thread."""
+        """Start reading the tensors for `load`, in a thread."""
         self.ahead = ThreadPoolExecutor(1).submit(self._fetch, device)
 
     def _fetch(self, device):
         tensors = self._read(self.places)
-        if torch.device(device).type == "cuda":  # on a stream of its own, beside the computation
+        if torch.device(device).type == "cuda":  # on its own stream, to overlap with computation
             stream = _transfers(torch.device(device))
             with torch.cuda.stream(stream):
                 tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
@@ -63,10 +63,10 @@ class Source:
             if isinstance(self.empty[name], torch.nn.Parameter):
                 tensor = torch.nn.Parameter(tensor, requires_grad=False)
             _assign(module, name, tensor)
-        module.to(device)  # buffers that are not on disk
+        module.to(device)  # buffers not on disk
 
     def unload(self, module):
-        """Take the tensors of the module from memory again; buffers that are not on disk go to the host."""
+        """Free the module's tensors; buffers not on disk go to the host."""
         for name, tensor in self.empty.items():
             _assign(module, name, tensor)
         for name, buffer in module.named_buffers():
@@ -87,7 +87,7 @@ def read(places):
 
 @functools.cache
 def _transfers(device):
-    """Return the stream on which weights are copied to a GPU: PyTorch keeps unused memory for each stream apart."""
+    """Return the one stream for copying weights to a GPU: PyTorch's allocator caches memory per stream."""
     return torch.cuda.Stream(device)
 
 
@@ -97,7 +97,7 @@ def _assign(module, name, tensor):
 
 
 def attach(model, family, places):
-    """Let the modules of a model on meta read their tensors at places {name: (file, key)}; `model.source` knows all."""
+    """Make modules of a model on meta read their tensors from places {name: (file, key)}; `model.source` has all."""
     model.source = Source(places, model.dtype)
     modules = dict(model.named_modules())
     layers = [f"{family.layers}.{index}" for index in range(len(family.layers_of(model)))]
@@ -107,15 +107,15 @@ def attach(model, family, places):
 
 
 def prefetch(layers, index, device):
-    """Begin to read layer number `index`, where there is one that is on disk, for `on_device`."""
+    """Start reading layer number `index`, if it exists and is on disk, for `on_device`."""
     if index < len(layers) and (source := getattr(layers[index], "source", None)):
         source.prefetch(device)
 
 
 def files_of(name, **arguments):
-    """Return the safetensors files of a folder or hub id, none where its weights are in another format.
+    """Return the safetensors files of a directory or hub id, none if its weights are in another format.
 
-    Raises ValueError where the index is damaged or leads out of the folder.
+    Raises ValueError if the index is damaged or points outside the directory.
     """
     found = {file: cached_file(name, file, _raise_exceptions_for_missing_entries=False, **arguments)
              for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)}
@@ -128,7 +128,7 @@ def files_of(name, **arguments):
 
 
 def check_index(index):
-    """Raise ValueError where an index of shards is damaged or leads out of its folder."""
+    """Raise ValueError if a shard index is damaged or points outside its directory."""
     try:
         files = set(json.loads(Path(index).read_text())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -139,7 +139,7 @@ def check_index(index):
 
 
 def dtype_of(files):
-    """Return the dtype of the first floating-point tensor of safetensors files; float32 where there is none."""
+    """Return the dtype of the first floating-point tensor of safetensors files; float32 if there is none."""
     for file in files:
         with _opened(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118, not a dict
@@ -150,10 +150,10 @@ def dtype_of(files):
 
 
 def stream(model, family, files):
-    """Let a model on meta read its weights from safetensors files. Returns whether they hold all of them, as they are.
+    """Make a model on meta read its weights from safetensors files. Returns whether these hold all, unchanged.
 
-    Keys may lack the name of the base model or have it in addition, as `from_pretrained` allows. Raises ValueError
-    where a shape differs from that in the configuration; OSError or SafetensorError where a file is damaged.
+    Keys may lack or add the base model prefix, as `from_pretrained` allows. Raises ValueError if a shape differs from
+    the configuration; OSError or SafetensorError if a file is damaged.
     """
     held = {}  # key -> (file, shape)
     for file in files:
@@ -172,7 +172,7 @@ def stream(model, family, files):
         if shape != tuple(tensor.shape):
             raise ValueError(f"{key} is {_times(shape)}, its configuration asks for {_times(tensor.shape)}")
         places[name] = file, key
-    # where tied tensors are both there and differ, `from_pretrained` does not tie them
+    # `from_pretrained` does not tie tensors that are both stored and differ
     own = Source({name: (held[key][0], key) for name in tied if (key := find(name))}, model.dtype)
     together = Source(places, model.dtype)
     if not all(torch.equal(own.tensor(name), together.tensor(name)) for name in own.places):
@@ -196,7 +196,7 @@ def _times(shape):
 
 
 def _compute_buffers(model):
-    """Compute on the host the buffers that are in no file, such as the frequencies of rotary positions."""
+    """Compute on the host the buffers that are in no file, such as rotary frequencies."""
     for module in model.modules():
         if any(buffer.is_meta for name, buffer in module.named_buffers(recurse=False)
                if name not in module.state_dict()):
@@ -205,14 +205,14 @@ def _compute_buffers(model):
 
 
 def tensors_of(model):
-    """Yield (name, tensor) of every parameter, read from disk where the model is streamed."""
+    """Yield (name, tensor) of every parameter, read from disk if the model is streamed."""
     source = getattr(model, "source", None)
     for name, parameter in model.named_parameters():
         yield name, source.tensor(name) if source else parameter
 
 
 def fingerprint(model):
-    """Return a digest of 64 numbers of every parameter, the same whether stored as bfloat16 or wider."""
+    """Return a digest of 64 values of every parameter, the same whether stored as bfloat16 or wider."""
     found = hashlib.sha256(type(model).__name__.encode())
     for _, parameter in tensors_of(model):
         numbers = parameter.detach().flatten()
@@ -235,7 +235,7 @@ def _bytes(tensor):
 
 
 def write(file, tensors):
-    """Write {key: tensor} as a safetensors file, whole or not at all, and onto the disk before it has its name.
+    """Write {key: tensor} as a safetensors file, atomically and flushed to disk.
 
     Returns {key: checksum}.
     """
@@ -244,11 +244,11 @@ def write(file, tensors):
 
 
 def save(file, tensors, read):
-    """Write a safetensors file, one tensor after the other: the bytes of `save_file`, which has all in memory at once.
+    """Write the same safetensors file as `save_file`, but with one tensor in memory at a time.
 
-    tensors: {key: tensor}, which may be on meta. read: returns the tensor of a key. Returns {key: checksum}.
+    tensors: {key: tensor}, possibly on meta. read: returns the tensor of a key. Returns {key: checksum}.
     """
-    keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # so each begins at a multiple of it
+    keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # aligns tensors to their element size
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for key in keys:
         start, end = end, end + tensors[key].nbytes
