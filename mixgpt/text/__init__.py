@@ -1,1 +1,1 @@
-"""Texts: copies of the datasets in a folder, and the Hugging Face hub."""
+"""Texts: local copies of the datasets, and the Hugging Face hub."""

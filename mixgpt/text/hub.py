@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, asked once, doing without it, and keeping its libraries quiet."""
+"""Check once whether the Hugging Face hub is reachable, work offline, and silence its libraries."""
 
 import contextlib
 import functools
@@ -14,16 +14,16 @@ from huggingface_hub import constants
 
 @functools.cache
 def reachable(timeout=5):
-    """Tell whether the hub answers within `timeout` seconds (HF_HUB_OFFLINE and HF_ENDPOINT are obeyed).
+    """Return whether the hub answers within `timeout` seconds (HF_HUB_OFFLINE and HF_ENDPOINT are honoured).
 
-    Without this question `datasets` and `transformers` retry for 23 s before they give up.
+    Without this check `datasets` and `transformers` retry for 23 s before giving up.
     """
     if constants.HF_HUB_OFFLINE:
         return False
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout).close()
     except urllib.error.HTTPError:
-        return True  # an error status is an answer all the same
+        return True  # an error status is an answer too
     except OSError:
         return False
     return True
@@ -31,7 +31,7 @@ def reachable(timeout=5):
 
 @contextlib.contextmanager
 def offline():
-    """Make `datasets` and `huggingface_hub` use what is on disk and nothing else, without their retries."""
+    """Make `datasets` and `huggingface_hub` use only what is on disk, without retries."""
     saved = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -42,7 +42,7 @@ def offline():
 
 @contextlib.contextmanager
 def unlogged(library):
-    """Let a library log nothing: what it raises is said in one line of ours, where it would log a table or it twice."""
+    """Suppress a library's logs: we report its exceptions in one line, where it would log a table or repeat them."""
     logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -54,7 +54,7 @@ def unlogged(library):
 
 @contextlib.contextmanager
 def barred():
-    """Keep off bars that do not ask whether there is a terminal. Other lines pass, when the block is left."""
+    """Suppress progress bars that do not check for a terminal. Other lines pass at the end of the block."""
     if sys.stderr.isatty():
         yield
         return

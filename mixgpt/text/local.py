@@ -1,4 +1,4 @@
-"""Find a dataset in a folder, in any of the shapes in which people keep copies, and read its rows."""
+"""Find a dataset in a directory, in any of the usual layouts of local copies, and read its rows."""
 
 import glob
 import os
@@ -15,9 +15,9 @@ from mixgpt.text import hub
 from mixgpt.text.sets import DATASETS
 
 SPLITS = {"train": r"\btrain\b", "test": r"\btest\b", "validation": r"\b(validation|valid|val)\b"}
-# Ending of a local file -> what reads it; of several copies of a split the earliest in this order is taken.
+# Ending of a local file -> its reader; of several copies of a split, the first in this order is used.
 READERS = {
-    "/state.json": "save_to_disk",  # stands for its folder
+    "/state.json": "save_to_disk",  # stands for its directory
     ".parquet": "parquet",
     ".json.gz": "json",
     ".jsonl.gz": "json",
@@ -34,7 +34,7 @@ READ_ERRORS = (DatasetsError, OSError, EOFError, ValueError, zlib.error)
 
 
 def local_rows(dataset, split, data_dir):
-    """Return the rows of a split from a folder, and the files they are from. The hub is not asked."""
+    """Return the rows of a split from a directory, and their files, without contacting the hub."""
     paths = find_files(dataset, split, data_dir)
     rows = [row for path in paths for row in read_file(path, DATASETS[dataset].local.row)]
     if not rows:
@@ -43,7 +43,7 @@ def local_rows(dataset, split, data_dir):
 
 
 def find_files(dataset, split, data_dir):
-    """Return the paths of the files below `data_dir` that hold one split. Raises InputError without any."""
+    """Return the paths of the files below `data_dir` that hold one split. Raises InputError if there are none."""
     local_set, root = DATASETS[dataset].local, Path(data_dir)
     if not root.is_dir():
         raise InputError(f"--data-dir {data_dir}: there is no such folder")
@@ -64,15 +64,15 @@ def find_files(dataset, split, data_dir):
 def one_copy(paths, first_shard):
     """Return the shards of one copy of a split, of which `paths` may hold several.
 
-    The copy is chosen by the order of READERS, then by the shortest path, the shortest name and the
-    alphabet. Raises InputError where a shard is missing. first_shard: of the hub's shards only the first.
+    Copies are preferred by the order of READERS, then by shortest path, shortest name and alphabetically. Raises
+    InputError if a shard is missing. first_shard: use only the first of the hub's shards.
     """
     copies = {}
     for path in paths:
         copies.setdefault(path.with_name(re.sub(r"\d+(?=-of-\d)|^\d+(?=\.)", "#", path.name)), []).append(path)
     copy = min(copies, key=lambda path: (reader_rank(path), len(path.parts), len(path.name), path.parts))
     shards = copies[copy]
-    # `datasets` cuts what it writes itself at 500 MB: all its pieces are the one shard that was loaded.
+    # `datasets` splits its own files at 500 MB: all the pieces are the one shard that was loaded.
     if first_shard and copy.suffix != ".arrow":
         return shards[:1]
     total = re.search(r"-of-(\d+)", copy.name)
@@ -89,15 +89,15 @@ def data_files(root):
 
 
 def reader_rank(path):
-    """Return the position in READERS of the ending of a path; len(READERS) where it has none."""
+    """Return the position in READERS of a path's ending; len(READERS) if it has no reader."""
     return next((i for i, end in enumerate(READERS) if path.as_posix().lower().endswith(end)), len(READERS))
 
 
 def speaks_of(names, dataset, split):
-    """Tell whether a file's own name, or else the nearest of its folders, names the dataset and the split.
+    """Return whether a file's own name, or else its nearest directory, names the dataset and the split.
 
-    names: the folder given as --data-dir, the folders below it, the file. The split is not read from a
-    folder that belongs to another dataset, nor a name that fits several splits (or datasets) at all.
+    names: the directory given as --data-dir, those below it, the file. The split is not taken from a directory of
+    another dataset; names that match several splits (or datasets) are ignored.
     """
     found, found_split = False, None
     names_of_sets = {key: text_set.local.name for key, text_set in DATASETS.items() if text_set.local}
@@ -117,7 +117,7 @@ def labels(name, patterns):
 
 
 def comparable(name):
-    """Return a local name as the patterns expect it, where "_" separates words as "-" does."""
+    """Normalise a local name for the patterns, in which "_" and "-" are the same."""
     return name.lower().replace("_", "-")
 
 
@@ -136,14 +136,14 @@ def read_file(path, text_row):
             return text_column(table, path)
     except InputError:
         raise
-    except StopIteration:  # what `datasets` raises for a JSON file without rows
+    except StopIteration:  # raised by `datasets` for a JSON file without rows
         return []
     except READ_ERRORS as error:
         raise InputError(f"--data-dir: {path} cannot be read ({reader}): {one_line(error)}") from None
 
 
 def text_column(table, origin):
-    """Return the texts of a Dataset or IterableDataset as a list of str. origin: what an error names."""
+    """Return the texts of a Dataset or IterableDataset as a list of str. origin: named in errors."""
     columns = list(next(iter(table), {}))
     column = next((name for name in COLUMNS if name in columns), None)
     if columns and column is None:
@@ -155,5 +155,5 @@ def text_column(table, origin):
 
 
 def one_line(error):
-    """Return what an exception says, or else its name, without line breaks."""
+    """Return an exception's message, or else its name, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

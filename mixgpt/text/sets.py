@@ -1,4 +1,4 @@
-"""The datasets: where their rows come from, on the hub and in local copies, and how they become one text."""
+"""The datasets: where to find their rows, on the hub and in local copies, and how to join them into one text."""
 
 import hashlib
 import itertools
@@ -10,19 +10,19 @@ from mixgpt.common.registry import Choice, Registry
 
 @dataclass(frozen=True)
 class LocalSet:
-    """How local copies of a dataset are called. Patterns see lower case and "-" for "_"."""
+    """How local copies of a dataset are named. Patterns match lower case, with "-" for "_"."""
 
-    name: str  # pattern of its names
+    name: str  # pattern that its names match
     wanted: str  # what to supply, with an example
-    unwanted: str = "$^"  # pattern of paths that only look like it
-    row: Callable = str.strip  # line of a plain text file -> row as the hub has it
-    first_shard: bool = False  # of the hub's shards only the first is used
+    unwanted: str = "$^"  # pattern of paths to exclude
+    row: Callable = str.strip  # line of a plain text file -> row as on the hub
+    first_shard: bool = False  # use only the first of the hub's shards
 
 
 @dataclass(frozen=True)
 class TextSet(Choice):
-    """One dataset. Its code, if it has any, makes the rows: a function of the split that returns (rows, JSON-able dict
-    that says where they are from); else they are on the hub and in local copies."""
+    """One dataset. Its code, if any, is a function of the split that returns (rows, JSON-able dict that says where they
+    come from); otherwise rows come from the hub or local copies."""
 
     train_join: str = "\n\n"
     test_join: str = "\n\n"
@@ -31,21 +31,21 @@ class TextSet(Choice):
     hub_files: dict = field(default_factory=dict)  # split -> the one file to fetch
     local: LocalSet | None = None
     test_split: str = "test"
-    by_document: bool = False  # a sample lies within one document; only the first shard is used
+    by_document: bool = False  # samples do not cross documents; only the first shard is used
     test_documents: int | None = None
     test_segments: int | None = None
 
 
 def wikitext_row(line):
-    """Make the row that the hub's script made from a line: only blank lines lose their newline."""
+    """Convert a line to a row like the hub's script: only blank lines lose their newline."""
     return line if line.strip() else ""
 
 
 def builtin_rows(split):
-    """Return the paragraphs of Python's help topics, and the sha256 of all of them, joined.
+    """Return the paragraphs of Python's help topics, and the sha256 of their concatenation.
 
-    A paragraph that occurs again, indented differently or not, is dropped: topics share whole sections, and
-    the test text must be unseen. Train is the first 80% of the characters, test the rest.
+    Repeated paragraphs, ignoring indentation, are dropped: topics share whole sections, and the test text must be
+    unseen. Train is the first 80% of the characters, test the rest.
     """
     from pydoc_data.topics import topics  # half a megabyte
 
@@ -67,7 +67,7 @@ DATASETS = Registry("dataset", {
                               "wiki.train.raw)")),
     "ptb": TextSet(
         "Penn Treebank", train_join=" ", test_join=" ", hub_id="ptb-text-only/ptb_text_only",
-        hub_options={"revision": "refs/convert/parquet"},  # its script is refused by datasets >= 4
+        hub_options={"revision": "refs/convert/parquet"},  # datasets >= 4 does not run its script
         local=LocalSet(name="ptb|penn", wanted="penn_treebank/*/0000.parquet or ptb.test.txt, ptb.train.txt")),
     "c4": TextSet(
         "C4, English", train_join=" ", test_join=" ", hub_id="allenai/c4", test_split="validation",
