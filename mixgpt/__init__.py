@@ -1,1 +1,1 @@
-"""The machinery of MixGPT; the scripts and the method stand beside it, at the root."""
+"""The infrastructure of MixGPT; scripts and method are in the repository root."""

@@ -1,1 +1,1 @@
-"""What every room uses and nothing of the method: errors, files, processes, seconds, devices."""
+"""Utilities shared by all packages, independent of the method: errors, files, processes, timing, devices."""

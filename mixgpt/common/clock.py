@@ -1,4 +1,4 @@
-"""Seconds by part of a run, and its peak memory."""
+"""Wall time per part of a run, and peak memory."""
 
 import contextlib
 import resource
@@ -10,15 +10,15 @@ import torch
 
 
 class Clock:
-    """Add up wall time by part of the run; a part inside another one counts only for itself."""
+    """Add up wall time per part of the run; a nested part is not counted in the outer one."""
 
     def __init__(self, device):
         self.device = device
         self.seconds = defaultdict(float)
 
     def now(self):
-        """Return time.perf_counter() when all that was begun before is done."""
-        if self.device.type == "cuda":  # kernels run on after their launch
+        """Return time.perf_counter() after all pending work on the device."""
+        if self.device.type == "cuda":  # launches are asynchronous
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
@@ -30,7 +30,7 @@ class Clock:
 
 
 def peak_memory(device):
-    """Return the highest use of memory so far in bytes: {"host": …} and on CUDA {"device": …}."""
+    """Return the peak memory so far in bytes: {"host": …} and on CUDA {"device": …}."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Several processes that share the work, as torchrun starts them; without it, one process that does all of it."""
+"""Processes that divide the work, as started by torchrun; without it, a single process."""
 
 import contextlib
 import os
@@ -7,19 +7,19 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# The others wait for the first process while it writes and verifies what is saved. One that dies ends them at once.
+# The others wait while the first process writes and verifies the checkpoint. If it dies, they end at once.
 PATIENCE = timedelta(days=7)
 
 
 class _Hosts:
-    """Between which processes objects pass; None: those of the default group."""
+    """The process group for objects; None: the default group."""
 
     group = None
 
 
 @contextlib.contextmanager
 def joined(device):
-    """Join the processes that torchrun started, within the block. device: of this process."""
+    """Join the processes started by torchrun within the block. device: of this process."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -31,7 +31,7 @@ def joined(device):
     else:
         dist.init_process_group("gloo", timeout=PATIENCE)
     yield
-    dist.destroy_process_group()  # not after an error: torchrun ends the others then
+    dist.destroy_process_group()  # not after an error: torchrun then ends the others
     _Hosts.group = None
 
 
@@ -41,12 +41,12 @@ def world():
 
 
 def rank():
-    """Return the number of this process, from 0; process 0 prints and saves."""
+    """Return the rank of this process; rank 0 prints and saves."""
     return dist.get_rank() if world() > 1 else 0
 
 
 def share(count):
-    """Return the slice of `count` things that falls to this process."""
+    """Return this process's slice of `count` items."""
     return slice(rank() * count // world(), (rank() + 1) * count // world())
 
 
@@ -57,15 +57,15 @@ def all_reduce(tensor):
 
 
 def broadcast(tensor, source):
-    """Overwrite a tensor by that of process `source`."""
+    """Overwrite a tensor with that of process `source`."""
     if world() > 1:
         held = tensor.contiguous()
-        dist.broadcast(held.view(torch.uint8), source)  # gloo does not know every dtype
+        dist.broadcast(held.view(torch.uint8), source)  # gloo does not support every dtype
         tensor.copy_(held)
 
 
 def broadcast_object(value, source=0):
-    """Return the value that process `source` gives."""
+    """Return the value passed by process `source`."""
     if world() == 1:
         return value
     values = [value]
@@ -74,7 +74,7 @@ def broadcast_object(value, source=0):
 
 
 def all_gather_object(value):
-    """Return the values that all processes give, in order."""
+    """Return the values passed by all processes, in rank order."""
     if world() == 1:
         return [value]
     values = [None] * world()
@@ -83,5 +83,5 @@ def all_gather_object(value):
 
 
 def barrier():
-    """Wait until all processes are here."""
+    """Wait until all processes get here."""
     all_gather_object(None)

@@ -1,8 +1,8 @@
-"""The error that the command line turns into one line and exit status 2."""
+"""The error that the command line reports in one line, with exit status 2."""
 
 
 class InputError(ValueError):
-    """Report an argument, a file or a checkpoint that cannot be used.
+    """Report an unusable argument, file or checkpoint.
 
     The message is one line: it names the argument, what was given and what is accepted.
     """

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, the cache, and whether a path can be written."""
+"""Atomic writes of files and directories, the cache, and checks that a path can be written."""
 
 import contextlib
 import errno
@@ -15,9 +15,9 @@ from mixgpt.common.errors import InputError
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a path to write to within the block, whose file then takes the place of `path`, on the disk by then.
+    """Yield a temporary path to write to; at the end of the block it is flushed to disk and renamed to `path`.
 
-    After an error the file at `path` is as it was. Several processes may write to one path side by side.
+    After an error the file at `path` is unchanged. Several processes may write to one path concurrently.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -33,13 +33,13 @@ def replacing(path):
 
 @contextlib.contextmanager
 def replacing_folder(path):
-    """Give a folder to write to within the block, which is at `path` then, on the disk by then; one process at a time.
+    """Yield a temporary directory, flushed and renamed to `path` at the end of the block; one process at a time.
 
-    After an error there is none.
+    After an error there is no directory at `path`.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         partial.mkdir()
         yield partial
         for written in (*partial.rglob("*"), partial):
@@ -59,7 +59,7 @@ def _to_disk(path):
 
 @contextlib.contextmanager
 def locked(path):
-    """Be the only process within the block that has locked the file at `path`; wait while another has. It stays."""
+    """Hold an exclusive lock on the file at `path` within the block, waiting for it. The file is not removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -68,30 +68,30 @@ def locked(path):
 
 @contextlib.contextmanager
 def os_errors():
-    """Let what safetensors and tokenizers raise where a file cannot be written be an OSError."""
+    """Turn the errors of safetensors and tokenizers on writing a file into OSError."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, SafetensorError) and type(error) is not Exception:  # tokenizers has none of its own
+        if not isinstance(error, SafetensorError) and type(error) is not Exception:  # tokenizers raises plain Exception
             raise
         raise OSError(str(error)) from error
 
 
 def cache_folder():
-    """Return the folder for what is computed once and used by many runs: mixgpt in $XDG_CACHE_HOME or ~/.cache."""
+    """Return the cache directory shared by all runs: mixgpt in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixgpt"
 
 
 def check_room(folder, nbytes):
-    """Raise OSError where the disk of a folder has less than nbytes left."""
+    """Raise OSError if the disk of a directory has less than nbytes free."""
     if shutil.disk_usage(folder).free < nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write(flag, path, text):
-    """Write text with the folders above it. Raises InputError, without a half-written file, where that fails.
+    """Write text, creating parent directories. Raises InputError on failure, leaving no partial file.
 
-    flag: what names the file on the command line.
+    flag: the command-line flag of the file.
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -102,22 +102,22 @@ def write(flag, path, text):
 
 
 def nearest_folder(path):
-    """Return what is there of a path: itself, or the nearest folder above it."""
+    """Return the path itself if it exists, else its nearest existing parent."""
     path = Path(path).absolute()
-    while not os.path.lexists(path):  # a link that leads nowhere is there, and cannot be written
+    while not os.path.lexists(path):  # a dangling link exists, and cannot be written
         path = path.parent
     return path
 
 
 def try_writing(folder):
-    """Write to a folder, and leave nothing behind. Raises OSError where that fails."""
+    """Create and delete a file in a directory. Raises OSError if that fails."""
     tempfile.TemporaryFile(dir=folder).close()
 
 
 def check_writable(flag, path):
-    """Refuse a file that could not be written, before the work; folders that are missing will be made.
+    """Raise InputError early for a file that could not be written; missing directories will be created.
 
-    flag: what names the file on the command line. Leaves nothing behind.
+    flag: the command-line flag of the file. Leaves nothing behind.
     """
     if Path(path).is_dir():
         raise InputError(f"{flag} {path}: is a folder; name a file")

@@ -1,4 +1,4 @@
-"""Say how far a long loop has come: a bar in a terminal, elsewhere a line now and then."""
+"""Show the progress of long loops: a bar in a terminal, elsewhere a line now and then."""
 
 import contextlib
 import sys
@@ -17,24 +17,24 @@ _silent = ContextVar("silent", default=False)
 class Lines(tqdm):
     """Write lines such as `SparseGPT  layer 12 of 32, 184 s, about 310 s left (22:41)`, for logs and notebooks.
 
-    A line is due INTERVAL seconds after the one before and comes with the next step, or part of a step, that is
-    finished then. The estimate rests on the mean of all steps that are finished; that of late ones jumps between lines.
+    A line is due INTERVAL seconds after the previous one, and is written when the next step, or part of a step, is
+    finished. The estimate uses the mean of all finished steps; that of recent ones jumps between lines.
     """
 
-    monitor_interval = 0  # no thread that redraws
+    monitor_interval = 0  # no redrawing thread
 
     def __init__(self, *arguments, **options):
         self._last_line = self._last_step = 0.0  # seconds from the start
         super().__init__(*arguments, **options | {"leave": False, "mininterval": 0, "miniters": 1})
 
     def update(self, n=1):
-        """Note when a step is finished."""
+        """Record the time when a step is finished."""
         if not self.disable:
             self._last_step = self.format_dict["elapsed"]
         return super().update(n)
 
     def display(self, msg=None, pos=None):
-        """Write a line if one is due: where tqdm redraws the bar."""
+        """Write a line if one is due; tqdm calls this to redraw the bar."""
         elapsed = self.format_dict["elapsed"]
         if msg is not None or elapsed == 0 or elapsed - self._last_line < INTERVAL:
             return False
@@ -50,11 +50,11 @@ class Lines(tqdm):
         return True
 
     def clear(self, nolock=False):
-        """Leave lines where they are: where tqdm makes room for other output."""
+        """Leave lines in place; tqdm calls this to make room for other output."""
 
 
 def bar(iterable=None, *, title, unit="layer", **options):
-    """Return a tqdm over an iterable, or of a total that is given: a bar in a terminal, else `Lines`.
+    """Return a tqdm over an iterable, or with a given total: a bar in a terminal, else `Lines`.
 
     Only the first of several processes shows anything. options: those of tqdm.
     """
@@ -77,7 +77,7 @@ def silent():
 
 @contextlib.contextmanager
 def shown_on(stream):
-    """Show progress on a stream within the block, whatever sys.stderr becomes there."""
+    """Show progress on a stream within the block, even if sys.stderr is redirected."""
     token = _stream.set(stream)
     try:
         yield

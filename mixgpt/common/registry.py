@@ -1,4 +1,4 @@
-"""A registry: what a flag may be set to, one entry each, from which help, checks and error lines follow."""
+"""A registry of a flag's choices, from which help, checks and error messages are derived."""
 
 import importlib
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from mixgpt.common.errors import InputError
 class Choice:
     """One value of a flag.
 
-    Its code is "module:name", imported when it is used, so that the command line is read and checked before PyTorch is
-    imported; or the thing itself.
+    Its code is "module:name", imported on use, so that the command line is parsed and checked before PyTorch is
+    imported; or the object itself.
     """
 
     help: str  # what it does, in a few words
-    code: Any = None  # "module:name", or the thing itself
-    title: str = ""  # what tables and progress call it (default: its name)
-    refuses: Callable | None = None  # function of app.settings.Settings: why it cannot do what they ask for, or ""
+    code: Any = None  # "module:name", or the object itself
+    title: str = ""  # name in tables and progress (default: its name)
+    refuses: Callable | None = None  # function of app.settings.Settings: why it does not support them, or ""
 
     def load(self):
         """Return the code behind this choice."""
@@ -37,16 +37,16 @@ class Registry(dict):
         self.flag = flag
 
     def check(self, name):
-        """Raise InputError where there is no such choice."""
+        """Raise InputError if there is no such choice."""
         if name not in self:
             raise InputError(f"{self.flag} {name}: must be one of {', '.join(self)}")
         return self[name]
 
     def title(self, name):
-        """Return what tables and progress call a choice."""
+        """Return the name of a choice in tables and progress."""
         return self[name].title or name
 
     @property
     def help(self):
-        """What each choice does, for argparse, which formats it."""
+        """What each choice does, escaped for argparse's formatting."""
         return "; ".join(f"{name}: {choice.help}" for name, choice in self.items()).replace("%", "%%")

@@ -1,4 +1,4 @@
-"""What a run takes where the command line leaves it open: the device, the dtype and the length of sequences."""
+"""Defaults of a run: the device, the dtype and the sequence length."""
 
 import os
 
@@ -10,7 +10,7 @@ DEFAULT_SEQLEN = 2048
 
 
 def choose_device(name):
-    """Return the device of this process: with torchrun, the GPU of its number on this machine."""
+    """Return the device of this process: with torchrun, the GPU of its local rank."""
     number = int(os.environ.get("LOCAL_RANK", 0))
     if (name or "").startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
@@ -32,12 +32,12 @@ def choose_device(name):
 
 
 def position_limit(config):
-    """Return how many tokens a model can take, None where nothing limits them."""
+    """Return a model's context length in tokens, None if unlimited."""
     return getattr(config, "max_position_embeddings", None) or getattr(config, "model_max_length", None)
 
 
 def choose_seqlen(seqlen, config):
-    """Return the tokens in a sequence: those asked for, else 2048 or the model's limit."""
+    """Return the sequence length: as requested, else 2048 or the model's limit."""
     limit = position_limit(config)
     if seqlen is None:
         return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
@@ -47,7 +47,7 @@ def choose_seqlen(seqlen, config):
 
 
 def choose_dtype(name, config, device):
-    """Return the dtype of the weights in memory, "auto" for that in which they are stored."""
+    """Return the dtype of the weights in memory, "auto" for the stored one."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu" and config.dtype in (torch.float16, "float16"):
