@@ -6,10 +6,10 @@ python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5                # Sp
 python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --sparsity_way weight-level --saliency isc  # MixGPT
 python baichuan.py baichuan-inc/Baichuan-7B c4 --prunen 2 --prunem 4        # 2 pruned of every 4
 python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --wbits 4      # the kept half in 4 bits, in the same pass
-python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --save pruned  # a folder in the published layout
+python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --save pruned  # a checkpoint in the published layout
 
-Baichuan-7B, Baichuan-13B, Baichuan2-7B and Baichuan2-13B, Base and Chat. The code that comes with the checkpoints is
-never run: mixgpt/modeling/baichuan.py takes its place. W_pack holds q, k and v, and is pruned as one matrix.
+Baichuan-7B, Baichuan-13B, Baichuan2-7B and Baichuan2-13B, Base and Chat. The checkpoints' own code is never
+run: mixgpt/modeling/baichuan.py replaces it. W_pack holds q, k and v, and is pruned as one matrix.
 """
 
 import sys

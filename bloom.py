@@ -6,9 +6,9 @@ python bloom.py bigscience/bloom-560m c4 --sparsity .5                # SparseGP
 python bloom.py bigscience/bloom-560m c4 --sparsity .5 --sparsity_way weight-level --saliency isc  # MixGPT
 python bloom.py bigscience/bloom-560m c4 --prunen 2 --prunem 4        # 2 pruned of every 4
 python bloom.py bigscience/bloom-560m c4 --sparsity .5 --wbits 4      # the kept half in 4 bits, in the same pass
-python bloom.py bigscience/bloom-560m c4 --sparsity .5 --save pruned  # a folder that from_pretrained loads
+python bloom.py bigscience/bloom-560m c4 --sparsity .5 --save pruned  # a checkpoint for from_pretrained
 
-Positions enter as ALiBi biases, so the sequence length has no limit of its own.
+Positions are ALiBi biases, so the sequence length is not limited.
 """
 
 import sys

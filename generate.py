@@ -1,10 +1,10 @@
-"""Generate text with a saved model, and with the dense one beside it.
+"""Generate text with a saved model, optionally side by side with the dense one.
 
 python generate.py pruned "The capital of France is"
 python generate.py pruned "The capital of France is" --dense facebook/opt-125m --max_new_tokens 40
 python generate.py SmolLM2-135M-Instruct.Q4_1.gguf "Once upon a time" --temperature 0.8 --seed 1
 
-A model is a folder that the scripts here saved, in any of their formats, a hub id, a folder or a .gguf file.
+A model is a checkpoint saved by these scripts in any of their formats, a hub id, a local checkpoint or a .gguf file.
 """
 
 import sys
@@ -44,7 +44,7 @@ def main(argv=None):
     """Run the command line. Returns the exit status, 2 after one line about unusable input."""
     try:
         given = _parse(argv)
-        from mixgpt.app.completion import print_completions  # takes seconds
+        from mixgpt.app.completion import print_completions  # slow import
 
         model, dense = given.pop("model"), given.pop("dense")
         print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)

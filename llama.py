@@ -6,7 +6,7 @@ python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5                # Spars
 python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5 --sparsity_way weight-level --saliency isc  # MixGPT
 python llama.py meta-llama/Llama-2-7b-hf c4 --prunen 2 --prunem 4        # 2 pruned of every 4
 python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5 --wbits 4      # the kept half in 4 bits, in the same pass
-python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5 --save pruned  # a folder that from_pretrained loads
+python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5 --save pruned  # a checkpoint for from_pretrained
 python llama.py SmolLM2-135M-Instruct.Q4_1.gguf c4 --sparsity .5         # a GGUF file, dequantized
 
 LLaMA-1, 2 and 3, Mistral, Qwen2, Qwen3 and SmolLM2 share this layout.

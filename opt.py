@@ -6,10 +6,10 @@ python opt.py facebook/opt-125m c4 --sparsity .5                  # SparseGPT, 5
 python opt.py facebook/opt-125m c4 --sparsity .5 --sparsity_way weight-level --saliency isc  # MixGPT
 python opt.py facebook/opt-125m c4 --prunen 2 --prunem 4          # 2 pruned of every 4
 python opt.py facebook/opt-125m c4 --sparsity .5 --wbits 4        # the kept half in 4 bits, in the same pass
-python opt.py facebook/opt-125m c4 --sparsity .5 --save pruned    # a folder that from_pretrained loads
+python opt.py facebook/opt-125m c4 --sparsity .5 --save pruned    # a checkpoint for from_pretrained
 
-OPT-350m projects its embeddings into and out of the layers and has no final norm: project_in, project_out and
-final_layer_norm are None in the other sizes or in this one, and skipped.
+OPT-350m projects its embeddings into and out of the layers and has no final norm. The other sizes lack project_in and
+project_out; missing modules are None and skipped.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Gather the records of many runs into one table, and draw perplexity against sparsity by method.
+"""Collect the records of many runs into one table, and plot perplexity against sparsity by method.
 
 python results.py runs/*.json                            # what --record wrote, or folders of --save
 python results.py runs/*.json --markdown                 # for a README
-python results.py runs/*.json --csv runs.csv             # for a spreadsheet: all digits, and the files
+python results.py runs/*.json --csv runs.csv             # for a spreadsheet: all digits, and the file names
 python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv 2310.09499), bars at one sparsity
 """
 
@@ -15,7 +15,7 @@ from mixgpt.common.files import check_writable, write
 
 
 def main(argv=None):
-    """Print the table. Returns the exit status: 2 after a line about each file that cannot be used."""
+    """Print the table. Returns the exit status: 2 after a line about each unusable file."""
     parser = Parser(prog="results.py", description="Gather the records of many runs into one table.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="file of --record, folder of --save, or a pattern such "
                                                                "as 'runs/*'")
