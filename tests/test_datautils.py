@@ -277,7 +277,7 @@ def test_builtin_splits_share_no_paragraph(tokenizer, no_hub):
 
 def test_builtin_text_is_cut_at_a_paragraph_and_drops_what_was_there(monkeypatch):
     topics = {"b": "two two\n\n  one   one\n\nfour", "a": "one one\n\nthree three three three three three"}
-    monkeypatch.setattr(datautils, "topics", topics)
+    monkeypatch.setattr("pydoc_data.topics.topics", topics)
     train, _ = datautils.load_rows("builtin", "train", None)
     test, source = datautils.load_rows("builtin", "test", None)
     assert train == ["one one", "three three three three three three"] and test == ["two two", "four"]
@@ -507,7 +507,7 @@ def test_the_folder_may_be_given_as_text_or_relative(root, monkeypatch, no_hub):
 
 
 def test_an_unknown_dataset_is_refused(tokenizer):
-    with pytest.raises(InputError, match="dataset 'wiki' is not known: choose from wikitext2, ptb, c4, builtin"):
+    with pytest.raises(InputError, match="dataset wiki: must be one of wikitext2, ptb, c4, builtin"):
         datautils.test_tokens("wiki", 8, tokenizer)
 
 
