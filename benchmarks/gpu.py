@@ -36,9 +36,8 @@ from mixgpt.common.files import write
 from mixgpt.evaluation.perplexity import perplexity
 
 ROOT = Path(__file__).parent.parent
-BEST = PRESETS["best"]
 METHODS = {"SparseGPT": {"sparsity": 0.5}, "MixGPT": {"sparsity": 0.5} | PRESETS["mixgpt"],
-           "best": {"sparsity": 0.5} | BEST, "2:4": {"prunen": 2, "prunem": 4, "semi_structured": True}}
+           "best": {"sparsity": 0.5} | PRESETS["best"], "2:4": {"prunen": 2, "prunem": 4, "semi_structured": True}}
 OURS = ("load", "save", "evaluation", "data", "W&B")  # parts of a run that the textbook does not have
 
 

@@ -58,7 +58,6 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the pro
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 384
 CPU = torch.device("cpu")
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def pytest_addoption(parser):
