@@ -16,24 +16,25 @@ from mixgpt.common.errors import InputError
 
 def _parse(argv):
     parser = Parser(prog="generate.py", allow_abbrev=False,
-                    description="Generate text with a saved model, and with the dense one beside it.")
-    parser.add_argument("model", help="folder that the scripts here saved, hub id, folder or .gguf file")
-    parser.add_argument("prompt", help="text to go on with")
-    parser.add_argument("--dense", metavar="MODEL", help="another model, to show its text on the left")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="most tokens to generate (default: 64)")
+                    description="Generate text with a saved model, optionally side by side with the dense one.")
+    parser.add_argument("model", help="folder of --save, hub id, local folder or .gguf file")
+    parser.add_argument("prompt", help="text to continue")
+    parser.add_argument("--dense", metavar="MODEL", help="another model, whose text is shown on the left")
+    parser.add_argument("--max_new_tokens", type=int, default=64,
+                        help="maximum number of tokens to generate (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0,
-                        help="0: the likeliest token each time; higher: drawn, the more evenly the higher (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+                        help="sampling temperature; 0: greedy decoding (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for sampling (default: 0)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                        help="of the weights in memory; auto: as stored, but float32 for float16 on a CPU")
+                        help="dtype of the weights in memory; auto: as stored, but float32 for float16 on a CPU")
     given = parser.parse_args(argv)
     if given.max_new_tokens < 1:
         raise InputError(f"--max_new_tokens {given.max_new_tokens}: must be at least 1")
     if not 0 <= given.temperature < float("inf"):
         raise InputError(f"--temperature {given.temperature:g}: must be at least 0")
     if not given.prompt:
-        raise InputError("prompt: is empty; give a text to go on with")
+        raise InputError("prompt: is empty; give a text to continue")
     for flag, name in {"model": given.model, "--dense": given.dense}.items():
         if name and Path(name).suffix == ".gguf" and not Path(name).is_file():
             raise InputError(f"{flag} {name}: no such file")

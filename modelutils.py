@@ -132,8 +132,8 @@ def allocate(shape, dtype, device, place):
             os.posix_fallocate(file.fileno(), 0, nbytes)
             return torch.from_numpy(np.memmap(file, np.uint8, shape=nbytes)).view(dtype).view(shape)
     except OSError as error:
-        raise InputError(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, for which there is no room "
-                         f"in memory nor in {tempfile.gettempdir()} ({error.strerror})") from error
+        raise InputError(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in "
+                         f"memory and in {tempfile.gettempdir()} ({error.strerror})") from error
 
 
 @dataclass

@@ -16,14 +16,14 @@ from mixgpt.common.files import check_writable, write
 
 def main(argv=None):
     """Print the table. Returns the exit status: 2 after a line about each unusable file."""
-    parser = Parser(prog="results.py", description="Gather the records of many runs into one table.")
+    parser = Parser(prog="results.py", description="Compare the records of runs in one table.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="file of --record, folder of --save, or a pattern such "
                                                                "as 'runs/*'")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--csv", metavar="FILE", help="write the table as comma-separated values too")
-    parser.add_argument("--plot", metavar="FILE", help="draw perplexity against sparsity by method, or bars where "
-                                                       "all runs have one sparsity; the mean over seeds with its "
-                                                       "range (.png, .pdf, .svg)")
+    parser.add_argument("--csv", metavar="FILE", help="also write the table as comma-separated values")
+    parser.add_argument("--plot", metavar="FILE", help="also plot perplexity against sparsity by method, or bars if "
+                                                       "all runs have the same sparsity; mean and range over seeds "
+                                                       "(.png, .pdf, .svg)")
     options = parser.parse_args(argv)
     problems, runs = [], []
     try:

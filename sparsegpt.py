@@ -121,7 +121,7 @@ def factor(H, percdamp=0.01):
     Raises torch.linalg.LinAlgError if H is not finite or cannot be factored even with MAX_DAMPING.
     """
     if not H.diagonal().isfinite().all():
-        raise torch.linalg.LinAlgError("the Hessian holds NaN or inf")
+        raise torch.linalg.LinAlgError("the Hessian contains NaN or inf")
     while True:
         R = upper_cholesky(H, damping(H, percdamp))
         if R is not None:

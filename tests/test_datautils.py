@@ -496,7 +496,7 @@ def test_a_missing_shard_is_refused(root, no_hub):
 def test_an_empty_or_missing_folder_is_refused(root, no_hub):
     with pytest.raises(InputError, match="there is nothing"):
         datautils.load_rows("ptb", "test", root)
-    with pytest.raises(InputError, match=f"--data-dir {root / 'absent'}: there is no such folder"):
+    with pytest.raises(InputError, match=f"--data-dir {root / 'absent'}: no such folder"):
         datautils.load_rows("ptb", "test", root / "absent")
 
 

@@ -139,11 +139,11 @@ def test_help_names_it(name, lines, execute, capsys):
 
 @pytest.mark.parametrize("name, arguments, line", [
     ("wanda.py", "facebook/opt-125m builtin --sparsity .5 --saliency wanda --solver admm",
-     "--saliency wanda: --solver admm does not rank weights by it; it must be obs or fisher"),
+     "--saliency wanda: --solver admm does not support it; must be obs or fisher"),
     ("wanda_solver.py", "facebook/opt-125m builtin --sparsity .5 --solver wanda --saliency isc",
-     "--saliency isc: --solver wanda does not rank weights by it; it must be obs"),
+     "--saliency isc: --solver wanda does not support it; must be obs"),
     ("wanda_solver.py", "facebook/opt-125m builtin --sparsity .5 --solver wanda --wbits 4",
-     "--wbits 4: --solver wanda does not round weights; it must be obs or admm"),
+     "--wbits 4: --solver wanda does not quantize; must be obs or admm"),
     ("wanda_solver.py", "facebook/opt-125m builtin --sparsity .5 --solver wanda --gmp",
      "--solver wanda: needs calibration"),
     ("my_text.py", "facebook/opt-125m my_text --sparsity .5", "dataset my_text: there is no my_text.txt in "),

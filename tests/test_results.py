@@ -170,10 +170,10 @@ def test_files_that_are_no_records_get_a_line_each_and_the_others_are_shown(writ
         "not str)",
         "results.py: error: binary.json: cannot be read as JSON ('utf-8' codec can't decode byte 0xff in position 0: "
         "invalid start byte)",
-        "results.py: error: empty/mixgpt.json: there is no such file; give files of --record or folders of --save",
-        "results.py: error: unfinished/mixgpt.json: its run has not ended; go on with it by --save unfinished "
+        "results.py: error: empty/mixgpt.json: no such file; give files of --record or folders of --save",
+        "results.py: error: unfinished/mixgpt.json: its run has not finished; continue it with --save unfinished "
         "--resume",
-        "results.py: error: missing.json: there is no such file; give files of --record or folders of --save"]
+        "results.py: error: missing.json: no such file; give files of --record or folders of --save"]
 
 
 @pytest.mark.parametrize("given, message", [

@@ -121,10 +121,10 @@ def read(path, shapes, estimator):
         raise InputError(f"--sensitivity_file {path}: is not a file of traces ({type(error).__name__})") from error
     for matrix in {**shapes, **held}:
         if shapes.get(matrix) != held.get(matrix):
-            raise InputError(f"--sensitivity_file {path}: does not fit the model: layer {matrix[0]} {matrix[1]} is "
+            raise InputError(f"--sensitivity_file {path}: does not match the model: layer {matrix[0]} {matrix[1]} is "
                              f"{held.get(matrix, 'missing')} there, {shapes.get(matrix, 'missing')} in the model")
     if kind != estimator:
-        raise InputError(f"--sensitivity_file {path}: holds {kind} traces; ask for --sensitivity {kind}")
+        raise InputError(f"--sensitivity_file {path}: contains {kind} traces; give --sensitivity {kind}")
     return content | {"samples": samples}
 
 
@@ -165,11 +165,11 @@ def load_or_compute(execution, tokens, sampling, path=None):
     target = Path(path) if path else default_path(key)
     held = read(target, shapes, estimator)
     if held and held["key"]["weights"] != key["weights"]:
-        raise InputError(f"--sensitivity_file {target}: was computed from other weights than these")
+        raise InputError(f"--sensitivity_file {target}: was computed from different weights")
     if held and len(held["samples"]) == held["key"]["sequences"]:
         return Traces(estimator, shapes, held["samples"]), target
     if held and held["key"] != key:
-        raise InputError(f"--sensitivity_file {target}: is incomplete and was begun with other data or settings")
+        raise InputError(f"--sensitivity_file {target}: is incomplete and was started with different data or settings")
     check_writable(FLAG, target)
 
     def save(rows):

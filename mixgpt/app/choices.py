@@ -34,28 +34,29 @@ class Allocation(Choice):
 SALIENCIES = Registry("--saliency", {
     "obs": Saliency("w² / [H⁻¹]_mm (SparseGPT)", "sparsegpt:obs_saliency"),
     "isc": Saliency("w² (H_mm + 1 / [H⁻¹]_mm) (MixGPT)", "sparsegpt:isc_saliency"),
-    "fisher": Saliency("obs, rows weighted by the loss's gradient there", "sparsegpt:obs_saliency", weighs_rows=True),
+    "fisher": Saliency("obs times the mean squared gradient of the loss at the row's output",
+                       "sparsegpt:obs_saliency", weighs_rows=True),
 })
 SOLVERS = Registry("--solver", {
-    "obs": Solver("one walk over the columns (SparseGPT)", "mixgpt.pruning.solvers:walk", "SparseGPT",
+    "obs": Solver("column by column with OBS updates (SparseGPT)", "mixgpt.pruning.solvers:walk", "SparseGPT",
                   saliencies=None, quantizes=True),
-    "admm": Solver("masks by ADMM, and the kept weights solved for", "mixgpt.pruning.solvers:admm", "ADMM",
-                   saliencies=("obs", "fisher"), quantizes=True),
+    "admm": Solver("masks by ADMM, then the exact least-squares solution for the kept weights",
+                   "mixgpt.pruning.solvers:admm", "ADMM", saliencies=("obs", "fisher"), quantizes=True),
 })
 ESTIMATORS = Registry("--sensitivity", {
-    "hutchinson": Choice("trace of the exact Hessian of the loss, by random probes",
+    "hutchinson": Choice("trace of the exact Hessian of the loss, by random probes (Hutchinson)",
                          "mixgpt.allocation.hutchinson:curvatures"),
-    "fisher": Choice("trace of the Gauss-Newton matrix, less noise in less time",
+    "fisher": Choice("trace of the Gauss-Newton matrix, with less noise and in less time",
                      "mixgpt.allocation.fisher:squared_gradients"),
 })
 ALLOCATIONS = Registry("--sparsity_way", {
-    "uniform": Allocation("all matrices alike", "mixgpt.allocation.plan:uniform", even=True),
-    "origin": Allocation("what the ancestors call uniform", "mixgpt.allocation.plan:uniform", even=True),
-    "layer-level": Allocation("the less sensitive a layer, the sparser, with the same total",
+    "uniform": Allocation("the same sparsity in every matrix", "mixgpt.allocation.plan:uniform", even=True),
+    "origin": Allocation("alias of uniform, as in the published code", "mixgpt.allocation.plan:uniform", even=True),
+    "layer-level": Allocation("by sensitivity of the layer: the more sensitive, the less sparse",
                               "mixgpt.allocation.plan:by_layer", ranks=True),
-    "weight-level": Allocation("the less sensitive a matrix, the sparser, with the same total",
+    "weight-level": Allocation("by sensitivity of the matrix: the more sensitive, the less sparse",
                                "mixgpt.allocation.plan:by_matrix", ranks=True),
-    "global": Allocation("one threshold for the weights of all matrices, on what removing them adds to the loss",
+    "global": Allocation("one threshold for all weights on the estimated increase of the loss",
                          "mixgpt.allocation.global_threshold:by_threshold", by_loss=True, refuses=lambda settings: (
                              "gives each matrix a fraction, not n of m; with --prunen and --prunem it must be uniform, "
                              "layer-level or weight-level") if settings.prunem else ""),

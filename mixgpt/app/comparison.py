@@ -31,11 +31,11 @@ def read(file):
     try:
         record = json.loads(file.read_text())
     except FileNotFoundError as error:
-        raise InputError(f"{file}: there is no such file; give files of --record or folders of --save") from error
+        raise InputError(f"{file}: no such file; give files of --record or folders of --save") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as JSON ({getattr(error, 'strerror', None) or error})") from error
     if file.name == RECORD and begun(file.parent):
-        raise InputError(f"{file}: its run has not ended; go on with it by --save {file.parent} --resume")
+        raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
     try:
         names = [name for name in record["perplexity"] if name != "dense"] or ["dense"]
         settings, model = record["settings"], record["settings"]["model"]

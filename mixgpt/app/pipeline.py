@@ -151,8 +151,8 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
     """Return calibration tokens (N, T) or None, {test set: tokens (n, T)} and the origin of the texts."""
     calibration, tests, sources = None, {}, {}
     if settings.nsamples < distributed.world():
-        raise InputError(f"--nsamples {settings.nsamples}: must be at least one for each of the "
-                         f"{distributed.world()} processes")
+        raise InputError(f"--nsamples {settings.nsamples}: must be at least {distributed.world()}, the number "
+                         "of processes")
     if settings.mixed or settings.weighs or settings.calibrates:
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
@@ -161,8 +161,8 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
         tests[name] = tokens[:settings.eval_limit]
     for tokens in ([calibration] if calibration is not None else []) + list(tests.values()):
         if tokens.max() >= vocab_size:
-            raise InputError(f"model {settings.model}: its tokenizer gives token {tokens.max()}, its vocabulary "
-                             f"has {vocab_size}")
+            raise InputError(f"model {settings.model}: its tokenizer gives token {tokens.max()}, but its "
+                             f"vocabulary has {vocab_size}")
     return calibration, tests, sources
 
 
@@ -202,7 +202,7 @@ def announce(job):
     if job.tracker.place:
         log(settings, f"W&B      {job.tracker.place}")
     if settings.calibrates and job.device.type == "cuda" and (reason := triton_obstacle(job.device)):
-        log(settings, f"kernels  PyTorch walks the columns, which is slower: Triton does not run here ({reason})")
+        log(settings, f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
     if settings.semi_structured and (reason := semistructured.obstacle(job.device, model.dtype)):
         job.record["semi_structured"] = {"skipped": reason}
         log(settings, f"kernels  --semi-structured is skipped: {reason}")
@@ -256,12 +256,12 @@ def retry_with_less_memory(settings, way, step, again=True):
                 remedies = "--seqlen" if way.batch_size == 1 else "--batch-size or --seqlen"
                 if settings.true_sequential and not way.two_passes:
                     remedies += ", or give --no-true-sequential"
-                raise InputError(f"--batch-size {way.batch_size} --seqlen {settings.seqlen or 'default'}: the GPU's "
-                                 f"memory does not suffice; lower {remedies}") from error
+                raise InputError(f"--batch-size {way.batch_size} --seqlen {settings.seqlen or 'default'}: out of GPU "
+                                 f"memory; lower {remedies}") from error
         way, change = thriftier
         gc.collect()  # tensors referenced by the error's frames
         torch.cuda.empty_cache()
-        print(f"warning  the GPU's memory does not suffice: going on with {change}", flush=True)
+        print(f"warning  out of GPU memory: continuing with {change}", flush=True)
 
 
 # ---- sparsity allocation ---------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def names(text):
     """Split a list of names."""
     found = tuple(dict.fromkeys(text.replace(",", " ").split()))
     if not found:
-        raise argparse.ArgumentTypeError("names no task; give for example arc_challenge,hellaswag")
+        raise argparse.ArgumentTypeError("is empty; give for example arc_challenge,hellaswag")
     return found
 
 
@@ -57,102 +57,104 @@ class Settings:
     dataset: str = dataclasses.field(metadata={"effect": RESULT})
 
     sparsity: float = option(0.0, METHOD,
-        "fraction of the weights to prune, 0 to below 1", group="what to prune and to quantize")
-    prunen: int = option(0, METHOD, "n of n:m, weights pruned in every group")
-    prunem: int = option(0, METHOD, "m of n:m, consecutive weights of a row in a group")
-    minlayer: int = option(0, RESULT, "first layer to change")
-    maxlayer: int = option(1000, RESULT, "first layer not to change any more")
-    prune_only: str = option("", RESULT, "change only matrices whose name contains this, such as fc1 or mlp")
-    invert: bool = option(False, RESULT, "change what the three options above do not select")
+        "fraction of the weights to prune, at least 0 and below 1", group="what to prune")
+    prunen: int = option(0, METHOD, "n of n:m: weights to prune in every group")
+    prunem: int = option(0, METHOD, "m of n:m: consecutive weights of a row in a group")
+    minlayer: int = option(0, RESULT, "first layer to prune or quantize")
+    maxlayer: int = option(1000, RESULT, "layer to stop before")
+    prune_only: str = option("", RESULT, "only matrices whose name contains this, such as fc1 or mlp")
+    invert: bool = option(False, RESULT, "all matrices except those selected by the three options above")
 
     preset: str | None = option(None, FREE,
-        "sparsegpt, mixgpt (the paper's) or best (what measures best); flags that are given override it",
-        group="whole recipes", choices=PRESETS)
+        "a complete recipe: sparsegpt, mixgpt (as in the paper) or best (lowest perplexity); flags given beside it "
+        "take precedence", group="recipe", choices=PRESETS)
 
     sparsity_way: str = option("uniform", METHOD,
-        group="how sparse each matrix is", registry=ALLOCATIONS)
+        "how to distribute sparsity over matrices", group="sparsity allocation", registry=ALLOCATIONS)
     alpha: float = option(0.1, RESULT,
-        "greatest distance of a matrix from the sparsity asked for, with layer-level and weight-level "
-        "before the shift that meets the total")
-    sensitivity: str = option("hutchinson", METHOD, registry=ESTIMATORS)
-    nprobes: int = option(1, RESULT, "probes, or draws of labels with fisher, per calibration sequence")
+        "largest deviation of a matrix from the overall sparsity; with layer-level and weight-level before the shift "
+        "that meets the total")
+    sensitivity: str = option("hutchinson", METHOD, "sensitivity estimator", registry=ESTIMATORS)
+    nprobes: int = option(1, RESULT, "random probes (with fisher: sampled labels) per calibration sequence")
     sensitivity_file: str | None = option(None, FREE,
-        "JSON file of the traces, read where it exists, else computed and written (default: kept in "
-        "~/.cache/mixgpt by model, data, seed and settings)")
+        "JSON file of sensitivities: read if it exists, else computed and written (default: cached in ~/.cache/mixgpt "
+        "by model, data, seed and settings)")
 
-    gmp: bool = option(False, METHOD, "by magnitude, without calibration (the baseline)", group="how to prune")
-    solver: str = option("obs", METHOD, registry=SOLVERS)
+    gmp: bool = option(False, METHOD, "magnitude pruning without calibration (the baseline)", group="pruning")
+    solver: str = option("obs", METHOD, "pruning solver", registry=SOLVERS)
     target: str = option("layer", METHOD,
-        "what the outputs of a pruned matrix come close to: those of the dense matrix on the same inputs "
-        "(layer), or the mean of these and those of the dense model, and half of what the hidden states "
-        "that they are added to lack (dense)", choices=TARGETS)
+        "regression target for the outputs of a pruned matrix; layer: the dense matrix on the same inputs; dense: "
+        "the mean of these and the dense model's outputs, plus half the error of the hidden states they are added to",
+        choices=TARGETS)
     token_weights: str = option("equal", METHOD,
-        "what a calibration token counts in the Hessians: as much as each other one (equal), or by the "
-        "root of the loss's gradient there (fisher)", choices=TOKEN_WEIGHTS)
-    saliency: str = option("obs", METHOD, "what ranks weights", registry=SALIENCIES)
-    blocksize: int = option(128, RESULT, "columns between two updates of the rest of the matrix")
+        "weights of calibration tokens in the Hessians; equal: all alike; fisher: by the square root of the "
+        "loss gradient at the token", choices=TOKEN_WEIGHTS)
+    saliency: str = option("obs", METHOD, "score by which weights are ranked", registry=SALIENCIES)
+    blocksize: int = option(128, RESULT, "columns per block; the rest of the matrix is updated after each block")
     percdamp: float = option(0.01, RESULT, "damping of the Hessian, as a fraction of its mean diagonal")
     true_sequential: bool = option(True, RESULT,
-        "calibrate each linear on inputs from the pruned linears before it in its layer, in one run of "
-        "the layer; else all of a layer on its unpruned linears, in two",
+        "calibrate each linear on the outputs of the pruned linears before it in its layer; otherwise all linears of "
+        "a layer on the unpruned layer",
         flag="--true-sequential", action=argparse.BooleanOptionalAction)
 
     wbits: int = option(16, METHOD,
-        "bits of a weight that is kept, by GPTQ in the same walk; 16: as they are",
-        group="how many bits a weight has", choices=WBITS)
-    groupsize: int = option(-1, RESULT, "columns of a row that share a grid; -1: all")
-    sym: bool = option(False, RESULT, "grids with zero in their middle, instead of the range of the weights")
-    mse: bool = option(False, RESULT, "search the range of each grid for the least squared error")
+        "bits of the kept weights, quantized by GPTQ in the same pass; 16: not quantized",
+        group="quantization", choices=WBITS)
+    groupsize: int = option(-1, RESULT,
+        "consecutive weights of a row that share a scale and zero point; -1: the whole row")
+    sym: bool = option(False, RESULT, "symmetric grids; otherwise from the minimum to the maximum of the weights")
+    mse: bool = option(False, RESULT, "search the range of each grid for the smallest rounding error")
     act_order: bool = option(False, RESULT,
-        "walk the columns in order of decreasing activations; groups of n:m stay whole", flag="--act-order")
-    nearest: bool = option(False, METHOD, "round to the nearest value without calibration (the baseline)")
+        "process columns in order of decreasing Hessian diagonal; groups of n:m stay whole", flag="--act-order")
+    nearest: bool = option(False, METHOD, "round to nearest without calibration (the baseline)")
 
-    nsamples: int = option(128, RESULT, "sequences", group="calibration")
+    nsamples: int = option(128, RESULT, "calibration sequences", group="calibration")
     seqlen: int | None = option(None, RESULT,
-        "tokens in a sequence, also in evaluation (default: 2048, or the model's limit where that is "
-        "lower)", type=int)
-    seed: int = option(0, METHOD, "of the choice of sequences, and of probes and labels")
+        "tokens per sequence, in calibration and evaluation (default: 2048, or the model's limit if that is lower)",
+        type=int)
+    seed: int = option(0, METHOD, "random seed for calibration sequences, probes and sampled labels")
     data_dir: str | None = option(None, FREE,
-        "folder with local copies of the datasets, instead of the hub", flag="--data-dir")
+        "folder with local copies of the datasets, used instead of the hub", flag="--data-dir")
 
     eval: tuple[str, ...] = option(("wikitext2", "ptb", "c4"), FREE,
-        "test sets to report perplexity on; none: --eval without a name",
+        "test sets for perplexity; --eval without a name: none",
         group="evaluation", nargs="*", type=str, choices=DATASETS)
     eval_limit: int | None = option(None, EVALUATION,
-        "sequences of each test set, the first ones (default: all)", flag="--eval-limit", type=int)
-    dense: bool = option(False, FREE, "report the dense model's perplexity and scores too")
+        "evaluate only the first sequences of each test set (default: all)", flag="--eval-limit", type=int)
+    dense: bool = option(False, FREE, "also evaluate the dense model")
     tasks: tuple[str, ...] = option((), FREE,
-        "tasks of lm-eval to report scores on, separated by commas, such as arc_challenge,hellaswag; "
-        "needs requirements-eval.txt", type=names)
-    tasks_dir: str | None = option(None, FREE, "folder with further tasks, described by lm-eval's .yaml files")
-    limit: int | None = option(None, FREE, "examples of each task, the first ones (default: all)", type=int)
+        "lm-eval tasks to report, separated by commas, such as arc_challenge,hellaswag; needs requirements-eval.txt",
+        type=names)
+    tasks_dir: str | None = option(None, FREE, "folder with further tasks, as .yaml files of lm-eval")
+    limit: int | None = option(None, FREE, "evaluate only the first examples of each task (default: all)", type=int)
     semi_structured: bool = option(False, FREE,
-        "run the model, which must be 2:4 sparse, on the kernels that GPUs have for that too, and report "
-        "speed and difference", flag="--semi-structured")
+        "also run the model, which must be 2:4 sparse, on the GPU's sparse kernels, and report speed and difference",
+        flag="--semi-structured")
 
     batch_size: int = option(2, ROUNDING,
-        "sequences that run together; changes speed and memory only",
-        flag="--batch-size", group="where and how it runs")
-    device: str | None = option(None, FREE, "cpu, cuda or cuda:N (default: cuda where there is one)")
+        "sequences per forward pass; affects speed and memory only",
+        flag="--batch-size", group="execution")
+    device: str | None = option(None, FREE, "cpu, cuda or cuda:N (default: cuda if available)")
     dtype: str = option("auto", RESULT,
-        "of the weights in memory and saved; auto: as stored, but float32 for float16 on a CPU",
+        "dtype of the weights in memory and on disk; auto: as stored, but float32 for float16 on a CPU",
         choices=['auto', 'float32', 'bfloat16', 'float16'])
 
     save: str | None = option(None, FREE,
-        "new folder for weights, tokenizer, config and mixgpt.json, verified by loading it again", group="output")
-    save_format: str = option("dense", ROUNDING, flag="--save-format", registry=FORMATS)
-    resume: bool = option(False, FREE, "go on with the run that left off in the folder of --save, where there is one")
+        "new folder for the weights, tokenizer, configuration and mixgpt.json; reloaded and compared after writing",
+        group="output")
+    save_format: str = option("dense", ROUNDING, "format of the saved weights", flag="--save-format", registry=FORMATS)
+    resume: bool = option(False, FREE, "continue the interrupted run in the folder of --save, if there is one")
     plot: str | None = option(None, FREE,
-        "picture of sensitivities by layer and by kind, and of the sparsities assigned (.png, .pdf, .svg)")
+        "figure of sensitivities by layer and kind of matrix, and of the assigned sparsities (.png, .pdf, .svg)")
     record: str | None = option(None, FREE,
-        "JSON file for what --save keeps in mixgpt.json: settings, versions, every matrix, perplexities; "
-        "results.py makes tables and plots of many")
-    log_wandb: bool = option(False, FREE, "log to Weights & Biases as the run goes (pip install wandb, wandb login)")
+        "JSON file of settings, versions, every matrix and perplexities, as in mixgpt.json of --save; results.py "
+        "compares such files")
+    log_wandb: bool = option(False, FREE, "log to Weights & Biases during the run (pip install wandb, wandb login)")
     wandb_project: str | None = option(None, FREE,
-        "project there (default: WANDB_PROJECT, like all that wandb reads from its variables)")
-    wandb_name: str | None = option(None, FREE, "name of the run there (default: WANDB_NAME)")
-    wandb_group: str | None = option(None, FREE, "group of the run there (default: WANDB_RUN_GROUP)")
-    quiet: bool = option(False, FREE, "print nothing but the results and warnings")
+        "W&B project (default: WANDB_PROJECT)")
+    wandb_name: str | None = option(None, FREE, "W&B run name (default: WANDB_NAME)")
+    wandb_group: str | None = option(None, FREE, "W&B run group (default: WANDB_RUN_GROUP)")
+    quiet: bool = option(False, FREE, "print only results and warnings")
 
     def __post_init__(self):
         chosen = [(registry, getattr(self, field.name)) for field in dataclasses.fields(self)
@@ -174,7 +176,7 @@ class Settings:
         if self.spreads and not self.prunes:
             raise InputError(f"--sparsity_way {self.sparsity_way}: needs --sparsity or --prunen and --prunem")
         if self.plot and not self.mixed:
-            raise InputError("--plot: draws sensitivities, needs --sparsity_way layer-level or weight-level")
+            raise InputError("--plot: shows sensitivities, needs --sparsity_way layer-level or weight-level")
         if not 0 <= self.alpha <= 1:
             raise InputError(f"--alpha {self.alpha:g}: must lie between 0 and 1")
         if not 0 <= self.percdamp <= 1:
@@ -199,7 +201,7 @@ class Settings:
         if self.semi_structured and self.prunes and not (self.prunem == 4 and self.prunen >= 2):
             raise InputError("--semi-structured: needs a 2:4 sparse model: --prunen 2 --prunem 4, or one pruned before")
         if self.semi_structured and not self.eval:
-            raise InputError("--semi-structured: is measured on the test sets of --eval, and none is given")
+            raise InputError("--semi-structured: is measured on the test sets of --eval, but none is given")
         for flag, given in {"--limit": self.limit, "--tasks_dir": self.tasks_dir}.items():
             if given is not None and not self.tasks:
                 raise InputError(f"{flag} {given}: needs --tasks")
@@ -210,15 +212,14 @@ class Settings:
         for flag in (flag for flag, is_given in given.items() if is_given and not self.calibrates):
             raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and --nearest")
         if self.solver != "obs" and not self.prunes:
-            raise InputError(f"--solver {self.solver}: chooses what to prune, needs --sparsity or --prunen and "
-                             "--prunem")
+            raise InputError(f"--solver {self.solver}: is a pruning solver, needs --sparsity or --prunen and --prunem")
         solver = SOLVERS[self.solver]
         if solver.saliencies is not None and self.saliency not in solver.saliencies:
-            raise InputError(f"--saliency {self.saliency}: --solver {self.solver} does not rank weights by it; it must "
+            raise InputError(f"--saliency {self.saliency}: --solver {self.solver} does not support it; must "
                              f"be {' or '.join(solver.saliencies)}")
         if self.quantizes and not solver.quantizes:
             others = [name for name, other in SOLVERS.items() if other.quantizes]
-            raise InputError(f"--wbits {self.wbits}: --solver {self.solver} does not round weights; it must be "
+            raise InputError(f"--wbits {self.wbits}: --solver {self.solver} does not quantize; must be "
                              f"{' or '.join(others)}")
 
     def _check_quantization(self):
@@ -232,20 +233,20 @@ class Settings:
         if self.nearest and self.prunes and not self.gmp:
             raise InputError("--nearest: rounds without calibration; with --sparsity or --prunen it needs --gmp")
         if self.act_order and not self.calibrates:
-            raise InputError("--act-order: orders the walk over the columns, which needs --sparsity, --prunen or "
-                             "--wbits without --gmp and --nearest")
+            raise InputError("--act-order: needs calibration, --sparsity, --prunen or --wbits without --gmp and "
+                             "--nearest")
         m, g = self.prunem, self.groupsize
         if m and g > 0 and m % g and g % m:
             raise InputError(f"--groupsize {g} --prunem {m}: one must divide the other")
         if self.act_order and 0 < g < m:
-            raise InputError(f"--act-order --groupsize {g}: the {m} columns of an n:m group are moved together, so "
-                             f"--groupsize must be at least {m}")
+            raise InputError(f"--act-order --groupsize {g}: must be at least {m}, as the {m} columns of an n:m "
+                             "group stay together")
 
     def _check_format(self):
         if self.save_format != "dense" and not self.save:
             raise InputError(f"--save-format {self.save_format}: needs --save")
         if self.resume and not self.save:
-            raise InputError("--resume: needs --save, the folder of the run that left off")
+            raise InputError("--resume: needs --save, the folder of the interrupted run")
 
     @property
     def prunes(self):
@@ -308,9 +309,9 @@ class Settings:
         if path.suffix == ".gguf" and not path.is_file():
             raise InputError(f"model {self.model}: no such file")
         if (path.is_absolute() or self.model.startswith((".", "~"))) and not path.exists():
-            raise InputError(f"model {self.model}: there is no such folder or file")
+            raise InputError(f"model {self.model}: no such file or folder")
         if self.data_dir and not Path(self.data_dir).is_dir():
-            raise InputError(f"--data-dir {self.data_dir}: there is no such folder")
+            raise InputError(f"--data-dir {self.data_dir}: no such folder")
 
 
 def flags():
@@ -339,7 +340,7 @@ def parse(family, argv=None):
                                         "Without --sparsity, --prunen/--prunem or --wbits: the perplexity of the dense "
                                         "model.")
     parser.add_argument("model", help="hub id, local folder or .gguf file")
-    parser.add_argument("dataset", choices=DATASETS, help=f"calibration text; {DATASETS.help}")
+    parser.add_argument("dataset", choices=DATASETS, help=f"calibration dataset; {DATASETS.help}")
     for field in dataclasses.fields(Settings):
         if "help" in field.metadata:
             if title := field.metadata["group"]:

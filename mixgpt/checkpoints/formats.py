@@ -95,7 +95,7 @@ def load_sparse(folder, dtype="auto"):
     model, report = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype,
                                                         output_loading_info=True, ignore_mismatched_sizes=True)
     for name, held, asked in report["mismatched_keys"]:
-        raise ValueError(f"{name} is {tuple(held)}, its configuration asks for {tuple(asked)}")
+        raise ValueError(f"{name} is {tuple(held)}, its configuration expects {tuple(asked)}")
     if report["missing_keys"]:
         raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
     if (folder / GENERATION_CONFIG_NAME).is_file():

@@ -146,7 +146,7 @@ def size(skeleton, dtype):
 def load_model(model, dtype, source=None):
     """Load the weights of `model` on the host, in `dtype` ("auto": as stored), from any format.
 
-    source: as `_source` returns it. Raises InputError if the checkpoint lacks a weight, holds NaN or inf, or has an
+    source: as `_source` returns it. Raises InputError if the checkpoint lacks a weight, contains NaN or inf, or has an
     unsupported quantization.
     """
     name, arguments = source or _source(model)
@@ -161,7 +161,7 @@ def load_model(model, dtype, source=None):
                 name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **NO_CODE)
             missing = report["missing_keys"]
             for key, held, asked in report["mismatched_keys"]:
-                raise InputError(f"model {model}: {key} is {tuple(held)}, its configuration asks for {tuple(asked)}")
+                raise InputError(f"model {model}: {key} is {tuple(held)}, its configuration expects {tuple(asked)}")
     if missing:
         raise InputError(f"model {model}: the checkpoint lacks {', '.join(sorted(missing)[:3])}")
     _check_finite(model, loaded)
@@ -190,7 +190,7 @@ def open_model(model, config, family, dtype):
 def _check_finite(model, opened):
     for key, tensor in streaming.tensors_of(opened):
         if not tensor.isfinite().all():
-            raise InputError(f"model {model}: {key} holds NaN or inf")
+            raise InputError(f"model {model}: {key} contains NaN or inf")
 
 
 def _dequantizing(model, name, arguments):
@@ -219,9 +219,9 @@ def check_save(folder, nbytes, resume):
     except OSError as error:
         raise InputError(f"--save {folder}: cannot be used ({error.strerror})") from error
     if held(folder):
-        raise InputError(f"--save {folder}: another run is writing there")
+        raise InputError(f"--save {folder}: is in use by another run")
     if left_off and not resume:
-        raise InputError(f"--save {folder}: holds a run that left off; go on with --resume, or remove the folder")
+        raise InputError(f"--save {folder}: holds an interrupted run; continue it with --resume, or remove the folder")
     if taken and not left_off:
         raise InputError(f"--save {folder}: exists and is not an empty folder")
     parent = nearest_folder(folder)
@@ -246,6 +246,6 @@ def write_record(folder, record):
         with replacing(Path(folder) / RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n")
     except OSError as error:
-        raise InputError(f"--save {folder}: {RECORD} cannot be written ({error.strerror}), "
-                         f"{shutil.disk_usage(folder).free / 1e9:.3f} GB are free; make room and go on with --resume"
-                         ) from error
+        free = shutil.disk_usage(folder).free
+        raise InputError(f"--save {folder}: {RECORD} cannot be written ({error.strerror}), {free / 1e9:.3f} GB are "
+                         "free; free some space and continue with --resume") from error

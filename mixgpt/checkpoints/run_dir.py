@@ -56,7 +56,7 @@ class RunDir:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.lock.close()
-            raise InputError(f"--save {self.path}: another run is writing there") from error
+            raise InputError(f"--save {self.path}: is in use by another run") from error
         if not begun(self.path) and not empty(self.path):  # that run has just ended
             self.__exit__()
             raise InputError(f"--save {self.path}: exists and is not an empty folder")
@@ -97,8 +97,8 @@ class RunDir:
             return
         for flag, value in json.loads(settings.read_text()).items():
             if identity.get(flag) != value:
-                raise InputError(f"--resume: {flag} was {value} in the run that left off in {self.path}, "
-                                 f"now it is {identity.get(flag)}")
+                raise InputError(f"--resume: {flag} was {value} in the interrupted run in {self.path}, now it is "
+                                 f"{identity.get(flag)}")
         for folder in (self.path, self.progress):  # partial files of a killed run
             for file in (*folder.glob("*.partial"), *folder.glob(".tmp*")):
                 file.unlink()
@@ -209,7 +209,7 @@ class RunDir:
             free = shutil.disk_usage(self.path).free
             raise InputError(f"--save {self.path}: {name} {need}, {free / 1e9:.3f} GB are free "
                              f"({error.strerror or error}); "
-                             "make room and go on with --resume") from error
+                             "free some space and continue with --resume") from error
 
     def _write(self, file, tensors):
         """Write {key: tensor} as a safetensors file. Returns {key: checksum}."""
@@ -307,8 +307,8 @@ class RunDir:
             tensors = {name: model.source.tensor(name) for name in state}
             for name in self.sums:
                 if streaming.checksum(tensors[name]) != self.sums[name]:
-                    raise InputError(f"--save {self.path}: {name}, as its finished layer was kept, differs from what "
-                                     "was in memory")
+                    raise InputError(f"--save {self.path}: {name} in the file of its layer differs from what was in "
+                                     "memory")
             model = type(model).from_pretrained(None, config=copy.deepcopy(model.config), state_dict=tensors,
                                                 dtype=model.dtype)
             model.generation_config = self.model.generation_config

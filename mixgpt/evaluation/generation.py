@@ -62,4 +62,4 @@ def load(model, device, dtype="auto"):
     try:
         return loaded.to(device), tokenizer
     except torch.OutOfMemoryError as error:
-        raise InputError(f"model {model}: the GPU's memory does not suffice; give --device cpu") from error
+        raise InputError(f"model {model}: out of GPU memory; give --device cpu") from error

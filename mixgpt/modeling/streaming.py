@@ -170,7 +170,7 @@ def stream(model, family, files):
             return False
         file, shape = held[key]
         if shape != tuple(tensor.shape):
-            raise ValueError(f"{key} is {_times(shape)}, its configuration asks for {_times(tensor.shape)}")
+            raise ValueError(f"{key} is {_times(shape)}, its configuration expects {_times(tensor.shape)}")
         places[name] = file, key
     # `from_pretrained` does not tie tensors that are both stored and differ
     own = Source({name: (held[key][0], key) for name in tied if (key := find(name))}, model.dtype)

@@ -38,7 +38,7 @@ def local_rows(dataset, split, data_dir):
     paths = find_files(dataset, split, data_dir)
     rows = [row for path in paths for row in read_file(path, DATASETS[dataset].local.row)]
     if not rows:
-        raise InputError(f"--data-dir: {paths[0]} holds no rows")
+        raise InputError(f"--data-dir: {paths[0]} contains no rows")
     return rows, {"files": [str(path) for path in paths]}
 
 
@@ -46,7 +46,7 @@ def find_files(dataset, split, data_dir):
     """Return the paths of the files below `data_dir` that hold one split. Raises InputError if there are none."""
     local_set, root = DATASETS[dataset].local, Path(data_dir)
     if not root.is_dir():
-        raise InputError(f"--data-dir {data_dir}: there is no such folder")
+        raise InputError(f"--data-dir {data_dir}: no such folder")
     held = sorted(data_files(root))
     names = {path: (Path(os.path.abspath(root)).name, *path.relative_to(root).parts) for path in held}
     named = [path for path in held if speaks_of(names[path], dataset, split)]
@@ -150,7 +150,7 @@ def text_column(table, origin):
         raise InputError(f"{origin} has the columns {', '.join(columns)}: {' or '.join(COLUMNS)} is needed")
     texts = [text for batch in table.iter(batch_size=1000) for text in batch[column]]
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{origin}: the column {column} holds values that are not text")
+        raise InputError(f"{origin}: the column {column} contains values that are not text")
     return texts
 
 

@@ -275,7 +275,7 @@ def test_a_gpu_that_is_too_small_ends_in_one_line(gpu, run):
         pytest.skip("needs a make-believe GPU")
     with Gpu(memory=100_000):
         error = run("llama", "SparseGPT", "cuda:0", status=2)
-    assert error == ("llama.py: error: --batch-size 1 --seqlen 32: the GPU's memory does not suffice; lower --seqlen\n")
+    assert error == ("llama.py: error: --batch-size 1 --seqlen 32: out of GPU memory; lower --seqlen\n")
 
 
 def test_memory_is_given_back_before_a_step_begins_again(gpu, checkpoint_folder):
@@ -323,7 +323,7 @@ def test_where_triton_does_not_run_pytorch_walks_and_one_line_says_so(error, gpu
         found = run("llama", "SparseGPT", "cuda:0")
     KERNEL.cache_clear()
     lines = [line for line in found[2].splitlines() if "Triton" in line]
-    assert lines == ["kernels  PyTorch walks the columns, which is slower: Triton does not run here "
+    assert lines == ["kernels  using the slower PyTorch implementation, as Triton is not available "
                      f"({' '.join(str(error).split())})"]
     compare(found, run("llama", "SparseGPT", "cpu"), "SparseGPT")
 

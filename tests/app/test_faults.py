@@ -1,6 +1,5 @@
 """Break the world around the command line: damaged files, full disks, signals. One line, a status, nothing left."""
 
-import gzip
 import json
 import math
 import os
@@ -12,22 +11,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, command, contents, saved_tensors
-from safetensors.torch import load_file, save_file
+from faults import FAULTS
+from faults.damage import INDEX, SMALL, UP, config_changed, nothing, weights_changed
+from faults.models import remote
+from faults.traces import MIXED
 
 import datautils
 from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import shards
 from mixgpt.kernels import columns
-
-SMALL = "--nsamples 4 --seqlen 32 --device cpu"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def run(family, command, **places):
@@ -49,371 +46,8 @@ def little_text(monkeypatch, tmp_path_factory):
         lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
 
 
+
 # ---- what is broken before the run -----------------------------------------------------------------------------
-
-
-def nothing(root=None):
-    """Break nothing."""
-
-
-def cut(file, kept):
-    """Keep the first bytes of a file."""
-    file.write_bytes(file.read_bytes()[:kept])
-
-
-def weights_changed(root, change):
-    state = load_file(root / "model" / WEIGHTS)
-    change(state)
-    save_file(state, root / "model" / WEIGHTS, metadata={"format": "pt"})
-
-
-def filled(root, key, value):
-    weights_changed(root, lambda state: state[key][0, 0].fill_(value))
-
-
-def json_changed(file, **changes):
-    """Change the keys of a JSON file; None removes a key."""
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
-def config_changed(root, **changes):
-    json_changed(root / "model" / "config.json", **changes)
-
-
-def sharded(root, **index):
-    """Replace the weights by two shards and an index; index: keys of the JSON to change."""
-    state = load_file(root / "model" / WEIGHTS)
-    (root / "model" / WEIGHTS).unlink()
-    names, places = ["one.safetensors", "two.safetensors"], {}
-    for number, name in enumerate(names):
-        part = {key: tensor for place, (key, tensor) in enumerate(state.items()) if place % 2 == number}
-        save_file(part, root / "model" / name, metadata={"format": "pt"})
-        places |= dict.fromkeys(part, name)
-    (root / "model" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    json_changed(root / "model" / INDEX, **index)
-
-
-def leading(root, name):
-    """Let the index name a file elsewhere, which is there and holds all weights."""
-    shutil.copy(root / "model" / WEIGHTS, root / "elsewhere.safetensors")
-    keys = load_file(root / "model" / WEIGHTS)
-    sharded(root, weight_map=dict.fromkeys(keys, name.format(root=root)))
-
-
-class Malicious:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (self.file,)
-
-
-def pickled(root):
-    (root / "model" / WEIGHTS).unlink()
-    torch.save({UP: Malicious(root / "executed")}, root / "model" / "pytorch_model.bin")
-
-
-def remote(root, model_type):
-    """Name code in the folder, which writes a file when it is imported."""
-    code = f"open({str(root / 'executed')!r}, 'w')\nfrom transformers import LlamaConfig as Other\n"
-    (root / "model" / "code.py").write_text(code)
-    config_changed(root, model_type=model_type, auto_map={
-        "AutoConfig": "code.Other", "AutoModelForCausalLM": "code.Other"})
-
-
-def remote_tokenizer(root):
-    (root / "model" / "code.py").write_text(f"open({str(root / 'executed')!r}, 'w')\n")
-    (root / "model" / "tokenizer.json").unlink()
-    json_changed(root / "model" / "tokenizer_config.json", tokenizer_class="Other",
-                 auto_map={"AutoTokenizer": ["code.Other", None]})
-
-
-def sparse(root, change):
-    """Replace the model by one in the sparse format, with its sparse.json changed."""
-    shutil.rmtree(root / "model")
-    shutil.copytree(root / "made" / "packed", root / "model")
-    described = json.loads((root / "model" / "sparse.json").read_text())
-    change(described)
-    (root / "model" / "sparse.json").write_text(json.dumps(described))
-
-
-def described(root, **changes):
-    sparse(root, lambda held: held[UP].update(changes))
-
-
-def text(root, name, content):
-    file = root / "texts" / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def known_traces(root, change):
-    """Put traces of the model there, with the text of their file changed."""
-    (root / "traces.json").write_text(change((root / "made" / "traces.json").read_text()))
-
-
-def with_samples(change):
-    """Return a change of a file of traces that changes the numbers of every sequence."""
-    def changed(text):
-        content = json.loads(text)
-        return json.dumps(content | {"samples": [change(row) for row in content["samples"]]})
-
-    return changed
-
-
-@dataclass
-class Fault:
-    """What is broken, what the line on stderr says, and what is asked for."""
-
-    damage: object  # called with the folder in which `model` is a copy of a tiny model
-    message: str  # the whole of it; "…" stands for words of other libraries
-    command: str = "{root}/model builtin --sparsity .5 --eval builtin"
-
-
-MIXED = (f"{{root}}/model builtin --sparsity .5 --sparsity_way weight-level --sensitivity fisher {SMALL} "
-         "--sensitivity_file {root}/traces.json")
-LINES = "".join(f'{{"text": "row {number}"}}\n' for number in range(999))
-WIKI = "{root}/model wikitext2 --sparsity .5 --eval builtin --data-dir {root}/texts"
-
-MODEL = "model {root}/model: "
-TRACES = "--sensitivity_file {root}/traces.json: "
-UNREAD = "its configuration cannot be read: "
-REMOTE = "it needs code from its repository, which is never executed here"
-PICKLE = "its .bin file is damaged or holds more than tensors, which is not executed; give safetensors files"
-A_FILE = "is a file; give its folder, a .gguf file or a hub id"
-MISFIT = f"{UP} does not fit its description in sparse.json"
-
-FAULTS = {
-    # weights
-    "empty weights": Fault(
-        lambda root: cut(root / "model" / WEIGHTS, 0), f"{MODEL}{WEIGHTS} is damaged (… header too small)"),
-    "cut in the header's length": Fault(
-        lambda root: cut(root / "model" / WEIGHTS, 5), f"{MODEL}{WEIGHTS} is damaged (… header too small)"),
-    "cut in the header": Fault(
-        lambda root: cut(root / "model" / WEIGHTS, 200), f"{MODEL}{WEIGHTS} is damaged (… invalid header length)"),
-    "cut in the data": Fault(
-        lambda root: cut(root / "model" / WEIGHTS, -9), f"{MODEL}{WEIGHTS} is damaged (… file not fully covered)"),
-    "not safetensors": Fault(
-        lambda root: (root / "model" / WEIGHTS).write_text("<html>\nquota exceeded\n" * 99),
-        f"{MODEL}{WEIGHTS} is damaged (… header too large)"),
-    "a pointer of git LFS": Fault(
-        lambda root: (root / "model" / WEIGHTS).write_text(
-            "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
-        f"{MODEL}{WEIGHTS} is damaged (… header too large)"),
-    "weights are a folder": Fault(
-        lambda root: ((root / "model" / WEIGHTS).unlink(), (root / "model" / WEIGHTS).mkdir()),
-        f"{MODEL}… no file named {WEIGHTS}, or pytorch_model.bin, found in …"),
-    "no weights": Fault(
-        lambda root: (root / "model" / WEIGHTS).unlink(),
-        f"{MODEL}… no file named {WEIGHTS}, or pytorch_model.bin, found in …"),
-    "a weight is missing": Fault(
-        lambda root: weights_changed(root, lambda state: state.pop(UP)), f"{MODEL}the checkpoint lacks {UP}"),
-    "NaN": Fault(lambda root: filled(root, UP, float("nan")), f"{MODEL}{UP} holds NaN or inf"),
-    "inf in the embeddings": Fault(
-        lambda root: filled(root, "model.embed_tokens.weight", float("inf")),
-        f"{MODEL}model.embed_tokens.weight holds NaN or inf"),
-    "a weight of another shape": Fault(
-        lambda root: weights_changed(root, lambda state: state.update({UP: torch.zeros(47, 32)})),
-        f"{MODEL}{UP} is 47 x 32, its configuration asks for 48 x 32"),
-    "weights of another layout": Fault(
-        lambda root: config_changed(root, hidden_size=64),
-        f"{MODEL}model.embed_tokens.weight is 384 x 32, its configuration asks for 384 x 64"),
-    "more layers in the configuration": Fault(
-        lambda root: config_changed(root, num_hidden_layers=4),
-        f"{MODEL}the checkpoint lacks model.layers.3.input_layernorm.weight, model.layers.3.mlp.down_proj.weight, "
-        "model.layers.3.mlp.gate_proj.weight"),
-    "no shard": Fault(
-        lambda root: (sharded(root), (root / "model" / "two.safetensors").unlink()),
-        f"{MODEL}No such file or directory: {{root}}/model/two.safetensors"),
-    "a shard is cut": Fault(
-        lambda root: (sharded(root), cut(root / "model" / "two.safetensors", 99)),
-        f"{MODEL}two.safetensors is damaged (… invalid header length)"),
-    "an index is no JSON": Fault(
-        lambda root: (sharded(root), cut(root / "model" / INDEX, 99)),
-        f"{MODEL}{INDEX} is damaged (JSONDecodeError: …)"),
-    "an index without a map": Fault(
-        lambda root: sharded(root, weight_map=None), f"{MODEL}{INDEX} is damaged (KeyError: 'weight_map')"),
-    "an index that is a list": Fault(
-        lambda root: (sharded(root), (root / "model" / INDEX).write_text("[]")),
-        f"{MODEL}{INDEX} is damaged (TypeError: list indices …)"),
-    "an index whose map is a list": Fault(
-        lambda root: sharded(root, weight_map=["one.safetensors"]),
-        f"{MODEL}{INDEX} is damaged (AttributeError: 'list' object …)"),
-    "an index that names numbers": Fault(
-        lambda root: sharded(root, weight_map={UP: 1}), f"{MODEL}its index names 1, which is not in the folder"),
-    "an index out of the folder": Fault(
-        lambda root: leading(root, "../elsewhere.safetensors"),
-        f"{MODEL}its index names ../elsewhere.safetensors, which is not in the folder"),
-    "an index to an absolute path": Fault(
-        lambda root: leading(root, "{root}/elsewhere.safetensors"),
-        f"{MODEL}its index names {{root}}/elsewhere.safetensors, which is not in the folder"),
-    "an index of .bin files out of the folder": Fault(
-        lambda root: ((root / "model" / WEIGHTS).rename(root / "elsewhere"),
-                      (root / "model" / "pytorch_model.bin.index.json").write_text(json.dumps(
-                          {"metadata": {}, "weight_map": {UP: "../elsewhere"}}))),
-        f"{MODEL}its index names ../elsewhere, which is not in the folder"),
-    "a weight of another shape in a .bin file": Fault(
-        lambda root: (torch.save(load_file(root / "model" / WEIGHTS) | {UP: torch.zeros(47, 32)},
-                                 root / "model" / "pytorch_model.bin"), (root / "model" / WEIGHTS).unlink()),
-        f"{MODEL}{UP} is (47, 32), its configuration asks for (48, 32)"),
-    "a malicious pickle": Fault(pickled, f"{MODEL}{PICKLE}"),
-    "a damaged pickle": Fault(
-        lambda root: (root / "model" / WEIGHTS).rename(root / "model" / "pytorch_model.bin"), f"{MODEL}{PICKLE}"),
-    # configuration and tokenizer
-    "no configuration": Fault(
-        lambda root: (root / "model" / "config.json").unlink(),
-        f"{MODEL}{UNREAD}… `model_type` key in its config.json."),
-    "an empty configuration": Fault(
-        lambda root: cut(root / "model" / "config.json", 0),
-        f"{MODEL}{UNREAD}… '{{root}}/model/config.json' is not a valid JSON file."),
-    "a cut configuration": Fault(
-        lambda root: cut(root / "model" / "config.json", 99),
-        f"{MODEL}{UNREAD}… '{{root}}/model/config.json' is not a valid JSON file."),
-    "a configuration that is a list": Fault(
-        lambda root: (root / "model" / "config.json").write_text("[1]"),
-        f"{MODEL}{UNREAD}… `model_type` key in its config.json."),
-    "a binary configuration": Fault(
-        lambda root: (root / "model" / "config.json").write_bytes(b"\xff\xfe\x00"),
-        f"{MODEL}{UNREAD}… '{{root}}/model/config.json' is not a valid JSON file."),
-    "an unknown kind": Fault(
-        lambda root: config_changed(root, model_type="other"),
-        f"{MODEL}{UNREAD}… model type `other` but Transformers does not recognize this …"),
-    "no kind": Fault(
-        lambda root: config_changed(root, model_type=None), f"{MODEL}{UNREAD}… `model_type` key in its config.json."),
-    "a configuration that contradicts itself": Fault(
-        lambda root: config_changed(root, num_attention_heads=5),
-        f"{MODEL}{UNREAD}… hidden size (32) … attention heads (5)."),
-    "text for a number": Fault(
-        lambda root: config_changed(root, hidden_size="32"), f"{MODEL}{UNREAD}… 'hidden_size' expected int, got str …"),
-    "no layers": Fault(
-        lambda root: config_changed(root, num_hidden_layers=0), f"{MODEL}its configuration has 0 layers"),
-    "a dtype that is none": Fault(lambda root: config_changed(root, dtype="float99"), f"{MODEL}{UNREAD}… 'float99'"),
-    "an unknown activation": Fault(
-        lambda root: config_changed(root, hidden_act="other"),
-        f"{MODEL}its configuration cannot be used: KeyError 'other'"),
-    "quantized by others": Fault(
-        lambda root: config_changed(root, quantization_config={"quant_method": "gptq", "bits": 4}),
-        f"{MODEL}its weights are quantized by gptq; give the original model"),
-    "quantized by nobody": Fault(
-        lambda root: config_changed(root, quantization_config={"bits": 4}),
-        f"{MODEL}its weights are quantized by an unknown method; give the original model"),
-    "remote code of an unknown kind": Fault(lambda root: remote(root, "other"), f"{MODEL}{UNREAD}{REMOTE}"),
-    "no tokenizer": Fault(
-        lambda root: [file.unlink() for file in (root / "model").glob("*token*")],
-        f"{MODEL}its tokenizer cannot be read: Couldn't instantiate the backend tokenizer …"),
-    "a cut tokenizer": Fault(
-        lambda root: cut(root / "model" / "tokenizer.json", 999),
-        f"{MODEL}its tokenizer cannot be read: … line 57 column 3 (char 999)"),
-    "a tokenizer in other code": Fault(remote_tokenizer, f"{MODEL}its tokenizer cannot be read: {REMOTE}"),
-    "a tokenizer of another model": Fault(
-        lambda root: (weights_changed(root, lambda state: state.update(
-            {"model.embed_tokens.weight": state["model.embed_tokens.weight"][:99].clone()})),
-            config_changed(root, vocab_size=99)),
-        f"{MODEL}its tokenizer gives token 382, its vocabulary has 99"),
-    # the path of the model
-    "a model that is a file": Fault(
-        nothing, f"model {{root}}/model/config.json: {A_FILE}", "{root}/model/config.json builtin"),
-    "weights for a model": Fault(
-        nothing, f"model {{root}}/model/model.safetensors: {A_FILE}", "{root}/model/model.safetensors builtin"),
-    "a damaged gguf": Fault(
-        lambda root: (root / "a.gguf").write_bytes(b"GGUFjunk"),
-        f"model {{root}}/a.gguf: {UNREAD}… (actual buffer size is 8)", "{root}/a.gguf builtin"),
-    # the sparse format
-    "sparse: another shape": Fault(lambda root: described(root, shape=[47, 32]), f"{MODEL}{MISFIT} (… [733] … [717])"),
-    "sparse: turned": Fault(
-        lambda root: described(root, shape=[32, 48]), f"{MODEL}{UP} is (32, 48), its configuration asks for (48, 32)"),
-    "sparse: a negative shape": Fault(lambda root: described(root, shape=[-48, 32]), f"{MODEL}{MISFIT} (… [-1536, 1])"),
-    "sparse: a huge shape": Fault(
-        lambda root: described(root, shape=[10**9, 10**9]), f"{MODEL}{MISFIT} (… input of size 1536)"),
-    "sparse: no shape": Fault(lambda root: described(root, shape=48), f"{MODEL}{MISFIT} ('int' object …)"),
-    "sparse: another dtype": Fault(
-        lambda root: described(root, dtype="float16"), f"{MODEL}{MISFIT} (… Half … Float …)"),
-    "sparse: a dtype that is none": Fault(
-        lambda root: described(root, dtype="load"), f"{MODEL}{MISFIT} (… 'dtype' must be torch.dtype, not function)"),
-    "sparse: a part that is missing": Fault(
-        lambda root: described(root, parts=["mask", "values", "codes"]), f"{MODEL}{MISFIT} ('{UP}.codes')"),
-    "sparse: no values": Fault(lambda root: described(root, parts=["mask"]), f"{MODEL}{MISFIT} ('wbits')"),
-    "sparse: parts elsewhere": Fault(
-        lambda root: described(root, parts=["../../../etc/passwd"]), f"{MODEL}{MISFIT} ('{UP}.../../../etc/passwd')"),
-    "sparse: not a description": Fault(
-        lambda root: sparse(root, lambda held: held.update({UP: None})), f"{MODEL}{MISFIT} ('NoneType' object …)"),
-    "sparse: a list": Fault(
-        lambda root: (sparse(root, lambda held: None), (root / "model" / "sparse.json").write_text("[]")),
-        f"{MODEL}sparse.json holds no descriptions of matrices"),
-    # where to save
-    "save onto a file": Fault(
-        lambda root: (root / "taken").write_text(""),
-        "--save {root}/taken: exists and is not an empty folder", "{root}/model builtin --save {root}/taken"),
-    "save into the model": Fault(
-        nothing, "--save {root}/model: exists and is not an empty folder", "{root}/model builtin --save {root}/model"),
-    "save where nobody can write": Fault(
-        nothing,
-        "--save /proc/saved/a: /proc cannot be written (No such file or directory)",
-        "{root}/model builtin --save /proc/saved/a"),
-    "save under a name that is too long": Fault(
-        nothing, "--save {root}/" + "a" * 300 + ": cannot be used (File name too long)",
-        "{root}/model builtin --save {root}/" + "a" * 300),
-    "save to a dangling link": Fault(
-        lambda root: (root / "link").symlink_to(root / "gone" / "away"),
-        "--save {root}/link: {root}/link cannot be written (No such file or directory)",
-        "{root}/model builtin --save {root}/link"),
-    # texts
-    "no texts": Fault(nothing, "--data-dir {root}/texts: there is no such folder", WIKI),
-    "a file of texts": Fault(
-        lambda root: (root / "texts").write_text(""), "--data-dir {root}/texts: there is no such folder", WIKI),
-    "an empty folder of texts": Fault(
-        lambda root: (root / "texts").mkdir(),
-        "--data-dir {root}/texts: no train split of wikitext2 found, the raw version of WikiText-2 "
-        "(wikitext-2-raw-v1/*.parquet or wiki.test.raw, wiki.train.raw) is needed (looked for paths with "
-        "wikitext|wiki[.-] and \\btrain\\b, ending in … .txt .tokens); there is nothing", WIKI),
-    "a cut gzip file": Fault(
-        lambda root: text(root, "wikitext/train.json.gz", gzip.compress(LINES.encode())[:500]),
-        "--data-dir: {root}/texts/wikitext/train.json.gz cannot be read (json): Compressed file ended before …", WIKI),
-    "a cut JSON line": Fault(
-        lambda root: text(root, "wikitext/train.json", LINES[:-5]),
-        "--data-dir: {root}/texts/wikitext/train.json cannot be read (json): JSON parse error: …", WIKI),
-    "other columns": Fault(
-        lambda root: text(root, "wikitext/train.json", LINES.replace("text", "body")),
-        "{root}/texts/wikitext/train.json has the columns body: text or sentence is needed", WIKI),
-    "text that is not UTF-8": Fault(
-        lambda root: text(root, "wiki.train.raw", "Überschrift\n".encode("latin-1")),
-        "--data-dir: {root}/texts/wiki.train.raw cannot be read (text): 'utf-8' codec can't decode byte 0xdc …", WIKI),
-    "too little text": Fault(
-        lambda root: text(root, "wiki.train.raw", "a few words\n"),
-        "--seqlen 32: the train text of dataset wikitext2 has 10 tokens and 33 are needed; lower --seqlen or take"
-        " another dataset", WIKI),
-    "no text at all": Fault(
-        lambda root: text(root, "wiki.train.raw", ""), "--data-dir: {root}/texts/wiki.train.raw holds no rows", WIKI),
-    # traces
-    "traces that are cut": Fault(
-        lambda root: known_traces(root, lambda content: content[:500]),
-        f"{TRACES}is not a file of traces (JSONDecodeError)", MIXED),
-    "traces of other matrices": Fault(
-        lambda root: known_traces(root, lambda content: content.replace("up_proj", "middle")),
-        f"{TRACES}does not fit the model: layer 0 mlp.up_proj is missing there, (48, 32) in the model", MIXED),
-    "traces of another number of matrices": Fault(
-        lambda root: known_traces(root, with_samples(lambda row: row[:-1])),
-        f"{TRACES}is not a file of traces (ValueError)", MIXED),
-    "traces that are NaN": Fault(
-        lambda root: known_traces(root, with_samples(lambda row: [math.nan for _ in row])),
-        f"{TRACES}is not a file of traces (ValueError)", MIXED),
-    "traces in a folder": Fault(
-        lambda root: (root / "traces.json").mkdir(), f"{TRACES}is not a file of traces (IsADirectoryError)", MIXED),
-    "traces where nobody can write": Fault(
-        nothing,
-        "--sensitivity_file /proc/a/traces.json: cannot be written (No such file or directory); name another file",
-        MIXED.replace("{root}/traces", "/proc/a/traces")),
-    "a picture where nobody can write": Fault(
-        nothing,
-        "--plot /proc/a.png: cannot be written (No such file or directory); name another file",
-        MIXED + " --plot /proc/a.png"),
-    "a picture that is a folder": Fault(
-        lambda root: (root / "a.png").mkdir(),
-        "--plot {root}/a.png: is a folder; name a file", MIXED + " --plot {root}/a.png"),
-}
 
 
 def says(message):
@@ -523,8 +157,8 @@ class Child:
 
 
 RUN = f"{{root}}/model builtin --sparsity .5 --eval builtin {SMALL} --save {{root}}/saved"
-FULL = "… GB are free (…); make room and go on with --resume"
-FULL_RECORD = "(File too large), … GB are free; make room and go on with --resume"
+FULL = "… GB are free (…); free some space and continue with --resume"
+FULL_RECORD = "(File too large), … GB are free; free some space and continue with --resume"
 STOPPED = "llama.py: interrupted; what is in the folder of --save goes on with --resume"
 
 # What happens, the options of the run, what it says, and how many layers a --resume finds finished.
@@ -636,7 +270,7 @@ def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed
         subprocess.run(["mount", "-o", "remount,size=212k", disk], check=True)
         child = Child(fork, tmp_path, "llama", f"{RUN} {many}", nothing)
         status, (line,) = child.end()
-        assert status == 2 and "GB are free" in line and line.endswith("make room and go on with --resume")
+        assert status == 2 and "GB are free" in line and line.endswith("free some space and continue with --resume")
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
         again = Child(fork, tmp_path, "llama", f"{RUN} {many} --resume", nothing)
         assert again.end() == (0, [])
@@ -657,7 +291,7 @@ def test_a_signal_from_outside_stops_a_run_and_two_cannot_share_a_folder(fork, u
     for options in ("", " --resume"):
         assert run("llama", RUN + options, root=tmp_path) == 2
         line, = capsys.readouterr().err.splitlines()
-        assert line == f"llama.py: error: --save {tmp_path}/saved: another run is writing there"
+        assert line == f"llama.py: error: --save {tmp_path}/saved: is in use by another run"
     os.kill(child.process.pid, signal.SIGINT)
     assert child.end() == (130, [STOPPED])
     assert Child(fork, tmp_path, "llama", f"{RUN} --resume", nothing).end() == (0, [])
@@ -750,7 +384,7 @@ def test_an_input_that_is_not_finite_is_named_with_its_sequence(options, checkpo
     assert run("opt", f"{RUN} {options}", root=tmp_path) == 2
     captured = capsys.readouterr()
     assert captured.err.splitlines() == [
-        "opt.py: error: layer 0 self_attn.q_proj: the Hessian holds NaN or inf, from calibration sequence 2 on"]
+        "opt.py: error: layer 0 self_attn.q_proj: the Hessian contains NaN or inf, from calibration sequence 2 on"]
     assert not (tmp_path / "saved").exists()
 
 
@@ -762,7 +396,7 @@ def test_a_product_that_overflows_is_named(model, tmp_path, capsys):
     weights_changed(tmp_path, grow)
     assert run("llama", RUN, root=tmp_path) == 2
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("llama.py: error: layer 1 mlp.down_proj: the Hessian holds NaN or inf, from calibration "
+    assert line.startswith("llama.py: error: layer 1 mlp.down_proj: the Hessian contains NaN or inf, from calibration "
                            "sequence 0 on")
 
 

@@ -340,22 +340,22 @@ BAD = {
     "nearest without bits": ("{opt} builtin --nearest", "--nearest: needs --wbits"),
     "nearest after the walk": (
         "{opt} builtin --wbits 4 --nearest --sparsity .5", "--nearest: rounds without calibration; with --sparsity"),
-    "order without a walk": ("{opt} builtin --wbits 4 --nearest --act-order", "--act-order: orders the walk"),
+    "order without a walk": ("{opt} builtin --wbits 4 --nearest --act-order", "--act-order: needs calibration"),
     "order of n:m": (
         "{opt} builtin --wbits 4 --groupsize 2 --prunen 2 --prunem 4 --act-order",
-        "--act-order --groupsize 2: the 4 columns of an n:m group are moved together"),
+        "--act-order --groupsize 2: must be at least 4, as the 4 columns of an n:m group stay together"),
     "groups across n:m": (
         "{opt} builtin --wbits 4 --groupsize 16 --prunen 2 --prunem 6",
         "--groupsize 16 --prunem 6: one must divide the other"),
     "unknown format": ("{opt} builtin --save-format gguf", "argument --save-format: invalid choice: 'gguf'"),
     "packed without bits": (
-        "{opt} builtin --sparsity .5 --save-format compressed-tensors", "holds symmetric grids of 4 or 8 bits"),
+        "{opt} builtin --sparsity .5 --save-format compressed-tensors", "supports symmetric grids of 4 or 8 bits"),
     "packed asymmetric": (
         "{opt} builtin --wbits 4 --save-format compressed-tensors", "needs --wbits 4 or 8, and --sym"),
     "packed 3 bits": ("{opt} builtin --wbits 3 --sym --save-format compressed-tensors", "needs --wbits 4 or 8"),
     "packed in another order": (
         "{opt} builtin --wbits 4 --sym --groupsize 8 --act-order --save-format compressed-tensors",
-        "holds groups of columns that lie side by side, with --act-order only --groupsize -1"),
+        "supports groups of consecutive columns only; with --act-order needs --groupsize -1"),
     "nothing selected": ("{opt} builtin --sparsity .5 --minlayer 3", "select no matrix"),
     "mixed without sparsity": (
         "{opt} builtin --sparsity_way weight-level",
@@ -373,15 +373,15 @@ BAD = {
     "weights without calibration": (
         "{opt} builtin --sparsity .5 --gmp --token_weights fisher", "--token_weights fisher: needs calibration"),
     "solver of nothing to prune": (
-        "{opt} builtin --wbits 4 --solver admm", "--solver admm: chooses what to prune, needs --sparsity"),
+        "{opt} builtin --wbits 4 --solver admm", "--solver admm: is a pruning solver, needs --sparsity"),
     "isc without a walk": (
         "{opt} builtin --sparsity .5 --solver admm --saliency isc",
-        "--saliency isc: --solver admm does not rank weights by it; it must be obs or fisher"),
+        "--saliency isc: --solver admm does not support it; must be obs or fisher"),
     "unknown saliency": ("{opt} builtin --sparsity .5 --saliency l1", "argument --saliency: invalid choice: 'l1'"),
     "alpha": ("{opt} builtin --sparsity .5 --alpha -1", "--alpha -1: must lie between 0 and 1"),
     "no probes": ("{opt} builtin --sparsity .5 --nprobes 0", "--nprobes 0: must be at least 1"),
     "plot of nothing": (
-        "{opt} builtin --sparsity .5 --plot a.png", "--plot: draws sensitivities, needs --sparsity_way"),
+        "{opt} builtin --sparsity .5 --plot a.png", "--plot: shows sensitivities, needs --sparsity_way"),
     "plot format": (
         "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot a.txt",
         "--plot a.txt: must end in .png, .pdf, .svg"),
@@ -403,10 +403,10 @@ BAD = {
     "text too short": ("{bloom} builtin --sparsity .5 --seqlen 1000000", "--seqlen 1000000: the train text"),
     "dataset not local": ("{opt} c4 --sparsity .5 --data-dir {empty}", "--data-dir {empty}: no train split"),
     "dataset offline": ("{opt} c4 --sparsity .5", "dataset c4: cannot load allenai/c4: the hub cannot be reached"),
-    "data-dir missing": ("{opt} builtin --eval ptb --data-dir {empty}/no", "there is no such folder"),
+    "data-dir missing": ("{opt} builtin --eval ptb --data-dir {empty}/no", "no such folder"),
     "no CUDA": ("{opt} builtin --device cuda:99", "--device cuda:99: there are "),
     "unknown device": ("{opt} builtin --device tpu", "--device tpu: must be cpu, cuda or cuda:N"),
-    "NaN weights": ("{nan} builtin --sparsity .5", "model.decoder.layers.1.fc1.weight holds NaN or inf"),
+    "NaN weights": ("{nan} builtin --sparsity .5", "model.decoder.layers.1.fc1.weight contains NaN or inf"),
     "save path taken": ("{opt} builtin --sparsity .5 --save {nan}", "exists and is not an empty folder"),
     "save path not writable": ("{opt} builtin --save {nan}/config.json/x", "cannot be written"),
     "unknown option": ("{opt} builtin --sparsety .5", "unrecognized arguments: --sparsety"),
@@ -498,14 +498,14 @@ def _limited(monkeypatch, limit):
     monkeypatch.setattr(Stream, "forward", limited)
 
 
-def test_batches_are_halved_where_memory_does_not_suffice(checkpoint_folder, tmp_path, monkeypatch, capsys):
+def test_batches_are_halved_when_gpu_memory_runs_out(checkpoint_folder, tmp_path, monkeypatch, capsys):
     arguments = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--no-true-sequential", *SMALL]
     assert run(FAMILIES["llama"][0], *arguments, "--batch-size", 1, "--save", tmp_path / "one") == 0
     _limited(monkeypatch, 1)
     assert run(FAMILIES["llama"][0], *arguments, "--batch-size", 4, "--save", tmp_path / "halved") == 0
     out = capsys.readouterr().out
-    assert out.count("does not suffice: going on with batches of 2\n") == 2  # pruning, evaluation
-    assert out.count("does not suffice: going on with batches of 1\n") == 2
+    assert out.count("out of GPU memory: continuing with batches of 2\n") == 2  # pruning, evaluation
+    assert out.count("out of GPU memory: continuing with batches of 1\n") == 2
     one, halved = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "halved")
     for key, tensor in one.items():
         torch.testing.assert_close(halved[key], tensor, rtol=1e-4, atol=1e-5)
@@ -516,4 +516,4 @@ def test_memory_that_never_suffices_names_what_to_lower(checkpoint_folder, tmp_p
     _limited(monkeypatch, 0)
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL) == 2
     assert capsys.readouterr().err.strip().splitlines() == [
-        "llama.py: error: --batch-size 1 --seqlen 32: the GPU's memory does not suffice; lower --seqlen"]
+        "llama.py: error: --batch-size 1 --seqlen 32: out of GPU memory; lower --seqlen"]

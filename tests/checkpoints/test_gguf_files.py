@@ -338,6 +338,6 @@ def test_a_damaged_file_is_one_line_that_names_it_and_nothing_is_kept(case, toke
 def test_weights_that_are_nan_are_refused_and_nothing_is_kept(tokenizer, cache, tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tokenizer, change=lambda state: state["model.norm.weight"].fill_(float("nan")))
-    with pytest.raises(InputError, match=f"model {path}: model.norm.weight holds NaN or inf"):
+    with pytest.raises(InputError, match=f"model {path}: model.norm.weight contains NaN or inf"):
         load.load_config(path, llama.FAMILY)
     assert converted(cache) == []

@@ -52,7 +52,7 @@ def damaged(folder, tmp_path, damage):
 def test_weights_that_are_nan_are_refused_by_name(checkpoint_folder, tmp_path):
     key = "model.layers.1.mlp.up_proj.weight"
     folder = damaged(checkpoint_folder("llama"), tmp_path, lambda state: state[key][0].fill_(float("nan")))
-    with pytest.raises(InputError, match=f"{key} holds NaN or inf"):
+    with pytest.raises(InputError, match=f"{key} contains NaN or inf"):
         load.load_model(folder, "auto")
 
 

@@ -79,7 +79,7 @@ def refused(capsys, name, *arguments):
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
     with RunDir(tmp_path / "saved"):
-        with pytest.raises(InputError, match=f"--save {tmp_path / 'saved'}: another run is writing there"):
+        with pytest.raises(InputError, match=f"--save {tmp_path / 'saved'}: is in use by another run"):
             RunDir(tmp_path / "saved")
     with RunDir(tmp_path / "saved"):
         pass
@@ -108,7 +108,7 @@ def test_a_folder_is_held_against_other_processes_until_its_process_is_killed(ch
                          "--save-format", save_format]
             for resume in ([], ["--resume"]):
                 line = refused(capsys, "opt", *arguments, *resume)
-                assert line == f"opt.py: error: --save {saved}: another run is writing there"
+                assert line == f"opt.py: error: --save {saved}: is in use by another run"
                 assert snapshot(tmp_path) == before
     finally:
         holder.send_signal(signal.SIGKILL)
@@ -134,7 +134,7 @@ def test_a_run_is_refused_while_another_prunes_and_goes_on_when_that_is_killed(f
         while not (tmp_path / "held").exists():
             assert process.is_alive() and time.monotonic() < until, (tmp_path / "log").read_text()
             time.sleep(0.05)
-        assert "another run is writing there" in refused(capsys, "opt", *arguments, "--resume")
+        assert "is in use by another run" in refused(capsys, "opt", *arguments, "--resume")
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -219,7 +219,7 @@ def test_a_run_may_go_on_with_another_evaluation_and_place_of_the_model(checkpoi
 
 def test_resume_needs_a_folder(checkpoint_folder, capsys):
     assert refused(capsys, "opt", checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--resume") == (
-        "opt.py: error: --resume: needs --save, the folder of the run that left off")
+        "opt.py: error: --resume: needs --save, the folder of the interrupted run")
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -249,8 +249,8 @@ def test_the_folder_of_an_interrupted_run_is_refused_without_resume(checkpoint_f
     arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
     interrupt(monkeypatch, "opt", arguments, 1)
     before = snapshot(tmp_path)
-    assert refused(capsys, "opt", *arguments) == (f"opt.py: error: --save {tmp_path / 'saved'}: holds a run that left "
-                                                  "off; go on with --resume, or remove the folder")
+    assert refused(capsys, "opt", *arguments) == (f"opt.py: error: --save {tmp_path / 'saved'}: holds an "
+                                                  "interrupted run; continue it with --resume, or remove the folder")
     assert snapshot(tmp_path) == before
 
 
@@ -372,7 +372,7 @@ def test_what_reads_back_differently_after_an_interruption_is_found(save_format,
     content[-1] ^= 1  # the last bit of a weight
     kept.write_bytes(content)
     assert run("llama", *arguments, "--resume") == 2
-    assert re.search(r"error: --save .*: model.layers.0.*, as its finished layer was kept, differs from what was in "
+    assert re.search(r"error: --save .*: model.layers.0.* in the file of its layer differs from what was in "
                      "memory$", capsys.readouterr().err.splitlines()[-1])
     with pytest.raises(OSError, match="no file named model.safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved", config=make("llama")[1].config)

@@ -97,7 +97,7 @@ def test_fewer_sequences_than_processes_are_refused(checkpoint_folder, monkeypat
     monkeypatch.setattr(distributed, "world", lambda: 2)
     assert run(llama.FAMILY, checkpoint_folder("llama"), *ARGUMENTS, "--nsamples", "1") == 2
     assert capsys.readouterr().err == (
-        "llama.py: error: --nsamples 1: must be at least one for each of the 2 processes\n")
+        "llama.py: error: --nsamples 1: must be at least 2, the number of processes\n")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])

@@ -229,7 +229,7 @@ def test_a_shape_that_differs_from_the_configuration_is_refused_with_both(checkp
     state = load_file(tmp_path / "model.safetensors")
     state[UP] = state[UP].T.contiguous()  # as many numbers
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=f"{UP} is 32 x 48, its configuration asks for 48 x 32"):
+    with pytest.raises(InputError, match=f"{UP} is 32 x 48, its configuration expects 48 x 32"):
         opened(tmp_path, FAMILIES["llama"][0])
 
 
@@ -256,7 +256,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(key, value, checkpoint_
     state = load_file(tmp_path / "model.safetensors")
     state[key][-1, -1] = float(value)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=f"{key} holds NaN or inf"):
+    with pytest.raises(InputError, match=f"{key} contains NaN or inf"):
         opened(tmp_path, FAMILIES["llama"][0])
 
 

@@ -252,7 +252,7 @@ def test_damping_is_raised_and_reported_where_samples_are_few(tokens, capsys):
 def test_activations_that_are_not_finite_are_named(tokens, to_dense):
     family, model = make("opt")
     family.layers_of(model)[1].fc1.bias.data[0] = float("inf")
-    with pytest.raises(InputError, match="layer 1 fc2: the Hessian holds NaN or inf"):
+    with pytest.raises(InputError, match="layer 1 fc2: the Hessian contains NaN or inf"):
         sparsegpt(model, family, plan_of(model, family), tokens, dense_target=to_dense)
 
 
