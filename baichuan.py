@@ -17,13 +17,7 @@ import sys
 from mixgpt.app.cli import main
 from mixgpt.modeling.family import Family
 
-FAMILY = Family(
-    script="baichuan.py",
-    classes=("BaichuanForCausalLM", "BaiChuanForCausalLM"),
-    layers="model.layers",
-    before=("model.embed_tokens", "model.rotary_emb"),
-    after=("model.norm", "lm_head"),
-)
+FAMILY = Family(script="baichuan.py", layers="model.layers")
 
 if __name__ == "__main__":
     sys.exit(main(FAMILY))

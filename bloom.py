@@ -16,13 +16,7 @@ import sys
 from mixgpt.app.cli import main
 from mixgpt.modeling.family import Family
 
-FAMILY = Family(
-    script="bloom.py",
-    classes=("BloomForCausalLM",),
-    layers="transformer.h",
-    before=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
-    after=("transformer.ln_f", "lm_head"),
-)
+FAMILY = Family(script="bloom.py", layers="transformer.h")
 
 if __name__ == "__main__":
     sys.exit(main(FAMILY))

@@ -17,13 +17,7 @@ import sys
 from mixgpt.app.cli import main
 from mixgpt.modeling.family import Family
 
-FAMILY = Family(
-    script="llama.py",
-    classes=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
-    layers="model.layers",
-    before=("model.embed_tokens", "model.rotary_emb"),
-    after=("model.norm", "lm_head"),
-)
+FAMILY = Family(script="llama.py", layers="model.layers")
 
 if __name__ == "__main__":
     sys.exit(main(FAMILY))

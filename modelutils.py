@@ -1,6 +1,7 @@
 """Model families, and running a model one decoder layer at a time."""
 
 import contextlib
+import copy
 import math
 import os
 import tempfile
@@ -77,8 +78,26 @@ def on_device(modules, device):
 @contextlib.contextmanager
 def whole(model, family, device):
     """Keep the whole model on `device` within the block, to run it as usual."""
-    with on_device([*family.before_of(model), *family.layers_of(model), *family.after_of(model)], device):
+    with on_device([*family.rest_of(model).values(), *family.layers_of(model)], device):
         yield
+
+
+@contextlib.contextmanager
+def on_demand(modules, device, dtype=None):
+    """Within the block, put each of `modules` on `device`, in `dtype`, when it is called first; then as `on_device`."""
+    with contextlib.ExitStack() as stack:
+        def load(module, _):
+            handles[module].remove()
+            stack.enter_context(on_device([module], device))
+            if dtype:
+                module.to(dtype)
+
+        handles = {module: module.register_forward_pre_hook(load) for module in modules}
+        try:
+            yield
+        finally:
+            for handle in handles.values():
+                handle.remove()
 
 
 class _LastLayerReached(Exception):
@@ -97,9 +116,16 @@ def _recording(layers, calls):
             raise _LastLayerReached
         return (hidden,)
 
+    with _replaced(layers, record):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(layers, forward):
+    """Let layers run `forward` within the block."""
     try:
         for layer in layers:
-            layer.forward = record  # on the instance, to preserve attributes the model reads from its layers
+            layer.forward = forward  # on the instance, to preserve attributes the model reads from its layers
         yield
     finally:
         for layer in layers:
@@ -144,19 +170,20 @@ class Stream:
     batch_size: int
     device: torch.device  # where layers run
     kwargs: dict = field(default_factory=dict)  # batch size -> keyword arguments of every layer
+    tuples: bool = False  # whether the layers return tuples, once one has run
     place: str = ""  # of the hidden states, as chosen by `place_for`
 
     @classmethod
     @torch.no_grad()
     def embed(cls, model, family, tokens, batch_size, device, sets=1, on_host=False):
-        """Run the modules before the first layer on tokens (N, T); record kwargs for batches of batch_size, 1 and rest.
+        """Run the model up to the first layer on tokens (N, T); record kwargs for batches of batch_size, 1 and rest.
 
         sets: number of such sets of hidden states to make room for, all in one place. on_host: not on the device.
         """
         N, T = tokens.shape
         layers = family.layers_of(model)
         stream = cls(torch.empty(0), batch_size, device)
-        with on_device(family.before_of(model), device):
+        with on_demand(family.rest_of(model).values(), device):
             for rows in [slice(0, 1), *stream.batches(N)]:
                 calls = []
                 with _recording(layers, calls), contextlib.suppress(_LastLayerReached):
@@ -187,7 +214,8 @@ class Stream:
     def call(self, layer, index, hidden):
         """Run layer number `index` on hidden states (B, T, C), all on the device. Returns (B, T, C)."""
         output = layer(hidden, **self.kwargs[len(hidden)][index])
-        return output[0] if isinstance(output, tuple) else output
+        self.tuples = isinstance(output, tuple)
+        return output[0] if self.tuples else output
 
     @torch.no_grad()
     def advance(self, layer, index):
@@ -195,12 +223,26 @@ class Stream:
         for rows in self.batches():
             self.hidden[rows] = self.forward(layer, index, rows)
 
+    @contextlib.contextmanager
+    def head(self, model, family, dtype=None):
+        """Within the block, give a function from hidden states behind the last layer (n, C) to logits (n, vocabulary).
 
-def apply(modules, hidden):
-    """Run modules one after the other."""
-    for module in modules:
-        hidden = module(hidden)
-    return hidden
+        The model's own forward computes them, its layers skipped. dtype: of hidden states and logits (default: the
+        model's; another one needs a copy of what lies behind the layers).
+        """
+        layers, width = family.layers_of(model), model.get_input_embeddings().embedding_dim
+        if dtype == model.dtype:
+            dtype = None
+        if dtype:
+            model = copy.deepcopy(model, {id(layers): layers})
+
+        def logits(hidden):
+            output = hidden[:, None]  # as sequences of one token
+            with _replaced(layers, lambda *_, **__: (output,) if self.tuples else output):
+                return model(inputs_embeds=hidden.new_zeros(len(hidden), 1, width), use_cache=False).logits[:, 0]
+
+        with on_demand(family.rest_of(model).values(), self.device, dtype):
+            yield logits
 
 
 def linears(layer):

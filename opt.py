@@ -8,8 +8,7 @@ python opt.py facebook/opt-125m c4 --prunen 2 --prunem 4          # 2 pruned of 
 python opt.py facebook/opt-125m c4 --sparsity .5 --wbits 4        # the kept half in 4 bits, in the same pass
 python opt.py facebook/opt-125m c4 --sparsity .5 --save pruned    # a checkpoint for from_pretrained
 
-OPT-350m projects its embeddings into and out of the layers and has no final norm. The other sizes lack project_in and
-project_out; missing modules are None and skipped.
+OPT-350m projects its embeddings into and out of the layers and has no final norm.
 """
 
 import sys
@@ -17,13 +16,7 @@ import sys
 from mixgpt.app.cli import main
 from mixgpt.modeling.family import Family
 
-FAMILY = Family(
-    script="opt.py",
-    classes=("OPTForCausalLM",),
-    layers="model.decoder.layers",
-    before=("model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.project_in"),
-    after=("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head"),
-)
+FAMILY = Family(script="opt.py", layers="model.decoder.layers")
 
 if __name__ == "__main__":
     sys.exit(main(FAMILY))

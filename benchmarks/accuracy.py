@@ -255,7 +255,7 @@ def main(argv=None):
         draw, tests = texts(given.dataset, given.eval, given.heldout, given.nsamples, given.seqlen, given.segments,
                             load.load_tokenizer(given.model), given.data_dir)
         model = load.load_model(given.model, getattr(torch, given.dtype))
-        family = family_of(type(model).__name__)
+        family = family_of(model)
         if family is None:
             raise InputError(f"model {given.model}: this is a {type(model).__name__}, which no script here prunes")
         setup = {"model": Path(given.model).name, "weights": fingerprint(model), "dtype": given.dtype,

@@ -220,7 +220,7 @@ def saved_tensors(path):
 
 def save(path, model, tokenizer, record, family=None, save_format="dense", grids=None):
     """Save a model in memory as a run does at its end."""
-    family = family or family_of(type(model).__name__)
+    family = family or family_of(model)
     with RunDir(path, save_format) as folder:
         folder.start(model, family, {})
         load.write_record(path, record)

@@ -35,7 +35,7 @@ class Chunk:
 
     def __init__(self, execution, matrices, tokens, bar):
         model, device = execution.model, execution.device
-        self.layers, self.after = execution.layers, execution.family.after_of(model)
+        self.model, self.family, self.layers = model, execution.family, execution.layers
         # gradients underflow in float16
         self.dtype = torch.float32 if model.dtype == torch.float16 else model.dtype
         self.tokens, self.matrices, self.device, self.bar = tokens, matrices, device, bar
@@ -55,9 +55,9 @@ class Chunk:
         return {column: modules[name] for column, (at, name) in enumerate(self.matrices) if at == index}
 
     def head_gradients(self, gradients):
-        """Call gradients(modules after the layers, rows) for every batch; return the tensors concatenated."""
-        after = [self.copied(module) for module in self.after]
-        parts = [gradients(after, rows) for rows in self.stream.batches()]
+        """Call gradients(function from hidden states to logits, rows) for every batch; return tensors concatenated."""
+        with self.stream.head(self.model, self.family, self.dtype) as head:
+            parts = [gradients(head, rows) for rows in self.stream.batches()]
         return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 

@@ -11,7 +11,7 @@ import torch
 from mixgpt.allocation.backward import Chunk, chunk_size, loss_of, seeded
 from mixgpt.common import distributed, progress
 from mixgpt.kernels.matmul import fast_linears
-from modelutils import SLICE, apply, linears
+from modelutils import SLICE, linears
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _sampled_backward(chunk, keys, visit):
                        for rows in chunk.stream.batches()]
         chunk.borders.append(torch.cat(outputs))
         chunk.bar.update(len(chunk.tokens))
-    g, = chunk.head_gradients(lambda after, rows: (_sampled_gradient(chunk, after, rows, keys[rows]),))
+    g, = chunk.head_gradients(lambda head, rows: (_sampled_gradient(chunk, head, rows, keys[rows]),))
     for index in reversed(range(len(chunk.layers))):
         layer = chunk.copied(chunk.layers[index])
         for rows in chunk.stream.batches():
@@ -93,7 +93,7 @@ def _sampled_backward(chunk, keys, visit):
         chunk.bar.update(len(chunk.tokens))
 
 
-def _sampled_gradient(chunk, after, rows, keys):
+def _sampled_gradient(chunk, head, rows, keys):
     """Return ∂L(ŷ)/∂x after the last layer (B, T, C), on the host."""
     hidden = chunk.borders[-1][rows, :-1]
     uniform = torch.cat([torch.rand(hidden.shape[1], generator=seeded(*key, "labels"), dtype=torch.float64)
@@ -102,7 +102,7 @@ def _sampled_gradient(chunk, after, rows, keys):
     for h, threshold in zip(hidden.flatten(0, 1).split(SLICE), uniform.split(SLICE), strict=True):
         with torch.enable_grad():
             h = h.to(chunk.device).requires_grad_()
-            logits = apply(after, h)
+            logits = head(h)
             cumulative = logits.detach().double().softmax(-1).cumsum(-1)
             target = torch.searchsorted(cumulative, threshold[:, None].to(chunk.device)).squeeze(1)
             parts.append(torch.autograd.grad(loss_of(logits, target.clamp_(max=logits.shape[-1] - 1)), h)[0].to("cpu"))

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixgpt.allocation.backward import loss_of, seeded
-from modelutils import SLICE, apply
+from modelutils import SLICE
 
 
 def signs(shape, generator, dtype):
@@ -36,7 +36,7 @@ def curvatures(chunk, keys):
             for border, parts in zip((chunk.borders, tangents), zip(*outputs, strict=True), strict=True):
                 border.append(torch.cat(parts))
             chunk.bar.update(len(chunk.tokens))
-        g, g_dot = chunk.head_gradients(lambda after, rows: _head_tangent(chunk, after, rows, tangents[-1]))
+        g, g_dot = chunk.head_gradients(lambda head, rows: _head_tangent(chunk, head, rows, tangents[-1]))
         result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64)
         for index in reversed(range(len(chunk.layers))):
             layer = chunk.copied(chunk.layers[index])
@@ -95,7 +95,7 @@ def _layer_tangent(chunk, layer, index, rows, x_dot, keys):
     return y.detach().to("cpu"), y_dot.to("cpu")
 
 
-def _head_tangent(chunk, after, rows, x_dot):
+def _head_tangent(chunk, head, rows, x_dot):
     """Return g = ∂L/∂x and its tangent ġ after the last layer (B, T, C), on the host."""
     hidden, targets = chunk.borders[-1][rows, :-1], chunk.tokens[rows, 1:].flatten()
     g, g_dot = (torch.zeros_like(chunk.borders[-1][rows]) for _ in range(2))
@@ -105,7 +105,7 @@ def _head_tangent(chunk, after, rows, x_dot):
         with torch.enable_grad():
             h = h.to(chunk.device).requires_grad_()
             t = torch.zeros((), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
-            loss = loss_of(apply(after, h + t * h_dot.to(chunk.device)), target.to(chunk.device))
+            loss = loss_of(head(h + t * h_dot.to(chunk.device)), target.to(chunk.device))
             gradient, phi = torch.autograd.grad(loss, [h, t], create_graph=True)
             results.append((gradient.detach().to("cpu"), torch.autograd.grad(phi, h)[0].to("cpu")))
     for whole, parts in zip((g, g_dot), zip(*results, strict=True), strict=True):

@@ -106,14 +106,13 @@ def read_config(model, source=None):
 
 
 def load_config(model, family):
-    """Load the configuration of `model`; raise InputError if its class belongs to another family script."""
+    """Load the configuration of `model`; raise InputError if its layers are where another family script has them."""
     config = read_config(model)
-    architecture = model_class(config).__name__
-    if architecture not in family.classes:
-        other = family_of(architecture)
-        advice = f"use {other.script}" if other else (
-            f"no script here prunes it; {family.script} accepts {', '.join(family.classes)}")
-        raise InputError(f"model {model}: this is a {architecture}; {advice}")
+    built = skeleton(config)
+    if not family.fits(built):
+        other = family_of(built)
+        advice = f"use {other.script}" if other else f"no script here prunes it; {family.script} needs {family.layers}"
+        raise InputError(f"model {model}: this is a {type(built).__name__}; {advice}")
     if config.num_hidden_layers < 1:
         raise InputError(f"model {model}: its configuration has {config.num_hidden_layers} layers")
     return config

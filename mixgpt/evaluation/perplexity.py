@@ -7,7 +7,7 @@ import torch
 from mixgpt.common import distributed, progress
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
-from modelutils import SLICE, Stream, apply, on_device
+from modelutils import SLICE, Stream, on_device
 
 
 @torch.no_grad()
@@ -43,13 +43,13 @@ def _negative_log_likelihood(model, family, tokens, batch_size, device, title, s
     """Return the negative log-likelihood summed over all predicted tokens."""
     stream = Stream.embed(model, family, tokens, batch_size, device)
     run_layers(model, family, [stream], device, title, step)
-    after, total = family.after_of(model), 0.0
-    with on_device(after, device):
+    total = 0.0
+    with stream.head(model, family) as head:
         for rows in stream.batches():
             hidden = stream.hidden[rows, :-1].to(device).flatten(0, 1)  # (B·(T−1), C)
             targets = tokens[rows, 1:].to(device).flatten()
             for h, t in zip(hidden.split(SLICE), targets.split(SLICE), strict=True):
-                total += torch.nn.functional.cross_entropy(apply(after, h).float(), t, reduction="sum").item()
+                total += torch.nn.functional.cross_entropy(head(h).float(), t, reduction="sum").item()
     return total
 
 
@@ -59,6 +59,6 @@ def logits(model, family, tokens, batch_size, device):
     """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
     stream = Stream.embed(model, family, tokens, batch_size, device)
     run_layers(model, family, [stream], device, "logits")
-    after = family.after_of(model)
-    with on_device(after, device):
-        return torch.cat([apply(after, stream.hidden[rows].to(device)).to("cpu") for rows in stream.batches()])
+    with stream.head(model, family) as head:
+        return torch.cat([head(hidden.to(device)).to("cpu") for hidden in stream.hidden.flatten(0, 1).split(SLICE)]
+                         ).unflatten(0, tokens.shape)

@@ -17,7 +17,7 @@ from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.evaluation.generation import complete
 from mixgpt.evaluation.perplexity import run_layers
 from mixgpt.kernels.matmul import fast_linears
-from modelutils import SLICE, Stream, apply, on_device, whole
+from modelutils import SLICE, Stream, whole
 
 RESIDENT = 2**18  # tokens whose hidden states are in memory at a time
 
@@ -101,10 +101,10 @@ class StreamedLM(TemplateLM):
                                 torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in sequences]),
                                 max(1, self.tokens // T), self.where) for T, sequences in group.items()]
         run_layers(self.model, self.family, streams, self.where, "tasks")
-        after, answers = self.family.after_of(self.model), {}
-        with on_device(after, self.where):
+        answers = {}
+        with streams[0].head(self.model, self.family) as head:
             for stream, sequences in zip(streams, group.values(), strict=True):
-                answers |= _read(stream, after, [(row, len(tokens), *request) for row, tokens in enumerate(sequences)
+                answers |= _read(stream, head, [(row, len(tokens), *request) for row, tokens in enumerate(sequences)
                                                  for request in runs[tokens]])
         return answers
 
@@ -134,7 +134,7 @@ def _groups(sequences, most):
         yield group
 
 
-def _read(stream, after, wanted):
+def _read(stream, head, wanted):
     """Return {number: (log-likelihood, whether greedy decoding gives it)} from the last layer's hidden states.
 
     wanted: list of (row, length without padding, number, token ids that end one token after that length).
@@ -144,7 +144,7 @@ def _read(stream, after, wanted):
     likelihoods, greedy = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     for rows, columns, targets in (part.unbind(1) for part in spots.split(SLICE)):
         hidden = stream.hidden[rows.to(stream.hidden.device), columns.to(stream.hidden.device)].to(stream.device)
-        scores = apply(after, hidden).float().log_softmax(-1).cpu()  # (n, vocabulary)
+        scores = head(hidden).float().log_softmax(-1).cpu()  # (n, vocabulary)
         likelihoods.append(scores.gather(1, targets[:, None])[:, 0])
         greedy.append(scores.argmax(-1) == targets)
     counts = [len(targets) for *_, targets in wanted]

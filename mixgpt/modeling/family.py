@@ -1,20 +1,22 @@
-"""Model families: where the parts of a model are."""
+"""Model families: where the decoder layers of a model are."""
 
 import importlib
 from dataclasses import dataclass
+
+import torch
 
 SCRIPTS = ("opt", "llama", "bloom", "baichuan")  # built in, each with its FAMILY
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a model are, as dotted paths; a path to None is skipped."""
+    """A command line, and where the models that it prunes have their decoder layers.
+
+    What lies before and behind the layers is run by the model's own `forward`.
+    """
 
     script: str  # the command line of this family
-    classes: tuple[str, ...]  # model classes with this layout
-    layers: str  # the list of decoder layers
-    before: tuple[str, ...]  # modules that run before the first layer
-    after: tuple[str, ...]  # modules that turn the last layer's output into logits, in order
+    layers: str  # the list of decoder layers, as a dotted path
 
     def layers_of(self, model):
         return model.get_submodule(self.layers)
@@ -23,24 +25,30 @@ class Family:
         """Return the full name of the linear `name` of layer number `index`."""
         return f"{self.layers}.{index}.{name}"
 
-    def before_of(self, model):
-        return _present(model, self.before)
+    def fits(self, model):
+        """Return whether a model has its decoder layers where this family has them."""
+        try:
+            return isinstance(self.layers_of(model), torch.nn.ModuleList)
+        except AttributeError:
+            return False
 
-    def after_of(self, model):
-        return _present(model, self.after)
+    def rest_of(self, model):
+        """Return the modules that hold what is not in the layers, {dotted path: module}."""
+        return _outside(model, "", self.layers)
 
 
-def family_of(name):
-    """Return the built-in family of a model class, or None."""
+def _outside(module, path, layers):
+    found = {}
+    for name, child in module.named_children():
+        here = f"{path}{name}"
+        if f"{layers}.".startswith(f"{here}."):
+            found |= {} if here == layers else _outside(child, f"{here}.", layers)
+        else:
+            found[here] = child
+    return found
+
+
+def family_of(model):
+    """Return the first built-in family that a model fits, or None."""
     families = (importlib.import_module(script).FAMILY for script in SCRIPTS)  # they import this module
-    return next((family for family in families if name in family.classes), None)
-
-
-def _present(model, paths):
-    modules = []
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        module = getattr(model.get_submodule(parent), name)
-        if module is not None:
-            modules.append(module)
-    return modules
+    return next((family for family in families if family.fits(model)), None)

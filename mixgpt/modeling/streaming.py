@@ -99,10 +99,9 @@ def _assign(module, name, tensor):
 def attach(model, family, places):
     """Make modules of a model on meta read their tensors from places {name: (file, key)}; `model.source` has all."""
     model.source = Source(places, model.dtype)
-    modules = dict(model.named_modules())
-    layers = [f"{family.layers}.{index}" for index in range(len(family.layers_of(model)))]
-    for path in [*layers, *(path for path in (*family.before, *family.after) if path in modules)]:
-        modules[path].source = Source({name.removeprefix(f"{path}."): place for name, place in places.items()
+    layers = {f"{family.layers}.{index}": layer for index, layer in enumerate(family.layers_of(model))}
+    for path, module in (layers | family.rest_of(model)).items():
+        module.source = Source({name.removeprefix(f"{path}."): place for name, place in places.items()
                                        if name.startswith(f"{path}.")}, model.dtype)
 
 
