@@ -106,12 +106,12 @@ class _LastLayerReached(Exception):
 
 @contextlib.contextmanager
 def _recording(layers, calls):
-    """Make every layer return its input unchanged and append its keyword arguments to `calls`.
+    """Make every layer return its input unchanged and append it, and its other arguments, to `calls`.
 
     All layers, not only the first: models with sliding windows pass different masks to different layers.
     """
-    def record(hidden, **kwargs):
-        calls.append((hidden, kwargs))
+    def record(hidden, *args, **kwargs):
+        calls.append((hidden, (args, kwargs)))
         if len(calls) == len(layers):
             raise _LastLayerReached
         return (hidden,)
@@ -169,14 +169,14 @@ class Stream:
     hidden: torch.Tensor  # (N, T, C)
     batch_size: int
     device: torch.device  # where layers run
-    kwargs: dict = field(default_factory=dict)  # batch size -> keyword arguments of every layer
+    arguments: dict = field(default_factory=dict)  # batch size -> (args, kwargs) of every layer
     tuples: bool = False  # whether the layers return tuples, once one has run
     place: str = ""  # of the hidden states, as chosen by `place_for`
 
     @classmethod
     @torch.no_grad()
     def embed(cls, model, family, tokens, batch_size, device, sets=1, on_host=False):
-        """Run the model up to the first layer on tokens (N, T); record kwargs for batches of batch_size, 1 and rest.
+        """Run the model up to the first layer on tokens (N, T); record arguments for batches of batch_size, 1, rest.
 
         sets: number of such sets of hidden states to make room for, all in one place. on_host: not on the device.
         """
@@ -189,12 +189,12 @@ class Stream:
                 with _recording(layers, calls), contextlib.suppress(_LastLayerReached):
                     model(tokens[rows].to(device), use_cache=False)
                 hidden = calls[0][0]
-                if not stream.kwargs:
+                if not stream.arguments:
                     shape = N, T, hidden.shape[-1]
                     stream.place = place_for(sets * math.prod(shape) * hidden.dtype.itemsize, device, on_host)
                     stream.hidden = allocate(shape, hidden.dtype, device, stream.place)
                 stream.hidden[rows] = hidden
-                stream.kwargs.setdefault(len(hidden), [kwargs for _, kwargs in calls])
+                stream.arguments.setdefault(len(hidden), [arguments for _, arguments in calls])
         return stream
 
     def twin(self):
@@ -213,7 +213,8 @@ class Stream:
 
     def call(self, layer, index, hidden):
         """Run layer number `index` on hidden states (B, T, C), all on the device. Returns (B, T, C)."""
-        output = layer(hidden, **self.kwargs[len(hidden)][index])
+        args, kwargs = self.arguments[len(hidden)][index]
+        output = layer(hidden, *args, **kwargs)
         self.tuples = isinstance(output, tuple)
         return output[0] if self.tuples else output
 

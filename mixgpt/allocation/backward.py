@@ -40,8 +40,8 @@ class Chunk:
         self.dtype = torch.float32 if model.dtype == torch.float16 else model.dtype
         self.tokens, self.matrices, self.device, self.bar = tokens, matrices, device, bar
         self.stream = execution.embed(tokens)
-        self.stream.kwargs = {size: [_cast(kwargs, self.dtype) for kwargs in layers]
-                              for size, layers in self.stream.kwargs.items()}
+        self.stream.arguments = {size: [_cast(arguments, self.dtype) for arguments in layers]
+                                 for size, layers in self.stream.arguments.items()}
         self.borders = [self.stream.hidden.to("cpu", self.dtype)]
 
     def copied(self, module):
@@ -61,10 +61,10 @@ class Chunk:
         return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
-def _cast(kwargs, dtype):
-    def cast(value):
-        if isinstance(value, tuple):
-            return tuple(map(cast, value))
-        return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
-
-    return {key: cast(value) for key, value in kwargs.items()}
+def _cast(value, dtype):
+    """Convert the floating-point tensors in an argument, or in tuples and dicts of arguments."""
+    if isinstance(value, tuple):
+        return tuple(_cast(each, dtype) for each in value)
+    if isinstance(value, dict):
+        return {key: _cast(each, dtype) for key, each in value.items()}
+    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value

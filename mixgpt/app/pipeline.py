@@ -29,7 +29,7 @@ from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_writable, write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
-from mixgpt.evaluation import semistructured
+from mixgpt.evaluation import selfcheck, semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
 from mixgpt.evaluation.sparsity import count_zeros, measure_sparsity
 from mixgpt.kernels.columns import triton_obstacle
@@ -114,6 +114,7 @@ def check(job):
         job.config = load.load_config(settings.model, job.family)
         job.seqlen = choose_seqlen(settings.seqlen, job.config)
         skeleton = load.skeleton(job.config)
+        selfcheck.check(settings.model, job.family, skeleton)
         if settings.compresses:
             job.selected = select(skeleton, job.family, selection_of(settings),
                                   {"--prunem": settings.prunem, "--groupsize": settings.groupsize})

@@ -1,0 +1,66 @@
+"""Check on random weights, before real ones are read, that a model may run one decoder layer at a time."""
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mixgpt.common.errors import InputError
+from mixgpt.evaluation.perplexity import logits
+
+SMALL = {"vocab_size": 512, "intermediate_size": 64, "ffn_dim": 64, "moe_intermediate_size": 64,
+         "shared_expert_intermediate_size": 64}  # sizes that do not matter to the check, and the most they may be
+LAYERS = 12  # the most layers of a small copy
+TOKENS = 16
+TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to 1e-4
+
+
+def check(name, family, skeleton):
+    """Raise InputError if a model's logits differ when its layers run one at a time.
+
+    name: of the model, for the message. skeleton: the model on meta. Compares on one sequence through a copy of the
+    configuration with random weights, and as many layers as show each kind of layer.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(small(skeleton.config, family.layers_of(skeleton)),
+                                                 dtype=torch.float32, trust_remote_code=False).eval()
+        tokens = torch.randint(model.config.vocab_size, (1, TOKENS))
+    try:
+        with torch.no_grad():
+            expected = model(tokens, use_cache=False).logits
+        found = logits(model, family, tokens, 1, torch.device("cpu"))
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+        raise InputError(f"model {name}: this {type(model).__name__} cannot be run one decoder layer at a time: "
+                         f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    difference = ((found - expected).abs().max() / expected.std()).item()
+    if not difference <= TOLERANCE:
+        raise InputError(f"model {name}: this {type(model).__name__} cannot be run one decoder layer at a time: on "
+                         f"random weights, its logits differ by {difference:.1g} standard deviations")
+
+
+def small(config, layers):
+    """Return a copy of a configuration with few layers, of every kind that `layers` have, and a small vocabulary."""
+    kinds = [_kind(config, index, layer) for index, layer in enumerate(layers)]
+    count = max(kinds.index(kind) for kind in kinds[:LAYERS]) + 1
+    count = min(max(count, 2), len(layers))
+    config = copy.deepcopy(config)
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == len(layers):
+            setattr(config, key, value[:count])
+    for key, most in SMALL.items():
+        if isinstance(value := getattr(config, key, None), int):
+            setattr(config, key, min(value, most))
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(value := getattr(config, key, None), int):
+            setattr(config, key, min(value, config.vocab_size - 1))
+    config.num_hidden_layers = count
+    config.initializer_range = 0.2  # small weights would hide differences
+    return config
+
+
+def _kind(config, index, layer):
+    """Return what tells a layer from layers of other kinds: its modules, and its entries in lists of the config."""
+    entries = [str(value[index]) for value in config.to_dict().values()
+               if isinstance(value, list) and len(value) > index]
+    return tuple(entries), tuple((name, type(module)) for name, module in layer.named_modules())

@@ -1,0 +1,84 @@
+"""Prune tiny random models of every class that is claimed, through the whole command line."""
+
+import functools
+import json
+from functools import partial
+
+import pytest
+import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, the fixture
+from conftest import CPU, VOCABULARY, saved_tensors
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mixgpt.evaluation.perplexity import logits
+from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
+from mixgpt.modeling.family import family_of
+from modelutils import linears
+
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+          "initializer_range": 0.2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "initializer_range": 0.2,
+       "bos_token_id": 0, "eos_token_id": 1}
+WINDOW = {"sliding_window": 8}
+LOCAL = {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+FALCON = {key: value for key, value in COMMON.items() if key != "head_dim"}
+# model_type -> what its configuration needs beside COMMON, or all that it needs
+BESIDE = {
+    "apertus": {}, "arcee": {}, "cohere": {"logit_scale": 0.2}, "cohere2": LOCAL | {"logit_scale": 0.2},
+    "diffllama": {}, "ernie4_5": {}, "exaone4": LOCAL, "gemma": {}, "gemma2": WINDOW | {"final_logit_softcapping": 2.0},
+    "gemma3_text": LOCAL, "glm": {}, "glm4": {},
+    "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}, "helium": {},
+    "hunyuan_v1_dense": {}, "jais2": {}, "llama": {}, "ministral": LOCAL, "mistral": WINDOW, "nemotron": {},
+    "olmo": {}, "olmo2": {}, "olmo3": LOCAL, "persimmon": {}, "phi": {}, "phi3": {}, "qwen2": {}, "qwen3": {},
+    "seed_oss": {}, "smollm3": {}, "stablelm": {}, "starcoder2": {}, "vaultgemma": WINDOW,
+}
+ALONE = {"codegen": GPT | {"rotary_dim": 8}, "falcon": FALCON | {"new_decoder_architecture": True}, "gpt_bigcode": GPT,
+         "gptj": GPT | {"rotary_dim": 8}}
+MODELS = {kind: COMMON | options for kind, options in BESIDE.items()} | ALONE
+
+
+def build(kind):
+    """Build the tiny random model of a model_type."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **MODELS[kind])).eval()
+
+
+@pytest.fixture(scope="session")
+def folder(tokenizer, once):
+    """Return a function that gives the folder of a saved model by its model_type."""
+    def save(kind, path):
+        build(kind).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    return functools.cache(lambda kind: once(f"decoder-{kind}", partial(save, kind)))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_streamed_logits_are_those_of_the_models_own_forward(kind, tokens):
+    model = build(kind)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+    assert torch.equal(logits(model, family_of(model), tokens, len(tokens), CPU), expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_is_pruned_saved_and_loaded_again(kind, folder, tmp_path):
+    path, errors = folder(kind), {}
+    for name, options in {"walk": "--sparsity .5", "order": "--sparsity .5 --no-true-sequential",
+                          "admm": "--sparsity .5 --no-true-sequential --solver admm",
+                          "best": "--sparsity .5 --preset best"}.items():
+        family = family_of(build(kind))
+        assert run(family, path, "builtin", *options.split(), *SMALL, "--save", tmp_path / name) == 0
+        record = json.loads((tmp_path / name / "mixgpt.json").read_text())
+        errors[name] = sum(matrix["error"] for matrix in record["matrices"])
+    assert errors["admm"] < errors["order"]
+    for name in errors:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        matrices = measure_sparsity(loaded, family)
+        assert len(matrices) == sum(len(linears(layer)) for layer in family.layers_of(loaded))
+        assert abs(total_sparsity(matrices) - 0.5) < 1e-3
+        dense, pruned = saved_tensors(path), saved_tensors(tmp_path / name)
+        assert dense.keys() == pruned.keys()
+        changed = {key for key in dense if not torch.equal(dense[key], pruned[key])}
+        assert changed == {f"{family.path(matrix.layer, matrix.name)}.weight" for matrix in matrices}
