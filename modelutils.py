@@ -15,6 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
+from mixgpt.modeling.experts import is_split
 from mixgpt.modeling.family import Family
 
 SLICE = 1024  # tokens whose logits are in memory at a time
@@ -247,8 +248,10 @@ class Stream:
 
 
 def linears(layer):
-    """Return the linear layers of a decoder layer by name."""
-    return {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+    """Return the linear layers of a decoder layer by name, those of each expert included, without routers."""
+    blocks = [name.rpartition(".")[0] for name, module in layer.named_modules() if is_split(module)]
+    return {name: module for name, module in layer.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.rpartition(".")[0] not in blocks}
 
 
 @torch.no_grad()
@@ -262,8 +265,8 @@ def shared_inputs(layer, index, stream):
 
     def note(name, X):
         inputs.append(X)
-        # a tensor changed in place counts as another input
-        group = groups.setdefault((X.data_ptr(), X.shape, X.stride(), X._version), [])
+        # a tensor changed in place counts as another input; empty ones, of experts without tokens, have no address
+        group = groups.setdefault((X.data_ptr() or id(X), X.shape, X.stride(), X._version), [])
         if name not in group:
             group.append(name)
 

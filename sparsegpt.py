@@ -35,6 +35,7 @@ class SparseGPT:
         self._sums = [torch.zeros(B.stop, B.stop - B.start, device=device) for B in self._blocks]
         self._scale = 2 / nsequences
         self._shift = self._gain = None
+        self.tokens = 0  # added, over all processes once reduced
         self.sums = []  # per batch, (B,): the sum of each sequence's input; to find those not finite
 
     def add_batch(self, X, shift=None, gain=None, weights=None):
@@ -44,6 +45,11 @@ class SparseGPT:
         weights: (tokens,), the weight of each token (default: 1).
         """
         X = X.reshape(-1, X.shape[-1])
+        self.tokens += len(X)
+        if not len(X):  # of an expert without tokens; all processes reduce the same sums
+            self._shift = self._zeros(X.shape[-1], self._shift) if shift is not None else self._shift
+            self._gain = self._zeros(gain.shape[-1], self._gain) if gain is not None else self._gain
+            return
         equal = weights is None
         direct = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16) and equal  # no such product on a CPU
         roots = None if equal else weights.sqrt()
@@ -60,11 +66,16 @@ class SparseGPT:
             self._sums = [times_transposed(features[:B.stop], features[B], total)
                           for B, total in zip(self._blocks, self._sums, strict=True)]
 
+    def _zeros(self, rows, total):
+        width = self._blocks[-1].stop
+        return torch.zeros(rows, width, device=self._sums[0].device) if total is None else total
+
     def reduce(self):
         """Sum the Hessian over all processes."""
         for total in (*self._sums, self._shift, self._gain):
             if total is not None:
                 distributed.all_reduce(total)
+        self.tokens = sum(distributed.all_gather_object(self.tokens))
 
     @cached_property
     def H(self):

@@ -8,6 +8,7 @@ import random
 
 import torch
 
+from mixgpt.modeling.experts import RoutedLinear
 from modelutils import linears, on_device
 
 BORDERS = 2e9  # bytes on the host for the hidden states and tangents of a chunk at all layer boundaries
@@ -59,6 +60,13 @@ class Chunk:
         with self.stream.head(self.model, self.family, self.dtype) as head:
             parts = [gradients(head, rows) for rows in self.stream.batches()]
         return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+
+def by_sequence(module, rows, B):
+    """Return the inputs or outputs of a linear in a batch as (B, T, C), zeros for tokens not routed to its expert."""
+    if isinstance(module, RoutedLinear):
+        return module.spread(rows, B)
+    return rows.reshape(B, -1, rows.shape[-1])  # even if a layer flattens its input
 
 
 def _cast(value, dtype):

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from mixgpt.allocation.backward import Chunk, chunk_size, loss_of, seeded
+from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size, loss_of, seeded
 from mixgpt.common import distributed, progress
 from mixgpt.kernels.matmul import fast_linears
 from modelutils import SLICE, linears
@@ -123,6 +123,7 @@ def _layer_gradient(chunk, layer, index, rows, g, visit):
         next_g, *cotangents = torch.autograd.grad((y * g.to(chunk.device)).sum(), [x, *outputs])
     for handle in handles:
         handle.remove()
+    modules = chunk.wanted(layer, index)
     for (column, (X, _)), Y in zip(seen.items(), cotangents, strict=True):
-        visit(column, rows, *(A.reshape(len(x), -1, A.shape[-1]) for A in (X, Y)))
+        visit(column, rows, *(by_sequence(modules[column], A, len(x)) for A in (X, Y)))
     return next_g.to("cpu")

@@ -8,7 +8,8 @@ import contextlib
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixgpt.allocation.backward import loss_of, seeded
+from mixgpt.allocation.backward import by_sequence, loss_of, seeded
+from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE
 
 
@@ -64,9 +65,12 @@ def _probed(chunk, layer, index, keys):
                                chunk.dtype) for key in keys])  # (B, out, in)
         epsilon = torch.zeros(len(keys), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
 
-        def perturb(_, args, output, Z=Z, epsilon=epsilon):
-            X = args[0].reshape(len(Z), -1, Z.shape[2])  # (B, T, in), even if a layer flattens its input
-            return output + (_per_sequence(epsilon, X) * (X @ Z.mT)).view(output.shape)
+        def perturb(module, args, output, Z=Z, epsilon=epsilon):
+            X = by_sequence(module, args[0], len(Z))  # (B, T, in)
+            change = _per_sequence(epsilon, X) * (X @ Z.mT)
+            if isinstance(module, RoutedLinear):
+                change = change.flatten(0, 1)[module.tokens]
+            return output + change.view(output.shape)
 
         handles.append(module.register_forward_hook(perturb))
         epsilons[column] = epsilon

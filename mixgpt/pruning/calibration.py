@@ -4,6 +4,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from mixgpt.common.errors import InputError
+from mixgpt.modeling.experts import RoutedLinear, is_split
 from modelutils import hooked, linears, shared_inputs
 from sparsegpt import SparseGPT
 
@@ -40,18 +41,44 @@ def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weigh
     weights = {module: iter(of_tokens.split(stream.batch_size))  # batch by batch
                for module, of_tokens in zip(firsts, token_weights or [], strict=bool(token_weights))}
 
-    T = stream.hidden.shape[1]
-
     def read(module, X):
+        routed = isinstance(module, RoutedLinear)
         with clock.part("Hessian"):
             more = twin.fit_targets(module, X) if twin else {}
             if weights:
-                more["weights"] = next(weights[module]).flatten().to(X.device)
+                of_tokens = next(weights[module]).flatten().to(X.device)
+                more["weights"] = of_tokens[module.tokens] if routed else of_tokens
             hessians[module].add_batch(X, **more)
             # cheap; read only if the Hessian is not finite
-            hessians[module].sums.append(X.reshape(-1, T * X.shape[-1]).sum(1, dtype=torch.float32))
+            sequences = 1 if routed else X.numel() // (stream.hidden.shape[1] * X.shape[-1])
+            hessians[module].sums.append(X.reshape(sequences, -1).sum(1, dtype=torch.float32))
 
     return hessians, read
+
+
+def pools_of(layer, nsequences, device):
+    """Return {experts of a layer: SparseGPT of all tokens that enter them}, for experts that few tokens reach."""
+    return {module: SparseGPT(module.get_submodule("0").up_proj.in_features, nsequences, device)
+            for module in layer.modules() if is_split(module)}
+
+
+def strengthen(hessian, module, pools):
+    """Add to an expert's Hessian, in place, what it lacks of tokens: as many as it has columns.
+
+    Gate and up projections get the mean over all tokens that enter the layer's experts, down projections a multiple of
+    the identity. Returns whether any were lacking.
+    """
+    missing = len(hessian.H) - hessian.tokens
+    if missing <= 0:
+        return False
+    pool = next((pool for experts, pool in pools.items() for name, linear in experts.named_modules()
+                 if linear is module and not name.endswith("down_proj")), None)
+    if pool:
+        hessian.H.add_(pool.H, alpha=missing / pool.tokens)
+    else:
+        mean = hessian.H.diagonal().mean() / max(hessian.tokens, 1)
+        hessian.H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
+    return True
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict, deque
 import torch
 
 from mixgpt.common import distributed
+from mixgpt.modeling.experts import RoutedLinear
 from modelutils import hooked, linears
 
 SHARE = 0.5  # fraction of the gap to the dense model that the regression target closes
@@ -24,7 +25,8 @@ def residual_writers(layer, index, stream):
     outputs of linears (a norm on the residual path), or anything is not finite.
     """
     x, outputs = stream.hidden[:1].to(stream.device, copy=True), {}
-    writers = {name: module for name, module in linears(layer).items() if module.out_features == x.shape[-1]}
+    writers = {name: module for name, module in linears(layer).items()
+               if module.out_features == x.shape[-1] and not isinstance(module, RoutedLinear)}
     with hooked({module: lambda y, name=name: outputs.update({name: y.flatten().double()})
                  for name, module in writers.items()}, outputs=True):
         y = stream.call(layer, index, x.clone())
@@ -39,6 +41,18 @@ def residual_writers(layer, index, stream):
     rounding = torch.finfo(y.dtype).eps * (x.double().norm() + y.double().norm())
     return [name for name, written in zip(names, writes.tolist(), strict=True)
             if written and rest <= 0.01 * change.norm() + rounding]
+
+
+def _aligned(module, x, tokens, X):
+    """Return a linear's input x in the dense model for the tokens of X in the pruned one.
+
+    Of an expert, x has the dense model's `tokens`; those that the pruned model routes there alone keep X.
+    """
+    if not isinstance(module, RoutedLinear):
+        return x
+    aligned = module.spread(X, 1)[0]
+    aligned[tokens] = x
+    return aligned[module.tokens]
 
 
 class DenseTwin:
@@ -63,7 +77,7 @@ class DenseTwin:
 
     def record_input(self, twin, x):
         """Keep x, the input of a module of the dense layer in the next batch."""
-        self._inputs[self.stops[twin]].append(x)
+        self._inputs[self.stops[twin]].append((x, getattr(twin, "tokens", None)))
 
     def fit_targets(self, module, X):
         """Return the shift or gain of a pruned layer's module in the next batch, whose input is X.
@@ -72,7 +86,8 @@ class DenseTwin:
         writes to the residual stream, half of the gap there too.
         """
         batch, self._taken[module] = self._taken[module], self._taken[module] + 1
-        shift = SHARE * (self._inputs[module].popleft() - X)
+        x, tokens = self._inputs[module].popleft()
+        shift = SHARE * (_aligned(module, x, tokens, X) - X)
         if module not in self._lags or module not in self._alone:
             return {"shift": shift}
         lag = self._lags[module][batch]

@@ -9,8 +9,9 @@ import torch
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.kernels.matmul import fast_linears
+from mixgpt.modeling.experts import RoutedLinear
 from mixgpt.modeling.streaming import prefetch
-from mixgpt.pruning.calibration import groups_of, hessians_of, paused_forwards
+from mixgpt.pruning.calibration import groups_of, hessians_of, paused_forwards, pools_of, strengthen
 from mixgpt.pruning.dense_target import DenseTwin
 from mixgpt.pruning.solvers import prune_in_place
 from mixgpt.pruning.targets import Outcome
@@ -59,6 +60,7 @@ class _Calibrated:
         self.states = {"hidden": self.stream.hidden} | ({"dense": self.dense.hidden} if self.dense else {})
         self.layers = execution.layers[:max(index for index, _ in plan) + 1]
         self.shared = {}  # which linears read the same input, by kind of layer
+        self.few = []  # inputs of experts in this layer with fewer tokens than columns
 
     def prune(self, index, last, bar):
         """Prune layer number `index`, which is on the device, and advance the hidden states through it.
@@ -70,14 +72,17 @@ class _Calibrated:
         twin = DenseTwin(layer, index, stream, self.dense, groups) if self.dense else None
         hessians, read = hessians_of(layer, stream, groups, self.nsequences, self.clock, twin,
                                      self._token_weights(index, groups))
-        prune = partial(self._prune_groups, layer, index, bar)
+        pools = pools_of(layer, self.nsequences, stream.device) if groups else {}
+        prune = partial(self._prune_groups, layer, index, bar, pools)
+        self.few = []
+        pooling = hooked({experts: pool.add_batch for experts, pool in pools.items()})
         if groups and self.recipe.true_sequential:
             runs = [paused_forwards(layer, index, stream, list(hessians), read)]
             if twin:  # it pauses at the same modules, before the layer does
                 runs.insert(0, paused_forwards(twin.layer, index, self.dense, list(twin.stops), twin.record_input))
-            with twin.recording() if twin else contextlib.nullcontext():
+            with pooling, twin.recording() if twin else contextlib.nullcontext():
                 return self._prune_in_turn(runs, dict(zip(groups, hessians, strict=True)), hessians, prune, last)
-        with self.clock.part("forward"), twin.recording() if twin else contextlib.nullcontext():
+        with self.clock.part("forward"), pooling, twin.recording() if twin else contextlib.nullcontext():
             self._collect(layer, index, twin, hessians, read)
         outcomes = prune(dict(zip(groups, hessians.values(), strict=True))) if groups else {}
         if not last:
@@ -121,11 +126,12 @@ class _Calibrated:
             if twin:
                 self.dense.hidden[rows] = output  # not earlier: a linear may read the hidden states themselves
 
-    def _prune_groups(self, layer, index, bar, hessians):
+    def _prune_groups(self, layer, index, bar, pools, hessians):
         """Prune the matrices of each input, {group: its Hessian}; inputs are divided among the processes."""
         modules, outcomes, percdamp = linears(layer), {}, self.recipe.percdamp
         for hessian in hessians.values():
             hessian.reduce()
+        self._strengthen(modules, pools, hessians)
         for number, (group, hessian) in enumerate(hessians.items()):
             if number % distributed.world() == distributed.rank():
                 outcomes |= self._prune_group(modules, index, group, hessian)
@@ -140,6 +146,15 @@ class _Calibrated:
                           f"{percdamp:g}, raised to {used:g}")
         bar.set_postfix_str(f"layer {index} error {sum(o.error for o in outcomes.values()) / len(outcomes):.2%}")
         return outcomes
+
+    def _strengthen(self, modules, pools, hessians):
+        """Make up for tokens that the Hessians of experts lack, and note which."""
+        routed = {group: hessian for group, hessian in hessians.items() if isinstance(modules[group[0]], RoutedLinear)}
+        if routed:
+            for pool in pools.values():
+                pool.reduce()
+        self.few += [f"{group[0]} ({hessian.tokens})" for group, hessian in routed.items()
+                     if strengthen(hessian, modules[group[0]], pools)]
 
     def _prune_group(self, modules, index, group, hessian):
         recipe, targets = self.recipe, [self.plan[index, name] for name in group]
