@@ -195,11 +195,13 @@ def _times(shape):
 
 
 def _compute_buffers(model):
-    """Compute on the host the buffers that are in no file, such as rotary frequencies."""
+    """Compute on the host the buffers that are in no file, such as rotary frequencies; weights stay on meta."""
     for module in model.modules():
-        if any(buffer.is_meta for name, buffer in module.named_buffers(recurse=False)
-               if name not in module.state_dict()):
-            module.to_empty(device="cpu", recurse=False)
+        names = [name for name, buffer in module.named_buffers(recurse=False)
+                 if buffer.is_meta and name in module._non_persistent_buffers_set]
+        for name in names:
+            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+        if names:
             model._init_weights(module)
 
 

@@ -7,6 +7,8 @@ residual stream just before a linear's output is added to it.
 import contextlib
 import copy
 from collections import Counter, defaultdict, deque
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,32 +17,110 @@ from mixgpt.modeling.experts import RoutedLinear
 from modelutils import hooked, linears
 
 SHARE = 0.5  # fraction of the gap to the dense model that the regression target closes
+WATCHED = 256  # tokens on which the residual stream is found
+FAINT = 0.01  # of its mean square: a norm's scale below which a channel is not asked to close its lag
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A linear whose output is added to the residual stream."""
+
+    linear: str
+    scale: float = 1.0  # factor of what is added
+    norm: str = ""  # module between the linear and the stream, if any
+    base: str = ""  # module whose output is the stream there; else the stream is what the writer before it left
+
+    @property
+    def emitter(self):
+        """The module whose output, scaled, is added."""
+        return self.norm or self.linear
 
 
 @torch.no_grad()
 def residual_writers(layer, index, stream):
-    """Find the linears that write to the residual stream of layer number `index`, in order of writing.
+    """Find the `Writer`s of layer number `index` by running one sequence through it, in order of writing.
 
-    Runs one sequence through the layer. Returns a list of names, empty if the layer's output is not its input plus
-    outputs of linears (a norm on the residual path), or anything is not finite.
+    The residual stream is what modules read, or the layer returns, that differs from an earlier state of it, or from a
+    norm of that, by multiples of outputs of linears, or of norms behind linears. Writers behind an addition of anything
+    else are not found.
     """
-    x, outputs = stream.hidden[:1].to(stream.device, copy=True), {}
-    writers = {name: module for name, module in linears(layer).items()
-               if module.out_features == x.shape[-1] and not isinstance(module, RoutedLinear)}
-    with hooked({module: lambda y, name=name: outputs.update({name: y.flatten().double()})
-                 for name, module in writers.items()}, outputs=True):
+    x = stream.hidden[:1].to(stream.device, copy=True)
+    search = _Search(layer, x)
+    with search.watching():
         y = stream.call(layer, index, x.clone())
-    change = (y.double() - x.double()).flatten()
-    names, A = list(outputs), torch.stack([*outputs.values(), change], 1)
-    if not outputs or not A.isfinite().all():
-        return []
-    A = A[:, :-1]
-    share = torch.linalg.pinv(A.t() @ A, hermitian=True) @ (A.t() @ change)  # 1 for writers, 0 for others
-    writes = share > 0.5
-    rest = (change - A @ writes.double()).norm()
-    rounding = torch.finfo(y.dtype).eps * (x.double().norm() + y.double().norm())
-    return [name for name, written in zip(names, writes.tolist(), strict=True)
-            if written and rest <= 0.01 * change.norm() + rounding]
+    search.see(y)
+    return search.writers
+
+
+class _Search:
+    """What is known of a layer's residual stream while one sequence runs through it."""
+
+    def __init__(self, layer, x):
+        self.shape, self.writers = x.shape, []
+        self.candidates = {name for name, module in linears(layer).items()
+                           if module.out_features == x.shape[-1] and not isinstance(module, RoutedLinear)}
+        self.leaves = {name: module for name, module in layer.named_modules() if not any(module.children())}
+        self.state, self.bases, self.pending = self._view(x), {}, {}  # pending: {linear: (norm, output)}
+        self.eps = torch.finfo(x.dtype).eps
+
+    def _view(self, tensor):
+        """Return the values of some tokens, or None for a tensor that cannot be the stream."""
+        if torch.is_tensor(tensor) and tensor.numel() == self.shape.numel() and tensor.shape[-1] == self.shape[-1]:
+            return tensor.reshape(self.shape)[0, :WATCHED].flatten().double()
+        return None
+
+    @contextlib.contextmanager
+    def watching(self):
+        """Watch inputs and outputs of all modules within the block."""
+        inputs = {}
+
+        def enter(name, X):
+            inputs[name] = X
+            self.see(X)
+
+        before = {module: partial(enter, name) for name, module in self.leaves.items()}
+        after = {module: lambda Y, name=name: self._add(name, inputs[name], Y) for name, module in self.leaves.items()}
+        with hooked(before), hooked(after, outputs=True):
+            yield
+
+    def _add(self, name, X, Y):
+        """Note the output of a module: of a linear, of a norm behind one, or of a norm of the stream."""
+        X, Y = self._view(X), self._view(Y)
+        if Y is None:
+            return
+        if name in self.candidates:
+            self.pending[name] = "", Y
+        elif X is not None and not torch.equal(X, Y):  # dropout does nothing here
+            behind = [linear for linear, (norm, output) in self.pending.items() if not norm and torch.equal(output, X)]
+            if behind:
+                self.pending[behind[-1]] = name, Y
+            elif torch.equal(X, self.state):
+                self.bases[name] = Y
+
+    def see(self, tensor):
+        """Explain a tensor as a later state of the stream, if it is one."""
+        state = self._view(tensor)
+        if state is None or not self.pending or torch.equal(state, self.state):
+            return
+        for base, before in {"": self.state, **self.bases}.items():
+            if found := self._explain(state - before, before, base):
+                self.writers += found
+                self.state, self.bases, self.pending = state, {}, {}
+                return
+
+    def _explain(self, change, before, base):
+        """Return the writers whose outputs sum up to a change, in order, or an empty list."""
+        names, A = list(self.pending), torch.stack([output for _, output in self.pending.values()], 1)
+        if not A.isfinite().all() or not change.isfinite().all():
+            return []
+        shares = torch.linalg.pinv(A.t() @ A, hermitian=True) @ (A.t() @ change)
+        shares = torch.where((shares - 1).abs() < 0.05, 1.0, torch.where(shares.abs() < 0.05, 0.0, shares))
+        rounding = self.eps * (before.norm() + (before + change).norm())
+        if not shares.any() or (change - A @ shares).norm() > 0.01 * change.norm() + rounding:
+            return []
+        return [Writer(name, share, self.pending[name][0], base if position == 0 else "")
+                for position, (name, share) in enumerate((name, share) for name, share in zip(
+                    names, shares.tolist(), strict=True) if share)]
 
 
 def _aligned(module, x, tokens, X):
@@ -66,14 +146,17 @@ class DenseTwin:
         self.layer = copy.deepcopy(layer)
         modules, twins = linears(layer), linears(self.layer)
         self.stops = {twins[group[0]]: modules[group[0]] for group in groups}
-        names = distributed.broadcast_object(residual_writers(layer, index, stream))
-        self._writers = [(modules[name], twins[name]) for name in names]
+        self._writers = {modules[writer.linear]: writer for writer in
+                         distributed.broadcast_object(residual_writers(layer, index, stream))}
+        self._twins = {modules[name]: twin for name, twin in twins.items()}
+        self._parts = [dict(each.named_modules()) for each in (layer, self.layer)]
         self._alone = {modules[group[0]] for group in groups if len(group) == 1}
         self._inputs, self._outputs, self._taken = defaultdict(deque), defaultdict(deque), Counter()
-        self._lags = {module: [] for module, _ in self._writers}  # per batch
-        for module, _ in self._writers[:1]:
-            self._lags[module] = [(dense.hidden[rows] - stream.hidden[rows]).to(stream.device)
-                                  for rows in stream.batches()]
+        self._lags = {module: [] for module in self._writers}  # per batch
+        for module, writer in list(self._writers.items())[:1]:
+            if not writer.base:
+                self._lags[module] = [(dense.hidden[rows] - stream.hidden[rows]).to(stream.device)
+                                      for rows in stream.batches()]
 
     def record_input(self, twin, x):
         """Keep x, the input of a module of the dense layer in the next batch."""
@@ -91,19 +174,40 @@ class DenseTwin:
         if module not in self._lags or module not in self._alone:
             return {"shift": shift}
         lag = self._lags[module][batch]
-        return {"gain": torch.nn.functional.linear(shift, module.weight).view_as(lag).add(lag, alpha=SHARE)}
+        missing = self._before(module, x, lag)
+        return {"gain": torch.nn.functional.linear(shift, module.weight).view_as(lag).add(missing, alpha=SHARE)}
+
+    def _before(self, module, x, lag):
+        """Return the change of a writer's output that closes a lag of the stream: through its scale and its norm."""
+        writer = self._writers[module]
+        if writer.norm:  # taken to scale its input as it does in the dense model
+            y = self._twins[module].forward(x)  # without hooks
+            scaled = self._parts[1][writer.norm].forward(y)
+            scale = torch.where(y == 0, 0, scaled / y)
+            lag = lag * scale / (scale.square() + FAINT * scale.square().mean(-1, keepdim=True))
+        return lag if writer.scale == 1 else lag / writer.scale
 
     @contextlib.contextmanager
     def recording(self):
         """While active, record what both layers add to the residual stream."""
         readers = {}
-        for (module, twin), (behind, _) in zip(self._writers, self._writers[1:], strict=False):
-            readers[twin] = self._outputs[module].append
-            readers[module] = lambda y, module=module, behind=behind: self._go_on(module, behind, y)
+        writers = list(self._writers.items())
+        for (module, writer), (behind, next_writer) in zip(writers, writers[1:], strict=False):
+            if not next_writer.base:
+                self._record(readers, writer.emitter, partial(self._go_on, module, behind, writer.scale))
+        for module, writer in writers:
+            if writer.base:
+                self._record(readers, writer.base, self._lags[module].append)
         with hooked(readers, outputs=True):
             yield
 
-    def _go_on(self, module, behind, y):
+    def _record(self, readers, name, act):
+        """Let act(output in the dense model − output in the pruned one) be called for a module and every batch."""
+        kept = self._outputs[name]
+        readers[self._parts[1][name]] = kept.append
+        readers[self._parts[0][name]] = lambda y: act(kept.popleft() - y)
+
+    def _go_on(self, module, behind, scale, ahead):
         batch = len(self._lags[behind])
         lag, self._lags[module][batch] = self._lags[module][batch], None
-        self._lags[behind].append(lag + (self._outputs[module].popleft() - y))
+        self._lags[behind].append(lag + (ahead if scale == 1 else scale * ahead))

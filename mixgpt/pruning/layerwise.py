@@ -81,13 +81,18 @@ class _Calibrated:
             if twin:  # it pauses at the same modules, before the layer does
                 runs.insert(0, paused_forwards(twin.layer, index, self.dense, list(twin.stops), twin.record_input))
             with pooling, twin.recording() if twin else contextlib.nullcontext():
-                return self._prune_in_turn(runs, dict(zip(groups, hessians, strict=True)), hessians, prune, last)
-        with self.clock.part("forward"), pooling, twin.recording() if twin else contextlib.nullcontext():
-            self._collect(layer, index, twin, hessians, read)
-        outcomes = prune(dict(zip(groups, hessians.values(), strict=True))) if groups else {}
-        if not last:
-            with self.clock.part("forward"):
-                stream.advance(layer, index)
+                outcomes = self._prune_in_turn(runs, dict(zip(groups, hessians, strict=True)), hessians, prune, last)
+        else:
+            with self.clock.part("forward"), pooling, twin.recording() if twin else contextlib.nullcontext():
+                self._collect(layer, index, twin, hessians, read)
+            outcomes = prune(dict(zip(groups, hessians.values(), strict=True))) if groups else {}
+            if not last:
+                with self.clock.part("forward"):
+                    stream.advance(layer, index)
+        if self.few:
+            shown = ", ".join(self.few[:3]) + (f" and {len(self.few) - 3} more" if len(self.few) > 3 else "")
+            bar.write(f"layer {index}: {shown} got fewer tokens than they have columns; their Hessians are filled up "
+                      "with the mean over the layer's experts")
         return outcomes
 
     def _token_weights(self, index, groups):

@@ -21,10 +21,11 @@ HALF = Target(0.5)
 OPTIONS = {"saliency": "obs", "blocksize": 16, "true_sequential": False}
 
 
-# the norm in front of the part of a layer whose sum with the norm's input a linear's outputs make
+# linears that write to the residual stream: a module that reads what they are added to
 NORMS = {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm",
          "self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm",
          "self_attention.dense": "input_layernorm", "mlp.dense_4h_to_h": "post_attention_layernorm"}
+POST_NORMS = {"self_attn.out_proj": "self_attn.q_proj", "fc2": "fc1"}  # of OPT-350m
 
 
 def plan_of(model, family, target=HALF, **selection):
@@ -95,15 +96,17 @@ def test_true_sequential_calibrates_each_linear_on_the_pruned_ones_before(tiny, 
 
 
 def writers_of(model):
-    """Return {linear whose outputs are added to the hidden states: the norm whose input they are added to}."""
-    return NORMS if getattr(model.config, "do_layer_norm_before", True) else {}
+    """Return {linear whose outputs are added to the hidden states: a module that reads what they are added to}."""
+    return NORMS if getattr(model.config, "do_layer_norm_before", True) else POST_NORMS
 
 
 def test_the_linears_that_write_to_the_hidden_states_are_found(tiny, tokens):
     family, model = tiny
     stream = Stream.embed(model, family, tokens, 2, CPU)
     layer = family.layers_of(model)[0]
-    assert residual_writers(layer, 0, stream) == [name for name in linears(layer) if name in writers_of(model)]
+    found = residual_writers(layer, 0, stream)
+    assert [(writer.linear, writer.scale, writer.norm) for writer in found] == [
+        (name, 1.0, "") for name in linears(layer) if name in NORMS]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
