@@ -43,6 +43,14 @@ def is_split(module):
     return hasattr(module, "is_transposed") and module.config._experts_implementation == SPLIT
 
 
+def fused_parts(module, leaf):
+    """Return the names of an expert's tensors in a fused parameter, in order; None for a parameter of another kind."""
+    kind = "bias" if leaf.endswith("_bias") else "weight"
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+    matrices = parts.get(leaf.removesuffix("_bias"))
+    return matrices and [f"{name}.{kind}" for name in matrices]
+
+
 def split_experts(model):
     """Replace the 3-D parameters of all experts of a model by linears, without copying where the layout allows it.
 
