@@ -7,6 +7,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,7 +28,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, progress
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import check_writable, write
+from mixgpt.common.outputs import PICTURE, RECORD, write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
@@ -110,6 +111,7 @@ def run(family, settings, command=None):
 def check(job):
     """Raise InputError for settings that do not fit the model or the disk."""
     settings = job.settings
+    settings.check_paths()  # again, for callers that are not the command line
     with job.clock.part("load"):
         job.config = load.load_config(settings.model, job.family)
         job.seqlen = choose_seqlen(settings.seqlen, job.config)
@@ -119,10 +121,6 @@ def check(job):
                                   {"--prunem": settings.prunem, "--groupsize": settings.groupsize})
         if settings.sensitivity_file:
             traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, job.family), settings.sensitivity)
-        if settings.plot:
-            plots.check(settings.plot)
-        if settings.record:
-            check_writable("--record", settings.record)
         if settings.save and distributed.rank() == 0:  # the first process locks the directory
             load.check_save(settings.save, load.size(skeleton, dtype_of(job)), settings.resume)
         job.tokenizer = load.load_tokenizer(settings.model)
@@ -291,7 +289,7 @@ def choose_plan(job):
             print(warning, flush=True)
         log(settings, plan_text(settings, target_of(settings), job.plan, job.selected, job.traces))
         if settings.plot and distributed.rank() == 0:
-            plots.draw(settings.plot, job.traces, job.plan)
+            write("--plot", settings.plot, plots.draw(job.traces, job.plan, Path(settings.plot).suffix), PICTURE)
         job.tracker.plan(job.traces, job.plan)
 
 
@@ -443,5 +441,5 @@ def report(job):
     if result := result_text(job):
         print(result, flush=True)
     if settings.record and distributed.rank() == 0:
-        write("--record", settings.record, json.dumps(record, indent=1) + "\n")
+        write("--record", settings.record, json.dumps(record, indent=1) + "\n", RECORD)
     job.tracker.result(record, settings.method if job.plan else "dense")
