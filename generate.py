@@ -7,11 +7,9 @@ python generate.py SmolLM2-135M-Instruct.Q4_1.gguf "Once upon a time" --temperat
 A model is a checkpoint saved by these scripts in any of their formats, a hub id, a local checkpoint or a .gguf file.
 """
 
-import os
 import sys
-from pathlib import Path
 
-from mixgpt.app.settings import MOST, Parser, check_seed, refuse_empty
+from mixgpt.app.settings import MOST, Parser, check_model, check_seed, refuse_empty
 from mixgpt.common.errors import InputError
 
 COLDEST = 1e-6  # temperature; logits divided by less could leave float32
@@ -53,8 +51,8 @@ def _check(given):
     except UnicodeEncodeError as error:  # bytes that Python could not decode, or half of a surrogate pair
         raise InputError(f"prompt: character {error.start + 1} is not text; give the prompt in UTF-8") from error
     for flag, name in models.items():
-        if name and Path(name).suffix == ".gguf" and not os.path.isfile(name):
-            raise InputError(f"{flag} {name}: no such file")
+        if name:
+            check_model(flag, name)
 
 
 def main(argv=None):

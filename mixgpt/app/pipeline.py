@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import torch
 import transformers
 from huggingface_hub.utils import disable_progress_bars
@@ -38,7 +39,7 @@ from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
-from modelutils import Execution, Family
+from modelutils import Execution, Family, check_hidden_states
 from sparsegpt import WalkOptions
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
@@ -119,6 +120,7 @@ def check(job):
         if settings.compresses:
             job.selected = select(skeleton, job.family, selection_of(settings),
                                   {"--prunem": settings.prunem, "--groupsize": settings.groupsize})
+        _check_room(job)
         if settings.sensitivity_file:
             traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, job.family), settings.sensitivity)
         if settings.save and distributed.rank() == 0:  # the first process locks the directory
@@ -126,6 +128,21 @@ def check(job):
         job.tokenizer = load.load_tokenizer(settings.model)
         if settings.save:
             job.run_dir = job.stack.enter_context(RunDir(settings.save, settings.save_format))
+
+
+def _check_room(job):
+    """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn."""
+    settings, numel = job.settings, job.settings.nsamples * job.seqlen
+    if not settings.draws:
+        return
+    free = psutil.virtual_memory().available
+    if 16 * numel > free:  # a list of the tokens, then a tensor
+        raise InputError(f"--nsamples {settings.nsamples}: sequences of {job.seqlen} tokens take "
+                         f"{16 * numel / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; lower --nsamples or "
+                         "--seqlen")
+    dtype = dtype_of(job)
+    itemsize = 2 if dtype == "auto" else dtype.itemsize  # at least
+    check_hidden_states(numel // distributed.world() * job.config.hidden_size * itemsize, job.device)
 
 
 def selection_of(settings):
@@ -151,7 +168,7 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
     if settings.nsamples < distributed.world():
         raise InputError(f"--nsamples {settings.nsamples}: must be at least {distributed.world()}, the number "
                          "of processes")
-    if settings.mixed or settings.weighs or settings.calibrates:
+    if settings.draws:
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
     for name in settings.eval:

@@ -16,6 +16,7 @@ TOKEN_WEIGHTS = ("equal", "fisher")
 LEAST = {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1, "eval_limit": 1, "limit": 1,
          "minlayer": 0, "maxlayer": 0, "prunen": 0, "prunem": 0}
 MOST = 2**31 - 1  # of whole numbers: none needs more, and PyTorch's sizes end at 2**63
+LONGEST_ID = 200  # characters of a hub id; the hub takes 96 on each side of the slash
 MOST_SEED = 2**64 - 1  # as PyTorch's
 PRESETS = {  # complete recipes; explicit flags override them
     "sparsegpt": {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs", "target": "layer"},
@@ -301,6 +302,11 @@ class Settings:
         return ALLOCATIONS[self.sparsity_way].by_loss or weighted and self.calibrates
 
     @property
+    def draws(self):
+        """Whether calibration sequences are drawn."""
+        return self.mixed or self.weighs or self.calibrates
+
+    @property
     def method(self):
         """Name of the method in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
         bits = f"{self.wbits} bit" if self.quantizes else ""
@@ -318,11 +324,7 @@ class Settings:
 
     def check_paths(self):
         """Raise InputError if a given file or directory does not exist, or a file to be written may not be written."""
-        path = Path(self.model)
-        if path.suffix == ".gguf" and not os.path.isfile(path):
-            raise InputError(f"model {self.model}: no such file")
-        if (path.is_absolute() or self.model.startswith((".", "~"))) and not os.path.exists(path):
-            raise InputError(f"model {self.model}: no such file or folder")
+        check_model("model", self.model)
         if self.data_dir and not os.path.isdir(self.data_dir):
             raise InputError(f"--data-dir {self.data_dir}: no such folder")
         self._check_outputs()
@@ -349,6 +351,14 @@ def refuse_empty(given):
     for flag, value in given.items():
         if isinstance(value, str) and not value.strip():
             raise InputError(f'{flag} "{value}": must not be empty; is a variable of the shell unset?')
+
+
+def check_model(flag, name):
+    """Raise InputError for a name that cannot be a hub id and is not here."""
+    if Path(name).suffix == ".gguf" and not os.path.isfile(name):
+        raise InputError(f"{flag} {name}: no such file")
+    if (os.path.isabs(name) or name.startswith((".", "~")) or len(name) > LONGEST_ID) and not os.path.exists(name):
+        raise InputError(f"{flag} {name}: no such file or folder")
 
 
 def check_seed(seed):

@@ -55,7 +55,7 @@ class Tracker:
             self._begin_offline(asked, error)
 
     def _begin(self, asked):
-        patience = {name: float(os.environ.get(f"WANDB_{name.upper()}", seconds)) for name, seconds in PATIENCE.items()}
+        patience = {name: os.environ.get(f"WANDB_{name.upper()}", seconds) for name, seconds in PATIENCE.items()}
         self.run = self.wandb.init(**asked, settings=self.wandb.Settings(silent=True, **patience))
         for group in ("layers", "error", "sparsity"):
             self.run.define_metric(f"{group}/*", step_metric="layer")
@@ -65,7 +65,8 @@ class Tracker:
             self._begin(asked | {"mode": "offline"})
         except Exception as error:  # only the disk can fail
             self.run = None
-            _warn(f"{_first_line(reason)}; {_first_line(error)}; going on without it")
+            reasons = dict.fromkeys([_first_line(reason), _first_line(error)])
+            _warn(f"{'; '.join(reasons)}; going on without it")
         else:
             _warn(f"{_first_line(reason)}; the run is kept {self.place}")
 
@@ -158,6 +159,9 @@ def _key(name):
 
 
 def _first_line(error):
+    if callable(getattr(error, "errors", None)):  # pydantic's, of the settings that wandb reads from the environment
+        first = error.errors()[0]
+        return f"WANDB_{'_'.join(map(str, first['loc'])).upper()} {first['input']}: {first['msg'].rstrip('.')}"
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 

@@ -74,7 +74,7 @@ def test_a_fault_gets_one_line_and_status_2_and_nothing_is_written(case, checkpo
     fault.damage(root)
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
-    command = fault.command + f" {SMALL}"
+    command = f"{SMALL} {fault.command}"
     command += " --save {root}/saved" if "--save" not in command else ""
     command += " --eval builtin" if "--eval" not in command else ""
     assert run("llama", command, root=root) == 2
