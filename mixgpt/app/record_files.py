@@ -11,6 +11,7 @@ from mixgpt.checkpoints.names import RECORD, begun
 from mixgpt.common.errors import InputError
 
 LARGEST = 100_000_000  # bytes; the record of LLaMA-70B has a hundredth of them
+ADVICE = "give files of --record or folders of --save"
 ANY = "*"  # stands for all keys
 # What the tables and pictures read; a key with a question mark may be missing.
 SHAPE = {
@@ -32,23 +33,28 @@ def files_of(names):
 
 def load(file):
     """Return the record of a finished run, a dict of SHAPE. Raises InputError, naming the file, if it is not one."""
-    try:
-        about = file.stat()
-        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:  # a pipe would be waited for
-            raise InputError(f"{file}: is not a file of at most {LARGEST // 10**6} MB; give files of --record or "
-                             "folders of --save")
-        record = json.loads(file.read_text())
-        json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair cannot be printed
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: no such file; give files of --record or folders of --save") from error
-    except RecursionError as error:
-        raise InputError(f"{file}: cannot be read as JSON (nested too deeply)") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({getattr(error, 'strerror', None) or error})") from error
+    record = _json_of(file)
     if file.name == RECORD and begun(file.parent):
         raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
     if fault := _misfit(record, SHAPE, "it"):
         raise InputError(f"{file}: is not the record of a run ({fault})")
+    return record
+
+
+def _json_of(file):
+    try:
+        about = file.stat()
+        readable = stat.S_ISREG(about.st_mode) and about.st_size <= LARGEST  # a pipe would be waited for
+        record = json.loads(file.read_text()) if readable else None
+        json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair cannot be printed
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such file; {ADVICE}") from error
+    except RecursionError as error:
+        raise InputError(f"{file}: cannot be read as JSON (nested too deeply)") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as JSON ({getattr(error, 'strerror', None) or error})") from error
+    if not readable:
+        raise InputError(f"{file}: is not a file of at most {LARGEST // 10**6} MB; {ADVICE}")
     return record
 
 
