@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 import results
 from mixgpt.app import cli, comparison, record_files
 from mixgpt.app.settings import Settings, recipe
+from mixgpt.common.outputs import RECORD, check_writable
 
 SETTINGS = {"model": "facebook/opt-125m", "dataset": "c4", "seqlen": 2048}
 
@@ -141,6 +142,8 @@ def test_what_a_run_records_is_read_without_its_weights(checkpoint_folder, tmp_p
             checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--gmp", "--seqlen", "128", "--eval", "--device",
             "cpu", "--quiet", *more)]) == 0
     assert [path.name for path in file.parent.iterdir()] == ["a.json"]
+    for path in (file, tmp_path / "b.json"):  # a run may replace what another one recorded
+        check_writable("--record", path, RECORD)
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads((tmp_path / "saved/mixgpt.json").read_text())
     capsys.readouterr()
     assert results.main([str(file), str(tmp_path / "sav*"), str(file)]) == 0
@@ -184,3 +187,41 @@ def test_files_that_cannot_be_written_are_refused(given, message, write, tmp_pat
     assert results.main([*write(a=record(40.0)), *given]) == 2
     error, = capsys.readouterr().err.splitlines()
     assert message in error and error.startswith("results.py: error: --")
+
+
+def test_the_table_and_the_picture_of_an_earlier_call_are_replaced(write, tmp_path):
+    files, places = write(a=record(40.0, 20.0, sparsity=0.6)), ["--csv", "runs.csv", "--plot", "runs.svg"]
+    options = [str(tmp_path / place) if "." in place else place for place in places]
+    assert results.main([*files, *options]) == 0
+    first = {name: (tmp_path / name).read_bytes() for name in places[1::2]}
+    files = write(a=record(40.0, 20.0, sparsity=0.6), b=record(30.0, sparsity=0.5))
+    assert results.main([*files, *options]) == 0
+    assert all((tmp_path / name).read_bytes() != content for name, content in first.items())
+
+
+def test_a_perplexity_beyond_all_numbers_stands_in_the_table_and_not_in_the_picture(write, tmp_path, capsys):
+    files = write(a=record(float("inf"), float("nan"), sparsity=0.6), b=record(30.0, sparsity=0.5),
+                  c=record(float("nan"), sparsity=0.7))
+    runs = [comparison.read(path) for path in record_files.files_of(files)]
+    assert comparison.panels_of(runs)["facebook/opt-125m", "wikitext2"] == (
+        None, {"SparseGPT": [(0.5, 30.0, 30.0, 30.0)]})
+    assert results.main([*files, "--plot", str(tmp_path / "a.png")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[2] for row in rows if row and row[0] == "SparseGPT"] == ["30.00", "inf", "nan"]
+
+
+def test_records_whose_settings_are_of_other_types_are_refused_and_the_rest_is_sorted(write, capsys):
+    files = write(a=record(40.0, sparsity=0.6), b=record(30.0, sparsity=0.6) | {"sparsity": "0.6"})
+    assert results.main(files) == 2
+    captured = capsys.readouterr()
+    assert "40.00" in captured.out and captured.err.endswith('b.json: is not the record of a run (sparsity is "0.6")\n')
+
+
+def test_ctrl_c_gets_one_line(write, capsys, monkeypatch):
+    monkeypatch.setattr(record_files.json, "loads", interrupt)
+    assert results.main(write(a=record(40.0, sparsity=0.6))) == 130
+    assert capsys.readouterr().err == "results.py: interrupted\n"
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt

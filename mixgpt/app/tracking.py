@@ -61,12 +61,15 @@ class Tracker:
             self.run.define_metric(f"{group}/*", step_metric="layer")
 
     def _begin_offline(self, asked, reason):
+        if _refused_variable(reason):  # without its variables, wandb would write to other folders
+            self.run = None
+            _warn(f"{_first_line(reason)}; going on without it")
+            return
         try:
             self._begin(asked | {"mode": "offline"})
         except Exception as error:  # only the disk can fail
             self.run = None
-            reasons = dict.fromkeys([_first_line(reason), _first_line(error)])
-            _warn(f"{'; '.join(reasons)}; going on without it")
+            _warn(f"{_first_line(reason)}; {_first_line(error)}; going on without it")
         else:
             _warn(f"{_first_line(reason)}; the run is kept {self.place}")
 
@@ -158,10 +161,17 @@ def _key(name):
     return name.replace(".", "/")  # W&B's summary nests at dots
 
 
+def _refused_variable(error):
+    """Return what is wrong with a variable of the environment if an error is pydantic's about wandb's settings."""
+    if not callable(getattr(error, "errors", None)):
+        return ""
+    first = error.errors()[0]
+    return f"WANDB_{'_'.join(map(str, first['loc'])).upper()} {first['input']}: {first['msg']}"
+
+
 def _first_line(error):
-    if callable(getattr(error, "errors", None)):  # pydantic's, of the settings that wandb reads from the environment
-        first = error.errors()[0]
-        return f"WANDB_{'_'.join(map(str, first['loc'])).upper()} {first['input']}: {first['msg'].rstrip('.')}"
+    if variable := _refused_variable(error):
+        return variable
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
