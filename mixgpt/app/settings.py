@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixgpt.app.choices import ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, SALIENCIES, SOLVERS
+from mixgpt.checkpoints.names import RECORD
 from mixgpt.common import outputs
 from mixgpt.common.errors import InputError
 
@@ -335,6 +336,9 @@ class Settings:
         taken = [("model", self.model)] if os.path.exists(self.model) else []  # else a hub id
         taken += [("--save", self.save)] if self.save else []
         outputs.check_places({flag: path for flag, (path, _) in written.items()}, taken)
+        record = Path(os.path.realpath(self.record or ""))
+        if record.name == RECORD and os.path.exists(record.with_name("config.json")):
+            raise InputError(f"--record {self.record}: belongs to the model saved beside it; name another file")
         for flag, (path, kind) in written.items():
             only_read = kind is outputs.TRACES and os.path.exists(path)
             (outputs.check_file if only_read else outputs.check_writable)(flag, path, kind)

@@ -38,7 +38,7 @@ def check_file(flag, path, kind):
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode) and not re.match(kind.pattern, _ends(path), re.DOTALL):
-            raise InputError(f"{flag} {path}: exists and is not {kind.name}; name another file")
+            raise InputError(f"{flag} {path}: is not {kind.name}, and not replaced; name another file")
     except (FileNotFoundError, NotADirectoryError):
         if os.path.islink(path):
             raise InputError(f"{flag} {path}: is a link to a file that does not exist; name another file") from None

@@ -41,7 +41,7 @@ def test_only_a_file_of_its_kind_is_replaced_even_if_it_came_during_the_work(tmp
     for other in ("", "{}", '{"model_type": "opt"}', f"text before {OURS}", "model,method,sparsity,wbits,seed\n"):
         file.write_text(other)
         for check in (check_writable, lambda *asked: write(*asked[:2], OURS, asked[2])):
-            with pytest.raises(InputError, match=f"{file}: exists and is not a file of --record; name another file"):
+            with pytest.raises(InputError, match=f"{file}: is not a file of --record, and not replaced; name"):
                 check("--record", file, RECORD)
         assert file.read_text() == other and list(tmp_path.iterdir()) == [file]
 
@@ -56,7 +56,7 @@ def test_a_picture_is_replaced_if_it_carries_our_mark(suffix, tmp_path):
     Figure().savefig(foreign, format=suffix[1:])
     for content in (foreign.getvalue(), b"MixGPT", b""):
         file.write_bytes(content)
-        with pytest.raises(InputError, match="exists and is not a file of --plot"):
+        with pytest.raises(InputError, match="is not a file of --plot, and not replaced"):
             check_writable("--plot", file, PICTURE)
 
 

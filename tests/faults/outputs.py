@@ -9,7 +9,7 @@ from faults.traces import MIXED
 
 RUN = "{root}/model builtin --sparsity .5 "
 RECORD = "--record {root}/a.json"
-UNLIKE = ": exists and is not a file of --record; name another file"
+UNLIKE = ": is not a file of --record, and not replaced; name another file"
 PIPE = "is a pipe; name a file"
 
 
@@ -63,6 +63,9 @@ FAULTS = {
     "a record onto another model's configuration": Fault(
         lambda root: shutil.copytree(root / "model", root / "other"), f"--record {{root}}/other/config.json{UNLIKE}",
         RUN + "--record {root}/other/config.json"),
+    "a record onto that of a saved model": Fault(
+        lambda root: (shutil.copytree(root / "made" / "packed", root / "b"), linked(root, "a.json", "b/mixgpt.json")),
+        "--record {root}/a.json: belongs to the model saved beside it; name another file", RUN + RECORD),
     "a record onto notes": Fault(
         lambda root: (root / "a.json").write_text("what I found out\n"), f"{RECORD}{UNLIKE}", RUN + RECORD),
     "a record onto other JSON": Fault(
@@ -108,7 +111,7 @@ FAULTS = {
         f"{MIXED} --plot {{root}}/model/a.png"),
     "a picture onto a photograph": Fault(
         lambda root: (root / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)),
-        "--plot {root}/a.png: exists and is not a file of --plot; name another file",
+        "--plot {root}/a.png: is not a file of --plot, and not replaced; name another file",
         f"{MIXED} --plot {{root}}/a.png"),
     "a picture onto a pipe": Fault(
         lambda root: os.mkfifo(root / "a.svg"), f"--plot {{root}}/a.svg: {PIPE}", f"{MIXED} --plot {{root}}/a.svg"),
@@ -121,7 +124,7 @@ FAULTS = {
         MIXED.replace("{root}/traces.json", "/dev/zero")),
     "traces from weights": Fault(
         lambda root: shutil.copy(root / "model" / WEIGHTS, root / "traces.json"),
-        "--sensitivity_file {root}/traces.json: exists and is not a file of traces; name another file", MIXED),
+        "--sensitivity_file {root}/traces.json: is not a file of traces, and not replaced; name another file", MIXED),
     "traces in the model": Fault(
         nothing, "--sensitivity_file {root}/model/traces.json: lies in model {root}/model; name a file elsewhere",
         MIXED.replace("{root}/traces", "{root}/model/traces")),

@@ -80,10 +80,10 @@ FAULTS = {
         "--csv {root}/b.csv: is the same file as RUN {root}/a.json; name another file", "--csv {root}/b.csv",
         lambda root: (root / "b.csv").symlink_to("a.json")),
     "a table onto the configuration": written(
-        "--csv {root}/model/config.json: exists and is not a file of --csv; name another file",
+        "--csv {root}/model/config.json: is not a file of --csv, and not replaced; name another file",
         "--csv {root}/model/config.json"),
     "a table of another program": written(
-        "--csv {root}/b.csv: exists and is not a file of --csv; name another file", "--csv {root}/b.csv",
+        "--csv {root}/b.csv: is not a file of --csv, and not replaced; name another file", "--csv {root}/b.csv",
         lambda root: (root / "b.csv").write_text("model,perplexity\nopt,30\n")),
     "a table onto a device": written("--csv /dev/null: is a device; name a file", "--csv /dev/null"),
     "a table onto a pipe": written(
