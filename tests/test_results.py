@@ -217,6 +217,19 @@ def test_records_whose_settings_are_of_other_types_are_refused_and_the_rest_is_s
     assert "40.00" in captured.out and captured.err.endswith('b.json: is not the record of a run (sparsity is "0.6")\n')
 
 
+def test_a_test_set_that_is_called_like_a_column_does_not_confuse_the_order(write, capsys):
+    other = record(30.0, sparsity=0.5)
+    other["perplexity"]["SparseGPT"] = {"seed": 31.0}
+    assert results.main(write(a=record(40.0, sparsity=0.6), b=other)) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[-2:]] == ["50.00%", "60.00%"]
+
+
+def test_a_record_without_any_perplexity_has_a_row(write, capsys):
+    assert results.main(write(a=record(40.0, sparsity=0.6), b=record(30.0) | {"perplexity": {}})) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        ["dense", "0.00%"], ["SparseGPT", "60.00%"]]
+
+
 def test_ctrl_c_gets_one_line(write, capsys, monkeypatch):
     monkeypatch.setattr(record_files.json, "loads", interrupt)
     assert results.main(write(a=record(40.0, sparsity=0.6))) == 130

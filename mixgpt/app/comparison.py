@@ -67,13 +67,14 @@ def table_of(runs):
                "sparsity": run["sparsity"], "wbits": settings.get("wbits", 16),
                "sparsity_way": settings["sparsity_way"].replace("origin", "uniform") if pruned else None,
                "saliency": settings["saliency"] if walked else None, "seed": settings["seed"]}
+        place = (row["model"], round(row["sparsity"], 3), -row["wbits"], order.index(row["method"]), row["seed"],
+                 run["file"])  # before a test set that is called like a column is added
         for name in sets:
-            row |= {name: run["perplexity"][method].get(name), f"dense {name}": dense.get(_text_of(run, name))}
+            row |= {name: run["perplexity"].get(method, {}).get(name), f"dense {name}": dense.get(_text_of(run, name))}
         row |= dict.fromkeys(scores) | _scores(run) | {"seconds": sum(run["seconds"].values())}
         row |= {f"GB {place}": size / 1e9 for place, size in run["peak_memory"].items()}
-        rows.append(row | {"file": run["file"]})
-    return sorted(rows, key=lambda row: (row["model"], round(row["sparsity"], 3), -row["wbits"],
-                                         order.index(row["method"]), row["seed"], row["file"]))
+        rows.append((place, row | {"file": run["file"]}))
+    return [row for _, row in sorted(rows, key=lambda placed: placed[0])]
 
 
 def _sets(runs):
