@@ -46,7 +46,8 @@ def _preset(settings):
 
 def _dense(runs):
     """Return {(model, sequence length and count, dataset, its sha256): perplexity} of the dense models."""
-    return {_text_of(run, name): value for run in runs for name, value in run["perplexity"].get("dense", {}).items()}
+    return {_text_of(run, name): float(value) for run in runs
+            for name, value in run["perplexity"].get("dense", {}).items()}
 
 
 def _text_of(run, name):
@@ -102,7 +103,7 @@ def panels_of(runs):
             if not math.isfinite(perplexity):
                 continue  # it stands in the table only
             key = run["model"], name, ", ".join(label), settings.get("sparsity", 0), settings.get("prunen", 0)
-            points[key].append((run["sparsity"], perplexity, dense.get(_text_of(run, name))))
+            points[key].append((float(run["sparsity"]), float(perplexity), dense.get(_text_of(run, name))))
     panels = {}
     for (model, name, label, *_), found in sorted(points.items()):
         sparsities, perplexities, references = zip(*found, strict=True)

@@ -16,9 +16,9 @@ ANY = "*"  # stands for all keys
 # What the tables and pictures read; a key with a question mark may be missing.
 SHAPE = {
     "settings": {"model": str, "seed": int, "sparsity_way": str, "saliency": str, "sparsity?": Real, "wbits?": int,
-                 "prunen?": int, "prunem?": int},
-    "sparsity": Real, "data": {ANY: dict}, "perplexity": {ANY: {ANY: Real}}, "tasks?": {ANY: {ANY: dict}},
-    "seconds": {ANY: Real}, "peak_memory": {ANY: Real},
+                 "prunen?": int, "prunem?": int, "seqlen?": Real | None, "eval_limit?": Real | None},
+    "sparsity": Real, "data": {ANY: {"sha256?": str | None}}, "perplexity": {ANY: {ANY: Real}},
+    "tasks?": {ANY: {ANY: dict}}, "seconds": {ANY: Real}, "peak_memory": {ANY: Real},
 }
 
 

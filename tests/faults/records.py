@@ -68,6 +68,7 @@ FAULTS = {
     "a record of a seed in words": read(settings(seed="zero"), f'{NONE}(settings seed is "zero")'),
     "a record of a list for a setting": read(
         settings(nsamples=[128]), f"{NONE}(TypeError: unhashable type: 'list')"),
+    "a record of a length in words": read(settings(seqlen=[1]), f'{NONE}(settings seqlen is [1])'),
     "a record of seconds that are none": read(changed(seconds={"load": None}), f"{NONE}(seconds load is null)"),
     "a record of text for data": read(changed(data={"c4": "here"}), f'{NONE}(data c4 is "here")'),
     "a record of a name that is too long": Fault(
