@@ -94,3 +94,9 @@ def test_hidden_states_without_room_anywhere_are_refused(tokens, monkeypatch):
     monkeypatch.setattr(modelutils.os, "posix_fallocate", full)
     with pytest.raises(InputError, match="--nsamples, --seqlen: hidden states take 0.0 GB, .*No space left"):
         Stream.embed(model, family, tokens, 2, CPU)
+
+
+def test_hidden_states_that_fit_nowhere_are_refused_before_they_are_allocated():
+    modelutils.check_hidden_states(10**6, CPU)
+    with pytest.raises(InputError, match=r"--nsamples, --seqlen: hidden states take 1000000\.0 GB, more than is free "):
+        modelutils.check_hidden_states(10**15, CPU)

@@ -21,6 +21,10 @@ def print_completions(models, prompt, device=None, dtype="auto", **options):
         loaded, tokenizer = load(name, device, dtype)
         made[title] = complete(loaded, tokenizer, prompt, **options)
         del loaded  # before the next one is loaded
+    for title, each in made.items():
+        if each.cut:
+            print(f"warning  prompt: longer than the context of {models[title]}, which reads it without its first "
+                  f"{each.cut} tokens")
     width = min(shutil.get_terminal_size((100, 24)).columns, WIDEST)
     print("\n".join(wrapped(prompt, width)), end="\n\n")
     if len(made) > 1:

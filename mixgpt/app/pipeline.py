@@ -7,9 +7,11 @@ import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import torch
 import transformers
 from huggingface_hub.utils import disable_progress_bars
@@ -27,7 +29,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, progress
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import check_writable, write
+from mixgpt.common.outputs import PICTURE, RECORD, write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
@@ -37,7 +39,7 @@ from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
-from modelutils import Execution, Family
+from modelutils import Execution, Family, check_hidden_states
 from sparsegpt import WalkOptions
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
@@ -110,6 +112,7 @@ def run(family, settings, command=None):
 def check(job):
     """Raise InputError for settings that do not fit the model or the disk."""
     settings = job.settings
+    settings.check_paths()  # again, for callers that are not the command line
     with job.clock.part("load"):
         job.config = load.load_config(settings.model, job.family)
         job.seqlen = choose_seqlen(settings.seqlen, job.config)
@@ -117,17 +120,29 @@ def check(job):
         if settings.compresses:
             job.selected = select(skeleton, job.family, selection_of(settings),
                                   {"--prunem": settings.prunem, "--groupsize": settings.groupsize})
+        _check_room(job)
         if settings.sensitivity_file:
             traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, job.family), settings.sensitivity)
-        if settings.plot:
-            plots.check(settings.plot)
-        if settings.record:
-            check_writable("--record", settings.record)
         if settings.save and distributed.rank() == 0:  # the first process locks the directory
             load.check_save(settings.save, load.size(skeleton, dtype_of(job)), settings.resume)
         job.tokenizer = load.load_tokenizer(settings.model)
         if settings.save:
             job.run_dir = job.stack.enter_context(RunDir(settings.save, settings.save_format))
+
+
+def _check_room(job):
+    """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn."""
+    settings, numel = job.settings, job.settings.nsamples * job.seqlen
+    if not settings.draws:
+        return
+    free = psutil.virtual_memory().available
+    if 16 * numel > free:  # a list of the tokens, then a tensor
+        raise InputError(f"--nsamples {settings.nsamples}: sequences of {job.seqlen} tokens take "
+                         f"{16 * numel / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; lower --nsamples or "
+                         "--seqlen")
+    dtype = dtype_of(job)
+    itemsize = 2 if dtype == "auto" else dtype.itemsize  # at least
+    check_hidden_states(numel // distributed.world() * job.config.hidden_size * itemsize, job.device)
 
 
 def selection_of(settings):
@@ -153,7 +168,7 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
     if settings.nsamples < distributed.world():
         raise InputError(f"--nsamples {settings.nsamples}: must be at least {distributed.world()}, the number "
                          "of processes")
-    if settings.mixed or settings.weighs or settings.calibrates:
+    if settings.draws:
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
     for name in settings.eval:
@@ -291,7 +306,7 @@ def choose_plan(job):
             print(warning, flush=True)
         log(settings, plan_text(settings, target_of(settings), job.plan, job.selected, job.traces))
         if settings.plot and distributed.rank() == 0:
-            plots.draw(settings.plot, job.traces, job.plan)
+            write("--plot", settings.plot, plots.draw(job.traces, job.plan, Path(settings.plot).suffix), PICTURE)
         job.tracker.plan(job.traces, job.plan)
 
 
@@ -443,5 +458,5 @@ def report(job):
     if result := result_text(job):
         print(result, flush=True)
     if settings.record and distributed.rank() == 0:
-        write("--record", settings.record, json.dumps(record, indent=1) + "\n")
+        write("--record", settings.record, json.dumps(record, indent=1) + "\n", RECORD)
     job.tracker.result(record, settings.method if job.plan else "dense")

@@ -385,9 +385,6 @@ BAD = {
     "plot format": (
         "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot a.txt",
         "--plot a.txt: must end in .png, .pdf, .svg"),
-    "plot folder": (
-        "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot no/a.png",
-        "--plot no/a.png: there is no folder"),
     "traces that are none": (
         "{opt} builtin --sparsity .5 --sparsity_way weight-level --sensitivity_file {nan}/config.json",
         "--sensitivity_file {nan}/config.json: is not a file of traces"),

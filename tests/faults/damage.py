@@ -47,3 +47,4 @@ class Fault:
     damage: object  # called with the folder in which `model` is a copy of a tiny model
     message: str  # the whole of it; "…" stands for words of other libraries
     command: str = "{root}/model builtin --sparsity .5 --eval builtin"
+    script: str = "llama"

@@ -38,7 +38,7 @@ FAULTS = {
         lambda root: known_traces(root, with_samples(lambda row: [math.nan for _ in row])),
         f"{TRACES}is not a file of traces (ValueError)", MIXED),
     "traces in a folder": Fault(
-        lambda root: (root / "traces.json").mkdir(), f"{TRACES}is not a file of traces (IsADirectoryError)", MIXED),
+        lambda root: (root / "traces.json").mkdir(), f"{TRACES}is a folder; name a file", MIXED),
     "traces where nobody can write": Fault(
         nothing,
         "--sensitivity_file /proc/a/traces.json: cannot be written (No such file or directory); name another file",
