@@ -10,7 +10,9 @@ A model is a checkpoint saved by these scripts in any of their formats, a hub id
 import sys
 from pathlib import Path
 
+from mixgpt.app import ending
 from mixgpt.app.settings import Parser
+from mixgpt.common import environment
 from mixgpt.common.errors import InputError
 
 
@@ -42,17 +44,18 @@ def _parse(argv):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, 2 after one line about unusable input."""
-    try:
-        given = _parse(argv)
-        from mixgpt.app.completion import print_completions  # slow import
+    """Run the command line. Returns the exit status, see `ending.run`."""
+    argv = sys.argv[1:] if argv is None else argv
+    return ending.run("generate.py", argv, lambda: _run(argv), "lower --max_new_tokens, or give --dtype bfloat16")
 
-        model, dense = given.pop("model"), given.pop("dense")
-        print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
-    except InputError as error:
-        print(f"generate.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+def _run(argv):
+    environment.check()
+    given = _parse(argv)
+    from mixgpt.app.completion import print_completions  # slow import
+
+    model, dense = given.pop("model"), given.pop("dense")
+    print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
 
 
 if __name__ == "__main__":

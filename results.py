@@ -8,6 +8,7 @@ python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv
 
 import sys
 
+from mixgpt.app import ending
 from mixgpt.app.comparison import csv_of, draw, files_of, read, text_of
 from mixgpt.app.settings import Parser
 from mixgpt.common.errors import InputError
@@ -15,7 +16,12 @@ from mixgpt.common.files import check_writable, write
 
 
 def main(argv=None):
-    """Print the table. Returns the exit status: 2 after a line about each unusable file."""
+    """Run the command line. Returns the exit status, see `ending.run`; 2 also after a line about each unusable file."""
+    argv = sys.argv[1:] if argv is None else argv
+    return ending.run("results.py", argv, lambda: _run(argv), "give fewer files")
+
+
+def _run(argv):
     parser = Parser(prog="results.py", description="Compare the records of runs in one table.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="file of --record, folder of --save, or a pattern such "
                                                                "as 'runs/*'")
@@ -49,7 +55,7 @@ def main(argv=None):
     except InputError as error:
         problems.append(str(error))
     for problem in problems:
-        print(f"results.py: error: {problem}", file=sys.stderr)
+        ending.say(f"results.py: error: {problem}")
     return 2 if problems else 0
 
 
