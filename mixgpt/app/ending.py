@@ -48,7 +48,7 @@ def run(script, argv, body, remedy):
     except KeyboardInterrupt as stop:
         status, line = _interruption(stop)
     except InputError as error:
-        status, line = 2, f"error: {error}"
+        status, line = status_of(error), f"error: {error}"
     except Exception as error:  # the last line of defence
         status, line = _failure(script, argv, error, remedy)
     if broken := _write_error(sys.stdout):
@@ -67,10 +67,19 @@ def say(line):
         print(line, file=sys.stderr, flush=True)
 
 
+def status_of(error):
+    """Return the exit status of a run that an exception ends, of one that is done for None."""
+    if error is None:
+        return 0
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "number", signal.SIGINT)
+    return 2 if isinstance(error, InputError) or is_out_of_memory(error) else 1
+
+
 def _interruption(stop):
     number = getattr(stop, "number", signal.SIGINT)
     name = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-    return 128 + number, name + _notes(stop)
+    return status_of(stop), name + _notes(stop)
 
 
 def _failure(script, argv, error, remedy):
@@ -79,10 +88,11 @@ def _failure(script, argv, error, remedy):
         if broken := _write_error(sys.stdout, "\n") or _write_error(sys.stderr):
             return _unwritable(broken, _notes(error))
     if is_out_of_memory(error):
-        return 2, f"error: out of memory; {remedy}{_notes(error)}"
+        return status_of(error), f"error: out of memory; {remedy}{_notes(error)}"
     text = one_line(error)
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
-    return 1, (f"error: unforeseen {type(error).__name__}: {text}; {_kept(script, argv, error)}{_notes(error)}")
+    return status_of(error), (f"error: unforeseen {type(error).__name__}: {text}; {_kept(script, argv, error)}"
+                              f"{_notes(error)}")
 
 
 def _unwritable(error, notes=""):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import SMALL, TORCHRUN, run, short_builtin  # noqa: F401, a fixture
-from conftest import ROOT, as_rank, command
+from conftest import ROOT, as_rank, command, contents
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import generate
@@ -21,6 +21,7 @@ import results
 from mixgpt.app import completion, ending, pipeline
 from mixgpt.common.errors import InputError
 from mixgpt.kernels import columns
+from sparsegpt import SparseGPT
 
 COMMANDS = {
     "llama.py": (lambda argv: run(llama.FAMILY, *argv), (pipeline, "run"), ["somebody/model", "builtin"]),
@@ -147,6 +148,29 @@ def test_names_cannot_break_the_line(script, capsys):
     assert COMMANDS[script][0](["./no\n\x1b[2Jmodel.gguf", "builtin", "--no-such\nflag"]) == 2
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{script}: error: ") and "--no-such\\nflag" in line and "\x1b" not in line
+
+
+@pytest.mark.parametrize("error, status", [
+    (None, 0), (InputError(), 2), (MemoryError(), 2), (KeyboardInterrupt(), 130), (ending.Ended(signal.SIGTERM), 143),
+    (RuntimeError(), 1)])
+def test_each_kind_of_end_has_one_status(error, status):
+    assert ending.status_of(error) == status
+
+
+def test_a_run_goes_on_after_the_unforeseen(checkpoint_folder, monkeypatch, tmp_path):
+    def failing(*given):
+        if (tmp_path / "saved" / "progress" / "layer-00000.json").exists():
+            raise RuntimeError("surprise")
+        return add_batch(*given)
+
+    command = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save"]
+    add_batch = SparseGPT.add_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseGPT, "add_batch", failing)
+        assert run(llama.FAMILY, *command, tmp_path / "saved") == 1
+    assert run(llama.FAMILY, *command, tmp_path / "saved", "--resume") == 0
+    assert run(llama.FAMILY, *command, tmp_path / "undisturbed") == 0
+    assert contents(tmp_path / "saved") == contents(tmp_path / "undisturbed")
 
 
 # ---- stdout ----------------------------------------------------------------------------------------------------
