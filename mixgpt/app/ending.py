@@ -108,7 +108,7 @@ def _notes(error):
 
 def _kept(script, argv, error):
     """Write traceback, command and versions to a new file. Returns where it is, for the line."""
-    text = "\n".join([shlex.join(["python", script, *argv]), f"in {os.getcwd()}", *_versions(), "",
+    text = "\n".join([shlex.join(["python", script, *argv]), *_versions(), "",
                       "".join(traceback.format_exception(error))])
     for folder in (None, os.curdir):  # None: the folder for temporary files
         try:

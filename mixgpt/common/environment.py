@@ -1,6 +1,7 @@
 """What environment variables say: which of several processes this is, and where the hub is. Needs no PyTorch."""
 
 import os
+import tempfile
 from urllib.parse import urlsplit
 
 from mixgpt.common.errors import InputError
@@ -24,7 +25,7 @@ def local_rank():
 
 
 def check():
-    """Raise InputError for variables that cannot be used: those of torchrun, and HF_ENDPOINT."""
+    """Raise InputError for surroundings that cannot be used: variables of torchrun, HF_ENDPOINT, folders."""
     if world_size() > 1:
         needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
         if missing := [name for name in needed if not os.environ.get(name)]:
@@ -34,6 +35,7 @@ def check():
         local_rank()
         _number("MASTER_PORT", None, 0, LARGEST_PORT)
     _check_endpoint()
+    _check_folders()
 
 
 def _number(name, default, least, most=None):
@@ -60,3 +62,15 @@ def _check_endpoint():
         usable = False
     if not usable or not given.isascii() or not given.isprintable() or " " in given:
         raise InputError(f"HF_ENDPOINT {given}: must be the URL of a hub, such as https://huggingface.co")
+
+
+def _check_folders():
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:  # libraries of PyTorch end the process then
+        raise InputError("current folder: was removed; change to another one") from error
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise InputError(f"TMPDIR {os.environ.get('TMPDIR', 'is not set')}: no folder for temporary files can be "
+                         "written; name one, with room") from error

@@ -173,6 +173,22 @@ def test_a_run_goes_on_after_the_unforeseen(checkpoint_folder, monkeypatch, tmp_
     assert contents(tmp_path / "saved") == contents(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("script", ["llama.py", "generate.py"])
+def test_folders_that_are_gone_or_full_are_refused_before_libraries_meet_them(script, monkeypatch, capsys, tmp_path):
+    main, (_, _), argv = COMMANDS[script]
+    with monkeypatch.context() as patch:
+        patch.setenv("TMPDIR", "/nowhere")
+        patch.setattr(ending.tempfile, "gettempdir", fails(FileNotFoundError()))
+        assert main(argv) == 2
+    assert capsys.readouterr().err == (f"{script}: error: TMPDIR /nowhere: no folder for temporary files can be "
+                                       "written; name one, with room\n")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(argv) == 2
+    assert capsys.readouterr().err == f"{script}: error: current folder: was removed; change to another one\n"
+
+
 # ---- stdout ----------------------------------------------------------------------------------------------------
 
 
