@@ -96,7 +96,7 @@ def write(flag, path, text):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            partial.write_text(text)
+            partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files need not be text
     except OSError as error:
         raise _refusal(flag, path, error) from error
 

@@ -35,3 +35,8 @@ def test_a_path_is_tried_where_the_nearest_folder_is_and_nothing_stays_behind(tm
         with pytest.raises(InputError, match=f"--csv {bad}: "):
             check_writable("--csv", bad)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "nowhere"}
+
+
+def test_a_file_may_hold_the_name_of_any_file(tmp_path):
+    write("--csv", tmp_path / "runs.csv", "é \udcff\n")  # as Python names a file whose name is not UTF-8
+    assert (tmp_path / "runs.csv").read_bytes() == "é ".encode() + b"\xff\n"
