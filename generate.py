@@ -9,7 +9,9 @@ A model is a checkpoint saved by these scripts in any of their formats, a hub id
 
 import sys
 
+from mixgpt.app import ending
 from mixgpt.app.settings import MOST, Parser, check_model, check_seed, refuse_empty
+from mixgpt.common import environment
 from mixgpt.common.errors import InputError
 
 COLDEST = 1e-6  # temperature; logits divided by less could leave float32
@@ -56,20 +58,18 @@ def _check(given):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status: 2 after one line about unusable input, 130 after Ctrl-C."""
-    try:
-        given = _parse(argv)
-        from mixgpt.app.completion import print_completions  # slow import
+    """Run the command line. Returns the exit status, see `ending.run`."""
+    argv = sys.argv[1:] if argv is None else argv
+    return ending.run("generate.py", argv, lambda: _run(argv), "lower --max_new_tokens, or give --dtype bfloat16")
 
-        model, dense = given.pop("model"), given.pop("dense")
-        print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
-    except InputError as error:
-        print(f"generate.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("generate.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+def _run(argv):
+    environment.check()
+    given = _parse(argv)
+    from mixgpt.app.completion import print_completions  # slow import
+
+    model, dense = given.pop("model"), given.pop("dense")
+    print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
 
 
 if __name__ == "__main__":

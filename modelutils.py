@@ -104,7 +104,7 @@ def _recording(layers, calls):
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)  # missing where Ctrl-C came before it was set
 
 
 def free_memory(device):

@@ -8,6 +8,7 @@ python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv
 
 import sys
 
+from mixgpt.app import ending
 from mixgpt.app.comparison import csv_of, draw, read, text_of
 from mixgpt.app.record_files import files_of
 from mixgpt.app.settings import Parser, refuse_empty
@@ -50,7 +51,12 @@ def _read(files, problems):
 
 
 def main(argv=None):
-    """Print the table. Returns the exit status: 2 after a line about each unusable file, 130 after Ctrl-C."""
+    """Run the command line. Returns the exit status, see `ending.run`; 2 also after a line about each unusable file."""
+    argv = sys.argv[1:] if argv is None else argv
+    return ending.run("results.py", argv, lambda: _run(argv), "give fewer files")
+
+
+def _run(argv):
     options, problems = _parse(argv), []
     try:
         files = files_of(options.runs)
@@ -65,11 +71,8 @@ def main(argv=None):
                 print(f"\npicture  {options.plot}")
     except InputError as error:
         problems.append(str(error))
-    except KeyboardInterrupt:
-        print("results.py: interrupted", file=sys.stderr)
-        return 130
     for problem in problems:
-        print(f"results.py: error: {problem}", file=sys.stderr)
+        ending.say(f"results.py: error: {problem}")
     return 2 if problems else 0
 
 

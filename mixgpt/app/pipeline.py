@@ -200,7 +200,9 @@ def open_model(job):
     with job.clock.part("load"):
         job.model = load.open_model(settings.model, job.config, job.family, dtype_of(job))
         if not job.run_dir and job.selected and job.streamed:  # pruned layers go to disk too
-            path = job.stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
+            path = None
+            if distributed.rank() == 0:
+                path = job.stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
             job.run_dir = job.stack.enter_context(RunDir(distributed.broadcast_object(path)))
         if job.run_dir:
             job.run_dir.start(job.model, job.family, records.identity(settings, job.seqlen, job.device, job.model,

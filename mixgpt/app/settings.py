@@ -377,14 +377,17 @@ def having_effect(*effects):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors in one line and exits with status 2."""
+    """A parser that raises InputError, and OSError where its help cannot be printed."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise InputError(message)
+
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file)
 
 
 def parse(family, argv=None):
-    """Parse the command line of a family script. Returns `Settings`; exits with status 2 on errors."""
+    """Parse the command line of a family script. Returns `Settings`. Raises InputError."""
     parser = Parser(
         prog=family.script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, description="Prune and quantize a language model in one shot and report its perplexity.\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from mixgpt.app import plots
-from mixgpt.common.errors import InputError
+from mixgpt.app.ending import status_of
 
 PATIENCE = {"init_timeout": 30, "finish_timeout": 300}  # seconds to wait for an unresponsive server
 
@@ -128,7 +128,7 @@ class Tracker:
     def __exit__(self, _, error, traceback):
         if isinstance(error, Exception):
             self._explain(error)
-        self._finish({type(None): 0, InputError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
+        self._finish(status_of(error))
 
     @_guarded
     def _explain(self, error):

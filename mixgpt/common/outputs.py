@@ -100,7 +100,8 @@ def write(flag, path, content, kind):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(os.path.realpath(path)) as partial:
-            partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+            partial.write_bytes(content if isinstance(content, bytes) else
+                                content.encode(errors="surrogateescape"))  # names of files need not be text
             check_file(flag, path, kind)  # again: another program may have put a file there during the work
     except OSError as error:
         raise _refusal(flag, path, error) from error

@@ -18,10 +18,9 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks.manager import TaskManager
 
 from mixgpt.common import progress
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, one_line
 from mixgpt.evaluation.streamed_lm import StreamedLM
 from mixgpt.text import hub
-from mixgpt.text.local import one_line
 from modelutils import free_memory
 
 VERSION = lm_eval.__version__

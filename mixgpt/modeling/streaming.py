@@ -30,6 +30,7 @@ class Source:
     places: dict  # name in the module -> (file, key in the file)
     dtype: torch.dtype  # of the weights in memory
     ahead: Future | None = field(default=None, init=False)  # tensors being read
+    empty: dict = field(default_factory=dict, init=False)  # those on meta, whose place the tensors take while loaded
 
     def tensor(self, name):
         """Read one tensor."""

@@ -76,6 +76,8 @@ def test_a_fault_gets_one_line_and_status_2_and_nothing_is_written(case, checkpo
     shutil.copytree(checkpoint_folder("llama"), root / "model")
     (root / "made").symlink_to(made)
     fault.damage(root)
+    for name, value in fault.env.items():
+        monkeypatch.setenv(name, value)
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
     command = fault.command
