@@ -10,12 +10,12 @@ HUB = "must be the URL of a hub, such as https://huggingface.co"
 
 def number(name, given, limits):
     return Fault(nothing, f"{name} {given}: must be a whole number, {limits}, {AS_TORCHRUN}", RUN,
-                 MEETING | {name: given})
+                 env=MEETING | {name: given})
 
 
 def alone(given, missing):
     return Fault(nothing, f"WORLD_SIZE {given['WORLD_SIZE']}: {missing} must be set too; start with torchrun, or unset "
-                          "WORLD_SIZE", RUN, given)
+                          "WORLD_SIZE", RUN, env=given)
 
 
 FAULTS = {
@@ -37,17 +37,17 @@ FAULTS = {
     "a number of processes and a rank": alone({"WORLD_SIZE": "4", "RANK": "0"}, "MASTER_ADDR, MASTER_PORT"),
     "processes without a port": alone({**MEETING, "MASTER_PORT": ""}, "MASTER_PORT"),
     "processes without ranks": alone({**MEETING, "RANK": "", "SLURM_PROCID": "1"}, "RANK"),
-    "a hub that is no URL": Fault(nothing, f"HF_ENDPOINT nonsense: {HUB}", RUN, {"HF_ENDPOINT": "nonsense"}),
+    "a hub that is no URL": Fault(nothing, f"HF_ENDPOINT nonsense: {HUB}", RUN, env={"HF_ENDPOINT": "nonsense"}),
     "a hub without a scheme": Fault(
-        nothing, f"HF_ENDPOINT localhost:80: {HUB}", RUN, {"HF_ENDPOINT": "localhost:80"}),
-    "a hub in a file": Fault(nothing, f"HF_ENDPOINT file:///hub: {HUB}", RUN, {"HF_ENDPOINT": "file:///hub"}),
-    "a hub without a host": Fault(nothing, f"HF_ENDPOINT https://: {HUB}", RUN, {"HF_ENDPOINT": "https://"}),
+        nothing, f"HF_ENDPOINT localhost:80: {HUB}", RUN, env={"HF_ENDPOINT": "localhost:80"}),
+    "a hub in a file": Fault(nothing, f"HF_ENDPOINT file:///hub: {HUB}", RUN, env={"HF_ENDPOINT": "file:///hub"}),
+    "a hub without a host": Fault(nothing, f"HF_ENDPOINT https://: {HUB}", RUN, env={"HF_ENDPOINT": "https://"}),
     "a hub with a port in words": Fault(
-        nothing, f"HF_ENDPOINT http://127.0.0.1:x: {HUB}", RUN, {"HF_ENDPOINT": "http://127.0.0.1:x"}),
+        nothing, f"HF_ENDPOINT http://127.0.0.1:x: {HUB}", RUN, env={"HF_ENDPOINT": "http://127.0.0.1:x"}),
     "a hub with half a bracket": Fault(
-        nothing, f"HF_ENDPOINT http://[::1: {HUB}", RUN, {"HF_ENDPOINT": "http://[::1"}),
+        nothing, f"HF_ENDPOINT http://[::1: {HUB}", RUN, env={"HF_ENDPOINT": "http://[::1"}),
     "a hub with a space": Fault(
-        nothing, f"HF_ENDPOINT http://127.0.0.1 /hub: {HUB}", RUN, {"HF_ENDPOINT": "http://127.0.0.1 /hub"}),
+        nothing, f"HF_ENDPOINT http://127.0.0.1 /hub: {HUB}", RUN, env={"HF_ENDPOINT": "http://127.0.0.1 /hub"}),
     "a hub with a line break": Fault(
-        nothing, f"HF_ENDPOINT http://127.0.0.1\\n: {HUB}", RUN, {"HF_ENDPOINT": "http://127.0.0.1\n"}),
+        nothing, f"HF_ENDPOINT http://127.0.0.1\\n: {HUB}", RUN, env={"HF_ENDPOINT": "http://127.0.0.1\n"}),
 }
