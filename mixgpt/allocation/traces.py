@@ -112,14 +112,14 @@ def read(path, shapes, estimator):
     try:
         content = json.loads(Path(path).read_text())
         held = {(row["layer"], row["name"]): tuple(row["shape"]) for row in content["matrices"]}
-        kind, _, _ = (content["key"][name] for name in ("estimator", "weights", "sequences"))
+        kind, _, sequences = (content["key"][name] for name in ("estimator", "weights", "sequences"))
         samples = torch.tensor(content["samples"], dtype=torch.float64)
-        if samples.shape[1:] != (len(held),) or not samples.isfinite().all():
-            raise ValueError(f"samples {tuple(samples.shape)} of {len(held)} matrices")
+        if samples.shape[1:] != (len(held),) or not 0 < len(samples) <= sequences or not samples.isfinite().all():
+            raise ValueError(f"samples {tuple(samples.shape)} of {len(held)} matrices, {sequences} sequences")
     except (FileNotFoundError, NotADirectoryError):
         check_writable(FLAG, path, TRACES)
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(f"--sensitivity_file {path}: is not a file of traces ({type(error).__name__})") from error
     for matrix in {**shapes, **held}:
         if shapes.get(matrix) != held.get(matrix):

@@ -112,7 +112,8 @@ class Settings:
     groupsize: int = option(-1, RESULT,
         "consecutive weights of a row that share a scale and zero point; -1: the whole row")
     sym: bool = option(False, RESULT, "symmetric grids; otherwise from the minimum to the maximum of the weights")
-    mse: bool = option(False, RESULT, "search the range of each grid for the smallest rounding error")
+    mse: bool = option(False, RESULT,
+        "search the range of each grid for the smallest rounding error on the calibration inputs")
     act_order: bool = option(False, RESULT,
         "process columns in order of decreasing Hessian diagonal; groups of n:m stay whole", flag="--act-order")
     nearest: bool = option(False, METHOD, "round to nearest without calibration (the baseline)")
@@ -247,9 +248,10 @@ class Settings:
             raise InputError(f"{flag}: needs --wbits {', '.join(map(str, WBITS[:-1]))}")
         if self.nearest and self.prunes and not self.gmp:
             raise InputError("--nearest: rounds without calibration; with --sparsity or --prunen it needs --gmp")
-        if self.act_order and not self.calibrates:
-            raise InputError("--act-order: needs calibration, --sparsity, --prunen or --wbits without --gmp and "
-                             "--nearest")
+        for flag in (flag for flag, given in {"--act-order": self.act_order, "--mse": self.mse}.items() if given):
+            if not self.calibrates:
+                raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and "
+                                 "--nearest")
         m, g = self.prunem, self.groupsize
         if m and g > 0 and m % g and g % m:
             raise InputError(f"--groupsize {g} --prunem {m}: one must divide the other")

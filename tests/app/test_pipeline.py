@@ -341,6 +341,8 @@ BAD = {
     "nearest after the walk": (
         "{opt} builtin --wbits 4 --nearest --sparsity .5", "--nearest: rounds without calibration; with --sparsity"),
     "order without a walk": ("{opt} builtin --wbits 4 --nearest --act-order", "--act-order: needs calibration"),
+    "search without a walk": ("{opt} builtin --wbits 4 --nearest --mse", "--mse: needs calibration"),
+    "search by magnitude": ("{opt} builtin --sparsity .5 --wbits 4 --gmp --mse", "--mse: needs calibration"),
     "order of n:m": (
         "{opt} builtin --wbits 4 --groupsize 2 --prunen 2 --prunem 4 --act-order",
         "--act-order --groupsize 2: must be at least 4, as the 4 columns of an n:m group stay together"),

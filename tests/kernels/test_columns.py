@@ -15,7 +15,7 @@ import torch
 
 from mixgpt import kernels
 from mixgpt.kernels import columns, columns_cpu
-from quant import to_multiples
+from mixgpt.kernels.columns import to_multiples
 
 try:
     from mixgpt.kernels import columns_cuda
