@@ -16,6 +16,7 @@ from mixgpt.common.errors import InputError, one_line
 from mixgpt.text import hub
 from mixgpt.text.local import local_rows, text_column
 from mixgpt.text.sets import DATASETS
+from mixgpt.text.tokenizing import encode
 
 DRAWS = 10_000  # consecutive new documents that may be too short before giving up
 
@@ -75,7 +76,7 @@ def segments_of(rows, source, seqlen, tokenizer):
 
 def token_ids(tokenizer, text):
     """Return the ids of the whole text, with the special tokens the tokenizer adds by default."""
-    return tokenizer(text, verbose=False).input_ids  # verbose would warn that the text exceeds the model's length
+    return encode(tokenizer, text).input_ids
 
 
 def random_segment(ids, seqlen, rng):

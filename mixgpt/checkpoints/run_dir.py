@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.allocation.fisher import Gradients
-from mixgpt.checkpoints import shards
+from mixgpt.checkpoints import own_code, shards
 from mixgpt.checkpoints.choices import FORMATS
 from mixgpt.checkpoints.names import PROGRESS, begun
 from mixgpt.common import distributed
@@ -262,6 +262,7 @@ class RunDir:
             state = shards.own_tensors(self.model)
             if not self.shards:
                 with self._room("the tokenizer"):
+                    own_code.keep(self.path, self.model, tokenizer)
                     tokenizer.save_pretrained(self.path)
             if self.save_format == "dense":
                 self._assemble(state)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from mixgpt.checkpoints.load import load_model, load_tokenizer, read_config
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_dtype, position_limit
+from mixgpt.text.tokenizing import encode
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     that leaves no room, if the prompt gives no token, or one that the model does not have, or if logits are NaN or inf.
     """
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    ids = tokenizer(prompt, add_special_tokens=not begun, return_tensors="pt", verbose=False).input_ids.to(model.device)
+    ids = encode(tokenizer, prompt, add_special_tokens=not begun, return_tensors="pt").input_ids.to(model.device)
     limit = position_limit(model.config)
     if limit and max_new_tokens >= limit:
         raise InputError(f"--max_new_tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,13 +15,16 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
 
 # dtypes by their safetensors names
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
             "BOOL": torch.bool}
+NARROW = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # read, and converted on reading
 NAMES = {dtype: name for name, dtype in {**FLOATS, **INTEGERS}.items()}
+TYPES = FLOATS | INTEGERS | NARROW
 
 
 @dataclass
@@ -36,21 +40,22 @@ class Source:
         """Read one tensor."""
         return self._read([name])[name]
 
-    def _read(self, names):
+    def _read(self, names, pinned=False):
         return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-                for name, tensor in read({name: self.places[name] for name in names}).items()}
+                for name, tensor in read({name: self.places[name] for name in names}, pinned).items()}
 
     def prefetch(self, device):
         """Start reading the tensors for `load`, in a thread."""
         self.ahead = ThreadPoolExecutor(1).submit(self._fetch, device)
 
     def _fetch(self, device):
-        tensors = self._read(self.places)
-        if torch.device(device).type == "cuda":  # on its own stream, to overlap with computation
-            stream = _transfers(torch.device(device))
-            with torch.cuda.stream(stream):
-                tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-            stream.synchronize()
+        if torch.device(device).type != "cuda":
+            return self._read(self.places)
+        tensors = self._read(self.places, pinned=True)
+        stream = _transfers(torch.device(device))  # of its own, to overlap with computation
+        with torch.cuda.stream(stream):
+            tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+        stream.synchronize()
         return tensors
 
     def load(self, module, device):
@@ -75,15 +80,51 @@ class Source:
                 _assign(module, name, buffer.to("cpu"))
 
 
-def read(places):
-    """Read {name: tensor} from places, {name: (file, key in the file)}."""
+def read(places, pinned=False):
+    """Read {name: tensor} from places, {name: (file, key in the file)}. pinned: into memory that GPUs copy from.
+
+    Into memory, not mapped: a process dies if it touches a mapped file that was truncated meanwhile. Raises InputError
+    if a file is not what it was.
+    """
     tensors, files = {}, {}
     for name, (file, key) in places.items():
         files.setdefault(file, []).append((name, key))
     for file, wanted in files.items():
-        with _opened(file) as held:
-            tensors |= {name: held.get_tensor(key) for name, key in wanted}
+        try:
+            with open(file, "rb", buffering=0) as stream:
+                entries, start = _header(stream)
+                tensors |= {name: _tensor(stream, entries[key], start, pinned) for name, key in wanted}
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read during the run ({error.strerror})") from error
+        except (EOFError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: was truncated or changed during the run") from error
     return tensors
+
+
+def _header(stream):
+    """Return the header of an open safetensors file, {key: entry}, and where the data start."""
+    size = int.from_bytes(_exactly(stream, bytearray(8)), "little")
+    if size > os.fstat(stream.fileno()).st_size:
+        raise EOFError
+    return json.loads(_exactly(stream, bytearray(size))), 8 + size
+
+
+def _tensor(stream, entry, start, pinned):
+    begin, end = entry["data_offsets"]
+    content = torch.empty(end - begin, dtype=torch.uint8, pin_memory=pinned)
+    stream.seek(start + begin)
+    _exactly(stream, content.numpy())
+    return content.view(TYPES[entry["dtype"]]).view(entry["shape"])
+
+
+def _exactly(stream, buffer):
+    """Fill a buffer from an unbuffered file, which may give less than asked for. Raises EOFError at its end."""
+    left = memoryview(buffer).cast("B")
+    while left:
+        if not (count := stream.readinto(left)):
+            raise EOFError
+        left = left[count:]
+    return buffer
 
 
 @functools.cache
@@ -131,12 +172,23 @@ def files_of(name, **arguments):
 def check_index(index):
     """Raise ValueError if a shard index is damaged or points outside its directory."""
     try:
-        files = set(json.loads(Path(index).read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(Path(index).read_text())
+        files = set(content["weight_map"].values())
+        dict(content.get("metadata") or {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{Path(index).name} is damaged ({type(error).__name__}: {error})") from error
+    if not files:
+        raise ValueError(f"{Path(index).name} is damaged (it names no files)")
     for file in files:
-        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or (
+                not PurePosixPath(file).parts):
             raise ValueError(f"its index names {file}, which is not in the folder")
+
+
+def check_header(file):
+    """Raise ValueError if the header of a safetensors file is damaged, or does not fit the file's size."""
+    with _opened(file):
+        pass
 
 
 def dtype_of(files):
@@ -156,10 +208,12 @@ def stream(model, family, files):
     Keys may lack or add the base model prefix, as `from_pretrained` allows. Raises ValueError if a shape differs from
     the configuration; OSError or SafetensorError if a file is damaged.
     """
-    held = {}  # key -> (file, shape)
+    held = {}  # key -> (file, dtype, shape)
     for file in files:
         with _opened(file) as tensors:
-            held |= {key: (file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()}  # noqa: SIM118
+            for key in tensors.keys():  # noqa: SIM118, not a dict
+                tensor = tensors.get_slice(key)
+                held[key] = file, tensor.get_dtype(), tuple(tensor.get_shape())
     base, tied, places = model.base_model_prefix + ".", model.all_tied_weights_keys, {}
 
     def find(name):
@@ -169,10 +223,9 @@ def stream(model, family, files):
         key = find(tied.get(name, name))
         if key is None:
             return False
-        file, shape = held[key]
-        if shape != tuple(tensor.shape):
-            raise ValueError(f"{key} is {_times(shape)}, its configuration expects {_times(tensor.shape)}")
-        places[name] = file, key
+        for stored in filter(None, (key, find(name))):
+            _check(stored, *held[stored][1:], tensor)
+        places[name] = held[key][0], key
     # `from_pretrained` does not tie tensors that are both stored and differ
     own = Source({name: (held[key][0], key) for name in tied if (key := find(name))}, model.dtype)
     together = Source(places, model.dtype)
@@ -181,6 +234,14 @@ def stream(model, family, files):
     attach(model, family, places)
     _compute_buffers(model)
     return True
+
+
+def _check(key, dtype, shape, tensor):
+    """Raise ValueError if a stored tensor cannot be that of a model."""
+    if shape != tuple(tensor.shape):
+        raise ValueError(f"{key} is {_times(shape)}, its configuration expects {_times(tensor.shape)}")
+    if tensor.is_floating_point() and dtype not in FLOATS and dtype not in NARROW:
+        raise ValueError(f"{key} is stored as {dtype}, must be a floating-point dtype")
 
 
 @contextlib.contextmanager
@@ -193,7 +254,7 @@ def _opened(file):
 
 
 def _times(shape):
-    return " x ".join(map(str, shape))
+    return " x ".join(map(str, shape)) or "a single number"
 
 
 def _compute_buffers(model):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, command, contents, saved_tensors
 from faults import FAULTS
-from faults.damage import INDEX, SMALL, UP, config_changed, nothing, weights_changed
+from faults.damage import INDEX, SMALL, UP, WEIGHTS, config_changed, cut, nothing, weights_changed
 from faults.models import remote
 from faults.traces import MIXED
 
@@ -262,6 +262,37 @@ def test_an_accident_gets_one_line_and_resume_gives_the_files_of_an_undisturbed_
     found = contents(tmp_path / "saved")
     found["mixgpt.json"]["settings"].pop("model")
     assert found == undisturbed(options)
+
+
+def removed(file, _):
+    file.unlink()
+
+
+def overwritten(file, content):
+    file.write_bytes(content)
+
+
+CHANGES = {  # of the model's file, after the first layer
+    "truncated": (cut, 100, "was truncated or changed during the run"),
+    "removed": (removed, None, "cannot be read during the run (No such file or directory)"),
+    "replaced": (overwritten, b"{" * 99, "was truncated or changed during the run"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_model_that_changes_during_a_run_gets_one_line_and_resume_goes_on(case, fork, undisturbed, checkpoint_folder,
+                                                                            tmp_path):
+    change, given, message = CHANGES[case]
+    shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+    file = tmp_path / "model" / WEIGHTS
+    whole = file.read_bytes()
+    child = Child(fork, tmp_path, "llama", RUN, at, ("placed", "layer-00000.safetensors", change, file, given))
+    assert child.end() == (2, [f"llama.py: error: {file}: {message}"])
+    file.write_bytes(whole)
+    assert Child(fork, tmp_path, "llama", f"{RUN} --resume", nothing).end() == (0, [])
+    found = contents(tmp_path / "saved")
+    found["mixgpt.json"]["settings"].pop("model")
+    assert found == undisturbed("")
 
 
 def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed, checkpoint_folder, tmp_path):

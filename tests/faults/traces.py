@@ -53,7 +53,7 @@ def with_content(**changes):
     return changed
 
 
-DAMAGES = {  # what happens to the text of a file of traces; the error of Python, None where it is not taken for such a file
+DAMAGES = {  # change of the text; the error to Python, or None where the file is not taken for one of traces
     "empty": (lambda text: "", None),
     "null": (lambda text: "null", None),
     "a number": (lambda text: "7", None),
