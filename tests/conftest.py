@@ -46,7 +46,6 @@ import opt
 from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli, pipeline
 from mixgpt.app.choices import ALLOCATIONS
-from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns_cpu
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
@@ -222,8 +221,8 @@ def save(path, model, tokenizer, record, family=None, save_format="dense", grids
     """Save a model in memory as a run does at its end."""
     family = family or family_of(type(model).__name__)
     with RunDir(path, save_format) as folder:
-        folder.start(model, family, {})
-        load.write_record(path, record)
+        folder.start(model, family, {}, {})
+        folder.write_record(record)
         folder.complete(tokenizer, grids or {})
         folder.end()
 
