@@ -1,5 +1,6 @@
 """Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -229,7 +230,14 @@ def save(path, model, tokenizer, record, family=None, save_format="dense", grids
 
 @pytest.fixture(scope="session")
 def fork():
-    """Return a function that starts another one in a process, forked from one that has imported all it needs."""
+    """Give what `forking` gives."""
+    with forking() as start:
+        yield start
+
+
+@contextlib.contextmanager
+def forking():
+    """Give a function that starts another one in a process, forked from one that has imported all it needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "mixgpt.app.pipeline"])
     with pytest.MonkeyPatch.context() as patch:
@@ -245,7 +253,7 @@ def fork():
         process.start()
         return process
 
-    return start
+    yield start
 
 
 def command(name, arguments, log, prepare=None, given=()):
