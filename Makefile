@@ -56,4 +56,4 @@ gpu: .venv/test
 	@$(PY) benchmarks/gpu.py
 
 soak: .venv/test
-	@PYTHONPATH=. TQDM_DISABLE=1 $(PY) tests/soak.py
+	@PYTHONPATH=. $(PY) tests/soak.py

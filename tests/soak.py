@@ -5,6 +5,8 @@ parts of a run that they fall in take turns. Exit status 1 if a folder differs i
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import random
@@ -120,7 +122,8 @@ def main():
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes the folder
     lines, failures = [], []
-    with tempfile.TemporaryDirectory(prefix="soak") as root, forking() as fork:
+    with (tempfile.TemporaryDirectory(prefix="soak") as root, forking() as fork,
+          contextlib.redirect_stderr(io.StringIO())):  # the progress bars of transformers
         root = Path(root)
         os.environ["XDG_CACHE_HOME"] = str(root / "cache")
         make("llama")[1].save_pretrained(root / "model")

@@ -156,8 +156,9 @@ class RunDir:
                 with contextlib.suppress(sealed.Damaged):
                     sums |= sealed.read_json(self._note(index), self.run)["checksums"]
             try:
-                for file in {name for name in kept.values() if (self.path / name).is_file()}:
-                    sealed.check_tensors(self.path / file, {name: sums[name] for name in kept if kept[name] == file})
+                for file in (name for name in dict.fromkeys(kept.values()) if (self.path / name).is_file()):
+                    sealed.check_tensors(self.path / file, {
+                        name: sums[name] for name in kept if kept[name] == file and name in sums})
                 return kept
             except sealed.Damaged as damage:
                 tell(f"{damage} is damaged: it is written again")
@@ -255,7 +256,9 @@ class RunDir:
         count: number of layers to process, from the first. states: {name: hidden states}, overwritten. Returns the
         first unfinished layer, and the outcomes of those before.
         """
-        first = finished = distributed.broadcast_object(self._drop_damaged(count) if self.writes else None)
+        finished, self.shards = distributed.broadcast_object(
+            (self._drop_damaged(count), self.shards) if self.writes else None)
+        first = finished
         if states is not None and first < count:
             first = self._restore(first, states)
             if first < finished and self.writes:
@@ -284,6 +287,9 @@ class RunDir:
                 finished += 1
         except sealed.Damaged as damage:
             tell(f"progress/{damage} is damaged or missing: pruning again from layer {finished}")
+            if self.shards:  # they hold what came after it
+                self._remove_shards()
+                return self._drop_damaged(count)
         self._remove(*(file for file, index in self._files("layer", "grids").items() if index >= finished),
                      *(file for file, border in self._files("state").items() if border > finished))
         return finished
@@ -291,8 +297,10 @@ class RunDir:
     def _check(self, index):
         """Raise Damaged unless all files of a finished layer are as they were written. Shards were checked before."""
         note = sealed.read_json(self._note(index), self.run)
-        sealed.check_tensors(self._layer(index), {
-            name: note["checksums"][name] for name, file in self._places(index).items() if file == self._layer(index)})
+        sums = {name: note["checksums"][name] for name, file in self._places(index).items()
+                if file == self._layer(index)}
+        if sums:
+            sealed.check_tensors(self._layer(index), sums)
         if note["grids"]:
             sealed.read_tensors(self._grids(index), self.run)
 

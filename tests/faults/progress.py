@@ -55,7 +55,7 @@ WAYS = {
 }
 BYTES = {
     "has another bit in its header": lambda file: flip(file, file.read_bytes().index(b"F32")),
-    "has another bit at its end": lambda file: flip(file, -1),
+    "has another bit at its end": lambda file: flip(file, -5),
     "is text": lambda file: file.write_text("text"),
 }
 TYPES = {
@@ -67,6 +67,7 @@ TYPES = {
     "is nested too deep": lambda file: file.write_text("[" * 100_000),
     "is not UTF-8": lambda file: file.write_bytes(b'{"seal": "\xff"}'),
 }
+SOME = {way: (WAYS | BYTES)[way] for way in ("is missing", "is cut", "has another bit at its end")}
 
 
 def each(name, ways, said, interrupted="quantized", absent=None):
@@ -82,8 +83,9 @@ NONE_KEPT = "finished layers, going on from layer 0: no later hidden states are 
 FIRST = [f"of 1 {NONE_KEPT}"]
 
 RECOMPUTED = {
+    **{f"nothing of {interrupted}": Damage(lambda progress: None, [], interrupted) for interrupted in RUNS},
     **each("layer-00001.safetensors", WAYS | BYTES, [f"progress/layer-00001.safetensors {AGAIN} 1", *FIRST]),
-    **each("grids-00001.safetensors", WAYS | BYTES, [f"progress/grids-00001.safetensors {AGAIN} 1", *FIRST]),
+    **each("grids-00001.safetensors", SOME, [f"progress/grids-00001.safetensors {AGAIN} 1", *FIRST]),
     **each("layer-00001.json", WAYS | TYPES, [f"progress/layer-00001.json {AGAIN} 1", *FIRST],
            absent=FIRST),
     **each("state-00002-0.safetensors", {way: act for way, act in (WAYS | BYTES).items() if "missing" not in way},
@@ -115,15 +117,19 @@ RECOMPUTED = {
         [], left=("notes.txt", "state-x.safetensors", "layer-1.json")),
     "partial files": Damage(
         lambda progress: [(progress / name).write_text("") for name in ("layer-00002.json.7.partial", ".tmp7")], []),
-    **each("plan.json", WAYS | TYPES, [f"progress/plan.json {AGAIN} 0"], "planned"),
-    **each("gradients-0.safetensors", WAYS | BYTES, [f"progress/gradients-0.safetensors {AGAIN} 0"], "planned"),
-    **each("shards.json", {"is empty": WAYS["is empty"], **TYPES},
+    **each("plan.json", SOME | {"is a list": TYPES["is a list"]}, [f"progress/plan.json {AGAIN} 0"], "planned"),
+    **each("gradients-0.safetensors", SOME, [f"progress/gradients-0.safetensors {AGAIN} 0"], "planned"),
+    **each("shards.json", SOME | {"is a list": TYPES["is a list"]},
            [f"progress/layer-00000.safetensors {AGAIN} 0"], "shards"),
     **each("../model-00001-of-00003.safetensors", {
         way: act for way, act in (WAYS | BYTES).items() if "a " not in way},
            ["model-00001-of-00003.safetensors is damaged: it is written again",
             f"progress/layer-00000.safetensors {AGAIN} 0"], "shards",
-           absent=[f"progress/layer-00000.safetensors {AGAIN} 0"]),
+           absent=[f"progress/layer-00000.safetensors {AGAIN} 0"] * 2),
+    "a note on a layer in a shard is missing": Damage(
+        lambda progress: (progress / "layer-00000.json").unlink(),
+        ["model-00001-of-00003.safetensors is damaged: it is written again",
+         f"progress/layer-00000.json {AGAIN} 0"], "shards"),
 }
 
 UNREAD = "--resume: {saved}/progress/run.json is damaged, or of another version of this program; remove {saved} to " \
