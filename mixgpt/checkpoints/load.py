@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, WEIGHTS_INDE
 
 from mixgpt.checkpoints import gguf_files, shards, soundness
 from mixgpt.checkpoints.formats import SPARSE, load_sparse
-from mixgpt.checkpoints.names import PROGRESS, RECORD, begun
+from mixgpt.checkpoints.names import PROGRESS, begun
 from mixgpt.checkpoints.refusals import refusing
 from mixgpt.checkpoints.run_dir import empty, held
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import nearest_folder, replacing, try_writing
+from mixgpt.common.files import nearest_folder, try_writing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.family import family_of
 from mixgpt.text import hub, tokenizing
@@ -147,14 +146,19 @@ def _build(config, dtype):
 
 def size(skeleton, dtype):
     """Return the bytes of a model's parameters; an upper bound if its dtype is "auto"."""
-    return (4 if dtype == "auto" else dtype.itemsize) * sum(parameter.numel() for parameter in skeleton.parameters())
+    return itemsize(dtype) * sum(parameter.numel() for parameter in skeleton.parameters())
 
 
-def load_model(model, dtype, source=None):
+def itemsize(dtype):
+    """Return the bytes of a weight; an upper bound if its dtype is "auto"."""
+    return 4 if dtype == "auto" else dtype.itemsize
+
+
+def load_model(model, dtype, source=None, sums=None):
     """Load the weights of `model` on the host, in `dtype` ("auto": as stored), from any format.
 
-    source: as `_source` returns it. Raises InputError if the checkpoint lacks a weight, contains NaN or inf, or has an
-    unsupported quantization.
+    source: as `_source` returns it. sums: dict that takes {name: checksum} of all weights in memory. Raises InputError
+    if the checkpoint lacks a weight, contains NaN or inf, or has an unsupported quantization.
     """
     name, arguments = source or _source(model)
     with refusing(model, terse="its weights cannot be read: "):
@@ -173,33 +177,38 @@ def load_model(model, dtype, source=None):
         raise InputError(f"model {model}: the checkpoint lacks {', '.join(sorted(missing)[:3])}")
     for parameter in loaded.parameters():  # .bin files may hold views whose elements share memory
         parameter.data = parameter.data.contiguous()
-    _check_finite(model, loaded)
+    _check_finite(model, loaded, sums)
     return loaded.eval()
 
 
-def open_model(model, config, family, dtype):
+def open_model(model, config, family, dtype, sums=None):
     """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it.
 
-    Raises InputError if weights are missing, hold NaN or inf, or do not match the configuration.
+    sums: dict that takes {name: checksum} of all weights in memory. Raises InputError if weights are missing, hold NaN
+    or inf, or do not match the configuration.
     """
     name, arguments = _source(model)
     if "gguf_file" in arguments or (Path(model) / SPARSE).is_file() or getattr(config, "quantization_config", None):
-        return load_model(model, dtype)
+        return load_model(model, dtype, sums=sums)
     with refusing(model):
         files = streaming.files_of(name, **arguments)
         opened = skeleton(config, config.dtype or streaming.dtype_of(files) if dtype == "auto" else dtype)
         if not (files and streaming.stream(opened, family, files)):
-            return load_model(model, dtype)
-        _check_finite(model, opened)
+            return load_model(model, dtype, sums=sums)
+        _check_finite(model, opened, sums)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
             opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
     return opened
 
 
-def _check_finite(model, opened):
+def _check_finite(model, opened, sums=None):
+    """Raise InputError if a weight is not finite; put {name: checksum} into `sums`, as all are read here once."""
     for key, tensor in streaming.tensors_of(opened):
-        if not tensor.isfinite().all():
+        # 45 times as fast as isfinite().all() for bfloat16 on a CPU; both extremes are NaN if one value is
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise InputError(f"model {model}: {key} contains NaN or inf")
+        if sums is not None:
+            sums[key] = streaming.checksum(tensor)
 
 
 def _dequantizing(model, name, arguments):
@@ -216,11 +225,11 @@ def _dequantizing(model, name, arguments):
     return {"config": config}
 
 
-def check_save(folder, nbytes, resume):
+def check_save(folder, nbytes, resume, result=None):
     """Raise InputError for an output directory that is not empty, not writable or lacks room. Leaves nothing behind.
 
     nbytes: size of the model; layer files and the shard being assembled from them coexist. resume: accept the
-    directory of an interrupted run.
+    directory of an interrupted run. result: size of the result, if it is written beside all layer files.
     """
     folder = Path(folder)
     try:
@@ -239,22 +248,15 @@ def check_save(folder, nbytes, resume):
     except OSError as error:
         raise InputError(f"--save {folder}: {parent} cannot be written ({error.strerror})") from error
     free = shutil.disk_usage(parent).free
-    rest = max(nbytes - _stored(folder.glob("*.safetensors")), 0)  # not in shards yet
-    needed = max(rest - _stored(folder.glob(f"{PROGRESS}/layer-*.safetensors")), 0) + min(rest, shards.LARGEST)
+    stored, layers = (_stored(folder.glob(f"{where}*.safetensors")) for where in ("", f"{PROGRESS}/layer-"))
+    if result is None:
+        rest = max(nbytes - stored, 0)  # not in shards yet
+        needed = max(rest - layers, 0) + min(rest, shards.LARGEST)
+    else:
+        needed = max(nbytes - layers, 0) + max(result - stored, 0)
     if free < needed:
         raise InputError(f"--save {folder}: needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free in {parent}")
 
 
 def _stored(files):
-    return sum(file.stat().st_size for file in files)
-
-
-def write_record(folder, record):
-    """Write the record of a run into `folder` atomically."""
-    try:
-        with replacing(Path(folder) / RECORD) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        free = shutil.disk_usage(folder).free
-        raise InputError(f"--save {folder}: {RECORD} cannot be written ({error.strerror}), {free / 1e9:.3f} GB are "
-                         "free; free some space and continue with --resume") from error
+    return sum(file.stat().st_size for file in files if file.is_file())

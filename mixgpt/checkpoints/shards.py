@@ -43,8 +43,8 @@ def write(file, state, read, sums):
     with replacing(file) as partial:
         for name, checksum in streaming.save(partial, state, read).items():
             if sums.setdefault(name, checksum) != checksum:
-                raise InputError(f"--save {file.parent}: {name} in the file of its layer differs from what was in "
-                                 "memory")
+                raise InputError(f"--save {file.parent}: {name} differs from what was in memory before; its file has "
+                                 "changed")
         for name in state:
             if streaming.checksum(streaming.read({name: (partial, name)})[name]) != sums[name]:
                 raise InputError(f"--save {file.parent}: {name} in {file.name} differs from what was in memory")

@@ -166,7 +166,6 @@ class Child:
 
 RUN = f"{{root}}/model builtin --sparsity .5 --eval builtin {SMALL} --save {{root}}/saved"
 FULL = "… GB are free (…); free some space and continue with --resume"
-FULL_RECORD = "(File too large), … GB are free; free some space and continue with --resume"
 STOPPED = "llama.py: interrupted; what is in the folder of --save goes on with --resume"
 
 # What happens, the options of the run, what it says, and how many layers a --resume finds finished.
@@ -194,9 +193,9 @@ ACCIDENTS = {
     "no room for the index": (
         at, ("opened", f"{INDEX}.*", limited, 100), "", f"{INDEX} cannot be written, {FULL}", 3),
     "no room for the record": (
-        at, ("opened", "mixgpt.json.*", limited, 100), "", f"mixgpt.json cannot be written {FULL_RECORD}", 3),
+        at, ("opened", "mixgpt.json.*", limited, 100), "", f"mixgpt.json cannot be written, {FULL}", 3),
     "no room for the record at the end": (
-        at, ("placed", INDEX, limited, 100), "", f"mixgpt.json cannot be written {FULL_RECORD}", 3),
+        at, ("placed", INDEX, limited, 100), "", f"mixgpt.json cannot be written, {FULL}", 3),
     "no room for grids": (
         at, ("placed", "layer-00001.safetensors", limited, 100), "--wbits 4",
         f"grids-00001.safetensors needs 0.000 GB, {FULL}", 1),

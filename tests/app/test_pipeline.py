@@ -293,8 +293,8 @@ def test_float16_checkpoints_run_in_float32_on_a_cpu(checkpoint_folder, tmp_path
 def test_a_save_that_reads_back_differently_is_reported(checkpoint_folder, tmp_path, capsys, monkeypatch):
     save = streaming.save
 
-    def corrupt(file, tensors, read):
-        sums = save(file, tensors, read)
+    def corrupt(file, tensors, read, *metadata):
+        sums = save(file, tensors, read, *metadata)
         if "model.norm.weight" in tensors:  # in the result
             content = bytearray(file.read_bytes())
             content[-1] ^= 1  # the last bit of the last tensor

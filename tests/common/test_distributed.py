@@ -10,7 +10,7 @@ import pytest
 import ranks
 import torch
 from commands import run, torchrun
-from conftest import ROOT, as_rank, free_port, saved_tensors
+from conftest import ROOT, as_rank, command, free_port, saved_tensors
 
 import llama
 from mixgpt.app import cli
@@ -56,7 +56,7 @@ ARGUMENTS = ["builtin", "--seqlen", "32", "--nsamples", "7", "--sparsity", ".5",
              "--sparsity_way", "weight-level", "--sensitivity", "fisher"]
 
 
-def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, tmp_path):
+def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, fork, tmp_path):
     def options(name):
         return [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / name, "--sensitivity_file",
                 tmp_path / f"{name}.json"]
@@ -74,6 +74,20 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, 
         assert torch.equal(two[key] == 0, tensor == 0)
     sparsity = [json.loads((tmp_path / name / "mixgpt.json").read_text())["sparsity"] for name in ("one", "two")]
     assert sparsity[0] == sparsity[1] == pytest.approx(0.5, abs=1e-3)
+
+    port, logs = free_port(), [tmp_path / "log-0", tmp_path / "log-1"]  # queued again
+    again = [fork(command, "llama", [*options("two"), "--resume"], log, as_rank, (rank, 2, port))
+             for rank, log in enumerate(logs)]
+    for process in again:
+        process.join(60)
+        assert process.exitcode == 0, logs[0].read_text()
+    assert logs[0].read_text().startswith(f"resume   the run in {tmp_path / 'two'} is complete")
+    assert "saved in" in logs[0].read_text() and not logs[1].read_text()
+    again = fork(command, "llama", [*options("two"), "--resume"], logs[0])
+    again.join(60)
+    assert again.exitcode == 2
+    assert logs[0].read_text() == (f"llama.py: error: --resume: number of processes was 2 in the complete run in "
+                                   f"{tmp_path / 'two'}, now it is 1\n")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
