@@ -7,14 +7,16 @@ so that the same seed gives the same samples.
 import contextlib
 import random
 
+import psutil
 import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, one_line
 from mixgpt.text import hub
-from mixgpt.text.local import local_rows, one_line, text_column
+from mixgpt.text.local import local_rows, text_column
 from mixgpt.text.sets import DATASETS
+from mixgpt.text.tokenizing import encode
 
 DRAWS = 10_000  # consecutive new documents that may be too short before giving up
 
@@ -32,13 +34,25 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
 def samples_of(rows, source, nsamples, seqlen, seed, tokenizer):
     """Draw random segments from all or some of the rows of `load_rows`. Returns LongTensor (nsamples, seqlen)."""
     rng, text_set = random.Random(seed), DATASETS[source["dataset"]]
+    samples = empty_samples(nsamples, seqlen)
     if text_set.by_document:
-        samples = sample_documents(rows, nsamples, seqlen, rng, tokenizer)
+        segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer)
     else:
         ids = token_ids(tokenizer, text_set.train_join.join(rows))
         require_tokens(ids, seqlen + 1, seqlen, source)
-        samples = [random_segment(ids, seqlen, rng) for _ in range(nsamples)]
-    return torch.tensor(samples)
+        segments = (random_segment(ids, seqlen, rng) for _ in range(nsamples))
+    for sample, segment in zip(samples, segments, strict=True):
+        sample.copy_(torch.tensor(segment))
+    return samples
+
+
+def empty_samples(nsamples, seqlen):
+    """Return an uninitialised LongTensor (nsamples, seqlen). Raises InputError if memory has no room for it."""
+    nbytes, free = nsamples * seqlen * torch.int64.itemsize, psutil.virtual_memory().available
+    if nbytes > free:
+        raise InputError(f"--nsamples {nsamples}: {nsamples} sequences of {seqlen} tokens take {nbytes / 1e9:.1f} GB "
+                         f"of memory, {free / 1e9:.1f} GB are free; lower --nsamples or --seqlen")
+    return torch.empty(nsamples, seqlen, dtype=torch.int64)
 
 
 def test_tokens(dataset, seqlen, tokenizer, data_dir=None):
@@ -62,7 +76,7 @@ def segments_of(rows, source, seqlen, tokenizer):
 
 def token_ids(tokenizer, text):
     """Return the ids of the whole text, with the special tokens the tokenizer adds by default."""
-    return tokenizer(text, verbose=False).input_ids  # verbose would warn that the text exceeds the model's length
+    return encode(tokenizer, text).input_ids
 
 
 def random_segment(ids, seqlen, rng):
@@ -72,12 +86,10 @@ def random_segment(ids, seqlen, rng):
 
 
 def sample_documents(documents, nsamples, seqlen, rng, tokenizer):
-    """Draw each segment from a random document of more than `seqlen` tokens. Returns lists of ids."""
+    """Draw each segment from a random document of more than `seqlen` tokens. Yields lists of ids."""
     short = {}  # index -> length
-    return [
-        random_segment(long_document(documents, seqlen, rng, tokenizer, short), seqlen, rng)
-        for _ in range(nsamples)
-    ]
+    for _ in range(nsamples):
+        yield random_segment(long_document(documents, seqlen, rng, tokenizer, short), seqlen, rng)
 
 
 def long_document(documents, seqlen, rng, tokenizer, short):

@@ -8,10 +8,13 @@ A model is a checkpoint saved by these scripts in any of their formats, a hub id
 """
 
 import sys
-from pathlib import Path
 
-from mixgpt.app.settings import Parser
+from mixgpt.app import ending
+from mixgpt.app.settings import MOST, Parser, check_model, check_seed, refuse_empty
+from mixgpt.common import environment
 from mixgpt.common.errors import InputError
+
+COLDEST = 1e-6  # temperature; logits divided by less could leave float32
 
 
 def _parse(argv):
@@ -29,30 +32,44 @@ def _parse(argv):
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                         help="dtype of the weights in memory; auto: as stored, but float32 for float16 on a CPU")
     given = parser.parse_args(argv)
-    if given.max_new_tokens < 1:
-        raise InputError(f"--max_new_tokens {given.max_new_tokens}: must be at least 1")
-    if not 0 <= given.temperature < float("inf"):
-        raise InputError(f"--temperature {given.temperature:g}: must be at least 0")
-    if not given.prompt:
-        raise InputError("prompt: is empty; give a text to continue")
-    for flag, name in {"model": given.model, "--dense": given.dense}.items():
-        if name and Path(name).suffix == ".gguf" and not Path(name).is_file():
-            raise InputError(f"{flag} {name}: no such file")
+    _check(given)
     return vars(given)
 
 
-def main(argv=None):
-    """Run the command line. Returns the exit status, 2 after one line about unusable input."""
+def _check(given):
+    """Raise InputError for arguments that no model could use."""
+    models = {"model": given.model, "--dense": given.dense}
+    refuse_empty(models | {"--device": given.device})
+    if not 1 <= given.max_new_tokens <= MOST:
+        bound = "least 1" if given.max_new_tokens < 1 else f"most {MOST}"
+        raise InputError(f"--max_new_tokens {given.max_new_tokens}: must be at {bound}")
+    if not (given.temperature == 0 or COLDEST <= given.temperature < float("inf")):
+        raise InputError(f"--temperature {given.temperature:g}: must be 0 (greedy) or at least {COLDEST:g}")
+    check_seed(given.seed)
+    if not given.prompt:
+        raise InputError("prompt: is empty; give a text to continue")
     try:
-        given = _parse(argv)
-        from mixgpt.app.completion import print_completions  # slow import
+        given.prompt.encode()
+    except UnicodeEncodeError as error:  # bytes that Python could not decode, or half of a surrogate pair
+        raise InputError(f"prompt: character {error.start + 1} is not text; give the prompt in UTF-8") from error
+    for flag, name in models.items():
+        if name:
+            check_model(flag, name)
 
-        model, dense = given.pop("model"), given.pop("dense")
-        print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
-    except InputError as error:
-        print(f"generate.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+def main(argv=None):
+    """Run the command line. Returns the exit status, see `ending.run`."""
+    argv = sys.argv[1:] if argv is None else argv
+    return ending.run("generate.py", argv, lambda: _run(argv), "lower --max_new_tokens, or give --dtype bfloat16")
+
+
+def _run(argv):
+    environment.check()
+    given = _parse(argv)
+    from mixgpt.app.completion import print_completions  # slow import
+
+    model, dense = given.pop("model"), given.pop("dense")
+    print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
 
 
 if __name__ == "__main__":

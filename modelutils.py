@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
 
@@ -130,7 +131,7 @@ def _replaced(layers, forward):
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)  # missing where Ctrl-C came before it was set
 
 
 def free_memory(device):
@@ -159,8 +160,18 @@ def allocate(shape, dtype, device, place):
             os.posix_fallocate(file.fileno(), 0, nbytes)
             return torch.from_numpy(np.memmap(file, np.uint8, shape=nbytes)).view(dtype).view(shape)
     except OSError as error:
-        raise InputError(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in "
-                         f"memory and in {tempfile.gettempdir()} ({error.strerror})") from error
+        raise _no_place(nbytes, error.strerror) from error
+
+
+def check_hidden_states(nbytes, device):
+    """Raise InputError early if `allocate` would find no place for nbytes of hidden states."""
+    if place_for(nbytes, device) == "disk" and nbytes > (free := shutil.disk_usage(tempfile.gettempdir()).free):
+        raise _no_place(nbytes, f"{free / 1e9:.1f} GB")
+
+
+def _no_place(nbytes, reason):
+    return InputError(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in memory "
+                      f"and in {tempfile.gettempdir()} ({reason})")
 
 
 @dataclass

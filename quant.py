@@ -7,7 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-SHRINKS = torch.linspace(1, 0.2, 65).tolist()  # ranges tried by the search, as fractions of the full range
+from mixgpt.kernels import ranges
+from mixgpt.kernels.columns import to_multiples
+
+# ranges tried by the search, as fractions of the full range; with one of the steps of 1/32 the lowest code of a
+# symmetric grid of 2 to 4 bits is minus the largest weight
+SHRINKS = torch.linspace(1, 0.25, 25).tolist()
 CLOSE = 2e-5  # tolerance on the sparsity
 
 
@@ -18,7 +23,7 @@ class Scheme:
     wbits: int
     groupsize: int = -1  # columns per grid, −1: the whole row
     sym: bool = False  # symmetric: zero point in the middle of the codes
-    mse: bool = False  # search the range with the least squared error, instead of covering all weights
+    mse: bool = False  # search the range with the least error, instead of covering all weights
 
 
 @dataclass(frozen=True)
@@ -50,28 +55,25 @@ class Grid:
         return (codes.float() - self.zero[:, self.group]).to(self.scale.dtype) * self.scale[:, self.group]
 
 
-def find_grid(W, pruned, scheme, dtype):
+def find_grid(W, pruned, scheme, dtype, importance=None):
     """Choose scale and zero for every row of W (out, n); the kept weights of a row share a grid.
 
     pruned: mask (out, n) of the weights to ignore. dtype: that of the saved weights, to which the scale is rounded.
     Returns scale and zero, (out,) each, in the dtype of W. A grid spans the kept weights and 0; with scheme.mse its
-    range is shrunk by the factor in SHRINKS with the least squared error.
+    range is shrunk by the factor in SHRINKS with the least sum of importance · (w − q)². importance: (n,), default 1.
     """
     W = W.masked_fill(pruned, 0)
     low, high = W.amin(1).clamp_max(0), W.amax(1).clamp_min(0)
     if scheme.sym:
         high = torch.maximum(high, -low)
         low = -high
-    scale, zero = _fit(low, high, scheme, dtype)
-    if scheme.mse:
-        least = torch.full_like(scale, torch.inf)
-        for shrink in SHRINKS:
-            candidate = _fit(shrink * low, shrink * high, scheme, dtype)
-            error = (to_grid(W, *(x[:, None] for x in candidate), scheme.wbits, dtype) - W).square().sum(1)
-            better = error < least
-            least = torch.where(better, error, least)
-            scale, zero = (torch.where(better, new, old) for new, old in zip(candidate, (scale, zero), strict=True))
-    return scale, zero
+    if not scheme.mse:
+        return _fit(low, high, scheme, dtype)
+    shrinks = torch.tensor(SHRINKS, dtype=W.dtype, device=W.device)[:, None]
+    scale, zero = _fit(shrinks * low, shrinks * high, scheme, dtype)
+    importance = torch.ones_like(W[0]) if importance is None else importance
+    best = ranges.fastest(W.device)(W, importance, scale, -zero, 2**scheme.wbits - 1 - zero)
+    return scale.gather(0, best[None])[0], zero.gather(0, best[None])[0]
 
 
 def _fit(low, high, scheme, dtype):
@@ -86,11 +88,6 @@ def _fit(low, high, scheme, dtype):
 def to_grid(W, scale, zero, wbits, dtype):
     """Round W to its grid: scale · (code − zero), as computed in `dtype`. Shapes broadcast; returns W's dtype."""
     return to_multiples(W, scale, -zero, 2**wbits - 1 - zero, dtype)
-
-
-def to_multiples(W, scale, low, high, dtype):
-    """Round W to a multiple of scale, between low and high times it, as computed in `dtype`. Returns W's dtype."""
-    return (W / scale).round_().clamp_(low, high).mul_(scale).to(dtype).to(W.dtype)
 
 
 def meet_sparsities(attempt, sparsities, attempts=4):

@@ -8,14 +8,15 @@ python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv
 
 import sys
 
-from mixgpt.app.comparison import csv_of, draw, files_of, read, text_of
-from mixgpt.app.settings import Parser
+from mixgpt.app import ending
+from mixgpt.app.comparison import csv_of, draw, read, text_of
+from mixgpt.app.record_files import files_of
+from mixgpt.app.settings import Parser, refuse_empty
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import check_writable, write
+from mixgpt.common.outputs import PICTURE, TABLE, check_places, check_writable, write
 
 
-def main(argv=None):
-    """Print the table. Returns the exit status: 2 after a line about each unusable file."""
+def _parse(argv):
     parser = Parser(prog="results.py", description="Compare the records of runs in one table.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="file of --record, folder of --save, or a pattern such "
                                                                "as 'runs/*'")
@@ -24,24 +25,46 @@ def main(argv=None):
     parser.add_argument("--plot", metavar="FILE", help="also plot perplexity against sparsity by method, or bars if "
                                                        "all runs have the same sparsity; mean and range over seeds "
                                                        "(.png, .pdf, .svg)")
-    options = parser.parse_args(argv)
-    problems, runs = [], []
-    try:
-        if options.csv:
-            check_writable("--csv", options.csv)
-        if options.plot:
-            from mixgpt.app import plots  # imports PyTorch and matplotlib
+    return parser.parse_args(argv)
 
-            plots.check(options.plot)
-        for file in files_of(options.runs):
-            try:
-                runs.append(read(file))
-            except InputError as error:
-                problems.append(str(error))
-        if runs:
+
+def _check(options, files):
+    """Raise InputError for arguments that are empty, and for files that may not be written."""
+    written = {flag: path for flag, path in {"--csv": options.csv, "--plot": options.plot}.items() if path is not None}
+    refuse_empty(written)
+    for run in options.runs:
+        refuse_empty({"RUN": run})
+    check_places(written, [("RUN", file) for file in files])
+    for flag, path in written.items():
+        check_writable(flag, path, {"--csv": TABLE, "--plot": PICTURE}[flag])
+
+
+def _read(files, problems):
+    """Return the runs of the record files; appends to `problems` a line for each that is none."""
+    runs = []
+    for file in files:
+        try:
+            runs.append(read(file))
+        except InputError as error:
+            problems.append(str(error))
+    return runs
+
+
+def main(argv=None):
+    """Run the command line. Returns the exit status, see `ending.run`; 2 also after a line about each unusable file."""
+    argv = sys.argv[1:] if argv is None else argv
+    return ending.run("results.py", argv, lambda: _run(argv), "give fewer files")
+
+
+def _run(argv):
+    options, problems = _parse(argv), []
+    try:
+        files = files_of(options.runs)
+        _check(options, files)
+        if runs := _read(files, problems):
             print(text_of(runs, options.markdown))
             if options.csv:
-                write("--csv", options.csv, csv_of(runs))
+                write("--csv", options.csv, csv_of(runs), TABLE)
                 print(f"\nwritten  {options.csv}")
             if options.plot:
                 draw(options.plot, runs)
@@ -49,7 +72,7 @@ def main(argv=None):
     except InputError as error:
         problems.append(str(error))
     for problem in problems:
-        print(f"results.py: error: {problem}", file=sys.stderr)
+        ending.say(f"results.py: error: {problem}")
     return 2 if problems else 0
 
 

@@ -249,7 +249,7 @@ class _Walk:
         self.columns = len(self.W)
         self.D = [] if self.rowwise else torch.empty_like(self.W)  # a list of W − Ŵ per range, (out, range) each
         self.mask = self.W == 0  # zero weights stay zero
-        self.R = R
+        self.R, self.h = R, h
         self.factors = options.saliency(h, 1 / R.diagonal()).masked_fill(h == 0, 0)
         self.row_weights = row_weights
         stops = list(itertools.accumulate(map(len, matrices)))
@@ -379,7 +379,7 @@ class _Walk:
             self._mark_least(pruned, start, stop, [
                 round(sparsity * ((rows.stop - rows.start) * (stop - start)))
                 for sparsity, rows in zip(self.sparsities, self.rows, strict=True)])
-        self.grids.append(find_grid(self.W[start:stop].t(), pruned.t(), self.scheme, self.dtype))
+        self.grids.append(find_grid(self.W[start:stop].t(), pruned.t(), self.scheme, self.dtype, self.h[start:stop]))
 
     def _walk(self, start, stop):
         """Walk columns start … stop − 1 one by one."""

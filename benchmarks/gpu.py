@@ -32,10 +32,11 @@ from mixgpt.app import pipeline
 from mixgpt.app.report import table
 from mixgpt.app.settings import PRESETS, Settings
 from mixgpt.common.clock import Clock, peak_memory
-from mixgpt.common.files import write
+from mixgpt.common.outputs import Kind, write
 from mixgpt.evaluation.perplexity import perplexity
 
 ROOT = Path(__file__).parent.parent
+KIND = Kind("a file of this benchmark", rb'\{\s*"machine": ')
 METHODS = {"SparseGPT": {"sparsity": 0.5}, "MixGPT": {"sparsity": 0.5} | PRESETS["mixgpt"],
            "best": {"sparsity": 0.5} | PRESETS["best"], "2:4": {"prunen": 2, "prunem": 4, "semi_structured": True}}
 OURS = ("load", "save", "evaluation", "data", "W&B")  # parts of a run that the textbook does not have
@@ -150,7 +151,7 @@ def main(argv=None):
         for method, record, times in measure(name, job):
             found[method] = record, times
             results.setdefault(name, {})[method] = record
-            write("--output", arguments.output, json.dumps(results, indent=1) + "\n")  # what there is, if it ends early
+            write("--output", arguments.output, json.dumps(results, indent=1) + "\n", KIND)  # if it ends early
         print(f"\n{name}, bfloat16, {job.nsamples} sequences of {job.seqlen} tokens, "
               f"measured on {LAYERS if found['best'][1] > 1 else 'all'} layers\n")
         print(table(["method", "seconds", "ratio", "save", "GB", "sparsity", "perplexity", "2:4 kernels",

@@ -30,8 +30,8 @@ def panels(markdown):
 
 
 def main(argv=None):
-    source, picture = sys.argv[1:] if argv is None else argv
-    draw_tradeoff(picture, panels(Path(source).read_text()))
+    source, picture = map(Path, sys.argv[1:] if argv is None else argv)
+    picture.write_bytes(draw_tradeoff(panels(source.read_text()), picture.suffix))
     return 0
 
 

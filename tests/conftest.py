@@ -1,5 +1,6 @@
 """Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -46,7 +47,6 @@ import opt
 from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli, pipeline
 from mixgpt.app.choices import ALLOCATIONS
-from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns_cpu
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
@@ -222,15 +222,22 @@ def save(path, model, tokenizer, record, family=None, save_format="dense", grids
     """Save a model in memory as a run does at its end."""
     family = family or family_of(model)
     with RunDir(path, save_format) as folder:
-        folder.start(model, family, {})
-        load.write_record(path, record)
+        folder.start(model, family, {}, {})
+        folder.write_record(record)
         folder.complete(tokenizer, grids or {})
         folder.end()
 
 
 @pytest.fixture(scope="session")
 def fork():
-    """Return a function that starts another one in a process, forked from one that has imported all it needs."""
+    """Give what `forking` gives."""
+    with forking() as start:
+        yield start
+
+
+@contextlib.contextmanager
+def forking():
+    """Give a function that starts another one in a process, forked from one that has imported all it needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "mixgpt.app.pipeline"])
     with pytest.MonkeyPatch.context() as patch:
@@ -246,7 +253,7 @@ def fork():
         process.start()
         return process
 
-    return start
+    yield start
 
 
 def command(name, arguments, log, prepare=None, given=()):

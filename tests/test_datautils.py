@@ -521,3 +521,62 @@ def test_a_text_that_is_too_short_is_refused_with_both_numbers(root, tokenizer, 
         datautils.test_tokens("wikitext2", 9, tokenizer, data_dir=root)
     with pytest.raises(InputError, match="--seqlen 8: the train text of dataset wikitext2 has 8 tokens and 9 are"):
         datautils.calibration_samples("wikitext2", 2, 8, 0, tokenizer, data_dir=root)
+
+
+@pytest.mark.parametrize("dataset", ["builtin", "c4"])
+def test_more_samples_than_memory_are_refused_at_once(dataset, root, tokenizer, no_hub):
+    put_c4(root / "c4-train.json.gz", ["a long document"])
+    with pytest.raises(InputError, match="^--nsamples 1000000000: 1000000000 sequences of 4000 tokens take 32000.0 "
+                                         "GB of memory, [0-9.]+ GB are free; lower --nsamples or --seqlen$"):
+        datautils.calibration_samples(dataset, 1_000_000_000, 4_000, 0, tokenizer, data_dir=root)
+
+
+def test_a_line_that_no_tokenizer_could_digest_is_refused(root, no_hub, monkeypatch):
+    monkeypatch.setattr(local, "LONGEST", 2_000_000)
+    long = "x" * 1_999_980
+    put(root / "wiki.test.raw", f"short\n{long}\n")
+    assert len(datautils.load_rows("wikitext2", "test", root)[0][-1]) == len(long) + 1
+    put(root / "wiki.test.raw", f"short\n{long}" + 99 * "x")
+    put_parquet(root.parent / "parquet" / "wikitext" / "test.parquet", [long + 99 * "x"])
+    put(root / "ptb" / "test.json.gz", gzip.compress(json_lines(["short", long + 99 * "x"]).encode()))
+    put(root / "c4" / "validation.json", json.dumps([{"text": long + 99 * "x"}]))
+    for dataset, folder, reason in [
+            ("wikitext2", root, "wiki.test.raw cannot be read .text.: line 2 is longer than 2 MB; split it"),
+            ("ptb", root, "test.json.gz cannot be read .json.: line 2 is longer than 2 MB; split it"),
+            ("wikitext2", root.parent / "parquet", "test.parquet: a row is longer than 2 MB; split it"),
+            ("c4", root, "validation.json cannot be read .json.: line 1 is longer than 2 MB; split it")]:
+        with pytest.raises(InputError, match=reason):
+            datautils.load_rows(dataset, "test", folder)
+
+
+def test_a_byte_order_mark_and_line_ends_of_windows_are_no_text(root, no_hub):
+    bom = b"\xef\xbb\xbf"
+    put(root / "wiki.test.raw", bom + WIKI_LINES.replace("\n", "\r\n").encode())
+    with_them = datautils.load_rows("wikitext2", "test", root)[0]
+    put(root / "wiki.test.raw", WIKI_LINES)
+    assert with_them == datautils.load_rows("wikitext2", "test", root)[0]
+    for name, content in {"test.jsonl": json_lines(PTB_ROWS).replace("\n", "\r\n"),
+                          "test.json": json.dumps([{"sentence": row} for row in PTB_ROWS], indent=1),
+                          "test.jsonl.gz": None}.items():
+        content = gzip.compress(bom + json_lines(PTB_ROWS).encode()) if content is None else bom + content.encode()
+        put(root / name / "ptb" / name, content)
+        assert datautils.load_rows("ptb", "test", root / name)[0] == PTB_ROWS
+
+
+def test_json_gives_what_python_reads_in_it(root, no_hub):
+    rows = ["", "plain", "tab\there", "“δ”", "\U0001f600", "2019-04-25T12:57:54Z", "1", "\x00"]
+    put(root / "ptb" / "test.jsonl", json_lines(rows).replace("tab\\there", "tab\there"))
+    assert datautils.load_rows("ptb", "test", root)[0] == rows
+    put(root / "list" / "ptb" / "test.json", json.dumps(rows))  # without columns
+    assert datautils.load_rows("ptb", "test", root / "list")[0] == rows
+
+
+def test_a_link_back_is_not_followed_and_other_links_are(root, no_hub):
+    put(root / "texts" / "ptb" / "test.txt", "row\n")
+    for number in range(9):
+        (root / "texts" / f"back{number}").symlink_to("..")
+    (root / "elsewhere").symlink_to("texts/ptb")
+    start = time.monotonic()
+    assert sorted(path.relative_to(root).as_posix() for path in local.data_files(root)) == [
+        "elsewhere/test.txt", "texts/ptb/test.txt"]
+    assert time.monotonic() - start < 5

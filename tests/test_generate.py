@@ -114,7 +114,7 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
     (["{}", "x", "--dense", "nowhere"], "model nowhere: not a folder"), (["{}", ""], "prompt: is empty"),
     (["{}", "x", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
     (["{}", "x", "--max_new_tokens", "128"], "--max_new_tokens 128: the model's limit is 128 tokens"),
-    (["{}", "x", "--temperature", "-1"], "--temperature -1: must be at least 0"),
+    (["{}", "x", "--temperature", "-1"], "--temperature -1: must be 0 (greedy) or at least 1e-06"),
     (["{}", "x", "--device", "tpu"], "--device tpu: must be cpu"),
     (["{}"], "the following arguments are required: prompt")])
 def test_bad_input_gets_one_line_and_status_2(arguments, message, saved, capsys):
@@ -122,3 +122,27 @@ def test_bad_input_gets_one_line_and_status_2(arguments, message, saved, capsys)
     assert run(*(argument.replace("{}", str(saved / "dense")) for argument in arguments)) == 2
     out, err = capsys.readouterr()
     assert err.startswith(f"generate.py: error: {message}") and err.count("\n") == 1 and not out
+
+
+def test_a_prompt_that_is_cut_is_told_of(saved, capsys):
+    assert run(saved / "dense", "one two three four " * 60, "--max_new_tokens", 8, "--device", "cpu") == 0
+    warning, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"warning  prompt: longer than the context of {saved}/dense, which reads it without its first "
+                        r"\d{3,} tokens", warning)
+
+
+def test_the_lowest_temperature_is_greedy_and_the_largest_seed_works(saved, capsys):
+    texts = []
+    for options in ([], ["--temperature", generate.COLDEST, "--seed", 2**64 - 1]):
+        assert run(saved / "dense", "import", "--max_new_tokens", 8, "--device", "cpu", *options) == 0
+        texts.append(capsys.readouterr().out.splitlines()[:-1])
+    assert texts[0] == texts[1]
+
+
+def test_ctrl_c_gets_one_line(saved, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "manual_seed", interrupt)
+    assert run(saved / "dense", "import", "--device", "cpu") == 130
+    assert capsys.readouterr().err == "generate.py: interrupted\n"

@@ -1,6 +1,7 @@
 """Check pruning and quantization in one walk against brute force: explicit inverses, exhaustive rounding."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_h
                 pruned[:] = False
                 for i, k in least(j, j + width, round(sparsity * rows * width)):
                     pruned[i, k - j] = True
-            scale, zero = find_grid(W[:, j:j + width], pruned, scheme, torch.float64)
+            scale, zero = find_grid(W[:, j:j + width], pruned, scheme, torch.float64, H.diagonal()[j:j + width])
         grids[j] = scale, zero
         values = (torch.arange(2**scheme.wbits) - zero[:, None]) * scale[:, None]  # (out, codes)
         distance = (values - W[:, j, None]).abs()
@@ -197,6 +198,18 @@ def test_gptq_is_never_worse_than_rounding_on_real_activations(scheme, act_order
         assert error == pytest.approx(relative_error(W, weight, hessian.H))
         ratios.append(error / relative_error(W, nearest, hessian.H))
     assert math.prod(ratios) ** (1 / len(ratios)) < 0.8
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("scheme", [Scheme(4), Scheme(4, sym=True), Scheme(3, 32), Scheme(3, 32, sym=True)])
+def test_a_searched_range_is_better_on_heavy_tails(scheme, act_order):
+    X = correlated_inputs(900, 128).float() * random(128).float().exp()  # features of very different sizes
+    W = random(96, 128).float() ** 3  # a few weights 100 times as large as most
+    hessian = SparseGPT(128, 1, "cpu")
+    hessian.add_batch(X)
+    hessian.factor(PERCDAMP, activation_order(hessian.H.diagonal()) if act_order else None)
+    plain, searched = (prune_one(hessian, W.clone(), 0.0, scheme=replace(scheme, mse=mse))[0] for mse in (False, True))
+    assert searched < 0.95 * plain
 
 
 def test_pruning_and_quantizing_together_is_better_than_one_after_the_other(trained_model):

@@ -9,6 +9,7 @@ from conftest import CPU, make
 
 import modelutils
 from mixgpt.common.errors import InputError
+from mixgpt.modeling.streaming import Source
 from modelutils import Stream, linears, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -94,3 +95,39 @@ def test_hidden_states_without_room_anywhere_are_refused(tokens, monkeypatch):
     monkeypatch.setattr(modelutils.os, "posix_fallocate", full)
     with pytest.raises(InputError, match="--nsamples, --seqlen: hidden states take 0.0 GB, .*No space left"):
         Stream.embed(model, family, tokens, 2, CPU)
+
+
+def test_hidden_states_that_fit_nowhere_are_refused_before_they_are_allocated():
+    modelutils.check_hidden_states(10**6, CPU)
+    with pytest.raises(InputError, match=r"--nsamples, --seqlen: hidden states take 1000000\.0 GB, more than is free "):
+        modelutils.check_hidden_states(10**15, CPU)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_ctrl_c_while_layers_are_made_to_record_passes_and_leaves_them_as_they_were(number, tokens):
+    class Interrupted(torch.nn.Identity):
+        def __setattr__(self, name, value):
+            if name == "forward":
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    family, model = make("llama")
+    layers = family.layers_of(model)
+    layers[number] = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        Stream.embed(model, family, tokens, 2, CPU)
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_ctrl_c_before_a_module_is_read_from_disk_passes():
+    module, source = torch.nn.Linear(2, 2, device="meta"), Source({}, torch.float32)
+    module.source = source
+    source.ahead = SimpleNamespace(result=interrupted)
+    module.state_dict = interrupted
+    with pytest.raises(KeyboardInterrupt), modelutils.on_device([module], CPU):
+        pass
+    assert module.weight.is_meta
+
+
+def interrupted(**_):
+    raise KeyboardInterrupt

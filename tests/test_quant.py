@@ -41,8 +41,9 @@ def reference_rounding(w, scale, zero, wbits, dtype):
     return rounded(step * scale, dtype)
 
 
-def squared_error(values, scale, zero, wbits, dtype):
-    return sum((w - reference_rounding(w, scale, zero, wbits, dtype)) ** 2 for w in values)
+def squared_error(values, factors, scale, zero, wbits):
+    return sum(factor * (w - reference_rounding(w, scale, zero, wbits, torch.float32)) ** 2
+               for w, factor in zip(values, factors, strict=True))
 
 
 def some_grid(wbits, dtype, groups=1, sym=False, seed=0):
@@ -85,21 +86,24 @@ def test_rows_without_weights_have_a_finite_grid_that_holds_zero(sym, mse):
 
 
 @hypothesis_settings
-@given(wbits=all_wbits, sym=booleans, dtype=dtypes, seed=seeds, outlier=st.sampled_from([1, 4]))
-def test_the_search_takes_the_shrunk_range_with_the_least_error_over_the_kept_weights(wbits, sym, dtype, seed, outlier):
+@given(wbits=all_wbits, sym=booleans, dtype=dtypes, seed=seeds, outlier=st.sampled_from([1, 4]), weighted=booleans)
+def test_the_search_takes_the_shrunk_range_with_the_least_error_over_the_kept_weights(wbits, sym, dtype, seed, outlier,
+                                                                                      weighted):
     W, pruned = random(2, 12, seed=seed), random(2, 12, seed=seed + 1) < 0
     W[:, 0] *= outlier
     W[pruned] *= 10
-    scheme = Scheme(wbits, sym=sym, mse=True)
-    for row, mask, scale, zero in zip(W, pruned, *(x.tolist() for x in find_grid(W, pruned, scheme, dtype)),
+    importance = random(12, seed=seed + 2).exp() if weighted else None
+    scheme, factors = Scheme(wbits, sym=sym, mse=True), importance.tolist() if weighted else [1.0] * 12
+    for row, mask, scale, zero in zip(W, pruned, *(x.tolist() for x in find_grid(W, pruned, scheme, dtype, importance)),
                                       strict=True):
         kept = row[~mask].tolist()
+        kept_factors = [factor for factor, gone in zip(factors, mask.tolist(), strict=True) if not gone]
         candidates = [reference_grid(kept, scheme, dtype, shrink) for shrink in SHRINKS]
-        errors = [squared_error(kept, *candidate, wbits, dtype) for candidate in candidates]
+        errors = [squared_error(kept, kept_factors, *candidate, wbits) for candidate in candidates]
         assert (scale, zero) in candidates
-        error = squared_error(kept, scale, zero, wbits, dtype)
+        error = squared_error(kept, kept_factors, scale, zero, wbits)
         assert error <= min(errors) * (1 + 1e-5) + 1e-12  # errors are summed in float32 there
-        assert error <= squared_error(kept, *reference_grid(kept, scheme, dtype), wbits, dtype) * (1 + 1e-5) + 1e-12
+        assert errors[0] == squared_error(kept, kept_factors, *reference_grid(kept, scheme, dtype), wbits)
 
 
 def test_the_search_gives_up_an_outlier_for_the_other_weights():
@@ -107,6 +111,15 @@ def test_the_search_gives_up_an_outlier_for_the_other_weights():
     nothing = torch.zeros_like(W, dtype=torch.bool)
     whole, shrunk = (find_grid(W, nothing, Scheme(3, sym=True, mse=mse), torch.float32)[0] for mse in (False, True))
     assert shrunk < 0.7 * whole
+
+
+def test_the_search_keeps_an_outlier_that_weighs_more_than_the_others():
+    W = torch.cat([random(1, 200), torch.tensor([[12.0]])], 1)
+    nothing, scheme = torch.zeros_like(W, dtype=torch.bool), Scheme(3, sym=True, mse=True)
+    importance = torch.ones(201).index_fill(0, torch.tensor(200), 1e4)
+    whole, _ = find_grid(W, nothing, Scheme(3, sym=True), torch.float32)
+    assert find_grid(W, nothing, scheme, torch.float32, importance)[0] > 0.9 * whole
+    assert find_grid(W, nothing, scheme, torch.float32, 1 / importance)[0] < 0.7 * whole
 
 
 # to_grid

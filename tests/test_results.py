@@ -9,8 +9,9 @@ from conftest import FAMILIES
 from matplotlib.figure import Figure
 
 import results
-from mixgpt.app import cli, comparison
+from mixgpt.app import cli, comparison, record_files
 from mixgpt.app.settings import Settings, recipe
+from mixgpt.common.outputs import RECORD, check_writable
 
 SETTINGS = {"model": "facebook/opt-125m", "dataset": "c4", "seqlen": 2048}
 
@@ -107,7 +108,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_point(write):
                   c=record(30.0, sparsity=0.5), d=record(50.0, sparsity=0.5, gmp=True),
                   e=record(39.0, sparsity=0.6, nsamples=32), f=record(20.0),
                   g=record(48.0, sparsity=0.5, gmp=True, eval_limit=8))
-    runs = [comparison.read(path) for path in comparison.files_of(files)]
+    runs = [comparison.read(path) for path in record_files.files_of(files)]
     dense, series = comparison.panels_of(runs)["facebook/opt-125m", "wikitext2"]
     assert dense == 20.0
     assert series == {"SparseGPT, nsamples 128": [(0.5, 30.0, 30.0, 30.0), (0.6, 42.0, 40.0, 44.0)],
@@ -141,6 +142,8 @@ def test_what_a_run_records_is_read_without_its_weights(checkpoint_folder, tmp_p
             checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--gmp", "--seqlen", "128", "--eval", "--device",
             "cpu", "--quiet", *more)]) == 0
     assert [path.name for path in file.parent.iterdir()] == ["a.json"]
+    for path in (file, tmp_path / "b.json"):  # a run may replace what another one recorded
+        check_writable("--record", path, RECORD)
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads((tmp_path / "saved/mixgpt.json").read_text())
     capsys.readouterr()
     assert results.main([str(file), str(tmp_path / "sav*"), str(file)]) == 0
@@ -165,9 +168,8 @@ def test_files_that_are_no_records_get_a_line_each_and_the_others_are_shown(writ
     assert [line.replace(str(tmp_path) + "/", "") for line in captured.err.splitlines()] == [
         "results.py: error: damaged.json: cannot be read as JSON (Expecting property name enclosed in double quotes: "
         "line 1 column 15 (char 14))",
-        "results.py: error: foreign.json: is not the record of a run (KeyError: 'perplexity')",
-        "results.py: error: list.json: is not the record of a run (TypeError: list indices must be integers or slices, "
-        "not str)",
+        "results.py: error: foreign.json: is not the record of a run (it lacks settings)",
+        "results.py: error: list.json: is not the record of a run (it is [1])",
         "results.py: error: binary.json: cannot be read as JSON ('utf-8' codec can't decode byte 0xff in position 0: "
         "invalid start byte)",
         "results.py: error: empty/mixgpt.json: no such file; give files of --record or folders of --save",
@@ -179,9 +181,60 @@ def test_files_that_are_no_records_get_a_line_each_and_the_others_are_shown(writ
 @pytest.mark.parametrize("given, message", [
     (["--plot", "a.txt"], "--plot a.txt: must end in .png, .pdf, .svg"),
     (["--csv", "/proc/a/b.csv"], "--csv /proc/a/b.csv: cannot be written"),
-    (["--plot", "{dense}.png"], "none of the runs has both a perplexity and pruned weights")])
+    (["--plot", "{dense}.png"], "none of the runs has both a finite perplexity and pruned weights")])
 def test_files_that_cannot_be_written_are_refused(given, message, write, tmp_path, capsys):
     given = [word.format(dense=tmp_path / "dense") for word in given]
     assert results.main([*write(a=record(40.0)), *given]) == 2
     error, = capsys.readouterr().err.splitlines()
     assert message in error and error.startswith("results.py: error: --")
+
+
+def test_the_table_and_the_picture_of_an_earlier_call_are_replaced(write, tmp_path):
+    files, places = write(a=record(40.0, 20.0, sparsity=0.6)), ["--csv", "runs.csv", "--plot", "runs.svg"]
+    options = [str(tmp_path / place) if "." in place else place for place in places]
+    assert results.main([*files, *options]) == 0
+    first = {name: (tmp_path / name).read_bytes() for name in places[1::2]}
+    files = write(a=record(40.0, 20.0, sparsity=0.6), b=record(30.0, sparsity=0.5))
+    assert results.main([*files, *options]) == 0
+    assert all((tmp_path / name).read_bytes() != content for name, content in first.items())
+
+
+def test_a_perplexity_beyond_all_numbers_stands_in_the_table_and_not_in_the_picture(write, tmp_path, capsys):
+    files = write(a=record(float("inf"), float("nan"), sparsity=0.6), b=record(30.0, sparsity=0.5),
+                  c=record(float("nan"), sparsity=0.7))
+    runs = [comparison.read(path) for path in record_files.files_of(files)]
+    assert comparison.panels_of(runs)["facebook/opt-125m", "wikitext2"] == (
+        None, {"SparseGPT": [(0.5, 30.0, 30.0, 30.0)]})
+    assert results.main([*files, "--plot", str(tmp_path / "a.png")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[2] for row in rows if row and row[0] == "SparseGPT"] == ["30.00", "inf", "nan"]
+
+
+def test_records_whose_settings_are_of_other_types_are_refused_and_the_rest_is_sorted(write, capsys):
+    files = write(a=record(40.0, sparsity=0.6), b=record(30.0, sparsity=0.6) | {"sparsity": "0.6"})
+    assert results.main(files) == 2
+    captured = capsys.readouterr()
+    assert "40.00" in captured.out and captured.err.endswith('b.json: is not the record of a run (sparsity is "0.6")\n')
+
+
+def test_a_test_set_that_is_called_like_a_column_does_not_confuse_the_order(write, capsys):
+    other = record(30.0, sparsity=0.5)
+    other["perplexity"]["SparseGPT"] = {"seed": 31.0}
+    assert results.main(write(a=record(40.0, sparsity=0.6), b=other)) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[-2:]] == ["50.00%", "60.00%"]
+
+
+def test_a_record_without_any_perplexity_has_a_row(write, capsys):
+    assert results.main(write(a=record(40.0, sparsity=0.6), b=record(30.0) | {"perplexity": {}})) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        ["dense", "0.00%"], ["SparseGPT", "60.00%"]]
+
+
+def test_ctrl_c_gets_one_line(write, capsys, monkeypatch):
+    monkeypatch.setattr(record_files.json, "loads", interrupt)
+    assert results.main(write(a=record(40.0, sparsity=0.6))) == 130
+    assert capsys.readouterr().err == "results.py: interrupted\n"
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt

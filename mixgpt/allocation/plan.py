@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from mixgpt.allocation.fisher import Gradients
-from mixgpt.allocation.ranking import allocate, allocate_whole
+from mixgpt.allocation.ranking import allocate, allocate_whole, meet_total
 from mixgpt.pruning.targets import Target
 from modelutils import Execution
 
@@ -41,15 +41,17 @@ def by_layer(budget):
 
 def _by_rank(budget, unit_of):
     ranked, sizes, target = {}, {}, budget.target
-    for key, (out, columns) in budget.selected.items():
+    weights = {key: out * columns for key, (out, columns) in budget.selected.items()}
+    for key, size in weights.items():
         unit = unit_of(key)
         ranked[unit] = ranked.get(unit, 0) + budget.sensitivity[key]
-        sizes[unit] = sizes.get(unit, 0) + out * columns
+        sizes[unit] = sizes.get(unit, 0) + size
     arguments = list(ranked.values()), list(sizes.values()), target.sparsity, budget.alpha
     if target.prunem:
         m = target.prunem
-        targets = [Target(n / m, n, m) for n in allocate_whole(*arguments, m)]
-    else:
-        targets = [Target(sparsity) for sparsity in allocate(*arguments)]
-    of_unit = dict(zip(ranked, targets, strict=True))
-    return {key: of_unit[unit_of(key)] for key in budget.selected}
+        of_unit = dict(zip(ranked, allocate_whole(*arguments, m), strict=True))
+        return {key: Target(of_unit[unit_of(key)] / m, of_unit[unit_of(key)], m) for key in weights}
+    of_unit = dict(zip(ranked, allocate(*arguments), strict=True))
+    sparsities = meet_total([of_unit[unit_of(key)] for key in weights], list(weights.values()),
+                            round(target.sparsity * sum(weights.values())))
+    return {key: Target(sparsity) for key, sparsity in zip(weights, sparsities, strict=True)}

@@ -21,6 +21,21 @@ def allocate(sensitivities, sizes, sparsity, alpha):
     return (wanted + high).clamp(0, 1).tolist()
 
 
+def meet_total(sparsities, sizes, total):
+    """Move units by one weight where needed, so that the units' rounded numbers of pruned weights sum to `total`.
+
+    sparsities: floats whose mean, weighted by sizes, lies within half a weight of total. The units whose exact number
+    is closest to the next whole one move, the first of equally close ones (Hamilton's method of largest remainders).
+    Returns a list of floats; those of all other units are unchanged.
+    """
+    exact = [sparsity * size for sparsity, size in zip(sparsities, sizes, strict=True)]
+    missing = total - sum(map(round, exact))
+    step = 1 if missing > 0 else -1
+    closest = sorted(range(len(exact)), key=lambda i: step * (round(exact[i]) - exact[i]))
+    moved = set(closest[:abs(missing)])
+    return [(round(exact[i]) + step) / sizes[i] if i in moved else sparsity for i, sparsity in enumerate(sparsities)]
+
+
 def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
     """Give each unit an integer n of n:m, as `allocate` would, with the total as close to the budget as possible.
 

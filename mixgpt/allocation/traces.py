@@ -11,7 +11,8 @@ import torch
 from mixgpt.allocation.backward import Chunk, chunk_size
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import cache_folder, check_writable, write
+from mixgpt.common.files import cache_folder
+from mixgpt.common.outputs import TRACES, check_file, check_writable, write
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import linears
@@ -107,17 +108,18 @@ def read(path, shapes, estimator):
     Raises InputError, naming the file, if it holds other matrices or another estimator, is not a file of traces, or
     does not exist and cannot be written.
     """
+    check_file(FLAG, path, TRACES)  # before it is read: it may be a pipe, or a model's weights
     try:
         content = json.loads(Path(path).read_text())
         held = {(row["layer"], row["name"]): tuple(row["shape"]) for row in content["matrices"]}
-        kind, _, _ = (content["key"][name] for name in ("estimator", "weights", "sequences"))
+        kind, _, sequences = (content["key"][name] for name in ("estimator", "weights", "sequences"))
         samples = torch.tensor(content["samples"], dtype=torch.float64)
-        if samples.shape[1:] != (len(held),) or not samples.isfinite().all():
-            raise ValueError(f"samples {tuple(samples.shape)} of {len(held)} matrices")
+        if samples.shape[1:] != (len(held),) or not 0 < len(samples) <= sequences or not samples.isfinite().all():
+            raise ValueError(f"samples {tuple(samples.shape)} of {len(held)} matrices, {sequences} sequences")
     except (FileNotFoundError, NotADirectoryError):
-        check_writable(FLAG, path)
+        check_writable(FLAG, path, TRACES)
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(f"--sensitivity_file {path}: is not a file of traces ({type(error).__name__})") from error
     for matrix in {**shapes, **held}:
         if shapes.get(matrix) != held.get(matrix):
@@ -170,7 +172,7 @@ def load_or_compute(execution, tokens, sampling, path=None):
         return Traces(estimator, shapes, held["samples"]), target
     if held and held["key"] != key:
         raise InputError(f"--sensitivity_file {target}: is incomplete and was started with different data or settings")
-    check_writable(FLAG, target)
+    check_writable(FLAG, target, TRACES)
 
     def save(rows):
         if distributed.rank() == 0:
@@ -188,4 +190,4 @@ def _write(path, key, shapes, samples):
     rows = [{"layer": layer, "name": name, "shape": shape, "trace": mean, "standard_error": error}
             for ((layer, name), shape), mean, error in zip(
                 shapes.items(), traces.mean.tolist(), traces.standard_error.tolist(), strict=True)]
-    write(FLAG, path, json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")
+    write(FLAG, path, json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n", TRACES)

@@ -7,37 +7,53 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from mixgpt.app import ending
 from mixgpt.app.settings import parse
+from mixgpt.common import environment
 from mixgpt.common.errors import InputError
+
+REMEDY = "lower --batch-size, --nsamples or --seqlen, or give --no-true-sequential"
+RESUME = "what is in the folder of --save goes on with --resume"
 
 
 def main(family, argv=None):
-    """Run a family's command line. Returns the exit status: 0, 2 after a one-line input error, 130 after Ctrl-C.
+    """Run a family's command line. Returns the exit status, see `ending.run`.
 
     argv: its arguments (default: sys.argv, including the script's name).
     """
     if argv is None:
         family, argv = replace(family, script=Path(sys.argv[0]).name), sys.argv[1:]
-    try:
-        settings = parse(family, argv)
-        settings.check_paths()
-        with contextlib.ExitStack() as stack:
-            _silence(stack)
-            from mixgpt.app import pipeline  # slow import
+    return ending.run(family.script, argv, lambda: _run(family, argv), REMEDY)
 
-            pipeline.run(family, settings, shlex.join(["python", family.script, *argv]))
-    except InputError as error:
-        print(f"{family.script}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{family.script}: interrupted; what is in the folder of --save goes on with --resume", file=sys.stderr)
-        return 130
-    return 0
+
+def _run(family, argv):
+    environment.check()
+    settings = parse(family, argv)
+    settings.check_paths()
+    with contextlib.ExitStack() as stack:
+        _silence(stack)
+        stack.enter_context(_resumable(settings))
+        from mixgpt.app import pipeline  # slow import
+
+        pipeline.run(family, settings, shlex.join(["python", family.script, *argv]))
+
+
+@contextlib.contextmanager
+def _resumable(settings):
+    """Add to what ends a run that it can go on, if that is so."""
+    try:
+        yield
+    except InputError:  # says so itself
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if settings.save:
+            error.add_note(RESUME)
+        raise
 
 
 def _silence(stack):
     """Silence all processes but the first, until `stack` is closed."""
-    if int(os.environ.get("RANK", 0)):
+    if environment.rank():
         nowhere = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))

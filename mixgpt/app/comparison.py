@@ -1,41 +1,25 @@
 """Compare the records of many runs: one table, and perplexity against sparsity by method."""
 
 import csv
-import glob
 import io
-import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
+from mixgpt.app import record_files
 from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
 from mixgpt.app.tables import table
-from mixgpt.checkpoints.names import RECORD, begun
 from mixgpt.common.errors import InputError
+from mixgpt.common.outputs import PICTURE, write
 
 NO_SCORES = ("examples", "num_fewshot", "version")  # keys of a task that are not metrics
 TOLD = ("wbits", "sparsity_way", "saliency")  # columns already implied by the method's name
 ABOUT = ("model", "seed")  # columns on what was run; like dense results, above the table if equal in all rows
 
 
-def files_of(names):
-    """Return the record files that names, directories and glob patterns refer to, each once."""
-    found = []
-    for name in names:
-        for path in map(Path, sorted(glob.glob(name)) or [name]):
-            found.append(path / RECORD if path.is_dir() else path)
-    return list(dict.fromkeys(found))
-
-
 def read(file):
     """Read the record of a run. Raises InputError, naming the file, if it is not a record."""
-    try:
-        record = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: no such file; give files of --record or folders of --save") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({getattr(error, 'strerror', None) or error})") from error
-    if file.name == RECORD and begun(file.parent):
-        raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
+    record = record_files.load(file)
     try:
         names = [name for name in record["perplexity"] if name != "dense"] or ["dense"]
         settings, model = record["settings"], record["settings"]["model"]
@@ -62,7 +46,8 @@ def _preset(settings):
 
 def _dense(runs):
     """Return {(model, sequence length and count, dataset, its sha256): perplexity} of the dense models."""
-    return {_text_of(run, name): value for run in runs for name, value in run["perplexity"].get("dense", {}).items()}
+    return {_text_of(run, name): float(value) for run in runs
+            for name, value in run["perplexity"].get("dense", {}).items()}
 
 
 def _text_of(run, name):
@@ -83,13 +68,14 @@ def table_of(runs):
                "sparsity": run["sparsity"], "wbits": settings.get("wbits", 16),
                "sparsity_way": settings["sparsity_way"].replace("origin", "uniform") if pruned else None,
                "saliency": settings["saliency"] if walked else None, "seed": settings["seed"]}
+        place = (row["model"], round(row["sparsity"], 3), -row["wbits"], order.index(row["method"]), row["seed"],
+                 run["file"])  # before a test set that is called like a column is added
         for name in sets:
-            row |= {name: run["perplexity"][method].get(name), f"dense {name}": dense.get(_text_of(run, name))}
+            row |= {name: run["perplexity"].get(method, {}).get(name), f"dense {name}": dense.get(_text_of(run, name))}
         row |= dict.fromkeys(scores) | _scores(run) | {"seconds": sum(run["seconds"].values())}
         row |= {f"GB {place}": size / 1e9 for place, size in run["peak_memory"].items()}
-        rows.append(row | {"file": run["file"]})
-    return sorted(rows, key=lambda row: (row["model"], round(row["sparsity"], 3), -row["wbits"],
-                                         order.index(row["method"]), row["seed"], row["file"]))
+        rows.append((place, row | {"file": run["file"]}))
+    return [row for _, row in sorted(rows, key=lambda placed: placed[0])]
 
 
 def _sets(runs):
@@ -114,15 +100,18 @@ def panels_of(runs):
         label = [run["label"], *(f"{name} {settings.get(name)}" for name in having_effect(RESULT, EVALUATION)
                                  if len(values[run["model"], run["label"], name]) > 1)]
         for name, perplexity in run["perplexity"][run["method"]].items():
+            if not math.isfinite(perplexity):
+                continue  # it stands in the table only
             key = run["model"], name, ", ".join(label), settings.get("sparsity", 0), settings.get("prunen", 0)
-            points[key].append((run["sparsity"], perplexity, dense.get(_text_of(run, name))))
+            points[key].append((float(run["sparsity"]), float(perplexity), dense.get(_text_of(run, name))))
     panels = {}
     for (model, name, label, *_), found in sorted(points.items()):
         sparsities, perplexities, references = zip(*found, strict=True)
         reference, series = panels.get((model, name), (None, {}))
         series.setdefault(label, []).append((sum(sparsities) / len(found), sum(perplexities) / len(found),
                                              min(perplexities), max(perplexities)))
-        panels[model, name] = next((value for value in (reference, *references) if value is not None), None), series
+        panels[model, name] = next((value for value in (reference, *references) if value is not None
+                                    and math.isfinite(value)), None), series
     return panels
 
 
@@ -150,13 +139,13 @@ def csv_of(runs):
 
 
 def draw(path, runs):
-    """Plot perplexity against sparsity. Raises InputError if no run has both."""
+    """Plot perplexity against sparsity, as a file. Raises InputError if no run has both or it cannot be written."""
     panels = panels_of(runs)
     if not panels:
-        raise InputError(f"--plot {path}: none of the runs has both a perplexity and pruned weights")
+        raise InputError(f"--plot {path}: none of the runs has both a finite perplexity and pruned weights")
     from mixgpt.app import plots  # imports PyTorch and matplotlib
 
-    plots.draw_tradeoff(path, panels)
+    write("--plot", path, plots.draw_tradeoff(panels, Path(path).suffix), PICTURE)
 
 
 def _header(rows):

@@ -9,7 +9,7 @@ from mixgpt.app.tables import side_by_side, wrapped
 from mixgpt.common.runtime import choose_device
 from mixgpt.evaluation.generation import complete, load
 
-WIDEST = 120  # columns
+NARROWEST, WIDEST = 20, 120  # columns
 
 
 def print_completions(models, prompt, device=None, dtype="auto", **options):
@@ -21,7 +21,11 @@ def print_completions(models, prompt, device=None, dtype="auto", **options):
         loaded, tokenizer = load(name, device, dtype)
         made[title] = complete(loaded, tokenizer, prompt, **options)
         del loaded  # before the next one is loaded
-    width = min(shutil.get_terminal_size((100, 24)).columns, WIDEST)
+    for title, each in made.items():
+        if each.cut:
+            print(f"warning  prompt: longer than the context of {models[title]}, which reads it without its first "
+                  f"{each.cut} tokens")
+    width = max(NARROWEST, min(shutil.get_terminal_size((100, 24)).columns, WIDEST))
     print("\n".join(wrapped(prompt, width)), end="\n\n")
     if len(made) > 1:
         print(side_by_side({title: each.text for title, each in made.items()}, width))

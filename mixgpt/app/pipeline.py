@@ -3,13 +3,16 @@
 import contextlib
 import gc
 import json
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import torch
 import transformers
 from huggingface_hub.utils import disable_progress_bars
@@ -22,12 +25,12 @@ from mixgpt.app import plots, records
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
 from mixgpt.app.report import heading, plan_text, result_text
 from mixgpt.app.tracking import Tracker
-from mixgpt.checkpoints import load
+from mixgpt.checkpoints import formats, load, run_dir, shards
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, progress
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import check_writable, write
+from mixgpt.common.outputs import PICTURE, RECORD, write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck, semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
@@ -37,7 +40,7 @@ from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
-from modelutils import Execution, Family
+from modelutils import Execution, Family, check_hidden_states
 from sparsegpt import WalkOptions
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
@@ -63,6 +66,7 @@ class Job:
     score: Any = None  # function that scores a model on the tasks, None without tasks
     model: Any = None
     run_dir: RunDir | None = None
+    identity: dict = field(default_factory=dict)  # what a run that goes on must share, see records.identity
     tracker: Tracker | None = None
     plan: dict = field(default_factory=dict)  # {(layer, name): Target}
     traces: Any = None  # used by the plan, None if not needed
@@ -98,10 +102,35 @@ def run(family, settings, command=None):
         stack.enter_context(distributed.joined(device))
         if settings.quiet:
             stack.enter_context(progress.silent())
+        if settings.resume and (record := records.completed(settings)):
+            report_completed(job, record)
+            return record
         for step in (check, read_texts, open_model, announce, choose_plan, evaluate_dense, compress, save, evaluate,
                      report):
             step(job)
         return job.record
+
+
+def report_completed(job, record):
+    """Print the results of a run that has ended before, as when its job is queued again.
+
+    Raises InputError if it had other settings, or other weights where the model goes by another name.
+    """
+    settings = job.settings
+    records.check_completed(record, settings, job.device)
+    if settings.model != record["settings"]["model"]:
+        job.config, sums = load.load_config(settings.model, job.family), {}
+        model = load.open_model(settings.model, job.config, job.family, dtype_of(job), sums)
+        if records.identity({}, model, sums, None)["model's weights"] != record["identity"]["model's weights"]:
+            raise InputError(f"--resume: the complete run in {settings.save} has pruned other weights than those of "
+                             f"{settings.model}")
+    job.record, job.perplexities, job.scores = record, record["perplexity"], record.get("tasks", {})
+    job.matrices, job.outcomes = records.matrices_of(record)
+    log(settings, f"resume   the run in {settings.save} is complete; these are its results")
+    print(result_text(job), flush=True)
+    if distributed.rank() == 0:
+        run_dir.clear(settings.save)  # it may have been killed while it did this
+        write_record(settings, record)
 
 
 # ---- before the weights are read -------------------------------------------------------------------------------
@@ -110,25 +139,51 @@ def run(family, settings, command=None):
 def check(job):
     """Raise InputError for settings that do not fit the model or the disk."""
     settings = job.settings
+    settings.check_paths()  # again, for callers that are not the command line
     with job.clock.part("load"):
         job.config = load.load_config(settings.model, job.family)
         job.seqlen = choose_seqlen(settings.seqlen, job.config)
         skeleton = load.skeleton(job.config)
+        load.check_layers(settings.model, skeleton, job.family)
         selfcheck.check(settings.model, job.family, skeleton)
         if settings.compresses:
             job.selected = select(skeleton, job.family, selection_of(settings),
                                   {"--prunem": settings.prunem, "--groupsize": settings.groupsize})
+        _check_room(job)
         if settings.sensitivity_file:
             traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, job.family), settings.sensitivity)
-        if settings.plot:
-            plots.check(settings.plot)
-        if settings.record:
-            check_writable("--record", settings.record)
         if settings.save and distributed.rank() == 0:  # the first process locks the directory
-            load.check_save(settings.save, load.size(skeleton, dtype_of(job)), settings.resume)
+            load.check_save(settings.save, load.size(skeleton, dtype_of(job)), settings.resume,
+                            _result_size(job, skeleton))
         job.tokenizer = load.load_tokenizer(settings.model)
         if settings.save:
             job.run_dir = job.stack.enter_context(RunDir(settings.save, settings.save_format))
+
+
+def _check_room(job):
+    """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn."""
+    settings, numel = job.settings, job.settings.nsamples * job.seqlen
+    if not settings.draws:
+        return
+    free = psutil.virtual_memory().available
+    if 16 * numel > free:  # a list of the tokens, then a tensor
+        raise InputError(f"--nsamples {settings.nsamples}: sequences of {job.seqlen} tokens take "
+                         f"{16 * numel / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; lower --nsamples or "
+                         "--seqlen")
+    dtype = dtype_of(job)
+    itemsize = 2 if dtype == "auto" else dtype.itemsize  # at least
+    check_hidden_states(numel // distributed.world() * job.config.hidden_size * itemsize, job.device)
+
+
+def _result_size(job, skeleton):
+    """Estimate the bytes of a result that is written beside all finished layers; None if it takes their place."""
+    settings, dtype = job.settings, dtype_of(job)
+    if settings.save_format == "dense":
+        return None
+    changed = list(job.selected.values())
+    return load.size(skeleton, dtype) + formats.expected_bytes(
+        settings.save_format, changed, target_of(settings).sparsity, settings.scheme, load.itemsize(dtype)) - (
+        load.itemsize(dtype) * sum(out * columns for out, columns in changed))
 
 
 def selection_of(settings):
@@ -154,7 +209,7 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
     if settings.nsamples < distributed.world():
         raise InputError(f"--nsamples {settings.nsamples}: must be at least {distributed.world()}, the number "
                          "of processes")
-    if settings.mixed or settings.weighs or settings.calibrates:
+    if settings.draws:
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
     for name in settings.eval:
@@ -184,13 +239,36 @@ def open_model(job):
     """Open the weights, and start or resume the output directory."""
     settings = job.settings
     with job.clock.part("load"):
-        job.model = load.open_model(settings.model, job.config, job.family, dtype_of(job))
-        if not job.run_dir and job.selected and job.streamed:  # pruned layers go to disk too
-            path = job.stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
-            job.run_dir = job.stack.enter_context(RunDir(distributed.broadcast_object(path)))
+        sums = {}
+        job.model = load.open_model(settings.model, job.config, job.family, dtype_of(job),
+                                    sums if job.run_dir else None)
         if job.run_dir:
-            job.run_dir.start(job.model, job.family, records.identity(settings, job.seqlen, job.device, job.model,
-                                                                      job.calibration))
+            job.identity = records.identity(records.asked(settings, job.seqlen, job.device), job.model, sums,
+                                            job.calibration)
+        elif job.selected and job.streamed:  # pruned layers go to disk too
+            job.run_dir = job.stack.enter_context(_temporary_run_dir(job))
+        if job.run_dir:
+            job.run_dir.start(job.model, job.family, job.identity, sums)
+
+
+def _temporary_run_dir(job):
+    """Return a RunDir in a temporary directory. Raises InputError if there is none with room for the pruned layers."""
+    layers = job.family.layers_of(job.model)
+    if job.settings.calibrates:
+        layers = layers[:max(index for index, _ in job.selected) + 1]
+    needed = sum(shards.size(layer.state_dict()) for layer in layers)
+    path = None
+    if distributed.rank() == 0:
+        try:
+            path = job.stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
+            free = shutil.disk_usage(path).free
+        except OSError as error:
+            raise InputError("TMPDIR: no folder for temporary files can be written; set it to one, or give --save"
+                             ) from error
+        if free < needed:
+            raise InputError(f"TMPDIR {tempfile.gettempdir()}: pruned layers need {needed / 1e9:.3f} GB, "
+                             f"{free / 1e9:.3f} GB are free; set it to a folder on a larger disk, or give --save")
+    return RunDir(distributed.broadcast_object(path), temporary=True)
 
 
 def announce(job):
@@ -198,6 +276,8 @@ def announce(job):
     settings, model = job.settings, job.model
     job.record = records.facts(settings, job.seqlen, model.dtype, job.device, job.sources)
     log(settings, heading(job))
+    if job.identity:
+        job.record["identity"] = job.identity
     with job.clock.part("W&B"):
         job.tracker = job.stack.enter_context(tracker_of(settings, job.record))
     if job.tracker.place:
@@ -278,9 +358,10 @@ def choose_plan(job):
     if not settings.compresses:
         return
     kept = job.run_dir if settings.save and (settings.weighs or settings.spreads) else None
-    job.plan, job.gradients = kept.kept_plan() if kept else (None, None)
+    found, job.gradients = kept.kept_plan() if kept else (None, None)
+    job.plan = found
     path = retry_with_less_memory(settings, Way(settings.batch_size), partial(_measure, job))
-    if kept and not kept.has_plan:
+    if kept and not found:
         kept.keep_plan(job.plan, job.gradients)
     if settings.spreads and not job.traces:
         sparsities = [target.sparsity for target in job.plan.values()]
@@ -292,7 +373,7 @@ def choose_plan(job):
             print(warning, flush=True)
         log(settings, plan_text(settings, target_of(settings), job.plan, job.selected, job.traces))
         if settings.plot and distributed.rank() == 0:
-            plots.draw(settings.plot, job.traces, job.plan)
+            write("--plot", settings.plot, plots.draw(job.traces, job.plan, Path(settings.plot).suffix), PICTURE)
         job.tracker.plan(job.traces, job.plan)
 
 
@@ -370,7 +451,7 @@ def save(job):
         return
     with job.clock.part("save"):
         if distributed.rank() == 0:
-            load.write_record(settings.save, record)
+            job.run_dir.write_record(record)
         job.run_dir.complete(job.tokenizer, {job.family.path(*key): outcome.grid
                                              for key, outcome in job.outcomes.items() if outcome.grid})
         _verify(job)
@@ -433,16 +514,22 @@ def _evaluate(job, method):
         job.scores[method] = retry_with_less_memory(job.settings, way, scores)
 
 
+def write_record(settings, record):
+    if settings.record:
+        write("--record", settings.record, json.dumps(record, indent=1) + "\n", RECORD)
+
+
 def report(job):
     """Complete the record, write it if requested, and print the tables."""
     settings, record = job.settings, job.record
     record |= {"perplexity": job.perplexities} | ({"tasks": job.scores} if job.scores else {})
     record |= {"seconds": dict(job.clock.seconds), "peak_memory": peak_memory(job.device)}
     if settings.save and distributed.rank() == 0:
-        load.write_record(settings.save, record)
+        job.run_dir.write_record(record)
+    if settings.save:
         job.run_dir.end()
     if result := result_text(job):
         print(result, flush=True)
-    if settings.record and distributed.rank() == 0:
-        write("--record", settings.record, json.dumps(record, indent=1) + "\n")
+    if distributed.rank() == 0:
+        write_record(settings, record)
     job.tracker.result(record, settings.method if job.plan else "dense")

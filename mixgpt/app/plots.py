@@ -1,30 +1,17 @@
 """Plot sensitivities, assigned sparsities and perplexities: MixGPT (arXiv 2310.09499), figures 1 to 3."""
 
-from pathlib import Path
+import io
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
 
 from mixgpt.app.tables import wrapped
-from mixgpt.common.errors import InputError
-from mixgpt.common.files import check_writable
-
-FORMATS = (".png", ".pdf", ".svg")
+from mixgpt.common.outputs import SOFTWARE
 
 
-def check(path):
-    """Raise InputError for a plot that could not be written."""
-    path = Path(path)
-    if path.suffix not in FORMATS:
-        raise InputError(f"--plot {path}: must end in {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--plot {path}: there is no folder {path.absolute().parent}")
-    check_writable("--plot", path)
-
-
-def draw(path, traces, plan):
-    """Plot `Traces` by layer and by matrix kind, and {(layer, name): Target} as a heat map."""
+def draw(traces, plan, suffix=".png"):
+    """Plot `Traces` by layer and by matrix kind, and {(layer, name): Target} as a heat map. Returns a file's bytes."""
     layers = sorted({layer for layer, _ in traces.shapes})
     kinds = list(dict.fromkeys(name for _, name in traces.shapes))
     sensitivity = traces.sensitivity
@@ -56,7 +43,7 @@ def draw(path, traces, plan):
     sparsities = {key: target.sparsity for key, target in plan.items()}
     _heat_map(figure.add_subplot(grid[2, :]), sparsities, kinds, layers, title="Sparsity assigned",
               label="fraction of weights pruned")
-    _write(figure, path, "; the traces are kept")
+    return _bytes_of(figure, suffix)
 
 
 def _heat_map(axis, values, kinds, layers, *, title, label, norm=None):
@@ -71,8 +58,8 @@ def _heat_map(axis, values, kinds, layers, *, title, label, norm=None):
     axis.figure.colorbar(image, ax=axis, label=label)
 
 
-def draw_tradeoff(path, panels):
-    """Plot perplexity against sparsity by method (arXiv 2310.09499, figure 3).
+def draw_tradeoff(panels, suffix=".png"):
+    """Plot perplexity against sparsity by method (arXiv 2310.09499, figure 3). Returns the file's bytes.
 
     panels: {(model, dataset): (dense perplexity or None, {method: [(sparsity, mean, lowest, highest), …]})}. One row
     per model, one column per dataset. Bars if all points have the same sparsity.
@@ -100,7 +87,7 @@ def draw_tradeoff(path, panels):
     shown = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     if not bars:
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, fontsize=9)
-    _write(figure, path)
+    return _bytes_of(figure, suffix)
 
 
 def _tradeoff(axis, dense, series, methods):
@@ -147,9 +134,8 @@ def _perplexity_axis(axis, side, low, high):
     side.set_minor_formatter("{x:,g}" if high < 50 * low else NullFormatter())  # they would overlap
 
 
-def _write(figure, path, consolation=""):
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        Path(path).unlink(missing_ok=True)
-        raise InputError(f"--plot {path}: cannot be written ({error.strerror}){consolation}") from error
+def _bytes_of(figure, suffix):
+    """Return a figure as a file of an outputs.PICTURE."""
+    content, mark = io.BytesIO(), "Software" if suffix == ".png" else "Creator"
+    figure.savefig(content, format=suffix[1:], dpi=120, metadata={mark: SOFTWARE})
+    return content.getvalue()

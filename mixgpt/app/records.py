@@ -1,8 +1,12 @@
 """The record of a run, mixgpt.json, and the settings that a resumed run must share with it."""
 
 import dataclasses
+import hashlib
+import json
+import math
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 import datasets
 import torch
@@ -10,9 +14,11 @@ import transformers
 
 from mixgpt.app.settings import METHOD, RESULT, ROUNDING, flags, having_effect
 from mixgpt.checkpoints.formats import stored_bytes
+from mixgpt.checkpoints.names import RECORD, begun
 from mixgpt.common import distributed
-from mixgpt.evaluation.sparsity import total_sparsity
-from mixgpt.modeling.streaming import digest, fingerprint
+from mixgpt.common.errors import InputError
+from mixgpt.evaluation.sparsity import MatrixSparsity, total_sparsity
+from mixgpt.modeling.streaming import digest
 from mixgpt.pruning.targets import Outcome
 
 
@@ -47,12 +53,60 @@ def of_matrices(matrices, outcomes, plan, known):
     return {"sparsity": total_sparsity(matrices), "matrices": rows}
 
 
-def identity(settings, seqlen, device, model, calibration):
-    """Return what a resumed run must have in common with the first one, {flag: value}."""
+def asked(settings, seqlen, device):
+    """Return the settings that a resumed run must have in common with the first one, {flag: value}."""
     shared = {flags()[name]: getattr(settings, name) for name in having_effect(RESULT, METHOD, ROUNDING)}
-    return shared | {"--seqlen": seqlen, "--device": device.type, "--dtype": str(model.dtype).removeprefix("torch."),
-                     "number of processes": distributed.world(), "model's weights": fingerprint(model),
-                     "calibration tokens": None if calibration is None else digest(calibration)}
+    return shared | {"--seqlen": seqlen, "--device": device.type, "number of processes": distributed.world()}
+
+
+def identity(asked, model, sums, calibration):
+    """Return what a resumed run must have in common with the first one, {flag: value}.
+
+    asked: of `asked`. sums: {name: checksum} of all weights of the model.
+    """
+    weights = json.dumps([type(model).__name__, sums], sort_keys=True).encode()
+    return asked | {"--dtype": str(model.dtype).removeprefix("torch."),
+                    "model's weights": hashlib.sha256(weights).hexdigest(),
+                    "calibration tokens": None if calibration is None else digest(calibration)}
+
+
+def completed(settings):
+    """Return the record of the run that has ended in the folder of --save, None if there is none or it is not whole."""
+    folder = Path(settings.save)
+    if begun(folder) or not any(folder.glob("*.safetensors")):
+        return None
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        matrices_of(record)
+        if {"seconds", "peak_memory", "perplexity", "settings", "identity"} <= record.keys():
+            return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # not a record
+    return None
+
+
+def check_completed(record, settings, device):
+    """Raise InputError if a run that has ended had other settings than those asked for now."""
+    before = record["settings"]
+    shared = asked(settings, settings.seqlen or before["seqlen"], device)
+    if settings.dtype == "auto":
+        shared.pop("--dtype")  # not known before the weights are read
+    evaluation = {flags()[name]: name for name in ("eval", "eval_limit", "dense", "tasks", "limit", "semi_structured")}
+    pairs = {flag: (record["identity"].get(flag), value, "") for flag, value in shared.items()} | {
+        flag: (before[name], json.loads(json.dumps(getattr(settings, name))),
+               "; to evaluate it again, give this folder as the model") for flag, name in evaluation.items()}
+    for flag, (old, new, advice) in pairs.items():
+        if old != new:
+            raise InputError(f"--resume: {flag} was {old} in the complete run in {settings.save}, now it is {new}"
+                             f"{advice}")
+
+
+def matrices_of(record):
+    """Return what `of_matrices` recorded: a list of MatrixSparsity, {(layer, name): Outcome} without grids."""
+    rows = record["matrices"]
+    matrices = [MatrixSparsity(row["layer"], row["name"], tuple(row["shape"]),
+                               round(row["sparsity"] * math.prod(row["shape"]))) for row in rows]
+    return matrices, {(row["layer"], row["name"]): Outcome(row.get("error"), row.get("percdamp")) for row in rows}
 
 
 def disk(settings, family, plan, selected):

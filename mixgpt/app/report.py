@@ -135,7 +135,7 @@ def _methods(settings, count):
         name = "" if settings.prunes else f"{settings.method}, {count} matrices, "
         grids = "a row" if scheme.groupsize == -1 else f"{scheme.groupsize} columns of a row"
         how["grids"] = (f"{name}{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for {grids} each"
-                        + (", range by squared error" if scheme.mse else "") + ("" if settings.prunes else walk))
+                        + (", range by least error" if scheme.mse else "") + ("" if settings.prunes else walk))
     return how
 
 
@@ -143,7 +143,7 @@ def plan_text(settings, target, plan, selected, traces):
     """Return the tables of a plan based on traces, and its total sparsity. target: the overall one."""
     numel = {key: out * columns for key, (out, columns) in selected.items()}
     total = sum(each.sparsity * numel[key] for key, each in plan.items()) / sum(numel.values())
-    met = abs(total - target.sparsity) < 1e-9
+    met = not settings.prunem or abs(total - target.sparsity) < 1e-9
     closest = "" if met else f", as close to {target.sparsity:.2%} as whole n of {settings.prunem} allow"
     return f"\n{plan_tables(plan, selected, traces)}\n\nplan     {total:.2%} of the weights in all{closest}"
 

@@ -2,15 +2,23 @@
 
 import argparse
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixgpt.app.choices import ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, SALIENCIES, SOLVERS
+from mixgpt.checkpoints.names import RECORD
+from mixgpt.common import outputs
 from mixgpt.common.errors import InputError
 
 WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 TARGETS = ("layer", "dense")
 TOKEN_WEIGHTS = ("equal", "fisher")
+LEAST = {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1, "eval_limit": 1, "limit": 1,
+         "minlayer": 0, "maxlayer": 0, "prunen": 0, "prunem": 0}
+MOST = 2**31 - 1  # of whole numbers: none needs more, and PyTorch's sizes end at 2**63
+LONGEST_ID = 200  # characters of a hub id; the hub takes 96 on each side of the slash
+MOST_SEED = 2**64 - 1  # as PyTorch's
 PRESETS = {  # complete recipes; explicit flags override them
     "sparsegpt": {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs", "target": "layer"},
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
@@ -34,11 +42,12 @@ EVALUATION = "evaluation"  # what is reported, not saved: may differ for --resum
 FREE = "free"  # none of these: may differ for --resume
 
 
-def option(default, effect, help="", *, flag=None, group=None, registry=None, **arguments):
+def option(default, effect, help="", *, flag=None, group=None, registry=None, writes=None, **arguments):
     """Describe a field of `Settings`: its effect, help and flag, the option group that starts with it, the registry of
-    its values, and further argparse arguments."""
+    its values, the outputs.Kind of the file that it names, and further argparse arguments."""
     return dataclasses.field(default=default, metadata={
-        "effect": effect, "help": help, "flag": flag, "group": group, "registry": registry, "arguments": arguments})
+        "effect": effect, "help": help, "flag": flag, "group": group, "registry": registry, "writes": writes,
+        "arguments": arguments})
 
 
 def names(text):
@@ -78,7 +87,7 @@ class Settings:
     nprobes: int = option(1, RESULT, "random probes (with fisher: sampled labels) per calibration sequence")
     sensitivity_file: str | None = option(None, FREE,
         "JSON file of sensitivities: read if it exists, else computed and written (default: cached in ~/.cache/mixgpt "
-        "by model, data, seed and settings)")
+        "by model, data, seed and settings)", writes=outputs.TRACES)
 
     gmp: bool = option(False, METHOD, "magnitude pruning without calibration (the baseline)", group="pruning")
     solver: str = option("obs", METHOD, "pruning solver", registry=SOLVERS)
@@ -103,7 +112,8 @@ class Settings:
     groupsize: int = option(-1, RESULT,
         "consecutive weights of a row that share a scale and zero point; -1: the whole row")
     sym: bool = option(False, RESULT, "symmetric grids; otherwise from the minimum to the maximum of the weights")
-    mse: bool = option(False, RESULT, "search the range of each grid for the smallest rounding error")
+    mse: bool = option(False, RESULT,
+        "search the range of each grid for the smallest rounding error on the calibration inputs")
     act_order: bool = option(False, RESULT,
         "process columns in order of decreasing Hessian diagonal; groups of n:m stay whole", flag="--act-order")
     nearest: bool = option(False, METHOD, "round to nearest without calibration (the baseline)")
@@ -145,10 +155,11 @@ class Settings:
     save_format: str = option("dense", ROUNDING, "format of the saved weights", flag="--save-format", registry=FORMATS)
     resume: bool = option(False, FREE, "continue the interrupted run in the folder of --save, if there is one")
     plot: str | None = option(None, FREE,
-        "figure of sensitivities by layer and kind of matrix, and of the assigned sparsities (.png, .pdf, .svg)")
+        "figure of sensitivities by layer and kind of matrix, and of the assigned sparsities (.png, .pdf, .svg)",
+        writes=outputs.PICTURE)
     record: str | None = option(None, FREE,
         "JSON file of settings, versions, every matrix and perplexities, as in mixgpt.json of --save; results.py "
-        "compares such files")
+        "compares such files", writes=outputs.RECORD)
     log_wandb: bool = option(False, FREE, "log to Weights & Biases during the run (pip install wandb, wandb login)")
     wandb_project: str | None = option(None, FREE,
         "W&B project (default: WANDB_PROJECT)")
@@ -157,12 +168,13 @@ class Settings:
     quiet: bool = option(False, FREE, "print only results and warnings")
 
     def __post_init__(self):
+        refuse_empty({flags()[field.name]: getattr(self, field.name) for field in dataclasses.fields(self)
+                      if field.default != ""})
+        self._check_numbers()
         chosen = [(registry, getattr(self, field.name)) for field in dataclasses.fields(self)
                   if (registry := field.metadata.get("registry"))]
         for registry, name in chosen:
             registry.check(name)
-        if not 0 <= self.sparsity < 1:
-            raise InputError(f"--sparsity {self.sparsity:g}: must be at least 0 and below 1")
         if (self.prunen or self.prunem) and not 0 < self.prunen < self.prunem:
             raise InputError(f"--prunen {self.prunen} --prunem {self.prunem}: needs 0 < prunen < prunem, "
                              "for example --prunen 2 --prunem 4")
@@ -177,15 +189,6 @@ class Settings:
             raise InputError(f"--sparsity_way {self.sparsity_way}: needs --sparsity or --prunen and --prunem")
         if self.plot and not self.mixed:
             raise InputError("--plot: shows sensitivities, needs --sparsity_way layer-level or weight-level")
-        if not 0 <= self.alpha <= 1:
-            raise InputError(f"--alpha {self.alpha:g}: must lie between 0 and 1")
-        if not 0 <= self.percdamp <= 1:
-            raise InputError(f"--percdamp {self.percdamp:g}: must lie between 0 and 1")
-        for name, least in {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1,
-                            "eval_limit": 1, "limit": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         self._check_solver()
         self._check_quantization()
         self._check_format()
@@ -193,6 +196,19 @@ class Settings:
         for registry, name in chosen:
             if registry[name].refuses and (reason := registry[name].refuses(self)):
                 raise InputError(f"{registry.flag} {name}: {reason}")
+
+    def _check_numbers(self):
+        if not 0 <= self.sparsity < 1:
+            raise InputError(f"--sparsity {self.sparsity:g}: must be at least 0 and below 1")
+        for flag, value in {"--alpha": self.alpha, "--percdamp": self.percdamp}.items():
+            if not 0 <= value <= 1:
+                raise InputError(f"{flag} {value:g}: must lie between 0 and 1")
+        check_seed(self.seed)
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= MOST:
+                bound = f"least {least}" if value < least else f"most {MOST}"
+                raise InputError(f"{flags()[name]} {value}: must be at {bound}")
 
     def _check_reports(self):
         for name in ("wandb_project", "wandb_name", "wandb_group"):
@@ -225,16 +241,17 @@ class Settings:
     def _check_quantization(self):
         if self.wbits not in WBITS:
             raise InputError(f"--wbits {self.wbits}: must be one of {', '.join(map(str, WBITS))}")
-        if self.groupsize != -1 and self.groupsize < 1:
+        if self.groupsize != -1 and not 1 <= self.groupsize <= MOST:
             raise InputError(f"--groupsize {self.groupsize}: must be at least 1, or -1 for a whole row")
         given = {"--groupsize": self.groupsize != -1, "--sym": self.sym, "--mse": self.mse, "--nearest": self.nearest}
         for flag in (flag for flag, is_given in given.items() if is_given and not self.quantizes):
             raise InputError(f"{flag}: needs --wbits {', '.join(map(str, WBITS[:-1]))}")
         if self.nearest and self.prunes and not self.gmp:
             raise InputError("--nearest: rounds without calibration; with --sparsity or --prunen it needs --gmp")
-        if self.act_order and not self.calibrates:
-            raise InputError("--act-order: needs calibration, --sparsity, --prunen or --wbits without --gmp and "
-                             "--nearest")
+        for flag in (flag for flag, given in {"--act-order": self.act_order, "--mse": self.mse}.items() if given):
+            if not self.calibrates:
+                raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and "
+                                 "--nearest")
         m, g = self.prunem, self.groupsize
         if m and g > 0 and m % g and g % m:
             raise InputError(f"--groupsize {g} --prunem {m}: one must divide the other")
@@ -288,6 +305,11 @@ class Settings:
         return ALLOCATIONS[self.sparsity_way].by_loss or weighted and self.calibrates
 
     @property
+    def draws(self):
+        """Whether calibration sequences are drawn."""
+        return self.mixed or self.weighs or self.calibrates
+
+    @property
     def method(self):
         """Name of the method in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
         bits = f"{self.wbits} bit" if self.quantizes else ""
@@ -304,14 +326,24 @@ class Settings:
         return name + (f" ({', '.join(choices)})" if choices else "") + (f" + {bits}" if bits else "")
 
     def check_paths(self):
-        """Raise InputError if a given file or directory does not exist."""
-        path = Path(self.model)
-        if path.suffix == ".gguf" and not path.is_file():
-            raise InputError(f"model {self.model}: no such file")
-        if (path.is_absolute() or self.model.startswith((".", "~"))) and not path.exists():
-            raise InputError(f"model {self.model}: no such file or folder")
-        if self.data_dir and not Path(self.data_dir).is_dir():
+        """Raise InputError if a given file or directory does not exist, or a file to be written may not be written."""
+        check_model("model", self.model)
+        if self.data_dir and not os.path.isdir(self.data_dir):
             raise InputError(f"--data-dir {self.data_dir}: no such folder")
+        self._check_outputs()
+
+    def _check_outputs(self):
+        kinds = {field.name: kind for field in dataclasses.fields(self) if (kind := field.metadata.get("writes"))}
+        written = {flags()[name]: (path, kind) for name, kind in kinds.items() if (path := getattr(self, name))}
+        taken = [("model", self.model)] if os.path.exists(self.model) else []  # else a hub id
+        taken += [("--save", self.save)] if self.save else []
+        outputs.check_places({flag: path for flag, (path, _) in written.items()}, taken)
+        record = Path(os.path.realpath(self.record or ""))
+        if record.name == RECORD and os.path.exists(record.with_name("config.json")):
+            raise InputError(f"--record {self.record}: belongs to the model saved beside it; name another file")
+        for flag, (path, kind) in written.items():
+            only_read = kind is outputs.TRACES and os.path.exists(path)
+            (outputs.check_file if only_read else outputs.check_writable)(flag, path, kind)
 
 
 def flags():
@@ -320,20 +352,44 @@ def flags():
         f"--{field.name}" if "help" in field.metadata else field.name) for field in dataclasses.fields(Settings)}
 
 
+def refuse_empty(given):
+    """Raise InputError for an empty text among the arguments {flag: value}."""
+    for flag, value in given.items():
+        if isinstance(value, str) and not value.strip():
+            raise InputError(f'{flag} "{value}": must not be empty; is a variable of the shell unset?')
+
+
+def check_model(flag, name):
+    """Raise InputError for a name that cannot be a hub id and is not here."""
+    if Path(name).suffix == ".gguf" and not os.path.isfile(name):
+        raise InputError(f"{flag} {name}: no such file")
+    if (os.path.isabs(name) or name.startswith((".", "~")) or len(name) > LONGEST_ID) and not os.path.exists(name):
+        raise InputError(f"{flag} {name}: no such file or folder")
+
+
+def check_seed(seed):
+    """Raise InputError for a seed that PyTorch does not take, or that Python takes for another one, as -1 for 1."""
+    if not 0 <= seed <= MOST_SEED:
+        raise InputError(f"--seed {seed}: must be at least 0 and at most {MOST_SEED}")
+
+
 def having_effect(*effects):
     """Return the names of the fields of Settings whose effect is one of these."""
     return [field.name for field in dataclasses.fields(Settings) if field.metadata["effect"] in effects]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors in one line and exits with status 2."""
+    """A parser that raises InputError, and OSError where its help cannot be printed."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise InputError(message)
+
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file)
 
 
 def parse(family, argv=None):
-    """Parse the command line of a family script. Returns `Settings`; exits with status 2 on errors."""
+    """Parse the command line of a family script. Returns `Settings`. Raises InputError."""
     parser = Parser(
         prog=family.script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, description="Prune and quantize a language model in one shot and report its perplexity.\n"
@@ -348,7 +404,13 @@ def parse(family, argv=None):
             _add(group, field)
     given = vars(parser.parse_args(argv))
     preset = recipe(given["preset"], given.get("prunem", 0)) if "preset" in given else {}
-    return Settings(**preset | given)
+    try:
+        return Settings(**preset | given)
+    except InputError as error:
+        refused, _, reason = str(error).partition(": ")
+        if refused.split()[0] in (flags()[name] for name in preset.keys() - given.keys()):
+            raise InputError(f"--preset {given['preset']} ({refused}): {reason}") from error
+        raise
 
 
 def _add(group, field):

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from mixgpt.app import plots
-from mixgpt.common.errors import InputError
+from mixgpt.app.ending import status_of
 
 PATIENCE = {"init_timeout": 30, "finish_timeout": 300}  # seconds to wait for an unresponsive server
 
@@ -55,12 +55,16 @@ class Tracker:
             self._begin_offline(asked, error)
 
     def _begin(self, asked):
-        patience = {name: float(os.environ.get(f"WANDB_{name.upper()}", seconds)) for name, seconds in PATIENCE.items()}
+        patience = {name: os.environ.get(f"WANDB_{name.upper()}", seconds) for name, seconds in PATIENCE.items()}
         self.run = self.wandb.init(**asked, settings=self.wandb.Settings(silent=True, **patience))
         for group in ("layers", "error", "sparsity"):
             self.run.define_metric(f"{group}/*", step_metric="layer")
 
     def _begin_offline(self, asked, reason):
+        if _refused_variable(reason):  # without its variables, wandb would write to other folders
+            self.run = None
+            _warn(f"{_first_line(reason)}; going on without it")
+            return
         try:
             self._begin(asked | {"mode": "offline"})
         except Exception as error:  # only the disk can fail
@@ -89,8 +93,7 @@ class Tracker:
         ranked = sorted(plan, key=sensitivity.get, reverse=True)
         rows = [[layer, name, sensitivity[layer, name], errors[layer, name], rank, plan[layer, name].sparsity]
                 for rank, (layer, name) in enumerate(ranked, start=1)]
-        picture = io.BytesIO()
-        plots.draw(picture, traces, plan)
+        picture = io.BytesIO(plots.draw(traces, plan))
         columns = ["layer", "matrix", "trace per weight", "standard error", "rank", "sparsity assigned"]
         self.run.log({"plan/matrices": self.wandb.Table(columns=columns, data=rows),
                       "plan/heat_map": self.wandb.Image(Image.open(picture))})
@@ -125,7 +128,7 @@ class Tracker:
     def __exit__(self, _, error, traceback):
         if isinstance(error, Exception):
             self._explain(error)
-        self._finish({type(None): 0, InputError: 2, KeyboardInterrupt: 130}.get(type(error), 1))
+        self._finish(status_of(error))
 
     @_guarded
     def _explain(self, error):
@@ -158,7 +161,17 @@ def _key(name):
     return name.replace(".", "/")  # W&B's summary nests at dots
 
 
+def _refused_variable(error):
+    """Return what is wrong with a variable of the environment if an error is pydantic's about wandb's settings."""
+    if not callable(getattr(error, "errors", None)):
+        return ""
+    first = error.errors()[0]
+    return f"WANDB_{'_'.join(map(str, first['loc'])).upper()} {first['input']}: {first['msg']}"
+
+
 def _first_line(error):
+    if variable := _refused_variable(error):
+        return variable
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 

@@ -103,6 +103,23 @@ def load_sparse(folder, dtype="auto"):
     return model
 
 
+def expected_bytes(save_format, shapes, sparsity, scheme, itemsize):
+    """Estimate the bytes of matrices in a format other than dense.
+
+    shapes: list of (out, in). sparsity: the fraction of zeros. scheme: their quant.Scheme, or None. itemsize: bytes of
+    a weight in memory.
+    """
+    bits = scheme.wbits if scheme else 8 * itemsize
+    each = min(bits, (1 - sparsity) * bits + 1) if save_format == "sparse" else bits  # values and mask
+    total = 0
+    for out, columns in shapes:
+        total += out * columns * each / 8
+        if scheme:
+            groups = columns // scheme.groupsize if scheme.groupsize > 0 else 1
+            total += out * groups * (itemsize + scheme.wbits / 8)  # scales and zero points
+    return round(total)
+
+
 def stored_bytes(folder, paths):
     """Count the bytes of the weights of the linears at `paths` in a directory's safetensors files."""
     total = 0

@@ -2,40 +2,34 @@
 
 import contextlib
 import copy
-import json
-import pickle
 import shutil
-import struct
-import textwrap
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, WEIGHTS_INDEX_NAME, cached_file
 
-from mixgpt.checkpoints import gguf_files, shards
+from mixgpt.checkpoints import gguf_files, shards, soundness
 from mixgpt.checkpoints.formats import SPARSE, load_sparse
-from mixgpt.checkpoints.names import PROGRESS, RECORD, begun
+from mixgpt.checkpoints.names import PROGRESS, begun
+from mixgpt.checkpoints.refusals import refusing
 from mixgpt.checkpoints.run_dir import empty, held
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import nearest_folder, replacing, try_writing
+from mixgpt.common.files import nearest_folder, try_writing
 from mixgpt.modeling import streaming
+from mixgpt.modeling.experts import split_experts
 from mixgpt.modeling.family import family_of
-from mixgpt.text import hub
+from mixgpt.text import hub, tokenizing
 from modelutils import model_class
 
-# What transformers, torch and gguf raise for damaged, inconsistent or unsupported files.
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, EOFError, struct.error,
-           pickle.UnpicklingError, SafetensorError, StrictDataclassError)
 NO_CODE = {"trust_remote_code": False}  # otherwise transformers asks on a terminal whether to run it
 
 
@@ -45,7 +39,7 @@ def _source(model):
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"model {model}: no such file")
-        with _refusing(model):
+        with refusing(model):
             folder = gguf_files.folder_of(path, _read_gguf)
         return (str(folder), {}) if folder else _gguf_source(path)
     if path.is_dir():
@@ -66,56 +60,76 @@ def _read_gguf(path):
         return load_model(path, gguf_files.DTYPE, _gguf_source(path)), load_tokenizer(path, _gguf_source(path))
 
 
-@contextlib.contextmanager
-def _refusing(model, part=""):
-    """Turn errors on loading a model, or a part of it, into a one-line InputError; suppress other logging."""
-    try:
-        with hub.unlogged("transformers"), hub.barred():
-            yield
-    except InputError:
-        raise
-    except DAMAGED as error:
-        if not Path(model).exists() and not hub.reachable():
-            raise InputError(f"model {model}: not a folder or .gguf file here, not in the cache of the Hugging Face "
-                             "hub, and the hub cannot be reached") from error
-        raise InputError(f"model {model}: {part}{_reason(error)}") from error
-
-
-def _reason(error):
-    """Return in one line why a model cannot be loaded: a message's first line, and the detail it introduces."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "its .bin file is damaged or holds more than tensors, which is not executed; give safetensors files"
-    if "trust_remote_code" in str(error):
-        return "it needs code from its repository, which is never executed here"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    count = next((number for number, line in enumerate(lines, 1) if not line.endswith((":", ",", " or"))), len(lines))
-    text = textwrap.shorten(" ".join(lines[:count]), 400)
-    # their message is only a key or a name
-    return text if text and not isinstance(error, (KeyError, TypeError, AttributeError)) else (
-        f"{type(error).__name__} {text}".strip())
+def _folder(name, arguments):
+    """Return the folder of a model's files, None if it is not on this machine: for a hub id, that in the cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    config = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **arguments)
+    return config and Path(config).parent
 
 
 def read_config(model, source=None):
-    """Load the configuration of `model`, which must be a causal language model. source: as `_source` returns it."""
+    """Load the configuration of `model`, which must be a causal language model. source: as `_source` returns it.
+
+    Raises InputError if it, or another of the model's small files, is damaged or contradicts the size of the weights.
+    """
     name, arguments = source or _source(model)
-    with _refusing(model, "its configuration cannot be read: "):
+    part = "the file" if "gguf_file" in arguments else "its configuration"
+    with refusing(model, f"{part} cannot be read: "):
+        folder = _folder(name, arguments)
+        if "gguf_file" in arguments:
+            soundness.check_links(model, folder, soundness.BESIDE_GGUF)
+            soundness.check_gguf_header(model, PreTrainedConfig.get_config_dict(name, **arguments)[0])
+        elif folder:
+            soundness.check_files(model, folder)
         config = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
-    if model_class(config) is None:
+    if model_class(config) is None or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
+    if folder and (folder / GENERATION_CONFIG_NAME).is_file() and "gguf_file" not in arguments:
+        with refusing(model, f"{GENERATION_CONFIG_NAME} cannot be used: "):
+            GenerationConfig.from_pretrained(folder)
+    _check_size(model, config, folder / arguments.get("gguf_file", ""))
     return config
+
+
+def _one_layer(model, config):
+    """Build the first layer of a model and what is around the layers, on meta."""
+    with refusing(model, "its configuration cannot be used: "):
+        one = copy.deepcopy(config)
+        one.num_hidden_layers = 1
+        return _build(one, torch.float32)
+
+
+def _check_size(model, config, files):
+    """Raise InputError if the weights, in a folder or a .gguf file, cannot be those of the configuration."""
+    one_layer = _one_layer(model, config)
+    if not (family := family_of(one_layer)):
+        return
+    with refusing(model):
+        nbytes = soundness.stored_bytes(files)
+    if nbytes:
+        soundness.check_size(model, config, family, one_layer, nbytes)
 
 
 def load_config(model, family):
     """Load the configuration of `model`; raise InputError if its layers are where another family script has them."""
     config = read_config(model)
-    built = skeleton(config)
-    if not family.fits(built):
-        other = family_of(built)
+    one_layer = _one_layer(model, config)
+    if not family.fits(one_layer):
+        other = family_of(one_layer)
         advice = f"use {other.script}" if other else f"no script here prunes it; {family.script} needs {family.layers}"
-        raise InputError(f"model {model}: this is a {type(built).__name__}; {advice}")
-    if config.num_hidden_layers < 1:
-        raise InputError(f"model {model}: its configuration has {config.num_hidden_layers} layers")
+        raise InputError(f"model {model}: this is a {type(one_layer).__name__}; {advice}")
     return config
+
+
+def check_layers(model, skeleton, family):
+    """Raise InputError if the layers of a model hold matrices in tensors of three dimensions that nothing splits."""
+    for index, layer in enumerate(family.layers_of(skeleton)):
+        convolutions = {id(module.weight) for module in layer.modules() if isinstance(module, torch.nn.Conv1d)}
+        for name, weight in layer.named_parameters():
+            if weight.dim() > 2 and id(weight) not in convolutions:
+                raise InputError(f"model {model}: layer {index} of this {type(skeleton).__name__} keeps {name} as a "
+                                 "tensor of three dimensions, which is not supported")
 
 
 def load_tokenizer(model, source=None):
@@ -124,32 +138,46 @@ def load_tokenizer(model, source=None):
     Early LLaMA-1 conversions have empty special tokens; they are replaced by those of the model file.
     """
     name, arguments = source or _source(model)
-    with _refusing(model, "its tokenizer cannot be read: "):
+    with refusing(model, "its tokenizer cannot be read: "), tokenizing.quiet_panics():
         if "gguf_file" not in arguments and get_tokenizer_config(name, **arguments).get("bos_token") == "":
             arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-        return AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
+    soundness.check_templates(model, tokenizer.chat_template)
+    tokenizing.try_out(tokenizer, model)
+    return tokenizer
 
 
 def skeleton(config, dtype=torch.float32):
     """Build the model of `config` without weights, for its modules and shapes."""
-    with _refusing(config.name_or_path, "its configuration cannot be used: "), torch.device("meta"):
-        config = copy.deepcopy(config)  # from_config writes the dtype into it
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE).eval()
+    with refusing(config.name_or_path, "its configuration cannot be used: "):
+        return _build(copy.deepcopy(config), dtype)  # it writes the dtype into the configuration
+
+
+def _build(config, dtype):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE).eval()
+    split_experts(model)
+    return model
 
 
 def size(skeleton, dtype):
     """Return the bytes of a model's parameters; an upper bound if its dtype is "auto"."""
-    return (4 if dtype == "auto" else dtype.itemsize) * sum(parameter.numel() for parameter in skeleton.parameters())
+    return itemsize(dtype) * sum(parameter.numel() for parameter in skeleton.parameters())
 
 
-def load_model(model, dtype, source=None):
+def itemsize(dtype):
+    """Return the bytes of a weight; an upper bound if its dtype is "auto"."""
+    return 4 if dtype == "auto" else dtype.itemsize
+
+
+def load_model(model, dtype, source=None, sums=None):
     """Load the weights of `model` on the host, in `dtype` ("auto": as stored), from any format.
 
-    source: as `_source` returns it. Raises InputError if the checkpoint lacks a weight, contains NaN or inf, or has an
-    unsupported quantization.
+    source: as `_source` returns it. sums: dict that takes {name: checksum} of all weights in memory. Raises InputError
+    if the checkpoint lacks a weight, contains NaN or inf, or has an unsupported quantization.
     """
     name, arguments = source or _source(model)
-    with _refusing(model):
+    with refusing(model, terse="its weights cannot be read: "):
         if (Path(model) / SPARSE).is_file():
             loaded, missing = load_sparse(model, dtype), ()
         else:
@@ -163,33 +191,41 @@ def load_model(model, dtype, source=None):
                 raise InputError(f"model {model}: {key} is {tuple(held)}, its configuration expects {tuple(asked)}")
     if missing:
         raise InputError(f"model {model}: the checkpoint lacks {', '.join(sorted(missing)[:3])}")
-    _check_finite(model, loaded)
+    split_experts(loaded)
+    for parameter in loaded.parameters():  # .bin files may hold views whose elements share memory
+        parameter.data = parameter.data.contiguous()
+    _check_finite(model, loaded, sums)
     return loaded.eval()
 
 
-def open_model(model, config, family, dtype):
+def open_model(model, config, family, dtype, sums=None):
     """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it.
 
-    Raises InputError if weights are missing, hold NaN or inf, or do not match the configuration.
+    sums: dict that takes {name: checksum} of all weights in memory. Raises InputError if weights are missing, hold NaN
+    or inf, or do not match the configuration.
     """
     name, arguments = _source(model)
     if "gguf_file" in arguments or (Path(model) / SPARSE).is_file() or getattr(config, "quantization_config", None):
-        return load_model(model, dtype)
-    with _refusing(model):
+        return load_model(model, dtype, sums=sums)
+    with refusing(model):
         files = streaming.files_of(name, **arguments)
         opened = skeleton(config, config.dtype or streaming.dtype_of(files) if dtype == "auto" else dtype)
         if not (files and streaming.stream(opened, family, files)):
-            return load_model(model, dtype)
-        _check_finite(model, opened)
+            return load_model(model, dtype, sums=sums)
+        _check_finite(model, opened, sums)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
             opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
     return opened
 
 
-def _check_finite(model, opened):
+def _check_finite(model, opened, sums=None):
+    """Raise InputError if a weight is not finite; put {name: checksum} into `sums`, as all are read here once."""
     for key, tensor in streaming.tensors_of(opened):
-        if not tensor.isfinite().all():
+        # 45 times as fast as isfinite().all() for bfloat16 on a CPU; both extremes are NaN if one value is
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise InputError(f"model {model}: {key} contains NaN or inf")
+        if sums is not None:
+            sums[key] = streaming.checksum(tensor)
 
 
 def _dequantizing(model, name, arguments):
@@ -206,11 +242,11 @@ def _dequantizing(model, name, arguments):
     return {"config": config}
 
 
-def check_save(folder, nbytes, resume):
+def check_save(folder, nbytes, resume, result=None):
     """Raise InputError for an output directory that is not empty, not writable or lacks room. Leaves nothing behind.
 
     nbytes: size of the model; layer files and the shard being assembled from them coexist. resume: accept the
-    directory of an interrupted run.
+    directory of an interrupted run. result: size of the result, if it is written beside all layer files.
     """
     folder = Path(folder)
     try:
@@ -229,22 +265,15 @@ def check_save(folder, nbytes, resume):
     except OSError as error:
         raise InputError(f"--save {folder}: {parent} cannot be written ({error.strerror})") from error
     free = shutil.disk_usage(parent).free
-    rest = max(nbytes - _stored(folder.glob("*.safetensors")), 0)  # not in shards yet
-    needed = max(rest - _stored(folder.glob(f"{PROGRESS}/layer-*.safetensors")), 0) + min(rest, shards.LARGEST)
+    stored, layers = (_stored(folder.glob(f"{where}*.safetensors")) for where in ("", f"{PROGRESS}/layer-"))
+    if result is None:
+        rest = max(nbytes - stored, 0)  # not in shards yet
+        needed = max(rest - layers, 0) + min(rest, shards.LARGEST)
+    else:
+        needed = max(nbytes - layers, 0) + max(result - stored, 0)
     if free < needed:
         raise InputError(f"--save {folder}: needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free in {parent}")
 
 
 def _stored(files):
-    return sum(file.stat().st_size for file in files)
-
-
-def write_record(folder, record):
-    """Write the record of a run into `folder` atomically."""
-    try:
-        with replacing(Path(folder) / RECORD) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        free = shutil.disk_usage(folder).free
-        raise InputError(f"--save {folder}: {RECORD} cannot be written ({error.strerror}), {free / 1e9:.3f} GB are "
-                         "free; free some space and continue with --resume") from error
+    return sum(file.stat().st_size for file in files if file.is_file())

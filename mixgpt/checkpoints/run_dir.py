@@ -1,34 +1,43 @@
 """Output directory of a run: finished layers, resume state, final checkpoint.
 
 Until the run has ended, its subdirectory `progress` holds the settings of the run, a file per finished layer, and the
-hidden states after the latest saved layer. On completion layers move from there into shards; the last of these, or the
-index if there are several, makes the checkpoint loadable.
+hidden states after the latest saved layer, all of them sealed. What is damaged there is computed again, along with all
+that came after it. On completion layers move from there into shards; the last of these, or the index if there are
+several, makes the checkpoint loadable.
 """
 
 import contextlib
 import copy
+import errno
 import fcntl
 import json
+import os
+import re
 import shutil
+import stat
 import time
 from dataclasses import asdict, astuple
 from pathlib import Path
 
-from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.allocation.fisher import Gradients
-from mixgpt.checkpoints import shards
+from mixgpt.checkpoints import own_code, sealed, shards
 from mixgpt.checkpoints.choices import FORMATS
-from mixgpt.checkpoints.names import PROGRESS, begun
+from mixgpt.checkpoints.names import PROGRESS, RECORD, begun
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import os_errors, replacing
 from mixgpt.modeling import streaming
+from mixgpt.modeling.layout import layout_of
+from mixgpt.modeling.streaming import Place
 from mixgpt.pruning.targets import Outcome, Target
 from quant import Grid, Scheme
 
 PATIENCE = 10  # hidden states are saved when that takes less than 1/PATIENCE of the time since the last save
+PARTIAL = ("*.partial", ".tmp*")  # files that a killed run was writing
+NUMBERED = re.compile(r"(layer|grids|state)-(\d{5,})(-\d+)?\.(json|safetensors)")  # files of a layer, in progress
+OWN = re.compile(NUMBERED.pattern + r"|(run|plan|shards)\.json|gradients-\d+\.safetensors|.*\.partial|\.tmp.*")
 
 
 class RunDir:
@@ -37,77 +46,146 @@ class RunDir:
     As a context manager it locks the directory, and restores it if the run did not start.
     """
 
-    def __init__(self, path, save_format="dense"):
-        """Lock the directory in the first process, the one that writes. Raises InputError if another run holds it."""
+    def __init__(self, path, save_format="dense", temporary=False):
+        """Lock the directory in the first process, the one that writes. Raises InputError if another run holds it.
+
+        temporary: it is a temporary directory, of a run without --save.
+        """
         self.path, self.save_format = Path(path), save_format
+        self.place = f"TMPDIR {self.path.parent}" if temporary else f"--save {path}"
+        self.advice = "free some space, or set TMPDIR to a folder on a larger disk" if temporary else (
+            "free some space and continue with --resume")
         self.progress = self.path / PROGRESS
         self.writes = distributed.rank() == 0
         self.written, self.cost = time.monotonic(), 0.0
         self.sums = {}  # checksum of every tensor as it was in memory
-        self.shards = {}  # name of a tensor -> name of its shard, once they are assigned
+        self.shards = {}  # key of a tensor in the checkpoint -> name of its shard, once they are assigned
+        self.ended = False
         if self.writes:
             self._lock()
 
     def _lock(self):
         self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self.progress.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.progress / "lock").open("w")
+        try:
+            self.progress.mkdir(parents=True, exist_ok=True)
+            self.lock = _open_lock(self.path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise InputError(f"{self.place}: {error.filename} cannot be used ({error.strerror}); remove the folder to "
+                             "start over") from error
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.lock.close()
-            raise InputError(f"--save {self.path}: is in use by another run") from error
+        except BlockingIOError as error:
+            os.close(self.lock)
+            raise InputError(f"{self.place}: is in use by another run") from error
+        except OSError as error:  # some file systems have no locks
+            os.close(self.lock)
+            raise InputError(f"{self.place}: cannot be locked ({error.strerror}); name a folder on another disk") from (
+                error)
         if not begun(self.path) and not empty(self.path):  # that run has just ended
-            self.__exit__()
-            raise InputError(f"--save {self.path}: exists and is not an empty folder")
+            clear(self.path)
+            os.close(self.lock)
+            raise InputError(f"{self.place}: exists and is not an empty folder")
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        if not self.writes:
-            return
-        if begun(self.path) and self._kept_nothing():
-            (self.progress / "run.json").unlink()
-        if not begun(self.path):
-            shutil.rmtree(self.progress, ignore_errors=True)
-            for folder in self.made:
-                if not any(folder.iterdir()):
-                    folder.rmdir()
-        self.lock.close()
+    def __exit__(self, _, error, trace):
+        gone = not self.path.is_dir() or not (self.ended or self.progress.is_dir())
+        if self.writes:
+            if not gone and begun(self.path) and self._kept_nothing():
+                (self.progress / "run.json").unlink()
+            if not begun(self.path):
+                clear(self.path)
+                for folder in self.made:
+                    if folder.is_dir() and not any(folder.iterdir()):
+                        folder.rmdir()
+            os.close(self.lock)
+        if gone and isinstance(error, OSError | ValueError):
+            raise self._gone() from error
+
+    def _gone(self):
+        return InputError(f"{self.place}: the folder was removed while the run went on; start again")
 
     def _kept_nothing(self):
         """Whether no layer is finished and nothing of the result is written."""
         return not any(self.progress.glob("layer-*.json")) and empty(self.path)
 
-    def start(self, model, family, identity):
-        """Start a run, or resume the one interrupted here. identity: what both must share, {flag: value}."""
-        self.model, self.family = model, family
-        self.layers = family.layers_of(model)
+    def start(self, model, family, identity, sums):
+        """Start a run, or resume the one interrupted here.
+
+        identity: what both must share, {flag: value}. sums: {name: checksum} of the model's weights.
+        """
+        self.model, self.family, self.sums = model, family, dict(sums)
+        self.run = json.dumps(identity, sort_keys=True)  # seals its files
+        self.layers, self.layout = family.layers_of(model), layout_of(model)
+        self.sources = [source and dict(source.places) for source in map(_source_of, self.layers)]
         if self.writes:
             self._identify(identity)
-            if self._shards().is_file():
-                self.shards = json.loads(self._shards().read_text())
+            self.shards = self._kept_shards()
         self.shards = distributed.broadcast_object(self.shards)  # the others wait
 
     def _identify(self, identity):
         settings = self.progress / "run.json"
-        if not settings.is_file():
-            self._write_json(settings, identity)
+        if not begun(self.path):
+            if self._files("layer"):
+                tell("progress/run.json is missing: starting over")
+            self._remove(*self.progress.iterdir())
+            with self._room(settings.name):
+                sealed.write_json(settings, identity, "")
             return
-        for flag, value in json.loads(settings.read_text()).items():
-            if identity.get(flag) != value:
-                raise InputError(f"--resume: {flag} was {value} in the interrupted run in {self.path}, now it is "
-                                 f"{identity.get(flag)}")
-        for folder in (self.path, self.progress):  # partial files of a killed run
-            for file in (*folder.glob("*.partial"), *folder.glob(".tmp*")):
-                file.unlink()
-        if self.save_format == "dense" and not self._shards().is_file():  # killed in `end`: layers are pruned again
-            for file in self.path.glob("model*.safetensors*"):
-                file.unlink()
+        try:
+            before = sealed.read_json(settings, "")
+        except sealed.Damaged as error:
+            raise InputError(f"--resume: {settings} is damaged, or of another version of this program; remove "
+                             f"{self.path} to start over") from error
+        for flag in {**before, **identity}:
+            if before.get(flag) != identity.get(flag):
+                raise InputError(f"--resume: {flag} was {before.get(flag)} in the interrupted run in {self.path}, now "
+                                 f"it is {identity.get(flag)}")
+        for folder in (self.path, self.progress):
+            self._remove(*(file for pattern in PARTIAL for file in folder.glob(pattern)))
+
+    def _kept_shards(self):
+        """Return {name of a tensor: its shard} of the interrupted run, {} unless all its shards are intact.
+
+        Otherwise they are removed, and their layers are pruned again.
+        """
+        if self.save_format != "dense":
+            return {}
+        with contextlib.suppress(sealed.Damaged):
+            kept, sums = sealed.read_json(self._shards(), self.run), dict(self.sums)
+            for index in set(self._files("layer").values()):
+                with contextlib.suppress(sealed.Damaged):
+                    sums |= sealed.read_json(self._note(index), self.run)["checksums"]
+            try:
+                sealed.check_tensors(self._in_shards(kept, self.model.state_dict()), sums)
+                return kept
+            except sealed.Damaged as damage:
+                tell(f"{damage} is damaged: it is written again")
+        self._remove_shards()
+        return {}
+
+    def _remove_shards(self):
+        self.shards = {}
+        if self.save_format == "dense" and self.writes:
+            self._remove(self._shards(), *self.path.glob("model*.safetensors*"))
+
+    def _files(self, *kinds):
+        """Return {file: number of its layer} of all files of these kinds."""
+        named = {file: NUMBERED.fullmatch(file.name) for file in self.progress.iterdir()}
+        return {file: int(match[2]) for file, match in named.items() if match and match[1] in kinds}
+
+    def _remove(self, *files):
+        """Remove files of this run; in `progress` leave alone those of others."""
+        for file in files:
+            if file.parent != self.progress or OWN.fullmatch(file.name):
+                _delete(file)
 
     def _shards(self):
         return self.progress / "shards.json"
+
+    def _plan(self):
+        return self.progress / "plan.json"
 
     def _note(self, index):
         return self.progress / f"layer-{index:05d}.json"
@@ -115,17 +193,27 @@ class RunDir:
     def _layer(self, index):
         return self.progress / f"layer-{index:05d}.safetensors"
 
-    def _places(self, index):
-        """Return the files of a finished layer's tensors, {name in the model: file}."""
-        names = [f"{self.family.layers}.{index}.{name}" for name in self.layers[index].state_dict()]
-        files = {name: self.path / self.shards[name] for name in names if name in self.shards}
-        return {name: files[name] if name in files and files[name].is_file() else self._layer(index) for name in names}
+    def _grids(self, index):
+        return self.progress / f"grids-{index:05d}.safetensors"
 
-    def _finished(self, index):
-        return self._note(index).is_file() and all(file.is_file() for file in set(self._places(index).values()))
+    def _state(self, index, rank):
+        return self.progress / f"state-{index:05d}-{rank}.safetensors"
 
     def _measured(self):
         return self.progress / f"gradients-{distributed.rank()}.safetensors"
+
+    def _in_shards(self, shards, names):
+        """Return where tensors of these names are in shards that are written, {name: Place}. shards: {key: file}."""
+        written = {file for file in set(shards.values()) if (self.path / file).is_file()}
+        places = {name: self.layout.get(name, (name, None)) for name in names}
+        return {name: Place(str(self.path / shards[key]), key, part) for name, (key, part) in places.items()
+                if shards.get(key) in written}
+
+    def _places(self, index):
+        """Return where a finished layer's tensors are, {name in the model: Place}."""
+        names = [f"{self.family.layers}.{index}.{name}" for name in self.layers[index].state_dict()]
+        file, shards = str(self._layer(index)), self._in_shards(self.shards, names)
+        return {name: shards.get(name, Place(file, name)) for name in names}
 
     def keep_plan(self, plan, gradients):
         """Save the plan, {(layer, name): Target}, and the fisher.Gradients behind it, or None."""
@@ -134,24 +222,37 @@ class RunDir:
                                            for (layer, name), tensor in getattr(gradients, kind).items()})
         distributed.barrier()  # all have written theirs
         if self.writes:
-            self._write_json(self.progress / "plan.json", {
+            self._write_json(self._plan(), {
                 "gradients": gradients is not None,
                 "targets": [[layer, name, *astuple(target)] for (layer, name), target in plan.items()]})
 
-    @property
-    def has_plan(self):
-        return distributed.broadcast_object((self.progress / "plan.json").is_file())
-
     def kept_plan(self):
-        """Return what `keep_plan` saved in the interrupted run, or (None, None)."""
-        if not self.has_plan:
-            return None, None
-        kept = json.loads((self.progress / "plan.json").read_text())
+        """Return what `keep_plan` saved in the interrupted run, or (None, None).
+
+        Without it, or if it is damaged, all is computed again: measured anew on a GPU, a plan might differ.
+        """
+        try:
+            kept, damage = self._read_plan(), ""
+        except sealed.Damaged as error:
+            kept, damage = (None, None), str(error)
+        damages = distributed.all_gather_object(damage)
+        if not any(damages):
+            return kept
+        if self.writes:
+            if self._files("layer") or self._plan().exists():
+                tell(f"progress/{next(filter(None, damages))} is damaged or missing: pruning again from layer 0")
+            self._remove(*(file for file in self.progress.iterdir() if file.name != "run.json"))
+        self._remove_shards()
+        distributed.barrier()
+        return None, None
+
+    def _read_plan(self):
+        kept = sealed.read_json(self._plan(), self.run)
         plan = {(layer, name): Target(*target) for layer, name, *target in kept["targets"]}
         if not kept["gradients"]:
             return plan, None
         gradients = Gradients({}, {})
-        for key, tensor in load_file(self._measured()).items():
+        for key, tensor in sealed.read_tensors(self._measured(), self.run).items():
             kind, layer, name = key.split(".", 2)
             getattr(gradients, kind)[int(layer), name] = tensor
         return plan, gradients
@@ -162,70 +263,119 @@ class RunDir:
         count: number of layers to process, from the first. states: {name: hidden states}, overwritten. Returns the
         first unfinished layer, and the outcomes of those before.
         """
-        first = next((index for index in range(count) if not self._finished(index)), count)
+        finished, self.shards = distributed.broadcast_object(
+            (self._drop_damaged(count), self.shards) if self.writes else None)
+        first = finished
         if states is not None and first < count:
-            borders = {int(file.stem.split("-")[1]) for file in self.progress.glob("state-*.safetensors")}
-            first = max((index for index in borders if index <= first and all(
-                self._state(index, rank).is_file() for rank in range(distributed.world()))), default=0)
-            if first:
-                for name, kept in load_file(self._state(first, distributed.rank())).items():
-                    states[name].copy_(kept)
+            first = self._restore(first, states)
+            if first < finished and self.writes:
+                tell(f"of {finished} finished layers, going on from layer {first}: no later hidden states are kept")
+        for index, places in enumerate(self.sources):
+            if places is not None:
+                self._point(index, places)  # not to what this process has pruned, if it begins again
         outcomes = {}
         for index in range(first):
             self._take(index)
-            grids = self.progress / f"grids-{index:05d}.safetensors"
-            tensors = load_file(grids) if grids.is_file() else {}
-            notes = json.loads(self._note(index).read_text())
-            self.sums |= notes["checksums"]
-            for name, note in notes["matrices"].items():
-                grid = note["scheme"] and Grid(Scheme(**note["scheme"]), *(
+            note = sealed.read_json(self._note(index), self.run)
+            self.sums |= note["checksums"]
+            tensors = sealed.read_tensors(self._grids(index), self.run) if note["grids"] else {}
+            for name, matrix in note["matrices"].items():
+                grid = matrix["scheme"] and Grid(Scheme(**matrix["scheme"]), *(
                     tensors[f"{name}.{part}"] for part in ("scale", "zero", "group")))
-                outcomes[index, name] = Outcome(note["error"], note["percdamp"], grid)
+                outcomes[index, name] = Outcome(matrix["error"], matrix["percdamp"], grid)
         return first, outcomes
 
-    def _state(self, index, rank):
-        return self.progress / f"state-{index:05d}-{rank}.safetensors"
+    def _drop_damaged(self, count):
+        """Return how many layers are finished and intact; remove what is left of those behind them."""
+        finished, noted = 0, max((index for index in range(count) if self._note(index).exists()), default=-1)
+        try:
+            while finished <= noted:
+                self._check(finished)
+                finished += 1
+        except sealed.Damaged as damage:
+            tell(f"progress/{damage} is damaged or missing: pruning again from layer {finished}")
+            if self.shards:  # they hold what came after it
+                self._remove_shards()
+                return self._drop_damaged(count)
+        self._remove(*(file for file, index in self._files("layer", "grids").items() if index >= finished),
+                     *(file for file, border in self._files("state").items() if border > finished))
+        return finished
+
+    def _check(self, index):
+        """Raise Damaged unless all files of a finished layer are as they were written. Shards were checked before."""
+        note = sealed.read_json(self._note(index), self.run)
+        sealed.check_tensors({name: place for name, place in self._places(index).items()
+                              if place.file == str(self._layer(index))}, note["checksums"])
+        if note["grids"]:
+            sealed.read_tensors(self._grids(index), self.run)
+
+    def _restore(self, finished, states):
+        """Overwrite the hidden states by the latest ones before layer `finished`, or an earlier one. Returns which."""
+        borders = sorted({border for border in self._files("state").values() if border <= finished}, reverse=True)
+        for border in distributed.broadcast_object(borders):
+            try:
+                kept, damage = sealed.read_tensors(self._state(border, distributed.rank()), self.run), ""
+            except sealed.Damaged as error:
+                kept, damage = {}, str(error)
+            damages = distributed.all_gather_object(damage)
+            if not any(damages):
+                for name, tensor in kept.items():
+                    states[name].copy_(tensor)
+                return border
+            if self.writes:
+                tell(f"progress/{next(filter(None, damages))} is damaged or missing")
+        return 0
 
     def _take(self, index):
         """Point the model at the files of a finished layer."""
         layer, prefix = self.layers[index], f"{self.family.layers}.{index}."
-        places = {name.removeprefix(prefix): (str(file), name) for name, file in self._places(index).items()}
-        if hasattr(layer, "source"):
-            layer.source.places = places
-            self.model.source.places |= {prefix + name: place for name, place in places.items()}
+        places = {name.removeprefix(prefix): place for name, place in self._places(index).items()}
+        if _source_of(layer):
+            self._point(index, places)
         else:
             layer.load_state_dict(streaming.read(places))
 
+    def _point(self, index, places):
+        """Let a layer on disk read its tensors from places {name: Place}."""
+        self.layers[index].source.places = dict(places)
+        self.model.source.places |= {f"{self.family.layers}.{index}.{name}": place for name, place in places.items()}
+
     @contextlib.contextmanager
     def _room(self, name, nbytes=None):
-        """Turn a full or unwritable disk into a one-line InputError, leaving no partial file."""
+        """Turn a full, unwritable or missing disk into a one-line InputError, leaving no partial file."""
         try:
             with os_errors():
                 yield
         except OSError as error:
-            for file in (*self.path.rglob("*.partial"), *self.path.rglob(".tmp*")):
+            if not self.progress.is_dir():
+                raise self._gone() from error
+            for file in (file for pattern in PARTIAL for file in self.path.rglob(pattern)):
                 file.unlink(missing_ok=True)
             need = "cannot be written" if nbytes is None else f"needs {nbytes / 1e9:.3f} GB"
             free = shutil.disk_usage(self.path).free
-            raise InputError(f"--save {self.path}: {name} {need}, {free / 1e9:.3f} GB are free "
-                             f"({error.strerror or error}); "
-                             "free some space and continue with --resume") from error
+            raise InputError(f"{self.place}: {name} {need}, {free / 1e9:.3f} GB are free ({error.strerror or error}); "
+                             f"{self.advice}") from error
 
     def _write(self, file, tensors):
-        """Write {key: tensor} as a safetensors file. Returns {key: checksum}."""
+        """Write {key: tensor} as a sealed safetensors file. Returns {key: checksum}."""
         with self._room(Path(file).name, shards.size(tensors)):
-            return streaming.write(file, tensors)
+            return sealed.write_tensors(file, tensors, self.run)
 
     def _write_json(self, file, content):
-        with self._room(file.name), replacing(file) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+        with self._room(file.name):
+            sealed.write_json(file, content, self.run)
+
+    def write_record(self, record):
+        """Write the record of the run."""
+        with self._room(RECORD), replacing(self.path / RECORD) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n")
 
     def finish(self, index, layer, outcomes, states=None):
         """Save a finished layer, which is on the device, {(layer, name): Outcome}, and the hidden states after it."""
         if self.writes:
             self._keep(index, layer, outcomes)
         distributed.barrier()  # the others wait
-        if hasattr(layer, "source"):
+        if _source_of(layer):
             self._take(index)
         if states is not None and distributed.broadcast_object(time.monotonic() - self.written >= PATIENCE * self.cost):
             self._keep_states(index + 1, states)
@@ -235,10 +385,10 @@ class RunDir:
                                                 for name, tensor in layer.state_dict().items()})
         self.sums |= sums
         if grids := {name: outcome.grid for (_, name), outcome in outcomes.items() if outcome.grid}:
-            self._write(self.progress / f"grids-{index:05d}.safetensors", {
+            self._write(self._grids(index), {
                 f"{name}.{part}": getattr(grid, part) for name, grid in grids.items()
                 for part in ("scale", "zero", "group")})
-        self._write_json(self._note(index), {"checksums": sums, "matrices": {
+        self._write_json(self._note(index), {"checksums": sums, "grids": bool(grids), "matrices": {
             name: {"error": outcome.error, "percdamp": outcome.percdamp,
                    "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()}})
 
@@ -247,9 +397,7 @@ class RunDir:
         self._write(self._state(border, distributed.rank()), states)
         distributed.barrier()  # all have written theirs
         if self.writes:
-            for file in self.progress.glob("state-*.safetensors"):
-                if int(file.stem.split("-")[1]) != border:
-                    file.unlink()
+            self._remove(*(file for file, kept in self._files("state").items() if kept != border))
         self.written = time.monotonic()
         self.cost = self.written - start
 
@@ -262,6 +410,7 @@ class RunDir:
             state = shards.own_tensors(self.model)
             if not self.shards:
                 with self._room("the tokenizer"):
+                    own_code.keep(self.path, self.model, tokenizer)
                     tokenizer.save_pretrained(self.path)
             if self.save_format == "dense":
                 self._assemble(state)
@@ -269,46 +418,52 @@ class RunDir:
                 self._convert(state, grids)
         self.shards = distributed.broadcast_object(self.shards)  # the others wait
         for index, layer in enumerate(self.layers if self.shards else ()):
-            if hasattr(layer, "source") and str(self._layer(index)) in dict(layer.source.places.values()):
+            if _source_of(layer) and str(self._layer(index)) in {place.file for place in layer.source.places.values()}:
                 self._take(index)
 
     def _assemble(self, state):
         """Move all tensors into shards, skipping existing shards. state: {name: tensor}, possibly on meta."""
+        tensors, names = shards.published(state, self.layout), {}
+        for name in state:
+            key, part = self.layout.get(name, (name, None))
+            names.setdefault(key, {})[name] = part
         if not self.shards:
             with self._room("the configuration"):
                 shards.write_configuration(self.path, self.model)
-            self.shards = shards.split(state)
+            self.shards = shards.split(tensors)
             self._write_json(self._shards(), self.shards)
         files = list(dict.fromkeys(self.shards.values()))
         for file in files:
-            part = {name: state[name] for name, place in self.shards.items() if place == file}
+            part = {key: tensors[key] for key, place in self.shards.items() if place == file}
             if not (self.path / file).is_file():
                 with self._room(file, shards.size(part)):
-                    shards.write(self.path / file, part, self._reader(state), self.sums)
+                    shards.write(self.path / file, part, lambda key: shards.merged(
+                        tensors[key], names[key], lambda name: self._unchanged(state, name)))
             self._remove_layers()
         if len(files) > 1:
-            self._write_json(self.path / SAFE_WEIGHTS_INDEX_NAME, {
-                "metadata": {"total_size": shards.size(state)}, "weight_map": self.shards})
+            with self._room(SAFE_WEIGHTS_INDEX_NAME), replacing(self.path / SAFE_WEIGHTS_INDEX_NAME) as partial:
+                partial.write_text(json.dumps({"metadata": {"total_size": shards.size(tensors)},
+                                               "weight_map": self.shards}, indent=1) + "\n")
 
-    def _reader(self, state):
-        source = getattr(self.model, "source", None)
-        return source.tensor if source else state.get
+    def _unchanged(self, state, name):
+        """Return a tensor, read from disk or in memory. Raises InputError if it is not what it was in memory before."""
+        source = _source_of(self.model)
+        tensor = source.tensor(name) if source else state[name]
+        if self.sums.get(name, streaming.checksum(tensor)) != streaming.checksum(tensor):
+            raise InputError(f"{self.place}: {name} differs from what was in memory before; its file has changed")
+        return tensor
 
     def _remove_layers(self):
         """Remove the files of layers already in shards, so that the disk need not hold both."""
         for index in range(len(self.layers)):
-            if self._layer(index) not in self._places(index).values():
+            if str(self._layer(index)) not in {place.file for place in self._places(index).values()}:
                 self._layer(index).unlink(missing_ok=True)
 
     def _convert(self, state, grids):
         """Write the model in a format other than dense."""
         model = self.model
-        if hasattr(model, "source"):
-            tensors = {name: model.source.tensor(name) for name in state}
-            for name in self.sums:
-                if streaming.checksum(tensors[name]) != self.sums[name]:
-                    raise InputError(f"--save {self.path}: {name} in the file of its layer differs from what was in "
-                                     "memory")
+        if _source_of(model):
+            tensors = {name: self._unchanged(state, name) for name in state}
             model = type(model).from_pretrained(None, config=copy.deepcopy(model.config), state_dict=tensors,
                                                 dtype=model.dtype)
             model.generation_config = self.model.generation_config
@@ -316,27 +471,63 @@ class RunDir:
             FORMATS[self.save_format].load()(self.path, model, self.family, grids)
 
     def end(self):
-        """Remove the resume state, in an order that leaves the run resumable at every point."""
-        if not self.writes:
-            return
-        for pattern in ("state-*", "shards.json", "layer-*", "grids-*", "plan.json", "gradients-*"):
-            for file in self.progress.glob(pattern):
-                file.unlink()
-        (self.progress / "run.json").unlink()
-        shutil.rmtree(self.progress)
+        """Remove the resume state. What comes first marks the run as complete."""
+        self.ended = True
+        if self.writes:
+            _delete(self.progress / "run.json")
+            clear(self.path)
 
 
+def clear(path):
+    """Remove the resume state of a run that is complete or did not start; leave other files in its folder alone."""
+    progress = Path(path) / PROGRESS
+    for file in progress.glob("*"):
+        if file.name == "lock" or OWN.fullmatch(file.name):
+            _delete(file)
+    with contextlib.suppress(OSError):  # other files, or no such folder
+        progress.rmdir()
+
+
+def _delete(file):
+    """Remove a file, or a folder in its place."""
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    else:
+        file.unlink(missing_ok=True)
+
+
+def tell(text):
+    print(f"resume   {text}", flush=True)
+
+
+def _source_of(module):
+    return getattr(module, "source", None)
+
+
+def _open_lock(path, flags):
+    """Return a descriptor of the file by which a run locks its directory. Raises OSError if it is not a file."""
+    file = Path(path) / PROGRESS / "lock"
+    lock = os.open(file, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)  # does not wait for a named pipe
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        os.close(lock)
+        raise OSError(errno.EINVAL, "is not a file", str(file))
+    return lock
 
 
 def held(path):
     """Return whether a run is writing to a directory."""
     try:
-        with (Path(path) / PROGRESS / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock = _open_lock(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        pass
+        pass  # a file system without locks, which is refused where the lock is taken
+    finally:
+        os.close(lock)
     return False
 
 

@@ -15,6 +15,33 @@ def own_tensors(model):
     return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
+def published(state, layout):
+    """Return {key in the checkpoint: its tensor on meta} of {name: tensor}. layout: from `layout.layout_of`."""
+    parts = {}  # key -> [(Part or None, tensor)]
+    for name, tensor in state.items():
+        key, part = layout.get(name, (name, None))
+        parts.setdefault(key, []).append((part, tensor))
+    return {key: torch.empty(_shape(found), dtype=found[0][1].dtype, device="meta") for key, found in parts.items()}
+
+
+def _shape(parts):
+    part, tensor = parts[0]
+    return part.whole(tensor.shape, len(parts) // part.parts) if part else tensor.shape
+
+
+def merged(tensor, names, read):
+    """Return a tensor of the checkpoint. tensor: the same on meta. names: {name: Part or None} of what it consists of.
+
+    read: returns the tensor of a name.
+    """
+    if list(names.values()) == [None]:
+        return read(next(iter(names)))
+    whole = torch.empty_like(tensor, device="cpu")
+    for name, part in names.items():
+        part.of(whole[part.expert]).copy_(read(name))
+    return whole
+
+
 def size(tensors):
     """Return the total bytes of {name: tensor}."""
     return sum(tensor.nbytes for tensor in tensors.values())
@@ -34,17 +61,13 @@ def split(state):
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST).tensor_to_filename
 
 
-def write(file, state, read, sums):
+def write(file, tensors, read):
     """Write a shard, renamed into place once it is flushed to disk and verified.
 
-    state: {name: tensor}, possibly on meta. read: returns the tensor of a name. sums: {name: checksum} of tensors as
-    they were in memory; missing ones are added. Raises InputError if a tensor does not match its checksum.
+    tensors: {key: tensor}, possibly on meta. read: returns the tensor of a key. Raises InputError if one cannot be read
+    back as it was.
     """
     with replacing(file) as partial:
-        for name, checksum in streaming.save(partial, state, read).items():
-            if sums.setdefault(name, checksum) != checksum:
-                raise InputError(f"--save {file.parent}: {name} in the file of its layer differs from what was in "
-                                 "memory")
-        for name in state:
-            if streaming.checksum(streaming.read({name: (partial, name)})[name]) != sums[name]:
-                raise InputError(f"--save {file.parent}: {name} in {file.name} differs from what was in memory")
+        for key, checksum in streaming.save(partial, tensors, read).items():
+            if streaming.checksum(streaming.read({key: streaming.Place(partial, key)})[key]) != checksum:
+                raise InputError(f"--save {file.parent}: {key} in {file.name} differs from what was in memory")

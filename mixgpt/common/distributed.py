@@ -7,8 +7,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from mixgpt.common import environment
+from mixgpt.common.errors import InputError
+
 # The others wait while the first process writes and verifies the checkpoint. If it dies, they end at once.
 PATIENCE = timedelta(days=7)
+MEETING = timedelta(minutes=10)  # within which all have started
 
 
 class _Hosts:
@@ -20,19 +24,33 @@ class _Hosts:
 @contextlib.contextmanager
 def joined(device):
     """Join the processes started by torchrun within the block. device: of this process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if environment.world_size() == 1:
         yield
         return
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)  # tensors, on the GPUs
+        _meet("nccl", device_id=device)  # tensors, on the GPUs
         _Hosts.group = dist.new_group(backend="gloo", timeout=PATIENCE)  # objects, on the hosts
     else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        _meet("gloo", timeout=PATIENCE)
     yield
     dist.destroy_process_group()  # not after an error: torchrun then ends the others
     _Hosts.group = None
+
+
+def _meet(backend, **options):
+    """Join the process group. Raises InputError if the processes do not find each other in time."""
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set(f"started/{rank}", "")
+        store.wait([f"started/{other}" for other in range(world)], MEETING)
+        store.set_timeout(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
+    except dist.DistError as error:
+        raise InputError(f"WORLD_SIZE {environment.world_size()}: the processes did not meet at MASTER_ADDR "
+                         f"{os.environ['MASTER_ADDR']} MASTER_PORT {os.environ['MASTER_PORT']} within "
+                         f"{MEETING.total_seconds():.0f} s; start with torchrun, or unset WORLD_SIZE") from error
 
 
 def world():

@@ -1,4 +1,11 @@
-"""The error that the command line reports in one line, with exit status 2."""
+"""The error that the command line reports in one line with exit status 2, and how to recognize a lack of memory."""
+
+import errno
+
+# How libraries say on the host that memory is used up, where they raise neither MemoryError nor ENOMEM.
+EXHAUSTED = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
+             "Cannot allocate memory", "failed to map segment from shared object", "std::bad_alloc",
+             "can't start new thread")
 
 
 class InputError(ValueError):
@@ -6,3 +13,19 @@ class InputError(ValueError):
 
     The message is one line: it names the argument, what was given and what is accepted.
     """
+
+
+def one_line(error):
+    """Return an exception's message, or else its name, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_out_of_memory(error):
+    """Return whether an exception, or one behind it, says that the host's memory is used up."""
+    while error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if any(words in str(error) for words in EXHAUSTED):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,4 +1,4 @@
-"""Atomic writes of files and directories, the cache, and checks that a path can be written."""
+"""Atomic writes of files and directories, the cache, and what the checks of a path need."""
 
 import contextlib
 import errno
@@ -10,8 +10,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mixgpt.common.errors import InputError
-
 
 @contextlib.contextmanager
 def replacing(path):
@@ -19,8 +17,7 @@ def replacing(path):
 
     After an error the file at `path` is unchanged. Several processes may write to one path concurrently.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    path, partial = Path(path), partial_of(path)
     try:
         yield partial
         with partial.open("rb+") as written:
@@ -29,6 +26,12 @@ def replacing(path):
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def partial_of(path):
+    """Return the temporary path beside `path` that this process writes to."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 @contextlib.contextmanager
@@ -88,19 +91,6 @@ def check_room(folder, nbytes):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def write(flag, path, text):
-    """Write text, creating parent directories. Raises InputError on failure, leaving no partial file.
-
-    flag: the command-line flag of the file.
-    """
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            partial.write_text(text)
-    except OSError as error:
-        raise _refusal(flag, path, error) from error
-
-
 def nearest_folder(path):
     """Return the path itself if it exists, else its nearest existing parent."""
     path = Path(path).absolute()
@@ -112,20 +102,3 @@ def nearest_folder(path):
 def try_writing(folder):
     """Create and delete a file in a directory. Raises OSError if that fails."""
     tempfile.TemporaryFile(dir=folder).close()
-
-
-def check_writable(flag, path):
-    """Raise InputError early for a file that could not be written; missing directories will be created.
-
-    flag: the command-line flag of the file. Leaves nothing behind.
-    """
-    if Path(path).is_dir():
-        raise InputError(f"{flag} {path}: is a folder; name a file")
-    try:
-        try_writing(nearest_folder(Path(path).absolute().parent))
-    except OSError as error:
-        raise _refusal(flag, path, error) from error
-
-
-def _refusal(flag, path, error):
-    return InputError(f"{flag} {path}: cannot be written ({error.strerror}); name another file")

@@ -1,9 +1,8 @@
 """Defaults of a run: the device, the dtype and the sequence length."""
 
-import os
-
 import torch
 
+from mixgpt.common import environment
 from mixgpt.common.errors import InputError
 
 DEFAULT_SEQLEN = 2048
@@ -11,8 +10,8 @@ DEFAULT_SEQLEN = 2048
 
 def choose_device(name):
     """Return the device of this process: with torchrun, the GPU of its local rank."""
-    number = int(os.environ.get("LOCAL_RANK", 0))
-    if (name or "").startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    number = environment.local_rank()
+    if (name or "").startswith("cuda:") and environment.world_size() > 1:
         raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
     if name is None and not (torch.cuda.is_available() and number):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

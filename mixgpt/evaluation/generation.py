@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import GenerationConfig
@@ -9,6 +10,7 @@ from transformers import GenerationConfig
 from mixgpt.checkpoints.load import load_model, load_tokenizer, read_config
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_dtype, position_limit
+from mixgpt.text.tokenizing import encode
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Completion:
     text: str  # without the prompt
     tokens: int  # generated
     seconds: float  # for all of them, including the prompt
+    cut: int = 0  # tokens at the beginning of the prompt for which the model's context had no room
 
     @property
     def speed(self):
@@ -30,14 +33,16 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
 
     temperature: 0 is greedy; otherwise tokens are sampled, seeded by `seed`. until: stop strings, not included. If
     prompt and completion exceed the model's context, the prompt is truncated on the left; raises InputError if even
-    that leaves no room.
+    that leaves no room, if the prompt gives no token, or one that the model does not have, or if logits are NaN or inf.
     """
     begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    ids = tokenizer(prompt, add_special_tokens=not begun, return_tensors="pt", verbose=False).input_ids.to(model.device)
+    ids = encode(tokenizer, prompt, add_special_tokens=not begun, return_tensors="pt").input_ids.to(model.device)
     limit = position_limit(model.config)
     if limit and max_new_tokens >= limit:
         raise InputError(f"--max_new_tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")
-    ids = ids[:, -(limit - max_new_tokens):] if limit else ids
+    _check_tokens(ids, model)
+    cut = max(ids.shape[1] + max_new_tokens - limit, 0) if limit else 0
+    ids = ids[:, cut:]
     choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=0,
                                 eos_token_id=model.generation_config.eos_token_id, stop_strings=list(until) or None,
@@ -46,12 +51,29 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
         torch.manual_seed(seed)
         start = time.perf_counter()
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-                                tokenizer=tokenizer)[0, ids.shape[1]:].tolist()
+                                tokenizer=tokenizer, logits_processor=[partial(_check_logits, model)])
+        output = output[0, ids.shape[1]:].tolist()
         seconds = time.perf_counter() - start
     text = tokenizer.decode(output, skip_special_tokens=True)
     for end in until:
         text = text.partition(end)[0]
-    return Completion(text, len(output), seconds)
+    return Completion(text, len(output), seconds, cut)
+
+
+def _check_logits(model, _, logits):
+    """Be a logits processor that refuses what cannot be ranked or sampled from; -inf excludes a token."""
+    if logits.isnan().any() or logits.isposinf().any():
+        raise InputError(f"model {model.config.name_or_path}: its logits contain NaN or inf; try --dtype float32")
+    return logits
+
+
+def _check_tokens(ids, model):
+    if not ids.numel():
+        raise InputError("prompt: the model's tokenizer gives no token for it; give another one")
+    count = model.get_input_embeddings().num_embeddings
+    if ids.max() >= count:
+        raise InputError(f"model {model.config.name_or_path}: its tokenizer gives token {ids.max()}, but its "
+                         f"vocabulary has {count}")
 
 
 def load(model, device, dtype="auto"):

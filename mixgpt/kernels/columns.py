@@ -5,7 +5,6 @@ import functools
 import torch
 
 from mixgpt.kernels import columns_cpu
-from quant import to_multiples
 
 NARROW = 8  # scores per row up to which pairwise comparison is faster than selection
 
@@ -31,6 +30,11 @@ def smallest_in_groups(scores, n, m):
     return smallest_per_row(groups, n).view(scores.shape[1], -1).t()
 
 
+def to_multiples(W, scale, low, high, dtype):
+    """Round W to a multiple of scale, between low and high times it, as computed in `dtype`. Returns W's dtype."""
+    return (W / scale).round_().clamp_(low, high).mul_(scale).to(dtype).to(W.dtype)
+
+
 def walk_columns(W, E, U, mask, factors, groups, grid):
     """Prune or round the weights of each column in turn, compensating the error in the columns after it.
 
@@ -38,7 +42,7 @@ def walk_columns(W, E, U, mask, factors, groups, grid):
     out), overwritten with the errors divided by the diagonal of U. U: (n, n), upper triangular. mask: (n, out), the
     weights to prune. groups: (prunem, [(slice of rows, prunen)]), to choose here the prunen lowest scores
     w² · factors (n,) of every prunem weights of those rows, masked ones first; or None. grid: (scale, low, high,
-    dtype), the first three (out,), as in `quant.to_multiples`; or None.
+    dtype), the first three (out,), as in `to_multiples`; or None.
     SparseGPT (arXiv 2301.00774), algorithm 1, and GPTQ (arXiv 2210.17323), eq. 2 and 3.
     """
     prunem, prunens = groups or (0, [])

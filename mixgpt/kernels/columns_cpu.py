@@ -3,12 +3,33 @@
 Single-threaded: the errors of a tile stay in L1 cache, so that this costs far less than the surrounding products.
 """
 
+import contextlib
+import os
+import shutil
+
 import numba
 import numpy as np
 import torch
 
 TILE = 64  # rows of W at a time
 GRID_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # supported by the compiled code
+
+
+CACHE_ROOM = 10_000_000  # bytes, several times what is written
+
+
+def _compiled(**options):
+    """Compile a function when it is first called, and keep the machine code on disk where that is possible."""
+    def decorated(function):
+        dispatcher = numba.njit(nogil=True, **options)(function)
+        with contextlib.suppress(RuntimeError):  # neither this file's folder nor the user's cache can be written
+            dispatcher.enable_caching()
+        folder = dispatcher.stats.cache_path
+        if folder and os.path.isdir(folder) and shutil.disk_usage(folder).free < CACHE_ROOM:
+            return numba.njit(nogil=True, **options)(function)
+        return dispatcher
+
+    return decorated
 
 
 def walk_columns(W, E, U, mask, factors, groups, grid):
@@ -21,7 +42,7 @@ def walk_columns(W, E, U, mask, factors, groups, grid):
                    grid is not None and grid[3] == torch.bfloat16)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+@_compiled(fastmath={"contract"}, error_model="numpy")
 def _update(W, E, U, column, start, stop):
     """Update a column of a tile for the errors of columns start … stop − 1."""
     for k in range(start, stop):
@@ -30,7 +51,7 @@ def _update(W, E, U, column, start, stop):
             W[column, r] -= share * E[k, r]
 
 
-@numba.njit(nogil=True, cache=True)
+@_compiled()
 def _copy(source, target):
     """Copy a tile in the memory order of the source or target outside it."""
     columns, rows = source.shape
@@ -44,7 +65,7 @@ def _copy(source, target):
                 target[j, r] = source[j, r]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+@_compiled(fastmath={"contract"}, error_model="numpy")
 def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16):
     """Walk all columns for rows start … stop − 1; scale is empty without quantization."""
     columns, width = len(W), max(prunem, 1)
@@ -90,7 +111,7 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
             _copy(remove[:, :rows], mask[:, first:first + rows])
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+@_compiled(fastmath={"contract"}, error_model="numpy")
 def _choose(W, remove, factors, scores, rank, group, width, prunen):
     """Mark the prunen least salient of columns group … group + width − 1 per row of a tile, marked ones first."""
     for j in range(group, group + width):

@@ -4,7 +4,10 @@ Unlike LLaMA, q, k and v come from one matrix W_pack, the 13B models use ALiBi (
 positions, and Baichuan 2 normalises the rows of its head. Importing this file registers them with the Auto classes.
 """
 
+import itertools
+import json
 import math
+from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -165,19 +168,31 @@ class BaiChuanForCausalLM(BaichuanForCausalLM):
 class BaichuanTokenizer(SentencePieceBackend):
     """Tokenize as sentencepiece does with a checkpoint's own tokenizer.model; has the class name that checkpoints use.
 
-    Spaces are handled as the model file says; no leading <s> by default.
+    Spaces are handled as the model file says; a leading <s> by default.
     """
 
-    def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=False,
+    def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True,
                  add_eos_token=False, **kwargs):
         pattern = PATTERNS[add_bos_token, add_eos_token]
         super().__init__(**kwargs | {"legacy": True, "special_tokens_pattern": pattern}, vocab_file=vocab_file,
                          bos_token=bos_token, eos_token=eos_token, unk_token=unk_token, add_bos_token=add_bos_token,
                          add_eos_token=add_eos_token)
 
+        self.added_by_default = {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token}
+
+    def save_pretrained(self, save_directory, *arguments, **options):
+        """Save the files of the tokenizer; transformers leaves out which special tokens it adds."""
+        files = super().save_pretrained(save_directory, *arguments, **options)
+        file = Path(save_directory) / "tokenizer_config.json"
+        content = self.added_by_default | json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files
+
     def convert_tokens_to_string(self, tokens):
-        """Join pieces into the original text."""
-        return self.sp_model.decode(tokens)
+        """Join pieces into the original text; sentencepiece would drop special tokens between them."""
+        special = set(self.all_special_tokens)
+        return "".join("".join(run) if are_special else self.sp_model.decode(list(run))
+                       for are_special, run in itertools.groupby(tokens, special.__contains__))
 
 
 AutoConfig.register("baichuan", BaichuanConfig)

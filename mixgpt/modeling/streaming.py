@@ -4,52 +4,69 @@ import contextlib
 import functools
 import hashlib
 import json
-import zlib
+import os
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
+from mixgpt.modeling.layout import Part, layout_of
 
 # dtypes by their safetensors names
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
             "BOOL": torch.bool}
+NARROW = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # read, and converted on reading
 NAMES = {dtype: name for name, dtype in {**FLOATS, **INTEGERS}.items()}
+TYPES = FLOATS | INTEGERS | NARROW
+
+
+class Place(NamedTuple):
+    """Where a tensor is on disk."""
+
+    file: str
+    key: str  # in the file
+    part: Part | None = None  # if it is one of several in the tensor of this key
 
 
 @dataclass
 class Source:
     """Where a module's parameters and buffers are on disk."""
 
-    places: dict  # name in the module -> (file, key in the file)
+    places: dict  # name in the module -> Place
     dtype: torch.dtype  # of the weights in memory
     ahead: Future | None = field(default=None, init=False)  # tensors being read
+    empty: dict = field(default_factory=dict, init=False)  # those on meta, whose place the tensors take while loaded
 
     def tensor(self, name):
         """Read one tensor."""
         return self._read([name])[name]
 
-    def _read(self, names):
+    def _read(self, names, pinned=False):
         return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-                for name, tensor in read({name: self.places[name] for name in names}).items()}
+                for name, tensor in read({name: self.places[name] for name in names}, pinned).items()}
 
     def prefetch(self, device):
         """Start reading the tensors for `load`, in a thread."""
         self.ahead = ThreadPoolExecutor(1).submit(self._fetch, device)
 
     def _fetch(self, device):
-        tensors = self._read(self.places)
-        if torch.device(device).type == "cuda":  # on its own stream, to overlap with computation
-            stream = _transfers(torch.device(device))
-            with torch.cuda.stream(stream):
-                tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-            stream.synchronize()
+        if torch.device(device).type != "cuda":
+            return self._read(self.places)
+        tensors = self._read(self.places, pinned=True)
+        stream = _transfers(torch.device(device))  # of its own, to overlap with computation
+        with torch.cuda.stream(stream):
+            tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+        stream.synchronize()
         return tensors
 
     def load(self, module, device):
@@ -74,15 +91,55 @@ class Source:
                 _assign(module, name, buffer.to("cpu"))
 
 
-def read(places):
-    """Read {name: tensor} from places, {name: (file, key in the file)}."""
+def read(places, pinned=False):
+    """Read {name: tensor} from places, {name: Place}. pinned: into memory that GPUs copy from.
+
+    Into memory, not mapped: a process dies if it touches a mapped file that was truncated meanwhile. Raises InputError
+    if a file is not what it was.
+    """
     tensors, files = {}, {}
-    for name, (file, key) in places.items():
-        files.setdefault(file, []).append((name, key))
+    for name, (file, key, part) in places.items():
+        files.setdefault(file, []).append((name, key, part))
     for file, wanted in files.items():
-        with _opened(file) as held:
-            tensors |= {name: held.get_tensor(key) for name, key in wanted}
+        try:
+            with open(file, "rb", buffering=0) as stream:
+                entries, start = _header(stream)
+                tensors |= {name: _tensor(stream, entries[key], start, pinned, part) for name, key, part in wanted}
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read during the run ({error.strerror})") from error
+        except (EOFError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: was truncated or changed during the run") from error
     return tensors
+
+
+def _header(stream):
+    """Return the header of an open safetensors file, {key: entry}, and where the data start."""
+    size = int.from_bytes(_exactly(stream, bytearray(8)), "little")
+    if size > os.fstat(stream.fileno()).st_size:
+        raise EOFError
+    return json.loads(_exactly(stream, bytearray(size))), 8 + size
+
+
+def _tensor(stream, entry, start, pinned, part):
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    if part:
+        size, shape = (end - begin) // shape[0], shape[1:]
+        begin, end = begin + part.expert * size, begin + (part.expert + 1) * size
+    content = torch.empty(end - begin, dtype=torch.uint8, pin_memory=pinned)
+    stream.seek(start + begin)
+    _exactly(stream, content.numpy())
+    tensor = content.view(TYPES[entry["dtype"]]).view(shape)
+    return part.of(tensor).contiguous() if part else tensor
+
+
+def _exactly(stream, buffer):
+    """Fill a buffer from an unbuffered file, which may give less than asked for. Raises EOFError at its end."""
+    left = memoryview(buffer).cast("B")
+    while left:
+        if not (count := stream.readinto(left)):
+            raise EOFError
+        left = left[count:]
+    return buffer
 
 
 @functools.cache
@@ -97,7 +154,7 @@ def _assign(module, name, tensor):
 
 
 def attach(model, family, places):
-    """Make modules of a model on meta read their tensors from places {name: (file, key)}; `model.source` has all."""
+    """Make modules of a model on meta read their tensors from places {name: Place}; `model.source` has all."""
     model.source = Source(places, model.dtype)
     layers = {f"{family.layers}.{index}": layer for index, layer in enumerate(family.layers_of(model))}
     for path, module in (layers | family.rest_of(model)).items():
@@ -129,12 +186,23 @@ def files_of(name, **arguments):
 def check_index(index):
     """Raise ValueError if a shard index is damaged or points outside its directory."""
     try:
-        files = set(json.loads(Path(index).read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(Path(index).read_text())
+        files = set(content["weight_map"].values())
+        dict(content.get("metadata") or {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{Path(index).name} is damaged ({type(error).__name__}: {error})") from error
+    if not files:
+        raise ValueError(f"{Path(index).name} is damaged (it names no files)")
     for file in files:
-        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or (
+                not PurePosixPath(file).parts):
             raise ValueError(f"its index names {file}, which is not in the folder")
+
+
+def check_header(file):
+    """Raise ValueError if the header of a safetensors file is damaged, or does not fit the file's size."""
+    with _opened(file):
+        pass
 
 
 def dtype_of(files):
@@ -154,31 +222,48 @@ def stream(model, family, files):
     Keys may lack or add the base model prefix, as `from_pretrained` allows. Raises ValueError if a shape differs from
     the configuration; OSError or SafetensorError if a file is damaged.
     """
-    held = {}  # key -> (file, shape)
+    held = {}  # key -> (file, dtype, shape)
     for file in files:
         with _opened(file) as tensors:
-            held |= {key: (file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()}  # noqa: SIM118
+            for key in tensors.keys():  # noqa: SIM118, not a dict
+                tensor = tensors.get_slice(key)
+                held[key] = file, tensor.get_dtype(), tuple(tensor.get_shape())
     base, tied, places = model.base_model_prefix + ".", model.all_tied_weights_keys, {}
 
-    def find(name):
-        return next((key for key in (name, name.removeprefix(base), base + name) if key in held), None)
+    layout = layout_of(model)
 
+    def find(name):
+        """Return the Place of a tensor under its published key or its own name, or None."""
+        for key, part in (layout.get(name, (name, None)), (name, None)):
+            for stored in (key, key.removeprefix(base), base + key):
+                if stored in held:
+                    return Place(held[stored][0], stored, part)
+
+    experts = Counter(key for key, part in layout.values() if part and not part.part)
     for name, tensor in model.state_dict().items():
-        key = find(tied.get(name, name))
-        if key is None:
+        place = find(tied.get(name, name))
+        if place is None:
             return False
-        file, shape = held[key]
-        if shape != tuple(tensor.shape):
-            raise ValueError(f"{key} is {_times(shape)}, its configuration expects {_times(tensor.shape)}")
-        places[name] = file, key
+        for _, key, part in filter(None, (place, find(name))):
+            shape = part.whole(tensor.shape, experts[layout[name][0]]) if part else tuple(tensor.shape)
+            _check(key, *held[key][1:], shape, tensor.is_floating_point())
+        places[name] = place
     # `from_pretrained` does not tie tensors that are both stored and differ
-    own = Source({name: (held[key][0], key) for name in tied if (key := find(name))}, model.dtype)
+    own = Source({name: place for name in tied if (place := find(name))}, model.dtype)
     together = Source(places, model.dtype)
     if not all(torch.equal(own.tensor(name), together.tensor(name)) for name in own.places):
         return False
     attach(model, family, places)
     _compute_buffers(model)
     return True
+
+
+def _check(key, dtype, shape, expected, floating):
+    """Raise ValueError if a stored tensor cannot be that of a model."""
+    if shape != expected:
+        raise ValueError(f"{key} is {_times(shape)}, its configuration expects {_times(expected)}")
+    if floating and dtype not in FLOATS and dtype not in NARROW:
+        raise ValueError(f"{key} is stored as {dtype}, must be a floating-point dtype")
 
 
 @contextlib.contextmanager
@@ -191,7 +276,7 @@ def _opened(file):
 
 
 def _times(shape):
-    return " x ".join(map(str, shape))
+    return " x ".join(map(str, shape)) or "a single number"
 
 
 def _compute_buffers(model):
@@ -227,30 +312,35 @@ def digest(tokens):
 
 
 def checksum(tensor):
-    """Return the CRC-32 of the bytes of a tensor."""
-    return zlib.crc32(_bytes(tensor))
+    """Return a checksum of a tensor, XXH3 of its dtype, shape and bytes: as fast as memory is read."""
+    return _checksum(tensor, _bytes(tensor))
+
+
+def _checksum(tensor, content):
+    found = xxhash.xxh3_64(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(content)
+    return found.hexdigest()
 
 
 def _bytes(tensor):
     return tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
 
 
-def write(file, tensors):
-    """Write {key: tensor} as a safetensors file, atomically and flushed to disk.
-
-    Returns {key: checksum}.
+def write(file, tensors, metadata=None):
+    """Write {key: tensor} as a safetensors file, atomically and flushed to disk. metadata: {key: text} for its header.
     """
     with replacing(file) as partial:
-        return save(partial, tensors, tensors.get)
+        save(partial, tensors, tensors.get, metadata)
 
 
-def save(file, tensors, read):
+def save(file, tensors, read, metadata=None):
     """Write the same safetensors file as `save_file`, but with one tensor in memory at a time.
 
-    tensors: {key: tensor}, possibly on meta. read: returns the tensor of a key. Returns {key: checksum}.
+    tensors: {key: tensor}, possibly on meta. read: returns the tensor of a key. metadata: {key: text} for its header.
+    Returns {key: checksum}.
     """
     keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # aligns tensors to their element size
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
     for key in keys:
         start, end = end, end + tensors[key].nbytes
         header[key] = {"dtype": NAMES[tensors[key].dtype], "shape": list(tensors[key].shape),
@@ -273,4 +363,4 @@ def _append(stream, tensor):
     """Write the bytes of a tensor to an open file. Returns their checksum."""
     content = _bytes(tensor)
     stream.write(content)
-    return zlib.crc32(content)
+    return _checksum(tensor, content)

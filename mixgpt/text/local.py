@@ -1,16 +1,21 @@
 """Find a dataset in a directory, in any of the usual layouts of local copies, and read its rows."""
 
 import glob
+import gzip
+import itertools
+import json
 import os
 import re
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 
+import pyarrow
 from datasets import load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, one_line
 from mixgpt.text import hub
 from mixgpt.text.sets import DATASETS
 
@@ -30,7 +35,9 @@ READERS = {
 }
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # kept beside the data
 COLUMNS = ("text", "sentence")
-READ_ERRORS = (DatasetsError, OSError, EOFError, ValueError, zlib.error)
+READ_ERRORS = (DatasetsError, OSError, EOFError, ValueError, zlib.error, pyarrow.ArrowException)
+LONGEST = 100_000_000  # bytes of a row: its tokenizer needs many times as much
+NEEDED = f"{' or '.join(COLUMNS)} is needed"
 
 
 def local_rows(dataset, split, data_dir):
@@ -83,7 +90,14 @@ def one_copy(paths, first_shard):
 
 def data_files(root):
     """Yield the paths below a folder that have a reader."""
-    for folder, _, names in os.walk(root, followlinks=True):
+    above = {}  # folder -> the folders it is in, by their numbers on disk, and itself
+    for folder, below, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        own, upper = (status.st_dev, status.st_ino), above.get(os.path.dirname(folder), frozenset())
+        if own in upper:  # a link back
+            below.clear()
+            continue
+        above[folder] = upper | {own}
         paths = [Path(folder, name) for name in names if name not in METADATA]
         yield from (path for path in paths if reader_rank(path) < len(READERS))
 
@@ -124,22 +138,86 @@ def comparable(name):
 def read_file(path, text_row):
     """Return the rows of one local file as a list of str, leaving no copy in the cache of `datasets`."""
     reader = list(READERS.values())[reader_rank(path)]
+    for file in path.parent.iterdir() if reader == "save_to_disk" else [path]:
+        if not file.is_file() and not file.is_dir():  # a pipe or a device, on which a reader would wait
+            raise InputError(f"--data-dir: {file} is not a regular file")
     try:
         if reader == "text":
-            with path.open(encoding="utf-8") as lines:
-                return [text_row(line) for line in lines]
+            with path.open(encoding="utf-8-sig") as lines:
+                return [text_row(line) for line in lines_of(lines)]
+        if reader == "json":
+            return json_texts(path)
         with hub.offline(), hub.unlogged("datasets"), tempfile.TemporaryDirectory() as cache:
             if reader == "save_to_disk":
                 return text_column(load_from_disk(path.parent), path.parent)
-            files = [glob.escape(str(path))]
-            table = load_dataset(reader, data_files=files, split="train", streaming=True, cache_dir=cache)
+            options = {"batch_size": 1000} if reader == "parquet" else {}  # by default that of its row groups, even 0
+            table = load_dataset(reader, data_files=[glob.escape(str(path))], split="train", streaming=True,
+                                 cache_dir=cache, **options)
             return text_column(table, path)
     except InputError:
         raise
-    except StopIteration:  # raised by `datasets` for a JSON file without rows
-        return []
     except READ_ERRORS as error:
         raise InputError(f"--data-dir: {path} cannot be read ({reader}): {one_line(error)}") from None
+    except (KeyError, TypeError, AttributeError) as error:  # from metadata of other types than expected
+        raise InputError(f"--data-dir: {path} cannot be read ({reader}): {type(error).__name__}: {one_line(error)}"
+                         ) from None
+
+
+def lines_of(file):
+    """Yield the lines of an open file. Raises ValueError for one that no tokenizer could digest."""
+    for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), file.read(0)), start=1):
+        if len(line) > LONGEST:
+            raise ValueError(f"line {number} is longer than {LONGEST / 1e6:.0f} MB; split it")
+        yield line
+
+
+def json_texts(path):
+    """Return the texts of a file of JSON lines, or of one JSON list. Raises ValueError if it is damaged.
+
+    Python's own reader: that of pyarrow, and so that of `datasets`, crashes on rows that are null or nested deeply.
+    """
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        lines = lines_of(file)
+        first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
+        if first.lstrip().startswith(b"["):
+            whole = first + file.read(LONGEST)
+            if len(whole) > LONGEST:
+                raise ValueError(f"its list is longer than {LONGEST / 1e6:.0f} MB; write one object a line instead")
+            rows = ((f"element {number}", row) for number, row in enumerate(json_value(whole, "the list"), start=1))
+        else:
+            rows = ((f"line {number}", json_value(line, f"line {number}"))
+                    for number, line in enumerate(itertools.chain([first], lines), start=1) if line.strip())
+        return [json_text(row, place, path) for place, row in rows]
+
+
+def json_value(text, place):
+    """Return the value of JSON bytes. Raises ValueError, naming the place."""
+    try:
+        return json.loads(text.decode(), strict=False)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not text in UTF-8: {error.reason}") from error
+    except ValueError as error:
+        raise ValueError(f"{place} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place} is nested too deeply") from error
+
+
+def json_text(row, place, path):
+    """Return the text of a row: an object, or the text itself."""
+    if isinstance(row, dict):
+        column = next((name for name in COLUMNS if name in row), None)
+        if column is None:
+            names = ", ".join(list(row)[:5]) or "none"
+            raise InputError(f"--data-dir: {path}, {place} has the columns {names}: {NEEDED}")
+        row, place = row[column], f"{place}, {column}"
+    if not isinstance(row, str):
+        kind = "null" if row is None else type(row).__name__
+        raise InputError(f"--data-dir: {path}, {place} is {kind}, not text")
+    try:
+        row.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"--data-dir: {path}, {place} has half of a surrogate pair, which is not text") from None
+    return row
 
 
 def text_column(table, origin):
@@ -147,13 +225,10 @@ def text_column(table, origin):
     columns = list(next(iter(table), {}))
     column = next((name for name in COLUMNS if name in columns), None)
     if columns and column is None:
-        raise InputError(f"{origin} has the columns {', '.join(columns)}: {' or '.join(COLUMNS)} is needed")
+        raise InputError(f"{origin} has the columns {', '.join(columns)}: {NEEDED}")
     texts = [text for batch in table.iter(batch_size=1000) for text in batch[column]]
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{origin}: the column {column} contains values that are not text")
+    if max(map(len, texts), default=0) > LONGEST:
+        raise InputError(f"{origin}: a row is longer than {LONGEST / 1e6:.0f} MB; split it")
     return texts
-
-
-def one_line(error):
-    """Return an exception's message, or else its name, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

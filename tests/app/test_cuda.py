@@ -17,6 +17,7 @@ from makebelieve import Gpu, GpuTensor, held
 import modelutils
 from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load
+from mixgpt.checkpoints.names import RECORD
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns
 from mixgpt.modeling import streaming
@@ -99,7 +100,7 @@ def run(checkpoint_folder, tmp_path, capsys):
         printed = capsys.readouterr()
         if status:
             return printed.err
-        record = json.loads((folder / load.RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text())
         state = saved_tensors(folder)
         if "--save-format" in words:
             state = load.load_model(str(folder), "auto").state_dict()

@@ -11,26 +11,30 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, command, contents, saved_tensors
 from faults import FAULTS
-from faults.damage import INDEX, SMALL, UP, config_changed, nothing, weights_changed
+from faults.damage import INDEX, SMALL, UP, WEIGHTS, config_changed, cut, nothing, weights_changed
 from faults.models import remote
 from faults.traces import MIXED
 
 import datautils
+import generate
+import results
 from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import shards
 from mixgpt.kernels import columns
 
 
 def run(family, command, **places):
-    """Run a family's command line in this process. Returns the exit status."""
+    """Run the command line of a family, or generate.py or results.py, here. Returns the exit status."""
+    main = {"generate": generate.main, "results": results.main}.get(family) or partial(cli.main, FAMILIES[family][0])
     try:
-        return cli.main(FAMILIES[family][0], [word.format(**places) for word in command.split()])
+        return main([word.format(**places) for word in command.split()])
     except SystemExit as stop:  # argparse
         return stop.code
 
@@ -72,15 +76,19 @@ def test_a_fault_gets_one_line_and_status_2_and_nothing_is_written(case, checkpo
     shutil.copytree(checkpoint_folder("llama"), root / "model")
     (root / "made").symlink_to(made)
     fault.damage(root)
+    for name, value in fault.env.items():
+        monkeypatch.setenv(name, value)
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
-    command = fault.command + f" {SMALL}"
-    command += " --save {root}/saved" if "--save" not in command else ""
-    command += " --eval builtin" if "--eval" not in command else ""
-    assert run("llama", command, root=root) == 2
+    command = fault.command
+    if fault.script == "llama":
+        command = f"{SMALL} {command}"
+        command += " --save {root}/saved" if "--save" not in command else ""
+        command += " --eval builtin" if "--eval" not in command else ""
+    assert run(fault.script, command, root=root) == 2
     captured = capsys.readouterr()
     line, = captured.err.splitlines()
-    assert re.fullmatch(says(f"llama.py: error: {fault.message.format(root=root)}"), line), line
+    assert re.fullmatch(says(f"{fault.script}.py: error: {fault.message.format(root=root)}"), line), line
     assert captured.out == ""
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
@@ -158,7 +166,6 @@ class Child:
 
 RUN = f"{{root}}/model builtin --sparsity .5 --eval builtin {SMALL} --save {{root}}/saved"
 FULL = "… GB are free (…); free some space and continue with --resume"
-FULL_RECORD = "(File too large), … GB are free; free some space and continue with --resume"
 STOPPED = "llama.py: interrupted; what is in the folder of --save goes on with --resume"
 
 # What happens, the options of the run, what it says, and how many layers a --resume finds finished.
@@ -186,9 +193,9 @@ ACCIDENTS = {
     "no room for the index": (
         at, ("opened", f"{INDEX}.*", limited, 100), "", f"{INDEX} cannot be written, {FULL}", 3),
     "no room for the record": (
-        at, ("opened", "mixgpt.json.*", limited, 100), "", f"mixgpt.json cannot be written {FULL_RECORD}", 3),
+        at, ("opened", "mixgpt.json.*", limited, 100), "", f"mixgpt.json cannot be written, {FULL}", 3),
     "no room for the record at the end": (
-        at, ("placed", INDEX, limited, 100), "", f"mixgpt.json cannot be written {FULL_RECORD}", 3),
+        at, ("placed", INDEX, limited, 100), "", f"mixgpt.json cannot be written, {FULL}", 3),
     "no room for grids": (
         at, ("placed", "layer-00001.safetensors", limited, 100), "--wbits 4",
         f"grids-00001.safetensors needs 0.000 GB, {FULL}", 1),
@@ -254,6 +261,37 @@ def test_an_accident_gets_one_line_and_resume_gives_the_files_of_an_undisturbed_
     found = contents(tmp_path / "saved")
     found["mixgpt.json"]["settings"].pop("model")
     assert found == undisturbed(options)
+
+
+def removed(file, _):
+    file.unlink()
+
+
+def overwritten(file, content):
+    file.write_bytes(content)
+
+
+CHANGES = {  # of the model's file, after the first layer
+    "truncated": (cut, 100, "was truncated or changed during the run"),
+    "removed": (removed, None, "cannot be read during the run (No such file or directory)"),
+    "replaced": (overwritten, b"{" * 99, "was truncated or changed during the run"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_model_that_changes_during_a_run_gets_one_line_and_resume_goes_on(case, fork, undisturbed, checkpoint_folder,
+                                                                            tmp_path):
+    change, given, message = CHANGES[case]
+    shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+    file = tmp_path / "model" / WEIGHTS
+    whole = file.read_bytes()
+    child = Child(fork, tmp_path, "llama", RUN, at, ("placed", "layer-00000.safetensors", change, file, given))
+    assert child.end() == (2, [f"llama.py: error: {file}: {message}"])
+    file.write_bytes(whole)
+    assert Child(fork, tmp_path, "llama", f"{RUN} --resume", nothing).end() == (0, [])
+    found = contents(tmp_path / "saved")
+    found["mixgpt.json"]["settings"].pop("model")
+    assert found == undisturbed("")
 
 
 def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed, checkpoint_folder, tmp_path):

@@ -293,8 +293,8 @@ def test_float16_checkpoints_run_in_float32_on_a_cpu(checkpoint_folder, tmp_path
 def test_a_save_that_reads_back_differently_is_reported(checkpoint_folder, tmp_path, capsys, monkeypatch):
     save = streaming.save
 
-    def corrupt(file, tensors, read):
-        sums = save(file, tensors, read)
+    def corrupt(file, tensors, read, *metadata):
+        sums = save(file, tensors, read, *metadata)
         if "model.norm.weight" in tensors:  # in the result
             content = bytearray(file.read_bytes())
             content[-1] ^= 1  # the last bit of the last tensor
@@ -341,6 +341,8 @@ BAD = {
     "nearest after the walk": (
         "{opt} builtin --wbits 4 --nearest --sparsity .5", "--nearest: rounds without calibration; with --sparsity"),
     "order without a walk": ("{opt} builtin --wbits 4 --nearest --act-order", "--act-order: needs calibration"),
+    "search without a walk": ("{opt} builtin --wbits 4 --nearest --mse", "--mse: needs calibration"),
+    "search by magnitude": ("{opt} builtin --sparsity .5 --wbits 4 --gmp --mse", "--mse: needs calibration"),
     "order of n:m": (
         "{opt} builtin --wbits 4 --groupsize 2 --prunen 2 --prunem 4 --act-order",
         "--act-order --groupsize 2: must be at least 4, as the 4 columns of an n:m group stay together"),
@@ -385,9 +387,6 @@ BAD = {
     "plot format": (
         "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot a.txt",
         "--plot a.txt: must end in .png, .pdf, .svg"),
-    "plot folder": (
-        "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot no/a.png",
-        "--plot no/a.png: there is no folder"),
     "traces that are none": (
         "{opt} builtin --sparsity .5 --sparsity_way weight-level --sensitivity_file {nan}/config.json",
         "--sensitivity_file {nan}/config.json: is not a file of traces"),

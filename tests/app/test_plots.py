@@ -13,13 +13,13 @@ KEYS = list(SHAPES)
 
 
 @pytest.mark.parametrize("negative", [0, 1, len(KEYS)])
-def test_the_heat_maps_show_sensitivities_and_sparsities(negative, tmp_path, monkeypatch):
+def test_the_heat_maps_show_sensitivities_and_sparsities(negative, monkeypatch):
     """Traces that noise has made negative stay blank on the logarithmic scale."""
     figures = []
     monkeypatch.setattr(plots, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
     values = torch.tensor([[-1.0] * negative + [2.0 ** n for n in range(negative, len(KEYS))]] * 2)
     plan = {key: Target(0.1 * number) for number, key in enumerate(KEYS[1:])}  # one matrix is not pruned
-    plots.draw(tmp_path / "plan.png", Traces("hutchinson", SHAPES, values), plan)
+    content = plots.draw(Traces("hutchinson", SHAPES, values), plan)
 
     titled = {axis.get_title(): axis for axis in figures[0].axes}
     for title, expected in {
@@ -31,16 +31,16 @@ def test_the_heat_maps_show_sensitivities_and_sparsities(negative, tmp_path, mon
         for (layer, name), value in zip(KEYS, [expected.get(key, float("nan")) for key in KEYS], strict=True):
             found = shown[["self_attn.q_proj", "mlp.fc1"].index(name), layer]
             assert found == pytest.approx(value, nan_ok=True), (title, layer, name)
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert content.startswith(b"\x89PNG")
 
 
-def test_perplexities_of_other_orders_of_magnitude_stay_readable(tmp_path, monkeypatch):
+def test_perplexities_of_other_orders_of_magnitude_stay_readable(monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
     values = {"magnitude": (500, 3000, 57000), "SparseGPT": (60, 129, 323)}
     series = {method: [(0.5 + 0.1 * n, value, value, value) for n, value in enumerate(row)]
               for method, row in values.items()}
-    plots.draw_tradeoff(tmp_path / "tradeoff.png", {("a model", "wikitext2"): (29.0, series)})
+    plots.draw_tradeoff({("a model", "wikitext2"): (29.0, series)})
     (axis,) = figures[0].axes
     assert axis.get_yscale() == "log"
     for axis_of, labels in ((axis.yaxis, ["100", "1,000", "10,000"]), (axis.xaxis, ["50%", "60%", "70%"])):
@@ -54,12 +54,12 @@ def test_perplexities_of_other_orders_of_magnitude_stay_readable(tmp_path, monke
 @pytest.mark.parametrize("values, scale", [
     ({"SparseGPT": (60, 59, 61), "best: ADMM (global)": (49.5, 49, 50)}, "linear"),
     ({"SparseGPT": (60, 60, 60), "magnitude": (3501, 3501, 3501)}, "log")])
-def test_methods_at_one_sparsity_are_bars_from_the_best_down(values, scale, tmp_path, monkeypatch):
+def test_methods_at_one_sparsity_are_bars_from_the_best_down(values, scale, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
     panels = {("a model", "wikitext2"): (29.0, {name: [(0.5001, *points)] for name, points in values.items()}),
               ("a model", "c4"): (None, {"SparseGPT": [(0.5, 25.0, 25.0, 25.0)]})}
-    plots.draw_tradeoff(tmp_path / "bars.png", panels)
+    plots.draw_tradeoff(panels)
     axis, other = figures[0].axes
     best_first = sorted(values, key=values.get)
     assert [label.get_text().replace("\n", " ") for label in axis.get_yticklabels()] == ["dense", *best_first]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import sys
 
@@ -272,3 +273,18 @@ def test_only_the_first_process_logs_and_only_where_asked(rank, asked, warnings,
     with pipeline.tracker_of(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
         tracker.layer(0, {}, 0.0, [])
     assert tracker.place is None and capsys.readouterr().out.count("not installed") == warnings
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("WANDB_MODE", "bogus", "Input should be 'online', "),
+    ("WANDB_INIT_TIMEOUT", "soon", "Input should be a valid number")])
+def test_a_variable_that_the_client_refuses_is_named_and_nothing_is_written(name, value, message, surroundings,
+                                                                            variables, tmp_path, capsys):
+    variables.chdir(tmp_path)
+    variables.setenv(name, value)
+    with Tracker({"sparsity": 0.5}) as tracker:
+        assert tracker.run is None
+    line, = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"warning  W&B: {name} {value}: {message}.*; going on without it", line), line
+    assert list(tmp_path.iterdir()) == []
+    wandb.teardown()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 
 import bench
@@ -68,7 +69,9 @@ def test_the_benchmark_of_matrices_prints_ratios_and_agreement(monkeypatch, caps
     monkeypatch.setattr(bench, "rate", lambda device, dtype: 1e9)  # large products take long here
     monkeypatch.setattr(sys, "argv", ["bench.py", "matrices", "--sizes", "64x96", "--device", "cpu"])
     bench.main()
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("64x96")]
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"walk with --mse against without, 4 bit: 64x96 \d+\.\d\dx", lines[-1])
+    rows = [line for line in lines if line.startswith("64x96")]
     assert len(rows) == 3 and all(row.count("x") == 3 and row.count("%") >= 3 for row in rows)
 
 

@@ -127,6 +127,19 @@ def test_room_for_the_model_and_a_shard_beside_its_layers_is_asked_for(layers, s
                 load.check_save(tmp_path, 100, True)
 
 
+@pytest.mark.parametrize("layers, saved, needed", [(0, 0, 130), (60, 0, 70), (100, 0, 30), (100, 20, 10)])
+def test_room_for_a_result_beside_all_layers_is_asked_for(layers, saved, needed, tmp_path, monkeypatch):
+    (tmp_path / "progress").mkdir()
+    (tmp_path / "progress" / "run.json").write_text("{}")
+    (tmp_path / "progress" / "layer-00000.safetensors").write_bytes(bytes(layers))
+    (tmp_path / "model.sparse.safetensors").write_bytes(bytes(saved))
+    monkeypatch.setattr(load.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    load.check_save(tmp_path, 100, True, 30)
+    monkeypatch.setattr(load.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(InputError, match=r"needs 0.000 GB"):
+        load.check_save(tmp_path, 100, True, 30)
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_new_or_empty_save_path_is_accepted_and_nothing_is_left(exists, tmp_path):
     folder = tmp_path / "a" / "b"

@@ -1,5 +1,6 @@
 """Check the folder of a run: who may write to it, what may go on in it, and that what comes back is what was left."""
 
+import errno
 import json
 import os
 import re
@@ -7,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +21,10 @@ from transformers import AutoModelForCausalLM
 
 import datautils
 from mixgpt.app import cli, pipeline
-from mixgpt.checkpoints import run_dir
+from mixgpt.checkpoints import load, run_dir, sealed, shards
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.errors import InputError
+from mixgpt.modeling import streaming
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
 
@@ -192,7 +196,7 @@ def test_a_run_goes_on_with_the_same_text_and_weights_only(checkpoint_folder, tm
     for file in checkpoint_folder("opt").iterdir():
         (source / file.name).write_bytes(file.read_bytes())
     arguments = [source, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
-    interrupt(monkeypatch, "opt", arguments, 2)
+    interrupt(monkeypatch, "opt", arguments, 1)
     before = snapshot(tmp_path / "saved")
 
     with monkeypatch.context() as patch:
@@ -201,18 +205,30 @@ def test_a_run_goes_on_with_the_same_text_and_weights_only(checkpoint_folder, tm
             *short(*asked)))
         assert "--resume: calibration tokens was " in refused(capsys, "opt", *arguments, "--resume")
 
-    state = load_file(source / "model.safetensors")
-    state["model.decoder.layers.2.fc2.weight"] *= 1.5
-    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
-    assert "--resume: model's weights was " in refused(capsys, "opt", *arguments, "--resume")
+    whole = load_file(source / "model.safetensors")
+    for name in ("layers.2.fc2.weight", "layers.0.fc1.bias", "embed_tokens.weight", "final_layer_norm.weight"):
+        state = {key: tensor.clone() for key, tensor in whole.items()}
+        state[f"model.decoder.{name}"].view(-1)[1] += 1e-3  # one weight of a tensor
+        save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+        assert "--resume: model's weights was " in refused(capsys, "opt", *arguments, "--resume")
     assert snapshot(tmp_path / "saved") == before
 
 
-def test_a_run_may_go_on_with_another_evaluation_and_place_of_the_model(checkpoint_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("weights", ["as they were", "in shards", "in a .bin file"])
+def test_a_run_may_go_on_with_another_evaluation_and_place_of_the_model(weights, checkpoint_folder, tmp_path,
+                                                                        monkeypatch):
     arguments = ["builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
     source = shutil.copytree(checkpoint_folder("opt"), tmp_path / "model")
     interrupt(monkeypatch, "opt", [source, *arguments], 1)
-    assert run("opt", source.rename(tmp_path / "moved"), *arguments, "--resume", "--dense") == 0
+    moved = source.rename(tmp_path / "moved")
+    if weights != "as they were":
+        state = load_file(moved / "model.safetensors")
+        (moved / "model.safetensors").unlink()
+        if weights == "in shards":
+            AutoModelForCausalLM.from_pretrained(checkpoint_folder("opt")).save_pretrained(moved, max_shard_size=40_000)
+        else:
+            torch.save(state, moved / "pytorch_model.bin")
+    assert run("opt", moved, *arguments, "--resume", "--dense") == 0
     record = json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
     assert set(record["perplexity"]) == {"dense", "SparseGPT"}
 
@@ -232,17 +248,95 @@ def test_resume_begins_in_a_new_or_empty_folder(exists, checkpoint_folder, tmp_p
     assert contents(tmp_path / "resumed") == contents(tmp_path / "plain")
 
 
-def test_resume_in_the_folder_of_a_finished_run_or_of_others_is_refused(checkpoint_folder, tmp_path, capsys):
+def test_the_folder_of_a_complete_run_without_resume_or_of_others_is_refused(checkpoint_folder, tmp_path, capsys):
     arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--gmp", *SMALL]
     assert run("opt", *arguments, "--save", tmp_path / "saved") == 0
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     before = snapshot(tmp_path)
-    for path in (tmp_path / "saved", tmp_path / "notes"):
-        for resume in ([], ["--resume"]):
-            line = refused(capsys, "opt", *arguments, "--save", path, *resume)
-            assert line == f"opt.py: error: --save {path}: exists and is not an empty folder"
+    for name, *resume in (["saved"], ["notes"], ["notes", "--resume"]):
+        line = refused(capsys, "opt", *arguments, "--save", tmp_path / name, *resume)
+        assert line == f"opt.py: error: --save {tmp_path / name}: exists and is not an empty folder"
     assert snapshot(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def complete(checkpoint_folder, tmp_path_factory):
+    """Give the arguments of a complete run, its folder, and what it printed behind its heading."""
+    saved = tmp_path_factory.mktemp("complete") / "saved"
+    return [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--dense", "--save", saved], saved
+
+
+def test_resume_of_a_complete_run_prints_its_results_again_and_reads_no_weights(complete, tmp_path, capsys,
+                                                                                monkeypatch):
+    arguments, saved = complete
+    assert run("opt", *arguments) == 0
+    tables = capsys.readouterr().out.partition("\n\n")[2]
+    before = snapshot(saved)
+    (saved / "progress").mkdir()  # as if killed while it removed them
+    for name in ("lock", "layer-00001.json", "layer-00001.safetensors", "state-00001-0.safetensors"):
+        (saved / "progress" / name).write_text("")
+    monkeypatch.setattr(load, "open_model", None)
+    assert run("opt", *arguments, "--resume", "--record", tmp_path / "record.json") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    said, _, again = captured.out.partition("\n\n")
+    assert said == f"resume   the run in {saved} is complete; these are its results"
+    assert again == tables and "dense " in again and "saved in" in again
+    assert snapshot(saved) == before
+    assert (tmp_path / "record.json").read_bytes() == (saved / "mixgpt.json").read_bytes()
+    assert run("opt", *arguments, "--resume", "--quiet") == 0
+    assert "resume" not in capsys.readouterr().out
+
+
+OTHERS = {
+    ("--seed", "3"): "--resume: --seed was 0 in the complete run in {saved}, now it is 3",
+    ("--sparsity", ".6"): "--resume: --sparsity was 0.5 in the complete run in {saved}, now it is 0.6",
+    ("--gmp",): "--resume: --gmp was False in the complete run in {saved}, now it is True",
+    ("--seqlen", "31"): "--resume: --seqlen was 32 in the complete run in {saved}, now it is 31",
+    ("--dtype", "bfloat16"): "--resume: --dtype was float32 in the complete run in {saved}, now it is bfloat16",
+    ("--save-format", "sparse"): "--resume: --save-format was dense in the complete run in {saved}, now it is sparse",
+    ("--eval", "ptb"): "--resume: --eval was ['builtin'] in the complete run in {saved}, now it is ['ptb']; to "
+                       "evaluate it again, give this folder as the model",
+    ("--eval-limit", "2"): "--resume: --eval-limit was None in the complete run in {saved}, now it is 2; to evaluate "
+                           "it again, give this folder as the model",
+}
+
+
+@pytest.mark.parametrize("others", OTHERS)
+def test_resume_of_a_complete_run_with_other_settings_is_refused(others, complete, capsys):
+    arguments, saved = complete
+    assert saved.exists() or run("opt", *arguments) == 0
+    before = snapshot(saved)
+    line = refused(capsys, "opt", *arguments, *others, "--resume")
+    assert line == f"opt.py: error: {OTHERS[others].format(saved=saved)}"
+    assert snapshot(saved) == before
+
+
+def test_resume_of_a_complete_run_reads_the_weights_of_a_model_of_another_name(complete, tmp_path, capsys):
+    (model, *arguments), saved = complete
+    assert saved.exists() or run("opt", model, *arguments) == 0
+    source = shutil.copytree(model, tmp_path / "model")
+    assert run("opt", source, *arguments, "--resume") == 0
+    state = load_file(source / "model.safetensors")
+    state["model.decoder.layers.2.fc2.weight"][0, 0] += 1
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    assert refused(capsys, "opt", source, *arguments, "--resume") == (
+        f"opt.py: error: --resume: the complete run in {saved} has pruned other weights than those of {source}")
+
+
+@pytest.mark.parametrize("lost", ["mixgpt.json", "model.safetensors"])
+def test_a_folder_without_its_record_or_weights_is_not_that_of_a_complete_run(lost, complete, tmp_path, capsys):
+    arguments, saved = complete
+    assert saved.exists() or run("opt", *arguments) == 0
+    shutil.copytree(saved, tmp_path / "saved")
+    (tmp_path / "saved" / lost).unlink()
+    assert refused(capsys, "opt", *arguments[:-1], tmp_path / "saved", "--resume") == (
+        f"opt.py: error: --save {tmp_path}/saved: exists and is not an empty folder")
+    for record in ("[]", "{", '{"matrices": [1]}', "[" * 100_000):
+        (tmp_path / "saved" / "mixgpt.json").write_text(record)
+        assert "exists and is not an empty folder" in refused(capsys, "opt", *arguments[:-1], tmp_path / "saved",
+                                                              "--resume")
 
 
 def test_the_folder_of_an_interrupted_run_is_refused_without_resume(checkpoint_folder, tmp_path, capsys, monkeypatch):
@@ -322,8 +416,7 @@ def test_a_run_that_is_interrupted_while_it_clears_up_goes_on_to_the_same_files(
         with monkeypatch.context() as patch:
             patch.setattr(RunDir, "end", interrupted)
             status = run("opt", *arguments, "--save", saved)
-        if run_dir.begun(saved):
-            assert run("opt", *arguments, "--save", saved, "--resume") == 0
+        assert run("opt", *arguments, "--save", saved, "--resume") == 0
         assert contents(saved) == whole, fatal
     assert status == 0 and fatal > 6  # a file of states, notes and grids of two layers, settings
 
@@ -361,18 +454,94 @@ def test_two_runs_with_the_same_seed_write_the_same_bytes(options, checkpoint_fo
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-@pytest.mark.parametrize("save_format", ["dense", "sparse"])
-def test_what_reads_back_differently_after_an_interruption_is_found(save_format, checkpoint_folder, tmp_path, capsys,
-                                                                    monkeypatch):
-    arguments = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved",
-                 "--save-format", save_format]
-    interrupt(monkeypatch, "llama", arguments, 3)
-    kept = tmp_path / "saved" / "progress" / "layer-00000.safetensors"
-    content = bytearray(kept.read_bytes())
-    content[-1] ^= 1  # the last bit of a weight
-    kept.write_bytes(content)
-    assert run("llama", *arguments, "--resume") == 2
-    assert re.search(r"error: --save .*: model.layers.0.* in the file of its layer differs from what was in "
-                     "memory$", capsys.readouterr().err.splitlines()[-1])
-    with pytest.raises(OSError, match="no file named model.safetensors"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", config=make("llama")[1].config)
+# ---- folders that go ---------------------------------------------------------------------------------------------
+
+GONE = {  # what the run is about to do when somebody removes the folder, and its options
+    "keeps a layer": (sealed, "write_tensors", []),
+    "keeps a note": (sealed, "write_json", []),
+    "reads a layer": (streaming, "read", []),
+    "writes the record": (RunDir, "write_record", []),
+    "writes a shard": (shards, "write", []),
+    "writes another format": (RunDir, "_convert", ["--save-format", "sparse"]),
+    "loads the result": (pipeline, "_verify", []),
+}
+
+
+@pytest.mark.parametrize("case", GONE)
+@pytest.mark.parametrize("removed", ["saved", "saved/progress"])
+def test_a_folder_that_is_removed_while_the_run_goes_on_gets_one_line(case, removed, checkpoint_folder, tmp_path,
+                                                                      capsys, monkeypatch):
+    owner, name, options = GONE[case]
+    call = getattr(owner, name)
+
+    def wrapped(*given, **more):
+        if (tmp_path / "saved" / "progress" / "layer-00000.json").exists():
+            shutil.rmtree(tmp_path / removed)
+        return call(*given, **more)
+
+    monkeypatch.setattr(owner, name, wrapped)
+    status = run("opt", checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, *options, "--save",
+                 tmp_path / "saved")
+    errors = capsys.readouterr().err.splitlines()
+    if not status:  # all had been written
+        assert removed == "saved/progress"
+        return
+    assert status == 2
+    assert errors == [f"opt.py: error: --save {tmp_path}/saved: the folder was removed while the run went on; start "
+                      "again"]
+
+
+def test_a_temporary_folder_that_is_full_is_named_and_not_save(checkpoint_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL]
+    free = SimpleNamespace(free=99_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: free)
+        assert refused_after_heading(capsys, "opt", *arguments) == (
+            f"opt.py: error: TMPDIR {tmp_path}: pruned layers need 0.000 GB, 0.000 GB are free; set it to a folder on "
+            "a larger disk, or give --save")
+        free.free = 102_912  # three layers
+        assert run("opt", *arguments) == 0
+        free.free = 34_304  # one
+        assert run("opt", *arguments, "--maxlayer", "1") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed, "write_tensors", full)
+        line = refused_after_heading(capsys, "opt", *arguments)
+        assert re.fullmatch(f"opt.py: error: TMPDIR {tmp_path}: layer-00000.safetensors needs 0.000 GB, .* GB are free "
+                            r"\(No space left on device\); free some space, or set TMPDIR to a folder on a larger disk",
+                            line)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    assert refused_after_heading(capsys, "opt", *arguments) == (
+        "opt.py: error: TMPDIR: no folder for temporary files can be written; set it to one, or give --save")
+    assert list(tmp_path.iterdir()) == []
+
+
+def full(*_, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def refused_after_heading(capsys, name, *arguments):
+    capsys.readouterr()
+    assert run(name, *arguments) == 2
+    line, = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_step_that_starts_over_reads_the_layers_of_the_dense_model(checkpoint_folder, tmp_path, monkeypatch):
+    """As when the GPU's memory runs out in a layer behind the latest hidden states."""
+    monkeypatch.setattr(run_dir, "PATIENCE", 10**9)
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--batch-size", "1", "--save"]
+    assert run("opt", *arguments, tmp_path / "whole") == 0
+    finish, count = RunDir.finish, []
+
+    def scarce(*given):
+        count.append(1)
+        if len(count) == 3:
+            raise torch.OutOfMemoryError("as if")
+        finish(*given)
+
+    monkeypatch.setattr(RunDir, "finish", scarce)
+    monkeypatch.setattr(pipeline.Way, "thriftier", lambda way: (way, "as if"))
+    assert run("opt", *arguments, tmp_path / "again") == 0
+    assert len(count) > 3
+    assert contents(tmp_path / "again") == contents(tmp_path / "whole")

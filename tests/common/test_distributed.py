@@ -3,17 +3,19 @@
 import json
 import signal
 import time
+from datetime import timedelta
 
 import psutil
 import pytest
 import ranks
 import torch
 from commands import run, torchrun
-from conftest import ROOT, free_port, saved_tensors
+from conftest import ROOT, as_rank, command, free_port, saved_tensors
 
 import llama
 from mixgpt.app import cli
-from mixgpt.common import distributed
+from mixgpt.common import distributed, environment
+from mixgpt.common.errors import InputError
 
 
 def test_processes_give_what_one_gives_and_all_the_same(fork, tmp_path):
@@ -54,7 +56,7 @@ ARGUMENTS = ["builtin", "--seqlen", "32", "--nsamples", "7", "--sparsity", ".5",
              "--sparsity_way", "weight-level", "--sensitivity", "fisher"]
 
 
-def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, tmp_path):
+def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, fork, tmp_path):
     def options(name):
         return [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / name, "--sensitivity_file",
                 tmp_path / f"{name}.json"]
@@ -72,6 +74,20 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, 
         assert torch.equal(two[key] == 0, tensor == 0)
     sparsity = [json.loads((tmp_path / name / "mixgpt.json").read_text())["sparsity"] for name in ("one", "two")]
     assert sparsity[0] == sparsity[1] == pytest.approx(0.5, abs=1e-3)
+
+    port, logs = free_port(), [tmp_path / "log-0", tmp_path / "log-1"]  # queued again
+    again = [fork(command, "llama", [*options("two"), "--resume"], log, as_rank, (rank, 2, port))
+             for rank, log in enumerate(logs)]
+    for process in again:
+        process.join(60)
+        assert process.exitcode == 0, logs[0].read_text()
+    assert logs[0].read_text().startswith(f"resume   the run in {tmp_path / 'two'} is complete")
+    assert "saved in" in logs[0].read_text() and not logs[1].read_text()
+    again = fork(command, "llama", [*options("two"), "--resume"], logs[0])
+    again.join(60)
+    assert again.exitcode == 2
+    assert logs[0].read_text() == (f"llama.py: error: --resume: number of processes was 2 in the complete run in "
+                                   f"{tmp_path / 'two'}, now it is 1\n")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -104,9 +120,12 @@ def test_fewer_sequences_than_processes_are_refused(checkpoint_folder, monkeypat
 def test_a_process_joins_with_the_number_of_its_gpu_and_makes_it_the_current_one(device, monkeypatch):
     told = []
     monkeypatch.setenv("WORLD_SIZE", "2")
+    store = torch.distributed.HashStore()
+    store.set("started/1", "")
+    monkeypatch.setattr(distributed.dist, "rendezvous", lambda *_, timeout: iter([(store, 0, 2)]))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(("current", device)))
     monkeypatch.setattr(distributed.dist, "init_process_group",
-                        lambda backend, device_id: told.append((backend, device_id)))
+                        lambda backend, store, rank, world_size, device_id: told.append((backend, device_id)))
     monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: told.append((backend, timeout)) or 7)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: told.append("left"))
     monkeypatch.setattr(distributed, "world", lambda: 2)
@@ -122,6 +141,31 @@ def test_a_process_joins_with_the_number_of_its_gpu_and_makes_it_the_current_one
 
 
 def test_one_gpu_for_all_processes_is_refused(checkpoint_folder, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert cli.main(llama.FAMILY, [str(checkpoint_folder("llama")), *ARGUMENTS[:-4], "--device", "cuda:1"]) == 2
     assert "--device cuda:1: torchrun gives each process a GPU of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_whose_others_never_start_gives_up(number, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # and back, after the test
+    port = free_port()
+    as_rank(number, 2, port)
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=1))
+    with pytest.raises(InputError, match=f"^WORLD_SIZE 2: the processes did not meet at MASTER_ADDR 127.0.0.1 "
+                                         f"MASTER_PORT {port} within 1 s; start with torchrun, or unset WORLD_SIZE$"):
+        with distributed.joined(torch.device("cpu")):
+            pass
+
+
+def test_ranks_without_a_number_of_processes_mean_nothing(monkeypatch):
+    """As where a scheduler sets some of them, for runs that have nothing to do with each other."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.setenv(name, "3")
+    environment.check()
+    with distributed.joined(torch.device("cpu")):
+        assert (environment.world_size(), environment.rank(), environment.local_rank()) == (1, 0, 0)
+        assert (distributed.world(), distributed.rank()) == (1, 0)

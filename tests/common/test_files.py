@@ -1,9 +1,8 @@
-"""Check that files are written whole or not at all, and that paths are tried before the work."""
+"""Check that files are written whole or not at all."""
 
 import pytest
 
-from mixgpt.common.errors import InputError
-from mixgpt.common.files import check_writable, replacing, write
+from mixgpt.common.files import replacing
 
 
 def test_a_file_is_replaced_at_the_end_of_the_block_and_stays_as_it_was_after_an_error(tmp_path):
@@ -17,21 +16,3 @@ def test_a_file_is_replaced_at_the_end_of_the_block_and_stays_as_it_was_after_an
     with pytest.raises(OSError), replacing(file):
         pass  # nothing was written
     assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]
-
-
-def test_text_is_written_with_the_folders_above_it_or_refused_in_one_line(tmp_path):
-    write("--record", tmp_path / "b" / "c" / "d.json", "text")
-    assert (tmp_path / "b" / "c" / "d.json").read_text() == "text"
-    with pytest.raises(InputError, match=r"--record .*d.json/e: cannot be written \(.*\); name another file"):
-        write("--record", tmp_path / "b" / "c" / "d.json" / "e", "text")
-    assert [path.name for path in (tmp_path / "b" / "c").iterdir()] == ["d.json"]
-
-
-def test_a_path_is_tried_where_the_nearest_folder_is_and_nothing_stays_behind(tmp_path):
-    (tmp_path / "file").touch()
-    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
-    check_writable("--csv", tmp_path / "new" / "folder" / "a.csv")
-    for bad in (tmp_path, tmp_path / "file" / "a.csv", tmp_path / "nowhere" / "a.csv"):
-        with pytest.raises(InputError, match=f"--csv {bad}: "):
-            check_writable("--csv", bad)
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "nowhere"}

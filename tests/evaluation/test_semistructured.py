@@ -12,7 +12,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixgpt.checkpoints import load
+from mixgpt.checkpoints.names import RECORD
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.perplexity import perplexity
 from modelutils import linears
@@ -117,7 +117,7 @@ def test_the_kernels_give_what_dense_ones_give(halved, tokenizer, tmp_path, caps
     save(tmp_path / "model", model.bfloat16(), tokenizer, {})
     assert run(family, tmp_path / "model", "builtin", "--seqlen", "32", "--eval", "builtin", "--device", "cuda",
                "--semi-structured", "--save", tmp_path / "saved") == 0
-    record = json.loads((tmp_path / "saved" / load.RECORD).read_text())
+    record = json.loads((tmp_path / "saved" / RECORD).read_text())
     found = record["semi_structured"]
     assert found["matrices"] == 10 and 0 <= found["difference"] < 0.02
     assert found["perplexity"]["builtin"] == pytest.approx(record["perplexity"]["dense"]["builtin"], rel=0.02)

@@ -1,7 +1,7 @@
 """Ways to break a model folder, texts or traces, and what a table of such faults consists of."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from safetensors.torch import load_file, save_file
 
@@ -47,3 +47,5 @@ class Fault:
     damage: object  # called with the folder in which `model` is a copy of a tiny model
     message: str  # the whole of it; "…" stands for words of other libraries
     command: str = "{root}/model builtin --sparsity .5 --eval builtin"
+    script: str = "llama"
+    env: dict = field(default_factory=dict)  # environment variables

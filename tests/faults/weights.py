@@ -44,8 +44,33 @@ class Malicious:
 
 def pickled(root):
     (root / "model" / WEIGHTS).unlink()
-    torch.save({UP: Malicious(root / "executed")}, root / "model" / "pytorch_model.bin")
+    content = {UP: Malicious(root / "executed"), "as many bytes as the weights": torch.zeros(50_000)}
+    torch.save(content, root / "model" / "pytorch_model.bin")
 
+
+def cast(root, key, dtype):
+    weights_changed(root, lambda state: state.update({key: state[key].to(dtype)}))
+
+
+def binary(root, change):
+    """Replace the weights by a .bin file of what `change` makes of them."""
+    content = change(load_file(root / "model" / WEIGHTS))
+    (root / "model" / WEIGHTS).unlink()
+    torch.save(content, root / "model" / "pytorch_model.bin")
+
+
+def header_changed(root, **changes):
+    """Change what the header of the weights says of one of them; another length of the header fits as well."""
+    content = (root / "model" / WEIGHTS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:8 + size])
+    header[UP] |= changes
+    text = json.dumps(header).encode()
+    (root / "model" / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size:])
+
+
+HEADER = f"{MODEL}{WEIGHTS} is damaged (Error while deserializing header: …"
+FLOATS = "must be a floating-point dtype"
 
 FAULTS = {
     "empty weights": Fault(
@@ -122,4 +147,56 @@ FAULTS = {
     "a malicious pickle": Fault(pickled, f"{MODEL}{PICKLE}"),
     "a damaged pickle": Fault(
         lambda root: (root / "model" / WEIGHTS).rename(root / "model" / "pytorch_model.bin"), f"{MODEL}{PICKLE}"),
+    "a matrix of integers": Fault(
+        lambda root: cast(root, UP, torch.int8), f"{MODEL}{UP} is stored as I8, {FLOATS}"),
+    "a norm of integers": Fault(
+        lambda root: cast(root, "model.norm.weight", torch.int64),
+        f"{MODEL}model.norm.weight is stored as I64, {FLOATS}"),
+    "a matrix of booleans": Fault(
+        lambda root: cast(root, UP, torch.bool), f"{MODEL}{UP} is stored as BOOL, {FLOATS}"),
+    "complex weights": Fault(
+        lambda root: cast(root, UP, torch.complex64), f"{MODEL}{UP} is stored as C64, {FLOATS}"),
+    "a tied head of integers": Fault(
+        lambda root: weights_changed(root, lambda state: state.update(
+            {"lm_head.weight": torch.ones(384, 32, dtype=torch.int32)})),
+        f"{MODEL}lm_head.weight is stored as I32, {FLOATS}"),
+    "a tied head of another shape": Fault(
+        lambda root: weights_changed(root, lambda state: state.update({"lm_head.weight": torch.ones(3, 32)})),
+        f"{MODEL}lm_head.weight is 3 x 32, its configuration expects 384 x 32"),
+    "a norm that is one number": Fault(
+        lambda root: weights_changed(root, lambda state: state.update({"model.norm.weight": torch.tensor(1.0)})),
+        f"{MODEL}model.norm.weight is a single number, its configuration expects 32"),
+    "a header with a negative shape": Fault(
+        lambda root: header_changed(root, shape=[-48, 32]), f"{HEADER} invalid value: integer `-48`, …)"),
+    "a header with a huge shape": Fault(
+        lambda root: header_changed(root, shape=[2**40, 2**40]), f"{HEADER}overflow …)"),
+    "a header with an unknown dtype": Fault(
+        lambda root: header_changed(root, dtype="F99"), f"{HEADER} unknown variant `F99`, …)"),
+    "a header with offsets out of the file": Fault(
+        lambda root: header_changed(root, data_offsets=[0, 2**62]), f"{HEADER}invalid offset for tensor `{UP}`)"),
+    "no tensors": Fault(
+        lambda root: save_file({}, root / "model" / WEIGHTS),
+        f"{MODEL}its configuration asks for 3.55e+04 weights in 3 layers, more than its files of 1.6e-08 GB can hold; "
+        "they may be incomplete"),
+    "an index that names no files": Fault(
+        lambda root: sharded(root, weight_map={}), f"{MODEL}{INDEX} is damaged (it names no files)"),
+    "an index whose metadata are a number": Fault(
+        lambda root: sharded(root, metadata=3), f"{MODEL}{INDEX} is damaged (TypeError: 'int' object …)"),
+    "an index that names the folder": Fault(
+        lambda root: sharded(root, weight_map={UP: "."}), f"{MODEL}its index names ., which is not in the folder"),
+    "an index that is nested": Fault(
+        lambda root: (sharded(root), (root / "model" / INDEX).write_text("[" * 100_000)),
+        f"{MODEL}{INDEX} is damaged (RecursionError: …)"),
+    "a .bin file with text for a weight": Fault(
+        lambda root: binary(root, lambda state: state | {UP: "x"}),
+        f"{MODEL}its weights cannot be read: TypeError …"),
+    "a .bin file with a number for a name": Fault(
+        lambda root: binary(root, lambda state: state | {3: state[UP]}),
+        f"{MODEL}its weights cannot be read: AttributeError …"),
+    "a .bin file of something else": Fault(
+        lambda root: binary(root, lambda state: torch.zeros(50_000)),
+        f"{MODEL}its weights cannot be read: TypeError …"),
+    "an empty .bin file": Fault(
+        lambda root: ((root / "model" / WEIGHTS).unlink(), (root / "model" / "pytorch_model.bin").touch()),
+        f"{MODEL}its .bin file is damaged: it ends too early"),
 }

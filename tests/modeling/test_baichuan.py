@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import sentencepiece as spm
@@ -306,6 +307,60 @@ def test_the_command_line_prunes_the_published_folder_without_running_its_code(n
     assert len(matrices) == 5 * LAYERS
     zeros = sum((W == 0).sum().item() for W in matrices) / sum(W.numel() for W in matrices)
     assert zeros >= 0.5 if "--wbits" in options else zeros == pytest.approx(0.5, abs=1e-3)
+
+
+def test_special_tokens_are_decoded_unless_they_are_to_be_skipped(published):
+    tokenizer = load.load_tokenizer(published("Baichuan-7B"))
+    ids = tokenizer("<s>One two</s> three</s>").input_ids
+    assert tokenizer.decode(ids) == "<s>One two</s> three</s>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "One two three"
+    assert tokenizer.decode([1, 2]) == "<s></s>"
+
+
+@pytest.mark.parametrize("given, expected", [({}, True), ({"add_bos_token": True}, True), ({"add_bos_token": False},
+                                                                                          False)])
+def test_a_beginning_is_added_unless_the_configuration_says_no_and_a_saved_one_does_the_same(given, expected, published,
+                                                                                             tmp_path):
+    folder = shutil.copytree(published("Baichuan-7B"), tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["add_bos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | given))
+    tokenizer = load.load_tokenizer(folder)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for each in (tokenizer, load.load_tokenizer(tmp_path / "saved")):
+        assert (each("Hello").input_ids[0] == 1) == expected
+    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["add_bos_token"] == expected
+
+
+def names_code(folder):
+    """Return whether the configuration of a saved model and that of its tokenizer name code."""
+    return ["auto_map" in json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer_config.json")]
+
+
+def test_a_saved_folder_keeps_the_code_of_the_published_one_for_others(published, tmp_path, capsys):
+    folder = published("Baichuan-7B")
+    save(tmp_path / "saved", load.load_model(folder, "auto"), load.load_tokenizer(folder), {})
+    assert names_code(tmp_path / "saved") == [True, True]
+    for file in folder.glob("*.py"):
+        assert (tmp_path / "saved" / file.name).read_text() == POISON
+    assert capsys.readouterr().err == ""
+    again = load.load_model(tmp_path / "saved", "auto")
+    save(tmp_path / "again", again, load.load_tokenizer(tmp_path / "saved"), {})
+    assert names_code(tmp_path / "again") == [True, True]
+
+
+@pytest.mark.parametrize("missing, named", [
+    ("modeling_baichuan.py", [False, True]), ("tokenization_baichuan.py", [True, False])])
+def test_a_saved_folder_names_no_code_that_is_not_there(missing, named, published, tmp_path, capsys):
+    folder = shutil.copytree(published("Baichuan-7B"), tmp_path / "model")
+    (folder / missing).unlink()
+    save(tmp_path / "saved", load.load_model(folder, "auto"), load.load_tokenizer(folder), {})
+    assert names_code(tmp_path / "saved") == named
+    assert capsys.readouterr().err == (
+        f"warning  {tmp_path}/saved: its configuration does not name code any more, as {missing} cannot be read in "
+        f"{folder}: baichuan.py and generate.py load it, from_pretrained alone does not\n")
+    load.load_model(tmp_path / "saved", "auto")
+    load.load_tokenizer(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,0 +1,199 @@
+"""Kill runs at moments all over them, for test_resume.py and soak.py."""
+
+import builtins
+import contextlib
+import functools
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+import transformers
+from conftest import contents
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+import modelutils
+from mixgpt.allocation import backward, traces
+from mixgpt.app import pipeline
+from mixgpt.checkpoints import run_dir, shards
+from mixgpt.checkpoints.formats import load_sparse
+from mixgpt.common import clock
+from mixgpt.modeling import streaming
+
+SMALL = ["--nsamples", "4", "--seqlen", "32", "--batch-size", "1", "--eval", "builtin", "--device", "cpu"]
+
+
+class Moments:
+    """Count what a process does to the disk and to the model, and kill it at one of these moments."""
+
+    def __init__(self, fatal):
+        self.fatal, self.passed, self.parts = fatal, [], ["start"]
+
+    def mark(self):
+        """Let a moment pass, or none any more."""
+        self.passed.append(self.parts[-1])
+        if len(self.passed) == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def part(self, name):
+        self.parts.append(name)
+        yield
+        self.parts.pop()
+
+    def around(self, owner, name, part=None):
+        """Make moments before and behind each call of a function, which may be a part of the run."""
+        call = getattr(owner, name)
+
+        @functools.wraps(call)
+        def wrapped(*args, **options):
+            with self.part(part or self.parts[-1]):
+                self.mark()
+                result = call(*args, **options)
+                self.mark()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def half_written(self, owner, name):
+        """Make a moment at which safetensors has written half of a file, under the kind of name that it takes."""
+        call = getattr(owner, name)
+
+        def wrapped(tensors, file, **options):
+            call(tensors, file, **options)
+            content, half = Path(file).read_bytes(), Path(file).with_name(f".tmp{os.getpid()}")
+            half.write_bytes(content[:len(content) // 2])
+            with self.part("half a file"):
+                self.mark()
+            half.unlink()
+
+        setattr(owner, name, wrapped)
+
+    def partly_written(self, owner, name):
+        """Make a moment before each tensor that is appended to a file."""
+        call = getattr(owner, name)
+
+        def wrapped(stream, tensor):
+            stream.flush()
+            with self.part("half a file" if Path(stream.name).parent.name == "saved" else self.parts[-1]):
+                self.mark()  # half a file of the result
+            return call(stream, tensor)
+
+        setattr(owner, name, wrapped)
+
+    def opened(self, owner, root):
+        """Make a moment behind each opening of a file to write in, when what was there is lost."""
+        call = owner.open
+
+        def wrapped(file, mode="r", *args, **options):
+            result = call(file, mode, *args, **options)
+            if "w" in mode and str(file).startswith(str(root)):
+                self.mark()
+            return result
+
+        owner.open = wrapped
+
+
+def watch(fatal, log, root, patience, shard):
+    """Kill this process at moment number `fatal`, or write the parts that all moments fell in to `log`."""
+    moments = Moments(fatal)
+    run_dir.PATIENCE, backward.BORDERS = patience, 1  # a chunk of sequences is one batch
+    shards.LARGEST = shard
+    timed = clock.Clock.part
+
+    @contextlib.contextmanager
+    def part(clock, name):
+        with timed(clock, name), moments.part(name):
+            yield
+
+    clock.Clock.part = part
+    for name in ("finish", "complete", "end"):
+        moments.around(run_dir.RunDir, name, name)
+    moments.around(traces, "_write", "traces")
+    for name in ("embed", "call"):
+        moments.around(modelutils.Stream, name)
+    moments.partly_written(streaming, "_append")
+    moments.half_written(transformers.modeling_utils, "safe_save_file")
+    for owner in (io, builtins):
+        moments.opened(owner, root)
+    for name in ("replace", "fsync", "unlink", "rmdir"):
+        moments.around(os, name)
+    whole = pipeline.run
+
+    def run(*arguments):
+        whole(*arguments)
+        log.write_text(json.dumps(moments.passed))
+
+    pipeline.run = run
+
+
+def drawn(passed, parts, generator):
+    """Draw a moment of each set of parts, all different. passed: the part of every moment of a run."""
+    chosen = []
+    for among in parts:
+        candidates = [n for n, part in enumerate(passed, 1) if part in among and n not in chosen]
+        assert candidates, f"no moment in {among}"
+        chosen.append(generator.choice(candidates))
+    return chosen
+
+
+def loaded(path):
+    """Return what plain transformers loads from a folder (for the sparse format our loader), None if it refuses."""
+    refusals = (OSError, ValueError, KeyError, SafetensorError)
+    with contextlib.suppress(*refusals):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        return model.state_dict(), model.config.to_dict(), model.generation_config.to_dict()
+    with contextlib.suppress(*refusals):
+        model = load_sparse(path)
+        return model.state_dict(), model.config.to_dict(), model.generation_config.to_dict()
+    return None
+
+
+def check_loads_as_a_whole_or_not(path, whole):
+    """Check a folder right behind a kill. Returns whether it can be loaded."""
+    found = loaded(path)
+    if found is None:
+        return False
+    state, *configurations = found
+    assert state.keys() == whole[0].keys()
+    assert all(torch.equal(tensor, whole[0][name]) for name, tensor in state.items())
+    assert all(mine | {"_name_or_path": ""} == its | {"_name_or_path": ""}
+               for mine, its in zip(configurations, whole[1:], strict=True))
+    return True
+
+
+def side_by_side(chains, count=2):
+    """Go through generators that wait for the processes they yield, some of them at a time."""
+    waiting, running = list(chains), []
+    while waiting or running:
+        while waiting and len(running) < count:
+            chain = waiting.pop(0)
+            running.append((chain, next(chain)))
+        (chain, process), *running = running
+        process.join()
+        with contextlib.suppress(StopIteration):
+            running.append((chain, next(chain)))
+
+
+def check_goes_on(start, root, kills, whole):
+    """Kill a run, and those that go on with it, at the moments `kills`; the next one must end with the right files.
+
+    start: called with a moment and further arguments, starts a process that saves in `root`. whole: the folder of a run
+    that nobody killed, which has `saved` and maybe `traces.json`. Yields the processes, to be waited for.
+    """
+    expected = loaded(whole / "saved")
+    for number, fatal in enumerate([*kills, 0]):
+        process = start(fatal, *["--resume"] if number else [])
+        yield process  # wait
+        if number and fatal and process.exitcode == 0:
+            break  # there was less left to do
+        output = (root / "log").read_text()
+        assert process.exitcode == (-signal.SIGKILL if fatal else 0), output
+        if fatal:
+            check_loads_as_a_whole_or_not(root / "saved", expected)
+    assert contents(root / "saved") == contents(whole / "saved"), (root, kills)
+    kept = root / "traces.json"
+    assert not kept.exists() or kept.read_bytes() == (whole / "traces.json").read_bytes()

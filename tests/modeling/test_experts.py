@@ -1,0 +1,113 @@
+"""Split mixtures of experts into linears, and prune them through the whole command line."""
+
+import functools
+import json
+from functools import partial
+
+import pytest
+import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import CPU, VOCABULARY, saved_tensors
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mixgpt.evaluation.perplexity import logits
+from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
+from mixgpt.modeling.experts import is_split, split_experts
+from mixgpt.modeling.family import family_of
+from mixgpt.modeling.layout import layout_of, published
+from modelutils import linears
+
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
+          "shared_expert_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
+          "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+LATENT = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+          "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+# model_type -> what its configuration needs beside COMMON
+MODELS = {
+    "deepseek_v2": LATENT, "deepseek_v3": LATENT, "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
+    "granitemoe": {"num_local_experts": 4}, "mixtral": {"num_local_experts": 4}, "olmoe": {"num_experts": 4},
+    "phimoe": {"num_local_experts": 4}, "qwen2_moe": {"num_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "head_dim": 8, "mlp_only_layers": [1]},
+}
+MATRICES = {"qwen2_moe": {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"}}
+
+
+def build(kind):
+    """Build the tiny random model of a model_type, as transformers does."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **COMMON | MODELS[kind])
+    config._experts_implementation = "eager"
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def folder(tokenizer, once):
+    """Return a function that gives the folder of a saved model by its model_type."""
+    def save(kind, path):
+        build(kind).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    return functools.cache(lambda kind: once(f"experts-{kind}", partial(save, kind)))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_split_experts_compute_what_fused_ones_do(kind, tokens):
+    model, fused = build(kind), build(kind)
+    assert split_experts(model)
+    with torch.no_grad():
+        expected = fused(tokens, use_cache=False).logits
+        assert torch.allclose(model(tokens, use_cache=False).logits, expected, atol=1e-5)
+    assert torch.allclose(logits(model, family_of(model), tokens, 2, CPU), expected, atol=1e-4)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in fused.parameters())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_matrices_of_experts_are_linears_and_routers_are_not(kind):
+    model = build(kind)
+    split_experts(model)
+    layer = family_of(model).layers_of(model)[-1]
+    names = set(linears(layer))
+    experts = {f"{path}.{number}.{name}" for path, module in layer.named_modules() if is_split(module)
+               for number in range(4) for name in ("gate_proj", "up_proj", "down_proj")}
+    assert len(experts) == 12 and experts <= names
+    assert not any(name.endswith(("gate", "router", "shared_expert_gate")) for name in names)
+    assert MATRICES.get(kind, set()) <= names
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_layout_is_that_of_the_folder_that_transformers_saves(kind, folder):
+    model, stored = build(kind), saved_tensors(folder(kind))
+    places = published(build(kind))
+    split_experts(model)
+    layout = layout_of(model)
+    assert places == {name: layout.get(name, (name, None)) for name in places}
+    for name, tensor in model.state_dict().items():
+        key, part = places[name]
+        assert torch.equal(part.of(stored[key][part.expert]) if part else stored[key], tensor), name
+    assert {key for key, _ in places.values()} == set(stored)
+
+
+@pytest.mark.parametrize("options", ["", "--preset best", "--preset mixgpt", "--prunen 2 --prunem 4 --preset best",
+                                     "--wbits 4", "--gmp"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_mixture_is_pruned_saved_in_its_published_layout_and_loaded_again(kind, options, folder, tmp_path):
+    if options and kind not in ("qwen3_moe", "gpt_oss"):
+        pytest.skip("one way to prune is enough for a layout")
+    path, family = folder(kind), family_of(build(kind))
+    sparsity = [] if "prunen" in options else ["--sparsity", ".5"]
+    assert run(family, path, "builtin", *sparsity, *options.split(), *SMALL, "--save", tmp_path / "saved") == 0
+    record = json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
+    dense, pruned = saved_tensors(path), saved_tensors(tmp_path / "saved")
+    assert {key: (tensor.shape, tensor.dtype) for key, tensor in pruned.items()} == {
+        key: (tensor.shape, tensor.dtype) for key, tensor in dense.items()}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    split_experts(loaded)
+    matrices = measure_sparsity(loaded, family)
+    assert [(m.layer, m.name, m.zeros / m.numel) for m in matrices] == [
+        (row["layer"], row["name"], row["sparsity"]) for row in record["matrices"]]
+    assert abs(total_sparsity(matrices) - 0.5) < (0.02 if "wbits" in options else 1e-3)
+    changed = {key for key in dense if not torch.equal(dense[key], pruned[key])}
+    layout = layout_of(loaded)
+    names = [f"{family.path(matrix.layer, matrix.name)}.weight" for matrix in matrices]
+    assert changed == {layout.get(name, (name, None))[0] for name in names}
