@@ -112,7 +112,7 @@ def matrices_of(record):
 def disk(settings, family, plan, selected):
     """Count the plan's matrices' bytes on disk, against bfloat16; theory counts only the kept weights' bits."""
     sizes = {key: out * columns for key, (out, columns) in selected.items()}
-    kept = sum((1 - target.sparsity) * sizes[key] for key, target in plan.items())
+    kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
     nbytes = stored_bytes(settings.save, {family.path(*key) for key in plan})
     numel = sum(sizes.values())
     return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,

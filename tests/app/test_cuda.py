@@ -250,7 +250,7 @@ def peak_of(run, *options, **limits):
 
 def ways(out):
     """Return what the lines about memory say that the run goes on with."""
-    return [line.partition("going on with ")[2] for line in out.splitlines() if "warning" in line]
+    return [line.partition("continuing with ")[2] for line in out.splitlines() if "warning" in line]
 
 
 def test_a_run_goes_on_in_the_way_that_fits(gpu, run):

@@ -22,7 +22,8 @@ def described(root, **changes):
 
 
 FAULTS = {
-    "sparse: another shape": Fault(lambda root: described(root, shape=[47, 32]), f"{MODEL}{MISFIT} (… [733] … [717])"),
+    "sparse: another shape": Fault(
+        lambda root: described(root, shape=[47, 32]), f"{MODEL}{MISFIT} (… value tensor of shape […] …)"),
     "sparse: turned": Fault(
         lambda root: described(root, shape=[32, 48]), f"{MODEL}{UP} is (32, 48), its configuration expects (48, 32)"),
     "sparse: a negative shape": Fault(lambda root: described(root, shape=[-48, 32]), f"{MODEL}{MISFIT} (… [-1536, 1])"),

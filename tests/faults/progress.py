@@ -1,4 +1,4 @@
-"""Damage to the folder of an interrupted run, for a runner of its own: test_progress.py.
+"""Damage to the folder of an interrupted run, for a runner of its own: test_damaged_progress.py.
 
 The run has pruned two of three layers of a LLaMA, with the hidden states before the last one kept; or, in "shards", has
 written the first of its shards.

