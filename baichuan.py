@@ -17,7 +17,7 @@ import sys
 from mixgpt.app.cli import main
 from mixgpt.modeling.family import Family
 
-FAMILY = Family(script="baichuan.py", layers="model.layers")
+FAMILY = Family(script="baichuan.py", layers="model.layers", model_type="baichuan")
 
 if __name__ == "__main__":
     sys.exit(main(FAMILY))

@@ -42,7 +42,7 @@ class Changed(torch.nn.Module):
 
 
 def test_a_tensor_changed_in_place_is_another_input():
-    stream = Stream(torch.ones(1, 2, 4), 1, CPU, {1: [{}]})
+    stream = Stream(torch.ones(1, 2, 4), 1, CPU, {1: [((), {})]})
     layer = Changed()
     assert list(linears(layer)) == ["a", "b", "c"]
     assert shared_inputs(layer, 0, stream) == [["a"], ["b"]]

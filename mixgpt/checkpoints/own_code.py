@@ -25,7 +25,7 @@ def keep(folder, model, tokenizer):
         dropped |= missing
     if dropped and not type(model).__module__.startswith("transformers."):
         print(f"warning  {folder}: its configuration does not name code any more, as {', '.join(sorted(dropped))} "
-              f"cannot be read in {source}: {family_of(type(model).__name__).script} and generate.py load it, "
+              f"cannot be read in {source}: {family_of(model).script} and generate.py load it, "
               "from_pretrained alone does not", file=sys.stderr, flush=True)
 
 

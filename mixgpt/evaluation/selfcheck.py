@@ -51,12 +51,28 @@ def small(config, layers):
     for key, most in SMALL.items():
         if isinstance(value := getattr(config, key, None), int):
             setattr(config, key, min(value, most))
+    _narrow(config)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(value := getattr(config, key, None), int):
             setattr(config, key, min(value, config.vocab_size - 1))
     config.num_hidden_layers = count
     config.initializer_range = 0.2  # small weights would hide differences
     return config
+
+
+def _narrow(config):
+    """Let a configuration have few heads, as wide as before, and the same ratio of query to key-value heads up to 2."""
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    fewer = min(shared or heads, 2)
+    few = fewer * min(heads // (shared or heads), 2)
+    if few >= heads or config.hidden_size % heads:
+        return
+    before, config.num_attention_heads = config.hidden_size, few
+    if shared:
+        config.num_key_value_heads = fewer
+    config.hidden_size = before // heads * few
+    if getattr(config, "word_embed_proj_dim", None) == before:
+        config.word_embed_proj_dim = config.hidden_size
 
 
 def _kind(config, index, layer):

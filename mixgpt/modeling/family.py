@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-SCRIPTS = ("opt", "llama", "bloom", "baichuan")  # built in, each with its FAMILY
+SCRIPTS = ("opt", "bloom", "baichuan", "llama")  # built in, each with its FAMILY
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Family:
 
     script: str  # the command line of this family
     layers: str  # the list of decoder layers, as a dotted path
+    model_type: str | None = None  # of the configurations that it takes (default: any)
 
     def layers_of(self, model):
         return model.get_submodule(self.layers)
@@ -27,6 +28,8 @@ class Family:
 
     def fits(self, model):
         """Return whether a model has its decoder layers where this family has them."""
+        if self.model_type not in (None, model.config.model_type):
+            return False
         try:
             return isinstance(self.layers_of(model), torch.nn.ModuleList)
         except AttributeError:

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from mixgpt.checkpoints import sealed
+from mixgpt.modeling.streaming import Place
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.tensor([1, 2]),
            "c": torch.tensor([1.5], dtype=torch.bfloat16)}
@@ -68,7 +69,8 @@ def test_a_file_of_another_run_or_name_or_program_is_noticed(files):
 
 def test_tensors_are_held_against_checksums_from_elsewhere(files):
     sums = sealed.write_tensors(files[1], TENSORS, "run")
-    sealed.check_tensors(files[1], {"a": sums["a"]})
+    places = {name: Place(files[1], name) for name in ("a", "b", "d")}
+    sealed.check_tensors(places, {"a": sums["a"]})
     for wrong in ({"a": sums["b"]}, {"d": sums["a"]}):
         with pytest.raises(sealed.Damaged):
-            sealed.check_tensors(files[1], wrong)
+            sealed.check_tensors(places, wrong)
