@@ -26,10 +26,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
@@ -37,6 +41,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import baichuan
@@ -96,10 +102,18 @@ for name, kind, options in [
         initializer_range=0.2, **options))
 
 
+OTHERS = {  # stand-ins for the README's commands; modeling/test_decoders.py and test_experts.py have many more
+    "gemma2": (llama.FAMILY, lambda: _llama(Gemma2ForCausalLM, Gemma2Config, sliding_window=8)),
+    "olmo2": (llama.FAMILY, lambda: _llama(Olmo2ForCausalLM, Olmo2Config)),
+    "qwen3-moe": (llama.FAMILY, lambda: _llama(Qwen3MoeForCausalLM, Qwen3MoeConfig, moe_intermediate_size=16,
+                                               num_experts=4, num_experts_per_tok=2)),
+}
+
+
 def make(name):
-    """Build the tiny random model of a name in FAMILIES. Returns (family, model)."""
+    """Build the tiny random model of a name in FAMILIES or OTHERS. Returns (family, model)."""
     torch.manual_seed(0)
-    family, build = FAMILIES[name]
+    family, build = (FAMILIES | OTHERS)[name]
     return family, build().eval()
 
 
