@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from checkpoints.test_gguf_files import write_gguf
 from conftest import command, contents
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from makegguf import write_gguf
 
 import generate
 import results

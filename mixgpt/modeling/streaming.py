@@ -107,7 +107,7 @@ def read(places, pinned=False):
                 tensors |= {name: _tensor(stream, entries[key], start, pinned, part) for name, key, part in wanted}
         except OSError as error:
             raise InputError(f"{file}: cannot be read during the run ({error.strerror})") from error
-        except (EOFError, ValueError, KeyError, TypeError) as error:
+        except (EOFError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{file}: was truncated or changed during the run") from error
     return tensors
 
