@@ -3,8 +3,6 @@
 import importlib
 from dataclasses import dataclass
 
-import torch
-
 SCRIPTS = ("opt", "bloom", "baichuan", "llama")  # built in, each with its FAMILY
 
 
@@ -30,8 +28,10 @@ class Family:
         """Return whether a model has its decoder layers where this family has them."""
         if self.model_type not in (None, model.config.model_type):
             return False
+        from torch.nn import ModuleList  # slow import, not needed for the command line
+
         try:
-            return isinstance(self.layers_of(model), torch.nn.ModuleList)
+            return isinstance(self.layers_of(model), ModuleList)
         except AttributeError:
             return False
 

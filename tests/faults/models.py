@@ -135,7 +135,7 @@ FAULTS = {
     "a negative vocabulary": size("vocab_size", -1),
     "negative layers": size("num_hidden_layers", -1),
     "one position only": size("max_position_embeddings", 1, "must be at least 2"),
-    "a negative window": size("sliding_window", -1),
+    "a negative window": size("sliding_window", -1, "must be at least 0"),
     "a hundred thousand layers": large("7.74e+08", 100_000, num_hidden_layers=100_000),
     "an absurd width": large("1.11e+12", hidden_size=10**9),
     "an absurd size of heads": large("1.15e+12", head_dim=10**9),
