@@ -149,6 +149,6 @@ def hub_rows(dataset, split):
         reason = one_line(error) if online else "the hub cannot be reached and it is not in the cache"
         raise InputError(
             f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy with --data-dir DIR "
-            f"({text_set.local.wanted}), or use the dataset builtin"
+            f"({text_set.local.supply}), or use the dataset builtin"
         ) from None
     return text_column(table, text_set.hub_id), {"hub": text_set.hub_id, **options}

@@ -98,7 +98,7 @@ class SparseGPT:
         self.R, self.percdamp = factor(self.H[self.order][:, self.order], percdamp)
         return self.percdamp
 
-    def wanted(self, W):
+    def optimum(self, W):
         """Return the target weights W* (out, in) that pruning should approximate, columns in the order of the walk.
 
         W: (out, in), the dense weights. W* = W if no batch had a shift s or a gain g. Otherwise, with

@@ -50,7 +50,7 @@ class Chunk:
         with on_device([module], "cpu"):
             return copy.deepcopy(module).to(self.device, self.dtype).requires_grad_(False)
 
-    def wanted(self, layer, index):
+    def matrices_of(self, layer, index):
         """Return {column of the result: linear} for a layer's matrices."""
         modules = linears(layer)
         return {column: modules[name] for column, (at, name) in enumerate(self.matrices) if at == index}

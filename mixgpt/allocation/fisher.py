@@ -113,7 +113,7 @@ def _sampled_gradient(chunk, head, rows, keys):
 def _layer_gradient(chunk, layer, index, rows, g, visit):
     """Backpropagate through a layer, calling `visit` for its matrices; return g for the layer before."""
     seen, handles = {}, []
-    for column, module in chunk.wanted(layer, index).items():
+    for column, module in chunk.matrices_of(layer, index).items():
         handles.append(module.register_forward_hook(
             lambda _, args, output, column=column: seen.update({column: (args[0].detach(), output)})))
     with torch.enable_grad():
@@ -123,7 +123,7 @@ def _layer_gradient(chunk, layer, index, rows, g, visit):
         next_g, *cotangents = torch.autograd.grad((y * g.to(chunk.device)).sum(), [x, *outputs])
     for handle in handles:
         handle.remove()
-    modules = chunk.wanted(layer, index)
+    modules = chunk.matrices_of(layer, index)
     for (column, (X, _)), Y in zip(seen.items(), cotangents, strict=True):
         visit(column, rows, *(by_sequence(modules[column], A, len(x)) for A in (X, Y)))
     return next_g.to("cpu")

@@ -60,7 +60,7 @@ def _per_sequence(scalars, like):
 def _probed(chunk, layer, index, keys):
     """Perturb the matrices of a layer by ε Z within the block. Yields {column: ε (B,), zeros}."""
     epsilons, handles = {}, []
-    for column, module in chunk.wanted(layer, index).items():
+    for column, module in chunk.matrices_of(layer, index).items():
         Z = torch.stack([signs(module.weight.shape, seeded(*key, *chunk.matrices[column], device=chunk.device),
                                chunk.dtype) for key in keys])  # (B, out, in)
         epsilon = torch.zeros(len(keys), device=chunk.device, dtype=chunk.dtype, requires_grad=True)

@@ -12,13 +12,13 @@ def allocate(sensitivities, sizes, sparsity, alpha):
     sensitive. Returns a list of floats.
     """
     sizes = torch.tensor(sizes, dtype=torch.float64)
-    wanted = sparsity + alpha * (1 - 2 * _rank_fractions(sensitivities))
-    low, high = -2.0, 2.0  # wanted lies within [−1, 2]: these shifts clip every unit to 0 or 1
+    ideal = sparsity + alpha * (1 - 2 * _rank_fractions(sensitivities))
+    low, high = -2.0, 2.0  # ideal lies within [−1, 2]: these shifts clip every unit to 0 or 1
     for _ in range(100):
         shift = (low + high) / 2
-        total = ((wanted + shift).clamp(0, 1) * sizes).sum() / sizes.sum()
+        total = ((ideal + shift).clamp(0, 1) * sizes).sum() / sizes.sum()
         low, high = (shift, high) if total < sparsity else (low, shift)
-    return (wanted + high).clamp(0, 1).tolist()
+    return (ideal + high).clamp(0, 1).tolist()
 
 
 def meet_total(sparsities, sizes, total):
@@ -42,11 +42,11 @@ def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
     Returns a list of ints in [0, m], none higher for a more sensitive unit.
     """
     sizes = torch.tensor(sizes, dtype=torch.float64)
-    wanted = m * torch.tensor(allocate(sensitivities, sizes.tolist(), sparsity, alpha), dtype=torch.float64)
-    # n changes where wanted + shift crosses a half-integer: try the midpoint of every interval in between
-    steps = (torch.arange(m) + 0.5 - wanted[:, None]).flatten().unique()
+    ideal = m * torch.tensor(allocate(sensitivities, sizes.tolist(), sparsity, alpha), dtype=torch.float64)
+    # n changes where ideal + shift crosses a half-integer: try the midpoint of every interval in between
+    steps = (torch.arange(m) + 0.5 - ideal[:, None]).flatten().unique()
     shifts = torch.cat([torch.zeros(1, dtype=torch.float64), (steps[1:] + steps[:-1]) / 2])
-    n = (wanted + shifts[:, None] + 0.5).floor().clamp(0, m)  # (shifts, units)
+    n = (ideal + shifts[:, None] + 0.5).floor().clamp(0, m)  # (shifts, units)
     miss = ((n * sizes).sum(dim=1) / sizes.sum() / m - sparsity).abs()
     best = miss.min()
     closest = [i for i in range(len(shifts)) if miss[i] <= best + 1e-12]

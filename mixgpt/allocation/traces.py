@@ -131,15 +131,15 @@ def read(path, shapes, estimator):
 
 
 @fast_linears()
-def hessian_traces(execution, matrices, tokens, sampling, known=None, save=None):
+def hessian_traces(execution, matrices, tokens, sampling, previous=None, save=None):
     """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, separately from each sequence.
 
-    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). known: rows from an interrupted
-    call. save: called with the rows so far after every chunk of sequences. Returns (N, len(matrices)) in float64: the
-    mean over sequences estimates the trace, their spread its error.
+    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). previous: rows from an
+    interrupted call. save: called with the rows so far after every chunk of sequences. Returns (N, len(matrices)) in
+    float64: the mean over sequences estimates the trace, their spread its error.
     """
     N, T = tokens.shape
-    rows, nprobes = [] if known is None else list(known), sampling.nprobes
+    rows, nprobes = [] if previous is None else list(previous), sampling.nprobes
     size = chunk_size(execution, T, 2)
     total = (N - len(rows)) * nprobes * 2 * len(execution.layers)
     with progress.bar(total=total, title=sampling.estimator, unit="step") as bar:

@@ -21,7 +21,7 @@ from mixgpt.checkpoints import gguf_files, shards, soundness
 from mixgpt.checkpoints.formats import SPARSE, load_sparse
 from mixgpt.checkpoints.names import PROGRESS, begun
 from mixgpt.checkpoints.refusals import refusing
-from mixgpt.checkpoints.run_dir import empty, held
+from mixgpt.checkpoints.run_dir import in_use, unused
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import nearest_folder, try_writing
 from mixgpt.modeling import streaming
@@ -250,10 +250,10 @@ def check_save(folder, nbytes, resume, result=None):
     """
     folder = Path(folder)
     try:
-        left_off, taken = begun(folder), folder.exists() and not (folder.is_dir() and empty(folder))
+        left_off, taken = begun(folder), folder.exists() and not (folder.is_dir() and unused(folder))
     except OSError as error:
         raise InputError(f"--save {folder}: cannot be used ({error.strerror})") from error
-    if held(folder):
+    if in_use(folder):
         raise InputError(f"--save {folder}: is in use by another run")
     if left_off and not resume:
         raise InputError(f"--save {folder}: holds an interrupted run; continue it with --resume, or remove the folder")

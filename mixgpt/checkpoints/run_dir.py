@@ -81,7 +81,7 @@ class RunDir:
             os.close(self.lock)
             raise InputError(f"{self.place}: cannot be locked ({error.strerror}); name a folder on another disk") from (
                 error)
-        if not begun(self.path) and not empty(self.path):  # that run has just ended
+        if not begun(self.path) and not unused(self.path):  # that run has just ended
             clear(self.path)
             os.close(self.lock)
             raise InputError(f"{self.place}: exists and is not an empty folder")
@@ -108,7 +108,7 @@ class RunDir:
 
     def _kept_nothing(self):
         """Whether no layer is finished and nothing of the result is written."""
-        return not any(self.progress.glob("layer-*.json")) and empty(self.path)
+        return not any(self.progress.glob("layer-*.json")) and unused(self.path)
 
     def start(self, model, family, identity, sums):
         """Start a run, or resume the one interrupted here.
@@ -514,7 +514,7 @@ def _open_lock(path, flags):
     return lock
 
 
-def held(path):
+def in_use(path):
     """Return whether a run is writing to a directory."""
     try:
         lock = _open_lock(path, os.O_RDONLY)
@@ -531,6 +531,6 @@ def held(path):
     return False
 
 
-def empty(path):
+def unused(path):
     """Return whether a directory holds nothing but remains of a run that never started."""
     return all(file.name == PROGRESS for file in Path(path).iterdir())

@@ -69,15 +69,15 @@ def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAM
     return scores
 
 
-def solve_on_support(W, wanted, H, keep, steps=STEPS):
+def solve_on_support(W, optimum, H, keep, steps=STEPS):
     """Minimize (w − w*) H (w − w*)ᵀ over the kept weights of each row, by conjugate gradients started at W.
 
-    W, wanted (W*): (out, in). keep: mask (out, in). All rows at once; as H has a unit diagonal, plain conjugate
+    W, optimum (W*): (out, in). keep: mask (out, in). All rows at once; as H has a unit diagonal, plain conjugate
     gradients are already Jacobi-preconditioned. ALPS (arXiv 2406.07831), section 3.3. Returns (out, in).
     """
     keep = keep.to(W.dtype)
     W = W * keep
-    residual = times_transposed(wanted - W, H).mul_(keep)
+    residual = times_transposed(optimum - W, H).mul_(keep)
     direction, energy = residual.clone(), _energies(residual, residual)
     for _ in range(steps):
         image = times_transposed(direction, H).mul_(keep)

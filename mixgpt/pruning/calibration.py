@@ -14,15 +14,15 @@ def groups_of(layer, index, stream, plan, shared):
 
     shared: {names of a layer's linears: its inputs}, a cache: layers with the same linears share inputs alike.
     """
-    wanted = [name for planned, name in plan if planned == index]
-    if not wanted:
+    names = [name for planned, name in plan if planned == index]
+    if not names:
         return []
     kind = tuple(linears(layer))
     if kind not in shared:
         shared[kind] = shared_inputs(layer, index, stream)
-    groups = [tuple(name for name in group if name in wanted) for group in shared[kind]]
+    groups = [tuple(name for name in group if name in names) for group in shared[kind]]
     groups = [group for group in groups if group]
-    unused = set(wanted).difference(*groups)
+    unused = set(names).difference(*groups)
     if unused:
         raise InputError(f"layer {index} {', '.join(sorted(unused))}: not called as a module, cannot be calibrated; "
                          "leave it out with --prune_only")

@@ -38,13 +38,13 @@ def prune_layerwise(execution, plan, tokens, recipe, run_dir=None, observe=None)
             layer, start, last = layers[index], time.perf_counter(), index + 1 == len(layers)
             with on_device([layer], execution.device):
                 prefetch(layers, index + 1, execution.device)
-                made = calibrated.prune(index, last, bar)
+                new = calibrated.prune(index, last, bar)
                 if observe:
-                    observe(index, layer, made, start)
+                    observe(index, layer, new, start)
                 if run_dir:
                     with clock.part("save"):
-                        run_dir.finish(index, layer, made, None if last else states)
-                outcomes |= made
+                        run_dir.finish(index, layer, new, None if last else states)
+                outcomes |= new
     return outcomes
 
 

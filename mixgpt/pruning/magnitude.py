@@ -23,29 +23,29 @@ def prune_magnitude(execution, plan, scheme=None, run_dir=None, observe=None):
     layers, device = execution.layers, execution.device
     first, outcomes = run_dir.begin(len(layers)) if run_dir else (0, {})
     for index in progress.bar(range(first, len(layers)), title=title, initial=first, total=len(layers)):
-        layer, made, start = layers[index], {}, time.perf_counter()
+        layer, new, start = layers[index], {}, time.perf_counter()
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
             for name, module in linears(layer).items():
                 if target := plan.get((index, name)):
                     W, grid = _by_magnitude(module.weight, target, scheme)
                     module.weight.copy_(W)
-                    made[index, name] = Outcome(grid=grid and grid.to("cpu"))
+                    new[index, name] = Outcome(grid=grid and grid.to("cpu"))
             if observe:
-                observe(index, layer, made, start)
+                observe(index, layer, new, start)
             if run_dir:
-                run_dir.finish(index, layer, made)
-        outcomes |= made
+                run_dir.finish(index, layer, new)
+        outcomes |= new
     return outcomes
 
 
 def _by_magnitude(W, target, scheme):
     if scheme is None:
         return magnitude_prune(W, target.sparsity, target.prunen, target.prunem), None
-    made, = meet_sparsities(lambda asked: [quantize_nearest(
+    new, = meet_sparsities(lambda asked: [quantize_nearest(
         magnitude_prune(W, asked[0], target.prunen, target.prunem), scheme)], [target.sparsity],
         attempts=1 if target.prunem else 4)
-    return made
+    return new
 
 
 def magnitude_prune(W, sparsity, prunen=0, prunem=0):

@@ -15,12 +15,12 @@ from sparsegpt import SparseGPT, WalkOptions, prune_matrices, relative_errors
 class Problem:
     """Input of a solver: the matrices that read one input, and their targets.
 
-    Columns are in the order of the walk. A solver returns [(Ŵ, its quant.Grid or None)] in the order of `wanted`;
+    Columns are in the order of the walk. A solver returns [(Ŵ, its quant.Grid or None)] in the order of `optima`;
     zeros of W* must be zeros of Ŵ.
     """
 
     hessian: SparseGPT  # factored
-    wanted: list[torch.Tensor]  # W* (out, in) of each, float32: the unconstrained optimum
+    optima: list[torch.Tensor]  # W* (out, in) of each, float32: the unconstrained optimum
     targets: list[tuple]  # (sparsity, prunen, prunem) of each
     options: WalkOptions
     dtype: torch.dtype  # of the final weights
@@ -41,21 +41,21 @@ class Problem:
 
 def walk(problem):
     """Walk once over the columns: SparseGPT, and GPTQ if there is a scheme."""
-    return prune_matrices(problem.wanted, problem.hessian.R, problem.h, problem.targets, problem.options, problem.dtype,
+    return prune_matrices(problem.optima, problem.hessian.R, problem.h, problem.targets, problem.options, problem.dtype,
                           problem.row_weights)
 
 
 def admm(problem):
     """Prune by `admm_pruner`; with a scheme, quantize the kept weights in a walk over the columns, and prune fewer
     weights by as many as that rounds to 0."""
-    prune = admm_pruner(problem.wanted, problem.damped, problem.targets, problem.row_weights)
+    prune = admm_pruner(problem.optima, problem.damped, problem.targets, problem.row_weights)
     if problem.options.scheme is None:
         return [(W, None) for W in prune(problem.targets)]
 
     def attempt(sparsities):
         pruned = prune([(sparsity, *groups) for sparsity, (_, *groups)
                         in zip(sparsities, problem.targets, strict=True)])
-        return walk(replace(problem, wanted=pruned, targets=[(0.0,)] * len(pruned)))
+        return walk(replace(problem, optima=pruned, targets=[(0.0,)] * len(pruned)))
 
     return meet_sparsities(attempt, [sparsity for sparsity, *_ in problem.targets],
                            attempts=1 if any(problem.targets[0][1:]) else 4)
@@ -84,8 +84,8 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     """
     dtype, counts = weights[0].dtype, [len(weight) for weight in weights]
     W = torch.cat([weight.float() for weight in weights])
-    wanted = list(hessian.wanted(W).split(counts))
-    pruned = recipe.solver(Problem(hessian, wanted, targets, recipe.options, dtype, row_weights))
+    optima = list(hessian.optimum(W).split(counts))
+    pruned = recipe.solver(Problem(hessian, optima, targets, recipe.options, dtype, row_weights))
     W_hat = torch.cat([matrix for matrix, _ in pruned])[:, hessian.back].to(dtype)
     errors = relative_errors(W, W_hat.float(), hessian.H, counts)
     for weight, new in zip(weights, W_hat.split(counts), strict=True):

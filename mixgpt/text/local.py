@@ -57,11 +57,11 @@ def find_files(dataset, split, data_dir):
     held = sorted(data_files(root))
     names = {path: (Path(os.path.abspath(root)).name, *path.relative_to(root).parts) for path in held}
     named = [path for path in held if speaks_of(names[path], dataset, split)]
-    fit = [path for path in named if not re.search(local_set.unwanted, comparable("/".join(names[path])))]
+    fit = [path for path in named if not re.search(local_set.excluded, comparable("/".join(names[path])))]
     if not fit:
         seen = [str(path.relative_to(root)) for path in named or held]
         raise InputError(
-            f"--data-dir {data_dir}: no {split} split of {dataset} found, {local_set.wanted} is needed (looked "
+            f"--data-dir {data_dir}: no {split} split of {dataset} found, {local_set.supply} is needed (looked "
             f"for paths with {local_set.name} and {SPLITS[split]}, ending in {' '.join(READERS)}); there "
             f"{'is only' if named else 'is'} {', '.join(seen[:5]) or 'nothing'}{', ...' if seen[5:] else ''}"
         )

@@ -13,8 +13,8 @@ class LocalSet:
     """How local copies of a dataset are named. Patterns match lower case, with "-" for "_"."""
 
     name: str  # pattern that its names match
-    wanted: str  # what to supply, with an example
-    unwanted: str = "$^"  # pattern of paths to exclude
+    supply: str  # what to supply, with an example
+    excluded: str = "$^"  # pattern of paths to exclude
     row: Callable = str.strip  # line of a plain text file -> row as on the hub
     first_shard: bool = False  # use only the first of the hub's shards
 
@@ -62,19 +62,19 @@ def builtin_rows(split):
 DATASETS = Registry("dataset", {
     "wikitext2": TextSet(
         "raw WikiText-2", train_join=" ", hub_id="Salesforce/wikitext", hub_options={"name": "wikitext-2-raw-v1"},
-        local=LocalSet(name=r"wikitext|wiki[.-]", unwanted=r"wikitext-?103|wikitext-2-v1|\.tokens$", row=wikitext_row,
-                       wanted="the raw version of WikiText-2 (wikitext-2-raw-v1/*.parquet or wiki.test.raw, "
+        local=LocalSet(name=r"wikitext|wiki[.-]", excluded=r"wikitext-?103|wikitext-2-v1|\.tokens$", row=wikitext_row,
+                       supply="the raw version of WikiText-2 (wikitext-2-raw-v1/*.parquet or wiki.test.raw, "
                               "wiki.train.raw)")),
     "ptb": TextSet(
         "Penn Treebank", train_join=" ", test_join=" ", hub_id="ptb-text-only/ptb_text_only",
         hub_options={"revision": "refs/convert/parquet"},  # datasets >= 4 does not run its script
-        local=LocalSet(name="ptb|penn", wanted="penn_treebank/*/0000.parquet or ptb.test.txt, ptb.train.txt")),
+        local=LocalSet(name="ptb|penn", supply="penn_treebank/*/0000.parquet or ptb.test.txt, ptb.train.txt")),
     "c4": TextSet(
         "C4, English", train_join=" ", test_join=" ", hub_id="allenai/c4", test_split="validation",
         hub_files={"train": "en/c4-train.00000-of-01024.json.gz",
                    "validation": "en/c4-validation.00000-of-00008.json.gz"},
         by_document=True, test_documents=1100, test_segments=256,
-        local=LocalSet(name=r"\bc4\b", unwanted=r"/(realnewslike|multilingual|en\.no\w+)/", first_shard=True,
-                       wanted="en/c4-train.00000-of-01024.json.gz or en/c4-validation.00000-of-00008.json.gz")),
+        local=LocalSet(name=r"\bc4\b", excluded=r"/(realnewslike|multilingual|en\.no\w+)/", first_shard=True,
+                       supply="en/c4-train.00000-of-01024.json.gz or en/c4-validation.00000-of-00008.json.gz")),
     "builtin": TextSet("CPython's own reference manual, which needs no download", builtin_rows),
 })

@@ -15,6 +15,7 @@ from mixgpt.allocation import backward, fisher, hutchinson
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
 from mixgpt.kernels import matmul
+from mixgpt.modeling.experts import split_experts
 from modelutils import Execution, linears
 
 
@@ -65,6 +66,35 @@ def test_streamed_products_are_those_of_double_backward_through_the_whole_model(
     expected = whole_model_products(model, family, matrices, tokens)
     assert (traces(model, family, matrices, tokens, "hutchinson") - expected).abs().max() < 1e-10
     assert expected.abs().min() > 1e-6
+
+
+def mixture():
+    """Give (family, model) of a mixture of experts in float64, its experts split."""
+    family, model = make("qwen3-moe")
+    split_experts(model)
+    return family, model.double()
+
+
+def test_traces_of_experts_are_those_of_double_backward_through_the_whole_model(tokens, all_float64):
+    family, model = mixture()
+    matrices = matrices_of(model, family)
+    expected = whole_model_products(model, family, matrices, tokens[:3, :10])
+    difference = (traces(model, family, matrices, tokens[:3, :10], "hutchinson") - expected).abs().max()
+    assert difference < 1e-6 * expected.abs().max()  # the router's softmax is in float32
+
+
+@torch.no_grad()
+def test_gradients_at_experts_count_tokens_that_go_elsewhere_as_zero(tokens, all_float64):
+    family, model = mixture()
+    matrices = matrices_of(model, family)
+    expected = traces(model, family, matrices, tokens, "fisher", batch_size=1)
+    assert torch.allclose(traces(model, family, matrices, tokens, "fisher", batch_size=5), expected, rtol=1e-8)
+    one, five = (fisher.output_gradients(Execution(model, family, CPU, size), matrices, tokens, 3) for size in (1, 5))
+    for matrix in matrices:
+        assert torch.allclose(one.rows[matrix], five.rows[matrix], rtol=1e-4)
+        assert torch.allclose(one.tokens[matrix], five.tokens[matrix], rtol=1e-4, atol=1e-6)
+    routed = [one.tokens[matrix] > 0 for matrix in matrices if "experts" in matrix[1] and "down" in matrix[1]]
+    assert 0 < sum(each.sum().item() for each in routed) <= 2 * 3 * tokens.numel()  # two experts a token and layer
 
 
 def test_only_the_wanted_matrices_are_probed(tokens, all_float64):

@@ -15,7 +15,10 @@ from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.family import family_of
 from mixgpt.modeling.layout import layout_of, published
-from modelutils import linears
+from mixgpt.pruning.layerwise import prune_layerwise
+from mixgpt.pruning.solvers import Recipe
+from mixgpt.pruning.targets import Target, select
+from modelutils import Execution, linears
 
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
           "shared_expert_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -86,6 +89,25 @@ def test_the_layout_is_that_of_the_folder_that_transformers_saves(kind, folder):
         key, part = places[name]
         assert torch.equal(part.of(stored[key][part.expert]) if part else stored[key], tensor), name
     assert {key for key, _ in places.values()} == set(stored)
+
+
+@torch.no_grad()
+def test_an_expert_without_tokens_is_pruned_on_the_mean_of_the_others(tokens):
+    model = build("mixtral")
+    family = family_of(model)
+    for layer in family.layers_of(model):
+        layer.mlp.gate.weight[2] = 0
+        layer.mlp.gate.weight[2, 0] = -1e3  # nearly never among the two with the highest scores
+    split_experts(model)
+    plan, lines = dict.fromkeys(select(model, family), Target(0.5)), []
+    outcomes = prune_layerwise(Execution(model, family, CPU, 2), plan, tokens[:2], Recipe(), observe=lambda *given: (
+        lines.append(given)))
+    assert len(lines) == 3 and outcomes.keys() == plan.keys()
+    for matrix in measure_sparsity(model, family):
+        assert matrix.zeros == round(0.5 * matrix.numel), matrix
+    # a weight's column decides as well as its size: the pooled Hessian ranks, not the first columns
+    W = family.layers_of(model)[0].mlp.experts.get_submodule("2").gate_proj.weight
+    assert ((W == 0).double().mean(0) < 1).all()
 
 
 @pytest.mark.parametrize("kind, options", [(kind, "") for kind in MODELS] + [

@@ -160,5 +160,5 @@ def test_outputs_that_are_shifted_or_gain_are_met_by_the_ridge_solution(problem)
         outputs = (X + options.get("shift", 0)) @ W.T + options.get("gain", 0)
         exact = torch.linalg.lstsq(torch.cat([(2 / 4) ** 0.5 * X, ridge * torch.eye(32, dtype=torch.float64)]),
                                    torch.cat([(2 / 4) ** 0.5 * outputs, ridge * W.T])).solution.T
-        assert torch.allclose(hessian.wanted(W.float()).double(), exact, rtol=1e-3, atol=1e-3)
+        assert torch.allclose(hessian.optimum(W.float()).double(), exact, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(exact, W, atol=0.05)
