@@ -144,7 +144,7 @@ def check(job):
         job.config = load.load_config(settings.model, job.family)
         job.seqlen = choose_seqlen(settings.seqlen, job.config)
         skeleton = load.skeleton(job.config)
-        load.check_layers(settings.model, skeleton, job.family)
+        load.check_layers(settings.model, skeleton, job.family, settings.save_format)
         selfcheck.check(settings.model, job.family, skeleton)
         if settings.compresses:
             job.selected = select(skeleton, job.family, selection_of(settings),

@@ -25,7 +25,7 @@ from mixgpt.checkpoints.run_dir import in_use, unused
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import nearest_folder, try_writing
 from mixgpt.modeling import streaming
-from mixgpt.modeling.experts import split_experts
+from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.family import family_of
 from mixgpt.text import hub, tokenizing
 from modelutils import model_class
@@ -122,8 +122,13 @@ def load_config(model, family):
     return config
 
 
-def check_layers(model, skeleton, family):
-    """Raise InputError if the layers of a model hold matrices in tensors of three dimensions that nothing splits."""
+def check_layers(model, skeleton, family, save_format="dense"):
+    """Raise InputError if the layers of a model hold matrices in tensors of three dimensions that nothing splits.
+
+    save_format: only "dense" has the layout of mixtures of experts.
+    """
+    if save_format != "dense" and any(is_split(module) for module in skeleton.modules()):
+        raise InputError(f"--save-format {save_format}: does not support mixtures of experts; must be dense")
     for index, layer in enumerate(family.layers_of(skeleton)):
         convolutions = {id(module.weight) for module in layer.modules() if isinstance(module, torch.nn.Conv1d)}
         for name, weight in layer.named_parameters():

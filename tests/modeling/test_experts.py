@@ -10,6 +10,7 @@ from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import CPU, VOCABULARY, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import llama
 from mixgpt.evaluation.perplexity import logits
 from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
 from mixgpt.modeling.experts import is_split, split_experts
@@ -89,6 +90,30 @@ def test_the_layout_is_that_of_the_folder_that_transformers_saves(kind, folder):
         key, part = places[name]
         assert torch.equal(part.of(stored[key][part.expert]) if part else stored[key], tensor), name
     assert {key for key, _ in places.values()} == set(stored)
+
+
+def test_what_cannot_hold_experts_is_refused(folder, tmp_path, capsys):
+    path = folder("mixtral")
+    capsys.readouterr()
+    assert run(llama.FAMILY, path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved",
+               "--save-format", "sparse") == 2
+    assert capsys.readouterr().err == ("llama.py: error: --save-format sparse: does not support mixtures of experts; "
+                                       "must be dense\n")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("kind, options, message", [
+    ("llama4_text", {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 48},
+     "keeps feed_forward.experts.gate_up_proj as a tensor of three dimensions, which is not supported"),
+    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "this is a GPT2LMHeadModel; use bloom.py")])
+def test_models_that_nothing_prunes_are_refused_with_the_reason(kind, options, message, tokenizer, tmp_path, capsys):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, **sizes | options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert run(llama.FAMILY, tmp_path / "model", "builtin", "--sparsity", ".5", *SMALL) == 2
+    assert message in capsys.readouterr().err
 
 
 @torch.no_grad()
