@@ -9,6 +9,7 @@ from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common import distributed
 from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
@@ -20,7 +21,8 @@ from sparsegpt import WalkOptions, isc_saliency
 def made(name, true_sequential, wbits, best=None):
     """Return traces, weights, outcomes and perplexity of a tiny model, as this process has them."""
     family, model = make(name)
-    tokens = torch.randint(0, VOCABULARY, (7, 24), generator=torch.Generator().manual_seed(1))
+    mixture = split_experts(model)  # on so few tokens that all experts lack some
+    tokens = torch.randint(0, VOCABULARY, (7, 6 if mixture else 24), generator=torch.Generator().manual_seed(1))
     selected = select(model, family)
     execution = Execution(model, family, CPU, 2)
     traces = [hessian_traces(execution, list(selected), tokens, Sampling(name, estimator.load(), 1))
@@ -44,7 +46,7 @@ def made(name, true_sequential, wbits, best=None):
 def made_of_all():
     """Return what `made` gives, {case: …}."""
     return {case: made(*case) for case in [("llama", True, 16), ("opt", False, 4), ("bloom", True, 4),
-                                           ("llama", True, 16, "best")]}
+                                           ("llama", True, 16, "best"), ("qwen3-moe", True, 16)]}
 
 
 def run(rank, world, port, file):

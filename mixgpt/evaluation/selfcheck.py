@@ -9,8 +9,10 @@ from mixgpt.common.errors import InputError
 from mixgpt.modeling.experts import split_experts
 from modelutils import Stream
 
-SMALL = {"vocab_size": 512, "intermediate_size": 64, "ffn_dim": 64, "moe_intermediate_size": 64,
-         "shared_expert_intermediate_size": 64}  # sizes that do not matter to the check, and the most they may be
+FAULTY = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, ZeroDivisionError)
+VOCABULARY = 512  # the most tokens of a small copy
+WIDTHS = ("intermediate_size", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size")
+WIDTH = 64  # the most that these are in a narrow copy
 LAYERS = 12  # the most layers of a small copy
 TOKENS = 16
 TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to 1e-4
@@ -22,25 +24,34 @@ def check(name, family, skeleton):
     name: of the model, for the message. skeleton: the model on meta. Compares on one sequence through a copy of the
     configuration with random weights, and as many layers as show each kind of layer.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small(skeleton.config, family.layers_of(skeleton)),
-                                                 dtype=torch.float32, trust_remote_code=False).eval()
-        tokens = torch.randint(model.config.vocab_size, (1, TOKENS))
+    kind = type(skeleton).__name__
     try:
-        with torch.no_grad():
-            expected = model(tokens, use_cache=False).logits
-            split_experts(model)
-            found = _streamed(model, family, tokens)
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError) as error:
-        raise InputError(f"model {name}: this {type(model).__name__} cannot be run one decoder layer at a time: "
+        try:
+            model, tokens, expected = _run_whole(small(skeleton.config, family.layers_of(skeleton)))
+        except FAULTY:  # sizes that depend on each other in a way of their own
+            model, tokens, expected = _run_whole(small(skeleton.config, family.layers_of(skeleton), narrow=False))
+        split_experts(model)
+        found = _streamed(model, family, tokens)
+    except FAULTY as error:
+        raise InputError(f"model {name}: this {kind} cannot be run one decoder layer at a time: "
                          f"{type(error).__name__}: {error}".splitlines()[0]) from error
     difference = ((found - expected).abs().max() / expected.std()).item()
     if not difference <= TOLERANCE:
-        raise InputError(f"model {name}: this {type(model).__name__} cannot be run one decoder layer at a time: on "
+        raise InputError(f"model {name}: this {kind} cannot be run one decoder layer at a time: on "
                          f"random weights, its logits differ by {difference:.1g} standard deviations")
 
 
+@torch.no_grad()
+def _run_whole(config):
+    """Return a random model of a configuration, tokens (1, T), and its logits for them by its own forward."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        tokens = torch.randint(config.vocab_size, (1, TOKENS))
+    return model, tokens, model(tokens, use_cache=False).logits
+
+
+@torch.no_grad()
 def _streamed(model, family, tokens):
     """Return the logits (1, T, vocabulary) of tokens (1, T), one layer at a time."""
     stream = Stream.embed(model, family, tokens, 1, tokens.device)
@@ -50,8 +61,11 @@ def _streamed(model, family, tokens):
         return head(stream.hidden[0])[None]
 
 
-def small(config, layers):
-    """Return a copy of a configuration with few layers, of every kind that `layers` have, and a small vocabulary."""
+def small(config, layers, narrow=True):
+    """Return a copy of a configuration with few layers, of every kind that `layers` have, and a small vocabulary.
+
+    narrow: also with few heads and narrow MLPs.
+    """
     kinds = [_kind(config, index, layer) for index, layer in enumerate(layers)]
     count = max(kinds.index(kind) for kind in kinds[:LAYERS]) + 1
     count = min(max(count, 2), len(layers))
@@ -59,10 +73,9 @@ def small(config, layers):
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == len(layers):
             setattr(config, key, value[:count])
-    for key, most in SMALL.items():
-        if isinstance(value := getattr(config, key, None), int):
-            setattr(config, key, min(value, most))
-    _narrow(config)
+    config.vocab_size = min(config.vocab_size, VOCABULARY)
+    if narrow:
+        _narrow(config)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(value := getattr(config, key, None), int):
             setattr(config, key, min(value, config.vocab_size - 1))
@@ -72,7 +85,10 @@ def small(config, layers):
 
 
 def _narrow(config):
-    """Let a configuration have few heads, as wide as before, and the same ratio of query to key-value heads up to 2."""
+    """Let a configuration have narrow MLPs and few heads, as wide as before and at most 2 queries to a key."""
+    for key in WIDTHS:
+        if isinstance(value := getattr(config, key, None), int):
+            setattr(config, key, min(value, WIDTH))
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     fewer = min(shared or heads, 2)
     few = fewer * min(heads // (shared or heads), 2)

@@ -5,11 +5,34 @@ a Hessian and a sparsity each, and run through transformers' interface for imple
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 SPLIT = "one linear for each matrix"  # name of the implementation
+
+
+@dataclass(frozen=True)
+class Part:
+    """The place of an expert's matrix or bias in a tensor of all experts, (experts, rows, columns) or transposed."""
+
+    expert: int
+    part: int = 0  # which of `parts` matrices that share the rows
+    parts: int = 1
+    transposed: bool = False
+    concatenated: bool = True  # parts below each other, else row by row in turn
+
+    def of(self, tensor):
+        """Return this part (out, in), a view, of the tensor of one expert."""
+        rows = tensor.t() if self.transposed and tensor.dim() == 2 else tensor
+        return rows.chunk(self.parts)[self.part] if self.concatenated else rows[self.part::self.parts]
+
+    def whole(self, shape, experts):
+        """Return the shape of the tensor of all experts in which this part has a shape."""
+        rows, *columns = shape
+        inner = (rows * self.parts, *columns)
+        return (experts, *(inner[::-1] if self.transposed else inner))
 
 
 class RoutedLinear(torch.nn.Linear):
@@ -43,12 +66,13 @@ def is_split(module):
     return hasattr(module, "is_transposed") and module.config._experts_implementation == SPLIT
 
 
-def fused_parts(module, leaf):
-    """Return the names of an expert's tensors in a fused parameter, in order; None for a parameter of another kind."""
+def parts_of(module, leaf):
+    """Return the names of the experts' tensors in a parameter, {name, once split: `Part`}, {} if it is not fused."""
+    matrices = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+    names = matrices.get(leaf.removesuffix("_bias"), ()) if is_fused(module) else ()
     kind = "bias" if leaf.endswith("_bias") else "weight"
-    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
-    matrices = parts.get(leaf.removesuffix("_bias"))
-    return matrices and [f"{name}.{kind}" for name in matrices]
+    return {f"{expert}.{name}.{kind}": Part(expert, part, len(names), module.is_transposed, module.is_concatenated)
+            for expert in range(len(module._parameters[leaf])) for part, name in enumerate(names)} if names else {}
 
 
 def split_experts(model):
@@ -58,46 +82,27 @@ def split_experts(model):
     """
     fused = [module for module in model.modules() if is_fused(module)]
     for module in fused:
-        for number, matrices in enumerate(zip(*_matrices(module), strict=True)):
-            expert = Expert()
-            for name, weight, bias in matrices:
-                expert.add_module(name, _linear(weight, bias))
-            module.add_module(str(number), expert)
-        for name in [name for name in module._parameters if name.removesuffix("_bias").endswith("_proj")]:
-            del module._parameters[name]
+        tensors = {}
+        for leaf in [leaf for leaf in module._parameters if parts_of(module, leaf)]:
+            parts, parameter = parts_of(module, leaf), module._parameters[leaf]
+            tensors |= {name: torch.nn.Parameter(part.of(parameter.detach()[part.expert]).contiguous(),
+                                                 requires_grad=parameter.requires_grad) for name, part in parts.items()}
+        for name in [name for name in tensors if name.endswith("weight")]:
+            number, matrix, _ = name.split(".")
+            expert = module._modules.setdefault(number, Expert())
+            expert.add_module(matrix, _linear(tensors[name], tensors.get(f"{number}.{matrix}.bias")))
+        for leaf in [leaf for leaf in module._parameters if parts_of(module, leaf)]:
+            del module._parameters[leaf]
         module.config = copy.copy(module.config)  # the model's own, as saved, stays as it is
         module.config._experts_implementation = SPLIT
     return bool(fused)
 
 
-def _matrices(module):
-    """Return lists, over the experts, of (name of the linear, weight (out, in), bias or None)."""
-    names = {"gate_up_proj": ("gate_proj", "up_proj")} if module.has_gate else {"up_proj": ("up_proj",)}
-    lists = []
-    for fused, parts in (names | {"down_proj": ("down_proj",)}).items():
-        for part, name in enumerate(parts):
-            weights = [_part(weight.t() if module.is_transposed else weight, part, len(parts), module.is_concatenated)
-                       for weight in module._parameters[fused].unbind()]
-            biases = module._parameters[f"{fused}_bias"].unbind() if module.has_bias else [None] * len(weights)
-            if module.has_bias:
-                biases = [_part(bias, part, len(parts), module.is_concatenated) for bias in biases]
-            lists.append([(name, weight, bias) for weight, bias in zip(weights, biases, strict=True)])
-    return lists
-
-
-def _part(rows, part, parts, concatenated):
-    """Return the rows of one of several matrices that are stored below each other, or row by row in turn."""
-    return rows.chunk(parts)[part] if concatenated else rows[part::parts]
-
-
 def _linear(weight, bias):
-    """Return a linear with these weights (out, in)."""
-    out_features, in_features = weight.shape
+    """Return a linear with these parameters, (out, in) and (out,) or None."""
     with torch.device("meta"):
-        linear = RoutedLinear(in_features, out_features, bias=bias is not None)
-    linear.weight = torch.nn.Parameter(weight.detach().contiguous(), requires_grad=weight.requires_grad)
-    if bias is not None:
-        linear.bias = torch.nn.Parameter(bias.detach().contiguous(), requires_grad=bias.requires_grad)
+        linear = RoutedLinear(*reversed(weight.shape), bias=bias is not None)
+    linear.weight, linear.bias = weight, bias
     return linear
 
 

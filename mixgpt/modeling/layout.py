@@ -1,34 +1,11 @@
 """Where the tensors of a model are in its published checkpoint: under other names, or as parts of larger tensors."""
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from mixgpt.modeling.experts import fused_parts, is_fused, is_split
-
-
-@dataclass(frozen=True)
-class Part:
-    """The place of an expert's matrix or bias in a tensor of all experts, (experts, rows, columns) or transposed."""
-
-    expert: int
-    part: int = 0  # which of `parts` matrices that share the rows
-    parts: int = 1
-    transposed: bool = False
-    concatenated: bool = True  # parts below each other, else row by row in turn
-
-    def of(self, tensor):
-        """Return this part (out, in), a view, of the tensor of one expert."""
-        rows = tensor.t() if self.transposed and tensor.dim() == 2 else tensor
-        return rows.chunk(self.parts)[self.part] if self.concatenated else rows[self.part::self.parts]
-
-    def whole(self, shape, experts):
-        """Return the shape of the tensor of all experts in which this part has a shape."""
-        rows, *columns = shape
-        inner = (rows * self.parts, *columns)
-        return (experts, *(inner[::-1] if self.transposed else inner))
+from mixgpt.modeling.experts import is_split, parts_of
 
 
 def published(model):
@@ -41,18 +18,16 @@ def published(model):
     for name, tensor in model.state_dict().items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        parts = fused_parts(module, leaf) if is_fused(module) else None
-        if parts is None:
+        parts = parts_of(module, leaf)
+        if not parts:
             tensors[name] = torch.full((1,) * tensor.dim(), len(names))
             names.append((name, None))
             continue
-        numbers = torch.arange(len(names), len(names) + len(tensor) * len(parts)).view(-1, len(parts))
+        numbers = torch.arange(len(names), len(names) + len(parts)).view(len(tensor), -1)
         if tensor.dim() == 3:
             numbers = numbers[:, None] if module.is_transposed else numbers[:, :, None]
         tensors[name] = numbers.clone()
-        names += [(f"{path}.{expert}.{part}", Part(expert, number, len(parts), module.is_transposed,
-                                                   module.is_concatenated))
-                  for expert in range(len(tensor)) for number, part in enumerate(parts)]
+        names += [(f"{path}.{part_name}", part) for part_name, part in parts.items()]
     places = {}
     for key, numbers in revert_weight_conversion(model, tensors).items():
         for number in numbers.flatten().tolist():

@@ -19,7 +19,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
-from mixgpt.modeling.layout import Part, layout_of
+from mixgpt.modeling.experts import Part
+from mixgpt.modeling.layout import layout_of
 
 # dtypes by their safetensors names
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -60,7 +60,7 @@ class _Calibrated:
         self.states = {"hidden": self.stream.hidden} | ({"dense": self.dense.hidden} if self.dense else {})
         self.layers = execution.layers[:max(index for index, _ in plan) + 1]
         self.shared = {}  # which linears read the same input, by kind of layer
-        self.few = []  # inputs of experts in this layer with fewer tokens than columns
+        self.few = None  # inputs of experts in this layer with fewer tokens than columns, once its pools are reduced
 
     def prune(self, index, last, bar):
         """Prune layer number `index`, which is on the device, and advance the hidden states through it.
@@ -74,7 +74,7 @@ class _Calibrated:
                                      self._token_weights(index, groups))
         pools = pools_of(layer, self.nsequences, stream.device) if groups else {}
         prune = partial(self._prune_groups, layer, index, bar, pools)
-        self.few = []
+        self.few = None
         pooling = hooked({experts: pool.add_batch for experts, pool in pools.items()})
         if groups and self.recipe.true_sequential:
             runs = [paused_forwards(layer, index, stream, list(hessians), read)]
@@ -155,10 +155,12 @@ class _Calibrated:
     def _strengthen(self, modules, pools, hessians):
         """Make up for tokens that the Hessians of experts lack, and note which."""
         routed = {group: hessian for group, hessian in hessians.items() if isinstance(modules[group[0]], RoutedLinear)}
-        if routed:
-            for pool in pools.values():
+        if routed and self.few is None:
+            self.few = []
+            for pool in pools.values():  # once: all tokens have entered the experts before the first one is pruned
                 pool.reduce()
-        self.few += [f"{group[0]} ({hessian.tokens})" for group, hessian in routed.items()
+        if routed:
+            self.few += [f"{group[0]} ({hessian.tokens})" for group, hessian in routed.items()
                      if strengthen(hessian, modules[group[0]], pools)]
 
     def _prune_group(self, modules, index, group, hessian):
