@@ -30,6 +30,12 @@ def model_class(config):
     return next((kind for kind in known if kind.__name__ in (config.architectures or ())), known[0])
 
 
+def text_part(config):
+    """Return the configuration of the part of a model that generates text; the given one, unless it sees or hears."""
+    part = config.get_text_config()
+    return config if config.is_encoder_decoder or model_class(part) is None else part
+
+
 @dataclass(frozen=True)
 class Execution:
     """Where and how a model runs: one decoder layer on the device at a time, on batches of sequences."""
@@ -263,6 +269,16 @@ def linears(layer):
     blocks = [name.rpartition(".")[0] for name, module in layer.named_modules() if is_split(module)]
     return {name: module for name, module in layer.named_modules()
             if isinstance(module, torch.nn.Linear) and name.rpartition(".")[0] not in blocks}
+
+
+def other_weights(layer):
+    """Return the weights of a decoder layer that are not in `linears` by name: routers, convolutions.
+
+    These are all other parameters of two dimensions or more.
+    """
+    known = {id(module.weight) for module in linears(layer).values()}
+    return {name.removesuffix(".weight"): weight for name, weight in layer.named_parameters()
+            if weight.dim() > 1 and id(weight) not in known}
 
 
 @torch.no_grad()

@@ -5,10 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_little
 
-import datautils
-from mixgpt.app import cli, pipeline
+from mixgpt.app import cli
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -16,11 +15,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(autouse=True)
 def short_builtin(monkeypatch, tmp_path_factory):
-    """Evaluate on four segments only, and keep traces out of the user's cache."""
+    """Read little text, and keep traces out of the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    whole = datautils.test_tokens
-    monkeypatch.setattr(pipeline, "test_tokens", lambda *arguments: (lambda tokens, source: (tokens[:4], source))(
-        *whole(*arguments)))
+    read_little(monkeypatch)
 
 
 def run(family, *arguments):

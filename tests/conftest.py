@@ -5,6 +5,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from functools import partial
@@ -58,6 +59,9 @@ from mixgpt.kernels import columns_cpu
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from mixgpt.modeling.family import family_of
 
+for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as in the background, or under nohup; processes would inherit it
+        signal.signal(number, action)
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processor's cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
@@ -193,7 +197,7 @@ def train(tokenizer):
     model = trainable()
     ids = torch.tensor(datautils.token_ids(tokenizer, "\n\n".join(datautils.load_rows("builtin", "train", None)[0])))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    steps = 300
+    steps = 150
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     for _ in range(steps):
         batch = torch.stack([ids[i:i + 96] for i in torch.randint(0, len(ids) - 96, (16,)).tolist()])
@@ -270,6 +274,13 @@ def forking():
     yield start
 
 
+def read_little(patch):
+    """Let runs in this process read a part of the texts, and evaluate on four segments. patch: a pytest.MonkeyPatch."""
+    rows, tests = datautils.load_rows, datautils.test_tokens
+    patch.setattr(datautils, "load_rows", lambda *asked: (lambda found, source: (found[:150], source))(*rows(*asked)))
+    patch.setattr(pipeline, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
+
+
 def command(name, arguments, log, prepare=None, given=()):
     """Run the command line of a name in FAMILIES on short texts, for `fork`; its output goes to the file `log`.
 
@@ -279,9 +290,7 @@ def command(name, arguments, log, prepare=None, given=()):
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
     torch.set_num_threads(1)
-    whole = datautils.load_rows
-    datautils.load_rows = lambda *asked: (lambda rows, source: (rows[:150], source))(*whole(*asked))
-    pipeline.test_tokens = lambda *asked: (lambda tokens, source: (tokens[:4], source))(*datautils.test_tokens(*asked))
+    read_little(pytest.MonkeyPatch())
     if prepare:
         prepare(*given)
     status = cli.main(FAMILIES[name][0], [str(argument) for argument in arguments])

@@ -119,9 +119,10 @@ def held(value):
 
 def _mapped(change, value):
     """Apply a function to every value in nested lists, tuples and dicts, as operators take and return them."""
-    if isinstance(value, (list, tuple)):
-        return type(value)([_mapped(change, each) for each in value])
-    if isinstance(value, dict):
+    kind = type(value)
+    if kind is tuple or kind is list or isinstance(value, (list, tuple)):
+        return kind([_mapped(change, each) for each in value])
+    if kind is dict:
         return {key: _mapped(change, each) for key, each in value.items()}
     return change(value)
 

@@ -34,7 +34,7 @@ from mixgpt.common.outputs import PICTURE, RECORD, write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck, semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
-from mixgpt.evaluation.sparsity import count_zeros, measure_sparsity
+from mixgpt.evaluation.sparsity import count_zeros, measure_others, measure_sparsity
 from mixgpt.kernels.columns import triton_obstacle
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
@@ -73,6 +73,7 @@ class Job:
     gradients: Any = None  # of the loss w.r.t. matrix outputs, None if not needed
     outcomes: dict = field(default_factory=dict)  # {(layer, name): Outcome}
     matrices: list = field(default_factory=list)  # MatrixSparsity of every linear
+    others: list = field(default_factory=list)  # likewise, of the layers' weights that are left dense
     perplexities: dict = field(default_factory=dict)  # {"dense" or method: {test set: perplexity}}
     scores: dict = field(default_factory=dict)  # likewise, of tasks
     record: dict = field(default_factory=dict)
@@ -125,7 +126,7 @@ def report_completed(job, record):
             raise InputError(f"--resume: the complete run in {settings.save} has pruned other weights than those of "
                              f"{settings.model}")
     job.record, job.perplexities, job.scores = record, record["perplexity"], record.get("tasks", {})
-    job.matrices, job.outcomes = records.matrices_of(record)
+    job.matrices, job.others, job.outcomes = records.matrices_of(record)
     log(settings, f"resume   the run in {settings.save} is complete; these are its results")
     print(result_text(job), flush=True)
     if distributed.rank() == 0:
@@ -414,8 +415,8 @@ def compress(job):
         job.outcomes, way = retry_with_less_memory(settings, way, partial(_compress, job), job.streamed)
         record["settings"] |= {"batch_size": way.batch_size,
                                "true_sequential": settings.true_sequential and not (one_pass and way.two_passes)}
-    job.matrices = measure_sparsity(job.model, job.family)
-    record |= records.of_matrices(job.matrices, job.outcomes, job.plan, job.traces)
+    job.matrices, job.others = (count(job.model, job.family) for count in (measure_sparsity, measure_others))
+    record |= records.of_matrices(job.matrices, job.others, job.outcomes, job.plan, job.traces)
 
 
 def _compress(job, way):

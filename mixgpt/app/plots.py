@@ -1,6 +1,7 @@
 """Plot sensitivities, assigned sparsities and perplexities: MixGPT (arXiv 2310.09499), figures 1 to 3."""
 
 import io
+from collections import defaultdict
 
 import torch
 from matplotlib.figure import Figure
@@ -8,14 +9,15 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, Perce
 
 from mixgpt.app.tables import wrapped
 from mixgpt.common.outputs import SOFTWARE
+from mixgpt.modeling.experts import kind_of
 
 
 def draw(traces, plan, suffix=".png"):
     """Plot `Traces` by layer and by matrix kind, and {(layer, name): Target} as a heat map. Returns a file's bytes."""
     layers = sorted({layer for layer, _ in traces.shapes})
-    kinds = list(dict.fromkeys(name for _, name in traces.shapes))
-    sensitivity = traces.sensitivity
-    errors = dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True))
+    kinds = list(dict.fromkeys(kind_of(name) for _, name in traces.shapes))
+    sensitivity = of_kinds(traces.sensitivity)
+    errors = of_kinds(dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True)))
     figure = Figure(figsize=(11, 12), layout="constrained")
     grid = figure.add_gridspec(3, 2, width_ratios=[3, 2])
 
@@ -40,10 +42,18 @@ def draw(traces, plan, suffix=".png"):
     positive = {key: value for key, value in sensitivity.items() if value > 0}  # Hutchinson estimates can be negative
     _heat_map(figure.add_subplot(grid[1, :]), positive, kinds, layers, title="Sensitivity", label="trace per weight",
               norm="log" if positive else None)
-    sparsities = {key: target.sparsity for key, target in plan.items()}
+    sparsities = of_kinds({key: target.sparsity for key, target in plan.items()})
     _heat_map(figure.add_subplot(grid[2, :]), sparsities, kinds, layers, title="Sparsity assigned",
               label="fraction of weights pruned")
     return _bytes_of(figure, suffix)
+
+
+def of_kinds(values):
+    """Return the means of {(layer, name of a matrix): value} over the experts of a layer, {(layer, kind): mean}."""
+    found = defaultdict(list)
+    for (layer, name), value in values.items():
+        found[layer, kind_of(name)].append(value)
+    return {key: sum(values) / len(values) for key, values in found.items()}
 
 
 def _heat_map(axis, values, kinds, layers, *, title, label, norm=None):

@@ -34,13 +34,12 @@ def facts(settings, seqlen, dtype, device, sources):
             "device_name": device_name, "versions": versions, "data": sources}
 
 
-def of_matrices(matrices, outcomes, plan, known):
-    """Return the part of the record on the matrices."""
+def of_matrices(matrices, others, outcomes, plan, known):
+    """Return the part of the record on the matrices, and on other weights of the layers."""
     sensitivity = known.sensitivity if known else {}
     rows = []
     for m in matrices:
-        key = m.layer, m.name
-        row = {"layer": m.layer, "name": m.name, "shape": list(m.shape), "sparsity": m.zeros / m.numel}
+        key, row = (m.layer, m.name), _counted(m)
         if key in plan:
             row["target"] = plan[key].sparsity
         if key in sensitivity:
@@ -50,7 +49,19 @@ def of_matrices(matrices, outcomes, plan, known):
         if outcome.grid:
             row["wbits"] = outcome.grid.scheme.wbits
         rows.append(row)
-    return {"sparsity": total_sparsity(matrices), "matrices": rows}
+    return {"sparsity": total_sparsity(matrices), "matrices": rows} | ({
+        "sparsity_of_layers": total_sparsity(matrices + others), "left_dense": [_counted(m) for m in others]}
+        if others else {})
+
+
+def _counted(m):
+    """Return the entries of the record for a `MatrixSparsity`, which `_sparsity_of` reads."""
+    return {"layer": m.layer, "name": m.name, "shape": list(m.shape), "sparsity": m.zeros / m.numel}
+
+
+def _sparsity_of(row):
+    numel = math.prod(row["shape"])
+    return MatrixSparsity(row["layer"], row["name"], tuple(row["shape"]), round(row["sparsity"] * numel))
 
 
 def asked(settings, seqlen, device):
@@ -102,11 +113,10 @@ def check_completed(record, settings, device):
 
 
 def matrices_of(record):
-    """Return what `of_matrices` recorded: a list of MatrixSparsity, {(layer, name): Outcome} without grids."""
-    rows = record["matrices"]
-    matrices = [MatrixSparsity(row["layer"], row["name"], tuple(row["shape"]),
-                               round(row["sparsity"] * math.prod(row["shape"]))) for row in rows]
-    return matrices, {(row["layer"], row["name"]): Outcome(row.get("error"), row.get("percdamp")) for row in rows}
+    """Return what `of_matrices` recorded: matrices, others, and outcomes without grids."""
+    rows, others = record["matrices"], record.get("left_dense", [])
+    outcomes = {(row["layer"], row["name"]): Outcome(row.get("error"), row.get("percdamp")) for row in rows}
+    return [_sparsity_of(row) for row in rows], [_sparsity_of(row) for row in others], outcomes
 
 
 def disk(settings, family, plan, selected):

@@ -3,30 +3,43 @@
 from collections import defaultdict
 
 from mixgpt.app.tables import table
+from mixgpt.checkpoints import load
 from mixgpt.common import distributed
 from mixgpt.evaluation.sparsity import total_sparsity
+from mixgpt.modeling.experts import kind_of
 
 TASK_FACTS = ("examples", "num_fewshot", "version")  # keys of a task that are not metrics
 
 
-def sparsity_table(matrices, outcomes):
+def sparsity_table(matrices, others, outcomes):
     """Tabulate measured sparsity and mean reconstruction error per matrix kind, and the total sparsity.
 
-    matrices: list of `MatrixSparsity`. outcomes: {(layer, name): Outcome}, empty without calibration.
+    matrices, others: lists of `MatrixSparsity`, of the linears and of other weights of the layers. outcomes: {(layer,
+    name): Outcome}, empty without calibration.
     """
-    kinds = defaultdict(list)
+    rows = _kinds(matrices, outcomes)
+    rows.append(["total", str(len(matrices)), f"{sum(m.numel for m in matrices):,}",
+                 f"{total_sparsity(matrices):.2%}", ""])
+    if others:
+        rows += [[f"left dense: {name}", *cells] for name, *cells in _kinds(others, {})]
+        every = matrices + others
+        rows.append(["total with these", str(len(every)), f"{sum(m.numel for m in every):,}",
+                     f"{total_sparsity(every):.2%}", ""])
+    return table(["matrix kind", "count", "shape", "sparsity", "error"], rows)
+
+
+def _kinds(matrices, outcomes):
+    """Return a row of `sparsity_table` for each kind of matrix."""
+    kinds, rows = defaultdict(list), []
     for matrix in matrices:
-        kinds[matrix.name].append(matrix)
-    rows = []
+        kinds[kind_of(matrix.name)].append(matrix)
     for name, group in kinds.items():
         errors = [outcome.error for m in group
                   if (outcome := outcomes.get((m.layer, m.name))) and outcome.error is not None]
         shapes = sorted({"x".join(map(str, m.shape)) for m in group})
         rows.append([name, str(len(group)), ", ".join(shapes), f"{total_sparsity(group):.2%}",
                      f"{sum(errors) / len(errors):.2%}" if errors else "-"])
-    rows.append(["total", str(len(matrices)), f"{sum(m.numel for m in matrices):,}",
-                 f"{total_sparsity(matrices):.2%}", ""])
-    return table(["matrix kind", "count", "shape", "sparsity", "error"], rows)
+    return rows
 
 
 def plan_tables(plan, shapes, traces):
@@ -49,7 +62,7 @@ def plan_tables(plan, shapes, traces):
                    f"{sum(rank[key] for key in keys) / len(keys):.0f}", f"{pruned:.2%}"]
 
     header = ["mean trace/n", "mean rank", "sparsity"]
-    return "\n\n".join([table(["matrix kind", *header], list(rows(lambda key: key[1]))),
+    return "\n\n".join([table(["matrix kind", *header], list(rows(lambda key: kind_of(key[1])))),
                         table(["layer", *header], list(rows(lambda key: key[0])))])
 
 
@@ -110,6 +123,7 @@ def heading(job):
     lines += ["versions " + ", ".join(f"{name} {version}" for name, version in job.record["versions"].items()),
               f"model    {settings.model}: {type(model).__name__}, {len(job.family.layers_of(model))} layers, "
               f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {job.device}"
+              + (f", the text part of a {whole}" if (whole := load.multimodal(settings.model)) else "")
               + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
     lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(job.selected)).items()]
     if job.calibration is not None:
@@ -151,7 +165,7 @@ def plan_text(settings, target, plan, selected, traces):
 def result_text(job):
     """Return the final output: tables of sparsity, perplexity and tasks and, unless quiet, the costs."""
     settings, record = job.settings, job.record
-    parts = [sparsity_table(job.matrices, job.outcomes)] if settings.compresses else []
+    parts = [sparsity_table(job.matrices, job.others, job.outcomes)] if settings.compresses else []
     if settings.eval:
         parts.append(perplexity_table(job.perplexities))
     if job.scores:

@@ -103,11 +103,12 @@ class Tracker:
         """Log a finished layer: {(layer, name): Outcome}, and the `MatrixSparsity` of all its matrices."""
         point = {"layer": index, "layers/seconds": seconds,
                  "layers/sparsity": sum(m.zeros for m in counted) / sum(m.numel for m in counted)}
-        errors = {name: outcome.error for (_, name), outcome in outcomes.items() if outcome.error is not None}
+        errors = {key: outcome.error for key, outcome in outcomes.items() if outcome.error is not None}
         if errors:
             point["layers/error"] = sum(errors.values()) / len(errors)
-        point |= {f"error/{_key(name)}": error for name, error in errors.items()}
-        point |= {f"sparsity/{_key(m.name)}": m.zeros / m.numel for m in counted}
+        sparsities = {(m.layer, m.name): m.zeros / m.numel for m in counted}
+        for metric, values in (("error", errors), ("sparsity", sparsities)):
+            point |= {f"{metric}/{_key(kind)}": value for (_, kind), value in plots.of_kinds(values).items()}
         self.run.log(point)
 
     @_guarded

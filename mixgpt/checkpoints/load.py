@@ -28,8 +28,10 @@ from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.family import family_of
 from mixgpt.text import hub, tokenizing
-from modelutils import model_class
+from modelutils import model_class, text_part
 
+# Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
+TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 NO_CODE = {"trust_remote_code": False}  # otherwise transformers asks on a terminal whether to run it
 
 
@@ -82,7 +84,7 @@ def read_config(model, source=None):
             soundness.check_gguf_header(model, PreTrainedConfig.get_config_dict(name, **arguments)[0])
         elif folder:
             soundness.check_files(model, folder)
-        config = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
+        config = _config_of(name, arguments)
     if model_class(config) is None or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
     if folder and (folder / GENERATION_CONFIG_NAME).is_file() and "gguf_file" not in arguments:
@@ -90,6 +92,26 @@ def read_config(model, source=None):
             GenerationConfig.from_pretrained(folder)
     _check_size(model, config, folder / arguments.get("gguf_file", ""))
     return config
+
+
+def _config_of(name, arguments):
+    """Load a configuration; of a model that also sees or hears, that of its text part."""
+    whole = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
+    config = text_part(whole)
+    if config is not whole:
+        config.name_or_path, config.dtype = whole.name_or_path, config.dtype or whole.dtype
+        config.tie_word_embeddings |= whole.tie_word_embeddings
+        if method := (getattr(whole, "quantization_config", None) or {}).get("quant_method"):
+            raise ValueError(f"its weights are quantized by {method}; give the original model")
+    return config
+
+
+def multimodal(model):
+    """Return the model_type of a model of which only the text part is loaded, None for others."""
+    name, arguments = _source(model)
+    with refusing(model, "its configuration cannot be read: "):
+        whole = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
+        return None if text_part(whole) is whole else whole.model_type
 
 
 def _one_layer(model, config):
@@ -214,13 +236,24 @@ def open_model(model, config, family, dtype, sums=None):
         return load_model(model, dtype, sums=sums)
     with refusing(model):
         files = streaming.files_of(name, **arguments)
-        opened = skeleton(config, config.dtype or streaming.dtype_of(files) if dtype == "auto" else dtype)
-        if not (files and streaming.stream(opened, family, files)):
+        if not (files and (opened := _streamed(config, family, files, dtype))):
             return load_model(model, dtype, sums=sums)
         _check_finite(model, opened, sums)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
             opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
     return opened
+
+
+def _streamed(config, family, files, dtype):
+    """Return the model of `config` with its weights left in safetensors files, None if these do not hold them all."""
+    dtype = config.dtype or streaming.dtype_of(files) if dtype == "auto" else dtype
+    for tied in dict.fromkeys((config.tie_word_embeddings, False)):  # `from_pretrained` ties no weights that differ
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = tied
+        opened = skeleton(config, dtype)
+        if streaming.stream(opened, family, files):
+            return opened
+    return None
 
 
 def _check_finite(model, opened, sums=None):
@@ -234,17 +267,17 @@ def _check_finite(model, opened, sums=None):
 
 
 def _dequantizing(model, name, arguments):
-    """Return the arguments of `from_pretrained` that dequantize the weights."""
+    """Return the arguments of `from_pretrained` that dequantize the weights, and find those of a text part."""
     if "gguf_file" in arguments:
         return {"quantization_config": GgufConfig(dequantize=True)}
-    config = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
+    config = _config_of(name, arguments)
     quantization = getattr(config, "quantization_config", {})
     method = quantization.get("quant_method", "an unknown method" if quantization else None)
     if method == "compressed-tensors":
         quantization["dequantize"] = True
     elif method:
         raise InputError(f"model {model}: its weights are quantized by {method}; give the original model")
-    return {"config": config}
+    return {"config": config, "key_mapping": TEXT_PART}
 
 
 def check_save(folder, nbytes, resume, result=None):

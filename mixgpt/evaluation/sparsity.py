@@ -1,22 +1,23 @@
-"""Count the zeros of every matrix of a model."""
+"""Count the zeros of every matrix of a model, and of the weights of its layers that are left dense."""
 
+import math
 from dataclasses import dataclass
 
-from modelutils import linears, on_device
+from modelutils import linears, on_device, other_weights
 
 
 @dataclass(frozen=True)
 class MatrixSparsity:
-    """Zeros counted in one linear of one decoder layer."""
+    """Zeros counted in one linear of one decoder layer, or in other weights of it."""
 
     layer: int
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     zeros: int
 
     @property
     def numel(self):
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
 
 def measure_sparsity(model, family):
@@ -25,6 +26,17 @@ def measure_sparsity(model, family):
     for index, layer in enumerate(family.layers_of(model)):
         with on_device([layer], "cpu"):
             counted += count_zeros(index, layer)
+    return counted
+
+
+def measure_others(model, family):
+    """Count the zeros of all other weights of the decoder layers, see `other_weights`. Returns `MatrixSparsity`."""
+    counted = []
+    for index, layer in enumerate(family.layers_of(model)):
+        if other_weights(layer):
+            with on_device([layer], "cpu"):
+                counted += [MatrixSparsity(index, name, tuple(weight.shape), int((weight == 0).sum()))
+                            for name, weight in other_weights(layer).items()]
     return counted
 
 

@@ -5,6 +5,7 @@ a Hessian and a sparsity each, and run through transformers' interface for imple
 """
 
 import copy
+import re
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,11 @@ def is_fused(module):
 def is_split(module):
     """Return whether a module holds experts as linears of their own."""
     return hasattr(module, "is_transposed") and module.config._experts_implementation == SPLIT
+
+
+def kind_of(name):
+    """Return the kind of a matrix, the same in all layers: its name, with * for the number of an expert."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def parts_of(module, leaf):

@@ -220,8 +220,8 @@ def dtype_of(files):
 def stream(model, family, files):
     """Make a model on meta read its weights from safetensors files. Returns whether these hold all, unchanged.
 
-    Keys may lack or add the base model prefix, as `from_pretrained` allows. Raises ValueError if a shape differs from
-    the configuration; OSError or SafetensorError if a file is damaged.
+    Keys may lack or add the base model prefix, as `from_pretrained` allows, or be those of a model whose text part this
+    is. Raises ValueError if a shape differs from the configuration; OSError or SafetensorError if a file is damaged.
     """
     held = {}  # key -> (file, dtype, shape)
     for file in files:
@@ -236,7 +236,8 @@ def stream(model, family, files):
     def find(name):
         """Return the Place of a tensor under its published key or its own name, or None."""
         for key, part in (layout.get(name, (name, None)), (name, None)):
-            for stored in (key, key.removeprefix(base), base + key):
+            inside = key.removeprefix(base)
+            for stored in (key, inside, base + key, f"language_model.{key}", f"{base}language_model.{inside}"):
                 if stored in held:
                     return Place(held[stored][0], stored, part)
 

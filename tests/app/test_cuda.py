@@ -14,6 +14,7 @@ import torch
 from conftest import FAMILIES, saved_tensors
 from makebelieve import Gpu, GpuTensor, held
 
+import datautils
 import modelutils
 from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load
@@ -56,6 +57,17 @@ def pytest_generate_tests(metafunc):
                                              if every or chosen(*each)], ids=" ".join)
 
 
+TOKENS = {}  # tokenizing the text takes longer than most of a run
+
+
+def token_ids(tokenizer, text, once=datautils.token_ids):
+    """Do what the function of this name does, but once for each text and tokenizer."""
+    key = tokenizer.backend_tokenizer.to_str(), text
+    if key not in TOKENS:
+        TOKENS[key] = once(tokenizer, text)
+    return TOKENS[key]
+
+
 def options_of(job):
     return (JOBS | MORE).get(job, job)
 
@@ -71,6 +83,7 @@ def gpu(request, monkeypatch, tmp_path_factory):
     whole = pipeline.test_tokens
     monkeypatch.setattr(pipeline, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(
         *whole(*asked)))
+    monkeypatch.setattr(datautils, "token_ids", token_ids)
     streaming._transfers.cache_clear()
     if not request.param:
         monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")

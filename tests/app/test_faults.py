@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, command, contents, saved_tensors
+from conftest import FAMILIES, VOCABULARY, command, contents, read_little, saved_tensors
 from faults import FAULTS
 from faults.damage import INDEX, SMALL, UP, WEIGHTS, config_changed, cut, nothing, weights_changed
 from faults.models import remote
@@ -25,7 +25,7 @@ from faults.traces import MIXED
 import datautils
 import generate
 import results
-from mixgpt.app import cli, pipeline
+from mixgpt.app import cli
 from mixgpt.checkpoints import shards
 from mixgpt.kernels import columns
 
@@ -41,14 +41,9 @@ def run(family, command, **places):
 
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch, tmp_path_factory):
-    """Read and evaluate on little text, as `conftest.command` does, and keep traces out of the user's cache."""
+    """Read little text, as `conftest.command` does, and keep traces out of the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    rows, tests = datautils.load_rows, datautils.test_tokens
-    monkeypatch.setattr(datautils, "load_rows", lambda *asked: (
-        lambda found, source: (found[:150], source))(*rows(*asked)))
-    monkeypatch.setattr(pipeline, "test_tokens", lambda *asked: (
-        lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
-
+    read_little(monkeypatch)
 
 
 # ---- what is broken before the run -----------------------------------------------------------------------------

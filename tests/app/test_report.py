@@ -11,12 +11,26 @@ def test_sparsity_is_weighted_by_size_and_errors_are_averaged():
     a, b, c = ((0, "a", (2, 4), 4), (0, "b", (3, 10), 0), (1, "a", (2, 4), 8))
     matrices = [MatrixSparsity(*a), MatrixSparsity(*b), MatrixSparsity(*c)]
     outcomes = {(0, "a"): Outcome(0.1, 0.01), (1, "a"): Outcome(0.3, 0.01)}
-    assert sparsity_table(matrices, outcomes).splitlines() == [
+    assert sparsity_table(matrices, [], outcomes).splitlines() == [
         "matrix kind  count  shape  sparsity   error",
         "-----------  -----  -----  --------  ------",
         "a                2    2x4    75.00%  20.00%",
         "b                1   3x10     0.00%       -",
         "total            3     46    26.09%",
+    ]
+
+
+def test_experts_share_a_row_and_weights_that_are_left_dense_are_named():
+    matrices = [MatrixSparsity(0, f"mlp.experts.{number}.up_proj", (2, 4), number) for number in range(5)]
+    others = [MatrixSparsity(0, "mlp.gate", (5, 4), 0), MatrixSparsity(1, "conv", (4, 1, 3), 2)]
+    assert sparsity_table(matrices, others, {}).splitlines() == [
+        "matrix kind            count  shape  sparsity  error",
+        "---------------------  -----  -----  --------  -----",
+        "mlp.experts.*.up_proj      5    2x4    25.00%      -",
+        "total                      5     40    25.00%",
+        "left dense: mlp.gate       1    5x4     0.00%      -",
+        "left dense: conv           1  4x1x3    16.67%      -",
+        "total with these           7     72    16.67%",
     ]
 
 

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import yaml
-from conftest import FAMILIES, ROOT, load_compiled
+from conftest import FAMILIES, ROOT, load_compiled, read_little
 
-import datautils
 from mixgpt.app import cli, pipeline, tracking
 from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
@@ -26,8 +25,7 @@ ARGUMENTS = ["--nsamples=4", "--seqlen=32", "--eval=builtin", "--device=cpu", "-
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory):
-    """Keep the client offline and away from the user's files; evaluate on four segments."""
-    whole = datautils.test_tokens
+    """Keep the client offline and away from the user's files; read little text."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)
@@ -35,8 +33,7 @@ def surroundings(tmp_path_factory):
         patch.setenv("WANDB_MODE", "offline")
         for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "HOME", "XDG_CACHE_HOME"):
             patch.setenv(name, str(home))
-        patch.setattr(pipeline, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(
-            *whole(*asked)))
+        read_little(patch)
         load_compiled()
         wandb.teardown()  # a client that was begun before keeps the folders it was begun with
         yield home

@@ -1,6 +1,7 @@
 """Check the folder of a run: who may write to it, what may go on in it, and that what comes back is what was left."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, command, contents, make, save
+from conftest import FAMILIES, OTHERS, ROOT, command, contents, make, read_little, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -31,19 +32,15 @@ SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "
 
 @pytest.fixture(autouse=True)
 def short_texts(monkeypatch, tmp_path_factory):
-    """Read a part of the builtin text, evaluate on four segments, keep traces out of the user's cache."""
+    """Read little text, keep traces out of the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    whole = datautils.load_rows
-    monkeypatch.setattr(datautils, "load_rows", lambda *asked: (lambda rows, source: (rows[:150], source))(
-        *whole(*asked)))
-    monkeypatch.setattr(pipeline, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(
-        *datautils.test_tokens(*asked)))
+    read_little(monkeypatch)
 
 
 def run(name, *arguments):
     """Run the command line of a name in FAMILIES in this process. Returns the exit status."""
     try:
-        return cli.main(FAMILIES[name][0], [str(argument) for argument in arguments])
+        return cli.main((FAMILIES | OTHERS)[name][0], [str(argument) for argument in arguments])
     except SystemExit as stop:  # argparse
         return stop.code
 
@@ -289,7 +286,7 @@ def test_resume_of_a_complete_run_prints_its_results_again_and_reads_no_weights(
     assert "resume" not in capsys.readouterr().out
 
 
-OTHERS = {
+LATER = {
     ("--seed", "3"): "--resume: --seed was 0 in the complete run in {saved}, now it is 3",
     ("--sparsity", ".6"): "--resume: --sparsity was 0.5 in the complete run in {saved}, now it is 0.6",
     ("--gmp",): "--resume: --gmp was False in the complete run in {saved}, now it is True",
@@ -303,13 +300,13 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("others", OTHERS)
+@pytest.mark.parametrize("others", LATER)
 def test_resume_of_a_complete_run_with_other_settings_is_refused(others, complete, capsys):
     arguments, saved = complete
     assert saved.exists() or run("opt", *arguments) == 0
     before = snapshot(saved)
     line = refused(capsys, "opt", *arguments, *others, "--resume")
-    assert line == f"opt.py: error: {OTHERS[others].format(saved=saved)}"
+    assert line == f"opt.py: error: {LATER[others].format(saved=saved)}"
     assert snapshot(saved) == before
 
 
@@ -371,8 +368,8 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "bloom", "baichuan-13b"])
-@pytest.mark.parametrize("save_format", FORMATS)
+@pytest.mark.parametrize("save_format, name", [
+    *itertools.product(FORMATS, ["opt", "llama", "bloom", "baichuan-13b"]), ("dense", "qwen3-moe")])
 def test_an_interrupted_run_gives_the_files_and_the_record_of_one_that_was_not(save_format, name, checkpoint_folder,
                                                                                tmp_path, monkeypatch):
     arguments = [checkpoint_folder(name), "builtin", "--sparsity", ".5", *FORMATS[save_format], *SMALL,

@@ -34,6 +34,8 @@ MODELS = {
     "phimoe": {"num_local_experts": 4}, "qwen2_moe": {"num_experts": 4},
     "qwen3_moe": {"num_experts": 4, "head_dim": 8, "mlp_only_layers": [1]},
 }
+LEFT_DENSE = {"gpt_oss": {"mlp.router"}, "granitemoe": {"block_sparse_moe.router"},
+              "phimoe": {"mlp.router"}, "qwen2_moe": {"mlp.gate", "mlp.shared_expert_gate"}}
 MATRICES = {"qwen2_moe": {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"}}
 
 
@@ -151,6 +153,12 @@ def test_a_mixture_is_pruned_saved_in_its_published_layout_and_loaded_again(kind
     matrices = measure_sparsity(loaded, family)
     assert [(m.layer, m.name, m.zeros / m.numel) for m in matrices] == [
         (row["layer"], row["name"], row["sparsity"]) for row in record["matrices"]]
+    inside = [tensor for key, tensor in pruned.items()
+              if key.startswith(f"{family.layers}.") and tensor.dim() > 1 and not key.endswith("bias")]
+    assert record["sparsity_of_layers"] == pytest.approx(
+        sum((tensor == 0).sum().item() for tensor in inside) / sum(tensor.numel() for tensor in inside), abs=1e-12)
+    names = {row["name"] for row in record["left_dense"]}
+    assert names == LEFT_DENSE.get(kind, {"mlp.gate"})
     assert abs(total_sparsity(matrices) - 0.5) < (0.02 if "wbits" in options else 1e-3)
     changed = {key for key in dense if not torch.equal(dense[key], pruned[key])}
     layout = layout_of(loaded)

@@ -95,8 +95,9 @@ def test_a_heads_own_weights_are_kept_where_the_configuration_calls_them_tied(na
     save_file(state, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
     assert torch.equal(plain.lm_head.weight, model.lm_head.weight * 2)  # so transformers takes it
-    assert torch.equal(logits(opened(tmp_path / "source", family), family, tokens, 4, CPU),
-                       logits(plain, family, tokens, 4, CPU))
+    streamed = opened(tmp_path / "source", family)
+    assert hasattr(streamed, "source")
+    assert torch.equal(logits(streamed, family, tokens, 4, CPU), logits(plain, family, tokens, 4, CPU))
 
     assert cli.main(family, [str(tmp_path / "source"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval",
                                   "--save", str(tmp_path / "saved")]) == 0

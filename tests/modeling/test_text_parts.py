@@ -1,0 +1,99 @@
+"""Prune the text part of models that also see, through the whole command line."""
+
+import functools
+import json
+from functools import partial
+
+import pytest
+import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import CPU, VOCABULARY, saved_tensors
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+import llama
+from mixgpt.checkpoints import load
+from mixgpt.evaluation.perplexity import logits
+from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
+
+TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+        "initializer_range": 0.2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14, "num_channels": 3}
+IMAGE = {"image_token_index": VOCABULARY - 1}
+# model_type -> (class of the text part, configuration)
+MODELS = {
+    "gemma3": ("Gemma3ForCausalLM", {"text_config": TEXT | {"sliding_window": 8}, "vision_config": VISION,
+                                     "mm_tokens_per_image": 4}),
+    "mistral3": ("MistralForCausalLM", {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": VISION | {
+        "model_type": "pixtral", "head_dim": 16}}),
+    "llava": ("LlamaForCausalLM", {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION | {
+        "model_type": "clip_vision_model", "projection_dim": 32}}),
+}
+
+
+def build(kind):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **MODELS[kind][1] | IMAGE)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def folder(tokenizer, once):
+    """Return a function that gives the folder of a saved model by its model_type."""
+    def save(kind, path):
+        build(kind).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    return functools.cache(lambda kind: once(f"text-part-{kind}", partial(save, kind)))
+
+
+@pytest.fixture(params=["as published", "as in memory", "not as safetensors"])
+def stored(request, folder, tmp_path):
+    """Return a function that gives a model's folder, with the weights' names and format in one of three ways."""
+    def path_of(kind):
+        path = folder(kind)
+        if request.param == "as published":
+            return path
+        here = tmp_path / "model"
+        here.mkdir()
+        for file in path.iterdir():
+            if file.name != "model.safetensors":
+                (here / file.name).write_bytes(file.read_bytes())
+        if request.param == "as in memory":
+            save_file({key: tensor.contiguous().clone() for key, tensor in build(kind).state_dict().items()
+                       if key != "lm_head.weight" or kind != "gemma3"}, here / "model.safetensors", {"format": "pt"})
+        else:
+            torch.save(saved_tensors(path), here / "pytorch_model.bin")
+        return here
+
+    return path_of
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_for_text_are_those_of_the_whole_model(kind, stored, tokens):
+    path = str(stored(kind))
+    model = load.open_model(path, load.load_config(path, llama.FAMILY), llama.FAMILY, "auto")
+    assert type(model).__name__ == MODELS[kind][0]
+    with torch.no_grad():
+        expected = build(kind)(input_ids=tokens % (VOCABULARY - 1), use_cache=False).logits
+    assert torch.equal(logits(model, llama.FAMILY, tokens % (VOCABULARY - 1), len(tokens), CPU), expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_text_part_is_pruned_and_saved_as_a_model_of_its_own(kind, folder, tmp_path, capsys):
+    assert run(llama.FAMILY, folder(kind), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved") == 0
+    assert f"{MODELS[kind][0]}, 2 layers, " in (output := capsys.readouterr().out)
+    assert f"the text part of a {kind}\n" in output
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert type(loaded).__name__ == MODELS[kind][0] and not any(report.values())
+    assert total_sparsity(measure_sparsity(loaded, llama.FAMILY)) == 0.5
+
+
+def test_a_quantized_model_that_sees_is_refused(folder, tmp_path, capsys):
+    config = json.loads((folder("gemma3") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    assert run(llama.FAMILY, tmp_path, "builtin", "--sparsity", ".5", *SMALL) == 2
+    assert capsys.readouterr().err == (f"llama.py: error: model {tmp_path}: its configuration cannot be read: its "
+                                       "weights are quantized by awq; give the original model\n")
