@@ -29,6 +29,8 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -81,6 +83,16 @@ def _llama(kind, config, **options):
                        initializer_range=0.2, **options))
 
 
+def _gemma3():
+    text = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+            "initializer_range": 0.2, "sliding_window": 8, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
+                                                       image_token_index=VOCABULARY - 1))
+
+
 def _opt(**options):
     return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=3,
                                     num_attention_heads=4, max_position_embeddings=128, init_std=0.2, **options))
@@ -107,6 +119,7 @@ for name, kind, options in [
 
 
 OTHERS = {  # stand-ins for the README's commands; modeling/test_decoders.py and test_experts.py have many more
+    "gemma3": (llama.FAMILY, _gemma3),
     "gemma2": (llama.FAMILY, lambda: _llama(Gemma2ForCausalLM, Gemma2Config, sliding_window=8)),
     "olmo2": (llama.FAMILY, lambda: _llama(Olmo2ForCausalLM, Olmo2Config)),
     "qwen3-moe": (llama.FAMILY, lambda: _llama(Qwen3MoeForCausalLM, Qwen3MoeConfig, moe_intermediate_size=16,

@@ -30,9 +30,9 @@ MARK = re.compile(r"needs (the hub|a GPU|several GPUs|an account)")
 # What the commands name -> the tiny model of conftest.py that stands there as a folder.
 MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "facebook/opt-350m": "opt-350m",
           "meta-llama/Llama-2-7b-hf": "llama", "mistralai/Mistral-7B-v0.1": "mistral",
-          "Qwen/Qwen3-0.6B": "qwen3", "google/gemma-2-2b": "gemma2", "allenai/OLMo-2-0425-1B": "olmo2",
-          "Qwen/Qwen3-30B-A3B": "qwen3-moe", "HuggingFaceTB/SmolLM2-135M-Instruct": "llama",
-          "bigscience/bloom-560m": "bloom",
+          "Qwen/Qwen3-0.6B": "qwen3", "google/gemma-2-2b": "gemma2", "google/gemma-3-4b-it": "gemma3",
+          "allenai/OLMo-2-0425-1B": "olmo2", "Qwen/Qwen3-30B-A3B": "qwen3-moe",
+          "HuggingFaceTB/SmolLM2-135M-Instruct": "llama", "bigscience/bloom-560m": "bloom",
           "baichuan-inc/Baichuan2-7B-Base": "baichuan-7b", "baichuan-inc/Baichuan-13B-Base": "baichuan-13b"}
 SMALL = ("--nsamples", "2", "--seqlen", "32", "--device", "cpu", "--data-dir", "texts")
 LESS = {"benchmarks/accuracy.py": (*SMALL, "--methods", "magnitude", "wanda", "--targets", "50%", "--seeds", "0")}

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, VOCABULARY, saved_tensors
+from conftest import CPU, VOCABULARY, make, saved_tensors
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -24,8 +24,7 @@ VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "n
 IMAGE = {"image_token_index": VOCABULARY - 1}
 # model_type -> (class of the text part, configuration)
 MODELS = {
-    "gemma3": ("Gemma3ForCausalLM", {"text_config": TEXT | {"sliding_window": 8}, "vision_config": VISION,
-                                     "mm_tokens_per_image": 4}),
+    "gemma3": ("Gemma3ForCausalLM", None),  # as built by conftest
     "mistral3": ("MistralForCausalLM", {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": VISION | {
         "model_type": "pixtral", "head_dim": 16}}),
     "llava": ("LlamaForCausalLM", {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION | {
@@ -34,6 +33,8 @@ MODELS = {
 
 
 def build(kind):
+    if not MODELS[kind][1]:
+        return make(kind)[1]
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **MODELS[kind][1] | IMAGE)
     return AutoModelForImageTextToText.from_config(config).eval()
