@@ -266,9 +266,25 @@ class Stream:
 
 def linears(layer):
     """Return the linear layers of a decoder layer by name, those of each expert included, without routers."""
-    blocks = [name.rpartition(".")[0] for name, module in layer.named_modules() if is_split(module)]
+    routers = _routers(layer)
     return {name: module for name, module in layer.named_modules()
-            if isinstance(module, torch.nn.Linear) and name.rpartition(".")[0] not in blocks}
+            if isinstance(module, torch.nn.Linear) and name not in routers}
+
+
+def _routers(layer):
+    """Return the names of linears that route tokens to experts.
+
+    They lie beside the experts, or below what holds these, with as many outputs as there are experts.
+    """
+    routers, modules = set(), dict(layer.named_modules())
+    for path, experts in modules.items():
+        if is_split(experts):
+            block = path.rpartition(".")[0]
+            routers |= {name for name, module in modules.items() if isinstance(module, torch.nn.Linear) and (
+                name.rpartition(".")[0] == block
+                or f".{name}".startswith(f".{block}.") and not name.startswith(f"{path}.")
+                and module.out_features == experts.num_experts)}
+    return routers
 
 
 def other_weights(layer):

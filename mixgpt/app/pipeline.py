@@ -146,10 +146,11 @@ def check(job):
         job.seqlen = choose_seqlen(settings.seqlen, job.config)
         skeleton = load.skeleton(job.config)
         load.check_layers(settings.model, skeleton, job.family, settings.save_format)
-        selfcheck.check(settings.model, job.family, skeleton)
         if settings.compresses:
             job.selected = select(skeleton, job.family, selection_of(settings),
                                   {"--prunem": settings.prunem, "--groupsize": settings.groupsize})
+        selfcheck.check(settings.model, job.family, skeleton,
+                        {name for _, name in job.selected} if settings.calibrates else ())
         _check_room(job)
         if settings.sensitivity_file:
             traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, job.family), settings.sensitivity)
@@ -457,7 +458,7 @@ def save(job):
                                              for key, outcome in job.outcomes.items() if outcome.grid})
         _verify(job)
         if job.plan:
-            record["disk"] = records.disk(settings, job.family, job.plan, job.selected)
+            record["disk"] = records.disk(settings, job.run_dir, job.plan, job.selected)
 
 
 def _verify(job):

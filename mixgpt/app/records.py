@@ -119,11 +119,12 @@ def matrices_of(record):
     return [_sparsity_of(row) for row in rows], [_sparsity_of(row) for row in others], outcomes
 
 
-def disk(settings, family, plan, selected):
+def disk(settings, folder, plan, selected):
     """Count the plan's matrices' bytes on disk, against bfloat16; theory counts only the kept weights' bits."""
     sizes = {key: out * columns for key, (out, columns) in selected.items()}
     kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
-    nbytes = stored_bytes(settings.save, {family.path(*key) for key in plan})
+    nbytes = stored_bytes(settings.save, {f"{folder.family.path(*key)}.weight": sizes[key] for key in plan},
+                          folder.layout)
     numel = sum(sizes.values())
     return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
             "theoretical_ratio": 16 * numel / (settings.wbits * kept)}

@@ -1,6 +1,8 @@
 """Save formats, loading of the sparse one, and the size of matrices on disk."""
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -120,12 +122,26 @@ def expected_bytes(save_format, shapes, sparsity, scheme, itemsize):
     return round(total)
 
 
-def stored_bytes(folder, paths):
-    """Count the bytes of the weights of the linears at `paths` in a directory's safetensors files."""
-    total = 0
+def stored_bytes(folder, weights, layout):
+    """Count the bytes of weights in a directory's safetensors files.
+
+    weights: {name: numbers in it}. layout: where the checkpoint has them, see `layout_of`; of a tensor of several, they
+    count for their share.
+    """
+    parts, whole, total = Counter(), set(), 0
+    for name, numel in weights.items():
+        key, part = layout.get(name, (name, None))
+        if part:
+            parts[key] += numel
+        else:
+            whole.add(key.removesuffix(".weight"))
     for file in Path(folder).glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))  # u64 size, JSON header
-        total += sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for key, tensor in header.items()
-                     if key.partition(".weight")[0] in paths)
+        for key, tensor in header.items():
+            begin, end = tensor.get("data_offsets", (0, 0))
+            if key.partition(".weight")[0] in whole:
+                total += end - begin
+            elif key in parts:
+                total += (end - begin) * parts[key] // math.prod(tensor["shape"])
     return total

@@ -28,7 +28,7 @@ from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.family import family_of
 from mixgpt.text import hub, tokenizing
-from modelutils import model_class, text_part
+from modelutils import linears, model_class, text_part
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
@@ -145,12 +145,15 @@ def load_config(model, family):
 
 
 def check_layers(model, skeleton, family, save_format="dense"):
-    """Raise InputError if the layers of a model hold matrices in tensors of three dimensions that nothing splits.
+    """Raise InputError if the layers of a model hold no linears, or tensors of three dimensions that nothing splits.
 
     save_format: only "dense" has the layout of mixtures of experts.
     """
     if save_format != "dense" and any(is_split(module) for module in skeleton.modules()):
         raise InputError(f"--save-format {save_format}: does not support mixtures of experts; must be dense")
+    if not any(linears(layer) for layer in family.layers_of(skeleton)):
+        raise InputError(f"model {model}: the layers of this {type(skeleton).__name__} have no torch.nn.Linear, which "
+                         "is all that is pruned")
     for index, layer in enumerate(family.layers_of(skeleton)):
         convolutions = {id(module.weight) for module in layer.modules() if isinstance(module, torch.nn.Conv1d)}
         for name, weight in layer.named_parameters():

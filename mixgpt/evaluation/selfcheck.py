@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.experts import split_experts
-from modelutils import Stream
+from modelutils import Stream, linears, shared_inputs
 
 FAULTY = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, ZeroDivisionError)
 VOCABULARY = 512  # the most tokens of a small copy
@@ -18,11 +18,12 @@ TOKENS = 16
 TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to 1e-4
 
 
-def check(name, family, skeleton):
+def check(name, family, skeleton, calibrated=()):
     """Raise InputError if a model's logits differ when its layers run one at a time.
 
-    name: of the model, for the message. skeleton: the model on meta. Compares on one sequence through a copy of the
-    configuration with random weights, and as many layers as show each kind of layer.
+    name: of the model, for the message. skeleton: the model on meta. calibrated: names of linears whose inputs must be
+    seen, as they are to be calibrated. Compares on one sequence through a copy of the configuration with random
+    weights, and as many layers as show each kind of layer.
     """
     kind = type(skeleton).__name__
     try:
@@ -31,7 +32,7 @@ def check(name, family, skeleton):
         except FAULTY:  # sizes that depend on each other in a way of their own
             model, tokens, expected = _run_whole(small(skeleton.config, family.layers_of(skeleton), narrow=False))
         split_experts(model)
-        found = _streamed(model, family, tokens)
+        found, unseen = _streamed(model, family, tokens)
     except FAULTY as error:
         raise InputError(f"model {name}: this {kind} cannot be run one decoder layer at a time: "
                          f"{type(error).__name__}: {error}".splitlines()[0]) from error
@@ -39,6 +40,9 @@ def check(name, family, skeleton):
     if not difference <= TOLERANCE:
         raise InputError(f"model {name}: this {kind} cannot be run one decoder layer at a time: on "
                          f"random weights, its logits differ by {difference:.1g} standard deviations")
+    if unseen := [linear for linear in unseen if linear in calibrated]:
+        raise InputError(f"model {name}: {', '.join(unseen)} of this {kind} are not called as modules, so that they "
+                         "cannot be calibrated; leave them out with --prune_only")
 
 
 @torch.no_grad()
@@ -53,12 +57,13 @@ def _run_whole(config):
 
 @torch.no_grad()
 def _streamed(model, family, tokens):
-    """Return the logits (1, T, vocabulary) of tokens (1, T), one layer at a time."""
-    stream = Stream.embed(model, family, tokens, 1, tokens.device)
+    """Return the logits (1, T, vocabulary) of tokens (1, T), one layer at a time, and the linears never called."""
+    stream, unseen = Stream.embed(model, family, tokens, 1, tokens.device), {}
     for index, layer in enumerate(family.layers_of(model)):
+        unseen |= dict.fromkeys(linears(layer).keys() - set().union(*shared_inputs(layer, index, stream)))
         stream.advance(layer, index)
     with stream.head(model, family) as head:
-        return head(stream.hidden[0])[None]
+        return head(stream.hidden[0])[None], sorted(unseen)
 
 
 def small(config, layers, narrow=True):

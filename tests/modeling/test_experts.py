@@ -11,6 +11,7 @@ from conftest import CPU, VOCABULARY, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llama
+from mixgpt.checkpoints import load
 from mixgpt.evaluation.perplexity import logits
 from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
 from mixgpt.modeling.experts import is_split, split_experts
@@ -29,13 +30,16 @@ LATENT = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_r
           "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
 # model_type -> what its configuration needs beside COMMON
 MODELS = {
+    "afmoe": {"num_experts": 4, "head_dim": 8, "num_dense_layers": 1},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
     "deepseek_v2": LATENT, "deepseek_v3": LATENT, "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
     "granitemoe": {"num_local_experts": 4}, "mixtral": {"num_local_experts": 4}, "olmoe": {"num_experts": 4},
     "phimoe": {"num_local_experts": 4}, "qwen2_moe": {"num_experts": 4},
     "qwen3_moe": {"num_experts": 4, "head_dim": 8, "mlp_only_layers": [1]},
 }
-LEFT_DENSE = {"gpt_oss": {"mlp.router"}, "granitemoe": {"block_sparse_moe.router"},
-              "phimoe": {"mlp.router"}, "qwen2_moe": {"mlp.gate", "mlp.shared_expert_gate"}}
+LEFT_DENSE = {"afmoe": {"mlp.router.gate"}, "gpt_oss": {"mlp.router"}, "hunyuan_v1_moe": {"mlp.gate.wg"},
+              "granitemoe": {"block_sparse_moe.router"}, "phimoe": {"mlp.router"},
+              "qwen2_moe": {"mlp.gate", "mlp.shared_expert_gate"}}
 MATRICES = {"qwen2_moe": {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"}}
 
 
@@ -118,6 +122,22 @@ def test_models_that_nothing_prunes_are_refused_with_the_reason(kind, options, m
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind, message", [
+    ("bart", "encoder_attn.k_proj, encoder_attn.out_proj, encoder_attn.q_proj, encoder_attn.v_proj of this "
+             "BartForCausalLM are not called as modules, so that they cannot be calibrated"),
+    ("gpt2", "the layers of this GPT2LMHeadModel have no torch.nn.Linear")])
+def test_linears_that_are_not_called_and_layers_without_any_are_refused_before_weights_are_read(
+        kind, message, tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(load, "open_model", lambda *_, **__: pytest.fail("weights are read"))
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, d_model=32, decoder_layers=2, decoder_ffn_dim=48,
+                                  decoder_attention_heads=4, n_embd=32, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert run(family_of(model), tmp_path / "model", "builtin", "--sparsity", ".5", *SMALL) == 2
+    assert message in capsys.readouterr().err
+
+
 @torch.no_grad()
 def test_an_expert_without_tokens_is_pruned_on_the_mean_of_the_others(tokens):
     model = build("mixtral")
@@ -159,6 +179,7 @@ def test_a_mixture_is_pruned_saved_in_its_published_layout_and_loaded_again(kind
         sum((tensor == 0).sum().item() for tensor in inside) / sum(tensor.numel() for tensor in inside), abs=1e-12)
     names = {row["name"] for row in record["left_dense"]}
     assert names == LEFT_DENSE.get(kind, {"mlp.gate"})
+    assert record["disk"]["bytes"] == 4 * sum(matrix.numel for matrix in matrices)
     assert abs(total_sparsity(matrices) - 0.5) < (0.02 if "wbits" in options else 1e-3)
     changed = {key for key in dense if not torch.equal(dense[key], pruned[key])}
     layout = layout_of(loaded)
