@@ -503,7 +503,7 @@ def test_a_temporary_folder_that_is_full_is_named_and_not_save(checkpoint_folder
         free.free = 34_304  # one
         assert run("opt", *arguments, "--maxlayer", "1") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(sealed, "write_tensors", full)
+        patch.setattr(streaming, "save", full)
         line = refused_after_heading(capsys, "opt", *arguments)
         assert re.fullmatch(f"opt.py: error: TMPDIR {tmp_path}: layer-00000.safetensors needs 0.000 GB, .* GB are free "
                             r"\(No space left on device\); free some space, or set TMPDIR to a folder on a larger disk",
