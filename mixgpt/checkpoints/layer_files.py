@@ -44,8 +44,9 @@ class LayerFiles:
         self.sources = [source and dict(source.places) for source in map(source_of, self.layers)]
 
     def begin(self, count, states=None):
-        """Let the first layer be the first unfinished one, and all be those of the dense model, for a run or another
-        attempt at it. Returns 0 and no outcomes, see `RunDir.begin`.
+        """Let all layers be those of the dense model, for the first attempt at a run or another one.
+
+        Returns, as `RunDir.begin`, the first unfinished layer and the outcomes of those before: 0 and none.
         """
         self._wait()
         self._restore_sources()

@@ -437,10 +437,10 @@ def _append(stream, tensor):
 
 
 def leaving(tensors):
-    """Return a function by which another thread gets {key: tensor} on the host, as they are when a GPU gets here.
+    """Return a function with which another thread gets {key: tensor} on the host; nobody may change them until then.
 
-    Until that has been called and has returned, nobody may change them. It copies what lies on a GPU at once, into
-    memory that GPUs copy to, for which no other thread waits, and forgets it there; tensors on the host it returns.
+    What lies on a GPU is copied into pinned memory, once the GPU has done what it was asked to do so far, and is then
+    free there; this thread waits for none of it. Tensors on the host are given as they are.
     """
     device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
     if device is None:
