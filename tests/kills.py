@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -30,13 +31,20 @@ class Moments:
     """Count what a process does to the disk and to the model, and kill it at one of these moments."""
 
     def __init__(self, fatal):
-        self.fatal, self.passed, self.parts = fatal, [], ["start"]
+        self.fatal, self.passed = fatal, []
+        self.lock, self.threads = threading.Lock(), threading.local()
+
+    @property
+    def parts(self):
+        """The parts of the run that this thread is in, one inside the other."""
+        return self.threads.__dict__.setdefault("parts", ["start"])
 
     def mark(self):
         """Let a moment pass, or none any more."""
-        self.passed.append(self.parts[-1])
-        if len(self.passed) == self.fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self.lock:
+            self.passed.append(self.parts[-1])
+            if len(self.passed) == self.fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     @contextlib.contextmanager
     def part(self, name):
@@ -110,8 +118,8 @@ def watch(fatal, log, root, patience, shard):
             yield
 
     clock.Clock.part = part
-    for name in ("finish", "complete", "end"):
-        moments.around(run_dir.RunDir, name, name)
+    for name, part in {"finish": "finish", "_keep": "finish", "complete": "complete", "end": "end"}.items():
+        moments.around(run_dir.RunDir, name, part)  # a thread keeps what is finished
     moments.around(traces, "_write", "traces")
     for name in ("embed", "call"):
         moments.around(modelutils.Stream, name)

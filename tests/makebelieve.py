@@ -5,7 +5,8 @@
     gpu.synchronisations, gpu.peak
 
 What it refuses: operands on two devices, `numpy()` of what lies on the GPU, and more bytes at a time than it has memory
-(torch.OutOfMemoryError). What it counts: every place where the host would wait for the GPU. Kernels of Triton run in
+(torch.OutOfMemoryError). What it counts: every place where the host would wait for the GPU, in the thread that launches
+its work; threads that move weights may wait. Kernels of Triton run in
 its interpreter, on the CPU tensors behind, with the layouts that they have.
 
 Technique: a wrapper subclass of torch.Tensor with __torch_dispatch__, and a TorchDispatchMode for what makes new
@@ -18,6 +19,8 @@ import concurrent.futures
 import contextlib
 import functools
 import sys
+import threading
+import time
 import weakref
 from pathlib import Path
 from unittest import mock
@@ -153,6 +156,7 @@ class Gpu:
     def __init__(self, memory=80 << 30, free=None):
         self.memory, self._free = memory, free
         self.synchronisations, self.streams = collections.Counter(), []
+        self.thread = threading.get_ident()
         self.used = self.peak = 0
         self._holders = collections.Counter()  # address of a storage -> tensors that keep it
 
@@ -183,6 +187,8 @@ class Gpu:
 
     def wait(self, what):
         """Note that the host waits for the GPU here."""
+        if threading.get_ident() != self.thread:
+            return
         frame = sys._getframe(1)
         while frame and not (frame.f_code.co_filename.startswith(ROOT) and frame.f_code.co_filename != __file__
                              and frame.f_code.co_name != "__torch_function__"):
@@ -275,9 +281,30 @@ class Gpu:
             "mem_get_info": lambda *_: (self.free, self.memory), "memory_allocated": lambda *_: self.used,
             "memory_reserved": lambda *_: self.used, "max_memory_allocated": lambda *_: self.peak,
             "empty_cache": lambda: None, "synchronize": lambda *_: self.wait("torch.cuda.synchronize"),
-            "Stream": stream, "stream": lambda _: nothing, "current_stream": mock.MagicMock(),
+            "Event": functools.partial(Event, self), "Stream": stream, "stream": lambda _: nothing,
+            "current_stream": mock.MagicMock(),
             "device_of": lambda _: nothing, "device": lambda _: nothing, "set_device": lambda _: None,
         }
+
+
+class Event:
+    """An event on the make-believe GPU, which gets there when the host next waits."""
+
+    def __init__(self, gpu, enable_timing=False):
+        self.gpu, self.timed, self.time = gpu, enable_timing, None
+
+    def record(self, stream=None):
+        self.time, self.waits = time.perf_counter(), self.gpu.synchronisations.total()
+
+    def query(self):
+        return self.time is not None and self.gpu.synchronisations.total() > self.waits
+
+    def synchronize(self):
+        self.gpu.wait("torch.cuda.Event.synchronize")
+
+    def elapsed_time(self, end):
+        assert self.timed and end.timed and self.query() and end.query(), "not ready"
+        return 1000 * (end.time - self.time)
 
 
 def _run(function, args, kwargs):

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
 from mixgpt.app.report import heading, plan_text, result_text
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import formats, load, run_dir, shards
+from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, progress
 from mixgpt.common.clock import Clock, peak_memory
@@ -34,7 +36,7 @@ from mixgpt.common.outputs import PICTURE, RECORD, write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck, semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
-from mixgpt.evaluation.sparsity import count_zeros, measure_others, measure_sparsity
+from mixgpt.evaluation.sparsity import count_zeros, measure_weights
 from mixgpt.kernels.columns import triton_obstacle
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
@@ -65,7 +67,7 @@ class Job:
     sources: dict = field(default_factory=dict)  # origin of the texts
     score: Any = None  # function that scores a model on the tasks, None without tasks
     model: Any = None
-    run_dir: RunDir | None = None
+    run_dir: LayerFiles | None = None  # with --save a RunDir
     identity: dict = field(default_factory=dict)  # what a run that goes on must share, see records.identity
     tracker: Tracker | None = None
     plan: dict = field(default_factory=dict)  # {(layer, name): Target}
@@ -247,14 +249,14 @@ def open_model(job):
         if job.run_dir:
             job.identity = records.identity(records.asked(settings, job.seqlen, job.device), job.model, sums,
                                             job.calibration)
-        elif job.selected and job.streamed:  # pruned layers go to disk too
-            job.run_dir = job.stack.enter_context(_temporary_run_dir(job))
-        if job.run_dir:
             job.run_dir.start(job.model, job.family, job.identity, sums)
+        elif job.selected and job.streamed:  # pruned layers go to disk too
+            job.run_dir = job.stack.enter_context(_temporary_files(job))
+            job.run_dir.start(job.model, job.family)
 
 
-def _temporary_run_dir(job):
-    """Return a RunDir in a temporary directory. Raises InputError if there is none with room for the pruned layers."""
+def _temporary_files(job):
+    """Return LayerFiles in a temporary directory. Raises InputError if none has room for the pruned layers."""
     layers = job.family.layers_of(job.model)
     if job.settings.calibrates:
         layers = layers[:max(index for index, _ in job.selected) + 1]
@@ -270,7 +272,7 @@ def _temporary_run_dir(job):
         if free < needed:
             raise InputError(f"TMPDIR {tempfile.gettempdir()}: pruned layers need {needed / 1e9:.3f} GB, "
                              f"{free / 1e9:.3f} GB are free; set it to a folder on a larger disk, or give --save")
-    return RunDir(distributed.broadcast_object(path), temporary=True)
+    return LayerFiles(distributed.broadcast_object(path))
 
 
 def announce(job):
@@ -409,30 +411,35 @@ def target_of(settings):
 
 def compress(job):
     """Prune and quantize the matrices of the plan."""
-    settings, record = job.settings, job.record
+    settings, record, counted = job.settings, job.record, {}
     if job.plan:
         one_pass = settings.calibrates and settings.true_sequential
         way = Way(settings.batch_size, on_host=not settings.calibrates, two_passes=not one_pass)
-        job.outcomes, way = retry_with_less_memory(settings, way, partial(_compress, job), job.streamed)
+        job.outcomes, counted, way = retry_with_less_memory(settings, way, partial(_compress, job), job.streamed)
         record["settings"] |= {"batch_size": way.batch_size,
                                "true_sequential": settings.true_sequential and not (one_pass and way.two_passes)}
-    job.matrices, job.others = (count(job.model, job.family) for count in (measure_sparsity, measure_others))
+    job.matrices, job.others = measure_weights(job.model, job.family, job.device, counted)
     record |= records.of_matrices(job.matrices, job.others, job.outcomes, job.plan, job.traces)
 
 
 def _compress(job, way):
-    settings, tracker = job.settings, job.tracker
+    """Prune and quantize in a `Way`. Returns {(layer, name): Outcome}, {layer: LayerSparsity} and the way."""
+    settings, tracker, counted = job.settings, job.tracker, {}
 
     def observe(index, layer, outcomes, start):
-        seconds = job.clock.now() - start
-        tracker.layer(index, outcomes, seconds, count_zeros(index, layer))
+        counted[index] = count_zeros(index, layer)
+        if tracker.run:
+            matrices, _ = counted[index].read()  # which waits for all of the layer
+            tracker.layer(index, outcomes, time.perf_counter() - start, matrices)
 
-    execution, observe = job.execution(way), observe if tracker.run else None
+    execution = job.execution(way)
     if not settings.calibrates:
         with job.clock.part("magnitude" if settings.prunes else "rounding"):
-            return prune_magnitude(execution, job.plan, settings.scheme, job.run_dir, observe), way
-    recipe = replace(recipe_of(settings, job.gradients), true_sequential=not way.two_passes)
-    return prune_layerwise(execution, job.plan, job.calibration, recipe, job.run_dir, observe), way
+            outcomes = prune_magnitude(execution, job.plan, settings.scheme, job.run_dir, observe)
+    else:
+        recipe = replace(recipe_of(settings, job.gradients), true_sequential=not way.two_passes)
+        outcomes = prune_layerwise(execution, job.plan, job.calibration, recipe, job.run_dir, observe)
+    return outcomes, counted, way
 
 
 def recipe_of(settings, gradients=None):
@@ -462,11 +469,11 @@ def save(job):
 
 
 def _verify(job):
-    """Reload the saved model and compare it with the one in memory: zeros of every matrix, logits of a few tokens."""
+    """Reload the saved model and compare it with the one in memory: zeros of every weight, logits of a few tokens."""
     folder, family = job.settings.save, job.family
     probe = _probe(job.tests, job.calibration, job.config.vocab_size)
     reloaded = load.open_model(folder, load.load_config(folder, family), family, "auto")
-    if measure_sparsity(reloaded, family) != job.matrices:
+    if measure_weights(reloaded, family, job.device) != (job.matrices, job.others):
         raise InputError(f"--save {folder}: the zeros of the saved weights differ from those in memory")
     found, wanted = (logits(each, family, probe, 1, job.device) for each in (reloaded, job.model))
     if not torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True):

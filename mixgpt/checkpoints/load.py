@@ -261,12 +261,9 @@ def _streamed(config, family, files, dtype):
 
 def _check_finite(model, opened, sums=None):
     """Raise InputError if a weight is not finite; put {name: checksum} into `sums`, as all are read here once."""
-    for key, tensor in streaming.tensors_of(opened):
-        # 45 times as fast as isfinite().all() for bfloat16 on a CPU; both extremes are NaN if one value is
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+    for key, finite in streaming.check_weights(opened, sums):
+        if not finite:
             raise InputError(f"model {model}: {key} contains NaN or inf")
-        if sums is not None:
-            sums[key] = streaming.checksum(tensor)
 
 
 def _dequantizing(model, name, arguments):

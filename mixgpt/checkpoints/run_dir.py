@@ -19,45 +19,43 @@ import time
 from dataclasses import asdict, astuple
 from pathlib import Path
 
+import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.allocation.fisher import Gradients
 from mixgpt.checkpoints import own_code, sealed, shards
 from mixgpt.checkpoints.choices import FORMATS
+from mixgpt.checkpoints.layer_files import PARTIAL, LayerFiles, source_of
 from mixgpt.checkpoints.names import PROGRESS, RECORD, begun
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import os_errors, replacing
+from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.layout import layout_of
 from mixgpt.modeling.streaming import Place
 from mixgpt.pruning.targets import Outcome, Target
+from modelutils import place_for
 from quant import Grid, Scheme
 
 PATIENCE = 10  # hidden states are saved when that takes less than 1/PATIENCE of the time since the last save
-PARTIAL = ("*.partial", ".tmp*")  # files that a killed run was writing
 NUMBERED = re.compile(r"(layer|grids|state)-(\d{5,})(-\d+)?\.(json|safetensors)")  # files of a layer, in progress
 OWN = re.compile(NUMBERED.pattern + r"|(run|plan|shards)\.json|gradients-\d+\.safetensors|.*\.partial|\.tmp.*")
 
 
-class RunDir:
+class RunDir(LayerFiles):
     """Output directory of a run: finished layers, resume state, final checkpoint.
 
     As a context manager it locks the directory, and restores it if the run did not start.
     """
 
-    def __init__(self, path, save_format="dense", temporary=False):
-        """Lock the directory in the first process, the one that writes. Raises InputError if another run holds it.
-
-        temporary: it is a temporary directory, of a run without --save.
-        """
-        self.path, self.save_format = Path(path), save_format
-        self.place = f"TMPDIR {self.path.parent}" if temporary else f"--save {path}"
-        self.advice = "free some space, or set TMPDIR to a folder on a larger disk" if temporary else (
-            "free some space and continue with --resume")
-        self.progress = self.path / PROGRESS
-        self.writes = distributed.rank() == 0
-        self.written, self.cost = time.monotonic(), 0.0
+    def __init__(self, path, save_format="dense"):
+        """Lock the directory in the first process, the one that writes. Raises InputError if another run holds it."""
+        super().__init__(path)
+        self.save_format = save_format
+        self.place, self.advice = f"--save {path}", "free some space and continue with --resume"
+        self.progress = self.folder = self.path / PROGRESS
+        self.written, self.cost = time.monotonic(), 0.0  # of hidden states, as is the next
+        self.border = None  # number of the layer behind those that this process has written last
         self.sums = {}  # checksum of every tensor as it was in memory
         self.shards = {}  # key of a tensor in the checkpoint -> name of its shard, once they are assigned
         self.ended = False
@@ -86,10 +84,14 @@ class RunDir:
             os.close(self.lock)
             raise InputError(f"{self.place}: exists and is not an empty folder")
 
-    def __enter__(self):
-        return self
+    def __exit__(self, kind, error, trace):
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            self._release(error)
 
-    def __exit__(self, _, error, trace):
+    def _release(self, error):
+        """Unlock the directory. error: what ended the run, or None."""
         gone = not self.path.is_dir() or not (self.ended or self.progress.is_dir())
         if self.writes:
             if not gone and begun(self.path) and self._kept_nothing():
@@ -103,9 +105,6 @@ class RunDir:
         if gone and isinstance(error, OSError | ValueError):
             raise self._gone() from error
 
-    def _gone(self):
-        return InputError(f"{self.place}: the folder was removed while the run went on; start again")
-
     def _kept_nothing(self):
         """Whether no layer is finished and nothing of the result is written."""
         return not any(self.progress.glob("layer-*.json")) and unused(self.path)
@@ -115,10 +114,9 @@ class RunDir:
 
         identity: what both must share, {flag: value}. sums: {name: checksum} of the model's weights.
         """
-        self.model, self.family, self.sums = model, family, dict(sums)
+        super().start(model, family)
+        self.sums, self.layout = dict(sums), layout_of(model)
         self.run = json.dumps(identity, sort_keys=True)  # seals its files
-        self.layers, self.layout = family.layers_of(model), layout_of(model)
-        self.sources = [source and dict(source.places) for source in map(_source_of, self.layers)]
         if self.writes:
             self._identify(identity)
             self.shards = self._kept_shards()
@@ -190,9 +188,6 @@ class RunDir:
     def _note(self, index):
         return self.progress / f"layer-{index:05d}.json"
 
-    def _layer(self, index):
-        return self.progress / f"layer-{index:05d}.safetensors"
-
     def _grids(self, index):
         return self.progress / f"grids-{index:05d}.safetensors"
 
@@ -211,9 +206,7 @@ class RunDir:
 
     def _places(self, index):
         """Return where a finished layer's tensors are, {name in the model: Place}."""
-        names = [f"{self.family.layers}.{index}.{name}" for name in self.layers[index].state_dict()]
-        file, shards = str(self._layer(index)), self._in_shards(self.shards, names)
-        return {name: shards.get(name, Place(file, name)) for name in names}
+        return super()._places(index) | self._in_shards(self.shards, self._names(index))
 
     def keep_plan(self, plan, gradients):
         """Save the plan, {(layer, name): Target}, and the fisher.Gradients behind it, or None."""
@@ -263,6 +256,7 @@ class RunDir:
         count: number of layers to process, from the first. states: {name: hidden states}, overwritten. Returns the
         first unfinished layer, and the outcomes of those before.
         """
+        self._wait()
         finished, self.shards = distributed.broadcast_object(
             (self._drop_damaged(count), self.shards) if self.writes else None)
         first = finished
@@ -270,9 +264,7 @@ class RunDir:
             first = self._restore(first, states)
             if first < finished and self.writes:
                 tell(f"of {finished} finished layers, going on from layer {first}: no later hidden states are kept")
-        for index, places in enumerate(self.sources):
-            if places is not None:
-                self._point(index, places)  # not to what this process has pruned, if it begins again
+        self._restore_sources()
         outcomes = {}
         for index in range(first):
             self._take(index)
@@ -327,34 +319,13 @@ class RunDir:
         return 0
 
     def _take(self, index):
-        """Point the model at the files of a finished layer."""
+        """Let the model have a finished layer: on disk, or in memory if its weights are there."""
         layer, prefix = self.layers[index], f"{self.family.layers}.{index}."
-        places = {name.removeprefix(prefix): place for name, place in self._places(index).items()}
-        if _source_of(layer):
-            self._point(index, places)
+        if source_of(layer):
+            super()._take(index)
         else:
-            layer.load_state_dict(streaming.read(places))
-
-    def _point(self, index, places):
-        """Let a layer on disk read its tensors from places {name: Place}."""
-        self.layers[index].source.places = dict(places)
-        self.model.source.places |= {f"{self.family.layers}.{index}.{name}": place for name, place in places.items()}
-
-    @contextlib.contextmanager
-    def _room(self, name, nbytes=None):
-        """Turn a full, unwritable or missing disk into a one-line InputError, leaving no partial file."""
-        try:
-            with os_errors():
-                yield
-        except OSError as error:
-            if not self.progress.is_dir():
-                raise self._gone() from error
-            for file in (file for pattern in PARTIAL for file in self.path.rglob(pattern)):
-                file.unlink(missing_ok=True)
-            need = "cannot be written" if nbytes is None else f"needs {nbytes / 1e9:.3f} GB"
-            free = shutil.disk_usage(self.path).free
-            raise InputError(f"{self.place}: {name} {need}, {free / 1e9:.3f} GB are free ({error.strerror or error}); "
-                             f"{self.advice}") from error
+            layer.load_state_dict({name.removeprefix(prefix): tensor
+                                   for name, tensor in streaming.read(self._places(index)).items()})
 
     def _write(self, file, tensors):
         """Write {key: tensor} as a sealed safetensors file. Returns {key: checksum}."""
@@ -371,19 +342,33 @@ class RunDir:
             partial.write_text(json.dumps(record, indent=1) + "\n")
 
     def finish(self, index, layer, outcomes, states=None):
-        """Save a finished layer, which is on the device, {(layer, name): Outcome}, and the hidden states after it."""
-        if self.writes:
-            self._keep(index, layer, outcomes)
-        distributed.barrier()  # the others wait
-        if _source_of(layer):
-            self._take(index)
-        if states is not None and distributed.broadcast_object(time.monotonic() - self.written >= PATIENCE * self.cost):
-            self._keep_states(index + 1, states)
+        """Let the thread save a finished layer, {(layer, name): Outcome}, and at times the hidden states after it.
 
-    def _keep(self, index, layer, outcomes):
-        sums = self._write(self._layer(index), {f"{self.family.layers}.{index}.{name}": tensor
-                                                for name, tensor in layer.state_dict().items()})
-        self.sums |= sums
+        The layer is on the device. Hidden states that the next layer would change meanwhile are waited for.
+        """
+        self._wait()
+        due = states is not None and distributed.broadcast_object(
+            time.monotonic() - self.written >= PATIENCE * self.cost)
+        kept = _apart(states) if due else None
+        weights = self._leaving(index, layer) if self.writes else None
+        self._hand_over(self._keep, index, weights, outcomes, kept)
+        if due and kept is states:
+            self._wait()
+        if source_of(layer):
+            self._take(index)
+
+    def _keep(self, index, weights, outcomes, states):
+        """Write a finished layer, then the note that makes it count, then hidden states after it, unless None."""
+        if self.writes:
+            sums = self._write(self._layer(index), weights())
+            self.sums |= sums
+            self._keep_outcomes(index, sums, outcomes)
+        if states:
+            self._keep_states(index + 1, states)
+        if self.writes:
+            self._remove_other_states()
+
+    def _keep_outcomes(self, index, sums, outcomes):
         if grids := {name: outcome.grid for (_, name), outcome in outcomes.items() if outcome.grid}:
             self._write(self._grids(index), {
                 f"{name}.{part}": getattr(grid, part) for name, grid in grids.items()
@@ -395,11 +380,13 @@ class RunDir:
     def _keep_states(self, border, states):
         start = time.monotonic()
         self._write(self._state(border, distributed.rank()), states)
-        distributed.barrier()  # all have written theirs
-        if self.writes:
-            self._remove(*(file for file, kept in self._files("state").items() if kept != border))
-        self.written = time.monotonic()
+        self.written, self.border = time.monotonic(), border
         self.cost = self.written - start
+
+    def _remove_other_states(self):
+        """Remove all hidden states but those written last, once all processes have written these."""
+        if self.border and all(self._state(self.border, rank).is_file() for rank in range(distributed.world())):
+            self._remove(*(file for file, border in self._files("state").items() if border != self.border))
 
     def complete(self, tokenizer, grids):
         """Write the final checkpoint; what makes it loadable comes last. The model reads its layers from it afterwards.
@@ -418,7 +405,7 @@ class RunDir:
                 self._convert(state, grids)
         self.shards = distributed.broadcast_object(self.shards)  # the others wait
         for index, layer in enumerate(self.layers if self.shards else ()):
-            if _source_of(layer) and str(self._layer(index)) in {place.file for place in layer.source.places.values()}:
+            if source_of(layer) and str(self._layer(index)) in {place.file for place in layer.source.places.values()}:
                 self._take(index)
 
     def _assemble(self, state):
@@ -447,9 +434,9 @@ class RunDir:
 
     def _unchanged(self, state, name):
         """Return a tensor, read from disk or in memory. Raises InputError if it is not what it was in memory before."""
-        source = _source_of(self.model)
+        source = source_of(self.model)
         tensor = source.tensor(name) if source else state[name]
-        if self.sums.get(name, streaming.checksum(tensor)) != streaming.checksum(tensor):
+        if name in self.sums and self.sums[name] != streaming.checksum(tensor):
             raise InputError(f"{self.place}: {name} differs from what was in memory before; its file has changed")
         return tensor
 
@@ -462,7 +449,7 @@ class RunDir:
     def _convert(self, state, grids):
         """Write the model in a format other than dense."""
         model = self.model
-        if _source_of(model):
+        if source_of(model):
             tensors = {name: self._unchanged(state, name) for name in state}
             model = type(model).from_pretrained(None, config=copy.deepcopy(model.config), state_dict=tensors,
                                                 dtype=model.dtype)
@@ -500,8 +487,12 @@ def tell(text):
     print(f"resume   {text}", flush=True)
 
 
-def _source_of(module):
-    return getattr(module, "source", None)
+def _apart(states):
+    """Return {name: hidden states} that stay as they are, copied from a GPU; the same if the host lacks ample room."""
+    on_gpu = all(tensor.is_cuda for tensor in states.values())
+    if not on_gpu or place_for(shards.size(states), torch.device("cpu")) != "host":
+        return states
+    return {name: tensor.to("cpu") for name, tensor in states.items()}
 
 
 def _open_lock(path, flags):

@@ -67,7 +67,15 @@ def write(file, tensors, read):
     tensors: {key: tensor}, possibly on meta. read: returns the tensor of a key. Raises InputError if one cannot be read
     back as it was.
     """
+    sums = {}
+
+    def noted(key):
+        tensor = read(key)
+        sums[key] = streaming.checksum(tensor)
+        return tensor
+
     with replacing(file) as partial:
-        for key, checksum in streaming.save(partial, tensors, read).items():
+        streaming.save(partial, tensors, noted)
+        for key, checksum in sums.items():
             if streaming.checksum(streaming.read({key: streaming.Place(partial, key)})[key]) != checksum:
                 raise InputError(f"--save {file.parent}: {key} in {file.name} differs from what was in memory")

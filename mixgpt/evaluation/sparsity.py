@@ -1,9 +1,15 @@
 """Count the zeros of every matrix of a model, and of the weights of its layers that are left dense."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
+import torch
+
+from mixgpt.modeling.streaming import prefetch
 from modelutils import linears, on_device, other_weights
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -20,30 +26,52 @@ class MatrixSparsity:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Zeros counted in the weights of one decoder layer on its device, where the numbers stay until they are read."""
+
+    layer: int
+    shapes: dict  # {name: shape}, of the linears first
+    nlinears: int
+    zeros: torch.Tensor | None  # (weights,), None for a layer without weights
+
+    def read(self):
+        """Return a `MatrixSparsity` of every linear, and of all other weights, see `other_weights`: two lists."""
+        zeros = [] if self.zeros is None else self.zeros.tolist()
+        counted = [MatrixSparsity(self.layer, name, shape, count)
+                   for (name, shape), count in zip(self.shapes.items(), zeros, strict=True)]
+        return counted[:self.nlinears], counted[self.nlinears:]
+
+
 def measure_sparsity(model, family):
-    """Count the zeros of every linear of every decoder layer. Returns a list of `MatrixSparsity`."""
-    counted = []
-    for index, layer in enumerate(family.layers_of(model)):
-        with on_device([layer], "cpu"):
-            counted += count_zeros(index, layer)
-    return counted
+    """Count the zeros of every linear of every decoder layer, on the host. Returns a list of `MatrixSparsity`."""
+    return measure_weights(model, family, HOST)[0]
 
 
-def measure_others(model, family):
-    """Count the zeros of all other weights of the decoder layers, see `other_weights`. Returns `MatrixSparsity`."""
-    counted = []
-    for index, layer in enumerate(family.layers_of(model)):
-        if other_weights(layer):
-            with on_device([layer], "cpu"):
-                counted += [MatrixSparsity(index, name, tuple(weight.shape), int((weight == 0).sum()))
-                            for name, weight in other_weights(layer).items()]
-    return counted
+def measure_weights(model, family, device, counted=None):
+    """Count the zeros of the decoder layers on a device. Returns lists of `MatrixSparsity`, as `LayerSparsity.read`.
+
+    counted: {index: LayerSparsity} of layers that need not be read again.
+    """
+    layers, counted = family.layers_of(model), dict(counted or {})
+    missing = [index for index in range(len(layers)) if index not in counted]
+    for index, after in itertools.pairwise([*missing, len(layers)]):
+        with on_device([layers[index]], device):
+            prefetch(layers, after, device)
+            counted[index] = count_zeros(index, layers[index])
+    found = [counted[index].read() for index in range(len(layers))]
+    return [m for matrices, _ in found for m in matrices], [m for _, others in found for m in others]
 
 
+@torch.no_grad()
 def count_zeros(index, layer):
-    """Count the zeros of every linear of a decoder layer that is on a device. Returns a list of `MatrixSparsity`."""
-    return [MatrixSparsity(index, name, tuple(module.weight.shape), int((module.weight == 0).sum()))
-            for name, module in linears(layer).items()]
+    """Count the zeros of the weights of a decoder layer on its device, for which the host does not wait."""
+    weights = {name: module.weight for name, module in linears(layer).items()}
+    nlinears = len(weights)
+    weights |= other_weights(layer)
+    zeros = [weight.numel() - torch.count_nonzero(weight) for weight in weights.values()]
+    return LayerSparsity(index, {name: tuple(weight.shape) for name, weight in weights.items()}, nlinears,
+                         torch.stack(zeros) if zeros else None)
 
 
 def total_sparsity(matrices):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,11 @@ INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": to
 NARROW = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # read, and converted on reading
 NAMES = {dtype: name for name, dtype in {**FLOATS, **INTEGERS}.items()}
 TYPES = FLOATS | INTEGERS | NARROW
+# For each dtype, an unsigned one of numpy of the same width, and the bits of the exponent in it.
+EXPONENTS = {torch.float64: (np.uint64, np.uint64(0x7FF << 52)), torch.float32: (np.uint32, np.uint32(0xFF << 23)),
+             torch.float16: (np.uint16, np.uint16(0x1F << 10)), torch.bfloat16: (np.uint16, np.uint16(0xFF << 7))}
+PIECE = 1 << 22  # bytes that are read and checked at a time: less than a core's cache
+CHECKING = 8  # threads at most: so many read as fast as a disk gives
 
 
 class Place(NamedTuple):
@@ -55,6 +61,14 @@ class Source:
     def _read(self, names, pinned=False):
         return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
                 for name, tensor in read({name: self.places[name] for name in names}, pinned).items()}
+
+    def pieces(self, name):
+        """Yield the values of a tensor in order, as vectors of about PIECE bytes that are valid until the next one."""
+        if self.places[name].part:
+            yield self.tensor(name).flatten()
+            return
+        for piece in _pieces(self.places[name]):
+            yield piece.to(self.dtype) if piece.is_floating_point() else piece
 
     def prefetch(self, device):
         """Start reading the tensors for `load`, in a thread."""
@@ -102,15 +116,36 @@ def read(places, pinned=False):
     for name, (file, key, part) in places.items():
         files.setdefault(file, []).append((name, key, part))
     for file, wanted in files.items():
-        try:
-            with open(file, "rb", buffering=0) as stream:
-                entries, start = _header(stream)
-                tensors |= {name: _tensor(stream, entries[key], start, pinned, part) for name, key, part in wanted}
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read during the run ({error.strerror})") from error
-        except (EOFError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"{file}: was truncated or changed during the run") from error
+        with _reading(file) as (stream, entries, start):
+            tensors |= {name: _tensor(stream, entries[key], start, pinned, part) for name, key, part in wanted}
     return tensors
+
+
+@contextlib.contextmanager
+def _reading(file):
+    """Open a safetensors file: give its stream, the entries of its header and where the data start.
+
+    Raises InputError if it is not what it was.
+    """
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            yield stream, *_header(stream)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read during the run ({error.strerror})") from error
+    except (EOFError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{file}: was truncated or changed during the run") from error
+
+
+def _pieces(place):
+    """Yield the values of a whole tensor in order, in one buffer that is filled again and again."""
+    with _reading(place.file) as (stream, entries, start):
+        dtype, (begin, end) = TYPES[entries[place.key]["dtype"]], entries[place.key]["data_offsets"]
+        buffer = torch.empty(min(PIECE, end - begin), dtype=torch.uint8)
+        stream.seek(start + begin)
+        for left in range(end - begin, 0, -PIECE):
+            content = buffer[:left]
+            _exactly(stream, content.numpy())
+            yield content.view(dtype)
 
 
 def _header(stream):
@@ -299,6 +334,44 @@ def tensors_of(model):
         yield name, source.tensor(name) if source else parameter
 
 
+def check_weights(model, sums=None):
+    """Yield (name, whether it is finite) of every parameter, checked in pieces by several threads.
+
+    sums: dict that takes {name: checksum} of all of them.
+    """
+    source, parameters = getattr(model, "source", None), dict(model.named_parameters())
+
+    def check(name):
+        parameter = parameters[name].detach()
+        pieces = source.pieces(name) if source else parameter.flatten().split(PIECE)
+        found = _begin_checksum(source.dtype if source else parameter.dtype, parameter.shape)
+        for piece in pieces:
+            if not is_finite(piece):
+                return name, False, None
+            if sums is not None:
+                found.update(_bytes(piece))
+        return name, True, found.hexdigest()
+
+    pool = ThreadPoolExecutor(min(CHECKING, torch.get_num_threads()))
+    try:
+        for name, finite, checksum in pool.map(check, parameters):
+            if sums is not None:
+                sums[name] = checksum
+            yield name, finite
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def is_finite(values):
+    """Return whether no value of a floating-point vector on the host is NaN or inf.
+
+    By their bits, in one thread, so that several can check at a time: all bits of the exponent are set in these only.
+    """
+    kind, exponent = EXPONENTS[values.dtype]
+    bits = values.view(torch.uint8).numpy().view(kind)
+    return not bits.size or np.bitwise_and(bits, exponent).max() < exponent
+
+
 def fingerprint(model):
     """Return a digest of 64 values of every parameter, the same whether stored as bfloat16 or wider."""
     found = hashlib.sha256(type(model).__name__.encode())
@@ -315,13 +388,13 @@ def digest(tokens):
 
 def checksum(tensor):
     """Return a checksum of a tensor, XXH3 of its dtype, shape and bytes: as fast as memory is read."""
-    return _checksum(tensor, _bytes(tensor))
-
-
-def _checksum(tensor, content):
-    found = xxhash.xxh3_64(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    found.update(content)
+    found = _begin_checksum(tensor.dtype, tensor.shape)
+    found.update(_bytes(tensor))
     return found.hexdigest()
+
+
+def _begin_checksum(dtype, shape):
+    return xxhash.xxh3_64(f"{dtype} {tuple(shape)}".encode())
 
 
 def _bytes(tensor):
@@ -339,7 +412,6 @@ def save(file, tensors, read, metadata=None):
     """Write the same safetensors file as `save_file`, but with one tensor in memory at a time.
 
     tensors: {key: tensor}, possibly on meta. read: returns the tensor of a key. metadata: {key: text} for its header.
-    Returns {key: checksum}.
     """
     keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # aligns tensors to their element size
     header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
@@ -349,7 +421,6 @@ def save(file, tensors, read, metadata=None):
                        "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    sums = {}
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for key in keys:
@@ -357,12 +428,34 @@ def save(file, tensors, read, metadata=None):
             if (tensor.dtype, tensor.shape) != (tensors[key].dtype, tensors[key].shape):
                 raise ValueError(f"{key} is {tensor.dtype} {_times(tensor.shape)}, the model asks for "
                                  f"{tensors[key].dtype} {_times(tensors[key].shape)}")
-            sums[key] = _append(stream, tensor)
-    return sums
+            _append(stream, tensor)
 
 
 def _append(stream, tensor):
-    """Write the bytes of a tensor to an open file. Returns their checksum."""
-    content = _bytes(tensor)
-    stream.write(content)
-    return _checksum(tensor, content)
+    """Write the bytes of a tensor to an open file."""
+    stream.write(_bytes(tensor))
+
+
+def leaving(tensors):
+    """Return a function with which another thread gets {key: tensor} on the host; nobody may change them until then.
+
+    What lies on a GPU is copied into pinned memory, once the GPU has done what it was asked to do so far, and is then
+    free there; this thread waits for none of it. Tensors on the host are given as they are.
+    """
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
+        return lambda: tensors
+    ready, left = torch.cuda.Event(), dict(tensors)
+    ready.record(torch.cuda.current_stream(device))
+
+    def arrived():
+        ready.synchronize()
+        stream = _transfers(device)
+        with torch.cuda.stream(stream):
+            held = {key: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+                    if tensor.is_cuda else tensor for key, tensor in left.items()}
+        stream.synchronize()
+        left.clear()
+        return held
+
+    return arrived

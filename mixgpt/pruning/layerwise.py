@@ -26,7 +26,7 @@ def prune_layerwise(execution, plan, tokens, recipe, run_dir=None, observe=None)
 
     execution: a modelutils.Execution. plan: {(layer, name): Target}. recipe: a solvers.Recipe. Inputs come from the
     preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the same layer. run_dir:
-    a checkpoints.run_dir.RunDir that saves finished layers. observe: called with (index, layer, {(layer, name):
+    a checkpoints.layer_files.LayerFiles that saves finished layers. observe: called with (index, layer, {(layer, name):
     Outcome}, time.perf_counter() at its start) for each finished layer while it is on the device. Returns
     {(layer, name): Outcome}. Raises InputError if an input is not finite.
     """
@@ -45,6 +45,9 @@ def prune_layerwise(execution, plan, tokens, recipe, run_dir=None, observe=None)
                     with clock.part("save"):
                         run_dir.finish(index, layer, new, None if last else states)
                 outcomes |= new
+    if run_dir:
+        with clock.part("save"):
+            run_dir.settle()
     return outcomes
 
 

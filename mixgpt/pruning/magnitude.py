@@ -36,6 +36,8 @@ def prune_magnitude(execution, plan, scheme=None, run_dir=None, observe=None):
             if run_dir:
                 run_dir.finish(index, layer, new)
         outcomes |= new
+    if run_dir:
+        run_dir.settle()
     return outcomes
 
 

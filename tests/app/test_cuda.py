@@ -4,6 +4,7 @@ The GPU is a real one where there is one (marked gpu), else the make-believe one
 each job once, with the dtypes and the room on the GPU in turn; with `--every-combination` pytest takes all of them.
 """
 
+import collections
 import contextlib
 import gc
 import itertools
@@ -18,6 +19,7 @@ import datautils
 import modelutils
 from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load
+from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.names import RECORD
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns
@@ -317,6 +319,39 @@ def test_weights_are_copied_on_one_stream(gpu, run):
     with Gpu() as device:
         run("llama", "SparseGPT", "cuda:0")
     assert len(device.streams) == 1
+
+
+SOLVER = {"sparsegpt.py", "linalg.py", "solvers.py", "layerwise.py", "calibration.py"}
+
+
+def test_the_host_goes_on_while_the_gpu_prunes_a_layer(gpu, checkpoint_folder, monkeypatch):
+    """Without --save: the clock, the writing and counting of weights do not wait for the GPU, from layer to layer."""
+    if gpu is not Gpu:
+        pytest.skip("needs a make-believe GPU")
+    finish, waits, loads = LayerFiles.finish, [], collections.Counter()
+    load_layer = streaming.Source.load
+
+    def finished(*given):
+        finish(*given)
+        waits.append(Gpu.current.synchronisations.copy())
+
+    def loaded(source, module, device):
+        loads[id(module)] += any(module is layer for layer in layers)
+        load_layer(source, module, device)
+
+    monkeypatch.setattr(LayerFiles, "finish", finished)
+    monkeypatch.setattr(streaming.Source, "load", loaded)
+    layers = []
+    monkeypatch.setattr(LayerFiles, "start", lambda files, model, family, start=LayerFiles.start: layers.extend(
+        family.layers_of(model)) or start(files, model, family))
+    with gpu():
+        assert cli.main(FAMILIES["llama"][0], [str(word) for word in (
+            checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--seqlen", 32, "--nsamples", 5, "--eval",
+            "--device", "cuda:0")]) == 0
+    each = waits[2] - waits[1]
+    assert sum(each.values()) <= 10, each
+    assert not [(what, place) for what, place in each if place.partition(":")[0] not in SOLVER]
+    assert [loads[id(layer)] for layer in layers] == [1, 1, 1]  # zeros are counted without a second look
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import results
 from mixgpt.app import completion, ending, pipeline
 from mixgpt.common.errors import InputError
 from mixgpt.kernels import columns
+from mixgpt.modeling import streaming
 from sparsegpt import SparseGPT
 
 COMMANDS = {
@@ -277,18 +278,20 @@ def test_unix_tools_find_a_stdout_that_python_left_in_order():
 
 
 def wait_after_first_layer(temporary, errors):
-    """Let the temporary files be there, and wait when the first layer is finished."""
+    """Let the temporary files be there, and wait while the first layer is written, in the thread that does it."""
     with open(errors, "w") as output:
         os.dup2(output.fileno(), 2)
     ending.tempfile.tempdir = str(temporary)
     columns.fastest = lambda *_: columns.walk_columns  # loading the compiled ones takes longer than a run
 
-    def hook(event, arguments):
-        if event == "os.rename" and Path(arguments[1]).name == "layer-00000.json":
-            Path(f"{errors}.waits").touch()
-            time.sleep(60)
+    append = streaming._append
 
-    sys.addaudithook(hook)
+    def slow(stream, tensor):
+        append(stream, tensor)
+        Path(f"{errors}.waits").touch()
+        time.sleep(0.2)
+
+    streaming._append = slow
 
 
 @pytest.mark.parametrize("number, name", [(signal.SIGTERM, "ended by SIGTERM"), (signal.SIGHUP, "ended by SIGHUP"),

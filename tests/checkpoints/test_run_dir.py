@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 import datautils
 from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load, run_dir, sealed, shards
+from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
@@ -503,7 +504,7 @@ def test_a_temporary_folder_that_is_full_is_named_and_not_save(checkpoint_folder
         free.free = 34_304  # one
         assert run("opt", *arguments, "--maxlayer", "1") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(sealed, "write_tensors", full)
+        patch.setattr(streaming, "save", full)
         line = refused_after_heading(capsys, "opt", *arguments)
         assert re.fullmatch(f"opt.py: error: TMPDIR {tmp_path}: layer-00000.safetensors needs 0.000 GB, .* GB are free "
                             r"\(No space left on device\); free some space, or set TMPDIR to a folder on a larger disk",
@@ -543,3 +544,22 @@ def test_a_step_that_starts_over_reads_the_layers_of_the_dense_model(checkpoint_
     assert run("opt", *arguments, tmp_path / "again") == 0
     assert len(count) > 3
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_a_step_that_starts_over_without_save_begins_at_the_first_layer(checkpoint_folder, tmp_path, monkeypatch):
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--batch-size", "1", "--record"]
+    assert run("opt", *arguments, tmp_path / "whole.json") == 0
+    finish, indexes = LayerFiles.finish, []
+
+    def scarce(files, index, *given):
+        indexes.append(index)
+        if len(indexes) == 3:
+            raise torch.OutOfMemoryError("as if")
+        finish(files, index, *given)
+
+    monkeypatch.setattr(LayerFiles, "finish", scarce)
+    monkeypatch.setattr(pipeline.Way, "thriftier", lambda way: (way, "as if"))
+    assert run("opt", *arguments, tmp_path / "again.json") == 0
+    assert indexes == [0, 1, 2, 0, 1, 2]
+    whole, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "again"))
+    assert again["matrices"] == whole["matrices"] and again["perplexity"] == whole["perplexity"]

@@ -261,6 +261,43 @@ def test_weights_that_are_not_finite_are_refused_by_name(key, value, checkpoint_
         opened(tmp_path, FAMILIES["llama"][0])
 
 
+@pytest.mark.parametrize("dtype", streaming.EXPONENTS, ids=str)
+def test_values_that_are_not_finite_are_told_by_their_bits(dtype):
+    info = torch.finfo(dtype)
+    values = torch.tensor([0.0, -0.0, 1.5, info.max, info.min, info.tiny, info.smallest_normal / 2], dtype=dtype)
+    if dtype.itemsize == 2:
+        values = torch.arange(-2**15, 2**15, dtype=torch.int16).view(dtype)  # all there are
+    finite, others = values[values.isfinite()], values[~values.isfinite()]
+    assert streaming.is_finite(finite) and streaming.is_finite(finite[:0])
+    for bad in (*others, *torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype)):
+        assert not streaming.is_finite(torch.stack([finite[1], bad, finite[0]]))
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_weights_are_checked_and_summed_in_pieces_as_in_one(name, dtype, checkpoint_folder, monkeypatch):
+    monkeypatch.setattr(streaming, "PIECE", 1000)
+    family, sums, in_memory = make(name)[0], {}, {}
+    model = load.open_model(checkpoint_folder(name), load.load_config(checkpoint_folder(name), family), family, dtype,
+                            sums)
+    load.load_model(checkpoint_folder(name), dtype, sums=in_memory)
+    assert list(sums) == [key for key, _ in model.named_parameters()]
+    assert sums == in_memory == {key: streaming.checksum(tensor) for key, tensor in streaming.tensors_of(model)}
+
+
+@pytest.mark.parametrize("place", [0, 999, -1])
+def test_a_weight_too_large_for_its_dtype_is_found_in_any_piece(place, checkpoint_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "PIECE", 1000)
+    for file in checkpoint_folder("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    state = load_file(tmp_path / "model.safetensors")
+    state[UP].view(-1)[place] = 1e5
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    opened(tmp_path, FAMILIES["llama"][0])
+    with pytest.raises(InputError, match=f"{UP} contains NaN or inf"):
+        opened(tmp_path, FAMILIES["llama"][0], torch.float16)
+
+
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
@@ -284,11 +321,10 @@ def test_files_are_byte_for_byte_those_of_safetensors(tmp_path):
     tensors = {"a.é": torch.randn(3, 5), "b": torch.randn(4).to(torch.bfloat16), "c": torch.arange(7),
                "d": torch.randn(()), "e": torch.tensor([True, False, True]), "f": torch.randn(0, 2),
                "g\"": torch.randn(2, 3).T}
-    sums = streaming.save(tmp_path / "own", {key: tensor.to("meta") for key, tensor in tensors.items()}, tensors.get)
+    streaming.save(tmp_path / "own", {key: tensor.to("meta") for key, tensor in tensors.items()}, tensors.get)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "theirs",
               metadata={"format": "pt"})
     assert (tmp_path / "own").read_bytes() == (tmp_path / "theirs").read_bytes()
-    assert sums == {key: streaming.checksum(tensor) for key, tensor in tensors.items()}
 
 
 def test_a_tensor_that_is_not_as_announced_is_refused_by_name(tmp_path):
@@ -357,5 +393,6 @@ def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "saved9").glob("*.safetensors"))
     assert size > 9 * LAYER
     assert abs(grown[9] - grown[3]) < 1.5 * LAYER
-    assert grown[9] < 8.5 * LAYER  # malloc keeps freed blocks of less than 32 MB, up to two layers of them
+    # three layers at a time, one being written; malloc keeps freed blocks of less than 32 MB, up to two layers of them
+    assert grown[9] < 10 * LAYER
     assert AutoConfig.from_pretrained(tmp_path / "saved9").num_hidden_layers == 9
