@@ -1,10 +1,11 @@
-"""Float32 matrix products on the CPU by oneDNN, which PyTorch ships alongside its default, MKL.
+"""Matrix products: float32 ones on the CPU by oneDNN, and float32 sums of 16-bit ones on a GPU.
 
-MKL uses AVX-512 only on Intel processors; oneDNN uses it on others too, at about twice MKL's speed there. Both compute
-in float32.
+PyTorch's default on the CPU, MKL, uses AVX-512 only on Intel processors; oneDNN, which PyTorch ships alongside, uses it
+on others too, at about twice MKL's speed there. Both compute in float32.
 """
 
 import contextlib
+import functools
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -26,6 +27,33 @@ def times_transposed(A, B, start=None):
     if start is None:
         return torch.ops.mkldnn._linear_pointwise(A, B, None, "none", [], "")
     return torch.ops.mkldnn._linear_pointwise.binary(A, start.contiguous(), B, None, "add")
+
+
+def add_product(total, A, B):
+    """Add A B to `total` (m, n), float32 on a GPU, in place: exact products, float32 sums.
+
+    A: (m, k). B: (k, n). Where both have one 16-bit dtype they are multiplied as they are, else in float32.
+    """
+    if A.dtype != B.dtype or A.dtype not in (torch.bfloat16, torch.float16):
+        total.addmm_(A.float(), B.float())
+    elif accumulates(A.dtype, A.device):
+        torch.addmm(total, A, B, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(torch.mm(A, B, out_dtype=torch.float32))
+
+
+@functools.cache
+def accumulates(dtype, device):
+    """Return whether PyTorch adds products of 16-bit matrices to float32 ones on a GPU, by trying it once.
+
+    The first versions with `out_dtype` want all three in 16 bit.
+    """
+    A, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, A, A, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def rough_product_with(B):
