@@ -1,6 +1,6 @@
 """Compile the kernel that walks columns ahead of time, as no GPU is needed for it, and print what it takes as JSON.
 
-python tests/kernels/aot.py 80 90        {"sm_80 2:4": {"registers": 96, "stack": 0, "spills": 0}, …}
+python tests/kernels/aot.py 80 90        {"sm_80 2:4": {"registers": 160, "stack": 0, "spills": 0, "shuffles": 48}, …}
 
 The kernel is given the arguments that `columns_cuda.walk_columns` would launch it with, specialised as Triton
 specialises them: integers that are 1 are constants, those that 16 divides are known to be so.
@@ -95,7 +95,8 @@ def main(capabilities):
             args, options = launch(*case)
             compiled = triton.compile(source(args, options), target=GPUTarget("cuda", int(capability), 32), options={
                 key: value for key, value in options.items() if not key.isupper()})
-            results[f"sm_{capability} {name}"] = resources(compiled.asm["cubin"])
+            results[f"sm_{capability} {name}"] = resources(compiled.asm["cubin"]) | {
+                "shuffles": compiled.asm["ptx"].count("shfl.sync")}
     print(json.dumps(results, indent=1))
 
 
