@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels import columns
+from mixgpt.kernels import columns, selection
 from mixgpt.kernels.linalg import (
     Packed,
     damping,
     mirror,
     row_energies,
-    smallest,
     upper_blocks,
     upper_cholesky,
     upper_inverse,
 )
 from mixgpt.kernels.matmul import add_product, exact_bfloat16, suits, times_transposed
+from mixgpt.kernels.selection import scores_of
 from quant import Grid, Scheme, find_grid
 
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H can be factored
@@ -372,6 +372,7 @@ class _Walk:
         # n:m masks are chosen one column group at a time, unless grids are narrower
         self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem
         self.widths = self._nest(options.blocksize)
+        self.mark_smallest = selection.fastest(self.W.device, self.W.dtype)
         self.walk_columns = columns.fastest(self.W.device, dtype if scheme else None, self.W.dtype)
 
     def _nest(self, blocksize):
@@ -471,15 +472,13 @@ class _Walk:
 
     def _mark_least(self, mask, start, stop, counts):
         """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1."""
-        scores = self.W[start:stop].square().mul_(self.factors[start:stop, None])
-        if self.row_weights is not None:
-            scores.mul_(self.row_weights)
-        scores.masked_fill_(self.mask[start:stop], -1)
-        for rows, count, n in zip(self.rows, counts, self.prunens, strict=True):
-            if self.prunem:
-                mask[:, rows] |= columns.smallest_in_groups(scores[:, rows], n, self.prunem)
-            else:
-                mask[:, rows] |= smallest(scores[:, rows], count)
+        W, before, factors = self.W[start:stop], self.mask[start:stop], self.factors[start:stop]
+        if not self.prunem:
+            self.mark_smallest(W, before, mask, factors, self.row_weights, list(zip(self.rows, counts, strict=True)))
+            return
+        scores = scores_of(W, before, factors, self.row_weights)
+        for rows, n in zip(self.rows, self.prunens, strict=True):
+            mask[:, rows] |= columns.smallest_in_groups(scores[:, rows], n, self.prunem)
 
     def _choose_grid(self, start, stop):
         pruned = self.mask[start:stop]

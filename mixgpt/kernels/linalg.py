@@ -167,5 +167,4 @@ def smallest(scores, k):
         if mask.count_nonzero() == k:
             return mask.view_as(scores)
     mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[flat.topk(k, largest=False, sorted=False).indices] = True
-    return mask.view_as(scores)
+    return mask.scatter_(0, flat.topk(k, largest=False, sorted=False).indices, True).view_as(scores)
