@@ -66,6 +66,31 @@ def rough_product_with(B):
     return lambda A: (A.bfloat16() @ B).float()
 
 
+def fine_product_with(B):
+    """Return a function A (m, k) ↦ A B, B (k, n) symmetric, good to about five digits: on a GPU in bfloat16.
+
+    Float32 values are split into two bfloat16 ones each, and of the four products the least is left out: on an H100
+    three bfloat16 products take a fifth of the time of one in float32.
+    """
+    if not B.is_cuda or B.dtype != torch.float32:
+        return lambda A: times_transposed(A, B)
+    high, low = _split(B)
+
+    def multiply(A):
+        product, (most, least) = torch.zeros(len(A), B.shape[1], device=B.device), _split(A)
+        for left, right in ((least, high), (most, low), (most, high)):
+            add_product(product, left, right)
+        return product
+
+    return multiply
+
+
+def _split(A):
+    """Return two bfloat16 matrices whose sum is A, float32, but for a relative 2⁻¹⁷."""
+    high = A.bfloat16()
+    return high, (A - high).bfloat16()
+
+
 @contextlib.contextmanager
 def exact_bfloat16(dtype):
     """Allow float32 products of values from `dtype` on bfloat16 hardware (AMX), if that is exact.
