@@ -93,13 +93,13 @@ def to_grid(W, scale, zero, wbits, dtype):
 def meet_sparsities(attempt, sparsities, attempts=4):
     """Prune fewer weights by as many as rounding sets to 0, so that each matrix ends up at its sparsity.
 
-    attempt: called with a list of sparsities, returns a list of (W, anything); called up to `attempts` times, with the
+    attempt: called with a list of sparsities, returns a list of (W, …); called up to `attempts` times, with the
     secant method per matrix. Returns its last result. If rounding alone exceeds the sparsity, the excess remains.
     """
     asked, before = list(sparsities), None
     for left in reversed(range(attempts)):
         made = attempt(asked)
-        found = [1 - W.count_nonzero().item() / W.numel() for W, _ in made]
+        found = [1 - W.count_nonzero().item() / W.numel() for W, *_ in made]
         missed = [share - wanted for share, wanted in zip(found, sparsities, strict=True)]
         met = [abs(miss) <= CLOSE or (p == 0 and miss > 0) for miss, p in zip(missed, asked, strict=True)]
         if all(met) or not left:

@@ -8,14 +8,22 @@ processed is U_mm² = 1/R_mm².
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels import columns
-from mixgpt.kernels.linalg import damping, row_energies, smallest, upper_blocks, upper_cholesky, upper_inverse
-from mixgpt.kernels.matmul import exact_bfloat16, suits, times_transposed
+from mixgpt.kernels import columns, selection
+from mixgpt.kernels.linalg import (
+    Packed,
+    damping,
+    mirror,
+    row_energies,
+    upper_blocks,
+    upper_cholesky,
+    upper_inverse,
+)
+from mixgpt.kernels.matmul import add_product, exact_bfloat16, suits, times_transposed
+from mixgpt.kernels.selection import scores_of
 from quant import Grid, Scheme, find_grid
 
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H can be factored
@@ -26,15 +34,18 @@ WIDE = 512  # columns updated from all columns before them in one product
 
 
 class SparseGPT:
-    """The Hessian of one input, accumulated batch by batch, and its factor for all matrices that read this input."""
+    """The Hessian of one input, accumulated batch by batch, and its factor for all matrices that read this input.
+
+    On a GPU, sums, Hessian and factor take turns in the memory of one matrix.
+    """
 
     def __init__(self, columns, nsequences, device):
         """Start from H = 0. columns: width of the input. nsequences: N in H = (2/N) Xᵀ X."""
-        self._blocks = upper_blocks(columns)
-        # the upper triangle in blocks of columns, each down to its diagonal, without the factor 2/N
-        self._sums = [torch.zeros(B.stop, B.stop - B.start, device=device) for B in self._blocks]
+        self.columns, self.device = columns, torch.device(device)
+        self._blocks = upper_blocks(columns, self.device)
+        self._sums = None  # a list of the upper triangle's blocks of columns, without the factor 2/N
         self._scale = 2 / nsequences
-        self._shift = self._gain = None
+        self._shift = self._gain = self._H = self._packed = None
         self.tokens = 0  # added, over all processes once reduced
         self.sums = []  # per batch, (B,): the sum of each sequence's input; to find those not finite
 
@@ -44,43 +55,75 @@ class SparseGPT:
         The regression target is X Wᵀ; with shift (..., in), (X + shift) Wᵀ; with gain (..., out), X Wᵀ + gain.
         weights: (tokens,), the weight of each token (default: 1).
         """
-        X = X.reshape(-1, X.shape[-1])
+        X = X.reshape(-1, self.columns)
         self.tokens += len(X)
-        if not len(X):  # of an expert without tokens; all processes reduce the same sums
-            self._shift = self._zeros(X.shape[-1], self._shift) if shift is not None else self._shift
-            self._gain = self._zeros(gain.shape[-1], self._gain) if gain is not None else self._gain
-            return
-        equal = weights is None
-        direct = X.is_cuda and X.dtype in (torch.bfloat16, torch.float16) and equal  # no such product on a CPU
-        roots = None if equal else weights.sqrt()
-        features = None if direct and shift is gain is None else _features(X, roots)
+        self._begin(shift, gain)
+        if len(X):  # an expert may get none
+            roots = None if weights is None else weights.sqrt()
+            (self._add_on_gpu if X.is_cuda else self._add)(X, shift, gain, roots)
+
+    def _begin(self, shift=None, gain=None):
+        """Allocate what is summed up: not before the first batch, as inputs of a layer may follow each other."""
+        def zeros(*shape):
+            return torch.zeros(*shape, device=self.device)
+
+        if self._sums is None and self.device.type == "cuda":  # parts of one matrix
+            self._H = zeros(self.columns, self.columns)
+            self._sums = [self._H[:B.stop, B] for B in self._blocks]
+        elif self._sums is None:  # each down to its diagonal
+            self._sums = [zeros(B.stop, B.stop - B.start) for B in self._blocks]
+        if shift is not None and self._shift is None:
+            self._shift = zeros(self.columns, self.columns)
+        if gain is not None and self._gain is None:
+            self._gain = zeros(gain.shape[-1], self.columns)
+
+    def _add(self, X, shift, gain, roots):
+        features = _features(X, roots)
         if shift is not None:
             self._shift = times_transposed(_features(shift, roots), features, self._shift)
         if gain is not None:
             self._gain = times_transposed(_features(gain, roots), features, self._gain)
-        if direct:
-            for B, total in zip(self._blocks, self._sums, strict=True):
-                total.add_(torch.mm(X[:, :B.stop].t(), X[:, B], out_dtype=torch.float32))
-            return
-        with exact_bfloat16(X.dtype if equal else None):
+        with exact_bfloat16(X.dtype if roots is None else None):
             self._sums = [times_transposed(features[:B.stop], features[B], total)
                           for B, total in zip(self._blocks, self._sums, strict=True)]
 
-    def _zeros(self, rows, total):
-        width = self._blocks[-1].stop
-        return torch.zeros(rows, width, device=self._sums[0].device) if total is None else total
+    def _add_on_gpu(self, X, shift, gain, roots):
+        """Add the products of inputs, shifts and gains as they are: 16-bit ones are exact in the sums of a GPU."""
+        X, shift, gain = (A if A is None else A.reshape(len(X), -1) if roots is None else
+                          A.reshape(len(X), -1).float() * roots[:, None] for A in (X, shift, gain))
+        if shift is not None:
+            add_product(self._shift, shift.t(), X)
+        if gain is not None:
+            add_product(self._gain, gain.t(), X)
+        for B, total in zip(self._blocks, self._sums, strict=True):
+            add_product(total, X[:, :B.stop].t(), X[:, B])
 
     def reduce(self):
         """Sum the Hessian over all processes."""
-        for total in (*self._sums, self._shift, self._gain):
+        self._begin()
+        for total in (*(self._sums if self._H is None else [self._H]), self._shift, self._gain):
             if total is not None:
                 distributed.all_reduce(total)
         self.tokens = sum(distributed.all_gather_object(self.tokens))
 
-    @cached_property
+    @property
     def H(self):
-        """The complete Hessian (in, in). No batch can be added once it has been read."""
-        H = torch.empty(self._blocks[-1].stop, self._blocks[-1].stop, device=self._sums[0].device)
+        """The complete Hessian (in, in), undamped. No batch can be added once it has been read.
+
+        Once it has been factored on a GPU, a copy.
+        """
+        if self._packed:
+            return self._packed.H[self.back][:, self.back]
+        self._begin()
+        if self._sums and self._H is None:
+            self._H = self._assembled()
+        elif self._sums:
+            mirror(self._H.mul_(self._scale))
+        self._sums = []
+        return self._H
+
+    def _assembled(self):
+        H = torch.empty(self.columns, self.columns, device=self.device)
         for B in self._blocks:
             block = self._sums.pop(0).mul_(self._scale)
             H[:B.stop, B] = block
@@ -93,10 +136,35 @@ class SparseGPT:
 
         order: (in,), column indices in the order of the walk (default: unchanged).
         """
+        H, self._packed = self.H, None
         self.order = slice(None) if order is None else order
         self.back = slice(None) if order is None else order.argsort()
-        self.R, self.percdamp = factor(self.H[self.order][:, self.order], percdamp)
+        if H.is_cuda:
+            self._H = None
+            self._packed = Packed(H if order is None else H[order][:, order])
+            del H
+            self.R, self.h = self._packed.R, self._packed.diagonal
+            self.percdamp = factor_packed(self._packed, percdamp)
+        else:
+            self.R, self.percdamp = factor(H[self.order][:, self.order], percdamp)
+            self.h = H.diagonal()[self.order]
         return self.percdamp
+
+    @property
+    def damping(self):
+        """λ, the damping of the factored Hessian."""
+        return damping(self.h, self.percdamp)
+
+    @property
+    def damped(self):
+        """H + λI (in, in), in the order of the walk: a copy."""
+        H = self._packed.H if self._packed else self.H[self.order][:, self.order].clone()
+        H.diagonal().add_(damping(H.diagonal(), self.percdamp))
+        return H
+
+    def energies(self, A):
+        """Return ‖a X‖² for every row a of A (rows, in), up to the scale of H. Columns in the order of the input."""
+        return row_energies(A, self._H) if self._packed is None else self._packed.row_energies(A[:, self.order])
 
     def optimum(self, W):
         """Return the target weights W* (out, in) that pruning should approximate, columns in the order of the walk.
@@ -107,7 +175,7 @@ class SparseGPT:
         without a shift or gain around W. Zero weights stay zero. Compare QEP (arXiv 2504.09629).
         """
         W, moment = W[:, self.order], 0.0
-        if self._shift is None and self._gain is None:
+        if not self.moves:
             return W
         if self._shift is not None:
             moment = times_transposed(W, self._shift[self.order][:, self.order].t())
@@ -116,6 +184,11 @@ class SparseGPT:
         moved = torch.linalg.solve_triangular(self.R.t(), self._scale * moment, upper=False, left=False)
         moved = torch.linalg.solve_triangular(self.R, moved, upper=True, left=False)
         return (W + moved).masked_fill_(W == 0, 0)
+
+    @property
+    def moves(self):
+        """Whether the target weights are others than the dense ones."""
+        return self._shift is not None or self._gain is not None
 
 
 def _features(X, factors=None):
@@ -131,15 +204,38 @@ def factor(H, percdamp=0.01):
     not positive definite, percdamp is multiplied by 10, starting from at least 1e-4, up to MAX_DAMPING.
     Raises torch.linalg.LinAlgError if H is not finite or cannot be factored even with MAX_DAMPING.
     """
-    if not H.diagonal().isfinite().all():
-        raise torch.linalg.LinAlgError("the Hessian contains NaN or inf")
+    _check_finite(H.diagonal().isfinite().all())
     while True:
-        R = upper_cholesky(H, damping(H, percdamp))
+        R = upper_cholesky(H, damping(H.diagonal(), percdamp))
         if R is not None:
             return R, percdamp
-        if percdamp >= MAX_DAMPING:
-            raise torch.linalg.LinAlgError(f"the Hessian is not positive definite at percdamp {percdamp:g}")
-        percdamp = min(max(10 * percdamp, 1e-4), MAX_DAMPING)
+        percdamp = _raised(percdamp)
+
+
+def factor_packed(packed, percdamp=0.01):
+    """Factor the damped Hessian in its own memory, a linalg.Packed, as `factor` does. Returns the percdamp used.
+
+    The host waits for the device once per damping.
+    """
+    while True:
+        positive = packed.factor(damping(packed.diagonal, percdamp))
+        positive, finite = torch.stack([positive, packed.diagonal.isfinite().all()]).tolist()
+        _check_finite(finite)
+        if positive:
+            return percdamp
+        packed.restore()
+        percdamp = _raised(percdamp)
+
+
+def _check_finite(finite):
+    if not finite:
+        raise torch.linalg.LinAlgError("the Hessian contains NaN or inf")
+
+
+def _raised(percdamp):
+    if percdamp >= MAX_DAMPING:
+        raise torch.linalg.LinAlgError(f"the Hessian is not positive definite at percdamp {percdamp:g}")
+    return min(max(10 * percdamp, 1e-4), MAX_DAMPING)
 
 
 def activation_order(h, prunem=0):
@@ -154,13 +250,16 @@ def relative_error(W, W_hat, H):
 
     W, W_hat: (out, in). H: (in, in), undamped; its scale cancels.
     """
-    return relative_errors(W, W_hat, H, [len(W)])[0]
+    return relative_errors(row_energies(W - W_hat, H), row_energies(W, H), [len(W)])[0].item()
 
 
-def relative_errors(W, W_hat, H, counts):
-    """Return the `relative_error` of each of several stacked matrices. counts: rows of each."""
-    lost, whole = ([energies.sum().item() for energies in row_energies(A, H).split(counts)] for A in (W - W_hat, W))
-    return [max(error, 0.0) / scale if scale else 0.0 for error, scale in zip(lost, whole, strict=True)]
+def relative_errors(lost, whole, counts):
+    """Return the `relative_error` of each of several stacked matrices, float64, where they are.
+
+    lost, whole: (total rows,), ‖(w − ŵ) X‖² and ‖w X‖² of every row. counts: rows of each matrix.
+    """
+    lost, whole = (torch.stack([rows.sum() for rows in energies.split(counts)]).double() for energies in (lost, whole))
+    return torch.where(whole == 0, 0.0, lost.clamp_min(0) / whole)
 
 
 # ---- saliencies ------------------------------------------------------------------------------------------------
@@ -223,11 +322,19 @@ def prune_matrices(matrices, R, h, targets, options=WalkOptions(), dtype=torch.f
 
     Columns whose input is always zero (h = 0) cost nothing to prune: they go first, and are otherwise unchanged.
     """
+    return [(W, grid) for W, grid, _ in walk_matrices(matrices, R, h, targets, options, dtype, row_weights)]
+
+
+def walk_matrices(matrices, R, h, targets, options, dtype=torch.float32, row_weights=None):
+    """Do what `prune_matrices` does, and return the loss of the rows of each matrix, too: (Ŵ, grid, (out,)).
+
+    The loss of a row d of W − Ŵ is d (H + λI) dᵀ: as D R are the errors E that the walk has at hand, it is ‖e‖².
+    """
     walk = _Walk(matrices, R, h, targets, options, dtype, row_weights)
     W = walk.run().t()
     if options.scheme:
         W += 0.0  # −0 of the grid becomes 0
-    return [(W[rows], walk.grid(rows)) for rows in walk.rows]
+    return [(W[rows], walk.grid(rows), walk.losses[rows]) for rows in walk.rows]
 
 
 class _Walk:
@@ -249,6 +356,7 @@ class _Walk:
         self.columns = len(self.W)
         self.D = [] if self.rowwise else torch.empty_like(self.W)  # a list of W − Ŵ per range, (out, range) each
         self.mask = self.W == 0  # zero weights stay zero
+        self.losses = self.W.new_zeros(self.W.shape[1])  # ‖e‖² per row
         self.R, self.h = R, h
         self.factors = options.saliency(h, 1 / R.diagonal()).masked_fill(h == 0, 0)
         self.row_weights = row_weights
@@ -264,6 +372,7 @@ class _Walk:
         # n:m masks are chosen one column group at a time, unless grids are narrower
         self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem
         self.widths = self._nest(options.blocksize)
+        self.mark_smallest = selection.fastest(self.W.device, self.W.dtype)
         self.walk_columns = columns.fastest(self.W.device, dtype if scheme else None, self.W.dtype)
 
     def _nest(self, blocksize):
@@ -298,6 +407,7 @@ class _Walk:
                 self._receive(B)
             self.E, self.start = torch.empty_like(before), start
             self._enter(B.start, B.stop, self.widths)
+            self.losses += torch.linalg.vector_norm(self.E, dim=0).square()
             before -= self.W[B]
             if self.rowwise:
                 self.D.append(before.t())
@@ -362,15 +472,13 @@ class _Walk:
 
     def _mark_least(self, mask, start, stop, counts):
         """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1."""
-        scores = self.W[start:stop].square().mul_(self.factors[start:stop, None])
-        if self.row_weights is not None:
-            scores.mul_(self.row_weights)
-        scores.masked_fill_(self.mask[start:stop], -1)
-        for rows, count, n in zip(self.rows, counts, self.prunens, strict=True):
-            if self.prunem:
-                mask[:, rows] |= columns.smallest_in_groups(scores[:, rows], n, self.prunem)
-            else:
-                mask[:, rows] |= smallest(scores[:, rows], count)
+        W, before, factors = self.W[start:stop], self.mask[start:stop], self.factors[start:stop]
+        if not self.prunem:
+            self.mark_smallest(W, before, mask, factors, self.row_weights, list(zip(self.rows, counts, strict=True)))
+            return
+        scores = scores_of(W, before, factors, self.row_weights)
+        for rows, n in zip(self.rows, self.prunens, strict=True):
+            mask[:, rows] |= columns.smallest_in_groups(scores[:, rows], n, self.prunem)
 
     def _choose_grid(self, start, stop):
         pruned = self.mask[start:stop]

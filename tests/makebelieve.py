@@ -308,8 +308,11 @@ class Event:
 
 
 def _run(function, args, kwargs):
-    if function is aten.mm.dtype:  # bfloat16 or float16 with float32 sums, which no CPU has
+    # products of bfloat16 or float16 with float32 sums, which no CPU has
+    if function is aten.mm.dtype:
         return args[0].float() @ args[1].float()
+    if function is aten.addmm.dtype_out:
+        return kwargs["out"].copy_(args[0] + args[1].float() @ args[2].float())
     return function(*args, **kwargs)
 
 

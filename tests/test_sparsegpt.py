@@ -1,16 +1,19 @@
 """Check sparsegpt against brute force in float64: explicit inverses, sorted lists, errors from the inputs."""
 
+import makebelieve
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixgpt.kernels import linalg, matmul
 from mixgpt.pruning.magnitude import magnitude_prune
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from quant import Scheme
 from sparsegpt import (
     SparseGPT,
     WalkOptions,
+    activation_order,
     factor,
     isc_saliency,
     obs_saliency,
@@ -452,6 +455,114 @@ def test_the_hessian_on_cuda_is_exact_far_below_the_damping(dtype):
         hessian.add_batch(batch)
     exact = 2 * X.double().t() @ X.double()
     assert torch.linalg.matrix_norm(hessian.H.double() - exact, 2) <= 1e-3 * PERCDAMP * exact.diagonal().mean()
+
+
+# the same on a GPU, here a make-believe one: sums, Hessian and factor in the memory of one matrix
+
+
+def on_both(columns, batches):
+    """Return the objects that a CPU and a GPU make of batches [(X, options of add_batch)]."""
+    hessians = [SparseGPT(columns, 3, device) for device in ("cpu", "cuda:0")]
+    for X, options in batches:
+        for hessian in hessians:
+            hessian.add_batch(X.to(hessian.device), **{name: A.to(hessian.device) for name, A in options.items()})
+    return hessians
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_gpu_adds_up_what_a_cpu_does(dtype, weighted, monkeypatch):
+    monkeypatch.setattr(linalg, "STRIP", 256)  # more than one block
+    make = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(2, 40, 600, generator=make).to(dtype), {
+        "shift": torch.randn(2, 40, 600, generator=make).to(dtype),
+        "gain": torch.randn(2, 40, 5, generator=make).to(dtype)}) for _ in range(2)]
+    for _, options in batches if weighted else []:
+        options["weights"] = torch.rand(80, generator=make)
+    with makebelieve.Gpu():
+        ours, theirs = on_both(600, batches)
+        for hessian in (ours, theirs):
+            hessian.factor(1.0)
+        W = torch.randn(5, 600, generator=make)
+        torch.testing.assert_close(theirs.H.cpu(), ours.H, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(theirs.optimum(W.to("cuda:0")).cpu(), ours.optimum(W), rtol=1e-3, atol=1e-4)
+
+
+def test_a_gpu_adds_16_bit_products_without_a_copy():
+    X = random(64, 300).bfloat16()
+    with makebelieve.Gpu() as gpu:
+        hessian, X = SparseGPT(300, 1, "cuda:0"), X.to("cuda:0")
+        hessian.add_batch(X, shift=X, gain=X)
+        used = gpu.used
+        gpu.peak = used
+        hessian.add_batch(X, shift=X, gain=X)
+        assert gpu.used == gpu.peak == used
+
+
+def test_where_pytorch_adds_no_16_bit_products_to_float32_they_are_added_afterwards(monkeypatch):
+    def refusing(total, A, B, *, out_dtype, out):
+        raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+
+    X = random(64, 30).bfloat16()
+    matmul.accumulates.cache_clear()
+    monkeypatch.setattr(torch, "addmm", refusing)
+    with makebelieve.Gpu():
+        assert not matmul.accumulates(torch.bfloat16, torch.device("cuda", 0))
+        ours, theirs = on_both(30, [(X, {}), (X, {})])
+        torch.testing.assert_close(theirs.H.cpu(), ours.H)
+    matmul.accumulates.cache_clear()
+
+
+def test_nothing_is_allocated_before_the_first_batch():
+    """Hessians of a layer's inputs follow each other, and only one is on the GPU at a time."""
+    with makebelieve.Gpu() as gpu:
+        hessian = SparseGPT(300, 1, "cuda:0")
+        assert not gpu.used
+        assert not hessian.H.any() and gpu.used >= 4 * 300 * 300
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_gpu_damps_and_prunes_as_a_cpu_does(act_order, monkeypatch):
+    monkeypatch.setattr(linalg, "STRIP", 16)
+    X = correlated_inputs(50, 60).float() * torch.linspace(1, 3, 60)  # fewer tokens than columns
+    with makebelieve.Gpu() as gpu:
+        for hessian in (both := on_both(60, [(X, {})])):
+            hessian.H[7] = hessian.H[:, 7] = 0
+            hessian.H[7, 7] = -0.05 * hessian.H.diagonal().mean()
+            order = activation_order(hessian.H.diagonal()) if act_order else None
+            before = gpu.synchronisations.copy()
+            assert hessian.factor(0.001, order) == 0.1
+        assert sum((gpu.synchronisations - before).values()) == 3  # once per damping
+        W = random(20, 60).float()
+        for hessian, weight in zip(both, weights := [W.clone(), W.to("cuda:0")], strict=True):
+            prune_one(hessian, weight, 0.5)
+        torch.testing.assert_close(weights[1].cpu(), weights[0], rtol=1e-3, atol=1e-4)
+        assert torch.equal(weights[1].cpu() == 0, weights[0] == 0)
+
+
+def test_a_hessian_that_is_not_finite_is_refused_on_a_gpu():
+    X = correlated_inputs(30, 4)
+    X[3, 2] = float("nan")
+    with makebelieve.Gpu():
+        hessian = on_both(4, [(X.float(), {})])[1]
+        with pytest.raises(torch.linalg.LinAlgError, match="NaN or inf"):
+            hessian.factor(PERCDAMP)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pruning_one_input_takes_one_hessian_and_the_copies_of_the_walk(dtype, monkeypatch):
+    monkeypatch.setattr(linalg, "STRIP", 64)
+    monkeypatch.setattr("sparsegpt.WIDE", 64)  # else, of so few columns, not small
+    columns, rows = 1024, 128
+    X, W = random(300, columns).to(dtype), random(rows, columns).to(dtype)
+    with makebelieve.Gpu() as gpu:
+        hessian, weight = SparseGPT(columns, 1, "cuda:0"), W.to("cuda:0")
+        hessian.add_batch(X.to("cuda:0"))
+        gpu.peak = gpu.used
+        hessian.factor(PERCDAMP)
+        assert gpu.peak <= weight.nbytes + 4 * columns**2 * 1.2
+        prune_one(hessian, weight, 0.5, blocksize=32)
+        assert gpu.peak <= weight.nbytes + 4 * columns**2 * 1.2 + 4 * rows * columns * 4
 
 
 # relative_error

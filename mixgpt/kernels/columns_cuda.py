@@ -66,13 +66,17 @@ def _walk_rows(W, E, U, mask, factors, prunen, scale, low, high, columns, out, w
         share = tl.load(prunen + row, mask=real, other=0)
         factor = tl.load(factors + column, mask=column < columns, other=0)
         rank = tl.zeros((COLUMNS, ROWS), tl.int32)
-        marked = tl.load(at_mask + column[:, None] * mask_column, mask=(column < columns)[:, None] & real, other=0)
 
     for j in range(columns):
         if PRUNEM:
             if j % PRUNEM == 0:
-                rank = _ranks(tl.where(marked, -1.0, w_all * w_all * factor[:, None]), column, j, PRUNEM)
-            removed = (_column(rank, column, j) < share) | (_column(marked.to(tl.int32), column, j) > 0)
+                scores = w_all * w_all * factor[:, None]
+                for k in range(j, j + PRUNEM):  # a tile of bytes would impose its layout on the sums over columns
+                    marked = tl.load(at_mask + k * mask_column, mask=real, other=0)
+                    scores = tl.where((column == k)[:, None] & marked, -1.0, scores)
+                rank = _ranks(scores, column, j, PRUNEM)
+            marked = tl.load(at_mask + j * mask_column, mask=real, other=0)
+            removed = (_column(rank, column, j) < share) | marked
             tl.store(at_mask + j * mask_column, removed, mask=real)
         else:
             removed = tl.load(at_mask + j * mask_column, mask=real, other=0)

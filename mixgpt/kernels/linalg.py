@@ -6,12 +6,13 @@ import torch
 from mixgpt.kernels.matmul import suits, times_transposed
 
 PANEL = 512  # columns factored at a time
+STRIP = 2048  # the same in place, where a narrow panel would leave most of a GPU idle
 SMALL = 128  # columns up to which LAPACK inverts a triangular matrix as fast as blocked products
 
 
-def damping(H, percdamp):
-    """Return λ = percdamp · mean(diag H)."""
-    mean = H.diagonal().mean()
+def damping(h, percdamp):
+    """Return λ = percdamp · mean(diag H), of h (in,), the diagonal of H."""
+    mean = h.mean()
     return torch.where(mean > 0, percdamp * mean, 1.0)  # an all-zero input has no scale
 
 
@@ -43,6 +44,76 @@ def upper_cholesky(H, damping):
     return R
 
 
+def mirror(H):
+    """Overwrite what is below the diagonal of H (in, in) with what is above it. Returns H."""
+    for B in _strips(len(H)):
+        H[B, :B.start] = H[:B.start, B].t()
+        H[B, B] = H[B, B].triu() + H[B, B].triu(1).t()
+    return H
+
+
+def _strips(columns):
+    return [slice(start, min(start + STRIP, columns)) for start in range(0, columns, STRIP)]
+
+
+class Packed:
+    """A symmetric matrix and its triangular factor in the memory of one: for a matrix that fits on a GPU only once.
+
+    R, upper triangular, takes the place of H on and above the diagonal. Below it H remains, and its diagonal is kept
+    apart.
+    """
+
+    def __init__(self, H):
+        """Take over the memory of H (in, in), symmetric."""
+        self.R, self.diagonal = H, H.diagonal().clone()  # of R only the upper triangle counts
+
+    @property
+    def H(self):
+        """A copy of H (in, in)."""
+        H = self.R.t().clone(memory_format=torch.contiguous_format)
+        H.diagonal().copy_(self.diagonal)
+        return mirror(H)
+
+    def factor(self, damping):
+        """Overwrite the upper triangle, still that of H, with R: H + damping · I = R Rᵀ, strip by strip from the right.
+
+        Returns whether that is positive definite, as a tensor, so that the host does not wait; else `restore`.
+        """
+        R, failures = self.R, []
+        for B in reversed(_strips(len(R))):
+            above, done = slice(0, B.start), slice(B.stop, len(R))
+            block = R[B, B].triu(1)
+            block = block + block.t()
+            block.diagonal().copy_(self.diagonal[B] + damping)
+            if B.stop < len(R):
+                block.addmm_(R[B, done], R[B, done].t(), alpha=-1)
+                R[above, B].addmm_(R[above, done], R[B, done].t(), alpha=-1)
+            L, info = torch.linalg.cholesky_ex(block.flip(0, 1))
+            failures.append(info)
+            block = L.flip(0, 1)
+            R[B, B] = R[B, B].tril(-1) + block.triu()
+            if B.start:
+                R[above, B] = torch.linalg.solve_triangular(block.t(), R[above, B], upper=False, left=False)
+        return torch.stack(failures).eq(0).all()
+
+    def restore(self):
+        """Put H back where R is."""
+        self.R.diagonal().copy_(self.diagonal)
+        mirror(self.R.t())
+
+    def row_energies(self, A):
+        """Return the diagonal of A H Aᵀ, ‖a X‖² for every row a of A (rows, in)."""
+        total = torch.zeros(len(A), dtype=A.dtype, device=A.device)
+        for B in upper_blocks(len(self.R), self.R.device):
+            A_B = A[:, B]
+            product = A_B @ self.R[B, B].tril(-1)
+            if B.start:
+                product = product.addmm_(A[:, :B.start], self.R[B, :B.start].t())
+            product.mul_(2).addcmul_(A_B, self.diagonal[B])  # what is above the diagonal is the same
+            total += torch.linalg.vecdot(product, A_B)
+        return total
+
+
 def upper_inverse(R):
     """Return the inverse of R (n, n), upper triangular."""
     n = len(R)
@@ -54,9 +125,15 @@ def upper_inverse(R):
     return U
 
 
-def upper_blocks(columns):
-    """Return the column blocks for symmetric products; each block needs only the rows up to its end."""
-    width = max(192, columns // 8)  # narrower blocks save little and multiply slower
+def upper_blocks(columns, device):
+    """Return the column blocks for symmetric products; each block needs only the rows up to its end.
+
+    Narrower blocks save little and multiply slower, on a GPU by far: there each block should occupy all of it.
+    """
+    width = max(192, columns // 8)
+    if device.type == "cuda":
+        count = min(-(-columns // STRIP), 8)
+        width = -(-columns // count // 256) * 256  # whole tiles of a product
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
@@ -65,7 +142,7 @@ def row_energies(A, H):
     if suits(A, H):  # copying blocks of A would cost more than the lower half
         return torch.linalg.vecdot(times_transposed(A, H), A)
     total = torch.zeros(len(A), dtype=A.dtype, device=A.device)
-    for B in upper_blocks(A.shape[1]):
+    for B in upper_blocks(A.shape[1], A.device):
         A_B = A[:, B]
         AH = A_B @ H[B, B]
         if B.start:
@@ -90,5 +167,4 @@ def smallest(scores, k):
         if mask.count_nonzero() == k:
             return mask.view_as(scores)
     mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[flat.topk(k, largest=False, sorted=False).indices] = True
-    return mask.view_as(scores)
+    return mask.scatter_(0, flat.topk(k, largest=False, sorted=False).indices, True).view_as(scores)

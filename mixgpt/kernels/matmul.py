@@ -1,10 +1,11 @@
-"""Float32 matrix products on the CPU by oneDNN, which PyTorch ships alongside its default, MKL.
+"""Matrix products: float32 ones on the CPU by oneDNN, and float32 sums of 16-bit ones on a GPU.
 
-MKL uses AVX-512 only on Intel processors; oneDNN uses it on others too, at about twice MKL's speed there. Both compute
-in float32.
+PyTorch's default on the CPU, MKL, uses AVX-512 only on Intel processors; oneDNN, which PyTorch ships alongside, uses it
+on others too, at about twice MKL's speed there. Both compute in float32.
 """
 
 import contextlib
+import functools
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -28,6 +29,33 @@ def times_transposed(A, B, start=None):
     return torch.ops.mkldnn._linear_pointwise.binary(A, start.contiguous(), B, None, "add")
 
 
+def add_product(total, A, B):
+    """Add A B to `total` (m, n), float32 on a GPU, in place: exact products, float32 sums.
+
+    A: (m, k). B: (k, n). Where both have one 16-bit dtype they are multiplied as they are, else in float32.
+    """
+    if A.dtype != B.dtype or A.dtype not in (torch.bfloat16, torch.float16):
+        total.addmm_(A.float(), B.float())
+    elif accumulates(A.dtype, A.device):
+        torch.addmm(total, A, B, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(torch.mm(A, B, out_dtype=torch.float32))
+
+
+@functools.cache
+def accumulates(dtype, device):
+    """Return whether PyTorch adds products of 16-bit matrices to float32 ones on a GPU, by trying it once.
+
+    The first versions with `out_dtype` want all three in 16 bit.
+    """
+    A, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, A, A, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 def rough_product_with(B):
     """Return a function A (m, k) ↦ A B, B (k, n) symmetric, good to about three digits: in bfloat16 where fast."""
     fast = B.is_cuda or (B.device.type == "cpu" and torch.backends.mkldnn.is_available()
@@ -36,6 +64,31 @@ def rough_product_with(B):
         return lambda A: times_transposed(A, B)
     B = B.bfloat16()
     return lambda A: (A.bfloat16() @ B).float()
+
+
+def fine_product_with(B):
+    """Return a function A (m, k) ↦ A B, B (k, n) symmetric, good to about five digits: on a GPU in bfloat16.
+
+    Float32 values are split into two bfloat16 ones each, and of the four products the least is left out: on an H100
+    three bfloat16 products take a fifth of the time of one in float32.
+    """
+    if not B.is_cuda or B.dtype != torch.float32:
+        return lambda A: times_transposed(A, B)
+    high, low = _split(B)
+
+    def multiply(A):
+        product, (most, least) = torch.zeros(len(A), B.shape[1], device=B.device), _split(A)
+        for left, right in ((least, high), (most, low), (most, high)):
+            add_product(product, left, right)
+        return product
+
+    return multiply
+
+
+def _split(A):
+    """Return two bfloat16 matrices whose sum is A, float32, but for a relative 2⁻¹⁷."""
+    high = A.bfloat16()
+    return high, (A - high).bfloat16()
 
 
 @contextlib.contextmanager

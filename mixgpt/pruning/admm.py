@@ -10,7 +10,7 @@ import torch
 
 from mixgpt.kernels.columns import smallest_per_row
 from mixgpt.kernels.linalg import smallest
-from mixgpt.kernels.matmul import rough_product_with, times_transposed
+from mixgpt.kernels.matmul import fine_product_with, rough_product_with, times_transposed
 
 ITERATIONS = 16  # of ADMM
 RAMP = 12  # iterations over which the sparsity rises to its target
@@ -51,11 +51,13 @@ def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAM
     W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
     1 − (1 − t/ramp)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H + torch.eye(len(H), dtype=H.dtype, device=H.device)))
-    gone = W == 0 if (W == 0).any() else None
+    multiply = rough_product_with(_regularised_inverse(H).mul_(2))
+    gone = W == 0
+    if not W.is_cuda and not gone.any():  # a GPU would have to be waited for
+        gone = None
     if row_weights is not None:
         W = W * row_weights.sqrt()[:, None]  # everything below is linear in each row
-    multiply, S = rough_product_with(2 * inverse), W.clone()  # S = W + V
+    S = W.clone()  # W + V
     scores = torch.empty_like(S)
     for t in range(1, iterations + 1):
         torch.abs(S, out=scores)
@@ -69,6 +71,14 @@ def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAM
     return scores
 
 
+def _regularised_inverse(H):
+    """Return (H + I)⁻¹; H is positive definite, which the host does not wait to be told again."""
+    H = H.clone()
+    H.diagonal().add_(1)
+    H = torch.linalg.cholesky_ex(H).L
+    return torch.cholesky_inverse(H)
+
+
 def solve_on_support(W, optimum, H, keep, steps=STEPS):
     """Minimize (w − w*) H (w − w*)ᵀ over the kept weights of each row, by conjugate gradients started at W.
 
@@ -77,10 +87,10 @@ def solve_on_support(W, optimum, H, keep, steps=STEPS):
     """
     keep = keep.to(W.dtype)
     W = W * keep
-    residual = times_transposed(optimum - W, H).mul_(keep)
+    residual, multiply = times_transposed(optimum - W, H).mul_(keep), fine_product_with(H)
     direction, energy = residual.clone(), _energies(residual, residual)
     for _ in range(steps):
-        image = times_transposed(direction, H).mul_(keep)
+        image = multiply(direction).mul_(keep)
         length = _quotient(energy, _energies(direction, image))
         W.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)
@@ -100,12 +110,12 @@ def _quotient(a, b):
 def admm_pruner(matrices, H, targets, row_weights=None):
     """Rank the weights of matrices that read the same input by ADMM; return a function that prunes to given targets.
 
-    matrices: list of (out, in), the target weights; zeros stay zero. H: (in, in), damped. targets: (sparsity, prunen,
-    prunem) per matrix, the latter two 0 if omitted. row_weights: (total rows,). The function takes these or similar
-    targets, runs `solve_on_support`, and returns a list like `matrices`.
+    matrices: list of (out, in), the target weights; zeros stay zero. H: (in, in), damped; overwritten. targets:
+    (sparsity, prunen, prunem) per matrix, the latter two 0 if omitted. row_weights: (total rows,). The function takes
+    these or similar targets, runs `solve_on_support`, and returns a list like `matrices`.
     """
     scale = H.diagonal().sqrt()
-    H, W = H / scale / scale[:, None], torch.cat(matrices) * scale
+    H, W = H.div_(scale).div_(scale[:, None]), torch.cat(matrices) * scale
     counts = [len(matrix) for matrix in matrices]
     stops = list(itertools.accumulate(counts))
 

@@ -68,7 +68,7 @@ def strengthen(hessian, module, pools):
     Gate and up projections get the mean over all tokens that enter the layer's experts, down projections a multiple of
     the identity. Returns whether any were lacking.
     """
-    missing = len(hessian.H) - hessian.tokens
+    missing = hessian.columns - hessian.tokens
     if missing <= 0:
         return False
     pool = next((pool for experts, pool in pools.items() for name, linear in experts.named_modules()

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -88,7 +89,7 @@ class _Calibrated:
         else:
             with self.clock.part("forward"), pooling, twin.recording() if twin else contextlib.nullcontext():
                 self._collect(layer, index, twin, hessians, read)
-            outcomes = prune(dict(zip(groups, hessians.values(), strict=True))) if groups else {}
+            outcomes = prune(dict(zip(groups, hessians.values(), strict=True)))
             if not last:
                 with self.clock.part("forward"):
                     stream.advance(layer, index)
@@ -96,7 +97,7 @@ class _Calibrated:
             shown = ", ".join(self.few[:3]) + (f" and {len(self.few) - 3} more" if len(self.few) > 3 else "")
             bar.write(f"layer {index}: {shown} got fewer tokens than they have columns; their Hessians are filled up "
                       "with the mean over the layer's experts")
-        return outcomes
+        return self._report(index, groups, outcomes, bar)
 
     def _token_weights(self, index, groups):
         """Return token weights per input, the root of the mean over the linears that read it: [(n, T)], or None."""
@@ -135,8 +136,11 @@ class _Calibrated:
                 self.dense.hidden[rows] = output  # not earlier: a linear may read the hidden states themselves
 
     def _prune_groups(self, layer, index, bar, pools, hessians):
-        """Prune the matrices of each input, {group: its Hessian}; inputs are divided among the processes."""
-        modules, outcomes, percdamp = linears(layer), {}, self.recipe.percdamp
+        """Prune the matrices of each input, {group: its Hessian}; inputs are divided among the processes.
+
+        Returns {(layer, name): Outcome} of this process, still on the device.
+        """
+        modules, outcomes = linears(layer), {}
         for hessian in hessians.values():
             hessian.reduce()
         self._strengthen(modules, pools, hessians)
@@ -144,16 +148,31 @@ class _Calibrated:
             if number % distributed.world() == distributed.rank():
                 outcomes |= self._prune_group(modules, index, group, hessian)
         for number, group in enumerate(hessians):
-            source = number % distributed.world()
             for name in group:
-                distributed.broadcast(modules[name].weight, source)
-                outcomes[index, name] = distributed.broadcast_object(outcomes.get((index, name)), source)
-            used = outcomes[index, group[0]].percdamp
-            if used != percdamp:
-                bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp "
-                          f"{percdamp:g}, raised to {used:g}")
-        bar.set_postfix_str(f"layer {index} error {sum(o.error for o in outcomes.values()) / len(outcomes):.2%}")
+                distributed.broadcast(modules[name].weight, number % distributed.world())
+        bar.refresh()  # a line, if one is due
         return outcomes
+
+    def _report(self, index, groups, outcomes, bar):
+        """Return the outcomes of a layer from all processes, on the host, in the order of its inputs, and show them.
+
+        The errors of all matrices are copied at once: the host waits for a GPU only then.
+        """
+        if not groups:
+            return {}
+        errors = torch.stack([outcome.error for outcome in outcomes.values()]).tolist() if outcomes else []
+        ours = {key: replace(outcome, error=error, grid=outcome.grid and outcome.grid.to("cpu"))
+                for (key, outcome), error in zip(outcomes.items(), errors, strict=True)}
+        every = {key: outcome for theirs in distributed.all_gather_object(ours) for key, outcome in theirs.items()}
+        for group in groups:
+            used = every[index, group[0]].percdamp
+            if used != self.recipe.percdamp:
+                bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp "
+                          f"{self.recipe.percdamp:g}, raised to {used:g}")
+        ordered = {(index, name): every[index, name] for group in groups for name in group}
+        mean = sum(outcome.error for outcome in ordered.values()) / len(ordered)
+        bar.set_postfix_str(f"layer {index} error {mean:.2%}")
+        return ordered
 
     def _strengthen(self, modules, pools, hessians):
         """Make up for tokens that the Hessians of experts lack, and note which."""
@@ -169,7 +188,7 @@ class _Calibrated:
     def _prune_group(self, modules, index, group, hessian):
         recipe, targets = self.recipe, [self.plan[index, name] for name in group]
         row_weights = recipe.row_weights and torch.cat([recipe.row_weights[index, name] for name in group]).to(
-            hessian.H.device)
+            hessian.device)
         order = activation_order(hessian.H.diagonal(), targets[0].prunem) if recipe.act_order else None
         try:
             with self.clock.part("factorisation"):
@@ -180,7 +199,7 @@ class _Calibrated:
             pruned = prune_in_place(hessian, [modules[name].weight for name in group],
                                     [(target.sparsity, target.prunen, target.prunem) for target in targets], recipe,
                                     row_weights)
-        return {(index, name): Outcome(error, used, grid and grid.to("cpu"))
+        return {(index, name): Outcome(error, used, grid)
                 for name, (error, grid) in zip(group, pruned, strict=True)}
 
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mixgpt.kernels.linalg import damping
 from mixgpt.pruning.admm import admm_pruner
 from quant import meet_sparsities
-from sparsegpt import SparseGPT, WalkOptions, prune_matrices, relative_errors
+from sparsegpt import SparseGPT, WalkOptions, relative_errors, walk_matrices
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class Problem:
     """Input of a solver: the matrices that read one input, and their targets.
 
     Columns are in the order of the walk. A solver returns [(Ŵ, its quant.Grid or None)] in the order of `optima`;
-    zeros of W* must be zeros of Ŵ.
+    zeros of W* must be zeros of Ŵ. It may add the loss of each row d of W* − Ŵ, d (H + λI) dᵀ, (out,), if it knows it.
     """
 
     hessian: SparseGPT  # factored
@@ -29,33 +28,27 @@ class Problem:
     @property
     def h(self):
         """The diagonal of H, (in,)."""
-        return self.hessian.H.diagonal()[self.hessian.order]
-
-    @property
-    def damped(self):
-        """H + λI (in, in)."""
-        H = self.hessian.H[self.hessian.order][:, self.hessian.order].clone()
-        H.diagonal().add_(damping(H, self.hessian.percdamp))
-        return H
+        return self.hessian.h
 
 
 def walk(problem):
     """Walk once over the columns: SparseGPT, and GPTQ if there is a scheme."""
-    return prune_matrices(problem.optima, problem.hessian.R, problem.h, problem.targets, problem.options, problem.dtype,
-                          problem.row_weights)
+    return walk_matrices(problem.optima, problem.hessian.R, problem.h, problem.targets, problem.options, problem.dtype,
+                         problem.row_weights)
 
 
 def admm(problem):
     """Prune by `admm_pruner`; with a scheme, quantize the kept weights in a walk over the columns, and prune fewer
     weights by as many as that rounds to 0."""
-    prune = admm_pruner(problem.optima, problem.damped, problem.targets, problem.row_weights)
+    prune = admm_pruner(problem.optima, problem.hessian.damped, problem.targets, problem.row_weights)
     if problem.options.scheme is None:
         return [(W, None) for W in prune(problem.targets)]
 
     def attempt(sparsities):
         pruned = prune([(sparsity, *groups) for sparsity, (_, *groups)
                         in zip(sparsities, problem.targets, strict=True)])
-        return walk(replace(problem, optima=pruned, targets=[(0.0,)] * len(pruned)))
+        rounded = walk(replace(problem, optima=pruned, targets=[(0.0,)] * len(pruned)))
+        return [(W, grid) for W, grid, _ in rounded]  # their loss is that against the pruned weights
 
     return meet_sparsities(attempt, [sparsity for sparsity, *_ in problem.targets],
                            attempts=1 if any(problem.targets[0][1:]) else 4)
@@ -80,15 +73,32 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     """Prune and quantize `weights`, a list of matrices (out, in) of one dtype that read one input, in place.
 
     hessian: a SparseGPT, factored. targets: (sparsity, prunen, prunem) per matrix. row_weights: (total rows,). Returns
-    the `relative_error` and the quant.Grid of each, None if it is not quantized.
+    the `relative_error` of each, a float64 tensor on its device, and its quant.Grid, None if it is not quantized.
     """
     dtype, counts = weights[0].dtype, [len(weight) for weight in weights]
-    W = torch.cat([weight.float() for weight in weights])
+    W = torch.cat(weights).float()
+    whole = hessian.energies(W)
     optima = list(hessian.optimum(W).split(counts))
     pruned = recipe.solver(Problem(hessian, optima, targets, recipe.options, dtype, row_weights))
-    W_hat = torch.cat([matrix for matrix, _ in pruned])[:, hessian.back].to(dtype)
-    errors = relative_errors(W, W_hat.float(), hessian.H, counts)
+    exact = torch.cat([matrix for matrix, *_ in pruned])[:, hessian.back]
+    W_hat, losses = exact.to(dtype), [loss for _, _, *known in pruned for loss in known]
+    if losses and not hessian.moves and (W.is_cuda or dtype == W.dtype):
+        lost = _undamped(hessian, torch.cat(losses), W, exact, W_hat)
+    else:
+        lost = hessian.energies(W.sub_(W_hat))
+    errors = relative_errors(lost, whole, counts)
     for weight, new in zip(weights, W_hat.split(counts), strict=True):
         weight.copy_(new)
     return [(error, grid and replace(grid, group=grid.group[hessian.back]))
-            for error, (_, grid) in zip(errors, pruned, strict=True)]
+            for error, (_, grid, *_) in zip(errors, pruned, strict=True)]
+
+
+def _undamped(hessian, losses, W, exact, W_hat):
+    """Return ‖(w − ŵ) X‖² of every row, (rows,), from losses d (H + λI) dᵀ, without another product with H.
+
+    exact: Ŵ before it was rounded to its dtype, of which the losses are. Each rounding error is independent of the
+    others and of W − Ŵ, so that only their squares are expected to add up. W (rows, in) is overwritten.
+    """
+    removed = torch.linalg.vector_norm(W.sub_(exact), dim=1).square()
+    rounded = torch.sub(exact, W_hat, out=W).square_() @ hessian.h[hessian.back]
+    return losses - hessian.damping * removed + rounded

@@ -127,7 +127,7 @@ def run(checkpoint_folder, tmp_path, capsys):
 @pytest.fixture
 def no_waiting_in_the_walk(monkeypatch):
     """Fail where the host waits for the GPU while columns are walked."""
-    walk = solvers.prune_matrices
+    walk = solvers.walk_matrices
 
     def watched(*args, **kwargs):
         before = Gpu.current.synchronisations.copy() if Gpu.current else None
@@ -135,7 +135,7 @@ def no_waiting_in_the_walk(monkeypatch):
         assert before is None or not Gpu.current.synchronisations - before
         return result
 
-    monkeypatch.setattr(solvers, "prune_matrices", watched)
+    monkeypatch.setattr(solvers, "walk_matrices", watched)
 
 
 def compare(ours, theirs, job):

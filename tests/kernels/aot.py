@@ -1,9 +1,9 @@
-"""Compile the kernel that walks columns ahead of time, as no GPU is needed for it, and print what it takes as JSON.
+"""Compile the Triton kernels ahead of time, as no GPU is needed for it, and print what they take as JSON.
 
-python tests/kernels/aot.py 80 90        {"sm_80 2:4": {"registers": 96, "stack": 0, "spills": 0}, …}
+python tests/kernels/aot.py 80 90        {"sm_80 2:4": {"registers": 160, "stack": 0, "spills": 0, "shuffles": 48}, …}
 
-The kernel is given the arguments that `columns_cuda.walk_columns` would launch it with, specialised as Triton
-specialises them: integers that are 1 are constants, those that 16 divides are known to be so.
+A kernel is given the arguments that `columns_cuda.walk_columns` or `selection_cuda.mark_smallest` would launch it with,
+specialised as Triton specialises them: integers that are 1 are constants, those that 16 divides are known to be so.
 """
 
 import json
@@ -22,10 +22,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mixgpt.kernels import columns_cuda
+from mixgpt.kernels import columns_cuda, selection_cuda
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {torch.float32: "*fp32", torch.bool: "*i1", torch.int32: "*i32"}
+POINTERS = {torch.float32: "*fp32", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64"}
 BF16, F16 = torch.bfloat16, torch.float16
 # name: rows, columns, m of n:m, dtype of the grid or None, whether U is row-major
 KERNELS = {"50%": (4096, 128, 0, None, False), "50%, U by rows": (4096, 128, 0, None, True),
@@ -35,33 +35,58 @@ KERNELS = {"50%": (4096, 128, 0, None, False), "50%, U by rows": (4096, 128, 0, 
 
 
 class Recorder:
-    """Takes the place of the kernel and notes what it is launched with."""
+    """Takes the place of a kernel and notes what it is launched with."""
+
+    def __init__(self):
+        self.launches = []
 
     def __getitem__(self, grid):
         return self
 
     def __call__(self, *args, **options):
-        self.args, self.options = args, options
+        self.launches.append((args, options))
 
 
-def launch(rows, columns, m, dtype, by_rows):
-    """Return the arguments and options with which such a range of columns would be walked."""
-    recorder, kernel = Recorder(), columns_cuda._walk_rows
+def recorded(module, name, call):
+    """Return a kernel of a module, and the arguments and options of its launches by a function."""
+    recorder, kernel = Recorder(), getattr(module, name)
+    setattr(module, name, recorder)
+    try:
+        call()
+    finally:
+        setattr(module, name, kernel)
+    return [(kernel, *launch) for launch in recorder.launches]
+
+
+def walks(rows, columns, m, dtype, by_rows):
+    """Walk such a range of columns."""
     W, U = torch.zeros(512, rows)[:columns], torch.zeros(512, 512)  # ranges of 128 columns out of 512
     U = (U if by_rows else U.t())[:columns, :columns]
     grid = dtype and (torch.ones(rows), torch.zeros(rows), torch.ones(rows), dtype)
-    columns_cuda._walk_rows = recorder
-    try:
-        groups = (m, [(slice(0, rows), m // 2)]) if m else None
-        columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, torch.ones(columns), groups, grid)
-    finally:
-        columns_cuda._walk_rows = kernel
-    return recorder.args, recorder.options
+    groups = (m, [(slice(0, rows), m // 2)]) if m else None
+    columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, torch.ones(columns), groups, grid)
 
 
-def source(args, options):
-    """Return the kernel as Triton would specialise it for these arguments."""
-    kernel = columns_cuda._walk_rows
+def marks(weighted):
+    """Mark the smallest weights of two matrices in a range of columns."""
+    W, row_weights = torch.zeros(512, 4096)[:128], torch.ones(4096) if weighted else None
+    selection_cuda.mark_smallest(W, W > 0, W > 0, torch.ones(128), row_weights,
+                                 [(slice(0, 2048), 5), (slice(2048, 4096), 7)])
+
+
+def launches():
+    """Return {name: (kernel, arguments, options)} of all kernels."""
+    found = {}
+    for name, case in KERNELS.items():
+        found[name], = recorded(columns_cuda, "_walk_rows", lambda case=case: walks(*case))
+    for weighted in (False, True):
+        for step, launch in enumerate(recorded(selection_cuda, "_mark", lambda weighted=weighted: marks(weighted))):
+            found[f"marks, pass {step}{', rows weighted' * weighted}"] = launch
+    return found
+
+
+def source(kernel, args, options):
+    """Return a kernel as Triton would specialise it for these arguments."""
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: options[name] for name in kernel.arg_names if name in options}
     signature, constants, attributes = {}, {}, {}
@@ -91,11 +116,12 @@ def resources(cubin):
 def main(capabilities):
     results = {}
     for capability in capabilities:
-        for name, case in KERNELS.items():
-            args, options = launch(*case)
-            compiled = triton.compile(source(args, options), target=GPUTarget("cuda", int(capability), 32), options={
-                key: value for key, value in options.items() if not key.isupper()})
-            results[f"sm_{capability} {name}"] = resources(compiled.asm["cubin"])
+        for name, (kernel, args, options) in launches().items():
+            rest = {key: value for key, value in options.items() if not key.isupper()}
+            compiled = triton.compile(source(kernel, args, options), target=GPUTarget("cuda", int(capability), 32),
+                                      options=rest)
+            results[f"sm_{capability} {name}"] = resources(compiled.asm["cubin"]) | {
+                "shuffles": compiled.asm["ptx"].count("shfl.sync")}
     print(json.dumps(results, indent=1))
 
 

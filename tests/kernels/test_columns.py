@@ -257,16 +257,18 @@ def test_without_triton_the_reason_is_that_it_cannot_be_imported(monkeypatch):
 
 @needs_triton
 @pytest.mark.parametrize("capability", ["80", "90"])
-def test_the_kernel_compiles_without_spilling_registers(capability):
+def test_the_kernels_compile_without_spilling_registers(capability):
     if not (COMPILER / "ptxas").is_file():
         pytest.skip(f"Triton brings no compiler, {COMPILER / 'ptxas'}")
     script = Path(__file__).parent / "aot.py"
     done = subprocess.run([sys.executable, script, capability], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 8
+    assert len(found) == 8 + 10
     for name, used in found.items():
-        assert used["spills"] == used["stack"] == 0 and 0 < used["registers"] <= 255, name
+        assert used["spills"] == 0 and 0 < used["registers"] <= 255, name
+        assert used["stack"] == 0 or "marks" in name, name
+        assert used["shuffles"] <= 48 or "marks" in name, name  # 16 in each of up to three sums over the columns
 
 
 def folder_of_cache(tmp_path):

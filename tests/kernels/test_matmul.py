@@ -1,5 +1,6 @@
 """Check products by oneDNN against float64, and linears in a model against PyTorch's own, with their derivatives."""
 
+import makebelieve
 import pytest
 import torch
 
@@ -35,6 +36,21 @@ def test_rough_products_are_close_and_only_float32_ones_rough(dtype, digits):
     product, expected = matmul.rough_product_with(B)(A), A.double() @ B.double()
     assert product.dtype == dtype
     assert (product.double() - expected).norm() <= digits * expected.norm()
+
+
+@pytest.mark.parametrize("dtype, digits", [(torch.float32, 3e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_fine_products_have_five_digits_on_a_gpu(dtype, digits, device):
+    A, B = random(70, 500, dtype=dtype), random(500, 500, seed=1, dtype=dtype)
+    B = B + B.t()
+    with makebelieve.Gpu():
+        found = matmul.fine_product_with(B.to(device))(A.to(device)).cpu()
+    if device == "cpu":
+        assert torch.equal(found, times_transposed(A, B))
+    expected = A.double() @ B.double()
+    error = (found.double() - expected).norm() / expected.norm()
+    assert found.dtype == dtype and error <= digits
+    assert error > 1e-6 or device == "cpu" or dtype == torch.float64, "it was not in bfloat16"
 
 
 class Counted(torch.overrides.TorchFunctionMode):

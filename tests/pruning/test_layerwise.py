@@ -1,7 +1,9 @@
 """Check the pruning of whole models against hooks on the model's own forward, and against magnitude."""
 
 import copy
+from pathlib import Path
 
+import makebelieve
 import pytest
 import torch
 from conftest import CPU, make, make_plan
@@ -9,6 +11,8 @@ from conftest import CPU, make, make_plan
 from mixgpt.app.choices import SALIENCIES, SOLVERS
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.kernels import columns
+from mixgpt.pruning import layerwise
 from mixgpt.pruning.dense_target import residual_writers
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
@@ -222,6 +226,23 @@ def test_the_reported_error_is_that_of_the_outputs(tokens):
     assert outcomes[key].error == pytest.approx(
         ((X @ (W - W_hat).T).square().sum() / (X @ W.T).square().sum()).item(), rel=1e-3)
     assert outcomes[key].percdamp == 0.01
+
+
+@pytest.mark.parametrize("solver, dense, per_layer", [("obs", False, 5), ("admm", True, 5)])
+def test_the_host_waits_for_a_gpu_once_per_input_and_once_for_all_errors(solver, dense, per_layer, tokens, monkeypatch):
+    """In this room: for the factorisations of the four inputs of a layer, and for its errors."""
+    monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
+    family, model = make("llama")
+    with makebelieve.Gpu() as gpu:
+        execution = Execution(model.bfloat16(), family, torch.device("cuda:0"), 2)
+        recipe = Recipe(SOLVERS[solver].load(), WalkOptions(16), dense_target=dense)
+        outcomes = prune_layerwise(execution, plan_of(model, family), tokens, recipe)
+    here = {"sparsegpt.py", "quant.py", *(file.name for room in ("kernels", "pruning")
+                                          for file in (Path(layerwise.__file__).parents[1] / room).iterdir())}
+    waited = {what: count for what, count in gpu.synchronisations.items()
+              if what[1].partition(":")[0] in here - {"dense_target.py"}}
+    assert sum(waited.values()) == 3 * per_layer, waited
+    assert all(type(outcome.error) is float and 0 < outcome.error < 1 for outcome in outcomes.values())
 
 
 def test_sparsegpt_beats_magnitude_on_a_trained_model(trained_model):
