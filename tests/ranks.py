@@ -32,7 +32,7 @@ def made(name, true_sequential, wbits, best=None):
     if best:
         gradients = output_gradients(execution, list(selected), tokens, 1)
         diagonals = inverse_diagonals(execution, list(selected), tokens, 0.01)
-        plan = global_plan(model, family, selected, gradients.rows, diagonals, 0.5, 0.15)
+        plan = global_plan(execution, selected, gradients.rows, diagonals, 0.5, 0.15)
         options = {"solver": admm, "dense_target": True, "row_weights": gradients.rows,
                    "token_weights": gradients.tokens}
     outcomes = prune_layerwise(execution, plan, tokens, Recipe(
