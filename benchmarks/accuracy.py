@@ -112,7 +112,7 @@ def threshold(calibration, target):
     rows, seconds = calibration.gradients.rows, calibration.clock.seconds
     if target.prunem:
         return uniform(calibration, target)[0], seconds["gradients"]
-    plan = global_plan(calibration.model, calibration.family, calibration.selected, rows, calibration.diagonals,
+    plan = global_plan(calibration.execution(calibration.model), calibration.selected, rows, calibration.diagonals,
                        target.sparsity, PRESETS["best"]["alpha"])
     return plan, seconds["gradients"] + seconds["diagonals"]
 

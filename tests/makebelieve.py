@@ -254,6 +254,7 @@ class Gpu:
         self._stack.enter_context(mock.patch("torch.Generator", _generator(torch.Generator)))
         self._stack.enter_context(mock.patch("torch.tensor", _tensor(torch.tensor)))
         self._stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor, *_: tensor))
+        self._stack.enter_context(mock.patch("torch.accelerator.empty_host_cache", lambda: None, create=True))
         self._stack.enter_context(mock.patch.object(concurrent.futures.ThreadPoolExecutor, "submit", _submit(
             concurrent.futures.ThreadPoolExecutor.submit)))
         # a module moved there gets new parameters, as those of another class cannot be overwritten
@@ -331,7 +332,12 @@ def _written(function, args, kwargs):
 
 
 def _generator(original):
-    return lambda device="cpu": original("cpu")
+    class Generator(original):
+        """A generator of the CPU that says it is on the GPU, where what asks for its device makes the numbers."""
+
+        device = property(lambda self: CUDA)
+
+    return lambda device="cpu": Generator("cpu") if _on_gpu(device) else original("cpu")
 
 
 def _tensor(original):

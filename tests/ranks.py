@@ -4,7 +4,7 @@ import torch
 from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
 from mixgpt.allocation.fisher import output_gradients
-from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
+from mixgpt.allocation.global_threshold import global_plan
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common import distributed
@@ -30,9 +30,8 @@ def made(name, true_sequential, wbits, best=None):
     plan, options = make_plan(selected, Target(0.5)), {}
     walk = WalkOptions(16, isc_saliency, Scheme(wbits) if wbits < 16 else None)
     if best:
-        gradients = output_gradients(execution, list(selected), tokens, 1)
-        diagonals = inverse_diagonals(execution, list(selected), tokens, 0.01)
-        plan = global_plan(model, family, selected, gradients.rows, diagonals, 0.5, 0.15)
+        gradients = output_gradients(execution, list(selected), tokens, 1, 0.01)
+        plan = global_plan(execution, selected, gradients.rows, gradients.diagonals, 0.5, 0.15)
         options = {"solver": admm, "dense_target": True, "row_weights": gradients.rows,
                    "token_weights": gradients.tokens}
     outcomes = prune_layerwise(execution, plan, tokens, Recipe(

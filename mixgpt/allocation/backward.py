@@ -3,21 +3,79 @@
 Notation: L = Σ −log p(next token) over the tokens of a sequence; x, y input and output of a layer or linear; g = ∂L/∂y.
 """
 
+import contextlib
 import copy
+import math
 import random
 
+import psutil
 import torch
 
-from mixgpt.modeling.experts import RoutedLinear
-from modelutils import linears, on_device
+from mixgpt.common import distributed
+from mixgpt.modeling.experts import RoutedLinear, kind_of
+from mixgpt.modeling.streaming import prefetch
+from modelutils import SLICE, allocate, free_memory, linears, on_device
 
-BORDERS = 2e9  # bytes on the host for the hidden states and tangents of a chunk at all layer boundaries
+BORDERS = 2e9  # bytes of the hidden states at all layer boundaries, where a chunk takes so long that its end is awaited
 
 
-def chunk_size(execution, T, states):
-    """Return how many sequences of T tokens fit in BORDERS with `states` kinds of hidden states per layer boundary."""
-    border = states * (len(execution.layers) + 1) * T * execution.model.config.hidden_size * 4
-    return max(int(BORDERS / border / execution.batch_size), 1) * execution.batch_size
+def chunk_size(execution, count, T, states, limit=math.inf):
+    """Return how many of `count` sequences of T tokens have room in memory at all layer boundaries, at least a batch.
+
+    states: kinds of hidden states per boundary. limit: bytes that these may take. All processes get the same number.
+    """
+    batch, borders = execution.batch_size, states * (len(execution.layers) + 1)
+    sequence = T * execution.model.config.hidden_size * working_dtype(execution.model).itemsize
+    rooms, size = rooms_for(execution, T, states), -(-count // batch) * batch
+
+    def fits(nbytes):
+        footprints = _footprints(nbytes, execution.device)
+        return borders * nbytes <= limit and borders <= sum(room // footprints[place] for place, room in rooms.items())
+
+    while size > batch and not fits(size * sequence):
+        size -= batch
+    return min(distributed.all_gather_object(size))
+
+
+def rooms_for(execution, T, states):
+    """Return the bytes that hidden states at layer boundaries may take on the "device" and the "host"."""
+    rooms = {"device": 0, "host": psutil.virtual_memory().available // (2 * distributed.world())}
+    if execution.device.type == "cuda" and not execution.on_host:
+        rooms["device"] = max(free_memory(execution.device) - _working_memory(execution, T, states), 0)
+    return rooms
+
+
+def _footprints(nbytes, device):
+    """Return the bytes that a tensor of nbytes takes on the "device" and the "host"."""
+    pinned = 1 << (nbytes - 1).bit_length()  # PyTorch rounds up to a power of two
+    return {"device": nbytes, "host": pinned if device.type == "cuda" else nbytes}
+
+
+def _working_memory(execution, T, states):
+    """Estimate the bytes of GPU memory that the work takes beside the hidden states at layer boundaries.
+
+    Two layers, the Hessians of one, one of them being factored, and a batch inside a layer or the head: 4 values for
+    each input and output of a linear and 32 bytes for each score of attention that is not fused. With tangents,
+    states = 2, four times as many, and a probe of each weight for each sequence.
+    """
+    model, batch, twice = execution.model, execution.batch_size, states > 1
+    config, itemsize = model.config.get_text_config(), working_dtype(model).itemsize
+    layer = max(execution.layers, key=lambda layer: sum(weight.numel() for weight in layer.parameters()))
+    modules, weights = linears(layer), sum(weight.numel() for weight in layer.parameters())
+    widths = {kind_of(name): module.in_features + module.out_features for name, module in modules.items()}
+    width = sum(width * (getattr(config, "num_experts_per_tok", None) or 1 if "*" in kind else 1)
+                for kind, width in widths.items())  # of an expert's matrices only those of the experts of a token
+    inside = 4 * itemsize * batch * T * width
+    if twice or getattr(config, "_attn_implementation", None) == "eager":
+        inside += 32 * batch * config.num_attention_heads * T * T
+    inside = 4 * inside + batch * weights * itemsize if twice else inside
+    squares = [module.in_features**2 for module in modules.values()]
+    return 2 * itemsize * weights + 4 * sum(squares) + 24 * max(squares) + max(inside, 40 * SLICE * config.vocab_size)
+
+
+def working_dtype(model):
+    """Return the dtype in which gradients are computed: the model's, but gradients underflow in float16."""
+    return torch.float32 if model.dtype == torch.float16 else model.dtype
 
 
 def seeded(*key, device="cpu"):
@@ -31,35 +89,95 @@ def loss_of(logits, target):
     return torch.nn.functional.cross_entropy(logits, target, reduction="sum")
 
 
-class Chunk:
-    """Hidden states of a chunk of sequences at all layer boundaries, and differentiable copies of layers."""
+def widened(tensor):
+    """Return a tensor in float64, to square and sum it; in float32 on a GPU, whose sums are pairwise."""
+    return tensor.float() if tensor.is_cuda and tensor.dtype != torch.float64 else tensor.double()
 
-    def __init__(self, execution, matrices, tokens, bar):
-        model, device = execution.model, execution.device
+
+class Chunk:
+    """Sequences that run through all layers together and back, and their hidden states at all layer boundaries.
+
+    Where these are on the host, they are in memory that a GPU copies from and to while it computes.
+    """
+
+    def __init__(self, execution, matrices, tokens, bar, states=1):
+        model = execution.model
         self.model, self.family, self.layers = model, execution.family, execution.layers
-        # gradients underflow in float16
-        self.dtype = torch.float32 if model.dtype == torch.float16 else model.dtype
-        self.tokens, self.matrices, self.device, self.bar = tokens, matrices, device, bar
+        self.tokens, self.matrices, self.device, self.bar = tokens, matrices, execution.device, bar
+        self.dtype = working_dtype(model)
         self.stream = execution.embed(tokens)
         self.stream.arguments = {size: [_cast(arguments, self.dtype) for arguments in layers]
                                  for size, layers in self.stream.arguments.items()}
-        self.borders = [self.stream.hidden.to("cpu", self.dtype)]
+        self.borders = [self.stream.hidden.to(self.dtype)]
+        self._rooms = rooms_for(execution, tokens.shape[1], states)
 
-    def copied(self, module):
-        """Copy a module to the device, its weights not requiring gradients."""
-        with on_device([module], "cpu"):
-            return copy.deepcopy(module).to(self.device, self.dtype).requires_grad_(False)
+    def new_border(self):
+        """Return uninitialised memory for the hidden states at a layer boundary, where there is room, else on disk."""
+        shape, footprints = self.borders[0].shape, _footprints(self.borders[0].nbytes, self.device)
+        place = next((place for place, room in self._rooms.items() if footprints[place] <= room), "disk")
+        if place != "disk":
+            self._rooms[place] -= footprints[place]
+        if place == "host" and self.device.type == "cuda":
+            return torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=True)
+        return allocate(shape, self.dtype, self.device, place)
+
+    def read(self, border, rows):
+        """Return the hidden states of a batch at a layer boundary (B, T, C), on the device."""
+        return border[rows].to(self.device, non_blocking=True)
+
+    def write(self, border, rows, hidden):
+        """Overwrite the hidden states of a batch at a layer boundary."""
+        border[rows].copy_(hidden, non_blocking=True)
+
+    def visit_layers(self, step, backward=False):
+        """Call step(layer, index) with each layer, last to first if backward, while the next one is read.
+
+        The layer is on the device and in self.dtype, and its weights do not require gradients.
+        """
+        order = list(enumerate(self.layers))[::-1 if backward else 1]
+        layers = [layer for _, layer in order]
+        for place, (index, layer) in enumerate(order):
+            with on_device([layer], self.device), _constant(layer, self.dtype) as constant:
+                prefetch(layers, place + 1, self.device)
+                step(constant, index)
+            self.bar.update(len(self.tokens))
+
+    def head(self):
+        """Within the block, give a function from hidden states (n, C) behind the last layer to logits."""
+        return self.stream.head(self.model, self.family, self.dtype)
 
     def matrices_of(self, layer, index):
         """Return {column of the result: linear} for a layer's matrices."""
         modules = linears(layer)
         return {column: modules[name] for column, (at, name) in enumerate(self.matrices) if at == index}
 
-    def head_gradients(self, gradients):
-        """Call gradients(function from hidden states to logits, rows) for every batch; return tensors concatenated."""
-        with self.stream.head(self.model, self.family, self.dtype) as head:
-            parts = [gradients(head, rows) for rows in self.stream.batches()]
-        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+class Measurements:
+    """Values per matrix and sequence. Those of a layer stay on the device until its last batch."""
+
+    def __init__(self, result):
+        self.result = result  # (matrices, n, ...), float64 on the host, zeros
+        self._layer = {}  # column -> (n, ...)
+
+    def note(self, column, rows, values):
+        """Note values (B, ...) of a matrix for the sequences of a batch."""
+        if column not in self._layer:
+            self._layer[column] = values.new_zeros(self.result.shape[1:])
+        self._layer[column][rows] = values
+
+    def flush(self):
+        """Move what was noted to the result, in one copy."""
+        if self._layer:
+            self.result[list(self._layer)] = torch.stack(list(self._layer.values())).to("cpu", torch.float64)
+        self._layer = {}
+
+
+@contextlib.contextmanager
+def pinned_memory_freed(device):
+    """At the end of the block, give back the pinned memory that nothing uses; PyTorch keeps it otherwise."""
+    yield
+    if device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # PyTorch 2.8 has no such function
+        torch.accelerator.empty_host_cache()
 
 
 def by_sequence(module, rows, B):
@@ -67,6 +185,23 @@ def by_sequence(module, rows, B):
     if isinstance(module, RoutedLinear):
         return module.spread(rows, B)
     return rows.reshape(B, -1, rows.shape[-1])  # even if a layer flattens its input
+
+
+@contextlib.contextmanager
+def _constant(layer, dtype):
+    """Give a layer in dtype whose weights require no gradients within the block: itself, or a copy in another dtype."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors):
+        yield copy.deepcopy(layer).to(dtype).requires_grad_(False)
+        return
+    weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield layer
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def _cast(value, dtype):

@@ -3,15 +3,27 @@
 Notation as in `backward`; ŷ are labels sampled from the model's predictions.
 """
 
+import contextlib
+import operator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size, loss_of, seeded
+from mixgpt.allocation.backward import (
+    Chunk,
+    Measurements,
+    by_sequence,
+    chunk_size,
+    loss_of,
+    pinned_memory_freed,
+    seeded,
+    widened,
+)
+from mixgpt.allocation.global_threshold import InverseDiagonals
 from mixgpt.common import distributed, progress
 from mixgpt.kernels.matmul import fast_linears
-from modelutils import SLICE, linears
+from modelutils import SLICE, hooked, linears
 
 
 @dataclass(frozen=True)
@@ -20,40 +32,51 @@ class Gradients:
 
     rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens
     tokens: dict  # (n, T): ‖∂L/∂y‖² per token of this process's sequences, divided by its mean over all processes
+    diagonals: dict | None = None  # (in,): [(H + λI)⁻¹]_cc of the inputs, if measured on the way
 
 
 @fast_linears()
-def output_gradients(execution, matrices, tokens, seed):
+def output_gradients(execution, matrices, tokens, seed, percdamp=None):
     """Measure the `Gradients` of the loss w.r.t. matrix outputs, with labels sampled from the model's predictions.
 
     If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
     output factor in K-FAC (arXiv 1503.05671). execution: a modelutils.Execution. matrices: list of (layer, name).
-    tokens: (N, T).
+    tokens: (N, T). percdamp: also measure what `inverse_diagonals` does, if all sequences fit in one chunk.
     """
     N, T = tokens.shape
-    mine = range(N)[distributed.share(N)]
-    layers, size = execution.layers, chunk_size(execution, T, 1)
+    mine, most = range(N)[distributed.share(N)], -(-N // distributed.world())
+    layers, size = execution.layers, chunk_size(execution, most, T, 1)
+    inputs = None
+    if percdamp is not None and size >= most:
+        inputs = InverseDiagonals(matrices, tokens.numel(), percdamp, execution.clock)
     sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=execution.device)
             for index, name in matrices]
     energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64)
 
-    def add(first, column, rows, X, Y):
-        squares = Y.double().square()
+    def measure(column, X, Y):
+        squares = widened(Y).square()
         sums[column] += squares.sum(dim=(0, 1))
-        energies[column, first + rows.start:first + rows.stop] = squares.sum(2).cpu()
+        return squares.sum(2)
 
-    with progress.bar(total=2 * len(mine) * len(layers), title="gradients", unit="step") as bar:
+    total = 2 * len(mine) * len(layers)
+    with pinned_memory_freed(execution.device), progress.bar(total=total, title="gradients", unit="step") as bar:
         for start in range(0, len(mine), size):
             numbers = mine[start:start + size]
-            chunk = Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar)
-            _sampled_backward(chunk, [(seed, n, 0) for n in numbers], partial(add, start))
-    for total in sums:
-        distributed.all_reduce(total)
-    means = [total.cpu() / (N * T) for total in sums]
+            _sampled_backward(Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar),
+                              [(seed, n, 0) for n in numbers], measure, energies[:, start:start + size], inputs)
+    means = _means(sums, N * T)
     shares = [energy / mean.sum() if mean.any() else torch.ones_like(energy)
               for mean, energy in zip(means, energies, strict=True)]
-    return Gradients(*({key: value.float() for key, value in zip(matrices, values, strict=True)}
-                       for values in (means, shares)))
+    rows, of_tokens = ({key: value.float() for key, value in zip(matrices, values, strict=True)}
+                       for values in (means, shares))
+    return Gradients(rows, of_tokens, inputs and inputs.diagonals)
+
+
+def _means(sums, count):
+    """Return the sums of all processes, a list of (out,), divided by count, on the host."""
+    together = torch.cat(sums)
+    distributed.all_reduce(together)
+    return (together.cpu() / count).split([len(each) for each in sums])
 
 
 def squared_gradients(chunk, keys):
@@ -62,68 +85,70 @@ def squared_gradients(chunk, keys):
     Its expectation is T − 1 times the trace of the Gauss-Newton matrix of the mean cross-entropy, as the gradients of
     different tokens are independent with mean zero. keys: seeds of the sequences' labels.
     """
-    result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64)
-
-    def note(column, rows, X, Y):
-        result[rows, column] = (Y.mT @ X).double().square().sum(dim=(1, 2)).to("cpu")
-
-    _sampled_backward(chunk, keys, note)
-    return result
+    result = torch.zeros(len(chunk.matrices), len(chunk.tokens), dtype=torch.float64)
+    _sampled_backward(chunk, keys, lambda column, X, Y: widened(Y.mT @ X).square().sum(dim=(1, 2)), result)
+    return result.t()
 
 
-def _sampled_backward(chunk, keys, visit):
+def _sampled_backward(chunk, keys, measure, result, inputs=None):
     """Run all layers forward and backward, with labels ŷ sampled from the model's predictions, seeded by `keys`.
 
-    Calls visit(column, rows, X, Y) with the index of each matrix, the sequences of each batch, the matrix's input
-    (B, T, in) and the gradient of L(ŷ) w.r.t. its output (B, T, out).
+    Puts into result (matrices, n, ...) what measure(column, X, Y) returns per sequence of a batch (B, ...), given the
+    index of a matrix, its input (B, T, in) and the gradient of L(ŷ) w.r.t. its output (B, T, out). inputs: an
+    InverseDiagonals, which measures on the way forward. Hidden states are replaced by gradients on the way back.
     """
-    for index, layer in enumerate(chunk.layers):
-        layer = chunk.copied(layer)
-        with torch.no_grad():
-            outputs = [chunk.stream.call(layer, index, chunk.borders[-1][rows].to(chunk.device)).to("cpu")
-                       for rows in chunk.stream.batches()]
-        chunk.borders.append(torch.cat(outputs))
-        chunk.bar.update(len(chunk.tokens))
-    g, = chunk.head_gradients(lambda head, rows: (_sampled_gradient(chunk, head, rows, keys[rows]),))
-    for index in reversed(range(len(chunk.layers))):
-        layer = chunk.copied(chunk.layers[index])
-        for rows in chunk.stream.batches():
-            g[rows] = _layer_gradient(chunk, layer, index, rows, g[rows], visit)
+    measurements, batches = Measurements(result), chunk.stream.batches()
+
+    @torch.no_grad()
+    def forward(layer, index):
+        before, after = chunk.borders[-1], chunk.new_border()
+        chunk.stream.hidden = before
+        with inputs.measuring(layer, index, chunk.stream) if inputs else contextlib.nullcontext():
+            for rows in batches:
+                chunk.write(after, rows, chunk.stream.call(layer, index, chunk.read(before, rows)))
+        chunk.borders.append(after)
+
+    def backward(layer, index):
+        for rows in batches:
+            for column, X, Y in _layer_gradient(chunk, layer, index, rows):
+                measurements.note(column, rows, measure(column, X, Y))
+        measurements.flush()
         chunk.borders.pop()
-        chunk.bar.update(len(chunk.tokens))
+
+    chunk.visit_layers(forward)
+    with chunk.head() as head:
+        for rows in batches:
+            chunk.write(chunk.borders[-1], rows, _sampled_gradient(chunk, head, rows, keys[rows]))
+    chunk.visit_layers(backward, backward=True)
 
 
 def _sampled_gradient(chunk, head, rows, keys):
-    """Return ∂L(ŷ)/∂x after the last layer (B, T, C), on the host."""
-    hidden = chunk.borders[-1][rows, :-1]
-    uniform = torch.cat([torch.rand(hidden.shape[1], generator=seeded(*key, "labels"), dtype=torch.float64)
-                         for key in keys])
-    g, parts = torch.zeros_like(chunk.borders[-1][rows]), []
-    for h, threshold in zip(hidden.flatten(0, 1).split(SLICE), uniform.split(SLICE), strict=True):
+    """Return ∂L(ŷ)/∂x after the last layer (B, T, C)."""
+    hidden = chunk.read(chunk.borders[-1], rows)
+    uniform = torch.cat([torch.rand(hidden.shape[1] - 1, generator=seeded(*key, "labels"), dtype=torch.float64)
+                         for key in keys]).to(chunk.device)
+    parts = []
+    for h, threshold in zip(hidden[:, :-1].flatten(0, 1).split(SLICE), uniform.split(SLICE), strict=True):
         with torch.enable_grad():
-            h = h.to(chunk.device).requires_grad_()
-            logits = head(h)
+            logits = head(h.requires_grad_())
             cumulative = logits.detach().double().softmax(-1).cumsum(-1)
-            target = torch.searchsorted(cumulative, threshold[:, None].to(chunk.device)).squeeze(1)
-            parts.append(torch.autograd.grad(loss_of(logits, target.clamp_(max=logits.shape[-1] - 1)), h)[0].to("cpu"))
-    g[:, :-1] = torch.cat(parts).view(hidden.shape)
+            target = torch.searchsorted(cumulative, threshold[:, None]).squeeze(1)
+            parts.append(torch.autograd.grad(loss_of(logits, target.clamp_(max=logits.shape[-1] - 1)), h)[0])
+    g = torch.zeros_like(hidden)
+    g[:, :-1] = torch.cat(parts).view(hidden[:, :-1].shape)
     return g
 
 
-def _layer_gradient(chunk, layer, index, rows, g, visit):
-    """Backpropagate through a layer, calling `visit` for its matrices; return g for the layer before."""
-    seen, handles = {}, []
-    for column, module in chunk.matrices_of(layer, index).items():
-        handles.append(module.register_forward_hook(
-            lambda _, args, output, column=column: seen.update({column: (args[0].detach(), output)})))
-    with torch.enable_grad():
-        x = chunk.borders[index][rows].to(chunk.device).requires_grad_()
-        y = chunk.stream.call(layer, index, x)
-        outputs = [output for _, output in seen.values()]
-        next_g, *cotangents = torch.autograd.grad((y * g.to(chunk.device)).sum(), [x, *outputs])
-    for handle in handles:
-        handle.remove()
-    modules = chunk.matrices_of(layer, index)
-    for (column, (X, _)), Y in zip(seen.items(), cotangents, strict=True):
-        visit(column, rows, *(by_sequence(modules[column], A, len(x)) for A in (X, Y)))
-    return next_g.to("cpu")
+def _layer_gradient(chunk, layer, index, rows):
+    """Backpropagate through a layer: yield (column, X, ∂L/∂y) of its matrices, then replace its input by the gradient.
+    """
+    modules, inputs, outputs = chunk.matrices_of(layer, index), {}, {}
+    readers = [{module: partial(operator.setitem, into, column) for column, module in modules.items()}
+               for into in (inputs, outputs)]
+    x, g = chunk.read(chunk.borders[index], rows), chunk.read(chunk.borders[index + 1], rows)
+    with hooked(readers[0]), hooked(readers[1], outputs=True), torch.enable_grad():
+        y = chunk.stream.call(layer, index, x.requires_grad_())
+        next_g, *cotangents = torch.autograd.grad(y, [x, *outputs.values()], g)
+    for column, Y in zip(outputs, cotangents, strict=True):
+        yield column, *(by_sequence(modules[column], A, len(x)) for A in (inputs[column].detach(), Y))
+    chunk.write(chunk.borders[index], rows, next_g)  # last: an X may be the layer's input

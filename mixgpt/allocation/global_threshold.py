@@ -5,6 +5,7 @@ w_rc from the dense model, compensated by the other weights of its row, adds abo
 brain surgeon (arXiv 2301.00774, eq. 3) with the Fisher matrix of a row approximated by G_r H.
 """
 
+import contextlib
 import itertools
 import math
 from functools import partial
@@ -22,12 +23,44 @@ from modelutils import hooked, linears, on_device
 
 
 def by_threshold(budget):
-    """Measure H, and set the sparsity of each matrix of a plan.Budget by one global threshold."""
-    execution = budget.execution
+    """Set the sparsity of each matrix of a plan.Budget by one global threshold; measure H unless the gradients did."""
+    execution, gradients = budget.execution, budget.gradients
     with execution.clock.part("allocation"):
-        diagonals = inverse_diagonals(execution, list(budget.selected), budget.calibration, budget.percdamp)
-        return global_plan(execution.model, execution.family, budget.selected, budget.gradients.rows, diagonals,
-                           budget.target.sparsity, budget.alpha)
+        diagonals = gradients.diagonals or inverse_diagonals(execution, list(budget.selected), budget.calibration,
+                                                             budget.percdamp)
+        return global_plan(execution, budget.selected, gradients.rows, diagonals, budget.target.sparsity, budget.alpha)
+
+
+class InverseDiagonals:
+    """Measures [(H + λI)⁻¹]_cc for the input of each matrix while the dense model runs, layer by layer.
+
+    H is the mean over tokens, to be comparable across matrices.
+    """
+
+    def __init__(self, matrices, ntokens, percdamp, clock):
+        """matrices: list of (layer, name). ntokens: over all processes."""
+        self.matrices, self.ntokens, self.percdamp, self.clock = matrices, ntokens, percdamp, clock
+        self.diagonals = {}  # (layer, name) -> (in,), on the host
+        self._shared = {}  # see `groups_of`
+
+    @contextlib.contextmanager
+    def measuring(self, layer, index, stream):
+        """Measure the inputs of layer number `index`, which reads the hidden states of a stream within the block."""
+        groups = groups_of(layer, index, stream, self.matrices, self._shared)
+        hessians, read = hessians_of(layer, stream, groups, self.ntokens, self.clock)
+        with hooked({module: partial(read, module) for module in hessians}):
+            yield
+        if not groups:
+            return
+        diagonals = [self._diagonal(hessian) for hessian in hessians.values()]
+        together = torch.cat(diagonals).cpu()
+        for group, diagonal in zip(groups, together.split([len(each) for each in diagonals]), strict=True):
+            self.diagonals |= {(index, name): diagonal for name in group}
+
+    def _diagonal(self, hessian):
+        hessian.reduce()
+        hessian.factor(self.percdamp)
+        return upper_inverse(hessian.R).square().sum(0)  # H⁻¹ = Uᵀ U
 
 
 @torch.no_grad()
@@ -35,41 +68,38 @@ def by_threshold(budget):
 def inverse_diagonals(execution, matrices, tokens, percdamp):
     """Return [(H + λI)⁻¹]_cc for the input of each matrix in the dense model, {(layer, name): (in,)} on the host.
 
-    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). H is the mean over tokens, to
-    be comparable across matrices.
+    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). See `InverseDiagonals`.
     """
     stream, device = execution.embed(tokens[distributed.share(len(tokens))]), execution.device
-    layers, shared, diagonals = execution.layers[:max(index for index, _ in matrices) + 1], {}, {}
+    layers = execution.layers[:max(index for index, _ in matrices) + 1]
+    inputs = InverseDiagonals(matrices, tokens.numel(), percdamp, execution.clock)
     for index, layer in enumerate(progress.bar(layers, title="inputs")):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
-            groups = groups_of(layer, index, stream, matrices, shared)
-            hessians, read = hessians_of(layer, stream, groups, tokens.numel(), execution.clock)
-            with hooked({module: partial(read, module) for module in hessians}):
+            with inputs.measuring(layer, index, stream):
                 stream.advance(layer, index)
-            for group, hessian in zip(groups, hessians.values(), strict=True):
-                hessian.reduce()
-                hessian.factor(percdamp)
-                diagonal = upper_inverse(hessian.R).square().sum(0).cpu()  # H⁻¹ = Uᵀ U
-                diagonals |= {(index, name): diagonal for name in group}
-    return diagonals
+    return inputs.diagonals
 
 
 @torch.no_grad()
-def global_plan(model, family, selected, gradients, diagonals, sparsity, spread):
+def global_plan(execution, selected, gradients, diagonals, sparsity, spread):
     """Set every matrix's sparsity by one threshold on w² G_r / [H⁻¹]_cc, clipped to sparsity ± spread.
 
-    selected: {(layer, name): (out, in)}. gradients: {(layer, name): G (out,)}. diagonals: from `inverse_diagonals`.
-    Removes exactly round(sparsity · all weights). Returns {(layer, name): Target}.
+    execution: a modelutils.Execution. selected: {(layer, name): (out, in)}. gradients: {(layer, name): G (out,)}.
+    diagonals: from `inverse_diagonals`. Removes exactly round(sparsity · all weights). Returns {(layer, name): Target}.
     """
-    layers, sizes = family.layers_of(model), [out * columns for out, columns in selected.values()]
+    sizes, device = [out * columns for out, columns in selected.values()], execution.device
+    units = {index: list(keys) for index, keys in itertools.groupby(enumerate(selected), key=lambda pair: pair[1][0])}
+    layers = [execution.layers[index] for index in units]
 
     def scores():
-        for index, keys in itertools.groupby(enumerate(selected), key=lambda pair: pair[1][0]):
-            with on_device([layers[index]], "cpu"):
+        for place, (index, keys) in enumerate(units.items()):
+            with on_device([layers[place]], device):
+                prefetch(layers, place + 1, device)
+                modules = linears(layers[place])
                 for unit, (_, name) in keys:
-                    W = linears(layers[index])[name].weight.float()
-                    yield unit, W.square() * gradients[index, name][:, None] / diagonals[index, name]
+                    G, diagonal = (values[index, name].to(device) for values in (gradients, diagonals))
+                    yield unit, modules[name].weight.float().square().mul_(G[:, None]).div_(diagonal)
 
     least = [int(max(sparsity - spread, 0) * size) for size in sizes]
     most = [math.ceil(min(sparsity + spread, 1) * size) for size in sizes]

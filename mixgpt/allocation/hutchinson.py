@@ -8,7 +8,7 @@ import contextlib
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixgpt.allocation.backward import by_sequence, loss_of, seeded
+from mixgpt.allocation.backward import Measurements, by_sequence, loss_of, seeded
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE
 
@@ -29,27 +29,34 @@ def curvatures(chunk, keys):
     double backward, with respect to one scalar ε per matrix and sequence, at W + εZ: no gradient of the size of a
     weight matrix is ever formed.
     """
-    tangents = [torch.zeros_like(chunk.borders[0])]
+    tangents, batches = [torch.zeros_like(chunk.borders[0])], chunk.stream.batches()
+    measurements = Measurements(torch.zeros(len(chunk.matrices), len(chunk.tokens), dtype=torch.float64))
+
+    def forward(layer, index):
+        after = chunk.new_border(), chunk.new_border()
+        for rows in batches:
+            for border, hidden in zip(after, _layer_tangent(chunk, layer, index, rows, tangents[-1], keys),
+                                      strict=True):
+                chunk.write(border, rows, hidden)
+        chunk.borders.append(after[0])
+        tangents.append(after[1])
+
+    def backward(layer, index):
+        for rows in batches:
+            _layer_curvature(chunk, layer, index, rows, tangents, keys, measurements)
+        measurements.flush()
+        chunk.borders.pop()
+        tangents.pop()
+
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
-        for index, layer in enumerate(chunk.layers):
-            layer = chunk.copied(layer)
-            outputs = [_layer_tangent(chunk, layer, index, rows, tangents[-1], keys) for rows in chunk.stream.batches()]
-            for border, parts in zip((chunk.borders, tangents), zip(*outputs, strict=True), strict=True):
-                border.append(torch.cat(parts))
-            chunk.bar.update(len(chunk.tokens))
-        g, g_dot = chunk.head_gradients(lambda head, rows: _head_tangent(chunk, head, rows, tangents[-1]))
-        result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64)
-        for index in reversed(range(len(chunk.layers))):
-            layer = chunk.copied(chunk.layers[index])
-            for rows in chunk.stream.batches():
-                g[rows], g_dot[rows], found = _layer_curvature(
-                    chunk, layer, index, rows, tangents[index], keys, (g[rows], g_dot[rows]))
-                for column, values in found.items():
-                    result[rows, column] = values
-            chunk.borders.pop()
-            tangents.pop()
-            chunk.bar.update(len(chunk.tokens))
-    return result
+        chunk.visit_layers(forward)
+        with chunk.head() as head:
+            for rows in batches:
+                g, g_dot = _head_tangent(chunk, head, rows, tangents[-1])
+                chunk.write(chunk.borders[-1], rows, g)
+                chunk.write(tangents[-1], rows, g_dot)
+        chunk.visit_layers(backward, backward=True)
+    return measurements.result.t()
 
 
 def _per_sequence(scalars, like):
@@ -83,52 +90,53 @@ def _probed(chunk, layer, index, keys):
 
 def _along(chunk, index, rows, x_dot):
     """Return x, a scalar t per sequence, and x + t ẋ: the input of layer `index` displaced along its tangent."""
-    x = chunk.borders[index][rows].to(chunk.device).requires_grad_()
+    x = chunk.read(chunk.borders[index], rows).requires_grad_()
     t = torch.zeros(len(x), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
-    return x, t, x + _per_sequence(t, x) * x_dot[rows].to(chunk.device)
+    return x, t, x + _per_sequence(t, x) * chunk.read(x_dot, rows)
 
 
 def _layer_tangent(chunk, layer, index, rows, x_dot, keys):
-    """Return output y and tangent ẏ of a layer (B, T, C), on the host: ẏ = ∇_u (d/dε ⟨y, u⟩), linear in u."""
+    """Return output y and tangent ẏ of a layer (B, T, C): ẏ = ∇_u (d/dε ⟨y, u⟩), linear in u."""
     with torch.enable_grad(), _probed(chunk, layer, index, keys[rows]) as epsilons:
         _, t, moved = _along(chunk, index, rows, x_dot)
         y = chunk.stream.call(layer, index, moved)
         u = torch.zeros_like(y, requires_grad=True)
         first = torch.autograd.grad((y * u).sum(), [t, *epsilons.values()], create_graph=True)
         y_dot, = torch.autograd.grad(sum(d.sum() for d in first), u)
-    return y.detach().to("cpu"), y_dot.to("cpu")
+    return y.detach(), y_dot
 
 
 def _head_tangent(chunk, head, rows, x_dot):
-    """Return g = ∂L/∂x and its tangent ġ after the last layer (B, T, C), on the host."""
-    hidden, targets = chunk.borders[-1][rows, :-1], chunk.tokens[rows, 1:].flatten()
-    g, g_dot = (torch.zeros_like(chunk.borders[-1][rows]) for _ in range(2))
-    results = []
-    for h, h_dot, target in zip(hidden.flatten(0, 1).split(SLICE), x_dot[rows, :-1].flatten(0, 1).split(SLICE),
+    """Return g = ∂L/∂x and its tangent ġ after the last layer (B, T, C)."""
+    hidden, tangent = (chunk.read(border, rows) for border in (chunk.borders[-1], x_dot))
+    targets, results = chunk.tokens[rows, 1:].flatten().to(chunk.device), []
+    for h, h_dot, target in zip(hidden[:, :-1].flatten(0, 1).split(SLICE), tangent[:, :-1].flatten(0, 1).split(SLICE),
                                 targets.split(SLICE), strict=True):
         with torch.enable_grad():
-            h = h.to(chunk.device).requires_grad_()
             t = torch.zeros((), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
-            loss = loss_of(head(h + t * h_dot.to(chunk.device)), target.to(chunk.device))
+            loss = loss_of(head(h.requires_grad_() + t * h_dot), target)
             gradient, phi = torch.autograd.grad(loss, [h, t], create_graph=True)
-            results.append((gradient.detach().to("cpu"), torch.autograd.grad(phi, h)[0].to("cpu")))
+            results.append((gradient.detach(), torch.autograd.grad(phi, h)[0]))
+    g, g_dot = torch.zeros_like(hidden), torch.zeros_like(hidden)
     for whole, parts in zip((g, g_dot), zip(*results, strict=True), strict=True):
-        whole[:, :-1] = torch.cat(parts).view(hidden.shape)
+        whole[:, :-1] = torch.cat(parts).view(hidden[:, :-1].shape)
     return g, g_dot
 
 
-def _layer_curvature(chunk, layer, index, rows, x_dot, keys, cotangents):
-    """Backpropagate (g, ġ) through a layer. Returns those of the layer before, and zᵀ H z, {column: (B,)}.
+def _layer_curvature(chunk, layer, index, rows, tangents, keys, measurements):
+    """Backpropagate (g, ġ) through a layer, where they replace (x, ẋ), and note zᵀ H z of its matrices.
 
     With s = ⟨y, g⟩ and φ = ds/dε + ⟨y, ġ⟩: ∇_x s = g and ∇_x φ = ġ of the layer before, and ∂φ/∂ε for a matrix's own
     ε is zᵀ H z.
     """
-    g, g_dot = (each.to(chunk.device) for each in cotangents)
+    g, g_dot = (chunk.read(borders[index + 1], rows) for borders in (chunk.borders, tangents))
     with torch.enable_grad(), _probed(chunk, layer, index, keys[rows]) as epsilons:
-        x, t, moved = _along(chunk, index, rows, x_dot)
+        x, t, moved = _along(chunk, index, rows, tangents[index])
         y = chunk.stream.call(layer, index, moved)
         first = torch.autograd.grad((y * g).sum(), [x, t, *epsilons.values()], create_graph=True)
         phi = sum(d.sum() for d in first[1:]) + (y * g_dot).sum()
         second = torch.autograd.grad(phi, [x, *epsilons.values()])
-    found = {column: curvature.to("cpu", torch.float64) for column, curvature in zip(epsilons, second[1:], strict=True)}
-    return first[0].detach().to("cpu"), second[0].to("cpu"), found
+    for column, curvature in zip(epsilons, second[1:], strict=True):
+        measurements.note(column, rows, curvature)
+    for borders, gradient in ((chunk.borders, first[0].detach()), (tangents, second[0])):
+        chunk.write(borders[index], rows, gradient)

@@ -64,9 +64,9 @@ def _rank_fractions(sensitivities):
 def threshold_counts(scores, least, most, total):
     """Count how many weights of each unit one common threshold removes, exactly `total` of all.
 
-    scores: function that yields (unit index, non-negative float32 scores of all its weights), identically on both of
-    two calls. least, most: lists of ints, the fewest and the most weights that a unit may lose; total lies between
-    their sums. Ties at the threshold are removed from the first units. Returns a list of ints.
+    scores: function that yields (unit index, non-negative float32 scores of all its weights, on any device), the same
+    on both of two calls. least, most: lists of ints, the fewest and the most weights that a unit may lose; total lies
+    between their sums. Ties at the threshold are removed from the first units. Returns a list of ints.
 
     Non-negative floats sort like their bit patterns: a radix select, one pass for the threshold's upper 16 bits and one
     for the lower.
@@ -76,10 +76,10 @@ def threshold_counts(scores, least, most, total):
     for shift in (16, 0):
         counts = torch.zeros(len(least), 1 << 16, dtype=torch.int64)
         for unit, values in scores():
-            bits = values.flatten().cpu().view(torch.int32)
+            bits = values.flatten().view(torch.int32)
             if not shift:
                 bits = bits[bits >> 16 == prefix]
-            counts[unit] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16)
+            counts[unit] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16).cpu()
         counts.cumsum_(1).add_(below)  # number of scores up to each value of these bits
         digit = int((counts.clamp(least, most).sum(0) >= total).int().argmax())
         reached, below = counts[:, digit:digit + 1], counts[:, digit - 1:digit] if digit else below

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mixgpt.allocation.backward import Chunk, chunk_size
+from mixgpt.allocation import backward
+from mixgpt.allocation.backward import Chunk, chunk_size, pinned_memory_freed
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import cache_folder
@@ -140,16 +142,19 @@ def hessian_traces(execution, matrices, tokens, sampling, previous=None, save=No
     """
     N, T = tokens.shape
     rows, nprobes = [] if previous is None else list(previous), sampling.nprobes
-    size = chunk_size(execution, T, 2)
+    # of states 2, as an estimator may keep tangents; on a CPU a chunk takes long, and results are saved after each
+    size = chunk_size(execution, -(-(N - len(rows)) // distributed.world()), T, 2,
+                      backward.BORDERS if execution.device.type == "cpu" else math.inf)
     total = (N - len(rows)) * nprobes * 2 * len(execution.layers)
-    with progress.bar(total=total, title=sampling.estimator, unit="step") as bar:
+    with (pinned_memory_freed(execution.device),
+          progress.bar(total=total, title=sampling.estimator, unit="step") as bar):
         while len(rows) < N:
             together = range(len(rows), min(len(rows) + size * distributed.world(), N))
             numbers = together[distributed.share(len(together))]
             sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
             for probe in range(nprobes if numbers else 0):
-                chunk = Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar)
-                sums += sampling.estimate(chunk, [(sampling.seed, n, probe) for n in numbers])
+                sums += sampling.estimate(Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar, 2),
+                                          [(sampling.seed, n, probe) for n in numbers])
             rows.extend(torch.cat(distributed.all_gather_object(sums)) / nprobes / (T - 1))
             if save:
                 save(torch.stack(rows))

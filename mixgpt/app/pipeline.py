@@ -364,7 +364,7 @@ def choose_plan(job):
     kept = job.run_dir if settings.save and (settings.weighs or settings.spreads) else None
     found, job.gradients = kept.kept_plan() if kept else (None, None)
     job.plan = found
-    path = retry_with_less_memory(settings, Way(settings.batch_size), partial(_measure, job))
+    path = retry_with_less_memory(settings, Way(settings.batch_size, on_host=False), partial(_measure, job))
     if kept and not found:
         kept.keep_plan(job.plan, job.gradients)
     if settings.spreads and not job.traces:
@@ -385,8 +385,9 @@ def _measure(job, way):
     """Measure traces and gradients, and make the plan unless it was saved. Returns the file of the traces, if any."""
     settings, clock, execution, path = job.settings, job.clock, job.execution(way), None
     if settings.weighs and not job.plan:
+        percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # it needs H, too
         with clock.part("gradients"):
-            job.gradients = output_gradients(execution, list(job.selected), job.calibration, settings.seed)
+            job.gradients = output_gradients(execution, list(job.selected), job.calibration, settings.seed, percdamp)
     if settings.mixed:
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)

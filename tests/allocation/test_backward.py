@@ -1,0 +1,179 @@
+"""Check where hidden states and layers are while gradients are measured, on a make-believe GPU, and what it changes."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CPU, make
+from makebelieve import CUDA, Gpu, GpuTensor
+
+import llama
+from mixgpt.allocation import backward, global_threshold
+from mixgpt.allocation.fisher import output_gradients
+from mixgpt.allocation.global_threshold import by_threshold, global_plan, inverse_diagonals
+from mixgpt.allocation.plan import Budget
+from mixgpt.allocation.traces import Sampling, hessian_traces
+from mixgpt.app.choices import ESTIMATORS
+from mixgpt.checkpoints import load
+from mixgpt.modeling import streaming
+from mixgpt.pruning.targets import Target, select
+from modelutils import Execution, linears
+
+
+def traces(execution, selected, tokens, estimator):
+    return hessian_traces(execution, list(selected), tokens, Sampling(estimator, ESTIMATORS[estimator].load(), 3))
+
+
+def measurements(execution, selected, tokens):
+    """Return all that is measured with gradients, as a list of tensors on the host."""
+    gradients = output_gradients(execution, list(selected), tokens, 3, 0.1)
+    diagonals = gradients.diagonals or inverse_diagonals(execution, list(selected), tokens, 0.1)
+    return [*(torch.cat([each.flatten() for each in found.values()])
+              for found in (gradients.rows, gradients.tokens, diagonals)),
+            *(traces(execution, selected, tokens, estimator).sum(0) for estimator in ("hutchinson", "fisher"))]
+
+
+
+@pytest.fixture
+def places(monkeypatch):
+    """Give a list of where the hidden states at layer boundaries were."""
+    found, new_border = [], backward.Chunk.new_border
+
+    def noted(chunk):
+        border = new_border(chunk)
+        found.append("device" if isinstance(border, GpuTensor) else "host")
+        return border
+
+    monkeypatch.setattr(backward.Chunk, "new_border", noted)
+    return found
+
+
+@pytest.mark.parametrize("name, dtype, room, expected", [
+    ("opt-350m", torch.float32, 0, {"host"}),  # its linears read the layer's input itself
+    ("llama", torch.float16, 2, {"device", "host"}), ("bloom", torch.bfloat16, 100, {"device"})])
+def test_a_gpu_measures_what_a_cpu_does_wherever_hidden_states_are(name, dtype, room, expected, tokens, places,
+                                                                   monkeypatch):
+    """room: number of layer boundaries."""
+    family, model = make(name)
+    model.to(dtype).set_attn_implementation("eager")  # C++ makes the mask of others on what it takes for the device
+    selected, tokens = select(model, family), tokens[:3, :6]
+    wanted = measurements(Execution(model, family, CPU, 2), selected, tokens)
+    border = tokens.numel() * model.config.hidden_size * backward.working_dtype(model).itemsize
+    monkeypatch.setattr(backward, "rooms_for", lambda *_: {"device": room * border, "host": 100 * 2 * border})
+    places.clear()
+    with Gpu():
+        found = measurements(Execution(model, family, CUDA, 2), selected, tokens)
+    assert set(places) == expected
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).norm() < (0.1 if dtype == torch.bfloat16 else 1e-4) * theirs.norm()
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """Give {what: number} of layers that are loaded, by their source, and copied."""
+    found = {"loads": {}, "copies": 0}
+    loaded, copied = streaming.Source.load, copy.deepcopy
+
+    def load_counted(source, module, device):
+        if linears(module) and not isinstance(module, torch.nn.Linear):
+            found["loads"][id(module)] = found["loads"].get(id(module), 0) + 1
+        loaded(source, module, device)
+
+    def copy_counted(value, *memo):
+        found["copies"] += isinstance(value, torch.nn.Module) and bool(linears(value))
+        return copied(value, *memo)
+
+    monkeypatch.setattr(streaming.Source, "load", load_counted)
+    monkeypatch.setattr(copy, "deepcopy", copy_counted)
+    streaming._transfers.cache_clear()
+    yield found
+    streaming._transfers.cache_clear()
+
+
+@pytest.mark.parametrize("what", ["best", "plan", "hutchinson", "fisher"])
+def test_a_layer_is_loaded_twice_and_not_copied_and_its_results_are_read_once(what, checkpoint_folder, tokens, counts):
+    folder = str(checkpoint_folder("llama"))
+    config = load.load_config(folder, llama.FAMILY)
+    config._attn_implementation = "eager"
+    model = load.open_model(folder, config, llama.FAMILY, "auto")
+    selected, layers, tokens = select(model, llama.FAMILY), 3, tokens[:2, :6]
+    with Gpu() as gpu:
+        execution = Execution(model, llama.FAMILY, CUDA, 1)
+        if what == "best":
+            assert output_gradients(execution, list(selected), tokens, 3, 0.1).diagonals.keys() == selected.keys()
+        elif what == "plan":
+            global_plan(execution, selected, *({key: torch.ones(shape[side]) for key, shape in selected.items()}
+                                               for side in (0, 1)), 0.5, 0.1)
+        else:
+            traces(execution, selected, tokens, what)
+    assert list(counts["loads"].values()) == [2] * layers and not counts["copies"]
+    waits = {}
+    for (_, place), count in gpu.synchronisations.items():
+        file = place.partition(":")[0]
+        waits[file] = waits.get(file, 0) + count
+    if what == "plan":
+        assert waits == {"ranking.py": 2 * len(selected) * 2 + len(selected)}  # the size of a histogram, and itself
+    else:
+        assert waits.pop("backward.py") == layers
+        assert waits.pop("global_threshold.py", 0) == (layers if what == "best" else 0)
+        assert waits.pop("fisher.py", 0) == (what == "best")
+        assert "hutchinson.py" not in waits
+
+
+def test_inverse_diagonals_from_the_gradients_pass_are_those_of_one_of_their_own(tiny, tokens):
+    family, model = tiny
+    execution, selected = Execution(model, family, CPU, 2), list(select(model, family))
+    together = output_gradients(execution, selected, tokens, 3, 0.1).diagonals
+    alone = inverse_diagonals(execution, selected, tokens, 0.1)
+    assert together.keys() == alone.keys() and all(torch.equal(together[key], alone[key]) for key in alone)
+    assert output_gradients(execution, selected, tokens, 3).diagonals is None
+
+
+def test_where_chunks_are_smaller_the_threshold_measures_its_inputs_on_their_own(tokens, monkeypatch):
+    family, model = make("llama")
+    execution, selected, plans, passes = Execution(model, family, CPU, 2), select(model, family), [], []
+    alone = global_threshold.inverse_diagonals
+    monkeypatch.setattr(global_threshold, "inverse_diagonals", lambda *asked: passes.append(0) or alone(*asked))
+    for host in (2**30, 0):
+        monkeypatch.setattr(backward, "rooms_for", lambda *_, host=host: {"host": host})
+        gradients = output_gradients(execution, list(selected), tokens, 3, 0.1)
+        plans.append(by_threshold(Budget(selected, Target(0.5), 0.15, gradients=gradients, execution=execution,
+                                         calibration=tokens, percdamp=0.1)))
+    assert plans[0] == plans[1] and len(passes) == 1
+
+
+@pytest.mark.parametrize("sequences", [0, 1, 2, 5, 7, 8, 100])
+def test_a_chunk_is_as_large_as_memory_allows(sequences, monkeypatch):
+    family, model = make("llama")
+    execution, borders = Execution(model, family, CPU, 2), len(family.layers_of(model)) + 1
+    sequence = borders * 24 * model.config.hidden_size * 4
+    memory = SimpleNamespace(available=2 * sequences * sequence)  # half of it is left to others
+    monkeypatch.setattr(backward.psutil, "virtual_memory", lambda: memory)
+    assert backward.chunk_size(execution, 8, 24, 1) == max(min(sequences, 8) // 2 * 2, 2)
+    assert backward.chunk_size(execution, 8, 24, 2) == max(min(sequences // 2, 8) // 2 * 2, 2)
+    assert backward.chunk_size(execution, 8, 24, 1, 4 * sequence) == max(min(sequences, 4) // 2 * 2, 2)
+
+
+def test_all_of_llama_7b_at_128_times_2048_tokens_is_one_chunk_on_a_gpu_of_80_gb(monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(dtype=torch.bfloat16)).to(torch.bfloat16)
+    memory = SimpleNamespace(available=120 * 2**30)
+    monkeypatch.setattr(backward.psutil, "virtual_memory", lambda: memory)
+    sizes = []
+    for free in (78, 40):
+        monkeypatch.setattr(backward, "free_memory", lambda device, free=free: free * 2**30)
+        execution = Execution(model, llama.FAMILY, CUDA, 2, clock=object())
+        rooms = backward.rooms_for(execution, 2048, 1)
+        sizes.append((backward.chunk_size(execution, 128, 2048, 1), rooms["device"] // 2**31))
+    assert sizes == [(128, 35), (128, 16)]  # 33 boundaries of 2 GiB
+
+
+def test_weights_require_gradients_again_where_memory_ran_out(tokens, monkeypatch):
+    family, model = make("llama")
+    monkeypatch.setattr(backward.Chunk, "read", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(torch.OutOfMemoryError):
+        output_gradients(Execution(model, family, CPU, 2), list(select(model, family)), tokens, 3)
+    assert all(weight.requires_grad for weight in model.parameters())
