@@ -63,7 +63,7 @@ class GpuTensor(torch.Tensor):
         device, dtype, copy = _destination(self, args, kwargs)
         if device.type == "cpu":
             Gpu.current.wait("copy to the host")
-            return self.held.detach().to(dtype, copy=True)
+            return Gpu.current.fetch(self.held.detach(), dtype)
         return torch.Tensor.to(self, dtype, copy=copy) if dtype != self.dtype or copy else self
 
     def cpu(self):
@@ -120,20 +120,20 @@ def held(value):
     return value.held if isinstance(value, GpuTensor) else value
 
 
-def _mapped(change, value):
+def mapped(change, value):
     """Apply a function to every value in nested lists, tuples and dicts, as operators take and return them."""
     kind = type(value)
     if kind is tuple or kind is list or isinstance(value, (list, tuple)):
-        return kind([_mapped(change, each) for each in value])
+        return kind([mapped(change, each) for each in value])
     if kind is dict:
-        return {key: _mapped(change, each) for key, each in value.items()}
+        return {key: mapped(change, each) for key, each in value.items()}
     return change(value)
 
 
-def _tensors(value):
+def tensors_in(value):
     """Return the tensors in nested lists, tuples and dicts."""
     found = []
-    _mapped(lambda each: found.append(each) if isinstance(each, torch.Tensor) else None, value)
+    mapped(lambda each: found.append(each) if isinstance(each, torch.Tensor) else None, value)
     return found
 
 
@@ -152,6 +152,7 @@ class Gpu:
     """
 
     current = None
+    behind = CPU  # where the tensors behind those on the GPU lie
 
     def __init__(self, memory=80 << 30, free=None):
         self.memory, self._free = memory, free
@@ -198,27 +199,40 @@ class Gpu:
 
     def run(self, function, args, kwargs):
         """Run an operator on the CPU tensors behind its operands. Returns what it returns, where it would lie."""
-        operands = _tensors((args, kwargs))
+        operands = tensors_in((args, kwargs))
         here = any(isinstance(value, GpuTensor) for value in operands)
         if here:
             self._check(function, args, operands)
-        args_, kwargs_ = _mapped(held, (args, kwargs))
+        args_, kwargs_ = mapped(held, (args, kwargs))
         if kwargs.get("device") is not None:
             # of an operand on the GPU C++ says that it lies on the CPU, and asks for a copy there
             here = _on_gpu(kwargs["device"]) or here and function is aten._to_copy.default
-            kwargs_["device"] = "meta" if torch.device(kwargs["device"]).type == "meta" else CPU
+            meta = torch.device(kwargs["device"]).type == "meta"
+            kwargs_["device"] = "meta" if meta else self.behind if here else CPU
             kwargs_.pop("pin_memory", None)
         if function is aten.copy_.default:
             here = isinstance(args[0], GpuTensor)
-        result = _run(function, args_, kwargs_)
+        result = self.execute(function, args_, kwargs_)
         written = _written(function, args, kwargs)
         if written:  # the very operands are given back
             for tensor in written:
                 if isinstance(tensor, GpuTensor) and tensor.shape != tensor.held.shape:
                     raise NotImplementedError(f"{function} gives its operand another shape")
             return written[0] if len(written) == 1 else tuple(written)
-        return _mapped(lambda value: GpuTensor(value) if type(value) is torch.Tensor else value,
+        return mapped(lambda value: GpuTensor(value) if type(value) is torch.Tensor else value,
                        result) if here else result
+
+    def execute(self, function, args, kwargs):
+        """Return what an operator gives for the CPU tensors behind its operands."""
+        if function is aten.mm.dtype:  # products of bfloat16 or float16 with float32 sums, which no CPU has
+            return args[0].float() @ args[1].float()
+        if function is aten.addmm.dtype_out:
+            return kwargs["out"].copy_(args[0] + args[1].float() @ args[2].float())
+        return function(*args, **kwargs)
+
+    def fetch(self, held, dtype):
+        """Return a copy on the host of a tensor on the GPU, given the CPU tensor behind it."""
+        return held.to(dtype, copy=True)
 
     def _check(self, function, args, operands):
         elsewhere = [value for value in operands if not isinstance(value, GpuTensor) and value.dim()]
@@ -227,7 +241,7 @@ class Gpu:
                 self.wait("copy between host and GPU")
             return
         if function in INDEXING:  # indices may lie on the host, and are copied
-            indices = _tensors(args[1])
+            indices = tensors_in(args[1])
             if any(index is value for index in indices for value in elsewhere):
                 self.wait("indices from the host")
             if any(held(index).dtype in (torch.bool, torch.uint8) for index in indices):
@@ -306,15 +320,6 @@ class Event:
     def elapsed_time(self, end):
         assert self.timed and end.timed and self.query() and end.query(), "not ready"
         return 1000 * (end.time - self.time)
-
-
-def _run(function, args, kwargs):
-    # products of bfloat16 or float16 with float32 sums, which no CPU has
-    if function is aten.mm.dtype:
-        return args[0].float() @ args[1].float()
-    if function is aten.addmm.dtype_out:
-        return kwargs["out"].copy_(args[0] + args[1].float() @ args[2].float())
-    return function(*args, **kwargs)
 
 
 @functools.cache

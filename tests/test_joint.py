@@ -195,7 +195,7 @@ def test_gptq_is_never_worse_than_rounding_on_real_activations(scheme, act_order
         error, _ = prune_one(hessian, weight := W.clone(), 0.0, scheme=scheme)
         nearest, _ = quantize_nearest(W, scheme)
         assert error <= relative_error(W, nearest, hessian.H)
-        assert error == pytest.approx(relative_error(W, weight, hessian.H))
+        assert error == pytest.approx(relative_error(W, weight, hessian.H), rel=1e-5)  # from the walk's own errors
         ratios.append(error / relative_error(W, nearest, hessian.H))
     assert math.prod(ratios) ** (1 / len(ratios)) < 0.8
 

@@ -551,9 +551,9 @@ def test_a_hessian_that_is_not_finite_is_refused_on_a_gpu():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_pruning_one_input_takes_one_hessian_and_the_copies_of_the_walk(dtype, monkeypatch):
-    monkeypatch.setattr(linalg, "STRIP", 64)
-    monkeypatch.setattr("sparsegpt.WIDE", 64)  # else, of so few columns, not small
-    columns, rows = 1024, 128
+    monkeypatch.setattr(linalg, "STRIP", 32)
+    monkeypatch.setattr("sparsegpt.WIDE", 32)  # else, of so few columns, not small
+    columns, rows = 512, 64
     X, W = random(300, columns).to(dtype), random(rows, columns).to(dtype)
     with makebelieve.Gpu() as gpu:
         hessian, weight = SparseGPT(columns, 1, "cuda:0"), W.to("cuda:0")

@@ -1,7 +1,6 @@
 """The main pipeline: load, calibrate, allocate, prune and quantize, save, verify, evaluate, report."""
 
 import contextlib
-import gc
 import json
 import shutil
 import sys
@@ -22,8 +21,9 @@ from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import Budget
-from mixgpt.app import plots, records
+from mixgpt.app import memory, plots, records
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
+from mixgpt.app.memory import Way, retry_with_less_memory
 from mixgpt.app.report import heading, plan_text, result_text
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import formats, load, run_dir, shards
@@ -42,7 +42,7 @@ from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
-from modelutils import Execution, Family, check_hidden_states
+from modelutils import Execution, Family, check_hidden_states, free_memory
 from sparsegpt import WalkOptions
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
@@ -79,6 +79,11 @@ class Job:
     perplexities: dict = field(default_factory=dict)  # {"dense" or method: {test set: perplexity}}
     scores: dict = field(default_factory=dict)  # likewise, of tasks
     record: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        settings = self.settings
+        one_pass = settings.calibrates and settings.true_sequential
+        self.way = Way(settings.batch_size, on_host=not settings.calibrates, two_passes=not one_pass)
 
     @property
     def streamed(self):
@@ -286,11 +291,21 @@ def announce(job):
         job.tracker = job.stack.enter_context(tracker_of(settings, job.record))
     if job.tracker.place:
         log(settings, f"W&B      {job.tracker.place}")
+    if job.selected and settings.calibrates and job.device.type == "cuda":
+        log(settings, _plan_memory(job))
     if settings.calibrates and job.device.type == "cuda" and (reason := triton_obstacle(job.device)):
         log(settings, f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
     if settings.semi_structured and (reason := semistructured.obstacle(job.device, model.dtype)):
         job.record["semi_structured"] = {"skipped": reason}
         log(settings, f"kernels  --semi-structured is skipped: {reason}")
+
+
+def _plan_memory(job):
+    """Choose how the GPU's memory is used, from counted bytes. Returns a line that says so."""
+    demand = memory.Demand.of(job.model, job.family, job.selected, job.calibration, job.settings)
+    free = min(distributed.all_gather_object(free_memory(job.device)))  # all go the same way
+    job.way, needed = memory.fitting(demand, job.way, free)
+    return memory.line(demand, job.way, needed, free)
 
 
 def tracker_of(settings, facts):
@@ -303,50 +318,6 @@ def tracker_of(settings, facts):
 def log(settings, text):
     if not settings.quiet:
         print(text, flush=True)
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a step uses GPU memory, from the fastest way to the most economical."""
-
-    batch_size: int
-    on_host: bool = True  # calibration hidden states
-    two_passes: bool = True  # per layer, so that only one batch's activations inside it exist at a time
-
-    def thriftier(self):
-        """Return the next more economical way and its description, or None."""
-        if not self.two_passes:  # one pass keeps all sequences' activations inside the layer
-            return replace(self, two_passes=True, on_host=True), (
-                "two passes through each layer, as by --no-true-sequential, and hidden states on the host")
-        if not self.on_host:
-            return replace(self, on_host=True), "hidden states on the host"
-        size = self.batch_size // 2
-        return (replace(self, batch_size=size), f"batches of {size}") if size else None
-
-
-def retry_with_less_memory(settings, way, step, again=True):
-    """Return step(way), retrying in a more economical way each time the GPU runs out of memory.
-
-    again: whether the step can be restarted.
-    """
-    while True:
-        try:
-            return step(way)
-        except torch.OutOfMemoryError as error:
-            thriftier = way.thriftier()
-            if not thriftier or not again or distributed.world() > 1:
-                remedies = "--seqlen" if way.batch_size == 1 else "--batch-size or --seqlen"
-                if settings.true_sequential and not way.two_passes:
-                    remedies += ", or give --no-true-sequential"
-                raise InputError(f"--batch-size {way.batch_size} --seqlen {settings.seqlen or 'default'}: out of GPU "
-                                 f"memory; lower {remedies}") from error
-        way, change = thriftier
-        gc.collect()  # tensors referenced by the error's frames
-        torch.cuda.empty_cache()
-        print(f"warning  out of GPU memory: continuing with {change}", flush=True)
 
 
 # ---- sparsity allocation ---------------------------------------------------------------------------------------
@@ -414,11 +385,10 @@ def compress(job):
     """Prune and quantize the matrices of the plan."""
     settings, record, counted = job.settings, job.record, {}
     if job.plan:
-        one_pass = settings.calibrates and settings.true_sequential
-        way = Way(settings.batch_size, on_host=not settings.calibrates, two_passes=not one_pass)
-        job.outcomes, counted, way = retry_with_less_memory(settings, way, partial(_compress, job), job.streamed)
+        job.outcomes, counted, way = retry_with_less_memory(settings, job.way, partial(_compress, job), job.streamed)
         record["settings"] |= {"batch_size": way.batch_size,
-                               "true_sequential": settings.true_sequential and not (one_pass and way.two_passes)}
+                               "true_sequential": settings.true_sequential and not (
+                                   settings.calibrates and way.two_passes)}
     job.matrices, job.others = measure_weights(job.model, job.family, job.device, counted)
     record |= records.of_matrices(job.matrices, job.others, job.outcomes, job.plan, job.traces)
 

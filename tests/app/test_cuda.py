@@ -17,7 +17,8 @@ from makebelieve import Gpu, GpuTensor, held
 
 import datautils
 import modelutils
-from mixgpt.app import cli, pipeline
+from mixgpt.allocation import backward
+from mixgpt.app import cli, memory, pipeline
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.names import RECORD
@@ -145,21 +146,26 @@ def compare(ours, theirs, job):
     options = options_of(job)
     best, rounds = "best" in options or "--target dense" in options, "wbits" in options
     differing = sum(((state[key] == 0) != (expected[key] == 0)).sum().item() for key in state)
-    assert differing <= (0.03 if best else 0.005) * sum(tensor.numel() for tensor in state.values())
+    assert differing <= (0.05 if best else 0.005) * sum(tensor.numel() for tensor in state.values())
     assert record["sparsity"] == pytest.approx(wanted["sparsity"], abs=2e-3 if rounds else 1e-6)
     for method, values in wanted["perplexity"].items():
-        assert record["perplexity"][method] == pytest.approx(values, rel=0.05 if best else 0.02)
+        # of random models, chaotic: a CPU's own moves as much with the size of the batches
+        assert record["perplexity"][method] == pytest.approx(values, rel=0.15 if best else 0.02)
     if "--gmp" in options:
         assert all(torch.equal(tensor, expected[key]) for key, tensor in state.items())
     errors = [[row.get("error", 0) for row in each["matrices"]] for each in (record, wanted)]
-    assert errors[0] == pytest.approx(errors[1], rel=0.2 if best else 0.05, abs=1e-6)
+    assert errors[0] == pytest.approx(errors[1], rel=0.2 if best else 0.1, abs=1e-6)
+    assert sum(errors[0]) == pytest.approx(sum(errors[1]), rel=0.05 if best else 0.01)
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_a_gpu_gives_what_a_cpu_gives(combination, gpu, run, no_waiting_in_the_walk):
+def test_a_gpu_gives_what_a_cpu_gives(combination, gpu, run, no_waiting_in_the_walk, monkeypatch):
     family, job, dtype, room = combination
     expected = run(family, job, "cpu", dtype=dtype)
-    with gpu(free=0 if room == "none" else None):
+    if room == "none":  # for hidden states
+        for module in (modelutils, backward):
+            monkeypatch.setattr(module, "free_memory", lambda device: 0)
+    with gpu():
         compare(run(family, job, "cuda:0", dtype=dtype), expected, job)
 
 
@@ -276,14 +282,28 @@ def test_a_run_goes_on_in_the_way_that_fits(gpu, run):
     two_passes, (expected, _, _) = peak_of(run, "--no-true-sequential")
     on_host, _ = peak_of(run, "--no-true-sequential", free=0)
     assert on_host < 0.8 * two_passes < 0.6 * one_pass and not ways(out) and record["settings"]["true_sequential"]
-    for options, memory, way in (
+    for options, limit, way in (
             ([], (one_pass + two_passes) // 2,
              "two passes through each layer, as by --no-true-sequential, and hidden states on the host"),
             (["--no-true-sequential"], (two_passes + on_host) // 2, "hidden states on the host")):
-        _, (found, record, out) = peak_of(run, *options, memory=memory, free=2**40)
+        _, (found, record, out) = peak_of(run, *options, memory=limit, free=2**40)
         assert ways(out) == [way]
         assert not record["settings"]["true_sequential"]
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+def test_the_way_that_fits_is_chosen_before_a_run(gpu, run):
+    if gpu is not Gpu:
+        pytest.skip("measures the make-believe GPU's memory")
+    peaks, said = {}, {}
+    for memory_of, limits in {"ample": {}, "little": {"memory": 800_000}}.items():
+        peaks[memory_of], (_, record, out) = peak_of(run, **limits)
+        line = out.partition("free on the GPU: ")[2].partition("\n")[0]
+        said[memory_of] = line, record["settings"]["true_sequential"]
+        assert not ways(out)
+    assert said == {"ample": ("one pass, batches of 1, hidden states on the GPU", True),
+                    "little": ("two passes through each layer, batches of 1, hidden states on the GPU", False)}
+    assert peaks["little"] < 800_000 < peaks["ample"]
 
 
 def test_a_gpu_that_is_too_small_ends_in_one_line(gpu, run):
@@ -307,7 +327,7 @@ def test_memory_is_given_back_before_a_step_begins_again(gpu, checkpoint_folder)
 
         gc.disable()
         try:
-            assert pipeline.retry_with_less_memory(None, pipeline.Way(2, on_host=False), step) == 0
+            assert memory.retry_with_less_memory(None, memory.Way(2, on_host=False), step) == 0
         finally:
             gc.enable()
 

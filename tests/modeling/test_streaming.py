@@ -380,7 +380,7 @@ def peak_of(report):
 
 def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
     grown = {}
-    for layers in (3, 9):
+    for layers in (6, 12):
         write_shards(tmp_path / f"model{layers}", layers, tokenizer)
         process = fork(command, "llama", [
             tmp_path / f"model{layers}", "builtin", "--sparsity", ".5", "--gmp", "--eval", "builtin", "--seqlen", "32",
@@ -390,9 +390,9 @@ def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
         assert process.exitcode == 0, (tmp_path / "log").read_text()
         before, after = json.loads((tmp_path / "peak").read_text())
         grown[layers] = after - before
-    size = sum(file.stat().st_size for file in (tmp_path / "saved9").glob("*.safetensors"))
-    assert size > 9 * LAYER
-    assert abs(grown[9] - grown[3]) < 1.5 * LAYER
+    size = sum(file.stat().st_size for file in (tmp_path / "saved12").glob("*.safetensors"))
+    assert size > 12 * LAYER
+    assert abs(grown[12] - grown[6]) < 1.5 * LAYER
     # three layers at a time, one being written; malloc keeps freed blocks of less than 32 MB, up to two layers of them
-    assert grown[9] < 10 * LAYER
-    assert AutoConfig.from_pretrained(tmp_path / "saved9").num_hidden_layers == 9
+    assert grown[12] < 10.5 * LAYER
+    assert AutoConfig.from_pretrained(tmp_path / "saved12").num_hidden_layers == 12
