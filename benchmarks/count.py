@@ -1,4 +1,4 @@
-"""Count what pruning models of published shapes asks of a GPU. Needs no GPU, no weights and no text, only seconds.
+"""Count what pruning models of published shapes asks of a GPU. Needs no GPU, no weights and no text.
 
 python benchmarks/count.py
 python benchmarks/count.py --shapes LLaMA-7B OPT-175B --methods SparseGPT --nsamples 128 --seqlen 2048
@@ -284,7 +284,8 @@ def main(argv=None):
         for method in arguments.methods:
             print(table(["part", "seconds", "TFLOP", "launches", "waits", "GB up", "GB down", "peak GB"],
                         rows_of(shape, method, tokens, arguments.batch_size)), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
