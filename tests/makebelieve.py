@@ -192,6 +192,7 @@ class Gpu:
             return
         frame = sys._getframe(1)
         while frame and not (frame.f_code.co_filename.startswith(ROOT) and frame.f_code.co_filename != __file__
+                             and "site-packages" not in frame.f_code.co_filename  # an environment may lie below
                              and frame.f_code.co_name != "__torch_function__"):
             frame = frame.f_back
         place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "elsewhere"
