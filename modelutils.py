@@ -146,12 +146,17 @@ def free_memory(device):
             - torch.cuda.memory_allocated(device))
 
 
+def ample(nbytes, free):
+    """Return whether hidden states of nbytes leave most of so many free bytes of a GPU to the work."""
+    return 4 * nbytes <= free
+
+
 def place_for(nbytes, device, on_host=False):
     """Choose where to keep nbytes of hidden states: on the "device", the "host" or, memory-mapped, on "disk".
 
     The first of these with ample room; on_host skips the device.
     """
-    if device.type == "cuda" and not on_host and 4 * nbytes <= free_memory(device):
+    if device.type == "cuda" and not on_host and ample(nbytes, free_memory(device)):
         return "device"
     return "host" if 2 * nbytes <= psutil.virtual_memory().available else "disk"
 

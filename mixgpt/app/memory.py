@@ -9,7 +9,7 @@ import torch
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.experts import RoutedLinear
-from modelutils import linears
+from modelutils import ample, linears
 
 USABLE = 0.92  # of the free memory: the rest is lost between tensors
 
@@ -100,7 +100,7 @@ class Demand:
     def on_device(self, way, free):
         """Return whether hidden states will be on a GPU with that many free bytes, see `place_for`."""
         nbytes = (1 + self.dense_target) * self.sequences * self.seqlen * self.hidden * self.itemsize
-        return not way.on_host and 4 * nbytes <= free
+        return not way.on_host and ample(nbytes, free)
 
     def _solving(self):
         squares, stacks = (8, 9) if self.admm else (1.3 + self.dense_target, 6)  # matrices like H and like W

@@ -84,7 +84,7 @@ def read_config(model, source=None):
             soundness.check_gguf_header(model, PreTrainedConfig.get_config_dict(name, **arguments)[0])
         elif folder:
             soundness.check_files(model, folder)
-        config = _config_of(name, arguments)
+        config, _ = _config_of(name, arguments)
     if model_class(config) is None or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
     if folder and (folder / GENERATION_CONFIG_NAME).is_file() and "gguf_file" not in arguments:
@@ -95,23 +95,22 @@ def read_config(model, source=None):
 
 
 def _config_of(name, arguments):
-    """Load a configuration; of a model that also sees or hears, that of its text part."""
+    """Return a configuration and None; of a model that also sees or hears, that of its text part and its model_type."""
     whole = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
     config = text_part(whole)
-    if config is not whole:
-        config.name_or_path, config.dtype = whole.name_or_path, config.dtype or whole.dtype
-        config.tie_word_embeddings |= whole.tie_word_embeddings
-        if method := (getattr(whole, "quantization_config", None) or {}).get("quant_method"):
-            raise ValueError(f"its weights are quantized by {method}; give the original model")
-    return config
+    if config is whole:
+        return config, None
+    if method := (getattr(whole, "quantization_config", None) or {}).get("quant_method"):
+        raise ValueError(f"its weights are quantized by {method}; give the original model")
+    config.name_or_path, config.dtype = whole.name_or_path, config.dtype or whole.dtype
+    config.tie_word_embeddings |= whole.tie_word_embeddings
+    return config, whole.model_type
 
 
 def multimodal(model):
     """Return the model_type of a model of which only the text part is loaded, None for others."""
-    name, arguments = _source(model)
     with refusing(model, "its configuration cannot be read: "):
-        whole = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
-        return None if text_part(whole) is whole else whole.model_type
+        return _config_of(*_source(model))[1]
 
 
 def _one_layer(model, config):
@@ -270,14 +269,14 @@ def _dequantizing(model, name, arguments):
     """Return the arguments of `from_pretrained` that dequantize the weights, and find those of a text part."""
     if "gguf_file" in arguments:
         return {"quantization_config": GgufConfig(dequantize=True)}
-    config = _config_of(name, arguments)
+    config, whole = _config_of(name, arguments)
     quantization = getattr(config, "quantization_config", {})
     method = quantization.get("quant_method", "an unknown method" if quantization else None)
     if method == "compressed-tensors":
         quantization["dequantize"] = True
     elif method:
         raise InputError(f"model {model}: its weights are quantized by {method}; give the original model")
-    return {"config": config, "key_mapping": TEXT_PART}
+    return {"config": config} | ({"key_mapping": TEXT_PART} if whole else {})
 
 
 def check_save(folder, nbytes, resume, result=None):
