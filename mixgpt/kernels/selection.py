@@ -2,7 +2,7 @@
 
 import torch
 
-from mixgpt.kernels.columns import triton_obstacle
+from mixgpt.kernels import columns
 from mixgpt.kernels.linalg import smallest
 
 
@@ -30,7 +30,7 @@ def mark_smallest(W, mask, marked, factors, row_weights, matrices):
 
 def fastest(device, dtype):
     """Return the fastest `mark_smallest` for a device and W's dtype."""
-    if device.type == "cuda" and dtype == torch.float32 and triton_obstacle(device) is None:
+    if device.type == "cuda" and dtype == torch.float32 and columns.triton_obstacle(device) is None:
         from mixgpt.kernels import selection_cuda  # only with a GPU
         return selection_cuda.mark_smallest
     return mark_smallest

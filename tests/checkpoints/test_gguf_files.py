@@ -12,8 +12,8 @@ import time
 import gguf
 import pytest
 import torch
-from commands import SMALL, run, torchrun
-from conftest import ROOT, save, saved_tensors
+from commands import SMALL, run
+from conftest import as_rank, command, free_port, save, saved_tensors
 from makegguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -252,14 +252,23 @@ def test_a_cache_that_is_a_file_does_not_matter(tokenizer, tmp_path, capsys):
     assert the_line(capsys, f"warning  {path} is read anew").endswith("(Not a directory)")
 
 
-def test_processes_of_torchrun_convert_a_file_once(tokenizer, cache, tmp_path):
-    path = tmp_path / "tiny.gguf"
+def as_rank_with(cache, *rank):
+    """Be one of several processes that share a cache."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    as_rank(*rank)
+
+
+def test_processes_that_work_together_convert_a_file_once(tokenizer, cache, tmp_path, fork):
+    path, port = tmp_path / "tiny.gguf", free_port()
     write_gguf(path, tokenizer, Q4_1)
-    process = torchrun(2, ROOT / "llama.py", path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "two")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert errors.count(f"converted {path} into") == len(converted(cache)) == 1
-    assert run(llama.FAMILY, path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "one") == 0
+    arguments, logs = [path, "builtin", "--sparsity", ".5", *SMALL, "--save"], [tmp_path / "log-0", tmp_path / "log-1"]
+    processes = [fork(command, "llama", [*arguments, tmp_path / "two"], log, as_rank_with,
+                      (cache.parent, rank, 2, port)) for rank, log in enumerate(logs)]
+    for process, log in zip(processes, logs, strict=True):
+        process.join(300)
+        assert process.exitcode == 0, log.read_text()
+    assert sum(log.read_text().count(f"converted {path} into") for log in logs) == len(converted(cache)) == 1
+    assert run(llama.FAMILY, *arguments, tmp_path / "one") == 0
     one, two = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "two")
     assert one.keys() == two.keys() and all((one[key] == 0).sum() == (two[key] == 0).sum() for key in one)
 

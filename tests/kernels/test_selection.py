@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_columns import GPU, NO_TRITON, inside, untouched
 
-from mixgpt.kernels import selection
+from mixgpt.kernels import columns, selection
 
 try:
     from mixgpt.kernels import selection_cuda
@@ -81,6 +81,6 @@ def test_triton_marks_on_a_gpu_in_float32(monkeypatch):
     for reason, dtype, expected in ((None, torch.float32, selection_cuda.mark_smallest),
                                     (None, torch.float64, selection.mark_smallest),
                                     ("no compiler", torch.float32, selection.mark_smallest)):
-        monkeypatch.setattr(selection, "triton_obstacle", lambda device, reason=reason: reason)
+        monkeypatch.setattr(columns, "triton_obstacle", lambda device, reason=reason: reason)
         assert selection.fastest(gpu, dtype) is expected
     assert selection.fastest(torch.device("cpu"), torch.float32) is selection.mark_smallest
