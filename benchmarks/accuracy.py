@@ -28,8 +28,8 @@ from scores import Scores
 from textbook import prune_model
 
 import datautils
-from mixgpt.allocation.fisher import output_gradients, squared_gradients
-from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
+from mixgpt.allocation.fisher import enough_of, output_gradients, squared_gradients
+from mixgpt.allocation.global_threshold import global_plan
 from mixgpt.allocation.plan import Budget, by_matrix
 from mixgpt.allocation.traces import Sampling, Traces, hessian_traces, matrices_of
 from mixgpt.app.choices import DATASETS
@@ -81,16 +81,16 @@ class Calibration:
 
     @cached_property
     def gradients(self):
-        """Mean squared gradients of the loss by the outputs of every matrix."""
+        """Mean squared gradients of the loss by the outputs of every matrix, and diagonals of the inverse Hessians."""
         with self.clock.part("gradients"):
-            return output_gradients(self.execution(self.model), list(self.selected), self.tokens, self.seed)
+            return output_gradients(self.execution(self.model), list(self.selected), enough_of(self.tokens), self.seed,
+                                    PRESETS["best"]["percdamp"])
 
     @cached_property
-    def diagonals(self):
-        """Those of the inverse Hessian of every matrix's input."""
-        with self.clock.part("diagonals"):
-            return inverse_diagonals(self.execution(self.model), list(self.selected), self.tokens,
-                                     PRESETS["best"]["percdamp"])
+    def token_weights(self):
+        """Mean squared gradients of the loss at every token."""
+        with self.clock.part("tokens"):
+            return output_gradients(self.execution(self.model), list(self.selected), self.tokens, self.seed).tokens
 
     @cached_property
     def outliers(self):
@@ -109,12 +109,14 @@ def mixed(calibration, target):
 
 
 def threshold(calibration, target):
-    rows, seconds = calibration.gradients.rows, calibration.clock.seconds
+    seconds = calibration.clock.seconds
     if target.prunem:
-        return uniform(calibration, target)[0], seconds["gradients"]
-    plan = global_plan(calibration.execution(calibration.model), calibration.selected, rows, calibration.diagonals,
-                       target.sparsity, PRESETS["best"]["alpha"])
-    return plan, seconds["gradients"] + seconds["diagonals"]
+        plan, _ = uniform(calibration, target)
+        return plan, seconds["tokens"] if calibration.token_weights else 0.0
+    gradients = calibration.gradients
+    plan = global_plan(calibration.execution(calibration.model), calibration.selected, gradients.rows,
+                       gradients.diagonals, target.sparsity, PRESETS["best"]["alpha"])
+    return plan, seconds["gradients"]
 
 
 def owl(calibration, target):
@@ -144,11 +146,10 @@ def by_walk(calibration, model, plan, scheme, saliency=obs_saliency):
 
 
 def by_admm(calibration, model, plan, scheme):
-    gradients, prunem = calibration.gradients, next(iter(plan.values())).prunem
+    weighted = ({"token_weights": calibration.token_weights} if next(iter(plan.values())).prunem
+                else {"row_weights": calibration.gradients.rows})
     prune_layerwise(calibration.execution(model), plan, calibration.tokens, Recipe(
-        admm, WalkOptions(scheme=scheme), PRESETS["best"]["percdamp"], dense_target=True,
-        row_weights=None if prunem else gradients.rows, token_weights=gradients.tokens if prunem else None,
-        title="ADMM"))
+        admm, WalkOptions(scheme=scheme), PRESETS["best"]["percdamp"], dense_target=True, title="ADMM", **weighted))
 
 
 @dataclass(frozen=True)

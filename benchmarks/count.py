@@ -35,7 +35,7 @@ from transformers import LlamaConfig, OPTConfig
 import llama
 import opt
 from mixgpt.allocation.backward import chunk_size
-from mixgpt.allocation.fisher import output_gradients
+from mixgpt.allocation.fisher import enough_of, output_gradients
 from mixgpt.allocation.global_threshold import inverse_diagonals
 from mixgpt.app import memory
 from mixgpt.app.pipeline import recipe_of
@@ -237,15 +237,16 @@ def count(shape, method, tokens, batch_size, layers):
         execution = Execution(model, family, CUDA, way.batch_size, Ledger(meter), way.on_host)
         line, gradients = memory.line(demand, way, needed, MEMORY), None
         if settings.weighs:
-            whole = Execution(skeleton(shape, SHAPES[shape][2])[1], family, CUDA, batch_size)
-            size = chunk_size(whole, len(tokens), tokens.shape[1], 1)
-            line += f"\ngradients of {size} sequences at a time"
+            whole, enough = Execution(skeleton(shape, SHAPES[shape][2])[1], family, CUDA, batch_size), enough_of(tokens)
+            size = min(chunk_size(whole, len(enough), tokens.shape[1], 1), len(enough))
+            line += f"\ngradients of {size} of {len(enough)} sequences at a time"
             with execution.clock.part("gradients"):
-                gradients = output_gradients(execution, list(plan), tokens[:size], 0, settings.percdamp)
-            meter.multiply("gradients", math.ceil(len(tokens) / size))
-            if size < len(tokens):
+                gradients = output_gradients(execution, list(plan), enough[:size], 0,
+                                             settings.percdamp if size == len(enough) else None)
+            meter.multiply("gradients", math.ceil(len(enough) / size))
+            if size < len(enough):
                 with execution.clock.part("allocation"):
-                    inverse_diagonals(execution, list(plan), tokens, settings.percdamp)
+                    inverse_diagonals(execution, list(plan), enough, settings.percdamp)
         prune_layerwise(execution, plan, tokens, replace(recipe_of(settings, gradients),
                                                          true_sequential=not way.two_passes))
     return meter, line

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from mixgpt.common import distributed
+from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.experts import RoutedLinear, kind_of
 from mixgpt.modeling.streaming import prefetch
 from modelutils import SLICE, allocate, free_memory, linears, on_device
@@ -83,15 +84,9 @@ def seeded(*key, device="cpu"):
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
-def loss_of(logits, target):
-    """Return the cross-entropy summed over tokens, in float32 or wider. logits: (n, vocabulary). target: (n,)."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.nn.functional.cross_entropy(logits, target, reduction="sum")
-
-
-def widened(tensor):
-    """Return a tensor in float64, to square and sum it; in float32 on a GPU, whose sums are pairwise."""
-    return tensor.float() if tensor.is_cuda and tensor.dtype != torch.float64 else tensor.double()
+def wide(tensor):
+    """Return a tensor in float32, or in float64 if that is its dtype: enough for sums of squares of one batch."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class Chunk:
@@ -137,7 +132,8 @@ class Chunk:
         order = list(enumerate(self.layers))[::-1 if backward else 1]
         layers = [layer for _, layer in order]
         for place, (index, layer) in enumerate(order):
-            with on_device([layer], self.device), _constant(layer, self.dtype) as constant:
+            with (on_device([layer], self.device), _constant(layer, self.dtype) as constant,
+                  fast_linears(keep=backward)):
                 prefetch(layers, place + 1, self.device)
                 step(constant, index)
             self.bar.update(len(self.tokens))

@@ -23,12 +23,11 @@ from modelutils import hooked, linears, on_device
 
 
 def by_threshold(budget):
-    """Set the sparsity of each matrix of a plan.Budget by one global threshold; measure H unless the gradients did."""
-    execution, gradients = budget.execution, budget.gradients
-    with execution.clock.part("allocation"):
-        diagonals = gradients.diagonals or inverse_diagonals(execution, list(budget.selected), budget.calibration,
-                                                             budget.percdamp)
-        return global_plan(execution, budget.selected, gradients.rows, diagonals, budget.target.sparsity, budget.alpha)
+    """Set the sparsity of each matrix of a plan.Budget by one global threshold."""
+    gradients = budget.gradients
+    with budget.execution.clock.part("allocation"):
+        return global_plan(budget.execution, budget.selected, gradients.rows, gradients.diagonals,
+                           budget.target.sparsity, budget.alpha)
 
 
 class InverseDiagonals:

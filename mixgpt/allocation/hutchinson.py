@@ -8,7 +8,7 @@ import contextlib
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixgpt.allocation.backward import Measurements, by_sequence, loss_of, seeded
+from mixgpt.allocation.backward import Measurements, by_sequence, seeded, wide
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE
 
@@ -114,7 +114,8 @@ def _head_tangent(chunk, head, rows, x_dot):
                                 targets.split(SLICE), strict=True):
         with torch.enable_grad():
             t = torch.zeros((), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
-            loss = loss_of(head(h.requires_grad_() + t * h_dot), target)
+            logits = wide(head(h.requires_grad_() + t * h_dot))
+            loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
             gradient, phi = torch.autograd.grad(loss, [h, t], create_graph=True)
             results.append((gradient.detach(), torch.autograd.grad(phi, h)[0]))
     g, g_dot = torch.zeros_like(hidden), torch.zeros_like(hidden)

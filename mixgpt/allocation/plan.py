@@ -21,7 +21,6 @@ class Budget:
     gradients: Gradients | None = None  # if it goes by the loss
     execution: Execution | None = None  # the dense model, to run it
     calibration: torch.Tensor | None = None  # (N, T)
-    percdamp: float = 0.01
 
 
 def uniform(budget):

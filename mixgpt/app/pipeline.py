@@ -19,7 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
-from mixgpt.allocation.fisher import output_gradients
+from mixgpt.allocation.fisher import enough_of, output_gradients
 from mixgpt.allocation.plan import Budget
 from mixgpt.app import memory, plots, records
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
@@ -357,8 +357,9 @@ def _measure(job, way):
     settings, clock, execution, path = job.settings, job.clock, job.execution(way), None
     if settings.weighs and not job.plan:
         percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # it needs H, too
+        tokens = job.calibration if settings.token_weights == "fisher" else enough_of(job.calibration)
         with clock.part("gradients"):
-            job.gradients = output_gradients(execution, list(job.selected), job.calibration, settings.seed, percdamp)
+            job.gradients = output_gradients(execution, list(job.selected), tokens, settings.seed, percdamp)
     if settings.mixed:
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)
@@ -367,7 +368,7 @@ def _measure(job, way):
     if not job.plan:
         job.plan = ALLOCATIONS[settings.sparsity_way].load()(Budget(
             job.selected, target_of(settings), settings.alpha, job.traces and job.traces.sensitivity, job.gradients,
-            execution, job.calibration, settings.percdamp))
+            execution, job.calibration))
     return path
 
 

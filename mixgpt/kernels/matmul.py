@@ -57,13 +57,22 @@ def accumulates(dtype, device):
 
 
 def rough_product_with(B):
-    """Return a function A (m, k) ↦ A B, B (k, n) symmetric, good to about three digits: in bfloat16 where fast."""
+    """Return a function A (m, k) ↦ A B, B (k, n) symmetric, good to about three digits: in bfloat16 where fast.
+
+    It takes A of one shape only, and each result overwrites the one before; it may be in bfloat16.
+    """
     fast = B.is_cuda or (B.device.type == "cpu" and torch.backends.mkldnn.is_available()
                          and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if not fast or B.dtype != torch.float32:
         return lambda A: times_transposed(A, B)
-    B = B.bfloat16()
-    return lambda A: (A.bfloat16() @ B).float()
+    B, buffers = B.bfloat16(), []
+
+    def multiply(A):
+        if not buffers:
+            buffers.extend(torch.empty_like(A, dtype=torch.bfloat16) for _ in range(2))
+        return torch.mm(buffers[0].copy_(A), B, out=buffers[1])
+
+    return multiply
 
 
 def fine_product_with(B):
@@ -112,33 +121,43 @@ class _Linear(torch.autograd.Function):
     """A linear map with constant weights, differentiable any number of times with respect to its input."""
 
     @staticmethod
-    def forward(ctx, X, W, bias):
+    def forward(ctx, X, W, bias, transposed):
+        """transposed: dict that keeps Wᵀ once it was needed, or None."""
         ctx.save_for_backward(W)
+        ctx.transposed = transposed
         return torch.ops.mkldnn._linear_pointwise(X, W, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx, gradient):
         W, = ctx.saved_tensors
-        return _Linear.apply(gradient.contiguous(), W.t().contiguous(), None), None, None
+        _, transposed = (ctx.transposed or {}).get(W.data_ptr()) or (W, W.t().contiguous())
+        if ctx.transposed is not None:
+            ctx.transposed[W.data_ptr()] = W, transposed  # W too, so that no other tensor takes its place
+        return _Linear.apply(gradient.contiguous(), transposed, None, None), None, None, None
 
 
 class _Linears(TorchFunctionMode):
     """Run `torch.nn.functional.linear` through oneDNN where that is faster."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.transposed = {} if keep else None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.nn.functional.linear and not kwargs:
             X, W, bias = (*args, None)[:3]
             if suits(*(x for x in (X, W, bias) if x is not None)) and W.is_contiguous() and X.numel():
                 if not torch.is_grad_enabled() or not (W.requires_grad or bias is not None and bias.requires_grad):
-                    return _Linear.apply(X, W, bias)
+                    return _Linear.apply(X, W, bias, self.transposed)
         return function(*args, **kwargs or {})
 
 
 @contextlib.contextmanager
-def fast_linears():
+def fast_linears(keep=False):
     """Run linears through oneDNN within the block, or in the decorated function, where that is faster.
 
-    Do not switch greenlets out of the block: wrap all of them.
+    keep: hold the transposed weights that a backward pass needs until the end of the block, for the next batches; the
+    weights must not change. Do not switch greenlets out of the block: wrap all of them.
     """
-    with _Linears() if AVAILABLE else contextlib.nullcontext():
+    with _Linears(keep) if AVAILABLE else contextlib.nullcontext():
         yield

@@ -12,21 +12,21 @@ from mixgpt.kernels.columns import smallest_per_row
 from mixgpt.kernels.linalg import smallest
 from mixgpt.kernels.matmul import fine_product_with, rough_product_with, times_transposed
 
-ITERATIONS = 16  # of ADMM
-RAMP = 12  # iterations over which the sparsity rises to its target
-STEPS = 6  # of conjugate gradients
+ITERATIONS = 12  # of ADMM
+RAMP = 9  # iterations over which the sparsity rises to its target
+STEPS = 4  # of conjugate gradients
 SAMPLE = 2**16  # least number of a matrix's scores from which the k-th smallest is estimated
 
 
-def keep_mask(scores, targets, fraction=1.0, exact=True):
+def keep_mask(scores, targets, fraction=1.0, exact=True, out=None):
     """Mark the weights to keep when the smallest scores of each of several stacked matrices are removed.
 
     scores: (out, in), 0 where a weight must go. targets: (rows, sparsity, prunen, prunem) per matrix, rows a slice of
     the stack; round(sparsity · numel) weights go, or prunen of every prunem consecutive ones of a row. fraction:
     multiplies these numbers. exact: if False, unstructured counts are only approximate, from a sample of the scores.
-    Returns a mask (out, in) of ones and zeros in the dtype of the scores, fast to multiply by.
+    Returns a mask (out, in) of ones and zeros in the dtype of the scores, fast to multiply by; out: memory for it.
     """
-    keep = torch.empty_like(scores)
+    keep = torch.empty_like(scores) if out is None else out
     for rows, sparsity, prunen, prunem in targets:
         part, kept = scores[rows], keep[rows]
         threshold = torch.zeros((), dtype=scores.dtype, device=scores.device)
@@ -45,6 +45,8 @@ def keep_mask(scores, targets, fraction=1.0, exact=True):
 def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
     """Score weights (out, in) by the alternating direction method of multipliers; the largest scores are to be kept.
 
+    Returns the scores and, both (out, in), the values that the kept weights have reached.
+
     W: (out, in), the target weights; zeros go first. targets: as in `keep_mask`. row_weights: (out,), weight of each
     row's error; affects only the ranking, as rows are independent.
     With Z the sparse copy of the weights and V the scaled multipliers, each iteration sets (ρ = 1)
@@ -55,20 +57,21 @@ def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAM
     gone = W == 0
     if not W.is_cuda and not gone.any():  # a GPU would have to be waited for
         gone = None
-    if row_weights is not None:
-        W = W * row_weights.sqrt()[:, None]  # everything below is linear in each row
+    roots = None if row_weights is None else row_weights.sqrt()[:, None]
     S = W.clone()  # W + V
-    scores = torch.empty_like(S)
+    scores, Z = torch.empty_like(S), torch.empty_like(S)
     for t in range(1, iterations + 1):
         torch.abs(S, out=scores)
+        if roots is not None:
+            scores.mul_(roots)
         if gone is not None:
             scores.masked_fill_(gone, 0)
         if t < iterations:
-            Z = keep_mask(scores, targets, 1 - (1 - min(t / ramp, 1)) ** 3, exact=False).mul_(S)
+            keep_mask(scores, targets, 1 - (1 - min(t / ramp, 1)) ** 3, exact=False, out=Z).mul_(S)
             S.add_(W)
-            change = multiply(torch.add(Z, S, alpha=-0.5))  # of Z − V − W, as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
+            change = multiply(torch.add(Z, S, alpha=-0.5, out=scores))  # as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
             S.sub_(Z).add_(change)
-    return scores
+    return scores, S
 
 
 def _regularised_inverse(H):
@@ -123,10 +126,10 @@ def admm_pruner(matrices, H, targets, row_weights=None):
         return [(slice(stop - count, stop), *(*target, 0, 0)[:3])
                 for stop, count, target in zip(stops, counts, targets, strict=True)]
 
-    scores = admm_scores(W, H, stacked(targets), row_weights)
+    scores, reached = admm_scores(W, H, stacked(targets), row_weights)
 
     def prune(targets):
         keep = keep_mask(scores, stacked(targets)).bool()
-        return (solve_on_support(W, W, H, keep) / scale).masked_fill_(~keep, 0).split(counts)
+        return (solve_on_support(reached, W, H, keep) / scale).masked_fill_(~keep, 0).split(counts)
 
     return prune

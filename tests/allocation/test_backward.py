@@ -9,13 +9,14 @@ from conftest import CPU, make
 from makebelieve import CUDA, Gpu, GpuTensor
 
 import llama
-from mixgpt.allocation import backward, global_threshold
+from mixgpt.allocation import backward, fisher
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import by_threshold, global_plan, inverse_diagonals
 from mixgpt.allocation.plan import Budget
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
 from mixgpt.checkpoints import load
+from mixgpt.common import distributed
 from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import Target, select
 from modelutils import Execution, linears
@@ -28,9 +29,8 @@ def traces(execution, selected, tokens, estimator):
 def measurements(execution, selected, tokens):
     """Return all that is measured with gradients, as a list of tensors on the host."""
     gradients = output_gradients(execution, list(selected), tokens, 3, 0.1)
-    diagonals = gradients.diagonals or inverse_diagonals(execution, list(selected), tokens, 0.1)
     return [*(torch.cat([each.flatten() for each in found.values()])
-              for found in (gradients.rows, gradients.tokens, diagonals)),
+              for found in (gradients.rows, gradients.tokens, gradients.diagonals)),
             *(traces(execution, selected, tokens, estimator).sum(0) for estimator in ("hutchinson", "fisher"))]
 
 
@@ -134,14 +134,19 @@ def test_inverse_diagonals_from_the_gradients_pass_are_those_of_one_of_their_own
 def test_where_chunks_are_smaller_the_threshold_measures_its_inputs_on_their_own(tokens, monkeypatch):
     family, model = make("llama")
     execution, selected, plans, passes = Execution(model, family, CPU, 2), select(model, family), [], []
-    alone = global_threshold.inverse_diagonals
-    monkeypatch.setattr(global_threshold, "inverse_diagonals", lambda *asked: passes.append(0) or alone(*asked))
+    monkeypatch.setattr(fisher, "inverse_diagonals", lambda *asked: passes.append(0) or inverse_diagonals(*asked))
     for host in (2**30, 0):
         monkeypatch.setattr(backward, "rooms_for", lambda *_, host=host: {"host": host})
         gradients = output_gradients(execution, list(selected), tokens, 3, 0.1)
-        plans.append(by_threshold(Budget(selected, Target(0.5), 0.15, gradients=gradients, execution=execution,
-                                         calibration=tokens, percdamp=0.1)))
+        plans.append(by_threshold(Budget(selected, Target(0.5), 0.15, gradients=gradients, execution=execution)))
     assert plans[0] == plans[1] and len(passes) == 1
+
+
+def test_every_process_gets_some_of_enough(monkeypatch):
+    tokens = torch.arange(5)[:, None]
+    for world, expected in ((1, [0, 2, 4]), (2, [0, 2, 4]), (3, [0, 1, 2, 3, 4]), (5, [0, 1, 2, 3, 4])):
+        monkeypatch.setattr(distributed, "world", lambda world=world: world)
+        assert fisher.enough_of(tokens).flatten().tolist() == expected
 
 
 @pytest.mark.parametrize("sequences", [0, 1, 2, 5, 7, 8, 100])

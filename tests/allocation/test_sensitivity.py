@@ -189,6 +189,15 @@ def sampled_labels(model, sequence, generator):
     return (cumulative < uniform[:, None]).sum(dim=1)
 
 
+@pytest.mark.parametrize("size", [1, 2, 383, 384, 49152])
+def test_labels_are_drawn_by_inverting_the_distribution_function(size):
+    generator = torch.Generator().manual_seed(0)
+    p = (4 * torch.randn(200, size, generator=generator, dtype=torch.float64)).softmax(-1)
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0, 1 - 1e-16])
+    assert torch.equal(fisher.drawn(p, uniform), (p.cumsum(-1) < uniform[:, None]).sum(-1).clamp(max=size - 1))
+
+
 def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, tokens, all_float64):
     family, model = tiny
     model, tokens = model.double(), tokens[:3, :10]

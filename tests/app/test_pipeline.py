@@ -471,6 +471,16 @@ def test_help_of_every_script_tells_the_flags(script):
         assert flag in done.stdout
 
 
+@pytest.mark.parametrize("amount, expected", [(["--sparsity", ".5"], 2), (["--prunen", "2", "--prunem", "4"], 4)])
+def test_best_takes_gradients_from_half_of_the_sequences_unless_they_weigh_each_token(amount, expected,
+                                                                                      checkpoint_folder, monkeypatch):
+    seen, measure = [], pipeline.output_gradients
+    monkeypatch.setattr(pipeline, "output_gradients", lambda execution, matrices, tokens, *more: seen.append(
+        len(tokens)) or measure(execution, matrices, tokens, *more))
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *amount, "--preset", "best", *SMALL) == 0
+    assert seen == [expected]
+
+
 def test_a_script_runs_from_the_shell_and_ends_with_status_2_on_bad_input(checkpoint_folder):
     done = subprocess.run([sys.executable, "llama.py", checkpoint_folder("bloom"), "builtin"], cwd=ROOT,
                           capture_output=True, text=True, env=os.environ)

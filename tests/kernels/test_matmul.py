@@ -33,9 +33,11 @@ def test_product_with_transpose(monkeypatch, available, dtype, contiguous):
 def test_rough_products_are_close_and_only_float32_ones_rough(dtype, digits):
     A, B = random(70, 50, dtype=dtype), random(50, 50, seed=1, dtype=dtype)
     B = B + B.t()
-    product, expected = matmul.rough_product_with(B)(A), A.double() @ B.double()
-    assert product.dtype == dtype
-    assert (product.double() - expected).norm() <= digits * expected.norm()
+    multiply = matmul.rough_product_with(B)
+    for scale in (1, -3):  # the second overwrites the first
+        product, expected = multiply(scale * A), scale * A.double() @ B.double()
+        assert product.dtype == dtype or dtype == torch.float32
+        assert (product.double() - expected).norm() <= digits * expected.norm()
 
 
 @pytest.mark.parametrize("dtype, digits", [(torch.float32, 3e-5), (torch.float64, 1e-12)])
@@ -84,6 +86,20 @@ def test_other_linears_are_left_to_pytorch(dtype, frozen):
         found = linear(random(2, 6, dtype=dtype))
     assert counted.calls == 1
     assert found.requires_grad == (not frozen)
+
+
+@needs_onednn
+def test_transposed_weights_are_kept_until_the_end_of_the_block_and_each_its_own():
+    linear = torch.nn.Linear(60, 30).requires_grad_(False)
+    for _ in range(2):
+        linear.weight.mul_(2)  # what a block before this one kept is gone
+        with fast_linears(keep=True):
+            for scale in (1, 3, 1):
+                X = random(4, 60).requires_grad_()
+                # the second weight is another one each time, and may lie where the one before it lay
+                Y = linear(X) + torch.nn.functional.linear(X, linear.weight * scale)
+                gradient, = torch.autograd.grad(Y.sum(), X)
+                torch.testing.assert_close(gradient, (1 + scale) * linear.weight.sum(0).expand(4, -1))
 
 
 @needs_onednn

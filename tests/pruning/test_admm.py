@@ -120,8 +120,9 @@ def test_sparsity_rises_cubically_until_it_is_met(problem, monkeypatch):
     kept = []
 
     def noted(*args, **kwargs):
-        kept.append(keep_mask(*args, **kwargs))
-        return kept[-1].clone()
+        keep = keep_mask(*args, **kwargs)
+        kept.append(keep.clone())
+        return keep
 
     monkeypatch.setattr(admm, "keep_mask", noted)
     admm_scores(W, H, [(slice(0, 24), 0.5, 0, 0)], iterations=9, ramp=6)
