@@ -347,9 +347,9 @@ def choose_plan(job):
         if warning := job.traces.warning():
             print(warning, flush=True)
         log(settings, plan_text(settings, target_of(settings), job.plan, job.selected, job.traces))
-        if settings.plot and distributed.rank() == 0:
-            write("--plot", settings.plot, plots.draw(job.traces, job.plan, Path(settings.plot).suffix), PICTURE)
         job.tracker.plan(job.traces, job.plan)
+    if settings.plot and distributed.rank() == 0:
+        write("--plot", settings.plot, plots.draw(job.plan, job.traces, Path(settings.plot).suffix), PICTURE)
 
 
 def _measure(job, way):

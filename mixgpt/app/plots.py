@@ -12,40 +12,53 @@ from mixgpt.common.outputs import SOFTWARE
 from mixgpt.modeling.experts import kind_of
 
 
-def draw(traces, plan, suffix=".png"):
-    """Plot `Traces` by layer and by matrix kind, and {(layer, name): Target} as a heat map. Returns a file's bytes."""
-    layers = sorted({layer for layer, _ in traces.shapes})
-    kinds = list(dict.fromkeys(kind_of(name) for _, name in traces.shapes))
-    sensitivity = of_kinds(traces.sensitivity)
-    errors = of_kinds(dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True)))
-    figure = Figure(figsize=(11, 12), layout="constrained")
-    grid = figure.add_gridspec(3, 2, width_ratios=[3, 2])
+def draw(plan, traces=None, suffix=".png"):
+    """Plot {(layer, name): Target} as a heat map, and above it by layer and by kind of matrix. Returns a file's bytes.
 
-    by_layer = figure.add_subplot(grid[0, 0])
-    for kind in kinds:
-        at = [layer for layer in layers if (layer, kind) in sensitivity]
-        by_layer.errorbar(at, [sensitivity[layer, kind] for layer in at], [errors[layer, kind] for layer in at],
-                          label=kind.rpartition(".")[2], marker=".", linewidth=1, elinewidth=0.5)
-    by_layer.set(xlabel="layer", ylabel="trace per weight", title=f"Sensitivity by layer ({traces.estimator})")
-    by_layer.set_yscale("log" if all(value > 0 for value in sensitivity.values()) else "linear")
-    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
-    by_layer.legend(fontsize=8, ncols=2)
-
-    by_kind = figure.add_subplot(grid[0, 1])
-    of_kind = [[value for (_, name), value in sensitivity.items() if name == kind] for kind in kinds]
-    means = [sum(values) / len(values) for values in of_kind]
-    by_kind.barh([kind.rpartition(".")[2] for kind in kinds], means)
-    by_kind.invert_yaxis()
-    by_kind.locator_params(axis="x", nbins=4)
-    by_kind.set(xlabel="trace per weight, mean over layers", title="Sensitivity by matrix kind")
-
-    positive = {key: value for key, value in sensitivity.items() if value > 0}  # Hutchinson estimates can be negative
-    _heat_map(figure.add_subplot(grid[1, :]), positive, kinds, layers, title="Sensitivity", label="trace per weight",
-              norm="log" if positive else None)
+    traces: the `Traces` that the plan follows from, shown in the three ways in place of the sparsities.
+    """
+    shapes = traces.shapes if traces else plan
+    layers, kinds = sorted({layer for layer, _ in shapes}), list(dict.fromkeys(kind_of(name) for _, name in shapes))
     sparsities = of_kinds({key: target.sparsity for key, target in plan.items()})
-    _heat_map(figure.add_subplot(grid[2, :]), sparsities, kinds, layers, title="Sparsity assigned",
+    figure = Figure(figsize=(11, 12 if traces else 8), layout="constrained")
+    grid = figure.add_gridspec(3 if traces else 2, 2, width_ratios=[3, 2])
+    if traces:
+        values = of_kinds(traces.sensitivity)
+        errors = of_kinds(dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True)))
+        positive = {key: value for key, value in values.items() if value > 0}  # Hutchinson estimates can be negative
+        _heat_map(figure.add_subplot(grid[1, :]), positive, kinds, layers, title="Sensitivity",
+                  label="trace per weight", norm="log" if positive else None)
+        titles, label = (f"Sensitivity by layer ({traces.estimator})", "Sensitivity by matrix kind"), "trace per weight"
+    else:
+        values, errors, label = sparsities, None, "fraction of weights pruned"
+        titles = "Sparsity by layer", "Sparsity by matrix kind"
+    by_layer, by_kind = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    _by_layer(by_layer, values, errors, kinds)
+    by_layer.set(xlabel="layer", ylabel=label, title=titles[0])
+    by_layer.set_yscale("log" if traces and len(positive) == len(values) else "linear")
+    _by_kind(by_kind, values, kinds)
+    by_kind.set(xlabel=f"{label}, mean over layers", title=titles[1])
+    _heat_map(figure.add_subplot(grid[-1, :]), sparsities, kinds, layers, title="Sparsity assigned",
               label="fraction of weights pruned")
     return _bytes_of(figure, suffix)
+
+
+def _by_layer(axis, values, errors, kinds):
+    """Draw {(layer, kind): value} as a line for each kind, with bars of one error up and down, if there are errors."""
+    for kind in kinds:
+        at = sorted(layer for layer, name in values if name == kind)
+        axis.errorbar(at, [values[layer, kind] for layer in at], errors and [errors[layer, kind] for layer in at],
+                      label=kind.rpartition(".")[2], marker=".", linewidth=1, elinewidth=0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(fontsize=8, ncols=2)
+
+
+def _by_kind(axis, values, kinds):
+    """Draw the mean of {(layer, kind): value} over the layers as a bar for each kind."""
+    of_kind = [[value for (_, name), value in values.items() if name == kind] for kind in kinds]
+    axis.barh([kind.rpartition(".")[2] for kind in kinds], [sum(found) / max(len(found), 1) for found in of_kind])
+    axis.invert_yaxis()
+    axis.locator_params(axis="x", nbins=4)
 
 
 def of_kinds(values):

@@ -155,7 +155,8 @@ class Settings:
     save_format: str = option("dense", ROUNDING, "format of the saved weights", flag="--save-format", registry=FORMATS)
     resume: bool = option(False, FREE, "continue the interrupted run in the folder of --save, if there is one")
     plot: str | None = option(None, FREE,
-        "figure of sensitivities by layer and kind of matrix, and of the assigned sparsities (.png, .pdf, .svg)",
+        "figure of the assigned sparsities by layer and kind of matrix, and of the sensitivities, if they are ranked "
+        "(.png, .pdf, .svg)",
         writes=outputs.PICTURE)
     record: str | None = option(None, FREE,
         "JSON file of settings, versions, every matrix and perplexities, as in mixgpt.json of --save; results.py "
@@ -187,8 +188,9 @@ class Settings:
             raise InputError(f"--preset {self.preset}: needs --sparsity or --prunen and --prunem")
         if self.spreads and not self.prunes:
             raise InputError(f"--sparsity_way {self.sparsity_way}: needs --sparsity or --prunen and --prunem")
-        if self.plot and not self.mixed:
-            raise InputError("--plot: shows sensitivities, needs --sparsity_way layer-level or weight-level")
+        if self.plot and not self.spreads:
+            raise InputError("--plot: shows how sparsity is spread over the matrices, needs --sparsity_way "
+                             f"{' or '.join(name for name, each in ALLOCATIONS.items() if not each.even)}")
         self._check_solver()
         self._check_quantization()
         self._check_format()

@@ -93,7 +93,7 @@ class Tracker:
         ranked = sorted(plan, key=sensitivity.get, reverse=True)
         rows = [[layer, name, sensitivity[layer, name], errors[layer, name], rank, plan[layer, name].sparsity]
                 for rank, (layer, name) in enumerate(ranked, start=1)]
-        picture = io.BytesIO(plots.draw(traces, plan))
+        picture = io.BytesIO(plots.draw(plan, traces))
         columns = ["layer", "matrix", "trace per weight", "standard error", "rank", "sparsity assigned"]
         self.run.log({"plan/matrices": self.wandb.Table(columns=columns, data=rows),
                       "plan/heat_map": self.wandb.Image(Image.open(picture))})

@@ -384,7 +384,8 @@ BAD = {
     "alpha": ("{opt} builtin --sparsity .5 --alpha -1", "--alpha -1: must lie between 0 and 1"),
     "no probes": ("{opt} builtin --sparsity .5 --nprobes 0", "--nprobes 0: must be at least 1"),
     "plot of nothing": (
-        "{opt} builtin --sparsity .5 --plot a.png", "--plot: shows sensitivities, needs --sparsity_way"),
+        "{opt} builtin --sparsity .5 --plot a.png", "--plot: shows how sparsity is spread over the matrices, needs "
+        "--sparsity_way layer-level or weight-level or global"),
     "plot format": (
         "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot a.txt",
         "--plot a.txt: must end in .png, .pdf, .svg"),
@@ -479,6 +480,12 @@ def test_best_takes_gradients_from_half_of_the_sequences_unless_they_weigh_each_
         len(tokens)) or measure(execution, matrices, tokens, *more))
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *amount, "--preset", "best", *SMALL) == 0
     assert seen == [expected]
+
+
+def test_best_plots_the_sparsities_it_chose(checkpoint_folder, tmp_path):
+    options = ["--sparsity", ".5", "--preset", "best", *SMALL, "--plot", tmp_path / "plan.png"]
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *options) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_script_runs_from_the_shell_and_ends_with_status_2_on_bad_input(checkpoint_folder):
