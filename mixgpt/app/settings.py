@@ -58,6 +58,14 @@ def names(text):
     return found
 
 
+def text(name):
+    """Check that a name is that of a dataset, or a path."""
+    if name in DATASETS or name and Path(name).exists():
+        return name
+    raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(map(repr, DATASETS))}, or give "
+                                     "a file or folder of text)")
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options of a run, named as on the command line. Raises InputError for invalid values."""
@@ -127,8 +135,8 @@ class Settings:
         "folder with local copies of the datasets, used instead of the hub", flag="--data-dir")
 
     eval: tuple[str, ...] = option(("wikitext2", "ptb", "c4"), FREE,
-        "test sets for perplexity; --eval without a name: none",
-        group="evaluation", nargs="*", type=str, choices=DATASETS)
+        "test sets for perplexity, by name, or files or folders of text; --eval without a name: none",
+        group="evaluation", nargs="*", type=text, metavar="TEXT")
     eval_limit: int | None = option(None, EVALUATION,
         "evaluate only the first sequences of each test set (default: all)", flag="--eval-limit", type=int)
     dense: bool = option(False, FREE, "also evaluate the dense model")
@@ -191,6 +199,9 @@ class Settings:
         if self.plot and not self.spreads:
             raise InputError("--plot: shows how sparsity is spread over the matrices, needs --sparsity_way "
                              f"{' or '.join(name for name, each in ALLOCATIONS.items() if not each.even)}")
+        if self.draws and any(name not in DATASETS and os.path.realpath(name) == os.path.realpath(self.dataset)
+                              for name in self.eval):
+            raise InputError(f"--eval {self.dataset}: is the text that calibration draws from; give another one")
         self._check_solver()
         self._check_quantization()
         self._check_format()
@@ -398,7 +409,7 @@ def parse(family, argv=None):
                                         "Without --sparsity, --prunen/--prunem or --wbits: the perplexity of the dense "
                                         "model.")
     parser.add_argument("model", help="hub id, local folder or .gguf file")
-    parser.add_argument("dataset", choices=DATASETS, help=f"calibration dataset; {DATASETS.help}")
+    parser.add_argument("dataset", type=text, help=f"calibration text, by name or as a file or folder; {DATASETS.help}")
     for field in dataclasses.fields(Settings):
         if "help" in field.metadata:
             if title := field.metadata["group"]:

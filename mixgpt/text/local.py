@@ -135,18 +135,21 @@ def comparable(name):
     return name.lower().replace("_", "-")
 
 
-def read_file(path, text_row):
-    """Return the rows of one local file as a list of str, leaving no copy in the cache of `datasets`."""
+def read_file(path, text_row, given="--data-dir:"):
+    """Return the rows of one local file as a list of str, leaving no copy in the cache of `datasets`.
+
+    given: the argument that it comes from, with which errors begin.
+    """
     reader = list(READERS.values())[reader_rank(path)]
     for file in path.parent.iterdir() if reader == "save_to_disk" else [path]:
         if not file.is_file() and not file.is_dir():  # a pipe or a device, on which a reader would wait
-            raise InputError(f"--data-dir: {file} is not a regular file")
+            raise InputError(f"{given} {file} is not a regular file")
     try:
         if reader == "text":
             with path.open(encoding="utf-8-sig") as lines:
                 return [text_row(line) for line in lines_of(lines)]
         if reader == "json":
-            return json_texts(path)
+            return json_texts(path, given)
         with hub.offline(), hub.unlogged("datasets"), tempfile.TemporaryDirectory() as cache:
             if reader == "save_to_disk":
                 return text_column(load_from_disk(path.parent), path.parent)
@@ -157,9 +160,9 @@ def read_file(path, text_row):
     except InputError:
         raise
     except READ_ERRORS as error:
-        raise InputError(f"--data-dir: {path} cannot be read ({reader}): {one_line(error)}") from None
+        raise InputError(f"{given} {path} cannot be read ({reader}): {one_line(error)}") from None
     except (KeyError, TypeError, AttributeError) as error:  # from metadata of other types than expected
-        raise InputError(f"--data-dir: {path} cannot be read ({reader}): {type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{given} {path} cannot be read ({reader}): {type(error).__name__}: {one_line(error)}"
                          ) from None
 
 
@@ -171,7 +174,7 @@ def lines_of(file):
         yield line
 
 
-def json_texts(path):
+def json_texts(path, given):
     """Return the texts of a file of JSON lines, or of one JSON list. Raises ValueError if it is damaged.
 
     Python's own reader: that of pyarrow, and so that of `datasets`, crashes on rows that are null or nested deeply.
@@ -187,7 +190,7 @@ def json_texts(path):
         else:
             rows = ((f"line {number}", json_value(line, f"line {number}"))
                     for number, line in enumerate(itertools.chain([first], lines), start=1) if line.strip())
-        return [json_text(row, place, path) for place, row in rows]
+        return [json_text(row, place, f"{given} {path}") for place, row in rows]
 
 
 def json_value(text, place):
@@ -202,21 +205,21 @@ def json_value(text, place):
         raise ValueError(f"{place} is nested too deeply") from error
 
 
-def json_text(row, place, path):
-    """Return the text of a row: an object, or the text itself."""
+def json_text(row, place, file):
+    """Return the text of a row: an object, or the text itself. file: named in errors."""
     if isinstance(row, dict):
         column = next((name for name in COLUMNS if name in row), None)
         if column is None:
             names = ", ".join(list(row)[:5]) or "none"
-            raise InputError(f"--data-dir: {path}, {place} has the columns {names}: {NEEDED}")
+            raise InputError(f"{file}, {place} has the columns {names}: {NEEDED}")
         row, place = row[column], f"{place}, {column}"
     if not isinstance(row, str):
         kind = "null" if row is None else type(row).__name__
-        raise InputError(f"--data-dir: {path}, {place} is {kind}, not text")
+        raise InputError(f"{file}, {place} is {kind}, not text")
     try:
         row.encode()
     except UnicodeEncodeError:
-        raise InputError(f"--data-dir: {path}, {place} has half of a surrogate pair, which is not text") from None
+        raise InputError(f"{file}, {place} has half of a surrogate pair, which is not text") from None
     return row
 
 

@@ -49,7 +49,37 @@ def damaged(line, reason):
     return f" cannot be read (json): {line} {reason}"
 
 
+def own(name, content, message, arguments=""):
+    """A fault in a file of one's own."""
+    return Fault(lambda root: text(root, name, content), f"dataset {{root}}/texts/{message}",
+                 f"{{root}}/model {{root}}/texts/{name} --sparsity .5 --eval builtin {arguments}")
+
+
 FAULTS = {
+    "a file of one's own that is not there": Fault(
+        nothing, "argument dataset: invalid choice: '{root}/mine.txt' (choose from …)",
+        "{root}/model {root}/mine.txt --sparsity .5"),
+    "a file of one's own of another kind": own(
+        "mine.md", "text", "mine.md: must end in one of .parquet .json.gz .jsonl.gz .json .jsonl .arrow .raw .txt "
+        ".tokens"),
+    "a folder of one's own without texts": Fault(
+        lambda root: text(root, "mine/a.md", ""), "dataset {root}/texts/mine: no files below it end in one of "
+        ".parquet .json.gz .jsonl.gz .json .jsonl .arrow .raw .txt .tokens",
+        "{root}/model {root}/texts/mine --sparsity .5 --eval builtin"),
+    "a file of one's own that is empty": own("mine.txt", " \n", "mine.txt: contains no text"),
+    "a file of one's own that is too short": Fault(
+        lambda root: text(root, "mine.txt", "short"),
+        "--seqlen 32: the train text of dataset {root}/texts/mine.txt has … tokens and 33 are needed; lower --seqlen "
+        "or take another dataset", "{root}/model {root}/texts/mine.txt --sparsity .5 --eval builtin --seqlen 32"),
+    "a file of one's own with other columns": own(
+        "mine.jsonl", '{"words": "a"}', "mine.jsonl, line 1 has the columns words: text or "
+        "sentence is needed"),
+    "a file of one's own that is damaged": own(
+        "mine.parquet", "PAR1", "mine.parquet cannot be read (parquet): Parquet file size is 4 bytes, …"),
+    "calibration and evaluation on one file of one's own": Fault(
+        lambda root: text(root, "mine.txt", "text"),
+        "--eval {root}/texts/mine.txt: is the text that calibration draws from; give another one",
+        "{root}/model {root}/texts/mine.txt --sparsity .5 --eval {root}/texts/../texts/mine.txt"),
     "no texts": Fault(nothing, "--data-dir {root}/texts: no such folder", WIKI),
     "a file of texts": Fault(
         lambda root: (root / "texts").write_text(""), "--data-dir {root}/texts: no such folder", WIKI),

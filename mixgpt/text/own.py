@@ -1,0 +1,44 @@
+"""Text of one's own: a file, or a folder of files, given in place of a dataset's name."""
+
+import hashlib
+from functools import partial
+from pathlib import Path
+
+from mixgpt.common.errors import InputError
+from mixgpt.text.local import READERS, data_files, read_file, reader_rank
+from mixgpt.text.sets import DATASETS, TextSet
+
+
+def text_set_of(name):
+    """Return the TextSet of a dataset's name, or of a path. Raises InputError if there is neither.
+
+    Rows of one's own are joined by blank lines, and samples are drawn from anywhere in the joined text.
+    """
+    if name not in DATASETS and Path(name).exists():
+        return TextSet("a file or folder of text", partial(own_rows, name))
+    return DATASETS.check(name)
+
+
+def own_rows(path, split):
+    """Return all rows of a file, or of the files below a folder, in order of their paths, and where they come from.
+
+    A plain text file is one row. A path has no splits: `split` is ignored. Raises InputError, naming the file, if it
+    cannot be read or holds no text.
+    """
+    root = Path(path)
+    files = sorted(data_files(root)) if root.is_dir() else [root]
+    saved = {file.parent for file in files if file.name == "state.json"}  # by `save_to_disk`, which names its files
+    files = [file for file in files if file.name == "state.json" or file.parent not in saved]
+    if not files or reader_rank(files[0]) == len(READERS):
+        endings = " ".join(end for end in READERS if end.startswith("."))
+        raise InputError(f"dataset {path}: {'no files below it end' if root.is_dir() else 'must end'} in one of "
+                         f"{endings}")
+    rows, digest = [], hashlib.sha256()
+    for file in files:
+        found = read_file(file, str, "dataset")
+        rows += ["".join(found)] if list(READERS.values())[reader_rank(file)] == "text" else found
+    for row in rows:
+        digest.update(row.encode() + b"\0")
+    if not any(row.strip() for row in rows):
+        raise InputError(f"dataset {path}: contains no text")
+    return rows, {"files": [str(file) for file in files], "sha256": digest.hexdigest()}

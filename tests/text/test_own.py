@@ -1,0 +1,86 @@
+"""Check that text of one's own is read in every form, sampled, and told apart from other text by its checksum."""
+
+import gzip
+import json
+
+import pyarrow.parquet
+import pytest
+import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import FAMILIES
+from datasets import Dataset
+
+import datautils
+from mixgpt.common.errors import InputError
+
+ROWS = ["The first row ,\nof two lines.", "Second row: café.", "A third one."]
+LINES = "".join(json.dumps({"text": row, "id": 1}) + "\n" for row in ROWS)
+
+
+def by_pyarrow(path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ROWS}), path)
+
+
+FORMS = {
+    "notes.txt": lambda path: path.write_text(ROWS[0]),
+    "rows.jsonl": lambda path: path.write_text(LINES),
+    "rows.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
+    "rows.parquet": by_pyarrow,
+    "saved": lambda path: Dataset.from_dict({"text": ROWS}).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_rows_are_those_of_the_file_in_every_form(name, part, tmp_path):
+    path = tmp_path / name
+    FORMS[name](path)
+    rows, source = datautils.load_rows(str(path), part, None)
+    assert rows == (ROWS[:1] if name == "notes.txt" else ROWS)
+    assert (source["dataset"], source["split"]) == (str(path), part)
+    assert source["files"] == [str(path / "state.json" if name == "saved" else path)]
+
+
+def test_a_folder_is_read_whole_in_order_of_its_paths(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "rows.jsonl").write_text(LINES)
+    (tmp_path / "c.txt").write_text("last\n")
+    (tmp_path / "a.txt").write_text("first\nof two lines\n")
+    (tmp_path / "README.md").write_text("not a text")
+    rows, source = datautils.load_rows(str(tmp_path), "train", None)
+    assert rows == ["first\nof two lines\n", *ROWS, "last\n"] and len(source["files"]) == 3
+    before = source["sha256"]
+    (tmp_path / "c.txt").write_text("Last\n")
+    assert datautils.load_rows(str(tmp_path), "train", None)[1]["sha256"] != before
+
+
+def test_samples_and_segments_are_of_the_rows_joined_by_blank_lines(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(LINES)
+    ids = torch.tensor(tokenizer("\n\n".join(ROWS)).input_ids)
+    tokens, _ = datautils.test_tokens(str(path), 8, tokenizer)
+    assert torch.equal(tokens, ids[:len(ids) // 8 * 8].view(-1, 8))
+    samples, _ = datautils.calibration_samples(str(path), 20, 8, 0, tokenizer)
+    windows = ids.unfold(0, 8, 1).tolist()
+    assert len(samples) == 20 and all(sample in windows for sample in samples.tolist())
+    with pytest.raises(InputError, match=r"--seqlen 999: the train text of dataset .*rows.jsonl has \d+ tokens"):
+        datautils.calibration_samples(str(path), 1, 999, 0, tokenizer)
+
+
+def test_a_run_calibrates_and_evaluates_on_files_and_names_them(checkpoint_folder, tmp_path, capsys):
+    for name in ("mine.txt", "other.txt"):
+        (tmp_path / name).write_text(f"Of {name} this is a line.\n" * 100)
+    mine, other = (str(tmp_path / name) for name in ("mine.txt", "other.txt"))
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), mine, *SMALL, "--sparsity", ".5", "--eval", other,
+               "builtin", "--record", tmp_path / "record.json") == 0
+    printed, record = capsys.readouterr().out, json.loads((tmp_path / "record.json").read_text())
+    assert f"data     {mine}: 4 sequences of 32 tokens" in printed and other in printed
+    assert list(record["perplexity"]["SparseGPT"]) == [other, "builtin"]
+    assert record["data"]["calibration"]["files"] == [mine] and len(record["data"][other]["sha256"]) == 64
+
+
+def test_a_dense_model_may_be_evaluated_on_what_stands_for_calibration(checkpoint_folder, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("This is a line.\n" * 100)
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), path, *SMALL, "--eval", path) == 0
