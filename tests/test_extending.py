@@ -128,7 +128,7 @@ def test_its_command_prunes_to_the_weight_and_calls_the_method_by_name(command, 
 @pytest.mark.parametrize("name, lines", {
     "wanda.py": ["--saliency {obs,isc,fisher,wanda}", "wanda: |w| ‖x‖ (Wanda) (default: obs)"],
     "wanda_solver.py": ["--solver {obs,admm,wanda}", "wanda: in each row by |w| ‖x‖, without update (Wanda) (default"],
-    "my_text.py": ["{wikitext2,ptb,c4,builtin,my_text}", "my_text: the paragraphs of my_text.txt"],
+    "my_text.py": ["my_text: the paragraphs of my_text.txt"],
     "gptneox.py": ["usage: gptneox.py "],
 }.items())
 def test_help_names_it(name, lines, execute, capsys):
@@ -148,7 +148,7 @@ def test_help_names_it(name, lines, execute, capsys):
      "--solver wanda: needs calibration"),
     ("my_text.py", "facebook/opt-125m my_text --sparsity .5", "dataset my_text: there is no my_text.txt in "),
     ("my_text.py", "facebook/opt-125m my_novel",
-     "invalid choice: my_novel (choose from wikitext2, ptb, c4, builtin, my_text)"),
+     "invalid choice: my_novel (choose from wikitext2, ptb, c4, builtin, my_text, or give a file or folder of text)"),
     ("gptneox.py", "facebook/opt-125m builtin", "this is a OPTForCausalLM; use opt.py"),
 ])
 def test_what_it_cannot_do_is_refused_by_name(name, arguments, line, execute, capsys):
