@@ -13,7 +13,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line
-from mixgpt.text import hub
+from mixgpt.text import hub, mixture
 from mixgpt.text.local import local_rows, text_column
 from mixgpt.text.own import text_set_of
 from mixgpt.text.sets import DATASETS
@@ -23,13 +23,22 @@ DRAWS = 10_000  # consecutive new documents that may be too short before giving 
 
 
 def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=None):
-    """Draw random segments of a train split.
+    """Draw random segments of a train split, or of a mixture of several.
 
     Returns (LongTensor (nsamples, seqlen), source), source being a JSON-able dict that says where the text comes from.
-    Raises InputError if the text is unavailable or shorter than seqlen + 1 tokens.
+    Of each text in a mixture they are the first that it alone would give, and all are shuffled. Raises InputError if a
+    text is unavailable or shorter than seqlen + 1 tokens.
     """
-    rows, source = load_rows(dataset, "train", data_dir)
-    return samples_of(rows, source, nsamples, seqlen, seed, tokenizer), source
+    counts, parts, sources = mixture.counts(dataset, nsamples), [], []
+    for name, count in counts.items():
+        rows, source = load_rows(name, "train", data_dir)
+        parts.append(samples_of(rows, source, count, seqlen, seed, tokenizer))
+        sources.append(source)
+    if len(counts) == 1:
+        return parts[0], sources[0]
+    order = random.Random(seed).sample(range(nsamples), nsamples)
+    return torch.cat(parts)[order], {"dataset": dataset, "parts": [
+        source | {"sequences": count} for source, count in zip(sources, counts.values(), strict=True)]}
 
 
 def samples_of(rows, source, nsamples, seqlen, seed, tokenizer):

@@ -10,6 +10,7 @@ from mixgpt.app.choices import ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, SALIE
 from mixgpt.checkpoints.names import RECORD
 from mixgpt.common import outputs
 from mixgpt.common.errors import InputError
+from mixgpt.text import mixture
 
 WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 TARGETS = ("layer", "dense")
@@ -58,12 +59,20 @@ def names(text):
     return found
 
 
+def texts(name):
+    """Check that a name is that of a dataset, a path, or a mixture of these."""
+    try:
+        mixture.shares(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from error
+    return name
+
+
 def text(name):
     """Check that a name is that of a dataset, or a path."""
-    if name in DATASETS or name and Path(name).exists():
-        return name
-    raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(map(repr, DATASETS))}, or give "
-                                     "a file or folder of text)")
+    if len(mixture.shares(texts(name))) > 1:
+        raise argparse.ArgumentTypeError(f"{name!r}: is a mixture, which is for calibration; give its texts one by one")
+    return name
 
 
 @dataclass(frozen=True)
@@ -199,9 +208,7 @@ class Settings:
         if self.plot and not self.spreads:
             raise InputError("--plot: shows how sparsity is spread over the matrices, needs --sparsity_way "
                              f"{' or '.join(name for name, each in ALLOCATIONS.items() if not each.even)}")
-        if self.draws and any(name not in DATASETS and os.path.realpath(name) == os.path.realpath(self.dataset)
-                              for name in self.eval):
-            raise InputError(f"--eval {self.dataset}: is the text that calibration draws from; give another one")
+        self._check_texts()
         self._check_solver()
         self._check_quantization()
         self._check_format()
@@ -234,6 +241,16 @@ class Settings:
         for flag, given in {"--limit": self.limit, "--tasks_dir": self.tasks_dir}.items():
             if given is not None and not self.tasks:
                 raise InputError(f"{flag} {given}: needs --tasks")
+
+    def _check_texts(self):
+        """Refuse to evaluate on what calibration draws from; the datasets have parts for both."""
+        try:
+            drawn = {os.path.realpath(name) for name in mixture.shares(self.dataset) if name not in DATASETS}
+        except ValueError as error:
+            raise InputError(f"dataset {self.dataset}: {error}") from error
+        for name in self.eval if self.draws else ():
+            if name not in DATASETS and os.path.realpath(name) in drawn:
+                raise InputError(f"--eval {name}: is text that calibration draws from; give another one")
 
     def _check_solver(self):
         given = {f"--solver {self.solver}": self.solver != "obs", "--target dense": self.target == "dense",
@@ -409,7 +426,8 @@ def parse(family, argv=None):
                                         "Without --sparsity, --prunen/--prunem or --wbits: the perplexity of the dense "
                                         "model.")
     parser.add_argument("model", help="hub id, local folder or .gguf file")
-    parser.add_argument("dataset", type=text, help=f"calibration text, by name or as a file or folder; {DATASETS.help}")
+    parser.add_argument("dataset", type=texts, help=(
+        f"calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3; {DATASETS.help}"))
     for field in dataclasses.fields(Settings):
         if "help" in field.metadata:
             if title := field.metadata["group"]:

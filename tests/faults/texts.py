@@ -78,7 +78,7 @@ FAULTS = {
         "mine.parquet", "PAR1", "mine.parquet cannot be read (parquet): Parquet file size is 4 bytes, …"),
     "calibration and evaluation on one file of one's own": Fault(
         lambda root: text(root, "mine.txt", "text"),
-        "--eval {root}/texts/mine.txt: is the text that calibration draws from; give another one",
+        "--eval {root}/texts/../texts/mine.txt: is text that calibration draws from; give another one",
         "{root}/model {root}/texts/mine.txt --sparsity .5 --eval {root}/texts/../texts/mine.txt"),
     "no texts": Fault(nothing, "--data-dir {root}/texts: no such folder", WIKI),
     "a file of texts": Fault(

@@ -1,0 +1,56 @@
+"""Several texts to calibrate on, each with its share: c4:0.7,./my.jsonl:0.3."""
+
+import math
+from pathlib import Path
+
+from mixgpt.common.errors import InputError
+from mixgpt.text.sets import DATASETS
+
+
+def shares(name):
+    """Return {text: share} of a mixture, or of one text; the shares add up to 1.
+
+    A text is the name of a dataset, or a path. Raises ValueError, which says what is accepted.
+    """
+    if known(name):
+        return {name: 1.0}
+    found = {}
+    for part in name.split(",") if ":" in name else []:
+        text, _, share = part.rpartition(":")
+        found[text] = found.get(text, 0) + positive(share, part)
+    if unknown := [text for text in found or [name] if not known(text)]:
+        raise ValueError(f"invalid choice: {unknown[0]!r} (choose from {', '.join(map(repr, DATASETS))}, or give a "
+                         "file or folder of text)")
+    return {text: share / sum(found.values()) for text, share in found.items()}
+
+
+def known(text):
+    """Return whether a text is the name of a dataset, or a path that exists."""
+    return text in DATASETS or text != "" and Path(text).exists()
+
+
+def positive(share, part):
+    try:
+        value = float(share)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"{part!r}: in a mixture each text needs a share above 0, for example c4:0.7,builtin:0.3")
+    return value
+
+
+def counts(name, nsamples):
+    """Return {text: number of its sequences}, together nsamples, each the nearest to its share that this allows.
+
+    Raises InputError if a text would get none, or if it is no mixture.
+    """
+    try:
+        wanted = {text: share * nsamples for text, share in shares(name).items()}
+    except ValueError as error:
+        raise InputError(f"dataset {name}: {error}") from error
+    found = {text: int(number) for text, number in wanted.items()}
+    for text in sorted(wanted, key=lambda text: found[text] - wanted[text])[:nsamples - sum(found.values())]:
+        found[text] += 1
+    if none := [text for text, number in found.items() if not number]:
+        raise InputError(f"--nsamples {nsamples}: gives no sequence to {none[0]} in {name}; raise it")
+    return found

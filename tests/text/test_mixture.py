@@ -1,0 +1,77 @@
+"""Check that a mixture draws from each text what it alone gives, as much as its share asks for."""
+
+import json
+
+import pytest
+import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import FAMILIES
+
+import datautils
+from mixgpt.common.errors import InputError
+from mixgpt.text import mixture
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Give the name of a file of text."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("This is a line of mine.\n" * 200)
+    return "mine.txt"
+
+
+@pytest.mark.parametrize("name, nsamples, expected", [
+    ("builtin:0.7,mine.txt:0.3", 10, [7, 3]), ("builtin:7,mine.txt:3", 128, [90, 38]),
+    ("builtin:1,mine.txt:1", 3, [2, 1]), ("builtin:1,builtin:1,mine.txt:1", 9, [6, 3]), ("mine.txt:5", 4, [4]),
+    ("builtin", 5, [5])])
+def test_each_text_gets_its_share(name, nsamples, expected, mine):
+    assert list(mixture.counts(name, nsamples).values()) == expected
+
+
+def test_samples_are_the_first_that_each_text_gives_alone(mine, tokenizer):
+    name = "builtin:0.75,mine.txt:0.25"
+    tokens, source = datautils.calibration_samples(name, 12, 16, 5, tokenizer)
+    alone = [datautils.calibration_samples(text, count, 16, 5, tokenizer)[0] for text, count in
+             (("builtin", 9), (mine, 3))]
+    assert sorted(tokens.tolist()) == sorted(torch.cat(alone).tolist())
+    assert tokens.tolist() != torch.cat(alone).tolist()  # shuffled, as processes take consecutive ones
+    assert torch.equal(tokens, datautils.calibration_samples(name, 12, 16, 5, tokenizer)[0])
+    assert source["dataset"] == name
+    assert [(part["dataset"], part["sequences"]) for part in source["parts"]] == [("builtin", 9), (mine, 3)]
+
+
+def test_a_file_may_be_called_like_a_mixture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4:0.7,b.txt").write_text("text")
+    assert mixture.shares("c4:0.7,b.txt") == {"c4:0.7,b.txt": 1}
+
+
+@pytest.mark.parametrize("name, message", [
+    ("c5:0.5,builtin:0.5", "invalid choice: 'c5' .*, or give a file or folder of text"),
+    (":1,builtin:1", "invalid choice: ''"), ("c5", "invalid choice: 'c5'"),
+    ("builtin,c4:1", "'builtin': in a mixture each text needs a share above 0, for example c4:0.7,builtin:0.3"),
+    *((f"builtin:{share},c4:1", f"'builtin:{share}': in") for share in ("x", "0", "-1", "nan", "inf", "")),
+    ("builtin:1,", "'': in")])
+def test_what_is_no_mixture_is_refused(name, message):
+    with pytest.raises(InputError, match=f"^dataset {name}: {message}"):
+        mixture.counts(name, 10)
+
+
+def test_a_text_without_sequences_is_refused():
+    with pytest.raises(InputError, match="^--nsamples 4: gives no sequence to builtin in c4:19,builtin:1; raise it$"):
+        mixture.counts("c4:19,builtin:1", 4)
+
+
+def test_a_run_draws_from_all_and_its_record_says_what_from_where(mine, checkpoint_folder, tmp_path, capsys):
+    name = f"builtin:1,{mine}:1"
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), name, *SMALL, "--sparsity", ".5",
+               "--record", tmp_path / "record.json") == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [part["sequences"] for part in record["data"]["calibration"]["parts"]] == [2, 2]
+    assert f"data     {name}: 4 sequences" in capsys.readouterr().out
+    for wrong, line in {
+            name: f"argument --eval: '{name}': is a mixture, which is for calibration; give its texts one by one",
+            "./mine.txt": "--eval ./mine.txt: is text that calibration draws from; give another one"}.items():
+        options = [*SMALL, "--sparsity", ".5", "--eval", wrong]
+        assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), name, *options) == 2
+        assert capsys.readouterr().err == f"llama.py: error: {line}\n"
