@@ -16,7 +16,6 @@ from mixgpt.common.errors import InputError, one_line
 from mixgpt.text import hub, mixture
 from mixgpt.text.local import local_rows, text_column
 from mixgpt.text.own import text_set_of
-from mixgpt.text.sets import DATASETS
 from mixgpt.text.tokenizing import encode
 
 DRAWS = 10_000  # consecutive new documents that may be too short before giving up
@@ -138,16 +137,15 @@ def load_rows(dataset, part, data_dir):
     split = text_set.test_split if part == "test" else part
     if text_set.code:
         rows, origin = text_set.load()(split)
-    elif data_dir is None:
-        rows, origin = hub_rows(dataset, split)
+    elif data_dir is None or text_set.local is None:
+        rows, origin = hub_rows(dataset, text_set, split)
     else:
         rows, origin = local_rows(dataset, split, data_dir)
     return rows, {"dataset": dataset, "split": split, **origin}
 
 
-def hub_rows(dataset, split):
+def hub_rows(dataset, text_set, split):
     """Return the rows of a split from the hub or its cache, and the name of the hub dataset."""
-    text_set = DATASETS[dataset]
     options = dict(text_set.hub_options)
     if text_set.hub_files:
         options["data_files"] = {split: text_set.hub_files[split]}
@@ -157,8 +155,9 @@ def hub_rows(dataset, split):
             table = load_dataset(text_set.hub_id, split=split, **options)
     except (DatasetsError, OSError, ValueError) as error:  # ValueError: another configuration is cached
         reason = one_line(error) if online else "the hub cannot be reached and it is not in the cache"
+        supply = f"with --data-dir DIR ({text_set.local.supply})" if text_set.local else "as a file"
         raise InputError(
-            f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy with --data-dir DIR "
-            f"({text_set.local.supply}), or use the dataset builtin"
+            f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy {supply}, or use the dataset "
+            "builtin"
         ) from None
-    return text_column(table, text_set.hub_id), {"hub": text_set.hub_id, **options}
+    return text_column(table, text_set.hub_id, text_set.column), {"hub": text_set.hub_id, **options}

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import datautils
 from mixgpt.common.errors import InputError
 from mixgpt.text import local
+from mixgpt.text.sets import DATASETS
 
 BOS = 256
 WIKI_ROWS = ["", " = Alpha = \n", "", " Beta gamma “δ” . \n", " Epsilon zeta . \n", ""]
@@ -298,6 +299,8 @@ HUB_CALLS = [
         "c4", "test", ("allenai/c4",),
         {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "split": "validation"},
     ),
+    ("an-owner/their.set:words_1", "train", ("an-owner/their.set",), {"split": "train"}),
+    ("an-owner/their.set:words_1", "test", ("an-owner/their.set",), {"split": "test"}),
 ]
 
 
@@ -307,7 +310,9 @@ def test_the_hub_is_asked_for_the_datasets_of_the_field(monkeypatch, dataset, pa
 
     def load_dataset(*given, **keywords):
         calls.append((given, keywords))
-        return Dataset.from_dict({"url": ["u", "v"], "sentence" if dataset == "ptb" else "text": ["a", "b"]})
+        column = "words_1" if "words_1" in dataset else "sentence" if dataset == "ptb" else "text"
+        return Dataset.from_dict({"url": ["u", "v"], "text": ["c", "d"], column: ["a", "b"]}).select_columns(
+            ["url", "text", column] if "words_1" in dataset else ["url", column])
 
     monkeypatch.setattr(datautils.hub, "reachable", lambda: True)
     monkeypatch.setattr(datautils, "load_dataset", load_dataset)
@@ -315,6 +320,13 @@ def test_the_hub_is_asked_for_the_datasets_of_the_field(monkeypatch, dataset, pa
     assert rows == ["a", "b"] and calls == [(arguments, options)]
     assert source == {"dataset": dataset, "hub": arguments[0], **options}
     json.dumps(source)
+
+
+def test_a_column_that_the_hub_does_not_have_is_one_line(monkeypatch):
+    monkeypatch.setattr(datautils.hub, "reachable", lambda: True)
+    monkeypatch.setattr(datautils, "load_dataset", lambda *_, **__: Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(InputError, match="^an-owner/set has the columns text: there is no words$"):
+        datautils.load_rows("an-owner/set:words", "train", "a folder that it is not looked for in")
 
 
 @pytest.mark.parametrize("dataset", ["wikitext2", "ptb", "c4"])
@@ -328,7 +340,7 @@ def test_offline_the_error_comes_at_once_and_in_one_line(monkeypatch, tmp_path, 
     with pytest.raises(InputError, match=f"^dataset {dataset}: .*cannot be reached.*--data-dir DIR.*builtin") as error:
         datautils.test_tokens(dataset, 8, tokenizer)
     assert time.monotonic() - start < 5
-    assert "\n" not in str(error.value) and datautils.DATASETS[dataset].hub_id in str(error.value)
+    assert "\n" not in str(error.value) and DATASETS[dataset].hub_id in str(error.value)
     assert constants.HF_HUB_OFFLINE is False and datasets.config.HF_HUB_OFFLINE is False
 
 

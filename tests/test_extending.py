@@ -148,7 +148,8 @@ def test_help_names_it(name, lines, execute, capsys):
      "--solver wanda: needs calibration"),
     ("my_text.py", "facebook/opt-125m my_text --sparsity .5", "dataset my_text: there is no my_text.txt in "),
     ("my_text.py", "facebook/opt-125m my_novel",
-     "invalid choice: my_novel (choose from wikitext2, ptb, c4, builtin, my_text, or give a file or folder of text)"),
+     "invalid choice: my_novel (choose from wikitext2, ptb, c4, builtin, my_text, or give a file or folder of text, or "
+     "owner/dataset:column on the hub)"),
     ("gptneox.py", "facebook/opt-125m builtin", "this is a OPTForCausalLM; use opt.py"),
 ])
 def test_what_it_cannot_do_is_refused_by_name(name, arguments, line, execute, capsys):

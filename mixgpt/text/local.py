@@ -223,12 +223,16 @@ def json_text(row, place, file):
     return row
 
 
-def text_column(table, origin):
-    """Return the texts of a Dataset or IterableDataset as a list of str. origin: named in errors."""
+def text_column(table, origin, wanted=None):
+    """Return the texts of a Dataset or IterableDataset as a list of str, from the column `wanted`, if given.
+
+    origin: named in errors.
+    """
     columns = list(next(iter(table), {}))
-    column = next((name for name in COLUMNS if name in columns), None)
+    column = next((name for name in ([wanted] if wanted else COLUMNS) if name in columns), None)
     if columns and column is None:
-        raise InputError(f"{origin} has the columns {', '.join(columns)}: {NEEDED}")
+        needed = f"there is no {wanted}" if wanted else NEEDED
+        raise InputError(f"{origin} has the columns {', '.join(columns)}: {needed}")
     texts = [text for batch in table.iter(batch_size=1000) for text in batch[column]]
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{origin}: the column {column} contains values that are not text")

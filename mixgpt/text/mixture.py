@@ -4,13 +4,14 @@ import math
 from pathlib import Path
 
 from mixgpt.common.errors import InputError
-from mixgpt.text.sets import DATASETS
+from mixgpt.text.sets import DATASETS, hub_column
 
 
 def shares(name):
     """Return {text: share} of a mixture, or of one text; the shares add up to 1.
 
-    A text is the name of a dataset, or a path. Raises ValueError, which says what is accepted.
+    A text is the name of a dataset, a path, or owner/dataset:column on the hub. Raises ValueError, which says what is
+    accepted.
     """
     if known(name):
         return {name: 1.0}
@@ -20,13 +21,13 @@ def shares(name):
         found[text] = found.get(text, 0) + positive(share, part)
     if unknown := [text for text in found or [name] if not known(text)]:
         raise ValueError(f"invalid choice: {unknown[0]!r} (choose from {', '.join(map(repr, DATASETS))}, or give a "
-                         "file or folder of text)")
+                         "file or folder of text, or owner/dataset:column on the hub)")
     return {text: share / sum(found.values()) for text, share in found.items()}
 
 
 def known(text):
-    """Return whether a text is the name of a dataset, or a path that exists."""
-    return text in DATASETS or text != "" and Path(text).exists()
+    """Return whether a text is the name of a dataset, a path that exists, or has the form of a column on the hub."""
+    return text in DATASETS or text != "" and Path(text).exists() or bool(hub_column(text))
 
 
 def positive(share, part):

@@ -1,4 +1,4 @@
-"""Text of one's own: a file, or a folder of files, given in place of a dataset's name."""
+"""Text of one's own, given in place of a dataset's name: a file, a folder of files, or a column on the hub."""
 
 import hashlib
 from functools import partial
@@ -6,16 +6,19 @@ from pathlib import Path
 
 from mixgpt.common.errors import InputError
 from mixgpt.text.local import READERS, data_files, read_file, reader_rank
-from mixgpt.text.sets import DATASETS, TextSet
+from mixgpt.text.sets import DATASETS, TextSet, hub_column
 
 
 def text_set_of(name):
-    """Return the TextSet of a dataset's name, or of a path. Raises InputError if there is neither.
+    """Return the TextSet of a dataset's name, of a path, or of a column on the hub. Raises InputError if it is none.
 
-    Rows of one's own are joined by blank lines, and samples are drawn from anywhere in the joined text.
+    Rows of the latter two are joined by blank lines, and samples are drawn from anywhere in the joined text.
     """
     if name not in DATASETS and Path(name).exists():
         return TextSet("a file or folder of text", partial(own_rows, name))
+    if on_hub := hub_column(name):
+        hub_id, column = on_hub
+        return TextSet("a column of a dataset on the hub", hub_id=hub_id, column=column)
     return DATASETS.check(name)
 
 

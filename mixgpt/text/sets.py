@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,11 +30,18 @@ class TextSet(Choice):
     hub_id: str | None = None
     hub_options: dict = field(default_factory=dict)  # further arguments of load_dataset
     hub_files: dict = field(default_factory=dict)  # split -> the one file to fetch
+    column: str | None = None  # that holds the text (default: text or sentence)
     local: LocalSet | None = None
     test_split: str = "test"
     by_document: bool = False  # samples do not cross documents; only the first shard is used
     test_documents: int | None = None
     test_segments: int | None = None
+
+
+def hub_column(name):
+    """Return hub id and column of owner/dataset:column, or None for another name."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)", name)
+    return found and found.groups()
 
 
 def wikitext_row(line):

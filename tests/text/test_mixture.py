@@ -40,6 +40,14 @@ def test_samples_are_the_first_that_each_text_gives_alone(mine, tokenizer):
     assert [(part["dataset"], part["sequences"]) for part in source["parts"]] == [("builtin", 9), (mine, 3)]
 
 
+def test_a_column_on_the_hub_is_a_text():
+    assert mixture.shares("owner/set.1:words") == {"owner/set.1:words": 1}
+    assert mixture.shares("owner/set:words:3,builtin:1") == {"owner/set:words": 0.75, "builtin": 0.25}
+    for name in ("owner/set", "owner/set:0.5", "owner/set:3", "a/b/c:text", "set:text"):
+        with pytest.raises(ValueError, match="invalid choice|in a mixture each text needs a share"):
+            mixture.shares(name)
+
+
 def test_a_file_may_be_called_like_a_mixture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c4:0.7,b.txt").write_text("text")
@@ -47,7 +55,7 @@ def test_a_file_may_be_called_like_a_mixture(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("c5:0.5,builtin:0.5", "invalid choice: 'c5' .*, or give a file or folder of text"),
+    ("c5:0.5,builtin:0.5", "invalid choice: 'c5' .*, or give a file or folder of text, or owner/dataset:column"),
     (":1,builtin:1", "invalid choice: ''"), ("c5", "invalid choice: 'c5'"),
     ("builtin,c4:1", "'builtin': in a mixture each text needs a share above 0, for example c4:0.7,builtin:0.3"),
     *((f"builtin:{share},c4:1", f"'builtin:{share}': in") for share in ("x", "0", "-1", "nan", "inf", "")),
