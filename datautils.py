@@ -16,7 +16,7 @@ from mixgpt.common.errors import InputError, one_line
 from mixgpt.text import hub, mixture
 from mixgpt.text.local import local_rows, text_column
 from mixgpt.text.own import text_set_of
-from mixgpt.text.tokenizing import encode
+from mixgpt.text.tokenizing import as_texts, encode
 
 DRAWS = 10_000  # consecutive new documents that may be too short before giving up
 
@@ -43,7 +43,7 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
 def samples_of(rows, source, nsamples, seqlen, seed, tokenizer):
     """Draw random segments from all or some of the rows of `load_rows`. Returns LongTensor (nsamples, seqlen)."""
     rng, text_set = random.Random(seed), text_set_of(source["dataset"])
-    samples = empty_samples(nsamples, seqlen)
+    rows, samples = as_texts(rows, tokenizer), empty_samples(nsamples, seqlen)
     if text_set.by_document:
         segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer)
     else:
@@ -77,7 +77,7 @@ def test_tokens(dataset, seqlen, tokenizer, data_dir=None):
 def segments_of(rows, source, seqlen, tokenizer):
     """Cut all or some of the rows of `load_rows` like a test split. Returns LongTensor (n, seqlen)."""
     text_set = text_set_of(source["dataset"])
-    ids = token_ids(tokenizer, text_set.test_join.join(rows[: text_set.test_documents]))
+    ids = token_ids(tokenizer, text_set.test_join.join(as_texts(rows[: text_set.test_documents], tokenizer)))
     require_tokens(ids, seqlen, seqlen, source)
     n = min(len(ids) // seqlen, text_set.test_segments or len(ids))
     return torch.tensor(ids[: n * seqlen]).view(n, seqlen)
@@ -132,7 +132,10 @@ def require_tokens(ids, needed, seqlen, source):
 
 
 def load_rows(dataset, part, data_dir):
-    """Return (rows, source) of the "train" or "test" part of a dataset, or of all of a path; rows is a list of str."""
+    """Return (rows, source) of the "train" or "test" part of a dataset, or of all of a path.
+
+    rows is a list of str, or of chats, see `local.chat_of`.
+    """
     text_set = text_set_of(dataset)
     split = text_set.test_split if part == "test" else part
     if text_set.code:

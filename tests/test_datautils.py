@@ -479,7 +479,7 @@ BAD_FILES = {
     "no_rows_text": ("wikitext/test.txt", b"", "no rows"),
     "numbers": ("wikitext/test.json", b'{"text": 1}\n', "not text"),
     "empty_value": ("wikitext/test.json", b'{"text": "a"}\n{"text": null}\n', "not text"),
-    "columns": ("wikitext/test.json", b'{"body": "a", "id": 1}\n', "columns body, id: text or sentence"),
+    "columns": ("wikitext/test.json", b'{"body": "a", "id": 1}\n', "columns body, id: text, sentence or messages"),
 }
 
 

@@ -34,10 +34,10 @@ READERS = {
     ".tokens": "text",
 }
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # kept beside the data
-COLUMNS = ("text", "sentence")
+COLUMNS = ("text", "sentence", CHAT := "messages")
 READ_ERRORS = (DatasetsError, OSError, EOFError, ValueError, zlib.error, pyarrow.ArrowException)
 LONGEST = 100_000_000  # bytes of a row: its tokenizer needs many times as much
-NEEDED = f"{' or '.join(COLUMNS)} is needed"
+NEEDED = "text, sentence or messages is needed"
 
 
 def local_rows(dataset, split, data_dir):
@@ -206,25 +206,41 @@ def json_value(text, place):
 
 
 def json_text(row, place, file):
-    """Return the text of a row: an object, or the text itself. file: named in errors."""
+    """Return the text of a row, or its chat: of an object, or of the text itself. file: named in errors."""
     if isinstance(row, dict):
         column = next((name for name in COLUMNS if name in row), None)
         if column is None:
             names = ", ".join(list(row)[:5]) or "none"
             raise InputError(f"{file}, {place} has the columns {names}: {NEEDED}")
         row, place = row[column], f"{place}, {column}"
+        if column == CHAT:
+            return chat_of(row, f"{file}, {place}")
     if not isinstance(row, str):
         kind = "null" if row is None else type(row).__name__
         raise InputError(f"{file}, {place} is {kind}, not text")
+    return encodable(row, f"{file}, {place}")
+
+
+def encodable(text, place):
+    """Return a text. Raises InputError, naming the place, if it cannot be encoded."""
     try:
-        row.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{file}, {place} has half of a surrogate pair, which is not text") from None
-    return row
+        raise InputError(f"{place} has half of a surrogate pair, which is not text") from None
+    return text
+
+
+def chat_of(value, place):
+    """Return a chat [{"role": …, "content": …}, …], without further keys. Raises InputError, naming the place."""
+    if not isinstance(value, list) or not value or not all(
+            isinstance(part, dict) and isinstance(part.get("role"), str) and isinstance(part.get("content"), str)
+            for part in value):
+        raise InputError(f'{place} is not a chat: [{{"role": "user", "content": "text"}}, …]')
+    return [{name: encodable(part[name], place) for name in ("role", "content")} for part in value]
 
 
 def text_column(table, origin, wanted=None):
-    """Return the texts of a Dataset or IterableDataset as a list of str, from the column `wanted`, if given.
+    """Return the texts or chats of a Dataset or IterableDataset, from the column `wanted`, if given.
 
     origin: named in errors.
     """
@@ -234,6 +250,8 @@ def text_column(table, origin, wanted=None):
         needed = f"there is no {wanted}" if wanted else NEEDED
         raise InputError(f"{origin} has the columns {', '.join(columns)}: {needed}")
     texts = [text for batch in table.iter(batch_size=1000) for text in batch[column]]
+    if column == CHAT:
+        return [chat_of(chat, f"{origin}: the column {column}") for chat in texts]
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{origin}: the column {column} contains values that are not text")
     if max(map(len, texts), default=0) > LONGEST:

@@ -1,6 +1,7 @@
 """Text of one's own, given in place of a dataset's name: a file, a folder of files, or a column on the hub."""
 
 import hashlib
+import json
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def own_rows(path, split):
         found = read_file(file, str, "dataset")
         rows += ["".join(found)] if list(READERS.values())[reader_rank(file)] == "text" else found
     for row in rows:
-        digest.update(row.encode() + b"\0")
-    if not any(row.strip() for row in rows):
+        digest.update((row if isinstance(row, str) else json.dumps(row)).encode() + b"\0")
+    if not any(row.strip() if isinstance(row, str) else row for row in rows):
         raise InputError(f"dataset {path}: contains no text")
     return rows, {"files": [str(file) for file in files], "sha256": digest.hexdigest()}

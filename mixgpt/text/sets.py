@@ -30,7 +30,7 @@ class TextSet(Choice):
     hub_id: str | None = None
     hub_options: dict = field(default_factory=dict)  # further arguments of load_dataset
     hub_files: dict = field(default_factory=dict)  # split -> the one file to fetch
-    column: str | None = None  # that holds the text (default: text or sentence)
+    column: str | None = None  # that holds the text (default: text, sentence or messages)
     local: LocalSet | None = None
     test_split: str = "test"
     by_document: bool = False  # samples do not cross documents; only the first shard is used

@@ -72,8 +72,15 @@ FAULTS = {
         "--seqlen 32: the train text of dataset {root}/texts/mine.txt has … tokens and 33 are needed; lower --seqlen "
         "or take another dataset", "{root}/model {root}/texts/mine.txt --sparsity .5 --eval builtin --seqlen 32"),
     "a file of one's own with other columns": own(
-        "mine.jsonl", '{"words": "a"}', "mine.jsonl, line 1 has the columns words: text or "
-        "sentence is needed"),
+        "mine.jsonl", '{"words": "a"}', "mine.jsonl, line 1 has the columns words: text, "
+        "sentence or messages is needed"),
+    "a chat that is none": own(
+        "mine.jsonl", '{"messages": [{"role": "user"}]}', 'mine.jsonl, line 1, messages is not a chat: [{{"role": '
+        '"user", "content": "text"}}, …]'),
+    "chats for a tokenizer without a template": Fault(
+        lambda root: text(root, "mine.jsonl", '{"messages": [{"role": "user", "content": "a"}]}'),
+        "model {root}/model: its tokenizer has no chat template, which rows of messages need",
+        "{root}/model {root}/texts/mine.jsonl --sparsity .5 --eval builtin"),
     "a file of one's own that is damaged": own(
         "mine.parquet", "PAR1", "mine.parquet cannot be read (parquet): Parquet file size is 4 bytes, …"),
     "calibration and evaluation on one file of one's own": Fault(
@@ -96,7 +103,8 @@ FAULTS = {
         "--data-dir: {root}/texts/wikitext/train.json cannot be read (json): line 999 is not valid JSON: …", WIKI),
     "other columns": Fault(
         lambda root: text(root, "wikitext/train.json", LINES.replace("text", "body")),
-        "--data-dir: {root}/texts/wikitext/train.json, line 1 has the columns body: text or sentence is needed", WIKI),
+        "--data-dir: {root}/texts/wikitext/train.json, line 1 has the columns body: text, sentence or messages is "
+        "needed", WIKI),
     "text that is not UTF-8": Fault(
         lambda root: text(root, "wiki.train.raw", "Überschrift\n".encode("latin-1")),
         "--data-dir: {root}/texts/wiki.train.raw cannot be read (text): 'utf-8' codec can't decode byte 0xdc …", WIKI),
@@ -124,8 +132,8 @@ FAULTS = {
     "texts of several types": in_json(b'[{"text": "a"}, {"text": {}}]', ", element 2, text is dict, not text",
                                       "train.json"),
     "a row of another shape": in_json(b'{"text": "a"}\n{"id": 1, "url": "u"}\n',
-                                      ", line 2 has the columns id, url: text or sentence is needed"),
-    "a row without columns": in_json(b"{}", ", line 1 has the columns none: text or sentence is needed"),
+                                      ", line 2 has the columns id, url: text, sentence or messages is needed"),
+    "a row without columns": in_json(b"{}", ", line 1 has the columns none: text, sentence or messages is needed"),
     "an empty list": in_json(b"[]", " contains no rows", "train.json"),
     "blank lines": in_json(b"\n \n\n", " contains no rows", "train.json"),
     "an empty gzip file": in_json(b"", " contains no rows"),
@@ -174,7 +182,7 @@ FAULTS = {
         "{root}/texts/wikitext/train.parquet: the column text contains values that are not text", WIKI),
     "other columns in parquet": Fault(
         lambda root: parquet(root, ["a"], "body"),
-        "{root}/texts/wikitext/train.parquet has the columns body: text or sentence is needed", WIKI),
+        "{root}/texts/wikitext/train.parquet has the columns body: text, sentence or messages is needed", WIKI),
     "no rows in parquet": Fault(
         lambda root: parquet(root, pyarrow.array([], pyarrow.string())),
         "--data-dir: {root}/texts/wikitext/train.parquet contains no rows", WIKI),

@@ -1,5 +1,6 @@
 """Check that text of one's own is read in every form, sampled, and told apart from other text by its checksum."""
 
+import copy
 import gzip
 import json
 
@@ -12,6 +13,7 @@ from datasets import Dataset
 
 import datautils
 from mixgpt.common.errors import InputError
+from mixgpt.text import tokenizing
 
 ROWS = ["The first row ,\nof two lines.", "Second row: café.", "A third one."]
 LINES = "".join(json.dumps({"text": row, "id": 1}) + "\n" for row in ROWS)
@@ -66,6 +68,40 @@ def test_samples_and_segments_are_of_the_rows_joined_by_blank_lines(tokenizer, t
     assert len(samples) == 20 and all(sample in windows for sample in samples.tolist())
     with pytest.raises(InputError, match=r"--seqlen 999: the train text of dataset .*rows.jsonl has \d+ tokens"):
         datautils.calibration_samples(str(path), 1, 999, 0, tokenizer)
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+CHATS = [[{"role": "user", "content": "What is a list? " * 9}, {"role": "assistant", "content": "A sequence. " * 9}],
+         [{"role": "system", "content": "Be brief: café."}]]
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl", "chats.parquet"])
+def test_chats_become_text_by_the_chat_template(name, tokenizer, tmp_path):
+    path, tokenizer = tmp_path / name, copy.deepcopy(tokenizer)
+    if name.endswith("jsonl"):
+        path.write_text("".join(json.dumps({"messages": chat, "id": 1}) + "\n" for chat in CHATS))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"messages": CHATS}), path)
+    tokenizer.chat_template = TEMPLATE
+    expected = "\n\n".join("".join(f"<{part['role']}>{part['content']}</s>" for part in chat) for chat in CHATS)
+    ids = torch.tensor(tokenizer(expected).input_ids)
+    tokens, _ = datautils.test_tokens(str(path), 8, tokenizer)
+    assert torch.equal(tokens, ids[:len(ids) // 8 * 8].view(-1, 8))
+    samples, _ = datautils.calibration_samples(str(path), 4, 8, 0, tokenizer)
+    assert all(sample in ids.unfold(0, 8, 1).tolist() for sample in samples.tolist())
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{% for m in", "its chat template fails on a text"), ("{{ raise_exception('no system') }}", "no system"),
+    ("{{ ''.__class__.__mro__ }}", "its chat template fails on a text"),
+    ("{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}", "takes longer than 0 s")])
+def test_a_template_that_fails_is_one_line(template, message, tokenizer, monkeypatch):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    monkeypatch.setattr(tokenizing, "PATIENCE", 0.3)
+    with pytest.raises(InputError, match=message) as error:
+        tokenizing.as_texts(["text", *CHATS], tokenizer)
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_calibrates_and_evaluates_on_files_and_names_them(checkpoint_folder, tmp_path, capsys):
