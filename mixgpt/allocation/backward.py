@@ -133,7 +133,7 @@ class Chunk:
         layers = [layer for _, layer in order]
         for place, (index, layer) in enumerate(order):
             with (on_device([layer], self.device), _constant(layer, self.dtype) as constant,
-                  fast_linears(keep=backward)):
+                  fast_linears(keep=True) if backward else contextlib.nullcontext()):
                 prefetch(layers, place + 1, self.device)
                 step(constant, index)
             self.bar.update(len(self.tokens))

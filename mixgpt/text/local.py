@@ -135,12 +135,17 @@ def comparable(name):
     return name.lower().replace("_", "-")
 
 
+def reader_of(path):
+    """Return the reader of a path's ending, None if there is none."""
+    return [*READERS.values(), None][reader_rank(path)]
+
+
 def read_file(path, text_row, given="--data-dir:"):
     """Return the rows of one local file as a list of str, leaving no copy in the cache of `datasets`.
 
     given: the argument that it comes from, with which errors begin.
     """
-    reader = list(READERS.values())[reader_rank(path)]
+    reader = reader_of(path)
     for file in path.parent.iterdir() if reader == "save_to_disk" else [path]:
         if not file.is_file() and not file.is_dir():  # a pipe or a device, on which a reader would wait
             raise InputError(f"{given} {file} is not a regular file")

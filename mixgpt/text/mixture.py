@@ -1,10 +1,12 @@
 """Several texts to calibrate on, each with its share: c4:0.7,./my.jsonl:0.3."""
 
 import math
-from pathlib import Path
+import os
 
 from mixgpt.common.errors import InputError
 from mixgpt.text.sets import DATASETS, hub_column
+
+MOST = 1e6  # so that sums of shares are finite
 
 
 def shares(name):
@@ -27,7 +29,7 @@ def shares(name):
 
 def known(text):
     """Return whether a text is the name of a dataset, a path that exists, or has the form of a column on the hub."""
-    return text in DATASETS or text != "" and Path(text).exists() or bool(hub_column(text))
+    return text in DATASETS or os.path.exists(text) or bool(hub_column(text))
 
 
 def positive(share, part):
@@ -35,8 +37,9 @@ def positive(share, part):
         value = float(share)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise ValueError(f"{part!r}: in a mixture each text needs a share above 0, for example c4:0.7,builtin:0.3")
+    if not 0 < value <= MOST:
+        raise ValueError(f"{part!r}: in a mixture each text needs a share above 0 and at most {MOST:g}, for example "
+                         "c4:0.7,builtin:0.3")
     return value
 
 

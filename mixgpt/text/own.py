@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 from functools import partial
 from pathlib import Path
 
 from mixgpt.common.errors import InputError
-from mixgpt.text.local import READERS, data_files, read_file, reader_rank
+from mixgpt.text.local import READERS, data_files, read_file, reader_of
 from mixgpt.text.sets import DATASETS, TextSet, hub_column
 
 
@@ -15,7 +16,7 @@ def text_set_of(name):
 
     Rows of the latter two are joined by blank lines, and samples are drawn from anywhere in the joined text.
     """
-    if name not in DATASETS and Path(name).exists():
+    if name not in DATASETS and os.path.exists(name):
         return TextSet("a file or folder of text", partial(own_rows, name))
     if on_hub := hub_column(name):
         hub_id, column = on_hub
@@ -33,14 +34,14 @@ def own_rows(path, split):
     files = sorted(data_files(root)) if root.is_dir() else [root]
     saved = {file.parent for file in files if file.name == "state.json"}  # by `save_to_disk`, which names its files
     files = [file for file in files if file.name == "state.json" or file.parent not in saved]
-    if not files or reader_rank(files[0]) == len(READERS):
+    if not files or reader_of(files[0]) is None:
         endings = " ".join(end for end in READERS if end.startswith("."))
         raise InputError(f"dataset {path}: {'no files below it end' if root.is_dir() else 'must end'} in one of "
                          f"{endings}")
     rows, digest = [], hashlib.sha256()
     for file in files:
         found = read_file(file, str, "dataset")
-        rows += ["".join(found)] if list(READERS.values())[reader_rank(file)] == "text" else found
+        rows += ["".join(found)] if reader_of(file) == "text" else found
     for row in rows:
         digest.update((row if isinstance(row, str) else json.dumps(row)).encode() + b"\0")
     if not any(row.strip() if isinstance(row, str) else row for row in rows):

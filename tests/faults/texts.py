@@ -49,16 +49,19 @@ def damaged(line, reason):
     return f" cannot be read (json): {line} {reason}"
 
 
-def own(name, content, message, arguments=""):
+def own(name, content, message):
     """A fault in a file of one's own."""
     return Fault(lambda root: text(root, name, content), f"dataset {{root}}/texts/{message}",
-                 f"{{root}}/model {{root}}/texts/{name} --sparsity .5 --eval builtin {arguments}")
+                 f"{{root}}/model {{root}}/texts/{name} --sparsity .5 --eval builtin")
 
 
 FAULTS = {
     "a file of one's own that is not there": Fault(
         nothing, "argument dataset: invalid choice: '{root}/mine.txt' (choose from …)",
         "{root}/model {root}/mine.txt --sparsity .5"),
+    "a name of a text that is too long": Fault(
+        nothing, f"argument dataset: invalid choice: '{'x' * 300}' (choose from …)",
+        f"{{root}}/model {'x' * 300} --sparsity .5"),
     "a file of one's own of another kind": own(
         "mine.md", "text", "mine.md: must end in one of .parquet .json.gz .jsonl.gz .json .jsonl .arrow .raw .txt "
         ".tokens"),
