@@ -1,10 +1,12 @@
-"""Wanda and OWL written down plainly, as peers of the accuracy benchmark: what the formulas of their papers say."""
+"""Wanda and OWL written down plainly, as peers of the benchmarks: what the formulas of their papers say."""
 
+import contextlib
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from mixgpt.app.choices import ALLOCATIONS, SOLVERS, Allocation, Solver
 from mixgpt.common import progress
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.pruning.targets import Target
@@ -51,6 +53,19 @@ def visit(model, family, tokens, batch_size, device, title):
             yield index, layer, stream
 
 
+def by_wanda(W, norms, target, scheme=None):
+    """Prune W (out, in) by Wanda. norms: (in,), ‖X_j‖₂. Returns the new matrix, and its grid if there is a scheme.
+
+    scheme: the quant.Scheme to whose grids the kept weights are rounded; what that sets to 0 counts as pruned.
+    """
+    def attempt(asked):
+        pruned = W.masked_fill(wanda_mask(W, norms, replace(target, sparsity=asked[0])), 0)
+        return [quantize_nearest(pruned, scheme) if scheme else (pruned, None)]
+
+    new, = meet_sparsities(attempt, [target.sparsity], attempts=4 if scheme else 1)
+    return new
+
+
 @torch.no_grad()
 @fast_linears()
 def prune_wanda(model, family, plan, tokens, batch_size, device, scheme=None):
@@ -63,13 +78,7 @@ def prune_wanda(model, family, plan, tokens, batch_size, device, scheme=None):
         before = stream.hidden.clone()
         norms = advance(stream, layer, index)
         for name, module in linears(layer).items():
-            W, target = module.weight, plan[index, name]
-
-            def attempt(asked, W=W, target=target, norms=norms[name]):
-                pruned = W.masked_fill(wanda_mask(W, norms, replace(target, sparsity=asked[0])), 0)
-                return [quantize_nearest(pruned, scheme) if scheme else (pruned, None)]
-
-            (W_hat, _), = meet_sparsities(attempt, [target.sparsity], attempts=4 if scheme else 1)
+            W_hat, _ = by_wanda(module.weight, norms[name], plan[index, name], scheme)
             module.weight.copy_(W_hat)
         stream.hidden = before
         stream.advance(layer, index)
@@ -105,3 +114,23 @@ def owl_plan(selected, ratios, sparsity):
     total = (sparsities * sizes).sum() / sizes.sum()
     assert abs(total - sparsity) < 1e-9 and 0 <= sparsities.min() <= sparsities.max() <= 1
     return {(layer, name): Target(sparsities[layer].item()) for layer, name in selected}
+
+
+@contextlib.contextmanager
+def registered():
+    """Make --solver wanda and --sparsity_way owl known within the block. Wanda's own calibration is two passes."""
+    def wanda(problem):
+        return [by_wanda(W, problem.h.sqrt(), Target(*target), problem.options.scheme)
+                for W, target in zip(problem.optima, problem.targets, strict=True)]
+
+    def owl(budget):
+        where = budget.execution
+        ratios = outlier_ratios(where.model, where.family, budget.calibration, where.batch_size, where.device)
+        return owl_plan(budget.selected, ratios, budget.target.sparsity)
+
+    SOLVERS["wanda"] = Solver("in each row by |w| ‖x‖, without update", wanda, "Wanda", quantizes=True)
+    ALLOCATIONS["owl"] = Allocation("by the outliers of the layer", owl, "OWL")
+    try:
+        yield
+    finally:
+        del SOLVERS["wanda"], ALLOCATIONS["owl"]

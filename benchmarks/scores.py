@@ -14,15 +14,17 @@ REFERENCE = "sparsegpt"  # the method to which the gap from the dense model is m
 class Scores:
     """What was measured so far: {"setup", "dense": {text: perplexity}, "cells": [...]}, kept in a file.
 
-    A cell is {"method", "target", "seed", "perplexity": {text: …}, "sparsity", "seconds"}.
+    A cell is {"method", "target", "seed", "perplexity": {text: …}, "sparsity", "seconds"}. paper.py has several models,
+    which are keys above the texts and in the cells.
     """
 
-    def __init__(self, path, setup):
+    def __init__(self, path, setup, render=None, dry=False):
         """Go on with the file of the same setup, or begin one.
 
-        Raises InputError where the file is of another setup or no such file, or cannot be written.
+        render: writes the content in Markdown (default: `markdown`). dry: write no file. Raises InputError where the
+        file is of another setup or no such file, or cannot be written.
         """
-        self.path = Path(path)
+        self.path, self.render, self.dry = Path(path), render or markdown, dry
         if self.path.suffix != ".json":
             raise InputError(f"--output {path}: must end in .json; the tables are written beside it, in .md")
         self.content = {"setup": setup, "dense": {}, "cells": []}
@@ -57,10 +59,13 @@ class Scores:
 
     def save(self):
         """Write both files, each whole or not at all."""
+        if self.dry:
+            return
         for path, text in {self.path: json.dumps(self.content, indent=1), self.path.with_suffix(".md"):
-                           markdown(self.content)}.items():
+                           self.render(self.content)}.items():
             partial = path.with_name(path.name + ".partial")
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 partial.write_text(text + "\n")
                 os.replace(partial, path)
             except OSError as error:
