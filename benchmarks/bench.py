@@ -59,12 +59,12 @@ def machine(device):
 
 
 @functools.cache
-def rate(device, dtype):
-    """Return the floating-point operations per second of a large matrix product, the best of five.
+def rate(device, dtype, n=4096):
+    """Return the floating-point operations per second of a product of (n, n) matrices, the best of five.
 
     By the fastest library there is for it, which need not be the one that `@` takes.
     """
-    n, seconds = 4096, []
+    seconds = []
     A = torch.randn(n, n, device=device, dtype=dtype)
     for _ in range(5):
         clock = Clock(device)

@@ -432,7 +432,7 @@ def parse(family, argv=None):
         if "help" in field.metadata:
             if title := field.metadata["group"]:
                 group = parser.add_argument_group(title)
-            _add(group, field)
+            add_option(group, field)
     given = vars(parser.parse_args(argv))
     preset = recipe(given["preset"], given.get("prunem", 0)) if "preset" in given else {}
     try:
@@ -444,8 +444,8 @@ def parse(family, argv=None):
         raise
 
 
-def _add(group, field):
-    """Add the option of a field of Settings to an argparse group."""
+def add_option(group, field):
+    """Add the option of a field of Settings to an argparse group or parser."""
     default, text, arguments = field.default, field.metadata["help"], field.metadata["arguments"]
     flag = flags()[field.name]
     if default is False:
