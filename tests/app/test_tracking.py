@@ -1,14 +1,17 @@
 """Run with the real W&B client, offline, and read back what it wrote."""
 
+import importlib
 import json
 import os
 import re
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import FAMILIES, ROOT, load_compiled, read_little
+from paper_tables import TABLES, TASKS, options_of
 
 from mixgpt.app import cli, pipeline, tracking
 from mixgpt.app.settings import Settings
@@ -200,6 +203,30 @@ def test_no_run_of_the_sweep_is_refused_by_the_settings(sweep):
         settings = cli.parse(FAMILIES["opt"][0], arguments)
         assert all(getattr(settings, name) == value for name, value in parameters.items())
         assert settings.log_wandb and settings.sensitivity_file == "traces-opt-125m.json"
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("sweeps/*.yaml")), ids=lambda file: file.stem)
+def test_the_runs_of_a_papers_sweep_are_the_rows_of_its_table(file):
+    sweep, made = yaml.safe_load(file.read_text()), []
+    family = importlib.import_module(Path(sweep["program"]).stem).FAMILY
+    for parameters, (env, interpreter, program, *arguments) in commands_of(sweep):
+        assert (env, interpreter, program) == ("${env}", "${interpreter}", "${program}")
+        made.append(cli.parse(family, arguments))
+        assert all(getattr(made[-1], name) == value for name, value in parameters.items())
+        assert made[-1].log_wandb and made[-1].dataset == "c4" and made[-1].sensitivity == "hutchinson"
+    table = TABLES[file.stem.removesuffix("-gptq")]
+    gptq = ("gptq" in file.stem) if file.stem.startswith("table4") else None
+    rows = [Settings("m", "c4", **options_of(*row)) for row in table.rows if gptq in (None, row[0] == "gptq")]
+
+    def what(settings):
+        return settings.method, settings.sparsity, settings.gmp or settings.saliency
+
+    assert set(map(what, rows)) <= set(map(what, made)) and len(made) <= 4 / 3 * len(rows)
+    assert all(settings.tasks == (TASKS if table.kind == "tasks" else ()) for settings in made)
+
+
+def test_every_table_of_the_paper_has_a_sweep():
+    assert {file.stem for file in ROOT.glob("sweeps/*.yaml")} == {*TABLES, "table4-gptq"}
 
 
 def test_runs_of_the_sweep_share_their_traces_and_belong_to_it(sweep, surroundings, checkpoint_folder, tmp_path,
