@@ -45,6 +45,7 @@ from mixgpt.modeling.streaming import digest, fingerprint
 PROTOCOL = ("nsamples", "seqlen", "dtype", "sensitivity", "nprobes")  # which all cells of a file share
 TESTS = {"perplexity": ("eval", "eval_limit"), "tasks": ("tasks", "tasks_dir", "limit")}
 SCORES = Kind("a file of scores", rb'\{\s*"setup":\s', (".json",))
+MARKDOWN = Kind("a table of scores", b"(table.|figure3|ablations), [^:]*: dataset ")
 FREE = ("data_dir", "batch_size", "device")
 FLAGS = (*PROTOCOL, *TESTS["perplexity"], *TESTS["tasks"], *FREE)  # those of a run, by their names in Settings
 
@@ -100,8 +101,7 @@ def settings_of(path, given, method, target, seed):
     """Return the settings of the run that measures a cell. Raises InputError."""
     measured = {"tasks": TASKS, "eval": ()} if TABLES[given.table].kind == "tasks" else {}
     flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
-    settings = Settings(path, given.dataset, seed=seed, quiet=given.dry_run,
-                        **measured | flags | options_of(method, target))
+    settings = Settings(path, given.dataset, seed=seed, **measured | flags | options_of(method, target))
     settings.check_paths()
     return settings
 
@@ -109,7 +109,7 @@ def settings_of(path, given, method, target, seed):
 def cells_of(given):
     """Return (method, target, seed) of every cell of a table, the dense model's first."""
     rows = TABLES[given.table].with_methods(given.methods)
-    return [(*DENSE, 0), *((*row, seed) for seed in given.seeds for row in rows)]
+    return [(*DENSE, 0), *((*row, seed) for seed in dict.fromkeys(given.seeds) for row in rows)]
 
 
 def prepare(path, given):
@@ -149,13 +149,20 @@ def measure(subject, settings):
     method = settings.method if settings.compresses else "dense"
     figures = record["perplexity"][method]
     if settings.tasks:
-        scores = record["tasks"][method]
-        figures = {name: 100 * found.get("acc_norm", found.get("acc", float("nan"))) for name, found in scores.items()}
+        figures = {name: 100 * _accuracy(name, found) for name, found in record["tasks"][method].items()}
         figures[AVERAGE] = mean(figures.values())
     seconds = dict(record["seconds"])
     shared = seconds.pop("sensitivity", 0.0)
     return {"figures": figures, "sparsity": record["sparsity"], "seconds": sum(seconds.values()),
             "sensitivity_seconds": shared}
+
+
+def _accuracy(name, found):
+    """Return the accuracy of a task, with normalised likelihoods if it has that."""
+    for metric in ("acc_norm", "acc"):
+        if metric in found:
+            return found[metric]
+    raise InputError(f"--tasks {name}: reports no accuracy (acc_norm or acc), which the table is about")
 
 
 def run(subjects, given, scores):
@@ -190,13 +197,24 @@ def list_missing(subjects, given, scores):
     print(f"\n{len(rows)} cells, about {total / 3600:.2f} h: {BASIS}")
 
 
+def _check(given):
+    """Raise InputError for arguments that cannot be used, before anything is read. Returns the settings of a cell."""
+    names = [Path(path).name for path in given.models]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"MODEL {name}: is the name of two models, which the table would not tell apart")
+    for path in given.models:
+        for cell in cells_of(given):
+            settings = settings_of(path, given, *cell)
+    check_writable("--output", given.output, SCORES)
+    check_writable("--output", Path(given.output).with_suffix(".md"), MARKDOWN)
+    return settings
+
+
 def _run(argv):
     given = parse(argv)
     with registered():
-        for path in given.models:
-            for cell in cells_of(given):
-                settings = settings_of(path, given, *cell)
-        check_writable("--output", given.output, SCORES)
+        settings = _check(given)
         subjects = [prepare(path, given) for path in given.models]
         setup = {"dataset": given.dataset} | {name: getattr(settings, name) for name in PROTOCOL}
         scores = Scores(given.output, setup, partial(markdown, given.table, {each.name: each.measured for each in

@@ -226,12 +226,21 @@ def test_tasks_are_those_of_the_family_script(command, checkpoint_folder, tmp_pa
         "words": 100 * expected, "average": 100 * expected}
 
 
+def test_tasks_without_accuracy_are_refused():
+    assert paper._accuracy("piqa", {"acc": 0.25, "acc_norm": 0.5}) == 0.5
+    assert paper._accuracy("truthfulqa_mc2", {"acc": 0.25}) == 0.25
+    with pytest.raises(paper.InputError, match="--tasks wikitext: reports no accuracy"):
+        paper._accuracy("wikitext", {"word_perplexity": 9.0})
+
+
 @pytest.mark.parametrize("arguments, line", [
     (["--methods", "magic"], "argument --methods: invalid choice: 'magic' (choose from 'magnitude', 'wanda', 'owl', "
                              "'best')"),
     (["--output", "no/such.txt"], "--output no/such.txt: must end in .json"),
     (["--output", "/proc/paper.json"], "--output /proc/paper.json: cannot be written"),
     (["--output", "other.json"], "--output other.json: is not a file of scores, and not replaced; name another file"),
+    (["--output", "notes.json"], "--output notes.md: is not a table of scores, and not replaced; name another file"),
+    (["--seeds", "-1"], "--seed -1: must be at least 0 and at most"),
     (["--tasks", "piqa"], "--tasks: table1 is about saliency and allocation, not tasks"),
     (["--eval"], "--eval: names no text to measure perplexity on"),
     (["--nsamples", "0"], "--nsamples 0: must be at least 1"),
@@ -241,6 +250,7 @@ def test_tasks_are_those_of_the_family_script(command, checkpoint_folder, tmp_pa
 def test_what_cannot_be_used_gives_one_line(arguments, line, command, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("other.json").write_text('{"mine": 1}')
+    Path("notes.md").write_text("table1, of my own")
     setup = {"dataset": "builtin", "nsamples": 4, "seqlen": 32, "dtype": "auto", "sensitivity": "fisher", "nprobes": 1}
     Path("paper.json").write_text(json.dumps({"setup": setup, "dense": {}, "cells": []}))
     assert command("table1", *arguments) == 2 and runs == []
@@ -248,11 +258,17 @@ def test_what_cannot_be_used_gives_one_line(arguments, line, command, runs, tmp_
     assert errors.startswith("paper.py: error: ") and errors.count("\n") == 1 and line in errors
 
 
-def test_a_model_that_is_not_there_gives_one_line(checkpoint_folder, runs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("other, line", [
+    ("./nothing", "model ./nothing: no such file or folder"),
+    ("nobody/nothing", "model nobody/nothing: "),
+    ("elsewhere/checkpoint-llama", "MODEL checkpoint-llama: is the name of two models, which the table would not tell "
+                                   "apart")])
+def test_models_that_cannot_be_used_give_one_line(other, line, checkpoint_folder, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    models = [str(checkpoint_folder("llama")), "./nothing"]
+    models = [str(checkpoint_folder("llama")), other]
     assert paper.main(["table1", *models, "--dataset", "builtin", *SMALL, "--eval", "builtin"]) == 2 and runs == []
-    assert capsys.readouterr().err == "paper.py: error: model ./nothing: no such file or folder\n"
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"paper.py: error: {line}") and errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
