@@ -46,7 +46,7 @@ PROTOCOL = ("nsamples", "seqlen", "dtype", "sensitivity", "nprobes")  # which al
 TESTS = {"perplexity": ("eval", "eval_limit"), "tasks": ("tasks", "tasks_dir", "limit")}
 SCORES = Kind("a file of scores", rb'\{\s*"setup":\s', (".json",))
 MARKDOWN = Kind("a table of scores", b"(table.|figure3|ablations), [^:]*: dataset ")
-FREE = ("data_dir", "batch_size", "device")
+FREE = ("data_dir", "batch_size", "device")  # no part of what a cell is
 FLAGS = (*PROTOCOL, *TESTS["perplexity"], *TESTS["tasks"], *FREE)  # those of a run, by their names in Settings
 
 

@@ -14,8 +14,9 @@ REFERENCE = "sparsegpt"  # the method to which the gap from the dense model is m
 class Scores:
     """What was measured so far: {"setup", "dense": {text: perplexity}, "cells": [...]}, kept in a file.
 
-    A cell is {"method", "target", "seed", "perplexity": {text: …}, "sparsity", "seconds"}. paper.py has several models,
-    which are keys above the texts and in the cells.
+    A cell is {"method", "target", "seed", "perplexity": {text: …}, "sparsity", "seconds"}. Those of paper.py also name
+    their model and what is measured, and have perplexities or accuracies as "figures"; its "dense" holds digests of the
+    weights and calibration tokens of each model.
     """
 
     def __init__(self, path, setup, render=None, dry=False):
