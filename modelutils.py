@@ -14,10 +14,12 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
+from mixgpt.common import progress
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.experts import is_split
 from mixgpt.modeling.family import Family
+from mixgpt.modeling.streaming import prefetch
 
 SLICE = 1024  # tokens whose logits are in memory at a time
 
@@ -267,6 +269,20 @@ class Stream:
 
         with on_demand(family.rest_of(model).values(), self.device, dtype):
             yield logits
+
+
+@torch.no_grad()
+def run_layers(model, family, streams, device, title, step=Stream.advance):
+    """Run a list of `Stream` through all decoder layers, loading each layer once for all of them.
+
+    step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
+    """
+    layers = family.layers_of(model)
+    for index, layer in enumerate(progress.bar(layers, title=title, leave=False)):
+        with on_device([layer], device):
+            prefetch(layers, index + 1, device)
+            for stream in streams:
+                step(stream, layer, index)
 
 
 def linears(layer):

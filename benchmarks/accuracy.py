@@ -31,6 +31,7 @@ import datautils
 from mixgpt.allocation.fisher import enough_of, output_gradients, squared_gradients
 from mixgpt.allocation.global_threshold import global_plan
 from mixgpt.allocation.plan import Budget, by_matrix
+from mixgpt.allocation.synthetic import synthetic
 from mixgpt.allocation.traces import Sampling, Traces, hessian_traces, matrices_of
 from mixgpt.app.choices import DATASETS
 from mixgpt.app.settings import PRESETS
@@ -87,10 +88,11 @@ class Calibration:
                                     PRESETS["best"]["percdamp"])
 
     @cached_property
-    def token_weights(self):
-        """Mean squared gradients of the loss at every token."""
-        with self.clock.part("tokens"):
-            return output_gradients(self.execution(self.model), list(self.selected), self.tokens, self.seed).tokens
+    def hessian_tokens(self):
+        """The tokens, and synthetic ones."""
+        with self.clock.part("synthetic"):
+            found, _ = synthetic(self.execution(self.model), self.tokens, PRESETS["best"]["synthetic"], self.seed)
+        return torch.cat([self.tokens, found])
 
     @cached_property
     def outliers(self):
@@ -112,11 +114,11 @@ def threshold(calibration, target):
     seconds = calibration.clock.seconds
     if target.prunem:
         plan, _ = uniform(calibration, target)
-        return plan, seconds["tokens"] if calibration.token_weights else 0.0
+        return plan, seconds["synthetic"] if len(calibration.hessian_tokens) else 0.0
     gradients = calibration.gradients
     plan = global_plan(calibration.execution(calibration.model), calibration.selected, gradients.rows,
                        gradients.diagonals, target.sparsity, PRESETS["best"]["alpha"])
-    return plan, seconds["gradients"]
+    return plan, seconds["gradients"] + seconds["synthetic"] if len(calibration.hessian_tokens) else 0.0
 
 
 def owl(calibration, target):
@@ -146,10 +148,10 @@ def by_walk(calibration, model, plan, scheme, saliency=obs_saliency):
 
 
 def by_admm(calibration, model, plan, scheme):
-    weighted = ({"token_weights": calibration.token_weights} if next(iter(plan.values())).prunem
-                else {"row_weights": calibration.gradients.rows})
-    prune_layerwise(calibration.execution(model), plan, calibration.tokens, Recipe(
-        admm, WalkOptions(scheme=scheme), PRESETS["best"]["percdamp"], dense_target=True, title="ADMM", **weighted))
+    row_weights = None if next(iter(plan.values())).prunem else calibration.gradients.rows
+    prune_layerwise(calibration.execution(model), plan, calibration.hessian_tokens, Recipe(
+        admm, WalkOptions(scheme=scheme), PRESETS["best"]["percdamp"], dense_target=True, row_weights=row_weights,
+        title="ADMM"))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from transformers import LlamaConfig, OPTConfig
 
 import llama
 import opt
+from mixgpt.allocation import synthetic
 from mixgpt.allocation.backward import chunk_size
 from mixgpt.allocation.fisher import enough_of, output_gradients
 from mixgpt.allocation.global_threshold import inverse_diagonals
@@ -232,7 +233,7 @@ def count(shape, method, tokens, batch_size, layers):
     with Meter() as meter, silent(), mock.patch("psutil.virtual_memory", lambda: host), mock.patch.object(
             columns, "fastest", lambda *_: walk_columns), mock.patch.object(
             selection, "fastest", lambda *_: mark_smallest):
-        demand = memory.Demand.of(model, family, selected, tokens, settings)
+        demand = memory.Demand.of(model, family, selected, tokens.repeat(1 + settings.synthetic, 1), settings)
         way, needed = memory.fitting(demand, memory.Way(batch_size, on_host=False, two_passes=False), MEMORY)
         execution = Execution(model, family, CUDA, way.batch_size, Ledger(meter), way.on_host)
         line, gradients = memory.line(demand, way, needed, MEMORY), None
@@ -247,6 +248,9 @@ def count(shape, method, tokens, batch_size, layers):
             if size < len(enough):
                 with execution.clock.part("allocation"):
                     inverse_diagonals(execution, list(plan), enough, settings.percdamp)
+        if settings.synthetic:
+            with execution.clock.part("synthetic"), mock.patch.object(synthetic, "has_room", lambda _: False):
+                tokens = torch.cat([tokens, synthetic.synthetic(execution, tokens, settings.synthetic, 0)[0]])
         prune_layerwise(execution, plan, tokens, replace(recipe_of(settings, gradients),
                                                          true_sequential=not way.two_passes))
     return meter, line

@@ -21,6 +21,7 @@ from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import enough_of, output_gradients
 from mixgpt.allocation.plan import Budget
+from mixgpt.allocation.synthetic import RESAMPLED, synthetic
 from mixgpt.app import memory, plots, records
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
 from mixgpt.app.memory import Way, retry_with_less_memory
@@ -63,6 +64,7 @@ class Job:
     tokenizer: Any = None
     selected: dict = field(default_factory=dict)  # {(layer, name): (out, in)}, the matrices to change
     calibration: torch.Tensor | None = None  # (N, T)
+    further: torch.Tensor | None = None  # (n, T), synthetic sequences for the Hessians
     tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
     sources: dict = field(default_factory=dict)  # origin of the texts
     score: Any = None  # function that scores a model on the tasks, None without tasks
@@ -89,6 +91,11 @@ class Job:
     def streamed(self):
         """Whether the weights stay on disk, so that a failed step can restart."""
         return hasattr(self.model, "source")
+
+    @property
+    def hessian_tokens(self):
+        """The tokens that matrices are pruned on: calibration and further sequences."""
+        return self.calibration if self.further is None else torch.cat([self.calibration, self.further])
 
     def execution(self, way):
         return Execution(self.model, self.family, self.device, way.batch_size, self.clock, way.on_host)
@@ -171,7 +178,7 @@ def check(job):
 
 def _check_room(job):
     """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn."""
-    settings, numel = job.settings, job.settings.nsamples * job.seqlen
+    settings, numel = job.settings, job.settings.nsamples * job.seqlen * (1 + job.settings.synthetic)
     if not settings.draws:
         return
     free = psutil.virtual_memory().available
@@ -302,7 +309,8 @@ def announce(job):
 
 def _plan_memory(job):
     """Choose how the GPU's memory is used, from counted bytes. Returns a line that says so."""
-    demand = memory.Demand.of(job.model, job.family, job.selected, job.calibration, job.settings)
+    tokens = job.calibration.repeat(1 + job.settings.synthetic, 1)
+    demand = memory.Demand.of(job.model, job.family, job.selected, tokens, job.settings)
     free = min(distributed.all_gather_object(free_memory(job.device)))  # all go the same way
     job.way, needed = memory.fitting(demand, job.way, free)
     return memory.line(demand, job.way, needed, free)
@@ -355,9 +363,16 @@ def choose_plan(job):
 def _measure(job, way):
     """Measure traces and gradients, and make the plan unless it was saved. Returns the file of the traces, if any."""
     settings, clock, execution, path = job.settings, job.clock, job.execution(way), None
+    if settings.synthetic:
+        with clock.part("synthetic"):
+            job.further, how = synthetic(execution, job.calibration, settings.synthetic, settings.seed)
+        job.record["synthetic"] = how
+        if how == RESAMPLED:
+            log(settings, f"data     the model as a whole has no room on {job.device}: its synthetic sequences are "
+                          "single tokens drawn in place of those of the calibration sequences, not text")
     if settings.weighs and not job.plan:
         percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # it needs H, too
-        tokens = job.calibration if settings.token_weights == "fisher" else enough_of(job.calibration)
+        tokens = job.hessian_tokens if settings.token_weights == "fisher" else enough_of(job.calibration)
         with clock.part("gradients"):
             job.gradients = output_gradients(execution, list(job.selected), tokens, settings.seed, percdamp)
     if settings.mixed:
@@ -410,7 +425,7 @@ def _compress(job, way):
             outcomes = prune_magnitude(execution, job.plan, settings.scheme, job.run_dir, observe)
     else:
         recipe = replace(recipe_of(settings, job.gradients), true_sequential=not way.two_passes)
-        outcomes = prune_layerwise(execution, job.plan, job.calibration, recipe, job.run_dir, observe)
+        outcomes = prune_layerwise(execution, job.plan, job.hessian_tokens, recipe, job.run_dir, observe)
     return outcomes, counted, way
 
 

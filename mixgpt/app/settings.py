@@ -16,7 +16,7 @@ WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 TARGETS = ("layer", "dense")
 TOKEN_WEIGHTS = ("equal", "fisher")
 LEAST = {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1, "eval_limit": 1, "limit": 1,
-         "minlayer": 0, "maxlayer": 0, "prunen": 0, "prunem": 0}
+         "synthetic": 0, "minlayer": 0, "maxlayer": 0, "prunen": 0, "prunem": 0}
 MOST = 2**31 - 1  # of whole numbers: none needs more, and PyTorch's sizes end at 2**63
 LONGEST_ID = 200  # characters of a hub id; the hub takes 96 on each side of the slash
 MOST_SEED = 2**64 - 1  # as PyTorch's
@@ -25,13 +25,13 @@ PRESETS = {  # complete recipes; explicit flags override them
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
-             "percdamp": 0.1},
+             "percdamp": 0.1, "synthetic": 1},
 }
 
 
 def recipe(preset, prunem=0):
-    """Return the options of a preset; in n:m all matrices and rows have one sparsity, so best weighs tokens instead."""
-    alike = {"sparsity_way": "uniform", "saliency": "obs", "token_weights": "fisher"}
+    """Return the options of a preset; in n:m all matrices and rows have one sparsity, so best needs no gradients."""
+    alike = {"sparsity_way": "uniform", "saliency": "obs"}
     return PRESETS[preset] | (alike if prunem and preset == "best" else {})
 
 
@@ -136,6 +136,8 @@ class Settings:
     nearest: bool = option(False, METHOD, "round to nearest without calibration (the baseline)")
 
     nsamples: int = option(128, RESULT, "calibration sequences", group="calibration")
+    synthetic: int = option(0, METHOD,
+        "sequences that the dense model writes for each of these, for the Hessians beside them")
     seqlen: int | None = option(None, RESULT,
         "tokens per sequence, in calibration and evaluation (default: 2048, or the model's limit if that is lower)",
         type=int)
@@ -254,7 +256,8 @@ class Settings:
 
     def _check_solver(self):
         given = {f"--solver {self.solver}": self.solver != "obs", "--target dense": self.target == "dense",
-                 "--token_weights fisher": self.token_weights == "fisher"}
+                 "--token_weights fisher": self.token_weights == "fisher",
+                 f"--synthetic {self.synthetic}": self.synthetic > 0}
         for flag in (flag for flag, is_given in given.items() if is_given and not self.calibrates):
             raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and --nearest")
         if self.solver != "obs" and not self.prunes:
@@ -344,16 +347,20 @@ class Settings:
         """Name of the method in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
         bits = f"{self.wbits} bit" if self.quantizes else ""
         if not self.prunes:
-            return f"{'GPTQ' if self.calibrates else 'nearest'} {bits}" + (
-                " (dense target)" if self.target == "dense" else "")
+            return f"{'GPTQ' if self.calibrates else 'nearest'} {bits}" + _in_brackets(self._calibration_choices())
         mixgpt = self.mixed and self.saliency == "isc" and not self.gmp
         name = "magnitude" if self.gmp else "MixGPT" if mixgpt and self.solver == "obs" else SOLVERS.title(self.solver)
         way = ALLOCATIONS.title(self.sparsity_way)
         choices = [f"{way} by {ESTIMATORS.title(self.sensitivity)}" if self.mixed else way] if self.spreads else []
         choices += [SALIENCIES.title(self.saliency)] if self.saliency != "obs" and not self.gmp and not mixgpt else []
-        choices += ["dense target"] if self.target == "dense" else []
-        choices += ["weighted tokens"] if self.token_weights == "fisher" else []
-        return name + (f" ({', '.join(choices)})" if choices else "") + (f" + {bits}" if bits else "")
+        choices += self._calibration_choices()
+        return name + _in_brackets(choices) + (f" + {bits}" if bits else "")
+
+    def _calibration_choices(self):
+        """Name the choices of any solver that differ from the defaults."""
+        chosen = {"dense target": self.target == "dense", "weighted tokens": self.token_weights == "fisher",
+                  "synthetic text": self.synthetic > 0}
+        return [name for name, is_chosen in chosen.items() if is_chosen]
 
     def check_paths(self):
         """Raise InputError if a given file or directory does not exist, or a file to be written may not be written."""
@@ -387,6 +394,11 @@ def refuse_empty(given):
     for flag, value in given.items():
         if isinstance(value, str) and not value.strip():
             raise InputError(f'{flag} "{value}": must not be empty; is a variable of the shell unset?')
+
+
+def _in_brackets(choices):
+    """List choices behind a name, if there are any."""
+    return f" ({', '.join(choices)})" if choices else ""
 
 
 def check_model(flag, name):

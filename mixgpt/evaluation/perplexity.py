@@ -4,24 +4,9 @@ import math
 
 import torch
 
-from mixgpt.common import distributed, progress
+from mixgpt.common import distributed
 from mixgpt.kernels.matmul import fast_linears
-from mixgpt.modeling.streaming import prefetch
-from modelutils import SLICE, Stream, on_device
-
-
-@torch.no_grad()
-def run_layers(model, family, streams, device, title, step=Stream.advance):
-    """Run a list of `Stream` through all decoder layers, loading each layer once for all of them.
-
-    step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
-    """
-    layers = family.layers_of(model)
-    for index, layer in enumerate(progress.bar(layers, title=title, leave=False)):
-        with on_device([layer], device):
-            prefetch(layers, index + 1, device)
-            for stream in streams:
-                step(stream, layer, index)
+from modelutils import SLICE, Stream, run_layers
 
 
 @torch.no_grad()

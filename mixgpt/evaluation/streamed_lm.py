@@ -15,9 +15,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.evaluation.generation import complete
-from mixgpt.evaluation.perplexity import run_layers
 from mixgpt.kernels.matmul import fast_linears
-from modelutils import SLICE, Stream, whole
+from modelutils import SLICE, Stream, run_layers, whole
 
 RESIDENT = 2**18  # tokens whose hidden states are in memory at a time
 

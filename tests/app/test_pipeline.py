@@ -11,12 +11,12 @@ import sys
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, FAMILIES, ROOT, make, saved_tensors
+from conftest import CPU, FAMILIES, ROOT, make, make_plan, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import datautils
-from mixgpt.allocation import traces
+from mixgpt.allocation import synthetic, traces
 from mixgpt.app import pipeline
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
@@ -25,7 +25,10 @@ from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.evaluation.sparsity import measure_sparsity
 from mixgpt.modeling import streaming
-from modelutils import Stream, linears
+from mixgpt.pruning.layerwise import prune_layerwise
+from mixgpt.pruning.solvers import Recipe
+from mixgpt.pruning.targets import Target, select
+from modelutils import Execution, Stream, linears
 
 
 @pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "qwen2", "bloom"])
@@ -160,11 +163,11 @@ def test_a_recipe_is_named_by_its_choices(options, name):
     ("sparsegpt", ["--sparsity", ".5"], {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs"}),
     ("mixgpt", ["--sparsity", ".5"], {"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}),
     ("best", ["--sparsity", ".5"], {"sparsity_way": "global", "saliency": "fisher", "solver": "admm",
-                                    "target": "dense", "alpha": 0.15, "token_weights": "equal", "percdamp": 0.1}),
+                                    "target": "dense", "alpha": 0.15, "percdamp": 0.1, "synthetic": 1}),
     ("best", ["--prunen", "2", "--prunem", "4"],
-     {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "token_weights": "fisher", "percdamp": 0.1}),
+     {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "percdamp": 0.1, "synthetic": 1}),
     ("best", ["--sparsity", ".5", "--alpha", ".2", "--solver", "obs", "--wbits", "4"],
-     {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1}),
+     {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1, "synthetic": 1}),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected, checkpoint_folder, tmp_path):
     made = []
@@ -375,6 +378,9 @@ BAD = {
         "{opt} builtin --wbits 4 --nearest --target dense", "--target dense: needs calibration"),
     "weights without calibration": (
         "{opt} builtin --sparsity .5 --gmp --token_weights fisher", "--token_weights fisher: needs calibration"),
+    "synthetic text without calibration": (
+        "{opt} builtin --sparsity .5 --gmp --synthetic 2", "--synthetic 2: needs calibration"),
+    "less than no synthetic text": ("{opt} builtin --sparsity .5 --synthetic -1", "--synthetic -1: must be at least 0"),
     "solver of nothing to prune": (
         "{opt} builtin --wbits 4 --solver admm", "--solver admm: is a pruning solver, needs --sparsity"),
     "isc without a walk": (
@@ -472,14 +478,36 @@ def test_help_of_every_script_tells_the_flags(script):
         assert flag in done.stdout
 
 
-@pytest.mark.parametrize("amount, expected", [(["--sparsity", ".5"], 2), (["--prunen", "2", "--prunem", "4"], 4)])
+@pytest.mark.parametrize("amount, expected", [
+    (["--sparsity", ".5"], [2]), (["--prunen", "2", "--prunem", "4"], []),
+    (["--prunen", "2", "--prunem", "4", "--token_weights", "fisher"], [8])])
 def test_best_takes_gradients_from_half_of_the_sequences_unless_they_weigh_each_token(amount, expected,
                                                                                       checkpoint_folder, monkeypatch):
     seen, measure = [], pipeline.output_gradients
     monkeypatch.setattr(pipeline, "output_gradients", lambda execution, matrices, tokens, *more: seen.append(
         len(tokens)) or measure(execution, matrices, tokens, *more))
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *amount, "--preset", "best", *SMALL) == 0
-    assert seen == [expected]
+    assert seen == expected
+
+
+@pytest.mark.parametrize("room, how", [(True, "generated"), (False, "resampled")])
+def test_matrices_are_pruned_on_calibration_and_synthetic_sequences(room, how, checkpoint_folder, tmp_path, monkeypatch,
+                                                                    tokenizer, capsys):
+    monkeypatch.setattr(synthetic, "has_room", lambda execution: room)
+    folder = tmp_path / "saved"
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--synthetic", "2",
+               *SMALL, "--save", folder) == 0
+    output = capsys.readouterr().out
+    assert "builtin: 4 sequences of 32 tokens, 8 synthetic ones, seed 0" in output
+    assert ("are single tokens drawn in place" in output) == (not room)
+    assert json.loads((folder / "mixgpt.json").read_text())["synthetic"] == how
+    family, model = FAMILIES["llama"][0], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
+    execution = Execution(model, family, CPU, 2)
+    tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, tokenizer)
+    further, _ = synthetic.synthetic(execution, tokens, 2, 0)
+    prune_layerwise(execution, make_plan(select(model, family), Target(0.5)), torch.cat([tokens, further]), Recipe())
+    for key, tensor in saved_tensors(folder).items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
 
 
 def test_best_plots_the_sparsities_it_chose(checkpoint_folder, tmp_path):

@@ -152,10 +152,10 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, tmp_path, mo
 
 
 def test_sensitivities_that_n_to_m_does_not_use_take_no_time():
-    calibration = SimpleNamespace(selected={(0, "a"): (4, 8)}, token_weights={(0, "a"): None},
-                                  clock=SimpleNamespace(seconds={"tokens": 2.0, "gradients": 9.0}))
+    calibration = SimpleNamespace(selected={(0, "a"): (4, 8)}, hessian_tokens=torch.ones(2, 4),
+                                  clock=SimpleNamespace(seconds={"gradients": 9.0, "synthetic": 3.0}))
     target = Target(0.5, 2, 4)
-    assert accuracy.METHODS["best"].allocate(calibration, target) == ({(0, "a"): target}, 2.0)
+    assert accuracy.METHODS["best"].allocate(calibration, target) == ({(0, "a"): target}, 3.0)
 
 
 def test_held_out_documents_are_never_calibrated_on(tmp_path, tokenizer):

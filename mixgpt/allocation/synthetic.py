@@ -1,0 +1,127 @@
+"""Further calibration sequences without further text: what the dense model itself writes.
+
+Hessians of few tokens fit what these happen to be; with as many synthetic ones they fit what the model expects, too.
+Calibration on synthetic text alone: Williams et al., arXiv 2410.17170.
+"""
+
+import psutil
+import torch
+from transformers import GenerationConfig
+
+from mixgpt.allocation.backward import seeded, wide
+from mixgpt.allocation.fisher import drawn
+from mixgpt.common import distributed, progress
+from mixgpt.kernels.matmul import fast_linears
+from modelutils import SLICE, free_memory, run_layers, whole
+
+WINDOW = 128  # tokens that are generated in one piece: short ones are many, and differ more
+PREFIX = 16  # of them are those of the calibration sequence
+AT_A_TIME = 128  # windows, times the batch size; fewer where memory is short
+GENERATED, RESAMPLED = "generated", "resampled"
+
+
+def synthetic(execution, tokens, copies, seed):
+    """Return synthetic sequences (copies · N, T) for calibration sequences (N, T), and how they were made.
+
+    "generated" by `generated`, or, if the model as a whole has no room on the device, by `resampled`.
+    execution: a modelutils.Execution of the dense model. Every process takes its share and returns all.
+    """
+    N, T = tokens.shape
+    share = range(N)[distributed.share(N)]
+    mine, keys = tokens[share.start:share.stop].repeat(copies, 1, 1), [(seed, n, "synthetic") for n in share]
+    uniform = torch.stack([torch.rand(copies, T, generator=seeded(*key), dtype=torch.float64) for key in keys], dim=1)
+    if all(distributed.all_gather_object(has_room(execution))):
+        how, found = GENERATED, generated(execution, mine.flatten(0, 1), uniform.flatten(0, 1))
+    else:
+        how, found = RESAMPLED, resampled(execution, tokens[share.start:share.stop], uniform)
+    every = distributed.all_gather_object(found.view(copies, len(share), T))
+    return torch.cat(every, dim=1).flatten(0, 1), how
+
+
+def has_room(execution):
+    """Return whether the whole model fits on the device, and a quarter of what is free stays free."""
+    weights = sum(weight.nbytes for weight in execution.model.parameters())
+    return weights <= 0.75 * _free(execution.device)
+
+
+def _free(device):
+    return free_memory(device) if device.type == "cuda" else psutil.virtual_memory().available
+
+
+@torch.no_grad()
+@fast_linears()
+def generated(execution, tokens, uniform):
+    """Return sequences (n, T) of windows that start as those of the tokens (n, T), and that the model continues.
+
+    uniform: (n, T), decides on the token drawn at each place.
+    """
+    n, T = tokens.shape
+    width = min(WINDOW, T)
+    starts = [*([T - width] if T % width else []), *range(0, T - width + 1, width)]
+    parts = [torch.cat([each[:, start:start + width] for start in starts]) for each in (tokens, uniform)]
+    with whole(execution.model, execution.family, execution.device):
+        size = _at_a_time(execution, width)
+        batches = list(zip(*(part.split(size) for part in parts), strict=True))
+        total = len(batches) * width
+        with progress.bar(total=total, title="generating", unit="step", leave=False) as bar:
+            found = [_continued(execution, windows, thresholds, bar) for windows, thresholds in batches]
+    new = tokens.clone()
+    for start, windows in zip(starts, torch.cat(found).split(n), strict=True):
+        new[:, start:start + width] = windows
+    return new
+
+
+def _at_a_time(execution, width):
+    """Return how many windows to continue at a time: half of the memory that the weights leave is for their cache."""
+    model = execution.model
+    cache = 2 * len(execution.layers) * width * model.get_input_embeddings().embedding_dim * model.dtype.itemsize
+    logits = 16 * min(PREFIX, width) * model.config.get_text_config().vocab_size
+    room = int(0.5 * _free(execution.device) / (cache + logits))
+    return max(min(room, AT_A_TIME * execution.batch_size), 1)
+
+
+def _continued(execution, windows, uniform, bar):
+    """Return windows (B, T) continued from their prefixes. Tokens that end a text are not drawn."""
+    T = windows.shape[1]
+    prefix, thresholds = min(PREFIX, T // 2), uniform.to(execution.device)
+    start = windows[:, :prefix].to(execution.device)
+    bar.update(prefix)
+
+    def draw(read, logits):
+        """Be a logits processor that leaves the drawn token alone."""
+        bar.update(1)
+        token = drawn(wide(logits).softmax(-1), thresholds[:, read.shape[1]].contiguous())
+        return torch.full_like(logits, -torch.inf).scatter_(1, token[:, None], 0)
+
+    settings = GenerationConfig(do_sample=False, min_new_tokens=T - prefix, max_new_tokens=T - prefix, pad_token_id=0,
+                                repetition_penalty=1.0)
+    return execution.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings,
+                                    logits_processor=[draw]).to("cpu")
+
+
+@torch.no_grad()
+@fast_linears()
+def resampled(execution, tokens, uniform):
+    """Return sequences (copies, n, T), their tokens drawn from the model's predictions p(x_t | x_<t) in tokens (n, T).
+
+    Each draw is given the tokens of the original sequence, not earlier draws, so that one pass over the layers serves
+    all of them. The first token stays. uniform: (copies, n, T), decides on the token drawn at each place.
+    """
+    stream = execution.embed(tokens)
+    run_layers(execution.model, execution.family, [stream], execution.device, "resampling")
+    copies, _, T = uniform.shape
+    new = tokens.repeat(copies, 1, 1)
+    with stream.head(execution.model, execution.family) as head:
+        for rows in stream.batches():
+            hidden = stream.hidden[rows, :-1].to(execution.device).flatten(0, 1)
+            thresholds = uniform[:, rows, 1:].flatten(1).to(execution.device)
+            parts = zip(hidden.split(SLICE), thresholds.split(SLICE, dim=1), strict=True)
+            found = torch.cat([_draw(head(h), each) for h, each in parts], dim=1)
+            new[:, rows, 1:] = found.to("cpu").view(copies, -1, T - 1)
+    return new
+
+
+def _draw(logits, uniform):
+    """Draw tokens from logits (n, vocabulary). uniform: (copies, n). Returns (copies, n)."""
+    p = wide(logits).softmax(-1)
+    return torch.stack([drawn(p, each) for each in uniform])

@@ -1,0 +1,117 @@
+"""Check synthetic sequences against the predictions of the model's own forward."""
+
+import pytest
+import torch
+from conftest import CPU, VOCABULARY, make
+
+from mixgpt.allocation import synthetic as module
+from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic
+from mixgpt.common import distributed
+from modelutils import Execution
+
+
+@pytest.fixture(scope="module", params=["llama", "opt", "bloom", "baichuan-13b", "gemma2", "qwen3-moe"])
+def model(request):
+    """A model whose predictions differ from token to token."""
+    family, model = make(request.param)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(std=0.5)
+    return family, model
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", 4)
+    monkeypatch.setattr(module, "PREFIX", 2)
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    monkeypatch.setattr(module, "has_room", lambda execution: False)
+
+
+def ends_of(model):
+    """Return the tokens that end a text, which are not generated."""
+    end = model.generation_config.eos_token_id
+    return [] if end is None else [end]
+
+
+def check_draws(model, contexts, found, uniform, ends=()):
+    """Check that each token is the first whose cumulated probability behind its context reaches its threshold."""
+    with torch.no_grad():
+        logits = model(contexts).logits[:, :-1].double()
+        logits[..., list(ends)] = -torch.inf
+        cumulated = logits.softmax(-1).cumsum(-1)
+    expected = (cumulated < uniform[:, 1:, None]).sum(-1)
+    return (found[:, 1:] == expected).double()
+
+
+def test_windows_go_on_from_their_prefixes_as_the_model_predicts(model, tokens, small):
+    """From its own tokens: the whole forward on what was generated gives the probabilities of each draw."""
+    family, model = model
+    uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = module.generated(Execution(model, family, CPU, 2), tokens, uniform)
+    for start in (0, 4):  # the third window overlaps the second, and keeps only its end
+        window = slice(start, start + 4)
+        assert torch.equal(found[:, start:start + 2], tokens[:, start:start + 2])
+        right = check_draws(model, found[:, window], found[:, window], uniform[:, window], ends_of(model))
+        assert right[:, 1:].mean() > 0.9  # others lie within rounding of a border
+    assert (found[:, 8] == tokens[:, 8]).all()
+    with torch.no_grad():  # the last window starts at 7, where the second one's end was written over its beginning
+        start = torch.cat([tokens[:, 7:9], found[:, 9:]], 1)
+    assert check_draws(model, start, start, uniform[:, 7:], ends_of(model))[:, 1:].mean() > 0.8
+
+
+def test_without_room_frequencies_are_the_predictions_from_the_original_tokens(model, tokens, no_room):
+    family, model = model
+    copies, tokens = 4000, tokens[:, :5]
+    found, how = synthetic(Execution(model, family, CPU, 2), tokens, copies, 0)
+    found = found.view(copies, *tokens.shape)
+    assert how == RESAMPLED and torch.equal(found[:, :, 0], tokens[:, 0].expand(copies, -1))
+    with torch.no_grad():
+        p = model(tokens).logits[:, :-1].softmax(-1)  # (n, T − 1, vocabulary)
+    counts = torch.nn.functional.one_hot(found[:, :, 1:], p.shape[-1]).sum(0)
+    spread = (copies * p * (1 - p)).sqrt()
+    assert ((counts - copies * p).abs() <= 5 * spread + 3).all()  # as binomial counts are
+    assert (counts.amax(-1) > 10 * copies / VOCABULARY).all()  # which uniform draws would not reach
+
+
+def test_resampled_tokens_do_not_depend_on_slices(model, tokens, monkeypatch):
+    family, model = model
+    uniform = torch.rand(1, 3, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    monkeypatch.setattr(module, "SLICE", 3)
+    found = module.resampled(Execution(model, family, CPU, 2), tokens, uniform)
+    assert check_draws(model, tokens, found[0], uniform[0]).mean() > 0.9
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_draws_depend_on_the_seed_but_not_on_batches_or_processes(model, tokens, room, small, monkeypatch):
+    family, model = model
+    monkeypatch.setattr(module, "has_room", lambda execution: room)
+    first, how = synthetic(Execution(model, family, CPU, 2), tokens, 2, 0)
+    assert how == (GENERATED if room else RESAMPLED)
+    assert first.dtype == tokens.dtype and first.shape == (6, 11)
+    assert not torch.equal(first[:3], first[3:])
+    monkeypatch.setattr(module, "AT_A_TIME", 1)
+    again, other = (synthetic(Execution(model, family, CPU, 3), tokens, 2, seed)[0] for seed in (0, 1))
+    assert (first == again).double().mean() > 0.9 > (first == other).double().mean()
+    parts = []
+    monkeypatch.setattr(distributed, "all_gather_object",
+                        lambda mine: parts.append(mine) or [mine] if torch.is_tensor(mine) else [mine])
+    for share in (slice(0, 2), slice(2, 3)):
+        monkeypatch.setattr(distributed, "share", lambda _, share=share: share)
+        synthetic(Execution(model, family, CPU, 2), tokens, 2, 0)
+    assert (torch.cat(parts, dim=1).flatten(0, 1) == first).double().mean() > 0.9
+
+
+def test_a_model_larger_than_what_is_free_is_resampled(tokens, monkeypatch):
+    family, model = make("llama")
+    size = sum(weight.nbytes for weight in model.parameters())
+    for free, expected in ((2 * size, GENERATED), (1.3 * size, RESAMPLED)):
+        monkeypatch.setattr(module, "_free", lambda device, free=free: free)
+        assert synthetic(Execution(model, family, CPU, 2), tokens, 1, 0)[1] == expected
