@@ -40,7 +40,7 @@ def draw(plan, traces=None, suffix=".png"):
     by_kind.set(xlabel=f"{label}, mean over layers", title=titles[1])
     _heat_map(figure.add_subplot(grid[-1, :]), sparsities, kinds, layers, title="Sparsity assigned",
               label="fraction of weights pruned")
-    return _bytes_of(figure, suffix)
+    return bytes_of(figure, suffix)
 
 
 def _by_layer(axis, values, errors, kinds):
@@ -110,7 +110,7 @@ def draw_tradeoff(panels, suffix=".png"):
     shown = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     if not bars:
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, fontsize=9)
-    return _bytes_of(figure, suffix)
+    return bytes_of(figure, suffix)
 
 
 def _tradeoff(axis, dense, series, methods):
@@ -157,7 +157,7 @@ def _perplexity_axis(axis, side, low, high):
     side.set_minor_formatter("{x:,g}" if high < 50 * low else NullFormatter())  # they would overlap
 
 
-def _bytes_of(figure, suffix):
+def bytes_of(figure, suffix):
     """Return a figure as a file of an outputs.PICTURE."""
     content, mark = io.BytesIO(), "Software" if suffix == ".png" else "Creator"
     figure.savefig(content, format=suffix[1:], dpi=120, metadata={mark: SOFTWARE})
