@@ -70,7 +70,7 @@ class Size:
     def spread(self):
         """Standard deviation of the first weights: outputs of a matrix are as large as its inputs.
 
-        The usual 0.02 is for widths of thousands; with it these models take several times as long to learn as much.
+        The usual 0.02 suits widths of thousands; with it these models learn more slowly.
         """
         return self.width ** -0.5
 

@@ -89,8 +89,10 @@ def interrupt(*arguments, **options):
 def test_an_interrupted_training_leaves_no_folder_and_starts_again(moment, tmp_path, monkeypatch):
     make_texts(tmp_path / "text", TINY)
     with monkeypatch.context() as patch:
-        where = (torch.optim.AdamW, "step") if moment == "in training" else (small_models.json, "dumps")
-        patch.setattr(*where, interrupt)
+        if moment == "in training":
+            patch.setattr(torch.optim.AdamW, "step", interrupt)
+        else:
+            patch.setattr(small_models.OPTForCausalLM, "save_pretrained", interrupt)
         with pytest.raises(KeyboardInterrupt):
             make_model("opt", tmp_path, TINY, 0)
     assert {path.name for path in tmp_path.iterdir()} == {"text", "lock"}
