@@ -92,7 +92,7 @@ def make_bloom(size):
 
 def make_baichuan(size):
     return BaichuanForCausalLM(BaichuanConfig(  # with model_max_length, as the 13B models, whose positions are ALiBi
-        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=8 * size.width // 3,
+        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=11 * size.width // 4,
         num_hidden_layers=size.layers, num_attention_heads=size.heads, model_max_length=size.seqlen,
         initializer_range=size.spread, **SPECIAL_IDS))
 
@@ -107,7 +107,7 @@ def gated(size):
 
 def make_gemma3(size):
     return Gemma3ForCausalLM(Gemma3TextConfig(
-        intermediate_size=8 * size.width // 3, sliding_window=size.seqlen // 2,
+        intermediate_size=11 * size.width // 4, sliding_window=size.seqlen // 2,
         query_pre_attn_scalar=size.width // size.heads, **gated(size)))
 
 

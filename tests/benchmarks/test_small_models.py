@@ -67,6 +67,16 @@ def test_families_have_what_sets_them_apart():
     assert config.num_experts == 4 and config.num_experts_per_tok == 2 and not config.mlp_only_layers
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_is_of_a_few_million_parameters_and_can_be_pruned_in_n_of_m(name, trained):
+    with torch.device("meta"):
+        model = FAMILIES[name](small_models.SIZE)
+    assert 5e6 < model.num_parameters() < 20e6
+    for each in (model, load.load_model(str(trained(name)), torch.float32)):  # whose experts stand apart
+        for layer in family_of(each).layers_of(each):
+            assert all(module.in_features % 4 == 0 for module in linears(layer).values())
+
+
 def test_training_lowers_the_perplexity_of_text_that_it_does_not_see(tmp_path):
     before = make_model("opt", tmp_path / "a", replace(TINY, steps=1), 0)["perplexity"]
     after = make_model("opt", tmp_path / "b", replace(TINY, steps=120), 0)["perplexity"]
