@@ -33,8 +33,7 @@ from mixgpt.allocation.global_threshold import global_plan
 from mixgpt.allocation.plan import Budget, by_matrix
 from mixgpt.allocation.synthetic import synthetic
 from mixgpt.allocation.traces import Sampling, Traces, hessian_traces, matrices_of
-from mixgpt.app.choices import DATASETS
-from mixgpt.app.settings import PRESETS
+from mixgpt.app.settings import PRESETS, text
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
@@ -46,12 +45,13 @@ from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
+from mixgpt.text.mixture import check_unseen
 from modelutils import Execution
 from quant import Scheme
 from sparsegpt import WalkOptions, isc_saliency, obs_saliency
 
 TARGETS = {"50%": (Target(0.5), None), "60%": (Target(0.6), None), "70%": (Target(0.7), None),
-           "2:4": (Target(0.5, 2, 4), None), "50%+4bit": (Target(0.5), Scheme(4))}
+           "2:4": (Target(0.5, 2, 4), None), "4:8": (Target(0.5, 4, 8), None), "50%+4bit": (Target(0.5), Scheme(4))}
 ALPHA = 0.1  # of mixgpt, the paper's
 PERCDAMP = 0.01  # of all but best
 
@@ -219,6 +219,7 @@ def texts(dataset, names, heldout, nsamples, seqlen, segments, tokenizer, data_d
         tests = {"heldout": datautils.segments_of(rows[border:], source, seqlen, tokenizer)}
         rows = rows[:border]
     else:
+        check_unseen(dataset, names)
         tests = {name: datautils.test_tokens(name, seqlen, tokenizer, data_dir)[0] for name in names}
     return (lambda seed: datautils.samples_of(rows, source, nsamples, seqlen, seed, tokenizer),
             {name: tokens[:segments] for name, tokens in tests.items()})
@@ -227,13 +228,14 @@ def texts(dataset, names, heldout, nsamples, seqlen, segments, tokenizer, data_d
 def parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="hub id, local folder or .gguf file")
-    parser.add_argument("dataset", choices=DATASETS, help="calibration text")
+    parser.add_argument("dataset", type=text, help="calibration text: the name of a dataset, a file or a folder")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--eval", nargs="+", default=["wikitext2", "c4"], choices=DATASETS)
+    parser.add_argument("--eval", nargs="+", default=["wikitext2", "c4"], type=text, metavar="TEXT",
+                        help="texts to evaluate on, named alike (default: wikitext2 c4)")
     parser.add_argument("--heldout", action="store_true",
                         help="evaluate on train documents that calibration never draws, instead of --eval")
     parser.add_argument("--segments", type=int, help="of each text to evaluate on at most (default: all)")
@@ -261,6 +263,8 @@ def main(argv=None):
         family = family_of(model)
         if family is None:
             raise InputError(f"model {given.model}: this is a {type(model).__name__}, which no script here prunes")
+        groups = {f"--targets {name}, groups of": TARGETS[name][0].prunem for name in given.targets}
+        select(model, family, widths=groups)
         setup = {"model": Path(given.model).name, "weights": fingerprint(model), "dtype": given.dtype,
                  "calibration": given.dataset, "nsamples": given.nsamples, "seqlen": given.seqlen,
                  "texts": {"seed 0": digest(draw(0))} | {name: digest(tokens) for name, tokens in tests.items()}}

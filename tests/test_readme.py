@@ -8,6 +8,7 @@ import gzip
 import importlib
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import small_models
 import torch
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
@@ -38,6 +40,8 @@ SMALL = ("--nsamples", "2", "--seqlen", "32", "--device", "cpu", "--data-dir", "
 LESS = {"benchmarks/accuracy.py": (*SMALL, "--methods", "magnitude", "wanda", "--targets", "50%", "--seeds", "0"),
         "benchmarks/paper.py": SMALL,
         "benchmarks/count.py": ("--shapes", "LLaMA-7B", "--methods", "SparseGPT", "--nsamples", "2", "--seqlen", "64")}
+TINY = small_models.Size(width=16, layers=1, heads=2, experts=2, vocabulary=300, seqlen=32, steps=1, train_bytes=20_000,
+                         test_bytes=20_000)
 PRODUCT = [*ROOT.glob("*.py"), *ROOT.glob("mixgpt/**/*.py")]
 SCRIPTS = [path for path in sorted((*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")))
            if '__name__ == "__main__"' in path.read_text()]
@@ -83,10 +87,23 @@ def texts(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Give a folder with what `python benchmarks/small_models.py` makes, tiny."""
+    folder = tmp_path_factory.mktemp("small-models")
+    for name in small_models.FAMILIES:
+        small_models.make_model(name, folder, TINY, 0)
+    return folder
+
+
 @pytest.fixture
-def workplace(checkpoint_folder, texts, tmp_path, monkeypatch):
+def workplace(checkpoint_folder, texts, small, tmp_path, monkeypatch):
     """Go to a folder with all that the commands name: models, texts and the files of this repository."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
+    monkeypatch.setattr(small_models, "SIZE", TINY)
+    (tmp_path / ".cache" / "mixgpt").mkdir(parents=True)
+    (tmp_path / ".cache" / "mixgpt" / "small-models").symlink_to(small)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of which tiny models have no use for more
@@ -150,7 +167,7 @@ def run_make(*targets):
 
 def run(command):
     """Run a command, or what stands for it. Returns the exit status."""
-    verb, *words = shlex.split(command, comments=True)
+    verb, *words = map(os.path.expanduser, shlex.split(command, comments=True))
     if verb == "python":
         return run_script(*words)
     return {"torchrun": run_torchrun, "pip": run_pip, "make": run_make}[verb](*words)

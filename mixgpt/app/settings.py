@@ -210,7 +210,7 @@ class Settings:
         if self.plot and not self.spreads:
             raise InputError("--plot: shows how sparsity is spread over the matrices, needs --sparsity_way "
                              f"{' or '.join(name for name, each in ALLOCATIONS.items() if not each.even)}")
-        self._check_texts()
+        mixture.check_unseen(self.dataset, self.eval if self.draws else ())
         self._check_solver()
         self._check_quantization()
         self._check_format()
@@ -243,16 +243,6 @@ class Settings:
         for flag, given in {"--limit": self.limit, "--tasks_dir": self.tasks_dir}.items():
             if given is not None and not self.tasks:
                 raise InputError(f"{flag} {given}: needs --tasks")
-
-    def _check_texts(self):
-        """Refuse to evaluate on what calibration draws from; the datasets have parts for both."""
-        try:
-            drawn = {os.path.realpath(name) for name in mixture.shares(self.dataset) if name not in DATASETS}
-        except ValueError as error:
-            raise InputError(f"dataset {self.dataset}: {error}") from error
-        for name in self.eval if self.draws else ():
-            if name not in DATASETS and os.path.realpath(name) in drawn:
-                raise InputError(f"--eval {name}: is text that calibration draws from; give another one")
 
     def _check_solver(self):
         given = {f"--solver {self.solver}": self.solver != "obs", "--target dense": self.target == "dense",

@@ -27,6 +27,18 @@ def shares(name):
     return {text: share / sum(found.values()) for text, share in found.items()}
 
 
+def check_unseen(name, tests):
+    """Raise InputError if a test text is a path that calibration on a text or mixture draws from; datasets have parts
+    for both."""
+    try:
+        drawn = {os.path.realpath(text) for text in shares(name) if text not in DATASETS}
+    except ValueError as error:
+        raise InputError(f"dataset {name}: {error}") from error
+    for test in tests:
+        if test not in DATASETS and os.path.realpath(test) in drawn:
+            raise InputError(f"--eval {test}: is text that calibration draws from; give another one")
+
+
 def known(text):
     """Return whether a text is the name of a dataset, a path that exists, or has the form of a column on the hub."""
     return text in DATASETS or os.path.exists(text) or bool(hub_column(text))

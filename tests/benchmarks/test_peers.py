@@ -180,3 +180,27 @@ def test_unusable_options_give_one_line(checkpoint_folder, options, message, tmp
              str(tmp_path / "a.json"), *options]
     assert accuracy.main(given) == 2
     assert capsys.readouterr().err == f"accuracy.py: error: {message}\n"
+
+
+def test_groups_that_do_not_divide_the_columns_are_refused_before_anything_is_measured(checkpoint_folder, monkeypatch,
+                                                                                       tmp_path, capsys):
+    monkeypatch.setitem(accuracy.TARGETS, "2:5", (Target(0.4, 2, 5), None))
+    output = tmp_path / "a.json"
+    assert accuracy.main([str(checkpoint_folder("llama")), "builtin", "--eval", "builtin", "--seqlen", "32", "--targets",
+                          "50%", "2:5", "--output", str(output)]) == 2
+    assert capsys.readouterr().err == ("accuracy.py: error: --targets 2:5, groups of 5: does not divide the 32 columns "
+                                       "of layer 0 self_attn.q_proj\n")
+    assert not output.exists()
+
+
+def test_texts_of_ones_own_are_taken_but_not_for_both_purposes(checkpoint_folder, tmp_path, capsys):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"The {name} text. " * 100)
+    output = tmp_path / "a.json"
+    common = [str(checkpoint_folder("llama")), str(tmp_path / "train.txt"), "--methods", "magnitude", "--targets",
+              "50%", "--seeds", "0", "--nsamples", "2", "--seqlen", "32", "--segments", "3", "--output", str(output)]
+    assert accuracy.main([*common, "--eval", str(tmp_path / "test.txt")]) == 0
+    assert [*json.loads(output.read_text())["dense"]] == [str(tmp_path / "test.txt")]
+    capsys.readouterr()
+    assert accuracy.main([*common, "--eval", str(tmp_path / ".." / tmp_path.name / "train.txt")]) == 2
+    assert "is text that calibration draws from; give another one" in capsys.readouterr().err

@@ -1,0 +1,211 @@
+"""Check that the commands here take the small models, and that texts and folders are what they should be."""
+
+import functools
+import json
+import sysconfig
+from dataclasses import replace
+
+import accuracy
+import pytest
+import small_models
+import sources
+import torch
+from conftest import CPU, saved_tensors
+from small_models import FAMILIES, Size, make_model, make_texts
+
+from mixgpt.app import cli
+from mixgpt.checkpoints import load
+from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.modeling.family import family_of
+from modelutils import linears
+
+TINY = Size(width=32, layers=2, heads=2, experts=4, vocabulary=384, seqlen=32, batch=4, steps=3, train_bytes=60_000,
+            test_bytes=20_000)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("small-models")
+
+
+@pytest.fixture(scope="module")
+def trained(cache):
+    """Give a function that returns the folder of the tiny model of a family."""
+
+    @functools.cache
+    def folder(name):
+        make_model(name, cache, TINY, 0)
+        return cache / name
+
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_is_loaded_and_pruned_by_its_script(name, trained, cache, tmp_path, capsys):
+    folder, texts = trained(name), cache / "text"
+    model = load.load_model(str(folder), torch.float32)
+    family = family_of(model)
+    assert cli.main(family, [str(folder), str(texts / "train.jsonl"), "--sparsity", ".5", "--nsamples", "4", "--eval",
+                             str(texts / "test.jsonl"), "--eval-limit", "2", "--save", str(tmp_path / "pruned")]) == 0
+    assert "50.00%" in capsys.readouterr().out
+    dense, pruned = saved_tensors(folder), saved_tensors(tmp_path / "pruned")
+    assert dense.keys() == pruned.keys()
+    key = family.path(0, next(iter(linears(family.layers_of(model)[0])))) + ".weight"
+    assert (dense[key] != 0).all() and (pruned[key] == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    record = json.loads((folder / "training.json").read_text())
+    assert record["parameters"] == sum(tensor.numel() for tensor in dense.values())
+    assert record["tokens"] == 3 * 4 * 32 and record["seed"] == 0
+
+
+def test_families_have_what_sets_them_apart():
+    models = {name: make(TINY) for name, make in FAMILIES.items()}
+    assert not models["baichuan"].config.rotary
+    assert set(models["gemma3"].config.layer_types) == {"sliding_attention"}  # of six layers the last one sees all
+    assert models["gemma3"].config.sliding_window < TINY.seqlen
+    assert len(set(FAMILIES["gemma3"](replace(TINY, layers=6)).config.layer_types)) == 2
+    config = models["qwen3-moe"].config
+    assert config.num_experts == 4 and config.num_experts_per_tok == 2 and not config.mlp_only_layers
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_is_of_a_few_million_parameters_and_can_be_pruned_in_n_of_m(name, trained):
+    with torch.device("meta"):
+        model = FAMILIES[name](small_models.SIZE)
+    assert 5e6 < model.num_parameters() < 20e6
+    for each in (model, load.load_model(str(trained(name)), torch.float32)):  # whose experts stand apart
+        for layer in family_of(each).layers_of(each):
+            assert all(module.in_features % 4 == 0 for module in linears(layer).values())
+
+
+def test_training_lowers_the_perplexity_of_text_that_it_does_not_see(tmp_path):
+    before = make_model("opt", tmp_path / "a", replace(TINY, steps=1), 0)["perplexity"]
+    after = make_model("opt", tmp_path / "b", replace(TINY, steps=120), 0)["perplexity"]
+    assert before > 300 and after < before / 2
+
+
+def test_the_same_seed_gives_the_same_weights(trained, tmp_path):
+    make_model("opt", tmp_path, TINY, 0)
+    first, second = saved_tensors(trained("opt")), saved_tensors(tmp_path / "opt")
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    make_model("opt", tmp_path / "other", TINY, 1)
+    assert not all(torch.equal(tensor, first[key]) for key, tensor in saved_tensors(tmp_path / "other" / "opt").items())
+
+
+def interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["in training", "while it is saved"])
+def test_an_interrupted_training_leaves_no_folder_and_starts_again(moment, tmp_path, monkeypatch):
+    make_texts(tmp_path / "text", TINY)
+    with monkeypatch.context() as patch:
+        if moment == "in training":
+            patch.setattr(torch.optim.AdamW, "step", interrupt)
+        else:
+            patch.setattr(small_models.OPTForCausalLM, "save_pretrained", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make_model("opt", tmp_path, TINY, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "lock"}
+    assert make_model("opt", tmp_path, TINY, 0)["seed"] == 0 and (tmp_path / "opt").is_dir()
+
+
+def test_a_model_that_is_there_is_not_trained_again(trained, cache, monkeypatch):
+    trained("opt")
+    monkeypatch.setattr(small_models, "train", interrupt)
+    assert make_model("opt", cache, TINY, 0) == json.loads((cache / "opt" / "training.json").read_text())
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """Give the folder of a made-up standard library with twenty files, and with site-packages below it."""
+    library, packages = tmp_path / "lib", tmp_path / "lib" / "site-packages"
+    packages.mkdir(parents=True)
+    for number in range(20):
+        (library / f"module{number}.py").write_text(f"x = {number}\n")
+        (packages / f"package{number}.py").write_text(f"y = {number}\n")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: dict.fromkeys(["purelib", "platlib"], packages) |
+                        {"stdlib": library})
+    monkeypatch.setattr(sources, "builtin_rows", lambda part: ([f"The {part} text of the manual."], {}))
+    return library
+
+
+def test_train_and_test_text_are_disjoint_and_hold_everything_once(environment):
+    texts = sources.documents(10**6, 10**6)
+    both = texts["train"] + texts["test"]
+    assert len(both) == len(set(both)) == 42
+    assert {"x = 3\n", "y = 3\n", "The train text of the manual.", "The test text of the manual."} <= set(both)
+    assert texts["test"] and len(texts["train"]) > 3 * len(texts["test"])
+    assert texts == sources.documents(10**6, 10**6)
+
+
+def test_further_packages_move_no_file_to_the_other_part(environment):
+    before = sources.documents(10**6, 10**6)
+    for number in range(40):
+        (environment / "site-packages" / f"new{number}.py").write_text(f"z = {number}\n")
+    after = sources.documents(10**6, 10**6)
+    assert all(set(before[part]) < set(after[part]) for part in before)
+
+
+def test_copies_and_what_is_no_text_are_left_out(environment):
+    before = sources.documents(10**6, 10**6)
+    for name in ("a", "b", "c", "d", "e", "f", "g", "h"):  # of which a tenth would be test text
+        (environment / f"{name}.py").write_text("x = 3\n")
+        (environment / f"{name}_empty.py").write_text("\n")
+        (environment / f"{name}_long.py").write_text("x = 3\n" * 10_000)
+        (environment / f"{name}_latin.py").write_bytes("# é\n".encode("latin-1"))
+    after = sources.documents(10**6, 10**6)
+    assert sorted(before["train"] + before["test"]) == sorted(after["train"] + after["test"])
+
+
+def test_texts_end_near_the_size_asked_for(tmp_path):
+    _, texts = make_texts(tmp_path / "text", TINY)
+    assert 60_000 <= sum(map(len, texts["train"])) < 100_000 and 20_000 <= sum(map(len, texts["test"])) < 60_000
+    assert not set(texts["train"]) & set(texts["test"])
+
+
+def test_the_accuracy_benchmark_takes_the_texts(trained, cache, tmp_path):
+    folder, texts = trained("opt"), cache / "text"
+    common = [str(folder), str(texts / "train.jsonl"), "--methods", "magnitude", "--targets", "50%", "--seeds", "0",
+              "--nsamples", "2", "--seqlen", "32", "--segments", "3", "--output", str(tmp_path / "a.json")]
+    assert accuracy.main([*common, "--eval", str(texts / "test.jsonl")]) == 0
+    content = json.loads((tmp_path / "a.json").read_text())
+    model = load.load_model(str(folder), torch.float32)
+    tokenizer, rows = make_texts(texts, TINY)
+    ids = torch.tensor(tokenizer("\n\n".join(rows["test"])).input_ids)[:96].view(3, 32)
+    assert content["dense"] == {str(texts / "test.jsonl"): pytest.approx(
+        perplexity(model, family_of(model), ids, 2, CPU), rel=1e-6)}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Give the folder that the command line keeps its tiny models in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(small_models, "SIZE", TINY)
+    return tmp_path / "mixgpt" / "small-models"
+
+
+def test_the_command_prints_a_line_for_each_model(home, capsys):
+    assert small_models.main(["opt", "bloom"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    record = json.loads((home / "opt" / "training.json").read_text())
+    assert lines[0] == (f"opt: 0.0M parameters, 0.0M tokens in {record['seconds']:.0f} s, held-out perplexity "
+                        f"{record['perplexity']:.2f}, {home / 'opt'}")
+    assert len(lines) == 2 and lines[1].startswith("bloom: ")
+
+
+def test_what_cannot_be_done_gives_one_line(home, monkeypatch, capsys):
+    def refused(*names):
+        assert small_models.main([*names]) == 2
+        line, = capsys.readouterr().err.splitlines()
+        return line.removeprefix("small_models.py: error: ")
+
+    assert refused("opt", "gpt") == "family gpt: must be one of opt, bloom, baichuan, gemma3, qwen3-moe"
+    assert not home.exists()
+    (home / "opt").mkdir(parents=True)
+    assert refused("opt") == (f"{home / 'opt'}: was not trained by this version of the script; remove it, and it is "
+                              "trained again")
+    (home / "opt" / "training.json").write_text(json.dumps({"seed": 0, "size": {}}))
+    assert "was not trained by this version" in refused("opt")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")
+    assert refused("opt") == ("/proc/cache/mixgpt/small-models: cannot be used (No such file or directory); set "
+                              "XDG_CACHE_HOME to another folder")
