@@ -186,8 +186,8 @@ def test_groups_that_do_not_divide_the_columns_are_refused_before_anything_is_me
                                                                                        tmp_path, capsys):
     monkeypatch.setitem(accuracy.TARGETS, "2:5", (Target(0.4, 2, 5), None))
     output = tmp_path / "a.json"
-    assert accuracy.main([str(checkpoint_folder("llama")), "builtin", "--eval", "builtin", "--seqlen", "32", "--targets",
-                          "50%", "2:5", "--output", str(output)]) == 2
+    given = [str(checkpoint_folder("llama")), "builtin", "--eval", "builtin", "--seqlen", "32", "--output", str(output)]
+    assert accuracy.main([*given, "--targets", "50%", "2:5"]) == 2
     assert capsys.readouterr().err == ("accuracy.py: error: --targets 2:5, groups of 5: does not divide the 32 columns "
                                        "of layer 0 self_attn.q_proj\n")
     assert not output.exists()
