@@ -37,16 +37,17 @@ class Size:
 
 def operations(settings, size):
     """Count the floating-point operations of a run, but for sensitivities."""
-    total = (size.forward + 2 * size.head) * size.tested
-    tokens = settings.nsamples * size.seqlen
+    drawn = settings.nsamples * size.seqlen
+    tokens = (1 + settings.synthetic) * drawn
+    total = (size.forward + 2 * size.head) * (size.tested + settings.synthetic * drawn)
     if settings.calibrates:
         times = ADMM if settings.solver == "admm" else 1
         total += PASSES * size.forward * tokens
         total += sum(columns**2 * tokens + times * out * columns**2 + columns**3 for out, columns in size.shapes)
     if settings.weighs:
-        total += BACKWARD["fisher"] * (size.forward + 2 * size.head) * tokens / 2  # of every second sequence
+        total += BACKWARD["fisher"] * (size.forward + 2 * size.head) * drawn / 2  # of every second sequence
     if settings.spreads and not settings.mixed and not ALLOCATIONS[settings.sparsity_way].by_loss:
-        total += size.forward * tokens  # the dense model's activations
+        total += size.forward * drawn  # the dense model's activations
     return total
 
 

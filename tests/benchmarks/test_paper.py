@@ -196,6 +196,9 @@ def test_estimates_go_by_the_cells_that_were_measured(monkeypatch):
     assert operations(dense, size) == evaluation
     assert operations(pruned, size) == evaluation + 2 * forward * 64 + (
         64 * 64 + 4 * 64 + 512) + (16 * 64 + 16 * 16 + 64)
+    written = Settings("m", "c4", nsamples=2, sparsity=0.5, synthetic=1)
+    assert operations(written, size) - operations(pruned, size) == (forward + 20) * 64 + 2 * forward * 64 + (
+        64 * 64 + 16 * 64)
     done = [("dense", operations(dense, size), 3.0), ("sparsegpt", operations(pruned, size), 8.0)]
     assert estimate(pruned, size, "sparsegpt", done, False) == pytest.approx(8.0)
     assert estimate(dense, size, "dense", done[:1], False) == pytest.approx(3.0)
