@@ -22,7 +22,7 @@ from mixgpt.kernels.linalg import (
     upper_cholesky,
     upper_inverse,
 )
-from mixgpt.kernels.matmul import add_product, exact_bfloat16, suits, times_transposed
+from mixgpt.kernels.matmul import add_product, exact_bfloat16, multiplies_bfloat16, suits, times_transposed
 from mixgpt.kernels.selection import scores_of
 from quant import Grid, Scheme, find_grid
 
@@ -80,9 +80,9 @@ class SparseGPT:
     def _add(self, X, shift, gain, roots):
         features = _features(X, roots)
         if shift is not None:
-            self._shift = times_transposed(_features(shift, roots), features, self._shift)
+            self._shift = _moved(self._shift, shift, X, features, roots)
         if gain is not None:
-            self._gain = times_transposed(_features(gain, roots), features, self._gain)
+            self._gain = _moved(self._gain, gain, X, features, roots)
         with exact_bfloat16(X.dtype if roots is None else None):
             self._sums = [times_transposed(features[:B.stop], features[B], total)
                           for B, total in zip(self._blocks, self._sums, strict=True)]
@@ -195,6 +195,16 @@ def _features(X, factors=None):
     """Return X (..., width), scaled by factors (tokens,), as a contiguous float32 (width, tokens)."""
     features = X.reshape(-1, X.shape[-1]).t().contiguous().float()  # transposing after the conversion is slower
     return features if factors is None else features * factors
+
+
+def _moved(total, move, X, features, roots):
+    """Return total + moveᵀ X, of moves (..., m) and inputs X (tokens, n), (m, n) in float32 on the CPU.
+
+    features: those of X. In bfloat16, where that is fast, the sum of a batch is rounded: a target need not be exact.
+    """
+    if roots is None and X.dtype == move.dtype == torch.bfloat16 and multiplies_bfloat16():
+        return total.add_(move.reshape(len(X), -1).t() @ X)
+    return times_transposed(_features(move, roots), features, total)
 
 
 def factor(H, percdamp=0.01):

@@ -31,9 +31,9 @@ import datautils
 from mixgpt.allocation.fisher import enough_of, output_gradients, squared_gradients
 from mixgpt.allocation.global_threshold import global_plan
 from mixgpt.allocation.plan import Budget, by_matrix
-from mixgpt.allocation.synthetic import synthetic
+from mixgpt.allocation.synthetic import synthetic, windows_of
 from mixgpt.allocation.traces import Sampling, Traces, hessian_traces, matrices_of
-from mixgpt.app.settings import PRESETS, text
+from mixgpt.app.settings import PRESETS, pruned_on, recipe, text
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
@@ -41,6 +41,7 @@ from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
 from mixgpt.modeling.family import family_of
 from mixgpt.modeling.streaming import digest, fingerprint
+from mixgpt.pruning.distill import dense_states, distill, widened
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe, admm
@@ -88,11 +89,18 @@ class Calibration:
                                     PRESETS["best"]["percdamp"])
 
     @cached_property
-    def hessian_tokens(self):
-        """The tokens, and synthetic ones."""
+    def synthetic(self):
+        """Synthetic sequences (n, T), and how they were made."""
         with self.clock.part("synthetic"):
-            found, _ = synthetic(self.execution(self.model), self.tokens, PRESETS["best"]["synthetic"], self.seed)
-        return torch.cat([self.tokens, found])
+            return synthetic(self.execution(self.model), self.tokens, PRESETS["best"]["synthetic"], self.seed)
+
+    @cached_property
+    def wanted(self):
+        """What the pruned model is trained to predict: synthetic tokens (n, T), and the dense model's hidden states."""
+        windows = windows_of(*self.synthetic)
+        with self.clock.part("dense"):
+            wide = widened(self.execution(self.model), windows, self.tokens.shape[1])
+            return windows, dense_states(wide, windows)
 
     @cached_property
     def outliers(self):
@@ -111,14 +119,12 @@ def mixed(calibration, target):
 
 
 def threshold(calibration, target):
-    seconds = calibration.clock.seconds
     if target.prunem:
-        plan, _ = uniform(calibration, target)
-        return plan, seconds["synthetic"] if len(calibration.hessian_tokens) else 0.0
+        return uniform(calibration, target)
     gradients = calibration.gradients
     plan = global_plan(calibration.execution(calibration.model), calibration.selected, gradients.rows,
                        gradients.diagonals, target.sparsity, PRESETS["best"]["alpha"])
-    return plan, seconds["gradients"] + seconds["synthetic"] if len(calibration.hessian_tokens) else 0.0
+    return plan, calibration.clock.seconds["gradients"]
 
 
 def owl(calibration, target):
@@ -148,10 +154,18 @@ def by_walk(calibration, model, plan, scheme, saliency=obs_saliency):
 
 
 def by_admm(calibration, model, plan, scheme):
-    row_weights = None if next(iter(plan.values())).prunem else calibration.gradients.rows
-    prune_layerwise(calibration.execution(model), plan, calibration.hessian_tokens, Recipe(
-        admm, WalkOptions(scheme=scheme), PRESETS["best"]["percdamp"], dense_target=True, row_weights=row_weights,
-        title="ADMM"))
+    """Prune as --preset best does. Returns what it rests on."""
+    prunem, execution = next(iter(plan.values())).prunem, calibration.execution(model)
+    passes = recipe("best", prunem, scheme.wbits if scheme else 16)["distill"]
+    further, _ = calibration.synthetic
+    tokens = torch.cat([calibration.tokens, further[pruned_on(passes, prunem)]])
+    prune_layerwise(execution, plan, tokens, Recipe(
+        admm, WalkOptions(scheme=scheme), PRESETS["best"]["percdamp"], dense_target=True,
+        row_weights=None if prunem else calibration.gradients.rows, title="ADMM"))
+    if passes:
+        windows, wanted = calibration.wanted
+        distill(widened(execution, windows, tokens.shape[1]), list(plan), windows, wanted, passes, calibration.seed)
+    return ["synthetic", "dense"] if passes else ["synthetic"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +173,7 @@ class Method:
     """How sparse each matrix shall be, and how it is pruned to that."""
 
     allocate: Callable  # (calibration, target) -> plan, None where it is not defined, and seconds of what it rests on
-    prune: Callable  # (calibration, model, plan, scheme), in place
+    prune: Callable  # (calibration, model, plan, scheme), in place; may return parts of the calibration's clock
 
 
 METHODS = {
@@ -180,9 +194,11 @@ def measure(method, target, calibration, tests):
     (plan, seconds), clock = method.allocate(calibration, target), Clock(calibration.device)
     if plan is None:
         return None
-    model = copy.deepcopy(calibration.model)
+    model, measured = copy.deepcopy(calibration.model), calibration.clock.seconds
+    before = sum(measured.values())
     with clock.part("prune"):
-        method.prune(calibration, model, plan, scheme)
+        parts = method.prune(calibration, model, plan, scheme) or []
+    seconds += sum(measured[part] for part in parts) - (sum(measured.values()) - before)
     return {"perplexity": {name: perplexity(model, calibration.family, tokens, calibration.batch_size,
                                             calibration.device, name) for name, tokens in tests.items()},
             "sparsity": total_sparsity(measure_sparsity(model, calibration.family)),

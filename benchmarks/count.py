@@ -47,6 +47,7 @@ from mixgpt.common.clock import Clock
 from mixgpt.common.progress import silent
 from mixgpt.kernels import columns, selection
 from mixgpt.modeling.streaming import Source
+from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.targets import Target, select
 from modelutils import Execution
@@ -233,7 +234,8 @@ def count(shape, method, tokens, batch_size, layers):
     with Meter() as meter, silent(), mock.patch("psutil.virtual_memory", lambda: host), mock.patch.object(
             columns, "fastest", lambda *_: walk_columns), mock.patch.object(
             selection, "fastest", lambda *_: mark_smallest):
-        demand = memory.Demand.of(model, family, selected, tokens.repeat(1 + settings.synthetic, 1), settings)
+        together = torch.cat([tokens, tokens.repeat(settings.synthetic, 1)[settings.pruned_on]])
+        demand = memory.Demand.of(model, family, selected, together, settings)
         way, needed = memory.fitting(demand, memory.Way(batch_size, on_host=False, two_passes=False), MEMORY)
         execution = Execution(model, family, CUDA, way.batch_size, Ledger(meter), way.on_host)
         line, gradients = memory.line(demand, way, needed, MEMORY), None
@@ -248,11 +250,21 @@ def count(shape, method, tokens, batch_size, layers):
             if size < len(enough):
                 with execution.clock.part("allocation"):
                     inverse_diagonals(execution, list(plan), enough, settings.percdamp)
+        further = tokens[:0]
         if settings.synthetic:
             with execution.clock.part("synthetic"), mock.patch.object(synthetic, "has_room", lambda _: False):
-                tokens = torch.cat([tokens, synthetic.synthetic(execution, tokens, settings.synthetic, 0)[0]])
+                further, _ = synthetic.synthetic(execution, tokens, settings.synthetic, 0)
+        if settings.distill:
+            windows = synthetic.windows_of(further, synthetic.GENERATED)
+            wide = distill.widened(execution, windows, tokens.shape[1])
+            with execution.clock.part("distillation"):
+                dense = distill.dense_states(wide, windows)
+        tokens = torch.cat([tokens, further[settings.pruned_on]])
         prune_layerwise(execution, plan, tokens, replace(recipe_of(settings, gradients),
                                                          true_sequential=not way.two_passes))
+        if settings.distill:
+            with execution.clock.part("distillation"):
+                distill.distill(wide, list(plan), windows, dense, settings.distill, 0)
     return meter, line
 
 

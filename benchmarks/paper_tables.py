@@ -12,7 +12,7 @@ from statistics import mean
 
 from scores import spread
 
-from mixgpt.app.settings import PRESETS
+from mixgpt.app.settings import recipe
 
 FACTS = Path(__file__).with_name("paper.csv")
 PAPER = "arXiv 2310.09499"
@@ -28,7 +28,6 @@ METHODS = {  # options of a run; what ranks by sensitivity takes --sensitivity
     "mixgpt": {"sparsity_way": "weight-level", "saliency": "isc"},
     "wanda": {"solver": "wanda", "true_sequential": False},
     "owl": {"sparsity_way": "owl"},
-    "best": PRESETS["best"],
 }
 ADDED = ("magnitude", "wanda", "owl", "best")  # what --methods adds to a table
 TASKS = ("arc_challenge", "hellaswag", "truthfulqa_mc2", "piqa")  # section 3.1.1
@@ -69,7 +68,8 @@ TABLES = {
 def options_of(method, target):
     """Return the options of a run of a method at a target, "50%", "4bit" or "50%+4bit"."""
     sparsity, wbits = re.fullmatch(r"(?:(\d+)%)?\+?(?:(\d+)bit)?", target).groups()
-    return METHODS[method] | ({"sparsity": int(sparsity) / 100} if sparsity else {}) | (
+    chosen = recipe("best", wbits=int(wbits or 16)) if method == "best" else METHODS[method]
+    return chosen | ({"sparsity": int(sparsity) / 100} if sparsity else {}) | (
         {"wbits": int(wbits)} if wbits else {})
 
 

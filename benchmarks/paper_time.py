@@ -38,8 +38,12 @@ class Size:
 def operations(settings, size):
     """Count the floating-point operations of a run, but for sensitivities."""
     drawn = settings.nsamples * size.seqlen
-    tokens = (1 + settings.synthetic) * drawn
-    total = (size.forward + 2 * size.head) * (size.tested + settings.synthetic * drawn)
+    further = settings.synthetic * drawn
+    tokens = drawn + further / (settings.pruned_on.step or 1)
+    total = (size.forward + 2 * size.head) * (size.tested + further)
+    if settings.distill:
+        trained = further or drawn
+        total += size.forward * trained + settings.distill * (3 * size.forward + 8 * size.head) * trained
     if settings.calibrates:
         times = ADMM if settings.solver == "admm" else 1
         total += PASSES * size.forward * tokens

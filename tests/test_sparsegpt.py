@@ -485,7 +485,9 @@ def test_a_gpu_adds_up_what_a_cpu_does(dtype, weighted, monkeypatch):
             hessian.factor(1.0)
         W = torch.randn(5, 600, generator=make)
         torch.testing.assert_close(theirs.H.cpu(), ours.H, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(theirs.optimum(W.to("cuda:0")).cpu(), ours.optimum(W), rtol=1e-3, atol=1e-4)
+        optimum = ours.optimum(W)
+        rounding = 4e-3 * optimum.abs().max() if dtype == torch.bfloat16 and not weighted else 1e-4  # of each batch
+        torch.testing.assert_close(theirs.optimum(W.to("cuda:0")).cpu(), optimum, rtol=1e-3, atol=float(rounding))
 
 
 def test_a_gpu_adds_16_bit_products_without_a_copy():

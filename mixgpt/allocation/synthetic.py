@@ -4,9 +4,13 @@ Hessians of few tokens fit what these happen to be; with as many synthetic ones 
 Calibration on synthetic text alone: Williams et al., arXiv 2410.17170.
 """
 
+import contextlib
+
 import psutil
 import torch
-from transformers import GenerationConfig
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from mixgpt.allocation.backward import seeded, wide
 from mixgpt.allocation.fisher import drawn
@@ -38,6 +42,12 @@ def synthetic(execution, tokens, copies, seed):
     return torch.cat(every, dim=1).flatten(0, 1), how
 
 
+def windows_of(sequences, how):
+    """Return synthetic sequences (n, T), made as `how` says, in the pieces that were written on their own, if alike."""
+    T = sequences.shape[1]
+    return sequences.reshape(-1, WINDOW) if how == GENERATED and T % WINDOW == 0 else sequences
+
+
 def has_room(execution):
     """Return whether the whole model fits on the device, and a quarter of what is free stays free."""
     weights = sum(weight.nbytes for weight in execution.model.parameters())
@@ -59,7 +69,7 @@ def generated(execution, tokens, uniform):
     width = min(WINDOW, T)
     starts = [*([T - width] if T % width else []), *range(0, T - width + 1, width)]
     parts = [torch.cat([each[:, start:start + width] for start in starts]) for each in (tokens, uniform)]
-    with whole(execution.model, execution.family, execution.device):
+    with whole(execution.model, execution.family, execution.device), _packed_queries(execution):
         size = _at_a_time(execution, width)
         batches = list(zip(*(part.split(size) for part in parts), strict=True))
         total = len(batches) * width
@@ -69,6 +79,37 @@ def generated(execution, tokens, uniform):
     for start, windows in zip(starts, torch.cat(found).split(n), strict=True):
         new[:, start:start + width] = windows
     return new
+
+
+@contextlib.contextmanager
+def _packed_queries(execution):
+    """Let `packed_attention` stand in for PyTorch's attention within the block, on a CPU, where it is faster."""
+    model, kind = execution.model, execution.model.config._attn_implementation
+    if execution.device.type != "cpu" or kind != "sdpa":
+        yield
+        return
+    model.set_attn_implementation(PACKED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(kind)
+
+
+def packed_attention(module, query, key, value, attention_mask, **more):
+    """Attend as `sdpa_attention_forward` does; one new token reads the keys that its heads share only once.
+
+    query: (B, heads, T, d). key, value: (B, key heads, S, d). Returns (B, T, heads, d) and None.
+    """
+    B, heads, T, d = query.shape
+    if T > 1 or attention_mask is not None or key.shape[1] == heads:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+    packed = query.reshape(B, key.shape[1], -1, d) * (more.get("scaling") or d ** -0.5)
+    return ((packed @ key.mT).softmax(-1) @ value).reshape(B, 1, heads, -1), None
+
+
+PACKED = "packed_sdpa"
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def _at_a_time(execution, width):
@@ -82,7 +123,8 @@ def _at_a_time(execution, width):
 
 def _continued(execution, windows, uniform, bar):
     """Return windows (B, T) continued from their prefixes. Tokens that end a text are not drawn."""
-    T = windows.shape[1]
+    T, ends = windows.shape[1], execution.model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=execution.device).flatten()
     prefix, thresholds = min(PREFIX, T // 2), uniform.to(execution.device)
     start = windows[:, :prefix].to(execution.device)
     bar.update(prefix)
@@ -90,10 +132,12 @@ def _continued(execution, windows, uniform, bar):
     def draw(read, logits):
         """Be a logits processor that leaves the drawn token alone."""
         bar.update(1)
-        token = drawn(wide(logits).softmax(-1), thresholds[:, read.shape[1]].contiguous())
+        p = wide(logits).index_fill(1, ends, -torch.inf).softmax(-1)
+        token = drawn(p, thresholds[:, read.shape[1]].contiguous())
         return torch.full_like(logits, -torch.inf).scatter_(1, token[:, None], 0)
 
-    settings = GenerationConfig(do_sample=False, min_new_tokens=T - prefix, max_new_tokens=T - prefix, pad_token_id=0,
+    beyond = execution.model.config.get_text_config().vocab_size  # no token: all windows go on to their ends
+    settings = GenerationConfig(do_sample=False, max_new_tokens=T - prefix, eos_token_id=beyond, pad_token_id=0,
                                 repetition_penalty=1.0)
     return execution.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings,
                                     logits_processor=[draw]).to("cpu")

@@ -40,7 +40,7 @@ def _short(model):
 def _preset(settings):
     """Return "best: " for settings equal to that preset, however given; other presets' methods have names."""
     prunes = settings.get("sparsity") or settings.get("prunem")
-    best = recipe("best", settings.get("prunem", 0))
+    best = recipe("best", settings.get("prunem", 0), settings.get("wbits", 16))
     return "best: " if prunes and all(settings.get(name) == value for name, value in best.items()) else ""
 
 

@@ -21,7 +21,7 @@ from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import enough_of, output_gradients
 from mixgpt.allocation.plan import Budget
-from mixgpt.allocation.synthetic import RESAMPLED, synthetic
+from mixgpt.allocation.synthetic import RESAMPLED, synthetic, windows_of
 from mixgpt.app import memory, plots, records
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
 from mixgpt.app.memory import Way, retry_with_less_memory
@@ -39,6 +39,7 @@ from mixgpt.evaluation import selfcheck, semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
 from mixgpt.evaluation.sparsity import count_zeros, measure_weights
 from mixgpt.kernels.columns import triton_obstacle
+from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
@@ -64,7 +65,9 @@ class Job:
     tokenizer: Any = None
     selected: dict = field(default_factory=dict)  # {(layer, name): (out, in)}, the matrices to change
     calibration: torch.Tensor | None = None  # (N, T)
-    further: torch.Tensor | None = None  # (n, T), synthetic sequences for the Hessians
+    further: torch.Tensor | None = None  # (n, T), synthetic sequences
+    distilled_on: torch.Tensor | None = None  # (n, T), the tokens that the pruned model is distilled on
+    dense_states: torch.Tensor | None = None  # (n, T, C), the dense model's behind its last layer, of `distilled_on`
     tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
     sources: dict = field(default_factory=dict)  # origin of the texts
     score: Any = None  # function that scores a model on the tasks, None without tasks
@@ -94,8 +97,10 @@ class Job:
 
     @property
     def hessian_tokens(self):
-        """The tokens that matrices are pruned on: calibration and further sequences."""
-        return self.calibration if self.further is None else torch.cat([self.calibration, self.further])
+        """The tokens that matrices are pruned on."""
+        if self.further is None:
+            return self.calibration
+        return torch.cat([self.calibration, self.further[self.settings.pruned_on]])
 
     def execution(self, way):
         return Execution(self.model, self.family, self.device, way.batch_size, self.clock, way.on_host)
@@ -309,7 +314,8 @@ def announce(job):
 
 def _plan_memory(job):
     """Choose how the GPU's memory is used, from counted bytes. Returns a line that says so."""
-    tokens = job.calibration.repeat(1 + job.settings.synthetic, 1)
+    further = job.calibration.repeat(job.settings.synthetic, 1)
+    tokens = torch.cat([job.calibration, further[job.settings.pruned_on]])
     demand = memory.Demand.of(job.model, job.family, job.selected, tokens, job.settings)
     free = min(distributed.all_gather_object(free_memory(job.device)))  # all go the same way
     job.way, needed = memory.fitting(demand, job.way, free)
@@ -370,6 +376,11 @@ def _measure(job, way):
         if how == RESAMPLED:
             log(settings, f"data     the model as a whole has no room on {job.device}: its synthetic sequences are "
                           "single tokens drawn in place of those of the calibration sequences, not text")
+    if settings.distill:
+        job.distilled_on = windows_of(job.further, how) if settings.synthetic else job.calibration
+        with clock.part("distillation"):
+            wide = distill.widened(execution, job.distilled_on, job.seqlen)
+            job.dense_states = distill.dense_states(wide, job.distilled_on)
     if settings.weighs and not job.plan:
         percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # it needs H, too
         tokens = job.hessian_tokens if settings.token_weights == "fisher" else enough_of(job.calibration)
@@ -402,6 +413,9 @@ def compress(job):
     settings, record, counted = job.settings, job.record, {}
     if job.plan:
         job.outcomes, counted, way = retry_with_less_memory(settings, job.way, partial(_compress, job), job.streamed)
+        if settings.distill:
+            way = Way(settings.batch_size, way.on_host)
+            retry_with_less_memory(settings, way, partial(_distill, job, counted), job.streamed)
         record["settings"] |= {"batch_size": way.batch_size,
                                "true_sequential": settings.true_sequential and not (
                                    settings.calibrates and way.two_passes)}
@@ -427,6 +441,34 @@ def _compress(job, way):
         recipe = replace(recipe_of(settings, job.gradients), true_sequential=not way.two_passes)
         outcomes = prune_layerwise(execution, job.plan, job.hessian_tokens, recipe, job.run_dir, observe)
     return outcomes, counted, way
+
+
+def _distill(job, counted, way):
+    """Distill the pruned model, unless it has no room or an interrupted run has done it. counted: by `_compress`."""
+    settings, run_dir = job.settings, job.run_dir
+    execution = distill.widened(job.execution(way), job.distilled_on, job.seqlen)
+    if run_dir and run_dir.distilled:
+        job.record["distilled"] = run_dir.distilled
+        return
+    execution = replace(execution, batch_size=min(distributed.all_gather_object(
+        distill.room_for(execution, job.distilled_on))))
+    if not execution.batch_size:
+        job.record["distilled"] = "no room"
+        log(settings, f"distill  skipped: the model as a whole cannot be trained in what is free on {job.device}")
+        return
+
+    def finish(index, layer, divergences):
+        if run_dir:
+            outcomes = {key: outcome for key, outcome in job.outcomes.items() if key[0] == index}
+            run_dir.finish(index, layer, outcomes, None, {"divergence": divergences})
+
+    with job.clock.part("distillation"):
+        divergences = distill.distill(execution, list(job.plan), job.distilled_on, job.dense_states, settings.distill,
+                                      settings.seed, finish)
+        job.record["distilled"] = {"divergence": divergences}
+        if run_dir:
+            run_dir.settle()
+    counted.clear()
 
 
 def recipe_of(settings, gradients=None):

@@ -16,7 +16,7 @@ WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 TARGETS = ("layer", "dense")
 TOKEN_WEIGHTS = ("equal", "fisher")
 LEAST = {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1, "eval_limit": 1, "limit": 1,
-         "synthetic": 0, "minlayer": 0, "maxlayer": 0, "prunen": 0, "prunem": 0}
+         "synthetic": 0, "distill": 0, "minlayer": 0, "maxlayer": 0, "prunen": 0, "prunem": 0}
 MOST = 2**31 - 1  # of whole numbers: none needs more, and PyTorch's sizes end at 2**63
 LONGEST_ID = 200  # characters of a hub id; the hub takes 96 on each side of the slash
 MOST_SEED = 2**64 - 1  # as PyTorch's
@@ -25,14 +25,29 @@ PRESETS = {  # complete recipes; explicit flags override them
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
-             "percdamp": 0.1, "synthetic": 1},
+             "percdamp": 0.1, "synthetic": 1, "distill": 1},
 }
 
 
-def recipe(preset, prunem=0):
-    """Return the options of a preset; in n:m all matrices and rows have one sparsity, so best needs no gradients."""
-    alike = {"sparsity_way": "uniform", "saliency": "obs"}
-    return PRESETS[preset] | (alike if prunem and preset == "best" else {})
+def recipe(preset, prunem=0, wbits=16):
+    """Return the options of a preset, for n:m if prunem is not 0, and for weights of wbits bits.
+
+    In n:m all matrices and rows have one sparsity, so best needs no gradients. Weights on a grid cannot be trained.
+    """
+    chosen = dict(PRESETS[preset])
+    if preset == "best" and prunem:
+        chosen |= {"sparsity_way": "uniform", "saliency": "obs"}
+    if preset == "best" and wbits < 16:
+        chosen |= {"distill": 0}
+    return chosen
+
+
+def pruned_on(distill, prunem):
+    """Return which synthetic sequences, a slice, the Hessians are of besides calibration.
+
+    Of those that the model is distilled on every second one; in n:m, where no gradients take time, all.
+    """
+    return slice(None, None, 2 if distill and not prunem else 1)
 
 
 # What an option affects.
@@ -137,7 +152,10 @@ class Settings:
 
     nsamples: int = option(128, RESULT, "calibration sequences", group="calibration")
     synthetic: int = option(0, METHOD,
-        "sequences that the dense model writes for each of these, for the Hessians beside them")
+        "sequences that the dense model writes for each of these, for the Hessians beside them or for --distill")
+    distill: int = option(0, METHOD,
+        "passes over these, or over the synthetic ones if there are any, in which the kept weights are trained after "
+        "pruning to predict what the dense model does")
     seqlen: int | None = option(None, RESULT,
         "tokens per sequence, in calibration and evaluation (default: 2048, or the model's limit if that is lower)",
         type=int)
@@ -247,7 +265,10 @@ class Settings:
     def _check_solver(self):
         given = {f"--solver {self.solver}": self.solver != "obs", "--target dense": self.target == "dense",
                  "--token_weights fisher": self.token_weights == "fisher",
-                 f"--synthetic {self.synthetic}": self.synthetic > 0}
+                 f"--synthetic {self.synthetic}": self.synthetic > 0, f"--distill {self.distill}": self.distill > 0}
+        if self.distill and (self.quantizes or not self.prunes):
+            raise InputError(f"--distill {self.distill}: trains what pruning keeps, which leaves the grids of --wbits; "
+                             "needs --sparsity or --prunen and --prunem, without --wbits")
         for flag in (flag for flag, is_given in given.items() if is_given and not self.calibrates):
             raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and --nearest")
         if self.solver != "obs" and not self.prunes:
@@ -328,6 +349,10 @@ class Settings:
         return ALLOCATIONS[self.sparsity_way].by_loss or weighted and self.calibrates
 
     @property
+    def pruned_on(self):
+        return pruned_on(self.distill, self.prunem)
+
+    @property
     def draws(self):
         """Whether calibration sequences are drawn."""
         return self.mixed or self.weighs or self.calibrates
@@ -349,7 +374,7 @@ class Settings:
     def _calibration_choices(self):
         """Name the choices of any solver that differ from the defaults."""
         chosen = {"dense target": self.target == "dense", "weighted tokens": self.token_weights == "fisher",
-                  "synthetic text": self.synthetic > 0}
+                  "synthetic text": self.synthetic > 0, "distilled": self.distill > 0}
         return [name for name, is_chosen in chosen.items() if is_chosen]
 
     def check_paths(self):
@@ -436,7 +461,7 @@ def parse(family, argv=None):
                 group = parser.add_argument_group(title)
             add_option(group, field)
     given = vars(parser.parse_args(argv))
-    preset = recipe(given["preset"], given.get("prunem", 0)) if "preset" in given else {}
+    preset = recipe(given["preset"], given.get("prunem", 0), given.get("wbits", 16)) if "preset" in given else {}
     try:
         return Settings(**preset | given)
     except InputError as error:

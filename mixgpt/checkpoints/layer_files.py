@@ -29,6 +29,7 @@ class LayerFiles:
         self.advice = "free some space, or set TMPDIR to a folder on a larger disk"
         self.writes = distributed.rank() == 0
         self._thread, self._writing = ThreadPoolExecutor(1), None
+        self.distilled = None  # what `finish` was told about the finished layers, if they are distilled
 
     def __enter__(self):
         return self
@@ -58,7 +59,7 @@ class LayerFiles:
             if places is not None:
                 self._point(index, places)
 
-    def finish(self, index, layer, outcomes, states=None):
+    def finish(self, index, layer, outcomes, states=None, distilled=None):
         """Let the thread write the weights of a finished layer, which is on the device. The rest is not needed."""
         self._wait()
         if self.writes:

@@ -257,8 +257,8 @@ class RunDir(LayerFiles):
         first unfinished layer, and the outcomes of those before.
         """
         self._wait()
-        finished, self.shards = distributed.broadcast_object(
-            (self._drop_damaged(count), self.shards) if self.writes else None)
+        finished, self.distilled, self.shards = distributed.broadcast_object(
+            (*self._drop_damaged(count), self.shards) if self.writes else None)
         first = finished
         if states is not None and first < count:
             first = self._restore(first, states)
@@ -278,7 +278,10 @@ class RunDir(LayerFiles):
         return first, outcomes
 
     def _drop_damaged(self, count):
-        """Return how many layers are finished and intact; remove what is left of those behind them."""
+        """Return how many layers are finished and intact, and what is kept about their distillation, or None.
+
+        What is behind them is removed. Distilled layers come all at once: if only some were written, none is kept.
+        """
         finished, noted = 0, max((index for index in range(count) if self._note(index).exists()), default=-1)
         try:
             while finished <= noted:
@@ -289,9 +292,13 @@ class RunDir(LayerFiles):
             if self.shards:  # they hold what came after it
                 self._remove_shards()
                 return self._drop_damaged(count)
+        distilled = [sealed.read_json(self._note(index), self.run)["distilled"] for index in range(finished)]
+        if any(distilled) and not (finished == count and all(distilled)):
+            tell("the run stopped while distilled layers were written: pruning again from layer 0")
+            finished = 0
         self._remove(*(file for file, index in self._files("layer", "grids").items() if index >= finished),
                      *(file for file, border in self._files("state").items() if border > finished))
-        return finished
+        return finished, distilled[0] if finished else None
 
     def _check(self, index):
         """Raise Damaged unless all files of a finished layer are as they were written. Shards were checked before."""
@@ -341,41 +348,44 @@ class RunDir(LayerFiles):
         with self._room(RECORD), replacing(self.path / RECORD) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n")
 
-    def finish(self, index, layer, outcomes, states=None):
+    def finish(self, index, layer, outcomes, states=None, distilled=None):
         """Let the thread save a finished layer, {(layer, name): Outcome}, and at times the hidden states after it.
 
-        The layer is on the device. Hidden states that the next layer would change meanwhile are waited for.
+        The layer is on the device. Hidden states that the next layer would change meanwhile are waited for. distilled:
+        what to keep about a distilled model, true, if the layer takes the place of one that was finished before.
         """
         self._wait()
         due = states is not None and distributed.broadcast_object(
             time.monotonic() - self.written >= PATIENCE * self.cost)
         kept = _apart(states) if due else None
         weights = self._leaving(index, layer) if self.writes else None
-        self._hand_over(self._keep, index, weights, outcomes, kept)
+        self._hand_over(self._keep, index, weights, outcomes, kept, distilled)
         if due and kept is states:
             self._wait()
         if source_of(layer):
             self._take(index)
 
-    def _keep(self, index, weights, outcomes, states):
+    def _keep(self, index, weights, outcomes, states, distilled):
         """Write a finished layer, then the note that makes it count, then hidden states after it, unless None."""
         if self.writes:
             sums = self._write(self._layer(index), weights())
             self.sums |= sums
-            self._keep_outcomes(index, sums, outcomes)
+            self._keep_outcomes(index, sums, outcomes, distilled)
         if states:
             self._keep_states(index + 1, states)
         if self.writes:
             self._remove_other_states()
 
-    def _keep_outcomes(self, index, sums, outcomes):
+    def _keep_outcomes(self, index, sums, outcomes, distilled):
         if grids := {name: outcome.grid for (_, name), outcome in outcomes.items() if outcome.grid}:
             self._write(self._grids(index), {
                 f"{name}.{part}": getattr(grid, part) for name, grid in grids.items()
                 for part in ("scale", "zero", "group")})
-        self._write_json(self._note(index), {"checksums": sums, "grids": bool(grids), "matrices": {
-            name: {"error": outcome.error, "percdamp": outcome.percdamp,
-                   "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()}})
+        matrices = {name: {"error": outcome.error, "percdamp": outcome.percdamp,
+                           "scheme": outcome.grid and asdict(outcome.grid.scheme)}
+                    for (_, name), outcome in outcomes.items()}
+        self._write_json(self._note(index), {"checksums": sums, "grids": bool(grids), "distilled": distilled,
+                                             "matrices": matrices})
 
     def _keep_states(self, border, states):
         start = time.monotonic()

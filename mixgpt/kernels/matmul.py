@@ -56,13 +56,17 @@ def accumulates(dtype, device):
     return True
 
 
+def multiplies_bfloat16():
+    """Return whether the CPU multiplies bfloat16 matrices faster than float32 ones."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def rough_product_with(B):
     """Return a function A (m, k) ↦ A B, B (k, n) symmetric, good to about three digits: in bfloat16 where fast.
 
     It takes A of one shape only, and each result overwrites the one before; it may be in bfloat16.
     """
-    fast = B.is_cuda or (B.device.type == "cpu" and torch.backends.mkldnn.is_available()
-                         and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    fast = B.is_cuda or (B.device.type == "cpu" and multiplies_bfloat16())
     if not fast or B.dtype != torch.float32:
         return lambda A: times_transposed(A, B)
     B, buffers = B.bfloat16(), []

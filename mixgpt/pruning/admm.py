@@ -12,9 +12,9 @@ from mixgpt.kernels.columns import smallest_per_row
 from mixgpt.kernels.linalg import smallest
 from mixgpt.kernels.matmul import fine_product_with, rough_product_with, times_transposed
 
-ITERATIONS = 12  # of ADMM
-RAMP = 9  # iterations over which the sparsity rises to its target
-STEPS = 4  # of conjugate gradients
+ITERATIONS = 9  # of ADMM
+RAMP = 7  # iterations over which the sparsity rises to its target
+STEPS = 3  # of conjugate gradients
 SAMPLE = 2**16  # least number of a matrix's scores from which the k-th smallest is estimated
 
 

@@ -25,6 +25,7 @@ from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.evaluation.sparsity import measure_sparsity
 from mixgpt.modeling import streaming
+from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
@@ -163,11 +164,12 @@ def test_a_recipe_is_named_by_its_choices(options, name):
     ("sparsegpt", ["--sparsity", ".5"], {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs"}),
     ("mixgpt", ["--sparsity", ".5"], {"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}),
     ("best", ["--sparsity", ".5"], {"sparsity_way": "global", "saliency": "fisher", "solver": "admm",
-                                    "target": "dense", "alpha": 0.15, "percdamp": 0.1, "synthetic": 1}),
+                                    "target": "dense", "alpha": 0.15, "percdamp": 0.1, "synthetic": 1,
+                                    "distill": 1}),
     ("best", ["--prunen", "2", "--prunem", "4"],
-     {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "percdamp": 0.1, "synthetic": 1}),
+     {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "percdamp": 0.1, "synthetic": 1, "distill": 1}),
     ("best", ["--sparsity", ".5", "--alpha", ".2", "--solver", "obs", "--wbits", "4"],
-     {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1, "synthetic": 1}),
+     {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1, "synthetic": 1, "distill": 0}),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected, checkpoint_folder, tmp_path):
     made = []
@@ -380,6 +382,13 @@ BAD = {
         "{opt} builtin --sparsity .5 --gmp --token_weights fisher", "--token_weights fisher: needs calibration"),
     "synthetic text without calibration": (
         "{opt} builtin --sparsity .5 --gmp --synthetic 2", "--synthetic 2: needs calibration"),
+    "distillation without calibration": (
+        "{opt} builtin --sparsity .5 --gmp --distill 1", "--distill 1: needs calibration"),
+    "distillation on a grid": (
+        "{opt} builtin --sparsity .5 --wbits 4 --distill 1", "--distill 1: trains what pruning keeps, which"),
+    "distillation of a dense model": (
+        "{opt} builtin --wbits 4 --distill 1", "--distill 1: trains what pruning keeps, which leaves the"),
+    "less than no distillation": ("{opt} builtin --sparsity .5 --distill -1", "--distill -1: must be at least 0"),
     "less than no synthetic text": ("{opt} builtin --sparsity .5 --synthetic -1", "--synthetic -1: must be at least 0"),
     "solver of nothing to prune": (
         "{opt} builtin --wbits 4 --solver admm", "--solver admm: is a pruning solver, needs --sparsity"),
@@ -508,6 +517,39 @@ def test_matrices_are_pruned_on_calibration_and_synthetic_sequences(room, how, c
     prune_layerwise(execution, make_plan(select(model, family), Target(0.5)), torch.cat([tokens, further]), Recipe())
     for key, tensor in saved_tensors(folder).items():
         assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("further", [[], ["--synthetic", "1"]])
+def test_a_pruned_model_is_distilled_on_synthetic_sequences_if_there_are_any(further, checkpoint_folder, tmp_path,
+                                                                             tokenizer, capsys):
+    """The saved weights are those of the library's parts in turn, and the record tells how far both models differ."""
+    folder = tmp_path / "saved"
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--distill", "2",
+               *further, *SMALL, "--save", folder) == 0
+    assert f"SparseGPT ({'synthetic text, ' if further else ''}distilled)" in capsys.readouterr().out
+    family, model = FAMILIES["llama"][0], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
+    execution = Execution(model, family, CPU, 2)
+    tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, tokenizer)
+    written = synthetic.synthetic(execution, tokens, 1, 0)[0] if further else tokens
+    dense = distill.dense_states(execution, written)
+    plan = make_plan(select(model, family), Target(0.5))
+    prune_layerwise(execution, plan, torch.cat([tokens, written[::2]]) if further else tokens, Recipe())
+    zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
+    divergences = distill.distill(execution, list(plan), written, dense, 2, 0)
+    assert json.loads((folder / "mixgpt.json").read_text())["distilled"] == {"divergence": divergences}
+    for key, tensor in saved_tensors(folder).items():
+        assert torch.equal(tensor, model.state_dict()[key]) and torch.equal(tensor == 0, zeros[key]), key
+
+
+def test_a_model_that_cannot_be_trained_as_a_whole_stays_as_pruned(checkpoint_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "room_for", lambda execution, tokens: 0)
+    for name, options in {"with": ["--distill", "1"], "without": []}.items():
+        assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *options, *SMALL,
+                   "--save", tmp_path / name) == 0
+    assert capsys.readouterr().out.count("distill  skipped: the model as a whole cannot be trained") == 1
+    assert json.loads((tmp_path / "with" / "mixgpt.json").read_text())["distilled"] == "no room"
+    one, other = (saved_tensors(tmp_path / name) for name in ("with", "without"))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
 def test_best_plots_the_sparsities_it_chose(checkpoint_folder, tmp_path):

@@ -1,5 +1,6 @@
 """Check the peers of the accuracy benchmark against brute force, and that the benchmark runs and goes on."""
 
+import contextlib
 import copy
 import gzip
 import json
@@ -152,10 +153,36 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, tmp_path, mo
 
 
 def test_sensitivities_that_n_to_m_does_not_use_take_no_time():
-    calibration = SimpleNamespace(selected={(0, "a"): (4, 8)}, hessian_tokens=torch.ones(2, 4),
-                                  clock=SimpleNamespace(seconds={"gradients": 9.0, "synthetic": 3.0}))
+    calibration = SimpleNamespace(selected={(0, "a"): (4, 8)}, clock=SimpleNamespace(seconds={"gradients": 9.0}))
     target = Target(0.5, 2, 4)
-    assert accuracy.METHODS["best"].allocate(calibration, target) == ({(0, "a"): target}, 3.0)
+    assert accuracy.METHODS["best"].allocate(calibration, target) == ({(0, "a"): target}, 0.0)
+
+
+def test_seconds_hold_what_a_method_rests_on_once(monkeypatch):
+    """The first cell measures what later ones share; all of them show it."""
+    monkeypatch.setattr(accuracy, "Clock", lambda device: clocks.pop(0))
+    monkeypatch.setattr(accuracy, "perplexity", lambda *_: 1.0)
+    monkeypatch.setattr(accuracy, "measure_sparsity", lambda *_: [])
+    monkeypatch.setattr(accuracy, "total_sparsity", lambda _: 0.5)
+
+    class Counted:
+        def __init__(self, seconds):
+            self.seconds = {"prune": seconds}
+
+        @contextlib.contextmanager
+        def part(self, name):
+            yield
+
+    def prune(calibration, model, plan, scheme):
+        calibration.clock.seconds.setdefault("synthetic", 3.0)
+        return ["synthetic"]
+
+    clocks = [Counted(10.0), Counted(7.0)]  # 3 of the 10 seconds for the synthetic sequences
+    monkeypatch.setitem(accuracy.METHODS, "best", accuracy.Method(lambda *_: ({}, 2.0), prune))
+    calibration = SimpleNamespace(model=None, family=None, device=CPU, batch_size=1,
+                                  clock=SimpleNamespace(seconds={"gradients": 2.0}))
+    cells = [accuracy.measure(accuracy.METHODS["best"], "50%", calibration, {}) for _ in range(2)]
+    assert [cell["seconds"] for cell in cells] == [12.0, 12.0]
 
 
 def test_held_out_documents_are_never_calibrated_on(tmp_path, tokenizer):
