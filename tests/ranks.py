@@ -1,5 +1,7 @@
 """Prune a model in memory in several processes, for test_distributed.py, and keep what each of them made of it."""
 
+from unittest import mock
+
 import torch
 from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
@@ -10,6 +12,7 @@ from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common import distributed
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.modeling.experts import split_experts
+from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
@@ -18,7 +21,7 @@ from quant import Scheme
 from sparsegpt import WalkOptions, isc_saliency
 
 
-def made(name, true_sequential, wbits, best=None):
+def made(name, true_sequential, wbits, more=""):
     """Return traces, weights, outcomes and perplexity of a tiny model, as this process has them."""
     family, model = make(name)
     mixture = split_experts(model)  # on so few tokens that all experts lack some
@@ -29,13 +32,17 @@ def made(name, true_sequential, wbits, best=None):
               for name, estimator in ESTIMATORS.items()]
     plan, options = make_plan(selected, Target(0.5)), {}
     walk = WalkOptions(16, isc_saliency, Scheme(wbits) if wbits < 16 else None)
-    if best:
+    if more == "best":
         gradients = output_gradients(execution, list(selected), tokens, 1, 0.01)
         plan = global_plan(execution, selected, gradients.rows, gradients.diagonals, 0.5, 0.15)
         options = {"solver": admm, "dense_target": True, "row_weights": gradients.rows,
                    "token_weights": gradients.tokens}
+    dense = distill.dense_states(execution, tokens) if more == "distilled" else None
     outcomes = prune_layerwise(execution, plan, tokens, Recipe(
         options=walk, true_sequential=true_sequential, **options))
+    if more == "distilled":
+        with mock.patch.object(distill, "STEPS", 1):  # in which all processes take all sequences
+            distill.distill(execution, list(plan), tokens, dense, 3, 1)
     return {"traces": traces, "state": model.state_dict(),
             "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
                          for key, outcome in outcomes.items()},
@@ -45,7 +52,8 @@ def made(name, true_sequential, wbits, best=None):
 def made_of_all():
     """Return what `made` gives, {case: …}."""
     return {case: made(*case) for case in [("llama", True, 16), ("opt", False, 4), ("bloom", True, 4),
-                                           ("llama", True, 16, "best"), ("qwen3-moe", True, 16)]}
+                                           ("llama", True, 16, "best"), ("qwen3-moe", True, 16),
+                                           ("bloom", True, 16, "distilled")]}
 
 
 def run(rank, world, port, file):

@@ -27,6 +27,7 @@ from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
+from mixgpt.pruning import distill
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
 
@@ -563,3 +564,22 @@ def test_a_step_that_starts_over_without_save_begins_at_the_first_layer(checkpoi
     assert indexes == [0, 1, 2, 0, 1, 2]
     whole, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "again"))
     assert again["matrices"] == whole["matrices"] and again["perplexity"] == whole["perplexity"]
+
+
+@pytest.mark.parametrize("finished", [4, 5, 6])
+def test_distilled_layers_count_if_all_of_them_are_written(finished, checkpoint_folder, tmp_path, monkeypatch, capsys):
+    """Ctrl-C behind the first, second or third distilled layer: the run that goes on gives what a whole one gives."""
+    options = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--distill", "1", *SMALL]
+    assert run("llama", *options, "--save", tmp_path / "whole") == 0
+    arguments = [*options, "--save", tmp_path / "saved"]
+    interrupt(monkeypatch, "llama", arguments, finished)
+    capsys.readouterr()
+    if finished == 6:
+        monkeypatch.setattr(distill, "distill", None)  # not done again
+    assert run("llama", *arguments, "--resume") == 0
+    again = "the run stopped while distilled layers were written: pruning again from layer 0"
+    assert capsys.readouterr().out.count(again) == (finished < 6)
+    whole, saved = (json.loads((tmp_path / name / "mixgpt.json").read_text()) for name in ("whole", "saved"))
+    assert whole["distilled"] == saved["distilled"] and whole["matrices"] == saved["matrices"]
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "saved")]
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())

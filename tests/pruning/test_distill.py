@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,3 +159,25 @@ def test_weights_that_are_not_finite_are_one_line(case):
     family, _, pruned, chosen, tokens, dense = case
     with pytest.raises(InputError, match="--distill: the divergence from the dense model is nan; try --dtype bfloat16"):
         distill(Execution(pruned, family, CPU, 2), chosen, tokens, dense * torch.nan, 1, 0)
+
+
+def test_batches_fit_into_the_memory_of_a_gpu_or_there_is_no_room(monkeypatch):
+    family, model = make("llama")
+    layers = family.layers_of(model)
+    gpu = SimpleNamespace(model=model, layers=layers, device=torch.device("cuda"), batch_size=4)
+    tokens = torch.zeros(100, 10, dtype=torch.long)  # 7 of them in a step
+    matrices = [linear for layer in layers for linear in linears(layer).values()]
+    weights = 12 * sum(weight.numel() for weight in model.parameters()) + 12 * 48 * 32  # float32: itself and two more
+    sequence = 1.5 * 4 * 10 * sum(linear.in_features + linear.out_features for linear in matrices)
+    for sequences, expected in ((9, 4), (4.1, 4), (3.9, 3), (1.1, 1), (0.9, 0), (-1, 0)):
+        monkeypatch.setattr(module, "free_memory", lambda _, n=sequences: (weights + n * sequence) / 0.9)
+        assert module.room_for(gpu, tokens) == expected
+    assert module.room_for(Execution(model, family, CPU, 4), tokens) == 4
+    assert module.room_for(Execution(model, family, CPU, 4), tokens[:32]) == 2
+
+
+def test_batches_have_as_many_tokens_as_elsewhere():
+    family, model = make("llama")
+    execution = Execution(model, family, CPU, 2)
+    for t, expected in ((16, 8), (64, 2), (100, 2)):
+        assert module.widened(execution, torch.zeros(3, t), 64).batch_size == expected
