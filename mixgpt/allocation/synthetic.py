@@ -103,8 +103,9 @@ def packed_attention(module, query, key, value, attention_mask, **more):
     B, heads, T, d = query.shape
     if T > 1 or attention_mask is not None or key.shape[1] == heads:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    packed = query.reshape(B, key.shape[1], -1, d) * (more.get("scaling") or d ** -0.5)
-    return ((packed @ key.mT).softmax(-1) @ value).reshape(B, 1, heads, -1), None
+    packed = query.reshape(B, key.shape[1], -1, d)
+    output = torch.nn.functional.scaled_dot_product_attention(packed, key, value, scale=more.get("scaling"))
+    return output.reshape(B, 1, heads, -1), None
 
 
 PACKED = "packed_sdpa"
