@@ -40,7 +40,7 @@ from mixgpt.allocation.fisher import enough_of, output_gradients
 from mixgpt.allocation.global_threshold import inverse_diagonals
 from mixgpt.app import memory
 from mixgpt.app.pipeline import recipe_of
-from mixgpt.app.settings import PRESETS, Settings
+from mixgpt.app.settings import PRESETS, Settings, pruned_on
 from mixgpt.app.tables import table
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
@@ -234,13 +234,18 @@ def count(shape, method, tokens, batch_size, layers):
     with Meter() as meter, silent(), mock.patch("psutil.virtual_memory", lambda: host), mock.patch.object(
             columns, "fastest", lambda *_: walk_columns), mock.patch.object(
             selection, "fastest", lambda *_: mark_smallest):
-        together = torch.cat([tokens, tokens.repeat(settings.synthetic, 1)[settings.pruned_on]])
+        whole = Execution(skeleton(shape, SHAPES[shape][2])[1], family, CUDA, batch_size)
+        further = tokens.repeat(settings.synthetic, 1)
+        windows = synthetic.windows_of(further, synthetic.GENERATED) if settings.synthetic else tokens
+        wide = distill.widened(whole, windows, tokens.shape[1])
+        distills = settings.distill and distill.room_for(wide, windows) > 0
+        together = torch.cat([tokens, further[pruned_on(distills, 0)]])
         demand = memory.Demand.of(model, family, selected, together, settings)
         way, needed = memory.fitting(demand, memory.Way(batch_size, on_host=False, two_passes=False), MEMORY)
         execution = Execution(model, family, CUDA, way.batch_size, Ledger(meter), way.on_host)
         line, gradients = memory.line(demand, way, needed, MEMORY), None
         if settings.weighs:
-            whole, enough = Execution(skeleton(shape, SHAPES[shape][2])[1], family, CUDA, batch_size), enough_of(tokens)
+            enough = enough_of(tokens)
             size = min(chunk_size(whole, len(enough), tokens.shape[1], 1), len(enough))
             line += f"\ngradients of {size} of {len(enough)} sequences at a time"
             with execution.clock.part("gradients"):
@@ -250,19 +255,17 @@ def count(shape, method, tokens, batch_size, layers):
             if size < len(enough):
                 with execution.clock.part("allocation"):
                     inverse_diagonals(execution, list(plan), enough, settings.percdamp)
-        further = tokens[:0]
         if settings.synthetic:
             with execution.clock.part("synthetic"), mock.patch.object(synthetic, "has_room", lambda _: False):
                 further, _ = synthetic.synthetic(execution, tokens, settings.synthetic, 0)
-        if settings.distill:
-            windows = synthetic.windows_of(further, synthetic.GENERATED)
+        if distills:
             wide = distill.widened(execution, windows, tokens.shape[1])
             with execution.clock.part("distillation"):
                 dense = distill.dense_states(wide, windows)
-        tokens = torch.cat([tokens, further[settings.pruned_on]])
+        tokens = torch.cat([tokens, further[pruned_on(distills, 0)]])
         prune_layerwise(execution, plan, tokens, replace(recipe_of(settings, gradients),
                                                          true_sequential=not way.two_passes))
-        if settings.distill:
+        if distills:
             with execution.clock.part("distillation"):
                 distill.distill(wide, list(plan), windows, dense, settings.distill, 0)
     return meter, line

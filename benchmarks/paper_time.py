@@ -11,6 +11,7 @@ import torch
 from bench import rate
 
 from mixgpt.app.choices import ALLOCATIONS
+from mixgpt.app.settings import pruned_on
 from mixgpt.common.runtime import choose_device
 
 BASIS = ("counted arithmetic of linears and solvers at the rate of the model's measured cells, or where there are none "
@@ -39,7 +40,7 @@ def operations(settings, size):
     """Count the floating-point operations of a run, but for sensitivities."""
     drawn = settings.nsamples * size.seqlen
     further = settings.synthetic * drawn
-    tokens = drawn + further / (settings.pruned_on.step or 1)
+    tokens = drawn + further / pruned_on(settings.distill, settings.prunem).step
     total = (size.forward + 2 * size.head) * (size.tested + further)
     if settings.distill:
         trained = further or drawn

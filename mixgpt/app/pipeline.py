@@ -21,11 +21,12 @@ from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import enough_of, output_gradients
 from mixgpt.allocation.plan import Budget
-from mixgpt.allocation.synthetic import RESAMPLED, synthetic, windows_of
+from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic, windows_of
 from mixgpt.app import memory, plots, records
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
 from mixgpt.app.memory import Way, retry_with_less_memory
 from mixgpt.app.report import heading, plan_text, result_text
+from mixgpt.app.settings import pruned_on
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import formats, load, run_dir, shards
 from mixgpt.checkpoints.layer_files import LayerFiles
@@ -66,6 +67,7 @@ class Job:
     selected: dict = field(default_factory=dict)  # {(layer, name): (out, in)}, the matrices to change
     calibration: torch.Tensor | None = None  # (N, T)
     further: torch.Tensor | None = None  # (n, T), synthetic sequences
+    distills: bool = False  # as asked for, if there is room
     distilled_on: torch.Tensor | None = None  # (n, T), the tokens that the pruned model is distilled on
     dense_states: torch.Tensor | None = None  # (n, T, C), the dense model's behind its last layer, of `distilled_on`
     tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
@@ -100,7 +102,7 @@ class Job:
         """The tokens that matrices are pruned on."""
         if self.further is None:
             return self.calibration
-        return torch.cat([self.calibration, self.further[self.settings.pruned_on]])
+        return torch.cat([self.calibration, self.further[pruned_on(self.distills, self.settings.prunem)]])
 
     def execution(self, way):
         return Execution(self.model, self.family, self.device, way.batch_size, self.clock, way.on_host)
@@ -303,6 +305,8 @@ def announce(job):
         job.tracker = job.stack.enter_context(tracker_of(settings, job.record))
     if job.tracker.place:
         log(settings, f"W&B      {job.tracker.place}")
+    if settings.distill:
+        _plan_distillation(job)
     if job.selected and settings.calibrates and job.device.type == "cuda":
         log(settings, _plan_memory(job))
     if settings.calibrates and job.device.type == "cuda" and (reason := triton_obstacle(job.device)):
@@ -312,10 +316,22 @@ def announce(job):
         log(settings, f"kernels  --semi-structured is skipped: {reason}")
 
 
+def _plan_distillation(job):
+    """Choose whether the pruned model will be distilled: if it can be trained as a whole on every device."""
+    settings, tokens = job.settings, job.calibration
+    if settings.synthetic:
+        tokens = windows_of(tokens.repeat(settings.synthetic, 1), GENERATED)
+    execution = distill.widened(job.execution(job.way), tokens, job.seqlen)
+    job.distills = min(distributed.all_gather_object(distill.room_for(execution, tokens))) > 0
+    if not job.distills:
+        job.record["distilled"] = "no room"
+        log(settings, f"distill  skipped: the model as a whole cannot be trained in what is free on {job.device}")
+
+
 def _plan_memory(job):
     """Choose how the GPU's memory is used, from counted bytes. Returns a line that says so."""
     further = job.calibration.repeat(job.settings.synthetic, 1)
-    tokens = torch.cat([job.calibration, further[job.settings.pruned_on]])
+    tokens = torch.cat([job.calibration, further[pruned_on(job.distills, job.settings.prunem)]])
     demand = memory.Demand.of(job.model, job.family, job.selected, tokens, job.settings)
     free = min(distributed.all_gather_object(free_memory(job.device)))  # all go the same way
     job.way, needed = memory.fitting(demand, job.way, free)
@@ -376,7 +392,7 @@ def _measure(job, way):
         if how == RESAMPLED:
             log(settings, f"data     the model as a whole has no room on {job.device}: its synthetic sequences are "
                           "single tokens drawn in place of those of the calibration sequences, not text")
-    if settings.distill:
+    if job.distills:
         job.distilled_on = windows_of(job.further, how) if settings.synthetic else job.calibration
         with clock.part("distillation"):
             wide = distill.widened(execution, job.distilled_on, job.seqlen)
@@ -413,7 +429,7 @@ def compress(job):
     settings, record, counted = job.settings, job.record, {}
     if job.plan:
         job.outcomes, counted, way = retry_with_less_memory(settings, job.way, partial(_compress, job), job.streamed)
-        if settings.distill:
+        if job.distills:
             way = Way(settings.batch_size, way.on_host)
             retry_with_less_memory(settings, way, partial(_distill, job, counted), job.streamed)
         record["settings"] |= {"batch_size": way.batch_size,
@@ -444,18 +460,14 @@ def _compress(job, way):
 
 
 def _distill(job, counted, way):
-    """Distill the pruned model, unless it has no room or an interrupted run has done it. counted: by `_compress`."""
+    """Distill the pruned model, unless an interrupted run has done it. counted: by `_compress`."""
     settings, run_dir = job.settings, job.run_dir
     execution = distill.widened(job.execution(way), job.distilled_on, job.seqlen)
     if run_dir and run_dir.distilled:
         job.record["distilled"] = run_dir.distilled
         return
-    execution = replace(execution, batch_size=min(distributed.all_gather_object(
-        distill.room_for(execution, job.distilled_on))))
-    if not execution.batch_size:
-        job.record["distilled"] = "no room"
-        log(settings, f"distill  skipped: the model as a whole cannot be trained in what is free on {job.device}")
-        return
+    room = min(distributed.all_gather_object(distill.room_for(execution, job.distilled_on)))
+    execution = replace(execution, batch_size=max(room, 1))
 
     def finish(index, layer, divergences):
         if run_dir:

@@ -349,10 +349,6 @@ class Settings:
         return ALLOCATIONS[self.sparsity_way].by_loss or weighted and self.calibrates
 
     @property
-    def pruned_on(self):
-        return pruned_on(self.distill, self.prunem)
-
-    @property
     def draws(self):
         """Whether calibration sequences are drawn."""
         return self.mixed or self.weighs or self.calibrates
