@@ -6,7 +6,6 @@ Notation: L = Σ −log p(next token) over the tokens of a sequence; x, y input 
 import contextlib
 import copy
 import math
-import random
 
 import psutil
 import torch
@@ -77,16 +76,6 @@ def _working_memory(execution, T, states):
 def working_dtype(model):
     """Return the dtype in which gradients are computed: the model's, but gradients underflow in float16."""
     return torch.float32 if model.dtype == torch.float16 else model.dtype
-
-
-def seeded(*key, device="cpu"):
-    """Return a generator seeded by all of `key`."""
-    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
-
-
-def wide(tensor):
-    """Return a tensor in float32, or in float64 if that is its dtype: enough for sums of squares of one batch."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class Chunk:

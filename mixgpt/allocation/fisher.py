@@ -17,11 +17,10 @@ from mixgpt.allocation.backward import (
     by_sequence,
     chunk_size,
     pinned_memory_freed,
-    seeded,
-    wide,
 )
 from mixgpt.allocation.global_threshold import InverseDiagonals, inverse_diagonals
 from mixgpt.common import distributed, progress
+from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.matmul import fast_linears
 from modelutils import SLICE, hooked, linears
 

@@ -8,7 +8,8 @@ import contextlib
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixgpt.allocation.backward import Measurements, by_sequence, seeded, wide
+from mixgpt.allocation.backward import Measurements, by_sequence
+from mixgpt.common.tensors import seeded, wide
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE
 

@@ -12,9 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mixgpt.allocation.backward import seeded, wide
 from mixgpt.allocation.fisher import drawn
 from mixgpt.common import distributed, progress
+from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.matmul import fast_linears
 from modelutils import SLICE, free_memory, run_layers, whole
 

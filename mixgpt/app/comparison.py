@@ -25,7 +25,7 @@ def read(file):
         settings, model = record["settings"], record["settings"]["model"]
         n, m = (settings.get(name, 0) for name in ("prunen", "prunem"))
         run = record | {"file": str(file), "model": _short(model), "method": names[0],
-                        "label": _preset(settings) + names[0] + (f" {n}:{m}" if m else "")}
+                        "label": _named(settings, names[0]) + (f" {n}:{m}" if m else "")}
         table_of([run]), panels_of([run])  # check that all they read is present
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{file}: is not the record of a run ({type(error).__name__}: {error})") from error
@@ -37,11 +37,12 @@ def _short(model):
     return model if model.count("/") <= 1 and not model.startswith((".", "/")) else Path(model).name
 
 
-def _preset(settings):
-    """Return "best: " for settings equal to that preset, however given; other presets' methods have names."""
+def _named(settings, method):
+    """Return a method's name, with best in place of its choices if all settings are that preset's, however given."""
     prunes = settings.get("sparsity") or settings.get("prunem")
     best = recipe("best", settings.get("prunem", 0), settings.get("wbits", 16))
-    return "best: " if prunes and all(settings.get(name) == value for name, value in best.items()) else ""
+    alike = prunes and all(settings.get(name) == value for name, value in best.items())
+    return "best" + method.rpartition(")")[2] if alike else method
 
 
 def _dense(runs):

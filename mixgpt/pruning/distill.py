@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from mixgpt.allocation.backward import seeded, wide
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
+from mixgpt.common.tensors import seeded, wide
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE, Stream, free_memory, linears, on_device, run_layers
 

@@ -14,6 +14,7 @@ import opt
 from mixgpt.allocation import backward, fisher, hutchinson
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
+from mixgpt.common.tensors import seeded
 from mixgpt.kernels import matmul
 from mixgpt.modeling.experts import split_experts
 from modelutils import Execution, linears
@@ -49,7 +50,7 @@ def whole_model_products(model, family, matrices, tokens, probe=0):
     """zᵀ H z of every block by double backward through the whole model, with the probes of the streamed pass."""
     weights, rows = weights_of(model, family, matrices), []
     for n, sequence in enumerate(tokens):
-        Z = [hutchinson.signs(W.shape, backward.seeded(3, n, probe, *matrix), W.dtype)
+        Z = [hutchinson.signs(W.shape, seeded(3, n, probe, *matrix), W.dtype)
              for W, matrix in zip(weights, matrices, strict=True)]
         with sdpa_kernel(SDPBackend.MATH):
             gradients = torch.autograd.grad(loss_of(model, sequence), weights, create_graph=True)
@@ -204,7 +205,7 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, token
     matrices = matrices_of(model, family)
     samples = traces(model, family, matrices, tokens, "fisher")
     for n, sequence in enumerate(tokens):
-        labels = sampled_labels(model, sequence, backward.seeded(3, n, 0, "labels"))
+        labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"))
         gradients = torch.autograd.grad(loss_of(model, sequence, labels), weights_of(model, family, matrices))
         expected = torch.stack([9 * G.square().sum() for G in gradients])  # 9 tokens are predicted
         assert torch.allclose(samples[n], expected, rtol=1e-9)
@@ -221,7 +222,7 @@ def test_output_gradients_are_squares_at_labels_of_the_model_by_output_and_by_to
     handles = [linears(family.layers_of(model)[index])[name].register_forward_hook(
         lambda _, args, y, key=(index, name): outputs.update({key: y})) for index, name in matrices]
     for n, sequence in enumerate(tokens):
-        labels = sampled_labels(model, sequence, backward.seeded(3, n, 0, "labels"))
+        labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"))
         gradients = torch.autograd.grad(9 * loss_of(model, sequence, labels), list(outputs.values()))
         for key, Y in zip(outputs, gradients, strict=True):
             expected[key] = expected[key] + Y.reshape(-1, Y.shape[-1]).square().sum(0) / 30
@@ -258,7 +259,7 @@ def test_fisher_is_the_exact_gauss_newton_trace_within_its_standard_error(minute
 
 
 def test_signs_are_balanced_and_independent():
-    Z = hutchinson.signs(torch.Size([257, 63]), backward.seeded(0), torch.float64)
+    Z = hutchinson.signs(torch.Size([257, 63]), seeded(0), torch.float64)
     assert set(Z.unique().tolist()) == {-1.0, 1.0}
     assert abs(Z.mean()) < 4 / Z.numel() ** 0.5
     off = (Z.T @ Z / len(Z)).fill_diagonal_(0)
