@@ -68,7 +68,7 @@ def distill(execution, chosen, tokens, dense, passes, seed, finish=None):
     [(layer, name)], all of them pruned. tokens: (N, T). dense: `dense_states` of these. passes: over the sequences, in
     an order drawn by the seed. finish: called at the end with (index, layer, result) for each layer up to the last of
     the chosen ones, while it is on the device. Returns the mean divergence KL(p ‖ q) per token in each pass, in nats.
-    Raises InputError if it is not finite.
+    Raises InputError if it or a weight is not finite.
     """
     model, device, layers = execution.model, execution.device, execution.layers
     mine, size = range(len(tokens))[distributed.share(len(tokens))], _per_step(tokens)
@@ -87,6 +87,8 @@ def distill(execution, chosen, tokens, dense, passes, seed, finish=None):
                 for state in states:
                     state.step(RATE * schedule(number, len(steps)), number)
                 bar.set_postfix_str(f"divergence {found[-1]:.3f}")
+        if not torch.stack([state.exact.isfinite().all() for state in states]).all():
+            raise InputError("--distill: gradients became infinite; try --dtype bfloat16")
         means = torch.tensor(found).view(passes, -1).mean(1).tolist()
         for index in range(1 + max(index for index, _ in chosen) if finish else 0):
             finish(index, layers[index], means)
@@ -206,7 +208,7 @@ class _State:
         if gradient.dim() == 2:
             gone = self.exact == 0
             gradient.masked_fill_(gone, 0)
-            kept -= gone.sum()
+            kept = (kept - gone.sum()).clamp_(min=1)
         squares = gradient.square()
         for dim, mean in enumerate(self.squares):
             mean.lerp_(squares.mean(1 - dim) if gradient.dim() == 2 else squares, 1 - DECAY)

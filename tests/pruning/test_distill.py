@@ -149,6 +149,24 @@ def test_a_step_is_that_of_adafactor():
     torch.testing.assert_close(vector.detach().double(), expected[1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_matrix_of_zeros_stays_as_it_is():
+    weight = torch.nn.Parameter(torch.zeros(3, 4))
+    state = module._State(weight)
+    weight.grad = torch.ones(3, 4)
+    state.step(0.1, 1)
+    assert torch.equal(weight, torch.zeros(3, 4)) and torch.equal(state.exact, torch.zeros(3, 4))
+
+
+def test_gradients_that_overflow_are_one_line(monkeypatch):
+    family, model = make("llama")
+    pruned, chosen = halved(family, model)
+    tokens = torch.randint(0, VOCABULARY, (1, T))  # one step
+    dense, divergence = dense_states(Execution(model, family, CPU, 2), tokens), module._divergence
+    monkeypatch.setattr(module, "_divergence", lambda *given: (divergence(*given)[0], given[1] * torch.inf))
+    with pytest.raises(InputError, match="--distill: gradients became infinite; try --dtype bfloat16"):
+        distill(Execution(pruned, family, CPU, 2), chosen, tokens, dense, 1, 0)
+
+
 def test_the_rate_rises_and_falls():
     rates = [schedule(number, 20) for number in range(1, 21)]
     assert rates[0] == pytest.approx(0.5) and max(rates) == rates[1] <= 1
