@@ -40,13 +40,14 @@ from mixgpt.common import progress
 from mixgpt.common.errors import InputError, one_line
 from mixgpt.common.files import cache_folder, locked, os_errors, replacing_folder
 from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.kernels.matmul import multiplies_bfloat16
 from mixgpt.modeling.baichuan import BaichuanConfig, BaichuanForCausalLM
 from mixgpt.modeling.family import family_of
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1 and 2
 SPECIAL_IDS = {f"{name}_id": number for number, name in enumerate(SPECIAL)}
 WARMUP = 0.05  # share of the steps
-BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+BFLOAT16 = multiplies_bfloat16()
 SEGMENTS = 128  # of the test text for the perplexity that is reported
 
 

@@ -430,8 +430,8 @@ def compress(job):
     if job.plan:
         job.outcomes, counted, way = retry_with_less_memory(settings, job.way, partial(_compress, job), job.streamed)
         if job.distills:
-            way = Way(settings.batch_size, way.on_host)
-            retry_with_less_memory(settings, way, partial(_distill, job, counted), job.streamed)
+            retry_with_less_memory(settings, Way(settings.batch_size, way.on_host), partial(_distill, job, counted),
+                                   job.streamed)
         record["settings"] |= {"batch_size": way.batch_size,
                                "true_sequential": settings.true_sequential and not (
                                    settings.calibrates and way.two_passes)}
@@ -462,10 +462,10 @@ def _compress(job, way):
 def _distill(job, counted, way):
     """Distill the pruned model, unless an interrupted run has done it. counted: by `_compress`."""
     settings, run_dir = job.settings, job.run_dir
-    execution = distill.widened(job.execution(way), job.distilled_on, job.seqlen)
     if run_dir and run_dir.distilled:
         job.record["distilled"] = run_dir.distilled
         return
+    execution = distill.widened(job.execution(way), job.distilled_on, job.seqlen)
     room = min(distributed.all_gather_object(distill.room_for(execution, job.distilled_on)))
     execution = replace(execution, batch_size=max(room, 1))
 

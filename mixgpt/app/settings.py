@@ -152,7 +152,7 @@ class Settings:
 
     nsamples: int = option(128, RESULT, "calibration sequences", group="calibration")
     synthetic: int = option(0, METHOD,
-        "sequences that the dense model writes for each of these, for the Hessians beside them or for --distill")
+        "sequences that the dense model writes for each of these, for the Hessians beside them and for --distill")
     distill: int = option(0, METHOD,
         "passes over these, or over the synthetic ones if there are any, in which the kept weights are trained after "
         "pruning to predict what the dense model does")

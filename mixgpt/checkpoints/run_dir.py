@@ -294,7 +294,7 @@ class RunDir(LayerFiles):
                 return self._drop_damaged(count)
         distilled = [sealed.read_json(self._note(index), self.run)["distilled"] for index in range(finished)]
         if any(distilled) and not (finished == count and all(distilled)):
-            tell("the run stopped while distilled layers were written: pruning again from layer 0")
+            tell("only some layers of the distilled model are there: pruning again from layer 0")
             finished = 0
         self._remove(*(file for file, index in self._files("layer", "grids").items() if index >= finished),
                      *(file for file, border in self._files("state").items() if border > finished))

@@ -536,7 +536,9 @@ def test_a_pruned_model_is_distilled_on_synthetic_sequences_if_there_are_any(fur
     prune_layerwise(execution, plan, torch.cat([tokens, written[::2]]) if further else tokens, Recipe())
     zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
     divergences = distill.distill(execution, list(plan), written, dense, 2, 0)
-    assert json.loads((folder / "mixgpt.json").read_text())["distilled"] == {"divergence": divergences}
+    record = json.loads((folder / "mixgpt.json").read_text())
+    assert record["distilled"] == {"divergence": divergences}
+    assert record["settings"]["true_sequential"] and record["settings"]["batch_size"] == 2  # as pruned
     for key, tensor in saved_tensors(folder).items():
         assert torch.equal(tensor, model.state_dict()[key]) and torch.equal(tensor == 0, zeros[key]), key
 
