@@ -114,6 +114,18 @@ def test_same_seed_same_weights_whatever_the_batch(case, batch_size, monkeypatch
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 
+def test_the_seed_orders_the_sequences():
+    family, model = make("llama")
+    pruned, chosen = halved(family, model)
+    tokens = torch.randint(0, VOCABULARY, (N, T))
+    dense, found = dense_states(Execution(model, family, CPU, 2), tokens), []
+    for seed in (4, 4, 5):
+        trained = copy.deepcopy(pruned)
+        distill(Execution(trained, family, CPU, 2), chosen, tokens, dense, 1, seed)
+        found.append(torch.cat([weight.flatten() for weight in trained.parameters()]))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 def test_a_step_is_that_of_adafactor():
     """Three steps on given gradients against loops over the entries."""
     torch.manual_seed(0)
