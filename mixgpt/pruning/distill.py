@@ -17,7 +17,8 @@ from mixgpt.common.tensors import seeded, wide
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE, Stream, free_memory, linears, on_device, run_layers
 
-STEPS = 16  # in a pass over the sequences, if there are as many
+STEPS = 16  # in a pass over the sequences, at most
+SMALLEST = 1024  # tokens of a step, if there are as many: gradients of fewer are too noisy for the rate
 RATE = 2.5e-3  # most that a step changes a matrix, as a fraction of the root mean square of its kept weights
 WARMUP = 0.1  # share of the steps
 DECAY = 0.95  # of the mean squared gradients, per step
@@ -102,7 +103,8 @@ def _most(tokens):
 
 def _per_step(tokens):
     """Return how many sequences a process takes in a step."""
-    return -(-_most(tokens) // STEPS)
+    enough = -(-SMALLEST // (tokens.shape[1] * distributed.world()))
+    return min(max(-(-_most(tokens) // STEPS), enough), _most(tokens))
 
 
 def _shuffled(n, size, count, generator):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import CPU, VOCABULARY, make
 
+from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning import distill as module
@@ -16,6 +17,11 @@ from mixgpt.pruning.targets import select
 from modelutils import Execution, linears
 
 N, T = 5, 9
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    monkeypatch.setattr(module, "SMALLEST", 1)
 
 
 def halved(family, model):
@@ -205,6 +211,14 @@ def test_batches_fit_into_the_memory_of_a_gpu_or_there_is_no_room(monkeypatch):
         assert module.room_for(gpu, tokens) == expected
     assert module.room_for(Execution(model, family, CPU, 4), tokens) == 4
     assert module.room_for(Execution(model, family, CPU, 4), tokens[:32]) == 2
+
+
+def test_steps_are_few_and_have_enough_tokens(monkeypatch):
+    monkeypatch.setattr(module, "SMALLEST", 1024)
+    for shape, world, expected in (((128, 128), 1, 8), ((2048, 128), 1, 128), ((32, 128), 1, 8), ((3, 32), 1, 3),
+                                   ((40, 2048), 1, 3), ((32, 128), 2, 4), ((128, 128), 3, 3)):
+        monkeypatch.setattr(distributed, "world", lambda world=world: world)
+        assert module._per_step(torch.zeros(shape)) == expected
 
 
 def test_batches_have_as_many_tokens_as_elsewhere():
