@@ -90,18 +90,25 @@ def to_grid(W, scale, zero, wbits, dtype):
     return to_multiples(W, scale, -zero, 2**wbits - 1 - zero, dtype)
 
 
-def meet_sparsities(attempt, sparsities, attempts=4):
+def meet_sparsities(attempt, sparsities, attempts=4, spread=0):
     """Prune fewer weights by as many as rounding sets to 0, so that each matrix ends up at its sparsity.
 
     attempt: called with a list of sparsities, returns a list of (W, …); called up to `attempts` times, with the
-    secant method per matrix. Returns its last result. If rounding alone exceeds the sparsity, the excess remains.
+    secant method per matrix. spread: aim at that many standard deviations of the number that rounding sets to 0 (a
+    Poisson number) less, and be content with what is not below by twice as much. Returns the last result. If rounding
+    alone exceeds the sparsity, the excess remains.
     """
     asked, before = list(sparsities), None
     for left in reversed(range(attempts)):
         made = attempt(asked)
         found = [1 - W.count_nonzero().item() / W.numel() for W, *_ in made]
-        missed = [share - wanted for share, wanted in zip(found, sparsities, strict=True)]
-        met = [abs(miss) <= CLOSE or (p == 0 and miss > 0) for miss, p in zip(missed, asked, strict=True)]
+        if before is None:
+            spare = [spread * (max(share - p, 0) / W.numel()) ** 0.5
+                     for share, p, (W, *_) in zip(found, asked, made, strict=True)]
+            goals = [max(wanted - each, 0) for wanted, each in zip(sparsities, spare, strict=True)]
+        missed = [share - goal for share, goal in zip(found, goals, strict=True)]
+        met = [abs(miss) <= max(CLOSE, 0.5 / W.numel(), each) or (p == 0 and miss > 0)
+               for miss, each, p, (W, *_) in zip(missed, spare, asked, made, strict=True)]
         if all(met) or not left:
             return made
         slopes = [1.0] * len(asked) if before is None else [

@@ -14,7 +14,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -156,15 +156,17 @@ def by_walk(calibration, model, plan, scheme, saliency=obs_saliency):
 def by_admm(calibration, model, plan, scheme):
     """Prune as --preset best does. Returns what it rests on."""
     prunem, execution = next(iter(plan.values())).prunem, calibration.execution(model)
-    passes = recipe("best", prunem, scheme.wbits if scheme else 16)["distill"]
-    further, _ = calibration.synthetic
+    chosen = recipe("best", prunem, scheme.wbits if scheme else 16)
+    passes, (further, _) = chosen["distill"], calibration.synthetic
     tokens = torch.cat([calibration.tokens, further[pruned_on(passes, prunem)]])
-    prune_layerwise(execution, plan, tokens, Recipe(
-        admm, WalkOptions(scheme=scheme), PRESETS["best"]["percdamp"], dense_target=True,
+    outcomes = prune_layerwise(execution, plan, tokens, Recipe(
+        admm, WalkOptions(scheme=scheme and replace(scheme, mse=chosen["mse"])), chosen["percdamp"],
+        chosen.get("act_order", False), dense_target=True,
         row_weights=None if prunem else calibration.gradients.rows, title="ADMM"))
     if passes:
         windows, wanted = calibration.wanted
-        distill(widened(execution, windows, tokens.shape[1]), list(plan), windows, wanted, passes, calibration.seed)
+        distill(widened(execution, windows, tokens.shape[1]), {key: outcome.grid for key, outcome in outcomes.items()},
+                windows, wanted, passes, calibration.seed)
     return ["synthetic", "dense"] if passes else ["synthetic"]
 
 

@@ -267,7 +267,7 @@ def count(shape, method, tokens, batch_size, layers):
                                                          true_sequential=not way.two_passes))
         if distills:
             with execution.clock.part("distillation"):
-                distill.distill(wide, list(plan), windows, dense, settings.distill, 0)
+                distill.distill(wide, dict.fromkeys(plan), windows, dense, settings.distill, 0)
     return meter, line
 
 

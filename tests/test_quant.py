@@ -260,6 +260,10 @@ def test_sparsities_are_met_where_rounding_makes_zeros_of_its_own():
     assert plain[0] > 0.35 and plain[1] > 0.63
     met = [(W == 0).float().mean().item() for W, _ in meet_sparsities(attempt, [0.3, 0.6])]
     assert met == pytest.approx([0.3, 0.6], abs=1e-3)
+    short = [round(256 * 64 * (sparsity - share)) for sparsity, share in zip([0.3, 0.6], [
+        (W == 0).double().mean().item() for W, _ in meet_sparsities(attempt, [0.3, 0.6], spread=3)], strict=True)]
+    rounded = [round(256 * 64 * (share - sparsity)) for share, sparsity in zip(plain, [0.3, 0.6], strict=True)]
+    assert all(0 <= missing <= 6 * count**0.5 for missing, count in zip(short, rounded, strict=True))
     calls.clear()
     (W, grid), _ = meet_sparsities(attempt, [0.05, 0.6])  # less than what rounding alone makes 0
     assert torch.equal(W, quantize_nearest(matrices[0], Scheme(4))[0]) and len(calls) <= 4

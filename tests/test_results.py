@@ -96,13 +96,17 @@ def test_what_differs_between_runs_stands_in_the_table_and_not_above(write, caps
 def test_the_preset_best_is_named_where_all_its_settings_are_those_of_the_run(write, capsys):
     files = write(a=record(30.0, sparsity=0.5, **recipe("best")), c=record(32.0, sparsity=0.5, **recipe("mixgpt")),
                   b=record(31.0, sparsity=0.5, **recipe("best") | {"alpha": 0.1}),
-                  d=record(33.0, prunen=2, prunem=4, **recipe("best", 4)), e=record(40.0, sparsity=0.5))
+                  d=record(33.0, prunen=2, prunem=4, **recipe("best", 4)), e=record(40.0, sparsity=0.5),
+                  f=record(34.0, sparsity=0.5, wbits=4, **recipe("best", wbits=4)),
+                  g=record(35.0, sparsity=0.5, wbits=4, groupsize=8, **recipe("best", wbits=4, groupsize=8)),
+                  h=record(36.0, sparsity=0.5, wbits=4, **recipe("best")))
     assert results.main(files) == 0
     methods = [re.split("  +", row)[0] for row in capsys.readouterr().out.splitlines()[4:]]
     assert methods == ["best",
                        "ADMM (global, fisher, dense target, synthetic text, distilled)",
                        "MixGPT (weight-level by fisher)",
-                       "best 2:4", "SparseGPT"]
+                       "best 2:4", "SparseGPT", "best + 4 bit", "best + 4 bit",
+                       "ADMM (global, fisher, dense target, synthetic text, distilled) + 4 bit"]
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_point(write):

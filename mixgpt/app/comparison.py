@@ -40,7 +40,7 @@ def _short(model):
 def _named(settings, method):
     """Return a method's name, with best in place of its choices if all settings are that preset's, however given."""
     prunes = settings.get("sparsity") or settings.get("prunem")
-    best = recipe("best", settings.get("prunem", 0), settings.get("wbits", 16))
+    best = recipe("best", settings.get("prunem", 0), settings.get("wbits", 16), settings.get("groupsize", -1))
     alike = prunes and all(settings.get(name) == value for name, value in best.items())
     return "best" + method.rpartition(")")[2] if alike else method
 

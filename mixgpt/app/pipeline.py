@@ -317,7 +317,7 @@ def announce(job):
 
 
 def _plan_distillation(job):
-    """Choose whether the pruned model will be distilled: if it can be trained as a whole on every device."""
+    """Choose whether the model will be distilled at the end: if it can be trained as a whole on every device."""
     settings, tokens = job.settings, job.calibration
     if settings.synthetic:
         tokens = windows_of(tokens.repeat(settings.synthetic, 1), GENERATED)
@@ -460,7 +460,7 @@ def _compress(job, way):
 
 
 def _distill(job, counted, way):
-    """Distill the pruned model, unless an interrupted run has done it. counted: by `_compress`."""
+    """Distill the pruned or quantized model, unless an interrupted run has done it. counted: by `_compress`."""
     settings, run_dir = job.settings, job.run_dir
     if run_dir and run_dir.distilled:
         job.record["distilled"] = run_dir.distilled
@@ -475,7 +475,8 @@ def _distill(job, counted, way):
             run_dir.finish(index, layer, outcomes, None, {"divergence": divergences})
 
     with job.clock.part("distillation"):
-        divergences = distill.distill(execution, list(job.plan), job.distilled_on, job.dense_states, settings.distill,
+        grids = {key: outcome.grid for key, outcome in job.outcomes.items()}
+        divergences = distill.distill(execution, grids, job.distilled_on, job.dense_states, settings.distill,
                                       settings.seed, finish)
         job.record["distilled"] = {"divergence": divergences}
         if run_dir:

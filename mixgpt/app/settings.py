@@ -29,16 +29,17 @@ PRESETS = {  # complete recipes; explicit flags override them
 }
 
 
-def recipe(preset, prunem=0, wbits=16):
-    """Return the options of a preset, for n:m if prunem is not 0, and for weights of wbits bits.
+def recipe(preset, prunem=0, wbits=16, groupsize=-1):
+    """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
 
-    In n:m all matrices and rows have one sparsity, so best needs no gradients. Weights on a grid cannot be trained.
+    In n:m all matrices and rows have one sparsity, so best needs no gradients. Columns are quantized in the order of
+    activation unless their groups would have to be stored.
     """
     chosen = dict(PRESETS[preset])
     if preset == "best" and prunem:
         chosen |= {"sparsity_way": "uniform", "saliency": "obs"}
     if preset == "best" and wbits < 16:
-        chosen |= {"distill": 0}
+        chosen |= {"mse": True} | ({"act_order": True} if groupsize == -1 else {})
     return chosen
 
 
@@ -145,17 +146,19 @@ class Settings:
         "consecutive weights of a row that share a scale and zero point; -1: the whole row")
     sym: bool = option(False, RESULT, "symmetric grids; otherwise from the minimum to the maximum of the weights")
     mse: bool = option(False, RESULT,
-        "search the range of each grid for the smallest rounding error on the calibration inputs")
+        "search the range of each grid for the smallest rounding error on the calibration inputs",
+        action=argparse.BooleanOptionalAction)
     act_order: bool = option(False, RESULT,
-        "process columns in order of decreasing Hessian diagonal; groups of n:m stay whole", flag="--act-order")
+        "process columns in order of decreasing Hessian diagonal; groups of n:m stay whole",
+        flag="--act-order", action=argparse.BooleanOptionalAction)
     nearest: bool = option(False, METHOD, "round to nearest without calibration (the baseline)")
 
     nsamples: int = option(128, RESULT, "calibration sequences", group="calibration")
     synthetic: int = option(0, METHOD,
         "sequences that the dense model writes for each of these, for the Hessians beside them and for --distill")
     distill: int = option(0, METHOD,
-        "passes over these, or over the synthetic ones if there are any, in which the kept weights are trained after "
-        "pruning to predict what the dense model does")
+        "passes over these, or over the synthetic ones if there are any, in which the kept weights, or with --wbits "
+        "the scales of their grids, are trained at the end to predict what the dense model does")
     seqlen: int | None = option(None, RESULT,
         "tokens per sequence, in calibration and evaluation (default: 2048, or the model's limit if that is lower)",
         type=int)
@@ -266,9 +269,6 @@ class Settings:
         given = {f"--solver {self.solver}": self.solver != "obs", "--target dense": self.target == "dense",
                  "--token_weights fisher": self.token_weights == "fisher",
                  f"--synthetic {self.synthetic}": self.synthetic > 0, f"--distill {self.distill}": self.distill > 0}
-        if self.distill and (self.quantizes or not self.prunes):
-            raise InputError(f"--distill {self.distill}: trains what pruning keeps, which leaves the grids of --wbits; "
-                             "needs --sparsity or --prunen and --prunem, without --wbits")
         for flag in (flag for flag, is_given in given.items() if is_given and not self.calibrates):
             raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and --nearest")
         if self.solver != "obs" and not self.prunes:
@@ -457,7 +457,8 @@ def parse(family, argv=None):
                 group = parser.add_argument_group(title)
             add_option(group, field)
     given = vars(parser.parse_args(argv))
-    preset = recipe(given["preset"], given.get("prunem", 0), given.get("wbits", 16)) if "preset" in given else {}
+    shape = {name: given[name] for name in ("prunem", "wbits", "groupsize") if name in given}
+    preset = recipe(given["preset"], **shape) if "preset" in given else {}
     try:
         return Settings(**preset | given)
     except InputError as error:
@@ -471,7 +472,7 @@ def add_option(group, field):
     """Add the option of a field of Settings to an argparse group or parser."""
     default, text, arguments = field.default, field.metadata["help"], field.metadata["arguments"]
     flag = flags()[field.name]
-    if default is False:
+    if default is False and "action" not in arguments:
         group.add_argument(flag, dest=field.name, help=text, action="store_true")
         return
     if registry := field.metadata["registry"]:

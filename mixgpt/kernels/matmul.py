@@ -140,6 +140,24 @@ class _Linear(torch.autograd.Function):
         return _Linear.apply(gradient.contiguous(), transposed, None, None), None, None, None
 
 
+class _TrainedLinear(torch.autograd.Function):
+    """A linear map, differentiable once, with respect to its weight and bias, too."""
+
+    @staticmethod
+    def forward(ctx, X, W, bias):
+        ctx.save_for_backward(X, W)
+        return torch.ops.mkldnn._linear_pointwise(X, W, bias, "none", [], "")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (X, W), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
+        at_X, at_W, at_bias = ctx.needs_input_grad
+        return (times_transposed(rows, W.t()).view_as(X) if at_X else None,
+                times_transposed(rows.t(), X.reshape(-1, X.shape[-1]).t()) if at_W else None,
+                rows.sum(0) if at_bias else None)
+
+
 class _Linears(TorchFunctionMode):
     """Run `torch.nn.functional.linear` through oneDNN where that is faster."""
 
@@ -151,8 +169,9 @@ class _Linears(TorchFunctionMode):
         if function is torch.nn.functional.linear and not kwargs:
             X, W, bias = (*args, None)[:3]
             if suits(*(x for x in (X, W, bias) if x is not None)) and W.is_contiguous() and X.numel():
-                if not torch.is_grad_enabled() or not (W.requires_grad or bias is not None and bias.requires_grad):
-                    return _Linear.apply(X, W, bias, self.transposed)
+                if torch.is_grad_enabled() and (W.requires_grad or bias is not None and bias.requires_grad):
+                    return _TrainedLinear.apply(X, W, bias)
+                return _Linear.apply(X, W, bias, self.transposed)
         return function(*args, **kwargs or {})
 
 

@@ -1,8 +1,9 @@
-"""Train the kept weights of a pruned model until it predicts what the dense model predicts. Zeros stay zeros.
+"""Train a pruned or quantized model until it predicts what the dense model predicts. Zeros stay zeros.
 
-The loss is KL(p ‖ q) per token, of the dense model's predictions p and the pruned one's q (Hinton et al., arXiv
-1503.02531). Steps are those of Adafactor (Shazeer & Stern, arXiv 1804.04235) without momentum: beside a float32 copy of
-the weights it needs a value for each row and column.
+Kept weights are trained, or, where weights lie on grids, the scales of these. The loss is KL(p ‖ q) per token, of the
+dense model's predictions p and the pruned one's q (Hinton et al., arXiv 1503.02531). Steps are those of Adafactor
+(Shazeer & Stern, arXiv 1804.04235) without momentum: beside a float32 copy of the weights it needs a value for each row
+and column.
 """
 
 import contextlib
@@ -14,12 +15,14 @@ import torch
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.common.tensors import seeded, wide
+from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE, Stream, free_memory, linears, on_device, run_layers
 
 STEPS = 16  # in a pass over the sequences, at most
 SMALLEST = 1024  # tokens of a step, if there are as many: gradients of fewer are too noisy for the rate
 RATE = 2.5e-3  # most that a step changes a matrix, as a fraction of the root mean square of its kept weights
+SCALES_RATE = 1e-2  # and the scales of its grids, as root mean square of the fractions
 WARMUP = 0.1  # share of the steps
 DECAY = 0.95  # of the mean squared gradients, per step
 LEAST = 1e-3  # root mean square of a weight for its rate
@@ -33,6 +36,7 @@ def widened(execution, tokens, T):
 
 
 @torch.no_grad()
+@fast_linears()
 def dense_states(execution, tokens):
     """Return the hidden states of this process's share of tokens (N, T) behind the last layer, (n, T, C), on the host.
     """
@@ -62,14 +66,16 @@ def room_for(execution, tokens):
     return max(min(batch, int((0.9 * free_memory(execution.device) - weights) / sequence)), 0)
 
 
+@fast_linears()
 def distill(execution, chosen, tokens, dense, passes, seed, finish=None):
-    """Train the kept weights of the chosen matrices, and the norms and biases of their layers, in place.
+    """Train the chosen matrices, and the norms and biases of their layers, in place.
 
     execution: a modelutils.Execution of the pruned model, which is on the device as a whole meanwhile. chosen:
-    [(layer, name)], all of them pruned. tokens: (N, T). dense: `dense_states` of these. passes: over the sequences, in
-    an order drawn by the seed. finish: called at the end with (index, layer, result) for each layer up to the last of
-    the chosen ones, while it is on the device. Returns the mean divergence KL(p ‖ q) per token in each pass, in nats.
-    Raises InputError if it or a weight is not finite.
+    {(layer, name): quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid,
+    its scales, which change in place at the end. tokens: (N, T). dense: `dense_states` of these. passes: over the
+    sequences, in an order drawn by the seed. finish: called at the end with (index, layer, result) for each layer up to
+    the last of the chosen ones, while it is on the device. Returns the mean divergence KL(p ‖ q) per token in each
+    pass, in nats. Raises InputError if it or a weight is not finite.
     """
     model, device, layers = execution.model, execution.device, execution.layers
     mine, size = range(len(tokens))[distributed.share(len(tokens))], _per_step(tokens)
@@ -79,17 +85,21 @@ def distill(execution, chosen, tokens, dense, passes, seed, finish=None):
     with on_device(layers, device), _trained(layers, chosen) as weights:
         stream = Stream.embed(model, execution.family, tokens[mine.start:mine.stop], min(execution.batch_size, size),
                               device, on_host=execution.on_host)
-        states = [_State(weight) for weight in weights]
+        grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
+        states = [_Scales(weight, grids[weight]) if weight in grids else _Weight(weight) for weight in weights]
         steps = [rows for _ in range(passes) for rows in _shuffled(len(mine), size, count, generator)]
         with stream.head(model, execution.family) as head, progress.bar(steps, title="distilling", unit="step") as bar:
             for number, rows in enumerate(bar, 1):
                 divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
                 found.append(_mean(divergences, len(rows) * tokens.shape[1], device))
                 for state in states:
-                    state.step(RATE * schedule(number, len(steps)), number)
+                    state.step(schedule(number, len(steps)), number)
                 bar.set_postfix_str(f"divergence {found[-1]:.3f}")
         if not torch.stack([state.exact.isfinite().all() for state in states]).all():
             raise InputError("--distill: gradients became infinite; try --dtype bfloat16")
+        for state in states:
+            if isinstance(state, _Scales):
+                state.grid.scale.copy_(state.scale)
         means = torch.tensor(found).view(passes, -1).mean(1).tolist()
         for index in range(1 + max(index for index, _ in chosen) if finish else 0):
             finish(index, layers[index], means)
@@ -190,18 +200,40 @@ def _mean(divergences, count, device):
     return mean
 
 
-class _State:
-    """A weight that is trained: its float32 copy, and the mean squares of its gradient's rows and columns."""
+class _Adafactor:
+    """The mean squares of the gradients of a tensor: of the rows and columns of a matrix, or of each entry."""
+
+    def __init__(self, sizes, device):
+        """sizes: numbers of rows and of columns, or one shape for each entry."""
+        self.squares = [torch.zeros(size, device=device) for size in sizes]
+
+    def change(self, gradient, number, kept):
+        """Turn a gradient, its entries but `kept` being 0, into a change of root mean square 1 at most, in place.
+
+        number: of the step, from 1.
+        """
+        squares = gradient.square()
+        for dim, mean in enumerate(self.squares):
+            mean.lerp_(squares.mean(1 - dim) if len(self.squares) == 2 else squares, 1 - DECAY)
+        means = [(mean / (1 - DECAY ** number)).clamp_(min=TINY) for mean in self.squares]
+        gradient.mul_(means[-1].rsqrt())
+        if len(means) == 2:
+            gradient.mul_((means[0].mean() / means[0]).sqrt()[:, None])
+        return gradient.div_((gradient.square().sum() / kept).sqrt().clamp(min=1))
+
+
+class _Weight:
+    """A weight that is trained, and its float32 copy."""
 
     def __init__(self, weight):
         self.weight, self.exact = weight, weight.detach().to(torch.float32, copy=True)
-        self.squares = [torch.zeros(count, device=weight.device) for count in weight.shape]
+        self.adafactor = _Adafactor(weight.shape, weight.device)
 
     @torch.no_grad()
-    def step(self, rate, number):
+    def step(self, factor, number):
         """Change the weight, but for zeros of a matrix, against its gradient, which is removed.
 
-        rate: of the root mean square of the weights. number: of the step, from 1.
+        factor: of the rate. number: of the step, from 1.
         """
         gradient = torch.zeros_like(self.exact) if self.weight.grad is None else self.weight.grad.float()
         self.weight.grad = None
@@ -211,13 +243,33 @@ class _State:
             gone = self.exact == 0
             gradient.masked_fill_(gone, 0)
             kept = (kept - gone.sum()).clamp_(min=1)
-        squares = gradient.square()
-        for dim, mean in enumerate(self.squares):
-            mean.lerp_(squares.mean(1 - dim) if gradient.dim() == 2 else squares, 1 - DECAY)
-        means = [(mean / (1 - DECAY ** number)).clamp_(min=TINY) for mean in self.squares]
-        change = gradient.mul_(means[-1].rsqrt())
-        if len(means) == 2:
-            change.mul_((means[0].mean() / means[0]).sqrt()[:, None])
         size = self.exact.square().sum().div_(kept).sqrt_().clamp_(min=LEAST)
-        self.exact.sub_(change.mul_(rate * size / (change.square().sum() / kept).sqrt().clamp(min=1)))
+        self.exact.sub_(self.adafactor.change(gradient, number, kept).mul_(RATE * factor * size))
         self.weight.copy_(self.exact)
+
+
+class _Scales:
+    """The scales of a quantized matrix, of which the logarithms are trained; its codes stay."""
+
+    def __init__(self, weight, grid):
+        self.weight, self.grid, device = weight, grid, weight.device
+        on_device = grid.to(device)
+        self.group, self.scale, self.before = on_device.group, on_device.scale, on_device.scale.float()
+        codes = on_device.codes(weight.detach())
+        self.steps = (codes.float() - on_device.zero[:, self.group]).to(weight.dtype)
+        self.order = self.group.argsort(stable=True)  # groups are of one width
+        self.exact = torch.zeros_like(self.before)  # what is added to the logarithms
+        self.adafactor = _Adafactor([self.exact.shape], device)
+
+    @torch.no_grad()
+    def step(self, factor, number):
+        """Change the scales against the gradient of the weight, which is removed. As `_Weight.step`."""
+        gradient = torch.zeros_like(self.exact)
+        if self.weight.grad is not None:
+            products = self.weight.grad.float().mul_(self.weight)
+            gradient = products[:, self.order].view(*gradient.shape, -1).sum(-1)
+        self.weight.grad = None
+        distributed.all_reduce(gradient)
+        self.exact.sub_(self.adafactor.change(gradient, number, gradient.numel()).mul_(SCALES_RATE * factor))
+        self.scale = (self.before * self.exact.exp()).to(self.weight.dtype)
+        self.weight.copy_(self.steps * self.scale[:, self.group])

@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mixgpt.kernels.linalg import smallest
 from mixgpt.pruning.admm import admm_pruner
 from quant import meet_sparsities
 from sparsegpt import SparseGPT, WalkOptions, relative_errors, walk_matrices
+
+SPREAD = 3  # standard deviations of the number of weights that rounding sets to 0, by which fewer are pruned
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def walk(problem):
 
 def admm(problem):
     """Prune by `admm_pruner`; with a scheme, quantize the kept weights in a walk over the columns, and prune fewer
-    weights by as many as that rounds to 0."""
+    weights by as many as that rounds to 0. What is then missing to the sparsity is the least salient of the rounded."""
     prune = admm_pruner(problem.optima, problem.hessian.damped, problem.targets, problem.row_weights)
     if problem.options.scheme is None:
         return [(W, None) for W in prune(problem.targets)]
@@ -50,8 +53,25 @@ def admm(problem):
         rounded = walk(replace(problem, optima=pruned, targets=[(0.0,)] * len(pruned)))
         return [(W, grid) for W, grid, _ in rounded]  # their loss is that against the pruned weights
 
-    return meet_sparsities(attempt, [sparsity for sparsity, *_ in problem.targets],
-                           attempts=1 if any(problem.targets[0][1:]) else 4)
+    sparsities = [sparsity for sparsity, *_ in problem.targets]
+    if any(problem.targets[0][1:]):
+        return attempt(sparsities)
+    made = meet_sparsities(attempt, sparsities, spread=SPREAD)
+    counts = [len(W) for W, _ in made]
+    rows = [None] * len(made) if problem.row_weights is None else problem.row_weights.split(counts)
+    return [(_filled(W, sparsity, problem.h, weights), grid)
+            for (W, grid), sparsity, weights in zip(made, sparsities, rows, strict=True)]
+
+
+def _filled(W, sparsity, h, row_weights=None):
+    """Set the least salient weights of W (out, in) to 0 until round(sparsity · numel) are.
+
+    h: (in,), the diagonal of H. row_weights: (out,).
+    """
+    scores = W.square() * h
+    if row_weights is not None:
+        scores *= row_weights[:, None]
+    return W.masked_fill(smallest(scores.masked_fill_(W == 0, -1), round(sparsity * W.numel())), 0)
 
 
 @dataclass(frozen=True)

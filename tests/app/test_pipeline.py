@@ -65,10 +65,11 @@ QUANTIZED = [
     ["--wbits", "4"], ["--wbits", "3", "--nearest"], ["--wbits", "4", "--gmp", "--sparsity", ".5"],
     ["--wbits", "8", "--sparsity", ".5", "--act-order"],
     ["--wbits", "4", "--prunen", "2", "--prunem", "4", "--groupsize", "8", "--mse", "--act-order"],
+    ["--wbits", "4", "--sparsity", ".5", "--groupsize", "8", "--distill", "1"],
     ["--wbits", "4", "--sparsity", ".5", "--sym", "--sparsity_way", "weight-level", "--sensitivity", "fisher"]]
 PACKABLE = [
     ["--wbits", "4", "--sym"], ["--wbits", "8", "--sym", "--nearest", "--groupsize", "16"],
-    ["--wbits", "4", "--sym", "--sparsity", ".5", "--act-order"],
+    ["--wbits", "4", "--sym", "--sparsity", ".5", "--act-order", "--distill", "2"],
     ["--wbits", "4", "--sym", "--prunen", "2", "--prunem", "4", "--groupsize", "8", "--mse"]]
 
 
@@ -169,16 +170,22 @@ def test_a_recipe_is_named_by_its_choices(options, name):
     ("best", ["--prunen", "2", "--prunem", "4"],
      {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "percdamp": 0.1, "synthetic": 1, "distill": 1}),
     ("best", ["--sparsity", ".5", "--alpha", ".2", "--solver", "obs", "--wbits", "4"],
-     {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1, "synthetic": 1, "distill": 0}),
+     {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1, "synthetic": 1, "distill": 1, "mse": True,
+      "act_order": True}),
+    ("best", ["--sparsity", ".5", "--wbits", "3", "--groupsize", "16", "--distill", "0", "--no-mse"],
+     {"solver": "admm", "target": "dense", "distill": 0, "mse": False, "act_order": False}),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected, checkpoint_folder, tmp_path):
     made = []
-    for number, flags in enumerate([["--preset", preset], [part for name, value in expected.items()
-                                                           for part in (f"--{name}", str(value))]]):
+    written = {"--" + name.replace("act_order", "act-order"): value for name, value in expected.items()}
+    for number, flags in enumerate([["--preset", preset], [part for flag, value in written.items() if value is not False
+                                                           for part in (flag, str(value)) if part != "True"]]):
         folder = tmp_path / str(number)
         flags += ["--alpha", ".15"] if number and preset == "best" and "--alpha" not in [*flags, *amount] else []
         flags += ["--target", "dense"] if number and "obs" in amount else []
         flags += ["--sparsity_way", "global"] if number and "obs" in amount else []
+        flags += ["--saliency", "fisher", "--sparsity_way", "global", "--percdamp", ".1", "--synthetic", "1"] if (
+            number and "--no-mse" in amount) else []
         assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *amount, *flags, *SMALL,
                    "--save", folder) == 0
         made.append(folder)
@@ -384,10 +391,7 @@ BAD = {
         "{opt} builtin --sparsity .5 --gmp --synthetic 2", "--synthetic 2: needs calibration"),
     "distillation without calibration": (
         "{opt} builtin --sparsity .5 --gmp --distill 1", "--distill 1: needs calibration"),
-    "distillation on a grid": (
-        "{opt} builtin --sparsity .5 --wbits 4 --distill 1", "--distill 1: trains what pruning keeps, which"),
-    "distillation of a dense model": (
-        "{opt} builtin --wbits 4 --distill 1", "--distill 1: trains what pruning keeps, which leaves the"),
+    "distillation of a dense model": ("{opt} builtin --distill 1", "--distill 1: needs calibration"),
     "less than no distillation": ("{opt} builtin --sparsity .5 --distill -1", "--distill -1: must be at least 0"),
     "less than no synthetic text": ("{opt} builtin --sparsity .5 --synthetic -1", "--synthetic -1: must be at least 0"),
     "solver of nothing to prune": (
@@ -535,7 +539,7 @@ def test_a_pruned_model_is_distilled_on_synthetic_sequences_if_there_are_any(fur
     plan = make_plan(select(model, family), Target(0.5))
     prune_layerwise(execution, plan, torch.cat([tokens, written[::2]]) if further else tokens, Recipe())
     zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
-    divergences = distill.distill(execution, list(plan), written, dense, 2, 0)
+    divergences = distill.distill(execution, dict.fromkeys(plan), written, dense, 2, 0)
     record = json.loads((folder / "mixgpt.json").read_text())
     assert record["distilled"] == {"divergence": divergences}
     assert record["settings"]["true_sequential"] and record["settings"]["batch_size"] == 2  # as pruned

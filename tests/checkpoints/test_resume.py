@@ -47,7 +47,8 @@ SCENARIOS = {
     "bloom, sparse": Scenario("bloom", ["--sparsity", ".5", "--wbits", "4", "--no-true-sequential", "--save-format",
                                         "sparse"], SPARSEGPT, patience=10**9),
     "baichuan-7b, packed": Scenario("baichuan-7b", ["--sparsity", ".5", "--wbits", "4", "--sym", "--act-order",
-                                                    "--save-format", "compressed-tensors"], SPARSEGPT),
+                                                    "--distill", "1", "--save-format", "compressed-tensors"],
+                                    [*SPARSEGPT[:4], {"distillation"}, {"distillation"}, *SPARSEGPT[5:]]),
 }
 
 

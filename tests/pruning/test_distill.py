@@ -15,6 +15,7 @@ from mixgpt.pruning import distill as module
 from mixgpt.pruning.distill import dense_states, distill, schedule
 from mixgpt.pruning.targets import select
 from modelutils import Execution, linears
+from quant import Scheme, quantize_nearest
 
 N, T = 5, 9
 
@@ -26,7 +27,7 @@ def small_steps(monkeypatch):
 
 def halved(family, model):
     """Return a copy of a model of which a random half of the chosen matrices' weights is zero, and what was chosen."""
-    pruned, chosen = copy.deepcopy(model), list(select(model, family))
+    pruned, chosen = copy.deepcopy(model), dict.fromkeys(select(model, family))
     generator = torch.Generator().manual_seed(3)
     for index, name in chosen:
         weight = linears(family.layers_of(pruned)[index])[name].weight.data
@@ -45,6 +46,21 @@ def case(request):
     return family, model, pruned, chosen, tokens, dense_states(Execution(model, family, CPU, 2), tokens)
 
 
+SCHEMES = {"rows": Scheme(3), "groups": Scheme(4, groupsize=8), "symmetric": Scheme(4, sym=True)}
+
+
+def quantized(family, model, scheme):
+    """Return a copy of a model with half of its weights zero and the others on grids, and {(layer, name): Grid}.
+
+    Grids have no float64: the model becomes one of float32.
+    """
+    pruned, chosen = halved(family, model.float() if model.dtype == torch.float64 else model)
+    for index, name in chosen:
+        module = linears(family.layers_of(pruned)[index])[name]
+        module.weight.data, chosen[index, name] = quantize_nearest(module.weight.data, scheme)
+    return pruned, chosen
+
+
 def divergence(model, pruned, tokens):
     """Return KL(p ‖ q) per token, of predictions by the models' own forwards."""
     with torch.no_grad():
@@ -57,11 +73,11 @@ def test_gradients_are_those_of_the_divergence_from_the_dense_model(case, monkey
     family, model, pruned, chosen, tokens, dense = case
     found = []
 
-    def keep(state, rate, number):
+    def keep(state, factor, number):
         found.append(state.weight.grad)
         state.weight.grad = None
 
-    monkeypatch.setattr(module._State, "step", keep)
+    monkeypatch.setattr(module._Weight, "step", keep)
     monkeypatch.setattr(module, "STEPS", 1)
     monkeypatch.setattr(module, "TOKENS", 7)  # several parts
     means = distill(Execution(pruned, family, CPU, 2), chosen, tokens, dense, 1, 0)
@@ -96,12 +112,99 @@ def test_kept_weights_norms_and_biases_learn_and_all_else_stays(case):
     assert not any(weight.grad is not None for weight in pruned.parameters())
 
 
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_gradients_of_scales_are_those_of_the_divergence(case, scheme, monkeypatch):
+    family, model, _, _, tokens, _ = case
+    pruned, grids = quantized(family, model, scheme)
+    dense = dense_states(Execution(model, family, CPU, 2), tokens)
+    weights = {f"{family.path(*key)}.weight": grid for key, grid in grids.items()}
+    before = {name: weight.detach().clone() for name, weight in pruned.named_parameters()}
+    logarithms = {name: torch.zeros_like(grid.scale, requires_grad=True) for name, grid in weights.items()}
+    scaled = {name: before[name] * logarithms[name].exp()[:, grid.group] for name, grid in weights.items()}
+
+    def forward(tokens, **more):
+        return torch.func.functional_call(pruned, before | scaled, (tokens,), more)
+
+    wanted = torch.autograd.grad(divergence(model, forward, tokens) * N * T, list(logarithms.values()),
+                                 allow_unused=True)
+    found = []
+
+    def keep(_, gradient, *more):
+        found.append(gradient.clone())
+        return torch.zeros_like(gradient)
+
+    monkeypatch.setattr(module._Adafactor, "change", keep)
+    monkeypatch.setattr(module, "STEPS", 1)
+    distill(Execution(pruned, family, CPU, 2), grids, tokens, dense, 1, 0)
+    for gradient, other in zip(found, wanted, strict=False):  # those of vectors come behind
+        other = torch.zeros_like(gradient) if other is None else other  # experts without tokens
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+    assert all(torch.equal(weight, before[name]) for name, weight in pruned.named_parameters())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_scales_learn_and_codes_stay(case, scheme):
+    family, model, _, _, tokens, _ = case
+    pruned, grids = quantized(family, model, scheme)
+    dense = dense_states(Execution(model, family, CPU, 2), tokens)
+    before, start = copy.deepcopy(pruned), divergence(model, pruned, tokens).item()
+    old = {key: copy.deepcopy(grid) for key, grid in grids.items()}
+    distill(Execution(pruned, family, CPU, 2), grids, tokens, dense, 8, 0)
+    assert divergence(model, pruned, tokens).item() < 0.97 * start
+    for (index, name), grid in grids.items():
+        weight, was = (linears(family.layers_of(each)[index])[name].weight.data for each in (pruned, before))
+        codes = grid.codes(weight)  # raises what is not on the grid
+        assert torch.equal(codes, old[index, name].codes(was))
+        assert torch.equal(grid.weights(codes), weight) and torch.equal(weight == 0, was == 0)
+        assert torch.equal(grid.zero, old[index, name].zero) and (grid.scale > 0).all()
+        moved = (grid.scale != old[index, name].scale).double().mean()
+        assert ".experts." in name or moved > 0.5  # some units are dead
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_of_8_bits_stay_on_their_grids(dtype):
+    family, model = make("llama")
+    model.to(dtype)
+    tokens = torch.randint(0, VOCABULARY, (2, T))
+    dense = dense_states(Execution(model, family, CPU, 2), tokens)
+    pruned, grids = quantized(family, model, Scheme(8))
+    distill(Execution(pruned, family, CPU, 2), grids, tokens, dense, 3, 0)
+    for (index, name), grid in grids.items():
+        weight = linears(family.layers_of(pruned)[index])[name].weight.data
+        assert torch.equal(grid.weights(grid.codes(weight)), weight)
+
+
+def test_a_step_of_scales_is_that_of_adafactor_on_their_logarithms():
+    """Three steps on given gradients against loops over the rows and groups."""
+    torch.manual_seed(0)
+    W, grid = quantize_nearest(torch.randn(3, 6), Scheme(4, groupsize=2))
+    weight, codes = torch.nn.Parameter(W.clone()), grid.codes(W)
+    state, (logarithms, squares) = module._Scales(weight, grid), ([[0.0] * 3 for _ in range(3)] for _ in range(2))
+    for number in (1, 2, 3):
+        gradient, moves = torch.randn(3, 6), [[0.0] * 3 for _ in range(3)]
+        for i in range(3):
+            for g in range(3):
+                slope = sum(gradient[i, j].item() * weight[i, j].item() for j in (2 * g, 2 * g + 1))
+                squares[i][g] += (1 - module.DECAY) * (slope**2 - squares[i][g])
+                moves[i][g] = slope / math.sqrt(squares[i][g] / (1 - module.DECAY**number))
+        clip = max(1, math.sqrt(sum(move**2 for row in moves for move in row) / 9))
+        for i in range(3):
+            for g in range(3):
+                logarithms[i][g] -= module.SCALES_RATE * 0.7 * moves[i][g] / clip
+        weight.grad = gradient
+        state.step(0.7, number)
+        expected = grid.scale * torch.tensor(logarithms).exp()
+        torch.testing.assert_close(state.scale, expected, rtol=1e-5, atol=0)
+        wanted = (codes.float() - grid.zero[:, grid.group]) * expected[:, grid.group]
+        torch.testing.assert_close(weight.detach(), wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_layers_without_chosen_matrices_stay():
     family, model = make("llama")
     pruned, chosen = halved(family, model)
     tokens = torch.randint(0, VOCABULARY, (2, T))
     dense, before, finished = dense_states(Execution(model, family, CPU, 2), tokens), copy.deepcopy(pruned), []
-    distill(Execution(pruned, family, CPU, 2), [key for key in chosen if key[0] == 1], tokens, dense, 2, 0,
+    distill(Execution(pruned, family, CPU, 2), {key: None for key in chosen if key[0] == 1}, tokens, dense, 2, 0,
             lambda index, *_: finished.append(index))
     same = [all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
             for one, other in zip(family.layers_of(before), family.layers_of(pruned), strict=True)]
@@ -159,20 +262,20 @@ def test_a_step_is_that_of_adafactor():
         moves = [g[i].item() / math.sqrt(each[i] / unbias) for i in range(5)]
         size, clip = expected[1].square().mean().sqrt().item(), max(1, math.sqrt(sum(m * m for m in moves) / 5))
         expected[1] -= 0.1 * size / clip * torch.tensor(moves, dtype=torch.float64)
-    states = [module._State(weight), module._State(vector)]
+    states = [module._Weight(weight), module._Weight(vector)]
     for number, pair in enumerate(gradients, 1):
         for state, gradient in zip(states, pair, strict=True):
             state.weight.grad = gradient.clone()
-            state.step(0.1, number)
+            state.step(0.1 / module.RATE, number)
     torch.testing.assert_close(weight.detach().double(), expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(vector.detach().double(), expected[1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_matrix_of_zeros_stays_as_it_is():
     weight = torch.nn.Parameter(torch.zeros(3, 4))
-    state = module._State(weight)
+    state = module._Weight(weight)
     weight.grad = torch.ones(3, 4)
-    state.step(0.1, 1)
+    state.step(1, 1)
     assert torch.equal(weight, torch.zeros(3, 4)) and torch.equal(state.exact, torch.zeros(3, 4))
 
 

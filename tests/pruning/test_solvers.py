@@ -8,6 +8,7 @@ import torch
 from test_sparsegpt import correlated_inputs, random
 
 from mixgpt.app.choices import SOLVERS
+from mixgpt.pruning import solvers
 from mixgpt.pruning.solvers import Recipe, prune_in_place, walk
 from quant import Scheme
 from sparsegpt import SparseGPT, WalkOptions, relative_error
@@ -54,3 +55,31 @@ def test_a_solver_need_not_know_its_loss():
     (*_, known), (*_, measured) = (pruned_on("cpu", torch.float32, replace(Recipe(), solver=solver))
                                    for solver in (walk, plain))
     assert known == pytest.approx(measured, rel=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("wbits, mse, ordered, most", [(3, False, False, 4), (3, True, True, 3), (4, False, False, 2),
+                                                       (8, False, True, 2)])
+def test_admm_meets_the_sparsity_to_the_weight_whatever_rounding_sets_to_zero(device, wbits, mse, ordered, most,
+                                                                              monkeypatch):
+    walks, scheme = [], Scheme(wbits, mse=mse)
+    monkeypatch.setattr(solvers, "walk", lambda problem: walks.append(problem) or walk(problem))
+    recipe = Recipe(SOLVERS["admm"].load(), WalkOptions(scheme=scheme))
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0)) if ordered else None
+    with makebelieve.Gpu():
+        _, after, *_ = pruned_on(device, torch.float32, recipe, (0.55,), order=order)
+    for W in after:
+        assert (W == 0).sum() == round(0.55 * W.numel())
+        assert max(len(row.unique()) for row in W) <= 2**wbits
+    assert len(walks) <= most
+
+
+def test_the_least_salient_weights_fill_up():
+    W, h, weights = random(5, 8).float(), torch.rand(8), torch.rand(5)
+    h[3], W[:, 5] = 0, 0  # an input that is always zero, and weights that are
+    for row_weights in (None, weights):
+        filled = solvers._filled(W, 0.5, h, row_weights)
+        scores = W.square() * h * (1 if row_weights is None else weights[:, None])
+        threshold = scores.flatten().sort().values[19]
+        assert torch.equal(filled, torch.where(scores <= threshold, 0, W)) and (filled == 0).sum() == 20
+    assert torch.equal(solvers._filled(W, 0.1, h), W)  # more are zero than asked for
