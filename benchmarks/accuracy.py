@@ -90,17 +90,19 @@ class Calibration:
 
     @cached_property
     def synthetic(self):
-        """Synthetic sequences (n, T), and how they were made."""
+        """Synthetic sequences (n, T), how they were made, and the hidden states of their windows, if known."""
         with self.clock.part("synthetic"):
             return synthetic(self.execution(self.model), self.tokens, PRESETS["best"]["synthetic"], self.seed)
 
     @cached_property
     def wanted(self):
         """What the pruned model is trained to predict: synthetic tokens (n, T), and the dense model's hidden states."""
-        windows = windows_of(*self.synthetic)
+        sequences, how, states = self.synthetic
+        windows = windows_of(sequences, how)
         with self.clock.part("dense"):
-            wide = widened(self.execution(self.model), windows, self.tokens.shape[1])
-            return windows, dense_states(wide, windows)
+            if states is None:
+                states = dense_states(widened(self.execution(self.model), windows, self.tokens.shape[1]), windows)
+            return windows, states
 
     @cached_property
     def outliers(self):
@@ -157,7 +159,7 @@ def by_admm(calibration, model, plan, scheme):
     """Prune as --preset best does. Returns what it rests on."""
     prunem, execution = next(iter(plan.values())).prunem, calibration.execution(model)
     chosen = recipe("best", prunem, scheme.wbits if scheme else 16)
-    passes, (further, _) = chosen["distill"], calibration.synthetic
+    passes, (further, *_) = chosen["distill"], calibration.synthetic
     tokens = torch.cat([calibration.tokens, further[pruned_on(passes, prunem)]])
     outcomes = prune_layerwise(execution, plan, tokens, Recipe(
         admm, WalkOptions(scheme=scheme and replace(scheme, mse=chosen["mse"])), chosen["percdamp"],

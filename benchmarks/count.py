@@ -257,7 +257,7 @@ def count(shape, method, tokens, batch_size, layers):
                     inverse_diagonals(execution, list(plan), enough, settings.percdamp)
         if settings.synthetic:
             with execution.clock.part("synthetic"), mock.patch.object(synthetic, "has_room", lambda _: False):
-                further, _ = synthetic.synthetic(execution, tokens, settings.synthetic, 0)
+                further, *_ = synthetic.synthetic(execution, tokens, settings.synthetic, 0)
         if distills:
             wide = distill.widened(execution, windows, tokens.shape[1])
             with execution.clock.part("distillation"):

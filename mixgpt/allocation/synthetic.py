@@ -16,11 +16,12 @@ from mixgpt.allocation.fisher import drawn
 from mixgpt.common import distributed, progress
 from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.matmul import fast_linears
-from modelutils import SLICE, free_memory, run_layers, whole
+from modelutils import SLICE, free_memory, hooked, run_layers, whole
 
 WINDOW = 128  # tokens that are generated in one piece: short ones are many, and differ more
 PREFIX = 16  # of them are those of the calibration sequence
 AT_A_TIME = 128  # windows, times the batch size; fewer where memory is short
+DRAWS = 16  # windows whose probabilities are in memory at a time on a CPU: these stay in its caches
 GENERATED, RESAMPLED = "generated", "resampled"
 
 
@@ -28,18 +29,22 @@ def synthetic(execution, tokens, copies, seed):
     """Return synthetic sequences (copies · N, T) for calibration sequences (N, T), and how they were made.
 
     "generated" by `generated`, or, if the model as a whole has no room on the device, by `resampled`.
-    execution: a modelutils.Execution of the dense model. Every process takes its share and returns all.
+    execution: a modelutils.Execution of the dense model. Every process takes its share and returns all. Also returns
+    the dense model's hidden states behind its last layer for this process's share of the `windows_of` them, on the
+    host, where generating them has given these; else None.
     """
     N, T = tokens.shape
     share = range(N)[distributed.share(N)]
     mine, keys = tokens[share.start:share.stop].repeat(copies, 1, 1), [(seed, n, "synthetic") for n in share]
     uniform = torch.stack([torch.rand(copies, T, generator=seeded(*key), dtype=torch.float64) for key in keys], dim=1)
     if all(distributed.all_gather_object(has_room(execution))):
-        how, found = GENERATED, generated(execution, mine.flatten(0, 1), uniform.flatten(0, 1))
+        how, (found, states) = GENERATED, generated(execution, mine.flatten(0, 1), uniform.flatten(0, 1))
     else:
-        how, found = RESAMPLED, resampled(execution, tokens[share.start:share.stop], uniform)
+        how, found, states = RESAMPLED, resampled(execution, tokens[share.start:share.stop], uniform), None
+    if copies > 1 or N % distributed.world():  # shares of sequences are not those of windows
+        states = None
     every = distributed.all_gather_object(found.view(copies, len(share), T))
-    return torch.cat(every, dim=1).flatten(0, 1), how
+    return torch.cat(every, dim=1).flatten(0, 1), how, states
 
 
 def windows_of(sequences, how):
@@ -63,22 +68,27 @@ def _free(device):
 def generated(execution, tokens, uniform):
     """Return sequences (n, T) of windows that start as those of the tokens (n, T), and that the model continues.
 
-    uniform: (n, T), decides on the token drawn at each place.
+    uniform: (n, T), decides on the token drawn at each place. Also returns the hidden states behind the last layer, one
+    window after the other, (windows, tokens, C), on the host, or None if windows overlap.
     """
     n, T = tokens.shape
     width = min(WINDOW, T)
     starts = [*([T - width] if T % width else []), *range(0, T - width + 1, width)]
     parts = [torch.cat([each[:, start:start + width] for start in starts]) for each in (tokens, uniform)]
-    with whole(execution.model, execution.family, execution.device), _packed_queries(execution):
+    head = execution.model.get_output_embeddings()  # of hidden states with gaps it would multiply each by its own copy
+    with whole(execution.model, execution.family, execution.device), _packed_queries(execution), hooked(
+            {head: torch.Tensor.contiguous}):
         size = _at_a_time(execution, width)
         batches = list(zip(*(part.split(size) for part in parts), strict=True))
         total = len(batches) * width
         with progress.bar(total=total, title="generating", unit="step", leave=False) as bar:
-            found = [_continued(execution, windows, thresholds, bar) for windows, thresholds in batches]
+            found, states = zip(*(_continued(execution, *batch, bar) for batch in batches), strict=True)
     new = tokens.clone()
     for start, windows in zip(starts, torch.cat(found).split(n), strict=True):
         new[:, start:start + width] = windows
-    return new
+    if T % width:
+        return new, None
+    return new, torch.cat(states).unflatten(0, (len(starts), n)).transpose(0, 1).flatten(0, 1)
 
 
 @contextlib.contextmanager
@@ -123,25 +133,35 @@ def _at_a_time(execution, width):
 
 
 def _continued(execution, windows, uniform, bar):
-    """Return windows (B, T) continued from their prefixes. Tokens that end a text are not drawn."""
+    """Return windows (B, T) continued from their prefixes, and their hidden states behind the last layer (B, T, C).
+
+    Tokens that end a text are not drawn. One token more is, so that the last one of a window is read, too.
+    """
     T, ends = windows.shape[1], execution.model.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=execution.device).flatten()
-    prefix, thresholds = min(PREFIX, T // 2), uniform.to(execution.device)
+    prefix, uniform, states = min(PREFIX, T // 2), uniform.to(execution.device), []
     start = windows[:, :prefix].to(execution.device)
     bar.update(prefix)
 
     def draw(read, logits):
-        """Be a logits processor that leaves the drawn token alone."""
-        bar.update(1)
-        p = wide(logits).index_fill(1, ends, -torch.inf).softmax(-1)
-        token = drawn(p, thresholds[:, read.shape[1]].contiguous())
-        return torch.full_like(logits, -torch.inf).scatter_(1, token[:, None], 0)
+        """Be a logits processor that leaves the drawn token alone. The logits are a copy."""
+        bar.update(read.shape[1] < T)
+        size = len(logits) if logits.is_cuda else DRAWS
+        parts = zip(logits.split(size), uniform[:, min(read.shape[1], T - 1)].contiguous().split(size), strict=True)
+        token = torch.cat([drawn(wide(rows).index_fill(1, ends, -torch.inf).softmax(-1), each) for rows, each in parts])
+        return logits.fill_(-torch.inf).scatter_(1, token[:, None], 0)
 
     beyond = execution.model.config.get_text_config().vocab_size  # no token: all windows go on to their ends
-    settings = GenerationConfig(do_sample=False, max_new_tokens=T - prefix, eos_token_id=beyond, pad_token_id=0,
+    settings = GenerationConfig(do_sample=False, max_new_tokens=T + 1 - prefix, eos_token_id=beyond, pad_token_id=0,
                                 repetition_penalty=1.0)
-    return execution.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings,
-                                    logits_processor=[draw]).to("cpu")
+
+    def keep(output):
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    with hooked({execution.layers[-1]: keep}, outputs=True):
+        found = execution.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings,
+                                         logits_processor=[draw])
+    return found[:, :T].to("cpu"), torch.cat(states, dim=1).to("cpu")
 
 
 @torch.no_grad()

@@ -387,16 +387,18 @@ def _measure(job, way):
     settings, clock, execution, path = job.settings, job.clock, job.execution(way), None
     if settings.synthetic:
         with clock.part("synthetic"):
-            job.further, how = synthetic(execution, job.calibration, settings.synthetic, settings.seed)
+            job.further, how, job.dense_states = synthetic(execution, job.calibration, settings.synthetic,
+                                                           settings.seed)
         job.record["synthetic"] = how
         if how == RESAMPLED:
             log(settings, f"data     the model as a whole has no room on {job.device}: its synthetic sequences are "
                           "single tokens drawn in place of those of the calibration sequences, not text")
     if job.distills:
         job.distilled_on = windows_of(job.further, how) if settings.synthetic else job.calibration
-        with clock.part("distillation"):
-            wide = distill.widened(execution, job.distilled_on, job.seqlen)
-            job.dense_states = distill.dense_states(wide, job.distilled_on)
+        if job.dense_states is None:
+            with clock.part("distillation"):
+                wide = distill.widened(execution, job.distilled_on, job.seqlen)
+                job.dense_states = distill.dense_states(wide, job.distilled_on)
     if settings.weighs and not job.plan:
         percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # it needs H, too
         tokens = job.hessian_tokens if settings.token_weights == "fisher" else enough_of(job.calibration)

@@ -1,5 +1,7 @@
 """Check synthetic sequences against the predictions of the model's own forward."""
 
+from unittest import mock
+
 import pytest
 import torch
 from conftest import CPU, VOCABULARY, make
@@ -7,6 +9,7 @@ from conftest import CPU, VOCABULARY, make
 from mixgpt.allocation import synthetic as module
 from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic
 from mixgpt.common import distributed
+from mixgpt.pruning.distill import dense_states
 from modelutils import Execution
 
 
@@ -51,11 +54,13 @@ def check_draws(model, contexts, found, uniform, ends=()):
     return (found[:, 1:] == expected).double()
 
 
-def test_windows_go_on_from_their_prefixes_as_the_model_predicts(model, tokens, small):
+def test_windows_go_on_from_their_prefixes_as_the_model_predicts(model, tokens, small, monkeypatch):
     """From its own tokens: the whole forward on what was generated gives the probabilities of each draw."""
     family, model = model
+    monkeypatch.setattr(module, "DRAWS", 2)
     uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = module.generated(Execution(model, family, CPU, 2), tokens, uniform)
+    found, states = module.generated(Execution(model, family, CPU, 2), tokens, uniform)
+    assert states is None  # as windows overlap
     for start in (0, 4):  # the third window overlaps the second, and keeps only its end
         window = slice(start, start + 4)
         assert torch.equal(found[:, start:start + 2], tokens[:, start:start + 2])
@@ -67,10 +72,41 @@ def test_windows_go_on_from_their_prefixes_as_the_model_predicts(model, tokens, 
     assert check_draws(model, start, start, uniform[:, 7:], ends_of(model))[:, 1:].mean() > 0.8
 
 
+def test_the_head_reads_hidden_states_without_gaps(model, tokens, small):
+    """Of others PyTorch copies the head's weights for each window, which took as long as all the rest."""
+    family, model = model
+    packed = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda _, given, output: packed.append(given[0].is_contiguous()))
+    synthetic(Execution(model, family, CPU, 2), tokens, 1, 0)
+    handle.remove()
+    assert len(packed) > 2 and all(packed)
+
+
+@pytest.mark.parametrize("width", [4, 40])
+@pytest.mark.parametrize("shares", [[slice(0, 3)], [slice(0, 2), slice(2, 3)]])
+def test_generation_gives_the_hidden_states_of_its_windows(model, tokens, small, width, shares, monkeypatch):
+    family, model = model
+    monkeypatch.setattr(module, "WINDOW", width)
+    monkeypatch.setattr(module, "AT_A_TIME", 1)
+    execution, tokens = Execution(model, family, CPU, 2), tokens[:, :8]
+    for share in shares:
+        monkeypatch.setattr(distributed, "share", lambda n, share=share: share if n == 3 else slice(0, n))
+        sequences, how, states = synthetic(execution, tokens, 1, 0)
+        expected = dense_states(execution, module.windows_of(sequences, how))
+        torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+    assert synthetic(execution, tokens, 2, 0)[2] is None
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed, "world", lambda: 2)
+        patched.setattr(distributed, "all_gather_object", lambda mine: [mine])
+        patched.setattr(module.progress, "bar", lambda *_, **__: mock.MagicMock())
+        assert synthetic(execution, tokens, 1, 0)[2] is None
+
+
 def test_without_room_frequencies_are_the_predictions_from_the_original_tokens(model, tokens, no_room):
     family, model = model
     copies, tokens = 4000, tokens[:, :5]
-    found, how = synthetic(Execution(model, family, CPU, 2), tokens, copies, 0)
+    found, how, _ = synthetic(Execution(model, family, CPU, 2), tokens, copies, 0)
     found = found.view(copies, *tokens.shape)
     assert how == RESAMPLED and torch.equal(found[:, :, 0], tokens[:, 0].expand(copies, -1))
     with torch.no_grad():
@@ -93,7 +129,7 @@ def test_resampled_tokens_do_not_depend_on_slices(model, tokens, monkeypatch):
 def test_draws_depend_on_the_seed_but_not_on_batches_or_processes(model, tokens, room, small, monkeypatch):
     family, model = model
     monkeypatch.setattr(module, "has_room", lambda execution: room)
-    first, how = synthetic(Execution(model, family, CPU, 2), tokens, 2, 0)
+    first, how, _ = synthetic(Execution(model, family, CPU, 2), tokens, 2, 0)
     assert how == (GENERATED if room else RESAMPLED)
     assert first.dtype == tokens.dtype and first.shape == (6, 11)
     assert not torch.equal(first[:3], first[3:])
