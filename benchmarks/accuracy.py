@@ -12,6 +12,7 @@ Seconds are those of pruning with the sensitivities or outliers it rests on, whi
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,9 +32,9 @@ import datautils
 from mixgpt.allocation.fisher import enough_of, output_gradients, squared_gradients
 from mixgpt.allocation.global_threshold import global_plan
 from mixgpt.allocation.plan import Budget, by_matrix
-from mixgpt.allocation.synthetic import synthetic, windows_of
+from mixgpt.allocation.synthetic import GENERATED, synthetic, windows_of
 from mixgpt.allocation.traces import Sampling, Traces, hessian_traces, matrices_of
-from mixgpt.app.settings import PRESETS, pruned_on, recipe, text
+from mixgpt.app.settings import PRESETS, recipe, text
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
@@ -62,7 +63,7 @@ class Calibration:
 
     def __init__(self, model, family, tokens, seed, batch_size, device):
         self.model, self.family, self.tokens, self.seed = model, family, tokens, seed
-        self.batch_size, self.device, self.clock = batch_size, device, Clock(device)
+        self.batch_size, self.device, self.clock, self._written = batch_size, device, Clock(device), {}
 
     def execution(self, model):
         """Return where and how a copy of the model runs."""
@@ -88,21 +89,14 @@ class Calibration:
             return output_gradients(self.execution(self.model), list(self.selected), enough_of(self.tokens), self.seed,
                                     PRESETS["best"]["percdamp"])
 
-    @cached_property
-    def synthetic(self):
-        """Synthetic sequences (n, T), how they were made, and the hidden states of their windows, if known."""
-        with self.clock.part("synthetic"):
-            return synthetic(self.execution(self.model), self.tokens, PRESETS["best"]["synthetic"], self.seed)
-
-    @cached_property
-    def wanted(self):
-        """What the pruned model is trained to predict: synthetic tokens (n, T), and the dense model's hidden states."""
-        sequences, how, states = self.synthetic
-        windows = windows_of(sequences, how)
-        with self.clock.part("dense"):
-            if states is None:
-                states = dense_states(widened(self.execution(self.model), windows, self.tokens.shape[1]), windows)
-            return windows, states
+    def written(self, count):
+        """Return so many synthetic sequences, and the dense model's hidden states of their windows, and note the time.
+        """
+        if count not in self._written:
+            with self.clock.part(f"{count} synthetic"):
+                sequences, _, states = synthetic(self.execution(self.model), self.tokens, count, self.seed)
+            self._written[count] = sequences, states
+        return self._written[count]
 
     @cached_property
     def outliers(self):
@@ -157,19 +151,20 @@ def by_walk(calibration, model, plan, scheme, saliency=obs_saliency):
 
 def by_admm(calibration, model, plan, scheme):
     """Prune as --preset best does. Returns what it rests on."""
-    prunem, execution = next(iter(plan.values())).prunem, calibration.execution(model)
+    prunem, execution, N = next(iter(plan.values())).prunem, calibration.execution(model), len(calibration.tokens)
     chosen = recipe("best", prunem, scheme.wbits if scheme else 16)
-    passes, (further, *_) = chosen["distill"], calibration.synthetic
-    tokens = torch.cat([calibration.tokens, further[pruned_on(passes, prunem)]])
-    outcomes = prune_layerwise(execution, plan, tokens, Recipe(
+    number, more = (math.ceil(chosen[name] * N) for name in ("synthetic", "distill"))
+    sequences, states = calibration.written(number + more)
+    outcomes = prune_layerwise(execution, plan, torch.cat([calibration.tokens, sequences[:number]]), Recipe(
         admm, WalkOptions(scheme=scheme and replace(scheme, mse=chosen["mse"])), chosen["percdamp"],
         chosen.get("act_order", False), dense_target=True,
         row_weights=None if prunem else calibration.gradients.rows, title="ADMM"))
-    if passes:
-        windows, wanted = calibration.wanted
-        distill(widened(execution, windows, tokens.shape[1]), {key: outcome.grid for key, outcome in outcomes.items()},
-                windows, wanted, passes, calibration.seed)
-    return ["synthetic", "dense"] if passes else ["synthetic"]
+    windows = windows_of(sequences[number:], GENERATED)
+    wide = widened(execution, windows, sequences.shape[1])
+    execution = calibration.execution(calibration.model)
+    dense = dense_states(execution, windows) if states is None else states[-len(windows):]
+    distill(wide, {key: found.grid for key, found in outcomes.items()}, windows, dense, calibration.seed)
+    return [f"{number + more} synthetic"]
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from mixgpt.allocation.fisher import enough_of, output_gradients
 from mixgpt.allocation.global_threshold import inverse_diagonals
 from mixgpt.app import memory
 from mixgpt.app.pipeline import recipe_of
-from mixgpt.app.settings import PRESETS, Settings, pruned_on
+from mixgpt.app.settings import PRESETS, Settings
 from mixgpt.app.tables import table
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
@@ -227,7 +227,7 @@ def count(shape, method, tokens, batch_size, layers):
     Gradients run on as many sequences at a time as the whole model has room for.
     """
     family, model = skeleton(shape, layers)
-    settings = Settings(shape, "builtin", sparsity=0.5, device="cpu", **METHODS[method])
+    settings = Settings(shape, "builtin", sparsity=0.5, device="cpu", nsamples=len(tokens), **METHODS[method])
     selected = select(model, family)
     plan = dict.fromkeys(selected, Target(0.5))
     host = SimpleNamespace(available=int(HOST), total=int(HOST))
@@ -235,11 +235,13 @@ def count(shape, method, tokens, batch_size, layers):
             columns, "fastest", lambda *_: walk_columns), mock.patch.object(
             selection, "fastest", lambda *_: mark_smallest):
         whole = Execution(skeleton(shape, SHAPES[shape][2])[1], family, CUDA, batch_size)
-        further = tokens.repeat(settings.synthetic, 1)
-        windows = synthetic.windows_of(further, synthetic.GENERATED) if settings.synthetic else tokens
-        wide = distill.widened(whole, windows, tokens.shape[1])
-        distills = settings.distill and distill.room_for(wide, windows) > 0
-        together = torch.cat([tokens, further[pruned_on(distills, 0)]])
+        (number, more), T = settings.written, tokens.shape[1]
+        windows = synthetic.windows_of(torch.zeros(more, T, dtype=torch.long), synthetic.GENERATED)
+        wide = distill.widened(whole, windows, T)
+        distills = more and distill.room_for(wide, windows) > 0
+        if not distills:
+            number, more = number + more, 0
+        together = torch.cat([tokens, torch.zeros(number, T, dtype=torch.long)])
         demand = memory.Demand.of(model, family, selected, together, settings)
         way, needed = memory.fitting(demand, memory.Way(batch_size, on_host=False, two_passes=False), MEMORY)
         execution = Execution(model, family, CUDA, way.batch_size, Ledger(meter), way.on_host)
@@ -255,19 +257,16 @@ def count(shape, method, tokens, batch_size, layers):
             if size < len(enough):
                 with execution.clock.part("allocation"):
                     inverse_diagonals(execution, list(plan), enough, settings.percdamp)
-        if settings.synthetic:
+        if number + more:
             with execution.clock.part("synthetic"), mock.patch.object(synthetic, "has_room", lambda _: False):
-                further, *_ = synthetic.synthetic(execution, tokens, settings.synthetic, 0)
+                synthetic.synthetic(execution, tokens, number + more, 0)
+        prune_layerwise(execution, plan, together, replace(recipe_of(settings, gradients),
+                                                           true_sequential=not way.two_passes))
         if distills:
-            wide = distill.widened(execution, windows, tokens.shape[1])
+            wide = distill.widened(execution, windows, T)
+            dense = torch.empty(*windows.shape, model.config.hidden_size, dtype=model.dtype)  # generation gives it
             with execution.clock.part("distillation"):
-                dense = distill.dense_states(wide, windows)
-        tokens = torch.cat([tokens, further[pruned_on(distills, 0)]])
-        prune_layerwise(execution, plan, tokens, replace(recipe_of(settings, gradients),
-                                                         true_sequential=not way.two_passes))
-        if distills:
-            with execution.clock.part("distillation"):
-                distill.distill(wide, dict.fromkeys(plan), windows, dense, settings.distill, 0)
+                distill.distill(wide, dict.fromkeys(plan), windows, dense, 0)
     return meter, line
 
 

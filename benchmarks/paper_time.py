@@ -11,7 +11,6 @@ import torch
 from bench import rate
 
 from mixgpt.app.choices import ALLOCATIONS
-from mixgpt.app.settings import pruned_on
 from mixgpt.common.runtime import choose_device
 
 BASIS = ("counted arithmetic of linears and solvers at the rate of the model's measured cells, or where there are none "
@@ -38,13 +37,10 @@ class Size:
 
 def operations(settings, size):
     """Count the floating-point operations of a run, but for sensitivities."""
-    drawn = settings.nsamples * size.seqlen
-    further = settings.synthetic * drawn
-    tokens = drawn + further / pruned_on(settings.distill, settings.prunem).step
-    total = (size.forward + 2 * size.head) * (size.tested + further)
-    if settings.distill:
-        trained = further or drawn
-        total += size.forward * trained + settings.distill * (3 * size.forward + 8 * size.head) * trained
+    drawn, further, trained = (number * size.seqlen for number in (settings.nsamples, *settings.written))
+    tokens = drawn + further
+    total = (size.forward + 2 * size.head) * (size.tested + further + trained)
+    total += (3 * size.forward + 8 * size.head) * trained
     if settings.calibrates:
         times = ADMM if settings.solver == "admm" else 1
         total += PASSES * size.forward * tokens

@@ -42,7 +42,7 @@ def made(name, true_sequential, wbits, more=""):
         options=walk, true_sequential=true_sequential, **options))
     if more == "distilled":
         with mock.patch.object(distill, "STEPS", 1):  # in which all processes take all sequences
-            distill.distill(execution, dict.fromkeys(plan), tokens, dense, 3, 1)
+            distill.distill(execution, dict.fromkeys(plan), tokens, dense, 1)
     return {"traces": traces, "state": model.state_dict(),
             "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
                          for key, outcome in outcomes.items()},

@@ -25,26 +25,21 @@ DRAWS = 16  # windows whose probabilities are in memory at a time on a CPU: thes
 GENERATED, RESAMPLED = "generated", "resampled"
 
 
-def synthetic(execution, tokens, copies, seed):
-    """Return synthetic sequences (copies · N, T) for calibration sequences (N, T), and how they were made.
+def synthetic(execution, tokens, count, seed):
+    """Return `count` synthetic sequences (count, T) for calibration sequences (N, T) in turn, and how they were made.
 
     "generated" by `generated`, or, if the model as a whole has no room on the device, by `resampled`.
     execution: a modelutils.Execution of the dense model. Every process takes its share and returns all. Also returns
-    the dense model's hidden states behind its last layer for this process's share of the `windows_of` them, on the
-    host, where generating them has given these; else None.
+    the hidden states behind the dense model's last layer for the `windows_of` all of them, on the host, if one process
+    has generated them in windows that do not overlap; else None.
     """
-    N, T = tokens.shape
-    share = range(N)[distributed.share(N)]
-    mine, keys = tokens[share.start:share.stop].repeat(copies, 1, 1), [(seed, n, "synthetic") for n in share]
-    uniform = torch.stack([torch.rand(copies, T, generator=seeded(*key), dtype=torch.float64) for key in keys], dim=1)
-    if all(distributed.all_gather_object(has_room(execution))):
-        how, (found, states) = GENERATED, generated(execution, mine.flatten(0, 1), uniform.flatten(0, 1))
-    else:
-        how, found, states = RESAMPLED, resampled(execution, tokens[share.start:share.stop], uniform), None
-    if copies > 1 or N % distributed.world():  # shares of sequences are not those of windows
-        states = None
-    every = distributed.all_gather_object(found.view(copies, len(share), T))
-    return torch.cat(every, dim=1).flatten(0, 1), how, states
+    share = range(count)[distributed.share(count)]
+    mine = tokens[[n % len(tokens) for n in share]]
+    uniform = [torch.rand(tokens.shape[1], generator=seeded(seed, n, "synthetic"), dtype=torch.float64) for n in share]
+    make, how = (generated, GENERATED) if all(distributed.all_gather_object(has_room(execution))) else (
+        resampled, RESAMPLED)
+    found, states = make(execution, mine, torch.stack(uniform)) if uniform else (mine, None)
+    return torch.cat(distributed.all_gather_object(found)), how, states if len(share) == count else None
 
 
 def windows_of(sequences, how):
@@ -167,26 +162,19 @@ def _continued(execution, windows, uniform, bar):
 @torch.no_grad()
 @fast_linears()
 def resampled(execution, tokens, uniform):
-    """Return sequences (copies, n, T), their tokens drawn from the model's predictions p(x_t | x_<t) in tokens (n, T).
+    """Return sequences (n, T) whose tokens are drawn from the model's predictions in tokens (n, T), and None.
 
-    Each draw is given the tokens of the original sequence, not earlier draws, so that one pass over the layers serves
-    all of them. The first token stays. uniform: (copies, n, T), decides on the token drawn at each place.
+    Each draw is from p(x_t | x_<t) given the tokens of the original sequence, not earlier draws, so that one pass over
+    the layers serves all of them. The first token stays. uniform: (n, T), decides on the token drawn at each place.
     """
     stream = execution.embed(tokens)
     run_layers(execution.model, execution.family, [stream], execution.device, "resampling")
-    copies, _, T = uniform.shape
-    new = tokens.repeat(copies, 1, 1)
+    new = tokens.clone()
     with stream.head(execution.model, execution.family) as head:
         for rows in stream.batches():
             hidden = stream.hidden[rows, :-1].to(execution.device).flatten(0, 1)
-            thresholds = uniform[:, rows, 1:].flatten(1).to(execution.device)
-            parts = zip(hidden.split(SLICE), thresholds.split(SLICE, dim=1), strict=True)
-            found = torch.cat([_draw(head(h), each) for h, each in parts], dim=1)
-            new[:, rows, 1:] = found.to("cpu").view(copies, -1, T - 1)
-    return new
-
-
-def _draw(logits, uniform):
-    """Draw tokens from logits (n, vocabulary). uniform: (copies, n). Returns (copies, n)."""
-    p = wide(logits).softmax(-1)
-    return torch.stack([drawn(p, each) for each in uniform])
+            thresholds = uniform[rows, 1:].flatten().to(execution.device)
+            found = [drawn(wide(head(h)).softmax(-1), each)
+                     for h, each in zip(hidden.split(SLICE), thresholds.split(SLICE), strict=True)]
+            new[rows, 1:] = torch.cat(found).to("cpu").view(-1, tokens.shape[1] - 1)
+    return new, None

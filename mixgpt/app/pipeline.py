@@ -26,7 +26,6 @@ from mixgpt.app import memory, plots, records
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
 from mixgpt.app.memory import Way, retry_with_less_memory
 from mixgpt.app.report import heading, plan_text, result_text
-from mixgpt.app.settings import pruned_on
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import formats, load, run_dir, shards
 from mixgpt.checkpoints.layer_files import LayerFiles
@@ -66,7 +65,7 @@ class Job:
     tokenizer: Any = None
     selected: dict = field(default_factory=dict)  # {(layer, name): (out, in)}, the matrices to change
     calibration: torch.Tensor | None = None  # (N, T)
-    further: torch.Tensor | None = None  # (n, T), synthetic sequences
+    further: torch.Tensor | None = None  # (n, T), synthetic sequences for the Hessians
     distills: bool = False  # as asked for, if there is room
     distilled_on: torch.Tensor | None = None  # (n, T), the tokens that the pruned model is distilled on
     dense_states: torch.Tensor | None = None  # (n, T, C), the dense model's behind its last layer, of `distilled_on`
@@ -100,9 +99,16 @@ class Job:
     @property
     def hessian_tokens(self):
         """The tokens that matrices are pruned on."""
-        if self.further is None:
-            return self.calibration
-        return torch.cat([self.calibration, self.further[pruned_on(self.distills, self.settings.prunem)]])
+        return self.calibration if self.further is None else torch.cat([self.calibration, self.further])
+
+    @property
+    def written(self):
+        """The numbers of synthetic sequences for the Hessians, and for distillation.
+
+        Where the model cannot be distilled, the Hessians take those, too, if any.
+        """
+        number, more = self.settings.written
+        return (number, more) if self.distills or not more else (number + more if number else 0, 0)
 
     def execution(self, way):
         return Execution(self.model, self.family, self.device, way.batch_size, self.clock, way.on_host)
@@ -185,7 +191,7 @@ def check(job):
 
 def _check_room(job):
     """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn."""
-    settings, numel = job.settings, job.settings.nsamples * job.seqlen * (1 + job.settings.synthetic)
+    settings, numel = job.settings, job.seqlen * (job.settings.nsamples + sum(job.settings.written))
     if not settings.draws:
         return
     free = psutil.virtual_memory().available
@@ -232,6 +238,9 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
     if settings.nsamples < distributed.world():
         raise InputError(f"--nsamples {settings.nsamples}: must be at least {distributed.world()}, the number "
                          "of processes")
+    if settings.distill and len(windows := _windows(settings, seqlen)) < distributed.world():
+        raise InputError(f"--distill {settings.distill:g}: gives {len(windows)} pieces of text, must be at least "
+                         f"{distributed.world()}, the number of processes; raise --nsamples")
     if settings.draws:
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
@@ -316,22 +325,24 @@ def announce(job):
         log(settings, f"kernels  --semi-structured is skipped: {reason}")
 
 
+def _windows(settings, seqlen):
+    """Return a tensor of the shape of what the model will be distilled on."""
+    return windows_of(torch.empty(settings.written[1], seqlen, dtype=torch.long), GENERATED)
+
+
 def _plan_distillation(job):
     """Choose whether the model will be distilled at the end: if it can be trained as a whole on every device."""
-    settings, tokens = job.settings, job.calibration
-    if settings.synthetic:
-        tokens = windows_of(tokens.repeat(settings.synthetic, 1), GENERATED)
+    tokens = _windows(job.settings, job.seqlen)
     execution = distill.widened(job.execution(job.way), tokens, job.seqlen)
     job.distills = min(distributed.all_gather_object(distill.room_for(execution, tokens))) > 0
     if not job.distills:
         job.record["distilled"] = "no room"
-        log(settings, f"distill  skipped: the model as a whole cannot be trained in what is free on {job.device}")
+        log(job.settings, f"distill  skipped: the model as a whole cannot be trained in what is free on {job.device}")
 
 
 def _plan_memory(job):
     """Choose how the GPU's memory is used, from counted bytes. Returns a line that says so."""
-    further = job.calibration.repeat(job.settings.synthetic, 1)
-    tokens = torch.cat([job.calibration, further[pruned_on(job.distills, job.settings.prunem)]])
+    tokens = torch.empty(len(job.calibration) + job.written[0], job.seqlen, dtype=torch.long)
     demand = memory.Demand.of(job.model, job.family, job.selected, tokens, job.settings)
     free = min(distributed.all_gather_object(free_memory(job.device)))  # all go the same way
     job.way, needed = memory.fitting(demand, job.way, free)
@@ -385,17 +396,18 @@ def choose_plan(job):
 def _measure(job, way):
     """Measure traces and gradients, and make the plan unless it was saved. Returns the file of the traces, if any."""
     settings, clock, execution, path = job.settings, job.clock, job.execution(way), None
-    if settings.synthetic:
+    number, more = job.written
+    if number + more:
         with clock.part("synthetic"):
-            job.further, how, job.dense_states = synthetic(execution, job.calibration, settings.synthetic,
-                                                           settings.seed)
-        job.record["synthetic"] = how
+            sequences, how, states = synthetic(execution, job.calibration, number + more, settings.seed)
+        job.further, job.record["synthetic"] = sequences[:number] if number else None, how
         if how == RESAMPLED:
             log(settings, f"data     the model as a whole has no room on {job.device}: its synthetic sequences are "
                           "single tokens drawn in place of those of the calibration sequences, not text")
-    if job.distills:
-        job.distilled_on = windows_of(job.further, how) if settings.synthetic else job.calibration
-        if job.dense_states is None:
+    if more:
+        job.distilled_on = windows_of(sequences[number:], how)
+        job.dense_states = None if states is None else states[-len(job.distilled_on):].clone()
+        if states is None:
             with clock.part("distillation"):
                 wide = distill.widened(execution, job.distilled_on, job.seqlen)
                 job.dense_states = distill.dense_states(wide, job.distilled_on)
@@ -471,16 +483,15 @@ def _distill(job, counted, way):
     room = min(distributed.all_gather_object(distill.room_for(execution, job.distilled_on)))
     execution = replace(execution, batch_size=max(room, 1))
 
-    def finish(index, layer, divergences):
+    def finish(index, layer, divergence):
         if run_dir:
             outcomes = {key: outcome for key, outcome in job.outcomes.items() if key[0] == index}
-            run_dir.finish(index, layer, outcomes, None, {"divergence": divergences})
+            run_dir.finish(index, layer, outcomes, None, {"divergence": divergence})
 
     with job.clock.part("distillation"):
         grids = {key: outcome.grid for key, outcome in job.outcomes.items()}
-        divergences = distill.distill(execution, grids, job.distilled_on, job.dense_states, settings.distill,
-                                      settings.seed, finish)
-        job.record["distilled"] = {"divergence": divergences}
+        divergence = distill.distill(execution, grids, job.distilled_on, job.dense_states, settings.seed, finish)
+        job.record["distilled"] = {"divergence": divergence}
         if run_dir:
             run_dir.settle()
     counted.clear()

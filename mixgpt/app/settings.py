@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 TARGETS = ("layer", "dense")
 TOKEN_WEIGHTS = ("equal", "fisher")
 LEAST = {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1, "eval_limit": 1, "limit": 1,
-         "synthetic": 0, "distill": 0, "minlayer": 0, "maxlayer": 0, "prunen": 0, "prunem": 0}
+         "minlayer": 0, "maxlayer": 0, "prunen": 0, "prunem": 0}
 MOST = 2**31 - 1  # of whole numbers: none needs more, and PyTorch's sizes end at 2**63
+MOST_WRITTEN = 100  # synthetic sequences for each calibration sequence
 LONGEST_ID = 200  # characters of a hub id; the hub takes 96 on each side of the slash
 MOST_SEED = 2**64 - 1  # as PyTorch's
 PRESETS = {  # complete recipes; explicit flags override them
@@ -25,30 +27,22 @@ PRESETS = {  # complete recipes; explicit flags override them
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
-             "percdamp": 0.1, "synthetic": 1, "distill": 1},
+             "percdamp": 0.1, "synthetic": 0.5, "distill": 0.5},
 }
 
 
 def recipe(preset, prunem=0, wbits=16, groupsize=-1):
     """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
 
-    In n:m all matrices and rows have one sparsity, so best needs no gradients. Columns are quantized in the order of
-    activation unless their groups would have to be stored.
+    In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more synthetic
+    sequences. Columns are quantized in the order of activation unless their groups would have to be stored.
     """
     chosen = dict(PRESETS[preset])
     if preset == "best" and prunem:
-        chosen |= {"sparsity_way": "uniform", "saliency": "obs"}
+        chosen |= {"sparsity_way": "uniform", "saliency": "obs", "synthetic": 1.0}
     if preset == "best" and wbits < 16:
         chosen |= {"mse": True} | ({"act_order": True} if groupsize == -1 else {})
     return chosen
-
-
-def pruned_on(distill, prunem):
-    """Return which synthetic sequences, a slice, the Hessians are of besides calibration.
-
-    Of those that the model is distilled on every second one; in n:m, where no gradients take time, all.
-    """
-    return slice(None, None, 2 if distill and not prunem else 1)
 
 
 # What an option affects.
@@ -154,11 +148,11 @@ class Settings:
     nearest: bool = option(False, METHOD, "round to nearest without calibration (the baseline)")
 
     nsamples: int = option(128, RESULT, "calibration sequences", group="calibration")
-    synthetic: int = option(0, METHOD,
-        "sequences that the dense model writes for each of these, for the Hessians beside them and for --distill")
-    distill: int = option(0, METHOD,
-        "passes over these, or over the synthetic ones if there are any, in which the kept weights, or with --wbits "
-        "the scales of their grids, are trained at the end to predict what the dense model does")
+    synthetic: float = option(0.0, METHOD,
+        "sequences that the dense model writes for each of these, for the Hessians beside them; 0.5: for every second")
+    distill: float = option(0.0, METHOD,
+        "further ones, likewise, on which the kept weights, or with --wbits the scales of their grids, are trained at "
+        "the end to predict what the dense model does")
     seqlen: int | None = option(None, RESULT,
         "tokens per sequence, in calibration and evaluation (default: 2048, or the model's limit if that is lower)",
         type=int)
@@ -246,6 +240,9 @@ class Settings:
         for flag, value in {"--alpha": self.alpha, "--percdamp": self.percdamp}.items():
             if not 0 <= value <= 1:
                 raise InputError(f"{flag} {value:g}: must lie between 0 and 1")
+        for flag, value in {"--synthetic": self.synthetic, "--distill": self.distill}.items():
+            if not 0 <= value <= MOST_WRITTEN:
+                raise InputError(f"{flag} {value:g}: must lie between 0 and {MOST_WRITTEN}")
         check_seed(self.seed)
         for name, least in LEAST.items():
             value = getattr(self, name)
@@ -268,7 +265,7 @@ class Settings:
     def _check_solver(self):
         given = {f"--solver {self.solver}": self.solver != "obs", "--target dense": self.target == "dense",
                  "--token_weights fisher": self.token_weights == "fisher",
-                 f"--synthetic {self.synthetic}": self.synthetic > 0, f"--distill {self.distill}": self.distill > 0}
+                 f"--synthetic {self.synthetic:g}": self.synthetic > 0, f"--distill {self.distill:g}": self.distill > 0}
         for flag in (flag for flag, is_given in given.items() if is_given and not self.calibrates):
             raise InputError(f"{flag}: needs calibration, --sparsity, --prunen or --wbits without --gmp and --nearest")
         if self.solver != "obs" and not self.prunes:
@@ -352,6 +349,11 @@ class Settings:
     def draws(self):
         """Whether calibration sequences are drawn."""
         return self.mixed or self.weighs or self.calibrates
+
+    @property
+    def written(self):
+        """The numbers of synthetic sequences for the Hessians, and for distillation."""
+        return tuple(math.ceil(round(share * self.nsamples, 6)) for share in (self.synthetic, self.distill))
 
     @property
     def method(self):

@@ -19,7 +19,7 @@ from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE, Stream, free_memory, linears, on_device, run_layers
 
-STEPS = 16  # in a pass over the sequences, at most
+STEPS = 16  # at most
 SMALLEST = 1024  # tokens of a step, if there are as many: gradients of fewer are too noisy for the rate
 RATE = 2.5e-3  # most that a step changes a matrix, as a fraction of the root mean square of its kept weights
 SCALES_RATE = 1e-2  # and the scales of its grids, as root mean square of the fractions
@@ -67,15 +67,15 @@ def room_for(execution, tokens):
 
 
 @fast_linears()
-def distill(execution, chosen, tokens, dense, passes, seed, finish=None):
+def distill(execution, chosen, tokens, dense, seed, finish=None):
     """Train the chosen matrices, and the norms and biases of their layers, in place.
 
     execution: a modelutils.Execution of the pruned model, which is on the device as a whole meanwhile. chosen:
     {(layer, name): quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid,
-    its scales, which change in place at the end. tokens: (N, T). dense: `dense_states` of these. passes: over the
-    sequences, in an order drawn by the seed. finish: called at the end with (index, layer, result) for each layer up to
-    the last of the chosen ones, while it is on the device. Returns the mean divergence KL(p ‖ q) per token in each
-    pass, in nats. Raises InputError if it or a weight is not finite.
+    its scales, which change in place at the end. tokens: (N, T), each read once, in an order drawn by the seed. dense:
+    `dense_states` of these. finish: called at the end with (index, layer, result) for each layer up to the last of the
+    chosen ones, while it is on the device. Returns the mean divergence KL(p ‖ q) per token, in nats. Raises InputError
+    if it or a weight is not finite.
     """
     model, device, layers = execution.model, execution.device, execution.layers
     mine, size = range(len(tokens))[distributed.share(len(tokens))], _per_step(tokens)
@@ -87,7 +87,7 @@ def distill(execution, chosen, tokens, dense, passes, seed, finish=None):
                               device, on_host=execution.on_host)
         grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
         states = [_Scales(weight, grids[weight]) if weight in grids else _Weight(weight) for weight in weights]
-        steps = [rows for _ in range(passes) for rows in _shuffled(len(mine), size, count, generator)]
+        steps = _shuffled(len(mine), size, count, generator)
         with stream.head(model, execution.family) as head, progress.bar(steps, title="distilling", unit="step") as bar:
             for number, rows in enumerate(bar, 1):
                 divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
@@ -100,10 +100,10 @@ def distill(execution, chosen, tokens, dense, passes, seed, finish=None):
         for state in states:
             if isinstance(state, _Scales):
                 state.grid.scale.copy_(state.scale)
-        means = torch.tensor(found).view(passes, -1).mean(1).tolist()
+        mean = sum(found) / len(found)
         for index in range(1 + max(index for index, _ in chosen) if finish else 0):
-            finish(index, layers[index], means)
-    return means
+            finish(index, layers[index], mean)
+    return mean
 
 
 def _most(tokens):

@@ -165,13 +165,13 @@ def test_a_recipe_is_named_by_its_choices(options, name):
     ("sparsegpt", ["--sparsity", ".5"], {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs"}),
     ("mixgpt", ["--sparsity", ".5"], {"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}),
     ("best", ["--sparsity", ".5"], {"sparsity_way": "global", "saliency": "fisher", "solver": "admm",
-                                    "target": "dense", "alpha": 0.15, "percdamp": 0.1, "synthetic": 1,
-                                    "distill": 1}),
+                                    "target": "dense", "alpha": 0.15, "percdamp": 0.1, "synthetic": 0.5,
+                                    "distill": 0.5}),
     ("best", ["--prunen", "2", "--prunem", "4"],
-     {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "percdamp": 0.1, "synthetic": 1, "distill": 1}),
+     {"sparsity_way": "uniform", "solver": "admm", "target": "dense", "percdamp": 0.1, "synthetic": 1, "distill": 0.5}),
     ("best", ["--sparsity", ".5", "--alpha", ".2", "--solver", "obs", "--wbits", "4"],
-     {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1, "synthetic": 1, "distill": 1, "mse": True,
-      "act_order": True}),
+     {"alpha": 0.2, "solver": "obs", "saliency": "fisher", "percdamp": 0.1, "synthetic": 0.5, "distill": 0.5,
+      "mse": True, "act_order": True}),
     ("best", ["--sparsity", ".5", "--wbits", "3", "--groupsize", "16", "--distill", "0", "--no-mse"],
      {"solver": "admm", "target": "dense", "distill": 0, "mse": False, "act_order": False}),
 ])
@@ -184,7 +184,7 @@ def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expec
         flags += ["--alpha", ".15"] if number and preset == "best" and "--alpha" not in [*flags, *amount] else []
         flags += ["--target", "dense"] if number and "obs" in amount else []
         flags += ["--sparsity_way", "global"] if number and "obs" in amount else []
-        flags += ["--saliency", "fisher", "--sparsity_way", "global", "--percdamp", ".1", "--synthetic", "1"] if (
+        flags += ["--saliency", "fisher", "--sparsity_way", "global", "--percdamp", ".1", "--synthetic", ".5"] if (
             number and "--no-mse" in amount) else []
         assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *amount, *flags, *SMALL,
                    "--save", folder) == 0
@@ -392,8 +392,11 @@ BAD = {
     "distillation without calibration": (
         "{opt} builtin --sparsity .5 --gmp --distill 1", "--distill 1: needs calibration"),
     "distillation of a dense model": ("{opt} builtin --distill 1", "--distill 1: needs calibration"),
-    "less than no distillation": ("{opt} builtin --sparsity .5 --distill -1", "--distill -1: must be at least 0"),
-    "less than no synthetic text": ("{opt} builtin --sparsity .5 --synthetic -1", "--synthetic -1: must be at least 0"),
+    "less than no distillation": ("{opt} builtin --sparsity .5 --distill -1", "--distill -1: must lie between 0 and"),
+    "endless distillation": ("{opt} builtin --sparsity .5 --distill inf", "--distill inf: must lie between 0 and 100"),
+    "no number of synthetic sequences": (
+        "{opt} builtin --sparsity .5 --synthetic nan", "--synthetic nan: must lie between 0 and 100"),
+    "less than no synthetic text": ("{opt} builtin --sparsity .5 --synthetic -1", "--synthetic -1: must lie between"),
     "solver of nothing to prune": (
         "{opt} builtin --wbits 4 --solver admm", "--solver admm: is a pruning solver, needs --sparsity"),
     "isc without a walk": (
@@ -517,35 +520,44 @@ def test_matrices_are_pruned_on_calibration_and_synthetic_sequences(room, how, c
     family, model = FAMILIES["llama"][0], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
     execution = Execution(model, family, CPU, 2)
     tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, tokenizer)
-    further, *_ = synthetic.synthetic(execution, tokens, 2, 0)
+    further, *_ = synthetic.synthetic(execution, tokens, 8, 0)
     prune_layerwise(execution, make_plan(select(model, family), Target(0.5)), torch.cat([tokens, further]), Recipe())
     for key, tensor in saved_tensors(folder).items():
         assert torch.equal(tensor, model.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("further", [[], ["--synthetic", "1"]])
-def test_a_pruned_model_is_distilled_on_synthetic_sequences_if_there_are_any(further, checkpoint_folder, tmp_path,
-                                                                             tokenizer, capsys):
+@pytest.mark.parametrize("number, more", [(0, 3), (2, 2), (4, 2)])
+def test_a_pruned_model_is_distilled_on_synthetic_sequences_of_its_own(number, more, checkpoint_folder, tmp_path,
+                                                                       tokenizer, capsys):
     """The saved weights are those of the library's parts in turn, and the record tells how far both models differ."""
     folder = tmp_path / "saved"
-    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--distill", "2",
-               *further, *SMALL, "--save", folder) == 0
-    assert f"SparseGPT ({'synthetic text, ' if further else ''}distilled)" in capsys.readouterr().out
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--distill",
+               str(more / 4), *(["--synthetic", str(number / 4)] if number else []), *SMALL, "--save", folder) == 0
+    output = capsys.readouterr().out
+    assert f"SparseGPT ({'synthetic text, ' if number else ''}distilled)" in output
+    assert f"4 sequences of 32 tokens, {number + more} synthetic ones, seed 0" in output
     family, model = FAMILIES["llama"][0], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
     execution = Execution(model, family, CPU, 2)
     tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, tokenizer)
-    written, _, dense = synthetic.synthetic(execution, tokens, 1, 0) if further else (tokens, None, None)
-    assert (dense is not None) == bool(further)  # where text is written, its hidden states are known
-    dense = distill.dense_states(execution, written) if dense is None else dense
+    written, _, dense = synthetic.synthetic(execution, tokens, number + more, 0)
     plan = make_plan(select(model, family), Target(0.5))
-    prune_layerwise(execution, plan, torch.cat([tokens, written[::2]]) if further else tokens, Recipe())
+    prune_layerwise(execution, plan, torch.cat([tokens, written[:number]]), Recipe())
     zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
-    divergences = distill.distill(execution, dict.fromkeys(plan), written, dense, 2, 0)
+    divergence = distill.distill(execution, dict.fromkeys(plan), written[number:], dense[number:], 0)
     record = json.loads((folder / "mixgpt.json").read_text())
-    assert record["distilled"] == {"divergence": divergences}
+    assert record["distilled"] == {"divergence": divergence}
     assert record["settings"]["true_sequential"] and record["settings"]["batch_size"] == 2  # as pruned
     for key, tensor in saved_tensors(folder).items():
         assert torch.equal(tensor, model.state_dict()[key]) and torch.equal(tensor == 0, zeros[key]), key
+
+
+def test_without_room_for_training_the_hessians_take_all_synthetic_sequences(checkpoint_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "room_for", lambda execution, tokens: 0)
+    for name, options in {"with": ["--distill", ".5", "--synthetic", ".5"], "without": ["--synthetic", "1"]}.items():
+        assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *options, *SMALL,
+                   "--save", tmp_path / name) == 0
+    one, other = (saved_tensors(tmp_path / name) for name in ("with", "without"))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
 def test_a_model_that_cannot_be_trained_as_a_whole_stays_as_pruned(checkpoint_folder, tmp_path, monkeypatch, capsys):

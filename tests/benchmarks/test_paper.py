@@ -199,6 +199,8 @@ def test_estimates_go_by_the_cells_that_were_measured(monkeypatch):
     written = Settings("m", "c4", nsamples=2, sparsity=0.5, synthetic=1)
     assert operations(written, size) - operations(pruned, size) == (forward + 20) * 64 + 2 * forward * 64 + (
         64 * 64 + 16 * 64)
+    distilled = Settings("m", "c4", nsamples=2, sparsity=0.5, distill=0.5)  # written, then forward and back
+    assert operations(distilled, size) - operations(pruned, size) == 32 * (forward + 20 + 3 * forward + 80)
     done = [("dense", operations(dense, size), 3.0), ("sparsegpt", operations(pruned, size), 8.0)]
     assert estimate(pruned, size, "sparsegpt", done, False) == pytest.approx(8.0)
     assert estimate(dense, size, "dense", done[:1], False) == pytest.approx(3.0)
