@@ -27,7 +27,7 @@ PRESETS = {  # complete recipes; explicit flags override them
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
-             "percdamp": 0.1, "synthetic": 0.5, "distill": 0.5},
+             "percdamp": 0.1, "synthetic": 0.5, "distill": 1.0},
 }
 
 
@@ -35,13 +35,14 @@ def recipe(preset, prunem=0, wbits=16, groupsize=-1):
     """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
 
     In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more synthetic
-    sequences. Columns are quantized in the order of activation unless their groups would have to be stored.
+    sequences. Grids have few scales to learn. Columns are quantized in the order of activation unless their groups
+    would have to be stored.
     """
     chosen = dict(PRESETS[preset])
     if preset == "best" and prunem:
         chosen |= {"sparsity_way": "uniform", "saliency": "obs", "synthetic": 1.0}
     if preset == "best" and wbits < 16:
-        chosen |= {"mse": True} | ({"act_order": True} if groupsize == -1 else {})
+        chosen |= {"distill": 0.5, "mse": True} | ({"act_order": True} if groupsize == -1 else {})
     return chosen
 
 

@@ -327,6 +327,6 @@ def test_targets_and_methods_are_settings_of_runs():
                 settings = Settings("m", "c4", **options_of(method, target))
                 assert settings.prunes == ("%" in target) and settings.quantizes == ("bit" in target)
                 assert not settings.prunes or target.startswith(f"{settings.sparsity:.0%}")
-    assert options_of("best", "50%+4bit") == PRESETS["best"] | {"sparsity": 0.5, "wbits": 4, "mse": True,
-                                                                "act_order": True}
+    assert options_of("best", "50%+4bit") == PRESETS["best"] | {"sparsity": 0.5, "wbits": 4, "distill": 0.5,
+                                                                "mse": True, "act_order": True}
     assert options_of("gptq", "3bit") == {"wbits": 3}
