@@ -141,7 +141,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _TrainedLinear(torch.autograd.Function):
-    """A linear map, differentiable once, with respect to its weight and bias, too."""
+    """A linear map, differentiable any number of times, with respect to its weight and bias, too."""
 
     @staticmethod
     def forward(ctx, X, W, bias):
@@ -149,13 +149,17 @@ class _TrainedLinear(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(X, W, bias, "none", [], "")
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         (X, W), rows = ctx.saved_tensors, gradient.reshape(-1, gradient.shape[-1])
         at_X, at_W, at_bias = ctx.needs_input_grad
-        return (times_transposed(rows, W.t()).view_as(X) if at_X else None,
-                times_transposed(rows.t(), X.reshape(-1, X.shape[-1]).t()) if at_W else None,
+        multiply = _product if torch.is_grad_enabled() else times_transposed  # for second derivatives
+        return (multiply(rows, W.t()).view_as(X) if at_X else None,
+                multiply(rows.t(), X.reshape(-1, X.shape[-1]).t()) if at_W else None,
                 rows.sum(0) if at_bias else None)
+
+
+def _product(A, B):
+    return A @ B.t()
 
 
 class _Linears(TorchFunctionMode):

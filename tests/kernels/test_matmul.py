@@ -134,3 +134,18 @@ def test_second_derivatives_with_respect_to_the_input():
         found = curvature()
     Y, W = linear(X).detach(), linear.weight
     torch.testing.assert_close(found, 6 * Y * (v @ W.t()) @ W)
+
+
+@needs_onednn
+def test_second_derivatives_with_respect_to_trained_weights():
+    """As the Hutchinson estimate takes them: of the gradient's product with a probe."""
+    linear, X, v = torch.nn.Linear(6, 3), random(4, 6).requires_grad_(), random(3, 6, seed=1)
+
+    def products():
+        at_W, at_X = torch.autograd.grad(linear(X).pow(3).sum(), [linear.weight, X], create_graph=True)
+        return torch.autograd.grad((at_W * v).sum() + at_X.sum(), [linear.weight, linear.bias, X])
+
+    with fast_linears():
+        found = products()
+    for ours, theirs in zip(found, products(), strict=True):
+        torch.testing.assert_close(ours, theirs)
