@@ -240,7 +240,7 @@ def count(shape, method, tokens, batch_size, layers):
         wide = distill.widened(whole, windows, T)
         distills = more and distill.room_for(wide, windows) > 0
         if not distills:
-            number, more = number + more, 0
+            number, more = min(number + more, max(number, len(tokens))), 0
         together = torch.cat([tokens, torch.zeros(number, T, dtype=torch.long)])
         demand = memory.Demand.of(model, family, selected, together, settings)
         way, needed = memory.fitting(demand, memory.Way(batch_size, on_host=False, two_passes=False), MEMORY)

@@ -105,10 +105,12 @@ class Job:
     def written(self):
         """The numbers of synthetic sequences for the Hessians, and for distillation.
 
-        Where the model cannot be distilled, the Hessians take those, too, if any.
+        Where the model cannot be distilled, the Hessians take of those, too, up to one for each calibration sequence.
         """
         number, more = self.settings.written
-        return (number, more) if self.distills or not more else (number + more if number else 0, 0)
+        if self.distills or not number:
+            return number, more if self.distills else 0
+        return min(number + more, max(number, self.settings.nsamples)), 0
 
     def execution(self, way):
         return Execution(self.model, self.family, self.device, way.batch_size, self.clock, way.on_host)

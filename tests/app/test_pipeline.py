@@ -551,9 +551,13 @@ def test_a_pruned_model_is_distilled_on_synthetic_sequences_of_its_own(number, m
         assert torch.equal(tensor, model.state_dict()[key]) and torch.equal(tensor == 0, zeros[key]), key
 
 
-def test_without_room_for_training_the_hessians_take_all_synthetic_sequences(checkpoint_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("share, more, together", [(".5", ".5", "1"), (".25", ".25", ".5"), (".5", "2", "1"),
+                                                   ("1.5", "1", "1.5")])
+def test_without_room_for_training_the_hessians_take_its_sequences(share, more, together, checkpoint_folder, tmp_path,
+                                                                   monkeypatch):
     monkeypatch.setattr(distill, "room_for", lambda execution, tokens: 0)
-    for name, options in {"with": ["--distill", ".5", "--synthetic", ".5"], "without": ["--synthetic", "1"]}.items():
+    for name, options in {"with": ["--distill", more, "--synthetic", share], "without": ["--synthetic", together]
+                          }.items():
         assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *options, *SMALL,
                    "--save", tmp_path / name) == 0
     one, other = (saved_tensors(tmp_path / name) for name in ("with", "without"))
