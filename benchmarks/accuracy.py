@@ -12,7 +12,6 @@ Seconds are those of pruning with the sensitivities or outliers it rests on, whi
 
 import argparse
 import copy
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from mixgpt.allocation.global_threshold import global_plan
 from mixgpt.allocation.plan import Budget, by_matrix
 from mixgpt.allocation.synthetic import GENERATED, synthetic, windows_of
 from mixgpt.allocation.traces import Sampling, Traces, hessian_traces, matrices_of
-from mixgpt.app.settings import PRESETS, recipe, text
+from mixgpt.app.settings import PRESETS, recipe, text, written
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
@@ -153,17 +152,17 @@ def by_admm(calibration, model, plan, scheme):
     """Prune as --preset best does. Returns what it rests on."""
     prunem, execution, N = next(iter(plan.values())).prunem, calibration.execution(model), len(calibration.tokens)
     chosen = recipe("best", prunem, scheme.wbits if scheme else 16)
-    number, more = (math.ceil(chosen[name] * N) for name in ("synthetic", "distill"))
+    number, more = written(chosen["synthetic"], chosen["distill"], N)
     sequences, states = calibration.written(number + more)
     outcomes = prune_layerwise(execution, plan, torch.cat([calibration.tokens, sequences[:number]]), Recipe(
         admm, WalkOptions(scheme=scheme and replace(scheme, mse=chosen["mse"])), chosen["percdamp"],
         chosen.get("act_order", False), dense_target=True,
         row_weights=None if prunem else calibration.gradients.rows, title="ADMM"))
     windows = windows_of(sequences[number:], GENERATED)
-    wide = widened(execution, windows, sequences.shape[1])
-    execution = calibration.execution(calibration.model)
-    dense = dense_states(execution, windows) if states is None else states[-len(windows):]
-    distill(wide, {key: found.grid for key, found in outcomes.items()}, windows, dense, calibration.seed)
+    dense, wide = (widened(each, windows, sequences.shape[1]) for each in (
+        calibration.execution(calibration.model), execution))
+    wanted = dense_states(dense, windows) if states is None else states[-len(windows):]
+    distill(wide, {key: found.grid for key, found in outcomes.items()}, windows, wanted, calibration.seed)
     return [f"{number + more} synthetic"]
 
 

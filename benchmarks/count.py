@@ -235,12 +235,11 @@ def count(shape, method, tokens, batch_size, layers):
             columns, "fastest", lambda *_: walk_columns), mock.patch.object(
             selection, "fastest", lambda *_: mark_smallest):
         whole = Execution(skeleton(shape, SHAPES[shape][2])[1], family, CUDA, batch_size)
-        (number, more), T = settings.written, tokens.shape[1]
-        windows = synthetic.windows_of(torch.zeros(more, T, dtype=torch.long), synthetic.GENERATED)
+        T = tokens.shape[1]
+        windows = synthetic.windows_of(torch.zeros(settings.written()[1], T, dtype=torch.long), synthetic.GENERATED)
         wide = distill.widened(whole, windows, T)
-        distills = more and distill.room_for(wide, windows) > 0
-        if not distills:
-            number, more = min(number + more, max(number, len(tokens))), 0
+        distills = len(windows) > 0 and distill.room_for(wide, windows) > 0
+        number, more = settings.written(distills)
         together = torch.cat([tokens, torch.zeros(number, T, dtype=torch.long)])
         demand = memory.Demand.of(model, family, selected, together, settings)
         way, needed = memory.fitting(demand, memory.Way(batch_size, on_host=False, two_passes=False), MEMORY)

@@ -37,7 +37,7 @@ class Size:
 
 def operations(settings, size):
     """Count the floating-point operations of a run, but for sensitivities."""
-    drawn, further, trained = (number * size.seqlen for number in (settings.nsamples, *settings.written))
+    drawn, further, trained = (number * size.seqlen for number in (settings.nsamples, *settings.written()))
     tokens = drawn + further
     total = (size.forward + 2 * size.head) * (size.tested + further + trained)
     total += (3 * size.forward + 8 * size.head) * trained

@@ -103,14 +103,8 @@ class Job:
 
     @property
     def written(self):
-        """The numbers of synthetic sequences for the Hessians, and for distillation.
-
-        Where the model cannot be distilled, the Hessians take of those, too, up to one for each calibration sequence.
-        """
-        number, more = self.settings.written
-        if self.distills or not number:
-            return number, more if self.distills else 0
-        return min(number + more, max(number, self.settings.nsamples)), 0
+        """The numbers of synthetic sequences for the Hessians, and for distillation."""
+        return self.settings.written(self.distills)
 
     def execution(self, way):
         return Execution(self.model, self.family, self.device, way.batch_size, self.clock, way.on_host)
@@ -193,7 +187,7 @@ def check(job):
 
 def _check_room(job):
     """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn."""
-    settings, numel = job.settings, job.seqlen * (job.settings.nsamples + sum(job.settings.written))
+    settings, numel = job.settings, job.seqlen * (job.settings.nsamples + sum(job.settings.written()))
     if not settings.draws:
         return
     free = psutil.virtual_memory().available
@@ -329,7 +323,7 @@ def announce(job):
 
 def _windows(settings, seqlen):
     """Return a tensor of the shape of what the model will be distilled on."""
-    return windows_of(torch.empty(settings.written[1], seqlen, dtype=torch.long), GENERATED)
+    return windows_of(torch.empty(settings.written()[1], seqlen, dtype=torch.long), GENERATED)
 
 
 def _plan_distillation(job):

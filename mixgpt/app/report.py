@@ -128,7 +128,7 @@ def heading(job):
     lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(job.selected)).items()]
     if job.calibration is not None:
         lines.append(f"data     {settings.dataset}: {len(job.calibration)} sequences of {job.seqlen} tokens, "
-                     + (f"{sum(settings.written)} synthetic ones, " if any(settings.written) else "")
+                     + (f"{sum(settings.written())} synthetic ones, " if any(settings.written()) else "")
                      + f"seed {settings.seed}, batches of {settings.batch_size}")
     return "\n".join(lines)
 

@@ -46,6 +46,18 @@ def recipe(preset, prunem=0, wbits=16, groupsize=-1):
     return chosen
 
 
+def written(synthetic, distill, nsamples, distills=True):
+    """Return the numbers of synthetic sequences for the Hessians, and for distillation.
+
+    distills: whether there is room for that. If not, the Hessians take of those, too, up to one for each calibration
+    sequence.
+    """
+    number, more = (math.ceil(round(share * nsamples, 6)) for share in (synthetic, distill))
+    if distills or not number:
+        return number, more if distills else 0
+    return min(number + more, max(number, nsamples)), 0
+
+
 # What an option affects.
 RESULT = "result"  # the result: must match for --resume, distinguished in plots
 METHOD = "method"  # the result, already shown in plots as method, sparsity or range over seeds
@@ -351,10 +363,9 @@ class Settings:
         """Whether calibration sequences are drawn."""
         return self.mixed or self.weighs or self.calibrates
 
-    @property
-    def written(self):
-        """The numbers of synthetic sequences for the Hessians, and for distillation."""
-        return tuple(math.ceil(round(share * self.nsamples, 6)) for share in (self.synthetic, self.distill))
+    def written(self, distills=True):
+        """The numbers of synthetic sequences, as `written`."""
+        return written(self.synthetic, self.distill, self.nsamples, distills)
 
     @property
     def method(self):

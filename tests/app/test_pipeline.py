@@ -564,6 +564,14 @@ def test_without_room_for_training_the_hessians_take_its_sequences(share, more, 
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
+def test_each_process_needs_text_to_distill_on(checkpoint_folder, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline.distributed, "world", lambda: 4)
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--distill", ".5",
+               *SMALL) == 2
+    assert capsys.readouterr().err == ("llama.py: error: --distill 0.5: gives 2 pieces of text, must be at least 4, "
+                                       "the number of processes; raise --nsamples\n")
+
+
 def test_a_model_that_cannot_be_trained_as_a_whole_stays_as_pruned(checkpoint_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distill, "room_for", lambda execution, tokens: 0)
     for name, options in {"with": ["--distill", "1"], "without": []}.items():
