@@ -22,14 +22,19 @@ from mixgpt.allocation.global_threshold import InverseDiagonals, inverse_diagona
 from mixgpt.common import distributed, progress
 from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.matmul import fast_linears
+from mixgpt.modeling.attention import fast_attention
 from modelutils import SLICE, hooked, linears
+
+LOUDEST = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: what is more in one of them does not count in G
+ROUNDING = 1e-9  # of a sequence's loudest token: less than that is none
+TEMPER = 0.7  # exponent of G within a matrix
 
 
 @dataclass(frozen=True)
 class Gradients:
     """Mean squared gradients of the loss w.r.t. matrix outputs y, {(layer, name): float32 tensor on the host}."""
 
-    rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens
+    rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens, as `output_gradients` evens it out
     tokens: dict  # (n, T): ‖∂L/∂y‖² per token of this process's sequences, divided by its mean over all processes
     diagonals: dict | None = None  # (in,): [(H + λI)⁻¹]_cc of the inputs, if measured
 
@@ -47,8 +52,10 @@ def output_gradients(execution, matrices, tokens, seed, percdamp=None):
     """Measure the `Gradients` of the loss w.r.t. matrix outputs, with labels sampled from the model's predictions.
 
     If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
-    output factor in K-FAC (arXiv 1503.05671). execution: a modelutils.Execution. matrices: list of (layer, name).
-    tokens: (N, T). percdamp: also measure `inverse_diagonals`: on the way, if all sequences fit in one chunk.
+    output factor in K-FAC (arXiv 1503.05671). Few tokens tell it roughly: loud ones are cut to LOUDEST times the mean,
+    and the exponent TEMPER brings the entries of a matrix closer to each other. execution: a modelutils.Execution.
+    matrices: list of (layer, name). tokens: (N, T). percdamp: also measure `inverse_diagonals`: on the way, if all
+    sequences fit in one chunk.
     """
     N, T = tokens.shape
     mine, most = range(N)[distributed.share(N)], -(-N // distributed.world())
@@ -62,24 +69,41 @@ def output_gradients(execution, matrices, tokens, seed, percdamp=None):
 
     def measure(column, X, Y):
         squares = wide(Y).square()
-        sums[column] += squares.sum(dim=(0, 1))
-        return squares.sum(2)
+        energies = squares.sum(2)
+        sums[column] += torch.mv(squares.flatten(0, 1).t(), _share_that_counts(energies).flatten())
+        return energies
 
     total = 2 * len(mine) * len(layers)
-    with pinned_memory_freed(execution.device), progress.bar(total=total, title="gradients", unit="step") as bar:
+    with (pinned_memory_freed(execution.device), fast_attention(execution.model, execution.device),
+          progress.bar(total=total, title="gradients", unit="step") as bar):
         for start in range(0, len(mine), size):
             numbers = mine[start:start + size]
             _sampled_backward(Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar),
                               [(seed, n, 0) for n in numbers], measure, energies[:, start:start + size], inputs)
-    means = _means(sums, N * T)
-    shares = [energy / mean.sum() if mean.any() else torch.ones_like(energy)
-              for mean, energy in zip(means, energies, strict=True)]
+    *means, whole = _means([*sums, energies.sum((1, 2)).to(execution.device)], N * T)
+    shares = [energy / mean if mean else torch.ones_like(energy) for mean, energy in zip(whole, energies, strict=True)]
     rows, of_tokens = ({key: value.float() for key, value in zip(matrices, values, strict=True)}
-                       for values in (means, shares))
+                       for values in ([tempered(mean) for mean in means], shares))
     if percdamp is None:
         return Gradients(rows, of_tokens)
     return Gradients(rows, of_tokens, inputs.diagonals if inputs else
                      inverse_diagonals(execution, matrices, tokens, percdamp))
+
+
+def _share_that_counts(energies):
+    """Return how much of each token counts, (B, T), for none to have more than LOUDEST times its sequence's mean.
+
+    energies: (B, T), ‖∂L/∂y‖² of each token; 0 for those not routed to an expert, which are not in the mean.
+    """
+    routed = energies > ROUNDING * energies.amax(1, keepdim=True)
+    mean = energies.sum(1, keepdim=True) / routed.sum(1, keepdim=True).clamp(min=1)
+    return (LOUDEST * mean / energies).nan_to_num(1.0).clamp_(max=1)
+
+
+def tempered(G):
+    """Return G (out,) to the power TEMPER, times what restores its mean."""
+    powers = G ** TEMPER
+    return powers * (G.mean() / powers.mean()).nan_to_num(1.0)
 
 
 def _means(sums, count):

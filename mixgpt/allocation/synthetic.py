@@ -4,18 +4,15 @@ Hessians of few tokens fit what these happen to be; with as many synthetic ones 
 Calibration on synthetic text alone: Williams et al., arXiv 2410.17170.
 """
 
-import contextlib
-
 import psutil
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import GenerationConfig
 
 from mixgpt.allocation.fisher import drawn
 from mixgpt.common import distributed, progress
 from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.matmul import fast_linears
+from mixgpt.modeling.attention import fast_attention
 from modelutils import SLICE, free_memory, hooked, run_layers, whole
 
 WINDOW = 128  # tokens that are generated in one piece: short ones are many, and differ more
@@ -71,8 +68,8 @@ def generated(execution, tokens, uniform):
     starts = [*([T - width] if T % width else []), *range(0, T - width + 1, width)]
     parts = [torch.cat([each[:, start:start + width] for start in starts]) for each in (tokens, uniform)]
     head = execution.model.get_output_embeddings()  # of hidden states with gaps it would multiply each by its own copy
-    with whole(execution.model, execution.family, execution.device), _packed_queries(execution), hooked(
-            {head: torch.Tensor.contiguous}):
+    with (whole(execution.model, execution.family, execution.device), hooked({head: torch.Tensor.contiguous}),
+          fast_attention(execution.model, execution.device)):
         size = _at_a_time(execution, width)
         batches = list(zip(*(part.split(size) for part in parts), strict=True))
         total = len(batches) * width
@@ -84,38 +81,6 @@ def generated(execution, tokens, uniform):
     if T % width:
         return new, None
     return new, torch.cat(states).unflatten(0, (len(starts), n)).transpose(0, 1).flatten(0, 1)
-
-
-@contextlib.contextmanager
-def _packed_queries(execution):
-    """Let `packed_attention` stand in for PyTorch's attention within the block, on a CPU, where it is faster."""
-    model, kind = execution.model, execution.model.config._attn_implementation
-    if execution.device.type != "cpu" or kind != "sdpa":
-        yield
-        return
-    model.set_attn_implementation(PACKED)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(kind)
-
-
-def packed_attention(module, query, key, value, attention_mask, **more):
-    """Attend as `sdpa_attention_forward` does; one new token reads the keys that its heads share only once.
-
-    query: (B, heads, T, d). key, value: (B, key heads, S, d). Returns (B, T, heads, d) and None.
-    """
-    B, heads, T, d = query.shape
-    if T > 1 or attention_mask is not None or key.shape[1] == heads:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
-    packed = query.reshape(B, key.shape[1], -1, d)
-    output = torch.nn.functional.scaled_dot_product_attention(packed, key, value, scale=more.get("scaling"))
-    return output.reshape(B, 1, heads, -1), None
-
-
-PACKED = "packed_sdpa"
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def _at_a_time(execution, width):

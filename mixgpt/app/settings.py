@@ -27,7 +27,7 @@ PRESETS = {  # complete recipes; explicit flags override them
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
-             "percdamp": 0.1, "synthetic": 0.5, "distill": 1.0},
+             "percdamp": 0.1, "synthetic": 0.5, "distill": 0.75},
 }
 
 
@@ -40,7 +40,7 @@ def recipe(preset, prunem=0, wbits=16, groupsize=-1):
     """
     chosen = dict(PRESETS[preset])
     if preset == "best" and prunem:
-        chosen |= {"sparsity_way": "uniform", "saliency": "obs", "synthetic": 1.0}
+        chosen |= {"sparsity_way": "uniform", "saliency": "obs", "synthetic": 0.75, "distill": 1.0}
     if preset == "best" and wbits < 16:
         chosen |= {"distill": 0.5, "mse": True} | ({"act_order": True} if groupsize == -1 else {})
     return chosen

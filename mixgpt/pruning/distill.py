@@ -16,6 +16,7 @@ from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.matmul import fast_linears
+from mixgpt.modeling.attention import fast_attention
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE, Stream, free_memory, linears, on_device, run_layers
 
@@ -82,7 +83,7 @@ def distill(execution, chosen, tokens, dense, seed, finish=None):
     count = -(-_most(tokens) // size)
     generator = seeded(seed, "distillation", distributed.rank())
     found = []
-    with on_device(layers, device), _trained(layers, chosen) as weights:
+    with on_device(layers, device), _trained(layers, chosen) as weights, fast_attention(model, device):
         stream = Stream.embed(model, execution.family, tokens[mine.start:mine.stop], min(execution.batch_size, size),
                               device, on_host=execution.on_host)
         grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
@@ -207,10 +208,10 @@ class _Adafactor:
         """sizes: numbers of rows and of columns, or one shape for each entry."""
         self.squares = [torch.zeros(size, device=device) for size in sizes]
 
-    def change(self, gradient, number, kept):
-        """Turn a gradient, its entries but `kept` being 0, into a change of root mean square 1 at most, in place.
+    def step(self, exact, gradient, number, kept, length):
+        """Change a tensor against its gradient (overwritten), by a root mean square of at most `length`.
 
-        number: of the step, from 1.
+        kept: number of entries that are not always 0. number: of the step, from 1.
         """
         squares = gradient.square()
         for dim, mean in enumerate(self.squares):
@@ -219,7 +220,8 @@ class _Adafactor:
         gradient.mul_(means[-1].rsqrt())
         if len(means) == 2:
             gradient.mul_((means[0].mean() / means[0]).sqrt()[:, None])
-        return gradient.div_((gradient.square().sum() / kept).sqrt().clamp(min=1))
+        size = torch.linalg.vector_norm(gradient) / kept ** 0.5
+        exact.addcmul_(gradient, length / size.clamp(min=1), value=-1)
 
 
 class _Weight:
@@ -228,6 +230,7 @@ class _Weight:
     def __init__(self, weight):
         self.weight, self.exact = weight, weight.detach().to(torch.float32, copy=True)
         self.adafactor = _Adafactor(weight.shape, weight.device)
+        self.kept = weight.numel() if weight.dim() == 1 else self.exact.count_nonzero().clamp_(min=1)
 
     @torch.no_grad()
     def step(self, factor, number):
@@ -238,13 +241,10 @@ class _Weight:
         gradient = torch.zeros_like(self.exact) if self.weight.grad is None else self.weight.grad.float()
         self.weight.grad = None
         distributed.all_reduce(gradient)
-        kept = gradient.numel()
-        if gradient.dim() == 2:
-            gone = self.exact == 0
-            gradient.masked_fill_(gone, 0)
-            kept = (kept - gone.sum()).clamp_(min=1)
-        size = self.exact.square().sum().div_(kept).sqrt_().clamp_(min=LEAST)
-        self.exact.sub_(self.adafactor.change(gradient, number, kept).mul_(RATE * factor * size))
+        if gradient.dim() == 2:  # a mask of floats: with one of booleans this takes many times as long on a CPU
+            gradient.mul_(torch.ne(self.exact, 0, out=torch.empty_like(self.exact)))
+        size = (torch.linalg.vector_norm(self.exact) / self.kept ** 0.5).clamp_(min=LEAST)
+        self.adafactor.step(self.exact, gradient, number, self.kept, RATE * factor * size)
         self.weight.copy_(self.exact)
 
 
@@ -270,6 +270,6 @@ class _Scales:
             gradient = products[:, self.order].view(*gradient.shape, -1).sum(-1)
         self.weight.grad = None
         distributed.all_reduce(gradient)
-        self.exact.sub_(self.adafactor.change(gradient, number, gradient.numel()).mul_(SCALES_RATE * factor))
+        self.adafactor.step(self.exact, gradient, number, gradient.numel(), SCALES_RATE * factor)
         self.scale = (self.before * self.exact.exp()).to(self.weight.dtype)
         self.weight.copy_(self.steps * self.scale[:, self.group])
