@@ -21,8 +21,8 @@ from mixgpt.allocation.backward import (
 from mixgpt.allocation.global_threshold import InverseDiagonals, inverse_diagonals
 from mixgpt.common import distributed, progress
 from mixgpt.common.tensors import seeded, wide
+from mixgpt.kernels.attention import fast_attention
 from mixgpt.kernels.matmul import fast_linears
-from mixgpt.modeling.attention import fast_attention
 from modelutils import SLICE, hooked, linears
 
 LOUDEST = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: what is more in one of them does not count in G

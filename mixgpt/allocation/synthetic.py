@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 from mixgpt.allocation.fisher import drawn
 from mixgpt.common import distributed, progress
 from mixgpt.common.tensors import seeded, wide
+from mixgpt.kernels.attention import fast_attention
 from mixgpt.kernels.matmul import fast_linears
-from mixgpt.modeling.attention import fast_attention
 from modelutils import SLICE, free_memory, hooked, run_layers, whole
 
 WINDOW = 128  # tokens that are generated in one piece: short ones are many, and differ more

@@ -15,8 +15,8 @@ import torch
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.common.tensors import seeded, wide
+from mixgpt.kernels.attention import fast_attention
 from mixgpt.kernels.matmul import fast_linears
-from mixgpt.modeling.attention import fast_attention
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE, Stream, free_memory, linears, on_device, run_layers
 

@@ -7,8 +7,8 @@ import torch
 from conftest import CPU, make
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mixgpt.modeling import attention as module
-from mixgpt.modeling.attention import attend, fast_attention
+from mixgpt.kernels import attention as module
+from mixgpt.kernels.attention import attend, fast_attention
 
 B, T, D = 3, 17, 8
 CAUSAL = SimpleNamespace(is_causal=True, num_key_value_groups=1)
