@@ -22,6 +22,7 @@ from mixgpt.modeling.family import Family
 from mixgpt.modeling.streaming import prefetch
 
 SLICE = 1024  # tokens whose logits are in memory at a time
+CPU_SLICE = 128  # the same where they should stay in the caches of a CPU
 
 
 def model_class(config):

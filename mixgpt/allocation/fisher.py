@@ -23,7 +23,7 @@ from mixgpt.common import distributed, progress
 from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.attention import fast_attention
 from mixgpt.kernels.matmul import fast_linears
-from modelutils import SLICE, hooked, linears
+from modelutils import CPU_SLICE, SLICE, hooked, linears
 
 LOUDEST = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: what is more in one of them does not count in G
 ROUNDING = 1e-9  # of a sequence's loudest token: less than that is none
@@ -161,8 +161,8 @@ def _sampled_gradient(chunk, head, rows, keys):
     hidden = chunk.read(chunk.borders[-1], rows)
     uniform = torch.cat([torch.rand(hidden.shape[1] - 1, generator=seeded(*key, "labels"), dtype=torch.float64)
                          for key in keys]).to(chunk.device)
-    parts = []
-    for h, threshold in zip(hidden[:, :-1].flatten(0, 1).split(SLICE), uniform.split(SLICE), strict=True):
+    parts, size = [], SLICE if hidden.is_cuda else CPU_SLICE
+    for h, threshold in zip(hidden[:, :-1].flatten(0, 1).split(size), uniform.split(size), strict=True):
         with torch.enable_grad():
             logits = head(h.requires_grad_())
         p = wide(logits.detach()).softmax(-1)

@@ -106,9 +106,10 @@ def _continued(execution, windows, uniform, bar):
     def draw(read, logits):
         """Be a logits processor that leaves the drawn token alone. The logits are a copy."""
         bar.update(read.shape[1] < T)
+        logits.index_fill_(1, ends, -torch.inf)
         size = len(logits) if logits.is_cuda else DRAWS
         parts = zip(logits.split(size), uniform[:, min(read.shape[1], T - 1)].contiguous().split(size), strict=True)
-        token = torch.cat([drawn(wide(rows).index_fill(1, ends, -torch.inf).softmax(-1), each) for rows, each in parts])
+        token = torch.cat([drawn(wide(rows).softmax(-1), each) for rows, each in parts])
         return logits.fill_(-torch.inf).scatter_(1, token[:, None], 0)
 
     beyond = execution.model.config.get_text_config().vocab_size  # no token: all windows go on to their ends

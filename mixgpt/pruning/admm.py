@@ -6,6 +6,7 @@ functions here expect columns scaled so that H has a unit diagonal: W √diag(H)
 
 import itertools
 
+import numpy as np
 import torch
 
 from mixgpt.kernels.columns import smallest_per_row
@@ -32,7 +33,7 @@ def keep_mask(scores, targets, fraction=1.0, exact=True, out=None):
         threshold = torch.zeros((), dtype=scores.dtype, device=scores.device)
         if not prunem and not exact:
             sample = part.flatten()[::part.numel() // SAMPLE | 1]  # an odd step, so that all columns are sampled
-            threshold = sample.kthvalue(max(round(fraction * sparsity * len(sample)), 1)).values
+            threshold = _kth_smallest(sample, max(round(fraction * sparsity * len(sample)), 1))
         torch.gt(part, threshold, out=kept)
         if prunem:
             groups = part.reshape(-1, prunem)
@@ -40,6 +41,13 @@ def keep_mask(scores, targets, fraction=1.0, exact=True, out=None):
         elif exact:
             kept.masked_fill_(smallest(part, round(fraction * round(sparsity * part.numel()))), 0)
     return keep
+
+
+def _kth_smallest(sample, k):
+    """Return the k-th smallest of a vector, as a tensor of one value."""
+    if sample.device.type == "cpu":  # numpy takes a fifth of the time
+        return torch.from_numpy(np.partition(sample.numpy(), k - 1)[k - 1:k])
+    return sample.kthvalue(k).values
 
 
 def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):

@@ -18,7 +18,7 @@ from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.attention import fast_attention
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.experts import RoutedLinear
-from modelutils import SLICE, Stream, free_memory, linears, on_device, run_layers
+from modelutils import CPU_SLICE, SLICE, Stream, free_memory, linears, on_device, run_layers
 
 STEPS = 16  # at most
 SMALLEST = 1024  # tokens of a step, if there are as many: gradients of fewer are too noisy for the rate
@@ -28,7 +28,6 @@ WARMUP = 0.1  # share of the steps
 DECAY = 0.95  # of the mean squared gradients, per step
 LEAST = 1e-3  # root mean square of a weight for its rate
 TINY = 1e-30  # least mean square of a gradient
-TOKENS = 128  # whose predictions are in memory at a time on a CPU: these stay in its caches
 
 
 def widened(execution, tokens, T):
@@ -176,7 +175,7 @@ def _divergence(head, hidden, dense):
     head: from hidden states to logits. hidden, dense: (n, C), of the pruned and of the dense model.
     """
     total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-    size = SLICE if hidden.is_cuda else TOKENS
+    size = SLICE if hidden.is_cuda else CPU_SLICE
     for rows in (slice(start, start + size) for start in range(0, len(hidden), size)):
         with torch.enable_grad():
             h = hidden[rows].requires_grad_()

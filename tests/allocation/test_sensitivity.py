@@ -120,7 +120,7 @@ def test_batches_and_chunks_change_nothing(tokens, estimator, all_float64, monke
     model, matrices = model.double(), matrices_of(model, family)
     whole = traces(model, family, matrices, tokens, estimator, batch_size=5)
     monkeypatch.setattr(backward, "BORDERS", 0)
-    monkeypatch.setattr(fisher, "SLICE", 7)
+    monkeypatch.setattr(fisher, "CPU_SLICE", 7)
     monkeypatch.setattr(hutchinson, "SLICE", 7)
     saved = []
     parts = traces(model, family, matrices, tokens, estimator, save=saved.append)

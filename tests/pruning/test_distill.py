@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_divergence_from_the_dense_model(case, monkey
 
     monkeypatch.setattr(module._Weight, "step", keep)
     monkeypatch.setattr(module, "STEPS", 1)
-    monkeypatch.setattr(module, "TOKENS", 7)  # several parts
+    monkeypatch.setattr(module, "CPU_SLICE", 7)  # several parts
     mean = distill(Execution(pruned, family, CPU, 2), chosen, tokens, dense, 0)
     with module._trained(family.layers_of(pruned), chosen) as weights, torch.enable_grad():
         expected = divergence(model, pruned, tokens)
