@@ -497,7 +497,7 @@ def test_help_of_every_script_tells_the_flags(script):
 
 @pytest.mark.parametrize("amount, expected", [
     (["--sparsity", ".5"], [2]), (["--prunen", "2", "--prunem", "4"], []),
-    (["--prunen", "2", "--prunem", "4", "--token_weights", "fisher"], [8])])
+    (["--prunen", "2", "--prunem", "4", "--token_weights", "fisher"], [7])])  # of 4 sequences and 3 synthetic ones
 def test_best_takes_gradients_from_half_of_the_sequences_unless_they_weigh_each_token(amount, expected,
                                                                                       checkpoint_folder, monkeypatch):
     seen, measure = [], pipeline.output_gradients
