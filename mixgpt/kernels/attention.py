@@ -30,9 +30,9 @@ def fast_attention(model, device):
 def attend(module, query, key, value, attention_mask, **more):
     """Attend as `sdpa_attention_forward` does. One new token reads keys that its heads share only once.
 
-    Where gradients are asked for, the scores of short bfloat16 sequences are written out, rounded to bfloat16: this
-    takes a third of the time. query: (B, heads, T, d). key, value: (B, key heads, S, d). Returns (B, T, heads, d) and
-    None.
+    Where gradients are asked for, the scores of short bfloat16 sequences are written out, rounded to bfloat16: with 128
+    tokens this takes 0.4 times as long. query: (B, heads, T, d). key, value: (B, key heads, S, d). Returns
+    (B, T, heads, d) and None.
     """
     B, heads, T, d = query.shape
     usual = attention_mask is None and not more.get("dropout") and all(

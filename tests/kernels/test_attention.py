@@ -7,8 +7,12 @@ import torch
 from conftest import CPU, make
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from mixgpt.allocation.fisher import output_gradients
 from mixgpt.kernels import attention as module
 from mixgpt.kernels.attention import attend, fast_attention
+from mixgpt.pruning.distill import dense_states, distill
+from mixgpt.pruning.targets import select
+from modelutils import Execution
 
 B, T, D = 3, 17, 8
 CAUSAL = SimpleNamespace(is_causal=True, num_key_value_groups=1)
@@ -108,3 +112,16 @@ def test_a_model_attends_so_within_the_block_only(family, monkeypatch):
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
     with fast_attention(model, torch.device("cuda")):
         assert model.config._attn_implementation == kind
+
+
+@pytest.mark.parametrize("work", ["gradients", "distillation"])
+def test_best_attends_so_where_it_needs_gradients(work, monkeypatch):
+    family, model = make("llama")
+    execution, calls, causal = Execution(model.bfloat16(), family, CPU, 2), [], module._causal
+    monkeypatch.setattr(module, "_causal", lambda *given: calls.append(0) or causal(*given))
+    chosen, tokens = list(select(model, family)), torch.randint(0, 90, (2, 9))
+    if work == "gradients":
+        output_gradients(execution, chosen, tokens, 0)
+    else:
+        distill(execution, dict.fromkeys(chosen), tokens, dense_states(execution, tokens), 0)
+    assert len(calls) == len(execution.layers)
