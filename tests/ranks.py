@@ -33,7 +33,7 @@ def made(name, true_sequential, wbits, more=""):
     plan, options = make_plan(selected, Target(0.5)), {}
     walk = WalkOptions(16, isc_saliency, Scheme(wbits) if wbits < 16 else None)
     if more == "best":
-        gradients = output_gradients(execution, list(selected), tokens, 1, 0.01)
+        gradients = output_gradients(execution, list(selected), tokens, 3, 0.01)
         plan = global_plan(execution, selected, gradients.rows, gradients.diagonals, 0.5, 0.15)
         options = {"solver": admm, "dense_target": True, "row_weights": gradients.rows,
                    "token_weights": gradients.tokens}

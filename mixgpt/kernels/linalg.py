@@ -151,6 +151,13 @@ def row_energies(A, H):
     return total
 
 
+def kth_smallest(values, k):
+    """Return the k-th smallest of a vector, as a tensor of one value."""
+    if values.device.type == "cpu":  # numpy selects in a fifth of the time
+        return torch.from_numpy(np.partition(values.numpy(), k - 1)[k - 1:k])
+    return values.kthvalue(k).values
+
+
 def smallest(scores, k):
     """Mark exactly the k smallest scores, even with ties. Returns a mask like `scores`.
 
@@ -162,8 +169,8 @@ def smallest(scores, k):
     if torch.is_tensor(k):
         mask = torch.empty_like(flat, dtype=torch.bool)
         return mask.scatter_(0, flat.argsort(), torch.arange(len(flat), device=flat.device) < k).view_as(scores)
-    if flat.device.type == "cpu" and k:  # numpy selects two to three times faster than topk
-        mask = flat <= np.partition(flat.numpy(), k - 1)[k - 1].item()
+    if flat.device.type == "cpu" and k:  # topk would take two to three times as long
+        mask = flat <= kth_smallest(flat, k)
         if mask.count_nonzero() == k:
             return mask.view_as(scores)
     mask = torch.zeros_like(flat, dtype=torch.bool)

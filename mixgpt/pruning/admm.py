@@ -6,11 +6,10 @@ functions here expect columns scaled so that H has a unit diagonal: W √diag(H)
 
 import itertools
 
-import numpy as np
 import torch
 
 from mixgpt.kernels.columns import smallest_per_row
-from mixgpt.kernels.linalg import smallest
+from mixgpt.kernels.linalg import kth_smallest, smallest
 from mixgpt.kernels.matmul import fine_product_with, rough_product_with, times_transposed
 
 ITERATIONS = 9  # of ADMM
@@ -33,7 +32,7 @@ def keep_mask(scores, targets, fraction=1.0, exact=True, out=None):
         threshold = torch.zeros((), dtype=scores.dtype, device=scores.device)
         if not prunem and not exact:
             sample = part.flatten()[::part.numel() // SAMPLE | 1]  # an odd step, so that all columns are sampled
-            threshold = _kth_smallest(sample, max(round(fraction * sparsity * len(sample)), 1))
+            threshold = kth_smallest(sample, max(round(fraction * sparsity * len(sample)), 1))
         torch.gt(part, threshold, out=kept)
         if prunem:
             groups = part.reshape(-1, prunem)
@@ -41,13 +40,6 @@ def keep_mask(scores, targets, fraction=1.0, exact=True, out=None):
         elif exact:
             kept.masked_fill_(smallest(part, round(fraction * round(sparsity * part.numel()))), 0)
     return keep
-
-
-def _kth_smallest(sample, k):
-    """Return the k-th smallest of a vector, as a tensor of one value."""
-    if sample.device.type == "cpu":  # numpy takes a fifth of the time
-        return torch.from_numpy(np.partition(sample.numpy(), k - 1)[k - 1:k])
-    return sample.kthvalue(k).values
 
 
 def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):

@@ -8,7 +8,7 @@ from test_sparsegpt import hypothesis_settings, random
 
 from mixgpt.kernels import linalg
 from mixgpt.kernels.columns import smallest_per_row
-from mixgpt.kernels.linalg import Packed, smallest, upper_blocks, upper_inverse
+from mixgpt.kernels.linalg import Packed, kth_smallest, smallest, upper_blocks, upper_inverse
 
 small_integers = st.integers(-3, 3).map(float)  # many ties
 
@@ -21,6 +21,11 @@ def test_smallest_marks_the_first_k_of_the_sorted_scores(rows, columns, data):
     mask = smallest(torch.tensor(scores).view(rows, columns), k)
     assert mask.shape == (rows, columns) and mask.dtype == torch.bool
     assert sorted(s for s, marked in zip(scores, mask.flatten().tolist(), strict=True) if marked) == sorted(scores)[:k]
+
+
+def test_the_kth_smallest_with_ties():
+    values = torch.tensor([3.0, 1, 1, 0, 2, 0, 1])
+    assert [kth_smallest(values, k).item() for k in range(1, 8)] == sorted(values.tolist())
 
 
 def test_smallest_reads_scores_in_any_layout():

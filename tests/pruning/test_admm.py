@@ -103,11 +103,6 @@ def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
     assert early.tolist() == [[1, 0, 1, 1], [1, 0, 1, 1]]
 
 
-def test_the_kth_smallest_with_ties():
-    values = torch.tensor([3.0, 1, 1, 0, 2, 0, 1])
-    assert [admm._kth_smallest(values, k).item() for k in range(1, 8)] == sorted(values.tolist())
-
-
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
 def test_a_sample_of_the_scores_tells_about_how_many_go_also_where_columns_differ(fraction):
     scores = torch.rand(1024, 512, generator=torch.Generator().manual_seed(0))
