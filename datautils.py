@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line
 from mixgpt.text import hub, mixture
-from mixgpt.text.local import local_rows, text_column
+from mixgpt.text.local import local_rows, supply, text_column
 from mixgpt.text.own import text_set_of
 from mixgpt.text.tokenizing import as_texts, encode
 
@@ -140,7 +140,7 @@ def load_rows(dataset, part, data_dir):
     split = text_set.test_split if part == "test" else part
     if text_set.code:
         rows, origin = text_set.load()(split)
-    elif data_dir is None or text_set.local is None:
+    elif data_dir is None or not text_set.local:
         rows, origin = hub_rows(dataset, text_set, split)
     else:
         rows, origin = local_rows(dataset, split, data_dir)
@@ -158,9 +158,9 @@ def hub_rows(dataset, text_set, split):
             table = load_dataset(text_set.hub_id, split=split, **options)
     except (DatasetsError, OSError, ValueError) as error:  # ValueError: another configuration is cached
         reason = one_line(error) if online else "the hub cannot be reached and it is not in the cache"
-        supply = f"with --data-dir DIR ({text_set.local.supply})" if text_set.local else "as a file"
+        copy = f"with --data-dir DIR ({supply(dataset, split)})" if text_set.local else "as a file"
         raise InputError(
-            f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy {supply}, or use the dataset "
+            f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy {copy}, or use the dataset "
             "builtin"
         ) from None
     return text_column(table, text_set.hub_id, text_set.column), {"hub": text_set.hub_id, **options}

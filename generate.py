@@ -9,9 +9,8 @@ A model is a checkpoint saved by these scripts in any of their formats, a hub id
 
 import sys
 
-from mixgpt.app import ending
+from mixgpt.app import exit_status
 from mixgpt.app.settings import MOST, Parser, check_model, check_seed, refuse_empty
-from mixgpt.common import environment
 from mixgpt.common.errors import InputError
 
 COLDEST = 1e-6  # temperature; logits divided by less could leave float32
@@ -58,13 +57,12 @@ def _check(given):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, see `ending.run`."""
+    """Run the command line. Returns the exit status, see `exit_status.run`."""
     argv = sys.argv[1:] if argv is None else argv
-    return ending.run("generate.py", argv, lambda: _run(argv), "lower --max_new_tokens, or give --dtype bfloat16")
+    return exit_status.run("generate.py", argv, lambda: _run(argv), "lower --max_new_tokens, or give --dtype bfloat16")
 
 
 def _run(argv):
-    environment.check()
     given = _parse(argv)
     from mixgpt.app.completion import print_completions  # slow import
 

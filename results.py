@@ -8,7 +8,7 @@ python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv
 
 import sys
 
-from mixgpt.app import ending
+from mixgpt.app import exit_status
 from mixgpt.app.comparison import csv_of, draw, read, text_of
 from mixgpt.app.record_files import files_of
 from mixgpt.app.settings import Parser, refuse_empty
@@ -51,9 +51,9 @@ def _read(files, problems):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, see `ending.run`; 2 also after a line about each unusable file."""
+    """Run the command line. Returns the exit status: 2 also after a line about each unusable file."""
     argv = sys.argv[1:] if argv is None else argv
-    return ending.run("results.py", argv, lambda: _run(argv), "give fewer files")
+    return exit_status.run("results.py", argv, lambda: _run(argv), "give fewer files")
 
 
 def _run(argv):
@@ -72,7 +72,7 @@ def _run(argv):
     except InputError as error:
         problems.append(str(error))
     for problem in problems:
-        ending.say(f"results.py: error: {problem}")
+        exit_status.say(f"results.py: error: {problem}")
     return 2 if problems else 0
 
 

@@ -30,7 +30,7 @@ from paper_time import BASIS, Size, estimate, operations
 from peers import registered
 from scores import Scores
 
-from mixgpt.app import ending, pipeline
+from mixgpt.app import exit_status, pipeline
 from mixgpt.app.cli import REMEDY
 from mixgpt.app.settings import Parser, Settings, add_option, texts
 from mixgpt.app.tables import table as text_table
@@ -232,9 +232,9 @@ def _run(argv):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, see `ending.run`."""
+    """Run the command line. Returns the exit status, see `exit_status.run`."""
     argv = sys.argv[1:] if argv is None else argv
-    return ending.run("paper.py", argv, lambda: _run(argv), REMEDY)
+    return exit_status.run("paper.py", argv, lambda: _run(argv), REMEDY)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mixgpt.app import ending
+from mixgpt.app import exit_status
 from mixgpt.app.settings import parse
 from mixgpt.common import environment
 from mixgpt.common.errors import InputError
@@ -17,17 +17,16 @@ RESUME = "what is in the folder of --save goes on with --resume"
 
 
 def main(family, argv=None):
-    """Run a family's command line. Returns the exit status, see `ending.run`.
+    """Run a family's command line. Returns the exit status, see `exit_status.run`.
 
     argv: its arguments (default: sys.argv, including the script's name).
     """
     if argv is None:
         family, argv = replace(family, script=Path(sys.argv[0]).name), sys.argv[1:]
-    return ending.run(family.script, argv, lambda: _run(family, argv), REMEDY)
+    return exit_status.run(family.script, argv, lambda: _run(family, argv), REMEDY)
 
 
 def _run(family, argv):
-    environment.check()
     settings = parse(family, argv)
     settings.check_paths()
     with contextlib.ExitStack() as stack:

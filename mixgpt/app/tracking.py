@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from mixgpt.app import plots
-from mixgpt.app.ending import status_of
+from mixgpt.app.exit_status import status_of
 
 PATIENCE = {"init_timeout": 30, "finish_timeout": 300}  # seconds to wait for an unresponsive server
 

@@ -3,7 +3,8 @@
 import contextlib
 import copy
 import shutil
-from pathlib import Path
+import warnings
+from pathlib import Path, PurePath
 
 import torch
 from transformers import (
@@ -12,27 +13,72 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
-    PreTrainedConfig,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import (
+    CHAT_TEMPLATE_DIR,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    WEIGHTS_INDEX_NAME,
+    cached_file,
+)
 
-from mixgpt.checkpoints import gguf_files, shards, soundness
+from mixgpt.checkpoints import gguf_files, shards
 from mixgpt.checkpoints.formats import SPARSE, load_sparse
 from mixgpt.checkpoints.names import PROGRESS, begun
-from mixgpt.checkpoints.refusals import refusing
 from mixgpt.checkpoints.run_dir import in_use, unused
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import nearest_folder, try_writing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.family import family_of
-from mixgpt.text import hub, tokenizing
+from mixgpt.text import hub
 from modelutils import linears, model_class, text_part
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 NO_CODE = {"trust_remote_code": False}  # otherwise transformers asks on a terminal whether to run it
+# The files whose content, or code, ends up in a saved folder.
+COPIED = ("*.json", "*.jinja", f"{CHAT_TEMPLATE_DIR}/*", "*.model", "*.txt", "*.tiktoken", "*.py")
+BESIDE_GGUF = ("*.jinja", f"{CHAT_TEMPLATE_DIR}/*")  # what transformers reads beside a .gguf file
+
+
+@contextlib.contextmanager
+def _reading(model, part):
+    """Be `reading` for a part of a model, without the logs and progress bars of transformers."""
+    with reading(f"model {model}: {part}"), hub.unlogged("transformers"), hub.barred(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise InputError(f"model {model}: it needs code from its repository, which is never executed here"
+                                 ) from error
+            if isinstance(error, OSError) and not Path(model).exists() and not hub.reachable():
+                raise InputError(f"model {model}: not a folder or .gguf file here, not in the cache of the Hugging "
+                                 "Face hub, and the hub cannot be reached") from error
+            raise
+
+
+def check_links(model, folder, patterns):
+    """Raise InputError for links that lead out of a folder: what they lead to would be copied into the saved one.
+
+    Except those of the hub's cache, from snapshots/REVISION to blobs; weights, which are read as numbers, may be
+    anywhere.
+    """
+    here = folder.resolve()
+    allowed = [here, here.parent.parent / "blobs"] if here.parent.name == "snapshots" else [here]
+    for file in (file for pattern in patterns for file in sorted(folder.glob(pattern))):
+        if not any(file.resolve().is_relative_to(place) for place in allowed):
+            raise InputError(f"model {model}: {file.relative_to(folder)} is a link out of its folder, to "
+                             f"{file.resolve()}; replace it by the file itself")
+
+
+def check_templates(model, templates):
+    """Raise InputError for chat templates, text or {name: text}, whose names would lead out of a folder as files."""
+    for name in templates if isinstance(templates, dict) else ():
+        if name in ("", ".", "..") or PurePath(name).name != name:
+            raise InputError(f"model {model}: the name {name!r} of a chat template is a path, must be a plain name")
 
 
 def _source(model):
@@ -41,7 +87,7 @@ def _source(model):
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"model {model}: no such file")
-        with refusing(model):
+        with _reading(model, "the file cannot be read"):
             folder = gguf_files.folder_of(path, _read_gguf)
         return (str(folder), {}) if folder else _gguf_source(path)
     if path.is_dir():
@@ -73,24 +119,18 @@ def _folder(name, arguments):
 def read_config(model, source=None):
     """Load the configuration of `model`, which must be a causal language model. source: as `_source` returns it.
 
-    Raises InputError if it, or another of the model's small files, is damaged or contradicts the size of the weights.
+    Raises InputError if it cannot be read, or if files that would be copied are links out of the model's folder.
     """
     name, arguments = source or _source(model)
-    part = "the file" if "gguf_file" in arguments else "its configuration"
-    with refusing(model, f"{part} cannot be read: "):
-        folder = _folder(name, arguments)
-        if "gguf_file" in arguments:
-            soundness.check_links(model, folder, soundness.BESIDE_GGUF)
-            soundness.check_gguf_header(model, PreTrainedConfig.get_config_dict(name, **arguments)[0])
-        elif folder:
-            soundness.check_files(model, folder)
+    with _reading(model, "its configuration cannot be read"):
+        if folder := _folder(name, arguments):
+            check_links(model, folder, BESIDE_GGUF if "gguf_file" in arguments else COPIED)
         config, _ = _config_of(name, arguments)
     if model_class(config) is None or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
     if folder and (folder / GENERATION_CONFIG_NAME).is_file() and "gguf_file" not in arguments:
-        with refusing(model, f"{GENERATION_CONFIG_NAME} cannot be used: "):
+        with _reading(model, f"{GENERATION_CONFIG_NAME} cannot be used"):
             GenerationConfig.from_pretrained(folder)
-    _check_size(model, config, folder / arguments.get("gguf_file", ""))
     return config
 
 
@@ -109,27 +149,16 @@ def _config_of(name, arguments):
 
 def multimodal(model):
     """Return the model_type of a model of which only the text part is loaded, None for others."""
-    with refusing(model, "its configuration cannot be read: "):
+    with _reading(model, "its configuration cannot be read"):
         return _config_of(*_source(model))[1]
 
 
 def _one_layer(model, config):
     """Build the first layer of a model and what is around the layers, on meta."""
-    with refusing(model, "its configuration cannot be used: "):
+    with _reading(model, "its configuration cannot be used"):
         one = copy.deepcopy(config)
         one.num_hidden_layers = 1
         return _build(one, torch.float32)
-
-
-def _check_size(model, config, files):
-    """Raise InputError if the weights, in a folder or a .gguf file, cannot be those of the configuration."""
-    one_layer = _one_layer(model, config)
-    if not (family := family_of(one_layer)):
-        return
-    with refusing(model):
-        nbytes = soundness.stored_bytes(files)
-    if nbytes:
-        soundness.check_size(model, config, family, one_layer, nbytes)
 
 
 def load_config(model, family):
@@ -167,18 +196,18 @@ def load_tokenizer(model, source=None):
     Early LLaMA-1 conversions have empty special tokens; they are replaced by those of the model file.
     """
     name, arguments = source or _source(model)
-    with refusing(model, "its tokenizer cannot be read: "), tokenizing.quiet_panics():
+    with _reading(model, "its tokenizer cannot be read"):
         if "gguf_file" not in arguments and get_tokenizer_config(name, **arguments).get("bos_token") == "":
             arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
-    soundness.check_templates(model, tokenizer.chat_template)
-    tokenizing.try_out(tokenizer, model)
+        tokenizer("Names refer to objects.")
+    check_templates(model, tokenizer.chat_template)
     return tokenizer
 
 
 def skeleton(config, dtype=torch.float32):
     """Build the model of `config` without weights, for its modules and shapes."""
-    with refusing(config.name_or_path, "its configuration cannot be used: "):
+    with _reading(config.name_or_path, "its configuration cannot be used"):
         return _build(copy.deepcopy(config), dtype)  # it writes the dtype into the configuration
 
 
@@ -206,7 +235,7 @@ def load_model(model, dtype, source=None, sums=None):
     if the checkpoint lacks a weight, contains NaN or inf, or has an unsupported quantization.
     """
     name, arguments = source or _source(model)
-    with refusing(model, terse="its weights cannot be read: "):
+    with _reading(model, "its weights cannot be read"):
         if (Path(model) / SPARSE).is_file():
             loaded, missing = load_sparse(model, dtype), ()
         else:
@@ -236,7 +265,7 @@ def open_model(model, config, family, dtype, sums=None):
     name, arguments = _source(model)
     if "gguf_file" in arguments or (Path(model) / SPARSE).is_file() or getattr(config, "quantization_config", None):
         return load_model(model, dtype, sums=sums)
-    with refusing(model):
+    with _reading(model, "its weights cannot be read"):
         files = streaming.files_of(name, **arguments)
         if not (files and (opened := _streamed(config, family, files, dtype))):
             return load_model(model, dtype, sums=sums)

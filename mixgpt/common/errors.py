@@ -1,11 +1,13 @@
-"""The error that the command line reports in one line with exit status 2, and how to recognize a lack of memory."""
+"""The error that the command line reports in one line with exit status 2, and how libraries' errors become one."""
 
+import contextlib
 import errno
 
 # How libraries say on the host that memory is used up, where they raise neither MemoryError nor ENOMEM.
 EXHAUSTED = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
              "Cannot allocate memory", "failed to map segment from shared object", "std::bad_alloc",
              "can't start new thread")
+TERSE = (KeyError, TypeError, AttributeError, ArithmeticError)  # whose messages say nothing without their class
 
 
 class InputError(ValueError):
@@ -13,6 +15,24 @@ class InputError(ValueError):
 
     The message is one line: it names the argument, what was given and what is accepted.
     """
+
+
+@contextlib.contextmanager
+def reading(subject):
+    """Turn whatever a library raises while it reads what the user named into an InputError.
+
+    subject: comes before the library's reason, such as "model X: its tokenizer". A lack of memory is raised as it is.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of Rust code; a BaseException, in no module
+        if is_out_of_memory(error) or not (panic or isinstance(error, Exception)):
+            raise
+        kind = f"{type(error).__name__}: " if isinstance(error, TERSE) else ""
+        raise InputError(f"{subject}: {kind}{one_line(error):.400}") from error
 
 
 def one_line(error):

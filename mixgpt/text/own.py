@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from mixgpt.common.errors import InputError
-from mixgpt.text.local import READERS, data_files, read_file, reader_of
+from mixgpt.text.local import READERS, read_file, reader_of
 from mixgpt.text.sets import DATASETS, TextSet, hub_column
 
 
@@ -31,17 +31,16 @@ def own_rows(path, split):
     cannot be read or holds no text.
     """
     root = Path(path)
-    files = sorted(data_files(root)) if root.is_dir() else [root]
-    saved = {file.parent for file in files if file.name == "state.json"}  # by `save_to_disk`, which names its files
-    files = [file for file in files if file.name == "state.json" or file.parent not in saved]
+    files = sorted(file for file in root.rglob("*") if reader_of(file)) if root.is_dir() else [root]
+    saved = {file.parent for file in files if reader_of(file) == "save_to_disk"}
+    files = [file for file in files if reader_of(file) == "save_to_disk" or file.parent not in saved]
     if not files or reader_of(files[0]) is None:
-        endings = " ".join(end for end in READERS if end.startswith("."))
         raise InputError(f"dataset {path}: {'no files below it end' if root.is_dir() else 'must end'} in one of "
-                         f"{endings}")
+                         f"{' '.join(READERS)}")
     rows, digest = [], hashlib.sha256()
     for file in files:
-        found = read_file(file, str, "dataset")
-        rows += ["".join(found)] if reader_of(file) == "text" else found
+        part = read_file(file, "dataset")
+        rows += ["".join(part)] if reader_of(file) == "text" else part
     for row in rows:
         digest.update((row if isinstance(row, str) else json.dumps(row)).encode() + b"\0")
     if not any(row.strip() if isinstance(row, str) else row for row in rows):

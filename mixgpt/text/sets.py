@@ -10,17 +10,6 @@ from mixgpt.common.registry import Choice, Registry
 
 
 @dataclass(frozen=True)
-class LocalSet:
-    """How local copies of a dataset are named. Patterns match lower case, with "-" for "_"."""
-
-    name: str  # pattern that its names match
-    supply: str  # what to supply, with an example
-    excluded: str = "$^"  # pattern of paths to exclude
-    row: Callable = str.strip  # line of a plain text file -> row as on the hub
-    first_shard: bool = False  # use only the first of the hub's shards
-
-
-@dataclass(frozen=True)
 class TextSet(Choice):
     """One dataset. Its code, if any, is a function of the split that returns (rows, JSON-able dict that says where they
     come from); otherwise rows come from the hub or local copies."""
@@ -31,7 +20,8 @@ class TextSet(Choice):
     hub_options: dict = field(default_factory=dict)  # further arguments of load_dataset
     hub_files: dict = field(default_factory=dict)  # split -> the one file to fetch
     column: str | None = None  # that holds the text (default: text, sentence or messages)
-    local: LocalSet | None = None
+    local: tuple[str, ...] = ()  # patterns of its files below --data-dir, as on the hub or in plain text
+    line: Callable = str.strip  # from a line of plain text to a row as on the hub
     test_split: str = "test"
     by_document: bool = False  # samples do not cross documents; only the first shard is used
     test_documents: int | None = None
@@ -70,19 +60,17 @@ def builtin_rows(split):
 DATASETS = Registry("dataset", {
     "wikitext2": TextSet(
         "raw WikiText-2", train_join=" ", hub_id="Salesforce/wikitext", hub_options={"name": "wikitext-2-raw-v1"},
-        local=LocalSet(name=r"wikitext|wiki[.-]", excluded=r"wikitext-?103|wikitext-2-v1|\.tokens$", row=wikitext_row,
-                       supply="the raw version of WikiText-2 (wikitext-2-raw-v1/*.parquet or wiki.test.raw, "
-                              "wiki.train.raw)")),
+        line=wikitext_row,
+        local=("**/wikitext-2-raw-v1/{split}-*.parquet", "**/wikitext-2-raw/wiki.{split}.raw", "wiki.{split}.raw")),
     "ptb": TextSet(
         "Penn Treebank", train_join=" ", test_join=" ", hub_id="ptb-text-only/ptb_text_only",
         hub_options={"revision": "refs/convert/parquet"},  # datasets >= 4 does not run its script
-        local=LocalSet(name="ptb|penn", supply="penn_treebank/*/0000.parquet or ptb.test.txt, ptb.train.txt")),
+        local=("**/penn_treebank/{split}/*.parquet", "ptb.{split}.txt")),
     "c4": TextSet(
         "C4, English", train_join=" ", test_join=" ", hub_id="allenai/c4", test_split="validation",
         hub_files={"train": "en/c4-train.00000-of-01024.json.gz",
                    "validation": "en/c4-validation.00000-of-00008.json.gz"},
         by_document=True, test_documents=1100, test_segments=256,
-        local=LocalSet(name=r"\bc4\b", excluded=r"/(realnewslike|multilingual|en\.no\w+)/", first_shard=True,
-                       supply="en/c4-train.00000-of-01024.json.gz or en/c4-validation.00000-of-00008.json.gz")),
+        local=("**/en/c4-{split}.00000-of-*.json.gz", "c4-{split}*.json.gz")),
     "builtin": TextSet("CPython's own reference manual, which needs no download", builtin_rows),
 })

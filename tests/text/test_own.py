@@ -92,13 +92,11 @@ def test_chats_become_text_by_the_chat_template(name, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("template, message", [
-    ("{% for m in", "its chat template fails on a text"), ("{{ raise_exception('no system') }}", "no system"),
-    ("{{ ''.__class__.__mro__ }}", "its chat template fails on a text"),
-    ("{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}", "takes longer than 0 s")])
-def test_a_template_that_fails_is_one_line(template, message, tokenizer, monkeypatch):
+    ("{% for m in", "model .*: its chat template: unexpected"), ("{{ raise_exception('no system') }}", "no system"),
+    ("{{ ''.__class__.__mro__ }}", "its chat template: .*unsafe")])
+def test_a_template_that_fails_is_one_line(template, message, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
-    monkeypatch.setattr(tokenizing, "PATIENCE", 0.3)
     with pytest.raises(InputError, match=message) as error:
         tokenizing.as_texts(["text", *CHATS], tokenizer)
     assert "\n" not in str(error.value)

@@ -1,0 +1,202 @@
+"""Check how a command line ends: in one line and with a status, whatever stops it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import ROOT, as_rank, command, contents
+
+import generate
+import llama
+import results
+from mixgpt.app import completion, exit_status, pipeline
+from mixgpt.common.errors import InputError
+from sparsegpt import SparseGPT
+
+COMMANDS = {
+    "llama.py": (lambda argv: run(llama.FAMILY, *argv), (pipeline, "run"), ["somebody/model", "builtin"]),
+    "generate.py": (generate.main, (completion, "print_completions"), ["model", "Hello"]),
+    "results.py": (results.main, (results, "files_of"), ["record.json"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Undo what `as_rank` sets."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+
+
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch, tmp_path):
+    """Keep temporary files where a test can list them."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(exit_status.tempfile, "tempdir", str(folder))
+    return folder
+
+
+def end(script, error, monkeypatch, *more):
+    """Run a command line that is stopped by an exception. Returns its exit status."""
+    def failing(*_, **__):
+        raise error
+
+    main, (module, name), argv = COMMANDS[script]
+    monkeypatch.setattr(module, name, failing)
+    return main([*argv, *more])
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_bug_gets_one_line_and_a_file_with_the_traceback(script, monkeypatch, capsys, temporary):
+    assert end(script, KeyError("a\nsurprise"), monkeypatch) == 1
+    file, = temporary.iterdir()
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == (
+        f"{script}: error: unexpected KeyError: 'a\\nsurprise'; please report it with {file}, which has the "
+        "traceback\n")
+    text = file.read_text()
+    assert text.startswith(f"python {script} {COMMANDS[script][2][0]} ") or script == "results.py"
+    assert f"torch {torch.__version__.partition('+')[0]}" in text and "transformers " in text and "Python 3" in text
+    assert "Traceback (most recent call last)" in text and "in failing\n" in text and text.endswith("surprise'\n")
+    assert file.stat().st_mode & 0o077 == 0, "a command line is nobody else's business"
+
+
+def test_a_long_message_is_cut_in_the_line_and_whole_in_the_file(monkeypatch, capsys, temporary):
+    assert end("llama.py", RuntimeError("word " * 1000), monkeypatch) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert len(line) < 600 and "; please report it with " in line
+    assert "word " * 1000 in next(temporary.iterdir()).read_text()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(),
+    OSError(12, "Cannot allocate memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                 "to allocate 400000000000 bytes. Error code 12 (Cannot allocate memory)"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    RuntimeError("can't start new thread"),
+])
+def test_a_lack_of_memory_gets_a_line_that_says_what_to_lower(error, monkeypatch, capsys, temporary):
+    assert end("llama.py", error, monkeypatch) == 2
+    assert capsys.readouterr().err == ("llama.py: error: out of memory; lower --batch-size, --nsamples or --seqlen, or "
+                                       "give --no-true-sequential\n")
+    assert end("generate.py", error, monkeypatch) == 2
+    assert capsys.readouterr().err == (
+        "generate.py: error: out of memory; lower --max_new_tokens, or give --dtype bfloat16\n")
+    assert not list(temporary.iterdir())
+
+
+def test_a_lack_of_memory_behind_another_error_is_recognized(monkeypatch, capsys):
+    error = RuntimeError("cannot load")
+    error.__cause__ = MemoryError()
+    assert end("llama.py", error, monkeypatch) == 2
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_real_allocation_that_fails_is_recognized(monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "run", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    assert run(llama.FAMILY, "somebody/model", "builtin") == 2
+    assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, status", [
+    (KeyboardInterrupt(), 130), (exit_status.Terminated(), 143), (RuntimeError("surprise"), 1), (MemoryError(), 2)])
+def test_what_stops_a_run_speaks_of_its_folder_where_there_is_one(error, status, monkeypatch, capsys):
+    assert end("llama.py", error, monkeypatch) == status
+    assert "--resume" not in capsys.readouterr().err
+    assert end("llama.py", error, monkeypatch, "--save", "saved") == status
+    assert capsys.readouterr().err.endswith("; what is in the folder of --save goes on with --resume\n")
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_names_cannot_break_the_line(script, capsys):
+    assert COMMANDS[script][0](["./no\n\x1b[2Jmodel.gguf", "builtin", "--no-such\nflag"]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{script}: error: ") and "--no-such\\nflag" in line and "\x1b" not in line
+
+
+def test_a_run_goes_on_after_a_bug(checkpoint_folder, monkeypatch, tmp_path):
+    def failing(*given):
+        if (tmp_path / "saved" / "progress" / "layer-00000.json").exists():
+            raise RuntimeError("surprise")
+        return add_batch(*given)
+
+    command = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save"]
+    add_batch = SparseGPT.add_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseGPT, "add_batch", failing)
+        assert run(llama.FAMILY, *command, tmp_path / "saved") == 1
+    assert run(llama.FAMILY, *command, tmp_path / "saved", "--resume") == 0
+    assert run(llama.FAMILY, *command, tmp_path / "undisturbed") == 0
+    assert contents(tmp_path / "saved") == contents(tmp_path / "undisturbed")
+
+
+def test_a_closed_stdout_ends_a_command_without_a_line():
+    """Through the interpreter's own end, where it flushes once more."""
+    for reader, status in (("head -0", 141), ("cat > /dev/null", 0)):
+        line = f'"$0" results.py --help | {reader}; exit ${{PIPESTATUS[0]}}'
+        done = subprocess.run(["bash", "-c", line, sys.executable], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (status, "")
+
+
+def wait_in_the_second_layer(temporary, errors, reached):
+    """Let the temporary files be there, and wait forever after the first layer."""
+    with open(errors, "w") as output:
+        os.dup2(output.fileno(), 2)
+    exit_status.tempfile.tempdir = str(temporary)
+    add_batch = SparseGPT.add_batch
+
+    def waiting(*given):
+        if list(temporary.rglob("layer-00000.safetensors")):
+            reached.touch()
+            threading.Event().wait()
+        return add_batch(*given)
+
+    SparseGPT.add_batch = waiting
+
+
+@pytest.mark.parametrize("number, status, line", [
+    (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+def test_a_signal_leaves_no_pruned_layers(number, status, line, fork, checkpoint_folder, tmp_path, temporary):
+    errors, reached = tmp_path / "errors", tmp_path / "reached"
+    process = fork(command, "llama", [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL], os.devnull,
+                   wait_in_the_second_layer, (temporary, errors, reached))
+    while not reached.exists():
+        assert process.is_alive(), errors.read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    if number == signal.SIGHUP:
+        os.kill(process.pid, number)  # as a terminal that closes, and its shell
+    process.join(60)
+    assert process.exitcode == status
+    assert errors.read_text() == f"llama.py: {line}\n"
+    assert not list(temporary.iterdir())
+
+
+def test_signals_act_as_before_after_a_run_and_an_ignored_one_stays_ignored(monkeypatch):
+    monkeypatch.setattr(pipeline, "run", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(llama.FAMILY, "somebody/model", "builtin") == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert run(llama.FAMILY, "somebody/model", "builtin") == 143
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_later_process_names_itself_and_leaves_signals_alone(monkeypatch, capsys):
+    as_rank(1, 2, 29500)
+    assert end("llama.py", InputError("words"), monkeypatch) == 2
+    assert capsys.readouterr().err == "llama.py: error: words (process 1)\n"
+    handlers = []
+    monkeypatch.setattr(pipeline, "run", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
+    assert run(llama.FAMILY, "somebody/model", "builtin") == 0
+    assert handlers == [signal.SIG_DFL], "it would hang in one that waits for the first process"
