@@ -17,10 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, command, contents, read_little, saved_tensors
-from faults import FAULTS
-from faults.damage import INDEX, SMALL, UP, WEIGHTS, config_changed, cut, nothing, weights_changed
-from faults.models import remote
-from faults.traces import MIXED
+from damage import INDEX, SMALL, UP, WEIGHTS, config_changed, cut, nothing, weights_changed
+from faults import FAULTS, MIXED, remote
 
 import datautils
 import generate

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
+from broken_progress import RECOMPUTED, REFUSED, RUNS
 from conftest import FAMILIES, contents
-from faults.progress import RECOMPUTED, REFUSED, RUNS
 
 import datautils
 from mixgpt.app import cli, pipeline

@@ -9,7 +9,7 @@ import re
 import shutil
 from dataclasses import dataclass
 
-from faults.damage import cut
+from damage import cut
 
 
 @dataclass

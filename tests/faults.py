@@ -1,0 +1,284 @@
+"""The table of faults that a command line must refuse in one line: what users get wrong, and what would be unsafe."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import torch
+from damage import (
+    INDEX,
+    MODEL,
+    SMALL,
+    UP,
+    WEIGHTS,
+    Fault,
+    config_changed,
+    cut,
+    filled,
+    json_changed,
+    nothing,
+    weights_changed,
+)
+from makegguf import write_gguf
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+WEIGHTS_UNREAD = f"{MODEL}its weights cannot be read: "
+UNREAD, REMOTE = "its configuration cannot be read: ", "it needs code from its repository, which is never executed here"
+LINK = "is a link out of its folder, to {root}/elsewhere; replace it by the file itself"
+PRUNED = "{root}/model builtin --sparsity .5 "
+UNSET = "must not be empty; is a variable of the shell unset?"
+MIXED = (f"{{root}}/model builtin --sparsity .5 --sparsity_way weight-level --sensitivity fisher {SMALL} "
+         "--sensitivity_file {root}/traces.json")
+TRACES = "--sensitivity_file {root}/traces.json: "
+
+
+def refused(options, message, command=PRUNED):
+    return Fault(nothing, message, command + options)
+
+
+def prompt(options, message, damage=nothing):
+    return Fault(damage, message, "{root}/model import --device cpu " + options, "generate")
+
+
+def remote(root, model_type):
+    """Name code in the folder, which writes a file when it is imported."""
+    code = f"open({str(root / 'executed')!r}, 'w')\nfrom transformers import LlamaConfig as Other\n"
+    (root / "model" / "code.py").write_text(code)
+    config_changed(root, model_type=model_type, auto_map={
+        "AutoConfig": "code.Other", "AutoModelForCausalLM": "code.Other"})
+
+
+def remote_tokenizer(root):
+    (root / "model" / "code.py").write_text(f"open({str(root / 'executed')!r}, 'w')\n")
+    (root / "model" / "tokenizer.json").unlink()
+    json_changed(root / "model" / "tokenizer_config.json", tokenizer_class="Other",
+                 auto_map={"AutoTokenizer": ["code.Other", None]})
+
+
+def linked(root, name):
+    """Let a file of the model be a link to one elsewhere, with the same content."""
+    file = root / "model" / name
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    file.rename(root / "elsewhere")
+    file.symlink_to(root / "elsewhere")
+
+
+def templates(root, content):
+    json_changed(root / "model" / "tokenizer_config.json", chat_template=content)
+
+
+def sharded(root, **index):
+    """Replace the weights by two shards and an index; index: keys of the JSON to change."""
+    state = load_file(root / "model" / WEIGHTS)
+    (root / "model" / WEIGHTS).unlink()
+    names, places = ["one.safetensors", "two.safetensors"], {}
+    for number, name in enumerate(names):
+        part = {key: tensor for place, (key, tensor) in enumerate(state.items()) if place % 2 == number}
+        save_file(part, root / "model" / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, name)
+    (root / "model" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    json_changed(root / "model" / INDEX, **index)
+
+
+def leading(root, name):
+    """Let the index name a file elsewhere, which is there and holds all weights."""
+    shutil.copy(root / "model" / WEIGHTS, root / "elsewhere.safetensors")
+    sharded(root, weight_map=dict.fromkeys(load_file(root / "model" / WEIGHTS), name.format(root=root)))
+
+
+class Malicious:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def pickled(root):
+    (root / "model" / WEIGHTS).unlink()
+    torch.save({UP: Malicious(root / "executed"), "weights": torch.zeros(50_000)}, root / "model" / "pytorch_model.bin")
+
+
+def sparse(root, **changes):
+    """Replace the model by one in the sparse format, with the description of a matrix changed."""
+    shutil.rmtree(root / "model")
+    shutil.copytree(root / "made" / "packed", root / "model")
+    description = json.loads((root / "model" / "sparse.json").read_text())
+    description[UP].update(changes)
+    (root / "model" / "sparse.json").write_text(json.dumps(description))
+
+
+def gguf_file(message, damage=nothing, **options):
+    def write(root):
+        write_gguf(root / "a.gguf", PreTrainedTokenizerFast.from_pretrained(root / "model"), **options)
+        damage(root / "a.gguf")
+
+    return Fault(write, f"model {{root}}/a.gguf: {message}", "{root}/a.gguf builtin --sparsity .5")
+
+
+def text(root, name, content):
+    (root / "texts").mkdir()
+    (root / "texts" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def own(name, content, message):
+    """A fault in a file of one's own."""
+    return Fault(lambda root: text(root, name, content), f"dataset {{root}}/texts/{name}{message}",
+                 f"{{root}}/model {{root}}/texts/{name} --sparsity .5 --eval builtin")
+
+
+def wiki(content, message):
+    return Fault(lambda root: text(root, "wiki.train.raw", content), message,
+                 "{root}/model wikitext2 --sparsity .5 --eval builtin --data-dir {root}/texts")
+
+
+def traces(message, change):
+    """Put sensitivities of the model there, with the JSON in their file changed."""
+    def damage(root):
+        content = json.loads((root / "made" / "traces.json").read_text())
+        (root / "traces.json").write_text(json.dumps(content | change(content)))
+
+    return Fault(damage, f"{TRACES}{message}", MIXED)
+
+
+FAULTS = {
+    # weights
+    "no weights": Fault(
+        lambda root: (root / "model" / WEIGHTS).unlink(), f"{WEIGHTS_UNREAD}… no file named …"),
+    "weights cut by a full disk": Fault(lambda root: cut(root / "model" / WEIGHTS, -9), f"{MODEL}…{WEIGHTS}…"),
+    "a pointer of git LFS": Fault(
+        lambda root: (root / "model" / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid 0\n"),
+        f"{MODEL}…{WEIGHTS}…"),
+    "a weight is missing": Fault(
+        lambda root: weights_changed(root, lambda state: state.pop(UP)), f"{MODEL}the checkpoint lacks {UP}"),
+    "NaN": Fault(lambda root: filled(root, UP, float("nan")), f"{MODEL}{UP} contains NaN or inf"),
+    "inf in the embeddings": Fault(
+        lambda root: filled(root, "model.embed_tokens.weight", float("inf")),
+        f"{MODEL}model.embed_tokens.weight contains NaN or inf"),
+    "weights of another layout": Fault(
+        lambda root: config_changed(root, hidden_size=64),
+        f"{WEIGHTS_UNREAD}model.embed_tokens.weight is 384 x 32, its configuration expects 384 x 64"),
+    "more layers in the configuration": Fault(
+        lambda root: config_changed(root, num_hidden_layers=4),
+        f"{MODEL}the checkpoint lacks model.layers.3.input_layernorm.weight, …"),
+    "no shard": Fault(
+        lambda root: (sharded(root), (root / "model" / "two.safetensors").unlink()), f"{MODEL}…two.safetensors…"),
+    "an index out of the folder": Fault(
+        lambda root: leading(root, "../elsewhere.safetensors"), f"{MODEL}…../elsewhere.safetensors…"),
+    "an index to an absolute path": Fault(
+        lambda root: leading(root, "{root}/elsewhere.safetensors"), f"{MODEL}…{{root}}/elsewhere.safetensors…"),
+    "a malicious pickle": Fault(pickled, f"{WEIGHTS_UNREAD}…"),
+    "a matrix of integers": Fault(
+        lambda root: weights_changed(root, lambda state: state.update({UP: state[UP].to(torch.int8)})),
+        f"{WEIGHTS_UNREAD}{UP} is stored as I8, must be a floating-point dtype"),
+    # configuration, tokenizer
+    "no configuration": Fault(
+        lambda root: (root / "model" / "config.json").unlink(), f"{MODEL}{UNREAD}… `model_type` key in its …"),
+    "a cut configuration": Fault(lambda root: cut(root / "model" / "config.json", 99), f"{MODEL}{UNREAD}…"),
+    "an unknown kind": Fault(
+        lambda root: config_changed(root, model_type="other"),
+        f"{MODEL}{UNREAD}… model type `other` but Transformers does not recognize this …"),
+    "a configuration that contradicts itself": Fault(
+        lambda root: config_changed(root, num_attention_heads=6),
+        f"{MODEL}{UNREAD}… hidden size (32) … attention heads (6)."),
+    "an unknown activation": Fault(
+        lambda root: config_changed(root, hidden_act="other"), f"{MODEL}its configuration cannot be used: …other…"),
+    "quantized by others": Fault(
+        lambda root: config_changed(root, quantization_config={"quant_method": "gptq", "bits": 4}),
+        f"{MODEL}its weights are quantized by gptq; give the original model"),
+    "remote code": Fault(lambda root: remote(root, "other"), f"{MODEL}{REMOTE}"),
+    "a tokenizer in other code": Fault(remote_tokenizer, f"{MODEL}{REMOTE}"),
+    "no tokenizer": Fault(
+        lambda root: [file.unlink() for file in (root / "model").glob("*token*")],
+        f"{MODEL}its tokenizer cannot be read: …"),
+    "a cut tokenizer": Fault(
+        lambda root: cut(root / "model" / "tokenizer.json", 999), f"{MODEL}its tokenizer cannot be read: …"),
+    "a tokenizer that panics": Fault(
+        lambda root: json_changed(root / "model" / "tokenizer.json", normalizer={
+            "type": "Precompiled", "precompiled_charsmap": "AAAA"}), f"{MODEL}its tokenizer cannot be read: …"),
+    "a tokenizer of another model": Fault(
+        lambda root: (weights_changed(root, lambda state: state.update(
+            {"model.embed_tokens.weight": state["model.embed_tokens.weight"][:99].clone()})),
+            config_changed(root, vocab_size=99)),
+        f"{MODEL}its tokenizer gives token 382, but its vocabulary has 99"),
+    "a template's name that is a path": Fault(
+        lambda root: templates(root, [{"name": "default", "template": "t"}, {"name": "../../x", "template": "t"}]),
+        f"{MODEL}the name '../../x' of a chat template is a path, must be a plain name"),
+    "a template that is a link out of the folder": Fault(
+        lambda root: linked(root, "additional_chat_templates/tools.jinja"),
+        f"{MODEL}additional_chat_templates/tools.jinja {LINK}"),
+    "a tokenizer that is a link out of the folder": Fault(
+        lambda root: linked(root, "tokenizer.json"), f"{MODEL}tokenizer.json {LINK}"),
+    "a model that is a file": Fault(
+        nothing, f"model {{root}}/model/{WEIGHTS}: is a file; give its folder, a .gguf file or a hub id",
+        f"{{root}}/model/{WEIGHTS} builtin"),
+    # other formats
+    "gguf: junk": gguf_file("its configuration cannot be read: …", lambda file: file.write_bytes(b"GGUFjunk")),
+    "gguf: cut": gguf_file("its configuration cannot be read: …", lambda file: cut(file, -999)),
+    "gguf: NaN": gguf_file("model.norm.weight contains NaN or inf",
+                           change=lambda state: state["model.norm.weight"].fill_(float("nan"))),
+    "gguf: an unknown architecture": gguf_file(
+        "its configuration cannot be read: … architecture other …", header=lambda entries: entries.update(
+            {"general.architecture": gguf.GGUFValue("other", gguf.GGUFValueType.STRING)})),
+    "sparse: another shape": Fault(lambda root: sparse(root, shape=[47, 32]), f"{WEIGHTS_UNREAD}{UP} does not fit …"),
+    "sparse: parts elsewhere": Fault(
+        lambda root: sparse(root, parts=["../../../etc/passwd"]), f"{WEIGHTS_UNREAD}{UP} does not fit …"),
+    # arguments
+    "an empty --save": refused("--save=", f'--save "": {UNSET}'),
+    "an empty --eval": refused("--eval=", "argument --eval: invalid choice: '' (choose from …)"),
+    "no test set of that name": refused("--eval wiki", "argument --eval: invalid choice: 'wiki' (choose from …)"),
+    "a sparsity in percent": refused("--sparsity=50", "--sparsity 50: must be at least 0 and below 1"),
+    "a sparsity that is no number": refused("--sparsity=nan", "--sparsity nan: must be at least 0 and below 1"),
+    "more pruned than there are": refused(
+        "--prunen 3 --prunem 2", "--prunen 3 --prunem 2: needs 0 < prunen < prunem, for …", "{root}/model builtin "),
+    "groups that do not divide the columns": refused(
+        "--prunen 2 --prunem 5", "--prunem 5: …", "{root}/model builtin "),
+    "a negative layer": refused("--minlayer=-1", "--minlayer -1: must be at least 0"),
+    "a negative seed": refused("--seed=-1", "--seed -1: must be at least 0 and at most …"),
+    "sequences beyond the model": refused("--seqlen 1000", "--seqlen 1000: the model's limit is 128 tokens"),
+    "samples beyond the memory": refused(f"--nsamples {10**9}", f"--nsamples {10**9}: …GB of memory…"),
+    "a device that is not there": refused("--device cuda:9", "--device cuda:9: there are … CUDA devices here…"),
+    "best without calibration": refused(
+        "--preset best --gmp", "--preset best (--solver admm): needs calibration, --sparsity, --prunen or --wbits "
+                               "without --gmp and --nearest"),
+    # outputs
+    "save into the model": refused(
+        "--save {root}/model", "--save {root}/model: exists and is not an empty folder", "{root}/model builtin "),
+    "save where nobody can write": refused(
+        "--save /proc/saved/a", "--save /proc/saved/a: /proc cannot be written (…)", "{root}/model builtin "),
+    "a picture of another kind": refused("--plot {root}/a.jpg", "--plot {root}/a.jpg: must end in .png, .pdf, .svg",
+                                         f"{MIXED} "),
+    # texts
+    "text of one's own that is not there": refused("", "argument dataset: invalid choice: …", "{root}/model mine.txt "),
+    "text of one's own without text": own("a.jsonl", '{"text": " "}\n', ": contains no text"),
+    "a cut row": own("a.jsonl", '{"text": "a"}\n{"text', ": cannot be read: …"),
+    "other columns": own("a.jsonl", '{"body": "a"}\n', ": row 1 has the columns body: text, sentence or messages …"),
+    "text that is not UTF-8": own("a.txt", "Überschrift\n".encode("latin-1"), ": cannot be read: 'utf-8' codec …"),
+    "no texts of a dataset": wiki("", "--data-dir {root}/texts/wiki.train.raw: contains no rows"),
+    "too little text": wiki("a few words\n", "--seqlen 32: the train text of dataset wikitext2 has 10 tokens and 33 "
+                                             "are needed; lower --seqlen or take another dataset"),
+    # sensitivities
+    "sensitivities of other matrices": traces(
+        "does not match the model: layer 0 …", lambda content: {"matrices": [
+            row | {"shape": [32, 31]} for row in content["matrices"]]}),
+    "sensitivities by another estimator": traces(
+        "contains hutchinson traces; give --sensitivity hutchinson", lambda content: {
+            "key": content["key"] | {"estimator": "hutchinson"}}),
+    "sensitivities that are NaN": traces(
+        "is not a file of traces (…)", lambda content: {"samples": [
+            [float("nan") for _ in row] for row in content["samples"]]}),
+    # generate.py
+    "a negative temperature": prompt("--temperature=-0.5", "--temperature -0.5: must be 0 (greedy) or at least …"),
+    "no new tokens": prompt("--max_new_tokens 0", "--max_new_tokens 0: must be at least 1"),
+    "new tokens beyond the model": prompt(
+        "--max_new_tokens 128", "--max_new_tokens 128: the model's limit is 128 tokens, with the prompt"),
+    "a dense model that is not there": prompt("--dense ./gone", "--dense ./gone: no such file or folder"),
+    "logits that are not finite": prompt(
+        "", f"{MODEL}its logits contain NaN or inf; try --dtype float32",
+        lambda root: weights_changed(root, lambda state: state["model.norm.weight"].fill_(3e38))),
+}
