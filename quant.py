@@ -10,9 +10,9 @@ import torch
 from mixgpt.kernels import ranges
 from mixgpt.kernels.columns import to_multiples
 
-# ranges tried by the search, as fractions of the full range; with one of the steps of 1/32 the lowest code of a
-# symmetric grid of 2 to 4 bits is minus the largest weight
-SHRINKS = torch.linspace(1, 0.25, 25).tolist()
+# ranges tried by the search, in 32nds of the full range: with one of them the lowest code of a symmetric grid of 2 to
+# 4 bits is minus the largest weight
+SHRINKS = range(32, 7, -1)
 CLOSE = 2e-5  # tolerance on the sparsity
 
 
@@ -60,7 +60,7 @@ def find_grid(W, pruned, scheme, dtype, importance=None):
 
     pruned: mask (out, n) of the weights to ignore. dtype: that of the saved weights, to which the scale is rounded.
     Returns scale and zero, (out,) each, in the dtype of W. A grid spans the kept weights and 0; with scheme.mse its
-    range is shrunk by the factor in SHRINKS with the least sum of importance · (w − q)². importance: (n,), default 1.
+    range is shrunk by the fraction in SHRINKS with the least sum of importance · (w − q)². importance: (n,), default 1.
     """
     W = W.masked_fill(pruned, 0)
     low, high = W.amin(1).clamp_max(0), W.amax(1).clamp_min(0)
@@ -69,7 +69,8 @@ def find_grid(W, pruned, scheme, dtype, importance=None):
         low = -high
     if not scheme.mse:
         return _fit(low, high, scheme, dtype)
-    shrinks = torch.tensor(SHRINKS, dtype=W.dtype, device=W.device)[:, None]
+    # made on the device: a copy from the host would wait for all that a GPU has still to do; exact in every dtype
+    shrinks = torch.arange(SHRINKS.start, SHRINKS.stop, SHRINKS.step, dtype=W.dtype, device=W.device)[:, None] / 32
     scale, zero = _fit(shrinks * low, shrinks * high, scheme, dtype)
     importance = torch.ones_like(W[0]) if importance is None else importance
     best = ranges.fastest(W.device)(W, importance, scale, -zero, 2**scheme.wbits - 1 - zero)

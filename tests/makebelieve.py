@@ -349,6 +349,8 @@ def _generator(original):
 def _tensor(original):
     def tensor(data, *args, device=None, **kwargs):
         made = original(data, *args, **kwargs)
+        if _on_gpu(device):
+            Gpu.current.wait("copy to the GPU")  # of pageable memory, for which CUDA waits
         return made.to(CUDA) if _on_gpu(device) else made if device is None else made.to(device)
 
     return tensor

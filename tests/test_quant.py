@@ -98,7 +98,7 @@ def test_the_search_takes_the_shrunk_range_with_the_least_error_over_the_kept_we
                                       strict=True):
         kept = row[~mask].tolist()
         kept_factors = [factor for factor, gone in zip(factors, mask.tolist(), strict=True) if not gone]
-        candidates = [reference_grid(kept, scheme, dtype, shrink) for shrink in SHRINKS]
+        candidates = [reference_grid(kept, scheme, dtype, shrink / 32) for shrink in SHRINKS]
         errors = [squared_error(kept, kept_factors, *candidate, wbits) for candidate in candidates]
         assert (scale, zero) in candidates
         error = squared_error(kept, kept_factors, scale, zero, wbits)

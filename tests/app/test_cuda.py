@@ -228,7 +228,8 @@ def test_tensors_on_two_devices_are_refused():
             x.numpy()
         assert not gpu.synchronisations
         waits = (lambda: x[0, 0].item(), lambda: bool((x > 0).all()), lambda: x.cpu(), lambda: x[x > 0],
-                 lambda: x.nonzero(), lambda: y.copy_(x), lambda: x.tolist(), lambda: float(x.sum()))
+                 lambda: x.nonzero(), lambda: y.copy_(x), lambda: x.tolist(), lambda: float(x.sum()),
+                 lambda: torch.tensor([1.0, 2.0], device="cuda:0"))
         for count, wait in enumerate(waits, 1):
             wait()
             assert sum(gpu.synchronisations.values()) >= count
