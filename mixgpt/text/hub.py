@@ -5,28 +5,24 @@ import functools
 import io
 import logging
 import sys
-import urllib.error
-import urllib.request
 
 import datasets
 from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 
 
 @functools.cache
 def reachable(timeout=5):
-    """Return whether the hub answers within `timeout` seconds (HF_HUB_OFFLINE and HF_ENDPOINT are honoured).
+    """Return whether the hub answers its own client within `timeout` seconds; with HF_HUB_OFFLINE it is not asked.
 
-    Without this check `datasets` and `transformers` retry for 23 s before giving up.
+    Without this check `datasets` and `transformers` retry for 23 s before giving up. The client has the endpoint,
+    certificates and proxies of all later requests.
     """
-    if constants.HF_HUB_OFFLINE:
-        return False
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout).close()
-    except urllib.error.HTTPError:
-        return True  # an error status is an answer too
-    except OSError:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # what a client raises depends on its library: no name, no route, no certificate, no answer
         return False
-    return True
+    return True  # an error status is an answer too
 
 
 @contextlib.contextmanager
