@@ -38,6 +38,8 @@ def recipe(preset, prunem=0, wbits=16, groupsize=-1):
     sequences. Grids have few scales to learn. Columns are quantized in the order of activation unless their groups
     would have to be stored.
     """
+    if preset not in PRESETS:
+        raise InputError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     chosen = dict(PRESETS[preset])
     if preset == "best" and prunem:
         chosen |= {"sparsity_way": "uniform", "saliency": "obs", "synthetic": 0.75, "distill": 1.0}
@@ -98,9 +100,12 @@ def text(name):
     return name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Settings:
-    """The options of a run, named as on the command line. Raises InputError for invalid values."""
+    """The options of a run, named as on the command line. Raises InputError for invalid values.
+
+    An option that is not given has the value of the preset's recipe, else its default.
+    """
 
     model: str = dataclasses.field(metadata={"effect": FREE})  # compared by weights, see records.identity
     dataset: str = dataclasses.field(metadata={"effect": RESULT})
@@ -215,7 +220,23 @@ class Settings:
     wandb_group: str | None = option(None, FREE, "W&B run group (default: WANDB_RUN_GROUP)")
     quiet: bool = option(False, FREE, "print only results and warnings")
 
-    def __post_init__(self):
+    def __init__(self, model, dataset, **given):
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if "help" in field.metadata}
+        if unknown := given.keys() - defaults.keys():
+            raise TypeError(f"Settings has no {', '.join(sorted(unknown))}")
+        shape = {name: given[name] for name in ("prunem", "wbits", "groupsize") if name in given}
+        preset = recipe(given["preset"], **shape) if given.get("preset") is not None else {}
+        for name, value in ({"model": model, "dataset": dataset} | defaults | preset | given).items():
+            object.__setattr__(self, name, value)  # frozen
+        try:
+            self._check()
+        except InputError as error:
+            refused, _, reason = str(error).partition(": ")
+            if refused.split()[0] in (flags()[name] for name in preset.keys() - given.keys()):
+                raise InputError(f"--preset {self.preset} ({refused}): {reason}") from error
+            raise
+
+    def _check(self):
         refuse_empty({flags()[field.name]: getattr(self, field.name) for field in dataclasses.fields(self)
                       if field.default != ""})
         self._check_numbers()
@@ -470,16 +491,7 @@ def parse(family, argv=None):
             if title := field.metadata["group"]:
                 group = parser.add_argument_group(title)
             add_option(group, field)
-    given = vars(parser.parse_args(argv))
-    shape = {name: given[name] for name in ("prunem", "wbits", "groupsize") if name in given}
-    preset = recipe(given["preset"], **shape) if "preset" in given else {}
-    try:
-        return Settings(**preset | given)
-    except InputError as error:
-        refused, _, reason = str(error).partition(": ")
-        if refused.split()[0] in (flags()[name] for name in preset.keys() - given.keys()):
-            raise InputError(f"--preset {given['preset']} ({refused}): {reason}") from error
-        raise
+    return Settings(**vars(parser.parse_args(argv)))
 
 
 def add_option(group, field):

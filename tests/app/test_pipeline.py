@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from transformers import AutoModelForCausalLM
 import datautils
 from mixgpt.allocation import synthetic, traces
 from mixgpt.app import pipeline
-from mixgpt.app.settings import Settings
+from mixgpt.app.settings import Settings, recipe
 from mixgpt.checkpoints import load
 from mixgpt.common import runtime
+from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.evaluation.sparsity import measure_sparsity
@@ -159,6 +161,24 @@ def test_mixgpt_meets_the_total_in_the_saved_weights(name, options, checkpoint_f
 ])
 def test_a_recipe_is_named_by_its_choices(options, name):
     assert Settings("model", "c4", **{"sparsity": 0.5} | options).method == name
+
+
+def test_a_preset_means_its_recipe_without_the_command_line_too():
+    best = Settings("m", "c4", sparsity=0.5, preset="best")
+    assert best.method == "ADMM (global, fisher, dense target, synthetic text, distilled)"
+    assert replace(best, preset=None) == Settings("m", "c4", sparsity=0.5, **recipe("best"))
+    for given in ({"solver": "obs", "saliency": "obs"}, {"percdamp": 0.01}, {"distill": 0.0}):  # all of them defaults
+        assert given.items() <= asdict(Settings("m", "c4", sparsity=0.5, preset="best", **given)).items()
+    shape = {"prunen": 2, "prunem": 4, "wbits": 4}
+    assert recipe("best", 4, 4).items() <= asdict(Settings("m", "c4", preset="best", **shape)).items()
+    assert replace(best, seed=1) == Settings("m", "c4", sparsity=0.5, preset="best", seed=1)
+    assert Settings(**asdict(best)) == best  # as from a record
+    with pytest.raises(InputError, match="^--preset best .--solver admm.: needs calibration, "):
+        Settings("m", "c4", sparsity=0.5, preset="best", gmp=True)
+    with pytest.raises(InputError, match="^--preset good: must be one of sparsegpt, mixgpt, best$"):
+        Settings("m", "c4", sparsity=0.5, preset="good")
+    with pytest.raises(TypeError, match="sparseness"):
+        Settings("m", "c4", sparseness=0.5)
 
 
 @pytest.mark.parametrize("preset, amount, expected", [
