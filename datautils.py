@@ -7,7 +7,6 @@ so that the same seed gives the same samples.
 import contextlib
 import random
 
-import psutil
 import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
@@ -43,7 +42,7 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
 def samples_of(rows, source, nsamples, seqlen, seed, tokenizer):
     """Draw random segments from all or some of the rows of `load_rows`. Returns LongTensor (nsamples, seqlen)."""
     rng, text_set = random.Random(seed), text_set_of(source["dataset"])
-    rows, samples = as_texts(rows, tokenizer), empty_samples(nsamples, seqlen)
+    rows, samples = as_texts(rows, tokenizer), torch.empty(nsamples, seqlen, dtype=torch.int64)
     if text_set.by_document:
         segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer)
     else:
@@ -53,15 +52,6 @@ def samples_of(rows, source, nsamples, seqlen, seed, tokenizer):
     for sample, segment in zip(samples, segments, strict=True):
         sample.copy_(torch.tensor(segment))
     return samples
-
-
-def empty_samples(nsamples, seqlen):
-    """Return an uninitialised LongTensor (nsamples, seqlen). Raises InputError if memory has no room for it."""
-    nbytes, free = nsamples * seqlen * torch.int64.itemsize, psutil.virtual_memory().available
-    if nbytes > free:
-        raise InputError(f"--nsamples {nsamples}: {nsamples} sequences of {seqlen} tokens take {nbytes / 1e9:.1f} GB "
-                         f"of memory, {free / 1e9:.1f} GB are free; lower --nsamples or --seqlen")
-    return torch.empty(nsamples, seqlen, dtype=torch.int64)
 
 
 def test_tokens(dataset, seqlen, tokenizer, data_dir=None):

@@ -9,12 +9,11 @@ import tempfile
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import psutil
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
-from mixgpt.common import progress
+from mixgpt.common import memory, progress
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.experts import is_split
@@ -143,25 +142,19 @@ def _replaced(layers, forward):
             vars(layer).pop("forward", None)  # missing where Ctrl-C came before it was set
 
 
-def free_memory(device):
-    """Return the bytes of GPU memory available to new tensors: free, or cached by PyTorch's allocator but unused."""
-    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device))
-
-
-def ample(nbytes, free):
-    """Return whether hidden states of nbytes leave most of so many free bytes of a GPU to the work."""
-    return 4 * nbytes <= free
+def bytes_to_load(model, device):
+    """Return the bytes of a model's weights that are not in the memory of a device."""
+    return sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
 
 
 def place_for(nbytes, device, on_host=False):
     """Choose where to keep nbytes of hidden states: on the "device", the "host" or, memory-mapped, on "disk".
 
-    The first of these with ample room; on_host skips the device.
+    The first of these with twice the room, half of it for the work; on_host skips the device.
     """
-    if device.type == "cuda" and not on_host and ample(nbytes, free_memory(device)):
+    if device.type == "cuda" and not on_host and memory.fits(2 * nbytes, device):
         return "device"
-    return "host" if 2 * nbytes <= psutil.virtual_memory().available else "disk"
+    return "host" if memory.fits(2 * nbytes, torch.device("cpu")) else "disk"
 
 
 def allocate(shape, dtype, device, place):

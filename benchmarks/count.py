@@ -38,16 +38,17 @@ from mixgpt.allocation import synthetic
 from mixgpt.allocation.backward import chunk_size
 from mixgpt.allocation.fisher import enough_of, output_gradients
 from mixgpt.allocation.global_threshold import inverse_diagonals
-from mixgpt.app import memory
 from mixgpt.app.pipeline import recipe_of
 from mixgpt.app.settings import PRESETS, Settings
 from mixgpt.app.tables import table
 from mixgpt.checkpoints import load
+from mixgpt.common import memory
 from mixgpt.common.clock import Clock
 from mixgpt.common.progress import silent
 from mixgpt.kernels import columns, selection
 from mixgpt.modeling.streaming import Source
 from mixgpt.pruning import distill
+from mixgpt.pruning.calibration import one_pass_bytes
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.targets import Target, select
 from modelutils import Execution
@@ -241,10 +242,11 @@ def count(shape, method, tokens, batch_size, layers):
         distills = len(windows) > 0 and distill.room_for(wide, windows) > 0
         number, more = settings.written(distills)
         together = torch.cat([tokens, torch.zeros(number, T, dtype=torch.long)])
-        demand = memory.Demand.of(model, family, selected, together, settings)
-        way, needed = memory.fitting(demand, memory.Way(batch_size, on_host=False, two_passes=False), MEMORY)
-        execution = Execution(model, family, CUDA, way.batch_size, Ledger(meter), way.on_host)
-        line, gradients = memory.line(demand, way, needed, MEMORY), None
+        execution = Execution(model, family, CUDA, batch_size, Ledger(meter))
+        needed = one_pass_bytes(execution, selected, together.shape, settings.target == "dense",
+                                settings.solver == "admm")
+        two_passes, gradients = not memory.fits(needed, CUDA), None
+        line = f"{'two passes' if two_passes else 'one pass'} through each layer: one takes about {needed / 1e9:.1f} GB"
         if settings.weighs:
             enough = enough_of(tokens)
             size = min(chunk_size(whole, len(enough), tokens.shape[1], 1), len(enough))
@@ -260,7 +262,7 @@ def count(shape, method, tokens, batch_size, layers):
             with execution.clock.part("synthetic"), mock.patch.object(synthetic, "has_room", lambda _: False):
                 synthetic.synthetic(execution, tokens, number + more, 0)
         prune_layerwise(execution, plan, together, replace(recipe_of(settings, gradients),
-                                                           true_sequential=not way.two_passes))
+                                                           true_sequential=not two_passes))
         if distills:
             wide = distill.widened(execution, windows, T)
             dense = torch.empty(*windows.shape, model.config.hidden_size, dtype=model.dtype)  # generation gives it

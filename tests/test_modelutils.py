@@ -76,7 +76,7 @@ def test_hidden_states_lie_on_disk_where_memory_is_short_and_are_the_same(dtype,
         return stream.hidden
 
     expected, mapped = last(), []
-    monkeypatch.setattr(modelutils.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(modelutils.memory, "free", lambda device: 1000)
     memmap = np.memmap
     monkeypatch.setattr(modelutils.np, "memmap", lambda *given, **options: mapped.append(options) or memmap(
         *given, **options))
@@ -91,7 +91,7 @@ def test_hidden_states_without_room_anywhere_are_refused(tokens, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(modelutils.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(modelutils.memory, "free", lambda device: 1000)
     monkeypatch.setattr(modelutils.os, "posix_fallocate", full)
     with pytest.raises(InputError, match="--nsamples, --seqlen: hidden states take 0.0 GB, .*No space left"):
         Stream.embed(model, family, tokens, 2, CPU)

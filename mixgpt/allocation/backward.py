@@ -7,14 +7,13 @@ import contextlib
 import copy
 import math
 
-import psutil
 import torch
 
-from mixgpt.common import distributed
+from mixgpt.common import distributed, memory
 from mixgpt.kernels.matmul import fast_linears
-from mixgpt.modeling.experts import RoutedLinear, kind_of
+from mixgpt.modeling.experts import RoutedLinear
 from mixgpt.modeling.streaming import prefetch
-from modelutils import SLICE, allocate, free_memory, linears, on_device
+from modelutils import allocate, linears, on_device
 
 BORDERS = 2e9  # bytes of the hidden states at all layer boundaries, where a chunk takes so long that its end is awaited
 
@@ -26,7 +25,7 @@ def chunk_size(execution, count, T, states, limit=math.inf):
     """
     batch, borders = execution.batch_size, states * (len(execution.layers) + 1)
     sequence = T * execution.model.config.hidden_size * working_dtype(execution.model).itemsize
-    rooms, size = rooms_for(execution, T, states), -(-count // batch) * batch
+    rooms, size = rooms_for(execution), -(-count // batch) * batch
 
     def fits(nbytes):
         footprints = _footprints(nbytes, execution.device)
@@ -37,40 +36,20 @@ def chunk_size(execution, count, T, states, limit=math.inf):
     return min(distributed.all_gather_object(size))
 
 
-def rooms_for(execution, T, states):
-    """Return the bytes that hidden states at layer boundaries may take on the "device" and the "host"."""
-    rooms = {"device": 0, "host": psutil.virtual_memory().available // (2 * distributed.world())}
-    if execution.device.type == "cuda" and not execution.on_host:
-        rooms["device"] = max(free_memory(execution.device) - _working_memory(execution, T, states), 0)
-    return rooms
+def rooms_for(execution):
+    """Return the bytes that hidden states at layer boundaries may take on the "device" and the "host".
+
+    They are half of what is free: the other half is for the work.
+    """
+    on_gpu = execution.device.type == "cuda" and not execution.on_host
+    return {"device": memory.free(execution.device) // 2 if on_gpu else 0,
+            "host": memory.free(torch.device("cpu")) // 2}
 
 
 def _footprints(nbytes, device):
     """Return the bytes that a tensor of nbytes takes on the "device" and the "host"."""
     pinned = 1 << (nbytes - 1).bit_length()  # PyTorch rounds up to a power of two
     return {"device": nbytes, "host": pinned if device.type == "cuda" else nbytes}
-
-
-def _working_memory(execution, T, states):
-    """Estimate the bytes of GPU memory that the work takes beside the hidden states at layer boundaries.
-
-    Two layers, the Hessians of one, one of them being factored, and a batch inside a layer or the head: 4 values for
-    each input and output of a linear and 32 bytes for each score of attention that is not fused. With tangents,
-    states = 2, four times as many, and a probe of each weight for each sequence.
-    """
-    model, batch, twice = execution.model, execution.batch_size, states > 1
-    config, itemsize = model.config.get_text_config(), working_dtype(model).itemsize
-    layer = max(execution.layers, key=lambda layer: sum(weight.numel() for weight in layer.parameters()))
-    modules, weights = linears(layer), sum(weight.numel() for weight in layer.parameters())
-    widths = {kind_of(name): module.in_features + module.out_features for name, module in modules.items()}
-    width = sum(width * (getattr(config, "num_experts_per_tok", None) or 1 if "*" in kind else 1)
-                for kind, width in widths.items())  # of an expert's matrices only those of the experts of a token
-    inside = 4 * itemsize * batch * T * width
-    if twice or getattr(config, "_attn_implementation", None) == "eager":
-        inside += 32 * batch * config.num_attention_heads * T * T
-    inside = 4 * inside + batch * weights * itemsize if twice else inside
-    squares = [module.in_features**2 for module in modules.values()]
-    return 2 * itemsize * weights + 4 * sum(squares) + 24 * max(squares) + max(inside, 40 * SLICE * config.vocab_size)
 
 
 def working_dtype(model):
@@ -84,7 +63,7 @@ class Chunk:
     Where these are on the host, they are in memory that a GPU copies from and to while it computes.
     """
 
-    def __init__(self, execution, matrices, tokens, bar, states=1):
+    def __init__(self, execution, matrices, tokens, bar):
         model = execution.model
         self.model, self.family, self.layers = model, execution.family, execution.layers
         self.tokens, self.matrices, self.device, self.bar = tokens, matrices, execution.device, bar
@@ -93,7 +72,7 @@ class Chunk:
         self.stream.arguments = {size: [_cast(arguments, self.dtype) for arguments in layers]
                                  for size, layers in self.stream.arguments.items()}
         self.borders = [self.stream.hidden.to(self.dtype)]
-        self._rooms = rooms_for(execution, tokens.shape[1], states)
+        self._rooms = rooms_for(execution)
 
     def new_border(self):
         """Return uninitialised memory for the hidden states at a layer boundary, where there is room, else on disk."""

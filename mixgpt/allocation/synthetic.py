@@ -4,16 +4,15 @@ Hessians of few tokens fit what these happen to be; with as many synthetic ones 
 Calibration on synthetic text alone: Williams et al., arXiv 2410.17170.
 """
 
-import psutil
 import torch
 from transformers import GenerationConfig
 
 from mixgpt.allocation.fisher import drawn
-from mixgpt.common import distributed, progress
+from mixgpt.common import distributed, memory, progress
 from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.attention import fast_attention
 from mixgpt.kernels.matmul import fast_linears
-from modelutils import SLICE, free_memory, hooked, run_layers, whole
+from modelutils import SLICE, bytes_to_load, hooked, run_layers, whole
 
 WINDOW = 128  # tokens that are generated in one piece: short ones are many, and differ more
 PREFIX = 16  # of them are those of the calibration sequence
@@ -46,13 +45,9 @@ def windows_of(sequences, how):
 
 
 def has_room(execution):
-    """Return whether the whole model fits on the device, and a quarter of what is free stays free."""
-    weights = sum(weight.nbytes for weight in execution.model.parameters())
-    return weights <= 0.75 * _free(execution.device)
-
-
-def _free(device):
-    return free_memory(device) if device.type == "cuda" else psutil.virtual_memory().available
+    """Return whether the whole model fits on the device, and a window of text beside it."""
+    return memory.fits(bytes_to_load(execution.model, execution.device) + _window_bytes(execution, WINDOW),
+                       execution.device)
 
 
 @torch.no_grad()
@@ -70,7 +65,8 @@ def generated(execution, tokens, uniform):
     head = execution.model.get_output_embeddings()  # of hidden states with gaps it would multiply each by its own copy
     with (whole(execution.model, execution.family, execution.device), hooked({head: torch.Tensor.contiguous}),
           fast_attention(execution.model, execution.device)):
-        size = _at_a_time(execution, width)
+        room = memory.free(execution.device) // _window_bytes(execution, width)
+        size = max(min(room, AT_A_TIME * execution.batch_size), 1)
         batches = list(zip(*(part.split(size) for part in parts), strict=True))
         total = len(batches) * width
         with progress.bar(total=total, title="generating", unit="step", leave=False) as bar:
@@ -83,13 +79,11 @@ def generated(execution, tokens, uniform):
     return new, torch.cat(states).unflatten(0, (len(starts), n)).transpose(0, 1).flatten(0, 1)
 
 
-def _at_a_time(execution, width):
-    """Return how many windows to continue at a time: half of the memory that the weights leave is for their cache."""
+def _window_bytes(execution, width):
+    """Estimate the bytes that continuing a window takes: keys and values, which grow by copying, and logits."""
     model = execution.model
     cache = 2 * len(execution.layers) * width * model.get_input_embeddings().embedding_dim * model.dtype.itemsize
-    logits = 16 * min(PREFIX, width) * model.config.get_text_config().vocab_size
-    room = int(0.5 * _free(execution.device) / (cache + logits))
-    return max(min(room, AT_A_TIME * execution.batch_size), 1)
+    return 2 * (cache + 16 * min(PREFIX, width) * model.config.get_text_config().vocab_size)
 
 
 def _continued(execution, windows, uniform, bar):

@@ -153,7 +153,7 @@ def hessian_traces(execution, matrices, tokens, sampling, previous=None, save=No
             numbers = together[distributed.share(len(together))]
             sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
             for probe in range(nprobes if numbers else 0):
-                sums += sampling.estimate(Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar, 2),
+                sums += sampling.estimate(Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar),
                                           [(sampling.seed, n, probe) for n in numbers])
             rows.extend(torch.cat(distributed.all_gather_object(sums)) / nprobes / (T - 1))
             if save:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import psutil
 import torch
 import transformers
 from huggingface_hub.utils import disable_progress_bars
@@ -22,29 +21,29 @@ from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import enough_of, output_gradients
 from mixgpt.allocation.plan import Budget
 from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic, windows_of
-from mixgpt.app import memory, plots, records
+from mixgpt.app import plots, records
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
-from mixgpt.app.memory import Way, retry_with_less_memory
 from mixgpt.app.report import heading, plan_text, result_text
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import formats, load, run_dir, shards
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common import distributed, progress
+from mixgpt.common import distributed, memory, progress
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError
+from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.common.outputs import PICTURE, RECORD, write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck, semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
 from mixgpt.evaluation.sparsity import count_zeros, measure_weights
 from mixgpt.kernels.columns import triton_obstacle
-from mixgpt.pruning import distill
+from mixgpt.pruning import calibration, distill
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
-from modelutils import Execution, Family, check_hidden_states, free_memory
+from modelutils import Execution, Family, check_hidden_states
 from sparsegpt import WalkOptions
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
@@ -89,7 +88,7 @@ class Job:
     def __post_init__(self):
         settings = self.settings
         one_pass = settings.calibrates and settings.true_sequential
-        self.way = Way(settings.batch_size, on_host=not settings.calibrates, two_passes=not one_pass)
+        self.memory_plan = MemoryPlan(settings.batch_size, on_host=not settings.calibrates, two_passes=not one_pass)
 
     @property
     def streamed(self):
@@ -190,11 +189,10 @@ def _check_room(job):
     settings, numel = job.settings, job.seqlen * (job.settings.nsamples + sum(job.settings.written()))
     if not settings.draws:
         return
-    free = psutil.virtual_memory().available
-    if 16 * numel > free:  # a list of the tokens, then a tensor
+    if not memory.fits(16 * numel, host := torch.device("cpu")):  # a list of the tokens, then a tensor
         raise InputError(f"--nsamples {settings.nsamples}: sequences of {job.seqlen} tokens take "
-                         f"{16 * numel / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free; lower --nsamples or "
-                         "--seqlen")
+                         f"{16 * numel / 1e9:.1f} GB, {memory.free(host) / 1e9:.1f} GB of memory are free; lower "
+                         "--nsamples or --seqlen")
     dtype = dtype_of(job)
     itemsize = 2 if dtype == "auto" else dtype.itemsize  # at least
     check_hidden_states(numel // distributed.world() * job.config.hidden_size * itemsize, job.device)
@@ -312,7 +310,7 @@ def announce(job):
         log(settings, f"W&B      {job.tracker.place}")
     if settings.distill:
         _plan_distillation(job)
-    if job.selected and settings.calibrates and job.device.type == "cuda":
+    if job.selected and not job.memory_plan.two_passes and job.device.type == "cuda":
         log(settings, _plan_memory(job))
     if settings.calibrates and job.device.type == "cuda" and (reason := triton_obstacle(job.device)):
         log(settings, f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
@@ -329,7 +327,7 @@ def _windows(settings, seqlen):
 def _plan_distillation(job):
     """Choose whether the model will be distilled at the end: if it can be trained as a whole on every device."""
     tokens = _windows(job.settings, job.seqlen)
-    execution = distill.widened(job.execution(job.way), tokens, job.seqlen)
+    execution = distill.widened(job.execution(job.memory_plan), tokens, job.seqlen)
     job.distills = min(distributed.all_gather_object(distill.room_for(execution, tokens))) > 0
     if not job.distills:
         job.record["distilled"] = "no room"
@@ -337,12 +335,14 @@ def _plan_distillation(job):
 
 
 def _plan_memory(job):
-    """Choose how the GPU's memory is used, from counted bytes. Returns a line that says so."""
-    tokens = torch.empty(len(job.calibration) + job.written[0], job.seqlen, dtype=torch.long)
-    demand = memory.Demand.of(job.model, job.family, job.selected, tokens, job.settings)
-    free = min(distributed.all_gather_object(free_memory(job.device)))  # all go the same way
-    job.way, needed = memory.fitting(demand, job.way, free)
-    return memory.line(demand, job.way, needed, free)
+    """Choose whether all sequences are to wait inside a layer at a time. Returns a line that says so."""
+    settings, count = job.settings, -(-(len(job.calibration) + job.written[0]) // distributed.world())
+    needed = calibration.one_pass_bytes(job.execution(job.memory_plan), job.selected, (count, job.seqlen),
+                                        settings.target == "dense", settings.solver == "admm")
+    free = min(distributed.all_gather_object(memory.free(job.device)))  # all go the same way
+    job.memory_plan = replace(job.memory_plan, two_passes=needed > free)
+    return (f"memory   {'two passes' if needed > free else 'one pass'} through each layer: one takes about "
+            f"{needed / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU")
 
 
 def tracker_of(settings, facts):
@@ -372,7 +372,7 @@ def choose_plan(job):
     kept = job.run_dir if settings.save and (settings.weighs or settings.spreads) else None
     found, job.gradients = kept.kept_plan() if kept else (None, None)
     job.plan = found
-    path = retry_with_less_memory(settings, Way(settings.batch_size, on_host=False), partial(_measure, job))
+    path = retry_with_less_memory(settings, MemoryPlan(settings.batch_size, on_host=False), partial(_measure, job))
     if kept and not found:
         kept.keep_plan(job.plan, job.gradients)
     if settings.spreads and not job.traces:
@@ -438,10 +438,10 @@ def compress(job):
     """Prune and quantize the matrices of the plan."""
     settings, record, counted = job.settings, job.record, {}
     if job.plan:
-        job.outcomes, counted, way = retry_with_less_memory(settings, job.way, partial(_compress, job), job.streamed)
+        job.outcomes, counted, way = retry_with_less_memory(settings, job.memory_plan, partial(_compress, job),
+                                                            job.streamed)
         if job.distills:
-            retry_with_less_memory(settings, Way(settings.batch_size, way.on_host), partial(_distill, job, counted),
-                                   job.streamed)
+            _distill_if_possible(job, counted, way.on_host)
         record["settings"] |= {"batch_size": way.batch_size,
                                "true_sequential": settings.true_sequential and not (
                                    settings.calibrates and way.two_passes)}
@@ -450,7 +450,7 @@ def compress(job):
 
 
 def _compress(job, way):
-    """Prune and quantize in a `Way`. Returns {(layer, name): Outcome}, {layer: LayerSparsity} and the way."""
+    """Prune and quantize. Returns {(layer, name): Outcome}, {layer: LayerSparsity} and the memory plan."""
     settings, tracker, counted = job.settings, job.tracker, {}
 
     def observe(index, layer, outcomes, start):
@@ -469,12 +469,29 @@ def _compress(job, way):
     return outcomes, counted, way
 
 
-def _distill(job, counted, way):
-    """Distill the pruned or quantized model, unless an interrupted run has done it. counted: by `_compress`."""
+def _distill_if_possible(job, counted, on_host):
+    """Distill the pruned or quantized model, or leave it as it is and say why. counted: by `_compress`.
+
+    What an interrupted run has done, or could not do, stays so.
+    """
     settings, run_dir = job.settings, job.run_dir
-    if run_dir and run_dir.distilled:
-        job.record["distilled"] = run_dir.distilled
-        return
+    result = run_dir and run_dir.distilled
+    if not result:
+        try:
+            result = retry_with_less_memory(settings, MemoryPlan(settings.batch_size, on_host),
+                                            partial(_distill, job, counted))
+        except (distill.Diverged, memory.OutOfMemory) as error:
+            result = str(error)
+            if settings.save:
+                run_dir.keep_undistilled(result)
+    if isinstance(result, str):
+        print(f"warning  --distill: {result}: the model stays as it was before distillation", flush=True)
+    job.record["distilled"] = result
+
+
+def _distill(job, counted, way):
+    """Distill the pruned or quantized model. Returns what to record."""
+    settings, run_dir = job.settings, job.run_dir
     execution = distill.widened(job.execution(way), job.distilled_on, job.seqlen)
     room = min(distributed.all_gather_object(distill.room_for(execution, job.distilled_on)))
     execution = replace(execution, batch_size=max(room, 1))
@@ -487,10 +504,10 @@ def _distill(job, counted, way):
     with job.clock.part("distillation"):
         grids = {key: outcome.grid for key, outcome in job.outcomes.items()}
         divergence = distill.distill(execution, grids, job.distilled_on, job.dense_states, settings.seed, finish)
-        job.record["distilled"] = {"divergence": divergence}
         if run_dir:
             run_dir.settle()
     counted.clear()
+    return {"divergence": divergence}
 
 
 def recipe_of(settings, gradients=None):
@@ -554,7 +571,7 @@ def evaluate(job):
         _evaluate(job, settings.method)
     if settings.semi_structured and "semi_structured" not in job.record:
         job.record["semi_structured"] = retry_with_less_memory(
-            settings, Way(settings.batch_size),
+            settings, MemoryPlan(settings.batch_size),
             lambda way: semistructured.compare(job.model, job.family, job.tests, way.batch_size, job.device))
 
 
@@ -568,7 +585,7 @@ def _evaluate(job, method):
         with job.clock.part("tasks"):
             return job.score(job.model, way.batch_size)
 
-    way = Way(job.settings.batch_size)
+    way = MemoryPlan(job.settings.batch_size)
     job.perplexities[method] = retry_with_less_memory(job.settings, way, perplexities)
     if job.score:
         job.scores[method] = retry_with_less_memory(job.settings, way, scores)

@@ -39,7 +39,8 @@ from quant import Grid, Scheme
 
 PATIENCE = 10  # hidden states are saved when that takes less than 1/PATIENCE of the time since the last save
 NUMBERED = re.compile(r"(layer|grids|state)-(\d{5,})(-\d+)?\.(json|safetensors)")  # files of a layer, in progress
-OWN = re.compile(NUMBERED.pattern + r"|(run|plan|shards)\.json|gradients-\d+\.safetensors|.*\.partial|\.tmp.*")
+OWN = re.compile(NUMBERED.pattern + r"|(run|plan|shards|undistilled)\.json|gradients-\d+\.safetensors|"
+                 r".*\.partial|\.tmp.*")
 
 
 class RunDir(LayerFiles):
@@ -185,6 +186,9 @@ class RunDir(LayerFiles):
     def _plan(self):
         return self.progress / "plan.json"
 
+    def _undistilled(self):
+        return self.progress / "undistilled.json"
+
     def _note(self, index):
         return self.progress / f"layer-{index:05d}.json"
 
@@ -298,7 +302,7 @@ class RunDir(LayerFiles):
             finished = 0
         self._remove(*(file for file, index in self._files("layer", "grids").items() if index >= finished),
                      *(file for file, border in self._files("state").items() if border > finished))
-        return finished, distilled[0] if finished else None
+        return finished, (finished and distilled[0]) or self._kept_undistilled()
 
     def _check(self, index):
         """Raise Damaged unless all files of a finished layer are as they were written. Shards were checked before."""
@@ -307,6 +311,16 @@ class RunDir(LayerFiles):
                               if place.file == str(self._layer(index))}, note["checksums"])
         if note["grids"]:
             sealed.read_tensors(self._grids(index), self.run)
+
+    def keep_undistilled(self, reason):
+        """Save why the model could not be distilled, so that a run that goes on leaves it as it is, too."""
+        if self.writes:
+            self._write_json(self._undistilled(), reason)
+
+    def _kept_undistilled(self):
+        """Return what `keep_undistilled` saved, None if it did not."""
+        with contextlib.suppress(sealed.Damaged):
+            return sealed.read_json(self._undistilled(), self.run)
 
     def _restore(self, finished, states):
         """Overwrite the hidden states by the latest ones before layer `finished`, or an earlier one. Returns which."""

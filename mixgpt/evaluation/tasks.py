@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jinja2
 import lm_eval
-import psutil
 import yaml
 from datasets.exceptions import DatasetsError
 from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -17,11 +16,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks.manager import TaskManager
 
-from mixgpt.common import progress
+from mixgpt.common import memory, progress
 from mixgpt.common.errors import InputError, one_line
 from mixgpt.evaluation.streamed_lm import StreamedLM
 from mixgpt.text import hub
-from modelutils import free_memory
 
 VERSION = lm_eval.__version__
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
@@ -140,11 +138,9 @@ def check(chosen, tokenizer, nbytes, device):
         raise InputError("--tasks: the model's tokenizer has no token for the begin or the end of a text")
     for name, task in chosen["tasks"].items():
         kinds = {instance.request_type for instance in task.instances}
-        if "generate_until" in kinds:
-            free = free_memory(device) if device.type == "cuda" else psutil.virtual_memory().available
-            if nbytes > free:
-                raise InputError(f"--tasks {name}: generates text, for which all {nbytes / 1e9:.1f} GB of the model "
-                                 f"must fit in memory; {free / 1e9:.1f} GB are free on {device}")
+        if "generate_until" in kinds and not memory.fits(nbytes, device):
+            raise InputError(f"--tasks {name}: generates text, for which all {nbytes / 1e9:.1f} GB of the model must "
+                             f"fit in memory; {memory.free(device) / 1e9:.1f} GB are free on {device}")
         if any(instance.request_type == "loglikelihood" and not "".join(instance.args) for instance in task.instances):
             raise InputError(f"--tasks {name}: computes the likelihood of an empty text")
 

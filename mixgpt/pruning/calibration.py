@@ -1,5 +1,7 @@
 """Calibrate a layer: linears that share an input, the Hessian of each input, forward passes that pause at linears."""
 
+from collections import defaultdict
+
 import torch
 from greenlet import getcurrent, greenlet
 
@@ -79,6 +81,30 @@ def strengthen(hessian, module, pools):
         mean = hessian.H.diagonal().mean() / max(hessian.tokens, 1)
         hessian.H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
     return True
+
+
+def one_pass_bytes(execution, selected, shape, dense_target, admm):
+    """Estimate the bytes that pruning takes if all batches pause inside a layer at a time, rather more than less.
+
+    selected: {(layer, name): (out, in)}. shape: (sequences of this process, tokens). In front of a linear wait the
+    residual stream, its norm, and its input or what other linears made of the norm: queries, keys and values, gates.
+    """
+    model, (sequences, T), sets = execution.model, shape, 1 + dense_target
+    inputs, hessians = defaultdict(list), defaultdict(int)
+    for (index, name), (out, columns) in selected.items():
+        inputs[index, name.rpartition(".")[0], columns].append(out)  # of the linears that may read one input
+    for index, _, columns in inputs:
+        hessians[index] += 4 * columns**2
+    width = model.get_input_embeddings().embedding_dim
+    waiting = 3 * width + max(max(columns, sum(outs) - min(outs)) for (_, _, columns), outs in inputs.items())
+    if model.config._attn_implementation == "eager":
+        waiting += 3 * model.config.num_attention_heads * T
+    tokens = (sequences + 2 * execution.batch_size) * T * model.dtype.itemsize
+    squares, stacks = (8, 9) if admm else (1.3 + dense_target, 6)  # matrices like H and like W while one is pruned
+    solving = max(4 * (squares * columns**2 + stacks * columns * sum(outs)) for (_, _, columns), outs in inputs.items())
+    layer = max(sum(weight.nbytes for weight in layer.parameters()) for layer in execution.layers)
+    return int(tokens * (sets * (width + waiting) + 2 * dense_target * width)
+               + sets * max(hessians.values()) + (2 + dense_target) * layer + solving)
 
 
 @torch.no_grad()

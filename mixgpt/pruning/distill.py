@@ -12,13 +12,12 @@ from dataclasses import replace
 
 import torch
 
-from mixgpt.common import distributed, progress
-from mixgpt.common.errors import InputError
+from mixgpt.common import distributed, memory, progress
 from mixgpt.common.tensors import seeded, wide
-from mixgpt.kernels.attention import fast_attention
+from mixgpt.kernels.attention import LONGEST, fast_attention
 from mixgpt.kernels.matmul import fast_linears
-from mixgpt.modeling.experts import RoutedLinear
-from modelutils import CPU_SLICE, SLICE, Stream, free_memory, linears, on_device, run_layers
+from mixgpt.modeling.experts import kind_of
+from modelutils import CPU_SLICE, SLICE, Stream, bytes_to_load, linears, on_device, run_layers
 
 STEPS = 16  # at most
 SMALLEST = 1024  # tokens of a step, if there are as many: gradients of fewer are too noisy for the rate
@@ -28,6 +27,10 @@ WARMUP = 0.1  # share of the steps
 DECAY = 0.95  # of the mean squared gradients, per step
 LEAST = 1e-3  # root mean square of a weight for its rate
 TINY = 1e-30  # least mean square of a gradient
+
+
+class Diverged(ArithmeticError):
+    """Distillation came to numbers that are not finite. The model is as it was before."""
 
 
 def widened(execution, tokens, T):
@@ -48,24 +51,30 @@ def dense_states(execution, tokens):
 def room_for(execution, tokens):
     """Return how many of the sequences (N, T) can be a batch if the whole model is trained on the device, 0 if none.
 
-    At most a batch of the execution; a tenth of a GPU's free memory stays free. Of each weight there is itself, its
-    gradient and its float32 copy, and of one matrix at a time three more of these; of each token what goes into linears
-    and out of them, half as much again, and attention that is not fused.
+    At most a batch of the execution. In memory are all weights and, of those in layers, the gradient, a float32 copy
+    and, unless they are read from disk, what they were before; of one matrix at a time three more of these; the head in
+    the order of a kernel, and five float32 values for each logit of some tokens; hidden states; and of each token of a
+    batch what goes into linears and out of them, half as much again, and the scores of attention, if written out.
     """
-    model, itemsize, T = execution.model, execution.model.dtype.itemsize, tokens.shape[1]
-    batch = min(execution.batch_size, _per_step(tokens))
-    if execution.device.type != "cuda":
-        return batch
-    matrices = [module for layer in execution.layers for module in linears(layer).values()]
-    weights = (2 * itemsize + 4) * sum(weight.numel() for weight in model.parameters())
-    weights += 12 * max(module.weight.numel() for module in matrices)
-    sequence = 1.5 * itemsize * T * sum(module.in_features + module.out_features for module in matrices
-                                        if not isinstance(module, RoutedLinear))
-    if getattr(model.config, "_attn_implementation", None) == "eager":
-        sequence += 8 * T * T * len(execution.layers) * model.config.get_text_config().num_attention_heads
-    return max(min(batch, int((0.9 * free_memory(execution.device) - weights) / sequence)), 0)
+    model, device, layers = execution.model, execution.device, execution.layers
+    itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
+    width, batch = model.get_input_embeddings().embedding_dim, min(execution.batch_size, _per_step(tokens))
+    matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
+                for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
+    before = itemsize if device.type == "cpu" and _in_memory(layers) else 0
+    fixed = bytes_to_load(model, device) + 12 * max(m.weight.numel() for m in matrices.values()) + (
+        before + itemsize + 4) * sum(weight.numel() for layer in layers for weight in layer.parameters())
+    fixed += config.vocab_size * (itemsize * width + 20 * min(_part(device), batch * T))
+    fixed += itemsize * width * T * _most(tokens)
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
+                                        for (_, kind), m in matrices.items())
+    score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" and T <= LONGEST else 0
+    sequence += score * T * T * len(layers) * getattr(config, "num_attention_heads", 0)
+    return max(min(batch, int((memory.free(device) - fixed) / sequence)), 0)
 
 
+@torch.no_grad()
 @fast_linears()
 def distill(execution, chosen, tokens, dense, seed, finish=None):
     """Train the chosen matrices, and the norms and biases of their layers, in place.
@@ -74,36 +83,47 @@ def distill(execution, chosen, tokens, dense, seed, finish=None):
     {(layer, name): quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid,
     its scales, which change in place at the end. tokens: (N, T), each read once, in an order drawn by the seed. dense:
     `dense_states` of these. finish: called at the end with (index, layer, result) for each layer up to the last of the
-    chosen ones, while it is on the device. Returns the mean divergence KL(p ‖ q) per token, in nats. Raises InputError
-    if it or a weight is not finite.
+    chosen ones, while it is on the device. Returns the mean divergence KL(p ‖ q) per token, in nats. Raises Diverged if
+    it or a weight is not finite, memory.OutOfMemory, or torch.OutOfMemoryError in one of several processes; the model
+    is then as it was before.
     """
     model, device, layers = execution.model, execution.device, execution.layers
     mine, size = range(len(tokens))[distributed.share(len(tokens))], _per_step(tokens)
-    count = -(-_most(tokens) // size)
-    generator = seeded(seed, "distillation", distributed.rank())
-    found = []
-    with on_device(layers, device), _trained(layers, chosen) as weights, fast_attention(model, device):
-        stream = Stream.embed(model, execution.family, tokens[mine.start:mine.stop], min(execution.batch_size, size),
-                              device, on_host=execution.on_host)
-        grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
-        states = [_Scales(weight, grids[weight]) if weight in grids else _Weight(weight) for weight in weights]
-        steps = _shuffled(len(mine), size, count, generator)
-        with stream.head(model, execution.family) as head, progress.bar(steps, title="distilling", unit="step") as bar:
-            for number, rows in enumerate(bar, 1):
-                divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
-                found.append(_mean(divergences, len(rows) * tokens.shape[1], device))
-                for state in states:
-                    state.step(schedule(number, len(steps)), number)
-                bar.set_postfix_str(f"divergence {found[-1]:.3f}")
-        if not torch.stack([state.exact.isfinite().all() for state in states]).all():
-            raise InputError("--distill: gradients became infinite; try --dtype bfloat16")
+    steps = _shuffled(len(mine), size, -(-_most(tokens) // size), seeded(seed, "distillation", distributed.rank()))
+    with contextlib.ExitStack() as stack:
+        with memory.shared_fate(waits=True):
+            with memory.shared_fate():
+                stack.enter_context(on_device(layers, device))
+                weights = stack.enter_context(_trained(layers, chosen))
+                stack.enter_context(fast_attention(model, device))
+                stream = Stream.embed(model, execution.family, tokens[mine.start:mine.stop],
+                                      min(execution.batch_size, size), device, on_host=execution.on_host)
+                head = stack.enter_context(stream.head(model, execution.family))
+                grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
+                states = [_Scales(weight, grids[weight]) if weight in grids else _Weight(weight) for weight in weights]
+            mean = _train(stream, layers, head, states, steps, dense)
         for state in states:
             if isinstance(state, _Scales):
                 state.grid.scale.copy_(state.scale)
-        mean = sum(found) / len(found)
         for index in range(1 + max(index for index, _ in chosen) if finish else 0):
             finish(index, layers[index], mean)
     return mean
+
+
+def _train(stream, layers, head, states, steps, dense):
+    """Take the steps, of sequences (n,) each. Returns the mean divergence. Raises Diverged."""
+    found = []
+    with progress.bar(steps, title="distilling", unit="step") as bar:
+        for number, rows in enumerate(bar, 1):
+            with memory.shared_fate():
+                divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
+            found.append(_mean(divergences, len(rows) * dense.shape[1], stream.device))
+            for state in states:
+                state.step(schedule(number, len(steps)), number)
+            bar.set_postfix_str(f"divergence {found[-1]:.3f}")
+    if not torch.stack([state.exact.isfinite().all() for state in states]).all():
+        raise Diverged("gradients became infinite")
+    return sum(found) / len(found)
 
 
 def _most(tokens):
@@ -138,23 +158,33 @@ def schedule(number, steps):
 def _trained(layers, chosen):
     """Within the block, let the weights of the chosen matrices, and the vectors of their layers, require gradients.
 
-    Gives a list of these.
+    Gives a list of these. If the block raises, they are again what they were: read from disk, or from a copy.
     """
     weights = [weight for layer in layers for weight in layer.parameters()]
     required = [weight.requires_grad for weight in weights]
     trained = [linears(layers[index])[name].weight for index, name in chosen] + [
         weight for index in sorted({index for index, _ in chosen}) for weight in layers[index].parameters()
         if weight.dim() == 1]
+    before = [weight.detach().to("cpu", copy=True) for weight in trained] if _in_memory(layers) else []
     try:
         for weight in weights:
             weight.requires_grad_(False)
         for weight in trained:
             weight.requires_grad_(True)
         yield trained
+    except BaseException:
+        for weight, copy in zip(trained, before, strict=False):
+            weight.data.copy_(copy)
+        raise
     finally:
-        for weight, before in zip(weights, required, strict=True):
-            weight.requires_grad_(before)
+        for weight, require in zip(weights, required, strict=True):
+            weight.requires_grad_(require)
             weight.grad = None
+
+
+def _in_memory(layers):
+    """Return whether the weights of layers are in memory, not on disk."""
+    return not any(getattr(layer, "source", None) for layer in layers)
 
 
 def _backward(stream, layers, head, rows, dense):
@@ -175,7 +205,7 @@ def _divergence(head, hidden, dense):
     head: from hidden states to logits. hidden, dense: (n, C), of the pruned and of the dense model.
     """
     total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-    size = SLICE if hidden.is_cuda else CPU_SLICE
+    size = _part(hidden.device)
     for rows in (slice(start, start + size) for start in range(0, len(hidden), size)):
         with torch.enable_grad():
             h = hidden[rows].requires_grad_()
@@ -187,8 +217,13 @@ def _divergence(head, hidden, dense):
     return total, gradient
 
 
+def _part(device):
+    """Return the number of tokens whose logits are in memory at a time."""
+    return SLICE if device.type == "cuda" else CPU_SLICE
+
+
 def _mean(divergences, count, device):
-    """Return the mean over the tokens of all processes. Raises InputError if it is not finite.
+    """Return the mean over the tokens of all processes. Raises Diverged if it is not finite.
 
     divergences: of this process, each the sum over a batch. count: tokens of this process.
     """
@@ -196,7 +231,7 @@ def _mean(divergences, count, device):
     total[0] = sum(divergences)
     distributed.all_reduce(total)
     if not math.isfinite(mean := (total[0] / total[1]).item()):
-        raise InputError(f"--distill: the divergence from the dense model is {mean}; try --dtype bfloat16")
+        raise Diverged(f"the divergence from the dense model is {mean}")
     return mean
 
 

@@ -1,7 +1,6 @@
 """Check where hidden states and layers are while gradients are measured, on a make-believe GPU, and what it changes."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,8 +153,7 @@ def test_a_chunk_is_as_large_as_memory_allows(sequences, monkeypatch):
     family, model = make("llama")
     execution, borders = Execution(model, family, CPU, 2), len(family.layers_of(model)) + 1
     sequence = borders * 24 * model.config.hidden_size * 4
-    memory = SimpleNamespace(available=2 * sequences * sequence)  # half of it is left to others
-    monkeypatch.setattr(backward.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(backward.memory, "free", lambda device: 2 * sequences * sequence)  # half of it is for the work
     assert backward.chunk_size(execution, 8, 24, 1) == max(min(sequences, 8) // 2 * 2, 2)
     assert backward.chunk_size(execution, 8, 24, 2) == max(min(sequences // 2, 8) // 2 * 2, 2)
     assert backward.chunk_size(execution, 8, 24, 1, 4 * sequence) == max(min(sequences, 4) // 2 * 2, 2)
@@ -165,15 +163,11 @@ def test_all_of_llama_7b_at_128_times_2048_tokens_is_one_chunk_on_a_gpu_of_80_gb
     from transformers import LlamaConfig, LlamaForCausalLM
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(dtype=torch.bfloat16)).to(torch.bfloat16)
-    memory = SimpleNamespace(available=120 * 2**30)
-    monkeypatch.setattr(backward.psutil, "virtual_memory", lambda: memory)
-    sizes = []
-    for free in (78, 40):
-        monkeypatch.setattr(backward, "free_memory", lambda device, free=free: free * 2**30)
-        execution = Execution(model, llama.FAMILY, CUDA, 2, clock=object())
-        rooms = backward.rooms_for(execution, 2048, 1)
-        sizes.append((backward.chunk_size(execution, 128, 2048, 1), rooms["device"] // 2**31))
-    assert sizes == [(128, 35), (128, 16)]  # 33 boundaries of 2 GiB
+    free = {"cuda": 72 * 2**30, "cpu": 108 * 2**30}
+    monkeypatch.setattr(backward.memory, "free", lambda device: free[device.type])
+    execution = Execution(model, llama.FAMILY, CUDA, 2, clock=object())
+    assert backward.chunk_size(execution, 128, 2048, 1) == 128
+    assert backward.rooms_for(execution)["device"] // 2**31 == 18  # of 33 boundaries of 2 GiB; the others on the host
 
 
 def test_weights_require_gradients_again_where_memory_ran_out(tokens, monkeypatch):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import CPU, VOCABULARY, make
+from makebelieve import CUDA, Gpu
 
 from mixgpt.allocation import synthetic as module
 from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic
-from mixgpt.common import distributed
+from mixgpt.common import distributed, memory
 from mixgpt.pruning.distill import dense_states
 from modelutils import Execution
 
@@ -137,9 +138,16 @@ def test_draws_depend_on_the_seed_but_not_on_batches_or_processes(model, tokens,
     assert (torch.cat(parts) == first).double().mean() > 0.9
 
 
-def test_a_model_larger_than_what_is_free_is_resampled(tokens, monkeypatch):
+def test_a_model_is_resampled_that_has_no_room_beside_a_window_of_text(monkeypatch):
     family, model = make("llama")
-    size = sum(weight.nbytes for weight in model.parameters())
-    for free, expected in ((2 * size, GENERATED), (1.3 * size, RESAMPLED)):
-        monkeypatch.setattr(module, "_free", lambda device, free=free: free)
-        assert synthetic(Execution(model, family, CPU, 2), tokens, 1, 0)[1] == expected
+    tokens, execution = torch.randint(VOCABULARY, (1, module.WINDOW)), Execution(model, family, CUDA, 1, clock=object())
+    with Gpu() as gpu:
+        module.generated(execution, tokens, torch.rand(tokens.shape, dtype=torch.float64))
+    weights = sum(weight.nbytes for weight in model.parameters())
+    for device, needed in ((CUDA, gpu.peak), (CPU, gpu.peak - weights)):  # on the host they are there
+        for free, expected in ((0.95 * needed, False), (5 * needed, True)):
+            monkeypatch.setattr(memory, "free", lambda device, free=free: free)
+            assert module.has_room(Execution(model, family, device, 1, clock=object())) == expected
+            if device == CPU:
+                how = synthetic(Execution(model, family, CPU, 1), tokens, 1, 0)[1]
+                assert how == (GENERATED if expected else RESAMPLED)

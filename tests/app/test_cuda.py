@@ -18,11 +18,12 @@ from makebelieve import Gpu, GpuTensor, held
 import datautils
 import modelutils
 from mixgpt.allocation import backward
-from mixgpt.app import cli, memory, pipeline
+from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.names import RECORD
 from mixgpt.checkpoints.run_dir import RunDir
+from mixgpt.common import memory
 from mixgpt.kernels import columns
 from mixgpt.modeling import streaming
 from mixgpt.pruning import solvers
@@ -97,7 +98,7 @@ def gpu(request, monkeypatch, tmp_path_factory):
     @contextlib.contextmanager
     def real(memory=None, free=None):
         if free is not None:
-            monkeypatch.setattr(modelutils, "free_memory", lambda device: free)
+            monkeypatch.setattr(memory, "free", lambda device: free)
         yield None
 
     yield real
@@ -163,8 +164,8 @@ def test_a_gpu_gives_what_a_cpu_gives(combination, gpu, run, no_waiting_in_the_w
     family, job, dtype, room = combination
     expected = run(family, job, "cpu", dtype=dtype)
     if room == "none":  # for hidden states
-        for module in (modelutils, backward):
-            monkeypatch.setattr(module, "free_memory", lambda device: 0)
+        monkeypatch.setattr(modelutils, "place_for", lambda *_: "host")
+        monkeypatch.setattr(backward, "rooms_for", lambda _: {"device": 0, "host": 2**30})
     with gpu():
         compare(run(family, job, "cuda:0", dtype=dtype), expected, job)
 
@@ -251,8 +252,8 @@ def test_tensors_on_two_devices_are_refused():
 def test_both_models_have_their_hidden_states_at_one_place(gpu, run, monkeypatch):
     """Where there is room for one set on the GPU and not for two, as each set once decided for itself."""
     one = 5 * 32 * 32 * 4
-    left = iter(itertools.count(int(4.5 * one), -one))
-    monkeypatch.setattr(modelutils, "free_memory", lambda device: max(next(left), 0))
+    left = iter(itertools.count(int(2.5 * one), -one))
+    monkeypatch.setattr(memory, "fits", lambda nbytes, device: device.type == "cpu" or nbytes <= next(left))
     with gpu():
         found = run("llama", "--sparsity .5 --target dense", "cuda:0")
     compare(found, run("llama", "--sparsity .5 --target dense", "cpu"), "--target dense")
@@ -261,7 +262,7 @@ def test_both_models_have_their_hidden_states_at_one_place(gpu, run, monkeypatch
 def test_memory_that_pytorch_holds_but_does_not_use_is_free(monkeypatch):
     for name, value in {"mem_get_info": (100, 1000), "memory_reserved": 700, "memory_allocated": 300}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    assert modelutils.free_memory(torch.device("cuda")) == 500
+    assert memory.free(torch.device("cuda")) == 500 * memory.USABLE
 
 
 def peak_of(run, *options, **limits):
@@ -299,11 +300,10 @@ def test_the_way_that_fits_is_chosen_before_a_run(gpu, run):
     peaks, said = {}, {}
     for memory_of, limits in {"ample": {}, "little": {"memory": 800_000}}.items():
         peaks[memory_of], (_, record, out) = peak_of(run, **limits)
-        line = out.partition("free on the GPU: ")[2].partition("\n")[0]
+        line = out.partition("memory   ")[2].partition(" through each layer: one takes about ")[0]
         said[memory_of] = line, record["settings"]["true_sequential"]
         assert not ways(out)
-    assert said == {"ample": ("one pass, batches of 1, hidden states on the GPU", True),
-                    "little": ("two passes through each layer, batches of 1, hidden states on the GPU", False)}
+    assert said == {"ample": ("one pass", True), "little": ("two passes", False)}
     assert peaks["little"] < 800_000 < peaks["ample"]
 
 
@@ -328,7 +328,7 @@ def test_memory_is_given_back_before_a_step_begins_again(gpu, checkpoint_folder)
 
         gc.disable()
         try:
-            assert memory.retry_with_less_memory(None, memory.Way(2, on_host=False), step) == 0
+            assert memory.retry_with_less_memory(None, memory.MemoryPlan(2, on_host=False), step) == 0
         finally:
             gc.enable()
 

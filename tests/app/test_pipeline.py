@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -602,6 +603,70 @@ def test_a_model_that_cannot_be_trained_as_a_whole_stays_as_pruned(checkpoint_fo
     assert json.loads((tmp_path / "with" / "mixgpt.json").read_text())["distilled"] == "no room"
     one, other = (saved_tensors(tmp_path / name) for name in ("with", "without"))
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error, step, in_memory, reason", [
+    (MemoryError(), 1, False, "out of memory"), (ALLOCATOR, 2, False, "out of memory"),
+    (torch.OutOfMemoryError("CUDA"), 4, False, "out of memory"), (ALLOCATOR, 4, True, "out of memory"),
+    (torch.OutOfMemoryError("CUDA"), 2, True, "out of memory"),
+    (None, 2, False, "the divergence from the dense model is inf"),
+    (None, 4, True, "the divergence from the dense model is inf")])
+def test_a_run_whose_distillation_fails_ends_with_the_model_as_pruned(error, step, in_memory, reason, checkpoint_folder,
+                                                                      tmp_path, monkeypatch, capsys):
+    """Weights of a checkpoint are on disk, or in memory where its file is a .bin file."""
+    model, backward, calls = checkpoint_folder("llama"), distill._backward, []
+    if in_memory:
+        model = str(tmp_path / "bin")
+        shutil.copytree(checkpoint_folder("llama"), model)
+        torch.save(load_file(f"{model}/model.safetensors"), f"{model}/pytorch_model.bin")
+        os.remove(f"{model}/model.safetensors")
+
+    def failing(*given):
+        calls.append(given)
+        if len(calls) % 4 != step % 4:  # of four batches, one a step
+            return backward(*given)
+        if error:
+            raise error
+        return backward(*given) * torch.inf
+
+    monkeypatch.setattr(distill, "SMALLEST", 1)
+    monkeypatch.setattr(distill, "_backward", failing)
+    options = [model, "builtin", "--sparsity", ".5", *SMALL, "--batch-size", "1", "--save"]
+    assert run(FAMILIES["llama"][0], *options, tmp_path / "pruned") == 0
+    capsys.readouterr()
+    assert run(FAMILIES["llama"][0], *options, tmp_path / "saved", "--distill", "1") == 0 and calls
+    output = capsys.readouterr().out
+    assert output.count(f"warning  --distill: {reason}: the model stays as it was before distillation\n") == 1
+    one, other = (saved_tensors(tmp_path / name) for name in ("pruned", "saved"))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    records = [json.loads((tmp_path / name / "mixgpt.json").read_text()) for name in ("pruned", "saved")]
+    assert records[1]["distilled"] == reason
+    assert records[0]["matrices"] == records[1]["matrices"]
+    assert list(records[0]["perplexity"].values()) == list(records[1]["perplexity"].values())
+    assert run(FAMILIES["llama"][0], *options, tmp_path / "saved", "--distill", "1", "--resume") == 0
+    assert "is complete; these are its results" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["save", "evaluate"])
+def test_a_run_killed_after_its_distillation_failed_does_not_try_again(part, checkpoint_folder, tmp_path, monkeypatch,
+                                                                       capsys):
+    options = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save"]
+    assert run(FAMILIES["llama"][0], *options, tmp_path / "pruned") == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(distill, "_backward", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patched.setattr(pipeline, part, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(FAMILIES["llama"][0], *options, tmp_path / "saved", "--distill", "1") == 130
+    monkeypatch.setattr(distill, "distill", lambda *_: pytest.fail("tried again"))
+    capsys.readouterr()
+    assert run(FAMILIES["llama"][0], *options, tmp_path / "saved", "--distill", "1", "--resume") == 0
+    assert "warning  --distill: out of memory: the model stays" in capsys.readouterr().out
+    assert json.loads((tmp_path / "saved" / "mixgpt.json").read_text())["distilled"] == "out of memory"
+    one, other = (saved_tensors(tmp_path / name) for name in ("pruned", "saved"))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    assert not (tmp_path / "saved" / "progress").exists()
 
 
 def test_best_plots_the_sparsities_it_chose(checkpoint_folder, tmp_path):

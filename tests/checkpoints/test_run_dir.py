@@ -541,7 +541,7 @@ def test_a_step_that_starts_over_reads_the_layers_of_the_dense_model(checkpoint_
         finish(*given)
 
     monkeypatch.setattr(RunDir, "finish", scarce)
-    monkeypatch.setattr(pipeline.Way, "thriftier", lambda way: (way, "as if"))
+    monkeypatch.setattr(pipeline.MemoryPlan, "next_cheaper", lambda plan: (plan, "as if"))
     assert run("opt", *arguments, tmp_path / "again") == 0
     assert len(count) > 3
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
@@ -559,7 +559,7 @@ def test_a_step_that_starts_over_without_save_begins_at_the_first_layer(checkpoi
         finish(files, index, *given)
 
     monkeypatch.setattr(LayerFiles, "finish", scarce)
-    monkeypatch.setattr(pipeline.Way, "thriftier", lambda way: (way, "as if"))
+    monkeypatch.setattr(pipeline.MemoryPlan, "next_cheaper", lambda plan: (plan, "as if"))
     assert run("opt", *arguments, tmp_path / "again.json") == 0
     assert indexes == [0, 1, 2, 0, 1, 2]
     whole, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "again"))

@@ -90,6 +90,22 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, 
                                    f"{tmp_path / 'two'}, now it is 1\n")
 
 
+def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distillation(checkpoint_folder, fork,
+                                                                                       tmp_path):
+    options = [checkpoint_folder("llama"), "builtin", "--seqlen", "32", "--nsamples", "6", "--sparsity", ".5", "--eval",
+               "--device", "cpu", "--batch-size", "1", "--save"]
+    for name, more in {"pruned": [], "saved": ["--distill", "1"]}.items():
+        port, log = free_port(), tmp_path / f"{name}.log"
+        processes = [fork(command, "llama", [*options, tmp_path / name, *more], log if rank == 0 else tmp_path / "log",
+                          ranks.poor, (rank, 2, port, bool(more))) for rank in range(2)]
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0, log.read_text()
+    assert log.read_text().count("warning  --distill: out of memory: the model stays as it was") == 1
+    one, other = saved_tensors(tmp_path / "pruned"), saved_tensors(tmp_path / "saved")
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
 def test_a_process_that_dies_ends_the_others(checkpoint_folder, tmp_path):
     arguments = [*ARGUMENTS, "--nsamples", "3000", "--save", tmp_path / "saved"]
     process = torchrun(2, ROOT / "llama.py", checkpoint_folder("llama"), *arguments)

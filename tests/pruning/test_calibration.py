@@ -1,10 +1,18 @@
-"""Check runs of a layer that pause at linears against plain runs."""
+"""Check runs of a layer that pause at linears against plain runs, and what is counted of their memory."""
 
+import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, VOCABULARY, make
+from makebelieve import CUDA, Gpu
 
-from mixgpt.pruning.calibration import paused_forwards
-from modelutils import Stream, hooked, linears, shared_inputs
+from mixgpt.app.pipeline import recipe_of
+from mixgpt.app.settings import Settings
+from mixgpt.kernels import columns
+from mixgpt.modeling.experts import split_experts
+from mixgpt.pruning.calibration import one_pass_bytes, paused_forwards
+from mixgpt.pruning.layerwise import prune_layerwise
+from mixgpt.pruning.targets import Target, select
+from modelutils import Execution, Stream, hooked, linears, shared_inputs
 
 
 def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_each_module(tiny, tokens):
@@ -34,3 +42,19 @@ def test_what_changes_while_paused_counts_for_the_rest_of_the_forward(tokens):
                                       lambda module, X: None):
             module.weight.zero_()
     assert torch.equal(stream.hidden, before)  # nothing is added to the residual stream
+
+
+@pytest.mark.parametrize("name, options", [
+    *((name, {}) for name in ("opt", "llama", "bloom", "qwen3-moe")),
+    *((name, {"solver": "admm", "target": "dense"}) for name in ("opt", "llama", "bloom"))])
+def test_the_bytes_of_one_pass_are_about_those_of_the_peak(name, options, monkeypatch):
+    monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
+    family, model = make(name)
+    split_experts(model)
+    tokens = torch.randint(VOCABULARY, (40, 64), generator=torch.Generator().manual_seed(0))
+    settings, selected = Settings(name, "builtin", sparsity=0.5, **options), select(model, family)
+    execution = Execution(model, family, CUDA, 1)
+    counted = one_pass_bytes(execution, selected, tokens.shape, "target" in options, "solver" in options)
+    with Gpu() as gpu:
+        prune_layerwise(execution, dict.fromkeys(selected, Target(0.5)), tokens, recipe_of(settings))
+    assert 0.95 * gpu.peak <= counted <= 1.6 * gpu.peak  # memory.USABLE leaves a tenth

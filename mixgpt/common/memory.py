@@ -1,0 +1,107 @@
+"""What fits in memory, and how a step goes on where memory has run out: with less of it."""
+
+import contextlib
+import gc
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from mixgpt.common import distributed
+from mixgpt.common.errors import InputError, is_out_of_memory
+
+USABLE = 0.9  # of the free memory: the rest is lost between tensors, or taken by other programs meanwhile
+
+
+def free(device):
+    """Return the bytes of a device's memory that new tensors of this process may take.
+
+    On a GPU that includes what PyTorch's allocator has cached. Processes share the host's memory in equal parts.
+    """
+    if device.type == "cuda":
+        nbytes = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                  - torch.cuda.memory_allocated(device))
+    else:
+        nbytes = psutil.virtual_memory().available / distributed.world()
+    return int(USABLE * nbytes)
+
+
+def fits(nbytes, device):
+    """Return whether new tensors of nbytes fit on a device."""
+    return nbytes <= free(device)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a step uses the device's memory, from the fastest plan to the most economical one."""
+
+    batch_size: int
+    on_host: bool = True  # calibration hidden states
+    two_passes: bool = True  # per layer, so that only one batch's activations inside it exist at a time
+
+    def next_cheaper(self):
+        """Return the next more economical plan and its description, or None."""
+        if not self.two_passes:  # one pass keeps all sequences' activations inside the layer
+            return replace(self, two_passes=True, on_host=True), (
+                "two passes through each layer, as by --no-true-sequential, and hidden states on the host")
+        if not self.on_host:
+            return replace(self, on_host=True), "hidden states on the host"
+        size = self.batch_size // 2
+        return (replace(self, batch_size=size), f"batches of {size}") if size else None
+
+
+class OutOfMemory(Exception):
+    """A process has run out of memory, on the host, and all of them know."""
+
+
+class OutOfGpuMemory(OutOfMemory):
+    """A process has run out of a GPU's memory, and all of them know."""
+
+
+@contextlib.contextmanager
+def shared_fate(waits=False):
+    """Raise OutOfMemory in all processes if one runs out of memory in the block.
+
+    waits: whether they wait for each other in it. Then several processes share nothing.
+    """
+    failure = cause = None
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        on_gpu, cause = isinstance(error, torch.OutOfMemoryError), error
+        if not on_gpu and not is_out_of_memory(error) or waits and distributed.world() > 1:
+            raise
+        failure = OutOfGpuMemory if on_gpu else OutOfMemory
+    failures = [failure] if waits else distributed.all_gather_object(failure)
+    if any(failures):
+        raise next(filter(None, failures))("out of memory") from cause
+
+
+def retry_with_less_memory(settings, plan, step, again=True):
+    """Return step(plan), retrying with a more economical plan each time the GPU runs out of memory.
+
+    again: whether the step can be restarted. Several processes go on only if all know that one ran out. Raises
+    InputError in the end, or OutOfGpuMemory if all know.
+    """
+    while True:
+        try:
+            return step(plan)
+        except (torch.OutOfMemoryError, OutOfGpuMemory) as error:
+            shared = isinstance(error, OutOfGpuMemory)
+            cheaper = plan.next_cheaper() if again and (shared or distributed.world() == 1) else None
+            if not cheaper and shared:
+                raise
+            if not cheaper:
+                raise InputError(_advice(settings, plan)) from error
+        plan, change = cheaper
+        gc.collect()  # tensors referenced by the error's frames
+        torch.cuda.empty_cache()
+        print(f"warning  out of GPU memory: continuing with {change}", flush=True)
+
+
+def _advice(settings, plan):
+    remedies = "--seqlen" if plan.batch_size == 1 else "--batch-size or --seqlen"
+    if settings.true_sequential and not plan.two_passes:
+        remedies += ", or give --no-true-sequential"
+    return (f"--batch-size {plan.batch_size} --seqlen {settings.seqlen or 'default'}: out of GPU memory; lower "
+            f"{remedies}")
