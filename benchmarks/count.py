@@ -246,7 +246,7 @@ def count(shape, method, tokens, batch_size, layers):
         needed = one_pass_bytes(execution, selected, together.shape, settings.target == "dense",
                                 settings.solver == "admm")
         two_passes, gradients = not memory.fits(needed, CUDA), None
-        line = f"{'two passes' if two_passes else 'one pass'} through each layer: one takes about {needed / 1e9:.1f} GB"
+        line = f"{'two passes' if two_passes else 'one pass'} through each layer; one takes about {needed / 1e9:.1f} GB"
         if settings.weighs:
             enough = enough_of(tokens)
             size = min(chunk_size(whole, len(enough), tokens.shape[1], 1), len(enough))

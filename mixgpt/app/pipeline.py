@@ -341,8 +341,8 @@ def _plan_memory(job):
                                         settings.target == "dense", settings.solver == "admm")
     free = min(distributed.all_gather_object(memory.free(job.device)))  # all go the same way
     job.memory_plan = replace(job.memory_plan, two_passes=needed > free)
-    return (f"memory   {'two passes' if needed > free else 'one pass'} through each layer: one takes about "
-            f"{needed / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU")
+    passes = "two passes through each layer: one would take" if needed > free else "one pass through each layer takes"
+    return f"memory   {passes} about {needed / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU"
 
 
 def tracker_of(settings, facts):
