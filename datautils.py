@@ -13,24 +13,26 @@ from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line
 from mixgpt.text import hub, mixture
+from mixgpt.text.bos import begin, first_token, token_ids
 from mixgpt.text.local import local_rows, supply, text_column
 from mixgpt.text.own import text_set_of
-from mixgpt.text.tokenizing import as_texts, encode
+from mixgpt.text.tokenizing import as_texts
 
 DRAWS = 10_000  # consecutive new documents that may be too short before giving up
 
 
-def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=None):
+def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=None, bos=None):
     """Draw random segments of a train split, or of a mixture of several.
 
     Returns (LongTensor (nsamples, seqlen), source), source being a JSON-able dict that says where the text comes from.
-    Of each text in a mixture they are the first that it alone would give, and all are shuffled. Raises InputError if a
-    text is unavailable or shorter than seqlen + 1 tokens.
+    Of each text in a mixture they are the first that it alone would give, and all are shuffled. bos: as `bos.token_ids`
+    takes it; with each it replaces the first token of every segment. Raises InputError if a text is unavailable or
+    shorter than seqlen + 1 tokens.
     """
     counts, parts, sources = mixture.counts(dataset, nsamples), [], []
     for name, count in counts.items():
         rows, source = load_rows(name, "train", data_dir)
-        parts.append(samples_of(rows, source, count, seqlen, seed, tokenizer))
+        parts.append(samples_of(rows, source, count, seqlen, seed, tokenizer, bos))
         sources.append(source)
     if len(counts) == 1:
         return parts[0], sources[0]
@@ -39,43 +41,38 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
         source | {"sequences": count} for source, count in zip(sources, counts.values(), strict=True)]}
 
 
-def samples_of(rows, source, nsamples, seqlen, seed, tokenizer):
+def samples_of(rows, source, nsamples, seqlen, seed, tokenizer, bos=None):
     """Draw random segments from all or some of the rows of `load_rows`. Returns LongTensor (nsamples, seqlen)."""
     rng, text_set = random.Random(seed), text_set_of(source["dataset"])
     rows, samples = as_texts(rows, tokenizer), torch.empty(nsamples, seqlen, dtype=torch.int64)
     if text_set.by_document:
-        segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer)
+        segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer, bos)
     else:
-        ids = token_ids(tokenizer, text_set.train_join.join(rows))
+        ids = token_ids(tokenizer, text_set.train_join.join(rows), bos)
         require_tokens(ids, seqlen + 1, seqlen, source)
         segments = (random_segment(ids, seqlen, rng) for _ in range(nsamples))
     for sample, segment in zip(samples, segments, strict=True):
         sample.copy_(torch.tensor(segment))
-    return samples
+    return begin(samples, first_token(tokenizer, bos))
 
 
-def test_tokens(dataset, seqlen, tokenizer, data_dir=None):
+def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
     """Cut a test split into segments; the incomplete last one is dropped.
 
-    Returns (LongTensor (n, seqlen), source) as `calibration_samples` does. Raises InputError if the text is
-    unavailable or shorter than seqlen tokens.
+    Returns (LongTensor (n, seqlen), source), and takes bos, as `calibration_samples` does. Raises InputError if the
+    text is unavailable or shorter than seqlen tokens.
     """
     rows, source = load_rows(dataset, "test", data_dir)
-    return segments_of(rows, source, seqlen, tokenizer), source
+    return segments_of(rows, source, seqlen, tokenizer, bos), source
 
 
-def segments_of(rows, source, seqlen, tokenizer):
+def segments_of(rows, source, seqlen, tokenizer, bos=None):
     """Cut all or some of the rows of `load_rows` like a test split. Returns LongTensor (n, seqlen)."""
     text_set = text_set_of(source["dataset"])
-    ids = token_ids(tokenizer, text_set.test_join.join(as_texts(rows[: text_set.test_documents], tokenizer)))
+    ids = token_ids(tokenizer, text_set.test_join.join(as_texts(rows[: text_set.test_documents], tokenizer)), bos)
     require_tokens(ids, seqlen, seqlen, source)
     n = min(len(ids) // seqlen, text_set.test_segments or len(ids))
-    return torch.tensor(ids[: n * seqlen]).view(n, seqlen)
-
-
-def token_ids(tokenizer, text):
-    """Return the ids of the whole text, with the special tokens the tokenizer adds by default."""
-    return encode(tokenizer, text).input_ids
+    return begin(torch.tensor(ids[: n * seqlen]).view(n, seqlen), first_token(tokenizer, bos))
 
 
 def random_segment(ids, seqlen, rng):
@@ -84,14 +81,14 @@ def random_segment(ids, seqlen, rng):
     return ids[start : start + seqlen]
 
 
-def sample_documents(documents, nsamples, seqlen, rng, tokenizer):
+def sample_documents(documents, nsamples, seqlen, rng, tokenizer, bos):
     """Draw each segment from a random document of more than `seqlen` tokens. Yields lists of ids."""
     short = {}  # index -> length
     for _ in range(nsamples):
-        yield random_segment(long_document(documents, seqlen, rng, tokenizer, short), seqlen, rng)
+        yield random_segment(long_document(documents, seqlen, rng, tokenizer, bos, short), seqlen, rng)
 
 
-def long_document(documents, seqlen, rng, tokenizer, short):
+def long_document(documents, seqlen, rng, tokenizer, bos, short):
     """Draw documents until one has more than `seqlen` tokens; return its ids and fill `short`.
 
     SparseGPT and GPTQ draw forever if none is long enough; this raises InputError once all documents, or `DRAWS` new
@@ -102,7 +99,7 @@ def long_document(documents, seqlen, rng, tokenizer, short):
         i = rng.randint(0, len(documents) - 1)
         if i in short:
             continue
-        ids = token_ids(tokenizer, documents[i])
+        ids = token_ids(tokenizer, documents[i], bos)
         if len(ids) > seqlen:
             return ids
         short[i] = len(ids)

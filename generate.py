@@ -10,7 +10,7 @@ A model is a checkpoint saved by these scripts in any of their formats, a hub id
 import sys
 
 from mixgpt.app import exit_status
-from mixgpt.app.settings import MOST, Parser, check_model, check_seed, refuse_empty
+from mixgpt.app.settings import BOS, MOST, Parser, check_model, check_seed, refuse_empty
 from mixgpt.common.errors import InputError
 
 COLDEST = 1e-6  # temperature; logits divided by less could leave float32
@@ -27,6 +27,10 @@ def _parse(argv):
     parser.add_argument("--temperature", type=float, default=0.0,
                         help="sampling temperature; 0: greedy decoding (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="random seed for sampling (default: 0)")
+    parser.add_argument("--bos", default="auto", choices=["auto", *BOS],
+                        help="whether the prompt begins with the token for the beginning of a text; each: also if it "
+                             "is cut to the model's context; once: only at its own beginning; never; auto: each for "
+                             "models that need it (Gemma), else what the tokenizer does by itself (default: auto)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                         help="dtype of the weights in memory; auto: as stored, but float32 for float16 on a CPU")

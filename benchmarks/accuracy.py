@@ -33,7 +33,7 @@ from mixgpt.allocation.global_threshold import global_plan
 from mixgpt.allocation.plan import Budget, by_matrix
 from mixgpt.allocation.synthetic import GENERATED, synthetic, windows_of
 from mixgpt.allocation.traces import Sampling, Traces, hessian_traces, matrices_of
-from mixgpt.app.settings import PRESETS, recipe, text, written
+from mixgpt.app.settings import BOS, PRESETS, recipe, text, written
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
@@ -46,6 +46,7 @@ from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
+from mixgpt.text.bos import first_token, resolve
 from mixgpt.text.mixture import check_unseen
 from modelutils import Execution
 from quant import Scheme
@@ -60,9 +61,10 @@ PERCDAMP = 0.01  # of all but best
 class Calibration:
     """What all cells of a seed share: the dense model, the tokens (N, T), and what is measured once with them."""
 
-    def __init__(self, model, family, tokens, seed, batch_size, device):
+    def __init__(self, model, family, tokens, seed, batch_size, device, first=None):
         self.model, self.family, self.tokens, self.seed = model, family, tokens, seed
         self.batch_size, self.device, self.clock, self._written = batch_size, device, Clock(device), {}
+        self.first = first  # id that every sequence begins with, see bos.first_token
 
     def execution(self, model):
         """Return where and how a copy of the model runs."""
@@ -93,7 +95,8 @@ class Calibration:
         """
         if count not in self._written:
             with self.clock.part(f"{count} synthetic"):
-                sequences, _, states = synthetic(self.execution(self.model), self.tokens, count, self.seed)
+                sequences, _, states = synthetic(self.execution(self.model), self.tokens, count, self.seed,
+                                                 self.first)
             self._written[count] = sequences, states
         return self._written[count]
 
@@ -203,14 +206,15 @@ def measure(method, target, calibration, tests):
             "seconds": clock.seconds["prune"] + seconds}
 
 
-def run(model, family, draw, tests, setup, *, methods, targets, seeds, batch_size, device, output):
+def run(model, family, draw, tests, setup, *, methods, targets, seeds, batch_size, device, output,
+        first=None):
     """Measure every cell that the file `output` lacks. draw: seed -> calibration tokens. Returns the `Scores`."""
     scores = Scores(output, setup)
     for name in [name for name in tests if name not in scores.dense]:
         scores.dense[name] = perplexity(model, family, tests[name], batch_size, device, name)
         scores.save()
     for seed in seeds:
-        calibration = Calibration(model, family, draw(seed), seed, batch_size, device)
+        calibration = Calibration(model, family, draw(seed), seed, batch_size, device, first)
         for key in [{"method": method, "target": target, "seed": seed} for target in targets for method in methods]:
             if scores.find(**key):
                 continue
@@ -222,7 +226,7 @@ def run(model, family, draw, tests, setup, *, methods, targets, seeds, batch_siz
     return scores
 
 
-def texts(dataset, names, heldout, nsamples, seqlen, segments, tokenizer, data_dir):
+def texts(dataset, names, heldout, nsamples, seqlen, segments, tokenizer, data_dir, bos=None):
     """Return (draw, {text: tokens (n, seqlen)}): draw(seed) gives calibration tokens, the tests are cut to `segments`.
 
     heldout: calibrate on the first four fifths of the train rows and test on the others, on no test text.
@@ -230,12 +234,12 @@ def texts(dataset, names, heldout, nsamples, seqlen, segments, tokenizer, data_d
     rows, source = datautils.load_rows(dataset, "train", data_dir)
     if heldout:
         border = len(rows) * 4 // 5
-        tests = {"heldout": datautils.segments_of(rows[border:], source, seqlen, tokenizer)}
+        tests = {"heldout": datautils.segments_of(rows[border:], source, seqlen, tokenizer, bos)}
         rows = rows[:border]
     else:
         check_unseen(dataset, names)
-        tests = {name: datautils.test_tokens(name, seqlen, tokenizer, data_dir)[0] for name in names}
-    return (lambda seed: datautils.samples_of(rows, source, nsamples, seqlen, seed, tokenizer),
+        tests = {name: datautils.test_tokens(name, seqlen, tokenizer, data_dir, bos)[0] for name in names}
+    return (lambda seed: datautils.samples_of(rows, source, nsamples, seqlen, seed, tokenizer, bos),
             {name: tokens[:segments] for name, tokens in tests.items()})
 
 
@@ -253,6 +257,7 @@ def parser():
     parser.add_argument("--heldout", action="store_true",
                         help="evaluate on train documents that calibration never draws, instead of --eval")
     parser.add_argument("--segments", type=int, help="of each text to evaluate on at most (default: all)")
+    parser.add_argument("--bos", default="auto", choices=["auto", *BOS], help="as of the commands (default: auto)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -271,8 +276,10 @@ def main(argv=None):
         for name, least in {"nsamples": 1, "seqlen": 2, "segments": 1, "batch_size": 1}.items():
             if (value := getattr(given, name)) is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        tokenizer = load.load_tokenizer(given.model)
+        bos = resolve(given.bos, load.read_config(given.model).model_type, tokenizer)
         draw, tests = texts(given.dataset, given.eval, given.heldout, given.nsamples, given.seqlen, given.segments,
-                            load.load_tokenizer(given.model), given.data_dir)
+                            tokenizer, given.data_dir, bos)
         model = load.load_model(given.model, getattr(torch, given.dtype))
         family = family_of(model)
         if family is None:
@@ -284,7 +291,7 @@ def main(argv=None):
                  "texts": {"seed 0": digest(draw(0))} | {name: digest(tokens) for name, tokens in tests.items()}}
         scores = run(model, family, draw, tests, setup, methods=given.methods, targets=given.targets,
                      seeds=given.seeds, batch_size=given.batch_size, device=torch.device(given.device),
-                     output=given.output)
+                     output=given.output, first=first_token(tokenizer, bos))
     except InputError as error:
         print(f"accuracy.py: error: {error}", file=sys.stderr)
         return 2

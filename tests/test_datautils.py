@@ -205,7 +205,7 @@ def test_c4_samples_are_those_of_the_ancestors(root, tokenizer, no_hub):
 def test_c4_gives_up_when_every_document_is_too_short(monkeypatch, root, tokenizer, no_hub):
     put_c4(root / "c4-train.json.gz", ["a", "bcd", "ef"])
     texts = []
-    monkeypatch.setattr(datautils, "token_ids", lambda _, text: texts.append(text) or byte_ids(text))
+    monkeypatch.setattr(datautils, "token_ids", lambda _, text, bos: texts.append(text) or byte_ids(text))
     with pytest.raises(InputError, match="--seqlen 4: none of the 3 documents .* longest has 4; lower") as error:
         datautils.calibration_samples("c4", 2, 4, 0, tokenizer, data_dir=root)
     assert "\n" not in str(error.value)

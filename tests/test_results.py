@@ -67,8 +67,8 @@ def test_dense_figures_of_other_texts_or_models_are_not_put_beside(write, tmp_pa
     other = record(27.66)
     other["data"]["wikitext2"]["sha256"] = "def"
     assert results.main([*write(a=record(40.0, sparsity=0.6), b=other, c=record(20.0, model="/data/opt-1.3b"),
-                                d=record(21.0, seqlen=128), e=record(22.0, eval_limit=8)), "--csv",
-                         str(tmp_path / "runs.csv")]) == 0
+                                d=record(21.0, seqlen=128), e=record(22.0, eval_limit=8), f=record(23.0, bos="each")),
+                         "--csv", str(tmp_path / "runs.csv")]) == 0
     held = {row["model"]: row for row in csv.DictReader((tmp_path / "runs.csv").open()) if row["method"] == "SparseGPT"}
     assert held["facebook/opt-125m"]["dense wikitext2"] == ""
     assert "opt-1.3b" in capsys.readouterr().out

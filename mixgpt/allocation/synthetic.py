@@ -4,6 +4,8 @@ Hessians of few tokens fit what these happen to be; with as many synthetic ones 
 Calibration on synthetic text alone: Williams et al., arXiv 2410.17170.
 """
 
+from functools import partial
+
 import torch
 from transformers import GenerationConfig
 
@@ -12,6 +14,7 @@ from mixgpt.common import distributed, memory, progress
 from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.attention import fast_attention
 from mixgpt.kernels.matmul import fast_linears
+from mixgpt.text.bos import begin
 from modelutils import SLICE, bytes_to_load, hooked, run_layers, whole
 
 WINDOW = 128  # tokens that are generated in one piece: short ones are many, and differ more
@@ -21,19 +24,20 @@ DRAWS = 16  # windows whose probabilities are in memory at a time on a CPU: thes
 GENERATED, RESAMPLED = "generated", "resampled"
 
 
-def synthetic(execution, tokens, count, seed):
+def synthetic(execution, tokens, count, seed, first=None):
     """Return `count` synthetic sequences (count, T) for calibration sequences (N, T) in turn, and how they were made.
 
     "generated" by `generated`, or, if the model as a whole has no room on the device, by `resampled`.
-    execution: a modelutils.Execution of the dense model. Every process takes its share and returns all. Also returns
-    the hidden states behind the dense model's last layer for the `windows_of` all of them, on the host, if one process
-    has generated them in windows that do not overlap; else None.
+    execution: a modelutils.Execution of the dense model. first: id that every window begins with, None for that of the
+    calibration sequence. Every process takes its share and returns all. Also returns the hidden states behind the dense
+    model's last layer for the `windows_of` all of them, on the host, if one process has generated them in windows that
+    do not overlap; else None.
     """
     share = range(count)[distributed.share(count)]
     mine = tokens[[n % len(tokens) for n in share]]
     uniform = [torch.rand(tokens.shape[1], generator=seeded(seed, n, "synthetic"), dtype=torch.float64) for n in share]
-    make, how = (generated, GENERATED) if all(distributed.all_gather_object(has_room(execution))) else (
-        resampled, RESAMPLED)
+    room = all(distributed.all_gather_object(has_room(execution)))
+    make, how = (partial(generated, first=first), GENERATED) if room else (resampled, RESAMPLED)
     found, states = make(execution, mine, torch.stack(uniform)) if uniform else (mine, None)
     return torch.cat(distributed.all_gather_object(found)), how, states if len(share) == count else None
 
@@ -52,16 +56,18 @@ def has_room(execution):
 
 @torch.no_grad()
 @fast_linears()
-def generated(execution, tokens, uniform):
+def generated(execution, tokens, uniform, first=None):
     """Return sequences (n, T) of windows that start as those of the tokens (n, T), and that the model continues.
 
-    uniform: (n, T), decides on the token drawn at each place. Also returns the hidden states behind the last layer, one
-    window after the other, (windows, tokens, C), on the host, or None if windows overlap.
+    first: id in place of the first token of every window. uniform: (n, T), decides on the token drawn at each place.
+    Also returns the hidden states behind the last layer, one window after the other, (windows, tokens, C), on the host,
+    or None if windows overlap: then the last one stays whole.
     """
     n, T = tokens.shape
     width = min(WINDOW, T)
-    starts = [*([T - width] if T % width else []), *range(0, T - width + 1, width)]
+    starts = [*range(0, T - width + 1, width), *([T - width] if T % width else [])]
     parts = [torch.cat([each[:, start:start + width] for start in starts]) for each in (tokens, uniform)]
+    begin(parts[0], first)
     head = execution.model.get_output_embeddings()  # of hidden states with gaps it would multiply each by its own copy
     with (whole(execution.model, execution.family, execution.device), hooked({head: torch.Tensor.contiguous}),
           fast_attention(execution.model, execution.device)):

@@ -46,14 +46,15 @@ def _named(settings, method):
 
 
 def _dense(runs):
-    """Return {(model, sequence length and count, dataset, its sha256): perplexity} of the dense models."""
+    """Return {(model, sequence length and count, BOS, dataset, its sha256): perplexity} of the dense models."""
     return {_text_of(run, name): float(value) for run in runs
             for name, value in run["perplexity"].get("dense", {}).items()}
 
 
 def _text_of(run, name):
     settings, source = run["settings"], run["data"].get(name, {})
-    return run["model"], settings.get("seqlen"), settings.get("eval_limit"), name, source.get("sha256")
+    asked = (settings.get(key) for key in ("seqlen", "eval_limit", "bos"))
+    return run["model"], *asked, name, source.get("sha256")
 
 
 def table_of(runs):

@@ -8,18 +8,23 @@ import transformers
 from mixgpt.app.tables import side_by_side, wrapped
 from mixgpt.common.runtime import choose_device
 from mixgpt.evaluation.generation import complete, load
+from mixgpt.text.bos import resolve
 
 NARROWEST, WIDEST = 20, 120  # columns
 
 
-def print_completions(models, prompt, device=None, dtype="auto", **options):
-    """Print the completions of models {title: name}, run one after the other on a device. options: of `complete`."""
+def print_completions(models, prompt, device=None, dtype="auto", bos="auto", **options):
+    """Print the completions of models {title: name}, run one after the other on a device.
+
+    bos: of the command line. options: further ones of `complete`.
+    """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     device, made = choose_device(device), {}
     for title, name in models.items():
         loaded, tokenizer = load(name, device, dtype)
-        made[title] = complete(loaded, tokenizer, prompt, **options)
+        way = resolve(bos, loaded.config.model_type, tokenizer)
+        made[title] = complete(loaded, tokenizer, prompt, bos=way, **options)
         del loaded  # before the next one is loaded
     for title, each in made.items():
         if each.cut:

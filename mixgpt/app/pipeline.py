@@ -43,6 +43,7 @@ from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
+from mixgpt.text import bos
 from modelutils import Execution, Family, check_hidden_states
 from sparsegpt import WalkOptions
 
@@ -180,6 +181,7 @@ def check(job):
             load.check_save(settings.save, load.size(skeleton, dtype_of(job)), settings.resume,
                             _result_size(job, skeleton))
         job.tokenizer = load.load_tokenizer(settings.model)
+        job.settings = replace(settings, bos=bos.resolve(settings.bos, job.config.model_type, job.tokenizer))
         if settings.save:
             job.run_dir = job.stack.enter_context(RunDir(settings.save, settings.save_format))
 
@@ -237,9 +239,10 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
                          f"{distributed.world()}, the number of processes; raise --nsamples")
     if settings.draws:
         calibration, sources["calibration"] = calibration_samples(
-            settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir)
+            settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir,
+            settings.bos)
     for name in settings.eval:
-        tokens, sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir)
+        tokens, sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir, settings.bos)
         tests[name] = tokens[:settings.eval_limit]
     for tokens in ([calibration] if calibration is not None else []) + list(tests.values()):
         if tokens.max() >= vocab_size:
@@ -258,7 +261,8 @@ def _scorer(job):
     chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
     tasks.check(chosen, job.tokenizer, load.size(load.skeleton(job.config), dtype_of(job)), job.device)
     return lambda model, batch_size: tasks.score(
-        chosen, model, job.family, job.tokenizer, settings.limit, batch_size * job.seqlen, job.device)
+        chosen, model, job.family, job.tokenizer, settings.limit, batch_size * job.seqlen, job.device,
+        settings.bos)
 
 
 def open_model(job):
@@ -395,7 +399,8 @@ def _measure(job, way):
     number, more = job.written
     if number + more:
         with clock.part("synthetic"):
-            sequences, how, states = synthetic(execution, job.calibration, number + more, settings.seed)
+            first = bos.first_token(job.tokenizer, settings.bos)
+            sequences, how, states = synthetic(execution, job.calibration, number + more, settings.seed, first)
         job.further, job.record["synthetic"] = sequences[:number] if number else None, how
         if how == RESAMPLED:
             log(settings, f"data     the model as a whole has no room on {job.device}: its synthetic sequences are "

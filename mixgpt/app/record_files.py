@@ -16,7 +16,7 @@ ANY = "*"  # stands for all keys
 # What the tables and pictures read; a key with a question mark may be missing.
 SHAPE = {
     "settings": {"model": str, "seed": int, "sparsity_way": str, "saliency": str, "sparsity?": Real, "wbits?": int,
-                 "prunen?": int, "prunem?": int, "seqlen?": Real | None, "eval_limit?": Real | None},
+                 "prunen?": int, "prunem?": int, "seqlen?": Real | None, "eval_limit?": Real | None, "bos?": str},
     "sparsity": Real, "data": {ANY: {"sha256?": str | None}}, "perplexity": {ANY: {ANY: Real}},
     "tasks?": {ANY: {ANY: dict}}, "seconds": {ANY: Real}, "peak_memory": {ANY: Real},
 }

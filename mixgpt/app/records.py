@@ -100,8 +100,8 @@ def check_completed(record, settings, device):
     """Raise InputError if a run that has ended had other settings than those asked for now."""
     before = record["settings"]
     shared = asked(settings, settings.seqlen or before["seqlen"], device)
-    if settings.dtype == "auto":
-        shared.pop("--dtype")  # not known before the weights are read
+    for flag in (flag for flag in ("--dtype", "--bos") if shared[flag] == "auto"):
+        shared.pop(flag)  # not known before the model is read
     evaluation = {flags()[name]: name for name in ("eval", "eval_limit", "dense", "tasks", "limit", "semi_structured")}
     pairs = {flag: (record["identity"].get(flag), value, "") for flag, value in shared.items()} | {
         flag: (before[name], json.loads(json.dumps(getattr(settings, name))),

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+from mixgpt.app.settings import BOS
 from mixgpt.app.tables import table
 from mixgpt.checkpoints import load
 from mixgpt.common import distributed
@@ -126,11 +127,12 @@ def heading(job):
               + (f", the text part of a {whole}" if (whole := load.multimodal(settings.model)) else "")
               + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
     lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(job.selected)).items()]
+    data = [] if settings.bos == "never" else [BOS[settings.bos]]
     if job.calibration is not None:
-        lines.append(f"data     {settings.dataset}: {len(job.calibration)} sequences of {job.seqlen} tokens, "
-                     + (f"{sum(settings.written())} synthetic ones, " if any(settings.written()) else "")
-                     + f"seed {settings.seed}, batches of {settings.batch_size}")
-    return "\n".join(lines)
+        synthetic = [f"{sum(settings.written())} synthetic ones"] if any(settings.written()) else []
+        data = [f"{settings.dataset}: {len(job.calibration)} sequences of {job.seqlen} tokens", *synthetic, *data,
+                f"seed {settings.seed}", f"batches of {settings.batch_size}"]
+    return "\n".join(lines + ([f"data     {', '.join(data)}"] if data else []))
 
 
 def _methods(settings, count):

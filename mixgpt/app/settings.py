@@ -15,6 +15,7 @@ from mixgpt.text import mixture
 
 WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 TARGETS = ("layer", "dense")
+BOS = {"each": "BOS at the start of each sequence", "once": "BOS at the start of each text", "never": "no BOS"}
 TOKEN_WEIGHTS = ("equal", "fisher")
 LEAST = {"nsamples": 1, "seqlen": 2, "batch_size": 1, "blocksize": 1, "nprobes": 1, "eval_limit": 1, "limit": 1,
          "minlayer": 0, "maxlayer": 0, "prunen": 0, "prunem": 0}
@@ -174,6 +175,10 @@ class Settings:
     seqlen: int | None = option(None, RESULT,
         "tokens per sequence, in calibration and evaluation (default: 2048, or the model's limit if that is lower)",
         type=int)
+    bos: str = option("auto", RESULT,
+        "where the token for the beginning of a text stands, in calibration and evaluation; each: at the start of each "
+        "sequence, in place of its first token; once: at the start of each text; never: nowhere; auto: each for models "
+        "that need it (Gemma), else what the tokenizer does by itself", choices=["auto", *BOS])
     seed: int = option(0, METHOD, "random seed for calibration sequences, probes and sampled labels")
     data_dir: str | None = option(None, FREE,
         "folder with local copies of the datasets, used instead of the hub", flag="--data-dir")

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from mixgpt.checkpoints.load import load_model, load_tokenizer, read_config
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_dtype, position_limit
-from mixgpt.text.tokenizing import encode
+from mixgpt.text.bos import begin, first_token, token_ids
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Completion:
 
 
 @torch.no_grad()
-def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=0, until=()):
+def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=0, until=(), bos=None):
     """Complete `prompt` with a model that is entirely on its device. Returns a `Completion`.
 
-    temperature: 0 is greedy; otherwise tokens are sampled, seeded by `seed`. until: stop strings, not included. If
-    prompt and completion exceed the model's context, the prompt is truncated on the left; raises InputError if even
-    that leaves no room, if the prompt gives no token, or one that the model does not have, or if logits are NaN or inf.
+    temperature: 0 is greedy; otherwise tokens are sampled, seeded by `seed`. until: stop strings, not included. bos: as
+    `bos.token_ids` takes it. If prompt and completion exceed the model's context, the prompt is truncated on the left;
+    raises InputError if even that leaves no room, if the prompt gives no token, or one that the model does not have, or
+    if logits are NaN or inf.
     """
-    begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    ids = encode(tokenizer, prompt, add_special_tokens=not begun, return_tensors="pt").input_ids.to(model.device)
+    ids = torch.tensor([token_ids(tokenizer, prompt, bos)], dtype=torch.long, device=model.device)
     limit = position_limit(model.config)
     if limit and max_new_tokens >= limit:
         raise InputError(f"--max_new_tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")
     _check_tokens(ids, model)
     cut = max(ids.shape[1] + max_new_tokens - limit, 0) if limit else 0
-    ids = ids[:, cut:]
+    ids = begin(ids[:, cut:], first_token(tokenizer, bos))
     choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=0,
                                 eos_token_id=model.generation_config.eos_token_id, stop_strings=list(until) or None,

@@ -1,7 +1,8 @@
 """An lm-eval model whose likelihoods are computed one decoder layer at a time.
 
 The texts of all tasks pass through the layers together, so that a layer is loaded once for thousands of them.
-Tokenization, windows and, up to rounding, results match lm-eval's own `hf` model.
+Tokenization, windows and, up to rounding, results match lm-eval's own `hf` model, but that with --bos each truncated
+texts and all windows begin with BOS, too.
 """
 
 import itertools
@@ -16,6 +17,7 @@ from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.evaluation.generation import complete
 from mixgpt.kernels.matmul import fast_linears
+from mixgpt.text.bos import first_token, token_ids
 from modelutils import SLICE, Stream, run_layers, whole
 
 RESIDENT = 2**18  # tokens whose hidden states are in memory at a time
@@ -27,10 +29,11 @@ class StreamedLM(TemplateLM):
     Texts are divided among the processes; every process gets all answers.
     """
 
-    def __init__(self, model, family, tokenizer, tokens, device):
+    def __init__(self, model, family, tokenizer, tokens, device, bos=None):
         super().__init__()
         self.model, self.family, self.tokenizer = model, family, tokenizer
         self.tokens, self.where = tokens, device
+        self.bos, self.first = bos, first_token(tokenizer, bos)
         self.max_length = position_limit(model.config) or DEFAULT_SEQLEN
         self.cut = 0  # number of truncated texts
 
@@ -44,17 +47,17 @@ class StreamedLM(TemplateLM):
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string, add_special_tokens=None, **_):
-        """Return the ids of a text, with the tokenizer's special tokens unless it begins with one."""
+        """Return the ids of a text, with the tokenizer's special tokens unless it begins with BOS."""
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False).input_ids
+            return token_ids(self.tokenizer, string, self.bos, read=_tokenized)
+        return _tokenized(self.tokenizer, string, add_special_tokens=add_special_tokens).input_ids
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Return the log-likelihood of each text in windows of maximum length, each token counted once."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            for window in get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id,
-                                                    self.max_length, context_len=1):
+            ids = self.tok_encode(request.args[0])[self.first is not None:]  # behind the prefix, which is BOS, too
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(number)
         totals = [0.0] * len(requests)
@@ -72,7 +75,8 @@ class StreamedLM(TemplateLM):
                 until, most = options.get("until") or [], options.get("max_gen_toks", 256)
                 temperature = options.get("temperature") or 1.0 if options.get("do_sample") else 0.0
                 texts[number] = complete(self.model, self.tokenizer, context, min(most, self.max_length - 1),
-                                         temperature, until=[until] if isinstance(until, str) else until).text
+                                         temperature, until=[until] if isinstance(until, str) else until,
+                                         bos=self.bos).text
         return self._in_order(texts)
 
     def _loglikelihood_tokens(self, requests, **_):
@@ -84,6 +88,7 @@ class StreamedLM(TemplateLM):
         for number, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-self.max_length - 1:]
             self.cut += len(tokens) < len(context) + len(continuation)
+            tokens[0] = tokens[0] if self.first is None else self.first
             runs[tuple(tokens[:-1])].append((number, continuation[-self.max_length:]))
         longest_first = sorted(runs, key=len, reverse=True)  # so that running out of memory shows at once
         answers = {}
@@ -111,6 +116,11 @@ class StreamedLM(TemplateLM):
         """Return the answers of all processes, {number: answer}, as a list."""
         together = dict(itertools.chain.from_iterable(part.items() for part in distributed.all_gather_object(answers)))
         return [together[number] for number in range(len(together))]
+
+
+def _tokenized(tokenizer, text, **options):
+    """Be `tokenizing.encode` without its limit of time, whose threads would take longer than short texts do."""
+    return tokenizer(text, verbose=False, **options)
 
 
 def padded_length(length, most):

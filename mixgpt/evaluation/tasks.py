@@ -145,13 +145,13 @@ def check(chosen, tokenizer, nbytes, device):
             raise InputError(f"--tasks {name}: computes the likelihood of an empty text")
 
 
-def score(chosen, model, family, tokenizer, limit, tokens, device):
+def score(chosen, model, family, tokenizer, limit, tokens, device, bos=None):
     """Score a model on the tasks from `load`.
 
-    tokens: number per batch. Returns {task or group: {metric: value, metric_stderr: value, "examples": count,
-    "num_fewshot": count, "version": lm-eval's}}. Prints a warning if texts were truncated.
+    tokens: number per batch. bos: as `bos.token_ids` takes it. Returns {task or group: {metric: value, metric_stderr:
+    value, "examples": count, "num_fewshot": count, "version": lm-eval's}}. Prints a warning if texts were truncated.
     """
-    lm = StreamedLM(model, family, tokenizer, tokens, device)
+    lm = StreamedLM(model, family, tokenizer, tokens, device, bos)
     with _silent():
         results = _run(lm, chosen, limit, BOOTSTRAP)
     if lm.cut:

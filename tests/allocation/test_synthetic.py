@@ -60,15 +60,11 @@ def test_windows_go_on_from_their_prefixes_as_the_model_predicts(model, tokens, 
     uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found, states = module.generated(Execution(model, family, CPU, 2), tokens, uniform)
     assert states is None  # as windows overlap
-    for start in (0, 4):  # the third window overlaps the second, and keeps only its end
-        window = slice(start, start + 4)
+    for start, end in ((0, 4), (4, 7), (7, 11)):  # the last window overlaps the second, and stays whole
+        window = slice(start, end)
         assert torch.equal(found[:, start:start + 2], tokens[:, start:start + 2])
         right = check_draws(model, found[:, window], found[:, window], uniform[:, window], ends_of(model))
         assert right[:, 1:].mean() > 0.9  # others lie within rounding of a border
-    assert (found[:, 8] == tokens[:, 8]).all()
-    with torch.no_grad():  # the last window starts at 7, where the second one's end was written over its beginning
-        start = torch.cat([tokens[:, 7:9], found[:, 9:]], 1)
-    assert check_draws(model, start, start, uniform[:, 7:], ends_of(model))[:, 1:].mean() > 0.8
 
 
 def test_the_head_reads_hidden_states_without_gaps(model, tokens, small):

@@ -64,11 +64,11 @@ def pytest_generate_tests(metafunc):
 TOKENS = {}  # tokenizing the text takes longer than most of a run
 
 
-def token_ids(tokenizer, text, once=datautils.token_ids):
+def token_ids(tokenizer, text, bos, once=datautils.token_ids):
     """Do what the function of this name does, but once for each text and tokenizer."""
-    key = tokenizer.backend_tokenizer.to_str(), text
+    key = tokenizer.backend_tokenizer.to_str(), text, bos
     if key not in TOKENS:
-        TOKENS[key] = once(tokenizer, text)
+        TOKENS[key] = once(tokenizer, text, bos)
     return TOKENS[key]
 
 

@@ -304,8 +304,8 @@ def test_sequences_and_their_tokens_come_from_the_options(checkpoint_folder, mon
                         lambda *given: asked.append(given) or datautils.calibration_samples(*given))
     run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".1", "--nsamples", "3", "--seqlen",
         "16", "--seed", "5", "--eval")
-    (dataset, nsamples, seqlen, seed, _, data_dir), = asked
-    assert (dataset, nsamples, seqlen, seed, data_dir) == ("builtin", 3, 16, 5, None)
+    (dataset, nsamples, seqlen, seed, _, data_dir, bos), = asked
+    assert (dataset, nsamples, seqlen, seed, data_dir, bos) == ("builtin", 3, 16, 5, None, "once")
 
 
 def test_dtype_is_that_of_the_saved_weights(checkpoint_folder, tmp_path):

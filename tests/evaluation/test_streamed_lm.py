@@ -1,10 +1,13 @@
 """Check the answers of the streamed model against plain forwards and against lm-eval's own model."""
 
+import copy
+
 import pytest
 import torch
 from conftest import CPU, make
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tokenizers import processors
 
 from mixgpt.checkpoints.load import load_config, open_model
 from mixgpt.evaluation import streamed_lm
@@ -86,6 +89,59 @@ def test_answers_are_those_of_the_model_that_lm_eval_has(name, tokenizer):
     for options in ({"until": ["\n", " a"], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 9, "do_sample": False}):
         texts = asked("generate_until", [(context, options) for context, _ in PAIRS if context])
         assert ours.generate_until(texts) == theirs.generate_until(texts, disable_tqdm=True)
+
+
+@pytest.fixture
+def plain(tokenizer):
+    """A tokenizer that adds no BOS by itself."""
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    return changed
+
+
+def test_with_bos_for_each_sequence_answers_are_those_that_lm_eval_gives_with_it(tokenizer, plain):
+    """Its `add_bos_token`, which its tokenizer must do; BOS stays where a context is cut, and before each window."""
+    family, model = limited("gemma2")
+    theirs = HFLM(model, tokenizer=tokenizer, device="cpu", batch_size=1, add_bos_token=True)
+    ours = StreamedLM(model, family, plain, 300, CPU, "each")
+    whole = [pair for pair in PAIRS if not pair[0].startswith("long ")]
+    for answer, expected in zip(ours.loglikelihood(asked("loglikelihood", whole)),
+                                theirs.loglikelihood(asked("loglikelihood", whole)), strict=True):
+        assert answer == (pytest.approx(expected[0], rel=1e-4, abs=1e-3), expected[1])
+    context, continuation = next(pair for pair in PAIRS if pair[0].startswith("long "))
+    ids = tokenizer(context + continuation).input_ids
+    count, bos = len(ids) - len(tokenizer(context.rstrip()).input_ids), tokenizer.bos_token_id
+    [answer] = ours.loglikelihood(asked("loglikelihood", [(context, continuation)]))
+    expected = by_hand(model, [bos, *ids[-LIMIT:]], count)
+    assert len(ids) > LIMIT + 1 and answer == (pytest.approx(expected[0], rel=1e-4), expected[1])
+    texts = asked("generate_until", [(context, {"max_gen_toks": 9, "until": []}) for context, _ in whole if context])
+    assert ours.generate_until(texts) == theirs.generate_until(texts, disable_tqdm=True)
+
+
+def test_with_bos_for_each_sequence_texts_are_read_in_windows_that_begin_with_it(tokenizer, plain):
+    family, model = limited("gemma2")
+    ours, bos = StreamedLM(model, family, plain, 300, CPU, "each"), tokenizer.bos_token_id
+    answers = ours.loglikelihood_rolling(asked("loglikelihood_rolling", ([text] for text in TEXTS)))
+    for answer, text in zip(answers, TEXTS, strict=True):
+        ids, expected, done = plain(text).input_ids, 0.0, 0
+        while done < len(ids):
+            end = min(done + LIMIT, len(ids))
+            before = ids[max(0, end - LIMIT):done] if done else []
+            expected += by_hand(model, [bos, *before, *ids[done:end]], end - done)[0]
+            done = end
+        assert answer == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    assert any(len(plain(text).input_ids) > 2 * LIMIT for text in TEXTS)
+
+
+@pytest.mark.parametrize("bos", ["once", "never"])
+def test_contexts_begin_as_bos_says(bos, tokenizer, plain):
+    family, model = limited("llama")
+    answers = [StreamedLM(model, family, own, 300, CPU, bos).loglikelihood(asked("loglikelihood", PAIRS[:2]))
+               for own in (tokenizer, plain)]
+    assert answers[0] == answers[1]
+    for (likelihood, greedy), pair in zip(answers[0], PAIRS, strict=False):
+        expected, same = pair_by_hand(model, tokenizer if bos == "once" else plain, *pair)
+        assert likelihood == pytest.approx(expected, rel=1e-5, abs=1e-4) and greedy == same
 
 
 def test_the_likeliest_continuation_is_called_greedy(tokenizer):

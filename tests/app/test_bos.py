@@ -1,0 +1,214 @@
+"""Run models that need BOS in front of every sequence, and check all that they read, predict and record."""
+
+import copy
+import json
+
+import pytest
+import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import CPU, make
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, GenerationMixin
+
+import datautils
+import generate
+import llama
+from mixgpt.allocation import synthetic
+from mixgpt.checkpoints.load import load_tokenizer
+from mixgpt.evaluation import selfcheck
+from modelutils import Stream
+
+BOS = 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """Return a function that gives the folder of a model, whose tokenizer adds no BOS by itself.
+
+    The Gemma model is trained to predict text behind BOS only, and nothing in particular without.
+    """
+    plain, root = copy.deepcopy(tokenizer), tmp_path_factory.mktemp("models")
+    plain.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    ids = torch.tensor(plain("\n\n".join(datautils.load_rows("builtin", "train", None)[0][:600])).input_ids)
+
+    def path_of(name):
+        if not (root / name).exists():
+            _, model = make(name)
+            if name.startswith("gemma"):
+                train(model, ids)
+            model.save_pretrained(root / name)
+            plain.save_pretrained(root / name)
+        return root / name
+
+    return path_of
+
+
+def train(model, ids, steps=120, T=32):
+    """Train a model on sequences from ids, half with BOS in front, and half without, whose next tokens are random."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        starts = torch.randint(len(ids) - T, (16, 1), generator=generator)
+        tokens = ids[starts + torch.arange(T)]
+        labels = tokens.clone()
+        labels[8:] = torch.randint(model.config.vocab_size, (8, T), generator=generator)
+        tokens[:8, 0] = BOS
+        optimizer.zero_grad()
+        model(tokens, labels=labels).loss.backward()
+        optimizer.step()
+
+
+def record_of(path, *arguments):
+    """Run llama.py on little text. Returns the record of the run."""
+    assert run(llama.FAMILY, *arguments, *SMALL, "--record", path) == 0
+    return json.loads(path.read_text())
+
+
+def builtin_ids(tokenizer):
+    """Return the ids of the test text, as the fixture `short_builtin` leaves it, without special tokens."""
+    rows, _ = datautils.load_rows("builtin", "test", None)
+    return torch.tensor(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
+
+
+@pytest.mark.parametrize("name, bos", [("gemma2", "auto"), ("llama", "each"), ("gemma2", "once"), ("gemma2", "never"),
+                                       ("llama", "auto")])
+def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, folder, tokenizer, tmp_path, capsys):
+    record = record_of(tmp_path / "record.json", folder(name), "builtin", *([] if bos == "auto" else ["--bos", bos]))
+    resolved = {("gemma2", "auto"): "each", ("llama", "auto"): "never"}.get((name, bos), bos)
+    assert record["settings"]["bos"] == resolved
+    said = {"each": "data     BOS at the start of each sequence", "once": "data     BOS at the start of each text"}
+    assert said.get(resolved, "") in capsys.readouterr().out
+    ids = builtin_ids(tokenizer)
+    ids = ids if resolved == "never" else torch.cat([torch.tensor([BOS]), ids])
+    tokens, model = ids[:4 * 32].view(4, 32).clone(), AutoModelForCausalLM.from_pretrained(folder(name)).eval()
+    if resolved == "each":
+        tokens[:, 0] = BOS
+    with torch.no_grad():
+        expected = model(tokens, labels=tokens).loss.exp().item()
+    assert record["perplexity"]["dense"]["builtin"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bos_matters_to_the_model_under_test(folder, tmp_path):
+    each, never = (record_of(tmp_path / "record.json", folder("gemma2"), "builtin", "--bos", bos)["perplexity"]["dense"]
+                   for bos in ("each", "never"))
+    assert 2 * each["builtin"] < never["builtin"]
+
+
+@pytest.fixture
+def sequences(monkeypatch):
+    """Return a list that takes all sequences which a model reads, but in the check on random ones."""
+    read, embed, go_on = [], Stream.embed.__func__, GenerationMixin.generate
+    monkeypatch.setattr(selfcheck, "check", lambda *_: None)
+
+    def embedded(cls, model, family, tokens, *args, **options):
+        read.append(tokens.clone())
+        return embed(cls, model, family, tokens, *args, **options)
+
+    def generated(model, tokens, **options):
+        read.append(tokens.clone())
+        return go_on(model, tokens, **options)
+
+    monkeypatch.setattr(Stream, "embed", classmethod(embedded))
+    monkeypatch.setattr(GenerationMixin, "generate", generated)
+    return read
+
+
+@pytest.mark.parametrize("room, options", [
+    (True, ["--preset", "best", "--token_weights", "fisher"]), (False, ["--preset", "best"]),
+    (True, ["--sparsity_way", "weight-level", "--dense"])])
+def test_all_that_a_run_reads_begins_with_bos(room, options, folder, sequences, tmp_path, monkeypatch):
+    """Also each window of synthetic text, the text that the model is distilled on, and what is compared when saved."""
+    monkeypatch.setattr(synthetic, "WINDOW", 8)
+    monkeypatch.setattr(synthetic, "PREFIX", 4)
+    monkeypatch.setattr(synthetic, "has_room", lambda execution: room)
+    record = record_of(tmp_path / "record.json", folder("gemma2"), "builtin", "--sparsity", ".5", *options, "--save",
+                       tmp_path / "saved")
+    assert all((tokens[:, 0] == BOS).all() for tokens in sequences)
+    assert record["settings"]["bos"] == record["identity"]["--bos"] == "each"
+    shapes = {tuple(tokens.shape) for tokens in sequences}
+    assert {(4, 32), (1, 32)} <= shapes  # the test text, and what is compared
+    if "best" in options:  # two of the synthetic sequences are calibrated on, the others distilled on
+        calibrated = next(tokens for tokens in sequences if tokens.shape == (6, 32))
+        assert (calibrated[4:, ::8] == BOS).all() == room
+        assert ((12, 8) if room else (3, 32)) in shapes
+
+
+def test_without_bos_sequences_are_cut_as_before(folder, sequences, tmp_path):
+    record_of(tmp_path / "record.json", folder("llama"), "builtin", "--sparsity", ".5", "--synthetic", "0.5")
+    expected, _ = datautils.calibration_samples("builtin", 4, 32, 0, load_tokenizer(folder("llama")))
+    assert any(tokens.shape == (6, 32) and torch.equal(tokens[:4], expected) for tokens in sequences)
+    assert not any((tokens[:, 0] == BOS).any() for tokens in sequences)
+
+
+def test_a_run_resumes_with_the_same_bos_only(folder, tmp_path, capsys):
+    arguments = [folder("gemma2"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
+    assert run(llama.FAMILY, *arguments) == 0
+    for options in ([], ["--bos", "each"]):
+        assert run(llama.FAMILY, *arguments, "--resume", *options) == 0
+    capsys.readouterr()
+    assert run(llama.FAMILY, *arguments, "--resume", "--bos", "once") == 2
+    assert capsys.readouterr().err == (f"llama.py: error: --resume: --bos was each in the complete run in "
+                                       f"{tmp_path}/saved, now it is once\n")
+
+
+def test_an_interrupted_run_resumes_with_the_same_bos_only(folder, tmp_path, capsys, monkeypatch):
+    arguments = [folder("gemma2"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
+    with monkeypatch.context() as patch:
+        patch.setattr("mixgpt.app.pipeline.save", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(llama.FAMILY, *arguments) == 130
+    capsys.readouterr()
+    assert run(llama.FAMILY, *arguments, "--resume", "--bos", "never") == 2
+    assert "--resume: --bos was each in the interrupted run" in capsys.readouterr().err
+    assert run(llama.FAMILY, *arguments, "--resume", "--bos", "each") == 0
+
+
+def without_bos(source, path):
+    """Save a copy of a model whose tokenizer has no BOS. Returns its folder."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(path)
+    (path / "tokenizer.json").write_text((source / "tokenizer.json").read_text())
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items()
+                                                            if key != "bos_token"}))
+    return path
+
+
+def test_bos_that_is_not_there_is_refused_in_one_line(folder, tmp_path, capsys):
+    path = without_bos(folder("gemma2"), tmp_path / "model")
+    for arguments in ([], ["--bos", "each"]):
+        capsys.readouterr()
+        assert run(llama.FAMILY, path, "builtin", *SMALL, *arguments) == 2
+        message = f"--bos each: the tokenizer of model {path} has no BOS; must be never\n"
+        assert capsys.readouterr().err == f"llama.py: error: {message}"
+        assert generate.main([str(path), "def", "--device", "cpu", *arguments]) == 2
+        assert capsys.readouterr().err == f"generate.py: error: {message}"
+    assert run(llama.FAMILY, path, "builtin", *SMALL, "--bos", "never") == 0
+    capsys.readouterr()
+    assert run(llama.FAMILY, path, "builtin", *SMALL, "--bos", "always") == 2
+    assert "argument --bos: invalid choice: 'always' (choose from" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def go_on(model, ids, count):
+    """Return the likeliest tokens behind ids, each from a forward of all before it."""
+    length = len(ids)
+    while len(ids) < length + count and ids[-1] != model.generation_config.eos_token_id:
+        ids = [*ids, model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item()]
+    return ids[length:]
+
+
+@pytest.mark.parametrize("name, options, begins", [("gemma2", [], True), ("llama", [], False),
+                                                   ("llama", ["--bos", "once"], True),
+                                                   ("gemma2", ["--bos", "never"], False)])
+@pytest.mark.parametrize("prompt", ["def", "<s>user: a chat", "one two three four " * 60])
+def test_a_prompt_begins_with_bos_also_where_it_is_cut(name, options, begins, prompt, folder, tokenizer, capsys):
+    assert generate.main([str(folder(name)), prompt, "--max_new_tokens", "8", "--device", CPU.type, *options]) == 0
+    text = capsys.readouterr().out.split("\n\n")[1].strip()
+    ids = tokenizer(prompt.removeprefix("<s>"), add_special_tokens=False).input_ids
+    ids = [BOS, *ids] if begins or prompt.startswith("<s>") else ids
+    ids = ids[-(128 - 8):]  # of the model's context
+    if name == "gemma2" and begins:
+        ids[0] = BOS
+    model = AutoModelForCausalLM.from_pretrained(folder(name)).eval()
+    expected = tokenizer.decode(go_on(model, ids, 8), skip_special_tokens=True)
+    assert "".join(text.split()) == "".join(expected.split())

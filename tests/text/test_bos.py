@@ -1,0 +1,120 @@
+"""Check where BOS stands against ids put together by hand, and that nothing moves for models that do not need it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from tokenizers import processors
+
+import datautils
+from mixgpt.common.errors import InputError
+from mixgpt.text.bos import begin, resolve, token_ids
+
+TEXT = "Names refer to objects; they are introduced by name binding operations. " * 6
+BOS, END = 0, 1
+TEMPLATE = "{% for part in messages %}<s>{{ part.content }}</s>{% endfor %}"
+ADDED = {"BOS": ("<s> $A", [BOS], []), "nothing": ("$A", [], []), "an end": ("$A </s>", [], [END]),
+         "both": ("<s> $A </s>", [BOS], [END]), "another token": ("</s> $A", [END], [])}
+
+
+@pytest.fixture
+def adding(tokenizer):
+    """Return a function that gives a tokenizer which puts tokens of its own around a text, see ADDED."""
+    def make(added):
+        changed = copy.deepcopy(tokenizer)
+        changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            ADDED[added][0], special_tokens=[("<s>", BOS), ("</s>", END)])
+        return changed
+
+    return make
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Return {kind of text: name of a dataset}, for each way to draw from a text."""
+    (tmp_path / "own.txt").write_text(TEXT * 3)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": [
+        {"role": "user", "content": f"{number} {TEXT}"}]}) + "\n" for number in range(3)))
+    (tmp_path / "c4-train.json").write_text("".join(json.dumps({"text": f"{number} {TEXT}"}) + "\n"
+                                                    for number in range(5)))
+    (tmp_path / "c4-validation.json").write_text("".join(json.dumps({"text": f"{number}: {TEXT}"}) + "\n"
+                                                         for number in range(5)))
+    return {"joined": "builtin", "own": str(tmp_path / "own.txt"), "chats": str(tmp_path / "chats.jsonl"),
+            "documents": "c4", "mixture": f"builtin:0.5,{tmp_path}/own.txt:0.5"}
+
+
+@pytest.mark.parametrize("model_type, added, expected", [
+    ("llama", "BOS", "once"), ("opt", "both", "once"), ("bloom", "nothing", "never"), ("baichuan", "an end", "never"),
+    ("glm", "another token", "never"), ("gemma", "BOS", "each"), ("gemma2", "nothing", "each"),
+    ("gemma3_text", "BOS", "each"), ("gemma4_text", "BOS", "each"), ("recurrent_gemma", "nothing", "each")])
+def test_auto_is_each_for_models_that_need_it_and_else_what_the_tokenizer_does(model_type, added, expected, adding):
+    assert resolve("auto", model_type, adding(added)) == expected
+    for chosen in ("each", "once", "never"):
+        assert resolve(chosen, model_type, adding(added)) == chosen
+
+
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("text", [TEXT, "", "<s>chat", " "])
+def test_ids_are_those_of_the_tokenizer_but_for_bos(added, text, adding):
+    tokenizer, (_, before, after) = adding(added), ADDED[added]
+    inner = tokenizer(text, add_special_tokens=False).input_ids
+    if text.startswith("<s>"):  # as chats do by their templates: one BOS is enough
+        assert all(token_ids(tokenizer, text, bos) == inner for bos in ("each", "once", "never"))
+        return
+    others = [token for token in before if token != BOS]
+    assert token_ids(tokenizer, text, "never") == [*others, *inner, *after]
+    assert token_ids(tokenizer, text, "once") == token_ids(tokenizer, text, "each") == [BOS, *others, *inner, *after]
+    assert token_ids(tokenizer, text) == tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("kind", ["joined", "own", "documents", "mixture"])
+def test_no_token_moves_for_a_model_that_does_not_need_bos(added, kind, adding, texts, tmp_path):
+    tokenizer = adding(added)
+    bos = resolve("auto", "llama", tokenizer)
+    samples, _ = datautils.calibration_samples(texts[kind], 6, 16, 0, tokenizer, tmp_path, bos)
+    assert torch.equal(samples, datautils.calibration_samples(texts[kind], 6, 16, 0, tokenizer, tmp_path)[0])
+    if kind != "mixture":
+        rows, source = datautils.load_rows(texts[kind], "test", tmp_path)
+        tokens, _ = datautils.test_tokens(texts[kind], 16, tokenizer, tmp_path, bos)
+        ids = tokenizer((" " if kind == "documents" else "\n\n").join(rows)).input_ids
+        assert tokens.flatten().tolist() == ids[:tokens.numel()] and len(ids) - tokens.numel() < 16
+
+
+@pytest.mark.parametrize("added", ["BOS", "nothing"])
+@pytest.mark.parametrize("kind", ["joined", "own", "chats", "documents", "mixture"])
+def test_every_segment_begins_with_bos_in_place_of_its_first_token(added, kind, adding, texts, tmp_path):
+    tokenizer = adding(added)
+    tokenizer.chat_template = TEMPLATE
+    arguments = texts[kind], 6, 16, 0, tokenizer, tmp_path
+    samples, _ = datautils.calibration_samples(*arguments, "each")
+    once, _ = datautils.calibration_samples(*arguments, "once")
+    assert (samples[:, 0] == BOS).all() and torch.equal(samples[:, 1:], once[:, 1:])
+    assert (once[:, 0] != BOS).any(), "the segments would begin with BOS anyhow"
+    if kind != "mixture":
+        tokens, _ = datautils.test_tokens(texts[kind], 16, tokenizer, tmp_path, "each")
+        rows, _ = datautils.load_rows(texts[kind], "test", tmp_path)
+        rows = [row if isinstance(row, str) else f"<s>{row[0]['content']}</s>" for row in rows]
+        text = (" " if kind == "documents" else "\n\n").join(rows)
+        ids = tokenizer(text.removeprefix("<s>"), add_special_tokens=False).input_ids
+        expected = torch.tensor([BOS, *ids])[:tokens.numel()].view(-1, 16)
+        assert (tokens[:, 0] == BOS).all() and torch.equal(tokens[:, 1:], expected[:, 1:])
+
+
+def test_a_tokenizer_without_bos_is_refused_where_bos_is_wanted(tokenizer):
+    without = copy.deepcopy(tokenizer)
+    without.bos_token = None
+    without.name_or_path = "folder"
+    for bos, model_type, named in (("each", "llama", "each"), ("once", "llama", "once"), ("auto", "gemma2", "each")):
+        with pytest.raises(InputError) as error:
+            resolve(bos, model_type, without)
+        assert str(error.value) == f"--bos {named}: the tokenizer of model folder has no BOS; must be never"
+    assert resolve("auto", "llama", without) == resolve("never", "gemma2", without) == "never"
+    assert token_ids(without, TEXT, "never") == without(TEXT).input_ids
+
+
+def test_only_the_first_token_of_sequences_is_replaced():
+    sequences = torch.arange(12).view(3, 4)
+    assert begin(sequences.clone(), None).tolist() == sequences.tolist()
+    assert begin(sequences.clone(), 9).tolist() == [[9, 1, 2, 3], [9, 5, 6, 7], [9, 9, 10, 11]]
