@@ -127,11 +127,12 @@ def heading(job):
               + (f", the text part of a {whole}" if (whole := load.multimodal(settings.model)) else "")
               + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
     lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(job.selected)).items()]
-    data = [] if settings.bos == "never" else [BOS[settings.bos]]
+    data = []
     if job.calibration is not None:
-        synthetic = [f"{sum(settings.written())} synthetic ones"] if any(settings.written()) else []
-        data = [f"{settings.dataset}: {len(job.calibration)} sequences of {job.seqlen} tokens", *synthetic, *data,
-                f"seed {settings.seed}", f"batches of {settings.batch_size}"]
+        data.append(f"{settings.dataset}: {len(job.calibration)} sequences of {job.seqlen} tokens, "
+                    + (f"{sum(settings.written())} synthetic ones, " if any(settings.written()) else "")
+                    + f"seed {settings.seed}, batches of {settings.batch_size}")
+    data += [BOS[settings.bos]] if settings.bos != "never" else []
     return "\n".join(lines + ([f"data     {', '.join(data)}"] if data else []))
 
 
