@@ -18,6 +18,7 @@ from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.evaluation.generation import complete
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.text.bos import first_token, token_ids
+from mixgpt.text.tokenizing import encode
 from modelutils import SLICE, Stream, run_layers, whole
 
 RESIDENT = 2**18  # tokens whose hidden states are in memory at a time
@@ -49,8 +50,8 @@ class StreamedLM(TemplateLM):
     def tok_encode(self, string, add_special_tokens=None, **_):
         """Return the ids of a text, with the tokenizer's special tokens unless it begins with BOS."""
         if add_special_tokens is None:
-            return token_ids(self.tokenizer, string, self.bos, read=_tokenized)
-        return _tokenized(self.tokenizer, string, add_special_tokens=add_special_tokens).input_ids
+            return token_ids(self.tokenizer, string, self.bos)
+        return encode(self.tokenizer, string, add_special_tokens=add_special_tokens).input_ids
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Return the log-likelihood of each text in windows of maximum length, each token counted once."""
@@ -116,11 +117,6 @@ class StreamedLM(TemplateLM):
         """Return the answers of all processes, {number: answer}, as a list."""
         together = dict(itertools.chain.from_iterable(part.items() for part in distributed.all_gather_object(answers)))
         return [together[number] for number in range(len(together))]
-
-
-def _tokenized(tokenizer, text, **options):
-    """Be `tokenizing.encode` without its limit of time, whose threads would take longer than short texts do."""
-    return tokenizer(text, verbose=False, **options)
 
 
 def padded_length(length, most):

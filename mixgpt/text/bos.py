@@ -26,14 +26,14 @@ def resolve(bos, model_type, tokenizer):
     return bos
 
 
-def token_ids(tokenizer, text, bos=None, read=encode):
+def token_ids(tokenizer, text, bos=None):
     """Return the ids of a whole text, with the special tokens that the tokenizer adds by itself, except for BOS.
 
     bos: each or once: BOS in front; never: none; None: what the tokenizer does. A text that begins with BOS, such as a
-    chat by its template, stays as it is. read: as `encode`.
+    chat by its template, stays as it is.
     """
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = read(tokenizer, text, add_special_tokens=not begun).input_ids
+    ids = encode(tokenizer, text, add_special_tokens=not begun).input_ids
     if begun or bos is None or (ids[:1] == [tokenizer.bos_token_id]) == (bos != "never"):
         return ids
     return ids[1:] if bos == "never" else [tokenizer.bos_token_id, *ids]
