@@ -1,14 +1,12 @@
 """Time this project against the textbook in one process, on the same weights, tokens, dtype and device.
 
-python benchmarks/bench.py matrices                                # single matrices, random
-python benchmarks/bench.py model FILE --script llama.py --seqlen 512 --nsamples 32
-python benchmarks/bench.py layers --nsamples 128 --seqlen 2048     # two layers of larger shapes, random, for a GPU
+python benchmarks/bench.py matrices      # single matrices, random
+python benchmarks/bench.py model FILE --seqlen 512 --nsamples 32
 """
 
 import argparse
 import copy
 import functools
-import importlib
 import platform
 import sys
 from pathlib import Path
@@ -17,19 +15,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from textbook import Textbook, prune_model
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import datautils
-import llama
-import opt
-from mixgpt.allocation.plan import Budget, uniform
-from mixgpt.app.choices import DATASETS
-from mixgpt.app.report import table
+from mixgpt.app.tables import table
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.kernels.linalg import row_energies
 from mixgpt.kernels.matmul import times_transposed
+from mixgpt.modeling.family import family_of
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
@@ -37,18 +31,10 @@ from modelutils import Execution, Stream, linears, on_device, shared_inputs
 from quant import Scheme
 from sparsegpt import SparseGPT, factor, prune_matrix
 
+WARMUP = "256x256"  # loads libraries and compiled code, and is not printed
 MATRICES = ["4096x4096", "4096x11008", "11008x4096"]
 TARGETS = {"50%": (0.5, 0, 0, 16), "2:4": (0.0, 2, 4, 16), "50% + 4 bit": (0.5, 0, 0, 4)}
 PARTS = ("forward", "Hessian", "factorisation", "walk")
-LAYERS = 2
-SHAPES = {  # name: family, class, configuration, layers of the whole model
-    "OPT-1.3B": (opt.FAMILY, OPTForCausalLM, OPTConfig(
-        hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=8192, num_attention_heads=32, num_hidden_layers=LAYERS,
-        max_position_embeddings=2048), 24),
-    "LLaMA-7B": (llama.FAMILY, LlamaForCausalLM, LlamaConfig(num_hidden_layers=LAYERS), 32),
-    "LLaMA-13B": (llama.FAMILY, LlamaForCausalLM, LlamaConfig(
-        hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=LAYERS), 40),
-}
 
 
 def machine(device):
@@ -136,125 +122,84 @@ def compare_matrix(hessian, W, name, device, speed):
             f"{((ours == 0) == (exact == 0)).float().mean().item():.3%}", f"{error / expected - 1:+.4%}"]
 
 
-def search_cost(hessian, W, device):
-    """Return how many times as long the walk takes with --mse as without, at 4 bits, the best of three each."""
-    def walk(mse):
-        clock, scheme = Clock(device), Scheme(4, mse=mse)
-        with clock.part("walk"):
-            prune_matrix(W.clone(), hessian.R, hessian.H.diagonal(), 0.0, scheme=scheme)
-        return clock.seconds["walk"]
-
-    seconds = [(walk(True), walk(False)) for _ in range(3)]
-    return min(searched for searched, _ in seconds) / min(plain for _, plain in seconds)
-
-
 def bench_matrices(device, sizes):
-    rows, costs, speed = [], [], rate(device, torch.float32)
-    for scheme in (None, Scheme(4, mse=True)):
-        prune_matrix(torch.randn(8, 8, device=device), torch.eye(8, device=device), torch.ones(8, device=device), 0.5,
-                     scheme=scheme)
-    for size in sizes:
+    rows, speed = [], rate(device, torch.float32)
+    for size in (WARMUP, *sizes):
         out, columns = map(int, size.split("x"))
         hessian = calibrated(columns, device)
         W = torch.randn(out, columns, device=device, generator=torch.Generator(device).manual_seed(1))
-        if device.type == "cuda":  # compile kernels and load libraries before anything is timed
+        if device.type == "cuda":  # compile kernels for these shapes before anything is timed
             for name in TARGETS:
                 compare_matrix(hessian, W, name, device, speed)
         rows += [compare_matrix(hessian, W, name, device, speed) for name in TARGETS]
-        costs.append(f"{size} {search_cost(hessian, W, device):.2f}x")
     print(table(["matrix", "textbook: factor", "walk", "here: factor", "walk", "ratio", "at the floor", "same mask",
-                 "as in float64", "error against float64"], rows))
-    print(f"walk with --mse against without, 4 bit: {', '.join(costs)}")
+                 "as in float64", "error against float64"], rows[len(TARGETS):]))
 
 
-def compare_model(model, family, tokens, device, batch_size, layers, tests=None):
-    """Prune a copy by each and print seconds by part, their ratio, peak memory so far and perplexity.
+def prune(name, model, family, tokens, device, batch_size):
+    """Prune a copy to 50%, here or by the textbook. Returns it and the `Clock`."""
+    pruned, clock = copy.deepcopy(model), Clock(device)
+    if name == "here":
+        plan = dict.fromkeys(select(model, family), Target(0.5))
+        prune_layerwise(Execution(pruned, family, device, batch_size, clock), plan, tokens, Recipe())
+    else:
+        prune_model(pruned, family, tokens, device, clock, sparsity=0.5)
+    return pruned, clock
 
-    layers: of the whole model; seconds are multiplied by that over the layers there are.
-    """
-    plan = uniform(Budget(select(model, family), Target(0.5)))
-    factor_up = layers / len(family.layers_of(model))
+
+def compare_model(model, family, tokens, device, batch_size, tests):
+    """Prune a copy by each and print seconds by part, their ratio, peak memory so far and perplexity."""
     columns = {}
-
-    def prune(name, tokens):
-        pruned, clock = copy.deepcopy(model), Clock(device)
-        if name == "here":
-            prune_layerwise(Execution(pruned, family, device, batch_size, clock), plan, tokens, Recipe())
-        else:
-            prune_model(pruned, family, tokens, device, clock, sparsity=0.5)
-        return pruned, clock
-
     for name in ("here", "textbook"):  # peak memory only grows on the host: the smaller one first
         if device.type == "cuda":
-            prune(name, tokens[:batch_size])  # compiles kernels and loads libraries
+            prune(name, model, family, tokens[:batch_size], device, batch_size)  # compiles kernels, loads libraries
             torch.cuda.reset_peak_memory_stats(device)
-        pruned, clock = prune(name, tokens)
-        peak = "/".join(f"{value / 1e9:.2f}" for value in peak_memory(device).values())
-        quality = f"{perplexity(pruned, family, tests, batch_size, device):.2f}" if tests is not None else "-"
-        columns[name] = [*(factor_up * clock.seconds[part] for part in PARTS), peak, quality]
-        columns[name].insert(len(PARTS), sum(columns[name][:len(PARTS)]))
-    least = [factor_up * part for part in floors(model, family, tokens, device)]
-    least.append(sum(least))
-    rows = []
-    for i, part in enumerate((*PARTS, "total")):
-        theirs, ours = columns["textbook"][i], columns["here"][i]
-        rows.append([part, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}x", f"{ours / layers:.3f}",
-                     f"{least[i]:.1f}"])
-    for i, title in ((-2, "peak memory so far, GB"), (-1, "perplexity")):
-        rows.append([title, columns["textbook"][i], columns["here"][i], "", "", ""])
-    print(table(["seconds", "textbook", "here", "ratio", "here, a layer", "floor"], rows), flush=True)
+        pruned, clock = prune(name, model, family, tokens, device, batch_size)
+        seconds = [clock.seconds[part] for part in PARTS]
+        columns[name] = [*seconds, sum(seconds), "/".join(f"{nbytes / 1e9:.2f}" for nbytes in
+                                                         peak_memory(device).values()),
+                         f"{perplexity(pruned, family, tests, batch_size, device):.2f}"]
+    least = floors(model, family, tokens, device)
+    rows = [[part, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}x", f"{floor:.1f}"]
+            for part, theirs, ours, floor in zip((*PARTS, "total"), columns["textbook"], columns["here"],
+                                                 [*least, sum(least)], strict=False)]
+    rows += [[title, columns["textbook"][place], columns["here"][place], "", ""]
+             for place, title in ((-2, "peak memory so far, GB"), (-1, "perplexity"))]
+    print(table(["seconds", "textbook", "here", "ratio", "floor"], rows), flush=True)
 
 
 def bench_model(device, arguments):
-    family = importlib.import_module(arguments.script.removesuffix(".py")).FAMILY
     tokenizer = load.load_tokenizer(arguments.file)
     tokens, _ = datautils.calibration_samples(arguments.dataset, arguments.nsamples, arguments.seqlen, 0, tokenizer,
                                               arguments.data_dir)
-    name = "wikitext2" if arguments.data_dir else "builtin"
-    tests, _ = datautils.test_tokens(name, arguments.seqlen, tokenizer, arguments.data_dir)
-    for dtype in arguments.dtypes:
+    tests, _ = datautils.test_tokens(arguments.eval, arguments.seqlen, tokenizer, arguments.data_dir)
+    for dtype in ("float32", "bfloat16"):
         model = load.load_model(arguments.file, getattr(torch, dtype))
         print(f"\n{Path(arguments.file).name}, {dtype}, {len(tokens)} sequences of {arguments.seqlen} tokens of "
-              f"{arguments.dataset}, perplexity on 40 segments of {name}")
-        compare_model(model, family, tokens, device, arguments.batch_size, len(family.layers_of(model)), tests[:40])
+              f"{arguments.dataset}, perplexity on 40 segments of {arguments.eval}")
+        compare_model(model, family_of(model), tokens, device, arguments.batch_size, tests[:40])
 
 
-def bench_layers(device, arguments):
-    for name in arguments.shapes:
-        family, kind, config, layers = SHAPES[name]
-        for dtype in arguments.dtypes:
-            torch.manual_seed(0)
-            model = kind(config).to(getattr(torch, dtype)).eval()
-            tokens = torch.randint(0, config.vocab_size, (arguments.nsamples, arguments.seqlen))
-            print(f"\n{name}, {dtype}, random weights, {arguments.nsamples} sequences of {arguments.seqlen} tokens; "
-                  f"measured on {LAYERS} layers, seconds extrapolated to {layers}")
-            compare_model(model, family, tokens, device, arguments.batch_size, layers)
-
-
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["matrices", "model", "layers"])
+    parser.add_argument("what", choices=["matrices", "model"])
     parser.add_argument("file", nargs="?", help="model to prune")
-    parser.add_argument("--script", default="llama.py", help="its family")
     parser.add_argument("--sizes", nargs="+", default=MATRICES, help="out x in of the matrices")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--dataset", default="builtin", choices=DATASETS)
-    parser.add_argument("--data-dir")
+    parser.add_argument("--dataset", default="builtin", help="calibration text")
+    parser.add_argument("--eval", default="builtin", help="test text")
+    parser.add_argument("--data-dir", help="folder with local copies of the texts")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     print(f"{arguments.what} on {machine(device)}")
     with torch.no_grad():
         if arguments.what == "matrices":
             bench_matrices(device, arguments.sizes)
-        elif arguments.what == "model":
-            bench_model(device, arguments)
         else:
-            bench_layers(device, arguments)
+            bench_model(device, arguments)
 
 
 if __name__ == "__main__":

@@ -16,112 +16,89 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from bench import LAYERS, SHAPES, machine
+from bench import machine
+from scores import NOT_PRUNING
+from small_models import train_tokenizer
 from textbook import prune_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from datautils import calibration_samples
+import llama
+import opt
+from datautils import calibration_samples, load_rows, test_tokens
 from mixgpt.app import pipeline
-from mixgpt.app.report import table
-from mixgpt.app.settings import PRESETS, Settings
+from mixgpt.app.settings import parse
+from mixgpt.app.tables import table
 from mixgpt.common.clock import Clock, peak_memory
-from mixgpt.common.outputs import Kind, write
 from mixgpt.evaluation.perplexity import perplexity
 
 ROOT = Path(__file__).parent.parent
-KIND = Kind("a file of this benchmark", rb'\{\s*"machine": ')
-METHODS = {"SparseGPT": {"sparsity": 0.5}, "MixGPT": {"sparsity": 0.5} | PRESETS["mixgpt"],
-           "best": {"sparsity": 0.5} | PRESETS["best"], "2:4": {"prunen": 2, "prunem": 4, "semi_structured": True}}
-OURS = ("load", "save", "evaluation", "data", "W&B")  # parts of a run that the textbook does not have
+SHAPES = {  # name: family, class, configuration, layers of the whole model
+    "OPT-1.3B": (opt.FAMILY, OPTForCausalLM, OPTConfig(
+        hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=8192, num_attention_heads=32, num_hidden_layers=24,
+        max_position_embeddings=2048), 24),
+    "LLaMA-7B": (llama.FAMILY, LlamaForCausalLM, LlamaConfig(num_hidden_layers=2), 32),
+    "LLaMA-13B": (llama.FAMILY, LlamaForCausalLM, LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=2), 40),
+}
+METHODS = {"SparseGPT": "--sparsity .5", "MixGPT": "--sparsity .5 --preset mixgpt",
+           "best": "--sparsity .5 --preset best", "2:4": "--prunen 2 --prunem 4 --semi-structured"}
 
 
-@dataclass(frozen=True)
-class Job:
-    """What runs, on which device."""
-
-    nsamples: int
-    seqlen: int
-    batch_size: int
-    device: torch.device
-
-
-def byte_tokenizer():
-    """Return a tokenizer whose tokens are bytes, which needs no training."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+def run(family, folder, method, nsamples, arguments):
+    """Run a method's command line. Returns its record."""
+    with tempfile.TemporaryDirectory(prefix="mixgpt") as place, contextlib.redirect_stdout(sys.stderr):
+        words = [folder, "builtin", "--eval", "builtin", "--nsamples", nsamples, "--seqlen", arguments.seqlen,
+                 "--batch-size", arguments.batch_size, "--device", arguments.device, "--quiet", "--save",
+                 f"{place}/saved", *METHODS[method].split()]
+        words += ["--sensitivity_file", f"{place}/traces.json"] if method == "MixGPT" else []  # none from the cache
+        return pipeline.run(family, parse(family, list(map(str, words))))
 
 
-def make_model(name, folder, tokenizer):
-    """Save a model of random weights. Returns (family, model, layers of the whole model)."""
-    family, kind, config, layers = SHAPES[name]
-    config = copy.deepcopy(config)
-    if not name.startswith("LLaMA"):
-        config.num_hidden_layers = layers
+def run_textbook(family, model, tokenizer, nsamples, arguments):
+    """Prune a copy by the published algorithm. Returns what a record says of seconds, memory and perplexity."""
+    device, seqlen = torch.device(arguments.device), arguments.seqlen
+    tokens, _ = calibration_samples("builtin", nsamples, seqlen, 0, tokenizer)
+    tests, _ = test_tokens("builtin", seqlen, tokenizer)
+    pruned, clock = copy.deepcopy(model), Clock(device)
+    prune_model(pruned, family, tokens, device, clock, sparsity=0.5)
+    return {"seconds": dict(clock.seconds), "peak_memory": peak_memory(device), "sparsity": 0.5, "perplexity": {
+        "textbook": {"builtin": perplexity(pruned, family, tests, arguments.batch_size, device)}}}
+
+
+def measure(name, arguments):
+    """Run all methods on one shape, each after a warm-up. Yields (method, record)."""
+    family, kind, config, _ = SHAPES[name]
     torch.manual_seed(0)
     model = kind(config).bfloat16().eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return family, model, layers
-
-
-def run(family, folder, job, options):
-    """Run the command line's main job. Returns its record."""
-    if job.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(job.device)
-    with tempfile.TemporaryDirectory(prefix="mixgpt") as place, contextlib.redirect_stdout(sys.stderr):
-        return pipeline.run(family, Settings(
-            str(folder), "builtin", eval=("builtin",), nsamples=job.nsamples, seqlen=job.seqlen, quiet=True,
-            batch_size=job.batch_size, device=str(job.device), save=f"{place}/saved",
-            sensitivity_file=f"{place}/traces.json" if "sensitivity" in options else None, **options))
-
-
-def run_textbook(family, model, tokenizer, job):
-    """Prune a copy by the published algorithm. Returns what a record says of seconds, memory and perplexity."""
-    tokens, _ = calibration_samples("builtin", job.nsamples, job.seqlen, 0, tokenizer)
-    tests, _ = pipeline.test_tokens("builtin", job.seqlen, tokenizer)
-    pruned, clock = copy.deepcopy(model), Clock(job.device)
-    prune_model(pruned, family, tokens, job.device, clock, sparsity=0.5)
-    return {"seconds": dict(clock.seconds), "peak_memory": peak_memory(job.device), "sparsity": 0.5, "perplexity": {
-        "textbook": {"builtin": perplexity(pruned, family, tests, job.batch_size, job.device)}}}
-
-
-def measure(name, job):
-    """Run all methods on one shape, after a warm-up. Yields (method, record, how many layers one stands for)."""
-    tokenizer, warm = byte_tokenizer(), Job(job.batch_size, job.seqlen, job.batch_size, job.device)
+    tokenizer = train_tokenizer(load_rows("builtin", "train", None)[0][:100], 384)  # short tokens, so many of them
     with tempfile.TemporaryDirectory(prefix="mixgpt") as folder:
-        family, model, layers = make_model(name, folder, tokenizer)
-        times = layers / len(family.layers_of(model))
-        for method, options in METHODS.items():
-            run(family, folder, warm, options)
-            yield method, run(family, folder, job, options), times
-        run_textbook(family, model, tokenizer, warm)
-        if job.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(job.device)
-        yield "textbook", run_textbook(family, model, tokenizer, job), times
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for method in (*METHODS, "textbook"):
+            for nsamples in (arguments.batch_size, arguments.nsamples):
+                if arguments.device.startswith("cuda"):
+                    torch.cuda.reset_peak_memory_stats(arguments.device)
+                record = run_textbook(family, model, tokenizer, nsamples, arguments) if method == "textbook" else run(
+                    family, folder, method, nsamples, arguments)
+            yield method, record
 
 
-def rows_of(results):
-    """Return the rows of the table for the records of one shape, {method: (record, layers that one stands for)}."""
+def rows_of(records, factor):
+    """Return the rows of the table for the records of one shape, {method: record}. factor: of all seconds."""
     rows, pruning = [], {}
-    for method, (record, times) in results.items():
-        parts = {part: times * value for part, value in record["seconds"].items() if part not in OURS}
+    for method, record in records.items():
+        parts = {part: factor * value for part, value in record["seconds"].items() if part not in NOT_PRUNING}
         pruning[method] = sum(parts.values())
-        *_, value = record["perplexity"].values()
-        kernels = record.get("semi_structured", {})
-        rows.append([method, f"{pruning[method]:.1f}", f"{times * record['seconds'].get('save', 0):.1f}",
-                     f"{record['peak_memory'].get('device', record['peak_memory']['host']) / 1e9:.1f}",
-                     f"{record['sparsity']:.2%}", f"{value['builtin']:.1f}",
-                     f"{kernels['speed_up']:.2f}x" if "speed_up" in kernels else "-",
+        *_, figures = record["perplexity"].values()
+        kernels, memory = record.get("semi_structured", {}), record["peak_memory"]
+        rows.append([method, f"{pruning[method]:.1f}", f"{factor * record['seconds'].get('save', 0):.1f}",
+                     f"{memory.get('device', memory['host']) / 1e9:.1f}", f"{record['sparsity']:.2%}",
+                     f"{figures['builtin']:.1f}", f"{kernels['speed_up']:.2f}x" if "speed_up" in kernels else "-",
                      ", ".join(f"{part} {value:.1f}" for part, value in parts.items() if value >= 0.05)])
     for row in rows:
         row.insert(2, f"{pruning['textbook'] / pruning[row[0]]:.1f}x")
@@ -138,24 +115,22 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave out the tests marked gpu")
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {device}: there is no CUDA device here")
-    results = {"machine": machine(device)}
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}: there is no CUDA device here")
+    results = {"machine": machine(torch.device(arguments.device))}
     print(results["machine"], flush=True)
     if arguments.tests:
         results["tests"] = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-q"], cwd=ROOT).returncode
-    job = Job(arguments.nsamples, arguments.seqlen, arguments.batch_size, device)
     for name in arguments.shapes:
-        found = {}
-        for method, record, times in measure(name, job):
-            found[method] = record, times
-            results.setdefault(name, {})[method] = record
-            write("--output", arguments.output, json.dumps(results, indent=1) + "\n", KIND)  # if it ends early
-        print(f"\n{name}, bfloat16, {job.nsamples} sequences of {job.seqlen} tokens, "
-              f"measured on {LAYERS if found['best'][1] > 1 else 'all'} layers\n")
+        _, _, config, layers = SHAPES[name]
+        records = results[name] = {}
+        for method, record in measure(name, arguments):
+            records[method] = record
+            Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n")  # if it ends early
+        print(f"\n{name}, bfloat16, {arguments.nsamples} sequences of {arguments.seqlen} tokens, measured on "
+              f"{config.num_hidden_layers} of {layers} layers\n")
         print(table(["method", "seconds", "ratio", "save", "GB", "sparsity", "perplexity", "2:4 kernels",
-                     "seconds by part"], rows_of(found)), flush=True)
+                     "seconds by part"], rows_of(records, layers / config.num_hidden_layers)), flush=True)
     return 1 if results.get("tests") else 0
 
 

@@ -1,234 +1,170 @@
 """Run the tables of the MixGPT paper (arXiv 2310.09499) on models, and print its numbers beside those measured here.
 
-python benchmarks/paper.py table1 huggyllama/llama-7b --dry-run               # the cells, and about how long they take
+python benchmarks/paper.py table1 huggyllama/llama-7b --dry-run               # the command lines that are missing
 python benchmarks/paper.py table2 meta-llama/Llama-2-13b-hf --methods best    # and one more method
 python benchmarks/paper.py table3 meta-llama/Llama-2-7b-hf                    # zero-shot tasks of lm-eval
 
 table1: saliency and allocation; table2: methods; table3: zero-shot tasks; table4: quantization; figure3: perplexity
 against sparsity; ablations: table1 and allocation by layers. By default as in the paper: 128 sequences of 2,048 tokens
-of C4, the whole test sets, sensitivities by Hutchinson.
+of C4, the whole test sets, sensitivities by Hutchinson. The arguments behind these here are flags of the family
+scripts, for all runs.
 
-A cell is a run of a method at a sparsity and a number of bits, from one seed. What is measured is kept in the file of
---output: an interrupted table goes on when the command is given again, and tables share their cells and the dense
-model's. Sensitivities are kept in ~/.cache/mixgpt. The log of the runs goes to stderr, the table in Markdown to stdout
-and into a file beside --output.
+An interrupted table goes on when the command is given again, and tables share their cells. The log of the runs goes to
+stderr, the table in Markdown to stdout and into a file beside --output.
 """
 
 import argparse
-import contextlib
-import dataclasses
+import csv
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from paper_tables import ADDED, AVERAGE, DENSE, TABLES, TASKS, markdown, options_of
-from paper_time import BASIS, Size, estimate, operations
-from peers import registered
-from scores import Scores
+from peers import PEERS, registered
+from scores import DENSE, Scores, cell_of, rows_of_markdown, script_of, spread
 
-from mixgpt.app import exit_status, pipeline
+from mixgpt.app import exit_status
 from mixgpt.app.cli import REMEDY
-from mixgpt.app.settings import Parser, Settings, add_option, texts
-from mixgpt.app.tables import table as text_table
-from mixgpt.checkpoints import load
-from mixgpt.common.clock import Clock
-from mixgpt.common.errors import InputError
-from mixgpt.common.outputs import Kind, check_writable
-from mixgpt.common.runtime import choose_device
-from mixgpt.modeling.family import Family, family_of
-from mixgpt.modeling.streaming import digest, fingerprint
+from mixgpt.app.settings import Parser
 
-PROTOCOL = ("nsamples", "seqlen", "dtype", "sensitivity", "nprobes")  # which all cells of a file share
-TESTS = {"perplexity": ("eval", "eval_limit"), "tasks": ("tasks", "tasks_dir", "limit")}
-SCORES = Kind("a file of scores", rb'\{\s*"setup":\s', (".json",))
-MARKDOWN = Kind("a table of scores", b"(table.|figure3|ablations), [^:]*: dataset ")
-FREE = ("data_dir", "batch_size", "device")  # no part of what a cell is
-FLAGS = (*PROTOCOL, *TESTS["perplexity"], *TESTS["tasks"], *FREE)  # those of a run, by their names in Settings
+FACTS = Path(__file__).with_name("paper.csv")  # what the paper reports, a number a line
+PAPER = "arXiv 2310.09499"
+METHODS = PEERS | {  # flags of a run
+    "gptq": "",
+    "sparsegpt": "",
+    "isc": "--saliency isc",
+    "layer-level": "--sparsity_way layer-level",
+    "layer-level-isc": "--sparsity_way layer-level --saliency isc",
+    "weight-level": "--sparsity_way weight-level",
+    "mixgpt": "--sparsity_way weight-level --saliency isc",
+    "best": "--preset best",
+}
+ADDED = (*PEERS, "best")  # what --methods adds to a table
+TASKS = ("arc_challenge", "hellaswag", "truthfulqa_mc2", "piqa")  # section 3.1.1
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model of a table, and what all its cells share."""
+class Table:
+    """A table of the paper: what it is about, and its rows below the dense model's."""
 
-    path: str  # as given
-    family: Family
-    size: Size  # for estimates
-    measured: dict  # what identifies the texts or tasks, a part of the key of every cell
-    calibration: str  # digest of the tokens of seed 0
+    title: str
+    rows: tuple  # of (method, target)
+    flags: tuple = ()  # of its runs
 
-    @property
-    def name(self):
-        return Path(self.path).name
+    def with_methods(self, methods):
+        """Return the dense model's row, the others, and those of further methods at every target that prunes."""
+        targets = dict.fromkeys(target for _, target in self.rows if "%" in target)
+        return list(dict.fromkeys([DENSE, *self.rows, *product(methods, targets)]))
 
-    def key(self, method, target, seed):
-        """Return what identifies a cell in the file."""
-        return {"model": self.name, "measured": self.measured, "method": method, "target": target, "seed": seed}
+
+def _rows(methods, *targets):
+    return tuple(product(methods, targets))
+
+
+TABLES = {
+    "table1": Table("saliency and allocation", _rows(("sparsegpt", "isc", "weight-level", "mixgpt"), "50%")),
+    "table2": Table("methods", _rows(("magnitude", "sparsegpt", "mixgpt"), "50%")),
+    "table3": Table("zero-shot tasks, accuracy in %", _rows(("sparsegpt", "mixgpt"), "50%"),
+                    ("--tasks", ",".join(TASKS), "--eval")),
+    "table4": Table("quantization", (("gptq", "4bit"), ("gptq", "3bit"), *_rows(("sparsegpt", "mixgpt"), "50%+4bit"))),
+    "figure3": Table("perplexity against sparsity", _rows(("magnitude", "sparsegpt", "mixgpt"),
+                                                          *(f"{percent}%" for percent in range(10, 90, 10)))),
+    "ablations": Table("saliency and allocation, of layers as well", _rows(
+        ("sparsegpt", "isc", "layer-level", "layer-level-isc", "weight-level", "mixgpt"), "50%")),
+}
+
+
+def cells_of(given, flags):
+    """Return the cells of a table, model by model. flags: words of the command line for all runs."""
+    table, cells = TABLES[given.table], []
+    for model in given.models:
+        words = [script_of(model), model, given.dataset, *table.flags, *flags]
+        for method, target in table.with_methods(given.methods):
+            seeds = [0] if (method, target) == DENSE else given.seeds
+            cells += [cell_of(words, method, target, seed, METHODS.get(method, "")) for seed in seeds]
+    return cells
+
+
+def facts():
+    """Return what the paper reports, {(model, method, target, measure): (value, "table n", page)}."""
+    with FACTS.open(newline="") as file:
+        rows = csv.DictReader(line for line in file if not line.startswith("#"))
+        return {(plain(row["model"]), row["method"], row["target"], row["measure"]):
+                (float(row["value"]), row["place"], row["page"]) for row in rows}
+
+
+def plain(model):
+    """Return a model's name without what hubs and papers write differently: LLaMA-7B is huggyllama/llama-7b."""
+    return re.sub("[^a-z0-9.]", "", re.sub("-(hf|base)$", "", Path(model).name.lower()))
+
+
+def markdown(title, rows, cells):
+    """Write the cells of a table: ours and, for models of which the paper has numbers, the paper's and the difference.
+
+    rows: (method, target). "-" is not measured, or not in the paper.
+    """
+    known, places, lines = facts(), {}, [title]
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        of_model = [cell for cell in cells if cell["model"] == model]
+        measures = list(dict.fromkeys(name for cell in of_model for name in cell["figures"]))
+        reported = {(*row, name): known[key] for row in rows for name in measures
+                    if (key := (plain(model), *row, name)) in known}
+        compared = {name for *_, name in reported}
+        header = [Path(model).name, "target", *(title for name in measures for title in (
+            (name, "paper", "difference") if name in compared else (name,))), "sparsity", "seeds"]
+        texts = [_row(row, [cell for cell in of_model if row == (cell["method"], cell["target"])],
+                      {name: reported.get((*row, name), ()) if name in compared else None for name in measures})
+                 for row in rows]
+        lines += ["", *rows_of_markdown(header, texts)]
+        places |= dict.fromkeys(f"{place} on page {page}" for _, place, page in reported.values())
+    return "\n".join(lines + (["", f"paper: {PAPER}, {', '.join(places)}"] if places else []))
+
+
+def _row(row, cells, reported):
+    """Return the texts of a row. reported: {measure: a value of `facts`, () if the paper has none, None: no column}."""
+    texts = [*row]
+    for name, fact in reported.items():
+        ours = [cell["figures"][name] for cell in cells if name in cell["figures"]]
+        texts.append(spread(ours) if ours else "-")
+        if fact is not None:
+            texts += [f"{fact[0]:g}" if fact else "-", f"{mean(ours) - fact[0]:+.2f}" if fact and ours else "-"]
+    sparsities = [100 * cell["sparsity"] for cell in cells]
+    return [*texts, f"{spread(sparsities, 3)}%" if cells else "-", str(len(cells))]
 
 
 def parse(argv):
-    """Return the arguments; flags of a run are among them only if they were given. Raises InputError."""
+    """Return the arguments, and those behind them that are flags of the family scripts."""
     parser = Parser(prog="paper.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
+                    allow_abbrev=False)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, local folder or .gguf file")
     parser.add_argument("--methods", nargs="+", default=[], choices=ADDED,
                         help=f"further methods, at every sparsity of the table: {', '.join(ADDED)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="the table has their mean (default: 0)")
-    parser.add_argument("--dataset", type=texts, default="c4", help="calibration text (default: c4)")
+    parser.add_argument("--dataset", default="c4", help="calibration text (default: c4)")
     parser.add_argument("--output", default="paper.json",
                         help=".json file of the cells; the table goes beside it, in .md (default: paper.json)")
-    parser.add_argument("--dry-run", action="store_true", default=False,
-                        help="list the cells that are missing and about how long they take; write nothing")
-    for field in dataclasses.fields(Settings):
-        if field.name in FLAGS:
-            add_option(parser, field)
-    given = parser.parse_args(argv)
-    for kind, names in TESTS.items():
-        for name in names:
-            if kind != TABLES[given.table].kind and hasattr(given, name):
-                raise InputError(f"--{name.replace('_limit', '-limit')}: {given.table} is about "
-                                 f"{TABLES[given.table].title}, not {kind}")
-    if not getattr(given, "eval", True):
-        raise InputError("--eval: names no text to measure perplexity on")
-    return given
-
-
-def settings_of(path, given, method, target, seed):
-    """Return the settings of the run that measures a cell. Raises InputError."""
-    measured = {"tasks": TASKS, "eval": ()} if TABLES[given.table].kind == "tasks" else {}
-    flags = {name: getattr(given, name) for name in FLAGS if hasattr(given, name)}
-    settings = Settings(path, given.dataset, seed=seed, **measured | flags | options_of(method, target))
-    settings.check_paths()
-    return settings
-
-
-def cells_of(given):
-    """Return (method, target, seed) of every cell of a table, the dense model's first."""
-    rows = TABLES[given.table].with_methods(given.methods)
-    return [(*DENSE, 0), *((*row, seed) for seed in dict.fromkeys(given.seeds) for row in rows)]
-
-
-def prepare(path, given):
-    """Read all of a model but its weights, and its texts or tasks. Returns the `Subject`. Raises InputError."""
-    family = family_of(load.skeleton(load.read_config(path)))
-    if family is None:
-        raise InputError(f"model {path}: no script here prunes it")
-    settings = settings_of(path, given, "sparsegpt", "50%", seed=0)  # which reads all that any cell reads
-    device = choose_device(settings.device)
-    with contextlib.ExitStack() as stack:
-        job = pipeline.Job(family, settings, None, stack, device, Clock(device))
-        pipeline.check(job)
-        pipeline.read_texts(job)
-    measured = {"tasks": list(settings.tasks), "limit": settings.limit} if settings.tasks else {
-        "eval_limit": settings.eval_limit, "texts": {name: digest(tokens) for name, tokens in job.tests.items()}}
-    size = Size(tuple(job.selected.values()), job.config.vocab_size * job.config.hidden_size, job.seqlen,
-                sum(tokens.numel() for tokens in job.tests.values()))
-    return Subject(path, family, size, measured, digest(job.calibration))
-
-
-def check_weights(subject, settings, scores):
-    """Raise InputError if the file has cells of other weights or texts by the name of a model; else note these."""
-    device = choose_device(settings.device)
-    config = load.load_config(subject.path, subject.family)
-    model = load.open_model(subject.path, config, subject.family, pipeline.choose_dtype(settings.dtype, config, device))
-    now = {"weights": fingerprint(model), "calibration": subject.calibration}
-    for name, value in now.items():
-        if scores.dense.setdefault(subject.name, now)[name] != value:
-            raise InputError(f"--output {scores.path}: holds cells of {subject.name} with other {name}; name another "
-                             "file")
-
-
-def measure(subject, settings):
-    """Run a cell. Returns its figures, perplexities or accuracies in percent, its sparsity and seconds."""
-    with contextlib.redirect_stdout(sys.stderr):
-        record = pipeline.run(subject.family, settings)
-    method = settings.method if settings.compresses else "dense"
-    figures = record["perplexity"][method]
-    if settings.tasks:
-        figures = {name: 100 * _accuracy(name, found) for name, found in record["tasks"][method].items()}
-        figures[AVERAGE] = mean(figures.values())
-    seconds = dict(record["seconds"])
-    shared = seconds.pop("sensitivity", 0.0)
-    return {"figures": figures, "sparsity": record["sparsity"], "seconds": sum(seconds.values()),
-            "sensitivity_seconds": shared}
-
-
-def _accuracy(name, found):
-    """Return the accuracy of a task, with normalised likelihoods if it has that."""
-    for metric in ("acc_norm", "acc"):
-        if metric in found:
-            return found[metric]
-    raise InputError(f"--tasks {name}: reports no accuracy (acc_norm or acc), which the table is about")
-
-
-def run(subjects, given, scores):
-    """Measure every cell that the file lacks."""
-    for subject in subjects:
-        missing = [cell for cell in cells_of(given) if not scores.find(**subject.key(*cell))]
-        for number, cell in enumerate(missing):
-            settings = settings_of(subject.path, given, *cell)
-            if not number:
-                check_weights(subject, settings, scores)
-            print(f"\n{subject.name}, {' '.join(map(str, cell))}: cell {number + 1} of {len(missing)}\n",
-                  file=sys.stderr, flush=True)
-            scores.add(subject.key(*cell) | measure(subject, settings))
-
-
-def list_missing(subjects, given, scores):
-    """Print the cells that the file lacks, and about how long they take."""
-    rows, total = [], 0.0
-    for subject in subjects:
-        settings = {cell: settings_of(subject.path, given, *cell) for cell in cells_of(given)}
-        found = {cell: scores.find(**subject.key(*cell)) for cell in settings}
-        done = [(cell[0], operations(settings[cell], subject.size), each["seconds"])
-                for cell, each in found.items() if each]
-        ranked = {settings[cell].seed for cell, each in found.items() if each and settings[cell].mixed}
-        for cell in [cell for cell, each in found.items() if not each]:
-            first = settings[cell].mixed and settings[cell].seed not in ranked
-            ranked |= {settings[cell].seed} if first else set()
-            seconds = estimate(settings[cell], subject.size, cell[0], done, first)
-            rows.append([subject.name, *map(str, cell), f"{seconds:,.0f}"])
-            total += seconds
-    print(text_table(["model", "method", "target", "seed", "seconds"], rows))
-    print(f"\n{len(rows)} cells, about {total / 3600:.2f} h: {BASIS}")
-
-
-def _check(given):
-    """Raise InputError for arguments that cannot be used, before anything is read. Returns the settings of a cell."""
-    names = [Path(path).name for path in given.models]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"MODEL {name}: is the name of two models, which the table would not tell apart")
-    for path in given.models:
-        for cell in cells_of(given):
-            settings = settings_of(path, given, *cell)
-    check_writable("--output", given.output, SCORES)
-    check_writable("--output", Path(given.output).with_suffix(".md"), MARKDOWN)
-    return settings
+    parser.add_argument("--dry-run", action="store_true", help="print the command lines of the missing cells; write "
+                                                               "nothing")
+    return parser.parse_known_args(argv)
 
 
 def _run(argv):
-    given = parse(argv)
+    given, flags = parse(argv)
+    table = TABLES[given.table]
+    title = " ".join([f"{given.table}, {table.title}: --dataset {given.dataset}", *flags])
     with registered():
-        settings = _check(given)
-        subjects = [prepare(path, given) for path in given.models]
-        setup = {"dataset": given.dataset} | {name: getattr(settings, name) for name in PROTOCOL}
-        scores = Scores(given.output, setup, partial(markdown, given.table, {each.name: each.measured for each in
-                                                                             subjects}, given.methods), given.dry_run)
+        scores = Scores(given.output, partial(markdown, title, table.with_methods(given.methods)))
+        cells = cells_of(given, flags)
         if given.dry_run:
-            return list_missing(subjects, given, scores)
-        try:
-            run(subjects, given, scores)
-        except InputError:
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            error.add_note(f"what was measured is in {given.output}; the same command goes on")
-            raise
-    print(scores.path.with_suffix(".md").read_text(), end="")
+            print("\n".join(f"python {cell['command']}" for cell in scores.missing(cells)))
+        else:
+            print(scores.run(cells))
 
 
 def main(argv=None):

@@ -1,74 +1,126 @@
-"""The record of an accuracy benchmark: a JSON file that grows cell by cell, and its tables in Markdown."""
+"""Accuracy by cells: each is a command line of this program, run in this process, and its figures are kept in a file.
 
+A benchmark that is started again measures only the command lines that its file lacks.
+"""
+
+import contextlib
+import importlib
 import json
 import math
-import os
+import re
+import shlex
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from mixgpt.app import pipeline
+from mixgpt.app.settings import parse
+from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
+from mixgpt.common.files import replacing
+from mixgpt.modeling.family import SCRIPTS, family_of
 
-REFERENCE = "sparsegpt"  # the method to which the gap from the dense model is measured
+DENSE = "dense", "0%"
+AVERAGE = "average"  # of all tasks
+NOT_PRUNING = ("load", "data", "save", "evaluation", "tasks", "W&B")  # parts of a run
+
+
+def flags_of(target):
+    """Return the flags of a target such as "50%", "2:4", "4bit" or "50%+4bit"."""
+    percent, n, m, wbits = re.fullmatch(r"(?:(\d+)%|(\d+):(\d+))?\+?(?:(\d+)bit)?", target).groups()
+    sparsity = f"--sparsity {int(percent) / 100}" if percent else f"--prunen {n} --prunem {m}" if n else ""
+    return f"{sparsity} --wbits {wbits}" if wbits else sparsity
+
+
+def script_of(model):
+    """Return the name of the script that prunes a model. Raises InputError if none does."""
+    family = family_of(load.skeleton(load.read_config(model)))
+    if family is None:
+        raise InputError(f"model {model}: no script here prunes it; one of {', '.join(SCRIPTS)} is needed")
+    return family.script
+
+
+def cell_of(words, method, target, seed, flags):
+    """Return a cell to be measured. words: of the command line, all but those of method, target and seed.
+
+    Raises InputError if the command line is not one.
+    """
+    words = [*words, *flags.split(), *flags_of(target).split(), "--seed", str(seed)]
+    family, arguments = _split(words)
+    parse(family, arguments)
+    return {"model": words[1], "method": method, "target": target, "seed": seed, "command": shlex.join(words)}
+
+
+def _split(words):
+    """Return the family and the arguments of a command line."""
+    script, *arguments = words
+    return importlib.import_module(script.removesuffix(".py")).FAMILY, arguments
+
+
+def measure(command):
+    """Run a command line. Returns its perplexities or accuracies in percent, sparsity, and seconds of pruning.
+
+    Sensitivities are apart, as later runs read them from the cache.
+    """
+    family, arguments = _split(shlex.split(command))
+    with contextlib.redirect_stdout(sys.stderr):
+        record = pipeline.run(family, parse(family, arguments))
+    *_, figures = record["perplexity"].values()
+    if "tasks" in record:
+        *_, scores = record["tasks"].values()
+        figures = {task: 100 * _accuracy(task, metrics) for task, metrics in scores.items()}
+        figures[AVERAGE] = mean(figures.values())
+    seconds = {part: value for part, value in record["seconds"].items() if part not in NOT_PRUNING}
+    return {"figures": figures, "sparsity": record["sparsity"], "sensitivity_seconds": seconds.pop("sensitivity", 0.0),
+            "seconds": sum(seconds.values())}
+
+
+def _accuracy(task, metrics):
+    """Return the accuracy of a task, with normalised likelihoods if it has that."""
+    for metric in ("acc_norm", "acc"):
+        if metric in metrics:
+            return metrics[metric]
+    raise InputError(f"--tasks {task}: reports no accuracy (acc_norm or acc), which the table is about")
 
 
 class Scores:
-    """What was measured so far: {"setup", "dense": {text: perplexity}, "cells": [...]}, kept in a file.
+    """The cells measured so far, in a JSON file, and their tables beside it, in Markdown."""
 
-    A cell is {"method", "target", "seed", "perplexity": {text: …}, "sparsity", "seconds"}. Those of paper.py also name
-    their model and what is measured, and have perplexities or accuracies as "figures"; its "dense" holds digests of the
-    weights and calibration tokens of each model.
-    """
-
-    def __init__(self, path, setup, render=None, dry=False):
-        """Go on with the file of the same setup, or begin one.
-
-        render: writes the content in Markdown (default: `markdown`). dry: write no file. Raises InputError where the
-        file is of another setup or no such file, or cannot be written.
-        """
-        self.path, self.render, self.dry = Path(path), render or markdown, dry
+    def __init__(self, path, render):
+        """render: writes cells in Markdown. Raises InputError for a file that holds no cells."""
+        self.path, self.render, self.measured = Path(path), render, {}
         if self.path.suffix != ".json":
             raise InputError(f"--output {path}: must end in .json; the tables are written beside it, in .md")
-        self.content = {"setup": setup, "dense": {}, "cells": []}
         if self.path.exists():
-            self._resume(setup)
-        self.save()
+            try:
+                self.measured = {cell["command"]: cell for cell in json.loads(self.path.read_text())["cells"]}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"--output {path}: exists and holds no cells of this benchmark; name another file"
+                                 ) from error
 
-    def _resume(self, setup):
-        try:
-            content = json.loads(self.path.read_text())
-            held, _, _ = (content[key] for key in self.content)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--output {self.path}: exists and is no record of this benchmark "
-                             f"({type(error).__name__}); name another file") from error
-        for name, value in setup.items():
-            if held.get(name) != value:
-                raise InputError(f"--output {self.path}: holds cells of another setup ({name}: {held.get(name)} there, "
-                                 f"{value} here); name another file")
-        self.content = content
+    def missing(self, cells):
+        return [cell for cell in cells if cell["command"] not in self.measured]
 
-    @property
-    def dense(self):
-        return self.content["dense"]
+    def run(self, cells):
+        """Measure the cells that the file lacks, one after the other. Returns the table of all of them."""
+        self._save(cells)
+        missing = self.missing(cells)
+        for number, cell in enumerate(missing, 1):
+            print(f"\n{number} of {len(missing)}: python {cell['command']}\n", file=sys.stderr, flush=True)
+            self.measured[cell["command"]] = cell | measure(cell["command"])
+            self._save(cells)
+        return self.table(cells)
 
-    def find(self, **key):
-        """Return the cell of a method, target and seed, None where it is not there yet."""
-        return next((cell for cell in self.content["cells"] if key.items() <= cell.items()), None)
+    def table(self, cells):
+        return self.render([self.measured[cell["command"]] for cell in cells if cell["command"] in self.measured])
 
-    def add(self, cell):
-        self.content["cells"].append(cell)
-        self.save()
-
-    def save(self):
-        """Write both files, each whole or not at all."""
-        if self.dry:
-            return
-        for path, text in {self.path: json.dumps(self.content, indent=1), self.path.with_suffix(".md"):
-                           self.render(self.content)}.items():
-            partial = path.with_name(path.name + ".partial")
+    def _save(self, cells):
+        content = json.dumps({"cells": list(self.measured.values())}, indent=1)
+        for path, text in {self.path: content, self.path.with_suffix(".md"): self.table(cells)}.items():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_text(text + "\n")
-                os.replace(partial, path)
+                with replacing(path) as partial:
+                    partial.write_text(text + "\n")
             except OSError as error:
                 raise InputError(f"--output {path}: cannot be written ({error.strerror})") from error
 
@@ -84,31 +136,5 @@ def closed(perplexity, reference, dense):
     return 1 - math.log(perplexity / dense) / math.log(reference / dense)
 
 
-def markdown(content):
-    """Write a record as one table per target, methods in rows; "-" where a method is not defined or not yet run."""
-    setup, dense, cells = content["setup"], content["dense"], content["cells"]
-    lines = [", ".join(f"{name} {value}" for name, value in setup.items() if name not in ("weights", "texts")),
-             "", "dense: " + ", ".join(f"{text} {value:.2f}" for text, value in dense.items())]
-    methods = list(dict.fromkeys(cell["method"] for cell in cells))
-    for target in dict.fromkeys(cell["target"] for cell in cells):
-        of_target = [cell for cell in cells if cell["target"] == target]
-        header = [cell for text in dense for cell in (text, "gap closed")]
-        header = [target, *header, "sparsity", "seconds", "seeds"]
-        lines += ["", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        lines += [f"| {' | '.join([method, *_row(method, of_target, dense)])} |" for method in methods]
-    return "\n".join(lines)
-
-
-def _row(method, cells, dense):
-    """Return the cells of a line behind the method's name; gaps are taken seed by seed and averaged."""
-    mine = [cell for cell in cells if cell["method"] == method]
-    if not mine:
-        return ["-"] * (2 * len(dense) + 3)
-    reference = {cell["seed"]: cell["perplexity"] for cell in cells if cell["method"] == REFERENCE}
-    row = []
-    for text in dense:
-        shares = [closed(cell["perplexity"][text], reference[cell["seed"]][text], dense[text])
-                  for cell in mine if cell["seed"] in reference]
-        row += [spread([cell["perplexity"][text] for cell in mine]), f"{mean(shares):.0%}" if shares else "-"]
-    return [*row, spread([100 * cell["sparsity"] for cell in mine], 3) + "%",
-            f"{mean(cell['seconds'] for cell in mine):.0f}", str(len(mine))]
+def rows_of_markdown(header, rows):
+    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]

@@ -9,9 +9,10 @@ the same weights where packages, processor and number of threads are the same.
 """
 
 import argparse
+import hashlib
 import json
-import math
 import sys
+import sysconfig
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,36 +20,32 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import transformers
-from sources import documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
-    BloomForCausalLM,
-    Gemma3ForCausalLM,
     Gemma3TextConfig,
     OPTConfig,
-    OPTForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
+    get_cosine_schedule_with_warmup,
 )
 
-from datautils import segments_of, token_ids
+from datautils import token_ids
 from mixgpt.common import progress
-from mixgpt.common.errors import InputError, one_line
-from mixgpt.common.files import cache_folder, locked, os_errors, replacing_folder
-from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.common.files import cache_folder, replacing_folder
 from mixgpt.kernels.matmul import multiplies_bfloat16
-from mixgpt.modeling.baichuan import BaichuanConfig, BaichuanForCausalLM
-from mixgpt.modeling.family import family_of
+from mixgpt.modeling.baichuan import BaichuanConfig
+from mixgpt.text.sets import builtin_rows
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1 and 2
 SPECIAL_IDS = {f"{name}_id": number for number, name in enumerate(SPECIAL)}
 WARMUP = 0.05  # share of the steps
 BFLOAT16 = multiplies_bfloat16()
-SEGMENTS = 128  # of the test text for the perplexity that is reported
+LONGEST = 30_000  # bytes of a file; many of the longer ones are tables
+TESTED = 10  # one file in so many is test text
+PARAGRAPHS = 50  # of the manual in a document
 
 
 @dataclass(frozen=True)
@@ -67,59 +64,32 @@ class Size:
     train_bytes: int = 8_000_000
     test_bytes: int = 1_000_000
 
-    @property
-    def spread(self):
-        """Standard deviation of the first weights: outputs of a matrix are as large as its inputs.
-
-        The usual 0.02 suits widths of thousands; with it these models learn more slowly.
-        """
-        return self.width ** -0.5
-
 
 SIZE = Size()
 
 
-def make_opt(size):
-    return OPTForCausalLM(OPTConfig(
-        vocab_size=size.vocabulary, hidden_size=size.width, word_embed_proj_dim=size.width, ffn_dim=4 * size.width,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, max_position_embeddings=size.seqlen, dropout=0.0,
-        init_std=size.spread, **SPECIAL_IDS))
+FAMILIES = ("opt", "bloom", "baichuan", "gemma3", "qwen3-moe")
 
 
-def make_bloom(size):
-    return BloomForCausalLM(BloomConfig(vocab_size=size.vocabulary, hidden_size=size.width, n_layer=size.layers,
-                                        n_head=size.heads, initializer_range=size.spread, **SPECIAL_IDS))
-
-
-def make_baichuan(size):
-    return BaichuanForCausalLM(BaichuanConfig(  # with model_max_length, as the 13B models, whose positions are ALiBi
-        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=11 * size.width // 4,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, model_max_length=size.seqlen,
-        initializer_range=size.spread, **SPECIAL_IDS))
-
-
-def gated(size):
-    """Return what the configurations of Gemma-3 and Qwen3-MoE have in common."""
-    return {"vocab_size": size.vocabulary, "hidden_size": size.width, "num_hidden_layers": size.layers,
-            "num_attention_heads": size.heads, "num_key_value_heads": size.heads // 2,
-            "head_dim": size.width // size.heads, "max_position_embeddings": size.seqlen,
-            "initializer_range": size.spread, **SPECIAL_IDS}
-
-
-def make_gemma3(size):
-    return Gemma3ForCausalLM(Gemma3TextConfig(
-        intermediate_size=11 * size.width // 4, sliding_window=size.seqlen // 2,
-        query_pre_attn_scalar=size.width // size.heads, **gated(size)))
-
-
-def make_qwen3_moe(size):
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(
-        moe_intermediate_size=3 * size.width // 4, num_experts=size.experts, num_experts_per_tok=2, norm_topk_prob=True,
-        **gated(size)))
-
-
-FAMILIES = {"opt": make_opt, "bloom": make_bloom, "baichuan": make_baichuan, "gemma3": make_gemma3,
-            "qwen3-moe": make_qwen3_moe}
+def build(name, size):
+    """Return a model of random weights, whose outputs of a matrix are as large as its inputs."""
+    common = {"vocab_size": size.vocabulary, "hidden_size": size.width, "num_hidden_layers": size.layers,
+              "num_attention_heads": size.heads, "initializer_range": size.width ** -0.5, **SPECIAL_IDS}
+    sequence = {"max_position_embeddings": size.seqlen}
+    heads = {"num_key_value_heads": size.heads // 2, "head_dim": size.width // size.heads}
+    wide = {"intermediate_size": 11 * size.width // 4}
+    config = {
+        "opt": lambda: OPTConfig(word_embed_proj_dim=size.width, ffn_dim=4 * size.width, dropout=0.0,
+                                 init_std=size.width ** -0.5, **common, **sequence),
+        "bloom": lambda: BloomConfig(**common),
+        "baichuan": lambda: BaichuanConfig(model_max_length=size.seqlen, architectures=["BaichuanForCausalLM"],
+                                           **common, **wide),  # as of the 13B models, with ALiBi
+        "gemma3": lambda: Gemma3TextConfig(sliding_window=size.seqlen // 2, query_pre_attn_scalar=heads["head_dim"],
+                                           **common, **sequence, **heads, **wide),
+        "qwen3-moe": lambda: Qwen3MoeConfig(moe_intermediate_size=3 * size.width // 4, num_experts=size.experts,
+                                            num_experts_per_tok=2, norm_topk_prob=True, **common, **sequence, **heads),
+    }[name]()
+    return AutoModelForCausalLM.from_config(config)
 
 
 def train_tokenizer(texts, vocabulary):
@@ -149,16 +119,49 @@ def make_texts(folder, size):
     return AutoTokenizer.from_pretrained(folder), texts
 
 
-def schedule(done):
-    """Return the factor of the learning rate after a share of the steps: a linear warm-up, then half a cosine."""
-    return done / WARMUP if done < WARMUP else 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
+def documents(train_bytes, test_bytes):
+    """Return {"train": texts, "test": texts} of about so many bytes each, in an arbitrary but fixed order.
+
+    A text that occurs twice is taken once, the first time.
+    """
+    room, found, seen = {"train": train_bytes, "test": test_bytes}, {"train": [], "test": []}, set()
+    for part, text in _candidates():
+        if room[part] > 0 and text.strip() and text not in seen:
+            seen.add(text)
+            found[part].append(text)
+            room[part] -= len(text.encode())
+        if max(room.values()) <= 0:
+            break
+    return {part: sorted(texts, key=_hash) for part, texts in found.items()}
+
+
+def _candidates():
+    """Yield (part, text), the manual first, then files in the order of the hashes of their paths."""
+    for part in ("train", "test"):
+        rows, _ = builtin_rows(part)
+        for start in range(0, len(rows), PARAGRAPHS):
+            yield part, "\n\n".join(rows[start:start + PARAGRAPHS])
+    for number, file in sorted((_hash(name), file) for name, file in python_files().items()):
+        if file.stat().st_size <= LONGEST:
+            yield "train" if number % TESTED else "test", file.read_text(encoding="utf-8", errors="ignore")
+
+
+def python_files():
+    """Return {path below the folder of its kind: file} of the standard library and of all installed packages."""
+    folders = {Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "purelib", "platlib")}
+    return {file.relative_to(folder).as_posix(): file for folder in sorted(folders) for file in folder.rglob("*.py")
+            if not {"site-packages", "dist-packages"} & set(file.relative_to(folder).parts)}
+
+
+def _hash(text):
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "big")
 
 
 def train(model, ids, size, seed, title):
     """Train a model in place on random windows of the ids (n,) of a text."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule((step + 1) / (size.steps + 1)))
+    scheduler = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * size.steps), size.steps)
     balanced = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
     model.train()
     for _ in progress.bar(range(size.steps), title=title, unit="step"):
@@ -177,67 +180,35 @@ def train(model, ids, size, seed, title):
 def make_model(name, folder, size, seed):
     """Train the model of a name in FAMILIES and save it as a folder. Returns the record of that, training.json.
 
-    A folder that is there is kept, and its record returned. Other processes wait meanwhile.
+    A folder that is there is kept, and its record returned.
     """
-    asked = {"seed": seed, "size": asdict(size)}
-    with locked(folder / "lock"):
-        if (folder / name).exists():
-            return read_record(folder / name, asked)
+    record = folder / name / "training.json"
+    if not record.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         tokenizer, texts = make_texts(folder / "text", size)
         torch.manual_seed(seed)
-        model, start = FAMILIES[name](size), time.monotonic()
+        model, start = build(name, size), time.monotonic()
         train(model, torch.tensor(token_ids(tokenizer, "\n\n".join(texts["train"]))), size, seed, name)
-        record = {"parameters": model.num_parameters(), "tokens": size.steps * size.batch * size.seqlen,
-                  "seconds": time.monotonic() - start, "perplexity": held_out(model, tokenizer, texts["test"], size)}
-        record |= asked
-        with replacing_folder(folder / name) as partial, os_errors():
+        facts = {"parameters": model.num_parameters(), "tokens": size.steps * size.batch * size.seqlen,
+                 "seconds": time.monotonic() - start, "seed": seed, "size": asdict(size)}
+        with replacing_folder(folder / name) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            (partial / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    return record
-
-
-def held_out(model, tokenizer, rows, size):
-    """Return the perplexity on the beginning of the test text."""
-    tests = segments_of(rows, {"dataset": "builtin", "split": "test"}, size.seqlen, tokenizer)[:SEGMENTS]
-    return perplexity(model, family_of(model), tests, size.batch, torch.device("cpu"))
-
-
-def read_record(folder, asked):
-    """Return the record of a trained model. Raises InputError if it is of other settings than those asked for."""
-    try:
-        record = json.loads((folder / "training.json").read_text())
-        fits = asked.items() <= record.items()
-    except (OSError, ValueError, AttributeError):
-        fits = False
-    if not fits:
-        raise InputError(f"{folder}: was not trained by this version of the script; remove it, and it is trained again")
-    return record
+            (partial / record.name).write_text(json.dumps(facts, indent=1) + "\n")
+    return json.loads(record.read_text())
 
 
 def main(argv=None):
-    """Returns the exit status: 0, or 2 after one line about what cannot be done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)} (default: all)")
-    names = parser.parse_args(argv).families or list(FAMILIES)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
+    parser.add_argument("families", nargs="*", default=FAMILIES, help=f"of {', '.join(FAMILIES)} (default: all)")
+    names = parser.parse_args(argv).families
+    if unknown := [name for name in names if name not in FAMILIES]:
+        parser.error(f"family {unknown[0]}: must be one of {', '.join(FAMILIES)}")
     folder = cache_folder() / "small-models"
-    try:
-        if unknown := [name for name in names if name not in FAMILIES]:
-            raise InputError(f"family {unknown[0]}: must be one of {', '.join(FAMILIES)}")
-        for name in names:
-            record = make_model(name, folder, SIZE, 0)
-            print(f"{name}: {record['parameters'] / 1e6:.1f}M parameters, {record['tokens'] / 1e6:.1f}M tokens in "
-                  f"{record['seconds']:.0f} s, held-out perplexity {record['perplexity']:.2f}, {folder / name}",
-                  flush=True)
-    except InputError as error:
-        print(f"small_models.py: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"small_models.py: error: {folder}: cannot be used ({error.strerror or one_line(error)}); set "
-              "XDG_CACHE_HOME to another folder", file=sys.stderr)
-        return 2
+    for name in names:
+        record = make_model(name, folder, SIZE, 0)
+        print(f"{name}: {record['parameters'] / 1e6:.1f}M parameters, {record['tokens'] / 1e6:.1f}M tokens in "
+              f"{record['seconds']:.0f} s, {folder / name}", flush=True)
     return 0
 
 

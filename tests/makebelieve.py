@@ -63,7 +63,7 @@ class GpuTensor(torch.Tensor):
         device, dtype, copy = _destination(self, args, kwargs)
         if device.type == "cpu":
             Gpu.current.wait("copy to the host")
-            return Gpu.current.fetch(self.held.detach(), dtype)
+            return self.held.detach().to(dtype, copy=True)
         return torch.Tensor.to(self, dtype, copy=copy) if dtype != self.dtype or copy else self
 
     def cpu(self):
@@ -152,7 +152,6 @@ class Gpu:
     """
 
     current = None
-    behind = CPU  # where the tensors behind those on the GPU lie
 
     def __init__(self, memory=80 << 30, free=None):
         self.memory, self._free = memory, free
@@ -209,7 +208,7 @@ class Gpu:
             # of an operand on the GPU C++ says that it lies on the CPU, and asks for a copy there
             here = _on_gpu(kwargs["device"]) or here and function is aten._to_copy.default
             meta = torch.device(kwargs["device"]).type == "meta"
-            kwargs_["device"] = "meta" if meta else self.behind if here else CPU
+            kwargs_["device"] = "meta" if meta else CPU
             kwargs_.pop("pin_memory", None)
         if function is aten.copy_.default:
             here = isinstance(args[0], GpuTensor)
@@ -230,10 +229,6 @@ class Gpu:
         if function is aten.addmm.dtype_out:
             return kwargs["out"].copy_(args[0] + args[1].float() @ args[2].float())
         return function(*args, **kwargs)
-
-    def fetch(self, held, dtype):
-        """Return a copy on the host of a tensor on the GPU, given the CPU tensor behind it."""
-        return held.to(dtype, copy=True)
 
     def _check(self, function, args, operands):
         elsewhere = [value for value in operands if not isinstance(value, GpuTensor) and value.dim()]

@@ -38,8 +38,7 @@ MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "facebook/opt-35
           "baichuan-inc/Baichuan2-7B-Base": "baichuan-7b", "baichuan-inc/Baichuan-13B-Base": "baichuan-13b"}
 SMALL = ("--nsamples", "2", "--seqlen", "32", "--device", "cpu", "--data-dir", "texts")
 LESS = {"benchmarks/accuracy.py": (*SMALL, "--methods", "magnitude", "wanda", "--targets", "50%", "--seeds", "0"),
-        "benchmarks/paper.py": SMALL,
-        "benchmarks/count.py": ("--shapes", "LLaMA-7B", "--methods", "SparseGPT", "--nsamples", "2", "--seqlen", "64")}
+        "benchmarks/paper.py": SMALL}
 TINY = small_models.Size(width=16, layers=1, heads=2, experts=2, vocabulary=300, seqlen=32, steps=1, train_bytes=20_000,
                          test_bytes=20_000)
 PRODUCT = [*ROOT.glob("*.py"), *ROOT.glob("mixgpt/**/*.py")]

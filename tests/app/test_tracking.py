@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import FAMILIES, ROOT, load_compiled, read_little
-from paper_tables import TABLES, TASKS, options_of
+from paper import METHODS, TABLES, TASKS
+from scores import flags_of
 
 from mixgpt.app import cli, pipeline, tracking
 from mixgpt.app.settings import Settings
@@ -216,13 +217,14 @@ def test_the_runs_of_a_papers_sweep_are_the_rows_of_its_table(file):
         assert made[-1].log_wandb and made[-1].dataset == "c4" and made[-1].sensitivity == "hutchinson"
     table = TABLES[file.stem.removesuffix("-gptq")]
     gptq = ("gptq" in file.stem) if file.stem.startswith("table4") else None
-    rows = [Settings("m", "c4", **options_of(*row)) for row in table.rows if gptq in (None, row[0] == "gptq")]
+    rows = [cli.parse(family, ["m", "c4", *METHODS[method].split(), *flags_of(target).split()])
+            for method, target in table.rows if gptq in (None, method == "gptq")]
 
     def what(settings):
         return settings.method, settings.sparsity, settings.gmp or settings.saliency
 
     assert set(map(what, rows)) <= set(map(what, made)) and len(made) <= 4 / 3 * len(rows)
-    assert all(settings.tasks == (TASKS if table.kind == "tasks" else ()) for settings in made)
+    assert all(settings.tasks == (TASKS if table.flags else ()) for settings in made)
 
 
 def test_every_table_of_the_paper_has_a_sweep():
