@@ -9,11 +9,12 @@ python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv
 import sys
 
 from mixgpt.app import exit_status
-from mixgpt.app.comparison import csv_of, draw, read, text_of
-from mixgpt.app.record_files import files_of
+from mixgpt.app.comparison import csv_of, files_of, picture_of, read, text_of
 from mixgpt.app.settings import Parser, refuse_empty
 from mixgpt.common.errors import InputError
 from mixgpt.common.outputs import PICTURE, TABLE, check_places, check_writable, write
+
+KINDS = {"--csv": TABLE, "--plot": PICTURE}
 
 
 def _parse(argv):
@@ -29,51 +30,38 @@ def _parse(argv):
 
 
 def _check(options, files):
-    """Raise InputError for arguments that are empty, and for files that may not be written."""
-    written = {flag: path for flag, path in {"--csv": options.csv, "--plot": options.plot}.items() if path is not None}
-    refuse_empty(written)
-    for run in options.runs:
-        refuse_empty({"RUN": run})
-    check_places(written, [("RUN", file) for file in files])
-    for flag, path in written.items():
-        check_writable(flag, path, {"--csv": TABLE, "--plot": PICTURE}[flag])
+    """Raise InputError for files that may not be written. Returns {flag: path} of those that are given."""
+    paths = {flag: path for flag, path in {"--csv": options.csv, "--plot": options.plot}.items() if path is not None}
+    refuse_empty(paths)
+    check_places(paths, [("RUN", file) for file in files])
+    for flag, path in paths.items():
+        check_writable(flag, path, KINDS[flag])
+    return paths
 
 
-def _read(files, problems):
-    """Return the runs of the record files; appends to `problems` a line for each that is none."""
-    runs = []
+def _run(argv):
+    options, runs, problems = _parse(argv), [], []
+    files = files_of(options.runs)
+    paths = _check(options, files)
     for file in files:
         try:
             runs.append(read(file))
         except InputError as error:
-            problems.append(str(error))
-    return runs
-
-
-def main(argv=None):
-    """Run the command line. Returns the exit status: 2 also after a line about each unusable file."""
-    argv = sys.argv[1:] if argv is None else argv
-    return exit_status.run("results.py", argv, lambda: _run(argv), "give fewer files")
-
-
-def _run(argv):
-    options, problems = _parse(argv), []
-    try:
-        files = files_of(options.runs)
-        _check(options, files)
-        if runs := _read(files, problems):
-            print(text_of(runs, options.markdown))
-            if options.csv:
-                write("--csv", options.csv, csv_of(runs), TABLE)
-                print(f"\nwritten  {options.csv}")
-            if options.plot:
-                draw(options.plot, runs)
-                print(f"\npicture  {options.plot}")
-    except InputError as error:
-        problems.append(str(error))
+            problems.append(error)
+    if runs:
+        print(text_of(runs, options.markdown))
+        for flag, path in paths.items():
+            write(flag, path, csv_of(runs) if flag == "--csv" else picture_of(runs, path), KINDS[flag])
+            print(f"\n{'written' if flag == '--csv' else 'picture'}  {path}")
     for problem in problems:
         exit_status.say(f"results.py: error: {problem}")
     return 2 if problems else 0
+
+
+def main(argv=None):
+    """Run the command line. Returns the exit status, see `exit_status.run`; 2 also if a file was unusable."""
+    argv = sys.argv[1:] if argv is None else argv
+    return exit_status.run("results.py", argv, lambda: _run(argv), "give fewer files")
 
 
 if __name__ == "__main__":

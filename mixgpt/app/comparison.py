@@ -1,33 +1,42 @@
 """Compare the records of many runs: one table, and perplexity against sparsity by method."""
 
-import csv
-import io
+import glob
+import json
 import math
-from collections import defaultdict
 from pathlib import Path
 
-from mixgpt.app import record_files
-from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
-from mixgpt.app.tables import table
-from mixgpt.common.errors import InputError
-from mixgpt.common.outputs import PICTURE, write
+import pandas as pd
 
-NO_SCORES = ("examples", "num_fewshot", "version")  # keys of a task that are not metrics
-TOLD = ("wbits", "sparsity_way", "saliency")  # columns already implied by the method's name
+from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
+from mixgpt.app.tables import NO_METRICS, table
+from mixgpt.checkpoints.names import RECORD, begun
+from mixgpt.common.errors import InputError
+
+IMPLIED = ["wbits", "sparsity_way", "saliency", "file"]  # columns of the CSV alone; the method's name tells the first
 ABOUT = ("model", "seed")  # columns on what was run; like dense results, above the table if equal in all rows
 
 
+def files_of(names):
+    """Return the record files that names, folders and glob patterns refer to, each once."""
+    paths = [Path(path) for name in names for path in sorted(glob.glob(name)) or [name]]
+    return list(dict.fromkeys(path / RECORD if path.is_dir() else path for path in paths))
+
+
 def read(file):
-    """Read the record of a run. Raises InputError, naming the file, if it is not a record."""
-    record = record_files.load(file)
+    """Read the record of a finished run. Raises InputError, naming the file, if it is not one."""
+    if file.name == RECORD and begun(file.parent):
+        raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
     try:
-        names = [name for name in record["perplexity"] if name != "dense"] or ["dense"]
-        settings, model = record["settings"], record["settings"]["model"]
-        n, m = (settings.get(name, 0) for name in ("prunen", "prunem"))
-        run = record | {"file": str(file), "model": _short(model), "method": names[0],
-                        "label": _named(settings, names[0]) + (f" {n}:{m}" if m else "")}
-        table_of([run]), panels_of([run])  # check that all they read is present
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        record = json.loads(file.read_text())
+        settings, methods = record["settings"], [name for name in record["perplexity"] if name != "dense"] or ["dense"]
+        n, m = settings.get("prunen", 0), settings.get("prunem", 0)
+        run = record | {"file": str(file), "model": _short(settings["model"]), "method": methods[0],
+                        "label": _named(settings, methods[0]) + (f" {n}:{m}" if m else "")}
+        text_of([run]), points_of([run])  # check that all they read is present
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); give files of --record or folders of --save"
+                         ) from error
+    except Exception as error:  # whatever a file that is none leads to
         raise InputError(f"{file}: is not the record of a run ({type(error).__name__}: {error})") from error
     return run
 
@@ -47,111 +56,70 @@ def _named(settings, method):
 
 def _dense(runs):
     """Return {(model, sequence length and count, BOS, dataset, its sha256): perplexity} of the dense models."""
-    return {_text_of(run, name): float(value) for run in runs
+    return {_text_key(run, name): float(value) for run in runs
             for name, value in run["perplexity"].get("dense", {}).items()}
 
 
-def _text_of(run, name):
+def _text_key(run, name):
     settings, source = run["settings"], run["data"].get(name, {})
-    asked = (settings.get(key) for key in ("seqlen", "eval_limit", "bos"))
-    return run["model"], *asked, name, source.get("sha256")
-
-
-def table_of(runs):
-    """Return a row {column: value} per run, sorted by model, sparsity, bits, method in the order given, and seed."""
-    dense, rows, order = _dense(runs), [], list(dict.fromkeys(run["label"] for run in runs))
-    sets = _sets(runs)
-    scores = list(dict.fromkeys(name for run in runs for name in _scores(run)))
-    for run in runs:
-        settings, method = run["settings"], run["method"]
-        pruned = method != "dense" and run["sparsity"] > 0 and bool(settings.get("sparsity") or settings.get("prunem"))
-        walked = pruned and not settings.get("gmp")
-        row = {"model": run["model"], "method": run["label"],
-               "sparsity": run["sparsity"], "wbits": settings.get("wbits", 16),
-               "sparsity_way": settings["sparsity_way"].replace("origin", "uniform") if pruned else None,
-               "saliency": settings["saliency"] if walked else None, "seed": settings["seed"]}
-        place = (row["model"], round(row["sparsity"], 3), -row["wbits"], order.index(row["method"]), row["seed"],
-                 run["file"])  # before a test set that is called like a column is added
-        for name in sets:
-            row |= {name: run["perplexity"].get(method, {}).get(name), f"dense {name}": dense.get(_text_of(run, name))}
-        row |= dict.fromkeys(scores) | _scores(run) | {"seconds": sum(run["seconds"].values())}
-        row |= {f"GB {place}": size / 1e9 for place, size in run["peak_memory"].items()}
-        rows.append((place, row | {"file": run["file"]}))
-    return [row for _, row in sorted(rows, key=lambda placed: placed[0])]
+    return run["model"], *(settings.get(key) for key in ("seqlen", "eval_limit", "bos")), name, source.get("sha256")
 
 
 def _sets(runs):
     return list(dict.fromkeys(name for run in runs for values in run["perplexity"].values() for name in values))
 
 
+def table_of(runs):
+    """Return a DataFrame of a row per run, sorted by model, sparsity, bits, method in the order given, and seed."""
+    methods = list(dict.fromkeys(run["label"] for run in runs))
+    runs = sorted(runs, key=lambda run: (run["model"], round(run["sparsity"], 3), -run["settings"].get("wbits", 16),
+                                         methods.index(run["label"]), run["settings"]["seed"], run["file"]))
+    dense, sets, scores = _dense(runs), _sets(runs), [_scores(run) for run in runs]
+    metrics = dict.fromkeys(name for values in scores for name in values)
+    parts = [
+        [_about(run) for run in runs],
+        [{column: value for name in sets for column, value in (
+            (name, run["perplexity"].get(run["method"], {}).get(name)),
+            (f"dense {name}", dense.get(_text_key(run, name))))} for run in runs],
+        [metrics | values for values in scores],
+        [{"seconds": sum(run["seconds"].values())} | {
+            f"GB {place}": nbytes / 1e9 for place, nbytes in run["peak_memory"].items()} for run in runs],
+        [{"file": run["file"]} for run in runs]]
+    return pd.concat([pd.DataFrame(rows, dtype=object) for rows in parts], axis=1)
+
+
+def _about(run):
+    """Return the columns of a run's settings; None for those that had no effect."""
+    settings = run["settings"]
+    pruned = run["method"] != "dense" and run["sparsity"] > 0 and (settings.get("sparsity") or settings.get("prunem"))
+    return {"model": run["model"], "method": run["label"], "sparsity": run["sparsity"],
+            "wbits": settings.get("wbits", 16),
+            "sparsity_way": settings["sparsity_way"].replace("origin", "uniform") if pruned else None,
+            "saliency": settings["saliency"] if pruned and not settings.get("gmp") else None, "seed": settings["seed"]}
+
+
 def _scores(run):
     """Return {task and metric: value} of the run's pruned model."""
     return {f"{task} {metric}": value for task, values in run.get("tasks", {}).get(run["method"], {}).items()
-            for metric, value in values.items() if metric not in NO_SCORES and not metric.endswith("_stderr")}
-
-
-def panels_of(runs):
-    """Return the panels for `plots.draw_tradeoff`; runs that differ only in seed become one point."""
-    dense, points, values = _dense(runs), defaultdict(list), defaultdict(set)
-    pruned = [run for run in runs if run["method"] != "dense"]
-    for run in pruned:
-        for name in having_effect(RESULT, EVALUATION):
-            values[run["model"], run["label"], name].add(run["settings"].get(name))
-    for run in pruned:
-        settings = run["settings"]
-        label = [run["label"], *(f"{name} {settings.get(name)}" for name in having_effect(RESULT, EVALUATION)
-                                 if len(values[run["model"], run["label"], name]) > 1)]
-        for name, perplexity in run["perplexity"][run["method"]].items():
-            if not math.isfinite(perplexity):
-                continue  # it stands in the table only
-            key = run["model"], name, ", ".join(label), settings.get("sparsity", 0), settings.get("prunen", 0)
-            points[key].append((float(run["sparsity"]), float(perplexity), dense.get(_text_of(run, name))))
-    panels = {}
-    for (model, name, label, *_), found in sorted(points.items()):
-        sparsities, perplexities, references = zip(*found, strict=True)
-        reference, series = panels.get((model, name), (None, {}))
-        series.setdefault(label, []).append((sum(sparsities) / len(found), sum(perplexities) / len(found),
-                                             min(perplexities), max(perplexities)))
-        panels[model, name] = next((value for value in (reference, *references) if value is not None
-                                    and math.isfinite(value)), None), series
-    return panels
+            for metric, value in values.items() if metric not in NO_METRICS and not metric.endswith("_stderr")}
 
 
 def text_of(runs, markdown=False):
     """Return the table as text, for a terminal or in Markdown, with values common to all runs listed once above it."""
-    rows = table_of(runs)
-    header = [column for column in _header(rows)
-              if column not in TOLD and any(row.get(column) is not None for row in rows)]
-    shared = {column: _text(column, rows[0].get(column)) for column in header
-              if (column in ABOUT or column.startswith("dense ")) and len({row.get(column) for row in rows}) == 1}
-    header = [column for column in header if column not in shared]
-    cells = [[_text(column, row.get(column)) for column in header] for row in rows]
+    frame = table_of(runs).drop(columns=IMPLIED)
+    cells = {column: [_text(column, value) for value in frame[column]] for column in frame}
+    cells = {column: texts for column, texts in cells.items() if set(texts) != {"-"}}
+    shared = {column: texts[0] for column, texts in cells.items()
+              if (column in ABOUT or column.startswith("dense ")) and len(set(texts)) == 1}
     above = ", ".join(f"{column} {value}" for column, value in shared.items())
-    header = [f"{column} ppl" if column in _sets(runs) else column for column in header]
-    return (above and f"{above}\n\n") + (_markdown(header, cells) if markdown else table(header, cells))
+    header = [f"{column} ppl" if column in _sets(runs) else column for column in cells if column not in shared]
+    rows = [list(row) for row in zip(*(texts for column, texts in cells.items() if column not in shared), strict=True)]
+    return (above and f"{above}\n\n") + (_markdown if markdown else table)(header, rows)
 
 
 def csv_of(runs):
     """Return the table as CSV: all columns, all digits, and the file names."""
-    rows, text = table_of(runs), io.StringIO()
-    writer = csv.DictWriter(text, [*_header(rows), "file"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def draw(path, runs):
-    """Plot perplexity against sparsity, as a file. Raises InputError if no run has both or it cannot be written."""
-    panels = panels_of(runs)
-    if not panels:
-        raise InputError(f"--plot {path}: none of the runs has both a finite perplexity and pruned weights")
-    from mixgpt.app import plots  # imports PyTorch and matplotlib
-
-    write("--plot", path, plots.draw_tradeoff(panels, Path(path).suffix), PICTURE)
-
-
-def _header(rows):
-    return list(dict.fromkeys(column for row in rows for column in row if column != "file"))
+    return table_of(runs).map(lambda value: "" if value is None else str(value)).to_csv(index=False)
 
 
 def _text(column, value):
@@ -164,6 +132,46 @@ def _text(column, value):
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _markdown(header, cells):
-    lines = [header, ["---"] * len(header), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _markdown(header, rows):
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+
+
+def points_of(runs):
+    """Return the points of a picture as a DataFrame; runs that differ only in their seed become one point.
+
+    Columns: model, text, method, sparsity, mean, low and high of the perplexity, and dense, the dense model's.
+    """
+    dense, told, rows = _dense(runs), having_effect(RESULT, EVALUATION), []
+    for run in runs:
+        settings = run["settings"]
+        for text, perplexity in run["perplexity"].get(run["method"], {}).items():
+            if run["method"] != "dense" and math.isfinite(perplexity):
+                rows.append({"model": run["model"], "text": text, "method": run["label"], "sparsity": run["sparsity"],
+                             "perplexity": perplexity, "dense": dense.get(_text_key(run, text)),
+                             "target": (settings.get("sparsity", 0), settings.get("prunen", 0)),
+                             "settings": {name: str(settings.get(name)) for name in told}})
+    if not rows:
+        return pd.DataFrame()
+    frame = pd.DataFrame(rows).replace({"dense": {math.inf: math.nan}})
+    frame["method"] = _with_settings(frame)
+    return frame.groupby(["model", "text", "method", "target"]).agg(
+        sparsity=("sparsity", "mean"), mean=("perplexity", "mean"), low=("perplexity", "min"),
+        high=("perplexity", "max"), dense=("dense", "first")).reset_index()
+
+
+def _with_settings(frame):
+    """Return the method of each row, followed by the settings in which rows of its model and method differ."""
+    settings = pd.DataFrame(frame["settings"].tolist())
+    varied = settings.groupby([frame["model"], frame["method"]]).transform("nunique") > 1
+    return [", ".join([method, *(f"{name} {settings.at[row, name]}" for name in settings if varied.at[row, name])])
+            for row, method in enumerate(frame["method"])]
+
+
+def picture_of(runs, path):
+    """Plot perplexity against sparsity. Returns the content of a file. Raises InputError if no run has both."""
+    points = points_of(runs)
+    if points.empty:
+        raise InputError(f"--plot {path}: none of the runs has both a finite perplexity and pruned weights")
+    from mixgpt.app import plots  # imports PyTorch
+
+    return plots.draw_tradeoff(points, Path(path).suffix)

@@ -3,13 +3,11 @@
 from collections import defaultdict
 
 from mixgpt.app.settings import BOS
-from mixgpt.app.tables import table
+from mixgpt.app.tables import NO_METRICS, table
 from mixgpt.checkpoints import load
 from mixgpt.common import distributed
 from mixgpt.evaluation.sparsity import total_sparsity
 from mixgpt.modeling.experts import kind_of
-
-TASK_FACTS = ("examples", "num_fewshot", "version")  # keys of a task that are not metrics
 
 
 def sparsity_table(matrices, others, outcomes):
@@ -78,10 +76,10 @@ def task_table(scores):
     """Tabulate {"dense" or method: {task: {metric: value, …}}} from tasks.score, with standard errors."""
     models, rows = list(scores), []
     for task, found in scores[models[0]].items():
-        about = [str(found.get(key, "")) for key in TASK_FACTS]
-        for metric in (key for key in found if key not in TASK_FACTS and not key.endswith("_stderr")):
+        about = [str(found.get(key, "")) for key in NO_METRICS]
+        for metric in (key for key in found if key not in NO_METRICS and not key.endswith("_stderr")):
             rows.append([task, metric, *about, *(_score(scores[model][task], metric) for model in models)])
-    return table(["task", "metric", *TASK_FACTS, *models], rows)
+    return table(["task", "metric", *NO_METRICS, *models], rows)
 
 
 def _score(found, metric):

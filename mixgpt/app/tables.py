@@ -2,6 +2,8 @@
 
 import textwrap
 
+NO_METRICS = ("examples", "num_fewshot", "version")  # keys of a task's results that are not metrics
+
 
 def table(header, rows):
     """Lay out rows of text under a header, the first column left-aligned, the others right-aligned."""

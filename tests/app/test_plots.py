@@ -1,5 +1,6 @@
 """Look at what the pictures show."""
 
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -10,6 +11,13 @@ from mixgpt.pruning.targets import Target
 
 SHAPES = {(layer, name): (4, 8) for layer in range(3) for name in ("self_attn.q_proj", "mlp.fc1")}
 KEYS = list(SHAPES)
+
+
+def points_of(panels):
+    """Return {text: (dense perplexity, {method: [(sparsity, mean, low, high), …]})} as `draw_tradeoff` takes it."""
+    return pd.DataFrame([("a model", text, dense, method, *point) for text, (dense, series) in panels.items()
+                         for method, points in series.items() for point in points],
+                        columns=["model", "text", "dense", "method", "sparsity", "mean", "low", "high"])
 
 
 @pytest.mark.parametrize("negative", [0, 1, len(KEYS)])
@@ -53,7 +61,7 @@ def test_perplexities_of_other_orders_of_magnitude_stay_readable(monkeypatch):
     values = {"magnitude": (500, 3000, 57000), "SparseGPT": (60, 129, 323)}
     series = {method: [(0.5 + 0.1 * n, value, value, value) for n, value in enumerate(row)]
               for method, row in values.items()}
-    plots.draw_tradeoff({("a model", "wikitext2"): (29.0, series)})
+    plots.draw_tradeoff(points_of({"wikitext2": (29.0, series)}))
     (axis,) = figures[0].axes
     assert axis.get_yscale() == "log"
     for axis_of, labels in ((axis.yaxis, ["100", "1,000", "10,000"]), (axis.xaxis, ["50%", "60%", "70%"])):
@@ -70,9 +78,9 @@ def test_perplexities_of_other_orders_of_magnitude_stay_readable(monkeypatch):
 def test_methods_at_one_sparsity_are_bars_from_the_best_down(values, scale, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
-    panels = {("a model", "wikitext2"): (29.0, {name: [(0.5001, *points)] for name, points in values.items()}),
-              ("a model", "c4"): (None, {"SparseGPT": [(0.5, 25.0, 25.0, 25.0)]})}
-    plots.draw_tradeoff(panels)
+    plots.draw_tradeoff(points_of({
+        "wikitext2": (29.0, {name: [(0.5001, *points)] for name, points in values.items()}),
+        "c4": (None, {"SparseGPT": [(0.5, 25.0, 25.0, 25.0)]})}))
     axis, other = figures[0].axes
     best_first = sorted(values, key=values.get)
     assert [label.get_text().replace("\n", " ") for label in axis.get_yticklabels()] == ["dense", *best_first]

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from mixgpt.app import plots
 from mixgpt.common.errors import InputError
 from mixgpt.common.outputs import PICTURE, RECORD, TABLE, check_places, check_writable, write
+from mixgpt.pruning.targets import Target
 
 OURS = '{\n "settings": {\n  "model": "facebook/opt-125m"}}\n'
 
@@ -49,8 +50,7 @@ def test_only_a_file_of_its_kind_is_replaced_even_if_it_came_during_the_work(tmp
 @pytest.mark.parametrize("suffix", PICTURE.suffixes)
 def test_a_picture_is_replaced_if_it_carries_our_mark(suffix, tmp_path):
     file = tmp_path / f"a{suffix}"
-    series = {"SparseGPT": [(0.1 * n, 30.0 + n, 30.0 + n, 31.0 + n) for n in range(9)]}
-    write("--plot", file, plots.draw_tradeoff({("opt", "c4"): (None, series)}, suffix), PICTURE)
+    write("--plot", file, plots.draw({(0, "fc1"): Target(0.5)}, suffix=suffix), PICTURE)
     check_writable("--plot", file, PICTURE)
     foreign = io.BytesIO()
     Figure().savefig(foreign, format=suffix[1:])
