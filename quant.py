@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mixgpt.common import distributed
 from mixgpt.kernels import ranges
 from mixgpt.kernels.columns import to_multiples
 
@@ -37,6 +38,11 @@ class Grid:
 
     def to(self, device):
         return replace(self, scale=self.scale.to(device), zero=self.zero.to(device), group=self.group.to(device))
+
+    def gathered(self, rows):
+        """Return the grids of a matrix of so many rows, of which every process has those of its share of the rows."""
+        return replace(self, scale=distributed.all_gather_shares(self.scale, rows),
+                       zero=distributed.all_gather_shares(self.zero, rows))
 
     def codes(self, W):
         """Return the codes (out, in), uint8, of weights W (out, in). Raises ValueError if W is not on the grid."""
@@ -97,19 +103,20 @@ def meet_sparsities(attempt, sparsities, attempts=4, spread=0):
     attempt: called with a list of sparsities, returns a list of (W, …); called up to `attempts` times, with the
     secant method per matrix. spread: aim at that many standard deviations of the number that rounding sets to 0 (a
     Poisson number) less, and be content with what is not below by twice as much. Returns the last result. If rounding
-    alone exceeds the sparsity, the excess remains.
+    alone exceeds the sparsity, the excess remains. In several processes, each W is some of the rows of a matrix.
     """
     asked, before = list(sparsities), None
     for left in reversed(range(attempts)):
         made = attempt(asked)
-        found = [1 - W.count_nonzero().item() / W.numel() for W, *_ in made]
+        counts = distributed.total([n for W, *_ in made for n in (W.numel(), W.count_nonzero().item())])
+        sizes, found = counts[::2], [1 - kept / size for size, kept in zip(counts[::2], counts[1::2], strict=True)]
         if before is None:
-            spare = [spread * (max(share - p, 0) / W.numel()) ** 0.5
-                     for share, p, (W, *_) in zip(found, asked, made, strict=True)]
+            spare = [spread * (max(share - p, 0) / size) ** 0.5
+                     for share, p, size in zip(found, asked, sizes, strict=True)]
             goals = [max(wanted - each, 0) for wanted, each in zip(sparsities, spare, strict=True)]
         missed = [share - goal for share, goal in zip(found, goals, strict=True)]
-        met = [abs(miss) <= max(CLOSE, 0.5 / W.numel(), each) or (p == 0 and miss > 0)
-               for miss, each, p, (W, *_) in zip(missed, spare, asked, made, strict=True)]
+        met = [abs(miss) <= max(CLOSE, 0.5 / size, each) or (p == 0 and miss > 0)
+               for miss, each, p, size in zip(missed, spare, asked, sizes, strict=True)]
         if all(met) or not left:
             return made
         slopes = [1.0] * len(asked) if before is None else [
@@ -126,6 +133,7 @@ def quantize_nearest(W, scheme):
     groups = W.float().reshape(-1, width)  # (out · groups, width)
     scale, zero = find_grid(groups, groups == 0, scheme, W.dtype)
     rounded = to_grid(groups, scale[:, None], zero[:, None], scheme.wbits, W.dtype)
-    grid = Grid(scheme, scale.view(rows, -1).to(W.dtype), zero.view(rows, -1).to(torch.uint8),
+    grid = Grid(scheme, scale.view(rows, columns // width).to(W.dtype),
+                zero.view(rows, columns // width).to(torch.uint8),
                 torch.arange(columns, dtype=torch.int32, device=W.device) // width)
     return rounded.view(rows, columns).to(W.dtype) + 0.0, grid  # −0 becomes 0

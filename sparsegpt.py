@@ -104,7 +104,7 @@ class SparseGPT:
         for total in (*(self._sums if self._H is None else [self._H]), self._shift, self._gain):
             if total is not None:
                 distributed.all_reduce(total)
-        self.tokens = sum(distributed.all_gather_object(self.tokens))
+        self.tokens, = distributed.total([self.tokens])
 
     @property
     def H(self):
@@ -180,7 +180,7 @@ class SparseGPT:
         if self._shift is not None:
             moment = times_transposed(W, self._shift[self.order][:, self.order].t())
         if self._gain is not None:
-            moment = moment + self._gain[:, self.order]
+            moment = moment + self._gain[distributed.share(len(self._gain))][:, self.order]
         moved = torch.linalg.solve_triangular(self.R.t(), self._scale * moment, upper=False, left=False)
         moved = torch.linalg.solve_triangular(self.R, moved, upper=True, left=False)
         return (W + moved).masked_fill_(W == 0, 0)
@@ -266,9 +266,11 @@ def relative_error(W, W_hat, H):
 def relative_errors(lost, whole, counts):
     """Return the `relative_error` of each of several stacked matrices, float64, where they are.
 
-    lost, whole: (total rows,), ‖(w − ŵ) X‖² and ‖w X‖² of every row. counts: rows of each matrix.
+    lost, whole: (total rows,), ‖(w − ŵ) X‖² and ‖w X‖² of every row. counts: rows of each matrix, of this process.
     """
-    lost, whole = (torch.stack([rows.sum() for rows in energies.split(counts)]).double() for energies in (lost, whole))
+    sums = torch.stack([rows.sum() for energies in (lost, whole) for rows in energies.split(counts)]).double()
+    distributed.all_reduce(sums)
+    lost, whole = sums.chunk(2)
     return torch.where(whole == 0, 0.0, lost.clamp_min(0) / whole)
 
 
@@ -325,7 +327,7 @@ def prune_matrices(matrices, R, h, targets, options=WalkOptions(), dtype=torch.f
     Prunes round(sparsity · numel) weights, spread evenly over column blocks. Weights quantized to zero count; the last
     block's number is an estimate. With prunem > 0 (the same for all matrices), prunes prunen of every prunem
     consecutive weights of a row instead, chosen when the walk reaches them. Zero weights stay zero, even if they exceed
-    the target.
+    the target. In several processes, each has some of the rows of every matrix, and numbers are those of all rows.
 
     Returns a list of (new matrix (out, in), its quant.Grid or None without a scheme).
     Raises ValueError if prunem or the group size does not divide the columns, or neither divides the other.
@@ -372,6 +374,7 @@ class _Walk:
         self.row_weights = row_weights
         stops = list(itertools.accumulate(map(len, matrices)))
         self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
+        self.totals = distributed.total([len(W) for W in matrices])  # rows of each matrix in all processes
         sparsities, prunens, prunems = zip(*((*target, 0, 0)[:3] for target in targets), strict=True)
         self.sparsities, self.prunens, self.prunem = sparsities, prunens, prunems[0]
         self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # zeros before the last block, and its columns
@@ -463,8 +466,8 @@ class _Walk:
         On a GPU, counts that depend on weights quantized to zero are tensors, so that the host does not synchronize.
         """
         # cumulative counts: the last block meets the total exactly, except for weights it quantizes to zero
-        counts = [round(sparsity * ((rows.stop - rows.start) * stop))
-                  for sparsity, rows in zip(self.sparsities, self.rows, strict=True)]
+        counts = [round(sparsity * (total * stop))
+                  for sparsity, total in zip(self.sparsities, self.totals, strict=True)]
         if self.scheme is None:
             counts, self.zeros = [count - zeros for count, zeros in zip(counts, self.zeros, strict=True)], counts
             return counts
@@ -472,8 +475,9 @@ class _Walk:
         if not any(counts):
             return counts
         W, mask, growth = self.W[before], self.mask[before], (stop - start) / max(start - before.start, 1)
-        for i, rows in enumerate(self.rows):
-            zeros, removed = (W[:, rows] == 0).sum(), mask[:, rows].sum()
+        here = torch.stack([part[:, rows].sum() for rows in self.rows for part in (W == 0, mask)])
+        distributed.all_reduce(here)
+        for i, (zeros, removed) in enumerate(here.view(-1, 2)):
             self.zeros[i] = self.zeros[i] + zeros
             again = ((zeros - removed).double() * growth).round().long()  # expect as many to be rounded to 0 again
             count = (counts[i] - self.zeros[i] - again).clamp_min(0)
@@ -495,8 +499,8 @@ class _Walk:
         if self.chosen_inside or stop > start // self.unit * self.unit + self.unit:  # masks not known yet
             pruned = pruned.clone()
             self._mark_least(pruned, start, stop, [
-                round(sparsity * ((rows.stop - rows.start) * (stop - start)))
-                for sparsity, rows in zip(self.sparsities, self.rows, strict=True)])
+                round(sparsity * (total * (stop - start)))
+                for sparsity, total in zip(self.sparsities, self.totals, strict=True)])
         self.grids.append(find_grid(self.W[start:stop].t(), pruned.t(), self.scheme, self.dtype, self.h[start:stop]))
 
     def _walk(self, start, stop):

@@ -1,5 +1,6 @@
-"""Prune a model in memory in several processes, for test_distributed.py, and keep what each of them made of it."""
+"""Prune in memory in several processes, for test_distributed.py, and keep what each of them made of it."""
 
+import itertools
 from unittest import mock
 
 import torch
@@ -11,14 +12,25 @@ from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common import distributed
 from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.kernels import linalg
 from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise
-from mixgpt.pruning.solvers import Recipe, admm
+from mixgpt.pruning.magnitude import magnitude_prune
+from mixgpt.pruning.solvers import Recipe, admm, prune_in_place, walk
 from mixgpt.pruning.targets import Target, select
 from modelutils import Execution
 from quant import Scheme
-from sparsegpt import WalkOptions, isc_saliency
+from sparsegpt import SparseGPT, WalkOptions, activation_order, isc_saliency
+
+try:
+    from mixgpt.kernels import selection_cuda  # in its interpreter
+except ImportError:  # no Triton
+    selection_cuda = None
+
+SOLVERS = {"walk": walk, "admm": admm}
+SCHEMES = {"16 bit": None, "4 bit": Scheme(4), "3 bit mse": Scheme(3, 16, mse=True)}
+ROWS = 9, 2, 1, 38  # of matrices that read one input; one has fewer than there are processes
 
 
 def made(name, true_sequential, wbits, more=""):
@@ -30,20 +42,25 @@ def made(name, true_sequential, wbits, more=""):
     execution = Execution(model, family, CPU, 2)
     traces = [hessian_traces(execution, list(selected), tokens, Sampling(name, estimator.load(), 1))
               for name, estimator in ESTIMATORS.items()]
-    plan, options = make_plan(selected, Target(0.5)), {}
-    walk = WalkOptions(16, isc_saliency, Scheme(wbits) if wbits < 16 else None)
+    plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
+    walk_options = WalkOptions(16, isc_saliency, Scheme(wbits) if wbits < 16 else None)
     if more == "best":
         gradients = output_gradients(execution, list(selected), tokens, 3, 0.01)
         plan = global_plan(execution, selected, gradients.rows, gradients.diagonals, 0.5, 0.15)
         options = {"solver": admm, "dense_target": True, "row_weights": gradients.rows,
                    "token_weights": gradients.tokens}
     dense = distill.dense_states(execution, tokens) if more == "distilled" else None
+
+    def solver(problem, solve=options["solver"]):
+        solved.append(sum(map(len, problem.optima)))
+        return solve(problem)
+
     outcomes = prune_layerwise(execution, plan, tokens, Recipe(
-        options=walk, true_sequential=true_sequential, **options))
+        options=walk_options, true_sequential=true_sequential, **options | {"solver": solver}))
     if more == "distilled":
         with mock.patch.object(distill, "STEPS", 1):  # in which all processes take all sequences
             distill.distill(execution, dict.fromkeys(plan), tokens, dense, 1)
-    return {"traces": traces, "state": model.state_dict(),
+    return {"traces": traces, "state": model.state_dict(), "rows": sum(solved),
             "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
                          for key, outcome in outcomes.items()},
             "perplexity": [perplexity(model, family, part, 2, CPU) for part in (tokens, tokens[:1])]}
@@ -56,12 +73,58 @@ def made_of_all():
                                            ("bloom", True, 16, "distilled")]}
 
 
-def run(rank, world, port, file):
-    """Make all as process `rank` of as many as torchrun would have started, and save it."""
+def pruned_of_all():
+    """Return what `prune_in_place` gives for matrices that read one input, {case: (weights, errors, scales)}."""
+    make = torch.Generator().manual_seed(3)
+    X, matrices = torch.randn(300, 48, generator=make).exp(), [torch.randn(n, 48, generator=make) for n in ROWS]
+    results = {}
+    for solver, groups, scheme, ordered, weighted in itertools.product(
+            SOLVERS, [(0, 0), (2, 4)], SCHEMES, [False, True], [False, True]):
+        targets = [(n / m, n, m) for n, m in (groups, (groups[0] // 2, groups[1])) * 2] if groups[1] else [
+            (sparsity, 0, 0) for sparsity in (0.5, 0.3, 0.6, 0.7)]
+        hessian = SparseGPT(48, 1, CPU)
+        hessian.add_batch(X)
+        hessian.factor(0.01, activation_order(hessian.H.diagonal(), groups[1]) if ordered else None)
+        weights = [W.clone() for W in matrices]
+        outcomes = prune_in_place(
+            hessian, weights, targets, Recipe(SOLVERS[solver], WalkOptions(16, scheme=SCHEMES[scheme])),
+            torch.arange(1, 1.0 + sum(ROWS)) if weighted else None)
+        results[solver, groups, scheme, ordered, weighted] = (
+            weights, [error.item() for error, _ in outcomes], [grid and grid.scale for _, grid in outcomes])
+    return results
+
+
+def selected_of_all():
+    """Return what the ways to select give for scores with ties, each with the rows of all processes, {case: rows}."""
+    scores, results = torch.randint(-1, 4, (7, 12), generator=torch.Generator().manual_seed(1)).float(), {}
+    ours = scores[distributed.share(7)]
+    for k in (0, 1, 20, 40, 83, 84):
+        ways = {"rows": linalg.smallest, "columns": _by_columns} | ({"Triton": _by_triton} if selection_cuda else {})
+        for name, mark in ways.items():
+            mask, = mark([ours.clone()], [k])
+            results[name, k] = scores, distributed.all_gather_shares(mask, 7)
+    magnitudes = magnitude_prune(ours, 0.4)
+    return results | {("magnitude", 34): (scores.abs(), distributed.all_gather_shares(magnitudes, 7) == 0)}
+
+
+def _by_columns(scores, ks):
+    return linalg.smallest([part.t().contiguous().t() for part in scores], ks)
+
+
+def _by_triton(scores, ks):
+    part, = scores
+    mask = part < 0
+    selection_cuda.mark_smallest(part.clamp_min(0).sqrt().t(), mask.t(), mask.t(), torch.ones(part.shape[1]), None,
+                                 [(slice(0, len(part)), *ks)])
+    return [mask]
+
+
+def run(rank, world, port, file, make):
+    """Save what `make` returns in process `rank` of as many as torchrun would have started."""
     torch.set_num_threads(1)
     as_rank(rank, world, port)
     with distributed.joined(CPU):
-        torch.save(made_of_all(), file)
+        torch.save(make(), file)
 
 
 def poor(rank, world, port, short):

@@ -16,7 +16,7 @@ MEETING = timedelta(minutes=10)  # within which all have started
 
 
 class _Hosts:
-    """The process group for objects; None: the default group."""
+    """The process group for objects and numbers; None: the default group."""
 
     group = None
 
@@ -63,9 +63,10 @@ def rank():
     return dist.get_rank() if world() > 1 else 0
 
 
-def share(count):
-    """Return this process's slice of `count` items."""
-    return slice(rank() * count // world(), (rank() + 1) * count // world())
+def share(count, number=None):
+    """Return the slice of `count` items that belongs to process `number` (default: this one)."""
+    number = rank() if number is None else number
+    return slice(number * count // world(), (number + 1) * count // world())
 
 
 def all_reduce(tensor):
@@ -74,12 +75,31 @@ def all_reduce(tensor):
         dist.all_reduce(tensor)
 
 
-def broadcast(tensor, source):
-    """Overwrite a tensor with that of process `source`."""
-    if world() > 1:
-        held = tensor.contiguous()
-        dist.broadcast(held.view(torch.uint8), source)  # gloo does not support every dtype
-        tensor.copy_(held)
+def all_gather(rows, counts=None):
+    """Return the rows (n, ...) of each process, in rank order. counts: how many each has, if not all as many."""
+    if world() == 1:
+        return [rows]
+    counts = counts or [len(rows)] * world()
+    together = rows.new_empty(world(), max(counts), *rows.shape[1:])
+    padded = torch.empty_like(together[0])
+    padded[:len(rows)] = rows
+    # gloo does not support every dtype
+    dist.all_gather(list(together.flatten(1).view(torch.uint8)), padded.flatten().view(torch.uint8))
+    return [part[:count] for part, count in zip(together, counts, strict=True)]
+
+
+def all_gather_shares(rows, count):
+    """Return all of `count` rows (count, ...), of which every process passes its `share`."""
+    return torch.cat(all_gather(rows, [len(range(count)[share(count, number)]) for number in range(world())]))
+
+
+def total(counts):
+    """Return the sums over all processes of a list of integers, computed on the hosts."""
+    if world() == 1:
+        return counts
+    sums = torch.tensor(counts)
+    dist.all_reduce(sums, group=_Hosts.group)
+    return sums.tolist()
 
 
 def broadcast_object(value, source=0):

@@ -27,7 +27,7 @@ def smallest_per_row(scores, n):
 def smallest_in_groups(scores, n, m):
     """Mark the n smallest scores of every m consecutive columns of a row. scores: (in, out). Returns a mask like it."""
     groups = scores.t().reshape(-1, m)
-    return smallest_per_row(groups, n).view(scores.shape[1], -1).t()
+    return smallest_per_row(groups, n).view(scores.t().shape).t()
 
 
 def to_multiples(W, scale, low, high, dtype):

@@ -3,10 +3,12 @@
 import numpy as np
 import torch
 
+from mixgpt.common import distributed
 from mixgpt.kernels.matmul import suits, times_transposed
 
 PANEL = 512  # columns factored at a time
 STRIP = 2048  # the same in place, where a narrow panel would leave most of a GPU idle
+UPPER = 20  # last of a score's upper bits; there are 11 with the sign
 SMALL = 128  # columns up to which LAPACK inverts a triangular matrix as fast as blocked products
 
 
@@ -151,27 +153,77 @@ def row_energies(A, H):
     return total
 
 
-def kth_smallest(values, k):
-    """Return the k-th smallest of a vector, as a tensor of one value."""
+def kth_smallest(vectors, ks):
+    """Return the k-th smallest of each of several vectors, each as a tensor of one value.
+
+    In several processes, of the vectors of all processes together, which are float32 then, at least 0 or −1.
+    """
+    if distributed.world() > 1:
+        return [value for value, _ in _of_all(vectors, ks)]
+    return [_kth_smallest(values, k) for values, k in zip(vectors, ks, strict=True)]
+
+
+def _kth_smallest(values, k):
     if values.device.type == "cpu":  # numpy selects in a fifth of the time
         return torch.from_numpy(np.partition(values.numpy(), k - 1)[k - 1:k])
     return values.kthvalue(k).values
 
 
-def smallest(scores, k):
-    """Mark exactly the k smallest scores, even with ties. Returns a mask like `scores`.
+def _of_all(vectors, ks):
+    """Return the k-th smallest of several vectors of all processes, and how many like it count in this process.
 
-    k: an int, or a tensor on the scores' device, to avoid a host synchronization.
+    The k smallest are those below it and as many like it as are missing, from the first process on. Processes exchange
+    histograms of the upper bits, which are in the same order as the values, then the values in the k-th one's bin.
     """
-    if scores.dim() == 2 and scores.stride(0) < scores.stride(1):  # in memory order, without a copy
-        return smallest(scores.t(), k).t()
-    flat = scores.flatten()
+    bins = [values.view(torch.int32).clamp(-1, 2**31 - 2).add_(1) >> UPPER for values in vectors]
+    counts = torch.stack(distributed.all_gather(torch.stack(
+        [torch.bincount(numbers, minlength=2 ** (31 - UPPER)) for numbers in bins]).int()))  # (world, vectors, bins)
+    ends, ks = counts.sum(0).cumsum(1), torch.tensor(ks, device=counts.device)[:, None]
+    bin_ = torch.searchsorted(ends, ks.clamp_min(1))
+    left = (ks - ends.gather(1, bin_) + counts.sum(0).gather(1, bin_)).flatten().tolist()
+    sizes = counts.gather(2, bin_.expand(len(counts), -1, -1)).squeeze(2).tolist()
+    ours = torch.cat([values[numbers == own] for values, numbers, own in zip(vectors, bins, bin_, strict=True)])
+    parts = [part.split(size) for part, size in
+             zip(distributed.all_gather(ours, list(map(sum, sizes))), sizes, strict=True)]
+    last = []
+    for of_vector, k in zip(zip(*parts, strict=True), left, strict=True):
+        values = torch.cat(of_vector)
+        value = _kth_smallest(values, max(k, 1))
+        before = torch.cat(of_vector[:distributed.rank()] + (value[:0],))
+        last.append((value, k - (values < value).sum() - (before == value).sum()))
+    return last
+
+
+def smallest(scores, ks):
+    """Mark exactly the k smallest of each of several tensors of scores, even with ties. Returns masks like these.
+
+    ks: ints, or tensors on the scores' device, to avoid a host synchronization. In several processes, the k smallest of
+    the scores of all of them, see `kth_smallest`.
+    """
+    # in memory order, without a copy
+    by_columns = [part.dim() == 2 and part.stride(0) < part.stride(1) for part in scores]
+    flat = [(part.t() if turned else part).flatten() for part, turned in zip(scores, by_columns, strict=True)]
+    if distributed.world() > 1:
+        marked = [_up_to(values, *last) for values, last in zip(flat, _of_all(flat, list(map(int, ks))), strict=True)]
+    else:
+        marked = [_smallest(values, k) for values, k in zip(flat, ks, strict=True)]
+    return [mask.view(part.shape[::-1]).t() if turned else mask.view(part.shape)
+            for mask, part, turned in zip(marked, scores, by_columns, strict=True)]
+
+
+def _smallest(values, k):
+    mask = torch.zeros_like(values, dtype=torch.bool)
     if torch.is_tensor(k):
-        mask = torch.empty_like(flat, dtype=torch.bool)
-        return mask.scatter_(0, flat.argsort(), torch.arange(len(flat), device=flat.device) < k).view_as(scores)
-    if flat.device.type == "cpu" and k:  # topk would take two to three times as long
-        mask = flat <= kth_smallest(flat, k)
-        if mask.count_nonzero() == k:
-            return mask.view_as(scores)
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    return mask.scatter_(0, flat.topk(k, largest=False, sorted=False).indices, True).view_as(scores)
+        return mask.scatter_(0, values.argsort(), torch.arange(len(values), device=values.device) < k)
+    if values.device.type == "cpu" and k:  # topk would take two to three times as long
+        value = _kth_smallest(values, k)
+        return _up_to(values, value, k - (values < value).sum())
+    return mask.scatter_(0, values.topk(k, largest=False, sorted=False).indices, True)
+
+
+def _up_to(values, value, most):
+    """Mark what is less than a value, and at most so many of those like it, the first in memory."""
+    mask, like = values <= value, values == value
+    if like.sum() > most:
+        mask &= ~like | (like.cumsum(0) <= most)
+    return mask

@@ -24,8 +24,9 @@ def mark_smallest(W, mask, marked, factors, row_weights, matrices):
     an int, or a tensor on the device.
     """
     scores = scores_of(W, mask, factors, row_weights)
-    for rows, count in matrices:
-        marked[:, rows] |= smallest(scores[:, rows], count)
+    chosen = smallest([scores[:, rows] for rows, _ in matrices], [count for _, count in matrices])
+    for (rows, _), mask in zip(matrices, chosen, strict=True):
+        marked[:, rows] |= mask
 
 
 def fastest(device, dtype):

@@ -8,6 +8,7 @@ import itertools
 
 import torch
 
+from mixgpt.common import distributed
 from mixgpt.kernels.columns import smallest_per_row
 from mixgpt.kernels.linalg import kth_smallest, smallest
 from mixgpt.kernels.matmul import fine_product_with, rough_product_with, times_transposed
@@ -21,25 +22,40 @@ SAMPLE = 2**16  # least number of a matrix's scores from which the k-th smallest
 def keep_mask(scores, targets, fraction=1.0, exact=True, out=None):
     """Mark the weights to keep when the smallest scores of each of several stacked matrices are removed.
 
-    scores: (out, in), 0 where a weight must go. targets: (rows, sparsity, prunen, prunem) per matrix, rows a slice of
-    the stack; round(sparsity · numel) weights go, or prunen of every prunem consecutive ones of a row. fraction:
-    multiplies these numbers. exact: if False, unstructured counts are only approximate, from a sample of the scores.
-    Returns a mask (out, in) of ones and zeros in the dtype of the scores, fast to multiply by; out: memory for it.
+    scores: (out, in), 0 where a weight must go. targets: (rows, total, sparsity, prunen, prunem) per matrix, rows a
+    slice of the stack, total their number in all processes; round(sparsity · numel) weights go, or prunen of every
+    prunem (the same for all matrices) consecutive ones of a row. fraction: multiplies these numbers. exact: if False,
+    unstructured counts are only approximate, from a sample of the scores. Returns a mask (out, in) of ones and zeros in
+    the dtype of the scores, fast to multiply by; out: memory for it.
     """
     keep = torch.empty_like(scores) if out is None else out
-    for rows, sparsity, prunen, prunem in targets:
-        part, kept = scores[rows], keep[rows]
-        threshold = torch.zeros((), dtype=scores.dtype, device=scores.device)
-        if not prunem and not exact:
-            sample = part.flatten()[::part.numel() // SAMPLE | 1]  # an odd step, so that all columns are sampled
-            threshold = kth_smallest(sample, max(round(fraction * sparsity * len(sample)), 1))
-        torch.gt(part, threshold, out=kept)
-        if prunem:
-            groups = part.reshape(-1, prunem)
-            kept.masked_fill_(smallest_per_row(groups, round(fraction * prunen)).view(part.shape), 0)
-        elif exact:
-            kept.masked_fill_(smallest(part, round(fraction * round(sparsity * part.numel()))), 0)
+    parts, columns, prunem = [scores[rows] for rows, *_ in targets], scores.shape[1], targets[0][-1]
+    thresholds, masks = [0.0] * len(parts), [None] * len(parts)
+    if prunem:
+        masks = [smallest_per_row(part.reshape(-1, prunem), round(fraction * prunen)).view(part.shape)
+                 for part, (*_, prunen, _) in zip(parts, targets, strict=True)]
+    elif exact:
+        masks = smallest(parts, [round(fraction * round(sparsity * (total * columns)))
+                                 for _, total, sparsity, *_ in targets])
+    else:
+        thresholds = _thresholds(parts, targets, fraction)
+    for (rows, *_), part, threshold, mask in zip(targets, parts, thresholds, masks, strict=True):
+        torch.gt(part, threshold, out=keep[rows])
+        if mask is not None:
+            keep[rows].masked_fill_(mask, 0)
     return keep
+
+
+def _thresholds(parts, targets, fraction):
+    """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `keep_mask`."""
+    samples, ks = [], []
+    for part, (_, total, sparsity, *_) in zip(parts, targets, strict=True):
+        columns = part.shape[1]
+        step = total * columns // SAMPLE | 1  # odd, so that all columns are sampled
+        first = -distributed.share(total).start * columns % step  # as one process would count
+        samples.append(part.flatten()[first::step])
+        ks.append(max(round(fraction * sparsity * -(-total * columns // step)), 1))
+    return kth_smallest(samples, ks)
 
 
 def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
@@ -120,11 +136,11 @@ def admm_pruner(matrices, H, targets, row_weights=None):
     scale = H.diagonal().sqrt()
     H, W = H.div_(scale).div_(scale[:, None]), torch.cat(matrices) * scale
     counts = [len(matrix) for matrix in matrices]
-    stops = list(itertools.accumulate(counts))
+    stops, totals = list(itertools.accumulate(counts)), distributed.total(counts)
 
     def stacked(targets):
-        return [(slice(stop - count, stop), *(*target, 0, 0)[:3])
-                for stop, count, target in zip(stops, counts, targets, strict=True)]
+        return [(slice(stop - count, stop), total, *(*target, 0, 0)[:3])
+                for stop, count, total, target in zip(stops, counts, totals, targets, strict=True)]
 
     scores, reached = admm_scores(W, H, stacked(targets), row_weights)
 

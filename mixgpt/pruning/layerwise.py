@@ -136,43 +136,33 @@ class _Calibrated:
                 self.dense.hidden[rows] = output  # not earlier: a linear may read the hidden states themselves
 
     def _prune_groups(self, layer, index, bar, pools, hessians):
-        """Prune the matrices of each input, {group: its Hessian}; inputs are divided among the processes.
-
-        Returns {(layer, name): Outcome} of this process, still on the device.
-        """
+        """Prune the matrices of each input, {group: its Hessian}. Returns {(layer, name): Outcome}, on the device."""
         modules, outcomes = linears(layer), {}
         for hessian in hessians.values():
             hessian.reduce()
         self._strengthen(modules, pools, hessians)
-        for number, (group, hessian) in enumerate(hessians.items()):
-            if number % distributed.world() == distributed.rank():
-                outcomes |= self._prune_group(modules, index, group, hessian)
-        for number, group in enumerate(hessians):
-            for name in group:
-                distributed.broadcast(modules[name].weight, number % distributed.world())
+        for group, hessian in hessians.items():
+            outcomes |= self._prune_group(modules, index, group, hessian)
         bar.refresh()  # a line, if one is due
         return outcomes
 
     def _report(self, index, groups, outcomes, bar):
-        """Return the outcomes of a layer from all processes, on the host, in the order of its inputs, and show them.
+        """Return the outcomes of a layer on the host, and show them.
 
         The errors of all matrices are copied at once: the host waits for a GPU only then.
         """
         if not groups:
             return {}
-        errors = torch.stack([outcome.error for outcome in outcomes.values()]).tolist() if outcomes else []
-        ours = {key: replace(outcome, error=error, grid=outcome.grid and outcome.grid.to("cpu"))
-                for (key, outcome), error in zip(outcomes.items(), errors, strict=True)}
-        every = {key: outcome for theirs in distributed.all_gather_object(ours) for key, outcome in theirs.items()}
+        errors = torch.stack([outcome.error for outcome in outcomes.values()]).tolist()
+        outcomes = {key: replace(outcome, error=error, grid=outcome.grid and outcome.grid.to("cpu"))
+                    for (key, outcome), error in zip(outcomes.items(), errors, strict=True)}
         for group in groups:
-            used = every[index, group[0]].percdamp
+            used = outcomes[index, group[0]].percdamp
             if used != self.recipe.percdamp:
                 bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp "
                           f"{self.recipe.percdamp:g}, raised to {used:g}")
-        ordered = {(index, name): every[index, name] for group in groups for name in group}
-        mean = sum(outcome.error for outcome in ordered.values()) / len(ordered)
-        bar.set_postfix_str(f"layer {index} error {mean:.2%}")
-        return ordered
+        bar.set_postfix_str(f"layer {index} error {sum(errors) / len(errors):.2%}")
+        return outcomes
 
     def _strengthen(self, modules, pools, hessians):
         """Make up for tokens that the Hessians of experts lack, and note which."""

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from mixgpt.common import progress
+from mixgpt.common import distributed, progress
 from mixgpt.kernels.columns import smallest_per_row
 from mixgpt.kernels.linalg import smallest
 from mixgpt.modeling.streaming import prefetch
@@ -28,9 +28,10 @@ def prune_magnitude(execution, plan, scheme=None, run_dir=None, observe=None):
             prefetch(layers, index + 1, device)
             for name, module in linears(layer).items():
                 if target := plan.get((index, name)):
-                    W, grid = _by_magnitude(module.weight, target, scheme)
-                    module.weight.copy_(W)
-                    new[index, name] = Outcome(grid=grid and grid.to("cpu"))
+                    rows = len(module.weight)
+                    W, grid = _by_magnitude(module.weight[distributed.share(rows)], target, scheme)
+                    module.weight.copy_(distributed.all_gather_shares(W, rows))
+                    new[index, name] = Outcome(grid=grid and grid.gathered(rows).to("cpu"))
             if observe:
                 observe(index, layer, new, start)
             if run_dir:
@@ -53,11 +54,13 @@ def _by_magnitude(W, target, scheme):
 def magnitude_prune(W, sparsity, prunen=0, prunem=0):
     """Set the weights of smallest magnitude to 0 and leave the others unchanged.
 
-    W: (out, in). sparsity, prunen, prunem: as in `sparsegpt.prune_matrices`. Returns a new tensor (out, in).
+    W: (out, in); in several processes, some of the rows of a matrix. sparsity, prunen, prunem: as in
+    `sparsegpt.prune_matrices`. Returns a new tensor (out, in).
     """
     scores = W.abs().float()
     if prunem:
         mask = smallest_per_row(scores.reshape(-1, prunem), prunen).view(W.shape)
     else:
-        mask = smallest(scores, round(sparsity * W.numel()))
+        numel, = distributed.total([W.numel()])
+        mask, = smallest([scores], [round(sparsity * numel)])
     return W.masked_fill(mask, 0)

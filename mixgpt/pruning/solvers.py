@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mixgpt.common import distributed
 from mixgpt.kernels.linalg import smallest
 from mixgpt.pruning.admm import admm_pruner
 from quant import meet_sparsities
@@ -15,7 +16,7 @@ SPREAD = 3  # standard deviations of the number of weights that rounding sets to
 
 @dataclass(frozen=True)
 class Problem:
-    """Input of a solver: the matrices that read one input, and their targets.
+    """Input of a solver: the matrices that read one input, of each this process's share of the rows, and their targets.
 
     Columns are in the order of the walk. A solver returns [(Ŵ, its quant.Grid or None)] in the order of `optima`;
     zeros of W* must be zeros of Ŵ. It may add the loss of each row d of W* − Ŵ, d (H + λI) dᵀ, (out,), if it knows it.
@@ -71,7 +72,9 @@ def _filled(W, sparsity, h, row_weights=None):
     scores = W.square() * h
     if row_weights is not None:
         scores *= row_weights[:, None]
-    return W.masked_fill(smallest(scores.masked_fill_(W == 0, -1), round(sparsity * W.numel())), 0)
+    numel, = distributed.total([W.numel()])
+    mask, = smallest([scores.masked_fill_(W == 0, -1)], [round(sparsity * numel)])
+    return W.masked_fill(mask, 0)
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,14 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     """Prune and quantize `weights`, a list of matrices (out, in) of one dtype that read one input, in place.
 
     hessian: a SparseGPT, factored. targets: (sparsity, prunen, prunem) per matrix. row_weights: (total rows,). Returns
-    the `relative_error` of each, a float64 tensor on its device, and its quant.Grid, None if it is not quantized.
+    the `relative_error` of each, a float64 tensor on its device, and its quant.Grid, None if it is not quantized. Every
+    process prunes its share of the rows of each matrix, and gets those of the others.
     """
-    dtype, counts = weights[0].dtype, [len(weight) for weight in weights]
-    W = torch.cat(weights).float()
+    dtype, sizes = weights[0].dtype, [len(weight) for weight in weights]
+    shares = [weight[distributed.share(len(weight))] for weight in weights]
+    W, counts = torch.cat(shares).float(), [len(rows) for rows in shares]
+    if row_weights is not None:
+        row_weights = torch.cat([of_rows[distributed.share(len(of_rows))] for of_rows in row_weights.split(sizes)])
     whole = hessian.energies(W)
     optima = list(hessian.optimum(W).split(counts))
     pruned = recipe.solver(Problem(hessian, optima, targets, recipe.options, dtype, row_weights))
@@ -108,9 +115,9 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
         lost = hessian.energies(W.sub_(W_hat))
     errors = relative_errors(lost, whole, counts)
     for weight, new in zip(weights, W_hat.split(counts), strict=True):
-        weight.copy_(new)
-    return [(error, grid and replace(grid, group=grid.group[hessian.back]))
-            for error, (_, grid, *_) in zip(errors, pruned, strict=True)]
+        weight.copy_(distributed.all_gather_shares(new, len(weight)))
+    return [(error, grid and replace(grid.gathered(rows), group=grid.group[hessian.back]))
+            for error, rows, (_, grid, *_) in zip(errors, sizes, pruned, strict=True)]
 
 
 def _undamped(hessian, losses, W, exact, W_hat):

@@ -18,15 +18,50 @@ from mixgpt.common import distributed, environment
 from mixgpt.common.errors import InputError
 
 
-def test_processes_give_what_one_gives_and_all_the_same(fork, tmp_path):
-    port, files = free_port(), [tmp_path / str(rank) for rank in range(3)]
-    processes = [fork(ranks.run, rank, len(files), port, file) for rank, file in enumerate(files)]
-    alone = ranks.made_of_all()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    together = [torch.load(file, weights_only=False) for file in files]
+@pytest.fixture
+def in_processes(fork, tmp_path):
+    """Return a function that returns what a function returns in this process alone, and in each of several."""
+    def results(make, world):
+        port, files = free_port(), [tmp_path / str(rank) for rank in range(world)]
+        processes = [fork(ranks.run, rank, world, port, file, make) for rank, file in enumerate(files)]
+        alone = make()
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0
+        return alone, [torch.load(file, weights_only=False) for file in files]
+
+    return results
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_way_to_prune_gives_the_same_rows_divided_among_processes(world, in_processes):
+    alone, together = in_processes(ranks.pruned_of_all, world)
+    for case, (weights, errors, scales) in alone.items():
+        for other_weights, other_errors, other_scales in (results[case] for results in together):
+            for W, other in zip(weights, other_weights, strict=True):
+                assert torch.equal(W == 0, other == 0), case
+                torch.testing.assert_close(other, W, rtol=1e-4, atol=1e-5)
+            assert other_errors == pytest.approx(errors, rel=1e-4)
+            for scale, other in zip(scales, other_scales, strict=True):
+                assert (scale is None) == (other is None) == (case[2] == "16 bit")
+                assert scale is None or torch.allclose(scale, other, rtol=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_select_the_smallest_of_all_scores(world, in_processes):
+    alone, together = in_processes(ranks.selected_of_all, world)
+    for results in (alone, *together):
+        for (name, k), (scores, mask) in results.items():
+            assert mask.sum() == max(k, (scores < 0).sum() if name == "Triton" else 0), (name, k)
+            assert sorted(scores[mask].tolist())[:k] == sorted(scores.flatten().tolist())[:k], (name, k)
+
+
+def test_processes_give_what_one_gives_and_all_the_same(in_processes):
+    alone, together = in_processes(ranks.made_of_all, 3)
     for case, expected in alone.items():
+        assert sum(rank[case]["rows"] for rank in together) == expected["rows"]
+        for rank in together:  # a share of each matrix may be a row more than a third
+            assert rank[case]["rows"] == pytest.approx(expected["rows"] / 3, abs=len(expected["outcomes"]))
         for rank in together:
             result = rank[case]
             assert all(torch.equal(result["state"][key], tensor) for key, tensor in together[0][case]["state"].items())

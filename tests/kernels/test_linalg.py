@@ -18,20 +18,20 @@ small_integers = st.integers(-3, 3).map(float)  # many ties
 def test_smallest_marks_the_first_k_of_the_sorted_scores(rows, columns, data):
     scores = data.draw(st.lists(small_integers, min_size=rows * columns, max_size=rows * columns))
     k = data.draw(st.integers(0, rows * columns), label="k")
-    mask = smallest(torch.tensor(scores).view(rows, columns), k)
+    mask, = smallest([torch.tensor(scores).view(rows, columns)], [k])
     assert mask.shape == (rows, columns) and mask.dtype == torch.bool
     assert sorted(s for s, marked in zip(scores, mask.flatten().tolist(), strict=True) if marked) == sorted(scores)[:k]
 
 
 def test_the_kth_smallest_with_ties():
     values = torch.tensor([3.0, 1, 1, 0, 2, 0, 1])
-    assert [kth_smallest(values, k).item() for k in range(1, 8)] == sorted(values.tolist())
+    assert [value.item() for value in kth_smallest([values] * 7, range(1, 8))] == sorted(values.tolist())
 
 
 def test_smallest_reads_scores_in_any_layout():
     scores = random(6, 4).t()
     threshold = sorted(scores.flatten().tolist())[9]
-    assert torch.equal(smallest(scores, 10), scores <= threshold)
+    assert torch.equal(*smallest([scores], [10]), scores <= threshold)
 
 
 @hypothesis_settings

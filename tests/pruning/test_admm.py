@@ -58,9 +58,11 @@ def test_layers_err_less_than_after_the_walk(problem, target, ratio):
 def test_each_matrix_of_a_stack_meets_its_own_target(problem, sparsity):
     W, X = problem
     H, _ = normalised(X)
-    parts = admm_pruner([W[:7], W[7:]], H, [(sparsity,), (0.25, 1, 4)])([(sparsity,), (0.25, 1, 4)])
-    assert (parts[0] == 0).sum() == round(sparsity * 7 * 32)
-    assert ((parts[1] == 0).view(-1, 4).sum(1) == 1).all()
+    parts = admm_pruner([W[:7], W[7:]], H, [(sparsity,), (0.25,)])([(sparsity,), (0.25,)])
+    assert [(part == 0).sum() for part in parts] == [round(sparsity * 7 * 32), W[7:].numel() // 4]
+    groups = [(0.5, 2, 4), (0.25, 1, 4)]
+    for part, (_, n, _) in zip(admm_pruner([W[:7], W[7:]], H, groups)(groups), groups, strict=True):
+        assert ((part == 0).view(-1, 4).sum(1) == n).all()
     alone, = admm_pruner([W[:7]], H, [(sparsity,)])([(sparsity,)])
     assert torch.allclose(parts[0], alone)
 
@@ -96,10 +98,11 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
 
 def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
     scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [2.0, -1.0, 9.0, 4.0]])
-    keep = keep_mask(scores, [(slice(0, 1), 0.5, 0, 0), (slice(1, 2), 0.5, 2, 4)])
+    keep = keep_mask(scores, [(slice(0, 1), 1, 0.5, 0, 0), (slice(1, 2), 1, 0.25, 0, 0)])
     assert keep[0].sum() == 2 and keep[0, 0] and not keep[0, 1]
-    assert keep[1].tolist() == [False, False, True, True]
-    early = keep_mask(scores.abs(), [(slice(0, 2), 0.5, 2, 4)], fraction=0.5)
+    assert keep[1].tolist() == [True, False, True, True]
+    assert keep_mask(scores, [(slice(0, 2), 2, 0.5, 2, 4)])[1].tolist() == [False, False, True, True]
+    early = keep_mask(scores.abs(), [(slice(0, 2), 2, 0.5, 2, 4)], fraction=0.5)
     assert early.tolist() == [[1, 0, 1, 1], [1, 0, 1, 1]]
 
 
@@ -108,7 +111,8 @@ def test_a_sample_of_the_scores_tells_about_how_many_go_also_where_columns_diffe
     scores = torch.rand(1024, 512, generator=torch.Generator().manual_seed(0))
     scores[:, ::8] += 1  # of columns that every eighth score lies in
     scores[:, 100:200] = 0  # must go
-    keep = keep_mask(scores, [(slice(0, 512), 0.5, 0, 0), (slice(512, 1024), 0.7, 0, 0)], fraction, exact=False)
+    targets = [(slice(0, 512), 512, 0.5, 0, 0), (slice(512, 1024), 512, 0.7, 0, 0)]
+    keep = keep_mask(scores, targets, fraction, exact=False)
     for rows, sparsity in ((slice(0, 512), 0.5), (slice(512, 1024), 0.7)):
         assert (1 - keep[rows].mean()).item() == pytest.approx(max(fraction * sparsity, 100 / 512), abs=0.01)
     assert not keep[:, 100:200].any()
@@ -125,7 +129,7 @@ def test_sparsity_rises_cubically_until_it_is_met(problem, monkeypatch):
         return keep
 
     monkeypatch.setattr(admm, "keep_mask", noted)
-    admm_scores(W, H, [(slice(0, 24), 0.5, 0, 0)], iterations=9, ramp=6)
+    admm_scores(W, H, [(slice(0, 24), 24, 0.5, 0, 0)], iterations=9, ramp=6)
     assert [1 - keep.mean().item() for keep in kept] == pytest.approx(
         [0.5 * (1 - max(1 - t / 6, 0) ** 3) for t in range(1, 9)], abs=2 / W.numel())
 
