@@ -6,7 +6,7 @@ import torch
 from mixgpt.common import distributed
 from mixgpt.kernels.matmul import suits, times_transposed
 
-PANEL = 512  # columns factored at a time
+PANEL = 256  # columns factored at a time
 STRIP = 2048  # the same in place, where a narrow panel would leave most of a GPU idle
 UPPER = 20  # last of a score's upper bits; there are 11 with the sign
 SMALL = 128  # columns up to which LAPACK inverts a triangular matrix as fast as blocked products
