@@ -6,6 +6,7 @@ from unittest import mock
 import torch
 from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
+from mixgpt.allocation import synthetic
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.global_threshold import global_plan
 from mixgpt.allocation.traces import Sampling, hessian_traces
@@ -117,6 +118,21 @@ def _by_triton(scores, ks):
     selection_cuda.mark_smallest(part.clamp_min(0).sqrt().t(), mask.t(), mask.t(), torch.ones(part.shape[1]), None,
                                  [(slice(0, len(part)), *ks)])
     return [mask]
+
+
+def synthetic_of_all():
+    """Return synthetic sequences, the hidden states of windows and those wanted, {(room, number, more): …}."""
+    family, model = make("llama")
+    execution, results = Execution(model, family, CPU, 2), {}
+    tokens = torch.randint(0, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(1))
+    for room, number, more in itertools.product([True, False], [0, 1, 3], [1, 2, 6]):
+        with mock.patch.object(synthetic, "has_room", lambda _, room=room: room), mock.patch.object(
+                synthetic, "WINDOW", 4):
+            sequences, how, states = synthetic.synthetic(execution, tokens, number + more, 0, more)
+            of_last = synthetic.windows_of(sequences[number:], how)
+        dense = distill.dense_states(execution, of_last)
+        results[room, number, more] = sequences, states if states is None else states[len(states) - len(dense):], dense
+    return results
 
 
 def run(rank, world, port, file, make):

@@ -24,22 +24,26 @@ DRAWS = 16  # windows whose probabilities are in memory at a time on a CPU: thes
 GENERATED, RESAMPLED = "generated", "resampled"
 
 
-def synthetic(execution, tokens, count, seed, first=None):
+def synthetic(execution, tokens, count, seed, more=0, first=None):
     """Return `count` synthetic sequences (count, T) for calibration sequences (N, T) in turn, and how they were made.
 
     "generated" by `generated`, or, if the model as a whole has no room on the device, by `resampled`.
-    execution: a modelutils.Execution of the dense model. first: id that every window begins with, None for that of the
-    calibration sequence. Every process takes its share and returns all. Also returns the hidden states behind the dense
-    model's last layer for the `windows_of` all of them, on the host, if one process has generated them in windows that
-    do not overlap; else None.
+    execution: a modelutils.Execution of the dense model. more: how many of the last ones are for something else: every
+    process takes its share of both kinds and returns all. first: id that every window begins with, None for that of the
+    calibration sequence. Also returns the hidden states behind the dense model's last layer for the `windows_of` its
+    share, on the host, if it has generated them in windows that do not overlap and all processes have as many of the
+    last ones; else None.
     """
-    share = range(count)[distributed.share(count)]
+    kinds = range(count - more), range(count - more, count)
+    share = [n for kind in kinds for n in kind[distributed.share(len(kind))]]
     mine = tokens[[n % len(tokens) for n in share]]
     uniform = [torch.rand(tokens.shape[1], generator=seeded(seed, n, "synthetic"), dtype=torch.float64) for n in share]
     room = all(distributed.all_gather_object(has_room(execution)))
     make, how = (partial(generated, first=first), GENERATED) if room else (resampled, RESAMPLED)
     found, states = make(execution, mine, torch.stack(uniform)) if uniform else (mine, None)
-    return torch.cat(distributed.all_gather_object(found)), how, states if len(share) == count else None
+    numbers, parts = zip(*distributed.all_gather_object((share, found)), strict=True)
+    sequences = torch.cat(parts)[torch.tensor(sum(numbers, [])).argsort()]
+    return sequences, how, None if more % distributed.world() else states
 
 
 def windows_of(sequences, how):

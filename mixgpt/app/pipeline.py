@@ -400,14 +400,15 @@ def _measure(job, way):
     if number + more:
         with clock.part("synthetic"):
             first = bos.first_token(job.tokenizer, settings.bos)
-            sequences, how, states = synthetic(execution, job.calibration, number + more, settings.seed, first)
+            sequences, how, states = synthetic(execution, job.calibration, number + more, settings.seed, more, first)
         job.further, job.record["synthetic"] = sequences[:number] if number else None, how
         if how == RESAMPLED:
             log(settings, f"data     the model as a whole has no room on {job.device}: its synthetic sequences are "
                           "single tokens drawn in place of those of the calibration sequences, not text")
     if more:
         job.distilled_on = windows_of(sequences[number:], how)
-        job.dense_states = None if states is None else states[-len(job.distilled_on):].clone()
+        ours = job.distilled_on[distributed.share(len(job.distilled_on))]
+        job.dense_states = None if states is None else states[-len(ours):].clone()
         if states is None:
             with clock.part("distillation"):
                 wide = distill.widened(execution, job.distilled_on, job.seqlen)

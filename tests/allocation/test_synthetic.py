@@ -7,7 +7,7 @@ from makebelieve import CUDA, Gpu
 
 from mixgpt.allocation import synthetic as module
 from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic
-from mixgpt.common import distributed, memory
+from mixgpt.common import memory
 from mixgpt.pruning.distill import dense_states
 from modelutils import Execution
 
@@ -87,8 +87,6 @@ def test_generation_gives_the_hidden_states_of_its_windows(model, tokens, small,
     sequences, how, states = synthetic(execution, tokens, 4, 0)
     expected = dense_states(execution, module.windows_of(sequences, how))
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(distributed, "share", lambda count: slice(0, count - 1))
-    assert synthetic(execution, tokens, 4, 0)[2] is None
 
 
 def test_without_room_frequencies_are_the_predictions_from_the_original_tokens(model, tokens, no_room):
@@ -114,7 +112,7 @@ def test_resampled_tokens_do_not_depend_on_slices(model, tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("room", [True, False])
-def test_draws_depend_on_the_seed_but_not_on_batches_or_processes(model, tokens, room, small, monkeypatch):
+def test_draws_depend_on_the_seed_but_not_on_batches(model, tokens, room, small, monkeypatch):
     family, model = model
     monkeypatch.setattr(module, "has_room", lambda execution: room)
     first, how, _ = synthetic(Execution(model, family, CPU, 2), tokens, 5, 0)
@@ -125,13 +123,6 @@ def test_draws_depend_on_the_seed_but_not_on_batches_or_processes(model, tokens,
     monkeypatch.setattr(module, "AT_A_TIME", 1)
     again, other = (synthetic(Execution(model, family, CPU, 3), tokens, 5, seed)[0] for seed in (0, 1))
     assert (first == again).double().mean() > 0.9 > (first == other).double().mean()
-    parts = []
-    monkeypatch.setattr(distributed, "all_gather_object",
-                        lambda mine: parts.append(mine) or [mine] if torch.is_tensor(mine) else [mine])
-    for share in (slice(0, 2), slice(2, 2), slice(2, 5)):  # there may be none for a process
-        monkeypatch.setattr(distributed, "share", lambda _, share=share: share)
-        synthetic(Execution(model, family, CPU, 2), tokens, 5, 0)
-    assert (torch.cat(parts) == first).double().mean() > 0.9
 
 
 def test_a_model_is_resampled_that_has_no_room_beside_a_window_of_text(monkeypatch):

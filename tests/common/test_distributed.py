@@ -56,6 +56,17 @@ def test_processes_select_the_smallest_of_all_scores(world, in_processes):
             assert sorted(scores[mask].tolist())[:k] == sorted(scores.flatten().tolist())[:k], (name, k)
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_write_the_same_text_and_keep_its_hidden_states(world, in_processes):
+    alone, together = in_processes(ranks.synthetic_of_all, world)
+    for (room, number, more), (sequences, *_) in alone.items():
+        for results in together:
+            other, states, dense = results[room, number, more]
+            assert torch.equal(other, sequences)
+            assert (states is None) == (not room or more % world > 0)
+            assert states is None or torch.allclose(states, dense, rtol=1e-4, atol=1e-5)
+
+
 def test_processes_give_what_one_gives_and_all_the_same(in_processes):
     alone, together = in_processes(ranks.made_of_all, 3)
     for case, expected in alone.items():
