@@ -73,7 +73,8 @@ def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAM
     gone = W == 0
     if not W.is_cuda and not gone.any():  # a GPU would have to be waited for
         gone = None
-    roots = None if row_weights is None else row_weights.sqrt()[:, None]
+    # scores of 0 are of weights that are gone, those of an expert without tokens are not
+    roots = None if row_weights is None else row_weights.clamp(min=torch.finfo(row_weights.dtype).tiny).sqrt()[:, None]
     S = W.clone()  # W + V
     scores, Z = torch.empty_like(S), torch.empty_like(S)
     for t in range(1, iterations + 1):
