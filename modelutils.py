@@ -7,15 +7,18 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from mixgpt.common import memory, progress
 from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
+from mixgpt.modeling import arguments
 from mixgpt.modeling.experts import is_split
 from mixgpt.modeling.family import Family
 from mixgpt.modeling.streaming import prefetch
@@ -36,6 +39,18 @@ def text_part(config):
     """Return the configuration of the part of a model that generates text; the given one, unless it sees or hears."""
     part = config.get_text_config()
     return config if config.is_encoder_decoder or model_class(part) is None else part
+
+
+def with_layers(config, count):
+    """Return a copy of a configuration with its first layers; half of them share keys and values, if some do."""
+    short = copy.deepcopy(config)
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(short, key, value[:count])
+    if getattr(config, "num_kv_shared_layers", 0):
+        short.num_kv_shared_layers = count // 2
+    short.num_hidden_layers = count
+    return short
 
 
 @dataclass(frozen=True)
@@ -115,19 +130,33 @@ class _LastLayerReached(Exception):
 
 
 @contextlib.contextmanager
-def _recording(layers, calls):
-    """Make every layer return its input unchanged and append it, and its other arguments, to `calls`.
+def _recording(layers, calls, tuples):
+    """Make every layer return its input unchanged and append it, and its other arguments (args, kwargs), to `calls`.
 
-    All layers, not only the first: models with sliding windows pass different masks to different layers.
+    All layers, not only the first: models with sliding windows pass different masks to different layers. tuples:
+    whether the layers return tuples.
     """
     def record(hidden, *args, **kwargs):
         calls.append((hidden, (args, kwargs)))
         if len(calls) == len(layers):
             raise _LastLayerReached
-        return (hidden,)
+        return (hidden, None) if tuples else hidden  # some models unpack two
 
     with _replaced(layers, record):
         yield
+
+
+def _record(model, layers, tokens, tuples=True):
+    """Run a model up to its layers. Returns the hidden states before these, and the (args, kwargs) of each layer."""
+    calls = []
+    try:
+        with _recording(layers, calls, tuples), contextlib.suppress(_LastLayerReached):
+            model(tokens, use_cache=False)
+    except (AttributeError, TypeError):
+        if not tuples:
+            raise
+        return _record(model, layers, tokens, tuples=False)  # this model takes a layer's output for a tensor
+    return calls[0][0], [arguments for _, arguments in calls]
 
 
 @contextlib.contextmanager
@@ -183,12 +212,15 @@ def _no_place(nbytes, reason):
 
 @dataclass
 class Stream:
-    """The hidden states of a set of sequences between two layers."""
+    """The hidden states of a set of sequences between two layers, with what earlier layers leave for later ones."""
 
-    hidden: torch.Tensor  # (N, T, C)
+    hidden: torch.Tensor  # (N, T, C), or wider by what layers share
     batch_size: int
     device: torch.device  # where layers run
     arguments: dict = field(default_factory=dict)  # batch size -> (args, kwargs) of every layer
+    channels: int | None = None  # C
+    shared: dict = field(default_factory=dict)  # shapes of what layers share, see `arguments.shared_shapes`
+    varying: bool = False  # whether some arguments depend on the tokens or on earlier layers
     tuples: bool = False  # whether the layers return tuples, once one has run
     place: str = ""  # of the hidden states, as chosen by `place_for`
 
@@ -198,23 +230,39 @@ class Stream:
         """Run the model up to the first layer on tokens (N, T); record arguments for batches of batch_size, 1, rest.
 
         sets: number of such sets of hidden states to make room for, all in one place. on_host: not on the device.
+        Raises ValueError if arguments depend on the tokens and cannot be kept for each sequence.
         """
-        N, T = tokens.shape
-        layers = family.layers_of(model)
-        stream = cls(torch.empty(0), batch_size, device)
+        stream, layers = cls(torch.empty(0), batch_size, device), family.layers_of(model)
         with on_demand(family.rest_of(model).values(), device):
-            for rows in [slice(0, 1), *stream.batches(N)]:
-                calls = []
-                with _recording(layers, calls), contextlib.suppress(_LastLayerReached):
-                    model(tokens[rows].to(device), use_cache=False)
-                hidden = calls[0][0]
-                if not stream.arguments:
-                    shape = N, T, hidden.shape[-1]
-                    stream.place = place_for(sets * math.prod(shape) * hidden.dtype.itemsize, device, on_host)
-                    stream.hidden = allocate(shape, hidden.dtype, device, stream.place)
-                stream.hidden[rows] = hidden
-                stream.arguments.setdefault(len(hidden), [arguments for _, arguments in calls])
+            hidden, calls = _record(model, layers, tokens[:1].to(device))
+            stream._allocate(len(tokens), hidden, arguments.shared_shapes(layers, hidden, calls), sets, on_host)
+            _, others = _record(model, layers, (tokens[:1] == 0).long().to(device))  # another token everywhere
+            places = arguments.per_sequence(calls, others, partial(stream._allocate_arguments, len(tokens)))
+            stream.varying = any(isinstance(place, arguments.PerSequence) for place in tree_leaves(places)) or any(
+                map(arguments.is_shared, tree_leaves(calls)))
+            for rows in [slice(0, 1), *stream.batches(len(tokens))]:
+                hidden, calls = _record(model, layers, tokens[rows].to(device))
+                stream.hidden[rows, ..., :stream.channels] = hidden
+                if stream.varying:
+                    calls = arguments.fill(places, calls, rows)
+                stream.arguments.setdefault(len(hidden), calls)
         return stream
+
+    def _allocate(self, N, hidden, shared, sets, on_host):
+        """Make room for `sets` sets of hidden states of N sequences, like those of one (1, T, C)."""
+        if len(hidden) != min(N, 1):
+            raise ValueError(f"its layers take hidden states of {tuple(hidden.shape)}, whose batch does not come first")
+        self.channels, self.shared = hidden.shape[-1], shared
+        shape = N, *hidden.shape[1:-1], self.channels + sum(arguments.widths(shared))
+        self.place = place_for(sets * math.prod(shape) * hidden.dtype.itemsize, self.device, on_host)
+        self.hidden = allocate(shape, hidden.dtype, self.device, self.place)
+        self.hidden[..., self.channels:] = 0
+
+    def _allocate_arguments(self, N, tensors):
+        """Return tensors (N, ...) off the device for tensors (1, ...)."""
+        nbytes = N * sum(tensor.nbytes for tensor in tensors)
+        place = place_for(nbytes + (self.place == "host") * self.hidden.nbytes, self.device, on_host=True)
+        return [allocate((N, *tensor.shape[1:]), tensor.dtype, self.device, place) for tensor in tensors]
 
     def twin(self):
         """Return a stream with a copy of the hidden states, in the same place."""
@@ -228,14 +276,21 @@ class Stream:
 
     def forward(self, layer, index, rows):
         """Run layer number `index`, which is on the device, on sequences `rows`. Returns (B, T, C) there."""
-        return self.call(layer, index, self.hidden[rows].to(self.device))
+        return self.call(layer, index, self.hidden[rows].to(self.device), rows)
 
-    def call(self, layer, index, hidden):
-        """Run layer number `index` on hidden states (B, T, C), all on the device. Returns (B, T, C)."""
+    def call(self, layer, index, hidden, rows):
+        """Run layer number `index` on hidden states (B, T, C) of sequences `rows`, all on the device.
+
+        Returns (B, T, C). rows: a slice, or a tensor of numbers. Both may be wider by what layers share.
+        """
         args, kwargs = self.arguments[len(hidden)][index]
+        if self.varying:
+            hidden, shared = arguments.unpack(hidden, self.shared)
+            args, kwargs = arguments.take((args, kwargs), rows, shared, self.device)
         output = layer(hidden, *args, **kwargs)
         self.tuples = isinstance(output, tuple)
-        return output[0] if self.tuples else output
+        output = output[0] if self.tuples else output
+        return arguments.pack(output, shared, self.shared) if self.shared else output
 
     @torch.no_grad()
     def advance(self, layer, index):
@@ -257,9 +312,12 @@ class Stream:
             model = copy.deepcopy(model, {id(layers): layers})
 
         def logits(hidden):
-            output = hidden[:, None]  # as sequences of one token
-            with _replaced(layers, lambda *_, **__: (output,) if self.tuples else output):
-                return model(inputs_embeds=hidden.new_zeros(len(hidden), 1, width), use_cache=False).logits[:, 0]
+            output = hidden[:, None, ..., :self.channels]  # as sequences of one token
+            # Gemma 4 would look for the tokens of embeddings, in a tensor of (n, vocabulary, C)
+            inputs = ({"input_ids": output.new_zeros(len(output), 1, dtype=torch.long)} if self.varying else
+                      {"inputs_embeds": output.new_zeros(len(output), 1, width)})
+            with _replaced(layers, lambda *_, **__: (output, None) if self.tuples else output):
+                return model(**inputs, use_cache=False).logits[:, 0]
 
         with on_demand(family.rest_of(model).values(), self.device, dtype):
             yield logits
@@ -280,24 +338,28 @@ def run_layers(model, family, streams, device, title, step=Stream.advance):
 
 
 def linears(layer):
-    """Return the linear layers of a decoder layer by name, those of each expert included, without routers."""
+    """Return the linear layers of a decoder layer by name, those of each expert included, without routers.
+
+    Also without DeepSeek-V4's block-diagonal ones, whose rows have different inputs.
+    """
     routers = _routers(layer)
     return {name: module for name, module in layer.named_modules()
-            if isinstance(module, torch.nn.Linear) and name not in routers}
+            if isinstance(module, torch.nn.Linear) and name not in routers and not hasattr(module, "n_groups")}
 
 
 def _routers(layer):
     """Return the names of linears that route tokens to experts.
 
-    They lie beside the experts, or below what holds these, with as many outputs as there are experts.
+    They lie beside the experts in a block of these, or anywhere below what holds the experts, with as many outputs as
+    there are experts.
     """
     routers, modules = set(), dict(layer.named_modules())
     for path, experts in modules.items():
         if is_split(experts):
-            block = path.rpartition(".")[0]
+            block, dot, _ = path.rpartition(".")
             routers |= {name for name, module in modules.items() if isinstance(module, torch.nn.Linear) and (
-                name.rpartition(".")[0] == block
-                or f".{name}".startswith(f".{block}.") and not name.startswith(f"{path}.")
+                dot and name.rpartition(".")[0] == block
+                or name.startswith(block + dot) and not name.startswith(f"{path}.")
                 and module.out_features == experts.num_experts)}
     return routers
 

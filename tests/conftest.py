@@ -31,6 +31,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -93,6 +95,15 @@ def _gemma3():
                                                        image_token_index=VOCABULARY - 1))
 
 
+def _gemma4():
+    """Its layers take inputs that depend on the tokens; the last two the keys and values of the first two."""
+    return Gemma4ForCausalLM(Gemma4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=16, max_position_embeddings=128, initializer_range=0.2,
+        sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY))
+
+
 def _opt(**options):
     return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=3,
                                     num_attention_heads=4, max_position_embeddings=128, init_std=0.2, **options))
@@ -121,6 +132,7 @@ for name, kind, options in [
 OTHERS = {  # stand-ins for the README's commands; modeling/test_decoders.py and test_experts.py have many more
     "gemma3": (llama.FAMILY, _gemma3),
     "gemma2": (llama.FAMILY, lambda: _llama(Gemma2ForCausalLM, Gemma2Config, sliding_window=8)),
+    "gemma4": (llama.FAMILY, _gemma4),
     "olmo2": (llama.FAMILY, lambda: _llama(Olmo2ForCausalLM, Olmo2Config)),
     "qwen3-moe": (llama.FAMILY, lambda: _llama(Qwen3MoeForCausalLM, Qwen3MoeConfig, moe_intermediate_size=16,
                                                num_experts=4, num_experts_per_tok=2)),

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, VOCABULARY, make
 
 import modelutils
 from mixgpt.common.errors import InputError
+from mixgpt.modeling.family import Family
 from mixgpt.modeling.streaming import Source
 from modelutils import Stream, linears, shared_inputs
 
@@ -62,6 +63,53 @@ def test_hidden_states_advance_layer_by_layer_as_in_the_model(tiny, tokens):
     for index, layer in enumerate(list(family.layers_of(model))[:-1]):
         stream.advance(layer, index)
         assert torch.allclose(stream.hidden, expected[index + 1], atol=1e-4)
+
+
+def test_layers_take_the_arguments_of_the_sequences_that_they_run_on_in_any_order(tokens):
+    family, model = make("gemma4")
+    stream = Stream.embed(model, family, tokens, 2, CPU)
+    rows = torch.tensor([3, 1])
+    with torch.no_grad():
+        expected = model(tokens[rows], output_hidden_states=True, use_cache=False).hidden_states
+    hidden = stream.hidden[rows]
+    for index, layer in enumerate(family.layers_of(model)):
+        assert index == 0 or torch.equal(hidden[..., :stream.channels], expected[index])
+        hidden = stream.call(layer, index, hidden, rows)
+    assert stream.arguments[2][0][0][0].values.shape == (5, 24, 8)
+    assert stream.hidden.shape == (5, 24, 32 + 2 * 2 * 8 + 2 * 2 * 16)  # and keys and values of two layers
+
+
+def test_what_layers_leave_for_others_is_carried_only_if_another_one_reads_it(tokens):
+    family, model = make("gemma4")
+    model.config.num_kv_shared_layers = 0
+    assert Stream.embed(type(model)(model.config), family, tokens, 2, CPU).hidden.shape == (5, 24, 32)
+
+
+def test_arguments_that_do_not_depend_on_tokens_are_not_kept_for_each_sequence(tiny, tokens):
+    family, model = tiny
+    stream = Stream.embed(model, family, tokens, 2, CPU)
+    assert not stream.varying and set(stream.arguments) == {1, 2}
+    assert stream.hidden.shape[-1] == stream.channels
+
+
+@pytest.mark.parametrize("give, what", [
+    (lambda tokens: tokens.sum(), r"a tensor of \(\)"), (lambda tokens: tokens.sum().item(), r"\d+"),
+    (lambda tokens: tokens.t(), r"a tensor of \(24, 1\)")])
+def test_an_argument_that_depends_on_tokens_but_is_not_of_each_sequence_is_refused(give, what, tokens):
+    class Layer(torch.nn.Module):
+        def forward(self, hidden, argument):
+            return hidden
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layers = torch.nn.Embedding(VOCABULARY, 4), torch.nn.ModuleList([Layer()])
+
+        def forward(self, tokens, use_cache):
+            return self.layers[0](self.embed(tokens), give(tokens))
+
+    with pytest.raises(ValueError, match=f"its layers take {what}, which depends on the tokens but has no batch dim"):
+        Stream.embed(Model(), Family("", "layers"), tokens, 2, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ import torch
 
 from mixgpt.common import distributed, memory
 from mixgpt.kernels.matmul import fast_linears
+from mixgpt.modeling.arguments import cast
 from mixgpt.modeling.experts import RoutedLinear
 from mixgpt.modeling.streaming import prefetch
 from modelutils import allocate, linears, on_device
@@ -69,8 +70,7 @@ class Chunk:
         self.tokens, self.matrices, self.device, self.bar = tokens, matrices, execution.device, bar
         self.dtype = working_dtype(model)
         self.stream = execution.embed(tokens)
-        self.stream.arguments = {size: [_cast(arguments, self.dtype) for arguments in layers]
-                                 for size, layers in self.stream.arguments.items()}
+        self.stream.arguments = cast(self.stream.arguments, self.dtype)
         self.borders = [self.stream.hidden.to(self.dtype)]
         self._rooms = rooms_for(execution)
 
@@ -166,12 +166,3 @@ def _constant(layer, dtype):
     finally:
         for weight in weights:
             weight.requires_grad_(True)
-
-
-def _cast(value, dtype):
-    """Convert the floating-point tensors in an argument, or in tuples and dicts of arguments."""
-    if isinstance(value, tuple):
-        return tuple(_cast(each, dtype) for each in value)
-    if isinstance(value, dict):
-        return {key: _cast(each, dtype) for key, each in value.items()}
-    return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value

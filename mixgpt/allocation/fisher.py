@@ -139,7 +139,7 @@ def _sampled_backward(chunk, keys, measure, result, inputs=None):
         chunk.stream.hidden = before
         with inputs.measuring(layer, index, chunk.stream) if inputs else contextlib.nullcontext():
             for rows in batches:
-                chunk.write(after, rows, chunk.stream.call(layer, index, chunk.read(before, rows)))
+                chunk.write(after, rows, chunk.stream.call(layer, index, chunk.read(before, rows), rows))
         chunk.borders.append(after)
 
     def backward(layer, index):
@@ -196,8 +196,9 @@ def _layer_gradient(chunk, layer, index, rows):
                for into in (inputs, outputs)]
     x, g = chunk.read(chunk.borders[index], rows), chunk.read(chunk.borders[index + 1], rows)
     with hooked(readers[0]), hooked(readers[1], outputs=True), torch.enable_grad():
-        y = chunk.stream.call(layer, index, x.requires_grad_())
-        next_g, *cotangents = torch.autograd.grad(y, [x, *outputs.values()], g)
+        y = chunk.stream.call(layer, index, x.requires_grad_(), rows)
+        # zeros for an output that is not used: in a short sequence, or to choose what is attended to
+        next_g, *cotangents = torch.autograd.grad(y, [x, *outputs.values()], g, materialize_grads=True)
     for column, Y in zip(outputs, cotangents, strict=True):
         yield column, *(by_sequence(modules[column], A, len(x)) for A in (inputs[column].detach(), Y))
     chunk.write(chunk.borders[index], rows, next_g)  # last: an X may be the layer's input

@@ -100,9 +100,10 @@ def _layer_tangent(chunk, layer, index, rows, x_dot, keys):
     """Return output y and tangent ẏ of a layer (B, T, C): ẏ = ∇_u (d/dε ⟨y, u⟩), linear in u."""
     with torch.enable_grad(), _probed(chunk, layer, index, keys[rows]) as epsilons:
         _, t, moved = _along(chunk, index, rows, x_dot)
-        y = chunk.stream.call(layer, index, moved)
+        y = chunk.stream.call(layer, index, moved, rows)
         u = torch.zeros_like(y, requires_grad=True)
-        first = torch.autograd.grad((y * u).sum(), [t, *epsilons.values()], create_graph=True)
+        first = torch.autograd.grad((y * u).sum(), [t, *epsilons.values()], create_graph=True,
+                                    materialize_grads=True)
         y_dot, = torch.autograd.grad(sum(d.sum() for d in first), u)
     return y.detach(), y_dot
 
@@ -134,10 +135,11 @@ def _layer_curvature(chunk, layer, index, rows, tangents, keys, measurements):
     g, g_dot = (chunk.read(borders[index + 1], rows) for borders in (chunk.borders, tangents))
     with torch.enable_grad(), _probed(chunk, layer, index, keys[rows]) as epsilons:
         x, t, moved = _along(chunk, index, rows, tangents[index])
-        y = chunk.stream.call(layer, index, moved)
-        first = torch.autograd.grad((y * g).sum(), [x, t, *epsilons.values()], create_graph=True)
+        y = chunk.stream.call(layer, index, moved, rows)
+        first = torch.autograd.grad((y * g).sum(), [x, t, *epsilons.values()], create_graph=True,
+                                    materialize_grads=True)
         phi = sum(d.sum() for d in first[1:]) + (y * g_dot).sum()
-        second = torch.autograd.grad(phi, [x, *epsilons.values()])
+        second = torch.autograd.grad(phi, [x, *epsilons.values()], materialize_grads=True)
     for column, curvature in zip(epsilons, second[1:], strict=True):
         measurements.note(column, rows, curvature)
     for borders, gradient in ((chunk.borders, first[0].detach()), (tangents, second[0])):

@@ -65,7 +65,8 @@ def generated(execution, tokens, uniform, first=None):
 
     first: id in place of the first token of every window. uniform: (n, T), decides on the token drawn at each place.
     Also returns the hidden states behind the last layer, one window after the other, (windows, tokens, C), on the host,
-    or None if windows overlap: then the last one stays whole.
+    or None if windows overlap (then the last one stays whole), or if the last layers do not run on all tokens of a
+    prefix (Gemma 4's that reuse keys and values).
     """
     n, T = tokens.shape
     width = min(WINDOW, T)
@@ -84,7 +85,7 @@ def generated(execution, tokens, uniform, first=None):
     new = tokens.clone()
     for start, windows in zip(starts, torch.cat(found).split(n), strict=True):
         new[:, start:start + width] = windows
-    if T % width:
+    if T % width or states[0].shape[1] < width:
         return new, None
     return new, torch.cat(states).unflatten(0, (len(starts), n)).transpose(0, 1).flatten(0, 1)
 

@@ -33,7 +33,7 @@ from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.family import family_of
 from mixgpt.text import hub
-from modelutils import linears, model_class, text_part
+from modelutils import linears, model_class, text_part, with_layers
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
@@ -156,9 +156,7 @@ def multimodal(model):
 def _one_layer(model, config):
     """Build the first layer of a model and what is around the layers, on meta."""
     with _reading(model, "its configuration cannot be used"):
-        one = copy.deepcopy(config)
-        one.num_hidden_layers = 1
-        return _build(one, torch.float32)
+        return _build(with_layers(config, 1), torch.float32)
 
 
 def load_config(model, family):
@@ -173,7 +171,7 @@ def load_config(model, family):
 
 
 def check_layers(model, skeleton, family, save_format="dense"):
-    """Raise InputError if the layers of a model hold no linears, or tensors of three dimensions that nothing splits.
+    """Raise InputError if layers hold no linears, or some that other layers use, or tensors of three dimensions.
 
     save_format: only "dense" has the layout of mixtures of experts.
     """
@@ -182,7 +180,12 @@ def check_layers(model, skeleton, family, save_format="dense"):
     if not any(linears(layer) for layer in family.layers_of(skeleton)):
         raise InputError(f"model {model}: the layers of this {type(skeleton).__name__} have no torch.nn.Linear, which "
                          "is all that is pruned")
+    owners = {}
     for index, layer in enumerate(family.layers_of(skeleton)):
+        for name, module in linears(layer).items():
+            if (owner := owners.setdefault(id(module.weight), index)) != index:
+                raise InputError(f"model {model}: layers {owner} and {index} of this {type(skeleton).__name__} share "
+                                 f"the weights of {name}, which is not supported")
         convolutions = {id(module.weight) for module in layer.modules() if isinstance(module, torch.nn.Conv1d)}
         for name, weight in layer.named_parameters():
             if weight.dim() > 2 and id(weight) not in convolutions:

@@ -45,10 +45,10 @@ def residual_writers(layer, index, stream):
     else are not found.
     """
     x = stream.hidden[:1].to(stream.device, copy=True)
-    search = _Search(layer, x)
+    search = _Search(layer, x[..., :stream.channels])
     with search.watching():
-        y = stream.call(layer, index, x.clone())
-    search.see(y)
+        y = stream.call(layer, index, x.clone(), slice(0, 1))
+    search.see(y[..., :stream.channels])
     return search.writers
 
 
@@ -155,7 +155,8 @@ class DenseTwin:
         self._lags = {module: [] for module in self._writers}  # per batch
         for module, writer in list(self._writers.items())[:1]:
             if not writer.base:
-                self._lags[module] = [(dense.hidden[rows] - stream.hidden[rows]).to(stream.device)
+                self._lags[module] = [(dense.hidden[rows, ..., :stream.channels]
+                                       - stream.hidden[rows, ..., :stream.channels]).to(stream.device)
                                       for rows in stream.batches()]
 
     def record_input(self, twin, x):

@@ -45,7 +45,7 @@ def dense_states(execution, tokens):
     """
     stream = execution.embed(tokens[distributed.share(len(tokens))])
     run_layers(execution.model, execution.family, [stream], execution.device, "dense model")
-    return stream.hidden.to("cpu")
+    return stream.hidden[..., :stream.channels].to("cpu")
 
 
 def room_for(execution, tokens):
@@ -193,7 +193,7 @@ def _backward(stream, layers, head, rows, dense):
     hidden = stream.hidden[rows].to(stream.device)
     with torch.enable_grad():
         for index, layer in enumerate(layers):
-            hidden = stream.call(layer, index, hidden)
+            hidden = stream.call(layer, index, hidden, rows)
     divergence, gradient = _divergence(head, hidden.detach().flatten(0, 1), dense[rows].to(stream.device).flatten(0, 1))
     hidden.backward(gradient.view_as(hidden))
     return divergence

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, FAMILIES, make
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -20,10 +20,17 @@ from mixgpt.modeling.experts import split_experts
 from modelutils import Execution, linears
 
 
+@pytest.fixture(params=[*FAMILIES, "gemma4"])
+def tiny(request):
+    """Give (family, model) for every kind of model in turn."""
+    return make(request.param)
+
+
 @pytest.fixture
 def all_float64(monkeypatch):
     """Let norms and softmax of transformers, which compute in torch.float32, compute in float64 too."""
     monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(matmul, "AVAILABLE", False)
 
 

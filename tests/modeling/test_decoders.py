@@ -1,6 +1,7 @@
 """Prune tiny random models of every class that is claimed, through the whole command line."""
 
 import functools
+import re
 from functools import partial
 
 import pytest
@@ -9,8 +10,13 @@ from commands import SMALL, run, short_builtin  # noqa: F401, the fixture
 from conftest import CPU, VOCABULARY, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mixgpt.checkpoints import load
+from mixgpt.common.errors import InputError
+from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.perplexity import logits
 from mixgpt.evaluation.sparsity import measure_sparsity
+from mixgpt.modeling import arguments
+from mixgpt.modeling.arguments import take
 from mixgpt.modeling.family import family_of
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe, admm
@@ -37,13 +43,21 @@ BESIDE = {
 }
 ALONE = {"codegen": GPT | {"rotary_dim": 8}, "falcon": FALCON | {"new_decoder_architecture": True}, "gpt_bigcode": GPT,
          "gptj": GPT | {"rotary_dim": 8}}
-MODELS = {kind: COMMON | options for kind, options in BESIDE.items()} | ALONE
+# their layers take arguments that depend on the tokens; Gemma 4's also keys and values of earlier layers
+GEMMA4 = COMMON | LOCAL | {"global_head_dim": 16, "num_hidden_layers": 4, "hidden_size_per_layer_input": 8,
+                           "vocab_size_per_layer_input": VOCABULARY,
+                           "layer_types": ["sliding_attention", "full_attention"] * 2}
+ZAMBA2 = {key: value for key, value in COMMON.items() if key not in ("head_dim", "max_position_embeddings")} | {
+    "layers_block_type": ["mamba", "hybrid", "hybrid"], "num_mem_blocks": 2, "adapter_rank": 4, "mamba_d_state": 8,
+    "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 8}
+BY_TOKEN = {"gemma4_text": GEMMA4, "gemma4_text shared": GEMMA4 | {"num_kv_shared_layers": 2}, "zamba2": ZAMBA2}
+MODELS = {kind: COMMON | options for kind, options in BESIDE.items()} | ALONE | BY_TOKEN
 
 
-def build(kind):
-    """Build the tiny random model of a model_type."""
+def build(kind, **options):
+    """Build the tiny random model of a model_type, or of one of its variants."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **MODELS[kind])).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.split()[0], **MODELS[kind] | options)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +76,39 @@ def test_streamed_logits_are_those_of_the_models_own_forward(kind, tokens):
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
     assert torch.equal(logits(model, family_of(model), tokens, len(tokens), CPU), expected)
+    assert torch.allclose(logits(model, family_of(model), tokens, 2, CPU), expected, rtol=1e-4, atol=1e-4)
+
+
+SPARSE = COMMON | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                   "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 4,
+                   "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "index_n_heads": 2, "index_head_dim": 16,
+                   "index_topk": 4}
+
+
+@pytest.mark.parametrize("kind, options, reason", [
+    ("gemma3n_text", GEMMA4 | {"laurel_rank": 4, "activation_sparsity_pattern": None, "num_kv_shared_layers": 2},
+     "its layers take hidden states of (4, 1, 16, "),
+    ("glm_moe_dsa", {key: value for key, value in SPARSE.items() if key != "head_dim"} | {
+        "indexer_types": ["full", "shared", "full"]},
+     "its layers take prev_topk_indices, which depends on the layers before"),
+    ("dory", FALCON, "its 2 layers run "),
+    ("zamba2", ZAMBA2 | {"num_mem_blocks": 1}, "layers 1 and 2 of this Zamba2ForCausalLM share the weights of "
+                                               "shared_transformer.self_attn.q_proj, which is not supported")])
+def test_layers_that_cannot_run_one_at_a_time_are_refused_with_the_reason(kind, options, reason):
+    config = AutoConfig.for_model(kind, **options)
+    skeleton = load.skeleton(config)
+    with pytest.raises(InputError, match=re.escape(reason)):
+        load.check_layers("M", skeleton, family_of(skeleton))
+        selfcheck.check("M", family_of(skeleton), skeleton)
+
+
+@pytest.mark.parametrize("kind", BY_TOKEN)
+def test_arguments_of_other_sequences_do_not_pass_the_self_check(kind, monkeypatch):
+    skeleton = load.skeleton(build(kind).config)
+    selfcheck.check("M", family_of(skeleton), skeleton)
+    monkeypatch.setattr(arguments, "take", lambda given, rows, *more: take(given, slice(0, len(range(3)[rows])), *more))
+    with pytest.raises(InputError, match=r"on random weights, its logits differ by \d"):
+        selfcheck.check("M", family_of(skeleton), skeleton)
 
 
 def errors_of(kind, tokens, **recipe):

@@ -25,6 +25,9 @@ IMAGE = {"image_token_index": VOCABULARY - 1}
 # model_type -> (class of the text part, configuration)
 MODELS = {
     "gemma3": ("Gemma3ForCausalLM", None),  # as built by conftest
+    "gemma4": ("Gemma4ForCausalLM", {"text_config": make("gemma4")[1].config.to_dict(), "audio_config": None,
+                                     "vision_config": VISION | {"num_key_value_heads": 2, "head_dim": 16,
+                                                                "position_embedding_size": 16}}),
     "mistral3": ("MistralForCausalLM", {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": VISION | {
         "model_type": "pixtral", "head_dim": 16}}),
     "llava": ("LlamaForCausalLM", {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION | {
@@ -64,7 +67,7 @@ def stored(request, folder, tmp_path):
                 (here / file.name).write_bytes(file.read_bytes())
         if request.param == "as in memory":
             save_file({key: tensor.contiguous().clone() for key, tensor in build(kind).state_dict().items()
-                       if key != "lm_head.weight" or kind != "gemma3"}, here / "model.safetensors", {"format": "pt"})
+                       if key != "lm_head.weight" or "gemma" not in kind}, here / "model.safetensors", {"format": "pt"})
         else:
             torch.save(saved_tensors(path), here / "pytorch_model.bin")
         return here
@@ -85,7 +88,7 @@ def test_logits_for_text_are_those_of_the_whole_model(kind, stored, tokens):
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_text_part_is_pruned_and_saved_as_a_model_of_its_own(kind, folder, tmp_path, capsys):
     assert run(llama.FAMILY, folder(kind), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved") == 0
-    assert f"{MODELS[kind][0]}, 2 layers, " in (output := capsys.readouterr().out)
+    assert f"{MODELS[kind][0]}, {4 if kind == 'gemma4' else 2} layers, " in (output := capsys.readouterr().out)
     assert f"the text part of a {kind}\n" in output
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert type(loaded).__name__ == MODELS[kind][0] and not any(report.values())

@@ -37,7 +37,7 @@ def halved(family, model):
     return pruned, chosen
 
 
-@pytest.fixture(params=["llama", "opt", "bloom", "baichuan-13b", "gemma2", "qwen3-moe"])
+@pytest.fixture(params=["llama", "opt", "bloom", "baichuan-13b", "gemma2", "qwen3-moe", "gemma4"])
 def case(request):
     """Give (family, dense model, pruned model, chosen matrices, tokens, dense hidden states), in float64."""
     family, model = make(request.param)

@@ -1,0 +1,135 @@
+"""What decoder layers take beside hidden states: the same for all batches, of each sequence, or from earlier layers."""
+
+import contextlib
+from collections import UserDict
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+PLAIN = (bool, int, float, str)
+
+
+@dataclass(frozen=True, eq=False)
+class PerSequence:
+    """An argument that depends on the tokens, of all sequences."""
+
+    values: torch.Tensor  # (N, ...), not on the device
+
+
+class Shared(UserDict):
+    """Tensors that layers leave for later layers, as Gemma 4's leave keys and values; notes which are read."""
+
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.read = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+def is_shared(argument):
+    """Return whether an argument is a mapping to which layers write."""
+    return isinstance(argument, MutableMapping) and not isinstance(argument, dict)
+
+
+def per_sequence(calls, others, allocate):
+    """Return the arguments of all layers with a `PerSequence` in place of those that depend on tokens, else None.
+
+    calls, others: the arguments for two batches of one sequence without a common token. allocate: from a list of
+    tensors (1, ...) to tensors (N, ...). Raises ValueError if one has no batch dimension.
+    """
+    dependent = {}  # by id: many layers may take the same tensor
+
+    def compare(ours, theirs):
+        if id(ours) in dependent or not _differ(ours, theirs):
+            return
+        if not torch.is_tensor(ours) or not torch.is_tensor(theirs) or ours.shape[:1] != (1,):
+            what = f"a tensor of {tuple(ours.shape)}" if torch.is_tensor(ours) else repr(ours)
+            raise ValueError(f"its layers take {what}, which depends on the tokens but has no batch dimension")
+        dependent[id(ours)] = ours
+
+    tree_map(compare, calls, others)
+    kept = dict(zip(dependent, map(PerSequence, allocate(list(dependent.values()))), strict=True))
+    return tree_map(lambda argument: kept.get(id(argument)), calls)
+
+
+def _differ(ours, theirs):
+    if torch.is_tensor(ours) and torch.is_tensor(theirs):
+        return ours is not theirs and not torch.equal(ours, theirs)
+    return torch.is_tensor(ours) != torch.is_tensor(theirs) or isinstance(ours, PLAIN) and ours != theirs
+
+
+def fill(places, calls, rows):
+    """Return the arguments of all layers for the sequences `rows` with those that depend on tokens put in `places`.
+
+    places: from `per_sequence`. Raises ValueError if an argument has no batch dimension.
+    """
+    filled = set()
+
+    def put(place, argument):
+        if place is None:
+            return argument
+        if place not in filled:
+            if argument.shape[1:] != place.values.shape[1:] or len(argument) != len(place.values[rows]):
+                raise ValueError(f"its layers take a tensor of {tuple(argument.shape)}, which depends on the tokens "
+                                 "but has no batch dimension in front")
+            place.values[rows] = argument.to(place.values.device)
+            filled.add(place)
+        return place
+
+    return tree_map(put, places, calls)
+
+
+def take(arguments, rows, shared, device):
+    """Return the arguments of a layer for the sequences `rows`, on the device, with `shared` for what layers share."""
+    return tree_map(lambda argument: argument.values[rows].to(device) if isinstance(argument, PerSequence)
+                    else shared if is_shared(argument) else argument, arguments)
+
+
+def cast(arguments, dtype):
+    """Convert the floating-point tensors in arguments."""
+    def convert(value):
+        if isinstance(value, PerSequence):
+            return PerSequence(convert(value.values))
+        return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+    return tree_map(convert, arguments)
+
+
+def shared_shapes(layers, hidden, calls):
+    """Return {key: shapes} of the tensors that layers leave for later ones in a mapping, for one sequence.
+
+    hidden, calls: hidden states before the layers, and their arguments. All layers run on meta.
+    """
+    shared = Shared()
+    if any(map(is_shared, tree_leaves(calls))):
+        for layer, arguments in zip(layers, calls, strict=True):
+            weights = {name: tensor.to("meta") for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]}
+            args, kwargs = tree_map(lambda each: each.to("meta") if torch.is_tensor(each) else shared
+                                    if is_shared(each) else each, arguments)
+            with contextlib.suppress(RuntimeError):  # experts, which choose tokens by value, come after attention
+                torch.func.functional_call(layer, weights, (hidden.to("meta"), *args), kwargs)
+    return {key: [tensor.shape for tensor in shared.data[key]] for key in sorted(shared.read & shared.keys())}
+
+
+def pack(hidden, shared, shapes):
+    """Return hidden states (B, T, C) and what layers share as one tensor (B, T, C + ...)."""
+    parts = [tensor.reshape(*hidden.shape[:2], -1) for key in shapes for tensor in shared[key]]
+    return torch.cat([hidden, *parts], -1)
+
+
+def unpack(packed, shapes):
+    """Return hidden states, contiguous, and a `Shared`, from what `pack` gives."""
+    sizes = widths(shapes)
+    hidden, *parts = packed.split([packed.shape[-1] - sum(sizes), *sizes], -1)
+    parts = iter(parts)
+    return hidden.contiguous(), Shared({key: tuple(next(parts).reshape(len(packed), *shape[1:]) for shape in tensors)
+                                        for key, tensors in shapes.items()})
+
+
+def widths(shapes):
+    """Return the numbers a token in the tensors of these shapes, for one sequence (1, heads, T, d)."""
+    return [shape[1] * shape[3] for tensors in shapes.values() for shape in tensors]
