@@ -140,7 +140,7 @@ def stored_bytes(folder, weights, layout):
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))  # u64 size, JSON header
         for key, tensor in header.items():
             begin, end = tensor.get("data_offsets", (0, 0))
-            if key.partition(".weight")[0] in whole:
+            if key.rpartition(".weight")[0] in whole:
                 total += end - begin
             elif key in parts:
                 total += (end - begin) * parts[key] // math.prod(tensor["shape"])
