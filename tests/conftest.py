@@ -265,7 +265,7 @@ def save(path, model, tokenizer, record, family=None, save_format="dense", grids
     """Save a model in memory as a run does at its end."""
     family = family or family_of(model)
     with RunDir(path, save_format) as folder:
-        folder.start(model, family, {}, {})
+        folder.start(model, family, {})
         folder.write_record(record)
         folder.complete(tokenizer, grids or {})
         folder.end()

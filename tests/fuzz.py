@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import command, contents
+from conftest import command
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from makegguf import write_gguf
@@ -228,57 +228,6 @@ def test_gguf_files(fork, room, model, tokenizer, tmp_path):
         ends(fork, root, PRUNE.replace("model", "tiny.gguf", 1))
 
     each()
-
-
-@pytest.mark.parametrize("options", ["", "--preset best", "--wbits 4"])
-def test_interrupted_runs(options, fork, room, model, tmp_path):
-    """What `--resume` accepts must end in the weights of an uninterrupted run."""
-    line = f"{PRUNE} {options}"
-    root = room(model)
-    assert ends(fork, root, line) == 0
-    whole = contents(root / "saved")
-    whole["mixgpt.json"].pop("settings")
-    left = interrupted(fork, room(model), line)
-    shutil.copytree(left, tmp_path / "left")
-    files = sorted(file.name for file in (tmp_path / "left" / "progress").iterdir() if file.name != "lock")
-    assert len(files) > 4
-
-    @fuzzed(st.sampled_from(files), DAMAGE)
-    def each(name, how):
-        root = room(model)
-        shutil.copytree(tmp_path / "left", root / "saved")
-        file = root / "saved" / "progress" / name
-        if how[0] == "edit" and file.suffix == ".safetensors":
-            damage_header(file, how)
-        else:
-            damage(file, how)
-        if ends(fork, root, f"{line} --resume") == 0:
-            found = contents(root / "saved")
-            found["mixgpt.json"].pop("settings")
-            assert found == whole
-
-    each()
-
-
-def interrupted(fork, root, line):
-    """Kill a run when its second layer is finished. Returns its folder."""
-    process = fork(command, "llama", [word.format(root=root) for word in line.split()], root / "log",
-                   kill_itself, ("layer-00001.json",))
-    process.join()
-    return root / "saved"
-
-
-def kill_itself(name):
-    """Kill this process when a file of a name is in its place and the next is opened."""
-    placed = []
-
-    def hook(event, arguments):
-        if event == "os.rename" and Path(str(arguments[1])).name == name:
-            placed.append(name)
-        elif event == "open" and placed and "layer-00002" in str(arguments[0]):
-            os.kill(os.getpid(), 9)
-
-    sys.addaudithook(hook)
 
 
 def test_records(fork, room, model):

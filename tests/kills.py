@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import modelutils
 from mixgpt.allocation import backward, traces
 from mixgpt.app import pipeline
-from mixgpt.checkpoints import run_dir, shards
+from mixgpt.checkpoints import layer_files, run_dir, shards
 from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common import clock
 from mixgpt.modeling import streaming
@@ -108,7 +108,7 @@ class Moments:
 def watch(fatal, log, root, patience, shard):
     """Kill this process at moment number `fatal`, or write the parts that all moments fell in to `log`."""
     moments = Moments(fatal)
-    run_dir.PATIENCE, backward.BORDERS = patience, 1  # a chunk of sequences is one batch
+    layer_files.STATES_EVERY, backward.BORDERS = patience, 1  # a chunk of sequences is one batch
     shards.LARGEST = shard
     timed = clock.Clock.part
 
@@ -118,8 +118,10 @@ def watch(fatal, log, root, patience, shard):
             yield
 
     clock.Clock.part = part
-    for name, part in {"finish": "finish", "_keep": "finish", "complete": "complete", "end": "end"}.items():
-        moments.around(run_dir.RunDir, name, part)  # a thread keeps what is finished
+    for name in ("finish", "_keep", "settle_distilled"):  # a thread keeps what is finished
+        moments.around(layer_files.LayerFiles, name, "finish")
+    for name in ("kept", "complete", "end"):
+        moments.around(run_dir.RunDir, name, name)
     moments.around(traces, "_write", "traces")
     for name in ("embed", "call"):
         moments.around(modelutils.Stream, name)

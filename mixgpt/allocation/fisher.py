@@ -38,6 +38,20 @@ class Gradients:
     tokens: dict  # (n, T): ‖∂L/∂y‖² per token of this process's sequences, divided by its mean over all processes
     diagonals: dict | None = None  # (in,): [(H + λI)⁻¹]_cc of the inputs, if measured
 
+    def tensors(self):
+        """Return rows and tokens as {key: tensor}, for a file."""
+        return {f"{kind}.{layer}.{name}": tensor for kind in ("rows", "tokens")
+                for (layer, name), tensor in getattr(self, kind).items()}
+
+    @classmethod
+    def of(cls, tensors):
+        """Return the gradients of which `tensors` has returned these."""
+        gradients = cls({}, {})
+        for key, tensor in tensors.items():
+            kind, layer, name = key.split(".", 2)
+            getattr(gradients, kind)[int(layer), name] = tensor
+        return gradients
+
 
 def enough_of(tokens):
     """Return every second of the sequences (N, T): `Gradients` of these give the same perplexity, within 0.5%.

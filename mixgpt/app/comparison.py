@@ -11,6 +11,7 @@ from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
 from mixgpt.app.tables import NO_METRICS, table
 from mixgpt.checkpoints.names import RECORD, begun
 from mixgpt.common.errors import InputError
+from mixgpt.common.program import SCHEMA, check_signature
 
 IMPLIED = ["wbits", "sparsity_way", "saliency", "file"]  # columns of the CSV alone; the method's name tells the first
 ABOUT = ("model", "seed")  # columns on what was run; like dense results, above the table if equal in all rows
@@ -28,11 +29,15 @@ def read(file):
         raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
     try:
         record = json.loads(file.read_text())
+        if record.get("schema", SCHEMA) != SCHEMA:  # without one it is older: see what fits
+            check_signature(record, str(file))
         settings, methods = record["settings"], [name for name in record["perplexity"] if name != "dense"] or ["dense"]
         n, m = settings.get("prunen", 0), settings.get("prunem", 0)
         run = record | {"file": str(file), "model": _short(settings["model"]), "method": methods[0],
                         "label": _named(settings, methods[0]) + (f" {n}:{m}" if m else "")}
         text_of([run]), points_of([run])  # check that all they read is present
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); give files of --record or folders of --save"
                          ) from error

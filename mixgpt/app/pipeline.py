@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
-from mixgpt.allocation.fisher import enough_of, output_gradients
+from mixgpt.allocation.fisher import Gradients, enough_of, output_gradients
 from mixgpt.allocation.plan import Budget
 from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic, windows_of
 from mixgpt.app import plots, records
@@ -30,7 +30,7 @@ from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, memory, progress
 from mixgpt.common.clock import Clock, peak_memory
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, VerificationError
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.common.outputs import PICTURE, RECORD, write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
@@ -73,7 +73,8 @@ class Job:
     sources: dict = field(default_factory=dict)  # origin of the texts
     score: Any = None  # function that scores a model on the tasks, None without tasks
     model: Any = None
-    run_dir: LayerFiles | None = None  # with --save a RunDir
+    run_dir: RunDir | None = None  # with --save
+    layer_files: LayerFiles | None = None  # with --save, or if the weights are on disk
     identity: dict = field(default_factory=dict)  # what a run that goes on must share, see records.identity
     tracker: Tracker | None = None
     plan: dict = field(default_factory=dict)  # {(layer, name): Target}
@@ -105,6 +106,14 @@ class Job:
     def written(self):
         """The numbers of synthetic sequences for the Hessians, and for distillation."""
         return self.settings.written(self.distills)
+
+    def kept(self, name, make):
+        """Return make(), or what an interrupted run has kept of it; see `RunDir.kept`."""
+        return self.run_dir.kept(name, make) if self.run_dir else make()
+
+    def decided(self, name, choose):
+        """Return the JSON-able choose(), or what it was in the interrupted run."""
+        return self.kept(name, lambda: (choose(), {}))[0]
 
     def execution(self, way):
         return Execution(self.model, self.family, self.device, way.batch_size, self.clock, way.on_host)
@@ -143,9 +152,9 @@ def report_completed(job, record):
     settings = job.settings
     records.check_completed(record, settings, job.device)
     if settings.model != record["settings"]["model"]:
-        job.config, sums = load.load_config(settings.model, job.family), {}
-        model = load.open_model(settings.model, job.config, job.family, dtype_of(job), sums)
-        if records.identity({}, model, sums, None)["model's weights"] != record["identity"]["model's weights"]:
+        job.config = load.load_config(settings.model, job.family)
+        model = load.open_model(settings.model, job.config, job.family, dtype_of(job))
+        if records.identity({}, model, None)["model's weights"] != record["identity"]["model's weights"]:
             raise InputError(f"--resume: the complete run in {settings.save} has pruned other weights than those of "
                              f"{settings.model}")
     job.record, job.perplexities, job.scores = record, record["perplexity"], record.get("tasks", {})
@@ -178,12 +187,12 @@ def check(job):
         if settings.sensitivity_file:
             traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, job.family), settings.sensitivity)
         if settings.save and distributed.rank() == 0:  # the first process locks the directory
-            load.check_save(settings.save, load.size(skeleton, dtype_of(job)), settings.resume,
-                            _result_size(job, skeleton))
+            load.check_save(settings.save, _size_on_disk(job, skeleton), settings.resume)
         job.tokenizer = load.load_tokenizer(settings.model)
         job.settings = replace(settings, bos=bos.resolve(settings.bos, job.config.model_type, job.tokenizer))
         if settings.save:
             job.run_dir = job.stack.enter_context(RunDir(settings.save, settings.save_format))
+            job.layer_files = job.run_dir.files
 
 
 def _check_room(job):
@@ -200,13 +209,13 @@ def _check_room(job):
     check_hidden_states(numel // distributed.world() * job.config.hidden_size * itemsize, job.device)
 
 
-def _result_size(job, skeleton):
-    """Estimate the bytes of a result that is written beside all finished layers; None if it takes their place."""
-    settings, dtype = job.settings, dtype_of(job)
+def _size_on_disk(job, skeleton):
+    """Estimate the bytes of finished layers and of the result, which is written beside them."""
+    settings, dtype, changed = job.settings, dtype_of(job), list(job.selected.values())
+    layers = load.size(skeleton, dtype) if job.selected else 0
     if settings.save_format == "dense":
-        return None
-    changed = list(job.selected.values())
-    return load.size(skeleton, dtype) + formats.expected_bytes(
+        return layers + load.size(skeleton, dtype)
+    return layers + load.size(skeleton, dtype) + formats.expected_bytes(
         settings.save_format, changed, target_of(settings).sparsity, settings.scheme, load.itemsize(dtype)) - (
         load.itemsize(dtype) * sum(out * columns for out, columns in changed))
 
@@ -269,16 +278,13 @@ def open_model(job):
     """Open the weights, and start or resume the output directory."""
     settings = job.settings
     with job.clock.part("load"):
-        sums = {}
-        job.model = load.open_model(settings.model, job.config, job.family, dtype_of(job),
-                                    sums if job.run_dir else None)
+        job.model = load.open_model(settings.model, job.config, job.family, dtype_of(job))
         if job.run_dir:
-            job.identity = records.identity(records.asked(settings, job.seqlen, job.device), job.model, sums,
-                                            job.calibration)
-            job.run_dir.start(job.model, job.family, job.identity, sums)
+            job.identity = records.identity(records.asked(settings, job.seqlen, job.device), job.model, job.calibration)
+            job.run_dir.start(job.model, job.family, job.identity)
         elif job.selected and job.streamed:  # pruned layers go to disk too
-            job.run_dir = job.stack.enter_context(_temporary_files(job))
-            job.run_dir.start(job.model, job.family)
+            job.layer_files = job.stack.enter_context(_temporary_files(job))
+            job.layer_files.start(job.model, job.family)
 
 
 def _temporary_files(job):
@@ -286,7 +292,7 @@ def _temporary_files(job):
     layers = job.family.layers_of(job.model)
     if job.settings.calibrates:
         layers = layers[:max(index for index, _ in job.selected) + 1]
-    needed = sum(shards.size(layer.state_dict()) for layer in layers)
+    needed = sum(shards.size(layer.state_dict()) for layer in layers) * (2 if job.settings.distill else 1)
     path = None
     if distributed.rank() == 0:
         try:
@@ -298,7 +304,8 @@ def _temporary_files(job):
         if free < needed:
             raise InputError(f"TMPDIR {tempfile.gettempdir()}: pruned layers need {needed / 1e9:.3f} GB, "
                              f"{free / 1e9:.3f} GB are free; set it to a folder on a larger disk, or give --save")
-    return LayerFiles(distributed.broadcast_object(path))
+    return LayerFiles(distributed.broadcast_object(path), f"TMPDIR {tempfile.gettempdir()}",
+                      "free some space, or set TMPDIR to a folder on a larger disk", keeps_states=False)
 
 
 def announce(job):
@@ -332,7 +339,8 @@ def _plan_distillation(job):
     """Choose whether the model will be distilled at the end: if it can be trained as a whole on every device."""
     tokens = _windows(job.settings, job.seqlen)
     execution = distill.widened(job.execution(job.memory_plan), tokens, job.seqlen)
-    job.distills = min(distributed.all_gather_object(distill.room_for(execution, tokens))) > 0
+    job.distills = job.decided("distills", lambda: min(distributed.all_gather_object(
+        distill.room_for(execution, tokens))) > 0)
     if not job.distills:
         job.record["distilled"] = "no room"
         log(job.settings, f"distill  skipped: the model as a whole cannot be trained in what is free on {job.device}")
@@ -344,8 +352,10 @@ def _plan_memory(job):
     needed = calibration.one_pass_bytes(job.execution(job.memory_plan), job.selected, (count, job.seqlen),
                                         settings.target == "dense", settings.solver == "admm")
     free = min(distributed.all_gather_object(memory.free(job.device)))  # all go the same way
-    job.memory_plan = replace(job.memory_plan, two_passes=needed > free)
-    passes = "two passes through each layer: one would take" if needed > free else "one pass through each layer takes"
+    job.memory_plan = MemoryPlan(**job.decided("memory_plan", lambda: asdict(
+        replace(job.memory_plan, two_passes=needed > free))))
+    passes = ("two passes through each layer: one would take" if job.memory_plan.two_passes else
+              "one pass through each layer takes")
     return f"memory   {passes} about {needed / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU"
 
 
@@ -365,20 +375,11 @@ def log(settings, text):
 
 
 def choose_plan(job):
-    """Choose each matrix's target sparsity, from sensitivities if requested; print and plot it.
-
-    The plan is saved in the output directory: measured again on a GPU, it might round differently and give other
-    targets.
-    """
+    """Choose each matrix's target sparsity, from sensitivities if requested; print and plot it."""
     settings = job.settings
     if not settings.compresses:
         return
-    kept = job.run_dir if settings.save and (settings.weighs or settings.spreads) else None
-    found, job.gradients = kept.kept_plan() if kept else (None, None)
-    job.plan = found
     path = retry_with_less_memory(settings, MemoryPlan(settings.batch_size, on_host=False), partial(_measure, job))
-    if kept and not found:
-        kept.keep_plan(job.plan, job.gradients)
     if settings.spreads and not job.traces:
         sparsities = [target.sparsity for target in job.plan.values()]
         log(settings, f"plan     {ALLOCATIONS.title(settings.sparsity_way)}: matrices from {min(sparsities):.2%} to "
@@ -394,40 +395,59 @@ def choose_plan(job):
 
 
 def _measure(job, way):
-    """Measure traces and gradients, and make the plan unless it was saved. Returns the file of the traces, if any."""
+    """Write synthetic text, measure traces and gradients, and make the plan. Returns the file of the traces, if any."""
     settings, clock, execution, path = job.settings, job.clock, job.execution(way), None
     number, more = job.written
     if number + more:
-        with clock.part("synthetic"):
-            first = bos.first_token(job.tokenizer, settings.bos)
-            sequences, how, states = synthetic(execution, job.calibration, number + more, settings.seed, more, first)
-        job.further, job.record["synthetic"] = sequences[:number] if number else None, how
+        how, tensors = job.kept("synthetic", partial(_synthetic, job, execution))
+        job.further, job.record["synthetic"] = tensors["tokens"][:number] if number else None, how
         if how == RESAMPLED:
             log(settings, f"data     the model as a whole has no room on {job.device}: its synthetic sequences are "
                           "single tokens drawn in place of those of the calibration sequences, not text")
-    if more:
-        job.distilled_on = windows_of(sequences[number:], how)
-        ours = job.distilled_on[distributed.share(len(job.distilled_on))]
-        job.dense_states = None if states is None else states[-len(ours):].clone()
-        if states is None:
-            with clock.part("distillation"):
-                wide = distill.widened(execution, job.distilled_on, job.seqlen)
-                job.dense_states = distill.dense_states(wide, job.distilled_on)
-    if settings.weighs and not job.plan:
-        percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # it needs H, too
-        tokens = job.hessian_tokens if settings.token_weights == "fisher" else enough_of(job.calibration)
-        with clock.part("gradients"):
-            job.gradients = output_gradients(execution, list(job.selected), tokens, settings.seed, percdamp)
+        if more:
+            job.distilled_on, job.dense_states = windows_of(tensors["tokens"][number:], how), tensors["dense_states"]
     if settings.mixed:
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)
         with clock.part("sensitivity"):
             job.traces, path = traces.load_or_compute(execution, job.calibration, sampling, settings.sensitivity_file)
-    if not job.plan:
-        job.plan = ALLOCATIONS[settings.sparsity_way].load()(Budget(
-            job.selected, target_of(settings), settings.alpha, job.traces and job.traces.sensitivity, job.gradients,
-            execution, job.calibration))
+    targets, tensors = job.kept("plan", partial(_plan, job, execution))
+    job.plan = {(layer, name): Target(*target) for layer, name, *target in targets}
+    job.gradients = Gradients.of(tensors) if settings.weighs else None
     return path
+
+
+def _synthetic(job, execution):
+    """Return how synthetic text was made, and {"tokens", "dense_states" of this process's share of what is distilled}.
+    """
+    settings, (number, more) = job.settings, job.written
+    with job.clock.part("synthetic"):
+        first = bos.first_token(job.tokenizer, settings.bos)
+        sequences, how, states = synthetic(execution, job.calibration, number + more, settings.seed, more, first)
+    if not more:
+        return how, {"tokens": sequences}
+    windows = windows_of(sequences[number:], how)
+    if states is not None:
+        ours = windows[distributed.share(len(windows))]
+        return how, {"tokens": sequences, "dense_states": states[-len(ours):].clone()}
+    with job.clock.part("distillation"):
+        states = distill.dense_states(distill.widened(execution, windows, job.seqlen), windows)
+    return how, {"tokens": sequences, "dense_states": states}
+
+
+def _plan(job, execution):
+    """Return the targets of all matrices, a JSON-able list, and the tensors of the `Gradients` behind them."""
+    settings, gradients = job.settings, None
+    if settings.weighs:
+        percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # it needs H, too
+        tokens = job.hessian_tokens if settings.token_weights == "fisher" else enough_of(job.calibration)
+        with job.clock.part("gradients"):
+            gradients = output_gradients(execution, list(job.selected), tokens, settings.seed, percdamp)
+    plan = ALLOCATIONS[settings.sparsity_way].load()(Budget(
+        job.selected, target_of(settings), settings.alpha, job.traces and job.traces.sensitivity, gradients,
+        execution, job.calibration))
+    return [[layer, name, *astuple(target)] for (layer, name), target in plan.items()], (
+        gradients.tensors() if gradients else {})
 
 
 def target_of(settings):
@@ -466,12 +486,14 @@ def _compress(job, way):
             tracker.layer(index, outcomes, time.perf_counter() - start, matrices)
 
     execution = job.execution(way)
+    if job.run_dir:
+        job.run_dir.keep("memory_plan", asdict(way))
     if not settings.calibrates:
         with job.clock.part("magnitude" if settings.prunes else "rounding"):
-            outcomes = prune_magnitude(execution, job.plan, settings.scheme, job.run_dir, observe)
+            outcomes = prune_magnitude(execution, job.plan, settings.scheme, job.layer_files, observe)
     else:
         recipe = replace(recipe_of(settings, job.gradients), true_sequential=not way.two_passes)
-        outcomes = prune_layerwise(execution, job.plan, job.hessian_tokens, recipe, job.run_dir, observe)
+        outcomes = prune_layerwise(execution, job.plan, job.hessian_tokens, recipe, job.layer_files, observe)
     return outcomes, counted, way
 
 
@@ -480,16 +502,16 @@ def _distill_if_possible(job, counted, on_host):
 
     What an interrupted run has done, or could not do, stays so.
     """
-    settings, run_dir = job.settings, job.run_dir
-    result = run_dir and run_dir.distilled
+    settings, files = job.settings, job.layer_files
+    result = files and files.distilled
     if not result:
         try:
             result = retry_with_less_memory(settings, MemoryPlan(settings.batch_size, on_host),
                                             partial(_distill, job, counted))
         except (distill.Diverged, memory.OutOfMemory) as error:
             result = str(error)
-            if settings.save:
-                run_dir.keep_undistilled(result)
+            if files:
+                files.keep_undistilled(result)
     if isinstance(result, str):
         print(f"warning  --distill: {result}: the model stays as it was before distillation", flush=True)
     job.record["distilled"] = result
@@ -497,21 +519,22 @@ def _distill_if_possible(job, counted, on_host):
 
 def _distill(job, counted, way):
     """Distill the pruned or quantized model. Returns what to record."""
-    settings, run_dir = job.settings, job.run_dir
+    settings, files = job.settings, job.layer_files
     execution = distill.widened(job.execution(way), job.distilled_on, job.seqlen)
-    room = min(distributed.all_gather_object(distill.room_for(execution, job.distilled_on)))
-    execution = replace(execution, batch_size=max(room, 1))
+    room = job.decided("distillation_batch", lambda: min(distributed.all_gather_object(
+        distill.room_for(execution, job.distilled_on))))
+    execution = replace(execution, batch_size=max(min(room, execution.batch_size), 1))
 
-    def finish(index, layer, divergence):
-        if run_dir:
+    def finish(index, layer, _):
+        if files:
             outcomes = {key: outcome for key, outcome in job.outcomes.items() if key[0] == index}
-            run_dir.finish(index, layer, outcomes, None, {"divergence": divergence})
+            files.finish(index, layer, outcomes, kind="distilled")
 
     with job.clock.part("distillation"):
         grids = {key: outcome.grid for key, outcome in job.outcomes.items()}
         divergence = distill.distill(execution, grids, job.distilled_on, job.dense_states, settings.seed, finish)
-        if run_dir:
-            run_dir.settle()
+        if files:
+            files.settle_distilled({"divergence": divergence})
     counted.clear()
     return {"divergence": divergence}
 
@@ -533,8 +556,7 @@ def save(job):
     if not settings.save:
         return
     with job.clock.part("save"):
-        if distributed.rank() == 0:
-            job.run_dir.write_record(record)
+        job.run_dir.write_record(record)
         job.run_dir.complete(job.tokenizer, {job.family.path(*key): outcome.grid
                                              for key, outcome in job.outcomes.items() if outcome.grid})
         _verify(job)
@@ -548,10 +570,10 @@ def _verify(job):
     probe = _probe(job.tests, job.calibration, job.config.vocab_size)
     reloaded = load.open_model(folder, load.load_config(folder, family), family, "auto")
     if measure_weights(reloaded, family, job.device) != (job.matrices, job.others):
-        raise InputError(f"--save {folder}: the zeros of the saved weights differ from those in memory")
+        raise VerificationError(f"--save {folder}: the zeros of the saved weights differ from those in memory")
     found, wanted = (logits(each, family, probe, 1, job.device) for each in (reloaded, job.model))
     if not torch.allclose(found, wanted, rtol=0, atol=0, equal_nan=True):
-        raise InputError(f"--save {folder}: the logits of the saved model differ from those in memory")
+        raise VerificationError(f"--save {folder}: the logits of the saved model differ from those in memory")
 
 
 def _probe(tests, calibration, vocab_size):
@@ -607,9 +629,8 @@ def report(job):
     settings, record = job.settings, job.record
     record |= {"perplexity": job.perplexities} | ({"tasks": job.scores} if job.scores else {})
     record |= {"seconds": dict(job.clock.seconds), "peak_memory": peak_memory(job.device)}
-    if settings.save and distributed.rank() == 0:
-        job.run_dir.write_record(record)
     if settings.save:
+        job.run_dir.write_record(record)
         job.run_dir.end()
     if result := result_text(job):
         print(result, flush=True)

@@ -1,7 +1,6 @@
 """The record of a run, mixgpt.json, and the settings that a resumed run must share with it."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import platform
@@ -17,8 +16,9 @@ from mixgpt.checkpoints.formats import stored_bytes
 from mixgpt.checkpoints.names import RECORD, begun
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
+from mixgpt.common.program import check_signature, signature
 from mixgpt.evaluation.sparsity import MatrixSparsity, total_sparsity
-from mixgpt.modeling.streaming import digest
+from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome
 
 
@@ -31,7 +31,7 @@ def facts(settings, seqlen, dtype, device, sources):
         versions["lm_eval"] = version("lm_eval")
     return {"settings": dataclasses.asdict(settings) | {"seqlen": seqlen, "dtype": str(dtype).removeprefix("torch."),
                                                         "device": str(device)},
-            "device_name": device_name, "versions": versions, "data": sources}
+            **signature(), "device_name": device_name, "versions": versions, "data": sources}
 
 
 def of_matrices(matrices, others, outcomes, plan, known):
@@ -70,41 +70,40 @@ def asked(settings, seqlen, device):
     return shared | {"--seqlen": seqlen, "--device": device.type, "number of processes": distributed.world()}
 
 
-def identity(asked, model, sums, calibration):
-    """Return what a resumed run must have in common with the first one, {flag: value}.
-
-    asked: of `asked`. sums: {name: checksum} of all weights of the model.
-    """
-    weights = json.dumps([type(model).__name__, sums], sort_keys=True).encode()
+def identity(asked, model, calibration):
+    """Return what a resumed run must have in common with the first one, {flag: value}. asked: of `asked`."""
     return asked | {"--dtype": str(model.dtype).removeprefix("torch."),
-                    "model's weights": hashlib.sha256(weights).hexdigest(),
+                    "model's weights": fingerprint(model),
                     "calibration tokens": None if calibration is None else digest(calibration)}
 
 
 def completed(settings):
-    """Return the record of the run that has ended in the folder of --save, None if there is none or it is not whole."""
+    """Return the record of the run that has ended in the folder of --save, None if there is none or it is not whole.
+
+    Raises InputError if another version of this program wrote it.
+    """
     folder = Path(settings.save)
     if begun(folder) or not any(folder.glob("*.safetensors")):
         return None
     try:
         record = json.loads((folder / RECORD).read_text())
-        matrices_of(record)
-        if {"seconds", "peak_memory", "perplexity", "settings", "identity"} <= record.keys():
-            return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # not a record
-    return None
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not {"matrices", "seconds", "settings", "identity"} <= record.keys():
+        return None  # of another program, or of a run that was killed after `save`
+    check_signature(record, f"--resume: the run in {folder}")
+    return record
 
 
 def check_completed(record, settings, device):
     """Raise InputError if a run that has ended had other settings than those asked for now."""
     before = record["settings"]
-    shared = asked(settings, settings.seqlen or before["seqlen"], device)
+    shared = asked(settings, settings.seqlen or before.get("seqlen"), device)
     for flag in (flag for flag in ("--dtype", "--bos") if shared[flag] == "auto"):
         shared.pop(flag)  # not known before the model is read
     evaluation = {flags()[name]: name for name in ("eval", "eval_limit", "dense", "tasks", "limit", "semi_structured")}
     pairs = {flag: (record["identity"].get(flag), value, "") for flag, value in shared.items()} | {
-        flag: (before[name], json.loads(json.dumps(getattr(settings, name))),
+        flag: (before.get(name), json.loads(json.dumps(getattr(settings, name))),
                "; to evaluate it again, give this folder as the model") for flag, name in evaluation.items()}
     for flag, (old, new, advice) in pairs.items():
         if old != new:

@@ -23,9 +23,9 @@ from transformers.utils import (
     cached_file,
 )
 
-from mixgpt.checkpoints import gguf_files, shards
+from mixgpt.checkpoints import gguf_files
 from mixgpt.checkpoints.formats import SPARSE, load_sparse
-from mixgpt.checkpoints.names import PROGRESS, begun
+from mixgpt.checkpoints.names import begun
 from mixgpt.checkpoints.run_dir import in_use, unused
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import nearest_folder, try_writing
@@ -231,11 +231,11 @@ def itemsize(dtype):
     return 4 if dtype == "auto" else dtype.itemsize
 
 
-def load_model(model, dtype, source=None, sums=None):
+def load_model(model, dtype, source=None):
     """Load the weights of `model` on the host, in `dtype` ("auto": as stored), from any format.
 
-    source: as `_source` returns it. sums: dict that takes {name: checksum} of all weights in memory. Raises InputError
-    if the checkpoint lacks a weight, contains NaN or inf, or has an unsupported quantization.
+    source: as `_source` returns it. Raises InputError if the checkpoint lacks a weight, contains NaN or inf, or has an
+    unsupported quantization.
     """
     name, arguments = source or _source(model)
     with _reading(model, "its weights cannot be read"):
@@ -255,24 +255,23 @@ def load_model(model, dtype, source=None, sums=None):
     split_experts(loaded)
     for parameter in loaded.parameters():  # .bin files may hold views whose elements share memory
         parameter.data = parameter.data.contiguous()
-    _check_finite(model, loaded, sums)
+    _check_finite(model, loaded)
     return loaded.eval()
 
 
-def open_model(model, config, family, dtype, sums=None):
+def open_model(model, config, family, dtype):
     """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it.
 
-    sums: dict that takes {name: checksum} of all weights in memory. Raises InputError if weights are missing, hold NaN
-    or inf, or do not match the configuration.
+    Raises InputError if weights are missing, hold NaN or inf, or do not match the configuration.
     """
     name, arguments = _source(model)
     if "gguf_file" in arguments or (Path(model) / SPARSE).is_file() or getattr(config, "quantization_config", None):
-        return load_model(model, dtype, sums=sums)
+        return load_model(model, dtype)
     with _reading(model, "its weights cannot be read"):
         files = streaming.files_of(name, **arguments)
         if not (files and (opened := _streamed(config, family, files, dtype))):
-            return load_model(model, dtype, sums=sums)
-        _check_finite(model, opened, sums)
+            return load_model(model, dtype)
+        _check_finite(model, opened)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
             opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
     return opened
@@ -290,9 +289,9 @@ def _streamed(config, family, files, dtype):
     return None
 
 
-def _check_finite(model, opened, sums=None):
-    """Raise InputError if a weight is not finite; put {name: checksum} into `sums`, as all are read here once."""
-    for key, finite in streaming.check_weights(opened, sums):
+def _check_finite(model, opened):
+    """Raise InputError if a weight is not finite."""
+    for key, finite in streaming.check_weights(opened):
         if not finite:
             raise InputError(f"model {model}: {key} contains NaN or inf")
 
@@ -311,11 +310,10 @@ def _dequantizing(model, name, arguments):
     return {"config": config} | ({"key_mapping": TEXT_PART} if whole else {})
 
 
-def check_save(folder, nbytes, resume, result=None):
+def check_save(folder, nbytes, resume):
     """Raise InputError for an output directory that is not empty, not writable or lacks room. Leaves nothing behind.
 
-    nbytes: size of the model; layer files and the shard being assembled from them coexist. resume: accept the
-    directory of an interrupted run. result: size of the result, if it is written beside all layer files.
+    nbytes: of finished layers and result together. resume: accept the directory of an interrupted run.
     """
     folder = Path(folder)
     try:
@@ -334,15 +332,7 @@ def check_save(folder, nbytes, resume, result=None):
     except OSError as error:
         raise InputError(f"--save {folder}: {parent} cannot be written ({error.strerror})") from error
     free = shutil.disk_usage(parent).free
-    stored, layers = (_stored(folder.glob(f"{where}*.safetensors")) for where in ("", f"{PROGRESS}/layer-"))
-    if result is None:
-        rest = max(nbytes - stored, 0)  # not in shards yet
-        needed = max(rest - layers, 0) + min(rest, shards.LARGEST)
-    else:
-        needed = max(nbytes - layers, 0) + max(result - stored, 0)
+    needed = nbytes - sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     if free < needed:
-        raise InputError(f"--save {folder}: needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free in {parent}")
-
-
-def _stored(files):
-    return sum(file.stat().st_size for file in files if file.is_file())
+        raise InputError(f"--save {folder}: finished layers and the result need {needed / 1e9:.3f} GB, "
+                         f"{free / 1e9:.3f} GB are free in {parent}")

@@ -1,9 +1,12 @@
-"""Shards of a finished model, named and filled as by transformers, and verified by reading them back."""
+"""The finished model in shards, named and filled as by transformers."""
+
+import copy
+import json
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
 
@@ -15,36 +18,49 @@ def own_tensors(model):
     return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
-def published(state, layout):
-    """Return {key in the checkpoint: its tensor on meta} of {name: tensor}. layout: from `layout.layout_of`."""
-    parts = {}  # key -> [(Part or None, tensor)]
-    for name, tensor in state.items():
-        key, part = layout.get(name, (name, None))
-        parts.setdefault(key, []).append((part, tensor))
-    return {key: torch.empty(_shape(found), dtype=found[0][1].dtype, device="meta") for key, found in parts.items()}
-
-
-def _shape(parts):
-    part, tensor = parts[0]
-    return part.whole(tensor.shape, len(parts) // part.parts) if part else tensor.shape
-
-
-def merged(tensor, names, read):
-    """Return a tensor of the checkpoint. tensor: the same on meta. names: {name: Part or None} of what it consists of.
-
-    read: returns the tensor of a name.
-    """
-    if list(names.values()) == [None]:
-        return read(next(iter(names)))
-    whole = torch.empty_like(tensor, device="cpu")
-    for name, part in names.items():
-        part.of(whole[part.expert]).copy_(read(name))
-    return whole
-
-
 def size(tensors):
     """Return the total bytes of {name: tensor}."""
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def write(folder, model, layout):
+    """Write a model as `save_pretrained` does, a shard in memory at a time; an index, if any, comes last.
+
+    layout: from `layout.layout_of`.
+    """
+    write_configuration(folder, model)
+    state, parts = own_tensors(model), {}  # key -> {name: Part or None}
+    for name in state:
+        key, part = layout.get(name, (name, None))
+        parts.setdefault(key, {})[name] = part
+    empty = {key: _empty(names, state) for key, names in parts.items()}
+    read = model.source.tensor if hasattr(model, "source") else state.get
+    files = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors",
+                                               max_shard_size=LARGEST).tensor_to_filename
+    for file in dict.fromkeys(files.values()):
+        streaming.write(folder / file, {key: _merged(empty[key], parts[key], read) for key in files
+                                        if files[key] == file})
+    if len(set(files.values())) > 1:
+        with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as partial:
+            partial.write_text(json.dumps({"metadata": {"total_size": size(empty)}, "weight_map": files},
+                                          indent=1) + "\n")
+
+
+def _empty(names, state):
+    """Return a tensor of the checkpoint on meta. names: {name: Part or None} of what it consists of."""
+    name, part = next(iter(names.items()))
+    shape = part.whole(state[name].shape, len(names) // part.parts) if part else state[name].shape
+    return torch.empty(shape, dtype=state[name].dtype, device="meta")
+
+
+def _merged(empty, names, read):
+    """Return a tensor of the checkpoint. empty, names: as in `_empty`. read: returns the tensor of a name."""
+    if list(names.values()) == [None]:
+        return read(next(iter(names)))
+    whole = torch.empty_like(empty, device="cpu")
+    for name, part in names.items():
+        part.of(whole[part.expert]).copy_(read(name))
+    return whole
 
 
 def write_configuration(folder, model):
@@ -54,28 +70,11 @@ def write_configuration(folder, model):
     model.generation_config.save_pretrained(folder)
 
 
-def split(state):
-    """Return {name of a tensor: its file}: one file, or as many shards as needed. state: {name: tensor}."""
-    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}  # no shared memory
-    return split_torch_state_dict_into_shards(
-        state, filename_pattern="model{suffix}.safetensors", max_shard_size=LARGEST).tensor_to_filename
-
-
-def write(file, tensors, read):
-    """Write a shard, renamed into place once it is flushed to disk and verified.
-
-    tensors: {key: tensor}, possibly on meta. read: returns the tensor of a key. Raises InputError if one cannot be read
-    back as it was.
-    """
-    sums = {}
-
-    def noted(key):
-        tensor = read(key)
-        sums[key] = streaming.checksum(tensor)
-        return tensor
-
-    with replacing(file) as partial:
-        streaming.save(partial, tensors, noted)
-        for key, checksum in sums.items():
-            if streaming.checksum(streaming.read({key: streaming.Place(partial, key)})[key]) != checksum:
-                raise InputError(f"--save {file.parent}: {key} in {file.name} differs from what was in memory")
+def in_memory(model):
+    """Return a model with its weights in memory: another one if they are on disk."""
+    if not hasattr(model, "source"):
+        return model
+    state = {name: model.source.tensor(name) for name in own_tensors(model)}
+    loaded = type(model).from_pretrained(None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype)
+    loaded.generation_config = model.generation_config
+    return loaded

@@ -17,6 +17,10 @@ class InputError(ValueError):
     """
 
 
+class VerificationError(RuntimeError):
+    """Report that a saved model reads back differently: a defect of this program or of the disk, not of the input."""
+
+
 @contextlib.contextmanager
 def reading(subject):
     """Turn whatever a library raises while it reads what the user named into an InputError.

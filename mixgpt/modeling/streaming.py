@@ -58,6 +58,12 @@ class Source:
         """Read one tensor."""
         return self._read([name])[name]
 
+    def mapped(self, name):
+        """Return one tensor as it is stored, read only where it is looked at."""
+        file, key, part = self.places[name]
+        with safe_open(file, "pt") as tensors:
+            return part.of(tensors.get_slice(key)[part.expert]) if part else tensors.get_tensor(key)
+
     def _read(self, names, pinned=False):
         return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
                 for name, tensor in read({name: self.places[name] for name in names}, pinned).items()}
@@ -373,12 +379,16 @@ def is_finite(values):
 
 
 def fingerprint(model):
-    """Return a digest of 64 values of every parameter, the same whether stored as bfloat16 or wider."""
-    found = hashlib.sha256(type(model).__name__.encode())
-    for _, parameter in tensors_of(model):
-        numbers = parameter.detach().flatten()
-        found.update(numbers[:: -(-numbers.numel() // 64)].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return found.hexdigest()
+    """Return a digest of 64 values of every parameter, the same whether stored as bfloat16 or wider.
+
+    Of files only these are read.
+    """
+    result, source = hashlib.sha256(type(model).__name__.encode()), getattr(model, "source", None)
+    for name, parameter in model.named_parameters():
+        numbers = (source.mapped(name) if source else parameter.detach()).flatten()
+        values = numbers[:: -(-numbers.numel() // 64)].to(source.dtype if source else parameter.dtype)
+        result.update(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return result.hexdigest()
 
 
 def digest(tokens):

@@ -22,7 +22,6 @@ from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.names import RECORD
-from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import memory
 from mixgpt.kernels import columns
 from mixgpt.modeling import streaming
@@ -197,18 +196,18 @@ def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no
     ("qwen2", "best 2:4"), ("qwen3", "50% + 4 bit, sparse"), ("bloom", "best"), ("baichuan-7b", "dense and magnitude"),
     ("baichuan-13b", "best + 4 bit")])
 def test_an_interrupted_run_goes_on_to_the_same_weights(family, job, gpu, run, tmp_path, monkeypatch):
-    measure, finish = pipeline.output_gradients, RunDir.finish
+    measure, finish = pipeline.output_gradients, LayerFiles.finish
 
-    def interrupted(folder, index, *args):
-        finish(folder, index, *args)
+    def interrupted(folder, index, *args, **options):
+        finish(folder, index, *args, **options)
         if index == 1:
             raise KeyboardInterrupt
 
     with gpu():
         expected, *_ = run(family, job, "cuda:0")
-        monkeypatch.setattr(RunDir, "finish", interrupted)
+        monkeypatch.setattr(LayerFiles, "finish", interrupted)
         run(family, job, "cuda:0", save=tmp_path / "saved", status=130)
-        monkeypatch.setattr(RunDir, "finish", finish)
+        monkeypatch.setattr(LayerFiles, "finish", finish)
         # attention's gradients on a GPU are not the same each time: those of the first run count
         monkeypatch.setattr(pipeline, "output_gradients", lambda *args, **kwargs: pytest.fail("measured again"))
         found, *_ = run(family, job, "cuda:0", "--resume", save=tmp_path / "saved")

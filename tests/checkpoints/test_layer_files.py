@@ -11,9 +11,9 @@ from conftest import make
 from makebelieve import Gpu
 from safetensors.torch import load_file
 
-from mixgpt.checkpoints import load, run_dir
+from mixgpt.checkpoints import layer_files, load
 from mixgpt.checkpoints.layer_files import LayerFiles
-from mixgpt.checkpoints.run_dir import RunDir
+from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
 from modelutils import on_device
@@ -41,11 +41,11 @@ def gate(monkeypatch):
 
 
 @contextlib.contextmanager
-def kept(kind, path, model):
-    """Give LayerFiles or a RunDir that has started."""
+def kept(path, model):
+    """Give LayerFiles that have started."""
     path.mkdir(exist_ok=True)
-    with kind(path) as folder:
-        folder.start(model[1], model[0], *([{}, {}] if kind is RunDir else []))
+    with LayerFiles(path, "--save folder", "free some space") as folder:
+        folder.start(model[1], model[0])
         folder.begin(3)
         yield folder
 
@@ -63,11 +63,10 @@ def written(folder, index):
     return {float(value) for tensor in load_file(folder._layer(index)).values() for value in tensor.unique()}
 
 
-@pytest.mark.parametrize("kind", [LayerFiles, RunDir])
-def test_the_next_layer_does_not_wait_for_the_disk_but_the_one_behind_it_does(kind, model, tmp_path, gate):
-    with kept(kind, tmp_path / "folder", model) as folder:
+def test_the_next_layer_does_not_wait_for_the_disk_but_the_one_behind_it_does(model, tmp_path, gate):
+    with kept(tmp_path / "folder", model) as folder:
         finish(folder, 0)
-        assert not folder._layer(0).exists() or folder._layer(0).stat().st_size < 10_000  # not written yet
+        assert not folder._layer(0).exists()  # not written yet
         second = threading.Thread(target=finish, args=(folder, 1))
         second.start()
         second.join(0.2)
@@ -83,18 +82,17 @@ def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("kind, place", [(LayerFiles, "TMPDIR {}"), (RunDir, "--save {}/folder")])
 @pytest.mark.parametrize("asked", ["finish", "settle", "begin", "exit"])
-def test_an_error_of_the_thread_comes_up_once_where_the_run_next_asks(kind, place, asked, model, tmp_path, monkeypatch):
-    line = f"^{place.format(tmp_path)}: layer-00000.safetensors needs 0.000 GB.*No space left on device"
+def test_an_error_of_the_thread_comes_up_once_where_the_run_next_asks(asked, model, tmp_path, monkeypatch):
+    line = "^--save folder: layer-00000.safetensors needs 0.000 GB.*No space left on device.*; free some space$"
     with pytest.raises(InputError, match=line) if asked == "exit" else contextlib.nullcontext(), kept(
-            kind, tmp_path / "folder", model) as folder:
+            tmp_path / "folder", model) as folder:
         with monkeypatch.context() as patch:
             patch.setattr(streaming, "_append", full)
             finish(folder, 0)
             asking = {"finish": lambda: finish(folder, 1), "settle": folder.settle, "begin": lambda: folder.begin(3)}
             if asked == "exit":
-                folder._thread.shutdown()
+                folder.thread.shutdown()
                 return
             with pytest.raises(InputError, match=line):
                 asking[asked]()
@@ -106,7 +104,7 @@ def test_an_error_of_the_thread_comes_up_once_where_the_run_next_asks(kind, plac
 
 def test_any_other_error_of_the_thread_comes_up_too(model, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "_append", lambda *_: {}["surprise"])
-    with kept(LayerFiles, tmp_path, model) as folder:
+    with kept(tmp_path, model) as folder:
         finish(folder, 0)
         with pytest.raises(KeyError, match="surprise"):
             folder.settle()
@@ -114,32 +112,17 @@ def test_any_other_error_of_the_thread_comes_up_too(model, tmp_path, monkeypatch
 
 def test_an_error_of_the_run_waits_for_the_layer_that_is_being_written(model, tmp_path, gate):
     threading.Timer(0.3, gate.set).start()
-    with pytest.raises(KeyboardInterrupt), kept(RunDir, tmp_path / "folder", model) as folder:
+    with pytest.raises(KeyboardInterrupt), kept(tmp_path / "folder", model) as folder:
         finish(folder, 0)
         raise KeyboardInterrupt
-    assert written(folder, 0) == {1.0} and folder._note(0).exists()
-
-
-def test_a_temporary_folder_gets_weights_and_nothing_is_flushed_or_summed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", None)
-    monkeypatch.setattr(streaming, "_begin_checksum", None)
-    with kept(LayerFiles, tmp_path, model) as folder:
-        states = {"hidden": torch.ones(2, 3, 4)}
-        for index in range(2):
-            finish(folder, index, states)
-        folder.settle()
-        assert sorted(file.name for file in tmp_path.rglob("*")) == [
-            "layer-00000.safetensors", "layer-00001.safetensors"]
-        assert folder.begin(3, states) == (0, {})  # the dense model again
-        assert "layer-0" not in {place.file.rpartition("/")[2][:7] for place in folder.model.source.places.values()}
+    assert written(folder, 0) == {1.0} and folder._layer(0).with_suffix(".json").exists()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_hidden_states_are_kept_as_they_were_though_the_run_overwrites_them(device, model, tmp_path, gate, monkeypatch):
     """On a GPU they are copied, and the run goes on; on the host it waits for them."""
-    monkeypatch.setattr(run_dir, "PATIENCE", 0)
-    with Gpu() if device != "cpu" else contextlib.nullcontext() as gpu, kept(RunDir, tmp_path / "folder",
-                                                                            model) as folder:
+    monkeypatch.setattr(layer_files, "STATES_EVERY", 0)
+    with Gpu() if device != "cpu" else contextlib.nullcontext() as gpu, kept(tmp_path / "folder", model) as folder:
         states = {"hidden": torch.arange(24.0, device=device).view(2, 3, 4)}
         if device == "cpu":
             gate.set()
@@ -149,13 +132,52 @@ def test_hidden_states_are_kept_as_they_were_though_the_run_overwrites_them(devi
         if gpu:
             assert gpu.synchronisations.total() == 1  # the copy
         folder.settle()
-        assert torch.equal(load_file(folder._state(1, 0))["hidden"], torch.arange(24.0).view(2, 3, 4))
+        held = load_file(tmp_path / "folder" / "state-00001-0.safetensors")["hidden"]
+        assert torch.equal(held, torch.arange(24.0).view(2, 3, 4))
         assert written(folder, 0) == {1.0}
 
 
+def test_distilled_layers_count_when_all_are_written_and_the_pruned_ones_before(model, tmp_path):
+    with kept(tmp_path, model) as folder:
+        for index in range(3):
+            finish(folder, index)
+        folder.settle()
+        for index in range(3):
+            with on_device([folder.layers[index]], "cpu"):
+                for weight in folder.layers[index].parameters():
+                    weight.fill_(-1)
+                folder.finish(index, folder.layers[index], {}, kind="distilled")
+            folder._wait()
+            assert folder.begin(3)[0] == 3 and not folder.distilled
+            assert (folder.layers[0].source.tensor("mlp.up_proj.weight") == 1).all()
+        folder.settle_distilled({"divergence": 0.5})
+        assert folder.begin(3)[0] == 3 and folder.distilled == {"divergence": 0.5}
+        assert all((layer.source.tensor("mlp.up_proj.weight") == -1).all() for layer in folder.layers)
+        assert not list(tmp_path.glob("layer-*.safetensors"))
+
+
+def test_hidden_states_count_if_all_processes_have_written_them(model, tmp_path, monkeypatch):
+    """The second of two processes was killed before it wrote those behind the second layer."""
+    monkeypatch.setattr(layer_files, "STATES_EVERY", 0)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value: value)
+    monkeypatch.setattr(distributed, "all_gather_object", lambda value: [value, {1}])
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    with kept(tmp_path, model) as folder:
+        for index in range(2):
+            finish(folder, index, {"hidden": torch.full((2, 3, 4), 1.0 + index)})
+            if index == 0:
+                folder.settle()
+                (tmp_path / "state-00001-1.safetensors").write_text("")
+        folder.settle()
+        states = {"hidden": torch.zeros(2, 3, 4)}
+        assert folder.begin(3, states)[0] == 1 and (states["hidden"] == 1).all()
+
+
 def test_only_the_latest_hidden_states_are_left(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_dir, "PATIENCE", 0)
-    with kept(RunDir, tmp_path / "folder", model) as folder:
+    monkeypatch.setattr(layer_files, "STATES_EVERY", 0)
+    with kept(tmp_path / "folder", model) as folder:
         for index in range(2):
             finish(folder, index, {"hidden": torch.ones(2, 3, 4)})
         folder.settle()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Con
 import datautils
 import llama
 import opt
-from mixgpt.checkpoints import load, shards
+from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 
 
@@ -110,34 +110,17 @@ def test_a_save_path_that_cannot_be_used_is_refused_and_nothing_is_left(case, tm
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("layers, saved, needed", [
-    (0, 0, 140), (60, 0, 80), (100, 0, 40), (80, 20, 40), (20, 70, 40), (0, 70, 60), (0, 100, 0)])
-def test_room_for_the_model_and_a_shard_beside_its_layers_is_asked_for(layers, saved, needed, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "LARGEST", 40)
+@pytest.mark.parametrize("layers, saved, needed", [(0, 0, 200), (60, 0, 140), (100, 0, 100), (100, 70, 30)])
+def test_room_for_layers_and_result_that_are_not_there_yet_is_asked_for(layers, saved, needed, tmp_path, monkeypatch):
     (tmp_path / "progress").mkdir()
     (tmp_path / "progress" / "run.json").write_text("{}")
     (tmp_path / "progress" / "layer-00000.safetensors").write_bytes(bytes(layers))
     (tmp_path / "model-00001-of-00003.safetensors").write_bytes(bytes(saved))
-    for free in (needed, needed - 1):
-        monkeypatch.setattr(load.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        if free == needed:
-            load.check_save(tmp_path, 100, True)
-        else:
-            with pytest.raises(InputError, match=r"needs 0.000 GB"):
-                load.check_save(tmp_path, 100, True)
-
-
-@pytest.mark.parametrize("layers, saved, needed", [(0, 0, 130), (60, 0, 70), (100, 0, 30), (100, 20, 10)])
-def test_room_for_a_result_beside_all_layers_is_asked_for(layers, saved, needed, tmp_path, monkeypatch):
-    (tmp_path / "progress").mkdir()
-    (tmp_path / "progress" / "run.json").write_text("{}")
-    (tmp_path / "progress" / "layer-00000.safetensors").write_bytes(bytes(layers))
-    (tmp_path / "model.sparse.safetensors").write_bytes(bytes(saved))
     monkeypatch.setattr(load.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    load.check_save(tmp_path, 100, True, 30)
+    load.check_save(tmp_path, 200, True)
     monkeypatch.setattr(load.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(InputError, match=r"needs 0.000 GB"):
-        load.check_save(tmp_path, 100, True, 30)
+    with pytest.raises(InputError, match=r": finished layers and the result need 0.000 GB, 0.000 GB are free in"):
+        load.check_save(tmp_path, 200, True)
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -1,0 +1,42 @@
+"""Check what tells which version of this program wrote a file."""
+
+import subprocess
+
+import pytest
+
+import mixgpt
+from mixgpt.common import program
+from mixgpt.common.errors import InputError
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """Let the program run from another folder, which may become a checkout; give it."""
+    monkeypatch.setattr(program, "__file__", str(tmp_path / "mixgpt" / "common" / "program.py"))
+    return tmp_path
+
+
+def git(folder, *words):
+    identity = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+    return subprocess.run(["git", "-C", folder, *identity, *words], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_checkout_tells_its_commit_and_whether_files_were_changed(checkout):
+    assert program.commit() is None
+    git(checkout, "init", "--quiet")
+    (checkout / "a.py").write_text("1\n")
+    git(checkout, "add", "a.py")
+    git(checkout, "commit", "--quiet", "--message", "a")
+    git(checkout, "tag", "v1")
+    head = git(checkout, "rev-parse", "HEAD").strip()
+    assert program.commit() == head and len(head) == 40
+    (checkout / "a.py").write_text("2\n")
+    assert program.commit() == f"{head}-dirty"
+
+
+def test_files_of_this_program_hold_its_version_and_others_are_refused():
+    signature = program.signature()
+    assert signature["program"]["version"] == mixgpt.__version__
+    program.check_signature(signature, "runs/a.json")
+    with pytest.raises(InputError, match=r"^runs/a.json was written by version 9 of this program \(schema 99\)"):
+        program.check_signature({"schema": 99, "program": {"version": "9"}}, "runs/a.json")
