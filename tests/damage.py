@@ -26,10 +26,6 @@ def weights_changed(root, change):
     save_file(state, root / "model" / WEIGHTS, metadata={"format": "pt"})
 
 
-def filled(root, key, value):
-    weights_changed(root, lambda state: state[key][0, 0].fill_(value))
-
-
 def json_changed(file, **changes):
     """Change the keys of a JSON file; None removes a key."""
     content = json.loads(file.read_text()) | changes

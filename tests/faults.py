@@ -15,7 +15,6 @@ from damage import (
     Fault,
     config_changed,
     cut,
-    filled,
     json_changed,
     nothing,
     weights_changed,
@@ -156,10 +155,6 @@ FAULTS = {
         f"{MODEL}…{WEIGHTS}…"),
     "a weight is missing": Fault(
         lambda root: weights_changed(root, lambda state: state.pop(UP)), f"{MODEL}the checkpoint lacks {UP}"),
-    "NaN": Fault(lambda root: filled(root, UP, float("nan")), f"{MODEL}{UP} contains NaN or inf"),
-    "inf in the embeddings": Fault(
-        lambda root: filled(root, "model.embed_tokens.weight", float("inf")),
-        f"{MODEL}model.embed_tokens.weight contains NaN or inf"),
     "weights of another layout": Fault(
         lambda root: config_changed(root, hidden_size=64),
         f"{WEIGHTS_UNREAD}model.embed_tokens.weight is 384 x 32, its configuration expects 384 x 64"),

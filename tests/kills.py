@@ -74,21 +74,9 @@ class Moments:
             call(tensors, file, **options)
             content, half = Path(file).read_bytes(), Path(file).with_name(f".tmp{os.getpid()}")
             half.write_bytes(content[:len(content) // 2])
-            with self.part("half a file"):
-                self.mark()
-            half.unlink()
-
-        setattr(owner, name, wrapped)
-
-    def partly_written(self, owner, name):
-        """Make a moment before each tensor that is appended to a file."""
-        call = getattr(owner, name)
-
-        def wrapped(stream, tensor):
-            stream.flush()
-            with self.part("half a file" if Path(stream.name).parent.name == "saved" else self.parts[-1]):
+            with self.part("half a file" if half.parent.name == "saved" else self.parts[-1]):
                 self.mark()  # half a file of the result
-            return call(stream, tensor)
+            half.unlink()
 
         setattr(owner, name, wrapped)
 
@@ -125,8 +113,8 @@ def watch(fatal, log, root, patience, shard):
     moments.around(traces, "_write", "traces")
     for name in ("embed", "call"):
         moments.around(modelutils.Stream, name)
-    moments.partly_written(streaming, "_append")
-    moments.half_written(transformers.modeling_utils, "safe_save_file")
+    for owner, name in ((streaming, "save_file"), (transformers.modeling_utils, "safe_save_file")):
+        moments.half_written(owner, name)
     for owner in (io, builtins):
         moments.opened(owner, root)
     for name in ("replace", "fsync", "unlink", "rmdir"):

@@ -245,3 +245,13 @@ def test_ctrl_c_gets_one_line(write, capsys, monkeypatch):
 
 def interrupt(*_, **__):
     raise KeyboardInterrupt
+
+
+def test_a_record_of_a_newer_version_is_refused_and_one_without_a_version_is_read(write, capsys):
+    files = write(a=record(40.0, sparsity=0.5), b=record(41.0, sparsity=0.5) | {
+        "schema": 99, "program": {"version": "9.1"}})
+    assert results.main(files) == 2
+    captured = capsys.readouterr()
+    assert "40.00" in captured.out and "41.00" not in captured.out
+    line, = captured.err.splitlines()
+    assert f"{files[1]} was written by version 9.1 of this program (schema 99); this is version " in line

@@ -255,14 +255,16 @@ def load_model(model, dtype, source=None):
     split_experts(loaded)
     for parameter in loaded.parameters():  # .bin files may hold views whose elements share memory
         parameter.data = parameter.data.contiguous()
-    _check_finite(model, loaded)
+    for key, parameter in loaded.named_parameters():
+        streaming.check_finite(parameter.detach(), f"model {model}: {key}")
     return loaded.eval()
 
 
 def open_model(model, config, family, dtype):
     """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it.
 
-    Raises InputError if weights are missing, hold NaN or inf, or do not match the configuration.
+    Raises InputError if weights are missing or do not match the configuration; NaN or inf on disk shows when a layer is
+    loaded.
     """
     name, arguments = _source(model)
     if "gguf_file" in arguments or (Path(model) / SPARSE).is_file() or getattr(config, "quantization_config", None):
@@ -271,7 +273,6 @@ def open_model(model, config, family, dtype):
         files = streaming.files_of(name, **arguments)
         if not (files and (opened := _streamed(config, family, files, dtype))):
             return load_model(model, dtype)
-        _check_finite(model, opened)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
             opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
     return opened
@@ -287,13 +288,6 @@ def _streamed(config, family, files, dtype):
         if streaming.stream(opened, family, files):
             return opened
     return None
-
-
-def _check_finite(model, opened):
-    """Raise InputError if a weight is not finite."""
-    for key, finite in streaming.check_weights(opened):
-        if not finite:
-            raise InputError(f"model {model}: {key} contains NaN or inf")
 
 
 def _dequantizing(model, name, arguments):
@@ -318,9 +312,10 @@ def check_save(folder, nbytes, resume):
     folder = Path(folder)
     try:
         left_off, taken = begun(folder), folder.exists() and not (folder.is_dir() and unused(folder))
+        locked = in_use(folder)
     except OSError as error:
         raise InputError(f"--save {folder}: cannot be used ({error.strerror})") from error
-    if in_use(folder):
+    if locked:
         raise InputError(f"--save {folder}: is in use by another run")
     if left_off and not resume:
         raise InputError(f"--save {folder}: holds an interrupted run; continue it with --resume, or remove the folder")

@@ -21,6 +21,7 @@ from mixgpt.checkpoints.layer_files import UNREADABLE, LayerFiles
 from mixgpt.checkpoints.names import PROGRESS, RECORD, begun
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
+from mixgpt.common.files import replacing
 from mixgpt.common.program import check_signature, signature
 from mixgpt.modeling.layout import layout_of
 
@@ -130,7 +131,8 @@ class RunDir:
     def write_record(self, record):
         """Write the record of the run, in the first process."""
         if self.files.writes:
-            self.files.write_json(self.path.absolute() / RECORD, record)
+            with self.files.room(RECORD), replacing(self.path / RECORD) as partial:
+                partial.write_text(json.dumps(record, indent=1) + "\n")
 
     def complete(self, tokenizer, grids):
         """Write the final checkpoint; what makes it loadable comes last.

@@ -34,7 +34,13 @@ def write(folder, model, layout):
         key, part = layout.get(name, (name, None))
         parts.setdefault(key, {})[name] = part
     empty = {key: _empty(names, state) for key, names in parts.items()}
-    read = model.source.tensor if hasattr(model, "source") else state.get
+
+    def read(name):
+        if hasattr(model, "source"):
+            stored = streaming.mapped(model.source.places[name])
+            return stored.to(state[name].dtype)  # mapped, if that is its dtype
+        return state[name].clone()  # a file takes no tensors that share memory
+
     files = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors",
                                                max_shard_size=LARGEST).tensor_to_filename
     for file in dict.fromkeys(files.values()):

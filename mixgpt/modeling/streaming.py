@@ -4,37 +4,25 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, one_line
 from mixgpt.common.files import replacing
 from mixgpt.modeling.experts import Part
 from mixgpt.modeling.layout import layout_of
 
-# dtypes by their safetensors names
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-            "BOOL": torch.bool}
-NARROW = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # read, and converted on reading
-NAMES = {dtype: name for name, dtype in {**FLOATS, **INTEGERS}.items()}
-TYPES = FLOATS | INTEGERS | NARROW
-# For each dtype, an unsigned one of numpy of the same width, and the bits of the exponent in it.
-EXPONENTS = {torch.float64: (np.uint64, np.uint64(0x7FF << 52)), torch.float32: (np.uint32, np.uint32(0xFF << 23)),
-             torch.float16: (np.uint16, np.uint16(0x1F << 10)), torch.bfloat16: (np.uint16, np.uint16(0xFF << 7))}
-PIECE = 1 << 22  # bytes that are read and checked at a time: less than a core's cache
-CHECKING = 8  # threads at most: so many read as fast as a disk gives
+NARROW = ("F8_E4M3", "F8_E5M2")  # read, and converted on reading
 
 
 class Place(NamedTuple):
@@ -53,47 +41,32 @@ class Source:
     dtype: torch.dtype  # of the weights in memory
     ahead: Future | None = field(default=None, init=False)  # tensors being read
     empty: dict = field(default_factory=dict, init=False)  # those on meta, whose place the tensors take while loaded
+    finite: bool = field(default=False, init=False)  # whether that is known of all weights
 
     def tensor(self, name):
         """Read one tensor."""
-        return self._read([name])[name]
-
-    def mapped(self, name):
-        """Return one tensor as it is stored, read only where it is looked at."""
-        file, key, part = self.places[name]
-        with safe_open(file, "pt") as tensors:
-            return part.of(tensors.get_slice(key)[part.expert]) if part else tensors.get_tensor(key)
-
-    def _read(self, names, pinned=False):
-        return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-                for name, tensor in read({name: self.places[name] for name in names}, pinned).items()}
-
-    def pieces(self, name):
-        """Yield the values of a tensor in order, as vectors of about PIECE bytes that are valid until the next one."""
-        if self.places[name].part:
-            yield self.tensor(name).flatten()
-            return
-        for piece in _pieces(self.places[name]):
-            yield piece.to(self.dtype) if piece.is_floating_point() else piece
+        return read({name: self.places[name]}, self.dtype)[name]
 
     def prefetch(self, device):
         """Start reading the tensors for `load`, in a thread."""
-        self.ahead = ThreadPoolExecutor(1).submit(self._fetch, device)
+        self.ahead = ThreadPoolExecutor(1).submit(self._fetch, torch.device(device))
 
     def _fetch(self, device):
-        if torch.device(device).type != "cuda":
-            return self._read(self.places)
-        tensors = self._read(self.places, pinned=True)
-        stream = _transfers(torch.device(device))  # of its own, to overlap with computation
-        with torch.cuda.stream(stream):
-            tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-        stream.synchronize()
+        tensors = read(self.places, self.dtype, pinned=device.type == "cuda")
+        for name, tensor in tensors.items() if not self.finite else ():
+            check_finite(tensor, f"{self.places[name].file}: {self.places[name].key}")
+        self.finite = True
+        if device.type == "cuda":
+            stream = _transfers(device)  # of its own, to overlap with computation
+            with torch.cuda.stream(stream):
+                tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+            stream.synchronize()
         return tensors
 
     def load(self, module, device):
-        """Put the tensors of the module, which is on meta, on a device."""
+        """Put the tensors of the module, which is on meta, on a device. Raises InputError if one holds NaN or inf."""
         self.empty = dict(module.state_dict(keep_vars=True))
-        tensors = self.ahead.result() if self.ahead else self._fetch(device)
+        tensors = self.ahead.result() if self.ahead else self._fetch(torch.device(device))
         self.ahead = None
         for name, tensor in tensors.items():
             if tensor.is_cuda:
@@ -112,76 +85,49 @@ class Source:
                 _assign(module, name, buffer.to("cpu"))
 
 
-def read(places, pinned=False):
-    """Read {name: tensor} from places, {name: Place}. pinned: into memory that GPUs copy from.
+def read(places, dtype=None, pinned=False):
+    """Read {name: tensor} from places, {name: Place}, floating-point ones in a dtype (default: as stored).
 
-    Into memory, not mapped: a process dies if it touches a mapped file that was truncated meanwhile. Raises InputError
-    if a file is not what it was.
+    pinned: into memory that GPUs copy from. Raises InputError if a file cannot be read any more.
     """
     tensors, files = {}, {}
-    for name, (file, key, part) in places.items():
-        files.setdefault(file, []).append((name, key, part))
-    for file, wanted in files.items():
-        with _reading(file) as (stream, entries, start):
-            tensors |= {name: _tensor(stream, entries[key], start, pinned, part) for name, key, part in wanted}
+    for name, place in places.items():
+        files.setdefault(place.file, {})[name] = place
+    for file, names in files.items():
+        with _reading(file) as content:
+            for name, place in names.items():
+                stored = _mapped(content, place)
+                kind = dtype if dtype and stored.is_floating_point() else stored.dtype
+                tensors[name] = torch.empty(stored.shape, dtype=kind, pin_memory=pinned).copy_(stored)
     return tensors
+
+
+def mapped(place):
+    """Return the tensor at a place as it is stored, read from the disk only where it is looked at."""
+    with _reading(place.file) as content:
+        return _mapped(content, place)
+
+
+def _mapped(content, place):
+    if place.part:
+        return place.part.of(content.get_slice(place.key)[place.part.expert])
+    return content.get_tensor(place.key)
 
 
 @contextlib.contextmanager
 def _reading(file):
-    """Open a safetensors file: give its stream, the entries of its header and where the data start.
-
-    Raises InputError if it is not what it was.
-    """
+    """Open a safetensors file that has been opened before. Raises InputError if it cannot be read any more."""
     try:
-        with open(file, "rb", buffering=0) as stream:
-            yield stream, *_header(stream)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read during the run ({error.strerror})") from error
-    except (EOFError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{file}: was truncated or changed during the run") from error
+        with safe_open(file, "pt") as content:
+            yield content
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read during the run ({one_line(error)})") from error
 
 
-def _pieces(place):
-    """Yield the values of a whole tensor in order, in one buffer that is filled again and again."""
-    with _reading(place.file) as (stream, entries, start):
-        dtype, (begin, end) = TYPES[entries[place.key]["dtype"]], entries[place.key]["data_offsets"]
-        buffer = torch.empty(min(PIECE, end - begin), dtype=torch.uint8)
-        stream.seek(start + begin)
-        for left in range(end - begin, 0, -PIECE):
-            content = buffer[:left]
-            _exactly(stream, content.numpy())
-            yield content.view(dtype)
-
-
-def _header(stream):
-    """Return the header of an open safetensors file, {key: entry}, and where the data start."""
-    size = int.from_bytes(_exactly(stream, bytearray(8)), "little")
-    if size > os.fstat(stream.fileno()).st_size:
-        raise EOFError
-    return json.loads(_exactly(stream, bytearray(size))), 8 + size
-
-
-def _tensor(stream, entry, start, pinned, part):
-    (begin, end), shape = entry["data_offsets"], entry["shape"]
-    if part:
-        size, shape = (end - begin) // shape[0], shape[1:]
-        begin, end = begin + part.expert * size, begin + (part.expert + 1) * size
-    content = torch.empty(end - begin, dtype=torch.uint8, pin_memory=pinned)
-    stream.seek(start + begin)
-    _exactly(stream, content.numpy())
-    tensor = content.view(TYPES[entry["dtype"]]).view(shape)
-    return part.of(tensor).contiguous() if part else tensor
-
-
-def _exactly(stream, buffer):
-    """Fill a buffer from an unbuffered file, which may give less than asked for. Raises EOFError at its end."""
-    left = memoryview(buffer).cast("B")
-    while left:
-        if not (count := stream.readinto(left)):
-            raise EOFError
-        left = left[count:]
-    return buffer
+def check_finite(tensor, name):
+    """Raise InputError if a floating-point tensor holds NaN or inf, by its extremes."""
+    if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+        raise InputError(f"{name} contains NaN or inf")
 
 
 @functools.cache
@@ -239,12 +185,6 @@ def check_index(index):
         if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or (
                 not PurePosixPath(file).parts):
             raise ValueError(f"its index names {file}, which is not in the folder")
-
-
-def check_header(file):
-    """Raise ValueError if the header of a safetensors file is damaged, or does not fit the file's size."""
-    with _opened(file):
-        pass
 
 
 def dtype_of(files):
@@ -333,51 +273,6 @@ def _compute_buffers(model):
             model._init_weights(module)
 
 
-def tensors_of(model):
-    """Yield (name, tensor) of every parameter, read from disk if the model is streamed."""
-    source = getattr(model, "source", None)
-    for name, parameter in model.named_parameters():
-        yield name, source.tensor(name) if source else parameter
-
-
-def check_weights(model, sums=None):
-    """Yield (name, whether it is finite) of every parameter, checked in pieces by several threads.
-
-    sums: dict that takes {name: checksum} of all of them.
-    """
-    source, parameters = getattr(model, "source", None), dict(model.named_parameters())
-
-    def check(name):
-        parameter = parameters[name].detach()
-        pieces = source.pieces(name) if source else parameter.flatten().split(PIECE)
-        found = _begin_checksum(source.dtype if source else parameter.dtype, parameter.shape)
-        for piece in pieces:
-            if not is_finite(piece):
-                return name, False, None
-            if sums is not None:
-                found.update(_bytes(piece))
-        return name, True, found.hexdigest()
-
-    pool = ThreadPoolExecutor(min(CHECKING, torch.get_num_threads()))
-    try:
-        for name, finite, checksum in pool.map(check, parameters):
-            if sums is not None:
-                sums[name] = checksum
-            yield name, finite
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def is_finite(values):
-    """Return whether no value of a floating-point vector on the host is NaN or inf.
-
-    By their bits, in one thread, so that several can check at a time: all bits of the exponent are set in these only.
-    """
-    kind, exponent = EXPONENTS[values.dtype]
-    bits = values.view(torch.uint8).numpy().view(kind)
-    return not bits.size or np.bitwise_and(bits, exponent).max() < exponent
-
-
 def fingerprint(model):
     """Return a digest of 64 values of every parameter, the same whether stored as bfloat16 or wider.
 
@@ -385,7 +280,7 @@ def fingerprint(model):
     """
     result, source = hashlib.sha256(type(model).__name__.encode()), getattr(model, "source", None)
     for name, parameter in model.named_parameters():
-        numbers = (source.mapped(name) if source else parameter.detach()).flatten()
+        numbers = (mapped(source.places[name]) if source else parameter.detach()).flatten()
         values = numbers[:: -(-numbers.numel() // 64)].to(source.dtype if source else parameter.dtype)
         result.update(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return result.hexdigest()
@@ -396,54 +291,14 @@ def digest(tokens):
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
-def checksum(tensor):
-    """Return a checksum of a tensor, XXH3 of its dtype, shape and bytes: as fast as memory is read."""
-    found = _begin_checksum(tensor.dtype, tensor.shape)
-    found.update(_bytes(tensor))
-    return found.hexdigest()
-
-
-def _begin_checksum(dtype, shape):
-    return xxhash.xxh3_64(f"{dtype} {tuple(shape)}".encode())
-
-
-def _bytes(tensor):
-    return tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
-
-
-def write(file, tensors, metadata=None):
-    """Write {key: tensor} as a safetensors file, atomically and flushed to disk. metadata: {key: text} for its header.
-    """
+def write(file, tensors):
+    """Write {key: tensor} as a safetensors file, atomically and flushed to disk."""
     with replacing(file) as partial:
-        save(partial, tensors, tensors.get, metadata)
-
-
-def save(file, tensors, read, metadata=None):
-    """Write the same safetensors file as `save_file`, but with one tensor in memory at a time.
-
-    tensors: {key: tensor}, possibly on meta. read: returns the tensor of a key. metadata: {key: text} for its header.
-    """
-    keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # aligns tensors to their element size
-    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
-    for key in keys:
-        start, end = end, end + tensors[key].nbytes
-        header[key] = {"dtype": NAMES[tensors[key].dtype], "shape": list(tensors[key].shape),
-                       "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for key in keys:
-            tensor = read(key)
-            if (tensor.dtype, tensor.shape) != (tensors[key].dtype, tensors[key].shape):
-                raise ValueError(f"{key} is {tensor.dtype} {_times(tensor.shape)}, the model asks for "
-                                 f"{tensors[key].dtype} {_times(tensors[key].shape)}")
-            _append(stream, tensor)
-
-
-def _append(stream, tensor):
-    """Write the bytes of a tensor to an open file."""
-    stream.write(_bytes(tensor))
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file({key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}, partial,
+                  metadata={"format": "pt"})
+        partial.chmod(mode)  # others may read it: safetensors replaces the file by one that they may not
 
 
 def leaving(tensors):

@@ -252,6 +252,14 @@ def test_an_accident_gets_one_line_and_resume_gives_the_files_of_an_undisturbed_
     assert found == undisturbed(options)
 
 
+@pytest.mark.parametrize("key", [UP, "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_get_one_line(key, checkpoint_folder, tmp_path, capsys):
+    shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+    weights_changed(tmp_path, lambda state: state[key][0, 0].fill_(math.nan))
+    assert run("llama", RUN, root=tmp_path) == 2
+    assert capsys.readouterr().err == f"llama.py: error: {tmp_path}/model/{WEIGHTS}: {key} contains NaN or inf\n"
+
+
 def removed(file, _):
     file.unlink()
 
@@ -261,9 +269,9 @@ def overwritten(file, content):
 
 
 CHANGES = {  # of the model's file, after the first layer
-    "truncated": (cut, 100, "was truncated or changed during the run"),
-    "removed": (removed, None, "cannot be read during the run (No such file or directory)"),
-    "replaced": (overwritten, b"{" * 99, "was truncated or changed during the run"),
+    "truncated": (cut, 100, "cannot be read during the run (…)"),
+    "removed": (removed, None, "cannot be read during the run (No such file …)"),
+    "replaced": (overwritten, b"{" * 99, "cannot be read during the run (…)"),
 }
 
 
@@ -275,7 +283,8 @@ def test_a_model_that_changes_during_a_run_gets_one_line_and_resume_goes_on(case
     file = tmp_path / "model" / WEIGHTS
     whole = file.read_bytes()
     child = Child(fork, tmp_path, "llama", RUN, at, ("placed", "layer-00000.safetensors", change, file, given))
-    assert child.end() == (2, [f"llama.py: error: {file}: {message}"])
+    status, (line,) = child.end()
+    assert status == 2 and re.fullmatch(says(f"llama.py: error: {file}: {message}"), line)
     file.write_bytes(whole)
     assert Child(fork, tmp_path, "llama", f"{RUN} --resume", nothing).end() == (0, [])
     found = contents(tmp_path / "saved")
@@ -295,7 +304,7 @@ def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed
             f"llama.py: error: --save {disk}: finished layers and the result need 0.000 GB, 0.000 GB are free in")
         assert list(disk.iterdir()) == []
         # room for layers and result, which is asked for before the run, and not for the hidden states beside them
-        subprocess.run(["mount", "-o", "remount,size=212k", disk], check=True)
+        subprocess.run(["mount", "-o", "remount,size=300k", disk], check=True)
         child = Child(fork, tmp_path, "llama", f"{RUN} {many}", nothing)
         status, (line,) = child.end()
         assert status == 2 and "GB are free" in line and line.endswith("free some space and continue with --resume")

@@ -154,7 +154,7 @@ def converting(path, cache, report, prepare=None):
     if prepare:
         prepare()
     model = opened(path)
-    report.write_text(str(sum(tensor.double().sum().item() for _, tensor in streaming.tensors_of(model))))
+    report.write_text(str(sum(model.source.tensor(name).double().sum().item() for name, _ in model.named_parameters())))
 
 
 def slow(started):
@@ -200,7 +200,7 @@ def killed_at(path, call):
 KILLS = {
     "before it is read": ("mixgpt.checkpoints.load.read_config", 1),
     "before it is written": ("mixgpt.checkpoints.gguf_files.check_room", 0),
-    "in the weights": ("mixgpt.modeling.streaming._append", 9),
+    "before the weights": ("mixgpt.modeling.streaming.save_file", 0),
     "before all is on the disk": ("mixgpt.common.files._to_disk", 3),
     "before it has its name": ("pathlib.Path.rename", 0),
     "while it clears up": ("shutil.rmtree", 1),

@@ -29,14 +29,14 @@ def model(checkpoint_folder):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Give an event without which no thread writes a tensor."""
-    gate, append = threading.Event(), streaming._append
+    """Give an event without which no thread writes a file."""
+    gate, save_file = threading.Event(), streaming.save_file
 
-    def waiting(stream, tensor):
+    def waiting(*given, **options):
         assert gate.wait(30)
-        append(stream, tensor)
+        save_file(*given, **options)
 
-    monkeypatch.setattr(streaming, "_append", waiting)
+    monkeypatch.setattr(streaming, "save_file", waiting)
     return gate
 
 
@@ -78,7 +78,7 @@ def test_the_next_layer_does_not_wait_for_the_disk_but_the_one_behind_it_does(mo
         assert torch.equal(folder.layers[1].source.tensor("mlp.up_proj.weight"), torch.full((48, 32), 2.0))
 
 
-def full(*_):
+def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -88,7 +88,7 @@ def test_an_error_of_the_thread_comes_up_once_where_the_run_next_asks(asked, mod
     with pytest.raises(InputError, match=line) if asked == "exit" else contextlib.nullcontext(), kept(
             tmp_path / "folder", model) as folder:
         with monkeypatch.context() as patch:
-            patch.setattr(streaming, "_append", full)
+            patch.setattr(streaming, "save_file", full)
             finish(folder, 0)
             asking = {"finish": lambda: finish(folder, 1), "settle": folder.settle, "begin": lambda: folder.begin(3)}
             if asked == "exit":
@@ -103,7 +103,7 @@ def test_an_error_of_the_thread_comes_up_once_where_the_run_next_asks(asked, mod
 
 
 def test_any_other_error_of_the_thread_comes_up_too(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "_append", lambda *_: {}["surprise"])
+    monkeypatch.setattr(streaming, "save_file", lambda *_, **__: {}["surprise"])
     with kept(tmp_path, model) as folder:
         finish(folder, 0)
         with pytest.raises(KeyError, match="surprise"):
