@@ -4,6 +4,7 @@ Single-threaded: the errors of a tile stay in L1 cache, so that this costs far l
 """
 
 import contextlib
+import functools
 import os
 import shutil
 
@@ -37,9 +38,28 @@ def walk_columns(W, E, U, mask, factors, groups, grid):
     W, E, U, mask, factors = (x.numpy() for x in (W, E, U, mask, factors))
     scale, low, high = (x.numpy() for x in grid[:3]) if grid else (W[0, :0],) * 3
     prunem, prunens = groups or (0, [(slice(0, W.shape[1]), 0)])
+    walk_rows, tile = _walk_of(W.dtype), _tile(len(W), W.dtype)
     for rows, n in prunens:
-        _walk_rows(W, E, U, mask, factors, rows.start, rows.stop, prunem, n, scale, low, high,
-                   grid is not None and grid[3] == torch.bfloat16)
+        walk_rows(W, E, U, mask, factors, rows.start, rows.stop, prunem, n, scale, low, high,
+                  grid is not None and grid[3] == torch.bfloat16, *tile)
+
+
+@functools.cache
+def _walk_of(dtype):
+    """Return `_walk_rows` compiled for W's dtype and any strides: compiling takes seconds for each kind of array."""
+    value = numba.from_dtype(dtype)
+    matrix, vector, tile, flag = value[:, :], value[:], value[:, ::1], numba.boolean
+    _walk_rows.disable_compile(False)
+    _walk_rows.compile((matrix, matrix, matrix, flag[:, :], vector, *(numba.int64,) * 4, *(vector,) * 3, flag,
+                        tile, tile, flag[:, ::1], tile, tile, numba.int32[::1]))
+    _walk_rows.disable_compile()
+    return _walk_rows
+
+
+def _tile(columns, dtype):
+    """Allocate what the walk over a tile works on: weights, errors, mask, limits of the grid, scores and ranks."""
+    w, e, scores = np.zeros((3, columns, TILE), dtype)
+    return w, e, np.zeros((columns, TILE), bool), np.ones((3, TILE), dtype), scores, np.zeros(TILE, np.int32)
 
 
 @_compiled(fastmath={"contract"}, error_model="numpy")
@@ -66,21 +86,17 @@ def _copy(source, target):
 
 
 @_compiled(fastmath={"contract"}, error_model="numpy")
-def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16):
-    """Walk all columns for rows start … stop − 1; scale is empty without quantization."""
+def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16, w, e, remove, limits,
+               scores, rank):
+    """Walk all columns for rows start … stop − 1; scale is empty without quantization. The rest is as in `_tile`."""
     columns, width = len(W), max(prunem, 1)
-    w, e = np.zeros((columns, TILE), W.dtype), np.zeros((columns, TILE), W.dtype)
-    remove = np.zeros((columns, TILE), np.bool_)
-    step, least, most = np.ones(TILE, W.dtype), np.zeros(TILE, W.dtype), np.zeros(TILE, W.dtype)
-    scores, rank = np.empty((columns, TILE), W.dtype), np.empty(TILE, np.int32)
+    step, least, most = limits[0], limits[1], limits[2]
     for first in range(start, stop, TILE):
         rows = min(TILE, stop - first)
         _copy(W[:, first:first + rows], w)
         _copy(mask[:, first:first + rows], remove)
-        if len(scale):
-            step[:rows] = scale[first:first + rows]
-            least[:rows] = low[first:first + rows]
-            most[:rows] = high[first:first + rows]
+        for r in range(rows if len(scale) else 0):
+            step[r], least[r], most[r] = scale[first + r], low[first + r], high[first + r]
         for group in range(0, columns, width):
             for j in range(group, group + width):
                 _update(w, e, U, j, 0, group)
@@ -118,7 +134,8 @@ def _choose(W, remove, factors, scores, rank, group, width, prunen):
         for r in range(TILE):
             scores[j, r] = -1 if remove[j, r] else W[j, r] * W[j, r] * factors[j]
     for j in range(group, group + width):
-        rank[:] = 0
+        for r in range(TILE):
+            rank[r] = 0
         for other in range(group, group + width):
             tie = other < j
             for r in range(TILE):
