@@ -33,7 +33,7 @@ def _parse(argv):
                              "models that need it (Gemma), else what the tokenizer does by itself (default: auto)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                        help="dtype of the weights in memory; auto: as stored, but float32 for float16 on a CPU")
+                        help="dtype of the weights in memory; auto: as stored, but float32 where a CPU is faster in it")
     given = parser.parse_args(argv)
     _check(given)
     return vars(given)

@@ -313,6 +313,8 @@ def announce(job):
     settings, model = job.settings, job.model
     job.record = records.facts(settings, job.seqlen, model.dtype, job.device, job.sources)
     log(settings, heading(job))
+    if settings.dtype == "auto" and dtype_of(job) != "auto":
+        log(settings, "dtype    float32: this CPU computes more slowly in the stored dtype; give --dtype to keep it")
     if job.identity:
         job.record["identity"] = job.identity
     with job.clock.part("W&B"):

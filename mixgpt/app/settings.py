@@ -203,7 +203,7 @@ class Settings:
         flag="--batch-size", group="execution")
     device: str | None = option(None, FREE, "cpu, cuda or cuda:N (default: cuda if available)")
     dtype: str = option("auto", RESULT,
-        "dtype of the weights in memory and on disk; auto: as stored, but float32 for float16 on a CPU",
+        "dtype of the weights in memory and on disk; auto: as stored, but float32 where a CPU is faster in it",
         choices=['auto', 'float32', 'bfloat16', 'float16'])
 
     save: str | None = option(None, FREE,

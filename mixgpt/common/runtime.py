@@ -4,6 +4,7 @@ import torch
 
 from mixgpt.common import environment
 from mixgpt.common.errors import InputError
+from mixgpt.kernels.matmul import multiplies_bfloat16
 
 DEFAULT_SEQLEN = 2048
 
@@ -46,9 +47,10 @@ def choose_seqlen(seqlen, config):
 
 
 def choose_dtype(name, config, device):
-    """Return the dtype of the weights in memory, "auto" for the stored one."""
+    """Return the dtype of the weights in memory, "auto" for the stored one; on a CPU float32, if that is faster."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cpu" and config.dtype in (torch.float16, "float16"):
-        return torch.float32  # float16 on a CPU is slow and overflows
+    stored = str(config.dtype).removeprefix("torch.")
+    if device.type == "cpu" and (stored == "float16" or stored == "bfloat16" and not multiplies_bfloat16()):
+        return torch.float32  # float16 overflows there, too
     return "auto"

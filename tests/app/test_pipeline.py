@@ -317,12 +317,18 @@ def test_dtype_is_that_of_the_saved_weights(checkpoint_folder, tmp_path):
     assert all(m.zeros == m.numel // 2 for m in measure_sparsity(model, FAMILIES["llama"][0]))
 
 
-def test_float16_checkpoints_run_in_float32_on_a_cpu(checkpoint_folder, tmp_path, capsys):
-    AutoModelForCausalLM.from_pretrained(checkpoint_folder("opt"), dtype=torch.float16).save_pretrained(tmp_path)
+@pytest.mark.parametrize("stored, fast, used", [
+    ("float16", True, "float32"), ("bfloat16", False, "float32"), ("bfloat16", True, "bfloat16")])
+def test_a_cpu_computes_in_float32_where_that_is_faster_and_a_line_says_so(stored, fast, used, checkpoint_folder,
+                                                                           tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: fast)
+    AutoModelForCausalLM.from_pretrained(checkpoint_folder("opt"), dtype=stored).save_pretrained(tmp_path)
     for file in checkpoint_folder("opt").glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert run(FAMILIES["opt"][0], tmp_path, "builtin", *SMALL) == 0
-    assert "float32, on cpu" in capsys.readouterr().out
+    for more, dtype in ([], used), (["--dtype", stored], stored):
+        assert run(FAMILIES["opt"][0], tmp_path, "builtin", *SMALL, *more) == 0
+        out = capsys.readouterr().out
+        assert f"{dtype}, on cpu" in out and ("dtype    float32" in out) == (dtype != stored)
 
 
 def test_a_save_that_reads_back_differently_is_reported(checkpoint_folder, tmp_path, capsys, monkeypatch):

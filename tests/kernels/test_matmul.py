@@ -1,5 +1,7 @@
 """Check products by oneDNN against float64, and linears in a model against PyTorch's own, with their derivatives."""
 
+import platform
+
 import makebelieve
 import pytest
 import torch
@@ -53,6 +55,19 @@ def test_fine_products_have_five_digits_on_a_gpu(dtype, digits, device):
     error = (found.double() - expected).norm() / expected.norm()
     assert found.dtype == dtype and error <= digits
     assert error > 1e-6 or device == "cpu" or dtype == torch.float64, "it was not in bfloat16"
+
+
+@pytest.mark.parametrize("instructions, limit, fast", [
+    (True, "", True), (True, "AVX512_CORE_AMX", True), (True, "avx512_core", False), (False, "", False)])
+def test_bfloat16_is_fast_with_instructions_that_onednn_may_use(instructions, limit, fast, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # of every CPU with AVX-512
+    assert matmul.multiplies_bfloat16() == fast
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not matmul.multiplies_bfloat16()
 
 
 class Counted(torch.overrides.TorchFunctionMode):
