@@ -21,7 +21,7 @@ from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import Gradients, enough_of, output_gradients
 from mixgpt.allocation.plan import Budget
 from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic, windows_of
-from mixgpt.app import plots, records
+from mixgpt.app import records
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, SALIENCIES, SOLVERS
 from mixgpt.app.report import heading, plan_text, result_text
 from mixgpt.app.tracking import Tracker
@@ -393,6 +393,7 @@ def choose_plan(job):
         log(settings, plan_text(settings, target_of(settings), job.plan, job.selected, job.traces))
         job.tracker.plan(job.traces, job.plan)
     if settings.plot and distributed.rank() == 0:
+        from mixgpt.app import plots  # matplotlib takes half a second to import
         write("--plot", settings.plot, plots.draw(job.plan, job.traces, Path(settings.plot).suffix), PICTURE)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from mixgpt.app import plots
 from mixgpt.app.exit_status import status_of
 
 PATIENCE = {"init_timeout": 30, "finish_timeout": 300}  # seconds to wait for an unresponsive server
@@ -88,6 +87,7 @@ class Tracker:
     @_guarded
     def plan(self, traces, plan):
         """Log `Traces` and {(layer, name): Target} as a table and a picture."""
+        from mixgpt.app import plots  # imports matplotlib
         sensitivity = traces.sensitivity
         errors = dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True))
         ranked = sorted(plan, key=sensitivity.get, reverse=True)
@@ -101,6 +101,7 @@ class Tracker:
     @_guarded
     def layer(self, index, outcomes, seconds, counted):
         """Log a finished layer: {(layer, name): Outcome}, and the `MatrixSparsity` of all its matrices."""
+        from mixgpt.app import plots
         point = {"layer": index, "layers/seconds": seconds,
                  "layers/sparsity": sum(m.zeros for m in counted) / sum(m.numel for m in counted)}
         errors = {key: outcome.error for key, outcome in outcomes.items() if outcome.error is not None}
