@@ -195,7 +195,8 @@ def test_gptq_is_never_worse_than_rounding_on_real_activations(scheme, act_order
         error, _ = prune_one(hessian, weight := W.clone(), 0.0, scheme=scheme)
         nearest, _ = quantize_nearest(W, scheme)
         assert error <= relative_error(W, nearest, hessian.H)
-        assert error == pytest.approx(relative_error(W, weight, hessian.H), rel=1e-5)  # from the walk's own errors
+        # from the walk's own errors: it rounds weights by 2⁻²⁴ of themselves, up to 2⁸ times what a grid of 8 bits does
+        assert error == pytest.approx(relative_error(W.double(), weight.double(), hessian.H.double()), rel=1e-4)
         ratios.append(error / relative_error(W, nearest, hessian.H))
     assert math.prod(ratios) ** (1 / len(ratios)) < 0.8
 

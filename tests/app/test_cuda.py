@@ -1,7 +1,7 @@
 """Run the whole command line on a GPU, and compare what it saves and reports with a CPU's.
 
 The GPU is a real one where there is one (marked gpu), else the make-believe one of makebelieve.py. Each family meets
-each job once, with the dtypes and the room on the GPU in turn; with `--every-combination` pytest takes all of them.
+half of the jobs, with the dtypes and the room on the GPU in turn; with `--every-combination` pytest takes all of them.
 """
 
 import collections
@@ -47,10 +47,9 @@ KERNEL = columns.triton_obstacle
 
 
 def chosen(family, job, dtype, room):
-    """Say whether a combination is one of those that run always: all pairs of two of these are."""
+    """Say whether a combination is one of those that run always: of other pairs than family and job all are."""
     i, j = list(FAMILIES).index(family), list(JOBS | MORE).index(job)
-    return dtype == DTYPES[(i + j) % 3] and room == ROOMS[((i + j) // 3 + j) % 2] and (
-        job in JOBS or family in ("opt", "llama", "bloom"))
+    return (i + j) % 2 == 0 and dtype == DTYPES[(i + j) // 2 % 3] and room == ROOMS[(i + j) // 6 % 2 ^ j % 2]
 
 
 def pytest_generate_tests(metafunc):
@@ -139,23 +138,42 @@ def no_waiting_in_the_walk(monkeypatch):
     monkeypatch.setattr(solvers, "walk_matrices", watched)
 
 
-def compare(ours, theirs, job):
-    """Check that what two devices made is equal, up to what the order of sums may turn."""
+def compare(ours, theirs, job, dtype="float32"):
+    """Check that what two devices made is equal, up to the rounding of their sums.
+
+    Weights whose scores differ by less than that may change places, and what is pruned after them reads other inputs,
+    so that each further layer differs more. Layers before the first such weights have errors equal to within rounding;
+    in the first layer with some, the matrix with the fewest has no more than scores lie within rounding of each other.
+    """
     (state, record, _), (expected, wanted, _) = ours, theirs
     assert set(state) == set(expected)
     options = options_of(job)
-    best, rounds = "best" in options or "--target dense" in options, "wbits" in options
-    differing = sum(((state[key] == 0) != (expected[key] == 0)).sum().item() for key in state)
-    assert differing <= (0.05 if best else 0.005) * sum(tensor.numel() for tensor in state.values())
-    assert record["sparsity"] == pytest.approx(wanted["sparsity"], abs=2e-3 if rounds else 1e-6)
-    for method, values in wanted["perplexity"].items():
-        # of random models, chaotic: a CPU's own moves as much with the size of the batches
-        assert record["perplexity"][method] == pytest.approx(values, rel=0.15 if best else 0.02)
+    # scores in 16 bit, and those of ADMM, whose products have as many digits, are good to 2⁻⁸; those in float32 to
+    # 2⁻²⁴ times the condition of the damped Hessian, which is at most columns / percdamp: 2⁻¹² here
+    rough = dtype != "float32" or "best" in options or "--target dense" in options
+    rounding = 2.0 ** (-8 if rough else -12)
+    assert record["sparsity"] == pytest.approx(wanted["sparsity"], abs=5e-3 if "wbits" in options else 1e-6)
+    for layer, rows in itertools.groupby(zip(record["matrices"], wanted["matrices"], strict=True),
+                                         lambda pair: pair[0]["layer"]):
+        rows = list(rows)
+        if differing := [count for mine, _ in rows if (count := turned(state, expected, mine))]:
+            count, numel = min(differing)
+            assert count <= max(4, 4 * rounding * numel), (layer, differing)
+            break
+        errors = [[row.get("error", 0) for row in each] for each in zip(*rows, strict=True)]
+        assert errors[0] == pytest.approx(errors[1], rel=4 * rounding, abs=1e-6)
+    else:
+        for method, values in wanted["perplexity"].items():
+            assert record["perplexity"][method] == pytest.approx(values, rel=4 * rounding)
     if "--gmp" in options:
         assert all(torch.equal(tensor, expected[key]) for key, tensor in state.items())
-    errors = [[row.get("error", 0) for row in each["matrices"]] for each in (record, wanted)]
-    assert errors[0] == pytest.approx(errors[1], rel=0.2 if best else 0.1, abs=1e-6)
-    assert sum(errors[0]) == pytest.approx(sum(errors[1]), rel=0.05 if best else 0.01)
+
+
+def turned(state, expected, row):
+    """Return how many weights of a matrix are zero in one of two results only, and its size; None if there are none."""
+    key, = (key for key in state if f".{row['layer']}.{row['name']}.weight" in key)
+    count = ((state[key] == 0) != (expected[key] == 0)).sum().item()
+    return (count, state[key].numel()) if count else None
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -166,7 +184,7 @@ def test_a_gpu_gives_what_a_cpu_gives(combination, gpu, run, no_waiting_in_the_w
         monkeypatch.setattr(modelutils, "place_for", lambda *_: "host")
         monkeypatch.setattr(backward, "rooms_for", lambda _: {"device": 0, "host": 2**30})
     with gpu():
-        compare(run(family, job, "cuda:0", dtype=dtype), expected, job)
+        compare(run(family, job, "cuda:0", dtype=dtype), expected, job, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,7 +206,7 @@ def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no
         found = run("llama", job, "cuda:0", *one_layer, dtype=dtype)
     KERNEL.cache_clear()
     assert len(launched) >= 4 and (1, 32) in launched  # the inputs of a layer
-    compare(found, expected, job)
+    compare(found, expected, job, dtype)
 
 
 @pytest.mark.parametrize("family, job", [

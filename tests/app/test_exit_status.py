@@ -173,7 +173,7 @@ def test_a_signal_leaves_no_pruned_layers(number, status, line, fork, checkpoint
     os.kill(process.pid, number)
     if number == signal.SIGHUP:
         os.kill(process.pid, number)  # as a terminal that closes, and its shell
-    process.join(60)
+    process.join(600)
     assert process.exitcode == status
     assert errors.read_text() == f"llama.py: {line}\n"
     assert not list(temporary.iterdir())

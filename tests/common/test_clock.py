@@ -1,4 +1,4 @@
-"""Check seconds by part and peak memory."""
+"""Check seconds by part, on a clock that goes on when it is told to, and peak memory."""
 
 import contextlib
 import time
@@ -10,44 +10,56 @@ from makebelieve import CUDA, Gpu
 from mixgpt.common.clock import Clock, peak_memory
 
 
-def test_a_part_inside_another_counts_only_for_itself():
+@pytest.fixture
+def wait(monkeypatch):
+    """Return a function that lets seconds pass."""
+    now = [100]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait
+
+
+def test_a_part_inside_another_counts_only_for_itself(wait):
     clock = Clock(CPU)
     with clock.part("outer"):
-        time.sleep(0.05)
+        wait(5)
         with clock.part("inner"):
-            time.sleep(0.2)
+            wait(20)
         with clock.part("inner"):
-            time.sleep(0.1)
-    assert 0.3 <= clock.seconds["inner"] < 0.4
-    assert 0.05 <= clock.seconds["outer"] < 0.15
+            wait(10)
+    assert clock.seconds["inner"] == 30
+    assert clock.seconds["outer"] == 5
 
 
-def test_a_gpu_is_waited_for_only_where_seconds_are_read():
+def test_a_gpu_is_waited_for_only_where_seconds_are_read(wait):
     with Gpu() as gpu:
         clock = Clock(CUDA)
         for _ in range(2):
             with clock.part("outer"):
-                time.sleep(0.05)
+                wait(5)
                 with clock.part("inner"):
-                    time.sleep(0.1)
+                    wait(10)
         assert not gpu.synchronisations
-        assert 0.2 <= clock.seconds["inner"] < 0.3
-        assert 0.1 <= clock.seconds["outer"] < 0.19
+        assert clock.seconds["inner"] == 20
+        assert clock.seconds["outer"] == 10
         assert gpu.synchronisations.total() == 1
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_a_part_that_an_error_ends_is_counted_like_others(device):
+def test_a_part_that_an_error_ends_is_counted_like_others(device, wait):
     with Gpu():
         clock = Clock(device)
         with clock.part("all"):
             with contextlib.suppress(KeyError), clock.part("outer"), clock.part("inner"):
-                time.sleep(0.1)
+                wait(10)
                 raise KeyError
             with clock.part("inner"):
-                time.sleep(0.1)
-        assert 0.2 <= clock.seconds["inner"] < 0.3
-        assert max(clock.seconds["outer"], clock.seconds["all"]) < 0.05
+                wait(10)
+        assert clock.seconds["inner"] == 20
+        assert clock.seconds["outer"] == clock.seconds["all"] == 0
 
 
 def test_peak_memory_grows_with_what_is_held():

