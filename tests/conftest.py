@@ -66,8 +66,9 @@ from mixgpt.modeling.family import family_of
 for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:  # as in the background, or under nohup; processes would inherit it
         signal.signal(number, action)
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processor's cores
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they and what they start share the processor's cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 384

@@ -152,7 +152,7 @@ class Child:
 
     def end(self):
         """Wait for the end of the run. Returns its exit status and the lines on stderr."""
-        self.process.join(60)
+        self.process.join(600)
         with self.errors:
             return self.process.exitcode, self.errors.read().splitlines()
 
@@ -170,39 +170,25 @@ ACCIDENTS = {
     "no room for the third layer": (
         at, ("placed", "layer-00001.json", limited, 20_000), "",
         f"layer-00002.safetensors needs 0.000 GB, {FULL}", 2),
-    "no room for the note on a layer": (
-        at, ("opened", "layer-00001.json.*", limited, 100), "", f"layer-00001.json cannot be written, {FULL}", 1),
     "no room for what is not in layers": (
         limited, (40_000,), "", f"the model needs 0.000 GB, {FULL}", 3),
     "no room for the tokenizer": (
         at, ("opened", "saved/tokenizer_config.json", limited, 100), "", f"the tokenizer cannot be written, {FULL}", 3),
-    "no room for the configuration": (
-        at, ("opened", "saved/config.json", limited, 100), "", f"the model needs 0.000 GB, {FULL}", 3),
     "no room for the last shard": (
         at, ("placed", "model-00002-of-00003.safetensors", limited, 100), "",
         f"the model needs 0.000 GB, {FULL}", 3),
-    "no room for the index": (
-        at, ("opened", f"{INDEX}.*", limited, 100), "", f"the model needs 0.000 GB, {FULL}", 3),
-    "no room for the record": (
-        at, ("opened", "mixgpt.json.*", limited, 100), "", f"mixgpt.json cannot be written, {FULL}", 3),
     "no room for the record at the end": (
         at, ("placed", INDEX, limited, 100), "", f"mixgpt.json cannot be written, {FULL}", 3),
     "no room for the sparse format": (
         at, ("opened", "saved/config.json", limited, 20_000), "--save-format sparse",
-        f"the model needs 0.000 GB, {FULL}", 3),
-    "no room for compressed tensors": (
-        at, ("opened", "saved/config.json", limited, 20_000), "--wbits 4 --sym --save-format compressed-tensors",
         f"the model needs 0.000 GB, {FULL}", 3),
     "Ctrl-C while it loads": (at, ("opened", "model/tokenizer_config.json", interrupted), "", None, 0),
     "Ctrl-C in an input's Hessian": (
         at, ("placed", "layer-00000.json", before_next, "sparsegpt.SparseGPT.add_batch", interrupted), "", None, 1),
     # the layer that is being written is completed
     "Ctrl-C while a layer is kept": (at, ("opened", "layer-00001.json.*", interrupted), "", None, 2),
-    "Ctrl-C by magnitude": (at, ("placed", "layer-00001.safetensors", interrupted), "--gmp", None, 2),
-    "Ctrl-C while the rest is written": (at, ("opened", "saved/tokenizer_config.json", interrupted), "", None, 3),
     "Ctrl-C while a shard is written": (
         at, ("opened", "model-00002-of-00003.safetensors.*", interrupted), "", None, 3),
-    "Ctrl-C between two shards": (at, ("placed", "model-00002-of-00003.safetensors", interrupted), "", None, 3),
     "Ctrl-C in the evaluation": (before_next, ("torch.nn.functional.cross_entropy", interrupted), "", None, 3),
     "Ctrl-C in the traces": (
         at, ("opened", "traces.json.*", interrupted),
