@@ -179,8 +179,8 @@ def test_files_that_are_no_records_get_a_line_each_and_the_others_are_shown(writ
         "results.py: error: damaged.json: is not the record of a run (JSONDecodeError: Expecting property name "
         "enclosed in double quotes: line 1 column 15 (char 14))",
         "results.py: error: foreign.json: is not the record of a run (KeyError: 'settings')",
-        "results.py: error: list.json: is not the record of a run (TypeError: list indices must be integers or slices, "
-        "not str)",
+        "results.py: error: list.json: is not the record of a run (AttributeError: 'list' object has no "
+        "attribute 'get')",
         "results.py: error: binary.json: is not the record of a run (UnicodeDecodeError: 'utf-8' codec can't decode "
         "byte 0xff in position 0: invalid start byte)",
         "results.py: error: empty/mixgpt.json: cannot be read (No such file or directory); give files of --record or "

@@ -1,10 +1,12 @@
 """Defaults of a run: the device, the dtype and the sequence length."""
 
+import os
+import platform
+
 import torch
 
 from mixgpt.common import environment
 from mixgpt.common.errors import InputError
-from mixgpt.kernels.matmul import multiplies_bfloat16
 
 DEFAULT_SEQLEN = 2048
 
@@ -44,6 +46,19 @@ def choose_seqlen(seqlen, config):
     if limit and seqlen > limit:
         raise InputError(f"--seqlen {seqlen}: the model's limit is {limit} tokens")
     return seqlen
+
+
+def multiplies_bfloat16():
+    """Return whether the CPU has instructions that multiply bfloat16 matrices, and oneDNN is allowed to use them.
+
+    PyTorch says so of every processor with AVX-512; without them a product takes several times as long as in float32.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return torch.cpu._is_avx512_bf16_supported() and limit not in ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def choose_dtype(name, config, device):

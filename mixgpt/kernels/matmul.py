@@ -6,11 +6,11 @@ on others too, at about twice MKL's speed there. Both compute in float32.
 
 import contextlib
 import functools
-import os
-import platform
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from mixgpt.common.runtime import multiplies_bfloat16
 
 AVAILABLE = (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
              and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
@@ -56,19 +56,6 @@ def accumulates(dtype, device):
     except (RuntimeError, TypeError):
         return False
     return True
-
-
-def multiplies_bfloat16():
-    """Return whether the CPU has instructions that multiply bfloat16 matrices, and oneDNN is allowed to use them.
-
-    PyTorch says so of every processor with AVX-512; without them a product takes several times as long as in float32.
-    """
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return torch.cpu._is_avx512_bf16_supported() and limit not in ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def rough_product_with(B):

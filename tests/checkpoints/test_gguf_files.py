@@ -154,7 +154,9 @@ def converting(path, cache, report, prepare=None):
     if prepare:
         prepare()
     model = opened(path)
-    report.write_text(str(sum(model.source.tensor(name).double().sum().item() for name, _ in model.named_parameters())))
+    weights = (model.source.tensor(name) if hasattr(model, "source") else weight.detach()  # in memory: read anew
+               for name, weight in model.named_parameters())
+    report.write_text(str(sum(weight.double().sum().item() for weight in weights)))
 
 
 def slow(started):
