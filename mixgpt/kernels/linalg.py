@@ -215,15 +215,15 @@ def _smallest(values, k):
     mask = torch.zeros_like(values, dtype=torch.bool)
     if torch.is_tensor(k):
         return mask.scatter_(0, values.argsort(), torch.arange(len(values), device=values.device) < k)
-    if values.device.type == "cpu" and k:  # topk would take two to three times as long
-        value = _kth_smallest(values, k)
-        return _up_to(values, value, k - (values < value).sum())
-    return mask.scatter_(0, values.topk(k, largest=False, sorted=False).indices, True)
+    if not k:
+        return mask
+    value = _kth_smallest(values, k)
+    return _up_to(values, value, k - (values < value).sum())
 
 
 def _up_to(values, value, most):
     """Mark what is less than a value, and at most so many of those like it, the first in memory."""
     mask, like = values <= value, values == value
-    if like.sum() > most:
+    if values.is_cuda or like.sum() > most:  # the host does not wait for a GPU
         mask &= ~like | (like.cumsum(0) <= most)
     return mask
