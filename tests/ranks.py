@@ -99,11 +99,15 @@ def selected_of_all():
     """Return what the ways to select give for scores with ties, each with the rows of all processes, {case: rows}."""
     scores, results = torch.randint(-1, 4, (7, 12), generator=torch.Generator().manual_seed(1)).float(), {}
     ours = scores[distributed.share(7)]
+    ways = {"rows": linalg.smallest, "columns": _by_columns} | ({"Triton": _by_triton} if selection_cuda else {})
     for k in (0, 1, 20, 40, 83, 84):
-        ways = {"rows": linalg.smallest, "columns": _by_columns} | ({"Triton": _by_triton} if selection_cuda else {})
         for name, mark in ways.items():
             mask, = mark([ours.clone()], [k])
             results[name, k] = scores, distributed.all_gather_shares(mask, 7)
+    unlike = torch.arange(3000.0).div(3, rounding_mode="floor").view(60, 50)  # the first process has the smallest
+    for k in (1, 1000, 1501, 2998, 3000):
+        mask, = linalg.smallest([unlike[distributed.share(60)]], [k])
+        results["unlike", k] = unlike, distributed.all_gather_shares(mask, 60)
     magnitudes = magnitude_prune(ours, 0.4)
     return results | {("magnitude", 34): (scores.abs(), distributed.all_gather_shares(magnitudes, 7) == 0)}
 

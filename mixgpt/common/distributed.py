@@ -75,22 +75,25 @@ def all_reduce(tensor):
         dist.all_reduce(tensor)
 
 
-def all_gather(rows, counts=None):
-    """Return the rows (n, ...) of each process, in rank order. counts: how many each has, if not all as many."""
+def all_gather(tensor):
+    """Return the tensors of all processes, which are of one shape and no 16-bit dtype, in rank order."""
     if world() == 1:
-        return [rows]
-    counts = counts or [len(rows)] * world()
-    together = rows.new_empty(world(), max(counts), *rows.shape[1:])
-    padded = torch.empty_like(together[0])
-    padded[:len(rows)] = rows
-    # gloo does not support every dtype
-    dist.all_gather(list(together.flatten(1).view(torch.uint8)), padded.flatten().view(torch.uint8))
-    return [part[:count] for part, count in zip(together, counts, strict=True)]
+        return [tensor]
+    tensors = [torch.empty_like(tensor) for _ in range(world())]
+    dist.all_gather(tensors, tensor)
+    return tensors
 
 
 def all_gather_shares(rows, count):
     """Return all of `count` rows (count, ...), of which every process passes its `share`."""
-    return torch.cat(all_gather(rows, [len(range(count)[share(count, number)]) for number in range(world())]))
+    if world() == 1:
+        return rows
+    together = rows.new_empty(count, *rows.shape[1:])
+    together[share(count)] = rows
+    for number in range(world()):
+        if len(part := together[share(count, number)]):  # gloo does not support every dtype
+            dist.broadcast(part.view(torch.uint8), number)
+    return together
 
 
 def total(counts):

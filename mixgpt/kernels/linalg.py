@@ -8,7 +8,6 @@ from mixgpt.kernels.matmul import suits, times_transposed
 
 PANEL = 256  # columns factored at a time
 STRIP = 2048  # the same in place, where a narrow panel would leave most of a GPU idle
-UPPER = 20  # last of a score's upper bits; there are 11 with the sign
 SMALL = 128  # columns up to which LAPACK inverts a triangular matrix as fast as blocked products
 
 
@@ -156,10 +155,10 @@ def row_energies(A, H):
 def kth_smallest(vectors, ks):
     """Return the k-th smallest of each of several vectors, each as a tensor of one value.
 
-    In several processes, of the vectors of all processes together, which are float32 then, at least 0 or −1.
+    In several processes, of the vectors of all processes together, which are float32 then.
     """
     if distributed.world() > 1:
-        return [value for value, _ in _of_all(vectors, ks)]
+        return [value.to(vectors[0].device) for value, _ in _of_all(vectors, ks)]
     return [_kth_smallest(values, k) for values, k in zip(vectors, ks, strict=True)]
 
 
@@ -173,25 +172,56 @@ def _of_all(vectors, ks):
     """Return the k-th smallest of several vectors of all processes, and how many like it count in this process.
 
     The k smallest are those below it and as many like it as are missing, from the first process on. Processes exchange
-    histograms of the upper bits, which are in the same order as the values, then the values in the k-th one's bin.
+    the values around the place that the k-th would have if their vectors were alike, and wider ranges until it lies
+    within all of them.
     """
-    bins = [values.view(torch.int32).clamp(-1, 2**31 - 2).add_(1) >> UPPER for values in vectors]
-    counts = torch.stack(distributed.all_gather(torch.stack(
-        [torch.bincount(numbers, minlength=2 ** (31 - UPPER)) for numbers in bins]).int()))  # (world, vectors, bins)
-    ends, ks = counts.sum(0).cumsum(1), torch.tensor(ks, device=counts.device)[:, None]
-    bin_ = torch.searchsorted(ends, ks.clamp_min(1))
-    left = (ks - ends.gather(1, bin_) + counts.sum(0).gather(1, bin_)).flatten().tolist()
-    sizes = counts.gather(2, bin_.expand(len(counts), -1, -1)).squeeze(2).tolist()
-    ours = torch.cat([values[numbers == own] for values, numbers, own in zip(vectors, bins, bin_, strict=True)])
-    parts = [part.split(size) for part, size in
-             zip(distributed.all_gather(ours, list(map(sum, sizes))), sizes, strict=True)]
-    last = []
-    for of_vector, k in zip(zip(*parts, strict=True), left, strict=True):
-        values = torch.cat(of_vector)
-        value = _kth_smallest(values, max(k, 1))
-        before = torch.cat(of_vector[:distributed.rank()] + (value[:0],))
-        last.append((value, k - (values < value).sum() - (before == value).sum()))
-    return last
+    places = [(k // distributed.world(), k // distributed.world() // 8 + 64) for k in ks]
+    while True:
+        windows = [_around(values, place, half) for values, (place, half) in zip(vectors, places, strict=True)]
+        parts = [part.cpu().numpy() for part in distributed.all_gather(
+            torch.from_numpy(np.concatenate(windows)).to(vectors[0].device))]
+        bounds = np.cumsum([len(window) for window in windows])[:-1]
+        last = [_merged(of_vector, k) for of_vector, k in
+                zip(zip(*(np.split(part, bounds) for part in parts), strict=True), ks, strict=True)]
+        if all(last):
+            return last
+        places = [(place, 4 * half) for place, half in places]
+
+
+def _around(values, place, half):
+    """Return the values of a vector whose places in order are within `half` of one, behind three numbers, as int32.
+
+    Of the numbers, two say how many values are below and in the window, one how many there are. It has a fixed size.
+    """
+    n, window = len(values), np.zeros(3 + 2 * half, np.int32)
+    start, stop = max(min(place, n) - half, 0), min(place + half, n)
+    if stop > start:
+        window[3:3 + stop - start].view(np.float32)[:] = _between(values, start, stop)
+    window[:3] = start, stop - start, n
+    return window
+
+
+def _between(values, start, stop):
+    """Return the values of a vector whose places in order are start … stop − 1, as a numpy array in any order."""
+    if values.device.type != "cpu":
+        return values.sort().values[start:stop].cpu().numpy()
+    below = np.partition(values.numpy(), stop - 1)[:stop]  # numpy is slower where it selects two at a time
+    return np.partition(below, start)[start:]
+
+
+def _merged(windows, k):
+    """Return the k-th smallest of what `_around` gives in all processes, and how many like it count here, or None."""
+    below, _, total = (sum(int(window[place]) for window in windows) for place in range(3))
+    inside = [window[3:3 + window[1]].view(np.float32) for window in windows]
+    together, left = np.concatenate(inside), min(max(k, 1), total) - below
+    if not 0 < left <= len(together):
+        return None
+    value = np.partition(together, left - 1)[left - 1]
+    for (start, count, n), own in zip((window[:3] for window in windows), inside, strict=True):
+        if start and own.min() >= value or start + count < n and own.max() <= value:
+            return None
+    before = sum(np.count_nonzero(own == value) for own in inside[:distributed.rank()])
+    return torch.tensor([value]), int(k - below - np.count_nonzero(together < value) - before)
 
 
 def smallest(scores, ks):
@@ -204,7 +234,8 @@ def smallest(scores, ks):
     by_columns = [part.dim() == 2 and part.stride(0) < part.stride(1) for part in scores]
     flat = [(part.t() if turned else part).flatten() for part, turned in zip(scores, by_columns, strict=True)]
     if distributed.world() > 1:
-        marked = [_up_to(values, *last) for values, last in zip(flat, _of_all(flat, list(map(int, ks))), strict=True)]
+        marked = [_up_to(values, value.to(values.device), most) for values, (value, most) in
+                  zip(flat, _of_all(flat, list(map(int, ks))), strict=True)]
     else:
         marked = [_smallest(values, k) for values, k in zip(flat, ks, strict=True)]
     return [mask.view(part.shape[::-1]).t() if turned else mask.view(part.shape)
