@@ -54,7 +54,7 @@ def with_layers(config, count):
 
 
 @dataclass(frozen=True)
-class Execution:
+class StreamedModel:
     """Where and how a model runs: one decoder layer on the device at a time, on batches of sequences."""
 
     model: torch.nn.Module
@@ -73,8 +73,8 @@ class Execution:
         return self.family.layers_of(self.model)
 
     def embed(self, tokens, sets=1):
-        """Return the `Stream` of tokens (N, T) before the first layer; see `Stream.embed`."""
-        return Stream.embed(self.model, self.family, tokens, self.batch_size, self.device, sets, self.on_host)
+        """Return the `HiddenStates` of tokens (N, T) before the first layer; see `HiddenStates.embed`."""
+        return HiddenStates.embed(self.model, self.family, tokens, self.batch_size, self.device, sets, self.on_host)
 
 
 @contextlib.contextmanager
@@ -211,7 +211,7 @@ def _no_place(nbytes, reason):
 
 
 @dataclass
-class Stream:
+class HiddenStates:
     """The hidden states of a set of sequences between two layers, with what earlier layers leave for later ones."""
 
     hidden: torch.Tensor  # (N, T, C), or wider by what layers share
@@ -324,8 +324,8 @@ class Stream:
 
 
 @torch.no_grad()
-def run_layers(model, family, streams, device, title, step=Stream.advance):
-    """Run a list of `Stream` through all decoder layers, loading each layer once for all of them.
+def run_layers(model, family, streams, device, title, step=HiddenStates.advance):
+    """Run a list of `HiddenStates` through all decoder layers, loading each layer once for all of them.
 
     step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
     """

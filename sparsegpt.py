@@ -33,7 +33,7 @@ WIDE = 512  # columns updated from all columns before them in one product
 # ---- the Hessian of an input -----------------------------------------------------------------------------------
 
 
-class SparseGPT:
+class InputHessian:
     """The Hessian of one input, accumulated batch by batch, and its factor for all matrices that read this input.
 
     On a GPU, sums, Hessian and factor take turns in the memory of one matrix.

@@ -27,9 +27,9 @@ from mixgpt.modeling.family import family_of
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import Execution, Stream, linears, on_device, shared_inputs
+from modelutils import HiddenStates, StreamedModel, linears, on_device, shared_inputs
 from quant import Scheme
-from sparsegpt import SparseGPT, factor, prune_matrix
+from sparsegpt import InputHessian, factor, prune_matrix
 
 WARMUP = "256x256"  # loads libraries and compiled code, and is not printed
 MATRICES = ["4096x4096", "4096x11008", "11008x4096"]
@@ -67,7 +67,7 @@ def floors(model, family, tokens, device):
     distinct input, on a GPU in that dtype, too. The others are float32: one Cholesky factorisation for each distinct
     input, and what all columns receive from those before them.
     """
-    layer, stream = family.layers_of(model)[0], Stream.embed(model, family, tokens[:1], 1, device)
+    layer, stream = family.layers_of(model)[0], HiddenStates.embed(model, family, tokens[:1], 1, device)
     with on_device([layer], device):
         inputs = shared_inputs(layer, 0, stream)
     columns = [layer.get_submodule(group[0]).in_features for group in inputs]
@@ -85,7 +85,7 @@ def calibrated(columns, device):
     mix = torch.randn(columns, columns, device=device, generator=generator) / 2 / columns**0.5
     mix.diagonal().add_(1)
     mix *= 10 ** torch.randn(columns, device=device, generator=generator).mul_(0.3)
-    hessian = SparseGPT(columns, 1, device)
+    hessian = InputHessian(columns, 1, device)
     for _ in range(2):
         hessian.add_batch(torch.randn(columns, columns, device=device, generator=generator) @ mix)
     return hessian
@@ -141,7 +141,7 @@ def prune(name, model, family, tokens, device, batch_size):
     pruned, clock = copy.deepcopy(model), Clock(device)
     if name == "here":
         plan = dict.fromkeys(select(model, family), Target(0.5))
-        prune_layerwise(Execution(pruned, family, device, batch_size, clock), plan, tokens, Recipe())
+        prune_layerwise(StreamedModel(pruned, family, device, batch_size, clock), plan, tokens, Recipe())
     else:
         prune_model(pruned, family, tokens, device, clock, sparsity=0.5)
     return pruned, clock

@@ -59,11 +59,11 @@ def wanda(problem):
 
 @torch.no_grad()
 @fast_linears()
-def outlier_ratios(execution, tokens):
+def outlier_ratios(streamed, tokens):
     """Return D_l of each layer of the dense model: the share of A_ij = ‖X_j‖₂ · |W_ij| of all its matrices together
     that exceeds OUTLIER times their mean, on tokens (N, T). OWL (arXiv 2310.05175), section 3."""
-    ratios, device, stream = [], execution.device, execution.embed(tokens)
-    for index, layer in enumerate(progress.bar(execution.layers, title="OWL")):
+    ratios, device, stream = [], streamed.device, streamed.embed(tokens)
+    for index, layer in enumerate(progress.bar(streamed.layers, title="OWL")):
         with on_device([layer], device):
             squares = {module: torch.zeros(module.in_features, device=device) for module in linears(layer).values()}
             with hooked({module: partial(_add_squares, sums) for module, sums in squares.items()}):
@@ -96,7 +96,7 @@ def owl_plan(selected, ratios, sparsity):
 
 def owl(budget):
     """Allocate a mixgpt.allocation.plan.Budget as OWL does."""
-    return owl_plan(budget.selected, outlier_ratios(budget.execution, budget.calibration), budget.target.sparsity)
+    return owl_plan(budget.selected, outlier_ratios(budget.streamed, budget.calibration), budget.target.sparsity)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ sort for every block of a mask, one Python step and one rank-1 update of the blo
 import torch
 
 from mixgpt.common import progress
-from modelutils import Stream, linears, on_device
+from modelutils import HiddenStates, linears, on_device
 from quant import Scheme, find_grid, to_grid
 
 
@@ -77,7 +77,7 @@ def _adder(pruner, clock):
 def prune_model(model, family, tokens, device, clock, sparsity=0.0, prunen=0, prunem=0, wbits=16, percdamp=0.01):
     """Prune every linear of every decoder layer on calibration tokens (N, T)."""
     with clock.part("forward"):
-        stream = Stream.embed(model, family, tokens, 1, device)
+        stream = HiddenStates.embed(model, family, tokens, 1, device)
         output = torch.empty_like(stream.hidden)
     for index, layer in enumerate(progress.bar(family.layers_of(model), title="textbook")):
         with on_device([layer], device):

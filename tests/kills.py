@@ -112,7 +112,7 @@ def watch(fatal, log, root, patience, shard):
         moments.around(run_dir.RunDir, name, name)
     moments.around(traces, "_write", "traces")
     for name in ("embed", "call"):
-        moments.around(modelutils.Stream, name)
+        moments.around(modelutils.HiddenStates, name)
     for owner, name in ((streaming, "save_file"), (transformers.modeling_utils, "safe_save_file")):
         moments.half_written(owner, name)
     for owner in (io, builtins):

@@ -20,9 +20,9 @@ from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import magnitude_prune
 from mixgpt.pruning.solvers import Recipe, admm, prune_in_place, walk
 from mixgpt.pruning.targets import Target, select
-from modelutils import Execution
+from modelutils import StreamedModel
 from quant import Scheme
-from sparsegpt import SparseGPT, WalkOptions, activation_order, isc_saliency
+from sparsegpt import InputHessian, WalkOptions, activation_order, isc_saliency
 
 try:
     from mixgpt.kernels import selection_cuda  # in its interpreter
@@ -40,27 +40,27 @@ def made(name, true_sequential, wbits, more=""):
     mixture = split_experts(model)  # on so few tokens that all experts lack some
     tokens = torch.randint(0, VOCABULARY, (7, 6 if mixture else 24), generator=torch.Generator().manual_seed(1))
     selected = select(model, family)
-    execution = Execution(model, family, CPU, 2)
-    traces = [hessian_traces(execution, list(selected), tokens, Sampling(name, estimator.load(), 1))
+    streamed = StreamedModel(model, family, CPU, 2)
+    traces = [hessian_traces(streamed, list(selected), tokens, Sampling(name, estimator.load(), 1))
               for name, estimator in ESTIMATORS.items()]
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
     walk_options = WalkOptions(16, isc_saliency, Scheme(wbits) if wbits < 16 else None)
     if more == "best":
-        gradients = output_gradients(execution, list(selected), tokens, 3, 0.01)
-        plan = global_plan(execution, selected, gradients.rows, gradients.diagonals, 0.5, 0.15)
+        gradients = output_gradients(streamed, list(selected), tokens, 3, 0.01)
+        plan = global_plan(streamed, selected, gradients.rows, gradients.diagonals, 0.5, 0.15)
         options = {"solver": admm, "dense_target": True, "row_weights": gradients.rows,
                    "token_weights": gradients.tokens}
-    dense = distill.dense_states(execution, tokens) if more == "distilled" else None
+    dense = distill.dense_states(streamed, tokens) if more == "distilled" else None
 
     def solver(problem, solve=options["solver"]):
         solved.append(sum(map(len, problem.optima)))
         return solve(problem)
 
-    outcomes = prune_layerwise(execution, plan, tokens, Recipe(
+    outcomes = prune_layerwise(streamed, plan, tokens, Recipe(
         options=walk_options, true_sequential=true_sequential, **options | {"solver": solver}))
     if more == "distilled":
         with mock.patch.object(distill, "STEPS", 1):  # in which all processes take all sequences
-            distill.distill(execution, dict.fromkeys(plan), tokens, dense, 1)
+            distill.distill(streamed, dict.fromkeys(plan), tokens, dense, 1)
     return {"traces": traces, "state": model.state_dict(), "rows": sum(solved),
             "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
                          for key, outcome in outcomes.items()},
@@ -83,7 +83,7 @@ def pruned_of_all():
             SOLVERS, [(0, 0), (2, 4)], SCHEMES, [False, True], [False, True]):
         targets = [(n / m, n, m) for n, m in (groups, (groups[0] // 2, groups[1])) * 2] if groups[1] else [
             (sparsity, 0, 0) for sparsity in (0.5, 0.3, 0.6, 0.7)]
-        hessian = SparseGPT(48, 1, CPU)
+        hessian = InputHessian(48, 1, CPU)
         hessian.add_batch(X)
         hessian.factor(0.01, activation_order(hessian.H.diagonal(), groups[1]) if ordered else None)
         weights = [W.clone() for W in matrices]
@@ -127,14 +127,14 @@ def _by_triton(scores, ks):
 def synthetic_of_all():
     """Return synthetic sequences, the hidden states of windows and those wanted, {(room, number, more): …}."""
     family, model = make("llama")
-    execution, results = Execution(model, family, CPU, 2), {}
+    streamed, results = StreamedModel(model, family, CPU, 2), {}
     tokens = torch.randint(0, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(1))
     for room, number, more in itertools.product([True, False], [0, 1, 3], [1, 2, 6]):
         with mock.patch.object(synthetic, "has_room", lambda _, room=room: room), mock.patch.object(
                 synthetic, "WINDOW", 4):
-            sequences, how, states = synthetic.synthetic(execution, tokens, number + more, 0, more)
+            sequences, how, states = synthetic.synthetic(streamed, tokens, number + more, 0, more)
             of_last = synthetic.windows_of(sequences[number:], how)
-        dense = distill.dense_states(execution, of_last)
+        dense = distill.dense_states(streamed, of_last)
         results[room, number, more] = sequences, states if states is None else states[len(states) - len(dense):], dense
     return results
 

@@ -22,7 +22,7 @@ from mixgpt.common.registry import Choice
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.evaluation.sparsity import measure_sparsity
 from mixgpt.pruning.targets import Target
-from modelutils import Stream, hooked, linears, shared_inputs
+from modelutils import HiddenStates, hooked, linears, shared_inputs
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = dict(re.findall(r"^## [^\n]*`(\w+\.py)`\n.*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
@@ -225,7 +225,7 @@ def test_the_family_has_the_perplexity_of_the_whole_model(neox, tokens):
 
 def test_its_layers_are_discovered(neox, tokens):
     family, model = neox
-    found = shared_inputs(family.layers_of(model)[0], 0, Stream.embed(model, family, tokens, 2, CPU))
+    found = shared_inputs(family.layers_of(model)[0], 0, HiddenStates.embed(model, family, tokens, 2, CPU))
     assert found == [["attention.query_key_value"], ["attention.dense"], ["mlp.dense_h_to_4h"], ["mlp.dense_4h_to_h"]]
 
 

@@ -20,7 +20,7 @@ from mixgpt.pruning.solvers import Recipe, prune_in_place
 from modelutils import hooked, linears
 from quant import Scheme, find_grid, quantize_nearest
 from sparsegpt import (
-    SparseGPT,
+    InputHessian,
     WalkOptions,
     activation_order,
     factor,
@@ -112,7 +112,7 @@ def test_the_joint_walk_equals_brute_force_with_explicit_inverses(target, scheme
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_columns_in_order_of_activations_are_put_back(prunem, groupsize, dtype):
     X = correlated_inputs(60, 24).float() * torch.linspace(0.2, 3, 24)[torch.randperm(24)]
-    hessian = SparseGPT(24, 1, "cpu")
+    hessian = InputHessian(24, 1, "cpu")
     hessian.add_batch(X)
     h = hessian.H.diagonal()
     width = prunem or 1
@@ -143,7 +143,7 @@ def test_columns_in_order_of_activations_are_put_back(prunem, groupsize, dtype):
 def test_pruned_weights_stay_zero_when_quantized(scheme, dtype):
     X = correlated_inputs(90, 48).float()
     for act_order in (False, True):
-        hessian = SparseGPT(48, 1, "cpu")
+        hessian = InputHessian(48, 1, "cpu")
         hessian.add_batch(X)
         hessian.factor(PERCDAMP, activation_order(hessian.H.diagonal(), 4) if act_order else None)
         weight = random(16, 48).to(dtype)
@@ -178,7 +178,7 @@ def _hessians(trained_model):
     """Collect the Hessian of every linear of the trained model from its own forward passes."""
     family, model, _, calibration = trained_model
     modules = [module for layer in family.layers_of(model) for module in linears(layer).values()]
-    hessians = {module: SparseGPT(module.in_features, len(calibration), "cpu") for module in modules}
+    hessians = {module: InputHessian(module.in_features, len(calibration), "cpu") for module in modules}
     with torch.no_grad(), hooked({module: hessian.add_batch for module, hessian in hessians.items()}):
         model(calibration)
     return hessians
@@ -206,7 +206,7 @@ def test_gptq_is_never_worse_than_rounding_on_real_activations(scheme, act_order
 def test_a_searched_range_is_better_on_heavy_tails(scheme, act_order):
     X = correlated_inputs(900, 128).float() * random(128).float().exp()  # features of very different sizes
     W = random(96, 128).float() ** 3  # a few weights 100 times as large as most
-    hessian = SparseGPT(128, 1, "cpu")
+    hessian = InputHessian(128, 1, "cpu")
     hessian.add_batch(X)
     hessian.factor(PERCDAMP, activation_order(hessian.H.diagonal()) if act_order else None)
     plain, searched = (prune_one(hessian, W.clone(), 0.0, scheme=replace(scheme, mse=mse))[0] for mse in (False, True))
@@ -243,7 +243,7 @@ def test_matrices_walked_together_are_those_walked_alone(scheme, targets):
 @pytest.mark.parametrize("columns", [64, 500])
 def test_the_hessian_is_exact_against_its_damping(dtype, columns):
     X = (correlated_inputs(900, columns) / columns**0.5).to(dtype).view(3, 300, columns)
-    hessian = SparseGPT(columns, 3, "cpu")
+    hessian = InputHessian(columns, 3, "cpu")
     for batch in X:
         hessian.add_batch(batch)
     exact = 2 / 3 * X.double().view(-1, columns).t() @ X.double().view(-1, columns)
@@ -275,7 +275,7 @@ def test_weights_that_are_zero_stay_zero_and_count_as_pruned(target, scheme):
 @pytest.mark.parametrize("solver", ["obs", "admm"])
 def test_what_is_rounded_to_zero_counts_as_pruned(solver):
     X = correlated_inputs(900, 512).float()
-    hessian = SparseGPT(512, 1, "cpu")
+    hessian = InputHessian(512, 1, "cpu")
     hessian.add_batch(X)
     hessian.factor(PERCDAMP)
     matrices, targets = [random(out, 512, seed=out).float() for out in (96, 160)], [(0.5,), (0.7,)]

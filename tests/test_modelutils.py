@@ -11,7 +11,7 @@ import modelutils
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.family import Family
 from mixgpt.modeling.streaming import Source
-from modelutils import Stream, linears, shared_inputs
+from modelutils import HiddenStates, linears, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 OPT = [ATTENTION, ["self_attn.out_proj"], ["fc1"], ["fc2"]]
@@ -24,7 +24,7 @@ BLOOM = [["self_attention.query_key_value"], ["self_attention.dense"], ["mlp.den
 }.items())
 def test_linears_that_read_the_same_tensor_are_found_in_running_order(name, expected, tokens):
     family, model = make(name)
-    stream = Stream.embed(model, family, tokens, 2, CPU)
+    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
     found = [shared_inputs(layer, index, stream) for index, layer in enumerate(family.layers_of(model))]
     assert found == 3 * [expected]
 
@@ -43,14 +43,14 @@ class Changed(torch.nn.Module):
 
 
 def test_a_tensor_changed_in_place_is_another_input():
-    stream = Stream(torch.ones(1, 2, 4), 1, CPU, {1: [((), {})]})
+    stream = HiddenStates(torch.ones(1, 2, 4), 1, CPU, {1: [((), {})]})
     layer = Changed()
     assert list(linears(layer)) == ["a", "b", "c"]
     assert shared_inputs(layer, 0, stream) == [["a"], ["b"]]
 
 
 def test_batches_cover_every_sequence_once():
-    stream = Stream(torch.zeros(7, 1, 1), 3, CPU)
+    stream = HiddenStates(torch.zeros(7, 1, 1), 3, CPU)
     assert [list(range(7))[rows] for rows in stream.batches()] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
@@ -58,7 +58,7 @@ def test_hidden_states_advance_layer_by_layer_as_in_the_model(tiny, tokens):
     family, model = tiny
     with torch.no_grad():
         expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
-    stream = Stream.embed(model, family, tokens, 2, CPU)
+    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
     assert torch.allclose(stream.hidden, expected[0], atol=1e-5)
     for index, layer in enumerate(list(family.layers_of(model))[:-1]):
         stream.advance(layer, index)
@@ -67,7 +67,7 @@ def test_hidden_states_advance_layer_by_layer_as_in_the_model(tiny, tokens):
 
 def test_layers_take_the_arguments_of_the_sequences_that_they_run_on_in_any_order(tokens):
     family, model = make("gemma4")
-    stream = Stream.embed(model, family, tokens, 2, CPU)
+    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
     rows = torch.tensor([3, 1])
     with torch.no_grad():
         expected = model(tokens[rows], output_hidden_states=True, use_cache=False).hidden_states
@@ -82,12 +82,12 @@ def test_layers_take_the_arguments_of_the_sequences_that_they_run_on_in_any_orde
 def test_what_layers_leave_for_others_is_carried_only_if_another_one_reads_it(tokens):
     family, model = make("gemma4")
     model.config.num_kv_shared_layers = 0
-    assert Stream.embed(type(model)(model.config), family, tokens, 2, CPU).hidden.shape == (5, 24, 32)
+    assert HiddenStates.embed(type(model)(model.config), family, tokens, 2, CPU).hidden.shape == (5, 24, 32)
 
 
 def test_arguments_that_do_not_depend_on_tokens_are_not_kept_for_each_sequence(tiny, tokens):
     family, model = tiny
-    stream = Stream.embed(model, family, tokens, 2, CPU)
+    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
     assert not stream.varying and set(stream.arguments) == {1, 2}
     assert stream.hidden.shape[-1] == stream.channels
 
@@ -109,7 +109,7 @@ def test_an_argument_that_depends_on_tokens_but_is_not_of_each_sequence_is_refus
             return self.layers[0](self.embed(tokens), give(tokens))
 
     with pytest.raises(ValueError, match=f"its layers take {what}, which depends on the tokens but has no batch dim"):
-        Stream.embed(Model(), Family("", "layers"), tokens, 2, CPU)
+        HiddenStates.embed(Model(), Family("", "layers"), tokens, 2, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,7 +118,7 @@ def test_hidden_states_lie_on_disk_where_memory_is_short_and_are_the_same(dtype,
     model.to(dtype)
 
     def last():
-        stream = Stream.embed(model, family, tokens, 2, CPU)
+        stream = HiddenStates.embed(model, family, tokens, 2, CPU)
         for index, layer in enumerate(family.layers_of(model)):
             stream.advance(layer, index)
         return stream.hidden
@@ -142,7 +142,7 @@ def test_hidden_states_without_room_anywhere_are_refused(tokens, monkeypatch):
     monkeypatch.setattr(modelutils.memory, "free", lambda device: 1000)
     monkeypatch.setattr(modelutils.os, "posix_fallocate", full)
     with pytest.raises(InputError, match="--nsamples, --seqlen: hidden states take 0.0 GB, .*No space left"):
-        Stream.embed(model, family, tokens, 2, CPU)
+        HiddenStates.embed(model, family, tokens, 2, CPU)
 
 
 def test_hidden_states_that_fit_nowhere_are_refused_before_they_are_allocated():
@@ -163,7 +163,7 @@ def test_ctrl_c_while_layers_are_made_to_record_passes_and_leaves_them_as_they_w
     layers = family.layers_of(model)
     layers[number] = Interrupted()
     with pytest.raises(KeyboardInterrupt):
-        Stream.embed(model, family, tokens, 2, CPU)
+        HiddenStates.embed(model, family, tokens, 2, CPU)
     assert not any("forward" in vars(layer) for layer in layers)
 
 

@@ -12,7 +12,7 @@ from mixgpt.pruning.magnitude import magnitude_prune
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from quant import Scheme
 from sparsegpt import (
-    SparseGPT,
+    InputHessian,
     WalkOptions,
     activation_order,
     factor,
@@ -451,7 +451,7 @@ def test_a_wide_float32_walk_does_what_the_float64_walk_does(wide_hessian, targe
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_hessian_on_cuda_is_exact_far_below_the_damping(dtype):
     X = correlated_inputs(4096, 300).to("cuda", dtype)
-    hessian = SparseGPT(300, 1, "cuda")
+    hessian = InputHessian(300, 1, "cuda")
     for batch in X.split(1024):
         hessian.add_batch(batch)
     exact = 2 * X.double().t() @ X.double()
@@ -463,7 +463,7 @@ def test_the_hessian_on_cuda_is_exact_far_below_the_damping(dtype):
 
 def on_both(columns, batches):
     """Return the objects that a CPU and a GPU make of batches [(X, options of add_batch)]."""
-    hessians = [SparseGPT(columns, 3, device) for device in ("cpu", "cuda:0")]
+    hessians = [InputHessian(columns, 3, device) for device in ("cpu", "cuda:0")]
     for X, options in batches:
         for hessian in hessians:
             hessian.add_batch(X.to(hessian.device), **{name: A.to(hessian.device) for name, A in options.items()})
@@ -495,7 +495,7 @@ def test_moves_of_bfloat16_inputs_are_added_up_to_the_rounding_of_each_batch(fas
     monkeypatch.setattr(sparsegpt, "multiplies_bfloat16", lambda: fast)
     make = torch.Generator().manual_seed(0)
     batches = [[torch.randn(2, 40, width, generator=make).bfloat16() for width in (24, 24, 5)] for _ in range(3)]
-    hessian = SparseGPT(24, 6, "cpu")
+    hessian = InputHessian(24, 6, "cpu")
     for X, shift, gain in batches:
         hessian.add_batch(X, shift=shift, gain=gain)
     for place, found in ((1, hessian._shift), (2, hessian._gain)):
@@ -508,7 +508,7 @@ def test_moves_of_bfloat16_inputs_are_added_up_to_the_rounding_of_each_batch(fas
 def test_a_gpu_adds_16_bit_products_without_a_copy():
     X = random(64, 300).bfloat16()
     with makebelieve.Gpu() as gpu:
-        hessian, X = SparseGPT(300, 1, "cuda:0"), X.to("cuda:0")
+        hessian, X = InputHessian(300, 1, "cuda:0"), X.to("cuda:0")
         hessian.add_batch(X, shift=X, gain=X)
         used = gpu.used
         gpu.peak = used
@@ -537,7 +537,7 @@ def test_where_pytorch_adds_no_16_bit_products_to_float32_they_are_added_afterwa
 def test_nothing_is_allocated_before_the_first_batch():
     """Hessians of a layer's inputs follow each other, and only one is on the GPU at a time."""
     with makebelieve.Gpu() as gpu:
-        hessian = SparseGPT(300, 1, "cuda:0")
+        hessian = InputHessian(300, 1, "cuda:0")
         assert not gpu.used
         assert not hessian.H.any() and gpu.used >= 4 * 300 * 300
 
@@ -577,7 +577,7 @@ def test_pruning_one_input_takes_one_hessian_and_the_copies_of_the_walk(dtype, m
     columns, rows = 512, 64
     X, W = random(300, columns).to(dtype), random(rows, columns).to(dtype)
     with makebelieve.Gpu() as gpu:
-        hessian, weight = SparseGPT(columns, 1, "cuda:0"), W.to("cuda:0")
+        hessian, weight = InputHessian(columns, 1, "cuda:0"), W.to("cuda:0")
         hessian.add_batch(X.to("cuda:0"))
         gpu.peak = gpu.used
         hessian.factor(PERCDAMP)
@@ -610,12 +610,12 @@ def test_relative_error_is_never_negative():
     assert relative_error(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]), H) == 0
 
 
-# the SparseGPT object
+# the InputHessian
 
 
 def calibrated(X, nsequences):
-    """Return a SparseGPT object that has seen X (sequences, T, in)."""
-    hessian = SparseGPT(X.shape[-1], nsequences, "cpu")
+    """Return an InputHessian that has seen X (sequences, T, in)."""
+    hessian = InputHessian(X.shape[-1], nsequences, "cpu")
     hessian.add_batch(X)
     return hessian
 
@@ -625,7 +625,7 @@ def calibrated(X, nsequences):
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_hessian_is_two_over_n_times_the_gram_matrix_whatever_the_batches(dtype, sizes, flat):
     X = correlated_inputs(6 * 9, 7).view(6, 9, 7).to(dtype)  # (N, T, in)
-    hessian = SparseGPT(7, 6, "cpu")
+    hessian = InputHessian(7, 6, "cpu")
     for batch in X.split(sizes):
         hessian.add_batch(batch.flatten(0, 1) if flat else batch)
     expected = sum(2 / 6 * x.t() @ x for x in X.double())

@@ -19,17 +19,17 @@ from modelutils import allocate, linears, on_device
 BORDERS = 2e9  # bytes of the hidden states at all layer boundaries, where a chunk takes so long that its end is awaited
 
 
-def chunk_size(execution, count, T, states, limit=math.inf):
+def chunk_size(streamed, count, T, states, limit=math.inf):
     """Return how many of `count` sequences of T tokens have room in memory at all layer boundaries, at least a batch.
 
     states: kinds of hidden states per boundary. limit: bytes that these may take. All processes get the same number.
     """
-    batch, borders = execution.batch_size, states * (len(execution.layers) + 1)
-    sequence = T * execution.model.config.hidden_size * working_dtype(execution.model).itemsize
-    rooms, size = rooms_for(execution), -(-count // batch) * batch
+    batch, borders = streamed.batch_size, states * (len(streamed.layers) + 1)
+    sequence = T * streamed.model.config.hidden_size * working_dtype(streamed.model).itemsize
+    rooms, size = rooms_for(streamed), -(-count // batch) * batch
 
     def fits(nbytes):
-        footprints = _footprints(nbytes, execution.device)
+        footprints = _footprints(nbytes, streamed.device)
         return borders * nbytes <= limit and borders <= sum(room // footprints[place] for place, room in rooms.items())
 
     while size > batch and not fits(size * sequence):
@@ -37,13 +37,13 @@ def chunk_size(execution, count, T, states, limit=math.inf):
     return min(distributed.all_gather_object(size))
 
 
-def rooms_for(execution):
+def rooms_for(streamed):
     """Return the bytes that hidden states at layer boundaries may take on the "device" and the "host".
 
     They are half of what is free: the other half is for the work.
     """
-    on_gpu = execution.device.type == "cuda" and not execution.on_host
-    return {"device": memory.free(execution.device) // 2 if on_gpu else 0,
+    on_gpu = streamed.device.type == "cuda" and not streamed.on_host
+    return {"device": memory.free(streamed.device) // 2 if on_gpu else 0,
             "host": memory.free(torch.device("cpu")) // 2}
 
 
@@ -64,15 +64,15 @@ class Chunk:
     Where these are on the host, they are in memory that a GPU copies from and to while it computes.
     """
 
-    def __init__(self, execution, matrices, tokens, bar):
-        model = execution.model
-        self.model, self.family, self.layers = model, execution.family, execution.layers
-        self.tokens, self.matrices, self.device, self.bar = tokens, matrices, execution.device, bar
+    def __init__(self, streamed, matrices, tokens, bar):
+        model = streamed.model
+        self.model, self.family, self.layers = model, streamed.family, streamed.layers
+        self.tokens, self.matrices, self.device, self.bar = tokens, matrices, streamed.device, bar
         self.dtype = working_dtype(model)
-        self.stream = execution.embed(tokens)
+        self.stream = streamed.embed(tokens)
         self.stream.arguments = cast(self.stream.arguments, self.dtype)
         self.borders = [self.stream.hidden.to(self.dtype)]
-        self._rooms = rooms_for(execution)
+        self._rooms = rooms_for(streamed)
 
     def new_border(self):
         """Return uninitialised memory for the hidden states at a layer boundary, where there is room, else on disk."""

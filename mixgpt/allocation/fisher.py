@@ -62,22 +62,22 @@ def enough_of(tokens):
 
 
 @fast_linears()
-def output_gradients(execution, matrices, tokens, seed, percdamp=None):
+def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
     """Measure the `Gradients` of the loss w.r.t. matrix outputs, with labels sampled from the model's predictions.
 
     If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
     output factor in K-FAC (arXiv 1503.05671). Few tokens tell it roughly: loud ones are cut to LOUDEST times the mean,
-    and the exponent TEMPER brings the entries of a matrix closer to each other. execution: a modelutils.Execution.
+    and the exponent TEMPER brings the entries of a matrix closer to each other. streamed: a modelutils.StreamedModel.
     matrices: list of (layer, name). tokens: (N, T). percdamp: also measure `inverse_diagonals`: on the way, if all
     sequences fit in one chunk.
     """
     N, T = tokens.shape
     mine, most = range(N)[distributed.share(N)], -(-N // distributed.world())
-    layers, size = execution.layers, chunk_size(execution, most, T, 1)
+    layers, size = streamed.layers, chunk_size(streamed, most, T, 1)
     inputs = None
     if percdamp is not None and size >= most:
-        inputs = InverseDiagonals(matrices, tokens.numel(), percdamp, execution.clock)
-    sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=execution.device)
+        inputs = InverseDiagonals(matrices, tokens.numel(), percdamp, streamed.clock)
+    sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=streamed.device)
             for index, name in matrices]
     energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64)
 
@@ -88,20 +88,20 @@ def output_gradients(execution, matrices, tokens, seed, percdamp=None):
         return energies
 
     total = 2 * len(mine) * len(layers)
-    with (pinned_memory_freed(execution.device), fast_attention(execution.model, execution.device),
+    with (pinned_memory_freed(streamed.device), fast_attention(streamed.model, streamed.device),
           progress.bar(total=total, title="gradients", unit="step") as bar):
         for start in range(0, len(mine), size):
             numbers = mine[start:start + size]
-            _sampled_backward(Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar),
+            _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], bar),
                               [(seed, n, 0) for n in numbers], measure, energies[:, start:start + size], inputs)
-    *means, whole = _means([*sums, energies.sum((1, 2)).to(execution.device)], N * T)
+    *means, whole = _means([*sums, energies.sum((1, 2)).to(streamed.device)], N * T)
     shares = [energy / mean if mean else torch.ones_like(energy) for mean, energy in zip(whole, energies, strict=True)]
     rows, of_tokens = ({key: value.float() for key, value in zip(matrices, values, strict=True)}
                        for values in ([tempered(mean) for mean in means], shares))
     if percdamp is None:
         return Gradients(rows, of_tokens)
     return Gradients(rows, of_tokens, inputs.diagonals if inputs else
-                     inverse_diagonals(execution, matrices, tokens, percdamp))
+                     inverse_diagonals(streamed, matrices, tokens, percdamp))
 
 
 def _share_that_counts(energies):

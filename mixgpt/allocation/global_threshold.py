@@ -25,8 +25,8 @@ from modelutils import hooked, linears, on_device
 def by_threshold(budget):
     """Set the sparsity of each matrix of a plan.Budget by one global threshold."""
     gradients = budget.gradients
-    with budget.execution.clock.part("allocation"):
-        return global_plan(budget.execution, budget.selected, gradients.rows, gradients.diagonals,
+    with budget.streamed.clock.part("allocation"):
+        return global_plan(budget.streamed, budget.selected, gradients.rows, gradients.diagonals,
                            budget.target.sparsity, budget.alpha)
 
 
@@ -64,14 +64,14 @@ class InverseDiagonals:
 
 @torch.no_grad()
 @fast_linears()
-def inverse_diagonals(execution, matrices, tokens, percdamp):
+def inverse_diagonals(streamed, matrices, tokens, percdamp):
     """Return [(H + λI)⁻¹]_cc for the input of each matrix in the dense model, {(layer, name): (in,)} on the host.
 
-    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). See `InverseDiagonals`.
+    streamed: a modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). See `InverseDiagonals`.
     """
-    stream, device = execution.embed(tokens[distributed.share(len(tokens))]), execution.device
-    layers = execution.layers[:max(index for index, _ in matrices) + 1]
-    inputs = InverseDiagonals(matrices, tokens.numel(), percdamp, execution.clock)
+    stream, device = streamed.embed(tokens[distributed.share(len(tokens))]), streamed.device
+    layers = streamed.layers[:max(index for index, _ in matrices) + 1]
+    inputs = InverseDiagonals(matrices, tokens.numel(), percdamp, streamed.clock)
     for index, layer in enumerate(progress.bar(layers, title="inputs")):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
@@ -81,15 +81,15 @@ def inverse_diagonals(execution, matrices, tokens, percdamp):
 
 
 @torch.no_grad()
-def global_plan(execution, selected, gradients, diagonals, sparsity, spread):
+def global_plan(streamed, selected, gradients, diagonals, sparsity, spread):
     """Set every matrix's sparsity by one threshold on w² G_r / [H⁻¹]_cc, clipped to sparsity ± spread.
 
-    execution: a modelutils.Execution. selected: {(layer, name): (out, in)}. gradients: {(layer, name): G (out,)}.
+    streamed: a modelutils.StreamedModel. selected: {(layer, name): (out, in)}. gradients: {(layer, name): G (out,)}.
     diagonals: from `inverse_diagonals`. Removes exactly round(sparsity · all weights). Returns {(layer, name): Target}.
     """
-    sizes, device = [out * columns for out, columns in selected.values()], execution.device
+    sizes, device = [out * columns for out, columns in selected.values()], streamed.device
     units = {index: list(keys) for index, keys in itertools.groupby(enumerate(selected), key=lambda pair: pair[1][0])}
-    layers = [execution.layers[index] for index in units]
+    layers = [streamed.layers[index] for index in units]
 
     def scores():
         for place, (index, keys) in enumerate(units.items()):

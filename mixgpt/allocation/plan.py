@@ -7,7 +7,7 @@ import torch
 from mixgpt.allocation.fisher import Gradients
 from mixgpt.allocation.ranking import allocate, allocate_whole, meet_total
 from mixgpt.pruning.targets import Target
-from modelutils import Execution
+from modelutils import StreamedModel
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Budget:
     alpha: float = 0.0  # largest deviation of a matrix from it
     sensitivity: dict | None = None  # {(layer, name): trace per weight} of all matrices, if the allocation ranks by it
     gradients: Gradients | None = None  # if it goes by the loss
-    execution: Execution | None = None  # the dense model, to run it
+    streamed: StreamedModel | None = None  # the dense model, to run it
     calibration: torch.Tensor | None = None  # (N, T)
 
 

@@ -24,11 +24,11 @@ DRAWS = 16  # windows whose probabilities are in memory at a time on a CPU: thes
 GENERATED, RESAMPLED = "generated", "resampled"
 
 
-def synthetic(execution, tokens, count, seed, more=0, first=None):
+def synthetic(streamed, tokens, count, seed, more=0, first=None):
     """Return `count` synthetic sequences (count, T) for calibration sequences (N, T) in turn, and how they were made.
 
     "generated" by `generated`, or, if the model as a whole has no room on the device, by `resampled`.
-    execution: a modelutils.Execution of the dense model. more: how many of the last ones are for something else: every
+    streamed: the dense model. more: how many of the last ones are for something else: every
     process takes its share of both kinds and returns all. first: id that every window begins with, None for that of the
     calibration sequence. Also returns the hidden states behind the dense model's last layer for the `windows_of` its
     share, on the host, if it has generated them in windows that do not overlap and all processes have as many of the
@@ -38,9 +38,9 @@ def synthetic(execution, tokens, count, seed, more=0, first=None):
     share = [n for kind in kinds for n in kind[distributed.share(len(kind))]]
     mine = tokens[[n % len(tokens) for n in share]]
     uniform = [torch.rand(tokens.shape[1], generator=seeded(seed, n, "synthetic"), dtype=torch.float64) for n in share]
-    room = all(distributed.all_gather_object(has_room(execution)))
+    room = all(distributed.all_gather_object(has_room(streamed)))
     make, how = (partial(generated, first=first), GENERATED) if room else (resampled, RESAMPLED)
-    found, states = make(execution, mine, torch.stack(uniform)) if uniform else (mine, None)
+    found, states = make(streamed, mine, torch.stack(uniform)) if uniform else (mine, None)
     numbers, parts = zip(*distributed.all_gather_object((share, found)), strict=True)
     sequences = torch.cat(parts)[torch.tensor(sum(numbers, [])).argsort()]
     return sequences, how, None if more % distributed.world() else states
@@ -52,15 +52,15 @@ def windows_of(sequences, how):
     return sequences.reshape(-1, WINDOW) if how == GENERATED and T % WINDOW == 0 else sequences
 
 
-def has_room(execution):
+def has_room(streamed):
     """Return whether the whole model fits on the device, and a window of text beside it."""
-    return memory.fits(bytes_to_load(execution.model, execution.device) + _window_bytes(execution, WINDOW),
-                       execution.device)
+    return memory.fits(bytes_to_load(streamed.model, streamed.device) + _window_bytes(streamed, WINDOW),
+                       streamed.device)
 
 
 @torch.no_grad()
 @fast_linears()
-def generated(execution, tokens, uniform, first=None):
+def generated(streamed, tokens, uniform, first=None):
     """Return sequences (n, T) of windows that start as those of the tokens (n, T), and that the model continues.
 
     first: id in place of the first token of every window. uniform: (n, T), decides on the token drawn at each place.
@@ -73,15 +73,15 @@ def generated(execution, tokens, uniform, first=None):
     starts = [*range(0, T - width + 1, width), *([T - width] if T % width else [])]
     parts = [torch.cat([each[:, start:start + width] for start in starts]) for each in (tokens, uniform)]
     begin(parts[0], first)
-    head = execution.model.get_output_embeddings()  # of hidden states with gaps it would multiply each by its own copy
-    with (whole(execution.model, execution.family, execution.device), hooked({head: torch.Tensor.contiguous}),
-          fast_attention(execution.model, execution.device)):
-        room = memory.free(execution.device) // _window_bytes(execution, width)
-        size = max(min(room, AT_A_TIME * execution.batch_size), 1)
+    head = streamed.model.get_output_embeddings()  # of hidden states with gaps it would multiply each by its own copy
+    with (whole(streamed.model, streamed.family, streamed.device), hooked({head: torch.Tensor.contiguous}),
+          fast_attention(streamed.model, streamed.device)):
+        room = memory.free(streamed.device) // _window_bytes(streamed, width)
+        size = max(min(room, AT_A_TIME * streamed.batch_size), 1)
         batches = list(zip(*(part.split(size) for part in parts), strict=True))
         total = len(batches) * width
         with progress.bar(total=total, title="generating", unit="step", leave=False) as bar:
-            found, states = zip(*(_continued(execution, *batch, bar) for batch in batches), strict=True)
+            found, states = zip(*(_continued(streamed, *batch, bar) for batch in batches), strict=True)
     new = tokens.clone()
     for start, windows in zip(starts, torch.cat(found).split(n), strict=True):
         new[:, start:start + width] = windows
@@ -90,22 +90,22 @@ def generated(execution, tokens, uniform, first=None):
     return new, torch.cat(states).unflatten(0, (len(starts), n)).transpose(0, 1).flatten(0, 1)
 
 
-def _window_bytes(execution, width):
+def _window_bytes(streamed, width):
     """Estimate the bytes that continuing a window takes: keys and values, which grow by copying, and logits."""
-    model = execution.model
-    cache = 2 * len(execution.layers) * width * model.get_input_embeddings().embedding_dim * model.dtype.itemsize
+    model = streamed.model
+    cache = 2 * len(streamed.layers) * width * model.get_input_embeddings().embedding_dim * model.dtype.itemsize
     return 2 * (cache + 16 * min(PREFIX, width) * model.config.get_text_config().vocab_size)
 
 
-def _continued(execution, windows, uniform, bar):
+def _continued(streamed, windows, uniform, bar):
     """Return windows (B, T) continued from their prefixes, and their hidden states behind the last layer (B, T, C).
 
     Tokens that end a text are not drawn. One token more is, so that the last one of a window is read, too.
     """
-    T, ends = windows.shape[1], execution.model.generation_config.eos_token_id
-    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=execution.device).flatten()
-    prefix, uniform, states = min(PREFIX, T // 2), uniform.to(execution.device), []
-    start = windows[:, :prefix].to(execution.device)
+    T, ends = windows.shape[1], streamed.model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=streamed.device).flatten()
+    prefix, uniform, states = min(PREFIX, T // 2), uniform.to(streamed.device), []
+    start = windows[:, :prefix].to(streamed.device)
     bar.update(prefix)
 
     def draw(read, logits):
@@ -117,34 +117,34 @@ def _continued(execution, windows, uniform, bar):
         token = torch.cat([drawn(wide(rows).softmax(-1), each) for rows, each in parts])
         return logits.fill_(-torch.inf).scatter_(1, token[:, None], 0)
 
-    beyond = execution.model.config.get_text_config().vocab_size  # no token: all windows go on to their ends
+    beyond = streamed.model.config.get_text_config().vocab_size  # no token: all windows go on to their ends
     settings = GenerationConfig(do_sample=False, max_new_tokens=T + 1 - prefix, eos_token_id=beyond, pad_token_id=0,
                                 repetition_penalty=1.0)
 
     def keep(output):
         states.append(output[0] if isinstance(output, tuple) else output)
 
-    with hooked({execution.layers[-1]: keep}, outputs=True):
-        found = execution.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings,
+    with hooked({streamed.layers[-1]: keep}, outputs=True):
+        found = streamed.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings,
                                          logits_processor=[draw])
     return found[:, :T].to("cpu"), torch.cat(states, dim=1).to("cpu")
 
 
 @torch.no_grad()
 @fast_linears()
-def resampled(execution, tokens, uniform):
+def resampled(streamed, tokens, uniform):
     """Return sequences (n, T) whose tokens are drawn from the model's predictions in tokens (n, T), and None.
 
     Each draw is from p(x_t | x_<t) given the tokens of the original sequence, not earlier draws, so that one pass over
     the layers serves all of them. The first token stays. uniform: (n, T), decides on the token drawn at each place.
     """
-    stream = execution.embed(tokens)
-    run_layers(execution.model, execution.family, [stream], execution.device, "resampling")
+    stream = streamed.embed(tokens)
+    run_layers(streamed.model, streamed.family, [stream], streamed.device, "resampling")
     new = tokens.clone()
-    with stream.head(execution.model, execution.family) as head:
+    with stream.head(streamed.model, streamed.family) as head:
         for rows in stream.batches():
-            hidden = stream.hidden[rows, :-1].to(execution.device).flatten(0, 1)
-            thresholds = uniform[rows, 1:].flatten().to(execution.device)
+            hidden = stream.hidden[rows, :-1].to(streamed.device).flatten(0, 1)
+            thresholds = uniform[rows, 1:].flatten().to(streamed.device)
             found = [drawn(wide(head(h)).softmax(-1), each)
                      for h, each in zip(hidden.split(SLICE), thresholds.split(SLICE), strict=True)]
             new[rows, 1:] = torch.cat(found).to("cpu").view(-1, tokens.shape[1] - 1)

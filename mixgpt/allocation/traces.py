@@ -133,27 +133,27 @@ def read(path, shapes, estimator):
 
 
 @fast_linears()
-def hessian_traces(execution, matrices, tokens, sampling, previous=None, save=None):
+def hessian_traces(streamed, matrices, tokens, sampling, previous=None, save=None):
     """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, separately from each sequence.
 
-    execution: a modelutils.Execution. matrices: list of (layer, name). tokens: (N, T). previous: rows from an
+    streamed: a modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). previous: rows from an
     interrupted call. save: called with the rows so far after every chunk of sequences. Returns (N, len(matrices)) in
     float64: the mean over sequences estimates the trace, their spread its error.
     """
     N, T = tokens.shape
     rows, nprobes = [] if previous is None else list(previous), sampling.nprobes
     # of states 2, as an estimator may keep tangents; on a CPU a chunk takes long, and results are saved after each
-    size = chunk_size(execution, -(-(N - len(rows)) // distributed.world()), T, 2,
-                      backward.BORDERS if execution.device.type == "cpu" else math.inf)
-    total = (N - len(rows)) * nprobes * 2 * len(execution.layers)
-    with (pinned_memory_freed(execution.device),
+    size = chunk_size(streamed, -(-(N - len(rows)) // distributed.world()), T, 2,
+                      backward.BORDERS if streamed.device.type == "cpu" else math.inf)
+    total = (N - len(rows)) * nprobes * 2 * len(streamed.layers)
+    with (pinned_memory_freed(streamed.device),
           progress.bar(total=total, title=sampling.estimator, unit="step") as bar):
         while len(rows) < N:
             together = range(len(rows), min(len(rows) + size * distributed.world(), N))
             numbers = together[distributed.share(len(together))]
             sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
             for probe in range(nprobes if numbers else 0):
-                sums += sampling.estimate(Chunk(execution, matrices, tokens[numbers.start:numbers.stop], bar),
+                sums += sampling.estimate(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], bar),
                                           [(sampling.seed, n, probe) for n in numbers])
             rows.extend(torch.cat(distributed.all_gather_object(sums)) / nprobes / (T - 1))
             if save:
@@ -161,14 +161,14 @@ def hessian_traces(execution, matrices, tokens, sampling, previous=None, save=No
     return torch.stack(rows)
 
 
-def load_or_compute(execution, tokens, sampling, path=None):
+def load_or_compute(streamed, tokens, sampling, path=None):
     """Return (`Traces` of all matrices, path of their file), read from the file if it exists, else computed and saved.
 
     An interrupted computation is resumed from its file. path: file to use (default: `default_path`); it may come from
     other tokens, seed or probes, but raises InputError if it comes from other weights.
     """
-    estimator, shapes = sampling.estimator, matrices_of(execution.model, execution.family)
-    key = key_of(execution.model, tokens, sampling)
+    estimator, shapes = sampling.estimator, matrices_of(streamed.model, streamed.family)
+    key = key_of(streamed.model, tokens, sampling)
     target = Path(path) if path else default_path(key)
     held = read(target, shapes, estimator)
     if held and held["key"]["weights"] != key["weights"]:
@@ -183,7 +183,7 @@ def load_or_compute(execution, tokens, sampling, path=None):
         if distributed.rank() == 0:
             _write(target, key, shapes, rows)
 
-    samples = hessian_traces(execution, list(shapes), tokens, sampling, held and held["samples"], save)
+    samples = hessian_traces(streamed, list(shapes), tokens, sampling, held and held["samples"], save)
     return Traces(estimator, shapes, samples), target
 
 

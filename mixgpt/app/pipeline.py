@@ -44,7 +44,7 @@ from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
 from mixgpt.text import bos
-from modelutils import Execution, Family, check_hidden_states
+from modelutils import Family, StreamedModel, check_hidden_states
 from sparsegpt import WalkOptions
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
@@ -93,7 +93,7 @@ class Job:
         self.memory_plan = MemoryPlan(settings.batch_size, on_host=not settings.calibrates, two_passes=not one_pass)
 
     @property
-    def streamed(self):
+    def on_disk(self):
         """Whether the weights stay on disk, so that a failed step can restart."""
         return hasattr(self.model, "source")
 
@@ -115,8 +115,8 @@ class Job:
         """Return the JSON-able choose(), or what it was in the interrupted run."""
         return self.kept(name, lambda: (choose(), {}))[0]
 
-    def execution(self, way):
-        return Execution(self.model, self.family, self.device, way.batch_size, self.clock, way.on_host)
+    def streamed(self, way):
+        return StreamedModel(self.model, self.family, self.device, way.batch_size, self.clock, way.on_host)
 
 
 def run(family, settings, command=None):
@@ -282,7 +282,7 @@ def open_model(job):
         if job.run_dir:
             job.identity = records.identity(records.asked(settings, job.seqlen, job.device), job.model, job.calibration)
             job.run_dir.start(job.model, job.family, job.identity)
-        elif job.selected and job.streamed:  # pruned layers go to disk too
+        elif job.selected and job.on_disk:  # pruned layers go to disk too
             job.layer_files = job.stack.enter_context(_temporary_files(job))
             job.layer_files.start(job.model, job.family)
 
@@ -340,9 +340,9 @@ def _windows(settings, seqlen):
 def _plan_distillation(job):
     """Choose whether the model will be distilled at the end: if it can be trained as a whole on every device."""
     tokens = _windows(job.settings, job.seqlen)
-    execution = distill.widened(job.execution(job.memory_plan), tokens, job.seqlen)
+    streamed = distill.widened(job.streamed(job.memory_plan), tokens, job.seqlen)
     job.distills = job.decided("distills", lambda: min(distributed.all_gather_object(
-        distill.room_for(execution, tokens))) > 0)
+        distill.room_for(streamed, tokens))) > 0)
     if not job.distills:
         job.record["distilled"] = "no room"
         log(job.settings, f"distill  skipped: the model as a whole cannot be trained in what is free on {job.device}")
@@ -351,7 +351,7 @@ def _plan_distillation(job):
 def _plan_memory(job):
     """Choose whether all sequences are to wait inside a layer at a time. Returns a line that says so."""
     settings, count = job.settings, -(-(len(job.calibration) + job.written[0]) // distributed.world())
-    needed = calibration.one_pass_bytes(job.execution(job.memory_plan), job.selected, (count, job.seqlen),
+    needed = calibration.one_pass_bytes(job.streamed(job.memory_plan), job.selected, (count, job.seqlen),
                                         settings.target == "dense", settings.solver == "admm")
     free = min(distributed.all_gather_object(memory.free(job.device)))  # all go the same way
     job.memory_plan = MemoryPlan(**job.decided("memory_plan", lambda: asdict(
@@ -399,10 +399,10 @@ def choose_plan(job):
 
 def _measure(job, way):
     """Write synthetic text, measure traces and gradients, and make the plan. Returns the file of the traces, if any."""
-    settings, clock, execution, path = job.settings, job.clock, job.execution(way), None
+    settings, clock, streamed, path = job.settings, job.clock, job.streamed(way), None
     number, more = job.written
     if number + more:
-        how, tensors = job.kept("synthetic", partial(_synthetic, job, execution))
+        how, tensors = job.kept("synthetic", partial(_synthetic, job, streamed))
         job.further, job.record["synthetic"] = tensors["tokens"][:number] if number else None, how
         if how == RESAMPLED:
             log(settings, f"data     the model as a whole has no room on {job.device}: its synthetic sequences are "
@@ -413,20 +413,20 @@ def _measure(job, way):
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)
         with clock.part("sensitivity"):
-            job.traces, path = traces.load_or_compute(execution, job.calibration, sampling, settings.sensitivity_file)
-    targets, tensors = job.kept("plan", partial(_plan, job, execution))
+            job.traces, path = traces.load_or_compute(streamed, job.calibration, sampling, settings.sensitivity_file)
+    targets, tensors = job.kept("plan", partial(_plan, job, streamed))
     job.plan = {(layer, name): Target(*target) for layer, name, *target in targets}
     job.gradients = Gradients.of(tensors) if settings.weighs else None
     return path
 
 
-def _synthetic(job, execution):
+def _synthetic(job, streamed):
     """Return how synthetic text was made, and {"tokens", "dense_states" of this process's share of what is distilled}.
     """
     settings, (number, more) = job.settings, job.written
     with job.clock.part("synthetic"):
         first = bos.first_token(job.tokenizer, settings.bos)
-        sequences, how, states = synthetic(execution, job.calibration, number + more, settings.seed, more, first)
+        sequences, how, states = synthetic(streamed, job.calibration, number + more, settings.seed, more, first)
     if not more:
         return how, {"tokens": sequences}
     windows = windows_of(sequences[number:], how)
@@ -434,21 +434,21 @@ def _synthetic(job, execution):
         ours = windows[distributed.share(len(windows))]
         return how, {"tokens": sequences, "dense_states": states[-len(ours):].clone()}
     with job.clock.part("distillation"):
-        states = distill.dense_states(distill.widened(execution, windows, job.seqlen), windows)
+        states = distill.dense_states(distill.widened(streamed, windows, job.seqlen), windows)
     return how, {"tokens": sequences, "dense_states": states}
 
 
-def _plan(job, execution):
+def _plan(job, streamed):
     """Return the targets of all matrices, a JSON-able list, and the tensors of the `Gradients` behind them."""
     settings, gradients = job.settings, None
     if settings.weighs:
         percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # it needs H, too
         tokens = job.hessian_tokens if settings.token_weights == "fisher" else enough_of(job.calibration)
         with job.clock.part("gradients"):
-            gradients = output_gradients(execution, list(job.selected), tokens, settings.seed, percdamp)
+            gradients = output_gradients(streamed, list(job.selected), tokens, settings.seed, percdamp)
     plan = ALLOCATIONS[settings.sparsity_way].load()(Budget(
         job.selected, target_of(settings), settings.alpha, job.traces and job.traces.sensitivity, gradients,
-        execution, job.calibration))
+        streamed, job.calibration))
     return [[layer, name, *astuple(target)] for (layer, name), target in plan.items()], (
         gradients.tensors() if gradients else {})
 
@@ -468,7 +468,7 @@ def compress(job):
     settings, record, counted = job.settings, job.record, {}
     if job.plan:
         job.outcomes, counted, way = retry_with_less_memory(settings, job.memory_plan, partial(_compress, job),
-                                                            job.streamed)
+                                                            job.on_disk)
         if job.distills:
             _distill_if_possible(job, counted, way.on_host)
         record["settings"] |= {"batch_size": way.batch_size,
@@ -488,15 +488,15 @@ def _compress(job, way):
             matrices, _ = counted[index].read()  # which waits for all of the layer
             tracker.layer(index, outcomes, time.perf_counter() - start, matrices)
 
-    execution = job.execution(way)
+    streamed = job.streamed(way)
     if job.run_dir:
         job.run_dir.keep("memory_plan", asdict(way))
     if not settings.calibrates:
         with job.clock.part("magnitude" if settings.prunes else "rounding"):
-            outcomes = prune_magnitude(execution, job.plan, settings.scheme, job.layer_files, observe)
+            outcomes = prune_magnitude(streamed, job.plan, settings.scheme, job.layer_files, observe)
     else:
         recipe = replace(recipe_of(settings, job.gradients), true_sequential=not way.two_passes)
-        outcomes = prune_layerwise(execution, job.plan, job.hessian_tokens, recipe, job.layer_files, observe)
+        outcomes = prune_layerwise(streamed, job.plan, job.hessian_tokens, recipe, job.layer_files, observe)
     return outcomes, counted, way
 
 
@@ -523,10 +523,10 @@ def _distill_if_possible(job, counted, on_host):
 def _distill(job, counted, way):
     """Distill the pruned or quantized model. Returns what to record."""
     settings, files = job.settings, job.layer_files
-    execution = distill.widened(job.execution(way), job.distilled_on, job.seqlen)
+    streamed = distill.widened(job.streamed(way), job.distilled_on, job.seqlen)
     room = job.decided("distillation_batch", lambda: min(distributed.all_gather_object(
-        distill.room_for(execution, job.distilled_on))))
-    execution = replace(execution, batch_size=max(min(room, execution.batch_size), 1))
+        distill.room_for(streamed, job.distilled_on))))
+    streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))
 
     def finish(index, layer, _):
         if files:
@@ -535,7 +535,7 @@ def _distill(job, counted, way):
 
     with job.clock.part("distillation"):
         grids = {key: outcome.grid for key, outcome in job.outcomes.items()}
-        divergence = distill.distill(execution, grids, job.distilled_on, job.dense_states, settings.seed, finish)
+        divergence = distill.distill(streamed, grids, job.distilled_on, job.dense_states, settings.seed, finish)
         if files:
             files.settle_distilled({"divergence": divergence})
     counted.clear()

@@ -6,12 +6,12 @@ import torch
 
 from mixgpt.common import distributed
 from mixgpt.kernels.matmul import fast_linears
-from modelutils import SLICE, Stream, run_layers
+from modelutils import SLICE, HiddenStates, run_layers
 
 
 @torch.no_grad()
 @fast_linears()
-def perplexity(model, family, tokens, batch_size, device, title="perplexity", step=Stream.advance):
+def perplexity(model, family, tokens, batch_size, device, title="perplexity", step=HiddenStates.advance):
     """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence independently.
 
     T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ. Logits in the model's dtype,
@@ -26,7 +26,7 @@ def perplexity(model, family, tokens, batch_size, device, title="perplexity", st
 
 def _negative_log_likelihood(model, family, tokens, batch_size, device, title, step):
     """Return the negative log-likelihood summed over all predicted tokens."""
-    stream = Stream.embed(model, family, tokens, batch_size, device)
+    stream = HiddenStates.embed(model, family, tokens, batch_size, device)
     run_layers(model, family, [stream], device, title, step)
     total = 0.0
     with stream.head(model, family) as head:
@@ -42,7 +42,7 @@ def _negative_log_likelihood(model, family, tokens, batch_size, device, title, s
 @fast_linears()
 def logits(model, family, tokens, batch_size, device):
     """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
-    stream = Stream.embed(model, family, tokens, batch_size, device)
+    stream = HiddenStates.embed(model, family, tokens, batch_size, device)
     run_layers(model, family, [stream], device, "logits")
     with stream.head(model, family) as head:
         return torch.cat([head(hidden.to(device)).to("cpu") for hidden in stream.hidden.flatten(0, 1).split(SLICE)]

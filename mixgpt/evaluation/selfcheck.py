@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.experts import split_experts
-from modelutils import Stream, linears, shared_inputs, with_layers
+from modelutils import HiddenStates, linears, shared_inputs, with_layers
 
 FAULTY = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, ZeroDivisionError)
 VOCABULARY = 512  # the most tokens of a small copy
@@ -67,7 +67,7 @@ def _compare(model, family, tokens, expected):
     in standard deviations of all of these.
     """
     split_experts(model)
-    unseen, streams = set(), [Stream.embed(model, family, tokens, size, tokens.device) for size in (2, 1)]
+    unseen, streams = set(), [HiddenStates.embed(model, family, tokens, size, tokens.device) for size in (2, 1)]
     for index, layer in enumerate(family.layers_of(model)):
         unseen |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))
         for stream in streams:

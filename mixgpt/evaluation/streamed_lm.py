@@ -19,7 +19,7 @@ from mixgpt.evaluation.generation import complete
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.text.bos import first_token, token_ids
 from mixgpt.text.tokenizing import encode
-from modelutils import SLICE, Stream, run_layers, whole
+from modelutils import SLICE, HiddenStates, run_layers, whole
 
 RESIDENT = 2**18  # tokens whose hidden states are in memory at a time
 
@@ -102,7 +102,7 @@ class StreamedLM(TemplateLM):
     def _answers(self, group, runs):
         """Return {number of a request: answer}. group: {padded length: token sequences}."""
         # causal attention: right padding does not affect the tokens before it
-        streams = [Stream.embed(self.model, self.family,
+        streams = [HiddenStates.embed(self.model, self.family,
                                 torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in sequences]),
                                 max(1, self.tokens // T), self.where) for T, sequences in group.items()]
         run_layers(self.model, self.family, streams, self.where, "tasks")

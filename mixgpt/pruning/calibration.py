@@ -8,7 +8,7 @@ from greenlet import getcurrent, greenlet
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.experts import RoutedLinear, is_split
 from modelutils import hooked, linears, shared_inputs
-from sparsegpt import SparseGPT
+from sparsegpt import InputHessian
 
 
 def groups_of(layer, index, stream, plan, shared):
@@ -32,14 +32,14 @@ def groups_of(layer, index, stream, plan, shared):
 
 
 def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weights=None):
-    """Return {first module to read an input: SparseGPT of that input}, in order, and a function that adds a batch.
+    """Return {first module to read an input: InputHessian of that input}, in order, and a function that adds a batch.
 
     nsequences: over all processes. twin: a DenseTwin, run on each batch before the layer itself.
     token_weights: per input, (n, T).
     """
     modules = linears(layer)
     firsts = [modules[group[0]] for group in groups]
-    hessians = {module: SparseGPT(module.in_features, nsequences, stream.device) for module in firsts}
+    hessians = {module: InputHessian(module.in_features, nsequences, stream.device) for module in firsts}
     weights = {module: iter(of_tokens.split(stream.batch_size))  # batch by batch
                for module, of_tokens in zip(firsts, token_weights or [], strict=bool(token_weights))}
 
@@ -59,8 +59,8 @@ def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weigh
 
 
 def pools_of(layer, nsequences, device):
-    """Return {experts of a layer: SparseGPT of all tokens that enter them}, for experts that few tokens reach."""
-    return {module: SparseGPT(module.get_submodule("0").up_proj.in_features, nsequences, device)
+    """Return {experts of a layer: InputHessian of all tokens that enter them}, for experts that few tokens reach."""
+    return {module: InputHessian(module.get_submodule("0").up_proj.in_features, nsequences, device)
             for module in layer.modules() if is_split(module)}
 
 
@@ -83,13 +83,13 @@ def strengthen(hessian, module, pools):
     return True
 
 
-def one_pass_bytes(execution, selected, shape, dense_target, admm):
+def one_pass_bytes(streamed, selected, shape, dense_target, admm):
     """Estimate the bytes that pruning takes if all batches pause inside a layer at a time, rather more than less.
 
     selected: {(layer, name): (out, in)}. shape: (sequences of this process, tokens). In front of a linear wait the
     residual stream, its norm, and its input or what other linears made of the norm: queries, keys and values, gates.
     """
-    model, (sequences, T), sets = execution.model, shape, 1 + dense_target
+    model, (sequences, T), sets = streamed.model, shape, 1 + dense_target
     inputs, hessians = defaultdict(list), defaultdict(int)
     for (index, name), (out, columns) in selected.items():
         inputs[index, name.rpartition(".")[0], columns].append(out)  # of the linears that may read one input
@@ -99,10 +99,10 @@ def one_pass_bytes(execution, selected, shape, dense_target, admm):
     waiting = 3 * width + max(max(columns, sum(outs) - min(outs)) for (_, _, columns), outs in inputs.items())
     if model.config._attn_implementation == "eager":
         waiting += 3 * model.config.num_attention_heads * T
-    tokens = (sequences + 2 * execution.batch_size) * T * model.dtype.itemsize
+    tokens = (sequences + 2 * streamed.batch_size) * T * model.dtype.itemsize
     squares, stacks = (8, 9) if admm else (1.3 + dense_target, 6)  # matrices like H and like W while one is pruned
     solving = max(4 * (squares * columns**2 + stacks * columns * sum(outs)) for (_, _, columns), outs in inputs.items())
-    layer = max(sum(weight.nbytes for weight in layer.parameters()) for layer in execution.layers)
+    layer = max(sum(weight.nbytes for weight in layer.parameters()) for layer in streamed.layers)
     return int(tokens * (sets * (width + waiting) + 2 * dense_target * width)
                + sets * max(hessians.values()) + (2 + dense_target) * layer + solving)
 

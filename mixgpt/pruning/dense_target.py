@@ -166,7 +166,7 @@ class DenseTwin:
     def fit_targets(self, module, X):
         """Return the shift or gain of a pruned layer's module in the next batch, whose input is X.
 
-        Keyword arguments of `SparseGPT.add_batch`: half of the gap to the dense model's input and, if the module
+        Keyword arguments of `InputHessian.add_batch`: half of the gap to the dense model's input and, if the module
         writes to the residual stream, half of the gap there too.
         """
         batch, self._taken[module] = self._taken[module], self._taken[module] + 1

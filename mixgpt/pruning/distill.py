@@ -17,7 +17,7 @@ from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.attention import LONGEST, fast_attention
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.experts import kind_of
-from modelutils import CPU_SLICE, SLICE, Stream, bytes_to_load, linears, on_device, run_layers
+from modelutils import CPU_SLICE, SLICE, HiddenStates, bytes_to_load, linears, on_device, run_layers
 
 STEPS = 16  # at most
 SMALLEST = 1024  # tokens of a step, if there are as many: gradients of fewer are too noisy for the rate
@@ -33,32 +33,32 @@ class Diverged(ArithmeticError):
     """Distillation came to numbers that are not finite. The model is as it was before."""
 
 
-def widened(execution, tokens, T):
-    """Return the execution with batches of sequences (N, t), of as many tokens as its own of length T."""
-    return replace(execution, batch_size=execution.batch_size * max(T // tokens.shape[1], 1))
+def widened(streamed, tokens, T):
+    """Scale the batch size so that a batch of shorter sequences (N, t) has as many tokens as one of length T."""
+    return replace(streamed, batch_size=streamed.batch_size * max(T // tokens.shape[1], 1))
 
 
 @torch.no_grad()
 @fast_linears()
-def dense_states(execution, tokens):
+def dense_states(streamed, tokens):
     """Return the hidden states of this process's share of tokens (N, T) behind the last layer, (n, T, C), on the host.
     """
-    stream = execution.embed(tokens[distributed.share(len(tokens))])
-    run_layers(execution.model, execution.family, [stream], execution.device, "dense model")
+    stream = streamed.embed(tokens[distributed.share(len(tokens))])
+    run_layers(streamed.model, streamed.family, [stream], streamed.device, "dense model")
     return stream.hidden[..., :stream.channels].to("cpu")
 
 
-def room_for(execution, tokens):
+def room_for(streamed, tokens):
     """Return how many of the sequences (N, T) can be a batch if the whole model is trained on the device, 0 if none.
 
-    At most a batch of the execution. In memory are all weights and, of those in layers, the gradient, a float32 copy
+    At most a batch of the streamed. In memory are all weights and, of those in layers, the gradient, a float32 copy
     and, unless they are read from disk, what they were before; of one matrix at a time three more of these; the head in
     the order of a kernel, and five float32 values for each logit of some tokens; hidden states; and of each token of a
     batch what goes into linears and out of them, half as much again, and the scores of attention, if written out.
     """
-    model, device, layers = execution.model, execution.device, execution.layers
+    model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
-    width, batch = model.get_input_embeddings().embedding_dim, min(execution.batch_size, _per_step(tokens))
+    width, batch = model.get_input_embeddings().embedding_dim, min(streamed.batch_size, _per_step(tokens))
     matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
                 for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
     before = itemsize if device.type == "cpu" and _in_memory(layers) else 0
@@ -76,10 +76,10 @@ def room_for(execution, tokens):
 
 @torch.no_grad()
 @fast_linears()
-def distill(execution, chosen, tokens, dense, seed, finish=None):
+def distill(streamed, chosen, tokens, dense, seed, finish=None):
     """Train the chosen matrices, and the norms and biases of their layers, in place.
 
-    execution: a modelutils.Execution of the pruned model, which is on the device as a whole meanwhile. chosen:
+    streamed: a modelutils.StreamedModel of the pruned model, which is on the device as a whole meanwhile. chosen:
     {(layer, name): quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid,
     its scales, which change in place at the end. tokens: (N, T), each read once, in an order drawn by the seed. dense:
     `dense_states` of these. finish: called at the end with (index, layer, result) for each layer up to the last of the
@@ -87,7 +87,7 @@ def distill(execution, chosen, tokens, dense, seed, finish=None):
     it or a weight is not finite, memory.OutOfMemory, or torch.OutOfMemoryError in one of several processes; the model
     is then as it was before.
     """
-    model, device, layers = execution.model, execution.device, execution.layers
+    model, device, layers = streamed.model, streamed.device, streamed.layers
     mine, size = range(len(tokens))[distributed.share(len(tokens))], _per_step(tokens)
     steps = _shuffled(len(mine), size, -(-_most(tokens) // size), seeded(seed, "distillation", distributed.rank()))
     with contextlib.ExitStack() as stack:
@@ -96,9 +96,9 @@ def distill(execution, chosen, tokens, dense, seed, finish=None):
                 stack.enter_context(on_device(layers, device))
                 weights = stack.enter_context(_trained(layers, chosen))
                 stack.enter_context(fast_attention(model, device))
-                stream = Stream.embed(model, execution.family, tokens[mine.start:mine.stop],
-                                      min(execution.batch_size, size), device, on_host=execution.on_host)
-                head = stack.enter_context(stream.head(model, execution.family))
+                stream = HiddenStates.embed(model, streamed.family, tokens[mine.start:mine.stop],
+                                      min(streamed.batch_size, size), device, on_host=streamed.on_host)
+                head = stack.enter_context(stream.head(model, streamed.family))
                 grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
                 states = [_Scales(weight, grids[weight]) if weight in grids else _Weight(weight) for weight in weights]
             mean = _train(stream, layers, head, states, steps, dense)

@@ -22,23 +22,23 @@ from sparsegpt import activation_order
 
 @torch.no_grad()
 @fast_linears()
-def prune_layerwise(execution, plan, tokens, recipe, run_dir=None, observe=None):
+def prune_layerwise(streamed, plan, tokens, recipe, run_dir=None, observe=None):
     """Prune and quantize every matrix of the plan on calibration tokens (N, T), in place.
 
-    execution: a modelutils.Execution. plan: {(layer, name): Target}. recipe: a solvers.Recipe. Inputs come from the
+    streamed: a modelutils.StreamedModel. plan: {(layer, name): Target}. recipe: a solvers.Recipe. Inputs come from the
     preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the same layer. run_dir:
     a checkpoints.layer_files.LayerFiles that saves finished layers. observe: called with (index, layer, {(layer, name):
     Outcome}, time.perf_counter() at its start) for each finished layer while it is on the device. Returns
     {(layer, name): Outcome}. Raises InputError if an input is not finite.
     """
-    calibrated = _Calibrated(execution, plan, tokens, recipe)
-    layers, clock, states = calibrated.layers, execution.clock, calibrated.states
+    calibrated = _Calibrated(streamed, plan, tokens, recipe)
+    layers, clock, states = calibrated.layers, streamed.clock, calibrated.states
     first, outcomes = run_dir.begin(len(layers), states) if run_dir else (0, {})
     with progress.bar(range(first, len(layers)), title=recipe.title, initial=first, total=len(layers)) as bar:
         for index in bar:
             layer, start, last = layers[index], time.perf_counter(), index + 1 == len(layers)
-            with on_device([layer], execution.device):
-                prefetch(layers, index + 1, execution.device)
+            with on_device([layer], streamed.device):
+                prefetch(layers, index + 1, streamed.device)
                 new = calibrated.prune(index, last, bar)
                 if observe:
                     observe(index, layer, new, start)
@@ -55,14 +55,14 @@ def prune_layerwise(execution, plan, tokens, recipe, run_dir=None, observe=None)
 class _Calibrated:
     """A model being pruned layer by layer, and the calibration hidden states before the next layer."""
 
-    def __init__(self, execution, plan, tokens, recipe):
-        self.execution, self.plan, self.recipe, self.clock = execution, plan, recipe, execution.clock
+    def __init__(self, streamed, plan, tokens, recipe):
+        self.streamed, self.plan, self.recipe, self.clock = streamed, plan, recipe, streamed.clock
         with self.clock.part("forward"):
-            self.stream = execution.embed(tokens[distributed.share(len(tokens))], 2 if recipe.dense_target else 1)
+            self.stream = streamed.embed(tokens[distributed.share(len(tokens))], 2 if recipe.dense_target else 1)
             self.dense = self.stream.twin() if recipe.dense_target else None
         self.nsequences = len(tokens)  # over all processes
         self.states = {"hidden": self.stream.hidden} | ({"dense": self.dense.hidden} if self.dense else {})
-        self.layers = execution.layers[:max(index for index, _ in plan) + 1]
+        self.layers = streamed.layers[:max(index for index, _ in plan) + 1]
         self.shared = {}  # which linears read the same input, by kind of layer
         self.few = None  # inputs of experts in this layer with fewer tokens than columns, once its pools are reduced
 

@@ -14,13 +14,13 @@ from quant import meet_sparsities, quantize_nearest
 
 
 @torch.no_grad()
-def prune_magnitude(execution, plan, scheme=None, run_dir=None, observe=None):
+def prune_magnitude(streamed, plan, scheme=None, run_dir=None, observe=None):
     """Prune every matrix of the plan by magnitude and round it to the nearest values of the scheme's grid, in place.
 
-    execution, plan, run_dir, observe: as in `layerwise.prune_layerwise`. Returns {(layer, name): Outcome}.
+    streamed, plan, run_dir, observe: as in `layerwise.prune_layerwise`. Returns {(layer, name): Outcome}.
     """
     title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
-    layers, device = execution.layers, execution.device
+    layers, device = streamed.layers, streamed.device
     first, outcomes = run_dir.begin(len(layers)) if run_dir else (0, {})
     for index in progress.bar(range(first, len(layers)), title=title, initial=first, total=len(layers)):
         layer, new, start = layers[index], {}, time.perf_counter()

@@ -9,7 +9,7 @@ from mixgpt.common import distributed
 from mixgpt.kernels.linalg import smallest
 from mixgpt.pruning.admm import admm_pruner
 from quant import meet_sparsities
-from sparsegpt import SparseGPT, WalkOptions, relative_errors, walk_matrices
+from sparsegpt import InputHessian, WalkOptions, relative_errors, walk_matrices
 
 SPREAD = 3  # standard deviations of the number of weights that rounding sets to 0, by which fewer are pruned
 
@@ -22,7 +22,7 @@ class Problem:
     zeros of W* must be zeros of Ŵ. It may add the loss of each row d of W* − Ŵ, d (H + λI) dᵀ, (out,), if it knows it.
     """
 
-    hessian: SparseGPT  # factored
+    hessian: InputHessian  # factored
     optima: list[torch.Tensor]  # W* (out, in) of each, float32: the unconstrained optimum
     targets: list[tuple]  # (sparsity, prunen, prunem) of each
     options: WalkOptions
@@ -95,7 +95,7 @@ class Recipe:
 def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     """Prune and quantize `weights`, a list of matrices (out, in) of one dtype that read one input, in place.
 
-    hessian: a SparseGPT, factored. targets: (sparsity, prunen, prunem) per matrix. row_weights: (total rows,). Returns
+    hessian: InputHessian, factored. targets: (sparsity, prunen, prunem) per matrix. row_weights: (total rows,). Returns
     the `relative_error` of each, a float64 tensor on its device, and its quant.Grid, None if it is not quantized. Every
     process prunes its share of the rows of each matrix, and gets those of the others.
     """

@@ -18,19 +18,19 @@ from mixgpt.checkpoints import load
 from mixgpt.common import distributed
 from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import Target, select
-from modelutils import Execution, linears
+from modelutils import StreamedModel, linears
 
 
-def traces(execution, selected, tokens, estimator):
-    return hessian_traces(execution, list(selected), tokens, Sampling(estimator, ESTIMATORS[estimator].load(), 3))
+def traces(streamed, selected, tokens, estimator):
+    return hessian_traces(streamed, list(selected), tokens, Sampling(estimator, ESTIMATORS[estimator].load(), 3))
 
 
-def measurements(execution, selected, tokens):
+def measurements(streamed, selected, tokens):
     """Return all that is measured with gradients, as a list of tensors on the host."""
-    gradients = output_gradients(execution, list(selected), tokens, 3, 0.1)
+    gradients = output_gradients(streamed, list(selected), tokens, 3, 0.1)
     return [*(torch.cat([each.flatten() for each in found.values()])
               for found in (gradients.rows, gradients.tokens, gradients.diagonals)),
-            *(traces(execution, selected, tokens, estimator).sum(0) for estimator in ("hutchinson", "fisher"))]
+            *(traces(streamed, selected, tokens, estimator).sum(0) for estimator in ("hutchinson", "fisher"))]
 
 
 
@@ -57,12 +57,12 @@ def test_a_gpu_measures_what_a_cpu_does_wherever_hidden_states_are(name, dtype, 
     family, model = make(name)
     model.to(dtype).set_attn_implementation("eager")  # C++ makes the mask of others on what it takes for the device
     selected, tokens = select(model, family), tokens[:3, :6]
-    wanted = measurements(Execution(model, family, CPU, 2), selected, tokens)
+    wanted = measurements(StreamedModel(model, family, CPU, 2), selected, tokens)
     border = tokens.numel() * model.config.hidden_size * backward.working_dtype(model).itemsize
     monkeypatch.setattr(backward, "rooms_for", lambda *_: {"device": room * border, "host": 100 * 2 * border})
     places.clear()
     with Gpu():
-        found = measurements(Execution(model, family, CUDA, 2), selected, tokens)
+        found = measurements(StreamedModel(model, family, CUDA, 2), selected, tokens)
     assert set(places) == expected
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours - theirs).norm() < (0.1 if dtype == torch.bfloat16 else 1e-4) * theirs.norm()
@@ -99,14 +99,14 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_its_results_are_read_once(wh
     model = load.open_model(folder, config, llama.FAMILY, "auto")
     selected, layers, tokens = select(model, llama.FAMILY), 3, tokens[:2, :6]
     with Gpu() as gpu:
-        execution = Execution(model, llama.FAMILY, CUDA, 1)
+        streamed = StreamedModel(model, llama.FAMILY, CUDA, 1)
         if what == "best":
-            assert output_gradients(execution, list(selected), tokens, 3, 0.1).diagonals.keys() == selected.keys()
+            assert output_gradients(streamed, list(selected), tokens, 3, 0.1).diagonals.keys() == selected.keys()
         elif what == "plan":
-            global_plan(execution, selected, *({key: torch.ones(shape[side]) for key, shape in selected.items()}
+            global_plan(streamed, selected, *({key: torch.ones(shape[side]) for key, shape in selected.items()}
                                                for side in (0, 1)), 0.5, 0.1)
         else:
-            traces(execution, selected, tokens, what)
+            traces(streamed, selected, tokens, what)
     assert list(counts["loads"].values()) == [2] * layers and not counts["copies"]
     waits = {}
     for (_, place), count in gpu.synchronisations.items():
@@ -123,21 +123,21 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_its_results_are_read_once(wh
 
 def test_inverse_diagonals_from_the_gradients_pass_are_those_of_one_of_their_own(tiny, tokens):
     family, model = tiny
-    execution, selected = Execution(model, family, CPU, 2), list(select(model, family))
-    together = output_gradients(execution, selected, tokens, 3, 0.1).diagonals
-    alone = inverse_diagonals(execution, selected, tokens, 0.1)
+    streamed, selected = StreamedModel(model, family, CPU, 2), list(select(model, family))
+    together = output_gradients(streamed, selected, tokens, 3, 0.1).diagonals
+    alone = inverse_diagonals(streamed, selected, tokens, 0.1)
     assert together.keys() == alone.keys() and all(torch.equal(together[key], alone[key]) for key in alone)
-    assert output_gradients(execution, selected, tokens, 3).diagonals is None
+    assert output_gradients(streamed, selected, tokens, 3).diagonals is None
 
 
 def test_where_chunks_are_smaller_the_threshold_measures_its_inputs_on_their_own(tokens, monkeypatch):
     family, model = make("llama")
-    execution, selected, plans, passes = Execution(model, family, CPU, 2), select(model, family), [], []
+    streamed, selected, plans, passes = StreamedModel(model, family, CPU, 2), select(model, family), [], []
     monkeypatch.setattr(fisher, "inverse_diagonals", lambda *asked: passes.append(0) or inverse_diagonals(*asked))
     for host in (2**30, 0):
         monkeypatch.setattr(backward, "rooms_for", lambda *_, host=host: {"host": host})
-        gradients = output_gradients(execution, list(selected), tokens, 3, 0.1)
-        plans.append(by_threshold(Budget(selected, Target(0.5), 0.15, gradients=gradients, execution=execution)))
+        gradients = output_gradients(streamed, list(selected), tokens, 3, 0.1)
+        plans.append(by_threshold(Budget(selected, Target(0.5), 0.15, gradients=gradients, streamed=streamed)))
     assert plans[0] == plans[1] and len(passes) == 1
 
 
@@ -151,12 +151,12 @@ def test_every_process_gets_some_of_enough(monkeypatch):
 @pytest.mark.parametrize("sequences", [0, 1, 2, 5, 7, 8, 100])
 def test_a_chunk_is_as_large_as_memory_allows(sequences, monkeypatch):
     family, model = make("llama")
-    execution, borders = Execution(model, family, CPU, 2), len(family.layers_of(model)) + 1
+    streamed, borders = StreamedModel(model, family, CPU, 2), len(family.layers_of(model)) + 1
     sequence = borders * 24 * model.config.hidden_size * 4
     monkeypatch.setattr(backward.memory, "free", lambda device: 2 * sequences * sequence)  # half of it is for the work
-    assert backward.chunk_size(execution, 8, 24, 1) == max(min(sequences, 8) // 2 * 2, 2)
-    assert backward.chunk_size(execution, 8, 24, 2) == max(min(sequences // 2, 8) // 2 * 2, 2)
-    assert backward.chunk_size(execution, 8, 24, 1, 4 * sequence) == max(min(sequences, 4) // 2 * 2, 2)
+    assert backward.chunk_size(streamed, 8, 24, 1) == max(min(sequences, 8) // 2 * 2, 2)
+    assert backward.chunk_size(streamed, 8, 24, 2) == max(min(sequences // 2, 8) // 2 * 2, 2)
+    assert backward.chunk_size(streamed, 8, 24, 1, 4 * sequence) == max(min(sequences, 4) // 2 * 2, 2)
 
 
 def test_all_of_llama_7b_at_128_times_2048_tokens_is_one_chunk_on_a_gpu_of_80_gb(monkeypatch):
@@ -165,14 +165,14 @@ def test_all_of_llama_7b_at_128_times_2048_tokens_is_one_chunk_on_a_gpu_of_80_gb
         model = LlamaForCausalLM(LlamaConfig(dtype=torch.bfloat16)).to(torch.bfloat16)
     free = {"cuda": 72 * 2**30, "cpu": 108 * 2**30}
     monkeypatch.setattr(backward.memory, "free", lambda device: free[device.type])
-    execution = Execution(model, llama.FAMILY, CUDA, 2, clock=object())
-    assert backward.chunk_size(execution, 128, 2048, 1) == 128
-    assert backward.rooms_for(execution)["device"] // 2**31 == 18  # of 33 boundaries of 2 GiB; the others on the host
+    streamed = StreamedModel(model, llama.FAMILY, CUDA, 2, clock=object())
+    assert backward.chunk_size(streamed, 128, 2048, 1) == 128
+    assert backward.rooms_for(streamed)["device"] // 2**31 == 18  # of 33 boundaries of 2 GiB; the others on the host
 
 
 def test_weights_require_gradients_again_where_memory_ran_out(tokens, monkeypatch):
     family, model = make("llama")
     monkeypatch.setattr(backward.Chunk, "read", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(torch.OutOfMemoryError):
-        output_gradients(Execution(model, family, CPU, 2), list(select(model, family)), tokens, 3)
+        output_gradients(StreamedModel(model, family, CPU, 2), list(select(model, family)), tokens, 3)
     assert all(weight.requires_grad for weight in model.parameters())

@@ -6,7 +6,7 @@ from conftest import CPU, make
 
 from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
 from mixgpt.pruning.targets import select
-from modelutils import Execution, linears
+from modelutils import StreamedModel, linears
 
 
 @pytest.fixture(params=["llama", "opt"])
@@ -19,7 +19,7 @@ def statistics(request, tokens):
 
 
 def diagonals_of(model, family, selected, tokens, batch_size=2):
-    return inverse_diagonals(Execution(model, family, CPU, batch_size), list(selected), tokens, 0.01)
+    return inverse_diagonals(StreamedModel(model, family, CPU, batch_size), list(selected), tokens, 0.01)
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def test_inverse_diagonals_are_those_of_the_dense_models_inputs(statistics, toke
 def test_one_threshold_removes_the_least_scores_of_all(statistics, tokens, sparsity):
     family, model, selected, gradients = statistics
     diagonals = diagonals_of(model, family, selected, tokens)
-    plan = global_plan(Execution(model, family, CPU, 2), selected, gradients, diagonals, sparsity, 1.0)
+    plan = global_plan(StreamedModel(model, family, CPU, 2), selected, gradients, diagonals, sparsity, 1.0)
     scores = {key: linears(family.layers_of(model)[key[0]])[key[1]].weight.detach() ** 2
               * gradients[key][:, None] / diagonals[key] for key in selected}
     total = sum(map(torch.numel, scores.values()))
@@ -57,7 +57,7 @@ def test_one_threshold_removes_the_least_scores_of_all(statistics, tokens, spars
 def test_no_matrix_strays_further_than_it_may_and_the_total_is_met(statistics, tokens):
     family, model, selected, gradients = statistics
     diagonals = diagonals_of(model, family, selected, tokens)
-    plan = global_plan(Execution(model, family, CPU, 2), selected, gradients, diagonals, 0.5, 0.05)
+    plan = global_plan(StreamedModel(model, family, CPU, 2), selected, gradients, diagonals, 0.5, 0.05)
     sizes = {key: out * columns for key, (out, columns) in selected.items()}
     assert sum(round(plan[key].sparsity * size) for key, size in sizes.items()) == round(0.5 * sum(sizes.values()))
     for key, size in sizes.items():
@@ -68,5 +68,5 @@ def test_no_matrix_strays_further_than_it_may_and_the_total_is_met(statistics, t
 def test_a_threshold_without_room_is_uniform(statistics, tokens):
     family, model, selected, gradients = statistics
     diagonals = diagonals_of(model, family, selected, tokens)
-    plan = global_plan(Execution(model, family, CPU, 2), selected, gradients, diagonals, 0.5, 0.0)
+    plan = global_plan(StreamedModel(model, family, CPU, 2), selected, gradients, diagonals, 0.5, 0.0)
     assert all(target.sparsity == 0.5 for target in plan.values())

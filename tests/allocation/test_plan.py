@@ -15,7 +15,7 @@ from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe, admm, walk
 from mixgpt.pruning.targets import Selection, Target, select
-from modelutils import Execution, linears
+from modelutils import StreamedModel, linears
 
 hypothesis_settings = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 budgets = st.floats(0.05, 0.95)
@@ -391,7 +391,7 @@ def test_pruned_by_a_plan_of_n_of_m_every_group_has_its_n_zeros(way, target):
     family, model = make("opt")
     plan = make_plan(selected_of(model, family), target, way, random_sensitivity(model, family), 0.2)
     assert len(set(plan.values())) > 1
-    prune_magnitude(Execution(model, family, CPU, 2), plan)
+    prune_magnitude(StreamedModel(model, family, CPU, 2), plan)
     for (index, name), planned in plan.items():
         zeros = linears(family.layers_of(model)[index])[name].weight == 0
         assert planned.prunem == target.prunem
@@ -405,12 +405,12 @@ def test_pruned_by_a_plan_of_n_of_m_every_group_has_its_n_zeros(way, target):
 @pytest.mark.parametrize("solver", ["magnitude", "walk", "admm"])
 def test_the_pruned_model_meets_the_budget_to_the_weight(solver, p, alpha, way, tokens):
     family, model = make("llama")
-    selected, execution = selected_of(model, family), Execution(model, family, CPU, 2)
+    selected, streamed = selected_of(model, family), StreamedModel(model, family, CPU, 2)
     plan = make_plan(selected, Target(p), way, random_sensitivity(model, family), alpha)
     if solver == "magnitude":
-        prune_magnitude(execution, plan)
+        prune_magnitude(streamed, plan)
     else:
-        prune_layerwise(execution, plan, tokens, Recipe(solver={"walk": walk, "admm": admm}[solver]))
+        prune_layerwise(streamed, plan, tokens, Recipe(solver={"walk": walk, "admm": admm}[solver]))
     assert zeros_of(model, family, plan) == round(p * sum(sizes_of(selected).values()))
 
 

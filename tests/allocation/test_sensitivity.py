@@ -17,7 +17,7 @@ from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common.tensors import seeded
 from mixgpt.kernels import matmul
 from mixgpt.modeling.experts import split_experts
-from modelutils import Execution, linears
+from modelutils import StreamedModel, linears
 
 
 @pytest.fixture(params=[*FAMILIES, "gemma4"])
@@ -50,7 +50,7 @@ def loss_of(model, sequence, labels=None):
 
 def traces(model, family, matrices, tokens, estimator, batch_size=2, known=None, save=None, **options):
     sampling = Sampling(estimator, ESTIMATORS[estimator].load(), **{"seed": 3} | options)
-    return hessian_traces(Execution(model, family, CPU, batch_size), matrices, tokens, sampling, known, save)
+    return hessian_traces(StreamedModel(model, family, CPU, batch_size), matrices, tokens, sampling, known, save)
 
 
 def whole_model_products(model, family, matrices, tokens, probe=0):
@@ -97,7 +97,8 @@ def test_gradients_at_experts_count_tokens_that_go_elsewhere_as_zero(tokens, all
     matrices = matrices_of(model, family)
     expected = traces(model, family, matrices, tokens, "fisher", batch_size=1)
     assert torch.allclose(traces(model, family, matrices, tokens, "fisher", batch_size=5), expected, rtol=1e-8)
-    one, five = (fisher.output_gradients(Execution(model, family, CPU, size), matrices, tokens, 3) for size in (1, 5))
+    one, five = (fisher.output_gradients(StreamedModel(model, family, CPU, size), matrices, tokens, 3)
+                 for size in (1, 5))
     for matrix in matrices:
         assert torch.allclose(one.rows[matrix], five.rows[matrix], rtol=1e-4)
         assert torch.allclose(one.tokens[matrix], five.tokens[matrix], rtol=1e-4, atol=1e-6)
@@ -225,7 +226,7 @@ def test_output_gradients_are_squares_at_labels_of_the_model_by_output_and_by_to
     family, model = tiny
     model, tokens, cut = model.double(), tokens[:3, :10], 0
     matrices = matrices_of(model, family)
-    found = fisher.output_gradients(Execution(model, family, CPU, 2), matrices, tokens, 3)
+    found = fisher.output_gradients(StreamedModel(model, family, CPU, 2), matrices, tokens, 3)
     expected, energies, outputs = {key: 0 for key in matrices}, {key: [] for key in matrices}, {}
     handles = [linears(family.layers_of(model)[index])[name].register_forward_hook(
         lambda _, args, y, key=(index, name): outputs.update({key: y})) for index, name in matrices]

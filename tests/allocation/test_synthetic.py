@@ -9,7 +9,7 @@ from mixgpt.allocation import synthetic as module
 from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic
 from mixgpt.common import memory
 from mixgpt.pruning.distill import dense_states
-from modelutils import Execution
+from modelutils import StreamedModel
 
 
 @pytest.fixture(scope="module", params=["llama", "opt", "bloom", "baichuan-13b", "gemma2", "qwen3-moe"])
@@ -34,7 +34,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def no_room(monkeypatch):
-    monkeypatch.setattr(module, "has_room", lambda execution: False)
+    monkeypatch.setattr(module, "has_room", lambda streamed: False)
 
 
 def ends_of(model):
@@ -58,7 +58,7 @@ def test_windows_go_on_from_their_prefixes_as_the_model_predicts(model, tokens, 
     family, model = model
     monkeypatch.setattr(module, "DRAWS", 2)
     uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found, states = module.generated(Execution(model, family, CPU, 2), tokens, uniform)
+    found, states = module.generated(StreamedModel(model, family, CPU, 2), tokens, uniform)
     assert states is None  # as windows overlap
     for start, end in ((0, 4), (4, 7), (7, 11)):  # the last window overlaps the second, and stays whole
         window = slice(start, end)
@@ -73,7 +73,7 @@ def test_the_head_reads_hidden_states_without_gaps(model, tokens, small):
     packed = []
     handle = model.get_output_embeddings().register_forward_hook(
         lambda _, given, output: packed.append(given[0].is_contiguous()))
-    synthetic(Execution(model, family, CPU, 2), tokens, 1, 0)
+    synthetic(StreamedModel(model, family, CPU, 2), tokens, 1, 0)
     handle.remove()
     assert len(packed) > 2 and all(packed)
 
@@ -83,16 +83,16 @@ def test_generation_gives_the_hidden_states_of_its_windows(model, tokens, small,
     family, model = model
     monkeypatch.setattr(module, "WINDOW", width)
     monkeypatch.setattr(module, "AT_A_TIME", 1)
-    execution, tokens = Execution(model, family, CPU, 2), tokens[:, :8]
-    sequences, how, states = synthetic(execution, tokens, 4, 0)
-    expected = dense_states(execution, module.windows_of(sequences, how))
+    streamed, tokens = StreamedModel(model, family, CPU, 2), tokens[:, :8]
+    sequences, how, states = synthetic(streamed, tokens, 4, 0)
+    expected = dense_states(streamed, module.windows_of(sequences, how))
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_without_room_frequencies_are_the_predictions_from_the_original_tokens(model, tokens, no_room):
     family, model = model
     copies, tokens = 4000, tokens[:, :5]
-    found, how, _ = synthetic(Execution(model, family, CPU, 2000), tokens, copies * len(tokens), 0)
+    found, how, _ = synthetic(StreamedModel(model, family, CPU, 2000), tokens, copies * len(tokens), 0)
     found = found.view(copies, *tokens.shape)
     assert how == RESAMPLED and torch.equal(found[:, :, 0], tokens[:, 0].expand(copies, -1))
     with torch.no_grad():
@@ -107,34 +107,35 @@ def test_resampled_tokens_do_not_depend_on_slices(model, tokens, monkeypatch):
     family, model = model
     uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     monkeypatch.setattr(module, "SLICE", 3)
-    found, _ = module.resampled(Execution(model, family, CPU, 2), tokens, uniform)
+    found, _ = module.resampled(StreamedModel(model, family, CPU, 2), tokens, uniform)
     assert check_draws(model, tokens, found, uniform).mean() > 0.9
 
 
 @pytest.mark.parametrize("room", [True, False])
 def test_draws_depend_on_the_seed_but_not_on_batches(model, tokens, room, small, monkeypatch):
     family, model = model
-    monkeypatch.setattr(module, "has_room", lambda execution: room)
-    first, how, _ = synthetic(Execution(model, family, CPU, 2), tokens, 5, 0)
+    monkeypatch.setattr(module, "has_room", lambda streamed: room)
+    first, how, _ = synthetic(StreamedModel(model, family, CPU, 2), tokens, 5, 0)
     assert how == (GENERATED if room else RESAMPLED)
     assert first.dtype == tokens.dtype and first.shape == (5, 11)
     assert not torch.equal(first[:2], first[3:])  # others from the same
     assert torch.equal(first[:2, :2], first[3:, :2]) or not room
     monkeypatch.setattr(module, "AT_A_TIME", 1)
-    again, other = (synthetic(Execution(model, family, CPU, 3), tokens, 5, seed)[0] for seed in (0, 1))
+    again, other = (synthetic(StreamedModel(model, family, CPU, 3), tokens, 5, seed)[0] for seed in (0, 1))
     assert (first == again).double().mean() > 0.9 > (first == other).double().mean()
 
 
 def test_a_model_is_resampled_that_has_no_room_beside_a_window_of_text(monkeypatch):
     family, model = make("llama")
-    tokens, execution = torch.randint(VOCABULARY, (1, module.WINDOW)), Execution(model, family, CUDA, 1, clock=object())
+    tokens = torch.randint(VOCABULARY, (1, module.WINDOW))
+    streamed = StreamedModel(model, family, CUDA, 1, clock=object())
     with Gpu() as gpu:
-        module.generated(execution, tokens, torch.rand(tokens.shape, dtype=torch.float64))
+        module.generated(streamed, tokens, torch.rand(tokens.shape, dtype=torch.float64))
     weights = sum(weight.nbytes for weight in model.parameters())
     for device, needed in ((CUDA, gpu.peak), (CPU, gpu.peak - weights)):  # on the host they are there
         for free, expected in ((0.95 * needed, False), (5 * needed, True)):
             monkeypatch.setattr(memory, "free", lambda device, free=free: free)
-            assert module.has_room(Execution(model, family, device, 1, clock=object())) == expected
+            assert module.has_room(StreamedModel(model, family, device, 1, clock=object())) == expected
             if device == CPU:
-                how = synthetic(Execution(model, family, CPU, 1), tokens, 1, 0)[1]
+                how = synthetic(StreamedModel(model, family, CPU, 1), tokens, 1, 0)[1]
                 assert how == (GENERATED if expected else RESAMPLED)

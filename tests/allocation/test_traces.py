@@ -9,7 +9,7 @@ from conftest import CPU, make
 from mixgpt.allocation import backward, traces
 from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common.errors import InputError
-from modelutils import Execution
+from modelutils import StreamedModel
 
 FISHER = traces.Sampling("fisher", ESTIMATORS["fisher"].load())
 
@@ -22,7 +22,7 @@ def path(tmp_path):
 def obtain(name, tokens, path, estimator="fisher", batch_size=2, **changes):
     family, model = make(name)
     sampling = traces.Sampling(estimator, ESTIMATORS[estimator].load(), **changes)
-    return traces.load_or_compute(Execution(model, family, CPU, batch_size), tokens, sampling, path)
+    return traces.load_or_compute(StreamedModel(model, family, CPU, batch_size), tokens, sampling, path)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_traces_that_are_not_finite_are_refused_and_not_kept(tokens, path):
     family, model = make("opt")
     model.model.decoder.layers[1].fc1.bias.data[0] = float("inf")
     with pytest.raises(InputError, match="layer 0 self_attn.k_proj: its trace is NaN or inf"):
-        traces.load_or_compute(Execution(model, family, CPU, 2), tokens, FISHER, path)
+        traces.load_or_compute(StreamedModel(model, family, CPU, 2), tokens, FISHER, path)
     assert not path.exists()
 
 

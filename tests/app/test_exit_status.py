@@ -17,7 +17,7 @@ import llama
 import results
 from mixgpt.app import completion, exit_status, pipeline
 from mixgpt.common.errors import InputError
-from sparsegpt import SparseGPT
+from sparsegpt import InputHessian
 
 COMMANDS = {
     "llama.py": (lambda argv: run(llama.FAMILY, *argv), (pipeline, "run"), ["somebody/model", "builtin"]),
@@ -128,9 +128,9 @@ def test_a_run_goes_on_after_a_bug(checkpoint_folder, monkeypatch, tmp_path):
         return add_batch(*given)
 
     command = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save"]
-    add_batch = SparseGPT.add_batch
+    add_batch = InputHessian.add_batch
     with monkeypatch.context() as patch:
-        patch.setattr(SparseGPT, "add_batch", failing)
+        patch.setattr(InputHessian, "add_batch", failing)
         assert run(llama.FAMILY, *command, tmp_path / "saved") == 1
     assert run(llama.FAMILY, *command, tmp_path / "saved", "--resume") == 0
     assert run(llama.FAMILY, *command, tmp_path / "undisturbed") == 0
@@ -150,7 +150,7 @@ def wait_in_the_second_layer(temporary, errors, reached):
     with open(errors, "w") as output:
         os.dup2(output.fileno(), 2)
     exit_status.tempfile.tempdir = str(temporary)
-    add_batch = SparseGPT.add_batch
+    add_batch = InputHessian.add_batch
 
     def waiting(*given):
         if list(temporary.rglob("layer-00000.safetensors")):
@@ -158,7 +158,7 @@ def wait_in_the_second_layer(temporary, errors, reached):
             threading.Event().wait()
         return add_batch(*given)
 
-    SparseGPT.add_batch = waiting
+    InputHessian.add_batch = waiting
 
 
 @pytest.mark.parametrize("number, status, line", [

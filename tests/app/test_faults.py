@@ -184,7 +184,7 @@ ACCIDENTS = {
         f"the model needs 0.000 GB, {FULL}", 3),
     "Ctrl-C while it loads": (at, ("opened", "model/tokenizer_config.json", interrupted), "", None, 0),
     "Ctrl-C in an input's Hessian": (
-        at, ("placed", "layer-00000.json", before_next, "sparsegpt.SparseGPT.add_batch", interrupted), "", None, 1),
+        at, ("placed", "layer-00000.json", before_next, "sparsegpt.InputHessian.add_batch", interrupted), "", None, 1),
     # the layer that is being written is completed
     "Ctrl-C while a layer is kept": (at, ("opened", "layer-00001.json.*", interrupted), "", None, 2),
     "Ctrl-C while a shard is written": (

@@ -16,7 +16,7 @@ import llama
 from mixgpt.allocation import synthetic
 from mixgpt.checkpoints.load import load_tokenizer
 from mixgpt.evaluation import selfcheck
-from modelutils import Stream
+from modelutils import HiddenStates
 
 BOS = 0
 TASK = """task: {name}
@@ -113,7 +113,7 @@ def test_bos_matters_to_the_model_under_test(folder, tmp_path):
 @pytest.fixture
 def sequences(monkeypatch):
     """Return a list that takes all sequences which a model reads, but in the check on random ones."""
-    read, embed, go_on = [], Stream.embed.__func__, GenerationMixin.generate
+    read, embed, go_on = [], HiddenStates.embed.__func__, GenerationMixin.generate
     monkeypatch.setattr(selfcheck, "check", lambda *_: None)
 
     def embedded(cls, model, family, tokens, *args, **options):
@@ -124,7 +124,7 @@ def sequences(monkeypatch):
         read.append(tokens.clone())
         return go_on(model, tokens, **options)
 
-    monkeypatch.setattr(Stream, "embed", classmethod(embedded))
+    monkeypatch.setattr(HiddenStates, "embed", classmethod(embedded))
     monkeypatch.setattr(GenerationMixin, "generate", generated)
     return read
 
@@ -140,7 +140,7 @@ def test_all_that_a_run_reads_begins_with_bos(room, options, folder, sequences, 
     options = [option.format(tmp_path) for option in options]
     monkeypatch.setattr(synthetic, "WINDOW", 8)
     monkeypatch.setattr(synthetic, "PREFIX", 4)
-    monkeypatch.setattr(synthetic, "has_room", lambda execution: room)
+    monkeypatch.setattr(synthetic, "has_room", lambda streamed: room)
     record = record_of(tmp_path / "record.json", folder("gemma2"), "builtin", "--sparsity", ".5", *options, "--save",
                        tmp_path / "saved")
     assert all((tokens[:, 0] == BOS).all() for tokens in sequences)

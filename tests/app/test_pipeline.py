@@ -32,7 +32,7 @@ from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import Execution, Stream, linears
+from modelutils import HiddenStates, StreamedModel, linears
 
 
 @pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "qwen2", "bloom"])
@@ -521,8 +521,8 @@ def test_help_of_every_script_tells_the_flags(script):
 def test_best_takes_gradients_from_half_of_the_sequences_unless_they_weigh_each_token(amount, expected,
                                                                                       checkpoint_folder, monkeypatch):
     seen, measure = [], pipeline.output_gradients
-    monkeypatch.setattr(pipeline, "output_gradients", lambda execution, matrices, tokens, *more: seen.append(
-        len(tokens)) or measure(execution, matrices, tokens, *more))
+    monkeypatch.setattr(pipeline, "output_gradients", lambda streamed, matrices, tokens, *more: seen.append(
+        len(tokens)) or measure(streamed, matrices, tokens, *more))
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *amount, "--preset", "best", *SMALL) == 0
     assert seen == expected
 
@@ -530,7 +530,7 @@ def test_best_takes_gradients_from_half_of_the_sequences_unless_they_weigh_each_
 @pytest.mark.parametrize("room, how", [(True, "generated"), (False, "resampled")])
 def test_matrices_are_pruned_on_calibration_and_synthetic_sequences(room, how, checkpoint_folder, tmp_path, monkeypatch,
                                                                     tokenizer, capsys):
-    monkeypatch.setattr(synthetic, "has_room", lambda execution: room)
+    monkeypatch.setattr(synthetic, "has_room", lambda streamed: room)
     folder = tmp_path / "saved"
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--synthetic", "2",
                *SMALL, "--save", folder) == 0
@@ -539,10 +539,10 @@ def test_matrices_are_pruned_on_calibration_and_synthetic_sequences(room, how, c
     assert ("are single tokens drawn in place" in output) == (not room)
     assert json.loads((folder / "mixgpt.json").read_text())["synthetic"] == how
     family, model = FAMILIES["llama"][0], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
-    execution = Execution(model, family, CPU, 2)
+    streamed = StreamedModel(model, family, CPU, 2)
     tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, tokenizer)
-    further, *_ = synthetic.synthetic(execution, tokens, 8, 0)
-    prune_layerwise(execution, make_plan(select(model, family), Target(0.5)), torch.cat([tokens, further]), Recipe())
+    further, *_ = synthetic.synthetic(streamed, tokens, 8, 0)
+    prune_layerwise(streamed, make_plan(select(model, family), Target(0.5)), torch.cat([tokens, further]), Recipe())
     for key, tensor in saved_tensors(folder).items():
         assert torch.equal(tensor, model.state_dict()[key]), key
 
@@ -558,13 +558,13 @@ def test_a_pruned_model_is_distilled_on_synthetic_sequences_of_its_own(number, m
     assert f"SparseGPT ({'synthetic text, ' if number else ''}distilled)" in output
     assert f"4 sequences of 32 tokens, {number + more} synthetic ones, seed 0" in output
     family, model = FAMILIES["llama"][0], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
-    execution = Execution(model, family, CPU, 2)
+    streamed = StreamedModel(model, family, CPU, 2)
     tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, tokenizer)
-    written, _, dense = synthetic.synthetic(execution, tokens, number + more, 0)
+    written, _, dense = synthetic.synthetic(streamed, tokens, number + more, 0)
     plan = make_plan(select(model, family), Target(0.5))
-    prune_layerwise(execution, plan, torch.cat([tokens, written[:number]]), Recipe())
+    prune_layerwise(streamed, plan, torch.cat([tokens, written[:number]]), Recipe())
     zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
-    divergence = distill.distill(execution, dict.fromkeys(plan), written[number:], dense[number:], 0)
+    divergence = distill.distill(streamed, dict.fromkeys(plan), written[number:], dense[number:], 0)
     record = json.loads((folder / "mixgpt.json").read_text())
     assert record["distilled"] == {"divergence": divergence}
     assert record["settings"]["true_sequential"] and record["settings"]["batch_size"] == 2  # as pruned
@@ -576,7 +576,7 @@ def test_a_pruned_model_is_distilled_on_synthetic_sequences_of_its_own(number, m
                                                    ("1.5", "1", "1.5")])
 def test_without_room_for_training_the_hessians_take_its_sequences(share, more, together, checkpoint_folder, tmp_path,
                                                                    monkeypatch):
-    monkeypatch.setattr(distill, "room_for", lambda execution, tokens: 0)
+    monkeypatch.setattr(distill, "room_for", lambda streamed, tokens: 0)
     for name, options in {"with": ["--distill", more, "--synthetic", share], "without": ["--synthetic", together]
                           }.items():
         assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *options, *SMALL,
@@ -594,7 +594,7 @@ def test_each_process_needs_text_to_distill_on(checkpoint_folder, monkeypatch, c
 
 
 def test_a_model_that_cannot_be_trained_as_a_whole_stays_as_pruned(checkpoint_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distill, "room_for", lambda execution, tokens: 0)
+    monkeypatch.setattr(distill, "room_for", lambda streamed, tokens: 0)
     for name, options in {"with": ["--distill", "1"], "without": []}.items():
         assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *options, *SMALL,
                    "--save", tmp_path / name) == 0
@@ -691,14 +691,14 @@ def test_devices_default_to_cuda_where_there_is_one(monkeypatch):
 
 def _limited(monkeypatch, limit):
     """Let a layer have too little memory for more than `limit` sequences at a time, from layer 1 on."""
-    forward = Stream.forward
+    forward = HiddenStates.forward
 
     def limited(self, layer, index, rows):
         if index and rows.stop - rows.start > limit and self.hidden.shape[1] != selfcheck.TOKENS:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, layer, index, rows)
 
-    monkeypatch.setattr(Stream, "forward", limited)
+    monkeypatch.setattr(HiddenStates, "forward", limited)
 
 
 def test_batches_are_halved_when_gpu_memory_runs_out(checkpoint_folder, tmp_path, monkeypatch, capsys):

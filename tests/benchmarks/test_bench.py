@@ -21,15 +21,15 @@ from mixgpt.kernels import columns
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import Execution, linears
+from modelutils import StreamedModel, linears
 from quant import Scheme
-from sparsegpt import SparseGPT, prune_matrix, relative_error
+from sparsegpt import InputHessian, prune_matrix, relative_error
 
 
 @pytest.mark.parametrize("target, wbits", [((0.5,), 16), ((0.0, 2, 4), 16), ((0.5,), 4)])
 def test_the_textbook_prunes_as_the_product_does(target, wbits):
     X = correlated_inputs(900, 256).float().view(3, 300, 256)
-    hessian, linear = SparseGPT(256, 3, CPU), torch.nn.Linear(256, 64, bias=False)
+    hessian, linear = InputHessian(256, 3, CPU), torch.nn.Linear(256, 64, bias=False)
     book = Textbook(linear)
     for batch in X:
         hessian.add_batch(batch)
@@ -58,7 +58,7 @@ def test_the_textbook_prunes_a_model_as_two_passes_do(tokens):
     theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
     prune_model(theirs, family, tokens, CPU, Clock(CPU), sparsity=0.5)
     plan = make_plan(select(ours, family), Target(0.5))
-    prune_layerwise(Execution(ours, family, CPU, 2), plan, tokens, Recipe(true_sequential=False))
+    prune_layerwise(StreamedModel(ours, family, CPU, 2), plan, tokens, Recipe(true_sequential=False))
     for left, right in zip(family.layers_of(theirs), family.layers_of(ours), strict=True):
         for W, V in zip(linears(left).values(), linears(right).values(), strict=True):
             assert ((W.weight == 0) == (V.weight == 0)).float().mean() > 0.99

@@ -11,7 +11,7 @@ from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import Execution, linears
+from modelutils import StreamedModel, linears
 from quant import Scheme, quantize_nearest
 from sparsegpt import WalkOptions
 
@@ -57,7 +57,7 @@ def test_wanda_takes_n_of_every_m():
 def test_wanda_calibrates_each_layer_on_the_pruned_layers_before(tokens, scheme):
     family, model = make("llama")
     pruned = copy.deepcopy(model)
-    prune_layerwise(Execution(pruned, family, CPU, 2), make_plan(select(model, family), Target(0.5)), tokens,
+    prune_layerwise(StreamedModel(pruned, family, CPU, 2), make_plan(select(model, family), Target(0.5)), tokens,
                     Recipe(wanda, WalkOptions(scheme=scheme), true_sequential=False))
     for index, layer in enumerate(family.layers_of(model)):
         seen = inputs_of(model, family, tokens)  # whose layers before this one are pruned by now
@@ -78,7 +78,7 @@ def test_owl_counts_outliers_over_all_matrices_of_a_dense_layer(tokens):
             for module in linears(layer).values():
                 module.weight[0, :5] *= 20
     seen = inputs_of(model, family, tokens)
-    ratios = outlier_ratios(Execution(model, family, CPU, 2), tokens)
+    ratios = outlier_ratios(StreamedModel(model, family, CPU, 2), tokens)
     for index, layer in enumerate(family.layers_of(model)):
         A = [(seen[index, name].norm(dim=0) * module.weight.detach().abs()).flatten().tolist()
              for name, module in linears(layer).items()]

@@ -12,7 +12,7 @@ from mixgpt.kernels import attention as module
 from mixgpt.kernels.attention import attend, fast_attention
 from mixgpt.pruning.distill import dense_states, distill
 from mixgpt.pruning.targets import select
-from modelutils import Execution
+from modelutils import StreamedModel
 
 B, T, D = 3, 17, 8
 CAUSAL = SimpleNamespace(is_causal=True, num_key_value_groups=1)
@@ -117,11 +117,11 @@ def test_a_model_attends_so_within_the_block_only(family, monkeypatch):
 @pytest.mark.parametrize("work", ["gradients", "distillation"])
 def test_best_attends_so_where_it_needs_gradients(work, monkeypatch):
     family, model = make("llama")
-    execution, calls, causal = Execution(model.bfloat16(), family, CPU, 2), [], module._causal
+    streamed, calls, causal = StreamedModel(model.bfloat16(), family, CPU, 2), [], module._causal
     monkeypatch.setattr(module, "_causal", lambda *given: calls.append(0) or causal(*given))
     chosen, tokens = list(select(model, family)), torch.randint(0, 90, (2, 9))
     if work == "gradients":
-        output_gradients(execution, chosen, tokens, 0)
+        output_gradients(streamed, chosen, tokens, 0)
     else:
-        distill(execution, dict.fromkeys(chosen), tokens, dense_states(execution, tokens), 0)
-    assert len(calls) == len(execution.layers)
+        distill(streamed, dict.fromkeys(chosen), tokens, dense_states(streamed, tokens), 0)
+    assert len(calls) == len(streamed.layers)

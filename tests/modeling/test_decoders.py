@@ -21,7 +21,7 @@ from mixgpt.modeling.family import family_of
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
-from modelutils import Execution, linears
+from modelutils import StreamedModel, linears
 
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
@@ -116,7 +116,7 @@ def errors_of(kind, tokens, **recipe):
     model = build(kind)
     family = family_of(model)
     plan = dict.fromkeys(select(model, family), Target(0.5))
-    outcomes = prune_layerwise(Execution(model, family, CPU, 2), plan, tokens, Recipe(**recipe))
+    outcomes = prune_layerwise(StreamedModel(model, family, CPU, 2), plan, tokens, Recipe(**recipe))
     for matrix in measure_sparsity(model, family):
         assert matrix.zeros == round(0.5 * matrix.numel)
     assert outcomes.keys() == plan.keys()

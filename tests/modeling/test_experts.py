@@ -20,7 +20,7 @@ from mixgpt.modeling.layout import layout_of, published
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import Execution, linears
+from modelutils import StreamedModel, linears
 
 COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
           "shared_expert_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -163,7 +163,8 @@ def test_an_expert_without_tokens_is_pruned_on_the_mean_of_the_others(tokens):
         layer.mlp.gate.weight[2, 0] = -1e3  # nearly never among the two with the highest scores
     split_experts(model)
     plan, lines = dict.fromkeys(select(model, family), Target(0.5)), []
-    outcomes = prune_layerwise(Execution(model, family, CPU, 2), plan, tokens[:2], Recipe(), observe=lambda *given: (
+    streamed = StreamedModel(model, family, CPU, 2)
+    outcomes = prune_layerwise(streamed, plan, tokens[:2], Recipe(), observe=lambda *given: (
         lines.append(given)))
     assert len(lines) == 3 and outcomes.keys() == plan.keys()
     for matrix in measure_sparsity(model, family):

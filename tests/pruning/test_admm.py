@@ -8,7 +8,7 @@ from mixgpt.pruning import admm
 from mixgpt.pruning.admm import admm_pruner, admm_scores, keep_mask, solve_on_support
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from quant import Scheme
-from sparsegpt import SparseGPT, WalkOptions, factor, prune_matrices, relative_error
+from sparsegpt import InputHessian, WalkOptions, factor, prune_matrices, relative_error
 
 CPU = torch.device("cpu")
 
@@ -84,7 +84,7 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
     W, X = problem
     weights = torch.ones(24)
     weights[:12] = 16.0
-    hessian = SparseGPT(32, 4, CPU)
+    hessian = InputHessian(32, 4, CPU)
     hessian.add_batch(X.float())
     hessian.factor(0.01)
     plain, weighted, scaled = W.float(), W.float(), W.float()
@@ -147,7 +147,7 @@ def test_columns_without_input_are_free_to_prune(problem, solver, scheme):
     W, X = problem
     X = X.float().clone()
     X[:, 3] = 0
-    hessian = SparseGPT(32, 4, CPU)
+    hessian = InputHessian(32, 4, CPU)
     hessian.add_batch(X, X + 0.01)
     hessian.factor(0.01)
     weight = W.float()
@@ -165,7 +165,7 @@ def test_outputs_that_are_shifted_or_gain_are_met_by_the_ridge_solution(problem)
     shift = torch.randn(X.shape, generator=generator, dtype=torch.float64)
     gain = 3 * torch.randn(len(X), len(W), generator=generator, dtype=torch.float64)
     for options in ({"shift": shift}, {"gain": gain}, {"shift": shift, "gain": gain}):
-        hessian = SparseGPT(32, 4, CPU)
+        hessian = InputHessian(32, 4, CPU)
         for half in (slice(0, 150), slice(150, 400)):
             hessian.add_batch(X[half].float(), **{name: value[half].float() for name, value in options.items()})
         hessian.factor(0.01)

@@ -12,14 +12,14 @@ from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning.calibration import one_pass_bytes, paused_forwards
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.targets import Target, select
-from modelutils import Execution, Stream, hooked, linears, shared_inputs
+from modelutils import HiddenStates, StreamedModel, hooked, linears, shared_inputs
 
 
 def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_each_module(tiny, tokens):
     family, model = tiny
     layer = family.layers_of(model)[0]
-    whole = Stream.embed(model, family, tokens, 2, CPU)
-    paused = Stream.embed(model, family, tokens, 2, CPU)
+    whole = HiddenStates.embed(model, family, tokens, 2, CPU)
+    paused = HiddenStates.embed(model, family, tokens, 2, CPU)
     stops = [linears(layer)[group[0]] for group in shared_inputs(layer, 0, whole)]
     inputs, expected = {module: [] for module in stops}, {module: [] for module in stops}
     with hooked({module: expected[module].append for module in stops}):
@@ -35,7 +35,7 @@ def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_ea
 def test_what_changes_while_paused_counts_for_the_rest_of_the_forward(tokens):
     family, model = make("llama")
     layer = family.layers_of(model)[0]
-    stream = Stream.embed(model, family, tokens, 4, CPU)
+    stream = HiddenStates.embed(model, family, tokens, 4, CPU)
     before = stream.hidden.clone()
     with torch.no_grad():
         for module in paused_forwards(layer, 0, stream, [layer.self_attn.o_proj, layer.mlp.down_proj],
@@ -53,8 +53,8 @@ def test_the_bytes_of_one_pass_are_about_those_of_the_peak(name, options, monkey
     split_experts(model)
     tokens = torch.randint(VOCABULARY, (40, 64), generator=torch.Generator().manual_seed(0))
     settings, selected = Settings(name, "builtin", sparsity=0.5, **options), select(model, family)
-    execution = Execution(model, family, CUDA, 1)
-    counted = one_pass_bytes(execution, selected, tokens.shape, "target" in options, "solver" in options)
+    streamed = StreamedModel(model, family, CUDA, 1)
+    counted = one_pass_bytes(streamed, selected, tokens.shape, "target" in options, "solver" in options)
     with Gpu() as gpu:
-        prune_layerwise(execution, dict.fromkeys(selected, Target(0.5)), tokens, recipe_of(settings))
+        prune_layerwise(streamed, dict.fromkeys(selected, Target(0.5)), tokens, recipe_of(settings))
     assert 0.95 * gpu.peak <= counted <= 1.6 * gpu.peak  # memory.USABLE leaves a tenth

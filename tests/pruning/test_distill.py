@@ -16,7 +16,7 @@ from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning import distill as module
 from mixgpt.pruning.distill import dense_states, distill, schedule
 from mixgpt.pruning.targets import select
-from modelutils import Execution, linears
+from modelutils import StreamedModel, linears
 from quant import Scheme, quantize_nearest
 
 N, T = 5, 9
@@ -45,7 +45,7 @@ def case(request):
     model.double()
     pruned, chosen = halved(family, model)
     tokens = torch.randint(0, VOCABULARY, (N, T), generator=torch.Generator().manual_seed(1))
-    return family, model, pruned, chosen, tokens, dense_states(Execution(model, family, CPU, 2), tokens)
+    return family, model, pruned, chosen, tokens, dense_states(StreamedModel(model, family, CPU, 2), tokens)
 
 
 SCHEMES = {"rows": Scheme(3), "groups": Scheme(4, groupsize=8), "symmetric": Scheme(4, sym=True)}
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_divergence_from_the_dense_model(case, monkey
     monkeypatch.setattr(module._Weight, "step", keep)
     monkeypatch.setattr(module, "STEPS", 1)
     monkeypatch.setattr(module, "CPU_SLICE", 7)  # several parts
-    mean = distill(Execution(pruned, family, CPU, 2), chosen, tokens, dense, 0)
+    mean = distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens, dense, 0)
     with module._trained(family.layers_of(pruned), chosen) as weights, torch.enable_grad():
         expected = divergence(model, pruned, tokens)
         wanted = torch.autograd.grad(expected * N * T, weights, allow_unused=True)
@@ -99,7 +99,7 @@ def test_kept_weights_norms_and_biases_learn_and_all_else_stays(case, monkeypatc
     family, model, pruned, chosen, tokens, dense = case
     before = copy.deepcopy(pruned.state_dict())
     start = divergence(model, pruned, tokens).item()
-    mean = distill(Execution(pruned, family, CPU, 2), chosen, tokens.repeat(8, 1), dense.repeat(8, 1, 1), 0)
+    mean = distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens.repeat(8, 1), dense.repeat(8, 1, 1), 0)
     end = divergence(model, pruned, tokens).item()
     assert end < 0.95 * start and end < mean < start
     trained = {f"{family.path(index, name)}.weight" for index, name in chosen}
@@ -119,7 +119,7 @@ def test_kept_weights_norms_and_biases_learn_and_all_else_stays(case, monkeypatc
 def test_gradients_of_scales_are_those_of_the_divergence(case, scheme, monkeypatch):
     family, model, _, _, tokens, _ = case
     pruned, grids = quantized(family, model, scheme)
-    dense = dense_states(Execution(model, family, CPU, 2), tokens)
+    dense = dense_states(StreamedModel(model, family, CPU, 2), tokens)
     weights = {f"{family.path(*key)}.weight": grid for key, grid in grids.items()}
     before = {name: weight.detach().clone() for name, weight in pruned.named_parameters()}
     logarithms = {name: torch.zeros_like(grid.scale, requires_grad=True) for name, grid in weights.items()}
@@ -134,7 +134,7 @@ def test_gradients_of_scales_are_those_of_the_divergence(case, scheme, monkeypat
 
     monkeypatch.setattr(module._Adafactor, "step", lambda _, exact, gradient, *more: found.append(gradient.clone()))
     monkeypatch.setattr(module, "STEPS", 1)
-    distill(Execution(pruned, family, CPU, 2), grids, tokens, dense, 0)
+    distill(StreamedModel(pruned, family, CPU, 2), grids, tokens, dense, 0)
     for gradient, other in zip(found, wanted, strict=False):  # those of vectors come behind
         other = torch.zeros_like(gradient) if other is None else other  # experts without tokens
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
@@ -146,10 +146,10 @@ def test_scales_learn_and_codes_stay(case, scheme, monkeypatch):
     monkeypatch.setattr(module, "STEPS", 40)
     family, model, _, _, tokens, _ = case
     pruned, grids = quantized(family, model, scheme)
-    dense = dense_states(Execution(model, family, CPU, 2), tokens)
+    dense = dense_states(StreamedModel(model, family, CPU, 2), tokens)
     before, start = copy.deepcopy(pruned), divergence(model, pruned, tokens).item()
     old = {key: copy.deepcopy(grid) for key, grid in grids.items()}
-    distill(Execution(pruned, family, CPU, 2), grids, tokens.repeat(8, 1), dense.repeat(8, 1, 1), 0)
+    distill(StreamedModel(pruned, family, CPU, 2), grids, tokens.repeat(8, 1), dense.repeat(8, 1, 1), 0)
     assert divergence(model, pruned, tokens).item() < 0.97 * start
     for (index, name), grid in grids.items():
         weight, was = (linears(family.layers_of(each)[index])[name].weight.data for each in (pruned, before))
@@ -166,9 +166,9 @@ def test_16_bit_weights_of_8_bits_stay_on_their_grids(dtype):
     family, model = make("llama")
     model.to(dtype)
     tokens = torch.randint(0, VOCABULARY, (2, T))
-    dense = dense_states(Execution(model, family, CPU, 2), tokens)
+    dense = dense_states(StreamedModel(model, family, CPU, 2), tokens)
     pruned, grids = quantized(family, model, Scheme(8))
-    distill(Execution(pruned, family, CPU, 2), grids, tokens, dense, 0)
+    distill(StreamedModel(pruned, family, CPU, 2), grids, tokens, dense, 0)
     for (index, name), grid in grids.items():
         weight = linears(family.layers_of(pruned)[index])[name].weight.data
         assert torch.equal(grid.weights(grid.codes(weight)), weight)
@@ -205,8 +205,8 @@ def test_layers_without_chosen_matrices_stay():
     family, model = make("llama")
     pruned, chosen = halved(family, model)
     tokens = torch.randint(0, VOCABULARY, (2, T))
-    dense, before, finished = dense_states(Execution(model, family, CPU, 2), tokens), copy.deepcopy(pruned), []
-    distill(Execution(pruned, family, CPU, 2), {key: None for key in chosen if key[0] == 1}, tokens, dense, 0,
+    dense, before, finished = dense_states(StreamedModel(model, family, CPU, 2), tokens), copy.deepcopy(pruned), []
+    distill(StreamedModel(pruned, family, CPU, 2), {key: None for key in chosen if key[0] == 1}, tokens, dense, 0,
             lambda index, *_: finished.append(index))
     same = [all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
             for one, other in zip(family.layers_of(before), family.layers_of(pruned), strict=True)]
@@ -219,8 +219,8 @@ def test_same_seed_same_weights_whatever_the_batch(case, batch_size, monkeypatch
     monkeypatch.setattr(module, "STEPS", 2)  # of three and two sequences
     family, model, pruned, chosen, tokens, dense = case
     other = copy.deepcopy(pruned)
-    distill(Execution(pruned, family, CPU, 2), chosen, tokens, dense, 4)
-    distill(Execution(other, family, CPU, batch_size), chosen, tokens, dense, 4)
+    distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens, dense, 4)
+    distill(StreamedModel(other, family, CPU, batch_size), chosen, tokens, dense, 4)
     for one, two in zip(pruned.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
@@ -229,10 +229,10 @@ def test_the_seed_orders_the_sequences():
     family, model = make("llama")
     pruned, chosen = halved(family, model)
     tokens = torch.randint(0, VOCABULARY, (N, T))
-    dense, found = dense_states(Execution(model, family, CPU, 2), tokens), []
+    dense, found = dense_states(StreamedModel(model, family, CPU, 2), tokens), []
     for seed in (4, 4, 5):
         trained = copy.deepcopy(pruned)
-        distill(Execution(trained, family, CPU, 2), chosen, tokens, dense, seed)
+        distill(StreamedModel(trained, family, CPU, 2), chosen, tokens, dense, seed)
         found.append(torch.cat([weight.flatten() for weight in trained.parameters()]))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
@@ -285,10 +285,10 @@ def test_gradients_that_overflow_are_recognised(monkeypatch):
     family, model = make("llama")
     pruned, chosen = halved(family, model)
     tokens = torch.randint(0, VOCABULARY, (1, T))  # one step
-    dense, divergence = dense_states(Execution(model, family, CPU, 2), tokens), module._divergence
+    dense, divergence = dense_states(StreamedModel(model, family, CPU, 2), tokens), module._divergence
     monkeypatch.setattr(module, "_divergence", lambda *given: (divergence(*given)[0], given[1] * torch.inf))
     with pytest.raises(module.Diverged, match="gradients became infinite"):
-        distill(Execution(pruned, family, CPU, 2), chosen, tokens, dense, 0)
+        distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens, dense, 0)
 
 
 def test_the_rate_rises_and_falls():
@@ -300,17 +300,17 @@ def test_the_rate_rises_and_falls():
 def test_predictions_that_are_not_finite_are_recognised(case):
     family, _, pruned, chosen, tokens, dense = case
     with pytest.raises(module.Diverged, match="the divergence from the dense model is nan"):
-        distill(Execution(pruned, family, CPU, 2), chosen, tokens, dense * torch.nan, 0)
+        distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens, dense * torch.nan, 0)
 
 
-def least_room(execution, tokens, monkeypatch):
+def least_room(streamed, tokens, monkeypatch):
     """Return the fewest free bytes with which `room_for` lets as many sequences be a batch as ever."""
     few, enough = 0, 2**40
     while enough - few > 1:
         middle = (few + enough) // 2
         with monkeypatch.context() as patched:
             patched.setattr(memory, "free", lambda device, free=middle: free)
-            few, enough = (few, middle) if module.room_for(execution, tokens) == 4 else (middle, enough)
+            few, enough = (few, middle) if module.room_for(streamed, tokens) == 4 else (middle, enough)
     return enough
 
 
@@ -339,15 +339,15 @@ def test_what_fits_is_about_the_peak_and_without_room_for_it_nothing_does(name, 
     split_experts(model)
     model.to(dtype)
     tokens = torch.randint(0, VOCABULARY, (16, 64))
-    dense = dense_states(Execution(model, family, CPU, 2), tokens)
-    execution, chosen = Execution(model, family, device, 4), dict.fromkeys(select(model, family))
+    dense = dense_states(StreamedModel(model, family, CPU, 2), tokens)
+    streamed, chosen = StreamedModel(model, family, device, 4), dict.fromkeys(select(model, family))
     if device == CPU:
-        counted = least_room(execution, tokens, monkeypatch)
-        peak = peak_on_a_cpu(lambda: distill(execution, chosen, tokens, dense, 0), tmp_path)
+        counted = least_room(streamed, tokens, monkeypatch)
+        peak = peak_on_a_cpu(lambda: distill(streamed, chosen, tokens, dense, 0), tmp_path)
     else:
         with Gpu() as gpu:
-            counted = least_room(execution, tokens, monkeypatch)
-            distill(execution, chosen, tokens, dense, 0)
+            counted = least_room(streamed, tokens, monkeypatch)
+            distill(streamed, chosen, tokens, dense, 0)
             peak = gpu.peak
     assert 0.95 * peak <= counted <= 1.5 * peak  # of memory.free, which leaves a tenth
 
@@ -355,14 +355,14 @@ def test_what_fits_is_about_the_peak_and_without_room_for_it_nothing_does(name, 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 def test_smaller_batches_take_less_and_a_model_that_does_not_fit_has_no_room(device, monkeypatch):
     family, model = make("llama")
-    tokens, execution = torch.zeros(100, 10, dtype=torch.long), Execution(model, family, device, 4, clock=object())
+    tokens, streamed = torch.zeros(100, 10, dtype=torch.long), StreamedModel(model, family, device, 4, clock=object())
     rooms = []
     for free in range(0, 2_000_000, 10_000):
         monkeypatch.setattr(memory, "free", lambda device, free=free: free)
-        rooms.append(module.room_for(execution, tokens))
+        rooms.append(module.room_for(streamed, tokens))
     assert rooms == sorted(rooms) and set(rooms) == {0, 1, 2, 3, 4}
     assert 0 < rooms.count(0) * 10_000 - 12 * sum(w.numel() for w in model.parameters()) < 500_000
-    assert module.room_for(execution, tokens[:32]) == 2  # of a step
+    assert module.room_for(streamed, tokens[:32]) == 2  # of a step
 
 
 FAILURES = {
@@ -383,7 +383,7 @@ def test_a_model_that_cannot_be_distilled_is_what_it_was(step, failure, part, ea
     pruned, grids = quantized(family, model, SCHEMES["groups"])
     grids |= dict.fromkeys([key for key in grids if key[0] == 1])  # scales of two layers are trained, weights of one
     tokens = torch.randint(0, VOCABULARY, (N, T))
-    dense, before = dense_states(Execution(model, family, CPU, 2), tokens), copy.deepcopy((pruned, grids))
+    dense, before = dense_states(StreamedModel(model, family, CPU, 2), tokens), copy.deepcopy((pruned, grids))
     owner, (error, expected), calls = module if part == "_backward" else module._Weight, FAILURES[failure], []
     work = getattr(owner, part)
 
@@ -397,7 +397,7 @@ def test_a_model_that_cannot_be_distilled_is_what_it_was(step, failure, part, ea
 
     monkeypatch.setattr(owner, part, failing)
     with pytest.raises(expected):
-        distill(Execution(pruned, family, CPU, 1), grids, tokens, dense, 0, lambda *_: pytest.fail("finished"))
+        distill(StreamedModel(pruned, family, CPU, 1), grids, tokens, dense, 0, lambda *_: pytest.fail("finished"))
     assert len(calls) == step * each
     for (name, weight), old in zip(pruned.named_parameters(), before[0].parameters(), strict=True):
         assert torch.equal(weight, old) and weight.requires_grad and weight.grad is None, name
@@ -415,6 +415,6 @@ def test_steps_are_few_and_have_enough_tokens(monkeypatch):
 
 def test_batches_have_as_many_tokens_as_elsewhere():
     family, model = make("llama")
-    execution = Execution(model, family, CPU, 2)
+    streamed = StreamedModel(model, family, CPU, 2)
     for t, expected in ((16, 8), (64, 2), (100, 2)):
-        assert module.widened(execution, torch.zeros(3, t), 64).batch_size == expected
+        assert module.widened(streamed, torch.zeros(3, t), 64).batch_size == expected

@@ -18,7 +18,7 @@ from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
-from modelutils import Execution, Stream, linears, shared_inputs
+from modelutils import HiddenStates, StreamedModel, linears, shared_inputs
 from sparsegpt import WalkOptions, factor, prune_matrix
 
 HALF = Target(0.5)
@@ -40,7 +40,7 @@ def sparsegpt(model, family, plan, tokens, batch_size=2, **changes):
     options = OPTIONS | changes
     saliency, solver = SALIENCIES[options.pop("saliency")].load(), SOLVERS[options.pop("solver", "obs")].load()
     walk = WalkOptions(options.pop("blocksize"), saliency, options.pop("scheme", None))
-    return prune_layerwise(Execution(model, family, CPU, batch_size), plan, tokens, Recipe(solver, walk, **options))
+    return prune_layerwise(StreamedModel(model, family, CPU, batch_size), plan, tokens, Recipe(solver, walk, **options))
 
 
 def weights(model, family):
@@ -106,7 +106,7 @@ def writers_of(model):
 
 def test_the_linears_that_write_to_the_hidden_states_are_found(tiny, tokens):
     family, model = tiny
-    stream = Stream.embed(model, family, tokens, 2, CPU)
+    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
     layer = family.layers_of(model)[0]
     found = residual_writers(layer, 0, stream)
     assert [(writer.linear, writer.scale, writer.norm) for writer in found] == [
@@ -123,8 +123,8 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
     plan, counts = plan_of(model, family), {}
     for key in plan if weighted else []:
         counts[key] = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(len(counts)))
-    group_of = {name: group for group in shared_inputs(family.layers_of(model)[0], 0,
-                                                       Stream.embed(model, family, tokens, 2, CPU)) for name in group}
+    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
+    group_of = {name: group for group in shared_inputs(family.layers_of(model)[0], 0, stream) for name in group}
     sparsegpt(model, family, plan, tokens, dense_target=True, true_sequential=true_sequential, token_weights=counts)
     names, norms = list(linears(family.layers_of(model)[0])), writers_of(model)
     pruned, expected = weights(reference, family), {}
@@ -179,7 +179,7 @@ def test_every_matrix_meets_its_target_to_the_weight(tiny, tokens, target, magni
     family, model = tiny
     plan = plan_of(model, family, target)
     if magnitude:
-        prune_magnitude(Execution(model, family, CPU, 2), plan)
+        prune_magnitude(StreamedModel(model, family, CPU, 2), plan)
     else:
         sparsegpt(model, family, plan, tokens)
     for W in weights(model, family).values():
@@ -234,9 +234,9 @@ def test_the_host_waits_for_a_gpu_once_per_input_and_once_for_all_errors(solver,
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
     family, model = make("llama")
     with makebelieve.Gpu() as gpu:
-        execution = Execution(model.bfloat16(), family, torch.device("cuda:0"), 2)
+        streamed = StreamedModel(model.bfloat16(), family, torch.device("cuda:0"), 2)
         recipe = Recipe(SOLVERS[solver].load(), WalkOptions(16), dense_target=dense)
-        outcomes = prune_layerwise(execution, plan_of(model, family), tokens, recipe)
+        outcomes = prune_layerwise(streamed, plan_of(model, family), tokens, recipe)
     here = {"sparsegpt.py", "quant.py", *(file.name for room in ("kernels", "pruning")
                                           for file in (Path(layerwise.__file__).parents[1] / room).iterdir())}
     waited = {what: count for what, count in gpu.synchronisations.items()
@@ -250,7 +250,7 @@ def test_sparsegpt_beats_magnitude_on_a_trained_model(trained_model):
     dense, magnitude = copy.deepcopy(model), copy.deepcopy(model)
     plan = plan_of(model, family)
     sparsegpt(model, family, plan, calibration, batch_size=8)
-    prune_magnitude(Execution(magnitude, family, CPU, 2), plan)
+    prune_magnitude(StreamedModel(magnitude, family, CPU, 2), plan)
 
     first = linears(family.layers_of(dense)[0])
     inputs = inputs_of(dense, first.values(), calibration)

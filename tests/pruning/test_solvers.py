@@ -11,14 +11,14 @@ from mixgpt.app.choices import SOLVERS
 from mixgpt.pruning import solvers
 from mixgpt.pruning.solvers import Recipe, prune_in_place, walk
 from quant import Scheme
-from sparsegpt import SparseGPT, WalkOptions, relative_error
+from sparsegpt import InputHessian, WalkOptions, relative_error
 
 
 def pruned_on(device, dtype, recipe, target=(0.5,), shift=None, order=None):
     """Prune two matrices on a device. Returns (their weights before, after, the Hessian in float64, their errors)."""
     X, weights = correlated_inputs(300, 96).float(), [random(40, 96, seed=3).to(dtype), random(24, 96).to(dtype)]
     pruned, order = [W.to(device, copy=True) for W in weights], None if order is None else order.to(device)
-    hessian = SparseGPT(96, 1, device)
+    hessian = InputHessian(96, 1, device)
     hessian.add_batch(X.to(device), shift=None if shift is None else shift.to(device))
     hessian.factor(0.01, order)
     errors = [error for error, _ in prune_in_place(hessian, pruned, [target] * 2, recipe)]
