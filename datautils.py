@@ -1,4 +1,4 @@
-"""Calibration samples and test tokens from WikiText-2, PTB, C4 or text shipped with Python.
+"""Calibration samples and test tokens from WikiText-2, PTB, C4, text shipped with Python, or text of the user's own.
 
 Joins, splits and the order of random draws follow SparseGPT and GPTQ (github.com/IST-DASLab/sparsegpt, datautils.py),
 so that the same seed gives the same samples.
@@ -11,12 +11,10 @@ import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
-from mixgpt.common.errors import InputError, one_line
+from mixgpt.common.errors import InputError, one_line, reading
 from mixgpt.text import hub, mixture
 from mixgpt.text.bos import begin, first_token, token_ids
-from mixgpt.text.local import local_rows, supply, text_column
-from mixgpt.text.own import text_set_of
-from mixgpt.text.tokenizing import as_texts
+from mixgpt.text.files import column_of, hub_copy_rows, text_set_of
 
 DRAWS = 10_000  # consecutive new documents that may be too short before giving up
 
@@ -24,36 +22,34 @@ DRAWS = 10_000  # consecutive new documents that may be too short before giving 
 def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=None, bos=None):
     """Draw random segments of a train split, or of a mixture of several.
 
-    Returns (LongTensor (nsamples, seqlen), source), source being a JSON-able dict that says where the text comes from.
-    Of each text in a mixture they are the first that it alone would give, and all are shuffled. bos: as `bos.token_ids`
-    takes it; with each it replaces the first token of every segment. Raises InputError if a text is unavailable or
-    shorter than seqlen + 1 tokens.
+    dataset: the name of a dataset, a path, a column on the hub, a mixture of these, or a list of strings, the documents
+    of one text. Returns (LongTensor (nsamples, seqlen), source), source being a JSON-able dict that says where the text
+    comes from. A mixture takes the first segments that each text alone would give, and shuffles them. bos: as
+    `bos.token_ids` takes it; with each it replaces the first token of every segment. Raises InputError if a text is
+    unavailable or shorter than seqlen + 1 tokens.
     """
-    counts, parts, sources = mixture.counts(dataset, nsamples), [], []
-    for name, count in counts.items():
-        rows, source = load_rows(name, "train", data_dir)
-        parts.append(samples_of(rows, source, count, seqlen, seed, tokenizer, bos))
-        sources.append(source)
+    counts = [(dataset, nsamples)] if isinstance(dataset, list) else [*mixture.counts(dataset, nsamples).items()]
+    parts, sources = zip(*(_samples(text, count, seqlen, seed, tokenizer, data_dir, bos) for text, count in counts),
+                         strict=True)
     if len(counts) == 1:
         return parts[0], sources[0]
     order = random.Random(seed).sample(range(nsamples), nsamples)
     return torch.cat(parts)[order], {"dataset": dataset, "parts": [
-        source | {"sequences": count} for source, count in zip(sources, counts.values(), strict=True)]}
+        source | {"sequences": count} for source, (_, count) in zip(sources, counts, strict=True)]}
 
 
-def samples_of(rows, source, nsamples, seqlen, seed, tokenizer, bos=None):
-    """Draw random segments from all or some of the rows of `load_rows`. Returns LongTensor (nsamples, seqlen)."""
-    rng, text_set = random.Random(seed), text_set_of(source["dataset"])
-    rows, samples = as_texts(rows, tokenizer), torch.empty(nsamples, seqlen, dtype=torch.int64)
+def _samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir, bos):
+    """Draw random segments of one text. Returns (LongTensor (nsamples, seqlen), source)."""
+    text_set, rng = text_set_of(dataset), random.Random(seed)
+    rows, source = load_rows(dataset, "train", data_dir)
+    rows = as_texts(rows, tokenizer)
     if text_set.by_document:
         segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer, bos)
     else:
         ids = token_ids(tokenizer, text_set.train_join.join(rows), bos)
         require_tokens(ids, seqlen + 1, seqlen, source)
         segments = (random_segment(ids, seqlen, rng) for _ in range(nsamples))
-    for sample, segment in zip(samples, segments, strict=True):
-        sample.copy_(torch.tensor(segment))
-    return begin(samples, first_token(tokenizer, bos))
+    return begin(torch.stack([torch.tensor(ids) for ids in segments]), first_token(tokenizer, bos)), source
 
 
 def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
@@ -62,51 +58,52 @@ def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
     Returns (LongTensor (n, seqlen), source), and takes bos, as `calibration_samples` does. Raises InputError if the
     text is unavailable or shorter than seqlen tokens.
     """
+    text_set = text_set_of(dataset)
     rows, source = load_rows(dataset, "test", data_dir)
-    return segments_of(rows, source, seqlen, tokenizer, bos), source
-
-
-def segments_of(rows, source, seqlen, tokenizer, bos=None):
-    """Cut all or some of the rows of `load_rows` like a test split. Returns LongTensor (n, seqlen)."""
-    text_set = text_set_of(source["dataset"])
-    ids = token_ids(tokenizer, text_set.test_join.join(as_texts(rows[: text_set.test_documents], tokenizer)), bos)
+    text = text_set.test_join.join(as_texts(rows[:text_set.test_documents], tokenizer))
+    ids = token_ids(tokenizer, text, bos)
     require_tokens(ids, seqlen, seqlen, source)
     n = min(len(ids) // seqlen, text_set.test_segments or len(ids))
-    return begin(torch.tensor(ids[: n * seqlen]).view(n, seqlen), first_token(tokenizer, bos))
+    return begin(torch.tensor(ids[:n * seqlen]).view(n, seqlen), first_token(tokenizer, bos)), source
+
+
+def as_texts(rows, tokenizer):
+    """Return rows as text: chats, [{"role": …, "content": …}, …], by the tokenizer's chat template, in jinja's sandbox.
+
+    Raises InputError if there is no template, or if it fails.
+    """
+    with reading(f"model {tokenizer.name_or_path}: its chat template"):
+        return [row if isinstance(row, str) else tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
 
 
 def random_segment(ids, seqlen, rng):
     """Return `seqlen` consecutive random ids; never the last possible segment, as in SparseGPT and GPTQ."""
     start = rng.randint(0, len(ids) - seqlen - 1)
-    return ids[start : start + seqlen]
+    return ids[start:start + seqlen]
 
 
 def sample_documents(documents, nsamples, seqlen, rng, tokenizer, bos):
-    """Draw each segment from a random document of more than `seqlen` tokens. Yields lists of ids."""
-    short = {}  # index -> length
-    for _ in range(nsamples):
-        yield random_segment(long_document(documents, seqlen, rng, tokenizer, bos, short), seqlen, rng)
-
-
-def long_document(documents, seqlen, rng, tokenizer, bos, short):
-    """Draw documents until one has more than `seqlen` tokens; return its ids and fill `short`.
+    """Draw each segment from a random document of more than `seqlen` tokens. Yields lists of ids.
 
     SparseGPT and GPTQ draw forever if none is long enough; this raises InputError once all documents, or `DRAWS` new
     ones in a row, were too short.
     """
-    most = min(len(documents), len(short) + DRAWS)
-    while len(short) < most:
-        i = rng.randint(0, len(documents) - 1)
-        if i in short:
-            continue
-        ids = token_ids(tokenizer, documents[i], bos)
-        if len(ids) > seqlen:
-            return ids
-        short[i] = len(ids)
-    raise InputError(
-        f"--seqlen {seqlen}: none of the {len(short)} documents looked at (of {len(documents)}) has "
-        f"more than {seqlen} tokens, the longest has {max(short.values())}; lower --seqlen"
-    )
+    lengths = {}  # of documents that are too short, by index
+    for _ in range(nsamples):
+        most = min(len(documents), len(lengths) + DRAWS)
+        while len(lengths) < most:
+            i = rng.randint(0, len(documents) - 1)
+            if i in lengths:
+                continue
+            ids = token_ids(tokenizer, documents[i], bos)
+            if len(ids) > seqlen:
+                yield random_segment(ids, seqlen, rng)
+                break
+            lengths[i] = len(ids)
+        else:
+            raise InputError(
+                f"--seqlen {seqlen}: none of the {len(lengths)} documents looked at (of {len(documents)}) has "
+                f"more than {seqlen} tokens, the longest has {max(lengths.values())}; lower --seqlen")
 
 
 def require_tokens(ids, needed, seqlen, source):
@@ -114,14 +111,13 @@ def require_tokens(ids, needed, seqlen, source):
     if len(ids) < needed:
         raise InputError(
             f"--seqlen {seqlen}: the {source['split']} text of dataset {source['dataset']} has {len(ids)} "
-            f"tokens and {needed} are needed; lower --seqlen or take another dataset"
-        )
+            f"tokens and {needed} are needed; lower --seqlen or take another dataset")
 
 
 def load_rows(dataset, part, data_dir):
-    """Return (rows, source) of the "train" or "test" part of a dataset, or of all of a path.
+    """Return (rows, source) of the "train" or "test" part of a dataset, or of all of a path or a list of texts.
 
-    rows is a list of str, or of chats, see `local.chat_of`.
+    rows is a list of str, or of chats, see `as_texts`.
     """
     text_set = text_set_of(dataset)
     split = text_set.test_split if part == "test" else part
@@ -130,8 +126,9 @@ def load_rows(dataset, part, data_dir):
     elif data_dir is None or not text_set.local:
         rows, origin = hub_rows(dataset, text_set, split)
     else:
-        rows, origin = local_rows(dataset, split, data_dir)
-    return rows, {"dataset": dataset, "split": split, **origin}
+        rows, origin = hub_copy_rows(dataset, split, data_dir)
+    name = f"a list of {len(dataset)} texts" if isinstance(dataset, list) else dataset
+    return rows, {"dataset": name, "split": split, **origin}
 
 
 def hub_rows(dataset, text_set, split):
@@ -145,9 +142,9 @@ def hub_rows(dataset, text_set, split):
             table = load_dataset(text_set.hub_id, split=split, **options)
     except (DatasetsError, OSError, ValueError) as error:  # ValueError: another configuration is cached
         reason = one_line(error) if online else "the hub cannot be reached and it is not in the cache"
-        copy = f"with --data-dir DIR ({supply(dataset, split)})" if text_set.local else "as a file"
-        raise InputError(
-            f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy {copy}, or use the dataset "
-            "builtin"
-        ) from None
-    return text_column(table, text_set.hub_id, text_set.column), {"hub": text_set.hub_id, **options}
+        copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"
+        raise InputError(f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy "
+                         f"{copy if text_set.local else 'as a file'}, or use the dataset builtin") from None
+    return column_of(table, text_set.hub_id, text_set.column), {"hub": text_set.hub_id, **options}
+
+

@@ -26,7 +26,7 @@ from datautils import load_rows
 from mixgpt.app import exit_status
 from mixgpt.app.cli import REMEDY
 from mixgpt.app.settings import Parser
-from mixgpt.text.own import text_set_of
+from mixgpt.text.files import text_set_of
 from mixgpt.text.sets import DATASETS
 
 METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "mixgpt": "--preset mixgpt", "best": "--preset best"}
@@ -54,7 +54,7 @@ def heldout(dataset, data_dir):
         return rows[:border] if split == "train" else rows[border:], source
 
     name = f"heldout-{dataset}"
-    DATASETS[name] = replace(text_set_of(dataset), code=rows_of, local=None, test_split="test")
+    DATASETS[name] = replace(text_set_of(dataset), code=rows_of, local="", test_split="test")
     try:
         yield name
     finally:

@@ -131,11 +131,6 @@ def own(name, content, message):
                  f"{{root}}/model {{root}}/texts/{name} --sparsity .5 --eval builtin")
 
 
-def wiki(content, message):
-    return Fault(lambda root: text(root, "wiki.train.raw", content), message,
-                 "{root}/model wikitext2 --sparsity .5 --eval builtin --data-dir {root}/texts")
-
-
 def traces(message, change):
     """Put sensitivities of the model there, with the JSON in their file changed."""
     def damage(root):
@@ -252,11 +247,12 @@ FAULTS = {
     "text of one's own that is not there": refused("", "argument dataset: invalid choice: …", "{root}/model mine.txt "),
     "text of one's own without text": own("a.jsonl", '{"text": " "}\n', ": contains no text"),
     "a cut row": own("a.jsonl", '{"text": "a"}\n{"text', ": cannot be read: …"),
-    "other columns": own("a.jsonl", '{"body": "a"}\n', ": row 1 has the columns body: text, sentence or messages …"),
+    "other columns": own("a.jsonl", '{"body": "a"}\n', " has the columns body: text, sentence or messages …"),
     "text that is not UTF-8": own("a.txt", "Überschrift\n".encode("latin-1"), ": cannot be read: 'utf-8' codec …"),
-    "no texts of a dataset": wiki("", "--data-dir {root}/texts/wiki.train.raw: contains no rows"),
-    "too little text": wiki("a few words\n", "--seqlen 32: the train text of dataset wikitext2 has 10 tokens and 33 "
-                                             "are needed; lower --seqlen or take another dataset"),
+    "too little text": Fault(
+        lambda root: text(root, "a.txt", "a few words"),
+        "--seqlen 32: the train text of dataset {root}/texts/a.txt has … tokens and 33 are needed; lower --seqlen or …",
+        "{root}/model {root}/texts/a.txt --sparsity .5 --eval builtin"),
     # sensitivities
     "sensitivities of other matrices": traces(
         "does not match the model: layer 0 …", lambda content: {"matrices": [

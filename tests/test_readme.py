@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import small_models
 import torch
@@ -77,11 +78,14 @@ def texts(tmp_path_factory):
     """Give a folder with a few lines of every dataset, named as docs/running.md says."""
     folder = tmp_path_factory.mktemp("texts")
     lines = [f"The {number} sheep of the village graze on the hill behind the mill all day ." for number in range(9)]
-    for split in ("train", "valid", "test"):
-        (folder / f"wiki.{split}.raw").write_text("\n".join(lines))
-        (folder / f"ptb.{split}.txt").write_text("\n".join(lines))
+    for split in ("train", "test"):
+        for name, column in ((f"wikitext-2-raw-v1/{split}-00000-of-00001", "text"),
+                             (f"penn_treebank/{split}/0000", "sentence")):
+            (file := folder / f"{name}.parquet").parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(pyarrow.table({column: lines}), file)
+    (folder / "en").mkdir()
     for name in ("c4-train.00000-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"):
-        with gzip.open(folder / name, "wt") as file:
+        with gzip.open(folder / "en" / name, "wt") as file:
             file.writelines(json.dumps({"text": " ".join(lines)}) + "\n" for _ in range(4))
     return folder
 

@@ -17,8 +17,7 @@ from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.evaluation.generation import complete
 from mixgpt.kernels.matmul import fast_linears
-from mixgpt.text.bos import first_token, token_ids
-from mixgpt.text.tokenizing import encode
+from mixgpt.text.bos import encode, first_token, token_ids
 from modelutils import SLICE, HiddenStates, run_layers, whole
 
 RESIDENT = 2**18  # tokens whose hidden states are in memory at a time

@@ -1,1 +1,1 @@
-"""Texts: local copies of the datasets, and the Hugging Face hub."""
+"""Texts: datasets, files and mixtures of them, tokenizing, and the Hugging Face hub."""

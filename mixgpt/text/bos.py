@@ -1,11 +1,10 @@
-"""Where BOS stands, the token for the beginning of a text: in front of each sequence, or of each text, or nowhere.
+"""Tokenize texts, with BOS, the token for the beginning of a text, before each sequence, before each text, or nowhere.
 
 The papers cut a whole text into segments, of which only the first begins with BOS, if the tokenizer adds it. Most
 models predict as well without. Gemma models do not: they were trained with BOS in front of every sequence.
 """
 
-from mixgpt.common.errors import InputError
-from mixgpt.text.tokenizing import encode
+from mixgpt.common.errors import InputError, reading
 
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
 # on LAMBADA 6e9 without BOS, 3.5 with it; 2049 and 2105: the others) and llama.cpp (21500: Gemma 4) add it to the same.
@@ -24,6 +23,12 @@ def resolve(bos, model_type, tokenizer):
     if bos != "never" and tokenizer.bos_token_id is None:
         raise InputError(f"--bos {bos}: the tokenizer of model {tokenizer.name_or_path} has no BOS; must be never")
     return bos
+
+
+def encode(tokenizer, text, **options):
+    """Return what a tokenizer gives for a text. Raises InputError if it fails."""
+    with reading(f"model {tokenizer.name_or_path}: its tokenizer fails on a text"):
+        return tokenizer(text, verbose=False, **options)  # else it warns that the text exceeds the model's length
 
 
 def token_ids(tokenizer, text, bos=None):

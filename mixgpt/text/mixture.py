@@ -6,34 +6,27 @@ import os
 from mixgpt.common.errors import InputError
 from mixgpt.text.sets import DATASETS, hub_column
 
-MOST = 1e6  # so that sums of shares are finite
-
 
 def shares(name):
     """Return {text: share} of a mixture, or of one text; the shares add up to 1.
 
-    A text is the name of a dataset, a path, or owner/dataset:column on the hub. Raises ValueError, which says what is
-    accepted.
+    A text is the name of a dataset, a path, or owner/dataset:column on the hub. Raises InputError for anything else.
     """
     if known(name):
         return {name: 1.0}
-    found = {}
+    weights = {}
     for part in name.split(",") if ":" in name else []:
         text, _, share = part.rpartition(":")
-        found[text] = found.get(text, 0) + positive(share, part)
-    if unknown := [text for text in found or [name] if not known(text)]:
-        raise ValueError(f"invalid choice: {unknown[0]!r} (choose from {', '.join(map(repr, DATASETS))}, or give a "
+        weights[text] = weights.get(text, 0) + _positive(share, part)
+    if unknown := [text for text in weights or [name] if not known(text)]:
+        raise InputError(f"invalid choice: {unknown[0]!r} (choose from {', '.join(map(repr, DATASETS))}, or give a "
                          "file or folder of text, or owner/dataset:column on the hub)")
-    return {text: share / sum(found.values()) for text, share in found.items()}
+    return {text: weight / sum(weights.values()) for text, weight in weights.items()}
 
 
 def check_unseen(name, tests):
-    """Raise InputError if a test text is a path that calibration on a text or mixture draws from; datasets have parts
-    for both."""
-    try:
-        drawn = {os.path.realpath(text) for text in shares(name) if text not in DATASETS}
-    except ValueError as error:
-        raise InputError(f"dataset {name}: {error}") from error
+    """Raise InputError if a test text is a path that calibration draws from; only datasets have separate splits."""
+    drawn = {os.path.realpath(text) for text in shares(name) if text not in DATASETS}
     for test in tests:
         if test not in DATASETS and os.path.realpath(test) in drawn:
             raise InputError(f"--eval {test}: is text that calibration draws from; give another one")
@@ -44,29 +37,24 @@ def known(text):
     return text in DATASETS or os.path.exists(text) or bool(hub_column(text))
 
 
-def positive(share, part):
+def _positive(share, part):
     try:
-        value = float(share)
+        if 0 < (value := float(share)) < math.inf:
+            return value
     except ValueError:
-        value = math.nan
-    if not 0 < value <= MOST:
-        raise ValueError(f"{part!r}: in a mixture each text needs a share above 0 and at most {MOST:g}, for example "
-                         "c4:0.7,builtin:0.3")
-    return value
+        pass
+    raise InputError(f"{part!r}: in a mixture each text needs a share above 0, for example c4:0.7,builtin:0.3")
 
 
 def counts(name, nsamples):
-    """Return {text: number of its sequences}, together nsamples, each the nearest to its share that this allows.
+    """Return {text: number of its sequences}, which sum to nsamples: largest remainders.
 
-    Raises InputError if a text would get none, or if it is no mixture.
+    Raises InputError if a text would get none, or for an unknown text.
     """
-    try:
-        wanted = {text: share * nsamples for text, share in shares(name).items()}
-    except ValueError as error:
-        raise InputError(f"dataset {name}: {error}") from error
-    found = {text: int(number) for text, number in wanted.items()}
-    for text in sorted(wanted, key=lambda text: found[text] - wanted[text])[:nsamples - sum(found.values())]:
-        found[text] += 1
-    if none := [text for text, number in found.items() if not number]:
+    wanted = {text: share * nsamples for text, share in shares(name).items()}
+    numbers = {text: int(number) for text, number in wanted.items()}
+    for text in sorted(wanted, key=lambda text: numbers[text] - wanted[text])[:nsamples - sum(numbers.values())]:
+        numbers[text] += 1
+    if none := [text for text, number in numbers.items() if not number]:
         raise InputError(f"--nsamples {nsamples}: gives no sequence to {none[0]} in {name}; raise it")
-    return found
+    return numbers

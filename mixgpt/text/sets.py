@@ -1,9 +1,8 @@
-"""The datasets: where to find their rows, on the hub and in local copies, and how to join them into one text."""
+"""The named datasets: where their rows are, on the hub and in local copies, and how they are joined into one text."""
 
 import hashlib
 import itertools
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mixgpt.common.registry import Choice, Registry
@@ -11,8 +10,8 @@ from mixgpt.common.registry import Choice, Registry
 
 @dataclass(frozen=True)
 class TextSet(Choice):
-    """One dataset. Its code, if any, is a function of the split that returns (rows, JSON-able dict that says where they
-    come from); otherwise rows come from the hub or local copies."""
+    """One dataset. Its code, if any, maps a split to (rows, JSON-able dict of their origin); otherwise rows come from
+    the hub or a copy."""
 
     train_join: str = "\n\n"
     test_join: str = "\n\n"
@@ -20,8 +19,7 @@ class TextSet(Choice):
     hub_options: dict = field(default_factory=dict)  # further arguments of load_dataset
     hub_files: dict = field(default_factory=dict)  # split -> the one file to fetch
     column: str | None = None  # that holds the text (default: text, sentence or messages)
-    local: tuple[str, ...] = ()  # patterns of its files below --data-dir, as on the hub or in plain text
-    line: Callable = str.strip  # from a line of plain text to a row as on the hub
+    local: str = ""  # pattern of its files on the hub, which are looked for below --data-dir
     test_split: str = "test"
     by_document: bool = False  # samples do not cross documents; only the first shard is used
     test_documents: int | None = None
@@ -32,11 +30,6 @@ def hub_column(name):
     """Return hub id and column of owner/dataset:column, or None for another name."""
     found = re.fullmatch(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)", name)
     return found and found.groups()
-
-
-def wikitext_row(line):
-    """Convert a line to a row like the hub's script: only blank lines lose their newline."""
-    return line if line.strip() else ""
 
 
 def builtin_rows(split):
@@ -60,17 +53,15 @@ def builtin_rows(split):
 DATASETS = Registry("dataset", {
     "wikitext2": TextSet(
         "raw WikiText-2", train_join=" ", hub_id="Salesforce/wikitext", hub_options={"name": "wikitext-2-raw-v1"},
-        line=wikitext_row,
-        local=("**/wikitext-2-raw-v1/{split}-*.parquet", "**/wikitext-2-raw/wiki.{split}.raw", "wiki.{split}.raw")),
+        local="wikitext-2-raw-v1/{split}-*.parquet"),
     "ptb": TextSet(
         "Penn Treebank", train_join=" ", test_join=" ", hub_id="ptb-text-only/ptb_text_only",
         hub_options={"revision": "refs/convert/parquet"},  # datasets >= 4 does not run its script
-        local=("**/penn_treebank/{split}/*.parquet", "ptb.{split}.txt")),
+        local="penn_treebank/{split}/*.parquet"),
     "c4": TextSet(
         "C4, English", train_join=" ", test_join=" ", hub_id="allenai/c4", test_split="validation",
         hub_files={"train": "en/c4-train.00000-of-01024.json.gz",
                    "validation": "en/c4-validation.00000-of-00008.json.gz"},
-        by_document=True, test_documents=1100, test_segments=256,
-        local=("**/en/c4-{split}.00000-of-*.json.gz", "c4-{split}*.json.gz")),
+        by_document=True, test_documents=1100, test_segments=256, local="en/c4-{split}.00000-of-*.json.gz"),
     "builtin": TextSet("CPython's own reference manual, which needs no download", builtin_rows),
 })

@@ -98,7 +98,8 @@ def test_the_tables_average_seeds_and_gaps_and_add_the_sensitivities_that_later_
 
 def test_held_out_documents_are_never_calibrated_on(tmp_path, tokenizer):
     words = [f"{number} " * 100 for number in range(10)]  # document n holds nothing but the number n
-    with gzip.open(tmp_path / "c4-train.json.gz", "wt") as file:
+    (tmp_path / "en").mkdir()
+    with gzip.open(tmp_path / "en" / "c4-train.00000-of-01024.json.gz", "wt") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in words)
     with accuracy.heldout("c4", tmp_path) as name:
         tokens, _ = datautils.calibration_samples(name, 50, 16, 0, tokenizer)

@@ -37,8 +37,9 @@ def texts(tmp_path):
     (tmp_path / "own.txt").write_text(TEXT * 3)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": [
         {"role": "user", "content": f"{number} {TEXT}"}]}) + "\n" for number in range(3)))
+    (tmp_path / "en").mkdir()
     for part in ("train", "validation"):
-        with gzip.open(tmp_path / f"c4-{part}.json.gz", "wt") as file:
+        with gzip.open(tmp_path / "en" / f"c4-{part}.00000-of-00001.json.gz", "wt") as file:
             file.writelines(json.dumps({"text": f"{part} {number}: {TEXT}"}) + "\n" for number in range(5))
     return {"joined": "builtin", "own": str(tmp_path / "own.txt"), "chats": str(tmp_path / "chats.jsonl"),
             "documents": "c4", "mixture": f"builtin:0.5,{tmp_path}/own.txt:0.5"}

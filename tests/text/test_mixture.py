@@ -44,7 +44,7 @@ def test_a_column_on_the_hub_is_a_text():
     assert mixture.shares("owner/set.1:words") == {"owner/set.1:words": 1}
     assert mixture.shares("owner/set:words:3,builtin:1") == {"owner/set:words": 0.75, "builtin": 0.25}
     for name in ("owner/set", "owner/set:0.5", "owner/set:3", "a/b/c:text", "set:text"):
-        with pytest.raises(ValueError, match="invalid choice|in a mixture each text needs a share"):
+        with pytest.raises(InputError, match="invalid choice|in a mixture each text needs a share"):
             mixture.shares(name)
 
 
@@ -57,12 +57,12 @@ def test_a_file_may_be_called_like_a_mixture(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, message", [
     ("c5:0.5,builtin:0.5", "invalid choice: 'c5' .*, or give a file or folder of text, or owner/dataset:column"),
     (":1,builtin:1", "invalid choice: ''"), ("c5", "invalid choice: 'c5'"),
-    ("builtin,c4:1", "'builtin': in a mixture each text needs a share above 0 and at most .*, for example c4:0.7,"
+    ("builtin,c4:1", "'builtin': in a mixture each text needs a share above 0, for example c4:0.7,"
                      "builtin:0.3"),
-    *((f"builtin:{share},c4:1", f"'builtin:{share}': in") for share in ("x", "0", "-1", "nan", "inf", "1e308", "")),
+    *((f"builtin:{share},c4:1", f"'builtin:{share}': in") for share in ("x", "0", "-1", "nan", "inf", "")),
     ("builtin:1,", "'': in")])
 def test_what_is_no_mixture_is_refused(name, message):
-    with pytest.raises(InputError, match=f"^dataset {name}: {message}"):
+    with pytest.raises(InputError, match=f"^{message}"):
         mixture.counts(name, 10)
 
 

@@ -1,4 +1,4 @@
-"""Check that text of one's own is read in every form, sampled, and told apart from other text by its checksum."""
+"""Check that files of text are read in every form, sampled, and told apart from other text by their checksum."""
 
 import copy
 import gzip
@@ -13,35 +13,34 @@ from datasets import Dataset
 
 import datautils
 from mixgpt.common.errors import InputError
-from mixgpt.text import tokenizing
 
-ROWS = ["The first row ,\nof two lines.", "Second row: café.", "A third one."]
+ROWS = ["The first row ,\nof two lines.", "Second row: café, “δ” \U0001f600", "2019-04-25T12:57:54Z", "\t1\x00", ""]
 LINES = "".join(json.dumps({"text": row, "id": 1}) + "\n" for row in ROWS)
-
-
-def by_pyarrow(path):
-    pyarrow.parquet.write_table(pyarrow.table({"text": ROWS}), path)
+BOM = b"\xef\xbb\xbf"  # no text, nor are the line ends of Windows
 
 
 FORMS = {
-    "notes.txt": lambda path: path.write_text(ROWS[0]),
-    "rows.jsonl": lambda path: path.write_text(LINES),
+    "notes.txt": lambda path: path.write_bytes(BOM + ROWS[0].replace("\n", "\r\n").encode()),
+    "rows.jsonl": lambda path: path.write_bytes(BOM + LINES.replace("\n", "\r\n").encode()),
     "rows.json": lambda path: path.write_text(json.dumps(ROWS)),
-    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
-    "rows.parquet": by_pyarrow,
+    "objects.json": lambda path: path.write_text(json.dumps([{"sentence": row} for row in ROWS], indent=1)),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(BOM + LINES.encode())),
+    "rows.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": ROWS}), path),
     "saved": lambda path: Dataset.from_dict({"text": ROWS}).save_to_disk(path),
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_rows_are_those_of_the_file_in_every_form(name, part, tmp_path):
+def test_rows_are_those_of_the_file_in_every_form(name, tmp_path):
     path = tmp_path / name
     FORMS[name](path)
-    rows, source = datautils.load_rows(str(path), part, None)
-    assert rows == (ROWS[:1] if name == "notes.txt" else ROWS)
-    assert (source["dataset"], source["split"]) == (str(path), part)
-    assert source["files"] == [str(path / "state.json" if name == "saved" else path)]
+    before = sorted(tmp_path.rglob("*"))
+    for part in ("train", "test"):
+        rows, source = datautils.load_rows(str(path), part, None)
+        assert rows == (ROWS[:1] if name == "notes.txt" else ROWS)
+        assert (source["dataset"], source["split"]) == (str(path), part)
+        assert source["files"] == [str(path / "data-00000-of-00001.arrow" if name == "saved" else path)]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_is_read_whole_in_order_of_its_paths(tmp_path):
@@ -98,7 +97,34 @@ def test_a_template_that_fails_is_one_line(template, message, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=message) as error:
-        tokenizing.as_texts(["text", *CHATS], tokenizer)
+        datautils.as_texts(["text", *CHATS], tokenizer)
+    assert "\n" not in str(error.value)
+
+
+BAD_FILES = {
+    "not gzip": ("test.json.gz", b'{"text": "a"}\n', "gzip"),
+    "cut gzip": ("test.json.gz", gzip.compress(LINES.encode() * 99)[:200], "ended"),
+    "parquet": ("test.parquet", b"PAR1junk", ""),
+    "arrow": ("test.arrow", b"junk", ""),
+    "json": ("test.json", b'{"text": "a"\n{', "cannot be read: Expecting"),
+    "text": ("test.txt", b"\xff\xfe", "utf-8"),
+    "no rows": ("test.json", b"", "contains no text"),
+    "blank": ("test.txt", b" \n", "contains no text"),
+    "number": ("test.json", b'{"text": 1}\n', "row 1 is neither text nor a chat"),
+    "nothing": ("test.json", b'{"text": "a"}\n{"text": null}\n', "row 2 is neither text nor a chat"),
+    "empty chat": ("test.json", b'{"messages": []}\n', "row 1 is neither text nor a chat"),
+    "chat without a role": ("test.json", b'{"messages": [{"content": "a"}]}\n', "row 1 is neither text nor a chat"),
+    "columns": ("test.json", b'{"body": "a", "id": 1}\n', "columns body, id: text, sentence or messages is"),
+    "another kind": ("test.csv", b"text\na\n", "must end in one of .txt .json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_file_that_cannot_be_used_is_named_in_one_line(case, tmp_path):
+    name, content, reason = BAD_FILES[case]
+    (path := tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"^dataset {path}.*{reason}") as error:
+        datautils.load_rows(str(path), "test", None)
     assert "\n" not in str(error.value)
 
 
