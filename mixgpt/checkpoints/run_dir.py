@@ -152,6 +152,7 @@ class RunDir:
 
     def end(self):
         """Remove what was kept to go on from: the run is complete."""
+        distributed.barrier()  # others may still compare the layers there with the saved model
         if self.files.writes:
             clear(self.path)
 
