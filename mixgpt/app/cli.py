@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mixgpt.app import exit_status
 from mixgpt.app.settings import parse
-from mixgpt.common import environment
+from mixgpt.common import program
 from mixgpt.common.errors import InputError
 
 REMEDY = "lower --batch-size, --nsamples or --seqlen, or give --no-true-sequential"
@@ -52,7 +52,7 @@ def _resumable(settings):
 
 def _silence(stack):
     """Silence all processes but the first, until `stack` is closed."""
-    if environment.rank():
+    if program.rank():
         nowhere = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stderr(nowhere))

@@ -10,10 +10,11 @@ import sys
 import tempfile
 import traceback
 
-from mixgpt.common import environment
+from mixgpt.common import program
 from mixgpt.common.errors import InputError, is_out_of_memory, one_line
 
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numba", "numpy")
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
@@ -27,7 +28,7 @@ def run(script, argv, body, remedy):
     says what to lower. 130: Ctrl-C. 141, without a line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP.
     """
     try:
-        with _signals_raised():
+        with _terminable():
             status = body() or 0
         sys.stdout.flush()
         return status
@@ -37,8 +38,8 @@ def run(script, argv, body, remedy):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
-        rank = environment.rank()
-        say(f"{script}: {_explanation(script, argv, error, remedy)}" + (f" (process {rank})" if rank else ""))
+        process = f" (process {program.rank()})" if program.rank() else ""
+        say(f"{script}: {_explanation(script, argv, error, remedy)}{process}")
         return status_of(error)
 
 
@@ -52,9 +53,8 @@ def status_of(error):
 
 
 def say(line):
-    """Print one line on stderr, with escapes for whatever else names may do to a terminal."""
-    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
-    print(line, file=sys.stderr, flush=True)
+    """Print one line on stderr."""
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
 
 
 def _explanation(script, argv, error, remedy):
@@ -77,30 +77,28 @@ def _traceback_file(script, argv, error):
         print(shlex.join(["python", script, *argv]), file=file)
         print(f"Python {platform.python_version()} on {platform.platform()}", file=file)
         for name in PACKAGES:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                print(name, importlib.metadata.version(name), file=file)
+            print(name, importlib.metadata.version(name), file=file)
         traceback.print_exception(error, file=file)
     return file.name
 
 
 @contextlib.contextmanager
-def _signals_raised():
+def _terminable():
     """Let SIGTERM and SIGHUP raise `Terminated` within the block, so that temporary files are removed.
 
-    Only in the first process: the others keep no files, and may hang in one that waits for it. A signal that is
+    Only in the first process, as the others keep no files and may hang in one that waits for it. A signal that is
     ignored, as under nohup, stays so.
     """
-    def terminate(number, _):
-        for other in taken:  # a terminal that closes sends two
-            signal.signal(other, signal.SIG_IGN)
+    def terminate(*_):
+        for number in handled:  # a terminal that closes sends two
+            signal.signal(number, signal.SIG_IGN)
         raise Terminated
 
-    numbers = (signal.SIGTERM, signal.SIGHUP) if environment.rank() == 0 else ()
-    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    for number in taken:
+    handled = [number for number in SIGNALS if program.rank() == 0 and signal.getsignal(number) == signal.SIG_DFL]
+    for number in handled:
         signal.signal(number, terminate)
     try:
         yield
     finally:
-        for number in taken:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)

@@ -1,31 +1,26 @@
-"""Optional logging to Weights & Biases; failures there cause a warning and never stop the run."""
+"""Logging to Weights & Biases. Whatever fails there gives a line of warning and never ends the run."""
 
-import contextlib
 import functools
 import io
-import os
 from pathlib import Path
 
+import pandas as pd
 from PIL import Image
 
 from mixgpt.app.exit_status import status_of
-
-PATIENCE = {"init_timeout": 30, "finish_timeout": 300}  # seconds to wait for an unresponsive server
+from mixgpt.common.errors import one_line
 
 
 def _guarded(method):
-    """Make a method of `Tracker` a no-op without a W&B run, and drop the W&B run if the client fails."""
+    """Make a method of `Tracker` do nothing without a W&B run, and give the W&B run up if the client fails."""
     @functools.wraps(method)
     def guarded(self, *arguments):
-        if self.run is None:
-            return
         try:
-            method(self, *arguments)
-        except Exception as error:  # any failure of the client, its process or its server
-            _warn(f"{_first_line(error)}; going on without it; {self._upload()}")
+            if self.run is not None:
+                method(self, *arguments)
+        except Exception as error:  # of the client, its process or its server
+            _warn(error, f"going on without it; {self._upload()}")
             self.run = None
-            with contextlib.suppress(Exception):  # or the client retries, with a traceback, when Python exits
-                self.wandb.teardown(exit_code=1)
 
     return guarded
 
@@ -34,43 +29,27 @@ class Tracker:
     """A W&B run, as a context manager that marks it finished or failed. Without a run, methods do nothing."""
 
     def __init__(self, config, project=None, name=None, group=None):
-        """Start a run. config: settings and environment, None: no run. Other Nones are left to wandb's env variables.
+        """Start a run. config: settings and environment, None: no run. Other Nones are left to wandb's variables.
 
-        Without a login or a reachable server, the run is kept on disk.
+        Without a login or a server that answers, the run is kept on disk.
         """
         self.run = None
         if config is None:
             return
         try:
             import wandb
-        except ImportError:
-            _warn("wandb is not installed; going on without it (pip install wandb)")
-            return
-        self.wandb = wandb
-        asked = {"config": config, "project": project, "name": name, "group": group}
-        try:
-            self._begin(asked)
-        except Exception as error:  # as above
-            self._begin_offline(asked, error)
-
-    def _begin(self, asked):
-        patience = {name: os.environ.get(f"WANDB_{name.upper()}", seconds) for name, seconds in PATIENCE.items()}
-        self.run = self.wandb.init(**asked, settings=self.wandb.Settings(silent=True, **patience))
-        for group in ("layers", "error", "sparsity"):
-            self.run.define_metric(f"{group}/*", step_metric="layer")
-
-    def _begin_offline(self, asked, reason):
-        if _refused_variable(reason):  # without its variables, wandb would write to other folders
+            begin = functools.partial(wandb.init, config=config, project=project, name=name, group=group,
+                                      settings=wandb.Settings(silent=True))
+            try:
+                self.run = begin()
+            except (wandb.errors.UsageError, wandb.errors.CommError) as error:  # logged out, or no answer
+                self.run = begin(mode="offline")
+                _warn(error, f"the run is kept {self.place}")
+            for metrics in ("layers/*", "error/*", "sparsity/*"):
+                self.run.define_metric(metrics, step_metric="layer")
+        except Exception as error:  # not installed, a variable that it does not accept, a full disk
             self.run = None
-            _warn(f"{_first_line(reason)}; going on without it")
-            return
-        try:
-            self._begin(asked | {"mode": "offline"})
-        except Exception as error:  # only the disk can fail
-            self.run = None
-            _warn(f"{_first_line(reason)}; {_first_line(error)}; going on without it")
-        else:
-            _warn(f"{_first_line(reason)}; the run is kept {self.place}")
+            _warn(error, "going on without it")
 
     @property
     def place(self):
@@ -87,16 +66,17 @@ class Tracker:
     @_guarded
     def plan(self, traces, plan):
         """Log `Traces` and {(layer, name): Target} as a table and a picture."""
+        import wandb
+
         from mixgpt.app import plots  # imports matplotlib
         sensitivity = traces.sensitivity
         errors = dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True))
         ranked = sorted(plan, key=sensitivity.get, reverse=True)
         rows = [[layer, name, sensitivity[layer, name], errors[layer, name], rank, plan[layer, name].sparsity]
                 for rank, (layer, name) in enumerate(ranked, start=1)]
-        picture = io.BytesIO(plots.draw(plan, traces))
         columns = ["layer", "matrix", "trace per weight", "standard error", "rank", "sparsity assigned"]
-        self.run.log({"plan/matrices": self.wandb.Table(columns=columns, data=rows),
-                      "plan/heat_map": self.wandb.Image(Image.open(picture))})
+        self.run.log({"plan/matrices": wandb.Table(columns=columns, data=rows),
+                      "plan/heat_map": wandb.Image(Image.open(io.BytesIO(plots.draw(plan, traces))))})
 
     @_guarded
     def layer(self, index, outcomes, seconds, counted):
@@ -109,73 +89,41 @@ class Tracker:
             point["layers/error"] = sum(errors.values()) / len(errors)
         sparsities = {(m.layer, m.name): m.zeros / m.numel for m in counted}
         for metric, values in (("error", errors), ("sparsity", sparsities)):
-            point |= {f"{metric}/{_key(kind)}": value for (_, kind), value in plots.of_kinds(values).items()}
+            for (_, kind), value in plots.of_kinds(values).items():
+                point[f"{metric}/{kind.replace('.', '/')}"] = value  # W&B's summary nests at dots
         self.run.log(point)
 
     @_guarded
     def result(self, record, method):
         """Log the record of the run: every matrix as a table, all else as summary numbers."""
+        import wandb
+
         columns = list(dict.fromkeys(column for row in record["matrices"] for column in row if column != "shape"))
         rows = [[row.get(column) for column in columns] for row in record["matrices"]]
-        self.run.log({"matrices": self.wandb.Table(columns=columns, data=rows)} | scores(record, method))
+        self.run.log({"matrices": wandb.Table(columns=columns, data=rows)} | scores(record, method))
         seconds = record["seconds"]
-        self.run.summary.update({
-            "method": method, "sparsity": record["sparsity"],
-            "seconds": seconds | {"total": sum(seconds.values())}, "peak_memory": record["peak_memory"],
-            **({"disk": record["disk"]} if "disk" in record else {})})
+        facts = {name: record[name] for name in ("sparsity", "peak_memory", "disk") if name in record}
+        self.run.summary.update(facts | {"method": method, "seconds": seconds | {"total": sum(seconds.values())}})
 
     def __enter__(self):
         return self
 
     def __exit__(self, _, error, traceback):
+        self._finish(error)
+
+    @_guarded
+    def _finish(self, error):
         if isinstance(error, Exception):
-            self._explain(error)
-        self._finish(status_of(error))
-
-    @_guarded
-    def _explain(self, error):
-        self.run.summary["failed"] = _first_line(error)
-
-    @_guarded
-    def _finish(self, status):
-        self.run.finish(exit_code=status)
+            self.run.summary["failed"] = one_line(error)
+        self.run.finish(exit_code=status_of(error))
 
 
 def scores(record, method):
     """Return the perplexities and task scores of a record by name; those of the dense model begin with dense_."""
-    found = {}
-    for quantity in ("perplexity", "tasks"):
-        for model, values in record.get(quantity, {}).items():
-            prefix = quantity if model == method else f"{model}_{quantity}"
-            found |= {f"{prefix}/{key}": value for key, value in _flat(values)}
-    return found
+    named = {quantity if model == method else f"{model}_{quantity}": values for quantity in ("perplexity", "tasks")
+             for model, values in record.get(quantity, {}).items() if values}
+    return pd.json_normalize(named, sep="/").to_dict("records")[0] if named else {}
 
 
-def _flat(values, above=""):
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}/")
-        else:
-            yield above + key, value
-
-
-def _key(name):
-    return name.replace(".", "/")  # W&B's summary nests at dots
-
-
-def _refused_variable(error):
-    """Return what is wrong with a variable of the environment if an error is pydantic's about wandb's settings."""
-    if not callable(getattr(error, "errors", None)):
-        return ""
-    first = error.errors()[0]
-    return f"WANDB_{'_'.join(map(str, first['loc'])).upper()} {first['input']}: {first['msg']}"
-
-
-def _first_line(error):
-    if variable := _refused_variable(error):
-        return variable
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-
-
-def _warn(text):
-    print(f"warning  W&B: {text}", flush=True)
+def _warn(error, consequence):
+    print(f"warning  W&B: {one_line(error).rstrip('.'):.300}; {consequence}", flush=True)

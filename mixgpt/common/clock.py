@@ -19,51 +19,46 @@ class Clock:
     def __init__(self, device):
         self.device = device
         self._seconds = defaultdict(float)
-        self._inside = None  # spans of the parts nested in the current one, None outside of all
-        self._ended = deque()  # (name, span, spans nested in it), not added up yet
+        self._current = None  # name of the part that runs
+        self._changes = deque()  # (name of the part that begins, or None; its time or event), not added up yet
 
     @property
     def seconds(self):
-        """Seconds by name of a part. On a GPU this waits until the parts that have ended on the host end there too."""
-        if self._ended and self.device.type == "cuda":
-            (_, (_, end), _) = self._ended[-1]
-            end.synchronize()
+        """Seconds by name of a part. On a GPU this waits until the parts that have ended on the host end there."""
+        if len(self._changes) > 1 and self.device.type == "cuda":
+            self._changes[-1][1].synchronize()
         self._add_up()
         return self._seconds
 
     @contextlib.contextmanager
     def part(self, name):
         """Count the time of the block, even if an error ends it."""
-        outer, self._inside, start = self._inside, [], self._now()
+        outer = self._current
+        self._change(name)
         try:
             yield
         finally:
-            span, inside = (start, self._now()), self._inside
-            self._inside = outer
-            if outer is not None:
-                outer.append(span)
-            self._ended.append((name, span, inside))
-            self._add_up()
+            self._change(outer)
 
-    def _now(self):
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+    def _change(self, name):
+        """Count the time from now on for part `name`; None: for none."""
+        self._current = name
+        if self.device.type == "cuda":
+            now = torch.cuda.Event(enable_timing=True)
+            now.record(torch.cuda.current_stream(self.device))
+        else:
+            now = time.perf_counter()
+        self._changes.append((name, now))
+        self._add_up()
 
     def _add_up(self):
         """Add up the parts that have ended on the device, in order, and forget their events."""
-        while self._ended:
-            name, span, inside = self._ended[0]
-            if self.device.type == "cuda" and not span[1].query():
-                return
-            self._seconds[name] += self._length(span) - sum(map(self._length, inside))
-            self._ended.popleft()
-
-    def _length(self, span):
-        start, end = span
-        return start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
+        cuda = self.device.type == "cuda"
+        while len(self._changes) > 1 and (not cuda or self._changes[1][1].query()):
+            name, start = self._changes.popleft()
+            end = self._changes[0][1]
+            if name is not None:
+                self._seconds[name] += start.elapsed_time(end) / 1000 if cuda else end - start
 
 
 def peak_memory(device):

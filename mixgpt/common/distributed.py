@@ -1,18 +1,15 @@
 """Processes that divide the work, as started by torchrun; without it, a single process."""
 
 import contextlib
-import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from mixgpt.common import environment
-from mixgpt.common.errors import InputError
+from mixgpt.common import program
 
 # The others wait while the first process writes and verifies the checkpoint. If it dies, they end at once.
-PATIENCE = timedelta(days=7)
-MEETING = timedelta(minutes=10)  # within which all have started
+LONGEST_WAIT = timedelta(days=7)
 
 
 class _Hosts:
@@ -24,33 +21,19 @@ class _Hosts:
 @contextlib.contextmanager
 def joined(device):
     """Join the processes started by torchrun within the block. device: of this process."""
-    if environment.world_size() == 1:
+    if program.world_size() == 1:
         yield
         return
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-        _meet("nccl", device_id=device)  # tensors, on the GPUs
-        _Hosts.group = dist.new_group(backend="gloo", timeout=PATIENCE)  # objects, on the hosts
+        dist.init_process_group("nccl", device_id=device)  # tensors, on the GPUs
+        _Hosts.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)  # objects, on the hosts
     else:
-        _meet("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     yield
     dist.destroy_process_group()  # not after an error: torchrun then ends the others
     _Hosts.group = None
-
-
-def _meet(backend, **options):
-    """Join the process group. Raises InputError if the processes do not find each other in time."""
-    try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
-        store.set(f"started/{rank}", "")
-        store.wait([f"started/{other}" for other in range(world)], MEETING)
-        store.set_timeout(PATIENCE)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, **options)
-    except dist.DistError as error:
-        raise InputError(f"WORLD_SIZE {environment.world_size()}: the processes did not meet at MASTER_ADDR "
-                         f"{os.environ['MASTER_ADDR']} MASTER_PORT {os.environ['MASTER_PORT']} within "
-                         f"{MEETING.total_seconds():.0f} s; start with torchrun, or unset WORLD_SIZE") from error
 
 
 def world():
@@ -96,24 +79,6 @@ def all_gather_shares(rows, count):
     return together
 
 
-def total(counts):
-    """Return the sums over all processes of a list of integers, computed on the hosts."""
-    if world() == 1:
-        return counts
-    sums = torch.tensor(counts)
-    dist.all_reduce(sums, group=_Hosts.group)
-    return sums.tolist()
-
-
-def broadcast_object(value, source=0):
-    """Return the value passed by process `source`."""
-    if world() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, source, group=_Hosts.group)
-    return values[0]
-
-
 def all_gather_object(value):
     """Return the values passed by all processes, in rank order."""
     if world() == 1:
@@ -121,6 +86,16 @@ def all_gather_object(value):
     values = [None] * world()
     dist.all_gather_object(values, value, group=_Hosts.group)
     return values
+
+
+def total(counts):
+    """Return the sums over all processes of a list of integers, computed on the hosts."""
+    return [sum(each) for each in zip(*all_gather_object(counts), strict=True)]
+
+
+def broadcast_object(value):
+    """Return the value passed by the first process."""
+    return all_gather_object(value)[0]
 
 
 def barrier():

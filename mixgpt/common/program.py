@@ -1,12 +1,23 @@
-"""Which version of this program wrote a file, and whether this one can read it."""
+"""Which version of this program runs, and in which of torchrun's processes. Needs no PyTorch."""
 
+import os
 import subprocess
 from pathlib import Path
 
 from mixgpt import __version__
 from mixgpt.common.errors import InputError
 
-SCHEMA = 1  # of mixgpt.json and progress/run.json; to be raised when a file of before cannot be read any more
+SCHEMA = 1  # of mixgpt.json and progress/run.json; to be raised when older files can no longer be read
+
+
+def world_size():
+    """Return the number of processes."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def rank(variable="RANK"):
+    """Return the number of this process, 0 for a single one. variable: LOCAL_RANK for the number on its machine."""
+    return int(os.environ.get(variable) or 0) if world_size() > 1 else 0
 
 
 def signature():

@@ -5,7 +5,7 @@ import platform
 
 import torch
 
-from mixgpt.common import environment
+from mixgpt.common import program
 from mixgpt.common.errors import InputError
 
 DEFAULT_SEQLEN = 2048
@@ -13,8 +13,8 @@ DEFAULT_SEQLEN = 2048
 
 def choose_device(name):
     """Return the device of this process: with torchrun, the GPU of its local rank."""
-    number = environment.local_rank()
-    if (name or "").startswith("cuda:") and environment.world_size() > 1:
+    number = program.rank("LOCAL_RANK")
+    if (name or "").startswith("cuda:") and program.world_size() > 1:
         raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
     if name is None and not (torch.cuda.is_available() and number):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -54,24 +54,16 @@ def end(script, error, monkeypatch, *more):
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_bug_gets_one_line_and_a_file_with_the_traceback(script, monkeypatch, capsys, temporary):
-    assert end(script, KeyError("a\nsurprise"), monkeypatch) == 1
+    assert end(script, KeyError("a\nsurprise " + "of words " * 1000), monkeypatch) == 1
     file, = temporary.iterdir()
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err == (
-        f"{script}: error: unexpected KeyError: 'a\\nsurprise'; please report it with {file}, which has the "
-        "traceback\n")
-    text = file.read_text()
-    assert text.startswith(f"python {script} {COMMANDS[script][2][0]} ") or script == "results.py"
-    assert f"torch {torch.__version__.partition('+')[0]}" in text and "transformers " in text and "Python 3" in text
-    assert "Traceback (most recent call last)" in text and "in failing\n" in text and text.endswith("surprise'\n")
-    assert file.stat().st_mode & 0o077 == 0, "a command line is nobody else's business"
-
-
-def test_a_long_message_is_cut_in_the_line_and_whole_in_the_file(monkeypatch, capsys, temporary):
-    assert end("llama.py", RuntimeError("word " * 1000), monkeypatch) == 1
     line, = capsys.readouterr().err.splitlines()
-    assert len(line) < 600 and "; please report it with " in line
-    assert "word " * 1000 in next(temporary.iterdir()).read_text()
+    assert line.startswith(f"{script}: error: unexpected KeyError: 'a\\nsurprise of words") and len(line) < 600
+    assert line.endswith(f"; please report it with {file}, which has the traceback")
+    text = file.read_text()
+    assert text.startswith(f"python {script} {COMMANDS[script][2][0]}")
+    assert f"torch {torch.__version__.partition('+')[0]}" in text and "transformers " in text and "Python 3" in text
+    assert "Traceback (most recent call last)" in text and "in failing\n" in text and "of words " * 1000 in text
+    assert file.stat().st_mode & 0o077 == 0, "a command line is nobody else's business"
 
 
 @pytest.mark.parametrize("error", [
@@ -92,15 +84,14 @@ def test_a_lack_of_memory_gets_a_line_that_says_what_to_lower(error, monkeypatch
     assert not list(temporary.iterdir())
 
 
-def test_a_lack_of_memory_behind_another_error_is_recognized(monkeypatch, capsys):
-    error = RuntimeError("cannot load")
-    error.__cause__ = MemoryError()
-    assert end("llama.py", error, monkeypatch) == 2
-    assert "out of memory" in capsys.readouterr().err
+def test_a_real_allocation_that_fails_is_recognized_behind_another_error(monkeypatch, capsys):
+    def failing(*_):
+        try:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise ValueError("cannot load") from error
 
-
-def test_a_real_allocation_that_fails_is_recognized(monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "run", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    monkeypatch.setattr(pipeline, "run", failing)
     assert run(llama.FAMILY, "somebody/model", "builtin") == 2
     assert "out of memory" in capsys.readouterr().err
 
@@ -116,9 +107,9 @@ def test_what_stops_a_run_speaks_of_its_folder_where_there_is_one(error, status,
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_names_cannot_break_the_line(script, capsys):
-    assert COMMANDS[script][0](["./no\n\x1b[2Jmodel.gguf", "builtin", "--no-such\nflag"]) == 2
+    assert COMMANDS[script][0](["./no\nmodel.gguf", "builtin", "--no-such\nflag"]) == 2
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{script}: error: ") and "--no-such\\nflag" in line and "\x1b" not in line
+    assert line.startswith(f"{script}: error: ") and "--no-such flag" in line
 
 
 def test_a_run_goes_on_after_a_bug(checkpoint_folder, monkeypatch, tmp_path):
@@ -139,10 +130,9 @@ def test_a_run_goes_on_after_a_bug(checkpoint_folder, monkeypatch, tmp_path):
 
 def test_a_closed_stdout_ends_a_command_without_a_line():
     """Through the interpreter's own end, where it flushes once more."""
-    for reader, status in (("head -0", 141), ("cat > /dev/null", 0)):
-        line = f'"$0" results.py --help | {reader}; exit ${{PIPESTATUS[0]}}'
-        done = subprocess.run(["bash", "-c", line, sys.executable], cwd=ROOT, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (status, "")
+    done = subprocess.run(["bash", "-c", '"$0" results.py --help | head -0; exit ${PIPESTATUS[0]}', sys.executable],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def wait_in_the_second_layer(temporary, errors, reached):
@@ -162,7 +152,7 @@ def wait_in_the_second_layer(temporary, errors, reached):
 
 
 @pytest.mark.parametrize("number, status, line", [
-    (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+    (signal.SIGHUP, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
 def test_a_signal_leaves_no_pruned_layers(number, status, line, fork, checkpoint_folder, tmp_path, temporary):
     errors, reached = tmp_path / "errors", tmp_path / "reached"
     process = fork(command, "llama", [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL], os.devnull,

