@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 
 from mixgpt.common import program
+from mixgpt.common.errors import reading
 
 # The others wait while the first process writes and verifies the checkpoint. If it dies, they end at once.
 LONGEST_WAIT = timedelta(days=7)
 
 
 class _Hosts:
-    """The process group for objects and numbers; None: the default group."""
+    """The process group for objects, numbers and tensors on the host; None: the default group."""
 
     group = None
 
@@ -27,13 +28,20 @@ def joined(device):
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)  # tensors, on the GPUs
-        _Hosts.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)  # objects, on the hosts
-    else:
-        dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+    with reading(f"WORLD_SIZE {program.world_size()}: the processes did not meet; start them with torchrun, or unset "
+                 "WORLD_SIZE"):
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    _Hosts.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     yield
     dist.destroy_process_group()  # not after an error: torchrun then ends the others
     _Hosts.group = None
+
+
+def _group(tensor):
+    return None if tensor.is_cuda else _Hosts.group
 
 
 def world():
@@ -55,7 +63,7 @@ def share(count, number=None):
 def all_reduce(tensor):
     """Sum a tensor over all processes, in place."""
     if world() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_group(tensor))
 
 
 def all_gather(tensor):
@@ -63,7 +71,7 @@ def all_gather(tensor):
     if world() == 1:
         return [tensor]
     tensors = [torch.empty_like(tensor) for _ in range(world())]
-    dist.all_gather(tensors, tensor)
+    dist.all_gather(tensors, tensor, group=_group(tensor))
     return tensors
 
 
@@ -75,7 +83,7 @@ def all_gather_shares(rows, count):
     together[share(count)] = rows
     for number in range(world()):
         if len(part := together[share(count, number)]):  # gloo does not support every dtype
-            dist.broadcast(part.view(torch.uint8), number)
+            dist.broadcast(part.view(torch.uint8), number, group=_group(part))
     return together
 
 
