@@ -7,7 +7,10 @@ python generate.py SmolLM2-135M-Instruct.Q4_1.gguf "Once upon a time" --temperat
 A model is a checkpoint saved by these scripts in any of their formats, a hub id, a local checkpoint or a .gguf file.
 """
 
+import shutil
 import sys
+import textwrap
+from itertools import zip_longest
 
 from mixgpt.app import exit_status
 from mixgpt.app.settings import BOS, MOST, Parser, check_model, check_seed, refuse_empty
@@ -68,10 +71,48 @@ def main(argv=None):
 
 def _run(argv):
     given = _parse(argv)
-    from mixgpt.app.completion import print_completions  # slow import
-
     model, dense = given.pop("model"), given.pop("dense")
     print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
+
+
+def print_completions(models, prompt, device, dtype, bos, **options):
+    """Print the completions of models {title: name}, run one after the other. options: further ones of `complete`."""
+    import transformers  # slow, as are the others
+
+    from mixgpt.common.runtime import choose_device
+    from mixgpt.evaluation.generation import complete, load
+    from mixgpt.text.bos import resolve
+
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    device, completions = choose_device(device), {}
+    for title, name in models.items():
+        loaded, tokenizer = load(name, device, dtype)
+        completion = complete(loaded, tokenizer, prompt, bos=resolve(bos, loaded.config.model_type, tokenizer),
+                              **options)
+        completions[title] = completion
+        del loaded  # before the next one is loaded
+        if completion.cut:
+            print(f"warning  prompt: longer than the context of {name}, which reads it without its first "
+                  f"{completion.cut} tokens")
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 20), 120)
+    texts = {title: completion.text for title, completion in completions.items()}
+    lines = side_by_side(texts, width) if len(texts) > 1 else wrapped(texts["model"], width)
+    print(*wrapped(prompt, width), "", *lines, sep="\n")
+    print("\n" + "; ".join(f"{title} {each.speed}" for title, each in completions.items()) + f" on {device}")
+
+
+def side_by_side(texts, width):
+    """Return {title: text} as lines of at most `width` characters, in adjacent columns."""
+    each = (width - 3 * (len(texts) - 1)) // len(texts)
+    columns = [[title, "-" * each, *wrapped(text, each)] for title, text in texts.items()]
+    return [" | ".join(cell.ljust(each) for cell in row).rstrip() for row in zip_longest(*columns, fillvalue="")]
+
+
+def wrapped(text, width):
+    """Return the lines of a text, none longer than `width`."""
+    return [part for line in text.strip("\n").expandtabs(4).splitlines()
+            for part in textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False) or [""]]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from conftest import make, save
 
 import generate
 import llama
-from mixgpt.app import tables
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import position_limit
 from mixgpt.evaluation import generation
@@ -65,7 +64,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(tokenizer):
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_texts_stand_beside_each_other_in_the_width(width):
     left, right = "a line\n\nand a second one that is long " * 4, "x" * 130 + "\tend"
-    lines = tables.side_by_side({"dense": left, "pruned": right}, width).splitlines()
+    lines = generate.side_by_side({"dense": left, "pruned": right}, width)
     each = (width - 3) // 2
     assert max(map(len, lines)) <= width
     assert lines[0].split() == ["dense", "|", "pruned"] and lines[1] == f"{'-' * each} | {'-' * each}"
@@ -105,7 +104,7 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
     assert texts["sparse"] == texts["compressed-tensors"]
     expected = {title: by_hand(generation.load(saved / folder, torch.device("cpu"))[0], tokenizer, "the list", 8)
                 for title, folder in (("dense", "dense"), ("pruned", "sparse"))}
-    assert "\n".join(texts["sparse"]).strip() == tables.side_by_side(expected, 80).strip()
+    assert "\n".join(texts["sparse"]).strip() == "\n".join(generate.side_by_side(expected, 80)).strip()
     assert expected["dense"] != expected["pruned"]
 
 

@@ -3,6 +3,7 @@
 import glob
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ import pandas as pd
 from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
 from mixgpt.app.tables import NO_METRICS, table
 from mixgpt.checkpoints.names import RECORD, begun
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, reading
 from mixgpt.common.program import SCHEMA, check_signature
 
 IMPLIED = ["wbits", "sparsity_way", "saliency", "file"]  # columns of the CSV alone; the method's name tells the first
@@ -27,7 +28,7 @@ def read(file):
     """Read the record of a finished run. Raises InputError, naming the file, if it is not one."""
     if file.name == RECORD and begun(file.parent):
         raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
-    try:
+    with reading(f"{file}: is not the record of a run, as --record and --save write it"):
         record = json.loads(file.read_text())
         if record.get("schema", SCHEMA) != SCHEMA:  # without one it is older: see what fits
             check_signature(record, str(file))
@@ -35,14 +36,7 @@ def read(file):
         n, m = settings.get("prunen", 0), settings.get("prunem", 0)
         run = record | {"file": str(file), "model": _short(settings["model"]), "method": methods[0],
                         "label": _named(settings, methods[0]) + (f" {n}:{m}" if m else "")}
-        text_of([run]), points_of([run])  # check that all they read is present
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); give files of --record or folders of --save"
-                         ) from error
-    except Exception as error:  # whatever a file that is none leads to
-        raise InputError(f"{file}: is not the record of a run ({type(error).__name__}: {error})") from error
+        text_of([run]), points_of([run])  # which read all that a table and a plot need
     return run
 
 
@@ -59,38 +53,40 @@ def _named(settings, method):
     return "best" + method.rpartition(")")[2] if alike else method
 
 
-def _dense(runs):
-    """Return {(model, sequence length and count, BOS, dataset, its sha256): perplexity} of the dense models."""
-    return {_text_key(run, name): float(value) for run in runs
-            for name, value in run["perplexity"].get("dense", {}).items()}
-
-
 def _text_key(run, name):
+    """Return what two perplexities must share to be compared: model, sequences, BOS and text."""
     settings, source = run["settings"], run["data"].get(name, {})
     return run["model"], *(settings.get(key) for key in ("seqlen", "eval_limit", "bos")), name, source.get("sha256")
 
 
-def _sets(runs):
+def _dense(runs):
+    """Return {_text_key: perplexity} of the dense models."""
+    return {_text_key(run, name): float(value) for run in runs
+            for name, value in run["perplexity"].get("dense", {}).items()}
+
+
+def _texts(runs):
     return list(dict.fromkeys(name for run in runs for values in run["perplexity"].values() for name in values))
 
 
 def table_of(runs):
     """Return a DataFrame of a row per run, sorted by model, sparsity, bits, method in the order given, and seed."""
-    methods = list(dict.fromkeys(run["label"] for run in runs))
+    labels = list(dict.fromkeys(run["label"] for run in runs))
     runs = sorted(runs, key=lambda run: (run["model"], round(run["sparsity"], 3), -run["settings"].get("wbits", 16),
-                                         methods.index(run["label"]), run["settings"]["seed"], run["file"]))
-    dense, sets, scores = _dense(runs), _sets(runs), [_scores(run) for run in runs]
-    metrics = dict.fromkeys(name for values in scores for name in values)
-    parts = [
-        [_about(run) for run in runs],
-        [{column: value for name in sets for column, value in (
-            (name, run["perplexity"].get(run["method"], {}).get(name)),
-            (f"dense {name}", dense.get(_text_key(run, name))))} for run in runs],
-        [metrics | values for values in scores],
-        [{"seconds": sum(run["seconds"].values())} | {
-            f"GB {place}": nbytes / 1e9 for place, nbytes in run["peak_memory"].items()} for run in runs],
-        [{"file": run["file"]} for run in runs]]
-    return pd.concat([pd.DataFrame(rows, dtype=object) for rows in parts], axis=1)
+                                         labels.index(run["label"]), run["settings"]["seed"], run["file"]))
+    dense, texts = _dense(runs), _texts(runs)
+    metrics = dict.fromkeys(name for run in runs for name in _scores(run))
+    places = dict.fromkeys(f"GB {place}" for run in runs for place in run["peak_memory"])
+    rows = []
+    for run in runs:
+        row = _about(run)
+        for name in texts:
+            row |= {name: run["perplexity"].get(run["method"], {}).get(name),
+                    f"dense {name}": dense.get(_text_key(run, name))}
+        peaks = {f"GB {place}": nbytes / 1e9 for place, nbytes in run["peak_memory"].items()}
+        rows.append(row | metrics | _scores(run) | {"seconds": sum(run["seconds"].values())} | places | peaks
+                    | {"file": run["file"]})
+    return pd.DataFrame(rows, dtype=object)
 
 
 def _about(run):
@@ -111,15 +107,14 @@ def _scores(run):
 
 def text_of(runs, markdown=False):
     """Return the table as text, for a terminal or in Markdown, with values common to all runs listed once above it."""
-    frame = table_of(runs).drop(columns=IMPLIED)
-    cells = {column: [_text(column, value) for value in frame[column]] for column in frame}
-    cells = {column: texts for column, texts in cells.items() if set(texts) != {"-"}}
-    shared = {column: texts[0] for column, texts in cells.items()
-              if (column in ABOUT or column.startswith("dense ")) and len(set(texts)) == 1}
-    above = ", ".join(f"{column} {value}" for column, value in shared.items())
-    header = [f"{column} ppl" if column in _sets(runs) else column for column in cells if column not in shared]
-    rows = [list(row) for row in zip(*(texts for column, texts in cells.items() if column not in shared), strict=True)]
-    return (above and f"{above}\n\n") + (_markdown if markdown else table)(header, rows)
+    cells = table_of(runs).drop(columns=IMPLIED)
+    cells = cells.apply(lambda column: column.map(partial(_text, column.name)))
+    cells = cells.loc[:, (cells != "-").any()]
+    shared = [name for name in cells if (name in ABOUT or name.startswith("dense ")) and cells[name].nunique() == 1]
+    above = ", ".join(f"{name} {cells.at[0, name]}" for name in shared)
+    cells = cells.drop(columns=shared)
+    header = [f"{name} ppl" if name in _texts(runs) else name for name in cells]
+    return (above and f"{above}\n\n") + (_markdown if markdown else table)(header, cells.to_numpy().tolist())
 
 
 def csv_of(runs):
@@ -127,12 +122,12 @@ def csv_of(runs):
     return table_of(runs).map(lambda value: "" if value is None else str(value)).to_csv(index=False)
 
 
-def _text(column, value):
+def _text(name, value):
     if value is None:
         return "-"
-    if column == "sparsity":
+    if name == "sparsity":
         return f"{value:.2%}"
-    if column == "seconds":
+    if name == "seconds":
         return f"{value:.0f}"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
@@ -146,15 +141,13 @@ def points_of(runs):
 
     Columns: model, text, method, sparsity, mean, low and high of the perplexity, and dense, the dense model's.
     """
-    dense, told, rows = _dense(runs), having_effect(RESULT, EVALUATION), []
-    for run in runs:
-        settings = run["settings"]
-        for text, perplexity in run["perplexity"].get(run["method"], {}).items():
-            if run["method"] != "dense" and math.isfinite(perplexity):
-                rows.append({"model": run["model"], "text": text, "method": run["label"], "sparsity": run["sparsity"],
-                             "perplexity": perplexity, "dense": dense.get(_text_key(run, text)),
-                             "target": (settings.get("sparsity", 0), settings.get("prunen", 0)),
-                             "settings": {name: str(settings.get(name)) for name in told}})
+    dense, told = _dense(runs), having_effect(RESULT, EVALUATION)
+    rows = [{"model": run["model"], "text": text, "method": run["label"], "sparsity": run["sparsity"],
+             "perplexity": perplexity, "dense": dense.get(_text_key(run, text)),
+             "target": (run["settings"].get("sparsity", 0), run["settings"].get("prunen", 0)),
+             "settings": {name: str(run["settings"].get(name)) for name in told}}
+            for run in runs if run["method"] != "dense"
+            for text, perplexity in run["perplexity"][run["method"]].items() if math.isfinite(perplexity)]
     if not rows:
         return pd.DataFrame()
     frame = pd.DataFrame(rows).replace({"dense": {math.inf: math.nan}})

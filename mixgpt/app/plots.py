@@ -1,12 +1,12 @@
 """Plot sensitivities, assigned sparsities and perplexities: MixGPT (arXiv 2310.09499), figures 1 to 3."""
 
 import io
+import textwrap
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
 
-from mixgpt.app.tables import wrapped
 from mixgpt.common.outputs import SOFTWARE
 from mixgpt.modeling.experts import kind_of
 
@@ -124,7 +124,7 @@ def _bars(axis, panel, dense, colours):
     """Draw a bar per method of one panel, best first, below the dense model's."""
     first = [] if dense is None else [{"method": "dense", "mean": dense, "low": dense, "high": dense}]
     rows = pd.concat([pd.DataFrame(first), panel.sort_values("mean")], ignore_index=True)
-    labels = ["\n".join(wrapped(method.replace(" (", "\n("), 30)) for method in rows["method"]]
+    labels = [textwrap.fill(method, 30) for method in rows["method"]]
     shown = axis.barh(labels, rows["mean"], height=0.6, color=[
         f"C{colours[method] % 10}" if method in colours else "0.6" for method in rows["method"]])
     if not rows["low"].equals(rows["high"]):  # over seeds

@@ -1,7 +1,7 @@
 """Run the whole command line on a GPU, and compare what it saves and reports with a CPU's.
 
 The GPU is a real one where there is one (marked gpu), else the make-believe one of makebelieve.py. Each family meets
-half of the jobs, with the dtypes and the room on the GPU in turn; with `--every-combination` pytest takes all of them.
+a third of the jobs, with the dtypes and the room on the GPU in turn; with `--every-combination` pytest takes all.
 """
 
 import collections
@@ -13,7 +13,7 @@ import json
 import pytest
 import torch
 from conftest import FAMILIES, saved_tensors
-from makebelieve import Gpu, GpuTensor, held
+from makebelieve import Gpu, GpuTensor
 
 import datautils
 import modelutils
@@ -47,9 +47,9 @@ KERNEL = columns.triton_obstacle
 
 
 def chosen(family, job, dtype, room):
-    """Say whether a combination is one of those that run always: of other pairs than family and job all are."""
+    """Say whether a combination is one of those that run always: every third pair of family and job."""
     i, j = list(FAMILIES).index(family), list(JOBS | MORE).index(job)
-    return (i + j) % 2 == 0 and dtype == DTYPES[(i + j) // 2 % 3] and room == ROOMS[(i + j) // 6 % 2 ^ j % 2]
+    return (i + j) % 3 == 0 and dtype == DTYPES[(i + 2 * j) // 3 % 3] and room == ROOMS[(i + j) // 3 % 2]
 
 
 def pytest_generate_tests(metafunc):
@@ -187,15 +187,13 @@ def test_a_gpu_gives_what_a_cpu_gives(combination, gpu, run, no_waiting_in_the_w
         compare(run(family, job, "cuda:0", dtype=dtype), expected, job, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("job", ["SparseGPT", "2:4", "50% + 4 bit, sparse"])
+@pytest.mark.parametrize("job, dtype", [
+    ("SparseGPT", "float32"), ("2:4", "bfloat16"), ("50% + 4 bit, sparse", "float16")])
 def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no_waiting_in_the_walk):
     """In the layouts that the pipeline gives it: on a GPU U lies by columns, as solve_triangular returns it."""
     launched = []
     if columns_cuda is None:
         pytest.skip("Triton cannot be imported")
-    if "wbits" in options_of(job) and dtype == "bfloat16" and not torch.cuda.is_available():
-        pytest.skip("Triton's interpreter cuts digits off where a GPU rounds to bfloat16")
     KERNEL.cache_clear()
     monkeypatch.setattr(columns, "triton_obstacle", KERNEL)
     walk = columns_cuda.walk_columns
@@ -210,8 +208,7 @@ def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no
 
 
 @pytest.mark.parametrize("family, job", [
-    ("opt", "SparseGPT"), ("opt-350m", "MixGPT, two passes"), ("llama", "best"), ("mistral", "2:4"),
-    ("qwen2", "best 2:4"), ("qwen3", "50% + 4 bit, sparse"), ("bloom", "best"), ("baichuan-7b", "dense and magnitude"),
+    ("opt-350m", "MixGPT, two passes"), ("llama", "best"), ("qwen3", "50% + 4 bit, sparse"),
     ("baichuan-13b", "best + 4 bit")])
 def test_an_interrupted_run_goes_on_to_the_same_weights(family, job, gpu, run, tmp_path, monkeypatch):
     measure, finish = pipeline.output_gradients, LayerFiles.finish
@@ -350,15 +347,6 @@ def test_memory_is_given_back_before_a_step_begins_again(gpu, checkpoint_folder)
             gc.enable()
 
 
-def test_weights_are_copied_on_one_stream(gpu, run):
-    """PyTorch's allocator keeps the unused memory of each stream for that stream."""
-    if gpu is not Gpu:
-        pytest.skip("needs a make-believe GPU")
-    with Gpu() as device:
-        run("llama", "SparseGPT", "cuda:0")
-    assert len(device.streams) == 1
-
-
 SOLVER = {"sparsegpt.py", "linalg.py", "solvers.py", "layerwise.py", "calibration.py"}
 
 
@@ -382,10 +370,11 @@ def test_the_host_goes_on_while_the_gpu_prunes_a_layer(gpu, checkpoint_folder, m
     layers = []
     monkeypatch.setattr(LayerFiles, "start", lambda files, model, family, start=LayerFiles.start: layers.extend(
         family.layers_of(model)) or start(files, model, family))
-    with gpu():
+    with gpu() as device:
         assert cli.main(FAMILIES["llama"][0], [str(word) for word in (
             checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--seqlen", 32, "--nsamples", 5, "--eval",
             "--device", "cuda:0")]) == 0
+    assert len(device.streams) == 1, "PyTorch's allocator keeps the unused memory of each stream for that stream"
     each = waits[2] - waits[1]
     assert sum(each.values()) <= 10, each
     assert not [(what, place) for what, place in each if place.partition(":")[0] not in SOLVER]
@@ -396,12 +385,10 @@ def test_the_host_goes_on_while_the_gpu_prunes_a_layer(gpu, checkpoint_folder, m
 
 
 @pytest.mark.skipif(columns_cuda is None, reason="Triton cannot be imported")
-@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler.\nPlease specify via CC"),
-                                   FileNotFoundError("no file libcuda.so.1")])
-def test_where_triton_does_not_run_pytorch_walks_and_one_line_says_so(error, gpu, run, monkeypatch):
+def test_where_triton_does_not_run_pytorch_walks_and_one_line_says_so(gpu, run, monkeypatch):
     class Broken:
         def __getitem__(self, grid):
-            raise error
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
 
     KERNEL.cache_clear()
     monkeypatch.setattr(columns, "triton_obstacle", KERNEL)
@@ -411,10 +398,5 @@ def test_where_triton_does_not_run_pytorch_walks_and_one_line_says_so(error, gpu
     KERNEL.cache_clear()
     lines = [line for line in found[2].splitlines() if "Triton" in line]
     assert lines == ["kernels  using the slower PyTorch implementation, as Triton is not available "
-                     f"({' '.join(str(error).split())})"]
+                     "(Failed to find C compiler. Please specify via CC)"]
     compare(found, run("llama", "SparseGPT", "cpu"), "SparseGPT")
-
-
-def test_held_tensors_are_unwrapped():
-    with Gpu():
-        assert held(torch.ones(2, device="cuda:0")).device.type == "cpu" and held(3) == 3

@@ -15,13 +15,13 @@ from conftest import ROOT, as_rank, command, contents
 import generate
 import llama
 import results
-from mixgpt.app import completion, exit_status, pipeline
+from mixgpt.app import exit_status, pipeline
 from mixgpt.common.errors import InputError
 from sparsegpt import InputHessian
 
 COMMANDS = {
     "llama.py": (lambda argv: run(llama.FAMILY, *argv), (pipeline, "run"), ["somebody/model", "builtin"]),
-    "generate.py": (generate.main, (completion, "print_completions"), ["model", "Hello"]),
+    "generate.py": (generate.main, (generate, "print_completions"), ["model", "Hello"]),
     "results.py": (results.main, (results, "files_of"), ["record.json"]),
 }
 
