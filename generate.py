@@ -1,7 +1,7 @@
 """Generate text with a saved model, optionally side by side with the dense one.
 
 python generate.py pruned "The capital of France is"
-python generate.py pruned "The capital of France is" --dense facebook/opt-125m --max_new_tokens 40
+python generate.py pruned "The capital of France is" --dense facebook/opt-125m --max-new-tokens 40
 python generate.py SmolLM2-135M-Instruct.Q4_1.gguf "Once upon a time" --temperature 0.8 --seed 1
 
 A model is a checkpoint saved by these scripts in any of their formats, a hub id, a local checkpoint or a .gguf file.
@@ -13,7 +13,8 @@ import textwrap
 from itertools import zip_longest
 
 from mixgpt.app import exit_status
-from mixgpt.app.settings import BOS, MOST, Parser, check_model, check_seed, refuse_empty
+from mixgpt.app.cli import Parser
+from mixgpt.app.settings import BOS, check_between, check_model
 from mixgpt.common.errors import InputError
 
 COLDEST = 1e-6  # temperature; logits divided by less could leave float32
@@ -25,7 +26,7 @@ def _parse(argv):
     parser.add_argument("model", help="folder of --save, hub id, local folder or .gguf file")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--dense", metavar="MODEL", help="another model, whose text is shown on the left")
-    parser.add_argument("--max_new_tokens", type=int, default=64,
+    parser.add_argument("--max-new-tokens", type=int, default=64,
                         help="maximum number of tokens to generate (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0,
                         help="sampling temperature; 0: greedy decoding (default: 0)")
@@ -45,13 +46,10 @@ def _parse(argv):
 def _check(given):
     """Raise InputError for arguments that no model could use."""
     models = {"model": given.model, "--dense": given.dense}
-    refuse_empty(models | {"--device": given.device})
-    if not 1 <= given.max_new_tokens <= MOST:
-        bound = "least 1" if given.max_new_tokens < 1 else f"most {MOST}"
-        raise InputError(f"--max_new_tokens {given.max_new_tokens}: must be at {bound}")
+    check_between("--max-new-tokens", given.max_new_tokens, 1)
     if not (given.temperature == 0 or COLDEST <= given.temperature < float("inf")):
         raise InputError(f"--temperature {given.temperature:g}: must be 0 (greedy) or at least {COLDEST:g}")
-    check_seed(given.seed)
+    check_between("--seed", given.seed, 0, 2**64 - 1)
     if not given.prompt:
         raise InputError("prompt: is empty; give a text to continue")
     try:
@@ -66,7 +64,7 @@ def _check(given):
 def main(argv=None):
     """Run the command line. Returns the exit status, see `exit_status.run`."""
     argv = sys.argv[1:] if argv is None else argv
-    return exit_status.run("generate.py", argv, lambda: _run(argv), "lower --max_new_tokens, or give --dtype bfloat16")
+    return exit_status.run("generate.py", argv, lambda: _run(argv), "lower --max-new-tokens, or give --dtype bfloat16")
 
 
 def _run(argv):

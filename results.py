@@ -9,12 +9,10 @@ python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv
 import sys
 
 from mixgpt.app import exit_status
+from mixgpt.app.cli import Parser
 from mixgpt.app.comparison import csv_of, files_of, picture_of, read, text_of
-from mixgpt.app.settings import Parser, refuse_empty
+from mixgpt.common import outputs
 from mixgpt.common.errors import InputError
-from mixgpt.common.outputs import PICTURE, TABLE, check_places, check_writable, write
-
-KINDS = {"--csv": TABLE, "--plot": PICTURE}
 
 
 def _parse(argv):
@@ -26,23 +24,15 @@ def _parse(argv):
     parser.add_argument("--plot", metavar="FILE", help="also plot perplexity against sparsity by method, or bars if "
                                                        "all runs have the same sparsity; mean and range over seeds "
                                                        "(.png, .pdf, .svg)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of --csv and --plot if they exist")
     return parser.parse_args(argv)
-
-
-def _check(options, files):
-    """Raise InputError for files that may not be written. Returns {flag: path} of those that are given."""
-    paths = {flag: path for flag, path in {"--csv": options.csv, "--plot": options.plot}.items() if path is not None}
-    refuse_empty(paths)
-    check_places(paths, [("RUN", file) for file in files])
-    for flag, path in paths.items():
-        check_writable(flag, path, KINDS[flag])
-    return paths
 
 
 def _run(argv):
     options, runs, problems = _parse(argv), [], []
     files = files_of(options.runs)
-    paths = _check(options, files)
+    paths = {flag: path for flag, path in {"--csv": options.csv, "--plot": options.plot}.items() if path is not None}
+    outputs.check(paths, options.overwrite)
     for file in files:
         try:
             runs.append(read(file))
@@ -51,7 +41,7 @@ def _run(argv):
     if runs:
         print(text_of(runs, options.markdown))
         for flag, path in paths.items():
-            write(flag, path, csv_of(runs) if flag == "--csv" else picture_of(runs, path), KINDS[flag])
+            outputs.write(flag, path, csv_of(runs) if flag == "--csv" else picture_of(runs, path))
             print(f"\n{'written' if flag == '--csv' else 'picture'}  {path}")
     for problem in problems:
         exit_status.say(f"results.py: error: {problem}")

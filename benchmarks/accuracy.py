@@ -24,8 +24,7 @@ from scores import DENSE, Scores, cell_of, closed, rows_of_markdown, script_of, 
 
 from datautils import load_rows
 from mixgpt.app import exit_status
-from mixgpt.app.cli import REMEDY
-from mixgpt.app.settings import Parser
+from mixgpt.app.cli import REMEDY, Parser
 from mixgpt.text.files import text_set_of
 from mixgpt.text.sets import DATASETS
 

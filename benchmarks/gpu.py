@@ -31,7 +31,7 @@ import llama
 import opt
 from datautils import calibration_samples, load_rows, test_tokens
 from mixgpt.app import pipeline
-from mixgpt.app.settings import parse
+from mixgpt.app.cli import parse
 from mixgpt.app.tables import table
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.evaluation.perplexity import perplexity

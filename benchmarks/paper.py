@@ -29,8 +29,7 @@ from peers import PEERS, registered
 from scores import DENSE, Scores, cell_of, rows_of_markdown, script_of, spread
 
 from mixgpt.app import exit_status
-from mixgpt.app.cli import REMEDY
-from mixgpt.app.settings import Parser
+from mixgpt.app.cli import REMEDY, Parser
 
 FACTS = Path(__file__).with_name("paper.csv")  # what the paper reports, a number a line
 PAPER = "arXiv 2310.09499"

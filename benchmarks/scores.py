@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from mixgpt.app import pipeline
-from mixgpt.app.settings import parse
+from mixgpt.app.cli import parse
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing

@@ -284,9 +284,9 @@ def test_an_allocation_is_followed_and_named(checkpoint_folder, tmp_path, capsys
     counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), opt.FAMILY)
     assert [m.zeros for m in counted if m.name == "self_attn.out_proj"] == [round(f * 1024) for f in (0.6, 0.4, 0.6)]
     assert run(opt.FAMILY, *arguments, "--prunen", "2", "--prunem", "4") == 2
-    assert "--sparsity_way turns: fractions only" in capsys.readouterr().err
+    assert "--sparsity-way turns: fractions only" in capsys.readouterr().err
     assert run(opt.FAMILY, *arguments) == 2
-    assert "--sparsity_way turns: needs --sparsity" in capsys.readouterr().err
+    assert "--sparsity-way turns: needs --sparsity" in capsys.readouterr().err
 
 
 def test_a_save_format_writes_the_folder(checkpoint_folder, tmp_path):

@@ -111,7 +111,7 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
 @pytest.mark.parametrize("arguments, message", [
     (["nowhere", "x"], "model nowhere: not a folder or .gguf file here, not in the cache"),
     (["{}", "x", "--dense", "nowhere"], "model nowhere: not a folder"), (["{}", ""], "prompt: is empty"),
-    (["{}", "x", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
+    (["{}", "x", "--max_new_tokens", "0"], "--max-new-tokens 0: must be at least 1"),
     (["{}", "x", "--max_new_tokens", "128"], "--max_new_tokens 128: the model's limit is 128 tokens"),
     (["{}", "x", "--temperature", "-1"], "--temperature -1: must be 0 (greedy) or at least 1e-06"),
     (["{}", "x", "--device", "tpu"], "--device tpu: must be cpu"),

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 import results
 from mixgpt.app import cli, comparison
 from mixgpt.app.settings import Settings, recipe
-from mixgpt.common.outputs import RECORD, check_writable
 
 SETTINGS = {"model": "facebook/opt-125m", "dataset": "c4", "seqlen": 2048}
 
@@ -152,8 +151,6 @@ def test_what_a_run_records_is_read_without_its_weights(checkpoint_folder, tmp_p
             checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--gmp", "--seqlen", "128", "--eval", "--device",
             "cpu", "--quiet", *more)]) == 0
     assert [path.name for path in file.parent.iterdir()] == ["a.json"]
-    for path in (file, tmp_path / "b.json"):  # a run may replace what another one recorded
-        check_writable("--record", path, RECORD)
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads((tmp_path / "saved/mixgpt.json").read_text())
     capsys.readouterr()
     assert results.main([str(file), str(tmp_path / "sav*"), str(file)]) == 0
@@ -196,13 +193,15 @@ def test_files_that_cannot_be_written_are_refused(given, message, write, tmp_pat
     assert message in error and error.startswith("results.py: error: --")
 
 
-def test_the_table_and_the_picture_of_an_earlier_call_are_replaced(write, tmp_path):
+def test_the_table_and_the_picture_of_an_earlier_call_are_replaced_with_overwrite(write, tmp_path):
     files, places = write(a=record(40.0, 20.0, sparsity=0.6)), ["--csv", "runs.csv", "--plot", "runs.svg"]
     options = [str(tmp_path / place) if "." in place else place for place in places]
     assert results.main([*files, *options]) == 0
     first = {name: (tmp_path / name).read_bytes() for name in places[1::2]}
     files = write(a=record(40.0, 20.0, sparsity=0.6), b=record(30.0, sparsity=0.5))
-    assert results.main([*files, *options]) == 0
+    assert results.main([*files, *options]) == 2
+    assert all((tmp_path / name).read_bytes() == content for name, content in first.items())
+    assert results.main([*files, *options, "--overwrite"]) == 0
     assert all((tmp_path / name).read_bytes() != content for name, content in first.items())
 
 

@@ -14,7 +14,7 @@ from mixgpt.allocation.backward import Chunk, chunk_size, pinned_memory_freed
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import cache_folder
-from mixgpt.common.outputs import TRACES, check_file, check_writable, write
+from mixgpt.common.outputs import check, write
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import linears
@@ -110,7 +110,6 @@ def read(path, shapes, estimator):
     Raises InputError, naming the file, if it holds other matrices or another estimator, is not a file of traces, or
     does not exist and cannot be written.
     """
-    check_file(FLAG, path, TRACES)  # before it is read: it may be a pipe, or a model's weights
     try:
         content = json.loads(Path(path).read_text())
         held = {(row["layer"], row["name"]): tuple(row["shape"]) for row in content["matrices"]}
@@ -119,7 +118,6 @@ def read(path, shapes, estimator):
         if samples.shape[1:] != (len(held),) or not 0 < len(samples) <= sequences or not samples.isfinite().all():
             raise ValueError(f"samples {tuple(samples.shape)} of {len(held)} matrices, {sequences} sequences")
     except (FileNotFoundError, NotADirectoryError):
-        check_writable(FLAG, path, TRACES)
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise InputError(f"--sensitivity_file {path}: is not a file of traces ({type(error).__name__})") from error
@@ -177,7 +175,7 @@ def load_or_compute(streamed, tokens, sampling, path=None):
         return Traces(estimator, shapes, held["samples"]), target
     if held and held["key"] != key:
         raise InputError(f"--sensitivity_file {target}: is incomplete and was started with different data or settings")
-    check_writable(FLAG, target, TRACES)
+    check({FLAG: target}, overwrite=True)  # the place in the cache
 
     def save(rows):
         if distributed.rank() == 0:
@@ -195,4 +193,4 @@ def _write(path, key, shapes, samples):
     rows = [{"layer": layer, "name": name, "shape": shape, "trace": mean, "standard_error": error}
             for ((layer, name), shape), mean, error in zip(
                 shapes.items(), traces.mean.tolist(), traces.standard_error.tolist(), strict=True)]
-    write(FLAG, path, json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n", TRACES)
+    write(FLAG, path, json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")

@@ -49,7 +49,7 @@ ESTIMATORS = Registry("--sensitivity", {
     "fisher": Choice("trace of the Gauss-Newton matrix, with less noise and in less time",
                      "mixgpt.allocation.fisher:squared_gradients"),
 })
-ALLOCATIONS = Registry("--sparsity_way", {
+ALLOCATIONS = Registry("--sparsity-way", {
     "uniform": Allocation("the same sparsity in every matrix", "mixgpt.allocation.plan:uniform", even=True),
     "origin": Allocation("alias of uniform, as in the published code", "mixgpt.allocation.plan:uniform", even=True),
     "layer-level": Allocation("by sensitivity of the layer: the more sensitive, the less sparse",

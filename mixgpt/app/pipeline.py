@@ -32,7 +32,7 @@ from mixgpt.common import distributed, memory, progress
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.errors import InputError, VerificationError
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
-from mixgpt.common.outputs import PICTURE, RECORD, write
+from mixgpt.common.outputs import write
 from mixgpt.common.runtime import choose_device, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck, semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
@@ -105,7 +105,7 @@ class Job:
     @property
     def written(self):
         """The numbers of synthetic sequences for the Hessians, and for distillation."""
-        return self.settings.written(self.distills)
+        return self.settings.synthetic_counts(self.distills)
 
     def kept(self, name, make):
         """Return make(), or what an interrupted run has kept of it; see `RunDir.kept`."""
@@ -197,8 +197,8 @@ def check(job):
 
 def _check_room(job):
     """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn."""
-    settings, numel = job.settings, job.seqlen * (job.settings.nsamples + sum(job.settings.written()))
-    if not settings.draws:
+    settings, numel = job.settings, job.seqlen * (job.settings.nsamples + sum(job.settings.synthetic_counts()))
+    if not settings.needs_calibration:
         return
     if not memory.fits(16 * numel, host := torch.device("cpu")):  # a list of the tokens, then a tensor
         raise InputError(f"--nsamples {settings.nsamples}: sequences of {job.seqlen} tokens take "
@@ -246,7 +246,7 @@ def _tokens(settings, seqlen, tokenizer, vocab_size):
     if settings.distill and len(windows := _windows(settings, seqlen)) < distributed.world():
         raise InputError(f"--distill {settings.distill:g}: gives {len(windows)} pieces of text, must be at least "
                          f"{distributed.world()}, the number of processes; raise --nsamples")
-    if settings.draws:
+    if settings.needs_calibration:
         calibration, sources["calibration"] = calibration_samples(
             settings.dataset, settings.nsamples, seqlen, settings.seed, tokenizer, settings.data_dir,
             settings.bos)
@@ -334,7 +334,7 @@ def announce(job):
 
 def _windows(settings, seqlen):
     """Return a tensor of the shape of what the model will be distilled on."""
-    return windows_of(torch.empty(settings.written()[1], seqlen, dtype=torch.long), GENERATED)
+    return windows_of(torch.empty(settings.synthetic_counts()[1], seqlen, dtype=torch.long), GENERATED)
 
 
 def _plan_distillation(job):
@@ -382,7 +382,7 @@ def choose_plan(job):
     if not settings.compresses:
         return
     path = retry_with_less_memory(settings, MemoryPlan(settings.batch_size, on_host=False), partial(_measure, job))
-    if settings.spreads and not job.traces:
+    if settings.is_nonuniform and not job.traces:
         sparsities = [target.sparsity for target in job.plan.values()]
         log(settings, f"plan     {ALLOCATIONS.title(settings.sparsity_way)}: matrices from {min(sparsities):.2%} to "
                       f"{max(sparsities):.2%}")
@@ -394,7 +394,7 @@ def choose_plan(job):
         job.tracker.plan(job.traces, job.plan)
     if settings.plot and distributed.rank() == 0:
         from mixgpt.app import plots  # matplotlib takes half a second to import
-        write("--plot", settings.plot, plots.draw(job.plan, job.traces, Path(settings.plot).suffix), PICTURE)
+        write("--plot", settings.plot, plots.draw(job.plan, job.traces, Path(settings.plot).suffix))
 
 
 def _measure(job, way):
@@ -409,14 +409,14 @@ def _measure(job, way):
                           "single tokens drawn in place of those of the calibration sequences, not text")
         if more:
             job.distilled_on, job.dense_states = windows_of(tensors["tokens"][number:], how), tensors["dense_states"]
-    if settings.mixed:
+    if settings.ranks_by_sensitivity:
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)
         with clock.part("sensitivity"):
             job.traces, path = traces.load_or_compute(streamed, job.calibration, sampling, settings.sensitivity_file)
     targets, tensors = job.kept("plan", partial(_plan, job, streamed))
     job.plan = {(layer, name): Target(*target) for layer, name, *target in targets}
-    job.gradients = Gradients.of(tensors) if settings.weighs else None
+    job.gradients = Gradients.of(tensors) if settings.needs_gradients else None
     return path
 
 
@@ -441,7 +441,7 @@ def _synthetic(job, streamed):
 def _plan(job, streamed):
     """Return the targets of all matrices, a JSON-able list, and the tensors of the `Gradients` behind them."""
     settings, gradients = job.settings, None
-    if settings.weighs:
+    if settings.needs_gradients:
         percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # it needs H, too
         tokens = job.hessian_tokens if settings.token_weights == "fisher" else enough_of(job.calibration)
         with job.clock.part("gradients"):
@@ -543,7 +543,7 @@ def _distill(job, counted, way):
 
 
 def recipe_of(settings, gradients=None):
-    """Return the Recipe for pruning and quantizing. gradients: fisher.Gradients, if settings.weighs."""
+    """Return the Recipe for pruning and quantizing. gradients: fisher.Gradients, if settings.needs_gradients."""
     saliency = SALIENCIES[settings.saliency]
     return Recipe(
         SOLVERS[settings.solver].load(), WalkOptions(settings.blocksize, saliency.load(), settings.scheme),
@@ -624,7 +624,7 @@ def _evaluate(job, method):
 
 def write_record(settings, record):
     if settings.record:
-        write("--record", settings.record, json.dumps(record, indent=1) + "\n", RECORD)
+        write("--record", settings.record, json.dumps(record, indent=1) + "\n")
 
 
 def report(job):

@@ -7,7 +7,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, NullFormatter, PercentFormatter
 
-from mixgpt.common.outputs import SOFTWARE
 from mixgpt.modeling.experts import kind_of
 
 PRUNED = "fraction of weights pruned"
@@ -147,7 +146,7 @@ def _perplexity_axis(axis, side, low, high):
 
 
 def bytes_of(figure, suffix):
-    """Return a figure as a file of an outputs.PICTURE."""
-    content, mark = io.BytesIO(), "Software" if suffix == ".png" else "Creator"
-    figure.savefig(content, format=suffix[1:], dpi=120, metadata={mark: SOFTWARE})
+    """Return a figure as a .png, .pdf or .svg file."""
+    content = io.BytesIO()
+    figure.savefig(content, format=suffix[1:], dpi=120)
     return content.getvalue()

@@ -11,7 +11,7 @@ import datasets
 import torch
 import transformers
 
-from mixgpt.app.settings import METHOD, RESULT, ROUNDING, flags, having_effect
+from mixgpt.app.settings import METHOD, RESULT, ROUNDING, flag_of, having_effect
 from mixgpt.checkpoints.formats import stored_bytes
 from mixgpt.checkpoints.names import RECORD, begun
 from mixgpt.common import distributed
@@ -66,7 +66,7 @@ def _sparsity_of(row):
 
 def asked(settings, seqlen, device):
     """Return the settings that a resumed run must have in common with the first one, {flag: value}."""
-    shared = {flags()[name]: getattr(settings, name) for name in having_effect(RESULT, METHOD, ROUNDING)}
+    shared = {flag_of(name): getattr(settings, name) for name in having_effect(RESULT, METHOD, ROUNDING)}
     return shared | {"--seqlen": seqlen, "--device": device.type, "number of processes": distributed.world()}
 
 
@@ -101,7 +101,7 @@ def check_completed(record, settings, device):
     shared = asked(settings, settings.seqlen or before.get("seqlen"), device)
     for flag in (flag for flag in ("--dtype", "--bos") if shared[flag] == "auto"):
         shared.pop(flag)  # not known before the model is read
-    evaluation = {flags()[name]: name for name in ("eval", "eval_limit", "dense", "tasks", "limit", "semi_structured")}
+    evaluation = {flag_of(name): name for name in ("eval", "eval_limit", "dense", "tasks", "limit", "semi_structured")}
     pairs = {flag: (record["identity"].get(flag), value, "") for flag, value in shared.items()} | {
         flag: (before.get(name), json.loads(json.dumps(getattr(settings, name))),
                "; to evaluate it again, give this folder as the model") for flag, name in evaluation.items()}

@@ -128,7 +128,7 @@ def heading(job):
     data = []
     if job.calibration is not None:
         data.append(f"{settings.dataset}: {len(job.calibration)} sequences of {job.seqlen} tokens, "
-                    + (f"{sum(settings.written())} synthetic ones, " if any(settings.written()) else "")
+                    + (f"{synthetic} synthetic ones, " if (synthetic := sum(settings.synthetic_counts())) else "")
                     + f"seed {settings.seed}, batches of {settings.batch_size}")
     data += [BOS[settings.bos]] if settings.bos != "never" else []
     return "\n".join(lines + ([f"data     {', '.join(data)}"] if data else []))
@@ -143,9 +143,9 @@ def _methods(settings, count):
     if settings.prunes:
         n, m = settings.prunen, settings.prunem
         amount = f"{n}:{m}" if m else f"{settings.sparsity:.4g} of the weights"
-        where = "over" if settings.spreads else "in each of"
-        spread = (f", alpha {settings.alpha:g}" if settings.spreads else "") + (
-            f", nprobes {settings.nprobes}" if settings.mixed else "")
+        where = "over" if settings.is_nonuniform else "in each of"
+        spread = (f", alpha {settings.alpha:g}" if settings.is_nonuniform else "") + (
+            f", nprobes {settings.nprobes}" if settings.ranks_by_sensitivity else "")
         how["pruning"] = f"{settings.method}, {amount} {where} {count} matrices{spread}{walk}"
     if scheme := settings.scheme:
         name = "" if settings.prunes else f"{settings.method}, {count} matrices, "

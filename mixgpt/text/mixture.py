@@ -7,7 +7,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.text.sets import DATASETS, hub_column
 
 
-def shares(name):
+def shares(name, flag="dataset"):
     """Return {text: share} of a mixture, or of one text; the shares add up to 1.
 
     A text is the name of a dataset, a path, or owner/dataset:column on the hub. Raises InputError for anything else.
@@ -17,18 +17,24 @@ def shares(name):
     weights = {}
     for part in name.split(",") if ":" in name else []:
         text, _, share = part.rpartition(":")
-        weights[text] = weights.get(text, 0) + _positive(share, part)
+        weights[text] = weights.get(text, 0) + _positive(share, part, name, flag)
     if unknown := [text for text in weights or [name] if not known(text)]:
-        raise InputError(f"invalid choice: {unknown[0]!r} (choose from {', '.join(map(repr, DATASETS))}, or give a "
-                         "file or folder of text, or owner/dataset:column on the hub)")
+        raise InputError(f"{flag} {name}: invalid choice: {unknown[0]!r} (choose from "
+                         f"{', '.join(map(repr, DATASETS))}, or give a file or folder of text, or owner/dataset:column "
+                         "on the hub)")
     return {text: weight / sum(weights.values()) for text, weight in weights.items()}
 
 
-def check_unseen(name, tests):
-    """Raise InputError if a test text is a path that calibration draws from; only datasets have separate splits."""
-    drawn = {os.path.realpath(text) for text in shares(name) if text not in DATASETS}
+def check(name, tests, drawn):
+    """Raise InputError for calibration text or test texts that do not exist, or that overlap.
+
+    drawn: whether calibration draws from its text. Only datasets have separate splits.
+    """
+    paths = {os.path.realpath(text) for text in shares(name) if text not in DATASETS}
     for test in tests:
-        if test not in DATASETS and os.path.realpath(test) in drawn:
+        if len(shares(test, "--eval")) > 1:
+            raise InputError(f"--eval {test}: is a mixture, which is for calibration; give its texts one by one")
+        if drawn and test not in DATASETS and os.path.realpath(test) in paths:
             raise InputError(f"--eval {test}: is text that calibration draws from; give another one")
 
 
@@ -37,13 +43,14 @@ def known(text):
     return text in DATASETS or os.path.exists(text) or bool(hub_column(text))
 
 
-def _positive(share, part):
+def _positive(share, part, name, flag):
     try:
         if 0 < (value := float(share)) < math.inf:
             return value
     except ValueError:
         pass
-    raise InputError(f"{part!r}: in a mixture each text needs a share above 0, for example c4:0.7,builtin:0.3")
+    raise InputError(f"{flag} {name}: {part!r}: in a mixture each text needs a share above 0, for example "
+                     "c4:0.7,builtin:0.3")
 
 
 def counts(name, nsamples):

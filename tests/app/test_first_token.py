@@ -76,7 +76,7 @@ def train(model, ids, steps=120, T=32):
 
 def record_of(path, *arguments):
     """Run llama.py on little text. Returns the record of the run."""
-    assert run(llama.FAMILY, *arguments, *SMALL, "--record", path) == 0
+    assert run(llama.FAMILY, *arguments, *SMALL, "--record", path, "--overwrite") == 0
     return json.loads(path.read_text())
 
 

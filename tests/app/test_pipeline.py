@@ -350,8 +350,8 @@ BAD = {
     "unknown model": ("no/model builtin", "model no/model: not a folder or .gguf file here"),
     "wrong family": ("{bloom} builtin", "this is a BloomForCausalLM; use bloom.py"),
     "folder without a model": ("{empty} builtin", "model {empty}: "),
-    "unknown dataset": ("{opt} c5", "argument dataset: invalid choice: 'c5'"),
-    "unknown test set": ("{opt} c4 --eval c5", "argument --eval: invalid choice: 'c5'"),
+    "unknown dataset": ("{opt} c5", "dataset c5: invalid choice: 'c5'"),
+    "unknown test set": ("{opt} c4 --eval c5", "--eval c5: invalid choice: 'c5'"),
     "sparsity below 0": ("{opt} builtin --sparsity -0.1", "--sparsity -0.1: must be at least 0 and below 1"),
     "sparsity 1": ("{opt} builtin --sparsity 1.0", "--sparsity 1: must be at least 0 and below 1"),
     "sparsity nan": ("{opt} builtin --sparsity nan", "--sparsity nan: must be at least 0 and below 1"),
@@ -372,7 +372,7 @@ BAD = {
         "{opt} builtin --wbits 4 --groupsize 12",
         "--groupsize 12: does not divide the 32 columns of layer 0 self_attn.k_proj"),
     "group size": ("{opt} builtin --wbits 4 --groupsize 0", "--groupsize 0: must be at least 1, or -1 for a whole row"),
-    "groups without bits": ("{opt} builtin --sparsity .5 --groupsize 8", "--groupsize: needs --wbits 2, 3, 4, 8"),
+    "groups without bits": ("{opt} builtin --sparsity .5 --groupsize 8", "--groupsize 8: needs --wbits 2, 3, 4, 8"),
     "sym without bits": ("{opt} builtin --sparsity .5 --sym", "--sym: needs --wbits"),
     "mse without bits": ("{opt} builtin --mse", "--mse: needs --wbits"),
     "nearest without bits": ("{opt} builtin --nearest", "--nearest: needs --wbits"),
@@ -399,19 +399,19 @@ BAD = {
     "nothing selected": ("{opt} builtin --sparsity .5 --minlayer 3", "select no matrix"),
     "mixed without sparsity": (
         "{opt} builtin --sparsity_way weight-level",
-        "--sparsity_way weight-level: needs --sparsity or --prunen and --prunem"),
+        "--sparsity-way weight-level: needs --sparsity or --prunen and --prunem"),
     "unknown way": (
-        "{opt} builtin --sparsity .5 --sparsity_way best", "argument --sparsity_way: invalid choice: 'best'"),
+        "{opt} builtin --sparsity .5 --sparsity_way best", "argument --sparsity-way: invalid choice: 'best'"),
     "unknown preset": ("{opt} builtin --sparsity .5 --preset worst", "argument --preset: invalid choice: 'worst'"),
     "preset of nothing": ("{opt} builtin --preset best", "--preset best: needs --sparsity or --prunen and --prunem"),
     "threshold for n:m": (
-        "{opt} builtin --prunen 2 --prunem 4 --sparsity_way global", "--sparsity_way global: gives each matrix a"),
+        "{opt} builtin --prunen 2 --prunem 4 --sparsity_way global", "--sparsity-way global: gives each matrix a"),
     "solver without calibration": (
         "{opt} builtin --sparsity .5 --gmp --solver admm", "--solver admm: needs calibration"),
     "target without calibration": (
         "{opt} builtin --wbits 4 --nearest --target dense", "--target dense: needs calibration"),
     "weights without calibration": (
-        "{opt} builtin --sparsity .5 --gmp --token_weights fisher", "--token_weights fisher: needs calibration"),
+        "{opt} builtin --sparsity .5 --gmp --token_weights fisher", "--token-weights fisher: needs calibration"),
     "synthetic text without calibration": (
         "{opt} builtin --sparsity .5 --gmp --synthetic 2", "--synthetic 2: needs calibration"),
     "distillation without calibration": (
@@ -423,7 +423,7 @@ BAD = {
         "{opt} builtin --sparsity .5 --synthetic nan", "--synthetic nan: must lie between 0 and 100"),
     "less than no synthetic text": ("{opt} builtin --sparsity .5 --synthetic -1", "--synthetic -1: must lie between"),
     "solver of nothing to prune": (
-        "{opt} builtin --wbits 4 --solver admm", "--solver admm: is a pruning solver, needs --sparsity"),
+        "{opt} builtin --wbits 4 --solver admm", "--solver admm: needs --sparsity"),
     "isc without a walk": (
         "{opt} builtin --sparsity .5 --solver admm --saliency isc",
         "--saliency isc: --solver admm does not support it; must be obs or fisher"),
@@ -431,8 +431,8 @@ BAD = {
     "alpha": ("{opt} builtin --sparsity .5 --alpha -1", "--alpha -1: must lie between 0 and 1"),
     "no probes": ("{opt} builtin --sparsity .5 --nprobes 0", "--nprobes 0: must be at least 1"),
     "plot of nothing": (
-        "{opt} builtin --sparsity .5 --plot a.png", "--plot: shows how sparsity is spread over the matrices, needs "
-        "--sparsity_way layer-level or weight-level or global"),
+        "{opt} builtin --sparsity .5 --plot a.png", "--plot a.png: needs --sparsity-way layer-level or "
+        "weight-level or global"),
     "plot format": (
         "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot a.txt",
         "--plot a.txt: must end in .png, .pdf, .svg"),
@@ -440,8 +440,8 @@ BAD = {
         "{opt} builtin --sparsity .5 --sparsity_way weight-level --sensitivity_file {full}/config.json",
         "--sensitivity_file {full}/config.json: is not a file of traces"),
     "record in a file": ("{opt} builtin --record {full}/config.json/a.json", "config.json/a.json: cannot be written"),
-    "record is a folder": ("{opt} builtin --record {empty}", "--record {empty}: is a folder; name a file"),
-    "W&B not asked for": ("{opt} builtin --wandb_project pruning", "--wandb_project: needs --log_wandb"),
+    "record is a folder": ("{opt} builtin --record {empty}", "--record {empty}: is not a file; name a file"),
+    "W&B not asked for": ("{opt} builtin --wandb_project pruning", "--wandb-project pruning: needs --log-wandb"),
     "percdamp": ("{opt} builtin --sparsity .5 --percdamp -1", "--percdamp -1: must lie between 0 and 1"),
     "no samples": ("{opt} builtin --nsamples 0", "--nsamples 0: must be at least 1"),
     "batch size": ("{opt} builtin --batch-size 0", "--batch-size 0: must be at least 1"),

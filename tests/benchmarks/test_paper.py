@@ -177,7 +177,7 @@ def test_tasks_without_accuracy_are_refused():
     (["--output", "no/such.txt"], "--output no/such.txt: must end in .json"),
     (["--output", "/proc/paper.json"], "--output /proc/paper.json: cannot be written"),
     (["--output", "other.json"], "--output other.json: exists and holds no cells of this benchmark; name another file"),
-    (["--seeds", "-1"], "--seed -1: must be at least 0 and at most"),
+    (["--seeds", "-1"], "--seed -1: must lie between 0 and"),
     (["--nsamples", "0"], "--nsamples 0: must be at least 1"),
 ])
 def test_what_cannot_be_used_gives_one_line(arguments, line, command, runs, tmp_path, monkeypatch, capsys):

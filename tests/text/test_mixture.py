@@ -62,7 +62,7 @@ def test_a_file_may_be_called_like_a_mixture(tmp_path, monkeypatch):
     *((f"builtin:{share},c4:1", f"'builtin:{share}': in") for share in ("x", "0", "-1", "nan", "inf", "")),
     ("builtin:1,", "'': in")])
 def test_what_is_no_mixture_is_refused(name, message):
-    with pytest.raises(InputError, match=f"^{message}"):
+    with pytest.raises(InputError, match=f"^dataset {name}: {message}"):
         mixture.counts(name, 10)
 
 
@@ -79,7 +79,7 @@ def test_a_run_draws_from_all_and_its_record_says_what_from_where(mine, checkpoi
     assert [part["sequences"] for part in record["data"]["calibration"]["parts"]] == [2, 2]
     assert f"data     {name}: 4 sequences" in capsys.readouterr().out
     for wrong, line in {
-            name: f"argument --eval: '{name}': is a mixture, which is for calibration; give its texts one by one",
+            name: f"--eval {name}: is a mixture, which is for calibration; give its texts one by one",
             "./mine.txt": "--eval ./mine.txt: is text that calibration draws from; give another one"}.items():
         options = [*SMALL, "--sparsity", ".5", "--eval", wrong]
         assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), name, *options) == 2
