@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels import ranges
 from mixgpt.kernels.columns import to_multiples
 
 # ranges tried by the search, in 32nds of the full range: with one of them the lowest code of a symmetric grid of 2 to
@@ -79,8 +78,10 @@ def find_grid(W, pruned, scheme, dtype, importance=None):
     shrinks = torch.arange(SHRINKS.start, SHRINKS.stop, SHRINKS.step, dtype=W.dtype, device=W.device)[:, None] / 32
     scale, zero = _fit(shrinks * low, shrinks * high, scheme, dtype)
     importance = torch.ones_like(W[0]) if importance is None else importance
-    best = ranges.fastest(W.device)(W, importance, scale, -zero, 2**scheme.wbits - 1 - zero)
-    return scale.gather(0, best[None])[0], zero.gather(0, best[None])[0]
+    errors = torch.stack([to_grid(W, s[:, None], z[:, None], scheme.wbits, W.dtype).sub_(W).square_() @ importance
+                          for s, z in zip(scale, zero, strict=True)])
+    best = errors.argmin(0, keepdim=True)  # the widest of equals
+    return scale.gather(0, best)[0], zero.gather(0, best)[0]
 
 
 def _fit(low, high, scheme, dtype):

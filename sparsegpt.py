@@ -12,266 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels import columns, selection
-from mixgpt.kernels.linalg import (
-    Packed,
-    damping,
-    mirror,
-    row_energies,
-    upper_blocks,
-    upper_cholesky,
-    upper_inverse,
-)
-from mixgpt.kernels.matmul import add_product, exact_bfloat16, multiplies_bfloat16, suits, times_transposed
-from mixgpt.kernels.selection import scores_of
+from mixgpt.kernels import columns
+from mixgpt.kernels.linalg import smallest, upper_inverse
+from mixgpt.kernels.matmul import suits, times_transposed
 from quant import Grid, Scheme, find_grid
 
-MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H can be factored
 WIDE = 512  # columns updated from all columns before them in one product
-
-
-# ---- the Hessian of an input -----------------------------------------------------------------------------------
-
-
-class InputHessian:
-    """The Hessian of one input, accumulated batch by batch, and its factor for all matrices that read this input.
-
-    On a GPU, sums, Hessian and factor take turns in the memory of one matrix.
-    """
-
-    def __init__(self, columns, nsequences, device):
-        """Start from H = 0. columns: width of the input. nsequences: N in H = (2/N) Xᵀ X."""
-        self.columns, self.device = columns, torch.device(device)
-        self._blocks = upper_blocks(columns, self.device)
-        self._sums = None  # a list of the upper triangle's blocks of columns, without the factor 2/N
-        self._scale = 2 / nsequences
-        self._shift = self._gain = self._H = self._packed = None
-        self.tokens = 0  # added, over all processes once reduced
-        self.sums = []  # per batch, (B,): the sum of each sequence's input; to find those not finite
-
-    def add_batch(self, X, shift=None, gain=None, weights=None):
-        """Accumulate inputs X (..., in) into the blocks on and above the diagonal of H: exact products, float32 sums.
-
-        The regression target is X Wᵀ; with shift (..., in), (X + shift) Wᵀ; with gain (..., out), X Wᵀ + gain.
-        weights: (tokens,), the weight of each token (default: 1).
-        """
-        X = X.reshape(-1, self.columns)
-        self.tokens += len(X)
-        self._begin(shift, gain)
-        if len(X):  # an expert may get none
-            roots = None if weights is None else weights.sqrt()
-            (self._add_on_gpu if X.is_cuda else self._add)(X, shift, gain, roots)
-
-    def _begin(self, shift=None, gain=None):
-        """Allocate what is summed up: not before the first batch, as inputs of a layer may follow each other."""
-        def zeros(*shape):
-            return torch.zeros(*shape, device=self.device)
-
-        if self._sums is None and self.device.type == "cuda":  # parts of one matrix
-            self._H = zeros(self.columns, self.columns)
-            self._sums = [self._H[:B.stop, B] for B in self._blocks]
-        elif self._sums is None:  # each down to its diagonal
-            self._sums = [zeros(B.stop, B.stop - B.start) for B in self._blocks]
-        if shift is not None and self._shift is None:
-            self._shift = zeros(self.columns, self.columns)
-        if gain is not None and self._gain is None:
-            self._gain = zeros(gain.shape[-1], self.columns)
-
-    def _add(self, X, shift, gain, roots):
-        features = _features(X, roots)
-        if shift is not None:
-            self._shift = _moved(self._shift, shift, X, features, roots)
-        if gain is not None:
-            self._gain = _moved(self._gain, gain, X, features, roots)
-        with exact_bfloat16(X.dtype if roots is None else None):
-            self._sums = [times_transposed(features[:B.stop], features[B], total)
-                          for B, total in zip(self._blocks, self._sums, strict=True)]
-
-    def _add_on_gpu(self, X, shift, gain, roots):
-        """Add the products of inputs, shifts and gains as they are: 16-bit ones are exact in the sums of a GPU."""
-        X, shift, gain = (A if A is None else A.reshape(len(X), -1) if roots is None else
-                          A.reshape(len(X), -1).float() * roots[:, None] for A in (X, shift, gain))
-        if shift is not None:
-            add_product(self._shift, shift.t(), X)
-        if gain is not None:
-            add_product(self._gain, gain.t(), X)
-        for B, total in zip(self._blocks, self._sums, strict=True):
-            add_product(total, X[:, :B.stop].t(), X[:, B])
-
-    def reduce(self):
-        """Sum the Hessian over all processes."""
-        self._begin()
-        for total in (*(self._sums if self._H is None else [self._H]), self._shift, self._gain):
-            if total is not None:
-                distributed.all_reduce(total)
-        self.tokens, = distributed.total([self.tokens])
-
-    @property
-    def H(self):
-        """The complete Hessian (in, in), undamped. No batch can be added once it has been read.
-
-        Once it has been factored on a GPU, a copy.
-        """
-        if self._packed:
-            return self._packed.H[self.back][:, self.back]
-        self._begin()
-        if self._sums and self._H is None:
-            self._H = self._assembled()
-        elif self._sums:
-            mirror(self._H.mul_(self._scale))
-        self._sums = []
-        return self._H
-
-    def _assembled(self):
-        H = torch.empty(self.columns, self.columns, device=self.device)
-        for B in self._blocks:
-            block = self._sums.pop(0).mul_(self._scale)
-            H[:B.stop, B] = block
-            H[B, :B.start] = block[:B.start].t()
-            H[B, B] = block[B].triu() + block[B].triu(1).t()
-        return H
-
-    def factor(self, percdamp, order=None):
-        """Factor the Hessian once for all matrices; see `factor`. Returns the percdamp used.
-
-        order: (in,), column indices in the order of the walk (default: unchanged).
-        """
-        H, self._packed = self.H, None
-        self.order = slice(None) if order is None else order
-        self.back = slice(None) if order is None else order.argsort()
-        if H.is_cuda:
-            self._H = None
-            self._packed = Packed(H if order is None else H[order][:, order])
-            del H
-            self.R, self.h = self._packed.R, self._packed.diagonal
-            self.percdamp = factor_packed(self._packed, percdamp)
-        else:
-            self.R, self.percdamp = factor(H[self.order][:, self.order], percdamp)
-            self.h = H.diagonal()[self.order]
-        return self.percdamp
-
-    @property
-    def damping(self):
-        """λ, the damping of the factored Hessian."""
-        return damping(self.h, self.percdamp)
-
-    @property
-    def damped(self):
-        """H + λI (in, in), in the order of the walk: a copy."""
-        H = self._packed.H if self._packed else self.H[self.order][:, self.order].clone()
-        H.diagonal().add_(damping(H.diagonal(), self.percdamp))
-        return H
-
-    def energies(self, A):
-        """Return ‖a X‖² for every row a of A (rows, in), up to the scale of H. Columns in the order of the input."""
-        return row_energies(A, self._H) if self._packed is None else self._packed.row_energies(A[:, self.order])
-
-    def optimum(self, W):
-        """Return the target weights W* (out, in) that pruning should approximate, columns in the order of the walk.
-
-        W: (out, in), the dense weights. W* = W if no batch had a shift s or a gain g. Otherwise, with
-        D = (2/N) Σ s ẋᵀ and G = (2/N) Σ g ẋᵀ over the inputs ẋ, W* = W + (W D + G) (H + λI)⁻¹: ridge regression onto
-        the outputs W (ẋ + s) + g, with penalty λ on the distance from W. The loss around W* is the same quadratic as
-        without a shift or gain around W. Zero weights stay zero. Compare QEP (arXiv 2504.09629).
-        """
-        W, moment = W[:, self.order], 0.0
-        if not self.moves:
-            return W
-        if self._shift is not None:
-            moment = times_transposed(W, self._shift[self.order][:, self.order].t())
-        if self._gain is not None:
-            moment = moment + self._gain[distributed.share(len(self._gain))][:, self.order]
-        moved = torch.linalg.solve_triangular(self.R.t(), self._scale * moment, upper=False, left=False)
-        moved = torch.linalg.solve_triangular(self.R, moved, upper=True, left=False)
-        return (W + moved).masked_fill_(W == 0, 0)
-
-    @property
-    def moves(self):
-        """Whether the target weights are others than the dense ones."""
-        return self._shift is not None or self._gain is not None
-
-
-def _features(X, factors=None):
-    """Return X (..., width), scaled by factors (tokens,), as a contiguous float32 (width, tokens)."""
-    features = X.reshape(-1, X.shape[-1]).t().contiguous().float()  # transposing after the conversion is slower
-    return features if factors is None else features * factors
-
-
-def _moved(total, move, X, features, roots):
-    """Return total + moveᵀ X, of moves (..., m) and inputs X (tokens, n), (m, n) in float32 on the CPU.
-
-    features: those of X. In bfloat16, where that is fast, the sum of a batch is rounded: a target need not be exact.
-    """
-    if roots is None and X.dtype == move.dtype == torch.bfloat16 and multiplies_bfloat16():
-        return total.add_(move.reshape(len(X), -1).t() @ X)
-    return times_transposed(_features(move, roots), features, total)
-
-
-def factor(H, percdamp=0.01):
-    """Factor the damped Hessian: R upper triangular with H + λI = R Rᵀ, λ = percdamp · mean(diag H).
-
-    H: (in, in), symmetric; only its upper triangle is read. Returns R (in, in) and the percdamp used: while H + λI is
-    not positive definite, percdamp is multiplied by 10, starting from at least 1e-4, up to MAX_DAMPING.
-    Raises torch.linalg.LinAlgError if H is not finite or cannot be factored even with MAX_DAMPING.
-    """
-    _check_finite(H.diagonal().isfinite().all())
-    while True:
-        R = upper_cholesky(H, damping(H.diagonal(), percdamp))
-        if R is not None:
-            return R, percdamp
-        percdamp = _raised(percdamp)
-
-
-def factor_packed(packed, percdamp=0.01):
-    """Factor the damped Hessian in its own memory, a linalg.Packed, as `factor` does. Returns the percdamp used.
-
-    The host waits for the device once per damping.
-    """
-    while True:
-        positive = packed.factor(damping(packed.diagonal, percdamp))
-        positive, finite = torch.stack([positive, packed.diagonal.isfinite().all()]).tolist()
-        _check_finite(finite)
-        if positive:
-            return percdamp
-        packed.restore()
-        percdamp = _raised(percdamp)
-
-
-def _check_finite(finite):
-    if not finite:
-        raise torch.linalg.LinAlgError("the Hessian contains NaN or inf")
-
-
-def _raised(percdamp):
-    if percdamp >= MAX_DAMPING:
-        raise torch.linalg.LinAlgError(f"the Hessian is not positive definite at percdamp {percdamp:g}")
-    return min(max(10 * percdamp, 1e-4), MAX_DAMPING)
-
-
-def activation_order(h, prunem=0):
-    """Order the columns by decreasing h (in,), the diagonal of H; n:m groups stay together, ordered by their sum."""
-    groups = h.view(-1, prunem or 1)
-    order = groups.sum(1).argsort(descending=True, stable=True)
-    return torch.arange(len(h), device=h.device).view(groups.shape)[order].flatten()
-
-
-def relative_error(W, W_hat, H):
-    """Return ‖(W − Ŵ) X‖² / ‖W X‖² over the calibration inputs of H (0 if W X vanishes).
-
-    W, W_hat: (out, in). H: (in, in), undamped; its scale cancels.
-    """
-    return relative_errors(row_energies(W - W_hat, H), row_energies(W, H), [len(W)])[0].item()
-
-
-def relative_errors(lost, whole, counts):
-    """Return the `relative_error` of each of several stacked matrices, float64, where they are.
-
-    lost, whole: (total rows,), ‖(w − ŵ) X‖² and ‖w X‖² of every row. counts: rows of each matrix, of this process.
-    """
-    sums = torch.stack([rows.sum() for energies in (lost, whole) for rows in energies.split(counts)]).double()
-    distributed.all_reduce(sums)
-    lost, whole = sums.chunk(2)
-    return torch.where(whole == 0, 0.0, lost.clamp_min(0) / whole)
 
 
 # ---- saliencies ------------------------------------------------------------------------------------------------
@@ -385,7 +131,6 @@ class _Walk:
         # n:m masks are chosen one column group at a time, unless grids are narrower
         self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem
         self.widths = self._nest(options.blocksize)
-        self.mark_smallest = selection.fastest(self.W.device, self.W.dtype)
         self.walk_columns = columns.fastest(self.W.device, dtype if scheme else None, self.W.dtype)
 
     def _nest(self, blocksize):
@@ -486,13 +231,17 @@ class _Walk:
 
     def _mark_least(self, mask, start, stop, counts):
         """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1."""
-        W, before, factors = self.W[start:stop], self.mask[start:stop], self.factors[start:stop]
-        if not self.prunem:
-            self.mark_smallest(W, before, mask, factors, self.row_weights, list(zip(self.rows, counts, strict=True)))
-            return
-        scores = scores_of(W, before, factors, self.row_weights)
-        for rows, n in zip(self.rows, self.prunens, strict=True):
-            mask[:, rows] |= columns.smallest_in_groups(scores[:, rows], n, self.prunem)
+        scores = self.W[start:stop].square().mul_(self.factors[start:stop, None])
+        if self.row_weights is not None:
+            scores.mul_(self.row_weights)
+        scores.masked_fill_(self.mask[start:stop], -1)
+        if self.prunem:
+            marked = [columns.smallest_in_groups(scores[:, rows], n, self.prunem)
+                      for rows, n in zip(self.rows, self.prunens, strict=True)]
+        else:
+            marked = smallest([scores[:, rows] for rows in self.rows], counts)
+        for rows, least in zip(self.rows, marked, strict=True):
+            mask[:, rows] |= least
 
     def _choose_grid(self, start, stop):
         pruned = self.mask[start:stop]

@@ -21,15 +21,16 @@ from mixgpt.app.tables import table
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.evaluation.perplexity import perplexity
-from mixgpt.kernels.linalg import row_energies
+from mixgpt.kernels.linalg import rowwise_quadratic_form
 from mixgpt.kernels.matmul import times_transposed
 from mixgpt.modeling.family import family_of
+from mixgpt.pruning.hessian import InputHessian, factor
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
 from modelutils import HiddenStates, StreamedModel, linears, on_device, shared_inputs
 from quant import Scheme
-from sparsegpt import InputHessian, factor, prune_matrix
+from sparsegpt import prune_matrix
 
 WARMUP = "256x256"  # loads libraries and compiled code, and is not printed
 MATRICES = ["4096x4096", "4096x11008", "11008x4096"]
@@ -112,7 +113,7 @@ def compare_matrix(hessian, W, name, device, speed):
         ours, _ = prune_matrix(ours, hessian.R, hessian.H.diagonal(), *target, scheme=scheme)
     H = hessian.H.double()
     exact, _ = prune_matrix(W.double(), factor(H, 0.01)[0], H.diagonal(), *target, scheme=scheme)
-    error, expected = (row_energies(W.double() - Y.double(), H).sum().item() for Y in (ours, exact))
+    error, expected = (rowwise_quadratic_form(W.double() - Y.double(), H).sum().item() for Y in (ours, exact))
     seconds, (out, columns) = clock.seconds, W.shape
     total = seconds["textbook factorisation"] + seconds["textbook walk"]
     floor = (columns**3 / 3 + out * columns**2) / speed

@@ -16,18 +16,14 @@ from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.kernels import linalg
 from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning import distill
+from mixgpt.pruning.hessian import InputHessian, activation_order
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import magnitude_prune
 from mixgpt.pruning.solvers import Recipe, admm, prune_in_place, walk
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel
 from quant import Scheme
-from sparsegpt import InputHessian, WalkOptions, activation_order, isc_saliency
-
-try:
-    from mixgpt.kernels import selection_cuda  # in its interpreter
-except ImportError:  # no Triton
-    selection_cuda = None
+from sparsegpt import WalkOptions, isc_saliency
 
 SOLVERS = {"walk": walk, "admm": admm}
 SCHEMES = {"16 bit": None, "4 bit": Scheme(4), "3 bit mse": Scheme(3, 16, mse=True)}
@@ -99,7 +95,7 @@ def selected_of_all():
     """Return what the ways to select give for scores with ties, each with the rows of all processes, {case: rows}."""
     scores, results = torch.randint(-1, 4, (7, 12), generator=torch.Generator().manual_seed(1)).float(), {}
     ours = scores[distributed.share(7)]
-    ways = {"rows": linalg.smallest, "columns": _by_columns} | ({"Triton": _by_triton} if selection_cuda else {})
+    ways = {"rows": linalg.smallest, "columns": _by_columns}
     for k in (0, 1, 20, 40, 83, 84):
         for name, mark in ways.items():
             mask, = mark([ours.clone()], [k])
@@ -114,14 +110,6 @@ def selected_of_all():
 
 def _by_columns(scores, ks):
     return linalg.smallest([part.t().contiguous().t() for part in scores], ks)
-
-
-def _by_triton(scores, ks):
-    part, = scores
-    mask = part < 0
-    selection_cuda.mark_smallest(part.clamp_min(0).sqrt().t(), mask.t(), mask.t(), torch.ones(part.shape[1]), None,
-                                 [(slice(0, len(part)), *ks)])
-    return [mask]
 
 
 def synthetic_of_all():

@@ -16,20 +16,11 @@ from test_sparsegpt import (
 )
 
 from mixgpt.app.choices import SOLVERS
+from mixgpt.pruning.hessian import InputHessian, activation_order, factor, relative_error
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from modelutils import hooked, linears
 from quant import Scheme, find_grid, quantize_nearest
-from sparsegpt import (
-    InputHessian,
-    WalkOptions,
-    activation_order,
-    factor,
-    isc_saliency,
-    obs_saliency,
-    prune_matrices,
-    prune_matrix,
-    relative_error,
-)
+from sparsegpt import WalkOptions, isc_saliency, obs_saliency, prune_matrices, prune_matrix
 
 
 def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_hat):

@@ -1,27 +1,15 @@
 """Check sparsegpt against brute force in float64: explicit inverses, sorted lists, errors from the inputs."""
 
-import makebelieve
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sparsegpt
-from mixgpt.kernels import linalg, matmul
+from mixgpt.pruning.hessian import InputHessian, factor, relative_error
 from mixgpt.pruning.magnitude import magnitude_prune
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from quant import Scheme
-from sparsegpt import (
-    InputHessian,
-    WalkOptions,
-    activation_order,
-    factor,
-    isc_saliency,
-    obs_saliency,
-    prune_matrices,
-    prune_matrix,
-    relative_error,
-)
+from sparsegpt import WalkOptions, isc_saliency, obs_saliency, prune_matrices, prune_matrix
 
 SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency}
 PERCDAMP = 0.01
@@ -103,80 +91,6 @@ def explicit_error(W, W_hat, X):
 def zeros_per_group(W, prunem):
     """Return the number of zeros in every prunem consecutive weights of a row."""
     return [row[left:left + prunem].count(0.0) for row in W.tolist() for left in range(0, len(row), prunem)]
-
-
-# factor
-
-
-@pytest.mark.parametrize("percdamp", [0.0, 0.01, 0.3, 2.0])
-def test_the_factor_is_upper_triangular_and_gives_the_damped_inverse(percdamp):
-    X = correlated_inputs(50, 9)
-    H = X.t() @ X
-    R, used = factor(H, percdamp)
-    assert used == percdamp
-    assert torch.equal(R, R.triu())
-    torch.testing.assert_close(R @ R.t(), damped(H, percdamp), rtol=1e-9, atol=1e-12)
-
-
-def test_the_squared_diagonal_of_the_factor_is_the_first_entry_of_each_remaining_inverse():
-    X = correlated_inputs(50, 9)
-    H = X.t() @ X
-    R, _ = factor(H, PERCDAMP)
-    expected = torch.stack([inverse[0, 0] for inverse in remaining_inverses(damped(H))])
-    torch.testing.assert_close(1 / R.diagonal() ** 2, expected, rtol=1e-9, atol=0)
-
-
-def test_the_default_damping_is_one_percent():
-    X = correlated_inputs(50, 5)
-    H = X.t() @ X
-    R, used = factor(H)
-    assert used == 0.01
-    assert torch.equal(R, factor(H, 0.01)[0])
-
-
-def test_a_rank_deficient_hessian_is_damped_though_none_was_asked_for():
-    x = torch.tensor([[1.0, 2.0, 4.0, 1.0]], dtype=torch.float64)  # powers of 2: the pivots are 0 without rounding
-    R, used = factor(x.t() @ x, 0.0)
-    assert used == 1e-4
-    torch.testing.assert_close(R @ R.t(), damped(x.t() @ x, 1e-4), rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("asked, depth, needed", [
-    (0.0, 0.5e-4, 1e-4), (0.0, 0.5e-3, 1e-3), (0.0, 0.5e-2, 1e-2), (0.0, 0.05, 0.1), (0.0, 0.5, 1.0),
-    (1e-6, 0.5e-4, 1e-4), (0.01, 0.5e-2, 0.01), (0.003, 0.005, 0.03), (0.003, 0.5, 1.0), (2.0, 1.5, 2.0)])
-def test_damping_is_raised_to_the_first_step_that_suffices(asked, depth, needed):
-    Q, _ = torch.linalg.qr(random(6, 6))
-    eigenvalues = torch.tensor([-depth] + [(6 + depth) / 5] * 5, dtype=torch.float64)  # mean 1: needs λ > depth
-    H = 3 * (Q * eigenvalues) @ Q.t()
-    R, used = factor(H, asked)
-    assert used == pytest.approx(needed, rel=1e-12)
-    torch.testing.assert_close(R @ R.t(), damped(H, needed), rtol=1e-7, atol=1e-7)
-
-
-def test_a_hessian_that_no_damping_mends_is_refused():
-    Q, _ = torch.linalg.qr(random(6, 6))
-    H = (Q * torch.tensor([-1.5] + [1.5] * 5, dtype=torch.float64)) @ Q.t()
-    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite at percdamp 1"):
-        factor(H, 0.0)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_hessian_that_is_not_finite_is_refused(value):
-    X = correlated_inputs(30, 4)
-    X[3, 2] = value
-    with pytest.raises(torch.linalg.LinAlgError, match="NaN or inf"):
-        factor(X.t() @ X, PERCDAMP)
-    H = torch.eye(4)
-    H[0, 3] = H[3, 0] = value
-    with pytest.raises(torch.linalg.LinAlgError):
-        factor(H, PERCDAMP)
-
-
-@pytest.mark.parametrize("percdamp", [0.0, 0.01])
-def test_a_hessian_of_zeros_gives_the_identity(percdamp):
-    R, used = factor(torch.zeros(5, 5), percdamp)
-    assert used == percdamp
-    assert torch.equal(R, torch.eye(5))
 
 
 # prune_matrix against brute force
@@ -405,36 +319,14 @@ def test_a_group_size_that_does_not_divide_the_columns_is_refused(columns, prune
         pruned_by(random(4, columns), H, prunen=2, prunem=prunem)
 
 
-# matrices so wide that oneDNN makes their factor and their walk in several panels, against float64, which LAPACK makes
-
-WIDE = 1700
-
-
-@pytest.fixture(scope="module")
-def wide_hessian():
-    X = correlated_inputs(2500, WIDE)
-    return X.t() @ X / 1000
-
-
-def test_a_wide_float32_matrix_is_factored_as_in_float64(wide_hessian):
-    H = damped(wide_hessian)
-    R, percdamp = factor(wide_hessian.float(), PERCDAMP)
-    assert (R.dtype, percdamp) == (torch.float32, PERCDAMP)
-    assert torch.equal(R, R.triu())
-    assert (R.double() @ R.double().t() - H).norm() <= 1e-6 * H.norm()
-
-
-@pytest.mark.parametrize("bad", [3, 700, 1690])
-def test_a_wide_matrix_that_is_indefinite_in_any_panel_is_damped_more(wide_hessian, bad):
-    H = wide_hessian.clone()
-    H[bad] = H[:, bad] = 0
-    H[bad, bad] = -0.05 * H.diagonal().mean()
-    assert factor(H.float(), 0.01)[1] == factor(H, 0.01)[1] == 0.1
+WIDE = 1700  # columns of a walk in several ranges
 
 
 @pytest.mark.parametrize("target", [(0.6, 0, 0), (0.0, 2, 4)])
 @pytest.mark.parametrize("wbits", [16, 4])
-def test_a_wide_float32_walk_does_what_the_float64_walk_does(wide_hessian, target, wbits):
+def test_a_wide_float32_walk_does_what_the_float64_walk_does(target, wbits):
+    X = correlated_inputs(2500, WIDE)
+    wide_hessian = X.t() @ X / 1000
     R, _ = factor(wide_hessian, PERCDAMP)
     matrices, scheme = [random(40, WIDE, seed=5), random(9, WIDE, seed=6)], Scheme(wbits) if wbits < 16 else None
     options = WalkOptions(scheme=scheme)
@@ -446,170 +338,6 @@ def test_a_wide_float32_walk_does_what_the_float64_walk_does(wide_hessian, targe
             relative_error(W, X, wide_hessian), rel=3e-3)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_hessian_on_cuda_is_exact_far_below_the_damping(dtype):
-    X = correlated_inputs(4096, 300).to("cuda", dtype)
-    hessian = InputHessian(300, 1, "cuda")
-    for batch in X.split(1024):
-        hessian.add_batch(batch)
-    exact = 2 * X.double().t() @ X.double()
-    assert torch.linalg.matrix_norm(hessian.H.double() - exact, 2) <= 1e-3 * PERCDAMP * exact.diagonal().mean()
-
-
-# the same on a GPU, here a make-believe one: sums, Hessian and factor in the memory of one matrix
-
-
-def on_both(columns, batches):
-    """Return the objects that a CPU and a GPU make of batches [(X, options of add_batch)]."""
-    hessians = [InputHessian(columns, 3, device) for device in ("cpu", "cuda:0")]
-    for X, options in batches:
-        for hessian in hessians:
-            hessian.add_batch(X.to(hessian.device), **{name: A.to(hessian.device) for name, A in options.items()})
-    return hessians
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_gpu_adds_up_what_a_cpu_does(dtype, weighted, monkeypatch):
-    monkeypatch.setattr(sparsegpt, "multiplies_bfloat16", lambda: False)  # which rounds the sums of a batch
-    monkeypatch.setattr(linalg, "STRIP", 256)  # more than one block
-    make = torch.Generator().manual_seed(0)
-    batches = [(torch.randn(2, 40, 600, generator=make).to(dtype), {
-        "shift": torch.randn(2, 40, 600, generator=make).to(dtype),
-        "gain": torch.randn(2, 40, 5, generator=make).to(dtype)}) for _ in range(2)]
-    for _, options in batches if weighted else []:
-        options["weights"] = torch.rand(80, generator=make)
-    with makebelieve.Gpu():
-        ours, theirs = on_both(600, batches)
-        for hessian in (ours, theirs):
-            hessian.factor(1.0)
-        W = torch.randn(5, 600, generator=make)
-        torch.testing.assert_close(theirs.H.cpu(), ours.H, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(theirs.optimum(W.to("cuda:0")).cpu(), ours.optimum(W), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_moves_of_bfloat16_inputs_are_added_up_to_the_rounding_of_each_batch(fast, monkeypatch):
-    monkeypatch.setattr(sparsegpt, "multiplies_bfloat16", lambda: fast)
-    make = torch.Generator().manual_seed(0)
-    batches = [[torch.randn(2, 40, width, generator=make).bfloat16() for width in (24, 24, 5)] for _ in range(3)]
-    hessian = InputHessian(24, 6, "cpu")
-    for X, shift, gain in batches:
-        hessian.add_batch(X, shift=shift, gain=gain)
-    for place, found in ((1, hessian._shift), (2, hessian._gain)):
-        products = [batch[place].double().flatten(0, 1).t() @ batch[0].double().flatten(0, 1) for batch in batches]
-        allowed = 2.0 ** -8 * sum(product.abs() for product in products) if fast else 0
-        assert found.dtype == torch.float32
-        assert ((found.double() - sum(products)).abs() <= allowed + 1e-4).all()
-
-
-def test_a_gpu_adds_16_bit_products_without_a_copy():
-    X = random(64, 300).bfloat16()
-    with makebelieve.Gpu() as gpu:
-        hessian, X = InputHessian(300, 1, "cuda:0"), X.to("cuda:0")
-        hessian.add_batch(X, shift=X, gain=X)
-        used = gpu.used
-        gpu.peak = used
-        hessian.add_batch(X, shift=X, gain=X)
-        assert gpu.used == gpu.peak == used
-
-
-def test_where_pytorch_adds_no_16_bit_products_to_float32_they_are_added_afterwards(monkeypatch):
-    addmm = torch.addmm
-
-    def refusing(*matrices, out_dtype=None, **options):
-        if out_dtype is None:  # as on a CPU without AVX-512
-            return addmm(*matrices, **options)
-        raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
-
-    X = random(64, 30).bfloat16()
-    matmul.accumulates.cache_clear()
-    monkeypatch.setattr(torch, "addmm", refusing)
-    with makebelieve.Gpu():
-        assert not matmul.accumulates(torch.bfloat16, torch.device("cuda", 0))
-        ours, theirs = on_both(30, [(X, {}), (X, {})])
-        torch.testing.assert_close(theirs.H.cpu(), ours.H)
-    matmul.accumulates.cache_clear()
-
-
-def test_nothing_is_allocated_before_the_first_batch():
-    """Hessians of a layer's inputs follow each other, and only one is on the GPU at a time."""
-    with makebelieve.Gpu() as gpu:
-        hessian = InputHessian(300, 1, "cuda:0")
-        assert not gpu.used
-        assert not hessian.H.any() and gpu.used >= 4 * 300 * 300
-
-
-@pytest.mark.parametrize("act_order", [False, True])
-def test_a_gpu_damps_and_prunes_as_a_cpu_does(act_order, monkeypatch):
-    monkeypatch.setattr(linalg, "STRIP", 16)
-    X = correlated_inputs(50, 60).float() * torch.linspace(1, 3, 60)  # fewer tokens than columns
-    with makebelieve.Gpu() as gpu:
-        for hessian in (both := on_both(60, [(X, {})])):
-            hessian.H[7] = hessian.H[:, 7] = 0
-            hessian.H[7, 7] = -0.05 * hessian.H.diagonal().mean()
-            order = activation_order(hessian.H.diagonal()) if act_order else None
-            before = gpu.synchronisations.copy()
-            assert hessian.factor(0.001, order) == 0.1
-        assert sum((gpu.synchronisations - before).values()) == 3  # once per damping
-        W = random(20, 60).float()
-        for hessian, weight in zip(both, weights := [W.clone(), W.to("cuda:0")], strict=True):
-            prune_one(hessian, weight, 0.5)
-        torch.testing.assert_close(weights[1].cpu(), weights[0], rtol=1e-3, atol=1e-4)
-        assert torch.equal(weights[1].cpu() == 0, weights[0] == 0)
-
-
-def test_a_hessian_that_is_not_finite_is_refused_on_a_gpu():
-    X = correlated_inputs(30, 4)
-    X[3, 2] = float("nan")
-    with makebelieve.Gpu():
-        hessian = on_both(4, [(X.float(), {})])[1]
-        with pytest.raises(torch.linalg.LinAlgError, match="NaN or inf"):
-            hessian.factor(PERCDAMP)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_pruning_one_input_takes_one_hessian_and_the_copies_of_the_walk(dtype, monkeypatch):
-    monkeypatch.setattr(linalg, "STRIP", 32)
-    monkeypatch.setattr("sparsegpt.WIDE", 32)  # else, of so few columns, not small
-    columns, rows = 512, 64
-    X, W = random(300, columns).to(dtype), random(rows, columns).to(dtype)
-    with makebelieve.Gpu() as gpu:
-        hessian, weight = InputHessian(columns, 1, "cuda:0"), W.to("cuda:0")
-        hessian.add_batch(X.to("cuda:0"))
-        gpu.peak = gpu.used
-        hessian.factor(PERCDAMP)
-        assert gpu.peak <= weight.nbytes + 4 * columns**2 * 1.2
-        prune_one(hessian, weight, 0.5, blocksize=32)
-        assert gpu.peak <= weight.nbytes + 4 * columns**2 * 1.2 + 4 * rows * columns * 4
-
-
-# relative_error
-
-
-def test_relative_error_is_the_error_of_the_outputs_whatever_the_scale_of_the_hessian():
-    W, W_hat, X = random(5, 8), random(5, 8, seed=1), correlated_inputs(40, 8)
-    for scale in (1.0, 2 / 7):
-        assert relative_error(W, W_hat, scale * X.t() @ X) == pytest.approx(explicit_error(W, W_hat, X), rel=1e-10)
-    assert relative_error(W, W, X.t() @ X) == 0
-    assert relative_error(W, 0 * W, X.t() @ X) == pytest.approx(1)
-
-
-def test_relative_error_is_0_where_the_output_vanishes():
-    W, X = random(5, 8), correlated_inputs(40, 8, dead=range(4))
-    W[:, 4:] = 0
-    assert relative_error(W, 2 * W, X.t() @ X) == 0
-    assert relative_error(W, 2 * W, torch.zeros(8, 8, dtype=torch.float64)) == 0
-    assert relative_error(0 * W, W, torch.eye(8, dtype=torch.float64)) == 0
-
-
-def test_relative_error_is_never_negative():
-    H = torch.diag(torch.tensor([1.0, -1e-9]))  # as rounding may leave it
-    assert relative_error(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]), H) == 0
-
-
 # the InputHessian
 
 
@@ -618,28 +346,6 @@ def calibrated(X, nsequences):
     hessian = InputHessian(X.shape[-1], nsequences, "cpu")
     hessian.add_batch(X)
     return hessian
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [[6], [1] * 6, [4, 2], [1, 5]])
-@pytest.mark.parametrize("flat", [False, True])
-def test_the_hessian_is_two_over_n_times_the_gram_matrix_whatever_the_batches(dtype, sizes, flat):
-    X = correlated_inputs(6 * 9, 7).view(6, 9, 7).to(dtype)  # (N, T, in)
-    hessian = InputHessian(7, 6, "cpu")
-    for batch in X.split(sizes):
-        hessian.add_batch(batch.flatten(0, 1) if flat else batch)
-    expected = sum(2 / 6 * x.t() @ x for x in X.double())
-    assert hessian.H.dtype == torch.float32
-    torch.testing.assert_close(hessian.H.double(), expected, rtol=1e-5, atol=1e-4)
-
-
-def test_factor_reports_the_damping_and_keeps_the_hessian_undamped():
-    hessian = calibrated(torch.tensor([[[1.0, 2.0, 4.0, 1.0]]]), 2)
-    before = hessian.H.clone()
-    assert hessian.factor(0.0) == 1e-4
-    assert hessian.factor(0.05) == 0.05
-    torch.testing.assert_close(hessian.R, factor(before, 0.05)[0], rtol=0, atol=0)
-    assert torch.equal(hessian.H, before)
 
 
 @pytest.mark.parametrize("make", [

@@ -3,10 +3,7 @@
 Single-threaded: the errors of a tile stay in L1 cache, so that this costs far less than the surrounding products.
 """
 
-import contextlib
 import functools
-import os
-import shutil
 
 import numba
 import numpy as np
@@ -14,23 +11,7 @@ import torch
 
 TILE = 64  # rows of W at a time
 GRID_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # supported by the compiled code
-
-
-CACHE_ROOM = 10_000_000  # bytes, several times what is written
-
-
-def _compiled(**options):
-    """Compile a function when it is first called, and keep the machine code on disk where that is possible."""
-    def decorated(function):
-        dispatcher = numba.njit(nogil=True, **options)(function)
-        with contextlib.suppress(RuntimeError):  # neither this file's folder nor the user's cache can be written
-            dispatcher.enable_caching()
-        folder = dispatcher.stats.cache_path
-        if folder and os.path.isdir(folder) and shutil.disk_usage(folder).free < CACHE_ROOM:
-            return numba.njit(nogil=True, **options)(function)
-        return dispatcher
-
-    return decorated
+OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 def walk_columns(W, E, U, mask, factors, groups, grid):
@@ -62,7 +43,7 @@ def _tile(columns, dtype):
     return w, e, np.zeros((columns, TILE), bool), np.ones((3, TILE), dtype), scores, np.zeros(TILE, np.int32)
 
 
-@_compiled(fastmath={"contract"}, error_model="numpy")
+@numba.njit(fastmath={"contract"}, **OPTIONS)
 def _update(W, E, U, column, start, stop):
     """Update a column of a tile for the errors of columns start … stop − 1."""
     for k in range(start, stop):
@@ -71,7 +52,7 @@ def _update(W, E, U, column, start, stop):
             W[column, r] -= share * E[k, r]
 
 
-@_compiled()
+@numba.njit(**OPTIONS)
 def _copy(source, target):
     """Copy a tile in the memory order of the source or target outside it."""
     columns, rows = source.shape
@@ -85,7 +66,7 @@ def _copy(source, target):
                 target[j, r] = source[j, r]
 
 
-@_compiled(fastmath={"contract"}, error_model="numpy")
+@numba.njit(fastmath={"contract"}, **OPTIONS)
 def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16, w, e, remove, limits,
                scores, rank):
     """Walk all columns for rows start … stop − 1; scale is empty without quantization. The rest is as in `_tile`."""
@@ -127,7 +108,7 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
             _copy(remove[:, :rows], mask[:, first:first + rows])
 
 
-@_compiled(fastmath={"contract"}, error_model="numpy")
+@numba.njit(fastmath={"contract"}, **OPTIONS)
 def _choose(W, remove, factors, scores, rank, group, width, prunen):
     """Mark the prunen least salient of columns group … group + width − 1 per row of a tile, marked ones first."""
     for j in range(group, group + width):

@@ -7,7 +7,7 @@ from mixgpt.common import distributed
 from mixgpt.kernels.matmul import suits, times_transposed
 
 PANEL = 256  # columns factored at a time
-STRIP = 2048  # the same in place, where a narrow panel would leave most of a GPU idle
+STRIP = 2048  # columns of a product that occupy all of a GPU
 SMALL = 128  # columns up to which LAPACK inverts a triangular matrix as fast as blocked products
 
 
@@ -18,7 +18,7 @@ def damping(h, percdamp):
 
 
 def upper_cholesky(H, damping):
-    """Return R (in, in), upper triangular with H + damping · I = R Rᵀ, or None if that is not positive definite.
+    """Return R (in, in), upper triangular with H + damping · I = R Rᵀ, and whether that is positive definite, a tensor.
 
     H: (in, in), symmetric; only its upper triangle is read.
     """
@@ -26,7 +26,7 @@ def upper_cholesky(H, damping):
         damped = H.flip(0, 1)  # the Cholesky factor of the flipped matrix, flipped back, is upper triangular
         damped.diagonal().add_(damping)
         L, info = torch.linalg.cholesky_ex(damped)
-        return L.flip(0, 1) if info == 0 else None
+        return L.flip(0, 1), info == 0
     # the same by panels, last to first, with fast products, which MKL's factorisation does not use
     R, panels = torch.zeros_like(H), []
     for stop in range(len(H), 0, -PANEL):
@@ -34,85 +34,15 @@ def upper_cholesky(H, damping):
         rest = H[:stop, B].contiguous()
         for panel in panels:
             rest = times_transposed(panel[:stop], -panel[B], rest)
-        R_B = upper_cholesky(rest[B], damping)
-        if R_B is None:
-            return None
+        R_B, is_positive = upper_cholesky(rest[B], damping)
+        if not is_positive:
+            return R, is_positive
         R[B, B] = R_B
         if B.start:
             above = times_transposed(rest[:B.start], upper_inverse(R_B))
             R[:B.start, B] = above
             panels.append(above)
-    return R
-
-
-def mirror(H):
-    """Overwrite what is below the diagonal of H (in, in) with what is above it. Returns H."""
-    for B in _strips(len(H)):
-        H[B, :B.start] = H[:B.start, B].t()
-        H[B, B] = H[B, B].triu() + H[B, B].triu(1).t()
-    return H
-
-
-def _strips(columns):
-    return [slice(start, min(start + STRIP, columns)) for start in range(0, columns, STRIP)]
-
-
-class Packed:
-    """A symmetric matrix and its triangular factor in the memory of one: for a matrix that fits on a GPU only once.
-
-    R, upper triangular, takes the place of H on and above the diagonal. Below it H remains, and its diagonal is kept
-    apart.
-    """
-
-    def __init__(self, H):
-        """Take over the memory of H (in, in), symmetric."""
-        self.R, self.diagonal = H, H.diagonal().clone()  # of R only the upper triangle counts
-
-    @property
-    def H(self):
-        """A copy of H (in, in)."""
-        H = self.R.t().clone(memory_format=torch.contiguous_format)
-        H.diagonal().copy_(self.diagonal)
-        return mirror(H)
-
-    def factor(self, damping):
-        """Overwrite the upper triangle, still that of H, with R: H + damping · I = R Rᵀ, strip by strip from the right.
-
-        Returns whether that is positive definite, as a tensor, so that the host does not wait; else `restore`.
-        """
-        R, failures = self.R, []
-        for B in reversed(_strips(len(R))):
-            above, done = slice(0, B.start), slice(B.stop, len(R))
-            block = R[B, B].triu(1)
-            block = block + block.t()
-            block.diagonal().copy_(self.diagonal[B] + damping)
-            if B.stop < len(R):
-                block.addmm_(R[B, done], R[B, done].t(), alpha=-1)
-                R[above, B].addmm_(R[above, done], R[B, done].t(), alpha=-1)
-            L, info = torch.linalg.cholesky_ex(block.flip(0, 1))
-            failures.append(info)
-            block = L.flip(0, 1)
-            R[B, B] = R[B, B].tril(-1) + block.triu()
-            if B.start:
-                R[above, B] = torch.linalg.solve_triangular(block.t(), R[above, B], upper=False, left=False)
-        return torch.stack(failures).eq(0).all()
-
-    def restore(self):
-        """Put H back where R is."""
-        self.R.diagonal().copy_(self.diagonal)
-        mirror(self.R.t())
-
-    def row_energies(self, A):
-        """Return the diagonal of A H Aᵀ, ‖a X‖² for every row a of A (rows, in)."""
-        total = torch.zeros(len(A), dtype=A.dtype, device=A.device)
-        for B in upper_blocks(len(self.R), self.R.device):
-            A_B = A[:, B]
-            product = A_B @ self.R[B, B].tril(-1)
-            if B.start:
-                product = product.addmm_(A[:, :B.start], self.R[B, :B.start].t())
-            product.mul_(2).addcmul_(A_B, self.diagonal[B])  # what is above the diagonal is the same
-            total += torch.linalg.vecdot(product, A_B)
-        return total
+    return R, is_positive
 
 
 def upper_inverse(R):
@@ -138,7 +68,7 @@ def upper_blocks(columns, device):
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
-def row_energies(A, H):
+def rowwise_quadratic_form(A, H):
     """Return the diagonal of A H Aᵀ, ‖a X‖² for every row a of A (rows, in). H: (in, in), symmetric."""
     if suits(A, H):  # copying blocks of A would cost more than the lower half
         return torch.linalg.vecdot(times_transposed(A, H), A)
@@ -244,8 +174,9 @@ def smallest(scores, ks):
 
 def _smallest(values, k):
     mask = torch.zeros_like(values, dtype=torch.bool)
-    if torch.is_tensor(k):
-        return mask.scatter_(0, values.argsort(), torch.arange(len(values), device=values.device) < k)
+    if values.is_cuda:  # without a wait of the host
+        order = values.argsort(stable=True)
+        return mask.scatter_(0, order, torch.arange(len(values), device=values.device) < k)
     if not k:
         return mask
     value = _kth_smallest(values, k)

@@ -7,8 +7,8 @@ from greenlet import getcurrent, greenlet
 
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.experts import RoutedLinear, is_split
+from mixgpt.pruning.hessian import InputHessian
 from modelutils import hooked, linears, shared_inputs
-from sparsegpt import InputHessian
 
 
 def groups_of(layer, index, stream, plan, shared):
@@ -53,7 +53,7 @@ def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weigh
             hessians[module].add_batch(X, **more)
             # cheap; read only if the Hessian is not finite
             sequences = 1 if routed else X.numel() // (stream.hidden.shape[1] * X.shape[-1])
-            hessians[module].sums.append(X.reshape(sequences, -1).sum(1, dtype=torch.float32))
+            hessians[module].sequence_sums.append(X.reshape(sequences, -1).sum(1, dtype=torch.float32))
 
     return hessians, read
 

@@ -164,19 +164,19 @@ class DenseTwin:
         self._inputs[self.stops[twin]].append((x, getattr(twin, "tokens", None)))
 
     def fit_targets(self, module, X):
-        """Return the shift or gain of a pruned layer's module in the next batch, whose input is X.
+        """Return the input or output gap of a pruned layer's module in the next batch, whose input is X.
 
         Keyword arguments of `InputHessian.add_batch`: half of the gap to the dense model's input and, if the module
         writes to the residual stream, half of the gap there too.
         """
         batch, self._taken[module] = self._taken[module], self._taken[module] + 1
         x, tokens = self._inputs[module].popleft()
-        shift = SHARE * (_aligned(module, x, tokens, X) - X)
+        gap = SHARE * (_aligned(module, x, tokens, X) - X)
         if module not in self._lags or module not in self._alone:
-            return {"shift": shift}
+            return {"input_gap": gap}
         lag = self._lags[module][batch]
         missing = self._before(module, x, lag)
-        return {"gain": torch.nn.functional.linear(shift, module.weight).view_as(lag).add(missing, alpha=SHARE)}
+        return {"output_gap": torch.nn.functional.linear(gap, module.weight).view_as(lag).add(missing, alpha=SHARE)}
 
     def _before(self, module, x, lag):
         """Return the change of a writer's output that closes a lag of the stream: through its scale and its norm."""

@@ -14,10 +14,10 @@ from mixgpt.modeling.experts import RoutedLinear
 from mixgpt.modeling.streaming import prefetch
 from mixgpt.pruning.calibration import groups_of, hessians_of, paused_forwards, pools_of, strengthen
 from mixgpt.pruning.dense_target import DenseTwin
+from mixgpt.pruning.hessian import activation_order
 from mixgpt.pruning.solvers import prune_in_place
 from mixgpt.pruning.targets import Outcome
 from modelutils import hooked, linears, on_device
-from sparsegpt import activation_order
 
 
 @torch.no_grad()
@@ -195,5 +195,5 @@ class _Calibrated:
 
 def _first_bad(hessian):
     """Name this process's first calibration sequence whose input is not finite, if any."""
-    finite = torch.cat(hessian.sums).isfinite().tolist()
+    finite = torch.cat(hessian.sequence_sums).isfinite().tolist()
     return "" if all(finite) else f", from calibration sequence {finite.index(False)} on"

@@ -8,8 +8,9 @@ import torch
 from mixgpt.common import distributed
 from mixgpt.kernels.linalg import smallest
 from mixgpt.pruning.admm import admm_pruner
+from mixgpt.pruning.hessian import InputHessian, relative_errors
 from quant import meet_sparsities
-from sparsegpt import InputHessian, WalkOptions, relative_errors, walk_matrices
+from sparsegpt import WalkOptions, walk_matrices
 
 SPREAD = 3  # standard deviations of the number of weights that rounding sets to 0, by which fewer are pruned
 
@@ -104,19 +105,19 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     W, counts = torch.cat(shares).float(), [len(rows) for rows in shares]
     if row_weights is not None:
         row_weights = torch.cat([of_rows[distributed.share(len(of_rows))] for of_rows in row_weights.split(sizes)])
-    whole = hessian.energies(W)
+    whole = hessian.rowwise_quadratic_form(W)
     optima = list(hessian.optimum(W).split(counts))
     pruned = recipe.solver(Problem(hessian, optima, targets, recipe.options, dtype, row_weights))
-    exact = torch.cat([matrix for matrix, *_ in pruned])[:, hessian.back]
+    exact = torch.cat([matrix for matrix, *_ in pruned])[:, hessian.inverse_order]
     W_hat, losses = exact.to(dtype), [loss for _, _, *known in pruned for loss in known]
-    if losses and not hessian.moves and (W.is_cuda or dtype == W.dtype):
+    if losses and not hessian.has_shifted_target and (W.is_cuda or dtype == W.dtype):
         lost = _undamped(hessian, torch.cat(losses), W, exact, W_hat)
     else:
-        lost = hessian.energies(W.sub_(W_hat))
+        lost = hessian.rowwise_quadratic_form(W.sub_(W_hat))
     errors = relative_errors(lost, whole, counts)
     for weight, new in zip(weights, W_hat.split(counts), strict=True):
         weight.copy_(distributed.all_gather_shares(new, len(weight)))
-    return [(error, grid and replace(grid.gathered(rows), group=grid.group[hessian.back]))
+    return [(error, grid and replace(grid.gathered(rows), group=grid.group[hessian.inverse_order]))
             for error, rows, (_, grid, *_) in zip(errors, sizes, pruned, strict=True)]
 
 
@@ -127,5 +128,5 @@ def _undamped(hessian, losses, W, exact, W_hat):
     others and of W − Ŵ, so that only their squares are expected to add up. W (rows, in) is overwritten.
     """
     removed = torch.linalg.vector_norm(W.sub_(exact), dim=1).square()
-    rounded = torch.sub(exact, W_hat, out=W).square_() @ hessian.h[hessian.back]
+    rounded = torch.sub(exact, W_hat, out=W).square_() @ hessian.h[hessian.inverse_order]
     return losses - hessian.damping * removed + rounded

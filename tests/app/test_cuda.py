@@ -347,7 +347,7 @@ def test_memory_is_given_back_before_a_step_begins_again(gpu, checkpoint_folder)
             gc.enable()
 
 
-SOLVER = {"sparsegpt.py", "linalg.py", "solvers.py", "layerwise.py", "calibration.py"}
+SOLVER = {"sparsegpt.py", "hessian.py", "linalg.py", "solvers.py", "layerwise.py", "calibration.py"}
 
 
 def test_the_host_goes_on_while_the_gpu_prunes_a_layer(gpu, checkpoint_folder, monkeypatch):

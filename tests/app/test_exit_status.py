@@ -17,7 +17,7 @@ import llama
 import results
 from mixgpt.app import exit_status, pipeline
 from mixgpt.common.errors import InputError
-from sparsegpt import InputHessian
+from mixgpt.pruning.hessian import InputHessian
 
 COMMANDS = {
     "llama.py": (lambda argv: run(llama.FAMILY, *argv), (pipeline, "run"), ["somebody/model", "builtin"]),

@@ -18,12 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llama
 from mixgpt.common.clock import Clock
 from mixgpt.kernels import columns
+from mixgpt.pruning.hessian import InputHessian, relative_error
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel, linears
 from quant import Scheme
-from sparsegpt import InputHessian, prune_matrix, relative_error
+from sparsegpt import prune_matrix
 
 
 @pytest.mark.parametrize("target, wbits", [((0.5,), 16), ((0.0, 2, 4), 16), ((0.5,), 4)])

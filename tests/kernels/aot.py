@@ -2,7 +2,7 @@
 
 python tests/kernels/aot.py 80 90        {"sm_80 2:4": {"registers": 160, "stack": 0, "spills": 0, "shuffles": 48}, …}
 
-A kernel is given the arguments that `columns_cuda.walk_columns` or `selection_cuda.mark_smallest` would launch it with,
+A kernel is given the arguments that `columns_cuda.walk_columns` would launch it with,
 specialised as Triton specialises them: integers that are 1 are constants, those that 16 divides are known to be so.
 """
 
@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mixgpt.kernels import columns_cuda, selection_cuda
+from mixgpt.kernels import columns_cuda
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float32: "*fp32", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64"}
@@ -67,21 +67,11 @@ def walks(rows, columns, m, dtype, by_rows):
     columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, torch.ones(columns), groups, grid)
 
 
-def marks(weighted):
-    """Mark the smallest weights of two matrices in a range of columns."""
-    W, row_weights = torch.zeros(512, 4096)[:128], torch.ones(4096) if weighted else None
-    selection_cuda.mark_smallest(W, W > 0, W > 0, torch.ones(128), row_weights,
-                                 [(slice(0, 2048), 5), (slice(2048, 4096), 7)])
-
-
 def launches():
     """Return {name: (kernel, arguments, options)} of all kernels."""
     found = {}
     for name, case in KERNELS.items():
         found[name], = recorded(columns_cuda, "_walk_rows", lambda case=case: walks(*case))
-    for weighted in (False, True):
-        for step, launch in enumerate(recorded(selection_cuda, "_mark", lambda weighted=weighted: marks(weighted))):
-            found[f"marks, pass {step}{', rows weighted' * weighted}"] = launch
     return found
 
 

@@ -1,4 +1,4 @@
-"""Check the smallest scores against sorted lists, triangular inverses and packed factors against the full matrices."""
+"""Check the smallest scores against sorted lists, and triangular inverses against the full matrices."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sparsegpt import hypothesis_settings, random
 
-from mixgpt.kernels import linalg
 from mixgpt.kernels.columns import smallest_per_row
-from mixgpt.kernels.linalg import Packed, kth_smallest, smallest, upper_blocks, upper_inverse
+from mixgpt.kernels.linalg import kth_smallest, smallest, upper_blocks, upper_inverse
 
 small_integers = st.integers(-3, 3).map(float)  # many ties
 
@@ -49,49 +48,6 @@ def test_smallest_per_row_marks_the_first_n_of_each_sorted_row(columns, data):
 def test_the_inverse_of_a_triangular_matrix(n):
     R = (torch.eye(n) + random(n, n) / 3 / n ** 0.5).triu()
     torch.testing.assert_close(upper_inverse(R.float()).double(), torch.linalg.inv(R), rtol=0, atol=1e-5)
-
-
-# H and R in one memory
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """Strips of 16 columns, so that a small matrix has many."""
-    monkeypatch.setattr(linalg, "STRIP", 16)
-
-
-def positive(n, dtype=torch.float64):
-    X = random(2 * n, n, seed=n) @ (torch.eye(n) + 0.3 * random(n, n, seed=1))
-    return linalg.mirror(X.t() @ X / n).to(dtype)
-
-
-@pytest.mark.parametrize("n", [1, 16, 17, 70])
-@pytest.mark.parametrize("dtype, digits", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_a_packed_matrix_is_factored_in_its_own_memory_and_can_be_read_all_the_same(n, dtype, digits, narrow):
-    H = positive(n, dtype)
-    packed = Packed(H.clone())
-    place = packed.R.data_ptr()
-    assert packed.factor(0.3) and packed.R.data_ptr() == place
-    R, wanted = packed.R.triu().double(), H.double() + 0.3 * torch.eye(n).double()
-    assert (R @ R.t() - wanted).norm() <= digits * wanted.norm() and (R.diagonal() > 0).all()
-    assert torch.equal(packed.H, H)
-    A = random(5, n).to(dtype)
-    torch.testing.assert_close(packed.row_energies(A).double(), (A.double() @ H.double() * A).sum(1), rtol=1e-5, atol=0)
-    packed.restore()
-    assert torch.equal(packed.R, H)
-
-
-@pytest.mark.parametrize("bad", [2, 30, 69])
-def test_a_packed_matrix_that_is_not_positive_definite_is_found_and_put_back(bad, narrow):
-    H = positive(70)
-    H[bad] = H[:, bad] = 0
-    H[bad, bad] = -1
-    packed = Packed(H.clone())
-    assert not packed.factor(0.5)
-    packed.restore()
-    assert torch.equal(packed.R, H)
-    assert packed.factor(1.5)
-    torch.testing.assert_close(packed.R.triu() @ packed.R.triu().t(), H + 1.5 * torch.eye(70))
 
 
 def test_blocks_of_a_gpu_are_wide_and_all_blocks_cover_the_columns():

@@ -6,9 +6,10 @@ import torch
 from mixgpt.app.choices import SOLVERS
 from mixgpt.pruning import admm
 from mixgpt.pruning.admm import admm_pruner, admm_scores, keep_mask, solve_on_support
+from mixgpt.pruning.hessian import InputHessian, factor, relative_error
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from quant import Scheme
-from sparsegpt import InputHessian, WalkOptions, factor, prune_matrices, relative_error
+from sparsegpt import WalkOptions, prune_matrices
 
 CPU = torch.device("cpu")
 
@@ -159,18 +160,19 @@ def test_columns_without_input_are_free_to_prune(problem, solver, scheme):
     assert scheme is None or torch.equal(grid.weights(grid.codes(weight)), weight)
 
 
-def test_outputs_that_are_shifted_or_gain_are_met_by_the_ridge_solution(problem):
+def test_outputs_with_gaps_are_met_by_the_ridge_solution(problem):
     W, X = problem
     generator = torch.Generator().manual_seed(2)
-    shift = torch.randn(X.shape, generator=generator, dtype=torch.float64)
-    gain = 3 * torch.randn(len(X), len(W), generator=generator, dtype=torch.float64)
-    for options in ({"shift": shift}, {"gain": gain}, {"shift": shift, "gain": gain}):
+    input_gap = torch.randn(X.shape, generator=generator, dtype=torch.float64)
+    output_gap = 3 * torch.randn(len(X), len(W), generator=generator, dtype=torch.float64)
+    both = {"input_gap": input_gap, "output_gap": output_gap}
+    for options in ({"input_gap": input_gap}, {"output_gap": output_gap}, both):
         hessian = InputHessian(32, 4, CPU)
         for half in (slice(0, 150), slice(150, 400)):
             hessian.add_batch(X[half].float(), **{name: value[half].float() for name, value in options.items()})
         hessian.factor(0.01)
         ridge = (0.01 * hessian.H.diagonal().mean().double()).sqrt()
-        outputs = (X + options.get("shift", 0)) @ W.T + options.get("gain", 0)
+        outputs = (X + options.get("input_gap", 0)) @ W.T + options.get("output_gap", 0)
         exact = torch.linalg.lstsq(torch.cat([(2 / 4) ** 0.5 * X, ridge * torch.eye(32, dtype=torch.float64)]),
                                    torch.cat([(2 / 4) ** 0.5 * outputs, ridge * W.T])).solution.T
         assert torch.allclose(hessian.optimum(W.float()).double(), exact, rtol=1e-3, atol=1e-3)

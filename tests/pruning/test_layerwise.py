@@ -14,12 +14,13 @@ from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.kernels import columns
 from mixgpt.pruning import layerwise
 from mixgpt.pruning.dense_target import residual_writers
+from mixgpt.pruning.hessian import factor
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
 from modelutils import HiddenStates, StreamedModel, linears, shared_inputs
-from sparsegpt import WalkOptions, factor, prune_matrix
+from sparsegpt import WalkOptions, prune_matrix
 
 HALF = Target(0.5)
 OPTIONS = {"saliency": "obs", "blocksize": 16, "true_sequential": False}

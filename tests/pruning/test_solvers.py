@@ -9,9 +9,10 @@ from test_sparsegpt import correlated_inputs, random
 
 from mixgpt.app.choices import SOLVERS
 from mixgpt.pruning import solvers
+from mixgpt.pruning.hessian import InputHessian, relative_error
 from mixgpt.pruning.solvers import Recipe, prune_in_place, walk
 from quant import Scheme
-from sparsegpt import InputHessian, WalkOptions, relative_error
+from sparsegpt import WalkOptions
 
 
 def pruned_on(device, dtype, recipe, target=(0.5,), shift=None, order=None):
@@ -19,7 +20,7 @@ def pruned_on(device, dtype, recipe, target=(0.5,), shift=None, order=None):
     X, weights = correlated_inputs(300, 96).float(), [random(40, 96, seed=3).to(dtype), random(24, 96).to(dtype)]
     pruned, order = [W.to(device, copy=True) for W in weights], None if order is None else order.to(device)
     hessian = InputHessian(96, 1, device)
-    hessian.add_batch(X.to(device), shift=None if shift is None else shift.to(device))
+    hessian.add_batch(X.to(device), None if shift is None else shift.to(device))
     hessian.factor(0.01, order)
     errors = [error for error, _ in prune_in_place(hessian, pruned, [target] * 2, recipe)]
     return weights, [W.cpu() for W in pruned], (X.double().t() @ X.double()), [error.item() for error in errors]

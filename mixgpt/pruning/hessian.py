@@ -1,0 +1,210 @@
+"""The Hessian of a layer's input, accumulated batch by batch, and its triangular factor.
+
+Notation: Y = X Wᵀ with W (out, in); H = (2/N) Xᵀ X (in, in) over N sequences; H + λI = R Rᵀ with R upper triangular.
+"""
+
+import torch
+
+from mixgpt.common import distributed
+from mixgpt.kernels.linalg import damping, rowwise_quadratic_form, upper_blocks, upper_cholesky
+from mixgpt.kernels.matmul import add_product, exact_bfloat16, multiplies_bfloat16, times_transposed
+
+MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H can be factored
+
+
+class InputHessian:
+    """The Hessian of one input, accumulated batch by batch, and its factor for all matrices that read this input.
+
+    Once factored: R (in, in); h (in,), the diagonal of H without damping; percdamp; order and inverse_order, the column
+    indices of the walk. R and h are in the order of the walk.
+    """
+
+    def __init__(self, columns, nsequences, device):
+        """Start from H = 0. columns: width of the input. nsequences: N in H = (2/N) Xᵀ X."""
+        self.columns, self.device = columns, torch.device(device)
+        self._blocks = upper_blocks(columns, self.device)
+        self._sums = self._input_moment = self._output_moment = self._H = None
+        self._scale = 2 / nsequences
+        self.tokens = 0  # added, over all processes once reduced
+        self.sequence_sums = []  # per batch, (B,): the sum of each sequence's input, to find those not finite
+
+    def add_batch(self, X, input_gap=None, output_gap=None, weights=None):
+        """Accumulate inputs X (..., in) into the blocks on and above the diagonal of H: exact products, float32 sums.
+
+        The regression target is X Wᵀ; with input_gap (..., in), (X + input_gap) Wᵀ; with output_gap (..., out),
+        X Wᵀ + output_gap. weights: (tokens,), the weight of each token (default: 1).
+        """
+        X = X.reshape(-1, self.columns)
+        self.tokens += len(X)
+        self._allocate(input_gap, output_gap)
+        if len(X):  # an expert may get none
+            roots = None if weights is None else weights.sqrt()
+            (self._add_on_gpu if X.is_cuda else self._add)(X, input_gap, output_gap, roots)
+
+    def _allocate(self, input_gap=None, output_gap=None):
+        """Allocate the sums: not before the first batch, as inputs of a layer may follow each other."""
+        def zeros(*shape):
+            return torch.zeros(*shape, device=self.device)
+
+        if self._sums is None:  # the upper triangle's blocks of columns, without the factor 2/N
+            self._sums = [zeros(B.stop, B.stop - B.start) for B in self._blocks]
+        if input_gap is not None and self._input_moment is None:
+            self._input_moment = zeros(self.columns, self.columns)
+        if output_gap is not None and self._output_moment is None:
+            self._output_moment = zeros(output_gap.shape[-1], self.columns)
+
+    def _add(self, X, input_gap, output_gap, roots):
+        features = _features(X, roots)
+        if input_gap is not None:
+            self._input_moment = _with_moment(self._input_moment, input_gap, X, features, roots)
+        if output_gap is not None:
+            self._output_moment = _with_moment(self._output_moment, output_gap, X, features, roots)
+        with exact_bfloat16(X.dtype if roots is None else None):
+            self._sums = [times_transposed(features[:B.stop], features[B], total)
+                          for B, total in zip(self._blocks, self._sums, strict=True)]
+
+    def _add_on_gpu(self, X, input_gap, output_gap, roots):
+        """Add products of 16-bit inputs and gaps as they are: these are exact in the float32 sums of a GPU."""
+        X, input_gap, output_gap = (A if A is None else A.reshape(len(X), -1) if roots is None else
+                                    A.reshape(len(X), -1).float() * roots[:, None] for A in (X, input_gap, output_gap))
+        if input_gap is not None:
+            add_product(self._input_moment, input_gap.t(), X)
+        if output_gap is not None:
+            add_product(self._output_moment, output_gap.t(), X)
+        for B, total in zip(self._blocks, self._sums, strict=True):
+            add_product(total, X[:, :B.stop].t(), X[:, B])
+
+    def reduce(self):
+        """Sum the Hessian over all processes."""
+        self._allocate()
+        for total in (*self._sums, self._input_moment, self._output_moment):
+            if total is not None:
+                distributed.all_reduce(total)
+        self.tokens, = distributed.total([self.tokens])
+
+    @property
+    def H(self):
+        """The complete Hessian (in, in), undamped. No batch can be added once it has been read."""
+        if self._H is None:
+            self._allocate()
+            self._H = torch.empty(self.columns, self.columns, device=self.device)
+            for B in self._blocks:
+                block = self._sums.pop(0).mul_(self._scale)
+                self._H[:B.stop, B] = block
+                self._H[B, :B.start] = block[:B.start].t()
+                self._H[B, B] = block[B].triu() + block[B].triu(1).t()
+        return self._H
+
+    def factor(self, percdamp, order=None):
+        """Factor the Hessian once for all matrices; see `factor`. Returns the percdamp used.
+
+        order: (in,), column indices in the order of the walk (default: unchanged).
+        """
+        self.order = slice(None) if order is None else order
+        self.inverse_order = slice(None) if order is None else order.argsort()
+        self.R, self.percdamp = factor(self.H[self.order][:, self.order], percdamp)
+        self.h = self.H.diagonal()[self.order]
+        return self.percdamp
+
+    @property
+    def damping(self):
+        """λ, the damping of the factored Hessian."""
+        return damping(self.h, self.percdamp)
+
+    @property
+    def damped(self):
+        """H + λI (in, in), in the order of the walk: a copy."""
+        H = self.H[self.order][:, self.order].clone()
+        H.diagonal().add_(self.damping)
+        return H
+
+    def rowwise_quadratic_form(self, A):
+        """Return ‖a X‖² for every row a of A (rows, in), up to the scale of H. Columns in the order of the input."""
+        return rowwise_quadratic_form(A, self.H)
+
+    def optimum(self, W):
+        """Return the target weights W* (out, in) that pruning should approximate, columns in the order of the walk.
+
+        W: (out, in), the dense weights. W* = W if no batch had an input gap s or an output gap g. Otherwise, with
+        D = (2/N) Σ s ẋᵀ and G = (2/N) Σ g ẋᵀ over the inputs ẋ, W* = W + (W D + G) (H + λI)⁻¹: ridge regression onto
+        the outputs W (ẋ + s) + g, with penalty λ on the distance from W. The loss around W* is the same quadratic as
+        without gaps around W. Zero weights stay zero. Compare QEP (arXiv 2504.09629).
+        """
+        W, moment = W[:, self.order], 0.0
+        if not self.has_shifted_target:
+            return W
+        if self._input_moment is not None:
+            moment = times_transposed(W, self._input_moment[self.order][:, self.order].t())
+        if self._output_moment is not None:
+            moment = moment + self._output_moment[distributed.share(len(self._output_moment))][:, self.order]
+        change = torch.linalg.solve_triangular(self.R.t(), self._scale * moment, upper=False, left=False)
+        change = torch.linalg.solve_triangular(self.R, change, upper=True, left=False)
+        return (W + change).masked_fill_(W == 0, 0)
+
+    @property
+    def has_shifted_target(self):
+        """Whether the target weights differ from the dense ones."""
+        return self._input_moment is not None or self._output_moment is not None
+
+
+def _features(X, factors=None):
+    """Return X (..., width), scaled by factors (tokens,), as a contiguous float32 (width, tokens)."""
+    features = X.reshape(-1, X.shape[-1]).t().contiguous().float()  # transposing after the conversion is slower
+    return features if factors is None else features * factors
+
+
+def _with_moment(total, gap, X, features, roots):
+    """Return total + gapᵀ X, of gaps (..., m) and inputs X (tokens, n), (m, n) in float32 on the CPU.
+
+    features: those of X. In bfloat16, where that is fast, the sum of a batch is rounded: a target need not be exact.
+    """
+    if roots is None and X.dtype == gap.dtype == torch.bfloat16 and multiplies_bfloat16():
+        return total.add_(gap.reshape(len(X), -1).t() @ X)
+    return times_transposed(_features(gap, roots), features, total)
+
+
+def factor(H, percdamp=0.01):
+    """Factor the damped Hessian: R upper triangular with H + λI = R Rᵀ, λ = percdamp · mean(diag H).
+
+    H: (in, in), symmetric; only its upper triangle is read. Returns R (in, in) and the percdamp used: while H + λI is
+    not positive definite, percdamp is multiplied by 10, starting from at least 1e-4, up to MAX_DAMPING. The host waits
+    for a GPU once per damping.
+    Raises torch.linalg.LinAlgError if H is not finite or cannot be factored even with MAX_DAMPING.
+    """
+    all_finite = H.diagonal().isfinite().all()
+    while True:
+        R, is_positive = upper_cholesky(H, damping(H.diagonal(), percdamp))
+        positive, finite = torch.stack([is_positive, all_finite]).tolist()
+        if not finite:
+            raise torch.linalg.LinAlgError("the Hessian contains NaN or inf")
+        if positive:
+            return R, percdamp
+        if percdamp >= MAX_DAMPING:
+            raise torch.linalg.LinAlgError(f"the Hessian is not positive definite at percdamp {percdamp:g}")
+        percdamp = min(max(10 * percdamp, 1e-4), MAX_DAMPING)
+
+
+def activation_order(h, prunem=0):
+    """Order the columns by decreasing h (in,), the diagonal of H; n:m groups stay together, ordered by their sum."""
+    groups = h.view(-1, prunem or 1)
+    order = groups.sum(1).argsort(descending=True, stable=True)
+    return torch.arange(len(h), device=h.device).view(groups.shape)[order].flatten()
+
+
+def relative_error(W, W_hat, H):
+    """Return ‖(W − Ŵ) X‖² / ‖W X‖² over the calibration inputs of H (0 if W X vanishes).
+
+    W, W_hat: (out, in). H: (in, in), undamped; its scale cancels.
+    """
+    return relative_errors(rowwise_quadratic_form(W - W_hat, H), rowwise_quadratic_form(W, H), [len(W)])[0].item()
+
+
+def relative_errors(lost, whole, counts):
+    """Return the `relative_error` of each of several stacked matrices, a float64 tensor on their device.
+
+    lost, whole: (total rows,), ‖(w − ŵ) X‖² and ‖w X‖² of every row. counts: rows of each matrix, of this process.
+    """
+    sums = torch.stack([rows.sum() for forms in (lost, whole) for rows in forms.split(counts)]).double()
+    distributed.all_reduce(sums)
+    lost, whole = sums.chunk(2)
+    return torch.where(whole == 0, 0.0, lost.clamp_min(0) / whole)
