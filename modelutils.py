@@ -21,7 +21,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.modeling import arguments
 from mixgpt.modeling.experts import is_split
 from mixgpt.modeling.family import Family
-from mixgpt.modeling.streaming import prefetch
+from mixgpt.modeling.streaming import disk_weights, prefetch
 
 SLICE = 1024  # tokens whose logits are in memory at a time
 CPU_SLICE = 128  # the same where they should stay in the caches of a CPU
@@ -79,23 +79,23 @@ class StreamedModel:
 
 @contextlib.contextmanager
 def on_device(modules, device):
-    """Keep `modules` on `device` within the block; afterwards on the host, or on disk if they have a `Source`.
+    """Keep `modules` on `device` within the block; afterwards on the host, or on disk if they have `DiskWeights`.
 
-    Changes to modules with a source are lost at the end of the block, unless written to the source.
+    Changes to modules on disk are lost at the end of the block, unless written there.
     """
     held = []
     try:
         for module in modules:
             held.append(module)
-            if source := getattr(module, "source", None):
-                source.load(module, device)
+            if weights := disk_weights(module):
+                weights.load(module, device)
             else:
                 module.to(device)
         yield
     finally:
         for module in held:
-            if source := getattr(module, "source", None):
-                source.unload(module)
+            if weights := disk_weights(module):
+                weights.unload(module)
             else:
                 module.to("cpu")
 

@@ -266,10 +266,10 @@ def save(path, model, tokenizer, record, family=None, save_format="dense", grids
     """Save a model in memory as a run does at its end."""
     family = family or family_of(model)
     with RunDir(path, save_format) as folder:
-        folder.start(model, family, {})
+        folder.open(model, family, {})
         folder.write_record(record)
-        folder.complete(tokenizer, grids or {})
-        folder.end()
+        folder.write_checkpoint(tokenizer, grids or {})
+        folder.close()
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,8 @@ FAULTS = {
     "save into the model": refused(
         "--save {root}/model", "--save {root}/model: exists and is not an empty folder", "{root}/model builtin "),
     "save where nobody can write": refused(
-        "--save /proc/saved/a", "--save /proc/saved/a: /proc cannot be written (…)", "{root}/model builtin "),
+        "--save /proc/saved/a", "--save /proc/saved/a: cannot be used (…); name another folder",
+        "{root}/model builtin "),
     "a picture of another kind": refused("--plot {root}/a.jpg", "--plot {root}/a.jpg: must end in .png, .pdf, .svg",
                                          f"{MIXED} "),
     # texts

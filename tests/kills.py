@@ -93,23 +93,23 @@ class Moments:
         owner.open = wrapped
 
 
-def watch(fatal, log, root, patience, shard):
+def watch(fatal, log, root, shard):
     """Kill this process at moment number `fatal`, or write the parts that all moments fell in to `log`."""
     moments = Moments(fatal)
-    layer_files.STATES_EVERY, backward.BORDERS = patience, 1  # a chunk of sequences is one batch
+    backward.BORDERS = 1  # a chunk of sequences is one batch
     shards.LARGEST = shard
     timed = clock.Clock.part
 
     @contextlib.contextmanager
-    def part(clock, name):
+    def timed_part(clock, name):
         with timed(clock, name), moments.part(name):
             yield
 
-    clock.Clock.part = part
-    for name in ("finish", "_keep", "settle_distilled"):  # a thread keeps what is finished
+    clock.Clock.part = timed_part
+    for name in ("save_layer", "_write_layer", "finish_distillation"):  # a thread writes what is finished
         moments.around(layer_files.LayerFiles, name, "finish")
-    for name in ("kept", "complete", "end"):
-        moments.around(run_dir.RunDir, name, name)
+    for name, part in (("kept", "kept"), ("write_checkpoint", "complete"), ("close", "end")):
+        moments.around(run_dir.RunDir, name, part)
     moments.around(traces, "_write", "traces")
     for name in ("embed", "call"):
         moments.around(modelutils.HiddenStates, name)

@@ -70,7 +70,7 @@ def start(fork, model, row, root, victim, fatal, *more):
     root.mkdir(exist_ok=True)
     arguments, port = [model, "builtin", *options, *SMALL, "--save", root / "saved", *more], free_port()
     return Together([fork(command, "llama", arguments, root / ("log" if rank == victim else f"log-{rank}"), member, (
-        rank, world, port, fatal if rank == victim else 0, root / f"moments-{rank}.json", root, 0, SHARD))
+        rank, world, port, fatal if rank == victim else 0, root / f"moments-{rank}.json", root, SHARD))
         for rank in range(world)])
 
 

@@ -18,6 +18,7 @@ import datautils
 import opt
 from mixgpt.app.choices import ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, SALIENCIES, SOLVERS, Allocation
 from mixgpt.checkpoints import load
+from mixgpt.checkpoints.choices import SaveFormat
 from mixgpt.common.registry import Choice
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.evaluation.sparsity import measure_sparsity
@@ -293,7 +294,7 @@ def test_a_save_format_writes_the_folder(checkpoint_folder, tmp_path):
     def in_one_file(folder, model, family, grids):
         model.save_pretrained(folder, max_shard_size="1TB")
 
-    FORMATS["one-file"] = Choice("every weight in one file", in_one_file)
+    FORMATS["one-file"] = SaveFormat("every weight in one file", in_one_file)
     folder = tmp_path / "saved"
     assert run(opt.FAMILY, checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--save", folder, "--save-format",
                "one-file", *SMALL) == 0

@@ -10,7 +10,7 @@ from conftest import CPU, VOCABULARY, make
 import modelutils
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.family import Family
-from mixgpt.modeling.streaming import Source
+from mixgpt.modeling.streaming import DiskWeights
 from modelutils import HiddenStates, linears, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -168,8 +168,8 @@ def test_ctrl_c_while_layers_are_made_to_record_passes_and_leaves_them_as_they_w
 
 
 def test_ctrl_c_before_a_module_is_read_from_disk_passes():
-    module, source = torch.nn.Linear(2, 2, device="meta"), Source({}, torch.float32)
-    module.source = source
+    module, source = torch.nn.Linear(2, 2, device="meta"), DiskWeights({}, torch.float32)
+    module.disk_weights = source
     source.ahead = SimpleNamespace(result=interrupted)
     module.state_dict = interrupted
     with pytest.raises(KeyboardInterrupt), modelutils.on_device([module], CPU):

@@ -10,7 +10,7 @@ import pandas as pd
 
 from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
 from mixgpt.app.tables import NO_METRICS, table
-from mixgpt.checkpoints.names import RECORD, begun
+from mixgpt.checkpoints.choices import RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.program import SCHEMA, check_signature
 
@@ -26,7 +26,7 @@ def files_of(names):
 
 def read(file):
     """Read the record of a finished run. Raises InputError, naming the file, if it is not one."""
-    if file.name == RECORD and begun(file.parent):
+    if file.name == RECORD and is_interrupted_run(file.parent):
         raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
     with reading(f"{file}: is not the record of a run, as --record and --save write it"):
         record = json.loads(file.read_text())

@@ -38,6 +38,7 @@ from mixgpt.evaluation import selfcheck, semistructured
 from mixgpt.evaluation.perplexity import logits, perplexity
 from mixgpt.evaluation.sparsity import count_zeros, measure_weights
 from mixgpt.kernels.columns import triton_obstacle
+from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning import calibration, distill
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
@@ -95,7 +96,7 @@ class Job:
     @property
     def on_disk(self):
         """Whether the weights stay on disk, so that a failed step can restart."""
-        return hasattr(self.model, "source")
+        return disk_weights(self.model) is not None
 
     @property
     def hessian_tokens(self):
@@ -186,13 +187,12 @@ def check(job):
         _check_room(job)
         if settings.sensitivity_file:
             traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, job.family), settings.sensitivity)
-        if settings.save and distributed.rank() == 0:  # the first process locks the directory
-            load.check_save(settings.save, _size_on_disk(job, skeleton), settings.resume)
+        if settings.save:
+            job.run_dir = job.stack.enter_context(RunDir(settings.save, settings.save_format,
+                                                         _size_on_disk(job, skeleton), settings.resume))
+            job.layer_files = job.run_dir.files
         job.tokenizer = load.load_tokenizer(settings.model)
         job.settings = replace(settings, bos=bos.resolve(settings.bos, job.config.model_type, job.tokenizer))
-        if settings.save:
-            job.run_dir = job.stack.enter_context(RunDir(settings.save, settings.save_format))
-            job.layer_files = job.run_dir.files
 
 
 def _check_room(job):
@@ -213,8 +213,6 @@ def _size_on_disk(job, skeleton):
     """Estimate the bytes of finished layers and of the result, which is written beside them."""
     settings, dtype, changed = job.settings, dtype_of(job), list(job.selected.values())
     layers = load.size(skeleton, dtype) if job.selected else 0
-    if settings.save_format == "dense":
-        return layers + load.size(skeleton, dtype)
     return layers + load.size(skeleton, dtype) + formats.expected_bytes(
         settings.save_format, changed, target_of(settings).sparsity, settings.scheme, load.itemsize(dtype)) - (
         load.itemsize(dtype) * sum(out * columns for out, columns in changed))
@@ -281,10 +279,10 @@ def open_model(job):
         job.model = load.open_model(settings.model, job.config, job.family, dtype_of(job))
         if job.run_dir:
             job.identity = records.identity(records.asked(settings, job.seqlen, job.device), job.model, job.calibration)
-            job.run_dir.start(job.model, job.family, job.identity)
+            job.run_dir.open(job.model, job.family, job.identity)
         elif job.selected and job.on_disk:  # pruned layers go to disk too
             job.layer_files = job.stack.enter_context(_temporary_files(job))
-            job.layer_files.start(job.model, job.family)
+            job.layer_files.open(job.model, job.family)
 
 
 def _temporary_files(job):
@@ -305,7 +303,7 @@ def _temporary_files(job):
             raise InputError(f"TMPDIR {tempfile.gettempdir()}: pruned layers need {needed / 1e9:.3f} GB, "
                              f"{free / 1e9:.3f} GB are free; set it to a folder on a larger disk, or give --save")
     return LayerFiles(distributed.broadcast_object(path), f"TMPDIR {tempfile.gettempdir()}",
-                      "free some space, or set TMPDIR to a folder on a larger disk", keeps_states=False)
+                      "free some space, or set TMPDIR to a folder on a larger disk")
 
 
 def announce(job):
@@ -531,13 +529,13 @@ def _distill(job, counted, way):
     def finish(index, layer, _):
         if files:
             outcomes = {key: outcome for key, outcome in job.outcomes.items() if key[0] == index}
-            files.finish(index, layer, outcomes, kind="distilled")
+            files.save_layer(index, layer, outcomes, kind="distilled")
 
     with job.clock.part("distillation"):
         grids = {key: outcome.grid for key, outcome in job.outcomes.items()}
         divergence = distill.distill(streamed, grids, job.distilled_on, job.dense_states, settings.seed, finish)
         if files:
-            files.settle_distilled({"divergence": divergence})
+            files.finish_distillation({"divergence": divergence})
     counted.clear()
     return {"divergence": divergence}
 
@@ -560,8 +558,8 @@ def save(job):
         return
     with job.clock.part("save"):
         job.run_dir.write_record(record)
-        job.run_dir.complete(job.tokenizer, {job.family.path(*key): outcome.grid
-                                             for key, outcome in job.outcomes.items() if outcome.grid})
+        job.run_dir.write_checkpoint(job.tokenizer, {job.family.path(*key): outcome.grid
+                                                     for key, outcome in job.outcomes.items() if outcome.grid})
         _verify(job)
         if job.plan:
             record["disk"] = records.disk(settings, job.run_dir, job.plan, job.selected)
@@ -634,7 +632,7 @@ def report(job):
     record |= {"seconds": dict(job.clock.seconds), "peak_memory": peak_memory(job.device)}
     if settings.save:
         job.run_dir.write_record(record)
-        job.run_dir.end()
+        job.run_dir.close()
     if result := result_text(job):
         print(result, flush=True)
     if distributed.rank() == 0:

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from mixgpt.app.settings import METHOD, RESULT, ROUNDING, flag_of, having_effect
+from mixgpt.checkpoints.choices import RECORD, is_interrupted_run
 from mixgpt.checkpoints.formats import stored_bytes
-from mixgpt.checkpoints.names import RECORD, begun
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.program import check_signature, signature
@@ -83,7 +83,7 @@ def completed(settings):
     Raises InputError if another version of this program wrote it.
     """
     folder = Path(settings.save)
-    if begun(folder) or not any(folder.glob("*.safetensors")):
+    if is_interrupted_run(folder) or not any(folder.glob("*.safetensors")):
         return None
     try:
         record = json.loads((folder / RECORD).read_text())

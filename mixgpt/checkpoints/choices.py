@@ -1,6 +1,42 @@
-"""The registry of save formats. Nothing here imports PyTorch."""
+"""The registry of save formats, and file names in a run's output directory. Nothing here imports PyTorch."""
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from mixgpt.common.registry import Choice, Registry
+
+RECORD = "mixgpt.json"  # of a run: settings, versions, every matrix, perplexities
+PROGRESS = "progress"  # a directory, until the run has ended: the resume state
+
+
+def is_interrupted_run(path):
+    """Return whether a directory holds an unfinished run."""
+    return os.path.lexists(Path(path) / PROGRESS / "run.json")
+
+
+@dataclass(frozen=True)
+class SaveFormat(Choice):
+    """A save format. Its code writes it: a function of (folder, model, family, {name of a linear: quant.Grid})."""
+
+    streams: bool = False  # whether it writes models whose weights are on disk; else they are loaded
+    bits: Callable = lambda memory, grid, sparsity: memory  # of a weight: in memory, on its grid, sparsity -> on disk
+    holds_experts: bool = False  # whether it has the layout of mixtures of experts
+    marker: str = ""  # the file that tells it; empty: `from_pretrained` reads it
+    reader: str = ""  # "module:name" of the function of (folder, dtype) that reads it
+
+    def read(self, folder, dtype):
+        """Return the model in a folder of this format."""
+        module, _, name = self.reader.partition(":")
+        return getattr(importlib.import_module(module), name)(folder, dtype)
+
+
+def format_of(folder):
+    """Return the save format of a folder that `from_pretrained` cannot read, None for others."""
+    return next((choice for choice in FORMATS.values() if choice.marker and (Path(folder) / choice.marker).is_file()),
+                None)
 
 
 def not_packed(settings):
@@ -12,9 +48,15 @@ def not_packed(settings):
     return ""
 
 
+SPARSE = "sparse.json"  # file of a sparse checkpoint: {name of a parameter: its description}
 FORMATS = Registry("--save-format", {
-    "dense": Choice("every weight in its dtype, as by save_pretrained"),  # written by run_dir.RunDir itself
-    "compressed-tensors": Choice("packed integers, which vLLM loads too",
-                                 "mixgpt.checkpoints.formats:save_compressed_tensors", refuses=not_packed),
-    "sparse": Choice("a bit mask and the packed values of the kept weights", "mixgpt.checkpoints.formats:save_sparse"),
+    "dense": SaveFormat("every weight in its dtype, as by save_pretrained", "mixgpt.checkpoints.shards:write",
+                        streams=True, holds_experts=True),
+    "compressed-tensors": SaveFormat(
+        "packed integers, which vLLM loads too", "mixgpt.checkpoints.formats:save_compressed_tensors",
+        refuses=not_packed, bits=lambda memory, grid, sparsity: grid),
+    "sparse": SaveFormat(
+        "a bit mask and the packed values of the kept weights", "mixgpt.checkpoints.formats:save_sparse",
+        bits=lambda memory, grid, sparsity: min(grid, (1 - sparsity) * grid + 1),  # values and mask
+        marker=SPARSE, reader="mixgpt.checkpoints.formats:load_sparse"),
 })

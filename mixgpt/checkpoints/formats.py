@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from mixgpt.checkpoints.choices import FORMATS, SPARSE
 from mixgpt.checkpoints.packing import decode, encode
 from modelutils import linears, model_class
 
 PACKED = "pack-quantized"  # name used by compressed-tensors and vLLM
-SPARSE = "sparse.json"  # file of a sparse checkpoint: {name of a parameter: its description}
 SPARSE_VARIANT = "sparse"  # part of the names of its tensor files
 
 
@@ -106,17 +106,16 @@ def load_sparse(folder, dtype="auto"):
 
 
 def expected_bytes(save_format, shapes, sparsity, scheme, itemsize):
-    """Estimate the bytes of matrices in a format other than dense.
+    """Estimate the bytes of matrices in a format.
 
     shapes: list of (out, in). sparsity: the fraction of zeros. scheme: their quant.Scheme, or None. itemsize: bytes of
     a weight in memory.
     """
-    bits = scheme.wbits if scheme else 8 * itemsize
-    each = min(bits, (1 - sparsity) * bits + 1) if save_format == "sparse" else bits  # values and mask
-    total = 0
+    memory = 8 * itemsize
+    bits, total = FORMATS[save_format].bits(memory, scheme.wbits if scheme else memory, sparsity), 0
     for out, columns in shapes:
-        total += out * columns * each / 8
-        if scheme:
+        total += out * columns * bits / 8
+        if scheme and bits < memory:
             groups = columns // scheme.groupsize if scheme.groupsize > 0 else 1
             total += out * groups * (itemsize + scheme.wbits / 8)  # scales and zero points
     return round(total)

@@ -1,14 +1,10 @@
 """GGUF files: each is converted once into an ordinary checkpoint in the cache."""
 
-import contextlib
-import copy
 import functools
 import hashlib
 import sys
 
-import gguf
 import transformers
-from transformers import modeling_gguf_pytorch_utils as reading
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mixgpt.checkpoints import shards
@@ -56,35 +52,3 @@ def _write(folder, model, tokenizer):
         tokenizer.save_pretrained(folder)
         # a model's save_pretrained silently writes nothing in all but torchrun's first process
         streaming.write(folder / SAFE_WEIGHTS_NAME, state)
-
-
-@contextlib.contextmanager
-def parsed_once():
-    """Make transformers parse a .gguf file only once within the block.
-
-    It would read the header five times, for the configuration, the tokenizer and the weights, seconds each for the
-    vocabulary, and list the names of all tensors anew for each module of the model.
-    """
-    cached = {(gguf, "GGUFReader"): functools.cache(gguf.GGUFReader),
-              (gguf, "get_tensor_name_map"): functools.cache(gguf.get_tensor_name_map),
-              (reading, "load_gguf_checkpoint"): _headers_once(reading.load_gguf_checkpoint)}
-    before = {(module, name): getattr(module, name) for module, name in cached}
-    try:
-        for (module, name), function in cached.items():
-            setattr(module, name, function)
-        yield
-    finally:
-        for (module, name), function in before.items():
-            setattr(module, name, function)
-
-
-def _headers_once(load):
-    """Return transformers' `load_gguf_checkpoint` as a function that keeps what it returns without tensors."""
-    header = functools.cache(load)
-
-    def loaded(path, return_tensors=False, **options):
-        if return_tensors:
-            return load(path, return_tensors, **options)
-        return header(path) | {"config": copy.deepcopy(header(path)["config"])}  # from which its caller pops
-
-    return loaded

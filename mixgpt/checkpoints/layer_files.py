@@ -2,52 +2,44 @@
 
     layer-00000.safetensors, .json       a finished layer with the grids of its matrices, and their errors; it counts
                                          once the second file is there
-    distilled-00000.safetensors, .json   the same layer, distilled; counts once distilled.json is there
-    state-00001-RANK.safetensors         the hidden states before a layer; those of the latest layer that all processes
-                                         have written count
+    distilled-00000.safetensors, .json   the same layer, distilled; they replace those above once distilled.json exists
 
-All are written under another name, flushed and renamed, so that what a kill leaves goes on to the same bits.
+All are written under another name, flushed and renamed, so that a killed run can be continued to the same bits.
 """
 
 import contextlib
 import json
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from mixgpt.checkpoints.shards import size
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import os_errors, replacing
 from mixgpt.modeling import streaming
-from mixgpt.modeling.streaming import Place
+from mixgpt.modeling.streaming import TensorLocation, disk_weights
 from mixgpt.pruning.targets import Outcome
 from quant import Grid, Scheme
 
-STATES_EVERY = 10  # hidden states are written when that takes less than a tenth of the time since the last write
 UNREADABLE = (OSError, ValueError, SafetensorError)
 
 
 class LayerFiles:
     """Finished layers in a folder; the model reads them from there if its weights are on disk.
 
-    One layer is written at a time: `finish` waits for the one before, and raises what kept that from being written.
-    As a context manager it waits for the thread, so that the folder can be removed.
+    Writes are queued one at a time; `save_layer` first waits for the previous one and re-raises its error. As a context
+    manager it waits for the thread, so that the folder can be removed.
     """
 
-    def __init__(self, folder, place, advice, keeps_states=True):
-        """folder: exists. place, advice: flag and path, and what to do, for errors. keeps_states: hidden states, too.
-        """
-        self.folder, self.place, self.advice, self.keeps_states = Path(folder), place, advice, keeps_states
+    def __init__(self, folder, place, advice):
+        """folder: exists. place, advice: flag and path, and what to do, for errors."""
+        self.folder, self.place, self.advice = Path(folder), place, advice
         self.writes = distributed.rank() == 0
         self.thread, self.writing = ThreadPoolExecutor(1), None
-        self.states_written, self.states_cost = time.monotonic(), 0.0  # when, and the seconds that it took
-        self.border = None  # number of the layer behind the hidden states that this process has written last
 
     def __enter__(self):
         return self
@@ -57,37 +49,30 @@ class LayerFiles:
         if error is None:
             self._wait()
 
-    def start(self, model, family):
-        """Take the layers of a model."""
+    def open(self, model, family):
+        """Take the layers of a dense model."""
         self.model, self.family, self.layers = model, family, family.layers_of(model)
-        self.sources = [hasattr(layer, "source") and dict(layer.source.places) for layer in self.layers]
+        self.dense = [(weights := disk_weights(layer)) and dict(weights.locations) for layer in self.layers]
+        if self.distilled:
+            self._replace_by_distilled()
 
-    def begin(self, count, states=None):
-        """Restore the model, and the calibration hidden states, to where the run was interrupted.
+    def resume_from(self, count):
+        """Give a model on disk its dense weights back, and return what is finished of its first `count` layers.
 
-        count: number of layers to process, from the first. states: {name: hidden states}, overwritten. Returns the
-        first unfinished layer, and the outcomes of those before.
+        Returns a list with {(layer, name): Outcome} of each layer; the model gets them by `load_layer`.
         """
-        self._wait()
-        for index, places in enumerate(self.sources):  # those of the dense model, not what this process has pruned
-            if places:
-                self._point(index, places)
+        self.flush()
+        for index, locations in enumerate(self.dense):
+            if locations:
+                self._locate(index, locations)
         finished = []
         while len(finished) < count and (outcomes := self._outcomes(len(finished))) is not None:
             finished.append(outcomes)
-        first = len(finished)
-        if states is not None and first < count:
-            first = self._restore(first, states)
-            if first < len(finished) and self.keeps_states:
-                print(f"resume   of {len(finished)} finished layers, going on from layer {first}: no later hidden "
-                      "states are kept", flush=True)
-        for index in range(first):
-            self._take(index)
-        return first, {key: outcome for outcomes in finished[:first] for key, outcome in outcomes.items()}
+        return finished
 
     def _outcomes(self, index):
         """Return {(layer, name): Outcome} of a finished layer, None if there is none, or it cannot be read."""
-        file, outcomes = self._layer(index), {}
+        file, outcomes = self._file(index), {}
         if not file.exists() or not file.with_suffix(".json").exists():
             return None
         try:
@@ -101,73 +86,60 @@ class LayerFiles:
             return None
         return outcomes
 
-    def _restore(self, finished, states):
-        """Overwrite the hidden states by the latest that all processes have. Returns before which layer they are."""
-        files = {}
-        for file in self.folder.glob(f"state-*-{distributed.rank()}.safetensors"):
-            with contextlib.suppress(*UNREADABLE), safe_open(file, "pt"):
-                files[int(file.name.split("-")[1])] = file
-        common = set.intersection(*distributed.all_gather_object(set(files)))
-        border = max((border for border in common if border <= finished), default=0)
-        for name, tensor in load_file(files[border]).items() if border else ():
-            states[name].copy_(tensor)
-        return border
+    def load_layer(self, index):
+        """Let the model have a finished layer: on disk, or in memory if its weights are there."""
+        layer, prefix, file = self.layers[index], f"{self.family.layers}.{index}.", str(self._file(index))
+        locations = {name: TensorLocation(file, prefix + name) for name in layer.state_dict()}
+        if disk_weights(layer):
+            self._locate(index, locations)
+        else:
+            layer.load_state_dict(streaming.read(locations))
 
-    def finish(self, index, layer, outcomes, states=None, kind="layer"):
-        """Let the thread write a finished layer, {(layer, name): Outcome}, and at times the hidden states behind it.
+    def _locate(self, index, locations):
+        """Let a layer on disk read its tensors from {name: TensorLocation}."""
+        disk_weights(self.layers[index]).locations = dict(locations)
+        disk_weights(self.model).locations |= {f"{self.family.layers}.{index}.{name}": location
+                                               for name, location in locations.items()}
 
-        The layer is on the device. Hidden states that the next layer would change meanwhile are waited for. kind:
-        "distilled" for a layer that does not count before `settle_distilled`.
+    def save_layer(self, index, layer, outcomes, kind="layer"):
+        """Start writing a finished layer, {(layer, name): Outcome}; the layer is on the device.
+
+        kind: "distilled" for a layer that does not count before `finish_distillation`.
         """
         self._wait()
-        due = states is not None and self.keeps_states and distributed.broadcast_object(
-            time.monotonic() - self.states_written >= STATES_EVERY * self.states_cost)
-        copies = {name: tensor.to("cpu") for name, tensor in states.items()} if due else {}
-        weights = streaming.leaving({f"{self.family.layers}.{index}.{name}": tensor
-                                     for name, tensor in layer.state_dict().items()}) if self.writes else None
-        self.writing = self.thread.submit(self._keep, self._layer(index, kind), weights, outcomes, index + 1, copies)
-        if any(copies[name] is states[name] for name in copies):
-            self._wait()
-        if kind == "layer" and hasattr(layer, "source"):
-            self._take(index)
-
-    def _keep(self, file, weights, outcomes, border, states):
-        """Write a layer, then the outcomes that make it count, then the hidden states behind it, if any."""
         if self.writes:
-            grids = {f"grid.{name}.{part}": getattr(outcome.grid, part) for (_, name), outcome in outcomes.items()
-                     if outcome.grid for part in ("scale", "zero", "group")}
-            self.write(file.name, weights() | grids)
-            self.write_json(file.with_suffix(".json").name, {
-                name: {"error": outcome.error, "percdamp": outcome.percdamp,
-                       "scheme": outcome.grid and asdict(outcome.grid.scheme)}
-                for (_, name), outcome in outcomes.items()})
-        if states:
-            start = time.monotonic()
-            self.write(f"state-{border:05d}-{distributed.rank()}.safetensors", states)
-            self.states_written, self.border = time.monotonic(), border
-            self.states_cost = self.states_written - start
-        latest = set(self.folder.glob(f"state-{self.border or 0:05d}-*.safetensors"))
-        if self.writes and len(latest) == distributed.world():
-            for file in set(self.folder.glob("state-*.safetensors")) - latest:
-                file.unlink()
+            weights = {f"{self.family.layers}.{index}.{name}": tensor.to("cpu")
+                       for name, tensor in layer.state_dict().items()}
+            self.writing = self.thread.submit(self._write_layer, self._file(index, kind), weights, outcomes)
+        if kind == "layer" and disk_weights(layer):
+            self.load_layer(index)
 
-    def settle(self):
-        """Wait until all is written that was finished; the model reads it from there. Raises what prevented it."""
+    def _write_layer(self, file, weights, outcomes):
+        """Write a layer, then the outcomes that make it count."""
+        grids = {f"grid.{name}.{part}": getattr(outcome.grid, part) for (_, name), outcome in outcomes.items()
+                 if outcome.grid for part in ("scale", "zero", "group")}
+        self.write(file.name, weights | grids)
+        self.write_json(file.with_suffix(".json").name, {
+            name: {"error": outcome.error, "percdamp": outcome.percdamp,
+                   "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()})
+
+    def flush(self):
+        """Wait until all saved layers are written, in all processes. Raises what prevented it."""
         self._wait()
         distributed.barrier()  # the first process writes, all read
 
-    def settle_distilled(self, result):
-        """Let the distilled layers, once all are written, take the place of the pruned ones. result: JSON-able."""
-        self.settle()
+    def finish_distillation(self, result):
+        """Let the distilled layers, once all are written, replace the pruned ones. result: JSON-able."""
+        self.flush()
         if self.writes:
             self.write_json("distilled.json", result)
+        self._replace_by_distilled()
+
+    def _replace_by_distilled(self):
+        if self.writes:
+            for file in self.folder.glob("distilled-*"):
+                file.replace(self.folder / file.name.replace("distilled", "layer"))
         distributed.barrier()
-        for index, layer in enumerate(self.layers):
-            if self._layer(index) != self._layer(index, "layer"):
-                if hasattr(layer, "source"):
-                    self._take(index)
-                if self.writes:
-                    self._layer(index, "layer").unlink(missing_ok=True)
 
     def keep_undistilled(self, reason):
         """Let the pruned layers count for good. reason: why they are not distilled."""
@@ -188,26 +160,8 @@ class LayerFiles:
         if writing:
             writing.result()
 
-    def _layer(self, index, kind=None):
-        """Return the file of a layer, pruned ("layer") or "distilled"; by default the one that counts."""
-        distilled = self.folder / f"distilled-{index:05d}.safetensors"
-        if kind == "distilled" or kind is None and self.distilled and distilled.exists():
-            return distilled
-        return self.folder / f"layer-{index:05d}.safetensors"
-
-    def _take(self, index):
-        """Let the model have a finished layer: on disk, or in memory if its weights are there."""
-        layer, prefix, file = self.layers[index], f"{self.family.layers}.{index}.", str(self._layer(index))
-        places = {name: Place(file, prefix + name) for name in layer.state_dict()}
-        if hasattr(layer, "source"):
-            self._point(index, places)
-        else:
-            layer.load_state_dict(streaming.read(places))
-
-    def _point(self, index, places):
-        """Let a layer on disk read its tensors from places {name: Place}."""
-        self.layers[index].source.places = dict(places)
-        self.model.source.places |= {f"{self.family.layers}.{index}.{name}": place for name, place in places.items()}
+    def _file(self, index, kind="layer"):
+        return self.folder / f"{kind}-{index:05d}.safetensors"
 
     def write(self, name, tensors):
         """Write {key: tensor} as a safetensors file in the folder."""

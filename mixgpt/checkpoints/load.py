@@ -1,8 +1,7 @@
-"""Find, check and load models and tokenizers, and write the record of a run."""
+"""Find, check and load models and tokenizers."""
 
 import contextlib
 import copy
-import shutil
 import warnings
 from pathlib import Path, PurePath
 
@@ -24,11 +23,8 @@ from transformers.utils import (
 )
 
 from mixgpt.checkpoints import gguf_files
-from mixgpt.checkpoints.formats import SPARSE, load_sparse
-from mixgpt.checkpoints.names import begun
-from mixgpt.checkpoints.run_dir import in_use, unused
+from mixgpt.checkpoints.choices import FORMATS, format_of
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.files import nearest_folder, try_writing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.family import family_of
@@ -103,9 +99,9 @@ def _gguf_source(path):
 
 def _read_gguf(path):
     """Read a .gguf file, to convert it. Returns (model, tokenizer)."""
-    with gguf_files.parsed_once():
-        read_config(path, _gguf_source(path))
-        return load_model(path, gguf_files.DTYPE, _gguf_source(path)), load_tokenizer(path, _gguf_source(path))
+    source = _gguf_source(path)
+    read_config(path, source)
+    return load_model(path, gguf_files.DTYPE, source), load_tokenizer(path, source)
 
 
 def _folder(name, arguments):
@@ -171,26 +167,22 @@ def load_config(model, family):
 
 
 def check_layers(model, skeleton, family, save_format="dense"):
-    """Raise InputError if layers hold no linears, or some that other layers use, or tensors of three dimensions.
-
-    save_format: only "dense" has the layout of mixtures of experts.
-    """
-    if save_format != "dense" and any(is_split(module) for module in skeleton.modules()):
+    """Raise InputError if layers hold no linears, or some that other layers use, or tensors of three dimensions."""
+    this, layers, owners = f"of this {type(skeleton).__name__}", family.layers_of(skeleton), {}
+    if not FORMATS[save_format].holds_experts and any(is_split(module) for module in skeleton.modules()):
         raise InputError(f"--save-format {save_format}: does not support mixtures of experts; must be dense")
-    if not any(linears(layer) for layer in family.layers_of(skeleton)):
-        raise InputError(f"model {model}: the layers of this {type(skeleton).__name__} have no torch.nn.Linear, which "
-                         "is all that is pruned")
-    owners = {}
-    for index, layer in enumerate(family.layers_of(skeleton)):
+    if not any(linears(layer) for layer in layers):
+        raise InputError(f"model {model}: the layers {this} have no torch.nn.Linear, which is all that is pruned")
+    for index, layer in enumerate(layers):
         for name, module in linears(layer).items():
             if (owner := owners.setdefault(id(module.weight), index)) != index:
-                raise InputError(f"model {model}: layers {owner} and {index} of this {type(skeleton).__name__} share "
-                                 f"the weights of {name}, which is not supported")
+                raise InputError(f"model {model}: layers {owner} and {index} {this} share the weights of {name}, which "
+                                 "is not supported")
         convolutions = {id(module.weight) for module in layer.modules() if isinstance(module, torch.nn.Conv1d)}
         for name, weight in layer.named_parameters():
             if weight.dim() > 2 and id(weight) not in convolutions:
-                raise InputError(f"model {model}: layer {index} of this {type(skeleton).__name__} keeps {name} as a "
-                                 "tensor of three dimensions, which is not supported")
+                raise InputError(f"model {model}: layer {index} {this} keeps {name} as a tensor of three dimensions, "
+                                 "which is not supported")
 
 
 def load_tokenizer(model, source=None):
@@ -201,7 +193,8 @@ def load_tokenizer(model, source=None):
     name, arguments = source or _source(model)
     with _reading(model, "its tokenizer cannot be read"):
         if "gguf_file" not in arguments and get_tokenizer_config(name, **arguments).get("bos_token") == "":
-            arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+            special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+            arguments = arguments | special
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
         tokenizer("Names refer to objects.")
     check_templates(model, tokenizer.chat_template)
@@ -239,12 +232,12 @@ def load_model(model, dtype, source=None):
     """
     name, arguments = source or _source(model)
     with _reading(model, "its weights cannot be read"):
-        if (Path(model) / SPARSE).is_file():
-            loaded, missing = load_sparse(model, dtype), ()
+        if save_format := format_of(model):
+            loaded, missing = save_format.read(model, dtype), ()
         else:
             if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
                 streaming.check_index(index)
-            arguments |= _dequantizing(model, name, arguments)
+            arguments = arguments | _dequantizing(model, name, arguments)
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **NO_CODE)
             missing = report["missing_keys"]
@@ -267,7 +260,7 @@ def open_model(model, config, family, dtype):
     loaded.
     """
     name, arguments = _source(model)
-    if "gguf_file" in arguments or (Path(model) / SPARSE).is_file() or getattr(config, "quantization_config", None):
+    if "gguf_file" in arguments or format_of(model) or getattr(config, "quantization_config", None):
         return load_model(model, dtype)
     with _reading(model, "its weights cannot be read"):
         files = streaming.files_of(name, **arguments)
@@ -285,7 +278,7 @@ def _streamed(config, family, files, dtype):
         config = copy.deepcopy(config)
         config.tie_word_embeddings = tied
         opened = skeleton(config, dtype)
-        if streaming.stream(opened, family, files):
+        if streaming.attach_disk_weights(opened, family, files):
             return opened
     return None
 
@@ -302,32 +295,3 @@ def _dequantizing(model, name, arguments):
     elif method:
         raise InputError(f"model {model}: its weights are quantized by {method}; give the original model")
     return {"config": config} | ({"key_mapping": TEXT_PART} if whole else {})
-
-
-def check_save(folder, nbytes, resume):
-    """Raise InputError for an output directory that is not empty, not writable or lacks room. Leaves nothing behind.
-
-    nbytes: of finished layers and result together. resume: accept the directory of an interrupted run.
-    """
-    folder = Path(folder)
-    try:
-        left_off, taken = begun(folder), folder.exists() and not (folder.is_dir() and unused(folder))
-        locked = in_use(folder)
-    except OSError as error:
-        raise InputError(f"--save {folder}: cannot be used ({error.strerror})") from error
-    if locked:
-        raise InputError(f"--save {folder}: is in use by another run")
-    if left_off and not resume:
-        raise InputError(f"--save {folder}: holds an interrupted run; continue it with --resume, or remove the folder")
-    if taken and not left_off:
-        raise InputError(f"--save {folder}: exists and is not an empty folder")
-    parent = nearest_folder(folder)
-    try:
-        try_writing(parent)
-    except OSError as error:
-        raise InputError(f"--save {folder}: {parent} cannot be written ({error.strerror})") from error
-    free = shutil.disk_usage(parent).free
-    needed = nbytes - sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    if free < needed:
-        raise InputError(f"--save {folder}: finished layers and the result need {needed / 1e9:.3f} GB, "
-                         f"{free / 1e9:.3f} GB are free in {parent}")

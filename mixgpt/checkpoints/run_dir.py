@@ -15,15 +15,14 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from mixgpt import __version__
-from mixgpt.checkpoints import own_code, shards
-from mixgpt.checkpoints.choices import FORMATS
+from mixgpt.checkpoints import shards
+from mixgpt.checkpoints.choices import FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.checkpoints.layer_files import UNREADABLE, LayerFiles
-from mixgpt.checkpoints.names import PROGRESS, RECORD, begun
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
 from mixgpt.common.program import check_signature, signature
-from mixgpt.modeling.layout import layout_of
+from mixgpt.modeling.experts import layout_of
 
 PARTIAL = ("*.partial", ".tmp*")  # files that a killed run was writing
 
@@ -31,27 +30,48 @@ PARTIAL = ("*.partial", ".tmp*")  # files that a killed run was writing
 class RunDir:
     """The folder of --save. As a context manager it is locked, and removed if nothing in it is worth going on from."""
 
-    def __init__(self, path, save_format="dense"):
-        """Lock the folder in the first process, the one that writes. Raises InputError if another run holds it."""
+    def __init__(self, path, save_format="dense", nbytes=0, resume=True):
+        """Lock the folder in the first process, the one that writes.
+
+        nbytes: of finished layers and result together. resume: accept an interrupted run. Raises InputError for a
+        folder that is not empty, not writable, in use by another run or on a full disk, and leaves nothing behind.
+        """
         self.path, self.save_format, self.folder = Path(path), save_format, Path(path) / PROGRESS
         self.files = LayerFiles(self.folder, f"--save {path}", "free some space and continue with --resume")
         self.run = {}  # content of run.json
         if self.files.writes:
+            self._check_empty()
             self._lock()
+            try:
+                self._check_empty()  # again: another run may just have ended here
+                self._check(nbytes, resume)
+            except InputError:
+                self._release()
+                raise
+
+    def _check_empty(self):
+        if not is_interrupted_run(self.path) and not is_empty(self.path):
+            raise InputError(f"--save {self.path}: exists and is not an empty folder")
 
     def _lock(self):
-        place = self.files.place
         self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = locked(self.path)
         except OSError as error:
-            raise InputError(f"{place}: cannot be used ({error.strerror}); name another folder") from error
+            raise InputError(f"--save {self.path}: cannot be used ({error.strerror}); name another folder") from error
         if not self.lock:
-            raise InputError(f"{place}: is in use by another run")
-        if not begun(self.path) and not unused(self.path):  # that run has just ended
-            self._release()
-            raise InputError(f"{place}: exists and is not an empty folder")
+            raise InputError(f"--save {self.path}: is in use by another run")
+
+    def _check(self, nbytes, resume):
+        if is_interrupted_run(self.path) and not resume:
+            raise InputError(f"--save {self.path}: holds an interrupted run; continue it with --resume, or remove the "
+                             "folder")
+        free = shutil.disk_usage(self.path).free
+        needed = nbytes - sum(file.stat().st_size for file in self.path.rglob("*.safetensors"))
+        if free < needed:
+            raise InputError(f"--save {self.path}: finished layers and the result need {needed / 1e9:.3f} GB, "
+                             f"{free / 1e9:.3f} GB are free there")
 
     def __enter__(self):
         return self
@@ -66,19 +86,17 @@ class RunDir:
     def _release(self):
         """Unlock the folder; remove what this run has made, unless it is the result or worth going on from."""
         kept = any(self.folder.glob("*.safetensors")) or any(file != self.folder for file in self.path.glob("*"))
-        if not (begun(self.path) and kept):
+        if not (is_interrupted_run(self.path) and kept):
             clear(self.path)
             for folder in self.made:
                 with contextlib.suppress(OSError):  # not empty
                     folder.rmdir()
         self.lock.close()
 
-    def start(self, model, family, identity):
+    def open(self, model, family, identity):
         """Start a run, or go on with the one interrupted here. identity: what both must share, {flag: value}."""
-        self.files.start(model, family)
-        self.model, self.family, self.layout = model, family, layout_of(model)
         if self.files.writes:
-            if begun(self.path):
+            if is_interrupted_run(self.path):
                 self.run = self._interrupted(identity)
                 for file in (file for pattern in PARTIAL for file in self.path.rglob(pattern)):
                     file.unlink()
@@ -86,6 +104,8 @@ class RunDir:
                 self.run = signature() | {"identity": identity}
                 self.files.write_json("run.json", self.run)
         self.run = distributed.broadcast_object(self.run)
+        self.model, self.family, self.layout = model, family, layout_of(model)
+        self.files.open(model, family)
 
     def _interrupted(self, identity):
         """Return the content of run.json. Raises InputError if it cannot be read, or is that of another run."""
@@ -134,23 +154,22 @@ class RunDir:
             with self.files.room(RECORD), replacing(self.path / RECORD) as partial:
                 partial.write_text(json.dumps(record, indent=1) + "\n")
 
-    def complete(self, tokenizer, grids):
+    def write_checkpoint(self, tokenizer, grids):
         """Write the final checkpoint; what makes it loadable comes last.
 
         grids: {name of a linear: quant.Grid}. Formats other than dense load the whole model into memory.
         """
         if self.files.writes:
             with self.files.room("the tokenizer"):
-                own_code.keep(self.path, self.model, tokenizer)
+                shards.copy_code(self.path, self.model, tokenizer)
                 tokenizer.save_pretrained(self.path)
             with self.files.room("the model", shards.size(self.model.state_dict())):
-                if self.save_format == "dense":
-                    shards.write(self.path, self.model, self.layout)
-                else:
-                    FORMATS[self.save_format].load()(self.path, shards.in_memory(self.model), self.family, grids)
+                save_format = FORMATS[self.save_format]
+                model = self.model if save_format.streams else shards.in_memory(self.model)
+                save_format.load()(self.path, model, self.family, grids)
         distributed.barrier()  # all read it
 
-    def end(self):
+    def close(self):
         """Remove what was kept to go on from: the run is complete."""
         distributed.barrier()  # others may still compare the layers there with the saved model
         if self.files.writes:
@@ -178,17 +197,8 @@ def locked(path):
     return lock
 
 
-def in_use(path):
-    """Return whether a run is writing to a folder."""
-    if not (Path(path) / PROGRESS / "lock").is_file():
-        return False
-    if lock := locked(path):
-        lock.close()
-    return not lock
-
-
-def unused(path):
+def is_empty(path):
     """Return whether a folder holds nothing but what a run that never started has left in `progress`."""
     progress = Path(path) / PROGRESS
-    left = [file for file in Path(path).rglob("*") if file != progress]
-    return all(file.parent == progress and (file.name == "lock" or file.suffix == ".partial") for file in left)
+    files = [file for file in Path(path).rglob("*") if file != progress]
+    return all(file.parent == progress and (file.name == "lock" or file.suffix == ".partial") for file in files)

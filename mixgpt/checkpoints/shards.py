@@ -1,7 +1,10 @@
-"""The finished model in shards, named and filled as by transformers."""
+"""The finished model in shards, named and filled as by transformers, and what belongs beside them."""
 
 import copy
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -9,6 +12,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
+from mixgpt.modeling.experts import layout_of
+from mixgpt.modeling.family import family_of
+from mixgpt.modeling.streaming import disk_weights
 
 LARGEST = 5 * 10**9  # bytes of a shard; a larger tensor gets its own
 
@@ -23,28 +29,25 @@ def size(tensors):
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def write(folder, model, layout):
-    """Write a model as `save_pretrained` does, a shard in memory at a time; an index, if any, comes last.
-
-    layout: from `layout.layout_of`.
-    """
+def write(folder, model, family=None, grids=None):
+    """Write a model as `save_pretrained` does, a shard in memory at a time; an index, if any, comes last."""
     write_configuration(folder, model)
-    state, parts = own_tensors(model), {}  # key -> {name: Part or None}
+    state, layout, slices = own_tensors(model), layout_of(model), {}  # slices: key -> {name: ExpertSlice or None}
     for name in state:
         key, part = layout.get(name, (name, None))
-        parts.setdefault(key, {})[name] = part
-    empty = {key: _empty(names, state) for key, names in parts.items()}
+        slices.setdefault(key, {})[name] = part
+    empty = {key: _empty(names, state) for key, names in slices.items()}
+    weights = disk_weights(model)
 
     def read(name):
-        if hasattr(model, "source"):
-            stored = streaming.mapped(model.source.places[name])
-            return stored.to(state[name].dtype)  # mapped, if that is its dtype
+        if weights:  # mapped, if stored in its dtype
+            return streaming.mapped(weights.locations[name]).to(state[name].dtype)
         return state[name].clone()  # a file takes no tensors that share memory
 
     files = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors",
                                                max_shard_size=LARGEST).tensor_to_filename
     for file in dict.fromkeys(files.values()):
-        streaming.write(folder / file, {key: _merged(empty[key], parts[key], read) for key in files
+        streaming.write(folder / file, {key: _merged(empty[key], slices[key], read) for key in files
                                         if files[key] == file})
     if len(set(files.values())) > 1:
         with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as partial:
@@ -53,7 +56,7 @@ def write(folder, model, layout):
 
 
 def _empty(names, state):
-    """Return a tensor of the checkpoint on meta. names: {name: Part or None} of what it consists of."""
+    """Return a tensor of the checkpoint on meta. names: {name: ExpertSlice or None} of what it consists of."""
     name, part = next(iter(names.items()))
     shape = part.whole(state[name].shape, len(names) // part.parts) if part else state[name].shape
     return torch.empty(shape, dtype=state[name].dtype, device="meta")
@@ -78,9 +81,38 @@ def write_configuration(folder, model):
 
 def in_memory(model):
     """Return a model with its weights in memory: another one if they are on disk."""
-    if not hasattr(model, "source"):
+    if not (weights := disk_weights(model)):
         return model
-    state = {name: model.source.tensor(name) for name in own_tensors(model)}
+    state = {name: weights.tensor(name) for name in own_tensors(model)}
     loaded = type(model).from_pretrained(None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype)
     loaded.generation_config = model.generation_config
     return loaded
+
+
+def copy_code(folder, model, tokenizer):
+    """Copy the code that a model and its tokenizer name by `auto_map`, for others to load it; it is never run here.
+
+    If a file is missing, the `auto_map` would make the folder useless to others: it is dropped, with a warning on
+    stderr if the model has no class in transformers. Code on the hub (REPOSITORY--MODULE.CLASS) stays there.
+    """
+    source, dropped, named = Path(model.config.name_or_path), set(), set()
+    for owner in (vars(model.config), tokenizer.init_kwargs):
+        files = _files_of(owner.get("auto_map") or {})
+        missing = {file for file in files if "/" in file or not (source / file).is_file()}
+        if missing:
+            del owner["auto_map"]
+        dropped |= missing
+        named |= files if not missing else set()
+    for file in source.glob("*.py") if named else ():  # they may import each other
+        shutil.copyfile(file, folder / file.name)
+    if dropped and not type(model).__module__.startswith("transformers."):
+        print(f"warning  {folder}: its configuration does not name code any more, as {', '.join(sorted(dropped))} "
+              f"cannot be read in {source}: {family_of(model).script} and generate.py load it, "
+              "from_pretrained alone does not", file=sys.stderr, flush=True)
+
+
+def _files_of(auto_map):
+    """Return the names of the files in its own folder that an `auto_map` names."""
+    references = [reference for value in auto_map.values()
+                  for reference in (value if isinstance(value, list | tuple) else [value]) if reference]
+    return {f"{reference.rpartition('.')[0]}.py" for reference in references if "--" not in reference}

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the matrices of every expert as linears of their own.
+"""Mixtures of experts: the matrices of every expert as linears of their own, and where checkpoints keep them.
 
 transformers keeps the weights of all experts of a layer in 3-D parameters. Split, they are linears like any other, with
 a Hessian and a sparsity each, and run through transformers' interface for implementations of experts.
@@ -9,13 +9,14 @@ import re
 from dataclasses import dataclass
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 SPLIT = "one linear for each matrix"  # name of the implementation
 
 
 @dataclass(frozen=True)
-class Part:
+class ExpertSlice:
     """The place of an expert's matrix or bias in a tensor of all experts, (experts, rows, columns) or transposed."""
 
     expert: int
@@ -73,11 +74,12 @@ def kind_of(name):
 
 
 def parts_of(module, leaf):
-    """Return the names of the experts' tensors in a parameter, {name, once split: `Part`}, {} if it is not fused."""
+    """Return {name of an expert's tensor once split: its `ExpertSlice` of a parameter}, {} if that is not fused."""
     matrices = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
     names = matrices.get(leaf.removesuffix("_bias"), ()) if is_fused(module) else ()
     kind = "bias" if leaf.endswith("_bias") else "weight"
-    return {f"{expert}.{name}.{kind}": Part(expert, part, len(names), module.is_transposed, module.is_concatenated)
+    return {f"{expert}.{name}.{kind}": ExpertSlice(expert, part, len(names), module.is_transposed,
+                                                   module.is_concatenated)
             for expert in range(len(module._parameters[leaf])) for part, name in enumerate(names)} if names else {}
 
 
@@ -134,6 +136,56 @@ def _run_split(experts, hidden_states, top_k_index, top_k_weights):
         weighted = hidden * top_k_weights[tokens, places, None]
         result = result.index_add(0, tokens, weighted.to(result.dtype))
     return result
+
+
+def published(model):
+    """Return {name of a tensor once experts are split: (key in the published checkpoint, `ExpertSlice` or None)}.
+
+    model: as transformers builds it, possibly on meta. transformers' conversion for saving is run on tensors of numbers
+    that tell where each one went.
+    """
+    tensors, names = {}, []
+    for name, tensor in model.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        parts = parts_of(module, leaf)
+        if not parts:
+            tensors[name] = torch.full((1,) * tensor.dim(), len(names))
+            names.append((name, None))
+            continue
+        numbers = torch.arange(len(names), len(names) + len(parts)).view(len(tensor), -1)
+        if tensor.dim() == 3:
+            numbers = numbers[:, None] if module.is_transposed else numbers[:, :, None]
+        tensors[name] = numbers.clone()
+        names += [(f"{path}.{part_name}", part) for part_name, part in parts.items()]
+    places = {}
+    for key, numbers in revert_weight_conversion(model, tensors).items():
+        for number in numbers.flatten().tolist():
+            name, part = names[number]
+            places[name] = key, part if numbers.numel() > 1 else None
+    return places
+
+
+def layout_of(model):
+    """Return {name of a tensor: (key, `ExpertSlice` or None)} of those under another key in a published checkpoint.
+
+    model: with its experts split, possibly on meta. Raises ValueError for a mixture of experts in a layout that
+    transformers' conversion does not give tensor by tensor; other such models keep the names that they have here.
+    """
+    with torch.device("meta"):
+        fused = type(model)._from_config(copy.deepcopy(model.config))
+    try:
+        places = published(fused)
+        shapes = {key: tensor.shape for key, tensor in revert_weight_conversion(fused, fused.state_dict()).items()}
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
+        places, shapes = {}, {}
+    names = model.state_dict()
+    whole = {name: key for name, (key, part) in places.items() if part is None}
+    if places.keys() == names.keys() and all(shapes.get(key) == names[name].shape for name, key in whole.items()):
+        return {name: place for name, place in places.items() if place != (name, None)}
+    if any(is_split(module) for module in model.modules()):
+        raise ValueError(f"the checkpoints of {type(model).__name__} are converted in a way that is not supported")
+    return {}
 
 
 ALL_EXPERTS_FUNCTIONS.register(SPLIT, _run_split)

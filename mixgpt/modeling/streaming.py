@@ -1,7 +1,6 @@
 """Models on meta whose weights stay on disk: each module reads its own from safetensors files when it runs."""
 
 import contextlib
-import functools
 import hashlib
 import json
 from collections import Counter
@@ -18,59 +17,52 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from mixgpt.common.errors import InputError, one_line
 from mixgpt.common.files import replacing
-from mixgpt.modeling.experts import Part
-from mixgpt.modeling.layout import layout_of
+from mixgpt.modeling.experts import ExpertSlice, layout_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NARROW = ("F8_E4M3", "F8_E5M2")  # read, and converted on reading
 
 
-class Place(NamedTuple):
+class TensorLocation(NamedTuple):
     """Where a tensor is on disk."""
 
     file: str
     key: str  # in the file
-    part: Part | None = None  # if it is one of several in the tensor of this key
+    part: ExpertSlice | None = None  # if it is one of several in the tensor of this key
 
 
 @dataclass
-class Source:
-    """Where a module's parameters and buffers are on disk."""
+class DiskWeights:
+    """A module's parameters and buffers that stay on disk while it does not run; its attribute `disk_weights`."""
 
-    places: dict  # name in the module -> Place
+    locations: dict  # name in the module -> TensorLocation
     dtype: torch.dtype  # of the weights in memory
     ahead: Future | None = field(default=None, init=False)  # tensors being read
-    empty: dict = field(default_factory=dict, init=False)  # those on meta, whose place the tensors take while loaded
+    empty: dict = field(default_factory=dict, init=False)  # those on meta that the loaded tensors replace
     finite: bool = field(default=False, init=False)  # whether that is known of all weights
 
     def tensor(self, name):
         """Read one tensor."""
-        return read({name: self.places[name]}, self.dtype)[name]
+        return read({name: self.locations[name]}, self.dtype)[name]
 
     def prefetch(self, device):
         """Start reading the tensors for `load`, in a thread."""
-        self.ahead = ThreadPoolExecutor(1).submit(self._fetch, torch.device(device))
+        self.ahead = ThreadPoolExecutor(1).submit(self._read, pinned=torch.device(device).type == "cuda")
 
-    def _fetch(self, device):
-        tensors = read(self.places, self.dtype, pinned=device.type == "cuda")
+    def _read(self, pinned):
+        tensors = read(self.locations, self.dtype, pinned)
         for name, tensor in tensors.items() if not self.finite else ():
-            check_finite(tensor, f"{self.places[name].file}: {self.places[name].key}")
+            check_finite(tensor, f"{self.locations[name].file}: {self.locations[name].key}")
         self.finite = True
-        if device.type == "cuda":
-            stream = _transfers(device)  # of its own, to overlap with computation
-            with torch.cuda.stream(stream):
-                tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-            stream.synchronize()
         return tensors
 
     def load(self, module, device):
         """Put the tensors of the module, which is on meta, on a device. Raises InputError if one holds NaN or inf."""
         self.empty = dict(module.state_dict(keep_vars=True))
-        tensors = self.ahead.result() if self.ahead else self._fetch(torch.device(device))
+        tensors = self.ahead.result() if self.ahead else self._read(pinned=False)
         self.ahead = None
         for name, tensor in tensors.items():
-            if tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(device))
+            tensor = tensor.to(device, non_blocking=True)
             if isinstance(self.empty[name], torch.nn.Parameter):
                 tensor = torch.nn.Parameter(tensor, requires_grad=False)
             _assign(module, name, tensor)
@@ -85,33 +77,38 @@ class Source:
                 _assign(module, name, buffer.to("cpu"))
 
 
-def read(places, dtype=None, pinned=False):
-    """Read {name: tensor} from places, {name: Place}, floating-point ones in a dtype (default: as stored).
+def disk_weights(module):
+    """Return the `DiskWeights` of a model, a layer or a module beside the layers; None if it is in memory."""
+    return getattr(module, "disk_weights", None)
+
+
+def read(locations, dtype=None, pinned=False):
+    """Read {name: tensor} from {name: TensorLocation}, floating-point ones in a dtype (default: as stored).
 
     pinned: into memory that GPUs copy from. Raises InputError if a file cannot be read any more.
     """
     tensors, files = {}, {}
-    for name, place in places.items():
-        files.setdefault(place.file, {})[name] = place
+    for name, location in locations.items():
+        files.setdefault(location.file, {})[name] = location
     for file, names in files.items():
         with _reading(file) as content:
-            for name, place in names.items():
-                stored = _mapped(content, place)
+            for name, location in names.items():
+                stored = _mapped(content, location)
                 kind = dtype if dtype and stored.is_floating_point() else stored.dtype
                 tensors[name] = torch.empty(stored.shape, dtype=kind, pin_memory=pinned).copy_(stored)
     return tensors
 
 
-def mapped(place):
-    """Return the tensor at a place as it is stored, read from the disk only where it is looked at."""
-    with _reading(place.file) as content:
-        return _mapped(content, place)
+def mapped(location):
+    """Return the tensor at a location as it is stored; the disk is read where its values are used."""
+    with _reading(location.file) as content:
+        return _mapped(content, location)
 
 
-def _mapped(content, place):
-    if place.part:
-        return place.part.of(content.get_slice(place.key)[place.part.expert])
-    return content.get_tensor(place.key)
+def _mapped(content, location):
+    if location.part:
+        return location.part.of(content.get_slice(location.key)[location.part.expert])
+    return content.get_tensor(location.key)
 
 
 @contextlib.contextmanager
@@ -130,30 +127,15 @@ def check_finite(tensor, name):
         raise InputError(f"{name} contains NaN or inf")
 
 
-@functools.cache
-def _transfers(device):
-    """Return the one stream for copying weights to a GPU: PyTorch's allocator caches memory per stream."""
-    return torch.cuda.Stream(device)
-
-
 def _assign(module, name, tensor):
     parent, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(parent), leaf, tensor)
 
 
-def attach(model, family, places):
-    """Make modules of a model on meta read their tensors from places {name: Place}; `model.source` has all."""
-    model.source = Source(places, model.dtype)
-    layers = {f"{family.layers}.{index}": layer for index, layer in enumerate(family.layers_of(model))}
-    for path, module in (layers | family.rest_of(model)).items():
-        module.source = Source({name.removeprefix(f"{path}."): place for name, place in places.items()
-                                       if name.startswith(f"{path}.")}, model.dtype)
-
-
 def prefetch(layers, index, device):
     """Start reading layer number `index`, if it exists and is on disk, for `on_device`."""
-    if index < len(layers) and (source := getattr(layers[index], "source", None)):
-        source.prefetch(device)
+    if index < len(layers) and (weights := disk_weights(layers[index])):
+        weights.prefetch(device)
 
 
 def files_of(name, **arguments):
@@ -198,47 +180,51 @@ def dtype_of(files):
     return torch.float32
 
 
-def stream(model, family, files):
+def attach_disk_weights(model, family, files):
     """Make a model on meta read its weights from safetensors files. Returns whether these hold all, unchanged.
 
     Keys may lack or add the base model prefix, as `from_pretrained` allows, or be those of a model whose text part this
     is. Raises ValueError if a shape differs from the configuration; OSError or SafetensorError if a file is damaged.
     """
-    held = {}  # key -> (file, dtype, shape)
+    stored = {}  # key -> (file, dtype, shape)
     for file in files:
         with _opened(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118, not a dict
                 tensor = tensors.get_slice(key)
-                held[key] = file, tensor.get_dtype(), tuple(tensor.get_shape())
-    base, tied, places = model.base_model_prefix + ".", model.all_tied_weights_keys, {}
-
-    layout = layout_of(model)
-
-    def find(name):
-        """Return the Place of a tensor under its published key or its own name, or None."""
-        for key, part in (layout.get(name, (name, None)), (name, None)):
-            inside = key.removeprefix(base)
-            for stored in (key, inside, base + key, f"language_model.{key}", f"{base}language_model.{inside}"):
-                if stored in held:
-                    return Place(held[stored][0], stored, part)
-
+                stored[key] = file, tensor.get_dtype(), tuple(tensor.get_shape())
+    layout, tied, locations = layout_of(model), model.all_tied_weights_keys, {}
     experts = Counter(key for key, part in layout.values() if part and not part.part)
     for name, tensor in model.state_dict().items():
-        place = find(tied.get(name, name))
-        if place is None:
+        location = _find(model, tied.get(name, name), layout, stored)
+        if location is None:
             return False
-        for _, key, part in filter(None, (place, find(name))):
+        for _, key, part in filter(None, (location, _find(model, name, layout, stored))):
             shape = part.whole(tensor.shape, experts[layout[name][0]]) if part else tuple(tensor.shape)
-            _check(key, *held[key][1:], shape, tensor.is_floating_point())
-        places[name] = place
+            _check(key, *stored[key][1:], shape, tensor.is_floating_point())
+        locations[name] = location
     # `from_pretrained` does not tie tensors that are both stored and differ
-    own = Source({name: place for name in tied if (place := find(name))}, model.dtype)
-    together = Source(places, model.dtype)
-    if not all(torch.equal(own.tensor(name), together.tensor(name)) for name in own.places):
+    own = {name: location for name in tied if (location := _find(model, name, layout, stored))}
+    if not all(torch.equal(*read({0: location, 1: locations[name]}, model.dtype).values())
+               for name, location in own.items()):
         return False
-    attach(model, family, places)
+    layers = {f"{family.layers}.{index}": layer for index, layer in enumerate(family.layers_of(model))}
+    for path, module in (layers | family.rest_of(model)).items():
+        module.disk_weights = DiskWeights({name.removeprefix(f"{path}."): location for name, location in
+                                           locations.items() if name.startswith(f"{path}.")}, model.dtype)
+    model.disk_weights = DiskWeights(locations, model.dtype)
     _compute_buffers(model)
     return True
+
+
+def _find(model, name, layout, stored):
+    """Return the TensorLocation of a model's tensor under its published key or its own name, None if not stored."""
+    base = model.base_model_prefix + "."
+    for key, part in (layout.get(name, (name, None)), (name, None)):
+        inside = key.removeprefix(base)
+        for spelling in (key, inside, base + key, f"language_model.{key}", f"{base}language_model.{inside}"):
+            if spelling in stored:
+                return TensorLocation(stored[spelling][0], spelling, part)
+    return None
 
 
 def _check(key, dtype, shape, expected, floating):
@@ -278,10 +264,10 @@ def fingerprint(model):
 
     Of files only these are read.
     """
-    result, source = hashlib.sha256(type(model).__name__.encode()), getattr(model, "source", None)
+    result, weights = hashlib.sha256(type(model).__name__.encode()), disk_weights(model)
     for name, parameter in model.named_parameters():
-        numbers = (mapped(source.places[name]) if source else parameter.detach()).flatten()
-        values = numbers[:: -(-numbers.numel() // 64)].to(source.dtype if source else parameter.dtype)
+        numbers = (mapped(weights.locations[name]) if weights else parameter.detach()).flatten()
+        values = numbers[:: -(-numbers.numel() // 64)].to(parameter.dtype)
         result.update(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return result.hexdigest()
 
@@ -299,28 +285,3 @@ def write(file, tensors):
         save_file({key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}, partial,
                   metadata={"format": "pt"})
         partial.chmod(mode)  # others may read it: safetensors replaces the file by one that they may not
-
-
-def leaving(tensors):
-    """Return a function with which another thread gets {key: tensor} on the host; nobody may change them until then.
-
-    What lies on a GPU is copied into pinned memory, once the GPU has done what it was asked to do so far, and is then
-    free there; this thread waits for none of it. Tensors on the host are given as they are.
-    """
-    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
-    if device is None:
-        return lambda: tensors
-    ready, left = torch.cuda.Event(), dict(tensors)
-    ready.record(torch.cuda.current_stream(device))
-
-    def arrived():
-        ready.synchronize()
-        stream = _transfers(device)
-        with torch.cuda.stream(stream):
-            held = {key: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-                    if tensor.is_cuda else tensor for key, tensor in left.items()}
-        stream.synchronize()
-        left.clear()
-        return held
-
-    return arrived

@@ -17,6 +17,7 @@ from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.attention import LONGEST, fast_attention
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.experts import kind_of
+from mixgpt.modeling.streaming import disk_weights
 from modelutils import CPU_SLICE, SLICE, HiddenStates, bytes_to_load, linears, on_device, run_layers
 
 STEPS = 16  # at most
@@ -184,7 +185,7 @@ def _trained(layers, chosen):
 
 def _in_memory(layers):
     """Return whether the weights of layers are in memory, not on disk."""
-    return not any(getattr(layer, "source", None) for layer in layers)
+    return not any(disk_weights(layer) for layer in layers)
 
 
 def _backward(stream, layers, head, rows, dense):

@@ -22,18 +22,22 @@ from modelutils import hooked, linears, on_device
 
 @torch.no_grad()
 @fast_linears()
-def prune_layerwise(streamed, plan, tokens, recipe, run_dir=None, observe=None):
+def prune_layerwise(streamed, plan, tokens, recipe, files=None, observe=None):
     """Prune and quantize every matrix of the plan on calibration tokens (N, T), in place.
 
     streamed: a modelutils.StreamedModel. plan: {(layer, name): Target}. recipe: a solvers.Recipe. Inputs come from the
-    preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the same layer. run_dir:
+    preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the same layer. files:
     a checkpoints.layer_files.LayerFiles that saves finished layers. observe: called with (index, layer, {(layer, name):
     Outcome}, time.perf_counter() at its start) for each finished layer while it is on the device. Returns
     {(layer, name): Outcome}. Raises InputError if an input is not finite.
     """
     calibrated = _Calibrated(streamed, plan, tokens, recipe)
-    layers, clock, states = calibrated.layers, streamed.clock, calibrated.states
-    first, outcomes = run_dir.begin(len(layers), states) if run_dir else (0, {})
+    layers, clock, outcomes = calibrated.layers, streamed.clock, {}
+    finished = files.resume_from(len(layers)) if files else []
+    for index, of_layer in enumerate(finished):
+        calibrated.pass_finished(index, files, advances=len(finished) < len(layers))
+        outcomes |= of_layer
+    first = len(finished)
     with progress.bar(range(first, len(layers)), title=recipe.title, initial=first, total=len(layers)) as bar:
         for index in bar:
             layer, start, last = layers[index], time.perf_counter(), index + 1 == len(layers)
@@ -42,13 +46,13 @@ def prune_layerwise(streamed, plan, tokens, recipe, run_dir=None, observe=None):
                 new = calibrated.prune(index, last, bar)
                 if observe:
                     observe(index, layer, new, start)
-                if run_dir:
+                if files:
                     with clock.part("save"):
-                        run_dir.finish(index, layer, new, None if last else states)
+                        files.save_layer(index, layer, new)
                 outcomes |= new
-    if run_dir:
+    if files:
         with clock.part("save"):
-            run_dir.settle()
+            files.flush()
     return outcomes
 
 
@@ -61,10 +65,23 @@ class _Calibrated:
             self.stream = streamed.embed(tokens[distributed.share(len(tokens))], 2 if recipe.dense_target else 1)
             self.dense = self.stream.twin() if recipe.dense_target else None
         self.nsequences = len(tokens)  # over all processes
-        self.states = {"hidden": self.stream.hidden} | ({"dense": self.dense.hidden} if self.dense else {})
         self.layers = streamed.layers[:max(index for index, _ in plan) + 1]
         self.shared = {}  # which linears read the same input, by kind of layer
         self.few = None  # inputs of experts in this layer with fewer tokens than columns, once its pools are reduced
+
+    def pass_finished(self, index, files, advances):
+        """Take a layer that an interrupted run has pruned, and advance the hidden states through it as that run did.
+
+        advances: whether any layer is left to prune.
+        """
+        device = self.streamed.device
+        if advances and self.dense:
+            with on_device([self.layers[index]], device), self.clock.part("forward"):
+                self.dense.advance(self.layers[index], index)
+        files.load_layer(index)
+        if advances:
+            with on_device([self.layers[index]], device), self.clock.part("forward"):
+                self.stream.advance(self.layers[index], index)
 
     def prune(self, index, last, bar):
         """Prune layer number `index`, which is on the device, and advance the hidden states through it.

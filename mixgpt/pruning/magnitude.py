@@ -14,14 +14,18 @@ from quant import meet_sparsities, quantize_nearest
 
 
 @torch.no_grad()
-def prune_magnitude(streamed, plan, scheme=None, run_dir=None, observe=None):
+def prune_magnitude(streamed, plan, scheme=None, files=None, observe=None):
     """Prune every matrix of the plan by magnitude and round it to the nearest values of the scheme's grid, in place.
 
-    streamed, plan, run_dir, observe: as in `layerwise.prune_layerwise`. Returns {(layer, name): Outcome}.
+    streamed, plan, files, observe: as in `layerwise.prune_layerwise`. Returns {(layer, name): Outcome}.
     """
     title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
     layers, device = streamed.layers, streamed.device
-    first, outcomes = run_dir.begin(len(layers)) if run_dir else (0, {})
+    finished, outcomes = files.resume_from(len(layers)) if files else [], {}
+    for index, of_layer in enumerate(finished):
+        files.load_layer(index)
+        outcomes |= of_layer
+    first = len(finished)
     for index in progress.bar(range(first, len(layers)), title=title, initial=first, total=len(layers)):
         layer, new, start = layers[index], {}, time.perf_counter()
         with on_device([layer], device):
@@ -34,11 +38,11 @@ def prune_magnitude(streamed, plan, scheme=None, run_dir=None, observe=None):
                     new[index, name] = Outcome(grid=grid and grid.gathered(rows).to("cpu"))
             if observe:
                 observe(index, layer, new, start)
-            if run_dir:
-                run_dir.finish(index, layer, new)
+            if files:
+                files.save_layer(index, layer, new)
         outcomes |= new
-    if run_dir:
-        run_dir.settle()
+    if files:
+        files.flush()
     return outcomes
 
 

@@ -1,7 +1,6 @@
 """Check loading, what is refused, and that a saved folder loads with plain transformers."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import sentencepiece as spm
@@ -98,38 +97,6 @@ def test_a_folder_can_be_loaded_only_when_all_of_it_is_written(tokenizer, tmp_pa
     monkeypatch.undo()
     save(tmp_path / "saved", model, tokenizer, {})
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-
-
-@pytest.mark.parametrize("case", ["file", "filled", "below a file", "too large"])
-def test_a_save_path_that_cannot_be_used_is_refused_and_nothing_is_left(case, tmp_path):
-    (tmp_path / "file").write_text("kept")
-    folder = {"file": tmp_path / "file", "filled": tmp_path, "below a file": tmp_path / "file" / "saved",
-              "too large": tmp_path / "new" / "saved"}[case]
-    with pytest.raises(InputError, match=f"--save {folder}: "):
-        load.check_save(folder, 10**18 if case == "too large" else 0, False)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("layers, saved, needed", [(0, 0, 200), (60, 0, 140), (100, 0, 100), (100, 70, 30)])
-def test_room_for_layers_and_result_that_are_not_there_yet_is_asked_for(layers, saved, needed, tmp_path, monkeypatch):
-    (tmp_path / "progress").mkdir()
-    (tmp_path / "progress" / "run.json").write_text("{}")
-    (tmp_path / "progress" / "layer-00000.safetensors").write_bytes(bytes(layers))
-    (tmp_path / "model-00001-of-00003.safetensors").write_bytes(bytes(saved))
-    monkeypatch.setattr(load.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    load.check_save(tmp_path, 200, True)
-    monkeypatch.setattr(load.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(InputError, match=r": finished layers and the result need 0.000 GB, 0.000 GB are free in"):
-        load.check_save(tmp_path, 200, True)
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_new_or_empty_save_path_is_accepted_and_nothing_is_left(exists, tmp_path):
-    folder = tmp_path / "a" / "b"
-    if exists:
-        folder.mkdir(parents=True)
-    load.check_save(folder, 1, False)
-    assert folder.exists() == exists
 
 
 def test_the_empty_special_tokens_of_early_llama_conversions_are_put_right(tmp_path):

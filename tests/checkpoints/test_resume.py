@@ -23,7 +23,6 @@ class Scenario:
     name: str  # in FAMILIES
     options: list
     parts: list  # sets of parts of a run, of which one moment each is drawn
-    patience: int = 0  # hidden states are kept behind every layer (0) or behind the first one only (10⁹)
     pickled: bool = False  # weights that cannot be left on disk
     shard: int = shards.LARGEST  # bytes
 
@@ -39,7 +38,7 @@ SCENARIOS = {
     "opt, magnitude": Scenario("opt", ["--sparsity", ".5", "--gmp", "--wbits", "3"], [{"finish"}, {"complete"}]),
     "llama, mixed": Scenario("llama", [*MIXED, "--wbits", "4"], [{"sensitivity"}, {"traces"}, {"traces"}, {"finish"}]),
     "bloom, sparse": Scenario("bloom", ["--sparsity", ".5", "--wbits", "4", "--no-true-sequential", "--save-format",
-                                        "sparse"], SPARSEGPT[1:], patience=10**9),
+                                        "sparse"], SPARSEGPT[1:]),
     "baichuan-7b, packed": Scenario("baichuan-7b", ["--sparsity", ".5", "--wbits", "4", "--sym", "--act-order",
                                                     "--distill", "1", "--save-format", "compressed-tensors"],
                                     [{"finish"}, {"distillation"}, {"complete"}]),
@@ -71,7 +70,7 @@ def launch(fork, checkpoint_folder, tmp_path, monkeypatch):
         if "--sensitivity" in scenario.options:
             arguments += ["--sensitivity_file", root / "traces.json"]
         return fork(command, scenario.name, arguments, root / "log", watch,
-                    (fatal, root / "moments.json", root, scenario.patience, scenario.shard))
+                    (fatal, root / "moments.json", root, scenario.shard))
 
     return start
 

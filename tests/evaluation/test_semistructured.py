@@ -12,7 +12,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixgpt.checkpoints.names import RECORD
+from mixgpt.checkpoints.choices import RECORD
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.perplexity import perplexity
 from modelutils import linears

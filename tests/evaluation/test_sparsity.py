@@ -30,8 +30,8 @@ def test_sparsity_is_counted_in_every_linear_of_the_layers(tiny):
 def test_zeros_are_counted_on_the_device_and_read_from_there_at_once(name, checkpoint_folder, monkeypatch):
     family, folder = make(name)[0], checkpoint_folder(name)
     model = load.open_model(folder, load.load_config(folder, family), family, "auto")
-    state, loads, whole = make(name)[1].state_dict(), [], streaming.Source.load
-    monkeypatch.setattr(streaming.Source, "load", lambda source, *given: loads.append(1) or whole(source, *given))
+    state, loads, whole = make(name)[1].state_dict(), [], streaming.DiskWeights.load
+    monkeypatch.setattr(streaming.DiskWeights, "load", lambda source, *given: loads.append(1) or whole(source, *given))
     with Gpu() as gpu:
         layer = family.layers_of(model)[1]
         with on_device([layer], CUDA):

@@ -14,9 +14,8 @@ import llama
 from mixgpt.checkpoints import load
 from mixgpt.evaluation.perplexity import logits
 from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
-from mixgpt.modeling.experts import is_split, split_experts
+from mixgpt.modeling.experts import is_split, layout_of, published, split_experts
 from mixgpt.modeling.family import family_of
-from mixgpt.modeling.layout import layout_of, published
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select

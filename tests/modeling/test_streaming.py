@@ -17,6 +17,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.evaluation.perplexity import logits, perplexity
 from mixgpt.evaluation.sparsity import measure_sparsity
 from mixgpt.modeling import streaming
+from mixgpt.modeling.streaming import disk_weights
 
 UP = "model.layers.1.mlp.up_proj.weight"
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--device", "cpu"]
@@ -62,7 +63,7 @@ def test_a_model_on_disk_is_that_of_from_pretrained_and_nothing_of_it_stays_load
     def on_meta():
         return all(parameter.is_meta for parameter in streamed.parameters())
 
-    assert on_meta() and hasattr(streamed, "source") and streamed.dtype == plain.dtype
+    assert on_meta() and disk_weights(streamed) and streamed.dtype == plain.dtype
     assert torch.equal(logits(streamed, family, tokens, 4, CPU),
                        logits(plain.eval(), family, tokens, 4, CPU))
     assert on_meta()
@@ -81,7 +82,7 @@ def test_a_model_on_disk_is_that_of_from_pretrained_and_nothing_of_it_stays_load
 def test_tensors_are_read_one_by_one_under_the_names_of_the_model(tiny, tmp_path):
     family, model = tiny
     store(model, "float32 sharded", tmp_path)
-    source = opened(tmp_path, family).source
+    source = opened(tmp_path, family).disk_weights
     assert all(torch.equal(source.tensor(name), parameter) for name, parameter in model.named_parameters())
 
 
@@ -95,7 +96,7 @@ def test_a_heads_own_weights_are_kept_where_the_configuration_calls_them_tied(na
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
     assert torch.equal(plain.lm_head.weight, model.lm_head.weight * 2)  # so transformers takes it
     streamed = opened(tmp_path / "source", family)
-    assert hasattr(streamed, "source")
+    assert disk_weights(streamed)
     assert torch.equal(logits(streamed, family, tokens, 4, CPU), logits(plain, family, tokens, 4, CPU))
 
     assert cli.main(family, [str(tmp_path / "source"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval",
@@ -110,7 +111,7 @@ def test_a_tied_head_that_is_stored_with_its_twin_is_streamed(tokens, tmp_path):
     save_file({key: tensor.clone() for key, tensor in model.state_dict().items()}, tmp_path / "model.safetensors",
               metadata={"format": "pt"})
     streamed = opened(tmp_path, family)
-    assert hasattr(streamed, "source")
+    assert disk_weights(streamed)
     assert torch.equal(logits(streamed, family, tokens, 4, CPU),
                        logits(model, family, tokens, 4, CPU))
 
