@@ -100,12 +100,17 @@ def compare(arguments, log):
     sys.exit(results.main(arguments))
 
 
+def keep_cache(root):
+    """Let the cache be beside the model."""
+    os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+
+
 def check_run(fork, root, line, script="llama"):
     """Run a command line in a process of its own. Fails as the docstring of this file says."""
     log, arguments = root / "log", [word.format(root=root) for word in line.split()]
     before = snapshot(root)
     process = fork(compare, arguments, log) if script == "results" else fork(
-        command, script, arguments, log, os.environ.update, ({"XDG_CACHE_HOME": str(root / "cache")},))
+        command, script, arguments, log, keep_cache, (root,))
     process.join(LONGEST)
     if process.exitcode is None:
         process.kill()

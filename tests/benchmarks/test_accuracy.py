@@ -60,8 +60,7 @@ def test_the_benchmark_goes_on_where_it_left_off(benchmark, cells, monkeypatch, 
     assert "wanda" not in SOLVERS and "owl" not in ALLOCATIONS
 
 
-@pytest.mark.parametrize("method, target", [("mixgpt", "50%"), ("best", "2:4"), ("sparsegpt", "50%+4bit"),
-                                            ("owl-wanda", "60%")])
+@pytest.mark.parametrize("method, target", [("best", "2:4"), ("owl-wanda", "60%")])
 def test_a_cell_is_the_result_of_its_command_line(method, target, benchmark, cells, tmp_path):
     assert benchmark("--methods", method, "--targets", target, "--seeds", "3", *SMALL) == 0
     cell = cells()[method, target, 3]
@@ -114,18 +113,12 @@ def test_held_out_text_takes_the_place_of_the_tests(benchmark, cells):
     assert [list(cell["figures"]) for cell in cells().values()] == [["heldout-builtin"]] * 2
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--nsamples", "0"], "--nsamples 0: must be at least 1"),
-    (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-    (["--output", "a.txt"], "--output a.txt: must end in .json; the tables are written beside it, in .md"),
-    (["--output", "notes.json"], "--output notes.json: exists and holds no cells of this benchmark; name another file"),
-])
-def test_unusable_options_give_one_line(benchmark, options, message, tmp_path, monkeypatch, capsys):
+def test_a_file_that_holds_something_else_is_refused_in_one_line(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.json").write_text("[]")
-    assert benchmark(*SMALL, *options) == 2
-    assert capsys.readouterr().err == f"accuracy.py: error: {message}\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
+    assert benchmark(*SMALL, "--output", "notes.json") == 2
+    assert capsys.readouterr().err == ("accuracy.py: error: --output notes.json: exists and holds no cells of this "
+                                       "benchmark; name another file\n")
 
 
 def test_targets_are_flags():

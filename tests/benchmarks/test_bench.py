@@ -16,6 +16,7 @@ from textbook import Textbook, prune_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama
+from mixgpt.app import pipeline
 from mixgpt.common.clock import Clock
 from mixgpt.kernels import columns
 from mixgpt.pruning.hessian import InputHessian, relative_error
@@ -67,6 +68,7 @@ def test_the_textbook_prunes_a_model_as_two_passes_do(tokens):
 
 def test_the_benchmark_of_matrices_prints_ratios_and_agreement(monkeypatch, capsys):
     monkeypatch.setattr(bench, "rate", lambda device, dtype: 1e9)  # large products take long here
+    monkeypatch.setattr(bench, "WARMUP", "32x32")
     bench.main(["matrices", "--sizes", "64x96", "--device", "cpu"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("64x96")]
     assert len(rows) == 3 and all(row.count("x") == 3 and row.count("%") >= 3 for row in rows)
@@ -78,6 +80,7 @@ def small_gpu(monkeypatch, tmp_path):
     shape = llama.FAMILY, LlamaForCausalLM, LlamaConfig(
         vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4), 6
     monkeypatch.setattr(gpu, "SHAPES", {"LLaMA-tiny": shape})
+    monkeypatch.setattr(gpu, "test_tokens", lambda *asked: pipeline.test_tokens(*asked))  # little text
     monkeypatch.setattr(bench, "rate", lambda device, dtype: 1e9)  # large products take long here
     if torch.cuda.is_available():
         yield

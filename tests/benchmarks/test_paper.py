@@ -80,9 +80,8 @@ def test_an_interrupted_table_goes_on_and_is_that_of_a_whole_run(command, runs, 
 
 
 def test_tables_share_cells_and_methods_added_later_measure_no_other(command, runs):
-    assert command("table2") == 0 and len(runs) == 4
     assert command("table2", "--methods", "wanda") == 0
-    assert [settings.solver for settings in runs[4:]] == ["wanda"]
+    assert [settings.solver for settings in runs].count("wanda") == 1 and len(runs) == 5
     assert command("table1") == 0
     assert [(settings.sparsity_way, settings.saliency) for settings in runs[5:]] == [
         ("uniform", "isc"), ("weight-level", "obs")]
@@ -135,12 +134,6 @@ def test_a_dry_run_prints_the_missing_command_lines_and_writes_nothing(command, 
     assert [line.partition("--eval builtin ")[2] for line in lines] == [
         "--sparsity 0.0 --seed 0", "--gmp --sparsity 0.5 --seed 0", "--sparsity 0.5 --seed 0",
         "--sparsity_way weight-level --saliency isc --sparsity 0.5 --seed 0"]
-    assert command("table2") == 0
-    held = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    capsys.readouterr()
-    assert command("table2", "--methods", "owl", "--dry-run") == 0
-    line, = capsys.readouterr().out.splitlines()
-    assert "--sparsity_way owl" in line and held == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_tasks_are_those_of_the_family_script(command, checkpoint_folder, tmp_path, capsys):
@@ -175,9 +168,7 @@ def test_tasks_without_accuracy_are_refused():
     (["--methods", "magic"], "argument --methods: invalid choice: 'magic' (choose from 'magnitude', 'wanda', 'owl', "
                              "'owl-wanda', 'best')"),
     (["--output", "no/such.txt"], "--output no/such.txt: must end in .json"),
-    (["--output", "/proc/paper.json"], "--output /proc/paper.json: cannot be written"),
     (["--output", "other.json"], "--output other.json: exists and holds no cells of this benchmark; name another file"),
-    (["--seeds", "-1"], "--seed -1: must lie between 0 and"),
     (["--nsamples", "0"], "--nsamples 0: must be at least 1"),
 ])
 def test_what_cannot_be_used_gives_one_line(arguments, line, command, runs, tmp_path, monkeypatch, capsys):
@@ -186,14 +177,6 @@ def test_what_cannot_be_used_gives_one_line(arguments, line, command, runs, tmp_
     assert command("table1", *arguments) == 2 and runs == []
     errors = capsys.readouterr().err
     assert errors.startswith("paper.py: error: ") and errors.count("\n") == 1 and line in errors
-
-
-def test_a_model_that_is_not_there_gives_one_line(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert paper.main(["table1", "nobody/nothing", "--dataset", "builtin", *SMALL]) == 2 and runs == []
-    errors = capsys.readouterr().err
-    assert errors.startswith("paper.py: error: model nobody/nothing: ") and errors.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_paper_reports_is_of_cells_that_there_are():

@@ -102,12 +102,21 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, 
         return [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / name, "--sensitivity_file",
                 tmp_path / f"{name}.json"]
 
-    process = torchrun(2, ROOT / "llama.py", *options("two"))
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+    def run_twice(*more):
+        port, logs = free_port(), [tmp_path / "log-0", tmp_path / "log-1"]
+        processes = [fork(command, "llama", [*options("two"), *more], log, as_rank, (rank, 2, port))
+                     for rank, log in enumerate(logs)]
+        for process in processes:
+            process.join(600)
+            assert process.exitcode == 0, logs[0].read_text()
+        assert not logs[1].read_text()
+        return logs[0].read_text()
+
+    out = run_twice()
     assert out.count("total") == 1 and out.count("saved in") == 1 and out.count("traces ") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["two", "two.json"]
-    assert run(llama.FAMILY, *options("one")) == 0
+    alone = fork(command, "llama", options("one"), tmp_path / "log")
+    alone.join(600)
+    assert alone.exitcode == 0
     one, two = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "two")
     assert set(one) == set(two)
     for key, tensor in one.items():
@@ -116,19 +125,13 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, 
     sparsity = [json.loads((tmp_path / name / "mixgpt.json").read_text())["sparsity"] for name in ("one", "two")]
     assert sparsity[0] == sparsity[1] == pytest.approx(0.5, abs=1e-3)
 
-    port, logs = free_port(), [tmp_path / "log-0", tmp_path / "log-1"]  # queued again
-    again = [fork(command, "llama", [*options("two"), "--resume"], log, as_rank, (rank, 2, port))
-             for rank, log in enumerate(logs)]
-    for process in again:
-        process.join(600)
-        assert process.exitcode == 0, logs[0].read_text()
-    assert logs[0].read_text().startswith(f"resume   the run in {tmp_path / 'two'} is complete")
-    assert "saved in" in logs[0].read_text() and not logs[1].read_text()
-    again = fork(command, "llama", [*options("two"), "--resume"], logs[0])
+    out = run_twice("--resume")  # queued again
+    assert out.startswith(f"resume   the run in {tmp_path / 'two'} is complete") and "saved in" in out
+    again = fork(command, "llama", [*options("two"), "--resume"], tmp_path / "log")
     again.join(600)
     assert again.exitcode == 2
-    assert logs[0].read_text() == (f"llama.py: error: --resume: number of processes was 2 in the complete run in "
-                                   f"{tmp_path / 'two'}, now it is 1\n")
+    assert (tmp_path / "log").read_text() == (f"llama.py: error: --resume: number of processes was 2 in the complete "
+                                              f"run in {tmp_path / 'two'}, now it is 1\n")
 
 
 def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distillation(checkpoint_folder, fork,
