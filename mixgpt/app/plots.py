@@ -1,6 +1,7 @@
 """Plot sensitivities, assigned sparsities and perplexities: MixGPT (arXiv 2310.09499), figures 1 to 3."""
 
 import io
+import itertools
 import textwrap
 
 import pandas as pd
@@ -17,31 +18,21 @@ def draw(plan, traces=None, suffix=".png"):
 
     traces: the `Traces` that the plan follows from, shown in the three ways in place of the sparsities.
     """
-    values = _grid({key: target.sparsity for key, target in plan.items()}, traces.shapes if traces else plan)
+    sparsity = _grid({key: target.sparsity for key, target in plan.items()}, traces.shapes if traces else plan)
     figure = Figure(figsize=(11, 12 if traces else 8), layout="constrained")
     grid = figure.add_gridspec(3 if traces else 2, 2, width_ratios=[3, 2])
-    _heat_map(figure.add_subplot(grid[-1, :]), values, title="Sparsity assigned", label=PRUNED)
-    title, by, label, scale, errors = "Sparsity", "", PRUNED, "linear", None
-    if traces:
-        title, by, label = "Sensitivity", f" ({traces.estimator})", "trace per weight"
-        values = _grid(traces.sensitivity, traces.shapes)
-        errors = _grid(dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True)),
-                       traces.shapes)
-        positive = values.where(values > 0)  # Hutchinson estimates can be negative
-        scale = "log" if positive.notna().equals(values.notna()) else "linear"
-        _heat_map(figure.add_subplot(grid[1, :]), positive, title=title, label=label,
-                  norm="log" if positive.notna().any(axis=None) else None)
-    by_layer, by_kind = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-    for kind in values:
-        by_layer.errorbar(values.index, values[kind], errors if errors is None else errors[kind], label=_short(kind),
-                          marker=".", linewidth=1, elinewidth=0.5)
-    by_layer.set(xlabel="layer", ylabel=label, title=f"{title} by layer{by}", yscale=scale)
-    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
-    by_layer.legend(fontsize=8, ncols=2)
-    by_kind.barh([_short(kind) for kind in values], values.mean())
-    by_kind.invert_yaxis()
-    by_kind.locator_params(axis="x", nbins=4)
-    by_kind.set(xlabel=f"{label}, mean over layers", title=f"{title} by matrix kind")
+    _heat_map(figure.add_subplot(grid[-1, :]), sparsity, "Sparsity assigned", PRUNED)
+    top = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    if not traces:
+        _by_layer_and_kind(*top, sparsity, None, "Sparsity", PRUNED)
+        return bytes_of(figure, suffix)
+    errors = dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True))
+    values, errors = _grid(traces.sensitivity, traces.shapes), _grid(errors, traces.shapes)
+    positive = values.where(values > 0)  # Hutchinson estimates can be negative
+    _heat_map(figure.add_subplot(grid[1, :]), positive, "Sensitivity", "trace per weight",
+              "log" if positive.notna().any(axis=None) else None)
+    _by_layer_and_kind(*top, values, errors, f"Sensitivity by {traces.estimator}", "trace per weight")
+    top[0].set_yscale("log" if positive.notna().equals(values.notna()) else "linear")
     return bytes_of(figure, suffix)
 
 
@@ -62,12 +53,26 @@ def _short(kind):
     return kind.rpartition(".")[2]
 
 
-def _heat_map(axis, values, *, title, label, norm=None):
+def _heat_map(axis, values, title, label, norm=None):
     """Show a DataFrame (layers, kinds) as colours; missing values stay blank."""
     image = axis.imshow(values.T, aspect="auto", cmap="viridis", norm=norm)
-    axis.set(xlabel="layer", title=title, yticks=range(values.shape[1]), yticklabels=[_short(kind) for kind in values])
+    axis.set(xlabel="layer", title=title, yticks=range(values.shape[1]), yticklabels=map(_short, values))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.figure.colorbar(image, ax=axis, label=label)
+
+
+def _by_layer_and_kind(lines, bars, values, errors, title, label):
+    """Show a DataFrame (layers, kinds) as a line for each kind, and as bars of the means over layers."""
+    for kind in values:
+        lines.errorbar(values.index, values[kind], errors if errors is None else errors[kind], label=_short(kind),
+                       marker=".", linewidth=1, elinewidth=0.5)
+    lines.set(xlabel="layer", ylabel=label, title=f"{title}, by layer")
+    lines.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lines.legend(fontsize=8, ncols=2)
+    bars.barh(list(map(_short, values)), values.mean())
+    bars.invert_yaxis()
+    bars.locator_params(axis="x", nbins=4)
+    bars.set(xlabel=f"{label}, mean over layers", title=f"{title}, by matrix kind")
 
 
 def draw_tradeoff(points, suffix=".png"):
@@ -77,32 +82,25 @@ def draw_tradeoff(points, suffix=".png"):
     sparsity, in percent.
     """
     models, texts, methods = (list(points[name].unique()) for name in ("model", "text", "method"))
-    sparsities = points["sparsity"].map("{:.0%}".format).unique()
-    bars, columns = len(sparsities) == 1, 1 if len(methods) < 3 else 2
-    height = 1.8 + 0.5 * len(methods) if bars else 4
-    figure = Figure(figsize=(max(5.5 * len(texts), 7), height * len(models) + (
-        0 if bars else 0.3 * len(methods) / columns)), layout="constrained")
-    axes, shown = figure.subplots(len(models), len(texts), squeeze=False), {}
-    colours = {method: number for number, method in enumerate(methods)}
-    for axis, (model, text) in zip(axes.flat, ((model, text) for model in models for text in texts), strict=True):
+    sparsity, *others = points["sparsity"].map("{:.0%}".format).unique()
+    show, height = (_tradeoff, 4 + 0.1 * len(methods)) if others else (_bars, 1.8 + 0.5 * len(methods))
+    figure = Figure(figsize=(max(5.5 * len(texts), 7), height * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), len(texts), squeeze=False)
+    for axis, (model, text) in zip(axes.flat, itertools.product(models, texts), strict=True):
         panel = points[(points["model"] == model) & (points["text"] == text)]
         if panel.empty:
             axis.set_axis_off()
             continue
-        dense = next(iter(panel["dense"].dropna()), None)
-        (_bars if bars else _tradeoff)(axis, panel, dense, colours)
-        axis.set_title(f"{model}\n{text}, {sparsities[0]} of the weights pruned" if bars else f"{model}, {text}",
+        show(axis, panel, next(iter(panel["dense"].dropna()), None), methods)
+        axis.set_title(f"{model}, {text}" if others else f"{model}\n{text}, {sparsity} of the weights pruned",
                        fontsize=11)
-        shown |= {label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if not bars:
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns, fontsize=9)
     return bytes_of(figure, suffix)
 
 
-def _tradeoff(axis, panel, dense, colours):
+def _tradeoff(axis, panel, dense, methods):
     """Draw the methods of one panel, each in its colour, with error bars from lowest to highest."""
     for method, rows in panel.sort_values("sparsity").groupby("method"):
-        number = colours[method]
+        number = methods.index(method)
         axis.errorbar(rows["sparsity"], rows["mean"], _bounds(rows), label=method, color=f"C{number % 10}",
                       marker="osD^vP*X"[number % 8], markersize=5, capsize=3)
     if dense is not None:
@@ -111,6 +109,7 @@ def _tradeoff(axis, panel, dense, colours):
     axis.xaxis.set_major_locator(MultipleLocator(0.1))
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set(xlabel="weights pruned", ylabel="perplexity")
+    axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
 
 
@@ -119,16 +118,17 @@ def _bounds(rows):
     return [(rows["mean"] - rows["low"]).abs(), (rows["high"] - rows["mean"]).abs()]
 
 
-def _bars(axis, panel, dense, colours):
+def _bars(axis, panel, dense, methods):
     """Draw a bar per method of one panel, best first, below the dense model's."""
-    first = [] if dense is None else [{"method": "dense", "mean": dense, "low": dense, "high": dense}]
-    rows = pd.concat([pd.DataFrame(first), panel.sort_values("mean")], ignore_index=True)
+    rows = panel.sort_values("mean")
+    if dense is not None:
+        rows = pd.concat([pd.DataFrame([{"method": "dense", "mean": dense, "low": dense, "high": dense}]), rows])
     labels = [textwrap.fill(method, 30) for method in rows["method"]]
-    shown = axis.barh(labels, rows["mean"], height=0.6, color=[
-        f"C{colours[method] % 10}" if method in colours else "0.6" for method in rows["method"]])
+    bars = axis.barh(labels, rows["mean"], height=0.6, color=[
+        f"C{methods.index(method) % 10}" if method in methods else "0.6" for method in rows["method"]])
     if not rows["low"].equals(rows["high"]):  # over seeds
-        axis.errorbar(rows["mean"], rows.index, xerr=_bounds(rows), color="black", capsize=3, linestyle="none")
-    axis.bar_label(shown, [f"{value:,.{2 if value < 100 else 0}f}" for value in rows["mean"]], padding=4)
+        axis.errorbar(rows["mean"], range(len(rows)), xerr=_bounds(rows), color="black", capsize=3, linestyle="none")
+    axis.bar_label(bars, [f"{value:,.{2 if value < 100 else 0}f}" for value in rows["mean"]], padding=4)
     axis.invert_yaxis()
     axis.set_xlabel("perplexity")
     axis.margins(x=0.12)
