@@ -262,7 +262,7 @@ FAULTS = {
         "contains hutchinson traces; give --sensitivity hutchinson", lambda content: {
             "key": content["key"] | {"estimator": "hutchinson"}}),
     "sensitivities that are NaN": traces(
-        "is not a file of traces (…)", lambda content: {"samples": [
+        "is not a file of traces: …", lambda content: {"samples": [
             [float("nan") for _ in row] for row in content["samples"]]}),
     # generate.py
     "a negative temperature": prompt("--temperature=-0.5", "--temperature -0.5: must be 0 (greedy) or at least …"),

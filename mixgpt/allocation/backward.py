@@ -16,7 +16,8 @@ from mixgpt.modeling.experts import RoutedLinear
 from mixgpt.modeling.streaming import prefetch
 from modelutils import allocate, linears, on_device
 
-BORDERS = 2e9  # bytes of the hidden states at all layer boundaries, where a chunk takes so long that its end is awaited
+HOST = torch.device("cpu")
+SAVED_AFTER = 2e9  # bytes of hidden states at layer boundaries: on a CPU such a chunk takes minutes, and is saved then
 
 
 def chunk_size(streamed, count, T, states, limit=math.inf):
@@ -24,33 +25,24 @@ def chunk_size(streamed, count, T, states, limit=math.inf):
 
     states: kinds of hidden states per boundary. limit: bytes that these may take. All processes get the same number.
     """
-    batch, borders = streamed.batch_size, states * (len(streamed.layers) + 1)
-    sequence = T * streamed.model.config.hidden_size * working_dtype(streamed.model).itemsize
-    rooms, size = rooms_for(streamed), -(-count // batch) * batch
-
-    def fits(nbytes):
-        footprints = _footprints(nbytes, streamed.device)
-        return borders * nbytes <= limit and borders <= sum(room // footprints[place] for place, room in rooms.items())
-
-    while size > batch and not fits(size * sequence):
+    batch, boundaries = streamed.batch_size, states * (len(streamed.layers) + 1)
+    sequence = T * streamed.model.config.hidden_size * working_dtype(streamed.model).itemsize  # bytes at a boundary
+    rooms, size = rooms_for(streamed).values(), -(-count // batch) * batch
+    while size > batch and (boundaries * size * sequence > limit
+                            or boundaries > sum(room // (size * sequence) for room in rooms)):
         size -= batch
     return min(distributed.all_gather_object(size))
 
 
 def rooms_for(streamed):
-    """Return the bytes that hidden states at layer boundaries may take on the "device" and the "host".
+    """Return {place: bytes that hidden states at layer boundaries may take there}: half of what is free.
 
-    They are half of what is free: the other half is for the work.
+    The other half is for the work.
     """
-    on_gpu = streamed.device.type == "cuda" and not streamed.on_host
-    return {"device": memory.free(streamed.device) // 2 if on_gpu else 0,
-            "host": memory.free(torch.device("cpu")) // 2}
-
-
-def _footprints(nbytes, device):
-    """Return the bytes that a tensor of nbytes takes on the "device" and the "host"."""
-    pinned = 1 << (nbytes - 1).bit_length()  # PyTorch rounds up to a power of two
-    return {"device": nbytes, "host": pinned if device.type == "cuda" else nbytes}
+    if streamed.device.type != "cuda":
+        return {"host": memory.free(HOST) // 2}
+    return {"device": 0 if streamed.on_host else memory.free(streamed.device) // 2,
+            "host": memory.free(HOST) // 4}  # PyTorch rounds pinned memory up to a power of two
 
 
 def working_dtype(model):
@@ -61,7 +53,7 @@ def working_dtype(model):
 class Chunk:
     """Sequences that run through all layers together and back, and their hidden states at all layer boundaries.
 
-    Where these are on the host, they are in memory that a GPU copies from and to while it computes.
+    Those on the host are in pinned memory, from and to which a GPU copies while it computes.
     """
 
     def __init__(self, streamed, matrices, tokens, bar):
@@ -76,13 +68,14 @@ class Chunk:
 
     def new_border(self):
         """Return uninitialised memory for the hidden states at a layer boundary, where there is room, else on disk."""
-        shape, footprints = self.borders[0].shape, _footprints(self.borders[0].nbytes, self.device)
-        place = next((place for place, room in self._rooms.items() if footprints[place] <= room), "disk")
-        if place != "disk":
-            self._rooms[place] -= footprints[place]
-        if place == "host" and self.device.type == "cuda":
-            return torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=True)
-        return allocate(shape, self.dtype, self.device, place)
+        shape, nbytes = self.borders[0].shape, self.borders[0].nbytes
+        place = next((place for place, room in self._rooms.items() if nbytes <= room), "disk")
+        if place == "disk":
+            return allocate(shape, self.dtype, self.device, place)
+        self._rooms[place] -= nbytes
+        on_host = place == "host"
+        return torch.empty(shape, dtype=self.dtype, device=HOST if on_host else self.device,
+                           pin_memory=on_host and self.device.type == "cuda")
 
     def read(self, border, rows):
         """Return the hidden states of a batch at a layer boundary (B, T, C), on the device."""
@@ -107,33 +100,13 @@ class Chunk:
             self.bar.update(len(self.tokens))
 
     def head(self):
-        """Within the block, give a function from hidden states (n, C) behind the last layer to logits."""
+        """Within the block, give a function from hidden states (n, C) after the last layer to logits."""
         return self.stream.head(self.model, self.family, self.dtype)
 
     def matrices_of(self, layer, index):
         """Return {column of the result: linear} for a layer's matrices."""
         modules = linears(layer)
         return {column: modules[name] for column, (at, name) in enumerate(self.matrices) if at == index}
-
-
-class Measurements:
-    """Values per matrix and sequence. Those of a layer stay on the device until its last batch."""
-
-    def __init__(self, result):
-        self.result = result  # (matrices, n, ...), float64 on the host, zeros
-        self._layer = {}  # column -> (n, ...)
-
-    def note(self, column, rows, values):
-        """Note values (B, ...) of a matrix for the sequences of a batch."""
-        if column not in self._layer:
-            self._layer[column] = values.new_zeros(self.result.shape[1:])
-        self._layer[column][rows] = values
-
-    def flush(self):
-        """Move what was noted to the result, in one copy."""
-        if self._layer:
-            self.result[list(self._layer)] = torch.stack(list(self._layer.values())).to("cpu", torch.float64)
-        self._layer = {}
 
 
 @contextlib.contextmanager
@@ -159,9 +132,8 @@ def _constant(layer, dtype):
         yield copy.deepcopy(layer).to(dtype).requires_grad_(False)
         return
     weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    layer.requires_grad_(False)
     try:
-        for weight in weights:
-            weight.requires_grad_(False)
         yield layer
     finally:
         for weight in weights:

@@ -3,7 +3,6 @@
 Notation as in `backward`; ŷ are labels sampled from the model's predictions.
 """
 
-import contextlib
 import math
 import operator
 from dataclasses import dataclass
@@ -11,23 +10,17 @@ from functools import partial
 
 import torch
 
-from mixgpt.allocation.backward import (
-    Chunk,
-    Measurements,
-    by_sequence,
-    chunk_size,
-    pinned_memory_freed,
-)
-from mixgpt.allocation.global_threshold import InverseDiagonals, inverse_diagonals
+from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size, pinned_memory_freed
+from mixgpt.allocation.global_threshold import inverse_diagonals
 from mixgpt.common import distributed, progress
 from mixgpt.common.tensors import seeded, wide
 from mixgpt.kernels.attention import fast_attention
 from mixgpt.kernels.matmul import fast_linears
 from modelutils import CPU_SLICE, SLICE, hooked, linears
 
-LOUDEST = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: what is more in one of them does not count in G
-ROUNDING = 1e-9  # of a sequence's loudest token: less than that is none
-TEMPER = 0.7  # exponent of G within a matrix
+TOKEN_CLIP = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: the most that a token counts in G
+ROUNDING = 1e-9  # of the largest ‖∂L/∂y‖² of a sequence: less is a token that was not routed here
+ROW_WEIGHT_EXPONENT = 0.7  # of G within a matrix
 
 
 @dataclass(frozen=True)
@@ -53,10 +46,10 @@ class Gradients:
         return gradients
 
 
-def enough_of(tokens):
+def every_second_sequence(tokens):
     """Return every second of the sequences (N, T): `Gradients` of these give the same perplexity, within 0.5%.
 
-    All of them if some process would get none. Not for the gradients of tokens, which are wanted of all.
+    All of them if a process would get none. Not for the gradients of tokens, which are wanted of all.
     """
     return tokens[::2] if len(tokens) >= 2 * distributed.world() else tokens
 
@@ -66,25 +59,22 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
     """Measure the `Gradients` of the loss w.r.t. matrix outputs, with labels sampled from the model's predictions.
 
     If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
-    output factor in K-FAC (arXiv 1503.05671). Few tokens tell it roughly: loud ones are cut to LOUDEST times the mean,
-    and the exponent TEMPER brings the entries of a matrix closer to each other. streamed: a modelutils.StreamedModel.
-    matrices: list of (layer, name). tokens: (N, T). percdamp: also measure `inverse_diagonals`: on the way, if all
-    sequences fit in one chunk.
+    output factor in K-FAC (arXiv 1503.05671). The estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP
+    times the sequence's mean, and ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. streamed: a
+    modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). percdamp: also measure
+    `inverse_diagonals`.
     """
     N, T = tokens.shape
-    mine, most = range(N)[distributed.share(N)], -(-N // distributed.world())
-    layers, size = streamed.layers, chunk_size(streamed, most, T, 1)
-    inputs = None
-    if percdamp is not None and size >= most:
-        inputs = InverseDiagonals(matrices, tokens.numel(), percdamp, streamed.clock)
+    mine, layers = range(N)[distributed.share(N)], streamed.layers
+    size = chunk_size(streamed, -(-N // distributed.world()), T, 1)
     sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=streamed.device)
             for index, name in matrices]
-    energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64)
+    energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64, device=streamed.device)
 
     def measure(column, X, Y):
         squares = wide(Y).square()
         energies = squares.sum(2)
-        sums[column] += torch.mv(squares.flatten(0, 1).t(), _share_that_counts(energies).flatten())
+        sums[column] += torch.mv(squares.flatten(0, 1).t(), _clipping(energies).flatten())
         return energies
 
     total = 2 * len(mine) * len(layers)
@@ -93,30 +83,29 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
         for start in range(0, len(mine), size):
             numbers = mine[start:start + size]
             _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], bar),
-                              [(seed, n, 0) for n in numbers], measure, energies[:, start:start + size], inputs)
-    *means, whole = _means([*sums, energies.sum((1, 2)).to(streamed.device)], N * T)
-    shares = [energy / mean if mean else torch.ones_like(energy) for mean, energy in zip(whole, energies, strict=True)]
+                              [(seed, n, 0) for n in numbers], measure, energies[:, start:start + size])
+    *means, token_means = _means([*sums, energies.sum((1, 2))], N * T)
+    shares = [energy / mean if mean else torch.ones_like(energy)
+              for mean, energy in zip(token_means, energies.cpu(), strict=True)]
     rows, of_tokens = ({key: value.float() for key, value in zip(matrices, values, strict=True)}
-                       for values in ([tempered(mean) for mean in means], shares))
-    if percdamp is None:
-        return Gradients(rows, of_tokens)
-    return Gradients(rows, of_tokens, inputs.diagonals if inputs else
+                       for values in ([flattened(mean) for mean in means], shares))
+    return Gradients(rows, of_tokens, None if percdamp is None else
                      inverse_diagonals(streamed, matrices, tokens, percdamp))
 
 
-def _share_that_counts(energies):
-    """Return how much of each token counts, (B, T), for none to have more than LOUDEST times its sequence's mean.
+def _clipping(energies):
+    """Return the factors (B, T) ≤ 1 that clip each token at TOKEN_CLIP times its sequence's mean.
 
     energies: (B, T), ‖∂L/∂y‖² of each token; 0 for those not routed to an expert, which are not in the mean.
     """
     routed = energies > ROUNDING * energies.amax(1, keepdim=True)
     mean = energies.sum(1, keepdim=True) / routed.sum(1, keepdim=True).clamp(min=1)
-    return (LOUDEST * mean / energies).nan_to_num(1.0).clamp_(max=1)
+    return (TOKEN_CLIP * mean / energies).nan_to_num(1.0).clamp_(max=1)
 
 
-def tempered(G):
-    """Return G (out,) to the power TEMPER, times what restores its mean."""
-    powers = G ** TEMPER
+def flattened(G):
+    """Return G (out,) to the power ROW_WEIGHT_EXPONENT, scaled to its mean."""
+    powers = G ** ROW_WEIGHT_EXPONENT
     return powers * (G.mean() / powers.mean()).nan_to_num(1.0)
 
 
@@ -124,7 +113,7 @@ def _means(sums, count):
     """Return the sums of all processes, a list of (out,), divided by count, on the host."""
     together = torch.cat(sums)
     distributed.all_reduce(together)
-    return (together.cpu() / count).split([len(each) for each in sums])
+    return (together.cpu() / count).split([len(part) for part in sums])
 
 
 def squared_gradients(chunk, keys):
@@ -133,34 +122,31 @@ def squared_gradients(chunk, keys):
     Its expectation is T − 1 times the trace of the Gauss-Newton matrix of the mean cross-entropy, as the gradients of
     different tokens are independent with mean zero. keys: seeds of the sequences' labels.
     """
-    result = torch.zeros(len(chunk.matrices), len(chunk.tokens), dtype=torch.float64)
+    result = torch.zeros(len(chunk.matrices), len(chunk.tokens), dtype=torch.float64, device=chunk.device)
     _sampled_backward(chunk, keys, lambda column, X, Y: wide(Y.mT @ X).square().sum(dim=(1, 2)), result)
-    return result.t()
+    return result.t().cpu()
 
 
-def _sampled_backward(chunk, keys, measure, result, inputs=None):
+def _sampled_backward(chunk, keys, measure, result):
     """Run all layers forward and backward, with labels ŷ sampled from the model's predictions, seeded by `keys`.
 
     Puts into result (matrices, n, ...) what measure(column, X, Y) returns per sequence of a batch (B, ...), given the
-    index of a matrix, its input (B, T, in) and the gradient of L(ŷ) w.r.t. its output (B, T, out). inputs: an
-    InverseDiagonals, which measures on the way forward. Hidden states are replaced by gradients on the way back.
+    index of a matrix, its input (B, T, in) and the gradient of L(ŷ) w.r.t. its output (B, T, out). Hidden states are
+    replaced by gradients on the way back.
     """
-    measurements, batches = Measurements(result), chunk.stream.batches()
+    batches = chunk.stream.batches()
 
     @torch.no_grad()
     def forward(layer, index):
         before, after = chunk.borders[-1], chunk.new_border()
-        chunk.stream.hidden = before
-        with inputs.measuring(layer, index, chunk.stream) if inputs else contextlib.nullcontext():
-            for rows in batches:
-                chunk.write(after, rows, chunk.stream.call(layer, index, chunk.read(before, rows), rows))
+        for rows in batches:
+            chunk.write(after, rows, chunk.stream.call(layer, index, chunk.read(before, rows), rows))
         chunk.borders.append(after)
 
     def backward(layer, index):
         for rows in batches:
             for column, X, Y in _layer_gradient(chunk, layer, index, rows):
-                measurements.note(column, rows, measure(column, X, Y))
-        measurements.flush()
+                result[column, rows] = measure(column, X, Y).double()
         chunk.borders.pop()
 
     chunk.visit_layers(forward)

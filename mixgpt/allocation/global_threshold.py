@@ -5,14 +5,12 @@ w_rc from the dense model, compensated by the other weights of its row, adds abo
 brain surgeon (arXiv 2301.00774, eq. 3) with the Fisher matrix of a row approximated by G_r H.
 """
 
-import contextlib
 import itertools
 import math
 from functools import partial
 
 import torch
 
-from mixgpt.allocation.ranking import threshold_counts
 from mixgpt.common import distributed, progress
 from mixgpt.kernels.linalg import upper_inverse
 from mixgpt.kernels.matmul import fast_linears
@@ -30,59 +28,34 @@ def by_threshold(budget):
                            budget.target.sparsity, budget.alpha)
 
 
-class InverseDiagonals:
-    """Measures [(H + λI)⁻¹]_cc for the input of each matrix while the dense model runs, layer by layer.
-
-    H is the mean over tokens, to be comparable across matrices.
-    """
-
-    def __init__(self, matrices, ntokens, percdamp, clock):
-        """matrices: list of (layer, name). ntokens: over all processes."""
-        self.matrices, self.ntokens, self.percdamp, self.clock = matrices, ntokens, percdamp, clock
-        self.diagonals = {}  # (layer, name) -> (in,), on the host
-        self._shared = {}  # see `groups_of`
-
-    @contextlib.contextmanager
-    def measuring(self, layer, index, stream):
-        """Measure the inputs of layer number `index`, which reads the hidden states of a stream within the block."""
-        groups = groups_of(layer, index, stream, self.matrices, self._shared)
-        hessians, read = hessians_of(layer, stream, groups, self.ntokens, self.clock)
-        with hooked({module: partial(read, module) for module in hessians}):
-            yield
-        if not groups:
-            return
-        diagonals = [self._diagonal(hessian) for hessian in hessians.values()]
-        together = torch.cat(diagonals).cpu()
-        for group, diagonal in zip(groups, together.split([len(each) for each in diagonals]), strict=True):
-            self.diagonals |= {(index, name): diagonal for name in group}
-
-    def _diagonal(self, hessian):
-        hessian.reduce()
-        hessian.factor(self.percdamp)
-        return upper_inverse(hessian.R).square().sum(0)  # H⁻¹ = Uᵀ U
-
-
 @torch.no_grad()
 @fast_linears()
 def inverse_diagonals(streamed, matrices, tokens, percdamp):
     """Return [(H + λI)⁻¹]_cc for the input of each matrix in the dense model, {(layer, name): (in,)} on the host.
 
-    streamed: a modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). See `InverseDiagonals`.
+    streamed: a modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). H is the mean over tokens, to
+    be comparable across matrices.
     """
     stream, device = streamed.embed(tokens[distributed.share(len(tokens))]), streamed.device
-    layers = streamed.layers[:max(index for index, _ in matrices) + 1]
-    inputs = InverseDiagonals(matrices, tokens.numel(), percdamp, streamed.clock)
+    layers, shared, diagonals = streamed.layers[:max(index for index, _ in matrices) + 1], {}, {}
     for index, layer in enumerate(progress.bar(layers, title="inputs")):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
-            with inputs.measuring(layer, index, stream):
+            groups = groups_of(layer, index, stream, matrices, shared)
+            hessians, read = hessians_of(layer, stream, groups, tokens.numel(), streamed.clock)
+            with hooked({module: partial(read, module) for module in hessians}):
                 stream.advance(layer, index)
-    return inputs.diagonals
+            for group, hessian in zip(groups, hessians.values(), strict=True):
+                hessian.reduce()
+                hessian.factor(percdamp)
+                diagonal = upper_inverse(hessian.R).square().sum(0).cpu()  # H⁻¹ = Uᵀ U
+                diagonals |= {(index, name): diagonal for name in group}
+    return diagonals
 
 
 @torch.no_grad()
-def global_plan(streamed, selected, gradients, diagonals, sparsity, spread):
-    """Set every matrix's sparsity by one threshold on w² G_r / [H⁻¹]_cc, clipped to sparsity ± spread.
+def global_plan(streamed, selected, gradients, diagonals, sparsity, alpha):
+    """Set every matrix's sparsity by one threshold on w² G_r / [H⁻¹]_cc, clipped to sparsity ± alpha.
 
     streamed: a modelutils.StreamedModel. selected: {(layer, name): (out, in)}. gradients: {(layer, name): G (out,)}.
     diagonals: from `inverse_diagonals`. Removes exactly round(sparsity · all weights). Returns {(layer, name): Target}.
@@ -100,7 +73,36 @@ def global_plan(streamed, selected, gradients, diagonals, sparsity, spread):
                     G, diagonal = (values[index, name].to(device) for values in (gradients, diagonals))
                     yield unit, modules[name].weight.float().square().mul_(G[:, None]).div_(diagonal)
 
-    least = [int(max(sparsity - spread, 0) * size) for size in sizes]
-    most = [math.ceil(min(sparsity + spread, 1) * size) for size in sizes]
+    least = [int(max(sparsity - alpha, 0) * size) for size in sizes]
+    most = [math.ceil(min(sparsity + alpha, 1) * size) for size in sizes]
     counts = threshold_counts(scores, least, most, round(sparsity * sum(sizes)))
     return {key: Target(count / size) for key, count, size in zip(selected, counts, sizes, strict=True)}
+
+
+def threshold_counts(scores, least, most, total):
+    """Count how many weights of each unit one common threshold removes, exactly `total` of all.
+
+    scores: function that yields (unit index, non-negative float32 scores of all its weights, on any device), the same
+    on both of two calls. least, most: lists of ints, the fewest and the most weights that a unit may lose; total lies
+    between their sums. Ties at the threshold are removed from the first units. Returns a list of ints.
+
+    Non-negative floats sort like their bit patterns: a radix select, one pass for the threshold's upper 16 bits and one
+    for the lower.
+    """
+    least, most = torch.tensor(least)[:, None], torch.tensor(most)[:, None]
+    below, prefix = torch.zeros(len(least), 1, dtype=torch.int64), 0
+    for shift in (16, 0):
+        counts = torch.zeros(len(least), 1 << 16, dtype=torch.int64)
+        for unit, values in scores():
+            bits = values.flatten().view(torch.int32)
+            if not shift:
+                bits = bits[bits >> 16 == prefix]
+            counts[unit] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16).cpu()
+        counts.cumsum_(1).add_(below)  # number of scores up to each value of these bits
+        digit = int((counts.clamp(least, most).sum(0) >= total).int().argmax())
+        reached, below = counts[:, digit:digit + 1], counts[:, digit - 1:digit] if digit else below
+        prefix = digit
+    reached, below = reached.clamp(least, most).flatten(), below.clamp(least, most).flatten()
+    spare = (reached - below).flip(0)
+    surplus = int(reached.sum()) - total
+    return (reached - (surplus - spare.cumsum(0) + spare).clamp_min(0).minimum(spare).flip(0)).tolist()

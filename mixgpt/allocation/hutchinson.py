@@ -8,7 +8,7 @@ import contextlib
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixgpt.allocation.backward import Measurements, by_sequence
+from mixgpt.allocation.backward import by_sequence
 from mixgpt.common.tensors import seeded, wide
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE
@@ -31,7 +31,7 @@ def curvatures(chunk, keys):
     weight matrix is ever formed.
     """
     tangents, batches = [torch.zeros_like(chunk.borders[0])], chunk.stream.batches()
-    measurements = Measurements(torch.zeros(len(chunk.matrices), len(chunk.tokens), dtype=torch.float64))
+    result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64, device=chunk.device)
 
     def forward(layer, index):
         after = chunk.new_border(), chunk.new_border()
@@ -44,8 +44,7 @@ def curvatures(chunk, keys):
 
     def backward(layer, index):
         for rows in batches:
-            _layer_curvature(chunk, layer, index, rows, tangents, keys, measurements)
-        measurements.flush()
+            _layer_curvature(chunk, layer, index, rows, tangents, keys, result)
         chunk.borders.pop()
         tangents.pop()
 
@@ -57,7 +56,7 @@ def curvatures(chunk, keys):
                 chunk.write(chunk.borders[-1], rows, g)
                 chunk.write(tangents[-1], rows, g_dot)
         chunk.visit_layers(backward, backward=True)
-    return measurements.result.t()
+    return result.cpu()
 
 
 def _per_sequence(scalars, like):
@@ -126,8 +125,8 @@ def _head_tangent(chunk, head, rows, x_dot):
     return g, g_dot
 
 
-def _layer_curvature(chunk, layer, index, rows, tangents, keys, measurements):
-    """Backpropagate (g, ġ) through a layer, where they replace (x, ẋ), and note zᵀ H z of its matrices.
+def _layer_curvature(chunk, layer, index, rows, tangents, keys, result):
+    """Backpropagate (g, ġ) through a layer, where they replace (x, ẋ), and store zᵀ H z of its matrices in the result.
 
     With s = ⟨y, g⟩ and φ = ds/dε + ⟨y, ġ⟩: ∇_x s = g and ∇_x φ = ġ of the layer before, and ∂φ/∂ε for a matrix's own
     ε is zᵀ H z.
@@ -141,6 +140,6 @@ def _layer_curvature(chunk, layer, index, rows, tangents, keys, measurements):
         phi = sum(d.sum() for d in first[1:]) + (y * g_dot).sum()
         second = torch.autograd.grad(phi, [x, *epsilons.values()], materialize_grads=True)
     for column, curvature in zip(epsilons, second[1:], strict=True):
-        measurements.note(column, rows, curvature)
+        result[rows, column] = curvature.double()
     for borders, gradient in ((chunk.borders, first[0].detach()), (tangents, second[0])):
         chunk.write(borders[index], rows, gradient)

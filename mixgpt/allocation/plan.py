@@ -1,11 +1,10 @@
-"""Assign a target sparsity to each matrix, from an overall sparsity and measurements of the model."""
+"""Give each matrix a target sparsity: the overall one, or by the rank of its sensitivity (arXiv 2310.09499, alg. 1)."""
 
 from dataclasses import dataclass
 
 import torch
 
 from mixgpt.allocation.fisher import Gradients
-from mixgpt.allocation.ranking import allocate, allocate_whole, meet_total
 from mixgpt.pruning.targets import Target
 from modelutils import StreamedModel
 
@@ -39,18 +38,76 @@ def by_layer(budget):
 
 
 def _by_rank(budget, unit_of):
-    ranked, sizes, target = {}, {}, budget.target
+    """Rank units, of which unit_of((layer, name)) is one, and give their matrices a share of the budget."""
+    sensitivities, sizes, target = {}, {}, budget.target
     weights = {key: out * columns for key, (out, columns) in budget.selected.items()}
     for key, size in weights.items():
         unit = unit_of(key)
-        ranked[unit] = ranked.get(unit, 0) + budget.sensitivity[key]
+        sensitivities[unit] = sensitivities.get(unit, 0) + budget.sensitivity[key]
         sizes[unit] = sizes.get(unit, 0) + size
-    arguments = list(ranked.values()), list(sizes.values()), target.sparsity, budget.alpha
-    if target.prunem:
-        m = target.prunem
-        of_unit = dict(zip(ranked, allocate_whole(*arguments, m), strict=True))
-        return {key: Target(of_unit[unit_of(key)] / m, of_unit[unit_of(key)], m) for key in weights}
-    of_unit = dict(zip(ranked, allocate(*arguments), strict=True))
-    sparsities = meet_total([of_unit[unit_of(key)] for key in weights], list(weights.values()),
+    arguments = list(sensitivities.values()), list(sizes.values()), target.sparsity, budget.alpha
+    if m := target.prunem:
+        n_of = dict(zip(sizes, allocate_whole(*arguments, m), strict=True))
+        return {key: Target(n_of[unit_of(key)] / m, n_of[unit_of(key)], m) for key in weights}
+    sparsity_of = dict(zip(sizes, allocate(*arguments), strict=True))
+    sparsities = meet_total([sparsity_of[unit_of(key)] for key in weights], list(weights.values()),
                             round(target.sparsity * sum(weights.values())))
     return {key: Target(sparsity) for key, sparsity in zip(weights, sparsities, strict=True)}
+
+
+def allocate(sensitivities, sizes, sparsity, alpha):
+    """Give each unit a sparsity that falls linearly with its sensitivity rank, on an exact budget.
+
+    sensitivities, sizes (weights): one number per unit, a matrix or a layer. First, the most sensitive unit gets
+    sparsity − alpha and the least sensitive sparsity + alpha (the paper's keep-ratios). As units differ in size, a
+    common shift, clipped to [0, 1], then makes the weighted mean equal `sparsity`. Ties: the earlier unit ranks as less
+    sensitive. Returns a list of floats.
+    """
+    sizes = torch.tensor(sizes, dtype=torch.float64)
+    ideal = sparsity + alpha * (1 - 2 * _rank_fractions(sensitivities))
+    low, high = -2.0, 2.0  # ideal lies within [−1, 2]: these shifts clip every unit to 0 or 1
+    for _ in range(100):
+        shift = (low + high) / 2
+        total = ((ideal + shift).clamp(0, 1) * sizes).sum() / sizes.sum()
+        low, high = (shift, high) if total < sparsity else (low, shift)
+    return (ideal + high).clamp(0, 1).tolist()
+
+
+def meet_total(sparsities, sizes, total):
+    """Move units by one weight where needed, so that the units' rounded numbers of pruned weights sum to `total`.
+
+    sparsities: floats whose mean, weighted by sizes, lies within half a weight of total. The units whose exact number
+    is closest to the next whole one move, the first of equally close ones (Hamilton's method of largest remainders).
+    Returns a list of floats; those of all other units are unchanged.
+    """
+    exact = [sparsity * size for sparsity, size in zip(sparsities, sizes, strict=True)]
+    missing = total - sum(map(round, exact))
+    step = 1 if missing > 0 else -1
+    closest = sorted(range(len(exact)), key=lambda i: step * (round(exact[i]) - exact[i]))
+    moved = set(closest[:abs(missing)])
+    return [(round(exact[i]) + step) / sizes[i] if i in moved else sparsity for i, sparsity in enumerate(sparsities)]
+
+
+def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
+    """Give each unit an integer n of n:m, as `allocate` would, with the total as close to the budget as possible.
+
+    Returns a list of ints in [0, m], none higher for a more sensitive unit.
+    """
+    sizes = torch.tensor(sizes, dtype=torch.float64)
+    ideal = m * torch.tensor(allocate(sensitivities, sizes.tolist(), sparsity, alpha), dtype=torch.float64)
+    # n changes where ideal + shift crosses a half-integer: try the midpoint of every interval in between
+    steps = (torch.arange(m) + 0.5 - ideal[:, None]).flatten().unique()
+    shifts = torch.cat([torch.zeros(1, dtype=torch.float64), (steps[1:] + steps[:-1]) / 2])
+    n = (ideal + shifts[:, None] + 0.5).floor().clamp(0, m)  # (shifts, units)
+    miss = ((n * sizes).sum(dim=1) / sizes.sum() / m - sparsity).abs()
+    best = miss.min()
+    closest = [i for i in range(len(shifts)) if miss[i] <= best + 1e-12]
+    return n[min(closest, key=lambda i: shifts[i].abs().item())].int().tolist()
+
+
+def _rank_fractions(sensitivities):
+    """Return rank / (units − 1), 0 for the least sensitive unit."""
+    ranks = torch.empty(len(sensitivities), dtype=torch.float64)
+    order = sorted(range(len(sensitivities)), key=lambda i: sensitivities[i])
+    ranks[order] = torch.arange(len(order), dtype=torch.float64)
+    return ranks / max(len(order) - 1, 1)

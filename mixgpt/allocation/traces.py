@@ -12,7 +12,7 @@ import torch
 from mixgpt.allocation import backward
 from mixgpt.allocation.backward import Chunk, chunk_size, pinned_memory_freed
 from mixgpt.common import distributed, progress
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder
 from mixgpt.common.outputs import check, write
 from mixgpt.kernels.matmul import fast_linears
@@ -107,26 +107,23 @@ def default_path(key):
 def read(path, shapes, estimator):
     """Read a file of traces. Returns its content, a dict, or None if there is no file yet.
 
-    Raises InputError, naming the file, if it holds other matrices or another estimator, is not a file of traces, or
-    does not exist and cannot be written.
+    Raises InputError, naming the file, if it holds other matrices or another estimator, or is not a file of traces.
     """
-    try:
+    if not Path(path).exists():
+        return None
+    with reading(f"{FLAG} {path}: is not a file of traces"):
         content = json.loads(Path(path).read_text())
-        held = {(row["layer"], row["name"]): tuple(row["shape"]) for row in content["matrices"]}
+        stored = {(row["layer"], row["name"]): tuple(row["shape"]) for row in content["matrices"]}
         kind, _, sequences = (content["key"][name] for name in ("estimator", "weights", "sequences"))
         samples = torch.tensor(content["samples"], dtype=torch.float64)
-        if samples.shape[1:] != (len(held),) or not 0 < len(samples) <= sequences or not samples.isfinite().all():
-            raise ValueError(f"samples {tuple(samples.shape)} of {len(held)} matrices, {sequences} sequences")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise InputError(f"--sensitivity_file {path}: is not a file of traces ({type(error).__name__})") from error
-    for matrix in {**shapes, **held}:
-        if shapes.get(matrix) != held.get(matrix):
-            raise InputError(f"--sensitivity_file {path}: does not match the model: layer {matrix[0]} {matrix[1]} is "
-                             f"{held.get(matrix, 'missing')} there, {shapes.get(matrix, 'missing')} in the model")
+        if samples.shape[1:] != (len(stored),) or not 0 < len(samples) <= sequences or not samples.isfinite().all():
+            raise ValueError(f"samples {tuple(samples.shape)} of {len(stored)} matrices, {sequences} sequences")
+    for matrix in {**shapes, **stored}:
+        if shapes.get(matrix) != stored.get(matrix):
+            raise InputError(f"{FLAG} {path}: does not match the model: layer {matrix[0]} {matrix[1]} is "
+                             f"{stored.get(matrix, 'missing')} there, {shapes.get(matrix, 'missing')} in the model")
     if kind != estimator:
-        raise InputError(f"--sensitivity_file {path}: contains {kind} traces; give --sensitivity {kind}")
+        raise InputError(f"{FLAG} {path}: contains {kind} traces; give --sensitivity {kind}")
     return content | {"samples": samples}
 
 
@@ -136,13 +133,13 @@ def hessian_traces(streamed, matrices, tokens, sampling, previous=None, save=Non
 
     streamed: a modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). previous: rows from an
     interrupted call. save: called with the rows so far after every chunk of sequences. Returns (N, len(matrices)) in
-    float64: the mean over sequences estimates the trace, their spread its error.
+    float64: the mean over sequences estimates the trace, their standard deviation its error.
     """
     N, T = tokens.shape
     rows, nprobes = [] if previous is None else list(previous), sampling.nprobes
-    # of states 2, as an estimator may keep tangents; on a CPU a chunk takes long, and results are saved after each
+    # 2 kinds of states, as an estimator may keep tangents; on a CPU a chunk takes long, and is saved at its end
     size = chunk_size(streamed, -(-(N - len(rows)) // distributed.world()), T, 2,
-                      backward.BORDERS if streamed.device.type == "cpu" else math.inf)
+                      backward.SAVED_AFTER if streamed.device.type == "cpu" else math.inf)
     total = (N - len(rows)) * nprobes * 2 * len(streamed.layers)
     with (pinned_memory_freed(streamed.device),
           progress.bar(total=total, title=sampling.estimator, unit="step") as bar):
@@ -168,20 +165,20 @@ def load_or_compute(streamed, tokens, sampling, path=None):
     estimator, shapes = sampling.estimator, matrices_of(streamed.model, streamed.family)
     key = key_of(streamed.model, tokens, sampling)
     target = Path(path) if path else default_path(key)
-    held = read(target, shapes, estimator)
-    if held and held["key"]["weights"] != key["weights"]:
-        raise InputError(f"--sensitivity_file {target}: was computed from different weights")
-    if held and len(held["samples"]) == held["key"]["sequences"]:
-        return Traces(estimator, shapes, held["samples"]), target
-    if held and held["key"] != key:
-        raise InputError(f"--sensitivity_file {target}: is incomplete and was started with different data or settings")
+    stored = read(target, shapes, estimator)
+    if stored and stored["key"]["weights"] != key["weights"]:
+        raise InputError(f"{FLAG} {target}: was computed from different weights")
+    if stored and len(stored["samples"]) == stored["key"]["sequences"]:
+        return Traces(estimator, shapes, stored["samples"]), target
+    if stored and stored["key"] != key:
+        raise InputError(f"{FLAG} {target}: is incomplete and was started with different data or settings")
     check({FLAG: target}, overwrite=True)  # the place in the cache
 
     def save(rows):
         if distributed.rank() == 0:
             _write(target, key, shapes, rows)
 
-    samples = hessian_traces(streamed, list(shapes), tokens, sampling, held and held["samples"], save)
+    samples = hessian_traces(streamed, list(shapes), tokens, sampling, stored and stored["samples"], save)
     return Traces(estimator, shapes, samples), target
 
 

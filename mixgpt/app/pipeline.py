@@ -18,7 +18,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
-from mixgpt.allocation.fisher import Gradients, enough_of, output_gradients
+from mixgpt.allocation.fisher import Gradients, every_second_sequence, output_gradients
 from mixgpt.allocation.plan import Budget
 from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic, windows_of
 from mixgpt.app import records
@@ -441,7 +441,8 @@ def _plan(job, streamed):
     settings, gradients = job.settings, None
     if settings.needs_gradients:
         percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # it needs H, too
-        tokens = job.hessian_tokens if settings.token_weights == "fisher" else enough_of(job.calibration)
+        tokens = (job.hessian_tokens if settings.token_weights == "fisher" else
+                  every_second_sequence(job.calibration))
         with job.clock.part("gradients"):
             gradients = output_gradients(streamed, list(job.selected), tokens, settings.seed, percdamp)
     plan = ALLOCATIONS[settings.sparsity_way].load()(Budget(

@@ -67,12 +67,12 @@ class Comparison:
 
     def step(self, stream, layer, index):
         """Replace the hidden states by the output of layer number `index`: a step of `run_layers`."""
-        expected = self._timed("dense", stream, layer, index)
+        dense = self._timed("dense", stream, layer, index)
         with compressed(layer) as count:
-            found = self._timed("semi_structured", stream, layer, index)
+            sparse = self._timed("semi_structured", stream, layer, index)
             stream.advance(layer, index)
         self.matrices += count
-        self.difference = max(self.difference, ((found - expected).norm() / expected.norm()).item())
+        self.difference = max(self.difference, ((sparse - dense).norm() / dense.norm()).item())
 
     def _timed(self, kind, stream, layer, index):
         """Run all batches and add up their time, after one warm-up batch. Returns the warm-up's output, in float32."""

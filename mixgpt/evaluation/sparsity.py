@@ -9,8 +9,6 @@ import torch
 from mixgpt.modeling.streaming import prefetch
 from modelutils import linears, on_device, other_weights
 
-HOST = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class MatrixSparsity:
@@ -33,19 +31,18 @@ class LayerSparsity:
     layer: int
     shapes: dict  # {name: shape}, of the linears first
     nlinears: int
-    zeros: torch.Tensor | None  # (weights,), None for a layer without weights
+    zeros: torch.Tensor  # (weights,)
 
     def read(self):
         """Return a `MatrixSparsity` of every linear, and of all other weights, see `other_weights`: two lists."""
-        zeros = [] if self.zeros is None else self.zeros.tolist()
         counted = [MatrixSparsity(self.layer, name, shape, count)
-                   for (name, shape), count in zip(self.shapes.items(), zeros, strict=True)]
+                   for (name, shape), count in zip(self.shapes.items(), self.zeros.tolist(), strict=True)]
         return counted[:self.nlinears], counted[self.nlinears:]
 
 
 def measure_sparsity(model, family):
     """Count the zeros of every linear of every decoder layer, on the host. Returns a list of `MatrixSparsity`."""
-    return measure_weights(model, family, HOST)[0]
+    return measure_weights(model, family, torch.device("cpu"))[0]
 
 
 def measure_weights(model, family, device, counted=None):
@@ -59,8 +56,8 @@ def measure_weights(model, family, device, counted=None):
         with on_device([layers[index]], device):
             prefetch(layers, after, device)
             counted[index] = count_zeros(index, layers[index])
-    found = [counted[index].read() for index in range(len(layers))]
-    return [m for matrices, _ in found for m in matrices], [m for _, others in found for m in others]
+    matrices, others = zip(*(counted[index].read() for index in range(len(layers))), strict=True)
+    return sum(matrices, []), sum(others, [])
 
 
 @torch.no_grad()
@@ -71,7 +68,7 @@ def count_zeros(index, layer):
     weights |= other_weights(layer)
     zeros = [weight.numel() - torch.count_nonzero(weight) for weight in weights.values()]
     return LayerSparsity(index, {name: tuple(weight.shape) for name, weight in weights.items()}, nlinears,
-                         torch.stack(zeros) if zeros else None)
+                         torch.stack(zeros) if zeros else torch.zeros(0))
 
 
 def total_sparsity(matrices):

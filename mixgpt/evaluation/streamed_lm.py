@@ -1,12 +1,11 @@
 """An lm-eval model whose likelihoods are computed one decoder layer at a time.
 
 The texts of all tasks pass through the layers together, so that a layer is loaded once for thousands of them.
-Tokenization, windows and, up to rounding, results match lm-eval's own `hf` model, but that with --bos each truncated
-texts and all windows begin with BOS, too.
+Tokenization, windows and, up to rounding, results match lm-eval's own `hf` model, except that with --bos each
+truncated texts and all windows also begin with BOS.
 """
 
 import itertools
-import math
 from collections import defaultdict
 
 import torch
@@ -21,6 +20,7 @@ from mixgpt.text.bos import encode, first_token, token_ids
 from modelutils import SLICE, HiddenStates, run_layers, whole
 
 RESIDENT = 2**18  # tokens whose hidden states are in memory at a time
+PADDING = 16  # lengths are padded to multiples of it, so that few distinct ones remain
 
 
 class StreamedLM(TemplateLM):
@@ -56,7 +56,7 @@ class StreamedLM(TemplateLM):
         """Return the log-likelihood of each text in windows of maximum length, each token counted once."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0])[self.first is not None:]  # behind the prefix, which is BOS, too
+            ids = self.tok_encode(request.args[0])[self.first is not None:]  # the prefix is BOS
             for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(number)
@@ -92,50 +92,43 @@ class StreamedLM(TemplateLM):
             runs[tuple(tokens[:-1])].append((number, continuation[-self.max_length:]))
         longest_first = sorted(runs, key=len, reverse=True)  # so that running out of memory shows at once
         answers = {}
-        for group in _groups(longest_first[distributed.rank()::distributed.world()], self.max_length):
+        for group in self._groups(longest_first[distributed.rank()::distributed.world()]):
             answers |= self._answers(group, runs)
         return self._in_order(answers)
+
+    def _groups(self, sequences):
+        """Yield {padded length: sequences} of at most RESIDENT tokens, or of one sequence."""
+        group, size = defaultdict(list), 0
+        for tokens in sequences:
+            T = min(-(-len(tokens) // PADDING) * PADDING, self.max_length)
+            if size and size + T > RESIDENT:
+                yield group
+                group, size = defaultdict(list), 0
+            group[T].append(tokens)
+            size += T
+        if group:
+            yield group
 
     @torch.no_grad()
     @fast_linears()
     def _answers(self, group, runs):
         """Return {number of a request: answer}. group: {padded length: token sequences}."""
-        # causal attention: right padding does not affect the tokens before it
+        # causal attention: padding at the end does not affect the tokens before it
         streams = [HiddenStates.embed(self.model, self.family,
-                                torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in sequences]),
-                                max(1, self.tokens // T), self.where) for T, sequences in group.items()]
+                                      torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in sequences]),
+                                      max(1, self.tokens // T), self.where) for T, sequences in group.items()]
         run_layers(self.model, self.family, streams, self.where, "tasks")
         answers = {}
         with streams[0].head(self.model, self.family) as head:
             for stream, sequences in zip(streams, group.values(), strict=True):
                 answers |= _read(stream, head, [(row, len(tokens), *request) for row, tokens in enumerate(sequences)
-                                                 for request in runs[tokens]])
+                                                for request in runs[tokens]])
         return answers
 
     def _in_order(self, answers):
         """Return the answers of all processes, {number: answer}, as a list."""
         together = dict(itertools.chain.from_iterable(part.items() for part in distributed.all_gather_object(answers)))
         return [together[number] for number in range(len(together))]
-
-
-def padded_length(length, most):
-    """Round a length up by at most an eighth, to `most` at most, so that few distinct lengths remain."""
-    step = 2 ** max(0, length.bit_length() - 4)
-    return min(most, math.ceil(length / step) * step)
-
-
-def _groups(sequences, most):
-    """Yield {padded length: sequences} of at most RESIDENT tokens, or one sequence. sequences: the longest first."""
-    group, size = defaultdict(list), 0
-    for tokens in sequences:
-        T = padded_length(len(tokens), most)
-        if size and size + T > RESIDENT:
-            yield group
-            group, size = defaultdict(list), 0
-        group[T].append(tokens)
-        size += T
-    if group:
-        yield group
 
 
 def _read(stream, head, wanted):

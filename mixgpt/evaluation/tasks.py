@@ -7,9 +7,7 @@ import numbers
 import sys
 from pathlib import Path
 
-import jinja2
 import lm_eval
-import yaml
 from datasets.exceptions import DatasetsError
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
@@ -17,15 +15,12 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks.manager import TaskManager
 
 from mixgpt.common import memory, progress
-from mixgpt.common.errors import InputError, one_line
+from mixgpt.common.errors import InputError, one_line, reading
 from mixgpt.evaluation.streamed_lm import StreamedLM
 from mixgpt.text import hub
 
 VERSION = lm_eval.__version__
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
-# What lm-eval raises for a task with an unusable description or data; tasks may run their own Python.
-BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, ImportError, SyntaxError,
-          AssertionError, ArithmeticError, DatasetsError, yaml.YAMLError, jinja2.TemplateError)
 
 
 def load(names, folder, limit):
@@ -40,12 +35,15 @@ def load(names, folder, limit):
     with _silent(), contextlib.nullcontext() if hub.reachable() else hub.offline():
         manager = _manager(names, folder)
         for name in names:
-            with _refusing(name):
-                found = manager.load([name])
-                _check(name, found["tasks"])
-                _run(DummyLM(), found, limit, 0)
-                chosen["tasks"] |= found["tasks"]
-                chosen["groups"] |= found["groups"]
+            with reading(f"--tasks {name}: cannot be used"):
+                try:
+                    loaded = manager.load([name])
+                except DatasetsError as error:  # its cause says what is wrong
+                    raise InputError(f"--tasks {name}: cannot be used: {one_line(error.__cause__ or error)}") from error
+                _check(name, loaded["tasks"])
+                _run(DummyLM(), loaded, limit, 0)
+            for kind in chosen:
+                chosen[kind] |= loaded[kind]
     return chosen
 
 
@@ -59,25 +57,10 @@ def _manager(names, folder):
     for name in names:
         if name not in manager.all_tasks:
             similar = difflib.get_close_matches(name, manager.all_tasks, 3, 0.7)
-            faults = filter(None, map(_fault_of, sorted(Path(folder).glob("**/*.yaml")))) if folder else ()
             raise InputError(f"--tasks {name}: no task, group or tag of this name in lm-eval {VERSION}"
                              + (f" or {folder}" if folder else "; --tasks_dir names a folder of further ones")
-                             + (f"; there is {', '.join(similar)}" if similar else "")
-                             + "".join(f"; {fault}" for fault in faults))
+                             + (f"; there is {', '.join(similar)}" if similar else ""))
     return manager
-
-
-def _fault_of(file):
-    """Return why lm-eval passes over a .yaml file without a word, None if it reads it."""
-    try:
-        keys = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        return f"{file} cannot be read ({one_line(error)})"
-    if not isinstance(keys, yaml.MappingNode):
-        return f"{file} describes no task"
-    included = [value.value for key, value in keys.value if key.value == "include" and isinstance(value.value, str)]
-    missing = [name for name in included if not (file.parent / name).is_file()]
-    return f"{file} includes {missing[0]}, which is not there" if missing else None
 
 
 def _check(name, tasks):
@@ -91,31 +74,9 @@ def _check(name, tasks):
 
 
 @contextlib.contextmanager
-def _refusing(name):
-    """Turn errors raised for an unusable task into a one-line InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except StopIteration as error:  # from datasets
-        raise InputError(f"--tasks {name}: a file of its data is empty") from error
-    except BROKEN as error:
-        if isinstance(error, IndexError) and str(error).endswith("out of bounds for size 0"):  # the first document
-            raise InputError(f"--tasks {name}: has no documents") from error
-        if isinstance(error, DatasetsError) and error.__cause__:
-            error = error.__cause__  # which says what is wrong
-        if isinstance(error, ConnectionError) and not hub.reachable():
-            raise InputError(f"--tasks {name}: its dataset is not in the cache ({one_line(error)}), and the hub cannot "
-                             "be reached; --tasks_dir names a folder of tasks with data of their own") from error
-        raise InputError(f"--tasks {name}: cannot be used: {type(error).__name__}: {one_line(error)}") from error
-
-
-@contextlib.contextmanager
 def _silent():
     """Suppress lm-eval's output and logs and, without a terminal, its progress bars; ours pass."""
-    with contextlib.ExitStack() as stack:
-        for library in ("lm_eval", "datasets"):
-            stack.enter_context(hub.unlogged(library))
+    with hub.unlogged("lm_eval"), hub.unlogged("datasets"), contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not sys.stderr.isatty():
             stack.enter_context(progress.shown_on(sys.stderr))
@@ -157,19 +118,20 @@ def score(chosen, model, family, tokenizer, limit, tokens, device, bos=None):
     if lm.cut:
         print(f"warning  --tasks: {lm.cut} texts are longer than the model's {lm.max_length} tokens and lost their "
               "beginning", flush=True)
-    return {name: _metrics(found) | {key: value for key, value in {
-        "examples": results["n-samples"].get(name, {}).get("effective"), "num_fewshot": results["n-shot"].get(name),
-        "version": results["versions"].get(name)}.items() if value is not None}
-        for name, found in results["results"].items()}
+    facts = {name: {"examples": results["n-samples"].get(name, {}).get("effective"),
+                    "num_fewshot": results["n-shot"].get(name), "version": results["versions"].get(name)}
+             for name in results["results"]}
+    return {name: _metrics(values) | {key: fact for key, fact in facts[name].items() if fact is not None}
+            for name, values in results["results"].items()}
 
 
-def _metrics(found):
+def _metrics(values):
     """Return {metric or metric (filter): value} of lm-eval's {"metric,filter": value}; standard errors end in _stderr.
 
     Values unknown to lm-eval are left out.
     """
     metrics = {}
-    for key, value in found.items():
+    for key, value in values.items():
         metric, comma, name = key.partition(",")
         if comma and isinstance(value, numbers.Real):
             filtered = "" if name == "none" else f" ({name})"

@@ -1,7 +1,7 @@
 """Check the division of the sparsity against the paper's algorithm by hand, exact conditions and brute force."""
 
 from fractions import Fraction
-from itertools import pairwise, product
+from itertools import product
 from math import ceil, floor
 
 import pytest
@@ -10,7 +10,8 @@ from conftest import CPU, make, make_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixgpt.allocation.ranking import allocate, allocate_whole, meet_total, threshold_counts
+from mixgpt.allocation.global_threshold import threshold_counts
+from mixgpt.allocation.plan import allocate, allocate_whole, meet_total
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe, admm, walk
@@ -62,70 +63,14 @@ def by_hand(sensitivities, sizes, p, alpha):
 
 
 @hypothesis_settings
-@given(units=units(), p=budgets, alpha=alphas)
-def test_all_weights_together_meet_the_budget_and_no_sparsity_leaves_0_to_1(units, p, alpha):
-    sparsities = allocate(*units, p, alpha)
-    assert len(sparsities) == len(units[0])
-    assert all(0 <= s <= 1 for s in sparsities)
-    assert total(sparsities, units[1]) == pytest.approx(p, rel=0, abs=1e-9)
-
-
-@hypothesis_settings
-@given(units=units(), p=budgets, alpha=alphas)
-def test_a_more_sensitive_unit_is_never_sparser(units, p, alpha):
-    ranked = sorted(zip(units[0], allocate(*units, p, alpha), strict=True))
-    for (low, sparse), (high, dense) in pairwise(ranked):
-        assert low == high or dense <= sparse
-
-
-@hypothesis_settings
 @given(units=units(), p=st.floats(0, 1), alpha=st.floats(0, 1))
 def test_one_common_shift_and_clipping_lead_from_the_papers_sparsities_to_the_budget(units, p, alpha):
     sparsities = allocate(*units, p, alpha)
-    assert total(sparsities, units[1]) == pytest.approx(p, rel=0, abs=1e-9)
+    assert total(sparsities, units[1]) == pytest.approx(p, rel=0, abs=1e-9) and all(0 <= s <= 1 for s in sparsities)
     least, most = -3.0, 3.0  # the shifts that explain every value: any below −s for 0, any above 1 − s for 1
     for s, paper in zip(sparsities, by_the_paper(units[0], p, alpha), strict=True):
         least, most = max(least, s - paper if s > 0 else -3.0), min(most, s - paper if s < 1 else 3.0)
     assert least <= most + 1e-9
-
-
-@hypothesis_settings
-@given(units=units(), alpha=st.floats(0, 0.24), data=st.data())
-def test_sparsities_fall_in_equal_steps_with_the_rank_over_twice_alpha_where_none_is_clipped(units, alpha, data):
-    p = data.draw(st.floats(2 * alpha, 1 - 2 * alpha), label="p")  # neither alpha nor a shift of alpha clips
-    sparsities = allocate(*units, p, alpha)
-    ranked = [sparsities[place] for place in by_rank(units[0])]
-    for sparse, dense in pairwise(ranked):
-        assert sparse - dense == pytest.approx(2 * alpha / (len(ranked) - 1), rel=0, abs=1e-9)
-    if len(ranked) > 1:
-        assert ranked[0] - ranked[-1] == pytest.approx(2 * alpha, rel=0, abs=1e-9)
-
-
-@hypothesis_settings
-@given(units=units(), p=budgets, alpha=alphas, factor=st.floats(1e-6, 1e6))
-def test_the_scale_of_the_sensitivities_does_not_matter(units, p, alpha, factor):
-    sensitivities, sizes = units
-    assert allocate([factor * s for s in sensitivities], sizes, p, alpha) == allocate(sensitivities, sizes, p, alpha)
-
-
-@hypothesis_settings
-@given(units=units(), p=budgets, alpha=alphas, factor=st.integers(2, 1000))
-def test_the_scale_of_the_sizes_does_not_matter(units, p, alpha, factor):
-    sensitivities, sizes = units
-    assert allocate(sensitivities, [factor * size for size in sizes], p, alpha) == pytest.approx(
-        allocate(sensitivities, sizes, p, alpha), rel=0, abs=1e-9)
-
-
-@hypothesis_settings
-@given(units=units(), p=budgets)
-def test_alpha_0_gives_the_budget_to_everyone(units, p):
-    assert allocate(*units, p, 0.0) == pytest.approx([p] * len(units[0]), rel=0, abs=1e-12)
-
-
-@hypothesis_settings
-@given(units=units(most=1), p=budgets, alpha=alphas)
-def test_a_single_unit_gets_the_budget(units, p, alpha):
-    assert allocate(*units, p, alpha) == pytest.approx([p], rel=0, abs=1e-12)
 
 
 def test_equal_sizes_get_the_papers_sparsities():
@@ -162,14 +107,6 @@ def test_the_shapes_of_llama_7b_meet_the_budget_which_the_papers_sparsities_alon
     sparsities = allocate(LLAMA_SENSITIVITIES, LLAMA_SIZES, 0.5, 0.1)
     assert total(sparsities, LLAMA_SIZES) == pytest.approx(0.5, rel=0, abs=1e-9)
     assert sparsities == pytest.approx([s - (missed - 0.5) for s in paper], rel=0, abs=1e-9)
-
-
-@pytest.mark.parametrize("p", [0.3, 0.5, 0.7, 0.8])
-def test_the_most_sensitive_matrix_is_the_least_sparse_at_every_budget(p):
-    sparsities = allocate(LLAMA_SENSITIVITIES, LLAMA_SIZES, p, 0.1)
-    least_to_most = [sparsities[place] for place in by_rank(LLAMA_SENSITIVITIES)]
-    assert least_to_most == sorted(sparsities, reverse=True)
-    assert least_to_most[0] - least_to_most[-1] == pytest.approx(0.2)
 
 
 # meet_total
@@ -224,16 +161,6 @@ def miss(n, sizes, m, p):
 
 
 @hypothesis_settings
-@given(units=units(), p=budgets, alpha=alphas, m=st.sampled_from([2, 3, 4, 8, 16]))
-def test_n_is_whole_within_0_and_m_and_never_higher_for_a_more_sensitive_unit(units, p, alpha, m):
-    n = allocate_whole(*units, p, alpha, m)
-    assert len(n) == len(units[0])
-    assert all(type(k) is int and 0 <= k <= m for k in n)
-    for (low, sparse), (high, dense) in pairwise(sorted(zip(units[0], n, strict=True))):
-        assert low == high or dense <= sparse
-
-
-@hypothesis_settings
 @given(units=units(most=6, largest=100), p=budgets, alpha=alphas, m=st.sampled_from([2, 4, 8]))
 def test_no_common_shift_of_the_real_plan_comes_closer_to_the_budget(units, p, alpha, m):
     n = allocate_whole(*units, p, alpha, m)
@@ -247,12 +174,13 @@ def test_no_common_shift_of_the_real_plan_comes_closer_to_the_budget(units, p, a
 def test_one_common_shift_and_rounding_lead_from_the_real_plan_to_n(units, p, alpha, m):
     least, most = -2.0 * m, 2.0 * m
     for k, s in zip(allocate_whole(*units, p, alpha, m), allocate(*units, p, alpha), strict=True):
+        assert type(k) is int and 0 <= k <= m
         least = max(least, k - 0.5 - m * s if k > 0 else -2.0 * m)
         most = min(most, k + 0.5 - m * s if k < m else 2.0 * m)
     assert least <= most + 1e-9
 
 
-@pytest.mark.parametrize("count", range(1, 25))  # with 25 units two values lie halfway between whole numbers
+@pytest.mark.parametrize("count", [1, 2, 7, 24])  # with 25 units two values lie halfway between whole numbers
 def test_equal_sizes_round_the_papers_values_and_hit_2_of_4_exactly(count):
     sensitivities = torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist()
     n = allocate_whole(sensitivities, [4096] * count, 0.5, 0.3, 4)
@@ -278,8 +206,7 @@ def test_of_equally_close_plans_the_one_of_the_smallest_shift_is_taken(p, alpha,
 # plan.py
 
 WAYS = ["layer-level", "weight-level"]
-SELECTIONS = [{}, {"minlayer": 1}, {"maxlayer": 2}, {"prune_only": "fc1"}, {"minlayer": 1, "prune_only": "self_attn"},
-              {"minlayer": 1, "prune_only": "fc", "invert": True}]
+SELECTIONS = [{}, {"minlayer": 1, "prune_only": "self_attn"}, {"minlayer": 1, "prune_only": "fc", "invert": True}]
 
 
 def selected_of(model, family, **selection):
@@ -401,8 +328,7 @@ def test_pruned_by_a_plan_of_n_of_m_every_group_has_its_n_zeros(way, target):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("p, alpha", [(0.5, 0.1), (0.7, 0.1), (0.61803, 0.123), (0.9, 0.3)])
-@pytest.mark.parametrize("solver", ["magnitude", "walk", "admm"])
+@pytest.mark.parametrize("solver, p, alpha", [("magnitude", 0.5, 0.1), ("walk", 0.61803, 0.123), ("admm", 0.9, 0.3)])
 def test_the_pruned_model_meets_the_budget_to_the_weight(solver, p, alpha, way, tokens):
     family, model = make("llama")
     selected, streamed = selected_of(model, family), StreamedModel(model, family, CPU, 2)
@@ -414,7 +340,7 @@ def test_the_pruned_model_meets_the_budget_to_the_weight(solver, p, alpha, way, 
     assert zeros_of(model, family, plan) == round(p * sum(sizes_of(selected).values()))
 
 
-@pytest.mark.parametrize("total", [0, 1, 700, 2500, 4000, 4321, 5500])
+@pytest.mark.parametrize("total", [0, 1, 2500, 4321, 5500])
 def test_a_common_threshold_counts_what_sorting_all_scores_gives(total):
     generator = torch.Generator().manual_seed(0)
     scores = [torch.rand(1000, generator=generator) * 10.0**power for power in range(-2, 3)] + [torch.ones(500)]

@@ -53,7 +53,7 @@ def test_by_default_the_file_depends_on_all_that_the_traces_depend_on(tokens, tm
 
 @pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
 def test_an_interrupted_computation_goes_on_and_gives_the_same(tokens, path, estimator, monkeypatch):
-    monkeypatch.setattr(backward, "BORDERS", 0)
+    monkeypatch.setattr(backward, "SAVED_AFTER", 0)
     whole, _ = obtain("llama", tokens, path.with_name("whole.json"), estimator)
     write = traces._write
 

@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from mixgpt.checkpoints.load import load_config, open_model
 from mixgpt.evaluation import streamed_lm
-from mixgpt.evaluation.streamed_lm import StreamedLM, padded_length
+from mixgpt.evaluation.streamed_lm import StreamedLM
 
 LIMIT = 128  # tokens that the tiny models take
 PAIRS = [("Question: what is it?\nAnswer:", " a list"), ("Question: what is it?\nAnswer:", " a tuple of numbers"),
@@ -62,8 +62,7 @@ def limited(name):
     return family, model
 
 
-@pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "mistral", "qwen2", "qwen3", "bloom", "baichuan-7b",
-                                  "baichuan-13b"])
+@pytest.mark.parametrize("name", ["opt-350m", "mistral", "qwen2", "bloom", "baichuan-13b"])
 def test_answers_are_those_of_a_forward_of_each_text_alone(name, tokenizer):
     family, model = limited(name)
     lm = StreamedLM(model, family, tokenizer, 300, CPU)
@@ -153,7 +152,7 @@ def test_the_likeliest_continuation_is_called_greedy(tokenizer):
     assert greedy
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_a_model_on_disk_answers_as_one_in_memory_and_groups_change_nothing(name, checkpoint_folder, tokenizer,
                                                                             monkeypatch):
     family, model = make(name)
@@ -172,16 +171,10 @@ def test_a_model_on_disk_answers_as_one_in_memory_and_groups_change_nothing(name
         assert [answer[0] for answer in answers] == pytest.approx([answer[0] for answer in expected], rel=1e-5)
 
 
-def test_padding_is_at_most_an_eighth_and_lengths_are_few():
-    lengths = {length: padded_length(length, 2048) for length in range(1, 2049)}
-    assert all(length <= padded <= length * 9 / 8 for length, padded in lengths.items())
-    assert len(set(lengths.values())) < 80
-    assert padded_length(99, 100) == 100 == padded_length(100, 100)
-
-
-def test_groups_hold_as_many_tokens_as_may_be_resident(monkeypatch):
+def test_groups_hold_as_many_tokens_as_may_be_resident(monkeypatch, tokenizer):
     monkeypatch.setattr(streamed_lm, "RESIDENT", 64)
-    sequences = [(0,) * 100, (1,) * 31, (2,) * 31, *((number,) * 8 for number in range(3, 12))]
-    groups = list(streamed_lm._groups(sequences, 2048))
-    assert [sum(T * len(held) for T, held in group.items()) for group in groups] == [104, 64, 64, 8]
-    assert [tokens for group in groups for held in group.values() for tokens in held] == sequences
+    lm = StreamedLM(make("llama")[1], make("llama")[0], tokenizer, 300, CPU)
+    sequences = [(0,) * 100, (1,) * 31, (2,) * 31, *((number,) * 16 for number in range(3, 8))]
+    groups = list(lm._groups(sequences))
+    assert [sum(T * len(rows) for T, rows in group.items()) for group in groups] == [112, 64, 64, 16]
+    assert [tokens for group in groups for rows in group.values() for tokens in rows] == sequences
