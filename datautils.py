@@ -4,7 +4,6 @@ Joins, splits and the order of random draws follow SparseGPT and GPTQ (github.co
 so that the same seed gives the same samples.
 """
 
-import contextlib
 import random
 
 import torch
@@ -136,9 +135,8 @@ def hub_rows(dataset, text_set, split):
     options = dict(text_set.hub_options)
     if text_set.hub_files:
         options["data_files"] = {split: text_set.hub_files[split]}
-    online = hub.reachable()
     try:
-        with contextlib.nullcontext() if online else hub.offline():
+        with hub.reached() as online:
             table = load_dataset(text_set.hub_id, split=split, **options)
     except (DatasetsError, OSError, ValueError) as error:  # ValueError: another configuration is cached
         reason = one_line(error) if online else "the hub cannot be reached and it is not in the cache"

@@ -30,7 +30,7 @@ PRUNED = "{root}/model builtin --sparsity .5 "
 UNSET = "must not be empty; is a variable of the shell unset?"
 MIXED = (f"{{root}}/model builtin --sparsity .5 --sparsity_way weight-level --sensitivity fisher {SMALL} "
          "--sensitivity_file {root}/traces.json")
-TRACES = "--sensitivity_file {root}/traces.json: "
+TRACES = "--sensitivity-file {root}/traces.json: "
 
 
 def refused(options, message, command=PRUNED):
@@ -268,7 +268,7 @@ FAULTS = {
     "a negative temperature": prompt("--temperature=-0.5", "--temperature -0.5: must be 0 (greedy) or at least …"),
     "no new tokens": prompt("--max_new_tokens 0", "--max_new_tokens 0: must be at least 1"),
     "new tokens beyond the model": prompt(
-        "--max_new_tokens 128", "--max_new_tokens 128: the model's limit is 128 tokens, with the prompt"),
+        "--max_new_tokens 128", "--max-new-tokens 128: the model's limit is 128 tokens, with the prompt"),
     "a dense model that is not there": prompt("--dense ./gone", "--dense ./gone: no such file or folder"),
     "logits that are not finite": prompt(
         "", f"{MODEL}its logits contain NaN or inf; try --dtype float32",

@@ -197,14 +197,10 @@ def test_c4_gives_up_when_every_document_is_too_short(monkeypatch, root, tokeniz
         datautils.calibration_samples("c4", 2, 4, 0, tokenizer, data_dir=root)
     assert "\n" not in str(error.value)
     assert sorted(texts) == ["a", "bcd", "ef"], "a document was tokenized again"
-    assert datautils.calibration_samples("c4", 2, 3, 0, tokenizer, data_dir=root)[0].tolist() == [[BOS, *b"bc"]] * 2
-
-
-def test_c4_gives_up_after_many_short_documents(monkeypatch, root, tokenizer, no_hub):
-    monkeypatch.setattr(datautils, "DRAWS", 20)
-    put_c4(root / "en" / "c4-train.00000-of-01024.json.gz", ["a"] * 1000)
-    with pytest.raises(InputError, match=r"none of the 20 documents looked at \(of 1000\)"):
+    monkeypatch.setattr(datautils, "DRAWS", 2)
+    with pytest.raises(InputError, match=r"none of the 2 documents looked at \(of 3\)"):
         datautils.calibration_samples("c4", 2, 4, 0, tokenizer, data_dir=root)
+    assert datautils.calibration_samples("c4", 2, 3, 0, tokenizer, data_dir=root)[0].tolist() == [[BOS, *b"bc"]] * 2
 
 
 def test_the_tokenizer_does_not_warn_or_truncate(monkeypatch, root, tokenizer, no_hub, caplog):
@@ -244,22 +240,17 @@ def test_builtin_text_is_cut_at_a_paragraph_and_drops_what_was_there(monkeypatch
 
 
 HUB_CALLS = [
-    ("wikitext2", "test", ("Salesforce/wikitext",), {"name": "wikitext-2-raw-v1", "split": "test"}),
-    ("ptb", "test", ("ptb-text-only/ptb_text_only",), {"revision": "refs/convert/parquet", "split": "test"}),
-    (
-        "c4", "train", ("allenai/c4",),
-        {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"},
-    ),
-    (
-        "c4", "test", ("allenai/c4",),
-        {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "split": "validation"},
-    ),
-    ("an-owner/their.set:words_1", "train", ("an-owner/their.set",), {"split": "train"}),
+    ("wikitext2", "test", "Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"}),
+    ("ptb", "test", "ptb-text-only/ptb_text_only", {"revision": "refs/convert/parquet", "split": "test"}),
+    ("c4", "train", "allenai/c4", {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"}),
+    ("c4", "test", "allenai/c4",
+     {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "split": "validation"}),
+    ("an-owner/their.set:words_1", "train", "an-owner/their.set", {"split": "train"}),
 ]
 
 
-@pytest.mark.parametrize(("dataset", "part", "arguments", "options"), HUB_CALLS)
-def test_the_hub_is_asked_for_the_datasets_of_the_field(monkeypatch, dataset, part, arguments, options):
+@pytest.mark.parametrize(("dataset", "part", "hub_id", "options"), HUB_CALLS)
+def test_the_hub_is_asked_for_the_datasets_of_the_field(monkeypatch, dataset, part, hub_id, options):
     calls = []
 
     def load_dataset(*given, **keywords):
@@ -271,8 +262,8 @@ def test_the_hub_is_asked_for_the_datasets_of_the_field(monkeypatch, dataset, pa
     monkeypatch.setattr(datautils.hub, "reachable", lambda: True)
     monkeypatch.setattr(datautils, "load_dataset", load_dataset)
     rows, source = datautils.load_rows(dataset, part, None)
-    assert rows == ["a", "b"] and calls == [(arguments, options)]
-    assert source == {"dataset": dataset, "hub": arguments[0], **options}
+    assert rows == ["a", "b"] and calls == [((hub_id,), options)]
+    assert source == {"dataset": dataset, "hub": hub_id, **options}
     json.dumps(source)
 
 

@@ -57,7 +57,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(tokenizer):
     with torch.no_grad():
         likeliest = model(ids).logits[0, -1:].argmax(-1)
     assert generation.complete(model, tokenizer, "one two three four " * 60, 1).text == tokenizer.decode(likeliest)
-    with pytest.raises(InputError, match=f"--max_new_tokens {limit}: the model's limit is {limit} tokens"):
+    with pytest.raises(InputError, match=f"--max-new-tokens {limit}: the model's limit is {limit} tokens"):
         generation.complete(model, tokenizer, "one", limit)
 
 
@@ -112,7 +112,7 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
     (["nowhere", "x"], "model nowhere: not a folder or .gguf file here, not in the cache"),
     (["{}", "x", "--dense", "nowhere"], "model nowhere: not a folder"), (["{}", ""], "prompt: is empty"),
     (["{}", "x", "--max_new_tokens", "0"], "--max-new-tokens 0: must be at least 1"),
-    (["{}", "x", "--max_new_tokens", "128"], "--max_new_tokens 128: the model's limit is 128 tokens"),
+    (["{}", "x", "--max_new_tokens", "128"], "--max-new-tokens 128: the model's limit is 128 tokens"),
     (["{}", "x", "--temperature", "-1"], "--temperature -1: must be 0 (greedy) or at least 1e-06"),
     (["{}", "x", "--device", "tpu"], "--device tpu: must be cpu"),
     (["{}"], "the following arguments are required: prompt")])

@@ -3,8 +3,6 @@
 Notation as in `backward`; ŷ are labels sampled from the model's predictions.
 """
 
-import math
-import operator
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +25,7 @@ ROW_WEIGHT_EXPONENT = 0.7  # of G within a matrix
 class Gradients:
     """Mean squared gradients of the loss w.r.t. matrix outputs y, {(layer, name): float32 tensor on the host}."""
 
-    rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens, as `output_gradients` evens it out
+    rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens, clipped and flattened by `output_gradients`
     tokens: dict  # (n, T): ‖∂L/∂y‖² per token of this process's sequences, divided by its mean over all processes
     diagonals: dict | None = None  # (in,): [(H + λI)⁻¹]_cc of the inputs, if measured
 
@@ -38,7 +36,7 @@ class Gradients:
 
     @classmethod
     def of(cls, tensors):
-        """Return the gradients of which `tensors` has returned these."""
+        """Return the gradients that `tensors` has turned into these."""
         gradients = cls({}, {})
         for key, tensor in tensors.items():
             kind, layer, name = key.split(".", 2)
@@ -49,7 +47,7 @@ class Gradients:
 def every_second_sequence(tokens):
     """Return every second of the sequences (N, T): `Gradients` of these give the same perplexity, within 0.5%.
 
-    All of them if a process would get none. Not for the gradients of tokens, which are wanted of all.
+    All of them if a process would get none. Gradients of tokens need all sequences.
     """
     return tokens[::2] if len(tokens) >= 2 * distributed.world() else tokens
 
@@ -73,9 +71,9 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
 
     def measure(column, X, Y):
         squares = wide(Y).square()
-        energies = squares.sum(2)
-        sums[column] += torch.mv(squares.flatten(0, 1).t(), _clipping(energies).flatten())
-        return energies
+        of_tokens = squares.sum(2)
+        sums[column] += torch.mv(squares.flatten(0, 1).t(), _clipping(of_tokens).flatten())
+        return of_tokens
 
     total = 2 * len(mine) * len(layers)
     with (pinned_memory_freed(streamed.device), fast_attention(streamed.model, streamed.device),
@@ -174,28 +172,19 @@ def _sampled_gradient(chunk, head, rows, keys):
 
 
 def drawn(p, uniform):
-    """Draw an index from each row of p (n, V), probabilities: the first whose cumulated p reaches uniform (n,).
-
-    First a block of indices, by the blocks' sums, then one of its indices: all of p is read only once.
-    """
-    n, width = len(p), math.isqrt(p.shape[1]) + 1
-    blocks = torch.nn.functional.pad(p, (0, -p.shape[1] % width)).view(n, -1, width)
-    ends = blocks.sum(-1).double().cumsum(-1)
-    block = torch.searchsorted(ends, uniform[:, None]).clamp_(max=ends.shape[1] - 1)
-    left = uniform[:, None] - torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, width))[:, 0].double().cumsum(-1)
-    index = torch.searchsorted(inside, left).clamp_(max=width - 1)
-    return (block * width + index).squeeze(1).clamp_(max=p.shape[1] - 1)
+    """Draw an index from each row of p (n, V), probabilities: the first whose cumulated p reaches uniform (n,)."""
+    cumulated = p.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulated, uniform[:, None]).squeeze(1).clamp_(max=p.shape[1] - 1)
 
 
 def _layer_gradient(chunk, layer, index, rows):
     """Backpropagate through a layer: yield (column, X, ∂L/∂y) of its matrices, then replace its input by the gradient.
     """
     modules, inputs, outputs = chunk.matrices_of(layer, index), {}, {}
-    readers = [{module: partial(operator.setitem, into, column) for column, module in modules.items()}
-               for into in (inputs, outputs)]
     x, g = chunk.read(chunk.borders[index], rows), chunk.read(chunk.borders[index + 1], rows)
-    with hooked(readers[0]), hooked(readers[1], outputs=True), torch.enable_grad():
+    with (hooked({module: partial(inputs.__setitem__, column) for column, module in modules.items()}),
+          hooked({module: partial(outputs.__setitem__, column) for column, module in modules.items()}, outputs=True),
+          torch.enable_grad()):
         y = chunk.stream.call(layer, index, x.requires_grad_(), rows)
         # zeros for an output that is not used: in a short sequence, or to choose what is attended to
         next_g, *cotangents = torch.autograd.grad(y, [x, *outputs.values()], g, materialize_grads=True)

@@ -5,7 +5,6 @@ w_rc from the dense model, compensated by the other weights of its row, adds abo
 brain surgeon (arXiv 2301.00774, eq. 3) with the Fisher matrix of a row approximated by G_r H.
 """
 
-import itertools
 import math
 from functools import partial
 
@@ -61,17 +60,17 @@ def global_plan(streamed, selected, gradients, diagonals, sparsity, alpha):
     diagonals: from `inverse_diagonals`. Removes exactly round(sparsity · all weights). Returns {(layer, name): Target}.
     """
     sizes, device = [out * columns for out, columns in selected.values()], streamed.device
-    units = {index: list(keys) for index, keys in itertools.groupby(enumerate(selected), key=lambda pair: pair[1][0])}
-    layers = [streamed.layers[index] for index in units]
+    layers = {index: streamed.layers[index] for index, _ in selected}
 
     def scores():
-        for place, (index, keys) in enumerate(units.items()):
-            with on_device([layers[place]], device):
-                prefetch(layers, place + 1, device)
-                modules = linears(layers[place])
-                for unit, (_, name) in keys:
-                    G, diagonal = (values[index, name].to(device) for values in (gradients, diagonals))
-                    yield unit, modules[name].weight.float().square().mul_(G[:, None]).div_(diagonal)
+        for place, (index, layer) in enumerate(layers.items()):
+            with on_device([layer], device):
+                prefetch(list(layers.values()), place + 1, device)
+                modules = linears(layer)
+                for unit, key in enumerate(selected):
+                    if key[0] == index:
+                        G, diagonal = (values[key].to(device) for values in (gradients, diagonals))
+                        yield unit, modules[key[1]].weight.float().square().mul_(G[:, None]).div_(diagonal)
 
     least = [int(max(sparsity - alpha, 0) * size) for size in sizes]
     most = [math.ceil(min(sparsity + alpha, 1) * size) for size in sizes]

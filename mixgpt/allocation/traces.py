@@ -19,7 +19,7 @@ from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import linears
 
-FLAG = "--sensitivity_file"
+FLAG = "--sensitivity-file"
 STABLE = 0.8  # split-half rank correlation below which the ranking is called noise
 
 

@@ -39,14 +39,19 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     ids = torch.tensor([token_ids(tokenizer, prompt, bos)], dtype=torch.long, device=model.device)
     limit = position_limit(model.config)
     if limit and max_new_tokens >= limit:
-        raise InputError(f"--max_new_tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")
-    _check_tokens(ids, model)
+        raise InputError(f"--max-new-tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if not ids.numel():
+        raise InputError("prompt: the model's tokenizer gives no token for it; give another one")
+    if ids.max() >= vocabulary:
+        raise InputError(f"model {model.config.name_or_path}: its tokenizer gives token {ids.max()}, but its "
+                         f"vocabulary has {vocabulary}")
     cut = max(ids.shape[1] + max_new_tokens - limit, 0) if limit else 0
     ids = begin(ids[:, cut:], first_token(tokenizer, bos))
     choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=0,
-                                eos_token_id=model.generation_config.eos_token_id, stop_strings=list(until) or None,
-                                **choice)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=model.generation_config.eos_token_id,
+        stop_strings=list(until) or None, **choice)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         start = time.perf_counter()
@@ -61,19 +66,10 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
 
 
 def _check_logits(model, _, logits):
-    """Be a logits processor that refuses what cannot be ranked or sampled from; -inf excludes a token."""
+    """Raise InputError for logits that cannot be ranked or sampled from; -inf excludes a token. A logits processor."""
     if logits.isnan().any() or logits.isposinf().any():
         raise InputError(f"model {model.config.name_or_path}: its logits contain NaN or inf; try --dtype float32")
     return logits
-
-
-def _check_tokens(ids, model):
-    if not ids.numel():
-        raise InputError("prompt: the model's tokenizer gives no token for it; give another one")
-    count = model.get_input_embeddings().num_embeddings
-    if ids.max() >= count:
-        raise InputError(f"model {model.config.name_or_path}: its tokenizer gives token {ids.max()}, but its "
-                         f"vocabulary has {count}")
 
 
 def load(model, device, dtype="auto"):

@@ -36,7 +36,7 @@ def check(name, family, skeleton, calibrated=()):
         raise InputError(f"{refusal}: on random weights, its logits differ by {difference:.1g} standard deviations")
     if unseen := [linear for linear in unseen if linear in calibrated]:
         raise InputError(f"model {name}: {', '.join(unseen)} of this {kind} are not called as modules, so that they "
-                         "cannot be calibrated; leave them out with --prune_only")
+                         "cannot be calibrated; leave them out with --prune-only")
 
 
 @torch.no_grad()

@@ -6,10 +6,10 @@ CUTLASS.
 """
 
 import contextlib
-import time
 
 import torch
 
+from mixgpt.common.clock import Clock
 from mixgpt.evaluation.perplexity import perplexity
 from modelutils import linears
 
@@ -57,50 +57,34 @@ def compressed(layer):
             module.weight = weight
 
 
-class Comparison:
-    """Run hidden states through layers on these kernels, and time both kinds on the same input."""
-
-    def __init__(self, device):
-        self.device = device
-        self.seconds = {"dense": 0.0, "semi_structured": 0.0}
-        self.matrices, self.difference = 0, 0.0
-
-    def step(self, stream, layer, index):
-        """Replace the hidden states by the output of layer number `index`: a step of `run_layers`."""
-        dense = self._timed("dense", stream, layer, index)
-        with compressed(layer) as count:
-            sparse = self._timed("semi_structured", stream, layer, index)
-            stream.advance(layer, index)
-        self.matrices += count
-        self.difference = max(self.difference, ((sparse - dense).norm() / dense.norm()).item())
-
-    def _timed(self, kind, stream, layer, index):
-        """Run all batches and add up their time, after one warm-up batch. Returns the warm-up's output, in float32."""
-        batches = stream.batches()
-        first = stream.forward(layer, index, batches[0]).float()
-        start = self._now()
-        for rows in batches:
-            stream.forward(layer, index, rows)
-        self.seconds[kind] += self._now() - start
-        return first
-
-    def _now(self):
-        if self.device.type == "cuda":  # launches are asynchronous
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
 def compare(model, family, tests, batch_size, device):
-    """Measure a model's layers with both kinds of kernels. tests: {test set: tokens (N, T)}.
+    """Measure a model's layers with both kinds of kernels on the same inputs. tests: {test set: tokens (N, T)}.
 
     Returns seconds of the forward passes, the number of compressed matrices, the largest relative difference of a
-    layer's output and the perplexities; or {"skipped": reason} if no matrix fits.
+    layer's output and the perplexities on sparse kernels; or {"skipped": reason} if no matrix fits.
     """
-    comparison = Comparison(device)
-    perplexities = {name: perplexity(model, family, tokens, batch_size, device, f"2:4 {name}", comparison.step)
+    clock, counts, differences = Clock(device), [], []
+
+    def timed(kind, stream, layer, index):
+        batches = stream.batches()
+        output = stream.forward(layer, index, batches[0]).float()  # warms up
+        with clock.part(kind):
+            for rows in batches:
+                stream.forward(layer, index, rows)
+        return output
+
+    def step(stream, layer, index):
+        dense = timed("dense", stream, layer, index)
+        with compressed(layer) as count:
+            sparse = timed("semi_structured", stream, layer, index)
+            stream.advance(layer, index)
+        counts.append(count)
+        differences.append(((sparse - dense).norm() / dense.norm()).item())
+
+    perplexities = {name: perplexity(model, family, tokens, batch_size, device, f"2:4 {name}", step)
                     for name, tokens in tests.items()}
-    if not comparison.matrices:
+    if not any(counts):
         return {"skipped": f"no matrix has at most 2 of 4 weights, and sizes that {ROWS} and {COLUMNS} divide"}
-    return {"seconds": comparison.seconds, "matrices": comparison.matrices // len(tests),
-            "difference": comparison.difference, "perplexity": perplexities,
-            "speed_up": comparison.seconds["dense"] / comparison.seconds["semi_structured"]}
+    seconds = dict(clock.seconds)
+    return {"seconds": seconds, "matrices": sum(counts) // len(tests), "difference": max(differences),
+            "perplexity": perplexities, "speed_up": seconds["dense"] / seconds["semi_structured"]}

@@ -30,9 +30,9 @@ def load(names, folder, limit):
     Raises InputError if a task is unknown or unusable.
     """
     if folder is not None and not any(Path(folder).glob("**/*.yaml")):
-        raise InputError(f"--tasks_dir {folder}: must be a folder with .yaml files that describe tasks of lm-eval")
+        raise InputError(f"--tasks-dir {folder}: must be a folder with .yaml files that describe tasks of lm-eval")
     chosen = {"tasks": {}, "groups": {}}
-    with _silent(), contextlib.nullcontext() if hub.reachable() else hub.offline():
+    with _silent(), hub.reached():
         manager = _manager(names, folder)
         for name in names:
             with reading(f"--tasks {name}: cannot be used"):
@@ -58,7 +58,7 @@ def _manager(names, folder):
         if name not in manager.all_tasks:
             similar = difflib.get_close_matches(name, manager.all_tasks, 3, 0.7)
             raise InputError(f"--tasks {name}: no task, group or tag of this name in lm-eval {VERSION}"
-                             + (f" or {folder}" if folder else "; --tasks_dir names a folder of further ones")
+                             + (f" or {folder}" if folder else "; --tasks-dir names a folder of further ones")
                              + (f"; there is {', '.join(similar)}" if similar else ""))
     return manager
 

@@ -26,12 +26,18 @@ def reachable(timeout=5):
 
 
 @contextlib.contextmanager
-def offline():
-    """Make `datasets` and `huggingface_hub` use only what is on disk, without retries."""
+def reached():
+    """Make `datasets` and `huggingface_hub` use only what is on disk, without retries, if the hub does not answer.
+
+    Yields whether it does.
+    """
+    if reachable():
+        yield True
+        return
     saved = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        yield
+        yield False
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = saved
 
@@ -54,9 +60,9 @@ def barred():
     if sys.stderr.isatty():
         yield
         return
-    held, stderr = io.StringIO(), sys.stderr
+    output, stderr = io.StringIO(), sys.stderr
     try:
-        with contextlib.redirect_stderr(held):
+        with contextlib.redirect_stderr(output):
             yield
     finally:
-        stderr.writelines(f"{line}\n" for line in held.getvalue().split("\n") if line.strip() and "\r" not in line)
+        stderr.writelines(f"{line}\n" for line in output.getvalue().split("\n") if line.strip() and "\r" not in line)

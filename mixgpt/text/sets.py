@@ -28,8 +28,8 @@ class TextSet(Choice):
 
 def hub_column(name):
     """Return hub id and column of owner/dataset:column, or None for another name."""
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)", name)
-    return found and found.groups()
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)", name)
+    return match and match.groups()
 
 
 def builtin_rows(split):

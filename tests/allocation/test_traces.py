@@ -93,7 +93,7 @@ def test_traces_that_are_not_finite_are_refused_and_not_kept(tokens, path):
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tokens, tmp_path, monkeypatch, never_computed):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=f"--sensitivity_file {tmp_path}/file/mixgpt/traces-.*cannot be written"):
+    with pytest.raises(InputError, match=f"--sensitivity-file {tmp_path}/file/mixgpt/traces-.*cannot be written"):
         obtain("llama", tokens, None)
 
 
@@ -114,14 +114,14 @@ def test_an_incomplete_file_of_other_settings_is_refused(tokens, path):
 ])
 def test_a_file_that_does_not_fit_is_refused_by_name(name, estimator, message, tokens, path):
     obtain("llama", tokens, path)
-    with pytest.raises(InputError, match=f"--sensitivity_file {path}: .*{message}"):
+    with pytest.raises(InputError, match=f"--sensitivity-file {path}: .*{message}"):
         obtain(name, tokens, path, estimator)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"matrices": []}', "not json"])
 def test_what_is_not_a_file_of_traces_is_refused(content, tokens, path, never_computed):
     path.write_text(content)
-    with pytest.raises(InputError, match=f"--sensitivity_file {path}: is not a file of traces"):
+    with pytest.raises(InputError, match=f"--sensitivity-file {path}: is not a file of traces"):
         obtain("llama", tokens, path)
 
 

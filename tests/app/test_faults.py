@@ -434,7 +434,7 @@ def test_a_cache_that_cannot_be_written_is_refused_and_nothing_is_left(model, tm
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")
     assert run("llama", f"{RUN} --sparsity_way weight-level", root=tmp_path) == 2
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("llama.py: error: --sensitivity_file /proc/cache/mixgpt/traces-")
+    assert line.startswith("llama.py: error: --sensitivity-file /proc/cache/mixgpt/traces-")
     assert line.endswith("cannot be written (No such file or directory); name another file")
     assert not (tmp_path / "saved").exists()
 

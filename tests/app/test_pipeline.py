@@ -438,7 +438,7 @@ BAD = {
         "--plot a.txt: must end in .png, .pdf, .svg"),
     "traces that are none": (
         "{opt} builtin --sparsity .5 --sparsity_way weight-level --sensitivity_file {full}/config.json",
-        "--sensitivity_file {full}/config.json: is not a file of traces"),
+        "--sensitivity-file {full}/config.json: is not a file of traces"),
     "record in a file": ("{opt} builtin --record {full}/config.json/a.json", "config.json/a.json: cannot be written"),
     "record is a folder": ("{opt} builtin --record {empty}", "--record {empty}: is not a file; name a file"),
     "W&B not asked for": ("{opt} builtin --wandb_project pruning", "--wandb-project pruning: needs --log-wandb"),

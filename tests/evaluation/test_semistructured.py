@@ -101,7 +101,7 @@ def test_on_a_cpu_the_run_goes_on_and_says_why_it_skipped_them(checkpoint_folder
 @pytest.mark.parametrize("options, message", [
     (["--sparsity", ".5"], "--semi-structured: needs a 2:4 sparse model: --prunen 2 --prunem 4, or one pruned before"),
     (["--prunen", "1", "--prunem", "4"], "--semi-structured: needs a 2:4 sparse model"),
-    (["--eval"], "--semi-structured: is measured on the test sets of --eval, but none is given")])
+    (["--eval"], "--semi-structured: needs the test sets of --eval")])
 def test_what_cannot_be_2_4_is_refused(options, message, checkpoint_folder, capsys):
     folder = checkpoint_folder("llama")
     assert run(FAMILIES["llama"][0], folder, "builtin", *SMALL, *options, "--semi-structured") == 2
