@@ -19,12 +19,12 @@ import pyarrow.parquet
 import pytest
 import small_models
 import torch
+from conftest import ROOT, read_little
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
 from mixgpt.app import cli
 
-ROOT = Path(__file__).parent.parent
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
          if path.name != "extending.md"}  # whose commands run files that it holds: test_extending.py
 TEXT = "\n".join(PAGES.values())
@@ -39,10 +39,9 @@ MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "facebook/opt-35
           "baichuan-inc/Baichuan2-7B-Base": "baichuan-7b", "baichuan-inc/Baichuan-13B-Base": "baichuan-13b"}
 SMALL = ("--nsamples", "2", "--seqlen", "32", "--device", "cpu", "--data-dir", "texts")
 LESS = {"benchmarks/accuracy.py": (*SMALL, "--methods", "magnitude", "wanda", "--targets", "50%", "--seeds", "0"),
-        "benchmarks/paper.py": SMALL}
+        "benchmarks/paper.py": SMALL, "benchmarks/small_models.py": ("opt",)}
 TINY = small_models.Size(width=16, layers=1, heads=2, experts=2, vocabulary=300, seqlen=32, steps=1, train_bytes=20_000,
                          test_bytes=20_000)
-PRODUCT = [*ROOT.glob("*.py"), *ROOT.glob("mixgpt/**/*.py")]
 SCRIPTS = [path for path in sorted((*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")))
            if '__name__ == "__main__"' in path.read_text()]
 
@@ -92,10 +91,9 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """Give a folder with what `python benchmarks/small_models.py` makes, tiny."""
+    """Give a folder with what `python benchmarks/small_models.py opt` makes, tiny."""
     folder = tmp_path_factory.mktemp("small-models")
-    for name in small_models.FAMILIES:
-        small_models.make_model(name, folder, TINY, 0)
+    small_models.make_model("opt", folder, TINY, 0)
     return folder
 
 
@@ -105,6 +103,7 @@ def workplace(checkpoint_folder, texts, small, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     monkeypatch.setattr(small_models, "SIZE", TINY)
+    read_little(monkeypatch)
     (tmp_path / ".cache" / "mixgpt").mkdir(parents=True)
     (tmp_path / ".cache" / "mixgpt" / "small-models").symlink_to(small)
     monkeypatch.chdir(tmp_path)
@@ -142,21 +141,15 @@ def run_torchrun(*words):
     return run_script(given.training_script, *given.training_script_args)
 
 
-def pip_options():
-    """Return a parser of those options of pip that the pages use."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    for flag in ("-d", "--find-links"):
-        parser.add_argument(flag)
-    for flag in ("--no-index", "--upgrade"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("-r", action="append", default=[])
-    parser.add_argument("names", nargs="*")
-    return parser
-
-
 def run_pip(verb, *words):
-    """Check the options, and that what is installed satisfies what is asked for. Returns the exit status."""
-    given = pip_options().parse_args(words)
+    """Check that what is installed satisfies what is asked for. Returns the exit status."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("-r", action="append", default=[])
+    parser.add_argument("-d")
+    parser.add_argument("--find-links")
+    parser.add_argument("--no-index", "--upgrade", action="store_true")
+    parser.add_argument("names", nargs="*")
+    given = parser.parse_args(words)
     lines = given.names + [line for name in given.r for line in Path(name).read_text().splitlines()]
     wanted = [Requirement(line) for line in lines if not line.startswith("-r")]
     fitting = [each for each in wanted if each.specifier.contains(importlib.metadata.version(each.name))]
@@ -231,17 +224,3 @@ def test_a_wrong_command_is_noticed(command, workplace):
     except (AssertionError, KeyError, OSError, SystemExit):
         return
     assert status != 0
-
-
-@pytest.fixture
-def help_of(capsys, monkeypatch):
-    """Give a function that returns what --help of a script prints."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def text(script):
-        assert run_script(script, "--help") == 0
-        return capsys.readouterr().out
-
-    return text
-
-

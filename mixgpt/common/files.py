@@ -1,4 +1,4 @@
-"""Atomic writes of files and directories, the cache, and what the checks of a path need."""
+"""Atomic writes of files and directories, locks, and the cache."""
 
 import contextlib
 import errno
@@ -17,21 +17,14 @@ def replacing(path):
 
     After an error the file at `path` is unchanged. Several processes may write to one path concurrently.
     """
-    path, partial = Path(path), partial_of(path)
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())
+        _flush(partial)
         partial.replace(path)
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-def partial_of(path):
-    """Return the temporary path beside `path` that this process writes to."""
-    path = Path(path)
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -46,18 +39,17 @@ def replacing_folder(path):
         partial.mkdir()
         yield partial
         for written in (*partial.rglob("*"), partial):
-            _to_disk(written)
+            _flush(written)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _to_disk(path):
+def _flush(path):
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -91,14 +83,9 @@ def check_room(folder, nbytes):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def nearest_folder(path):
-    """Return the path itself if it exists, else its nearest existing parent."""
-    path = Path(path).absolute()
-    while not os.path.lexists(path):  # a dangling link exists, and cannot be written
-        path = path.parent
-    return path
-
-
-def try_writing(folder):
-    """Create and delete a file in a directory. Raises OSError if that fails."""
+def try_writing(path):
+    """Create and delete a file in the nearest existing folder above a path. Raises OSError if that fails."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
     tempfile.TemporaryFile(dir=folder).close()

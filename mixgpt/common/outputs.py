@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import nearest_folder, replacing, try_writing
+from mixgpt.common.files import replacing, try_writing
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -34,7 +34,7 @@ def _check_path(flag, path, overwrite):
             raise InputError(f"{flag} {path}: is not a file; name a file")
         if path.exists() and not overwrite:
             raise InputError(f"{flag} {path}: exists; give --overwrite to replace it, or name another file")
-        try_writing(nearest_folder(path.absolute().parent))
+        try_writing(path)
     except OSError as error:
         raise _refusal(flag, path, error) from error
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 
 import torch
 
@@ -13,23 +14,17 @@ DEFAULT_SEQLEN = 2048
 
 def choose_device(name):
     """Return the device of this process: with torchrun, the GPU of its local rank."""
-    number = program.rank("LOCAL_RANK")
-    if (name or "").startswith("cuda:") and program.world_size() > 1:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and program.world_size() > 1:
         raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
-    if name is None and not (torch.cuda.is_available() and number):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name in (None, "cuda") and number:
+    if name == "cuda" and (number := program.rank("LOCAL_RANK")):
         name = f"cuda:{number}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
         raise InputError(f"--device {name}: must be cpu, cuda or cuda:N")
-    count = torch.cuda.device_count()
+    device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"--device {name}: there are {count} CUDA devices here; use --device cpu" if not count else
-                         f"--device {name}: there are {count} CUDA devices here, cuda:0 to cuda:{count - 1}")
+        raise InputError(f"--device {name}: there are {count} CUDA devices here" + "; use --device cpu" * (not count))
     return device
 
 

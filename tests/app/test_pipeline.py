@@ -686,6 +686,7 @@ def test_devices_default_to_cuda_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runtime.choose_device(None) == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert runtime.choose_device(None) == torch.device("cuda")
 
 
