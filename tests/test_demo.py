@@ -3,13 +3,13 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+from conftest import ROOT
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parent.parent
 RUNS = ["dense", "magnitude 50%", "magnitude 60%", "SparseGPT 50%", "SparseGPT 60%", "MixGPT 50%", "MixGPT 60%",
         "best 50%", "MixGPT 50% + 4 bit"]
 
@@ -46,10 +46,11 @@ def check(demo):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Give a folder with a local WikiText-2 of a few paragraphs."""
+    """Give a folder with a copy of WikiText-2, as on the hub, of a few paragraphs."""
+    (tmp_path / "wikitext-2-raw-v1").mkdir()
     for part in ("train", "test"):
-        (tmp_path / f"wiki.{part}.raw").write_text("\n".join(
-            f"The {number} sheep of the {part} text graze on the hill behind the old mill ." for number in range(60)))
+        rows = [f"The {number} sheep of the {part} text graze behind the old mill ." for number in range(60)]
+        pd.DataFrame({"text": rows}).to_parquet(tmp_path / "wikitext-2-raw-v1" / f"{part}-00000.parquet")
     return tmp_path
 
 
