@@ -193,18 +193,6 @@ def test_files_that_cannot_be_written_are_refused(given, message, write, tmp_pat
     assert message in error and error.startswith("results.py: error: --")
 
 
-def test_the_table_and_the_picture_of_an_earlier_call_are_replaced_with_overwrite(write, tmp_path):
-    files, places = write(a=record(40.0, 20.0, sparsity=0.6)), ["--csv", "runs.csv", "--plot", "runs.svg"]
-    options = [str(tmp_path / place) if "." in place else place for place in places]
-    assert results.main([*files, *options]) == 0
-    first = {name: (tmp_path / name).read_bytes() for name in places[1::2]}
-    files = write(a=record(40.0, 20.0, sparsity=0.6), b=record(30.0, sparsity=0.5))
-    assert results.main([*files, *options]) == 2
-    assert all((tmp_path / name).read_bytes() == content for name, content in first.items())
-    assert results.main([*files, *options, "--overwrite"]) == 0
-    assert all((tmp_path / name).read_bytes() != content for name, content in first.items())
-
-
 def test_a_perplexity_beyond_all_numbers_stands_in_the_table_and_not_in_the_picture(write, tmp_path, capsys):
     files = write(a=record(float("inf"), float("nan"), sparsity=0.6), b=record(30.0, sparsity=0.5),
                   c=record(float("nan"), sparsity=0.7))

@@ -79,14 +79,6 @@ def test_an_interrupted_table_goes_on_and_is_that_of_a_whole_run(command, runs, 
     assert list(tmp_path.glob("*.partial")) == []
 
 
-def test_tables_share_cells_and_methods_added_later_measure_no_other(command, runs):
-    assert command("table2", "--methods", "wanda") == 0
-    assert [settings.solver for settings in runs].count("wanda") == 1 and len(runs) == 5
-    assert command("table1") == 0
-    assert [(settings.sparsity_way, settings.saliency) for settings in runs[5:]] == [
-        ("uniform", "isc"), ("weight-level", "obs")]
-
-
 def test_the_sensitivities_of_a_seed_are_computed_once(command, tmp_path, monkeypatch):
     from mixgpt.allocation import traces
 
@@ -206,5 +198,3 @@ def test_names_of_models_are_compared_without_what_hubs_write_differently():
     assert all(plain(one) == plain(other) for one, other in same)
     assert len({plain(name) for name in ("LLaMA-7B", "LLaMA-2-7B", "Baichuan2-7B-Base", "Baichuan-7B",
                                          "Baichuan-13B-Chat", "Llama-2-7b-chat-hf")}) == 6
-
-
