@@ -12,10 +12,9 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, saved_tensors
+from conftest import FAMILIES, read_little, saved_tensors
 from makebelieve import Gpu, GpuTensor
 
-import datautils
 import modelutils
 from mixgpt.allocation import backward
 from mixgpt.app import cli, pipeline
@@ -38,9 +37,8 @@ JOBS = {
     "best": "--sparsity .5 --preset best", "best 2:4": "--prunen 2 --prunem 4 --preset best",
     "50% + 4 bit, sparse": "--sparsity .5 --wbits 4 --act-order --save-format sparse",
     "4:8 + 4 bit, compressed-tensors": "--prunen 4 --prunem 8 --wbits 4 --sym --save-format compressed-tensors",
+    "Hutchinson": "--sparsity .5 --sparsity-way layer-level", "best + 4 bit": "--sparsity .5 --preset best --wbits 4",
 }
-MORE = {"Hutchinson": "--sparsity .5 --sparsity_way layer-level",
-        "best + 4 bit": "--sparsity .5 --preset best --wbits 4"}
 DTYPES = ("float32", "bfloat16", "float16")
 ROOMS = ("ample", "none")
 KERNEL = columns.triton_obstacle
@@ -48,56 +46,41 @@ KERNEL = columns.triton_obstacle
 
 def chosen(family, job, dtype, room):
     """Say whether a combination is one of those that run always: every third pair of family and job."""
-    i, j = list(FAMILIES).index(family), list(JOBS | MORE).index(job)
+    i, j = list(FAMILIES).index(family), list(JOBS).index(job)
     return (i + j) % 3 == 0 and dtype == DTYPES[(i + 2 * j) // 3 % 3] and room == ROOMS[(i + j) // 3 % 2]
 
 
 def pytest_generate_tests(metafunc):
     if "combination" in metafunc.fixturenames:
         every = metafunc.config.getoption("--every-combination")
-        metafunc.parametrize("combination", [each for each in itertools.product(FAMILIES, JOBS | MORE, DTYPES, ROOMS)
+        metafunc.parametrize("combination", [each for each in itertools.product(FAMILIES, JOBS, DTYPES, ROOMS)
                                              if every or chosen(*each)], ids=" ".join)
 
 
-TOKENS = {}  # tokenizing the text takes longer than most of a run
-
-
-def token_ids(tokenizer, text, bos, once=datautils.token_ids):
-    """Do what the function of this name does, but once for each text and tokenizer."""
-    key = tokenizer.backend_tokenizer.to_str(), text, bos
-    if key not in TOKENS:
-        TOKENS[key] = once(tokenizer, text, bos)
-    return TOKENS[key]
-
-
 def options_of(job):
-    return (JOBS | MORE).get(job, job)
+    return JOBS.get(job, job)
 
 
 @pytest.fixture(params=[pytest.param(True, marks=pytest.mark.gpu, id="real") if torch.cuda.is_available()
                         else pytest.param(False, id="make-believe")])
 def gpu(request, monkeypatch, tmp_path_factory):
-    """Give a function that takes the memory of a GPU and what is free of it, and returns a context with the GPU.
+    """Give a function that returns a context with the GPU; that of the make-believe one takes its memory.
 
     Columns are walked by PyTorch on the make-believe one: its kernels run in an interpreter, which takes long.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    whole = pipeline.test_tokens
-    monkeypatch.setattr(pipeline, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(
-        *whole(*asked)))
-    monkeypatch.setattr(datautils, "token_ids", token_ids)
-    if not request.param:
-        monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
-        yield Gpu
-        return
+    read_little(monkeypatch)
+    if request.param:
+        return contextlib.nullcontext
+    monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
+    return Gpu
 
-    @contextlib.contextmanager
-    def real(memory=None, free=None):
-        if free is not None:
-            monkeypatch.setattr(memory, "free", lambda device: free)
-        yield None
 
-    yield real
+@pytest.fixture
+def simulated(gpu):
+    if gpu is not Gpu:
+        pytest.skip("needs the make-believe GPU")
+    return Gpu
 
 
 @pytest.fixture
@@ -288,10 +271,8 @@ def ways(out):
     return [line.partition("continuing with ")[2] for line in out.splitlines() if "warning" in line]
 
 
-def test_a_run_goes_on_in_the_way_that_fits(gpu, run):
+def test_a_run_goes_on_in_the_way_that_fits(simulated, run):
     """In one pass through a layer all sequences are inside it at a time: smaller batches do not help there."""
-    if gpu is not Gpu:
-        pytest.skip("measures the make-believe GPU's memory")
     one_pass, (_, record, out) = peak_of(run)
     two_passes, (expected, _, _) = peak_of(run, "--no-true-sequential")
     on_host, _ = peak_of(run, "--no-true-sequential", free=0)
@@ -306,9 +287,7 @@ def test_a_run_goes_on_in_the_way_that_fits(gpu, run):
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 
-def test_the_way_that_fits_is_chosen_before_a_run(gpu, run):
-    if gpu is not Gpu:
-        pytest.skip("measures the make-believe GPU's memory")
+def test_the_way_that_fits_is_chosen_before_a_run(simulated, run):
     peaks, said = {}, {}
     for memory_of, limits in {"ample": {}, "little": {"memory": 800_000}}.items():
         peaks[memory_of], (_, record, out) = peak_of(run, **limits)
@@ -319,17 +298,13 @@ def test_the_way_that_fits_is_chosen_before_a_run(gpu, run):
     assert peaks["little"] < 800_000 < peaks["ample"]
 
 
-def test_a_gpu_that_is_too_small_ends_in_one_line(gpu, run):
-    if gpu is not Gpu:
-        pytest.skip("needs a make-believe GPU")
+def test_a_gpu_that_is_too_small_ends_in_one_line(simulated, run):
     with Gpu(memory=100_000):
         error = run("llama", "SparseGPT", "cuda:0", status=2)
     assert error == ("llama.py: error: --batch-size 1 --seqlen 32: out of GPU memory; lower --seqlen\n")
 
 
-def test_memory_is_given_back_before_a_step_begins_again(gpu, checkpoint_folder):
-    if gpu is not Gpu:
-        pytest.skip("needs a make-believe GPU")
+def test_memory_is_given_back_before_a_step_begins_again(simulated):
     with Gpu() as device:
         def step(way):
             if way.on_host:
@@ -348,10 +323,8 @@ def test_memory_is_given_back_before_a_step_begins_again(gpu, checkpoint_folder)
 SOLVER = {"sparsegpt.py", "hessian.py", "linalg.py", "solvers.py", "layerwise.py", "calibration.py"}
 
 
-def test_the_host_goes_on_while_the_gpu_prunes_a_layer(gpu, checkpoint_folder, monkeypatch):
+def test_the_host_goes_on_while_the_gpu_prunes_a_layer(simulated, checkpoint_folder, monkeypatch):
     """Without --save: the clock and counting of weights do not wait for the GPU, from layer to layer."""
-    if gpu is not Gpu:
-        pytest.skip("needs a make-believe GPU")
     finish, waits, loads = LayerFiles.save_layer, [], collections.Counter()
     load_layer = streaming.DiskWeights.load
 
@@ -368,7 +341,7 @@ def test_the_host_goes_on_while_the_gpu_prunes_a_layer(gpu, checkpoint_folder, m
     layers = []
     monkeypatch.setattr(LayerFiles, "open", lambda files, model, family, start=LayerFiles.open: layers.extend(
         family.layers_of(model)) or start(files, model, family))
-    with gpu():
+    with simulated():
         assert cli.main(FAMILIES["llama"][0], [str(word) for word in (
             checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--seqlen", 32, "--nsamples", 5, "--eval",
             "--device", "cuda:0")]) == 0
