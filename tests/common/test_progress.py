@@ -106,6 +106,6 @@ def test_every_long_step_of_a_run_tells_how_far_it_is(checkpoint_folder, capsys,
         str(checkpoint_folder("llama")), "builtin", "--sparsity", ".5", "--nsamples", "2", "--seqlen", "32", "--eval",
         "builtin", "--device", "cpu", "--preset", "best"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert list(dict.fromkeys(line.partition(": ")[0] for line in lines)) == ["generating", "gradients", "ADMM",
-                                                                               "distilling", "builtin"]
+    assert list(dict.fromkeys(line.partition(": ")[0] for line in lines)) == [
+        "generating", "gradients", "inputs", "ADMM", "distilling", "builtin"]
     assert [line for line in lines if line.startswith("ADMM: layer 3 of 3, ")]
