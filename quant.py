@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.columns import to_multiples
+from mixgpt.kernels.columns import UniformGrid
 
 # ranges tried by the search, in 32nds of the full range: with one of them the lowest code of a symmetric grid of 2 to
 # 4 bits is minus the largest weight
@@ -18,12 +18,63 @@ CLOSE = 2e-5  # tolerance on the sparsity
 
 @dataclass(frozen=True)
 class Scheme:
-    """The quantization scheme of a run."""
+    """The quantization scheme of a run: here uniform grids, w = scale · (code − zero).
+
+    All that knows the values of a grid is in `fit`, `rounder`, `encode` and `decode`. Another grid, of the values
+    w = scale · decode(code), overrides `fit`, `encode` and `decode`: see docs/extending.md. `zero` is the code of 0.
+    """
+
+    name = "uniform"  # in checkpoints.choices.GRIDS
 
     wbits: int
     groupsize: int = -1  # columns per grid, −1: the whole row
     sym: bool = False  # symmetric: zero point in the middle of the codes
     mse: bool = False  # search the range with the least error, instead of covering all weights
+
+    def fit(self, W, pruned, dtype, importance=None):
+        """Choose scale and zero for every row of W (out, n); the kept weights of a row share a grid.
+
+        pruned: mask (out, n) of the weights to ignore. dtype: that of the saved weights, to which the scale is rounded.
+        Returns scale and zero, (out,) each, in the dtype of W. A grid spans the kept weights and 0; with mse its range
+        is shrunk by the fraction in SHRINKS with the least sum of importance · (w − q)². importance: (n,), default 1.
+        """
+        W = W.masked_fill(pruned, 0)
+        low, high = W.amin(1).clamp_max(0), W.amax(1).clamp_min(0)
+        if self.sym:
+            high = torch.maximum(high, -low)
+            low = -high
+        if not self.mse:
+            return self._spanning(low, high, dtype)
+        # made on the device: a copy from the host would wait for all that a GPU has still to do; exact in every dtype
+        shrinks = torch.arange(SHRINKS.start, SHRINKS.stop, SHRINKS.step, dtype=W.dtype, device=W.device)[:, None] / 32
+        scale, zero = self._spanning(shrinks * low, shrinks * high, dtype)
+        importance = torch.ones_like(W[0]) if importance is None else importance
+        errors = torch.stack([self.rounder(s[:, None], z[:, None], W.dtype)(W).sub_(W).square_() @ importance
+                              for s, z in zip(scale, zero, strict=True)])
+        best = errors.argmin(0, keepdim=True)  # the widest of equals
+        return scale.gather(0, best)[0], zero.gather(0, best)[0]
+
+    def _spanning(self, low, high, dtype):
+        codes = 2**self.wbits - 1
+        scale = ((high - low) / codes).to(dtype).to(low.dtype)  # as saved
+        scale = torch.where(scale > 0, scale, 1.0)  # no kept weights, no range: any scale will do
+        if self.sym:
+            return scale, torch.full_like(scale, 2 ** (self.wbits - 1))
+        return scale, (-low / scale).round().clamp(0, codes)
+
+    def rounder(self, scale, zero, dtype):
+        """Return a function that rounds weights to the grid, as computed in `dtype`. Shapes broadcast."""
+        if type(self).encode is Scheme.encode:
+            return UniformGrid(scale, -zero, 2**self.wbits - 1 - zero, dtype)
+        return lambda W: (self.decode(self.encode(W / scale, zero), zero) * scale).to(dtype).to(W.dtype)
+
+    def encode(self, units, zero):
+        """Return the codes, uint8, nearest to weights given in units of the scale. zero broadcasts."""
+        return (units.round() + zero).clamp(0, 2**self.wbits - 1).to(torch.uint8)
+
+    def decode(self, codes, zero):
+        """Return the values of codes, in units of the scale, float32. zero broadcasts."""
+        return codes.float() - zero
 
 
 @dataclass(frozen=True)
@@ -45,57 +96,22 @@ class Grid:
 
     def codes(self, W):
         """Return the codes (out, in), uint8, of weights W (out, in). Raises ValueError if W is not on the grid."""
-        zero, largest = self.zero[:, self.group], 2**self.scheme.wbits - 1
-        steps = (W.float() / self.scale.float()[:, self.group]).round()
-        codes = (steps + zero).clamp(0, largest).to(torch.uint8)
-        # bfloat16 rounds an 8-bit weight by up to one step: the weight may belong to the neighbouring code
-        beyond = (steps + steps.sign() + zero).clamp(0, largest).to(torch.uint8)
-        codes = torch.where(self.weights(codes) == W, codes, beyond)
+        nearest = self.scheme.encode(W.float() / self.scale.float()[:, self.group], self.zero[:, self.group])
+        codes = nearest
+        for step in (1, -1):  # bfloat16 rounds an 8-bit weight by up to one step: it may belong to the next code
+            neighbours = (nearest.int() + step).clamp(0, 2**self.scheme.wbits - 1).to(torch.uint8)
+            codes = torch.where(self.weights(codes) == W, codes, neighbours)
         if not torch.equal(self.weights(codes), W):
             raise ValueError("the weights do not lie on the grid")
         return codes
 
     def weights(self, codes):
         """Return the weights (out, in) of codes (out, in), in the dtype of the scale."""
-        return (codes.float() - self.zero[:, self.group]).to(self.scale.dtype) * self.scale[:, self.group]
+        return self.units(codes) * self.scale[:, self.group]
 
-
-def find_grid(W, pruned, scheme, dtype, importance=None):
-    """Choose scale and zero for every row of W (out, n); the kept weights of a row share a grid.
-
-    pruned: mask (out, n) of the weights to ignore. dtype: that of the saved weights, to which the scale is rounded.
-    Returns scale and zero, (out,) each, in the dtype of W. A grid spans the kept weights and 0; with scheme.mse its
-    range is shrunk by the fraction in SHRINKS with the least sum of importance · (w − q)². importance: (n,), default 1.
-    """
-    W = W.masked_fill(pruned, 0)
-    low, high = W.amin(1).clamp_max(0), W.amax(1).clamp_min(0)
-    if scheme.sym:
-        high = torch.maximum(high, -low)
-        low = -high
-    if not scheme.mse:
-        return _fit(low, high, scheme, dtype)
-    # made on the device: a copy from the host would wait for all that a GPU has still to do; exact in every dtype
-    shrinks = torch.arange(SHRINKS.start, SHRINKS.stop, SHRINKS.step, dtype=W.dtype, device=W.device)[:, None] / 32
-    scale, zero = _fit(shrinks * low, shrinks * high, scheme, dtype)
-    importance = torch.ones_like(W[0]) if importance is None else importance
-    errors = torch.stack([to_grid(W, s[:, None], z[:, None], scheme.wbits, W.dtype).sub_(W).square_() @ importance
-                          for s, z in zip(scale, zero, strict=True)])
-    best = errors.argmin(0, keepdim=True)  # the widest of equals
-    return scale.gather(0, best)[0], zero.gather(0, best)[0]
-
-
-def _fit(low, high, scheme, dtype):
-    codes = 2**scheme.wbits - 1
-    scale = ((high - low) / codes).to(dtype).to(low.dtype)  # as saved
-    scale = torch.where(scale > 0, scale, 1.0)  # no kept weights, no range: any scale will do
-    if scheme.sym:
-        return scale, torch.full_like(scale, 2 ** (scheme.wbits - 1))
-    return scale, (-low / scale).round().clamp(0, codes)
-
-
-def to_grid(W, scale, zero, wbits, dtype):
-    """Round W to its grid: scale · (code − zero), as computed in `dtype`. Shapes broadcast; returns W's dtype."""
-    return to_multiples(W, scale, -zero, 2**wbits - 1 - zero, dtype)
+    def units(self, codes):
+        """Return the weights of codes (out, in) in units of the scale, in its dtype."""
+        return self.scheme.decode(codes, self.zero[:, self.group]).to(self.scale.dtype)
 
 
 def meet_sparsities(attempt, sparsities, attempts=4, spread=0):
@@ -132,8 +148,8 @@ def quantize_nearest(W, scheme):
     rows, columns = W.shape
     width = columns if scheme.groupsize == -1 else scheme.groupsize
     groups = W.float().reshape(-1, width)  # (out · groups, width)
-    scale, zero = find_grid(groups, groups == 0, scheme, W.dtype)
-    rounded = to_grid(groups, scale[:, None], zero[:, None], scheme.wbits, W.dtype)
+    scale, zero = scheme.fit(groups, groups == 0, W.dtype)
+    rounded = scheme.rounder(scale[:, None], zero[:, None], W.dtype)(groups)
     grid = Grid(scheme, scale.view(rows, columns // width).to(W.dtype),
                 zero.view(rows, columns // width).to(torch.uint8),
                 torch.arange(columns, dtype=torch.int32, device=W.device) // width)

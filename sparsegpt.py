@@ -1,13 +1,11 @@
-"""SparseGPT (arXiv 2301.00774): the Hessian of a layer's input, weight saliencies, and the walk over the columns.
+"""SparseGPT (arXiv 2301.00774): the algorithm as published, weight saliencies, and the walk that computes it in blocks.
 
-Notation: Y = X Wᵀ with W (out, in); H = (2/N) Xᵀ X (in, in) over N sequences; H + λI = R Rᵀ with R upper triangular,
-and U = R⁻¹, so that (H + λI)⁻¹ = Uᵀ U. The first diagonal entry of the inverse Hessian of the columns not yet
-processed is U_mm² = 1/R_mm².
+Notation: Y = X Wᵀ with W (out, in); H = (2/N) Xᵀ X (in, in) over N sequences; (H + λI)⁻¹ = Uᵀ U with U upper
+triangular, and R = U⁻¹, so that H + λI = R Rᵀ. The first diagonal entry of the inverse Hessian of the columns not yet
+processed is U_mm² = 1/R_mm². A target is a mixgpt.pruning.targets.Target.
 """
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -15,18 +13,56 @@ from mixgpt.common import distributed
 from mixgpt.kernels import columns
 from mixgpt.kernels.linalg import smallest, upper_inverse
 from mixgpt.kernels.matmul import suits, times_transposed
-from quant import Grid, Scheme, find_grid
+from quant import Grid
 
 WIDE = 512  # columns updated from all columns before them in one product
 
 
+def algorithm_1(W, H, target, saliency=None, blocksize=128, percdamp=0.01):
+    """Prune W (out, in) by Algorithm 1 of the paper, to the letter: what `Walk` computes, but faster.
+
+    H: (in, in). Returns the pruned matrix, (out, in). Not used by the program: to read, and to compare with.
+    """
+    W, (rows, columns), h, saliency = W.clone(), W.shape, H.diagonal(), saliency or obs_saliency
+    damped = H + percdamp * h.mean() * torch.eye(columns, dtype=H.dtype)
+    U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    mask, width = W == 0, target.prunem or blocksize
+    for i in range(columns):
+        if i % width == 0:  # choose the mask of the next block of columns
+            B = slice(i, min(i + width, columns))
+            scores = saliency(W[:, B], h[B], U.diagonal()[B]).masked_fill(h[B] == 0, 0).masked_fill(mask[:, B], -1)
+            if target.prunem:
+                least = scores.argsort(dim=1, stable=True)[:, :target.prunen]
+                mask[:, B] |= torch.zeros_like(mask[:, B]).scatter(1, least, True)
+            else:
+                count = round(target.sparsity * (rows * B.stop)) - round(target.sparsity * (rows * B.start))
+                least = scores.flatten().argsort(stable=True)[:count]
+                mask[:, B] |= torch.zeros(scores.numel(), dtype=torch.bool).scatter(0, least, True).view_as(scores)
+        q = W[:, i].masked_fill(mask[:, i], 0)
+        err = (W[:, i] - q) / U[i, i]
+        W[:, i:] -= err[:, None] * U[i, i:]  # compensate the error in the columns that follow
+        W[:, i] = q
+    return W
+
+
 # ---- saliencies ------------------------------------------------------------------------------------------------
 
+# A saliency is a function score(W, h, u) -> (out, in): it scores the weights W (out, in) of some columns, the least to
+# be pruned, none of them below 0, from h (in,), their diagonal of H, and u (in,), that of U.
 
-# The saliency of a weight is w² times a column factor. These functions return the column factors (in,) from
-# h (in,), the diagonal of H, and u (in,), the diagonal of U. The walk's `row_weights` multiply saliencies per row.
+
+class ColumnSaliency:
+    """A saliency w² · factor(h, u), with a factor (in,) of the column: the walk computes these without temporaries."""
+
+    def __init__(self, factor):
+        self.factor = factor
+        self.__doc__ = factor.__doc__
+
+    def __call__(self, W, h, u):
+        return W.square() * self.factor(h, u)
 
 
+@ColumnSaliency
 def obs_saliency(h, u):
     """Score weights by the loss increase when they are removed, after compensation.
 
@@ -35,6 +71,7 @@ def obs_saliency(h, u):
     return (1 / u) ** 2
 
 
+@ColumnSaliency
 def isc_saliency(h, u):
     """Score weights by the loss increase when they are removed, before plus after compensation.
 
@@ -46,68 +83,29 @@ def isc_saliency(h, u):
 # ---- the walk over the columns ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class WalkOptions:
-    """Options of the walk over the columns."""
+class Walk:
+    """One pass over the columns of matrices that read the same input: algorithm 1, and GPTQ (arXiv 2210.17323).
 
-    blocksize: int = 128  # columns whose mask is chosen at once; each block gets an equal share of the sparsity
-    saliency: Callable = obs_saliency
-    scheme: Scheme | None = None  # quantization of the kept weights
+    Kept weights are rounded to a grid that is chosen when the walk reaches its columns. Columns are split into nested
+    ranges of decreasing width. On entering a range, one matrix product updates all its columns for the errors of the
+    columns before it. The whole range is then up to date, and its mask and grid are chosen.
 
-
-def prune_matrix(W, R, h, *target, dtype=torch.float32, row_weights=None, **options):
-    """Prune and quantize one matrix; see `prune_matrices`. target: sparsity, prunen, prunem. Returns Ŵ and its Grid."""
-    return prune_matrices([W], R, h, [target], WalkOptions(**options), dtype, row_weights)[0]
-
-
-def prune_matrices(matrices, R, h, targets, options=WalkOptions(), dtype=torch.float32, row_weights=None):  # noqa: B008
-    """Prune and quantize matrices that read the same input, compensating each error in the remaining columns.
-
-    SparseGPT, algorithm 1, and GPTQ (arXiv 2210.17323): kept weights are rounded to a grid that is chosen when the
-    walk reaches its columns.
-
-    matrices: (out, in) each, float32 or float64; stacked and walked together. R: (in, in) from `factor`. h: (in,),
-    diagonal of H without damping. targets: (sparsity, prunen, prunem) per matrix, the latter two 0 if omitted.
-    dtype: in which grid values must be exact. row_weights: (total rows,), factors of the saliencies per row.
-
-    Prunes round(sparsity · numel) weights, spread evenly over column blocks. Weights quantized to zero count; the last
-    block's number is an estimate. With prunem > 0 (the same for all matrices), prunes prunen of every prunem
-    consecutive weights of a row instead, chosen when the walk reaches them. Zero weights stay zero, even if they exceed
-    the target. In several processes, each has some of the rows of every matrix, and numbers are those of all rows.
-
-    Returns a list of (new matrix (out, in), its quant.Grid or None without a scheme).
-    Raises ValueError if prunem or the group size does not divide the columns, or neither divides the other.
-
-    Columns whose input is always zero (h = 0) cost nothing to prune: they go first, and are otherwise unchanged.
-    """
-    return [(W, grid) for W, grid, _ in walk_matrices(matrices, R, h, targets, options, dtype, row_weights)]
-
-
-def walk_matrices(matrices, R, h, targets, options, dtype=torch.float32, row_weights=None):
-    """Do what `prune_matrices` does, and return the loss of the rows of each matrix, too: (Ŵ, grid, (out,)).
-
-    The loss of a row d of W − Ŵ is d (H + λI) dᵀ: as D R are the errors E that the walk has at hand, it is ‖e‖².
-    """
-    walk = _Walk(matrices, R, h, targets, options, dtype, row_weights)
-    W = walk.run().t()
-    if options.scheme:
-        W += 0.0  # −0 of the grid becomes 0
-    return [(W[rows], walk.grid(rows), walk.losses[rows]) for rows in walk.rows]
-
-
-class _Walk:
-    """One pass over the columns of stacked matrices.
-
-    Columns are split into nested ranges of decreasing width. On entering a range, one matrix product updates all its
-    columns for the errors of the columns before it. The whole range is then up to date, and its mask and grid are
-    chosen.
-
-    For a top-level range B, with P the columns before it and D = W − Ŵ there, the update is D_P R_PB R_BB⁻¹, so only
-    the small R_BB is inverted. Within B, U = R_BB⁻¹ is known and the update is −E U as in the paper, with E the errors
-    divided by the diagonal of U.
+    For a widest range B, with P the columns before it and D = W − Ŵ there, the update is D_P R_PB R_BB⁻¹: the loss
+    tr D (R Rᵀ) Dᵀ = ‖D R‖² is least where (D R)_B = D_P R_PB + D_B R_BB = 0, so only the small R_BB is inverted. Within
+    B, U = R_BB⁻¹ is known and the update is −E U as in the paper, with E the errors divided by the diagonal of U.
     """
 
-    def __init__(self, matrices, R, h, targets, options, dtype, row_weights):
+    def __init__(self, matrices, R, h, targets, *, blocksize=128, saliency=obs_saliency, scheme=None,
+                 dtype=torch.float32, row_weights=None):
+        """Prepare a walk.
+
+        matrices: (out, in) each, float32 or float64; stacked and walked together. R: (in, in), upper triangular, from
+        `hessian.factor`. h: (in,), diagonal of H without damping. targets: one for each matrix, all with the same
+        prunem. blocksize: columns whose mask is chosen at once; each block gets an equal share of the sparsity.
+        scheme: quant.Scheme, the grid of the kept weights, or None. dtype: in which grid values must be exact.
+        row_weights: (total rows,), factors of the saliencies per row.
+        Raises ValueError if prunem or the group size does not divide the columns, or neither divides the other.
+        """
         # (in, out): with contiguous rows where oneDNN does the products, else with contiguous columns
         self.rowwise = suits(R, *matrices)
         self.W = torch.cat(matrices).t() if self.rowwise else torch.cat([W.t() for W in matrices], dim=1)
@@ -115,23 +113,19 @@ class _Walk:
         self.D = [] if self.rowwise else torch.empty_like(self.W)  # a list of W − Ŵ per range, (out, range) each
         self.mask = self.W == 0  # zero weights stay zero
         self.losses = self.W.new_zeros(self.W.shape[1])  # ‖e‖² per row
-        self.R, self.h = R, h
-        self.factors = options.saliency(h, 1 / R.diagonal()).masked_fill(h == 0, 0)
-        self.row_weights = row_weights
+        self.R, self.h, self.u, self.saliency, self.row_weights = R, h, 1 / R.diagonal(), saliency, row_weights
+        self.factors = saliency.factor(h, self.u).masked_fill(h == 0, 0) if hasattr(saliency, "factor") else None
         stops = list(itertools.accumulate(map(len, matrices)))
         self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
         self.totals = distributed.total([len(W) for W in matrices])  # rows of each matrix in all processes
-        sparsities, prunens, prunems = zip(*((*target, 0, 0)[:3] for target in targets), strict=True)
-        self.sparsities, self.prunens, self.prunem = sparsities, prunens, prunems[0]
+        self.sparsities, self.prunem = [target.sparsity for target in targets], targets[0].prunem
+        self.prunens = [(rows, target.prunen) for rows, target in zip(self.rows, targets, strict=True)]
         self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # zeros before the last block, and its columns
-        scheme = self.scheme = options.scheme
-        self.dtype = dtype
+        self.scheme, self.dtype, self.grids = scheme, dtype, []
         self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
-        self.grids = []
-        # n:m masks are chosen one column group at a time, unless grids are narrower
-        self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem
-        self.widths = self._nest(options.blocksize)
-        self.walk_columns = columns.fastest(self.W.device, dtype if scheme else None, self.W.dtype)
+        # the kernel chooses n:m masks group by group, unless grids are narrower or scores need more than a factor
+        self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem and self.factors is not None
+        self.widths = self._nest(blocksize)
 
     def _nest(self, blocksize):
         """Return the widths of the nested ranges, including those of a mask unit and of a grid group."""
@@ -153,57 +147,62 @@ class _Walk:
         return sorted(widths, reverse=True)
 
     def run(self):
-        """Walk all columns. Returns the new weights, (in, out)."""
+        """Walk all columns. Returns (Ŵ (out, in), its quant.Grid or None, loss of each row (out,)) for each matrix.
+
+        Prunes round(sparsity · numel) weights of a matrix, spread evenly over column blocks. Weights quantized to zero
+        count; the last block's number is an estimate. With prunem > 0, prunes prunen of every prunem consecutive
+        weights of a row instead. Zero weights stay zero, even if they exceed the target. In several processes, each has
+        some of the rows of every matrix, and numbers are those of all rows. Columns whose input is always zero (h = 0)
+        cost nothing to prune: they go first, and are otherwise unchanged.
+
+        The loss of a row d of W − Ŵ is d (H + λI) dᵀ: as D R are the errors E of the walk, it is ‖e‖².
+        """
         if self.groupsize == self.columns:
             self._choose_grid(0, self.columns)
-        top = self.widths[0]
-        for start in range(0, self.columns, top):
-            B = slice(start, min(start + top, self.columns))
-            self.U = upper_inverse(self.R[B, B])
-            before = self.W[B].clone()
-            if start:
-                self._receive(B)
-            self.E, self.start = torch.empty_like(before), start
-            self._enter(B.start, B.stop, self.widths)
-            self.losses += torch.linalg.vector_norm(self.E, dim=0).square()
-            before -= self.W[B]
-            if self.rowwise:
-                self.D.append(before.t())
-            else:
-                self.D[B] = before
-        return self.W
-
-    def _receive(self, B):
-        """Update a top-level range for the errors of all columns before it."""
-        if not self.rowwise:
-            self.W[B].addmm_(self.U.t(), self.R[:B.start, B].t() @ self.D[:B.start])
-            return
-        received = None
-        for number, D in enumerate(self.D):
-            P = slice(number * self.widths[0], (number + 1) * self.widths[0])
-            received = times_transposed(D, self.R[P, B].t(), received)
-        self.W[B] += times_transposed(received, self.U.t()).t()
-
-    def _enter(self, left, right, widths):
-        """Walk columns left … right − 1, which are up to date, in ranges of width widths[0]."""
-        width, *finer = widths
-        for start in range(left, right, width):
-            stop = min(start + width, right)
-            if start > left:
-                done, now = slice(left - self.start, start - self.start), slice(start - self.start, stop - self.start)
-                self.W[start:stop].addmm_(self.U[done, now].t(), self.E[done], alpha=-1)
+        for width, left, start, stop in _nested(0, self.columns, self.widths):
+            if width == self.widths[0]:
+                self._enter(slice(start, stop))
+            elif start > left:
+                done, B = slice(left - self.start, start - self.start), slice(start - self.start, stop - self.start)
+                self.W[start:stop].addmm_(self.U[done, B].t(), self.E[done], alpha=-1)
             if width == self.unit and not self.chosen_inside:
-                self._choose_mask(start, stop)
+                self._mark_least(self.mask[start:stop], start, stop, self._counts(start, stop))
             if width == self.groupsize < self.columns:
                 self._choose_grid(start, stop)
-            if finer:
-                self._enter(start, stop, finer)
-            else:
-                self._walk(start, stop)
+            if width == self.widths[-1]:
+                B = slice(start - self.start, stop - self.start)
+                grid = self.scheme and self.scheme.rounder(*self.grids[-1], self.dtype)
+                choice = (self.prunem, self.prunens, self.factors[start:stop]) if self.chosen_inside else None
+                columns.fastest(self.W, grid)(self.W[start:stop], self.E[B], self.U[B, B], self.mask[start:stop],
+                                              choice, grid)
+                if stop == self.end:
+                    self._leave()
+        W = self.W.t() if self.scheme is None else self.W.t() + 0.0  # −0 of the grid becomes 0
+        return [(W[rows], self.scheme and self._grid(rows), self.losses[rows]) for rows in self.rows]
 
-    def _choose_mask(self, start, stop):
-        counts = [0] * len(self.rows) if self.prunem else self._counts(start, stop)
-        self._mark_least(self.mask[start:stop], start, stop, counts)
+    def _enter(self, B):
+        """Update a widest range, a slice of columns, for the errors of all columns before it."""
+        self.U, self.start, self.end = upper_inverse(self.R[B, B]), B.start, B.stop
+        self.before = self.W[B].clone()
+        if B.start and self.rowwise:
+            received = None
+            for number, D in enumerate(self.D):
+                P = slice(number * self.widths[0], (number + 1) * self.widths[0])
+                received = times_transposed(D, self.R[P, B].t(), received)
+            self.W[B] += times_transposed(received, self.U.t()).t()
+        elif B.start:
+            self.W[B].addmm_(self.U.t(), self.R[:B.start, B].t() @ self.D[:B.start])
+        self.E = torch.empty_like(self.before)
+
+    def _leave(self):
+        """Note the errors of a widest range that has been walked."""
+        B = slice(self.start, self.end)
+        self.losses += torch.linalg.vector_norm(self.E, dim=0).square()
+        self.before -= self.W[B]
+        if self.rowwise:
+            self.D.append(self.before.t())
+        else:
+            self.D[B] = self.before
 
     def _counts(self, start, stop):
         """Return how many weights of each matrix to prune in the block of columns start … stop − 1.
@@ -220,24 +219,30 @@ class _Walk:
         if not any(counts):
             return counts
         W, mask, growth = self.W[before], self.mask[before], (stop - start) / max(start - before.start, 1)
-        here = torch.stack([part[:, rows].sum() for rows in self.rows for part in (W == 0, mask)])
-        distributed.all_reduce(here)
-        for i, (zeros, removed) in enumerate(here.view(-1, 2)):
+        block = torch.stack([part[:, rows].sum() for rows in self.rows for part in (W == 0, mask)])
+        distributed.all_reduce(block)
+        for i, (zeros, removed) in enumerate(block.view(-1, 2)):
             self.zeros[i] = self.zeros[i] + zeros
-            again = ((zeros - removed).double() * growth).round().long()  # expect as many to be rounded to 0 again
-            count = (counts[i] - self.zeros[i] - again).clamp_min(0)
+            # weights that this block will round to 0 count as pruned but are not known yet: expect, per column, as many
+            # as in the block before
+            expected = ((zeros - removed).double() * growth).round().long()
+            count = (counts[i] - self.zeros[i] - expected).clamp_min(0)
             counts[i] = count if self.W.is_cuda else int(count)
         return counts
 
     def _mark_least(self, mask, start, stop, counts):
         """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1."""
-        scores = self.W[start:stop].square().mul_(self.factors[start:stop, None])
+        W, B = self.W[start:stop], slice(start, stop)
+        if self.factors is not None:
+            scores = W.square().mul_(self.factors[B, None])
+        else:
+            scores = torch.cat([self.saliency(W[:, rows].t(), self.h[B], self.u[B]).t() for rows in self.rows], dim=1)
+            scores = scores.masked_fill(self.h[B, None] == 0, 0)
         if self.row_weights is not None:
             scores.mul_(self.row_weights)
-        scores.masked_fill_(self.mask[start:stop], -1)
+        scores.masked_fill_(self.mask[B], -1)
         if self.prunem:
-            marked = [columns.smallest_in_groups(scores[:, rows], n, self.prunem)
-                      for rows, n in zip(self.rows, self.prunens, strict=True)]
+            marked = [columns.smallest_in_groups(scores[:, rows], n, self.prunem) for rows, n in self.prunens]
         else:
             marked = smallest([scores[:, rows] for rows in self.rows], counts)
         for rows, least in zip(self.rows, marked, strict=True):
@@ -250,23 +255,29 @@ class _Walk:
             self._mark_least(pruned, start, stop, [
                 round(sparsity * (total * (stop - start)))
                 for sparsity, total in zip(self.sparsities, self.totals, strict=True)])
-        self.grids.append(find_grid(self.W[start:stop].t(), pruned.t(), self.scheme, self.dtype, self.h[start:stop]))
+        self.grids.append(self.scheme.fit(self.W[start:stop].t(), pruned.t(), self.dtype, self.h[start:stop]))
 
-    def _walk(self, start, stop):
-        """Walk columns start … stop − 1 one by one."""
-        here, grid, groups = slice(start - self.start, stop - self.start), None, None
-        if self.chosen_inside:
-            groups = self.prunem, list(zip(self.rows, self.prunens, strict=True))
-        if self.scheme:
-            scale, zero = self.grids[-1]
-            grid = scale, -zero, 2**self.scheme.wbits - 1 - zero, self.dtype
-        self.walk_columns(self.W[start:stop], self.E[here], self.U[here, here], self.mask[start:stop],
-                          self.factors[start:stop], groups, grid)
-
-    def grid(self, rows):
+    def _grid(self, rows):
         """Return the Grid of a matrix, columns in the order of the walk."""
-        if self.scheme is None:
-            return None
         scale, zero = (torch.stack(values, 1)[rows] for values in zip(*self.grids, strict=True))
         group = torch.arange(self.columns, dtype=torch.int32, device=self.W.device) // self.groupsize
         return Grid(self.scheme, scale.to(self.dtype), zero.to(torch.uint8), group)
+
+
+def prune_matrix(W, R, h, target, **options):
+    """Prune and quantize one matrix (out, in). Arguments are those of `Walk`. Returns Ŵ and its Grid."""
+    (W, grid, _), = Walk([W], R, h, [target], **options).run()
+    return W, grid
+
+
+def _nested(left, right, widths):
+    """Yield (width, left, start, stop) of each range of columns in the order in which a walk enters them.
+
+    Columns left … right − 1 are split into ranges start … stop − 1 of the first width, these into the next, and so on.
+    """
+    width, *finer = widths
+    for start in range(left, right, width):
+        stop = min(start + width, right)
+        yield width, left, start, stop
+        if finer:
+            yield from _nested(start, stop, finer)

@@ -110,9 +110,9 @@ def compare_matrix(hessian, W, name, device, speed):
     with clock.part("factorisation"):
         hessian.factor(0.01)
     with clock.part("walk"):
-        ours, _ = prune_matrix(ours, hessian.R, hessian.H.diagonal(), *target, scheme=scheme)
+        ours, _ = prune_matrix(ours, hessian.R, hessian.H.diagonal(), Target(*target), scheme=scheme)
     H = hessian.H.double()
-    exact, _ = prune_matrix(W.double(), factor(H, 0.01)[0], H.diagonal(), *target, scheme=scheme)
+    exact, _ = prune_matrix(W.double(), factor(H, 0.01)[0], H.diagonal(), Target(*target), scheme=scheme)
     error, expected = (rowwise_quadratic_form(W.double() - Y.double(), H).sum().item() for Y in (ours, exact))
     seconds, (out, columns) = clock.seconds, W.shape
     total = seconds["textbook factorisation"] + seconds["textbook walk"]

@@ -53,7 +53,7 @@ def by_wanda(W, norms, target, scheme=None):
 
 def wanda(problem):
     """Solve a mixgpt.pruning.solvers.Problem by Wanda."""
-    return [by_wanda(W, problem.h.sqrt(), Target(*target), problem.options.scheme)
+    return [by_wanda(W, problem.h.sqrt(), target, problem.recipe.scheme)
             for W, target in zip(problem.optima, problem.targets, strict=True)]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from mixgpt.common import progress
 from modelutils import HiddenStates, linears, on_device
-from quant import Scheme, find_grid, to_grid
+from quant import Scheme
 
 
 class Textbook:
@@ -38,7 +38,8 @@ class Textbook:
         W = self.linear.weight.data.float()
         scheme = Scheme(wbits) if wbits < 16 else None
         if scheme:
-            scale, zero = find_grid(W, torch.zeros_like(W, dtype=torch.bool), scheme, self.linear.weight.dtype)
+            dtype = self.linear.weight.dtype
+            to_grid = scheme.rounder(*scheme.fit(W, torch.zeros_like(W, dtype=torch.bool), dtype), dtype)
         losses = torch.zeros(len(W), device=W.device)
         for start in range(0, W.shape[1], blocksize):
             stop = min(start + blocksize, W.shape[1])
@@ -54,7 +55,7 @@ class Textbook:
                     scores = block[:, i:i + prunem] ** 2 / Ub.diagonal()[i:i + prunem] ** 2
                     mask.scatter_(1, i + scores.topk(prunen, dim=1, largest=False).indices, True)
                 w = block[:, i]
-                q = w if scheme is None else to_grid(w, scale, zero, wbits, self.linear.weight.dtype)
+                q = w if scheme is None else to_grid(w)
                 q = torch.where(mask[:, i], 0, q)
                 error = (w - q) / Ub[i, i]
                 losses += error**2 / 2

@@ -60,6 +60,7 @@ from mixgpt.app import cli, pipeline
 from mixgpt.app.choices import ALLOCATIONS
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns_cpu
+from mixgpt.kernels.columns import UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from mixgpt.modeling.family import family_of
 
@@ -352,9 +353,9 @@ def contents(folder):
 
 def load_compiled():
     """Load the compiled walk over columns from its cache, which takes most of the time of a tiny run."""
-    for grid in (None, (*torch.ones(3, 2), torch.float32)):
-        columns_cpu.walk_columns(torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4, 4), torch.zeros(4, 2) > 0,
-                                 torch.ones(4), None, grid)
+    for grid in (None, UniformGrid(*torch.ones(3, 2), torch.float32)):
+        columns_cpu.walk_columns(torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4, 4), torch.zeros(4, 2) > 0, None,
+                                 grid)
 
 
 if os.environ.pop("FORK_SERVER", None):  # this is the process that others are forked from

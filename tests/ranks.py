@@ -23,7 +23,7 @@ from mixgpt.pruning.solvers import Recipe, admm, prune_in_place, walk
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel
 from quant import Scheme
-from sparsegpt import WalkOptions, isc_saliency
+from sparsegpt import isc_saliency
 
 SOLVERS = {"walk": walk, "admm": admm}
 SCHEMES = {"16 bit": None, "4 bit": Scheme(4), "3 bit mse": Scheme(3, 16, mse=True)}
@@ -40,7 +40,6 @@ def made(name, true_sequential, wbits, more=""):
     traces = [hessian_traces(streamed, list(selected), tokens, Sampling(name, estimator.load(), 1))
               for name, estimator in ESTIMATORS.items()]
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
-    walk_options = WalkOptions(16, isc_saliency, Scheme(wbits) if wbits < 16 else None)
     if more == "best":
         gradients = output_gradients(streamed, list(selected), tokens, 3, 0.01)
         plan = global_plan(streamed, selected, gradients.rows, gradients.diagonals, 0.5, 0.15)
@@ -53,7 +52,8 @@ def made(name, true_sequential, wbits, more=""):
         return solve(problem)
 
     outcomes = prune_layerwise(streamed, plan, tokens, Recipe(
-        options=walk_options, true_sequential=true_sequential, **options | {"solver": solver}))
+        blocksize=16, saliency=isc_saliency, scheme=Scheme(wbits) if wbits < 16 else None,
+        true_sequential=true_sequential, **options | {"solver": solver}))
     if more == "distilled":
         with mock.patch.object(distill, "STEPS", 1):  # in which all processes take all sequences
             distill.distill(streamed, dict.fromkeys(plan), tokens, dense, 1)
@@ -77,14 +77,14 @@ def pruned_of_all():
     results = {}
     for solver, groups, scheme, (ordered, weighted) in itertools.product(
             SOLVERS, [(0, 0), (2, 4)], SCHEMES, [(False, True), (True, False)]):
-        targets = [(n / m, n, m) for n, m in (groups, (groups[0] // 2, groups[1])) * 2] if groups[1] else [
-            (sparsity, 0, 0) for sparsity in (0.5, 0.3, 0.6, 0.7)]
+        targets = [Target(n / m, n, m) for n, m in (groups, (groups[0] // 2, groups[1])) * 2] if groups[1] else [
+            Target(sparsity) for sparsity in (0.5, 0.3, 0.6, 0.7)]
         hessian = InputHessian(48, 1, CPU)
         hessian.add_batch(X)
         hessian.factor(0.01, activation_order(hessian.H.diagonal(), groups[1]) if ordered else None)
         weights = [W.clone() for W in matrices]
         outcomes = prune_in_place(
-            hessian, weights, targets, Recipe(SOLVERS[solver], WalkOptions(16, scheme=SCHEMES[scheme])),
+            hessian, weights, targets, Recipe(SOLVERS[solver], 16, scheme=SCHEMES[scheme]),
             torch.arange(1, 1.0 + sum(ROWS)) if weighted else None)
         results[solver, groups, scheme, ordered, weighted] = (
             weights, [error.item() for error, _ in outcomes], [grid and grid.scale for _, grid in outcomes])
@@ -104,7 +104,7 @@ def selected_of_all():
     for k in (1, 1000, 1501, 2998, 3000):
         mask, = linalg.smallest([unlike[distributed.share(60)]], [k])
         results["unlike", k] = unlike, distributed.all_gather_shares(mask, 60)
-    magnitudes = magnitude_prune(ours, 0.4)
+    magnitudes = magnitude_prune(ours, Target(0.4))
     return results | {("magnitude", 34): (scores.abs(), distributed.all_gather_shares(magnitudes, 7) == 0)}
 
 

@@ -18,9 +18,10 @@ from test_sparsegpt import (
 from mixgpt.app.choices import SOLVERS
 from mixgpt.pruning.hessian import InputHessian, activation_order, factor, relative_error
 from mixgpt.pruning.solvers import Recipe, prune_in_place
+from mixgpt.pruning.targets import Target
 from modelutils import hooked, linears
-from quant import Scheme, find_grid, quantize_nearest
-from sparsegpt import WalkOptions, isc_saliency, obs_saliency, prune_matrices, prune_matrix
+from quant import Scheme, quantize_nearest
+from sparsegpt import Walk, isc_saliency, obs_saliency, prune_matrix
 
 
 def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_hat):
@@ -57,7 +58,7 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_h
                 pruned[:] = False
                 for i, k in least(j, j + width, round(sparsity * rows * width)):
                     pruned[i, k - j] = True
-            scale, zero = find_grid(W[:, j:j + width], pruned, scheme, torch.float64, H.diagonal()[j:j + width])
+            scale, zero = scheme.fit(W[:, j:j + width], pruned, torch.float64, H.diagonal()[j:j + width])
         grids[j] = scale, zero
         values = (torch.arange(2**scheme.wbits) - zero[:, None]) * scale[:, None]  # (out, codes)
         distance = (values - W[:, j, None]).abs()
@@ -71,7 +72,7 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_h
 def joint(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency="obs"):
     """Return what sparsegpt makes of W, and the grids."""
     R, _ = factor(H, PERCDAMP)
-    return prune_matrix(W, R, H.diagonal(), sparsity, prunen, prunem, blocksize=blocksize,
+    return prune_matrix(W, R, H.diagonal(), Target(sparsity, prunen, prunem), blocksize=blocksize,
                         saliency=isc_saliency if saliency == "isc" else obs_saliency, scheme=scheme,
                         dtype=torch.float64)
 
@@ -114,8 +115,8 @@ def test_columns_in_order_of_activations_are_put_back(prunem, groupsize, dtype):
     target, scheme = (0.0, 2, 4) if prunem else (0.5, 0, 0), Scheme(4, groupsize)
     weight = random(5, 24).to(dtype)
     R, _ = factor(hessian.H[order][:, order], PERCDAMP)
-    walked, walked_grid = prune_matrix(weight.float()[:, order], R, h[order], *target, blocksize=8, scheme=scheme,
-                                       dtype=dtype)
+    walked, walked_grid = prune_matrix(weight.float()[:, order], R, h[order], Target(*target), blocksize=8,
+                                       scheme=scheme, dtype=dtype)
     hessian.factor(PERCDAMP, order)
     before = weight.float().clone()
     error, grid = prune_one(hessian, weight, *target, blocksize=8, scheme=scheme)
@@ -151,7 +152,7 @@ def test_the_finest_grid_changes_little_and_no_grid_changes_nothing():
     W, X = random(6, 24), correlated_inputs(60, 24)
     H = X.t() @ X
     R, _ = factor(H, PERCDAMP)
-    same, grid = prune_matrix(W, R, H.diagonal(), 0.0)
+    same, grid = prune_matrix(W, R, H.diagonal(), Target(0.0))
     assert grid is None and torch.equal(same, W)
     quantized, _ = joint(W, H, 0.0, 0, 0, 128, Scheme(8, 4))
     assert 0 < relative_error(W, quantized, H) < 1e-4
@@ -220,9 +221,10 @@ def test_matrices_walked_together_are_those_walked_alone(scheme, targets):
     X, matrices = correlated_inputs(90, 48), [random(out, 48, seed=out) for out in (5, 1, 12)]
     H = X.t() @ X
     R, _ = factor(H, PERCDAMP)
-    for W, target, (together, grid) in zip(matrices, targets, prune_matrices(
-            matrices, R, H.diagonal(), targets, WalkOptions(16, scheme=scheme), torch.float64), strict=True):
-        alone, alone_grid = prune_matrix(W, R, H.diagonal(), *target, blocksize=16, scheme=scheme, dtype=torch.float64)
+    targets = [Target(*target) for target in targets]
+    for W, target, (together, grid, _) in zip(matrices, targets, Walk(
+            matrices, R, H.diagonal(), targets, blocksize=16, scheme=scheme, dtype=torch.float64).run(), strict=True):
+        alone, alone_grid = prune_matrix(W, R, H.diagonal(), target, blocksize=16, scheme=scheme, dtype=torch.float64)
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
         assert torch.equal(together == 0, alone == 0)
         if scheme:
@@ -249,7 +251,7 @@ def test_weights_that_are_zero_stay_zero_and_count_as_pruned(target, scheme):
     W[torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < 0.5] = 0
     H = X.t() @ X
     R, _ = factor(H, PERCDAMP)
-    pruned, _ = prune_matrix(W, R, H.diagonal(), *target, blocksize=16, scheme=scheme, dtype=torch.float64)
+    pruned, _ = prune_matrix(W, R, H.diagonal(), Target(*target), blocksize=16, scheme=scheme, dtype=torch.float64)
     assert (pruned[W == 0] == 0).all()
     sparsity, n, m = target
     assert torch.equal(pruned, W) == (scheme is None and sparsity < 0.5 and not m)
@@ -269,10 +271,10 @@ def test_what_is_rounded_to_zero_counts_as_pruned(solver):
     hessian = InputHessian(512, 1, "cpu")
     hessian.add_batch(X)
     hessian.factor(PERCDAMP)
-    matrices, targets = [random(out, 512, seed=out).float() for out in (96, 160)], [(0.5,), (0.7,)]
+    matrices, targets = [random(out, 512, seed=out).float() for out in (96, 160)], [Target(0.5), Target(0.7)]
     pruned = [W.clone() for W in matrices]
-    prune_in_place(hessian, pruned, targets, Recipe(SOLVERS[solver].load(), WalkOptions(64, scheme=Scheme(3))))
-    for W, (sparsity,) in zip(pruned, targets, strict=True):
-        assert (W == 0).float().mean().item() == pytest.approx(sparsity, abs=2e-3)
-    rounded, _ = prune_matrix(matrices[0], hessian.R, hessian.H.diagonal(), 0.0, scheme=Scheme(3))
+    prune_in_place(hessian, pruned, targets, Recipe(SOLVERS[solver].load(), 64, scheme=Scheme(3)))
+    for W, target in zip(pruned, targets, strict=True):
+        assert (W == 0).float().mean().item() == pytest.approx(target.sparsity, abs=2e-3)
+    rounded, _ = prune_matrix(matrices[0], hessian.R, hessian.H.diagonal(), Target(0.0), scheme=Scheme(3))
     assert (rounded == 0).float().mean() > 0.1  # there is much to foresee

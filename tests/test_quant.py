@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixgpt.pruning.magnitude import magnitude_prune
-from quant import SHRINKS, Grid, Scheme, find_grid, meet_sparsities, quantize_nearest, to_grid
+from mixgpt.pruning.targets import Target
+from quant import SHRINKS, Grid, Scheme, meet_sparsities, quantize_nearest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 hypothesis_settings = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -58,7 +59,7 @@ def some_grid(wbits, dtype, groups=1, sym=False, seed=0):
     return Grid(Scheme(wbits, sym=sym), scale, zero, group), codes
 
 
-# find_grid
+# fit
 
 
 @hypothesis_settings
@@ -70,7 +71,7 @@ def test_a_grid_holds_the_range_of_the_kept_weights_and_zero(wbits, sym, dtype, 
     scheme = Scheme(wbits, sym=sym)
     expected = [reference_grid(row[~mask].tolist(), scheme, dtype) for row, mask in zip(W, pruned, strict=True)]
     before = W.clone()
-    scale, zero = find_grid(W, pruned, scheme, dtype)
+    scale, zero = scheme.fit(W, pruned, dtype)
     assert list(zip(scale.tolist(), zero.tolist(), strict=True)) == expected
     assert torch.equal(scale.to(dtype).float(), scale) and torch.equal(W, before)
 
@@ -80,9 +81,9 @@ def test_a_grid_holds_the_range_of_the_kept_weights_and_zero(wbits, sym, dtype, 
 def test_rows_without_weights_have_a_finite_grid_that_holds_zero(sym, mse):
     W, pruned = random(3, 8), torch.zeros(3, 8, dtype=torch.bool)
     W[0], pruned[1] = 0, True
-    scale, zero = find_grid(W, pruned, Scheme(4, sym=sym, mse=mse), torch.bfloat16)
+    scale, zero = Scheme(4, sym=sym, mse=mse).fit(W, pruned, torch.bfloat16)
     assert scale.isfinite().all() and (scale > 0).all() and ((zero >= 0) & (zero <= 15)).all()
-    assert (to_grid(torch.zeros(3, 8), scale[:, None], zero[:, None], 4, torch.bfloat16) == 0).all()
+    assert (Scheme(4).rounder(scale[:, None], zero[:, None], torch.bfloat16)(torch.zeros(3, 8)) == 0).all()
 
 
 @hypothesis_settings
@@ -94,7 +95,7 @@ def test_the_search_takes_the_shrunk_range_with_the_least_error_over_the_kept_we
     W[pruned] *= 10
     importance = random(12, seed=seed + 2).exp() if weighted else None
     scheme, factors = Scheme(wbits, sym=sym, mse=True), importance.tolist() if weighted else [1.0] * 12
-    for row, mask, scale, zero in zip(W, pruned, *(x.tolist() for x in find_grid(W, pruned, scheme, dtype, importance)),
+    for row, mask, scale, zero in zip(W, pruned, *(x.tolist() for x in scheme.fit(W, pruned, dtype, importance)),
                                       strict=True):
         kept = row[~mask].tolist()
         kept_factors = [factor for factor, gone in zip(factors, mask.tolist(), strict=True) if not gone]
@@ -109,7 +110,7 @@ def test_the_search_takes_the_shrunk_range_with_the_least_error_over_the_kept_we
 def test_the_search_gives_up_an_outlier_for_the_other_weights():
     W = torch.cat([random(1, 200), torch.tensor([[12.0]])], 1)
     nothing = torch.zeros_like(W, dtype=torch.bool)
-    whole, shrunk = (find_grid(W, nothing, Scheme(3, sym=True, mse=mse), torch.float32)[0] for mse in (False, True))
+    whole, shrunk = (Scheme(3, sym=True, mse=mse).fit(W, nothing, torch.float32)[0] for mse in (False, True))
     assert shrunk < 0.7 * whole
 
 
@@ -117,12 +118,12 @@ def test_the_search_keeps_an_outlier_that_weighs_more_than_the_others():
     W = torch.cat([random(1, 200), torch.tensor([[12.0]])], 1)
     nothing, scheme = torch.zeros_like(W, dtype=torch.bool), Scheme(3, sym=True, mse=True)
     importance = torch.ones(201).index_fill(0, torch.tensor(200), 1e4)
-    whole, _ = find_grid(W, nothing, Scheme(3, sym=True), torch.float32)
-    assert find_grid(W, nothing, scheme, torch.float32, importance)[0] > 0.9 * whole
-    assert find_grid(W, nothing, scheme, torch.float32, 1 / importance)[0] < 0.7 * whole
+    whole, _ = Scheme(3, sym=True).fit(W, nothing, torch.float32)
+    assert scheme.fit(W, nothing, torch.float32, importance)[0] > 0.9 * whole
+    assert scheme.fit(W, nothing, torch.float32, 1 / importance)[0] < 0.7 * whole
 
 
-# to_grid
+# rounder
 
 
 @hypothesis_settings
@@ -131,7 +132,7 @@ def test_rounding_finds_the_nearest_of_all_codes(wbits, dtype, seed, data):
     zero = data.draw(st.integers(0, 2 ** wbits - 1), label="zero")
     scale = rounded(data.draw(st.floats(0.01, 2), label="scale"), dtype)
     W = random(20, seed=seed) * scale * 2 ** wbits
-    result = to_grid(W.clone(), torch.tensor(scale), torch.tensor(float(zero)), wbits, dtype)
+    result = Scheme(wbits).rounder(torch.tensor(scale), torch.tensor(float(zero)), dtype)(W)
     exact = [scale * (code - zero) for code in range(2 ** wbits)]
     for w, q in zip(W.tolist(), result.tolist(), strict=True):
         distance = min(abs(w - value) for value in exact if rounded(value, dtype) == q)
@@ -142,7 +143,7 @@ def test_rounding_finds_the_nearest_of_all_codes(wbits, dtype, seed, data):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_lies_on_every_grid(wbits, dtype):
     zero = torch.arange(2.0 ** wbits)[:, None]
-    assert (to_grid(torch.zeros(2 ** wbits, 5), torch.rand(5) + 0.01, zero, wbits, dtype) == 0).all()
+    assert (Scheme(wbits).rounder(torch.rand(5) + 0.01, zero, dtype)(torch.zeros(2 ** wbits, 5)) == 0).all()
 
 
 # Grid
@@ -202,7 +203,7 @@ def test_weights_of_another_group_have_no_code():
 def test_quantizing_rounds_every_weight_to_the_grid_of_its_group(wbits, sym, dtype, groupsize, rows, eights, sparsity,
                                                                  seed):
     columns = 8 * eights
-    W = magnitude_prune(random(rows, columns, seed=seed).to(dtype), sparsity)
+    W = magnitude_prune(random(rows, columns, seed=seed).to(dtype), Target(sparsity))
     before, scheme = W.clone(), Scheme(wbits, groupsize, sym)
     Q, grid = quantize_nearest(W, scheme)
     width = columns if groupsize == -1 else groupsize
@@ -226,7 +227,7 @@ def test_quantizing_rounds_every_weight_to_the_grid_of_its_group(wbits, sym, dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", [(0.5, 0, 0), (0.0, 2, 4)])
 def test_zeros_stay_zeros_without_a_sign(target, dtype, groupsize, sym, mse):
-    W = magnitude_prune(random(6, 16).to(dtype), *target)
+    W = magnitude_prune(random(6, 16).to(dtype), Target(*target))
     W[0, :4] = torch.tensor([-0.0, -1e-3, 1e-3, -2.0])  # the small ones round to 0 as well
     Q, grid = quantize_nearest(W, Scheme(3, groupsize, sym, mse))
     assert (Q[W == 0] == 0).all() and Q[0, :3].tolist() == [0, 0, 0]
@@ -237,7 +238,7 @@ def test_zeros_stay_zeros_without_a_sign(target, dtype, groupsize, sym, mse):
 @pytest.mark.parametrize("sym", [False, True])
 @pytest.mark.parametrize("groupsize", [-1, 4])
 def test_the_search_never_makes_the_error_of_a_group_larger(groupsize, sym):
-    W = magnitude_prune(random(16, 32), 0.5) * random(16, 32, seed=1).exp()
+    W = magnitude_prune(random(16, 32), Target(0.5)) * random(16, 32, seed=1).exp()
     plain, searched = ((quantize_nearest(W, Scheme(3, groupsize, sym, mse))[0] - W).double().square()
                        .view(-1, 32 if groupsize == -1 else 4).sum(1) for mse in (False, True))
     assert (searched <= plain * (1 + 1e-5)).all() and searched.sum() < 0.98 * plain.sum()

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from mixgpt.pruning.hessian import InputHessian, factor, relative_error
 from mixgpt.pruning.magnitude import magnitude_prune
 from mixgpt.pruning.solvers import Recipe, prune_in_place
+from mixgpt.pruning.targets import Target
 from quant import Scheme
-from sparsegpt import WalkOptions, isc_saliency, obs_saliency, prune_matrices, prune_matrix
+from sparsegpt import ColumnSaliency, Walk, algorithm_1, isc_saliency, obs_saliency, prune_matrix
 
 SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency}
 PERCDAMP = 0.01
@@ -73,13 +74,13 @@ def pruned_by(W, H, sparsity=0.0, prunen=0, prunem=0, blocksize=128, saliency="o
     """Return what sparsegpt makes of W with the damping of these tests."""
     R, used = factor(H, PERCDAMP)
     assert used == PERCDAMP
-    return prune_matrix(W, R, H.diagonal(), sparsity, prunen, prunem, blocksize=blocksize,
+    return prune_matrix(W, R, H.diagonal(), Target(sparsity, prunen, prunem), blocksize=blocksize,
                         saliency=SALIENCIES[saliency])[0]
 
 
 def prune_one(hessian, weight, *target, row_weights=None, **options):
     """Prune one matrix in place. Returns its error and its grid."""
-    return prune_in_place(hessian, [weight], [target], Recipe(options=WalkOptions(**options)), row_weights)[0]
+    return prune_in_place(hessian, [weight], [Target(*target)], Recipe(**options), row_weights)[0]
 
 
 def explicit_error(W, W_hat, X):
@@ -113,6 +114,21 @@ def test_prune_matrix_equals_optimal_brain_surgeon_with_explicit_inverses(salien
     torch.testing.assert_close(W_hat, expected, rtol=0, atol=1e-8)
     added = 0.5 * torch.trace((W - W_hat) @ damped(H) @ (W - W_hat).t()).item()
     assert added == pytest.approx(loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("target, blocksize", [(Target(0.5), 8), (Target(0.77), 24), (Target(0.5, 2, 4), 8)])
+@pytest.mark.parametrize("saliency", ["obs", "isc", "rows"])
+def test_the_walk_is_algorithm_1_with_any_saliency(saliency, target, blocksize):
+    """Also with one that is no factor of the columns: |w| over the sum of its row, times ‖x‖."""
+    score = SALIENCIES.get(saliency, lambda W, h, u: W.abs() / W.abs().sum(1, keepdim=True) * h.sqrt())
+    W, X = random(5, 24), correlated_inputs(60, 24, dead=[9])
+    W[:, 2] = 0
+    H = X.t() @ X
+    expected = algorithm_1(W, H, target, score, blocksize, PERCDAMP)
+    R, _ = factor(H, PERCDAMP)
+    walked, _ = prune_matrix(W, R, H.diagonal(), target, blocksize=blocksize, saliency=score)
+    assert torch.equal(walked == 0, expected == 0) and (expected == 0).sum() >= 5 * 24 // 2
+    torch.testing.assert_close(walked, expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("rows, columns, blocksize", [(3, 23, 5), (7, 10, 4), (1, 17, 6), (6, 1, 4)])
@@ -194,14 +210,14 @@ def test_the_saliency_is_the_callers_choice_and_sees_the_diagonals_of_its_column
         return u
 
     for saliency, diagonal in ((by_input, h), (by_factor, 1 / R.diagonal())):
-        W_hat = prune_matrix(W, R, H.diagonal(), 0.0, 1, 4, saliency=saliency)[0]
+        W_hat = prune_matrix(W, R, H.diagonal(), Target(0.0, 1, 4), saliency=ColumnSaliency(saliency))[0]
         expected = [left + diagonal[left:left + 4].argmin().item() for left in (0, 4, 8)]
         assert (W_hat == 0).all(0).nonzero().flatten().tolist() == expected
 
 
 def test_obs_saliency_is_the_squared_weight_over_the_diagonal_of_the_inverse():
     W = torch.tensor([[1.0, -2.0, 3.0], [0.0, 4.0, -5.0]])
-    scores = W**2 * obs_saliency(torch.full((3,), float("nan")), torch.tensor([1.0, 2.0, 0.5]))
+    scores = obs_saliency(W, torch.full((3,), float("nan")), torch.tensor([1.0, 2.0, 0.5]))
     assert scores.tolist() == [[1.0, 1.0, 36.0], [0.0, 4.0, 100.0]]
 
 
@@ -211,7 +227,7 @@ def test_isc_saliency_is_the_squared_weight_times_the_input_and_the_inverse_of_t
     R, _ = factor(H, PERCDAMP)
     expected = torch.stack([W[:, m] ** 2 * (H[m, m] + 1 / inverse[0, 0])
                             for m, inverse in enumerate(remaining_inverses(damped(H)))], dim=1)
-    torch.testing.assert_close(W**2 * isc_saliency(H.diagonal(), 1 / R.diagonal()), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(isc_saliency(W, H.diagonal(), 1 / R.diagonal()), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("scale", [2.0 ** -7, 2.0 ** 7])
@@ -221,7 +237,7 @@ def test_scaling_the_inputs_scales_the_scores_by_its_square_and_leaves_the_resul
     W, X = random(8, 16), correlated_inputs(60, 16)
     H, scaled = X.t() @ X, (scale * X).t() @ (scale * X)
     score = SALIENCIES[saliency]
-    scores, scaled_scores = (score(A.diagonal(), 1 / factor(A, PERCDAMP)[0].diagonal()) for A in (H, scaled))
+    scores, scaled_scores = (score(W, A.diagonal(), 1 / factor(A, PERCDAMP)[0].diagonal()) for A in (H, scaled))
     torch.testing.assert_close(scaled_scores, scale ** 2 * scores, rtol=1e-9, atol=0)
     for target in ({"sparsity": 0.5}, {"prunen": 2, "prunem": 4}):
         W_hat, scaled_W_hat = (pruned_by(W, A, **target, saliency=saliency) for A in (H, scaled))
@@ -253,7 +269,8 @@ def test_exactly_the_wanted_number_of_weights_is_pruned(rows, columns, sparsity,
 def test_the_wanted_number_is_the_same_as_magnitudes_also_halfway_between_two_counts(sparsity, rows, columns):
     W = random(rows, columns)
     H = torch.eye(columns, dtype=torch.float64)
-    for W_hat in (magnitude_prune(W, sparsity), pruned_by(W, H, sparsity), pruned_by(W, H, sparsity, blocksize=7)):
+    pruned = pruned_by(W, H, sparsity), pruned_by(W, H, sparsity, blocksize=7)
+    for W_hat in (magnitude_prune(W, Target(sparsity)), *pruned):
         assert (W_hat == 0).sum() == round(sparsity * W.numel())
 
 
@@ -329,10 +346,9 @@ def test_a_wide_float32_walk_does_what_the_float64_walk_does(target, wbits):
     wide_hessian = X.t() @ X / 1000
     R, _ = factor(wide_hessian, PERCDAMP)
     matrices, scheme = [random(40, WIDE, seed=5), random(9, WIDE, seed=6)], Scheme(wbits) if wbits < 16 else None
-    options = WalkOptions(scheme=scheme)
-    exact, found = (prune_matrices([W.to(dtype) for W in matrices], R.to(dtype), wide_hessian.diagonal().to(dtype),
-                                   [target] * 2, options) for dtype in (torch.float64, torch.float32))
-    for W, (X, _), (Y, _) in zip(matrices, exact, found, strict=True):
+    exact, found = (Walk([W.to(dtype) for W in matrices], R.to(dtype), wide_hessian.diagonal().to(dtype),
+                         [Target(*target)] * 2, scheme=scheme).run() for dtype in (torch.float64, torch.float32))
+    for W, (X, *_), (Y, *_) in zip(matrices, exact, found, strict=True):
         assert ((X == 0) == (Y == 0)).double().mean() > 0.99
         assert relative_error(W, Y.double(), wide_hessian) == pytest.approx(
             relative_error(W, X, wide_hessian), rel=3e-3)
@@ -374,7 +390,7 @@ def test_prune_rounds_what_prune_matrix_returns_to_the_dtype_of_the_weight(dtype
     hessian = calibrated(correlated_inputs(64, 16, dead=[2, 9]).float().view(4, 16, 16), 4)
     hessian.factor(PERCDAMP)
     first, second = random(8, 16).to(dtype), random(4, 16, seed=1).to(dtype)
-    expected = [prune_matrix(weight.float(), hessian.R, hessian.H.diagonal(), sparsity, prunen, prunem,
+    expected = [prune_matrix(weight.float(), hessian.R, hessian.H.diagonal(), Target(sparsity, prunen, prunem),
                              blocksize=blocksize)[0]
                 for weight in (first, second)]
     for weight, pruned in zip((first, second), expected, strict=True):  # one factor serves several matrices
@@ -388,7 +404,8 @@ def test_prune_ranks_by_the_saliency_it_is_given(target):
     hessian = calibrated(correlated_inputs(64, 16).float().view(4, 16, 16), 4)
     hessian.factor(PERCDAMP)
     by_obs, by_isc = (random(8, 16).float() for _ in range(2))
-    expected = prune_matrix(by_isc, hessian.R, hessian.H.diagonal(), *target, blocksize=8, saliency=isc_saliency)[0]
+    expected = prune_matrix(by_isc, hessian.R, hessian.H.diagonal(), Target(*target), blocksize=8,
+                            saliency=isc_saliency)[0]
     prune_one(hessian, by_obs, *target, blocksize=8)
     prune_one(hessian, by_isc, *target, blocksize=8, saliency=isc_saliency)
     assert torch.equal(by_isc, expected)
@@ -415,7 +432,7 @@ def test_the_error_is_well_below_that_of_magnitude_pruning(dtype, target):
     hessian = calibrated(X[None], 1)
     hessian.factor(PERCDAMP)
     weight = random(24, 32).to(dtype)
-    by_magnitude = explicit_error(weight, magnitude_prune(weight, *target), X)
+    by_magnitude = explicit_error(weight, magnitude_prune(weight, Target(*target)), X)
     assert prune_one(hessian, weight, *target, blocksize=8)[0] < 0.75 * by_magnitude
 
 

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from mixgpt.checkpoints.choices import FORMATS  # noqa: F401, one of them
+from mixgpt.checkpoints.choices import FORMATS, GRIDS  # noqa: F401, two of them
 from mixgpt.common.registry import Choice, Registry
 from mixgpt.text.sets import DATASETS  # noqa: F401, another
 
 
 @dataclass(frozen=True)
 class Saliency(Choice):
-    """A saliency: w² times the column factor that its code returns; see sparsegpt.py."""
+    """A saliency: a function score(W, h, u), or a sparsegpt.ColumnSaliency."""
 
     weighs_rows: bool = False  # also times the loss's mean squared gradient at the row's output
 

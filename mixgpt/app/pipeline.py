@@ -46,7 +46,6 @@ from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
 from mixgpt.text import bos
 from modelutils import Family, StreamedModel, check_hidden_states
-from sparsegpt import WalkOptions
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
 
@@ -545,7 +544,7 @@ def recipe_of(settings, gradients=None):
     """Return the Recipe for pruning and quantizing. gradients: fisher.Gradients, if settings.needs_gradients."""
     saliency = SALIENCIES[settings.saliency]
     return Recipe(
-        SOLVERS[settings.solver].load(), WalkOptions(settings.blocksize, saliency.load(), settings.scheme),
+        SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), settings.scheme,
         settings.percdamp, settings.act_order, settings.true_sequential, settings.target == "dense",
         row_weights=gradients.rows if saliency.weighs_rows else None,
         token_weights=gradients.tokens if settings.token_weights == "fisher" else None,

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, FORMATS, SALIENCIES, SOLVERS
+from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS
 from mixgpt.common import outputs
 from mixgpt.common.errors import InputError
 from mixgpt.text import mixture
@@ -125,6 +125,7 @@ class Settings:
     wbits: int = option(16, METHOD,
         "bits of the kept weights, quantized by GPTQ in the same pass; 16: not quantized",
         group="quantization", choices=WBITS)
+    grid: str = option("uniform", METHOD, "values to which weights are rounded", registry=GRIDS, needs=("quantizes",))
     groupsize: int = option(-1, RESULT,
         "consecutive weights of a row that share a scale and zero point; -1: the whole row", between=(-1,),
         needs=("quantizes",))
@@ -285,9 +286,9 @@ class Settings:
     @property
     def scheme(self):
         """The quant.Scheme of the weights, None without quantization."""
-        from quant import Scheme  # imports PyTorch
-
-        return Scheme(self.wbits, self.groupsize, self.sym, self.mse) if self.quantizes else None
+        if not self.quantizes:
+            return None
+        return GRIDS[self.grid].load()(self.wbits, self.groupsize, self.sym, self.mse)
 
     @property
     def compresses(self):
@@ -333,7 +334,7 @@ class Settings:
     @property
     def method(self):
         """Name of the method in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
-        bits = f"{self.wbits} bit" if self.quantizes else ""
+        bits = f"{self.wbits} bit" + ("" if self.grid == "uniform" else f" {self.grid}") if self.quantizes else ""
         if not self.prunes:
             return f"{'GPTQ' if self.calibrates else 'nearest'} {bits}" + _in_brackets(self._calibration_choices())
         mixgpt = self.ranks_by_sensitivity and self.saliency == "isc" and not self.gmp

@@ -1,4 +1,4 @@
-"""The registry of save formats, and file names in a run's output directory. Nothing here imports PyTorch."""
+"""Registries of save formats and grids, and file names in a run's output directory. Nothing here imports PyTorch."""
 
 import importlib
 import os
@@ -41,6 +41,8 @@ def format_of(folder):
 
 def not_packed(settings):
     """Return why a packed checkpoint cannot hold the run's result; empty if it can."""
+    if settings.grid != "uniform":
+        return "supports uniform grids only"
     if not (settings.wbits in (4, 8) and settings.sym):
         return "supports symmetric grids of 4 or 8 bits; needs --wbits 4 or 8, and --sym"
     if settings.act_order and settings.groupsize != -1:
@@ -49,6 +51,7 @@ def not_packed(settings):
 
 
 SPARSE = "sparse.json"  # file of a sparse checkpoint: {name of a parameter: its description}
+GRIDS = Registry("--grid", {"uniform": Choice("evenly spaced values", "quant:Scheme")})
 FORMATS = Registry("--save-format", {
     "dense": SaveFormat("every weight in its dtype, as by save_pretrained", "mixgpt.checkpoints.shards:write",
                         streams=True, holds_experts=True),

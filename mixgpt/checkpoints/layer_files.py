@@ -16,6 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from mixgpt.checkpoints.choices import GRIDS
 from mixgpt.checkpoints.shards import size
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
@@ -23,7 +24,7 @@ from mixgpt.common.files import os_errors, replacing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.streaming import TensorLocation, disk_weights
 from mixgpt.pruning.targets import Outcome
-from quant import Grid, Scheme
+from quant import Grid
 
 UNREADABLE = (OSError, ValueError, SafetensorError)
 
@@ -78,7 +79,8 @@ class LayerFiles:
         try:
             with safe_open(file, "pt") as tensors:
                 for name, matrix in json.loads(file.with_suffix(".json").read_text()).items():
-                    grid = matrix["scheme"] and Grid(Scheme(**matrix["scheme"]), *(
+                    scheme = GRIDS.check(matrix["grid"]).load() if matrix["grid"] else None
+                    grid = scheme and Grid(scheme(**matrix["scheme"]), *(
                         tensors.get_tensor(f"grid.{name}.{part}").clone() for part in ("scale", "zero", "group")))
                     outcomes[index, name] = Outcome(matrix["error"], matrix["percdamp"], grid)
         except UNREADABLE as error:
@@ -121,6 +123,7 @@ class LayerFiles:
         self.write(file.name, weights | grids)
         self.write_json(file.with_suffix(".json").name, {
             name: {"error": outcome.error, "percdamp": outcome.percdamp,
+                   "grid": outcome.grid and outcome.grid.scheme.name,
                    "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()})
 
     def flush(self):

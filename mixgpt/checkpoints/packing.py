@@ -7,7 +7,8 @@ weights, or on a grid `codes`, packed to wbits; `scale`, and if the grid needs t
 
 import torch
 
-from quant import Grid, Scheme
+from mixgpt.checkpoints.choices import GRIDS
+from quant import Grid
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes per value -> integer dtype of that size
 
@@ -37,6 +38,8 @@ def encode(W, grid=None):
         kept = values.view(_BITS[W.element_size()]) != 0  # −0 counts as kept, for a bit-exact round trip
     else:
         bits = description["wbits"] = grid.scheme.wbits
+        if grid.scheme.name != "uniform":
+            description["grid"] = grid.scheme.name
         codes = grid.codes(W)
         parts, values = _grid_parts(grid), codes.flatten()
         kept = (codes != grid.zero[:, grid.group]).flatten()
@@ -76,7 +79,8 @@ def decode(parts, description):
     groups = scale.shape[1]
     zero = unpack(parts["zero"], wbits, scale.numel()).view(scale.shape) if "zero" in parts else torch.full(
         scale.shape, 2 ** (wbits - 1), dtype=torch.uint8)
-    grid = Grid(Scheme(wbits), scale, zero, parts.get("group", _consecutive(shape[1], groups)))
+    scheme = GRIDS.check(description.get("grid", "uniform")).load()(wbits)
+    grid = Grid(scheme, scale, zero, parts.get("group", _consecutive(shape[1], groups)))
     codes = zero[:, grid.group].flatten()
     codes[kept] = unpack(parts["codes"], wbits, int(kept.sum()))
     return grid.weights(codes.view(shape))

@@ -14,15 +14,15 @@ GRID_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # supported by the
 OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
-def walk_columns(W, E, U, mask, factors, groups, grid):
+def walk_columns(W, E, U, mask, choice, grid):
     """Walk the columns of a range on the host; arguments as in `columns.walk_columns`."""
+    prunem, prunens, factors = choice or (0, [(slice(0, W.shape[1]), 0)], W[:, 0])
     W, E, U, mask, factors = (x.numpy() for x in (W, E, U, mask, factors))
     scale, low, high = (x.numpy() for x in grid[:3]) if grid else (W[0, :0],) * 3
-    prunem, prunens = groups or (0, [(slice(0, W.shape[1]), 0)])
     walk_rows, tile = _walk_of(W.dtype), _tile(len(W), W.dtype)
     for rows, n in prunens:
         walk_rows(W, E, U, mask, factors, rows.start, rows.stop, prunem, n, scale, low, high,
-                  grid is not None and grid[3] == torch.bfloat16, *tile)
+                  grid is not None and grid.dtype == torch.bfloat16, *tile)
 
 
 @functools.cache

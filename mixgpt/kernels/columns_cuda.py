@@ -16,20 +16,21 @@ GRID_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.flo
 ROUNDER = tl.constexpr(1.5 * 2**23)  # float32 spacing is 1 at this size: adding it rounds to an integer
 
 
-def walk_columns(W, E, U, mask, factors, groups, grid):
+def walk_columns(W, E, U, mask, choice, grid):
     """Walk the columns of a range on the device; arguments as in `columns.walk_columns`, all float32."""
     columns, out = W.shape
     padded = triton.next_power_of_2(columns)
     tile = max(min(ROWS, TILE // padded), 1)
-    prunen, (prunem, prunens) = None, groups or (0, [])
+    prunen, (prunem, prunens, factors) = None, choice or (0, [], None)
     if prunem:
+        factors = factors.contiguous()
         prunen = torch.empty(out, dtype=torch.int32, device=W.device)
         for rows, n in prunens:
             prunen[rows] = n
     scale, low, high, dtype = grid or (None, None, None, torch.float32)
     with torch.cuda.device_of(W):  # Triton launches on the current device
         _walk_rows[triton.cdiv(out, tile),](
-            W, E, U, mask, factors.contiguous(), prunen, scale, low, high, columns, out,
+            W, E, U, mask, factors, prunen, scale, low, high, columns, out,
             *W.stride(), *E.stride(), *U.stride(), *mask.stride(), PRUNEM=prunem, DTYPE=GRID_DTYPES[dtype],
             COLUMNS=padded, ROWS=tile, num_warps=WARPS, enable_fp_fusion=True)
 
@@ -41,7 +42,7 @@ def obstacle(device):
     """
     W, E, mask = torch.ones(2, 2, device=device), torch.empty(2, 2, device=device), torch.ones(2, 2, device=device) > 0
     try:
-        walk_columns(W, E, torch.eye(2, device=device), mask, torch.ones(2, device=device), None, None)
+        walk_columns(W, E, torch.eye(2, device=device), mask, None, None)
     except (OSError, RuntimeError, AssertionError, subprocess.SubprocessError, triton.TritonError) as error:
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None

@@ -5,6 +5,7 @@ functions here expect columns scaled so that H has a unit diagonal: W √diag(H)
 """
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,7 @@ from mixgpt.common import distributed
 from mixgpt.kernels.columns import smallest_per_row
 from mixgpt.kernels.linalg import kth_smallest, smallest
 from mixgpt.kernels.matmul import fine_product_with, rough_product_with, times_transposed
+from mixgpt.pruning.targets import Target
 
 ITERATIONS = 9  # of ADMM
 RAMP = 7  # iterations over which the sparsity rises to its target
@@ -19,51 +21,58 @@ STEPS = 3  # of conjugate gradients
 SAMPLE = 2**16  # least number of a matrix's scores from which the k-th smallest is estimated
 
 
-def keep_mask(scores, targets, fraction=1.0, exact=True, out=None):
+@dataclass(frozen=True)
+class Part:
+    """One of several stacked matrices."""
+
+    rows: slice  # of the stack
+    total: int  # number of its rows in all processes
+    target: Target
+
+
+def keep_mask(scores, parts, fraction=1.0, exact=True, out=None):
     """Mark the weights to keep when the smallest scores of each of several stacked matrices are removed.
 
-    scores: (out, in), 0 where a weight must go. targets: (rows, total, sparsity, prunen, prunem) per matrix, rows a
-    slice of the stack, total their number in all processes; round(sparsity · numel) weights go, or prunen of every
-    prunem (the same for all matrices) consecutive ones of a row. fraction: multiplies these numbers. exact: if False,
-    unstructured counts are only approximate, from a sample of the scores. Returns a mask (out, in) of ones and zeros in
-    the dtype of the scores, fast to multiply by; out: memory for it.
+    scores: (out, in), 0 where a weight must go. parts: a Part per matrix; round(sparsity · numel) weights go, or prunen
+    of every prunem (the same for all matrices) consecutive ones of a row. fraction: multiplies these numbers. exact: if
+    False, unstructured counts are only approximate, from a sample of the scores. Returns a mask (out, in) of ones and
+    zeros in the dtype of the scores, fast to multiply by; out: memory for it.
     """
     keep = torch.empty_like(scores) if out is None else out
-    parts, columns, prunem = [scores[rows] for rows, *_ in targets], scores.shape[1], targets[0][-1]
+    columns, prunem = scores.shape[1], parts[0].target.prunem
     thresholds, masks = [0.0] * len(parts), [None] * len(parts)
     if prunem:
-        masks = [smallest_per_row(part.reshape(-1, prunem), round(fraction * prunen)).view(part.shape)
-                 for part, (*_, prunen, _) in zip(parts, targets, strict=True)]
+        masks = [smallest_per_row(scores[part.rows].reshape(-1, prunem), round(fraction * part.target.prunen))
+                 .view(-1, columns) for part in parts]
     elif exact:
-        masks = smallest(parts, [round(fraction * round(sparsity * (total * columns)))
-                                 for _, total, sparsity, *_ in targets])
+        masks = smallest([scores[part.rows] for part in parts],
+                         [round(fraction * round(part.target.sparsity * (part.total * columns))) for part in parts])
     else:
-        thresholds = _thresholds(parts, targets, fraction)
-    for (rows, *_), part, threshold, mask in zip(targets, parts, thresholds, masks, strict=True):
-        torch.gt(part, threshold, out=keep[rows])
+        thresholds = _thresholds(scores, parts, fraction)
+    for part, threshold, mask in zip(parts, thresholds, masks, strict=True):
+        torch.gt(scores[part.rows], threshold, out=keep[part.rows])
         if mask is not None:
-            keep[rows].masked_fill_(mask, 0)
+            keep[part.rows].masked_fill_(mask, 0)
     return keep
 
 
-def _thresholds(parts, targets, fraction):
+def _thresholds(scores, parts, fraction):
     """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `keep_mask`."""
-    samples, ks = [], []
-    for part, (_, total, sparsity, *_) in zip(parts, targets, strict=True):
-        columns = part.shape[1]
-        step = total * columns // SAMPLE | 1  # odd, so that all columns are sampled
-        first = -distributed.share(total).start * columns % step  # as one process would count
-        samples.append(part.flatten()[first::step])
-        ks.append(max(round(fraction * sparsity * -(-total * columns // step)), 1))
+    samples, ks, columns = [], [], scores.shape[1]
+    for part in parts:
+        step = part.total * columns // SAMPLE | 1  # odd, so that all columns are sampled
+        first = -distributed.share(part.total).start * columns % step  # as one process would count
+        samples.append(scores[part.rows].flatten()[first::step])
+        ks.append(max(round(fraction * part.target.sparsity * -(-part.total * columns // step)), 1))
     return kth_smallest(samples, ks)
 
 
-def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
+def admm_scores(W, H, parts, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
     """Score weights (out, in) by the alternating direction method of multipliers; the largest scores are to be kept.
 
     Returns the scores and, both (out, in), the values that the kept weights have reached.
 
-    W: (out, in), the target weights; zeros go first. targets: as in `keep_mask`. row_weights: (out,), weight of each
+    W: (out, in), the target weights; zeros go first. parts: as in `keep_mask`. row_weights: (out,), weight of each
     row's error; affects only the ranking, as rows are independent.
     With Z the sparse copy of the weights and V the scaled multipliers, each iteration sets (ρ = 1)
     W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
@@ -84,7 +93,7 @@ def admm_scores(W, H, targets, row_weights=None, iterations=ITERATIONS, ramp=RAM
         if gone is not None:
             scores.masked_fill_(gone, 0)
         if t < iterations:
-            keep_mask(scores, targets, 1 - (1 - min(t / ramp, 1)) ** 3, exact=False, out=Z).mul_(S)
+            keep_mask(scores, parts, 1 - (1 - min(t / ramp, 1)) ** 3, exact=False, out=Z).mul_(S)
             S.add_(W)
             change = multiply(torch.add(Z, S, alpha=-0.5, out=scores))  # as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
             S.sub_(Z).add_(change)
@@ -108,18 +117,18 @@ def solve_on_support(W, optimum, H, keep, steps=STEPS):
     keep = keep.to(W.dtype)
     W = W * keep
     residual, multiply = times_transposed(optimum - W, H).mul_(keep), fine_product_with(H)
-    direction, energy = residual.clone(), _energies(residual, residual)
+    direction, square = residual.clone(), _dots(residual, residual)
     for _ in range(steps):
         image = multiply(direction).mul_(keep)
-        length = _quotient(energy, _energies(direction, image))
+        length = _quotient(square, _dots(direction, image))
         W.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)
-        before, energy = energy, _energies(residual, residual)
-        direction.mul_(_quotient(energy, before)).add_(residual)
+        before, square = square, _dots(residual, residual)
+        direction.mul_(_quotient(square, before)).add_(residual)
     return W
 
 
-def _energies(A, B):
+def _dots(A, B):
     return torch.linalg.vecdot(A, B)[:, None]
 
 
@@ -131,8 +140,8 @@ def admm_pruner(matrices, H, targets, row_weights=None):
     """Rank the weights of matrices that read the same input by ADMM; return a function that prunes to given targets.
 
     matrices: list of (out, in), the target weights; zeros stay zero. H: (in, in), damped; overwritten. targets:
-    (sparsity, prunen, prunem) per matrix, the latter two 0 if omitted. row_weights: (total rows,). The function takes
-    these or similar targets, runs `solve_on_support`, and returns a list like `matrices`.
+    a Target per matrix. row_weights: (total rows,). The function takes these or similar targets, runs
+    `solve_on_support`, and returns a list like `matrices`.
     """
     scale = H.diagonal().sqrt()
     H, W = H.div_(scale).div_(scale[:, None]), torch.cat(matrices) * scale
@@ -140,7 +149,7 @@ def admm_pruner(matrices, H, targets, row_weights=None):
     stops, totals = list(itertools.accumulate(counts)), distributed.total(counts)
 
     def stacked(targets):
-        return [(slice(stop - count, stop), total, *(*target, 0, 0)[:3])
+        return [Part(slice(stop - count, stop), total, target)
                 for stop, count, total, target in zip(stops, counts, totals, targets, strict=True)]
 
     scores, reached = admm_scores(W, H, stacked(targets), row_weights)

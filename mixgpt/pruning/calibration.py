@@ -1,14 +1,18 @@
 """Calibrate a layer: linears that share an input, the Hessian of each input, forward passes that pause at linears."""
 
+import contextlib
 from collections import defaultdict
+from functools import partial
 
 import torch
 from greenlet import getcurrent, greenlet
 
+from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.experts import RoutedLinear, is_split
-from mixgpt.pruning.hessian import InputHessian
-from modelutils import hooked, linears, shared_inputs
+from mixgpt.pruning.dense_target import DenseTwin
+from mixgpt.pruning.hessian import InputHessian, activation_order
+from modelutils import hooked, linears, on_device, shared_inputs
 
 
 def groups_of(layer, index, stream, plan, shared):
@@ -46,11 +50,11 @@ def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weigh
     def read(module, X):
         routed = isinstance(module, RoutedLinear)
         with clock.part("Hessian"):
-            more = twin.fit_targets(module, X) if twin else {}
+            options = twin.gaps(module, X) if twin else {}
             if weights:
                 of_tokens = next(weights[module]).flatten().to(X.device)
-                more["weights"] = of_tokens[module.tokens] if routed else of_tokens
-            hessians[module].add_batch(X, **more)
+                options["weights"] = of_tokens[module.tokens] if routed else of_tokens
+            hessians[module].add_batch(X, **options)
             # cheap; read only if the Hessian is not finite
             sequences = 1 if routed else X.numel() // (stream.hidden.shape[1] * X.shape[-1])
             hessians[module].sequence_sums.append(X.reshape(sequences, -1).sum(1, dtype=torch.float32))
@@ -58,22 +62,164 @@ def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weigh
     return hessians, read
 
 
-def pools_of(layer, nsequences, device):
-    """Return {experts of a layer: InputHessian of all tokens that enter them}, for experts that few tokens reach."""
-    return {module: InputHessian(module.get_submodule("0").up_proj.in_features, nsequences, device)
+class Calibration:
+    """The calibration hidden states before the next layer of a model that is pruned layer by layer.
+
+    With recipe.dense_target these are those of the dense model too, `dense`.
+    """
+
+    def __init__(self, streamed, plan, tokens, recipe):
+        """tokens: (N, T). plan and recipe: as in `layerwise.prune_layerwise`."""
+        self.streamed, self.plan, self.recipe, self.clock = streamed, plan, recipe, streamed.clock
+        with self.clock.part("forward"):
+            self.stream = streamed.embed(tokens[distributed.share(len(tokens))], 2 if recipe.dense_target else 1)
+            self.dense = self.stream.twin() if recipe.dense_target else None
+        self.nsequences = len(tokens)  # over all processes
+        self.shared = {}  # which linears read the same input, by kind of layer
+
+    def pass_finished(self, index, layer, files, advances):
+        """Take a layer that an interrupted run has pruned, and advance the hidden states through it as that run did.
+
+        advances: whether any layer is left to prune.
+        """
+        device = self.streamed.device
+        if advances and self.dense:
+            with on_device([layer], device), self.clock.part("forward"):
+                self.dense.advance(layer, index)
+        files.load_layer(index)
+        if advances:
+            with on_device([layer], device), self.clock.part("forward"):
+                self.stream.advance(layer, index)
+
+    def inputs(self, index, layer, last, bar):
+        """Yield (names of linears, factored InputHessian of the input that they read) in the order in which they run.
+
+        The caller prunes these linears before it asks for the next input. With recipe.true_sequential, the inputs that
+        follow are those behind pruned linears: all batches pause in front of the linears meanwhile. At the end the
+        hidden states are those behind the layer, unless it is the last. Raises InputError if an input is not finite.
+        """
+        stream, recipe = self.stream, self.recipe
+        groups = groups_of(layer, index, stream, self.plan, self.shared)
+        twin = DenseTwin(layer, index, stream, self.dense, groups) if self.dense else None
+        hessians, read = hessians_of(layer, stream, groups, self.nsequences, self.clock, twin,
+                                     self._token_weights(index, groups))
+        experts = ExpertInputs(layer, self.nsequences, stream.device) if groups else None
+        in_turn, stops = recipe.true_sequential and groups, dict(zip(groups, hessians, strict=True))
+        with contextlib.ExitStack() as recording:
+            if experts:
+                recording.enter_context(experts.pooling())
+            if twin:
+                recording.enter_context(twin.recording())
+            if in_turn:
+                runs = [paused_forwards(layer, index, stream, list(hessians), read)]
+                if twin:  # it pauses at the same modules, before the layer does
+                    runs.insert(0, paused_forwards(twin.layer, index, self.dense, list(twin.stops), twin.record_input))
+            else:
+                with self.clock.part("forward"):
+                    self._collect(layer, index, twin, hessians, read)
+                recording.close()
+            for group, module in stops.items():
+                if in_turn:
+                    self._proceed(runs)
+                yield group, self._factored(index, group, experts.complete(hessians.pop(module), module), bar)
+            if in_turn:
+                for run in runs if last else []:
+                    run.close()
+                self._proceed(runs)
+        if not in_turn and not last:
+            with self.clock.part("forward"):
+                stream.advance(layer, index)
+        if groups and experts.undersampled:
+            bar.write(f"layer {index}: {experts.described()} got fewer tokens than they have columns; "
+                      "their Hessians are filled up with the mean over the layer's experts")
+
+    def _proceed(self, runs):
+        """Run all batches up to the next pause, or to the end of the layer."""
+        for run in runs:
+            with self.clock.part("forward"):
+                next(run, None)
+
+    def _collect(self, layer, index, twin, hessians, read):
+        """Accumulate a layer's Hessians over all sequences, and advance the dense hidden states."""
+        for rows in self.stream.batches():
+            if twin:
+                with hooked({module: partial(twin.record_input, module) for module in twin.stops}):
+                    output = self.dense.forward(twin.layer, index, rows)
+            if hessians:
+                with hooked({module: partial(read, module) for module in hessians}):
+                    self.stream.forward(layer, index, rows)
+            if twin:
+                self.dense.hidden[rows] = output  # not earlier: a linear may read the hidden states themselves
+
+    def _token_weights(self, index, groups):
+        """Return token weights per input, the root of the mean over the linears that read it: [(n, T)], or None."""
+        weights = self.recipe.token_weights
+        return weights and [torch.stack([weights[index, name] for name in group]).mean(0).sqrt() for group in groups]
+
+    def _factored(self, index, group, hessian, bar):
+        recipe, order = self.recipe, None
+        if recipe.act_order:
+            order = activation_order(hessian.H.diagonal(), self.plan[index, group[0]].prunem)
+        try:
+            with self.clock.part("factorisation"):
+                percdamp = hessian.factor(recipe.percdamp, order)
+        except torch.linalg.LinAlgError as error:
+            raise InputError(f"layer {index} {group[0]}: {error}{_first_bad(hessian)}") from error
+        if percdamp != recipe.percdamp:
+            bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp "
+                      f"{recipe.percdamp:g}, raised to {percdamp:g}")
+        return hessian
+
+
+def _first_bad(hessian):
+    """Name this process's first calibration sequence whose input is not finite, if any."""
+    finite = torch.cat(hessian.sequence_sums).isfinite().tolist()
+    return "" if all(finite) else f", from calibration sequence {finite.index(False)} on"
+
+
+class ExpertInputs:
+    """Hessians over all tokens that enter a layer's experts, which fill up those of experts that few tokens reach."""
+
+    def __init__(self, layer, nsequences, device):
+        self.modules = {module: name for name, module in linears(layer).items()}
+        self.pooled_hessians = {
+            module: InputHessian(module.get_submodule("0").up_proj.in_features, nsequences, device)
             for module in layer.modules() if is_split(module)}
+        self.reduced = False
+        self.undersampled = []  # names and tokens of linears with fewer tokens than columns
+
+    def pooling(self):
+        """Within the block, add all tokens that enter experts to the pooled Hessians."""
+        return hooked({experts: pool.add_batch for experts, pool in self.pooled_hessians.items()})
+
+    def complete(self, hessian, module):
+        """Sum the Hessian of a module's input over all processes, fill it up if need be, and return it."""
+        hessian.reduce()
+        if isinstance(module, RoutedLinear):
+            if not self.reduced:  # all tokens have entered the experts before the first one is pruned
+                for pool in self.pooled_hessians.values():
+                    pool.reduce()
+                self.reduced = True
+            if fill_up_expert_hessian(hessian, module, self.pooled_hessians):
+                self.undersampled.append(f"{self.modules[module]} ({hessian.tokens})")
+        return hessian
+
+    def described(self):
+        """Name the first linears of `undersampled`."""
+        more = len(self.undersampled) - 3
+        return ", ".join(self.undersampled[:3]) + (f" and {more} more" if more > 0 else "")
 
 
-def strengthen(hessian, module, pools):
-    """Add to an expert's Hessian, in place, what it lacks of tokens: as many as it has columns.
+def fill_up_expert_hessian(hessian, module, pooled_hessians):
+    """Top up an expert's rank-deficient Hessian, in place, as if it had seen as many tokens as it has columns.
 
     Gate and up projections get the mean over all tokens that enter the layer's experts, down projections a multiple of
-    the identity. Returns whether any were lacking.
+    the identity. Returns whether tokens were lacking.
     """
     missing = hessian.columns - hessian.tokens
     if missing <= 0:
         return False
-    pool = next((pool for experts, pool in pools.items() for name, linear in experts.named_modules()
+    pool = next((pool for experts, pool in pooled_hessians.items() for name, linear in experts.named_modules()
                  if linear is module and not name.endswith("down_proj")), None)
     if pool:
         hessian.H.add_(pool.H, alpha=missing / pool.tokens)
@@ -100,7 +246,7 @@ def one_pass_bytes(streamed, selected, shape, dense_target, admm):
     if model.config._attn_implementation == "eager":
         waiting += 3 * model.config.num_attention_heads * T
     tokens = (sequences + 2 * streamed.batch_size) * T * model.dtype.itemsize
-    squares, stacks = (8, 9) if admm else (1.3 + dense_target, 6)  # matrices like H and like W while one is pruned
+    squares, stacks = (8, 9) if admm else (3 + dense_target, 6)  # matrices like H and like W while one is pruned
     solving = max(4 * (squares * columns**2 + stacks * columns * sum(outs)) for (_, _, columns), outs in inputs.items())
     layer = max(sum(weight.nbytes for weight in layer.parameters()) for layer in streamed.layers)
     return int(tokens * (sets * (width + waiting) + 2 * dense_target * width)

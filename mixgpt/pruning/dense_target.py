@@ -163,7 +163,7 @@ class DenseTwin:
         """Keep x, the input of a module of the dense layer in the next batch."""
         self._inputs[self.stops[twin]].append((x, getattr(twin, "tokens", None)))
 
-    def fit_targets(self, module, X):
+    def gaps(self, module, X):
         """Return the input or output gap of a pruned layer's module in the next batch, whose input is X.
 
         Keyword arguments of `InputHessian.add_batch`: half of the gap to the dense model's input and, if the module

@@ -290,8 +290,7 @@ class _Scales:
         self.weight, self.grid, device = weight, grid, weight.device
         on_device = grid.to(device)
         self.group, self.scale, self.before = on_device.group, on_device.scale, on_device.scale.float()
-        codes = on_device.codes(weight.detach())
-        self.steps = (codes.float() - on_device.zero[:, self.group]).to(weight.dtype)
+        self.units = on_device.units(on_device.codes(weight.detach()))  # the weights in units of their scales
         self.order = self.group.argsort(stable=True)  # groups are of one width
         self.exact = torch.zeros_like(self.before)  # what is added to the logarithms
         self.adafactor = _Adafactor([self.exact.shape], device)
@@ -307,4 +306,4 @@ class _Scales:
         distributed.all_reduce(gradient)
         self.adafactor.step(self.exact, gradient, number, gradient.numel(), SCALES_RATE * factor)
         self.scale = (self.before * self.exact.exp()).to(self.weight.dtype)
-        self.weight.copy_(self.steps * self.scale[:, self.group])
+        self.weight.copy_(self.units * self.scale[:, self.group])

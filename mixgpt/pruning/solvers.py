@@ -9,8 +9,9 @@ from mixgpt.common import distributed
 from mixgpt.kernels.linalg import smallest
 from mixgpt.pruning.admm import admm_pruner
 from mixgpt.pruning.hessian import InputHessian, relative_errors
-from quant import meet_sparsities
-from sparsegpt import WalkOptions, walk_matrices
+from mixgpt.pruning.targets import Target
+from quant import Scheme, meet_sparsities
+from sparsegpt import Walk, obs_saliency
 
 SPREAD = 3  # standard deviations of the number of weights that rounding sets to 0, by which fewer are pruned
 
@@ -25,8 +26,8 @@ class Problem:
 
     hessian: InputHessian  # factored
     optima: list[torch.Tensor]  # W* (out, in) of each, float32: the unconstrained optimum
-    targets: list[tuple]  # (sparsity, prunen, prunem) of each
-    options: WalkOptions
+    targets: list[Target]  # of each
+    recipe: "Recipe"
     dtype: torch.dtype  # of the final weights
     row_weights: torch.Tensor | None = None  # (total rows,), weight of each row's error
 
@@ -38,25 +39,30 @@ class Problem:
 
 def walk(problem):
     """Walk once over the columns: SparseGPT, and GPTQ if there is a scheme."""
-    return walk_matrices(problem.optima, problem.hessian.R, problem.h, problem.targets, problem.options, problem.dtype,
-                         problem.row_weights)
+    recipe = problem.recipe
+    return Walk(problem.optima, problem.hessian.R, problem.h, problem.targets, blocksize=recipe.blocksize,
+                saliency=recipe.saliency, scheme=recipe.scheme, dtype=problem.dtype,
+                row_weights=problem.row_weights).run()
 
 
 def admm(problem):
-    """Prune by `admm_pruner`; with a scheme, quantize the kept weights in a walk over the columns, and prune fewer
-    weights by as many as that rounds to 0. What is then missing to the sparsity is the least salient of the rounded."""
+    """Prune by `admm_pruner`; with a scheme, quantize the kept weights in a walk over the columns.
+
+    Weights that the walk rounds to 0 count: the pruning target is lowered until both together meet the sparsity, but
+    for a few weights; these are the least salient of the rounded ones.
+    """
     prune = admm_pruner(problem.optima, problem.hessian.damped, problem.targets, problem.row_weights)
-    if problem.options.scheme is None:
+    if problem.recipe.scheme is None:
         return [(W, None) for W in prune(problem.targets)]
 
     def attempt(sparsities):
-        pruned = prune([(sparsity, *groups) for sparsity, (_, *groups)
-                        in zip(sparsities, problem.targets, strict=True)])
-        rounded = walk(replace(problem, optima=pruned, targets=[(0.0,)] * len(pruned)))
+        pruned = prune([replace(target, sparsity=sparsity)
+                        for target, sparsity in zip(problem.targets, sparsities, strict=True)])
+        rounded = walk(replace(problem, optima=pruned, targets=[Target(0.0)] * len(pruned)))
         return [(W, grid) for W, grid, _ in rounded]  # their loss is that against the pruned weights
 
-    sparsities = [sparsity for sparsity, *_ in problem.targets]
-    if any(problem.targets[0][1:]):
+    sparsities = [target.sparsity for target in problem.targets]
+    if problem.targets[0].prunem:
         return attempt(sparsities)
     made = meet_sparsities(attempt, sparsities, spread=SPREAD)
     counts = [len(W) for W, _ in made]
@@ -82,10 +88,12 @@ def _filled(W, sparsity, h, row_weights=None):
 class Recipe:
     """How to prune and quantize matrices on calibration inputs."""
 
-    solver: Callable = walk
-    options: WalkOptions = WalkOptions()
+    solver: Callable = walk  # of a Problem
+    blocksize: int = 128  # columns whose mask is chosen at once
+    saliency: Callable = obs_saliency
+    scheme: Scheme | None = None  # quantization of the kept weights
     percdamp: float = 0.01  # of each Hessian, as a fraction of its mean diagonal
-    act_order: bool = False  # walk the columns in `sparsegpt.activation_order`
+    act_order: bool = False  # walk the columns in `hessian.activation_order`
     true_sequential: bool = True  # calibrate a linear on inputs from the pruned linears before it in its layer
     dense_target: bool = False  # regress towards the dense model's outputs
     row_weights: dict | None = None  # {(layer, name): (out,)}, weight of each row's error
@@ -96,8 +104,8 @@ class Recipe:
 def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     """Prune and quantize `weights`, a list of matrices (out, in) of one dtype that read one input, in place.
 
-    hessian: InputHessian, factored. targets: (sparsity, prunen, prunem) per matrix. row_weights: (total rows,). Returns
-    the `relative_error` of each, a float64 tensor on its device, and its quant.Grid, None if it is not quantized. Every
+    hessian: InputHessian, factored. targets: a Target per matrix. row_weights: (total rows,). Returns the
+    `relative_error` of each, a float64 tensor on its device, and its quant.Grid, None if it is not quantized. Every
     process prunes its share of the rows of each matrix, and gets those of the others.
     """
     dtype, sizes = weights[0].dtype, [len(weight) for weight in weights]
@@ -107,7 +115,7 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
         row_weights = torch.cat([of_rows[distributed.share(len(of_rows))] for of_rows in row_weights.split(sizes)])
     whole = hessian.rowwise_quadratic_form(W)
     optima = list(hessian.optimum(W).split(counts))
-    pruned = recipe.solver(Problem(hessian, optima, targets, recipe.options, dtype, row_weights))
+    pruned = recipe.solver(Problem(hessian, optima, targets, recipe, dtype, row_weights))
     exact = torch.cat([matrix for matrix, *_ in pruned])[:, hessian.inverse_order]
     W_hat, losses = exact.to(dtype), [loss for _, _, *known in pruned for loss in known]
     if losses and not hessian.has_shifted_target and (W.is_cuda or dtype == W.dtype):

@@ -24,7 +24,7 @@ from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.common import memory
 from mixgpt.kernels import columns
 from mixgpt.modeling import streaming
-from mixgpt.pruning import solvers
+from sparsegpt import Walk
 
 try:
     from mixgpt.kernels import columns_cuda
@@ -108,7 +108,7 @@ def run(checkpoint_folder, tmp_path, capsys):
 @pytest.fixture
 def no_waiting_in_the_walk(monkeypatch):
     """Fail where the host waits for the GPU while columns are walked."""
-    walk = solvers.walk_matrices
+    walk = Walk.run
 
     def watched(*args, **kwargs):
         before = Gpu.current.synchronisations.copy() if Gpu.current else None
@@ -116,7 +116,7 @@ def no_waiting_in_the_walk(monkeypatch):
         assert before is None or not Gpu.current.synchronisations - before
         return result
 
-    monkeypatch.setattr(solvers, "walk_matrices", watched)
+    monkeypatch.setattr(Walk, "run", watched)
 
 
 def compare(ours, theirs, job, dtype="float32"):

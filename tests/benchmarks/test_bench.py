@@ -41,7 +41,8 @@ def test_the_textbook_prunes_as_the_product_does(target, wbits):
     linear.weight.data.copy_(W)
     book.prune(book.inverse(0.01), *target, **{"wbits": wbits})
     hessian.factor(0.01)
-    ours, _ = prune_matrix(W, hessian.R, hessian.H.diagonal(), *target, scheme=Scheme(wbits) if wbits < 16 else None)
+    ours, _ = prune_matrix(W, hessian.R, hessian.H.diagonal(), Target(*target),
+                           scheme=Scheme(wbits) if wbits < 16 else None)
     theirs = linear.weight.data
     same = (ours == 0) == (theirs == 0)
     errors = relative_error(W, ours, hessian.H), relative_error(W, theirs, hessian.H)

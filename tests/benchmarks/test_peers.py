@@ -13,7 +13,6 @@ from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel, linears
 from quant import Scheme, quantize_nearest
-from sparsegpt import WalkOptions
 
 
 def random(*shape):
@@ -58,7 +57,7 @@ def test_wanda_calibrates_each_layer_on_the_pruned_layers_before(tokens, scheme)
     family, model = make("llama")
     pruned = copy.deepcopy(model)
     prune_layerwise(StreamedModel(pruned, family, CPU, 2), make_plan(select(model, family), Target(0.5)), tokens,
-                    Recipe(wanda, WalkOptions(scheme=scheme), true_sequential=False))
+                    Recipe(wanda, scheme=scheme, true_sequential=False))
     for index, layer in enumerate(family.layers_of(model)):
         seen = inputs_of(model, family, tokens)  # whose layers before this one are pruned by now
         for name, module in linears(layer).items():

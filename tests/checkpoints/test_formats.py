@@ -19,6 +19,7 @@ from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.perplexity import perplexity
 from mixgpt.pruning.magnitude import magnitude_prune
+from mixgpt.pruning.targets import Target
 from modelutils import linears
 from quant import Scheme, quantize_nearest
 
@@ -46,7 +47,7 @@ def halved(tmp_path):
         model.to(dtype).save_pretrained(tmp_path / "dense")
         model, grids = load.load_model(tmp_path / "dense", "auto"), {}
         for path, W in matrices(family, model).items():
-            W.copy_(magnitude_prune(W, 0.5))
+            W.copy_(magnitude_prune(W, Target(0.5)))
             if scheme and only in path:
                 Q, grids[path] = quantize_nearest(W, scheme)
                 W.copy_(Q)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mixgpt.checkpoints.packing import decode, encode, pack, unpack
 from mixgpt.pruning.magnitude import magnitude_prune
+from mixgpt.pruning.targets import Target
 from quant import Grid, Scheme, quantize_nearest
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -125,7 +126,7 @@ def test_a_matrix_on_a_grid_comes_back_bit_for_bit(rows, groups, width, wbits, d
 @pytest.mark.parametrize("sparsity", [0, 0.5, 1])
 def test_a_quantized_bfloat16_matrix_comes_back_bit_for_bit(wbits, groupsize, sym, sparsity):
     W = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
-    W, grid = quantize_nearest(magnitude_prune(W, sparsity), Scheme(wbits, groupsize, sym))
+    W, grid = quantize_nearest(magnitude_prune(W, Target(sparsity)), Scheme(wbits, groupsize, sym))
     assert same_bits(through_a_file(*encode(W, grid)), W)
 
 
@@ -157,7 +158,7 @@ def test_there_is_a_mask_exactly_where_it_pays(dtype, wbits, first):
 @pytest.mark.parametrize("sym", [False, True])
 def test_half_of_the_weights_at_4_bits_take_3_bits_a_weight(sym):
     W = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
-    W, grid = quantize_nearest(magnitude_prune(W, 0.5), Scheme(4, sym=sym))
+    W, grid = quantize_nearest(magnitude_prune(W, Target(0.5)), Scheme(4, sym=sym))
     parts, _ = encode(W, grid)
     per_row = 16 + (0 if sym else 4)
     assert 8 * nbytes(parts) == pytest.approx(W.numel() + 4 * int((W != 0).sum()) + 64 * per_row, abs=8)

@@ -63,8 +63,8 @@ def walks(rows, columns, m, dtype, by_rows):
     W, U = torch.zeros(512, rows)[:columns], torch.zeros(512, 512)  # ranges of 128 columns out of 512
     U = (U if by_rows else U.t())[:columns, :columns]
     grid = dtype and (torch.ones(rows), torch.zeros(rows), torch.ones(rows), dtype)
-    groups = (m, [(slice(0, rows), m // 2)]) if m else None
-    columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, torch.ones(columns), groups, grid)
+    choice = (m, [(slice(0, rows), m // 2)], torch.ones(columns)) if m else None
+    columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, choice, grid)
 
 
 def launches():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from mixgpt import kernels
 from mixgpt.kernels import columns, columns_cpu
-from mixgpt.kernels.columns import to_multiples
+from mixgpt.kernels.columns import UniformGrid
 
 try:
     from mixgpt.kernels import columns_cuda
@@ -164,7 +165,8 @@ def test_walks_as_the_formulas_say(name, dtype, case, layouts):
     large_U, inner_U = inside(U.to(dtype), device, extra_columns=4, **triangle)
     factors = factors.to(device, dtype)
     grid = grid and (*(x.to(device, dtype) for x in grid[:3]), grid[3])
-    walk(inner_W, inner_E, inner_U, inner_mask, factors, (case.prunem, slices(case)) if case.prunem else None, grid)
+    choice = (case.prunem, slices(case), factors) if case.prunem else None
+    walk(inner_W, inner_E, inner_U, inner_mask, choice, grid and UniformGrid(*grid))
 
     new, errors, removed, compared = brute_force(case)
     assert compared.double().mean() >= 0.5
@@ -180,11 +182,11 @@ def test_walks_as_the_formulas_say(name, dtype, case, layouts):
 
 
 def independent(W):
-    """Return E, U, mask and factors for columns W that leave nothing to each other, laid out as above: no new build."""
+    """Return E, U and mask for columns W that leave nothing to each other, laid out as above: no new build."""
     _, E = inside(torch.zeros_like(W), W.device)
     _, U = inside(torch.eye(len(W)), W.device, extra_columns=4)
     _, mask = inside(torch.zeros_like(W, dtype=torch.bool), W.device, extra_columns=3)
-    return E, U, mask, torch.ones(len(W), device=W.device)
+    return E, U, mask
 
 
 @pytest.mark.parametrize("name", ["torch", "compiled", "triton"])
@@ -193,8 +195,8 @@ def test_halves_are_rounded_to_even(name, dtype):
     walk, device = walker(name)  # these few codes are the same in any dtype
     W = torch.arange(-9, 10, device=device)[:, None] / 2 + torch.tensor([0, 1e-6, -1e-6], device=device)
     ones = torch.ones(3, device=device)
-    grid = ones, -4 * ones, 3 * ones, dtype
-    expected = to_multiples(W, *grid)
+    grid = UniformGrid(ones, -4 * ones, 3 * ones, dtype)
+    expected = grid(W)
     walk(W, *independent(W), None, grid)
     assert torch.equal(W, expected)
 
@@ -203,8 +205,8 @@ def test_halves_are_rounded_to_even(name, dtype):
 def test_the_first_of_equal_scores_are_removed(name):
     walk, device = walker(name)
     W = torch.tensor([2.0, 1, 1, -1, 0, 0, 0, 0], device=device)[:, None].repeat(1, 2)
-    E, U, mask, factors = independent(W)
-    walk(W, E, U, mask, factors, (4, [(slice(0, 1), 2), (slice(1, 2), 1)]), None)
+    E, U, mask = independent(W)
+    walk(W, E, U, mask, (4, [(slice(0, 1), 2), (slice(1, 2), 1)], torch.ones(8, device=device)), None)
     assert mask.t().int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0, 0, 0]]
 
 
@@ -212,17 +214,23 @@ def test_the_first_of_equal_scores_are_removed(name):
 def test_weights_that_are_no_numbers_do_not_become_some(name):
     walk, device = walker(name)
     W, ones = torch.full((2, 3), torch.nan, device=device), torch.ones(3, device=device)
-    walk(W, *independent(W), None, (ones, -ones, ones, W.dtype))
+    walk(W, *independent(W), None, UniformGrid(ones, -ones, ones, W.dtype))
     assert W.isnan().all()
 
 
+def fastest(device, dtype, grid_dtype=None):
+    """Return the walk that is chosen for a matrix like that, here without memory."""
+    ones = torch.ones(2)
+    W = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    return columns.fastest(W, grid_dtype and UniformGrid(ones, ones, ones, grid_dtype))
+
+
 @pytest.mark.parametrize(("dtype", "grid_dtype", "compiled"), [
-    (torch.float32, None, True), (torch.float32, torch.float32, True), (torch.float32, torch.bfloat16, True),
-    (torch.float32, torch.float16, False), (torch.float64, None, True), (torch.float64, torch.float64, True),
-    (torch.float64, torch.float32, False)])
+    (torch.float32, None, True), (torch.float32, torch.bfloat16, True), (torch.float32, torch.float16, False),
+    (torch.float64, torch.float64, True), (torch.float64, torch.float32, False)])
 def test_the_compiled_walk_is_chosen_for_what_it_can_round(dtype, grid_dtype, compiled):
-    expected = columns_cpu.walk_columns if compiled else columns.walk_columns
-    assert columns.fastest(CPU, grid_dtype, dtype) is expected
+    assert fastest("cpu", dtype, grid_dtype) is (columns_cpu if compiled else columns).walk_columns
+    assert columns.fastest(torch.ones(2, 2), torch.round) is columns.walk_columns
 
 
 @pytest.fixture
@@ -234,15 +242,11 @@ def triton_runs(monkeypatch):
 @needs_triton
 def test_triton_is_chosen_on_a_gpu_for_float32(triton_runs):
     triton_runs(None)
-    gpu = torch.device("cuda", 1)
     for grid_dtype in None, torch.float32, torch.bfloat16, torch.float16:
-        assert columns.fastest(gpu, grid_dtype, torch.float32) is columns_cuda.walk_columns
-    assert columns.fastest(gpu, None, torch.float64) is columns.walk_columns
-
-
-def test_without_triton_a_gpu_walks_in_torch(triton_runs):
+        assert fastest("cuda:1", torch.float32, grid_dtype) is columns_cuda.walk_columns
+    assert fastest("cuda:1", torch.float64) is columns.walk_columns
     triton_runs("No module named 'triton'")
-    assert columns.fastest(torch.device("cuda"), None, torch.float32) is columns.walk_columns
+    assert fastest("cuda:1", torch.float32) is columns.walk_columns
 
 
 def test_without_triton_the_reason_is_that_it_cannot_be_imported(monkeypatch):

@@ -5,11 +5,12 @@ import torch
 
 from mixgpt.app.choices import SOLVERS
 from mixgpt.pruning import admm
-from mixgpt.pruning.admm import admm_pruner, admm_scores, keep_mask, solve_on_support
+from mixgpt.pruning.admm import Part, admm_pruner, admm_scores, keep_mask, solve_on_support
 from mixgpt.pruning.hessian import InputHessian, factor, relative_error
 from mixgpt.pruning.solvers import Recipe, prune_in_place
+from mixgpt.pruning.targets import Target
 from quant import Scheme
-from sparsegpt import WalkOptions, prune_matrices
+from sparsegpt import prune_matrix
 
 CPU = torch.device("cpu")
 
@@ -42,16 +43,16 @@ def test_conjugate_gradients_find_the_least_squares_solution_of_every_row(proble
         assert torch.allclose(row[kept], exact, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("target, ratio", [((0.5,), 0.85), ((0.7,), 0.75), ((0.5, 2, 4), 0.85)])
+@pytest.mark.parametrize("target, ratio", [(Target(0.5), 0.85), (Target(0.7), 0.75), (Target(0.5, 2, 4), 0.85)])
 def test_layers_err_less_than_after_the_walk(problem, target, ratio):
     W, X = problem
     H = X.T @ X / len(X)
     R, _ = factor(H)
-    walked = prune_matrices([W], R, H.diagonal(), [target])[0][0]
+    walked = prune_matrix(W, R, H.diagonal(), target)[0]
     damped = H.clone()
     damped.diagonal().add_(0.01 * H.diagonal().mean())
     solved, = admm_pruner([W], damped, [target])([target])
-    assert (solved == 0).sum() == round(target[0] * W.numel())
+    assert (solved == 0).sum() == round(target.sparsity * W.numel())
     assert relative_error(W, solved, H) < ratio * relative_error(W, walked, H)
 
 
@@ -59,12 +60,12 @@ def test_layers_err_less_than_after_the_walk(problem, target, ratio):
 def test_each_matrix_of_a_stack_meets_its_own_target(problem, sparsity):
     W, X = problem
     H, _ = normalised(X)
-    parts = admm_pruner([W[:7], W[7:]], H, [(sparsity,), (0.25,)])([(sparsity,), (0.25,)])
+    parts = admm_pruner([W[:7], W[7:]], H, [Target(sparsity), Target(0.25)])([Target(sparsity), Target(0.25)])
     assert [(part == 0).sum() for part in parts] == [round(sparsity * 7 * 32), W[7:].numel() // 4]
-    groups = [(0.5, 2, 4), (0.25, 1, 4)]
-    for part, (_, n, _) in zip(admm_pruner([W[:7], W[7:]], H, groups)(groups), groups, strict=True):
-        assert ((part == 0).view(-1, 4).sum(1) == n).all()
-    alone, = admm_pruner([W[:7]], H, [(sparsity,)])([(sparsity,)])
+    groups = [Target(0.5, 2, 4), Target(0.25, 1, 4)]
+    for part, target in zip(admm_pruner([W[:7], W[7:]], H, groups)(groups), groups, strict=True):
+        assert ((part == 0).view(-1, 4).sum(1) == target.prunen).all()
+    alone, = admm_pruner([W[:7]], H, [Target(sparsity)])([Target(sparsity)])
     assert torch.allclose(parts[0], alone)
 
 
@@ -72,11 +73,11 @@ def test_weights_that_are_zero_stay_zero_also_beyond_the_target(problem):
     W, X = problem
     H, _ = normalised(X)
     W = W.masked_fill(torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.6, 0)
-    pruned, = admm_pruner([W], H, [(0.5,)])([(0.5,)])
+    pruned, = admm_pruner([W], H, [Target(0.5)])([Target(0.5)])
     assert torch.equal(pruned == 0, W == 0)
-    pruned, = admm_pruner([W], H, [(0.75,)])([(0.75,)])
+    pruned, = admm_pruner([W], H, [Target(0.75)])([Target(0.75)])
     assert (pruned == 0).sum() == round(0.75 * W.numel()) and (pruned[W == 0] == 0).all()
-    pruned, = admm_pruner([W], H, [(0.5, 2, 4)])([(0.5, 2, 4)])
+    pruned, = admm_pruner([W], H, [Target(0.5, 2, 4)])([Target(0.5, 2, 4)])
     assert ((pruned == 0).view(-1, 4).sum(1) == (W == 0).view(-1, 4).sum(1).clamp_min(2)).all()
 
 
@@ -89,29 +90,29 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
     hessian.add_batch(X.float())
     hessian.factor(0.01)
     plain, weighted, scaled = W.float(), W.float(), W.float()
-    prune_in_place(hessian, [plain], [(0.5,)], Recipe(SOLVERS[solver].load()))
-    prune_in_place(hessian, [weighted], [(0.5,)], Recipe(SOLVERS[solver].load()), weights)
+    prune_in_place(hessian, [plain], [Target(0.5)], Recipe(SOLVERS[solver].load()))
+    prune_in_place(hessian, [weighted], [Target(0.5)], Recipe(SOLVERS[solver].load()), weights)
     assert (weighted[:12] != 0).sum() > (plain[:12] != 0).sum() + 12
     scaled *= weights.sqrt()[:, None]  # the same problem, told by the weights
-    prune_in_place(hessian, [scaled], [(0.5,)], Recipe(SOLVERS[solver].load()))
+    prune_in_place(hessian, [scaled], [Target(0.5)], Recipe(SOLVERS[solver].load()))
     assert torch.allclose(scaled / weights.sqrt()[:, None], weighted, atol=1e-3)
 
 
 def test_a_matrix_whose_rows_weigh_nothing_meets_its_target_as_if_they_weighed_alike(problem):
     W, X = problem
     H, scale = normalised(X)
-    nothing, alike = (admm_pruner([W / scale], H * scale * scale[:, None], [(0.5,)], weights)([(0.5,)])[0]
+    nothing, alike = (admm_pruner([W / scale], H * scale * scale[:, None], [Target(0.5)], weights)([Target(0.5)])[0]
                       for weights in (torch.zeros(24), torch.ones(24)))
     assert torch.equal(nothing, alike) and (nothing == 0).sum() == W.numel() // 2
 
 
 def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
     scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [2.0, -1.0, 9.0, 4.0]])
-    keep = keep_mask(scores, [(slice(0, 1), 1, 0.5, 0, 0), (slice(1, 2), 1, 0.25, 0, 0)])
+    keep = keep_mask(scores, [Part(slice(0, 1), 1, Target(0.5)), Part(slice(1, 2), 1, Target(0.25))])
     assert keep[0].sum() == 2 and keep[0, 0] and not keep[0, 1]
     assert keep[1].tolist() == [True, False, True, True]
-    assert keep_mask(scores, [(slice(0, 2), 2, 0.5, 2, 4)])[1].tolist() == [False, False, True, True]
-    early = keep_mask(scores.abs(), [(slice(0, 2), 2, 0.5, 2, 4)], fraction=0.5)
+    assert keep_mask(scores, [Part(slice(0, 2), 2, Target(0.5, 2, 4))])[1].tolist() == [False, False, True, True]
+    early = keep_mask(scores.abs(), [Part(slice(0, 2), 2, Target(0.5, 2, 4))], fraction=0.5)
     assert early.tolist() == [[1, 0, 1, 1], [1, 0, 1, 1]]
 
 
@@ -120,8 +121,8 @@ def test_a_sample_of_the_scores_tells_about_how_many_go_also_where_columns_diffe
     scores = torch.rand(1024, 512, generator=torch.Generator().manual_seed(0))
     scores[:, ::8] += 1  # of columns that every eighth score lies in
     scores[:, 100:200] = 0  # must go
-    targets = [(slice(0, 512), 512, 0.5, 0, 0), (slice(512, 1024), 512, 0.7, 0, 0)]
-    keep = keep_mask(scores, targets, fraction, exact=False)
+    parts = [Part(slice(0, 512), 512, Target(0.5)), Part(slice(512, 1024), 512, Target(0.7))]
+    keep = keep_mask(scores, parts, fraction, exact=False)
     for rows, sparsity in ((slice(0, 512), 0.5), (slice(512, 1024), 0.7)):
         assert (1 - keep[rows].mean()).item() == pytest.approx(max(fraction * sparsity, 100 / 512), abs=0.01)
     assert not keep[:, 100:200].any()
@@ -138,7 +139,7 @@ def test_sparsity_rises_cubically_until_it_is_met(problem, monkeypatch):
         return keep
 
     monkeypatch.setattr(admm, "keep_mask", noted)
-    admm_scores(W, H, [(slice(0, 24), 24, 0.5, 0, 0)], iterations=9, ramp=6)
+    admm_scores(W, H, [Part(slice(0, 24), 24, Target(0.5))], iterations=9, ramp=6)
     assert [1 - keep.mean().item() for keep in kept] == pytest.approx(
         [0.5 * (1 - max(1 - t / 6, 0) ** 3) for t in range(1, 9)], abs=2 / W.numel())
 
@@ -152,8 +153,8 @@ def test_columns_without_input_are_free_to_prune(problem, solver, scheme):
     hessian.add_batch(X, X + 0.01)
     hessian.factor(0.01)
     weight = W.float()
-    recipe = Recipe(SOLVERS[solver].load(), WalkOptions(scheme=Scheme(4) if scheme else None))
-    (error, grid), = prune_in_place(hessian, [weight], [(0.5,)], recipe)
+    recipe = Recipe(SOLVERS[solver].load(), scheme=Scheme(4) if scheme else None)
+    (error, grid), = prune_in_place(hessian, [weight], [Target(0.5)], recipe)
     assert weight.isfinite().all() and (weight[:, 3] == 0).all()
     assert abs((weight == 0).sum() - 12 * 32) <= (2 if scheme else 0)
     assert (grid is None) == (scheme is None)

@@ -1,6 +1,7 @@
 """Check the pruning of whole models against hooks on the model's own forward, and against magnitude."""
 
 import copy
+import traceback
 from pathlib import Path
 
 import makebelieve
@@ -20,7 +21,7 @@ from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Selection, Target, select
 from modelutils import HiddenStates, StreamedModel, linears, shared_inputs
-from sparsegpt import WalkOptions, prune_matrix
+from sparsegpt import prune_matrix
 
 HALF = Target(0.5)
 OPTIONS = {"saliency": "obs", "blocksize": 16, "true_sequential": False}
@@ -40,8 +41,8 @@ def plan_of(model, family, target=HALF, **selection):
 def sparsegpt(model, family, plan, tokens, batch_size=2, **changes):
     options = OPTIONS | changes
     saliency, solver = SALIENCIES[options.pop("saliency")].load(), SOLVERS[options.pop("solver", "obs")].load()
-    walk = WalkOptions(options.pop("blocksize"), saliency, options.pop("scheme", None))
-    return prune_layerwise(StreamedModel(model, family, CPU, batch_size), plan, tokens, Recipe(solver, walk, **options))
+    recipe = Recipe(solver, saliency=saliency, **options)
+    return prune_layerwise(StreamedModel(model, family, CPU, batch_size), plan, tokens, recipe)
 
 
 def weights(model, family):
@@ -70,7 +71,7 @@ def prune_by_whole_forwards(model, family, tokens, steps):
         for module, X in inputs_of(model, modules, tokens).items():
             H = 2 / len(tokens) * X.double().T @ X.double()
             R, _ = factor(H)
-            module.weight.copy_(prune_matrix(module.weight.double(), R, H.diagonal(), 0.5, blocksize=16)[0])
+            module.weight.copy_(prune_matrix(module.weight.double(), R, H.diagonal(), HALF, blocksize=16)[0])
 
 
 def assert_same_pruning(model, reference, family):
@@ -98,6 +99,22 @@ def test_true_sequential_calibrates_each_linear_on_the_pruned_ones_before(tiny, 
     sparsegpt(plain, family, plan_of(plain, family), tokens)
     assert any(not torch.equal(W, P) for W, P in zip(weights(model, family).values(), weights(plain, family).values(),
                                                       strict=True))
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_five_frames_lead_from_the_layers_to_the_line_that_zeroes(true_sequential, tokens, monkeypatch):
+    frames, root = [], str(Path(layerwise.__file__).parents[2])
+
+    def walk(*args):
+        stack = [frame for frame in traceback.extract_stack() if frame.filename.startswith(root)]
+        names = [frame.name for frame in stack]
+        frames.append(names[names.index("prune_layerwise"):-1])
+        return columns.walk_columns(*args)
+
+    monkeypatch.setattr(columns, "fastest", lambda W, grid: walk)
+    family, model = make("llama")
+    sparsegpt(model, family, plan_of(model, family), tokens, true_sequential=true_sequential)
+    assert all(names == ["prune_layerwise", "prune_in_place", "walk", "run"] for names in frames) and frames
 
 
 def writers_of(model):
@@ -152,7 +169,7 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
                 ridge = (0.01 * H.diagonal().mean() * len(tokens) / 2).sqrt()
                 wanted = torch.linalg.lstsq(torch.cat([X, ridge * torch.eye(len(H))]),
                                             torch.cat([Y, ridge * W.double().T])).solution.T
-                expected[index, name] = prune_matrix(wanted, R, H.diagonal(), 0.5, blocksize=16)[0].float()
+                expected[index, name] = prune_matrix(wanted, R, H.diagonal(), HALF, blocksize=16)[0].float()
             for name in step:  # what follows is compared on the same inputs, whatever rounding did here
                 pruned[index, name].copy_(weights(model, family)[index, name])
     rows = differing = 0
@@ -236,7 +253,7 @@ def test_the_host_waits_for_a_gpu_once_per_input_and_once_for_all_errors(solver,
     family, model = make("llama")
     with makebelieve.Gpu() as gpu:
         streamed = StreamedModel(model.bfloat16(), family, torch.device("cuda:0"), 2)
-        recipe = Recipe(SOLVERS[solver].load(), WalkOptions(16), dense_target=dense)
+        recipe = Recipe(SOLVERS[solver].load(), 16, dense_target=dense)
         outcomes = prune_layerwise(streamed, plan_of(model, family), tokens, recipe)
     here = {"sparsegpt.py", "quant.py", *(file.name for room in ("kernels", "pruning")
                                           for file in (Path(layerwise.__file__).parents[1] / room).iterdir())}

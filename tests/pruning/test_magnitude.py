@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from test_sparsegpt import fractions, hypothesis_settings, random
 
 from mixgpt.pruning.magnitude import magnitude_prune
+from mixgpt.pruning.targets import Target
 
 
 @hypothesis_settings
@@ -15,7 +16,7 @@ from mixgpt.pruning.magnitude import magnitude_prune
 def test_magnitude_prune_zeroes_the_smallest_magnitudes_and_keeps_the_rest(rows, columns, sparsity, seed, dtype):
     W = random(rows, columns, seed=seed).to(dtype)
     before = W.clone()
-    W_hat = magnitude_prune(W, sparsity)
+    W_hat = magnitude_prune(W, Target(sparsity))
     assert W_hat.dtype == dtype and torch.equal(W, before)
     kept, count = W_hat != 0, round(sparsity * (rows * columns))
     assert torch.equal(W_hat[kept], W[kept])
@@ -27,7 +28,7 @@ def test_magnitude_prune_zeroes_the_smallest_magnitudes_and_keeps_the_rest(rows,
 def test_magnitude_prune_zeroes_the_n_smallest_magnitudes_of_every_group(prunen, prunem, dtype):
     W = random(5, 16).to(dtype)
     before = W.clone()
-    W_hat = magnitude_prune(W, 0.9, prunen, prunem)
+    W_hat = magnitude_prune(W, Target(0.9, prunen, prunem))
     assert W_hat.dtype == dtype and torch.equal(W, before)
     for row, row_hat in zip(W.tolist(), W_hat.tolist(), strict=True):
         for left in range(0, 16, prunem):

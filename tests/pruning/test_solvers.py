@@ -11,11 +11,13 @@ from mixgpt.app.choices import SOLVERS
 from mixgpt.pruning import solvers
 from mixgpt.pruning.hessian import InputHessian, relative_error
 from mixgpt.pruning.solvers import Recipe, prune_in_place, walk
+from mixgpt.pruning.targets import Target
 from quant import Scheme
-from sparsegpt import WalkOptions
+
+HALF = Target(0.5)
 
 
-def pruned_on(device, dtype, recipe, target=(0.5,), shift=None, order=None):
+def pruned_on(device, dtype, recipe, target=HALF, shift=None, order=None):
     """Prune two matrices on a device. Returns (their weights before, after, the Hessian in float64, their errors)."""
     X, weights = correlated_inputs(300, 96).float(), [random(40, 96, seed=3).to(dtype), random(24, 96).to(dtype)]
     pruned, order = [W.to(device, copy=True) for W in weights], None if order is None else order.to(device)
@@ -28,7 +30,7 @@ def pruned_on(device, dtype, recipe, target=(0.5,), shift=None, order=None):
 
 @pytest.mark.parametrize("device, dtype, digits", [("cpu", torch.float32, 1e-6), ("cpu", torch.bfloat16, 1e-6),
                                                    ("cuda:0", torch.float32, 1e-6), ("cuda:0", torch.bfloat16, 1e-3)])
-@pytest.mark.parametrize("target", [(0.5,), (0.0, 2, 4)])
+@pytest.mark.parametrize("target", [Target(0.5), Target(0.0, 2, 4)])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_the_error_that_the_walk_knows_is_that_of_a_product_with_the_hessian(device, dtype, digits, target, ordered):
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0)) if ordered else None
@@ -42,7 +44,7 @@ def test_the_error_that_the_walk_knows_is_that_of_a_product_with_the_hessian(dev
                                                     ("obs", 4, False)])
 def test_errors_of_other_targets_and_solvers_are_those_of_products(solver, wbits, shifted):
     shift = 0.3 * random(300, 96, seed=8).float() if shifted else None
-    recipe = Recipe(SOLVERS[solver].load(), WalkOptions(scheme=Scheme(wbits) if wbits < 16 else None))
+    recipe = Recipe(SOLVERS[solver].load(), scheme=Scheme(wbits) if wbits < 16 else None)
     with makebelieve.Gpu():
         before, after, H, errors = pruned_on("cuda:0", torch.float32, recipe, shift=shift)
     expected = [relative_error(W.double(), Y.double(), H) for W, Y in zip(before, after, strict=True)]
@@ -65,10 +67,10 @@ def test_admm_meets_the_sparsity_to_the_weight_whatever_rounding_sets_to_zero(de
                                                                               monkeypatch):
     walks, scheme = [], Scheme(wbits, mse=mse)
     monkeypatch.setattr(solvers, "walk", lambda problem: walks.append(problem) or walk(problem))
-    recipe = Recipe(SOLVERS["admm"].load(), WalkOptions(scheme=scheme))
+    recipe = Recipe(SOLVERS["admm"].load(), scheme=scheme)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0)) if ordered else None
     with makebelieve.Gpu():
-        _, after, *_ = pruned_on(device, torch.float32, recipe, (0.55,), order=order)
+        _, after, *_ = pruned_on(device, torch.float32, recipe, Target(0.55), order=order)
     for W in after:
         assert (W == 0).sum() == round(0.55 * W.numel())
         assert max(len(row.unique()) for row in W) <= 2**wbits
