@@ -34,13 +34,13 @@ REFERENCE = "sparsegpt"  # the method to which the gap from the dense model is m
 DEFAULTS = ["--nsamples", "32", "--seqlen", "512", "--eval", "wikitext2", "c4", "--dtype", "float32"]
 
 
-def cells_of(given, flags):
+def cells_of(options, flags):
     """Return all cells, the dense model's first. flags: words of the command line for all runs."""
-    words = [script_of(given.model), given.model, given.dataset, *DEFAULTS, *flags]
-    pairs = [(method, target) for target in given.targets for method in given.methods
+    words = [script_of(options.model), options.model, options.dataset, *DEFAULTS, *flags]
+    pairs = [(method, target) for target in options.targets for method in options.methods
              if not (":" in target and method.startswith("owl"))]
     return [cell_of(words, *DENSE, 0, ""), *(cell_of(words, method, target, seed, METHODS[method])
-                                             for seed in given.seeds for method, target in pairs)]
+                                             for seed in options.seeds for method, target in pairs)]
 
 
 @contextlib.contextmanager
@@ -102,16 +102,16 @@ def parse(argv):
                         help="evaluate on train documents that calibration never draws, in place of --eval")
     parser.add_argument("--data-dir", help="folder with local copies of the texts, instead of the hub")
     parser.add_argument("--output", required=True, help=".json file of the cells; the tables go beside it, in .md")
-    given, flags = parser.parse_known_args(argv)
-    return given, flags + (["--data-dir", given.data_dir] if given.data_dir else [])
+    options, flags = parser.parse_known_args(argv)
+    return options, flags + (["--data-dir", options.data_dir] if options.data_dir else [])
 
 
 def _run(argv):
-    given, flags = parse(argv)
-    source = heldout(given.dataset, given.data_dir) if given.heldout else contextlib.nullcontext(given.dataset)
-    with registered(), source as given.dataset:
-        flags += ["--eval", given.dataset] if given.heldout else []
-        print(Scores(given.output, markdown).run(cells_of(given, flags)))
+    options, flags = parse(argv)
+    source = heldout(options.dataset, options.data_dir) if options.heldout else contextlib.nullcontext(options.dataset)
+    with registered(), source as options.dataset:
+        flags += ["--eval", options.dataset] if options.heldout else []
+        print(Scores(options.output, markdown).run(cells_of(options, flags)))
 
 
 def main(argv=None):

@@ -78,13 +78,13 @@ TABLES = {
 }
 
 
-def cells_of(given, flags):
+def cells_of(options, flags):
     """Return the cells of a table, model by model. flags: words of the command line for all runs."""
-    table, cells = TABLES[given.table], []
-    for model in given.models:
-        words = [script_of(model), model, given.dataset, *table.flags, *flags]
-        for method, target in table.with_methods(given.methods):
-            seeds = [0] if (method, target) == DENSE else given.seeds
+    table, cells = TABLES[options.table], []
+    for model in options.models:
+        words = [script_of(model), model, options.dataset, *table.flags, *flags]
+        for method, target in table.with_methods(options.methods):
+            seeds = [0] if (method, target) == DENSE else options.seeds
             cells += [cell_of(words, method, target, seed, METHODS.get(method, "")) for seed in seeds]
     return cells
 
@@ -154,13 +154,13 @@ def parse(argv):
 
 
 def _run(argv):
-    given, flags = parse(argv)
-    table = TABLES[given.table]
-    title = " ".join([f"{given.table}, {table.title}: --dataset {given.dataset}", *flags])
+    options, flags = parse(argv)
+    table = TABLES[options.table]
+    title = " ".join([f"{options.table}, {table.title}: --dataset {options.dataset}", *flags])
     with registered():
-        scores = Scores(given.output, partial(markdown, title, table.with_methods(given.methods)))
-        cells = cells_of(given, flags)
-        if given.dry_run:
+        scores = Scores(options.output, partial(markdown, title, table.with_methods(options.methods)))
+        cells = cells_of(options, flags)
+        if options.dry_run:
             print("\n".join(f"python {cell['command']}" for cell in scores.missing(cells)))
         else:
             print(scores.run(cells))

@@ -11,7 +11,7 @@ import torch
 from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size, pinned_memory_freed
 from mixgpt.allocation.global_threshold import inverse_diagonals
 from mixgpt.common import distributed, progress
-from mixgpt.common.tensors import seeded, wide
+from mixgpt.common.runtime import seeded, wide
 from mixgpt.kernels.attention import fast_attention
 from mixgpt.kernels.matmul import fast_linears
 from modelutils import CPU_SLICE, SLICE, hooked, linears

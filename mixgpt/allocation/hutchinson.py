@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixgpt.allocation.backward import by_sequence
-from mixgpt.common.tensors import seeded, wide
+from mixgpt.common.runtime import seeded, wide
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from mixgpt.allocation.fisher import drawn
 from mixgpt.common import distributed, memory, progress
-from mixgpt.common.tensors import seeded, wide
+from mixgpt.common.runtime import seeded, wide
 from mixgpt.kernels.attention import fast_attention
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.text.bos import begin

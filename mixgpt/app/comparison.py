@@ -49,8 +49,8 @@ def _named(settings, method):
     """Return a method's name, with best in place of its choices if all settings are that preset's, however given."""
     prunes = settings.get("sparsity") or settings.get("prunem")
     best = recipe("best", settings.get("prunem", 0), settings.get("wbits", 16), settings.get("groupsize", -1))
-    alike = prunes and all(settings.get(name) == value for name, value in best.items())
-    return "best" + method.rpartition(")")[2] if alike else method
+    is_best = prunes and all(settings.get(name) == value for name, value in best.items())
+    return "best" + method.rpartition(")")[2] if is_best else method
 
 
 def _text_key(run, name):
@@ -141,11 +141,11 @@ def points_of(runs):
 
     Columns: model, text, method, sparsity, mean, low and high of the perplexity, and dense, the dense model's.
     """
-    dense, told = _dense(runs), having_effect(RESULT, EVALUATION)
+    dense, distinguished = _dense(runs), having_effect(RESULT, EVALUATION)
     rows = [{"model": run["model"], "text": text, "method": run["label"], "sparsity": run["sparsity"],
              "perplexity": perplexity, "dense": dense.get(_text_key(run, text)),
              "target": (run["settings"].get("sparsity", 0), run["settings"].get("prunen", 0)),
-             "settings": {name: str(run["settings"].get(name)) for name in told}}
+             "settings": {name: str(run["settings"].get(name)) for name in distinguished}}
             for run in runs if run["method"] != "dense"
             for text, perplexity in run["perplexity"][run["method"]].items() if math.isfinite(perplexity)]
     if not rows:

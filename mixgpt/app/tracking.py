@@ -38,6 +38,7 @@ class Tracker:
             return
         try:
             import wandb
+            self.wandb = wandb
             begin = functools.partial(wandb.init, config=config, project=project, name=name, group=group,
                                       settings=wandb.Settings(silent=True))
             try:
@@ -66,8 +67,6 @@ class Tracker:
     @_guarded
     def plan(self, traces, plan):
         """Log `Traces` and {(layer, name): Target} as a table and a picture."""
-        import wandb
-
         from mixgpt.app import plots  # imports matplotlib
         sensitivity = traces.sensitivity
         errors = dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True))
@@ -75,8 +74,8 @@ class Tracker:
         rows = [[layer, name, sensitivity[layer, name], errors[layer, name], rank, plan[layer, name].sparsity]
                 for rank, (layer, name) in enumerate(ranked, start=1)]
         columns = ["layer", "matrix", "trace per weight", "standard error", "rank", "sparsity assigned"]
-        self.run.log({"plan/matrices": wandb.Table(columns=columns, data=rows),
-                      "plan/heat_map": wandb.Image(Image.open(io.BytesIO(plots.draw(plan, traces))))})
+        self.run.log({"plan/matrices": self.wandb.Table(columns=columns, data=rows),
+                      "plan/heat_map": self.wandb.Image(Image.open(io.BytesIO(plots.draw(plan, traces))))})
 
     @_guarded
     def layer(self, index, outcomes, seconds, counted):
@@ -96,11 +95,9 @@ class Tracker:
     @_guarded
     def result(self, record, method):
         """Log the record of the run: every matrix as a table, all else as summary numbers."""
-        import wandb
-
         columns = list(dict.fromkeys(column for row in record["matrices"] for column in row if column != "shape"))
         rows = [[row.get(column) for column in columns] for row in record["matrices"]]
-        self.run.log({"matrices": wandb.Table(columns=columns, data=rows)} | scores(record, method))
+        self.run.log({"matrices": self.wandb.Table(columns=columns, data=rows)} | scores(record, method))
         seconds = record["seconds"]
         facts = {name: record[name] for name in ("sparsity", "peak_memory", "disk") if name in record}
         self.run.summary.update(facts | {"method": method, "seconds": seconds | {"total": sum(seconds.values())}})

@@ -1,7 +1,8 @@
-"""Defaults of a run: the device, the dtype and the sequence length."""
+"""Devices, dtypes, sequence lengths and random generators of a run."""
 
 import os
 import platform
+import random
 import re
 
 import torch
@@ -62,5 +63,15 @@ def choose_dtype(name, config, device):
         return getattr(torch, name)
     stored = str(config.dtype).removeprefix("torch.")
     if device.type == "cpu" and (stored == "float16" or stored == "bfloat16" and not multiplies_bfloat16()):
-        return torch.float32  # float16 overflows there, too
+        return torch.float32  # float16 overflows there as well
     return "auto"
+
+
+def wide(tensor):
+    """Return a tensor in float32, or in float64 if that is its dtype: enough for sums of squares of one batch."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def seeded(*key, device="cpu"):
+    """Return a generator seeded by all of `key`."""
+    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from mixgpt.common import distributed, memory, progress
-from mixgpt.common.tensors import seeded, wide
+from mixgpt.common.runtime import seeded, wide
 from mixgpt.kernels.attention import LONGEST, fast_attention
 from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.experts import kind_of

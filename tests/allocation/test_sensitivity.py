@@ -14,7 +14,7 @@ import opt
 from mixgpt.allocation import backward, fisher, hutchinson
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
-from mixgpt.common.tensors import seeded
+from mixgpt.common.runtime import seeded
 from mixgpt.kernels import matmul
 from mixgpt.modeling.experts import split_experts
 from modelutils import StreamedModel, linears
