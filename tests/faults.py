@@ -152,7 +152,7 @@ FAULTS = {
         lambda root: weights_changed(root, lambda state: state.pop(UP)), f"{MODEL}the checkpoint lacks {UP}"),
     "weights of another layout": Fault(
         lambda root: config_changed(root, hidden_size=64),
-        f"{WEIGHTS_UNREAD}model.embed_tokens.weight is 384 x 32, its configuration expects 384 x 64"),
+        f"{WEIGHTS_UNREAD}model.embed_tokens.weight is (384, 32), its configuration expects (384, 64)"),
     "more layers in the configuration": Fault(
         lambda root: config_changed(root, num_hidden_layers=4),
         f"{MODEL}the checkpoint lacks model.layers.3.input_layernorm.weight, …"),

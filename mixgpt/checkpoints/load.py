@@ -263,22 +263,26 @@ def open_model(model, config, family, dtype):
     if "gguf_file" in arguments or format_of(model) or getattr(config, "quantization_config", None):
         return load_model(model, dtype)
     with _reading(model, "its weights cannot be read"):
-        files = streaming.files_of(name, **arguments)
-        if not (files and (opened := _streamed(config, family, files, dtype))):
+        stored = streaming.stored_tensors(streaming.files_of(name, **arguments))
+        if not (stored and (opened := _streamed(config, family, stored, dtype))):
             return load_model(model, dtype)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
             opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
     return opened
 
 
-def _streamed(config, family, files, dtype):
-    """Return the model of `config` with its weights left in safetensors files, None if these do not hold them all."""
-    dtype = config.dtype or streaming.dtype_of(files) if dtype == "auto" else dtype
+def _streamed(config, family, stored, dtype):
+    """Return the model of `config` with its weights left in files, None if these do not hold all.
+
+    stored: {key: StoredTensor}, of which the first floating-point dtype counts if the configuration names none.
+    """
+    kinds = (streaming.FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in streaming.FLOATS)
+    dtype = config.dtype or next(kinds, torch.float32) if dtype == "auto" else dtype
     for tied in dict.fromkeys((config.tie_word_embeddings, False)):  # `from_pretrained` ties no weights that differ
         config = copy.deepcopy(config)
         config.tie_word_embeddings = tied
         opened = skeleton(config, dtype)
-        if streaming.attach_disk_weights(opened, family, files):
+        if streaming.attach_disk_weights(opened, family, stored):
             return opened
     return None
 

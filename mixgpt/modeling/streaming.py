@@ -91,7 +91,7 @@ def read(locations, dtype=None, pinned=False):
     for name, location in locations.items():
         files.setdefault(location.file, {})[name] = location
     for file, names in files.items():
-        with _reading(file) as content:
+        with _opened(file) as content:
             for name, location in names.items():
                 stored = _mapped(content, location)
                 kind = dtype if dtype and stored.is_floating_point() else stored.dtype
@@ -101,7 +101,7 @@ def read(locations, dtype=None, pinned=False):
 
 def mapped(location):
     """Return the tensor at a location as it is stored; the disk is read where its values are used."""
-    with _reading(location.file) as content:
+    with _opened(location.file) as content:
         return _mapped(content, location)
 
 
@@ -112,13 +112,13 @@ def _mapped(content, location):
 
 
 @contextlib.contextmanager
-def _reading(file):
-    """Open a safetensors file that has been opened before. Raises InputError if it cannot be read any more."""
+def _opened(file):
+    """Open a safetensors file. Raises InputError if it cannot be read."""
     try:
         with safe_open(file, "pt") as content:
             yield content
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read during the run ({one_line(error)})") from error
+        raise InputError(f"{file}: cannot be read ({one_line(error)})") from error
 
 
 def check_finite(tensor, name):
@@ -143,55 +143,54 @@ def files_of(name, **arguments):
 
     Raises ValueError if the index is damaged or points outside the directory.
     """
-    found = {file: cached_file(name, file, _raise_exceptions_for_missing_entries=False, **arguments)
-             for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)}
-    if found[SAFE_WEIGHTS_NAME]:
-        return [found[SAFE_WEIGHTS_NAME]]
-    if not found[SAFE_WEIGHTS_INDEX_NAME]:
-        return []
-    check_index(found[SAFE_WEIGHTS_INDEX_NAME])
-    return get_checkpoint_shard_files(name, found[SAFE_WEIGHTS_INDEX_NAME], **arguments)[0]
+    file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False, **arguments)
+                   for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if file or not index:
+        return [file] if file else []
+    check_index(index)
+    return get_checkpoint_shard_files(name, index, **arguments)[0]
 
 
 def check_index(index):
     """Raise ValueError if a shard index is damaged or points outside its directory."""
     try:
         content = json.loads(Path(index).read_text())
-        files = set(content["weight_map"].values())
+        files = [PurePosixPath(file) for file in content["weight_map"].values()]
         dict(content.get("metadata") or {})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{Path(index).name} is damaged ({type(error).__name__}: {error})") from error
     if not files:
         raise ValueError(f"{Path(index).name} is damaged (it names no files)")
     for file in files:
-        if not isinstance(file, str) or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or (
-                not PurePosixPath(file).parts):
+        if file.is_absolute() or ".." in file.parts or not file.parts:
             raise ValueError(f"its index names {file}, which is not in the folder")
 
 
-def dtype_of(files):
-    """Return the dtype of the first floating-point tensor of safetensors files; float32 if there is none."""
-    for file in files:
-        with _opened(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118, not a dict
-                name = tensors.get_slice(key).get_dtype()
-                if name in FLOATS:
-                    return FLOATS[name]
-    return torch.float32
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    file: str
+    dtype: str  # as in FLOATS
+    shape: tuple
 
 
-def attach_disk_weights(model, family, files):
-    """Make a model on meta read its weights from safetensors files. Returns whether these hold all, unchanged.
-
-    Keys may lack or add the base model prefix, as `from_pretrained` allows, or be those of a model whose text part this
-    is. Raises ValueError if a shape differs from the configuration; OSError or SafetensorError if a file is damaged.
-    """
-    stored = {}  # key -> (file, dtype, shape)
+def stored_tensors(files):
+    """Return {key: StoredTensor} of safetensors files."""
+    stored = {}
     for file in files:
         with _opened(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118, not a dict
                 tensor = tensors.get_slice(key)
-                stored[key] = file, tensor.get_dtype(), tuple(tensor.get_shape())
+                stored[key] = StoredTensor(file, tensor.get_dtype(), tuple(tensor.get_shape()))
+    return stored
+
+
+def attach_disk_weights(model, family, stored):
+    """Make a model on meta read its weights from files, {key: StoredTensor}. Returns whether these hold all, unchanged.
+
+    Keys may lack or add the base model prefix, as `from_pretrained` allows, or be those of a model whose text part this
+    is. Raises ValueError if a shape or kind differs from the configuration; InputError if a file is damaged.
+    """
     layout, tied, locations = layout_of(model), model.all_tied_weights_keys, {}
     experts = Counter(key for key, part in layout.values() if part and not part.part)
     for name, tensor in model.state_dict().items():
@@ -200,7 +199,10 @@ def attach_disk_weights(model, family, files):
             return False
         for _, key, part in filter(None, (location, _find(model, name, layout, stored))):
             shape = part.whole(tensor.shape, experts[layout[name][0]]) if part else tuple(tensor.shape)
-            _check(key, *stored[key][1:], shape, tensor.is_floating_point())
+            if stored[key].shape != shape:
+                raise ValueError(f"{key} is {stored[key].shape}, its configuration expects {shape}")
+            if tensor.is_floating_point() and stored[key].dtype not in (*FLOATS, *NARROW):
+                raise ValueError(f"{key} is stored as {stored[key].dtype}, must be a floating-point dtype")
         locations[name] = location
     # `from_pretrained` does not tie tensors that are both stored and differ
     own = {name: location for name in tied if (location := _find(model, name, layout, stored))}
@@ -223,29 +225,8 @@ def _find(model, name, layout, stored):
         inside = key.removeprefix(base)
         for spelling in (key, inside, base + key, f"language_model.{key}", f"{base}language_model.{inside}"):
             if spelling in stored:
-                return TensorLocation(stored[spelling][0], spelling, part)
+                return TensorLocation(stored[spelling].file, spelling, part)
     return None
-
-
-def _check(key, dtype, shape, expected, floating):
-    """Raise ValueError if a stored tensor cannot be that of a model."""
-    if shape != expected:
-        raise ValueError(f"{key} is {_times(shape)}, its configuration expects {_times(expected)}")
-    if floating and dtype not in FLOATS and dtype not in NARROW:
-        raise ValueError(f"{key} is stored as {dtype}, must be a floating-point dtype")
-
-
-@contextlib.contextmanager
-def _opened(file):
-    try:
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"{Path(file).name} is damaged ({error})") from error
-
-
-def _times(shape):
-    return " x ".join(map(str, shape)) or "a single number"
 
 
 def _compute_buffers(model):

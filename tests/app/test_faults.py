@@ -255,8 +255,8 @@ def replaced(file, content):
 
 
 CHANGES = {  # of the model's file, after the first layer
-    "removed": (removed, None, "cannot be read during the run (No such file …)"),
-    "replaced": (replaced, b"{" * 99, "cannot be read during the run (…)"),
+    "removed": (removed, None, "cannot be read (No such file …)"),
+    "replaced": (replaced, b"{" * 99, "cannot be read (…)"),
 }
 
 
