@@ -1,6 +1,5 @@
 """Check what is discovered from running models: which linears share an input, in which order."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from conftest import CPU, VOCABULARY, make
 import modelutils
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.family import Family
-from mixgpt.modeling.streaming import DiskWeights
 from modelutils import HiddenStates, linears, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -47,11 +45,6 @@ def test_a_tensor_changed_in_place_is_another_input():
     layer = Changed()
     assert list(linears(layer)) == ["a", "b", "c"]
     assert shared_inputs(layer, 0, stream) == [["a"], ["b"]]
-
-
-def test_batches_cover_every_sequence_once():
-    stream = HiddenStates(torch.zeros(7, 1, 1), 3, CPU)
-    assert [list(range(7))[rows] for rows in stream.batches()] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_hidden_states_advance_layer_by_layer_as_in_the_model(tiny, tokens):
@@ -165,17 +158,3 @@ def test_ctrl_c_while_layers_are_made_to_record_passes_and_leaves_them_as_they_w
     with pytest.raises(KeyboardInterrupt):
         HiddenStates.embed(model, family, tokens, 2, CPU)
     assert not any("forward" in vars(layer) for layer in layers)
-
-
-def test_ctrl_c_before_a_module_is_read_from_disk_passes():
-    module, source = torch.nn.Linear(2, 2, device="meta"), DiskWeights({}, torch.float32)
-    module.disk_weights = source
-    source.ahead = SimpleNamespace(result=interrupted)
-    module.state_dict = interrupted
-    with pytest.raises(KeyboardInterrupt), modelutils.on_device([module], CPU):
-        pass
-    assert module.weight.is_meta
-
-
-def interrupted(**_):
-    raise KeyboardInterrupt

@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, command, contents, read_little, saved_tensors
-from damage import INDEX, SMALL, UP, WEIGHTS, config_changed, nothing, weights_changed
+from damage import SMALL, UP, WEIGHTS, config_changed, nothing, weights_changed
 from faults import FAULTS, MIXED, remote
 
 import datautils
@@ -125,12 +124,6 @@ def interrupted():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def waiting(file):
-    """Wait, and say so."""
-    Path(file).touch()
-    time.sleep(60)
-
-
 def apart(errors, prepare, given):
     """Let stderr go to a pipe of its own, then prepare."""
     with open(errors, "w") as output:
@@ -168,26 +161,18 @@ ACCIDENTS = {
     "no room for the third layer": (
         at, ("placed", "layer-00001.json", limited, 20_000), "",
         f"layer-00002.safetensors needs 0.000 GB, {FULL}", 2),
-    "no room for what is not in layers": (
-        limited, (40_000,), "", f"the model needs 0.000 GB, {FULL}", 3),
-    "no room for the tokenizer": (
-        at, ("opened", "saved/tokenizer_config.json", limited, 100), "", f"the tokenizer cannot be written, {FULL}", 3),
     "no room for the last shard": (
         at, ("placed", "model-00002-of-00003.safetensors", limited, 100), "",
         f"the model needs 0.000 GB, {FULL}", 3),
-    "no room for the record at the end": (
-        at, ("placed", INDEX, limited, 100), "", f"mixgpt.json cannot be written, {FULL}", 3),
     "no room for the sparse format": (
         at, ("opened", "saved/config.json", limited, 20_000), "--save-format sparse",
         f"the model needs 0.000 GB, {FULL}", 3),
-    "Ctrl-C while it loads": (at, ("opened", "model/tokenizer_config.json", interrupted), "", None, 0),
     "Ctrl-C in an input's Hessian": (
         at, ("placed", "layer-00000.json", before_next, "sparsegpt.InputHessian.add_batch", interrupted), "", None, 1),
     # the layer that is being written is completed
     "Ctrl-C while a layer is kept": (at, ("opened", "layer-00001.json.*", interrupted), "", None, 2),
     "Ctrl-C while a shard is written": (
         at, ("opened", "model-00002-of-00003.safetensors.*", interrupted), "", None, 3),
-    "Ctrl-C in the evaluation": (before_next, ("torch.nn.functional.cross_entropy", interrupted), "", None, 3),
     "Ctrl-C in the traces": (
         at, ("opened", "traces.json.*", interrupted),
         "--sparsity_way weight-level --sensitivity fisher --sensitivity_file {root}/traces.json", None, 0),
@@ -271,52 +256,6 @@ def test_a_model_that_changes_during_a_run_gets_one_line_and_resume_goes_on(case
     status, (line,) = child.end()
     assert status == 2 and re.fullmatch(says(f"llama.py: error: {file}: {message}"), line)
     file.write_bytes(whole)
-    assert Child(fork, tmp_path, "llama", f"{RUN} --resume", nothing).end() == (0, [])
-    found = contents(tmp_path / "saved")
-    found["mixgpt.json"]["settings"].pop("model")
-    assert found == undisturbed("")
-
-
-def test_a_disk_that_fills_up_gets_one_line_and_resume_goes_on(fork, undisturbed, checkpoint_folder, tmp_path):
-    disk, many = tmp_path / "saved", "--nsamples 16"
-    disk.mkdir()
-    (tmp_path / "model").symlink_to(checkpoint_folder("llama"))
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        status, (line,) = Child(fork, tmp_path, "llama", RUN, nothing).end()
-        assert status == 2 and line.startswith(
-            f"llama.py: error: --save {disk}: finished layers and the result need 0.000 GB, 0.000 GB are free there")
-        assert list(disk.iterdir()) == []
-        # room for layers and result, which is asked for before the run, and not for the hidden states beside them
-        subprocess.run(["mount", "-o", "remount,size=300k", disk], check=True)
-        child = Child(fork, tmp_path, "llama", f"{RUN} {many}", nothing)
-        status, (line,) = child.end()
-        assert status == 2 and "GB are free" in line and line.endswith("free some space and continue with --resume")
-        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
-        again = Child(fork, tmp_path, "llama", f"{RUN} {many} --resume", nothing)
-        assert again.end() == (0, [])
-        found = contents(disk)
-        found["mixgpt.json"]["settings"].pop("model")
-        assert found == undisturbed(many)
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-def test_a_signal_from_outside_stops_a_run_and_two_cannot_share_a_folder(fork, undisturbed, checkpoint_folder,
-                                                                         tmp_path, capsys):
-    (tmp_path / "model").symlink_to(checkpoint_folder("llama"))
-    child = Child(fork, tmp_path, "llama", RUN, at, ("opened", "saved/tokenizer_config.json", waiting,
-                                                           tmp_path / "waits"))
-    while not (tmp_path / "waits").exists():
-        assert child.process.is_alive()
-        time.sleep(0.01)
-    for options in ("", " --resume"):
-        assert run("llama", RUN + options, root=tmp_path) == 2
-        line, = capsys.readouterr().err.splitlines()
-        assert line == f"llama.py: error: --save {tmp_path}/saved: is in use by another run"
-    os.kill(child.process.pid, signal.SIGINT)
-    assert child.end() == (130, [STOPPED])
     assert Child(fork, tmp_path, "llama", f"{RUN} --resume", nothing).end() == (0, [])
     found = contents(tmp_path / "saved")
     found["mixgpt.json"]["settings"].pop("model")
@@ -411,23 +350,11 @@ def test_an_input_that_is_not_finite_is_named_with_its_sequence(options, checkpo
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_product_that_overflows_is_named(model, tmp_path, capsys):
-    def grow(state):
-        state[UP].fill_(1e30)
-        state[UP.replace("up", "gate")].fill_(1e30)
-
-    weights_changed(tmp_path, grow)
-    assert run("llama", RUN, root=tmp_path) == 2
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("llama.py: error: layer 1 mlp.down_proj: the Hessian contains NaN or inf, from calibration "
-                           "sequence 0 on")
-
-
-@pytest.mark.parametrize("factor, perplexity", [(1e6, float("inf")), (3e38, float("nan"))])
+@pytest.mark.parametrize("factor, perplexity", [(1e6, "inf"), (3e38, "nan")])
 def test_a_perplexity_beyond_all_numbers_is_reported(factor, perplexity, model, tmp_path):
     weights_changed(tmp_path, lambda state: state["model.norm.weight"].fill_(factor))
     record = record_of(tmp_path, RUN.replace("--sparsity .5", "--sparsity .5 --gmp"))
-    assert str(record["perplexity"]["magnitude"]["builtin"]) == str(perplexity)
+    assert str(record["perplexity"]["magnitude"]["builtin"]) == perplexity
 
 
 def test_a_cache_that_cannot_be_written_is_refused_and_nothing_is_left(model, tmp_path, capsys, monkeypatch):
@@ -436,14 +363,4 @@ def test_a_cache_that_cannot_be_written_is_refused_and_nothing_is_left(model, tm
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("llama.py: error: --sensitivity-file /proc/cache/mixgpt/traces-")
     assert line.endswith("cannot be written (No such file or directory); name another file")
-    assert not (tmp_path / "saved").exists()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_file_that_may_not_be_read_is_refused(name, model, tmp_path, capsys):
-    (model / name).chmod(0)
-    assert run("llama", RUN, root=tmp_path) == 2
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"llama.py: error: model {model}: ")
     assert not (tmp_path / "saved").exists()

@@ -1,16 +1,13 @@
 """Check that what every format saves is, read back from disk, the model that was in memory, bit for bit."""
 
 import functools
-import hashlib
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from conftest import CPU, ROOT, make, save, saved_tensors
+from conftest import CPU, make, save, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,15 +21,6 @@ from modelutils import linears
 from quant import Scheme, quantize_nearest
 
 SYM, SYM_GROUPS, ASYM_GROUPS = Scheme(4, sym=True), Scheme(4, 8, sym=True), Scheme(4, 8)
-DIGESTS = """
-import hashlib, sys
-from mixgpt.checkpoints import load
-for folder in sys.argv[1:]:
-    digest = hashlib.sha256()
-    for key, tensor in sorted(load.load_model(folder, "auto").state_dict().items()):
-        digest.update(key.encode() + bytes(tensor.flatten().view(dtype=load.torch.uint8).tolist()))
-    print(digest.hexdigest())
-"""
 
 
 @pytest.fixture
@@ -84,17 +72,18 @@ def tensors_of(folder):
 # what is saved comes back
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name, dtype", [("opt", torch.float32), ("llama", torch.bfloat16), ("bloom", torch.bfloat16)])
 @pytest.mark.parametrize("save_format, scheme", [
     ("compressed-tensors", SYM), ("compressed-tensors", SYM_GROUPS),
     ("sparse", None), ("sparse", SYM), ("sparse", SYM_GROUPS), ("sparse", ASYM_GROUPS)])
 def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, halved, tokenizer, tokens, tmp_path):
     family, model, grids = halved(name, scheme, dtype)
-    expected, folder = logits(model, tokens), tmp_path / "saved"
+    model.generation_config.eos_token_id = [7, 9]
+    expected, folder, config = logits(model, tokens), tmp_path / "saved", model.config.to_dict()
     save(folder, model, tokenizer, {}, family, save_format, grids)
     reloaded = load.load_model(folder, "auto")
     assert_same(model, reloaded)
+    assert reloaded.generation_config.eos_token_id == [7, 9] and model.config.to_dict() == config
     assert all((W == 0).sum() >= W.numel() / 2 for W in matrices(family, reloaded).values())
     assert torch.equal(logits(reloaded, tokens), expected)
     assert perplexity(reloaded, family, tokens, 5, CPU) == perplexity(model, family, tokens, 5, CPU)
@@ -105,7 +94,7 @@ def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, 
 
 
 @pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
-@pytest.mark.parametrize("wbits", [2, 3, 8])
+@pytest.mark.parametrize("wbits", [3, 8])
 def test_other_bit_widths_come_back_bit_for_bit(wbits, save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved("llama", Scheme(wbits, 16, sym=True), torch.bfloat16)
     save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
@@ -138,41 +127,6 @@ def test_embeddings_stay_tied_and_are_stored_once(name, tied, save_format, halve
 
 
 @pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
-def test_saving_changes_neither_the_model_nor_its_configuration(save_format, halved, tokenizer, tmp_path):
-    family, model, grids = halved("llama", SYM)
-    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    config = model.config.to_dict()
-    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    assert model.config.to_dict() == config and not hasattr(model.config, "quantization_config")
-
-
-@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
-def test_a_reloaded_model_saves_as_an_ordinary_one(save_format, halved, tokenizer, tmp_path):
-    family, model, grids = halved("llama", SYM)
-    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    save(tmp_path / "again", load.load_model(tmp_path / "saved", "auto"), tokenizer, {})
-    assert_same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
-
-
-@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
-def test_a_saved_model_loads_in_another_dtype(save_format, halved, tokenizer, tmp_path):
-    family, model, grids = halved("llama", SYM)
-    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    reloaded = load.load_model(tmp_path / "saved", torch.bfloat16)
-    for W, other in zip(model.parameters(), reloaded.parameters(), strict=True):
-        assert torch.equal(W.bfloat16(), other) and other.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
-def test_generation_settings_come_back(save_format, halved, tokenizer, tmp_path):
-    family, model, grids = halved("llama", SYM)
-    model.generation_config.eos_token_id = [7, 9]
-    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    assert load.load_model(tmp_path / "saved", "auto").generation_config.eos_token_id == [7, 9]
-
-
-@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
 def test_a_model_in_several_files_comes_back_bit_for_bit(save_format, halved, tokenizer, tmp_path, monkeypatch):
     family, model, grids = halved("bloom", SYM_GROUPS, torch.bfloat16)
     monkeypatch.setattr(model, "save_pretrained", functools.partial(model.save_pretrained, max_shard_size="20KB"))
@@ -181,37 +135,17 @@ def test_a_model_in_several_files_comes_back_bit_for_bit(save_format, halved, to
     assert_same(model, load.load_model(tmp_path / "saved", "auto"))
 
 
-def test_a_fresh_process_loads_the_same_bits(halved, tokenizer, tmp_path):
-    folders, expected = [], []
-    for name in ("opt", "llama", "bloom"):
-        for save_format in ("compressed-tensors", "sparse"):
-            family, model, grids = halved(name, SYM_GROUPS, torch.bfloat16)
-            folders.append(tmp_path / f"{name} {save_format}")
-            save(folders[-1], model, tokenizer, {}, family, save_format, grids)
-            digest = hashlib.sha256()
-            for key, tensor in sorted(model.state_dict().items()):
-                digest.update(key.encode() + tensor.view(torch.uint8).numpy().tobytes())
-            expected.append(digest.hexdigest())
-    done = subprocess.run([sys.executable, "-c", DIGESTS, *folders], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
-    assert done.stdout.split() == expected
-
-
 # what the files hold
 
 
-@pytest.mark.parametrize("scheme, weights", [
-    (SYM, {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}),
-    (Scheme(8, 16, sym=True), {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group",
-                               "group_size": 16})])
-@pytest.mark.parametrize("name, only, dense", [
-    ("opt", "", ["lm_head"]),
-    ("opt-350m", "", ["lm_head", "model.decoder.project_in", "model.decoder.project_out"]),
-    ("qwen3", "", ["lm_head"]),
-    ("bloom", "dense_", ["lm_head", "transformer.h.0.self_attention.dense",
-                         "transformer.h.0.self_attention.query_key_value", "transformer.h.1.self_attention.dense",
-                         "transformer.h.1.self_attention.query_key_value", "transformer.h.2.self_attention.dense",
-                         "transformer.h.2.self_attention.query_key_value"])])
+CHANNEL = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}
+GROUP = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+
+
+@pytest.mark.parametrize("name, only, dense, scheme, weights", [
+    ("opt-350m", "", ["lm_head", "model.decoder.project_in", "model.decoder.project_out"], SYM, CHANNEL),
+    ("bloom", "dense_", ["lm_head", *(f"transformer.h.{index}.self_attention.{name}" for index in range(3)
+                                      for name in ("dense", "query_key_value"))], Scheme(8, 16, sym=True), GROUP)])
 def test_the_configuration_says_what_vllm_reads(name, only, dense, scheme, weights, halved, tokenizer, tmp_path):
     family, model, grids = halved(name, scheme, only=only)
     save(tmp_path / "saved", model, tokenizer, {}, family, "compressed-tensors", grids)
@@ -288,7 +222,7 @@ def test_the_bytes_of_a_result_are_known_before_it_is_written(save_format, schem
 
 
 @pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
-@pytest.mark.parametrize("step", [0.5, 8, -9])  # 8 and -9 lie next to the ends of the grid
+@pytest.mark.parametrize("step", [0.5, 8])  # 8 lies next to the end of the grid
 def test_weights_off_their_grid_are_not_saved(step, save_format, halved, tokenizer, tmp_path):
     family, model, grids = halved("llama", SYM)
     path, grid = list(grids.items())[-1]
@@ -296,14 +230,6 @@ def test_weights_off_their_grid_are_not_saved(step, save_format, halved, tokeniz
     with pytest.raises(ValueError, match="do not lie on the grid"):
         save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
     assert not saved_tensors(tmp_path / "saved") and not hasattr(model.config, "quantization_config")
-
-
-def test_the_configuration_in_memory_stays_clean_where_the_folder_cannot_be_written(halved, tmp_path):
-    family, model, grids = halved("llama", SYM)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        formats.save_compressed_tensors(tmp_path / "file" / "saved", model, family, grids)
-    assert not hasattr(model.config, "quantization_config")
 
 
 @pytest.fixture
@@ -314,13 +240,7 @@ def sparse_folder(halved, tokenizer, tmp_path):
     return tmp_path / "saved"
 
 
-def test_plain_transformers_refuses_a_sparse_folder(sparse_folder):
-    with pytest.raises(OSError, match="no file named model.safetensors"):
-        AutoModelForCausalLM.from_pretrained(sparse_folder)
-
-
-@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight.codes", "model.layers.2.mlp.up_proj.weight.scale",
-                                 "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight.codes", "model.norm.weight"])
 def test_a_sparse_folder_without_a_tensor_is_refused_with_its_name(key, sparse_folder):
     file = sparse_folder / "model.sparse.safetensors"
     state = load_file(file)
@@ -331,17 +251,7 @@ def test_a_sparse_folder_without_a_tensor_is_refused_with_its_name(key, sparse_f
     assert "\n" not in str(error.value)
 
 
-def test_a_sparse_folder_without_the_description_of_a_matrix_is_refused_with_its_name(sparse_folder):
-    described = json.loads((sparse_folder / "sparse.json").read_text())
-    del described["model.layers.1.mlp.up_proj.weight"]
-    (sparse_folder / "sparse.json").write_text(json.dumps(described))
-    with pytest.raises(InputError, match="lacks model.layers.1.mlp.up_proj.weight") as error:
-        load.load_model(sparse_folder, "auto")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["model.sparse.safetensors", "sparse.json"])
-@pytest.mark.parametrize("kept", [0, 0.5, None])
+@pytest.mark.parametrize("name, kept", [("model.sparse.safetensors", 0.5), ("sparse.json", 0.5), ("sparse.json", None)])
 def test_a_sparse_folder_with_a_truncated_or_missing_file_is_refused_in_one_line(kept, name, sparse_folder):
     content = (sparse_folder / name).read_bytes()
     (sparse_folder / name).unlink()

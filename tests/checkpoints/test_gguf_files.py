@@ -73,8 +73,7 @@ def the_line(capsys, beginning):
     return line
 
 
-@pytest.mark.parametrize("kind", [None, Q4_1])
-@pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind, dtype", [(None, "auto"), (Q4_1, "auto"), (Q4_1, torch.bfloat16)])
 def test_a_converted_file_gives_what_transformers_gives_to_the_bit_and_stays_on_disk(dtype, kind, tokenizer, tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tokenizer, kind)
@@ -178,12 +177,12 @@ def test_of_processes_that_come_at_once_one_converts_and_the_others_wait(fork, t
     path, started = tmp_path / "tiny.gguf", tmp_path / "started"
     write_gguf(path, tokenizer)
     processes = [fork(converting, path, cache, tmp_path / f"report{number}", functools.partial(slow, started))
-                 for number in range(3)]
+                 for number in range(2)]
     for process in processes:
         process.join()
         assert process.exitcode == 0
     assert len(started.read_text().splitlines()) == len(converted(cache)) == 1
-    assert len({(tmp_path / f"report{number}").read_text() for number in range(3)}) == 1
+    assert len({(tmp_path / f"report{number}").read_text() for number in range(2)}) == 1
 
 
 def killed_at(path, call):
@@ -202,8 +201,6 @@ def killed_at(path, call):
 
 
 KILLS = {
-    "before it is read": ("mixgpt.checkpoints.load.read_config", 1),
-    "before it is written": ("mixgpt.checkpoints.gguf_files.check_room", 0),
     "before the weights": ("mixgpt.modeling.streaming.save_file", 0),
     "before all is on the disk": ("mixgpt.common.files._to_disk", 3),
     "before it has its name": ("pathlib.Path.rename", 0),
@@ -240,20 +237,12 @@ def test_a_disk_that_fills_up_is_told_in_one_line_and_the_file_is_read_anew(fork
     assert torch.equal(model.model.norm.weight, plain(path, "auto")[0].model.norm.weight)
     assert [file.name for file in cache.iterdir()] == ["gguf.lock"]
 
-    for nbytes in (100, 20_000, 80_000):  # a configuration, weights, a tokenizer
+    for nbytes in (100, 20_000):  # a configuration, weights
         process = fork(converting, path, cache, tmp_path / "report", functools.partial(
             resource.setrlimit, resource.RLIMIT_FSIZE, (nbytes, nbytes)))
         process.join()
         assert process.exitcode == 0
         assert [file.name for file in cache.iterdir()] == ["gguf.lock"]
-
-
-def test_a_cache_that_is_a_file_does_not_matter(tokenizer, tmp_path, capsys):
-    path = tmp_path / "tiny.gguf"
-    write_gguf(path, tokenizer)
-    (tmp_path / "cache").write_text("")
-    assert not disk_weights(opened(path))
-    assert the_line(capsys, f"warning  {path} is read anew").endswith("(Not a directory)")
 
 
 def as_rank_with(cache, *rank):
@@ -280,8 +269,7 @@ def test_processes_that_work_together_convert_a_file_once(tokenizer, cache, tmp_
 # ---- files that cannot be used ----------------------------------------------------------------------------------
 
 DAMAGE = {
-    "junk": lambda path: path.write_bytes(b"GGUFjunk"), "empty": lambda path: path.write_bytes(b""),
-    "cut in the header": lambda path: path.write_bytes(path.read_bytes()[:999]),
+    "junk": lambda path: path.write_bytes(b"GGUFjunk"),
     "cut in the weights": lambda path: path.write_bytes(path.read_bytes()[:-999]),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }

@@ -214,11 +214,6 @@ def test_a_run_may_go_on_with_another_evaluation_and_place_of_the_model(weights,
     assert set(record["perplexity"]) == {"dense", "SparseGPT"}
 
 
-def test_resume_needs_a_folder(checkpoint_folder, capsys):
-    assert refused(capsys, "opt", checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--resume") == (
-        "opt.py: error: --resume: needs --save, the folder of the interrupted run")
-
-
 @pytest.mark.parametrize("exists", [True, False])
 def test_resume_begins_in_a_new_or_empty_folder(exists, checkpoint_folder, tmp_path):
     if exists:
@@ -323,19 +318,6 @@ def test_the_folder_of_an_interrupted_run_is_refused_without_resume(checkpoint_f
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("existing", ["", "a/b/saved"])
-def test_a_run_that_is_refused_leaves_only_the_folders_that_were_there(existing, checkpoint_folder, tmp_path, capsys,
-                                                                       monkeypatch):
-    # too short, which shows when the folder is locked
-    monkeypatch.setattr(datautils, "load_rows", lambda *_: (["short"], {"split": "train", "dataset": "builtin"}))
-    (tmp_path / existing).mkdir(parents=True, exist_ok=True)
-    before = snapshot(tmp_path)
-    line = refused(capsys, "opt", checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save",
-                   tmp_path / "a" / "b" / "saved")
-    assert "--seqlen 32: the train text" in line
-    assert snapshot(tmp_path) == before
-
-
 # ---- what comes back ---------------------------------------------------------------------------------------------
 
 FORMATS = {
@@ -372,19 +354,6 @@ def test_layers_that_are_finished_are_not_pruned_again(checkpoint_folder, tmp_pa
                         lambda self, index, *given: (pruned.append(index), keep(self, index, *given)))
     assert run("opt", *arguments, "--resume") == 0
     assert pruned == [2]
-
-
-def test_layers_that_are_not_pruned_are_saved_as_they_are(checkpoint_folder, tmp_path, monkeypatch):
-    arguments = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--maxlayer", "2", "--save",
-                 tmp_path / "saved"]
-    interrupt(monkeypatch, "llama", arguments, 2)
-    assert run("llama", *arguments, "--resume") == 0
-    dense = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).state_dict()
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
-    assert dense.keys() == saved.keys()
-    for name, tensor in saved.items():
-        pruned = "_proj" in name and "layers.2" not in name
-        assert torch.equal(tensor, dense[name]) != pruned, name
 
 
 @pytest.mark.parametrize("options", [["--sparsity", ".5", "--gmp"], ["--wbits", "4", "--nearest"],
@@ -561,13 +530,11 @@ def test_what_identifies_the_run_and_cannot_be_read_is_refused(name, line, check
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("change, line", [
-    ({"schema": None}, "was written by version 1.0.0 of this program (schema None); this is version 1.0.0 (schema 1)"),
-    ({"schema": 2, "program": {"version": "9"}}, "was written by version 9 of this program (schema 2); this is version "
-                                                 "1.0.0 (schema 1)"),
-    ({"schema": None, "program": None}, "was written by an older version of this program (schema None); this is "
-                                        "version 1.0.0 (schema 1)")])
-@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("complete, change, line", [
+    (False, {"schema": 2, "program": {"version": "9"}},
+     "was written by version 9 of this program (schema 2); this is version 1.0.0 (schema 1)"),
+    (True, {"schema": None, "program": None},
+     "was written by an older version of this program (schema None); this is version 1.0.0 (schema 1)")])
 def test_a_run_of_another_version_of_this_program_is_refused(complete, change, line, checkpoint_folder, tmp_path,
                                                              monkeypatch, capsys):
     saved = tmp_path / "saved"

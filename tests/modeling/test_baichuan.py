@@ -7,18 +7,14 @@ import shutil
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import CPU, read_little, save, saved_tensors
+from conftest import read_little, save, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import baichuan
 import datautils
-import opt
 from mixgpt.app import cli
 from mixgpt.checkpoints import load
-from mixgpt.common import runtime
-from mixgpt.common.errors import InputError
-from mixgpt.evaluation.perplexity import perplexity
 from modelutils import linears
 
 LAYERS, LIMIT = 2, 64
@@ -211,16 +207,6 @@ def test_generation_is_the_same_with_and_without_cache_and_with_padding(variant)
 
 
 @torch.no_grad()
-def test_the_head_of_baichuan_2_is_normalised_and_its_weight_left_alone(published):
-    folder = published("Baichuan2-7B")
-    model = load.load_model(folder, "auto")
-    before = model(sequences(1, 5)).logits
-    assert torch.equal(model.lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
-    model.lm_head.weight.mul_(3)
-    torch.testing.assert_close(model(sequences(1, 5)).logits, before)
-
-
-@torch.no_grad()
 def test_a_saved_model_has_the_published_keys_and_config_and_the_same_logits(variant, tmp_path):
     folder, config, model = variant
     save(tmp_path / "saved", model, load.load_tokenizer(folder), {})
@@ -232,24 +218,11 @@ def test_a_saved_model_has_the_published_keys_and_config_and_the_same_logits(var
                                               "max_position_embeddings", "model_max_length")} == {
         key: config.get(key) for key in ("model_type", "architectures", "vocab_size", "hidden_size",
                                          "max_position_embeddings", "model_max_length")}
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    reloaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report.values())
     assert type(reloaded).__name__ == config["architectures"][0]
     assert torch.equal(reloaded(sequences(2, 12)).logits, model(sequences(2, 12)).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXTS[3]) == load.load_tokenizer(folder)(TEXTS[3])
-
-
-def test_everything_in_the_checkpoint_is_used_and_nothing_else_is_needed(variant):
-    folder, _, _ = variant
-    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-
-
-@torch.no_grad()
-def test_streamed_perplexity_is_that_of_the_full_forward(variant):
-    _, _, model = variant
-    tokens = sequences(3, 16)
-    expected = torch.stack([model(row[None], labels=row[None]).loss for row in tokens]).mean().exp().item()
-    assert perplexity(model, baichuan.FAMILY, tokens, 2, CPU) == pytest.approx(expected, rel=1e-5)
 
 
 def test_token_ids_are_those_of_sentencepiece(published, sentencepiece_model):
@@ -267,31 +240,9 @@ def test_token_ids_are_those_of_sentencepiece(published, sentencepiece_model):
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
 
 
-@pytest.mark.parametrize("add_dummy_prefix", [False, True])
-def test_the_model_file_says_whether_a_space_goes_in_front(add_dummy_prefix, published, tmp_path):
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS[:4] * 20), model_prefix=str(tmp_path / "m"), model_type="bpe", vocab_size=330,
-        byte_fallback=True, add_dummy_prefix=add_dummy_prefix, minloglevel=2, hard_vocab_limit=False)
-    for file in published("Baichuan-7B").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "m.model").rename(tmp_path / "tokenizer.model")
-    reference = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    tokenizer = load.load_tokenizer(tmp_path)
-    for text in ("Hello world", " one", "there"):
-        assert tokenizer(text).input_ids == reference.encode(text)
-    assert (tokenizer.convert_ids_to_tokens(tokenizer("there").input_ids)[0][0] == "▁") == add_dummy_prefix
-
-
-def test_the_tokens_in_front_are_those_that_the_configuration_asks_for(published):
-    tokenizer = AutoTokenizer.from_pretrained(published("Baichuan-7B"), add_bos_token=True, add_eos_token=True)
-    plain = AutoTokenizer.from_pretrained(published("Baichuan-7B"))
-    assert tokenizer("Hello").input_ids == [1, *plain("Hello").input_ids, 2]
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("options", [
-    ["--sparsity", ".5"], ["--prunen", "2", "--prunem", "4", "--true-sequential"],
-    ["--sparsity", ".5", "--sparsity_way", "weight-level", "--saliency", "isc", "--wbits", "4"]])
+@pytest.mark.parametrize("name, options", [
+    ("Baichuan-7B", ["--sparsity", ".5"]), ("Baichuan2-7B", ["--prunen", "2", "--prunem", "4"]),
+    ("Baichuan2-13B", ["--sparsity", ".5", "--sparsity-way", "weight-level", "--saliency", "isc", "--wbits", "4"])])
 def test_the_command_line_prunes_the_published_folder_without_running_its_code(name, options, published, tmp_path,
                                                                                monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -361,22 +312,7 @@ def test_a_saved_folder_names_no_code_that_is_not_there(missing, named, publishe
     load.load_tokenizer(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_the_limit_of_the_sequence_length_comes_from_the_config(name, published):
-    config = AutoConfig.from_pretrained(published(name))
-    assert runtime.choose_seqlen(None, config) == LIMIT
-    with pytest.raises(InputError, match=f"--seqlen {LIMIT + 1}: the model's limit is {LIMIT} tokens"):
-        runtime.choose_seqlen(LIMIT + 1, config)
-
-
-def test_another_script_names_this_one(published):
-    with pytest.raises(InputError, match="this is a BaiChuanForCausalLM; use baichuan.py"):
-        load.load_config(str(published("Baichuan-7B")), opt.FAMILY)
-    assert load.load_config(str(published("Baichuan-7B")), baichuan.FAMILY).rotary
-
-
 @pytest.mark.parametrize("hidden, fields, rotary", [
-    (4096, {"model_max_length": 4096}, True), (5120, {"max_position_embeddings": 4096}, False),
-    (5120, {"model_max_length": 4096}, False), (64, {"max_position_embeddings": 8}, True), (64, {}, False)])
+    (4096, {"model_max_length": 4096}, True), (5120, {"max_position_embeddings": 4096}, False), (64, {}, False)])
 def test_the_published_sizes_decide_the_kind_of_positions(hidden, fields, rotary):
     assert AutoConfig.for_model("baichuan", hidden_size=hidden, num_attention_heads=8, **fields).rotary == rotary
