@@ -264,6 +264,13 @@ class HiddenStates:
         place = place_for(nbytes + (self.place == "host") * self.hidden.nbytes, self.device, on_host=True)
         return [allocate((N, *tensor.shape[1:]), tensor.dtype, self.device, place) for tensor in tensors]
 
+    @property
+    def nbytes(self):
+        """The bytes of the hidden states, and of the arguments that are kept for each sequence."""
+        kept = {id(leaf): leaf.values.nbytes for leaf in tree_leaves(self.arguments)
+                if isinstance(leaf, arguments.PerSequence)}
+        return self.hidden.nbytes + sum(kept.values())
+
     def twin(self):
         """Return a stream with a copy of the hidden states, in the same place."""
         hidden = allocate(self.hidden.shape, self.hidden.dtype, self.device, self.place).copy_(self.hidden)
@@ -303,11 +310,10 @@ class HiddenStates:
         """Within the block, give a function from hidden states behind the last layer (n, C) to logits (n, vocabulary).
 
         The model's own forward computes them, its layers skipped. dtype: of hidden states and logits (default: the
-        model's; another one needs a copy of what lies behind the layers).
+        model's; another one needs a copy of the modules behind the layers).
         """
         layers, width = family.layers_of(model), model.get_input_embeddings().embedding_dim
-        if dtype == model.dtype:
-            dtype = None
+        dtype = None if dtype == model.dtype else dtype
         if dtype:
             model = copy.deepcopy(model, {id(layers): layers})
 

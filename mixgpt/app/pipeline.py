@@ -181,9 +181,9 @@ def check(job):
         if settings.compresses:
             job.selected = select(skeleton, job.family, selection_of(settings),
                                   {"--prunem": settings.prunem, "--groupsize": settings.groupsize})
-        selfcheck.check(settings.model, job.family, skeleton,
-                        {name for _, name in job.selected} if settings.calibrates else ())
-        _check_room(job)
+        widening = selfcheck.check(settings.model, job.family, skeleton,
+                                   {name for _, name in job.selected} if settings.calibrates else ())
+        _check_room(job, widening)
         if settings.sensitivity_file:
             traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, job.family), settings.sensitivity)
         if settings.save:
@@ -194,8 +194,11 @@ def check(job):
         job.settings = replace(settings, bos=bos.resolve(settings.bos, job.config.model_type, job.tokenizer))
 
 
-def _check_room(job):
-    """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn."""
+def _check_room(job, widening):
+    """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn.
+
+    widening: of hidden states, see `selfcheck.check`.
+    """
     settings, numel = job.settings, job.seqlen * (job.settings.nsamples + sum(job.settings.synthetic_counts()))
     if not settings.needs_calibration:
         return
@@ -205,7 +208,9 @@ def _check_room(job):
                          "--nsamples or --seqlen")
     dtype = dtype_of(job)
     itemsize = 2 if dtype == "auto" else dtype.itemsize  # at least
-    check_hidden_states(numel // distributed.world() * job.config.hidden_size * itemsize, job.device)
+    sets = 2 if settings.target == "dense" else 1
+    check_hidden_states(int(sets * widening * numel * job.config.hidden_size * itemsize) // distributed.world(),
+                        job.device)
 
 
 def _size_on_disk(job, skeleton):

@@ -8,6 +8,7 @@ import transformers
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mixgpt.checkpoints import shards
+from mixgpt.common.errors import InputError
 from mixgpt.common.files import cache_folder, check_room, locked, os_errors, replacing_folder
 from mixgpt.modeling import streaming
 
@@ -15,10 +16,10 @@ DTYPE = "float32"  # transformers dequantizes in it, whatever dtype is requested
 
 
 def folder_of(file, read):
-    """Return the cached checkpoint of a .gguf file, converted on first use; None if the cache cannot be written.
+    """Return the cached checkpoint of a .gguf file, converted on first use, which a line on stderr reports.
 
     read: called with the path, returns (model in DTYPE, tokenizer); raises InputError if it is damaged. Of concurrent
-    processes, one converts while the others wait. Reports in a line on stderr.
+    processes, one converts while the others wait. Raises InputError if the cache cannot be written.
     """
     status = file.stat()
     return _folder_of(file, read, (status.st_ino, status.st_size, status.st_mtime_ns), cache_folder())
@@ -37,9 +38,8 @@ def _folder_of(file, read, _, cache):
                 with replacing_folder(folder) as partial:
                     _write(partial, *read(file))
     except OSError as error:
-        print(f"warning  {file} is read anew in each run, which takes longer: it cannot be converted into {folder} "
-              f"({error.strerror or error})", file=sys.stderr, flush=True)
-        return None
+        raise InputError(f"model {file}: cannot be converted into {folder} ({error.strerror or error}); set "
+                         "XDG_CACHE_HOME to a folder with room") from error
     print(f"converted {file} into {folder} (once)", file=sys.stderr, flush=True)
     return folder
 

@@ -84,8 +84,7 @@ def _source(model):
         if not path.is_file():
             raise InputError(f"model {model}: no such file")
         with _reading(model, "the file cannot be read"):
-            folder = gguf_files.folder_of(path, _read_gguf)
-        return (str(folder), {}) if folder else _gguf_source(path)
+            return str(gguf_files.folder_of(path, _read_gguf)), {}
     if path.is_dir():
         return str(path), {}
     if path.is_file():
@@ -93,15 +92,15 @@ def _source(model):
     return model, {"local_files_only": not hub.reachable()}
 
 
-def _gguf_source(path):
-    return str(path.parent), {"gguf_file": path.name}
-
-
 def _read_gguf(path):
     """Read a .gguf file, to convert it. Returns (model, tokenizer)."""
-    source = _gguf_source(path)
-    read_config(path, source)
-    return load_model(path, gguf_files.DTYPE, source), load_tokenizer(path, source)
+    with _reading(path, "the file cannot be read"):
+        check_links(path, path.parent, BESIDE_GGUF)
+        loaded = _from_pretrained(path, str(path.parent), gguf_files.DTYPE, gguf_file=path.name,
+                                  quantization_config=GgufConfig(dequantize=True))
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, **NO_CODE)
+        check_templates(path, tokenizer.chat_template)
+        return _checked(path, loaded), tokenizer
 
 
 def _folder(name, arguments):
@@ -112,19 +111,19 @@ def _folder(name, arguments):
     return config and Path(config).parent
 
 
-def read_config(model, source=None):
-    """Load the configuration of `model`, which must be a causal language model. source: as `_source` returns it.
+def read_config(model):
+    """Load the configuration of `model`, which must be a causal language model.
 
     Raises InputError if it cannot be read, or if files that would be copied are links out of the model's folder.
     """
-    name, arguments = source or _source(model)
+    name, arguments = _source(model)
     with _reading(model, "its configuration cannot be read"):
         if folder := _folder(name, arguments):
-            check_links(model, folder, BESIDE_GGUF if "gguf_file" in arguments else COPIED)
+            check_links(model, folder, COPIED)
         config, _ = _config_of(name, arguments)
     if model_class(config) is None or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
-    if folder and (folder / GENERATION_CONFIG_NAME).is_file() and "gguf_file" not in arguments:
+    if folder and (folder / GENERATION_CONFIG_NAME).is_file():
         with _reading(model, f"{GENERATION_CONFIG_NAME} cannot be used"):
             GenerationConfig.from_pretrained(folder)
     return config
@@ -185,16 +184,15 @@ def check_layers(model, skeleton, family, save_format="dense"):
                                  "which is not supported")
 
 
-def load_tokenizer(model, source=None):
-    """Load the tokenizer of `model`. source: as `_source` returns it.
+def load_tokenizer(model):
+    """Load the tokenizer of `model`.
 
     Early LLaMA-1 conversions have empty special tokens; they are replaced by those of the model file.
     """
-    name, arguments = source or _source(model)
+    name, arguments = _source(model)
     with _reading(model, "its tokenizer cannot be read"):
-        if "gguf_file" not in arguments and get_tokenizer_config(name, **arguments).get("bos_token") == "":
-            special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-            arguments = arguments | special
+        if get_tokenizer_config(name, **arguments).get("bos_token") == "":
+            arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
         tokenizer("Names refer to objects.")
     check_templates(model, tokenizer.chat_template)
@@ -224,31 +222,43 @@ def itemsize(dtype):
     return 4 if dtype == "auto" else dtype.itemsize
 
 
-def load_model(model, dtype, source=None):
+def load_model(model, dtype):
     """Load the weights of `model` on the host, in `dtype` ("auto": as stored), from any format.
 
-    source: as `_source` returns it. Raises InputError if the checkpoint lacks a weight, contains NaN or inf, or has an
-    unsupported quantization.
+    Raises InputError if the checkpoint lacks a weight, contains NaN or inf, or has an unsupported quantization.
     """
-    name, arguments = source or _source(model)
+    name, arguments = _source(model)
     with _reading(model, "its weights cannot be read"):
-        if save_format := format_of(model):
-            loaded, missing = save_format.read(model, dtype), ()
-        else:
-            if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
-                streaming.check_index(index)
-            arguments = arguments | _dequantizing(model, name, arguments)
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **NO_CODE)
-            missing = report["missing_keys"]
-            for key, held, asked in report["mismatched_keys"]:
-                raise InputError(f"model {model}: {key} is {tuple(held)}, its configuration expects {tuple(asked)}")
-    if missing:
-        raise InputError(f"model {model}: the checkpoint lacks {', '.join(sorted(missing)[:3])}")
+        if save_format := format_of(name):
+            return _checked(model, save_format.read(name, dtype))
+        if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
+            streaming.check_index(index)
+        config, whole = _config_of(name, arguments)
+        quantization = getattr(config, "quantization_config", {})
+        method = quantization.get("quant_method", "an unknown method" if quantization else None)
+        if method == "compressed-tensors":
+            quantization["dequantize"] = True
+        elif method:
+            raise InputError(f"model {model}: its weights are quantized by {method}; give the original model")
+        text = {"key_mapping": TEXT_PART} if whole else {}
+        return _checked(model, _from_pretrained(model, name, dtype, config=config, **text, **arguments))
+
+
+def _from_pretrained(model, name, dtype, **arguments):
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **NO_CODE)
+    for key, stored, expected in report["mismatched_keys"]:
+        raise InputError(f"model {model}: {key} is {tuple(stored)}, its configuration expects {tuple(expected)}")
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"model {model}: the checkpoint lacks {', '.join(missing[:3])}")
+    return loaded
+
+
+def _checked(model, loaded):
+    """Return a loaded model with its experts split. Raises InputError if a weight is NaN or inf."""
     split_experts(loaded)
-    for parameter in loaded.parameters():  # .bin files may hold views whose elements share memory
-        parameter.data = parameter.data.contiguous()
     for key, parameter in loaded.named_parameters():
+        parameter.data = parameter.data.contiguous()  # .bin files may hold views whose elements share memory
         streaming.check_finite(parameter.detach(), f"model {model}: {key}")
     return loaded.eval()
 
@@ -260,7 +270,7 @@ def open_model(model, config, family, dtype):
     loaded.
     """
     name, arguments = _source(model)
-    if "gguf_file" in arguments or format_of(model) or getattr(config, "quantization_config", None):
+    if format_of(name) or getattr(config, "quantization_config", None):
         return load_model(model, dtype)
     with _reading(model, "its weights cannot be read"):
         stored = streaming.stored_tensors(streaming.files_of(name, **arguments))
@@ -285,17 +295,3 @@ def _streamed(config, family, stored, dtype):
         if streaming.attach_disk_weights(opened, family, stored):
             return opened
     return None
-
-
-def _dequantizing(model, name, arguments):
-    """Return the arguments of `from_pretrained` that dequantize the weights, and find those of a text part."""
-    if "gguf_file" in arguments:
-        return {"quantization_config": GgufConfig(dequantize=True)}
-    config, whole = _config_of(name, arguments)
-    quantization = getattr(config, "quantization_config", {})
-    method = quantization.get("quant_method", "an unknown method" if quantization else None)
-    if method == "compressed-tensors":
-        quantization["dequantize"] = True
-    elif method:
-        raise InputError(f"model {model}: its weights are quantized by {method}; give the original model")
-    return {"config": config} | ({"key_mapping": TEXT_PART} if whole else {})

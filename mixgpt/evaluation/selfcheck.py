@@ -22,7 +22,8 @@ def check(name, family, skeleton, calibrated=()):
 
     name: of the model, for the message. skeleton: the model on meta. calibrated: names of linears whose inputs must be
     seen, as they are to be calibrated. Compares on SEQUENCES of them, in batches of two sizes, through a copy of the
-    configuration with random weights, and as many layers as show each kind of layer.
+    configuration with random weights, and as many layers as show each kind of layer. Returns the bytes that a sequence
+    takes between two layers, with what layers leave for later ones, in units of its hidden states alone.
     """
     kind, layers = type(skeleton).__name__, family.layers_of(skeleton)
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"
@@ -31,12 +32,13 @@ def check(name, family, skeleton, calibrated=()):
             whole = _run_whole(small(skeleton.config, layers))
         except Exception:  # sizes that depend on each other in a way of their own
             whole = _run_whole(small(skeleton.config, layers, narrow=False))
-        unseen, difference = _compare(family, *whole)
+        unseen, difference, nbytes = _compare(family, *whole)
     if not difference <= TOLERANCE:
         raise InputError(f"{refusal}: on random weights, its logits differ by {difference:.1g} standard deviations")
     if unseen := [linear for linear in unseen if linear in calibrated]:
         raise InputError(f"model {name}: {', '.join(unseen)} of this {kind} are not called as modules, so that they "
                          "cannot be calibrated; leave them out with --prune-only")
+    return nbytes / (whole[1].numel() * whole[0].config.hidden_size * torch.float32.itemsize)
 
 
 @torch.no_grad()
@@ -53,8 +55,8 @@ def _run_whole(config):
 def _compare(family, model, tokens, expected):
     """Run tokens (N, T) one layer at a time, in batches of two, the last one of one, and in batches of one.
 
-    expected: logits (N, T, vocabulary). Returns the linears never called, and the largest difference of the logits,
-    in standard deviations of all of these.
+    expected: logits (N, T, vocabulary). Returns the linears never called, the largest difference of the logits, in
+    standard deviations of all of these, and the bytes of all sequences between two layers.
     """
     split_experts(model)
     unseen, streams = set(), [HiddenStates.embed(model, family, tokens, size, tokens.device) for size in (2, 1)]
@@ -64,7 +66,7 @@ def _compare(family, model, tokens, expected):
             stream.advance(layer, index)
     with streams[0].head(model, family) as head:
         differences = [head(stream.hidden.flatten(0, 1)).view_as(expected) - expected for stream in streams]
-    return sorted(unseen), (torch.stack(differences).abs().max() / expected.std()).item()
+    return sorted(unseen), (torch.stack(differences).abs().max() / expected.std()).item(), streams[0].nbytes
 
 
 def small(config, layers, narrow=True):

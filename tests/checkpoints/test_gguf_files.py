@@ -2,10 +2,8 @@
 
 import functools
 import hashlib
-import json
 import os
 import pkgutil
-import resource
 import signal
 import time
 
@@ -23,7 +21,6 @@ from mixgpt.checkpoints import gguf_files, load
 from mixgpt.common import files
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
-from mixgpt.modeling.streaming import disk_weights
 
 Q4_1 = gguf.GGMLQuantizationType.Q4_1
 TEXT = "Names refer to objects.\n\n  They are introduced by name binding operations; café."
@@ -95,26 +92,6 @@ def test_a_converted_file_gives_what_transformers_gives_to_the_bit_and_stays_on_
     assert mine.decode(mine(TEXT).input_ids) == its_tokenizer.decode(mine(TEXT).input_ids)
 
 
-def test_a_run_is_that_of_the_file_read_anew(tokenizer, tmp_path, capsys, monkeypatch):
-    path = tmp_path / "tiny.gguf"
-    write_gguf(path, tokenizer, Q4_1)
-    arguments = [path, "builtin", "--sparsity", ".5", *SMALL, "--save"]
-    assert run(llama.FAMILY, *arguments, tmp_path / "converted") == 0
-    the_line(capsys, f"converted {path} into {tmp_path}/cache/mixgpt/gguf-")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")
-    assert run(llama.FAMILY, *arguments, tmp_path / "anew") == 0
-    line = the_line(capsys, f"warning  {path} is read anew in each run, which takes longer: it cannot be converted")
-    assert line.endswith("(No such file or directory)")
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                 "model.safetensors"):
-        assert (tmp_path / "converted" / name).read_bytes() == (tmp_path / "anew" / name).read_bytes(), name
-    records = [json.loads((tmp_path / name / "mixgpt.json").read_text()) for name in ("converted", "anew")]
-    assert records[0]["settings"]["model"] == str(path)
-    for record in records:
-        del record["seconds"], record["peak_memory"], record["settings"]["save"]
-    assert records[0] == records[1]
-
-
 def test_a_file_is_read_once_and_its_checksum_computed_once_a_process(tokenizer, cache, tmp_path, monkeypatch, capsys):
     path, reads, checksums = tmp_path / "tiny.gguf", [], []
     write_gguf(path, tokenizer)
@@ -155,8 +132,7 @@ def converting(path, cache, report, prepare=None):
     if prepare:
         prepare()
     model = opened(path)
-    weights = (model.disk_weights.tensor(name) if disk_weights(model) else weight.detach()  # in memory: read anew
-               for name, weight in model.named_parameters())
+    weights = (model.disk_weights.tensor(name) for name, _ in model.named_parameters())
     report.write_text(str(sum(weight.double().sum().item() for weight in weights)))
 
 
@@ -226,23 +202,25 @@ def test_a_kill_leaves_no_folder_that_is_taken_for_whole(case, fork, tokenizer, 
     assert float(report.read_text()) == sum(tensor.double().sum().item() for tensor in model.parameters())
 
 
-def test_a_disk_that_fills_up_is_told_in_one_line_and_the_file_is_read_anew(fork, tokenizer, cache, tmp_path, capsys,
-                                                                            monkeypatch):
+@pytest.mark.parametrize("reason", ["no cache", "full", "full in the middle"])
+def test_a_cache_without_room_is_one_line_and_nothing_is_left(reason, tokenizer, cache, tmp_path, capsys, monkeypatch):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tokenizer)
-    free = files.shutil.disk_usage
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: free(folder)._replace(free=1000))
-    model = opened(path)
-    assert the_line(capsys, f"warning  {path} is read anew").endswith("(No space left on device)")
-    assert torch.equal(model.model.norm.weight, plain(path, "auto")[0].model.norm.weight)
-    assert [file.name for file in cache.iterdir()] == ["gguf.lock"]
+    if reason == "no cache":
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")
+    elif reason == "full":
+        free = files.shutil.disk_usage
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: free(folder)._replace(free=1000))
+    else:
+        monkeypatch.setattr(streaming, "save_file", full)
+    assert run(llama.FAMILY, path, "builtin", *SMALL) == 2
+    line = the_line(capsys, f"llama.py: error: model {path}: cannot be converted into ")
+    assert line.endswith("); set XDG_CACHE_HOME to a folder with room")
+    assert converted(cache) == []
 
-    for nbytes in (100, 20_000):  # a configuration, weights
-        process = fork(converting, path, cache, tmp_path / "report", functools.partial(
-            resource.setrlimit, resource.RLIMIT_FSIZE, (nbytes, nbytes)))
-        process.join()
-        assert process.exitcode == 0
-        assert [file.name for file in cache.iterdir()] == ["gguf.lock"]
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
 
 
 def as_rank_with(cache, *rank):
