@@ -60,4 +60,4 @@ fuzz: .venv/test
 	@$(PY) -m pytest -n auto --dist worksteal tests/fuzz.py
 
 soak: .venv/test
-	@PYTHONPATH=. $(PY) tests/soak.py
+	@KILLS=20 $(PY) -m pytest -n auto --dist worksteal tests/checkpoints/test_resume.py

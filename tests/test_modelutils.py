@@ -86,8 +86,7 @@ def test_arguments_that_do_not_depend_on_tokens_are_not_kept_for_each_sequence(t
 
 
 @pytest.mark.parametrize("give, what", [
-    (lambda tokens: tokens.sum(), r"a tensor of \(\)"), (lambda tokens: tokens.sum().item(), r"\d+"),
-    (lambda tokens: tokens.t(), r"a tensor of \(24, 1\)")])
+    (lambda tokens: tokens.sum(), r"a tensor of \(\)"), (lambda tokens: tokens.t(), r"a tensor of \(24, 1\)")])
 def test_an_argument_that_depends_on_tokens_but_is_not_of_each_sequence_is_refused(give, what, tokens):
     class Layer(torch.nn.Module):
         def forward(self, hidden, argument):
@@ -144,7 +143,7 @@ def test_hidden_states_that_fit_nowhere_are_refused_before_they_are_allocated():
         modelutils.check_hidden_states(10**15, CPU)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [0, 2])
 def test_ctrl_c_while_layers_are_made_to_record_passes_and_leaves_them_as_they_were(number, tokens):
     class Interrupted(torch.nn.Identity):
         def __setattr__(self, name, value):

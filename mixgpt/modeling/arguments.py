@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-PLAIN = (bool, int, float, str)
-
 
 @dataclass(frozen=True, eq=False)
 class PerSequence:
@@ -44,11 +42,11 @@ def per_sequence(calls, others, allocate):
     dependent = {}  # by id: many layers may take the same tensor
 
     def compare(ours, theirs):
-        if id(ours) in dependent or not _differ(ours, theirs):
+        if not torch.is_tensor(ours) or ours is theirs or torch.equal(ours, theirs):
             return
-        if not torch.is_tensor(ours) or not torch.is_tensor(theirs) or ours.shape[:1] != (1,):
-            what = f"a tensor of {tuple(ours.shape)}" if torch.is_tensor(ours) else repr(ours)
-            raise ValueError(f"its layers take {what}, which depends on the tokens but has no batch dimension")
+        if ours.shape[:1] != (1,):
+            raise ValueError(f"its layers take a tensor of {tuple(ours.shape)}, which depends on the tokens but has no "
+                             "batch dimension")
         dependent[id(ours)] = ours
 
     tree_map(compare, calls, others)
@@ -56,16 +54,10 @@ def per_sequence(calls, others, allocate):
     return tree_map(lambda argument: kept.get(id(argument)), calls)
 
 
-def _differ(ours, theirs):
-    if torch.is_tensor(ours) and torch.is_tensor(theirs):
-        return ours is not theirs and not torch.equal(ours, theirs)
-    return torch.is_tensor(ours) != torch.is_tensor(theirs) or isinstance(ours, PLAIN) and ours != theirs
-
-
 def fill(places, calls, rows):
     """Return the arguments of all layers for the sequences `rows` with those that depend on tokens put in `places`.
 
-    places: from `per_sequence`. Raises ValueError if an argument has no batch dimension.
+    places: from `per_sequence`.
     """
     filled = set()
 
@@ -73,9 +65,6 @@ def fill(places, calls, rows):
         if place is None:
             return argument
         if place not in filled:
-            if argument.shape[1:] != place.values.shape[1:] or len(argument) != len(place.values[rows]):
-                raise ValueError(f"its layers take a tensor of {tuple(argument.shape)}, which depends on the tokens "
-                                 "but has no batch dimension in front")
             place.values[rows] = argument.to(place.values.device)
             filled.add(place)
         return place

@@ -168,7 +168,8 @@ ACCIDENTS = {
         at, ("opened", "saved/config.json", limited, 20_000), "--save-format sparse",
         f"the model needs 0.000 GB, {FULL}", 3),
     "Ctrl-C in an input's Hessian": (
-        at, ("placed", "layer-00000.json", before_next, "sparsegpt.InputHessian.add_batch", interrupted), "", None, 1),
+        at, ("placed", "layer-00000.json", before_next, "mixgpt.pruning.hessian.InputHessian.add_batch", interrupted),
+        "", None, 1),
     # the layer that is being written is completed
     "Ctrl-C while a layer is kept": (at, ("opened", "layer-00001.json.*", interrupted), "", None, 2),
     "Ctrl-C while a shard is written": (

@@ -1,14 +1,16 @@
 """Kill runs at moments all over them: --resume gives what a run gives that nobody killed, bit for bit."""
 
 import json
+import os
 import random
+import shutil
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
-from conftest import command
-from kills import SMALL, check_goes_on, drawn, loaded, side_by_side, watch
+from conftest import as_rank, command, free_port
+from kills import SMALL, Together, check_goes_on, drawn, loaded, side_by_side, watch
 from safetensors.torch import load_file
 
 from mixgpt.checkpoints import shards
@@ -25,6 +27,7 @@ class Scenario:
     parts: list  # sets of parts of a run, of which one moment each is drawn
     pickled: bool = False  # weights that cannot be left on disk
     shard: int = shards.LARGEST  # bytes
+    processes: int = 1  # of which the first one is killed
 
 
 CALIBRATION = {"forward", "Hessian", "factorisation", "walk"}
@@ -42,7 +45,16 @@ SCENARIOS = {
     "baichuan-7b, packed": Scenario("baichuan-7b", ["--sparsity", ".5", "--wbits", "4", "--sym", "--act-order",
                                                     "--distill", "1", "--save-format", "compressed-tensors"],
                                     [{"finish"}, {"distillation"}, {"complete"}]),
+    "llama, 2 processes": Scenario("llama", ["--preset", "best", "--sparsity", ".5"], [{"finish"}], processes=2),
 }
+KILLS = int(os.environ.get("KILLS", 0))  # at further moments of each scenario, by `make soak`
+
+
+def member(rank, world, port, *watched):
+    """Be one of the processes of a run, and let `watch` watch it."""
+    if world > 1:
+        as_rank(rank, world, port)
+    watch(*watched)
 
 
 @pytest.fixture
@@ -56,9 +68,7 @@ def launch(fork, checkpoint_folder, tmp_path, monkeypatch):
             return kept
         path = tmp_path / "pickled"
         if not path.exists():
-            path.mkdir()
-            for file in kept.iterdir():
-                (path / file.name).write_bytes(file.read_bytes())
+            shutil.copytree(kept, path, dirs_exist_ok=True)
             torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
             (path / "model.safetensors").unlink()
         return path
@@ -69,8 +79,10 @@ def launch(fork, checkpoint_folder, tmp_path, monkeypatch):
         arguments = [source(scenario), "builtin", *scenario.options, *SMALL, "--save", root / "saved", *more]
         if "--sensitivity" in scenario.options:
             arguments += ["--sensitivity_file", root / "traces.json"]
-        return fork(command, scenario.name, arguments, root / "log", watch,
-                    (fatal, root / "moments.json", root, scenario.shard))
+        world, port = scenario.processes, free_port()
+        return Together([fork(command, scenario.name, arguments, root / f"log{rank or ''}", member, (
+            rank, world, port, 0 if rank else fatal, root / f"moments{rank or ''}.json", root, scenario.shard))
+            for rank in range(world)])
 
     return start
 
@@ -88,13 +100,6 @@ def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_files(case, launch, t
     chains = [[fatal] for fatal in singly]
     started = passed.index("finish")  # killed again, where they have come further or not
     chains.append([generator.randrange(started, len(passed)) for _ in range(3)])
+    chains += [[fatal] for fatal in generator.sample(range(1, len(passed) + 1), min(KILLS, len(passed)))]
     side_by_side(check_goes_on(partial(launch, scenario, f"killed{number}"), tmp_path / f"killed{number}", kills,
                                tmp_path / "whole") for number, kills in enumerate(chains))
-
-
-def test_enough_moments_in_every_part_of_a_run_are_tried():
-    parts = [part for scenario in SCENARIOS.values() for part in scenario.parts]
-    assert len(parts) >= 20
-    assert {"opt", "llama", "bloom", "baichuan-7b"} == {scenario.name for scenario in SCENARIOS.values()}
-    assert {"load", "sensitivity", "traces", "walk", "kept", "finish", "half a file", "complete",
-            "evaluation", "end"} <= set().union(*parts)
