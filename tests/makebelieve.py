@@ -71,12 +71,6 @@ class GpuTensor(torch.Tensor):
     def cpu(self):
         return self.to("cpu")
 
-    def cuda(self, *_, **__):
-        return self
-
-    def get_device(self):
-        return 0
-
     def tolist(self):
         return self.to("cpu").tolist()
 
@@ -89,15 +83,9 @@ class GpuTensor(torch.Tensor):
     def untyped_storage(self):  # what Triton's interpreter works on
         return self.held.untyped_storage()
 
-    def record_stream(self, stream):
-        pass
-
     def __deepcopy__(self, memo):
         copy = GpuTensor(self.held.detach().clone(memory_format=torch.preserve_format))
         return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
-
-    def __repr__(self, **_):
-        return f"GpuTensor({self.held})"
 
 
 def _destination(tensor, args, kwargs):
@@ -157,7 +145,7 @@ class Gpu:
 
     def __init__(self, memory=80 << 30, free=None):
         self.memory, self._free = memory, free
-        self.synchronisations, self.streams = collections.Counter(), []
+        self.synchronisations = collections.Counter()
         self.thread = threading.get_ident()
         self.used = self.peak = 0
         self._holders = collections.Counter()  # address of a storage -> tensors that keep it
@@ -282,10 +270,6 @@ class Gpu:
 
     def _functions(self):
         """Return what stands for the functions of torch.cuda."""
-        def stream(*args, **kwargs):
-            self.streams.append(mock.MagicMock(name="stream"))
-            return self.streams[-1]
-
         nothing = contextlib.nullcontext()
         return {
             "is_available": lambda: True, "device_count": lambda: 1, "is_initialized": lambda: True,
@@ -294,9 +278,8 @@ class Gpu:
             "mem_get_info": lambda *_: (self.free, self.memory), "memory_allocated": lambda *_: self.used,
             "memory_reserved": lambda *_: self.used, "max_memory_allocated": lambda *_: self.peak,
             "empty_cache": lambda: None, "synchronize": lambda *_: self.wait("torch.cuda.synchronize"),
-            "Event": functools.partial(Event, self), "Stream": stream, "stream": lambda _: nothing,
-            "current_stream": mock.MagicMock(),
-            "device_of": lambda _: nothing, "device": lambda _: nothing, "set_device": lambda _: None,
+            "Event": functools.partial(Event, self), "current_stream": mock.MagicMock(),
+            "device_of": lambda _: nothing, "device": lambda _: nothing,
         }
 
 
