@@ -67,7 +67,7 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
     size = chunk_size(streamed, -(-N // distributed.world()), T, 1)
     sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=streamed.device)
             for index, name in matrices]
-    energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64, device=streamed.device)
+    energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64)
 
     def measure(column, X, Y):
         squares = wide(Y).square()
@@ -82,9 +82,9 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
             numbers = mine[start:start + size]
             _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], bar),
                               [(seed, n, 0) for n in numbers], measure, energies[:, start:start + size])
-    *means, token_means = _means([*sums, energies.sum((1, 2))], N * T)
+    *means, token_means = _means([*sums, energies.sum((1, 2)).to(streamed.device)], N * T)
     shares = [energy / mean if mean else torch.ones_like(energy)
-              for mean, energy in zip(token_means, energies.cpu(), strict=True)]
+              for mean, energy in zip(token_means, energies, strict=True)]
     rows, of_tokens = ({key: value.float() for key, value in zip(matrices, values, strict=True)}
                        for values in ([flattened(mean) for mean in means], shares))
     return Gradients(rows, of_tokens, None if percdamp is None else
@@ -120,17 +120,17 @@ def squared_gradients(chunk, keys):
     Its expectation is T − 1 times the trace of the Gauss-Newton matrix of the mean cross-entropy, as the gradients of
     different tokens are independent with mean zero. keys: seeds of the sequences' labels.
     """
-    result = torch.zeros(len(chunk.matrices), len(chunk.tokens), dtype=torch.float64, device=chunk.device)
+    result = torch.zeros(len(chunk.matrices), len(chunk.tokens), dtype=torch.float64)
     _sampled_backward(chunk, keys, lambda column, X, Y: wide(Y.mT @ X).square().sum(dim=(1, 2)), result)
-    return result.t().cpu()
+    return result.t()
 
 
 def _sampled_backward(chunk, keys, measure, result):
     """Run all layers forward and backward, with labels ŷ sampled from the model's predictions, seeded by `keys`.
 
-    Puts into result (matrices, n, ...) what measure(column, X, Y) returns per sequence of a batch (B, ...), given the
-    index of a matrix, its input (B, T, in) and the gradient of L(ŷ) w.r.t. its output (B, T, out). Hidden states are
-    replaced by gradients on the way back.
+    Puts into result (matrices, n, ...), zeros on the host, what measure(column, X, Y) returns per sequence of a batch
+    (B, ...), given the index of a matrix, its input (B, T, in) and the gradient of L(ŷ) w.r.t. its output (B, T, out).
+    Hidden states are replaced by gradients on the way back.
     """
     batches = chunk.stream.batches()
 
@@ -142,9 +142,13 @@ def _sampled_backward(chunk, keys, measure, result):
         chunk.borders.append(after)
 
     def backward(layer, index):
+        of_layer = {column: result.new_zeros(result.shape[1:], device=chunk.device)
+                    for column in chunk.matrices_of(layer, index)}  # on the device, so that no batch is waited for
         for rows in batches:
             for column, X, Y in _layer_gradient(chunk, layer, index, rows):
-                result[column, rows] = measure(column, X, Y).double()
+                of_layer[column][rows] = measure(column, X, Y).double()
+        for column, values in of_layer.items():
+            result[column] = values
         chunk.borders.pop()
 
     chunk.visit_layers(forward)

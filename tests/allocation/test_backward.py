@@ -112,7 +112,8 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
     if what == "plan":  # the size of a histogram, and itself
         assert waits == {"global_threshold.py": 2 * len(selected) * 2 + len(selected)}
     else:
-        assert "backward.py" not in waits and waits.get("hutchinson.py", 0) <= 1 and waits.get("fisher.py", 0) <= 2
+        assert "backward.py" not in waits and waits.get("hutchinson.py", 0) <= 1
+        assert waits.get("fisher.py", 0) <= len(selected) + 1  # none within a layer
 
 
 def test_gradients_bring_the_inverse_diagonals_where_they_are_wanted(tokens):

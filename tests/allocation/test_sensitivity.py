@@ -106,18 +106,10 @@ def test_gradients_at_experts_count_tokens_that_go_elsewhere_as_zero(tokens, all
     assert 0 < sum(each.sum().item() for each in routed) <= 2 * 3 * tokens.numel()  # two experts a token and layer
 
 
-def test_only_the_wanted_matrices_are_probed(tokens, all_float64):
+def test_only_the_wanted_matrices_are_probed_and_probes_are_averaged(tokens, all_float64):
     family, model = make("llama")
     model, tokens = model.double(), tokens[:2, :10]
     matrices = [(0, "mlp.up_proj"), (2, "self_attn.v_proj")]
-    expected = whole_model_products(model, family, matrices, tokens)
-    assert (traces(model, family, matrices, tokens, "hutchinson") - expected).abs().max() < 1e-10
-
-
-def test_several_probes_are_averaged(tokens, all_float64):
-    family, model = make("llama")
-    model, tokens = model.double(), tokens[:2, :10]
-    matrices = matrices_of(model, family)
     expected = sum(whole_model_products(model, family, matrices, tokens, probe) for probe in range(3)) / 3
     assert (traces(model, family, matrices, tokens, "hutchinson", nprobes=3) - expected).abs().max() < 1e-10
 
@@ -198,7 +190,7 @@ def sampled_labels(model, sequence, generator):
     return (cumulative < uniform[:, None]).sum(dim=1)
 
 
-@pytest.mark.parametrize("size", [1, 2, 383, 384, 49152])
+@pytest.mark.parametrize("size", [1, 384])
 def test_labels_are_drawn_by_inverting_the_distribution_function(size):
     generator = torch.Generator().manual_seed(0)
     p = (4 * torch.randn(200, size, generator=generator, dtype=torch.float64)).softmax(-1)
