@@ -56,7 +56,7 @@ import datautils
 import llama
 import opt
 from mixgpt.allocation.plan import Budget
-from mixgpt.app import cli, pipeline
+from mixgpt.app import cli, inputs
 from mixgpt.app.choices import ALLOCATIONS
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.kernels import columns_cpu
@@ -305,7 +305,7 @@ def read_little(patch):
     """Let runs in this process read a part of the texts, and evaluate on four segments. patch: a pytest.MonkeyPatch."""
     rows, tests = datautils.load_rows, datautils.test_tokens
     patch.setattr(datautils, "load_rows", lambda *asked: (lambda found, source: (found[:150], source))(*rows(*asked)))
-    patch.setattr(pipeline, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
+    patch.setattr(inputs, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
 
 
 def command(name, arguments, log, prepare=None, given=()):

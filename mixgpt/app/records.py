@@ -12,11 +12,15 @@ import torch
 import transformers
 
 from mixgpt.app.settings import METHOD, RESULT, ROUNDING, flag_of, having_effect
+from mixgpt.checkpoints import load
 from mixgpt.checkpoints.choices import RECORD, is_interrupted_run
 from mixgpt.checkpoints.formats import stored_bytes
+from mixgpt.checkpoints.run_dir import clear
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
+from mixgpt.common.outputs import write
 from mixgpt.common.program import check_signature, signature
+from mixgpt.common.runtime import choose_dtype
 from mixgpt.evaluation.sparsity import MatrixSparsity, total_sparsity
 from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome
@@ -95,8 +99,11 @@ def completed(settings):
     return record
 
 
-def check_completed(record, settings, device):
-    """Raise InputError if a run that has ended had other settings than those asked for now."""
+def check_completed(record, settings, device, family):
+    """Raise InputError if a run that has ended had other settings or other weights than those asked for now.
+
+    Removes what it kept to go on from: it may have been killed while it did this.
+    """
     before = record["settings"]
     shared = asked(settings, settings.seqlen or before.get("seqlen"), device)
     for flag in (flag for flag in ("--dtype", "--bos") if shared[flag] == "auto"):
@@ -109,6 +116,14 @@ def check_completed(record, settings, device):
         if old != new:
             raise InputError(f"--resume: {flag} was {old} in the complete run in {settings.save}, now it is {new}"
                              f"{advice}")
+    if settings.model != before["model"]:
+        config = load.load_config(settings.model, family)
+        model = load.open_model(settings.model, config, family, choose_dtype(settings.dtype, config, device))
+        if fingerprint(model) != record["identity"]["model's weights"]:
+            raise InputError(f"--resume: the complete run in {settings.save} has pruned other weights than those of "
+                             f"{settings.model}")
+    if distributed.rank() == 0:
+        clear(settings.save)
 
 
 def matrices_of(record):
@@ -127,3 +142,9 @@ def disk(settings, folder, plan, selected):
     numel = sum(sizes.values())
     return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
             "theoretical_ratio": 16 * numel / (settings.wbits * kept)}
+
+
+def write_file(settings, record):
+    """Write the record to the file of --record, if one is given."""
+    if settings.record:
+        write("--record", settings.record, json.dumps(record, indent=1) + "\n")

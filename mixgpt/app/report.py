@@ -114,21 +114,21 @@ def cost_line(seconds, peak):
     return f"time {sum(seconds.values()):.1f} s ({parts}); peak memory {memory}"
 
 
-def heading(job):
-    """Return the heading: all that is needed to reproduce the run."""
-    settings, model = job.settings, job.model
-    parameters = sum(p.numel() for p in model.parameters())
-    lines = [f"command  {job.command}"] if job.command else []
-    lines += ["versions " + ", ".join(f"{name} {version}" for name, version in job.record["versions"].items()),
-              f"model    {settings.model}: {type(model).__name__}, {len(job.family.layers_of(model))} layers, "
-              f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {job.device}"
+def heading(inputs, model, versions, command=None):
+    """Return the heading: all that is needed to reproduce the run. command: the command line."""
+    settings, parameters = inputs.settings, sum(p.numel() for p in model.parameters())
+    lines = [f"command  {command}"] if command else []
+    lines += ["versions " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+              f"model    {settings.model}: {type(model).__name__}, {len(inputs.family.layers_of(model))} layers, "
+              f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {inputs.device}"
               + (f", the text part of a {whole}" if (whole := load.multimodal(settings.model)) else "")
               + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
-    lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(job.selected)).items()]
+    lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(inputs.selected)).items()]
     data = []
-    if job.calibration is not None:
-        data.append(f"{settings.dataset}: {len(job.calibration)} sequences of {job.seqlen} tokens, "
-                    + (f"{synthetic} synthetic ones, " if (synthetic := sum(settings.synthetic_counts())) else "")
+    if inputs.calibration is not None:
+        synthetic = sum(settings.synthetic_counts())
+        data.append(f"{settings.dataset}: {len(inputs.calibration)} sequences of {inputs.seqlen} tokens, "
+                    + (f"{synthetic} synthetic ones, " if synthetic else "")
                     + f"seed {settings.seed}, batches of {settings.batch_size}")
     data += [BOS[settings.bos]] if settings.bos != "never" else []
     return "\n".join(lines + ([f"data     {', '.join(data)}"] if data else []))
@@ -164,16 +164,16 @@ def plan_text(settings, target, plan, selected, traces):
     return f"\n{plan_tables(plan, selected, traces)}\n\nplan     {total:.2%} of the weights in all{closest}"
 
 
-def result_text(job):
+def result_text(settings, record, matrices, others, outcomes):
     """Return the final output: tables of sparsity, perplexity and tasks and, unless quiet, the costs."""
-    settings, record = job.settings, job.record
-    parts = [sparsity_table(job.matrices, job.others, job.outcomes)] if settings.compresses else []
+    parts = [sparsity_table(matrices, others, outcomes)] if settings.compresses else []
+    perplexities, scores = record["perplexity"], record.get("tasks")
     if settings.eval:
-        parts.append(perplexity_table(job.perplexities))
-    if job.scores:
-        parts.append(task_table(job.scores))
+        parts.append(perplexity_table(perplexities))
+    if scores:
+        parts.append(task_table(scores))
     if "semi_structured" in record:
-        parts.append(kernels_line(record["semi_structured"], list(job.perplexities.values())[-1]))
+        parts.append(kernels_line(record["semi_structured"], list(perplexities.values())[-1]))
     if settings.quiet:
         return "\n\n".join(parts)
     parts.append(cost_line(record["seconds"], record["peak_memory"]))

@@ -17,7 +17,7 @@ from makebelieve import Gpu, GpuTensor
 
 import modelutils
 from mixgpt.allocation import backward
-from mixgpt.app import cli, pipeline
+from mixgpt.app import cli, planning
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.choices import RECORD
 from mixgpt.checkpoints.layer_files import LayerFiles
@@ -192,7 +192,7 @@ def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no
     ("opt-350m", "MixGPT, two passes"), ("llama", "best"), ("qwen3", "50% + 4 bit, sparse"),
     ("baichuan-13b", "best + 4 bit")])
 def test_an_interrupted_run_goes_on_to_the_same_weights(family, job, gpu, run, tmp_path, monkeypatch):
-    measure, finish = pipeline.output_gradients, LayerFiles.save_layer
+    measure, finish = planning.output_gradients, LayerFiles.save_layer
 
     def interrupted(folder, index, *args, **options):
         finish(folder, index, *args, **options)
@@ -205,9 +205,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(family, job, gpu, run, t
         run(family, job, "cuda:0", save=tmp_path / "saved", status=130)
         monkeypatch.setattr(LayerFiles, "save_layer", finish)
         # attention's gradients on a GPU are not the same each time: those of the first run count
-        monkeypatch.setattr(pipeline, "output_gradients", lambda *args, **kwargs: pytest.fail("measured again"))
+        monkeypatch.setattr(planning, "output_gradients", lambda *args, **kwargs: pytest.fail("measured again"))
         found, *_ = run(family, job, "cuda:0", "--resume", save=tmp_path / "saved")
-        monkeypatch.setattr(pipeline, "output_gradients", measure)
+        monkeypatch.setattr(planning, "output_gradients", measure)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
 
 

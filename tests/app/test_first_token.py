@@ -174,7 +174,7 @@ def test_a_run_resumes_with_the_same_bos_only(folder, tmp_path, capsys):
 def test_an_interrupted_run_resumes_with_the_same_bos_only(folder, tmp_path, capsys, monkeypatch):
     arguments = [folder("gemma2"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
     with monkeypatch.context() as patch:
-        patch.setattr("mixgpt.app.pipeline.save", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("mixgpt.app.pipeline._save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(llama.FAMILY, *arguments) == 130
     capsys.readouterr()
     assert run(llama.FAMILY, *arguments, "--resume", "--bos", "never") == 2

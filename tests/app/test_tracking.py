@@ -14,9 +14,11 @@ from conftest import FAMILIES, ROOT, load_compiled, read_little
 from paper import METHODS, TABLES, TASKS
 from scores import flags_of
 
-from mixgpt.app import cli, pipeline, tracking
+from mixgpt.app import cli, compression, pipeline, tracking
+from mixgpt.app.run import _tracker
 from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
+from mixgpt.common.errors import InputError
 from mixgpt.evaluation.sparsity import MatrixSparsity
 from mixgpt.pruning.targets import Outcome
 
@@ -247,11 +249,11 @@ def test_runs_of_the_sweep_share_their_traces_and_belong_to_it(sweep, surroundin
 
 
 def test_a_run_that_fails_is_marked_so_and_says_why(surroundings, checkpoint_folder, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "_compress", lambda *_: (_ for _ in ()).throw(pipeline.InputError("no luck\nat all")))
+    monkeypatch.setattr(compression, "_prune", lambda *_: (_ for _ in ()).throw(InputError("no luck\nat all")))
     assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log_wandb") == 2
     _, _, summary, status, _ = read_back(folder_of(surroundings))
     assert status == 2 and summary["failed"] == "no luck at all"
-    monkeypatch.setattr(pipeline, "_compress", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(compression, "_prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log_wandb") == 130
     assert read_back(folder_of(surroundings))[3] == 130
 
@@ -284,7 +286,7 @@ def test_a_client_that_fails_in_mid_run_is_left_after_one_line(surroundings, cap
 def test_only_the_first_process_logs_and_only_where_asked(rank, asked, warnings, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # so that who would log warns
     monkeypatch.setattr(pipeline.distributed, "rank", lambda: rank)
-    with pipeline.tracker_of(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
+    with _tracker(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
         tracker.layer(0, {}, 0.0, [])
     assert tracker.place is None and capsys.readouterr().out.count("going on without it") == warnings
 

@@ -24,13 +24,15 @@ from transformers import AutoModelForCausalLM
 import datautils
 import mixgpt
 from mixgpt.allocation import synthetic
-from mixgpt.app import pipeline
+from mixgpt.app import compression, planning
+from mixgpt.app import run as running
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.run_dir import RunDir
+from mixgpt.common import memory
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
-from mixgpt.pruning import distill, layerwise
+from mixgpt.pruning import calibration, distill, layerwise
 
 
 def run(name, *arguments):
@@ -106,7 +108,8 @@ def test_room_for_layers_and_result_that_are_not_there_yet_is_asked_for(layers, 
 
 HOLD = """
 import sys, time
-from mixgpt.app import pipeline
+from mixgpt.app import compression, planning
+from mixgpt.app import run as running
 from mixgpt.checkpoints.run_dir import RunDir
 held = RunDir(sys.argv[1])
 print("held", flush=True)
@@ -403,7 +406,7 @@ def test_a_step_that_starts_over_goes_on_from_the_finished_layers(saves, checkpo
         save_layer(files, index, *given)
 
     monkeypatch.setattr(LayerFiles, "save_layer", scarce)
-    monkeypatch.setattr(pipeline.MemoryPlan, "next_cheaper", lambda plan: (plan, "as if"))
+    monkeypatch.setattr(memory.MemoryPlan, "next_cheaper", lambda plan: (plan, "as if"))
     options[1] = Path(str(options[1]).replace("whole", "again"))
     assert run("opt", *arguments, *options) == 0
     assert indexes == [0, 1, 2, 2]
@@ -422,8 +425,8 @@ def test_distillation_that_is_interrupted_costs_at_most_itself(finished, checkpo
     arguments = [*options, "--save", tmp_path / "saved"]
     interrupt(monkeypatch, "llama", arguments, finished)
     monkeypatch.setattr(layerwise, "prune_in_place", None)
-    monkeypatch.setattr(pipeline, "synthetic", None)  # nor is anything measured again
-    monkeypatch.setattr(pipeline, "output_gradients", None)
+    monkeypatch.setattr(planning, "synthetic", None)  # nor is anything measured again
+    monkeypatch.setattr(planning, "output_gradients", None)
     assert run("llama", *arguments, "--resume") == 0
     assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
 
@@ -463,17 +466,17 @@ def test_a_run_that_goes_on_prunes_in_the_way_of_the_interrupted_one(checkpoint_
     """As on a GPU with less memory free, where two passes through each layer would be chosen."""
     options = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save"]
     assert run("llama", *options, tmp_path / "whole") == 0
-    ways, compress = [], pipeline._compress
-    monkeypatch.setattr(pipeline, "_compress", lambda job, way: (ways.append(way), compress(job, way))[1])
+    ways, prune = [], compression._prune
+    monkeypatch.setattr(compression, "_prune", lambda run, plan, way: (ways.append(way), prune(run, plan, way))[1])
     interrupt(monkeypatch, "llama", [*options, tmp_path / "saved"], 1)
-    monkeypatch.setattr(pipeline.calibration, "one_pass_bytes", lambda *_: 10**18)
-    announce = pipeline.announce
+    monkeypatch.setattr(calibration, "one_pass_bytes", lambda *_: 10**18)
+    decide = running._plan
 
-    def on_a_gpu(job):
-        announce(job)
-        pipeline._plan_memory(job)
+    def on_a_gpu(current):
+        decide(current)
+        running._plan_passes(current)
 
-    monkeypatch.setattr(pipeline, "announce", on_a_gpu)
+    monkeypatch.setattr(running, "_plan", on_a_gpu)
     assert run("llama", *options, tmp_path / "saved", "--resume") == 0
     assert ways[0] == ways[1] and not ways[1].two_passes
     assert contents(tmp_path / "saved") == contents(tmp_path / "whole")

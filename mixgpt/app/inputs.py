@@ -1,0 +1,156 @@
+"""What a run takes: model, texts and device, checked before the weights are read."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from datautils import calibration_samples, test_tokens
+from mixgpt.allocation import traces
+from mixgpt.app.settings import Settings
+from mixgpt.checkpoints import formats, load
+from mixgpt.common import distributed, memory
+from mixgpt.common.clock import Clock
+from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import choose_dtype, choose_seqlen
+from mixgpt.evaluation import selfcheck
+from mixgpt.modeling.family import Family
+from mixgpt.pruning.targets import Selection, Target, select
+from mixgpt.text import bos
+from modelutils import check_hidden_states
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The checked inputs of a run. calibration and tests are empty until `read_texts`."""
+
+    settings: Settings  # with what "auto" in --bos stands for
+    family: Family
+    device: torch.device
+    clock: Clock
+    config: Any  # of transformers
+    seqlen: int
+    tokenizer: Any
+    selected: dict  # {(layer, name): (out, in)}, the matrices to change
+    calibration: torch.Tensor | None = None  # (N, T)
+    tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
+    sources: dict = field(default_factory=dict)  # origin of the texts
+    score_tasks: Any = None  # function of (model, batch size), None without tasks
+
+    @property
+    def dtype(self):
+        """The dtype of the weights in memory, "auto" for that on disk."""
+        return choose_dtype(self.settings.dtype, self.config, self.device)
+
+    @property
+    def target(self):
+        """The overall target."""
+        n, m = self.settings.prunen, self.settings.prunem
+        return Target(n / m, n, m) if m else Target(self.settings.sparsity)
+
+
+def check(settings, family, device, clock, model=None, tokenizer=None):
+    """Return the `Inputs` without texts. Raises InputError for settings that do not fit the model or the disk.
+
+    model, tokenizer: if they are in memory already.
+    """
+    settings.check_paths()
+    config = model.config if model else load.load_config(settings.model, family)
+    skeleton = load.skeleton(config)
+    load.check_layers(settings.model, skeleton, family, settings.save_format)
+    selected = select(skeleton, family, Selection(
+        settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert),
+        {"--prunem": settings.prunem, "--groupsize": settings.groupsize}) if settings.compresses else {}
+    widening = selfcheck.check(settings.model, family, skeleton,
+                               {name for _, name in selected} if settings.calibrates else ())
+    seqlen = choose_seqlen(settings.seqlen, config)
+    inputs = Inputs(settings, family, device, clock, config, seqlen, tokenizer, selected)
+    _check_memory(inputs, widening)
+    if settings.sensitivity_file:
+        traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
+    tokenizer = tokenizer or load.load_tokenizer(settings.model)
+    settings = replace(settings, bos=bos.resolve(settings.bos, config.model_type, tokenizer))
+    return replace(inputs, settings=settings, tokenizer=tokenizer)
+
+
+def _check_memory(inputs, widening):
+    """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn.
+
+    widening: of hidden states, see `selfcheck.check`.
+    """
+    settings, seqlen, host = inputs.settings, inputs.seqlen, torch.device("cpu")
+    if not settings.needs_calibration:
+        return
+    numel = seqlen * (settings.nsamples + sum(settings.synthetic_counts()))
+    if not memory.fits(16 * numel, host):  # a list of the tokens, then a tensor
+        raise InputError(f"--nsamples {settings.nsamples}: sequences of {seqlen} tokens take "
+                         f"{16 * numel / 1e9:.1f} GB, {memory.free(host) / 1e9:.1f} GB of memory are free; lower "
+                         "--nsamples or --seqlen")
+    itemsize = 2 if inputs.dtype == "auto" else inputs.dtype.itemsize  # at least
+    sets = 2 if settings.target == "dense" else 1
+    check_hidden_states(int(sets * widening * numel * inputs.config.hidden_size * itemsize) // distributed.world(),
+                        inputs.device)
+
+
+def size_on_disk(inputs):
+    """Estimate the bytes of finished layers and of the result, which is written beside them."""
+    settings, dtype, changed = inputs.settings, inputs.dtype, list(inputs.selected.values())
+    model = load.size(load.skeleton(inputs.config), dtype)
+    packed = formats.expected_bytes(settings.save_format, changed, inputs.target.sparsity, settings.scheme,
+                                    load.itemsize(dtype))
+    unpacked = load.itemsize(dtype) * sum(out * columns for out, columns in changed)
+    return model + packed - unpacked + (model if changed else 0)
+
+
+def read_texts(inputs, tokens=None):
+    """Return the `Inputs` with calibration and test tokens and the tasks.
+
+    tokens: (N, T), calibration tokens if they are in memory already.
+    """
+    settings, tests, sources = inputs.settings, {}, {}
+    _check_counts(settings, inputs.seqlen)
+    if settings.needs_calibration and tokens is None:
+        tokens, sources["calibration"] = calibration_samples(
+            settings.dataset, settings.nsamples, inputs.seqlen, settings.seed, inputs.tokenizer, settings.data_dir,
+            settings.bos)
+    for name in settings.eval:
+        segments, sources[name] = test_tokens(name, inputs.seqlen, inputs.tokenizer, settings.data_dir, settings.bos)
+        tests[name] = segments[:settings.eval_limit]
+    for part in ([] if tokens is None else [tokens]) + list(tests.values()):
+        if part.max() >= inputs.config.vocab_size:
+            raise InputError(f"model {settings.model}: its tokenizer gives token {part.max()}, but its vocabulary has "
+                             f"{inputs.config.vocab_size}")
+    return replace(inputs, calibration=tokens if settings.needs_calibration else None, tests=tests, sources=sources,
+                   score_tasks=_task_scorer(inputs) if settings.tasks else None)
+
+
+def _check_counts(settings, seqlen):
+    """Raise InputError if some processes would get no sequence."""
+    world = distributed.world()
+    if settings.nsamples < world:
+        raise InputError(f"--nsamples {settings.nsamples}: must be at least {world}, the number of processes")
+    windows = distillation_windows(settings, seqlen)
+    if settings.distill and len(windows) < world:
+        raise InputError(f"--distill {settings.distill:g}: gives {len(windows)} pieces of text, must be at least "
+                         f"{world}, the number of processes; raise --nsamples")
+
+
+def distillation_windows(settings, seqlen):
+    """Return uninitialised tokens in the shape of the text that the model is distilled on."""
+    from mixgpt.allocation.synthetic import GENERATED, windows_of
+
+    return windows_of(torch.empty(settings.synthetic_counts()[1], seqlen, dtype=torch.long), GENERATED)
+
+
+def _task_scorer(inputs):
+    """Return a function of (model, batch size) that scores a model on the tasks of a run."""
+    settings = inputs.settings
+    try:
+        from mixgpt.evaluation import tasks  # lm-eval is an optional dependency
+    except ImportError as error:
+        raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
+    chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
+    tasks.check(chosen, inputs.tokenizer, load.size(load.skeleton(inputs.config), inputs.dtype), inputs.device)
+    return lambda model, batch_size: tasks.score(
+        chosen, model, inputs.family, inputs.tokenizer, settings.limit, batch_size * inputs.seqlen, inputs.device,
+        settings.bos)

@@ -1,0 +1,127 @@
+"""Before pruning: write synthetic text, measure sensitivities and gradients, and assign a sparsity to each matrix."""
+
+from dataclasses import astuple, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixgpt.allocation import traces
+from mixgpt.allocation.fisher import Gradients, every_second_sequence, output_gradients
+from mixgpt.allocation.plan import Budget
+from mixgpt.allocation.synthetic import RESAMPLED, synthetic, windows_of
+from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS
+from mixgpt.app.report import plan_text
+from mixgpt.common import distributed
+from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
+from mixgpt.common.outputs import write
+from mixgpt.pruning import distill
+from mixgpt.pruning.targets import Target
+from mixgpt.text import bos
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What pruning needs beside the model. Empty for a dense model."""
+
+    targets: dict  # {(layer, name): Target}
+    tokens: torch.Tensor | None = None  # (n, T), on which matrices are pruned
+    gradients: Gradients | None = None  # of the loss w.r.t. matrix outputs, if needed
+    traces: Any = None  # allocation.traces.Traces, if matrices are ranked by sensitivity
+    distillation_tokens: torch.Tensor | None = None  # (n, T)
+    dense_states: torch.Tensor | None = None  # (n, T, C), behind the dense model's last layer, of these tokens
+
+
+def choose(run):
+    """Return the `Plan` of a run; print and plot it."""
+    settings, inputs = run.settings, run.inputs
+    if not settings.compresses:
+        return Plan({})
+    plan = retry_with_less_memory(settings, MemoryPlan(settings.batch_size, on_host=False), partial(_measure, run))
+    if plan.traces:
+        if warning := plan.traces.warning():
+            print(warning, flush=True)
+        run.log(plan_text(settings, inputs.target, plan.targets, inputs.selected, plan.traces))
+        run.tracker.plan(plan.traces, plan.targets)
+    elif settings.is_nonuniform:
+        sparsities = [target.sparsity for target in plan.targets.values()]
+        run.log(f"plan     {ALLOCATIONS.title(settings.sparsity_way)}: matrices from {min(sparsities):.2%} to "
+                f"{max(sparsities):.2%}")
+    if settings.plot and distributed.rank() == 0:
+        from mixgpt.app import plots  # matplotlib takes half a second to import
+
+        write("--plot", settings.plot, plots.draw(plan.targets, plan.traces, Path(settings.plot).suffix))
+    return plan
+
+
+def _measure(run, memory_plan):
+    """Return the `Plan`."""
+    streamed = run.streamed(memory_plan)
+    tokens, *distillation = _texts(run, streamed)
+    measured = _traces(run, streamed) if run.settings.ranks_by_sensitivity else None
+    targets, tensors = run.kept("plan", lambda: _allocate(run, streamed, tokens, measured))
+    return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens,
+                Gradients.of(tensors) if run.settings.needs_gradients else None, measured, *distillation)
+
+
+def _texts(run, streamed):
+    """Return the tokens for the Hessians, those for distillation and the dense model's states of these, or Nones."""
+    calibration, (for_hessians, for_distillation) = run.inputs.calibration, run.synthetic_counts
+    if not for_hessians + for_distillation:
+        return calibration, None, None
+    how, tensors = run.kept("synthetic", partial(_synthetic, run, streamed))
+    tokens, run.record["synthetic"] = tensors["tokens"], how
+    if how == RESAMPLED:
+        run.log(f"data     all weights do not fit on {run.inputs.device} at once: synthetic sequences are single "
+                "tokens drawn in place of those of the calibration sequences, not text")
+    if not for_distillation:
+        return torch.cat([calibration, tokens]), None, None
+    return (torch.cat([calibration, tokens[:for_hessians]]), windows_of(tokens[for_hessians:], how),
+            tensors["dense_states"])
+
+
+def _synthetic(run, streamed):
+    """Return how synthetic text was made, and {"tokens", "dense_states" of this process's share of what is distilled}.
+    """
+    inputs, (for_hessians, for_distillation) = run.inputs, run.synthetic_counts
+    with run.clock.part("synthetic"):
+        tokens, how, states = synthetic(
+            streamed, inputs.calibration, for_hessians + for_distillation, run.settings.seed, for_distillation,
+            bos.first_token(inputs.tokenizer, run.settings.bos))
+    if not for_distillation:
+        return how, {"tokens": tokens}
+    windows = windows_of(tokens[for_hessians:], how)
+    if states is not None:
+        ours = windows[distributed.share(len(windows))]
+        return how, {"tokens": tokens, "dense_states": states[-len(ours):].clone()}
+    with run.clock.part("distillation"):
+        states = distill.dense_states(distill.widened(streamed, windows, inputs.seqlen), windows)
+    return how, {"tokens": tokens, "dense_states": states}
+
+
+def _traces(run, streamed):
+    """Return the `Traces` of all matrices, measured or read."""
+    settings = run.settings
+    sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
+                               settings.nprobes)
+    with run.clock.part("sensitivity"):
+        measured, path = traces.load_or_compute(streamed, run.inputs.calibration, sampling, settings.sensitivity_file)
+    run.log(f"{measured.verdict()}\n         kept in {path}")
+    return measured
+
+
+def _allocate(run, streamed, tokens, measured):
+    """Return the targets of all matrices, a JSON-able list, and the tensors of the `Gradients` behind them."""
+    settings, inputs, gradients = run.settings, run.inputs, None
+    if settings.needs_gradients:
+        percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # needs H as well
+        if settings.token_weights == "equal":
+            tokens = every_second_sequence(inputs.calibration)
+        with run.clock.part("gradients"):
+            gradients = output_gradients(streamed, list(inputs.selected), tokens, settings.seed, percdamp)
+    targets = ALLOCATIONS[settings.sparsity_way].load()(Budget(
+        inputs.selected, inputs.target, settings.alpha, measured and measured.sensitivity, gradients, streamed,
+        inputs.calibration))
+    return [[layer, name, *astuple(target)] for (layer, name), target in targets.items()], (
+        gradients.tensors() if gradients else {})
