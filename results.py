@@ -29,23 +29,21 @@ def _parse(argv):
 
 
 def _run(argv):
-    options, runs, problems = _parse(argv), [], []
-    files = files_of(options.runs)
+    options, runs, status = _parse(argv), [], 0
     paths = {flag: path for flag, path in {"--csv": options.csv, "--plot": options.plot}.items() if path is not None}
     outputs.check(paths, options.overwrite)
-    for file in files:
+    for file in files_of(options.runs):
         try:
             runs.append(read(file))
         except InputError as error:
-            problems.append(error)
+            print(f"results.py: error: {error}", file=sys.stderr)
+            status = 2
     if runs:
         print(text_of(runs, options.markdown))
         for flag, path in paths.items():
             outputs.write(flag, path, csv_of(runs) if flag == "--csv" else picture_of(runs, path))
             print(f"\n{'written' if flag == '--csv' else 'picture'}  {path}")
-    for problem in problems:
-        exit_status.say(f"results.py: error: {problem}")
-    return 2 if problems else 0
+    return status
 
 
 def main(argv=None):

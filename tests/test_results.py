@@ -74,8 +74,7 @@ def test_dense_figures_of_other_texts_or_models_are_not_put_beside(write, tmp_pa
 
 
 def test_markdown_is_a_table_of_the_same_cells(write, capsys):
-    files = write(a=record(40.0, 27.66, sparsity=0.6))
-    assert results.main([*files, "--markdown"]) == 0
+    assert results.main([*write(a=record(40.0, 27.66, sparsity=0.6)), "--markdown"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "model facebook/opt-125m, seed 0, dense wikitext2 27.66", "",
         "| method | sparsity | wikitext2 ppl | seconds | GB host |", "| --- | --- | --- | --- | --- |",

@@ -39,7 +39,7 @@ def run(script, argv, body, remedy):
         return 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
         process = f" (process {program.rank()})" if program.rank() else ""
-        say(f"{script}: {_explanation(script, argv, error, remedy)}{process}")
+        print(f"{script}: {_explanation(script, argv, error, remedy)}{process}", file=sys.stderr, flush=True)
         return status_of(error)
 
 
@@ -52,15 +52,10 @@ def status_of(error):
     return 2 if isinstance(error, InputError) or is_out_of_memory(error) else 1
 
 
-def say(line):
-    """Print one line on stderr."""
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
-
-
 def _explanation(script, argv, error, remedy):
     """Return what ended a run, in one line; a bug's traceback goes to a file."""
     if isinstance(error, InputError):
-        return f"error: {error}"
+        return f"error: {one_line(error)}"
     if isinstance(error, KeyboardInterrupt):
         line = "terminated" if isinstance(error, Terminated) else "interrupted"
     elif is_out_of_memory(error):

@@ -4,8 +4,7 @@ import contextlib
 import errno
 
 # How libraries say on the host that memory is used up, where they raise neither MemoryError nor ENOMEM.
-EXHAUSTED = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory",
-             "Cannot allocate memory", "failed to map segment from shared object", "std::bad_alloc",
+EXHAUSTED = ("DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment", "std::bad_alloc",
              "can't start new thread")
 TERSE = (KeyError, TypeError, AttributeError, ArithmeticError)  # whose messages say nothing without their class
 
