@@ -16,7 +16,7 @@ from textbook import Textbook, prune_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama
-from mixgpt.app import pipeline
+from mixgpt.app import inputs
 from mixgpt.common.clock import Clock
 from mixgpt.kernels import columns
 from mixgpt.pruning.hessian import InputHessian, relative_error
@@ -81,7 +81,7 @@ def small_gpu(monkeypatch, tmp_path):
     shape = llama.FAMILY, LlamaForCausalLM, LlamaConfig(
         vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4), 6
     monkeypatch.setattr(gpu, "SHAPES", {"LLaMA-tiny": shape})
-    monkeypatch.setattr(gpu, "test_tokens", lambda *asked: pipeline.test_tokens(*asked))  # little text
+    monkeypatch.setattr(gpu, "test_tokens", lambda *asked: inputs.test_tokens(*asked))  # little text
     monkeypatch.setattr(bench, "rate", lambda device, dtype: 1e9)  # large products take long here
     if torch.cuda.is_available():
         yield
