@@ -83,17 +83,17 @@ def on_device(modules, device):
 
     Changes to modules on disk are lost at the end of the block, unless written there.
     """
-    held = []
+    loaded = []
     try:
         for module in modules:
-            held.append(module)
+            loaded.append(module)
             if weights := disk_weights(module):
                 weights.load(module, device)
             else:
                 module.to(device)
         yield
     finally:
-        for module in held:
+        for module in loaded:
             if weights := disk_weights(module):
                 weights.unload(module)
             else:
@@ -129,28 +129,22 @@ class _LastLayerReached(Exception):
     pass
 
 
-@contextlib.contextmanager
-def _recording(layers, calls, tuples):
-    """Make every layer return its input unchanged and append it, and its other arguments (args, kwargs), to `calls`.
+def _record(model, layers, tokens, tuples=True):
+    """Run a model up to its layers. Returns the hidden states before these, and the (args, kwargs) of each layer.
 
-    All layers, not only the first: models with sliding windows pass different masks to different layers. tuples:
+    Of all layers, not only the first: models with sliding windows pass different masks to different layers. tuples:
     whether the layers return tuples.
     """
+    calls = []
+
     def record(hidden, *args, **kwargs):
         calls.append((hidden, (args, kwargs)))
         if len(calls) == len(layers):
             raise _LastLayerReached
         return (hidden, None) if tuples else hidden  # some models unpack two
 
-    with _replaced(layers, record):
-        yield
-
-
-def _record(model, layers, tokens, tuples=True):
-    """Run a model up to its layers. Returns the hidden states before these, and the (args, kwargs) of each layer."""
-    calls = []
     try:
-        with _recording(layers, calls, tuples), contextlib.suppress(_LastLayerReached):
+        with _replaced(layers, record), contextlib.suppress(_LastLayerReached):
             model(tokens, use_cache=False)
     except (AttributeError, TypeError):
         if not tuples:

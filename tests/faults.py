@@ -26,8 +26,8 @@ WEIGHTS_UNREAD = f"{MODEL}its weights cannot be read: "
 UNREAD, REMOTE = "its configuration cannot be read: ", "it needs code from its repository, which is never executed here"
 LINK = "is a link out of its folder, to {root}/elsewhere; replace it by the file itself"
 PRUNED = "{root}/model builtin --sparsity .5 "
-MIXED = (f"{{root}}/model builtin --sparsity .5 --sparsity_way weight-level --sensitivity fisher {SMALL} "
-         "--sensitivity_file {root}/traces.json")
+MIXED = (f"{{root}}/model builtin --sparsity .5 --sparsity-way weight-level --sensitivity fisher {SMALL} "
+         "--sensitivity-file {root}/traces.json")
 TRACES = "--sensitivity-file {root}/traces.json: "
 
 

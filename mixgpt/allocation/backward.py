@@ -120,7 +120,7 @@ def pinned_memory_freed(device):
 def by_sequence(module, rows, B):
     """Return the inputs or outputs of a linear in a batch as (B, T, C), zeros for tokens not routed to its expert."""
     if isinstance(module, RoutedLinear):
-        return module.spread(rows, B)
+        return module.scatter_to_batch(rows, B)
     return rows.reshape(B, -1, rows.shape[-1])  # even if a layer flattens its input
 
 

@@ -1,6 +1,5 @@
 """Registries of save formats and grids, and file names in a run's output directory. Nothing here imports PyTorch."""
 
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +28,7 @@ class SaveFormat(Choice):
 
     def read(self, folder, dtype):
         """Return the model in a folder of this format."""
-        module, _, name = self.reader.partition(":")
-        return getattr(importlib.import_module(module), name)(folder, dtype)
+        return Choice(self.help, self.reader).load()(folder, dtype)
 
 
 def format_of(folder):

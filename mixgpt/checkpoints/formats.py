@@ -96,8 +96,8 @@ def load_sparse(folder, dtype="auto"):
     dtype = config.dtype if dtype == "auto" else dtype
     model, report = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype,
                                                         output_loading_info=True, ignore_mismatched_sizes=True)
-    for name, held, asked in report["mismatched_keys"]:
-        raise ValueError(f"{name} is {tuple(held)}, its configuration expects {tuple(asked)}")
+    for name, stored, expected in report["mismatched_keys"]:
+        raise ValueError(f"{name} is {tuple(stored)}, its configuration expects {tuple(expected)}")
     if report["missing_keys"]:
         raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
     if (folder / GENERATION_CONFIG_NAME).is_file():
@@ -127,20 +127,18 @@ def stored_bytes(folder, weights, layout):
     weights: {name: numbers in it}. layout: where the checkpoint has them, see `layout_of`; of a tensor of several, they
     count for their share.
     """
-    parts, whole, total = Counter(), set(), 0
-    for name, numel in weights.items():
-        key, part = layout.get(name, (name, None))
-        if part:
-            parts[key] += numel
-        else:
-            whole.add(key.removesuffix(".weight"))
+    sizes, numels, total = Counter(), {}, 0  # by key without .weight and what follows
     for file in Path(folder).glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))  # u64 size, JSON header
+        header.pop("__metadata__", None)
         for key, tensor in header.items():
-            begin, end = tensor.get("data_offsets", (0, 0))
-            if key.rpartition(".weight")[0] in whole:
-                total += end - begin
-            elif key in parts:
-                total += (end - begin) * parts[key] // math.prod(tensor["shape"])
+            begin, end = tensor["data_offsets"]
+            stem = key.rpartition(".weight")[0] or key
+            sizes[stem] += end - begin
+            numels[stem] = math.prod(tensor["shape"])
+    for name, numel in weights.items():
+        key, part = layout.get(name, (name, None))
+        stem = key.removesuffix(".weight")
+        total += sizes[stem] * numel // numels[stem] if part else sizes[stem]
     return total

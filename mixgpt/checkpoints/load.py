@@ -16,7 +16,6 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import (
     CHAT_TEMPLATE_DIR,
-    CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     WEIGHTS_INDEX_NAME,
     cached_file,
@@ -57,10 +56,9 @@ def _reading(model, part):
 
 
 def check_links(model, folder, patterns):
-    """Raise InputError for links that lead out of a folder: what they lead to would be copied into the saved one.
+    """Raise InputError for links that lead out of a folder: their files would be copied into the saved one.
 
-    Except those of the hub's cache, from snapshots/REVISION to blobs; weights, which are read as numbers, may be
-    anywhere.
+    Links of the hub's cache, from snapshots/REVISION to blobs, are fine, and so are weights: they are read as numbers.
     """
     here = folder.resolve()
     allowed = [here, here.parent.parent / "blobs"] if here.parent.name == "snapshots" else [here]
@@ -103,29 +101,20 @@ def _read_gguf(path):
         return _checked(path, loaded), tokenizer
 
 
-def _folder(name, arguments):
-    """Return the folder of a model's files, None if it is not on this machine: for a hub id, that in the cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    config = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **arguments)
-    return config and Path(config).parent
-
-
 def read_config(model):
     """Load the configuration of `model`, which must be a causal language model.
 
     Raises InputError if it cannot be read, or if files that would be copied are links out of the model's folder.
     """
     name, arguments = _source(model)
+    check_links(model, Path(name), COPIED)
     with _reading(model, "its configuration cannot be read"):
-        if folder := _folder(name, arguments):
-            check_links(model, folder, COPIED)
         config, _ = _config_of(name, arguments)
     if model_class(config) is None or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
-    if folder and (folder / GENERATION_CONFIG_NAME).is_file():
+    if (Path(name) / GENERATION_CONFIG_NAME).is_file():
         with _reading(model, f"{GENERATION_CONFIG_NAME} cannot be used"):
-            GenerationConfig.from_pretrained(folder)
+            GenerationConfig.from_pretrained(name)
     return config
 
 
@@ -148,16 +137,11 @@ def multimodal(model):
         return _config_of(*_source(model))[1]
 
 
-def _one_layer(model, config):
-    """Build the first layer of a model and what is around the layers, on meta."""
-    with _reading(model, "its configuration cannot be used"):
-        return _build(with_layers(config, 1), torch.float32)
-
-
 def load_config(model, family):
     """Load the configuration of `model`; raise InputError if its layers are where another family script has them."""
     config = read_config(model)
-    one_layer = _one_layer(model, config)
+    with _reading(model, "its configuration cannot be used"):
+        one_layer = _build(with_layers(config, 1), torch.float32)
     if not family.fits(one_layer):
         other = family_of(one_layer)
         advice = f"use {other.script}" if other else f"no script here prunes it; {family.script} needs {family.layers}"

@@ -15,15 +15,15 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes per value -> i
 
 def pack(codes, bits):
     """Pack integers below 2^bits, at most 8 bits each, contiguously. Returns uint8, flat."""
-    each = (codes.to(torch.uint8).flatten()[:, None] >> torch.arange(bits, dtype=torch.uint8)) & 1  # (n, bits)
-    each = torch.nn.functional.pad(each.flatten(), (0, -each.numel() % 8)).view(-1, 8)
-    return (each << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    binary = (codes.to(torch.uint8).flatten()[:, None] >> torch.arange(bits, dtype=torch.uint8)) & 1  # (n, bits)
+    binary = torch.nn.functional.pad(binary.flatten(), (0, -binary.numel() % 8)).view(-1, 8)
+    return (binary << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def unpack(packed, bits, count):
     """Undo `pack`. Returns `count` integers, uint8, flat."""
-    each = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:count * bits]
-    return (each.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    binary = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:count * bits]
+    return (binary.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def encode(W, grid=None):

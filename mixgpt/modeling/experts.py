@@ -48,10 +48,10 @@ class RoutedLinear(torch.nn.Linear):
         self.tokens, self.batch_tokens = tokens, batch_tokens
         return super().__call__(hidden)
 
-    def spread(self, rows, B):
+    def scatter_to_batch(self, rows, B):
         """Return rows (n, C), one for each token of the latest call, as (B, T, C) with zeros for all other tokens."""
-        spread = rows.new_zeros(self.batch_tokens, rows.shape[-1])
-        return spread.index_put((self.tokens,), rows).view(B, -1, rows.shape[-1])
+        zeros = rows.new_zeros(self.batch_tokens, rows.shape[-1])
+        return zeros.index_put((self.tokens,), rows).view(B, -1, rows.shape[-1])
 
 
 class Expert(torch.nn.Module):

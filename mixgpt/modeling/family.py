@@ -41,14 +41,14 @@ class Family:
 
 
 def _outside(module, path, layers):
-    found = {}
+    modules = {}
     for name, child in module.named_children():
         here = f"{path}{name}"
         if f"{layers}.".startswith(f"{here}."):
-            found |= {} if here == layers else _outside(child, f"{here}.", layers)
+            modules |= {} if here == layers else _outside(child, f"{here}.", layers)
         else:
-            found[here] = child
-    return found
+            modules[here] = child
+    return modules
 
 
 def family_of(model):

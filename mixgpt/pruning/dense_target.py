@@ -130,7 +130,7 @@ def _aligned(module, x, tokens, X):
     """
     if not isinstance(module, RoutedLinear):
         return x
-    aligned = module.spread(X, 1)[0]
+    aligned = module.scatter_to_batch(X, 1)[0]
     aligned[tokens] = x
     return aligned[module.tokens]
 

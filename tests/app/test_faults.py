@@ -176,7 +176,7 @@ ACCIDENTS = {
         at, ("opened", "model-00002-of-00003.safetensors.*", interrupted), "", None, 3),
     "Ctrl-C in the traces": (
         at, ("opened", "traces.json.*", interrupted),
-        "--sparsity_way weight-level --sensitivity fisher --sensitivity_file {root}/traces.json", None, 0),
+        "--sparsity-way weight-level --sensitivity fisher --sensitivity-file {root}/traces.json", None, 0),
 }
 
 
@@ -360,7 +360,7 @@ def test_a_perplexity_beyond_all_numbers_is_reported(factor, perplexity, model, 
 
 def test_a_cache_that_cannot_be_written_is_refused_and_nothing_is_left(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")
-    assert run("llama", f"{RUN} --sparsity_way weight-level", root=tmp_path) == 2
+    assert run("llama", f"{RUN} --sparsity-way weight-level", root=tmp_path) == 2
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("llama.py: error: --sensitivity-file /proc/cache/mixgpt/traces-")
     assert line.endswith("cannot be written (No such file or directory); name another file")

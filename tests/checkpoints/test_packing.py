@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixgpt.checkpoints.packing import decode, encode, pack, unpack
-from mixgpt.pruning.magnitude import magnitude_prune
-from mixgpt.pruning.targets import Target
-from quant import Grid, Scheme, quantize_nearest
+from quant import Grid, Scheme
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 hypothesis_settings = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -133,16 +131,6 @@ def test_there_is_a_mask_exactly_where_it_pays(dtype, wbits, first):
         assert ("mask" in parts) == (kept < first) == (48 + bits * kept < bits * 48)
         weights = sum(parts[key].nbytes for key in {"mask", "codes", "values"} & set(parts))
         assert weights == min(bits * 6, 6 + -(-bits * kept // 8))
-
-
-@pytest.mark.parametrize("sym", [False, True])
-def test_half_of_the_weights_at_4_bits_take_3_bits_a_weight(sym):
-    W = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
-    W, grid = quantize_nearest(magnitude_prune(W, Target(0.5)), Scheme(4, sym=sym))
-    parts, _ = encode(W, grid)
-    per_row = 16 + (0 if sym else 4)
-    assert 8 * nbytes(parts) == pytest.approx(W.numel() + 4 * int((W != 0).sum()) + 64 * per_row, abs=8)
-    assert 8 * nbytes(parts) / W.numel() <= 3.3
 
 
 def test_a_matrix_off_its_grid_is_refused():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mixgpt.checkpoints import shards
 
-MIXED = ["--sparsity", ".5", "--sparsity_way", "weight-level", "--sensitivity", "fisher", "--saliency", "isc"]
+MIXED = ["--sparsity", ".5", "--sparsity-way", "weight-level", "--sensitivity", "fisher", "--saliency", "isc"]
 
 
 @dataclass
@@ -78,7 +78,7 @@ def launch(fork, checkpoint_folder, tmp_path, monkeypatch):
         root.mkdir(exist_ok=True)
         arguments = [source(scenario), "builtin", *scenario.options, *SMALL, "--save", root / "saved", *more]
         if "--sensitivity" in scenario.options:
-            arguments += ["--sensitivity_file", root / "traces.json"]
+            arguments += ["--sensitivity-file", root / "traces.json"]
         world, port = scenario.processes, free_port()
         return Together([fork(command, scenario.name, arguments, root / f"log{rank or ''}", member, (
             rank, world, port, 0 if rank else fatal, root / f"moments{rank or ''}.json", root, scenario.shard))
