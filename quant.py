@@ -114,33 +114,34 @@ class Grid:
         return self.scheme.decode(codes, self.zero[:, self.group]).to(self.scale.dtype)
 
 
-def meet_sparsities(attempt, sparsities, attempts=4, spread=0):
-    """Prune fewer weights by as many as rounding sets to 0, so that each matrix ends up at its sparsity.
+def meet_sparsities(attempt, sparsities, attempts=4, margin_sigmas=0):
+    """Lower the pruning targets until pruning plus rounding to zero meets the requested sparsity of each matrix.
 
-    attempt: called with a list of sparsities, returns a list of (W, …); called up to `attempts` times, with the
-    secant method per matrix. spread: aim at that many standard deviations of the number that rounding sets to 0 (a
-    Poisson number) less, and be content with what is not below by twice as much. Returns the last result. If rounding
-    alone exceeds the sparsity, the excess remains. In several processes, each W is some of the rows of a matrix.
+    A secant search per matrix: the sparsity that is reached rises with the target, with a slope of about 1.
+    attempt: called with a list of targets, at most `attempts` times; returns a list of (W, …). margin_sigmas: aim that
+    many standard deviations of the number of weights rounded to zero (about Poisson) below the sparsity, and accept
+    anything within as many of that. Returns the last result. If rounding alone exceeds the sparsity, the excess
+    remains. In several processes, each W is some of the rows of a matrix.
     """
-    asked, before = list(sparsities), None
+    requested = targets = torch.tensor(sparsities, dtype=torch.float64)
+    before = None
     for left in reversed(range(attempts)):
-        made = attempt(asked)
-        counts = distributed.total([n for W, *_ in made for n in (W.numel(), W.count_nonzero().item())])
-        sizes, found = counts[::2], [1 - kept / size for size, kept in zip(counts[::2], counts[1::2], strict=True)]
+        results = attempt(targets.tolist())
+        counts = distributed.total([n for W, *_ in results for n in (W.numel(), W.count_nonzero().item())])
+        sizes, kept = torch.tensor(counts, dtype=torch.float64).view(-1, 2).t()
+        reached = 1 - kept / sizes
         if before is None:
-            spare = [spread * (max(share - p, 0) / size) ** 0.5
-                     for share, p, size in zip(found, asked, sizes, strict=True)]
-            goals = [max(wanted - each, 0) for wanted, each in zip(sparsities, spare, strict=True)]
-        missed = [share - goal for share, goal in zip(found, goals, strict=True)]
-        met = [abs(miss) <= max(CLOSE, 0.5 / size, each) or (p == 0 and miss > 0)
-               for miss, each, p, size in zip(missed, spare, asked, sizes, strict=True)]
-        if all(met) or not left:
-            return made
-        slopes = [1.0] * len(asked) if before is None else [
-            min(max((new - old) / (p - q), 0.3), 1.0) if p != q else 1.0
-            for new, old, p, q in zip(found, before[1], asked, before[0], strict=True)]
-        before = asked, found
-        asked = [max(p - miss / slope, 0.0) for p, miss, slope in zip(asked, missed, slopes, strict=True)]
+            margin = margin_sigmas * ((reached - targets).clamp(min=0) / sizes).sqrt()
+            goals = (requested - margin).clamp(min=0)
+        miss, tolerance = reached - goals, torch.maximum(margin, (0.5 / sizes).clamp(min=CLOSE))
+        if not left or ((miss.abs() <= tolerance) | ((targets == 0) & (miss > 0))).all():
+            return results
+        slopes = torch.ones_like(targets)
+        if before is not None:
+            step = targets - before[0]
+            slopes = torch.where(step == 0, 1.0, ((reached - before[1]) / step).clamp(0.3, 1.0))
+        before = targets, reached
+        targets = (targets - miss / slopes).clamp(min=0)
 
 
 def quantize_nearest(W, scheme):

@@ -11,8 +11,8 @@ import torch
 
 from mixgpt.common import distributed
 from mixgpt.kernels import columns
-from mixgpt.kernels.linalg import smallest, upper_inverse
-from mixgpt.kernels.matmul import suits, times_transposed
+from mixgpt.kernels.linalg import upper_inverse
+from mixgpt.kernels.selection import smallest, smallest_in_groups
 from quant import Grid
 
 WIDE = 512  # columns updated from all columns before them in one product
@@ -106,11 +106,9 @@ class Walk:
         row_weights: (total rows,), factors of the saliencies per row.
         Raises ValueError if prunem or the group size does not divide the columns, or neither divides the other.
         """
-        # (in, out): with contiguous rows where oneDNN does the products, else with contiguous columns
-        self.rowwise = suits(R, *matrices)
-        self.W = torch.cat(matrices).t() if self.rowwise else torch.cat([W.t() for W in matrices], dim=1)
+        self.W = torch.cat([W.t() for W in matrices], dim=1)  # (in, out)
         self.columns = len(self.W)
-        self.D = [] if self.rowwise else torch.empty_like(self.W)  # a list of W − Ŵ per range, (out, range) each
+        self.D = torch.empty_like(self.W)  # W − Ŵ
         self.mask = self.W == 0  # zero weights stay zero
         self.losses = self.W.new_zeros(self.W.shape[1])  # ‖e‖² per row
         self.R, self.h, self.u, self.saliency, self.row_weights = R, h, 1 / R.diagonal(), saliency, row_weights
@@ -184,13 +182,7 @@ class Walk:
         """Update a widest range, a slice of columns, for the errors of all columns before it."""
         self.U, self.start, self.end = upper_inverse(self.R[B, B]), B.start, B.stop
         self.before = self.W[B].clone()
-        if B.start and self.rowwise:
-            received = None
-            for number, D in enumerate(self.D):
-                P = slice(number * self.widths[0], (number + 1) * self.widths[0])
-                received = times_transposed(D, self.R[P, B].t(), received)
-            self.W[B] += times_transposed(received, self.U.t()).t()
-        elif B.start:
+        if B.start:
             self.W[B].addmm_(self.U.t(), self.R[:B.start, B].t() @ self.D[:B.start])
         self.E = torch.empty_like(self.before)
 
@@ -198,11 +190,7 @@ class Walk:
         """Note the errors of a widest range that has been walked."""
         B = slice(self.start, self.end)
         self.losses += torch.linalg.vector_norm(self.E, dim=0).square()
-        self.before -= self.W[B]
-        if self.rowwise:
-            self.D.append(self.before.t())
-        else:
-            self.D[B] = self.before
+        self.D[B] = self.before - self.W[B]
 
     def _counts(self, start, stop):
         """Return how many weights of each matrix to prune in the block of columns start … stop − 1.
@@ -242,7 +230,7 @@ class Walk:
             scores.mul_(self.row_weights)
         scores.masked_fill_(self.mask[B], -1)
         if self.prunem:
-            marked = [columns.smallest_in_groups(scores[:, rows], n, self.prunem) for rows, n in self.prunens]
+            marked = [smallest_in_groups(scores[:, rows], n, self.prunem) for rows, n in self.prunens]
         else:
             marked = smallest([scores[:, rows] for rows in self.rows], counts)
         for rows, least in zip(self.rows, marked, strict=True):

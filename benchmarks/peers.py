@@ -8,7 +8,6 @@ import torch
 
 from mixgpt.app.choices import ALLOCATIONS, SOLVERS, Allocation, Solver
 from mixgpt.common import progress
-from mixgpt.kernels.matmul import fast_linears
 from mixgpt.pruning.targets import Target
 from modelutils import hooked, linears, on_device
 from quant import meet_sparsities, quantize_nearest
@@ -58,7 +57,6 @@ def wanda(problem):
 
 
 @torch.no_grad()
-@fast_linears()
 def outlier_ratios(streamed, tokens):
     """Return D_l of each layer of the dense model: the share of A_ij = ‖X_j‖₂ · |W_ij| of all its matrices together
     that exceeds OUTLIER times their mean, on tokens (N, T). OWL (arXiv 2310.05175), section 3."""

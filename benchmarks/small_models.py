@@ -35,7 +35,7 @@ from transformers import (
 from datautils import token_ids
 from mixgpt.common import progress
 from mixgpt.common.files import cache_folder, replacing_folder
-from mixgpt.kernels.matmul import multiplies_bfloat16
+from mixgpt.common.runtime import multiplies_bfloat16
 from mixgpt.modeling.baichuan import BaichuanConfig
 from mixgpt.text.sets import builtin_rows
 

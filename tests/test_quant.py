@@ -114,15 +114,6 @@ def test_the_search_gives_up_an_outlier_for_the_other_weights():
     assert shrunk < 0.7 * whole
 
 
-def test_the_search_keeps_an_outlier_that_weighs_more_than_the_others():
-    W = torch.cat([random(1, 200), torch.tensor([[12.0]])], 1)
-    nothing, scheme = torch.zeros_like(W, dtype=torch.bool), Scheme(3, sym=True, mse=True)
-    importance = torch.ones(201).index_fill(0, torch.tensor(200), 1e4)
-    whole, _ = Scheme(3, sym=True).fit(W, nothing, torch.float32)
-    assert scheme.fit(W, nothing, torch.float32, importance)[0] > 0.9 * whole
-    assert scheme.fit(W, nothing, torch.float32, 1 / importance)[0] < 0.7 * whole
-
-
 # rounder
 
 
@@ -188,12 +179,6 @@ def test_weights_off_the_grid_have_no_code(code, sym):
         grid.codes(W)
 
 
-def test_weights_of_another_group_have_no_code():
-    grid, codes = some_grid(4, torch.bfloat16, groups=2)
-    with pytest.raises(ValueError, match="do not lie on the grid"):
-        Grid(grid.scheme, grid.scale, grid.zero, 1 - grid.group).codes(grid.weights(codes))
-
-
 # quantize_nearest
 
 
@@ -235,15 +220,6 @@ def test_zeros_stay_zeros_without_a_sign(target, dtype, groupsize, sym, mse):
     assert torch.equal(grid.weights(grid.codes(Q)), Q)
 
 
-@pytest.mark.parametrize("sym", [False, True])
-@pytest.mark.parametrize("groupsize", [-1, 4])
-def test_the_search_never_makes_the_error_of_a_group_larger(groupsize, sym):
-    W = magnitude_prune(random(16, 32), Target(0.5)) * random(16, 32, seed=1).exp()
-    plain, searched = ((quantize_nearest(W, Scheme(3, groupsize, sym, mse))[0] - W).double().square()
-                       .view(-1, 32 if groupsize == -1 else 4).sum(1) for mse in (False, True))
-    assert (searched <= plain * (1 + 1e-5)).all() and searched.sum() < 0.98 * plain.sum()
-
-
 def test_sparsities_are_met_where_rounding_makes_zeros_of_its_own():
     generator = torch.Generator().manual_seed(4)
     matrices = [torch.randn(64, 256, generator=generator) for _ in range(2)]
@@ -262,7 +238,8 @@ def test_sparsities_are_met_where_rounding_makes_zeros_of_its_own():
     met = [(W == 0).float().mean().item() for W, _ in meet_sparsities(attempt, [0.3, 0.6])]
     assert met == pytest.approx([0.3, 0.6], abs=1e-3)
     short = [round(256 * 64 * (sparsity - share)) for sparsity, share in zip([0.3, 0.6], [
-        (W == 0).double().mean().item() for W, _ in meet_sparsities(attempt, [0.3, 0.6], spread=3)], strict=True)]
+        (W == 0).double().mean().item() for W, _ in meet_sparsities(attempt, [0.3, 0.6], margin_sigmas=3)],
+        strict=True)]
     rounded = [round(256 * 64 * (share - sparsity)) for share, sparsity in zip(plain, [0.3, 0.6], strict=True)]
     assert all(0 <= missing <= 6 * count**0.5 for missing, count in zip(short, rounded, strict=True))
     calls.clear()

@@ -10,7 +10,6 @@ import math
 import torch
 
 from mixgpt.common import distributed, memory
-from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.arguments import cast
 from mixgpt.modeling.experts import RoutedLinear
 from mixgpt.modeling.streaming import prefetch
@@ -93,8 +92,7 @@ class Chunk:
         order = list(enumerate(self.layers))[::-1 if backward else 1]
         layers = [layer for _, layer in order]
         for place, (index, layer) in enumerate(order):
-            with (on_device([layer], self.device), _constant(layer, self.dtype) as constant,
-                  fast_linears(keep=True) if backward else contextlib.nullcontext()):
+            with on_device([layer], self.device), _constant(layer, self.dtype) as constant:
                 prefetch(layers, place + 1, self.device)
                 step(constant, index)
             self.bar.update(len(self.tokens))

@@ -12,8 +12,6 @@ from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size, pinned_me
 from mixgpt.allocation.global_threshold import inverse_diagonals
 from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import seeded, wide
-from mixgpt.kernels.attention import fast_attention
-from mixgpt.kernels.matmul import fast_linears
 from modelutils import CPU_SLICE, SLICE, hooked, linears
 
 TOKEN_CLIP = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: the most that a token counts in G
@@ -52,7 +50,6 @@ def every_second_sequence(tokens):
     return tokens[::2] if len(tokens) >= 2 * distributed.world() else tokens
 
 
-@fast_linears()
 def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
     """Measure the `Gradients` of the loss w.r.t. matrix outputs, with labels sampled from the model's predictions.
 
@@ -76,8 +73,7 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
         return of_tokens
 
     total = 2 * len(mine) * len(layers)
-    with (pinned_memory_freed(streamed.device), fast_attention(streamed.model, streamed.device),
-          progress.bar(total=total, title="gradients", unit="step") as bar):
+    with pinned_memory_freed(streamed.device), progress.bar(total=total, title="gradients", unit="step") as bar:
         for start in range(0, len(mine), size):
             numbers = mine[start:start + size]
             _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], bar),

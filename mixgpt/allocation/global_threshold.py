@@ -12,7 +12,6 @@ import torch
 
 from mixgpt.common import distributed, progress
 from mixgpt.kernels.linalg import upper_inverse
-from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
 from mixgpt.pruning.calibration import groups_of, hessians_of
 from mixgpt.pruning.targets import Target
@@ -28,7 +27,6 @@ def by_threshold(budget):
 
 
 @torch.no_grad()
-@fast_linears()
 def inverse_diagonals(streamed, matrices, tokens, percdamp):
     """Return [(H + λI)⁻¹]_cc for the input of each matrix in the dense model, {(layer, name): (in,)} on the host.
 

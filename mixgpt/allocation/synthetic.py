@@ -12,8 +12,6 @@ from transformers import GenerationConfig
 from mixgpt.allocation.fisher import drawn
 from mixgpt.common import distributed, memory, progress
 from mixgpt.common.runtime import seeded, wide
-from mixgpt.kernels.attention import fast_attention
-from mixgpt.kernels.matmul import fast_linears
 from mixgpt.text.bos import begin
 from modelutils import SLICE, bytes_to_load, hooked, run_layers, whole
 
@@ -57,7 +55,6 @@ def has_room(streamed):
 
 
 @torch.no_grad()
-@fast_linears()
 def generated(streamed, tokens, uniform, first=None):
     """Return sequences (n, T) of windows that begin like those of the tokens (n, T), and that the model continues.
 
@@ -72,8 +69,7 @@ def generated(streamed, tokens, uniform, first=None):
     parts = [torch.cat([rows[:, start:start + width] for start in starts]) for rows in (tokens, uniform)]
     begin(parts[0], first)
     head = streamed.model.get_output_embeddings()  # of hidden states with gaps it would multiply each by its own copy
-    with (whole(streamed.model, streamed.family, streamed.device), hooked({head: torch.Tensor.contiguous}),
-          fast_attention(streamed.model, streamed.device)):
+    with whole(streamed.model, streamed.family, streamed.device), hooked({head: torch.Tensor.contiguous}):
         room = memory.free(streamed.device) // _window_bytes(streamed, width)
         size = max(min(room, AT_A_TIME * streamed.batch_size), 1)
         batches = list(zip(*(part.split(size) for part in parts), strict=True))
@@ -127,7 +123,6 @@ def _continued(streamed, windows, uniform, bar):
 
 
 @torch.no_grad()
-@fast_linears()
 def resampled(streamed, tokens, uniform):
     """Return sequences (n, T) whose tokens are drawn from the model's predictions in tokens (n, T), and None.
 

@@ -15,7 +15,6 @@ from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder
 from mixgpt.common.outputs import check, write
-from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import linears
 
@@ -127,7 +126,6 @@ def read(path, shapes, estimator):
     return content | {"samples": samples}
 
 
-@fast_linears()
 def hessian_traces(streamed, matrices, tokens, sampling, previous=None, save=None):
     """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, separately from each sequence.
 

@@ -86,7 +86,7 @@ def _distill_if_possible(run, plan, outcomes, counted, on_host):
 def _distill(run, plan, outcomes, memory_plan):
     """Distil the pruned or quantized model. Returns what to record."""
     files, tokens = run.layer_files, plan.distillation_tokens
-    streamed = distill.widened(run.streamed(memory_plan), tokens, run.inputs.seqlen)
+    streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.inputs.seqlen)
     room = run.decided("distillation_batch", lambda: min(distributed.all_gather_object(
         distill.room_for(streamed, tokens))))
     streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))

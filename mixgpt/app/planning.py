@@ -96,7 +96,7 @@ def _synthetic(run, streamed):
         ours = windows[distributed.share(len(windows))]
         return how, {"tokens": tokens, "dense_states": states[-len(ours):].clone()}
     with run.clock.part("distillation"):
-        states = distill.dense_states(distill.widened(streamed, windows, inputs.seqlen), windows)
+        states = distill.dense_states(distill.with_token_budget(streamed, windows, inputs.seqlen), windows)
     return how, {"tokens": tokens, "dense_states": states}
 
 

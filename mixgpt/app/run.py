@@ -156,7 +156,7 @@ def _plan(run):
 def _plan_distillation(run):
     """Distil at the end only if all weights can be trained at once on every device."""
     tokens = distillation_windows(run.settings, run.inputs.seqlen)
-    streamed = distill.widened(run.streamed(run.memory_plan), tokens, run.inputs.seqlen)
+    streamed = distill.with_token_budget(run.streamed(run.memory_plan), tokens, run.inputs.seqlen)
     run.distills = run.decided("distills", lambda: min(distributed.all_gather_object(
         distill.room_for(streamed, tokens))) > 0)
     if not run.distills:

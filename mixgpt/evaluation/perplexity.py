@@ -5,12 +5,10 @@ import math
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.matmul import fast_linears
 from modelutils import SLICE, HiddenStates, run_layers
 
 
 @torch.no_grad()
-@fast_linears()
 def perplexity(model, family, tokens, batch_size, device, title="perplexity", step=HiddenStates.advance):
     """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence independently.
 
@@ -39,7 +37,6 @@ def _negative_log_likelihood(model, family, tokens, batch_size, device, title, s
 
 
 @torch.no_grad()
-@fast_linears()
 def logits(model, family, tokens, batch_size, device):
     """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
     stream = HiddenStates.embed(model, family, tokens, batch_size, device)

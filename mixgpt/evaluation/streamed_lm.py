@@ -15,7 +15,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.evaluation.generation import complete
-from mixgpt.kernels.matmul import fast_linears
 from mixgpt.text.bos import encode, first_token, token_ids
 from modelutils import SLICE, HiddenStates, run_layers, whole
 
@@ -110,7 +109,6 @@ class StreamedLM(TemplateLM):
             yield group
 
     @torch.no_grad()
-    @fast_linears()
     def _answers(self, group, runs):
         """Return {number of a request: answer}. group: {padded length: token sequences}."""
         # causal attention: padding at the end does not affect the tokens before it

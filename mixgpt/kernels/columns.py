@@ -6,29 +6,7 @@ from typing import NamedTuple
 import torch
 
 from mixgpt.kernels import columns_cpu
-
-NARROW = 8  # scores per row up to which pairwise comparison is faster than selection
-
-
-def smallest_per_row(scores, n):
-    """Mark the n smallest scores of every row. scores: (rows, m). Returns a mask (rows, m)."""
-    if scores.shape[1] > NARROW:
-        mask = torch.zeros_like(scores, dtype=torch.bool)
-        return mask.scatter_(1, scores.topk(n, dim=1, largest=False, sorted=False).indices, True)
-    mask, columns = torch.empty_like(scores, dtype=torch.bool), scores.unbind(1)
-    for j, column in enumerate(columns):
-        rank = torch.zeros(len(scores), dtype=torch.uint8, device=scores.device)
-        for k, other in enumerate(columns):
-            if k != j:
-                rank += other <= column if k < j else other < column
-        torch.lt(rank, n, out=mask[:, j])
-    return mask
-
-
-def smallest_in_groups(scores, n, m):
-    """Mark the n smallest scores of every m consecutive columns of a row. scores: (in, out). Returns a mask like it."""
-    groups = scores.t().reshape(-1, m)
-    return smallest_per_row(groups, n).view(scores.t().shape).t()
+from mixgpt.kernels.selection import smallest_in_groups
 
 
 class UniformGrid(NamedTuple):

@@ -52,20 +52,6 @@ def _update(W, E, U, column, start, stop):
             W[column, r] -= share * E[k, r]
 
 
-@numba.njit(**OPTIONS)
-def _copy(source, target):
-    """Copy a tile in the memory order of the source or target outside it."""
-    columns, rows = source.shape
-    if max(source.strides[1], target.strides[1]) > max(source.strides[0], target.strides[0]):
-        for r in range(rows):
-            for j in range(columns):
-                target[j, r] = source[j, r]
-    else:
-        for j in range(columns):
-            for r in range(rows):
-                target[j, r] = source[j, r]
-
-
 @numba.njit(fastmath={"contract"}, **OPTIONS)
 def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16, w, e, remove, limits,
                scores, rank):
@@ -74,8 +60,7 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
     step, least, most = limits[0], limits[1], limits[2]
     for first in range(start, stop, TILE):
         rows = min(TILE, stop - first)
-        _copy(W[:, first:first + rows], w)
-        _copy(mask[:, first:first + rows], remove)
+        w[:, :rows], remove[:, :rows] = W[:, first:first + rows], mask[:, first:first + rows]
         for r in range(rows if len(scale) else 0):
             step[r], least[r], most[r] = scale[first + r], low[first + r], high[first + r]
         for group in range(0, columns, width):
@@ -102,10 +87,9 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
                         q = e[j, r]
                         e[j, r] = (w[j, r] - q) * diagonal
                         w[j, r] = q
-        _copy(w[:, :rows], W[:, first:first + rows])
-        _copy(e[:, :rows], E[:, first:first + rows])
+        W[:, first:first + rows], E[:, first:first + rows] = w[:, :rows], e[:, :rows]
         if prunem:
-            _copy(remove[:, :rows], mask[:, first:first + rows])
+            mask[:, first:first + rows] = remove[:, :rows]
 
 
 @numba.njit(fastmath={"contract"}, **OPTIONS)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.columns import smallest_per_row
-from mixgpt.kernels.linalg import kth_smallest, smallest
-from mixgpt.kernels.matmul import fine_product_with, rough_product_with, times_transposed
+from mixgpt.kernels.linalg import fine_product_with, rough_product_with
+from mixgpt.kernels.selection import kth_smallest, smallest, smallest_per_row
 from mixgpt.pruning.targets import Target
 
 ITERATIONS = 9  # of ADMM
@@ -116,7 +115,7 @@ def solve_on_support(W, optimum, H, keep, steps=STEPS):
     """
     keep = keep.to(W.dtype)
     W = W * keep
-    residual, multiply = times_transposed(optimum - W, H).mul_(keep), fine_product_with(H)
+    residual, multiply = ((optimum - W) @ H).mul_(keep), fine_product_with(H)
     direction, square = residual.clone(), _dots(residual, residual)
     for _ in range(steps):
         image = multiply(direction).mul_(keep)

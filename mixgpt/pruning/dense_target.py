@@ -17,8 +17,10 @@ from mixgpt.modeling.experts import RoutedLinear
 from modelutils import hooked, linears
 
 SHARE = 0.5  # fraction of the gap to the dense model that the regression target closes
-WATCHED = 256  # tokens on which the residual stream is found
-FAINT = 0.01  # of its mean square: a norm's scale below which a channel is not asked to close its lag
+PROBE_TOKENS = 256  # on which the residual stream is found
+SCALE_FLOOR = 0.01  # added to the squared scale of a norm, times its mean: faint channels need not close their lag
+COEFFICIENT_TOLERANCE = 0.05  # of the scale of what is added to the stream: it is 0, or 1, up to rounding
+RESIDUAL_TOLERANCE = 0.01  # share of a change of the stream that may stay unexplained, beside rounding
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class _Search:
     def _view(self, tensor):
         """Return the values of some tokens, or None for a tensor that cannot be the stream."""
         if torch.is_tensor(tensor) and tensor.numel() == self.shape.numel() and tensor.shape[-1] == self.shape[-1]:
-            return tensor.reshape(self.shape)[0, :WATCHED].flatten().double()
+            return tensor.reshape(self.shape)[0, :PROBE_TOKENS].flatten().double()
         return None
 
     @contextlib.contextmanager
@@ -109,18 +111,22 @@ class _Search:
                 return
 
     def _explain(self, change, before, base):
-        """Return the writers whose outputs sum up to a change, in order, or an empty list."""
-        names, A = list(self.pending), torch.stack([output for _, output in self.pending.values()], 1)
+        """Return the writers whose outputs, each times a scale, sum up to a change, in order, or an empty list.
+
+        The scales are the least-squares solution over the outputs of all candidates so far.
+        """
+        A = torch.stack([output for _, output in self.pending.values()], 1)
         if not A.isfinite().all() or not change.isfinite().all():
             return []
-        shares = torch.linalg.pinv(A.t() @ A, hermitian=True) @ (A.t() @ change)
-        shares = torch.where((shares - 1).abs() < 0.05, 1.0, torch.where(shares.abs() < 0.05, 0.0, shares))
+        scales = torch.linalg.pinv(A.t() @ A, hermitian=True) @ (A.t() @ change)
+        for value in (0.0, 1.0):
+            scales = torch.where((scales - value).abs() < COEFFICIENT_TOLERANCE, value, scales)
         rounding = self.eps * (before.norm() + (before + change).norm())
-        if not shares.any() or (change - A @ shares).norm() > 0.01 * change.norm() + rounding:
+        if not scales.any() or (change - A @ scales).norm() > RESIDUAL_TOLERANCE * change.norm() + rounding:
             return []
-        return [Writer(name, share, self.pending[name][0], base if position == 0 else "")
-                for position, (name, share) in enumerate((name, share) for name, share in zip(
-                    names, shares.tolist(), strict=True) if share)]
+        writers = [(name, scale) for name, scale in zip(self.pending, scales.tolist(), strict=True) if scale]
+        return [Writer(name, scale, self.pending[name][0], base if position == 0 else "")
+                for position, (name, scale) in enumerate(writers)]
 
 
 def _aligned(module, x, tokens, X):
@@ -185,7 +191,7 @@ class DenseTwin:
             y = self._twins[module].forward(x)  # without hooks
             scaled = self._parts[1][writer.norm].forward(y)
             scale = torch.where(y == 0, 0, scaled / y)
-            lag = lag * scale / (scale.square() + FAINT * scale.square().mean(-1, keepdim=True))
+            lag = lag * scale / (scale.square() + SCALE_FLOOR * scale.square().mean(-1, keepdim=True))
         return lag if writer.scale == 1 else lag / writer.scale
 
     @contextlib.contextmanager

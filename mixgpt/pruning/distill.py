@@ -14,36 +14,32 @@ import torch
 
 from mixgpt.common import distributed, memory, progress
 from mixgpt.common.runtime import seeded, wide
-from mixgpt.kernels.attention import LONGEST, fast_attention
-from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.experts import kind_of
 from mixgpt.modeling.streaming import disk_weights
 from modelutils import CPU_SLICE, SLICE, HiddenStates, bytes_to_load, linears, on_device, run_layers
 
 STEPS = 16  # at most
-SMALLEST = 1024  # tokens of a step, if there are as many: gradients of fewer are too noisy for the rate
+STEP_TOKENS = 1024  # of a step, if there are as many: gradients of fewer are too noisy for the rate
 RATE = 2.5e-3  # most that a step changes a matrix, as a fraction of the root mean square of its kept weights
-SCALES_RATE = 1e-2  # and the scales of its grids, as root mean square of the fractions
+SCALES_RATE = 1e-2  # most that a step changes the scales of its grids, as root mean square of the fractions
 WARMUP = 0.1  # share of the steps
 DECAY = 0.95  # of the mean squared gradients, per step
-LEAST = 1e-3  # root mean square of a weight for its rate
-TINY = 1e-30  # least mean square of a gradient
+MIN_WEIGHT = 1e-3  # lower bound of a weight's root mean square, for its rate
+MIN_SQUARE = 1e-30  # lower bound of a gradient's mean square
 
 
 class Diverged(ArithmeticError):
-    """Distillation came to numbers that are not finite. The model is as it was before."""
+    """A divergence or weight is not finite. The model is as it was before distillation."""
 
 
-def widened(streamed, tokens, T):
+def with_token_budget(streamed, tokens, T):
     """Scale the batch size so that a batch of shorter sequences (N, t) has as many tokens as one of length T."""
     return replace(streamed, batch_size=streamed.batch_size * max(T // tokens.shape[1], 1))
 
 
 @torch.no_grad()
-@fast_linears()
 def dense_states(streamed, tokens):
-    """Return the hidden states of this process's share of tokens (N, T) behind the last layer, (n, T, C), on the host.
-    """
+    """Return the last hidden states, (n, T, C) on the host, of this process's share of tokens (N, T)."""
     stream = streamed.embed(tokens[distributed.share(len(tokens))])
     run_layers(streamed.model, streamed.family, [stream], streamed.device, "dense model")
     return stream.hidden[..., :stream.channels].to("cpu")
@@ -52,10 +48,10 @@ def dense_states(streamed, tokens):
 def room_for(streamed, tokens):
     """Return how many of the sequences (N, T) can be a batch if the whole model is trained on the device, 0 if none.
 
-    At most a batch of the streamed. In memory are all weights and, of those in layers, the gradient, a float32 copy
-    and, unless they are read from disk, what they were before; of one matrix at a time three more of these; the head in
-    the order of a kernel, and five float32 values for each logit of some tokens; hidden states; and of each token of a
-    batch what goes into linears and out of them, half as much again, and the scores of attention, if written out.
+    At most streamed.batch_size. Counted are all weights; for those in layers the gradient, a float32 copy and, unless
+    they are read from disk, a copy to restore; three more copies of the largest matrix; a second copy of the head, and
+    five float32 values for each logit of a slice of tokens; hidden states; and for each token of a batch the inputs and
+    outputs of linears, half as much again, and the scores of attention, if the model computes these.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
@@ -70,23 +66,23 @@ def room_for(streamed, tokens):
     experts = getattr(config, "num_experts_per_tok", None) or 1
     sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
                                         for (_, kind), m in matrices.items())
-    score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" and T <= LONGEST else 0
+    score = 12 if model.config._attn_implementation == "eager" else 0
+    sequence += 12 * T * width  # float32 gradients of a layer's queries, keys and values
     sequence += score * T * T * len(layers) * getattr(config, "num_attention_heads", 0)
     return max(min(batch, int((memory.free(device) - fixed) / sequence)), 0)
 
 
 @torch.no_grad()
-@fast_linears()
 def distill(streamed, chosen, tokens, dense, seed, finish=None):
     """Train the chosen matrices, and the norms and biases of their layers, in place.
 
-    streamed: a modelutils.StreamedModel of the pruned model, which is on the device as a whole meanwhile. chosen:
-    {(layer, name): quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid,
-    its scales, which change in place at the end. tokens: (N, T), each read once, in an order drawn by the seed. dense:
-    `dense_states` of these. finish: called at the end with (index, layer, result) for each layer up to the last of the
-    chosen ones, while it is on the device. Returns the mean divergence KL(p ‖ q) per token, in nats. Raises Diverged if
-    it or a weight is not finite, memory.OutOfMemory, or torch.OutOfMemoryError in one of several processes; the model
-    is then as it was before.
+    streamed: a modelutils.StreamedModel of the pruned model, all of which is put on the device. chosen: {(layer, name):
+    quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid, its scales,
+    which change in place at the end. tokens: (N, T), each read once, in an order drawn by the seed. dense:
+    `dense_states` of these. finish: called at the end with (index, layer, result) for each layer up to the last chosen
+    one, while it is on the device. Returns the mean divergence KL(p ‖ q) per token, in nats. Raises Diverged if it or a
+    weight is not finite, memory.OutOfMemory, or torch.OutOfMemoryError in one of several processes; the model is then
+    as it was before.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     mine, size = range(len(tokens))[distributed.share(len(tokens))], _per_step(tokens)
@@ -96,7 +92,6 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None):
             with memory.shared_fate():
                 stack.enter_context(on_device(layers, device))
                 weights = stack.enter_context(_trained(layers, chosen))
-                stack.enter_context(fast_attention(model, device))
                 stream = HiddenStates.embed(model, streamed.family, tokens[mine.start:mine.stop],
                                       min(streamed.batch_size, size), device, on_host=streamed.on_host)
                 head = stack.enter_context(stream.head(model, streamed.family))
@@ -113,18 +108,18 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None):
 
 def _train(stream, layers, head, states, steps, dense):
     """Take the steps, of sequences (n,) each. Returns the mean divergence. Raises Diverged."""
-    found = []
+    means = []
     with progress.bar(steps, title="distilling", unit="step") as bar:
         for number, rows in enumerate(bar, 1):
             with memory.shared_fate():
                 divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
-            found.append(_mean(divergences, len(rows) * dense.shape[1], stream.device))
+            means.append(_mean(divergences, len(rows) * dense.shape[1], stream.device))
             for state in states:
                 state.step(schedule(number, len(steps)), number)
-            bar.set_postfix_str(f"divergence {found[-1]:.3f}")
+            bar.set_postfix_str(f"divergence {means[-1]:.3f}")
     if not torch.stack([state.exact.isfinite().all() for state in states]).all():
         raise Diverged("gradients became infinite")
-    return sum(found) / len(found)
+    return sum(means) / len(means)
 
 
 def _most(tokens):
@@ -134,7 +129,7 @@ def _most(tokens):
 
 def _per_step(tokens):
     """Return how many sequences a process takes in a step."""
-    enough = -(-SMALLEST // (tokens.shape[1] * distributed.world()))
+    enough = -(-STEP_TOKENS // (tokens.shape[1] * distributed.world()))
     return min(max(-(-_most(tokens) // STEPS), enough), _most(tokens))
 
 
@@ -159,7 +154,7 @@ def schedule(number, steps):
 def _trained(layers, chosen):
     """Within the block, let the weights of the chosen matrices, and the vectors of their layers, require gradients.
 
-    Gives a list of these. If the block raises, they are again what they were: read from disk, or from a copy.
+    Gives a list of these. If the block raises, they are restored: read from disk, or from a copy.
     """
     weights = [weight for layer in layers for weight in layer.parameters()]
     required = [weight.requires_grad for weight in weights]
@@ -189,8 +184,7 @@ def _in_memory(layers):
 
 
 def _backward(stream, layers, head, rows, dense):
-    """Add the gradients of the divergence of sequences `rows` to those of the weights. Returns it, summed over tokens.
-    """
+    """Add the gradients of the divergence of sequences `rows` to the weights'. Returns it, summed over tokens."""
     hidden = stream.hidden[rows].to(stream.device)
     with torch.enable_grad():
         for index, layer in enumerate(layers):
@@ -211,7 +205,7 @@ def _divergence(head, hidden, dense):
         with torch.enable_grad():
             h = hidden[rows].requires_grad_()
             logits = head(h)
-        log_q, log_p = (wide(each).log_softmax(-1) for each in (logits.detach(), head(dense[rows])))
+        log_q, log_p = (wide(values).log_softmax(-1) for values in (logits.detach(), head(dense[rows])))
         difference, p = log_p - log_q, log_p.exp_()
         total += torch.dot(p.flatten(), difference.flatten())
         gradient[rows] = torch.autograd.grad(logits, h, log_q.exp_().sub_(p).to(logits.dtype))[0]
@@ -251,7 +245,7 @@ class _Adafactor:
         squares = gradient.square()
         for dim, mean in enumerate(self.squares):
             mean.lerp_(squares.mean(1 - dim) if len(self.squares) == 2 else squares, 1 - DECAY)
-        means = [(mean / (1 - DECAY ** number)).clamp_(min=TINY) for mean in self.squares]
+        means = [(mean / (1 - DECAY ** number)).clamp_(min=MIN_SQUARE) for mean in self.squares]
         gradient.mul_(means[-1].rsqrt())
         if len(means) == 2:
             gradient.mul_((means[0].mean() / means[0]).sqrt()[:, None])
@@ -276,9 +270,9 @@ class _Weight:
         gradient = torch.zeros_like(self.exact) if self.weight.grad is None else self.weight.grad.float()
         self.weight.grad = None
         distributed.all_reduce(gradient)
-        if gradient.dim() == 2:  # a mask of floats: with one of booleans this takes many times as long on a CPU
+        if gradient.dim() == 2:  # a float mask: with a boolean one this takes many times as long on a CPU
             gradient.mul_(torch.ne(self.exact, 0, out=torch.empty_like(self.exact)))
-        size = (torch.linalg.vector_norm(self.exact) / self.kept ** 0.5).clamp_(min=LEAST)
+        size = (torch.linalg.vector_norm(self.exact) / self.kept ** 0.5).clamp_(min=MIN_WEIGHT)
         self.adafactor.step(self.exact, gradient, number, self.kept, RATE * factor * size)
         self.weight.copy_(self.exact)
 

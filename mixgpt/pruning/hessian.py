@@ -6,8 +6,14 @@ Notation: Y = X Wᵀ with W (out, in); H = (2/N) Xᵀ X (in, in) over N sequence
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.linalg import damping, rowwise_quadratic_form, upper_blocks, upper_cholesky
-from mixgpt.kernels.matmul import add_product, exact_bfloat16, multiplies_bfloat16, times_transposed
+from mixgpt.kernels.linalg import (
+    add_product,
+    damping,
+    exact_bfloat16,
+    rowwise_quadratic_form,
+    upper_blocks,
+    upper_cholesky,
+)
 
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H can be factored
 
@@ -23,8 +29,8 @@ class InputHessian:
         """Start from H = 0. columns: width of the input. nsequences: N in H = (2/N) Xᵀ X."""
         self.columns, self.device = columns, torch.device(device)
         self._blocks = upper_blocks(columns, self.device)
-        self._sums = self._input_moment = self._output_moment = self._H = None
-        self._scale = 2 / nsequences
+        self._H = self._input_moment = self._output_moment = None
+        self._scale, self._complete = 2 / nsequences, False  # until complete, _H has no factor 2/N and no lower half
         self.tokens = 0  # added, over all processes once reduced
         self.sequence_sums = []  # per batch, (B,): the sum of each sequence's input, to find those not finite
 
@@ -37,47 +43,33 @@ class InputHessian:
         X = X.reshape(-1, self.columns)
         self.tokens += len(X)
         self._allocate(input_gap, output_gap)
-        if len(X):  # an expert may get none
-            roots = None if weights is None else weights.sqrt()
-            (self._add_on_gpu if X.is_cuda else self._add)(X, input_gap, output_gap, roots)
+        if not len(X):  # an expert may get none
+            return
+        with exact_bfloat16(X.dtype if weights is None else None):
+            X, input_gap, output_gap = (_rows(A, weights) for A in (X, input_gap, output_gap))
+            for B in self._blocks:
+                add_product(self._H[:B.stop, B], X[:, :B.stop].t(), X[:, B])
+            if input_gap is not None:
+                add_product(self._input_moment, input_gap.t(), X)
+            if output_gap is not None:
+                add_product(self._output_moment, output_gap.t(), X)
 
     def _allocate(self, input_gap=None, output_gap=None):
         """Allocate the sums: not before the first batch, as inputs of a layer may follow each other."""
         def zeros(*shape):
             return torch.zeros(*shape, device=self.device)
 
-        if self._sums is None:  # the upper triangle's blocks of columns, without the factor 2/N
-            self._sums = [zeros(B.stop, B.stop - B.start) for B in self._blocks]
+        if self._H is None:
+            self._H = zeros(self.columns, self.columns)
         if input_gap is not None and self._input_moment is None:
             self._input_moment = zeros(self.columns, self.columns)
         if output_gap is not None and self._output_moment is None:
             self._output_moment = zeros(output_gap.shape[-1], self.columns)
 
-    def _add(self, X, input_gap, output_gap, roots):
-        features = _features(X, roots)
-        if input_gap is not None:
-            self._input_moment = _with_moment(self._input_moment, input_gap, X, features, roots)
-        if output_gap is not None:
-            self._output_moment = _with_moment(self._output_moment, output_gap, X, features, roots)
-        with exact_bfloat16(X.dtype if roots is None else None):
-            self._sums = [times_transposed(features[:B.stop], features[B], total)
-                          for B, total in zip(self._blocks, self._sums, strict=True)]
-
-    def _add_on_gpu(self, X, input_gap, output_gap, roots):
-        """Add products of 16-bit inputs and gaps as they are: these are exact in the float32 sums of a GPU."""
-        X, input_gap, output_gap = (A if A is None else A.reshape(len(X), -1) if roots is None else
-                                    A.reshape(len(X), -1).float() * roots[:, None] for A in (X, input_gap, output_gap))
-        if input_gap is not None:
-            add_product(self._input_moment, input_gap.t(), X)
-        if output_gap is not None:
-            add_product(self._output_moment, output_gap.t(), X)
-        for B, total in zip(self._blocks, self._sums, strict=True):
-            add_product(total, X[:, :B.stop].t(), X[:, B])
-
     def reduce(self):
         """Sum the Hessian over all processes."""
         self._allocate()
-        for total in (*self._sums, self._input_moment, self._output_moment):
+        for total in (self._H, self._input_moment, self._output_moment):
             if total is not None:
                 distributed.all_reduce(total)
         self.tokens, = distributed.total([self.tokens])
@@ -85,14 +77,13 @@ class InputHessian:
     @property
     def H(self):
         """The complete Hessian (in, in), undamped. No batch can be added once it has been read."""
-        if self._H is None:
+        if not self._complete:
             self._allocate()
-            self._H = torch.empty(self.columns, self.columns, device=self.device)
+            self._H.mul_(self._scale)
             for B in self._blocks:
-                block = self._sums.pop(0).mul_(self._scale)
-                self._H[:B.stop, B] = block
-                self._H[B, :B.start] = block[:B.start].t()
-                self._H[B, B] = block[B].triu() + block[B].triu(1).t()
+                self._H[B, :B.start] = self._H[:B.start, B].t()
+                self._H[B, B] = self._H[B, B].triu() + self._H[B, B].triu(1).t()
+            self._complete = True
         return self._H
 
     def factor(self, percdamp, order=None):
@@ -134,7 +125,7 @@ class InputHessian:
         if not self.has_shifted_target:
             return W
         if self._input_moment is not None:
-            moment = times_transposed(W, self._input_moment[self.order][:, self.order].t())
+            moment = W @ self._input_moment[self.order][:, self.order]
         if self._output_moment is not None:
             moment = moment + self._output_moment[distributed.share(len(self._output_moment))][:, self.order]
         change = torch.linalg.solve_triangular(self.R.t(), self._scale * moment, upper=False, left=False)
@@ -147,20 +138,17 @@ class InputHessian:
         return self._input_moment is not None or self._output_moment is not None
 
 
-def _features(X, factors=None):
-    """Return X (..., width), scaled by factors (tokens,), as a contiguous float32 (width, tokens)."""
-    features = X.reshape(-1, X.shape[-1]).t().contiguous().float()  # transposing after the conversion is slower
-    return features if factors is None else features * factors
+def _rows(A, weights=None):
+    """Return A (..., width) as (tokens, width), times the roots of weights (tokens,): float32 if weighted or on a CPU.
 
-
-def _with_moment(total, gap, X, features, roots):
-    """Return total + gapᵀ X, of gaps (..., m) and inputs X (tokens, n), (m, n) in float32 on the CPU.
-
-    features: those of X. In bfloat16, where that is fast, the sum of a batch is rounded: a target need not be exact.
+    On a GPU, products of 16-bit values are exact in float32 sums.
     """
-    if roots is None and X.dtype == gap.dtype == torch.bfloat16 and multiplies_bfloat16():
-        return total.add_(gap.reshape(len(X), -1).t() @ X)
-    return times_transposed(_features(gap, roots), features, total)
+    if A is None:
+        return None
+    A = A.reshape(-1, A.shape[-1])
+    if weights is not None:
+        return A.float() * weights.sqrt()[:, None]
+    return A if A.is_cuda else A.float()
 
 
 def factor(H, percdamp=0.01):

@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 
 from mixgpt.common import progress
-from mixgpt.kernels.matmul import fast_linears
 from mixgpt.modeling.streaming import prefetch
 from mixgpt.pruning.calibration import Calibration
 from mixgpt.pruning.solvers import prune_in_place
@@ -15,7 +14,6 @@ from modelutils import linears, on_device
 
 
 @torch.no_grad()
-@fast_linears()
 def prune_layerwise(streamed, plan, tokens, recipe, files=None, observe=None):
     """Prune and quantize every matrix of the plan on calibration tokens (N, T), in place.
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.columns import smallest_per_row
-from mixgpt.kernels.linalg import smallest
+from mixgpt.kernels.selection import smallest, smallest_per_row
 from mixgpt.pruning.layerwise import layers_in_turn
 from mixgpt.pruning.targets import Outcome
 from modelutils import linears

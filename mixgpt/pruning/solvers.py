@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.linalg import smallest
+from mixgpt.kernels.selection import smallest
 from mixgpt.pruning.admm import admm_pruner
 from mixgpt.pruning.hessian import InputHessian, relative_errors
 from mixgpt.pruning.targets import Target
 from quant import Scheme, meet_sparsities
 from sparsegpt import Walk, obs_saliency
 
-SPREAD = 3  # standard deviations of the number of weights that rounding sets to 0, by which fewer are pruned
+MARGIN_SIGMAS = 3  # of `meet_sparsities`, so that the walk rounds rather too few weights to 0 than too many
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def admm(problem):
     sparsities = [target.sparsity for target in problem.targets]
     if problem.targets[0].prunem:
         return attempt(sparsities)
-    made = meet_sparsities(attempt, sparsities, spread=SPREAD)
-    counts = [len(W) for W, _ in made]
-    rows = [None] * len(made) if problem.row_weights is None else problem.row_weights.split(counts)
+    results = meet_sparsities(attempt, sparsities, margin_sigmas=MARGIN_SIGMAS)
+    counts = [len(W) for W, _ in results]
+    rows = [None] * len(results) if problem.row_weights is None else problem.row_weights.split(counts)
     return [(_filled(W, sparsity, problem.h, weights), grid)
-            for (W, grid), sparsity, weights in zip(made, sparsities, rows, strict=True)]
+            for (W, grid), sparsity, weights in zip(results, sparsities, rows, strict=True)]
 
 
 def _filled(W, sparsity, h, row_weights=None):

@@ -15,7 +15,6 @@ from mixgpt.allocation import backward, fisher, hutchinson
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common.runtime import seeded
-from mixgpt.kernels import matmul
 from mixgpt.modeling.experts import split_experts
 from modelutils import StreamedModel, linears
 
@@ -31,7 +30,6 @@ def all_float64(monkeypatch):
     """Let norms and softmax of transformers, which compute in torch.float32, compute in float64 too."""
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(matmul, "AVAILABLE", False)
 
 
 def matrices_of(model, family):

@@ -631,7 +631,7 @@ def test_a_run_whose_distillation_fails_ends_with_the_model_as_pruned(error, ste
             raise error
         return backward(*given) * torch.inf
 
-    monkeypatch.setattr(distill, "SMALLEST", 1)
+    monkeypatch.setattr(distill, "STEP_TOKENS", 1)
     monkeypatch.setattr(distill, "_backward", failing)
     options = [model, "builtin", "--sparsity", ".5", *SMALL, "--batch-size", "1", "--save"]
     assert run(FAMILIES["llama"][0], *options, tmp_path / "pruned") == 0

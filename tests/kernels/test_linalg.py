@@ -1,47 +1,14 @@
-"""Check the smallest scores against sorted lists, and triangular inverses against the full matrices."""
+"""Check triangular inverses against full ones, and products of limited precision against float64."""
 
+import platform
+
+import makebelieve
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from test_sparsegpt import hypothesis_settings, random
+from test_sparsegpt import random
 
-from mixgpt.kernels.columns import smallest_per_row
-from mixgpt.kernels.linalg import kth_smallest, smallest, upper_blocks, upper_inverse
-
-small_integers = st.integers(-3, 3).map(float)  # many ties
-
-
-@hypothesis_settings
-@given(rows=st.integers(1, 5), columns=st.integers(1, 6), data=st.data())
-def test_smallest_marks_the_first_k_of_the_sorted_scores(rows, columns, data):
-    scores = data.draw(st.lists(small_integers, min_size=rows * columns, max_size=rows * columns))
-    k = data.draw(st.integers(0, rows * columns), label="k")
-    mask, = smallest([torch.tensor(scores).view(rows, columns)], [k])
-    assert mask.shape == (rows, columns) and mask.dtype == torch.bool
-    assert sorted(s for s, marked in zip(scores, mask.flatten().tolist(), strict=True) if marked) == sorted(scores)[:k]
-
-
-def test_the_kth_smallest_with_ties():
-    values = torch.tensor([3.0, 1, 1, 0, 2, 0, 1])
-    assert [value.item() for value in kth_smallest([values] * 7, range(1, 8))] == sorted(values.tolist())
-
-
-def test_smallest_reads_scores_in_any_layout():
-    scores = random(6, 4).t()
-    threshold = sorted(scores.flatten().tolist())[9]
-    assert torch.equal(*smallest([scores], [10]), scores <= threshold)
-
-
-@hypothesis_settings
-@given(columns=st.integers(1, 12), data=st.data())
-def test_smallest_per_row_marks_the_first_n_of_each_sorted_row(columns, data):
-    rows = data.draw(st.lists(st.lists(small_integers, min_size=columns, max_size=columns), min_size=1, max_size=5))
-    n = data.draw(st.integers(0, columns), label="n")
-    mask = smallest_per_row(torch.tensor(rows), n)
-    assert mask.shape == (len(rows), columns) and mask.dtype == torch.bool
-    for row, marks in zip(rows, mask.tolist(), strict=True):
-        assert sorted(score for score, marked in zip(row, marks, strict=True) if marked) == sorted(row)[:n]
+from mixgpt.common.runtime import multiplies_bfloat16
+from mixgpt.kernels.linalg import fine_product_with, rough_product_with, upper_blocks, upper_inverse
 
 
 @pytest.mark.parametrize("n", [1, 130, 300, 511])
@@ -57,3 +24,42 @@ def test_blocks_of_a_gpu_are_wide_and_all_blocks_cover_the_columns():
         for n in (1, 100, 2050, 4096, 11008):
             blocks = upper_blocks(n, device)
             assert [column for B in blocks for column in range(B.start, B.stop)] == list(range(n))
+
+
+@pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-2), (torch.float64, 1e-12)])
+def test_rough_products_are_close_and_only_float32_ones_rough(dtype, digits):
+    A, B = random(70, 50).to(dtype), random(50, 50, seed=1).to(dtype)
+    B = B + B.t()
+    multiply = rough_product_with(B)
+    for scale in (1, -3):  # the second overwrites the first
+        product, expected = multiply(scale * A), scale * A.double() @ B.double()
+        assert product.dtype == dtype or (product.dtype, dtype) == (torch.bfloat16, torch.float32)
+        assert (product.double() - expected).norm() <= digits * expected.norm()
+
+
+@pytest.mark.parametrize("dtype, digits", [(torch.float32, 3e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_fine_products_have_five_digits_on_a_gpu(dtype, digits, device):
+    A, B = random(70, 500).to(dtype), random(500, 500, seed=1).to(dtype)
+    B = B + B.t()
+    with makebelieve.Gpu():
+        found = fine_product_with(B.to(device))(A.to(device)).cpu()
+    if device == "cpu":
+        assert torch.equal(found, A @ B)
+    expected = A.double() @ B.double()
+    error = (found.double() - expected).norm() / expected.norm()
+    assert found.dtype == dtype and error <= digits
+    assert error > 1e-6 or device == "cpu" or dtype == torch.float64, "it was not in bfloat16"
+
+
+@pytest.mark.parametrize("instructions, limit, fast", [
+    (True, "", True), (True, "AVX512_CORE_AMX", True), (True, "avx512_core", False), (False, "", False)])
+def test_bfloat16_is_fast_with_instructions_that_onednn_may_use(instructions, limit, fast, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # of every CPU with AVX-512
+    assert multiplies_bfloat16() == fast
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not multiplies_bfloat16()

@@ -24,7 +24,7 @@ N, T = 5, 9
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(module, "SMALLEST", 1)
+    monkeypatch.setattr(module, "STEP_TOKENS", 1)
 
 
 def halved(family, model):
@@ -37,7 +37,7 @@ def halved(family, model):
     return pruned, chosen
 
 
-@pytest.fixture(params=["llama", "opt", "bloom", "baichuan-13b", "gemma2", "qwen3-moe", "gemma4"])
+@pytest.fixture(params=["llama", "opt", "baichuan-13b", "gemma4", "qwen3-moe"])
 def case(request):
     """Give (family, dense model, pruned model, chosen matrices, tokens, dense hidden states), in float64."""
     family, model = make(request.param)
@@ -48,7 +48,7 @@ def case(request):
     return family, model, pruned, chosen, tokens, dense_states(StreamedModel(model, family, CPU, 2), tokens)
 
 
-SCHEMES = {"rows": Scheme(3), "groups": Scheme(4, groupsize=8), "symmetric": Scheme(4, sym=True)}
+SCHEMES = {"rows": Scheme(3), "groups": Scheme(4, groupsize=8, sym=True)}
 
 
 def quantized(family, model, scheme):
@@ -214,27 +214,16 @@ def test_layers_without_chosen_matrices_stay():
     assert finished == [0, 1]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_same_seed_same_weights_whatever_the_batch(case, batch_size, monkeypatch):
+def test_same_seed_same_weights_whatever_the_batch(case, monkeypatch):
     monkeypatch.setattr(module, "STEPS", 2)  # of three and two sequences
     family, model, pruned, chosen, tokens, dense = case
-    other = copy.deepcopy(pruned)
-    distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens, dense, 4)
-    distill(StreamedModel(other, family, CPU, batch_size), chosen, tokens, dense, 4)
-    for one, two in zip(pruned.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
-
-
-def test_the_seed_orders_the_sequences():
-    family, model = make("llama")
-    pruned, chosen = halved(family, model)
-    tokens = torch.randint(0, VOCABULARY, (N, T))
-    dense, found = dense_states(StreamedModel(model, family, CPU, 2), tokens), []
-    for seed in (4, 4, 5):
-        trained = copy.deepcopy(pruned)
-        distill(StreamedModel(trained, family, CPU, 2), chosen, tokens, dense, seed)
-        found.append(torch.cat([weight.flatten() for weight in trained.parameters()]))
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    models = {(batch_size, seed): copy.deepcopy(pruned) for batch_size, seed in ((2, 4), (1, 4), (2, 5))}
+    for (batch_size, seed), trained in models.items():
+        distill(StreamedModel(trained, family, CPU, batch_size), chosen, tokens, dense, seed)
+    first, same, other = (torch.cat([weight.flatten() for weight in trained.parameters()]).detach()
+                          for trained in models.values())
+    torch.testing.assert_close(first, same, rtol=0, atol=1e-5)
+    assert not torch.allclose(first, other, rtol=0, atol=1e-5)
 
 
 def test_a_step_is_that_of_adafactor():
@@ -271,14 +260,6 @@ def test_a_step_is_that_of_adafactor():
             state.step(0.1 / module.RATE, number)
     torch.testing.assert_close(weight.detach().double(), expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(vector.detach().double(), expected[1], rtol=1e-5, atol=1e-6)
-
-
-def test_a_matrix_of_zeros_stays_as_it_is():
-    weight = torch.nn.Parameter(torch.zeros(3, 4))
-    state = module._Weight(weight)
-    weight.grad = torch.ones(3, 4)
-    state.step(1, 1)
-    assert torch.equal(weight, torch.zeros(3, 4)) and torch.equal(state.exact, torch.zeros(3, 4))
 
 
 def test_gradients_that_overflow_are_recognised(monkeypatch):
@@ -330,9 +311,9 @@ def peak_on_a_cpu(step, folder):
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "opt", "bloom", "gemma2", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen3-moe"])
 def test_what_fits_is_about_the_peak_and_without_room_for_it_nothing_does(name, dtype, device, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "SMALLEST", 1024)
+    monkeypatch.setattr(module, "STEP_TOKENS", 1024)
     if (name, device) == ("qwen3-moe", CUDA):
         pytest.skip("the make-believe GPU has no backward pass of experts")
     family, model = make(name)
@@ -367,15 +348,13 @@ def test_smaller_batches_take_less_and_a_model_that_does_not_fit_has_no_room(dev
 
 FAILURES = {
     "host": (MemoryError(), memory.OutOfMemory),
-    "allocator": (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
-                               "memory: you tried to allocate 4000000000000 bytes."), memory.OutOfMemory),
     "GPU": (torch.OutOfMemoryError("CUDA out of memory"), memory.OutOfGpuMemory),
     "infinite": (None, module.Diverged), "bug": (RuntimeError("unforeseen"), RuntimeError)}
 
 
 @pytest.mark.parametrize("part, each", [("_backward", 1), ("step", 13)])  # 13: matrices of a layer, and all norms
 @pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("step", [1, 3, 5], ids=["first step", "middle", "last"])
+@pytest.mark.parametrize("step", [1, 5], ids=["first step", "last"])
 def test_a_model_that_cannot_be_distilled_is_what_it_was(step, failure, part, each, monkeypatch):
     if failure == "infinite" and part == "step":
         pytest.skip("is seen before")
@@ -406,15 +385,8 @@ def test_a_model_that_cannot_be_distilled_is_what_it_was(step, failure, part, ea
 
 
 def test_steps_are_few_and_have_enough_tokens(monkeypatch):
-    monkeypatch.setattr(module, "SMALLEST", 1024)
+    monkeypatch.setattr(module, "STEP_TOKENS", 1024)
     for shape, world, expected in (((128, 128), 1, 8), ((2048, 128), 1, 128), ((32, 128), 1, 8), ((3, 32), 1, 3),
                                    ((40, 2048), 1, 3), ((32, 128), 2, 4), ((128, 128), 3, 3)):
         monkeypatch.setattr(distributed, "world", lambda world=world: world)
         assert module._per_step(torch.zeros(shape)) == expected
-
-
-def test_batches_have_as_many_tokens_as_elsewhere():
-    family, model = make("llama")
-    streamed = StreamedModel(model, family, CPU, 2)
-    for t, expected in ((16, 8), (64, 2), (100, 2)):
-        assert module.widened(streamed, torch.zeros(3, t), 64).batch_size == expected
