@@ -51,7 +51,8 @@ def room_for(streamed, tokens):
     At most streamed.batch_size. Counted are all weights; for those in layers the gradient, a float32 copy and, unless
     they are read from disk, a copy to restore; three more copies of the largest matrix; a second copy of the head, and
     five float32 values for each logit of a slice of tokens; hidden states; and for each token of a batch the inputs and
-    outputs of linears, half as much again, and the scores of attention, if the model computes these.
+    outputs of linears, half as much again, and the scores of attention, if the model computes these, or a third of
+    their bytes for the buffers of PyTorch's attention on a CPU.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
@@ -66,8 +67,7 @@ def room_for(streamed, tokens):
     experts = getattr(config, "num_experts_per_tok", None) or 1
     sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
                                         for (_, kind), m in matrices.items())
-    score = 12 if model.config._attn_implementation == "eager" else 0
-    sequence += 12 * T * width  # float32 gradients of a layer's queries, keys and values
+    score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" else 0
     sequence += score * T * T * len(layers) * getattr(config, "num_attention_heads", 0)
     return max(min(batch, int((memory.free(device) - fixed) / sequence)), 0)
 

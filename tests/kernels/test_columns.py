@@ -43,13 +43,12 @@ class Case(NamedTuple):
     seed: int = 0
 
 
-SPARSE = [Case(1, (7,)), Case(5, (1,)), Case(16, (130,)), Case(48, (64,)), Case(128, (70,)), Case(160, (20,))]
-N_OF_M = [Case(16, (64,), 4, (2,)), Case(48, (7,), 8, (4,)), Case(48, (40, 90), 4, (1, 3)),
-          Case(128, (33, 10, 5), 4, (2, 0, 4)), Case(12, (20,), 4, (0,)), Case(15, (9, 1), 5, (2, 3))]
-GRIDS = [Case(48, (64,), wbits=2), Case(16, (130,), wbits=3, sym=True), Case(5, (7,), wbits=4),
-         Case(128, (40,), wbits=8, sym=True), Case(1, (1,), wbits=4), Case(48, (20, 50), 4, (1, 3), wbits=4),
-         Case(16, (33,), 8, (4,), wbits=8)]
-BFLOAT16 = [Case(48, (33,), wbits=8, dtype=torch.bfloat16), Case(48, (40,), wbits=3, sym=True, dtype=torch.bfloat16),
+SPARSE = [Case(1, (7,)), Case(5, (1,)), Case(16, (130,)), Case(128, (70,))]
+N_OF_M = [Case(16, (64,), 4, (2,)), Case(48, (40, 90), 4, (1, 3)), Case(128, (33, 10, 5), 4, (2, 0, 4)),
+          Case(15, (9, 1), 5, (2, 3))]
+GRIDS = [Case(48, (64,), wbits=2), Case(16, (130,), wbits=3, sym=True), Case(1, (1,), wbits=4),
+         Case(48, (20, 50), 4, (1, 3), wbits=4), Case(16, (33,), 8, (4,), wbits=8)]
+BFLOAT16 = [Case(48, (40,), wbits=8, sym=True, dtype=torch.bfloat16),
             Case(16, (7, 60), 4, (2, 1), wbits=4, dtype=torch.bfloat16)]
 FLOAT16 = [Case(48, (70,), wbits=8, dtype=torch.float16), Case(16, (20,), 4, (2,), wbits=2, dtype=torch.float16)]
 DOUBLE = [case._replace(dtype=torch.float64) for case in GRIDS]
@@ -153,8 +152,8 @@ def untouched(large, values):
 # layouts: which of W (with E and the mask) and of U lie by columns; solve_triangular returns U so, on a GPU too
 @pytest.mark.parametrize(("name", "dtype", "case", "layouts"), [
     *((*walk, (False, False)) for walk in WALKS),
-    *((name, torch.float32, case, layouts) for layouts in [(False, True), (True, False), (True, True)]
-      for name in ("torch", "compiled", "triton") for case in (SPARSE[4], N_OF_M[2], GRIDS[0]))], ids=str)
+    *((name, torch.float32, case, layouts) for layouts in [(False, True), (True, True)]
+      for name in ("torch", "compiled", "triton") for case in (SPARSE[3], N_OF_M[1], GRIDS[0]))], ids=str)
 def test_walks_as_the_formulas_say(name, dtype, case, layouts):
     walk, device = walker(name, case.dtype)
     W, U, mask, factors, grid = make(case)

@@ -5,7 +5,7 @@ import torch
 from conftest import CPU, VOCABULARY, make
 from makebelieve import CUDA, Gpu
 
-from mixgpt.app.pipeline import recipe_of
+from mixgpt.app.compression import recipe_of
 from mixgpt.app.settings import Settings
 from mixgpt.kernels import columns
 from mixgpt.modeling.experts import split_experts
