@@ -15,9 +15,7 @@ run: mixgpt/modeling/baichuan.py replaces it. W_pack holds q, k and v, and is pr
 import sys
 
 from mixgpt.app.cli import main
-from mixgpt.modeling.family import Family
-
-FAMILY = Family(script="baichuan.py", layers="model.layers", model_type="baichuan")
+from mixgpt.modeling.family import BAICHUAN as FAMILY
 
 if __name__ == "__main__":
     sys.exit(main(FAMILY))

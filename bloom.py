@@ -14,9 +14,7 @@ Positions are ALiBi biases, so the sequence length is not limited.
 import sys
 
 from mixgpt.app.cli import main
-from mixgpt.modeling.family import Family
-
-FAMILY = Family(script="bloom.py", layers="transformer.h")
+from mixgpt.modeling.family import BLOOM as FAMILY
 
 if __name__ == "__main__":
     sys.exit(main(FAMILY))

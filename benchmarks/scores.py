@@ -18,7 +18,7 @@ from mixgpt.app.cli import parse
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
-from mixgpt.modeling.family import SCRIPTS, family_of
+from mixgpt.modeling.family import FAMILIES, family_of
 
 DENSE = "dense", "0%"
 AVERAGE = "average"  # of all tasks
@@ -36,7 +36,8 @@ def script_of(model):
     """Return the name of the script that prunes a model. Raises InputError if none does."""
     family = family_of(load.skeleton(load.read_config(model)))
     if family is None:
-        raise InputError(f"model {model}: no script here prunes it; one of {', '.join(SCRIPTS)} is needed")
+        scripts = ", ".join(family.script for family in FAMILIES)
+        raise InputError(f"model {model}: no script here prunes it; one of {scripts} is needed")
     return family.script
 
 

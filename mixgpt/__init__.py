@@ -1,3 +1,34 @@
-"""The infrastructure of MixGPT; scripts and method are in the repository root."""
+"""One-shot pruning of language models: SparseGPT, MixGPT and GPTQ.
 
-__version__ = "1.0.0"
+    import mixgpt
+
+    result = mixgpt.prune("facebook/opt-125m", "c4", sparsity=0.5, preset="best", save="pruned")
+    print(result.table())
+    model, tokenizer = mixgpt.load("pruned")
+"""
+
+from mixgpt.common.program import __version__  # noqa: F401
+
+
+def prune(model, dataset, tokenizer=None, **options):
+    """Prune and quantize a model in one shot, print the report, and return a `mixgpt.app.api.Result`.
+
+    model: a hub id, a folder, a .gguf file, or a model of transformers in memory, which is changed in place; with the
+    latter also its tokenizer. dataset: calibration text as on the command line (a name, a path, a mixture), a list of
+    strings, the documents of a text, or a LongTensor of tokens (N, T). options: those of the command line, with
+    underscores: sparsity=0.5, preset="best", save="pruned", quiet=True. Raises `mixgpt.common.errors.InputError`, a
+    ValueError, with the line that the command line would print.
+    """
+    from mixgpt.app import api  # imports PyTorch
+
+    return api.prune(model, dataset, tokenizer, **options)
+
+
+def load(folder, device=None, dtype="auto"):
+    """Load a saved model, in any format, for evaluation. Returns (model, tokenizer), as of transformers.
+
+    device: cpu, cuda or cuda:N (default: cuda if available). dtype: a torch.dtype, or "auto" for that on disk.
+    """
+    from mixgpt.app import api
+
+    return api.load(folder, device, dtype)

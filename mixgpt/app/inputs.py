@@ -15,6 +15,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck
 from mixgpt.modeling.family import Family
+from mixgpt.modeling.streaming import digest
 from mixgpt.pruning.targets import Selection, Target, select
 from mixgpt.text import bos
 from modelutils import check_hidden_states
@@ -32,6 +33,7 @@ class Inputs:
     seqlen: int
     tokenizer: Any
     selected: dict  # {(layer, name): (out, in)}, the matrices to change
+    model: Any = None  # if it is in memory already
     calibration: torch.Tensor | None = None  # (N, T)
     tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
     sources: dict = field(default_factory=dict)  # origin of the texts
@@ -54,7 +56,7 @@ def check(settings, family, device, clock, model=None, tokenizer=None):
 
     model, tokenizer: if they are in memory already.
     """
-    settings.check_paths()
+    settings.check_paths()  # again, for callers that are not the command line
     config = model.config if model else load.load_config(settings.model, family)
     skeleton = load.skeleton(config)
     load.check_layers(settings.model, skeleton, family, settings.save_format)
@@ -64,7 +66,7 @@ def check(settings, family, device, clock, model=None, tokenizer=None):
     widening = selfcheck.check(settings.model, family, skeleton,
                                {name for _, name in selected} if settings.calibrates else ())
     seqlen = choose_seqlen(settings.seqlen, config)
-    inputs = Inputs(settings, family, device, clock, config, seqlen, tokenizer, selected)
+    inputs = Inputs(settings, family, device, clock, config, seqlen, tokenizer, selected, model)
     _check_memory(inputs, widening)
     if settings.sensitivity_file:
         traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
@@ -102,17 +104,19 @@ def size_on_disk(inputs):
     return model + packed - unpacked + (model if changed else 0)
 
 
-def read_texts(inputs, tokens=None):
+def read_texts(inputs, texts=None):
     """Return the `Inputs` with calibration and test tokens and the tasks.
 
-    tokens: (N, T), calibration tokens if they are in memory already.
+    texts: calibration text in memory, a list of strings or tokens (N, T).
     """
-    settings, tests, sources = inputs.settings, {}, {}
+    settings, tokens, tests, sources = inputs.settings, None, {}, {}
     _check_counts(settings, inputs.seqlen)
-    if settings.needs_calibration and tokens is None:
+    if isinstance(texts, torch.Tensor):
+        tokens, sources["calibration"] = texts.to("cpu"), {"dataset": settings.dataset, "tokens": digest(texts)}
+    elif settings.needs_calibration:
         tokens, sources["calibration"] = calibration_samples(
-            settings.dataset, settings.nsamples, inputs.seqlen, settings.seed, inputs.tokenizer, settings.data_dir,
-            settings.bos)
+            settings.dataset if texts is None else texts, settings.nsamples, inputs.seqlen, settings.seed,
+            inputs.tokenizer, settings.data_dir, settings.bos)
     for name in settings.eval:
         segments, sources[name] = test_tokens(name, inputs.seqlen, inputs.tokenizer, settings.data_dir, settings.bos)
         tests[name] = segments[:settings.eval_limit]

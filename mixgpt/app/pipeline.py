@@ -4,8 +4,8 @@ import contextlib
 import sys
 
 import datasets
-import transformers
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub import utils as hub
+from transformers.utils import logging
 
 from mixgpt.app import compression, evaluation, inputs, planning, records
 from mixgpt.app.report import result_text
@@ -16,12 +16,12 @@ from mixgpt.common.clock import Clock, peak_memory
 from mixgpt.common.runtime import choose_device
 
 
-def run(family, settings, command=None, model=None, tokenizer=None, tokens=None):
+def run(family, settings, command=None, model=None, tokenizer=None, texts=None):
     """Run the pipeline and print its report. Returns the record of the run, as saved in mixgpt.json.
 
-    command: the command line, for the heading. model, tokenizer, tokens (N, T): model and calibration tokens that are
-    in memory already; the model is changed in place. Input errors that can be detected early are raised before the
-    weights are loaded.
+    command: the command line, for the heading. model, tokenizer: if they are in memory already; the model is changed
+    in place. texts: calibration text in memory, a list of strings or tokens (N, T). Input errors that can be detected
+    early are raised before the weights are loaded.
     """
     device = choose_device(settings.device)
     clock = Clock(device)
@@ -35,8 +35,8 @@ def run(family, settings, command=None, model=None, tokenizer=None, tokens=None)
             folder = stack.enter_context(RunDir(settings.save, settings.save_format, inputs.size_on_disk(given),
                                                 settings.resume)) if settings.save else None
         with clock.part("data"):
-            given = inputs.read_texts(given, tokens)
-        current = stack.enter_context(opened(given, folder, model, command))
+            given = inputs.read_texts(given, texts)
+        current = stack.enter_context(opened(given, folder, command))
         plan = planning.choose(current)
         if settings.dense or not plan.targets:
             evaluation.evaluate(current, "dense")
@@ -53,11 +53,15 @@ def run(family, settings, command=None, model=None, tokenizer=None, tokens=None)
 @contextlib.contextmanager
 def _quieter(settings):
     """Silence the progress bars of libraries where they would fill a log, and our own with --quiet."""
-    if settings.quiet or not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-        disable_progress_bars()
-    with progress.silent() if settings.quiet else contextlib.nullcontext():
+    bars = ((logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar),
+            (not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars),
+            (not hub.are_progress_bars_disabled(), hub.disable_progress_bars, hub.enable_progress_bars))
+    with contextlib.ExitStack() as stack:
+        for enabled, disable, enable in bars:
+            if enabled and (settings.quiet or not sys.stderr.isatty()):
+                disable()
+                stack.callback(enable)
+        stack.enter_context(progress.silent() if settings.quiet else contextlib.nullcontext())
         yield
 
 

@@ -117,11 +117,12 @@ def cost_line(seconds, peak):
 def heading(inputs, model, versions, command=None):
     """Return the heading: all that is needed to reproduce the run. command: the command line."""
     settings, parameters = inputs.settings, sum(p.numel() for p in model.parameters())
+    whole = load.multimodal(settings.model) if inputs.model is None else None
     lines = [f"command  {command}"] if command else []
     lines += ["versions " + ", ".join(f"{name} {version}" for name, version in versions.items()),
               f"model    {settings.model}: {type(model).__name__}, {len(inputs.family.layers_of(model))} layers, "
               f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {inputs.device}"
-              + (f", the text part of a {whole}" if (whole := load.multimodal(settings.model)) else "")
+              + (f", the text part of a {whole}" if whole else "")
               + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
     lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(inputs.selected)).items()]
     data = []

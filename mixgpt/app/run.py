@@ -79,14 +79,16 @@ class Run:
 
 
 @contextlib.contextmanager
-def opened(inputs, run_dir, model=None, command=None):
+def opened(inputs, run_dir, command=None):
     """Yield a `Run`: open the weights, start or resume the output folder and W&B, and print the heading.
 
-    model: if it is in memory already. command: the command line, for the heading.
+    command: the command line, for the heading.
     """
     settings, family = inputs.settings, inputs.family
     with contextlib.ExitStack() as stack, inputs.clock.part("load"):
-        model = model or load.open_model(settings.model, inputs.config, family, inputs.dtype)
+        model = inputs.model
+        if model is None:
+            model = load.open_model(settings.model, inputs.config, family, inputs.dtype)
         record = records.facts(settings, inputs.seqlen, model.dtype, inputs.device, inputs.sources)
         layer_files = run_dir and run_dir.files
         if run_dir:

@@ -12,6 +12,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.text import mixture
 
 WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
+IN_MEMORY = "text in memory"  # the dataset of calibration text that the caller holds
 BOS = {"each": "BOS at the start of each sequence", "once": "BOS at the start of each text", "never": "no BOS"}
 PRESETS = {  # complete recipes; explicit flags override them
     "sparsegpt": {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs", "target": "layer"},
@@ -258,7 +259,7 @@ class Settings:
         if self.semi_structured and self.prunes and not (m == 4 and n >= 2):
             raise InputError("--semi-structured: needs a 2:4 sparse model: --prunen 2 --prunem 4, or one pruned before")
         self._check_solver()
-        mixture.check(self.dataset, self.eval, self.needs_calibration)
+        mixture.check(None if self.dataset == IN_MEMORY else self.dataset, self.eval, self.needs_calibration)
         for field in dataclasses.fields(self):
             if registry := field.metadata.get("registry"):
                 choice = registry[getattr(self, field.name)]

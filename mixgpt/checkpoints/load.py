@@ -137,15 +137,21 @@ def multimodal(model):
         return _config_of(*_source(model))[1]
 
 
+def one_layer(model, config=None):
+    """Build the first layer of a model and what is around the layers, on meta. config: its configuration, if read."""
+    config = config or read_config(model)
+    with _reading(model, "its configuration cannot be used"):
+        return _build(with_layers(config, 1), torch.float32)
+
+
 def load_config(model, family):
     """Load the configuration of `model`; raise InputError if its layers are where another family script has them."""
     config = read_config(model)
-    with _reading(model, "its configuration cannot be used"):
-        one_layer = _build(with_layers(config, 1), torch.float32)
-    if not family.fits(one_layer):
-        other = family_of(one_layer)
+    first = one_layer(model, config)
+    if not family.fits(first):
+        other = family_of(first)
         advice = f"use {other.script}" if other else f"no script here prunes it; {family.script} needs {family.layers}"
-        raise InputError(f"model {model}: this is a {type(one_layer).__name__}; {advice}")
+        raise InputError(f"model {model}: this is a {type(first).__name__}; {advice}")
     return config
 
 
@@ -207,14 +213,19 @@ def itemsize(dtype):
 
 
 def load_model(model, dtype):
+    """Load `model` with its experts as linears; see `read_model`. Raises InputError if a weight is NaN or inf."""
+    return _checked(model, read_model(model, dtype))
+
+
+def read_model(model, dtype):
     """Load the weights of `model` on the host, in `dtype` ("auto": as stored), from any format.
 
-    Raises InputError if the checkpoint lacks a weight, contains NaN or inf, or has an unsupported quantization.
+    Raises InputError if the checkpoint lacks a weight, or has an unsupported quantization.
     """
     name, arguments = _source(model)
     with _reading(model, "its weights cannot be read"):
         if save_format := format_of(name):
-            return _checked(model, save_format.read(name, dtype))
+            return save_format.read(name, dtype)
         if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
             streaming.check_index(index)
         config, whole = _config_of(name, arguments)
@@ -225,7 +236,7 @@ def load_model(model, dtype):
         elif method:
             raise InputError(f"model {model}: its weights are quantized by {method}; give the original model")
         text = {"key_mapping": TEXT_PART} if whole else {}
-        return _checked(model, _from_pretrained(model, name, dtype, config=config, **text, **arguments))
+        return _from_pretrained(model, name, dtype, config=config, **text, **arguments)
 
 
 def _from_pretrained(model, name, dtype, **arguments):

@@ -4,8 +4,9 @@ import os
 import subprocess
 from pathlib import Path
 
-from mixgpt import __version__
 from mixgpt.common.errors import InputError
+
+__version__ = "1.0.0"
 
 SCHEMA = 1  # of mixgpt.json and progress/run.json; to be raised when older files can no longer be read
 

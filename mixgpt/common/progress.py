@@ -35,12 +35,13 @@ class Lines(tqdm):
 
 
 def bar(iterable=None, *, title, unit="layer", **options):
-    """Return a tqdm over an iterable, or with a given total: a bar in a terminal, else `Lines`.
+    """Return a tqdm over an iterable, or with a given total: a bar in a terminal or a notebook, else `Lines`.
 
     Only the first of several processes shows anything. options: those of tqdm.
     """
     stream = sys.stderr if _stream.get() == "stderr" else _stream.get()
-    kind = tqdm if stream and stream.isatty() else Lines
+    in_notebook = type(stream).__module__.startswith("ipykernel.")
+    kind = tqdm if in_notebook or stream and stream.isatty() else Lines
     hidden = stream is None or distributed.rank() > 0
     return kind(iterable, desc=title, unit=unit, file=stream, disable=hidden, **options)
 

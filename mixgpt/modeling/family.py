@@ -1,9 +1,6 @@
 """Model families: where the decoder layers of a model are."""
 
-import importlib
 from dataclasses import dataclass
-
-SCRIPTS = ("opt", "bloom", "baichuan", "llama")  # built in, each with its FAMILY
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,13 @@ def _outside(module, path, layers):
     return modules
 
 
+OPT = Family("opt.py", "model.decoder.layers")
+BLOOM = Family("bloom.py", "transformer.h")
+BAICHUAN = Family("baichuan.py", "model.layers", model_type="baichuan")
+LLAMA = Family("llama.py", "model.layers")
+FAMILIES = (OPT, BLOOM, BAICHUAN, LLAMA)
+
+
 def family_of(model):
-    """Return the first built-in family that a model fits, or None."""
-    families = (importlib.import_module(script).FAMILY for script in SCRIPTS)  # they import this module
-    return next((family for family in families if family.fits(model)), None)
+    """Return the first of FAMILIES that a model fits, or None."""
+    return next((family for family in FAMILIES if family.fits(model)), None)

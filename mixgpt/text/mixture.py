@@ -28,9 +28,10 @@ def shares(name, flag="dataset"):
 def check(name, tests, drawn):
     """Raise InputError for calibration text or test texts that do not exist, or that overlap.
 
-    drawn: whether calibration draws from its text. Only datasets have separate splits.
+    name: None for text in memory. drawn: whether calibration draws from its text. Only datasets have separate splits.
     """
-    paths = {os.path.realpath(text) for text in shares(name) if text not in DATASETS}
+    texts = shares(name) if name else ()
+    paths = {os.path.realpath(text) for text in texts if text not in DATASETS}
     for test in tests:
         if len(shares(test, "--eval")) > 1:
             raise InputError(f"--eval {test}: is a mixture, which is for calibration; give its texts one by one")

@@ -1,0 +1,87 @@
+"""The Python interface behind `mixgpt.prune` and `mixgpt.load`."""
+
+import io
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from mixgpt.app import pipeline, plots, records, report
+from mixgpt.app.settings import IN_MEMORY, Settings
+from mixgpt.checkpoints import load as checkpoints
+from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import choose_device
+from mixgpt.modeling.experts import is_fused
+from mixgpt.modeling.family import FAMILIES, family_of
+from mixgpt.pruning.targets import Target
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has measured."""
+
+    record: dict  # as in mixgpt.json and the files of --record
+
+    @property
+    def perplexity(self):
+        """Perplexities of the pruned model, {test set: perplexity}."""
+        return list(self.record["perplexity"].values())[-1]
+
+    @property
+    def sparsity(self):
+        """The fraction of zeros among the weights of the pruned matrices, counted."""
+        return self.record["sparsity"]
+
+    @property
+    def matrices(self):
+        """One dict per matrix: layer, name, shape, sparsity, and the reconstruction error if it was calibrated."""
+        return self.record["matrices"]
+
+    def table(self):
+        """Return the tables of sparsity and perplexity as text."""
+        parts = [report.sparsity_table(*records.matrices_of(self.record))]
+        return "\n\n".join(parts + ([report.perplexity_table(self.record["perplexity"])] if self.perplexity else []))
+
+    def plot(self):
+        """Return a picture of the sparsities by layer and by kind of matrix, a PIL.Image."""
+        measured = {(row["layer"], row["name"]): Target(row["sparsity"]) for row in self.matrices}
+        return Image.open(io.BytesIO(plots.draw(measured)))
+
+
+def prune(model, dataset, tokenizer=None, **options):
+    """Prune and quantize a model; see `mixgpt.prune`."""
+    texts, name = None, dataset
+    if not isinstance(dataset, str):
+        texts, name = dataset if isinstance(dataset, torch.Tensor) else list(dataset), IN_MEMORY
+    if isinstance(texts, torch.Tensor):
+        if texts.dim() != 2 or texts.dtype != torch.long:
+            raise InputError(f"dataset: tokens are {texts.dtype} {tuple(texts.shape)}, must be torch.int64 (N, T)")
+        options |= {"nsamples": len(texts), "seqlen": texts.shape[1]}
+    if isinstance(model, str):
+        settings = Settings(model, name, **options)
+        return Result(pipeline.run(_family(model, checkpoints.one_layer(model)), settings, texts=texts))
+    if tokenizer is None:
+        raise InputError("tokenizer: must be given with a model that is in memory")
+    if any(is_fused(module) for module in model.modules()):
+        raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
+    settings = Settings(type(model).__name__, name, **options)
+    device = model.device
+    try:
+        return Result(pipeline.run(_family(settings.model, model), settings, model=model.to("cpu").eval(),
+                                   tokenizer=tokenizer, texts=texts))
+    finally:
+        model.to(device)
+
+
+def _family(name, model):
+    family = family_of(model)
+    if family is None:
+        raise InputError(f"model {name}: the layers of a {type(model).__name__} are not at "
+                         f"{' or '.join(sorted({family.layers for family in FAMILIES}))}")
+    return family
+
+
+def load(folder, device=None, dtype="auto"):
+    """Load a saved model; see `mixgpt.load`."""
+    return (checkpoints.read_model(str(folder), dtype).eval().to(choose_device(device)),
+            checkpoints.load_tokenizer(str(folder)))

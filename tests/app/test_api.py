@@ -1,0 +1,104 @@
+"""Check `mixgpt.prune` and `mixgpt.load` against the command line, from_pretrained and what the caller holds."""
+
+import copy
+import json
+import logging
+import os
+import random
+import signal
+
+import datasets
+import pytest
+import torch
+import transformers
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from conftest import FAMILIES, saved_tensors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mixgpt
+from datautils import calibration_samples, load_rows
+from mixgpt.common.errors import InputError
+
+OPTIONS = {"sparsity": 0.5, "nsamples": 4, "seqlen": 32, "eval": ["builtin"], "device": "cpu"}
+
+
+@pytest.fixture
+def by_command_line(checkpoint_folder, tmp_path):
+    """Return the tensors and the record of a run of the command line on LLaMA."""
+    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save",
+               tmp_path / "saved") == 0
+    return saved_tensors(tmp_path / "saved"), json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
+
+
+def in_memory(folder):
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_name_gives_what_the_command_line_gives(by_command_line, checkpoint_folder, tmp_path, capsys):
+    tensors, record = by_command_line
+    capsys.readouterr()
+    result = mixgpt.prune(str(checkpoint_folder("llama")), "builtin", save=str(tmp_path / "here"), **OPTIONS)
+    assert f"perplexity  builtin\n{'-' * 10}  {'-' * 7}" in result.table() and result.table() in capsys.readouterr().out
+    assert result.matrices == record["matrices"] and result.sparsity == record["sparsity"] == 0.5
+    assert result.perplexity == record["perplexity"]["SparseGPT"]
+    width, height = result.plot().size
+    assert width > 500 and height > 500
+    model, tokenizer = mixgpt.load(tmp_path / "here", device="cpu")
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in saved_tensors(tmp_path / "here").items())
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in model.state_dict().items() if key in tensors)
+    _, original = in_memory(checkpoint_folder("llama"))
+    assert tokenizer("import a module").input_ids == original("import a module").input_ids
+
+
+@pytest.mark.parametrize("kind", ["name", "strings", "tokens"])
+def test_a_model_in_memory_is_pruned_in_place_on_text_by_name_or_in_memory(kind, by_command_line, checkpoint_folder):
+    tensors, _ = by_command_line
+    model, tokenizer = in_memory(checkpoint_folder("llama"))
+    text = {"name": "builtin", "strings": load_rows("builtin", "train", None)[0],
+            "tokens": calibration_samples("builtin", 4, 32, 0, tokenizer)[0]}[kind]
+    result = mixgpt.prune(model, text, tokenizer, quiet=True, **OPTIONS)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in tensors.items())
+    assert result.record["settings"]["dataset"] == ("builtin" if kind == "name" else "text in memory")
+
+
+def test_a_saved_model_of_experts_has_the_layout_of_transformers(checkpoint_folder, tmp_path):
+    mixgpt.prune(str(checkpoint_folder("qwen3-moe")), "builtin", save=str(tmp_path / "saved"), quiet=True, **OPTIONS)
+    model, _ = mixgpt.load(tmp_path / "saved", device="cpu")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+
+
+def state():
+    """Return what libraries and Python keep per process and a run could leave changed."""
+    return {"random": random.getstate(), "torch": torch.get_rng_state().tolist(), "dtype": torch.get_default_dtype(),
+            "threads": torch.get_num_threads(), "grad": torch.is_grad_enabled(), "environment": dict(os.environ),
+            "folder": os.getcwd(), "logging": transformers.utils.logging.get_verbosity(),
+            "bars": (transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()),
+            "levels": {name: logging.getLogger(name).level for name in ("transformers", "datasets")},
+            "signals": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]}
+
+
+def test_no_state_of_the_process_is_left_changed(checkpoint_folder):
+    folder = str(checkpoint_folder("llama"))
+    for enable in (transformers.utils.logging.enable_progress_bar, datasets.enable_progress_bars):
+        enable()
+    before = copy.deepcopy(state())
+    mixgpt.prune(folder, "builtin", preset="best", **OPTIONS)
+    assert state() == before
+    transformers.utils.logging.disable_progress_bar()  # as other tests expect
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"sparsity": 1.5}, "--sparsity 1.5: must be at least 0 and below 1"),
+    ({"wbits": 5}, "--wbits 5: must be one of 2, 3, 4, 8, 16"),
+    ({"preset": "worst"}, "--preset worst: must be one of sparsegpt, mixgpt, best"),
+    ({"dataset": "c5"}, "dataset c5: invalid choice: 'c5'"),
+    ({"dataset": torch.zeros(4, 32)}, r"dataset: tokens are torch.float32 \(4, 32\), must be torch.int64 \(N, T\)"),
+    ({"dataset": ["short"]}, "--seqlen 32: the train text of dataset a list of 1 texts has"),
+    ({"tokenizer": None}, "tokenizer: must be given with a model that is in memory")])
+def test_errors_are_those_of_the_flags(given, message, checkpoint_folder):
+    model, tokenizer = in_memory(checkpoint_folder("llama"))
+    options = OPTIONS | {"model": model, "dataset": "builtin", "tokenizer": tokenizer} | given
+    with pytest.raises(InputError, match=f"^{message}"):
+        mixgpt.prune(options.pop("model"), options.pop("dataset"), **options)
