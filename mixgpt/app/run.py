@@ -17,7 +17,7 @@ from mixgpt.common import distributed, memory
 from mixgpt.common.errors import InputError
 from mixgpt.common.memory import MemoryPlan
 from mixgpt.evaluation import semistructured
-from mixgpt.kernels.columns import triton_obstacle
+from mixgpt.kernels import columns
 from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning import calibration, distill
 from modelutils import StreamedModel
@@ -148,7 +148,7 @@ def _plan(run):
         _plan_distillation(run)
     if inputs.selected and not run.memory_plan.two_passes and on_gpu:
         _plan_passes(run)
-    if settings.calibrates and on_gpu and (reason := triton_obstacle(inputs.device)):
+    if settings.calibrates and on_gpu and (reason := columns.triton_obstacle(inputs.device)):
         run.log(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
     if settings.semi_structured and (reason := semistructured.obstacle(inputs.device, run.model.dtype)):
         run.record["semi_structured"] = {"skipped": reason}
