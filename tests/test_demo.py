@@ -37,7 +37,7 @@ def check(demo):
     assert totals == pytest.approx([50, 60, 50, 60, 50, 60, 50, 50], abs=0.2)  # 4 bits round some weights more to 0
     assert len(re.findall(r"^plan     [56]0\.00% of the weights in all$", text, re.MULTILINE)) == 3
     assert len(re.findall(r"^perplexity ", text, re.MULTILINE)) == len(RUNS)
-    assert len(outputs(demo, "image")) == 2
+    assert len(outputs(demo, "image")) == 3
     written = re.findall(r"^(.+), perplexity (\d+\.\d\d):\n    \S", text, re.MULTILINE)
     assert [name for name, _ in written] == [name for name in RUNS if "60%" not in name]
     for name, perplexity in written:

@@ -42,8 +42,9 @@ def bar(iterable=None, *, title, unit="layer", **options):
     stream = sys.stderr if _stream.get() == "stderr" else _stream.get()
     in_notebook = type(stream).__module__.startswith("ipykernel.")
     kind = tqdm if in_notebook or stream and stream.isatty() else Lines
-    hidden = stream is None or distributed.rank() > 0
-    return kind(iterable, desc=title, unit=unit, file=stream, disable=hidden, **options)
+    if stream is None or distributed.rank() > 0:
+        options["disable"] = True  # otherwise as TQDM_DISABLE says
+    return kind(iterable, desc=title, unit=unit, file=stream, **options)
 
 
 @contextlib.contextmanager
