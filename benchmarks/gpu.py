@@ -55,7 +55,7 @@ def run(family, folder, method, nsamples, arguments):
         words = [folder, "builtin", "--eval", "builtin", "--nsamples", nsamples, "--seqlen", arguments.seqlen,
                  "--batch-size", arguments.batch_size, "--device", arguments.device, "--quiet", "--save",
                  f"{place}/saved", *METHODS[method].split()]
-        words += ["--sensitivity_file", f"{place}/traces.json"] if method == "MixGPT" else []  # none from the cache
+        words += ["--sensitivity-file", f"{place}/traces.json"] if method == "MixGPT" else []  # none from the cache
         return pipeline.run(family, parse(family, list(map(str, words))))
 
 

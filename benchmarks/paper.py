@@ -37,10 +37,10 @@ METHODS = PEERS | {  # flags of a run
     "gptq": "",
     "sparsegpt": "",
     "isc": "--saliency isc",
-    "layer-level": "--sparsity_way layer-level",
-    "layer-level-isc": "--sparsity_way layer-level --saliency isc",
-    "weight-level": "--sparsity_way weight-level",
-    "mixgpt": "--sparsity_way weight-level --saliency isc",
+    "layer-level": "--sparsity-way layer-level",
+    "layer-level-isc": "--sparsity-way layer-level --saliency isc",
+    "weight-level": "--sparsity-way weight-level",
+    "mixgpt": "--sparsity-way weight-level --saliency isc",
     "best": "--preset best",
 }
 ADDED = (*PEERS, "best")  # what --methods adds to a table

@@ -17,8 +17,8 @@ RANGE = 0.08  # λ of OWL: half of the distance between the sparsest and the den
 PEERS = {  # flags of a run, where `registered`; Wanda's own calibration is two passes
     "magnitude": "--gmp",
     "wanda": "--solver wanda --no-true-sequential",
-    "owl": "--sparsity_way owl",
-    "owl-wanda": "--sparsity_way owl --solver wanda --no-true-sequential",
+    "owl": "--sparsity-way owl",
+    "owl-wanda": "--sparsity-way owl --solver wanda --no-true-sequential",
 }
 
 
@@ -99,7 +99,7 @@ def owl(budget):
 
 @contextlib.contextmanager
 def registered():
-    """Make --solver wanda and --sparsity_way owl known within the block."""
+    """Make --solver wanda and --sparsity-way owl known within the block."""
     SOLVERS["wanda"] = Solver("in each row by |w| ‖x‖, without update", wanda, "Wanda", quantizes=True)
     ALLOCATIONS["owl"] = Allocation("by the outliers of the layer", owl, "OWL")
     try:

@@ -234,7 +234,7 @@ FAULTS = {
     # generate.py
     "a negative temperature": prompt("--temperature=-0.5", "--temperature -0.5: must be 0 (greedy) or at least …"),
     "new tokens beyond the model": prompt(
-        "--max_new_tokens 128", "--max-new-tokens 128: the model's limit is 128 tokens, with the prompt"),
+        "--max-new-tokens 128", "--max-new-tokens 128: the model's limit is 128 tokens, with the prompt"),
     "a dense model that is not there": prompt("--dense ./gone", "--dense ./gone: no such file or folder"),
     "logits that are not finite": prompt(
         "", f"{MODEL}its logits contain NaN or inf; try --dtype float32",

@@ -262,7 +262,7 @@ def test_its_layers_are_discovered(neox, tokens):
 
 
 @pytest.mark.parametrize("options", [
-    "--prunen 2 --prunem 4", "--preset best --alpha 0", "--gmp", "--saliency isc --sparsity_way weight-level --alpha 0",
+    "--prunen 2 --prunem 4", "--preset best --alpha 0", "--gmp", "--saliency isc --sparsity-way weight-level --alpha 0",
     "--wbits 4 --save-format sparse"])
 def test_it_is_pruned_by_every_recipe_and_comes_back_as_it_was_saved(options, neox, execute, capsys):
     family, model = neox
@@ -293,8 +293,8 @@ def test_an_estimator_ranks_as_it_says(checkpoint_folder, tmp_path):
         return -torch.tensor([[float(index) for index, _ in chunk.matrices]] * len(keys), dtype=torch.float64)
 
     ESTIMATORS["depth"] = Choice("less for each layer", by_depth)
-    assert run(opt.FAMILY, checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--sparsity_way", "layer-level",
-               "--prune_only", "fc1", "--sensitivity", "depth", *SMALL, "--save", tmp_path / "saved") == 0
+    assert run(opt.FAMILY, checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--sparsity-way", "layer-level",
+               "--prune-only", "fc1", "--sensitivity", "depth", *SMALL, "--save", tmp_path / "saved") == 0
     record = json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
     assert [row["target"] for row in record["matrices"] if row["name"] == "fc1"] == pytest.approx([0.4, 0.5, 0.6])
     assert list(record["perplexity"]) == ["SparseGPT (layer-level by depth)"]
@@ -308,7 +308,7 @@ def test_an_allocation_is_followed_and_named(checkpoint_folder, tmp_path, capsys
 
     ALLOCATIONS["turns"] = Allocation("one sparser, the next denser", alternate, title="in turns", refuses=lambda
                                       settings: "fractions only" if settings.prunem else "")
-    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity_way", "turns", "--prune_only", "out_proj", *SMALL]
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity-way", "turns", "--prune-only", "out_proj", *SMALL]
     assert run(opt.FAMILY, *arguments, "--sparsity", ".5", "--save", tmp_path / "saved") == 0
     out = capsys.readouterr().out
     assert "plan     in turns: matrices from 40.00% to 60.00%" in out

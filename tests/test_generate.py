@@ -96,7 +96,7 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
     monkeypatch.setenv("COLUMNS", "80")
     texts = {}
     for kind in ("sparse", "compressed-tensors"):
-        assert run(saved / kind, "the list", "--max_new_tokens", 8, "--dense", saved / "dense", "--device", "cpu") == 0
+        assert run(saved / kind, "the list", "--max-new-tokens", 8, "--dense", saved / "dense", "--device", "cpu") == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[:2] == ["the list", ""] and lines[2].split() == ["dense", "|", "pruned"]
         assert re.fullmatch(r"dense \d tokens in \d+\.\d s, [\d.]+ tokens/s; pruned \d tokens in .* on cpu", lines[-1])
@@ -111,8 +111,8 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
 @pytest.mark.parametrize("arguments, message", [
     (["nowhere", "x"], "model nowhere: not a folder or .gguf file here, not in the cache"),
     (["{}", "x", "--dense", "nowhere"], "model nowhere: not a folder"), (["{}", ""], "prompt: is empty"),
-    (["{}", "x", "--max_new_tokens", "0"], "--max-new-tokens 0: must be at least 1"),
-    (["{}", "x", "--max_new_tokens", "128"], "--max-new-tokens 128: the model's limit is 128 tokens"),
+    (["{}", "x", "--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+    (["{}", "x", "--max-new-tokens", "128"], "--max-new-tokens 128: the model's limit is 128 tokens"),
     (["{}", "x", "--temperature", "-1"], "--temperature -1: must be 0 (greedy) or at least 1e-06"),
     (["{}", "x", "--device", "tpu"], "--device tpu: must be cpu"),
     (["{}"], "the following arguments are required: prompt")])
@@ -124,7 +124,7 @@ def test_bad_input_gets_one_line_and_status_2(arguments, message, saved, capsys)
 
 
 def test_a_prompt_that_is_cut_is_told_of(saved, capsys):
-    assert run(saved / "dense", "one two three four " * 60, "--max_new_tokens", 8, "--device", "cpu") == 0
+    assert run(saved / "dense", "one two three four " * 60, "--max-new-tokens", 8, "--device", "cpu") == 0
     warning, *_ = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"warning  prompt: longer than the context of {saved}/dense, which reads it without its first "
                         r"\d{3,} tokens", warning)
@@ -133,7 +133,7 @@ def test_a_prompt_that_is_cut_is_told_of(saved, capsys):
 def test_the_lowest_temperature_is_greedy_and_the_largest_seed_works(saved, capsys):
     texts = []
     for options in ([], ["--temperature", generate.COLDEST, "--seed", 2**64 - 1]):
-        assert run(saved / "dense", "import", "--max_new_tokens", 8, "--device", "cpu", *options) == 0
+        assert run(saved / "dense", "import", "--max-new-tokens", 8, "--device", "cpu", *options) == 0
         texts.append(capsys.readouterr().out.splitlines()[:-1])
     assert texts[0] == texts[1]
 

@@ -31,7 +31,7 @@ def groups_of(layer, index, stream, plan, shared):
     unused = set(names).difference(*groups)
     if unused:
         raise InputError(f"layer {index} {', '.join(sorted(unused))}: not called as a module, cannot be calibrated; "
-                         "leave it out with --prune_only")
+                         "leave it out with --prune-only")
     return groups
 
 

@@ -53,7 +53,7 @@ def select(model, family, selection=Selection(), widths=None):  # noqa: B008
             selected[index, name] = tuple(module.weight.shape)
     if not selected:
         layers = family.layers_of(model)
-        raise InputError(f"--minlayer {chosen.minlayer} --maxlayer {chosen.maxlayer} --prune_only "
+        raise InputError(f"--minlayer {chosen.minlayer} --maxlayer {chosen.maxlayer} --prune-only "
                          f"{chosen.prune_only!r}: select no matrix of {len(layers)} layers with "
                          f"{', '.join(linears(layers[0]))}")
     return selected

@@ -6,6 +6,10 @@ import sys
 import pytest
 from conftest import ROOT
 
+from mixgpt.app.cli import parse
+from mixgpt.app.settings import Settings
+from mixgpt.modeling.family import OPT
+
 CHECK = """
 import runpy, sys
 script, *sys.argv[1:] = sys.argv[1:]
@@ -34,3 +38,13 @@ def test_what_needs_no_model_is_answered_before_pytorch_is_imported(command):
     assert status == f"status {ANSWERS[command]}" and imported == "imported []", done.stderr
     assert done.returncode == 0
     assert ANSWERS[command] == 0 or done.stderr.count("\n") == 1
+
+
+def test_the_published_spellings_of_flags_are_the_same_flags():
+    published = ["--sparsity_way", "layer-level", "--sensitivity_file=a_b.json", "--prune_only", "fc_1", "--log_wandb",
+                 "--wandb_project", "p", "--data_dir", "d"]
+    hyphens = ["--sparsity-way", "layer-level", "--sensitivity-file=a_b.json", "--prune-only", "fc_1", "--log-wandb",
+               "--wandb-project", "p", "--data-dir", "d"]
+    old, new = (parse(OPT, ["opt", "builtin", "--sparsity", ".5", *flags]) for flags in (published, hyphens))
+    assert old == new == Settings("opt", "builtin", sparsity=0.5, sparsity_way="layer-level", prune_only="fc_1",
+                                  sensitivity_file="a_b.json", log_wandb=True, wandb_project="p", data_dir="d")

@@ -130,8 +130,8 @@ def sequences(monkeypatch):
 
 
 @pytest.mark.parametrize("room, options", [
-    (True, ["--preset", "best", "--token_weights", "fisher"]), (False, ["--preset", "best"]),
-    (True, ["--sparsity_way", "weight-level", "--tasks", "choice,answer", "--tasks_dir", "{}"])])
+    (True, ["--preset", "best", "--token-weights", "fisher"]), (False, ["--preset", "best"]),
+    (True, ["--sparsity-way", "weight-level", "--tasks", "choice,answer", "--tasks-dir", "{}"])])
 def test_all_that_a_run_reads_begins_with_bos(room, options, folder, sequences, tmp_path, monkeypatch):
     """Also each window of synthetic text, the text that the model is distilled on, and what is compared when saved."""
     for name, kind in {"choice": CHOICE, "answer": ANSWER}.items():
@@ -222,7 +222,7 @@ def go_on(model, ids, count):
                                                    ("gemma2", ["--bos", "never"], False)])
 @pytest.mark.parametrize("prompt", ["def", "<s>user: a chat", "one two three four " * 60])
 def test_a_prompt_begins_with_bos_also_where_it_is_cut(name, options, begins, prompt, folder, tokenizer, capsys):
-    assert generate.main([str(folder(name)), prompt, "--max_new_tokens", "8", "--device", CPU.type, *options]) == 0
+    assert generate.main([str(folder(name)), prompt, "--max-new-tokens", "8", "--device", CPU.type, *options]) == 0
     text = capsys.readouterr().out.split("\n\n")[1].strip()
     ids = tokenizer(prompt.removeprefix("<s>"), add_special_tokens=False).input_ids
     ids = [BOS, *ids] if begins or prompt.startswith("<s>") else ids

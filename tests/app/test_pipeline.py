@@ -69,7 +69,7 @@ QUANTIZED = [
     ["--wbits", "8", "--sparsity", ".5", "--act-order"],
     ["--wbits", "4", "--prunen", "2", "--prunem", "4", "--groupsize", "8", "--mse", "--act-order"],
     ["--wbits", "4", "--sparsity", ".5", "--groupsize", "8", "--distill", "1"],
-    ["--wbits", "4", "--sparsity", ".5", "--sym", "--sparsity_way", "weight-level", "--sensitivity", "fisher"]]
+    ["--wbits", "4", "--sparsity", ".5", "--sym", "--sparsity-way", "weight-level", "--sensitivity", "fisher"]]
 PACKABLE = [
     ["--wbits", "4", "--sym"], ["--wbits", "8", "--sym", "--nearest", "--groupsize", "16"],
     ["--wbits", "4", "--sym", "--sparsity", ".5", "--act-order", "--distill", "2"],
@@ -114,11 +114,11 @@ def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(number, 
     assert f"{disk['bits_per_weight']:.2f} bits a weight, {disk['ratio']:.2f} times smaller than bfloat16" in out
 
 
-MIXGPT = ["--sparsity", ".5", "--sparsity_way", "weight-level", "--saliency", "isc"]
+MIXGPT = ["--sparsity", ".5", "--sparsity-way", "weight-level", "--saliency", "isc"]
 
 
 @pytest.mark.parametrize("name", ["opt", "bloom"])
-@pytest.mark.parametrize("options", [MIXGPT, [*MIXGPT, "--sparsity_way", "layer-level", "--sensitivity", "fisher"]])
+@pytest.mark.parametrize("options", [MIXGPT, [*MIXGPT, "--sparsity-way", "layer-level", "--sensitivity", "fisher"]])
 def test_mixgpt_meets_the_total_in_the_saved_weights(name, options, checkpoint_folder, tmp_path, capsys):
     family, _ = FAMILIES[name]
     folder, plot = tmp_path / "saved", tmp_path / "plan.png"
@@ -205,8 +205,8 @@ def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expec
         folder = tmp_path / str(number)
         flags += ["--alpha", ".15"] if number and preset == "best" and "--alpha" not in [*flags, *amount] else []
         flags += ["--target", "dense"] if number and "obs" in amount else []
-        flags += ["--sparsity_way", "global"] if number and "obs" in amount else []
-        flags += ["--saliency", "fisher", "--sparsity_way", "global", "--percdamp", ".1", "--synthetic", ".5"] if (
+        flags += ["--sparsity-way", "global"] if number and "obs" in amount else []
+        flags += ["--saliency", "fisher", "--sparsity-way", "global", "--percdamp", ".1", "--synthetic", ".5"] if (
             number and "--no-mse" in amount) else []
         assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *amount, *flags, *SMALL,
                    "--save", folder) == 0
@@ -223,7 +223,7 @@ def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expec
 def test_mixed_n_to_m_tells_how_close_whole_n_come(checkpoint_folder, tmp_path, capsys):
     folder = tmp_path / "saved"
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--prunen", "3", "--prunem", "8",
-               "--sparsity_way", "weight-level", "--alpha", ".2", *SMALL, "--save", folder) == 0
+               "--sparsity-way", "weight-level", "--alpha", ".2", *SMALL, "--save", folder) == 0
     counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES["llama"][0])
     total = sum(m.zeros for m in counted) / sum(m.numel for m in counted)
     assert abs(total - 3 / 8) < 0.02 and len({m.zeros * 8 // m.numel for m in counted}) > 1
@@ -233,19 +233,19 @@ def test_mixed_n_to_m_tells_how_close_whole_n_come(checkpoint_folder, tmp_path, 
 
 def test_a_sweep_computes_the_traces_once(checkpoint_folder, tmp_path, monkeypatch, capsys):
     arguments = [checkpoint_folder("opt"), "builtin", *MIXGPT, *SMALL]
-    named = ["--sensitivity_file", tmp_path / "traces.json"]
+    named = ["--sensitivity-file", tmp_path / "traces.json"]
     assert run(FAMILIES["opt"][0], *arguments) == run(FAMILIES["opt"][0], *arguments, *named) == 0
     first = capsys.readouterr().out
     monkeypatch.setattr(traces, "hessian_traces", lambda *_, **__: pytest.fail("computed again"))
     for sparsity in (".4", ".6"):
         assert run(FAMILIES["opt"][0], *arguments, "--sparsity", sparsity) == 0
-        assert run(FAMILIES["opt"][0], *arguments, *named, "--sparsity", sparsity, "--prune_only", "fc") == 0
+        assert run(FAMILIES["opt"][0], *arguments, *named, "--sparsity", sparsity, "--prune-only", "fc") == 0
     assert str(tmp_path / "traces.json") in first
 
 
 def test_a_budget_is_over_what_is_pruned(checkpoint_folder, tmp_path):
     folder = tmp_path / "saved"
-    assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", *MIXGPT, *SMALL, "--prune_only", "fc",
+    assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", *MIXGPT, *SMALL, "--prune-only", "fc",
                "--minlayer", "1", "--save", folder) == 0
     counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES["opt"][0])
     pruned = [m for m in counted if m.layer >= 1 and "fc" in m.name]
@@ -254,7 +254,7 @@ def test_a_budget_is_over_what_is_pruned(checkpoint_folder, tmp_path):
 
 
 def test_the_heading_tells_all_that_it_takes_to_repeat_the_run(checkpoint_folder, capsys):
-    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--prune_only", "fc 1", "--invert"]
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--prune-only", "fc 1", "--invert"]
     assert run(FAMILIES["opt"][0], *arguments) == 0
     command, versions, model, pruning, data, *_ = capsys.readouterr().out.splitlines()
     assert shlex.split(command) == ["command", "python", "opt.py", *map(str, arguments)]
@@ -398,20 +398,20 @@ BAD = {
         "supports groups of consecutive columns only; with --act-order needs --groupsize -1"),
     "nothing selected": ("{opt} builtin --sparsity .5 --minlayer 3", "select no matrix"),
     "mixed without sparsity": (
-        "{opt} builtin --sparsity_way weight-level",
+        "{opt} builtin --sparsity-way weight-level",
         "--sparsity-way weight-level: needs --sparsity or --prunen and --prunem"),
     "unknown way": (
-        "{opt} builtin --sparsity .5 --sparsity_way best", "argument --sparsity-way: invalid choice: 'best'"),
+        "{opt} builtin --sparsity .5 --sparsity-way best", "argument --sparsity-way: invalid choice: 'best'"),
     "unknown preset": ("{opt} builtin --sparsity .5 --preset worst", "argument --preset: invalid choice: 'worst'"),
     "preset of nothing": ("{opt} builtin --preset best", "--preset best: needs --sparsity or --prunen and --prunem"),
     "threshold for n:m": (
-        "{opt} builtin --prunen 2 --prunem 4 --sparsity_way global", "--sparsity-way global: gives each matrix a"),
+        "{opt} builtin --prunen 2 --prunem 4 --sparsity-way global", "--sparsity-way global: gives each matrix a"),
     "solver without calibration": (
         "{opt} builtin --sparsity .5 --gmp --solver admm", "--solver admm: needs calibration"),
     "target without calibration": (
         "{opt} builtin --wbits 4 --nearest --target dense", "--target dense: needs calibration"),
     "weights without calibration": (
-        "{opt} builtin --sparsity .5 --gmp --token_weights fisher", "--token-weights fisher: needs calibration"),
+        "{opt} builtin --sparsity .5 --gmp --token-weights fisher", "--token-weights fisher: needs calibration"),
     "synthetic text without calibration": (
         "{opt} builtin --sparsity .5 --gmp --synthetic 2", "--synthetic 2: needs calibration"),
     "distillation without calibration": (
@@ -434,14 +434,14 @@ BAD = {
         "{opt} builtin --sparsity .5 --plot a.png", "--plot a.png: needs --sparsity-way layer-level or "
         "weight-level or global"),
     "plot format": (
-        "{opt} builtin --sparsity .5 --sparsity_way weight-level --plot a.txt",
+        "{opt} builtin --sparsity .5 --sparsity-way weight-level --plot a.txt",
         "--plot a.txt: must end in .png, .pdf, .svg"),
     "traces that are none": (
-        "{opt} builtin --sparsity .5 --sparsity_way weight-level --sensitivity_file {full}/config.json",
+        "{opt} builtin --sparsity .5 --sparsity-way weight-level --sensitivity-file {full}/config.json",
         "--sensitivity-file {full}/config.json: is not a file of traces"),
     "record in a file": ("{opt} builtin --record {full}/config.json/a.json", "config.json/a.json: cannot be written"),
     "record is a folder": ("{opt} builtin --record {empty}", "--record {empty}: is not a file; name a file"),
-    "W&B not asked for": ("{opt} builtin --wandb_project pruning", "--wandb-project pruning: needs --log-wandb"),
+    "W&B not asked for": ("{opt} builtin --wandb-project pruning", "--wandb-project pruning: needs --log-wandb"),
     "percdamp": ("{opt} builtin --sparsity .5 --percdamp -1", "--percdamp -1: must lie between 0 and 1"),
     "no samples": ("{opt} builtin --nsamples 0", "--nsamples 0: must be at least 1"),
     "batch size": ("{opt} builtin --batch-size 0", "--batch-size 0: must be at least 1"),
@@ -517,7 +517,7 @@ def test_help_of_every_script_tells_the_flags(script):
 
 @pytest.mark.parametrize("amount, expected", [
     (["--sparsity", ".5"], [2]), (["--prunen", "2", "--prunem", "4"], []),
-    (["--prunen", "2", "--prunem", "4", "--token_weights", "fisher"], [7])])  # of 4 sequences and 3 synthetic ones
+    (["--prunen", "2", "--prunem", "4", "--token-weights", "fisher"], [7])])  # of 4 sequences and 3 synthetic ones
 def test_best_takes_gradients_from_half_of_the_sequences_unless_they_weigh_each_token(amount, expected,
                                                                                       checkpoint_folder, monkeypatch):
     seen, measure = [], planning.output_gradients

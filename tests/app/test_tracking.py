@@ -97,9 +97,9 @@ def run(name, *arguments):
 def logged(surroundings, checkpoint_folder, tmp_path_factory):
     """Give (record, folder of W&B) of a run that logs."""
     record = tmp_path_factory.mktemp("record") / "new" / "run.json"
-    assert run("opt", checkpoint_folder("opt"), "builtin", *ARGUMENTS, "--sparsity=.5", "--sparsity_way=weight-level",
-               "--saliency=isc", "--wbits=4", "--dense", "--log_wandb", "--wandb_project=pruning", "--wandb_name=first",
-               "--wandb_group=tiny", f"--record={record}") == 0
+    assert run("opt", checkpoint_folder("opt"), "builtin", *ARGUMENTS, "--sparsity=.5", "--sparsity-way=weight-level",
+               "--saliency=isc", "--wbits=4", "--dense", "--log-wandb", "--wandb-project=pruning", "--wandb-name=first",
+               "--wandb-group=tiny", f"--record={record}") == 0
     return json.loads(record.read_text()), folder_of(surroundings)
 
 
@@ -250,11 +250,11 @@ def test_runs_of_the_sweep_share_their_traces_and_belong_to_it(sweep, surroundin
 
 def test_a_run_that_fails_is_marked_so_and_says_why(surroundings, checkpoint_folder, monkeypatch, capsys):
     monkeypatch.setattr(compression, "_prune", lambda *_: (_ for _ in ()).throw(InputError("no luck\nat all")))
-    assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log_wandb") == 2
+    assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log-wandb") == 2
     _, _, summary, status, _ = read_back(folder_of(surroundings))
     assert status == 2 and summary["failed"] == "no luck at all"
     monkeypatch.setattr(compression, "_prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log_wandb") == 130
+    assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log-wandb") == 130
     assert read_back(folder_of(surroundings))[3] == 130
 
 
@@ -262,7 +262,7 @@ def test_logged_out_the_run_is_kept_on_disk_after_one_line(surroundings, checkpo
     variables.delenv("WANDB_MODE")
     model = checkpoint_folder("opt")
     capfd.readouterr()
-    assert run("opt", model, "builtin", "--seqlen=32", "--eval", "--device=cpu", "--log_wandb", "--quiet") == 0
+    assert run("opt", model, "builtin", "--seqlen=32", "--eval", "--device=cpu", "--log-wandb", "--quiet") == 0
     folder, captured = folder_of(surroundings), capfd.readouterr()
     assert captured.out == ("warning  W&B: No API key configured. Use `wandb login` to log in; the run is kept on "
                             f"disk; upload it with: wandb sync {folder}\n")

@@ -125,7 +125,7 @@ def test_a_dry_run_prints_the_missing_command_lines_and_writes_nothing(command, 
     assert all(line.startswith("python llama.py ") and " builtin --eval-limit 2 " in line for line in lines)
     assert [line.partition("--eval builtin ")[2] for line in lines] == [
         "--sparsity 0.0 --seed 0", "--gmp --sparsity 0.5 --seed 0", "--sparsity 0.5 --seed 0",
-        "--sparsity_way weight-level --saliency isc --sparsity 0.5 --seed 0"]
+        "--sparsity-way weight-level --saliency isc --sparsity 0.5 --seed 0"]
 
 
 def test_tasks_are_those_of_the_family_script(command, checkpoint_folder, tmp_path, capsys):
@@ -134,7 +134,7 @@ def test_tasks_are_those_of_the_family_script(command, checkpoint_folder, tmp_pa
             for number, word in enumerate(("one", "import", "None"))]
     (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "words.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
-    tasks = ["--tasks", "words", "--tasks_dir", str(tmp_path)]
+    tasks = ["--tasks", "words", "--tasks-dir", str(tmp_path)]
     small = [each for each in SMALL if each not in ("--eval-limit", "2")]
     shared = ["--dataset", "builtin", *small, *tasks, "--output", str(tmp_path / "tasks.json")]
     assert paper.main(["table3", str(checkpoint_folder("opt")), *shared, "--limit", "2"]) == 0

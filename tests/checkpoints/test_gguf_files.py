@@ -101,7 +101,7 @@ def test_a_file_is_read_once_and_its_checksum_computed_once_a_process(tokenizer,
     reads_at_first = len(reads)
     assert "converted" in the_line(capsys, "converted")
     assert run(llama.FAMILY, path, "builtin", "--sparsity", ".5", *SMALL) == 0
-    assert generate.main([str(path), "the list", "--max_new_tokens", "4", "--device", "cpu"]) == 0
+    assert generate.main([str(path), "the list", "--max-new-tokens", "4", "--device", "cpu"]) == 0
     assert len(checksums) == len(converted(cache)) == 1
     gguf_files._folder_of.cache_clear()  # as in another process
     opened(path)

@@ -94,12 +94,12 @@ def test_processes_give_what_one_gives_and_all_the_same(in_processes):
 
 
 ARGUMENTS = ["builtin", "--seqlen", "32", "--nsamples", "7", "--sparsity", ".5", "--eval", "--device", "cpu",
-             "--sparsity_way", "weight-level", "--sensitivity", "fisher"]
+             "--sparsity-way", "weight-level", "--sensitivity", "fisher"]
 
 
 def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, fork, tmp_path):
     def options(name):
-        return [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / name, "--sensitivity_file",
+        return [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / name, "--sensitivity-file",
                 tmp_path / f"{name}.json"]
 
     def run_twice(*more):

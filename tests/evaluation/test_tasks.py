@@ -119,7 +119,7 @@ SMALL = ["builtin", "--nsamples", "2", "--seqlen", "32", "--eval", "--device", "
 @pytest.mark.parametrize("name", ["opt", "llama"])
 def test_scores_of_dense_and_pruned_models_are_those_computed_by_hand(name, folder, checkpoint_folder, tmp_path, capsys,
                                                                       tokenizer):
-    family, saved, chosen = FAMILIES[name][0], tmp_path / "saved", ["--tasks", "choice,shots,rolling", "--tasks_dir",
+    family, saved, chosen = FAMILIES[name][0], tmp_path / "saved", ["--tasks", "choice,shots,rolling", "--tasks-dir",
                                                                     folder]
     arguments = [*SMALL, *chosen, "--dense", "--sparsity", ".5", "--gmp", "--save", saved, "--save-format", "sparse"]
     assert run(family, checkpoint_folder(name), *arguments) == 0  # on disk, and pruned layers too
@@ -191,7 +191,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_task_that_cannot_be_used_gets_one_line_before_the_work(case, folder, checkpoint_folder, tmp_path, capsys):
     chosen, message = REFUSED[case]
-    arguments = [checkpoint_folder("llama"), *SMALL, "--sparsity", ".5", "--save", tmp_path / "saved", "--tasks_dir",
+    arguments = [checkpoint_folder("llama"), *SMALL, "--sparsity", ".5", "--save", tmp_path / "saved", "--tasks-dir",
                  folder, "--tasks", *chosen]
     capsys.readouterr()
     assert run(FAMILIES["llama"][0], *arguments) == 2
@@ -206,8 +206,8 @@ def test_an_unknown_name_is_refused_with_those_that_resemble_it(folder):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--limit", "3"], "--limit 3: needs --tasks"), (["--tasks_dir", "x"], "--tasks-dir x: needs --tasks"),
-    (["--tasks", "choice", "--tasks_dir", "nowhere"], "--tasks-dir nowhere: must be a folder with .yaml files that "
+    (["--limit", "3"], "--limit 3: needs --tasks"), (["--tasks-dir", "x"], "--tasks-dir x: needs --tasks"),
+    (["--tasks", "choice", "--tasks-dir", "nowhere"], "--tasks-dir nowhere: must be a folder with .yaml files that "
                                                       "describe tasks of lm-eval")])
 def test_flags_that_lack_another_are_refused(arguments, message, checkpoint_folder, capsys):
     folder = checkpoint_folder("llama")
@@ -229,7 +229,7 @@ def test_without_lm_eval_the_line_says_what_to_install(checkpoint_folder, monkey
 
 
 def test_processes_share_out_the_texts_and_score_as_one_does(folder, checkpoint_folder, tmp_path, tokenizer, fork):
-    arguments = [checkpoint_folder("llama"), *SMALL, "--tasks", "choice,shots,rolling", "--tasks_dir", folder,
+    arguments = [checkpoint_folder("llama"), *SMALL, "--tasks", "choice,shots,rolling", "--tasks-dir", folder,
                  "--save", tmp_path / "two"]
     port, logs = free_port(), [tmp_path / "first", tmp_path / "second"]
     processes = [fork(command, "llama", arguments, log, as_rank, (rank, 2, port)) for rank, log in enumerate(logs)]

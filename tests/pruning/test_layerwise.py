@@ -308,7 +308,7 @@ def test_a_linear_that_does_not_run_is_refused(tokens):
 
 def test_a_selection_of_nothing_is_refused():
     family, model = make("opt")
-    with pytest.raises(InputError, match="--prune_only 'qkv': select no matrix of 3 layers with self_attn.k_proj"):
+    with pytest.raises(InputError, match="--prune-only 'qkv': select no matrix of 3 layers with self_attn.k_proj"):
         plan_of(model, family, prune_only="qkv")
 
 
