@@ -62,15 +62,14 @@ def _check(given):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, see `exit_status.run`."""
+    """Run the command line. Returns the exit status, see `exit_status.reported`."""
     argv = sys.argv[1:] if argv is None else argv
-    return exit_status.run("generate.py", argv, lambda: _run(argv), "lower --max-new-tokens, or give --dtype bfloat16")
-
-
-def _run(argv):
-    given = _parse(argv)
-    model, dense = given.pop("model"), given.pop("dense")
-    print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
+    remedy = "lower --max-new-tokens, or give --dtype bfloat16"
+    with exit_status.reported("generate.py", argv, remedy) as end:
+        given = _parse(argv)
+        model, dense = given.pop("model"), given.pop("dense")
+        print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
+    return end.status
 
 
 def print_completions(models, prompt, device, dtype, bos, **options):

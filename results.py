@@ -47,9 +47,11 @@ def _run(argv):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, see `exit_status.run`; 2 also if a file was unusable."""
+    """Run the command line. Returns the exit status, see `exit_status.reported`; 2 also if a file was unusable."""
     argv = sys.argv[1:] if argv is None else argv
-    return exit_status.run("results.py", argv, lambda: _run(argv), "give fewer files")
+    with exit_status.reported("results.py", argv, "give fewer files") as end:
+        end.status = _run(argv)
+    return end.status
 
 
 if __name__ == "__main__":

@@ -167,9 +167,11 @@ def _run(argv):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, see `exit_status.run`."""
+    """Run the command line. Returns the exit status, see `exit_status.reported`."""
     argv = sys.argv[1:] if argv is None else argv
-    return exit_status.run("paper.py", argv, lambda: _run(argv), REMEDY)
+    with exit_status.reported("paper.py", argv, REMEDY) as end:
+        _run(argv)
+    return end.status
 
 
 if __name__ == "__main__":

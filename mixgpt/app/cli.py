@@ -72,24 +72,21 @@ def add_option(group, field):
 
 
 def main(family, argv=None):
-    """Run a family's command line. Returns the exit status, see `exit_status.run`.
+    """Run a family's command line. Returns the exit status, see `exit_status.reported`.
 
     argv: its arguments (default: sys.argv, including the script's name).
     """
     if argv is None:
         family, argv = replace(family, script=Path(sys.argv[0]).name), sys.argv[1:]
-    return exit_status.run(family.script, argv, lambda: _run(family, argv), REMEDY)
-
-
-def _run(family, argv):
-    settings = parse(family, argv)
-    settings.check_paths()
-    with contextlib.ExitStack() as stack:
+    with exit_status.reported(family.script, argv, REMEDY) as end, contextlib.ExitStack() as stack:
+        settings = parse(family, argv)
+        settings.check_paths()
         _silence(stack)
         stack.enter_context(_resumable(settings))
         from mixgpt.app import pipeline  # slow import
 
         pipeline.run(family, settings, shlex.join(["python", family.script, *argv]))
+    return end.status
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from types import SimpleNamespace
 
 from mixgpt.common import program
 from mixgpt.common.errors import InputError, is_out_of_memory, one_line
@@ -21,26 +22,28 @@ class Terminated(KeyboardInterrupt):
     """A scheduler or a closing terminal ends this process. Like Ctrl-C, it passes all handlers of errors."""
 
 
-def run(script, argv, body, remedy):
-    """Call body(), a whole command line. Returns its exit status, after one line on stderr unless that is 0.
+@contextlib.contextmanager
+def reported(script, argv, remedy):
+    """Turn what ends the block, a whole command line, into one line on stderr and an exit status.
 
-    1: a bug, whose traceback is in the file that the line names. 2: InputError, or the host is out of memory; remedy
-    says what to lower. 130: Ctrl-C. 141, without a line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP.
+    Yields an object whose `status` is then 0, or what the block has set. 1: a bug, whose traceback is in the file that
+    the line names. 2: InputError, or the host is out of memory; remedy says what to lower. 130: Ctrl-C. 141, without a
+    line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP.
     """
+    end = SimpleNamespace(status=0)
     try:
         with _terminable():
-            status = body() or 0
+            yield end
         sys.stdout.flush()
-        return status
     except SystemExit as stop:  # argparse, after --help
-        return stop.code or 0
+        end.status = stop.code or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
-        return 128 + signal.SIGPIPE
+        end.status = 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
         process = f" (process {program.rank()})" if program.rank() else ""
         print(f"{script}: {_explanation(script, argv, error, remedy)}{process}", file=sys.stderr, flush=True)
-        return status_of(error)
+        end.status = status_of(error)
 
 
 def status_of(error):

@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+import traceback
 
 import pytest
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import ROOT
 
 from mixgpt.app.cli import parse
 from mixgpt.app.settings import Settings
-from mixgpt.modeling.family import OPT
+from mixgpt.kernels import columns
+from mixgpt.modeling.family import LLAMA, OPT
 
 CHECK = """
 import runpy, sys
@@ -48,3 +51,18 @@ def test_the_published_spellings_of_flags_are_the_same_flags():
     old, new = (parse(OPT, ["opt", "builtin", "--sparsity", ".5", *flags]) for flags in (published, hyphens))
     assert old == new == Settings("opt", "builtin", sparsity=0.5, sparsity_way="layer-level", prune_only="fc_1",
                                   sensitivity_file="a_b.json", log_wandb=True, wandb_project="p", data_dir="d")
+
+
+@pytest.mark.parametrize("options", [[], ["--no-true-sequential"]])
+def test_ten_frames_lead_from_main_to_the_line_that_zeroes(options, checkpoint_folder, monkeypatch):
+    frames = []
+
+    def walk(*args):
+        names = [frame.name for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT / "mixgpt"))
+                 or frame.filename == str(ROOT / "sparsegpt.py")]
+        frames.append(names[names.index("main"):])
+        return columns.walk_columns(*args)
+
+    monkeypatch.setattr(columns, "fastest", lambda W, grid: walk)
+    assert run(LLAMA, checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, *options) == 0
+    assert frames and all(len(names) + 1 <= 10 for names in frames), frames[0]

@@ -1,7 +1,6 @@
 """Check the pruning of whole models against hooks on the model's own forward, and against magnitude."""
 
 import copy
-import traceback
 from pathlib import Path
 
 import makebelieve
@@ -99,22 +98,6 @@ def test_true_sequential_calibrates_each_linear_on_the_pruned_ones_before(tiny, 
     sparsegpt(plain, family, plan_of(plain, family), tokens)
     assert any(not torch.equal(W, P) for W, P in zip(weights(model, family).values(), weights(plain, family).values(),
                                                       strict=True))
-
-
-@pytest.mark.parametrize("true_sequential", [False, True])
-def test_five_frames_lead_from_the_layers_to_the_line_that_zeroes(true_sequential, tokens, monkeypatch):
-    frames, root = [], str(Path(layerwise.__file__).parents[2])
-
-    def walk(*args):
-        stack = [frame for frame in traceback.extract_stack() if frame.filename.startswith(root)]
-        names = [frame.name for frame in stack]
-        frames.append(names[names.index("prune_layerwise"):-1])
-        return columns.walk_columns(*args)
-
-    monkeypatch.setattr(columns, "fastest", lambda W, grid: walk)
-    family, model = make("llama")
-    sparsegpt(model, family, plan_of(model, family), tokens, true_sequential=true_sequential)
-    assert all(names == ["prune_layerwise", "prune_in_place", "walk", "run"] for names in frames) and frames
 
 
 def writers_of(model):
