@@ -4,6 +4,7 @@ A command that cannot run here says so in its line: it "needs the hub", "a GPU",
 """
 
 import argparse
+import functools
 import gzip
 import importlib
 import importlib.metadata
@@ -23,6 +24,7 @@ from conftest import ROOT, read_little
 from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
+import mixgpt
 from mixgpt.app import cli
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
@@ -150,6 +152,8 @@ def run_pip(verb, *words):
     parser.add_argument("--no-index", "--upgrade", action="store_true")
     parser.add_argument("names", nargs="*")
     given = parser.parse_args(words)
+    if given.names == ["."]:  # pyproject.toml takes the dependencies from there
+        given.names, given.r = [], ["requirements.txt"]
     lines = given.names + [line for name in given.r for line in Path(name).read_text().splitlines()]
     wanted = [Requirement(line) for line in lines if not line.startswith("-r")]
     fitting = [each for each in wanted if each.specifier.contains(importlib.metadata.version(each.name))]
@@ -201,6 +205,19 @@ def test_the_demo_ends_in_one_table_and_one_picture(workplace, capsys):
     assert [row.split()[0] for row in rows] == ["dense", "SparseGPT", "MixGPT", "best"]
     assert max(map(len, (above, *rows))) <= 100
     assert picture == "picture  demo/perplexity.png" and Path("demo/perplexity.png").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "running.md"])
+def test_python_prunes_and_loads(page, workplace, monkeypatch):
+    (text,) = (text for path, text in PAGES.items() if path.name == page)
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "mixgpt.prune" in block)
+    prune = functools.partial(mixgpt.prune, nsamples=2, seqlen=32, device="cpu", data_dir="texts")
+    monkeypatch.setattr(mixgpt, "prune", prune)
+    exec(block, names := {})
+    result, layers = names["result"], names["model"].model.decoder.layers
+    weights = [layers[row["layer"]].get_submodule(row["name"]).weight for row in result.matrices]
+    zeros = sum((weight == 0).sum().item() for weight in weights) / sum(weight.numel() for weight in weights)
+    assert zeros == pytest.approx(result.sparsity) == pytest.approx(0.5, abs=1e-4)
 
 
 def test_no_command_is_missed():
