@@ -33,7 +33,7 @@ def run(family, settings, command=None, model=None, tokenizer=None, texts=None):
         with clock.part("load"):
             given = inputs.check(settings, family, device, clock, model, tokenizer)
             folder = stack.enter_context(RunDir(settings.save, settings.save_format, inputs.size_on_disk(given),
-                                                settings.resume)) if settings.save else None
+                                                settings.resume, settings.overwrite)) if settings.save else None
         with clock.part("data"):
             given = inputs.read_texts(given, texts)
         current = stack.enter_context(opened(given, folder, command))

@@ -188,7 +188,7 @@ class Settings:
     resume: bool = option(False, FREE, "continue the interrupted run in the folder of --save, if there is one",
         needs=("save",))
     overwrite: bool = option(False, FREE,
-        "replace the files of --record and --plot if they exist")
+        "replace the files of --record and --plot and the model in --save if they exist")
     plot: str | None = option(None, FREE,
         "figure of the assigned sparsities by layer and kind of matrix, and of the sensitivities, if they are ranked "
         "(.png, .pdf, .svg)", output=True, needs=("is_nonuniform",))
@@ -364,6 +364,8 @@ class Settings:
         if os.path.isfile(self.sensitivity_file or ""):
             paths.pop("--sensitivity-file")  # is read
         outputs.check(paths, self.overwrite or self.resume, self.save)
+        if self.save and os.path.realpath(self.save) == os.path.realpath(self.model):
+            raise InputError(f"--save {self.save}: is the model's own folder; name another one")
 
 
 def flag_of(name):

@@ -29,15 +29,17 @@ PARTIAL = ("*.partial", ".tmp*")  # files that a killed run was writing
 class RunDir:
     """The folder of --save. As a context manager it is locked, and removed if nothing in it is worth going on from."""
 
-    def __init__(self, path, save_format="dense", nbytes=0, resume=True):
+    def __init__(self, path, save_format="dense", nbytes=0, resume=True, overwrite=False):
         """Lock the folder in the first process, the one that writes.
 
-        nbytes: of finished layers and result together. resume: accept an interrupted run. Raises InputError for a
-        folder that is not empty, not writable, in use by another run or on a full disk, and leaves nothing behind.
+        nbytes: of finished layers and result together. resume: accept an interrupted run. overwrite: accept a saved
+        model, which `open` removes. Raises InputError for a folder that is not empty, not writable, in use by another
+        run or on a full disk, and leaves nothing behind.
         """
         self.path, self.save_format, self.folder = Path(path), save_format, Path(path) / PROGRESS
         self.files = LayerFiles(self.folder, f"--save {path}", "free some space and continue with --resume")
         self.run = {}  # content of run.json
+        self.overwrites = overwrite and (self.path / RECORD).is_file()
         if self.files.writes:
             self._check_empty()
             self._lock()
@@ -49,8 +51,9 @@ class RunDir:
                 raise
 
     def _check_empty(self):
-        if not is_interrupted_run(self.path) and not is_empty(self.path):
-            raise InputError(f"--save {self.path}: exists and is not an empty folder")
+        if not (is_interrupted_run(self.path) or is_empty(self.path) or self.overwrites):
+            raise InputError(f"--save {self.path}: exists and is not an empty folder; name another one, or give "
+                             "--overwrite to replace a saved model")
 
     def _lock(self):
         self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -100,6 +103,11 @@ class RunDir:
                 for file in (file for pattern in PARTIAL for file in self.path.rglob(pattern)):
                     file.unlink()
             else:
+                for entry in set(self.path.iterdir()) - {self.folder} if self.overwrites else ():
+                    if entry.is_dir() and not entry.is_symlink():
+                        shutil.rmtree(entry)
+                    else:
+                        entry.unlink()
                 self.run = signature() | {"identity": identity}
                 self.files.write_json("run.json", self.run)
         self.run = distributed.broadcast_object(self.run)

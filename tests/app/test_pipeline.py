@@ -345,6 +345,24 @@ def test_a_save_that_reads_back_differently_is_reported(checkpoint_folder, tmp_p
     assert "VerificationError: --save" in capsys.readouterr().err
 
 
+def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint_folder, tmp_path, capsys):
+    family, folder = FAMILIES["llama"][0], tmp_path / "saved"
+    arguments = [checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--save"]
+    assert run(family, *arguments, folder) == 0
+    (folder / "extra").mkdir()
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert run(family, *arguments, folder, "--sparsity", ".75") == 2
+    assert "give --overwrite to replace a saved model" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert run(family, *arguments, folder, "--sparsity", ".75", "--overwrite") == 0
+    assert json.loads((folder / "mixgpt.json").read_text())["sparsity"] == 0.75 and not (folder / "extra").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert run(family, *arguments, tmp_path / "mine", "--overwrite") == 2
+    assert run(family, folder, *arguments[1:], folder, "--overwrite") == 2
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine" and (folder / "mixgpt.json").is_file()
+
+
 # What is given after the script's name, and what the line on stderr must hold.
 BAD = {
     "unknown model": ("no/model builtin", "model no/model: not a folder or .gguf file here"),
