@@ -110,7 +110,6 @@ class Walk:
         self.columns = len(self.W)
         self.D = torch.empty_like(self.W)  # W − Ŵ
         self.mask = self.W == 0  # zero weights stay zero
-        self.losses = self.W.new_zeros(self.W.shape[1])  # ‖e‖² per row
         self.R, self.h, self.u, self.saliency, self.row_weights = R, h, 1 / R.diagonal(), saliency, row_weights
         self.factors = saliency.factor(h, self.u).masked_fill(h == 0, 0) if hasattr(saliency, "factor") else None
         stops = list(itertools.accumulate(map(len, matrices)))
@@ -145,15 +144,13 @@ class Walk:
         return sorted(widths, reverse=True)
 
     def run(self):
-        """Walk all columns. Returns (Ŵ (out, in), its quant.Grid or None, loss of each row (out,)) for each matrix.
+        """Walk all columns. Returns (Ŵ (out, in), its quant.Grid or None) for each matrix.
 
         Prunes round(sparsity · numel) weights of a matrix, spread evenly over column blocks. Weights quantized to zero
         count; the last block's number is an estimate. With prunem > 0, prunes prunen of every prunem consecutive
         weights of a row instead. Zero weights stay zero, even if they exceed the target. In several processes, each has
         some of the rows of every matrix, and numbers are those of all rows. Columns whose input is always zero (h = 0)
         cost nothing to prune: they go first, and are otherwise unchanged.
-
-        The loss of a row d of W − Ŵ is d (H + λI) dᵀ: as D R are the errors E of the walk, it is ‖e‖².
         """
         if self.groupsize == self.columns:
             self._choose_grid(0, self.columns)
@@ -173,10 +170,10 @@ class Walk:
                 choice = (self.prunem, self.prunens, self.factors[start:stop]) if self.chosen_inside else None
                 columns.fastest(self.W, grid)(self.W[start:stop], self.E[B], self.U[B, B], self.mask[start:stop],
                                               choice, grid)
-                if stop == self.end:
-                    self._leave()
+                if stop == self.end:  # of a widest range
+                    self.D[self.start:stop] = self.before - self.W[self.start:stop]
         W = self.W.t() if self.scheme is None else self.W.t() + 0.0  # −0 of the grid becomes 0
-        return [(W[rows], self.scheme and self._grid(rows), self.losses[rows]) for rows in self.rows]
+        return [(W[rows], self.scheme and self._grid(rows)) for rows in self.rows]
 
     def _enter(self, B):
         """Update a widest range, a slice of columns, for the errors of all columns before it."""
@@ -185,12 +182,6 @@ class Walk:
         if B.start:
             self.W[B].addmm_(self.U.t(), self.R[:B.start, B].t() @ self.D[:B.start])
         self.E = torch.empty_like(self.before)
-
-    def _leave(self):
-        """Note the errors of a widest range that has been walked."""
-        B = slice(self.start, self.end)
-        self.losses += torch.linalg.vector_norm(self.E, dim=0).square()
-        self.D[B] = self.before - self.W[B]
 
     def _counts(self, start, stop):
         """Return how many weights of each matrix to prune in the block of columns start … stop − 1.
@@ -254,8 +245,7 @@ class Walk:
 
 def prune_matrix(W, R, h, target, **options):
     """Prune and quantize one matrix (out, in). Arguments are those of `Walk`. Returns Ŵ and its Grid."""
-    (W, grid, _), = Walk([W], R, h, [target], **options).run()
-    return W, grid
+    return Walk([W], R, h, [target], **options).run()[0]
 
 
 def _nested(left, right, widths):

@@ -202,7 +202,7 @@ def test_matrices_walked_together_are_those_walked_alone(scheme, targets):
     H = X.t() @ X
     R, _ = factor(H, PERCDAMP)
     targets = [Target(*target) for target in targets]
-    for W, target, (together, grid, _) in zip(matrices, targets, Walk(
+    for W, target, (together, grid) in zip(matrices, targets, Walk(
             matrices, R, H.diagonal(), targets, blocksize=16, scheme=scheme, dtype=torch.float64).run(), strict=True):
         alone, alone_grid = prune_matrix(W, R, H.diagonal(), target, blocksize=16, scheme=scheme, dtype=torch.float64)
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)

@@ -1,7 +1,6 @@
 """Triangular factors, products with symmetric matrices, and products of 16-bit matrices."""
 
 import contextlib
-import functools
 
 import torch
 
@@ -63,67 +62,17 @@ def add_product(total, A, B):
     """
     if A.dtype != B.dtype or A.dtype not in (torch.bfloat16, torch.float16):
         total.addmm_(A.float(), B.float())
-    elif accumulates(A.dtype, A.device):
-        torch.addmm(total, A, B, out_dtype=torch.float32, out=total)
     else:
         total.add_(torch.mm(A, B, out_dtype=torch.float32))
 
 
-@functools.cache
-def accumulates(dtype, device):
-    """Return whether PyTorch adds products of 16-bit matrices to float32 ones on a GPU, by trying it once.
-
-    The first versions with `out_dtype` want all three in 16 bit.
-    """
-    A, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
-    try:
-        torch.addmm(total, A, A, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return True
-
-
 def rough_product_with(B):
-    """Return a function A (m, k) ↦ A B, B (k, n) symmetric, good to about three digits: in bfloat16 where fast.
-
-    It takes A of one shape only, and each result overwrites the one before; it may be in bfloat16.
-    """
+    """Return a function A (m, k) ↦ A B, B (k, n), good to about three digits: all in bfloat16 where that is fast."""
     fast = B.is_cuda or (B.device.type == "cpu" and multiplies_bfloat16())
     if not fast or B.dtype != torch.float32:
         return lambda A: A @ B
-    B, buffers = B.bfloat16(), []
-
-    def multiply(A):
-        if not buffers:
-            buffers.extend(torch.empty_like(A, dtype=torch.bfloat16) for _ in range(2))
-        return torch.mm(buffers[0].copy_(A), B, out=buffers[1])
-
-    return multiply
-
-
-def fine_product_with(B):
-    """Return a function A (m, k) ↦ A B, B (k, n) symmetric, good to about five digits: on a GPU in bfloat16.
-
-    Float32 values are split into two bfloat16 ones each, and of the four products the least is left out: on an H100
-    three bfloat16 products take a fifth of the time of one in float32.
-    """
-    if not B.is_cuda or B.dtype != torch.float32:
-        return lambda A: A @ B
-    high, low = _split(B)
-
-    def multiply(A):
-        product, (most, least) = torch.zeros(len(A), B.shape[1], device=B.device), _split(A)
-        for left, right in ((least, high), (most, low), (most, high)):
-            add_product(product, left, right)
-        return product
-
-    return multiply
-
-
-def _split(A):
-    """Return two bfloat16 matrices whose sum is A, float32, but for a relative 2⁻¹⁷."""
-    high = A.bfloat16()
-    return high, (A - high).bfloat16()
+    B = B.bfloat16()
+    return lambda A: A.bfloat16() @ B
 
 
 @contextlib.contextmanager

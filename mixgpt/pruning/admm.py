@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.linalg import fine_product_with, rough_product_with
+from mixgpt.kernels.linalg import rough_product_with
 from mixgpt.kernels.selection import kth_smallest, smallest, smallest_per_row
 from mixgpt.pruning.targets import Target
 
@@ -57,13 +57,13 @@ def keep_mask(scores, parts, fraction=1.0, exact=True, out=None):
 
 def _thresholds(scores, parts, fraction):
     """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `keep_mask`."""
-    samples, ks, columns = [], [], scores.shape[1]
+    thresholds, columns = [], scores.shape[1]
     for part in parts:
         step = part.total * columns // SAMPLE | 1  # odd, so that all columns are sampled
         first = -distributed.share(part.total).start * columns % step  # as one process would count
-        samples.append(scores[part.rows].flatten()[first::step])
-        ks.append(max(round(fraction * part.target.sparsity * -(-part.total * columns // step)), 1))
-    return kth_smallest(samples, ks)
+        k = max(round(fraction * part.target.sparsity * -(-part.total * columns // step)), 1)
+        thresholds.append(kth_smallest(scores[part.rows].flatten()[first::step], k))
+    return thresholds
 
 
 def admm_scores(W, H, parts, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
@@ -115,10 +115,10 @@ def solve_on_support(W, optimum, H, keep, steps=STEPS):
     """
     keep = keep.to(W.dtype)
     W = W * keep
-    residual, multiply = ((optimum - W) @ H).mul_(keep), fine_product_with(H)
+    residual = ((optimum - W) @ H).mul_(keep)
     direction, square = residual.clone(), _dots(residual, residual)
     for _ in range(steps):
-        image = multiply(direction).mul_(keep)
+        image = (direction @ H).mul_(keep)
         length = _quotient(square, _dots(direction, image))
         W.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)

@@ -98,15 +98,10 @@ class InputHessian:
         return self.percdamp
 
     @property
-    def damping(self):
-        """λ, the damping of the factored Hessian."""
-        return damping(self.h, self.percdamp)
-
-    @property
     def damped(self):
         """H + λI (in, in), in the order of the walk: a copy."""
         H = self.H[self.order][:, self.order].clone()
-        H.diagonal().add_(self.damping)
+        H.diagonal().add_(damping(self.h, self.percdamp))
         return H
 
     def rowwise_quadratic_form(self, A):

@@ -21,7 +21,7 @@ class Problem:
     """Input of a solver: the matrices that read one input, of each this process's share of the rows, and their targets.
 
     Columns are in the order of the walk. A solver returns [(Ŵ, its quant.Grid or None)] in the order of `optima`;
-    zeros of W* must be zeros of Ŵ. It may add the loss of each row d of W* − Ŵ, d (H + λI) dᵀ, (out,), if it knows it.
+    zeros of W* must be zeros of Ŵ.
     """
 
     hessian: InputHessian  # factored
@@ -58,8 +58,7 @@ def admm(problem):
     def attempt(sparsities):
         pruned = prune([replace(target, sparsity=sparsity)
                         for target, sparsity in zip(problem.targets, sparsities, strict=True)])
-        rounded = walk(replace(problem, optima=pruned, targets=[Target(0.0)] * len(pruned)))
-        return [(W, grid) for W, grid, _ in rounded]  # their loss is that against the pruned weights
+        return walk(replace(problem, optima=pruned, targets=[Target(0.0)] * len(pruned)))
 
     sparsities = [target.sparsity for target in problem.targets]
     if problem.targets[0].prunem:
@@ -116,25 +115,9 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     whole = hessian.rowwise_quadratic_form(W)
     optima = list(hessian.optimum(W).split(counts))
     pruned = recipe.solver(Problem(hessian, optima, targets, recipe, dtype, row_weights))
-    exact = torch.cat([matrix for matrix, *_ in pruned])[:, hessian.inverse_order]
-    W_hat, losses = exact.to(dtype), [loss for _, _, *known in pruned for loss in known]
-    if losses and not hessian.has_shifted_target and (W.is_cuda or dtype == W.dtype):
-        lost = _undamped(hessian, torch.cat(losses), W, exact, W_hat)
-    else:
-        lost = hessian.rowwise_quadratic_form(W.sub_(W_hat))
-    errors = relative_errors(lost, whole, counts)
+    W_hat = torch.cat([matrix for matrix, _ in pruned])[:, hessian.inverse_order].to(dtype)
+    errors = relative_errors(hessian.rowwise_quadratic_form(W.sub_(W_hat)), whole, counts)
     for weight, new in zip(weights, W_hat.split(counts), strict=True):
         weight.copy_(distributed.all_gather_shares(new, len(weight)))
     return [(error, grid and replace(grid.gathered(rows), group=grid.group[hessian.inverse_order]))
-            for error, rows, (_, grid, *_) in zip(errors, sizes, pruned, strict=True)]
-
-
-def _undamped(hessian, losses, W, exact, W_hat):
-    """Return ‖(w − ŵ) X‖² of every row, (rows,), from losses d (H + λI) dᵀ, without another product with H.
-
-    exact: Ŵ before it was rounded to its dtype, of which the losses are. Each rounding error is independent of the
-    others and of W − Ŵ, so that only their squares are expected to add up. W (rows, in) is overwritten.
-    """
-    removed = torch.linalg.vector_norm(W.sub_(exact), dim=1).square()
-    rounded = torch.sub(exact, W_hat, out=W).square_() @ hessian.h[hessian.inverse_order]
-    return losses - hessian.damping * removed + rounded
+            for error, rows, (_, grid) in zip(errors, sizes, pruned, strict=True)]

@@ -2,13 +2,12 @@
 
 import platform
 
-import makebelieve
 import pytest
 import torch
 from test_sparsegpt import random
 
 from mixgpt.common.runtime import multiplies_bfloat16
-from mixgpt.kernels.linalg import fine_product_with, rough_product_with, upper_blocks, upper_inverse
+from mixgpt.kernels.linalg import rough_product_with, upper_blocks, upper_inverse
 
 
 @pytest.mark.parametrize("n", [1, 130, 300, 511])
@@ -31,25 +30,9 @@ def test_rough_products_are_close_and_only_float32_ones_rough(dtype, digits):
     A, B = random(70, 50).to(dtype), random(50, 50, seed=1).to(dtype)
     B = B + B.t()
     multiply = rough_product_with(B)
-    for scale in (1, -3):  # the second overwrites the first
-        product, expected = multiply(scale * A), scale * A.double() @ B.double()
-        assert product.dtype == dtype or (product.dtype, dtype) == (torch.bfloat16, torch.float32)
-        assert (product.double() - expected).norm() <= digits * expected.norm()
-
-
-@pytest.mark.parametrize("dtype, digits", [(torch.float32, 3e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_fine_products_have_five_digits_on_a_gpu(dtype, digits, device):
-    A, B = random(70, 500).to(dtype), random(500, 500, seed=1).to(dtype)
-    B = B + B.t()
-    with makebelieve.Gpu():
-        found = fine_product_with(B.to(device))(A.to(device)).cpu()
-    if device == "cpu":
-        assert torch.equal(found, A @ B)
-    expected = A.double() @ B.double()
-    error = (found.double() - expected).norm() / expected.norm()
-    assert found.dtype == dtype and error <= digits
-    assert error > 1e-6 or device == "cpu" or dtype == torch.float64, "it was not in bfloat16"
+    product, expected = multiply(A), A.double() @ B.double()
+    assert product.dtype == dtype or (product.dtype, dtype) == (torch.bfloat16, torch.float32)
+    assert (product.double() - expected).norm() <= digits * expected.norm()
 
 
 @pytest.mark.parametrize("instructions, limit, fast", [
