@@ -64,7 +64,7 @@ def floors(model, family, tokens, device):
     """Return the seconds that the arithmetic of each part of PARTS takes at the rate of a large matrix product.
 
     forward: every linear on every token, without attention, in the model's dtype. Hessian: half of XᵀX for each
-    distinct input, on a GPU in that dtype, too. The others are float32: one Cholesky factorisation for each distinct
+    distinct input, on a GPU also in that dtype. The others are float32: one Cholesky factorisation for each distinct
     input, and what all columns receive from those before them.
     """
     layer, stream = family.layers_of(model)[0], HiddenStates.embed(model, family, tokens[:1], 1, device)

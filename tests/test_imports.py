@@ -1,4 +1,4 @@
-"""Draw the graph of imports: every file stands in a room, and imports only go down from floor to floor."""
+"""Draw the graph of imports: each module belongs to a layer and may import only from lower layers, or its own."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -6,7 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from conftest import ROOT
 
-FLOORS = [  # from the top
+LAYERS = [  # from the top
     ("opt", "llama", "bloom", "baichuan", "generate", "results"),
     ("mixgpt.app",),
     ("mixgpt.evaluation",),
@@ -16,13 +16,13 @@ FLOORS = [  # from the top
     ("quant", "modelutils", "mixgpt.text"),
     ("mixgpt.kernels", "mixgpt.modeling", "mixgpt.common"),
 ]
-FLOOR = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms}
+HEIGHT = {package: -number for number, layer in enumerate(LAYERS) for package in layer}
 
 
-def room_of(module):
-    """Return the room of a module, None where it stands in none: a file at the root is a room of its own."""
-    room = ".".join(module.split(".")[:2])
-    return room if room in FLOOR and module.count(".") <= 2 else None
+def package_of(module):
+    """Return the package of a module, None if it is in no layer; a file at the root is a package of its own."""
+    package = ".".join(module.split(".")[:2])
+    return package if package in HEIGHT and module.count(".") <= 2 else None
 
 
 def imports_of(source, modules):
@@ -47,17 +47,18 @@ def graph_of(root):
 
 
 def faults_of(graph):
-    """Return a line for everything in a graph that the house does not allow."""
-    faults = [f"{module} stands in no room" for module in sorted(graph) if module != "mixgpt" and not room_of(module)]
-    rooms = {}
+    """Return a line for everything in a graph that is not allowed."""
+    outside = [module for module in sorted(graph) if module != "mixgpt" and not package_of(module)]
+    faults = [f"{module} belongs to no layer" for module in outside]
+    packages = {}
     for module, imported in sorted(graph.items()):
         for other in sorted(imported):
-            room, target = room_of(module), room_of(other)
-            if room and target and room != target:
-                rooms.setdefault(room, set()).add(target)
-                if FLOOR[target] > FLOOR[room]:
-                    faults.append(f"{module} imports {other}, which is on a floor above")
-    for level in (graph, rooms):
+            package, target = package_of(module), package_of(other)
+            if package and target and package != target:
+                packages.setdefault(package, set()).add(target)
+                if HEIGHT[target] > HEIGHT[package]:
+                    faults.append(f"{module} imports {other}, which is in a higher layer")
+    for level in (graph, packages):
         try:
             TopologicalSorter(level).prepare()
         except CycleError as error:
@@ -65,7 +66,7 @@ def faults_of(graph):
     return faults
 
 
-def test_every_file_stands_in_a_room_and_imports_only_go_down():
+def test_every_module_belongs_to_a_layer_and_imports_only_go_down():
     graph = graph_of(ROOT)
     assert len(graph) > 50 and sum(map(len, graph.values())) > 150
     assert faults_of(graph) == []
@@ -73,16 +74,16 @@ def test_every_file_stands_in_a_room_and_imports_only_go_down():
 
 @pytest.mark.parametrize("file, line, fault", [
     ("mixgpt/kernels/linalg.py", "import sparsegpt",
-     "mixgpt.kernels.linalg imports sparsegpt, which is on a floor above"),
+     "mixgpt.kernels.linalg imports sparsegpt, which is in a higher layer"),
     ("mixgpt/kernels/linalg.py", "def f():\n    from quant import Grid",
-     "mixgpt.kernels.linalg imports quant, which is on a floor above"),
+     "mixgpt.kernels.linalg imports quant, which is in a higher layer"),
     ("mixgpt/pruning/admm.py", "from mixgpt.pruning.layerwise import prune_sparsegpt", "a circle: "),
     ("mixgpt/checkpoints/formats.py", "import mixgpt.allocation.plan\n", None),  # sideways
-    ("utils.py", "", "utils stands in no room"),
-    ("mixgpt/helpers.py", "", "mixgpt.helpers stands in no room"),
-    ("mixgpt/pruning/more/deep.py", "", "mixgpt.pruning.more.deep stands in no room"),
+    ("utils.py", "", "utils belongs to no layer"),
+    ("mixgpt/helpers.py", "", "mixgpt.helpers belongs to no layer"),
+    ("mixgpt/pruning/more/deep.py", "", "mixgpt.pruning.more.deep belongs to no layer"),
 ])
-def test_what_the_house_does_not_allow_is_found(file, line, fault, tmp_path):
+def test_what_is_not_allowed_is_found(file, line, fault, tmp_path):
     for path in (*ROOT.glob("*.py"), *ROOT.glob("mixgpt/**/*.py"), ROOT / file):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ def test_what_the_house_does_not_allow_is_found(file, line, fault, tmp_path):
     assert not faults if fault is None else any(found.startswith(fault) for found in faults), faults
 
 
-def test_rooms_of_one_floor_do_not_import_each_other_in_a_circle():
+def test_packages_of_one_layer_do_not_import_each_other_in_a_circle():
     graph = {"mixgpt.allocation.a": {"mixgpt.checkpoints.a"}, "mixgpt.checkpoints.a": set(),
              "mixgpt.checkpoints.b": {"mixgpt.allocation.b"}, "mixgpt.allocation.b": set()}
     (fault,) = faults_of(graph)

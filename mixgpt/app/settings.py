@@ -89,8 +89,9 @@ class Settings:
     invert: bool = option(False, RESULT, "all matrices except those selected by the three options above")
 
     preset: str | None = option(None, FREE,
-        "a complete recipe: sparsegpt, mixgpt (as in the paper) or best (lowest perplexity); flags given beside it "
-        "take precedence", group="recipe", choices=tuple(PRESETS), needs=("prunes",))
+        "a complete recipe: sparsegpt, mixgpt (the paper's, with sensitivities by fisher) or best (lowest perplexity, "
+        "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
+        needs=("prunes",))
 
     sparsity_way: str = option("uniform", METHOD,
         "how to distribute sparsity over matrices", group="sparsity allocation", registry=ALLOCATIONS)

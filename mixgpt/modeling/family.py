@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Family:
     """A command line, and where the models that it prunes have their decoder layers.
 
-    What lies before and behind the layers is run by the model's own `forward`.
+    The model's own `forward` runs the modules before and after the layers.
     """
 
     script: str  # the command line of this family
