@@ -1,6 +1,7 @@
 """Draw the graph of imports: each module belongs to a layer and may import only from lower layers, or its own."""
 
 import ast
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -99,3 +100,13 @@ def test_packages_of_one_layer_do_not_import_each_other_in_a_circle():
              "mixgpt.checkpoints.b": {"mixgpt.allocation.b"}, "mixgpt.allocation.b": set()}
     (fault,) = faults_of(graph)
     assert fault.startswith("a circle: ")
+
+
+def test_what_pip_installs_is_what_the_package_imports():
+    graph = graph_of(ROOT)
+    needed = {name for name in graph if name.partition(".")[0] == "mixgpt"}
+    while further := set().union(*(graph[name] for name in needed)) - needed:
+        needed |= further
+    at_the_root = {name for name in needed if "." not in name} - {"mixgpt"}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(at_the_root) == settings["py-modules"]
