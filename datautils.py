@@ -11,9 +11,10 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line, reading
-from mixgpt.text import hub, mixture
+from mixgpt.text import hub
 from mixgpt.text.bos import begin, first_token, token_ids
 from mixgpt.text.files import column_of, hub_copy_rows, text_set_of
+from mixgpt.text.sets import counts_of
 
 DRAWS = 10_000  # consecutive new documents that may be too short before giving up
 
@@ -27,7 +28,7 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
     `bos.token_ids` takes it; with each it replaces the first token of every segment. Raises InputError if a text is
     unavailable or shorter than seqlen + 1 tokens.
     """
-    counts = [(dataset, nsamples)] if isinstance(dataset, list) else [*mixture.counts(dataset, nsamples).items()]
+    counts = [(dataset, nsamples)] if isinstance(dataset, list) else [*counts_of(dataset, nsamples).items()]
     parts, sources = zip(*(_samples(text, count, seqlen, seed, tokenizer, data_dir, bos) for text, count in counts),
                          strict=True)
     if len(counts) == 1:

@@ -24,7 +24,7 @@ class Scheme:
     w = scale · decode(code), overrides `fit`, `encode` and `decode`: see docs/extending.md. `zero` is the code of 0.
     """
 
-    name = "uniform"  # in checkpoints.choices.GRIDS
+    name = "uniform"  # in common.choices.GRIDS
 
     wbits: int
     groupsize: int = -1  # columns per grid, −1: the whole row

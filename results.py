@@ -11,8 +11,8 @@ import sys
 from mixgpt.app import exit_status
 from mixgpt.app.cli import Parser
 from mixgpt.app.comparison import csv_of, files_of, picture_of, read, text_of
-from mixgpt.common import outputs
 from mixgpt.common.errors import InputError
+from mixgpt.common.files import check_outputs, write_output
 
 
 def _parse(argv):
@@ -31,7 +31,7 @@ def _parse(argv):
 def _run(argv):
     options, runs, status = _parse(argv), [], 0
     paths = {flag: path for flag, path in {"--csv": options.csv, "--plot": options.plot}.items() if path is not None}
-    outputs.check(paths, options.overwrite)
+    check_outputs(paths, options.overwrite)
     for file in files_of(options.runs):
         try:
             runs.append(read(file))
@@ -41,7 +41,7 @@ def _run(argv):
     if runs:
         print(text_of(runs, options.markdown))
         for flag, path in paths.items():
-            outputs.write(flag, path, csv_of(runs) if flag == "--csv" else picture_of(runs, path))
+            write_output(flag, path, csv_of(runs) if flag == "--csv" else picture_of(runs, path))
             print(f"\n{'written' if flag == '--csv' else 'picture'}  {path}")
     return status
 

@@ -17,10 +17,10 @@ import torch
 from textbook import Textbook, prune_model
 
 import datautils
-from mixgpt.app.tables import table
+from mixgpt.app.comparison import table
 from mixgpt.checkpoints import load
 from mixgpt.common.clock import Clock, peak_memory
-from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels.linalg import rowwise_quadratic_form
 from mixgpt.modeling.family import family_of
 from mixgpt.pruning.hessian import InputHessian, factor

@@ -32,9 +32,9 @@ import opt
 from datautils import calibration_samples, load_rows, test_tokens
 from mixgpt.app import pipeline
 from mixgpt.app.cli import parse
-from mixgpt.app.tables import table
+from mixgpt.app.comparison import table
 from mixgpt.common.clock import Clock, peak_memory
-from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.measures import perplexity
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {  # name: family, class, configuration, layers of the whole model

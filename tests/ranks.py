@@ -8,11 +8,11 @@ from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
 from mixgpt.allocation import synthetic
 from mixgpt.allocation.fisher import output_gradients
-from mixgpt.allocation.global_threshold import global_plan
+from mixgpt.allocation.plan import global_plan
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common import distributed
-from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import selection
 from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning import distill

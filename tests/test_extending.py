@@ -18,10 +18,8 @@ import datautils
 import opt
 from mixgpt.app.choices import ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS, Allocation
 from mixgpt.checkpoints import load
-from mixgpt.checkpoints.choices import SaveFormat
-from mixgpt.common.registry import Choice
-from mixgpt.evaluation.perplexity import perplexity
-from mixgpt.evaluation.sparsity import measure_sparsity
+from mixgpt.common.choices import Choice, SaveFormat
+from mixgpt.evaluation.measures import measure_sparsity, perplexity
 from mixgpt.pruning.targets import Target
 from modelutils import HiddenStates, hooked, linears, shared_inputs
 

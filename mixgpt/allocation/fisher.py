@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size, pinned_memory_freed
-from mixgpt.allocation.global_threshold import inverse_diagonals
+from mixgpt.allocation.plan import inverse_diagonals
 from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import seeded, wide
 from modelutils import CPU_SLICE, SLICE, hooked, linears

@@ -13,8 +13,7 @@ from mixgpt.allocation import backward
 from mixgpt.allocation.backward import Chunk, chunk_size, pinned_memory_freed
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.files import cache_folder
-from mixgpt.common.outputs import check, write
+from mixgpt.common.files import cache_folder, check_outputs, write_output
 from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import linears
 
@@ -170,7 +169,7 @@ def load_or_compute(streamed, tokens, sampling, path=None):
         return Traces(estimator, shapes, stored["samples"]), target
     if stored and stored["key"] != key:
         raise InputError(f"{FLAG} {target}: is incomplete and was started with different data or settings")
-    check({FLAG: target}, overwrite=True)  # the place in the cache
+    check_outputs({FLAG: target}, overwrite=True)  # the place in the cache
 
     def save(rows):
         if distributed.rank() == 0:
@@ -188,4 +187,4 @@ def _write(path, key, shapes, samples):
     rows = [{"layer": layer, "name": name, "shape": shape, "trace": mean, "standard_error": error}
             for ((layer, name), shape), mean, error in zip(
                 shapes.items(), traces.mean.tolist(), traces.standard_error.tolist(), strict=True)]
-    write(FLAG, path, json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")
+    write_output(FLAG, path, json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from mixgpt.checkpoints.choices import FORMATS, GRIDS  # noqa: F401, two of them
-from mixgpt.common.registry import Choice, Registry
+from mixgpt.common.choices import FORMATS, GRIDS, Choice, Registry  # noqa: F401, two of them
 from mixgpt.text.sets import DATASETS  # noqa: F401, another
 
 
@@ -57,7 +56,7 @@ ALLOCATIONS = Registry("--sparsity-way", {
     "weight-level": Allocation("by sensitivity of the matrix: the more sensitive, the less sparse",
                                "mixgpt.allocation.plan:by_matrix", ranks=True),
     "global": Allocation("one threshold for all weights on the estimated increase of the loss",
-                         "mixgpt.allocation.global_threshold:by_threshold", by_loss=True, refuses=lambda settings: (
+                         "mixgpt.allocation.plan:by_threshold", by_loss=True, refuses=lambda settings: (
                              "gives each matrix a fraction, not n of m; with --prunen and --prunem it must be uniform, "
                              "layer-level or weight-level") if settings.prunem else ""),
 })

@@ -9,13 +9,25 @@ from pathlib import Path
 import pandas as pd
 
 from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
-from mixgpt.app.tables import NO_METRICS, table
-from mixgpt.checkpoints.choices import RECORD, is_interrupted_run
+from mixgpt.common.choices import RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.program import SCHEMA, check_signature
 
 IMPLIED = ["wbits", "sparsity_way", "saliency", "file"]  # columns of the CSV alone; the method's name tells the first
+NO_METRICS = ("examples", "num_fewshot", "version")  # keys of a task's results that are not metrics
 ABOUT = ("model", "seed")  # columns on what was run; like dense results, above the table if equal in all rows
+
+
+def table(header, rows):
+    """Lay out rows of text under a header, the first column left-aligned, the others right-aligned."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def line(cells):
+        first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([cells[0].ljust(widths[0]), *others]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
 def files_of(names):

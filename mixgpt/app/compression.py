@@ -8,7 +8,7 @@ from mixgpt.app import records
 from mixgpt.app.choices import SALIENCIES, SOLVERS
 from mixgpt.common import distributed, memory
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
-from mixgpt.evaluation.sparsity import count_zeros, measure_weights
+from mixgpt.evaluation.measures import count_zeros, measure_weights
 from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude

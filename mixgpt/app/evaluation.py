@@ -6,8 +6,7 @@ from mixgpt.checkpoints import load
 from mixgpt.common.errors import VerificationError
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.evaluation import semistructured
-from mixgpt.evaluation.perplexity import logits, perplexity
-from mixgpt.evaluation.sparsity import measure_weights
+from mixgpt.evaluation.measures import logits, measure_weights, perplexity
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
 

@@ -14,8 +14,8 @@ from mixgpt.allocation.synthetic import RESAMPLED, synthetic, windows_of
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS
 from mixgpt.app.report import plan_text
 from mixgpt.common import distributed
+from mixgpt.common.files import write_output
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
-from mixgpt.common.outputs import write
 from mixgpt.pruning import distill
 from mixgpt.pruning.targets import Target
 from mixgpt.text import bos
@@ -51,7 +51,7 @@ def choose(run):
     if settings.plot and distributed.rank() == 0:
         from mixgpt.app import plots  # matplotlib takes half a second to import
 
-        write("--plot", settings.plot, plots.draw(plan.targets, plan.traces, Path(settings.plot).suffix))
+        write_output("--plot", settings.plot, plots.draw(plan.targets, plan.traces, Path(settings.plot).suffix))
     return plan
 
 

@@ -13,15 +13,15 @@ import transformers
 
 from mixgpt.app.settings import METHOD, RESULT, ROUNDING, flag_of, having_effect
 from mixgpt.checkpoints import load
-from mixgpt.checkpoints.choices import RECORD, is_interrupted_run
 from mixgpt.checkpoints.formats import stored_bytes
 from mixgpt.checkpoints.run_dir import clear
 from mixgpt.common import distributed
+from mixgpt.common.choices import RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError
-from mixgpt.common.outputs import write
+from mixgpt.common.files import write_output
 from mixgpt.common.program import check_signature, signature
 from mixgpt.common.runtime import choose_dtype
-from mixgpt.evaluation.sparsity import MatrixSparsity, total_sparsity
+from mixgpt.evaluation.measures import MatrixSparsity, total_sparsity
 from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome
 
@@ -147,4 +147,4 @@ def disk(settings, folder, plan, selected):
 def write_file(settings, record):
     """Write the record to the file of --record, if one is given."""
     if settings.record:
-        write("--record", settings.record, json.dumps(record, indent=1) + "\n")
+        write_output("--record", settings.record, json.dumps(record, indent=1) + "\n")

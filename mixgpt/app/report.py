@@ -2,11 +2,11 @@
 
 from collections import defaultdict
 
+from mixgpt.app.comparison import NO_METRICS, table
 from mixgpt.app.settings import BOS
-from mixgpt.app.tables import NO_METRICS, table
 from mixgpt.checkpoints import load
 from mixgpt.common import distributed
-from mixgpt.evaluation.sparsity import total_sparsity
+from mixgpt.evaluation.measures import total_sparsity
 from mixgpt.modeling.experts import kind_of
 
 

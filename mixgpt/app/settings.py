@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS
-from mixgpt.common import outputs
 from mixgpt.common.errors import InputError
-from mixgpt.text import mixture
+from mixgpt.common.files import check_outputs
+from mixgpt.text.sets import check_texts
 
 WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 IN_MEMORY = "text in memory"  # the dataset of calibration text that the caller holds
@@ -260,7 +260,7 @@ class Settings:
         if self.semi_structured and self.prunes and not (m == 4 and n >= 2):
             raise InputError("--semi-structured: needs a 2:4 sparse model: --prunen 2 --prunem 4, or one pruned before")
         self._check_solver()
-        mixture.check(None if self.dataset == IN_MEMORY else self.dataset, self.eval, self.needs_calibration)
+        check_texts(None if self.dataset == IN_MEMORY else self.dataset, self.eval, self.needs_calibration)
         for field in dataclasses.fields(self):
             if registry := field.metadata.get("registry"):
                 choice = registry[getattr(self, field.name)]
@@ -364,7 +364,7 @@ class Settings:
                  if field.metadata.get("output") and (path := getattr(self, field.name))}
         if os.path.isfile(self.sensitivity_file or ""):
             paths.pop("--sensitivity-file")  # is read
-        outputs.check(paths, self.overwrite or self.resume, self.save)
+        check_outputs(paths, self.overwrite or self.resume, self.save)
         if self.save and os.path.realpath(self.save) == os.path.realpath(self.model):
             raise InputError(f"--save {self.save}: is the model's own folder; name another one")
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from mixgpt.checkpoints.choices import FORMATS, SPARSE
 from mixgpt.checkpoints.packing import decode, encode
+from mixgpt.common.choices import FORMATS, SPARSE
 from modelutils import linears, model_class
 
 PACKED = "pack-quantized"  # name used by compressed-tensors and vLLM

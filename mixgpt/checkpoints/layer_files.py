@@ -16,9 +16,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mixgpt.checkpoints.choices import GRIDS
 from mixgpt.checkpoints.shards import size
 from mixgpt.common import distributed
+from mixgpt.common.choices import GRIDS
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import os_errors, replacing
 from mixgpt.modeling import streaming

@@ -22,7 +22,7 @@ from transformers.utils import (
 )
 
 from mixgpt.checkpoints import gguf_files
-from mixgpt.checkpoints.choices import FORMATS, format_of
+from mixgpt.common.choices import FORMATS, format_of
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts

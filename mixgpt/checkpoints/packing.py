@@ -7,7 +7,7 @@ weights, or on a grid `codes`, packed to wbits; `scale`, and if the grid needs t
 
 import torch
 
-from mixgpt.checkpoints.choices import GRIDS
+from mixgpt.common.choices import GRIDS
 from quant import Grid
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes per value -> integer dtype of that size

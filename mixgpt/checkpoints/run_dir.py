@@ -15,9 +15,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from mixgpt.checkpoints import shards
-from mixgpt.checkpoints.choices import FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.checkpoints.layer_files import UNREADABLE, LayerFiles
 from mixgpt.common import distributed
+from mixgpt.common.choices import FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
 from mixgpt.common.program import __version__, check_signature, signature

@@ -10,7 +10,7 @@ import contextlib
 import torch
 
 from mixgpt.common.clock import Clock
-from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.measures import perplexity
 from modelutils import linears
 
 ROWS, COLUMNS = 32, 64  # required divisors of the dimensions of a 16-bit matrix

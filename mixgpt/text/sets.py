@@ -1,11 +1,14 @@
-"""The named datasets: where their rows are, on the hub and in local copies, and how they are joined into one text."""
+"""The named datasets: where their rows are, and how they are joined into one text; and mixtures of several texts."""
 
 import hashlib
 import itertools
+import math
+import os
 import re
 from dataclasses import dataclass, field
 
-from mixgpt.common.registry import Choice, Registry
+from mixgpt.common.choices import Choice, Registry
+from mixgpt.common.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,64 @@ DATASETS = Registry("dataset", {
         by_document=True, test_documents=1100, test_segments=256, local="en/c4-{split}.00000-of-*.json.gz"),
     "builtin": TextSet("CPython's own reference manual, which needs no download", builtin_rows),
 })
+
+
+def shares_of(name, flag="dataset"):
+    """Return {text: share} of a mixture, or of one text; the shares add up to 1.
+
+    A text is the name of a dataset, a path, or owner/dataset:column on the hub. Raises InputError for anything else.
+    """
+    if known(name):
+        return {name: 1.0}
+    weights = {}
+    for part in name.split(",") if ":" in name else []:
+        text, _, share = part.rpartition(":")
+        weights[text] = weights.get(text, 0) + _positive(share, part, name, flag)
+    if unknown := [text for text in weights or [name] if not known(text)]:
+        raise InputError(f"{flag} {name}: invalid choice: {unknown[0]!r} (choose from "
+                         f"{', '.join(map(repr, DATASETS))}, or give a file or folder of text, or owner/dataset:column "
+                         "on the hub)")
+    return {text: weight / sum(weights.values()) for text, weight in weights.items()}
+
+
+def check_texts(name, tests, drawn):
+    """Raise InputError for calibration text or test texts that do not exist, or that overlap.
+
+    name: None for text in memory. drawn: whether calibration draws from its text. Only datasets have separate splits.
+    """
+    texts = shares_of(name) if name else ()
+    paths = {os.path.realpath(text) for text in texts if text not in DATASETS}
+    for test in tests:
+        if len(shares_of(test, "--eval")) > 1:
+            raise InputError(f"--eval {test}: is a mixture, which is for calibration; give its texts one by one")
+        if drawn and test not in DATASETS and os.path.realpath(test) in paths:
+            raise InputError(f"--eval {test}: is text that calibration draws from; give another one")
+
+
+def known(text):
+    """Return whether a text is the name of a dataset, a path that exists, or has the form of a column on the hub."""
+    return text in DATASETS or os.path.exists(text) or bool(hub_column(text))
+
+
+def _positive(share, part, name, flag):
+    try:
+        if 0 < (value := float(share)) < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise InputError(f"{flag} {name}: {part!r}: in a mixture each text needs a share above 0, for example "
+                     "c4:0.7,builtin:0.3")
+
+
+def counts_of(name, nsamples):
+    """Return {text: number of its sequences}, which sum to nsamples: largest remainders.
+
+    Raises InputError if a text would get none, or for an unknown text.
+    """
+    wanted = {text: share * nsamples for text, share in shares_of(name).items()}
+    numbers = {text: int(number) for text, number in wanted.items()}
+    for text in sorted(wanted, key=lambda text: numbers[text] - wanted[text])[:nsamples - sum(numbers.values())]:
+        numbers[text] += 1
+    if none := [text for text, number in numbers.items() if not number]:
+        raise InputError(f"--nsamples {nsamples}: gives no sequence to {none[0]} in {name}; raise it")
+    return numbers

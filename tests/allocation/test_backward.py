@@ -10,7 +10,7 @@ from makebelieve import CUDA, Gpu, GpuTensor
 import llama
 from mixgpt.allocation import backward, fisher
 from mixgpt.allocation.fisher import output_gradients
-from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
+from mixgpt.allocation.plan import global_plan, inverse_diagonals
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.app.choices import ESTIMATORS
 from mixgpt.checkpoints import load
@@ -110,7 +110,7 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
         file = place.partition(":")[0]
         waits[file] = waits.get(file, 0) + count
     if what == "plan":  # the size of a histogram, and itself
-        assert waits == {"global_threshold.py": 2 * len(selected) * 2 + len(selected)}
+        assert waits == {"plan.py": 2 * len(selected) * 2 + len(selected)}
     else:
         assert "backward.py" not in waits and waits.get("hutchinson.py", 0) <= 1
         assert waits.get("fisher.py", 0) <= len(selected) + 1  # none within a layer

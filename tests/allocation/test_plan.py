@@ -10,8 +10,7 @@ from conftest import CPU, make, make_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixgpt.allocation.global_threshold import threshold_counts
-from mixgpt.allocation.plan import allocate, allocate_whole, meet_total
+from mixgpt.allocation.plan import allocate, allocate_whole, meet_total, threshold_counts
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe, admm, walk

@@ -19,9 +19,9 @@ import modelutils
 from mixgpt.allocation import backward
 from mixgpt.app import cli, planning
 from mixgpt.checkpoints import load
-from mixgpt.checkpoints.choices import RECORD
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.common import memory
+from mixgpt.common.choices import RECORD
 from mixgpt.kernels import columns
 from mixgpt.modeling import streaming
 from sparsegpt import Walk

@@ -25,8 +25,7 @@ from mixgpt.checkpoints import load
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
-from mixgpt.evaluation.perplexity import perplexity
-from mixgpt.evaluation.sparsity import measure_sparsity
+from mixgpt.evaluation.measures import measure_sparsity, perplexity
 from mixgpt.modeling import streaming
 from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise

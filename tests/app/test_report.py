@@ -3,7 +3,7 @@
 
 
 from mixgpt.app.report import perplexity_table, sparsity_table
-from mixgpt.evaluation.sparsity import MatrixSparsity
+from mixgpt.evaluation.measures import MatrixSparsity
 from mixgpt.pruning.targets import Outcome
 
 

@@ -19,7 +19,7 @@ from mixgpt.app.run import _tracker
 from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
 from mixgpt.common.errors import InputError
-from mixgpt.evaluation.sparsity import MatrixSparsity
+from mixgpt.evaluation.measures import MatrixSparsity
 from mixgpt.pruning.targets import Outcome
 
 wandb = pytest.importorskip("wandb")

@@ -7,7 +7,7 @@ import torch
 from conftest import CPU, make, make_plan
 from peers import outlier_ratios, owl_plan, wanda, wanda_mask
 
-from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
+from mixgpt.evaluation.measures import measure_sparsity, total_sparsity
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select

@@ -15,7 +15,7 @@ from small_models import FAMILIES, Size, build, documents, make_model, make_text
 
 from mixgpt.app import cli
 from mixgpt.checkpoints import load
-from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.measures import perplexity
 from mixgpt.modeling.family import family_of
 from modelutils import linears
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mixgpt.checkpoints import formats, load
 from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common.errors import InputError
-from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.measures import perplexity
 from mixgpt.pruning.magnitude import magnitude_prune
 from mixgpt.pruning.targets import Target
 from modelutils import linears

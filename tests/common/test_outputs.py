@@ -1,4 +1,4 @@
-"""Check that files are checked before the work: whether they exist, can be written, and are each other's."""
+"""Check that files are written whole or not at all, and that those of options are checked before the work."""
 
 import os
 import re
@@ -6,26 +6,39 @@ import re
 import pytest
 
 from mixgpt.common.errors import InputError
-from mixgpt.common.outputs import check, write
+from mixgpt.common.files import check_outputs, replacing, write_output
+
+
+def test_a_file_is_replaced_at_the_end_of_the_block_and_stays_as_it_was_after_an_error(tmp_path):
+    file = tmp_path / "a"
+    with replacing(file) as partial:
+        partial.write_text("first")
+        assert not file.exists()
+    with pytest.raises(KeyboardInterrupt), replacing(file) as partial:
+        partial.write_text("sec")
+        raise KeyboardInterrupt
+    with pytest.raises(OSError), replacing(file):
+        pass  # nothing was written
+    assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]
 
 
 def test_text_is_written_with_the_folders_above_it_or_refused_in_one_line(tmp_path):
-    write("--record", tmp_path / "b" / "c" / "d.json", "{}")
+    write_output("--record", tmp_path / "b" / "c" / "d.json", "{}")
     assert (tmp_path / "b" / "c" / "d.json").read_text() == "{}"
     with pytest.raises(InputError, match=r"--record .*d.json/e: cannot be written \(.*\); name another file"):
-        write("--record", tmp_path / "b" / "c" / "d.json" / "e", "{}")
+        write_output("--record", tmp_path / "b" / "c" / "d.json" / "e", "{}")
     assert [path.name for path in (tmp_path / "b" / "c").iterdir()] == ["d.json"]
 
 
 def test_a_path_is_tried_where_the_nearest_folder_is_and_nothing_stays_behind(tmp_path):
     (tmp_path / "file").touch()
-    check({"--csv": tmp_path / "new" / "folder" / "a.csv"}, overwrite=False)
+    check_outputs({"--csv": tmp_path / "new" / "folder" / "a.csv"}, overwrite=False)
     os.mkfifo(tmp_path / "pipe")
     for bad in (tmp_path, tmp_path / "file" / "a.csv", tmp_path / "pipe", "/dev/null", tmp_path / ("a" * 300)):
         with pytest.raises(InputError, match=f"--csv {bad}: "):
-            check({"--csv": bad}, overwrite=True)
+            check_outputs({"--csv": bad}, overwrite=True)
     with pytest.raises(InputError, match="--plot a.txt: must end in .png, .pdf, .svg"):
-        check({"--plot": "a.txt"}, overwrite=False)
+        check_outputs({"--plot": "a.txt"}, overwrite=False)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "pipe"}
 
 
@@ -35,9 +48,9 @@ def test_a_file_is_replaced_only_with_overwrite_and_a_link_stays_a_link(tmp_path
     (tmp_path / "latest").symlink_to(tmp_path / "runs" / "a.json")
     for path in (tmp_path / "latest", tmp_path / "runs" / "a.json"):
         with pytest.raises(InputError, match=re.escape(f"--record {path}: exists; give --overwrite to replace it")):
-            check({"--record": path}, overwrite=False)
-    check({"--record": tmp_path / "latest"}, overwrite=True)
-    write("--record", tmp_path / "latest", "new")
+            check_outputs({"--record": path}, overwrite=False)
+    check_outputs({"--record": tmp_path / "latest"}, overwrite=True)
+    write_output("--record", tmp_path / "latest", "new")
     assert (tmp_path / "latest").is_symlink() and (tmp_path / "runs" / "a.json").read_text() == "new"
 
 
@@ -45,9 +58,9 @@ def test_two_outputs_never_share_a_file_and_the_saved_model_has_its_folder_alone
     monkeypatch.chdir(tmp_path)
     (tmp_path / "saved").mkdir()
     (tmp_path / "link").symlink_to("saved")
-    check({"--record": "saved.json", "--plot": "b/a.png"}, False, "saved")
+    check_outputs({"--record": "saved.json", "--plot": "b/a.png"}, False, "saved")
     with pytest.raises(InputError, match=re.escape("--csv b/../a.png: is the file of --plot; name another file")):
-        check({"--plot": "a.png", "--csv": "b/../a.png"}, False)
+        check_outputs({"--plot": "a.png", "--csv": "b/../a.png"}, False)
     for place in ("saved/new.json", "link/new.json"):
         with pytest.raises(InputError, match=f"--record {place}: lies in the folder of --save; name a file elsewhere"):
-            check({"--record": place}, False, "saved")
+            check_outputs({"--record": place}, False, "saved")

@@ -12,9 +12,9 @@ from torch.sparse._semi_structured_conversions import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixgpt.checkpoints.choices import RECORD
+from mixgpt.common.choices import RECORD
 from mixgpt.evaluation import semistructured
-from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.measures import perplexity
 from modelutils import linears
 
 

@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
-from mixgpt.evaluation.perplexity import logits
-from mixgpt.evaluation.sparsity import measure_sparsity
+from mixgpt.evaluation.measures import logits, measure_sparsity
 from mixgpt.modeling import arguments
 from mixgpt.modeling.arguments import take
 from mixgpt.modeling.family import family_of

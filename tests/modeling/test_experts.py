@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llama
 from mixgpt.checkpoints import load
-from mixgpt.evaluation.perplexity import logits
-from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
+from mixgpt.evaluation.measures import logits, measure_sparsity, total_sparsity
 from mixgpt.modeling.experts import is_split, layout_of, published, split_experts
 from mixgpt.modeling.family import family_of
 from mixgpt.pruning.layerwise import prune_layerwise

@@ -16,8 +16,7 @@ from mixgpt.allocation import traces
 from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load, shards
 from mixgpt.common.errors import InputError
-from mixgpt.evaluation.perplexity import logits, perplexity
-from mixgpt.evaluation.sparsity import measure_sparsity
+from mixgpt.evaluation.measures import logits, measure_sparsity, perplexity
 from mixgpt.modeling import streaming
 from mixgpt.modeling.streaming import disk_weights
 

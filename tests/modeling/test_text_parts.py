@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import llama
 from mixgpt.checkpoints import load
-from mixgpt.evaluation.perplexity import logits
-from mixgpt.evaluation.sparsity import measure_sparsity, total_sparsity
+from mixgpt.evaluation.measures import logits, measure_sparsity, total_sparsity
 
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,

@@ -10,7 +10,7 @@ from conftest import CPU, make, make_plan
 
 from mixgpt.app.choices import SALIENCIES, SOLVERS
 from mixgpt.common.errors import InputError
-from mixgpt.evaluation.perplexity import perplexity
+from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import columns
 from mixgpt.pruning import layerwise
 from mixgpt.pruning.dense_target import residual_writers

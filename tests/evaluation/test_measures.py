@@ -4,9 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, make
+from makebelieve import CUDA, Gpu
 
-from mixgpt.evaluation.perplexity import logits, perplexity
+from mixgpt.checkpoints import load
+from mixgpt.evaluation.measures import count_zeros, logits, measure_sparsity, measure_weights, perplexity
+from mixgpt.modeling import streaming
+from modelutils import on_device
 
 
 @torch.no_grad()
@@ -35,7 +39,7 @@ def test_every_layer_counts_in_the_perplexity(tiny, tokens):
 
 def test_logits_computed_in_slices_give_the_same_perplexity(tiny, tokens, monkeypatch):
     family, model = tiny
-    monkeypatch.setattr("mixgpt.evaluation.perplexity.SLICE", 7)
+    monkeypatch.setattr("mixgpt.evaluation.measures.SLICE", 7)
     sliced = perplexity(model, family, tokens, 4, CPU)
     assert sliced == pytest.approx(full_perplexity(copy.deepcopy(model), tokens), rel=1e-5)
 
@@ -64,3 +68,43 @@ def test_perplexity_on_cuda_is_that_of_the_cpu_and_the_model_returns_to_the_host
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert tied == model.config.tie_word_embeddings
+
+
+def test_sparsity_is_counted_in_every_linear_of_the_layers(tiny):
+    family, model = tiny
+    for module in family.layers_of(model)[1].modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data[0, :3] = 0
+            last = module
+    last.weight.data[1, 0] = 0
+    counted = measure_sparsity(model, family)
+    kinds = len(counted) // 3
+    assert [m.zeros for m in counted] == [0] * kinds + [3] * (kinds - 1) + [4] + [0] * kinds
+    assert sum(m.numel for m in counted) == sum(
+        module.weight.numel() for layer in family.layers_of(model) for module in layer.modules()
+        if isinstance(module, torch.nn.Linear))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])  # the latter has routers, which are no linears
+def test_zeros_are_counted_on_the_device_and_read_from_there_at_once(name, checkpoint_folder, monkeypatch):
+    family, folder = make(name)[0], checkpoint_folder(name)
+    model = load.open_model(folder, load.load_config(folder, family), family, "auto")
+    state, loads, whole = make(name)[1].state_dict(), [], streaming.DiskWeights.load
+    monkeypatch.setattr(streaming.DiskWeights, "load", lambda source, *given: loads.append(1) or whole(source, *given))
+    with Gpu() as gpu:
+        layer = family.layers_of(model)[1]
+        with on_device([layer], CUDA):
+            for weight in layer.parameters():
+                if weight.dim() > 1:
+                    weight[0] = 0
+            before = gpu.synchronisations.total()
+            counted = {1: count_zeros(1, layer)}
+            assert gpu.synchronisations.total() == before
+        loads.clear()
+        matrices, others = measure_weights(model, family, CUDA, counted)
+    assert len(loads) == 2  # not the layer that has been counted
+    assert bool(others) == (name == "qwen3-moe")
+    assert all(m.zeros == (m.shape[-1] if m.layer == 1 else 0) for m in matrices + others)
+    assert [m for m in matrices if m.layer != 1] == [m for m in measure_sparsity(model, family) if m.layer != 1]
+    numel = sum(tensor.numel() for key, tensor in state.items() if ".layers." in key and tensor.dim() > 1)
+    assert sum(m.numel for m in matrices + others) == numel

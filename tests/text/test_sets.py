@@ -9,7 +9,7 @@ from conftest import FAMILIES
 
 import datautils
 from mixgpt.common.errors import InputError
-from mixgpt.text import mixture
+from mixgpt.text.sets import counts_of, shares_of
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def mine(tmp_path, monkeypatch):
     ("builtin:1,mine.txt:1", 3, [2, 1]), ("builtin:1,builtin:1,mine.txt:1", 9, [6, 3]), ("mine.txt:5", 4, [4]),
     ("builtin", 5, [5])])
 def test_each_text_gets_its_share(name, nsamples, expected, mine):
-    assert list(mixture.counts(name, nsamples).values()) == expected
+    assert list(counts_of(name, nsamples).values()) == expected
 
 
 def test_samples_are_the_first_that_each_text_gives_alone(mine, tokenizer):
@@ -41,17 +41,17 @@ def test_samples_are_the_first_that_each_text_gives_alone(mine, tokenizer):
 
 
 def test_a_column_on_the_hub_is_a_text():
-    assert mixture.shares("owner/set.1:words") == {"owner/set.1:words": 1}
-    assert mixture.shares("owner/set:words:3,builtin:1") == {"owner/set:words": 0.75, "builtin": 0.25}
+    assert shares_of("owner/set.1:words") == {"owner/set.1:words": 1}
+    assert shares_of("owner/set:words:3,builtin:1") == {"owner/set:words": 0.75, "builtin": 0.25}
     for name in ("owner/set", "owner/set:0.5", "owner/set:3", "a/b/c:text", "set:text"):
         with pytest.raises(InputError, match="invalid choice|in a mixture each text needs a share"):
-            mixture.shares(name)
+            shares_of(name)
 
 
 def test_a_file_may_be_called_like_a_mixture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c4:0.7,b.txt").write_text("text")
-    assert mixture.shares("c4:0.7,b.txt") == {"c4:0.7,b.txt": 1}
+    assert shares_of("c4:0.7,b.txt") == {"c4:0.7,b.txt": 1}
 
 
 @pytest.mark.parametrize("name, message", [
@@ -63,12 +63,12 @@ def test_a_file_may_be_called_like_a_mixture(tmp_path, monkeypatch):
     ("builtin:1,", "'': in")])
 def test_what_is_no_mixture_is_refused(name, message):
     with pytest.raises(InputError, match=f"^dataset {name}: {message}"):
-        mixture.counts(name, 10)
+        counts_of(name, 10)
 
 
 def test_a_text_without_sequences_is_refused():
     with pytest.raises(InputError, match="^--nsamples 4: gives no sequence to builtin in c4:19,builtin:1; raise it$"):
-        mixture.counts("c4:19,builtin:1", 4)
+        counts_of("c4:19,builtin:1", 4)
 
 
 def test_a_run_draws_from_all_and_its_record_says_what_from_where(mine, checkpoint_folder, tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import CPU, make
 
-from mixgpt.allocation.global_threshold import global_plan, inverse_diagonals
+from mixgpt.allocation.plan import global_plan, inverse_diagonals
 from mixgpt.pruning.targets import select
 from modelutils import StreamedModel, linears
 
