@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
 from PIL import Image
@@ -50,6 +51,7 @@ class Result:
 
 def prune(model, dataset, tokenizer=None, **options):
     """Prune and quantize a model; see `mixgpt.prune`."""
+    model, dataset = (str(given) if isinstance(given, PathLike) else given for given in (model, dataset))
     texts, name = None, dataset
     if not isinstance(dataset, str):
         texts, name = dataset if isinstance(dataset, torch.Tensor) else list(dataset), IN_MEMORY

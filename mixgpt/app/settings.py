@@ -210,7 +210,7 @@ class Settings:
         shape = {name: options[name] for name in ("prunem", "wbits", "groupsize") if name in options}
         preset = recipe(options["preset"], **shape) if options.get("preset") is not None else {}
         for name, value in ({"model": model, "dataset": dataset} | defaults | preset | options).items():
-            names = isinstance(defaults.get(name), tuple)
+            names, value = isinstance(defaults.get(name), tuple), str(value) if isinstance(value, Path) else value
             object.__setattr__(self, name, _names(flag_of(name), value) if names else value)  # frozen
         try:
             self._check_fields()

@@ -37,7 +37,7 @@ def in_memory(folder):
 def test_a_name_gives_what_the_command_line_gives(by_command_line, checkpoint_folder, tmp_path, capsys):
     tensors, record = by_command_line
     capsys.readouterr()
-    result = mixgpt.prune(str(checkpoint_folder("llama")), "builtin", save=str(tmp_path / "here"), **OPTIONS)
+    result = mixgpt.prune(checkpoint_folder("llama"), "builtin", save=tmp_path / "here", **OPTIONS)
     assert f"perplexity  builtin\n{'-' * 10}  {'-' * 7}" in result.table() and result.table() in capsys.readouterr().out
     assert result.matrices == record["matrices"] and result.sparsity == record["sparsity"] == 0.5
     assert result.perplexity == record["perplexity"]["SparseGPT"]
