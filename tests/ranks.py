@@ -113,17 +113,14 @@ def _by_columns(scores, ks):
 
 
 def synthetic_of_all():
-    """Return synthetic sequences, the hidden states of windows and those wanted, {(room, number, more): …}."""
+    """Return {(whether there is room for the model, number): synthetic sequences}."""
     family, model = make("llama")
     streamed, results = StreamedModel(model, family, CPU, 2), {}
     tokens = torch.randint(0, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(1))
-    for room, number, more in itertools.product([True, False], [0, 1, 3], [1, 2, 6]):
+    for room, number in itertools.product([True, False], [1, 3, 7]):
         with mock.patch.object(synthetic, "has_room", lambda _, room=room: room), mock.patch.object(
                 synthetic, "WINDOW", 4):
-            sequences, how, states = synthetic.synthetic(streamed, tokens, number + more, 0, more)
-            of_last = synthetic.windows_of(sequences[number:], how)
-        dense = distill.dense_states(streamed, of_last)
-        results[room, number, more] = sequences, states if states is None else states[len(states) - len(dense):], dense
+            results[room, number], _ = synthetic.synthetic(streamed, tokens, number, 0)
     return results
 
 

@@ -21,25 +21,20 @@ AT_A_TIME = 128  # windows generated at a time, times the batch size; fewer wher
 GENERATED, RESAMPLED = "generated", "resampled"
 
 
-def synthetic(streamed, tokens, count, seed, more=0, first=None):
+def synthetic(streamed, tokens, count, seed, first=None):
     """Return `count` synthetic sequences (count, T), one for each calibration sequence (N, T) in turn.
 
-    streamed: the dense model. more: number of the last ones that serve another purpose; every process makes its share
-    of both kinds and returns all. first: id that every window begins with, None for that of the calibration sequence.
-    Also returns how they were made, GENERATED or, if the whole model does not fit on the device, RESAMPLED; and the
-    dense model's hidden states after the last layer for the `windows_of` this process's share, on the host, or None if
-    windows overlap or processes differ in their number of the last ones.
+    streamed: the dense model. first: id that every window begins with, None for that of the calibration sequence. Also
+    returns how they were made, GENERATED or, if the whole model does not fit on the device, RESAMPLED. Every process
+    makes its share and returns all.
     """
-    kinds = range(count - more), range(count - more, count)
-    share = [n for kind in kinds for n in kind[distributed.share(len(kind))]]
+    share = range(count)[distributed.share(count)]
     mine = tokens[[n % len(tokens) for n in share]]
     uniform = [torch.rand(tokens.shape[1], generator=seeded(seed, n, "synthetic"), dtype=torch.float64) for n in share]
     room = all(distributed.all_gather_object(has_room(streamed)))
     make, how = (partial(generated, first=first), GENERATED) if room else (resampled, RESAMPLED)
-    made, states = make(streamed, mine, torch.stack(uniform)) if uniform else (mine, None)
-    numbers, parts = zip(*distributed.all_gather_object((share, made)), strict=True)
-    sequences = torch.cat(parts)[torch.tensor(sum(numbers, [])).argsort()]
-    return sequences, how, None if more % distributed.world() else states
+    made = make(streamed, mine, torch.stack(uniform)) if uniform else mine
+    return torch.cat(distributed.all_gather_object(made)), how
 
 
 def windows_of(sequences, how):
@@ -59,9 +54,6 @@ def generated(streamed, tokens, uniform, first=None):
     """Return sequences (n, T) of windows that begin like those of the tokens (n, T), and that the model continues.
 
     first: id in place of the first token of every window. uniform: (n, T), decides on the token drawn at each place.
-    Also returns the hidden states after the last layer, window by window, (windows, tokens, C), on the host, or None if
-    the last two windows overlap, or if the last layers do not run on all tokens of a prefix (those of Gemma 4 that
-    reuse keys and values).
     """
     n, T = tokens.shape
     width = min(WINDOW, T)
@@ -75,13 +67,11 @@ def generated(streamed, tokens, uniform, first=None):
         batches = list(zip(*(part.split(size) for part in parts), strict=True))
         total = len(batches) * width
         with progress.bar(total=total, title="generating", unit="step", leave=False) as bar:
-            made, states = zip(*(_continued(streamed, *batch, bar) for batch in batches), strict=True)
+            made = torch.cat([_continued(streamed, *batch, bar) for batch in batches])
     new = tokens.clone()
-    for start, windows in zip(starts, torch.cat(made).split(n), strict=True):
+    for start, windows in zip(starts, made.split(n), strict=True):
         new[:, start:start + width] = windows
-    if T % width or states[0].shape[1] < width:
-        return new, None
-    return new, torch.cat(states).unflatten(0, (len(starts), n)).transpose(0, 1).flatten(0, 1)
+    return new
 
 
 def _window_bytes(streamed, width):
@@ -92,39 +82,32 @@ def _window_bytes(streamed, width):
 
 
 def _continued(streamed, windows, uniform, bar):
-    """Return windows (B, T) continued from their prefixes, and their hidden states after the last layer (B, T, C).
-
-    Tokens that end a text are not drawn. One more token than needed is drawn, so that the model reads the last one.
-    """
+    """Return windows (B, T) continued from their prefixes. Tokens that end a text are not drawn."""
     T, ends = windows.shape[1], streamed.model.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=streamed.device).flatten()
-    prefix, uniform, states = min(PREFIX, T // 2), uniform.to(streamed.device), []
+    prefix, uniform = min(PREFIX, T // 2), uniform.to(streamed.device)
     start = windows[:, :prefix].to(streamed.device)
     bar.update(prefix)
 
     def draw(read, logits):
         """Be a logits processor that leaves the drawn token alone. The logits are a copy."""
-        bar.update(read.shape[1] < T)
+        bar.update()
         probabilities = wide(logits.index_fill_(1, ends, -torch.inf)).softmax(-1)
-        token = drawn(probabilities, uniform[:, min(read.shape[1], T - 1)].contiguous())
+        token = drawn(probabilities, uniform[:, read.shape[1]].contiguous())
         return logits.fill_(-torch.inf).scatter_(1, token[:, None], 0)
 
     beyond = streamed.model.config.get_text_config().vocab_size  # no token: all windows go on to their ends
-    settings = GenerationConfig(do_sample=False, max_new_tokens=T + 1 - prefix, eos_token_id=beyond, pad_token_id=0,
+    settings = GenerationConfig(do_sample=False, max_new_tokens=T - prefix, eos_token_id=beyond, pad_token_id=0,
                                 repetition_penalty=1.0)
 
-    def keep(output):
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    with hooked({streamed.layers[-1]: keep}, outputs=True):
-        output = streamed.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings,
-                                         logits_processor=[draw])
-    return output[:, :T].to("cpu"), torch.cat(states, dim=1).to("cpu")
+    output = streamed.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings,
+                                     logits_processor=[draw])
+    return output.to("cpu")
 
 
 @torch.no_grad()
 def resampled(streamed, tokens, uniform):
-    """Return sequences (n, T) whose tokens are drawn from the model's predictions in tokens (n, T), and None.
+    """Return sequences (n, T) whose tokens are drawn from the model's predictions in tokens (n, T).
 
     Each draw is from p(x_t | x_<t) given the tokens of the original sequence, not earlier draws, so that one pass over
     the layers serves all of them. The first token stays. uniform: (n, T), decides on the token drawn at each place.
@@ -139,4 +122,4 @@ def resampled(streamed, tokens, uniform):
             draws = [drawn(wide(head(h)).softmax(-1), threshold)
                      for h, threshold in zip(hidden.split(SLICE), thresholds.split(SLICE), strict=True)]
             new[rows, 1:] = torch.cat(draws).to("cpu").view(-1, tokens.shape[1] - 1)
-    return new, None
+    return new

@@ -7,7 +7,7 @@ from os import PathLike
 import torch
 from PIL import Image
 
-from mixgpt.app import pipeline, plots, records, report
+from mixgpt.app import pipeline, plots, report
 from mixgpt.app.settings import IN_MEMORY, Settings
 from mixgpt.checkpoints import load as checkpoints
 from mixgpt.common.errors import InputError
@@ -40,7 +40,7 @@ class Result:
 
     def table(self):
         """Return the tables of sparsity and perplexity as text."""
-        parts = [report.sparsity_table(*records.matrices_of(self.record))]
+        parts = [report.sparsity_table(self.record)]
         return "\n\n".join(parts + ([report.perplexity_table(self.record["perplexity"])] if self.perplexity else []))
 
     def plot(self):

@@ -47,7 +47,7 @@ def run(family, settings, command=None, model=None, tokenizer=None, texts=None):
             evaluation.evaluate(current, settings.method)
         if settings.semi_structured and "semi_structured" not in current.record:
             evaluation.compare_kernels(current)
-        return _report(current, *compressed)
+        return _report(current)
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def _report_completed(family, settings, device, record):
     records.check_completed(record, settings, device, family)
     if not settings.quiet:
         print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
-    print(result_text(settings, record, *records.matrices_of(record)), flush=True)
+    print(result_text(settings, record), flush=True)
     if distributed.rank() == 0:
         records.write_file(settings, record)
     return record
@@ -88,14 +88,14 @@ def _save(current, plan, outcomes, matrices, others):
             current.record["disk"] = records.disk(current.settings, folder, plan.targets, given.selected)
 
 
-def _report(current, outcomes, matrices, others):
+def _report(current):
     """Complete the record, write it if requested, and print the tables. Returns the record."""
     settings, record = current.settings, current.record
     record |= {"seconds": dict(current.clock.seconds), "peak_memory": peak_memory(current.inputs.device)}
     if settings.save:
         current.run_dir.write_record(record)
         current.run_dir.close()
-    if text := result_text(settings, record, matrices, others, outcomes):
+    if text := result_text(settings, record):
         print(text, flush=True)
     if distributed.rank() == 0:
         records.write_file(settings, record)

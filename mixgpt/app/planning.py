@@ -42,7 +42,7 @@ def choose(run):
     if plan.traces:
         if warning := plan.traces.warning():
             print(warning, flush=True)
-        run.log(plan_text(settings, inputs.target, plan.targets, inputs.selected, plan.traces))
+        run.log(plan_text(settings, inputs.target, plan.targets, inputs.selected, plan.traces.sensitivity))
         run.tracker.plan(plan.traces, plan.targets)
     elif settings.is_nonuniform:
         sparsities = [target.sparsity for target in plan.targets.values()]
@@ -86,15 +86,11 @@ def _synthetic(run, streamed):
     """
     inputs, (for_hessians, for_distillation) = run.inputs, run.synthetic_counts
     with run.clock.part("synthetic"):
-        tokens, how, states = synthetic(
-            streamed, inputs.calibration, for_hessians + for_distillation, run.settings.seed, for_distillation,
-            bos.first_token(inputs.tokenizer, run.settings.bos))
+        tokens, how = synthetic(streamed, inputs.calibration, for_hessians + for_distillation, run.settings.seed,
+                                bos.first_token(inputs.tokenizer, run.settings.bos))
     if not for_distillation:
         return how, {"tokens": tokens}
     windows = windows_of(tokens[for_hessians:], how)
-    if states is not None:
-        ours = windows[distributed.share(len(windows))]
-        return how, {"tokens": tokens, "dense_states": states[-len(ours):].clone()}
     with run.clock.part("distillation"):
         states = distill.dense_states(distill.with_token_budget(streamed, windows, inputs.seqlen), windows)
     return how, {"tokens": tokens, "dense_states": states}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.common.files import write_output
 from mixgpt.common.program import check_signature, signature
 from mixgpt.common.runtime import choose_dtype
-from mixgpt.evaluation.measures import MatrixSparsity, total_sparsity
+from mixgpt.evaluation.measures import total_sparsity
 from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome
 
@@ -59,13 +58,8 @@ def of_matrices(matrices, others, outcomes, plan, known):
 
 
 def _counted(m):
-    """Return the entries of the record for a `MatrixSparsity`, which `_sparsity_of` reads."""
+    """Return the entries of the record for a `MatrixSparsity`."""
     return {"layer": m.layer, "name": m.name, "shape": list(m.shape), "sparsity": m.zeros / m.numel}
-
-
-def _sparsity_of(row):
-    numel = math.prod(row["shape"])
-    return MatrixSparsity(row["layer"], row["name"], tuple(row["shape"]), round(row["sparsity"] * numel))
 
 
 def asked(settings, seqlen, device):
@@ -124,13 +118,6 @@ def check_completed(record, settings, device, family):
                              f"{settings.model}")
     if distributed.rank() == 0:
         clear(settings.save)
-
-
-def matrices_of(record):
-    """Return what `of_matrices` recorded: matrices, others, and outcomes without grids."""
-    rows, others = record["matrices"], record.get("left_dense", [])
-    outcomes = {(row["layer"], row["name"]): Outcome(row.get("error"), row.get("percdamp")) for row in rows}
-    return [_sparsity_of(row) for row in rows], [_sparsity_of(row) for row in others], outcomes
 
 
 def disk(settings, folder, plan, selected):

@@ -1,68 +1,68 @@
 """Terminal output of a run: heading, tables, costs."""
 
-from collections import defaultdict
+import math
+
+import pandas as pd
 
 from mixgpt.app.comparison import NO_METRICS, table
 from mixgpt.app.settings import BOS
 from mixgpt.checkpoints import load
 from mixgpt.common import distributed
-from mixgpt.evaluation.measures import total_sparsity
 from mixgpt.modeling.experts import kind_of
 
 
-def sparsity_table(matrices, others, outcomes):
-    """Tabulate measured sparsity and mean reconstruction error per matrix kind, and the total sparsity.
+def sparsity_table(record):
+    """Tabulate measured sparsity and mean reconstruction error by kind of matrix, and the total sparsity.
 
-    matrices, others: lists of `MatrixSparsity`, of the linears and of other weights of the layers. outcomes: {(layer,
-    name): Outcome}, empty without calibration.
+    record: with the entries of `records.of_matrices`.
     """
-    rows = _kinds(matrices, outcomes)
-    rows.append(["total", str(len(matrices)), f"{sum(m.numel for m in matrices):,}",
-                 f"{total_sparsity(matrices):.2%}", ""])
-    if others:
-        rows += [[f"left dense: {name}", *cells] for name, *cells in _kinds(others, {})]
-        every = matrices + others
-        rows.append(["total with these", str(len(every)), f"{sum(m.numel for m in every):,}",
-                     f"{total_sparsity(every):.2%}", ""])
+    matrices, others = _weights(record["matrices"]), _weights(record.get("left_dense", []))
+    rows = [*_kinds(matrices), _total("total", matrices)]
+    if len(others):
+        rows += [*_kinds(others, "left dense: "), _total("total with these", pd.concat([matrices, others]))]
     return table(["matrix kind", "count", "shape", "sparsity", "error"], rows)
 
 
-def _kinds(matrices, outcomes):
-    """Return a row of `sparsity_table` for each kind of matrix."""
-    kinds, rows = defaultdict(list), []
-    for matrix in matrices:
-        kinds[kind_of(matrix.name)].append(matrix)
-    for name, group in kinds.items():
-        errors = [outcome.error for m in group
-                  if (outcome := outcomes.get((m.layer, m.name))) and outcome.error is not None]
-        shapes = sorted({"x".join(map(str, m.shape)) for m in group})
-        rows.append([name, str(len(group)), ", ".join(shapes), f"{total_sparsity(group):.2%}",
-                     f"{sum(errors) / len(errors):.2%}" if errors else "-"])
-    return rows
+def _weights(rows):
+    """Return rows of a record, each on a matrix, as a DataFrame with its kind and its numbers of weights and zeros."""
+    frame = pd.DataFrame(rows, columns=["name", "shape", "sparsity", "error"])
+    frame["kind"], frame["numel"] = frame["name"].map(kind_of), frame["shape"].map(math.prod)
+    frame["zeros"] = (frame["sparsity"] * frame["numel"]).round()
+    return frame
 
 
-def plan_tables(plan, shapes, traces):
-    """Tabulate trace per weight, rank (1: most sensitive) and assigned sparsity, by matrix kind and by layer.
+def _kinds(weights, prefix=""):
+    for kind, group in weights.groupby("kind", sort=False):
+        shapes = sorted({"x".join(map(str, shape)) for shape in group["shape"]})
+        error = group["error"].astype(float).mean()  # NaN without calibration
+        yield [prefix + kind, str(len(group)), ", ".join(shapes), f"{group['zeros'].sum() / group['numel'].sum():.2%}",
+               "-" if math.isnan(error) else f"{error:.2%}"]
 
-    plan: {(layer, name): Target}. shapes: {(layer, name): (out, in)}. traces: `Traces` that include these.
+
+def _total(title, weights):
+    numel = weights["numel"].sum()
+    return [title, str(len(weights)), f"{numel:,}", f"{weights['zeros'].sum() / numel:.2%}", ""]
+
+
+def plan_text(settings, target, plan, selected, sensitivity):
+    """Tabulate trace per weight, rank (1: most sensitive) and assigned sparsity by kind and by layer, and the total.
+
+    target: the overall one. plan: {(layer, name): Target}. selected: {(layer, name): (out, in)}. sensitivity: {(layer,
+    name): trace per weight}.
     """
-    sensitivity = traces.sensitivity
-    order = sorted(plan, key=sensitivity.get, reverse=True)
-    rank = {key: number for number, key in enumerate(order, start=1)}
-    numel = {key: shapes[key][0] * shapes[key][1] for key in plan}
-
-    def rows(group_of):
-        groups = defaultdict(list)
-        for key in plan:
-            groups[group_of(key)].append(key)
-        for group, keys in groups.items():
-            pruned = sum(plan[key].sparsity * numel[key] for key in keys) / sum(numel[key] for key in keys)
-            yield [str(group), f"{sum(sensitivity[key] for key in keys) / len(keys):.3e}",
-                   f"{sum(rank[key] for key in keys) / len(keys):.0f}", f"{pruned:.2%}"]
-
-    header = ["mean trace/n", "mean rank", "sparsity"]
-    return "\n\n".join([table(["matrix kind", *header], list(rows(lambda key: kind_of(key[1])))),
-                        table(["layer", *header], list(rows(lambda key: key[0])))])
+    frame = pd.DataFrame([(layer, kind_of(name), sensitivity[layer, name], math.prod(selected[layer, name]),
+                           each.sparsity) for (layer, name), each in plan.items()],
+                         columns=["layer", "matrix kind", "trace", "numel", "sparsity"])
+    frame["rank"] = frame["trace"].rank(ascending=False, method="first")
+    frame["pruned"] = frame["sparsity"] * frame["numel"]
+    tables = [table([column, "mean trace/n", "mean rank", "sparsity"], [
+        [str(value), f"{group['trace'].mean():.3e}", f"{group['rank'].mean():.0f}",
+         f"{group['pruned'].sum() / group['numel'].sum():.2%}"]
+        for value, group in frame.groupby(column, sort=False)]) for column in ("matrix kind", "layer")]
+    total = frame["pruned"].sum() / frame["numel"].sum()
+    met = not settings.prunem or abs(total - target.sparsity) < 1e-9
+    closest = "" if met else f", as close to {target.sparsity:.2%} as whole n of {settings.prunem} allow"
+    return "\n" + "\n\n".join([*tables, f"plan     {total:.2%} of the weights in all{closest}"])
 
 
 def perplexity_table(perplexities):
@@ -156,18 +156,9 @@ def _methods(settings, count):
     return how
 
 
-def plan_text(settings, target, plan, selected, traces):
-    """Return the tables of a plan based on traces, and its total sparsity. target: the overall one."""
-    numel = {key: out * columns for key, (out, columns) in selected.items()}
-    total = sum(each.sparsity * numel[key] for key, each in plan.items()) / sum(numel.values())
-    met = not settings.prunem or abs(total - target.sparsity) < 1e-9
-    closest = "" if met else f", as close to {target.sparsity:.2%} as whole n of {settings.prunem} allow"
-    return f"\n{plan_tables(plan, selected, traces)}\n\nplan     {total:.2%} of the weights in all{closest}"
-
-
-def result_text(settings, record, matrices, others, outcomes):
+def result_text(settings, record):
     """Return the final output: tables of sparsity, perplexity and tasks and, unless quiet, the costs."""
-    parts = [sparsity_table(matrices, others, outcomes)] if settings.compresses else []
+    parts = [sparsity_table(record)] if settings.compresses else []
     perplexities, scores = record["perplexity"], record.get("tasks")
     if settings.eval:
         parts.append(perplexity_table(perplexities))

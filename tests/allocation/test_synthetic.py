@@ -8,7 +8,6 @@ from makebelieve import CUDA, Gpu
 from mixgpt.allocation import synthetic as module
 from mixgpt.allocation.synthetic import GENERATED, RESAMPLED, synthetic
 from mixgpt.common import memory
-from mixgpt.pruning.distill import dense_states
 from modelutils import StreamedModel
 
 
@@ -57,8 +56,7 @@ def test_windows_go_on_from_their_prefixes_as_the_model_predicts(model, tokens, 
     """From its own tokens: the whole forward on what was generated gives the probabilities of each draw."""
     family, model = model
     uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found, states = module.generated(StreamedModel(model, family, CPU, 2), tokens, uniform)
-    assert states is None  # as windows overlap
+    found = module.generated(StreamedModel(model, family, CPU, 2), tokens, uniform)
     for start, end in ((0, 4), (4, 7), (7, 11)):  # the last window overlaps the second, and stays whole
         window = slice(start, end)
         assert torch.equal(found[:, start:start + 2], tokens[:, start:start + 2])
@@ -74,24 +72,13 @@ def test_the_head_reads_hidden_states_without_gaps(model, tokens, small):
         lambda _, given, output: packed.append(given[0].is_contiguous()))
     synthetic(StreamedModel(model, family, CPU, 2), tokens, 1, 0)
     handle.remove()
-    assert len(packed) > 2 and all(packed)
-
-
-@pytest.mark.parametrize("width", [4, 40])
-def test_generation_gives_the_hidden_states_of_its_windows(model, tokens, small, width, monkeypatch):
-    family, model = model
-    monkeypatch.setattr(module, "WINDOW", width)
-    monkeypatch.setattr(module, "AT_A_TIME", 1)
-    streamed, tokens = StreamedModel(model, family, CPU, 2), tokens[:, :8]
-    sequences, how, states = synthetic(streamed, tokens, 4, 0)
-    expected = dense_states(streamed, module.windows_of(sequences, how))
-    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+    assert len(packed) > 1 and all(packed)
 
 
 def test_without_room_frequencies_are_the_predictions_from_the_original_tokens(model, tokens, no_room):
     family, model = model
     copies, tokens = 2000, tokens[:, :5]
-    found, how, _ = synthetic(StreamedModel(model, family, CPU, 2000), tokens, copies * len(tokens), 0)
+    found, how = synthetic(StreamedModel(model, family, CPU, 2000), tokens, copies * len(tokens), 0)
     found = found.view(copies, *tokens.shape)
     assert how == RESAMPLED and torch.equal(found[:, :, 0], tokens[:, 0].expand(copies, -1))
     with torch.no_grad():
@@ -106,7 +93,7 @@ def test_resampled_tokens_do_not_depend_on_slices(model, tokens, monkeypatch):
     family, model = model
     uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     monkeypatch.setattr(module, "SLICE", 3)
-    found, _ = module.resampled(StreamedModel(model, family, CPU, 2), tokens, uniform)
+    found = module.resampled(StreamedModel(model, family, CPU, 2), tokens, uniform)
     assert check_draws(model, tokens, found, uniform).mean() > 0.9
 
 
@@ -114,7 +101,7 @@ def test_resampled_tokens_do_not_depend_on_slices(model, tokens, monkeypatch):
 def test_draws_depend_on_the_seed_but_not_on_batches(model, tokens, room, small, monkeypatch):
     family, model = model
     monkeypatch.setattr(module, "has_room", lambda streamed: room)
-    first, how, _ = synthetic(StreamedModel(model, family, CPU, 2), tokens, 5, 0)
+    first, how = synthetic(StreamedModel(model, family, CPU, 2), tokens, 5, 0)
     assert how == (GENERATED if room else RESAMPLED)
     assert first.dtype == tokens.dtype and first.shape == (5, 11)
     assert not torch.equal(first[:2], first[3:])  # others from the same
@@ -132,7 +119,7 @@ def test_a_model_is_resampled_that_has_no_room_beside_a_window_of_text(monkeypat
         module.generated(streamed, tokens, torch.rand(tokens.shape, dtype=torch.float64))
     weights = sum(weight.nbytes for weight in model.parameters())
     for device, needed in ((CUDA, gpu.peak), (CPU, gpu.peak - weights)):  # on the host they are there
-        for free, expected in ((0.95 * needed, False), (5 * needed, True)):
+        for free, expected in ((0.95 * needed, False), (10 * needed, True)):
             monkeypatch.setattr(memory, "free", lambda device, free=free: free)
             assert module.has_room(StreamedModel(model, family, device, 1, clock=object())) == expected
             if device == CPU:

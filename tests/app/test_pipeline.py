@@ -558,7 +558,7 @@ def test_matrices_are_pruned_on_calibration_and_synthetic_sequences(room, how, c
     family, model = FAMILIES["llama"][0], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
     streamed = StreamedModel(model, family, CPU, 2)
     tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, tokenizer)
-    further, *_ = synthetic.synthetic(streamed, tokens, 8, 0)
+    further, _ = synthetic.synthetic(streamed, tokens, 8, 0)
     prune_layerwise(streamed, make_plan(select(model, family), Target(0.5)), torch.cat([tokens, further]), Recipe())
     for key, tensor in saved_tensors(folder).items():
         assert torch.equal(tensor, model.state_dict()[key]), key
@@ -577,11 +577,13 @@ def test_a_pruned_model_is_distilled_on_synthetic_sequences_of_its_own(number, m
     family, model = FAMILIES["llama"][0], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
     streamed = StreamedModel(model, family, CPU, 2)
     tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, tokenizer)
-    written, _, dense = synthetic.synthetic(streamed, tokens, number + more, 0)
+    written, how = synthetic.synthetic(streamed, tokens, number + more, 0)
+    windows = synthetic.windows_of(written[number:], how)
+    dense = distill.dense_states(distill.with_token_budget(streamed, windows, 32), windows)
     plan = make_plan(select(model, family), Target(0.5))
     prune_layerwise(streamed, plan, torch.cat([tokens, written[:number]]), Recipe())
     zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
-    divergence = distill.distill(streamed, dict.fromkeys(plan), written[number:], dense[number:], 0)
+    divergence = distill.distill(streamed, dict.fromkeys(plan), windows, dense, 0)
     record = json.loads((folder / "mixgpt.json").read_text())
     assert record["distilled"] == {"divergence": divergence}
     assert record["settings"]["true_sequential"] and record["settings"]["batch_size"] == 2  # as pruned

@@ -1,17 +1,15 @@
-"""Check the clock and the tables."""
-
-
+"""Check the tables."""
 
 from mixgpt.app.report import perplexity_table, sparsity_table
-from mixgpt.evaluation.measures import MatrixSparsity
-from mixgpt.pruning.targets import Outcome
+
+
+def row(layer, name, shape, sparsity, **more):
+    return {"layer": layer, "name": name, "shape": list(shape), "sparsity": sparsity, **more}
 
 
 def test_sparsity_is_weighted_by_size_and_errors_are_averaged():
-    a, b, c = ((0, "a", (2, 4), 4), (0, "b", (3, 10), 0), (1, "a", (2, 4), 8))
-    matrices = [MatrixSparsity(*a), MatrixSparsity(*b), MatrixSparsity(*c)]
-    outcomes = {(0, "a"): Outcome(0.1, 0.01), (1, "a"): Outcome(0.3, 0.01)}
-    assert sparsity_table(matrices, [], outcomes).splitlines() == [
+    matrices = [row(0, "a", (2, 4), 0.5, error=0.1), row(0, "b", (3, 10), 0), row(1, "a", (2, 4), 1, error=0.3)]
+    assert sparsity_table({"matrices": matrices}).splitlines() == [
         "matrix kind  count  shape  sparsity   error",
         "-----------  -----  -----  --------  ------",
         "a                2    2x4    75.00%  20.00%",
@@ -21,9 +19,9 @@ def test_sparsity_is_weighted_by_size_and_errors_are_averaged():
 
 
 def test_experts_share_a_row_and_weights_that_are_left_dense_are_named():
-    matrices = [MatrixSparsity(0, f"mlp.experts.{number}.up_proj", (2, 4), number) for number in range(5)]
-    others = [MatrixSparsity(0, "mlp.gate", (5, 4), 0), MatrixSparsity(1, "conv", (4, 1, 3), 2)]
-    assert sparsity_table(matrices, others, {}).splitlines() == [
+    matrices = [row(0, f"mlp.experts.{number}.up_proj", (2, 4), number / 8) for number in range(5)]
+    others = [row(0, "mlp.gate", (5, 4), 0), row(1, "conv", (4, 1, 3), 2 / 12)]
+    assert sparsity_table({"matrices": matrices, "left_dense": others}).splitlines() == [
         "matrix kind            count  shape  sparsity  error",
         "---------------------  -----  -----  --------  -----",
         "mlp.experts.*.up_proj      5    2x4    25.00%      -",

@@ -52,14 +52,10 @@ def test_processes_select_the_smallest_of_all_scores(in_processes):
             assert sorted(scores[mask].tolist())[:k] == sorted(scores.flatten().tolist())[:k], (name, k)
 
 
-def test_processes_write_the_same_text_and_keep_its_hidden_states(in_processes):
+def test_processes_write_the_text_that_one_writes(in_processes):
     alone, together = in_processes(ranks.synthetic_of_all, 2)
-    for (room, number, more), (sequences, *_) in alone.items():
-        for results in together:
-            other, states, dense = results[room, number, more]
-            assert torch.equal(other, sequences)
-            assert (states is None) == (not room or more % 2 > 0)
-            assert states is None or torch.allclose(states, dense, rtol=1e-4, atol=1e-5)
+    for case, sequences in alone.items():
+        assert all(torch.equal(results[case], sequences) for results in together)
 
 
 def test_processes_give_what_one_gives_and_all_the_same(in_processes):
