@@ -52,10 +52,6 @@ def _check(given):
     check_between("--seed", given.seed, 0, 2**64 - 1)
     if not given.prompt:
         raise InputError("prompt: is empty; give a text to continue")
-    try:
-        given.prompt.encode()
-    except UnicodeEncodeError as error:  # bytes that Python could not decode, or half of a surrogate pair
-        raise InputError(f"prompt: character {error.start + 1} is not text; give the prompt in UTF-8") from error
     for flag, name in models.items():
         if name:
             check_model(flag, name)

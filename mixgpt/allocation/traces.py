@@ -60,6 +60,11 @@ class Traces:
         return dict(zip(self.shapes, (self.mean / self.sizes).tolist(), strict=True))
 
     @property
+    def sensitivity_errors(self):
+        """Standard error of `sensitivity`, {(layer, name): that of Tr / n}."""
+        return dict(zip(self.shapes, (self.standard_error / self.sizes).tolist(), strict=True))
+
+    @property
     def split_half_correlation(self):
         """Spearman rank correlation of Tr / n between even and odd sequences; NaN for one sequence."""
         if len(self.samples) < 2 or len(self.shapes) < 2:

@@ -61,7 +61,8 @@ def _quieter(settings):
             if enabled and (settings.quiet or not sys.stderr.isatty()):
                 disable()
                 stack.callback(enable)
-        stack.enter_context(progress.silent() if settings.quiet else contextlib.nullcontext())
+        if settings.quiet:
+            stack.enter_context(progress.shown_on(None))
         yield
 
 

@@ -26,8 +26,7 @@ def draw(plan, traces=None, suffix=".png"):
     if not traces:
         _by_layer_and_kind(*top, sparsity, None, "Sparsity", PRUNED)
         return bytes_of(figure, suffix)
-    errors = dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True))
-    values, errors = _grid(traces.sensitivity, traces.shapes), _grid(errors, traces.shapes)
+    values, errors = (_grid(each, traces.shapes) for each in (traces.sensitivity, traces.sensitivity_errors))
     positive = values.where(values > 0)  # Hutchinson estimates can be negative
     _heat_map(figure.add_subplot(grid[1, :]), positive, "Sensitivity", "trace per weight",
               "log" if positive.notna().any(axis=None) else None)

@@ -94,7 +94,8 @@ class Settings:
         needs=("prunes",))
 
     sparsity_way: str = option("uniform", METHOD,
-        "how to distribute sparsity over matrices", group="sparsity allocation", registry=ALLOCATIONS)
+        "how to distribute sparsity over matrices", group="sparsity allocation", registry=ALLOCATIONS,
+        needs=("prunes",))
     alpha: float = option(0.1, RESULT,
         "largest deviation of a matrix from the overall sparsity; with layer-level and weight-level before the shift "
         "that meets the total", between=(0, 1))
@@ -203,6 +204,7 @@ class Settings:
     wandb_group: str | None = option(None, FREE, "W&B run group (default: WANDB_RUN_GROUP)",
         needs=("log_wandb",))
     quiet: bool = option(False, FREE, "print only results and warnings")
+
     def __init__(self, model, dataset, **options):
         defaults = {field.name: field.default for field in dataclasses.fields(self) if "help" in field.metadata}
         if unknown := options.keys() - defaults.keys():
@@ -246,8 +248,6 @@ class Settings:
             raise InputError(f"--prunen {n} --prunem {m}: needs 0 < prunen < prunem, for example --prunen 2 --prunem 4")
         if m and self.sparsity not in (0, n / m):
             raise InputError(f"--sparsity {self.sparsity:g}: contradicts --prunen {n} --prunem {m}; leave it out")
-        if self.is_nonuniform and not self.prunes:
-            raise InputError(f"--sparsity-way {self.sparsity_way}: needs {NEEDS['prunes']}")
         if groupsize == 0:
             raise InputError("--groupsize 0: must be at least 1, or -1 for a whole row")
         if self.nearest and self.prunes and not self.gmp:

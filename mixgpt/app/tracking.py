@@ -68,8 +68,7 @@ class Tracker:
     def plan(self, traces, plan):
         """Log `Traces` and {(layer, name): Target} as a table and a picture."""
         from mixgpt.app import plots  # imports matplotlib
-        sensitivity = traces.sensitivity
-        errors = dict(zip(traces.shapes, (traces.standard_error / traces.sizes).tolist(), strict=True))
+        sensitivity, errors = traces.sensitivity, traces.sensitivity_errors
         ranked = sorted(plan, key=sensitivity.get, reverse=True)
         rows = [[layer, name, sensitivity[layer, name], errors[layer, name], rank, plan[layer, name].sparsity]
                 for rank, (layer, name) in enumerate(ranked, start=1)]

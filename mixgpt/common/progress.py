@@ -55,8 +55,3 @@ def shown_on(stream):
         yield
     finally:
         _stream.reset(token)
-
-
-def silent():
-    """Show no progress within the block."""
-    return shown_on(None)

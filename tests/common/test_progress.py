@@ -83,7 +83,7 @@ def test_nothing_is_shown_where_nobody_wants_it(reason, stream, sleep, monkeypat
     monkeypatch.setattr(sys, "stderr", stream())
     with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
         if reason == "quiet":
-            stack.enter_context(progress.silent())
+            stack.enter_context(progress.shown_on(None))
         else:
             patch.setattr(distributed, "rank", lambda: 1)
         finish(sleep, [40] * 2)

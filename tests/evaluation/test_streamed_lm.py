@@ -10,8 +10,8 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import processors
 
 from mixgpt.checkpoints.load import load_config, open_model
-from mixgpt.evaluation import streamed_lm
-from mixgpt.evaluation.streamed_lm import StreamedLM
+from mixgpt.evaluation import tasks
+from mixgpt.evaluation.tasks import StreamedLM
 
 LIMIT = 128  # tokens that the tiny models take
 PAIRS = [("Question: what is it?\nAnswer:", " a list"), ("Question: what is it?\nAnswer:", " a tuple of numbers"),
@@ -165,14 +165,14 @@ def test_a_model_on_disk_answers_as_one_in_memory_and_groups_change_nothing(name
     assert lms[1].loglikelihood(pairs, disable_tqdm=True) == expected
     assert lms[1].generate_until(texts) == lms[0].generate_until(texts)
     assert all(parameter.is_meta for parameter in on_disk.parameters())
-    monkeypatch.setattr(streamed_lm, "RESIDENT", 40)
+    monkeypatch.setattr(tasks, "RESIDENT", 40)
     for tokens in (1, 300):
         answers = StreamedLM(on_disk, family, tokenizer, tokens, CPU).loglikelihood(pairs, disable_tqdm=True)
         assert [answer[0] for answer in answers] == pytest.approx([answer[0] for answer in expected], rel=1e-5)
 
 
 def test_groups_hold_as_many_tokens_as_may_be_resident(monkeypatch, tokenizer):
-    monkeypatch.setattr(streamed_lm, "RESIDENT", 64)
+    monkeypatch.setattr(tasks, "RESIDENT", 64)
     lm = StreamedLM(make("llama")[1], make("llama")[0], tokenizer, 300, CPU)
     sequences = [(0,) * 100, (1,) * 31, (2,) * 31, *((number,) * 16 for number in range(3, 8))]
     groups = list(lm._groups(sequences))
