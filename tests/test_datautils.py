@@ -218,16 +218,6 @@ def test_builtin_splits_share_no_paragraph(tokenizer, no_hub):
     assert sample[0].tolist() == byte_ids("\n\n".join(train))[i : i + 64]
 
 
-def test_builtin_text_is_cut_at_a_paragraph_and_drops_what_was_there(monkeypatch):
-    topics = {"b": "two two\n\n  one   one\n\nfour", "a": "one one\n\nthree three three three three three"}
-    monkeypatch.setattr("pydoc_data.topics.topics", topics)
-    train, _ = datautils.load_rows("builtin", "train", None)
-    test, source = datautils.load_rows("builtin", "test", None)
-    assert train == ["one one", "three three three three three three"] and test == ["two two", "four"]
-    text = b"one one\n\nthree three three three three three\n\ntwo two\n\nfour"
-    assert source["sha256"] == hashlib.sha256(text).hexdigest()
-
-
 HUB_CALLS = [
     ("wikitext2", "test", "Salesforce/wikitext", {"name": "wikitext-2-raw-v1", "split": "test"}),
     ("ptb", "test", "ptb-text-only/ptb_text_only", {"revision": "refs/convert/parquet", "split": "test"}),
@@ -295,11 +285,6 @@ def test_a_failure_of_the_hub_is_one_line(monkeypatch, kind, tokenizer):
     monkeypatch.setattr(datautils, "load_dataset", load_dataset)
     with pytest.raises(InputError, match="ptb: cannot load ptb-text-only/ptb_text_only: it does not exist; supply"):
         datautils.test_tokens("ptb", 8, tokenizer)
-
-
-def test_an_empty_folder_is_refused(root, no_hub):
-    with pytest.raises(InputError, match="no test split of ptb in it; needs penn_treebank/test/.*, as on the hub$"):
-        datautils.load_rows("ptb", "test", root)
 
 
 def test_an_unknown_dataset_is_refused(tokenizer):

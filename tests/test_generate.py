@@ -136,12 +136,3 @@ def test_the_lowest_temperature_is_greedy_and_the_largest_seed_works(saved, caps
         assert run(saved / "dense", "import", "--max-new-tokens", 8, "--device", "cpu", *options) == 0
         texts.append(capsys.readouterr().out.splitlines()[:-1])
     assert texts[0] == texts[1]
-
-
-def test_ctrl_c_gets_one_line(saved, capsys, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "manual_seed", interrupt)
-    assert run(saved / "dense", "import", "--device", "cpu") == 130
-    assert capsys.readouterr().err == "generate.py: interrupted\n"

@@ -125,18 +125,6 @@ def test_hidden_states_lie_on_disk_where_memory_is_short_and_are_the_same(dtype,
     assert mapped == [{"shape": expected.numel() * expected.element_size()}]
 
 
-def test_hidden_states_without_room_anywhere_are_refused(tokens, monkeypatch):
-    family, model = make("llama")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(modelutils.memory, "free", lambda device: 1000)
-    monkeypatch.setattr(modelutils.os, "posix_fallocate", full)
-    with pytest.raises(InputError, match="--nsamples, --seqlen: hidden states take 0.0 GB, .*No space left"):
-        HiddenStates.embed(model, family, tokens, 2, CPU)
-
-
 def test_hidden_states_that_fit_nowhere_are_refused_before_they_are_allocated():
     modelutils.check_hidden_states(10**6, CPU)
     with pytest.raises(InputError, match=r"--nsamples, --seqlen: hidden states take 1000000\.0 GB, more than is free "):

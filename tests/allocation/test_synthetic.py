@@ -64,17 +64,6 @@ def test_windows_go_on_from_their_prefixes_as_the_model_predicts(model, tokens, 
         assert right[:, 1:].mean() > 0.9  # others lie within rounding of a border
 
 
-def test_the_head_reads_hidden_states_without_gaps(model, tokens, small):
-    """Of others PyTorch copies the head's weights for each window, which took as long as all the rest."""
-    family, model = model
-    packed = []
-    handle = model.get_output_embeddings().register_forward_hook(
-        lambda _, given, output: packed.append(given[0].is_contiguous()))
-    synthetic(StreamedModel(model, family, CPU, 2), tokens, 1, 0)
-    handle.remove()
-    assert len(packed) > 1 and all(packed)
-
-
 def test_without_room_frequencies_are_the_predictions_from_the_original_tokens(model, tokens, no_room):
     family, model = model
     copies, tokens = 2000, tokens[:, :5]
@@ -87,14 +76,6 @@ def test_without_room_frequencies_are_the_predictions_from_the_original_tokens(m
     spread = (copies * p * (1 - p)).sqrt()
     assert ((counts - copies * p).abs() <= 5 * spread + 3).all()  # as binomial counts are
     assert (counts.amax(-1) > 10 * copies / VOCABULARY).all()  # which uniform draws would not reach
-
-
-def test_resampled_tokens_do_not_depend_on_slices(model, tokens, monkeypatch):
-    family, model = model
-    uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    monkeypatch.setattr(module, "SLICE", 3)
-    found = module.resampled(StreamedModel(model, family, CPU, 2), tokens, uniform)
-    assert check_draws(model, tokens, found, uniform).mean() > 0.9
 
 
 @pytest.mark.parametrize("room", [True, False])

@@ -63,10 +63,3 @@ def test_no_matrix_strays_further_than_it_may_and_the_total_is_met(statistics, t
     for key, size in sizes.items():
         assert abs(plan[key].sparsity - 0.5) < 0.05 + 1 / size
     assert max(target.sparsity for target in plan.values()) > 0.54
-
-
-def test_a_threshold_without_room_is_uniform(statistics, tokens):
-    family, model, selected, gradients = statistics
-    diagonals = diagonals_of(model, family, selected, tokens)
-    plan = global_plan(StreamedModel(model, family, CPU, 2), selected, gradients, diagonals, 0.5, 0.0)
-    assert all(target.sparsity == 0.5 for target in plan.values())

@@ -25,11 +25,6 @@ def obtain(name, tokens, path, estimator="fisher", batch_size=2, **changes):
     return traces.load_or_compute(StreamedModel(model, family, CPU, batch_size), tokens, sampling, path)
 
 
-@pytest.fixture
-def never_computed(monkeypatch):
-    monkeypatch.setattr(traces, "hessian_traces", lambda *_, **__: pytest.fail("computed again"))
-
-
 def test_a_file_is_written_and_read_instead_of_computed(tokens, path, monkeypatch):
     first, where = obtain("llama", tokens, path)
     assert where == path and [file.name for file in path.parent.iterdir()] == ["traces.json"]
@@ -90,13 +85,6 @@ def test_traces_that_are_not_finite_are_refused_and_not_kept(tokens, path):
     assert not path.exists()
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(tokens, tmp_path, monkeypatch, never_computed):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=f"--sensitivity-file {tmp_path}/file/mixgpt/traces-.*cannot be written"):
-        obtain("llama", tokens, None)
-
-
 def test_an_incomplete_file_of_other_settings_is_refused(tokens, path):
     obtain("llama", tokens, path)
     content = json.loads(path.read_text())
@@ -116,13 +104,6 @@ def test_a_file_that_does_not_fit_is_refused_by_name(name, estimator, message, t
     obtain("llama", tokens, path)
     with pytest.raises(InputError, match=f"--sensitivity-file {path}: .*{message}"):
         obtain(name, tokens, path, estimator)
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"matrices": []}', "not json"])
-def test_what_is_not_a_file_of_traces_is_refused(content, tokens, path, never_computed):
-    path.write_text(content)
-    with pytest.raises(InputError, match=f"--sensitivity-file {path}: is not a file of traces"):
-        obtain("llama", tokens, path)
 
 
 def test_a_complete_file_of_other_data_is_used_where_it_is_named(tokens, path, monkeypatch):

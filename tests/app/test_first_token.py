@@ -14,7 +14,6 @@ import datautils
 import generate
 import llama
 from mixgpt.allocation import synthetic
-from mixgpt.checkpoints.load import load_tokenizer
 from mixgpt.evaluation import selfcheck
 from modelutils import HiddenStates
 
@@ -104,12 +103,6 @@ def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, fo
     assert record["perplexity"]["dense"]["builtin"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_bos_matters_to_the_model_under_test(folder, tmp_path):
-    each, never = (record_of(tmp_path / "record.json", folder("gemma2"), "builtin", "--bos", bos)["perplexity"]["dense"]
-                   for bos in ("each", "never"))
-    assert 2 * each["builtin"] < never["builtin"]
-
-
 @pytest.fixture
 def sequences(monkeypatch):
     """Return a list that takes all sequences which a model reads, but in the check on random ones."""
@@ -151,24 +144,6 @@ def test_all_that_a_run_reads_begins_with_bos(room, options, folder, sequences, 
         calibrated = next(tokens for tokens in sequences if tokens.shape == (6, 32))
         assert (calibrated[4:, ::8] == BOS).all() == room
         assert ((12, 8) if room else (3, 32)) in shapes
-
-
-def test_without_bos_sequences_are_cut_as_before(folder, sequences, tmp_path):
-    record_of(tmp_path / "record.json", folder("llama"), "builtin", "--sparsity", ".5", "--synthetic", "0.5")
-    expected, _ = datautils.calibration_samples("builtin", 4, 32, 0, load_tokenizer(folder("llama")))
-    assert any(tokens.shape == (6, 32) and torch.equal(tokens[:4], expected) for tokens in sequences)
-    assert not any((tokens[:, 0] == BOS).any() for tokens in sequences)
-
-
-def test_a_run_resumes_with_the_same_bos_only(folder, tmp_path, capsys):
-    arguments = [folder("gemma2"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
-    assert run(llama.FAMILY, *arguments) == 0
-    for options in ([], ["--bos", "each"]):
-        assert run(llama.FAMILY, *arguments, "--resume", *options) == 0
-    capsys.readouterr()
-    assert run(llama.FAMILY, *arguments, "--resume", "--bos", "once") == 2
-    assert capsys.readouterr().err == (f"llama.py: error: --resume: --bos was each in the complete run in "
-                                       f"{tmp_path}/saved, now it is once\n")
 
 
 def test_an_interrupted_run_resumes_with_the_same_bos_only(folder, tmp_path, capsys, monkeypatch):

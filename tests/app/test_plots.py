@@ -42,19 +42,6 @@ def test_the_heat_maps_show_sensitivities_and_sparsities(negative, monkeypatch):
     assert content.startswith(b"\x89PNG")
 
 
-def test_without_sensitivities_the_sparsities_are_shown_by_layer_and_kind_too(monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
-    plan = {key: Target(0.1 * number) for number, key in enumerate(KEYS)}  # q_proj 0, 0.2, 0.4; fc1 0.1, 0.3, 0.5
-    assert plots.draw(plan, suffix=".pdf").startswith(b"%PDF")
-    titled = {axis.get_title(): axis for axis in figures[0].axes}
-    shown = titled["Sparsity assigned"].images[0].get_array()
-    assert shown.flatten().tolist() == pytest.approx([0, 0.2, 0.4, 0.1, 0.3, 0.5])
-    lines = {line.get_label(): line.lines[0].get_ydata() for line in titled["Sparsity, by layer"].containers}
-    assert lines["q_proj"] == pytest.approx([0, 0.2, 0.4]) and lines["fc1"] == pytest.approx([0.1, 0.3, 0.5])
-    assert [bar.get_width() for bar in titled["Sparsity, by matrix kind"].patches] == pytest.approx([0.2, 0.3])
-
-
 def test_perplexities_of_other_orders_of_magnitude_stay_readable(monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])

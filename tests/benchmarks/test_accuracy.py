@@ -108,11 +108,6 @@ def test_held_out_documents_are_never_calibrated_on(tmp_path, tokenizer):
     assert "8" in tokenizer.decode(tests.flatten()) and "0" not in tokenizer.decode(tests.flatten())
 
 
-def test_held_out_text_takes_the_place_of_the_tests(benchmark, cells):
-    assert benchmark("--heldout", "--methods", "magnitude", "--targets", "50%", "--seeds", "0", *SMALL) == 0
-    assert [list(cell["figures"]) for cell in cells().values()] == [["heldout-builtin"]] * 2
-
-
 def test_a_file_that_holds_something_else_is_refused_in_one_line(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.json").write_text("[]")

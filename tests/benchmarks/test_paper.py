@@ -2,32 +2,17 @@
 
 import json
 from itertools import groupby
-from pathlib import Path
 
 import paper
 import pytest
 import scores
 from commands import run, short_builtin  # noqa: F401, a fixture
-from conftest import FAMILIES
-from paper import TABLES, facts, markdown, plain
+from paper import TABLES, facts, markdown
 from scores import DENSE
 
 from mixgpt.app import pipeline
 
 SMALL = ["--eval-limit", "2", "--nsamples", "4", "--seqlen", "32", "--sensitivity", "fisher", "--device", "cpu"]
-TASK = """
-task: words
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/words.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "Q: {{question}}\\nA:"
-doc_to_choice: "{{choices}}"
-doc_to_target: label
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-
-
 @pytest.fixture
 def command(checkpoint_folder, tmp_path):
     """Give a function that runs a table on a tiny model. Returns the exit status."""
@@ -79,17 +64,6 @@ def test_an_interrupted_table_goes_on_and_is_that_of_a_whole_run(command, runs, 
     assert list(tmp_path.glob("*.partial")) == []
 
 
-def test_the_sensitivities_of_a_seed_are_computed_once(command, tmp_path, monkeypatch):
-    from mixgpt.allocation import traces
-
-    computed, real = [], traces.hessian_traces
-    monkeypatch.setattr(traces, "hessian_traces", lambda *given: computed.append(given) or real(*given))
-    rows = (("layer-level", "50%"), ("mixgpt", "50%"))
-    monkeypatch.setitem(TABLES, "ablations", paper.Table("two of them", rows))
-    assert command("ablations", "--seeds", "0", "1") == 0
-    assert len(computed) == 2 and len(cells_of(tmp_path / "paper.json")) == 1 + 4
-
-
 def test_the_papers_number_and_the_difference_stand_beside_ours(command, checkpoint_folder, tmp_path, monkeypatch,
                                                                 capsys):
     (tmp_path / "facts.csv").write_text(
@@ -128,47 +102,11 @@ def test_a_dry_run_prints_the_missing_command_lines_and_writes_nothing(command, 
         "--sparsity-way weight-level --saliency isc --sparsity 0.5 --seed 0"]
 
 
-def test_tasks_are_those_of_the_family_script(command, checkpoint_folder, tmp_path, capsys):
-    pytest.importorskip("lm_eval")
-    rows = [{"question": f"what is {word}?", "choices": ["a list", "a number of them"], "label": number % 2}
-            for number, word in enumerate(("one", "import", "None"))]
-    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "words.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
-    tasks = ["--tasks", "words", "--tasks-dir", str(tmp_path)]
-    small = [each for each in SMALL if each not in ("--eval-limit", "2")]
-    shared = ["--dataset", "builtin", *small, *tasks, "--output", str(tmp_path / "tasks.json")]
-    assert paper.main(["table3", str(checkpoint_folder("opt")), *shared, "--limit", "2"]) == 0
-    header, table = rows_of(capsys.readouterr().out)
-    assert header[2:4] == ["words", "average"] and list(table) == TABLES["table3"].with_methods([])
-    record = tmp_path / "record.json"
-    assert run(FAMILIES["opt"][0], checkpoint_folder("opt"), "builtin", *small, "--eval", *tasks, "--limit", "2",
-               "--preset", "mixgpt", "--sparsity", ".5", "--record", record) == 0
-    (found,) = json.loads(record.read_text())["tasks"].values()
-    expected = found["words"]["acc_norm"]
-    assert cells_of(tmp_path / "tasks.json")["mixgpt", "50%", 0]["figures"] == {
-        "words": 100 * expected, "average": 100 * expected}
-
-
 def test_tasks_without_accuracy_are_refused():
     assert scores._accuracy("piqa", {"acc": 0.25, "acc_norm": 0.5}) == 0.5
     assert scores._accuracy("truthfulqa_mc2", {"acc": 0.25}) == 0.25
     with pytest.raises(scores.InputError, match="--tasks wikitext: reports no accuracy"):
         scores._accuracy("wikitext", {"word_perplexity": 9.0})
-
-
-@pytest.mark.parametrize("arguments, line", [
-    (["--methods", "magic"], "argument --methods: invalid choice: 'magic' (choose from 'magnitude', 'wanda', 'owl', "
-                             "'owl-wanda', 'best')"),
-    (["--output", "no/such.txt"], "--output no/such.txt: must end in .json"),
-    (["--output", "other.json"], "--output other.json: exists and holds no cells of this benchmark; name another file"),
-    (["--nsamples", "0"], "--nsamples 0: must be at least 1"),
-])
-def test_what_cannot_be_used_gives_one_line(arguments, line, command, runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("other.json").write_text('{"mine": 1}')
-    assert command("table1", *arguments) == 2 and runs == []
-    errors = capsys.readouterr().err
-    assert errors.startswith("paper.py: error: ") and errors.count("\n") == 1 and line in errors
 
 
 def test_what_the_paper_reports_is_of_cells_that_there_are():
@@ -190,11 +128,3 @@ def test_what_the_paper_reports_is_of_cells_that_there_are():
         if key[3] == scores.AVERAGE:
             accuracies = [known[*key[:3], task][0] for task in paper.TASKS]
             assert value == pytest.approx(sum(accuracies) / 4, abs=0.051)
-
-
-def test_names_of_models_are_compared_without_what_hubs_write_differently():
-    same = [("LLaMA-7B", "huggyllama/llama-7b"), ("LLaMA-2-13B", "meta-llama/Llama-2-13b-hf"),
-            ("Baichuan-13B", "baichuan-inc/Baichuan-13B-Base"), ("Baichuan-7B", "models/Baichuan-7B")]
-    assert all(plain(one) == plain(other) for one, other in same)
-    assert len({plain(name) for name in ("LLaMA-7B", "LLaMA-2-7B", "Baichuan2-7B-Base", "Baichuan-7B",
-                                         "Baichuan-13B-Chat", "Llama-2-7b-chat-hf")}) == 6

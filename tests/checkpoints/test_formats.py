@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from conftest import CPU, make, save, saved_tensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mixgpt.checkpoints import formats, load
@@ -75,7 +75,8 @@ def tensors_of(folder):
 @pytest.mark.parametrize("name, dtype", [("opt", torch.float32), ("llama", torch.bfloat16), ("bloom", torch.bfloat16)])
 @pytest.mark.parametrize("save_format, scheme", [
     ("compressed-tensors", SYM), ("compressed-tensors", SYM_GROUPS),
-    ("sparse", None), ("sparse", SYM), ("sparse", SYM_GROUPS), ("sparse", ASYM_GROUPS)])
+    ("compressed-tensors", Scheme(8, 16, sym=True)), ("sparse", None), ("sparse", SYM), ("sparse", ASYM_GROUPS),
+    ("sparse", Scheme(3, 16, sym=True))])
 def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, halved, tokenizer, tokens, tmp_path):
     family, model, grids = halved(name, scheme, dtype)
     model.generation_config.eos_token_id = [7, 9]
@@ -91,14 +92,6 @@ def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, 
         assert_same(model, load_sparse(folder))
     else:
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), tokens), expected)
-
-
-@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
-@pytest.mark.parametrize("wbits", [3, 8])
-def test_other_bit_widths_come_back_bit_for_bit(wbits, save_format, halved, tokenizer, tmp_path):
-    family, model, grids = halved("llama", Scheme(wbits, 16, sym=True), torch.bfloat16)
-    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    assert_same(model, load.load_model(tmp_path / "saved", "auto"))
 
 
 @pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
@@ -124,15 +117,6 @@ def test_embeddings_stay_tied_and_are_stored_once(name, tied, save_format, halve
     assert (reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight) == tied
     stored = [tensor for tensor in tensors_of(tmp_path / "saved").values() if tensor.ndim == 2 and len(tensor) == 384]
     assert len(stored) == 2 - tied
-
-
-@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
-def test_a_model_in_several_files_comes_back_bit_for_bit(save_format, halved, tokenizer, tmp_path, monkeypatch):
-    family, model, grids = halved("bloom", SYM_GROUPS, torch.bfloat16)
-    monkeypatch.setattr(model, "save_pretrained", functools.partial(model.save_pretrained, max_shard_size="20KB"))
-    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    assert len(list((tmp_path / "saved").glob("*.safetensors"))) == 3
-    assert_same(model, load.load_model(tmp_path / "saved", "auto"))
 
 
 # what the files hold
@@ -238,17 +222,6 @@ def sparse_folder(halved, tokenizer, tmp_path):
     family, model, grids = halved("llama", SYM)
     save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", grids)
     return tmp_path / "saved"
-
-
-@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight.codes", "model.norm.weight"])
-def test_a_sparse_folder_without_a_tensor_is_refused_with_its_name(key, sparse_folder):
-    file = sparse_folder / "model.sparse.safetensors"
-    state = load_file(file)
-    del state[key]
-    save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=key) as error:
-        load.load_model(sparse_folder, "auto")
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name, kept", [("model.sparse.safetensors", 0.5), ("sparse.json", 0.5), ("sparse.json", None)])

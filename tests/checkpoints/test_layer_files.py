@@ -104,14 +104,6 @@ def test_an_error_of_the_thread_comes_up_once_where_the_run_next_asks(asked, mod
         assert written(tmp_path, 0) == {1.0}
 
 
-def test_any_other_error_of_the_thread_comes_up_too(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "save_file", lambda *_, **__: {}["surprise"])
-    with opened(tmp_path, model) as files:
-        save_layer(files, 0)
-        with pytest.raises(KeyError, match="surprise"):
-            files.flush()
-
-
 def test_an_error_of_the_run_waits_for_the_layer_that_is_being_written(model, tmp_path, gate):
     threading.Timer(0.3, gate.set).start()
     with pytest.raises(KeyboardInterrupt), opened(tmp_path, model) as files:

@@ -6,7 +6,6 @@ import pytest
 import sentencepiece as spm
 import torch
 from conftest import make, save
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import datautils
@@ -30,30 +29,6 @@ def test_a_model_that_cannot_be_found_is_one_line(model):
     with pytest.raises(InputError, match=f"model {model}: ") as error:
         load.load_config(model, opt.FAMILY)
     assert "\n" not in str(error.value)
-
-
-def damaged(folder, tmp_path, damage):
-    """Copy a checkpoint with `damage` done to its dict of weights."""
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    state = load_file(folder / "model.safetensors")
-    damage(state)
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    return tmp_path
-
-
-def test_weights_that_are_nan_are_refused_by_name(checkpoint_folder, tmp_path):
-    key = "model.layers.1.mlp.up_proj.weight"
-    folder = damaged(checkpoint_folder("llama"), tmp_path, lambda state: state[key][0].fill_(float("nan")))
-    with pytest.raises(InputError, match=f"{key} contains NaN or inf"):
-        load.load_model(folder, "auto")
-
-
-def test_weights_that_are_missing_are_refused_by_name(checkpoint_folder, tmp_path):
-    key = "model.layers.1.mlp.up_proj.weight"
-    folder = damaged(checkpoint_folder("llama"), tmp_path, lambda state: state.pop(key))
-    with pytest.raises(InputError, match=f"the checkpoint lacks {key}"):
-        load.load_model(folder, "auto")
 
 
 def test_a_saved_folder_loads_with_plain_transformers_and_gives_the_same_logits(tiny, tokenizer, tokens, tmp_path):

@@ -34,14 +34,13 @@ CALIBRATION = {"forward", "Hessian", "factorisation", "walk"}
 SPARSEGPT = [{"forward"}, CALIBRATION, {"finish"}, {"half a file"}, {"complete"}, {"evaluation"}, {"end"}]
 SCENARIOS = {
     "opt": Scenario("opt", ["--sparsity", ".5"], [{"load"}, *SPARSEGPT], shard=40_000),
-    "opt, in memory": Scenario("opt", ["--sparsity", ".5", "--wbits", "4"], SPARSEGPT[1:5], pickled=True),
+    "opt, in memory": Scenario("opt", ["--sparsity", ".5", "--wbits", "4"], SPARSEGPT[1:3], pickled=True),
     "llama, best": Scenario("llama", ["--preset", "best", "--sparsity", ".5"],
-                            [{"synthetic", "gradients", "allocation"}, {"kept"}, CALIBRATION | {"admm"}, {"finish"},
-                             {"distillation"}, {"finish"}, {"complete"}]),
-    "opt, magnitude": Scenario("opt", ["--sparsity", ".5", "--gmp", "--wbits", "3"], [{"finish"}, {"complete"}]),
+                            [{"synthetic", "gradients", "allocation"}, {"kept"}, CALIBRATION | {"admm"},
+                             {"distillation"}, {"finish"}]),
     "llama, mixed": Scenario("llama", [*MIXED, "--wbits", "4"], [{"sensitivity"}, {"traces"}, {"traces"}, {"finish"}]),
     "bloom, sparse": Scenario("bloom", ["--sparsity", ".5", "--wbits", "4", "--no-true-sequential", "--save-format",
-                                        "sparse"], SPARSEGPT[1:]),
+                                        "sparse"], [{"finish"}, {"half a file"}, {"complete"}]),
     "baichuan-7b, packed": Scenario("baichuan-7b", ["--sparsity", ".5", "--wbits", "4", "--sym", "--act-order",
                                                     "--distill", "1", "--save-format", "compressed-tensors"],
                                     [{"finish"}, {"distillation"}, {"complete"}]),

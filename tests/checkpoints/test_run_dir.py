@@ -1,15 +1,14 @@
 """Check the folder of a run: who may write to it, what may go on in it, and that what comes back is what was left."""
 
+import contextlib
 import errno
-import itertools
+import io
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ import commands
 import pytest
 import torch
 from commands import SMALL, short_builtin  # noqa: F401, the fixture
-from conftest import FAMILIES, OTHERS, ROOT, contents, make, save
+from conftest import FAMILIES, OTHERS, contents, read_little
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -26,13 +25,15 @@ import mixgpt
 from mixgpt.allocation import synthetic
 from mixgpt.app import compression, planning
 from mixgpt.app import run as running
-from mixgpt.checkpoints import load
+from mixgpt.checkpoints import load, shards
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import memory
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
 from mixgpt.pruning import calibration, distill, layerwise
+
+NOT_EMPTY = "exists and is not an empty folder; name another one, or give --overwrite to replace a saved model"
 
 
 def run(name, *arguments):
@@ -77,8 +78,6 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
     with RunDir(tmp_path / "saved"):
         with pytest.raises(InputError, match=f"--save {tmp_path / 'saved'}: is in use by another run"):
             RunDir(tmp_path / "saved")
-    with RunDir(tmp_path / "saved"):
-        pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -106,23 +105,21 @@ def test_room_for_layers_and_result_that_are_not_there_yet_is_asked_for(layers, 
         RunDir(tmp_path, nbytes=200)
 
 
-HOLD = """
-import sys, time
-from mixgpt.app import compression, planning
-from mixgpt.app import run as running
-from mixgpt.checkpoints.run_dir import RunDir
-held = RunDir(sys.argv[1])
-print("held", flush=True)
-{}
-"""
+def hold(path, held):
+    """Hold a folder until this process is killed, for `fork`."""
+    with RunDir(path):
+        held.touch()
+        time.sleep(99)
 
 
-def test_a_folder_is_held_against_other_processes_until_its_process_is_killed(checkpoint_folder, tmp_path, capsys):
-    saved = tmp_path / "saved"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD.format("time.sleep(99)"), saved], cwd=ROOT,
-                              stdout=subprocess.PIPE, text=True)
+def test_a_folder_is_held_against_other_processes_until_its_process_is_killed(fork, checkpoint_folder, tmp_path,
+                                                                              capsys):
+    saved, held = tmp_path / "saved", tmp_path / "held"
+    holder = fork(hold, saved, held)
     try:
-        assert holder.stdout.readline() == "held\n"
+        while not held.exists():
+            assert holder.is_alive()
+            time.sleep(0.01)
         before = snapshot(tmp_path)
         arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--save", saved]
         for resume in ([], ["--resume"]):
@@ -130,45 +127,24 @@ def test_a_folder_is_held_against_other_processes_until_its_process_is_killed(ch
             assert line == f"opt.py: error: --save {saved}: is in use by another run"
             assert snapshot(tmp_path) == before
     finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
+        holder.kill()
+        holder.join()
     assert run("opt", *arguments) == 0
-
-
-def test_a_run_that_waited_for_another_to_end_does_not_write_over_its_result(tokenizer, tmp_path, monkeypatch):
-    _, model = make("opt")
-    save(tmp_path / "saved", model, tokenizer, {})
-    before = snapshot(tmp_path)
-    with pytest.raises(InputError, match="exists and is not an empty folder"):
-        RunDir(tmp_path / "saved")  # as after a check that came before the end of the other
-    assert snapshot(tmp_path) == before
 
 
 # ---- what may go on ----------------------------------------------------------------------------------------------
 
-CHANGED = {  # options of the first run, options of its continuation, what the line must name
-    "sparsity": ([], ["--sparsity", ".6"], "--sparsity was 0.5 .*, now it is 0.6"),
-    "dtype": ([], ["--dtype", "bfloat16"], "--dtype was float32 .*, now it is bfloat16"),
-    "format": ([], ["--save-format", "sparse"], "--save-format was dense .*, now it is sparse"),
-}
-
-
-@pytest.mark.parametrize("case", CHANGED)
-def test_a_run_goes_on_with_the_same_settings_only(case, checkpoint_folder, tmp_path, capsys, monkeypatch):
-    first, then, named = CHANGED[case]
-    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, *first, "--save", tmp_path / "saved"]
-    interrupt(monkeypatch, "opt", arguments, 1)
-    before = snapshot(tmp_path)
-    line = refused(capsys, "opt", *arguments, *then, "--resume")
-    assert re.search(rf"--resume: {named}$", line), line
-    assert snapshot(tmp_path) == before
-
-
-def test_a_run_goes_on_with_the_same_text_and_weights_only(checkpoint_folder, tmp_path, capsys, monkeypatch):
+def test_a_run_goes_on_with_the_same_settings_text_and_weights_only(checkpoint_folder, tmp_path, capsys, monkeypatch):
     source = shutil.copytree(checkpoint_folder("opt"), tmp_path / "model")
     arguments = [source, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
     interrupt(monkeypatch, "opt", arguments, 1)
     before = snapshot(tmp_path / "saved")
+    assert refused(capsys, "opt", *arguments) == (f"opt.py: error: --save {tmp_path / 'saved'}: holds an "
+                                                  "interrupted run; continue it with --resume, or remove the folder")
+    for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16"),
+                           ("--save-format", "dense", "sparse")):
+        line = refused(capsys, "opt", *arguments, flag, now, "--resume")
+        assert re.search(f"--resume: {flag} was {was} .*, now it is {now}$", line), line
 
     with monkeypatch.context() as patch:
         short = datautils.load_rows
@@ -211,30 +187,31 @@ def test_resume_begins_in_an_empty_folder(checkpoint_folder, tmp_path):
     assert contents(tmp_path / "resumed") == contents(tmp_path / "plain")
 
 
-def test_the_folder_of_a_complete_run_without_resume_or_of_others_is_refused(checkpoint_folder, tmp_path, capsys):
-    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--gmp", *SMALL]
-    assert run("opt", *arguments, "--save", tmp_path / "saved") == 0
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.txt").write_text("mine")
-    before = snapshot(tmp_path)
-    for name, *resume in (["saved"], ["notes"], ["notes", "--resume"]):
-        line = refused(capsys, "opt", *arguments, "--save", tmp_path / name, *resume)
-        assert line == f"opt.py: error: --save {tmp_path / name}: exists and is not an empty folder"
-    assert snapshot(tmp_path) == before
-
-
 @pytest.fixture(scope="module")
 def complete(checkpoint_folder, tmp_path_factory):
-    """Give the arguments of a complete run, its folder, and what it printed behind its heading."""
-    saved = tmp_path_factory.mktemp("complete") / "saved"
-    return [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--dense", "--save", saved], saved
+    """Give the arguments of a complete run, its folder, and the tables that it printed."""
+    saved, printed = tmp_path_factory.mktemp("complete") / "saved", io.StringIO()
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--dense", "--save", saved]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        read_little(patch)
+        assert run("opt", *arguments) == 0
+    return arguments, saved, printed.getvalue().partition("\n\n")[2]
+
+
+def test_the_folder_of_a_complete_run_without_resume_or_of_others_is_refused(complete, tmp_path, capsys):
+    (*arguments, _), saved, _ = complete
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    before = snapshot(tmp_path), snapshot(saved)
+    for folder, *resume in ([saved], [tmp_path / "notes"], [tmp_path / "notes", "--resume"]):
+        assert refused(capsys, "opt", *arguments, folder, *resume) == (
+            f"opt.py: error: --save {folder}: {NOT_EMPTY}")
+    assert (snapshot(tmp_path), snapshot(saved)) == before
 
 
 def test_resume_of_a_complete_run_prints_its_results_again_and_reads_no_weights(complete, tmp_path, capsys,
                                                                                 monkeypatch):
-    arguments, saved = complete
-    assert run("opt", *arguments) == 0
-    tables = capsys.readouterr().out.partition("\n\n")[2]
+    arguments, saved, tables = complete
     before = snapshot(saved)
     (saved / "progress").mkdir()  # as if killed while it removed them
     for name in ("lock", "layer-00001.json", "layer-00001.safetensors"):
@@ -252,56 +229,34 @@ def test_resume_of_a_complete_run_prints_its_results_again_and_reads_no_weights(
     assert "resume" not in capsys.readouterr().out
 
 
-LATER = {
-    ("--sparsity", ".6"): "--resume: --sparsity was 0.5 in the complete run in {saved}, now it is 0.6",
-    ("--eval", "ptb"): "--resume: --eval was ['builtin'] in the complete run in {saved}, now it is ['ptb']; to "
-                       "evaluate it again, give this folder as the model",
-}
-
-
-@pytest.mark.parametrize("others", LATER)
-def test_resume_of_a_complete_run_with_other_settings_is_refused(others, complete, capsys):
-    arguments, saved = complete
-    assert saved.exists() or run("opt", *arguments) == 0
+def test_resume_of_a_complete_run_with_other_settings_or_weights_is_refused(complete, tmp_path, capsys):
+    (model, *arguments), saved, _ = complete
     before = snapshot(saved)
-    line = refused(capsys, "opt", *arguments, *others, "--resume")
-    assert line == f"opt.py: error: {LATER[others].format(saved=saved)}"
-    assert snapshot(saved) == before
-
-
-def test_resume_of_a_complete_run_reads_the_weights_of_a_model_of_another_name(complete, tmp_path, capsys):
-    (model, *arguments), saved = complete
-    assert saved.exists() or run("opt", model, *arguments) == 0
+    assert refused(capsys, "opt", model, *arguments, "--sparsity", ".6", "--resume") == (
+        f"opt.py: error: --resume: --sparsity was 0.5 in the complete run in {saved}, now it is 0.6")
+    assert refused(capsys, "opt", model, *arguments, "--eval", "ptb", "--resume") == (
+        f"opt.py: error: --resume: --eval was ['builtin'] in the complete run in {saved}, now it is ['ptb']; to "
+        "evaluate it again, give this folder as the model")
     source = shutil.copytree(model, tmp_path / "model")
-    assert run("opt", source, *arguments, "--resume") == 0
+    assert run("opt", source, *arguments, "--resume") == 0  # the same weights under another name
     state = load_file(source / "model.safetensors")
     state["model.decoder.layers.2.fc2.weight"] += 1
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     assert refused(capsys, "opt", source, *arguments, "--resume") == (
         f"opt.py: error: --resume: the complete run in {saved} has pruned other weights than those of {source}")
+    assert snapshot(saved) == before
 
 
 @pytest.mark.parametrize("lost", ["mixgpt.json", "model.safetensors"])
 def test_a_folder_without_its_record_or_weights_is_not_that_of_a_complete_run(lost, complete, tmp_path, capsys):
-    arguments, saved = complete
-    assert saved.exists() or run("opt", *arguments) == 0
+    arguments, saved, _ = complete
     shutil.copytree(saved, tmp_path / "saved")
     (tmp_path / "saved" / lost).unlink()
     assert refused(capsys, "opt", *arguments[:-1], tmp_path / "saved", "--resume") == (
-        f"opt.py: error: --save {tmp_path}/saved: exists and is not an empty folder")
+        f"opt.py: error: --save {tmp_path}/saved: {NOT_EMPTY}")
     for record in ("[]", "{", '{"matrices": [1]}'):
         (tmp_path / "saved" / "mixgpt.json").write_text(record)
-        assert "exists and is not an empty folder" in refused(capsys, "opt", *arguments[:-1], tmp_path / "saved",
-                                                              "--resume")
-
-
-def test_the_folder_of_an_interrupted_run_is_refused_without_resume(checkpoint_folder, tmp_path, capsys, monkeypatch):
-    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
-    interrupt(monkeypatch, "opt", arguments, 1)
-    before = snapshot(tmp_path)
-    assert refused(capsys, "opt", *arguments) == (f"opt.py: error: --save {tmp_path / 'saved'}: holds an "
-                                                  "interrupted run; continue it with --resume, or remove the folder")
-    assert snapshot(tmp_path) == before
+        assert NOT_EMPTY in refused(capsys, "opt", *arguments[:-1], tmp_path / "saved", "--resume")
 
 
 # ---- what comes back ---------------------------------------------------------------------------------------------
@@ -314,8 +269,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("save_format, name", [
-    *itertools.product(["dense"], ["opt", "baichuan-13b", "qwen3-moe", "gemma4"]), ("sparse", "llama"),
-    ("compressed-tensors", "opt")])
+    ("dense", "qwen3-moe"), ("dense", "gemma4"), ("sparse", "llama"), ("compressed-tensors", "opt")])
 def test_an_interrupted_run_gives_the_files_and_the_record_of_one_that_was_not(save_format, name, checkpoint_folder,
                                                                                tmp_path, monkeypatch):
     arguments = [checkpoint_folder(name), "builtin", "--sparsity", ".5", *FORMATS[save_format], *SMALL,
@@ -332,22 +286,12 @@ def test_an_interrupted_run_gives_the_files_and_the_record_of_one_that_was_not(s
     assert parts == whole
 
 
-def test_layers_that_are_finished_are_not_pruned_again(checkpoint_folder, tmp_path, monkeypatch):
-    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
-    interrupt(monkeypatch, "opt", arguments, 2)
-    pruned, keep = [], LayerFiles.save_layer
-    monkeypatch.setattr(LayerFiles, "save_layer",
-                        lambda self, index, *given: (pruned.append(index), keep(self, index, *given)))
-    assert run("opt", *arguments, "--resume") == 0
-    assert pruned == [2]
-
-
-@pytest.mark.parametrize("options", [["--wbits", "4", "--nearest"], ["--sparsity", ".5", "--preset", "mixgpt"]])
-def test_two_runs_with_the_same_seed_write_the_same_bytes(options, checkpoint_folder, tmp_path):
-    for saved in ("one", "two"):
-        assert run("bloom", checkpoint_folder("bloom"), "builtin", *options, *SMALL, "--save", tmp_path / saved,
-                   "--sensitivity-file", tmp_path / saved / ".." / f"{saved}.json") == 0
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+def test_two_runs_with_the_same_seed_write_the_same_bytes_and_another_seed_others(checkpoint_folder, tmp_path):
+    for saved, seed in {"one": 0, "two": 0, "other": 1}.items():
+        assert run("bloom", checkpoint_folder("bloom"), "builtin", "--sparsity", ".5", "--preset", "mixgpt", "--seed",
+                   seed, *SMALL, "--save", tmp_path / saved, "--sensitivity-file", tmp_path / f"{saved}.json") == 0
+    one, two, other = (contents(tmp_path / saved) for saved in ("one", "two", "other"))
+    assert one == two and one["model.safetensors"] != other["model.safetensors"]
 
 
 # ---- temporary folders --------------------------------------------------------------------------------------------
@@ -366,12 +310,6 @@ def test_a_temporary_folder_that_is_full_is_named_and_not_save(checkpoint_folder
         assert run("opt", *arguments) == 0
         free.free = 34_304  # one
         assert run("opt", *arguments, "--maxlayer", "1") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(streaming, "write", full)
-        line = refused_after_heading(capsys, "opt", *arguments)
-        assert re.fullmatch(f"opt.py: error: TMPDIR {tmp_path}: layer-00000.safetensors needs 0.000 GB, .* GB are free "
-                            r"\(No space left on device\); free some space, or set TMPDIR to a folder on a larger disk",
-                            line)
     monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
     assert refused_after_heading(capsys, "opt", *arguments) == (
         "opt.py: error: TMPDIR: no folder for temporary files can be written; set it to one, or give --save")
@@ -393,8 +331,8 @@ def refused_after_heading(capsys, name, *arguments):
 def test_a_step_that_starts_over_goes_on_from_the_finished_layers(saves, checkpoint_folder, tmp_path, monkeypatch):
     """As when the GPU's memory runs out in the third layer."""
     options = ["--save", tmp_path / "whole"] if saves else ["--record", tmp_path / "whole.json"]
-    arguments = [checkpoint_folder("opt"), "builtin", "--preset", "best", "--sparsity", ".5", *SMALL, "--batch-size",
-                 "1", "--distill", "0"]
+    arguments = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--target", "dense", "--batch-size",
+                 1]
     assert run("opt", *arguments, *options) == 0
     save_layer, indexes = LayerFiles.save_layer, []
 
@@ -474,6 +412,26 @@ def test_a_run_that_goes_on_prunes_in_the_way_of_the_interrupted_one(checkpoint_
 
 
 # ---- what cannot be read -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calls, what, finished", [  # as many files are written before the disk is full
+    (0, "layer-00000.safetensors", 0), (2, "layer-00002.safetensors", 2), (4, "the model", 3)])
+def test_a_full_disk_gets_one_line_and_resume_gives_the_files_of_a_run_with_room(
+        calls, what, finished, checkpoint_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, "LARGEST", 40_000)  # the result has several files
+    options = [checkpoint_folder("opt"), "builtin", "--sparsity", ".5", *SMALL, "--save"]
+    assert run("opt", *options, tmp_path / "whole") == 0
+    save_file, left = streaming.save_file, iter(range(calls))
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "save_file", lambda *given, **more: full() if next(left, None) is None else save_file(
+            *given, **more))
+        line = refused_after_heading(capsys, "opt", *options, tmp_path / "saved")
+    assert re.fullmatch(rf"opt.py: error: --save {tmp_path}/saved: {what} needs 0.000 GB, .* GB are free \(No space "
+                        r"left on device\); free some space and continue with --resume", line), line
+    assert len(list(tmp_path.glob("saved/progress/layer-*.json"))) == finished
+    assert finished or not (tmp_path / "saved").exists()
+    assert run("opt", *options, tmp_path / "saved", "--resume") == 0
+    assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["layer-00001.safetensors", "layer-00001.json"])

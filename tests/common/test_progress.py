@@ -47,11 +47,6 @@ def test_lines_come_every_30_seconds_at_most_with_the_time_left_by_the_mean_of_a
     assert (at[0] - said).total_seconds() % 86_400 < 120
 
 
-def test_less_than_30_seconds_are_passed_in_silence(sleep, capsys):
-    finish(sleep, [3.7] * 8)
-    assert capsys.readouterr().err == ""
-
-
 def test_steps_without_an_iterable_are_counted_from_where_a_run_goes_on(sleep, capsys):
     with progress.bar(total=50, initial=10, title="gradients", unit="step") as bar:
         for _ in range(4):

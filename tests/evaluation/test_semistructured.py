@@ -98,16 +98,6 @@ def test_on_a_cpu_the_run_goes_on_and_says_why_it_skipped_them(checkpoint_folder
     assert json.loads((tmp_path / "saved" / "mixgpt.json").read_text())["semi_structured"] == {"skipped": reason}
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--sparsity", ".5"], "--semi-structured: needs a 2:4 sparse model: --prunen 2 --prunem 4, or one pruned before"),
-    (["--prunen", "1", "--prunem", "4"], "--semi-structured: needs a 2:4 sparse model"),
-    (["--eval"], "--semi-structured: needs the test sets of --eval")])
-def test_what_cannot_be_2_4_is_refused(options, message, checkpoint_folder, capsys):
-    folder = checkpoint_folder("llama")
-    assert run(FAMILIES["llama"][0], folder, "builtin", *SMALL, *options, "--semi-structured") == 2
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_kernels_give_what_dense_ones_give(halved, tokenizer, tmp_path, capsys):

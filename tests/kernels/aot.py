@@ -29,9 +29,8 @@ POINTERS = {torch.float32: "*fp32", torch.bool: "*i1", torch.int32: "*i32", torc
 BF16, F16 = torch.bfloat16, torch.float16
 # name: rows, columns, m of n:m, dtype of the grid or None, whether U is row-major
 KERNELS = {"50%": (4096, 128, 0, None, False), "50%, U by rows": (4096, 128, 0, None, True),
-           "50%, an odd number of rows": (4095, 128, 0, None, False), "2:4": (4096, 128, 4, None, False),
-           "4:8": (4096, 128, 8, None, False), "50% + grid, bfloat16": (4096, 128, 0, BF16, False),
-           "50% + grid, float16": (4096, 128, 0, F16, False), "2:4 + grid, bfloat16": (4096, 128, 4, BF16, False)}
+           "4:8": (4096, 128, 8, None, False), "50% + grid, float16": (4096, 128, 0, F16, False),
+           "2:4 + grid, bfloat16": (4096, 128, 4, BF16, False)}
 
 
 class Recorder:

@@ -153,7 +153,7 @@ def untouched(large, values):
 @pytest.mark.parametrize(("name", "dtype", "case", "layouts"), [
     *((*walk, (False, False)) for walk in WALKS),
     *((name, torch.float32, case, layouts) for layouts in [(False, True), (True, True)]
-      for name in ("torch", "compiled", "triton") for case in (SPARSE[3], N_OF_M[1], GRIDS[0]))], ids=str)
+      for name in ("torch", "compiled", "triton") for case in (SPARSE[2], N_OF_M[0], GRIDS[1]))], ids=str)
 def test_walks_as_the_formulas_say(name, dtype, case, layouts):
     walk, device = walker(name, case.dtype)
     W, U, mask, factors, grid = make(case)
@@ -265,7 +265,7 @@ def test_the_kernels_compile_without_spilling_registers(capability):
     done = subprocess.run([sys.executable, script, capability], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 8
+    assert len(found) == 5
     for name, used in found.items():
         assert used["spills"] == used["stack"] == 0 and 0 < used["registers"] <= 255, name
         assert used["shuffles"] <= 48, name  # 16 in each of up to three sums over the columns

@@ -9,7 +9,7 @@ import sentencepiece as spm
 import torch
 from conftest import read_little, save, saved_tensors
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baichuan
 import datautils
@@ -258,14 +258,6 @@ def test_the_command_line_prunes_the_published_folder_without_running_its_code(n
     assert zeros >= 0.5 if "--wbits" in options else zeros == pytest.approx(0.5, abs=1e-3)
 
 
-def test_special_tokens_are_decoded_unless_they_are_to_be_skipped(published):
-    tokenizer = load.load_tokenizer(published("Baichuan-7B"))
-    ids = tokenizer("<s>One two</s> three</s>").input_ids
-    assert tokenizer.decode(ids) == "<s>One two</s> three</s>"
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "One two three"
-    assert tokenizer.decode([1, 2]) == "<s></s>"
-
-
 @pytest.mark.parametrize("given, expected", [({}, True), ({"add_bos_token": True}, True), ({"add_bos_token": False},
                                                                                           False)])
 def test_a_beginning_is_added_unless_the_configuration_says_no_and_a_saved_one_does_the_same(given, expected, published,
@@ -310,9 +302,3 @@ def test_a_saved_folder_names_no_code_that_is_not_there(missing, named, publishe
         f"{folder}: baichuan.py and generate.py load it, from_pretrained alone does not\n")
     load.load_model(tmp_path / "saved", "auto")
     load.load_tokenizer(tmp_path / "saved")
-
-
-@pytest.mark.parametrize("hidden, fields, rotary", [
-    (4096, {"model_max_length": 4096}, True), (5120, {"max_position_embeddings": 4096}, False), (64, {}, False)])
-def test_the_published_sizes_decide_the_kind_of_positions(hidden, fields, rotary):
-    assert AutoConfig.for_model("baichuan", hidden_size=hidden, num_attention_heads=8, **fields).rotary == rotary

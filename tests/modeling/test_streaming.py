@@ -2,13 +2,12 @@
 
 import json
 import os
-import re
 import resource
 import shutil
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, VOCABULARY, command, contents, make, saved_tensors
+from conftest import CPU, FAMILIES, VOCABULARY, command, make, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -111,17 +110,6 @@ def test_a_fingerprint_tells_other_weights_apart_but_not_another_dtype(key, tmp_
     assert streaming.fingerprint(opened(tmp_path, family)) != found
 
 
-def test_the_dtype_asked_for_is_that_of_the_weights_in_memory(tokens, tmp_path):
-    family, model = make("qwen3")
-    store(model, "bfloat16 sharded", tmp_path)
-    for dtype in (torch.float32, torch.bfloat16):
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
-        streamed = opened(tmp_path, family, dtype)
-        assert streamed.dtype == dtype
-        assert torch.equal(logits(streamed, family, tokens, 4, CPU),
-                           logits(plain, family, tokens, 4, CPU))
-
-
 @pytest.mark.parametrize("stored, named", [("safetensors", True), ("bin", False)])
 def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, tokenizer, tmp_path):
     family, model = make("llama")
@@ -138,20 +126,6 @@ def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, to
     assert cli.main(family, [str(source), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval", "--save",
                                   str(tmp_path / "saved")]) == 0
     assert {tensor.dtype for tensor in saved_tensors(tmp_path / "saved").values()} == {torch.bfloat16}
-
-
-def test_weights_in_a_pickle_are_pruned_to_the_same(checkpoint_folder, tmp_path):
-    family, _ = FAMILIES["opt"]
-    shutil.copytree(checkpoint_folder("opt"), tmp_path, dirs_exist_ok=True)
-    torch.save(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    for source, saved in ((checkpoint_folder("opt"), "one"), (tmp_path, "two")):
-        assert cli.main(family, [str(source), "builtin", "--sparsity", ".5", "--wbits", "4", *SMALL, "--eval",
-                                      "--save", str(tmp_path / saved)]) == 0
-    one, two = (contents(tmp_path / saved) for saved in ("one", "two"))
-    for record in (one, two):
-        record["mixgpt.json"]["settings"].pop("model")
-    assert one == two
 
 
 def test_the_generation_configuration_of_the_source_is_saved(checkpoint_folder, tmp_path):
@@ -189,29 +163,6 @@ def test_an_index_that_leads_out_of_the_folder_is_refused_by_name(outside, tmp_p
     with pytest.raises(InputError) as error:
         opened(folder, FAMILIES["llama"][0])
     assert str(folder) in str(error.value) and f"names {outside}, which is not in the folder" in str(error.value)
-
-
-def test_a_shape_that_differs_from_the_configuration_is_refused_with_both(checkpoint_folder, tmp_path):
-    shutil.copytree(checkpoint_folder("llama"), tmp_path, dirs_exist_ok=True)
-    state = load_file(tmp_path / "model.safetensors")
-    state[UP] = state[UP].T.contiguous()  # as many numbers
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=re.escape(f"{UP} is (32, 48), its configuration expects (48, 32)")):
-        opened(tmp_path, FAMILIES["llama"][0])
-
-
-@pytest.mark.parametrize("damage", ["truncated by a byte", "empty", "missing"])
-def test_a_damaged_or_missing_shard_is_refused_by_name(damage, tmp_path):
-    folder = with_index(tmp_path, lambda places: None)
-    shard = sorted(folder.glob("*.safetensors"))[2]
-    content = shard.read_bytes()
-    if damage == "missing":
-        shard.unlink()
-    else:
-        shard.write_bytes({"truncated by a byte": content[:-1], "empty": b""}[damage])
-    with pytest.raises(InputError, match=shard.name) as error:
-        opened(folder, FAMILIES["llama"][0])
-    assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["nan", "-inf"])

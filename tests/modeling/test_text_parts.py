@@ -7,8 +7,7 @@ from functools import partial
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, VOCABULARY, make, saved_tensors
-from safetensors.torch import save_file
+from conftest import CPU, VOCABULARY, make
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import llama
@@ -52,31 +51,9 @@ def folder(tokenizer, once):
     return functools.cache(lambda kind: once(f"text-part-{kind}", partial(save, kind)))
 
 
-@pytest.fixture(params=["as published", "as in memory", "not as safetensors"])
-def stored(request, folder, tmp_path):
-    """Return a function that gives a model's folder, with the weights' names and format in one of three ways."""
-    def path_of(kind):
-        path = folder(kind)
-        if request.param == "as published":
-            return path
-        here = tmp_path / "model"
-        here.mkdir()
-        for file in path.iterdir():
-            if file.name != "model.safetensors":
-                (here / file.name).write_bytes(file.read_bytes())
-        if request.param == "as in memory":
-            save_file({key: tensor.contiguous().clone() for key, tensor in build(kind).state_dict().items()
-                       if key != "lm_head.weight" or "gemma" not in kind}, here / "model.safetensors", {"format": "pt"})
-        else:
-            torch.save(saved_tensors(path), here / "pytorch_model.bin")
-        return here
-
-    return path_of
-
-
 @pytest.mark.parametrize("kind", MODELS)
-def test_logits_for_text_are_those_of_the_whole_model(kind, stored, tokens):
-    path = str(stored(kind))
+def test_logits_for_text_are_those_of_the_whole_model(kind, folder, tokens):
+    path = str(folder(kind))
     model = load.open_model(path, load.load_config(path, llama.FAMILY), llama.FAMILY, "auto")
     assert type(model).__name__ == MODELS[kind][0]
     with torch.no_grad():

@@ -37,7 +37,7 @@ def halved(family, model):
     return pruned, chosen
 
 
-@pytest.fixture(params=["llama", "opt", "baichuan-13b", "gemma4", "qwen3-moe"])
+@pytest.fixture(params=["opt", "baichuan-13b", "gemma4", "qwen3-moe"])
 def case(request):
     """Give (family, dense model, pruned model, chosen matrices, tokens, dense hidden states), in float64."""
     family, model = make(request.param)
@@ -142,9 +142,10 @@ def test_gradients_of_scales_are_those_of_the_divergence(case, scheme, monkeypat
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_scales_learn_and_codes_stay(case, scheme, monkeypatch):
+def test_scales_learn_and_codes_stay(scheme, monkeypatch):
     monkeypatch.setattr(module, "STEPS", 40)
-    family, model, _, _, tokens, _ = case
+    family, model = make("llama")
+    tokens = torch.randint(0, VOCABULARY, (N, T), generator=torch.Generator().manual_seed(1))
     pruned, grids = quantized(family, model, scheme)
     dense = dense_states(StreamedModel(model, family, CPU, 2), tokens)
     before, start = copy.deepcopy(pruned), divergence(model, pruned, tokens).item()
@@ -157,14 +158,12 @@ def test_scales_learn_and_codes_stay(case, scheme, monkeypatch):
         assert torch.equal(codes, old[index, name].codes(was))
         assert torch.equal(grid.weights(codes), weight) and torch.equal(weight == 0, was == 0)
         assert torch.equal(grid.zero, old[index, name].zero) and (grid.scale > 0).all()
-        moved = (grid.scale != old[index, name].scale).double().mean()
-        assert ".experts." in name or moved > 0.5  # some units are dead
+        assert (grid.scale != old[index, name].scale).double().mean() > 0.5  # some units are dead
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_weights_of_8_bits_stay_on_their_grids(dtype):
+def test_bfloat16_weights_of_8_bits_stay_on_their_grids():
     family, model = make("llama")
-    model.to(dtype)
+    model.to(torch.bfloat16)
     tokens = torch.randint(0, VOCABULARY, (2, T))
     dense = dense_states(StreamedModel(model, family, CPU, 2), tokens)
     pruned, grids = quantized(family, model, Scheme(8))
@@ -214,9 +213,11 @@ def test_layers_without_chosen_matrices_stay():
     assert finished == [0, 1]
 
 
-def test_same_seed_same_weights_whatever_the_batch(case, monkeypatch):
+def test_same_seed_same_weights_whatever_the_batch(monkeypatch):
     monkeypatch.setattr(module, "STEPS", 2)  # of three and two sequences
-    family, model, pruned, chosen, tokens, dense = case
+    family, model = make("llama")
+    tokens = torch.randint(0, VOCABULARY, (N, T), generator=torch.Generator().manual_seed(1))
+    dense, (pruned, chosen) = dense_states(StreamedModel(model, family, CPU, 2), tokens), halved(family, model)
     models = {(batch_size, seed): copy.deepcopy(pruned) for batch_size, seed in ((2, 4), (1, 4), (2, 5))}
     for (batch_size, seed), trained in models.items():
         distill(StreamedModel(trained, family, CPU, batch_size), chosen, tokens, dense, seed)
@@ -262,13 +263,18 @@ def test_a_step_is_that_of_adafactor():
     torch.testing.assert_close(vector.detach().double(), expected[1], rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_that_overflow_are_recognised(monkeypatch):
+@pytest.mark.parametrize("part, message", [("loss", "the divergence from the dense model is nan"),
+                                           ("gradients", "gradients became infinite")])
+def test_what_is_not_finite_is_recognised(part, message, monkeypatch):
     family, model = make("llama")
     pruned, chosen = halved(family, model)
     tokens = torch.randint(0, VOCABULARY, (1, T))  # one step
     dense, divergence = dense_states(StreamedModel(model, family, CPU, 2), tokens), module._divergence
-    monkeypatch.setattr(module, "_divergence", lambda *given: (divergence(*given)[0], given[1] * torch.inf))
-    with pytest.raises(module.Diverged, match="gradients became infinite"):
+    if part == "loss":
+        dense *= torch.nan
+    else:
+        monkeypatch.setattr(module, "_divergence", lambda *given: (divergence(*given)[0], given[1] * torch.inf))
+    with pytest.raises(module.Diverged, match=message):
         distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens, dense, 0)
 
 
@@ -276,12 +282,6 @@ def test_the_rate_rises_and_falls():
     rates = [schedule(number, 20) for number in range(1, 21)]
     assert rates[0] == pytest.approx(0.5) and max(rates) == rates[1] <= 1
     assert rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 0.01
-
-
-def test_predictions_that_are_not_finite_are_recognised(case):
-    family, _, pruned, chosen, tokens, dense = case
-    with pytest.raises(module.Diverged, match="the divergence from the dense model is nan"):
-        distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens, dense * torch.nan, 0)
 
 
 def least_room(streamed, tokens, monkeypatch):
@@ -309,13 +309,11 @@ def peak_on_a_cpu(step, folder):
     return peak
 
 
-@pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "opt", "qwen3-moe"])
+@pytest.mark.parametrize("name, dtype, device", [
+    ("llama", torch.bfloat16, CPU), ("qwen3-moe", torch.float32, CPU), ("llama", torch.float32, CUDA),
+    ("opt", torch.bfloat16, CUDA)], ids=str)
 def test_what_fits_is_about_the_peak_and_without_room_for_it_nothing_does(name, dtype, device, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "STEP_TOKENS", 1024)
-    if (name, device) == ("qwen3-moe", CUDA):
-        pytest.skip("the make-believe GPU has no backward pass of experts")
     family, model = make(name)
     split_experts(model)
     model.to(dtype)
@@ -352,12 +350,10 @@ FAILURES = {
     "infinite": (None, module.Diverged), "bug": (RuntimeError("unforeseen"), RuntimeError)}
 
 
-@pytest.mark.parametrize("part, each", [("_backward", 1), ("step", 13)])  # 13: matrices of a layer, and all norms
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("step", [1, 5], ids=["first step", "last"])
-def test_a_model_that_cannot_be_distilled_is_what_it_was(step, failure, part, each, monkeypatch):
-    if failure == "infinite" and part == "step":
-        pytest.skip("is seen before")
+@pytest.mark.parametrize("part, each, failure, step", [  # 13: matrices of a layer, and all norms
+    ("_backward", 1, "host", 1), ("_backward", 1, "GPU", 5), ("_backward", 1, "infinite", 5), ("step", 13, "bug", 1),
+    ("step", 13, "host", 5), ("step", 13, "GPU", 1)])
+def test_a_model_that_cannot_be_distilled_is_what_it_was(part, each, failure, step, monkeypatch):
     family, model = make("llama")
     pruned, grids = quantized(family, model, SCHEMES["groups"])
     grids |= dict.fromkeys([key for key in grids if key[0] == 1])  # scales of two layers are trained, weights of one

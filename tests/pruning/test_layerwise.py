@@ -174,7 +174,7 @@ def test_admm_and_the_dense_target_beat_sparsegpt_on_a_trained_model(trained_mod
         assert (W == 0).sum() == round(0.5 * W.numel())
 
 
-@pytest.mark.parametrize("target", [Target(0.5), Target(0.37), Target(0.5, 2, 4), Target(0.25, 2, 8)])
+@pytest.mark.parametrize("target", [Target(0.37), Target(0.25, 2, 8)])
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_every_matrix_meets_its_target_to_the_weight(tiny, tokens, target, magnitude):
     family, model = tiny
@@ -266,13 +266,6 @@ def test_sparsegpt_beats_magnitude_on_a_trained_model(trained_model):
     assert torch.tensor(ppl / dense_ppl).log() < 0.8 * torch.tensor(magnitude_ppl / dense_ppl).log()
 
 
-def test_damping_is_raised_and_reported_where_samples_are_few(tokens, capsys):
-    family, model = make("opt")
-    outcomes = sparsegpt(model, family, plan_of(model, family, maxlayer=1), tokens[:1, :8], percdamp=0.0)
-    assert all(0 < outcome.percdamp <= 1 for outcome in outcomes.values())
-    assert "layer 0 fc1: Hessian not positive definite at --percdamp 0, raised to" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("to_dense", [False, True])
 def test_activations_that_are_not_finite_are_named(tokens, to_dense):
     family, model = make("opt")
@@ -287,15 +280,3 @@ def test_a_linear_that_does_not_run_is_refused(tokens):
     layer.spare = torch.nn.Linear(4, 4)
     with pytest.raises(InputError, match="layer 0 spare: not called as a module"):
         sparsegpt(model, family, plan_of(model, family), tokens)
-
-
-def test_a_selection_of_nothing_is_refused():
-    family, model = make("opt")
-    with pytest.raises(InputError, match="--prune-only 'qkv': select no matrix of 3 layers with self_attn.k_proj"):
-        plan_of(model, family, prune_only="qkv")
-
-
-def test_prunem_that_does_not_divide_is_refused_by_matrix():
-    family, model = make("llama")
-    with pytest.raises(InputError, match="--prunem 32: does not divide the 48 columns of layer 0 mlp.down_proj"):
-        plan_of(model, family, Target(0.5, 16, 32))
