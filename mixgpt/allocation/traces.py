@@ -102,11 +102,6 @@ def key_of(model, tokens, sampling):
             "dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def default_path(key):
-    """Return the path in the cache for traces of this key."""
-    return cache_folder() / f"traces-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-
-
 def read(path, shapes, estimator):
     """Read a file of traces. Returns its content, a dict, or None if there is no file yet.
 
@@ -161,12 +156,13 @@ def hessian_traces(streamed, matrices, tokens, sampling, previous=None, save=Non
 def load_or_compute(streamed, tokens, sampling, path=None):
     """Return (`Traces` of all matrices, path of their file), read from the file if it exists, else computed and saved.
 
-    An interrupted computation is resumed from its file. path: file to use (default: `default_path`); it may come from
-    other tokens, seed or probes, but raises InputError if it comes from other weights.
+    An interrupted computation is resumed from its file. path: file to use (default: one in the cache, named by
+    `key_of`); it may come from other tokens, seed or probes, but raises InputError if it comes from other weights.
     """
     estimator, shapes = sampling.estimator, matrices_of(streamed.model, streamed.family)
     key = key_of(streamed.model, tokens, sampling)
-    target = Path(path) if path else default_path(key)
+    digits = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    target = Path(path or cache_folder() / f"traces-{digits}.json")
     stored = read(target, shapes, estimator)
     if stored and stored["key"]["weights"] != key["weights"]:
         raise InputError(f"{FLAG} {target}: was computed from different weights")

@@ -30,7 +30,7 @@ class Plan:
     gradients: Gradients | None = None  # of the loss w.r.t. matrix outputs, if needed
     traces: Any = None  # allocation.traces.Traces, if matrices are ranked by sensitivity
     distillation_tokens: torch.Tensor | None = None  # (n, T)
-    dense_states: torch.Tensor | None = None  # (n, T, C), behind the dense model's last layer, of these tokens
+    dense_states: torch.Tensor | None = None  # (n, T, C), after the dense model's last layer, of these tokens
 
 
 def choose(run):
@@ -108,7 +108,7 @@ def _traces(run, streamed):
 
 
 def _allocate(run, streamed, tokens, measured):
-    """Return the targets of all matrices, a JSON-able list, and the tensors of the `Gradients` behind them."""
+    """Return the targets of all matrices, a JSON-able list, and the tensors of the `Gradients` used for them."""
     settings, inputs, gradients = run.settings, run.inputs, None
     if settings.needs_gradients:
         percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # needs H as well

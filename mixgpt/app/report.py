@@ -75,28 +75,28 @@ def perplexity_table(perplexities):
 def task_table(scores):
     """Tabulate {"dense" or method: {task: {metric: value, …}}} from tasks.score, with standard errors."""
     models, rows = list(scores), []
-    for task, found in scores[models[0]].items():
-        about = [str(found.get(key, "")) for key in NO_METRICS]
-        for metric in (key for key in found if key not in NO_METRICS and not key.endswith("_stderr")):
+    for task, metrics in scores[models[0]].items():
+        about = [str(metrics.get(key, "")) for key in NO_METRICS]
+        for metric in (key for key in metrics if key not in NO_METRICS and not key.endswith("_stderr")):
             rows.append([task, metric, *about, *(_score(scores[model][task], metric) for model in models)])
     return table(["task", "metric", *NO_METRICS, *models], rows)
 
 
-def _score(found, metric):
-    value, error = found[metric], found.get(f"{metric}_stderr")
+def _score(metrics, metric):
+    value, error = metrics[metric], metrics.get(f"{metric}_stderr")
     digits = 2 if abs(value) >= 100 else 4
     return f"{value:,.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def kernels_line(found, dense):
+def kernels_line(result, dense):
     """Report semistructured.compare's result, or why it was skipped. dense: dense kernels' {test set: perplexity}."""
-    if "skipped" in found:
-        return f"semi-structured kernels: skipped, {found['skipped']}"
-    perplexities = ", ".join(f"{name} {value:.2f} ({dense[name]:.2f})" for name, value in found["perplexity"].items())
-    seconds = found["seconds"]
-    return (f"semi-structured kernels: layers run {found['speed_up']:.2f} times as fast as on dense ones "
-            f"({seconds['semi_structured']:.2f} s, {seconds['dense']:.2f} s), {found['matrices']} matrices compressed; "
-            f"their outputs differ by {found['difference']:.2%} at most\n"
+    if "skipped" in result:
+        return f"semi-structured kernels: skipped, {result['skipped']}"
+    perplexities = ", ".join(f"{name} {value:.2f} ({dense[name]:.2f})" for name, value in result["perplexity"].items())
+    seconds = result["seconds"]
+    return (f"semi-structured kernels: layers run {result['speed_up']:.2f} times as fast as on dense ones "
+            f"({seconds['semi_structured']:.2f} s, {seconds['dense']:.2f} s), {result['matrices']} matrices "
+            f"compressed; their outputs differ by {result['difference']:.2%} at most\n"
             f"perplexity on them, in brackets on dense kernels: {perplexities}")
 
 

@@ -389,7 +389,7 @@ def check_between(flag, value, least, most=math.inf):
 
 
 def _in_brackets(choices):
-    """List choices behind a name, if there are any."""
+    """List choices after a name, if there are any."""
     return f" ({', '.join(choices)})" if choices else ""
 
 

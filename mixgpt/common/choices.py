@@ -36,7 +36,7 @@ class Choice:
     refuses: Callable | None = None  # function of app.settings.Settings: why it does not support them, or ""
 
     def load(self):
-        """Return the code behind this choice."""
+        """Return the code of this choice."""
         if not isinstance(self.code, str):
             return self.code
         module, _, name = self.code.partition(":")

@@ -44,7 +44,7 @@ def one_line(error):
 
 
 def is_out_of_memory(error):
-    """Return whether an exception, or one behind it, says that the host's memory is used up."""
+    """Return whether an exception, or one of its causes, says that the host's memory is used up."""
     while error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True

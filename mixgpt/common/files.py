@@ -100,7 +100,7 @@ def check_outputs(paths, overwrite, folder=None):
         if place in places:
             raise InputError(f"{flag} {path}: is the file of {places[place]}; name another file")
         if folder and place.is_relative_to(os.path.realpath(folder)):
-            raise InputError(f"{flag} {path}: lies in the folder of --save; name a file elsewhere")
+            raise InputError(f"{flag} {path}: is in the folder of --save; name a file elsewhere")
         places[place] = flag
 
 

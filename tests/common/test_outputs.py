@@ -62,5 +62,5 @@ def test_two_outputs_never_share_a_file_and_the_saved_model_has_its_folder_alone
     with pytest.raises(InputError, match=re.escape("--csv b/../a.png: is the file of --plot; name another file")):
         check_outputs({"--plot": "a.png", "--csv": "b/../a.png"}, False)
     for place in ("saved/new.json", "link/new.json"):
-        with pytest.raises(InputError, match=f"--record {place}: lies in the folder of --save; name a file elsewhere"):
+        with pytest.raises(InputError, match=f"--record {place}: is in the folder of --save; name a file elsewhere"):
             check_outputs({"--record": place}, False, "saved")
