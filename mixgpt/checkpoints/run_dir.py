@@ -79,11 +79,8 @@ class RunDir:
         return self
 
     def __exit__(self, *error):
-        try:
-            self.files.__exit__(*error)
-        finally:
-            if self.files.writes:
-                self._release()
+        if self.files.writes:
+            self._release()
 
     def _release(self):
         """Unlock the folder; remove what this run has made, unless it is the result or worth going on from."""
