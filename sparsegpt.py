@@ -223,7 +223,7 @@ class Walk:
         if self.prunem:
             marked = [smallest_in_groups(scores[:, rows], n, self.prunem) for rows, n in self.prunens]
         else:
-            marked = smallest([scores[:, rows] for rows in self.rows], counts)
+            marked = [smallest(scores[:, rows], count) for rows, count in zip(self.rows, counts, strict=True)]
         for rows, least in zip(self.rows, marked, strict=True):
             mask[:, rows] |= least
 
@@ -241,11 +241,6 @@ class Walk:
         scale, zero = (torch.stack(values, 1)[rows] for values in zip(*self.grids, strict=True))
         group = torch.arange(self.columns, dtype=torch.int32, device=self.W.device) // self.groupsize
         return Grid(self.scheme, scale.to(self.dtype), zero.to(torch.uint8), group)
-
-
-def prune_matrix(W, R, h, target, **options):
-    """Prune and quantize one matrix (out, in). Arguments are those of `Walk`. Returns Ŵ and its Grid."""
-    return Walk([W], R, h, [target], **options).run()[0]
 
 
 def _nested(left, right, widths):

@@ -29,7 +29,7 @@ from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
 from modelutils import HiddenStates, StreamedModel, linears, on_device, shared_inputs
 from quant import Scheme
-from sparsegpt import prune_matrix
+from sparsegpt import Walk
 
 WARMUP = "256x256"  # loads libraries and compiled code, and is not printed
 MATRICES = ["4096x4096", "4096x11008", "11008x4096"]
@@ -109,9 +109,9 @@ def compare_matrix(hessian, W, name, device, speed):
     with clock.part("factorisation"):
         hessian.factor(0.01)
     with clock.part("walk"):
-        ours, _ = prune_matrix(ours, hessian.R, hessian.H.diagonal(), Target(*target), scheme=scheme)
+        (ours, _), = Walk([ours], hessian.R, hessian.H.diagonal(), [Target(*target)], scheme=scheme).run()
     H = hessian.H.double()
-    exact, _ = prune_matrix(W.double(), factor(H, 0.01)[0], H.diagonal(), Target(*target), scheme=scheme)
+    (exact, _), = Walk([W.double()], factor(H, 0.01)[0], H.diagonal(), [Target(*target)], scheme=scheme).run()
     error, expected = (rowwise_quadratic_form(W.double() - Y.double(), H).sum().item() for Y in (ours, exact))
     seconds, (out, columns) = clock.seconds, W.shape
     total = seconds["textbook factorisation"] + seconds["textbook walk"]

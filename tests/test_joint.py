@@ -8,19 +8,21 @@ from test_sparsegpt import (
     PERCDAMP,
     correlated_inputs,
     damped,
+    prune_matrix,
     prune_one,
     random,
+    relative_error,
     remaining_inverses,
     zeros_per_group,
 )
 
 from mixgpt.app.choices import SOLVERS
-from mixgpt.pruning.hessian import InputHessian, activation_order, factor, relative_error
+from mixgpt.pruning.hessian import InputHessian, activation_order, factor
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
 from modelutils import hooked, linears
 from quant import Scheme, quantize_nearest
-from sparsegpt import Walk, isc_saliency, obs_saliency, prune_matrix
+from sparsegpt import Walk, isc_saliency, obs_saliency
 
 
 def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_hat):

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixgpt.pruning.hessian import InputHessian, factor, relative_error
+from mixgpt.kernels.linalg import rowwise_quadratic_form
+from mixgpt.pruning.hessian import InputHessian, factor, relative_errors
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
 from quant import Scheme
-from sparsegpt import Walk, algorithm_1, isc_saliency, obs_saliency, prune_matrix
+from sparsegpt import Walk, algorithm_1, isc_saliency, obs_saliency
 
 SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency}
 PERCDAMP = 0.01
@@ -91,6 +92,16 @@ def explicit_error(W, W_hat, X):
 def zeros_per_group(W, prunem):
     """Return the number of zeros in every prunem consecutive weights of a row."""
     return [row[left:left + prunem].count(0.0) for row in W.tolist() for left in range(0, len(row), prunem)]
+
+
+def prune_matrix(W, R, h, target, **options):
+    """Prune and quantize one matrix (out, in). Arguments are those of `Walk`. Returns Ŵ and its Grid."""
+    return Walk([W], R, h, [target], **options).run()[0]
+
+
+def relative_error(W, W_hat, H):
+    """Return ‖(W − Ŵ) X‖² / ‖W X‖² for W, Ŵ (out, in) and the H (in, in) of X, at any scale."""
+    return relative_errors(rowwise_quadratic_form(W - W_hat, H), rowwise_quadratic_form(W, H), [len(W)])[0].item()
 
 
 # prune_matrix against brute force

@@ -141,11 +141,11 @@ def inverse_diagonals(streamed, matrices, tokens, percdamp):
     be comparable across matrices.
     """
     stream, device = streamed.embed(tokens[distributed.share(len(tokens))]), streamed.device
-    layers, shared, diagonals = streamed.layers[:max(index for index, _ in matrices) + 1], {}, {}
+    layers, diagonals = streamed.layers[:max(index for index, _ in matrices) + 1], {}
     for index, layer in enumerate(progress.bar(layers, title="inputs")):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
-            groups = groups_of(layer, index, stream, matrices, shared)
+            groups = groups_of(layer, index, stream, matrices)
             hessians, read = hessians_of(layer, stream, groups, tokens.numel(), streamed.clock)
             with hooked({module: partial(read, module) for module in hessians}):
                 stream.advance(layer, index)

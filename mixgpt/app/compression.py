@@ -91,7 +91,7 @@ def _distill(run, plan, outcomes, memory_plan):
         distill.room_for(streamed, tokens))))
     streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))
 
-    def finish(index, layer, _):
+    def finish(index, layer):
         if files:
             of_layer = {key: outcome for key, outcome in outcomes.items() if key[0] == index}
             files.save_layer(index, layer, of_layer, kind="distilled")

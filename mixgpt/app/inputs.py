@@ -16,7 +16,7 @@ from mixgpt.common.runtime import choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck
 from mixgpt.modeling.family import Family
 from mixgpt.modeling.streaming import digest
-from mixgpt.pruning.targets import Selection, Target, select
+from mixgpt.pruning.targets import Target, select
 from mixgpt.text import bos
 from modelutils import check_hidden_states
 
@@ -60,9 +60,8 @@ def check(settings, family, device, clock, model=None, tokenizer=None):
     config = model.config if model else load.load_config(settings.model, family)
     skeleton = load.skeleton(config)
     load.check_layers(settings.model, skeleton, family, settings.save_format)
-    selected = select(skeleton, family, Selection(
-        settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert),
-        {"--prunem": settings.prunem, "--groupsize": settings.groupsize}) if settings.compresses else {}
+    selected = select(skeleton, family, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
+        "--prunem": settings.prunem, "--groupsize": settings.groupsize}) if settings.compresses else {}
     widening = selfcheck.check(settings.model, family, skeleton,
                                {name for _, name in selected} if settings.calibrates else ())
     seqlen = choose_seqlen(settings.seqlen, config)

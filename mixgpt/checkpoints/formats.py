@@ -1,7 +1,6 @@
 """Save formats, loading of the sparse one, and the size of matrices on disk."""
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from mixgpt.checkpoints.load import from_pretrained
 from mixgpt.checkpoints.packing import decode, encode
 from mixgpt.common.choices import FORMATS, SPARSE
 from modelutils import linears, model_class
@@ -76,30 +76,17 @@ def load_sparse(folder, dtype="auto"):
         from mixgpt.checkpoints.formats import load_sparse
         model = load_sparse("pruned")
 
-    dtype: of the weights in memory ("auto": as saved). Raises OSError, ValueError, KeyError or
-    safetensors.SafetensorError if the checkpoint is damaged.
+    dtype: of the weights in memory ("auto": as saved). Raises InputError if a weight is missing or of another shape,
+    and what libraries raise if a file is damaged.
     """
-    folder = Path(folder)
-    matrices = json.loads((folder / SPARSE).read_text())
-    state = {}
+    folder, state = Path(folder), {}
     for shard in sorted(folder.glob(f"model.{SPARSE_VARIANT}*.safetensors")):
         state |= load_file(shard)
-    if not isinstance(matrices, dict):
-        raise ValueError(f"{SPARSE} holds no descriptions of matrices")
-    for name, description in matrices.items():
-        try:
-            parts = {key: state.pop(f"{name}.{key}") for key in description["parts"]}
-            state[name] = decode(parts, description)
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{name} does not fit its description in {SPARSE} ({error})") from error
+    for name, description in json.loads((folder / SPARSE).read_text()).items():
+        state[name] = decode({part: state.pop(f"{name}.{part}") for part in description["parts"]}, description)
     config = AutoConfig.from_pretrained(folder)
-    dtype = config.dtype if dtype == "auto" else dtype
-    model, report = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype,
-                                                        output_loading_info=True, ignore_mismatched_sizes=True)
-    for name, stored, expected in report["mismatched_keys"]:
-        raise ValueError(f"{name} is {tuple(stored)}, its configuration expects {tuple(expected)}")
-    if report["missing_keys"]:
-        raise ValueError(f"lacks {', '.join(sorted(report['missing_keys'])[:3])}")
+    model = from_pretrained(folder, None, config.dtype if dtype == "auto" else dtype, model_class(config),
+                            config=config, state_dict=state)
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
@@ -129,14 +116,10 @@ def stored_bytes(folder, weights, layout):
     """
     sizes, numels, total = Counter(), {}, 0  # by key without .weight and what follows
     for file in Path(folder).glob("*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))  # u64 size, JSON header
-        header.pop("__metadata__", None)
-        for key, tensor in header.items():
-            begin, end = tensor["data_offsets"]
+        for key, tensor in load_file(file).items():  # mapped: no values are read
             stem = key.rpartition(".weight")[0] or key
-            sizes[stem] += end - begin
-            numels[stem] = math.prod(tensor["shape"])
+            sizes[stem] += tensor.nbytes
+            numels[stem] = tensor.numel()
     for name, numel in weights.items():
         key, part = layout.get(name, (name, None))
         stem = key.removesuffix(".weight")

@@ -94,7 +94,7 @@ def _read_gguf(path):
     """Read a .gguf file, to convert it. Returns (model, tokenizer)."""
     with _reading(path, "the file cannot be read"):
         check_links(path, path.parent, BESIDE_GGUF)
-        loaded = _from_pretrained(path, str(path.parent), gguf_files.DTYPE, gguf_file=path.name,
+        loaded = from_pretrained(path, str(path.parent), gguf_files.DTYPE, gguf_file=path.name,
                                   quantization_config=GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, **NO_CODE)
         check_templates(path, tokenizer.chat_template)
@@ -236,11 +236,15 @@ def read_model(model, dtype):
         elif method:
             raise InputError(f"model {model}: its weights are quantized by {method}; give the original model")
         text = {"key_mapping": TEXT_PART} if whole else {}
-        return _from_pretrained(model, name, dtype, config=config, **text, **arguments)
+        return from_pretrained(model, name, dtype, config=config, **text, **arguments)
 
 
-def _from_pretrained(model, name, dtype, **arguments):
-    loaded, report = AutoModelForCausalLM.from_pretrained(
+def from_pretrained(model, name, dtype, kind=AutoModelForCausalLM, **arguments):
+    """Load a model by a class of transformers. Raises InputError if a weight is missing, or of another shape.
+
+    name, arguments: those of `kind.from_pretrained`. model: the user's name of the model.
+    """
+    loaded, report = kind.from_pretrained(
         name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **NO_CODE)
     for key, stored, expected in report["mismatched_keys"]:
         raise InputError(f"model {model}: {key} is {tuple(stored)}, its configuration expects {tuple(expected)}")

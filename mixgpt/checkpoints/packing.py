@@ -5,6 +5,7 @@ weights, or on a grid `codes`, packed to wbits; `scale`, and if the grid needs t
 `group`, the group of each column. Bytes are filled from the lowest bit.
 """
 
+import numpy as np
 import torch
 
 from mixgpt.common.choices import GRIDS
@@ -16,13 +17,12 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes per value -> i
 def pack(codes, bits):
     """Pack integers below 2^bits, at most 8 bits each, contiguously. Returns uint8, flat."""
     binary = (codes.to(torch.uint8).flatten()[:, None] >> torch.arange(bits, dtype=torch.uint8)) & 1  # (n, bits)
-    binary = torch.nn.functional.pad(binary.flatten(), (0, -binary.numel() % 8)).view(-1, 8)
-    return (binary << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(binary.numpy(), bitorder="little"))
 
 
 def unpack(packed, bits, count):
     """Undo `pack`. Returns `count` integers, uint8, flat."""
-    binary = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:count * bits]
+    binary = torch.from_numpy(np.unpackbits(packed.numpy(), count=count * bits, bitorder="little"))
     return (binary.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import layout_of
-from mixgpt.modeling.family import family_of
 from mixgpt.modeling.streaming import disk_weights
 
 LARGEST = 5 * 10**9  # bytes of a shard; a larger tensor gets its own
@@ -90,29 +88,16 @@ def in_memory(model):
 
 
 def copy_code(folder, model, tokenizer):
-    """Copy the code that a model and its tokenizer name by `auto_map`, for others to load it; it is never run here.
+    """Copy the code that a model or its tokenizer names by `auto_map`, for others to load it; it is never run here.
 
-    If a file is missing, the `auto_map` would make the folder useless to others: it is dropped, with a warning on
-    stderr if the model has no class in transformers. Code on the hub (REPOSITORY--MODULE.CLASS) stays there.
+    If there is none beside the model, an `auto_map` would make the folder useless to others: it is dropped, unless it
+    names code on the hub (REPOSITORY--MODULE.CLASS).
     """
-    source, dropped, named = Path(model.config.name_or_path), set(), set()
-    for owner in (vars(model.config), tokenizer.init_kwargs):
-        files = _files_of(owner.get("auto_map") or {})
-        missing = {file for file in files if "/" in file or not (source / file).is_file()}
-        if missing:
-            del owner["auto_map"]
-        dropped |= missing
-        named |= files if not missing else set()
-    for file in source.glob("*.py") if named else ():  # they may import each other
+    source = Path(model.config.name_or_path)
+    owners = [owner for owner in (vars(model.config), tokenizer.init_kwargs) if owner.get("auto_map")]
+    files = list(source.glob("*.py")) if owners and model.config.name_or_path else []
+    for file in files:  # all: they may import each other
         shutil.copyfile(file, folder / file.name)
-    if dropped and not type(model).__module__.startswith("transformers."):
-        print(f"warning  {folder}: its configuration does not name code any more, as {', '.join(sorted(dropped))} "
-              f"cannot be read in {source}: {family_of(model).script} and generate.py load it, "
-              "from_pretrained alone does not", file=sys.stderr, flush=True)
-
-
-def _files_of(auto_map):
-    """Return the names of the files in its own folder that an `auto_map` names."""
-    references = [reference for value in auto_map.values()
-                  for reference in (value if isinstance(value, list | tuple) else [value]) if reference]
-    return {f"{reference.rpartition('.')[0]}.py" for reference in references if "--" not in reference}
+    for owner in owners if not files else ():
+        if "--" not in str(owner["auto_map"]):
+            del owner["auto_map"]

@@ -36,10 +36,7 @@ def upper_blocks(columns, device):
 
     Narrower blocks save little and multiply slower, on a GPU by far: there each block should occupy all of it.
     """
-    width = max(192, columns // 8)
-    if device.type == "cuda":
-        count = min(-(-columns // STRIP), 8)
-        width = -(-columns // count // 256) * 256  # whole tiles of a product
+    width = max(STRIP if device.type == "cuda" else 192, columns // 8)
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 

@@ -58,32 +58,23 @@ def _of_all(values, k):
     return value.to(values.device), k - below - sum(before)
 
 
-def smallest(scores, ks):
-    """Mark exactly the k smallest of each of several tensors of scores, even with ties. Returns masks like these.
+def smallest(scores, k):
+    """Mark exactly the k smallest of some scores, even with ties. Returns a mask like these.
 
-    ks: ints, or tensors on the scores' device, to avoid a host synchronization. In several processes, the k smallest of
-    the scores of all of them, see `kth_smallest`.
+    k: an int, or a tensor on the scores' device, to avoid a host synchronization. In several processes, the k smallest
+    of the scores of all of them, see `kth_smallest`.
     """
-    # in memory order, without a copy
-    by_columns = [part.dim() == 2 and part.stride(0) < part.stride(1) for part in scores]
-    flat = [(part.t() if turned else part).flatten() for part, turned in zip(scores, by_columns, strict=True)]
-    if distributed.world() > 1:
-        marked = [_up_to(values, *_of_all(values, int(k))) for values, k in zip(flat, ks, strict=True)]
-    else:
-        marked = [_smallest(values, k) for values, k in zip(flat, ks, strict=True)]
-    return [mask.view(part.shape[::-1]).t() if turned else mask.view(part.shape)
-            for mask, part, turned in zip(marked, scores, by_columns, strict=True)]
-
-
-def _smallest(values, k):
+    by_columns = scores.dim() == 2 and scores.stride(0) < scores.stride(1)
+    values = (scores.t() if by_columns else scores).flatten()  # in memory order, without a copy
     mask = torch.zeros_like(values, dtype=torch.bool)
-    if values.is_cuda:  # without a wait of the host
-        order = values.argsort(stable=True)
-        return mask.scatter_(0, order, torch.arange(len(values), device=values.device) < k)
-    if not k:
-        return mask
-    value = kth_smallest(values, k)
-    return _up_to(values, value, k - (values < value).sum())
+    if distributed.world() > 1:
+        mask = _up_to(values, *_of_all(values, int(k)))
+    elif values.is_cuda:  # without a wait of the host
+        mask.scatter_(0, values.argsort(stable=True), torch.arange(len(values), device=values.device) < k)
+    elif k:
+        value = kth_smallest(values, k)
+        mask = _up_to(values, value, k - (values < value).sum())
+    return mask.view(scores.shape[::-1]).t() if by_columns else mask.view(scores.shape)
 
 
 def _up_to(values, value, most):

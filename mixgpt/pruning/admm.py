@@ -37,33 +37,27 @@ def keep_mask(scores, parts, fraction=1.0, exact=True, out=None):
     False, unstructured counts are only approximate, from a sample of the scores. Returns a mask (out, in) of ones and
     zeros in the dtype of the scores, fast to multiply by; out: memory for it.
     """
-    keep = torch.empty_like(scores) if out is None else out
-    columns, prunem = scores.shape[1], parts[0].target.prunem
-    thresholds, masks = [0.0] * len(parts), [None] * len(parts)
-    if prunem:
-        masks = [smallest_per_row(scores[part.rows].reshape(-1, prunem), round(fraction * part.target.prunen))
-                 .view(-1, columns) for part in parts]
-    elif exact:
-        masks = smallest([scores[part.rows] for part in parts],
-                         [round(fraction * round(part.target.sparsity * (part.total * columns))) for part in parts])
-    else:
-        thresholds = _thresholds(scores, parts, fraction)
-    for part, threshold, mask in zip(parts, thresholds, masks, strict=True):
-        torch.gt(scores[part.rows], threshold, out=keep[part.rows])
-        if mask is not None:
-            keep[part.rows].masked_fill_(mask, 0)
+    keep, columns = torch.empty_like(scores) if out is None else out, scores.shape[1]
+    for part in parts:
+        target, values = part.target, scores[part.rows]
+        estimated = not (target.prunem or exact)
+        torch.gt(values, _threshold(values, part, fraction) if estimated else 0, out=keep[part.rows])
+        if target.prunem:
+            groups = values.reshape(-1, target.prunem)
+            keep[part.rows].masked_fill_(smallest_per_row(groups, round(fraction * target.prunen)).view_as(values), 0)
+        elif exact:
+            count = round(fraction * round(target.sparsity * (part.total * columns)))
+            keep[part.rows].masked_fill_(smallest(values, count), 0)
     return keep
 
 
-def _thresholds(scores, parts, fraction):
-    """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `keep_mask`."""
-    thresholds, columns = [], scores.shape[1]
-    for part in parts:
-        step = part.total * columns // SAMPLE | 1  # odd, so that all columns are sampled
-        first = -distributed.share(part.total).start * columns % step  # as one process would count
-        k = max(round(fraction * part.target.sparsity * -(-part.total * columns // step)), 1)
-        thresholds.append(kth_smallest(scores[part.rows].flatten()[first::step], k))
-    return thresholds
+def _threshold(values, part, fraction):
+    """Estimate up to which of its scores the weights of a matrix go, from a sample of them; see `keep_mask`."""
+    numel = part.total * values.shape[1]
+    step = numel // SAMPLE | 1  # odd, so that all columns are sampled
+    first = -distributed.share(part.total).start * values.shape[1] % step  # as one process would count
+    k = round(fraction * part.target.sparsity * -(-numel // step))
+    return kth_smallest(values.flatten()[first::step], max(k, 1))
 
 
 def admm_scores(W, H, parts, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
@@ -77,10 +71,10 @@ def admm_scores(W, H, parts, row_weights=None, iterations=ITERATIONS, ramp=RAMP)
     W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
     1 − (1 − t/ramp)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
     """
-    multiply = rough_product_with(_regularised_inverse(H).mul_(2))
+    regularised = H + torch.eye(len(H), dtype=H.dtype, device=H.device)
+    # positive definite: cholesky_ex, so that the host does not wait for a GPU to be told so
+    multiply = rough_product_with(torch.cholesky_inverse(torch.linalg.cholesky_ex(regularised).L).mul_(2))
     gone = W == 0
-    if not W.is_cuda and not gone.any():  # a GPU would have to be waited for
-        gone = None
     # scores of 0 are of weights that are gone, those of an expert without tokens are not
     roots = None if row_weights is None else row_weights.clamp(min=torch.finfo(row_weights.dtype).tiny).sqrt()[:, None]
     S = W.clone()  # W + V
@@ -89,22 +83,13 @@ def admm_scores(W, H, parts, row_weights=None, iterations=ITERATIONS, ramp=RAMP)
         torch.abs(S, out=scores)
         if roots is not None:
             scores.mul_(roots)
-        if gone is not None:
-            scores.masked_fill_(gone, 0)
+        scores.masked_fill_(gone, 0)
         if t < iterations:
             keep_mask(scores, parts, 1 - (1 - min(t / ramp, 1)) ** 3, exact=False, out=Z).mul_(S)
             S.add_(W)
             change = multiply(torch.add(Z, S, alpha=-0.5, out=scores))  # as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
             S.sub_(Z).add_(change)
     return scores, S
-
-
-def _regularised_inverse(H):
-    """Return (H + I)⁻¹; H is positive definite, which the host does not wait to be told again."""
-    H = H.clone()
-    H.diagonal().add_(1)
-    H = torch.linalg.cholesky_ex(H).L
-    return torch.cholesky_inverse(H)
 
 
 def solve_on_support(W, optimum, H, keep, steps=STEPS):

@@ -15,21 +15,14 @@ from mixgpt.pruning.hessian import InputHessian, activation_order
 from modelutils import hooked, linears, on_device, shared_inputs
 
 
-def groups_of(layer, index, stream, plan, shared):
-    """Return the inputs of the planned matrices, in order, each as a tuple of the names of the linears that read it.
-
-    shared: {names of a layer's linears: its inputs}, a cache: layers with the same linears share inputs alike.
-    """
+def groups_of(layer, index, stream, plan):
+    """Return the inputs of the planned matrices, in order, each as a tuple of the names of the linears that read it."""
     names = [name for planned, name in plan if planned == index]
     if not names:
         return []
-    kind = tuple(linears(layer))
-    if kind not in shared:
-        shared[kind] = shared_inputs(layer, index, stream)
-    groups = [tuple(name for name in group if name in names) for group in shared[kind]]
+    groups = [tuple(name for name in group if name in names) for group in shared_inputs(layer, index, stream)]
     groups = [group for group in groups if group]
-    unused = set(names).difference(*groups)
-    if unused:
+    if unused := set(names).difference(*groups):
         raise InputError(f"layer {index} {', '.join(sorted(unused))}: not called as a module, cannot be calibrated; "
                          "leave it out with --prune-only")
     return groups
@@ -75,7 +68,6 @@ class Calibration:
             self.stream = streamed.embed(tokens[distributed.share(len(tokens))], 2 if recipe.dense_target else 1)
             self.dense = self.stream.twin() if recipe.dense_target else None
         self.nsequences = len(tokens)  # over all processes
-        self.shared = {}  # which linears read the same input, by kind of layer
 
     def pass_finished(self, index, layer, files, advances):
         """Take a layer that an interrupted run has pruned, and advance the hidden states through it as that run did.
@@ -99,7 +91,7 @@ class Calibration:
         hidden states are those behind the layer, unless it is the last. Raises InputError if an input is not finite.
         """
         stream, recipe = self.stream, self.recipe
-        groups = groups_of(layer, index, stream, self.plan, self.shared)
+        groups = groups_of(layer, index, stream, self.plan)
         twin = DenseTwin(layer, index, stream, self.dense, groups) if self.dense else None
         hessians, read = hessians_of(layer, stream, groups, self.nsequences, self.clock, twin,
                                      self._token_weights(index, groups))
@@ -129,8 +121,9 @@ class Calibration:
         if not in_turn and not last:
             with self.clock.part("forward"):
                 stream.advance(layer, index)
-        if groups and experts.undersampled:
-            bar.write(f"layer {index}: {experts.described()} got fewer tokens than they have columns; "
+        if groups and (few := experts.undersampled):
+            others = f" and {len(few) - 3} more" if len(few) > 3 else ""
+            bar.write(f"layer {index}: {', '.join(few[:3])}{others} got fewer tokens than they have columns; "
                       "their Hessians are filled up with the mean over the layer's experts")
 
     def _proceed(self, runs):
@@ -185,6 +178,8 @@ class ExpertInputs:
         self.pooled_hessians = {
             module: InputHessian(module.get_submodule("0").up_proj.in_features, nsequences, device)
             for module in layer.modules() if is_split(module)}
+        self.pools = {linear: pool for experts, pool in self.pooled_hessians.items()  # of those that read its tokens
+                      for name, linear in experts.named_modules() if name.endswith(("gate_proj", "up_proj"))}
         self.reduced = False
         self.undersampled = []  # names and tokens of linears with fewer tokens than columns
 
@@ -200,33 +195,24 @@ class ExpertInputs:
                 for pool in self.pooled_hessians.values():
                     pool.reduce()
                 self.reduced = True
-            if fill_up_expert_hessian(hessian, module, self.pooled_hessians):
+            if hessian.tokens < hessian.columns:
+                fill_up_expert_hessian(hessian, self.pools.get(module))
                 self.undersampled.append(f"{self.modules[module]} ({hessian.tokens})")
         return hessian
 
-    def described(self):
-        """Name the first linears of `undersampled`."""
-        more = len(self.undersampled) - 3
-        return ", ".join(self.undersampled[:3]) + (f" and {more} more" if more > 0 else "")
 
-
-def fill_up_expert_hessian(hessian, module, pooled_hessians):
+def fill_up_expert_hessian(hessian, pool):
     """Top up an expert's rank-deficient Hessian, in place, as if it had seen as many tokens as it has columns.
 
-    Gate and up projections get the mean over all tokens that enter the layer's experts, down projections a multiple of
-    the identity. Returns whether tokens were lacking.
+    pool: the Hessian of all tokens that enter the layer's experts, of which gate and up projections get the mean. None
+    for down projections, which get a multiple of the identity.
     """
     missing = hessian.columns - hessian.tokens
-    if missing <= 0:
-        return False
-    pool = next((pool for experts, pool in pooled_hessians.items() for name, linear in experts.named_modules()
-                 if linear is module and not name.endswith("down_proj")), None)
     if pool:
         hessian.H.add_(pool.H, alpha=missing / pool.tokens)
     else:
         mean = hessian.H.diagonal().mean() / max(hessian.tokens, 1)
         hessian.H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
-    return True
 
 
 def one_pass_bytes(streamed, selected, shape, dense_target, admm):

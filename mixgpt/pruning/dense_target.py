@@ -192,7 +192,7 @@ class DenseTwin:
             scaled = self._parts[1][writer.norm].forward(y)
             scale = torch.where(y == 0, 0, scaled / y)
             lag = lag * scale / (scale.square() + SCALE_FLOOR * scale.square().mean(-1, keepdim=True))
-        return lag if writer.scale == 1 else lag / writer.scale
+        return lag / writer.scale
 
     @contextlib.contextmanager
     def recording(self):
@@ -217,4 +217,4 @@ class DenseTwin:
     def _go_on(self, module, behind, scale, ahead):
         batch = len(self._lags[behind])
         lag, self._lags[module][batch] = self._lags[module][batch], None
-        self._lags[behind].append(lag + (ahead if scale == 1 else scale * ahead))
+        self._lags[behind].append(lag + scale * ahead)

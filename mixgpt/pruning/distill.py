@@ -79,8 +79,8 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None):
     streamed: a modelutils.StreamedModel of the pruned model, all of which is put on the device. chosen: {(layer, name):
     quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid, its scales,
     which change in place at the end. tokens: (N, T), each read once, in an order drawn by the seed. dense:
-    `dense_states` of these. finish: called at the end with (index, layer, result) for each layer up to the last chosen
-    one, while it is on the device. Returns the mean divergence KL(p ‖ q) per token, in nats. Raises Diverged if it or a
+    `dense_states` of these. finish: called at the end with (index, layer) for each layer up to the last chosen one,
+    while it is on the device. Returns the mean divergence KL(p ‖ q) per token, in nats. Raises Diverged if it or a
     weight is not finite, memory.OutOfMemory, or torch.OutOfMemoryError in one of several processes; the model is then
     as it was before.
     """
@@ -102,7 +102,7 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None):
             if isinstance(state, _Scales):
                 state.grid.scale.copy_(state.scale)
         for index in range(1 + max(index for index, _ in chosen) if finish else 0):
-            finish(index, layers[index], mean)
+            finish(index, layers[index])
     return mean
 
 
@@ -141,7 +141,7 @@ def _shuffled(n, size, count, generator):
 
 def _batches(stream, rows):
     """Return the parts of rows (n,) that a stream can run: batches, and what is left one by one."""
-    border = len(rows) - len(rows) % stream.batch_size
+    border = len(rows) // stream.batch_size * stream.batch_size
     return [part for part in (*rows[:border].split(stream.batch_size), *rows[border:].split(1)) if len(part)]
 
 

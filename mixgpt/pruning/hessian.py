@@ -174,16 +174,8 @@ def activation_order(h, prunem=0):
     return torch.arange(len(h), device=h.device).view(groups.shape)[order].flatten()
 
 
-def relative_error(W, W_hat, H):
-    """Return ‖(W − Ŵ) X‖² / ‖W X‖² over the calibration inputs of H (0 if W X vanishes).
-
-    W, W_hat: (out, in). H: (in, in), undamped; its scale cancels.
-    """
-    return relative_errors(rowwise_quadratic_form(W - W_hat, H), rowwise_quadratic_form(W, H), [len(W)])[0].item()
-
-
 def relative_errors(lost, whole, counts):
-    """Return the `relative_error` of each of several stacked matrices, a float64 tensor on their device.
+    """Return ‖(W − Ŵ) X‖² / ‖W X‖² of each of several stacked matrices, a float64 tensor on their device; 0 for 0 / 0.
 
     lost, whole: (total rows,), ‖(w − ŵ) X‖² and ‖w X‖² of every row. counts: rows of each matrix, of this process.
     """

@@ -79,8 +79,7 @@ def _filled(W, sparsity, h, row_weights=None):
     if row_weights is not None:
         scores *= row_weights[:, None]
     numel, = distributed.total([W.numel()])
-    mask, = smallest([scores.masked_fill_(W == 0, -1)], [round(sparsity * numel)])
-    return W.masked_fill(mask, 0)
+    return W.masked_fill(smallest(scores.masked_fill_(W == 0, -1), round(sparsity * numel)), 0)
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     """Prune and quantize `weights`, a list of matrices (out, in) of one dtype that read one input, in place.
 
     hessian: InputHessian, factored. targets: a Target per matrix. row_weights: (total rows,). Returns the
-    `relative_error` of each, a float64 tensor on its device, and its quant.Grid, None if it is not quantized. Every
+    relative error of each, a float64 tensor on its device, and its quant.Grid, None if it is not quantized. Every
     process prunes its share of the rows of each matrix, and gets those of the others.
     """
     dtype, sizes = weights[0].dtype, [len(weight) for weight in weights]

@@ -25,26 +25,17 @@ class Outcome:
     grid: Grid | None = None  # if quantized
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Which matrices to change: layers minlayer ≤ index < maxlayer, names that contain prune_only."""
-
-    minlayer: int = 0
-    maxlayer: int = 1000
-    prune_only: str = ""
-    invert: bool = False  # select all others instead
-
-
-def select(model, family, selection=Selection(), widths=None):  # noqa: B008
+def select(model, family, minlayer=0, maxlayer=1000, prune_only="", invert=False, widths=None):
     """Return the shapes of the matrices to change, {(layer, name): (out, in)}, in model order.
 
-    widths: {flag: columns of a group}; positive ones must divide the columns of each matrix. The model may be on meta.
+    These are in layers minlayer ≤ index < maxlayer and have prune_only in their names; with invert, all others. widths:
+    {flag: columns of a group}; positive ones must divide the columns of each matrix. The model may be on meta.
     Raises InputError if nothing is selected, or a width does not divide the columns.
     """
-    selected, chosen = {}, selection
-    for index, layer in enumerate(family.layers_of(model)):
+    selected, layers = {}, family.layers_of(model)
+    for index, layer in enumerate(layers):
         for name, module in linears(layer).items():
-            if (chosen.minlayer <= index < chosen.maxlayer and chosen.prune_only in name) == chosen.invert:
+            if (minlayer <= index < maxlayer and prune_only in name) == invert:
                 continue
             for flag, width in (widths or {}).items():
                 if width > 0 and module.in_features % width:
@@ -52,8 +43,6 @@ def select(model, family, selection=Selection(), widths=None):  # noqa: B008
                                      f"layer {index} {name}")
             selected[index, name] = tuple(module.weight.shape)
     if not selected:
-        layers = family.layers_of(model)
-        raise InputError(f"--minlayer {chosen.minlayer} --maxlayer {chosen.maxlayer} --prune-only "
-                         f"{chosen.prune_only!r}: select no matrix of {len(layers)} layers with "
-                         f"{', '.join(linears(layers[0]))}")
+        raise InputError(f"--minlayer {minlayer} --maxlayer {maxlayer} --prune-only {prune_only!r}: select no matrix "
+                         f"of {len(layers)} layers with {', '.join(linears(layers[0]))}")
     return selected

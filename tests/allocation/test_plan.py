@@ -14,7 +14,7 @@ from mixgpt.allocation.plan import allocate, allocate_whole, meet_total, thresho
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe, admm, walk
-from mixgpt.pruning.targets import Selection, Target, select
+from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel, linears
 
 hypothesis_settings = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -172,13 +172,9 @@ WAYS = ["layer-level", "weight-level"]
 SELECTIONS = [{}, {"minlayer": 1, "prune_only": "self_attn"}, {"minlayer": 1, "prune_only": "fc", "invert": True}]
 
 
-def selected_of(model, family, **selection):
-    return select(model, family, Selection(**selection))
-
-
 def random_sensitivity(model, family, seed=0):
     """Return a sensitivity for every linear of the model."""
-    keys = list(selected_of(model, family))
+    keys = list(select(model, family))
     values = torch.randn(len(keys), generator=torch.Generator().manual_seed(seed)).tolist()
     return dict(zip(keys, values, strict=True))
 
@@ -204,7 +200,7 @@ def zeros_of(model, family, plan):
 @pytest.mark.parametrize("target", [Target(0.37), Target(0.5, 2, 4)])
 def test_uniform_gives_the_target_to_every_selected_matrix(way, target):
     family, model = make("opt")
-    selected = selected_of(model, family, maxlayer=2)
+    selected = select(model, family, maxlayer=2)
     assert make_plan(selected, target, way) == {key: target for key in selected}
     assert make_plan(selected, target, way, random_sensitivity(model, family), 0.3) == make_plan(selected, target)
 
@@ -213,7 +209,7 @@ def test_uniform_gives_the_target_to_every_selected_matrix(way, target):
 def test_weight_level_ranks_the_selected_matrices_on_their_own_budget(selection):
     family, model = make("opt")
     sensitivity = random_sensitivity(model, family)
-    selected = selected_of(model, family, **selection)
+    selected = select(model, family, **selection)
     plan = make_plan(selected, Target(0.4), "weight-level", sensitivity, 0.15)
     expected = by_hand(sensitivity, sizes_of(selected), 0.4, 0.15)
     assert_within_a_weight(plan, expected, sizes_of(selected), 0.4)
@@ -224,7 +220,7 @@ def test_weight_level_ranks_the_selected_matrices_on_their_own_budget(selection)
 def test_layer_level_gives_all_selected_matrices_of_a_layer_one_sparsity(selection):
     family, model = make("opt")
     sensitivity = random_sensitivity(model, family)
-    selected = selected_of(model, family, **selection)
+    selected = select(model, family, **selection)
     plan = make_plan(selected, Target(0.4), "layer-level", sensitivity, 0.15)
     sums, sizes = {}, {}
     for (layer, name), (rows, columns) in selected.items():
@@ -247,7 +243,7 @@ def test_layer_level_ranks_by_the_sum_over_the_selected_matrices():
 
 def test_n_of_m_gives_every_matrix_a_whole_n_of_the_same_m_by_its_rank():
     family, model = make("opt")
-    selected = selected_of(model, family, prune_only="self_attn")  # 12 matrices of one size
+    selected = select(model, family, prune_only="self_attn")  # 12 matrices of one size
     sensitivity = random_sensitivity(model, family)
     plan = make_plan(selected, Target(0.5, 2, 4), "weight-level", sensitivity, 0.3)
     n = rounded([4 * s for s in by_the_paper([sensitivity[key] for key in selected], 0.5, 0.3)], 0, 4)
@@ -259,14 +255,14 @@ def test_n_of_m_gives_every_matrix_a_whole_n_of_the_same_m_by_its_rank():
 @pytest.mark.parametrize("target", [Target(0.5, 2, 4), Target(0.75, 6, 8)])
 def test_pruned_by_a_plan_of_n_of_m_every_group_has_its_n_zeros(way, target):
     family, model = make("opt")
-    plan = make_plan(selected_of(model, family), target, way, random_sensitivity(model, family), 0.2)
+    plan = make_plan(select(model, family), target, way, random_sensitivity(model, family), 0.2)
     assert len(set(plan.values())) > 1
     prune_magnitude(StreamedModel(model, family, CPU, 2), plan)
     for (index, name), planned in plan.items():
         zeros = linears(family.layers_of(model)[index])[name].weight == 0
         assert planned.prunem == target.prunem
         assert (zeros.view(-1, target.prunem).sum(dim=1) == planned.prunen).all()
-    assert zeros_of(model, family, plan) / sum(sizes_of(selected_of(model, family)).values()) == pytest.approx(
+    assert zeros_of(model, family, plan) / sum(sizes_of(select(model, family)).values()) == pytest.approx(
         target.sparsity, abs=0.05)
 
 
@@ -274,7 +270,7 @@ def test_pruned_by_a_plan_of_n_of_m_every_group_has_its_n_zeros(way, target):
 @pytest.mark.parametrize("solver, p, alpha", [("magnitude", 0.5, 0.1), ("walk", 0.61803, 0.123), ("admm", 0.9, 0.3)])
 def test_the_pruned_model_meets_the_budget_to_the_weight(solver, p, alpha, way, tokens):
     family, model = make("llama")
-    selected, streamed = selected_of(model, family), StreamedModel(model, family, CPU, 2)
+    selected, streamed = select(model, family), StreamedModel(model, family, CPU, 2)
     plan = make_plan(selected, Target(p), way, random_sensitivity(model, family), alpha)
     if solver == "magnitude":
         prune_magnitude(streamed, plan)

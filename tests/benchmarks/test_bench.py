@@ -11,7 +11,7 @@ import torch
 from commands import short_builtin  # noqa: F401, a fixture
 from conftest import CPU, make, make_plan
 from makebelieve import Gpu
-from test_sparsegpt import correlated_inputs, random
+from test_sparsegpt import correlated_inputs, prune_matrix, random, relative_error
 from textbook import Textbook, prune_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,13 +19,12 @@ import llama
 from mixgpt.app import inputs
 from mixgpt.common.clock import Clock
 from mixgpt.kernels import columns
-from mixgpt.pruning.hessian import InputHessian, relative_error
+from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel, linears
 from quant import Scheme
-from sparsegpt import prune_matrix
 
 
 @pytest.mark.parametrize("target, wbits", [((0.5,), 16), ((0.0, 2, 4), 16), ((0.5,), 4)])

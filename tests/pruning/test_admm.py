@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from test_sparsegpt import prune_matrix, relative_error
 
 from mixgpt.app.choices import SOLVERS
 from mixgpt.pruning import admm
 from mixgpt.pruning.admm import Part, admm_pruner, admm_scores, keep_mask, solve_on_support
-from mixgpt.pruning.hessian import InputHessian, factor, relative_error
+from mixgpt.pruning.hessian import InputHessian, factor
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
 from quant import Scheme
-from sparsegpt import prune_matrix
 
 CPU = torch.device("cpu")
 

@@ -10,10 +10,11 @@ from test_sparsegpt import (
     explicit_error,
     prune_one,
     random,
+    relative_error,
 )
 
 from mixgpt.kernels import linalg
-from mixgpt.pruning.hessian import InputHessian, activation_order, factor, relative_error
+from mixgpt.pruning.hessian import InputHessian, activation_order, factor
 
 # factor
 

@@ -7,6 +7,7 @@ import makebelieve
 import pytest
 import torch
 from conftest import CPU, make, make_plan
+from test_sparsegpt import prune_matrix
 
 from mixgpt.app.choices import SALIENCIES, SOLVERS
 from mixgpt.common.errors import InputError
@@ -18,9 +19,8 @@ from mixgpt.pruning.hessian import factor
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.magnitude import prune_magnitude
 from mixgpt.pruning.solvers import Recipe
-from mixgpt.pruning.targets import Selection, Target, select
+from mixgpt.pruning.targets import Target, select
 from modelutils import HiddenStates, StreamedModel, linears, shared_inputs
-from sparsegpt import prune_matrix
 
 HALF = Target(0.5)
 OPTIONS = {"saliency": "obs", "blocksize": 16, "true_sequential": False}
@@ -34,7 +34,7 @@ POST_NORMS = {"self_attn.out_proj": "self_attn.q_proj", "fc2": "fc1"}  # of OPT-
 
 
 def plan_of(model, family, target=HALF, **selection):
-    return make_plan(select(model, family, Selection(**selection), {"--prunem": target.prunem}), target)
+    return make_plan(select(model, family, **selection, widths={"--prunem": target.prunem}), target)
 
 
 def sparsegpt(model, family, plan, tokens, batch_size=2, **changes):

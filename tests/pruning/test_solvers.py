@@ -3,11 +3,11 @@
 import makebelieve
 import pytest
 import torch
-from test_sparsegpt import correlated_inputs, random
+from test_sparsegpt import correlated_inputs, random, relative_error
 
 from mixgpt.app.choices import SOLVERS
 from mixgpt.pruning import solvers
-from mixgpt.pruning.hessian import InputHessian, relative_error
+from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.solvers import Recipe, prune_in_place, walk
 from mixgpt.pruning.targets import Target
 from quant import Scheme
