@@ -96,7 +96,7 @@ def opened(inputs, run_dir, command=None):
                 records.asked(settings, inputs.seqlen, inputs.device), model, inputs.calibration)
             run_dir.open(model, family, record["identity"])
         elif inputs.selected and disk_weights(model):  # pruned layers go to disk, like the dense ones
-            layer_files = _temporary_files(stack, inputs, model)
+            layer_files = stack.enter_context(_temporary_files(stack, inputs, model))
             layer_files.open(model, family)
         run = Run(inputs, model, run_dir, layer_files, record)
         run.log(heading(inputs, model, record["versions"], command))

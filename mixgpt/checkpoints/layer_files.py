@@ -1,4 +1,4 @@
-"""Files of finished layers, from which an interrupted run goes on.
+"""Files of finished layers, which a thread writes while the next layer is pruned.
 
     layer-00000.safetensors, .json       a finished layer with the grids of its matrices, and their errors; it counts
                                          once the second file is there
@@ -10,6 +10,7 @@ All are written under another name, flushed and renamed, so that a killed run ca
 import contextlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,12 +30,25 @@ UNREADABLE = (OSError, ValueError, SafetensorError)
 
 
 class LayerFiles:
-    """Finished layers in a folder; the model reads them from there if its weights are on disk."""
+    """Finished layers in a folder; the model reads them from there if its weights are on disk.
+
+    Writes are queued one at a time; `save_layer` first waits for the previous one and re-raises its error. As a context
+    manager it waits for the thread, so that the folder can be removed.
+    """
 
     def __init__(self, folder, place, advice):
         """folder: exists. place, advice: flag and path, and what to do, for errors."""
         self.folder, self.place, self.advice = Path(folder), place, advice
         self.writes = distributed.rank() == 0
+        self.thread, self.writing = ThreadPoolExecutor(1), None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, _, error, trace):
+        self.thread.shutdown()
+        if error is None:
+            self._wait()
 
     def open(self, model, family):
         """Take the layers of a dense model."""
@@ -48,7 +62,7 @@ class LayerFiles:
 
         Returns a list with {(layer, name): Outcome} of each layer; the model gets them by `load_layer`.
         """
-        distributed.barrier()  # the first process writes, all read
+        self.flush()
         for index, locations in enumerate(self.dense):
             if locations:
                 self._locate(index, locations)
@@ -90,24 +104,36 @@ class LayerFiles:
                                                for name, location in locations.items()}
 
     def save_layer(self, index, layer, outcomes, kind="layer"):
-        """Write a finished layer, then its {(layer, name): Outcome}, which make it count; the layer is on the device.
+        """Start writing a finished layer, {(layer, name): Outcome}; the layer is on the device.
 
         kind: "distilled" for a layer that does not count before `finish_distillation`.
         """
+        self._wait()
         if self.writes:
-            weights = {f"{self.family.layers}.{index}.{name}": tensor for name, tensor in layer.state_dict().items()}
-            grids = {f"grid.{name}.{part}": getattr(outcome.grid, part) for (_, name), outcome in outcomes.items()
-                     if outcome.grid for part in ("scale", "zero", "group")}
-            file = self._file(index, kind)
-            self.write(file.name, weights | grids)
-            self.write_json(file.with_suffix(".json").name, {name: {
-                "error": outcome.error, "percdamp": outcome.percdamp, "grid": outcome.grid and outcome.grid.scheme.name,
-                "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()})
+            weights = {f"{self.family.layers}.{index}.{name}": tensor.to("cpu")
+                       for name, tensor in layer.state_dict().items()}
+            self.writing = self.thread.submit(self._write_layer, self._file(index, kind), weights, outcomes)
         if kind == "layer" and disk_weights(layer):
             self.load_layer(index)
 
+    def _write_layer(self, file, weights, outcomes):
+        """Write a layer, then the outcomes that make it count."""
+        grids = {f"grid.{name}.{part}": getattr(outcome.grid, part) for (_, name), outcome in outcomes.items()
+                 if outcome.grid for part in ("scale", "zero", "group")}
+        self.write(file.name, weights | grids)
+        self.write_json(file.with_suffix(".json").name, {
+            name: {"error": outcome.error, "percdamp": outcome.percdamp,
+                   "grid": outcome.grid and outcome.grid.scheme.name,
+                   "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()})
+
+    def flush(self):
+        """Wait until all saved layers are written, in all processes. Raises what prevented it."""
+        self._wait()
+        distributed.barrier()  # the first process writes, all read
+
     def finish_distillation(self, result):
         """Let the distilled layers, once all are written, replace the pruned ones. result: JSON-able."""
+        self.flush()
         if self.writes:
             self.write_json("distilled.json", result)
         self._replace_by_distilled()
@@ -130,6 +156,12 @@ class LayerFiles:
         """The result of distillation once all distilled layers are written, or why there are none; None before."""
         file = self.folder / "distilled.json"
         return json.loads(file.read_text()) if file.exists() else None
+
+    def _wait(self):
+        """Wait for the thread. Raises what ended its work."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
 
     def _file(self, index, kind="layer"):
         return self.folder / f"{kind}-{index:05d}.safetensors"

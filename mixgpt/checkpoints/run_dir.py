@@ -79,8 +79,11 @@ class RunDir:
         return self
 
     def __exit__(self, *error):
-        if self.files.writes:
-            self._release()
+        try:
+            self.files.__exit__(*error)
+        finally:
+            if self.files.writes:
+                self._release()
 
     def _release(self):
         """Unlock the folder; remove what this run has made, unless it is the result or worth going on from."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from mixgpt.common import distributed, progress
+from mixgpt.common import progress
 from mixgpt.modeling.streaming import prefetch
 from mixgpt.pruning.calibration import Calibration
 from mixgpt.pruning.solvers import prune_in_place
@@ -72,7 +72,8 @@ def layers_in_turn(streamed, layers, title, outcomes, files=None, observe=None, 
                         files.save_layer(index, layer, new)
             outcomes |= new
     if files:
-        distributed.barrier()  # the first process has written all layers
+        with clock.part("save"):
+            files.flush()
 
 
 def _on_host(outcomes):

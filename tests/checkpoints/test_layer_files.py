@@ -1,8 +1,9 @@
-"""Check the files of finished layers: what they hold, what the model reads of them, and a full disk."""
+"""Check the thread that writes finished layers: it works beside the next layer, loses no error and writes what was."""
 
+import contextlib
 import errno
 import os
-from unittest import mock
+import threading
 
 import pytest
 import torch
@@ -26,13 +27,27 @@ def model(checkpoint_folder):
     return family, load.open_model(folder, load.load_config(folder, family), family, "auto")
 
 
+@pytest.fixture
+def gate(monkeypatch):
+    """Give an event without which no thread writes a file."""
+    gate, save_file = threading.Event(), streaming.save_file
+
+    def waiting(*given, **options):
+        assert gate.wait(30)
+        save_file(*given, **options)
+
+    monkeypatch.setattr(streaming, "save_file", waiting)
+    return gate
+
+
+@contextlib.contextmanager
 def opened(path, model):
-    """Return LayerFiles that are open."""
+    """Give LayerFiles that are open."""
     path.mkdir(exist_ok=True)
-    files = LayerFiles(path, "--save folder", "free some space")
-    files.open(model[1], model[0])
-    files.resume_from(3)
-    return files
+    with LayerFiles(path, "--save folder", "free some space") as files:
+        files.open(model[1], model[0])
+        files.resume_from(3)
+        yield files
 
 
 def save_layer(files, index, value=None, kind="layer"):
@@ -49,44 +64,81 @@ def written(folder, index):
     return {float(value) for tensor in tensors.values() for value in tensor.unique()}
 
 
-def test_a_full_disk_is_reported_in_one_line_and_another_attempt_goes_on(model, tmp_path, monkeypatch):
-    files = opened(tmp_path, model)
-    with monkeypatch.context() as patch:
-        patch.setattr(streaming, "save_file", mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-        with pytest.raises(InputError, match="^--save folder: layer-00000.safetensors needs 0.000 GB.*No space left on "
-                                             "device.*; free some space$"):
+def test_the_next_layer_does_not_wait_for_the_disk_but_the_one_behind_it_does(model, tmp_path, gate):
+    with opened(tmp_path, model) as files:
+        save_layer(files, 0)
+        assert not list(tmp_path.glob("*.safetensors"))  # not written yet
+        second = threading.Thread(target=save_layer, args=(files, 1))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive() and not list(tmp_path.glob("*.safetensors"))
+        gate.set()
+        second.join(30)
+        files.flush()
+        assert [written(tmp_path, index) for index in range(2)] == [{1.0}, {2.0}]
+        assert torch.equal(files.layers[1].disk_weights.tensor(UP), torch.full((48, 32), 2.0))
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("asked", ["save_layer", "flush", "resume_from", "exit"])
+def test_an_error_of_the_thread_comes_up_once_where_the_run_next_asks(asked, model, tmp_path, monkeypatch):
+    line = "^--save folder: layer-00000.safetensors needs 0.000 GB.*No space left on device.*; free some space$"
+    with pytest.raises(InputError, match=line) if asked == "exit" else contextlib.nullcontext(), opened(
+            tmp_path, model) as files:
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "save_file", full)
             save_layer(files, 0)
-    assert files.resume_from(3) == []
-    save_layer(files, 0)
-    assert written(tmp_path, 0) == {1.0}
+            asking = {"save_layer": lambda: save_layer(files, 1), "flush": files.flush,
+                      "resume_from": lambda: files.resume_from(3)}
+            if asked == "exit":
+                files.thread.shutdown()
+                return
+            with pytest.raises(InputError, match=line):
+                asking[asked]()
+        assert files.resume_from(3) == []  # as another attempt does
+        save_layer(files, 0)
+        files.flush()
+        assert written(tmp_path, 0) == {1.0}
+
+
+def test_an_error_of_the_run_waits_for_the_layer_that_is_being_written(model, tmp_path, gate):
+    threading.Timer(0.3, gate.set).start()
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path, model) as files:
+        save_layer(files, 0)
+        raise KeyboardInterrupt
+    assert written(tmp_path, 0) == {1.0} and (tmp_path / "layer-00000.json").exists()
 
 
 def test_resuming_gives_the_dense_weights_back_and_loading_a_finished_layer_those_saved(model, tmp_path):
-    files = opened(tmp_path, model)
-    dense = files.layers[0].disk_weights.tensor(UP)
-    save_layer(files, 0)
-    assert files.resume_from(3) == [{}]
-    assert torch.equal(files.layers[0].disk_weights.tensor(UP), dense)
-    files.load_layer(0)
-    for weights, name in ((files.layers[0].disk_weights, UP), (model[1].disk_weights, f"model.layers.0.{UP}")):
-        assert torch.equal(weights.tensor(name), torch.ones(48, 32))
+    with opened(tmp_path, model) as files:
+        dense = files.layers[0].disk_weights.tensor(UP)
+        save_layer(files, 0)
+        assert files.resume_from(3) == [{}]
+        assert torch.equal(files.layers[0].disk_weights.tensor(UP), dense)
+        files.load_layer(0)
+        for weights, name in ((files.layers[0].disk_weights, UP), (model[1].disk_weights, f"model.layers.0.{UP}")):
+            assert torch.equal(weights.tensor(name), torch.ones(48, 32))
 
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_distilled_layers_count_when_all_are_written_and_the_pruned_ones_before(killed, model, tmp_path):
     """killed: while they replace the pruned ones."""
-    files = opened(tmp_path, model)
-    for index in range(3):
-        save_layer(files, index)
-    for index in range(3):
-        save_layer(files, index, -1, "distilled")
-        assert not files.distilled and (files.layers[0].disk_weights.tensor(UP) == 1).all()
+    with opened(tmp_path, model) as files:
+        for index in range(3):
+            save_layer(files, index)
+        for index in range(3):
+            save_layer(files, index, -1, "distilled")
+            files.flush()
+            assert not files.distilled and (files.layers[0].disk_weights.tensor(UP) == 1).all()
+        if not killed:
+            files.finish_distillation({"divergence": 0.5})
     if killed:
         (tmp_path / "distilled.json").write_text('{"divergence": 0.5}')
         (tmp_path / "distilled-00001.safetensors").replace(tmp_path / "layer-00001.safetensors")
-    else:
-        files.finish_distillation({"divergence": 0.5})
-    files = opened(tmp_path, model)
-    assert len(files.resume_from(3)) == 3 and files.distilled == {"divergence": 0.5}
-    assert [written(tmp_path, index) for index in range(3)] == 3 * [{-1.0}]
-    assert not list(tmp_path.glob("distilled-*"))
+    with opened(tmp_path, model) as files:
+        assert len(files.resume_from(3)) == 3 and files.distilled == {"divergence": 0.5}
+        assert [written(tmp_path, index) for index in range(3)] == 3 * [{-1.0}]
+        assert not list(tmp_path.glob("distilled-*"))
