@@ -1,5 +1,6 @@
 # make demo: prune a small real model in three ways on this machine, and compare.  make test: run the tests.  make bench: time it.
 # make gpu: run on a GPU the tests that need one, then time and memory of the shapes of LLaMA-7B and OPT-1.3B.
+# make fuzz: hand damaged files to every command line, 50 examples of each kind.
 # make soak: kill runs at random moments, and compare what --resume makes of them with whole runs.
 # They set up .venv by themselves; only Python 3.11 to 3.13 with venv, and a package registry, are needed.
 
@@ -15,7 +16,7 @@ DEMO := builtin --nsamples 16 --seqlen 256 --eval builtin --eval-limit 24 --over
 RECORDS := demo/dense.json demo/sparsegpt.json demo/mixgpt.json demo/best.json
 show = echo; echo '$$ python $(1)'; $(PY) $(1)
 
-.PHONY: demo test bench gpu soak
+.PHONY: demo test bench gpu fuzz soak
 
 demo: .venv/runtime $(MODEL)
 	@mkdir -p demo
@@ -54,6 +55,9 @@ bench: .venv/runtime $(MODEL)
 
 gpu: .venv/test
 	@$(PY) benchmarks/gpu.py
+
+fuzz: .venv/test
+	@$(PY) -m pytest -n auto --dist worksteal tests/fuzz.py
 
 soak: .venv/test
 	@KILLS=20 $(PY) -m pytest -n auto --dist worksteal tests/checkpoints/test_resume.py

@@ -42,20 +42,20 @@ def _of_all(values, k):
     """Return the k-th smallest of the float32 values of all processes, and how many like it count in this process.
 
     The k smallest are those below it and as many like it as are missing, from the first process on. This is a radix
-    selection: values are ordered like integers of their bits, whose upper, then lower halves all processes count.
+    selection: values are ordered like integers of their bits, whose digits all processes count, the highest first.
     """
     bits = (values + 0.0).view(torch.int32).long()  # −0 becomes 0
     keys = torch.where(bits < 0, -(2**31) - 1 - bits, bits) + 2**31
-    prefix = below = 0
-    for shift in (16, 0):
-        counts = torch.bincount((keys[keys >> shift + 16 == prefix] >> shift) & 0xFFFF, minlength=2**16)
-        distributed.all_reduce(counts)
-        digit = int((below + counts.cumsum(0) < k).sum())
-        below, prefix = below + int(counts[:digit].sum()), prefix << 16 | digit
-    before = distributed.all_gather_object(int((keys == prefix).sum()))[:distributed.rank()]
+    prefix = 0
+    for shift, width in ((21, 11), (10, 11), (0, 10)):
+        digits = keys[keys >> shift + width == prefix] >> shift & 2**width - 1
+        counts = torch.stack(distributed.all_gather(digits.bincount(minlength=2**width))).cpu()  # (processes, digits)
+        ends = counts.sum(0).cumsum(0)
+        digit = int((ends < k).sum())
+        prefix, k = prefix << width | digit, k - int(ends[digit] - counts[:, digit].sum())
     key = prefix - 2**31
     value = torch.tensor([key if key >= 0 else -(2**31) - 1 - key], dtype=torch.int32).view(torch.float32)
-    return value.to(values.device), k - below - sum(before)
+    return value.to(values.device), k - int(counts[:distributed.rank(), digit].sum())
 
 
 def smallest(scores, k):
