@@ -216,7 +216,7 @@ FAULTS = {
     "gguf: junk": gguf_file("the file cannot be read: …", lambda file: file.write_bytes(b"GGUFjunk")),
     "gguf: NaN": gguf_file("model.norm.weight contains NaN or inf",
                            change=lambda state: state["model.norm.weight"].fill_(float("nan"))),
-    "sparse: another shape": Fault(lambda root: sparse(root, shape=[47, 32]), f"{WEIGHTS_UNREAD}{UP} does not fit …"),
+    "sparse: another shape": Fault(lambda root: sparse(root, shape=[47, 32]), f"{WEIGHTS_UNREAD}shape mismatch: …"),
     # arguments
     "groups that do not divide the columns": refused(
         "--prunen 2 --prunem 5", "--prunem 5: …", "{root}/model builtin "),
