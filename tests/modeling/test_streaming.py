@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 from mixgpt.allocation import traces
 from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import load, shards
+from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import logits, measure_sparsity, perplexity
 from mixgpt.modeling import streaming
@@ -111,7 +112,8 @@ def test_a_fingerprint_tells_other_weights_apart_but_not_another_dtype(key, tmp_
 
 
 @pytest.mark.parametrize("stored, named", [("safetensors", True), ("bin", False)])
-def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, tokenizer, tmp_path):
+def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: True)  # else it would be float32
     family, model = make("llama")
     source = store(model, "bfloat16", tmp_path / "source")
     tokenizer.save_pretrained(source)
