@@ -67,7 +67,7 @@ def _by_layer_and_kind(lines, bars, values, errors, title, label):
                        marker=".", linewidth=1, elinewidth=0.5)
     lines.set(xlabel="layer", ylabel=label, title=f"{title}, by layer")
     lines.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lines.legend(fontsize=8, ncols=2)
+    lines.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     bars.barh(list(map(_short, values)), values.mean())
     bars.invert_yaxis()
     bars.locator_params(axis="x", nbins=4)
