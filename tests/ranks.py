@@ -98,18 +98,18 @@ def selected_of_all():
     ways = {"rows": selection.smallest, "columns": _by_columns}
     for k in (0, 1, 20, 40, 83, 84):
         for name, mark in ways.items():
-            mask = mark(ours.clone(), k)
+            mask, = mark([ours.clone()], [k])
             results[name, k] = scores, distributed.all_gather_shares(mask, 7)
     unlike = torch.arange(3000.0).div(3, rounding_mode="floor").view(60, 50)  # the first process has the smallest
     for k in (1, 1000, 1501, 2998, 3000):
-        mask = selection.smallest(unlike[distributed.share(60)], k)
+        mask, = selection.smallest([unlike[distributed.share(60)]], [k])
         results["unlike", k] = unlike, distributed.all_gather_shares(mask, 60)
     magnitudes = magnitude_prune(ours, Target(0.4))
     return results | {("magnitude", 34): (scores.abs(), distributed.all_gather_shares(magnitudes, 7) == 0)}
 
 
-def _by_columns(scores, k):
-    return selection.smallest(scores.t().contiguous().t(), k)
+def _by_columns(scores, ks):
+    return selection.smallest([part.t().contiguous().t() for part in scores], ks)
 
 
 def synthetic_of_all():

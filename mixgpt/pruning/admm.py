@@ -37,27 +37,33 @@ def keep_mask(scores, parts, fraction=1.0, exact=True, out=None):
     False, unstructured counts are only approximate, from a sample of the scores. Returns a mask (out, in) of ones and
     zeros in the dtype of the scores, fast to multiply by; out: memory for it.
     """
-    keep, columns = torch.empty_like(scores) if out is None else out, scores.shape[1]
-    for part in parts:
-        target, values = part.target, scores[part.rows]
-        estimated = not (target.prunem or exact)
-        torch.gt(values, _threshold(values, part, fraction) if estimated else 0, out=keep[part.rows])
-        if target.prunem:
-            groups = values.reshape(-1, target.prunem)
-            keep[part.rows].masked_fill_(smallest_per_row(groups, round(fraction * target.prunen)).view_as(values), 0)
-        elif exact:
-            count = round(fraction * round(target.sparsity * (part.total * columns)))
-            keep[part.rows].masked_fill_(smallest(values, count), 0)
+    keep = torch.empty_like(scores) if out is None else out
+    columns, prunem = scores.shape[1], parts[0].target.prunem
+    thresholds, masks = [0.0] * len(parts), [None] * len(parts)
+    if prunem:
+        masks = [smallest_per_row(scores[part.rows].reshape(-1, prunem), round(fraction * part.target.prunen))
+                 .view(-1, columns) for part in parts]
+    elif exact:
+        masks = smallest([scores[part.rows] for part in parts],
+                         [round(fraction * round(part.target.sparsity * (part.total * columns))) for part in parts])
+    else:
+        thresholds = _thresholds(scores, parts, fraction)
+    for part, threshold, mask in zip(parts, thresholds, masks, strict=True):
+        torch.gt(scores[part.rows], threshold, out=keep[part.rows])
+        if mask is not None:
+            keep[part.rows].masked_fill_(mask, 0)
     return keep
 
 
-def _threshold(values, part, fraction):
-    """Estimate up to which of its scores the weights of a matrix go, from a sample of them; see `keep_mask`."""
-    numel = part.total * values.shape[1]
-    step = numel // SAMPLE | 1  # odd, so that all columns are sampled
-    first = -distributed.share(part.total).start * values.shape[1] % step  # as one process would count
-    k = round(fraction * part.target.sparsity * -(-numel // step))
-    return kth_smallest(values.flatten()[first::step], max(k, 1))
+def _thresholds(scores, parts, fraction):
+    """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `keep_mask`."""
+    samples, ks, columns = [], [], scores.shape[1]
+    for part in parts:
+        step = part.total * columns // SAMPLE | 1  # odd, so that all columns are sampled
+        first = -distributed.share(part.total).start * columns % step  # as one process would count
+        samples.append(scores[part.rows].flatten()[first::step])
+        ks.append(max(round(fraction * part.target.sparsity * -(-part.total * columns // step)), 1))
+    return kth_smallest(samples, ks)
 
 
 def admm_scores(W, H, parts, row_weights=None, iterations=ITERATIONS, ramp=RAMP):

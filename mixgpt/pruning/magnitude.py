@@ -49,5 +49,5 @@ def magnitude_prune(W, target):
         mask = smallest_per_row(scores.reshape(-1, target.prunem), target.prunen).view(W.shape)
     else:
         numel, = distributed.total([W.numel()])
-        mask = smallest(scores, round(target.sparsity * numel))
+        mask, = smallest([scores], [round(target.sparsity * numel)])
     return W.masked_fill(mask, 0)

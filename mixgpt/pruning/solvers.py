@@ -79,7 +79,8 @@ def _filled(W, sparsity, h, row_weights=None):
     if row_weights is not None:
         scores *= row_weights[:, None]
     numel, = distributed.total([W.numel()])
-    return W.masked_fill(smallest(scores.masked_fill_(W == 0, -1), round(sparsity * numel)), 0)
+    mask, = smallest([scores.masked_fill_(W == 0, -1)], [round(sparsity * numel)])
+    return W.masked_fill(mask, 0)
 
 
 @dataclass(frozen=True)
