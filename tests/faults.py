@@ -225,7 +225,7 @@ FAULTS = {
     "a device that is not there": refused("--device cuda:9", "--device cuda:9: there are … CUDA devices here…"),
     # outputs
     "save into the model": refused(
-        "--save {root}/model", "--save {root}/model: is the model's own folder; name another one",
+        "--save {root}/model", "--save {root}/model: holds {root}/model, which this run reads; name another folder",
         "{root}/model builtin "),
     # texts
     "text of one's own that is not there": refused("", "dataset mine.txt: invalid choice: …", "{root}/model mine.txt "),

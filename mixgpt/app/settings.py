@@ -365,8 +365,10 @@ class Settings:
         if os.path.isfile(self.sensitivity_file or ""):
             paths.pop("--sensitivity-file")  # is read
         check_outputs(paths, self.overwrite or self.resume, self.save)
-        if self.save and os.path.realpath(self.save) == os.path.realpath(self.model):
-            raise InputError(f"--save {self.save}: is the model's own folder; name another one")
+        reads = (self.model, self.dataset, *self.eval, self.data_dir, self.sensitivity_file, self.tasks_dir)
+        for path in filter(os.path.exists, filter(None, reads) if self.save else ()):
+            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.save)):  # --overwrite would remove it
+                raise InputError(f"--save {self.save}: holds {path}, which this run reads; name another folder")
 
 
 def flag_of(name):

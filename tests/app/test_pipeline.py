@@ -318,7 +318,11 @@ def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert run(family, *arguments, tmp_path / "mine", "--overwrite") == 2
-    assert run(family, folder, *arguments[1:], folder, "--overwrite") == 2
+    (folder / "mine.txt").write_text("mine")
+    for reads in ([folder, "builtin"], [checkpoint_folder("llama"), folder / "mine.txt"]):
+        assert run(family, *reads, *arguments[2:], folder, "--overwrite") == 2
+        assert "which this run reads; name another folder" in capsys.readouterr().err
+    assert (folder / "mine.txt").read_text() == "mine"
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine" and (folder / "mixgpt.json").is_file()
 
 
