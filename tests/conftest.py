@@ -63,6 +63,7 @@ from mixgpt.kernels import columns_cpu
 from mixgpt.kernels.columns import UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from mixgpt.modeling.family import family_of
+from modelutils import hooked, linears
 
 for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:  # as in the background, or under nohup; processes would inherit it
@@ -251,6 +252,22 @@ def trained_model(trained):
     model = trainable()
     model.load_state_dict(state)
     return llama.FAMILY, model, test, calibration
+
+
+def modules_of(model, family):
+    """Return {(layer, name): module} of all linears in the layers."""
+    return {(index, name): module for index, layer in enumerate(family.layers_of(model))
+            for name, module in linears(layer).items()}
+
+
+@torch.no_grad()
+def inputs_of(model, modules, tokens):
+    """Return {key: inputs (tokens, in)} of modules, {key: module}, in one run of the whole model."""
+    inputs = {}
+    with hooked({module: lambda X, key=key: inputs.update({key: X.reshape(-1, X.shape[-1])})
+                 for key, module in modules.items()}):
+        model(tokens, use_cache=False)
+    return inputs
 
 
 def make_plan(selected, target, way="uniform", sensitivity=None, alpha=0.0):
