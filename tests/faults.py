@@ -213,7 +213,7 @@ FAULTS = {
         nothing, f"model {{root}}/model/{WEIGHTS}: is a file; give its folder, a .gguf file or a hub id",
         f"{{root}}/model/{WEIGHTS} builtin"),
     # other formats
-    "gguf: junk": gguf_file("the file cannot be read: …", lambda file: file.write_bytes(b"GGUFjunk")),
+    "gguf: junk": gguf_file("its configuration cannot be read: …", lambda file: file.write_bytes(b"GGUFjunk")),
     "gguf: NaN": gguf_file("model.norm.weight contains NaN or inf",
                            change=lambda state: state["model.norm.weight"].fill_(float("nan"))),
     "sparse: another shape": Fault(lambda root: sparse(root, shape=[47, 32]), f"{WEIGHTS_UNREAD}shape mismatch: …"),

@@ -16,12 +16,10 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import (
     CHAT_TEMPLATE_DIR,
-    GENERATION_CONFIG_NAME,
     WEIGHTS_INDEX_NAME,
     cached_file,
 )
 
-from mixgpt.checkpoints import gguf_files
 from mixgpt.common.choices import FORMATS, format_of
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import streaming
@@ -78,27 +76,13 @@ def check_templates(model, templates):
 def _source(model):
     """Return the arguments with which `from_pretrained` finds `model`: a hub id, a directory or a .gguf file."""
     path = Path(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"model {model}: no such file")
-        with _reading(model, "the file cannot be read"):
-            return str(gguf_files.folder_of(path, _read_gguf)), {}
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
         return str(path), {}
     if path.is_file():
         raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
     return model, {"local_files_only": not hub.reachable()}
-
-
-def _read_gguf(path):
-    """Read a .gguf file, to convert it. Returns (model, tokenizer)."""
-    with _reading(path, "the file cannot be read"):
-        check_links(path, path.parent, BESIDE_GGUF)
-        loaded = from_pretrained(path, str(path.parent), gguf_files.DTYPE, gguf_file=path.name,
-                                  quantization_config=GgufConfig(dequantize=True))
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, **NO_CODE)
-        check_templates(path, tokenizer.chat_template)
-        return _checked(path, loaded), tokenizer
 
 
 def read_config(model):
@@ -107,14 +91,11 @@ def read_config(model):
     Raises InputError if it cannot be read, or if files that would be copied are links out of the model's folder.
     """
     name, arguments = _source(model)
-    check_links(model, Path(name), COPIED)
+    check_links(model, Path(name), BESIDE_GGUF if "gguf_file" in arguments else COPIED)
     with _reading(model, "its configuration cannot be read"):
         config, _ = _config_of(name, arguments)
     if model_class(config) is None or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
-    if (Path(name) / GENERATION_CONFIG_NAME).is_file():
-        with _reading(model, f"{GENERATION_CONFIG_NAME} cannot be used"):
-            GenerationConfig.from_pretrained(name)
     return config
 
 
@@ -181,7 +162,7 @@ def load_tokenizer(model):
     """
     name, arguments = _source(model)
     with _reading(model, "its tokenizer cannot be read"):
-        if get_tokenizer_config(name, **arguments).get("bos_token") == "":
+        if "gguf_file" not in arguments and get_tokenizer_config(name, **arguments).get("bos_token") == "":
             arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
         tokenizer("Names refer to objects.")
@@ -224,6 +205,8 @@ def read_model(model, dtype):
     """
     name, arguments = _source(model)
     with _reading(model, "its weights cannot be read"):
+        if "gguf_file" in arguments:
+            return from_pretrained(model, name, dtype, quantization_config=GgufConfig(dequantize=True), **arguments)
         if save_format := format_of(name):
             return save_format.read(name, dtype)
         if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
@@ -269,7 +252,7 @@ def open_model(model, config, family, dtype):
     loaded.
     """
     name, arguments = _source(model)
-    if format_of(name) or getattr(config, "quantization_config", None):
+    if "gguf_file" in arguments or format_of(name) or getattr(config, "quantization_config", None):
         return load_model(model, dtype)
     with _reading(model, "its weights cannot be read"):
         stored = streaming.stored_tensors(streaming.files_of(name, **arguments))

@@ -1,8 +1,6 @@
-"""Atomic writes of files and directories, locks, the cache, and the files that options write."""
+"""Atomic writes of files and directories, the cache, and the files that options write."""
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -57,15 +55,6 @@ def _flush(path):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Hold an exclusive lock on the file at `path` within the block, waiting for it. The file is not removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
 def os_errors():
     """Turn the errors of safetensors and tokenizers on writing a file into OSError."""
     try:
@@ -79,12 +68,6 @@ def os_errors():
 def cache_folder():
     """Return the cache directory shared by all runs: mixgpt in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixgpt"
-
-
-def check_room(folder, nbytes):
-    """Raise OSError if the disk of a directory has less than nbytes free."""
-    if shutil.disk_usage(folder).free < nbytes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def check_outputs(paths, overwrite, folder=None):
