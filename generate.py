@@ -12,8 +12,7 @@ import sys
 import textwrap
 from itertools import zip_longest
 
-from mixgpt.app import exit_status
-from mixgpt.app.cli import Parser
+from mixgpt.app.cli import Parser, reported
 from mixgpt.app.settings import BOS, check_between, check_model
 from mixgpt.common.errors import InputError
 
@@ -58,10 +57,10 @@ def _check(given):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, see `exit_status.reported`."""
+    """Run the command line. Returns the exit status, see `reported`."""
     argv = sys.argv[1:] if argv is None else argv
     remedy = "lower --max-new-tokens, or give --dtype bfloat16"
-    with exit_status.reported("generate.py", argv, remedy) as end:
+    with reported("generate.py", argv, remedy) as end:
         given = _parse(argv)
         model, dense = given.pop("model"), given.pop("dense")
         print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)

@@ -16,8 +16,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from mixgpt.common import memory, progress
-from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import Clock
 from mixgpt.modeling import arguments
 from mixgpt.modeling.experts import is_split
 from mixgpt.modeling.family import Family

@@ -8,8 +8,7 @@ python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv
 
 import sys
 
-from mixgpt.app import exit_status
-from mixgpt.app.cli import Parser
+from mixgpt.app.cli import Parser, reported
 from mixgpt.app.comparison import csv_of, files_of, picture_of, read, text_of
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_outputs, write_output
@@ -47,9 +46,9 @@ def _run(argv):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, see `exit_status.reported`; 2 also if a file was unusable."""
+    """Run the command line. Returns the exit status, see `reported`; 2 also if a file was unusable."""
     argv = sys.argv[1:] if argv is None else argv
-    with exit_status.reported("results.py", argv, "give fewer files") as end:
+    with reported("results.py", argv, "give fewer files") as end:
         end.status = _run(argv)
     return end.status
 

@@ -23,8 +23,7 @@ from peers import PEERS, registered
 from scores import DENSE, Scores, cell_of, closed, rows_of_markdown, script_of, spread
 
 from datautils import load_rows
-from mixgpt.app import exit_status
-from mixgpt.app.cli import REMEDY, Parser
+from mixgpt.app.cli import REMEDY, Parser, reported
 from mixgpt.text.files import text_set_of
 from mixgpt.text.sets import DATASETS
 
@@ -115,9 +114,9 @@ def _run(argv):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, see `exit_status.reported`."""
+    """Run the command line. Returns the exit status, see `reported`."""
     argv = sys.argv[1:] if argv is None else argv
-    with exit_status.reported("accuracy.py", argv, REMEDY) as end:
+    with reported("accuracy.py", argv, REMEDY) as end:
         _run(argv)
     return end.status
 

@@ -19,7 +19,7 @@ from textbook import Textbook, prune_model
 import datautils
 from mixgpt.app.comparison import table
 from mixgpt.checkpoints import load
-from mixgpt.common.clock import Clock, peak_memory
+from mixgpt.common.runtime import Clock, peak_memory
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels.linalg import rowwise_quadratic_form
 from mixgpt.modeling.family import family_of

@@ -33,7 +33,7 @@ from datautils import calibration_samples, load_rows, test_tokens
 from mixgpt.app import pipeline
 from mixgpt.app.cli import parse
 from mixgpt.app.comparison import table
-from mixgpt.common.clock import Clock, peak_memory
+from mixgpt.common.runtime import Clock, peak_memory
 from mixgpt.evaluation.measures import perplexity
 
 ROOT = Path(__file__).parent.parent

@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from peers import PEERS, registered
 from scores import DENSE, Scores, cell_of, rows_of_markdown, script_of, spread
 
-from mixgpt.app import exit_status
-from mixgpt.app.cli import REMEDY, Parser
+from mixgpt.app.cli import REMEDY, Parser, reported
 
 FACTS = Path(__file__).with_name("paper.csv")  # what the paper reports, a number a line
 PAPER = "arXiv 2310.09499"
@@ -167,9 +166,9 @@ def _run(argv):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status, see `exit_status.reported`."""
+    """Run the command line. Returns the exit status, see `reported`."""
     argv = sys.argv[1:] if argv is None else argv
-    with exit_status.reported("paper.py", argv, REMEDY) as end:
+    with reported("paper.py", argv, REMEDY) as end:
         _run(argv)
     return end.status
 

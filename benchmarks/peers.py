@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from mixgpt.app.choices import ALLOCATIONS, SOLVERS, Allocation, Solver
 from mixgpt.common import progress
+from mixgpt.common.choices import ALLOCATIONS, SOLVERS, Allocation, Solver
 from mixgpt.pruning.targets import Target
 from modelutils import hooked, linears, on_device
 from quant import meet_sparsities, quantize_nearest

@@ -57,8 +57,8 @@ import llama
 import opt
 from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli, inputs
-from mixgpt.app.choices import ALLOCATIONS
 from mixgpt.checkpoints.run_dir import RunDir
+from mixgpt.common.choices import ALLOCATIONS
 from mixgpt.kernels import columns_cpu
 from mixgpt.kernels.columns import UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM

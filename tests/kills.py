@@ -22,7 +22,7 @@ from mixgpt.allocation import backward, traces
 from mixgpt.app import pipeline
 from mixgpt.checkpoints import layer_files, run_dir, shards
 from mixgpt.checkpoints.formats import load_sparse
-from mixgpt.common import clock
+from mixgpt.common import runtime
 from mixgpt.modeling import streaming
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--batch-size", "1", "--eval", "builtin", "--device", "cpu"]
@@ -99,14 +99,14 @@ def watch(fatal, log, root, shard):
     moments = Moments(fatal)
     backward.BORDERS = 1  # a chunk of sequences is one batch
     shards.LARGEST = shard
-    timed = clock.Clock.part
+    timed = runtime.Clock.part
 
     @contextlib.contextmanager
     def timed_part(clock, name):
         with timed(clock, name), moments.part(name):
             yield
 
-    clock.Clock.part = timed_part
+    runtime.Clock.part = timed_part
     for name in ("save_layer", "_write_layer", "finish_distillation"):  # a thread writes what is finished
         moments.around(layer_files.LayerFiles, name, "finish")
     for name, part in (("kept", "kept"), ("write_checkpoint", "complete"), ("close", "end")):

@@ -10,8 +10,8 @@ from mixgpt.allocation import synthetic
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import global_plan
 from mixgpt.allocation.traces import Sampling, hessian_traces
-from mixgpt.app.choices import ESTIMATORS
 from mixgpt.common import distributed
+from mixgpt.common.choices import ESTIMATORS
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import selection
 from mixgpt.modeling.experts import split_experts

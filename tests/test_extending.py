@@ -16,11 +16,21 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import datautils
 import opt
-from mixgpt.app.choices import ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS, Allocation
 from mixgpt.checkpoints import load
-from mixgpt.common.choices import Choice, SaveFormat
+from mixgpt.common.choices import (
+    ALLOCATIONS,
+    ESTIMATORS,
+    FORMATS,
+    GRIDS,
+    SALIENCIES,
+    SOLVERS,
+    Allocation,
+    Choice,
+    SaveFormat,
+)
 from mixgpt.evaluation.measures import measure_sparsity, perplexity
 from mixgpt.pruning.targets import Target
+from mixgpt.text.sets import DATASETS
 from modelutils import hooked, linears
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()

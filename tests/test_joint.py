@@ -16,7 +16,7 @@ from test_sparsegpt import (
     zeros_per_group,
 )
 
-from mixgpt.app.choices import SOLVERS
+from mixgpt.common.choices import SOLVERS
 from mixgpt.pruning.hessian import InputHessian, activation_order, factor
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target

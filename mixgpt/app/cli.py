@@ -1,23 +1,32 @@
-"""The command line of the family scripts: parse and check it, and only then import PyTorch and run."""
+"""The command line of the family scripts: parse and check it, and only then import PyTorch and run.
+
+`reported` turns whatever ends this or another command line into one line on stderr and an exit status.
+"""
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.metadata
 import os
+import platform
 import re
 import shlex
+import signal
 import sys
+import tempfile
+import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-from mixgpt.app import exit_status
-from mixgpt.app.choices import DATASETS
 from mixgpt.app.settings import Settings, flag_of
 from mixgpt.common import program
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, Terminated, is_out_of_memory, one_line, status_of
+from mixgpt.text.sets import DATASETS
 
 REMEDY = "lower --batch-size, --nsamples or --seqlen, or give --no-true-sequential"
 RESUME = "what is in the folder of --save goes on with --resume"
+PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numba", "numpy")
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,17 +81,20 @@ def add_option(group, field):
 
 
 def main(family, argv=None):
-    """Run a family's command line. Returns the exit status, see `exit_status.reported`.
+    """Run a family's command line. Returns the exit status, see `reported`.
 
     argv: its arguments (default: sys.argv, including the script's name).
     """
     if argv is None:
         family, argv = replace(family, script=Path(sys.argv[0]).name), sys.argv[1:]
-    with exit_status.reported(family.script, argv, REMEDY) as end, contextlib.ExitStack() as stack:
+    with reported(family.script, argv, REMEDY) as end, contextlib.ExitStack() as stack:
         settings = parse(family, argv)
         settings.check_paths()
-        _silence(stack)
-        stack.enter_context(_resumable(settings))
+        end.advice = RESUME if settings.save else ""
+        if program.rank():  # only the first process prints
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
         from mixgpt.app import pipeline  # slow import
 
         pipeline.run(family, settings, shlex.join(["python", family.script, *argv]))
@@ -90,21 +102,69 @@ def main(family, argv=None):
 
 
 @contextlib.contextmanager
-def _resumable(settings):
-    """Add to what ends a run that it can go on, if that is so."""
+def reported(script, argv, remedy):
+    """Turn what ends the block, a whole command line, into one line on stderr and an exit status.
+
+    Yields an object whose `status` is then 0, or what the block has set. 1: a bug, whose traceback is in the file that
+    the line names. 2: InputError, or the host is out of memory; remedy says what to lower. 130: Ctrl-C. 141, without a
+    line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP. If the block sets `advice`, it ends the line,
+    except that of an InputError.
+    """
+    end = SimpleNamespace(status=0, advice="")
+    try:
+        with _terminable():
+            yield end
+        sys.stdout.flush()
+    except SystemExit as stop:  # argparse, after --help
+        end.status = stop.code or 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
+        end.status = 128 + signal.SIGPIPE
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, InputError):
+            line = f"error: {one_line(error)}"
+        elif isinstance(error, KeyboardInterrupt):
+            line = "terminated" if isinstance(error, Terminated) else "interrupted"
+        elif is_out_of_memory(error):
+            line = f"error: out of memory; {remedy}"
+        else:
+            line = (f"error: unexpected {type(error).__name__}: {one_line(error):.300}; please report it with "
+                    f"{_traceback_file(script, argv, error)}, which has the traceback")
+        advice = f"; {end.advice}" if end.advice and not isinstance(error, InputError) else ""
+        process = f" (process {program.rank()})" if program.rank() else ""
+        print(f"{script}: {line}{advice}{process}", file=sys.stderr, flush=True)
+        end.status = status_of(error)
+
+
+def _traceback_file(script, argv, error):
+    """Write traceback, command and versions to a new file. Returns its path."""
+    with tempfile.NamedTemporaryFile("w", prefix=f"{script}-", suffix=".txt", delete=False) as file:
+        print(shlex.join(["python", script, *argv]), file=file)
+        print(f"Python {platform.python_version()} on {platform.platform()}", file=file)
+        for name in PACKAGES:
+            print(name, importlib.metadata.version(name), file=file)
+        traceback.print_exception(error, file=file)
+    return file.name
+
+
+@contextlib.contextmanager
+def _terminable():
+    """Let SIGTERM and SIGHUP raise `Terminated` within the block, so that temporary files are removed.
+
+    Only in the first process, as the others keep no files and may hang in one that waits for it. A signal that is
+    ignored, as under nohup, stays so.
+    """
+    def terminate(*_):
+        for number in handled:  # a terminal that closes sends two
+            signal.signal(number, signal.SIG_IGN)
+        raise Terminated
+
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP)
+               if program.rank() == 0 and signal.getsignal(number) == signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, terminate)
     try:
         yield
-    except InputError:  # says so itself
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        if settings.save:
-            error.add_note(RESUME)
-        raise
-
-
-def _silence(stack):
-    """Silence all processes but the first, until `stack` is closed."""
-    if program.rank():
-        nowhere = stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(contextlib.redirect_stdout(nowhere))
-        stack.enter_context(contextlib.redirect_stderr(nowhere))
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)

@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from mixgpt.app import records
-from mixgpt.app.choices import SALIENCIES, SOLVERS
 from mixgpt.common import distributed, memory
+from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.evaluation.measures import count_zeros, measure_weights
 from mixgpt.pruning import distill

@@ -10,9 +10,8 @@ from mixgpt.allocation import traces
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import formats, load
 from mixgpt.common import distributed, memory
-from mixgpt.common.clock import Clock
 from mixgpt.common.errors import InputError
-from mixgpt.common.runtime import choose_dtype, choose_seqlen
+from mixgpt.common.runtime import Clock, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck
 from mixgpt.modeling.family import Family
 from mixgpt.modeling.streaming import digest

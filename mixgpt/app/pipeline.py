@@ -12,8 +12,7 @@ from mixgpt.app.report import result_text
 from mixgpt.app.run import opened
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, progress
-from mixgpt.common.clock import Clock, peak_memory
-from mixgpt.common.runtime import choose_device
+from mixgpt.common.runtime import Clock, choose_device, peak_memory
 
 
 def run(family, settings, command=None, model=None, tokenizer=None, texts=None):

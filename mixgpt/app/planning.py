@@ -11,9 +11,9 @@ from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import Gradients, every_second_sequence, output_gradients
 from mixgpt.allocation.plan import Budget
 from mixgpt.allocation.synthetic import RESAMPLED, synthetic, windows_of
-from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS
 from mixgpt.app.report import plan_text
 from mixgpt.common import distributed
+from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS
 from mixgpt.common.files import write_output
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.pruning import distill

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixgpt.app.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS
+from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_outputs
 from mixgpt.text.sets import check_texts

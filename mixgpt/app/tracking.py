@@ -7,8 +7,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from mixgpt.app.exit_status import status_of
-from mixgpt.common.errors import one_line
+from mixgpt.common.errors import one_line, status_of
 
 
 def _guarded(method):

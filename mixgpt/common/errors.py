@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import signal
 
 # How libraries say on the host that memory is used up, where they raise neither MemoryError nor ENOMEM.
 EXHAUSTED = ("DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment", "std::bad_alloc",
@@ -18,6 +19,10 @@ class InputError(ValueError):
 
 class VerificationError(RuntimeError):
     """Report that a saved model reads back differently: a defect of this program or of the disk, not of the input."""
+
+
+class Terminated(KeyboardInterrupt):
+    """A scheduler or a closing terminal ends this process. Like Ctrl-C, it passes all handlers of errors."""
 
 
 @contextlib.contextmanager
@@ -45,10 +50,18 @@ def one_line(error):
 
 def is_out_of_memory(error):
     """Return whether an exception, or one of its causes, says that the host's memory is used up."""
-    while error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-            return True
-        if any(words in str(error) for words in EXHAUSTED):
-            return True
+    chain = []
+    while error and error not in chain:
+        chain.append(error)
         error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+               or any(words in str(error) for words in EXHAUSTED) for error in chain)
+
+
+def status_of(error):
+    """Return the exit status of a run that an exception ends, 0 for None."""
+    if error is None:
+        return 0
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+    return 2 if isinstance(error, InputError) or is_out_of_memory(error) else 1

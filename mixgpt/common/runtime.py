@@ -1,9 +1,15 @@
-"""Devices, dtypes, sequence lengths and random generators of a run."""
+"""Devices, dtypes, sequence lengths, random generators, time and peak memory of a run."""
 
+import contextlib
+import itertools
 import os
 import platform
 import random
 import re
+import resource
+import sys
+import time
+from collections import defaultdict
 
 import torch
 
@@ -11,6 +17,7 @@ from mixgpt.common import program
 from mixgpt.common.errors import InputError
 
 DEFAULT_SEQLEN = 2048
+KEPT = 10_000  # moments of a `Clock` that are not added up yet; a mixture of experts has millions
 
 
 def choose_device(name):
@@ -75,3 +82,59 @@ def wide(tensor):
 def seeded(*key, device="cpu"):
     """Return a generator seeded by all of `key`."""
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+class Clock:
+    """Add up time per part of the run; a nested part is not counted in the outer one.
+
+    On a GPU it is the time between events on the stream that the part's kernels are launched on, so that the host does
+    not wait for them; elsewhere wall time. What a GPU still works on belongs to the part that launched it.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self._seconds = defaultdict(float)
+        self._changes = [self._change(None)]  # not added up yet
+
+    @property
+    def seconds(self):
+        """Seconds by name of a part. On a GPU this waits for its work so far."""
+        self._add_up()
+        return self._seconds
+
+    def _add_up(self):
+        if self.device.type == "cuda":
+            self._changes[-1][1].synchronize()
+        for (name, start), (_, end) in itertools.pairwise(self._changes):
+            if name is not None:
+                self._seconds[name] += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
+        del self._changes[:-1]
+
+    @contextlib.contextmanager
+    def part(self, name):
+        """Count the time of the block, even if an error ends it."""
+        outer = self._changes[-1][0]
+        self._changes.append(self._change(name))
+        try:
+            yield
+        finally:
+            self._changes.append(self._change(outer))
+            if len(self._changes) > KEPT:
+                self._add_up()
+
+    def _change(self, name):
+        """Return the name of the part that begins, None for none, and its time or event."""
+        if self.device.type != "cuda":
+            return name, time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return name, event
+
+
+def peak_memory(device):
+    """Return the peak memory so far in bytes: {"host": …} and on CUDA {"device": …}."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak

@@ -9,7 +9,7 @@ import contextlib
 
 import torch
 
-from mixgpt.common.clock import Clock
+from mixgpt.common.runtime import Clock
 from mixgpt.evaluation.measures import perplexity
 from modelutils import linears
 

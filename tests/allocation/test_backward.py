@@ -12,9 +12,9 @@ from mixgpt.allocation import backward, fisher
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import global_plan, inverse_diagonals
 from mixgpt.allocation.traces import Sampling, hessian_traces
-from mixgpt.app.choices import ESTIMATORS
 from mixgpt.checkpoints import load
 from mixgpt.common import distributed
+from mixgpt.common.choices import ESTIMATORS
 from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import select
 from modelutils import StreamedModel, linears

@@ -10,7 +10,7 @@ from transformers import OPTConfig, OPTForCausalLM
 import opt
 from mixgpt.allocation import backward, fisher, hutchinson
 from mixgpt.allocation.traces import Sampling, hessian_traces
-from mixgpt.app.choices import ESTIMATORS
+from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.runtime import seeded
 from mixgpt.modeling.experts import split_experts
 from modelutils import StreamedModel, linears

@@ -7,7 +7,7 @@ import torch
 from conftest import CPU, make
 
 from mixgpt.allocation import backward, traces
-from mixgpt.app.choices import ESTIMATORS
+from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.errors import InputError
 from modelutils import StreamedModel
 

@@ -15,8 +15,8 @@ from conftest import ROOT, as_rank, command
 import generate
 import llama
 import results
-from mixgpt.app import exit_status, pipeline
-from mixgpt.common.errors import InputError
+from mixgpt.app import cli, pipeline
+from mixgpt.common.errors import InputError, Terminated, is_out_of_memory
 from mixgpt.pruning.hessian import InputHessian
 
 COMMANDS = {
@@ -38,7 +38,7 @@ def temporary(monkeypatch, tmp_path):
     """Keep temporary files where a test can list them."""
     folder = tmp_path / "temporary"
     folder.mkdir()
-    monkeypatch.setattr(exit_status.tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(cli.tempfile, "tempdir", str(folder))
     return folder
 
 
@@ -95,8 +95,16 @@ def test_a_real_allocation_that_fails_is_recognized_behind_another_error(monkeyp
     assert "out of memory" in capsys.readouterr().err
 
 
+def test_causes_in_a_circle_are_read_once():
+    first, second = RuntimeError("a"), RuntimeError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert not is_out_of_memory(first)
+    second.__cause__ = MemoryError()
+    assert is_out_of_memory(first)
+
+
 @pytest.mark.parametrize("error, status", [
-    (KeyboardInterrupt(), 130), (exit_status.Terminated(), 143), (RuntimeError("surprise"), 1), (MemoryError(), 2)])
+    (KeyboardInterrupt(), 130), (Terminated(), 143), (RuntimeError("surprise"), 1), (MemoryError(), 2)])
 def test_what_stops_a_run_speaks_of_its_folder_where_there_is_one(error, status, monkeypatch, capsys):
     assert end("llama.py", error, monkeypatch) == status
     assert "--resume" not in capsys.readouterr().err
@@ -122,7 +130,7 @@ def wait_in_the_second_layer(temporary, errors, reached):
     """Let the temporary files be there, and wait forever after the first layer."""
     with open(errors, "w") as output:
         os.dup2(output.fileno(), 2)
-    exit_status.tempfile.tempdir = str(temporary)
+    cli.tempfile.tempdir = str(temporary)
     add_batch = InputHessian.add_batch
 
     def waiting(*given):

@@ -10,7 +10,7 @@ from commands import short_builtin  # noqa: F401, a fixture
 
 import datautils
 from mixgpt.app import pipeline
-from mixgpt.app.choices import ALLOCATIONS, SOLVERS
+from mixgpt.common.choices import ALLOCATIONS, SOLVERS
 
 
 def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch, tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_sparsegpt import prune_matrix, relative_error
 
-from mixgpt.app.choices import SOLVERS
+from mixgpt.common.choices import SOLVERS
 from mixgpt.pruning import admm
 from mixgpt.pruning.admm import Part, admm_pruner, admm_scores, keep_mask, solve_on_support
 from mixgpt.pruning.hessian import InputHessian, factor

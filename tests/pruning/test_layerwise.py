@@ -9,7 +9,7 @@ import torch
 from conftest import CPU, make, make_plan
 from test_sparsegpt import prune_matrix
 
-from mixgpt.app.choices import SALIENCIES, SOLVERS
+from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import columns

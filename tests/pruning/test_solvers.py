@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_sparsegpt import correlated_inputs, random, relative_error
 
-from mixgpt.app.choices import SOLVERS
+from mixgpt.common.choices import SOLVERS
 from mixgpt.pruning import solvers
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.solvers import Recipe, prune_in_place, walk
