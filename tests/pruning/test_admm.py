@@ -15,6 +15,11 @@ from quant import Scheme
 CPU = torch.device("cpu")
 
 
+def pruned(W, H, *targets, weights=None):
+    """Return what ADMM makes of matrices, each with its target."""
+    return admm_pruner(W, H, list(targets), weights)(list(targets))
+
+
 @pytest.fixture
 def problem():
     """Weights (24, 32), and inputs as those of language models: correlated, of very different scales."""
@@ -29,6 +34,15 @@ def normalised(X, percdamp=0.01):
     H.diagonal().add_(percdamp * H.diagonal().mean())
     scale = H.diagonal().sqrt()
     return H / scale / scale[:, None], scale
+
+
+def seen(X, **gaps):
+    """Return the factored Hessian of inputs (tokens, in)."""
+    hessian = InputHessian(32, 4, CPU)
+    for half in (slice(0, 150), slice(150, 400)):
+        hessian.add_batch(X[half], **{name: gap[half] for name, gap in gaps.items()})
+    hessian.factor(0.01)
+    return hessian
 
 
 def test_conjugate_gradients_find_the_least_squares_solution_of_every_row(problem):
@@ -51,7 +65,7 @@ def test_layers_err_less_than_after_the_walk(problem, target, ratio):
     walked = prune_matrix(W, R, H.diagonal(), target)[0]
     damped = H.clone()
     damped.diagonal().add_(0.01 * H.diagonal().mean())
-    solved, = admm_pruner([W], damped, [target])([target])
+    solved, = pruned([W], damped, target)
     assert (solved == 0).sum() == round(target.sparsity * W.numel())
     assert relative_error(W, solved, H) < ratio * relative_error(W, walked, H)
 
@@ -60,25 +74,21 @@ def test_layers_err_less_than_after_the_walk(problem, target, ratio):
 def test_each_matrix_of_a_stack_meets_its_own_target(problem, sparsity):
     W, X = problem
     H, _ = normalised(X)
-    parts = admm_pruner([W[:7], W[7:]], H, [Target(sparsity), Target(0.25)])([Target(sparsity), Target(0.25)])
+    parts = pruned([W[:7], W[7:]], H, Target(sparsity), Target(0.25))
     assert [(part == 0).sum() for part in parts] == [round(sparsity * 7 * 32), W[7:].numel() // 4]
-    groups = [Target(0.5, 2, 4), Target(0.25, 1, 4)]
-    for part, target in zip(admm_pruner([W[:7], W[7:]], H, groups)(groups), groups, strict=True):
-        assert ((part == 0).view(-1, 4).sum(1) == target.prunen).all()
-    alone, = admm_pruner([W[:7]], H, [Target(sparsity)])([Target(sparsity)])
-    assert torch.allclose(parts[0], alone)
+    groups = pruned([W[:7], W[7:]], H, Target(0.5, 2, 4), Target(0.25, 1, 4))
+    assert [set((part == 0).view(-1, 4).sum(1).tolist()) for part in groups] == [{2}, {1}]
+    assert torch.allclose(parts[0], *pruned([W[:7]], H, Target(sparsity)))
 
 
 def test_weights_that_are_zero_stay_zero_also_beyond_the_target(problem):
     W, X = problem
     H, _ = normalised(X)
     W = W.masked_fill(torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.6, 0)
-    pruned, = admm_pruner([W], H, [Target(0.5)])([Target(0.5)])
-    assert torch.equal(pruned == 0, W == 0)
-    pruned, = admm_pruner([W], H, [Target(0.75)])([Target(0.75)])
-    assert (pruned == 0).sum() == round(0.75 * W.numel()) and (pruned[W == 0] == 0).all()
-    pruned, = admm_pruner([W], H, [Target(0.5, 2, 4)])([Target(0.5, 2, 4)])
-    assert ((pruned == 0).view(-1, 4).sum(1) == (W == 0).view(-1, 4).sum(1).clamp_min(2)).all()
+    few, more, groups = (pruned([W], H, target)[0] == 0 for target in (Target(0.5), Target(0.75), Target(0.5, 2, 4)))
+    assert torch.equal(few, W == 0)
+    assert more.sum() == round(0.75 * W.numel()) and more[W == 0].all()
+    assert torch.equal(groups.view(-1, 4).sum(1), (W == 0).view(-1, 4).sum(1).clamp_min(2))
 
 
 @pytest.mark.parametrize("solver", ["obs", "admm"])
@@ -86,22 +96,18 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
     W, X = problem
     weights = torch.ones(24)
     weights[:12] = 16.0
-    hessian = InputHessian(32, 4, CPU)
-    hessian.add_batch(X.float())
-    hessian.factor(0.01)
-    plain, weighted, scaled = W.float(), W.float(), W.float()
-    prune_in_place(hessian, [plain], [Target(0.5)], Recipe(SOLVERS[solver].load()))
-    prune_in_place(hessian, [weighted], [Target(0.5)], Recipe(SOLVERS[solver].load()), weights)
+    roots, hessian = weights.sqrt()[:, None], seen(X.float())
+    plain, weighted, scaled = W.float(), W.float(), W.float() * roots  # the last: the same problem, told by the weights
+    for weight, more in ((plain, None), (weighted, weights), (scaled, None)):
+        prune_in_place(hessian, [weight], [Target(0.5)], Recipe(SOLVERS[solver].load()), more)
     assert (weighted[:12] != 0).sum() > (plain[:12] != 0).sum() + 12
-    scaled *= weights.sqrt()[:, None]  # the same problem, told by the weights
-    prune_in_place(hessian, [scaled], [Target(0.5)], Recipe(SOLVERS[solver].load()))
-    assert torch.allclose(scaled / weights.sqrt()[:, None], weighted, atol=1e-3)
+    assert torch.allclose(scaled / roots, weighted, atol=1e-3)
 
 
 def test_a_matrix_whose_rows_weigh_nothing_meets_its_target_as_if_they_weighed_alike(problem):
     W, X = problem
     H, scale = normalised(X)
-    nothing, alike = (admm_pruner([W / scale], H * scale * scale[:, None], [Target(0.5)], weights)([Target(0.5)])[0]
+    nothing, alike = (pruned([W / scale], H * scale * scale[:, None], Target(0.5), weights=weights)[0]
                       for weights in (torch.zeros(24), torch.ones(24)))
     assert torch.equal(nothing, alike) and (nothing == 0).sum() == W.numel() // 2
 
@@ -144,37 +150,29 @@ def test_sparsity_rises_cubically_until_it_is_met(problem, monkeypatch):
         [0.5 * (1 - max(1 - t / 6, 0) ** 3) for t in range(1, 9)], abs=2 / W.numel())
 
 
-@pytest.mark.parametrize("solver, scheme", [("obs", None), ("admm", None), ("admm", "grid")])
+@pytest.mark.parametrize("solver, scheme", [("obs", None), ("admm", None), ("admm", Scheme(4))])
 def test_columns_without_input_are_free_to_prune(problem, solver, scheme):
     W, X = problem
     X = X.float().clone()
     X[:, 3] = 0
-    hessian = InputHessian(32, 4, CPU)
-    hessian.add_batch(X, X + 0.01)
-    hessian.factor(0.01)
-    weight = W.float()
-    recipe = Recipe(SOLVERS[solver].load(), scheme=Scheme(4) if scheme else None)
-    (error, grid), = prune_in_place(hessian, [weight], [Target(0.5)], recipe)
+    weight, recipe = W.float(), Recipe(SOLVERS[solver].load(), scheme=scheme)
+    (_, grid), = prune_in_place(seen(X, input_gap=torch.full_like(X, 0.01)), [weight], [Target(0.5)], recipe)
     assert weight.isfinite().all() and (weight[:, 3] == 0).all()
     assert abs((weight == 0).sum() - 12 * 32) <= (2 if scheme else 0)
-    assert (grid is None) == (scheme is None)
-    assert scheme is None or torch.equal(grid.weights(grid.codes(weight)), weight)
+    assert torch.equal(grid.weights(grid.codes(weight)), weight) if scheme else grid is None
 
 
-def test_outputs_with_gaps_are_met_by_the_ridge_solution(problem):
+@pytest.mark.parametrize("names", [["input_gap"], ["output_gap"], ["input_gap", "output_gap"]])
+def test_outputs_with_gaps_are_met_by_the_ridge_solution(problem, names):
     W, X = problem
     generator = torch.Generator().manual_seed(2)
-    input_gap = torch.randn(X.shape, generator=generator, dtype=torch.float64)
-    output_gap = 3 * torch.randn(len(X), len(W), generator=generator, dtype=torch.float64)
-    both = {"input_gap": input_gap, "output_gap": output_gap}
-    for options in ({"input_gap": input_gap}, {"output_gap": output_gap}, both):
-        hessian = InputHessian(32, 4, CPU)
-        for half in (slice(0, 150), slice(150, 400)):
-            hessian.add_batch(X[half].float(), **{name: value[half].float() for name, value in options.items()})
-        hessian.factor(0.01)
-        ridge = (0.01 * hessian.H.diagonal().mean().double()).sqrt()
-        outputs = (X + options.get("input_gap", 0)) @ W.T + options.get("output_gap", 0)
-        exact = torch.linalg.lstsq(torch.cat([(2 / 4) ** 0.5 * X, ridge * torch.eye(32, dtype=torch.float64)]),
-                                   torch.cat([(2 / 4) ** 0.5 * outputs, ridge * W.T])).solution.T
-        assert torch.allclose(hessian.optimum(W.float()).double(), exact, rtol=1e-3, atol=1e-3)
-        assert not torch.allclose(exact, W, atol=0.05)
+    gaps = {"input_gap": torch.randn(X.shape, generator=generator),
+            "output_gap": 3 * torch.randn(len(X), len(W), generator=generator)}
+    gaps = {name: gaps[name] for name in names}
+    hessian = seen(X.float(), **gaps)
+    ridge = (0.01 * hessian.H.diagonal().mean().double()).sqrt()
+    outputs = (X + gaps.get("input_gap", 0)) @ W.T + gaps.get("output_gap", 0)
+    exact = torch.linalg.lstsq(torch.cat([(2 / 4) ** 0.5 * X, ridge * torch.eye(32, dtype=torch.float64)]),
+                               torch.cat([(2 / 4) ** 0.5 * outputs, ridge * W.T])).solution.T
+    assert torch.allclose(hessian.optimum(W.float()).double(), exact, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(exact, W, atol=0.05)

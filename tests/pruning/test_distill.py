@@ -7,19 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, make
+from conftest import CPU, VOCABULARY, make, modules_of
 from makebelieve import CUDA, Gpu
 from torch.profiler import ProfilerActivity, profile
 
-from mixgpt.common import distributed, memory
+from mixgpt.common import memory
 from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning import distill as module
-from mixgpt.pruning.distill import dense_states, distill, schedule
+from mixgpt.pruning.distill import dense_states, distill
 from mixgpt.pruning.targets import select
-from modelutils import StreamedModel, linears
+from modelutils import StreamedModel
 from quant import Scheme, quantize_nearest
 
 N, T = 5, 9
+SCHEMES = {"rows": Scheme(3), "groups": Scheme(4, groupsize=8, sym=True)}
 
 
 @pytest.fixture(autouse=True)
@@ -27,53 +28,51 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(module, "STEP_TOKENS", 1)
 
 
-def halved(family, model):
-    """Return a copy of a model of which a random half of the chosen matrices' weights is zero, and what was chosen."""
-    pruned, chosen = copy.deepcopy(model), dict.fromkeys(select(model, family))
-    generator = torch.Generator().manual_seed(3)
-    for index, name in chosen:
-        weight = linears(family.layers_of(pruned)[index])[name].weight.data
-        weight[torch.rand(weight.shape, generator=generator) < 0.5] = 0
-    return pruned, chosen
+class Scene:
+    """A dense model, a copy of which a random half of the weights is zero, and what distillation reads."""
+
+    def __init__(self, name="llama", dtype=torch.float32, scheme=None, shape=(N, T)):
+        """scheme: of the grids on which the kept weights lie, `chosen`, {(layer, name): Grid or None}."""
+        self.family, self.model = make(name)
+        split_experts(self.model)
+        self.model.to(dtype)
+        self.pruned, self.chosen = copy.deepcopy(self.model), dict.fromkeys(select(self.model, self.family))
+        generator = torch.Generator().manual_seed(3)
+        for key in self.chosen:
+            weight = self.weight(key)
+            weight[torch.rand(weight.shape, generator=generator) < 0.5] = 0
+            if scheme:
+                rounded, self.chosen[key] = quantize_nearest(weight, scheme)
+                weight.copy_(rounded)
+        self.tokens = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
+        self.dense = dense_states(self.streamed(self.model), self.tokens)
+        self.before = copy.deepcopy((self.pruned, self.chosen))
+
+    def weight(self, key, model=None):
+        return modules_of(model or self.pruned, self.family)[key].weight.data
+
+    def streamed(self, model, batch_size=2):
+        return StreamedModel(model, self.family, CPU, batch_size)
+
+    def distill(self, times=1, seed=0, batch_size=2, finish=None):
+        return distill(self.streamed(self.pruned, batch_size), self.chosen, self.tokens.repeat(times, 1),
+                       self.dense.repeat(times, 1, 1), seed, finish)
+
+    def divergence(self, pruned=None):
+        """Return KL(p ‖ q) per token, of predictions by the models' own forwards."""
+        with torch.no_grad():
+            log_p = self.model(self.tokens, use_cache=False).logits.log_softmax(-1)
+        log_q = (pruned or self.pruned)(self.tokens, use_cache=False).logits.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 @pytest.fixture(params=["opt", "baichuan-13b", "gemma4", "qwen3-moe"])
-def case(request):
-    """Give (family, dense model, pruned model, chosen matrices, tokens, dense hidden states), in float64."""
-    family, model = make(request.param)
-    split_experts(model)
-    model.double()
-    pruned, chosen = halved(family, model)
-    tokens = torch.randint(0, VOCABULARY, (N, T), generator=torch.Generator().manual_seed(1))
-    return family, model, pruned, chosen, tokens, dense_states(StreamedModel(model, family, CPU, 2), tokens)
+def name(request):
+    return request.param
 
 
-SCHEMES = {"rows": Scheme(3), "groups": Scheme(4, groupsize=8, sym=True)}
-
-
-def quantized(family, model, scheme):
-    """Return a copy of a model with half of its weights zero and the others on grids, and {(layer, name): Grid}.
-
-    Grids have no float64: the model becomes one of float32.
-    """
-    pruned, chosen = halved(family, model.float() if model.dtype == torch.float64 else model)
-    for index, name in chosen:
-        module = linears(family.layers_of(pruned)[index])[name]
-        module.weight.data, chosen[index, name] = quantize_nearest(module.weight.data, scheme)
-    return pruned, chosen
-
-
-def divergence(model, pruned, tokens):
-    """Return KL(p ‖ q) per token, of predictions by the models' own forwards."""
-    with torch.no_grad():
-        log_p = model(tokens, use_cache=False).logits.log_softmax(-1)
-    log_q = pruned(tokens, use_cache=False).logits.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-
-def test_gradients_are_those_of_the_divergence_from_the_dense_model(case, monkeypatch):
-    family, model, pruned, chosen, tokens, dense = case
-    found = []
+def test_gradients_are_those_of_the_divergence_from_the_dense_model(name, monkeypatch):
+    scene, found = Scene(name, torch.float64), []
 
     def keep(state, factor, number):
         found.append(state.weight.grad)
@@ -82,29 +81,27 @@ def test_gradients_are_those_of_the_divergence_from_the_dense_model(case, monkey
     monkeypatch.setattr(module._Weight, "step", keep)
     monkeypatch.setattr(module, "STEPS", 1)
     monkeypatch.setattr(module, "CPU_SLICE", 7)  # several parts
-    mean = distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens, dense, 0)
-    with module._trained(family.layers_of(pruned), chosen) as weights, torch.enable_grad():
-        expected = divergence(model, pruned, tokens)
+    mean = scene.distill()
+    with module._trained(scene.family.layers_of(scene.pruned), scene.chosen) as weights, torch.enable_grad():
+        expected = scene.divergence()
         wanted = torch.autograd.grad(expected * N * T, weights, allow_unused=True)
     assert mean == pytest.approx(expected.item(), rel=1e-5)  # summed in float32
-    assert len(found) == len(weights) > len(chosen)
-    for weight, gradient, other in zip(weights, found, wanted, strict=True):
-        other = torch.zeros_like(weight) if other is None else other  # experts without tokens
-        gradient = torch.zeros_like(weight) if gradient is None else gradient
+    assert len(found) == len(weights) > len(scene.chosen)
+    for weight, *pair in zip(weights, found, wanted, strict=True):
+        gradient, other = (torch.zeros_like(weight) if each is None else each for each in pair)  # experts without token
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-7)
 
 
-def test_kept_weights_norms_and_biases_learn_and_all_else_stays(case, monkeypatch):
+def test_kept_weights_norms_and_biases_learn_and_all_else_stays(name, monkeypatch):
     monkeypatch.setattr(module, "STEPS", 40)
-    family, model, pruned, chosen, tokens, dense = case
-    before = copy.deepcopy(pruned.state_dict())
-    start = divergence(model, pruned, tokens).item()
-    mean = distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens.repeat(8, 1), dense.repeat(8, 1, 1), 0)
-    end = divergence(model, pruned, tokens).item()
+    scene = Scene(name, torch.float64)
+    start = scene.divergence().item()
+    mean = scene.distill(times=8)
+    end = scene.divergence().item()
     assert end < 0.95 * start and end < mean < start
-    trained = {f"{family.path(index, name)}.weight" for index, name in chosen}
-    for name, weight in pruned.state_dict().items():
-        layer = name.startswith(f"{family.layers}.")
+    trained, before = {f"{scene.family.path(*key)}.weight" for key in scene.chosen}, scene.before[0].state_dict()
+    for name, weight in scene.pruned.state_dict().items():
+        layer = name.startswith(f"{scene.family.layers}.")
         if name in trained:
             assert torch.equal(weight == 0, before[name] == 0), name
             assert not torch.equal(weight, before[name]) or ".experts." in name, name
@@ -112,65 +109,45 @@ def test_kept_weights_norms_and_biases_learn_and_all_else_stays(case, monkeypatc
             assert not torch.equal(weight, before[name]), name
         elif not layer or weight.dim() > 1:
             assert torch.equal(weight, before[name]), name
-    assert not any(weight.grad is not None for weight in pruned.parameters())
+    assert not any(weight.grad is not None for weight in scene.pruned.parameters())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_gradients_of_scales_are_those_of_the_divergence(case, scheme, monkeypatch):
-    family, model, _, _, tokens, _ = case
-    pruned, grids = quantized(family, model, scheme)
-    dense = dense_states(StreamedModel(model, family, CPU, 2), tokens)
-    weights = {f"{family.path(*key)}.weight": grid for key, grid in grids.items()}
-    before = {name: weight.detach().clone() for name, weight in pruned.named_parameters()}
+def test_gradients_of_scales_are_those_of_the_divergence(name, scheme, monkeypatch):
+    scene, found = Scene(name, scheme=scheme), []
+    weights = {f"{scene.family.path(*key)}.weight": grid for key, grid in scene.chosen.items()}
+    before = dict(scene.before[0].named_parameters())
     logarithms = {name: torch.zeros_like(grid.scale, requires_grad=True) for name, grid in weights.items()}
     scaled = {name: before[name] * logarithms[name].exp()[:, grid.group] for name, grid in weights.items()}
 
     def forward(tokens, **more):
-        return torch.func.functional_call(pruned, before | scaled, (tokens,), more)
+        return torch.func.functional_call(scene.pruned, before | scaled, (tokens,), more)
 
-    wanted = torch.autograd.grad(divergence(model, forward, tokens) * N * T, list(logarithms.values()),
-                                 allow_unused=True)
-    found = []
-
+    wanted = torch.autograd.grad(scene.divergence(forward) * N * T, list(logarithms.values()), allow_unused=True)
     monkeypatch.setattr(module._Adafactor, "step", lambda _, exact, gradient, *more: found.append(gradient.clone()))
     monkeypatch.setattr(module, "STEPS", 1)
-    distill(StreamedModel(pruned, family, CPU, 2), grids, tokens, dense, 0)
+    scene.distill()
     for gradient, other in zip(found, wanted, strict=False):  # those of vectors come behind
         other = torch.zeros_like(gradient) if other is None else other  # experts without tokens
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
-    assert all(torch.equal(weight, before[name]) for name, weight in pruned.named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in scene.pruned.named_parameters())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_scales_learn_and_codes_stay(scheme, monkeypatch):
+@pytest.mark.parametrize("scheme, dtype", [(SCHEMES["rows"], torch.float32), (SCHEMES["groups"], torch.float32),
+                                           (Scheme(8), torch.bfloat16)], ids=str)
+def test_scales_learn_and_codes_stay(scheme, dtype, monkeypatch):
     monkeypatch.setattr(module, "STEPS", 40)
-    family, model = make("llama")
-    tokens = torch.randint(0, VOCABULARY, (N, T), generator=torch.Generator().manual_seed(1))
-    pruned, grids = quantized(family, model, scheme)
-    dense = dense_states(StreamedModel(model, family, CPU, 2), tokens)
-    before, start = copy.deepcopy(pruned), divergence(model, pruned, tokens).item()
-    old = {key: copy.deepcopy(grid) for key, grid in grids.items()}
-    distill(StreamedModel(pruned, family, CPU, 2), grids, tokens.repeat(8, 1), dense.repeat(8, 1, 1), 0)
-    assert divergence(model, pruned, tokens).item() < 0.97 * start
-    for (index, name), grid in grids.items():
-        weight, was = (linears(family.layers_of(each)[index])[name].weight.data for each in (pruned, before))
+    scene = Scene(scheme=scheme, dtype=dtype)
+    start = scene.divergence().item()
+    scene.distill(times=8)
+    assert scene.divergence().item() < 0.97 * start
+    for key, grid in scene.chosen.items():
+        weight, was, old = scene.weight(key), scene.weight(key, scene.before[0]), scene.before[1][key]
         codes = grid.codes(weight)  # raises what is not on the grid
-        assert torch.equal(codes, old[index, name].codes(was))
+        assert torch.equal(codes, old.codes(was)) or dtype == torch.bfloat16  # where two stand for one weight
         assert torch.equal(grid.weights(codes), weight) and torch.equal(weight == 0, was == 0)
-        assert torch.equal(grid.zero, old[index, name].zero) and (grid.scale > 0).all()
-        assert (grid.scale != old[index, name].scale).double().mean() > 0.5  # some units are dead
-
-
-def test_bfloat16_weights_of_8_bits_stay_on_their_grids():
-    family, model = make("llama")
-    model.to(torch.bfloat16)
-    tokens = torch.randint(0, VOCABULARY, (2, T))
-    dense = dense_states(StreamedModel(model, family, CPU, 2), tokens)
-    pruned, grids = quantized(family, model, Scheme(8))
-    distill(StreamedModel(pruned, family, CPU, 2), grids, tokens, dense, 0)
-    for (index, name), grid in grids.items():
-        weight = linears(family.layers_of(pruned)[index])[name].weight.data
-        assert torch.equal(grid.weights(grid.codes(weight)), weight)
+        assert torch.equal(grid.zero, old.zero) and (grid.scale > 0).all()
+        assert (grid.scale != old.scale).double().mean() > 0.5  # some units are dead
 
 
 def test_a_step_of_scales_is_that_of_adafactor_on_their_logarithms():
@@ -180,9 +157,9 @@ def test_a_step_of_scales_is_that_of_adafactor_on_their_logarithms():
     order = torch.tensor([3, 0, 5, 1, 4, 2])  # as --act-order leaves groups
     W, grid = W[:, order], replace(grid, group=grid.group[order])
     weight, codes = torch.nn.Parameter(W.clone()), grid.codes(W)
-    state, (logarithms, squares) = module._Scales(weight, grid), ([[0.0] * 3 for _ in range(3)] for _ in range(2))
+    state, (logarithms, squares) = module._Scales(weight, grid), torch.zeros(2, 3, 3).tolist()
     for number in (1, 2, 3):
-        gradient, moves = torch.randn(3, 6), [[0.0] * 3 for _ in range(3)]
+        gradient, moves = torch.randn(3, 6), torch.zeros(3, 3).tolist()
         for i in range(3):
             for g in range(3):
                 slope = sum(gradient[i, j].item() * weight[i, j].item() for j in range(6) if grid.group[j] == g)
@@ -201,30 +178,24 @@ def test_a_step_of_scales_is_that_of_adafactor_on_their_logarithms():
 
 
 def test_layers_without_chosen_matrices_stay():
-    family, model = make("llama")
-    pruned, chosen = halved(family, model)
-    tokens = torch.randint(0, VOCABULARY, (2, T))
-    dense, before, finished = dense_states(StreamedModel(model, family, CPU, 2), tokens), copy.deepcopy(pruned), []
-    distill(StreamedModel(pruned, family, CPU, 2), {key: None for key in chosen if key[0] == 1}, tokens, dense, 0,
-            lambda index, *_: finished.append(index))
+    scene, finished = Scene(), []
+    scene.chosen = {key: None for key in scene.chosen if key[0] == 1}
+    scene.distill(finish=lambda index, *_: finished.append(index))
     same = [all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
-            for one, other in zip(family.layers_of(before), family.layers_of(pruned), strict=True)]
+            for one, other in zip(*map(scene.family.layers_of, (scene.before[0], scene.pruned)), strict=True)]
     assert same == [True, False, True]
     assert finished == [0, 1]
 
 
 def test_same_seed_same_weights_whatever_the_batch(monkeypatch):
     monkeypatch.setattr(module, "STEPS", 2)  # of three and two sequences
-    family, model = make("llama")
-    tokens = torch.randint(0, VOCABULARY, (N, T), generator=torch.Generator().manual_seed(1))
-    dense, (pruned, chosen) = dense_states(StreamedModel(model, family, CPU, 2), tokens), halved(family, model)
-    models = {(batch_size, seed): copy.deepcopy(pruned) for batch_size, seed in ((2, 4), (1, 4), (2, 5))}
-    for (batch_size, seed), trained in models.items():
-        distill(StreamedModel(trained, family, CPU, batch_size), chosen, tokens, dense, seed)
-    first, same, other = (torch.cat([weight.flatten() for weight in trained.parameters()]).detach()
-                          for trained in models.values())
-    torch.testing.assert_close(first, same, rtol=0, atol=1e-5)
-    assert not torch.allclose(first, other, rtol=0, atol=1e-5)
+    found = []
+    for batch_size, seed in ((2, 4), (1, 4), (2, 5)):
+        scene = Scene()
+        scene.distill(seed=seed, batch_size=batch_size)
+        found.append(torch.nn.utils.parameters_to_vector(scene.pruned.parameters()).detach())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    assert not torch.allclose(found[0], found[2], rtol=0, atol=1e-5)
 
 
 def test_a_step_is_that_of_adafactor():
@@ -263,27 +234,6 @@ def test_a_step_is_that_of_adafactor():
     torch.testing.assert_close(vector.detach().double(), expected[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("part, message", [("loss", "the divergence from the dense model is nan"),
-                                           ("gradients", "gradients became infinite")])
-def test_what_is_not_finite_is_recognised(part, message, monkeypatch):
-    family, model = make("llama")
-    pruned, chosen = halved(family, model)
-    tokens = torch.randint(0, VOCABULARY, (1, T))  # one step
-    dense, divergence = dense_states(StreamedModel(model, family, CPU, 2), tokens), module._divergence
-    if part == "loss":
-        dense *= torch.nan
-    else:
-        monkeypatch.setattr(module, "_divergence", lambda *given: (divergence(*given)[0], given[1] * torch.inf))
-    with pytest.raises(module.Diverged, match=message):
-        distill(StreamedModel(pruned, family, CPU, 2), chosen, tokens, dense, 0)
-
-
-def test_the_rate_rises_and_falls():
-    rates = [schedule(number, 20) for number in range(1, 21)]
-    assert rates[0] == pytest.approx(0.5) and max(rates) == rates[1] <= 1
-    assert rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 0.01
-
-
 def least_room(streamed, tokens, monkeypatch):
     """Return the fewest free bytes with which `room_for` lets as many sequences be a batch as ever."""
     few, enough = 0, 2**40
@@ -314,27 +264,25 @@ def peak_on_a_cpu(step, folder):
     ("opt", torch.bfloat16, CUDA)], ids=str)
 def test_what_fits_is_about_the_peak_and_without_room_for_it_nothing_does(name, dtype, device, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "STEP_TOKENS", 1024)
-    family, model = make(name)
-    split_experts(model)
-    model.to(dtype)
-    tokens = torch.randint(0, VOCABULARY, (16, 64))
-    dense = dense_states(StreamedModel(model, family, CPU, 2), tokens)
-    streamed, chosen = StreamedModel(model, family, device, 4), dict.fromkeys(select(model, family))
+    scene = Scene(name, dtype, shape=(16, 64))
+    streamed = StreamedModel(scene.pruned, scene.family, device, 4)
+
+    def run():
+        distill(streamed, scene.chosen, scene.tokens, scene.dense, 0)
+
     if device == CPU:
-        counted = least_room(streamed, tokens, monkeypatch)
-        peak = peak_on_a_cpu(lambda: distill(streamed, chosen, tokens, dense, 0), tmp_path)
+        counted, peak = least_room(streamed, scene.tokens, monkeypatch), peak_on_a_cpu(run, tmp_path)
     else:
         with Gpu() as gpu:
-            counted = least_room(streamed, tokens, monkeypatch)
-            distill(streamed, chosen, tokens, dense, 0)
+            counted = least_room(streamed, scene.tokens, monkeypatch)
+            run()
             peak = gpu.peak
     assert 0.95 * peak <= counted <= 1.5 * peak  # of memory.free, which leaves a tenth
 
 
-@pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
-def test_smaller_batches_take_less_and_a_model_that_does_not_fit_has_no_room(device, monkeypatch):
+def test_smaller_batches_take_less_and_a_model_that_does_not_fit_has_no_room(monkeypatch):
     family, model = make("llama")
-    tokens, streamed = torch.zeros(100, 10, dtype=torch.long), StreamedModel(model, family, device, 4, clock=object())
+    tokens, streamed = torch.zeros(100, 10, dtype=torch.long), StreamedModel(model, family, CUDA, 4, clock=object())
     rooms = []
     for free in range(0, 2_000_000, 10_000):
         monkeypatch.setattr(memory, "free", lambda device, free=free: free)
@@ -344,45 +292,37 @@ def test_smaller_batches_take_less_and_a_model_that_does_not_fit_has_no_room(dev
     assert module.room_for(streamed, tokens[:32]) == 2  # of a step
 
 
-FAILURES = {
-    "host": (MemoryError(), memory.OutOfMemory),
-    "GPU": (torch.OutOfMemoryError("CUDA out of memory"), memory.OutOfGpuMemory),
-    "infinite": (None, module.Diverged), "bug": (RuntimeError("unforeseen"), RuntimeError)}
+def infinite(divergence):
+    return divergence * torch.inf
 
 
-@pytest.mark.parametrize("part, each, failure, step", [  # 13: matrices of a layer, and all norms
-    ("_backward", 1, "host", 1), ("_backward", 1, "GPU", 5), ("_backward", 1, "infinite", 5), ("step", 13, "bug", 1),
-    ("step", 13, "host", 5), ("step", 13, "GPU", 1)])
-def test_a_model_that_cannot_be_distilled_is_what_it_was(part, each, failure, step, monkeypatch):
-    family, model = make("llama")
-    pruned, grids = quantized(family, model, SCHEMES["groups"])
-    grids |= dict.fromkeys([key for key in grids if key[0] == 1])  # scales of two layers are trained, weights of one
-    tokens = torch.randint(0, VOCABULARY, (N, T))
-    dense, before = dense_states(StreamedModel(model, family, CPU, 2), tokens), copy.deepcopy((pruned, grids))
-    owner, (error, expected), calls = module if part == "_backward" else module._Weight, FAILURES[failure], []
+def infinite_gradients(result):
+    return result[0], result[1] * torch.inf
+
+
+@pytest.mark.parametrize("part, call, failure, expected", [  # 13: matrices of a layer, and all norms
+    ("_backward", 1, MemoryError(), memory.OutOfMemory),
+    ("_backward", 5, torch.OutOfMemoryError("CUDA out of memory"), memory.OutOfGpuMemory),
+    ("_backward", 5, infinite, module.Diverged), ("_divergence", 5, infinite_gradients, module.Diverged),
+    ("step", 13, RuntimeError("unforeseen"), RuntimeError), ("step", 5 * 13, MemoryError(), memory.OutOfMemory)])
+def test_a_model_that_cannot_be_distilled_is_what_it_was(part, call, failure, expected, monkeypatch):
+    scene, calls = Scene(scheme=SCHEMES["groups"]), []
+    # scales of two layers are trained, weights of one
+    scene.chosen |= dict.fromkeys([key for key in scene.chosen if key[0] == 1])
+    owner = module._Weight if part == "step" else module
     work = getattr(owner, part)
 
     def failing(*given):
         calls.append(given)
-        if len(calls) != step * each:
-            return work(*given)
-        if error:
-            raise error
-        return work(*given) * torch.inf
+        if len(calls) == call and isinstance(failure, Exception):
+            raise failure
+        return failure(work(*given)) if len(calls) == call else work(*given)
 
     monkeypatch.setattr(owner, part, failing)
     with pytest.raises(expected):
-        distill(StreamedModel(pruned, family, CPU, 1), grids, tokens, dense, 0, lambda *_: pytest.fail("finished"))
-    assert len(calls) == step * each
-    for (name, weight), old in zip(pruned.named_parameters(), before[0].parameters(), strict=True):
-        assert torch.equal(weight, old) and weight.requires_grad and weight.grad is None, name
-    for key, grid in grids.items():
-        assert grid is None or torch.equal(grid.scale, before[1][key].scale)
-
-
-def test_steps_are_few_and_have_enough_tokens(monkeypatch):
-    monkeypatch.setattr(module, "STEP_TOKENS", 1024)
-    for shape, world, expected in (((128, 128), 1, 8), ((2048, 128), 1, 128), ((32, 128), 1, 8), ((3, 32), 1, 3),
-                                   ((40, 2048), 1, 3), ((32, 128), 2, 4), ((128, 128), 3, 3)):
-        monkeypatch.setattr(distributed, "world", lambda world=world: world)
-        assert module._per_step(torch.zeros(shape)) == expected
+        scene.distill(batch_size=1, finish=lambda *_: pytest.fail("finished"))
+    assert len(calls) == call
+    for weight, old in zip(scene.pruned.parameters(), scene.before[0].parameters(), strict=True):
+        assert torch.equal(weight, old) and weight.requires_grad and weight.grad is None
+    for key, grid in scene.chosen.items():
+        assert grid is None or torch.equal(grid.scale, scene.before[1][key].scale)

@@ -41,23 +41,16 @@ def test_damping_is_raised_to_the_first_step_that_suffices(asked, depth, needed)
     torch.testing.assert_close(R @ R.t(), damped(H, needed), rtol=1e-7, atol=1e-7)
 
 
-def test_a_hessian_that_no_damping_mends_is_refused():
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("fault, message", [("negative", "not positive definite at percdamp 1"), ("nan", "NaN or inf"),
+                                            ("inf", "NaN or inf")])
+def test_a_hessian_that_no_damping_mends_is_refused(fault, message, device):
     Q, _ = torch.linalg.qr(random(6, 6))
     H = (Q * torch.tensor([-1.5] + [1.5] * 5, dtype=torch.float64)) @ Q.t()
-    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite at percdamp 1"):
-        factor(H, 0.0)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_hessian_that_is_not_finite_is_refused(value):
-    X = correlated_inputs(30, 4)
-    X[3, 2] = value
-    with pytest.raises(torch.linalg.LinAlgError, match="NaN or inf"):
-        factor(X.t() @ X, PERCDAMP)
-    H = torch.eye(4)
-    H[0, 3] = H[3, 0] = value
-    with pytest.raises(torch.linalg.LinAlgError):
-        factor(H, PERCDAMP)
+    if fault != "negative":
+        H[3, 3] = float(fault)  # as an input that is not finite leaves it
+    with makebelieve.Gpu(), pytest.raises(torch.linalg.LinAlgError, match=message):
+        factor(H.float().to(device), 0.0)
 
 
 @pytest.mark.parametrize("percdamp", [0.0, 0.01])
@@ -144,15 +137,6 @@ def test_a_gpu_damps_and_prunes_as_a_cpu_does(act_order):
         assert torch.equal(weights[1].cpu() == 0, weights[0] == 0)
 
 
-def test_a_hessian_that_is_not_finite_is_refused_on_a_gpu():
-    X = correlated_inputs(30, 4)
-    X[3, 2] = float("nan")
-    with makebelieve.Gpu():
-        hessian = on_both(4, [(X.float(), {})])[1]
-        with pytest.raises(torch.linalg.LinAlgError, match="NaN or inf"):
-            hessian.factor(PERCDAMP)
-
-
 # relative_error
 
 
@@ -160,13 +144,5 @@ def test_relative_error_is_the_error_of_the_outputs_whatever_the_scale_of_the_he
     W, W_hat, X = random(5, 8), random(5, 8, seed=1), correlated_inputs(40, 8)
     for scale in (1.0, 2 / 7):
         assert relative_error(W, W_hat, scale * X.t() @ X) == pytest.approx(explicit_error(W, W_hat, X), rel=1e-10)
-    assert relative_error(W, W, X.t() @ X) == 0
-    assert relative_error(W, 0 * W, X.t() @ X) == pytest.approx(1)
-
-
-def test_relative_error_is_0_where_the_output_vanishes():
-    W, X = random(5, 8), correlated_inputs(40, 8, dead=range(4))
-    W[:, 4:] = 0
-    assert relative_error(W, 2 * W, X.t() @ X) == 0
-    assert relative_error(W, 2 * W, torch.zeros(8, 8, dtype=torch.float64)) == 0
-    assert relative_error(0 * W, W, torch.eye(8, dtype=torch.float64)) == 0
+    W[:, 4:], X[:, :4] = 0, 0
+    assert relative_error(W, 2 * W, X.t() @ X) == 0  # the output vanishes

@@ -6,7 +6,7 @@ from pathlib import Path
 import makebelieve
 import pytest
 import torch
-from conftest import CPU, make, make_plan
+from conftest import CPU, inputs_of, make, make_plan, modules_of
 from test_sparsegpt import prune_matrix
 
 from mixgpt.common.choices import SALIENCIES, SOLVERS
@@ -44,65 +44,33 @@ def sparsegpt(model, family, plan, tokens, batch_size=2, **changes):
     return prune_layerwise(StreamedModel(model, family, CPU, batch_size), plan, tokens, recipe)
 
 
-def weights(model, family):
-    return {(index, name): module.weight for index, layer in enumerate(family.layers_of(model))
-            for name, module in linears(layer).items()}
-
-
-@torch.no_grad()
-def inputs_of(model, modules, tokens):
-    """Inputs (tokens, in) of modules during one run of the whole model on all sequences."""
-    inputs, handles = {}, []
-    for module in modules:
-        handles.append(module.register_forward_pre_hook(
-            lambda module, args: inputs.update({module: args[0].reshape(-1, args[0].shape[-1])})))
-    model(tokens, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return inputs
-
-
 @torch.no_grad()
 def prune_by_whole_forwards(model, family, tokens, steps):
     """Prune as `steps` orders it, each step a list of (layer, name), from one run of the whole model per step."""
     for step in steps:
-        modules = [dict(linears(family.layers_of(model)[index]))[name] for index, name in step]
-        for module, X in inputs_of(model, modules, tokens).items():
-            H = 2 / len(tokens) * X.double().T @ X.double()
+        modules = {key: modules_of(model, family)[key] for key in step}
+        for key, X in inputs_of(model, modules, tokens).items():
+            H, module = 2 / len(tokens) * X.double().T @ X.double(), modules[key]
             R, _ = factor(H)
             module.weight.copy_(prune_matrix(module.weight.double(), R, H.diagonal(), HALF, blocksize=16)[0])
 
 
-def assert_same_pruning(model, reference, family):
+def weights(model, family):
+    return {key: module.weight for key, module in modules_of(model, family).items()}
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_calibration_is_on_the_pruned_layers_or_linears_before(tiny, tokens, true_sequential):
+    family, model = tiny
+    reference = copy.deepcopy(model)
+    sparsegpt(model, family, plan_of(model, family), tokens, true_sequential=true_sequential)
+    names = list(linears(family.layers_of(model)[0]))  # every family registers its linears as they run
+    steps = [[name] for name in names] if true_sequential else [names]
+    prune_by_whole_forwards(reference, family, tokens, [[(index, name) for name in step] for index in range(3)
+                                                        for step in steps])
     for (key, W), R in zip(weights(model, family).items(), weights(reference, family).values(), strict=True):
         assert torch.equal(W == 0, R == 0), key
         assert torch.allclose(W, R, atol=2e-4), key
-
-
-def test_every_layer_is_calibrated_on_the_pruned_layers_before(tiny, tokens):
-    family, model = tiny
-    reference = copy.deepcopy(model)
-    sparsegpt(model, family, plan_of(model, family), tokens)
-    names = list(linears(family.layers_of(model)[0]))
-    prune_by_whole_forwards(reference, family, tokens, [[(index, name) for name in names] for index in range(3)])
-    assert_same_pruning(model, reference, family)
-
-
-def test_true_sequential_calibrates_each_linear_on_the_pruned_ones_before(tiny, tokens):
-    family, model = tiny
-    reference, plain = copy.deepcopy(model), copy.deepcopy(model)
-    sparsegpt(model, family, plan_of(model, family), tokens, true_sequential=True)
-    order = list(linears(family.layers_of(model)[0]))  # every family registers its linears as they run
-    prune_by_whole_forwards(reference, family, tokens, [[(index, name)] for index in range(3) for name in order])
-    assert_same_pruning(model, reference, family)
-    sparsegpt(plain, family, plan_of(plain, family), tokens)
-    assert any(not torch.equal(W, P) for W, P in zip(weights(model, family).values(), weights(plain, family).values(),
-                                                      strict=True))
-
-
-def writers_of(model):
-    """Return {linear whose outputs are added to the hidden states: a module that reads what they are added to}."""
-    return NORMS if getattr(model.config, "do_layer_norm_before", True) else POST_NORMS
 
 
 def test_the_linears_that_write_to_the_hidden_states_are_found(tiny, tokens):
@@ -127,7 +95,8 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
     stream = HiddenStates.embed(model, family, tokens, 2, CPU)
     group_of = {name: group for group in shared_inputs(family.layers_of(model)[0], 0, stream) for name in group}
     sparsegpt(model, family, plan, tokens, dense_target=True, true_sequential=true_sequential, token_weights=counts)
-    names, norms = list(linears(family.layers_of(model)[0])), writers_of(model)
+    names = list(linears(family.layers_of(model)[0]))
+    norms = NORMS if getattr(model.config, "do_layer_norm_before", True) else POST_NORMS
     pruned, expected = weights(reference, family), {}
     for index in range(3):
         for step in ([[name] for name in names] if true_sequential else [names]):
@@ -135,9 +104,8 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
             for each in (reference, dense):
                 layer = family.layers_of(each)[index]
                 wanted = [*step, *(norms[name] for name in step if name in norms)]
-                modules = [layer.get_submodule(name) for name in wanted]
-                inputs = inputs_of(each, modules, tokens)
-                seen.append({name: inputs[module].double() for name, module in zip(wanted, modules, strict=True)})
+                inputs = inputs_of(each, {name: layer.get_submodule(name) for name in wanted}, tokens)
+                seen.append({name: X.double() for name, X in inputs.items()})
             for name in step:
                 module = family.layers_of(reference)[index].get_submodule(name)
                 W, (X, X_dense) = module.weight, (inputs[name] for inputs in seen)
@@ -206,31 +174,20 @@ def test_only_what_is_selected_changes(selection, chosen, true_sequential, token
         assert torch.equal(W, before[key]) != chosen(*key), key
 
 
-def test_the_batch_size_does_not_change_the_masks(tokens):
-    pruned = []
-    for batch_size in (1, 3, 5):
-        family, model = make("llama")
-        sparsegpt(model, family, plan_of(model, family), tokens, batch_size=batch_size)
-        pruned.append(model)
-    for model in pruned[1:]:
-        assert_same_pruning(model, pruned[0], family)
-
-
 def test_the_reported_error_is_that_of_the_outputs(tokens):
     family, model = make("llama")
     dense = copy.deepcopy(model)
     key = (0, "mlp.up_proj")
     outcomes = sparsegpt(model, family, plan_of(model, family, maxlayer=1), tokens)
-    module = linears(family.layers_of(dense)[0])[key[1]]
-    X = inputs_of(dense, [module], tokens)[module]
+    X = inputs_of(dense, {key: modules_of(dense, family)[key]}, tokens)[key]
     W, W_hat = weights(dense, family)[key], weights(model, family)[key]
     assert outcomes[key].error == pytest.approx(
         ((X @ (W - W_hat).T).square().sum() / (X @ W.T).square().sum()).item(), rel=1e-3)
     assert outcomes[key].percdamp == 0.01
 
 
-@pytest.mark.parametrize("solver, dense, per_layer", [("obs", False, 5), ("admm", True, 5)])
-def test_the_host_waits_for_a_gpu_once_per_input_and_once_for_all_errors(solver, dense, per_layer, tokens, monkeypatch):
+@pytest.mark.parametrize("solver, dense", [("obs", False), ("admm", True)])
+def test_the_host_waits_for_a_gpu_once_per_input_and_once_for_all_errors(solver, dense, tokens, monkeypatch):
     """In this room: for the factorisations of the four inputs of a layer, and for its errors."""
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
     family, model = make("llama")
@@ -242,7 +199,7 @@ def test_the_host_waits_for_a_gpu_once_per_input_and_once_for_all_errors(solver,
                                           for file in (Path(layerwise.__file__).parents[1] / room).iterdir())}
     waited = {what: count for what, count in gpu.synchronisations.items()
               if what[1].partition(":")[0] in here - {"dense_target.py"}}
-    assert sum(waited.values()) == 3 * per_layer, waited
+    assert sum(waited.values()) == 3 * 5, waited
     assert all(type(outcome.error) is float and 0 < outcome.error < 1 for outcome in outcomes.values())
 
 
@@ -253,12 +210,11 @@ def test_sparsegpt_beats_magnitude_on_a_trained_model(trained_model):
     sparsegpt(model, family, plan, calibration, batch_size=8)
     prune_magnitude(StreamedModel(magnitude, family, CPU, 2), plan)
 
-    first = linears(family.layers_of(dense)[0])
-    inputs = inputs_of(dense, first.values(), calibration)
-    for name, module in first.items():
-        X, W = inputs[module], module.weight
-        errors = [(X @ (W - weights(m, family)[0, name]).T).square().sum().item() for m in (model, magnitude)]
-        assert errors[0] < errors[1], name
+    first = {key: module for key, module in modules_of(dense, family).items() if key[0] == 0}
+    for key, X in inputs_of(dense, first, calibration).items():
+        errors = [(X @ (first[key].weight - weights(m, family)[key]).T).square().sum().item()
+                  for m in (model, magnitude)]
+        assert errors[0] < errors[1], key
 
     dense_ppl, ppl, magnitude_ppl = (perplexity(m, family, test, 8, CPU) for m in (dense, model, magnitude))
     assert dense_ppl < 40, "the model has not learned"
