@@ -52,8 +52,8 @@ def test_the_bytes_of_one_pass_are_about_those_of_the_peak(name, options, monkey
     split_experts(model)
     tokens = torch.randint(VOCABULARY, (40, 64), generator=torch.Generator().manual_seed(0))
     settings, selected = Settings(name, "builtin", sparsity=0.5, **options), select(model, family)
-    streamed = StreamedModel(model, family, CUDA, 1)
-    counted = one_pass_bytes(streamed, selected, tokens.shape, "target" in options, "solver" in options)
     with Gpu() as gpu:
+        streamed = StreamedModel(model, family, CUDA, 1)
+        counted = one_pass_bytes(streamed, selected, tokens.shape, "target" in options, "solver" in options)
         prune_layerwise(streamed, dict.fromkeys(selected, Target(0.5)), tokens, recipe_of(settings))
     assert 0.95 * gpu.peak <= counted <= 1.6 * gpu.peak  # memory.USABLE leaves a tenth

@@ -1,5 +1,6 @@
 """Check distillation against the model's own full forward, autograd's gradients and a step written with loops."""
 
+import contextlib
 import copy
 import json
 import math
@@ -265,18 +266,11 @@ def peak_on_a_cpu(step, folder):
 def test_what_fits_is_about_the_peak_and_without_room_for_it_nothing_does(name, dtype, device, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "STEP_TOKENS", 1024)
     scene = Scene(name, dtype, shape=(16, 64))
-    streamed = StreamedModel(scene.pruned, scene.family, device, 4)
-
-    def run():
-        distill(streamed, scene.chosen, scene.tokens, scene.dense, 0)
-
-    if device == CPU:
-        counted, peak = least_room(streamed, scene.tokens, monkeypatch), peak_on_a_cpu(run, tmp_path)
-    else:
-        with Gpu() as gpu:
-            counted = least_room(streamed, scene.tokens, monkeypatch)
-            run()
-            peak = gpu.peak
+    with Gpu() if device == CUDA else contextlib.nullcontext() as gpu:
+        streamed = StreamedModel(scene.pruned, scene.family, device, 4)
+        counted = least_room(streamed, scene.tokens, monkeypatch)
+        peak = peak_on_a_cpu(lambda: distill(streamed, scene.chosen, scene.tokens, scene.dense, 0), tmp_path)
+    peak = gpu.peak if gpu else peak
     assert 0.95 * peak <= counted <= 1.5 * peak  # of memory.free, which leaves a tenth
 
 
