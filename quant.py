@@ -91,8 +91,8 @@ class Grid:
 
     def gathered(self, rows):
         """Return the grids of a matrix of so many rows, of which every process has those of its share of the rows."""
-        return replace(self, scale=distributed.all_gather_shares(self.scale, rows),
-                       zero=distributed.all_gather_shares(self.zero, rows))
+        scale, zero = (distributed.all_gather_shares([of_share], [rows])[0] for of_share in (self.scale, self.zero))
+        return replace(self, scale=scale, zero=zero)
 
     def codes(self, W):
         """Return the codes (out, in), uint8, of weights W (out, in). Raises ValueError if W is not on the grid."""

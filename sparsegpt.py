@@ -223,7 +223,7 @@ class Walk:
         if self.prunem:
             marked = [smallest_in_groups(scores[:, rows], n, self.prunem) for rows, n in self.prunens]
         else:
-            marked = smallest([scores[:, rows] for rows in self.rows], counts)
+            marked = [least.t() for least in smallest([scores[:, rows].t() for rows in self.rows], counts, self.totals)]
         for rows, least in zip(self.rows, marked, strict=True):
             mask[:, rows] |= least
 

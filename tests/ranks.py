@@ -95,21 +95,12 @@ def selected_of_all():
     """Return what the ways to select give for scores with ties, each with the rows of all processes, {case: rows}."""
     scores, results = torch.randint(-1, 4, (7, 12), generator=torch.Generator().manual_seed(1)).float(), {}
     ours = scores[distributed.share(7)]
-    ways = {"rows": selection.smallest, "columns": _by_columns}
     for k in (0, 1, 20, 40, 83, 84):
-        for name, mark in ways.items():
-            mask, = mark([ours.clone()], [k])
-            results[name, k] = scores, distributed.all_gather_shares(mask, 7)
-    unlike = torch.arange(3000.0).div(3, rounding_mode="floor").view(60, 50)  # the first process has the smallest
-    for k in (1, 1000, 1501, 2998, 3000):
-        mask, = selection.smallest([unlike[distributed.share(60)]], [k])
-        results["unlike", k] = unlike, distributed.all_gather_shares(mask, 60)
-    magnitudes = magnitude_prune(ours, Target(0.4))
-    return results | {("magnitude", 34): (scores.abs(), distributed.all_gather_shares(magnitudes, 7) == 0)}
-
-
-def _by_columns(scores, ks):
-    return selection.smallest([part.t().contiguous().t() for part in scores], ks)
+        for name, part in {"rows": ours, "columns": ours.t().contiguous().t()}.items():
+            mask, = distributed.all_gather_shares(selection.smallest([part], [k], [7]), [7])
+            results[name, k] = scores, mask
+    magnitudes, = distributed.all_gather_shares([magnitude_prune(ours, Target(0.4))], [7])
+    return results | {("magnitude", 34): (scores.abs(), magnitudes == 0)}
 
 
 def synthetic_of_all():

@@ -66,25 +66,26 @@ def all_reduce(tensor):
         dist.all_reduce(tensor, group=_group(tensor))
 
 
-def all_gather(tensor):
-    """Return the tensors of all processes, which are of one shape and no 16-bit dtype, in rank order."""
+def all_gather_parts(parts, sizes):
+    """Return tensors (n, ...), each that of all processes in rank order, in one exchange.
+
+    parts: of this process, all of one dtype and alike but for n. sizes: [n of each part] for each process.
+    """
     if world() == 1:
-        return [tensor]
-    tensors = [torch.empty_like(tensor) for _ in range(world())]
-    dist.all_gather(tensors, tensor, group=_group(tensor))
-    return tensors
+        return parts
+    own = torch.cat(parts)
+    own = torch.cat([own, own.new_zeros(max(map(sum, sizes)) - len(own), *own.shape[1:])])
+    together = [torch.empty_like(own) for _ in range(world())]
+    # as bytes, as gloo does not support every dtype
+    dist.all_gather([part.view(torch.uint8) for part in together], own.view(torch.uint8), group=_group(own))
+    split = [tensor[:sum(of_rank)].split(of_rank) for tensor, of_rank in zip(together, sizes, strict=True)]
+    return [torch.cat(of_all) for of_all in zip(*split, strict=True)]
 
 
-def all_gather_shares(rows, count):
-    """Return all of `count` rows (count, ...), of which every process passes its `share`."""
-    if world() == 1:
-        return rows
-    together = rows.new_empty(count, *rows.shape[1:])
-    together[share(count)] = rows
-    for number in range(world()):
-        if len(part := together[share(count, number)]):  # gloo does not support every dtype
-            dist.broadcast(part.view(torch.uint8), number, group=_group(part))
-    return together
+def all_gather_shares(parts, counts):
+    """Return matrices with all of their rows, `counts`, of which every process passes its `share`."""
+    return all_gather_parts(parts, [[len(range(count)[share(count, number)]) for count in counts]
+                                    for number in range(world())])
 
 
 def all_gather_object(value):

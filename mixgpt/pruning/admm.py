@@ -45,7 +45,8 @@ def keep_mask(scores, parts, fraction=1.0, exact=True, out=None):
                  .view(-1, columns) for part in parts]
     elif exact:
         masks = smallest([scores[part.rows] for part in parts],
-                         [round(fraction * round(part.target.sparsity * (part.total * columns))) for part in parts])
+                         [round(fraction * round(part.target.sparsity * (part.total * columns))) for part in parts],
+                         [part.total for part in parts])
     else:
         thresholds = _thresholds(scores, parts, fraction)
     for part, threshold, mask in zip(parts, thresholds, masks, strict=True):
@@ -57,13 +58,22 @@ def keep_mask(scores, parts, fraction=1.0, exact=True, out=None):
 
 def _thresholds(scores, parts, fraction):
     """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `keep_mask`."""
-    samples, ks, columns = [], [], scores.shape[1]
-    for part in parts:
-        step = part.total * columns // SAMPLE | 1  # odd, so that all columns are sampled
-        first = -distributed.share(part.total).start * columns % step  # as one process would count
+    columns, processes = scores.shape[1], range(distributed.world())
+    steps = [part.total * columns // SAMPLE | 1 for part in parts]  # odd, so that all columns are sampled
+
+    def taken(part, step, number):
+        """Return the slice of a matrix's sample that lies in the rows of a process."""
+        rows = distributed.share(part.total, number)
+        return range(-(-rows.start * columns // step), -(-rows.stop * columns // step))
+
+    samples = []
+    for part, step in zip(parts, steps, strict=True):
+        first = taken(part, step, distributed.rank()).start * step - distributed.share(part.total).start * columns
         samples.append(scores[part.rows].flatten()[first::step])
-        ks.append(max(round(fraction * part.target.sparsity * -(-part.total * columns // step)), 1))
-    return kth_smallest(samples, ks)
+    samples = distributed.all_gather_parts(samples, [
+        [len(taken(part, step, number)) for part, step in zip(parts, steps, strict=True)] for number in processes])
+    return [kth_smallest(sample, max(round(fraction * part.target.sparsity * len(sample)), 1))
+            for sample, part in zip(samples, parts, strict=True)]
 
 
 def admm_scores(W, H, parts, row_weights=None, iterations=ITERATIONS, ramp=RAMP):

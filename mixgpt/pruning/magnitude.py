@@ -25,7 +25,7 @@ def prune_magnitude(streamed, plan, scheme=None, files=None, observe=None):
             if target := plan.get((index, name)):
                 rows = len(module.weight)
                 W, grid = _by_magnitude(module.weight[distributed.share(rows)], target, scheme)
-                module.weight.copy_(distributed.all_gather_shares(W, rows))
+                module.weight.copy_(*distributed.all_gather_shares([W], [rows]))
                 new[index, name] = Outcome(grid=grid and grid.gathered(rows).to("cpu"))
     return outcomes
 
@@ -48,6 +48,6 @@ def magnitude_prune(W, target):
     if target.prunem:
         mask = smallest_per_row(scores.reshape(-1, target.prunem), target.prunen).view(W.shape)
     else:
-        numel, = distributed.total([W.numel()])
-        mask, = smallest([scores], [round(target.sparsity * numel)])
+        rows, = distributed.total([len(W)])
+        mask, = smallest([scores], [round(target.sparsity * (rows * W.shape[1]))], [rows])
     return W.masked_fill(mask, 0)

@@ -78,8 +78,8 @@ def _filled(W, sparsity, h, row_weights=None):
     scores = W.square() * h
     if row_weights is not None:
         scores *= row_weights[:, None]
-    numel, = distributed.total([W.numel()])
-    mask, = smallest([scores.masked_fill_(W == 0, -1)], [round(sparsity * numel)])
+    rows, = distributed.total([len(W)])
+    mask, = smallest([scores.masked_fill_(W == 0, -1)], [round(sparsity * (rows * W.shape[1]))], [rows])
     return W.masked_fill(mask, 0)
 
 
@@ -117,7 +117,7 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     pruned = recipe.solver(Problem(hessian, optima, targets, recipe, dtype, row_weights))
     W_hat = torch.cat([matrix for matrix, _ in pruned])[:, hessian.inverse_order].to(dtype)
     errors = relative_errors(hessian.rowwise_quadratic_form(W.sub_(W_hat)), whole, counts)
-    for weight, new in zip(weights, W_hat.split(counts), strict=True):
-        weight.copy_(distributed.all_gather_shares(new, len(weight)))
+    for weight, new in zip(weights, distributed.all_gather_shares(W_hat.split(counts), sizes), strict=True):
+        weight.copy_(new)
     return [(error, grid and replace(grid.gathered(rows), group=grid.group[hessian.inverse_order]))
             for error, rows, (_, grid) in zip(errors, sizes, pruned, strict=True)]

@@ -16,20 +16,20 @@ small_integers = st.integers(-3, 3).map(float)  # many ties
 def test_smallest_marks_the_first_k_of_the_sorted_scores(rows, columns, data):
     scores = data.draw(st.lists(small_integers, min_size=rows * columns, max_size=rows * columns))
     k = data.draw(st.integers(0, rows * columns), label="k")
-    mask, = smallest([torch.tensor(scores).view(rows, columns)], [k])
+    mask, = smallest([torch.tensor(scores).view(rows, columns)], [k], [rows])
     assert mask.shape == (rows, columns) and mask.dtype == torch.bool
     assert sorted(s for s, marked in zip(scores, mask.flatten().tolist(), strict=True) if marked) == sorted(scores)[:k]
 
 
 def test_the_kth_smallest_with_ties():
     values = torch.tensor([3.0, 1, 1, 0, 2, 0, 1])
-    assert [value.item() for value in kth_smallest([values] * 7, range(1, 8))] == sorted(values.tolist())
+    assert [value.item() for value in (kth_smallest(values, k) for k in range(1, 8))] == sorted(values.tolist())
 
 
 def test_smallest_reads_scores_in_any_layout():
     scores = random(6, 4).t()
     threshold = sorted(scores.flatten().tolist())[9]
-    assert torch.equal(*smallest([scores], [10]), scores <= threshold)
+    assert torch.equal(*smallest([scores], [10], [4]), scores <= threshold)
 
 
 @hypothesis_settings
@@ -48,9 +48,9 @@ def test_a_gpu_marks_the_first_of_equal_scores_and_takes_counts_that_lie_on_it()
     with makebelieve.Gpu() as gpu:
         on_gpu, counts = scores.to("cuda:0"), [torch.tensor(k, device="cuda:0") for k in (4, -1)]
         before = gpu.synchronisations.copy()
-        masks = smallest([on_gpu] * 3, [4, *counts])
+        masks = smallest([on_gpu] * 3, [4, *counts], [2] * 3)
         assert gpu.synchronisations == before
         first, second, none = (mask.cpu() for mask in masks)
-    expected, = smallest([scores], [4])
+    expected, = smallest([scores], [4], [2])
     assert torch.equal(first, expected) and torch.equal(second, expected) and not none.any()
     assert expected.tolist() == [[False, True, True, True], [False, True, False, False]]
