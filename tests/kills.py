@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import modelutils
 from mixgpt.allocation import backward, traces
 from mixgpt.app import pipeline
-from mixgpt.checkpoints import layer_files, run_dir, shards
+from mixgpt.checkpoints import formats, layer_files, run_dir
 from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common import runtime
 from mixgpt.modeling import streaming
@@ -98,7 +98,7 @@ def watch(fatal, log, root, shard):
     """Kill this process at moment number `fatal`, or write the parts that all moments fell in to `log`."""
     moments = Moments(fatal)
     backward.BORDERS = 1  # a chunk of sequences is one batch
-    shards.LARGEST = shard
+    formats.LARGEST = shard
     timed = runtime.Clock.part
 
     @contextlib.contextmanager

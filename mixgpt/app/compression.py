@@ -77,7 +77,7 @@ def _distill_if_possible(run, plan, outcomes, counted, on_host):
         except (distill.Diverged, memory.OutOfMemory) as error:
             result = str(error)
             if files:
-                files.keep_undistilled(result)
+                files.finish_distillation(result)
     if isinstance(result, str):
         print(f"warning  --distill: {result}: the model stays as it was before distillation", flush=True)
     run.record["distilled"] = result

@@ -8,7 +8,7 @@ import torch
 from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.app.settings import Settings
-from mixgpt.checkpoints import formats, load
+from mixgpt.checkpoints import load
 from mixgpt.common import distributed, memory
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import Clock, choose_dtype, choose_seqlen
@@ -93,13 +93,8 @@ def _check_memory(inputs, widening):
 
 
 def size_on_disk(inputs):
-    """Estimate the bytes of finished layers and of the result, which is written beside them."""
-    settings, dtype, changed = inputs.settings, inputs.dtype, list(inputs.selected.values())
-    model = load.size(load.skeleton(inputs.config), dtype)
-    packed = formats.expected_bytes(settings.save_format, changed, inputs.target.sparsity, settings.scheme,
-                                    load.itemsize(dtype))
-    unpacked = load.itemsize(dtype) * sum(out * columns for out, columns in changed)
-    return model + packed - unpacked + (model if changed else 0)
+    """Return the bytes of finished layers and of the result, which is written beside them, rather more than less."""
+    return load.size(load.skeleton(inputs.config), inputs.dtype) * (2 if inputs.selected else 1)
 
 
 def read_texts(inputs, texts=None):

@@ -125,7 +125,7 @@ def disk(settings, folder, plan, selected):
     sizes = {key: out * columns for key, (out, columns) in selected.items()}
     kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
     nbytes = stored_bytes(settings.save, {f"{folder.family.path(*key)}.weight": sizes[key] for key in plan},
-                          folder.layout)
+                          folder.model.dtype.itemsize)
     numel = sum(sizes.values())
     return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
             "theoretical_ratio": 16 * numel / (settings.wbits * kept)}

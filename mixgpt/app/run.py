@@ -10,7 +10,7 @@ from mixgpt.app import records
 from mixgpt.app.inputs import Inputs, distillation_windows
 from mixgpt.app.report import heading
 from mixgpt.app.tracking import Tracker
-from mixgpt.checkpoints import load, shards
+from mixgpt.checkpoints import load
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, memory
@@ -90,7 +90,7 @@ def opened(inputs, run_dir, command=None):
         if model is None:
             model = load.open_model(settings.model, inputs.config, family, inputs.dtype)
         record = records.facts(settings, inputs.seqlen, model.dtype, inputs.device, inputs.sources)
-        layer_files = run_dir and run_dir.files
+        layer_files = run_dir
         if run_dir:
             record["identity"] = records.identity(
                 records.asked(settings, inputs.seqlen, inputs.device), model, inputs.calibration)
@@ -113,7 +113,8 @@ def _temporary_files(stack, inputs, model):
     layers = inputs.family.layers_of(model)
     if inputs.settings.calibrates:
         layers = layers[:max(index for index, _ in inputs.selected) + 1]
-    needed = sum(shards.size(layer.state_dict()) for layer in layers) * (2 if inputs.settings.distill else 1)
+    nbytes = sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
+    needed = 2 * nbytes if inputs.settings.distill else nbytes
     path = None
     if distributed.rank() == 0:
         try:

@@ -1,23 +1,73 @@
 """Save formats, loading of the sparse one, and the size of matrices on disk."""
 
+import copy
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.checkpoints.load import from_pretrained
 from mixgpt.checkpoints.packing import decode, encode
-from mixgpt.common.choices import FORMATS, SPARSE
+from mixgpt.common.choices import SPARSE
+from mixgpt.common.files import replacing
+from mixgpt.modeling import streaming
+from mixgpt.modeling.experts import layout_of
+from mixgpt.modeling.streaming import disk_weights
 from modelutils import linears, model_class
 
+LARGEST = 5 * 10**9  # bytes of a file; a larger tensor gets its own
 PACKED = "pack-quantized"  # name used by compressed-tensors and vLLM
 SPARSE_VARIANT = "sparse"  # part of the names of its tensor files
+
+
+def save_dense(folder, model, family=None, grids=None):
+    """Write a model as `save_pretrained` does, one file in memory at a time; an index, if any, comes last."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    state, layout, slices = _own_tensors(model), layout_of(model), {}  # slices: key -> {name: ExpertSlice or None}
+    for name in state:
+        key, part = layout.get(name, (name, None))
+        slices.setdefault(key, {})[name] = part
+    empty = {key: _empty(names, state) for key, names in slices.items()}
+    files = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors",
+                                               max_shard_size=LARGEST).tensor_to_filename
+    for file in dict.fromkeys(files.values()):
+        streaming.write(folder / file, {key: _merged(empty[key], slices[key], model, state) for key in files
+                                        if files[key] == file})
+    if len(set(files.values())) > 1:
+        size = sum(tensor.nbytes for tensor in empty.values())
+        with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as partial:
+            partial.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=1) + "\n")
+
+
+def _own_tensors(model):
+    """Return the {name: tensor} of a model's checkpoint: all but tensors tied to another."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
+def _empty(names, state):
+    """Return a tensor of the checkpoint on meta. names: {name: ExpertSlice or None} of what it consists of."""
+    name, part = next(iter(names.items()))
+    shape = part.whole(state[name].shape, len(names) // part.parts) if part else state[name].shape
+    return torch.empty(shape, dtype=state[name].dtype, device="meta")
+
+
+def _merged(empty, names, model, state):
+    """Return a tensor of the checkpoint. empty, names: as in `_empty`."""
+    weights, merged = disk_weights(model), torch.empty_like(empty, device="cpu")
+    for name, part in names.items():
+        place = part.of(merged[part.expert]) if part else merged
+        place.copy_(streaming.mapped(weights.locations[name]) if weights else state[name])
+    return merged
 
 
 def save_compressed_tensors(folder, model, family, grids):
@@ -92,36 +142,40 @@ def load_sparse(folder, dtype="auto"):
     return model
 
 
-def expected_bytes(save_format, shapes, sparsity, scheme, itemsize):
-    """Estimate the bytes of matrices in a format.
-
-    shapes: list of (out, in). sparsity: the fraction of zeros. scheme: their quant.Scheme, or None. itemsize: bytes of
-    a weight in memory.
-    """
-    memory = 8 * itemsize
-    bits, total = FORMATS[save_format].bits(memory, scheme.wbits if scheme else memory, sparsity), 0
-    for out, columns in shapes:
-        total += out * columns * bits / 8
-        if scheme and bits < memory:
-            groups = columns // scheme.groupsize if scheme.groupsize > 0 else 1
-            total += out * groups * (itemsize + scheme.wbits / 8)  # scales and zero points
-    return round(total)
-
-
-def stored_bytes(folder, weights, layout):
+def stored_bytes(folder, weights, itemsize):
     """Count the bytes of weights in a directory's safetensors files.
 
-    weights: {name: numbers in it}. layout: where the checkpoint has them, see `layout_of`; of a tensor of several, they
-    count for their share.
+    weights: {name: numbers in it}. itemsize: bytes of a number of those that are stored under another name, as of
+    experts, which no format packs.
     """
-    sizes, numels, total = Counter(), {}, 0  # by key without .weight and what follows
+    sizes = Counter()  # by key without .weight and what follows
     for file in Path(folder).glob("*.safetensors"):
         for key, tensor in load_file(file).items():  # mapped: no values are read
-            stem = key.rpartition(".weight")[0] or key
-            sizes[stem] += tensor.nbytes
-            numels[stem] = tensor.numel()
-    for name, numel in weights.items():
-        key, part = layout.get(name, (name, None))
-        stem = key.removesuffix(".weight")
-        total += sizes[stem] * numel // numels[stem] if part else sizes[stem]
-    return total
+            sizes[key.rpartition(".weight")[0] or key] += tensor.nbytes
+    return sum(sizes.get(name.removesuffix(".weight"), numel * itemsize) for name, numel in weights.items())
+
+
+def in_memory(model):
+    """Return a model with its weights in memory: another one if they are on disk."""
+    if not (weights := disk_weights(model)):
+        return model
+    state = {name: weights.tensor(name) for name in _own_tensors(model)}
+    loaded = type(model).from_pretrained(None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype)
+    loaded.generation_config = model.generation_config
+    return loaded
+
+
+def copy_code(folder, model, tokenizer):
+    """Copy the code that a model or its tokenizer names by `auto_map`, for others to load it; it is never run here.
+
+    If there is none beside the model, an `auto_map` would make the folder useless to others: it is dropped, unless it
+    names code on the hub (REPOSITORY--MODULE.CLASS).
+    """
+    source = Path(model.config.name_or_path)
+    owners = [owner for owner in (vars(model.config), tokenizer.init_kwargs) if owner.get("auto_map")]
+    files = list(source.glob("*.py")) if owners and model.config.name_or_path else []
+    for file in files:  # all: they may import each other
+        shutil.copyfile(file, folder / file.name)
+    for owner in owners if not files else ():
+        if "--" not in str(owner["auto_map"]):
+            del owner["auto_map"]

@@ -9,30 +9,26 @@ All are written under another name, flushed and renamed, so that a killed run ca
 
 import contextlib
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mixgpt.checkpoints.shards import size
 from mixgpt.common import distributed
 from mixgpt.common.choices import GRIDS
-from mixgpt.common.errors import InputError
-from mixgpt.common.files import os_errors, replacing
+from mixgpt.common.errors import InputError, one_line
+from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.streaming import TensorLocation, disk_weights
 from mixgpt.pruning.targets import Outcome
 from quant import Grid
 
-UNREADABLE = (OSError, ValueError, SafetensorError)
-
 
 class LayerFiles:
     """Finished layers in a folder; the model reads them from there if its weights are on disk.
 
-    Writes are queued one at a time; `save_layer` first waits for the previous one and re-raises its error. As a context
+    Writes are queued one at a time: `save_layer` first waits for the previous one and re-raises its error. As a context
     manager it waits for the thread, so that the folder can be removed.
     """
 
@@ -45,17 +41,14 @@ class LayerFiles:
     def __enter__(self):
         return self
 
-    def __exit__(self, _, error, trace):
+    def __exit__(self, *error):
         self.thread.shutdown()
-        if error is None:
-            self._wait()
 
     def open(self, model, family):
         """Take the layers of a dense model."""
         self.model, self.family, self.layers = model, family, family.layers_of(model)
-        self.dense = [(weights := disk_weights(layer)) and dict(weights.locations) for layer in self.layers]
-        if self.distilled:
-            self._replace_by_distilled()
+        self.dense = [(weights := disk_weights(layer)) and weights.locations for layer in self.layers]
+        self._settle_distillation()
 
     def resume_from(self, count):
         """Give a model on disk its dense weights back, and return what is finished of its first `count` layers.
@@ -74,7 +67,7 @@ class LayerFiles:
     def _outcomes(self, index):
         """Return {(layer, name): Outcome} of a finished layer, None if there is none, or it cannot be read."""
         file, outcomes = self._file(index), {}
-        if not file.exists() or not file.with_suffix(".json").exists():
+        if not file.with_suffix(".json").exists():
             return None
         try:
             with safe_open(file, "pt") as tensors:
@@ -83,7 +76,7 @@ class LayerFiles:
                     grid = scheme and Grid(scheme(**matrix["scheme"]), *(
                         tensors.get_tensor(f"grid.{name}.{part}").clone() for part in ("scale", "zero", "group")))
                     outcomes[index, name] = Outcome(matrix["error"], matrix["percdamp"], grid)
-        except UNREADABLE as error:
+        except (OSError, ValueError, SafetensorError) as error:
             print(f"resume   {file} cannot be read ({error}): pruning again from layer {index}", flush=True)
             return None
         return outcomes
@@ -99,7 +92,7 @@ class LayerFiles:
 
     def _locate(self, index, locations):
         """Let a layer on disk read its tensors from {name: TensorLocation}."""
-        disk_weights(self.layers[index]).locations = dict(locations)
+        disk_weights(self.layers[index]).locations = locations
         disk_weights(self.model).locations |= {f"{self.family.layers}.{index}.{name}": location
                                                for name, location in locations.items()}
 
@@ -108,7 +101,7 @@ class LayerFiles:
 
         kind: "distilled" for a layer that does not count before `finish_distillation`.
         """
-        self._wait()
+        self.flush()
         if self.writes:
             weights = {f"{self.family.layers}.{index}.{name}": tensor.to("cpu")
                        for name, tensor in layer.state_dict().items()}
@@ -127,62 +120,53 @@ class LayerFiles:
                    "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()})
 
     def flush(self):
-        """Wait until all saved layers are written, in all processes. Raises what prevented it."""
-        self._wait()
+        """Wait in all processes until all saved layers are written. Raises what prevented it."""
+        if self.writing:
+            self.writing.result()
         distributed.barrier()  # the first process writes, all read
 
     def finish_distillation(self, result):
-        """Let the distilled layers, once all are written, replace the pruned ones. result: JSON-able."""
+        """Let the distilled layers replace the pruned ones. result: JSON-able; a text is the reason to drop them."""
         self.flush()
         if self.writes:
             self.write_json("distilled.json", result)
-        self._replace_by_distilled()
+        self._settle_distillation()
 
-    def _replace_by_distilled(self):
-        if self.writes:
+    def _settle_distillation(self):
+        """Rename the distilled layers if all are written, or remove them if they were dropped."""
+        if self.writes and self.distilled:
             for file in self.folder.glob("distilled-*"):
-                file.replace(self.folder / file.name.replace("distilled", "layer"))
+                if isinstance(self.distilled, str):
+                    file.unlink()
+                else:
+                    file.replace(self.folder / file.name.replace("distilled", "layer"))
         distributed.barrier()
-
-    def keep_undistilled(self, reason):
-        """Let the pruned layers count for good. reason: why they are not distilled."""
-        if self.writes:
-            for file in self.folder.glob("distilled-*"):
-                file.unlink()
-            self.write_json("distilled.json", reason)
 
     @property
     def distilled(self):
-        """The result of distillation once all distilled layers are written, or why there are none; None before."""
+        """The result of `finish_distillation`, None before."""
         file = self.folder / "distilled.json"
         return json.loads(file.read_text()) if file.exists() else None
-
-    def _wait(self):
-        """Wait for the thread. Raises what ended its work."""
-        writing, self.writing = self.writing, None
-        if writing:
-            writing.result()
 
     def _file(self, index, kind="layer"):
         return self.folder / f"{kind}-{index:05d}.safetensors"
 
     def write(self, name, tensors):
         """Write {key: tensor} as a safetensors file in the folder."""
-        with self.room(name, size(tensors)):
+        with self.writing_errors(name):
             streaming.write(self.folder / name, tensors)
 
     def write_json(self, name, content):
         """Write a JSON-able value to a file in the folder."""
-        with self.room(name), replacing(self.folder / name) as partial:
+        with self.writing_errors(name), replacing(self.folder / name) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
 
     @contextlib.contextmanager
-    def room(self, name, nbytes=None):
-        """Turn a full, unwritable or missing disk into a one-line InputError. nbytes: of the file."""
+    def writing_errors(self, name):
+        """Raise InputError for a full, unwritable or missing disk. name: of what is written."""
         try:
-            with os_errors():
-                yield
-        except OSError as error:
-            need = "cannot be written" if nbytes is None else f"needs {nbytes / 1e9:.3f} GB"
-            room = f", {shutil.disk_usage(self.folder).free / 1e9:.3f} GB are free" if self.folder.is_dir() else ""
-            raise InputError(f"{self.place}: {name} {need}{room} ({error.strerror or error}); {self.advice}") from error
+            yield
+        except Exception as error:
+            if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+                raise  # tokenizers raises a plain Exception
+            raise InputError(f"{self.place}: {name} cannot be written ({one_line(error)}); {self.advice}") from error

@@ -185,12 +185,8 @@ def _build(config, dtype):
 
 def size(skeleton, dtype):
     """Return the bytes of a model's parameters; an upper bound if its dtype is "auto"."""
-    return itemsize(dtype) * sum(parameter.numel() for parameter in skeleton.parameters())
-
-
-def itemsize(dtype):
-    """Return the bytes of a weight; an upper bound if its dtype is "auto"."""
-    return 4 if dtype == "auto" else dtype.itemsize
+    itemsize = 4 if dtype == "auto" else dtype.itemsize
+    return itemsize * sum(parameter.numel() for parameter in skeleton.parameters())
 
 
 def load_model(model, dtype):

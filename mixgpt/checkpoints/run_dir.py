@@ -6,7 +6,6 @@ Until the run has ended, its subdirectory `progress` holds, beside the `LayerFil
     NAME-RANK.safetensors     tensors that belong to a choice: synthetic text, gradients
 """
 
-import contextlib
 import fcntl
 import json
 import shutil
@@ -14,19 +13,18 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from mixgpt.checkpoints import shards
-from mixgpt.checkpoints.layer_files import UNREADABLE, LayerFiles
+from mixgpt.checkpoints import formats
+from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.common import distributed
 from mixgpt.common.choices import FORMATS, PROGRESS, RECORD, is_interrupted_run
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import replacing
 from mixgpt.common.program import __version__, check_signature, signature
-from mixgpt.modeling.experts import layout_of
 
 PARTIAL = ("*.partial", ".tmp*")  # files that a killed run was writing
 
 
-class RunDir:
+class RunDir(LayerFiles):
     """The folder of --save. As a context manager it is locked, and removed if nothing in it is worth going on from."""
 
     def __init__(self, path, save_format="dense", nbytes=0, resume=True, overwrite=False):
@@ -36,91 +34,68 @@ class RunDir:
         model, which `open` removes. Raises InputError for a folder that is not empty, not writable, in use by another
         run or on a full disk, and leaves nothing behind.
         """
-        self.path, self.save_format, self.folder = Path(path), save_format, Path(path) / PROGRESS
-        self.files = LayerFiles(self.folder, f"--save {path}", "free some space and continue with --resume")
-        self.run = {}  # content of run.json
-        self.overwrites = overwrite and (self.path / RECORD).is_file()
-        if self.files.writes:
-            self._check_empty()
+        super().__init__(Path(path) / PROGRESS, f"--save {path}", "free some space and continue with --resume")
+        self.path, self.save_format, self.run = Path(path), save_format, {}  # run: content of run.json
+        if self.writes:
+            self.made, self.overwrites = not self.path.exists(), overwrite and (self.path / RECORD).is_file()
+            self._check(nbytes)
             self._lock()
-            try:
-                self._check_empty()  # again: another run may just have ended here
-                self._check(nbytes, resume)
-            except InputError:
-                self._release()
-                raise
+            if is_interrupted_run(self.path) and not resume:
+                self.lock.close()
+                raise InputError(f"{self.place}: holds an interrupted run; continue it with --resume, or remove the "
+                                 "folder")
 
-    def _check_empty(self):
+    def _check(self, nbytes):
         if not (is_interrupted_run(self.path) or is_empty(self.path) or self.overwrites):
-            raise InputError(f"--save {self.path}: exists and is not an empty folder; name another one, or give "
-                             "--overwrite to replace a saved model")
-
-    def _lock(self):
-        self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = locked(self.path)
-        except OSError as error:
-            raise InputError(f"--save {self.path}: cannot be used ({error.strerror}); name another folder") from error
-        if not self.lock:
-            raise InputError(f"--save {self.path}: is in use by another run")
-
-    def _check(self, nbytes, resume):
-        if is_interrupted_run(self.path) and not resume:
-            raise InputError(f"--save {self.path}: holds an interrupted run; continue it with --resume, or remove the "
-                             "folder")
-        free = shutil.disk_usage(self.path).free
+            raise InputError(f"{self.place}: exists and is not an empty folder; name another one, or give --overwrite "
+                             "to replace a saved model")
+        free = shutil.disk_usage(next(place for place in self.folder.absolute().parents if place.exists())).free
         needed = nbytes - sum(file.stat().st_size for file in self.path.rglob("*.safetensors"))
         if free < needed:
-            raise InputError(f"--save {self.path}: finished layers and the result need {needed / 1e9:.3f} GB, "
+            raise InputError(f"{self.place}: finished layers and the result need {needed / 1e9:.3f} GB, "
                              f"{free / 1e9:.3f} GB are free there")
 
-    def __enter__(self):
-        return self
+    def _lock(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.folder / "lock").open("a")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{self.place}: is in use by another run") from error
+        except OSError as error:
+            raise InputError(f"{self.place}: cannot be used ({error.strerror}); name another folder") from error
 
     def __exit__(self, *error):
-        try:
-            self.files.__exit__(*error)
-        finally:
-            if self.files.writes:
-                self._release()
-
-    def _release(self):
-        """Unlock the folder; remove what this run has made, unless it is the result or worth going on from."""
-        kept = any(self.folder.glob("*.safetensors")) or any(file != self.folder for file in self.path.glob("*"))
-        if not (is_interrupted_run(self.path) and kept):
-            clear(self.path)
-            for folder in self.made:
-                with contextlib.suppress(OSError):  # not empty
-                    folder.rmdir()
-        self.lock.close()
+        super().__exit__(*error)
+        if self.writes:
+            kept = any(self.folder.glob("*.safetensors")) or any(file != self.folder for file in self.path.glob("*"))
+            if not (is_interrupted_run(self.path) and kept):
+                clear(self.path)
+                if self.made and not any(self.path.glob("*")):
+                    self.path.rmdir()
+            self.lock.close()
 
     def open(self, model, family, identity):
         """Start a run, or go on with the one interrupted here. identity: what both must share, {flag: value}."""
-        if self.files.writes:
-            if is_interrupted_run(self.path):
-                self.run = self._interrupted(identity)
-                for file in (file for pattern in PARTIAL for file in self.path.rglob(pattern)):
-                    file.unlink()
-            else:
-                for entry in set(self.path.iterdir()) - {self.folder} if self.overwrites else ():
-                    if entry.is_dir() and not entry.is_symlink():
-                        shutil.rmtree(entry)
-                    else:
-                        entry.unlink()
-                self.run = signature() | {"identity": identity}
-                self.files.write_json("run.json", self.run)
+        if self.writes and is_interrupted_run(self.path):
+            self.run = self._interrupted(identity)
+            for file in (file for pattern in PARTIAL for file in self.path.rglob(pattern)):
+                file.unlink()
+        elif self.writes:
+            for entry in set(self.path.iterdir()) - {self.folder} if self.overwrites else ():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+            self.run = signature() | {"identity": identity}
+            self.write_json("run.json", self.run)
         self.run = distributed.broadcast_object(self.run)
-        self.model, self.family, self.layout = model, family, layout_of(model)
-        self.files.open(model, family)
+        super().open(model, family)
 
     def _interrupted(self, identity):
         """Return the content of run.json. Raises InputError if it cannot be read, or is that of another run."""
-        try:
+        with self._reading("run.json"):
             run = json.loads((self.folder / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"--resume: {self.folder}/run.json cannot be read; remove {self.path} to start over"
-                             ) from error
         check_signature(run, f"--resume: the run in {self.path}")
         before = {"version of this program": run["program"]["version"]} | run["identity"]
         identity = {"version of this program": __version__} | identity
@@ -130,35 +105,35 @@ class RunDir:
                                  f"it is {identity.get(flag)}")
         return run
 
+    def _reading(self, name):
+        return reading(f"--resume: {self.folder / name} cannot be read; remove {self.path} to start over")
+
     def kept(self, name, make):
         """Return what the interrupted run has kept under a name; else make() and keep it.
 
         make: returns a JSON-able value, that of the first process counts, and {key: tensor} of this process.
         """
         file = f"{name}-{distributed.rank()}.safetensors"
-        if name not in self.run:
-            value, tensors = make()
-            if tensors:
-                self.files.write(file, tensors)
-            distributed.barrier()  # all have written theirs
-            self.keep(name, value, bool(tensors))
-            return value, tensors
-        try:
-            return self.run[name]["value"], load_file(self.folder / file) if self.run[name]["tensors"] else {}
-        except UNREADABLE as error:
-            raise InputError(f"--resume: {self.folder / file} cannot be read ({error}); remove {self.path} to start "
-                             "over") from error
+        if name in self.run:
+            with self._reading(file):
+                return self.run[name]["value"], load_file(self.folder / file) if self.run[name]["tensors"] else {}
+        value, tensors = make()
+        if tensors:
+            self.write(file, tensors)
+        distributed.barrier()  # all have written theirs
+        self.keep(name, value, bool(tensors))
+        return value, tensors
 
     def keep(self, name, value, tensors=False):
         """Keep a JSON-able value under a name. tensors: whether each process has written some that belong to it."""
         self.run[name] = {"value": value, "tensors": tensors}
-        if self.files.writes:
-            self.files.write_json("run.json", self.run)
+        if self.writes:
+            self.write_json("run.json", self.run)
 
     def write_record(self, record):
         """Write the record of the run, in the first process."""
-        if self.files.writes:
-            with self.files.room(RECORD), replacing(self.path / RECORD) as partial:
+        if self.writes:
+            with self.writing_errors(RECORD), replacing(self.path / RECORD) as partial:
                 partial.write_text(json.dumps(record, indent=1) + "\n")
 
     def write_checkpoint(self, tokenizer, grids):
@@ -166,20 +141,20 @@ class RunDir:
 
         grids: {name of a linear: quant.Grid}. Formats other than dense load the whole model into memory.
         """
-        if self.files.writes:
-            with self.files.room("the tokenizer"):
-                shards.copy_code(self.path, self.model, tokenizer)
+        if self.writes:
+            with self.writing_errors("the tokenizer"):
+                formats.copy_code(self.path, self.model, tokenizer)
                 tokenizer.save_pretrained(self.path)
-            with self.files.room("the model", shards.size(self.model.state_dict())):
+            with self.writing_errors("the model"):
                 save_format = FORMATS[self.save_format]
-                model = self.model if save_format.streams else shards.in_memory(self.model)
+                model = self.model if save_format.streams else formats.in_memory(self.model)
                 save_format.load()(self.path, model, self.family, grids)
         distributed.barrier()  # all read it
 
     def close(self):
         """Remove what was kept to go on from: the run is complete."""
         distributed.barrier()  # others may still compare the layers there with the saved model
-        if self.files.writes:
+        if self.writes:
             clear(self.path)
 
 
@@ -188,20 +163,6 @@ def clear(path):
     folder = Path(path) / PROGRESS
     (folder / "run.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def locked(path):
-    """Return the open, locked file by which a run holds a folder, None if another run holds it.
-
-    Raises OSError if it cannot be written, or the file system has no locks.
-    """
-    lock = (Path(path) / PROGRESS / "lock").open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
 
 
 def is_empty(path):

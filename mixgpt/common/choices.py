@@ -71,7 +71,6 @@ class SaveFormat(Choice):
     """A save format. Its code writes it: a function of (folder, model, family, {name of a linear: quant.Grid})."""
 
     streams: bool = False  # whether it writes models whose weights are on disk; else they are loaded
-    bits: Callable = lambda memory, grid, sparsity: memory  # of a weight: in memory, on its grid, sparsity -> on disk
     holds_experts: bool = False  # whether it has the layout of mixtures of experts
     marker: str = ""  # the file that tells it; empty: `from_pretrained` reads it
     reader: str = ""  # "module:name" of the function of (folder, dtype) that reads it
@@ -124,14 +123,13 @@ def not_packed(settings):
 
 GRIDS = Registry("--grid", {"uniform": Choice("evenly spaced values", "quant:Scheme")})
 FORMATS = Registry("--save-format", {
-    "dense": SaveFormat("every weight in its dtype, as by save_pretrained", "mixgpt.checkpoints.shards:write",
+    "dense": SaveFormat("every weight in its dtype, as by save_pretrained", "mixgpt.checkpoints.formats:save_dense",
                         streams=True, holds_experts=True),
     "compressed-tensors": SaveFormat(
         "packed integers, which vLLM loads too", "mixgpt.checkpoints.formats:save_compressed_tensors",
-        refuses=not_packed, bits=lambda memory, grid, sparsity: grid),
+        refuses=not_packed),
     "sparse": SaveFormat(
         "a bit mask and the packed values of the kept weights", "mixgpt.checkpoints.formats:save_sparse",
-        bits=lambda memory, grid, sparsity: min(grid, (1 - sparsity) * grid + 1),  # values and mask
         marker=SPARSE, reader="mixgpt.checkpoints.formats:load_sparse"),
 })
 SALIENCIES = Registry("--saliency", {

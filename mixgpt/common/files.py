@@ -6,8 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from mixgpt.common.errors import InputError
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -52,17 +50,6 @@ def _flush(path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-@contextlib.contextmanager
-def os_errors():
-    """Turn the errors of safetensors and tokenizers on writing a file into OSError."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, SafetensorError) and type(error) is not Exception:  # tokenizers raises plain Exception
-            raise
-        raise OSError(str(error)) from error
 
 
 def cache_folder():

@@ -183,23 +183,10 @@ def test_stored_bytes_are_those_of_the_named_weights_alone(save_format, halved, 
                    for path in paths if key.startswith((f"{path}.weight.", f"{path}.weight_")) or
                    key == f"{path}.weight")
     weights = {f"{path}.weight": 1 for path in paths}
-    assert formats.stored_bytes(tmp_path / "saved", weights, {}) == expected > 0
+    assert formats.stored_bytes(tmp_path / "saved", weights, 2) == expected > 0
     if save_format == "dense":
         assert expected == 3 * 2 * (2 * 32 * 64 + 32 * 32)
-    assert formats.stored_bytes(tmp_path / "saved", {}, {}) == 0
-
-
-@pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
-@pytest.mark.parametrize("scheme", [SYM_GROUPS, None])
-def test_the_bytes_of_a_result_are_known_before_it_is_written(save_format, scheme, halved, tokenizer, tmp_path):
-    if scheme is None and save_format == "compressed-tensors":
-        pytest.skip("holds quantized weights only")
-    family, model, grids = halved("opt", scheme, torch.bfloat16)
-    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
-    paths = matrices(family, model)
-    shapes = [tuple(model.get_submodule(path).weight.shape) for path in paths]
-    stored = formats.stored_bytes(tmp_path / "saved", {f"{path}.weight": 1 for path in paths}, {})
-    assert formats.expected_bytes(save_format, shapes, 0.5, scheme, 2) == pytest.approx(stored, rel=0.1)
+    assert formats.stored_bytes(tmp_path / "saved", {"experts.0.up.weight": 7}, 2) == 14  # of a tensor of several
 
 
 # what is refused

@@ -13,7 +13,7 @@ from conftest import as_rank, command, free_port
 from kills import SMALL, Together, check_goes_on, drawn, loaded, side_by_side, watch
 from safetensors.torch import load_file
 
-from mixgpt.checkpoints import shards
+from mixgpt.checkpoints import formats
 
 MIXED = ["--sparsity", ".5", "--sparsity-way", "weight-level", "--sensitivity", "fisher", "--saliency", "isc"]
 
@@ -26,7 +26,7 @@ class Scenario:
     options: list
     parts: list  # sets of parts of a run, of which one moment each is drawn
     pickled: bool = False  # weights that cannot be left on disk
-    shard: int = shards.LARGEST  # bytes
+    shard: int = formats.LARGEST  # bytes
     processes: int = 1  # of which the first one is killed
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 
 from mixgpt.allocation import traces
 from mixgpt.app import cli, pipeline
-from mixgpt.checkpoints import load, shards
+from mixgpt.checkpoints import formats, load
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import logits, measure_sparsity, perplexity
@@ -226,7 +226,7 @@ def write_shards(folder, layers, tokenizer):
 
 def peak_of(report):
     """Write the peak memory of this process behind a run, for `command`."""
-    whole, shards.LARGEST = pipeline.run, 2 * LAYER
+    whole, formats.LARGEST = pipeline.run, 2 * LAYER
 
     def run(*arguments):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

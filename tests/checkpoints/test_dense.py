@@ -9,7 +9,7 @@ from commands import SMALL, run
 from conftest import FAMILIES, make, save
 from transformers import AutoModelForCausalLM
 
-from mixgpt.checkpoints import shards
+from mixgpt.checkpoints import formats
 
 
 def weights(folder):
@@ -21,7 +21,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("largest", [5 * 10**9, 60_000, 5_000])  # all in one; parts of layers; a matrix each
 def test_the_files_are_those_of_save_pretrained(largest, tiny, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "LARGEST", largest)
+    monkeypatch.setattr(formats, "LARGEST", largest)
     _, model = tiny
     model.save_pretrained(tmp_path / "plain", max_shard_size=largest)
     save(tmp_path / "saved", model, tokenizer, {})
@@ -33,7 +33,7 @@ def test_the_files_are_those_of_save_pretrained(largest, tiny, tokenizer, tmp_pa
 @pytest.mark.parametrize("options", [[], ["--sparsity", ".5", "--gmp", "--maxlayer", "2"]])
 def test_a_model_on_disk_is_saved_as_save_pretrained_saves_it(options, largest, checkpoint_folder, tmp_path,
                                                               monkeypatch):
-    monkeypatch.setattr(shards, "LARGEST", largest)
+    monkeypatch.setattr(formats, "LARGEST", largest)
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *options, *SMALL, "--eval", "--save",
                tmp_path / "saved") == 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
