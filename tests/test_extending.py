@@ -1,54 +1,44 @@
 """Run the files of docs/extending.md as it says, each on its own, and check what they add."""
 
+import contextlib
 import json
 import math
 import re
 import runpy
 import shlex
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, FAMILIES, ROOT, VOCABULARY, saved_tensors
+from conftest import CPU, FAMILIES, ROOT, VOCABULARY, inputs_of, saved_tensors
 from test_readme import commands
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import datautils
 import opt
 from mixgpt.checkpoints import load
-from mixgpt.common.choices import (
-    ALLOCATIONS,
-    ESTIMATORS,
-    FORMATS,
-    GRIDS,
-    SALIENCIES,
-    SOLVERS,
-    Allocation,
-    Choice,
-    SaveFormat,
-)
+from mixgpt.common import choices
 from mixgpt.evaluation.measures import measure_sparsity, perplexity
 from mixgpt.pruning.targets import Target
 from mixgpt.text.sets import DATASETS
-from modelutils import hooked, linears
+from modelutils import linears
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = dict(re.findall(r"^## [^\n]*`(\w+\.py)`\n.*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
 COMMANDS = [command for command, _ in commands(PAGE)]
-REGISTRIES = ALLOCATIONS, DATASETS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS
-LINEARS = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")] + ["fc1", "fc2"]
 TEXT = "\n\n".join(f"Paragraph {number} of a text about sheep, hills and mills." * 3 for number in range(100))
 
 
 @pytest.fixture(autouse=True)
 def registries():
     """Forget after each test what it has added to the registries."""
-    before = [dict(registry) for registry in REGISTRIES]
-    yield
-    for registry, entries in zip(REGISTRIES, before, strict=True):
-        registry.clear()
-        registry.update(entries)
+    with contextlib.ExitStack() as stack:
+        for registry in (choices.ALLOCATIONS, choices.ESTIMATORS, choices.FORMATS, choices.GRIDS, choices.SALIENCIES,
+                         choices.SOLVERS, DATASETS):
+            stack.enter_context(mock.patch.dict(registry))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -79,28 +69,6 @@ def execute(tmp_path, monkeypatch, checkpoint_folder, neox_folder):
     return script
 
 
-def masks_of(folder, names):
-    """Return {name: which weights are 0} of linears of the first layer of a saved OPT."""
-    state = saved_tensors(folder)
-    return {name: state[f"model.decoder.layers.0.{name}.weight"] == 0 for name in names}
-
-
-def scores_of(folder, nsamples, seqlen):
-    """Return {name: |w| ‖x‖} of the linears of the first layer of a dense OPT, from inputs that hooks collect."""
-    model, inputs = AutoModelForCausalLM.from_pretrained(folder), {}
-    tokens, _ = datautils.calibration_samples("builtin", nsamples, seqlen, 0, load.load_tokenizer(folder))
-    modules = linears(opt.FAMILY.layers_of(model)[0])
-    with torch.no_grad(), hooked({module: lambda X, name=name: inputs.update({name: X.flatten(0, -2)})
-                                  for name, module in modules.items()}):
-        model(tokens)
-    return {name: module.weight.detach().abs() * inputs[name].norm(dim=0) for name, module in modules.items()}
-
-
-def least(scores, count):
-    """Mark the `count` least of each row."""
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.argsort(dim=1)[:, :count], True)
-
-
 def assert_sparsity(folder, family, fraction):
     counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), family)
     assert counted and all(m.zeros == round(fraction * m.numel) for m in counted)
@@ -113,11 +81,6 @@ def test_there_is_a_file_of_each_kind_and_a_command_for_each():
     assert list(EXAMPLES) == ["ria.py", "wanda.py", "wanda_solver.py", "e2m1.py", "my_text.py", "gptneox.py"]
     assert PAGE.count("```python") == len(EXAMPLES)
     assert [shlex.split(command)[1] for command in COMMANDS] == list(EXAMPLES)
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_a_file_has_at_most_40_lines(name):
-    assert len(EXAMPLES[name].splitlines()) <= 40
 
 
 @pytest.mark.parametrize("command, label", [(command, label) for command, label in zip(COMMANDS, [
@@ -135,33 +98,15 @@ def test_its_command_prunes_to_the_weight_and_calls_the_method_by_name(command, 
     assert label in json.loads((tmp_path / "saved" / "mixgpt.json").read_text())["perplexity"]
 
 
-@pytest.mark.parametrize("name, lines", {
-    "e2m1.py": ["--grid {uniform,e2m1}", "e2m1: 4-bit floating point numbers (E2M1) (default: uniform)"],
-    "wanda.py": ["--saliency {obs,isc,fisher,wanda}", "wanda: |w| ‖x‖ (Wanda) (default: obs)"],
-    "wanda_solver.py": ["--solver {obs,admm,wanda}", "wanda: in each row by |w| ‖x‖, without update (Wanda) (default"],
-    "my_text.py": ["my_text: the paragraphs of my_text.txt"],
-    "gptneox.py": ["usage: gptneox.py "],
-}.items())
-def test_help_names_it(name, lines, execute, capsys):
-    assert execute(name, "--help") == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert all(line in out for line in lines)
-
-
 @pytest.mark.parametrize("name, arguments, line", [
     ("wanda.py", "facebook/opt-125m builtin --sparsity .5 --saliency wanda --solver admm",
      "--saliency wanda: --solver admm does not support it; must be obs or fisher"),
-    ("wanda_solver.py", "facebook/opt-125m builtin --sparsity .5 --solver wanda --saliency isc",
-     "--saliency isc: --solver wanda does not support it; must be obs"),
     ("wanda_solver.py", "facebook/opt-125m builtin --sparsity .5 --solver wanda --wbits 4",
      "--wbits 4: --solver wanda does not quantize; must be obs or admm"),
     ("wanda_solver.py", "facebook/opt-125m builtin --sparsity .5 --solver wanda --gmp",
      "--solver wanda: needs calibration"),
     ("e2m1.py", "facebook/opt-125m builtin --wbits 4 --grid e2m1 --mse", "--grid e2m1: has 4 bits, and no search"),
     ("my_text.py", "facebook/opt-125m my_text --sparsity .5", "dataset my_text: there is no my_text.txt in "),
-    ("my_text.py", "facebook/opt-125m my_novel",
-     "invalid choice: my_novel (choose from wikitext2, ptb, c4, builtin, my_text, or give a file or folder of text, or "
-     "owner/dataset:column on the hub)"),
     ("gptneox.py", "facebook/opt-125m builtin", "this is a OPTForCausalLM; use opt.py"),
 ])
 def test_what_it_cannot_do_is_refused_by_name(name, arguments, line, execute, capsys):
@@ -170,27 +115,30 @@ def test_what_it_cannot_do_is_refused_by_name(name, arguments, line, execute, ca
     assert error.startswith(f"{name}: error: ") and line in error.replace("'", "")  # which not every Python puts
 
 
-# ---- Wanda -----------------------------------------------------------------------------------------------------
+def removed_and_inputs(dense):
+    """Yield of each linear of the first layer its name, zeros in `saved`, dense weights and norms of its inputs."""
+    model, pruned = AutoModelForCausalLM.from_pretrained(dense), AutoModelForCausalLM.from_pretrained("saved")
+    tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, load.load_tokenizer(dense))
+    modules = linears(opt.FAMILY.layers_of(model)[0])
+    for name, X in inputs_of(model, modules, tokens).items():
+        zeros = linears(opt.FAMILY.layers_of(pruned)[0])[name].weight == 0
+        yield name, zeros, modules[name].weight.detach(), X.norm(dim=0)
 
 
-def test_the_saliency_ranks_as_wandas_does(execute, checkpoint_folder):
-    assert execute("wanda.py", "facebook/opt-125m", "builtin", "--sparsity", ".4", "--saliency", "wanda",
+def least(scores, count):
+    """Mark the `count` least of each row."""
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.argsort(dim=1)[:, :count], True)
+
+
+@pytest.mark.parametrize("name, score", [
+    ("wanda", lambda A, norms: A * norms),
+    ("ria", lambda A, norms: (A / A.sum(1, keepdim=True) + A / A.sum(0)) * norms.sqrt())])
+def test_a_saliency_ranks_as_its_paper_says(name, score, execute, checkpoint_folder):
+    assert execute(f"{name}.py", "facebook/opt-125m", "builtin", "--sparsity", ".4", "--saliency", name,
                    "--no-true-sequential", *SMALL, "--save", "saved") == 0
-    scores = scores_of(checkpoint_folder("opt"), 4, 32)
-    for name, mask in masks_of("saved", scores).items():  # one block of columns holds them all
-        assert torch.equal(mask, least(scores[name].reshape(1, -1), round(0.4 * mask.numel())).view(mask.shape)), name
-
-
-def test_a_saliency_of_rows_and_columns_ranks_as_ria_does(execute, checkpoint_folder):
-    assert execute("ria.py", "facebook/opt-125m", "builtin", "--sparsity", ".4", "--saliency", "ria",
-                   "--no-true-sequential", *SMALL, "--save", "saved") == 0
-    dense = saved_tensors(checkpoint_folder("opt"))
-    magnitudes = {name: dense[f"model.decoder.layers.0.{name}.weight"].abs() for name in masks_of("saved", LINEARS)}
-    for name, products in scores_of(checkpoint_folder("opt"), 4, 32).items():
-        A = magnitudes[name]
-        scores = (A / A.sum(1, keepdim=True) + A / A.sum(0)) * (products / A).sqrt()  # |w| ‖x‖ / |w|
-        mask = masks_of("saved", [name])[name]
-        assert torch.equal(mask, least(scores.reshape(1, -1), round(0.4 * mask.numel())).view(mask.shape)), name
+    for matrix, zeros, W, norms in removed_and_inputs(checkpoint_folder("opt")):  # one block of columns holds them all
+        expected = least(score(W.abs(), norms).reshape(1, -1), round(0.4 * W.numel()))
+        assert torch.equal(zeros, expected.view(W.shape)), matrix
 
 
 @pytest.mark.parametrize("options", ["--prunen 2 --prunem 4 --act-order", "--save-format sparse",
@@ -213,11 +161,10 @@ def test_weights_lie_on_the_grid_of_4_bit_floating_point_numbers(options, execut
 def test_the_solver_is_wanda(amount, width, execute, checkpoint_folder):
     assert execute("wanda_solver.py", "facebook/opt-125m", "builtin", *amount.split(), "--solver", "wanda",
                    "--no-true-sequential", *SMALL, "--save", "saved") == 0
-    scores, dense = scores_of(checkpoint_folder("opt"), 4, 32), saved_tensors(checkpoint_folder("opt"))
-    for name, mask in masks_of("saved", scores).items():
-        groups = width or mask.shape[1]
-        expected = least(scores[name].view(-1, groups), groups // 2)
-        assert torch.equal(mask.view(-1, groups), expected), name
+    for name, zeros, W, norms in removed_and_inputs(checkpoint_folder("opt")):
+        groups = width or W.shape[1]
+        assert torch.equal(zeros.view(-1, groups), least((W.abs() * norms).view(-1, groups), groups // 2)), name
+    dense = saved_tensors(checkpoint_folder("opt"))
     for key, tensor in saved_tensors("saved").items():
         assert torch.equal(tensor, dense[key].masked_fill(tensor == 0, 0)), key
 
@@ -278,7 +225,7 @@ def test_an_estimator_ranks_as_it_says(checkpoint_folder, tmp_path):
         """Call each layer less sensitive than the one before."""
         return -torch.tensor([[float(index) for index, _ in chunk.matrices]] * len(keys), dtype=torch.float64)
 
-    ESTIMATORS["depth"] = Choice("less for each layer", by_depth)
+    choices.ESTIMATORS["depth"] = choices.Choice("less for each layer", by_depth)
     assert run(opt.FAMILY, checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--sparsity-way", "layer-level",
                "--prune-only", "fc1", "--sensitivity", "depth", *SMALL, "--save", tmp_path / "saved") == 0
     record = json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
@@ -292,8 +239,9 @@ def test_an_allocation_is_followed_and_named(checkpoint_folder, tmp_path, capsys
         return {key: Target(budget.target.sparsity + (-1)**number * budget.alpha)
                 for number, key in enumerate(budget.selected)}
 
-    ALLOCATIONS["turns"] = Allocation("one sparser, the next denser", alternate, title="in turns", refuses=lambda
-                                      settings: "fractions only" if settings.prunem else "")
+    choices.ALLOCATIONS["turns"] = choices.Allocation(
+        "one sparser, the next denser", alternate, title="in turns",
+        refuses=lambda settings: "fractions only" if settings.prunem else "")
     arguments = [checkpoint_folder("opt"), "builtin", "--sparsity-way", "turns", "--prune-only", "out_proj", *SMALL]
     assert run(opt.FAMILY, *arguments, "--sparsity", ".5", "--save", tmp_path / "saved") == 0
     out = capsys.readouterr().out
@@ -311,7 +259,7 @@ def test_a_save_format_writes_the_folder(checkpoint_folder, tmp_path):
     def in_one_file(folder, model, family, grids):
         model.save_pretrained(folder, max_shard_size="1TB")
 
-    FORMATS["one-file"] = SaveFormat("every weight in one file", in_one_file)
+    choices.FORMATS["one-file"] = choices.SaveFormat("every weight in one file", in_one_file)
     folder = tmp_path / "saved"
     assert run(opt.FAMILY, checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--save", folder, "--save-format",
                "one-file", *SMALL) == 0

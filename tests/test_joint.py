@@ -4,15 +4,17 @@ import math
 
 import pytest
 import torch
+from conftest import inputs_of, modules_of
 from test_sparsegpt import (
     PERCDAMP,
+    brute_force,
     correlated_inputs,
     damped,
     prune_matrix,
     prune_one,
+    pruned_by,
     random,
     relative_error,
-    remaining_inverses,
     zeros_per_group,
 )
 
@@ -20,63 +22,8 @@ from mixgpt.common.choices import SOLVERS
 from mixgpt.pruning.hessian import InputHessian, activation_order, factor
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
-from modelutils import hooked, linears
 from quant import Scheme, quantize_nearest
-from sparsegpt import Walk, isc_saliency, obs_saliency
-
-
-def brute_force(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency, W_hat):
-    """Walk with one explicit inverse a column and every grid value tried. Returns (Ŵ, mask, grids by column).
-
-    Where two values are equally near, as for the largest weight of a symmetric grid, it goes on with that of W_hat.
-    """
-    score = {"obs": lambda w, h, inverse: w**2 / inverse,
-             "isc": lambda w, h, inverse: w**2 * (h + 1 / inverse)}[saliency]
-    rows, columns = W.shape
-    inverses, W = remaining_inverses(damped(H)), W.clone()
-    mask, grids = torch.zeros(rows, columns, dtype=torch.bool), {}
-    unit, width = prunem or blocksize, columns if scheme.groupsize == -1 else scheme.groupsize
-
-    def least(left, right, count):
-        scores = {(i, k): score(W[i, k], H[k, k], inverses[k][0, 0]).item()
-                  for i in range(rows) for k in range(left, right)}
-        if not prunem:
-            return sorted(scores, key=scores.get)[:count]
-        return [place for i in range(rows) for group in range(left, right, prunem)
-                for place in sorted(((i, k) for k in range(group, group + prunem)), key=scores.get)[:prunen]]
-
-    for j in range(columns):
-        if j % unit == 0:
-            right = min(j + unit, columns)
-            zeros = W[:, :j].abs() < 1e-12  # rounded to 0 or removed; as many again as in the block before are to come
-            rounded = int((zeros & ~mask[:, :j])[:, -unit:].sum())
-            count = round(sparsity * (rows * right)) - int(zeros.sum()) - round(rounded * (right - j) / unit)
-            for i, k in least(j, right, max(count, 0) if sparsity else 0):
-                mask[i, k] = True
-        if j % width == 0:
-            pruned = mask[:, j:j + width].clone()
-            if width > unit:  # not all masks of the group are known: what would be pruned as things are
-                pruned[:] = False
-                for i, k in least(j, j + width, round(sparsity * rows * width)):
-                    pruned[i, k - j] = True
-            scale, zero = scheme.fit(W[:, j:j + width], pruned, torch.float64, H.diagonal()[j:j + width])
-        grids[j] = scale, zero
-        values = (torch.arange(2**scheme.wbits) - zero[:, None]) * scale[:, None]  # (out, codes)
-        distance = (values - W[:, j, None]).abs()
-        distance = torch.where((values - W_hat[:, j, None]).abs() < 1e-9, distance - 1e-9, distance)
-        q = values.gather(1, distance.argmin(1, keepdim=True))[:, 0]
-        e = (W[:, j] - torch.where(mask[:, j], 0, q)) / inverses[j][0, 0]
-        W[:, j:] -= e[:, None] * inverses[j][0]
-    return W, mask, grids
-
-
-def joint(W, H, sparsity, prunen, prunem, blocksize, scheme, saliency="obs"):
-    """Return what sparsegpt makes of W, and the grids."""
-    R, _ = factor(H, PERCDAMP)
-    return prune_matrix(W, R, H.diagonal(), Target(sparsity, prunen, prunem), blocksize=blocksize,
-                        saliency=isc_saliency if saliency == "isc" else obs_saliency, scheme=scheme,
-                        dtype=torch.float64)
-
+from sparsegpt import Walk
 
 TARGETS = [(0.0, 0, 0, 8), (0.5, 0, 0, 8), (0.5, 0, 0, 24), (0.0, 2, 4, 8), (0.0, 4, 8, 16)]
 SCHEMES = [Scheme(2, sym=True), Scheme(3, 4, sym=True, mse=True), Scheme(4, 24), Scheme(8, mse=True), Scheme(8, 8)]
@@ -87,13 +34,16 @@ SCHEMES = [Scheme(2, sym=True), Scheme(3, 4, sym=True, mse=True), Scheme(4, 24),
 @pytest.mark.parametrize("saliency", ["obs", "isc"])
 def test_the_joint_walk_equals_brute_force_with_explicit_inverses(target, scheme, saliency):
     W, X = random(5, 48), correlated_inputs(90, 48)
-    W_hat, grid = joint(W, X.t() @ X, *target, scheme, saliency)
-    expected, mask, grids = brute_force(W, X.t() @ X, *target, scheme, saliency, W_hat)
+    W_hat, grid = pruned_by(W, X.t() @ X, *target, saliency, scheme)
+    expected, mask, loss, grids = brute_force(W, X.t() @ X, *target, saliency, scheme, W_hat)
     torch.testing.assert_close(W_hat, expected, rtol=0, atol=1e-8)
     assert (W_hat[mask] == 0).all()
-    torch.testing.assert_close(grid.scale[:, grid.group], torch.stack([grids[j][0] for j in range(48)], 1))
-    assert torch.equal(grid.zero[:, grid.group].double(), torch.stack([grids[j][1] for j in range(48)], 1))
-    codes = torch.stack([(expected[:, j] / grids[j][0]).round() + grids[j][1] for j in range(48)], 1)
+    added = 0.5 * torch.trace((W - W_hat) @ damped(X.t() @ X) @ (W - W_hat).t()).item()
+    assert added == pytest.approx(loss, rel=1e-9)
+    scale, zero = (torch.stack([grids[j][part] for j in range(48)], 1) for part in (0, 1))
+    torch.testing.assert_close(grid.scale[:, grid.group], scale)
+    assert torch.equal(grid.zero[:, grid.group].double(), zero)
+    codes = (expected / scale).round() + zero
     assert torch.equal(grid.codes(W_hat).double(), codes)  # every weight lies on its grid
     assert len(codes.unique()) > 2 and codes.max() <= 2**scheme.wbits - 1
 
@@ -147,23 +97,14 @@ def test_pruned_weights_stay_zero_when_quantized(scheme, dtype):
         assert (weight == 0).sum() >= weight.numel() // 2
 
 
-def _hessians(trained_model):
-    """Collect the Hessian of every linear of the trained model from its own forward passes."""
-    family, model, _, calibration = trained_model
-    modules = [module for layer in family.layers_of(model) for module in linears(layer).values()]
-    hessians = {module: InputHessian(module.in_features, len(calibration), "cpu") for module in modules}
-    with torch.no_grad(), hooked({module: hessian.add_batch for module, hessian in hessians.items()}):
-        model(calibration)
-    return hessians
-
-
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("scheme", [Scheme(2, 32), Scheme(3), Scheme(3, 32, sym=True), Scheme(4), Scheme(4, sym=True),
                                     Scheme(4, 32, mse=True), Scheme(8)])
 def test_gptq_is_never_worse_than_rounding_on_real_activations(scheme, act_order, trained_model):
-    ratios = []
-    for module, hessian in _hessians(trained_model).items():
-        W = module.weight.detach().clone()
+    (family, model, _, calibration), ratios = trained_model, []
+    for key, X in inputs_of(model, modules := modules_of(model, family), calibration).items():
+        W, hessian = modules[key].weight.detach(), InputHessian(X.shape[-1], len(calibration), "cpu")
+        hessian.add_batch(X)
         hessian.factor(PERCDAMP, activation_order(hessian.H.diagonal()) if act_order else None)
         error, _ = prune_one(hessian, weight := W.clone(), 0.0, scheme=scheme)
         nearest, _ = quantize_nearest(W, scheme)

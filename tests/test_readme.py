@@ -138,14 +138,8 @@ def run_script(name, *arguments):
         return stop.code
 
 
-def run_torchrun(*words):
-    """Check the options of torchrun, and run the script in one process."""
-    given = get_args_parser().parse_args(words)
-    return run_script(given.training_script, *given.training_script_args)
-
-
 def run_pip(verb, *words):
-    """Check that what is installed satisfies what is asked for. Returns the exit status."""
+    """Check that what is installed satisfies the requirements named. Returns the exit status."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("-r", action="append", default=[])
     parser.add_argument("-d")
@@ -153,25 +147,22 @@ def run_pip(verb, *words):
     parser.add_argument("--no-index", "--upgrade", action="store_true")
     parser.add_argument("names", nargs="*")
     given = parser.parse_args(words)
-    if given.names == ["."]:  # pyproject.toml takes the dependencies from there
-        given.names, given.r = [], ["requirements.txt"]
-    lines = given.names + [line for name in given.r for line in Path(name).read_text().splitlines()]
-    wanted = [Requirement(line) for line in lines if not line.startswith("-r")]
+    files = [*given.r, "requirements.txt"] if given.names == ["."] else given.r  # as pyproject.toml has it
+    lines = [line for name in files for line in Path(name).read_text().splitlines() if not line.startswith("-r")]
+    wanted = [Requirement(line) for line in (lines + given.names if given.names != ["."] else lines)]
     fitting = [each for each in wanted if each.specifier.contains(importlib.metadata.version(each.name))]
     return 0 if verb in ("install", "download") and wanted and fitting == wanted else 1
-
-
-def run_make(*targets):
-    """Check that there are such targets."""
-    return subprocess.run(["make", "--dry-run", *targets], capture_output=True).returncode
 
 
 def run(command):
     """Run a command, or what stands for it. Returns the exit status."""
     verb, *words = map(os.path.expanduser, shlex.split(command, comments=True))
-    if verb == "python":
-        return run_script(*words)
-    return {"torchrun": run_torchrun, "pip": run_pip, "make": run_make}[verb](*words)
+    if verb == "torchrun":  # its options are checked, and the script is run in one process
+        given = get_args_parser().parse_args(words)
+        verb, words = "python", [given.training_script, *given.training_script_args]
+    if verb == "make":
+        return subprocess.run(["make", "--dry-run", *words], capture_output=True).returncode
+    return {"python": run_script, "pip": run_pip}[verb](*words)
 
 
 @pytest.fixture(scope="session")
@@ -223,14 +214,10 @@ def test_python_runs(block, workplace, pruned, monkeypatch):
 
 
 def test_no_command_is_missed():
-    text = ("Run `python a.py x --flag` (needs a GPU).\n\n    $ make demo\n    output\n\n"
-            "```sh\n# comment\nls \\\n-l\n```\n"
-            "| `pip install b` | `word` |\n\n"
-            "```sh\nfor a in 1 2; do\n    ls $a\ndone\n```\n\n```text\npython c.py\nresult\n```\n")
-    found = list(commands(text))
-    assert [command for command, _ in found] == ["python a.py x --flag", "make demo", "ls  -l", "pip install b",
-                                                 "ls 1", "python c.py"]
-    assert [bool(MARK.search(line)) for _, line in found] == [True] + [False] * 5
+    text = ("Run `python a.py x --flag` (needs a GPU).\n\n    $ make demo\n    output\n\n```sh\n# comment\nls \\\n-l\n"
+            "for a in 1 2; do\n    ls $a\ndone\n```\n\n```text\npython c.py\nresult\n```\n")
+    assert [(command, bool(MARK.search(line))) for command, line in commands(text)] == [
+        ("python a.py x --flag", True), *((each, False) for each in ("make demo", "ls  -l", "ls 1", "python c.py"))]
     assert {"make demo", "make test"} <= set(TO_RUN) and len(TO_RUN) > 15
 
 

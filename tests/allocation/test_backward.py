@@ -10,7 +10,7 @@ from makebelieve import CUDA, Gpu, GpuTensor
 import llama
 from mixgpt.allocation import backward, fisher
 from mixgpt.allocation.fisher import output_gradients
-from mixgpt.allocation.plan import global_plan, inverse_diagonals
+from mixgpt.allocation.plan import global_plan
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.checkpoints import load
 from mixgpt.common import distributed
@@ -30,7 +30,6 @@ def measurements(streamed, selected, tokens):
     return [*(torch.cat([each.flatten() for each in found.values()])
               for found in (gradients.rows, gradients.tokens, gradients.diagonals)),
             *(traces(streamed, selected, tokens, estimator).sum(0) for estimator in ("hutchinson", "fisher"))]
-
 
 
 @pytest.fixture
@@ -116,32 +115,11 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
         assert waits.get("fisher.py", 0) <= len(selected) + 1  # none within a layer
 
 
-def test_gradients_bring_the_inverse_diagonals_where_they_are_wanted(tokens):
-    family, model = make("llama")
-    streamed, selected = StreamedModel(model, family, CPU, 2), list(select(model, family))
-    together = output_gradients(streamed, selected, tokens, 3, 0.1)
-    alone = inverse_diagonals(streamed, selected, tokens, 0.1)
-    assert together.diagonals.keys() == alone.keys()
-    assert all(torch.equal(together.diagonals[key], alone[key]) for key in alone)
-    assert output_gradients(streamed, selected, tokens, 3).diagonals is None
-
-
 def test_every_process_gets_some_of_enough(monkeypatch):
     tokens = torch.arange(5)[:, None]
     for world, expected in ((1, [0, 2, 4]), (2, [0, 2, 4]), (3, [0, 1, 2, 3, 4]), (5, [0, 1, 2, 3, 4])):
         monkeypatch.setattr(distributed, "world", lambda world=world: world)
         assert fisher.every_second_sequence(tokens).flatten().tolist() == expected
-
-
-@pytest.mark.parametrize("sequences", [0, 1, 2, 5, 7, 8, 100])
-def test_a_chunk_is_as_large_as_memory_allows(sequences, monkeypatch):
-    family, model = make("llama")
-    streamed, borders = StreamedModel(model, family, CPU, 2), len(family.layers_of(model)) + 1
-    sequence = borders * 24 * model.config.hidden_size * 4
-    monkeypatch.setattr(backward.memory, "free", lambda device: 2 * sequences * sequence)  # half of it is for the work
-    assert backward.chunk_size(streamed, 8, 24, 1) == max(min(sequences, 8) // 2 * 2, 2)
-    assert backward.chunk_size(streamed, 8, 24, 2) == max(min(sequences // 2, 8) // 2 * 2, 2)
-    assert backward.chunk_size(streamed, 8, 24, 1, 4 * sequence) == max(min(sequences, 4) // 2 * 2, 2)
 
 
 def test_weights_require_gradients_again_where_memory_ran_out(tokens, monkeypatch):

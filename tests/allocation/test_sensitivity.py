@@ -1,9 +1,8 @@
 """Check streamed traces against autograd through the whole model, full Hessians and exact Gauss-Newton matrices."""
 
-
 import pytest
 import torch
-from conftest import CPU, FAMILIES, make
+from conftest import CPU, FAMILIES, make, modules_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -13,7 +12,7 @@ from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.runtime import seeded
 from mixgpt.modeling.experts import split_experts
-from modelutils import StreamedModel, linears
+from modelutils import StreamedModel, hooked
 
 
 @pytest.fixture(params=[*FAMILIES, "gemma4"])
@@ -29,31 +28,29 @@ def all_float64(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-def matrices_of(model, family):
-    return [(index, name) for index, layer in enumerate(family.layers_of(model)) for name in linears(layer)]
-
-
-def weights_of(model, family, matrices):
-    return [linears(family.layers_of(model)[index])[name].weight for index, name in matrices]
-
-
 def loss_of(model, sequence, labels=None):
     """Mean cross-entropy of one sequence (T,) in the model's dtype."""
     return torch.nn.functional.cross_entropy(model(sequence[None]).logits[0, :-1],
                                              sequence[1:] if labels is None else labels)
 
 
-def traces(model, family, matrices, tokens, estimator, batch_size=2, known=None, save=None, **options):
+def weights_of(model, family):
+    return [module.weight for module in modules_of(model, family).values()]
+
+
+def traces(model, family, tokens, estimator, batch_size=2, matrices=None, known=None, save=None, **options):
+    """Return the samples of the traces of all matrices, or of some."""
+    matrices = matrices or list(modules_of(model, family))
     sampling = Sampling(estimator, ESTIMATORS[estimator].load(), **{"seed": 3} | options)
     return hessian_traces(StreamedModel(model, family, CPU, batch_size), matrices, tokens, sampling, known, save)
 
 
-def whole_model_products(model, family, matrices, tokens, probe=0):
+def whole_model_products(model, family, tokens):
     """zᵀ H z of every block by double backward through the whole model, with the probes of the streamed pass."""
-    weights, rows = weights_of(model, family, matrices), []
+    weights, rows = weights_of(model, family), []
     for n, sequence in enumerate(tokens):
-        Z = [hutchinson.signs(W.shape, seeded(3, n, probe, *matrix), W.dtype)
-             for W, matrix in zip(weights, matrices, strict=True)]
+        Z = [hutchinson.signs(W.shape, seeded(3, n, 0, *matrix), W.dtype)
+             for W, matrix in zip(weights, modules_of(model, family), strict=True)]
         with sdpa_kernel(SDPBackend.MATH):
             gradients = torch.autograd.grad(loss_of(model, sequence), weights, create_graph=True)
             product = sum((G * z).sum() for G, z in zip(gradients, Z, strict=True))
@@ -62,36 +59,23 @@ def whole_model_products(model, family, matrices, tokens, probe=0):
     return torch.stack(rows)
 
 
-def test_streamed_products_are_those_of_double_backward_through_the_whole_model(tiny, tokens, all_float64):
-    family, model = tiny
-    model, tokens = model.double(), tokens[:3, :10]
-    matrices = matrices_of(model, family)
-    expected = whole_model_products(model, family, matrices, tokens)
-    assert (traces(model, family, matrices, tokens, "hutchinson") - expected).abs().max() < 1e-10
-    assert expected.abs().min() > 1e-6
-
-
-def mixture():
-    """Give (family, model) of a mixture of experts in float64, its experts split."""
-    family, model = make("qwen3-moe")
-    split_experts(model)
-    return family, model.double()
-
-
-def test_traces_of_experts_are_those_of_double_backward_through_the_whole_model(tokens, all_float64):
-    family, model = mixture()
-    matrices = matrices_of(model, family)
-    expected = whole_model_products(model, family, matrices, tokens[:3, :10])
-    difference = (traces(model, family, matrices, tokens[:3, :10], "hutchinson") - expected).abs().max()
-    assert difference < 1e-6 * expected.abs().max()  # the router's softmax is in float32
+@pytest.mark.parametrize("name", [*FAMILIES, "gemma4", "qwen3-moe"])
+def test_streamed_products_are_those_of_double_backward_through_the_whole_model(name, tokens, all_float64):
+    family, model = make(name)
+    experts, model, tokens = split_experts(model), model.double(), tokens[:3, :10]
+    expected = whole_model_products(model, family, tokens)
+    off = 1e-6 * expected.abs().max() if experts else 1e-10  # the router's softmax is in float32
+    assert (traces(model, family, tokens, "hutchinson") - expected).abs().max() < off
+    assert experts or expected.abs().min() > 1e-6
 
 
 @torch.no_grad()
 def test_gradients_at_experts_count_tokens_that_go_elsewhere_as_zero(tokens, all_float64):
-    family, model = mixture()
-    matrices = matrices_of(model, family)
-    expected = traces(model, family, matrices, tokens, "fisher", batch_size=1)
-    assert torch.allclose(traces(model, family, matrices, tokens, "fisher", batch_size=5), expected, rtol=1e-8)
+    family, model = make("qwen3-moe")
+    split_experts(model)
+    model, matrices = model.double(), list(modules_of(model, family))
+    one, five = (traces(model, family, tokens, "fisher", size) for size in (1, 5))
+    assert torch.allclose(one, five, rtol=1e-8)
     one, five = (fisher.output_gradients(StreamedModel(model, family, CPU, size), matrices, tokens, 3)
                  for size in (1, 5))
     for matrix in matrices:
@@ -104,27 +88,26 @@ def test_gradients_at_experts_count_tokens_that_go_elsewhere_as_zero(tokens, all
 @pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
 def test_batches_and_chunks_change_nothing(tokens, estimator, all_float64, monkeypatch):
     family, model = make("bloom")
-    model, matrices = model.double(), matrices_of(model, family)
-    whole = traces(model, family, matrices, tokens, estimator, batch_size=5)
+    model.double()
+    whole = traces(model, family, tokens, estimator, batch_size=5)
     monkeypatch.setattr(backward, "SAVED_AFTER", 0)
     monkeypatch.setattr(fisher, "CPU_SLICE", 7)
     monkeypatch.setattr(hutchinson, "SLICE", 7)
     saved = []
-    parts = traces(model, family, matrices, tokens, estimator, save=saved.append)
+    parts = traces(model, family, tokens, estimator, save=saved.append)
     assert torch.allclose(parts, whole, rtol=1e-9)
     assert [len(rows) for rows in saved] == [2, 4, 5]
-    resumed = traces(model, family, matrices, tokens, estimator, known=saved[0])
+    resumed = traces(model, family, tokens, estimator, known=saved[0])
     assert torch.equal(resumed, parts)
 
 
 @pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
 def test_the_seed_decides_and_no_weight_or_gradient_changes(tokens, estimator):
     family, model = make("opt")
-    matrices = matrices_of(model, family)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    first, again = (traces(model, family, matrices, tokens, estimator) for _ in range(2))
+    first, again = (traces(model, family, tokens, estimator) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, traces(model, family, matrices, tokens, estimator, seed=4))
+    assert not torch.equal(first, traces(model, family, tokens, estimator, seed=4))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
@@ -132,10 +115,9 @@ def test_the_seed_decides_and_no_weight_or_gradient_changes(tokens, estimator):
 @pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
 def test_float16_weights_give_the_traces_of_float32(tokens, estimator):
     family, model = make("opt")
-    matrices = matrices_of(model, family)
     model.half().float()  # round the weights
-    expected = traces(model, family, matrices, tokens, estimator).sum(dim=0)
-    half = traces(model.half(), family, matrices, tokens, estimator).sum(dim=0)
+    expected = traces(model, family, tokens, estimator).sum(dim=0)
+    half = traces(model.half(), family, tokens, estimator).sum(dim=0)
     assert (half - expected).abs().median() < 0.1 * expected.abs().median()
 
 
@@ -154,7 +136,7 @@ def test_the_mean_over_all_sign_vectors_is_the_exact_trace(minute, name, all_flo
     monkeypatch.setattr(hutchinson, "seeded", lambda *key, device: key)
     monkeypatch.setattr(hutchinson, "signs", lambda shape, key, dtype: torch.tensor(
         [1 - 2 * (key[1] >> bit & 1) for bit in range(12)], dtype=dtype).view(shape))
-    samples = traces(minute, opt.FAMILY, [(0, name)], sequence.expand(4096, -1), "hutchinson", batch_size=512)
+    samples = traces(minute, opt.FAMILY, sequence.expand(4096, -1), "hutchinson", 512, [(0, name)])
 
     module = getattr(minute.model.decoder.layers[0], name)
 
@@ -180,11 +162,10 @@ def sampled_labels(model, sequence, generator):
 def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, tokens, all_float64):
     family, model = tiny
     model, tokens = model.double(), tokens[:3, :10]
-    matrices = matrices_of(model, family)
-    samples = traces(model, family, matrices, tokens, "fisher")
+    samples = traces(model, family, tokens, "fisher")
     for n, sequence in enumerate(tokens):
         labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"))
-        gradients = torch.autograd.grad(loss_of(model, sequence, labels), weights_of(model, family, matrices))
+        gradients = torch.autograd.grad(loss_of(model, sequence, labels), weights_of(model, family))
         expected = torch.stack([9 * G.square().sum() for G in gradients])  # 9 tokens are predicted
         assert torch.allclose(samples[n], expected, rtol=1e-9)
 
@@ -195,14 +176,15 @@ def test_output_gradients_are_squares_at_labels_of_the_model_by_output_and_by_to
     monkeypatch.setattr(fisher, "TOKEN_CLIP", 1.2)
     family, model = tiny
     model, tokens, cut = model.double(), tokens[:3, :10], 0
-    matrices = matrices_of(model, family)
+    matrices = list(modules_of(model, family))
     found = fisher.output_gradients(StreamedModel(model, family, CPU, 2), matrices, tokens, 3)
     expected, energies, outputs = {key: 0 for key in matrices}, {key: [] for key in matrices}, {}
-    handles = [linears(family.layers_of(model)[index])[name].register_forward_hook(
-        lambda _, args, y, key=(index, name): outputs.update({key: y})) for index, name in matrices]
+    keep = {module: lambda Y, key=key: outputs.update({key: Y}) for key, module in modules_of(model, family).items()}
     for n, sequence in enumerate(tokens):
         labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"))
-        gradients = torch.autograd.grad(9 * loss_of(model, sequence, labels), list(outputs.values()))
+        with hooked(keep, outputs=True):
+            loss = loss_of(model, sequence, labels)
+        gradients = torch.autograd.grad(9 * loss, list(outputs.values()))
         for key, Y in zip(outputs, gradients, strict=True):
             of_tokens = [row.square() for row in Y.reshape(10, -1)]
             energies[key].append(torch.stack(of_tokens).sum(1))
@@ -211,8 +193,6 @@ def test_output_gradients_are_squares_at_labels_of_the_model_by_output_and_by_to
             cut += sum(bool(row.sum() > loudest) for row in some)
             counted = [row * min(1, loudest / row.sum()) for row in some]
             expected[key] = expected[key] + sum(counted) / 30
-    for handle in handles:
-        handle.remove()
     assert cut > len(matrices)
     for key in matrices:
         G = expected[key]
@@ -244,10 +224,10 @@ def exact_gauss_newton_trace(model, key, W, sequence):
 
 def test_fisher_is_the_exact_gauss_newton_trace_within_its_standard_error(minute, all_float64):
     sequence = torch.randint(0, 11, (6,))
-    matrices = matrices_of(minute, opt.FAMILY)
-    samples = traces(minute, opt.FAMILY, matrices, sequence.expand(4000, -1), "fisher", batch_size=500)
+    matrices = list(modules_of(minute, opt.FAMILY))
+    samples = traces(minute, opt.FAMILY, sequence.expand(4000, -1), "fisher", batch_size=500)
     error = samples.std(dim=0) / len(samples) ** 0.5
-    for (_, name), W, mean, se in zip(matrices, weights_of(minute, opt.FAMILY, matrices), samples.mean(dim=0), error,
+    for (_, name), W, mean, se in zip(matrices, weights_of(minute, opt.FAMILY), samples.mean(dim=0), error,
                                       strict=True):
         exact = exact_gauss_newton_trace(minute, f"model.decoder.layers.0.{name}.weight", W, sequence)
         assert abs(mean.item() - exact) < 4 * se.item(), name

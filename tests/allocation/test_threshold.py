@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, inputs_of, make, modules_of
 
 from mixgpt.allocation.plan import global_plan, inverse_diagonals
 from mixgpt.pruning.targets import select
-from modelutils import StreamedModel, linears
+from modelutils import StreamedModel
 
 
 @pytest.fixture(params=["llama", "opt"])
@@ -22,19 +22,11 @@ def diagonals_of(model, family, selected, tokens, batch_size=2):
     return inverse_diagonals(StreamedModel(model, family, CPU, batch_size), list(selected), tokens, 0.01)
 
 
-@torch.no_grad()
 def test_inverse_diagonals_are_those_of_the_dense_models_inputs(statistics, tokens):
     family, model, selected, _ = statistics
-    diagonals, inputs = diagonals_of(model, family, selected, tokens), {}
-    modules = {key: linears(family.layers_of(model)[key[0]])[key[1]] for key in selected}
-    handles = [module.register_forward_pre_hook(lambda _, args, key=key: inputs.update({key: args[0]}))
-               for key, module in modules.items()]
-    model(tokens, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    for key, X in inputs.items():
-        X = X.reshape(-1, X.shape[-1]).double()
-        H = 2 / len(X) * X.T @ X
+    diagonals = diagonals_of(model, family, selected, tokens)
+    for key, X in inputs_of(model, modules_of(model, family), tokens).items():
+        H = 2 / len(X) * X.double().T @ X.double()
         H.diagonal().add_(0.01 * H.diagonal().mean())
         torch.testing.assert_close(diagonals[key].double(), H.inverse().diagonal(), rtol=1e-3, atol=0)
 
@@ -44,8 +36,8 @@ def test_one_threshold_removes_the_least_scores_of_all(statistics, tokens, spars
     family, model, selected, gradients = statistics
     diagonals = diagonals_of(model, family, selected, tokens)
     plan = global_plan(StreamedModel(model, family, CPU, 2), selected, gradients, diagonals, sparsity, 1.0)
-    scores = {key: linears(family.layers_of(model)[key[0]])[key[1]].weight.detach() ** 2
-              * gradients[key][:, None] / diagonals[key] for key in selected}
+    scores = {key: module.weight.detach() ** 2 * gradients[key][:, None] / diagonals[key]
+              for key, module in modules_of(model, family).items()}
     total = sum(map(torch.numel, scores.values()))
     threshold = torch.cat([s.flatten() for s in scores.values()]).sort().values[round(sparsity * total) - 1]
     counts = {key: round(plan[key].sparsity * s.numel()) for key, s in scores.items()}

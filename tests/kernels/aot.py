@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # of tests that run the kernel on the CPU
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -33,44 +34,17 @@ KERNELS = {"50%": (4096, 128, 0, None, False), "50%, U by rows": (4096, 128, 0, 
            "2:4 + grid, bfloat16": (4096, 128, 4, BF16, False)}
 
 
-class Recorder:
-    """Takes the place of a kernel and notes what it is launched with."""
-
-    def __init__(self):
-        self.launches = []
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, **options):
-        self.launches.append((args, options))
-
-
-def recorded(module, name, call):
-    """Return a kernel of a module, and the arguments and options of its launches by a function."""
-    recorder, kernel = Recorder(), getattr(module, name)
-    setattr(module, name, recorder)
-    try:
-        call()
-    finally:
-        setattr(module, name, kernel)
-    return [(kernel, *launch) for launch in recorder.launches]
-
-
-def walks(rows, columns, m, dtype, by_rows):
-    """Walk such a range of columns."""
-    W, U = torch.zeros(512, rows)[:columns], torch.zeros(512, 512)  # ranges of 128 columns out of 512
-    U = (U if by_rows else U.t())[:columns, :columns]
-    grid = dtype and (torch.ones(rows), torch.zeros(rows), torch.ones(rows), dtype)
-    choice = (m, [(slice(0, rows), m // 2)], torch.ones(columns)) if m else None
-    columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, choice, grid)
-
-
 def launches():
-    """Return {name: (kernel, arguments, options)} of all kernels."""
+    """Return {name: (kernel, arguments, options)} of all kernels, as ranges of 128 columns out of 512 launch them."""
     found = {}
-    for name, case in KERNELS.items():
-        found[name], = recorded(columns_cuda, "_walk_rows", lambda case=case: walks(*case))
+    for name, (rows, columns, m, dtype, by_rows) in KERNELS.items():
+        W, U = torch.zeros(512, rows)[:columns], torch.zeros(512, 512)
+        U = (U if by_rows else U.t())[:columns, :columns]
+        grid = dtype and (torch.ones(rows), torch.zeros(rows), torch.ones(rows), dtype)
+        choice = (m, [(slice(0, rows), m // 2)], torch.ones(columns)) if m else None
+        with mock.patch.object(columns_cuda, "_walk_rows", mock.MagicMock()) as recorder:
+            columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, choice, grid)
+        found[name] = (columns_cuda._walk_rows, *recorder.__getitem__.return_value.call_args)
     return found
 
 

@@ -217,35 +217,21 @@ def test_weights_that_are_no_numbers_do_not_become_some(name):
     assert W.isnan().all()
 
 
-def fastest(device, dtype, grid_dtype=None):
-    """Return the walk that is chosen for a matrix like that, here without memory."""
-    ones = torch.ones(2)
-    W = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    return columns.fastest(W, grid_dtype and UniformGrid(ones, ones, ones, grid_dtype))
-
-
-@pytest.mark.parametrize(("dtype", "grid_dtype", "compiled"), [
-    (torch.float32, None, True), (torch.float32, torch.bfloat16, True), (torch.float32, torch.float16, False),
-    (torch.float64, torch.float64, True), (torch.float64, torch.float32, False)])
-def test_the_compiled_walk_is_chosen_for_what_it_can_round(dtype, grid_dtype, compiled):
-    assert fastest("cpu", dtype, grid_dtype) is (columns_cpu if compiled else columns).walk_columns
-    assert columns.fastest(torch.ones(2, 2), torch.round) is columns.walk_columns
-
-
-@pytest.fixture
-def triton_runs(monkeypatch):
-    """Return a function that says why Triton does not run on a GPU, None for: it does."""
-    return lambda reason: monkeypatch.setattr(columns, "triton_obstacle", lambda device: reason)
-
-
-@needs_triton
-def test_triton_is_chosen_on_a_gpu_for_float32(triton_runs):
-    triton_runs(None)
-    for grid_dtype in None, torch.float32, torch.bfloat16, torch.float16:
-        assert fastest("cuda:1", torch.float32, grid_dtype) is columns_cuda.walk_columns
-    assert fastest("cuda:1", torch.float64) is columns.walk_columns
-    triton_runs("No module named 'triton'")
-    assert fastest("cuda:1", torch.float32) is columns.walk_columns
+@pytest.mark.parametrize(("device", "dtype", "grid_dtype", "module"), [
+    ("cpu", torch.float32, None, columns_cpu), ("cpu", torch.float32, torch.bfloat16, columns_cpu),
+    ("cpu", torch.float32, torch.float16, columns), ("cpu", torch.float64, torch.float64, columns_cpu),
+    ("cpu", torch.float64, torch.float32, columns), ("cuda:1", torch.float64, None, columns),
+    *(("cuda:1", torch.float32, grid, columns_cuda) for grid in (None, torch.float32, torch.bfloat16, torch.float16))])
+def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, module, monkeypatch):
+    ones, W = torch.ones(2), SimpleNamespace(device=torch.device(device), dtype=dtype)  # without memory
+    grid = grid_dtype and UniformGrid(ones, ones, ones, grid_dtype)
+    if module is None:
+        pytest.skip(NO_TRITON)
+    monkeypatch.setattr(columns, "triton_obstacle", lambda device: None)
+    assert columns.fastest(W, grid) is module.walk_columns
+    assert columns.fastest(W, torch.round) is columns.walk_columns
+    monkeypatch.setattr(columns, "triton_obstacle", lambda device: "No module named 'triton'")
+    assert columns.fastest(W, grid) is (module if device == "cpu" else columns).walk_columns
 
 
 def test_without_triton_the_reason_is_that_it_cannot_be_imported(monkeypatch):

@@ -7,22 +7,7 @@ import torch
 from test_sparsegpt import random
 
 from mixgpt.common.runtime import multiplies_bfloat16
-from mixgpt.kernels.linalg import rough_product_with, upper_blocks, upper_inverse
-
-
-@pytest.mark.parametrize("n", [1, 130, 300, 511])
-def test_the_inverse_of_a_triangular_matrix(n):
-    R = (torch.eye(n) + random(n, n) / 3 / n ** 0.5).triu()
-    torch.testing.assert_close(upper_inverse(R.float()).double(), torch.linalg.inv(R), rtol=0, atol=1e-5)
-
-
-def test_blocks_of_a_gpu_are_wide_and_all_blocks_cover_the_columns():
-    assert [len(upper_blocks(n, torch.device("cuda"))) for n in (768, 2048, 4096, 11008, 12288, 49152)] == [
-        1, 1, 2, 6, 6, 8]
-    for device in (torch.device("cuda"), torch.device("cpu")):
-        for n in (1, 100, 2050, 4096, 11008):
-            blocks = upper_blocks(n, device)
-            assert [column for B in blocks for column in range(B.start, B.stop)] == list(range(n))
+from mixgpt.kernels.linalg import rough_product_with
 
 
 @pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-2), (torch.float64, 1e-12)])
