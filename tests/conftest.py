@@ -1,7 +1,6 @@
 """Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
 
 import contextlib
-import functools
 import json
 import multiprocessing
 import os
@@ -24,37 +23,14 @@ import transformers
 from filelock import FileLock
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma4ForCausalLM,
-    Gemma4TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import baichuan
 import bloom
 import datautils
 import llama
 import opt
+import results
 from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli, inputs
 from mixgpt.checkpoints.run_dir import RunDir
@@ -82,46 +58,45 @@ def pytest_addoption(parser):
                      help="run test_cuda.py on each family, job, dtype and room, not only on all pairs of these")
 
 
-def _llama(kind, config, **options):
-    return kind(config(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                       num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128,
-                       initializer_range=0.2, **options))
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+          "initializer_range": 0.2}
+TOKEN_IDS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+
+
+def _llama(kind, config="Config", **options):
+    """Build a model of one of the classes of transformers that are like LLaMA."""
+    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, kind + config)(**COMMON | options))
 
 
 def _gemma3():
-    text = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
-            "initializer_range": 0.2, "sliding_window": 8, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+    text = COMMON | TOKEN_IDS | {"num_hidden_layers": 2, "sliding_window": 8}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}
-    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
-                                                       image_token_index=VOCABULARY - 1))
-
-
-def _gemma4():
-    """Its layers take inputs that depend on the tokens; the last two the keys and values of the first two."""
-    return Gemma4ForCausalLM(Gemma4TextConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, global_head_dim=16, max_position_embeddings=128, initializer_range=0.2,
-        sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
-        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY))
+    return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=VOCABULARY - 1))
 
 
 def _opt(**options):
-    return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=3,
-                                    num_attention_heads=4, max_position_embeddings=128, init_std=0.2, **options))
+    return transformers.OPTForCausalLM(transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=128, init_std=0.2, **options))
+
+
+def _bloom():
+    return transformers.BloomForCausalLM(transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.2))
 
 
 FAMILIES = {
     "opt": (opt.FAMILY, lambda: _opt(word_embed_proj_dim=32)),
     "opt-350m": (opt.FAMILY, lambda: _opt(word_embed_proj_dim=16, do_layer_norm_before=False)),
-    "llama": (llama.FAMILY, lambda: _llama(LlamaForCausalLM, LlamaConfig, tie_word_embeddings=True)),
-    "mistral": (llama.FAMILY, lambda: _llama(MistralForCausalLM, MistralConfig, sliding_window=8)),
-    "qwen2": (llama.FAMILY, lambda: _llama(Qwen2ForCausalLM, Qwen2Config, use_sliding_window=True, sliding_window=8,
+    "llama": (llama.FAMILY, lambda: _llama("Llama", tie_word_embeddings=True)),
+    "mistral": (llama.FAMILY, lambda: _llama("Mistral", sliding_window=8)),
+    "qwen2": (llama.FAMILY, lambda: _llama("Qwen2", use_sliding_window=True, sliding_window=8,
                                            max_window_layers=1)),  # the layers have different masks
-    "qwen3": (llama.FAMILY, lambda: _llama(Qwen3ForCausalLM, Qwen3Config)),
-    "bloom": (bloom.FAMILY, lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3,
-                                                                 n_head=4, initializer_range=0.2))),
+    "qwen3": (llama.FAMILY, lambda: _llama("Qwen3")),
+    "bloom": (bloom.FAMILY, _bloom),
 }
 
 for name, kind, options in [
@@ -134,11 +109,15 @@ for name, kind, options in [
 
 OTHERS = {  # stand-ins for the README's commands; modeling/test_decoders.py and test_experts.py have many more
     "gemma3": (llama.FAMILY, _gemma3),
-    "gemma2": (llama.FAMILY, lambda: _llama(Gemma2ForCausalLM, Gemma2Config, sliding_window=8)),
-    "gemma4": (llama.FAMILY, _gemma4),
-    "olmo2": (llama.FAMILY, lambda: _llama(Olmo2ForCausalLM, Olmo2Config)),
-    "qwen3-moe": (llama.FAMILY, lambda: _llama(Qwen3MoeForCausalLM, Qwen3MoeConfig, moe_intermediate_size=16,
-                                               num_experts=4, num_experts_per_tok=2)),
+    "gemma2": (llama.FAMILY, lambda: _llama("Gemma2", sliding_window=8)),
+    # its layers take inputs that depend on the tokens; the last two the keys and values of the first two
+    "gemma4": (llama.FAMILY, lambda: _llama(
+        "Gemma4", config="TextConfig", num_hidden_layers=4, global_head_dim=16, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY)),
+    "olmo2": (llama.FAMILY, lambda: _llama("Olmo2")),
+    "qwen3-moe": (llama.FAMILY, lambda: _llama("Qwen3Moe", moe_intermediate_size=16, num_experts=4,
+                                               num_experts_per_tok=2)),
 }
 
 
@@ -180,15 +159,20 @@ def train_tokenizer(path):
 
 
 @pytest.fixture(scope="session")
-def checkpoint_folder(tokenizer, once):
-    """Return a function that gives the folder of a saved tiny model by its name in FAMILIES."""
-
-    def save(name, path):
+def model_folder(tokenizer, once):
+    """Return a function that gives the folder of a saved model by a name and what builds it."""
+    def save(build, path):
         transformers.utils.logging.disable_progress_bar()  # or the test that comes first would see it
-        make(name)[1].save_pretrained(path)
+        build().save_pretrained(path)
         tokenizer.save_pretrained(path)
 
-    return functools.cache(lambda name: once(f"checkpoint-{name}", partial(save, name)))
+    return lambda name, build: once(f"checkpoint-{name}", partial(save, build))
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(model_folder):
+    """Return a function that gives the folder of a saved tiny model by its name in FAMILIES."""
+    return lambda name: model_folder(name, lambda: make(name)[1])
 
 
 @pytest.fixture(scope="session")
@@ -252,6 +236,13 @@ def trained_model(trained):
     model = trainable()
     model.load_state_dict(state)
     return llama.FAMILY, model, test, calibration
+
+
+def assert_same_weights(folder, other):
+    """Assert that two saved folders have the same tensors, bit for bit."""
+    one, two = saved_tensors(folder), saved_tensors(other)
+    assert one.keys() == two.keys()
+    assert not [key for key, tensor in one.items() if not torch.equal(tensor, two[key])]
 
 
 def modules_of(model, family):
@@ -326,7 +317,7 @@ def read_little(patch):
 
 
 def command(name, arguments, log, prepare=None, given=()):
-    """Run the command line of a name in FAMILIES on short texts, for `fork`; its output goes to the file `log`.
+    """Run the command line of a name in FAMILIES, or results.py, on short texts, for `fork`, with its output in `log`.
 
     prepare: called with `given` before, for example to break the world.
     """
@@ -337,7 +328,8 @@ def command(name, arguments, log, prepare=None, given=()):
     read_little(pytest.MonkeyPatch())
     if prepare:
         prepare(*given)
-    status = cli.main(FAMILIES[name][0], [str(argument) for argument in arguments])
+    main = results.main if name == "results" else partial(cli.main, FAMILIES[name][0])
+    status = main([str(argument) for argument in arguments])
     sys.stdout.flush()
     sys.exit(status)
 

@@ -12,15 +12,15 @@ import os
 import re
 import shutil
 import struct
-import sys
+from functools import partial
+from pathlib import Path
 
+import datasets
 import pytest
 from conftest import command
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from makegguf import write_gguf
-
-import results
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 50))
 LONGEST = 120  # seconds that a run may take, on a machine that does other things too
@@ -80,7 +80,7 @@ def cut(data, cuts):
     return bytes(data)
 
 
-DAMAGE = st.tuples(st.just(edited), EDITS) | st.tuples(st.just(cut), CUTS)
+EDITED, CUT = EDITS.map(lambda edits: partial(edited, edits=edits)), CUTS.map(lambda cuts: partial(cut, cuts=cuts))
 
 
 def replace(file, data):
@@ -92,14 +92,6 @@ def replace(file, data):
 # ---- runs ------------------------------------------------------------------------------------------------------
 
 
-def compare(arguments, log):
-    """Run results.py, for `fork`."""
-    with open(log, "w") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
-    sys.exit(results.main(arguments))
-
-
 def keep_cache(root):
     """Let the cache be beside the model."""
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
@@ -109,8 +101,7 @@ def check_run(fork, root, line, script="llama"):
     """Run a command line in a process of its own. Fails as the docstring of this file says."""
     log, arguments = root / "log", [word.format(root=root) for word in line.split()]
     before = snapshot(root)
-    process = fork(compare, arguments, log) if script == "results" else fork(
-        command, script, arguments, log, keep_cache, (root,))
+    process = fork(command, script, arguments, log, keep_cache, (root,))
     process.join(LONGEST)
     if process.exitcode is None:
         process.kill()
@@ -130,105 +121,76 @@ def snapshot(root):
 
 
 @pytest.fixture
-def new_root(checkpoint_folder, tmp_path):
-    """Return a function that gives a new folder with links to the files of a model."""
-    def new():
-        shutil.rmtree(tmp_path / "root", ignore_errors=True)
-        shutil.copytree(checkpoint_folder("llama"), tmp_path / "root" / "model", copy_function=os.link)
-        return tmp_path / "root"
+def fuzz(fork, checkpoint_folder, tmp_path):
+    """Return a function that runs a command line on many examples of damage, each in a new folder with a model."""
+    def fuzz(strategy, damage, line=PRUNE, script="llama", examples=()):
+        """damage: called with the folder and an example of the strategy, a function that changes bytes."""
+        @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+        @given(strategy)
+        def each(change):
+            root = tmp_path / "root"
+            shutil.rmtree(root, ignore_errors=True)
+            shutil.copytree(checkpoint_folder("llama"), root / "model", copy_function=os.link)
+            damage(root, change)
+            check_run(fork, root, line, script)
 
-    return new
+        for change in examples:
+            each = example(change)(each)
+        each()
 
-
-def fuzzed(*strategies):
-    """Run a test on many examples."""
-    def decorate(test):
-        return settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck),
-                        print_blob=True)(given(*strategies)(test))
-
-    return decorate
+    return fuzz
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_configurations_and_tokenizers(name, fork, new_root):
-    @fuzzed(DAMAGE)
-    def each(damage):
-        root, (change, changes) = new_root(), damage
-        file = root / "model" / name
-        replace(file, change(file.read_bytes(), changes))
-        check_run(fork, root, PRUNE)
+def test_configurations_and_tokenizers(name, fuzz):
+    def damage(root, change):
+        replace(root / "model" / name, change((root / "model" / name).read_bytes()))
 
-    each()
+    fuzz(EDITED | CUT, damage)
 
 
-def test_headers_of_safetensors(fork, new_root):
-    @fuzzed(DAMAGE)
-    def each(damage):
-        root, (change, changes) = new_root(), damage
+def test_headers_of_safetensors(fuzz):
+    def damage(root, change):
         file = root / "model" / "model.safetensors"
         data = file.read_bytes()
         end = 8 + struct.unpack("<Q", data[:8])[0]
-        header = edited(data[8:end], changes) if change is edited else None
-        head = struct.pack("<Q", len(header)) + header if header else cut(data[:end], changes)
-        replace(file, head + data[end:])
-        check_run(fork, root, PRUNE)
+        if change.func is edited:
+            header = change(data[8:end])
+            replace(file, struct.pack("<Q", len(header)) + header + data[end:])
+        else:
+            replace(file, change(data[:end]) + data[end:])
 
-    each()
+    fuzz(EDITED | CUT, damage)
 
 
-def test_gguf_files(fork, new_root, tokenizer, tmp_path):
+def test_gguf_files(fuzz, tokenizer, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", tokenizer)
     data = (tmp_path / "tiny.gguf").read_bytes()
-
-    @fuzzed(CUTS)
-    def each(cuts):
-        root = new_root()
-        replace(root / "tiny.gguf", cut(data[:20_000], cuts) + data[20_000:])  # metadata and the table of tensors
-        check_run(fork, root, PRUNE.replace("model", "tiny.gguf", 1))
-
-    each()
+    fuzz(CUT, lambda root, change: replace(root / "tiny.gguf", change(data[:20_000]) + data[20_000:]),
+         PRUNE.replace("model", "tiny.gguf", 1))  # metadata and the table of tensors
 
 
-def test_records(fork, new_root):
-    root = new_root()
-    check_run(fork, root, f"{PRUNE} --gmp")
-    record = (root / "saved" / "mixgpt.json").read_bytes()
-
-    @fuzzed(DAMAGE)
-    def each(damage):
-        root, (change, changes) = new_root(), damage
-        replace(root / "run.json", change(record, changes))
-        check_run(fork, root, "{root}/run.json", "results")
-
-    each()
+def test_records(fuzz, fork, tmp_path, checkpoint_folder):
+    (tmp_path / "model").symlink_to(checkpoint_folder("llama"))
+    check_run(fork, tmp_path, f"{PRUNE} --gmp")
+    record = (tmp_path / "saved" / "mixgpt.json").read_bytes()
+    fuzz(EDITED | CUT, lambda root, change: replace(root / "run.json", change(record)), "{root}/run.json", "results")
 
 
 ROWS = b"".join(json.dumps({"text": f"Row {number} of a text that is long enough for a sample or two.", "id": number}
                            ).encode() + b"\n" for number in range(40))
+NULLS = [partial(cut, cuts=[(0.0, "insert", line)]) for line in (b"null\n", b'{"text": null}\n')]
 
 
 @pytest.mark.parametrize("name", ["train.txt", "train.json", "train.json.gz", "train.parquet"])
-def test_texts(name, fork, new_root, tmp_path):
-    content = texts_of(name, tmp_path)
+def test_texts(name, fuzz, tmp_path):
+    datasets.Dataset.from_list([json.loads(line) for line in ROWS.splitlines()]).to_parquet(tmp_path / "parquet")
+    contents = {".gz": gzip.compress(ROWS), ".parquet": (tmp_path / "parquet").read_bytes()}
 
-    @fuzzed(CUTS)
-    @example([(0.0, "insert", b"null\n")])
-    @example([(0.0, "insert", b'{"text": null}\n')])
-    def each(cuts):
-        root = new_root()
+    def damage(root, change):
         (root / "texts").mkdir()
-        inner = gzip.compress(cut(ROWS, cuts)) if name.endswith(".gz") and len(cuts) % 2 else cut(content, cuts)
+        inner = gzip.compress(change(ROWS)) if name.endswith(".gz") and len(change.keywords["cuts"]) % 2 else change(
+            contents.get(Path(name).suffix, ROWS))
         replace(root / "texts" / name, inner)
-        check_run(fork, root, PRUNE.replace("builtin", f"{{root}}/texts/{name}", 1))
 
-    each()
-
-
-def texts_of(name, folder):
-    """Return the bytes of a file of texts."""
-    if not name.endswith(".parquet"):
-        return gzip.compress(ROWS) if name.endswith(".gz") else ROWS
-    import datasets
-
-    datasets.Dataset.from_list([json.loads(line) for line in ROWS.splitlines()]).to_parquet(folder / name)
-    return (folder / name).read_bytes()
+    fuzz(CUT, damage, PRUNE.replace("builtin", f"{{root}}/texts/{name}", 1), examples=NULLS)

@@ -1,9 +1,9 @@
 """Prune tiny random models of every class that is claimed, through the whole command line."""
 
-import functools
 import re
 from functools import partial
 
+import conftest
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, the fixture
@@ -22,9 +22,7 @@ from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel, linears
 
-COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
-          "initializer_range": 0.2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+COMMON = conftest.COMMON | conftest.TOKEN_IDS
 GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "initializer_range": 0.2,
        "bos_token_id": 0, "eos_token_id": 1}
 WINDOW = {"sliding_window": 8}
@@ -59,14 +57,10 @@ def build(kind, **options):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.split()[0], **MODELS[kind] | options)).eval()
 
 
-@pytest.fixture(scope="session")
-def folder(tokenizer, once):
+@pytest.fixture
+def folder(model_folder):
     """Return a function that gives the folder of a saved model by its model_type."""
-    def save(kind, path):
-        build(kind).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-
-    return functools.cache(lambda kind: once(f"decoder-{kind}", partial(save, kind)))
+    return lambda kind: model_folder(f"decoder-{kind}", partial(build, kind))
 
 
 @pytest.mark.parametrize("kind", MODELS)

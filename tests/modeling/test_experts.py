@@ -1,16 +1,18 @@
 """Split mixtures of experts into linears, and prune them through the whole command line."""
 
-import functools
 import json
 from functools import partial
 
+import conftest
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import CPU, VOCABULARY, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import bloom
 import llama
+import opt
 from mixgpt.checkpoints import load
 from mixgpt.evaluation.measures import logits, measure_sparsity, total_sparsity
 from mixgpt.modeling.experts import is_split, layout_of, published, split_experts
@@ -20,10 +22,8 @@ from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel, linears
 
-COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
-          "shared_expert_intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
-          "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+COMMON = {key: value for key, value in conftest.COMMON.items() if key != "head_dim"} | conftest.TOKEN_IDS | {
+    "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "num_experts_per_tok": 2}
 LATENT = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
           "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
 # model_type -> what its configuration needs beside COMMON
@@ -65,14 +65,10 @@ def build(kind):
     return model
 
 
-@pytest.fixture(scope="session")
-def folder(tokenizer, once):
+@pytest.fixture
+def folder(model_folder):
     """Return a function that gives the folder of a saved model by its model_type."""
-    def save(kind, path):
-        build(kind).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-
-    return functools.cache(lambda kind: once(f"experts-{kind}", partial(save, kind)))
+    return lambda kind: model_folder(f"experts-{kind}", partial(build, kind))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -122,33 +118,23 @@ def test_what_cannot_hold_experts_is_refused(folder, tmp_path, capsys):
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("kind, options, message", [
-    ("llama4_text", {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 48},
+@pytest.mark.parametrize("kind, family, options, message", [
+    ("llama4_text", llama.FAMILY, {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
+                                   "intermediate_size_mlp": 48, "num_hidden_layers": 2},
      "keeps feed_forward.experts.gate_up_proj as a tensor of three dimensions, which is not supported"),
-    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "this is a GPT2LMHeadModel; use bloom.py")])
-def test_models_that_nothing_prunes_are_refused_with_the_reason(kind, options, message, tokenizer, tmp_path, capsys):
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = AutoConfig.for_model(kind, **sizes | options)
+    ("gpt2", llama.FAMILY, {"n_embd": 32, "n_layer": 2, "n_head": 4}, "this is a GPT2LMHeadModel; use bloom.py"),
+    ("gpt2", bloom.FAMILY, {"n_embd": 32, "n_layer": 2, "n_head": 4},
+     "the layers of this GPT2LMHeadModel have no torch.nn.Linear"),
+    ("bart", opt.FAMILY, {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},
+     "encoder_attn.k_proj, encoder_attn.out_proj, encoder_attn.q_proj, encoder_attn.v_proj of this BartForCausalLM are "
+     "not called as modules, so that they cannot be calibrated")])
+def test_models_that_nothing_prunes_are_refused_with_the_reason_before_weights_are_read(
+        kind, family, options, message, tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(load, "open_model", lambda *_, **__: pytest.fail("weights are read"))
+    config = AutoConfig.for_model(kind, **COMMON | options)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    assert run(llama.FAMILY, tmp_path / "model", "builtin", "--sparsity", ".5", *SMALL) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind, message", [
-    ("bart", "encoder_attn.k_proj, encoder_attn.out_proj, encoder_attn.q_proj, encoder_attn.v_proj of this "
-             "BartForCausalLM are not called as modules, so that they cannot be calibrated"),
-    ("gpt2", "the layers of this GPT2LMHeadModel have no torch.nn.Linear")])
-def test_linears_that_are_not_called_and_layers_without_any_are_refused_before_weights_are_read(
-        kind, message, tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(load, "open_model", lambda *_, **__: pytest.fail("weights are read"))
-    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, d_model=32, decoder_layers=2, decoder_ffn_dim=48,
-                                  decoder_attention_heads=4, n_embd=32, n_layer=2, n_head=4)
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    assert run(family_of(model), tmp_path / "model", "builtin", "--sparsity", ".5", *SMALL) == 2
+    assert run(family, tmp_path / "model", "builtin", "--sparsity", ".5", *SMALL) == 2
     assert message in capsys.readouterr().err
 
 

@@ -142,31 +142,6 @@ def test_the_generation_configuration_of_the_source_is_saved(checkpoint_folder, 
         assert (kept.do_sample, kept.temperature, kept.eos_token_id, kept.max_length) == (True, 0.375, [1, 7], 99)
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------
-
-
-def with_index(path, change):
-    """Shard a tiny LLaMA below path / model, with its index changed. Returns its folder."""
-    _, model = make("llama")
-    store(model, "float32 sharded", path / "model")
-    file = path / "model" / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    change(index["weight_map"])
-    file.write_text(json.dumps(index))
-    return path / "model"
-
-
-@pytest.mark.parametrize("outside", ["a/../../x.safetensors", "{root}/x.safetensors"])
-def test_an_index_that_leads_out_of_the_folder_is_refused_by_name(outside, tmp_path):
-    outside = outside.format(root=tmp_path)
-    folder = with_index(tmp_path, lambda places: places.update({UP: outside}))
-    save_file({UP: make("llama")[1].state_dict()[UP]}, tmp_path / "x.safetensors")  # all would be there
-    (folder / "a").mkdir()
-    with pytest.raises(InputError) as error:
-        opened(folder, FAMILIES["llama"][0])
-    assert str(folder) in str(error.value) and f"names {outside}, which is not in the folder" in str(error.value)
-
-
 @pytest.mark.parametrize("value", ["nan", "-inf"])
 @pytest.mark.parametrize("key, dtype", [(UP, "auto"), ("model.embed_tokens.weight", torch.bfloat16)])
 def test_weights_that_are_not_finite_are_refused_by_name_when_they_are_loaded(key, dtype, value, checkpoint_folder,
@@ -179,9 +154,6 @@ def test_weights_that_are_not_finite_are_refused_by_name_when_they_are_loaded(ke
     model = opened(tmp_path, family, dtype)
     with pytest.raises(InputError, match=f"{tmp_path}/model.safetensors: {key} contains NaN or inf"):
         logits(model, family, tokens, 4, CPU)
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_written_whole_or_not_at_all_and_others_may_read_it(tmp_path, monkeypatch):

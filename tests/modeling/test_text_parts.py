@@ -1,9 +1,8 @@
 """Prune the text part of models that also see, through the whole command line."""
 
-import functools
-import json
 from functools import partial
 
+import conftest
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
@@ -14,9 +13,7 @@ import llama
 from mixgpt.checkpoints import load
 from mixgpt.evaluation.measures import logits, measure_sparsity, total_sparsity
 
-TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
-        "initializer_range": 0.2, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+TEXT = conftest.COMMON | conftest.TOKEN_IDS | {"num_hidden_layers": 2}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 14, "num_channels": 3}
 IMAGE = {"image_token_index": VOCABULARY - 1}
@@ -41,14 +38,10 @@ def build(kind):
     return AutoModelForImageTextToText.from_config(config).eval()
 
 
-@pytest.fixture(scope="session")
-def folder(tokenizer, once):
+@pytest.fixture
+def folder(model_folder):
     """Return a function that gives the folder of a saved model by its model_type."""
-    def save(kind, path):
-        build(kind).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-
-    return functools.cache(lambda kind: once(f"text-part-{kind}", partial(save, kind)))
+    return lambda kind: model_folder(f"text-part-{kind}", partial(build, kind))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -69,11 +62,3 @@ def test_the_text_part_is_pruned_and_saved_as_a_model_of_its_own(kind, folder, t
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert type(loaded).__name__ == MODELS[kind][0] and not any(report.values())
     assert total_sparsity(measure_sparsity(loaded, llama.FAMILY)) == 0.5
-
-
-def test_a_quantized_model_that_sees_is_refused(folder, tmp_path, capsys):
-    config = json.loads((folder("gemma3") / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    assert run(llama.FAMILY, tmp_path, "builtin", "--sparsity", ".5", *SMALL) == 2
-    assert capsys.readouterr().err == (f"llama.py: error: model {tmp_path}: its configuration cannot be read: its "
-                                       "weights are quantized by awq; give the original model\n")
