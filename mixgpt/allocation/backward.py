@@ -13,35 +13,24 @@ from mixgpt.common import distributed, memory
 from mixgpt.modeling.arguments import cast
 from mixgpt.modeling.experts import RoutedLinear
 from mixgpt.modeling.streaming import prefetch
-from modelutils import allocate, linears, on_device
+from modelutils import allocate, linears, on_device, place_for
 
 HOST = torch.device("cpu")
 SAVED_AFTER = 2e9  # bytes of hidden states at layer boundaries: on a CPU such a chunk takes minutes, and is saved then
 
 
 def chunk_size(streamed, count, T, states, limit=math.inf):
-    """Return how many of `count` sequences of T tokens have room in memory at all layer boundaries, at least a batch.
+    """Return how many of `count` sequences of T tokens run together, and where: "device", "host" or "disk".
 
-    states: kinds of hidden states per boundary. limit: bytes that these may take. All processes get the same number.
+    At least a batch, at most what half of the free memory holds at all layer boundaries; the other half is for the
+    work. states: kinds of hidden states per boundary. limit: bytes that these may take. All processes get the same.
     """
-    batch, boundaries = streamed.batch_size, states * (len(streamed.layers) + 1)
-    sequence = T * streamed.model.config.hidden_size * working_dtype(streamed.model).itemsize  # bytes at a boundary
-    rooms, size = rooms_for(streamed).values(), -(-count // batch) * batch
-    while size > batch and (boundaries * size * sequence > limit
-                            or boundaries > sum(room // (size * sequence) for room in rooms)):
-        size -= batch
-    return min(distributed.all_gather_object(size))
-
-
-def rooms_for(streamed):
-    """Return {place: bytes that hidden states at layer boundaries may take there}: half of what is free.
-
-    The other half is for the work.
-    """
-    if streamed.device.type != "cuda":
-        return {"host": memory.free(HOST) // 2}
-    return {"device": 0 if streamed.on_host else memory.free(streamed.device) // 2,
-            "host": memory.free(HOST) // 4}  # PyTorch rounds pinned memory up to a power of two
+    batch, width = streamed.batch_size, streamed.model.config.hidden_size
+    sequence = states * (len(streamed.layers) + 1) * T * width * working_dtype(streamed.model).itemsize
+    place = place_for(batch * sequence, streamed.device, streamed.on_host)
+    room = min(memory.free(streamed.device if place == "device" else HOST) // 2, limit)
+    size = max(min(room // sequence // batch, -(-count // batch)), 1) * batch
+    return min(distributed.all_gather_object(int(size))), place
 
 
 def working_dtype(model):
@@ -52,29 +41,21 @@ def working_dtype(model):
 class Chunk:
     """Sequences that run through all layers together and back, and their hidden states at all layer boundaries.
 
-    Those on the host are in pinned memory, from and to which a GPU copies while it computes.
+    place: of these, as `chunk_size` gives it.
     """
 
-    def __init__(self, streamed, matrices, tokens, bar):
+    def __init__(self, streamed, matrices, tokens, place, bar):
         model = streamed.model
         self.model, self.family, self.layers = model, streamed.family, streamed.layers
-        self.tokens, self.matrices, self.device, self.bar = tokens, matrices, streamed.device, bar
+        self.tokens, self.matrices, self.device, self.place, self.bar = tokens, matrices, streamed.device, place, bar
         self.dtype = working_dtype(model)
         self.stream = streamed.embed(tokens)
         self.stream.arguments = cast(self.stream.arguments, self.dtype)
         self.borders = [self.stream.hidden.to(self.dtype)]
-        self._rooms = rooms_for(streamed)
 
     def new_border(self):
-        """Return uninitialised memory for the hidden states at a layer boundary, where there is room, else on disk."""
-        shape, nbytes = self.borders[0].shape, self.borders[0].nbytes
-        place = next((place for place, room in self._rooms.items() if nbytes <= room), "disk")
-        if place == "disk":
-            return allocate(shape, self.dtype, self.device, place)
-        self._rooms[place] -= nbytes
-        on_host = place == "host"
-        return torch.empty(shape, dtype=self.dtype, device=HOST if on_host else self.device,
-                           pin_memory=on_host and self.device.type == "cuda")
+        """Return uninitialised memory for the hidden states at a layer boundary."""
+        return allocate(self.borders[0].shape, self.dtype, self.device, self.place)
 
     def read(self, border, rows):
         """Return the hidden states of a batch at a layer boundary (B, T, C), on the device."""
@@ -105,14 +86,6 @@ class Chunk:
         """Return {column of the result: linear} for a layer's matrices."""
         modules = linears(layer)
         return {column: modules[name] for column, (at, name) in enumerate(self.matrices) if at == index}
-
-
-@contextlib.contextmanager
-def pinned_memory_freed(device):
-    """At the end of the block, give back the pinned memory that nothing uses; PyTorch keeps it otherwise."""
-    yield
-    if device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # PyTorch 2.8 has no such function
-        torch.accelerator.empty_host_cache()
 
 
 def by_sequence(module, rows, B):

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size, pinned_memory_freed
+from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size
 from mixgpt.allocation.plan import inverse_diagonals
 from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import seeded, wide
@@ -61,7 +61,7 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
     """
     N, T = tokens.shape
     mine, layers = range(N)[distributed.share(N)], streamed.layers
-    size = chunk_size(streamed, -(-N // distributed.world()), T, 1)
+    size, place = chunk_size(streamed, -(-N // distributed.world()), T, 1)
     sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=streamed.device)
             for index, name in matrices]
     energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64)
@@ -73,10 +73,10 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
         return of_tokens
 
     total = 2 * len(mine) * len(layers)
-    with pinned_memory_freed(streamed.device), progress.bar(total=total, title="gradients", unit="step") as bar:
+    with progress.bar(total=total, title="gradients", unit="step") as bar:
         for start in range(0, len(mine), size):
             numbers = mine[start:start + size]
-            _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], bar),
+            _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
                               [(seed, n, 0) for n in numbers], measure, energies[:, start:start + size])
     *means, token_means = _means([*sums, energies.sum((1, 2)).to(streamed.device)], N * T)
     shares = [energy / mean if mean else torch.ones_like(energy)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mixgpt.allocation import backward
-from mixgpt.allocation.backward import Chunk, chunk_size, pinned_memory_freed
+from mixgpt.allocation.backward import Chunk, chunk_size
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder, check_outputs, write_output
@@ -135,17 +135,16 @@ def hessian_traces(streamed, matrices, tokens, sampling, previous=None, save=Non
     N, T = tokens.shape
     rows, nprobes = [] if previous is None else list(previous), sampling.nprobes
     # 2 kinds of states, as an estimator may keep tangents; on a CPU a chunk takes long, and is saved at its end
-    size = chunk_size(streamed, -(-(N - len(rows)) // distributed.world()), T, 2,
-                      backward.SAVED_AFTER if streamed.device.type == "cpu" else math.inf)
+    limit = backward.SAVED_AFTER if streamed.device.type == "cpu" else math.inf
+    size, place = chunk_size(streamed, -(-(N - len(rows)) // distributed.world()), T, 2, limit)
     total = (N - len(rows)) * nprobes * 2 * len(streamed.layers)
-    with (pinned_memory_freed(streamed.device),
-          progress.bar(total=total, title=sampling.estimator, unit="step") as bar):
+    with progress.bar(total=total, title=sampling.estimator, unit="step") as bar:
         while len(rows) < N:
             together = range(len(rows), min(len(rows) + size * distributed.world(), N))
             numbers = together[distributed.share(len(together))]
             sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
             for probe in range(nprobes if numbers else 0):
-                sums += sampling.estimate(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], bar),
+                sums += sampling.estimate(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
                                           [(sampling.seed, n, probe) for n in numbers])
             rows.extend(torch.cat(distributed.all_gather_object(sums)) / nprobes / (T - 1))
             if save:

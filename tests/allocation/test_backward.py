@@ -1,11 +1,12 @@
 """Check where hidden states and layers are while gradients are measured, on a make-believe GPU, and what it changes."""
 
 import copy
+import math
 
 import pytest
 import torch
 from conftest import CPU, make
-from makebelieve import CUDA, Gpu, GpuTensor
+from makebelieve import CUDA, Gpu
 
 import llama
 from mixgpt.allocation import backward, fisher
@@ -32,36 +33,17 @@ def measurements(streamed, selected, tokens):
             *(traces(streamed, selected, tokens, estimator).sum(0) for estimator in ("hutchinson", "fisher"))]
 
 
-@pytest.fixture
-def places(monkeypatch):
-    """Give a list of where the hidden states at layer boundaries were."""
-    found, new_border = [], backward.Chunk.new_border
-
-    def noted(chunk):
-        border = new_border(chunk)
-        found.append("device" if isinstance(border, GpuTensor) else "host")
-        return border
-
-    monkeypatch.setattr(backward.Chunk, "new_border", noted)
-    return found
-
-
-@pytest.mark.parametrize("name, dtype, room, expected", [
-    ("opt-350m", torch.float32, 0, {"host"}),  # its linears read the layer's input itself
-    ("llama", torch.float16, 2, {"device", "host"}), ("bloom", torch.bfloat16, 100, {"device"})])
-def test_a_gpu_measures_what_a_cpu_does_wherever_hidden_states_are(name, dtype, room, expected, tokens, places,
-                                                                   monkeypatch):
-    """room: number of layer boundaries."""
+@pytest.mark.parametrize("name, dtype, place", [
+    ("opt-350m", torch.float32, "host"),  # its linears read the layer's input itself
+    ("llama", torch.float16, "disk"), ("bloom", torch.bfloat16, "device")])
+def test_a_gpu_measures_what_a_cpu_does_wherever_hidden_states_are(name, dtype, place, tokens, monkeypatch):
     family, model = make(name)
     model.to(dtype).set_attn_implementation("eager")  # C++ makes the mask of others on what it takes for the device
     selected, tokens = select(model, family), tokens[:3, :6]
     wanted = measurements(StreamedModel(model, family, CPU, 2), selected, tokens)
-    border = tokens.numel() * model.config.hidden_size * backward.working_dtype(model).itemsize
-    monkeypatch.setattr(backward, "rooms_for", lambda *_: {"device": room * border, "host": 100 * border})
-    places.clear()
+    monkeypatch.setattr(backward, "place_for", lambda *_: place)
     with Gpu():
         found = measurements(StreamedModel(model, family, CUDA, 2), selected, tokens)
-    assert set(places) == expected
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours - theirs).norm() < (0.1 if dtype == torch.bfloat16 else 1e-4) * theirs.norm()
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
@@ -120,6 +102,18 @@ def test_every_process_gets_some_of_enough(monkeypatch):
     for world, expected in ((1, [0, 2, 4]), (2, [0, 2, 4]), (3, [0, 1, 2, 3, 4]), (5, [0, 1, 2, 3, 4])):
         monkeypatch.setattr(distributed, "world", lambda world=world: world)
         assert fisher.every_second_sequence(tokens).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("sequences", [0, 1, 2, 5, 7, 8, 100])
+def test_a_chunk_is_as_large_as_memory_allows(sequences, monkeypatch):
+    family, model = make("llama")
+    streamed, borders = StreamedModel(model, family, CPU, 2), len(family.layers_of(model)) + 1
+    sequence = borders * 24 * model.config.hidden_size * 4
+    monkeypatch.setattr(backward.memory, "free", lambda device: 2 * sequences * sequence)  # half of it is for the work
+    for states, limit, most in ((1, math.inf, sequences), (2, math.inf, sequences // 2), (1, 4 * sequence, 4)):
+        size, place = backward.chunk_size(streamed, 8, 24, states, limit)
+        assert size == max(min(sequences, most, 8) // 2 * 2, 2)
+        assert place == ("host" if sequences >= 2 * states else "disk")
 
 
 def test_weights_require_gradients_again_where_memory_ran_out(tokens, monkeypatch):
