@@ -1,9 +1,8 @@
 """Train a pruned or quantized model until it predicts what the dense model predicts. Zeros stay zeros.
 
 Kept weights are trained, or, where weights lie on grids, the scales of these. The loss is KL(p ‖ q) per token, of the
-dense model's predictions p and the pruned one's q (Hinton et al., arXiv 1503.02531). Steps are those of Adafactor
-(Shazeer & Stern, arXiv 1804.04235) without momentum: beside a float32 copy of the weights it needs a value for each row
-and column.
+dense model's predictions p and the pruned one's q (Hinton et al., arXiv 1503.02531). Adafactor (Shazeer & Stern, arXiv
+1804.04235) takes the steps: beside a float32 copy of the weights it needs a value for each row and column.
 """
 
 import contextlib
@@ -20,12 +19,10 @@ from modelutils import CPU_SLICE, SLICE, HiddenStates, bytes_to_load, linears, o
 
 STEPS = 16  # at most
 STEP_TOKENS = 1024  # of a step, if there are as many: gradients of fewer are too noisy for the rate
-RATE = 2.5e-3  # most that a step changes a matrix, as a fraction of the root mean square of its kept weights
-SCALES_RATE = 1e-2  # most that a step changes the scales of its grids, as root mean square of the fractions
+RATE = 2.5e-3  # most that a step changes a matrix, as a fraction of its root mean square
+SCALES_RATE = 1e-2  # most that a step changes the scales of its grids, as a fraction
 WARMUP = 0.1  # share of the steps
-DECAY = 0.95  # of the mean squared gradients, per step
-MIN_WEIGHT = 1e-3  # lower bound of a weight's root mean square, for its rate
-MIN_SQUARE = 1e-30  # lower bound of a gradient's mean square
+EPS = 1e-15, 1e-3  # lower bounds of the root mean square of a gradient, and of a weight for its rate
 
 
 class Diverged(ArithmeticError):
@@ -108,14 +105,14 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None):
 
 def _train(stream, layers, head, states, steps, dense):
     """Take the steps, of sequences (n,) each. Returns the mean divergence. Raises Diverged."""
-    means = []
+    means, optimizers = [], [torch.optim.Adafactor([state.exact], eps=EPS, foreach=False) for state in states]
     with progress.bar(steps, title="distilling", unit="step") as bar:
         for number, rows in enumerate(bar, 1):
             with memory.shared_fate():
                 divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
             means.append(_mean(divergences, len(rows) * dense.shape[1], stream.device))
-            for state in states:
-                state.step(schedule(number, len(steps)), number)
+            for state, optimizer in zip(states, optimizers, strict=True):
+                _step(state, optimizer, schedule(number, len(steps)))
             bar.set_postfix_str(f"divergence {means[-1]:.3f}")
     if not torch.stack([state.exact.isfinite().all() for state in states]).all():
         raise Diverged("gradients became infinite")
@@ -230,74 +227,57 @@ def _mean(divergences, count, device):
     return mean
 
 
-class _Adafactor:
-    """The mean squares of the gradients of a tensor: of the rows and columns of a matrix, or of each entry."""
-
-    def __init__(self, sizes, device):
-        """sizes: numbers of rows and of columns, or one shape for each entry."""
-        self.squares = [torch.zeros(size, device=device) for size in sizes]
-
-    def step(self, exact, gradient, number, kept, length):
-        """Change a tensor against its gradient (overwritten), by a root mean square of at most `length`.
-
-        kept: number of entries that are not always 0. number: of the step, from 1.
-        """
-        squares = gradient.square()
-        for dim, mean in enumerate(self.squares):
-            mean.lerp_(squares.mean(1 - dim) if len(self.squares) == 2 else squares, 1 - DECAY)
-        means = [(mean / (1 - DECAY ** number)).clamp_(min=MIN_SQUARE) for mean in self.squares]
-        gradient.mul_(means[-1].rsqrt())
-        if len(means) == 2:
-            gradient.mul_((means[0].mean() / means[0]).sqrt()[:, None])
-        size = torch.linalg.vector_norm(gradient) / kept ** 0.5
-        exact.addcmul_(gradient, length / size.clamp(min=1), value=-1)
-
-
 class _Weight:
     """A weight that is trained, and its float32 copy."""
 
+    rate = RATE
+
     def __init__(self, weight):
         self.weight, self.exact = weight, weight.detach().to(torch.float32, copy=True)
-        self.adafactor = _Adafactor(weight.shape, weight.device)
-        self.kept = weight.numel() if weight.dim() == 1 else self.exact.count_nonzero().clamp_(min=1)
 
-    @torch.no_grad()
-    def step(self, factor, number):
-        """Change the weight, but for zeros of a matrix, against its gradient, which is removed.
-
-        factor: of the rate. number: of the step, from 1.
-        """
-        gradient = torch.zeros_like(self.exact) if self.weight.grad is None else self.weight.grad.float()
-        self.weight.grad = None
-        distributed.all_reduce(gradient)
+    def gradient(self):
+        """Return the gradient of the float32 copy, 0 where a matrix is."""
+        gradient = self.weight.grad.float()
         if gradient.dim() == 2:  # a float mask: with a boolean one this takes many times as long on a CPU
             gradient.mul_(torch.ne(self.exact, 0, out=torch.empty_like(self.exact)))
-        size = (torch.linalg.vector_norm(self.exact) / self.kept ** 0.5).clamp_(min=MIN_WEIGHT)
-        self.adafactor.step(self.exact, gradient, number, self.kept, RATE * factor * size)
+        return gradient
+
+    def update(self):
+        """Take over the float32 copy."""
         self.weight.copy_(self.exact)
 
 
 class _Scales:
-    """The scales of a quantized matrix, of which the logarithms are trained; its codes stay."""
+    """The scales of a quantized matrix, of which factors are trained; its codes stay."""
+
+    rate = SCALES_RATE
 
     def __init__(self, weight, grid):
-        self.weight, self.grid, device = weight, grid, weight.device
-        on_device = grid.to(device)
+        self.weight, self.grid = weight, grid
+        on_device = grid.to(weight.device)
         self.group, self.scale, self.before = on_device.group, on_device.scale, on_device.scale.float()
         self.units = on_device.units(on_device.codes(weight.detach()))  # the weights in units of their scales
         self.order = self.group.argsort(stable=True)  # groups are of one width
-        self.exact = torch.zeros_like(self.before)  # what is added to the logarithms
-        self.adafactor = _Adafactor([self.exact.shape], device)
+        self.exact = torch.ones(self.before.numel(), device=weight.device)  # the factors, each with a mean square
 
-    @torch.no_grad()
-    def step(self, factor, number):
-        """Change the scales against the gradient of the weight, which is removed. As `_Weight.step`."""
-        gradient = torch.zeros_like(self.exact)
-        if self.weight.grad is not None:
-            products = self.weight.grad.float().mul_(self.weight)
-            gradient = products[:, self.order].view(*gradient.shape, -1).sum(-1)
-        self.weight.grad = None
-        distributed.all_reduce(gradient)
-        self.adafactor.step(self.exact, gradient, number, gradient.numel(), SCALES_RATE * factor)
-        self.scale = (self.before * self.exact.exp()).to(self.weight.dtype)
+    def gradient(self):
+        """Return the gradient of the factors."""
+        products = self.weight.grad.float().mul_(self.weight)
+        return products[:, self.order].view(*self.before.shape, -1).sum(-1).flatten() / self.exact
+
+    def update(self):
+        """Take over the factors."""
+        self.scale = (self.before * self.exact.view_as(self.before)).to(self.weight.dtype)
         self.weight.copy_(self.units * self.scale[:, self.group])
+
+
+@torch.no_grad()
+def _step(state, optimizer, factor):
+    """Change a weight against its gradient, which is removed. factor: of the rate."""
+    state.exact.grad = torch.zeros_like(state.exact) if state.weight.grad is None else state.gradient()
+    state.weight.grad = None
+    distributed.all_reduce(state.exact.grad)
+    optimizer.param_groups[0]["lr"] = state.rate * factor
+    optimizer.step()
+    state.exact.grad = None  # of one weight at a time
+    state.update()
