@@ -17,8 +17,7 @@ from mixgpt.kernels import selection
 from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning import distill
 from mixgpt.pruning.hessian import InputHessian, activation_order
-from mixgpt.pruning.layerwise import prune_layerwise
-from mixgpt.pruning.magnitude import magnitude_prune
+from mixgpt.pruning.layerwise import magnitude_prune, prune_layerwise
 from mixgpt.pruning.solvers import Recipe, admm, prune_in_place, walk
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixgpt.pruning.magnitude import magnitude_prune
+from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
 from quant import SHRINKS, Grid, Scheme, quantize_nearest
 

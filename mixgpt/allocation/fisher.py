@@ -78,7 +78,10 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
             numbers = mine[start:start + size]
             _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
                               [(seed, n, 0) for n in numbers], measure, energies[:, start:start + size])
-    *means, token_means = _means([*sums, energies.sum((1, 2)).to(streamed.device)], N * T)
+    sums.append(energies.sum((1, 2)).to(streamed.device))
+    together = torch.cat(sums)
+    distributed.all_reduce(together)
+    *means, token_means = (together.cpu() / (N * T)).split([len(part) for part in sums])
     shares = [energy / mean if mean else torch.ones_like(energy)
               for mean, energy in zip(token_means, energies, strict=True)]
     rows, of_tokens = ({key: value.float() for key, value in zip(matrices, values, strict=True)}
@@ -101,13 +104,6 @@ def flattened(G):
     """Return G (out,) to the power ROW_WEIGHT_EXPONENT, scaled to its mean."""
     powers = G ** ROW_WEIGHT_EXPONENT
     return powers * (G.mean() / powers.mean()).nan_to_num(1.0)
-
-
-def _means(sums, count):
-    """Return the sums of all processes, a list of (out,), divided by count, on the host."""
-    together = torch.cat(sums)
-    distributed.all_reduce(together)
-    return (together.cpu() / count).split([len(part) for part in sums])
 
 
 def squared_gradients(chunk, keys):

@@ -76,7 +76,9 @@ def allocate(sensitivities, sizes, sparsity, alpha):
     sensitive. Returns a list of floats.
     """
     sizes = torch.tensor(sizes, dtype=torch.float64)
-    ideal = sparsity + alpha * (1 - 2 * _rank_fractions(sensitivities))
+    ranks = torch.empty_like(sizes)
+    ranks[sorted(range(len(sizes)), key=lambda i: sensitivities[i])] = torch.arange(len(sizes), dtype=torch.float64)
+    ideal = sparsity + alpha * (1 - 2 * ranks / max(len(ranks) - 1, 1))  # from the least to the most sensitive unit
     low, high = -2.0, 2.0  # ideal lies within [−1, 2]: these shifts clip every unit to 0 or 1
     for _ in range(100):
         shift = (low + high) / 2
@@ -115,14 +117,6 @@ def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
     best = miss.min()
     closest = [i for i in range(len(shifts)) if miss[i] <= best + 1e-12]
     return n[min(closest, key=lambda i: shifts[i].abs().item())].int().tolist()
-
-
-def _rank_fractions(sensitivities):
-    """Return rank / (units − 1), 0 for the least sensitive unit."""
-    ranks = torch.empty(len(sensitivities), dtype=torch.float64)
-    order = sorted(range(len(sensitivities)), key=lambda i: sensitivities[i])
-    ranks[order] = torch.arange(len(order), dtype=torch.float64)
-    return ranks / max(len(order) - 1, 1)
 
 
 def by_threshold(budget):

@@ -10,8 +10,7 @@ from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.evaluation.measures import count_zeros, measure_weights
 from mixgpt.pruning import distill
-from mixgpt.pruning.layerwise import prune_layerwise
-from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 
 

@@ -93,8 +93,9 @@ class Calibration:
         stream, recipe = self.stream, self.recipe
         groups = groups_of(layer, index, stream, self.plan)
         twin = DenseTwin(layer, index, stream, self.dense, groups) if self.dense else None
-        hessians, read = hessians_of(layer, stream, groups, self.nsequences, self.clock, twin,
-                                     self._token_weights(index, groups))
+        weights = recipe.token_weights and [  # per input, the root of the mean over the linears that read it
+            torch.stack([recipe.token_weights[index, name] for name in group]).mean(0).sqrt() for group in groups]
+        hessians, read = hessians_of(layer, stream, groups, self.nsequences, self.clock, twin, weights)
         experts = ExpertInputs(layer, self.nsequences, stream.device) if groups else None
         in_turn, stops = recipe.true_sequential and groups, dict(zip(groups, hessians, strict=True))
         with contextlib.ExitStack() as recording:
@@ -144,11 +145,6 @@ class Calibration:
             if twin:
                 self.dense.hidden[rows] = output  # not earlier: a linear may read the hidden states themselves
 
-    def _token_weights(self, index, groups):
-        """Return token weights per input, the root of the mean over the linears that read it: [(n, T)], or None."""
-        weights = self.recipe.token_weights
-        return weights and [torch.stack([weights[index, name] for name in group]).mean(0).sqrt() for group in groups]
-
     def _factored(self, index, group, hessian, bar):
         recipe, order = self.recipe, None
         if recipe.act_order:
@@ -157,17 +153,13 @@ class Calibration:
             with self.clock.part("factorisation"):
                 percdamp = hessian.factor(recipe.percdamp, order)
         except torch.linalg.LinAlgError as error:
-            raise InputError(f"layer {index} {group[0]}: {error}{_first_bad(hessian)}") from error
+            finite = torch.cat(hessian.sequence_sums).isfinite().tolist()  # of this process's sequences
+            bad = "" if all(finite) else f", from calibration sequence {finite.index(False)} on"
+            raise InputError(f"layer {index} {group[0]}: {error}{bad}") from error
         if percdamp != recipe.percdamp:
             bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp "
                       f"{recipe.percdamp:g}, raised to {percdamp:g}")
         return hessian
-
-
-def _first_bad(hessian):
-    """Name this process's first calibration sequence whose input is not finite, if any."""
-    finite = torch.cat(hessian.sequence_sums).isfinite().tolist()
-    return "" if all(finite) else f", from calibration sequence {finite.index(False)} on"
 
 
 class ExpertInputs:

@@ -32,11 +32,6 @@ class Writer:
     norm: str = ""  # module between the linear and the stream, if any
     base: str = ""  # module whose output is the stream there; else the stream is what the writer before it left
 
-    @property
-    def emitter(self):
-        """The module whose output, scaled, is added."""
-        return self.norm or self.linear
-
 
 @torch.no_grad()
 def residual_writers(layer, index, stream):
@@ -201,7 +196,7 @@ class DenseTwin:
         writers = list(self._writers.items())
         for (module, writer), (behind, next_writer) in zip(writers, writers[1:], strict=False):
             if not next_writer.base:
-                self._record(readers, writer.emitter, partial(self._go_on, module, behind, writer.scale))
+                self._record(readers, writer.norm or writer.linear, partial(self._go_on, module, behind, writer.scale))
         for module, writer in writers:
             if writer.base:
                 self._record(readers, writer.base, self._lags[module].append)

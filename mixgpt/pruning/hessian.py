@@ -117,7 +117,7 @@ class InputHessian:
         without gaps around W. Zero weights stay zero. Compare QEP (arXiv 2504.09629).
         """
         W, moment = W[:, self.order], 0.0
-        if not self.has_shifted_target:
+        if self._input_moment is None and self._output_moment is None:
             return W
         if self._input_moment is not None:
             moment = W @ self._input_moment[self.order][:, self.order]
@@ -126,11 +126,6 @@ class InputHessian:
         change = torch.linalg.solve_triangular(self.R.t(), self._scale * moment, upper=False, left=False)
         change = torch.linalg.solve_triangular(self.R, change, upper=True, left=False)
         return (W + change).masked_fill_(W == 0, 0)
-
-    @property
-    def has_shifted_target(self):
-        """Whether the target weights differ from the dense ones."""
-        return self._input_moment is not None or self._output_moment is not None
 
 
 def _rows(A, weights=None):

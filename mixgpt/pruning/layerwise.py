@@ -1,16 +1,21 @@
-"""Prune and quantize a whole model on calibration data, one decoder layer on the device at a time."""
+"""Prune and quantize a whole model, one decoder layer on the device at a time.
+
+On calibration data, or by magnitude and to the nearest values of a grid, the baselines.
+"""
 
 import time
 from dataclasses import replace
 
 import torch
 
-from mixgpt.common import progress
+from mixgpt.common import distributed, progress
+from mixgpt.kernels.selection import smallest, smallest_per_row
 from mixgpt.modeling.streaming import prefetch
 from mixgpt.pruning.calibration import Calibration
 from mixgpt.pruning.solvers import prune_in_place
 from mixgpt.pruning.targets import Outcome
 from modelutils import linears, on_device
+from quant import meet_sparsities, quantize_nearest
 
 
 @torch.no_grad()
@@ -38,7 +43,9 @@ def prune_layerwise(streamed, plan, tokens, recipe, files=None, observe=None):
             del hessian, pruned  # before the next one fills up
             bar.refresh()  # a line, if one is due
         if new:
-            new |= _on_host(new)
+            errors = torch.stack([outcome.error for outcome in new.values()]).tolist()  # waits for a GPU only here
+            new |= {key: replace(outcome, error=error, grid=outcome.grid and outcome.grid.to("cpu"))
+                    for (key, outcome), error in zip(new.items(), errors, strict=True)}
             bar.set_postfix_str(f"layer {index} error {sum(outcome.error for outcome in new.values()) / len(new):.2%}")
     return outcomes
 
@@ -76,8 +83,42 @@ def layers_in_turn(streamed, layers, title, outcomes, files=None, observe=None, 
             files.flush()
 
 
-def _on_host(outcomes):
-    """Return outcomes with errors and grids on the host, which waits for a GPU only here: for all errors at once."""
-    errors = torch.stack([outcome.error for outcome in outcomes.values()]).tolist()
-    return {key: replace(outcome, error=error, grid=outcome.grid and outcome.grid.to("cpu"))
-            for (key, outcome), error in zip(outcomes.items(), errors, strict=True)}
+@torch.no_grad()
+def prune_magnitude(streamed, plan, scheme=None, files=None, observe=None):
+    """Prune every matrix of the plan by magnitude and round it to the nearest values of the scheme's grid, in place.
+
+    streamed, plan, files, observe: as in `prune_layerwise`. Returns {(layer, name): Outcome}.
+    """
+    title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
+    outcomes = {}
+    for index, layer, new, _ in layers_in_turn(streamed, streamed.layers, title, outcomes, files, observe):
+        for name, module in linears(layer).items():
+            if target := plan.get((index, name)):
+                rows = len(module.weight)
+                W, grid = _by_magnitude(module.weight[distributed.share(rows)], target, scheme)
+                module.weight.copy_(*distributed.all_gather_shares([W], [rows]))
+                new[index, name] = Outcome(grid=grid and grid.gathered(rows).to("cpu"))
+    return outcomes
+
+
+def _by_magnitude(W, target, scheme):
+    if scheme is None:
+        return magnitude_prune(W, target), None
+    (W, grid), = meet_sparsities(
+        lambda sparsities: [quantize_nearest(magnitude_prune(W, replace(target, sparsity=sparsities[0])), scheme)],
+        [target.sparsity], attempts=1 if target.prunem else 4)
+    return W, grid
+
+
+def magnitude_prune(W, target):
+    """Set the weights of smallest magnitude to 0, as many as a Target says, and leave the others unchanged.
+
+    W: (out, in); in several processes, some of the rows of a matrix. Returns a new tensor (out, in).
+    """
+    scores = W.abs().float()
+    if target.prunem:
+        mask = smallest_per_row(scores.reshape(-1, target.prunem), target.prunen).view(W.shape)
+    else:
+        rows, = distributed.total([len(W)])
+        mask, = smallest([scores], [round(target.sparsity * (rows * W.shape[1]))], [rows])
+    return W.masked_fill(mask, 0)

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixgpt.allocation.plan import allocate, allocate_whole, meet_total, threshold_counts
-from mixgpt.pruning.layerwise import prune_layerwise
-from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
 from mixgpt.pruning.solvers import Recipe, admm, walk
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel

@@ -15,7 +15,7 @@ from mixgpt.checkpoints import formats, load
 from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import perplexity
-from mixgpt.pruning.magnitude import magnitude_prune
+from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
 from modelutils import linears
 from quant import Scheme, quantize_nearest

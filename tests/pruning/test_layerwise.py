@@ -16,8 +16,7 @@ from mixgpt.kernels import columns
 from mixgpt.pruning import layerwise
 from mixgpt.pruning.dense_target import residual_writers
 from mixgpt.pruning.hessian import factor
-from mixgpt.pruning.layerwise import prune_layerwise
-from mixgpt.pruning.magnitude import prune_magnitude
+from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
 from modelutils import HiddenStates, StreamedModel, linears, shared_inputs

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sparsegpt import fractions, hypothesis_settings, random
 
-from mixgpt.pruning.magnitude import magnitude_prune
+from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
 
 
