@@ -86,9 +86,9 @@ class Calibration:
     def inputs(self, index, layer, last, bar):
         """Yield (names of linears, factored InputHessian of the input that they read) in the order in which they run.
 
-        The caller prunes these linears before it asks for the next input. With recipe.true_sequential, the inputs that
-        follow are those behind pruned linears: all batches pause in front of the linears meanwhile. At the end the
-        hidden states are those behind the layer, unless it is the last. Raises InputError if an input is not finite.
+        The caller prunes these linears before it asks for the next input. With recipe.true_sequential, all batches
+        pause in front of them meanwhile, so that later inputs come from pruned linears. At the end the hidden states
+        are the layer's output, unless it is the last layer. Raises InputError if an input is not finite.
         """
         stream, recipe = self.stream, self.recipe
         groups = groups_of(layer, index, stream, self.plan)
@@ -208,10 +208,11 @@ def fill_up_expert_hessian(hessian, pool):
 
 
 def one_pass_bytes(streamed, selected, shape, dense_target, admm):
-    """Estimate the bytes that pruning takes if all batches pause inside a layer at a time, rather more than less.
+    """Estimate, on the high side, the bytes that pruning takes if all batches pause inside a layer at a time.
 
-    selected: {(layer, name): (out, in)}. shape: (sequences of this process, tokens). In front of a linear wait the
-    residual stream, its norm, and its input or what other linears made of the norm: queries, keys and values, gates.
+    selected: {(layer, name): (out, in)}. shape: (sequences of this process, tokens). While a batch waits in front of a
+    linear, it holds the residual stream, its norm, and the linear's input or the outputs of other linears that read the
+    norm: queries, keys and values, gates.
     """
     model, (sequences, T), sets = streamed.model, shape, 1 + dense_target
     inputs, hessians = defaultdict(list), defaultdict(int)

@@ -38,8 +38,8 @@ def residual_writers(layer, index, stream):
     """Find the `Writer`s of layer number `index` by running one sequence through it, in order of writing.
 
     The residual stream is what modules read, or the layer returns, that differs from an earlier state of it, or from a
-    norm of that, by multiples of outputs of linears, or of norms behind linears. Writers behind an addition of anything
-    else are not found.
+    norm of that, by multiples of outputs of linears, or of norms that follow linears. Once anything else is added to
+    it, later writers are not found.
     """
     x = stream.hidden[:1].to(stream.device, copy=True)
     search = _Search(layer, x[..., :stream.channels])
@@ -81,16 +81,16 @@ class _Search:
             yield
 
     def _add(self, name, X, Y):
-        """Note the output of a module: of a linear, of a norm behind one, or of a norm of the stream."""
+        """Note the output of a module: of a linear, of a norm that follows one, or of a norm of the stream."""
         X, Y = self._view(X), self._view(Y)
         if Y is None:
             return
         if name in self.candidates:
             self.pending[name] = "", Y
         elif X is not None and not torch.equal(X, Y):  # dropout does nothing here
-            behind = [linear for linear, (norm, output) in self.pending.items() if not norm and torch.equal(output, X)]
-            if behind:
-                self.pending[behind[-1]] = name, Y
+            sources = [linear for linear, (norm, output) in self.pending.items() if not norm and torch.equal(output, X)]
+            if sources:
+                self.pending[sources[-1]] = name, Y
             elif torch.equal(X, self.state):
                 self.bases[name] = Y
 
@@ -194,9 +194,9 @@ class DenseTwin:
         """While active, record what both layers add to the residual stream."""
         readers = {}
         writers = list(self._writers.items())
-        for (module, writer), (behind, next_writer) in zip(writers, writers[1:], strict=False):
+        for (module, writer), (next_module, next_writer) in zip(writers, writers[1:], strict=False):
             if not next_writer.base:
-                self._record(readers, writer.norm or writer.linear, partial(self._go_on, module, behind, writer.scale))
+                self._record(readers, writer.norm or writer.linear, partial(self._advance_lag, module, next_module, writer.scale))
         for module, writer in writers:
             if writer.base:
                 self._record(readers, writer.base, self._lags[module].append)
@@ -204,12 +204,12 @@ class DenseTwin:
             yield
 
     def _record(self, readers, name, act):
-        """Let act(output in the dense model − output in the pruned one) be called for a module and every batch."""
+        """Call act(output in the dense model − output in the pruned one) for a module and every batch."""
         kept = self._outputs[name]
         readers[self._parts[1][name]] = kept.append
         readers[self._parts[0][name]] = lambda y: act(kept.popleft() - y)
 
-    def _go_on(self, module, behind, scale, ahead):
-        batch = len(self._lags[behind])
+    def _advance_lag(self, module, next_module, scale, difference):
+        batch = len(self._lags[next_module])
         lag, self._lags[module][batch] = self._lags[module][batch], None
-        self._lags[behind].append(lag + scale * ahead)
+        self._lags[next_module].append(lag + scale * difference)

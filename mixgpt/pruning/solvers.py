@@ -13,7 +13,7 @@ from mixgpt.pruning.targets import Target
 from quant import Scheme, meet_sparsities
 from sparsegpt import Walk, obs_saliency
 
-MARGIN_SIGMAS = 3  # of `meet_sparsities`, so that the walk rounds rather too few weights to 0 than too many
+MARGIN_SIGMAS = 3  # of `meet_sparsities`, so that the walk rounds too few weights to 0, not too many
 
 
 @dataclass(frozen=True)
