@@ -196,7 +196,8 @@ class DenseTwin:
         writers = list(self._writers.items())
         for (module, writer), (next_module, next_writer) in zip(writers, writers[1:], strict=False):
             if not next_writer.base:
-                self._record(readers, writer.norm or writer.linear, partial(self._advance_lag, module, next_module, writer.scale))
+                self._record(readers, writer.norm or writer.linear,
+                             partial(self._advance_lag, module, next_module, writer.scale))
         for module, writer in writers:
             if writer.base:
                 self._record(readers, writer.base, self._lags[module].append)

@@ -127,7 +127,7 @@ def test_gradients_of_scales_are_those_of_the_divergence(name, scheme, monkeypat
         weight.grad for weight in optimizer.param_groups[0]["params"]))
     monkeypatch.setattr(module, "STEPS", 1)
     scene.distill()
-    for gradient, other in zip(found, wanted, strict=False):  # those of vectors come behind
+    for gradient, other in zip(found, wanted, strict=False):  # those of vectors follow
         other = torch.zeros_like(gradient) if other is None else other.flatten()  # experts without tokens
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
     assert all(torch.equal(weight, before[name]) for name, weight in scene.pruned.named_parameters())
