@@ -281,6 +281,33 @@ def save(path, model, tokenizer, record, family=None, save_format="dense", grids
         folder.close()
 
 
+@pytest.fixture
+def prune(checkpoint_folder, capsys, monkeypatch, tmp_path_factory):
+    """Return a function that runs the command line of a name in FAMILIES or OTHERS on its tiny model and little text.
+
+    It takes words, and strings of several; of flags that are given twice the last counts. Returns what it printed or,
+    with another status, said on stderr.
+    """
+    from commands import SMALL, run  # which import this module
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    read_little(monkeypatch)
+
+    def prune(name, *options, model=None, data="builtin", status=0):
+        words = [word for option in options for word in str(option).split()]
+        capsys.readouterr()
+        assert run((FAMILIES | OTHERS)[name][0], model or checkpoint_folder(name), data, *SMALL, *words) == status
+        captured = capsys.readouterr()
+        return captured.err if status else captured.out
+
+    return prune
+
+
+def record_of(folder):
+    """Return the record that a run has saved in a folder."""
+    return json.loads((Path(folder) / "mixgpt.json").read_text())
+
+
 @pytest.fixture(scope="session")
 def fork():
     """Give what `forking` gives."""
