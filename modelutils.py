@@ -12,7 +12,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from mixgpt.common import memory, progress
@@ -25,20 +24,6 @@ from mixgpt.modeling.streaming import disk_weights, prefetch
 
 SLICE = 1024  # tokens whose logits are in memory at a time
 CPU_SLICE = 128  # the same where they should stay in the caches of a CPU
-
-
-def model_class(config):
-    """Return the causal LM class that transformers builds for `config`, or None."""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if not isinstance(known, tuple):
-        return known
-    return next((kind for kind in known if kind.__name__ in (config.architectures or ())), known[0])
-
-
-def text_part(config):
-    """Return the configuration of the part of a model that generates text; the given one, unless it sees or hears."""
-    part = config.get_text_config()
-    return config if config.is_encoder_decoder or model_class(part) is None else part
 
 
 def with_layers(config, count):

@@ -172,18 +172,15 @@ FAULTS = {
     "no weights": Fault(
         lambda root: (root / "model" / WEIGHTS).unlink(), f"{WEIGHTS_UNREAD}… no file named …"),
     "weights cut by a full disk": Fault(
-        lambda root: cut(root / "model" / WEIGHTS, -9), f"{{root}}/model/{WEIGHTS}: cannot be read (…)"),
+        lambda root: cut(root / "model" / WEIGHTS, -9), f"{{root}}/model/{WEIGHTS}: cannot be read: …"),
     "a weight is missing": Fault(
         lambda root: weights_changed(root, lambda state: state.pop(UP)), f"{MODEL}the checkpoint lacks {UP}"),
     "no shard": Fault(
         lambda root: (sharded(root), (root / "model" / "two.safetensors").unlink()),
-        "{root}/model/two.safetensors: cannot be read (…)"),
+        "{root}/model/two.safetensors: cannot be read: …"),
     "an index out of the folder": Fault(
         lambda root: leading(root, "../elsewhere.safetensors"), f"{MODEL}…../elsewhere.safetensors…"),
     "a malicious pickle": Fault(pickled, f"{WEIGHTS_UNREAD}…"),
-    "a matrix of integers": Fault(
-        lambda root: weights_changed(root, lambda state: state.update({UP: state[UP].to(torch.int8)})),
-        f"{WEIGHTS_UNREAD}{UP} is stored as I8, must be a floating-point dtype"),
     # configuration, tokenizer
     "no configuration": Fault(
         lambda root: (root / "model" / "config.json").unlink(), f"{MODEL}{UNREAD}… `model_type` key in its …"),

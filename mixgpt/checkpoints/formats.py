@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from mixgpt.checkpoints.load import from_pretrained
+from mixgpt.checkpoints.load import from_pretrained, model_class
 from mixgpt.checkpoints.packing import decode, encode
 from mixgpt.common.choices import SPARSE
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import layout_of
 from mixgpt.modeling.streaming import disk_weights
-from modelutils import linears, model_class
+from modelutils import linears
 
 LARGEST = 5 * 10**9  # bytes of a file; a larger tensor gets its own
 PACKED = "pack-quantized"  # name used by compressed-tensors and vLLM

@@ -2,11 +2,14 @@
 
 import contextlib
 import copy
+import io
+import sys
 import warnings
 from pathlib import Path, PurePath
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,7 +29,7 @@ from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.family import family_of
 from mixgpt.text import hub
-from modelutils import linears, model_class, text_part, with_layers
+from modelutils import linears, with_layers
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
@@ -39,7 +42,8 @@ BESIDE_GGUF = ("*.jinja", f"{CHAT_TEMPLATE_DIR}/*")  # what transformers reads b
 @contextlib.contextmanager
 def _reading(model, part):
     """Be `reading` for a part of a model, without the logs and progress bars of transformers."""
-    with reading(f"model {model}: {part}"), hub.unlogged("transformers"), hub.barred(), warnings.catch_warnings():
+    shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    with reading(f"model {model}: {part}"), shown, hub.unlogged("transformers"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
@@ -64,13 +68,6 @@ def check_links(model, folder, patterns):
         if not any(file.resolve().is_relative_to(place) for place in allowed):
             raise InputError(f"model {model}: {file.relative_to(folder)} is a link out of its folder, to "
                              f"{file.resolve()}; replace it by the file itself")
-
-
-def check_templates(model, templates):
-    """Raise InputError for chat templates, text or {name: text}, whose names would lead out of a folder as files."""
-    for name in templates if isinstance(templates, dict) else ():
-        if name in ("", ".", "..") or PurePath(name).name != name:
-            raise InputError(f"model {model}: the name {name!r} of a chat template is a path, must be a plain name")
 
 
 def _source(model):
@@ -100,16 +97,30 @@ def read_config(model):
 
 
 def _config_of(name, arguments):
-    """Return a configuration and None; of a model that also sees or hears, that of its text part and its model_type."""
+    """Return a configuration and None; of a model that also sees or hears, that of its text part and its model_type.
+
+    Raises InputError if its weights are quantized in a way that is not supported.
+    """
     whole = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
-    config = text_part(whole)
+    config = whole.get_text_config()
+    if whole.is_encoder_decoder or model_class(config) is None:
+        config = whole
+    method = (getattr(whole, "quantization_config", None) or {}).get("quant_method")
+    if method and (config is not whole or method != "compressed-tensors"):
+        raise InputError(f"model {name}: its weights are quantized by {method}; give the original model")
     if config is whole:
         return config, None
-    if method := (getattr(whole, "quantization_config", None) or {}).get("quant_method"):
-        raise ValueError(f"its weights are quantized by {method}; give the original model")
     config.name_or_path, config.dtype = whole.name_or_path, config.dtype or whole.dtype
     config.tie_word_embeddings |= whole.tie_word_embeddings
     return config, whole.model_type
+
+
+def model_class(config):
+    """Return the causal LM class that transformers builds for `config`, or None."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not isinstance(known, tuple):
+        return known
+    return next((kind for kind in known if kind.__name__ in (config.architectures or ())), known[0])
 
 
 def multimodal(model):
@@ -120,9 +131,7 @@ def multimodal(model):
 
 def one_layer(model, config=None):
     """Build the first layer of a model and what is around the layers, on meta. config: its configuration, if read."""
-    config = config or read_config(model)
-    with _reading(model, "its configuration cannot be used"):
-        return _build(with_layers(config, 1), torch.float32)
+    return skeleton(with_layers(config or read_config(model), 1))
 
 
 def load_config(model, family):
@@ -165,21 +174,18 @@ def load_tokenizer(model):
         if "gguf_file" not in arguments and get_tokenizer_config(name, **arguments).get("bos_token") == "":
             arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
-        tokenizer("Names refer to objects.")
-    check_templates(model, tokenizer.chat_template)
+    for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if template in ("", ".", "..") or PurePath(template).name != template:  # it would be saved as a file elsewhere
+            raise InputError(f"model {model}: the name {template!r} of a chat template is a path, must be a plain name")
     return tokenizer
 
 
 def skeleton(config, dtype=torch.float32):
-    """Build the model of `config` without weights, for its modules and shapes."""
+    """Build the model of `config` on meta, without weights, for its modules and shapes."""
     with _reading(config.name_or_path, "its configuration cannot be used"):
-        return _build(copy.deepcopy(config), dtype)  # it writes the dtype into the configuration
-
-
-def _build(config, dtype):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE).eval()
-    split_experts(model)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **NO_CODE).eval()
+        split_experts(model)
     return model
 
 
@@ -191,13 +197,18 @@ def size(skeleton, dtype):
 
 def load_model(model, dtype):
     """Load `model` with its experts as linears; see `read_model`. Raises InputError if a weight is NaN or inf."""
-    return _checked(model, read_model(model, dtype))
+    loaded = read_model(model, dtype)
+    split_experts(loaded)
+    for key, parameter in loaded.named_parameters():
+        parameter.data = parameter.data.contiguous()  # .bin files may hold views whose elements share memory
+        streaming.check_finite(parameter.detach(), f"model {model}: {key}")
+    return loaded.eval()
 
 
 def read_model(model, dtype):
     """Load the weights of `model` on the host, in `dtype` ("auto": as stored), from any format.
 
-    Raises InputError if the checkpoint lacks a weight, or has an unsupported quantization.
+    Raises InputError if the checkpoint lacks a weight.
     """
     name, arguments = _source(model)
     with _reading(model, "its weights cannot be read"):
@@ -208,12 +219,8 @@ def read_model(model, dtype):
         if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
             streaming.check_index(index)
         config, whole = _config_of(name, arguments)
-        quantization = getattr(config, "quantization_config", {})
-        method = quantization.get("quant_method", "an unknown method" if quantization else None)
-        if method == "compressed-tensors":
+        if quantization := getattr(config, "quantization_config", None):
             quantization["dequantize"] = True
-        elif method:
-            raise InputError(f"model {model}: its weights are quantized by {method}; give the original model")
         text = {"key_mapping": TEXT_PART} if whole else {}
         return from_pretrained(model, name, dtype, config=config, **text, **arguments)
 
@@ -232,15 +239,6 @@ def from_pretrained(model, name, dtype, kind=AutoModelForCausalLM, **arguments):
     return loaded
 
 
-def _checked(model, loaded):
-    """Return a loaded model with its experts split. Raises InputError if a weight is NaN or inf."""
-    split_experts(loaded)
-    for key, parameter in loaded.named_parameters():
-        parameter.data = parameter.data.contiguous()  # .bin files may hold views whose elements share memory
-        streaming.check_finite(parameter.detach(), f"model {model}: {key}")
-    return loaded.eval()
-
-
 def open_model(model, config, family, dtype):
     """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it.
 
@@ -252,24 +250,10 @@ def open_model(model, config, family, dtype):
         return load_model(model, dtype)
     with _reading(model, "its weights cannot be read"):
         stored = streaming.stored_tensors(streaming.files_of(name, **arguments))
-        if not (stored and (opened := _streamed(config, family, stored, dtype))):
+        kinds = (streaming.FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in streaming.FLOATS)
+        opened = skeleton(config, config.dtype or next(kinds, torch.float32) if dtype == "auto" else dtype)
+        if not streaming.attach_disk_weights(opened, family, stored):
             return load_model(model, dtype)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
             opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
     return opened
-
-
-def _streamed(config, family, stored, dtype):
-    """Return the model of `config` with its weights left in files, None if these do not hold all.
-
-    stored: {key: StoredTensor}, of which the first floating-point dtype counts if the configuration names none.
-    """
-    kinds = (streaming.FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in streaming.FLOATS)
-    dtype = config.dtype or next(kinds, torch.float32) if dtype == "auto" else dtype
-    for tied in dict.fromkeys((config.tie_word_embeddings, False)):  # `from_pretrained` ties no weights that differ
-        config = copy.deepcopy(config)
-        config.tie_word_embeddings = tied
-        opened = skeleton(config, dtype)
-        if streaming.attach_disk_weights(opened, family, stored):
-            return opened
-    return None

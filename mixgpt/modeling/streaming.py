@@ -10,17 +10,16 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from mixgpt.common.errors import InputError, one_line
+from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import replacing
 from mixgpt.modeling.experts import ExpertSlice, layout_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NARROW = ("F8_E4M3", "F8_E5M2")  # read, and converted on reading
 
 
 class TensorLocation(NamedTuple):
@@ -38,43 +37,30 @@ class DiskWeights:
     locations: dict  # name in the module -> TensorLocation
     dtype: torch.dtype  # of the weights in memory
     ahead: Future | None = field(default=None, init=False)  # tensors being read
-    empty: dict = field(default_factory=dict, init=False)  # those on meta that the loaded tensors replace
-    finite: bool = field(default=False, init=False)  # whether that is known of all weights
+    empty: dict = field(default_factory=dict, init=False)  # the module's state on meta while its tensors are loaded
 
     def tensor(self, name):
         """Read one tensor."""
         return read({name: self.locations[name]}, self.dtype)[name]
 
-    def prefetch(self, device):
-        """Start reading the tensors for `load`, in a thread."""
-        self.ahead = ThreadPoolExecutor(1).submit(self._read, pinned=torch.device(device).type == "cuda")
-
-    def _read(self, pinned):
+    def read(self, pinned=False):
+        """Return {name: tensor} on the host. Raises InputError if one holds NaN or inf. pinned: as in `read`."""
         tensors = read(self.locations, self.dtype, pinned)
-        for name, tensor in tensors.items() if not self.finite else ():
+        for name, tensor in tensors.items():
             check_finite(tensor, f"{self.locations[name].file}: {self.locations[name].key}")
-        self.finite = True
         return tensors
 
     def load(self, module, device):
         """Put the tensors of the module, which is on meta, on a device. Raises InputError if one holds NaN or inf."""
+        tensors, self.ahead = self.ahead.result() if self.ahead else self.read(), None
         self.empty = dict(module.state_dict(keep_vars=True))
-        tensors = self.ahead.result() if self.ahead else self._read(pinned=False)
-        self.ahead = None
-        for name, tensor in tensors.items():
-            tensor = tensor.to(device, non_blocking=True)
-            if isinstance(self.empty[name], torch.nn.Parameter):
-                tensor = torch.nn.Parameter(tensor, requires_grad=False)
-            _assign(module, name, tensor)
+        module.load_state_dict({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
+                               assign=True)
         module.to(device)  # buffers not on disk
 
     def unload(self, module):
-        """Free the module's tensors; buffers not on disk go to the host."""
-        for name, tensor in self.empty.items():
-            _assign(module, name, tensor)
-        for name, buffer in module.named_buffers():
-            if not buffer.is_meta:
-                _assign(module, name, buffer.to("cpu"))
+        """Free the module's tensors, if they are loaded; buffers not on disk stay where they are."""
+        module.load_state_dict(self.empty, strict=False, assign=True)
 
 
 def disk_weights(module):
@@ -85,23 +71,22 @@ def disk_weights(module):
 def read(locations, dtype=None, pinned=False):
     """Read {name: tensor} from {name: TensorLocation}, floating-point ones in a dtype (default: as stored).
 
-    pinned: into memory that GPUs copy from. Raises InputError if a file cannot be read any more.
+    pinned: into memory that GPUs copy from.
     """
-    tensors, files = {}, {}
-    for name, location in locations.items():
-        files.setdefault(location.file, {})[name] = location
-    for file, names in files.items():
-        with _opened(file) as content:
-            for name, location in names.items():
-                stored = _mapped(content, location)
-                kind = dtype if dtype and stored.is_floating_point() else stored.dtype
-                tensors[name] = torch.empty(stored.shape, dtype=kind, pin_memory=pinned).copy_(stored)
+    tensors = {}
+    with contextlib.ExitStack() as stack:
+        files = {file: stack.enter_context(safe_open(file, "pt")) for file in {place.file for place in
+                                                                               locations.values()}}
+        for name, location in locations.items():
+            stored = _mapped(files[location.file], location)
+            kind = dtype if dtype and stored.is_floating_point() else stored.dtype
+            tensors[name] = torch.empty(stored.shape, dtype=kind, pin_memory=pinned).copy_(stored)
     return tensors
 
 
 def mapped(location):
     """Return the tensor at a location as it is stored; the disk is read where its values are used."""
-    with _opened(location.file) as content:
+    with safe_open(location.file, "pt") as content:
         return _mapped(content, location)
 
 
@@ -111,37 +96,22 @@ def _mapped(content, location):
     return content.get_tensor(location.key)
 
 
-@contextlib.contextmanager
-def _opened(file):
-    """Open a safetensors file. Raises InputError if it cannot be read."""
-    try:
-        with safe_open(file, "pt") as content:
-            yield content
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read ({one_line(error)})") from error
-
-
 def check_finite(tensor, name):
     """Raise InputError if a floating-point tensor holds NaN or inf, by its extremes."""
     if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
         raise InputError(f"{name} contains NaN or inf")
 
 
-def _assign(module, name, tensor):
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, tensor)
-
-
 def prefetch(layers, index, device):
-    """Start reading layer number `index`, if it exists and is on disk, for `on_device`."""
+    """Start reading layer number `index`, if it exists and is on disk, in a thread, for `on_device`."""
     if index < len(layers) and (weights := disk_weights(layers[index])):
-        weights.prefetch(device)
+        weights.ahead = ThreadPoolExecutor(1).submit(weights.read, pinned=torch.device(device).type == "cuda")
 
 
 def files_of(name, **arguments):
     """Return the safetensors files of a directory or hub id, none if its weights are in another format.
 
-    Raises ValueError if the index is damaged or points outside the directory.
+    Raises ValueError if the index points outside the directory.
     """
     file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False, **arguments)
                    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
@@ -152,17 +122,9 @@ def files_of(name, **arguments):
 
 
 def check_index(index):
-    """Raise ValueError if a shard index is damaged or points outside its directory."""
-    try:
-        content = json.loads(Path(index).read_text())
-        files = [PurePosixPath(file) for file in content["weight_map"].values()]
-        dict(content.get("metadata") or {})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{Path(index).name} is damaged ({type(error).__name__}: {error})") from error
-    if not files:
-        raise ValueError(f"{Path(index).name} is damaged (it names no files)")
-    for file in files:
-        if file.is_absolute() or ".." in file.parts or not file.parts:
+    """Raise ValueError if a shard index points outside its directory."""
+    for file in map(PurePosixPath, json.loads(Path(index).read_text())["weight_map"].values()):
+        if file.is_absolute() or ".." in file.parts:
             raise ValueError(f"its index names {file}, which is not in the folder")
 
 
@@ -175,10 +137,10 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(files):
-    """Return {key: StoredTensor} of safetensors files."""
+    """Return {key: StoredTensor} of safetensors files. Raises InputError if one cannot be read."""
     stored = {}
     for file in files:
-        with _opened(file) as tensors:
+        with reading(f"{file}: cannot be read"), safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118, not a dict
                 tensor = tensors.get_slice(key)
                 stored[key] = StoredTensor(file, tensor.get_dtype(), tuple(tensor.get_shape()))
@@ -189,7 +151,7 @@ def attach_disk_weights(model, family, stored):
     """Make a model on meta read its weights from files, {key: StoredTensor}. Returns whether these hold all, unchanged.
 
     Keys may lack or add the base model prefix, as `from_pretrained` allows, or be those of a model whose text part this
-    is. Raises ValueError if a shape or kind differs from the configuration; InputError if a file is damaged.
+    is. Raises ValueError if a shape differs from the configuration.
     """
     layout, tied, locations = layout_of(model), model.all_tied_weights_keys, {}
     experts = Counter(key for key, part in layout.values() if part and not part.part)
@@ -197,18 +159,17 @@ def attach_disk_weights(model, family, stored):
         location = _find(model, tied.get(name, name), layout, stored)
         if location is None:
             return False
-        for _, key, part in filter(None, (location, _find(model, name, layout, stored))):
-            shape = part.whole(tensor.shape, experts[layout[name][0]]) if part else tuple(tensor.shape)
-            if stored[key].shape != shape:
-                raise ValueError(f"{key} is {stored[key].shape}, its configuration expects {shape}")
-            if tensor.is_floating_point() and stored[key].dtype not in (*FLOATS, *NARROW):
-                raise ValueError(f"{key} is stored as {stored[key].dtype}, must be a floating-point dtype")
+        shape = tuple(tensor.shape)
+        if location.part:
+            shape = location.part.whole(shape, experts[layout[name][0]])
+        if stored[location.key].shape != shape:
+            raise ValueError(f"{location.key} is {stored[location.key].shape}, its configuration expects {shape}")
         locations[name] = location
-    # `from_pretrained` does not tie tensors that are both stored and differ
-    own = {name: location for name in tied if (location := _find(model, name, layout, stored))}
-    if not all(torch.equal(*read({0: location, 1: locations[name]}, model.dtype).values())
-               for name, location in own.items()):
-        return False
+    for name in tied:  # `from_pretrained` does not tie tensors that are both stored and differ
+        own = _find(model, name, layout, stored)
+        if own and not torch.equal(*read({0: own, 1: locations[name]}, model.dtype).values()):
+            return False
+    model.requires_grad_(False)
     layers = {f"{family.layers}.{index}": layer for index, layer in enumerate(family.layers_of(model))}
     for path, module in (layers | family.rest_of(model)).items():
         module.disk_weights = DiskWeights({name.removeprefix(f"{path}."): location for name, location in

@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import io
 import logging
-import sys
 
 import datasets
 from huggingface_hub import constants
@@ -52,17 +50,3 @@ def unlogged(library):
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def barred():
-    """Suppress progress bars that do not check for a terminal. Other lines pass at the end of the block."""
-    if sys.stderr.isatty():
-        yield
-        return
-    output, stderr = io.StringIO(), sys.stderr
-    try:
-        with contextlib.redirect_stderr(output):
-            yield
-    finally:
-        stderr.writelines(f"{line}\n" for line in output.getvalue().split("\n") if line.strip() and "\r" not in line)

@@ -1,11 +1,9 @@
 """Check that the hub is asked once, quickly, and that a lack of it is recognised."""
 
 import socket
-import sys
 
 import pytest
 from huggingface_hub import constants
-from tqdm import tqdm
 
 from mixgpt.text import hub
 
@@ -48,20 +46,3 @@ def test_in_offline_mode_the_hub_is_not_asked(monkeypatch):
         assert not hub.reachable()
         with pytest.raises(BlockingIOError):
             server.accept()
-
-
-def test_bars_are_kept_off_where_there_is_no_terminal_and_other_lines_pass(capsys):
-    with pytest.raises(KeyError), hub.barred():
-        for _ in tqdm(range(3), desc="bar"):
-            pass
-        print("a line", file=sys.stderr)
-        raise KeyError
-    assert capsys.readouterr().err == "a line\n"
-
-
-def test_bars_are_drawn_in_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with hub.barred():
-        for _ in tqdm(range(3), desc="bar"):
-            pass
-    assert "bar: 100%" in capsys.readouterr().err
