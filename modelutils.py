@@ -4,12 +4,10 @@ import contextlib
 import copy
 import math
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -46,12 +44,8 @@ class StreamedModel:
     family: Family
     device: torch.device
     batch_size: int
-    clock: Clock | None = None
+    clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
     on_host: bool = False  # keep calibration hidden states on the host even if the device has room
-
-    def __post_init__(self):
-        if self.clock is None:
-            object.__setattr__(self, "clock", Clock(self.device))  # frozen
 
     @property
     def layers(self):
@@ -68,17 +62,15 @@ def on_device(modules, device):
 
     Changes to modules on disk are lost at the end of the block, unless written there.
     """
-    loaded = []
     try:
         for module in modules:
-            loaded.append(module)
             if weights := disk_weights(module):
                 weights.load(module, device)
             else:
                 module.to(device)
         yield
     finally:
-        for module in loaded:
+        for module in modules:
             if weights := disk_weights(module):
                 weights.unload(module)
             else:
@@ -90,24 +82,6 @@ def whole(model, family, device):
     """Keep the whole model on `device` within the block, to run it as usual."""
     with on_device([*family.rest_of(model).values(), *family.layers_of(model)], device):
         yield
-
-
-@contextlib.contextmanager
-def on_demand(modules, device, dtype=None):
-    """Within the block, put each of `modules` on `device`, in `dtype`, when it is called first; then as `on_device`."""
-    with contextlib.ExitStack() as stack:
-        def load(module, _):
-            handles[module].remove()
-            stack.enter_context(on_device([module], device))
-            if dtype:
-                module.to(dtype)
-
-        handles = {module: module.register_forward_pre_hook(load) for module in modules}
-        try:
-            yield
-        finally:
-            for handle in handles.values():
-                handle.remove()
 
 
 class _LastLayerReached(Exception):
@@ -169,24 +143,15 @@ def allocate(shape, dtype, device, place):
     """Return an uninitialised tensor at the place chosen by `place_for`. Raises InputError if the disk is full."""
     if place != "disk":
         return torch.empty(shape, dtype=dtype, device=device if place == "device" else "cpu")
-    nbytes = math.prod(shape) * dtype.itemsize
+    numel = math.prod(shape)
     try:
-        with tempfile.TemporaryFile() as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-            return torch.from_numpy(np.memmap(file, np.uint8, shape=nbytes)).view(dtype).view(shape)
+        with tempfile.NamedTemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
     except OSError as error:
-        raise _no_place(nbytes, error.strerror) from error
-
-
-def check_hidden_states(nbytes, device):
-    """Raise InputError early if `allocate` would find no place for nbytes of hidden states."""
-    if place_for(nbytes, device) == "disk" and nbytes > (free := shutil.disk_usage(tempfile.gettempdir()).free):
-        raise _no_place(nbytes, f"{free / 1e9:.1f} GB")
-
-
-def _no_place(nbytes, reason):
-    return InputError(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in memory "
-                      f"and in {tempfile.gettempdir()} ({reason})")
+        size = f"{numel * dtype.itemsize / 1e9:.1f} GB"
+        raise InputError(f"--nsamples, --seqlen: hidden states take {size}, more than is free in memory and in "
+                         f"{tempfile.gettempdir()} ({error.strerror})") from error
 
 
 @dataclass
@@ -212,7 +177,7 @@ class HiddenStates:
         Raises ValueError if arguments depend on the tokens and cannot be kept for each sequence.
         """
         stream, layers = cls(torch.empty(0), batch_size, device), family.layers_of(model)
-        with on_demand(family.rest_of(model).values(), device):
+        with on_device(family.rest_of(model).values(), device):
             hidden, calls = _record(model, layers, tokens[:1].to(device))
             stream._allocate(len(tokens), hidden, arguments.shared_shapes(layers, hidden, calls), sets, on_host)
             _, others = _record(model, layers, (tokens[:1] == 0).long().to(device))  # another token everywhere
@@ -292,9 +257,9 @@ class HiddenStates:
         model's; another one needs a copy of the modules behind the layers).
         """
         layers, width = family.layers_of(model), model.get_input_embeddings().embedding_dim
-        dtype = None if dtype == model.dtype else dtype
-        if dtype:
+        if converts := dtype not in (None, model.dtype):
             model = copy.deepcopy(model, {id(layers): layers})
+        rest = family.rest_of(model).values()
 
         def logits(hidden):
             output = hidden[:, None, ..., :self.channels]  # as sequences of one token
@@ -304,7 +269,9 @@ class HiddenStates:
             with _replaced(layers, lambda *_, **__: (output, None) if self.tuples else output):
                 return model(**inputs, use_cache=False).logits[:, 0]
 
-        with on_demand(family.rest_of(model).values(), self.device, dtype):
+        with on_device(rest, self.device):
+            for module in rest if converts else ():
+                module.to(dtype)
             yield logits
 
 

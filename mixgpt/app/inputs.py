@@ -17,7 +17,7 @@ from mixgpt.modeling.family import Family
 from mixgpt.modeling.streaming import digest
 from mixgpt.pruning.targets import Target, select
 from mixgpt.text import bos
-from modelutils import check_hidden_states
+from modelutils import allocate, place_for
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def _check_memory(inputs, widening):
                          "--nsamples or --seqlen")
     itemsize = 2 if inputs.dtype == "auto" else inputs.dtype.itemsize  # at least
     sets = 2 if settings.target == "dense" else 1
-    check_hidden_states(int(sets * widening * numel * inputs.config.hidden_size * itemsize) // distributed.world(),
-                        inputs.device)
+    nbytes = int(sets * widening * numel * inputs.config.hidden_size * itemsize) // distributed.world()
+    allocate([nbytes], torch.uint8, inputs.device, place_for(nbytes, inputs.device))  # and free it again
 
 
 def size_on_disk(inputs):
