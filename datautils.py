@@ -11,12 +11,11 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line, reading
-from mixgpt.text import hub
 from mixgpt.text.bos import begin, first_token, token_ids
-from mixgpt.text.files import column_of, hub_copy_rows, text_set_of
 from mixgpt.text.sets import counts_of
+from mixgpt.text.sources import column_of, hub_copy_rows, hub_reachable, text_set_of
 
-DRAWS = 10_000  # consecutive new documents that may be too short before giving up
+DRAWS = 10_000  # consecutive documents that may be too short before giving up
 
 
 def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=None, bos=None):
@@ -85,25 +84,17 @@ def random_segment(ids, seqlen, rng):
 def sample_documents(documents, nsamples, seqlen, rng, tokenizer, bos):
     """Draw each segment from a random document of more than `seqlen` tokens. Yields lists of ids.
 
-    SparseGPT and GPTQ draw forever if none is long enough; this raises InputError once all documents, or `DRAWS` new
-    ones in a row, were too short.
+    SparseGPT and GPTQ draw forever if none is long enough; this raises InputError after `DRAWS` in a row.
     """
-    lengths = {}  # of documents that are too short, by index
     for _ in range(nsamples):
-        most = min(len(documents), len(lengths) + DRAWS)
-        while len(lengths) < most:
-            i = rng.randint(0, len(documents) - 1)
-            if i in lengths:
-                continue
-            ids = token_ids(tokenizer, documents[i], bos)
+        for _ in range(DRAWS):
+            ids = token_ids(tokenizer, documents[rng.randint(0, len(documents) - 1)], bos)
             if len(ids) > seqlen:
                 yield random_segment(ids, seqlen, rng)
                 break
-            lengths[i] = len(ids)
         else:
-            raise InputError(
-                f"--seqlen {seqlen}: none of the {len(lengths)} documents looked at (of {len(documents)}) has "
-                f"more than {seqlen} tokens, the longest has {max(lengths.values())}; lower --seqlen")
+            raise InputError(f"--seqlen {seqlen}: none of {DRAWS} documents in a row has more than {seqlen} tokens; "
+                             "lower --seqlen")
 
 
 def require_tokens(ids, needed, seqlen, source):
@@ -136,9 +127,9 @@ def hub_rows(dataset, text_set, split):
     options = dict(text_set.hub_options)
     if text_set.hub_files:
         options["data_files"] = {split: text_set.hub_files[split]}
+    online = hub_reachable()
     try:
-        with hub.reached() as online:
-            table = load_dataset(text_set.hub_id, split=split, **options)
+        table = load_dataset(text_set.hub_id, split=split, **options)
     except (DatasetsError, OSError, ValueError) as error:  # ValueError: another configuration is cached
         reason = one_line(error) if online else "the hub cannot be reached and it is not in the cache"
         copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"

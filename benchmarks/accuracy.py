@@ -24,8 +24,8 @@ from scores import DENSE, Scores, cell_of, closed, rows_of_markdown, script_of, 
 
 from datautils import load_rows
 from mixgpt.app.cli import REMEDY, Parser, reported
-from mixgpt.text.files import text_set_of
 from mixgpt.text.sets import DATASETS
+from mixgpt.text.sources import text_set_of
 
 METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "mixgpt": "--preset mixgpt", "best": "--preset best"}
 TARGETS = ("50%", "60%", "70%", "2:4", "4:8", "50%+4bit")

@@ -28,7 +28,7 @@ from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.family import family_of
-from mixgpt.text import hub
+from mixgpt.text.sources import hub_reachable, unlogged
 from modelutils import linears, with_layers
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
@@ -43,7 +43,7 @@ BESIDE_GGUF = ("*.jinja", f"{CHAT_TEMPLATE_DIR}/*")  # what transformers reads b
 def _reading(model, part):
     """Be `reading` for a part of a model, without the logs and progress bars of transformers."""
     shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    with reading(f"model {model}: {part}"), shown, hub.unlogged("transformers"), warnings.catch_warnings():
+    with reading(f"model {model}: {part}"), shown, unlogged(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
@@ -51,7 +51,7 @@ def _reading(model, part):
             if "trust_remote_code" in str(error):
                 raise InputError(f"model {model}: it needs code from its repository, which is never executed here"
                                  ) from error
-            if isinstance(error, OSError) and not Path(model).exists() and not hub.reachable():
+            if isinstance(error, OSError) and not Path(model).exists() and not hub_reachable():
                 raise InputError(f"model {model}: not a folder or .gguf file here, not in the cache of the Hugging "
                                  "Face hub, and the hub cannot be reached") from error
             raise
@@ -79,7 +79,8 @@ def _source(model):
         return str(path), {}
     if path.is_file():
         raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
-    return model, {"local_files_only": not hub.reachable()}
+    hub_reachable()  # else offline from now on
+    return model, {}
 
 
 def read_config(model):

@@ -28,8 +28,8 @@ from mixgpt.common import distributed, memory, progress
 from mixgpt.common.errors import InputError, one_line, reading
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.evaluation.generation import complete
-from mixgpt.text import hub
 from mixgpt.text.bos import encode, first_token, token_ids
+from mixgpt.text.sources import hub_reachable, unlogged
 from modelutils import SLICE, HiddenStates, run_layers, whole
 
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
@@ -46,7 +46,8 @@ def load(names, folder, limit):
     if folder is not None and not any(Path(folder).glob("**/*.yaml")):
         raise InputError(f"--tasks-dir {folder}: must be a folder with .yaml files that describe tasks of lm-eval")
     chosen = {"tasks": {}, "groups": {}}
-    with _silent(), hub.reached():
+    hub_reachable()  # else offline from now on
+    with _silent():
         manager = _manager(names, folder)
         for name in names:
             with reading(f"--tasks {name}: cannot be used"):
@@ -90,7 +91,7 @@ def _check(name, tasks):
 @contextlib.contextmanager
 def _silent():
     """Suppress lm-eval's output and logs and, without a terminal, its progress bars; ours pass."""
-    with hub.unlogged("lm_eval"), hub.unlogged("datasets"), contextlib.ExitStack() as stack:
+    with unlogged(), contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not sys.stderr.isatty():
             stack.enter_context(progress.shown_on(sys.stderr))

@@ -80,7 +80,13 @@ def shares_of(name, flag="dataset"):
     weights = {}
     for part in name.split(",") if ":" in name else []:
         text, _, share = part.rpartition(":")
-        weights[text] = weights.get(text, 0) + _positive(share, part, name, flag)
+        try:
+            weights[text] = weights.get(text, 0) + float(share)
+        except ValueError:
+            weights[text] = math.nan
+        if not 0 < weights[text] < math.inf:
+            raise InputError(f"{flag} {name}: {part!r}: in a mixture each text needs a share above 0, for example "
+                             "c4:0.7,builtin:0.3")
     if unknown := [text for text in weights or [name] if not known(text)]:
         raise InputError(f"{flag} {name}: invalid choice: {unknown[0]!r} (choose from "
                          f"{', '.join(map(repr, DATASETS))}, or give a file or folder of text, or owner/dataset:column "
@@ -105,16 +111,6 @@ def check_texts(name, tests, drawn):
 def known(text):
     """Return whether a text is the name of a dataset, a path that exists, or has the form of a column on the hub."""
     return text in DATASETS or os.path.exists(text) or bool(hub_column(text))
-
-
-def _positive(share, part, name, flag):
-    try:
-        if 0 < (value := float(share)) < math.inf:
-            return value
-    except ValueError:
-        pass
-    raise InputError(f"{flag} {name}: {part!r}: in a mixture each text needs a share above 0, for example "
-                     "c4:0.7,builtin:0.3")
 
 
 def counts_of(name, nsamples):

@@ -2,18 +2,20 @@
 
 import socket
 
+import datasets
 import pytest
 from huggingface_hub import constants
 
-from mixgpt.text import hub
+from mixgpt.text import sources
 
 
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub.reachable.cache_clear()
+    for options in (constants, datasets.config):
+        monkeypatch.setattr(options, "HF_HUB_OFFLINE", False)
+    sources.hub_reachable.cache_clear()
     yield
-    hub.reachable.cache_clear()
+    sources.hub_reachable.cache_clear()
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -28,14 +30,15 @@ def test_the_client_of_the_hub_is_asked_once(answers, monkeypatch):
                 raise ConnectionError
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(hub, "get_session", Client)
-    assert hub.reachable() == hub.reachable() == answers
+    monkeypatch.setattr(sources, "get_session", Client)
+    assert sources.hub_reachable() == sources.hub_reachable() == answers
     assert asked == [("http://127.0.0.1:9", 5)]
 
 
 def test_where_nothing_listens_the_hub_is_not_reachable(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert not hub.reachable()
+    assert not sources.hub_reachable()
+    assert constants.is_offline_mode() and datasets.config.HF_HUB_OFFLINE  # from now on
 
 
 def test_in_offline_mode_the_hub_is_not_asked(monkeypatch):
@@ -43,6 +46,6 @@ def test_in_offline_mode_the_hub_is_not_asked(monkeypatch):
         server.setblocking(False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert not hub.reachable()
+        assert not sources.hub_reachable()
         with pytest.raises(BlockingIOError):
             server.accept()

@@ -1,14 +1,20 @@
-"""Read the rows of text files: of a path given in place of a dataset's name, or of a dataset's copy in --data-dir."""
+"""Where texts come from: the Hugging Face hub, a copy of a dataset of it in --data-dir, files of the user's own."""
 
+import contextlib
+import functools
 import gzip
 import hashlib
 import json
+import logging
 import os
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 from datasets import Dataset
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 
 from mixgpt.common.errors import InputError, reading
 from mixgpt.text.sets import DATASETS, TextSet, hub_column
@@ -16,6 +22,31 @@ from mixgpt.text.sets import DATASETS, TextSet, hub_column
 ENDINGS = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".arrow")
 IGNORED = ("state.json", "dataset_*.json", "cache-*.arrow")  # what `datasets` keeps beside the data
 COLUMNS = ("text", "sentence", "messages")
+
+
+@functools.cache
+def hub_reachable(timeout=5):
+    """Return whether the hub answers its own client within `timeout` seconds; with HF_HUB_OFFLINE it is not asked.
+
+    If not, its libraries work offline from now on: they would retry for 23 s each time. The client has the endpoint,
+    certificates and proxies of all later requests.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=timeout)
+    except Exception:  # what a client raises depends on its library: no name, no route, no certificate, no answer
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return False
+    return True  # an error status is an answer too
+
+
+@contextlib.contextmanager
+def unlogged():
+    """Suppress the logs of libraries: we report their exceptions in one line, where they would log a table."""
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def text_set_of(dataset):
@@ -114,7 +145,4 @@ def _is_text_file(path):
 
 def _digest(rows):
     """Return the sha256 of rows."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update((row if isinstance(row, str) else json.dumps(row)).encode() + b"\0")
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
