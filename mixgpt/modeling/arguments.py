@@ -59,14 +59,10 @@ def fill(places, calls, rows):
 
     places: from `per_sequence`.
     """
-    filled = set()
-
     def put(place, argument):
         if place is None:
             return argument
-        if place not in filled:
-            place.values[rows] = argument.to(place.values.device)
-            filled.add(place)
+        place.values[rows] = argument.to(place.values.device)
         return place
 
     return tree_map(put, places, calls)

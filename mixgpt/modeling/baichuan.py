@@ -4,7 +4,6 @@ Unlike LLaMA, q, k and v come from one matrix W_pack, the 13B models use ALiBi (
 positions, and Baichuan 2 normalises the rows of its head. Importing this file registers them with the Auto classes.
 """
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -22,7 +21,6 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
-    LlamaDecoderLayer,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
@@ -30,9 +28,6 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 ROTARY = {4096: True, 5120: False}  # by hidden size, in the published models
 NORMALISED_HEAD = 125_696  # the vocabulary of Baichuan 2
-# special tokens around a text, by (add_bos_token, add_eos_token)
-PATTERNS = {(False, False): "none", (True, False): "bos", (False, True): "eos", (True, True): "bos_eos"}
-
 
 @strict
 class BaichuanConfig(LlamaConfig):
@@ -74,21 +69,6 @@ class BaichuanAttention(LlamaAttention):
         return self.o_proj(output.reshape(B, T, C)), weights
 
 
-class BaichuanDecoderLayer(LlamaDecoderLayer):
-    """LLaMA's layer with Baichuan's attention."""
-
-    def __init__(self, config, layer_idx):
-        super().__init__(config, layer_idx)
-        self.self_attn = BaichuanAttention(config, layer_idx)
-
-
-class NoRotation(torch.nn.Module):
-    """Placeholder for the rotary embedding."""
-
-    def forward(self, hidden_states, position_ids):
-        return None
-
-
 def alibi_slopes(heads):
     """Return the slope of every head: 2^(−8i/n), i = 1 … n, n the largest power of two that fits; the remaining heads
     take every other slope of 2n heads (arXiv 2108.12409, section 3 and its code)."""
@@ -115,15 +95,14 @@ class BaichuanModel(LlamaModel):
     """The decoder without its head."""
 
     config_class = BaichuanConfig
-    _no_split_modules = ["BaichuanDecoderLayer"]
-    _supports_flash_attn = False  # ALiBi is a mask
-    _supports_flex_attn = False
 
     def __init__(self, config):
         super().__init__(config)
-        self.layers = torch.nn.ModuleList(BaichuanDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = BaichuanAttention(config, index)
         if not config.rotary:
-            self.rotary_emb = NoRotation()
+            del self.rotary_emb
+            self.rotary_emb = lambda *_, **__: None
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, cache=None, inputs_embeds=None, **kwargs):
@@ -148,10 +127,6 @@ class BaichuanForCausalLM(LlamaForCausalLM):
     """The language model, named as in the configurations of Baichuan-13B and Baichuan 2."""
 
     config_class = BaichuanConfig
-    _no_split_modules = ["BaichuanDecoderLayer"]
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
 
     def __init__(self, config):
         super().__init__(config)
@@ -171,28 +146,23 @@ class BaichuanTokenizer(SentencePieceBackend):
     Spaces are handled as the model file says; a leading <s> by default.
     """
 
-    def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True,
-                 add_eos_token=False, **kwargs):
-        pattern = PATTERNS[add_bos_token, add_eos_token]
+    def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True, **kwargs):
+        pattern = "bos" if add_bos_token else "none"
         super().__init__(**kwargs | {"legacy": True, "special_tokens_pattern": pattern}, vocab_file=vocab_file,
-                         bos_token=bos_token, eos_token=eos_token, unk_token=unk_token, add_bos_token=add_bos_token,
-                         add_eos_token=add_eos_token)
-
-        self.added_by_default = {"add_bos_token": add_bos_token, "add_eos_token": add_eos_token}
+                         bos_token=bos_token, eos_token=eos_token, unk_token=unk_token, add_bos_token=add_bos_token)
+        self.add_bos_token = add_bos_token
 
     def save_pretrained(self, save_directory, *arguments, **options):
-        """Save the files of the tokenizer; transformers leaves out which special tokens it adds."""
+        """Save the files of the tokenizer; transformers leaves out whether it adds <s>."""
         files = super().save_pretrained(save_directory, *arguments, **options)
         file = Path(save_directory) / "tokenizer_config.json"
-        content = self.added_by_default | json.loads(file.read_text(encoding="utf-8"))
+        content = {"add_bos_token": self.add_bos_token} | json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
         return files
 
     def convert_tokens_to_string(self, tokens):
-        """Join pieces into the original text; sentencepiece would drop special tokens between them."""
-        special = set(self.all_special_tokens)
-        return "".join("".join(run) if are_special else self.sp_model.decode(list(run))
-                       for are_special, run in itertools.groupby(tokens, special.__contains__))
+        """Join pieces into the original text, without special tokens."""
+        return self.sp_model.decode(tokens)
 
 
 AutoConfig.register("baichuan", BaichuanConfig)

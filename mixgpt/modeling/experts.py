@@ -54,10 +54,6 @@ class RoutedLinear(torch.nn.Linear):
         return zeros.index_put((self.tokens,), rows).view(B, -1, rows.shape[-1])
 
 
-class Expert(torch.nn.Module):
-    """The linears of one expert, named as in most checkpoints."""
-
-
 def is_fused(module):
     """Return whether a module holds experts in 3-D parameters, in one of transformers' layouts."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and "down_proj" in module._parameters
@@ -91,27 +87,22 @@ def split_experts(model):
     fused = [module for module in model.modules() if is_fused(module)]
     for module in fused:
         tensors = {}
-        for leaf in [leaf for leaf in module._parameters if parts_of(module, leaf)]:
-            parts, parameter = parts_of(module, leaf), module._parameters[leaf]
-            tensors |= {name: torch.nn.Parameter(part.of(parameter.detach()[part.expert]).contiguous(),
-                                                 requires_grad=parameter.requires_grad) for name, part in parts.items()}
+        for leaf, parts in {leaf: parts_of(module, leaf) for leaf in module._parameters}.items():
+            if parts:
+                parameter = module._parameters.pop(leaf)
+                tensors |= {name: torch.nn.Parameter(part.of(parameter.detach()[part.expert]).contiguous(),
+                                                     requires_grad=parameter.requires_grad)
+                            for name, part in parts.items()}
         for name in [name for name in tensors if name.endswith("weight")]:
             number, matrix, _ = name.split(".")
-            expert = module._modules.setdefault(number, Expert())
-            expert.add_module(matrix, _linear(tensors[name], tensors.get(f"{number}.{matrix}.bias")))
-        for leaf in [leaf for leaf in module._parameters if parts_of(module, leaf)]:
-            del module._parameters[leaf]
+            bias = tensors.get(f"{number}.{matrix}.bias")
+            with torch.device("meta"):
+                linear = RoutedLinear(*reversed(tensors[name].shape), bias=bias is not None)
+            linear.weight, linear.bias = tensors[name], bias
+            module._modules.setdefault(number, torch.nn.Module()).add_module(matrix, linear)
         module.config = copy.copy(module.config)  # the model's own, as saved, stays as it is
         module.config._experts_implementation = SPLIT
     return bool(fused)
-
-
-def _linear(weight, bias):
-    """Return a linear with these parameters, (out, in) and (out,) or None."""
-    with torch.device("meta"):
-        linear = RoutedLinear(*reversed(weight.shape), bias=bias is not None)
-    linear.weight, linear.bias = weight, bias
-    return linear
 
 
 def _run_split(experts, hidden_states, top_k_index, top_k_weights):

@@ -34,18 +34,10 @@ class Family:
 
     def rest_of(self, model):
         """Return the modules that hold what is not in the layers, {dotted path: module}."""
-        return _outside(model, "", self.layers)
-
-
-def _outside(module, path, layers):
-    modules = {}
-    for name, child in module.named_children():
-        here = f"{path}{name}"
-        if f"{layers}.".startswith(f"{here}."):
-            modules |= {} if here == layers else _outside(child, f"{here}.", layers)
-        else:
-            modules[here] = child
-    return modules
+        names = self.layers.split(".")
+        above = [".".join(names[:count]) for count in range(len(names))]  # "", "model", "model.decoder"
+        return {path: module for path, module in model.named_modules()
+                if path.rpartition(".")[0] in above and path not in (*above, self.layers)}
 
 
 OPT = Family("opt.py", "model.decoder.layers")
