@@ -6,7 +6,6 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -179,12 +178,19 @@ class HiddenStates:
         stream, layers = cls(torch.empty(0), batch_size, device), family.layers_of(model)
         with on_device(family.rest_of(model).values(), device):
             hidden, calls = _record(model, layers, tokens[:1].to(device))
-            stream._allocate(len(tokens), hidden, arguments.shared_shapes(layers, hidden, calls), sets, on_host)
+            if len(hidden) != min(len(tokens), 1):
+                raise ValueError(f"its layers take hidden states of {tuple(hidden.shape)}, whose batch does not come "
+                                 "first")
+            stream.channels, stream.shared = hidden.shape[-1], arguments.shared_shapes(layers, hidden, calls)
+            shape = len(tokens), *hidden.shape[1:-1], stream.channels + sum(arguments.widths(stream.shared))
+            stream.place = place_for(sets * math.prod(shape) * hidden.dtype.itemsize, device, on_host)
+            stream.hidden = allocate(shape, hidden.dtype, device, stream.place)
+            stream.hidden[..., stream.channels:] = 0
             _, others = _record(model, layers, (tokens[:1] == 0).long().to(device))  # another token everywhere
-            places = arguments.per_sequence(calls, others, partial(stream._allocate_arguments, len(tokens)))
+            places = arguments.per_sequence(calls, others, len(tokens))
             stream.varying = any(isinstance(place, arguments.PerSequence) for place in tree_leaves(places)) or any(
                 map(arguments.is_shared, tree_leaves(calls)))
-            for rows in [slice(0, 1), *stream.batches(len(tokens))]:
+            for rows in [slice(0, 1), *stream.batches()]:
                 hidden, calls = _record(model, layers, tokens[rows].to(device))
                 stream.hidden[rows, ..., :stream.channels] = hidden
                 if stream.varying:
@@ -192,37 +198,14 @@ class HiddenStates:
                 stream.arguments.setdefault(len(hidden), calls)
         return stream
 
-    def _allocate(self, N, hidden, shared, sets, on_host):
-        """Make room for `sets` sets of hidden states of N sequences, like those of one (1, T, C)."""
-        if len(hidden) != min(N, 1):
-            raise ValueError(f"its layers take hidden states of {tuple(hidden.shape)}, whose batch does not come first")
-        self.channels, self.shared = hidden.shape[-1], shared
-        shape = N, *hidden.shape[1:-1], self.channels + sum(arguments.widths(shared))
-        self.place = place_for(sets * math.prod(shape) * hidden.dtype.itemsize, self.device, on_host)
-        self.hidden = allocate(shape, hidden.dtype, self.device, self.place)
-        self.hidden[..., self.channels:] = 0
-
-    def _allocate_arguments(self, N, tensors):
-        """Return tensors (N, ...) off the device for tensors (1, ...)."""
-        nbytes = N * sum(tensor.nbytes for tensor in tensors)
-        place = place_for(nbytes + (self.place == "host") * self.hidden.nbytes, self.device, on_host=True)
-        return [allocate((N, *tensor.shape[1:]), tensor.dtype, self.device, place) for tensor in tensors]
-
-    @property
-    def nbytes(self):
-        """The bytes of the hidden states, and of the arguments that are kept for each sequence."""
-        kept = {id(leaf): leaf.values.nbytes for leaf in tree_leaves(self.arguments)
-                if isinstance(leaf, arguments.PerSequence)}
-        return self.hidden.nbytes + sum(kept.values())
-
     def twin(self):
         """Return a stream with a copy of the hidden states, in the same place."""
         hidden = allocate(self.hidden.shape, self.hidden.dtype, self.device, self.place).copy_(self.hidden)
         return replace(self, hidden=hidden)
 
-    def batches(self, N=None):
+    def batches(self):
         """Return the slices of sequences that form the batches."""
-        N = len(self.hidden) if N is None else N
+        N = len(self.hidden)
         return [slice(start, min(start + self.batch_size, N)) for start in range(0, N, self.batch_size)]
 
     def forward(self, layer, index, rows):

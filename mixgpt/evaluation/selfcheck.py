@@ -66,7 +66,7 @@ def _compare(family, model, tokens, expected):
             stream.advance(layer, index)
     with streams[0].head(model, family) as head:
         differences = [head(stream.hidden.flatten(0, 1)).view_as(expected) - expected for stream in streams]
-    return sorted(unseen), (torch.stack(differences).abs().max() / expected.std()).item(), streams[0].nbytes
+    return sorted(unseen), (torch.stack(differences).abs().max() / expected.std()).item(), streams[0].hidden.nbytes
 
 
 def small(config, layers, narrow=True):

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 class PerSequence:
     """An argument that depends on the tokens, of all sequences."""
 
-    values: torch.Tensor  # (N, ...), not on the device
+    values: torch.Tensor  # (N, ...), on the host
 
 
 class Shared(UserDict):
@@ -33,25 +33,25 @@ def is_shared(argument):
     return isinstance(argument, MutableMapping) and not isinstance(argument, dict)
 
 
-def per_sequence(calls, others, allocate):
+def per_sequence(calls, others, N):
     """Return the arguments of all layers with a `PerSequence` in place of those that depend on tokens, else None.
 
-    calls, others: the arguments for two batches of one sequence without a common token. allocate: from a list of
-    tensors (1, ...) to tensors (N, ...). Raises ValueError if one has no batch dimension.
+    calls, others: the arguments for two batches of one sequence without a common token. N: of all sequences. Raises
+    ValueError if one has no batch dimension.
     """
-    dependent = {}  # by id: many layers may take the same tensor
+    kept = {}  # by id: many layers may take the same tensor
 
     def compare(ours, theirs):
         if not torch.is_tensor(ours) or ours is theirs or torch.equal(ours, theirs):
-            return
+            return None
         if ours.shape[:1] != (1,):
             raise ValueError(f"its layers take a tensor of {tuple(ours.shape)}, which depends on the tokens but has no "
                              "batch dimension")
-        dependent[id(ours)] = ours
+        if id(ours) not in kept:
+            kept[id(ours)] = PerSequence(torch.empty(N, *ours.shape[1:], dtype=ours.dtype))
+        return kept[id(ours)]
 
-    tree_map(compare, calls, others)
-    kept = dict(zip(dependent, map(PerSequence, allocate(list(dependent.values()))), strict=True))
-    return tree_map(lambda argument: kept.get(id(argument)), calls)
+    return tree_map(compare, calls, others)
 
 
 def fill(places, calls, rows):
@@ -62,7 +62,7 @@ def fill(places, calls, rows):
     def put(place, argument):
         if place is None:
             return argument
-        place.values[rows] = argument.to(place.values.device)
+        place.values[rows] = argument.to("cpu")
         return place
 
     return tree_map(put, places, calls)
