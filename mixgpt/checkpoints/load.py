@@ -107,7 +107,7 @@ def _config_of(name, arguments):
     if whole.is_encoder_decoder or model_class(config) is None:
         config = whole
     method = (getattr(whole, "quantization_config", None) or {}).get("quant_method")
-    if method and (config is not whole or method != "compressed-tensors"):
+    if method and not format_of(name) and (config is not whole or method != "compressed-tensors"):
         raise InputError(f"model {name}: its weights are quantized by {method}; give the original model")
     if config is whole:
         return config, None
