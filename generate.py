@@ -92,6 +92,9 @@ def print_completions(models, prompt, device, dtype, bos, **options):
     lines = side_by_side(texts, width) if len(texts) > 1 else wrapped(texts["model"], width)
     print(*wrapped(prompt, width), "", *lines, sep="\n")
     print("\n" + "; ".join(f"{title} {each.speed}" for title, each in completions.items()) + f" on {device}")
+    if len(models) > 1:
+        dense, pruned = completions.values()
+        print(f"{pruned.rate / dense.rate:.2f} times as fast, {pruned.nbytes / dense.nbytes:.2f} times the memory")
 
 
 def side_by_side(texts, width):

@@ -7,7 +7,37 @@
     model, tokenizer = mixgpt.load("pruned")
 """
 
+import importlib.abc
+import importlib.util
+import sys
+
 from mixgpt.common.program import __version__  # noqa: F401
+
+
+class _Registration(importlib.abc.MetaPathFinder):
+    """Registers the sparse format with transformers once its registry is imported: importing it here takes seconds."""
+
+    registry = "transformers.quantizers.auto"
+
+    def find_spec(self, name, path, target=None):
+        if name != self.registry:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        imported = spec.loader.exec_module
+
+        def exec_module(module):
+            imported(module)
+            import mixgpt.checkpoints.sparse  # noqa: F401
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if _Registration.registry in sys.modules:
+    import mixgpt.checkpoints.sparse  # noqa: F401
+else:
+    sys.meta_path.insert(0, _Registration())
 
 
 def prune(model, dataset, tokenizer=None, **options):
@@ -24,11 +54,12 @@ def prune(model, dataset, tokenizer=None, **options):
     return api.prune(model, dataset, tokenizer, **options)
 
 
-def load(folder, device=None, dtype="auto"):
+def load(folder, device=None, dtype="auto", packed=True):
     """Load a saved model, in any format, for evaluation. Returns (model, tokenizer), as of transformers.
 
-    device: cpu, cuda or cuda:N (default: cuda if available). dtype: a torch.dtype, or "auto" for that on disk.
+    device: cpu, cuda or cuda:N (default: cuda if available). dtype: a torch.dtype, or "auto" for that on disk. packed:
+    multiply by the matrices of a sparse folder as they are stored; False: expand them into ordinary linears.
     """
     from mixgpt.app import api
 
-    return api.load(folder, device, dtype)
+    return api.load(folder, device, dtype, packed)

@@ -99,8 +99,11 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
         assert run(saved / kind, "the list", "--max-new-tokens", 8, "--dense", saved / "dense", "--device", "cpu") == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[:2] == ["the list", ""] and lines[2].split() == ["dense", "|", "pruned"]
-        assert re.fullmatch(r"dense \d tokens in \d+\.\d s, [\d.]+ tokens/s; pruned \d tokens in .* on cpu", lines[-1])
-        texts[kind] = lines[2:-1]
+        assert re.fullmatch(r"dense \d tokens in \d+\.\d s, [\d.]+ tokens/s after the first, weights \d+ MB; pruned \d "
+                            r"tokens in .* on cpu", lines[-2])
+        assert re.fullmatch(r"[\d.]+ times as fast, (\d\.\d\d) times the memory", lines[-1])
+        assert float(lines[-1].split()[4]) < 0.9 or kind != "sparse"
+        texts[kind] = lines[2:-2]
     assert texts["sparse"] == texts["compressed-tensors"]
     expected = {title: by_hand(generation.load(saved / folder, torch.device("cpu"))[0], tokenizer, "the list", 8)
                 for title, folder in (("dense", "dense"), ("pruned", "sparse"))}

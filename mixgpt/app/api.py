@@ -83,7 +83,7 @@ def _family(name, model):
     return family
 
 
-def load(folder, device=None, dtype="auto"):
+def load(folder, device=None, dtype="auto", packed=True):
     """Load a saved model; see `mixgpt.load`."""
-    return (checkpoints.read_model(str(folder), dtype).eval().to(choose_device(device)),
+    return (checkpoints.read_model(str(folder), dtype, packed).eval().to(choose_device(device)),
             checkpoints.load_tokenizer(str(folder)))

@@ -12,10 +12,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.checkpoints.load import from_pretrained, model_class
 from mixgpt.checkpoints.packing import decode, encode
+from mixgpt.checkpoints.sparse import METHOD
 from mixgpt.common.choices import SPARSE
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
@@ -25,7 +26,10 @@ from modelutils import linears
 
 LARGEST = 5 * 10**9  # bytes of a file; a larger tensor gets its own
 PACKED = "pack-quantized"  # name used by compressed-tensors and vLLM
-SPARSE_VARIANT = "sparse"  # part of the names of its tensor files
+SPARSE_VARIANT = "sparse"  # part of the name of its file: under the usual name, weights would be set at random
+NO_LIMIT = "1000TB"  # so that there is one file
+MARKS = {  # in config.json; without mixgpt, transformers refuses and shows the second
+    "quantization_config": {"quant_method": METHOD}, "transformers_weights": "none until you `import mixgpt`"}
 
 
 def save_dense(folder, model, family=None, grids=None):
@@ -115,26 +119,32 @@ def save_sparse(folder, model, family, grids):
             path = family.path(index, name)
             parts, matrices[f"{path}.weight"] = encode(state.pop(f"{path}.weight"), grids.get(path))
             state |= {f"{path}.weight.{part}": tensor for part, tensor in parts.items()}
-    # not under the name from_pretrained looks for: it would initialise missing weights at random
-    model.save_pretrained(folder, state_dict=state, variant=SPARSE_VARIANT)
+    model.save_pretrained(folder, state_dict=state, variant=SPARSE_VARIANT, max_shard_size=NO_LIMIT)
     (Path(folder) / SPARSE).write_text(json.dumps(matrices, indent=1) + "\n")
+    config = Path(folder) / CONFIG_NAME
+    config.write_text(json.dumps(json.loads(config.read_text()) | MARKS, indent=2) + "\n")
 
 
-def load_sparse(folder, dtype="auto"):
+def load_sparse(folder, dtype="auto", packed=False):
     """Load a checkpoint written by --save-format sparse as an ordinary transformers model, bit for bit.
 
         from mixgpt.checkpoints.formats import load_sparse
         model = load_sparse("pruned")
 
-    dtype: of the weights in memory ("auto": as saved). Raises InputError if a weight is missing or of another shape,
-    and what libraries raise if a file is damaged.
+    dtype: of the weights in memory ("auto": as saved). packed: keep the matrices as in the files, in `SparseLinear`s.
+    Raises InputError if a weight is missing or of another shape, and what libraries raise if a file is damaged.
     """
     folder, state = Path(folder), {}
+    config = AutoConfig.from_pretrained(folder)
+    if packed:
+        config.quantization_config = {"quant_method": METHOD}  # older folders do not say it
+        return from_pretrained(folder, folder, dtype, model_class(config), config=config)
+    for name in MARKS:
+        vars(config).pop(name, None)
     for shard in sorted(folder.glob(f"model.{SPARSE_VARIANT}*.safetensors")):
         state |= load_file(shard)
     for name, description in json.loads((folder / SPARSE).read_text()).items():
         state[name] = decode({part: state.pop(f"{name}.{part}") for part in description["parts"]}, description)
-    config = AutoConfig.from_pretrained(folder)
     model = from_pretrained(folder, None, config.dtype if dtype == "auto" else dtype, model_class(config),
                             config=config, state_dict=state)
     if (folder / GENERATION_CONFIG_NAME).is_file():

@@ -196,27 +196,31 @@ def size(skeleton, dtype):
     return itemsize * sum(parameter.numel() for parameter in skeleton.parameters())
 
 
-def load_model(model, dtype):
+def load_model(model, dtype, packed=False):
     """Load `model` with its experts as linears; see `read_model`. Raises InputError if a weight is NaN or inf."""
-    loaded = read_model(model, dtype)
+    loaded = read_model(model, dtype, packed)
     split_experts(loaded)
     for key, parameter in loaded.named_parameters():
         parameter.data = parameter.data.contiguous()  # .bin files may hold views whose elements share memory
         streaming.check_finite(parameter.detach(), f"model {model}: {key}")
+    for key, buffer in loaded.named_buffers():
+        if ".weight." in key:  # of a packed matrix
+            streaming.check_finite(buffer, f"model {model}: {key}")
     return loaded.eval()
 
 
-def read_model(model, dtype):
+def read_model(model, dtype, packed=False):
     """Load the weights of `model` on the host, in `dtype` ("auto": as stored), from any format.
 
-    Raises InputError if the checkpoint lacks a weight.
+    packed: leave the matrices of a sparse folder packed, in a `checkpoints.sparse.SparseLinear` each. Raises
+    InputError if the checkpoint lacks a weight.
     """
     name, arguments = _source(model)
     with _reading(model, "its weights cannot be read"):
         if "gguf_file" in arguments:
             return from_pretrained(model, name, dtype, quantization_config=GgufConfig(dequantize=True), **arguments)
         if save_format := format_of(name):
-            return save_format.read(name, dtype)
+            return save_format.read(name, dtype, packed)
         if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
             streaming.check_index(index)
         config, whole = _config_of(name, arguments)

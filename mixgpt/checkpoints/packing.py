@@ -57,12 +57,12 @@ def _grid_parts(grid):
     parts = {"scale": grid.scale}
     if not (grid.zero == 2 ** (grid.scheme.wbits - 1)).all():
         parts["zero"] = pack(grid.zero, grid.scheme.wbits)
-    if not torch.equal(grid.group, _consecutive(columns, groups)):
+    if not torch.equal(grid.group, consecutive(columns, groups)):
         parts["group"] = grid.group
     return parts
 
 
-def _consecutive(columns, groups):
+def consecutive(columns, groups):
     return torch.arange(columns, dtype=torch.int32) // (columns // groups)
 
 
@@ -80,7 +80,7 @@ def decode(parts, description):
     zero = unpack(parts["zero"], wbits, scale.numel()).view(scale.shape) if "zero" in parts else torch.full(
         scale.shape, 2 ** (wbits - 1), dtype=torch.uint8)
     scheme = GRIDS.check(description.get("grid", "uniform")).load()(wbits)
-    grid = Grid(scheme, scale, zero, parts.get("group", _consecutive(shape[1], groups)))
+    grid = Grid(scheme, scale, zero, parts.get("group", consecutive(shape[1], groups)))
     codes = zero[:, grid.group].flatten()
     codes[kept] = unpack(parts["codes"], wbits, int(kept.sum()))
     return grid.weights(codes.view(shape))

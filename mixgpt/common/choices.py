@@ -73,11 +73,11 @@ class SaveFormat(Choice):
     streams: bool = False  # whether it writes models whose weights are on disk; else they are loaded
     holds_experts: bool = False  # whether it has the layout of mixtures of experts
     marker: str = ""  # the file that tells it; empty: `from_pretrained` reads it
-    reader: str = ""  # "module:name" of the function of (folder, dtype) that reads it
+    reader: str = ""  # "module:name" of the function of (folder, dtype, packed) that reads it
 
-    def read(self, folder, dtype):
-        """Return the model in a folder of this format."""
-        return Choice(self.help, self.reader).load()(folder, dtype)
+    def read(self, folder, dtype, packed):
+        """Return the model in a folder of this format, with its matrices expanded, or packed as they are stored."""
+        return Choice(self.help, self.reader).load()(folder, dtype, packed)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,14 @@ class Completion:
     text: str  # without the prompt
     tokens: int  # generated
     seconds: float  # for all of them, including the prompt
+    rate: float  # tokens per second after the first token, which takes the prompt
+    nbytes: int  # of the model's weights in memory
     cut: int = 0  # tokens at the beginning of the prompt for which the model's context had no room
 
     @property
     def speed(self):
-        return f"{self.tokens} tokens in {self.seconds:.1f} s, {self.tokens / self.seconds:.1f} tokens/s"
+        return (f"{self.tokens} tokens in {self.seconds:.1f} s, {self.rate:.1f} tokens/s after the first, weights "
+                f"{self.nbytes / 1e6:.0f} MB")
 
 
 @torch.no_grad()
@@ -54,19 +57,25 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
         stop_strings=list(until) or None, **choice)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        start = time.perf_counter()
+        times = [time.perf_counter()]  # then of each token
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-                                tokenizer=tokenizer, logits_processor=[partial(_check_logits, model)])
+                                tokenizer=tokenizer, logits_processor=[partial(_check_logits, model, times)])
         output = output[0, ids.shape[1]:].tolist()
-        seconds = time.perf_counter() - start
+        seconds, after = (time.perf_counter() - begun for begun in times[:2])
     text = tokenizer.decode(output, skip_special_tokens=True)
     for end in until:
         text = text.partition(end)[0]
-    return Completion(text, len(output), seconds, cut)
+    rate = (len(output) - 1) / after if len(output) > 1 else 1 / seconds
+    nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return Completion(text, len(output), seconds, rate, nbytes, cut)
 
 
-def _check_logits(model, _, logits):
-    """Raise InputError for logits that cannot be ranked or sampled from; -inf excludes a token. A logits processor."""
+def _check_logits(model, times, _, logits):
+    """Raise InputError for logits that cannot be ranked or sampled from; -inf excludes a token. A logits processor.
+
+    times: gets the time of the call.
+    """
+    times.append(time.perf_counter())
     if logits.isnan().any() or logits.isposinf().any():
         raise InputError(f"model {model.config.name_or_path}: its logits contain NaN or inf; try --dtype float32")
     return logits
@@ -76,7 +85,7 @@ def load(model, device, dtype="auto"):
     """Load a model in any format, and its tokenizer. Returns (model on `device`, tokenizer)."""
     config = read_config(model)
     tokenizer = load_tokenizer(model)
-    loaded = load_model(model, choose_dtype(dtype, config, device))
+    loaded = load_model(model, choose_dtype(dtype, config, device), packed=True)
     try:
         return loaded.to(device), tokenizer
     except torch.OutOfMemoryError as error:

@@ -1,0 +1,214 @@
+"""Linear layers whose weights stay in the encoding of `packing`, and their registration with transformers.
+
+    import mixgpt
+    model = AutoModelForCausalLM.from_pretrained("pruned")  # a folder of --save-format sparse
+"""
+
+import functools
+import json
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import linear, pad
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mixgpt.checkpoints.packing import consecutive, decode, unpack
+from mixgpt.common.choices import GRIDS, SPARSE
+from mixgpt.kernels import sparse_cpu
+
+METHOD = "mixgpt"  # in config.json
+WEIGHTS = "model.sparse.safetensors"  # not under the name that transformers looks for, which would ignore the method
+BLOCK = 512  # columns to an offset
+DTYPES = {"mask": torch.uint8, "codes": torch.uint8, "zero": torch.uint8, "group": torch.int32}  # of parts
+FEW = 8  # tokens at most that are multiplied without expanding the matrix
+_scratch = threading.local()
+
+
+class PackedWeight(torch.nn.Module):
+    """A matrix (out, in) as a mask and values or codes: buffers under the names that its parts have in a file.
+
+    description: that of `packing.encode`, which must have a mask. `prepare` comes between loading and use. dtype: of
+    the weights in memory, if it is smaller than that in the file.
+    """
+
+    def __init__(self, description, dtype=torch.float64):
+        super().__init__()
+        dtype = min(getattr(torch, description["dtype"]), dtype, key=lambda dtype: dtype.itemsize)
+        self.description, self.shape = description, torch.Size(description["shape"])
+        self.wbits, self.data = description.get("wbits", 0), "codes" if "wbits" in description else "values"
+        for part in description["parts"]:
+            self.register_buffer(part, torch.empty(0, dtype=DTYPES.get(part, dtype)))
+        self.register_load_state_dict_post_hook(PackedWeight.prepare)
+
+    def prepare(self, _=None):
+        """Check the loaded parts, and add what products need. Raises ValueError if the parts do not fit each other."""
+        (rows, columns), wbits, data = self.shape, self.wbits, getattr(self, self.data)
+        self._check("mask", rows * columns / 8)
+        sizes = _bits(self.mask.cpu().numpy(), rows, columns)
+        offsets = torch.from_numpy((sizes.cumsum() - sizes).astype(np.int32)).view(rows, -1)
+        self.register_buffer("offsets", offsets.to(self.device), persistent=False)
+        size = math.ceil(sizes.sum() * wbits / 8) if wbits else int(sizes.sum())
+        if len(data) == size:
+            setattr(self, self.data, pad(data, (0, sparse_cpu.PADDING)))
+        self._check(self.data, size + sparse_cpu.PADDING)
+        if not wbits:
+            return
+        self._check("scale", rows * self.groups)
+        if "zero" not in self._buffers:
+            self.register_buffer("zero", torch.full_like(self.scale, 2 ** (wbits - 1), dtype=torch.uint8))
+        if self.zero.dim() == 1:  # packed
+            self._check("zero", rows * self.groups * wbits / 8)
+            self.zero = unpack(self.zero.cpu(), wbits, self.scale.numel()).view_as(self.scale).to(self.device)
+        if "group" not in self._buffers:
+            self.register_buffer("group", consecutive(columns, self.groups).to(self.device))
+        self._check("zero", rows * self.groups)
+        self._check("group", columns)
+        if int(self.zero.max()) >> wbits or not 0 <= int(self.group.min()) <= int(self.group.max()) < self.groups:
+            raise ValueError("its zeros or groups are out of range")
+
+    def _check(self, part, count):
+        tensor, count = getattr(self, part), math.ceil(count)
+        if tensor.numel() != count or tensor.dtype != DTYPES.get(part, tensor.dtype) or not tensor.is_contiguous():
+            raise ValueError(f"its {part} has {tensor.numel()} numbers in {tensor.dtype}, must have {count}")
+
+    @property
+    def device(self):
+        return self.mask.device
+
+    @property
+    def dtype(self):
+        """That of the weights, which `.to(dtype)` changes."""
+        return (self.scale if self.wbits else self.values).dtype
+
+    def multiply(self, x, bias=None):
+        """Return x Wᵀ + bias: for few tokens from the packed form, else as the dense matrix gives it, bit for bit."""
+        rows, columns = self.shape
+        tokens, differentiated = x.numel() // columns, x.requires_grad and torch.is_grad_enabled()
+        if not 0 < tokens <= FEW or x.device.type != "cpu" or differentiated:
+            return linear(x, self.expand(None if differentiated else self._room()).to(x.dtype), bias)
+        way, dtype = self.ways()[0], x.dtype
+        narrow = dtype == torch.bfloat16 and bias is None and sparse_cpu.multiplies_bfloat16(way)
+        kernel = sparse_cpu.Kernel(way, self.dtype, self.wbits, tokens, narrow)
+        y = torch.empty(*x.shape[:-1], rows, dtype=dtype if narrow else torch.float32)
+        x = (x if narrow else x.float()).contiguous()
+        self._run(kernel, sparse_cpu.arrange(x, kernel), y)
+        return y if narrow else (y if bias is None else y.add_(bias)).to(dtype)
+
+    def expand(self, out=None):
+        """Return the matrix, in `out` if given."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
+        host = out if out.device.type == "cpu" else torch.empty(self.shape, dtype=self.dtype)
+        self._run(sparse_cpu.Kernel(self.ways()[0], self.dtype, self.wbits, 0), host, host)
+        return out if out is host else out.copy_(host)
+
+    def _room(self):
+        """Return a buffer of this thread for the matrix, which the next one that is expanded overwrites."""
+        numel, key = self.shape.numel(), (self.dtype, self.device)
+        rooms = vars(_scratch)
+        if key not in rooms or len(rooms[key]) < numel:
+            rooms[key] = torch.empty(numel, dtype=self.dtype, device=self.device)
+        return rooms[key][:numel].view(self.shape)
+
+    def ways(self):
+        """Return the ways in which the CPU can multiply by this matrix, the fastest first."""
+        columns, consecutive = self.shape[1], "group" not in self.description["parts"]
+        return sparse_cpu.ways(self.dtype, self.wbits, columns, columns // self.groups, consecutive)
+
+    @property
+    def groups(self):
+        return self.scale.shape[1] if self.wbits else 1
+
+    def _run(self, kernel, x, y):
+        tensors = self._buffers | {"x": x, "y": y}
+        if self.device.type != "cpu":
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        tensors["data"] = tensors[self.data]
+        if self.wbits:
+            tensors["units"] = _units(self.description.get("grid", "uniform"), self.wbits, self.dtype)
+        sparse_cpu.run(kernel, *self.shape, -(-self.shape[1] // BLOCK), self.groups, tensors)
+
+
+@functools.cache
+def _units(grid, wbits, dtype):
+    """Return the values of codes in units of the scale, (zeros, codes), rounded to the dtype of the scale."""
+    codes = torch.arange(2**wbits, dtype=torch.uint8)
+    units = GRIDS.check(grid).load()(wbits).decode(codes.expand(len(codes), -1), codes[:, None])
+    return pad(units.to(dtype).float(), (0, max(16 - len(codes), 0)))
+
+
+def _bits(mask, rows, columns):
+    """Return how many weights are kept in each block of columns, by rows."""
+    step = 1 if columns % 8 else 8  # columns to a number in `counts`
+    counts = np.bitwise_count(mask) if step == 8 else np.unpackbits(mask, bitorder="little")
+    if columns % 8 and counts[rows * columns:].any():
+        raise ValueError("its mask has bits behind the last column")
+    starts = (columns * np.arange(rows)[:, None] + np.arange(0, columns, BLOCK)) // step
+    return np.add.reduceat(counts[:rows * columns // step], starts.ravel(), dtype=np.int64)
+
+
+class SparseLinear(torch.nn.Module):
+    """A linear layer with a `PackedWeight`."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x):
+        return self.weight.multiply(x, self.bias)
+
+    def prepared(self):
+        """Return this layer ready for use; a dense one if its matrix has no mask."""
+        if "mask" in self.weight.description["parts"]:
+            self.weight.prepare()
+            return self
+        dense = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        W = decode(dict(self.weight.named_buffers()), self.weight.description)
+        dense.weight, dense.bias = torch.nn.Parameter(W), self.bias
+        return dense
+
+
+@register_quantization_config(METHOD)
+class SparseConfig(QuantizationConfigMixin):
+    """What config.json says of the format."""
+
+    def __init__(self, **_):
+        self.quant_method = METHOD
+
+
+@register_quantizer(METHOD)
+class SparseQuantizer(HfQuantizer):
+    """Lets `from_pretrained` read a sparse folder into `SparseLinear`s."""
+
+    is_trainable = False
+
+    def is_serializable(self):
+        return False
+
+    def update_attn_implementation(self, config):
+        config.transformers_weights = WEIGHTS  # the first call in which a quantizer sees the configuration
+        return config
+
+    def param_needs_quantization(self, model, name, **_):
+        return isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight)
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files, **_):
+        for name, description in json.loads((Path(checkpoint_files[0]).parent / SPARSE).read_text()).items():
+            path = name.removesuffix(".weight")
+            dense, shape = model.get_submodule(path), tuple(description["shape"])
+            if shape != tuple(dense.weight.shape):
+                raise ValueError(f"{name} is {shape}, its configuration expects {tuple(dense.weight.shape)}")
+            model.set_submodule(path, SparseLinear(PackedWeight(description, dense.weight.dtype), dense.bias))
+
+    def _process_model_after_weight_loading(self, model, **_):
+        for path, module in list(model.named_modules()):
+            if isinstance(module, SparseLinear):
+                try:
+                    model.set_submodule(path, module.prepared())
+                except (ValueError, IndexError, AttributeError) as error:
+                    raise ValueError(f"{path}.weight: {error}") from error

@@ -1,0 +1,400 @@
+"""Products of packed sparse matrices with a few vectors on the CPU, without expanding the matrix.
+
+The code is emitted as LLVM IR for the instructions that the CPU has, so that users need no compiler. One step takes the
+next columns of a row: it loads the packed values, moves them to the columns whose bits are set in the mask, and
+multiplies; the number of set bits says where the values of the next step begin. Each row is summed in a fixed order,
+so that the number of threads does not change the result.
+"""
+
+import contextlib
+import ctypes
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from llvmlite import binding, ir
+
+PADDING = 64  # bytes that the code may read behind the packed values
+AHEAD = 2048  # bytes from the packed values in use to those that are prefetched
+CHUNK = 32  # rows that a thread takes at a time
+
+
+class Way(NamedTuple):
+    """A way to take a step."""
+
+    flags: set  # that the CPU must have
+    width: int  # columns of a step
+    steps: int  # in an iteration of the loop, with sums of their own
+
+
+WAYS = {  # the fastest first
+    "codes": Way({"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2"}, 64, 1),
+    "vbmi2": Way({"avx512f", "avx512bw", "avx512vbmi2"}, 32, 2),
+    "avx512": Way({"avx512f", "f16c"}, 16, 2),
+    "avx2": Way({"avx2", "fma", "f16c"}, 8, 2),
+    "portable": Way(set(), 1, 4),
+    "single": Way(set(), 1, 1),
+}
+TENSORS = ("mask", "data", "offsets", "units", "zero", "scale", "group", "x", "y")
+ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", *TENSORS)
+I1, I8, I16, I32, I64, F16, F32 = *map(ir.IntType, (1, 8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
+STORED = {torch.float32: F32, torch.bfloat16: I16, torch.float16: F16}
+_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # (masks, columns)
+SHUFFLES = (np.where(_SET, 2 * (_SET.cumsum(1) - 1), 128)[:, :, None] + np.arange(2)).astype(np.uint8)
+
+
+class _BFloat(ir.types.Type):
+    def __str__(self):
+        return "bfloat"
+
+
+BF16 = _BFloat()
+
+
+class Kernel(NamedTuple):
+    """A function to emit."""
+
+    way: str  # in WAYS
+    dtype: torch.dtype  # of the weights
+    wbits: int  # of a code; 0: values
+    tokens: int  # 0: writes the expanded matrix to y
+    bfloat16: bool = False  # x and y are bfloat16, not float32
+
+
+@functools.cache
+def ways(dtype, wbits, columns, width, consecutive):
+    """Return the ways that this CPU has for a matrix, the fastest first.
+
+    width: columns of a group. consecutive: whether those of a group lie side by side.
+    """
+    able = {"codes": wbits in (2, 3, 4) and dtype == torch.bfloat16 and consecutive and width % 64 == 0,
+            "vbmi2": not wbits and dtype == torch.bfloat16, "avx512": not wbits,
+            "avx2": not wbits and dtype != torch.float32, "portable": True, "single": True}
+    return [name for name, way in WAYS.items()
+            if able[name] and way.flags <= _flags() and columns % (way.width * way.steps) == 0]
+
+
+def multiplies_bfloat16(way):
+    """Return whether x may be bfloat16."""
+    return WAYS[way].width >= 32 and "avx512bf16" in _flags()
+
+
+def arrange(x, kernel):
+    """Return x (…, columns) in the order in which the steps of a kernel take it."""
+    if kernel.way == "codes":  # even columns, then odd ones
+        x = x.view(-1, 32, 2).transpose(1, 2).contiguous()
+    if WAYS[kernel.way].width >= 32 and not kernel.bfloat16:
+        x = x.view(-1, 16, 2).transpose(1, 2).contiguous()
+    return x
+
+
+def run(kernel, rows, columns, blocks, groups, tensors):
+    """Call a kernel on all rows. tensors: contiguous ones by their names in ARGUMENTS, those that the kernel needs."""
+    addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in TENSORS]
+    values = (ctypes.c_int64 * len(ARGUMENTS))(0, rows, columns, blocks, groups, *addresses)
+    function, parallel = _compiled(kernel), _parallel()
+    if parallel:
+        parallel(function, values, torch.get_num_threads(), 0)
+    else:
+        function(values)
+
+
+@functools.cache
+def _flags():
+    return {name for name, present in binding.get_host_cpu_features().items() if present}
+
+
+@functools.cache
+def _parallel():
+    """Return what runs a function in PyTorch's own threads: others would compete with them. None: in this one."""
+    try:
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+
+
+@functools.cache
+def _compiled(kernel):
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    module = binding.parse_assembly(str(_Emitter(kernel).module))
+    machine = binding.Target.from_default_triple().create_target_machine(
+        binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), opt=3)
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(module, passes)
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("run"))
+    function.engine = engine  # which owns the code
+    return function
+
+
+class _Emitter:
+    """The code of a kernel."""
+
+    def __init__(self, kernel):
+        self.kernel, self.module = kernel, ir.Module()
+        self.way, self.step = WAYS[kernel.way], getattr(self, f"_step_{kernel.way}")
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [ir.PointerType()]), "run")
+        self.b = b = ir.IRBuilder(function.append_basic_block())
+        self.entry = b.block
+        at = {name: b.gep(function.args[0], [I64(place)], source_etype=I64) for place, name in enumerate(ARGUMENTS)}
+        self.at = {name: b.load(address, typ=I64) for name, address in at.items()}
+        take, work, done = (b.append_basic_block() for _ in range(3))
+        b.branch(take)
+        b.position_at_end(take)
+        first = b.atomic_rmw("add", at["next_row"], I64(CHUNK), "monotonic")
+        b.cbranch(b.icmp_signed("<", first, self.at["rows"]), work, done)
+        b.position_at_end(work)
+        with self._loop(first, self._least(b.add(first, I64(CHUNK)), self.at["rows"]), 1) as row:
+            self._row(row)
+        b.branch(take)
+        b.position_at_end(done)
+        b.ret_void()
+
+    def _row(self, row):
+        """Emit the steps over a row."""
+        b, kernel, at, (_, width, steps) = self.b, self.kernel, self.at, self.way
+        kind = F32 if width == 1 else ir.VectorType(F32, min(width, 16))
+        place = self._slot(I64, b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64))
+        sums = [[self._slot(kind, self._all(kind, 0)) for _ in range(max(steps, 2))] for _ in range(kernel.tokens)]
+        groups = at["groups"] if kernel.way == "codes" else I64(1)
+        size = b.udiv(at["columns"], groups)
+        with self._loop(I64(0), groups, 1) as group:
+            table = self._table(b.add(b.mul(row, groups), group)) if kernel.way == "codes" else row
+            start = b.mul(group, size)
+            with self._loop(start, b.add(start, size), width * steps) as first:
+                for step in range(steps):
+                    column = b.add(first, I64(width * step))
+                    flat = b.add(b.mul(row, at["columns"]), column)
+                    parts = self.step(flat, column, place, table)
+                    if not kernel.tokens:
+                        self._expand(flat, parts)
+                    for token, totals in enumerate(sums):
+                        x = b.add(b.mul(I64(token), at["columns"]), column)
+                        for number, part in enumerate(parts, step):
+                            b.store(self._dot(b.load(totals[number], typ=kind), part, x), totals[number])
+                            x = b.add(x, I64(32))
+        for token, totals in enumerate(sums):
+            total = functools.reduce(b.fadd, [b.load(total, typ=kind) for total in totals])
+            self._result(b.add(b.mul(I64(token), at["rows"]), row), total)
+
+    # steps: each returns the weights of the next columns, 0 where pruned, and moves `place` on
+
+    def _step_vbmi2(self, flat, column, place, table):
+        mask = self._mask(I32, flat)
+        values = self._load(ir.VectorType(I16, 32), self.at["data"], self._advance(place, mask), 2)
+        return [self._spread(values, mask, 0)]
+
+    def _step_codes(self, flat, column, place, table):
+        """As `codes` are below 16, 16 stands for a pruned one. Returns those of even columns, and of odd ones."""
+        b, wbits, bytes_ = self.b, self.kernel.wbits, ir.VectorType(I8, 64)
+        mask = self._mask(I64, flat)
+        bit = b.mul(self._advance(place, mask), I64(wbits))
+        packed = self._load(bytes_, self.at["data"], b.lshr(bit, I64(3)))
+        eights = ir.Constant(bytes_, [wbits * eight + byte for eight in range(8) for byte in range(8)])
+        packed = self._call("llvm.x86.avx512.permvar.qi.512", bytes_, packed, eights)  # 8 codes to 8 bytes
+        shifts = b.add(ir.Constant(bytes_, [wbits * code for code in range(8)] * 8),
+                       self._splat(bytes_, b.trunc(b.and_(bit, I64(7)), I8)))
+        codes = b.and_(self._call("llvm.x86.avx512.pmultishift.qb.512", bytes_, shifts, packed),
+                       self._all(bytes_, 2**wbits - 1))
+        words = ir.VectorType(I16, 32)
+        even = b.bitcast(self._spread(codes, mask, 16), words)
+        return [self._call("llvm.x86.avx512.permvar.hi.512", words, table, index)
+                for index in (even, b.lshr(even, self._all(words, 8)))]
+
+    def _step_avx512(self, flat, column, place, table):
+        mask = self._mask(I16, flat)
+        return [self._spread(self._values(16, self._advance(place, mask)), mask, 0)]
+
+    def _step_avx2(self, flat, column, place, table):
+        b, bytes_ = self.b, ir.VectorType(I8, 16)
+        mask = self._mask(I8, flat)
+        packed = self._load(bytes_, self.at["data"], self._advance(place, mask), 2)
+        order = self._load(bytes_, I64(SHUFFLES.ctypes.data), b.zext(mask, I64), 16)
+        values = b.bitcast(self._call("llvm.x86.ssse3.pshuf.b.128", bytes_, packed, order),
+                           ir.VectorType(STORED[self.kernel.dtype], 8))
+        return [self._floats(values)]
+
+    def _step_portable(self, flat, column, place, table):
+        b, at, wbits = self.b, self.at, self.kernel.wbits
+        byte = self._load(I8, at["mask"], b.lshr(flat, I64(3)))
+        kept = b.trunc(b.lshr(byte, b.trunc(b.and_(flat, I64(7)), I8)), I1)
+        index = b.load(place, typ=I64)
+        b.store(b.add(index, b.zext(kept, I64)), place)
+        if not wbits:
+            weight = self._values(1, index)
+        else:
+            bit = b.mul(index, I64(wbits))
+            code = b.lshr(self._load(I16, at["data"], b.lshr(bit, I64(3))), b.trunc(b.and_(bit, I64(7)), I16))
+            group = b.add(b.mul(table, at["groups"]), b.zext(self._load(I32, at["group"], column, 4), I64))
+            weight = self._weights(group, b.zext(b.and_(code, I16(2**wbits - 1)), I64), F32)
+        return [b.select(kept, weight, F32(0))]
+
+    _step_single = _step_portable
+
+    # parts of steps
+
+    def _table(self, group):
+        """Return the weights of all codes of a group, and 0 for the codes from 16 on."""
+        weights = self._round(self._weights(group, I64(0), ir.VectorType(F32, 16)))
+        zeros = ir.Constant(weights.type, [0] * 16)
+        return self.b.shuffle_vector(weights, zeros, ir.Constant(ir.VectorType(I32, 32), list(range(32))))
+
+    def _weights(self, group, code, kind):
+        """Return the weights of codes from `code` on, rounded to the dtype of the scale, in float32."""
+        b, codes = self.b, max(2**self.kernel.wbits, 16)
+        zero = b.zext(self._load(I8, self.at["zero"], group), I64)
+        units = self._load(kind, self.at["units"], b.add(b.mul(zero, I64(codes)), code), 4)
+        stored = STORED[self.kernel.dtype]
+        scale = self._floats(self._load(stored, self.at["scale"], group, 4 if stored is F32 else 2))
+        weights = b.fmul(units, scale if kind is F32 else self._splat(kind, scale))
+        if self.kernel.dtype == torch.bfloat16:
+            return self._floats(self._round(weights))
+        if self.kernel.dtype == torch.float16:
+            return b.fpext(b.fptrunc(weights, F16), F32)
+        return weights
+
+    def _mask(self, kind, flat):
+        return self._load(kind, self.at["mask"], self.b.lshr(flat, I64(3)))
+
+    def _advance(self, place, mask):
+        """Move a row's place on by the bits of a mask. Returns it as it was."""
+        before = self.b.load(place, typ=I64)
+        self.b.store(self.b.add(before, self.b.zext(self.b.ctpop(mask), I64)), place)
+        bits = I64(self.kernel.wbits or 8 * self.kernel.dtype.itemsize)
+        ahead = self.b.add(self.b.lshr(self.b.mul(before, bits), I64(3)), I64(AHEAD))
+        address = self.b.inttoptr(self.b.add(self.at["data"], ahead), ir.PointerType())
+        self._call("llvm.prefetch.p0", ir.VoidType(), address, I32(0), I32(3), I32(1))
+        return before
+
+    def _spread(self, values, mask, other):
+        """Return the first values at the bits of a mask, `other` elsewhere."""
+        flags = ir.VectorType(I1, values.type.count)
+        # an instruction that loads and expands would take a microcoded form: hide the load from the compiler
+        values = self.b.asm(ir.FunctionType(values.type, [values.type]), "", "=v,0", [values], False)
+        return self._call(f"llvm.x86.avx512.mask.expand.{_name(values.type)}", values.type, values,
+                          self._all(values.type, other), self.b.bitcast(mask, flags))
+
+    def _values(self, count, place):
+        """Return packed values from a place on, in float32."""
+        stored = STORED[self.kernel.dtype]
+        kind = stored if count == 1 else ir.VectorType(stored, count)
+        return self._floats(self._load(kind, self.at["data"], place, self.kernel.dtype.itemsize))
+
+    def _floats(self, values):
+        """Return values in float32."""
+        stored, wide = self.kernel.dtype, lambda kind: _like(values.type, kind)
+        if stored == torch.bfloat16:
+            bits = self.b.shl(self.b.zext(values, wide(I32)), self._all(wide(I32), 16))
+            return self.b.bitcast(bits, wide(F32))
+        return self.b.fpext(values, wide(F32)) if stored == torch.float16 else values
+
+    def _round(self, values):
+        """Return the bits of float32 values in bfloat16, rounded to the nearest, ties to even."""
+        b, all_ = self.b, functools.partial(self._all, _like(values.type, I32))
+        bits = b.bitcast(values, _like(values.type, I32))
+        odd = b.and_(b.lshr(bits, all_(16)), all_(1))
+        rounded = b.lshr(b.add(b.add(bits, all_(0x7FFF)), odd), all_(16))
+        rounded = b.select(b.fcmp_unordered("uno", values, values), all_(0x7FC0), rounded)
+        return b.trunc(rounded, _like(values.type, I16))
+
+    def _dot(self, total, weights, x):
+        """Return a sum plus the products of weights with x from a place on."""
+        b, size = self.b, 2 if self.kernel.bfloat16 else 4
+        if self.kernel.bfloat16:
+            pairs = ir.VectorType(BF16, 32)
+            return self._call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, b.bitcast(weights, pairs),
+                              self._load(pairs, self.at["x"], x, size))
+        parts = [weights]
+        if self.way.width >= 32:  # 32 in bfloat16: even ones, and odd ones
+            bits = b.bitcast(weights, ir.VectorType(I32, 16))
+            parts = [b.bitcast(half, total.type) for half in (
+                b.shl(bits, self._all(bits.type, 16)), b.and_(bits, self._all(bits.type, -65536)))]
+        for part in parts:
+            product = b.fmul(part, self._load(total.type, self.at["x"], x, size), flags=["contract"])
+            total, x = b.fadd(product, total, flags=["contract"]), b.add(x, I64(16))
+        return total
+
+    def _expand(self, flat, parts):
+        """Write weights to the expanded matrix."""
+        weights = parts[0]
+        if len(parts) > 1:
+            pairs = [half for column in range(32) for half in (column, column + 32)]
+            weights = self.b.shuffle_vector(*parts, ir.Constant(ir.VectorType(I32, 64), pairs))
+        if _scalar(weights.type) is F32 and self.kernel.dtype == torch.bfloat16:
+            weights = self._round(weights)
+        if self.kernel.dtype == torch.float16:
+            weights = self.b.fptrunc(weights, _like(weights.type, F16))
+        self._store(weights, self.at["y"], flat, self.kernel.dtype.itemsize)
+
+    def _result(self, place, total):
+        """Write the sum of a row."""
+        if isinstance(total.type, ir.VectorType):
+            total = self._call(f"llvm.vector.reduce.fadd.{_name(total.type)}", F32, F32(-0.0), total,
+                               fastmath=("reassoc",))
+        self._store(self._round(total) if self.kernel.bfloat16 else total, self.at["y"], place,
+                    2 if self.kernel.bfloat16 else 4)
+
+    # what LLVM lacks
+
+    @contextlib.contextmanager
+    def _loop(self, start, stop, step):
+        """Emit a loop around the block. Yields its counter."""
+        b, before = self.b, self.b.block
+        head, body, after = (b.append_basic_block() for _ in range(3))
+        b.branch(head)
+        b.position_at_end(head)
+        counter = b.phi(I64)
+        counter.add_incoming(start, before)
+        b.cbranch(b.icmp_signed("<", counter, stop), body, after)
+        b.position_at_end(body)
+        yield counter
+        counter.add_incoming(b.add(counter, I64(step)), b.block)
+        b.branch(head)
+        b.position_at_end(after)
+
+    def _slot(self, kind, value):
+        """Return a variable."""
+        with self.b.goto_block(self.entry):
+            self.b.position_at_start(self.entry)
+            slot = self.b.alloca(kind)
+        self.b.store(value, slot)
+        return slot
+
+    def _load(self, kind, base, index, size=1):
+        address = self.b.add(base, self.b.mul(index, I64(size)))
+        return self.b.load(self.b.inttoptr(address, ir.PointerType()), typ=kind, align=1)
+
+    def _store(self, value, base, index, size):
+        address = self.b.add(base, self.b.mul(index, I64(size)))
+        self.b.store(value, self.b.inttoptr(address, ir.PointerType()), align=1)
+
+    def _call(self, name, kind, *values, **options):
+        function = self.module.globals.get(name) or ir.Function(
+            self.module, ir.FunctionType(kind, [value.type for value in values]), name)
+        return self.b.call(function, values, **options)
+
+    def _least(self, first, second):
+        return self.b.select(self.b.icmp_signed("<", first, second), first, second)
+
+    def _all(self, kind, value):
+        return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+    def _splat(self, kind, value):
+        first = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
+        return self.b.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
+
+
+def _like(kind, element):
+    return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
+
+
+def _scalar(kind):
+    return kind.element if isinstance(kind, ir.VectorType) else kind
+
+
+def _name(kind):
+    return f"v{kind.count}{'f32' if kind.element == F32 else kind.element}"

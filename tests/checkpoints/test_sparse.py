@@ -1,0 +1,223 @@
+"""Check products with packed matrices against dense ones, in every way that the CPU has, and what may be loaded."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CPU, ROOT, make, save
+from safetensors.torch import load_file, save_file
+from test_formats import assert_same, logits, matrices
+from transformers import AutoModelForCausalLM
+
+import mixgpt
+from mixgpt.checkpoints import load
+from mixgpt.checkpoints.packing import encode
+from mixgpt.checkpoints.sparse import FEW, PackedWeight, SparseLinear
+from mixgpt.common.errors import InputError
+from mixgpt.evaluation.generation import complete
+from mixgpt.evaluation.measures import perplexity
+from mixgpt.kernels import sparse_cpu
+from quant import Scheme, quantize_nearest
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SCHEMES = [None, *(Scheme(wbits, *grid) for wbits in (2, 3, 4, 8) for grid in ((-1, True), (64, False)))]
+
+
+def packed_and_dense(rows, columns, dtype, scheme=None, sparsity=0.5, permuted=False):
+    """Return a random matrix, of which `sparsity` is 0, packed and as it was."""
+    W = torch.randn(rows, columns).to(dtype)
+    W[torch.rand(rows, columns) < sparsity] = 0
+    W[0], grid = 0, None  # a row without weights
+    if scheme:
+        W, grid = quantize_nearest(W, scheme)
+    if permuted:
+        order = torch.randperm(columns)
+        W, grid.group[:] = W[:, order], grid.group[order]
+    parts, description = encode(W, grid)
+    packed = PackedWeight(json.loads(json.dumps(description)))
+    for name, part in parts.items():
+        setattr(packed, name, part)
+    packed.prepare()
+    return packed, W
+
+
+@pytest.fixture
+def one_way(monkeypatch):
+    """Return a function that makes every matrix take one way."""
+    return lambda way: monkeypatch.setattr(PackedWeight, "ways", lambda self: [way])
+
+
+# products
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_products_and_expansions_are_those_of_the_dense_matrix_in_every_way(scheme, dtype, one_way):
+    packed, W = packed_and_dense(70, 192, dtype, scheme)
+    for way in packed.ways():
+        one_way(way)
+        assert torch.equal(packed.expand().view(torch.uint8), W.view(torch.uint8)), way
+        for x_dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)):
+            for tokens in (1, 3, FEW):
+                x = torch.randn(1, tokens, 192).to(x_dtype)
+                y, exact = packed.multiply(x), x.double() @ W.double().t()
+                assert y.dtype == x_dtype and y.shape == (1, tokens, 70)
+                assert (y - exact).abs().max() <= tolerance * exact.abs().max(), (way, x_dtype, tokens)
+                assert torch.equal(y, packed.multiply(x))
+
+
+@pytest.mark.parametrize("rows, columns, sparsity", [(1, 2, 0.5), (33, 7, 0.5), (5, 100, 0.99), (64, 64, 0.07),
+                                                     (3, 1100, 0.5)])
+@pytest.mark.parametrize("scheme", [None, Scheme(3)], ids=str)
+def test_any_shape_and_any_order_of_groups_is_right(scheme, rows, columns, sparsity):
+    torch.manual_seed(0)
+    packed, W = packed_and_dense(rows, columns, torch.bfloat16, scheme, sparsity)
+    assert torch.equal(packed.expand(), W) and packed.shape == W.shape
+    x = torch.randn(2, columns)
+    assert torch.allclose(packed.multiply(x), x @ W.float().t(), atol=1e-4)
+    grouped, W = packed_and_dense(8, 64, torch.bfloat16, Scheme(4, 16), permuted=True)
+    assert torch.equal(grouped.expand(), W) and grouped.ways()[0] == "portable"
+
+
+def test_ways_are_chosen_by_the_flags_of_the_cpu(monkeypatch):
+    flags = {"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2", "avx2", "fma", "f16c"}
+    for missing, values, codes in (((), "vbmi2", "codes"), (("avx512vbmi2",), "avx512", "portable"),
+                                   (("avx512vbmi",), "vbmi2", "portable"), (("avx512f",), "avx2", "portable"),
+                                   (("avx512f", "avx2"), "portable", "portable")):
+        monkeypatch.setattr(sparse_cpu, "_flags", lambda missing=missing: flags - {*missing})
+        ways = sparse_cpu.ways.__wrapped__
+        assert ways(torch.bfloat16, 0, 128, 128, True)[0] == values
+        assert ways(torch.bfloat16, 4, 128, 128, True)[0] == codes
+        assert ways(torch.bfloat16, 4, 128, 128, False)[0] == ways(torch.float16, 8, 128, 128, True)[0] == "portable"
+        assert ways(torch.bfloat16, 0, 7, 7, True) == ["single"]
+
+
+def test_the_number_of_threads_changes_nothing():
+    packed, _ = packed_and_dense(500, 256, torch.bfloat16)
+    x, before = torch.randn(4, 256), torch.get_num_threads()
+    try:
+        results = [torch.set_num_threads(threads) or packed.multiply(x) for threads in (1, 2, 5)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_many_tokens_give_what_the_dense_layer_gives_bit_for_bit_and_gradients_flow():
+    packed, W = packed_and_dense(96, 128, torch.bfloat16)
+    layer, bias = SparseLinear(packed, torch.randn(96).bfloat16()), None
+    dense = torch.nn.Linear(128, 96, dtype=torch.bfloat16)
+    dense.weight.data, dense.bias.data = W, layer.bias
+    x = torch.randn(2, FEW, 128).bfloat16()
+    assert torch.equal(layer(x), dense(x)) and layer(x[:, :0]).shape == (2, 0, 96)
+    assert torch.allclose(layer(x[:1]).float(), dense(x[:1]).float(), atol=2**-5)
+    few = x[0, :2].clone().requires_grad_()
+    gradients = [torch.autograd.grad(each(few).sum(), few)[0] for each in (layer, dense)]
+    assert bias is None and torch.equal(*gradients)
+
+
+GUARDED = """
+import ctypes, mmap
+from unittest import mock
+from test_sparse import *
+libc, areas = ctypes.CDLL(None), []
+
+def guarded(tensor):
+    pages = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    areas.append(mmap.mmap(-1, pages + mmap.PAGESIZE))
+    start = ctypes.addressof(ctypes.c_char.from_buffer(areas[-1]))
+    assert not libc.mprotect(ctypes.c_void_p(start + pages), mmap.PAGESIZE, 0)
+    copy = torch.frombuffer(areas[-1], dtype=torch.uint8, offset=pages - tensor.nbytes, count=tensor.nbytes)
+    return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+for dtype in DTYPES:
+    for scheme, columns in ((None, 192), (None, 63), (Scheme(3), 192), (Scheme(4, 64), 128), (Scheme(8), 63)):
+        packed, W = packed_and_dense(33, columns, dtype, scheme, 0.45)
+        for name, buffer in packed._buffers.items():
+            setattr(packed, name, guarded(buffer))
+        for way in packed.ways():
+            with mock.patch.object(PackedWeight, "ways", lambda self: [way]):
+                assert torch.equal(packed.expand(guarded(W)), W)
+                for x in (torch.randn(3, columns), torch.randn(1, columns).bfloat16()):
+                    packed.multiply(guarded(x))
+"""
+
+
+def test_nothing_is_read_or_written_behind_a_buffer():
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "checkpoints")))
+    subprocess.run([sys.executable, "-c", GUARDED], env=os.environ | {"PYTHONPATH": paths}, check=True)
+
+
+# models
+
+
+@pytest.fixture(params=["llama", "opt", "bloom"])
+def saved(request, tokenizer, tmp_path):
+    """Return a family, a half pruned model of it and its sparse folder."""
+    family, model = make(request.param)
+    for W in matrices(family, model).values():
+        W[torch.rand_like(W, dtype=torch.float32) < 0.5] = 0
+    save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", {})
+    return family, model, tmp_path / "saved"
+
+
+def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer, tokens):
+    family, model, folder = saved
+    packed, _ = mixgpt.load(folder, "cpu")
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same(packed, again)
+    layers = [module for module in packed.modules() if isinstance(module, SparseLinear)]
+    assert len(layers) == len(matrices(family, model)) and not packed.training
+    stored = sum(tensor.nbytes for tensor in load_file(folder / "model.sparse.safetensors").values())
+    held = sum(tensor.nbytes for tensor in (*packed.parameters(), *packed.state_dict().values()) if tensor.dim() < 2)
+    assert held < stored
+    assert torch.equal(logits(packed, tokens), logits(model, tokens))
+    assert perplexity(packed, family, tokens, 5, CPU) == perplexity(model, family, tokens, 5, CPU)
+    texts = [complete(each, tokenizer, "import a", max_new_tokens=12).text for each in (packed, again, model)]
+    assert texts[0] == texts[1] == texts[2]
+    assert_same(mixgpt.load(folder, "cpu", packed=False)[0], load.load_model(folder, "auto"))
+
+
+def test_a_packed_model_can_be_copied_pickled_cast_and_given_a_state(saved, tokens):
+    _, model, folder = saved
+    packed = load.load_model(folder, "auto", packed=True)
+    expected = logits(packed, tokens[:, :3])
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed):
+        other.load_state_dict(packed.state_dict())
+        assert torch.equal(logits(other, tokens[:, :3]), expected)
+    assert torch.equal(logits(packed.bfloat16(), tokens), logits(model.bfloat16(), tokens))
+
+
+def test_without_mixgpt_transformers_refuses_and_says_what_to_import(saved):
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(saved[-1])!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "import mixgpt" in done.stderr.splitlines()[-1]
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("part, change, message", [
+    ("mask", lambda mask: mask[:-1], "mask"), ("mask", lambda mask: mask ^ 1, "values"),
+    ("values", lambda values: values[:-1], "values"), ("values", lambda values: values * float("nan"), "NaN")])
+def test_parts_that_do_not_fit_are_refused_in_one_line(part, change, message, saved):
+    _, _, folder = saved
+    state = load_file(folder / "model.sparse.safetensors")
+    key = next(key for key in state if key.endswith(f".weight.{part}"))
+    save_file(state | {key: change(state[key]).contiguous()}, folder / "model.sparse.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"model {folder}: .*{message}") as error:
+        load.load_model(folder, "auto", packed=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_state_that_does_not_fit_its_mask_is_refused():
+    packed, _ = packed_and_dense(8, 64, torch.bfloat16, Scheme(4))
+    for name, change in (("mask", lambda mask: mask | 3), ("zero", lambda zero: zero + 16),
+                         ("group", lambda group: group + 1), ("group", lambda group: group - 1)):
+        state = packed.state_dict()
+        with pytest.raises(ValueError, match="its (codes|zeros or groups)"):
+            copy.deepcopy(packed).load_state_dict(state | {name: change(state[name])})
