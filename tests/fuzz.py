@@ -89,9 +89,6 @@ def replace(file, data):
     file.write_bytes(data)
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------
-
-
 def keep_cache(root):
     """Let the cache be beside the model."""
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")

@@ -74,9 +74,6 @@ def assert_sparsity(folder, family, fraction):
     assert counted and all(m.zeros == round(fraction * m.numel) for m in counted)
 
 
-# ---- all files -------------------------------------------------------------------------------------------------
-
-
 def test_there_is_a_file_of_each_kind_and_a_command_for_each():
     assert list(EXAMPLES) == ["ria.py", "wanda.py", "wanda_solver.py", "e2m1.py", "my_text.py", "gptneox.py"]
     assert PAGE.count("```python") == len(EXAMPLES)
@@ -169,9 +166,6 @@ def test_the_solver_is_wanda(amount, width, execute, checkpoint_folder):
         assert torch.equal(tensor, dense[key].masked_fill(tensor == 0, 0)), key
 
 
-# ---- a text, a family ------------------------------------------------------------------------------------------
-
-
 def test_calibration_and_test_text_are_parts_of_the_file(execute, tmp_path):
     (tmp_path / "my_text.txt").write_text(TEXT)
     assert execute("my_text.py", "--help") == 0
@@ -215,9 +209,6 @@ def test_another_script_says_what_it_accepts(neox_folder, capsys):
     assert run(FAMILIES["opt"][0], neox_folder, "builtin", "--eval", "builtin") == 2
     assert ("this is a GPTNeoXForCausalLM; no script here prunes it; opt.py needs model.decoder.layers"
             in capsys.readouterr().err)
-
-
-# ---- what the page describes only ------------------------------------------------------------------------------
 
 
 def test_an_estimator_ranks_as_it_says(checkpoint_folder, tmp_path):

@@ -131,11 +131,3 @@ def test_a_prompt_that_is_cut_is_told_of(saved, capsys):
     warning, *_ = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"warning  prompt: longer than the context of {saved}/dense, which reads it without its first "
                         r"\d{3,} tokens", warning)
-
-
-def test_the_lowest_temperature_is_greedy_and_the_largest_seed_works(saved, capsys):
-    texts = []
-    for options in ([], ["--temperature", generate.COLDEST, "--seed", 2**64 - 1]):
-        assert run(saved / "dense", "import", "--max-new-tokens", 8, "--device", "cpu", *options) == 0
-        texts.append(capsys.readouterr().out.splitlines()[:-1])
-    assert texts[0] == texts[1]

@@ -3,11 +3,10 @@
 
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, make
+from conftest import CPU, make
 
 import modelutils
 from mixgpt.common.errors import InputError
-from mixgpt.modeling.family import Family
 from modelutils import HiddenStates, linears, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -82,25 +81,6 @@ def test_arguments_that_do_not_depend_on_tokens_are_not_kept_for_each_sequence(t
     stream = HiddenStates.embed(model, family, tokens, 2, CPU)
     assert not stream.varying and set(stream.arguments) == {1, 2}
     assert stream.hidden.shape[-1] == stream.channels
-
-
-@pytest.mark.parametrize("give, what", [
-    (lambda tokens: tokens.sum(), r"a tensor of \(\)"), (lambda tokens: tokens.t(), r"a tensor of \(24, 1\)")])
-def test_an_argument_that_depends_on_tokens_but_is_not_of_each_sequence_is_refused(give, what, tokens):
-    class Layer(torch.nn.Module):
-        def forward(self, hidden, argument):
-            return hidden
-
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.layers = torch.nn.Embedding(VOCABULARY, 4), torch.nn.ModuleList([Layer()])
-
-        def forward(self, tokens, use_cache):
-            return self.layers[0](self.embed(tokens), give(tokens))
-
-    with pytest.raises(ValueError, match=f"its layers take {what}, which depends on the tokens but has no batch dim"):
-        HiddenStates.embed(Model(), Family("", "layers"), tokens, 2, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -59,9 +59,6 @@ def some_grid(wbits, dtype, groups=1, sym=False, seed=0):
     return Grid(Scheme(wbits, sym=sym), scale, zero, group), codes
 
 
-# fit
-
-
 @hypothesis_settings
 @given(wbits=all_wbits, sym=booleans, dtype=dtypes, columns=st.integers(1, 9), sparsity=st.floats(0, 1), seed=seeds,
        shift=st.sampled_from([-3, 0, 3]))
@@ -107,9 +104,6 @@ def test_the_search_takes_the_shrunk_range_with_the_least_error_over_the_kept_we
         assert errors[0] == squared_error(kept, kept_factors, *reference_grid(kept, scheme, dtype), wbits)
 
 
-# rounder
-
-
 @hypothesis_settings
 @given(wbits=all_wbits, dtype=dtypes, seed=seeds, data=st.data())
 def test_rounding_finds_the_nearest_of_all_codes(wbits, dtype, seed, data):
@@ -121,9 +115,6 @@ def test_rounding_finds_the_nearest_of_all_codes(wbits, dtype, seed, data):
     for w, q in zip(W.tolist(), result.tolist(), strict=True):
         distance = min(abs(w - value) for value in exact if rounded(value, dtype) == q)
         assert distance <= min(abs(w - value) for value in exact) + 1e-5 * scale  # either, halfway between two
-
-
-# Grid
 
 
 @pytest.mark.parametrize("wbits", [2, 3, 4, 8])
@@ -163,9 +154,6 @@ def test_weights_off_the_grid_have_no_code(code, sym):
     W[1, 7] = (code - int(grid.zero[1, 0])) * grid.scale[1, 0]
     with pytest.raises(ValueError, match="do not lie on the grid"):
         grid.codes(W)
-
-
-# quantize_nearest
 
 
 @hypothesis_settings

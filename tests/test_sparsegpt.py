@@ -123,8 +123,6 @@ def relative_error(W, W_hat, H):
     return relative_errors(rowwise_quadratic_form(W - W_hat, H), rowwise_quadratic_form(W, H), [len(W)])[0].item()
 
 
-# prune_matrix against brute force
-
 CASES = [(sparsity, 0, 0, blocksize) for sparsity in (0.13, 0.5, 0.77) for blocksize in (1, 4, 7, 24, 128)]
 CASES += [(0.0, 2, 4, blocksize) for blocksize in (1, 4, 6, 8, 128)]
 CASES += [(0.0, 4, 8, blocksize) for blocksize in (4, 8, 12, 20, 128)]
@@ -176,9 +174,6 @@ def test_one_removal_per_row_leaves_the_constrained_least_squares_optimum():
         torch.testing.assert_close(w_hat[rest], w[rest] + change, rtol=0, atol=1e-10)
         removed.add(j)
     assert len(removed) > 2
-
-
-# counts
 
 
 @hypothesis_settings

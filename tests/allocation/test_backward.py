@@ -1,7 +1,6 @@
 """Check where hidden states and layers are while gradients are measured, on a make-believe GPU, and what it changes."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -9,12 +8,11 @@ from conftest import CPU, make
 from makebelieve import CUDA, Gpu
 
 import llama
-from mixgpt.allocation import backward, fisher
+from mixgpt.allocation import backward
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import global_plan
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.checkpoints import load
-from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import select
@@ -95,25 +93,6 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
     else:
         assert "backward.py" not in waits and waits.get("hutchinson.py", 0) <= 1
         assert waits.get("fisher.py", 0) <= len(selected) + 1  # none within a layer
-
-
-def test_every_process_gets_some_of_enough(monkeypatch):
-    tokens = torch.arange(5)[:, None]
-    for world, expected in ((1, [0, 2, 4]), (2, [0, 2, 4]), (3, [0, 1, 2, 3, 4]), (5, [0, 1, 2, 3, 4])):
-        monkeypatch.setattr(distributed, "world", lambda world=world: world)
-        assert fisher.every_second_sequence(tokens).flatten().tolist() == expected
-
-
-@pytest.mark.parametrize("sequences", [0, 1, 2, 5, 7, 8, 100])
-def test_a_chunk_is_as_large_as_memory_allows(sequences, monkeypatch):
-    family, model = make("llama")
-    streamed, borders = StreamedModel(model, family, CPU, 2), len(family.layers_of(model)) + 1
-    sequence = borders * 24 * model.config.hidden_size * 4
-    monkeypatch.setattr(backward.memory, "free", lambda device: 2 * sequences * sequence)  # half of it is for the work
-    for states, limit, most in ((1, math.inf, sequences), (2, math.inf, sequences // 2), (1, 4 * sequence, 4)):
-        size, place = backward.chunk_size(streamed, 8, 24, states, limit)
-        assert size == max(min(sequences, most, 8) // 2 * 2, 2)
-        assert place == ("host" if sequences >= 2 * states else "disk")
 
 
 def test_weights_require_gradients_again_where_memory_ran_out(tokens, monkeypatch):

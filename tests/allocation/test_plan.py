@@ -57,9 +57,6 @@ def by_hand(sensitivities, sizes, p, alpha):
     return {key: value + shift for key, value in zip(keys, values, strict=True)}
 
 
-# allocate
-
-
 @hypothesis_settings
 @given(units=units(), p=st.floats(0, 1), alpha=st.floats(0, 1))
 def test_one_common_shift_and_clipping_lead_from_the_papers_sparsities_to_the_budget(units, p, alpha):
@@ -71,16 +68,8 @@ def test_one_common_shift_and_clipping_lead_from_the_papers_sparsities_to_the_bu
     assert least <= most + 1e-9
 
 
-def test_equal_sizes_get_the_papers_sparsities():
-    sparsities = allocate([3.0, -1.0, 7.0, 0.0, 5.0], [10] * 5, 0.5, 0.1)
-    assert sparsities == pytest.approx([0.5, 0.6, 0.4, 0.55, 0.45])
-
-
 def test_of_equal_sensitivities_the_earlier_unit_is_sparser():
     assert allocate([1.0, 1.0, 0.0, 1.0], [10] * 4, 0.5, 0.3) == pytest.approx([0.6, 0.4, 0.8, 0.2])
-
-
-# meet_total
 
 
 def exact_of(sparsities, sizes):
@@ -98,9 +87,6 @@ def test_whole_weights_meet_the_total_and_are_as_close_to_the_exact_numbers_as_a
     ways = [way for way in product(*({floor(count), ceil(count)} for count in exact)) if sum(way) == sum(counts)]
     moved = [sum(abs(whole - count) for whole, count in zip(way, exact, strict=True)) for way in (counts, *ways)]
     assert moved[0] == pytest.approx(min(moved), rel=0, abs=1e-6)
-
-
-# allocate_whole
 
 
 def rounded(real, shift, m):
@@ -132,16 +118,6 @@ def test_one_common_shift_and_rounding_lead_from_the_real_plan_to_n(units, p, al
         most = min(most, k + 0.5 - m * s if k < m else 2.0 * m)
     assert least <= most + 1e-9
 
-
-@pytest.mark.parametrize("count", [1, 2, 7, 24])  # with 25 units two values lie halfway between whole numbers
-def test_equal_sizes_round_the_papers_values_and_hit_2_of_4_exactly(count):
-    sensitivities = torch.randperm(count, generator=torch.Generator().manual_seed(count)).tolist()
-    n = allocate_whole(sensitivities, [4096] * count, 0.5, 0.3, 4)
-    assert n == rounded([4 * s for s in by_the_paper(sensitivities, 0.5, 0.3)], 0, 4)
-    assert sum(n) == 2 * count
-
-
-# plan.py
 
 WAYS = ["layer-level", "weight-level"]
 

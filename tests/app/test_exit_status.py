@@ -16,7 +16,7 @@ import generate
 import llama
 import results
 from mixgpt.app import cli, pipeline
-from mixgpt.common.errors import InputError, Terminated, is_out_of_memory
+from mixgpt.common.errors import InputError, Terminated
 from mixgpt.pruning.hessian import InputHessian
 
 COMMANDS = {
@@ -81,26 +81,6 @@ def test_a_lack_of_memory_gets_a_line_that_says_what_to_lower(error, monkeypatch
     assert capsys.readouterr().err == (
         "generate.py: error: out of memory; lower --max-new-tokens, or give --dtype bfloat16\n")
     assert not list(temporary.iterdir())
-
-
-def test_a_real_allocation_that_fails_is_recognized_behind_another_error(monkeypatch, capsys):
-    def failing(*_):
-        try:
-            torch.empty(1 << 60, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise ValueError("cannot load") from error
-
-    monkeypatch.setattr(pipeline, "run", failing)
-    assert run(llama.FAMILY, "somebody/model", "builtin") == 2
-    assert "out of memory" in capsys.readouterr().err
-
-
-def test_causes_in_a_circle_are_read_once():
-    first, second = RuntimeError("a"), RuntimeError("b")
-    first.__cause__, second.__cause__ = second, first
-    assert not is_out_of_memory(first)
-    second.__cause__ = MemoryError()
-    assert is_out_of_memory(first)
 
 
 @pytest.mark.parametrize("error, status", [

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, read_little, saved_tensors
+from conftest import FAMILIES, VOCABULARY, read_little
 from faults import FAULTS, MIXED, SMALL, UP, config_changed, remote, weights_changed
 
 import datautils
@@ -27,9 +27,6 @@ def little_text(monkeypatch, tmp_path_factory):
     """Read little text, as `conftest.command` does, and keep traces out of the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     read_little(monkeypatch)
-
-
-# ---- what is broken before the run -----------------------------------------------------------------------------
 
 
 def says(message):
@@ -70,9 +67,6 @@ def test_a_fault_gets_one_line_and_status_2_and_nothing_is_written(case, checkpo
 
 
 RUN = f"{{root}}/model builtin --sparsity .5 --eval builtin {SMALL} --save {{root}}/saved"
-
-
-# ---- what looks like a fault and is none -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -125,19 +119,6 @@ def test_dead_inputs_and_a_dead_linear_are_pruned(options, model, tmp_path):
     assert dead["error"] == 0
     perplexity, = record["perplexity"].values()
     assert math.isfinite(perplexity["builtin"])
-
-
-def test_a_pruned_model_pruned_again_at_a_lower_sparsity_keeps_every_zero(model, tmp_path):
-    record_of(tmp_path, RUN)
-    (tmp_path / "saved").rename(tmp_path / "first")
-    record_of(tmp_path, RUN.replace("{root}/model", "{root}/first").replace("--sparsity .5", "--sparsity .3"))
-    first, second = (saved_tensors(tmp_path / name) for name in ("first", "saved"))
-    for key in first:
-        if "_proj" in key:
-            assert (second[key][first[key] == 0] == 0).all(), key
-
-
-# ---- numbers that overflow -------------------------------------------------------------------------------------
 
 
 def first_with(token, samples):

@@ -2,17 +2,16 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
-from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import CPU, make
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, GenerationMixin
 
 import datautils
 import generate
-import llama
 from mixgpt.allocation import synthetic
 from mixgpt.evaluation import selfcheck
 from modelutils import HiddenStates
@@ -73,26 +72,31 @@ def train(model, ids, steps=120, T=32):
         optimizer.step()
 
 
-def record_of(path, *arguments):
-    """Run llama.py on little text. Returns the record of the run."""
-    assert run(llama.FAMILY, *arguments, *SMALL, "--record", path, "--overwrite") == 0
-    return json.loads(path.read_text())
+@pytest.fixture
+def recorded(prune, folder, tmp_path):
+    """Return a function that runs a command line on a model of `folder`. Returns the record and what was printed."""
+    def recorded(name, *options):
+        family = "llama"  # whose script takes them all
+        printed = prune(family, "--record", tmp_path / "record.json", "--overwrite", *options, model=folder(name))
+        return json.loads((tmp_path / "record.json").read_text()), printed
+
+    return recorded
 
 
 def builtin_ids(tokenizer):
-    """Return the ids of the test text, as the fixture `short_builtin` leaves it, without special tokens."""
+    """Return the ids of the test text, as the fixture `prune` leaves it, without special tokens."""
     rows, _ = datautils.load_rows("builtin", "test", None)
     return torch.tensor(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
 
 
-@pytest.mark.parametrize("name, bos", [("gemma2", "auto"), ("llama", "each"), ("gemma2", "once"), ("gemma2", "never"),
-                                       ("llama", "auto")])
-def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, folder, tokenizer, tmp_path, capsys):
-    record = record_of(tmp_path / "record.json", folder(name), "builtin", *([] if bos == "auto" else ["--bos", bos]))
-    resolved = {("gemma2", "auto"): "each", ("llama", "auto"): "never"}.get((name, bos), bos)
+@pytest.mark.parametrize("name, bos, resolved", [
+    ("gemma2", "auto", "each"), ("llama", "each", "each"), ("gemma2", "once", "once"), ("gemma2", "never", "never"),
+    ("llama", "auto", "never")])
+def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, resolved, recorded, folder, tokenizer):
+    record, printed = recorded(name, "" if bos == "auto" else f"--bos {bos}")
     assert record["settings"]["bos"] == resolved
     said = {"each": "data     BOS at the start of each sequence", "once": "data     BOS at the start of each text"}
-    assert said.get(resolved, "") in capsys.readouterr().out
+    assert said.get(resolved, "") in printed
     ids = builtin_ids(tokenizer)
     ids = ids if resolved == "never" else torch.cat([torch.tensor([BOS]), ids])
     tokens, model = ids[:4 * 32].view(4, 32).clone(), AutoModelForCausalLM.from_pretrained(folder(name)).eval()
@@ -123,19 +127,17 @@ def sequences(monkeypatch):
 
 
 @pytest.mark.parametrize("room, options", [
-    (True, ["--preset", "best", "--token-weights", "fisher"]), (False, ["--preset", "best"]),
-    (True, ["--sparsity-way", "weight-level", "--tasks", "choice,answer", "--tasks-dir", "{}"])])
-def test_all_that_a_run_reads_begins_with_bos(room, options, folder, sequences, tmp_path, monkeypatch):
+    (True, "--preset best --token-weights fisher"), (False, "--preset best"),
+    (True, "--sparsity-way weight-level --tasks choice,answer --tasks-dir {}")])
+def test_all_that_a_run_reads_begins_with_bos(room, options, recorded, sequences, tmp_path, monkeypatch):
     """Also each window of synthetic text, the text that the model is distilled on, and what is compared when saved."""
     for name, kind in {"choice": CHOICE, "answer": ANSWER}.items():
         (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, folder=tmp_path) + kind)
     (tmp_path / "rows.jsonl").write_text('{"question": "what is a list?", "choices": ["mutable", "a number"]}\n')
-    options = [option.format(tmp_path) for option in options]
     monkeypatch.setattr(synthetic, "WINDOW", 8)
     monkeypatch.setattr(synthetic, "PREFIX", 4)
     monkeypatch.setattr(synthetic, "has_room", lambda streamed: room)
-    record = record_of(tmp_path / "record.json", folder("gemma2"), "builtin", "--sparsity", ".5", *options, "--save",
-                       tmp_path / "saved")
+    record, _ = recorded("gemma2", "--sparsity .5", options.format(tmp_path), "--save", tmp_path / "saved")
     assert all((tokens[:, 0] == BOS).all() for tokens in sequences)
     assert record["settings"]["bos"] == record["identity"]["--bos"] == "each"
     shapes = {tuple(tokens.shape) for tokens in sequences}
@@ -146,41 +148,16 @@ def test_all_that_a_run_reads_begins_with_bos(room, options, folder, sequences, 
         assert ((12, 8) if room else (3, 32)) in shapes
 
 
-def test_an_interrupted_run_resumes_with_the_same_bos_only(folder, tmp_path, capsys, monkeypatch):
-    arguments = [folder("gemma2"), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved"]
-    with monkeypatch.context() as patch:
-        patch.setattr("mixgpt.app.pipeline._save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert run(llama.FAMILY, *arguments) == 130
-    capsys.readouterr()
-    assert run(llama.FAMILY, *arguments, "--resume", "--bos", "never") == 2
-    assert "--resume: --bos was each in the interrupted run" in capsys.readouterr().err
-    assert run(llama.FAMILY, *arguments, "--resume", "--bos", "each") == 0
-
-
-def without_bos(source, path):
-    """Save a copy of a model whose tokenizer has no BOS. Returns its folder."""
-    model = AutoModelForCausalLM.from_pretrained(source)
-    model.save_pretrained(path)
-    (path / "tokenizer.json").write_text((source / "tokenizer.json").read_text())
-    settings = json.loads((source / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in settings.items()
-                                                            if key != "bos_token"}))
-    return path
-
-
-def test_bos_that_is_not_there_is_refused_in_one_line(folder, tmp_path, capsys):
-    path = without_bos(folder("gemma2"), tmp_path / "model")
-    for arguments in ([], ["--bos", "each"]):
-        capsys.readouterr()
-        assert run(llama.FAMILY, path, "builtin", *SMALL, *arguments) == 2
-        message = f"--bos each: the tokenizer of model {path} has no BOS; must be never\n"
-        assert capsys.readouterr().err == f"llama.py: error: {message}"
-        assert generate.main([str(path), "def", "--device", "cpu", *arguments]) == 2
+def test_bos_that_is_not_there_is_refused_in_one_line(folder, prune, tmp_path, capsys):
+    path = shutil.copytree(folder("gemma2"), tmp_path / "model")
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": None}))
+    message = f"--bos each: the tokenizer of model {path} has no BOS; must be never\n"
+    for options in ([], ["--bos", "each"]):
+        assert prune("llama", *options, model=path, status=2) == f"llama.py: error: {message}"
+        assert generate.main([str(path), "def", "--device", "cpu", *options]) == 2
         assert capsys.readouterr().err == f"generate.py: error: {message}"
-    assert run(llama.FAMILY, path, "builtin", *SMALL, "--bos", "never") == 0
-    capsys.readouterr()
-    assert run(llama.FAMILY, path, "builtin", *SMALL, "--bos", "always") == 2
-    assert "argument --bos: invalid choice: 'always' (choose from" in capsys.readouterr().err
+    prune("llama", "--bos never", model=path)
 
 
 @torch.no_grad()

@@ -176,7 +176,6 @@ def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expec
     assert replace(preset, preset=None) == flags
 
 
-
 def test_mixed_n_to_m_tells_how_close_whole_n_come(prune, tmp_path):
     out = prune("llama", "--prunen 3 --prunem 8 --sparsity-way weight-level --alpha .2 --save", tmp_path / "saved")
     counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), FAMILIES["llama"][0])
@@ -300,7 +299,6 @@ REFUSED = [  # flags, what the line says
     ("--semi-structured --eval", "--semi-structured: needs the test sets of --eval"),
     ("--seed -1", "--seed -1: must lie between 0 and"),
 ]
-
 
 
 @pytest.mark.parametrize("flags, message", [*REFUSED, ("--save=", '--save "": must not be empty'),

@@ -42,23 +42,6 @@ def test_the_heat_maps_show_sensitivities_and_sparsities(negative, monkeypatch):
     assert content.startswith(b"\x89PNG")
 
 
-def test_perplexities_of_other_orders_of_magnitude_stay_readable(monkeypatch):
-    figures = []
-    monkeypatch.setattr(plots, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
-    values = {"magnitude": (500, 3000, 57000), "SparseGPT": (60, 129, 323)}
-    series = {method: [(0.5 + 0.1 * n, value, value, value) for n, value in enumerate(row)]
-              for method, row in values.items()}
-    plots.draw_tradeoff(points_of({"wikitext2": (29.0, series)}))
-    (axis,) = figures[0].axes
-    assert axis.get_yscale() == "log"
-    for axis_of, labels in ((axis.yaxis, ["100", "1,000", "10,000"]), (axis.xaxis, ["50%", "60%", "70%"])):
-        low, high = sorted(axis_of.get_view_interval())
-        shown = [tick.label1.get_text() for minor in (False, True)
-                 for tick in (axis_of.get_minor_ticks() if minor else axis_of.get_major_ticks())
-                 if low <= tick.get_loc() <= high and tick.label1.get_text()]
-        assert shown == labels
-
-
 @pytest.mark.parametrize("values, scale", [
     ({"SparseGPT": (60, 59, 61), "best: ADMM (global)": (49.5, 49, 50)}, "linear"),
     ({"SparseGPT": (60, 60, 60), "magnitude": (3501, 3501, 3501)}, "log")])

@@ -1,6 +1,6 @@
 """Check the tables."""
 
-from mixgpt.app.report import perplexity_table, sparsity_table
+from mixgpt.app.report import sparsity_table
 
 
 def row(layer, name, shape, sparsity, **more):
@@ -30,11 +30,3 @@ def test_experts_share_a_row_and_weights_that_are_left_dense_are_named():
         "left dense: conv           1  4x1x3    16.67%      -",
         "total with these           7     72    16.67%",
     ]
-
-
-def test_perplexities_stand_in_columns_by_dataset():
-    assert perplexity_table({"dense": {"c4": 12.345, "ptb": 100.0}, "SparseGPT": {"c4": 20.0, "ptb": 7.0}}) == (
-        "perplexity     c4     ptb\n"
-        "----------  -----  ------\n"
-        "dense       12.35  100.00\n"
-        "SparseGPT   20.00    7.00")

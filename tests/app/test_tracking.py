@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import re
 import struct
 import sys
 from pathlib import Path
@@ -289,13 +288,3 @@ def test_only_the_first_process_logs_and_only_where_asked(rank, asked, warnings,
     with _tracker(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
         tracker.layer(0, {}, 0.0, [])
     assert tracker.place is None and capsys.readouterr().out.count("going on without it") == warnings
-
-
-def test_a_variable_that_the_client_refuses_gives_one_line_and_nothing_is_written(variables, tmp_path, capsys):
-    variables.chdir(tmp_path)
-    variables.setenv("WANDB_MODE", "bogus")
-    with Tracker({"sparsity": 0.5}) as tracker:
-        assert tracker.run is None
-    line, = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"warning  W&B: .* Input should be 'online', .*; going on without it", line), line
-    assert list(tmp_path.iterdir()) == []

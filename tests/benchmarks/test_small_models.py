@@ -3,35 +3,18 @@
 import sysconfig
 from dataclasses import replace
 
-import pytest
 import small_models
 import torch
 from commands import run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, saved_tensors
-from small_models import FAMILIES, Size, documents, make_model, make_texts
+from conftest import CPU
+from small_models import Size, documents, make_model, make_texts
 
 from mixgpt.checkpoints import load
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.modeling.family import family_of
-from modelutils import linears
 
 TINY = Size(width=32, layers=2, heads=2, experts=4, vocabulary=384, seqlen=32, batch=4, steps=3, train_bytes=60_000,
             test_bytes=20_000)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_model_is_loaded_and_pruned_by_its_script(name, tmp_path, tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp() / "small-models"  # the texts are made once
-    record, texts = make_model(name, cache, TINY, 0), cache / "text"
-    model = load.load_model(str(cache / name), torch.float32)
-    family = family_of(model)
-    assert run(family, cache / name, texts / "train.jsonl", "--prunen", "2", "--prunem", "4", "--nsamples", "4",
-               "--eval", texts / "test.jsonl", "--eval-limit", "2", "--save", tmp_path / "pruned") == 0
-    dense, pruned = saved_tensors(cache / name), saved_tensors(tmp_path / "pruned")
-    assert dense.keys() == pruned.keys()
-    key = f"{family.path(0, next(iter(linears(family.layers_of(model)[0]))))}.weight"
-    assert (dense[key] != 0).all() and ((pruned[key] == 0).view(-1, 4).sum(1) == 2).all()
-    assert record["parameters"] == sum(tensor.numel() for tensor in dense.values())
 
 
 def test_training_lowers_the_perplexity_of_text_that_it_does_not_see(tmp_path):

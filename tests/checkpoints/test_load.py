@@ -43,22 +43,6 @@ def test_a_saved_folder_loads_with_plain_transformers_and_gives_the_same_logits(
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_a_folder_can_be_loaded_only_when_all_of_it_is_written(tokenizer, tmp_path, monkeypatch):
-    _, model = make("llama")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(type(model.config), "save_pretrained", fail)
-    with pytest.raises(InputError, match="the model cannot be written .disk full"):
-        save(tmp_path / "saved", model, tokenizer, {})
-    with pytest.raises(OSError, match="no file named model.safetensors"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", config=model.config)
-    monkeypatch.undo()
-    save(tmp_path / "saved", model, tokenizer, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-
-
 def test_the_empty_special_tokens_of_early_llama_conversions_are_put_right(tmp_path):
     text = "Names refer to objects."
     spm.SentencePieceTrainer.train(

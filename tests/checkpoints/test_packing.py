@@ -59,9 +59,6 @@ def nbytes(parts):
     return sum(tensor.nbytes for tensor in parts.values())
 
 
-# pack
-
-
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
 def test_codes_are_packed_as_numpy_packs_their_bits_and_unpacked_again(bits, count):
@@ -72,9 +69,6 @@ def test_codes_are_packed_as_numpy_packs_their_bits_and_unpacked_again(bits, cou
     assert packed.dtype == torch.uint8 and packed.tolist() == expected.tolist()
     assert packed.shape == (-(-count * bits // 8),)
     assert unpack(packed, bits, count).dtype == torch.uint8 and torch.equal(unpack(packed, bits, count), codes)
-
-
-# encode and decode
 
 
 @hypothesis_settings
@@ -97,25 +91,3 @@ def test_a_matrix_on_a_grid_comes_back_bit_for_bit(rows, groups, width, wbits, d
     parts, description = encode(W, grid)
     assert same_bits(through_a_file(parts, description), W)
     assert description["parts"] == sorted(parts) and description["wbits"] == wbits
-
-
-@pytest.mark.parametrize("dtype, wbits, first", [  # the least number of 48 weights kept for which it does not
-    (torch.float32, None, 47), (torch.bfloat16, None, 45), (torch.float16, None, 45), (torch.bfloat16, 8, 42),
-    (torch.bfloat16, 4, 36), (torch.float32, 4, 36), (torch.float16, 3, 32), (torch.bfloat16, 2, 24)])
-def test_there_is_a_mask_exactly_where_it_pays(dtype, wbits, first):
-    bits = wbits or 8 * dtype.itemsize
-    for kept in range(49):
-        W = torch.cat([torch.ones(kept), torch.zeros(48 - kept)]).view(4, 12).to(dtype)
-        grid = wbits and Grid(Scheme(wbits), torch.ones(4, 1, dtype=dtype), torch.zeros(4, 1, dtype=torch.uint8),
-                              torch.zeros(12, dtype=torch.int32))
-        parts, _ = encode(W, grid)
-        assert ("mask" in parts) == (kept < first) == (48 + bits * kept < bits * 48)
-        weights = sum(parts[key].nbytes for key in {"mask", "codes", "values"} & set(parts))
-        assert weights == min(bits * 6, 6 + -(-bits * kept // 8))
-
-
-def test_a_matrix_off_its_grid_is_refused():
-    W, grid = on_grid(4, 3, 8, 4, torch.bfloat16, False, True, 0.5, 0)
-    W[2, 3] += 0.3 * grid.scale[2, grid.group[3]]
-    with pytest.raises(ValueError, match="do not lie on the grid"):
-        encode(W, grid)

@@ -22,18 +22,6 @@ def wait(monkeypatch):
     return wait
 
 
-def test_a_part_inside_another_counts_only_for_itself(wait):
-    clock = Clock(CPU)
-    with clock.part("outer"):
-        wait(5)
-        with clock.part("inner"):
-            wait(20)
-        with clock.part("inner"):
-            wait(10)
-    assert clock.seconds["inner"] == 30
-    assert clock.seconds["outer"] == 5
-
-
 def test_a_gpu_is_waited_for_only_where_seconds_are_read(wait):
     with Gpu() as gpu:
         clock = Clock(CUDA)

@@ -1,6 +1,5 @@
 """Run several processes by torchrun, and compare them with one."""
 
-import json
 import signal
 import time
 
@@ -8,12 +7,30 @@ import psutil
 import pytest
 import ranks
 import torch
-from commands import run, torchrun
-from conftest import ROOT, as_rank, command, free_port, saved_tensors
+from commands import torchrun
+from conftest import ROOT, as_rank, assert_same_weights, command, free_port, record_of, saved_tensors
 
-import llama
-from mixgpt.app import cli
 from mixgpt.common import distributed, program
+
+ARGUMENTS = ["builtin", "--seqlen", "32", "--nsamples", "7", "--sparsity", ".5", "--eval", "--device", "cpu"]
+MIXED = ["--sparsity-way", "weight-level", "--sensitivity", "fisher"]
+
+
+@pytest.fixture
+def start(fork, checkpoint_folder, tmp_path):
+    """Return a function that runs LLaMA's command line in one process or two. Returns its output and exit status."""
+    def start(options, world=1, prepare=as_rank, more=()):
+        port, logs = free_port(), [tmp_path / f"log-{rank}" for rank in range(world)]
+        words = [checkpoint_folder("llama"), *ARGUMENTS, *options]
+        processes = [fork(command, "llama", words, log, *((prepare, (rank, world, port, *more)) if world > 1 else ()))
+                     for rank, log in enumerate(logs)]
+        for process in processes:
+            process.join(600)
+        assert not any(log.read_text() for log in logs[1:])
+        assert len({process.exitcode for process in processes}) == 1
+        return logs[0].read_text(), processes[0].exitcode
+
+    return start
 
 
 @pytest.fixture
@@ -89,65 +106,38 @@ def test_processes_give_what_one_gives_and_all_the_same(in_processes):
                 assert (scale is None) == (case[2] == 16)
 
 
-ARGUMENTS = ["builtin", "--seqlen", "32", "--nsamples", "7", "--sparsity", ".5", "--eval", "--device", "cpu",
-             "--sparsity-way", "weight-level", "--sensitivity", "fisher"]
-
-
-def test_the_command_line_saves_once_prints_once_and_goes_on(checkpoint_folder, fork, tmp_path):
+def test_the_command_line_saves_once_prints_once_and_goes_on(start, tmp_path):
     def options(name):
-        return [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / name, "--sensitivity-file",
-                tmp_path / f"{name}.json"]
+        return [*MIXED, "--save", tmp_path / name, "--sensitivity-file", tmp_path / f"{name}.json"]
 
-    def run_twice(*more):
-        port, logs = free_port(), [tmp_path / "log-0", tmp_path / "log-1"]
-        processes = [fork(command, "llama", [*options("two"), *more], log, as_rank, (rank, 2, port))
-                     for rank, log in enumerate(logs)]
-        for process in processes:
-            process.join(600)
-            assert process.exitcode == 0, logs[0].read_text()
-        assert not logs[1].read_text()
-        return logs[0].read_text()
-
-    out = run_twice()
-    assert out.count("total") == 1 and out.count("saved in") == 1 and out.count("traces ") == 1
-    alone = fork(command, "llama", options("one"), tmp_path / "log")
-    alone.join(600)
-    assert alone.exitcode == 0
+    out, status = start(options("two"), 2)
+    assert status == 0 and [out.count(words) for words in ("total", "saved in", "traces ")] == [1, 1, 1], out
+    assert start(options("one"))[1] == 0
     one, two = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "two")
     assert set(one) == set(two)
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-4)
         assert torch.equal(two[key] == 0, tensor == 0)
-    sparsity = [json.loads((tmp_path / name / "mixgpt.json").read_text())["sparsity"] for name in ("one", "two")]
-    assert sparsity[0] == sparsity[1] == pytest.approx(0.5, abs=1e-3)
+    assert record_of(tmp_path / "one")["sparsity"] == record_of(tmp_path / "two")["sparsity"] == pytest.approx(
+        0.5, abs=1e-3)
 
-    out = run_twice("--resume")  # queued again
-    assert out.startswith(f"resume   the run in {tmp_path / 'two'} is complete") and "saved in" in out
-    again = fork(command, "llama", [*options("two"), "--resume"], tmp_path / "log")
-    again.join(600)
-    assert again.exitcode == 2
-    assert (tmp_path / "log").read_text() == (f"llama.py: error: --resume: number of processes was 2 in the complete "
-                                              f"run in {tmp_path / 'two'}, now it is 1\n")
+    out, status = start([*options("two"), "--resume"], 2)  # queued again
+    assert out.startswith(f"resume   the run in {tmp_path / 'two'} is complete") and "saved in" in out and status == 0
+    assert start([*options("two"), "--resume"]) == (
+        f"llama.py: error: --resume: number of processes was 2 in the complete run in {tmp_path / 'two'}, now it is "
+        "1\n", 2)
 
 
-def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distillation(checkpoint_folder, fork,
-                                                                                       tmp_path):
-    options = [checkpoint_folder("llama"), "builtin", "--seqlen", "32", "--nsamples", "6", "--sparsity", ".5", "--eval",
-               "--device", "cpu", "--batch-size", "1", "--save"]
-    for name, more in {"pruned": [], "saved": ["--distill", "1"]}.items():
-        port, log = free_port(), tmp_path / f"{name}.log"
-        processes = [fork(command, "llama", [*options, tmp_path / name, *more], log if rank == 0 else tmp_path / "log",
-                          ranks.poor, (rank, 2, port, bool(more))) for rank in range(2)]
-        for process in processes:
-            process.join(600)
-            assert process.exitcode == 0, log.read_text()
-    assert log.read_text().count("warning  --distill: out of memory: the model stays as it was") == 1
-    one, other = saved_tensors(tmp_path / "pruned"), saved_tensors(tmp_path / "saved")
-    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distillation(start, tmp_path):
+    options = ["--nsamples", "6", "--sparsity", ".5", "--batch-size", "1", "--save"]
+    assert start([*options, tmp_path / "pruned"], 2, ranks.poor, [False])[1] == 0
+    out, status = start([*options, tmp_path / "saved", "--distill", "1"], 2, ranks.poor, [True])
+    assert status == 0 and out.count("warning  --distill: out of memory: the model stays as it was") == 1
+    assert_same_weights(tmp_path / "pruned", tmp_path / "saved")
 
 
 def test_a_process_that_dies_ends_the_others(checkpoint_folder, tmp_path):
-    arguments = [*ARGUMENTS, "--nsamples", "3000", "--save", tmp_path / "saved"]
+    arguments = [*ARGUMENTS, *MIXED, "--nsamples", "3000", "--save", tmp_path / "saved"]
     process = torchrun(2, ROOT / "llama.py", checkpoint_folder("llama"), *arguments)
     while not (tmp_path / "saved" / "progress" / "run.json").is_file():
         assert process.poll() is None, process.stderr.read()
@@ -162,33 +152,17 @@ def test_a_process_that_dies_ends_the_others(checkpoint_folder, tmp_path):
     assert "SIGKILL" in process.stderr.read() or "Signal 9" in process.stderr.read()
 
 
-def test_fewer_sequences_than_processes_are_refused(checkpoint_folder, monkeypatch, capsys):
+def test_fewer_sequences_than_processes_are_refused(prune, monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 2)
-    assert run(llama.FAMILY, checkpoint_folder("llama"), *ARGUMENTS, "--nsamples", "1") == 2
-    assert capsys.readouterr().err == (
+    assert prune("llama", "--sparsity .5 --nsamples 1", status=2) == (
         "llama.py: error: --nsamples 1: must be at least 2, the number of processes\n")
 
 
-def test_a_process_joins_with_the_number_of_its_gpu_and_makes_it_the_current_one(monkeypatch):
-    told, own = [], torch.device("cuda:0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(("current", device)))
-    monkeypatch.setattr(distributed.dist, "init_process_group",
-                        lambda backend, device_id: told.append((backend, device_id)))
-    monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: told.append((backend, timeout)) or 7)
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: told.append("left"))
-    monkeypatch.setattr(distributed, "world", lambda: 2)
-    monkeypatch.setattr(distributed.dist, "all_gather_object", lambda values, value, group: told.append(group))
-    with distributed.joined(torch.device("cuda")):
-        distributed.barrier()  # NCCL gives up after ten minutes; the first process may need longer to save
-    assert told == [("current", own), ("nccl", own), ("gloo", distributed.LONGEST_WAIT), 7, "left"]
-
-
-def test_one_gpu_for_all_processes_is_refused(checkpoint_folder, monkeypatch, capsys):
+def test_one_gpu_for_all_processes_is_refused(prune, monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
-    assert cli.main(llama.FAMILY, [str(checkpoint_folder("llama")), *ARGUMENTS[:-4], "--device", "cuda:1"]) == 2
-    assert "--device cuda:1: torchrun gives each process a GPU of its own" in capsys.readouterr().err
+    assert "--device cuda:1: torchrun gives each process a GPU of its own" in prune("llama", "--device cuda:1",
+                                                                                    status=2)
 
 
 def test_ranks_without_a_number_of_processes_mean_nothing(monkeypatch):

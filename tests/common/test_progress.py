@@ -47,14 +47,6 @@ def test_lines_come_every_30_seconds_at_most_with_the_time_left_by_the_mean_of_a
     assert (at[0] - said).total_seconds() % 86_400 < 120
 
 
-def test_steps_without_an_iterable_are_counted_from_where_a_run_goes_on(sleep, capsys):
-    with progress.bar(total=50, initial=10, title="gradients", unit="step") as bar:
-        for _ in range(4):
-            sleep(20)
-            bar.update(10)
-    assert capsys.readouterr().err.startswith("gradients: step 30 of 50, 00:40, about 00:40 left (")
-
-
 def test_what_is_written_meanwhile_stands_in_lines_of_its_own(sleep, capsys):
     with progress.bar(range(2), title="SparseGPT") as bar:
         for index in bar:
@@ -85,14 +77,6 @@ def test_nothing_is_shown_where_nobody_wants_it(reason, stream, sleep, monkeypat
     assert sys.stderr.getvalue() == ""
     finish(sleep, [40] * 2)
     assert sys.stderr.getvalue() != ""
-
-
-def test_progress_stays_on_its_stream_where_others_are_kept_off(sleep, capsys, monkeypatch):
-    with progress.shown_on(sys.stderr):
-        monkeypatch.setattr(sys, "stderr", io.StringIO())
-        finish(sleep, [40])
-        assert sys.stderr.getvalue() == ""
-    assert capsys.readouterr().err.startswith("SparseGPT: layer 1 of 1, 00:40")
 
 
 def test_every_long_step_of_a_run_tells_how_far_it_is(checkpoint_folder, capsys, monkeypatch):

@@ -143,15 +143,6 @@ def test_contexts_begin_as_bos_says(bos, tokenizer, plain):
         assert likelihood == pytest.approx(expected, rel=1e-5, abs=1e-4) and greedy == same
 
 
-def test_the_likeliest_continuation_is_called_greedy(tokenizer):
-    family, model = make("llama")
-    [text] = StreamedLM(model, family, tokenizer, 300, CPU).generate_until(
-        asked("generate_until", [("def", {"max_gen_toks": 1})]))
-    [(_, greedy)] = StreamedLM(model, family, tokenizer, 300, CPU).loglikelihood(
-        asked("loglikelihood", [("def", text)]), disable_tqdm=True)
-    assert greedy
-
-
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_a_model_on_disk_answers_as_one_in_memory_and_groups_change_nothing(name, checkpoint_folder, tokenizer,
                                                                             monkeypatch):
@@ -169,12 +160,3 @@ def test_a_model_on_disk_answers_as_one_in_memory_and_groups_change_nothing(name
     for tokens in (1, 300):
         answers = StreamedLM(on_disk, family, tokenizer, tokens, CPU).loglikelihood(pairs, disable_tqdm=True)
         assert [answer[0] for answer in answers] == pytest.approx([answer[0] for answer in expected], rel=1e-5)
-
-
-def test_groups_hold_as_many_tokens_as_may_be_resident(monkeypatch, tokenizer):
-    monkeypatch.setattr(tasks, "RESIDENT", 64)
-    lm = StreamedLM(make("llama")[1], make("llama")[0], tokenizer, 300, CPU)
-    sequences = [(0,) * 100, (1,) * 31, (2,) * 31, *((number,) * 16 for number in range(3, 8))]
-    groups = list(lm._groups(sequences))
-    assert [sum(T * len(rows) for T, rows in group.items()) for group in groups] == [112, 64, 64, 16]
-    assert [tokens for group in groups for rows in group.values() for tokens in rows] == sequences

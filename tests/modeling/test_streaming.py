@@ -171,8 +171,6 @@ def test_a_file_is_written_whole_or_not_at_all_and_others_may_read_it(tmp_path, 
     assert torch.equal(load_file(file)["x"], torch.ones(2, 3))
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------
-
 WIDTH, INNER = 1024, 2048
 LAYER = 2 * (4 * WIDTH**2 + 3 * WIDTH * INNER)  # bytes in bfloat16
 

@@ -5,8 +5,7 @@ import torch
 from test_sparsegpt import prune_matrix, relative_error
 
 from mixgpt.common.choices import SOLVERS
-from mixgpt.pruning import admm
-from mixgpt.pruning.admm import Part, admm_pruner, admm_scores, keep_mask, solve_on_support
+from mixgpt.pruning.admm import Part, admm_pruner, keep_mask, solve_on_support
 from mixgpt.pruning.hessian import InputHessian, factor
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
@@ -120,34 +119,6 @@ def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
     assert keep_mask(scores, [Part(slice(0, 2), 2, Target(0.5, 2, 4))])[1].tolist() == [False, False, True, True]
     early = keep_mask(scores.abs(), [Part(slice(0, 2), 2, Target(0.5, 2, 4))], fraction=0.5)
     assert early.tolist() == [[1, 0, 1, 1], [1, 0, 1, 1]]
-
-
-@pytest.mark.parametrize("fraction", [1.0, 0.3])
-def test_a_sample_of_the_scores_tells_about_how_many_go_also_where_columns_differ(fraction):
-    scores = torch.rand(1024, 512, generator=torch.Generator().manual_seed(0))
-    scores[:, ::8] += 1  # of columns that every eighth score lies in
-    scores[:, 100:200] = 0  # must go
-    parts = [Part(slice(0, 512), 512, Target(0.5)), Part(slice(512, 1024), 512, Target(0.7))]
-    keep = keep_mask(scores, parts, fraction, exact=False)
-    for rows, sparsity in ((slice(0, 512), 0.5), (slice(512, 1024), 0.7)):
-        assert (1 - keep[rows].mean()).item() == pytest.approx(max(fraction * sparsity, 100 / 512), abs=0.01)
-    assert not keep[:, 100:200].any()
-
-
-def test_sparsity_rises_cubically_until_it_is_met(problem, monkeypatch):
-    W, X = problem
-    H, _ = normalised(X)
-    kept = []
-
-    def noted(*args, **kwargs):
-        keep = keep_mask(*args, **kwargs)
-        kept.append(keep.clone())
-        return keep
-
-    monkeypatch.setattr(admm, "keep_mask", noted)
-    admm_scores(W, H, [Part(slice(0, 24), 24, Target(0.5))], iterations=9, ramp=6)
-    assert [1 - keep.mean().item() for keep in kept] == pytest.approx(
-        [0.5 * (1 - max(1 - t / 6, 0) ** 3) for t in range(1, 9)], abs=2 / W.numel())
 
 
 @pytest.mark.parametrize("solver, scheme", [("obs", None), ("admm", None), ("admm", Scheme(4))])

@@ -60,9 +60,6 @@ def test_a_hessian_of_zeros_gives_the_identity(percdamp):
     assert torch.equal(R, torch.eye(5))
 
 
-# accumulation
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [[6], [1] * 6, [4, 2], [1, 5]])
 @pytest.mark.parametrize("flat", [False, True])
@@ -86,9 +83,6 @@ def test_the_hessian_on_cuda_is_exact_far_below_the_damping(dtype):
         hessian.add_batch(batch)
     exact = 2 * X.double().t() @ X.double()
     assert torch.linalg.matrix_norm(hessian.H.double() - exact, 2) <= 1e-3 * PERCDAMP * exact.diagonal().mean()
-
-
-# the same on a GPU, here a make-believe one
 
 
 def on_both(columns, batches):
@@ -135,9 +129,6 @@ def test_a_gpu_damps_and_prunes_as_a_cpu_does(act_order):
             prune_one(hessian, weight, 0.5)
         torch.testing.assert_close(weights[1].cpu(), weights[0], rtol=1e-3, atol=1e-4)
         assert torch.equal(weights[1].cpu() == 0, weights[0] == 0)
-
-
-# relative_error
 
 
 def test_relative_error_is_the_error_of_the_outputs_whatever_the_scale_of_the_hessian():

@@ -10,7 +10,7 @@ from tokenizers import processors
 
 import datautils
 from mixgpt.common.errors import InputError
-from mixgpt.text.bos import begin, resolve, token_ids
+from mixgpt.text.bos import resolve, token_ids
 
 TEXT = "Names refer to objects; they are introduced by name binding operations. " * 6
 BOS, END = 0, 1
@@ -113,9 +113,3 @@ def test_a_tokenizer_without_bos_is_refused_where_bos_is_wanted(tokenizer):
         assert str(error.value) == f"--bos {named}: the tokenizer of model folder has no BOS; must be never"
     assert resolve("auto", "llama", without) == resolve("never", "gemma2", without) == "never"
     assert token_ids(without, TEXT, "never") == without(TEXT).input_ids
-
-
-def test_only_the_first_token_of_sequences_is_replaced():
-    sequences = torch.arange(12).view(3, 4)
-    assert begin(sequences.clone(), None).tolist() == sequences.tolist()
-    assert begin(sequences.clone(), 9).tolist() == [[9, 1, 2, 3], [9, 5, 6, 7], [9, 9, 10, 11]]

@@ -48,12 +48,6 @@ def test_a_column_on_the_hub_is_a_text():
             shares_of(name)
 
 
-def test_a_file_may_be_called_like_a_mixture(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "c4:0.7,b.txt").write_text("text")
-    assert shares_of("c4:0.7,b.txt") == {"c4:0.7,b.txt": 1}
-
-
 @pytest.mark.parametrize("name, message", [
     ("c5:0.5,builtin:0.5", "invalid choice: 'c5' .*, or give a file or folder of text, or owner/dataset:column"),
     (":1,builtin:1", "invalid choice: ''"), ("c5", "invalid choice: 'c5'"),
