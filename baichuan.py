@@ -1,11 +1,7 @@
 """Prune Baichuan (arXiv 2309.10305) in one shot and report perplexity.
 
 python baichuan.py baichuan-inc/Baichuan-7B c4                              # dense baseline
-python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --gmp          # magnitude pruning
 python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5                # SparseGPT, 50% in every matrix
-python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --sparsity-way weight-level --saliency isc  # MixGPT
-python baichuan.py baichuan-inc/Baichuan-7B c4 --prunen 2 --prunem 4        # 2 pruned of every 4
-python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --wbits 4      # the kept half in 4 bits, in the same pass
 python baichuan.py baichuan-inc/Baichuan-7B c4 --sparsity .5 --save pruned  # a checkpoint in the published layout
 
 Baichuan-7B, Baichuan-13B, Baichuan2-7B and Baichuan2-13B, Base and Chat. The checkpoints' own code is never

@@ -1,11 +1,7 @@
 """Prune BLOOM (arXiv 2211.05100) in one shot and report perplexity.
 
 python bloom.py bigscience/bloom-560m c4                              # dense baseline
-python bloom.py bigscience/bloom-560m c4 --sparsity .5 --gmp          # magnitude pruning
 python bloom.py bigscience/bloom-560m c4 --sparsity .5                # SparseGPT, 50% in every matrix
-python bloom.py bigscience/bloom-560m c4 --sparsity .5 --sparsity-way weight-level --saliency isc  # MixGPT
-python bloom.py bigscience/bloom-560m c4 --prunen 2 --prunem 4        # 2 pruned of every 4
-python bloom.py bigscience/bloom-560m c4 --sparsity .5 --wbits 4      # the kept half in 4 bits, in the same pass
 python bloom.py bigscience/bloom-560m c4 --sparsity .5 --save pruned  # a checkpoint for from_pretrained
 
 Positions are ALiBi biases, so the sequence length is not limited.

@@ -1,11 +1,7 @@
 """Prune LLaMA (arXiv 2302.13971) and models of the same layout in one shot and report perplexity.
 
 python llama.py meta-llama/Llama-2-7b-hf c4                              # dense baseline
-python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5 --gmp          # magnitude pruning
 python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5                # SparseGPT, 50% in every matrix
-python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5 --sparsity-way weight-level --saliency isc  # MixGPT
-python llama.py meta-llama/Llama-2-7b-hf c4 --prunen 2 --prunem 4        # 2 pruned of every 4
-python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5 --wbits 4      # the kept half in 4 bits, in the same pass
 python llama.py meta-llama/Llama-2-7b-hf c4 --sparsity .5 --save pruned  # a checkpoint for from_pretrained
 python llama.py SmolLM2-135M-Instruct.Q4_1.gguf c4 --sparsity .5         # a GGUF file, dequantized
 

@@ -6,12 +6,157 @@ python results.py runs/*.json --csv runs.csv             # for a spreadsheet: al
 python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv 2310.09499), bars at one sparsity
 """
 
+import glob
+import json
+import math
 import sys
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
 
 from mixgpt.app.cli import Parser, reported
-from mixgpt.app.comparison import csv_of, files_of, picture_of, read, text_of
-from mixgpt.common.errors import InputError
+from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
+from mixgpt.common.choices import NO_METRICS, RECORD, is_interrupted_run
+from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import check_outputs, write_output
+from mixgpt.common.program import SCHEMA, check_signature
+from mixgpt.common.progress import table
+
+IMPLIED = ["wbits", "sparsity_way", "saliency", "file"]  # columns of the CSV alone; the method's name tells the first
+ABOUT = ("model", "seed")  # columns on what was run; like dense results, above the table if equal in all rows
+
+
+def files_of(names):
+    """Return the record files that names, folders and glob patterns refer to, each once."""
+    paths = [Path(path) for name in names for path in sorted(glob.glob(name)) or [name]]
+    return list(dict.fromkeys(path / RECORD if path.is_dir() else path for path in paths))
+
+
+def read(file):
+    """Read the record of a finished run. Raises InputError, naming the file, if it is not one."""
+    if file.name == RECORD and is_interrupted_run(file.parent):
+        raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
+    with reading(f"{file}: is not the record of a run, as --record and --save write it"):
+        record = json.loads(file.read_text())
+        if record.get("schema", SCHEMA) != SCHEMA:  # without one it is older: see what fits
+            check_signature(record, str(file))
+        settings, model = record["settings"], record["settings"]["model"]
+        method = next((name for name in record["perplexity"] if name != "dense"), "dense")
+        if model.count("/") > 1 or model.startswith((".", "/")):  # a path
+            model = Path(model).name
+        run = record | {"file": str(file), "model": model, "method": method, "label": _label(settings, method)}
+        text_of([run]), points_of([run])  # which read all that a table and a plot need
+    return run
+
+
+def _label(settings, method):
+    """Return a method's name with n:m, and best in place of its choices if its settings are that preset's."""
+    n, m = settings.get("prunen", 0), settings.get("prunem", 0)
+    best = recipe("best", m, settings.get("wbits", 16), settings.get("groupsize", -1))
+    if (settings.get("sparsity") or m) and best.items() <= settings.items():
+        method = "best" + method.rpartition(")")[2]
+    return method + (f" {n}:{m}" if m else "")
+
+
+def _text_key(run, name):
+    """Return what two perplexities must share to be compared: model, sequences, BOS and text."""
+    settings, source = run["settings"], run["data"].get(name, {})
+    return run["model"], *(settings.get(key) for key in ("seqlen", "eval_limit", "bos")), name, source.get("sha256")
+
+
+def _dense(runs):
+    """Return {_text_key: perplexity} of the dense models."""
+    return {_text_key(run, name): float(value) for run in runs
+            for name, value in run["perplexity"].get("dense", {}).items()}
+
+
+def table_of(runs):
+    """Return a DataFrame of a row per run, sorted by model, sparsity, bits, method in the order given, and seed.
+
+    None: there is no such value, or it had no effect.
+    """
+    labels, dense = list(dict.fromkeys(run["label"] for run in runs)), _dense(runs)
+    runs = sorted(runs, key=lambda run: (run["model"], round(run["sparsity"], 3), -run["settings"].get("wbits", 16),
+                                         labels.index(run["label"]), run["settings"]["seed"], run["file"]))
+    parts = [pd.DataFrame(rows, dtype=object) for rows in zip(*(_parts(run, dense) for run in runs), strict=True)]
+    frame = pd.concat(parts, axis=1)
+    return frame.where(frame.notna(), None)
+
+
+def _parts(run, dense):
+    """Return groups of columns of a run: its settings, perplexities, scores and costs. A perplexity of NaN is text."""
+    settings = run["settings"]
+    pruned = run["method"] != "dense" and run["sparsity"] > 0 and (settings.get("sparsity") or settings.get("prunem"))
+    about = {"model": run["model"], "method": run["label"], "sparsity": run["sparsity"],
+             "wbits": settings.get("wbits", 16),
+             "sparsity_way": settings["sparsity_way"].replace("origin", "uniform") if pruned else None,
+             "saliency": settings["saliency"] if pruned and not settings.get("gmp") else None, "seed": settings["seed"]}
+    perplexities = {}
+    for name, value in run["perplexity"].get(run["method"], {}).items():
+        perplexities |= {name: "nan" if math.isnan(value) else value, f"dense {name}": dense.get(_text_key(run, name))}
+    scores = {f"{task} {metric}": value for task, values in run.get("tasks", {}).get(run["method"], {}).items()
+              for metric, value in values.items() if metric not in NO_METRICS and not metric.endswith("_stderr")}
+    peaks = {f"GB {place}": nbytes / 1e9 for place, nbytes in run["peak_memory"].items()}
+    return about, perplexities, scores, {"seconds": sum(run["seconds"].values()), **peaks, "file": run["file"]}
+
+
+def text_of(runs, markdown=False):
+    """Return the table as text, for a terminal or in Markdown, with values common to all runs listed once above it."""
+    cells = table_of(runs).drop(columns=IMPLIED)
+    cells = cells.apply(lambda column: column.map(partial(_text, column.name)))
+    cells = cells.loc[:, (cells != "-").any()]
+    shared = [name for name in cells if (name in ABOUT or name.startswith("dense ")) and cells[name].nunique() == 1]
+    above = ", ".join(f"{name} {cells.at[0, name]}" for name in shared)
+    cells = cells.drop(columns=shared)
+    texts = {name for run in runs for name in run["perplexity"].get(run["method"], {})}
+    header, rows = [f"{name} ppl" if name in texts else name for name in cells], cells.to_numpy().tolist()
+    lines = [f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows]]
+    return (above and f"{above}\n\n") + ("\n".join(lines) if markdown else table(header, rows))
+
+
+def _text(name, value):
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.2%}" if name == "sparsity" else f"{value:.0f}" if name == "seconds" else f"{value:.2f}"
+
+
+def points_of(runs):
+    """Return the points of a picture as a DataFrame; runs that differ only in their seed become one point.
+
+    Columns: model, text, method and the settings in which rows of its model and method differ, sparsity, mean, low and
+    high of the perplexity, and dense, the dense model's.
+    """
+    dense, distinguished = _dense(runs), having_effect(RESULT, EVALUATION)
+    rows = [{"model": run["model"], "text": text, "method": run["label"], "sparsity": run["sparsity"],
+             "perplexity": perplexity, "dense": dense.get(_text_key(run, text)),
+             "target": (run["settings"].get("sparsity", 0), run["settings"].get("prunen", 0)),
+             "settings": {name: str(run["settings"].get(name)) for name in distinguished}}
+            for run in runs if run["method"] != "dense"
+            for text, perplexity in run["perplexity"][run["method"]].items() if math.isfinite(perplexity)]
+    if not rows:
+        return pd.DataFrame()
+    frame = pd.DataFrame(rows).replace({"dense": {math.inf: math.nan}})
+    settings = pd.DataFrame(frame["settings"].tolist())
+    varied = settings.groupby([frame["model"], frame["method"]]).transform("nunique") > 1
+    for row, method in enumerate(frame["method"].tolist()):
+        differing = settings.columns[varied.loc[row]]
+        frame.at[row, "method"] = ", ".join([method, *(f"{name} {settings.at[row, name]}" for name in differing)])
+    return frame.groupby(["model", "text", "method", "target"]).agg(
+        sparsity=("sparsity", "mean"), mean=("perplexity", "mean"), low=("perplexity", "min"),
+        high=("perplexity", "max"), dense=("dense", "first")).reset_index()
+
+
+def picture_of(runs, path):
+    """Plot perplexity against sparsity. Returns the content of a file. Raises InputError if no run has both."""
+    points = points_of(runs)
+    if points.empty:
+        raise InputError(f"--plot {path}: none of the runs has both a finite perplexity and pruned weights")
+    from mixgpt.app import plots  # imports PyTorch
+
+    return plots.draw_tradeoff(points, Path(path).suffix)
 
 
 def _parse(argv):
@@ -27,29 +172,27 @@ def _parse(argv):
     return parser.parse_args(argv)
 
 
-def _run(argv):
-    options, runs, status = _parse(argv), [], 0
-    paths = {flag: path for flag, path in {"--csv": options.csv, "--plot": options.plot}.items() if path is not None}
-    check_outputs(paths, options.overwrite)
-    for file in files_of(options.runs):
-        try:
-            runs.append(read(file))
-        except InputError as error:
-            print(f"results.py: error: {error}", file=sys.stderr)
-            status = 2
-    if runs:
-        print(text_of(runs, options.markdown))
-        for flag, path in paths.items():
-            write_output(flag, path, csv_of(runs) if flag == "--csv" else picture_of(runs, path))
-            print(f"\n{'written' if flag == '--csv' else 'picture'}  {path}")
-    return status
-
-
 def main(argv=None):
     """Run the command line. Returns the exit status, see `reported`; 2 also if a file was unusable."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv, runs = sys.argv[1:] if argv is None else argv, []
     with reported("results.py", argv, "give fewer files") as end:
-        end.status = _run(argv)
+        options = _parse(argv)
+        paths = {"--csv": options.csv, "--plot": options.plot}
+        check_outputs({flag: path for flag, path in paths.items() if path is not None}, options.overwrite)
+        for file in files_of(options.runs):
+            try:
+                runs.append(read(file))
+            except InputError as error:
+                print(f"results.py: error: {error}", file=sys.stderr)
+                end.status = 2
+        if runs:
+            print(text_of(runs, options.markdown))
+        if runs and options.csv:
+            write_output("--csv", options.csv, table_of(runs).to_csv(index=False))
+            print(f"\nwritten  {options.csv}")
+        if runs and options.plot:
+            write_output("--plot", options.plot, picture_of(runs, options.plot))
+            print(f"\npicture  {options.plot}")
     return end.status
 
 

@@ -17,8 +17,8 @@ import torch
 from textbook import Textbook, prune_model
 
 import datautils
-from mixgpt.app.comparison import table
 from mixgpt.checkpoints import load
+from mixgpt.common.progress import table
 from mixgpt.common.runtime import Clock, peak_memory
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels.linalg import rowwise_quadratic_form

@@ -32,7 +32,7 @@ import opt
 from datautils import calibration_samples, load_rows, test_tokens
 from mixgpt.app import pipeline
 from mixgpt.app.cli import parse
-from mixgpt.app.comparison import table
+from mixgpt.common.progress import table
 from mixgpt.common.runtime import Clock, peak_memory
 from mixgpt.evaluation.measures import perplexity
 

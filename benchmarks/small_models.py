@@ -34,7 +34,7 @@ from transformers import (
 
 from datautils import token_ids
 from mixgpt.common import progress
-from mixgpt.common.files import cache_folder, replacing_folder
+from mixgpt.common.files import cache_folder
 from mixgpt.common.runtime import multiplies_bfloat16
 from mixgpt.modeling.baichuan import BaichuanConfig
 from mixgpt.text.sets import builtin_rows
@@ -108,12 +108,12 @@ def make_texts(folder, size):
 
     Returns (tokenizer, {part: rows}).
     """
-    if not folder.exists():
+    if not (folder / "tokenizer_config.json").exists():  # which is written last
+        folder.mkdir(parents=True, exist_ok=True)
         texts = documents(size.train_bytes, size.test_bytes)
-        with replacing_folder(folder) as partial:
-            for part, rows in texts.items():
-                (partial / f"{part}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-            train_tokenizer(texts["train"], size.vocabulary).save_pretrained(partial)
+        for part, rows in texts.items():
+            (folder / f"{part}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        train_tokenizer(texts["train"], size.vocabulary).save_pretrained(folder)
     texts = {part: [json.loads(line)["text"] for line in (folder / f"{part}.jsonl").read_text().splitlines()]
              for part in ("train", "test")}
     return AutoTokenizer.from_pretrained(folder), texts
@@ -184,17 +184,15 @@ def make_model(name, folder, size, seed):
     """
     record = folder / name / "training.json"
     if not record.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         tokenizer, texts = make_texts(folder / "text", size)
         torch.manual_seed(seed)
         model, start = build(name, size), time.monotonic()
         train(model, torch.tensor(token_ids(tokenizer, "\n\n".join(texts["train"]))), size, seed, name)
         facts = {"parameters": model.num_parameters(), "tokens": size.steps * size.batch * size.seqlen,
                  "seconds": time.monotonic() - start, "seed": seed, "size": asdict(size)}
-        with replacing_folder(folder / name) as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            (partial / record.name).write_text(json.dumps(facts, indent=1) + "\n")
+        model.save_pretrained(record.parent)
+        tokenizer.save_pretrained(record.parent)
+        record.write_text(json.dumps(facts, indent=1) + "\n")
     return json.loads(record.read_text())
 
 

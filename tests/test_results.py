@@ -8,7 +8,6 @@ import pytest
 from matplotlib.figure import Figure
 
 import results
-from mixgpt.app import comparison
 from mixgpt.app.settings import Settings, recipe
 
 SETTINGS = {"model": "facebook/opt-125m", "dataset": "c4", "seqlen": 2048}
@@ -110,7 +109,7 @@ def test_the_preset_best_is_named_where_all_its_settings_are_those_of_the_run(ta
 
 def points_of(files):
     """Return the points of a picture, and them as (method, sparsity, mean, low, high)."""
-    points = comparison.points_of([comparison.read(path) for path in comparison.files_of(files)])
+    points = results.points_of([results.read(path) for path in results.files_of(files)])
     return points, list(points[["method", "sparsity", "mean", "low", "high"]].itertuples(index=False, name=None))
 
 

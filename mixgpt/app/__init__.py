@@ -1,1 +1,1 @@
-"""One run of the command line, from flags to the final tables, and comparisons of many runs."""
+"""One run of the command line, from flags to the final tables."""

@@ -40,8 +40,8 @@ class Result:
 
     def table(self):
         """Return the tables of sparsity and perplexity as text."""
-        parts = [report.sparsity_table(self.record)]
-        return "\n\n".join(parts + ([report.perplexity_table(self.record["perplexity"])] if self.perplexity else []))
+        table = report.sparsity_table(self.record)
+        return table + ("\n\n" + report.perplexity_table(self.record["perplexity"]) if self.perplexity else "")
 
     def plot(self):
         """Return a picture of the sparsities by layer and by kind of matrix, a PIL.Image."""
@@ -59,28 +59,24 @@ def prune(model, dataset, tokenizer=None, **options):
         if texts.dim() != 2 or texts.dtype != torch.long:
             raise InputError(f"dataset: tokens are {texts.dtype} {tuple(texts.shape)}, must be torch.int64 (N, T)")
         options |= {"nsamples": len(texts), "seqlen": texts.shape[1]}
-    if isinstance(model, str):
-        settings = Settings(model, name, **options)
-        return Result(pipeline.run(_family(model, checkpoints.one_layer(model)), settings, texts=texts))
-    if tokenizer is None:
+    in_memory = not isinstance(model, str)
+    if in_memory and tokenizer is None:
         raise InputError("tokenizer: must be given with a model that is in memory")
-    if any(is_fused(module) for module in model.modules()):
+    if in_memory and any(is_fused(module) for module in model.modules()):
         raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
-    settings = Settings(type(model).__name__, name, **options)
+    settings = Settings(type(model).__name__ if in_memory else model, name, **options)
+    layers = model if in_memory else checkpoints.one_layer(model)
+    family = family_of(layers)
+    if family is None:
+        raise InputError(f"model {settings.model}: the layers of a {type(layers).__name__} are not at "
+                         f"{' or '.join(sorted({family.layers for family in FAMILIES}))}")
+    if not in_memory:
+        return Result(pipeline.run(family, settings, texts=texts))
     device = model.device
     try:
-        return Result(pipeline.run(_family(settings.model, model), settings, model=model.to("cpu").eval(),
-                                   tokenizer=tokenizer, texts=texts))
+        return Result(pipeline.run(family, settings, None, model.to("cpu").eval(), tokenizer, texts))
     finally:
         model.to(device)
-
-
-def _family(name, model):
-    family = family_of(model)
-    if family is None:
-        raise InputError(f"model {name}: the layers of a {type(model).__name__} are not at "
-                         f"{' or '.join(sorted({family.layers for family in FAMILIES}))}")
-    return family
 
 
 def load(folder, device=None, dtype="auto", packed=True):

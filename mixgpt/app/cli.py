@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 from mixgpt.app.settings import Settings, flag_of
 from mixgpt.common import program
+from mixgpt.common.choices import Registry
 from mixgpt.common.errors import InputError, Terminated, is_out_of_memory, one_line, status_of
 from mixgpt.text.sets import DATASETS
 
@@ -57,27 +58,21 @@ def parse(family, argv=None):
     parser.add_argument("dataset", help=(
         f"calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3; {DATASETS.help}"))
     for field in dataclasses.fields(Settings):
-        if "help" in field.metadata:
-            if title := field.metadata["group"]:
-                group = parser.add_argument_group(title)
-            add_option(group, field)
+        if "help" not in field.metadata:
+            continue
+        if title := field.metadata["group"]:
+            group = parser.add_argument_group(title)
+        default, text, choices = field.default, field.metadata["help"], field.metadata["choices"]
+        if isinstance(default, bool):
+            arguments = {"action": argparse.BooleanOptionalAction}
+        else:
+            arguments = {"type": str if default is None else type(default), **field.metadata["arguments"]}
+            arguments |= {"choices": choices} if choices else {}
+            text += f"; {choices.help}" if isinstance(choices, Registry) else ""
+        if default not in (None, "", ()) and not isinstance(default, bool):
+            text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
+        group.add_argument(flag_of(field.name), dest=field.name, help=text, **arguments)
     return Settings(**vars(parser.parse_args(argv)))
-
-
-def add_option(group, field):
-    """Add the option of a field of Settings to an argparse group or parser."""
-    default, text, arguments = field.default, field.metadata["help"], field.metadata["arguments"]
-    if isinstance(default, bool):
-        group.add_argument(flag_of(field.name), dest=field.name, help=text, action=argparse.BooleanOptionalAction)
-        return
-    if choices := field.metadata["registry"] or field.metadata["choices"]:
-        arguments = {"choices": choices} | arguments
-    if registry := field.metadata["registry"]:
-        text = "; ".join(filter(None, [text, registry.help]))
-    if default not in (None, "", ()):
-        text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
-    arguments = {"type": str if default is None else type(default)} | arguments
-    group.add_argument(flag_of(field.name), dest=field.name, help=text, **arguments)
 
 
 def main(family, argv=None):

@@ -4,11 +4,12 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 
-from mixgpt.app import records
+from mixgpt.app import report
 from mixgpt.common import distributed, memory
 from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.evaluation.measures import count_zeros, measure_weights
+from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
 from mixgpt.pruning.solvers import Recipe
@@ -17,40 +18,37 @@ from mixgpt.pruning.solvers import Recipe
 def compress(run, plan):
     """Prune and quantize the matrices of a plan. Returns {(layer, name): Outcome}, and MatrixSparsity lists of the
     linears and of the layers' other weights, counted afterwards."""
-    settings, outcomes, counted = run.settings, {}, {}
+    settings, outcomes = run.settings, {}
     if plan.targets:
-        outcomes, counted, used = retry_with_less_memory(settings, run.memory_plan, partial(_prune, run, plan),
-                                                         run.on_disk)
+        outcomes, used = retry_with_less_memory(settings, run.memory_plan, partial(_prune, run, plan),
+                                                again=disk_weights(run.model) is not None)
         if run.distills:
-            _distill_if_possible(run, plan, outcomes, counted, used.on_host)
+            run.record["distilled"] = _distill(run, plan, outcomes, used.on_host)
         run.record["settings"] |= {"batch_size": used.batch_size,
                                    "true_sequential": settings.true_sequential and not (
                                        settings.calibrates and used.two_passes)}
-    matrices, others = measure_weights(run.model, run.inputs.family, run.inputs.device, counted)
-    run.record |= records.of_matrices(matrices, others, outcomes, plan.targets, plan.traces)
+    matrices, others = measure_weights(run.model, run.inputs.family, run.inputs.device)
+    run.record |= report.of_matrices(matrices, others, outcomes, plan.targets, plan.traces)
     return outcomes, matrices, others
 
 
 def _prune(run, plan, memory_plan):
-    """Prune and quantize. Returns {(layer, name): Outcome}, {layer: LayerSparsity} and the memory plan."""
-    settings, counted = run.settings, {}
+    """Prune and quantize. Returns {(layer, name): Outcome} and the memory plan."""
+    settings, streamed = run.settings, run.streamed(memory_plan)
 
     def observe(index, layer, outcomes, start):
-        counted[index] = count_zeros(index, layer)
         if run.tracker.run:
-            matrices, _ = counted[index].read()  # which waits for the layer
+            matrices, _ = count_zeros(index, layer)  # which waits for the layer
             run.tracker.layer(index, outcomes, time.perf_counter() - start, matrices)
 
-    streamed = run.streamed(memory_plan)
-    if run.run_dir:
-        run.run_dir.keep("memory_plan", asdict(memory_plan))
+    if settings.save:
+        run.files.keep("memory_plan", asdict(memory_plan))
     if settings.calibrates:
         recipe = replace(recipe_of(settings, plan.gradients), true_sequential=not memory_plan.two_passes)
-        outcomes = prune_layerwise(streamed, plan.targets, plan.tokens, recipe, run.layer_files, observe)
-    else:
-        with run.clock.part("magnitude" if settings.prunes else "rounding"):
-            outcomes = prune_magnitude(streamed, plan.targets, settings.scheme, run.layer_files, observe)
-    return outcomes, counted, memory_plan
+        return prune_layerwise(streamed, plan.targets, plan.tokens, recipe, run.files, observe), memory_plan
+    with run.clock.part("magnitude" if settings.prunes else "rounding"):
+        outcomes = prune_magnitude(streamed, plan.targets, settings.scheme, run.files, observe)
+    return outcomes, memory_plan
 
 
 def recipe_of(settings, gradients=None):
@@ -64,40 +62,34 @@ def recipe_of(settings, gradients=None):
         title=SOLVERS.title(settings.solver))
 
 
-def _distill_if_possible(run, plan, outcomes, counted, on_host):
-    """Distil the pruned model, or leave it as it is and say why, as an interrupted run has done. Empties `counted`."""
-    files = run.layer_files
-    result = files and files.distilled
-    if not result:
-        try:
-            result = retry_with_less_memory(run.settings, MemoryPlan(run.settings.batch_size, on_host),
-                                            partial(_distill, run, plan, outcomes))
-            counted.clear()
-        except (distill.Diverged, memory.OutOfMemory) as error:
-            result = str(error)
-            if files:
-                files.finish_distillation(result)
-    if isinstance(result, str):
-        print(f"warning  --distill: {result}: the model stays as it was before distillation", flush=True)
-    run.record["distilled"] = result
-
-
-def _distill(run, plan, outcomes, memory_plan):
-    """Distil the pruned or quantized model. Returns what to record."""
-    files, tokens = run.layer_files, plan.distillation_tokens
-    streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.inputs.seqlen)
-    room = run.decided("distillation_batch", lambda: min(distributed.all_gather_object(
-        distill.room_for(streamed, tokens))))
-    streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))
+def _distill(run, plan, outcomes, on_host):
+    """Distil the pruned model, or leave it as it is and say why. Returns what to record, as an interrupted run has."""
+    files, tokens, result = run.files, plan.distillation_tokens, run.files and run.files.distilled
 
     def finish(index, layer):
         if files:
             of_layer = {key: outcome for key, outcome in outcomes.items() if key[0] == index}
             files.save_layer(index, layer, of_layer, kind="distilled")
 
-    with run.clock.part("distillation"):
-        grids = {key: outcome.grid for key, outcome in outcomes.items()}
-        divergence = distill.distill(streamed, grids, tokens, plan.dense_states, run.settings.seed, finish)
-        if files:
-            files.finish_distillation({"divergence": divergence})
-    return {"divergence": divergence}
+    def attempt(memory_plan):
+        streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.inputs.seqlen)
+        room = run.decided("distillation_batch", lambda: min(distributed.all_gather_object(
+            distill.room_for(streamed, tokens))))
+        streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))
+        with run.clock.part("distillation"):
+            grids = {key: outcome.grid for key, outcome in outcomes.items()}
+            divergence = distill.distill(streamed, grids, tokens, plan.dense_states, run.settings.seed, finish)
+            if files:
+                files.finish_distillation({"divergence": divergence})
+        return {"divergence": divergence}
+
+    if not result:
+        try:
+            result = retry_with_less_memory(run.settings, MemoryPlan(run.settings.batch_size, on_host), attempt)
+        except (distill.Diverged, memory.OutOfMemory) as error:
+            result = str(error)
+            if files:
+                files.finish_distillation(result)
+    if isinstance(result, str):
+        print(f"warning  --distill: {result}: the model stays as it was before distillation", flush=True)
+    return result

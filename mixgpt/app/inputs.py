@@ -7,9 +7,10 @@ import torch
 
 from datautils import calibration_samples, test_tokens
 from mixgpt.allocation import traces
+from mixgpt.allocation.synthetic import GENERATED, windows_of
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
-from mixgpt.common import distributed, memory
+from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import Clock, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck
@@ -22,7 +23,7 @@ from modelutils import allocate, place_for
 
 @dataclass(frozen=True)
 class Inputs:
-    """The checked inputs of a run. calibration and tests are empty until `read_texts`."""
+    """The checked inputs of a run; those from `calibration` on are empty until `read_texts`."""
 
     settings: Settings  # with what "auto" in --bos stands for
     family: Family
@@ -63,9 +64,10 @@ def check(settings, family, device, clock, model=None, tokenizer=None):
         "--prunem": settings.prunem, "--groupsize": settings.groupsize}) if settings.compresses else {}
     widening = selfcheck.check(settings.model, family, skeleton,
                                {name for _, name in selected} if settings.calibrates else ())
-    seqlen = choose_seqlen(settings.seqlen, config)
-    inputs = Inputs(settings, family, device, clock, config, seqlen, tokenizer, selected, model)
-    _check_memory(inputs, widening)
+    inputs = Inputs(settings, family, device, clock, config, choose_seqlen(settings.seqlen, config), tokenizer,
+                    selected, model)
+    if settings.needs_calibration:
+        _check_sequences(inputs, widening)
     if settings.sensitivity_file:
         traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
     tokenizer = tokenizer or load.load_tokenizer(settings.model)
@@ -73,23 +75,28 @@ def check(settings, family, device, clock, model=None, tokenizer=None):
     return replace(inputs, settings=settings, tokenizer=tokenizer)
 
 
-def _check_memory(inputs, widening):
-    """Raise InputError for calibration sequences that fit neither in memory nor on the disk, before they are drawn.
+def _check_sequences(inputs, widening):
+    """Raise InputError for calibration sequences that are too many for memory and disk, or too few for the processes.
 
     widening: of hidden states, see `selfcheck.check`.
     """
-    settings, seqlen, host = inputs.settings, inputs.seqlen, torch.device("cpu")
-    if not settings.needs_calibration:
-        return
-    numel = seqlen * (settings.nsamples + sum(settings.synthetic_counts()))
-    if not memory.fits(16 * numel, host):  # a list of the tokens, then a tensor
-        raise InputError(f"--nsamples {settings.nsamples}: sequences of {seqlen} tokens take "
-                         f"{16 * numel / 1e9:.1f} GB, {memory.free(host) / 1e9:.1f} GB of memory are free; lower "
-                         "--nsamples or --seqlen")
+    settings, world = inputs.settings, distributed.world()
     itemsize = 2 if inputs.dtype == "auto" else inputs.dtype.itemsize  # at least
+    numel = inputs.seqlen * (settings.nsamples + sum(settings.synthetic_counts())) * inputs.config.hidden_size
     sets = 2 if settings.target == "dense" else 1
-    nbytes = int(sets * widening * numel * inputs.config.hidden_size * itemsize) // distributed.world()
+    nbytes = int(sets * widening * numel * itemsize) // world
     allocate([nbytes], torch.uint8, inputs.device, place_for(nbytes, inputs.device))  # and free it again
+    if settings.nsamples < world:
+        raise InputError(f"--nsamples {settings.nsamples}: must be at least {world}, the number of processes")
+    windows = len(distillation_windows(settings, inputs.seqlen))
+    if settings.distill and windows < world:
+        raise InputError(f"--distill {settings.distill:g}: gives {windows} pieces of text, must be at least {world}, "
+                         "the number of processes; raise --nsamples")
+
+
+def distillation_windows(settings, seqlen):
+    """Return uninitialised tokens in the shape of the text that the model is distilled on."""
+    return windows_of(torch.empty(settings.synthetic_counts()[1], seqlen, dtype=torch.long), GENERATED)
 
 
 def size_on_disk(inputs):
@@ -103,7 +110,6 @@ def read_texts(inputs, texts=None):
     texts: calibration text in memory, a list of strings or tokens (N, T).
     """
     settings, tokens, tests, sources = inputs.settings, None, {}, {}
-    _check_counts(settings, inputs.seqlen)
     if isinstance(texts, torch.Tensor):
         tokens, sources["calibration"] = texts.to("cpu"), {"dataset": settings.dataset, "tokens": digest(texts)}
     elif settings.needs_calibration:
@@ -117,37 +123,15 @@ def read_texts(inputs, texts=None):
         if part.max() >= inputs.config.vocab_size:
             raise InputError(f"model {settings.model}: its tokenizer gives token {part.max()}, but its vocabulary has "
                              f"{inputs.config.vocab_size}")
-    return replace(inputs, calibration=tokens if settings.needs_calibration else None, tests=tests, sources=sources,
-                   score_tasks=_task_scorer(inputs) if settings.tasks else None)
-
-
-def _check_counts(settings, seqlen):
-    """Raise InputError if some processes would get no sequence."""
-    world = distributed.world()
-    if settings.nsamples < world:
-        raise InputError(f"--nsamples {settings.nsamples}: must be at least {world}, the number of processes")
-    windows = distillation_windows(settings, seqlen)
-    if settings.distill and len(windows) < world:
-        raise InputError(f"--distill {settings.distill:g}: gives {len(windows)} pieces of text, must be at least "
-                         f"{world}, the number of processes; raise --nsamples")
-
-
-def distillation_windows(settings, seqlen):
-    """Return uninitialised tokens in the shape of the text that the model is distilled on."""
-    from mixgpt.allocation.synthetic import GENERATED, windows_of
-
-    return windows_of(torch.empty(settings.synthetic_counts()[1], seqlen, dtype=torch.long), GENERATED)
-
-
-def _task_scorer(inputs):
-    """Return a function of (model, batch size) that scores a model on the tasks of a run."""
-    settings = inputs.settings
+    inputs = replace(inputs, calibration=tokens if settings.needs_calibration else None, tests=tests, sources=sources)
+    if not settings.tasks:
+        return inputs
     try:
         from mixgpt.evaluation import tasks  # lm-eval is an optional dependency
     except ImportError as error:
         raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
     chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
     tasks.check(chosen, inputs.tokenizer, load.size(load.skeleton(inputs.config), inputs.dtype), inputs.device)
-    return lambda model, batch_size: tasks.score(
+    return replace(inputs, score_tasks=lambda model, batch_size: tasks.score(
         chosen, model, inputs.family, inputs.tokenizer, settings.limit, batch_size * inputs.seqlen, inputs.device,
-        settings.bos)
+        settings.bos))

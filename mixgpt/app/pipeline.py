@@ -1,18 +1,27 @@
 """A run from the model to the report: check, read, plan, prune and quantize, save, verify, evaluate."""
 
 import contextlib
+import json
 import sys
 
 import datasets
-from huggingface_hub import utils as hub
+import torch
 from transformers.utils import logging
 
-from mixgpt.app import compression, evaluation, inputs, planning, records
-from mixgpt.app.report import result_text
+from mixgpt.app import compression, planning, report
+from mixgpt.app.inputs import check, read_texts, size_on_disk
 from mixgpt.app.run import opened
+from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, progress
+from mixgpt.common.errors import VerificationError
+from mixgpt.common.files import write_output
+from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.common.runtime import Clock, choose_device, peak_memory
+from mixgpt.evaluation import semistructured
+from mixgpt.evaluation.measures import logits, measure_weights, perplexity
+
+PROBE = 128  # tokens on which the saved model is compared with the one in memory
 
 
 def run(family, settings, command=None, model=None, tokenizer=None, texts=None):
@@ -27,34 +36,36 @@ def run(family, settings, command=None, model=None, tokenizer=None, texts=None):
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quieter(settings))
         stack.enter_context(distributed.joined(device))
-        if settings.resume and (record := records.completed(settings)):
-            return _report_completed(family, settings, device, record)
+        if settings.resume and (record := report.completed(settings, device)):
+            if not settings.quiet:
+                print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
+            return _print_results(settings, record)
         with clock.part("load"):
-            given = inputs.check(settings, family, device, clock, model, tokenizer)
-            folder = stack.enter_context(RunDir(settings.save, settings.save_format, inputs.size_on_disk(given),
+            inputs = check(settings, family, device, clock, model, tokenizer)
+            folder = stack.enter_context(RunDir(settings.save, settings.save_format, size_on_disk(inputs),
                                                 settings.resume, settings.overwrite)) if settings.save else None
         with clock.part("data"):
-            given = inputs.read_texts(given, texts)
-        current = stack.enter_context(opened(given, folder, command))
+            inputs = read_texts(inputs, texts)
+        current = stack.enter_context(opened(inputs, folder, command))
         plan = planning.choose(current)
         if settings.dense or not plan.targets:
-            evaluation.evaluate(current, "dense")
+            evaluate(current, "dense")
         compressed = compression.compress(current, plan)
         if settings.save:
             _save(current, plan, *compressed)
         if plan.targets:
-            evaluation.evaluate(current, settings.method)
+            evaluate(current, settings.method)
         if settings.semi_structured and "semi_structured" not in current.record:
-            evaluation.compare_kernels(current)
+            current.record["semi_structured"] = _with_less_memory(current, lambda size: semistructured.compare(
+                current.model, family, inputs.tests, size, device))
         return _report(current)
 
 
 @contextlib.contextmanager
 def _quieter(settings):
     """Silence the progress bars of libraries where they would fill a log, and our own with --quiet."""
-    bars = ((logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar),
-            (not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars),
-            (not hub.are_progress_bars_disabled(), hub.disable_progress_bars, hub.enable_progress_bars))
+    bars = ((logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar),  # the hub's
+            (not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars))
     with contextlib.ExitStack() as stack:
         for enabled, disable, enable in bars:
             if enabled and (settings.quiet or not sys.stderr.isatty()):
@@ -65,27 +76,44 @@ def _quieter(settings):
         yield
 
 
-def _report_completed(family, settings, device, record):
-    """Print the results of a run that has ended before, as when its job is queued again. Returns its record."""
-    records.check_completed(record, settings, device, family)
-    if not settings.quiet:
-        print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
-    print(result_text(settings, record), flush=True)
-    if distributed.rank() == 0:
-        records.write_file(settings, record)
-    return record
+def evaluate(current, method):
+    """Add perplexities and task scores of the model as it is now to the record. method: "dense" or its name."""
+    inputs, model, record = current.inputs, current.model, current.record
+    with current.clock.part("evaluation"):
+        record.setdefault("perplexity", {})[method] = _with_less_memory(current, lambda size: {
+            name: perplexity(model, inputs.family, tokens, size, inputs.device, name)
+            for name, tokens in inputs.tests.items()})
+    if inputs.score_tasks:
+        with current.clock.part("tasks"):
+            record.setdefault("tasks", {})[method] = _with_less_memory(
+                current, lambda size: inputs.score_tasks(model, size))
+
+
+def _with_less_memory(current, step):
+    """Return step(batch size), with smaller batches if GPU memory runs out."""
+    return retry_with_less_memory(current.settings, MemoryPlan(current.settings.batch_size),
+                                  lambda plan: step(plan.batch_size))
 
 
 def _save(current, plan, outcomes, matrices, others):
-    """Complete the output folder, reload it and compare it with the model in memory."""
-    given, folder = current.inputs, current.run_dir
+    """Complete the output folder, reload it and compare it with the model in memory: all zeros, logits of a few tokens.
+    """
+    inputs, folder, path = current.inputs, current.files, current.settings.save
+    probe = next((tokens[:1, :PROBE] for tokens in (*inputs.tests.values(), inputs.calibration) if tokens is not None),
+                 torch.arange(PROBE)[None] % inputs.config.vocab_size)
     with current.clock.part("save"):
         folder.write_record(current.record)
-        folder.write_checkpoint(given.tokenizer, {given.family.path(*key): outcome.grid
+        folder.write_checkpoint(inputs.tokenizer, {inputs.family.path(*key): outcome.grid
                                                   for key, outcome in outcomes.items() if outcome.grid})
-        evaluation.verify(current, matrices, others)
+        saved = load.open_model(path, load.load_config(path, inputs.family), inputs.family, "auto")
+        if measure_weights(saved, inputs.family, inputs.device) != (matrices, others):
+            raise VerificationError(f"--save {path}: the zeros of the saved weights differ from those in memory")
+        of_saved, in_memory = (logits(model, inputs.family, probe, 1, inputs.device)
+                               for model in (saved, current.model))
+        if not torch.allclose(of_saved, in_memory, rtol=0, atol=0, equal_nan=True):
+            raise VerificationError(f"--save {path}: the logits of the saved model differ from those in memory")
         if plan.targets:
-            current.record["disk"] = records.disk(current.settings, folder, plan.targets, given.selected)
+            current.record["disk"] = report.disk(current.settings, folder, plan.targets, inputs.selected)
 
 
 def _report(current):
@@ -93,11 +121,17 @@ def _report(current):
     settings, record = current.settings, current.record
     record |= {"seconds": dict(current.clock.seconds), "peak_memory": peak_memory(current.inputs.device)}
     if settings.save:
-        current.run_dir.write_record(record)
-        current.run_dir.close()
-    if text := result_text(settings, record):
+        current.files.write_record(record)
+        current.files.close()
+    _print_results(settings, record)
+    current.tracker.result(record, settings.method)
+    return record
+
+
+def _print_results(settings, record):
+    """Print the tables of a record and write it to the file of --record. Returns it."""
+    if text := report.result_text(settings, record):
         print(text, flush=True)
-    if distributed.rank() == 0:
-        records.write_file(settings, record)
-    current.tracker.result(record, settings.method if settings.compresses else "dense")
+    if settings.record and distributed.rank() == 0:
+        write_output("--record", settings.record, json.dumps(record, indent=1) + "\n")
     return record

@@ -57,54 +57,46 @@ def choose(run):
 
 def _measure(run, memory_plan):
     """Return the `Plan`."""
-    streamed = run.streamed(memory_plan)
+    settings, streamed, measured = run.settings, run.streamed(memory_plan), None
     tokens, *distillation = _texts(run, streamed)
-    measured = _traces(run, streamed) if run.settings.ranks_by_sensitivity else None
+    if settings.ranks_by_sensitivity:
+        sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
+                                   settings.nprobes)
+        with run.clock.part("sensitivity"):
+            measured, path = traces.load_or_compute(streamed, run.inputs.calibration, sampling,
+                                                    settings.sensitivity_file)
+        run.log(f"{measured.verdict()}\n         kept in {path}")
     targets, tensors = run.kept("plan", lambda: _allocate(run, streamed, tokens, measured))
     return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens,
-                Gradients.of(tensors) if run.settings.needs_gradients else None, measured, *distillation)
+                Gradients.of(tensors) if settings.needs_gradients else None, measured, *distillation)
 
 
 def _texts(run, streamed):
     """Return the tokens for the Hessians, those for distillation and the dense model's states of these, or Nones."""
-    calibration, (for_hessians, for_distillation) = run.inputs.calibration, run.synthetic_counts
+    inputs, (for_hessians, for_distillation) = run.inputs, run.synthetic_counts
     if not for_hessians + for_distillation:
-        return calibration, None, None
-    how, tensors = run.kept("synthetic", partial(_synthetic, run, streamed))
+        return inputs.calibration, None, None
+
+    def make():
+        """Return how text was made, and {"tokens", "dense_states" of this process's share of what is distilled}."""
+        with run.clock.part("synthetic"):
+            tokens, how = synthetic(streamed, inputs.calibration, for_hessians + for_distillation, run.settings.seed,
+                                    bos.first_token(inputs.tokenizer, run.settings.bos))
+        tensors = {"tokens": tokens}
+        if for_distillation:
+            windows = windows_of(tokens[for_hessians:], how)
+            with run.clock.part("distillation"):
+                tensors["dense_states"] = distill.dense_states(
+                    distill.with_token_budget(streamed, windows, inputs.seqlen), windows)
+        return how, tensors
+
+    how, tensors = run.kept("synthetic", make)
     tokens, run.record["synthetic"] = tensors["tokens"], how
     if how == RESAMPLED:
-        run.log(f"data     all weights do not fit on {run.inputs.device} at once: synthetic sequences are single "
-                "tokens drawn in place of those of the calibration sequences, not text")
-    if not for_distillation:
-        return torch.cat([calibration, tokens]), None, None
-    return (torch.cat([calibration, tokens[:for_hessians]]), windows_of(tokens[for_hessians:], how),
-            tensors["dense_states"])
-
-
-def _synthetic(run, streamed):
-    """Return how synthetic text was made, and {"tokens", "dense_states" of this process's share of what is distilled}.
-    """
-    inputs, (for_hessians, for_distillation) = run.inputs, run.synthetic_counts
-    with run.clock.part("synthetic"):
-        tokens, how = synthetic(streamed, inputs.calibration, for_hessians + for_distillation, run.settings.seed,
-                                bos.first_token(inputs.tokenizer, run.settings.bos))
-    if not for_distillation:
-        return how, {"tokens": tokens}
-    windows = windows_of(tokens[for_hessians:], how)
-    with run.clock.part("distillation"):
-        states = distill.dense_states(distill.with_token_budget(streamed, windows, inputs.seqlen), windows)
-    return how, {"tokens": tokens, "dense_states": states}
-
-
-def _traces(run, streamed):
-    """Return the `Traces` of all matrices, measured or read."""
-    settings = run.settings
-    sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
-                               settings.nprobes)
-    with run.clock.part("sensitivity"):
-        measured, path = traces.load_or_compute(streamed, run.inputs.calibration, sampling, settings.sensitivity_file)
-    run.log(f"{measured.verdict()}\n         kept in {path}")
-    return measured
+        run.log(f"data     all weights do not fit on {inputs.device} at once: synthetic sequences are single tokens "
+                "drawn in place of those of the calibration sequences, not text")
+    windows = windows_of(tokens[for_hessians:], how) if for_distillation else None
+    return torch.cat([inputs.calibration, tokens[:for_hessians]]), windows, tensors.get("dense_states")
 
 
 def _allocate(run, streamed, tokens, measured):

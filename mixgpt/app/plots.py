@@ -21,17 +21,26 @@ def draw(plan, traces=None, suffix=".png"):
     sparsity = _grid({key: target.sparsity for key, target in plan.items()}, traces.shapes if traces else plan)
     figure = Figure(figsize=(11, 12 if traces else 8), layout="constrained")
     grid = figure.add_gridspec(3 if traces else 2, 2, width_ratios=[3, 2])
+    lines, bars = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     _heat_map(figure.add_subplot(grid[-1, :]), sparsity, "Sparsity assigned", PRUNED)
-    top = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
-    if not traces:
-        _by_layer_and_kind(*top, sparsity, None, "Sparsity", PRUNED)
-        return bytes_of(figure, suffix)
-    values, errors = (_grid(each, traces.shapes) for each in (traces.sensitivity, traces.sensitivity_errors))
-    positive = values.where(values > 0)  # Hutchinson estimates can be negative
-    _heat_map(figure.add_subplot(grid[1, :]), positive, "Sensitivity", "trace per weight",
-              "log" if positive.notna().any(axis=None) else None)
-    _by_layer_and_kind(*top, values, errors, f"Sensitivity by {traces.estimator}", "trace per weight")
-    top[0].set_yscale("log" if positive.notna().equals(values.notna()) else "linear")
+    values, errors, title, label = sparsity, None, "Sparsity", PRUNED
+    if traces:
+        values, errors = (_grid(values, traces.shapes) for values in (traces.sensitivity, traces.sensitivity_errors))
+        title, label = f"Sensitivity by {traces.estimator}", "trace per weight"
+        positive = values.where(values > 0)  # Hutchinson estimates can be negative
+        _heat_map(figure.add_subplot(grid[1, :]), positive, "Sensitivity", label,
+                  "log" if positive.notna().any(axis=None) else None)
+        lines.set_yscale("log" if positive.notna().equals(values.notna()) else "linear")
+    for kind in values:
+        lines.errorbar(values.index, values[kind], errors if errors is None else errors[kind], label=_short(kind),
+                       marker=".", linewidth=1, elinewidth=0.5)
+    lines.set(xlabel="layer", ylabel=label, title=f"{title}, by layer")
+    lines.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lines.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    bars.barh(list(map(_short, values)), values.mean())
+    bars.invert_yaxis()
+    bars.locator_params(axis="x", nbins=4)
+    bars.set(xlabel=f"{label}, mean over layers", title=f"{title}, by matrix kind")
     return bytes_of(figure, suffix)
 
 
@@ -60,24 +69,10 @@ def _heat_map(axis, values, title, label, norm=None):
     axis.figure.colorbar(image, ax=axis, label=label)
 
 
-def _by_layer_and_kind(lines, bars, values, errors, title, label):
-    """Show a DataFrame (layers, kinds) as a line for each kind, and as bars of the means over layers."""
-    for kind in values:
-        lines.errorbar(values.index, values[kind], errors if errors is None else errors[kind], label=_short(kind),
-                       marker=".", linewidth=1, elinewidth=0.5)
-    lines.set(xlabel="layer", ylabel=label, title=f"{title}, by layer")
-    lines.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lines.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    bars.barh(list(map(_short, values)), values.mean())
-    bars.invert_yaxis()
-    bars.locator_params(axis="x", nbins=4)
-    bars.set(xlabel=f"{label}, mean over layers", title=f"{title}, by matrix kind")
-
-
 def draw_tradeoff(points, suffix=".png"):
     """Plot perplexity against sparsity by method (arXiv 2310.09499, figure 3). Returns the file's bytes.
 
-    points: of `comparison.points_of`. One row per model, one column per text. Bars if all points have the same
+    points: of `results.points_of`. One row per model, one column per text. Bars if all points have the same
     sparsity, in percent.
     """
     models, texts, methods = (list(points[name].unique()) for name in ("model", "text", "method"))

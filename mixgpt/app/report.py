@@ -1,57 +1,171 @@
-"""Terminal output of a run: heading, tables, costs."""
+"""The record of a run, mixgpt.json: what it holds, and the tables and lines that report it."""
 
+import dataclasses
+import json
 import math
+import platform
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
 
+import datasets
 import pandas as pd
+import torch
+import transformers
 
-from mixgpt.app.comparison import NO_METRICS, table
-from mixgpt.app.settings import BOS
+from mixgpt.app.settings import BOS, EVALUATION, METHOD, REPORT, RESULT, flag_of, having_effect
 from mixgpt.checkpoints import load
+from mixgpt.checkpoints.formats import stored_bytes
+from mixgpt.checkpoints.run_dir import clear
 from mixgpt.common import distributed
+from mixgpt.common.choices import NO_METRICS, RECORD, is_interrupted_run
+from mixgpt.common.errors import InputError
+from mixgpt.common.program import check_signature, signature
+from mixgpt.common.progress import table
+from mixgpt.evaluation.measures import total_sparsity
 from mixgpt.modeling.experts import kind_of
+from mixgpt.modeling.streaming import digest, fingerprint
+from mixgpt.pruning.targets import Outcome
 
 
-def sparsity_table(record):
-    """Tabulate measured sparsity and mean reconstruction error by kind of matrix, and the total sparsity.
+def facts(settings, seqlen, dtype, device, sources):
+    """Return the part of the record known before pruning: resolved settings, versions, device and texts."""
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    versions = {"python": platform.python_version()}
+    versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    if settings.tasks:
+        versions["lm_eval"] = version("lm_eval")
+    return {"settings": dataclasses.asdict(settings) | {"seqlen": seqlen, "dtype": str(dtype).removeprefix("torch."),
+                                                        "device": str(device)},
+            **signature(), "device_name": device_name, "versions": versions, "data": sources}
 
-    record: with the entries of `records.of_matrices`.
+
+def of_matrices(matrices, others, outcomes, plan, known):
+    """Return the part of the record on the matrices, and on other weights of the layers."""
+    sensitivity = known.sensitivity if known else {}
+    rows = []
+    for m in matrices:
+        key, row = (m.layer, m.name), _counted(m)
+        if key in plan:
+            row["target"] = plan[key].sparsity
+        if key in sensitivity:
+            row["sensitivity"] = sensitivity[key]
+        outcome = outcomes.get(key, Outcome())
+        row |= {name: value for name in ("error", "percdamp") if (value := getattr(outcome, name)) is not None}
+        if outcome.grid:
+            row["wbits"] = outcome.grid.scheme.wbits
+        rows.append(row)
+    return {"sparsity": total_sparsity(matrices), "matrices": rows} | ({
+        "sparsity_of_layers": total_sparsity(matrices + others), "left_dense": [_counted(m) for m in others]}
+        if others else {})
+
+
+def _counted(m):
+    """Return the entries of the record for a `MatrixSparsity`."""
+    return {"layer": m.layer, "name": m.name, "shape": list(m.shape), "sparsity": m.zeros / m.numel}
+
+
+def asked(settings, seqlen, device):
+    """Return the settings that a resumed run must have in common with the first one, {flag: value}."""
+    shared = {flag_of(name): getattr(settings, name) for name in having_effect(RESULT, METHOD)}
+    return shared | {"--seqlen": seqlen, "--device": device.type, "number of processes": distributed.world()}
+
+
+def identity(settings, seqlen, device, model, calibration):
+    """Return what a resumed run must have in common with the first one, {flag: value}. calibration: tokens or None."""
+    return asked(settings, seqlen, device) | {
+        "--dtype": str(model.dtype).removeprefix("torch."), "model's weights": fingerprint(model),
+        "calibration tokens": None if calibration is None else digest(calibration)}
+
+
+def completed(settings, device):
+    """Return the record of the run that has ended in the folder of --save, None if there is none or it is not whole.
+
+    Raises InputError if another version of this program wrote it, or with other settings than those of now. Removes
+    what the run kept to go on from: it may have been killed while it did this.
     """
-    matrices, others = _weights(record["matrices"]), _weights(record.get("left_dense", []))
-    rows = [*_kinds(matrices), _total("total", matrices)]
-    if len(others):
-        rows += [*_kinds(others, "left dense: "), _total("total with these", pd.concat([matrices, others]))]
-    return table(["matrix kind", "count", "shape", "sparsity", "error"], rows)
+    folder = Path(settings.save)
+    if is_interrupted_run(folder) or not any(folder.glob("*.safetensors")):
+        return None
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or not {"matrices", "seconds", "settings", "identity"} <= record.keys():
+        return None  # of another program, or of a run that was killed after `save`
+    check_signature(record, f"--resume: the run in {folder}")
+    before = {flag_of(name): value for name, value in record["settings"].items()} | record["identity"]
+    now = asked(settings, settings.seqlen or before["--seqlen"], device) | {
+        flag_of(name): getattr(settings, name) for name in ("model", *having_effect(EVALUATION, REPORT))}
+    for flag, value in json.loads(json.dumps(now)).items():
+        if value != before.get(flag) and not (flag in ("--dtype", "--bos") and value == "auto"):  # which is resolved
+            raise InputError(f"--resume: {flag} was {before.get(flag)} in the complete run in {folder}, now it is "
+                             f"{value}; to evaluate its result again, give the folder as the model")
+    if distributed.rank() == 0:
+        clear(folder)
+    return record
 
 
-def _weights(rows):
-    """Return rows of a record, each on a matrix, as a DataFrame with its kind and its numbers of weights and zeros."""
-    frame = pd.DataFrame(rows, columns=["name", "shape", "sparsity", "error"])
-    frame["kind"], frame["numel"] = frame["name"].map(kind_of), frame["shape"].map(math.prod)
-    frame["zeros"] = (frame["sparsity"] * frame["numel"]).round()
-    return frame
+def disk(settings, folder, plan, selected):
+    """Count the plan's matrices' bytes on disk, against bfloat16; theory counts only the kept weights' bits."""
+    sizes = {key: out * columns for key, (out, columns) in selected.items()}
+    kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
+    nbytes = stored_bytes(settings.save, {f"{folder.family.path(*key)}.weight": sizes[key] for key in plan},
+                          folder.model.dtype.itemsize)
+    numel = sum(sizes.values())
+    return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
+            "theoretical_ratio": 16 * numel / (settings.wbits * kept)}
 
 
-def _kinds(weights, prefix=""):
-    for kind, group in weights.groupby("kind", sort=False):
-        shapes = sorted({"x".join(map(str, shape)) for shape in group["shape"]})
-        error = group["error"].astype(float).mean()  # NaN without calibration
-        yield [prefix + kind, str(len(group)), ", ".join(shapes), f"{group['zeros'].sum() / group['numel'].sum():.2%}",
-               "-" if math.isnan(error) else f"{error:.2%}"]
+def heading(inputs, model, versions, command=None):
+    """Return the heading: all that is needed to reproduce the run. command: the command line."""
+    settings, parameters, data = inputs.settings, sum(p.numel() for p in model.parameters()), []
+    whole = load.multimodal(settings.model) if inputs.model is None else None
+    if inputs.calibration is not None:
+        synthetic = sum(settings.synthetic_counts())
+        data.append(f"{settings.dataset}: {len(inputs.calibration)} sequences of {inputs.seqlen} tokens, "
+                    + (f"{synthetic} synthetic ones, " if synthetic else "")
+                    + f"seed {settings.seed}, batches of {settings.batch_size}")
+    if settings.bos != "never":
+        data.append(BOS[settings.bos])
+    lines = {"command": command,
+             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+             "model": f"{settings.model}: {type(model).__name__}, {len(inputs.family.layers_of(model))} layers, "
+                      f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {inputs.device}"
+                      + (f", the text part of a {whole}" if whole else "")
+                      + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
+             **_methods(settings, len(inputs.selected)), "data": ", ".join(data)}
+    return "\n".join(f"{title:<8} {line}" for title, line in lines.items() if line)
 
 
-def _total(title, weights):
-    numel = weights["numel"].sum()
-    return [title, str(len(weights)), f"{numel:,}", f"{weights['zeros'].sum() / numel:.2%}", ""]
+def _methods(settings, count):
+    """Describe how weights are pruned and quantized: {"pruning" or "grids": text}. count: of the matrices."""
+    lines, n, m, scheme, nonuniform = {}, settings.prunen, settings.prunem, settings.scheme, settings.is_nonuniform
+    walk = f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
+        ", true-sequential" if settings.true_sequential else "") + (
+        ", columns by activation" if settings.act_order else "") if settings.calibrates else ""
+    if settings.prunes:
+        amount = f"{n}:{m}" if m else f"{settings.sparsity:.4g} of the weights"
+        lines["pruning"] = (f"{settings.method}, {amount} {'over' if nonuniform else 'in each of'} {count} matrices"
+                            + (f", alpha {settings.alpha:g}" if nonuniform else "")
+                            + (f", nprobes {settings.nprobes}" if settings.ranks_by_sensitivity else "") + walk)
+    if scheme:
+        grids = "a row" if scheme.groupsize == -1 else f"{scheme.groupsize} columns of a row"
+        lines["grids"] = (("" if settings.prunes else f"{settings.method}, {count} matrices, ")
+                          + f"{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for {grids} each"
+                          + (", range by least error" if scheme.mse else "") + ("" if settings.prunes else walk))
+    return lines
 
 
-def plan_text(settings, target, plan, selected, sensitivity):
+def plan_text(settings, overall, plan, selected, sensitivity):
     """Tabulate trace per weight, rank (1: most sensitive) and assigned sparsity by kind and by layer, and the total.
 
-    target: the overall one. plan: {(layer, name): Target}. selected: {(layer, name): (out, in)}. sensitivity: {(layer,
+    overall: a Target. plan: {(layer, name): Target}. selected: {(layer, name): (out, in)}. sensitivity: {(layer,
     name): trace per weight}.
     """
     frame = pd.DataFrame([(layer, kind_of(name), sensitivity[layer, name], math.prod(selected[layer, name]),
-                           each.sparsity) for (layer, name), each in plan.items()],
+                           target.sparsity) for (layer, name), target in plan.items()],
                          columns=["layer", "matrix kind", "trace", "numel", "sparsity"])
     frame["rank"] = frame["trace"].rank(ascending=False, method="first")
     frame["pruned"] = frame["sparsity"] * frame["numel"]
@@ -60,9 +174,38 @@ def plan_text(settings, target, plan, selected, sensitivity):
          f"{group['pruned'].sum() / group['numel'].sum():.2%}"]
         for value, group in frame.groupby(column, sort=False)]) for column in ("matrix kind", "layer")]
     total = frame["pruned"].sum() / frame["numel"].sum()
-    met = not settings.prunem or abs(total - target.sparsity) < 1e-9
-    closest = "" if met else f", as close to {target.sparsity:.2%} as whole n of {settings.prunem} allow"
+    met = not settings.prunem or abs(total - overall.sparsity) < 1e-9
+    closest = "" if met else f", as close to {overall.sparsity:.2%} as whole n of {settings.prunem} allow"
     return "\n" + "\n\n".join([*tables, f"plan     {total:.2%} of the weights in all{closest}"])
+
+
+def sparsity_table(record):
+    """Tabulate measured sparsity and mean reconstruction error by kind of matrix, and the total sparsity.
+
+    record: with the entries of `of_matrices`.
+    """
+    matrices, others = record["matrices"], record.get("left_dense", [])
+    rows = [*_kinds(matrices), _total("total", matrices)]
+    if others:
+        rows += [*_kinds(others, "left dense: "), _total("total with these", matrices + others)]
+    return table(["matrix kind", "count", "shape", "sparsity", "error"], rows)
+
+
+def _kinds(matrices, prefix=""):
+    kinds = defaultdict(list)
+    for row in matrices:
+        kinds[kind_of(row["name"])].append(row)
+    for kind, rows in kinds.items():
+        shapes = sorted({"x".join(map(str, row["shape"])) for row in rows})
+        errors = [row["error"] for row in rows if "error" in row]
+        yield [prefix + kind, str(len(rows)), ", ".join(shapes), _total(kind, rows)[3],
+               f"{mean(errors):.2%}" if errors else "-"]
+
+
+def _total(title, rows):
+    numel = sum(math.prod(row["shape"]) for row in rows)
+    zeros = sum(round(row["sparsity"] * math.prod(row["shape"])) for row in rows)
+    return [title, str(len(rows)), f"{numel:,}", f"{zeros / numel:.2%}", ""]
 
 
 def perplexity_table(perplexities):
@@ -88,89 +231,28 @@ def _score(metrics, metric):
     return f"{value:,.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def kernels_line(result, dense):
-    """Report semistructured.compare's result, or why it was skipped. dense: dense kernels' {test set: perplexity}."""
-    if "skipped" in result:
-        return f"semi-structured kernels: skipped, {result['skipped']}"
-    perplexities = ", ".join(f"{name} {value:.2f} ({dense[name]:.2f})" for name, value in result["perplexity"].items())
-    seconds = result["seconds"]
-    return (f"semi-structured kernels: layers run {result['speed_up']:.2f} times as fast as on dense ones "
-            f"({seconds['semi_structured']:.2f} s, {seconds['dense']:.2f} s), {result['matrices']} matrices "
-            f"compressed; their outputs differ by {result['difference']:.2%} at most\n"
-            f"perplexity on them, in brackets on dense kernels: {perplexities}")
-
-
-def disk_line(disk):
-    """Report the size of the changed matrices on disk; see `records.disk` for the keys."""
-    return (f"disk {disk['bytes'] / 1e6:.1f} MB for the matrices above, {disk['bits_per_weight']:.2f} bits a weight, "
-            f"{disk['ratio']:.2f} times smaller than bfloat16 (in theory, without mask and grids, "
-            f"{disk['theoretical_ratio']:.2f} times)")
-
-
-def cost_line(seconds, peak):
-    """Report seconds per part, except those that round to 0, and peak memory in one line."""
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.05)
-    memory = ", ".join(f"{place} {value / 1e9:.2f} GB" for place, value in peak.items())
-    return f"time {sum(seconds.values()):.1f} s ({parts}); peak memory {memory}"
-
-
-def heading(inputs, model, versions, command=None):
-    """Return the heading: all that is needed to reproduce the run. command: the command line."""
-    settings, parameters = inputs.settings, sum(p.numel() for p in model.parameters())
-    whole = load.multimodal(settings.model) if inputs.model is None else None
-    lines = [f"command  {command}"] if command else []
-    lines += ["versions " + ", ".join(f"{name} {version}" for name, version in versions.items()),
-              f"model    {settings.model}: {type(model).__name__}, {len(inputs.family.layers_of(model))} layers, "
-              f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {inputs.device}"
-              + (f", the text part of a {whole}" if whole else "")
-              + (f", {distributed.world()} processes" if distributed.world() > 1 else "")]
-    lines += [f"{verb:<8} {how}" for verb, how in _methods(settings, len(inputs.selected)).items()]
-    data = []
-    if inputs.calibration is not None:
-        synthetic = sum(settings.synthetic_counts())
-        data.append(f"{settings.dataset}: {len(inputs.calibration)} sequences of {inputs.seqlen} tokens, "
-                    + (f"{synthetic} synthetic ones, " if synthetic else "")
-                    + f"seed {settings.seed}, batches of {settings.batch_size}")
-    data += [BOS[settings.bos]] if settings.bos != "never" else []
-    return "\n".join(lines + ([f"data     {', '.join(data)}"] if data else []))
-
-
-def _methods(settings, count):
-    """Describe how weights are pruned and quantized: {"pruning" or "grids": text}."""
-    how = {}
-    walk = f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
-        ", true-sequential" if settings.true_sequential else "") + (
-        ", columns by activation" if settings.act_order else "") if settings.calibrates else ""
-    if settings.prunes:
-        n, m = settings.prunen, settings.prunem
-        amount = f"{n}:{m}" if m else f"{settings.sparsity:.4g} of the weights"
-        where = "over" if settings.is_nonuniform else "in each of"
-        spread = (f", alpha {settings.alpha:g}" if settings.is_nonuniform else "") + (
-            f", nprobes {settings.nprobes}" if settings.ranks_by_sensitivity else "")
-        how["pruning"] = f"{settings.method}, {amount} {where} {count} matrices{spread}{walk}"
-    if scheme := settings.scheme:
-        name = "" if settings.prunes else f"{settings.method}, {count} matrices, "
-        grids = "a row" if scheme.groupsize == -1 else f"{scheme.groupsize} columns of a row"
-        how["grids"] = (f"{name}{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for {grids} each"
-                        + (", range by least error" if scheme.mse else "") + ("" if settings.prunes else walk))
-    return how
-
-
 def result_text(settings, record):
     """Return the final output: tables of sparsity, perplexity and tasks and, unless quiet, the costs."""
     parts = [sparsity_table(record)] if settings.compresses else []
-    perplexities, scores = record["perplexity"], record.get("tasks")
     if settings.eval:
-        parts.append(perplexity_table(perplexities))
-    if scores:
-        parts.append(task_table(scores))
-    if "semi_structured" in record:
-        parts.append(kernels_line(record["semi_structured"], list(perplexities.values())[-1]))
+        parts.append(perplexity_table(record["perplexity"]))
+    if record.get("tasks"):
+        parts.append(task_table(record["tasks"]))
+    if kernels := record.get("semi_structured"):
+        parts.append(f"semi-structured kernels: skipped, {kernels['skipped']}" if "skipped" in kernels else
+                     f"semi-structured kernels: layers run {kernels['speed_up']:.2f} times as fast as on dense ones "
+                     f"({kernels['seconds']['semi_structured']:.2f} s, {kernels['seconds']['dense']:.2f} s), "
+                     f"{kernels['matrices']} matrices compressed; their outputs differ by {kernels['difference']:.2%} "
+                     "at most\n" + perplexity_table({"semi-structured": kernels["perplexity"]}))
     if settings.quiet:
         return "\n\n".join(parts)
-    parts.append(cost_line(record["seconds"], record["peak_memory"]))
-    if "disk" in record:
-        parts.append(disk_line(record["disk"]))
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in record["seconds"].items() if value >= 0.05)
+    memory = ", ".join(f"{place} {value / 1e9:.2f} GB" for place, value in record["peak_memory"].items())
+    parts.append(f"time {sum(record['seconds'].values()):.1f} s ({seconds}); peak memory {memory}")
+    if disk := record.get("disk"):
+        parts.append(f"disk {disk['bytes'] / 1e6:.1f} MB for the matrices above, {disk['bits_per_weight']:.2f} bits a "
+                     f"weight, {disk['ratio']:.2f} times smaller than bfloat16 (in theory, without mask and grids, "
+                     f"{disk['theoretical_ratio']:.2f} times)")
     if settings.save:
         parts.append(f"saved in {settings.save}, loaded again and found equal")
     return "\n" + "\n\n".join(parts)

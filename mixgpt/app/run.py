@@ -1,18 +1,18 @@
 """A run in progress: the opened model, where its results go, and what was decided on memory."""
 
 import contextlib
+import errno
+import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from mixgpt.app import records
+from mixgpt.app import report
 from mixgpt.app.inputs import Inputs, distillation_windows
-from mixgpt.app.report import heading
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.layer_files import LayerFiles
-from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, memory
 from mixgpt.common.errors import InputError
 from mixgpt.common.memory import MemoryPlan
@@ -29,8 +29,7 @@ class Run:
 
     inputs: Inputs
     model: Any
-    run_dir: RunDir | None  # with --save
-    layer_files: LayerFiles | None  # with --save, or if the weights are on disk
+    files: LayerFiles | None  # the RunDir of --save; else in a temporary folder, if the weights are on disk
     record: dict  # as in mixgpt.json, filled step by step
     tracker: Tracker | None = None
     memory_plan: MemoryPlan = field(init=False)  # of pruning
@@ -50,11 +49,6 @@ class Run:
         return self.inputs.clock
 
     @property
-    def on_disk(self):
-        """Whether the weights stay on disk, so that a failed step can restart."""
-        return disk_weights(self.model) is not None
-
-    @property
     def synthetic_counts(self):
         """The numbers of synthetic sequences for the Hessians, and for distillation."""
         return self.settings.synthetic_counts(self.distills)
@@ -66,7 +60,7 @@ class Run:
 
     def kept(self, name, make):
         """Return make(), or what an interrupted run has kept of it; see `RunDir.kept`."""
-        return self.run_dir.kept(name, make) if self.run_dir else make()
+        return self.files.kept(name, make) if self.settings.save else make()
 
     def decided(self, name, choose):
         """Return the JSON-able choose(), or what it was in the interrupted run."""
@@ -79,29 +73,27 @@ class Run:
 
 
 @contextlib.contextmanager
-def opened(inputs, run_dir, command=None):
+def opened(inputs, files, command=None):
     """Yield a `Run`: open the weights, start or resume the output folder and W&B, and print the heading.
 
-    command: the command line, for the heading.
+    files: the RunDir of --save, if it is given. command: the command line, for the heading.
     """
     settings, family = inputs.settings, inputs.family
     with contextlib.ExitStack() as stack, inputs.clock.part("load"):
         model = inputs.model
         if model is None:
             model = load.open_model(settings.model, inputs.config, family, inputs.dtype)
-        record = records.facts(settings, inputs.seqlen, model.dtype, inputs.device, inputs.sources)
-        layer_files = run_dir
-        if run_dir:
-            record["identity"] = records.identity(
-                records.asked(settings, inputs.seqlen, inputs.device), model, inputs.calibration)
-            run_dir.open(model, family, record["identity"])
+        record = report.facts(settings, inputs.seqlen, model.dtype, inputs.device, inputs.sources)
+        if files:
+            record["identity"] = report.identity(settings, inputs.seqlen, inputs.device, model, inputs.calibration)
+            files.open(model, family, record["identity"])
         elif inputs.selected and disk_weights(model):  # pruned layers go to disk, like the dense ones
-            layer_files = stack.enter_context(_temporary_files(stack, inputs, model))
-            layer_files.open(model, family)
-        run = Run(inputs, model, run_dir, layer_files, record)
-        run.log(heading(inputs, model, record["versions"], command))
+            files = stack.enter_context(_temporary_files(stack, inputs, model))
+            files.open(model, family)
+        run = Run(inputs, model, files, record)
+        run.log(report.heading(inputs, model, record["versions"], command))
         with inputs.clock.part("W&B"):
-            run.tracker = stack.enter_context(_tracker(settings, record))
+            run.tracker = stack.enter_context(Tracker(settings, record))
         _plan(run)
         stack = stack.pop_all()
     with stack:
@@ -110,61 +102,44 @@ def opened(inputs, run_dir, command=None):
 
 def _temporary_files(stack, inputs, model):
     """Return LayerFiles in a temporary folder. Raises InputError if none has room for the pruned layers."""
-    layers = inputs.family.layers_of(model)
-    if inputs.settings.calibrates:
-        layers = layers[:max(index for index, _ in inputs.selected) + 1]
-    nbytes = sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
-    needed = 2 * nbytes if inputs.settings.distill else nbytes
+    nbytes = sum(tensor.nbytes for layer in inputs.family.layers_of(model) for tensor in layer.state_dict().values())
+    nbytes *= 2 if inputs.settings.distill else 1
     path = None
     if distributed.rank() == 0:
         try:
             path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
-            free = shutil.disk_usage(path).free
+            if shutil.disk_usage(path).free < nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise InputError("TMPDIR: no folder for temporary files can be written; set it to one, or give --save"
-                             ) from error
-        if free < needed:
-            raise InputError(f"TMPDIR {tempfile.gettempdir()}: pruned layers need {needed / 1e9:.3f} GB, "
-                             f"{free / 1e9:.3f} GB are free; set it to a folder on a larger disk, or give --save")
+            raise InputError(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers cannot be written to the folder for "
+                             f"temporary files ({error.strerror}); set it to another one, or give --save") from error
     return LayerFiles(distributed.broadcast_object(path), f"TMPDIR {tempfile.gettempdir()}",
                       "free some space, or set TMPDIR to a folder on a larger disk")
 
 
-def _tracker(settings, record):
-    """Return a W&B tracker, active only if requested and only in the first process."""
-    config = {**record["settings"], **record, "method": settings.method if settings.compresses else "dense"}
-    return Tracker(config if settings.log_wandb and distributed.rank() == 0 else None, settings.wandb_project,
-                   settings.wandb_name, settings.wandb_group)
-
-
 def _plan(run):
     """Decide whether the run distils, and whether a layer is calibrated in one pass; print what the user should know.
+
+    It distils if all weights can be trained at once on every device.
     """
-    settings, inputs, on_gpu = run.settings, run.inputs, run.inputs.device.type == "cuda"
+    settings, inputs, device = run.settings, run.inputs, run.inputs.device
     if settings.dtype == "auto" and inputs.dtype != "auto":
         run.log("dtype    float32: this CPU computes more slowly in the stored dtype; give --dtype to keep it")
-    if run.tracker.place:
-        run.log(f"W&B      {run.tracker.place}")
     if settings.distill:
-        _plan_distillation(run)
-    if inputs.selected and not run.memory_plan.two_passes and on_gpu:
+        windows = distillation_windows(settings, inputs.seqlen)
+        streamed = distill.with_token_budget(run.streamed(run.memory_plan), windows, inputs.seqlen)
+        run.distills = run.decided("distills", lambda: min(distributed.all_gather_object(
+            distill.room_for(streamed, windows))) > 0)
+        if not run.distills:
+            run.record["distilled"] = "no room"
+            run.log(f"distill  skipped: all weights cannot be trained at once in what is free on {device}")
+    if inputs.selected and not run.memory_plan.two_passes and device.type == "cuda":
         _plan_passes(run)
-    if settings.calibrates and on_gpu and (reason := columns.triton_obstacle(inputs.device)):
+    if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
         run.log(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
-    if settings.semi_structured and (reason := semistructured.obstacle(inputs.device, run.model.dtype)):
+    if settings.semi_structured and (reason := semistructured.obstacle(device, run.model.dtype)):
         run.record["semi_structured"] = {"skipped": reason}
         run.log(f"kernels  --semi-structured is skipped: {reason}")
-
-
-def _plan_distillation(run):
-    """Distil at the end only if all weights can be trained at once on every device."""
-    tokens = distillation_windows(run.settings, run.inputs.seqlen)
-    streamed = distill.with_token_budget(run.streamed(run.memory_plan), tokens, run.inputs.seqlen)
-    run.distills = run.decided("distills", lambda: min(distributed.all_gather_object(
-        distill.room_for(streamed, tokens))) > 0)
-    if not run.distills:
-        run.record["distilled"] = "no room"
-        run.log(f"distill  skipped: all weights cannot be trained at once in what is free on {run.inputs.device}")
 
 
 def _plan_passes(run):

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS
+from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS, Registry
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_outputs
 from mixgpt.text.sets import check_texts
@@ -50,23 +50,22 @@ def recipe(preset, prunem=0, wbits=16, groupsize=-1):
 
 # What an option affects.
 RESULT = "result"  # the result: must match for --resume, distinguished in plots
-METHOD = "method"  # the result, already shown in plots as method, sparsity or range over seeds
-ROUNDING = "rounding"  # only summation order or files: must match for --resume, one point in plots
-EVALUATION = "evaluation"  # what is reported, not saved: may differ for --resume, distinguished in plots
+METHOD = "method"  # likewise, but one point in plots, which show it as method, sparsity or range, or rounding alone
+EVALUATION = "evaluation"  # what is reported, not saved: must match once the run has ended, distinguished in plots
+REPORT = "report"  # how much is reported: must match once the run has ended
 FREE = "free"  # none of these: may differ for --resume
 
 
-def option(default, effect, help="", *, group=None, registry=None, choices=None, between=None, needs=(), output=False,
-           **arguments):
+def option(default, effect, help, *, group=None, choices=None, between=None, needs=(), **arguments):
     """Describe a field of `Settings`.
 
-    effect: one of the above. group: the option group that starts with it. registry, choices: its values. between:
-    the least and the greatest number. needs: the properties of Settings without which only the default makes sense.
-    output: whether it names a file that is written. arguments: further ones of argparse.
+    effect: one of the above. group: the option group that starts with it. choices: its values, or their `Registry`.
+    between: the least and the greatest number. needs: the properties of Settings without which only the default makes
+    sense. arguments: further ones of argparse.
     """
     return dataclasses.field(default=default, metadata={
-        "effect": effect, "help": help, "group": group, "registry": registry, "choices": choices, "between": between,
-        "needs": needs, "output": output, "arguments": arguments})
+        "effect": effect, "help": help, "group": group, "choices": choices, "between": between, "needs": needs,
+        "arguments": arguments})
 
 
 @dataclass(frozen=True, init=False)
@@ -76,11 +75,10 @@ class Settings:
     An option that is not given has the value of the preset's recipe, else its default.
     """
 
-    model: str = dataclasses.field(metadata={"effect": FREE})  # compared by weights, see records.identity
+    model: str = dataclasses.field(metadata={"effect": FREE})  # compared by weights, see report.identity
     dataset: str = dataclasses.field(metadata={"effect": RESULT})
 
-    sparsity: float = option(0.0, METHOD,
-        "fraction of the weights to prune, at least 0 and below 1", group="what to prune")
+    sparsity: float = option(0.0, METHOD, "fraction of the weights to prune, below 1", group="what to prune")
     prunen: int = option(0, METHOD, "n of n:m: weights to prune in every group", between=(0,))
     prunem: int = option(0, METHOD, "m of n:m: consecutive weights of a row in a group", between=(0,))
     minlayer: int = option(0, RESULT, "first layer to prune or quantize", between=(0,))
@@ -93,49 +91,42 @@ class Settings:
         "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
         needs=("prunes",))
 
-    sparsity_way: str = option("uniform", METHOD,
-        "how to distribute sparsity over matrices", group="sparsity allocation", registry=ALLOCATIONS,
-        needs=("prunes",))
-    alpha: float = option(0.1, RESULT,
-        "largest deviation of a matrix from the overall sparsity; with layer-level and weight-level before the shift "
-        "that meets the total", between=(0, 1))
-    sensitivity: str = option("hutchinson", METHOD, "sensitivity estimator", registry=ESTIMATORS)
+    sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",
+        group="sparsity allocation", choices=ALLOCATIONS, needs=("prunes",))
+    alpha: float = option(0.1, RESULT, "largest deviation of a matrix from the overall sparsity, up to a shift of all",
+        between=(0, 1))
+    sensitivity: str = option("hutchinson", METHOD, "sensitivity estimator", choices=ESTIMATORS)
     nprobes: int = option(1, RESULT, "random probes (with fisher: sampled labels) per calibration sequence",
         between=(1,))
     sensitivity_file: str | None = option(None, FREE,
         "JSON file of sensitivities: read if it exists, else computed and written (default: cached in ~/.cache/mixgpt "
-        "by model, data, seed and settings)", output=True)
+        "by model, data, seed and settings)")
 
     gmp: bool = option(False, METHOD, "magnitude pruning without calibration (the baseline)", group="pruning",
         needs=("compresses",))
-    solver: str = option("obs", METHOD, "pruning solver", registry=SOLVERS, needs=("calibrates", "prunes"))
+    solver: str = option("obs", METHOD, "pruning solver", choices=SOLVERS, needs=("calibrates", "prunes"))
     target: str = option("layer", METHOD,
-        "regression target for the outputs of a pruned matrix; layer: the dense matrix on the same inputs; dense: "
-        "the mean of these and the dense model's outputs, plus half the error of the hidden states they are added to",
+        "what outputs of a pruned matrix are fitted to; layer: the dense matrix's on the same inputs; dense: the mean "
+        "of these and the dense model's, plus half the error of the hidden states they are added to",
         choices=("layer", "dense"), needs=("calibrates",))
     token_weights: str = option("equal", METHOD,
         "weights of calibration tokens in the Hessians; equal: all alike; fisher: by the square root of the "
         "loss gradient at the token", choices=("equal", "fisher"), needs=("calibrates",))
-    saliency: str = option("obs", METHOD, "score by which weights are ranked", registry=SALIENCIES)
-    blocksize: int = option(128, RESULT, "columns per block; the rest of the matrix is updated after each block",
-        between=(1,))
-    percdamp: float = option(0.01, RESULT, "damping of the Hessian, as a fraction of its mean diagonal",
-        between=(0, 1))
+    saliency: str = option("obs", METHOD, "score by which weights are ranked", choices=SALIENCIES)
+    blocksize: int = option(128, RESULT, "columns after which the rest of the matrix is updated", between=(1,))
+    percdamp: float = option(0.01, RESULT, "damping of the Hessian, a fraction of its mean diagonal", between=(0, 1))
     true_sequential: bool = option(True, RESULT,
         "calibrate each linear on the outputs of the pruned linears before it in its layer; otherwise all linears of "
         "a layer on the unpruned layer")
 
-    wbits: int = option(16, METHOD,
-        "bits of the kept weights, quantized by GPTQ in the same pass; 16: not quantized",
+    wbits: int = option(16, METHOD, "bits of the kept weights, quantized by GPTQ in the same pass; 16: not quantized",
         group="quantization", choices=WBITS)
-    grid: str = option("uniform", METHOD, "values to which weights are rounded", registry=GRIDS, needs=("quantizes",))
-    groupsize: int = option(-1, RESULT,
-        "consecutive weights of a row that share a scale and zero point; -1: the whole row", between=(-1,),
-        needs=("quantizes",))
+    grid: str = option("uniform", METHOD, "values to which weights are rounded", choices=GRIDS, needs=("quantizes",))
+    groupsize: int = option(-1, RESULT, "consecutive weights of a row that share a scale and zero point; -1: all",
+        between=(-1,), needs=("quantizes",))
     sym: bool = option(False, RESULT, "symmetric grids; otherwise from the minimum to the maximum of the weights",
         needs=("quantizes",))
-    mse: bool = option(False, RESULT,
-        "search the range of each grid for the smallest rounding error on the calibration inputs",
+    mse: bool = option(False, RESULT, "search the range of each grid for the least error on the calibration inputs",
         needs=("quantizes", "calibrates"))
     act_order: bool = option(False, RESULT,
         "process columns in order of decreasing Hessian diagonal; groups of n:m stay whole", needs=("calibrates",))
@@ -148,35 +139,31 @@ class Settings:
     distill: float = option(0.0, METHOD,
         "further ones, likewise, on which the kept weights, or with --wbits the scales of their grids, are trained at "
         "the end to predict what the dense model does", between=(0, 100), needs=("calibrates",))
-    seqlen: int | None = option(None, RESULT,
-        "tokens per sequence, in calibration and evaluation (default: 2048, or the model's limit if that is lower)",
+    seqlen: int | None = option(None, RESULT, "tokens per sequence (default: 2048, or the model's limit if lower)",
         between=(2,), type=int)
     bos: str = option("auto", RESULT,
-        "where the token for the beginning of a text stands, in calibration and evaluation; each: at the start of each "
-        "sequence, in place of its first token; once: at the start of each text; never: nowhere; auto: each for models "
-        "that need it (Gemma), else what the tokenizer does by itself", choices=("auto", *BOS))
-    seed: int = option(0, METHOD, "random seed for calibration sequences, probes and sampled labels",
-        between=(0, 2**64 - 1))
-    data_dir: str | None = option(None, FREE,
-        "folder with local copies of the datasets, used instead of the hub")
+        "where the token for the beginning of a text stands; each: at the start of each sequence, in place of its "
+        "first token; once: of each text; auto: each for models that need it (Gemma), else as the tokenizer does",
+        choices=("auto", *BOS))
+    seed: int = option(0, METHOD, "random seed for sequences, probes and sampled labels", between=(0, 2**64 - 1))
+    data_dir: str | None = option(None, FREE, "folder with local copies of the datasets, used instead of the hub")
 
-    eval: tuple[str, ...] = option(("wikitext2", "ptb", "c4"), FREE,
+    eval: tuple[str, ...] = option(("wikitext2", "ptb", "c4"), REPORT,
         "test sets for perplexity, by name, or files or folders of text; --eval without a name: none",
         group="evaluation", nargs="*", type=str, metavar="TEXT")
     eval_limit: int | None = option(None, EVALUATION,
         "evaluate only the first sequences of each test set (default: all)", between=(1,), type=int)
-    dense: bool = option(False, FREE, "also evaluate the dense model")
-    tasks: tuple[str, ...] = option((), FREE,
-        "lm-eval tasks to report, separated by commas, such as arc_challenge,hellaswag; needs requirements-eval.txt",
-        type=str)
+    dense: bool = option(False, REPORT, "also evaluate the dense model")
+    tasks: tuple[str, ...] = option((), REPORT,
+        "lm-eval tasks, separated by commas, such as arc_challenge,piqa; needs requirements-eval.txt", type=str)
     tasks_dir: str | None = option(None, FREE, "folder with further tasks, as .yaml files of lm-eval", needs=("tasks",))
-    limit: int | None = option(None, FREE, "evaluate only the first examples of each task (default: all)",
+    limit: int | None = option(None, REPORT, "evaluate only the first examples of each task (default: all)",
         between=(1,), needs=("tasks",), type=int)
-    semi_structured: bool = option(False, FREE,
+    semi_structured: bool = option(False, REPORT,
         "also run the model, which must be 2:4 sparse, on the GPU's sparse kernels, and report speed and difference",
         needs=("eval",))
 
-    batch_size: int = option(2, ROUNDING,
+    batch_size: int = option(2, METHOD,
         "sequences per forward pass; affects speed and memory only", group="execution", between=(1,))
     device: str | None = option(None, FREE, "cpu, cuda or cuda:N (default: cuda if available)")
     dtype: str = option("auto", RESULT,
@@ -184,25 +171,19 @@ class Settings:
         choices=("auto", "float32", "bfloat16", "float16"))
 
     save: str | None = option(None, FREE,
-        "new folder for the weights, tokenizer, configuration and mixgpt.json; reloaded and compared after writing",
-        group="output")
-    save_format: str = option("dense", ROUNDING, "format of the saved weights", registry=FORMATS, needs=("save",))
-    resume: bool = option(False, FREE, "continue the interrupted run in the folder of --save, if there is one",
-        needs=("save",))
-    overwrite: bool = option(False, FREE,
-        "replace the files of --record and --plot and the model in --save if they exist")
+        "new folder for the model and mixgpt.json; reloaded and compared after writing", group="output")
+    save_format: str = option("dense", METHOD, "format of the saved weights", choices=FORMATS, needs=("save",))
+    resume: bool = option(False, FREE, "continue the interrupted run in the folder of --save", needs=("save",))
+    overwrite: bool = option(False, FREE, "replace the files of --record and --plot, and the model in --save")
     plot: str | None = option(None, FREE,
-        "figure of the assigned sparsities by layer and kind of matrix, and of the sensitivities, if they are ranked "
-        "(.png, .pdf, .svg)", output=True, needs=("is_nonuniform",))
+        "figure of sparsities and, if matrices are ranked, sensitivities by layer and kind (.png, .pdf, .svg)",
+        needs=("is_nonuniform",))
     record: str | None = option(None, FREE,
-        "JSON file of settings, versions, every matrix and perplexities, as in mixgpt.json of --save; results.py "
-        "compares such files", output=True)
+        "JSON file of settings, versions, every matrix and perplexities, as mixgpt.json in --save; for results.py")
     log_wandb: bool = option(False, FREE, "log to Weights & Biases during the run (pip install wandb, wandb login)")
-    wandb_project: str | None = option(None, FREE,
-        "W&B project (default: WANDB_PROJECT)", needs=("log_wandb",))
+    wandb_project: str | None = option(None, FREE, "W&B project (default: WANDB_PROJECT)", needs=("log_wandb",))
     wandb_name: str | None = option(None, FREE, "W&B run name (default: WANDB_NAME)", needs=("log_wandb",))
-    wandb_group: str | None = option(None, FREE, "W&B run group (default: WANDB_RUN_GROUP)",
-        needs=("log_wandb",))
+    wandb_group: str | None = option(None, FREE, "W&B run group (default: WANDB_RUN_GROUP)", needs=("log_wandb",))
     quiet: bool = option(False, FREE, "print only results and warnings")
 
     def __init__(self, model, dataset, **options):
@@ -215,7 +196,8 @@ class Settings:
             names, value = isinstance(defaults.get(name), tuple), str(value) if isinstance(value, Path) else value
             object.__setattr__(self, name, _names(flag_of(name), value) if names else value)  # frozen
         try:
-            self._check_fields()
+            for field in dataclasses.fields(self):
+                self._check_field(field)
             self._check_combinations()
         except InputError as error:
             refused, _, reason = str(error).partition(": ")
@@ -223,25 +205,22 @@ class Settings:
                 raise InputError(f"--preset {self.preset} ({refused}): {reason}") from error
             raise
 
-    def _check_fields(self):
-        for field in dataclasses.fields(self):
-            value, metadata = getattr(self, field.name), field.metadata
-            if isinstance(value, str) and not value.strip() and field.default != "":
-                raise InputError(f'{flag_of(field.name)} "{value}": must not be empty')
-            if (registry := metadata.get("registry")) is not None:
-                registry.check(value)
-            if value != field.default and (choices := metadata.get("choices")) and value not in choices:
-                raise InputError(f"{flag_of(field.name)} {value}: must be one of {', '.join(map(str, choices))}")
-            if value is not None and (between := metadata.get("between")):
-                check_between(flag_of(field.name), value, *between)
-        for field in dataclasses.fields(self):
-            value, needs = getattr(self, field.name), field.metadata.get("needs", ())
-            if missing := [need for need in needs if value != field.default and not getattr(self, need)]:
-                given = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
-                raise InputError(f"{flag_of(field.name)}{given}: needs {NEEDS[missing[0]]}")
+    def _check_field(self, field):
+        value, metadata, flag = getattr(self, field.name), field.metadata, flag_of(field.name)
+        if isinstance(value, str) and not value.strip() and field.default != "":
+            raise InputError(f'{flag} "{value}": must not be empty')
+        if value == field.default or "help" not in metadata:
+            return
+        if (choices := metadata["choices"]) and value not in choices:
+            raise InputError(f"{flag} {value}: must be one of {', '.join(map(str, choices))}")
+        if metadata["between"]:
+            check_between(flag, value, *metadata["between"])
+        if missing := [need for need in metadata["needs"] if not getattr(self, need)]:
+            given = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
+            raise InputError(f"{flag}{given}: needs {NEEDS[missing[0]]}")
 
     def _check_combinations(self):
-        n, m, groupsize = self.prunen, self.prunem, self.groupsize
+        n, m, groupsize, solver = self.prunen, self.prunem, self.groupsize, SOLVERS[self.solver]
         if not 0 <= self.sparsity < 1:
             raise InputError(f"--sparsity {self.sparsity:g}: must be at least 0 and below 1")
         if (n or m) and not 0 < n < m:
@@ -259,23 +238,18 @@ class Settings:
                              "group stay together")
         if self.semi_structured and self.prunes and not (m == 4 and n >= 2):
             raise InputError("--semi-structured: needs a 2:4 sparse model: --prunen 2 --prunem 4, or one pruned before")
-        self._check_solver()
-        check_texts(None if self.dataset == IN_MEMORY else self.dataset, self.eval, self.needs_calibration)
-        for field in dataclasses.fields(self):
-            if registry := field.metadata.get("registry"):
-                choice = registry[getattr(self, field.name)]
-                if reason := choice.refuses and choice.refuses(self):
-                    raise InputError(f"{registry.flag} {getattr(self, field.name)}: {reason}")
-
-    def _check_solver(self):
-        solver = SOLVERS[self.solver]
         if solver.saliencies is not None and self.saliency not in solver.saliencies:
             raise InputError(f"--saliency {self.saliency}: --solver {self.solver} does not support it; must be "
                              f"{' or '.join(solver.saliencies)}")
         if self.quantizes and not solver.quantizes:
-            others = [name for name, other in SOLVERS.items() if other.quantizes]
             raise InputError(f"--wbits {self.wbits}: --solver {self.solver} does not quantize; must be "
-                             f"{' or '.join(others)}")
+                             f"{' or '.join(name for name, other in SOLVERS.items() if other.quantizes)}")
+        check_texts(None if self.dataset == IN_MEMORY else self.dataset, self.eval, self.needs_calibration)
+        for field in dataclasses.fields(self):
+            if isinstance(registry := field.metadata.get("choices"), Registry):
+                choice = registry[getattr(self, field.name)]
+                if reason := choice.refuses and choice.refuses(self):
+                    raise InputError(f"{registry.flag} {getattr(self, field.name)}: {reason}")
 
     @property
     def prunes(self):
@@ -288,9 +262,8 @@ class Settings:
     @property
     def scheme(self):
         """The quant.Scheme of the weights, None without quantization."""
-        if not self.quantizes:
-            return None
-        return GRIDS[self.grid].load()(self.wbits, self.groupsize, self.sym, self.mse)
+        scheme = GRIDS[self.grid].load() if self.quantizes else None
+        return scheme and scheme(self.wbits, self.groupsize, self.sym, self.mse)
 
     @property
     def compresses(self):
@@ -336,35 +309,31 @@ class Settings:
     @property
     def method(self):
         """Name of the method in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
-        bits = f"{self.wbits} bit" + ("" if self.grid == "uniform" else f" {self.grid}") if self.quantizes else ""
-        if not self.prunes:
-            return f"{'GPTQ' if self.calibrates else 'nearest'} {bits}" + _in_brackets(self._calibration_choices())
-        mixgpt = self.ranks_by_sensitivity and self.saliency == "isc" and not self.gmp
-        name = "magnitude" if self.gmp else "MixGPT" if mixgpt and self.solver == "obs" else SOLVERS.title(self.solver)
-        choices = []
-        if self.is_nonuniform:
-            by = f" by {ESTIMATORS.title(self.sensitivity)}" if self.ranks_by_sensitivity else ""
-            choices.append(ALLOCATIONS.title(self.sparsity_way) + by)
-        choices += [SALIENCIES.title(self.saliency)] if self.saliency != "obs" and not self.gmp and not mixgpt else []
-        choices += self._calibration_choices()
-        return name + _in_brackets(choices) + (f" + {bits}" if bits else "")
-
-    def _calibration_choices(self):
-        """Name the choices of any solver that differ from the defaults."""
-        chosen = {"dense target": self.target == "dense", "weighted tokens": self.token_weights == "fisher",
-                  "synthetic text": self.synthetic > 0, "distilled": self.distill > 0}
-        return [name for name, is_chosen in chosen.items() if is_chosen]
+        if not self.compresses:
+            return "dense"
+        bits = f"{self.wbits} bit" + ("" if self.grid == "uniform" else f" {self.grid}")
+        mixgpt = self.ranks_by_sensitivity and self.saliency == "isc" and self.solver == "obs"
+        if self.prunes:
+            name = "magnitude" if self.gmp else "MixGPT" if mixgpt else SOLVERS.title(self.solver)
+        else:
+            name = f"{'GPTQ' if self.calibrates else 'nearest'} {bits}"
+        by = f" by {ESTIMATORS.title(self.sensitivity)}" if self.ranks_by_sensitivity else ""
+        choices = {ALLOCATIONS.title(self.sparsity_way) + by: self.is_nonuniform,
+                   SALIENCIES.title(self.saliency): self.prunes and self.saliency != "obs" and not (self.gmp or mixgpt),
+                   "dense target": self.target == "dense", "weighted tokens": self.token_weights == "fisher",
+                   "synthetic text": self.synthetic > 0, "distilled": self.distill > 0}
+        chosen = ", ".join(choice for choice, is_chosen in choices.items() if is_chosen)
+        return name + (f" ({chosen})" if chosen else "") + (f" + {bits}" if self.prunes and self.quantizes else "")
 
     def check_paths(self):
         """Raise InputError if a given file or folder does not exist, or a file to be written may not be written."""
         check_model("model", self.model)
         if self.data_dir and not os.path.isdir(self.data_dir):
             raise InputError(f"--data-dir {self.data_dir}: no such folder")
-        paths = {flag_of(field.name): path for field in dataclasses.fields(self)
-                 if field.metadata.get("output") and (path := getattr(self, field.name))}
-        if os.path.isfile(self.sensitivity_file or ""):
-            paths.pop("--sensitivity-file")  # is read
-        check_outputs(paths, self.overwrite or self.resume, self.save)
+        paths = {"--plot": self.plot, "--record": self.record}
+        if not os.path.isfile(self.sensitivity_file or ""):  # else it is read
+            paths["--sensitivity-file"] = self.sensitivity_file
+        check_outputs({flag: path for flag, path in paths.items() if path}, self.overwrite or self.resume, self.save)
         reads = (self.model, self.dataset, *self.eval, self.data_dir, self.sensitivity_file, self.tasks_dir)
         for path in filter(os.path.exists, filter(None, reads) if self.save else ()):
             if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.save)):  # --overwrite would remove it
@@ -388,11 +357,6 @@ def check_between(flag, value, least, most=math.inf):
     if not least <= value <= most:
         bounds = f"must be at least {least}" if most == math.inf else f"must lie between {least} and {most}"
         raise InputError(f"{flag} {value:g}: {bounds}")
-
-
-def _in_brackets(choices):
-    """List choices after a name, if there are any."""
-    return f" ({', '.join(choices)})" if choices else ""
 
 
 def check_model(flag, name):

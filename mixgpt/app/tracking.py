@@ -1,4 +1,5 @@
-"""Logging to Weights & Biases. Whatever fails there gives a line of warning and never ends the run."""
+"""Logging to Weights & Biases, whose client says where a run is kept. Whatever fails there gives a line of warning and
+never ends the run."""
 
 import functools
 import io
@@ -7,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from mixgpt.common import distributed
 from mixgpt.common.errors import one_line, status_of
 
 
@@ -18,7 +20,7 @@ def _guarded(method):
             if self.run is not None:
                 method(self, *arguments)
         except Exception as error:  # of the client, its process or its server
-            _warn(error, f"going on without it; {self._upload()}")
+            _warn(error, f"going on without it; {_upload(self.run)}")
             self.run = None
 
     return guarded
@@ -27,50 +29,40 @@ def _guarded(method):
 class Tracker:
     """A W&B run, as a context manager that marks it finished or failed. Without a run, methods do nothing."""
 
-    def __init__(self, config, project=None, name=None, group=None):
-        """Start a run. config: settings and environment, None: no run. Other Nones are left to wandb's variables.
+    def __init__(self, settings, record):
+        """Start a run in the first process if the settings ask for it. record: of the run, as far as it is known.
 
-        Without a login or a server that answers, the run is kept on disk.
+        Options of the settings that are None are left to wandb's variables. Without a login or a server that answers,
+        the run is kept on disk.
         """
         self.run = None
-        if config is None:
+        if not settings.log_wandb or distributed.rank() > 0:
             return
         try:
             import wandb
             self.wandb = wandb
-            begin = functools.partial(wandb.init, config=config, project=project, name=name, group=group,
-                                      settings=wandb.Settings(silent=True))
+            begin = functools.partial(
+                wandb.init, config={**record["settings"], **record, "method": settings.method},
+                project=settings.wandb_project, name=settings.wandb_name, group=settings.wandb_group,
+                settings=wandb.Settings(silent=settings.quiet))
             try:
                 self.run = begin()
             except (wandb.errors.UsageError, wandb.errors.CommError) as error:  # logged out, or no answer
                 self.run = begin(mode="offline")
-                _warn(error, f"the run is kept {self.place}")
+                _warn(error, f"the run is kept on disk; {_upload(self.run)}")
             for metrics in ("layers/*", "error/*", "sparsity/*"):
                 self.run.define_metric(metrics, step_metric="layer")
         except Exception as error:  # not installed, a variable that it does not accept, a full disk
             self.run = None
             _warn(error, "going on without it")
 
-    @property
-    def place(self):
-        """Return a line on where the run can be seen, None without a run."""
-        if self.run is None:
-            return None
-        if self.run.disabled:
-            return "disabled by WANDB_MODE"
-        return f"on disk; {self._upload()}" if self.run.offline else self.run.url
-
-    def _upload(self):
-        return f"upload it with: wandb sync {Path(self.run.dir).parent}"
-
     @_guarded
     def plan(self, traces, plan):
         """Log `Traces` and {(layer, name): Target} as a table and a picture."""
         from mixgpt.app import plots  # imports matplotlib
-        sensitivity, errors = traces.sensitivity, traces.sensitivity_errors
-        ranked = sorted(plan, key=sensitivity.get, reverse=True)
-        rows = [[layer, name, sensitivity[layer, name], errors[layer, name], rank, plan[layer, name].sparsity]
-                for rank, (layer, name) in enumerate(ranked, start=1)]
+        ranked = sorted(plan, key=traces.sensitivity.get, reverse=True)
+        rows = [[*key, traces.sensitivity[key], traces.sensitivity_errors[key], rank, plan[key].sparsity]
+                for rank, key in enumerate(ranked, start=1)]
         columns = ["layer", "matrix", "trace per weight", "standard error", "rank", "sparsity assigned"]
         self.run.log({"plan/matrices": self.wandb.Table(columns=columns, data=rows),
                       "plan/heat_map": self.wandb.Image(Image.open(io.BytesIO(plots.draw(plan, traces))))})
@@ -93,9 +85,8 @@ class Tracker:
     @_guarded
     def result(self, record, method):
         """Log the record of the run: every matrix as a table, all else as summary numbers."""
-        columns = list(dict.fromkeys(column for row in record["matrices"] for column in row if column != "shape"))
-        rows = [[row.get(column) for column in columns] for row in record["matrices"]]
-        self.run.log({"matrices": self.wandb.Table(columns=columns, data=rows)} | scores(record, method))
+        matrices = pd.DataFrame(record["matrices"]).drop(columns="shape", errors="ignore")
+        self.run.log({"matrices": self.wandb.Table(dataframe=matrices)} | scores(record, method))
         seconds = record["seconds"]
         facts = {name: record[name] for name in ("sparsity", "peak_memory", "disk") if name in record}
         self.run.summary.update(facts | {"method": method, "seconds": seconds | {"total": sum(seconds.values())}})
@@ -103,11 +94,8 @@ class Tracker:
     def __enter__(self):
         return self
 
-    def __exit__(self, _, error, traceback):
-        self._finish(error)
-
     @_guarded
-    def _finish(self, error):
+    def __exit__(self, _, error, traceback):
         if isinstance(error, Exception):
             self.run.summary["failed"] = one_line(error)
         self.run.finish(exit_code=status_of(error))
@@ -118,6 +106,10 @@ def scores(record, method):
     named = {quantity if model == method else f"{model}_{quantity}": values for quantity in ("perplexity", "tasks")
              for model, values in record.get(quantity, {}).items() if values}
     return pd.json_normalize(named, sep="/").to_dict("records")[0] if named else {}
+
+
+def _upload(run):
+    return f"upload it with: wandb sync {Path(run.dir).parent}"
 
 
 def _warn(error, consequence):

@@ -3,8 +3,8 @@
 Help, checks and error messages are derived from a registry. Nothing here imports PyTorch.
 """
 
-import importlib
 import os
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from mixgpt.common.errors import InputError
 
 RECORD = "mixgpt.json"  # of a run: settings, versions, every matrix, perplexities
 PROGRESS = "progress"  # a directory, until the run has ended: the resume state
+NO_METRICS = ("examples", "num_fewshot", "version")  # of a task's scores in a record
 SPARSE = "sparse.json"  # file of a sparse checkpoint: {name of a parameter: its description}
 
 
@@ -37,10 +38,7 @@ class Choice:
 
     def load(self):
         """Return the code of this choice."""
-        if not isinstance(self.code, str):
-            return self.code
-        module, _, name = self.code.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(self.code) if isinstance(self.code, str) else self.code
 
 
 class Registry(dict):

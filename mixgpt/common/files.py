@@ -1,8 +1,7 @@
-"""Atomic writes of files and directories, the cache, and the files that options write."""
+"""Atomic writes, the cache, and the files that options write."""
 
 import contextlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,35 +20,11 @@ def replacing(path):
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        _flush(partial)
+        with partial.open() as file:
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def replacing_folder(path):
-    """Yield a temporary directory, flushed and renamed to `path` at the end of the block; one process at a time.
-
-    After an error there is no directory at `path`.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-        partial.mkdir()
-        yield partial
-        for written in (*partial.rglob("*"), partial):
-            _flush(written)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path):
-    """Flush a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def cache_folder():
@@ -65,29 +40,21 @@ def check_outputs(paths, overwrite, folder=None):
     """
     places = {}
     for flag, path in paths.items():
-        _check_path(flag, Path(path), overwrite)
-        place = Path(os.path.realpath(path))
+        file, place = Path(path), Path(os.path.realpath(path))
+        if flag == "--plot" and file.suffix not in PICTURES:
+            raise InputError(f"{flag} {path}: must end in {', '.join(PICTURES)}")
         if place in places:
             raise InputError(f"{flag} {path}: is the file of {places[place]}; name another file")
         if folder and place.is_relative_to(os.path.realpath(folder)):
             raise InputError(f"{flag} {path}: is in the folder of --save; name a file elsewhere")
+        with _writing(flag, path):
+            if file.exists() and not file.is_file():
+                raise InputError(f"{flag} {path}: is not a file; name a file")
+            if file.exists() and not overwrite:
+                raise InputError(f"{flag} {path}: exists; give --overwrite to replace it, or name another file")
+            nearest = next(parent for parent in file.absolute().parents if parent.exists())
+            tempfile.TemporaryFile(dir=nearest).close()  # tries whether it can be written
         places[place] = flag
-
-
-def _check_path(flag, path, overwrite):
-    if flag == "--plot" and path.suffix not in PICTURES:
-        raise InputError(f"{flag} {path}: must end in {', '.join(PICTURES)}")
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{flag} {path}: is not a file; name a file")
-        if path.exists() and not overwrite:
-            raise InputError(f"{flag} {path}: exists; give --overwrite to replace it, or name another file")
-        folder = path.absolute().parent
-        while not folder.exists():
-            folder = folder.parent
-        tempfile.TemporaryFile(dir=folder).close()  # tries whether it can be written
-    except OSError as error:
-        raise _refusal(flag, path, error) from error
 
 
 def write_output(flag, path, content):
@@ -95,14 +62,16 @@ def write_output(flag, path, content):
 
     A symbolic link stays a link. flag: the command-line flag of the file.
     """
-    try:
+    with _writing(flag, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(os.path.realpath(path)) as partial:
             partial.write_bytes(content if isinstance(content, bytes) else
                                 content.encode(errors="surrogateescape"))  # names of files need not be text
+
+
+@contextlib.contextmanager
+def _writing(flag, path):
+    try:
+        yield
     except OSError as error:
-        raise _refusal(flag, path, error) from error
-
-
-def _refusal(flag, path, error):
-    return InputError(f"{flag} {path}: cannot be written ({error.strerror}); name another file")
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); name another file") from error

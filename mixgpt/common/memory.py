@@ -92,16 +92,12 @@ def retry_with_less_memory(settings, plan, step, again=True):
             if not cheaper and shared:
                 raise
             if not cheaper:
-                raise InputError(_advice(settings, plan)) from error
+                size = "--seqlen" if plan.batch_size == 1 else "--batch-size or --seqlen"
+                one_pass = settings.true_sequential and not plan.two_passes
+                raise InputError(f"--batch-size {plan.batch_size} --seqlen {settings.seqlen or 'default'}: out of GPU "
+                                 f"memory; lower {size}" + (", or give --no-true-sequential" if one_pass else "")
+                                 ) from error
         plan, change = cheaper
         gc.collect()  # tensors referenced by the error's frames
         torch.cuda.empty_cache()
         print(f"warning  out of GPU memory: continuing with {change}", flush=True)
-
-
-def _advice(settings, plan):
-    remedies = "--seqlen" if plan.batch_size == 1 else "--batch-size or --seqlen"
-    if settings.true_sequential and not plan.two_passes:
-        remedies += ", or give --no-true-sequential"
-    return (f"--batch-size {plan.batch_size} --seqlen {settings.seqlen or 'default'}: out of GPU memory; lower "
-            f"{remedies}")

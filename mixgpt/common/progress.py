@@ -1,4 +1,4 @@
-"""Show the progress of long loops: a bar in a terminal, elsewhere a line now and then."""
+"""Show the progress of long loops, as a bar in a terminal and elsewhere in a line now and then; and lay out tables."""
 
 import contextlib
 import sys
@@ -6,7 +6,7 @@ from contextvars import ContextVar
 
 from tqdm import tqdm
 
-from mixgpt.common import distributed
+from mixgpt.common import program
 
 INTERVAL = 30  # seconds between two lines, and before the first one
 LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed}, about {remaining} left ({eta:%H:%M})"
@@ -42,7 +42,7 @@ def bar(iterable=None, *, title, unit="layer", **options):
     stream = sys.stderr if _stream.get() == "stderr" else _stream.get()
     in_notebook = type(stream).__module__.startswith("ipykernel.")
     kind = tqdm if in_notebook or stream and stream.isatty() else Lines
-    if stream is None or distributed.rank() > 0:
+    if stream is None or program.rank() > 0:
         options["disable"] = True  # otherwise as TQDM_DISABLE says
     return kind(iterable, desc=title, unit=unit, file=stream, **options)
 
@@ -55,3 +55,15 @@ def shown_on(stream):
         yield
     finally:
         _stream.reset(token)
+
+
+def table(header, rows):
+    """Lay out rows of text under a header, the first column left-aligned, the others right-aligned."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def line(cells):
+        first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([cells[0].ljust(widths[0]), *others]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from transformers import GenerationConfig
@@ -55,11 +54,19 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=model.generation_config.eos_token_id,
         stop_strings=list(until) or None, **choice)
+
+    def check_logits(_, logits):
+        """Raise InputError for logits that cannot be ranked or sampled from; -inf excludes a token. Notes the time."""
+        times.append(time.perf_counter())
+        if logits.isnan().any() or logits.isposinf().any():
+            raise InputError(f"model {model.config.name_or_path}: its logits contain NaN or inf; try --dtype float32")
+        return logits
+
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         times = [time.perf_counter()]  # then of each token
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-                                tokenizer=tokenizer, logits_processor=[partial(_check_logits, model, times)])
+                                tokenizer=tokenizer, logits_processor=[check_logits])
         output = output[0, ids.shape[1]:].tolist()
         seconds, after = (time.perf_counter() - begun for begun in times[:2])
     text = tokenizer.decode(output, skip_special_tokens=True)
@@ -68,17 +75,6 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     rate = (len(output) - 1) / after if len(output) > 1 else 1 / seconds
     nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return Completion(text, len(output), seconds, rate, nbytes, cut)
-
-
-def _check_logits(model, times, _, logits):
-    """Raise InputError for logits that cannot be ranked or sampled from; -inf excludes a token. A logits processor.
-
-    times: gets the time of the call.
-    """
-    times.append(time.perf_counter())
-    if logits.isnan().any() or logits.isposinf().any():
-        raise InputError(f"model {model.config.name_or_path}: its logits contain NaN or inf; try --dtype float32")
-    return logits
 
 
 def load(model, device, dtype="auto"):

@@ -72,9 +72,11 @@ def _compare(family, model, tokens, expected):
 def small(config, layers, narrow=True):
     """Return a copy of a configuration with few layers, of every kind that `layers` have, and a small vocabulary.
 
-    narrow: also with few heads and narrow MLPs.
+    A kind is a layer's modules, and its entries in lists of the configuration. narrow: also with narrow MLPs.
     """
-    kinds = [_kind(config, index, layer) for index, layer in enumerate(layers)]
+    lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) >= len(layers)]
+    kinds = [([str(value[index]) for value in lists], [(name, type(module)) for name, module in layer.named_modules()])
+             for index, layer in enumerate(layers)]
     count = max(kinds.index(kind) for kind in kinds[:LAYERS]) + 1
     if getattr(config, "num_kv_shared_layers", 0):
         count *= 2
@@ -83,7 +85,6 @@ def small(config, layers, narrow=True):
     _limit(config, dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), config.vocab_size - 1))
     if narrow:
         _limit(config, WIDTHS)
-        _drop_heads(config)
     config.initializer_range = 0.2  # small weights would hide differences
     return config
 
@@ -93,25 +94,3 @@ def _limit(config, limits):
     for key, limit in limits.items():
         if isinstance(value := getattr(config, key, None), int):
             setattr(config, key, min(value, limit))
-
-
-def _drop_heads(config):
-    """Leave a configuration few heads, each as wide as before, with at most 2 queries to a key."""
-    heads, before = config.num_attention_heads, config.hidden_size
-    shared = vars(config).get("num_key_value_heads")  # of most layers in Gemma 4
-    keys = min(shared or heads, 2)
-    queries = keys * min(heads // (shared or heads), 2)
-    if queries >= heads or before % heads:
-        return
-    config.num_attention_heads, config.hidden_size = queries, before // heads * queries
-    if shared:
-        config.num_key_value_heads = keys
-    if getattr(config, "word_embed_proj_dim", None) == before:
-        config.word_embed_proj_dim = config.hidden_size
-
-
-def _kind(config, index, layer):
-    """Return what tells a layer from layers of other kinds: its modules, and its entries in lists of the config."""
-    entries = [str(value[index]) for value in config.to_dict().values()
-               if isinstance(value, list) and len(value) > index]
-    return tuple(entries), tuple((name, type(module)) for name, module in layer.named_modules())

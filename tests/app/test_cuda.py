@@ -4,7 +4,6 @@ The GPU is a real one where there is one (marked gpu), else the make-believe one
 a third of the jobs, with the dtypes and the room on the GPU in turn; with `--every-combination` pytest takes all.
 """
 
-import collections
 import contextlib
 import gc
 import itertools
@@ -23,7 +22,6 @@ from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.common import memory
 from mixgpt.common.choices import RECORD
 from mixgpt.kernels import columns
-from mixgpt.modeling import streaming
 from sparsegpt import Walk
 
 try:
@@ -323,23 +321,14 @@ SOLVER = {"sparsegpt.py", "hessian.py", "linalg.py", "solvers.py", "layerwise.py
 
 
 def test_the_host_goes_on_while_the_gpu_prunes_a_layer(simulated, checkpoint_folder, monkeypatch):
-    """Without --save: the clock and counting of weights do not wait for the GPU, from layer to layer."""
-    finish, waits, loads = LayerFiles.save_layer, [], collections.Counter()
-    load_layer = streaming.DiskWeights.load
+    """Without --save: the clock does not wait for the GPU, from layer to layer."""
+    finish, waits = LayerFiles.save_layer, []
 
     def finished(*given):
         finish(*given)
         waits.append(Gpu.current.synchronisations.copy())
 
-    def loaded(source, module, device):
-        loads[id(module)] += any(module is layer for layer in layers)
-        load_layer(source, module, device)
-
     monkeypatch.setattr(LayerFiles, "save_layer", finished)
-    monkeypatch.setattr(streaming.DiskWeights, "load", loaded)
-    layers = []
-    monkeypatch.setattr(LayerFiles, "open", lambda files, model, family, start=LayerFiles.open: layers.extend(
-        family.layers_of(model)) or start(files, model, family))
     with simulated():
         assert cli.main(FAMILIES["llama"][0], [str(word) for word in (
             checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--seqlen", 32, "--nsamples", 5, "--eval",
@@ -348,7 +337,6 @@ def test_the_host_goes_on_while_the_gpu_prunes_a_layer(simulated, checkpoint_fol
             if not place.startswith("layer_files.py")}  # which copies the weights
     assert sum(each.values()) <= 10, each
     assert not [(what, place) for what, place in each if place.partition(":")[0] not in SOLVER]
-    assert [loads[id(layer)] for layer in layers] == [1, 1, 1]  # zeros are counted without a second look
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------

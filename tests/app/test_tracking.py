@@ -14,7 +14,6 @@ from paper import METHODS, TABLES, TASKS
 from scores import flags_of
 
 from mixgpt.app import cli, compression, pipeline, tracking
-from mixgpt.app.run import _tracker
 from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
 from mixgpt.common.errors import InputError
@@ -26,6 +25,7 @@ from wandb.proto import wandb_internal_pb2  # noqa: E402
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # noqa: E402
 
 ARGUMENTS = ["--nsamples=4", "--seqlen=32", "--eval=builtin", "--device=cpu", "--sensitivity=fisher"]
+LOGGED = Settings("opt", "c4", log_wandb=True, quiet=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -269,14 +269,14 @@ def test_logged_out_the_run_is_kept_on_disk_after_one_line(surroundings, checkpo
 
 
 def test_a_client_that_fails_in_mid_run_is_left_after_one_line(surroundings, capsys, monkeypatch):
-    with Tracker({"sparsity": 0.5}) as tracker:
+    with Tracker(LOGGED, {"settings": {"sparsity": 0.5}}) as tracker:
         folder, real = folder_of(surroundings), tracker.run
         monkeypatch.setattr(real, "log", lambda *_: (_ for _ in ()).throw(BrokenPipeError("the service\nhas died")))
         counted = [MatrixSparsity(0, "fc1", (2, 2), 1)]
         for _ in range(2):
             tracker.layer(0, {(0, "fc1"): Outcome(0.1)}, 1.0, counted)
         tracker.result({"matrices": [], "seconds": {}}, "dense")
-        assert tracker.place is None
+        assert tracker.run is None
     assert capsys.readouterr().out == (f"warning  W&B: the service has died; going on without it; upload it with: "
                                        f"wandb sync {folder}\n")
 
@@ -285,6 +285,6 @@ def test_a_client_that_fails_in_mid_run_is_left_after_one_line(surroundings, cap
 def test_only_the_first_process_logs_and_only_where_asked(rank, asked, warnings, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # so that who would log warns
     monkeypatch.setattr(pipeline.distributed, "rank", lambda: rank)
-    with _tracker(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
+    with Tracker(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
         tracker.layer(0, {}, 0.0, [])
-    assert tracker.place is None and capsys.readouterr().out.count("going on without it") == warnings
+    assert tracker.run is None and capsys.readouterr().out.count("going on without it") == warnings

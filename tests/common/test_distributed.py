@@ -125,7 +125,7 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(start, tmp_path):
     assert out.startswith(f"resume   the run in {tmp_path / 'two'} is complete") and "saved in" in out and status == 0
     assert start([*options("two"), "--resume"]) == (
         f"llama.py: error: --resume: number of processes was 2 in the complete run in {tmp_path / 'two'}, now it is "
-        "1\n", 2)
+        "1; to evaluate its result again, give the folder as the model\n", 2)
 
 
 def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distillation(start, tmp_path):

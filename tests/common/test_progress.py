@@ -11,7 +11,7 @@ from conftest import FAMILIES
 from tqdm import std, tqdm
 
 from mixgpt.app import cli
-from mixgpt.common import distributed, progress
+from mixgpt.common import program, progress
 
 
 class Terminal(io.StringIO):
@@ -72,7 +72,7 @@ def test_nothing_is_shown_where_nobody_wants_it(reason, stream, sleep, monkeypat
         if reason == "quiet":
             stack.enter_context(progress.shown_on(None))
         else:
-            patch.setattr(distributed, "rank", lambda: 1)
+            patch.setattr(program, "rank", lambda: 1)
         finish(sleep, [40] * 2)
     assert sys.stderr.getvalue() == ""
     finish(sleep, [40] * 2)
