@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import threading
-import time
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
@@ -151,54 +151,33 @@ def loaded(path):
     return None
 
 
-class Together:
-    """Processes of one run; if one dies, the others are killed, as by torchrun."""
-
-    def __init__(self, processes):
-        self.processes, self.exitcode = processes, None
-
-    def join(self):
-        until = time.monotonic() + 300
-        while self.exitcode is None:
-            codes = [process.exitcode for process in self.processes]
-            bad = next((code for code in codes if code), None)
-            if bad or time.monotonic() > until:
-                for process in self.processes:
-                    process.kill()
-            if bad or None not in codes:
-                self.exitcode = bad or 0
-            self.processes[0].join(0.02)
-        for process in self.processes:
-            process.join()
-
-
-def side_by_side(chains, count=2):
-    """Go through generators that wait for the processes they yield, some of them at a time."""
-    waiting, running = list(chains), []
-    while waiting or running:
-        while waiting and len(running) < count:
-            chain = waiting.pop(0)
-            running.append((chain, next(chain)))
-        (chain, process), *running = running
+def end_of(processes):
+    """Wait for the processes of one run; if one dies, the others are killed, as by torchrun. Returns the exit code."""
+    waiting = {process.sentinel: process for process in processes}
+    while waiting:
+        for sentinel in connection.wait(list(waiting), 300) or list(waiting):
+            process = waiting.pop(sentinel)
+            process.join(0.1)
+            if process.exitcode != 0:
+                for other in (process, *waiting.values()):
+                    other.kill()
+    for process in processes:
         process.join()
-        with contextlib.suppress(StopIteration):
-            running.append((chain, next(chain)))
+    return next((process.exitcode for process in processes if process.exitcode), 0)
 
 
-def check_goes_on(start, root, kills, whole):
+def check_goes_on(run, root, kills, whole):
     """Kill a run, and those that go on with it, at the moments `kills`; the next one must end with the right files.
 
-    start: called with a moment and further arguments, starts a process that saves in `root`. whole: the folder of a run
-    that nobody killed, which has `saved` and maybe `traces.json`. Yields the processes, to be waited for.
+    run: called with a moment and further arguments, runs a command line that saves in `root` and returns its exit code.
+    whole: the folder of a run that nobody killed, which has `saved` and maybe `traces.json`.
     """
     expected = loaded(whole / "saved")
     for number, fatal in enumerate([*kills, 0]):
-        process = start(fatal, *["--resume"] if number else [])
-        yield process  # wait
-        if number and fatal and process.exitcode == 0:
+        status = run(fatal, *["--resume"] if number else [])
+        if number and fatal and status == 0:
             break  # there was less left to do
-        output = (root / "log").read_text()
-        assert process.exitcode == (-signal.SIGKILL if fatal else 0), output
+        assert status == (-signal.SIGKILL if fatal else 0), (root / "log").read_text()
         if fatal and (found := loaded(root / "saved")):  # as a whole or not at all
             for state, whole_state in zip(found, expected, strict=True):
                 assert state.keys() == whole_state.keys()

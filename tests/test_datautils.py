@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import logging
 import random
 
 import datasets
@@ -185,14 +184,6 @@ def test_c4_gives_up_when_every_document_is_too_short(root, tokenizer, no_hub):
     assert samples.tolist() == [byte_ids("bcd")[:3]] * 2
 
 
-def test_the_tokenizer_does_not_warn_or_truncate(monkeypatch, root, tokenizer, no_hub, caplog):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    put_wiki(root, ["x" * 100], "test")
-    tokens, _ = datautils.test_tokens("wikitext2", 101, tokenizer, data_dir=root)
-    assert tokens.tolist() == [byte_ids("x" * 100)]
-    assert not caplog.records
-
-
 def test_builtin_splits_share_no_paragraph(tokenizer, no_hub):
     train, source = datautils.load_rows("builtin", "train", None)
     test, test_source = datautils.load_rows("builtin", "test", None)
@@ -265,11 +256,6 @@ def test_a_failure_of_the_hub_is_one_line(monkeypatch, kind, tokenizer):
     monkeypatch.setattr(datautils, "load_dataset", load_dataset)
     with pytest.raises(InputError, match="ptb: cannot load ptb-text-only/ptb_text_only: it does not exist; supply"):
         datautils.test_tokens("ptb", 8, tokenizer)
-
-
-def test_an_unknown_dataset_is_refused(tokenizer):
-    with pytest.raises(InputError, match="dataset wiki: must be one of wikitext2, ptb, c4, builtin"):
-        datautils.test_tokens("wiki", 8, tokenizer)
 
 
 def test_a_text_that_is_too_short_is_refused_with_both_numbers(root, tokenizer, no_hub):

@@ -1,8 +1,6 @@
 """Run the notebook from top to bottom on a tiny model, and look at the outputs it is committed with."""
 
 import re
-import subprocess
-import sys
 
 import nbformat
 import pandas as pd
@@ -76,19 +74,3 @@ def test_the_notebook_is_committed_with_the_outputs_of_a_real_run():
     check(demo)
     assert "parameters, float32, on cpu" in outputs(demo, "text")[1]
     assert (ROOT / "demo.ipynb").stat().st_size < 1_000_000
-
-
-def test_a_notebook_by_itself_clones_what_its_first_cell_names(tmp_path):
-    demo, source = notebook(), tmp_path / "source"
-    assert not [cell for cell in demo.cells if "OWNER" in cell.source or "github.com" in cell.source]
-    source.mkdir()
-    (source / "opt.py").touch()
-    for words in ("init --quiet", "add opt.py", "-c user.name=a -c user.email=a@localhost commit --quiet -m first"):
-        subprocess.run(["git", *words.split()], cwd=source, check=True)
-    cell = demo.cells[1].source.partition("pip = ")[0]
-    for address, status in (("", 1), (str(source), 0)):
-        code = cell.replace('REPOSITORY = ""', f"REPOSITORY = {address!r}") + "\nprint(os.getcwd(), os.listdir())"
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        assert "set REPOSITORY" in done.stderr if status else f"{tmp_path / 'mixgpt'} [" in done.stdout
-    assert (tmp_path / "mixgpt" / "opt.py").exists()

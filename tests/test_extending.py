@@ -244,15 +244,3 @@ def test_an_allocation_is_followed_and_named(checkpoint_folder, tmp_path, capsys
     assert "--sparsity-way turns: fractions only" in capsys.readouterr().err
     assert run(opt.FAMILY, *arguments) == 2
     assert "--sparsity-way turns: needs --sparsity" in capsys.readouterr().err
-
-
-def test_a_save_format_writes_the_folder(checkpoint_folder, tmp_path):
-    def in_one_file(folder, model, family, grids):
-        model.save_pretrained(folder, max_shard_size="1TB")
-
-    choices.FORMATS["one-file"] = choices.SaveFormat("every weight in one file", in_one_file)
-    folder = tmp_path / "saved"
-    assert run(opt.FAMILY, checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--save", folder, "--save-format",
-               "one-file", *SMALL) == 0
-    assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
-    assert_sparsity(folder, opt.FAMILY, 0.5)

@@ -79,10 +79,7 @@ def test_every_module_belongs_to_a_layer_and_imports_only_go_down():
     ("mixgpt/kernels/linalg.py", "def f():\n    from quant import Grid",
      "mixgpt.kernels.linalg imports quant, which is in a higher layer"),
     ("mixgpt/pruning/admm.py", "from mixgpt.pruning.layerwise import prune_sparsegpt", "a circle: "),
-    ("mixgpt/checkpoints/formats.py", "import mixgpt.allocation.plan\n", None),  # sideways
     ("utils.py", "", "utils belongs to no layer"),
-    ("mixgpt/helpers.py", "", "mixgpt.helpers belongs to no layer"),
-    ("mixgpt/pruning/more/deep.py", "", "mixgpt.pruning.more.deep belongs to no layer"),
 ])
 def test_what_is_not_allowed_is_found(file, line, fault, tmp_path):
     for path in (*ROOT.glob("*.py"), *ROOT.glob("mixgpt/**/*.py"), ROOT / file):
@@ -92,7 +89,7 @@ def test_what_is_not_allowed_is_found(file, line, fault, tmp_path):
     with (tmp_path / file).open("a") as changed:
         changed.write(f"\n{line}\n")
     faults = faults_of(graph_of(tmp_path))
-    assert not faults if fault is None else any(found.startswith(fault) for found in faults), faults
+    assert any(found.startswith(fault) for found in faults), faults
 
 
 def test_what_pip_installs_is_what_the_package_imports():

@@ -85,8 +85,7 @@ def test_rows_without_weights_have_a_finite_grid_that_holds_zero(sym, mse):
 
 @hypothesis_settings
 @given(wbits=all_wbits, sym=booleans, dtype=dtypes, seed=seeds, outlier=st.sampled_from([1, 4]), weighted=booleans)
-def test_the_search_takes_the_shrunk_range_with_the_least_error_over_the_kept_weights(wbits, sym, dtype, seed, outlier,
-                                                                                      weighted):
+def test_the_search_takes_the_range_with_the_least_error_over_kept_weights(wbits, sym, dtype, seed, outlier, weighted):
     W, pruned = random(2, 12, seed=seed), random(2, 12, seed=seed + 1) < 0
     W[:, 0] *= outlier
     W[pruned] *= 10
@@ -159,8 +158,7 @@ def test_weights_off_the_grid_have_no_code(code, sym):
 @hypothesis_settings
 @given(wbits=all_wbits, sym=booleans, dtype=dtypes, groupsize=st.sampled_from([-1, 4, 8]), rows=st.integers(1, 4),
        eights=st.integers(1, 3), sparsity=st.floats(0, 1), seed=seeds)
-def test_quantizing_rounds_every_weight_to_the_grid_of_its_group(wbits, sym, dtype, groupsize, rows, eights, sparsity,
-                                                                 seed):
+def test_quantizing_rounds_weights_to_the_grids_of_groups(wbits, sym, dtype, groupsize, rows, eights, sparsity, seed):
     columns = 8 * eights
     W = magnitude_prune(random(rows, columns, seed=seed).to(dtype), Target(sparsity))
     before, scheme = W.clone(), Scheme(wbits, groupsize, sym)

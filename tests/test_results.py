@@ -87,15 +87,6 @@ def test_markdown_is_a_table_of_the_same_cells(table):
         "| SparseGPT | 60.00% | 40.00 | 12 | 1.50 |"]
 
 
-def test_what_differs_between_runs_stands_in_the_table_and_not_above(table):
-    header, _, *rows = table(a=record(40.0, 27.66, sparsity=0.6), c=record(9.0, wbits=4, nearest=True),
-                             b=record(30.0, sparsity=0.5, model="gpt2", seed=1))
-    assert re.split("  +", header) == ["model", "method", "sparsity", "seed", "wikitext2 ppl", "dense wikitext2",
-                                       "seconds", "GB host"]
-    assert [row.split()[0] for row in rows] == ["facebook/opt-125m", "facebook/opt-125m", "gpt2"]
-    assert rows[2].split()[-3] == "-"  # no run of its dense model
-
-
 def test_the_preset_best_is_named_where_all_its_settings_are_those_of_the_run(table):
     lines = table(a=record(30.0, sparsity=0.5, **recipe("best")),
                   b=record(31.0, sparsity=0.5, **recipe("best") | {"alpha": 0.1}),
@@ -176,17 +167,6 @@ def test_files_that_are_no_records_get_a_line_each_and_the_others_are_shown(writ
         f"results.py: error: empty/mixgpt.json: {no_record}: [Errno 2] No such file or directory: 'empty/mixgpt.json'",
         "results.py: error: unfinished/mixgpt.json: its run has not finished; continue it with --save unfinished "
         "--resume"]
-
-
-@pytest.mark.parametrize("given, message", [
-    (["--plot", "a.txt"], "--plot a.txt: must end in .png, .pdf, .svg"),
-    (["--csv", "/proc/a/b.csv"], "--csv /proc/a/b.csv: cannot be written"),
-    (["--plot", "{dense}.png"], "none of the runs has both a finite perplexity and pruned weights")])
-def test_files_that_cannot_be_written_are_refused(given, message, write, tmp_path, capsys):
-    given = [word.format(dense=tmp_path / "dense") for word in given]
-    assert results.main([*write(a=record(40.0)), *given]) == 2
-    error, = capsys.readouterr().err.splitlines()
-    assert message in error and error.startswith("results.py: error: --")
 
 
 def test_a_perplexity_beyond_all_numbers_or_none_stands_in_the_table_and_not_in_the_picture(write, table, tmp_path):

@@ -133,8 +133,7 @@ WITH_DEAD = [(0.6, 0, 0, 8), (0.7, 0, 0, 7), (0.8, 0, 0, 128), (0.0, 2, 4, 8), (
 @pytest.mark.parametrize("dead, sparsity, prunen, prunem, blocksize", [
     *(((), *case) for case in CASES), *(((0, 3, 9, 22, 23), *case) for case in WITH_DEAD)])
 @pytest.mark.parametrize("saliency", ["obs", "isc"])
-def test_prune_matrix_equals_optimal_brain_surgeon_with_explicit_inverses(dead, saliency, sparsity, prunen, prunem,
-                                                                          blocksize):
+def test_prune_matrix_is_optimal_brain_surgeon_by_inverses(dead, saliency, sparsity, prunen, prunem, blocksize):
     W, X = 1 + random(5, 24).abs(), correlated_inputs(60, 24, dead)
     H = X.t() @ X
     W_hat, _ = pruned_by(W, H, sparsity, prunen, prunem, blocksize, saliency)

@@ -108,17 +108,6 @@ def test_no_common_shift_of_the_real_plan_comes_closer_to_the_budget(units, p, a
     assert miss(n, units[1], m, p) <= min(miss(rounded(real, shift, m), units[1], m, p) for shift in grid) + 1e-9
 
 
-@hypothesis_settings
-@given(units=units(), p=budgets, alpha=alphas, m=st.sampled_from([2, 4, 8]))
-def test_one_common_shift_and_rounding_lead_from_the_real_plan_to_n(units, p, alpha, m):
-    least, most = -2.0 * m, 2.0 * m
-    for k, s in zip(allocate_whole(*units, p, alpha, m), allocate(*units, p, alpha), strict=True):
-        assert type(k) is int and 0 <= k <= m
-        least = max(least, k - 0.5 - m * s if k > 0 else -2.0 * m)
-        most = min(most, k + 0.5 - m * s if k < m else 2.0 * m)
-    assert least <= most + 1e-9
-
-
 WAYS = ["layer-level", "weight-level"]
 
 

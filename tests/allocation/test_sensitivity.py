@@ -170,8 +170,7 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, token
         assert torch.allclose(samples[n], expected, rtol=1e-9)
 
 
-def test_output_gradients_are_squares_at_labels_of_the_model_by_output_and_by_token(tiny, tokens, all_float64,
-                                                                                     monkeypatch):
+def test_output_gradients_are_squares_at_labels_of_the_model_by_row_and_token(tiny, tokens, all_float64, monkeypatch):
     monkeypatch.setattr(backward.memory, "free", lambda _: 0)  # as many chunks as batches, on disk
     monkeypatch.setattr(fisher, "TOKEN_CLIP", 1.2)
     family, model = tiny

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CPU, make
 
-from mixgpt.allocation import backward, traces
+from mixgpt.allocation import traces
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.errors import InputError
 from modelutils import StreamedModel
@@ -44,29 +44,6 @@ def test_by_default_the_file_depends_on_all_that_the_traces_depend_on(tokens, tm
         places.append(obtain(**{"name": "llama", "tokens": tokens, "path": None} | changes)[1])
     assert len(set(places)) == 6 and {place.parent for place in places} == {tmp_path / "mixgpt"}
     assert obtain("llama", tokens, None, batch_size=3)[1] == places[0]
-
-
-@pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
-def test_an_interrupted_computation_goes_on_and_gives_the_same(tokens, path, estimator, monkeypatch):
-    monkeypatch.setattr(backward, "SAVED_AFTER", 0)
-    whole, _ = obtain("llama", tokens, path.with_name("whole.json"), estimator)
-    write = traces._write
-
-    def interrupted(*arguments):
-        write(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(traces, "_write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        obtain("llama", tokens, path, estimator)
-    assert len(json.loads(path.read_text())["samples"]) == 2
-    monkeypatch.setattr(traces, "_write", write)
-    compute, known = traces.hessian_traces, []
-    monkeypatch.setattr(traces, "hessian_traces", lambda *given, **options: known.append(given[4]) or compute(
-        *given, **options))
-    resumed, _ = obtain("llama", tokens, path, estimator)
-    assert torch.equal(resumed.samples, whole.samples)
-    assert [len(rows) for rows in known] == [2]
 
 
 def test_traces_that_are_not_finite_are_refused_and_not_kept(tokens, path):

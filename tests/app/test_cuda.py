@@ -241,16 +241,6 @@ def test_tensors_on_two_devices_are_refused():
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-def test_both_models_have_their_hidden_states_at_one_place(gpu, run, monkeypatch):
-    """Where there is room for one set on the GPU and not for two, as each set once decided for itself."""
-    one = 5 * 32 * 32 * 4
-    left = iter(itertools.count(int(2.5 * one), -one))
-    monkeypatch.setattr(memory, "fits", lambda nbytes, device: device.type == "cpu" or nbytes <= next(left))
-    with gpu():
-        found = run("llama", "--sparsity .5 --target dense", "cuda:0")
-    compare(found, run("llama", "--sparsity .5 --target dense", "cpu"), "--target dense")
-
-
 def test_memory_that_pytorch_holds_but_does_not_use_is_free(monkeypatch):
     for name, value in {"mem_get_info": (100, 1000), "memory_reserved": 700, "memory_allocated": 300}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)

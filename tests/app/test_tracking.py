@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import struct
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ from conftest import FAMILIES, ROOT, load_compiled, read_little
 from paper import METHODS, TABLES, TASKS
 from scores import flags_of
 
-from mixgpt.app import cli, compression, pipeline, tracking
-from mixgpt.app.settings import Settings
+from mixgpt.app import cli, compression, tracking
 from mixgpt.app.tracking import Tracker
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import MatrixSparsity
@@ -229,8 +227,7 @@ def test_the_runs_of_a_papers_sweep_are_the_rows_of_its_table(file):
     assert all(settings.tasks == (TASKS if table.flags else ()) for settings in made)
 
 
-def test_runs_of_the_sweep_share_their_traces_and_belong_to_it(sweep, surroundings, checkpoint_folder, tmp_path,
-                                                               variables, capsys):
+def test_runs_of_the_sweep_share_their_traces(sweep, surroundings, checkpoint_folder, tmp_path, variables, capsys):
     variables.chdir(tmp_path)
     (tmp_path / "parameters.yaml").write_text("wandb_version: 1\nsparsity: {value: 0.6}\n")
     variables.setenv("WANDB_SWEEP_ID", "abcd1234")  # what an agent tells the runs that it starts
@@ -279,12 +276,3 @@ def test_a_client_that_fails_in_mid_run_is_left_after_one_line(surroundings, cap
         assert tracker.run is None
     assert capsys.readouterr().out == (f"warning  W&B: the service has died; going on without it; upload it with: "
                                        f"wandb sync {folder}\n")
-
-
-@pytest.mark.parametrize("rank, asked, warnings", [(0, True, 1), (0, False, 0), (1, True, 0)])
-def test_only_the_first_process_logs_and_only_where_asked(rank, asked, warnings, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # so that who would log warns
-    monkeypatch.setattr(pipeline.distributed, "rank", lambda: rank)
-    with Tracker(Settings("opt", "c4", log_wandb=asked), {"settings": {}}) as tracker:
-        tracker.layer(0, {}, 0.0, [])
-    assert tracker.run is None and capsys.readouterr().out.count("going on without it") == warnings

@@ -7,7 +7,7 @@ import paper
 import pytest
 import scores
 from commands import SMALL, short_builtin  # noqa: F401, a fixture
-from paper import TABLES, facts, markdown
+from paper import TABLES, facts
 from scores import DENSE
 
 
@@ -35,15 +35,6 @@ def test_the_papers_number_and_the_difference_stand_beside_ours(checkpoint_folde
                                         f"{100 * cells['sparsegpt']['sparsity']:.3f}%", "1"]
     assert rows["magnitude", "50%"][1:3] == ["-", "-"]
     assert text.splitlines()[-1] == "paper: arXiv 2310.09499, table 2 on page 4"
-
-
-def test_the_table_has_the_mean_of_seeds_and_what_is_missing():
-    cells = [{"model": "meta-llama/Llama-2-13b-hf", "method": "mixgpt", "target": "50%", "seed": seed,
-              "figures": {"ptb": 50.0 + 2 * seed}, "sparsity": 0.5, "seconds": 1} for seed in (0, 1)]
-    header, rows = rows_of(markdown("table2", TABLES["table2"].with_methods([]), cells))
-    assert header[0] == "Llama-2-13b-hf"
-    assert rows["mixgpt", "50%"] == ["51.00 ± 1.41", "53.03", "-2.03", "50.000 ± 0.000%", "2"]
-    assert rows["sparsegpt", "50%"] == ["-", "59.03", "-", "-", "0"]
 
 
 def test_what_the_paper_reports_is_of_cells_that_there_are():

@@ -31,8 +31,7 @@ def test_the_files_are_those_of_save_pretrained(largest, tiny, tokenizer, tmp_pa
 
 @pytest.mark.parametrize("largest", [5 * 10**9, 60_000])
 @pytest.mark.parametrize("options", [[], ["--sparsity", ".5", "--gmp", "--maxlayer", "2"]])
-def test_a_model_on_disk_is_saved_as_save_pretrained_saves_it(options, largest, checkpoint_folder, tmp_path,
-                                                              monkeypatch):
+def test_a_model_on_disk_is_saved_as_save_pretrained_does(options, largest, checkpoint_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LARGEST", largest)
     assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *options, *SMALL, "--eval", "--save",
                tmp_path / "saved") == 0

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import as_rank, command, free_port
-from kills import SMALL, Together, check_goes_on, drawn, loaded, side_by_side, watch
+from kills import SMALL, check_goes_on, drawn, end_of, loaded, watch
 from safetensors.torch import load_file
 
 from mixgpt.checkpoints import formats
@@ -58,7 +58,7 @@ def member(rank, world, port, *watched):
 
 @pytest.fixture
 def launch(fork, checkpoint_folder, tmp_path, monkeypatch):
-    """Return a function that starts a scenario's command line in a process, to be killed at a moment or not at all."""
+    """Return a function that runs a scenario's command line, to be killed at a moment or not, and gives its status."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def source(scenario):
@@ -72,33 +72,31 @@ def launch(fork, checkpoint_folder, tmp_path, monkeypatch):
             (path / "model.safetensors").unlink()
         return path
 
-    def start(scenario, saved, fatal, *more):
+    def run(scenario, saved, fatal, *more):
         root = tmp_path / saved
         root.mkdir(exist_ok=True)
         arguments = [source(scenario), "builtin", *scenario.options, *SMALL, "--save", root / "saved", *more]
         if "--sensitivity" in scenario.options:
             arguments += ["--sensitivity-file", root / "traces.json"]
         world, port = scenario.processes, free_port()
-        return Together([fork(command, scenario.name, arguments, root / f"log{rank or ''}", member, (
+        return end_of([fork(command, scenario.name, arguments, root / f"log{rank or ''}", member, (
             rank, world, port, 0 if rank else fatal, root / f"moments{rank or ''}.json", root, scenario.shard))
             for rank in range(world)])
 
-    return start
+    return run
 
 
 @pytest.mark.parametrize("case", SCENARIOS)
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_files(case, launch, tmp_path):
     scenario, generator = SCENARIOS[case], random.Random(case)
-    process = launch(scenario, "whole", 0)
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "whole" / "log").read_text()
+    assert launch(scenario, "whole", 0) == 0, (tmp_path / "whole" / "log").read_text()
     passed = json.loads((tmp_path / "whole" / "moments.json").read_text())
     assert loaded(tmp_path / "whole" / "saved") is not None
 
-    singly = drawn(passed, scenario.parts, generator)
-    chains = [[fatal] for fatal in singly]
+    chains = [[fatal] for fatal in drawn(passed, scenario.parts, generator)]
     started = passed.index("finish")  # killed again, where they have come further or not
     chains.append([generator.randrange(started, len(passed)) for _ in range(3)])
     chains += [[fatal] for fatal in generator.sample(range(1, len(passed) + 1), min(KILLS, len(passed)))]
-    side_by_side(check_goes_on(partial(launch, scenario, f"killed{number}"), tmp_path / f"killed{number}", kills,
-                               tmp_path / "whole") for number, kills in enumerate(chains))
+    for number, kills in enumerate(chains):
+        check_goes_on(partial(launch, scenario, f"killed{number}"), tmp_path / f"killed{number}", kills,
+                      tmp_path / "whole")

@@ -120,8 +120,7 @@ def test_a_folder_is_held_against_other_processes_until_its_process_is_killed(fo
 
 # ---- what may go on ----------------------------------------------------------------------------------------------
 
-def test_a_run_goes_on_with_the_same_settings_text_and_weights_only(checkpoint_folder, prune, interrupt, tmp_path,
-                                                                    monkeypatch):
+def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, prune, interrupt, tmp_path, monkeypatch):
     source, saved = shutil.copytree(checkpoint_folder("opt"), tmp_path / "model"), tmp_path / "saved"
 
     def refused(*options):
@@ -150,8 +149,7 @@ def test_a_run_goes_on_with_the_same_settings_text_and_weights_only(checkpoint_f
 
 
 @pytest.mark.parametrize("weights", ["in shards", "in a .bin file"])
-def test_a_run_may_go_on_with_another_evaluation_and_place_of_the_model(weights, checkpoint_folder, prune, interrupt,
-                                                                        tmp_path):
+def test_a_run_may_go_on_with_another_evaluation_and_folder(weights, checkpoint_folder, prune, interrupt, tmp_path):
     source, saved = shutil.copytree(checkpoint_folder("opt"), tmp_path / "model"), tmp_path / "saved"
     interrupt(1, "opt", HALF, saved, model=source)
     moved = source.rename(tmp_path / "moved")
@@ -206,8 +204,7 @@ def test_resume_of_a_complete_run_prints_its_results_again_and_reads_no_weights(
     assert "resume" not in prune("opt", "--dense", HALF, saved, "--resume --quiet")
 
 
-def test_resume_of_a_complete_run_with_other_settings_or_another_model_is_refused(complete, checkpoint_folder, prune,
-                                                                                  tmp_path):
+def test_resume_of_a_complete_run_with_other_inputs_is_refused(complete, checkpoint_folder, prune, tmp_path):
     saved, _ = complete
     before = snapshot(saved)
     for arguments, what in (("--sparsity .6", "--sparsity was 0.5 in the complete run in {}, now it is 0.6"),
@@ -226,8 +223,7 @@ def test_resume_of_a_complete_run_with_other_settings_or_another_model_is_refuse
 @pytest.mark.parametrize("save_format, name, options", [
     ("dense", "qwen3-moe", "--wbits 3 --saliency isc"), ("dense", "gemma4", "--wbits 3 --saliency isc"),
     ("sparse", "llama", "--wbits 4 --groupsize 16 --act-order"), ("compressed-tensors", "opt", "--wbits 4 --sym")])
-def test_an_interrupted_run_gives_the_files_and_the_record_of_one_that_was_not(save_format, name, options, prune,
-                                                                               interrupt, tmp_path):
+def test_an_interrupted_run_gives_the_files_of_a_whole_one(save_format, name, options, prune, interrupt, tmp_path):
     """--resume begins in an empty folder, too."""
     words, saved = [name, options, "--percdamp .02 --save-format", save_format, HALF], tmp_path / "parts"
     (tmp_path / "whole").mkdir()
@@ -338,8 +334,7 @@ def test_a_run_that_goes_on_prunes_in_the_way_of_the_interrupted_one(prune, inte
 
 @pytest.mark.parametrize("calls, what, finished", [  # as many files are written before the disk is full
     (0, "layer-00000.safetensors", 0), (2, "layer-00002.safetensors", 2), (4, "the model", 3)])
-def test_a_full_disk_gets_one_line_and_resume_gives_the_files_of_a_run_with_room(calls, what, finished, prune, tmp_path,
-                                                                                 monkeypatch):
+def test_a_full_disk_gets_one_line_and_resume_gives_the_files(calls, what, finished, prune, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LARGEST", 40_000)  # the result has several files
     saved = tmp_path / "saved"
     prune("opt", HALF, tmp_path / "whole")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, FAMILIES, make, save
+from conftest import CPU, FAMILIES, save
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
@@ -25,19 +25,15 @@ def sparse(rows, columns, dtype=torch.bfloat16):
     return W
 
 
-@pytest.mark.parametrize("shape", [(32, 64), (96, 192)])
-def test_what_fits_is_stored_without_loss(shape):
-    W = sparse(*shape)
-    assert semistructured.fits(W)
-    assert torch.equal(sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(W)), W)
-
-
-def test_what_does_not_fit_stays_dense():
-    W = sparse(32, 64)
-    W[3, 0] = 1
-    assert not semistructured.fits(W)
-    assert not torch.equal(sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(W)), W)
-    assert not semistructured.fits(sparse(16, 64)) and not semistructured.fits(sparse(32, 96))
+@pytest.mark.parametrize("rows, columns, ones, fits", [(32, 64, 0, True), (96, 192, 0, True), (32, 64, 1, False),
+                                                       (16, 64, 0, False), (32, 96, 0, False)])
+def test_what_fits_is_stored_without_loss(rows, columns, ones, fits):
+    W = sparse(rows, columns)
+    W[3, :ones] = 1
+    assert semistructured.fits(W) == fits
+    if rows >= 32 and columns % 64 == 0:
+        stored = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(W))
+        assert torch.equal(stored, W) == fits
 
 
 @pytest.fixture
@@ -68,12 +64,6 @@ def test_both_kinds_of_kernels_get_the_same_input_and_the_weights_come_back(halv
     assert found["difference"] > 0.01 and found["perplexity"]["a"] != expected
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
-
-
-def test_a_model_that_is_not_sparse_is_skipped(tokens):
-    family, model = make("llama")
-    assert semistructured.compare(model, family, {"a": tokens}, 2, CPU) == {
-        "skipped": "no matrix has at most 2 of 4 weights, and sizes that 32 and 64 divide"}
 
 
 @pytest.mark.parametrize("capability, library, dtype, reason", [

@@ -115,8 +115,7 @@ SMALL = ["builtin", "--nsamples", "2", "--seqlen", "32", "--eval", "--device", "
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
-def test_scores_of_dense_and_pruned_models_are_those_computed_by_hand(name, folder, checkpoint_folder, tmp_path, capsys,
-                                                                      tokenizer):
+def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, tmp_path, capsys, tokenizer):
     family, saved, chosen = FAMILIES[name][0], tmp_path / "saved", ["--tasks", "choice,shots,rolling", "--tasks-dir",
                                                                     folder]
     arguments = [*SMALL, *chosen, "--dense", "--sparsity", ".5", "--gmp", "--save", saved, "--save-format", "sparse"]

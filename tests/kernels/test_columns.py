@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from mixgpt import kernels
 from mixgpt.kernels import columns, columns_cpu
 from mixgpt.kernels.columns import UniformGrid
 
@@ -231,14 +230,6 @@ def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, mo
     assert columns.fastest(W, torch.round) is columns.walk_columns
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: "No module named 'triton'")
     assert columns.fastest(W, grid) is (module if device == "cpu" else columns).walk_columns
-
-
-def test_without_triton_the_reason_is_that_it_cannot_be_imported(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mixgpt.kernels.columns_cuda", None)
-    monkeypatch.delattr(kernels, "columns_cuda", raising=False)
-    columns.triton_obstacle.cache_clear()
-    assert "columns_cuda" in columns.triton_obstacle(GPU)
-    columns.triton_obstacle.cache_clear()
 
 
 @needs_triton

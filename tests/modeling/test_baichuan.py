@@ -240,8 +240,7 @@ def test_token_ids_are_those_of_sentencepiece(published, sentencepiece_model):
 
 @pytest.mark.parametrize("name, options", [("Baichuan-7B", ["--sparsity", ".5"]),
                                            ("Baichuan2-13B", ["--prunen", "2", "--prunem", "4", "--preset", "mixgpt"])])
-def test_the_command_line_prunes_the_published_folder_without_running_its_code(name, options, published, tmp_path,
-                                                                               capsys):
+def test_the_command_line_prunes_the_folder_without_running_its_code(name, options, published, tmp_path, capsys):
     assert run(baichuan.FAMILY, published(name), "builtin", *SMALL, "--save", tmp_path / "saved", *options) == 0
     assert "self_attn.W_pack" in capsys.readouterr().out
     matrices = measure_sparsity(load.load_model(tmp_path / "saved", "auto"), baichuan.FAMILY)
@@ -250,8 +249,7 @@ def test_the_command_line_prunes_the_published_folder_without_running_its_code(n
 
 
 @pytest.mark.parametrize("given, expected", [({}, True), ({"add_bos_token": False}, False)])
-def test_a_beginning_is_added_unless_the_configuration_says_no_and_a_saved_one_does_the_same(given, expected, published,
-                                                                                             tmp_path):
+def test_a_beginning_is_added_unless_the_configuration_says_no(given, expected, published, tmp_path):
     folder = shutil.copytree(published("Baichuan-7B"), tmp_path / "model")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["add_bos_token"]
@@ -263,8 +261,7 @@ def test_a_beginning_is_added_unless_the_configuration_says_no_and_a_saved_one_d
 
 
 @pytest.mark.parametrize("code", [True, False])
-def test_a_saved_folder_keeps_the_code_of_the_published_one_for_others_and_names_none_that_is_not_there(
-        code, published, tmp_path, capsys):
+def test_a_saved_folder_keeps_the_code_that_is_there(code, published, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(published("Baichuan-7B"), folder, ignore=None if code else shutil.ignore_patterns("*.py"))
     for name in ("saved", "again"):

@@ -44,8 +44,7 @@ def test_errors_are_those_of_products_with_the_hessian(solver, wbits, dtype, shi
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 @pytest.mark.parametrize("wbits, mse, ordered, most", [(3, False, False, 4), (3, True, True, 3), (4, False, False, 2),
                                                        (8, False, True, 2)])
-def test_admm_meets_the_sparsity_to_the_weight_whatever_rounding_sets_to_zero(device, wbits, mse, ordered, most,
-                                                                              monkeypatch):
+def test_admm_meets_the_sparsity_whatever_rounding_sets_to_zero(device, wbits, mse, ordered, most, monkeypatch):
     walks, scheme = [], Scheme(wbits, mse=mse)
     monkeypatch.setattr(solvers, "walk", lambda problem: walks.append(problem) or walk(problem))
     recipe = Recipe(SOLVERS["admm"].load(), scheme=scheme)

@@ -69,20 +69,6 @@ def test_ids_are_those_of_the_tokenizer_but_for_bos(added, text, adding):
     assert token_ids(tokenizer, text) == tokenizer(text).input_ids
 
 
-@pytest.mark.parametrize("added", ADDED)
-@pytest.mark.parametrize("kind", ["joined", "own", "documents", "mixture"])
-def test_no_token_moves_for_a_model_that_does_not_need_bos(added, kind, adding, texts, tmp_path):
-    tokenizer = adding(added)
-    bos = resolve("auto", "llama", tokenizer)
-    samples, _ = datautils.calibration_samples(texts[kind], 6, 16, 0, tokenizer, tmp_path, bos)
-    assert torch.equal(samples, datautils.calibration_samples(texts[kind], 6, 16, 0, tokenizer, tmp_path)[0])
-    if kind != "mixture":
-        rows, source = datautils.load_rows(texts[kind], "test", tmp_path)
-        tokens, _ = datautils.test_tokens(texts[kind], 16, tokenizer, tmp_path, bos)
-        ids = tokenizer((" " if kind == "documents" else "\n\n").join(rows)).input_ids
-        assert tokens.flatten().tolist() == ids[:tokens.numel()] and len(ids) - tokens.numel() < 16
-
-
 @pytest.mark.parametrize("added", ["BOS", "nothing"])
 @pytest.mark.parametrize("kind", ["joined", "own", "chats", "documents", "mixture"])
 def test_every_segment_begins_with_bos_in_place_of_its_first_token(added, kind, adding, texts, tmp_path):

@@ -133,9 +133,3 @@ def test_a_run_calibrates_and_evaluates_on_files_and_names_them(checkpoint_folde
     assert f"data     {mine}: 4 sequences of 32 tokens" in printed and other in printed
     assert list(record["perplexity"]["SparseGPT"]) == [other, "builtin"]
     assert record["data"]["calibration"]["files"] == [mine] and len(record["data"][other]["sha256"]) == 64
-
-
-def test_a_dense_model_may_be_evaluated_on_what_stands_for_calibration(checkpoint_folder, tmp_path):
-    path = tmp_path / "mine.txt"
-    path.write_text("This is a line.\n" * 100)
-    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), path, *SMALL, "--eval", path) == 0
