@@ -23,8 +23,9 @@ demo: .venv/runtime $(MODEL)
 	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/dense.json)
 	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/sparsegpt.json --preset sparsegpt --sparsity .5)
 	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/mixgpt.json --preset mixgpt --sparsity .5)
-	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/best.json --preset best --sparsity .5)
+	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/best.json --preset best --sparsity .5 --save demo/pruned --save-format sparse)
 	@$(call show,results.py $(RECORDS) --plot demo/perplexity.png --overwrite)
+	@$(call show,generate.py demo/pruned "Once upon a time" --dense $(MODEL))
 
 test: .venv/test
 	@$(PY) -m ruff check .
@@ -52,9 +53,11 @@ $(MODEL): .venv/python
 bench: .venv/runtime $(MODEL)
 	@$(PY) benchmarks/bench.py matrices
 	@$(PY) benchmarks/bench.py model $(MODEL)
+	@$(PY) benchmarks/sparse.py
 
 gpu: .venv/test
 	@$(PY) benchmarks/gpu.py
+	@$(PY) benchmarks/sparse.py --device cuda
 
 fuzz: .venv/test
 	@$(PY) -m pytest -n auto --dist worksteal tests/fuzz.py

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mixgpt.checkpoints.packing import consecutive, decode, unpack
 from mixgpt.common.choices import GRIDS, SPARSE
 from mixgpt.kernels import sparse_cpu
+from mixgpt.kernels.columns import triton_obstacle
 
 METHOD = "mixgpt"  # in config.json
 WEIGHTS = "model.sparse.safetensors"  # not under the name that transformers looks for, which would ignore the method
@@ -89,22 +90,22 @@ class PackedWeight(torch.nn.Module):
         """Return x Wᵀ + bias: for few tokens from the packed form, else as the dense matrix gives it, bit for bit."""
         rows, columns = self.shape
         tokens, differentiated = x.numel() // columns, x.requires_grad and torch.is_grad_enabled()
-        if not 0 < tokens <= FEW or x.device.type != "cpu" or differentiated:
+        if not 0 < tokens <= FEW or differentiated or not _runs_on(x.device):
             return linear(x, self.expand(None if differentiated else self._room()).to(x.dtype), bias)
         way, dtype = self.ways()[0], x.dtype
-        narrow = dtype == torch.bfloat16 and bias is None and sparse_cpu.multiplies_bfloat16(way)
+        narrow = bias is None and (x.is_cuda or dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(way))
         kernel = sparse_cpu.Kernel(way, self.dtype, self.wbits, tokens, narrow)
-        y = torch.empty(*x.shape[:-1], rows, dtype=dtype if narrow else torch.float32)
-        x = (x if narrow else x.float()).contiguous()
-        self._run(kernel, sparse_cpu.arrange(x, kernel), y)
+        y = torch.empty(*x.shape[:-1], rows, dtype=dtype if narrow else torch.float32, device=x.device)
+        x = x.contiguous() if narrow or x.is_cuda else x.float().contiguous()
+        self._run(kernel, x if x.is_cuda else sparse_cpu.arrange(x, kernel), y)
         return y if narrow else (y if bias is None else y.add_(bias)).to(dtype)
 
     def expand(self, out=None):
         """Return the matrix, in `out` if given."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
-        host = out if out.device.type == "cpu" else torch.empty(self.shape, dtype=self.dtype)
-        self._run(sparse_cpu.Kernel(self.ways()[0], self.dtype, self.wbits, 0), host, host)
-        return out if out is host else out.copy_(host)
+        y = out if _runs_on(out.device) else torch.empty(self.shape, dtype=self.dtype)
+        self._run(sparse_cpu.Kernel(self.ways()[0], self.dtype, self.wbits, 0), y, y)
+        return out if out is y else out.copy_(y)
 
     def _room(self):
         """Return a buffer of this thread for the matrix, which the next one that is expanded overwrites."""
@@ -125,20 +126,29 @@ class PackedWeight(torch.nn.Module):
 
     def _run(self, kernel, x, y):
         tensors = self._buffers | {"x": x, "y": y}
-        if self.device.type != "cpu":
+        if not y.is_cuda and self.device.type != "cpu":
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         tensors["data"] = tensors[self.data]
         if self.wbits:
-            tensors["units"] = _units(self.description.get("grid", "uniform"), self.wbits, self.dtype)
-        sparse_cpu.run(kernel, *self.shape, -(-self.shape[1] // BLOCK), self.groups, tensors)
+            tensors["units"] = _units(self.description.get("grid", "uniform"), self.wbits, self.dtype, y.device)
+        if y.is_cuda:
+            from mixgpt.kernels import sparse_cuda as kernels
+        else:
+            kernels = sparse_cpu
+        kernels.run(kernel, *self.shape, BLOCK, self.groups, tensors)
+
+
+def _runs_on(device):
+    """Return whether there are kernels for a device."""
+    return device.type == "cpu" or device.type == "cuda" and triton_obstacle(device) is None
 
 
 @functools.cache
-def _units(grid, wbits, dtype):
+def _units(grid, wbits, dtype, device):
     """Return the values of codes in units of the scale, (zeros, codes), rounded to the dtype of the scale."""
     codes = torch.arange(2**wbits, dtype=torch.uint8)
     units = GRIDS.check(grid).load()(wbits).decode(codes.expand(len(codes), -1), codes[:, None])
-    return pad(units.to(dtype).float(), (0, max(16 - len(codes), 0)))
+    return pad(units.to(dtype).float(), (0, max(16 - len(codes), 0))).to(device)
 
 
 def _bits(mask, rows, columns):

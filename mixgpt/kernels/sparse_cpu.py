@@ -90,10 +90,13 @@ def arrange(x, kernel):
     return x
 
 
-def run(kernel, rows, columns, blocks, groups, tensors):
-    """Call a kernel on all rows. tensors: contiguous ones by their names in ARGUMENTS, those that the kernel needs."""
+def run(kernel, rows, columns, block, groups, tensors):
+    """Call a kernel on all rows.
+
+    block: columns to an offset. tensors: contiguous ones by their names in TENSORS, as many as the kernel needs.
+    """
     addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in TENSORS]
-    values = (ctypes.c_int64 * len(ARGUMENTS))(0, rows, columns, blocks, groups, *addresses)
+    values = (ctypes.c_int64 * len(ARGUMENTS))(0, rows, columns, -(-columns // block), groups, *addresses)
     function, parallel = _compiled(kernel), _parallel()
     if parallel:
         parallel(function, values, torch.get_num_threads(), 0)

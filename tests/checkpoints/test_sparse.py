@@ -10,12 +10,13 @@ import sys
 import pytest
 import torch
 from conftest import CPU, ROOT, make, save
+from makebelieve import Gpu
 from safetensors.torch import load_file, save_file
 from test_formats import assert_same, logits, matrices
 from transformers import AutoModelForCausalLM
 
 import mixgpt
-from mixgpt.checkpoints import load
+from mixgpt.checkpoints import load, sparse
 from mixgpt.checkpoints.packing import encode
 from mixgpt.checkpoints.sparse import FEW, PackedWeight, SparseLinear
 from mixgpt.common.errors import InputError
@@ -118,6 +119,23 @@ def test_many_tokens_give_what_the_dense_layer_gives_bit_for_bit_and_gradients_f
     few = x[0, :2].clone().requires_grad_()
     gradients = [torch.autograd.grad(each(few).sum(), few)[0] for each in (layer, dense)]
     assert bias is None and torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)  # the interpreter cannot round to bfloat16
+@pytest.mark.parametrize("scheme", [None, Scheme(3), Scheme(4, 64, True), Scheme(8)], ids=str)
+def test_the_gpu_gives_the_same(scheme, dtype):
+    """On the make-believe GPU, in Triton's interpreter."""
+    torch.manual_seed(0)
+    for rows, columns in ((7, 1152), (3, 64)):
+        packed, W = packed_and_dense(rows, columns, dtype, scheme)
+        with Gpu():
+            moved = copy.deepcopy(packed).to("cuda:0")
+            assert sparse._runs_on(moved.device) and torch.equal(moved.expand().cpu(), W)
+            for tokens, bias in ((1, None), (3, torch.randn(rows)), (FEW, None), (FEW + 1, None)):
+                x = torch.randn(tokens, columns)
+                y = moved.multiply(x.to("cuda:0"), None if bias is None else bias.to("cuda:0"))
+                expected = torch.nn.functional.linear(x, W.float(), bias)
+                assert y.is_cuda and torch.allclose(y.cpu(), expected, atol=1e-4)
 
 
 GUARDED = """

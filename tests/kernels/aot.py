@@ -1,7 +1,7 @@
-"""Compile the Triton kernel ahead of time, as no GPU is needed for it: python tests/kernels/aot.py 80 90
+"""Compile the Triton kernels ahead of time, as no GPU is needed for it: python tests/kernels/aot.py 80 90
 
-It is given the arguments that `columns_cuda.walk_columns` would launch it with, specialised as Triton specialises
-them: integers that are 1 are constants, those that 16 divides are known to be so.
+They are given the arguments that `columns_cuda.walk_columns` and `sparse_cuda.run` would launch them with, specialised
+as Triton specialises them: integers that are 1 are constants, those that 16 divides are known to be so.
 """
 
 import os
@@ -17,12 +17,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mixgpt.kernels import columns_cuda
+from mixgpt.kernels import columns_cuda, sparse_cuda
+from mixgpt.kernels.sparse_cpu import Kernel
 
-POINTERS = {torch.float32: "*fp32", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS = {torch.float32: "*fp32", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
+            torch.uint8: "*u8", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 # rows, columns, m of n:m, dtype of the grid or None, whether U is row-major
 KERNELS = [(4096, 128, 0, None, True), (4096, 128, 8, None, False), (4096, 128, 0, torch.float16, False),
            (4096, 128, 4, torch.bfloat16, False)]
+# dtype, bits of codes or 0, tokens or 0 to expand
+PACKED = [(torch.bfloat16, 0, 1), (torch.float16, 0, 8), (torch.bfloat16, 4, 1), (torch.bfloat16, 3, 0)]
 
 
 def launches():
@@ -36,6 +40,15 @@ def launches():
         with mock.patch.object(columns_cuda, "_walk_rows", mock.MagicMock()) as recorder:
             columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, choice, grid)
         found.append((columns_cuda._walk_rows, *recorder.__getitem__.return_value.call_args))
+    for dtype, wbits, tokens in PACKED:
+        kinds = {"mask": torch.uint8, "data": torch.uint8 if wbits else dtype, "offsets": torch.int32, "x": dtype,
+                 "y": dtype}
+        if wbits:
+            kinds |= {"units": torch.float32, "zero": torch.uint8, "scale": dtype, "group": torch.int32}
+        with mock.patch.object(sparse_cuda, "_run", mock.MagicMock()) as recorder:
+            sparse_cuda.run(Kernel("", dtype, wbits, tokens), 4096, 11008, 512, 86,
+                            {part: torch.zeros(1, dtype=kind) for part, kind in kinds.items()})
+        found.append((sparse_cuda._run, *recorder.__getitem__.return_value.call_args))
     return found
 
 

@@ -1,0 +1,84 @@
+"""Time products with packed matrices against PyTorch's with dense ones in bfloat16, in pairs.
+
+python benchmarks/sparse.py
+python benchmarks/sparse.py --way avx2 --tokens 1 4 8
+python generate.py pruned "Once upon a time" --dense MODEL --dtype bfloat16 --max-new-tokens 128     # a whole model
+
+A row gives medians in ms, the median of the pairs' ratios, and GB/s of the packed matrix. Copies of a matrix take
+turns, so that none is in a cache.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from mixgpt.checkpoints.packing import encode
+from mixgpt.checkpoints.sparse import PackedWeight
+from mixgpt.common.progress import table
+from mixgpt.common.runtime import Clock, choose_device
+from mixgpt.kernels.sparse_cpu import WAYS
+from quant import Scheme, quantize_nearest
+
+SHAPES = (4096, 4096), (4096, 11008), (1536, 576)
+CASES = (0.5, 16), (0.6, 16), (0.7, 16), (0.5, 4)  # sparsity, bits
+BYTES = 6e8  # of the copies of a dense matrix
+
+
+def pack(shape, sparsity, wbits, device):
+    """Return a random matrix in bfloat16, and the same packed."""
+    W, grid = torch.randn(shape).bfloat16(), None
+    W[torch.rand(shape) < sparsity] = 0
+    if wbits < 16:
+        W, grid = quantize_nearest(W, Scheme(wbits, sym=True))
+    parts, description = encode(W, grid)
+    packed = PackedWeight(description)
+    for name, part in parts.items():
+        setattr(packed, name, part)
+    packed.prepare()
+    return W.to(device), packed.to(device)
+
+
+def seconds(function, device):
+    clock = Clock(device)
+    with clock.part("it"):
+        function()
+    return clock.seconds["it"]
+
+
+@torch.no_grad()
+def measure(shape, sparsity, wbits, tokens, device, pairs):
+    """Return a row of the table for products with so many tokens."""
+    W, packed = pack(shape, sparsity, wbits, device)
+    dense = [W.clone() for _ in range(int(BYTES // W.nbytes))]
+    copies, x = [copy.deepcopy(packed) for _ in dense], torch.randn(tokens, shape[1], device=device).bfloat16()
+    times = [(seconds(lambda k=k: torch.nn.functional.linear(x, dense[k % len(dense)]), device),
+              seconds(lambda k=k: copies[k % len(dense)].multiply(x), device)) for k in range(-3, pairs)][3:]
+    first, second = map(statistics.median, zip(*times, strict=True))
+    ratio, nbytes = statistics.median(a / b for a, b in times), sum(buffer.nbytes for buffer in packed.buffers())
+    return ["x".join(map(str, shape)), f"{sparsity:.0%}" + f" + {wbits} bit" * (wbits < 16), str(tokens),
+            f"{first * 1e3:.3f}", f"{second * 1e3:.3f}", f"{ratio:.2f}x", f"{nbytes / second / 1e9:.1f}"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device")
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1], help="multiplied at a time")
+    parser.add_argument("--way", choices=WAYS, help="default: the fastest on this CPU")
+    given = parser.parse_args(argv)
+    device = choose_device(given.device)
+    if given.way:
+        PackedWeight.ways = lambda self: [given.way]
+    rows = [measure(shape, *case, tokens, device, given.pairs)
+            for tokens in given.tokens for shape in SHAPES for case in CASES if given.way != "avx2" or case[1] == 16]
+    print(table(["matrix", "sparsity", "tokens", "dense", "packed", "ratio", "GB/s"], rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
