@@ -13,6 +13,7 @@ from paper import METHODS, TABLES, TASKS
 from scores import flags_of
 
 from mixgpt.app import cli, compression, tracking
+from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import MatrixSparsity
