@@ -55,9 +55,6 @@ WEIGHTS_UNREAD = f"{MODEL}its weights cannot be read: "
 UNREAD, REMOTE = "its configuration cannot be read: ", "it needs code from its repository, which is never executed here"
 LINK = "is a link out of its folder, to {root}/elsewhere; replace it by the file itself"
 PRUNED = "{root}/model builtin --sparsity .5 "
-MIXED = (f"{{root}}/model builtin --sparsity .5 --sparsity-way weight-level --sensitivity fisher {SMALL} "
-         "--sensitivity-file {root}/traces.json")
-TRACES = "--sensitivity-file {root}/traces.json: "
 
 
 def refused(options, message, command=PRUNED):
@@ -130,41 +127,12 @@ def pickled(root):
     torch.save({UP: Malicious(root / "executed"), "weights": torch.zeros(50_000)}, root / "model" / "pytorch_model.bin")
 
 
-def sparse(root, **changes):
-    """Replace the model by one in the sparse format, with the description of a matrix changed."""
-    shutil.rmtree(root / "model")
-    shutil.copytree(root / "made" / "packed", root / "model")
-    description = json.loads((root / "model" / "sparse.json").read_text())
-    description[UP].update(changes)
-    (root / "model" / "sparse.json").write_text(json.dumps(description))
-
-
 def gguf_file(message, damage=nothing, **options):
     def write(root):
         write_gguf(root / "a.gguf", PreTrainedTokenizerFast.from_pretrained(root / "model"), **options)
         damage(root / "a.gguf")
 
     return Fault(write, f"model {{root}}/a.gguf: {message}", "{root}/a.gguf builtin --sparsity .5")
-
-
-def text(root, name, content):
-    (root / "texts").mkdir()
-    (root / "texts" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def own(name, content, message):
-    """A fault in a file of one's own."""
-    return Fault(lambda root: text(root, name, content), f"dataset {{root}}/texts/{name}{message}",
-                 f"{{root}}/model {{root}}/texts/{name} --sparsity .5 --eval builtin")
-
-
-def traces(message, change):
-    """Put sensitivities of the model there, with the JSON in their file changed."""
-    def damage(root):
-        content = json.loads((root / "made" / "traces.json").read_text())
-        (root / "traces.json").write_text(json.dumps(content | change(content)))
-
-    return Fault(damage, f"{TRACES}{message}", MIXED)
 
 
 FAULTS = {
@@ -213,14 +181,13 @@ FAULTS = {
     "gguf: junk": gguf_file("its configuration cannot be read: …", lambda file: file.write_bytes(b"GGUFjunk")),
     "gguf: NaN": gguf_file("model.norm.weight contains NaN or inf",
                            change=lambda state: state["model.norm.weight"].fill_(float("nan"))),
-    "sparse: another shape": Fault(lambda root: sparse(root, shape=[47, 32]), f"{WEIGHTS_UNREAD}shape mismatch: …"),
     # arguments
     "groups that do not divide the columns": refused(
         "--prunen 2 --prunem 5", "--prunem 5: …", "{root}/model builtin "),
     "no matrix": refused("--minlayer 3", "--minlayer 3 --maxlayer 1000 --prune-only '': select no matrix of …"),
     "no folder of texts": refused("--eval ptb --data-dir {root}/no", "--data-dir {root}/no: no such folder"),
     "sequences beyond the model": refused("--seqlen 1000", "--seqlen 1000: the model's limit is 128 tokens"),
-    "samples beyond the memory": refused(f"--nsamples {10**9}", f"--nsamples {10**9}: …GB of memory…"),
+    "samples beyond the memory": refused(f"--nsamples {10**9}", "--nsamples, --seqlen: hidden states take … GB, …"),
     "a device that is not there": refused("--device cuda:9", "--device cuda:9: there are … CUDA devices here…"),
     # outputs
     "save into the model": refused(
@@ -228,15 +195,6 @@ FAULTS = {
         "{root}/model builtin "),
     # texts
     "text of one's own that is not there": refused("", "dataset mine.txt: invalid choice: …", "{root}/model mine.txt "),
-    "a cut row": own("a.jsonl", '{"text": "a"}\n{"text', ": cannot be read: …"),
-    "too little text": Fault(
-        lambda root: text(root, "a.txt", "a few words"),
-        "--seqlen 32: the train text of dataset {root}/texts/a.txt has … tokens and 33 are needed; lower --seqlen or …",
-        "{root}/model {root}/texts/a.txt --sparsity .5 --eval builtin"),
-    # sensitivities
-    "sensitivities that are NaN": traces(
-        "is not a file of traces: …", lambda content: {"samples": [
-            [float("nan") for _ in row] for row in content["samples"]]}),
     # generate.py
     "logits that are not finite": prompt(
         "", f"{MODEL}its logits contain NaN or inf; try --dtype float32",

@@ -14,11 +14,10 @@ def permuted(weight, heads):
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path, tokenizer, kind=None, change=None, seed=0, header=None):
+def write_gguf(path, tokenizer, kind=None, change=None, seed=0):
     """Write a tiny random LLaMA as GGUF. Returns the model.
 
-    kind: of quantization, for its matrices. change: called with the weights before, {name: tensor}. header: called
-    with the metadata before they are written, {key: gguf.GGUFValue}.
+    kind: of quantization, for its matrices. change: called with the weights before, {name: tensor}.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -54,8 +53,6 @@ def write_gguf(path, tokenizer, kind=None, change=None, seed=0, header=None):
         weight, quantized = weight.numpy(), kind if kind and weight.dim() == 2 else None
         writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)),
                           gguf.quantize(weight, quantized) if quantized else weight, raw_dtype=quantized)
-    if header:
-        header(writer.kv_data[0])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -106,19 +106,3 @@ def test_hidden_states_lie_on_disk_where_memory_is_short_and_are_the_same(dtype,
 def test_hidden_states_that_fit_nowhere_are_refused():
     with pytest.raises(InputError, match=r"--nsamples, --seqlen: hidden states take 1000000\.0 GB, more than is free "):
         modelutils.allocate([10**15], torch.uint8, CPU, modelutils.place_for(10**15, CPU))
-
-
-@pytest.mark.parametrize("number", [0, 2])
-def test_ctrl_c_while_layers_are_made_to_record_passes_and_leaves_them_as_they_were(number, tokens):
-    class Interrupted(torch.nn.Identity):
-        def __setattr__(self, name, value):
-            if name == "forward":
-                raise KeyboardInterrupt
-            super().__setattr__(name, value)
-
-    family, model = make("llama")
-    layers = family.layers_of(model)
-    layers[number] = Interrupted()
-    with pytest.raises(KeyboardInterrupt):
-        HiddenStates.embed(model, family, tokens, 2, CPU)
-    assert not any("forward" in vars(layer) for layer in layers)

@@ -54,12 +54,14 @@ def test_traces_that_are_not_finite_are_refused_and_not_kept(tokens, path):
     assert not path.exists()
 
 
-def test_an_incomplete_file_of_other_settings_is_refused(tokens, path):
+@pytest.mark.parametrize("samples, message", [
+    (lambda rows: rows[:2], "is incomplete and was started with different data or settings"),
+    (lambda rows: [[float("nan")] * len(row) for row in rows], "is not a file of traces: ")])
+def test_an_incomplete_file_of_other_settings_or_one_with_nan_is_refused(samples, message, tokens, path):
     obtain("llama", tokens, path)
     content = json.loads(path.read_text())
-    content["samples"] = content["samples"][:2]
-    path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="is incomplete and was started with different data or settings"):
+    path.write_text(json.dumps(content | {"samples": samples(content["samples"])}))
+    with pytest.raises(InputError, match=message):
         obtain("llama", tokens, path, seed=1)
 
 

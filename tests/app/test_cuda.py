@@ -16,7 +16,7 @@ from makebelieve import Gpu, GpuTensor
 
 import modelutils
 from mixgpt.allocation import backward
-from mixgpt.app import cli, planning
+from mixgpt.app import cli
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.common import memory
@@ -186,29 +186,7 @@ def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no
     compare(found, expected, job, dtype)
 
 
-@pytest.mark.parametrize("family, job", [
-    ("llama", "best"), ("qwen3", "50% + 4 bit, sparse")])
-def test_an_interrupted_run_goes_on_to_the_same_weights(family, job, gpu, run, tmp_path, monkeypatch):
-    measure, finish = planning.output_gradients, LayerFiles.save_layer
-
-    def interrupted(folder, index, *args, **options):
-        finish(folder, index, *args, **options)
-        if index == 1:
-            raise KeyboardInterrupt
-
-    with gpu():
-        expected, *_ = run(family, job, "cuda:0")
-        monkeypatch.setattr(LayerFiles, "save_layer", interrupted)
-        run(family, job, "cuda:0", save=tmp_path / "saved", status=130)
-        monkeypatch.setattr(LayerFiles, "save_layer", finish)
-        # attention's gradients on a GPU are not the same each time: those of the first run count
-        monkeypatch.setattr(planning, "output_gradients", lambda *args, **kwargs: pytest.fail("measured again"))
-        found, *_ = run(family, job, "cuda:0", "--resume", save=tmp_path / "saved")
-        monkeypatch.setattr(planning, "output_gradients", measure)
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
-
-
-def test_tensors_on_two_devices_are_refused():
+def test_tensors_on_two_devices_are_refused_and_waits_and_bytes_are_counted():
     """Guards the make-believe GPU itself."""
     with Gpu(memory=4096) as gpu:
         x, y = torch.ones(4, 4, device="cuda:0"), torch.ones(4, 4)
@@ -217,8 +195,6 @@ def test_tensors_on_two_devices_are_refused():
                       lambda: torch.nn.functional.linear(y, x), lambda: x.addmm_(x, y)):
             with pytest.raises(RuntimeError, match="same device"):
                 mixed()
-        with pytest.raises(TypeError, match="cuda:0"):
-            x.numpy()
         assert not gpu.synchronisations
         waits = (lambda: x[0, 0].item(), lambda: bool((x > 0).all()), lambda: x.cpu(), lambda: x[x > 0],
                  lambda: x.nonzero(), lambda: y.copy_(x), lambda: x.tolist(), lambda: float(x.sum()),
@@ -228,11 +204,7 @@ def test_tensors_on_two_devices_are_refused():
             assert sum(gpu.synchronisations.values()) >= count
         with pytest.raises(torch.OutOfMemoryError):
             torch.ones(1024, device="cuda:0")
-        before = gpu.used
-        z = torch.ones(512, device="cuda:0")
-        assert gpu.used == before + 2048
-        view = z[:3]
-        del z
+        before, view = gpu.used, torch.ones(512, device="cuda:0")[:3]
         assert gpu.used == before + 2048
         del view
         assert gpu.used == before

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, read_little
-from faults import FAULTS, MIXED, SMALL, config_changed, remote, weights_changed
+from faults import FAULTS, SMALL, config_changed, remote, weights_changed
 
 import datautils
 import generate
@@ -33,21 +33,11 @@ def says(message):
     return ".*".join(map(re.escape, message.split("…")))
 
 
-@pytest.fixture(scope="module")
-def made(checkpoint_folder, tmp_path_factory):
-    """Give a folder with a LLaMA in the sparse format, `packed`, and traces of the dense one."""
-    root = tmp_path_factory.mktemp("made")
-    (root / "model").symlink_to(checkpoint_folder("llama"))
-    assert run("llama", f"{MIXED} --gmp --eval --save {{root}}/packed --save-format sparse", root=root) == 0
-    return root
-
-
 @pytest.mark.parametrize("case", FAULTS)
-def test_a_fault_gets_one_line_and_nothing_is_written(case, checkpoint_folder, made, tmp_path, capsys, monkeypatch):
+def test_a_fault_gets_one_line_and_nothing_is_written(case, checkpoint_folder, tmp_path, capsys, monkeypatch):
     fault, root = FAULTS[case], tmp_path / "root"
     monkeypatch.chdir(tmp_path)
     shutil.copytree(checkpoint_folder("llama"), root / "model")
-    (root / "made").symlink_to(made)
     fault.damage(root)
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 

@@ -1,18 +1,14 @@
 """Check which matrices go to the semi-structured kernels and that nothing else changes; the kernels need a GPU."""
 
-import json
-
 import pytest
 import torch
-from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, FAMILIES, save
+from conftest import CPU, FAMILIES, record_of, save
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixgpt.common.choices import RECORD
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.measures import perplexity
 from modelutils import linears
@@ -79,26 +75,23 @@ def test_the_reason_is_told_where_the_kernels_cannot_run(capability, library, dt
     assert found is None if reason is None else found.endswith(reason)
 
 
-def test_on_a_cpu_the_run_goes_on_and_says_why_it_skipped_them(checkpoint_folder, tmp_path, capsys):
-    arguments = ["builtin", "--prunen", "2", "--prunem", "4", *SMALL, "--semi-structured"]
-    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), *arguments, "--save", tmp_path / "saved") == 0
-    out, reason = capsys.readouterr().out, "the kernels need a CUDA GPU, this runs on the cpu"
+def test_on_a_cpu_the_run_goes_on_and_says_why_it_skipped_them(prune, tmp_path):
+    out = prune("llama", "--prunen 2 --prunem 4 --semi-structured --save", tmp_path / "saved")
+    reason = "the kernels need a CUDA GPU, this runs on the cpu"
     assert f"kernels  --semi-structured is skipped: {reason}\n" in out
     assert f"\nsemi-structured kernels: skipped, {reason}\n" in out
-    assert json.loads((tmp_path / "saved" / "mixgpt.json").read_text())["semi_structured"] == {"skipped": reason}
+    assert record_of(tmp_path / "saved")["semi_structured"] == {"skipped": reason}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_kernels_give_what_dense_ones_give(halved, tokenizer, tmp_path, capsys):
-    family, model = halved
+def test_the_kernels_give_what_dense_ones_give(halved, tokenizer, prune, tmp_path):
     if reason := semistructured.obstacle(torch.device("cuda"), torch.bfloat16):
         pytest.skip(reason)
-    save(tmp_path / "model", model.bfloat16(), tokenizer, {})
-    assert run(family, tmp_path / "model", "builtin", "--seqlen", "32", "--eval", "builtin", "--device", "cuda",
-               "--semi-structured", "--save", tmp_path / "saved") == 0
-    record = json.loads((tmp_path / "saved" / RECORD).read_text())
+    save(tmp_path / "model", halved[1].bfloat16(), tokenizer, {})
+    out = prune("llama", "--device cuda --semi-structured --save", tmp_path / "saved", model=tmp_path / "model")
+    record = record_of(tmp_path / "saved")
     found = record["semi_structured"]
     assert found["matrices"] == 10 and 0 <= found["difference"] < 0.02
     assert found["perplexity"]["builtin"] == pytest.approx(record["perplexity"]["dense"]["builtin"], rel=0.02)
-    assert "times as fast as on dense ones" in capsys.readouterr().out
+    assert "times as fast as on dense ones" in out

@@ -5,7 +5,6 @@ from functools import partial
 import conftest
 import pytest
 import torch
-from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import CPU, VOCABULARY, make
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -55,9 +54,9 @@ def test_logits_for_text_are_those_of_the_whole_model(kind, folder, tokens):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_text_part_is_pruned_and_saved_as_a_model_of_its_own(kind, folder, tmp_path, capsys):
-    assert run(llama.FAMILY, folder(kind), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved") == 0
-    assert f"{MODELS[kind][0]}, {4 if kind == 'gemma4' else 2} layers, " in (output := capsys.readouterr().out)
+def test_the_text_part_is_pruned_and_saved_as_a_model_of_its_own(kind, folder, prune, tmp_path):
+    output = prune("llama", "--sparsity .5 --save", tmp_path / "saved", model=folder(kind))
+    assert f"{MODELS[kind][0]}, {4 if kind == 'gemma4' else 2} layers, " in output
     assert f"the text part of a {kind}\n" in output
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert type(loaded).__name__ == MODELS[kind][0] and not any(report.values())

@@ -1,11 +1,9 @@
 """Check that a mixture draws from each text what it alone gives, as much as its share asks for."""
 
-import json
 
 import pytest
 import torch
-from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import FAMILIES
+from conftest import record_of
 
 import datautils
 from mixgpt.common.errors import InputError
@@ -65,16 +63,12 @@ def test_a_text_without_sequences_is_refused():
         counts_of("c4:19,builtin:1", 4)
 
 
-def test_a_run_draws_from_all_and_its_record_says_what_from_where(mine, checkpoint_folder, tmp_path, capsys):
+def test_a_run_draws_from_all_and_its_record_says_what_from_where(mine, prune, tmp_path):
     name = f"builtin:1,{mine}:1"
-    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), name, *SMALL, "--sparsity", ".5",
-               "--record", tmp_path / "record.json") == 0
-    record = json.loads((tmp_path / "record.json").read_text())
-    assert [part["sequences"] for part in record["data"]["calibration"]["parts"]] == [2, 2]
-    assert f"data     {name}: 4 sequences" in capsys.readouterr().out
+    printed = prune("llama", "--sparsity .5 --save", tmp_path / "saved", data=name)
+    assert [part["sequences"] for part in record_of(tmp_path / "saved")["data"]["calibration"]["parts"]] == [2, 2]
+    assert f"data     {name}: 4 sequences" in printed
     for wrong, line in {
             name: f"--eval {name}: is a mixture, which is for calibration; give its texts one by one",
             "./mine.txt": "--eval ./mine.txt: is text that calibration draws from; give another one"}.items():
-        options = [*SMALL, "--sparsity", ".5", "--eval", wrong]
-        assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), name, *options) == 2
-        assert capsys.readouterr().err == f"llama.py: error: {line}\n"
+        assert prune("llama", "--sparsity .5 --eval", wrong, data=name, status=2) == f"llama.py: error: {line}\n"

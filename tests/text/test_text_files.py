@@ -7,8 +7,7 @@ import json
 import pyarrow.parquet
 import pytest
 import torch
-from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import FAMILIES
+from conftest import record_of
 from datasets import Dataset
 
 import datautils
@@ -123,13 +122,12 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(case, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_run_calibrates_and_evaluates_on_files_and_names_them(checkpoint_folder, tmp_path, capsys):
+def test_a_run_calibrates_and_evaluates_on_files_and_names_them(prune, tmp_path):
     for name in ("mine.txt", "other.txt"):
         (tmp_path / name).write_text(f"Of {name} this is a line.\n" * 100)
     mine, other = (str(tmp_path / name) for name in ("mine.txt", "other.txt"))
-    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), mine, *SMALL, "--sparsity", ".5", "--eval", other,
-               "builtin", "--record", tmp_path / "record.json") == 0
-    printed, record = capsys.readouterr().out, json.loads((tmp_path / "record.json").read_text())
+    printed = prune("llama", "--sparsity .5 --eval", other, "builtin --save", tmp_path / "saved", data=mine)
+    record = record_of(tmp_path / "saved")
     assert f"data     {mine}: 4 sequences of 32 tokens" in printed and other in printed
     assert list(record["perplexity"]["SparseGPT"]) == [other, "builtin"]
     assert record["data"]["calibration"]["files"] == [mine] and len(record["data"][other]["sha256"]) == 64
