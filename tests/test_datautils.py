@@ -230,13 +230,6 @@ def test_the_hub_is_asked_for_the_datasets_of_the_field(monkeypatch, dataset, pa
     json.dumps(source)
 
 
-def test_a_column_that_the_hub_does_not_have_is_one_line(monkeypatch):
-    monkeypatch.setattr(datautils, "hub_reachable", lambda: True)
-    monkeypatch.setattr(datautils, "load_dataset", lambda *_, **__: Dataset.from_dict({"text": ["a"]}))
-    with pytest.raises(InputError, match="^an-owner/set has the columns text: words is needed$"):
-        datautils.load_rows("an-owner/set:words", "train", "a folder that it is not looked for in")
-
-
 @pytest.mark.parametrize("dataset", ["wikitext2", "ptb", "c4"])
 def test_offline_the_error_is_one_line(monkeypatch, tmp_path, dataset, tokenizer):
     monkeypatch.setattr(datautils, "hub_reachable", lambda: False)

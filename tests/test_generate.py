@@ -42,14 +42,6 @@ def test_draws_depend_on_the_seed_only_and_leave_the_global_one(tokenizer):
     assert cold.text == generation.complete(model, tokenizer, "import", 12).text
 
 
-def test_text_ends_before_what_ends_it(tokenizer):
-    _, model = make("llama")
-    whole = generation.complete(model, tokenizer, "import", 40, 5.0)
-    end = re.search("[a-z]{2}", whole.text).group()
-    cut = generation.complete(model, tokenizer, "import", 40, 5.0, until=["no such text", end])
-    assert cut.text == whole.text[:whole.text.index(end)] and cut.tokens < whole.tokens
-
-
 def test_a_prompt_that_is_too_long_loses_its_beginning(tokenizer):
     _, model = make("opt")
     limit = position_limit(model.config)

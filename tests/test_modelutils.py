@@ -70,19 +70,6 @@ def test_layers_take_the_arguments_of_the_sequences_that_they_run_on_in_any_orde
     assert stream.hidden.shape == (5, 24, 32 + 2 * 2 * 8 + 2 * 2 * 16)  # and keys and values of two layers
 
 
-def test_what_layers_leave_for_others_is_carried_only_if_another_one_reads_it(tokens):
-    family, model = make("gemma4")
-    model.config.num_kv_shared_layers = 0
-    assert HiddenStates.embed(type(model)(model.config), family, tokens, 2, CPU).hidden.shape == (5, 24, 32)
-
-
-def test_arguments_that_do_not_depend_on_tokens_are_not_kept_for_each_sequence(tiny, tokens):
-    family, model = tiny
-    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
-    assert not stream.varying and set(stream.arguments) == {1, 2}
-    assert stream.hidden.shape[-1] == stream.channels
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_states_lie_on_disk_where_memory_is_short_and_are_the_same(dtype, tokens, monkeypatch):
     family, model = make("llama")

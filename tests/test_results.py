@@ -177,13 +177,3 @@ def test_a_perplexity_beyond_all_numbers_or_none_stands_in_the_table_and_not_in_
     rows = [line.split() for line in table("--plot", tmp_path / "a.png", **records)]
     assert [row[2] for row in rows if row and row[0] == "SparseGPT"] == ["30.00", "inf", "nan"]
     assert [row[1] for row in rows if row and row[0] == "dense"] == ["0.00%"]
-
-
-def test_a_record_of_a_newer_version_is_refused_and_one_without_a_version_is_read(write, capsys):
-    files = write(a=record(40.0, sparsity=0.5), b=record(41.0, sparsity=0.5) | {
-        "schema": 99, "program": {"version": "9.1"}})
-    assert results.main(files) == 2
-    captured = capsys.readouterr()
-    assert "40.00" in captured.out and "41.00" not in captured.out
-    line, = captured.err.splitlines()
-    assert f"{files[1]} was written by version 9.1 of this program (schema 99); this is version " in line

@@ -118,15 +118,6 @@ def random_sensitivity(model, family, seed=0):
     return dict(zip(keys, values, strict=True))
 
 
-@pytest.mark.parametrize("way", ["uniform", "origin"])
-@pytest.mark.parametrize("target", [Target(0.37), Target(0.5, 2, 4)])
-def test_uniform_gives_the_target_to_every_selected_matrix(way, target):
-    family, model = make("opt")
-    selected = select(model, family, maxlayer=2)
-    assert make_plan(selected, target, way) == {key: target for key in selected}
-    assert make_plan(selected, target, way, random_sensitivity(model, family), 0.3) == make_plan(selected, target)
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("selection", [{}, {"minlayer": 1, "prune_only": "self_attn"},
                                        {"minlayer": 1, "prune_only": "fc", "invert": True}])

@@ -238,14 +238,6 @@ def test_an_interrupted_run_gives_the_files_of_a_whole_one(save_format, name, op
     assert parts == whole
 
 
-def test_two_runs_with_the_same_seed_write_the_same_bytes_and_another_seed_others(prune, tmp_path):
-    for saved, seed in {"one": 0, "two": 0, "other": 1}.items():
-        prune("bloom", "--preset mixgpt --seed", seed, HALF, tmp_path / saved, "--sensitivity-file",
-              tmp_path / f"{saved}.json")
-    one, two, other = (contents(tmp_path / saved) for saved in ("one", "two", "other"))
-    assert one == two and one["model.safetensors"] != other["model.safetensors"]
-
-
 # ---- temporary folders --------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import torch
 from commands import torchrun
 from conftest import ROOT, as_rank, assert_same_weights, command, free_port, record_of, saved_tensors
 
-from mixgpt.common import distributed, program
+from mixgpt.common import distributed
 
 ARGUMENTS = ["builtin", "--seqlen", "32", "--nsamples", "7", "--sparsity", ".5", "--eval", "--device", "cpu"]
 MIXED = ["--sparsity-way", "weight-level", "--sensitivity", "fisher"]
@@ -163,13 +163,3 @@ def test_one_gpu_for_all_processes_is_refused(prune, monkeypatch):
         monkeypatch.setenv(name, value)
     assert "--device cuda:1: torchrun gives each process a GPU of its own" in prune("llama", "--device cuda:1",
                                                                                     status=2)
-
-
-def test_ranks_without_a_number_of_processes_mean_nothing(monkeypatch):
-    """As where a scheduler sets some of them, for runs that have nothing to do with each other."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "3")
-    with distributed.joined(torch.device("cpu")):
-        assert (program.world_size(), program.rank(), program.rank("LOCAL_RANK")) == (1, 0, 0)
-        assert (distributed.world(), distributed.rank()) == (1, 0)

@@ -89,14 +89,6 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
     assert torch.allclose(scaled / roots, weighted, atol=1e-3)
 
 
-def test_a_matrix_whose_rows_weigh_nothing_meets_its_target_as_if_they_weighed_alike(problem):
-    W, X = problem
-    H, scale = normalised(X)
-    nothing, alike = (pruned([W / scale], H * scale * scale[:, None], Target(0.5), weights=weights)[0]
-                      for weights in (torch.zeros(24), torch.ones(24)))
-    assert torch.equal(nothing, alike) and (nothing == 0).sum() == W.numel() // 2
-
-
 def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
     scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [2.0, -1.0, 9.0, 4.0]])
     keep = keep_mask(scores, [Part(slice(0, 1), 1, Target(0.5)), Part(slice(1, 2), 1, Target(0.25))])

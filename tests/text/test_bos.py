@@ -9,7 +9,6 @@ import torch
 from tokenizers import processors
 
 import datautils
-from mixgpt.common.errors import InputError
 from mixgpt.text.bos import resolve, token_ids
 
 TEXT = "Names refer to objects; they are introduced by name binding operations. " * 6
@@ -87,15 +86,3 @@ def test_every_segment_begins_with_bos_in_place_of_its_first_token(added, kind, 
         ids = tokenizer(text.removeprefix("<s>"), add_special_tokens=False).input_ids
         expected = torch.tensor([BOS, *ids])[:tokens.numel()].view(-1, 16)
         assert (tokens[:, 0] == BOS).all() and torch.equal(tokens[:, 1:], expected[:, 1:])
-
-
-def test_a_tokenizer_without_bos_is_refused_where_bos_is_wanted(tokenizer):
-    without = copy.deepcopy(tokenizer)
-    without.bos_token = None
-    without.name_or_path = "folder"
-    for bos, model_type, named in (("each", "llama", "each"), ("once", "llama", "once"), ("auto", "gemma2", "each")):
-        with pytest.raises(InputError) as error:
-            resolve(bos, model_type, without)
-        assert str(error.value) == f"--bos {named}: the tokenizer of model folder has no BOS; must be never"
-    assert resolve("auto", "llama", without) == resolve("never", "gemma2", without) == "never"
-    assert token_ids(without, TEXT, "never") == without(TEXT).input_ids

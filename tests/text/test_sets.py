@@ -58,11 +58,6 @@ def test_what_is_no_mixture_is_refused(name, message):
         counts_of(name, 10)
 
 
-def test_a_text_without_sequences_is_refused():
-    with pytest.raises(InputError, match="^--nsamples 4: gives no sequence to builtin in c4:19,builtin:1; raise it$"):
-        counts_of("c4:19,builtin:1", 4)
-
-
 def test_a_run_draws_from_all_and_its_record_says_what_from_where(mine, prune, tmp_path):
     name = f"builtin:1,{mine}:1"
     printed = prune("llama", "--sparsity .5 --save", tmp_path / "saved", data=name)
