@@ -27,7 +27,7 @@ def compress(run, plan):
         run.record["settings"] |= {"batch_size": used.batch_size,
                                    "true_sequential": settings.true_sequential and not (
                                        settings.calibrates and used.two_passes)}
-    matrices, others = measure_weights(run.model, run.inputs.family, run.inputs.device)
+    matrices, others = measure_weights(run.model, run.family, run.device)
     run.record |= report.of_matrices(matrices, others, outcomes, plan.targets, plan.traces)
     return outcomes, matrices, others
 
@@ -72,7 +72,7 @@ def _distill(run, plan, outcomes, on_host):
             files.save_layer(index, layer, of_layer, kind="distilled")
 
     def attempt(memory_plan):
-        streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.inputs.seqlen)
+        streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.seqlen)
         room = run.decided("distillation_batch", lambda: min(distributed.all_gather_object(
             distill.room_for(streamed, tokens))))
         streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))

@@ -21,7 +21,7 @@ from mixgpt.text import bos
 from modelutils import allocate, place_for
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inputs:
     """The checked inputs of a run; those from `calibration` on are empty until `read_texts`."""
 

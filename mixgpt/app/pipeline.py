@@ -57,7 +57,7 @@ def run(family, settings, command=None, model=None, tokenizer=None, texts=None):
             evaluate(current, settings.method)
         if settings.semi_structured and "semi_structured" not in current.record:
             current.record["semi_structured"] = _with_less_memory(current, lambda size: semistructured.compare(
-                current.model, family, inputs.tests, size, device))
+                current.model, family, current.tests, size, device))
         return _report(current)
 
 
@@ -78,15 +78,14 @@ def _quieter(settings):
 
 def evaluate(current, method):
     """Add perplexities and task scores of the model as it is now to the record. method: "dense" or its name."""
-    inputs, model, record = current.inputs, current.model, current.record
     with current.clock.part("evaluation"):
-        record.setdefault("perplexity", {})[method] = _with_less_memory(current, lambda size: {
-            name: perplexity(model, inputs.family, tokens, size, inputs.device, name)
-            for name, tokens in inputs.tests.items()})
-    if inputs.score_tasks:
+        current.record.setdefault("perplexity", {})[method] = _with_less_memory(current, lambda size: {
+            name: perplexity(current.model, current.family, tokens, size, current.device, name)
+            for name, tokens in current.tests.items()})
+    if current.score_tasks:
         with current.clock.part("tasks"):
-            record.setdefault("tasks", {})[method] = _with_less_memory(
-                current, lambda size: inputs.score_tasks(model, size))
+            current.record.setdefault("tasks", {})[method] = _with_less_memory(
+                current, lambda size: current.score_tasks(current.model, size))
 
 
 def _with_less_memory(current, step):
@@ -98,28 +97,28 @@ def _with_less_memory(current, step):
 def _save(current, plan, outcomes, matrices, others):
     """Complete the output folder, reload it and compare it with the model in memory: all zeros, logits of a few tokens.
     """
-    inputs, folder, path = current.inputs, current.files, current.settings.save
-    probe = next((tokens[:1, :PROBE] for tokens in (*inputs.tests.values(), inputs.calibration) if tokens is not None),
-                 torch.arange(PROBE)[None] % inputs.config.vocab_size)
+    folder, path = current.files, current.settings.save
+    texts = [tokens for tokens in (*current.tests.values(), current.calibration) if tokens is not None]
+    probe = texts[0][:1, :PROBE] if texts else torch.arange(PROBE)[None] % current.config.vocab_size
     with current.clock.part("save"):
         folder.write_record(current.record)
-        folder.write_checkpoint(inputs.tokenizer, {inputs.family.path(*key): outcome.grid
-                                                  for key, outcome in outcomes.items() if outcome.grid})
-        saved = load.open_model(path, load.load_config(path, inputs.family), inputs.family, "auto")
-        if measure_weights(saved, inputs.family, inputs.device) != (matrices, others):
+        folder.write_checkpoint(current.tokenizer, {current.family.path(*key): outcome.grid
+                                                    for key, outcome in outcomes.items() if outcome.grid})
+        saved = load.open_model(path, load.load_config(path, current.family), current.family, "auto")
+        if measure_weights(saved, current.family, current.device) != (matrices, others):
             raise VerificationError(f"--save {path}: the zeros of the saved weights differ from those in memory")
-        of_saved, in_memory = (logits(model, inputs.family, probe, 1, inputs.device)
+        of_saved, in_memory = (logits(model, current.family, probe, 1, current.device)
                                for model in (saved, current.model))
         if not torch.allclose(of_saved, in_memory, rtol=0, atol=0, equal_nan=True):
             raise VerificationError(f"--save {path}: the logits of the saved model differ from those in memory")
         if plan.targets:
-            current.record["disk"] = report.disk(current.settings, folder, plan.targets, inputs.selected)
+            current.record["disk"] = report.disk(current, plan.targets)
 
 
 def _report(current):
     """Complete the record, write it if requested, and print the tables. Returns the record."""
     settings, record = current.settings, current.record
-    record |= {"seconds": dict(current.clock.seconds), "peak_memory": peak_memory(current.inputs.device)}
+    record |= {"seconds": dict(current.clock.seconds), "peak_memory": peak_memory(current.device)}
     if settings.save:
         current.files.write_record(record)
         current.files.close()

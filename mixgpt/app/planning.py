@@ -35,14 +35,14 @@ class Plan:
 
 def choose(run):
     """Return the `Plan` of a run; print and plot it."""
-    settings, inputs = run.settings, run.inputs
+    settings = run.settings
     if not settings.compresses:
         return Plan({})
     plan = retry_with_less_memory(settings, MemoryPlan(settings.batch_size, on_host=False), partial(_measure, run))
     if plan.traces:
         if warning := plan.traces.warning():
             print(warning, flush=True)
-        run.log(plan_text(settings, inputs.target, plan.targets, inputs.selected, plan.traces.sensitivity))
+        run.log(plan_text(settings, run.target, plan.targets, run.selected, plan.traces.sensitivity))
         run.tracker.plan(plan.traces, plan.targets)
     elif settings.is_nonuniform:
         sparsities = [target.sparsity for target in plan.targets.values()]
@@ -63,7 +63,7 @@ def _measure(run, memory_plan):
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)
         with run.clock.part("sensitivity"):
-            measured, path = traces.load_or_compute(streamed, run.inputs.calibration, sampling,
+            measured, path = traces.load_or_compute(streamed, run.calibration, sampling,
                                                     settings.sensitivity_file)
         run.log(f"{measured.verdict()}\n         kept in {path}")
     targets, tensors = run.kept("plan", lambda: _allocate(run, streamed, tokens, measured))
@@ -73,43 +73,43 @@ def _measure(run, memory_plan):
 
 def _texts(run, streamed):
     """Return the tokens for the Hessians, those for distillation and the dense model's states of these, or Nones."""
-    inputs, (for_hessians, for_distillation) = run.inputs, run.synthetic_counts
+    for_hessians, for_distillation = run.synthetic_counts
     if not for_hessians + for_distillation:
-        return inputs.calibration, None, None
+        return run.calibration, None, None
 
     def make():
         """Return how text was made, and {"tokens", "dense_states" of this process's share of what is distilled}."""
         with run.clock.part("synthetic"):
-            tokens, how = synthetic(streamed, inputs.calibration, for_hessians + for_distillation, run.settings.seed,
-                                    bos.first_token(inputs.tokenizer, run.settings.bos))
+            tokens, how = synthetic(streamed, run.calibration, for_hessians + for_distillation, run.settings.seed,
+                                    bos.first_token(run.tokenizer, run.settings.bos))
         tensors = {"tokens": tokens}
         if for_distillation:
             windows = windows_of(tokens[for_hessians:], how)
             with run.clock.part("distillation"):
                 tensors["dense_states"] = distill.dense_states(
-                    distill.with_token_budget(streamed, windows, inputs.seqlen), windows)
+                    distill.with_token_budget(streamed, windows, run.seqlen), windows)
         return how, tensors
 
     how, tensors = run.kept("synthetic", make)
     tokens, run.record["synthetic"] = tensors["tokens"], how
     if how == RESAMPLED:
-        run.log(f"data     all weights do not fit on {inputs.device} at once: synthetic sequences are single tokens "
+        run.log(f"data     all weights do not fit on {run.device} at once: synthetic sequences are single tokens "
                 "drawn in place of those of the calibration sequences, not text")
     windows = windows_of(tokens[for_hessians:], how) if for_distillation else None
-    return torch.cat([inputs.calibration, tokens[:for_hessians]]), windows, tensors.get("dense_states")
+    return torch.cat([run.calibration, tokens[:for_hessians]]), windows, tensors.get("dense_states")
 
 
 def _allocate(run, streamed, tokens, measured):
     """Return the targets of all matrices, a JSON-able list, and the tensors of the `Gradients` used for them."""
-    settings, inputs, gradients = run.settings, run.inputs, None
+    settings, gradients = run.settings, None
     if settings.needs_gradients:
         percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # needs H as well
         if settings.token_weights == "equal":
-            tokens = every_second_sequence(inputs.calibration)
+            tokens = every_second_sequence(run.calibration)
         with run.clock.part("gradients"):
-            gradients = output_gradients(streamed, list(inputs.selected), tokens, settings.seed, percdamp)
+            gradients = output_gradients(streamed, list(run.selected), tokens, settings.seed, percdamp)
     targets = ALLOCATIONS[settings.sparsity_way].load()(Budget(
-        inputs.selected, inputs.target, settings.alpha, measured and measured.sensitivity, gradients, streamed,
-        inputs.calibration))
+        run.selected, run.target, settings.alpha, measured and measured.sensitivity, gradients, streamed,
+        run.calibration))
     return [[layer, name, *astuple(target)] for (layer, name), target in targets.items()], (
         gradients.tensors() if gradients else {})

@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from mixgpt.app.settings import BOS, EVALUATION, METHOD, REPORT, RESULT, flag_of, having_effect
-from mixgpt.checkpoints import load
 from mixgpt.checkpoints.formats import stored_bytes
 from mixgpt.checkpoints.run_dir import clear
 from mixgpt.common import distributed
@@ -29,16 +28,17 @@ from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome
 
 
-def facts(settings, seqlen, dtype, device, sources):
+def facts(inputs, dtype):
     """Return the part of the record known before pruning: resolved settings, versions, device and texts."""
+    settings, device = inputs.settings, inputs.device
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     versions = {"python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     if settings.tasks:
         versions["lm_eval"] = version("lm_eval")
-    return {"settings": dataclasses.asdict(settings) | {"seqlen": seqlen, "dtype": str(dtype).removeprefix("torch."),
-                                                        "device": str(device)},
-            **signature(), "device_name": device_name, "versions": versions, "data": sources}
+    return {"settings": dataclasses.asdict(settings) | {
+                "seqlen": inputs.seqlen, "dtype": str(dtype).removeprefix("torch."), "device": str(device)},
+            **signature(), "device_name": device_name, "versions": versions, "data": inputs.sources}
 
 
 def of_matrices(matrices, others, outcomes, plan, known):
@@ -72,11 +72,11 @@ def asked(settings, seqlen, device):
     return shared | {"--seqlen": seqlen, "--device": device.type, "number of processes": distributed.world()}
 
 
-def identity(settings, seqlen, device, model, calibration):
-    """Return what a resumed run must have in common with the first one, {flag: value}. calibration: tokens or None."""
-    return asked(settings, seqlen, device) | {
+def identity(inputs, model):
+    """Return what a resumed run must have in common with the first one, {flag: value}."""
+    return asked(inputs.settings, inputs.seqlen, inputs.device) | {
         "--dtype": str(model.dtype).removeprefix("torch."), "model's weights": fingerprint(model),
-        "calibration tokens": None if calibration is None else digest(calibration)}
+        "calibration tokens": None if inputs.calibration is None else digest(inputs.calibration)}
 
 
 def completed(settings, device):
@@ -107,35 +107,37 @@ def completed(settings, device):
     return record
 
 
-def disk(settings, folder, plan, selected):
+def disk(run, plan):
     """Count the plan's matrices' bytes on disk, against bfloat16; theory counts only the kept weights' bits."""
-    sizes = {key: out * columns for key, (out, columns) in selected.items()}
+    sizes = {key: out * columns for key, (out, columns) in run.selected.items()}
     kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
-    nbytes = stored_bytes(settings.save, {f"{folder.family.path(*key)}.weight": sizes[key] for key in plan},
-                          folder.model.dtype.itemsize)
+    nbytes = stored_bytes(run.settings.save, {f"{run.family.path(*key)}.weight": sizes[key] for key in plan},
+                          run.model.dtype.itemsize)
     numel = sum(sizes.values())
     return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
-            "theoretical_ratio": 16 * numel / (settings.wbits * kept)}
+            "theoretical_ratio": 16 * numel / (run.settings.wbits * kept)}
 
 
-def heading(inputs, model, versions, command=None):
-    """Return the heading: all that is needed to reproduce the run. command: the command line."""
-    settings, parameters, data = inputs.settings, sum(p.numel() for p in model.parameters()), []
-    whole = load.multimodal(settings.model) if inputs.model is None else None
-    if inputs.calibration is not None:
+def heading(run, command=None, whole=None):
+    """Return the heading: all that is needed to reproduce the run.
+
+    command: the command line. whole: type of the multimodal model whose text part is pruned.
+    """
+    settings, model, parameters, data = run.settings, run.model, sum(p.numel() for p in run.model.parameters()), []
+    if run.calibration is not None:
         synthetic = sum(settings.synthetic_counts())
-        data.append(f"{settings.dataset}: {len(inputs.calibration)} sequences of {inputs.seqlen} tokens, "
+        data.append(f"{settings.dataset}: {len(run.calibration)} sequences of {run.seqlen} tokens, "
                     + (f"{synthetic} synthetic ones, " if synthetic else "")
                     + f"seed {settings.seed}, batches of {settings.batch_size}")
     if settings.bos != "never":
         data.append(BOS[settings.bos])
     lines = {"command": command,
-             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-             "model": f"{settings.model}: {type(model).__name__}, {len(inputs.family.layers_of(model))} layers, "
-                      f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {inputs.device}"
+             "versions": ", ".join(f"{name} {version}" for name, version in run.record["versions"].items()),
+             "model": f"{settings.model}: {type(model).__name__}, {len(run.family.layers_of(model))} layers, "
+                      f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {run.device}"
                       + (f", the text part of a {whole}" if whole else "")
                       + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
-             **_methods(settings, len(inputs.selected)), "data": ", ".join(data)}
+             **_methods(settings, len(run.selected)), "data": ", ".join(data)}
     return "\n".join(f"{title:<8} {line}" for title, line in lines.items() if line)
 
 

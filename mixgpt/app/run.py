@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from mixgpt.app import report
 from mixgpt.app.inputs import Inputs, distillation_windows
@@ -23,12 +22,10 @@ from mixgpt.pruning import calibration, distill
 from modelutils import StreamedModel
 
 
-@dataclass
-class Run:
-    """A run in progress."""
+@dataclass(kw_only=True)
+class Run(Inputs):
+    """A run in progress: its inputs and what it has beside them."""
 
-    inputs: Inputs
-    model: Any
     files: LayerFiles | None  # the RunDir of --save; else in a temporary folder, if the weights are on disk
     record: dict  # as in mixgpt.json, filled step by step
     tracker: Tracker | None = None
@@ -41,22 +38,13 @@ class Run:
                                       two_passes=not one_pass)
 
     @property
-    def settings(self):
-        return self.inputs.settings
-
-    @property
-    def clock(self):
-        return self.inputs.clock
-
-    @property
     def synthetic_counts(self):
         """The numbers of synthetic sequences for the Hessians, and for distillation."""
         return self.settings.synthetic_counts(self.distills)
 
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""
-        return StreamedModel(self.model, self.inputs.family, self.inputs.device, plan.batch_size, self.clock,
-                             plan.on_host)
+        return StreamedModel(self.model, self.family, self.device, plan.batch_size, self.clock, plan.on_host)
 
     def kept(self, name, make):
         """Return make(), or what an interrupted run has kept of it; see `RunDir.kept`."""
@@ -78,22 +66,21 @@ def opened(inputs, files, command=None):
 
     files: the RunDir of --save, if it is given. command: the command line, for the heading.
     """
-    settings, family = inputs.settings, inputs.family
     with contextlib.ExitStack() as stack, inputs.clock.part("load"):
         model = inputs.model
         if model is None:
-            model = load.open_model(settings.model, inputs.config, family, inputs.dtype)
-        record = report.facts(settings, inputs.seqlen, model.dtype, inputs.device, inputs.sources)
+            model = load.open_model(inputs.settings.model, inputs.config, inputs.family, inputs.dtype)
+        record = report.facts(inputs, model.dtype)
         if files:
-            record["identity"] = report.identity(settings, inputs.seqlen, inputs.device, model, inputs.calibration)
-            files.open(model, family, record["identity"])
+            record["identity"] = report.identity(inputs, model)
+            files.open(model, inputs.family, record["identity"])
         elif inputs.selected and disk_weights(model):  # pruned layers go to disk, like the dense ones
             files = stack.enter_context(_temporary_files(stack, inputs, model))
-            files.open(model, family)
-        run = Run(inputs, model, files, record)
-        run.log(report.heading(inputs, model, record["versions"], command))
+            files.open(model, inputs.family)
+        run = Run(**vars(inputs) | {"model": model}, files=files, record=record)
+        run.log(report.heading(run, command, load.multimodal(inputs.settings.model) if inputs.model is None else None))
         with inputs.clock.part("W&B"):
-            run.tracker = stack.enter_context(Tracker(settings, record))
+            run.tracker = stack.enter_context(Tracker(inputs.settings, record))
         _plan(run)
         stack = stack.pop_all()
     with stack:
@@ -122,18 +109,18 @@ def _plan(run):
 
     It distils if all weights can be trained at once on every device.
     """
-    settings, inputs, device = run.settings, run.inputs, run.inputs.device
-    if settings.dtype == "auto" and inputs.dtype != "auto":
+    settings, device = run.settings, run.device
+    if settings.dtype == "auto" and run.dtype != "auto":
         run.log("dtype    float32: this CPU computes more slowly in the stored dtype; give --dtype to keep it")
     if settings.distill:
-        windows = distillation_windows(settings, inputs.seqlen)
-        streamed = distill.with_token_budget(run.streamed(run.memory_plan), windows, inputs.seqlen)
+        windows = distillation_windows(settings, run.seqlen)
+        streamed = distill.with_token_budget(run.streamed(run.memory_plan), windows, run.seqlen)
         run.distills = run.decided("distills", lambda: min(distributed.all_gather_object(
             distill.room_for(streamed, windows))) > 0)
         if not run.distills:
             run.record["distilled"] = "no room"
             run.log(f"distill  skipped: all weights cannot be trained at once in what is free on {device}")
-    if inputs.selected and not run.memory_plan.two_passes and device.type == "cuda":
+    if run.selected and not run.memory_plan.two_passes and device.type == "cuda":
         _plan_passes(run)
     if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
         run.log(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
@@ -144,11 +131,11 @@ def _plan(run):
 
 def _plan_passes(run):
     """Calibrate each layer in one pass if the activations of all sequences inside it fit on the GPU."""
-    settings, inputs = run.settings, run.inputs
-    count = -(-(len(inputs.calibration) + run.synthetic_counts[0]) // distributed.world())
-    needed = calibration.one_pass_bytes(run.streamed(run.memory_plan), inputs.selected, (count, inputs.seqlen),
+    settings = run.settings
+    count = -(-(len(run.calibration) + run.synthetic_counts[0]) // distributed.world())
+    needed = calibration.one_pass_bytes(run.streamed(run.memory_plan), run.selected, (count, run.seqlen),
                                         settings.target == "dense", settings.solver == "admm")
-    free = min(distributed.all_gather_object(memory.free(inputs.device)))  # all processes decide alike
+    free = min(distributed.all_gather_object(memory.free(run.device)))  # all processes decide alike
     run.memory_plan = MemoryPlan(**run.decided("memory_plan", lambda: asdict(
         replace(run.memory_plan, two_passes=needed > free))))
     passes = ("two passes through each layer: one would take" if run.memory_plan.two_passes else

@@ -193,8 +193,10 @@ class Settings:
         shape = {name: options[name] for name in ("prunem", "wbits", "groupsize") if name in options}
         preset = recipe(options["preset"], **shape) if options.get("preset") is not None else {}
         for name, value in ({"model": model, "dataset": dataset} | defaults | preset | options).items():
-            names, value = isinstance(defaults.get(name), tuple), str(value) if isinstance(value, Path) else value
-            object.__setattr__(self, name, _names(flag_of(name), value) if names else value)  # frozen
+            value = str(value) if isinstance(value, Path) else value
+            if isinstance(defaults.get(name), tuple):  # of names, which text separates by commas or blanks
+                value = tuple(dict.fromkeys(value.replace(",", " ").split() if isinstance(value, str) else value))
+            object.__setattr__(self, name, value)  # frozen
         try:
             for field in dataclasses.fields(self):
                 self._check_field(field)
@@ -343,13 +345,6 @@ class Settings:
 def flag_of(name):
     """Return the flag of a field of Settings, or its name if it is positional."""
     return name if name in ("model", "dataset") else f"--{name.replace('_', '-')}"
-
-
-def _names(flag, value):
-    """Return a list of names, or text that separates them by commas or blanks, as a tuple."""
-    if isinstance(value, str) and not value.strip():
-        raise InputError(f'{flag} "{value}": must not be empty')
-    return tuple(dict.fromkeys(value.replace(",", " ").split() if isinstance(value, str) else value))
 
 
 def check_between(flag, value, least, most=math.inf):
