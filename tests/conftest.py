@@ -1,6 +1,5 @@
 """Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -310,13 +309,6 @@ def record_of(folder):
 
 @pytest.fixture(scope="session")
 def fork():
-    """Give what `forking` gives."""
-    with forking() as start:
-        yield start
-
-
-@contextlib.contextmanager
-def forking():
     """Give a function that starts another one in a process, forked from one that has imported all it needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "mixgpt.app.pipeline"])
@@ -333,7 +325,7 @@ def forking():
         process.start()
         return process
 
-    yield start
+    return start
 
 
 def read_little(patch):

@@ -166,15 +166,6 @@ def test_the_solver_is_wanda(amount, width, execute, checkpoint_folder):
         assert torch.equal(tensor, dense[key].masked_fill(tensor == 0, 0)), key
 
 
-def test_calibration_and_test_text_are_parts_of_the_file(execute, tmp_path):
-    (tmp_path / "my_text.txt").write_text(TEXT)
-    assert execute("my_text.py", "--help") == 0
-    train, source = datautils.load_rows("my_text", "train", None)
-    test, _ = datautils.load_rows("my_text", "test", None)
-    assert "\n\n".join(train + test) == TEXT and (len(train), len(test)) == (90, 10)
-    assert source["dataset"] == "my_text" and source["file"] == "my_text.txt" and len(source["sha256"]) == 64
-
-
 @pytest.fixture
 def neox(execute, neox_folder, tmp_path):
     """Give (family, model) of the page's family."""

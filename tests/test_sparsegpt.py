@@ -187,17 +187,6 @@ def test_exactly_the_wanted_number_of_weights_is_pruned(rows, columns, sparsity,
     assert not equal or torch.equal(W_hat[W_hat != 0], W[W_hat != 0])
 
 
-@hypothesis_settings
-@given(rows=st.integers(1, 6), groups=st.integers(1, 4), prunem=st.integers(1, 8), blocksize=st.integers(1, 40),
-       equal=st.booleans(), data=st.data())
-def test_every_group_has_exactly_n_zeros(rows, groups, prunem, blocksize, equal, data):
-    columns, prunen = groups * prunem, data.draw(st.integers(0, prunem), label="prunen")
-    W = torch.ones(rows, columns, dtype=torch.float64) if equal else random(rows, columns)
-    X = correlated_inputs(60, columns)
-    W_hat, _ = pruned_by(W, X.t() @ X, 0.9, prunen, prunem, blocksize)
-    assert zeros_per_group(W_hat, prunem) == [prunen] * (rows * groups)
-
-
 @pytest.mark.parametrize("prunem, groupsize, message", [
     (5, -1, "prunem 5 does not divide the 24 columns"), (0, 5, "groupsize 5 does not divide the 24 columns"),
     (4, 6, "prunem 4, groupsize 6: one must divide the other")])

@@ -22,14 +22,6 @@ def test_a_file_is_replaced_at_the_end_of_the_block_and_stays_as_it_was_after_an
     assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]
 
 
-def test_text_is_written_with_the_folders_above_it_or_refused_in_one_line(tmp_path):
-    write_output("--record", tmp_path / "b" / "c" / "d.json", "{}")
-    assert (tmp_path / "b" / "c" / "d.json").read_text() == "{}"
-    with pytest.raises(InputError, match=r"--record .*d.json/e: cannot be written \(.*\); name another file"):
-        write_output("--record", tmp_path / "b" / "c" / "d.json" / "e", "{}")
-    assert [path.name for path in (tmp_path / "b" / "c").iterdir()] == ["d.json"]
-
-
 def test_a_path_is_tried_where_the_nearest_folder_is_and_nothing_stays_behind(tmp_path):
     (tmp_path / "file").touch()
     check_outputs({"--csv": tmp_path / "new" / "folder" / "a.csv"}, overwrite=False)

@@ -47,17 +47,6 @@ def test_lines_come_every_30_seconds_at_most_with_the_time_left_by_the_mean_of_a
     assert (at[0] - said).total_seconds() % 86_400 < 120
 
 
-def test_what_is_written_meanwhile_stands_in_lines_of_its_own(sleep, capsys):
-    with progress.bar(range(2), title="SparseGPT") as bar:
-        for index in bar:
-            bar.write(f"layer {index}: damped")
-            sleep(40)
-    captured = capsys.readouterr()
-    assert captured.out == "layer 0: damped\nlayer 1: damped\n"
-    assert re.sub(r" \(.*\)", "", captured.err) == (
-        "SparseGPT: layer 1 of 2, 00:40, about 00:40 left\nSparseGPT: layer 2 of 2, 01:20, about 00:00 left\n")
-
-
 def test_a_terminal_gets_a_bar(sleep, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert type(finish(sleep, [40] * 2)) is tqdm

@@ -36,8 +36,7 @@ doc_to_target: label
 metric_list: [{metric: acc}, {metric: acc_norm}]
 metadata: {version: 2.5}
 """
-FEWSHOT = "training_split: train\nnum_fewshot: 2\n"
-FIRST = "fewshot_config: {sampler: first_n}\n"
+FEWSHOT = "training_split: train\nnum_fewshot: 2\nfewshot_config: {sampler: first_n}\n"
 ROLLING = """
 task: rolling
 dataset_path: json
@@ -67,7 +66,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     for name, rows in {"questions": QUESTIONS, "documents": DOCUMENTS}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, text in {"choice": CHOICE, "shots": CHOICE + FEWSHOT + FIRST, "drawn": CHOICE + FEWSHOT,
+    for name, text in {"choice": CHOICE, "shots": CHOICE + FEWSHOT,
                        "rolling": ROLLING, "generate": GENERATE,
                        "remote": CHOICE.replace("json", "nobody/nothing").replace("dataset_kwargs", "#"),
                        "misspelt": CHOICE.replace("{{question}}", "{{qestion.x}}"),
@@ -132,16 +131,6 @@ def scored(name, chosen, tokenizer, checkpoint_folder, limit=None):
     family, folder = FAMILIES[name][0], checkpoint_folder(name)
     model = load.open_model(folder, load.load_config(folder, family), family, "auto")
     return tasks.score(chosen, model, family, tokenizer, limit, 256, CPU)
-
-
-def test_every_model_gets_the_same_examples_in_its_prompts(folder, tokenizer, checkpoint_folder):
-    chosen = tasks.load(("drawn",), folder, None)
-    prompts = []
-    for _ in range(2):
-        scored("llama", chosen, tokenizer, checkpoint_folder)
-        prompts.append([instance.args for instance in chosen["tasks"]["drawn"].instances])
-    assert prompts[0] == prompts[1]
-    assert len({args[0].split("\n\n")[0] for args in prompts[0]}) > 1  # they are drawn for each question
 
 
 def test_generated_answers_are_scored(folder, tokenizer, checkpoint_folder):
