@@ -54,9 +54,9 @@ class PackedWeight(torch.nn.Module):
         offsets = torch.from_numpy((sizes.cumsum() - sizes).astype(np.int32)).view(rows, -1)
         self.register_buffer("offsets", offsets.to(self.device), persistent=False)
         size = math.ceil(sizes.sum() * wbits / 8) if wbits else int(sizes.sum())
-        if len(data) == size:
-            setattr(self, self.data, pad(data, (0, sparse_cpu.PADDING)))
-        self._check(self.data, size + sparse_cpu.PADDING)
+        self._check(self.data, size)
+        tail = pad(data[-columns - sparse_cpu.REACH:], (0, sparse_cpu.REACH))
+        self.register_buffer("tail", tail, persistent=False)
         if not wbits:
             return
         self._check("scale", rows * self.groups)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from llvmlite import binding, ir
 
-PADDING = 64  # bytes that the code may read behind the packed values
+REACH = 64  # packed numbers that a step may read
 AHEAD = 2048  # bytes from the packed values in use to those that are prefetched
 CHUNK = 32  # rows that a thread takes at a time
 
@@ -37,8 +37,8 @@ WAYS = {  # the fastest first
     "portable": Way(set(), 1, 4),
     "single": Way(set(), 1, 1),
 }
-TENSORS = ("mask", "data", "offsets", "units", "zero", "scale", "group", "x", "y")
-ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", *TENSORS)
+TENSORS = ("mask", "data", "tail", "offsets", "units", "zero", "scale", "group", "x", "y")
+ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", "last", *TENSORS)
 I1, I8, I16, I32, I64, F16, F32 = *map(ir.IntType, (1, 8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
 STORED = {torch.float32: F32, torch.bfloat16: I16, torch.float16: F16}
 _SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # (masks, columns)
@@ -96,7 +96,8 @@ def run(kernel, rows, columns, block, groups, tensors):
     block: columns to an offset. tensors: contiguous ones by their names in TENSORS, as many as the kernel needs.
     """
     addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in TENSORS]
-    values = (ctypes.c_int64 * len(ARGUMENTS))(0, rows, columns, -(-columns // block), groups, *addresses)
+    numbers = 0, rows, columns, -(-columns // block), groups, len(tensors["data"]) - columns - REACH
+    values = (ctypes.c_int64 * len(ARGUMENTS))(*numbers, *addresses)
     function, parallel = _compiled(kernel), _parallel()
     if parallel:
         parallel(function, values, torch.get_num_threads(), 0)
@@ -140,6 +141,7 @@ class _Emitter:
     def __init__(self, kernel):
         self.kernel, self.module = kernel, ir.Module()
         self.way, self.step = WAYS[kernel.way], getattr(self, f"_step_{kernel.way}")
+        self.size = 1 if kernel.wbits else kernel.dtype.itemsize  # bytes of a packed number
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [ir.PointerType()]), "run")
         self.b = b = ir.IRBuilder(function.append_basic_block())
         self.entry = b.block
@@ -151,7 +153,9 @@ class _Emitter:
         first = b.atomic_rmw("add", at["next_row"], I64(CHUNK), "monotonic")
         b.cbranch(b.icmp_signed("<", first, self.at["rows"]), work, done)
         b.position_at_end(work)
-        with self._loop(first, self._least(b.add(first, I64(CHUNK)), self.at["rows"]), 1) as row:
+        stop = b.add(first, I64(CHUNK))
+        stop = b.select(b.icmp_signed("<", stop, self.at["rows"]), stop, self.at["rows"])
+        with self._loop(first, stop, 1) as row:
             self._row(row)
         b.branch(take)
         b.position_at_end(done)
@@ -161,7 +165,8 @@ class _Emitter:
         """Emit the steps over a row."""
         b, kernel, at, (_, width, steps) = self.b, self.kernel, self.at, self.way
         kind = F32 if width == 1 else ir.VectorType(F32, min(width, 16))
-        place = self._slot(I64, b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64))
+        start = b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64)
+        place, self.base = self._slot(I64, start), self._base(start)
         sums = [[self._slot(kind, self._all(kind, 0)) for _ in range(max(steps, 2))] for _ in range(kernel.tokens)]
         groups = at["groups"] if kernel.way == "codes" else I64(1)
         size = b.udiv(at["columns"], groups)
@@ -187,16 +192,15 @@ class _Emitter:
     # steps: each returns the weights of the next columns, 0 where pruned, and moves `place` on
 
     def _step_vbmi2(self, flat, column, place, table):
-        mask = self._mask(I32, flat)
-        values = self._load(ir.VectorType(I16, 32), self.at["data"], self._advance(place, mask), 2)
-        return [self._spread(values, mask, 0)]
+        mask, index = self._kept(I32, flat, place)
+        return [self._spread(self._packed(ir.VectorType(I16, 32), index), mask, 0)]
 
     def _step_codes(self, flat, column, place, table):
         """As `codes` are below 16, 16 stands for a pruned one. Returns those of even columns, and of odd ones."""
         b, wbits, bytes_ = self.b, self.kernel.wbits, ir.VectorType(I8, 64)
-        mask = self._mask(I64, flat)
-        bit = b.mul(self._advance(place, mask), I64(wbits))
-        packed = self._load(bytes_, self.at["data"], b.lshr(bit, I64(3)))
+        mask, index = self._kept(I64, flat, place)
+        bit = b.mul(index, I64(wbits))
+        packed = self._packed(bytes_, b.lshr(bit, I64(3)))
         eights = ir.Constant(bytes_, [wbits * eight + byte for eight in range(8) for byte in range(8)])
         packed = self._call("llvm.x86.avx512.permvar.qi.512", bytes_, packed, eights)  # 8 codes to 8 bytes
         shifts = b.add(ir.Constant(bytes_, [wbits * code for code in range(8)] * 8),
@@ -209,17 +213,16 @@ class _Emitter:
                 for index in (even, b.lshr(even, self._all(words, 8)))]
 
     def _step_avx512(self, flat, column, place, table):
-        mask = self._mask(I16, flat)
-        return [self._spread(self._values(16, self._advance(place, mask)), mask, 0)]
+        mask, index = self._kept(I16, flat, place)
+        values = self._packed(ir.VectorType(STORED[self.kernel.dtype], 16), index)
+        return [self._spread(self._floats(values), mask, 0)]
 
     def _step_avx2(self, flat, column, place, table):
         b, bytes_ = self.b, ir.VectorType(I8, 16)
-        mask = self._mask(I8, flat)
-        packed = self._load(bytes_, self.at["data"], self._advance(place, mask), 2)
+        mask, index = self._kept(I8, flat, place)
         order = self._load(bytes_, I64(SHUFFLES.ctypes.data), b.zext(mask, I64), 16)
-        values = b.bitcast(self._call("llvm.x86.ssse3.pshuf.b.128", bytes_, packed, order),
-                           ir.VectorType(STORED[self.kernel.dtype], 8))
-        return [self._floats(values)]
+        values = self._call("llvm.x86.ssse3.pshuf.b.128", bytes_, self._packed(bytes_, index), order)
+        return [self._floats(b.bitcast(values, ir.VectorType(STORED[self.kernel.dtype], 8)))]
 
     def _step_portable(self, flat, column, place, table):
         b, at, wbits = self.b, self.at, self.kernel.wbits
@@ -228,10 +231,10 @@ class _Emitter:
         index = b.load(place, typ=I64)
         b.store(b.add(index, b.zext(kept, I64)), place)
         if not wbits:
-            weight = self._values(1, index)
+            weight = self._floats(self._packed(STORED[self.kernel.dtype], index))
         else:
             bit = b.mul(index, I64(wbits))
-            code = b.lshr(self._load(I16, at["data"], b.lshr(bit, I64(3))), b.trunc(b.and_(bit, I64(7)), I16))
+            code = b.lshr(self._packed(I16, b.lshr(bit, I64(3))), b.trunc(b.and_(bit, I64(7)), I16))
             group = b.add(b.mul(table, at["groups"]), b.zext(self._load(I32, at["group"], column, 4), I64))
             weight = self._weights(group, b.zext(b.and_(code, I16(2**wbits - 1)), I64), F32)
         return [b.select(kept, weight, F32(0))]
@@ -260,18 +263,30 @@ class _Emitter:
             return b.fpext(b.fptrunc(weights, F16), F32)
         return weights
 
-    def _mask(self, kind, flat):
-        return self._load(kind, self.at["mask"], self.b.lshr(flat, I64(3)))
-
-    def _advance(self, place, mask):
-        """Move a row's place on by the bits of a mask. Returns it as it was."""
-        before = self.b.load(place, typ=I64)
-        self.b.store(self.b.add(before, self.b.zext(self.b.ctpop(mask), I64)), place)
+    def _kept(self, kind, flat, place):
+        """Return the mask of the next columns and the index of their first kept weight, and move the place on."""
+        mask, index = self._load(kind, self.at["mask"], self.b.lshr(flat, I64(3))), self.b.load(place, typ=I64)
+        self.b.store(self.b.add(index, self.b.zext(self.b.ctpop(mask), I64)), place)
         bits = I64(self.kernel.wbits or 8 * self.kernel.dtype.itemsize)
-        ahead = self.b.add(self.b.lshr(self.b.mul(before, bits), I64(3)), I64(AHEAD))
+        ahead = self.b.add(self.b.lshr(self.b.mul(index, bits), I64(3)), I64(AHEAD))
         address = self.b.inttoptr(self.b.add(self.at["data"], ahead), ir.PointerType())
         self._call("llvm.prefetch.p0", ir.VoidType(), address, I32(0), I32(3), I32(1))
-        return before
+        return mask, index
+
+    def _base(self, start):
+        """Return the address of the packed numbers, for a row that starts with that of a kept weight.
+
+        Steps at the end would read behind them: the last rows read from `tail`, where they stand with padding.
+        """
+        b, last = self.b, self.at["last"]
+        skipped = b.select(b.icmp_signed(">", last, I64(0)), last, I64(0))
+        tail = b.sub(self.at["tail"], b.mul(skipped, I64(self.size)))
+        number = b.lshr(b.mul(start, I64(self.kernel.wbits)), I64(3)) if self.kernel.wbits else start
+        return b.select(b.icmp_signed(">", number, last), tail, self.at["data"])
+
+    def _packed(self, kind, index):
+        """Return packed numbers from an index on."""
+        return self._load(kind, self.base, index, self.size)
 
     def _spread(self, values, mask, other):
         """Return the first values at the bits of a mask, `other` elsewhere."""
@@ -280,12 +295,6 @@ class _Emitter:
         values = self.b.asm(ir.FunctionType(values.type, [values.type]), "", "=v,0", [values], False)
         return self._call(f"llvm.x86.avx512.mask.expand.{_name(values.type)}", values.type, values,
                           self._all(values.type, other), self.b.bitcast(mask, flags))
-
-    def _values(self, count, place):
-        """Return packed values from a place on, in float32."""
-        stored = STORED[self.kernel.dtype]
-        kind = stored if count == 1 else ir.VectorType(stored, count)
-        return self._floats(self._load(kind, self.at["data"], place, self.kernel.dtype.itemsize))
 
     def _floats(self, values):
         """Return values in float32."""
@@ -300,8 +309,7 @@ class _Emitter:
         b, all_ = self.b, functools.partial(self._all, _like(values.type, I32))
         bits = b.bitcast(values, _like(values.type, I32))
         odd = b.and_(b.lshr(bits, all_(16)), all_(1))
-        rounded = b.lshr(b.add(b.add(bits, all_(0x7FFF)), odd), all_(16))
-        rounded = b.select(b.fcmp_unordered("uno", values, values), all_(0x7FC0), rounded)
+        rounded = b.lshr(b.add(b.add(bits, all_(0x7FFF)), odd), all_(16))  # NaN stays: only its upper bits are set
         return b.trunc(rounded, _like(values.type, I16))
 
     def _dot(self, total, weights, x):
@@ -327,7 +335,7 @@ class _Emitter:
         if len(parts) > 1:
             pairs = [half for column in range(32) for half in (column, column + 32)]
             weights = self.b.shuffle_vector(*parts, ir.Constant(ir.VectorType(I32, 64), pairs))
-        if _scalar(weights.type) is F32 and self.kernel.dtype == torch.bfloat16:
+        if self.way.width < 32 and self.kernel.dtype == torch.bfloat16:
             weights = self._round(weights)
         if self.kernel.dtype == torch.float16:
             weights = self.b.fptrunc(weights, _like(weights.type, F16))
@@ -380,9 +388,6 @@ class _Emitter:
             self.module, ir.FunctionType(kind, [value.type for value in values]), name)
         return self.b.call(function, values, **options)
 
-    def _least(self, first, second):
-        return self.b.select(self.b.icmp_signed("<", first, second), first, second)
-
     def _all(self, kind, value):
         return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
@@ -393,10 +398,6 @@ class _Emitter:
 
 def _like(kind, element):
     return ir.VectorType(element, kind.count) if isinstance(kind, ir.VectorType) else element
-
-
-def _scalar(kind):
-    return kind.element if isinstance(kind, ir.VectorType) else kind
 
 
 def _name(kind):

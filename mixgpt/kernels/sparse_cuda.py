@@ -43,7 +43,8 @@ def _run(mask, data, offsets, units, zero, scale, group, x, y, rows, columns, gr
         if WBITS:
             at = place.to(tl.int64) * WBITS
             low = tl.load(data + (at >> 3), mask=kept, other=0).to(tl.int32)
-            high = tl.load(data + (at >> 3) + 1, mask=kept, other=0).to(tl.int32)  # of the padding, in the end
+            crosses = kept & ((at & 7) + WBITS > 8)
+            high = tl.load(data + (at >> 3) + 1, mask=crosses, other=0).to(tl.int32)
             code = ((low | (high << 8)) >> (at & 7).to(tl.int32)) & ((1 << WBITS) - 1)
             grid = row[:, None] * groups + tl.load(group + column, mask=column < columns, other=0)[None, :]
             zeros = tl.load(zero + grid, mask=kept, other=0).to(tl.int32)
