@@ -143,9 +143,6 @@ FAULTS = {
         lambda root: cut(root / "model" / WEIGHTS, -9), f"{{root}}/model/{WEIGHTS}: cannot be read: …"),
     "a weight is missing": Fault(
         lambda root: weights_changed(root, lambda state: state.pop(UP)), f"{MODEL}the checkpoint lacks {UP}"),
-    "no shard": Fault(
-        lambda root: (sharded(root), (root / "model" / "two.safetensors").unlink()),
-        "{root}/model/two.safetensors: cannot be read: …"),
     "an index out of the folder": Fault(
         lambda root: leading(root, "../elsewhere.safetensors"), f"{MODEL}…../elsewhere.safetensors…"),
     "a malicious pickle": Fault(pickled, f"{WEIGHTS_UNREAD}…"),
@@ -174,9 +171,6 @@ FAULTS = {
     "a template that is a link out of the folder": Fault(
         lambda root: linked(root, "additional_chat_templates/tools.jinja"),
         f"{MODEL}additional_chat_templates/tools.jinja {LINK}"),
-    "a model that is a file": Fault(
-        nothing, f"model {{root}}/model/{WEIGHTS}: is a file; give its folder, a .gguf file or a hub id",
-        f"{{root}}/model/{WEIGHTS} builtin"),
     # other formats
     "gguf: junk": gguf_file("its configuration cannot be read: …", lambda file: file.write_bytes(b"GGUFjunk")),
     "gguf: NaN": gguf_file("model.norm.weight contains NaN or inf",

@@ -150,8 +150,6 @@ class Gpu:
         self.used = self.peak = 0
         self._holders = collections.Counter()  # address of a storage -> tensors that keep it
 
-    # ---- memory ----
-
     def hold(self, tensor):
         storage = tensor.held.untyped_storage()
         address, nbytes = storage.data_ptr(), storage.nbytes()
@@ -172,8 +170,6 @@ class Gpu:
         if not self._holders[address]:
             del self._holders[address]
             self.used -= nbytes
-
-    # ---- operators ----
 
     def wait(self, what):
         """Note that the host waits for the GPU here."""
@@ -238,8 +234,6 @@ class Gpu:
                                f"and cpu! (make-believe, {function}, {[tuple(value.shape) for value in operands]})")
         if function in WAITING:
             self.wait(str(function))
-
-    # ---- torch.cuda ----
 
     @property
     def free(self):

@@ -196,19 +196,6 @@ def test_it_is_pruned_by_every_recipe_and_comes_back_as_it_was_saved(options, ne
     assert len(counted) == 12 and all(abs(m.zeros / m.numel - 0.5) <= miss for m in counted)
 
 
-def test_an_estimator_ranks_as_it_says(checkpoint_folder, tmp_path):
-    def by_depth(chunk, keys):
-        """Call each layer less sensitive than the one before."""
-        return -torch.tensor([[float(index) for index, _ in chunk.matrices]] * len(keys), dtype=torch.float64)
-
-    choices.ESTIMATORS["depth"] = choices.Choice("less for each layer", by_depth)
-    assert run(opt.FAMILY, checkpoint_folder("opt"), "builtin", "--sparsity", ".5", "--sparsity-way", "layer-level",
-               "--prune-only", "fc1", "--sensitivity", "depth", *SMALL, "--save", tmp_path / "saved") == 0
-    record = json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
-    assert [row["target"] for row in record["matrices"] if row["name"] == "fc1"] == pytest.approx([0.4, 0.5, 0.6])
-    assert list(record["perplexity"]) == ["SparseGPT (layer-level by depth)"]
-
-
 def test_an_allocation_is_followed_and_named(checkpoint_folder, tmp_path, capsys):
     def alternate(budget):
         """Take turns, alpha above and alpha below the target."""

@@ -17,22 +17,6 @@ from mixgpt.evaluation import selfcheck
 from modelutils import HiddenStates
 
 BOS = 0
-TASK = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}}}
-test_split: test
-doc_to_text: "{{{{question}}}}"
-"""
-CHOICE = """output_type: multiple_choice
-doc_to_choice: "{{choices}}"
-doc_to_target: 0
-metric_list: [{metric: acc}]
-"""
-ANSWER = """output_type: generate_until
-doc_to_target: mutable
-generation_kwargs: {until: ["?"], max_gen_toks: 4}
-metric_list: [{metric: exact_match}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +111,13 @@ def sequences(monkeypatch):
 
 
 @pytest.mark.parametrize("room, options", [
-    (True, "--preset best --token-weights fisher"), (False, "--preset best"),
-    (True, "--sparsity-way weight-level --tasks choice,answer --tasks-dir {}")])
+    (True, "--preset best --token-weights fisher"), (False, "--preset best"), (True, "--sparsity-way weight-level")])
 def test_all_that_a_run_reads_begins_with_bos(room, options, recorded, sequences, tmp_path, monkeypatch):
     """Also each window of synthetic text, the text that the model is distilled on, and what is compared when saved."""
-    for name, kind in {"choice": CHOICE, "answer": ANSWER}.items():
-        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, folder=tmp_path) + kind)
-    (tmp_path / "rows.jsonl").write_text('{"question": "what is a list?", "choices": ["mutable", "a number"]}\n')
     monkeypatch.setattr(synthetic, "WINDOW", 8)
     monkeypatch.setattr(synthetic, "PREFIX", 4)
     monkeypatch.setattr(synthetic, "has_room", lambda streamed: room)
-    record, _ = recorded("gemma2", "--sparsity .5", options.format(tmp_path), "--save", tmp_path / "saved")
+    record, _ = recorded("gemma2", "--sparsity .5", options, "--save", tmp_path / "saved")
     assert all((tokens[:, 0] == BOS).all() for tokens in sequences)
     assert record["settings"]["bos"] == record["identity"]["--bos"] == "each"
     shapes = {tuple(tokens.shape) for tokens in sequences}

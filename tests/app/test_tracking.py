@@ -12,7 +12,7 @@ from conftest import FAMILIES, ROOT, load_compiled, read_little
 from paper import METHODS, TABLES, TASKS
 from scores import flags_of
 
-from mixgpt.app import cli, compression, tracking
+from mixgpt.app import cli, compression
 from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
 from mixgpt.common.errors import InputError
@@ -148,14 +148,6 @@ def test_the_plan_is_a_table_and_a_picture(logged):
     for layer, name, trace, error, _, sparsity in content:
         assert (trace, sparsity) == (rows[layer, name]["sensitivity"], rows[layer, name]["target"]) and error > 0
     assert next(folder.glob("files/media/images/plan/*.png")).read_bytes().startswith(b"\x89PNG")
-
-
-def test_scores_of_tasks_are_named_as_perplexities_are():
-    record = {"perplexity": {"dense": {"c4": 3.0}, "SparseGPT": {"c4": 4.0}},
-              "tasks": {"dense": {"piqa": {"acc": 0.5}}, "SparseGPT": {"piqa": {"acc": 0.4, "acc_stderr": 0.1}}}}
-    assert tracking.scores(record, "SparseGPT") == {
-        "perplexity/c4": 4.0, "dense_perplexity/c4": 3.0, "tasks/piqa/acc": 0.4, "tasks/piqa/acc_stderr": 0.1,
-        "dense_tasks/piqa/acc": 0.5}
 
 
 @pytest.fixture

@@ -24,13 +24,6 @@ def test_a_checkpoint_of_another_family_is_refused_with_its_script(name, other, 
         load.load_config(checkpoint_folder(name), other)
 
 
-@pytest.mark.parametrize("model", ["facebook/opt-125m", "no/such/thing", "missing.gguf"])
-def test_a_model_that_cannot_be_found_is_one_line(model):
-    with pytest.raises(InputError, match=f"model {model}: ") as error:
-        load.load_config(model, opt.FAMILY)
-    assert "\n" not in str(error.value)
-
-
 def test_a_saved_folder_loads_with_plain_transformers_and_gives_the_same_logits(tiny, tokenizer, tokens, tmp_path):
     _, model = tiny
     save(tmp_path / "saved", model, tokenizer, {"seed": 0})

@@ -4,9 +4,7 @@ import subprocess
 
 import pytest
 
-import mixgpt
 from mixgpt.common import program
-from mixgpt.common.errors import InputError
 
 
 @pytest.fixture
@@ -32,11 +30,3 @@ def test_a_checkout_tells_its_commit_and_whether_files_were_changed(checkout):
     assert program.commit() == head and len(head) == 40
     (checkout / "a.py").write_text("2\n")
     assert program.commit() == f"{head}-dirty"
-
-
-def test_files_of_this_program_hold_its_version_and_others_are_refused():
-    signature = program.signature()
-    assert signature["program"]["version"] == mixgpt.__version__
-    program.check_signature(signature, "runs/a.json")
-    with pytest.raises(InputError, match=r"^runs/a.json was written by version 9 of this program \(schema 99\)"):
-        program.check_signature({"schema": 99, "program": {"version": "9"}}, "runs/a.json")

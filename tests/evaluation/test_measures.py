@@ -8,7 +8,7 @@ from conftest import CPU, make
 from makebelieve import CUDA, Gpu
 
 from mixgpt.evaluation import measures
-from mixgpt.evaluation.measures import measure_sparsity, measure_weights, perplexity
+from mixgpt.evaluation.measures import measure_sparsity, measure_weights
 from mixgpt.modeling.experts import split_experts
 
 
@@ -20,17 +20,6 @@ def test_streamed_perplexity_is_that_of_the_full_forward(tiny, tokens, batch_siz
     streamed = measures.perplexity(model, family, tokens, batch_size, CPU)
     with torch.no_grad():
         assert streamed == pytest.approx(whole(tokens, labels=tokens, use_cache=False).loss.exp().item(), rel=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_perplexity_on_cuda_is_that_of_the_cpu_and_the_model_returns_to_the_host(tiny, tokens):
-    family, model = tiny
-    expected = perplexity(model, family, tokens, 4, CPU)
-    assert perplexity(model, family, tokens, 4, torch.device("cuda")) == pytest.approx(expected, rel=1e-4)
-    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert tied == model.config.tie_word_embeddings
 
 
 def test_sparsity_is_counted_in_every_linear_of_the_layers(tiny):
