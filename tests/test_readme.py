@@ -184,11 +184,11 @@ def test_commands_run(command, workplace, pruned):
     assert run(command) == 0
 
 
-def test_the_demo_ends_in_one_table_and_one_picture(workplace, capsys):
+def test_the_demo_ends_in_one_table_one_picture_and_the_gain_in_speed_and_memory(workplace, capsys):
     done = subprocess.run(["make", "--dry-run", "demo", "MODEL=HuggingFaceTB/SmolLM2-135M-Instruct"],
                           capture_output=True, text=True, check=True)
     Path("demo").mkdir()
-    *methods, table = re.findall(r"echo '\$ (python .*?)'", done.stdout)
+    *methods, table, generate = re.findall(r"echo '\$ (python .*?)'", done.stdout)
     assert len(methods) == 4 and [run(command) for command in methods] == [0] * 4
     capsys.readouterr()
     assert run(table) == 0
@@ -197,6 +197,8 @@ def test_the_demo_ends_in_one_table_and_one_picture(workplace, capsys):
     assert [row.split()[0] for row in rows] == ["dense", "SparseGPT", "MixGPT", "best"]
     assert max(map(len, (above, *rows))) <= 100
     assert picture == "picture  demo/perplexity.png" and Path("demo/perplexity.png").is_file()
+    assert run(generate) == 0
+    assert re.fullmatch(r"[\d.]+ times as fast, 0\.\d\d times the memory", capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("block", re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
