@@ -16,13 +16,16 @@ from mixgpt.evaluation import generation
 
 
 @torch.no_grad()
+def go_on(model, ids, count):
+    """Return the likeliest tokens behind ids, each from a forward of all before it."""
+    length = len(ids)
+    while len(ids) < length + count and ids[-1] != model.generation_config.eos_token_id:
+        ids = [*ids, model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item()]
+    return ids[length:]
+
+
 def by_hand(model, tokenizer, prompt, count):
-    """Return the text of the likeliest tokens, each from a forward of all before it."""
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    length = ids.shape[1]
-    while ids.shape[1] < length + count and ids[0, -1] != model.generation_config.eos_token_id:
-        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    return tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+    return tokenizer.decode(go_on(model, tokenizer(prompt).input_ids, count), skip_special_tokens=True)
 
 
 def test_greedy_text_is_that_of_full_forwards(tiny, tokenizer):
@@ -116,10 +119,3 @@ def test_bad_input_gets_one_line_and_status_2(arguments, message, saved, capsys)
     assert run(*(argument.replace("{}", str(saved / "dense")) for argument in arguments)) == 2
     out, err = capsys.readouterr()
     assert err.startswith(f"generate.py: error: {message}") and err.count("\n") == 1 and not out
-
-
-def test_a_prompt_that_is_cut_is_told_of(saved, capsys):
-    assert run(saved / "dense", "one two three four " * 60, "--max-new-tokens", 8, "--device", "cpu") == 0
-    warning, *_ = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"warning  prompt: longer than the context of {saved}/dense, which reads it without its first "
-                        r"\d{3,} tokens", warning)

@@ -79,24 +79,6 @@ def test_columns_in_order_of_activations_are_put_back(prunem, groupsize, dtype):
         assert min(zeros_per_group(weight, 4)) >= 2
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_pruned_weights_stay_zero_when_quantized(scheme, dtype):
-    X = correlated_inputs(90, 48).float()
-    for act_order in (False, True):
-        hessian = InputHessian(48, 1, "cpu")
-        hessian.add_batch(X)
-        hessian.factor(PERCDAMP, activation_order(hessian.H.diagonal(), 4) if act_order else None)
-        weight = random(16, 48).to(dtype)
-        _, grid = prune_one(hessian, weight, 0.0, 2, 4, scheme=scheme)
-        assert min(zeros_per_group(weight, 4)) >= 2
-        assert torch.equal(grid.weights(grid.codes(weight)), weight)  # exactly on the grid in its own dtype
-        assert not (weight == 0)[weight.signbit()].any()
-        weight = random(16, 48).to(dtype)
-        prune_one(hessian, weight, 0.5, scheme=scheme)
-        assert (weight == 0).sum() >= weight.numel() // 2
-
-
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("scheme", [Scheme(2, 32), Scheme(3), Scheme(3, 32, sym=True), Scheme(4), Scheme(4, sym=True),
                                     Scheme(4, 32, mse=True), Scheme(8)])

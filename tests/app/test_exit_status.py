@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import ROOT, as_rank, command
+from conftest import ROOT, command
 
 import generate
 import llama
@@ -24,13 +24,6 @@ COMMANDS = {
     "generate.py": (generate.main, (generate, "print_completions"), ["model", "Hello"]),
     "results.py": (results.main, (results, "files_of"), ["record.json"]),
 }
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """Undo what `as_rank` sets."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +60,8 @@ def test_a_bug_gets_one_line_and_a_file_with_the_traceback(script, monkeypatch, 
 
 
 @pytest.mark.parametrize("error", [
-    MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
-                 "to allocate 400000000000 bytes. Error code 12 (Cannot allocate memory)"),
-    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
-    RuntimeError("can't start new thread"),
-])
+    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"), RuntimeError("can't start new thread")])
 def test_a_lack_of_memory_gets_a_line_that_says_what_to_lower(error, monkeypatch, capsys, temporary):
     assert end("llama.py", error, monkeypatch) == 2
     assert capsys.readouterr().err == ("llama.py: error: out of memory; lower --batch-size, --nsamples or --seqlen, or "
@@ -154,7 +143,8 @@ def test_signals_act_as_before_after_a_run_and_an_ignored_one_stays_ignored(monk
 
 
 def test_a_later_process_names_itself_and_leaves_signals_alone(monkeypatch, capsys):
-    as_rank(1, 2, 29500)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert end("llama.py", InputError("words"), monkeypatch) == 2
     assert capsys.readouterr().err == "llama.py: error: words (process 1)\n"
     handlers = []

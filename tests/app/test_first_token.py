@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import CPU, make
+from test_generate import go_on
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, GenerationMixin
 
@@ -138,15 +139,6 @@ def test_bos_that_is_not_there_is_refused_in_one_line(folder, prune, tmp_path, c
         assert generate.main([str(path), "def", "--device", "cpu", *options]) == 2
         assert capsys.readouterr().err == f"generate.py: error: {message}"
     prune("llama", "--bos never", model=path)
-
-
-@torch.no_grad()
-def go_on(model, ids, count):
-    """Return the likeliest tokens behind ids, each from a forward of all before it."""
-    length = len(ids)
-    while len(ids) < length + count and ids[-1] != model.generation_config.eos_token_id:
-        ids = [*ids, model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item()]
-    return ids[length:]
 
 
 @pytest.mark.parametrize("name, options, begins", [("gemma2", [], True), ("llama", [], False),

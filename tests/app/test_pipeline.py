@@ -337,13 +337,6 @@ def test_without_room_for_training_the_hessians_take_its_sequences(share, more, 
     assert record_of(tmp_path / "with")["distilled"] == "no room"
 
 
-def test_each_process_needs_text_to_distill_on(prune, monkeypatch):
-    monkeypatch.setattr(pipeline.distributed, "world", lambda: 4)
-    assert prune("llama", "--sparsity .5 --distill .5", status=2) == (
-        "llama.py: error: --distill 0.5: gives 2 pieces of text, must be at least 4, the number of processes; raise "
-        "--nsamples\n")
-
-
 @pytest.mark.parametrize("error, step, in_memory, reason", [
     (MemoryError(), 1, False, "out of memory"), (torch.OutOfMemoryError("CUDA"), 2, True, "out of memory"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), 4, False,
