@@ -1,7 +1,9 @@
 """Calibration samples and test tokens from WikiText-2, PTB, C4, text shipped with Python, or text of the user's own.
 
 Joins, splits and the order of random draws follow SparseGPT and GPTQ (github.com/IST-DASLab/sparsegpt, datautils.py),
-so that the same seed gives the same samples.
+so that the same seed gives the same samples. They cut a whole text into segments, of which only the first begins with
+BOS, the token for the beginning of a text, if the tokenizer adds it. Most models predict as well without. Gemma models
+do not: they were trained with BOS in front of every sequence.
 """
 
 import random
@@ -11,11 +13,13 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line, reading
-from mixgpt.text.bos import begin, first_token, token_ids
 from mixgpt.text.sets import counts_of
 from mixgpt.text.sources import column_of, hub_copy_rows, hub_reachable, text_set_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
+# Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
+# on LAMBADA 6e9 without BOS, 3.5 with it; 2049 and 2105: the others) and llama.cpp (21500: Gemma 4) add it to the same.
+NEED_EACH = ("gemma",)
 
 
 def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=None, bos=None):
@@ -24,7 +28,7 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
     dataset: the name of a dataset, a path, a column on the hub, a mixture of these, or a list of strings, the documents
     of one text. Returns (LongTensor (nsamples, seqlen), source), source being a JSON-able dict that says where the text
     comes from. A mixture takes the first segments that each text alone would give, and shuffles them. bos: as
-    `bos.token_ids` takes it; with each it replaces the first token of every segment. Raises InputError if a text is
+    `token_ids` takes it; with each it replaces the first token of every segment. Raises InputError if a text is
     unavailable or shorter than seqlen + 1 tokens.
     """
     counts = [(dataset, nsamples)] if isinstance(dataset, list) else [*counts_of(dataset, nsamples).items()]
@@ -64,6 +68,51 @@ def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
     require_tokens(ids, seqlen, seqlen, source)
     n = min(len(ids) // seqlen, text_set.test_segments or len(ids))
     return begin(torch.tensor(ids[:n * seqlen]).view(n, seqlen), first_token(tokenizer, bos)), source
+
+
+def resolve_bos(bos, model_type, tokenizer):
+    """Return each, once or never for a value of --bos; auto is what a model of this type needs, or its tokenizer does.
+
+    Raises InputError if the tokenizer has no BOS to put in front.
+    """
+    if bos == "auto" and any(name in model_type for name in NEED_EACH):
+        bos = "each"
+    elif bos == "auto":
+        bos = "once" if encode(tokenizer, "a").input_ids[:1] == [tokenizer.bos_token_id] else "never"
+    if bos != "never" and tokenizer.bos_token_id is None:
+        raise InputError(f"--bos {bos}: the tokenizer of model {tokenizer.name_or_path} has no BOS; must be never")
+    return bos
+
+
+def encode(tokenizer, text, **options):
+    """Return what a tokenizer gives for a text. Raises InputError if it fails."""
+    with reading(f"model {tokenizer.name_or_path}: its tokenizer fails on a text"):
+        return tokenizer(text, verbose=False, **options)  # else it warns that the text exceeds the model's length
+
+
+def token_ids(tokenizer, text, bos=None):
+    """Return the ids of a whole text, with the special tokens that the tokenizer adds by itself, except for BOS.
+
+    bos: each or once: BOS in front; never: none; None: what the tokenizer does. A text that begins with BOS, such as a
+    chat by its template, stays as it is.
+    """
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids = encode(tokenizer, text, add_special_tokens=not begun).input_ids
+    if begun or bos is None or (ids[:1] == [tokenizer.bos_token_id]) == (bos != "never"):
+        return ids
+    return ids[1:] if bos == "never" else [tokenizer.bos_token_id, *ids]
+
+
+def first_token(tokenizer, bos):
+    """Return the id that every sequence begins with, None if they begin with whatever token comes."""
+    return tokenizer.bos_token_id if bos == "each" else None
+
+
+def begin(sequences, first):
+    """Put the id of `first_token` in place of the first token of sequences (n, T), in place. Returns them."""
+    if first is not None:
+        sequences[:, 0] = first
+    return sequences
 
 
 def as_texts(rows, tokenizer):

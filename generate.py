@@ -71,16 +71,16 @@ def print_completions(models, prompt, device, dtype, bos, **options):
     """Print the completions of models {title: name}, run one after the other. options: further ones of `complete`."""
     import transformers  # slow, as are the others
 
+    from datautils import resolve_bos
     from mixgpt.common.runtime import choose_device
     from mixgpt.evaluation.generation import complete, load
-    from mixgpt.text.bos import resolve
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     device, completions = choose_device(device), {}
     for title, name in models.items():
         loaded, tokenizer = load(name, device, dtype)
-        completion = complete(loaded, tokenizer, prompt, bos=resolve(bos, loaded.config.model_type, tokenizer),
+        completion = complete(loaded, tokenizer, prompt, bos=resolve_bos(bos, loaded.config.model_type, tokenizer),
                               **options)
         completions[title] = completion
         del loaded  # before the next one is loaded

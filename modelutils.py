@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,7 @@ from mixgpt.modeling.streaming import disk_weights, prefetch
 
 SLICE = 1024  # tokens whose logits are in memory at a time
 CPU_SLICE = 128  # the same where they should stay in the caches of a CPU
+ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")  # names of what routes tokens to experts
 
 
 def with_layers(config, count):
@@ -76,11 +78,9 @@ def on_device(modules, device):
                 module.to("cpu")
 
 
-@contextlib.contextmanager
 def whole(model, family, device):
     """Keep the whole model on `device` within the block, to run it as usual."""
-    with on_device([*family.rest_of(model).values(), *family.layers_of(model)], device):
-        yield
+    return on_device([*family.rest_of(model).values(), *family.layers_of(model)], device)
 
 
 class _LastLayerReached(Exception):
@@ -239,18 +239,16 @@ class HiddenStates:
         The model's own forward computes them, its layers skipped. dtype: of hidden states and logits (default: the
         model's; another one needs a copy of the modules behind the layers).
         """
-        layers, width = family.layers_of(model), model.get_input_embeddings().embedding_dim
+        layers = family.layers_of(model)
         if converts := dtype not in (None, model.dtype):
             model = copy.deepcopy(model, {id(layers): layers})
         rest = family.rest_of(model).values()
 
         def logits(hidden):
             output = hidden[:, None, ..., :self.channels]  # as sequences of one token
-            # Gemma 4 would look for the tokens of embeddings, in a tensor of (n, vocabulary, C)
-            inputs = ({"input_ids": output.new_zeros(len(output), 1, dtype=torch.long)} if self.varying else
-                      {"inputs_embeds": output.new_zeros(len(output), 1, width)})
+            tokens = output.new_zeros(len(output), 1, dtype=torch.long)  # whichever
             with _replaced(layers, lambda *_, **__: (output, None) if self.tuples else output):
-                return model(**inputs, use_cache=False).logits[:, 0]
+                return model(tokens, use_cache=False).logits[:, 0]
 
         with on_device(rest, self.device):
             for module in rest if converts else ():
@@ -277,26 +275,10 @@ def linears(layer):
 
     Also without DeepSeek-V4's block-diagonal ones, whose rows have different inputs.
     """
-    routers = _routers(layer)
+    mixture = any(map(is_split, layer.modules()))
     return {name: module for name, module in layer.named_modules()
-            if isinstance(module, torch.nn.Linear) and name not in routers and not hasattr(module, "n_groups")}
-
-
-def _routers(layer):
-    """Return the names of linears that route tokens to experts.
-
-    They lie beside the experts in a block of these, or anywhere below what holds the experts, with as many outputs as
-    there are experts.
-    """
-    routers, modules = set(), dict(layer.named_modules())
-    for path, experts in modules.items():
-        if is_split(experts):
-            block, dot, _ = path.rpartition(".")
-            routers |= {name for name, module in modules.items() if isinstance(module, torch.nn.Linear) and (
-                dot and name.rpartition(".")[0] == block
-                or name.startswith(block + dot) and not name.startswith(f"{path}.")
-                and module.out_features == experts.num_experts)}
-    return routers
+            if isinstance(module, torch.nn.Linear) and not hasattr(module, "n_groups")
+            and not (mixture and ROUTERS.search(name))}
 
 
 def other_weights(layer):

@@ -107,7 +107,7 @@ def watch(fatal, log, root, shard):
             yield
 
     runtime.Clock.part = timed_part
-    for name in ("save_layer", "_write_layer", "finish_distillation"):  # a thread writes what is finished
+    for name in ("save_layer", "_write_layer", "take_distilled"):  # a thread writes what is finished
         moments.around(layer_files.LayerFiles, name, "finish")
     for name, part in (("kept", "kept"), ("write_checkpoint", "complete"), ("close", "end")):
         moments.around(run_dir.RunDir, name, part)

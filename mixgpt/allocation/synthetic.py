@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from transformers import GenerationConfig
 
+from datautils import begin
 from mixgpt.allocation.fisher import drawn
 from mixgpt.common import distributed, memory, progress
 from mixgpt.common.runtime import seeded, wide
-from mixgpt.text.bos import begin
 from modelutils import SLICE, bytes_to_load, hooked, run_layers, whole
 
 WINDOW = 128  # tokens generated in one piece: many short windows differ more than a few long ones

@@ -64,7 +64,7 @@ def recipe_of(settings, gradients=None):
 
 def _distill(run, plan, outcomes, on_host):
     """Distil the pruned model, or leave it as it is and say why. Returns what to record, as an interrupted run has."""
-    files, tokens, result = run.files, plan.distillation_tokens, run.files and run.files.distilled
+    files, tokens = run.files, plan.distillation_tokens
 
     def finish(index, layer):
         if files:
@@ -80,16 +80,18 @@ def _distill(run, plan, outcomes, on_host):
             grids = {key: outcome.grid for key, outcome in outcomes.items()}
             divergence = distill.distill(streamed, grids, tokens, plan.dense_states, run.settings.seed, finish)
             if files:
-                files.finish_distillation({"divergence": divergence})
+                files.flush()
         return {"divergence": divergence}
 
-    if not result:
+    def result():
         try:
-            result = retry_with_less_memory(run.settings, MemoryPlan(run.settings.batch_size, on_host), attempt)
+            return retry_with_less_memory(run.settings, MemoryPlan(run.settings.batch_size, on_host), attempt)
         except (distill.Diverged, memory.OutOfMemory) as error:
-            result = str(error)
-            if files:
-                files.finish_distillation(result)
-    if isinstance(result, str):
-        print(f"warning  --distill: {result}: the model stays as it was before distillation", flush=True)
-    return result
+            return str(error)
+
+    distilled = run.decided("distilled", result)
+    if isinstance(distilled, str):
+        print(f"warning  --distill: {distilled}: the model stays as it was before distillation", flush=True)
+    elif files:
+        files.take_distilled()
+    return distilled

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from datautils import calibration_samples, test_tokens
+from datautils import calibration_samples, resolve_bos, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.allocation.synthetic import GENERATED, windows_of
 from mixgpt.app.settings import Settings
@@ -17,7 +17,6 @@ from mixgpt.evaluation import selfcheck
 from mixgpt.modeling.family import Family
 from mixgpt.modeling.streaming import digest
 from mixgpt.pruning.targets import Target, select
-from mixgpt.text import bos
 from modelutils import allocate, place_for
 
 
@@ -71,7 +70,7 @@ def check(settings, family, device, clock, model=None, tokenizer=None):
     if settings.sensitivity_file:
         traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
     tokenizer = tokenizer or load.load_tokenizer(settings.model)
-    settings = replace(settings, bos=bos.resolve(settings.bos, config.model_type, tokenizer))
+    settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer))
     return replace(inputs, settings=settings, tokenizer=tokenizer)
 
 

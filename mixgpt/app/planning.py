@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from datautils import first_token
 from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import Gradients, every_second_sequence, output_gradients
 from mixgpt.allocation.plan import Budget
@@ -18,7 +19,6 @@ from mixgpt.common.files import write_output
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.pruning import distill
 from mixgpt.pruning.targets import Target
-from mixgpt.text import bos
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _texts(run, streamed):
         """Return how text was made, and {"tokens", "dense_states" of this process's share of what is distilled}."""
         with run.clock.part("synthetic"):
             tokens, how = synthetic(streamed, run.calibration, for_hessians + for_distillation, run.settings.seed,
-                                    bos.first_token(run.tokenizer, run.settings.bos))
+                                    first_token(run.tokenizer, run.settings.bos))
         tensors = {"tokens": tokens}
         if for_distillation:
             windows = windows_of(tokens[for_hessians:], how)

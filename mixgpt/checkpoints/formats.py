@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -37,41 +36,44 @@ def save_dense(folder, model, family=None, grids=None):
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    state, layout, slices = _own_tensors(model), layout_of(model), {}  # slices: key -> {name: ExpertSlice or None}
-    for name in state:
+    state, layout, slices = model.state_dict(), layout_of(model), {}  # slices: key -> {name: ExpertSlice or None}
+    for name in (name for name in state if name not in model.all_tied_weights_keys):
         key, part = layout.get(name, (name, None))
         slices.setdefault(key, {})[name] = part
-    empty = {key: _empty(names, state) for key, names in slices.items()}
-    files = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors",
-                                               max_shard_size=LARGEST).tensor_to_filename
-    for file in dict.fromkeys(files.values()):
-        streaming.write(folder / file, {key: _merged(empty[key], slices[key], model, state) for key in files
-                                        if files[key] == file})
-    if len(set(files.values())) > 1:
-        size = sum(tensor.nbytes for tensor in empty.values())
+    empty = {key: _tensor_of(names, state) for key, names in slices.items()}
+    split = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors",
+                                               max_shard_size=LARGEST)
+    for file, keys in split.filename_to_tensors.items():
+        streaming.write(folder / file, {key: _tensor_of(slices[key], state, model) for key in keys})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as partial:
-            partial.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=1) + "\n")
+            partial.write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _own_tensors(model):
-    """Return the {name: tensor} of a model's checkpoint: all but tensors tied to another."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+def in_memory(model):
+    """Return a model with its weights in memory: another one if they are on disk."""
+    if not (weights := disk_weights(model)):
+        return model
+    state = {name: weights.tensor(name) for name in model.state_dict() if name not in model.all_tied_weights_keys}
+    loaded = type(model).from_pretrained(None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype)
+    loaded.generation_config = model.generation_config
+    return loaded
 
 
-def _empty(names, state):
-    """Return a tensor of the checkpoint on meta. names: {name: ExpertSlice or None} of what it consists of."""
+def _tensor_of(names, state, model=None):
+    """Return a tensor of the checkpoint, from the weights of a model, or on meta without it.
+
+    names: {name: ExpertSlice or None} of what it consists of. state: {name: tensor} with their shapes.
+    """
     name, part = next(iter(names.items()))
     shape = part.whole(state[name].shape, len(names) // part.parts) if part else state[name].shape
-    return torch.empty(shape, dtype=state[name].dtype, device="meta")
-
-
-def _merged(empty, names, model, state):
-    """Return a tensor of the checkpoint. empty, names: as in `_empty`."""
-    weights, merged = disk_weights(model), torch.empty_like(empty, device="cpu")
-    for name, part in names.items():
-        place = part.of(merged[part.expert]) if part else merged
+    tensor = torch.empty(shape, dtype=state[name].dtype, device="cpu" if model else "meta")
+    weights = model and disk_weights(model)
+    for name, part in names.items() if model else ():
+        place = part.of(tensor[part.expert]) if part else tensor
         place.copy_(streaming.mapped(weights.locations[name]) if weights else state[name])
-    return merged
+    return tensor
 
 
 def save_compressed_tensors(folder, model, family, grids):
@@ -163,29 +165,3 @@ def stored_bytes(folder, weights, itemsize):
         for key, tensor in load_file(file).items():  # mapped: no values are read
             sizes[key.rpartition(".weight")[0] or key] += tensor.nbytes
     return sum(sizes.get(name.removesuffix(".weight"), numel * itemsize) for name, numel in weights.items())
-
-
-def in_memory(model):
-    """Return a model with its weights in memory: another one if they are on disk."""
-    if not (weights := disk_weights(model)):
-        return model
-    state = {name: weights.tensor(name) for name in _own_tensors(model)}
-    loaded = type(model).from_pretrained(None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype)
-    loaded.generation_config = model.generation_config
-    return loaded
-
-
-def copy_code(folder, model, tokenizer):
-    """Copy the code that a model or its tokenizer names by `auto_map`, for others to load it; it is never run here.
-
-    If there is none beside the model, an `auto_map` would make the folder useless to others: it is dropped, unless it
-    names code on the hub (REPOSITORY--MODULE.CLASS).
-    """
-    source = Path(model.config.name_or_path)
-    owners = [owner for owner in (vars(model.config), tokenizer.init_kwargs) if owner.get("auto_map")]
-    files = list(source.glob("*.py")) if owners and model.config.name_or_path else []
-    for file in files:  # all: they may import each other
-        shutil.copyfile(file, folder / file.name)
-    for owner in owners if not files else ():
-        if "--" not in str(owner["auto_map"]):
-            del owner["auto_map"]

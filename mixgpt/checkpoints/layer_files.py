@@ -2,7 +2,7 @@
 
     layer-00000.safetensors, .json       a finished layer with the grids of its matrices, and their errors; it counts
                                          once the second file is there
-    distilled-00000.safetensors, .json   the same layer, distilled; they replace those above once distilled.json exists
+    distilled-00000.safetensors, .json   the same layer, distilled; they replace those above once all are written
 
 All are written under another name, flushed and renamed, so that a killed run can be continued to the same bits.
 """
@@ -25,7 +25,7 @@ from mixgpt.pruning.targets import Outcome
 from quant import Grid
 
 
-class LayerFiles:
+class LayerFiles(contextlib.AbstractContextManager):
     """Finished layers in a folder; the model reads them from there if its weights are on disk.
 
     Writes are queued one at a time: `save_layer` first waits for the previous one and re-raises its error. As a context
@@ -38,9 +38,6 @@ class LayerFiles:
         self.writes = distributed.rank() == 0
         self.thread, self.writing = ThreadPoolExecutor(1), None
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *error):
         self.thread.shutdown()
 
@@ -48,7 +45,6 @@ class LayerFiles:
         """Take the layers of a dense model."""
         self.model, self.family, self.layers = model, family, family.layers_of(model)
         self.dense = [(weights := disk_weights(layer)) and weights.locations for layer in self.layers]
-        self._settle_distillation()
 
     def resume_from(self, count):
         """Give a model on disk its dense weights back, and return what is finished of its first `count` layers.
@@ -99,7 +95,7 @@ class LayerFiles:
     def save_layer(self, index, layer, outcomes, kind="layer"):
         """Start writing a finished layer, {(layer, name): Outcome}; the layer is on the device.
 
-        kind: "distilled" for a layer that does not count before `finish_distillation`.
+        kind: "distilled" for a layer that does not count before `take_distilled`.
         """
         self.flush()
         if self.writes:
@@ -113,8 +109,8 @@ class LayerFiles:
         """Write a layer, then the outcomes that make it count."""
         grids = {f"grid.{name}.{part}": getattr(outcome.grid, part) for (_, name), outcome in outcomes.items()
                  if outcome.grid for part in ("scale", "zero", "group")}
-        self.write(file.name, weights | grids)
-        self.write_json(file.with_suffix(".json").name, {
+        self.write(file, weights | grids)
+        self.write_json(file.with_suffix(".json"), {
             name: {"error": outcome.error, "percdamp": outcome.percdamp,
                    "grid": outcome.grid and outcome.grid.scheme.name,
                    "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()})
@@ -125,40 +121,24 @@ class LayerFiles:
             self.writing.result()
         distributed.barrier()  # the first process writes, all read
 
-    def finish_distillation(self, result):
-        """Let the distilled layers replace the pruned ones. result: JSON-able; a text is the reason to drop them."""
-        self.flush()
+    def take_distilled(self):
+        """Let the distilled layers, which are all written, replace the pruned ones."""
         if self.writes:
-            self.write_json("distilled.json", result)
-        self._settle_distillation()
-
-    def _settle_distillation(self):
-        """Rename the distilled layers if all are written, or remove them if they were dropped."""
-        if self.writes and self.distilled:
             for file in self.folder.glob("distilled-*"):
-                if isinstance(self.distilled, str):
-                    file.unlink()
-                else:
-                    file.replace(self.folder / file.name.replace("distilled", "layer"))
+                file.replace(self.folder / file.name.replace("distilled", "layer"))
         distributed.barrier()
-
-    @property
-    def distilled(self):
-        """The result of `finish_distillation`, None before."""
-        file = self.folder / "distilled.json"
-        return json.loads(file.read_text()) if file.exists() else None
 
     def _file(self, index, kind="layer"):
         return self.folder / f"{kind}-{index:05d}.safetensors"
 
-    def write(self, name, tensors):
-        """Write {key: tensor} as a safetensors file in the folder."""
-        with self.writing_errors(name):
-            streaming.write(self.folder / name, tensors)
+    def write(self, file, tensors):
+        """Write {key: tensor} as a safetensors file."""
+        with self.writing_errors(file.name):
+            streaming.write(file, tensors)
 
-    def write_json(self, name, content):
-        """Write a JSON-able value to a file in the folder."""
-        with self.writing_errors(name), replacing(self.folder / name) as partial:
+    def write_json(self, file, content):
+        """Write a JSON-able value to a file."""
+        with self.writing_errors(file.name), replacing(file) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
 
     @contextlib.contextmanager

@@ -17,11 +17,7 @@ from transformers import (
     GgufConfig,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import (
-    CHAT_TEMPLATE_DIR,
-    WEIGHTS_INDEX_NAME,
-    cached_file,
-)
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mixgpt.common.choices import FORMATS, format_of
 from mixgpt.common.errors import InputError, reading
@@ -221,24 +217,18 @@ def read_model(model, dtype, packed=False):
             return from_pretrained(model, name, dtype, quantization_config=GgufConfig(dequantize=True), **arguments)
         if save_format := format_of(name):
             return save_format.read(name, dtype, packed)
-        if index := cached_file(name, WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **arguments):
-            streaming.check_index(index)
         config, whole = _config_of(name, arguments)
         if quantization := getattr(config, "quantization_config", None):
             quantization["dequantize"] = True
-        text = {"key_mapping": TEXT_PART} if whole else {}
-        return from_pretrained(model, name, dtype, config=config, **text, **arguments)
+        return from_pretrained(model, name, dtype, config=config, key_mapping=TEXT_PART if whole else None, **arguments)
 
 
 def from_pretrained(model, name, dtype, kind=AutoModelForCausalLM, **arguments):
-    """Load a model by a class of transformers. Raises InputError if a weight is missing, or of another shape.
+    """Load a model by a class of transformers. Raises InputError if a weight is missing.
 
     name, arguments: those of `kind.from_pretrained`. model: the user's name of the model.
     """
-    loaded, report = kind.from_pretrained(
-        name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments, **NO_CODE)
-    for key, stored, expected in report["mismatched_keys"]:
-        raise InputError(f"model {model}: {key} is {tuple(stored)}, its configuration expects {tuple(expected)}")
+    loaded, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **arguments, **NO_CODE)
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"model {model}: the checkpoint lacks {', '.join(missing[:3])}")
     return loaded
@@ -254,7 +244,7 @@ def open_model(model, config, family, dtype):
     if "gguf_file" in arguments or format_of(name) or getattr(config, "quantization_config", None):
         return load_model(model, dtype)
     with _reading(model, "its weights cannot be read"):
-        stored = streaming.stored_tensors(streaming.files_of(name, **arguments))
+        stored = streaming.stored_tensors(name, **arguments)
         kinds = (streaming.FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in streaming.FLOATS)
         opened = skeleton(config, config.dtype or next(kinds, torch.float32) if dtype == "auto" else dtype)
         if not streaming.attach_disk_weights(opened, family, stored):

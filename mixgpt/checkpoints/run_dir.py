@@ -18,7 +18,6 @@ from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.common import distributed
 from mixgpt.common.choices import FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.files import replacing
 from mixgpt.common.program import __version__, check_signature, signature
 
 PARTIAL = ("*.partial", ".tmp*")  # files that a killed run was writing
@@ -37,7 +36,7 @@ class RunDir(LayerFiles):
         super().__init__(Path(path) / PROGRESS, f"--save {path}", "free some space and continue with --resume")
         self.path, self.save_format, self.run = Path(path), save_format, {}  # run: content of run.json
         if self.writes:
-            self.made, self.overwrites = not self.path.exists(), overwrite and (self.path / RECORD).is_file()
+            self.is_new, self.overwrites = not self.path.exists(), overwrite and (self.path / RECORD).is_file()
             self._check(nbytes)
             self._lock()
             if is_interrupted_run(self.path) and not resume:
@@ -46,7 +45,10 @@ class RunDir(LayerFiles):
                                  "folder")
 
     def _check(self, nbytes):
-        if not (is_interrupted_run(self.path) or is_empty(self.path) or self.overwrites):
+        # what a run that never started has left
+        unused = all(file == self.folder or file.parent == self.folder and (
+            file.name == "lock" or file.suffix == ".partial") for file in self.path.rglob("*"))
+        if not (unused or is_interrupted_run(self.path) or self.overwrites):
             raise InputError(f"{self.place}: exists and is not an empty folder; name another one, or give --overwrite "
                              "to replace a saved model")
         free = shutil.disk_usage(next(place for place in self.folder.absolute().parents if place.exists())).free
@@ -71,12 +73,13 @@ class RunDir(LayerFiles):
             kept = any(self.folder.glob("*.safetensors")) or any(file != self.folder for file in self.path.glob("*"))
             if not (is_interrupted_run(self.path) and kept):
                 clear(self.path)
-                if self.made and not any(self.path.glob("*")):
+                if self.is_new and not any(self.path.glob("*")):
                     self.path.rmdir()
             self.lock.close()
 
     def open(self, model, family, identity):
         """Start a run, or go on with the one interrupted here. identity: what both must share, {flag: value}."""
+        identity = {"version of this program": __version__} | identity
         if self.writes and is_interrupted_run(self.path):
             self.run = self._interrupted(identity)
             for file in (file for pattern in PARTIAL for file in self.path.rglob(pattern)):
@@ -88,53 +91,53 @@ class RunDir(LayerFiles):
                 else:
                     entry.unlink()
             self.run = signature() | {"identity": identity}
-            self.write_json("run.json", self.run)
+            self.write_json(self.folder / "run.json", self.run)
         self.run = distributed.broadcast_object(self.run)
         super().open(model, family)
+        if isinstance(self.run.get("distilled"), dict):  # not a reason why there is no distilled model
+            self.take_distilled()
 
     def _interrupted(self, identity):
         """Return the content of run.json. Raises InputError if it cannot be read, or is that of another run."""
-        with self._reading("run.json"):
+        with self._reading(self.folder / "run.json"):
             run = json.loads((self.folder / "run.json").read_text())
         check_signature(run, f"--resume: the run in {self.path}")
-        before = {"version of this program": run["program"]["version"]} | run["identity"]
-        identity = {"version of this program": __version__} | identity
-        for flag in {**before, **identity}:
+        before = run["identity"]
+        for flag in before | identity:
             if before.get(flag) != identity.get(flag):
                 raise InputError(f"--resume: {flag} was {before.get(flag)} in the interrupted run in {self.path}, now "
                                  f"it is {identity.get(flag)}")
         return run
 
-    def _reading(self, name):
-        return reading(f"--resume: {self.folder / name} cannot be read; remove {self.path} to start over")
+    def _reading(self, file):
+        return reading(f"--resume: {file} cannot be read; remove {self.path} to start over")
 
     def kept(self, name, make):
         """Return what the interrupted run has kept under a name; else make() and keep it.
 
         make: returns a JSON-able value, that of the first process counts, and {key: tensor} of this process.
         """
-        file = f"{name}-{distributed.rank()}.safetensors"
+        file = self.folder / f"{name}-{distributed.rank()}.safetensors"
         if name in self.run:
             with self._reading(file):
-                return self.run[name]["value"], load_file(self.folder / file) if self.run[name]["tensors"] else {}
+                return self.run[name], load_file(file) if file.exists() else {}
         value, tensors = make()
         if tensors:
             self.write(file, tensors)
         distributed.barrier()  # all have written theirs
-        self.keep(name, value, bool(tensors))
+        self.keep(name, value)
         return value, tensors
 
-    def keep(self, name, value, tensors=False):
-        """Keep a JSON-able value under a name. tensors: whether each process has written some that belong to it."""
-        self.run[name] = {"value": value, "tensors": tensors}
+    def keep(self, name, value):
+        """Keep a JSON-able value under a name."""
+        self.run[name] = value
         if self.writes:
-            self.write_json("run.json", self.run)
+            self.write_json(self.folder / "run.json", self.run)
 
     def write_record(self, record):
         """Write the record of the run, in the first process."""
         if self.writes:
-            with self.writing_errors(RECORD), replacing(self.path / RECORD) as partial:
-                partial.write_text(json.dumps(record, indent=1) + "\n")
+            self.write_json(self.path / RECORD, record)
 
     def write_checkpoint(self, tokenizer, grids):
         """Write the final checkpoint; what makes it loadable comes last.
@@ -143,8 +146,10 @@ class RunDir(LayerFiles):
         """
         if self.writes:
             with self.writing_errors("the tokenizer"):
-                formats.copy_code(self.path, self.model, tokenizer)
                 tokenizer.save_pretrained(self.path)
+                if getattr(self.model.config, "auto_map", None):  # for others to load: it is never run here
+                    for file in Path(self.model.config.name_or_path).glob("*.py"):
+                        shutil.copyfile(file, self.path / file.name)
             with self.writing_errors("the model"):
                 save_format = FORMATS[self.save_format]
                 model = self.model if save_format.streams else formats.in_memory(self.model)
@@ -163,10 +168,3 @@ def clear(path):
     folder = Path(path) / PROGRESS
     (folder / "run.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_empty(path):
-    """Return whether a folder holds nothing but what a run that never started has left in `progress`."""
-    progress = Path(path) / PROGRESS
-    files = [file for file in Path(path).rglob("*") if file != progress]
-    return all(file.parent == progress and (file.name == "lock" or file.suffix == ".partial") for file in files)

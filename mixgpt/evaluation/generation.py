@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
+from datautils import begin, first_token, token_ids
 from mixgpt.checkpoints.load import load_model, load_tokenizer, read_config
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_dtype, position_limit
-from mixgpt.text.bos import begin, first_token, token_ids
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     """Complete `prompt` with a model that is entirely on its device. Returns a `Completion`.
 
     temperature: 0 is greedy; otherwise tokens are sampled, seeded by `seed`. until: stop strings, not included. bos: as
-    `bos.token_ids` takes it. If prompt and completion exceed the model's context, the prompt is truncated on the left;
+    `token_ids` takes it. If prompt and completion exceed the model's context, the prompt is truncated on the left;
     raises InputError if even that leaves no room, if the prompt gives no token, or one that the model does not have, or
     if logits are NaN or inf.
     """

@@ -24,11 +24,11 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks.manager import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from datautils import encode, first_token, token_ids
 from mixgpt.common import distributed, memory, progress
 from mixgpt.common.errors import InputError, one_line, reading
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.evaluation.generation import complete
-from mixgpt.text.bos import encode, first_token, token_ids
 from mixgpt.text.sources import hub_reachable, unlogged
 from modelutils import SLICE, HiddenStates, run_layers, whole
 
@@ -108,7 +108,7 @@ def check(chosen, tokenizer, nbytes, device):
 def score(chosen, model, family, tokenizer, limit, tokens, device, bos=None):
     """Score a model on the tasks from `load`.
 
-    tokens: number per batch. bos: as `bos.token_ids` takes it. Returns {task or group: {metric: value, metric_stderr:
+    tokens: number per batch. bos: as `token_ids` takes it. Returns {task or group: {metric: value, metric_stderr:
     value, "examples": count, "num_fewshot": count, "version": lm-eval's}}. Prints a warning if texts were truncated.
     """
     lm = StreamedLM(model, family, tokenizer, tokens, device, bos)

@@ -23,14 +23,8 @@ class Family:
 
     def fits(self, model):
         """Return whether a model has its decoder layers where this family has them."""
-        if self.model_type not in (None, model.config.model_type):
-            return False
-        from torch.nn import ModuleList  # slow import, not needed for the command line
-
-        try:
-            return isinstance(self.layers_of(model), ModuleList)
-        except AttributeError:
-            return False
+        takes = self.model_type in (None, model.config.model_type)
+        return takes and self.layers in (path for path, _ in model.named_modules())
 
     def rest_of(self, model):
         """Return the modules that hold what is not in the layers, {dotted path: module}."""

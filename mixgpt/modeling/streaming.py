@@ -108,26 +108,6 @@ def prefetch(layers, index, device):
         weights.ahead = ThreadPoolExecutor(1).submit(weights.read, pinned=torch.device(device).type == "cuda")
 
 
-def files_of(name, **arguments):
-    """Return the safetensors files of a directory or hub id, none if its weights are in another format.
-
-    Raises ValueError if the index points outside the directory.
-    """
-    file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False, **arguments)
-                   for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    if file or not index:
-        return [file] if file else []
-    check_index(index)
-    return get_checkpoint_shard_files(name, index, **arguments)[0]
-
-
-def check_index(index):
-    """Raise ValueError if a shard index points outside its directory."""
-    for file in map(PurePosixPath, json.loads(Path(index).read_text())["weight_map"].values()):
-        if file.is_absolute() or ".." in file.parts:
-            raise ValueError(f"its index names {file}, which is not in the folder")
-
-
 class StoredTensor(NamedTuple):
     """A tensor in a safetensors file."""
 
@@ -136,9 +116,19 @@ class StoredTensor(NamedTuple):
     shape: tuple
 
 
-def stored_tensors(files):
-    """Return {key: StoredTensor} of safetensors files. Raises InputError if one cannot be read."""
-    stored = {}
+def stored_tensors(name, **arguments):
+    """Return {key: StoredTensor} of a directory or hub id, {} if its weights are not in safetensors files.
+
+    Raises ValueError if the index points outside the directory, InputError if a file cannot be read.
+    """
+    file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False, **arguments)
+                   for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    files, stored = [file] if file else [], {}
+    if index and not file:
+        for shard in map(PurePosixPath, json.loads(Path(index).read_text())["weight_map"].values()):
+            if shard.is_absolute() or ".." in shard.parts:
+                raise ValueError(f"its index names {shard}, which is not in the folder")
+        files, _ = get_checkpoint_shard_files(name, index, **arguments)
     for file in files:
         with reading(f"{file}: cannot be read"), safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118, not a dict

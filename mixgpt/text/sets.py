@@ -81,12 +81,13 @@ def shares_of(name, flag="dataset"):
     for part in name.split(",") if ":" in name else []:
         text, _, share = part.rpartition(":")
         try:
-            weights[text] = weights.get(text, 0) + float(share)
+            value = float(share)
         except ValueError:
-            weights[text] = math.nan
-        if not 0 < weights[text] < math.inf:
+            value = math.nan
+        if not 0 < value < math.inf:
             raise InputError(f"{flag} {name}: {part!r}: in a mixture each text needs a share above 0, for example "
                              "c4:0.7,builtin:0.3")
+        weights[text] = weights.get(text, 0) + value
     if unknown := [text for text in weights or [name] if not known(text)]:
         raise InputError(f"{flag} {name}: invalid choice: {unknown[0]!r} (choose from "
                          f"{', '.join(map(repr, DATASETS))}, or give a file or folder of text, or owner/dataset:column "

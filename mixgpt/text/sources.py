@@ -72,8 +72,9 @@ def path_rows(path, split=None):
     be read or holds no text.
     """
     root = Path(path)
-    files = sorted(filter(_is_text_file, root.rglob("*"))) if root.is_dir() else [root]
-    if not files or not _is_text_file(files[0]):
+    files = [file for file in (sorted(root.rglob("*")) if root.is_dir() else [root])
+             if file.name.endswith(ENDINGS) and not any(file.match(name) for name in IGNORED)]
+    if not files:
         raise InputError(f"dataset {path}: {'no files below it end' if root.is_dir() else 'must end'} in one of "
                          f"{' '.join(ENDINGS)}")
     rows = [row for file in files for row in read_file(file, "dataset")]
@@ -95,8 +96,6 @@ def hub_copy_rows(dataset, split, data_dir):
 def read_file(path, argument):
     """Return the rows of one file, each a text or a chat. Raises InputError that begins with the argument and path."""
     subject = f"{argument} {path}"
-    if not path.is_file():  # it may be a pipe
-        raise InputError(f"{subject}: is not a regular file")
     with reading(f"{subject}: cannot be read"):
         if path.suffix == ".parquet":
             return column_of(Dataset(pyarrow.parquet.read_table(path)), subject)
@@ -137,10 +136,6 @@ def _text_or_chat(value, subject):
     if not chat or not all(isinstance(part["content"], str) for part in chat):
         raise InputError(f'{subject} is neither text nor a chat [{{"role": "user", "content": "text"}}, …]')
     return chat
-
-
-def _is_text_file(path):
-    return path.name.endswith(ENDINGS) and not any(path.match(name) for name in IGNORED)
 
 
 def _digest(rows):

@@ -122,13 +122,9 @@ def test_distilled_layers_count_when_all_are_written_and_the_pruned_ones_before(
         for index in range(3):
             save_layer(files, index, -1, "distilled")
             files.flush()
-            assert not files.distilled and (files.layers[0].disk_weights.tensor(UP) == 1).all()
-        if not killed:
-            files.finish_distillation({"divergence": 0.5})
-    if killed:
-        (tmp_path / "distilled.json").write_text('{"divergence": 0.5}')
-        (tmp_path / "distilled-00001.safetensors").replace(tmp_path / "layer-00001.safetensors")
-    with opened(tmp_path, model) as files:
-        assert len(files.resume_from(3)) == 3 and files.distilled == {"divergence": 0.5}
-        assert [written(tmp_path, index) for index in range(3)] == 3 * [{-1.0}]
+            assert (files.layers[0].disk_weights.tensor(UP) == 1).all()
+        if killed:
+            (tmp_path / "distilled-00001.safetensors").replace(tmp_path / "layer-00001.safetensors")
+        files.take_distilled()
+        assert len(files.resume_from(3)) == 3 and [written(tmp_path, index) for index in range(3)] == 3 * [{-1.0}]
         assert not list(tmp_path.glob("distilled-*"))

@@ -260,14 +260,11 @@ def test_a_beginning_is_added_unless_the_configuration_says_no(given, expected, 
         assert (each("Hello").input_ids[0] == 1) == expected
 
 
-@pytest.mark.parametrize("code", [True, False])
-def test_a_saved_folder_keeps_the_code_that_is_there(code, published, tmp_path, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(published("Baichuan-7B"), folder, ignore=None if code else shutil.ignore_patterns("*.py"))
+def test_a_saved_folder_keeps_the_code_of_the_published_one_for_others(published, tmp_path):
+    folder = published("Baichuan-7B")
     for name in ("saved", "again"):
         save(tmp_path / name, load.load_model(folder, "auto"), load.load_tokenizer(folder), {})
         folder = tmp_path / name
-        assert ["auto_map" in json.loads((folder / each).read_text())
-                for each in ("config.json", "tokenizer_config.json")] == [code, code]
-        assert [file.read_text() for file in folder.glob("*.py")] == [POISON] * (3 if code else 0)
-    assert capsys.readouterr().err == ""
+        assert all("auto_map" in json.loads((folder / each).read_text())
+                   for each in ("config.json", "tokenizer_config.json"))
+        assert {file.read_text() for file in folder.glob("*.py")} == {POISON}

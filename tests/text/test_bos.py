@@ -9,7 +9,7 @@ import torch
 from tokenizers import processors
 
 import datautils
-from mixgpt.text.bos import resolve, token_ids
+from datautils import resolve_bos, token_ids
 
 TEXT = "Names refer to objects; they are introduced by name binding operations. " * 6
 BOS, END = 0, 1
@@ -49,9 +49,9 @@ def texts(tmp_path):
     ("glm", "another token", "never"), ("gemma", "BOS", "each"), ("gemma2", "nothing", "each"),
     ("gemma3_text", "BOS", "each"), ("gemma4_text", "BOS", "each"), ("recurrent_gemma", "nothing", "each")])
 def test_auto_is_each_for_models_that_need_it_and_else_what_the_tokenizer_does(model_type, added, expected, adding):
-    assert resolve("auto", model_type, adding(added)) == expected
+    assert resolve_bos("auto", model_type, adding(added)) == expected
     for chosen in ("each", "once", "never"):
-        assert resolve(chosen, model_type, adding(added)) == chosen
+        assert resolve_bos(chosen, model_type, adding(added)) == chosen
 
 
 @pytest.mark.parametrize("added", ADDED)
