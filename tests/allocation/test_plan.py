@@ -65,10 +65,6 @@ def test_one_common_shift_and_clipping_lead_from_the_papers_sparsities_to_the_bu
     assert least <= most + 1e-9
 
 
-def test_of_equal_sensitivities_the_earlier_unit_is_sparser():
-    assert allocate([1.0, 1.0, 0.0, 1.0], [10] * 4, 0.5, 0.3) == pytest.approx([0.6, 0.4, 0.8, 0.2])
-
-
 def exact_of(sparsities, sizes):
     """Return the numbers of weights that sparsities stand for, not rounded."""
     return [sparsity * size for sparsity, size in zip(sparsities, sizes, strict=True)]

@@ -77,12 +77,6 @@ def test_a_file_that_does_not_fit_is_refused_by_name(name, estimator, message, t
         obtain(name, tokens, path, estimator)
 
 
-def test_a_complete_file_of_other_data_is_used_where_it_is_named(tokens, path, monkeypatch):
-    first, _ = obtain("llama", tokens, path)
-    monkeypatch.setattr(traces, "hessian_traces", lambda *_, **__: pytest.fail("computed again"))
-    assert torch.equal(obtain("llama", tokens[:2], path, seed=7)[0].samples, first.samples)
-
-
 def test_statistics_are_those_of_the_textbook():
     samples = torch.tensor([[1, 20, 4], [3, 10, 6], [2, 30, 2], [4, 12, 9]], dtype=torch.float64)
     found = traces.Traces("fisher", {(0, "a"): (1, 2), (0, "b"): (2, 5), (1, "a"): (2, 1)}, samples)

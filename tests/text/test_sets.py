@@ -49,8 +49,7 @@ def test_a_column_on_the_hub_is_a_text():
 @pytest.mark.parametrize("name, message", [
     ("c5:0.5,builtin:0.5", "invalid choice: 'c5' .*, or give a file or folder of text, or owner/dataset:column"),
     (":1,builtin:1", "invalid choice: ''"), ("c5", "invalid choice: 'c5'"),
-    ("builtin,c4:1", "'builtin': in a mixture each text needs a share above 0, for example c4:0.7,"
-                     "builtin:0.3"),
+    ("builtin,c4:1", "'builtin': in a mixture each text needs a share above 0, for example c4:0.7,builtin:0.3"),
     *((f"builtin:{share},c4:1", f"'builtin:{share}': in") for share in ("x", "0", "-1", "nan", "inf", "")),
     ("builtin:1,", "'': in")])
 def test_what_is_no_mixture_is_refused(name, message):

@@ -99,7 +99,6 @@ def test_a_template_that_fails_is_one_line(template, message, tokenizer):
 
 BAD_FILES = {
     "not gzip": ("test.json.gz", b'{"text": "a"}\n', "gzip"),
-    "parquet": ("test.parquet", b"PAR1junk", ""),
     "json": ("test.json", b'{"text": "a"\n{', "cannot be read: Expecting"),
     "text": ("test.txt", b"\xff\xfe", "utf-8"),
     "no rows": ("test.json", b"", "contains no text"),
