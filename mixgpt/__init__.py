@@ -7,6 +7,7 @@
     model, tokenizer = mixgpt.load("pruned")
 """
 
+import functools
 import importlib.abc
 import importlib.util
 import sys
@@ -24,18 +25,13 @@ class _Registration(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        imported = spec.loader.exec_module
-
-        def exec_module(module):
-            imported(module)
-            import mixgpt.checkpoints.sparse  # noqa: F401
-
-        spec.loader.exec_module = exec_module
+        run, register = spec.loader.exec_module, functools.partial(importlib.import_module, "mixgpt.checkpoints.sparse")
+        spec.loader.exec_module = lambda module: (run(module), register())
         return spec
 
 
 if _Registration.registry in sys.modules:
-    import mixgpt.checkpoints.sparse  # noqa: F401
+    importlib.import_module("mixgpt.checkpoints.sparse")
 else:
     sys.meta_path.insert(0, _Registration())
 

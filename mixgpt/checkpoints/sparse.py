@@ -52,7 +52,7 @@ class PackedWeight(torch.nn.Module):
         self._check("mask", rows * columns / 8)
         sizes = _bits(self.mask.cpu().numpy(), rows, columns)
         offsets = torch.from_numpy((sizes.cumsum() - sizes).astype(np.int32)).view(rows, -1)
-        self.register_buffer("offsets", offsets.to(self.device), persistent=False)
+        self.register_buffer("offsets", offsets.to(self.mask.device), persistent=False)
         size = math.ceil(sizes.sum() * wbits / 8) if wbits else int(sizes.sum())
         self._check(self.data, size)
         tail = pad(data[-columns - sparse_cpu.REACH:], (0, sparse_cpu.REACH))
@@ -64,9 +64,9 @@ class PackedWeight(torch.nn.Module):
             self.register_buffer("zero", torch.full_like(self.scale, 2 ** (wbits - 1), dtype=torch.uint8))
         if self.zero.dim() == 1:  # packed
             self._check("zero", rows * self.groups * wbits / 8)
-            self.zero = unpack(self.zero.cpu(), wbits, self.scale.numel()).view_as(self.scale).to(self.device)
+            self.zero = unpack(self.zero.cpu(), wbits, self.scale.numel()).view_as(self.scale).to(self.mask.device)
         if "group" not in self._buffers:
-            self.register_buffer("group", consecutive(columns, self.groups).to(self.device))
+            self.register_buffer("group", consecutive(columns, self.groups).to(self.mask.device))
         self._check("zero", rows * self.groups)
         self._check("group", columns)
         if int(self.zero.max()) >> wbits or not 0 <= int(self.group.min()) <= int(self.group.max()) < self.groups:
@@ -76,10 +76,6 @@ class PackedWeight(torch.nn.Module):
         tensor, count = getattr(self, part), math.ceil(count)
         if tensor.numel() != count or tensor.dtype != DTYPES.get(part, tensor.dtype) or not tensor.is_contiguous():
             raise ValueError(f"its {part} has {tensor.numel()} numbers in {tensor.dtype}, must have {count}")
-
-    @property
-    def device(self):
-        return self.mask.device
 
     @property
     def dtype(self):
@@ -102,17 +98,17 @@ class PackedWeight(torch.nn.Module):
 
     def expand(self, out=None):
         """Return the matrix, in `out` if given."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device) if out is None else out
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.mask.device) if out is None else out
         y = out if _runs_on(out.device) else torch.empty(self.shape, dtype=self.dtype)
         self._run(sparse_cpu.Kernel(self.ways()[0], self.dtype, self.wbits, 0), y, y)
         return out if out is y else out.copy_(y)
 
     def _room(self):
         """Return a buffer of this thread for the matrix, which the next one that is expanded overwrites."""
-        numel, key = self.shape.numel(), (self.dtype, self.device)
+        numel, key = self.shape.numel(), (self.dtype, self.mask.device)
         rooms = vars(_scratch)
         if key not in rooms or len(rooms[key]) < numel:
-            rooms[key] = torch.empty(numel, dtype=self.dtype, device=self.device)
+            rooms[key] = torch.empty(numel, dtype=self.dtype, device=self.mask.device)
         return rooms[key][:numel].view(self.shape)
 
     def ways(self):
@@ -126,7 +122,7 @@ class PackedWeight(torch.nn.Module):
 
     def _run(self, kernel, x, y):
         tensors = self._buffers | {"x": x, "y": y}
-        if not y.is_cuda and self.device.type != "cpu":
+        if not y.is_cuda and self.mask.device.type != "cpu":
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         tensors["data"] = tensors[self.data]
         if self.wbits:
@@ -173,8 +169,9 @@ class SparseLinear(torch.nn.Module):
         return self.weight.multiply(x, self.bias)
 
     def prepared(self):
-        """Return this layer ready for use; a dense one if its matrix has no mask."""
-        if "mask" in self.weight.description["parts"]:
+        """Return this layer ready for use; a dense one if its matrix has no mask, or cannot be multiplied packed."""
+        stored = getattr(self.weight, self.weight.data).dtype
+        if "mask" in self.weight.description["parts"] and stored != torch.float64 and self.weight.shape.numel() < 2**31:
             self.weight.prepare()
             return self
         dense = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")

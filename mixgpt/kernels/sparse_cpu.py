@@ -6,7 +6,6 @@ multiplies; the number of set bits says where the values of the next step begin.
 so that the number of threads does not change the result.
 """
 
-import contextlib
 import ctypes
 import functools
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from llvmlite import binding, ir
+from numba.core.cgutils import alloca_once_value, for_range_slice
 
 REACH = 64  # packed numbers that a step may read
 AHEAD = 2048  # bytes from the packed values in use to those that are prefetched
@@ -40,17 +40,10 @@ WAYS = {  # the fastest first
 TENSORS = ("mask", "data", "tail", "offsets", "units", "zero", "scale", "group", "x", "y")
 ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", "last", *TENSORS)
 I1, I8, I16, I32, I64, F16, F32 = *map(ir.IntType, (1, 8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
+BF16 = type("BFloatType", (ir.types.Type,), {"__str__": lambda self: "bfloat"})()  # llvmlite has none
 STORED = {torch.float32: F32, torch.bfloat16: I16, torch.float16: F16}
 _SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # (masks, columns)
 SHUFFLES = (np.where(_SET, 2 * (_SET.cumsum(1) - 1), 128)[:, :, None] + np.arange(2)).astype(np.uint8)
-
-
-class _BFloat(ir.types.Type):
-    def __str__(self):
-        return "bfloat"
-
-
-BF16 = _BFloat()
 
 
 class Kernel(NamedTuple):
@@ -144,7 +137,6 @@ class _Emitter:
         self.size = 1 if kernel.wbits else kernel.dtype.itemsize  # bytes of a packed number
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [ir.PointerType()]), "run")
         self.b = b = ir.IRBuilder(function.append_basic_block())
-        self.entry = b.block
         at = {name: b.gep(function.args[0], [I64(place)], source_etype=I64) for place, name in enumerate(ARGUMENTS)}
         self.at = {name: b.load(address, typ=I64) for name, address in at.items()}
         take, work, done = (b.append_basic_block() for _ in range(3))
@@ -155,7 +147,7 @@ class _Emitter:
         b.position_at_end(work)
         stop = b.add(first, I64(CHUNK))
         stop = b.select(b.icmp_signed("<", stop, self.at["rows"]), stop, self.at["rows"])
-        with self._loop(first, stop, 1) as row:
+        with for_range_slice(b, first, stop, I64(1)) as (row, _):
             self._row(row)
         b.branch(take)
         b.position_at_end(done)
@@ -166,14 +158,14 @@ class _Emitter:
         b, kernel, at, (_, width, steps) = self.b, self.kernel, self.at, self.way
         kind = F32 if width == 1 else ir.VectorType(F32, min(width, 16))
         start = b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64)
-        place, self.base = self._slot(I64, start), self._base(start)
-        sums = [[self._slot(kind, self._all(kind, 0)) for _ in range(max(steps, 2))] for _ in range(kernel.tokens)]
+        place, self.base = alloca_once_value(b, start), self._base(start)
+        sums = [[alloca_once_value(b, _all(kind, 0)) for _ in range(max(steps, 2))] for _ in range(kernel.tokens)]
         groups = at["groups"] if kernel.way == "codes" else I64(1)
         size = b.udiv(at["columns"], groups)
-        with self._loop(I64(0), groups, 1) as group:
+        with for_range_slice(b, I64(0), groups, I64(1)) as (group, _):
             table = self._table(b.add(b.mul(row, groups), group)) if kernel.way == "codes" else row
             start = b.mul(group, size)
-            with self._loop(start, b.add(start, size), width * steps) as first:
+            with for_range_slice(b, start, b.add(start, size), I64(width * steps)) as (first, _):
                 for step in range(steps):
                     column = b.add(first, I64(width * step))
                     flat = b.add(b.mul(row, at["columns"]), column)
@@ -183,22 +175,18 @@ class _Emitter:
                     for token, totals in enumerate(sums):
                         x = b.add(b.mul(I64(token), at["columns"]), column)
                         for number, part in enumerate(parts, step):
-                            b.store(self._dot(b.load(totals[number], typ=kind), part, x), totals[number])
+                            b.store(self._dot(b.load(totals[number]), part, x), totals[number])
                             x = b.add(x, I64(32))
         for token, totals in enumerate(sums):
-            total = functools.reduce(b.fadd, [b.load(total, typ=kind) for total in totals])
+            total = functools.reduce(b.fadd, map(b.load, totals))
             self._result(b.add(b.mul(I64(token), at["rows"]), row), total)
 
     # steps: each returns the weights of the next columns, 0 where pruned, and moves `place` on
 
-    def _step_vbmi2(self, flat, column, place, table):
-        mask, index = self._kept(I32, flat, place)
-        return [self._spread(self._packed(ir.VectorType(I16, 32), index), mask, 0)]
-
     def _step_codes(self, flat, column, place, table):
         """As `codes` are below 16, 16 stands for a pruned one. Returns those of even columns, and of odd ones."""
         b, wbits, bytes_ = self.b, self.kernel.wbits, ir.VectorType(I8, 64)
-        mask, index = self._kept(I64, flat, place)
+        mask, index = self._kept(flat, place)
         bit = b.mul(index, I64(wbits))
         packed = self._packed(bytes_, b.lshr(bit, I64(3)))
         eights = ir.Constant(bytes_, [wbits * eight + byte for eight in range(8) for byte in range(8)])
@@ -206,20 +194,22 @@ class _Emitter:
         shifts = b.add(ir.Constant(bytes_, [wbits * code for code in range(8)] * 8),
                        self._splat(bytes_, b.trunc(b.and_(bit, I64(7)), I8)))
         codes = b.and_(self._call("llvm.x86.avx512.pmultishift.qb.512", bytes_, shifts, packed),
-                       self._all(bytes_, 2**wbits - 1))
+                       _all(bytes_, 2**wbits - 1))
         words = ir.VectorType(I16, 32)
         even = b.bitcast(self._spread(codes, mask, 16), words)
         return [self._call("llvm.x86.avx512.permvar.hi.512", words, table, index)
-                for index in (even, b.lshr(even, self._all(words, 8)))]
+                for index in (even, b.lshr(even, _all(words, 8)))]
 
     def _step_avx512(self, flat, column, place, table):
-        mask, index = self._kept(I16, flat, place)
-        values = self._packed(ir.VectorType(STORED[self.kernel.dtype], 16), index)
-        return [self._spread(self._floats(values), mask, 0)]
+        mask, index = self._kept(flat, place)
+        values = self._packed(ir.VectorType(STORED[self.kernel.dtype], self.way.width), index)
+        return [self._spread(values if self.way.width == 32 else self._floats(values), mask, 0)]
+
+    _step_vbmi2 = _step_avx512
 
     def _step_avx2(self, flat, column, place, table):
         b, bytes_ = self.b, ir.VectorType(I8, 16)
-        mask, index = self._kept(I8, flat, place)
+        mask, index = self._kept(flat, place)
         order = self._load(bytes_, I64(SHUFFLES.ctypes.data), b.zext(mask, I64), 16)
         values = self._call("llvm.x86.ssse3.pshuf.b.128", bytes_, self._packed(bytes_, index), order)
         return [self._floats(b.bitcast(values, ir.VectorType(STORED[self.kernel.dtype], 8)))]
@@ -228,7 +218,7 @@ class _Emitter:
         b, at, wbits = self.b, self.at, self.kernel.wbits
         byte = self._load(I8, at["mask"], b.lshr(flat, I64(3)))
         kept = b.trunc(b.lshr(byte, b.trunc(b.and_(flat, I64(7)), I8)), I1)
-        index = b.load(place, typ=I64)
+        index = b.load(place)
         b.store(b.add(index, b.zext(kept, I64)), place)
         if not wbits:
             weight = self._floats(self._packed(STORED[self.kernel.dtype], index))
@@ -263,9 +253,10 @@ class _Emitter:
             return b.fpext(b.fptrunc(weights, F16), F32)
         return weights
 
-    def _kept(self, kind, flat, place):
+    def _kept(self, flat, place):
         """Return the mask of the next columns and the index of their first kept weight, and move the place on."""
-        mask, index = self._load(kind, self.at["mask"], self.b.lshr(flat, I64(3))), self.b.load(place, typ=I64)
+        index, kind = self.b.load(place), ir.IntType(self.way.width)
+        mask = self._load(kind, self.at["mask"], self.b.lshr(flat, I64(3)))
         self.b.store(self.b.add(index, self.b.zext(self.b.ctpop(mask), I64)), place)
         bits = I64(self.kernel.wbits or 8 * self.kernel.dtype.itemsize)
         ahead = self.b.add(self.b.lshr(self.b.mul(index, bits), I64(3)), I64(AHEAD))
@@ -294,19 +285,19 @@ class _Emitter:
         # an instruction that loads and expands would take a microcoded form: hide the load from the compiler
         values = self.b.asm(ir.FunctionType(values.type, [values.type]), "", "=v,0", [values], False)
         return self._call(f"llvm.x86.avx512.mask.expand.{_name(values.type)}", values.type, values,
-                          self._all(values.type, other), self.b.bitcast(mask, flags))
+                          _all(values.type, other), self.b.bitcast(mask, flags))
 
     def _floats(self, values):
         """Return values in float32."""
         stored, wide = self.kernel.dtype, lambda kind: _like(values.type, kind)
         if stored == torch.bfloat16:
-            bits = self.b.shl(self.b.zext(values, wide(I32)), self._all(wide(I32), 16))
+            bits = self.b.shl(self.b.zext(values, wide(I32)), _all(wide(I32), 16))
             return self.b.bitcast(bits, wide(F32))
         return self.b.fpext(values, wide(F32)) if stored == torch.float16 else values
 
     def _round(self, values):
         """Return the bits of float32 values in bfloat16, rounded to the nearest, ties to even."""
-        b, all_ = self.b, functools.partial(self._all, _like(values.type, I32))
+        b, all_ = self.b, functools.partial(_all, _like(values.type, I32))
         bits = b.bitcast(values, _like(values.type, I32))
         odd = b.and_(b.lshr(bits, all_(16)), all_(1))
         rounded = b.lshr(b.add(b.add(bits, all_(0x7FFF)), odd), all_(16))  # NaN stays: only its upper bits are set
@@ -323,7 +314,7 @@ class _Emitter:
         if self.way.width >= 32:  # 32 in bfloat16: even ones, and odd ones
             bits = b.bitcast(weights, ir.VectorType(I32, 16))
             parts = [b.bitcast(half, total.type) for half in (
-                b.shl(bits, self._all(bits.type, 16)), b.and_(bits, self._all(bits.type, -65536)))]
+                b.shl(bits, _all(bits.type, 16)), b.and_(bits, _all(bits.type, -65536)))]
         for part in parts:
             product = b.fmul(part, self._load(total.type, self.at["x"], x, size), flags=["contract"])
             total, x = b.fadd(product, total, flags=["contract"]), b.add(x, I64(16))
@@ -339,48 +330,21 @@ class _Emitter:
             weights = self._round(weights)
         if self.kernel.dtype == torch.float16:
             weights = self.b.fptrunc(weights, _like(weights.type, F16))
-        self._store(weights, self.at["y"], flat, self.kernel.dtype.itemsize)
+        self._store(weights, flat, self.kernel.dtype.itemsize)
 
     def _result(self, place, total):
         """Write the sum of a row."""
         if isinstance(total.type, ir.VectorType):
             total = self._call(f"llvm.vector.reduce.fadd.{_name(total.type)}", F32, F32(-0.0), total,
                                fastmath=("reassoc",))
-        self._store(self._round(total) if self.kernel.bfloat16 else total, self.at["y"], place,
-                    2 if self.kernel.bfloat16 else 4)
-
-    # what LLVM lacks
-
-    @contextlib.contextmanager
-    def _loop(self, start, stop, step):
-        """Emit a loop around the block. Yields its counter."""
-        b, before = self.b, self.b.block
-        head, body, after = (b.append_basic_block() for _ in range(3))
-        b.branch(head)
-        b.position_at_end(head)
-        counter = b.phi(I64)
-        counter.add_incoming(start, before)
-        b.cbranch(b.icmp_signed("<", counter, stop), body, after)
-        b.position_at_end(body)
-        yield counter
-        counter.add_incoming(b.add(counter, I64(step)), b.block)
-        b.branch(head)
-        b.position_at_end(after)
-
-    def _slot(self, kind, value):
-        """Return a variable."""
-        with self.b.goto_block(self.entry):
-            self.b.position_at_start(self.entry)
-            slot = self.b.alloca(kind)
-        self.b.store(value, slot)
-        return slot
+        self._store(self._round(total) if self.kernel.bfloat16 else total, place, 2 if self.kernel.bfloat16 else 4)
 
     def _load(self, kind, base, index, size=1):
         address = self.b.add(base, self.b.mul(index, I64(size)))
         return self.b.load(self.b.inttoptr(address, ir.PointerType()), typ=kind, align=1)
 
-    def _store(self, value, base, index, size):
-        address = self.b.add(base, self.b.mul(index, I64(size)))
+    def _store(self, value, index, size):
+        address = self.b.add(self.at["y"], self.b.mul(index, I64(size)))
         self.b.store(value, self.b.inttoptr(address, ir.PointerType()), align=1)
 
     def _call(self, name, kind, *values, **options):
@@ -388,12 +352,13 @@ class _Emitter:
             self.module, ir.FunctionType(kind, [value.type for value in values]), name)
         return self.b.call(function, values, **options)
 
-    def _all(self, kind, value):
-        return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
-
     def _splat(self, kind, value):
         first = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
         return self.b.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
+
+
+def _all(kind, value):
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
 
 def _like(kind, element):

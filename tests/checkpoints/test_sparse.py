@@ -130,7 +130,7 @@ def test_the_gpu_gives_the_same(scheme, dtype):
         packed, W = packed_and_dense(rows, columns, dtype, scheme)
         with Gpu():
             moved = copy.deepcopy(packed).to("cuda:0")
-            assert sparse._runs_on(moved.device) and torch.equal(moved.expand().cpu(), W)
+            assert sparse._runs_on(moved.mask.device) and torch.equal(moved.expand().cpu(), W)
             for tokens, bias in ((1, None), (3, torch.randn(rows)), (FEW, None), (FEW + 1, None)):
                 x = torch.randn(tokens, columns)
                 y = moved.multiply(x.to("cuda:0"), None if bias is None else bias.to("cuda:0"))
