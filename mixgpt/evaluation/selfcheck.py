@@ -17,56 +17,47 @@ SEQUENCES = 3
 TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to 1e-4
 
 
+@torch.no_grad()
 def check(name, family, skeleton, calibrated=()):
     """Raise InputError if a model's logits differ when its layers run one at a time.
 
     name: of the model, for the message. skeleton: the model on meta. calibrated: names of linears whose inputs must be
-    seen, as they are to be calibrated. Compares on SEQUENCES of them, in batches of two sizes, through a copy of the
-    configuration with random weights, and as many layers as show each kind of layer. Returns the bytes that a sequence
-    takes between two layers, with what layers leave for later ones, in units of its hidden states alone.
+    seen, as they are to be calibrated. Compares on SEQUENCES of them, in batches of two, the last one of one, and of
+    one, through a copy of the configuration with random weights, and as many layers as show each kind of layer. Returns
+    the bytes that a sequence takes between two layers, with what layers leave for later ones, in units of its hidden
+    states alone.
     """
-    kind, layers = type(skeleton).__name__, family.layers_of(skeleton)
+    kind, layers, unseen = type(skeleton).__name__, family.layers_of(skeleton), set()
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"
     with reading(refusal):
         try:
-            whole = _run_whole(small(skeleton.config, layers))
+            model, tokens, expected = _run_whole(small(skeleton.config, layers))
         except Exception:  # sizes that depend on each other in a way of their own
-            whole = _run_whole(small(skeleton.config, layers, narrow=False))
-        unseen, difference, nbytes = _compare(family, *whole)
+            model, tokens, expected = _run_whole(small(skeleton.config, layers, narrow=False))
+        split_experts(model)
+        streams = [HiddenStates.embed(model, family, tokens, size, tokens.device) for size in (2, 1)]
+        for index, layer in enumerate(family.layers_of(model)):
+            unseen |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))
+            for stream in streams:
+                stream.advance(layer, index)
+        with streams[0].head(model, family) as head:
+            differences = [head(stream.hidden.flatten(0, 1)).view_as(expected) - expected for stream in streams]
+        difference = torch.stack(differences).abs().max() / expected.std()
     if not difference <= TOLERANCE:
         raise InputError(f"{refusal}: on random weights, its logits differ by {difference:.1g} standard deviations")
-    if unseen := [linear for linear in unseen if linear in calibrated]:
+    if unseen := sorted(unseen.intersection(calibrated)):
         raise InputError(f"model {name}: {', '.join(unseen)} of this {kind} are not called as modules, so that they "
                          "cannot be calibrated; leave them out with --prune-only")
-    return nbytes / (whole[1].numel() * whole[0].config.hidden_size * torch.float32.itemsize)
+    return streams[0].hidden.nbytes / (tokens.numel() * model.config.hidden_size * torch.float32.itemsize)
 
 
-@torch.no_grad()
 def _run_whole(config):
-    """Return a random model of a configuration, tokens (N, T), and its logits for them by its own forward."""
+    """Return a random model of a configuration, tokens (N, T), and its logits (N, T, vocabulary) by its own forward."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
         tokens = torch.randint(config.vocab_size, (SEQUENCES, TOKENS))
     return model, tokens, model(tokens, use_cache=False).logits
-
-
-@torch.no_grad()
-def _compare(family, model, tokens, expected):
-    """Run tokens (N, T) one layer at a time, in batches of two, the last one of one, and in batches of one.
-
-    expected: logits (N, T, vocabulary). Returns the linears never called, the largest difference of the logits, in
-    standard deviations of all of these, and the bytes of all sequences between two layers.
-    """
-    split_experts(model)
-    unseen, streams = set(), [HiddenStates.embed(model, family, tokens, size, tokens.device) for size in (2, 1)]
-    for index, layer in enumerate(family.layers_of(model)):
-        unseen |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))
-        for stream in streams:
-            stream.advance(layer, index)
-    with streams[0].head(model, family) as head:
-        differences = [head(stream.hidden.flatten(0, 1)).view_as(expected) - expected for stream in streams]
-    return sorted(unseen), (torch.stack(differences).abs().max() / expected.std()).item(), streams[0].hidden.nbytes
 
 
 def small(config, layers, narrow=True):

@@ -109,32 +109,27 @@ def score(chosen, model, family, tokenizer, limit, tokens, device, bos=None):
     """Score a model on the tasks from `load`.
 
     tokens: number per batch. bos: as `token_ids` takes it. Returns {task or group: {metric: value, metric_stderr:
-    value, "examples": count, "num_fewshot": count, "version": lm-eval's}}. Prints a warning if texts were truncated.
+    value, "examples": count, "num_fewshot": count, "version": lm-eval's}}; a metric behind a filter is "metric
+    (filter)", and values unknown to lm-eval are left out. Prints a warning if texts were truncated.
     """
-    lm = StreamedLM(model, family, tokenizer, tokens, device, bos)
+    lm, scores = StreamedLM(model, family, tokenizer, tokens, device, bos), {}
     with _silent():
         results = _run(lm, chosen, limit, BOOTSTRAP)
     if lm.cut:
         print(f"warning  --tasks: {lm.cut} texts are longer than the model's {lm.max_length} tokens and lost their "
               "beginning", flush=True)
-    return {name: _metrics(name, results) for name in results["results"]}
-
-
-def _metrics(name, results):
-    """Return the metrics of a task in lm-eval's results, whose keys are "metric,filter", see `score`.
-
-    They are named by metric or metric (filter); standard errors end in _stderr. Values unknown to lm-eval are left out.
-    """
-    facts = {"examples": results["n-samples"].get(name, {}).get("effective"),
-             "num_fewshot": results["n-shot"].get(name), "version": results["versions"].get(name)}
-    metrics = {}
-    for key, value in results["results"][name].items():
-        metric, comma, chosen = key.partition(",")
-        if comma and isinstance(value, numbers.Real):
-            filtered = "" if chosen == "none" else f" ({chosen})"
-            stderr = "_stderr" if metric.endswith("_stderr") else ""
-            metrics[metric.removesuffix("_stderr") + filtered + stderr] = float(value)
-    return metrics | {key: fact for key, fact in facts.items() if fact is not None}
+    for name, values in results["results"].items():
+        metrics = scores[name] = {}
+        for key, value in values.items():
+            metric, comma, chain = key.partition(",")
+            if comma and isinstance(value, numbers.Real):
+                filtered = "" if chain == "none" else f" ({chain})"
+                stderr = "_stderr" if metric.endswith("_stderr") else ""
+                metrics[metric.removesuffix("_stderr") + filtered + stderr] = float(value)
+        facts = {"examples": results["n-samples"].get(name, {}).get("effective"),
+                 "num_fewshot": results["n-shot"].get(name), "version": results["versions"].get(name)}
+        metrics |= {key: fact for key, fact in facts.items() if fact is not None}
+    return scores
 
 
 class StreamedLM(TemplateLM):
