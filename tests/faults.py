@@ -183,11 +183,9 @@ FAULTS = {
     "sequences beyond the model": refused("--seqlen 1000", "--seqlen 1000: the model's limit is 128 tokens"),
     "samples beyond the memory": refused(f"--nsamples {10**9}", "--nsamples, --seqlen: hidden states take … GB, …"),
     "a device that is not there": refused("--device cuda:9", "--device cuda:9: there are … CUDA devices here…"),
-    # outputs
     "save into the model": refused(
         "--save {root}/model", "--save {root}/model: holds {root}/model, which this run reads; name another folder",
         "{root}/model builtin "),
-    # texts
     "text of one's own that is not there": refused("", "dataset mine.txt: invalid choice: …", "{root}/model mine.txt "),
     # generate.py
     "logits that are not finite": prompt(

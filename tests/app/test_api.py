@@ -82,7 +82,6 @@ def test_no_state_of_the_process_is_left_changed(checkpoint_folder):
 
 
 @pytest.mark.parametrize("given, message", [
-    ({"sparsity": 1.5}, "--sparsity 1.5: must be at least 0 and below 1"),
     ({"preset": "worst"}, "--preset worst: must be one of sparsegpt, mixgpt, best"),
     ({"dataset": "c5"}, "dataset c5: invalid choice: 'c5'"),
     ({"dataset": torch.zeros(4, 32)}, r"dataset: tokens are torch.float32 \(4, 32\), must be torch.int64 \(N, T\)"),

@@ -101,7 +101,6 @@ BAD_FILES = {
     "not gzip": ("test.json.gz", b'{"text": "a"}\n', "gzip"),
     "json": ("test.json", b'{"text": "a"\n{', "cannot be read: Expecting"),
     "text": ("test.txt", b"\xff\xfe", "utf-8"),
-    "no rows": ("test.json", b"", "contains no text"),
     "nothing": ("test.json", b'{"text": "a"}\n{"text": null}\n', "row 2 is neither text nor a chat"),
     "chat without a role": ("test.json", b'{"messages": [{"content": "a"}]}\n', "row 1 is neither text nor a chat"),
     "columns": ("test.json", b'{"body": "a", "id": 1}\n', "columns body, id: text, sentence or messages is"),
