@@ -59,6 +59,8 @@ class PackedWeight(torch.nn.Module):
         self.register_buffer("tail", tail, persistent=False)
         if not wbits:
             return
+        if wbits not in range(1, 9):
+            raise ValueError(f"its codes have {wbits} bits")
         self._check("scale", rows * self.groups)
         if "zero" not in self._buffers:
             self.register_buffer("zero", torch.full_like(self.scale, 2 ** (wbits - 1), dtype=torch.uint8))

@@ -89,7 +89,7 @@ def run(kernel, rows, columns, block, groups, tensors):
     block: columns to an offset. tensors: contiguous ones by their names in TENSORS, as many as the kernel needs.
     """
     addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in TENSORS]
-    numbers = 0, rows, columns, -(-columns // block), groups, len(tensors["data"]) - columns - REACH
+    numbers = 0, rows, columns, -(-columns // block), groups, tensors["data"].numel() - columns - REACH
     values = (ctypes.c_int64 * len(ARGUMENTS))(*numbers, *addresses)
     function, parallel = _compiled(kernel), _parallel()
     if parallel:

@@ -232,6 +232,14 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(part, change, message, sa
     assert "\n" not in str(error.value)
 
 
+def test_codes_of_too_many_bits_are_refused():
+    parts, description = encode(torch.zeros(2, 8), None)
+    packed = PackedWeight(description | {"wbits": 9, "parts": ["mask", "codes"]})
+    packed.mask, packed.codes = parts["mask"], torch.zeros(0, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="its codes have 9 bits"):
+        packed.prepare()
+
+
 def test_a_state_that_does_not_fit_its_mask_is_refused():
     packed, _ = packed_and_dense(8, 64, torch.bfloat16, Scheme(4))
     for name, change in (("mask", lambda mask: mask | 3), ("zero", lambda zero: zero + 16),
