@@ -56,7 +56,7 @@ def run(family, folder, method, nsamples, arguments):
                  "--batch-size", arguments.batch_size, "--device", arguments.device, "--quiet", "--save",
                  f"{place}/saved", *METHODS[method].split()]
         words += ["--sensitivity-file", f"{place}/traces.json"] if method == "MixGPT" else []  # none from the cache
-        return pipeline.run(family, parse(family, list(map(str, words))))
+        return pipeline.run(parse(family, list(map(str, words))))
 
 
 def run_textbook(family, model, tokenizer, nsamples, arguments):

@@ -18,7 +18,7 @@ from mixgpt.app.cli import parse
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import replacing
-from mixgpt.modeling.family import FAMILIES, family_of
+from mixgpt.modeling.family import family_of
 
 DENSE = "dense", "0%"
 AVERAGE = "average"  # of all tasks
@@ -33,12 +33,8 @@ def flags_of(target):
 
 
 def script_of(model):
-    """Return the name of the script that prunes a model. Raises InputError if none does."""
-    family = family_of(load.skeleton(load.read_config(model)))
-    if family is None:
-        scripts = ", ".join(family.script for family in FAMILIES)
-        raise InputError(f"model {model}: no script here prunes it; one of {scripts} is needed")
-    return family.script
+    """Return the name of the script that documents a model. Raises InputError if none prunes it."""
+    return family_of(load.skeleton(load.read_config(model))).script
 
 
 def cell_of(words, method, target, seed, flags):
@@ -65,7 +61,7 @@ def measure(command):
     """
     family, arguments = _split(shlex.split(command))
     with contextlib.redirect_stdout(sys.stderr):
-        record = pipeline.run(family, parse(family, arguments))
+        record = pipeline.run(parse(family, arguments))
     *_, figures = record["perplexity"].values()
     if "tasks" in record:
         *_, scores = record["tasks"].values()

@@ -37,7 +37,7 @@ from mixgpt.common.choices import ALLOCATIONS
 from mixgpt.kernels import columns_cpu
 from mixgpt.kernels.columns import UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
-from mixgpt.modeling.family import family_of
+from mixgpt.modeling.family import GPT_NEOX, family_of
 from modelutils import hooked, linears
 
 for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -115,6 +115,7 @@ OTHERS = {  # stand-ins for the README's commands; modeling/test_decoders.py and
         layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
         hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY)),
     "olmo2": (llama.FAMILY, lambda: _llama("Olmo2")),
+    "gpt-neox": (GPT_NEOX, lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**COMMON))),
     "qwen3-moe": (llama.FAMILY, lambda: _llama("Qwen3Moe", moe_intermediate_size=16, num_experts=4,
                                                num_experts_per_tok=2)),
 }

@@ -39,6 +39,7 @@ MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "facebook/opt-35
           "Qwen/Qwen3-0.6B": "qwen3", "google/gemma-2-2b": "gemma2", "google/gemma-3-4b-it": "gemma3",
           "allenai/OLMo-2-0425-1B": "olmo2", "Qwen/Qwen3-30B-A3B": "qwen3-moe",
           "HuggingFaceTB/SmolLM2-135M-Instruct": "llama", "bigscience/bloom-560m": "bloom",
+          "EleutherAI/pythia-160m": "gpt-neox",
           "baichuan-inc/Baichuan2-7B-Base": "baichuan-7b", "baichuan-inc/Baichuan-13B-Base": "baichuan-13b"}
 SMALL = ("--nsamples", "2", "--seqlen", "32", "--device", "cpu", "--data-dir", "texts")
 LESS = {"benchmarks/accuracy.py": (*SMALL, "--methods", "magnitude", "wanda", "--targets", "50%", "--seeds", "0"),

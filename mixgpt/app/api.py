@@ -13,7 +13,6 @@ from mixgpt.checkpoints import load as checkpoints
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_device
 from mixgpt.modeling.experts import is_fused
-from mixgpt.modeling.family import FAMILIES, family_of
 from mixgpt.pruning.targets import Target
 
 
@@ -65,16 +64,11 @@ def prune(model, dataset, tokenizer=None, **options):
     if in_memory and any(is_fused(module) for module in model.modules()):
         raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
     settings = Settings(type(model).__name__ if in_memory else model, name, **options)
-    layers = model if in_memory else checkpoints.one_layer(model)
-    family = family_of(layers)
-    if family is None:
-        raise InputError(f"model {settings.model}: the layers of a {type(layers).__name__} are not at "
-                         f"{' or '.join(sorted({family.layers for family in FAMILIES}))}")
     if not in_memory:
-        return Result(pipeline.run(family, settings, texts=texts))
+        return Result(pipeline.run(settings, texts=texts))
     device = model.device
     try:
-        return Result(pipeline.run(family, settings, None, model.to("cpu").eval(), tokenizer, texts))
+        return Result(pipeline.run(settings, None, model.to("cpu").eval(), tokenizer, texts))
     finally:
         model.to(device)
 

@@ -92,7 +92,7 @@ def main(family, argv=None):
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         from mixgpt.app import pipeline  # slow import
 
-        pipeline.run(family, settings, shlex.join(["python", family.script, *argv]))
+        pipeline.run(settings, shlex.join(["python", family.script, *argv]))
     return end.status
 
 

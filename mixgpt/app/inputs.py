@@ -14,7 +14,7 @@ from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import Clock, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck
-from mixgpt.modeling.family import Family
+from mixgpt.modeling.family import Family, family_of
 from mixgpt.modeling.streaming import digest
 from mixgpt.pruning.targets import Target, select
 from modelutils import allocate, place_for
@@ -50,14 +50,15 @@ class Inputs:
         return Target(n / m, n, m) if m else Target(self.settings.sparsity)
 
 
-def check(settings, family, device, clock, model=None, tokenizer=None):
+def check(settings, device, clock, model=None, tokenizer=None):
     """Return the `Inputs` without texts. Raises InputError for settings that do not fit the model or the disk.
 
     model, tokenizer: if they are in memory already.
     """
     settings.check_paths()  # again, for callers that are not the command line
-    config = model.config if model else load.load_config(settings.model, family)
+    config = model.config if model else load.read_config(settings.model)
     skeleton = load.skeleton(config)
+    family = family_of(skeleton)
     load.check_layers(settings.model, skeleton, family, settings.save_format)
     selected = select(skeleton, family, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
         "--prunem": settings.prunem, "--groupsize": settings.groupsize}) if settings.compresses else {}

@@ -24,7 +24,7 @@ from mixgpt.evaluation.measures import logits, measure_weights, perplexity
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
 
 
-def run(family, settings, command=None, model=None, tokenizer=None, texts=None):
+def run(settings, command=None, model=None, tokenizer=None, texts=None):
     """Run the pipeline and print its report. Returns the record of the run, as saved in mixgpt.json.
 
     command: the command line, for the heading. model, tokenizer: if they are in memory already; the model is changed
@@ -41,7 +41,7 @@ def run(family, settings, command=None, model=None, tokenizer=None, texts=None):
                 print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
             return _print_results(settings, record)
         with clock.part("load"):
-            inputs = check(settings, family, device, clock, model, tokenizer)
+            inputs = check(settings, device, clock, model, tokenizer)
             folder = stack.enter_context(RunDir(settings.save, settings.save_format, size_on_disk(inputs),
                                                 settings.resume, settings.overwrite)) if settings.save else None
         with clock.part("data"):
@@ -57,7 +57,7 @@ def run(family, settings, command=None, model=None, tokenizer=None, texts=None):
             evaluate(current, settings.method)
         if settings.semi_structured and "semi_structured" not in current.record:
             current.record["semi_structured"] = _with_less_memory(current, lambda size: semistructured.compare(
-                current.model, family, current.tests, size, device))
+                current.model, current.family, current.tests, size, device))
         return _report(current)
 
 
@@ -104,7 +104,7 @@ def _save(current, plan, outcomes, matrices, others):
         folder.write_record(current.record)
         folder.write_checkpoint(current.tokenizer, {current.family.path(*key): outcome.grid
                                                     for key, outcome in outcomes.items() if outcome.grid})
-        saved = load.open_model(path, load.load_config(path, current.family), current.family, "auto")
+        saved = load.open_model(path, load.read_config(path), current.family, "auto")
         if measure_weights(saved, current.family, current.device) != (matrices, others):
             raise VerificationError(f"--save {path}: the zeros of the saved weights differ from those in memory")
         of_saved, in_memory = (logits(model, current.family, probe, 1, current.device)

@@ -23,9 +23,8 @@ from mixgpt.common.choices import FORMATS, format_of
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
-from mixgpt.modeling.family import family_of
 from mixgpt.text.sources import hub_reachable, unlogged
-from modelutils import linears, with_layers
+from modelutils import linears
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
@@ -124,22 +123,6 @@ def multimodal(model):
     """Return the model_type of a model of which only the text part is loaded, None for others."""
     with _reading(model, "its configuration cannot be read"):
         return _config_of(*_source(model))[1]
-
-
-def one_layer(model, config=None):
-    """Build the first layer of a model and what is around the layers, on meta. config: its configuration, if read."""
-    return skeleton(with_layers(config or read_config(model), 1))
-
-
-def load_config(model, family):
-    """Load the configuration of `model`; raise InputError if its layers are where another family script has them."""
-    config = read_config(model)
-    first = one_layer(model, config)
-    if not family.fits(first):
-        other = family_of(first)
-        advice = f"use {other.script}" if other else f"no script here prunes it; {family.script} needs {family.layers}"
-        raise InputError(f"model {model}: this is a {type(first).__name__}; {advice}")
-    return config
 
 
 def check_layers(model, skeleton, family, save_format="dense"):

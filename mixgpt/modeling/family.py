@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 
+from mixgpt.common.errors import InputError
+
 
 @dataclass(frozen=True)
 class Family:
-    """A command line, and where the models that it prunes have their decoder layers.
+    """Where models have their decoder layers. Their own `forward` runs the modules before and after the layers."""
 
-    The model's own `forward` runs the modules before and after the layers.
-    """
-
-    script: str  # the command line of this family
+    script: str  # the command line that documents this family; each takes all of them
     layers: str  # the list of decoder layers, as a dotted path
-    model_type: str | None = None  # of the configurations that it takes (default: any)
 
     def layers_of(self, model):
         return model.get_submodule(self.layers)
@@ -20,11 +18,6 @@ class Family:
     def path(self, index, name):
         """Return the full name of the linear `name` of layer number `index`."""
         return f"{self.layers}.{index}.{name}"
-
-    def fits(self, model):
-        """Return whether a model has its decoder layers where this family has them."""
-        takes = self.model_type in (None, model.config.model_type)
-        return takes and self.layers in (path for path, _ in model.named_modules())
 
     def rest_of(self, model):
         """Return the modules that hold what is not in the layers, {dotted path: module}."""
@@ -36,11 +29,18 @@ class Family:
 
 OPT = Family("opt.py", "model.decoder.layers")
 BLOOM = Family("bloom.py", "transformer.h")
-BAICHUAN = Family("baichuan.py", "model.layers", model_type="baichuan")
+BAICHUAN = Family("baichuan.py", "model.layers")
 LLAMA = Family("llama.py", "model.layers")
-FAMILIES = (OPT, BLOOM, BAICHUAN, LLAMA)
+GPT_NEOX = Family("llama.py", "gpt_neox.layers")
+MPT = Family("llama.py", "transformer.blocks")
+FAMILIES = [OPT, BLOOM, LLAMA, GPT_NEOX, MPT]
 
 
 def family_of(model):
-    """Return the first of FAMILIES that a model fits, or None."""
-    return next((family for family in FAMILIES if family.fits(model)), None)
+    """Return the first of FAMILIES whose layers a model has. Raises InputError if there is none."""
+    paths = {path for path, _ in model.named_modules()}
+    for family in FAMILIES:
+        if family.layers in paths:
+            return family
+    raise InputError(f"model {model.config.name_or_path}: the layers of a {type(model).__name__} are not at "
+                     f"{' or '.join(family.layers for family in FAMILIES)}")

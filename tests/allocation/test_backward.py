@@ -70,7 +70,7 @@ def counts(monkeypatch):
 @pytest.mark.parametrize("what", ["gradients", "plan", "hutchinson", "fisher"])
 def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(what, checkpoint_folder, tokens, counts):
     folder = str(checkpoint_folder("llama"))
-    config = load.load_config(folder, llama.FAMILY)
+    config = load.read_config(folder)
     config._attn_implementation = "eager"
     model = load.open_model(folder, config, llama.FAMILY, "auto")
     selected, layers, tokens = select(model, llama.FAMILY), 3, tokens[:2, :6]

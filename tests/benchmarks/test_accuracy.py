@@ -23,10 +23,10 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
         content = json.loads((tmp_path / "accuracy.json").read_text())
         return {(cell["method"], cell["target"]): cell for cell in content["cells"]}
 
-    def interrupted(family, settings, run=pipeline.run):
+    def interrupted(settings, run=pipeline.run):
         if settings.solver == "wanda":
             raise KeyboardInterrupt
-        return run(family, settings)
+        return run(settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "run", interrupted)

@@ -28,7 +28,7 @@ def test_a_file_gives_what_transformers_gives_to_the_bit(dtype, kind, tokenizer,
     write_gguf(path, tokenizer, kind)
     plain = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype,
                                                  quantization_config=GgufConfig(dequantize=True))
-    model = load.open_model(path, load.load_config(path, llama.FAMILY), llama.FAMILY, dtype)
+    model = load.open_model(path, load.read_config(path), llama.FAMILY, dtype)
     assert model.dtype == plain.dtype
     assert all(torch.equal(model.get_parameter(name), weight) for name, weight in plain.named_parameters())
     theirs, ours = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), load.load_tokenizer(path)

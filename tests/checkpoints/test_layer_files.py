@@ -24,7 +24,7 @@ def model(checkpoint_folder):
     """Give (family, a tiny LLaMA whose weights stay on disk)."""
     family, _ = make("llama")
     folder = checkpoint_folder("llama")
-    return family, load.open_model(folder, load.load_config(folder, family), family, "auto")
+    return family, load.open_model(folder, load.read_config(folder), family, "auto")
 
 
 @pytest.fixture

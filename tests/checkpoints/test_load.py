@@ -5,6 +5,7 @@ import json
 import pytest
 import sentencepiece as spm
 import torch
+from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import make, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -12,16 +13,15 @@ import datautils
 import llama
 import opt
 from mixgpt.checkpoints import load
-from mixgpt.common.errors import InputError
+from mixgpt.evaluation.measures import measure_sparsity
 
 
-@pytest.mark.parametrize("name, other, script", [
-    ("bloom", opt.FAMILY, "bloom.py"), ("opt", llama.FAMILY, "opt.py"), ("qwen3", opt.FAMILY, "llama.py"),
-])
-def test_a_checkpoint_of_another_family_is_refused_with_its_script(name, other, script, checkpoint_folder):
-    architecture = type(make(name)[1]).__name__
-    with pytest.raises(InputError, match=f"this is a {architecture}; use {script}"):
-        load.load_config(checkpoint_folder(name), other)
+@pytest.mark.parametrize("name, other", [("bloom", opt.FAMILY), ("opt", llama.FAMILY), ("qwen3", opt.FAMILY)])
+def test_any_command_line_prunes_a_model_of_another_family(name, other, checkpoint_folder, tmp_path):
+    assert run(other, checkpoint_folder(name), "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    matrices = measure_sparsity(model, make(name)[0])
+    assert matrices and all(matrix.zeros == matrix.numel // 2 for matrix in matrices)
 
 
 def test_a_saved_folder_loads_with_plain_transformers_and_gives_the_same_logits(tiny, tokenizer, tokens, tmp_path):

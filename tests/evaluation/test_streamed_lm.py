@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import processors
 
-from mixgpt.checkpoints.load import load_config, open_model
+from mixgpt.checkpoints.load import open_model, read_config
 from mixgpt.evaluation import tasks
 from mixgpt.evaluation.tasks import StreamedLM
 
@@ -136,7 +136,7 @@ def test_with_bos_for_each_sequence_texts_are_read_in_windows_that_begin_with_it
 def test_a_model_on_disk_answers_as_one_in_memory_in_any_groups(name, checkpoint_folder, tokenizer, monkeypatch):
     family, model = make(name)
     folder = checkpoint_folder(name)
-    on_disk = open_model(folder, load_config(folder, family), family, "auto")
+    on_disk = open_model(folder, read_config(folder), family, "auto")
     assert all(parameter.is_meta for parameter in on_disk.parameters())
     pairs, texts = asked("loglikelihood", PAIRS), asked("generate_until", [("x", {"max_gen_toks": 5})])
     lms = [StreamedLM(each, family, tokenizer, 300, CPU) for each in (model, on_disk)]

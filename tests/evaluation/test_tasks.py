@@ -129,7 +129,7 @@ def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, prun
 
 def scored(name, chosen, tokenizer, checkpoint_folder, limit=None):
     family, folder = FAMILIES[name][0], checkpoint_folder(name)
-    model = load.open_model(folder, load.load_config(folder, family), family, "auto")
+    model = load.open_model(folder, load.read_config(folder), family, "auto")
     return tasks.score(chosen, model, family, tokenizer, limit, 256, CPU)
 
 

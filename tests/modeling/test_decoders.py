@@ -39,7 +39,9 @@ BESIDE = {
     "seed_oss": {}, "smollm3": {}, "stablelm": {}, "starcoder2": {}, "vaultgemma": WINDOW,
 }
 ALONE = {"codegen": GPT | {"rotary_dim": 8}, "falcon": FALCON | {"new_decoder_architecture": True}, "gpt_bigcode": GPT,
-         "gptj": GPT | {"rotary_dim": 8}}
+         "gpt_neox": COMMON, "gptj": GPT | {"rotary_dim": 8},
+         "mpt": {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128,
+                 "bos_token_id": 0, "eos_token_id": 1}}
 # their layers take arguments that depend on the tokens; Gemma 4's also keys and values of earlier layers
 GEMMA4 = COMMON | LOCAL | {"global_head_dim": 16, "num_hidden_layers": 4, "hidden_size_per_layer_input": 8,
                            "vocab_size_per_layer_input": VOCABULARY,

@@ -104,7 +104,6 @@ def test_what_cannot_hold_experts_is_refused(prune, tmp_path):
     ("llama4_text", llama.FAMILY, {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
                                    "intermediate_size_mlp": 48, "num_hidden_layers": 2},
      "keeps feed_forward.experts.gate_up_proj as a tensor of three dimensions, which is not supported"),
-    ("gpt2", llama.FAMILY, {"n_embd": 32, "n_layer": 2, "n_head": 4}, "this is a GPT2LMHeadModel; use bloom.py"),
     ("gpt2", bloom.FAMILY, {"n_embd": 32, "n_layer": 2, "n_head": 4},
      "the layers of this GPT2LMHeadModel have no torch.nn.Linear"),
     ("bart", opt.FAMILY, {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},

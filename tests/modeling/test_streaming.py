@@ -25,7 +25,7 @@ SMALL = ["--nsamples", "4", "--seqlen", "32", "--device", "cpu"]
 
 def opened(folder, family, dtype="auto"):
     """Open a folder as a run does."""
-    return load.open_model(folder, load.load_config(folder, family), family, dtype)
+    return load.open_model(folder, load.read_config(folder), family, dtype)
 
 
 def rename(path, new_name):

@@ -46,7 +46,7 @@ def folder(model_folder):
 @pytest.mark.parametrize("kind", MODELS)
 def test_logits_for_text_are_those_of_the_whole_model(kind, folder, tokens):
     path = str(folder(kind))
-    model = load.open_model(path, load.load_config(path, llama.FAMILY), llama.FAMILY, "auto")
+    model = load.open_model(path, load.read_config(path), llama.FAMILY, "auto")
     assert type(model).__name__ == MODELS[kind][0]
     with torch.no_grad():
         expected = build(kind)(input_ids=tokens % (VOCABULARY - 1), use_cache=False).logits
