@@ -5,7 +5,10 @@ as Triton specialises them: integers that are 1 are constants, those that 16 div
 """
 
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +23,7 @@ from triton.compiler import ASTSource
 from mixgpt.kernels import columns_cuda, sparse_cuda
 from mixgpt.kernels.sparse_cpu import Kernel
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float32: "*fp32", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
             torch.uint8: "*u8", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 # rows, columns, m of n:m, dtype of the grid or None, whether U is row-major
@@ -69,8 +73,20 @@ def source(kernel, args, options):
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def spilled(cubin):
+    """Return the bytes of stack and of registers in memory, as NVIDIA's own tool reads them off."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True,
+                              check=True).stdout
+    return [int(nbytes) for nbytes in re.findall(r"(?:STACK|LOCAL):(\d+)", text)]
+
+
 if __name__ == "__main__":
     for kernel, args, options in launches():
         for capability in sys.argv[1:]:
-            triton.compile(source(kernel, args, options), target=GPUTarget("cuda", int(capability), 32),
-                           options={key: value for key, value in options.items() if not key.isupper()})
+            compiled = triton.compile(source(kernel, args, options), target=GPUTarget("cuda", int(capability), 32),
+                                      options={key: value for key, value in options.items() if not key.isupper()})
+            if spilled(compiled.asm["cubin"]) != [0, 0]:
+                sys.exit(f"sm_{capability} {kernel.__name__} {options}: spills registers")
