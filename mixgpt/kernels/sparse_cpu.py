@@ -17,7 +17,7 @@ from llvmlite import binding, ir
 from numba.core.cgutils import alloca_once_value, for_range_slice
 
 REACH = 64  # packed numbers that a step may read
-AHEAD = 2048  # bytes from the packed values in use to those that are prefetched
+AHEAD = 2048  # bytes from the packed values and masks in use to those that are prefetched
 CHUNK = 32  # rows that a thread takes at a time
 
 
@@ -43,6 +43,8 @@ I1, I8, I16, I32, I64, F16, F32 = *map(ir.IntType, (1, 8, 16, 32, 64)), ir.HalfT
 BF16 = type("BFloatType", (ir.types.Type,), {"__str__": lambda self: "bfloat"})()  # llvmlite has none
 STORED = {torch.float32: F32, torch.bfloat16: I16, torch.float16: F16}
 _SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # (masks, columns)
+SHIFTS = {wbits: np.arange(8, dtype=np.uint8)[:, None] + np.tile(wbits * np.arange(8, dtype=np.uint8), 8)
+          for wbits in (2, 3, 4)}  # of 8 codes in 8 bytes, by the first bit: (8, 64)
 SHUFFLES = (np.where(_SET, 2 * (_SET.cumsum(1) - 1), 128)[:, :, None] + np.arange(2)).astype(np.uint8)
 
 
@@ -191,8 +193,7 @@ class _Emitter:
         packed = self._packed(bytes_, b.lshr(bit, I64(3)))
         eights = ir.Constant(bytes_, [wbits * eight + byte for eight in range(8) for byte in range(8)])
         packed = self._call("llvm.x86.avx512.permvar.qi.512", bytes_, packed, eights)  # 8 codes to 8 bytes
-        shifts = b.add(ir.Constant(bytes_, [wbits * code for code in range(8)] * 8),
-                       self._splat(bytes_, b.trunc(b.and_(bit, I64(7)), I8)))
+        shifts = self._load(bytes_, I64(SHIFTS[wbits].ctypes.data), b.and_(bit, I64(7)), 64)
         codes = b.and_(self._call("llvm.x86.avx512.pmultishift.qb.512", bytes_, shifts, packed),
                        _all(bytes_, 2**wbits - 1))
         words = ir.VectorType(I16, 32)
@@ -255,13 +256,14 @@ class _Emitter:
 
     def _kept(self, flat, place):
         """Return the mask of the next columns and the index of their first kept weight, and move the place on."""
-        index, kind = self.b.load(place), ir.IntType(self.way.width)
-        mask = self._load(kind, self.at["mask"], self.b.lshr(flat, I64(3)))
-        self.b.store(self.b.add(index, self.b.zext(self.b.ctpop(mask), I64)), place)
+        b, kind, byte = self.b, ir.IntType(self.way.width), self.b.lshr(flat, I64(3))
+        index, mask = b.load(place), self._load(kind, self.at["mask"], byte)
+        b.store(b.add(index, b.zext(b.ctpop(mask), I64)), place)
         bits = I64(self.kernel.wbits or 8 * self.kernel.dtype.itemsize)
-        ahead = self.b.add(self.b.lshr(self.b.mul(index, bits), I64(3)), I64(AHEAD))
-        address = self.b.inttoptr(self.b.add(self.at["data"], ahead), ir.PointerType())
-        self._call("llvm.prefetch.p0", ir.VoidType(), address, I32(0), I32(3), I32(1))
+        streams = [(self.at["data"], b.lshr(b.mul(index, bits), I64(3))), (self.at["mask"], byte)]
+        for base, offset in streams[:1 + (self.way.width >= 32)]:  # for short steps the second costs more than it gains
+            ahead = b.inttoptr(b.add(b.add(base, offset), I64(AHEAD)), ir.PointerType())
+            self._call("llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
         return mask, index
 
     def _base(self, start):
