@@ -172,7 +172,7 @@ FAULTS = {
         lambda root: linked(root, "additional_chat_templates/tools.jinja"),
         f"{MODEL}additional_chat_templates/tools.jinja {LINK}"),
     # other formats
-    "gguf: junk": gguf_file("its configuration cannot be read: …", lambda file: file.write_bytes(b"GGUFjunk")),
+    "gguf: junk": gguf_file("the file cannot be read: …", lambda file: file.write_bytes(b"GGUFjunk")),
     "gguf: NaN": gguf_file("model.norm.weight contains NaN or inf",
                            change=lambda state: state["model.norm.weight"].fill_(float("nan"))),
     # arguments

@@ -2,12 +2,17 @@
 
 import contextlib
 import copy
+import hashlib
 import io
+import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path, PurePath
 
 import torch
+import transformers
+from safetensors.torch import save_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -17,10 +22,11 @@ from transformers import (
     GgufConfig,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import CHAT_TEMPLATE_DIR
+from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_NAME
 
 from mixgpt.common.choices import FORMATS, format_of
 from mixgpt.common.errors import InputError, reading
+from mixgpt.common.files import cache_folder
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.text.sources import hub_reachable, unlogged
@@ -65,11 +71,44 @@ def check_links(model, folder, patterns):
                              f"{file.resolve()}; replace it by the file itself")
 
 
+def _converted(file):
+    """Return the folder of the checkpoint into which a .gguf file is converted once, as transformers reads it slowly.
+
+    It is in the cache, under a name that tells files and their versions apart. Raises InputError if the file is
+    damaged or the cache cannot be written.
+    """
+    status = file.stat()
+    key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {transformers.__version__}"
+    folder = cache_folder() / f"gguf-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
+    check_links(file, file.parent, BESIDE_GGUF)
+    with _reading(file, "the file cannot be read"):
+        loaded = from_pretrained(file, str(file.parent), torch.float32, gguf_file=file.name,
+                                 quantization_config=GgufConfig(dequantize=True))
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, **NO_CODE)
+    _check_templates(file, tokenizer)
+    for key, weight in loaded.named_parameters():
+        streaming.check_finite(weight.detach(), f"model {file}: {key}")
+    with reading(f"model {file}: cannot be converted into {folder}; set XDG_CACHE_HOME to a folder with room"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
+            for part in (loaded.config, loaded.generation_config, tokenizer):
+                part.save_pretrained(partial)
+            weights = {key: weight for key, weight in loaded.state_dict().items()
+                       if key not in loaded.all_tied_weights_keys}
+            save_file(weights, Path(partial, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+            with contextlib.suppress(OSError):  # another process has made it meanwhile
+                os.rename(partial, folder)
+    print(f"converted {file} into {folder} (once)", file=sys.stderr, flush=True)
+    return folder
+
+
 def _source(model):
     """Return the arguments with which `from_pretrained` finds `model`: a hub id, a directory or a .gguf file."""
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
-        return str(path.parent), {"gguf_file": path.name}
+        return str(_converted(path)), {}
     if path.is_dir():
         return str(path), {}
     if path.is_file():
@@ -84,7 +123,7 @@ def read_config(model):
     Raises InputError if it cannot be read, or if files that would be copied are links out of the model's folder.
     """
     name, arguments = _source(model)
-    check_links(model, Path(name), BESIDE_GGUF if "gguf_file" in arguments else COPIED)
+    check_links(model, Path(name), COPIED)
     with _reading(model, "its configuration cannot be read"):
         config, _ = _config_of(name, arguments)
     if model_class(config) is None or config.is_encoder_decoder:
@@ -151,13 +190,18 @@ def load_tokenizer(model):
     """
     name, arguments = _source(model)
     with _reading(model, "its tokenizer cannot be read"):
-        if "gguf_file" not in arguments and get_tokenizer_config(name, **arguments).get("bos_token") == "":
+        if get_tokenizer_config(name, **arguments).get("bos_token") == "":
             arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
-    for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
-        if template in ("", ".", "..") or PurePath(template).name != template:  # it would be saved as a file elsewhere
-            raise InputError(f"model {model}: the name {template!r} of a chat template is a path, must be a plain name")
+    _check_templates(model, tokenizer)
     return tokenizer
+
+
+def _check_templates(model, tokenizer):
+    """Raise InputError for names of chat templates that would be saved as files elsewhere."""
+    for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if template in ("", ".", "..") or PurePath(template).name != template:
+            raise InputError(f"model {model}: the name {template!r} of a chat template is a path, must be a plain name")
 
 
 def skeleton(config, dtype=torch.float32):
@@ -196,8 +240,6 @@ def read_model(model, dtype, packed=False):
     """
     name, arguments = _source(model)
     with _reading(model, "its weights cannot be read"):
-        if "gguf_file" in arguments:
-            return from_pretrained(model, name, dtype, quantization_config=GgufConfig(dequantize=True), **arguments)
         if save_format := format_of(name):
             return save_format.read(name, dtype, packed)
         config, whole = _config_of(name, arguments)
@@ -224,7 +266,7 @@ def open_model(model, config, family, dtype):
     loaded.
     """
     name, arguments = _source(model)
-    if "gguf_file" in arguments or format_of(name) or getattr(config, "quantization_config", None):
+    if format_of(name) or getattr(config, "quantization_config", None):
         return load_model(model, dtype)
     with _reading(model, "its weights cannot be read"):
         stored = streaming.stored_tensors(name, **arguments)

@@ -1,5 +1,6 @@
 """Check that a GGUF file gives what transformers gives, whatever else is in its folder."""
 
+import re
 import shutil
 
 import gguf
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 import generate
 import llama
 from mixgpt.checkpoints import load
+from mixgpt.modeling.streaming import disk_weights
 
 Q4_1 = gguf.GGMLQuantizationType.Q4_1
 TEXT = "Names refer to objects.\n\n  They are introduced by name binding operations; café."
@@ -30,7 +32,8 @@ def test_a_file_gives_what_transformers_gives_to_the_bit(dtype, kind, tokenizer,
                                                  quantization_config=GgufConfig(dequantize=True))
     model = load.open_model(path, load.read_config(path), llama.FAMILY, dtype)
     assert model.dtype == plain.dtype
-    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in plain.named_parameters())
+    ours = load.load_model(path, dtype)
+    assert all(torch.equal(ours.get_parameter(name), weight) for name, weight in plain.named_parameters())
     theirs, ours = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), load.load_tokenizer(path)
     assert ours(TEXT).input_ids == theirs(TEXT).input_ids
     assert ours.special_tokens_map == theirs.special_tokens_map
@@ -41,4 +44,15 @@ def test_a_file_is_pruned_and_continues_a_text(tokenizer, path, tmp_path, capsys
     assert run(llama.FAMILY, path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved") == 0
     assert load.read_config(tmp_path / "saved").model_type == "llama"
     assert generate.main([str(path), "the list", "--max-new-tokens", "4", "--device", "cpu"]) == 0
-    assert capsys.readouterr().err == ""
+    assert re.fullmatch(f"converted {path} into .* \\(once\\)\n", capsys.readouterr().err)
+
+
+def test_a_file_is_converted_again_when_it_has_changed(tokenizer, path):
+    heads = []
+    for seed in (0, 0, 1):
+        if len(heads) != 1:  # the second time it stays
+            write_gguf(path, tokenizer, seed=seed)
+        model = load.open_model(path, load.read_config(path), llama.FAMILY, "auto")
+        heads.append(load.load_model(path, "auto").lm_head.weight)
+        assert disk_weights(model.model.layers[0])  # which only the cache makes possible
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
