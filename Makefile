@@ -25,7 +25,7 @@ demo: .venv/runtime $(MODEL)
 	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/mixgpt.json --preset mixgpt --sparsity .5)
 	@$(call show,llama.py $(MODEL) $(DEMO) --record demo/best.json --preset best --sparsity .5 --save demo/pruned --save-format sparse)
 	@$(call show,results.py $(RECORDS) --plot demo/perplexity.png --overwrite)
-	@$(call show,generate.py demo/pruned "Once upon a time" --dense $(MODEL))
+	@$(call show,generate.py demo/pruned "Once upon a time" --dense $(MODEL) --dtype bfloat16)
 
 test: .venv/test
 	@$(PY) -m ruff check .
