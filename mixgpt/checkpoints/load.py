@@ -98,8 +98,11 @@ def _converted(file):
             weights = {key: weight for key, weight in loaded.state_dict().items()
                        if key not in loaded.all_tied_weights_keys}
             save_file(weights, Path(partial, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
-            with contextlib.suppress(OSError):  # another process has made it meanwhile
+            try:
                 os.rename(partial, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process has made it meanwhile
+                    raise
     print(f"converted {file} into {folder} (once)", file=sys.stderr, flush=True)
     return folder
 

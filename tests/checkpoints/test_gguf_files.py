@@ -1,5 +1,7 @@
 """Check that a GGUF file gives what transformers gives, whatever else is in its folder."""
 
+import contextlib
+import errno
 import re
 import shutil
 
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 import generate
 import llama
 from mixgpt.checkpoints import load
+from mixgpt.common.errors import InputError
 from mixgpt.modeling.streaming import disk_weights
 
 Q4_1 = gguf.GGMLQuantizationType.Q4_1
@@ -56,3 +59,17 @@ def test_a_file_is_converted_again_when_it_has_changed(tokenizer, path):
         heads.append(load.load_model(path, "auto").lm_head.weight)
         assert disk_weights(model.model.layers[0])  # which only the cache makes possible
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_folder_that_cannot_be_renamed_is_an_error_unless_another_process_has_made_it(made, tokenizer, path,
+                                                                                        monkeypatch):
+    def rename(partial, folder):
+        if made:
+            shutil.copytree(partial, folder)
+        raise OSError(errno.EACCES, "Permission denied")
+
+    write_gguf(path, tokenizer)
+    monkeypatch.setattr(load.os, "rename", rename)
+    with contextlib.nullcontext() if made else pytest.raises(InputError, match="cannot be converted into"):
+        assert load.read_config(path).model_type == "llama"
