@@ -34,6 +34,7 @@ from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli, inputs
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.choices import ALLOCATIONS
+from mixgpt.evaluation.measures import measure_weights
 from mixgpt.kernels import columns_cpu
 from mixgpt.kernels.columns import UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
@@ -389,3 +390,8 @@ def load_compiled():
 
 if os.environ.pop("FORK_SERVER", None):  # this is the process that others are forked from
     load_compiled()
+
+
+def measure_sparsity(model, family):
+    """Count the zeros of every linear of every decoder layer, on the host. Returns a list of `MatrixSparsity`."""
+    return measure_weights(model, family, CPU)[0]

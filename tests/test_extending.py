@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, ROOT, VOCABULARY, inputs_of, saved_tensors
+from conftest import CPU, ROOT, VOCABULARY, inputs_of, measure_sparsity, saved_tensors
 from test_readme import commands
 from transformers import AutoModelForCausalLM, BioGptConfig, BioGptForCausalLM
 
@@ -20,7 +20,7 @@ import datautils
 import opt
 from mixgpt.checkpoints import load
 from mixgpt.common import choices
-from mixgpt.evaluation.measures import measure_sparsity, perplexity
+from mixgpt.evaluation.measures import perplexity
 from mixgpt.modeling import family
 from mixgpt.pruning.targets import Target
 from mixgpt.text.sets import DATASETS

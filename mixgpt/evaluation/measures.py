@@ -56,11 +56,6 @@ class MatrixSparsity:
         return math.prod(self.shape)
 
 
-def measure_sparsity(model, family):
-    """Count the zeros of every linear of every decoder layer, on the host. Returns a list of `MatrixSparsity`."""
-    return measure_weights(model, family, torch.device("cpu"))[0]
-
-
 def measure_weights(model, family, device):
     """Count the zeros of the decoder layers on a device. Returns the lists of `count_zeros` of all layers."""
     layers, matrices, others = family.layers_of(model), [], []

@@ -10,7 +10,17 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from commands import SMALL
-from conftest import CPU, FAMILIES, assert_same_weights, make, make_plan, modules_of, record_of, saved_tensors
+from conftest import (
+    CPU,
+    FAMILIES,
+    assert_same_weights,
+    make,
+    make_plan,
+    measure_sparsity,
+    modules_of,
+    record_of,
+    saved_tensors,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +33,7 @@ from mixgpt.checkpoints import load
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
-from mixgpt.evaluation.measures import measure_sparsity, perplexity
+from mixgpt.evaluation.measures import perplexity
 from mixgpt.modeling import streaming
 from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise

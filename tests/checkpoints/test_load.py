@@ -6,14 +6,13 @@ import pytest
 import sentencepiece as spm
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import make, save
+from conftest import make, measure_sparsity, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import datautils
 import llama
 import opt
 from mixgpt.checkpoints import load
-from mixgpt.evaluation.measures import measure_sparsity
 
 
 @pytest.mark.parametrize("name, other", [("bloom", opt.FAMILY), ("opt", llama.FAMILY), ("qwen3", opt.FAMILY)])

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, make, measure_sparsity
 from makebelieve import CUDA, Gpu
 
 from mixgpt.evaluation import measures
-from mixgpt.evaluation.measures import measure_sparsity, measure_weights
+from mixgpt.evaluation.measures import measure_weights
 from mixgpt.modeling.experts import split_experts
 
 

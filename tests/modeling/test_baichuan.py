@@ -8,14 +8,14 @@ import pytest
 import sentencepiece as spm
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import save, saved_tensors
+from conftest import measure_sparsity, save, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baichuan
 import datautils
 from mixgpt.checkpoints import load
-from mixgpt.evaluation.measures import measure_sparsity, total_sparsity
+from mixgpt.evaluation.measures import total_sparsity
 
 LAYERS, LIMIT = 2, 64
 VARIANTS = {  # architectures, hidden size, heads, vocabulary, further fields, all as in the published configurations

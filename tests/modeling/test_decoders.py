@@ -7,13 +7,13 @@ import conftest
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, the fixture
-from conftest import CPU, VOCABULARY, saved_tensors
+from conftest import CPU, VOCABULARY, measure_sparsity, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
-from mixgpt.evaluation.measures import logits, measure_sparsity
+from mixgpt.evaluation.measures import logits
 from mixgpt.modeling import arguments
 from mixgpt.modeling.arguments import take
 from mixgpt.modeling.family import family_of

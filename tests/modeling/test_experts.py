@@ -7,14 +7,14 @@ import conftest
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, VOCABULARY, saved_tensors
+from conftest import CPU, VOCABULARY, measure_sparsity, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bloom
 import llama
 import opt
 from mixgpt.checkpoints import load
-from mixgpt.evaluation.measures import logits, measure_sparsity, total_sparsity
+from mixgpt.evaluation.measures import logits, total_sparsity
 from mixgpt.modeling.experts import layout_of, published, split_experts
 from mixgpt.modeling.family import family_of
 from mixgpt.pruning.layerwise import prune_layerwise

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, VOCABULARY, command, make, saved_tensors
+from conftest import CPU, FAMILIES, VOCABULARY, command, make, measure_sparsity, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -15,7 +15,7 @@ from mixgpt.app import cli, pipeline
 from mixgpt.checkpoints import formats, load
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
-from mixgpt.evaluation.measures import logits, measure_sparsity, perplexity
+from mixgpt.evaluation.measures import logits, perplexity
 from mixgpt.modeling import streaming
 from mixgpt.modeling.streaming import disk_weights
 
