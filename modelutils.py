@@ -222,7 +222,7 @@ class HiddenStates:
             hidden, shared = arguments.unpack(hidden, self.shared)
             args, kwargs = arguments.take((args, kwargs), rows, shared, self.device)
         output = layer(hidden, *args, **kwargs)
-        self.tuples = isinstance(output, tuple)
+        self.tuples = not torch.is_tensor(output)
         output = output[0] if self.tuples else output
         return arguments.pack(output, shared, self.shared) if self.shared else output
 

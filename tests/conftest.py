@@ -116,6 +116,9 @@ OTHERS = {  # stand-ins for the README's commands; modeling/test_decoders.py and
         layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
         hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY)),
     "olmo2": (llama.FAMILY, lambda: _llama("Olmo2")),
+    "gpt2": (bloom.FAMILY, lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1,
+        initializer_range=0.2))),
     "gpt-neox": (GPT_NEOX, lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**COMMON))),
     "qwen3-moe": (llama.FAMILY, lambda: _llama("Qwen3Moe", moe_intermediate_size=16, num_experts=4,
                                                num_experts_per_tok=2)),

@@ -12,7 +12,7 @@ from mixgpt.app.settings import IN_MEMORY, Settings
 from mixgpt.checkpoints import load as checkpoints
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_device
-from mixgpt.modeling.experts import is_fused
+from mixgpt.modeling.experts import is_fused, restore, use_linears
 from mixgpt.pruning.targets import Target
 
 
@@ -66,10 +66,11 @@ def prune(model, dataset, tokenizer=None, **options):
     settings = Settings(type(model).__name__ if in_memory else model, name, **options)
     if not in_memory:
         return Result(pipeline.run(settings, texts=texts))
-    device = model.device
+    device, replaced = model.device, use_linears(model)
     try:
         return Result(pipeline.run(settings, None, model.to("cpu").eval(), tokenizer, texts))
     finally:
+        restore(model, replaced)
         model.to(device)
 
 

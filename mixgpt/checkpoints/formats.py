@@ -71,7 +71,7 @@ def _tensor_of(names, state, model=None):
     tensor = torch.empty(shape, dtype=state[name].dtype, device="cpu" if model else "meta")
     weights = model and disk_weights(model)
     for name, part in names.items() if model else ():
-        place = part.of(tensor[part.expert]) if part else tensor
+        place = part.of(tensor) if part else tensor
         place.copy_(streaming.mapped(weights.locations[name]) if weights else state[name])
     return tensor
 

@@ -28,7 +28,7 @@ from mixgpt.common.choices import FORMATS, format_of
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder
 from mixgpt.modeling import streaming
-from mixgpt.modeling.experts import is_split, split_experts
+from mixgpt.modeling.experts import is_split, layout_of, use_linears
 from mixgpt.text.sources import hub_reachable, unlogged
 from modelutils import linears
 
@@ -170,8 +170,10 @@ def multimodal(model):
 def check_layers(model, skeleton, family, save_format="dense"):
     """Raise InputError if layers hold no linears, or some that other layers use, or tensors of three dimensions."""
     this, layers, owners = f"of this {type(skeleton).__name__}", family.layers_of(skeleton), {}
-    if not FORMATS[save_format].holds_experts and any(is_split(module) for module in skeleton.modules()):
-        raise InputError(f"--save-format {save_format}: does not support mixtures of experts; must be dense")
+    if not FORMATS[save_format].holds_experts and (any(map(is_split, skeleton.modules())) or any(
+            part for _, part in layout_of(skeleton).values())):
+        raise InputError(f"--save-format {save_format}: does not support mixtures of experts, or matrices stored "
+                         "transposed as GPT-2's; must be dense")
     if not any(linears(layer) for layer in layers):
         raise InputError(f"model {model}: the layers {this} have no torch.nn.Linear, which is all that is pruned")
     for index, layer in enumerate(layers):
@@ -212,7 +214,7 @@ def skeleton(config, dtype=torch.float32):
     with _reading(config.name_or_path, "its configuration cannot be used"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **NO_CODE).eval()
-        split_experts(model)
+        use_linears(model)
     return model
 
 
@@ -225,7 +227,7 @@ def size(skeleton, dtype):
 def load_model(model, dtype, packed=False):
     """Load `model` with its experts as linears; see `read_model`. Raises InputError if a weight is NaN or inf."""
     loaded = read_model(model, dtype, packed)
-    split_experts(loaded)
+    use_linears(loaded)
     for key, parameter in loaded.named_parameters():
         parameter.data = parameter.data.contiguous()  # .bin files may hold views whose elements share memory
         streaming.check_finite(parameter.detach(), f"model {model}: {key}")

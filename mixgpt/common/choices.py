@@ -69,7 +69,7 @@ class SaveFormat(Choice):
     """A save format. Its code writes it: a function of (folder, model, family, {name of a linear: quant.Grid})."""
 
     streams: bool = False  # whether it writes models whose weights are on disk; else they are loaded
-    holds_experts: bool = False  # whether it has the layout of mixtures of experts
+    holds_experts: bool = False  # whether it has the layouts of mixtures of experts and of GPT-2
     marker: str = ""  # the file that tells it; empty: `from_pretrained` reads it
     reader: str = ""  # "module:name" of the function of (folder, dtype, packed) that reads it
 

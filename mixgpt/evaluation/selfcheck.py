@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mixgpt.common.errors import InputError, reading
-from mixgpt.modeling.experts import split_experts
+from mixgpt.modeling.experts import use_linears
 from modelutils import HiddenStates, linears, shared_inputs, with_layers
 
 # Of a small copy: at most so many layers, and limits of settings of its configuration.
@@ -34,7 +34,7 @@ def check(name, family, skeleton, calibrated=()):
             model, tokens, expected = _run_whole(small(skeleton.config, layers))
         except Exception:  # sizes that depend on each other in a way of their own
             model, tokens, expected = _run_whole(small(skeleton.config, layers, narrow=False))
-        split_experts(model)
+        use_linears(model)
         streams = [HiddenStates.embed(model, family, tokens, size, tokens.device) for size in (2, 1)]
         for index, layer in enumerate(family.layers_of(model)):
             unseen |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))

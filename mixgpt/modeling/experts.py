@@ -1,7 +1,8 @@
-"""Mixtures of experts: the matrices of every expert as linears of their own, and where checkpoints keep them.
+"""Linears in place of what models keep otherwise, experts and GPT-2's Conv1D, and where checkpoints keep them.
 
 transformers keeps the weights of all experts of a layer in 3-D parameters. Split, they are linears like any other, with
-a Hessian and a sparsity each, and run through transformers' interface for implementations of experts.
+a Hessian and a sparsity each, and run through transformers' interface for implementations of experts. A Conv1D keeps
+its matrix as (in, out).
 """
 
 import copy
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 SPLIT = "one linear for each matrix"  # name of the implementation
 
@@ -19,22 +21,27 @@ SPLIT = "one linear for each matrix"  # name of the implementation
 class ExpertSlice:
     """The place of an expert's matrix or bias in a tensor of all experts, (experts, rows, columns) or transposed."""
 
-    expert: int
+    expert: int | None  # None: the tensor is this matrix alone, transposed
     part: int = 0  # which of `parts` matrices that share the rows
     parts: int = 1
     transposed: bool = False
     concatenated: bool = True  # parts below each other, else row by row in turn
 
     def of(self, tensor):
-        """Return this part (out, in), a view, of the tensor of one expert."""
-        rows = tensor.t() if self.transposed and tensor.dim() == 2 else tensor
+        """Return this part (out, in), a view, of the tensor of all experts, which may be a slice of a file."""
+        own = tensor[... if self.expert is None else self.expert]
+        rows = own.t() if self.transposed and own.dim() == 2 else own
         return rows.chunk(self.parts)[self.part] if self.concatenated else rows[self.part::self.parts]
 
     def whole(self, shape, experts):
         """Return the shape of the tensor of all experts in which this part has a shape."""
         rows, *columns = shape
         inner = (rows * self.parts, *columns)
-        return (experts, *(inner[::-1] if self.transposed else inner))
+        own = inner[::-1] if self.transposed else inner
+        return own if self.expert is None else (experts, *own)
+
+
+TRANSPOSED = ExpertSlice(None, transposed=True)
 
 
 class RoutedLinear(torch.nn.Linear):
@@ -90,7 +97,7 @@ def split_experts(model):
         for leaf, parts in {leaf: parts_of(module, leaf) for leaf in module._parameters}.items():
             if parts:
                 parameter = module._parameters.pop(leaf)
-                tensors |= {name: torch.nn.Parameter(part.of(parameter.detach()[part.expert]).contiguous(),
+                tensors |= {name: torch.nn.Parameter(part.of(parameter.detach()).contiguous(),
                                                      requires_grad=parameter.requires_grad)
                             for name, part in parts.items()}
         for name in [name for name in tensors if name.endswith("weight")]:
@@ -103,6 +110,26 @@ def split_experts(model):
         module.config = copy.copy(module.config)  # the model's own, as saved, stays as it is
         module.config._experts_implementation = SPLIT
     return bool(fused)
+
+
+def use_linears(model):
+    """Split a model's experts and replace its Conv1D by linears; it may be on meta. Returns {path: Conv1D}."""
+    split_experts(model)
+    replaced = {path: module for path, module in model.named_modules() if isinstance(module, Conv1D)}
+    for path, module in replaced.items():
+        with torch.device("meta"):
+            linear = torch.nn.Linear(module.nx, module.nf)
+        linear.weight, linear.bias = torch.nn.Parameter(module.weight.detach().t().contiguous()), module.bias
+        model.set_submodule(path, linear)
+    return replaced
+
+
+def restore(model, replaced):
+    """Put each Conv1D, {path: Conv1D}, back into a model in place of its linear, with what that holds now."""
+    for path, module in replaced.items():
+        linear = model.get_submodule(path)
+        module.weight.data, module.bias = linear.weight.data.t().contiguous(), linear.bias
+        model.set_submodule(path, module)
 
 
 def _run_split(experts, hidden_states, top_k_index, top_k_weights):
@@ -142,7 +169,7 @@ def published(model):
         parts = parts_of(module, leaf)
         if not parts:
             tensors[name] = torch.full((1,) * tensor.dim(), len(names))
-            names.append((name, None))
+            names.append((name, TRANSPOSED if isinstance(module, Conv1D) and leaf == "weight" else None))
             continue
         numbers = torch.arange(len(names), len(names) + len(parts)).view(len(tensor), -1)
         if tensor.dim() == 3:
@@ -153,7 +180,7 @@ def published(model):
     for key, numbers in revert_weight_conversion(model, tensors).items():
         for number in numbers.flatten().tolist():
             name, part = names[number]
-            places[name] = key, part if numbers.numel() > 1 else None
+            places[name] = key, part if numbers.numel() > 1 or part == TRANSPOSED else None
     return places
 
 

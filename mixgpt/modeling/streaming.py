@@ -92,7 +92,7 @@ def mapped(location):
 
 def _mapped(content, location):
     if location.part:
-        return location.part.of(content.get_slice(location.key)[location.part.expert])
+        return location.part.of(content.get_slice(location.key))
     return content.get_tensor(location.key)
 
 

@@ -12,22 +12,26 @@ import pytest
 import torch
 import transformers
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import FAMILIES, saved_tensors
+from conftest import saved_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixgpt
 from datautils import calibration_samples, load_rows
 from mixgpt.common.errors import InputError
+from mixgpt.modeling.family import LLAMA
 
 OPTIONS = {"sparsity": 0.5, "nsamples": 4, "seqlen": 32, "eval": ["builtin"], "device": "cpu"}
 
 
 @pytest.fixture
 def by_command_line(checkpoint_folder, tmp_path):
-    """Return the tensors and the record of a run of the command line on LLaMA."""
-    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, "--save",
-               tmp_path / "saved") == 0
-    return saved_tensors(tmp_path / "saved"), json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
+    """Return a function that gives the tensors and the record of a run of the command line on a model."""
+    def by_command_line(name):
+        assert run(LLAMA, checkpoint_folder(name), "builtin", "--sparsity", ".5", *SMALL, "--save",
+                   tmp_path / "saved") == 0
+        return saved_tensors(tmp_path / "saved"), json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
+
+    return by_command_line
 
 
 def in_memory(folder):
@@ -35,7 +39,7 @@ def in_memory(folder):
 
 
 def test_a_name_gives_what_the_command_line_gives(by_command_line, checkpoint_folder, tmp_path, capsys):
-    tensors, record = by_command_line
+    tensors, record = by_command_line("llama")
     capsys.readouterr()
     result = mixgpt.prune(checkpoint_folder("llama"), "builtin", save=tmp_path / "here", **OPTIONS)
     assert f"perplexity  builtin\n{'-' * 10}  {'-' * 7}" in result.table() and result.table() in capsys.readouterr().out
@@ -50,10 +54,11 @@ def test_a_name_gives_what_the_command_line_gives(by_command_line, checkpoint_fo
     assert tokenizer("import a module").input_ids == original("import a module").input_ids
 
 
-@pytest.mark.parametrize("kind", ["name", "strings", "tokens"])
-def test_a_model_in_memory_is_pruned_in_place_on_text_by_name_or_in_memory(kind, by_command_line, checkpoint_folder):
-    tensors, _ = by_command_line
-    model, tokenizer = in_memory(checkpoint_folder("llama"))
+@pytest.mark.parametrize("name, kind", [("llama", "name"), ("llama", "strings"), ("llama", "tokens"), ("gpt2", "name")])
+def test_a_model_in_memory_is_pruned_in_place_on_text_by_name_or_in_memory(name, kind, by_command_line,
+                                                                           checkpoint_folder):
+    tensors, _ = by_command_line(name)
+    model, tokenizer = in_memory(checkpoint_folder(name))
     text = {"name": "builtin", "strings": load_rows("builtin", "train", None)[0],
             "tokens": calibration_samples("builtin", 4, 32, 0, tokenizer)[0]}[kind]
     result = mixgpt.prune(model, text, tokenizer, quiet=True, **OPTIONS)
