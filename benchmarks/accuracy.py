@@ -10,7 +10,6 @@ OWL with SparseGPT's walk (owl) and with Wanda's mask (owl-wanda). OWL is left o
 here all matrices prune the same. Seconds are those of pruning and of the sensitivities, which are measured once a seed.
 """
 
-import argparse
 import contextlib
 import sys
 from dataclasses import replace
@@ -20,10 +19,10 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from peers import PEERS, registered
-from scores import DENSE, Scores, cell_of, closed, rows_of_markdown, script_of, spread
+from scores import DENSE, Scores, cell_of, closed, parser_of, rows_of_markdown, spread
 
 from datautils import load_rows
-from mixgpt.app.cli import REMEDY, Parser, reported
+from mixgpt.app.cli import REMEDY, reported
 from mixgpt.text.sets import DATASETS
 from mixgpt.text.sources import text_set_of
 
@@ -35,7 +34,7 @@ DEFAULTS = ["--nsamples", "32", "--seqlen", "512", "--eval", "wikitext2", "c4", 
 
 def cells_of(options, flags):
     """Return all cells, the dense model's first. flags: words of the command line for all runs."""
-    words = [script_of(options.model), options.model, options.dataset, *DEFAULTS, *flags]
+    words = [options.model, options.dataset, *DEFAULTS, *flags]
     pairs = [(method, target) for target in options.targets for method in options.methods
              if not (":" in target and method.startswith("owl"))]
     return [cell_of(words, *DENSE, 0, ""), *(cell_of(words, method, target, seed, METHODS[method])
@@ -90,8 +89,7 @@ def _row(method, cells, dense, shared):
 
 def parse(argv):
     """Return the arguments, and those behind them that are flags of the family scripts."""
-    parser = Parser(prog="accuracy.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = parser_of("accuracy.py", __doc__)
     parser.add_argument("model", help="hub id, local folder or .gguf file")
     parser.add_argument("dataset", help="calibration text, as of the family scripts")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -105,19 +103,15 @@ def parse(argv):
     return options, flags + (["--data-dir", options.data_dir] if options.data_dir else [])
 
 
-def _run(argv):
-    options, flags = parse(argv)
-    source = heldout(options.dataset, options.data_dir) if options.heldout else contextlib.nullcontext(options.dataset)
-    with registered(), source as options.dataset:
-        flags += ["--eval", options.dataset] if options.heldout else []
-        print(Scores(options.output, markdown).run(cells_of(options, flags)))
-
-
 def main(argv=None):
     """Run the command line. Returns the exit status, see `reported`."""
     argv = sys.argv[1:] if argv is None else argv
-    with reported("accuracy.py", argv, REMEDY) as end:
-        _run(argv)
+    with reported("accuracy.py", argv, REMEDY) as end, registered(), contextlib.ExitStack() as stack:
+        options, flags = parse(argv)
+        if options.heldout:
+            options.dataset = stack.enter_context(heldout(options.dataset, options.data_dir))
+            flags += ["--eval", options.dataset]
+        print(Scores(options.output, markdown).run(cells_of(options, flags)))
     return end.status
 
 

@@ -13,8 +13,6 @@ An interrupted table goes on when the command is given again, and tables share t
 stderr, the table in Markdown to stdout and into a file beside --output.
 """
 
-import argparse
-import csv
 import re
 import sys
 from dataclasses import dataclass
@@ -25,10 +23,11 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import pandas as pd
 from peers import PEERS, registered
-from scores import DENSE, Scores, cell_of, rows_of_markdown, script_of, spread
+from scores import DENSE, Scores, cell_of, parser_of, rows_of_markdown, spread
 
-from mixgpt.app.cli import REMEDY, Parser, reported
+from mixgpt.app.cli import REMEDY, reported
 
 FACTS = Path(__file__).with_name("paper.csv")  # what the paper reports, a number a line
 PAPER = "arXiv 2310.09499"
@@ -54,11 +53,6 @@ class Table:
     rows: tuple  # of (method, target)
     flags: tuple = ()  # of its runs
 
-    def with_methods(self, methods):
-        """Return the dense model's row, the others, and those of further methods at every target that prunes."""
-        targets = dict.fromkeys(target for _, target in self.rows if "%" in target)
-        return list(dict.fromkeys([DENSE, *self.rows, *product(methods, targets)]))
-
 
 def _rows(methods, *targets):
     return tuple(product(methods, targets))
@@ -77,23 +71,25 @@ TABLES = {
 }
 
 
+def rows_of(options):
+    """Return the rows (method, target) of a table: the dense model, the paper's, and those of --methods."""
+    rows = TABLES[options.table].rows
+    targets = [target for _, target in rows if "%" in target]
+    return list(dict.fromkeys([DENSE, *rows, *product(options.methods, targets)]))
+
+
 def cells_of(options, flags):
     """Return the cells of a table, model by model. flags: words of the command line for all runs."""
-    table, cells = TABLES[options.table], []
-    for model in options.models:
-        words = [script_of(model), model, options.dataset, *table.flags, *flags]
-        for method, target in table.with_methods(options.methods):
-            seeds = [0] if (method, target) == DENSE else options.seeds
-            cells += [cell_of(words, method, target, seed, METHODS.get(method, "")) for seed in seeds]
-    return cells
+    return [cell_of([model, options.dataset, *TABLES[options.table].flags, *flags], *row, seed,
+                    METHODS.get(row[0], ""))
+            for model in options.models for row in rows_of(options)
+            for seed in ([0] if row == DENSE else options.seeds)]
 
 
 def facts():
     """Return what the paper reports, {(model, method, target, measure): (value, "table n", page)}."""
-    with FACTS.open(newline="") as file:
-        rows = csv.DictReader(line for line in file if not line.startswith("#"))
-        return {(plain(row["model"]), row["method"], row["target"], row["measure"]):
-                (float(row["value"]), row["place"], row["page"]) for row in rows}
+    rows = pd.read_csv(FACTS, comment="#").itertuples()
+    return {(plain(row.model), row.method, row.target, row.measure): (row.value, row.place, row.page) for row in rows}
 
 
 def plain(model):
@@ -102,43 +98,36 @@ def plain(model):
 
 
 def markdown(title, rows, cells):
-    """Write the cells of a table: ours and, for models of which the paper has numbers, the paper's and the difference.
+    """Write the cells of a table: ours and, where the paper has a number, that and the difference.
 
-    rows: (method, target). "-" is not measured, or not in the paper.
+    rows: (method, target). "-" is not measured.
     """
     known, places, lines = facts(), {}, [title]
     for model in dict.fromkeys(cell["model"] for cell in cells):
-        of_model = [cell for cell in cells if cell["model"] == model]
-        measures = list(dict.fromkeys(name for cell in of_model for name in cell["figures"]))
-        reported = {(*row, name): known[key] for row in rows for name in measures
-                    if (key := (plain(model), *row, name)) in known}
-        compared = {name for *_, name in reported}
-        header = [Path(model).name, "target", *(title for name in measures for title in (
-            (name, "paper", "difference") if name in compared else (name,))), "sparsity", "seeds"]
-        texts = [_row(row, [cell for cell in of_model if row == (cell["method"], cell["target"])],
-                      {name: reported.get((*row, name), ()) if name in compared else None for name in measures})
-                 for row in rows]
-        lines += ["", *rows_of_markdown(header, texts)]
-        places |= dict.fromkeys(f"{place} on page {page}" for _, place, page in reported.values())
+        measures = list(dict.fromkeys(name for cell in cells if cell["model"] == model for name in cell["figures"]))
+        table = []
+        for row in rows:
+            of_row = [cell for cell in cells if (cell["model"], cell["method"], cell["target"]) == (model, *row)]
+            texts = [*row]
+            for name in measures:
+                value, place, page = known.get((plain(model), *row, name), (None, None, None))
+                texts.append(_compared([cell["figures"][name] for cell in of_row], value))
+                places |= {f"{place} on page {page}": None} if place else {}
+            sparsity = f"{spread([100 * cell['sparsity'] for cell in of_row], 3)}%" if of_row else "-"
+            table.append([*texts, sparsity, str(len(of_row))])
+        lines += ["", *rows_of_markdown([Path(model).name, "target", *measures, "sparsity", "seeds"], table)]
     return "\n".join(lines + (["", f"paper: {PAPER}, {', '.join(places)}"] if places else []))
 
 
-def _row(row, cells, reported):
-    """Return the texts of a row. reported: {measure: a value of `facts`, () if the paper has none, None: no column}."""
-    texts = [*row]
-    for name, fact in reported.items():
-        ours = [cell["figures"][name] for cell in cells if name in cell["figures"]]
-        texts.append(spread(ours) if ours else "-")
-        if fact is not None:
-            texts += [f"{fact[0]:g}" if fact else "-", f"{mean(ours) - fact[0]:+.2f}" if fact and ours else "-"]
-    sparsities = [100 * cell["sparsity"] for cell in cells]
-    return [*texts, f"{spread(sparsities, 3)}%" if cells else "-", str(len(cells))]
+def _compared(ours, paper):
+    """Write numbers of ours and, unless it is None, the paper's and the difference."""
+    text = spread(ours) if ours else "-"
+    return text if paper is None else f"{text} (paper {paper:g}" + (f", {mean(ours) - paper:+.2f})" if ours else ")")
 
 
 def parse(argv):
     """Return the arguments, and those behind them that are flags of the family scripts."""
-    parser = Parser(prog="paper.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = parser_of("paper.py", __doc__)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, local folder or .gguf file")
     parser.add_argument("--methods", nargs="+", default=[], choices=ADDED,
@@ -152,24 +141,17 @@ def parse(argv):
     return parser.parse_known_args(argv)
 
 
-def _run(argv):
-    options, flags = parse(argv)
-    table = TABLES[options.table]
-    title = " ".join([f"{options.table}, {table.title}: --dataset {options.dataset}", *flags])
-    with registered():
-        scores = Scores(options.output, partial(markdown, title, table.with_methods(options.methods)))
-        cells = cells_of(options, flags)
+def main(argv=None):
+    """Run the command line. Returns the exit status, see `reported`."""
+    argv = sys.argv[1:] if argv is None else argv
+    with reported("paper.py", argv, REMEDY) as end, registered():
+        options, flags = parse(argv)
+        title = " ".join([f"{options.table}, {TABLES[options.table].title}: --dataset {options.dataset}", *flags])
+        scores, cells = Scores(options.output, partial(markdown, title, rows_of(options))), cells_of(options, flags)
         if options.dry_run:
             print("\n".join(f"python {cell['command']}" for cell in scores.missing(cells)))
         else:
             print(scores.run(cells))
-
-
-def main(argv=None):
-    """Run the command line. Returns the exit status, see `reported`."""
-    argv = sys.argv[1:] if argv is None else argv
-    with reported("paper.py", argv, REMEDY) as end:
-        _run(argv)
     return end.status
 
 

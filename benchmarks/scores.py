@@ -3,8 +3,8 @@
 A benchmark that is started again measures only the command lines that its file lacks.
 """
 
+import argparse
 import contextlib
-import importlib
 import json
 import math
 import re
@@ -13,12 +13,11 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+import llama
 from mixgpt.app import pipeline
-from mixgpt.app.cli import parse
-from mixgpt.checkpoints import load
-from mixgpt.common.errors import InputError
-from mixgpt.common.files import replacing
-from mixgpt.modeling.family import family_of
+from mixgpt.app.cli import Parser, parse
+from mixgpt.common.errors import InputError, reading
+from mixgpt.common.files import write_output
 
 DENSE = "dense", "0%"
 AVERAGE = "average"  # of all tasks
@@ -32,26 +31,15 @@ def flags_of(target):
     return f"{sparsity} --wbits {wbits}" if wbits else sparsity
 
 
-def script_of(model):
-    """Return the name of the script that documents a model. Raises InputError if none prunes it."""
-    return family_of(load.skeleton(load.read_config(model))).script
-
-
 def cell_of(words, method, target, seed, flags):
     """Return a cell to be measured. words: of the command line, all but those of method, target and seed.
 
     Raises InputError if the command line is not one.
     """
     words = [*words, *flags.split(), *flags_of(target).split(), "--seed", str(seed)]
-    family, arguments = _split(words)
-    parse(family, arguments)
-    return {"model": words[1], "method": method, "target": target, "seed": seed, "command": shlex.join(words)}
-
-
-def _split(words):
-    """Return the family and the arguments of a command line."""
-    script, *arguments = words
-    return importlib.import_module(script.removesuffix(".py")).FAMILY, arguments
+    parse(llama.FAMILY, words)
+    return {"model": words[0], "method": method, "target": target, "seed": seed,
+            "command": shlex.join(["llama.py", *words])}  # which prunes every family
 
 
 def measure(command):
@@ -59,9 +47,9 @@ def measure(command):
 
     Sensitivities are apart, as later runs read them from the cache.
     """
-    family, arguments = _split(shlex.split(command))
+    _, *words = shlex.split(command)
     with contextlib.redirect_stdout(sys.stderr):
-        record = pipeline.run(parse(family, arguments))
+        record = pipeline.run(parse(llama.FAMILY, words))
     *_, figures = record["perplexity"].values()
     if "tasks" in record:
         *_, scores = record["tasks"].values()
@@ -89,37 +77,33 @@ class Scores:
         if self.path.suffix != ".json":
             raise InputError(f"--output {path}: must end in .json; the tables are written beside it, in .md")
         if self.path.exists():
-            try:
+            with reading(f"--output {path}: exists and holds no cells of this benchmark"):
                 self.measured = {cell["command"]: cell for cell in json.loads(self.path.read_text())["cells"]}
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError(f"--output {path}: exists and holds no cells of this benchmark; name another file"
-                                 ) from error
 
     def missing(self, cells):
         return [cell for cell in cells if cell["command"] not in self.measured]
 
     def run(self, cells):
         """Measure the cells that the file lacks, one after the other. Returns the table of all of them."""
-        self._save(cells)
-        missing = self.missing(cells)
+        missing, table = self.missing(cells), self._save(cells)
         for number, cell in enumerate(missing, 1):
             print(f"\n{number} of {len(missing)}: python {cell['command']}\n", file=sys.stderr, flush=True)
             self.measured[cell["command"]] = cell | measure(cell["command"])
-            self._save(cells)
-        return self.table(cells)
-
-    def table(self, cells):
-        return self.render([self.measured[cell["command"]] for cell in cells if cell["command"] in self.measured])
+            table = self._save(cells)
+        return table
 
     def _save(self, cells):
-        content = json.dumps({"cells": list(self.measured.values())}, indent=1)
-        for path, text in {self.path: content, self.path.with_suffix(".md"): self.table(cells)}.items():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as partial:
-                    partial.write_text(text + "\n")
-            except OSError as error:
-                raise InputError(f"--output {path}: cannot be written ({error.strerror})") from error
+        """Write all that is measured, and the table of the cells. Returns the table."""
+        table = self.render([self.measured[cell["command"]] for cell in cells if cell["command"] in self.measured])
+        write_output("--output", self.path, json.dumps({"cells": list(self.measured.values())}, indent=1) + "\n")
+        write_output("--output", self.path.with_suffix(".md"), table + "\n")
+        return table
+
+
+def parser_of(name, description):
+    """Return a parser for `parse_known_args`: the arguments that it does not know are flags of all runs."""
+    return Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                  allow_abbrev=False)
 
 
 def spread(values, digits=2):

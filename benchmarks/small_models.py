@@ -14,13 +14,13 @@ import json
 import sys
 import sysconfig
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,10 +39,8 @@ from mixgpt.common.runtime import multiplies_bfloat16
 from mixgpt.modeling.baichuan import BaichuanConfig
 from mixgpt.text.sets import builtin_rows
 
+FAMILIES = ("opt", "bloom", "baichuan", "gemma3", "qwen3-moe")
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1 and 2
-SPECIAL_IDS = {f"{name}_id": number for number, name in enumerate(SPECIAL)}
-WARMUP = 0.05  # share of the steps
-BFLOAT16 = multiplies_bfloat16()
 LONGEST = 30_000  # bytes of a file; many of the longer ones are tables
 TESTED = 10  # one file in so many is test text
 PARAGRAPHS = 50  # of the manual in a document
@@ -68,13 +66,11 @@ class Size:
 SIZE = Size()
 
 
-FAMILIES = ("opt", "bloom", "baichuan", "gemma3", "qwen3-moe")
-
-
 def build(name, size):
     """Return a model of random weights, whose outputs of a matrix are as large as its inputs."""
     common = {"vocab_size": size.vocabulary, "hidden_size": size.width, "num_hidden_layers": size.layers,
-              "num_attention_heads": size.heads, "initializer_range": size.width ** -0.5, **SPECIAL_IDS}
+              "num_attention_heads": size.heads, "initializer_range": size.width ** -0.5,
+              **{f"{token}_id": number for number, token in enumerate(SPECIAL)}}
     sequence = {"max_position_embeddings": size.seqlen}
     heads = {"num_key_value_heads": size.heads // 2, "head_dim": size.width // size.heads}
     wide = {"intermediate_size": 11 * size.width // 4}
@@ -94,29 +90,22 @@ def build(name, size):
 
 def train_tokenizer(texts, vocabulary):
     """Return a byte-level BPE tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL.values()), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocabulary, min_frequency=0, show_progress=False,
+                                  special_tokens=list(SPECIAL.values()))
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), **SPECIAL)
 
 
 def make_texts(folder, size):
-    """Write train.jsonl, test.jsonl and the tokenizer, unless there is such a folder.
-
-    Returns (tokenizer, {part: rows}).
-    """
+    """Write train.jsonl, test.jsonl and the tokenizer, unless they are there. Returns (tokenizer, train texts)."""
     if not (folder / "tokenizer_config.json").exists():  # which is written last
         folder.mkdir(parents=True, exist_ok=True)
         texts = documents(size.train_bytes, size.test_bytes)
         for part, rows in texts.items():
             (folder / f"{part}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
         train_tokenizer(texts["train"], size.vocabulary).save_pretrained(folder)
-    texts = {part: [json.loads(line)["text"] for line in (folder / f"{part}.jsonl").read_text().splitlines()]
-             for part in ("train", "test")}
-    return AutoTokenizer.from_pretrained(folder), texts
+    with (folder / "train.jsonl").open() as lines:
+        return AutoTokenizer.from_pretrained(folder), [json.loads(line)["text"] for line in lines]
 
 
 def documents(train_bytes, test_bytes):
@@ -124,76 +113,66 @@ def documents(train_bytes, test_bytes):
 
     A text that occurs twice is taken once, the first time.
     """
-    room, found, seen = {"train": train_bytes, "test": test_bytes}, {"train": [], "test": []}, set()
+    room, parts = {"train": train_bytes, "test": test_bytes}, {}
     for part, text in _candidates():
-        if room[part] > 0 and text.strip() and text not in seen:
-            seen.add(text)
-            found[part].append(text)
+        if room[part] > 0 and text.strip() and text not in parts:
+            parts[text] = part
             room[part] -= len(text.encode())
         if max(room.values()) <= 0:
             break
-    return {part: sorted(texts, key=_hash) for part, texts in found.items()}
+    return {part: sorted((text for text in parts if parts[text] == part), key=_hash) for part in room}
 
 
 def _candidates():
-    """Yield (part, text), the manual first, then files in the order of the hashes of their paths."""
+    """Yield (part, text): the manual, then Python files of all packages in the order of the hashes of their paths."""
     for part in ("train", "test"):
         rows, _ = builtin_rows(part)
         for start in range(0, len(rows), PARAGRAPHS):
             yield part, "\n\n".join(rows[start:start + PARAGRAPHS])
-    for number, file in sorted((_hash(name), file) for name, file in python_files().items()):
+    folders = {Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "purelib", "platlib")}
+    files = {file.relative_to(folder): file for folder in sorted(folders) for file in folder.rglob("*.py")}
+    for number, file in sorted((_hash(path.as_posix()), file) for path, file in files.items()
+                               if not {"site-packages", "dist-packages"} & set(path.parts)):  # of the standard library
         if file.stat().st_size <= LONGEST:
             yield "train" if number % TESTED else "test", file.read_text(encoding="utf-8", errors="ignore")
-
-
-def python_files():
-    """Return {path below the folder of its kind: file} of the standard library and of all installed packages."""
-    folders = {Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "purelib", "platlib")}
-    return {file.relative_to(folder).as_posix(): file for folder in sorted(folders) for file in folder.rglob("*.py")
-            if not {"site-packages", "dist-packages"} & set(file.relative_to(folder).parts)}
 
 
 def _hash(text):
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "big")
 
 
-def train(model, ids, size, seed, title):
+def train(model, ids, size, title):
     """Train a model in place on random windows of the ids (n,) of a text."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, bfloat16 = torch.Generator().manual_seed(0), multiplies_bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * size.steps), size.steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, round(0.05 * size.steps), size.steps)
     balanced = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
     model.train()
     for _ in progress.bar(range(size.steps), title=title, unit="step"):
         starts = torch.randint(len(ids) - size.seqlen, (size.batch, 1), generator=generator)
         batch = ids[starts + torch.arange(size.seqlen)]  # (B, T)
-        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(batch, labels=batch, use_cache=False, **balanced).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    model.eval()
 
 
-def make_model(name, folder, size, seed):
-    """Train the model of a name in FAMILIES and save it as a folder. Returns the record of that, training.json.
-
-    A folder that is there is kept, and its record returned.
-    """
-    record = folder / name / "training.json"
-    if not record.exists():
+def make_model(name, folder, size):
+    """Train the model of a name in FAMILIES and save it in a folder of that name, unless it is there."""
+    place, start = folder / name, time.monotonic()
+    if not (place / "tokenizer_config.json").exists():  # which is written last
         tokenizer, texts = make_texts(folder / "text", size)
-        torch.manual_seed(seed)
-        model, start = build(name, size), time.monotonic()
-        train(model, torch.tensor(token_ids(tokenizer, "\n\n".join(texts["train"]))), size, seed, name)
-        facts = {"parameters": model.num_parameters(), "tokens": size.steps * size.batch * size.seqlen,
-                 "seconds": time.monotonic() - start, "seed": seed, "size": asdict(size)}
-        model.save_pretrained(record.parent)
-        tokenizer.save_pretrained(record.parent)
-        record.write_text(json.dumps(facts, indent=1) + "\n")
-    return json.loads(record.read_text())
+        torch.manual_seed(0)
+        model = build(name, size)
+        train(model, torch.tensor(token_ids(tokenizer, "\n\n".join(texts))), size, name)
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        print(f"{name}: {model.num_parameters() / 1e6:.1f}M parameters, "
+              f"{size.steps * size.batch * size.seqlen / 1e6:.1f}M tokens in {time.monotonic() - start:.0f} s, "
+              f"{place}", flush=True)
 
 
 def main(argv=None):
@@ -202,11 +181,8 @@ def main(argv=None):
     names = parser.parse_args(argv).families
     if unknown := [name for name in names if name not in FAMILIES]:
         parser.error(f"family {unknown[0]}: must be one of {', '.join(FAMILIES)}")
-    folder = cache_folder() / "small-models"
     for name in names:
-        record = make_model(name, folder, SIZE, 0)
-        print(f"{name}: {record['parameters'] / 1e6:.1f}M parameters, {record['tokens'] / 1e6:.1f}M tokens in "
-              f"{record['seconds']:.0f} s, {folder / name}", flush=True)
+        make_model(name, cache_folder() / "small-models", SIZE)
     return 0
 
 

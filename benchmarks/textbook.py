@@ -4,10 +4,12 @@ One float32 Hessian for every linear, batches of one sequence, two passes throug
 sort for every block of a mask, one Python step and one rank-1 update of the block for every column.
 """
 
+from functools import partial
+
 import torch
 
 from mixgpt.common import progress
-from modelutils import HiddenStates, linears, on_device
+from modelutils import HiddenStates, hooked, linears, on_device
 from quant import Scheme
 
 
@@ -34,13 +36,12 @@ class Textbook:
         return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
     def prune(self, U, sparsity=0.0, prunen=0, prunem=0, wbits=16, blocksize=128):
-        """Prune, and quantize with a grid for each row where wbits < 16, in place. Returns Σ error²/2."""
+        """Prune, and quantize with a grid for each row where wbits < 16, in place."""
         W = self.linear.weight.data.float()
         scheme = Scheme(wbits) if wbits < 16 else None
         if scheme:
             dtype = self.linear.weight.dtype
             to_grid = scheme.rounder(*scheme.fit(W, torch.zeros_like(W, dtype=torch.bool), dtype), dtype)
-        losses = torch.zeros(len(W), device=W.device)
         for start in range(0, W.shape[1], blocksize):
             stop = min(start + blocksize, W.shape[1])
             block, Ub = W[:, start:stop].clone(), U[start:stop, start:stop]
@@ -58,43 +59,32 @@ class Textbook:
                 q = w if scheme is None else to_grid(w)
                 q = torch.where(mask[:, i], 0, q)
                 error = (w - q) / Ub[i, i]
-                losses += error**2 / 2
                 block[:, i:] -= error[:, None] @ Ub[i, i:][None]
                 pruned[:, i], errors[:, i] = q, error
             W[:, start:stop] = pruned
             W[:, stop:] -= errors @ U[start:stop, stop:]
         self.linear.weight.data.copy_(W)
-        return losses.sum().item()
-
-
-def _adder(pruner, clock):
-    def add(_, args):
-        with clock.part("Hessian"):
-            pruner.add_batch(args[0])
-    return add
 
 
 @torch.no_grad()
 def prune_model(model, family, tokens, device, clock, sparsity=0.0, prunen=0, prunem=0, wbits=16, percdamp=0.01):
     """Prune every linear of every decoder layer on calibration tokens (N, T)."""
+    def add(pruner, X):
+        with clock.part("Hessian"):
+            pruner.add_batch(X)
+
     with clock.part("forward"):
         stream = HiddenStates.embed(model, family, tokens, 1, device)
-        output = torch.empty_like(stream.hidden)
     for index, layer in enumerate(progress.bar(family.layers_of(model), title="textbook")):
         with on_device([layer], device):
             pruners = {module: Textbook(module) for module in linears(layer).values()}
-            handles = [module.register_forward_pre_hook(_adder(pruner, clock)) for module, pruner in pruners.items()]
-            for prune in (True, False):
-                with clock.part("forward"):
-                    for rows in stream.batches():
-                        output[rows] = stream.forward(layer, index, rows)
-                if not prune:
-                    break
-                for handle in handles:
-                    handle.remove()
-                for pruner in pruners.values():
-                    with clock.part("factorisation"):
-                        U = pruner.inverse(percdamp)
-                    with clock.part("walk"):
-                        pruner.prune(U, sparsity, prunen, prunem, wbits)
-        stream.hidden, output = output, stream.hidden
+            with hooked({module: partial(add, pruner) for module, pruner in pruners.items()}), clock.part("forward"):
+                for rows in stream.batches():
+                    stream.forward(layer, index, rows)
+            for pruner in pruners.values():
+                with clock.part("factorisation"):
+                    U = pruner.inverse(percdamp)
+                with clock.part("walk"):
+                    pruner.prune(U, sparsity, prunen, prunem, wbits)
+            with clock.part("forward"):
+                stream.advance(layer, index)

@@ -97,7 +97,7 @@ def texts(tmp_path_factory):
 def small(tmp_path_factory):
     """Give a folder with what `python benchmarks/small_models.py opt` makes, tiny."""
     folder = tmp_path_factory.mktemp("small-models")
-    small_models.make_model("opt", folder, TINY, 0)
+    small_models.make_model("opt", folder, TINY)
     return folder
 
 
