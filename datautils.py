@@ -13,8 +13,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line, reading
-from mixgpt.text.sets import counts_of
-from mixgpt.text.sources import column_of, hub_copy_rows, hub_reachable, text_set_of
+from mixgpt.text.sets import column_of, counts_of, hub_copy_rows, hub_reachable, text_set_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B

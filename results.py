@@ -2,7 +2,7 @@
 
 python results.py runs/*.json                            # what --record wrote, or folders of --save
 python results.py runs/*.json --markdown                 # for a README
-python results.py runs/*.json --csv runs.csv             # for a spreadsheet: all digits, and the file names
+python results.py runs/*.json --csv runs.csv             # for a spreadsheet: all digits, files and settings
 python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv 2310.09499), bars at one sparsity
 """
 
@@ -10,7 +10,6 @@ import glob
 import json
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +22,6 @@ from mixgpt.common.files import check_outputs, write_output
 from mixgpt.common.program import SCHEMA, check_signature
 from mixgpt.common.progress import table
 
-IMPLIED = ["wbits", "sparsity_way", "saliency", "file"]  # columns of the CSV alone; the method's name tells the first
 ABOUT = ("model", "seed")  # columns on what was run; like dense results, above the table if equal in all rows
 
 
@@ -74,7 +72,7 @@ def _dense(runs):
 def table_of(runs):
     """Return a DataFrame of a row per run, sorted by model, sparsity, bits, method in the order given, and seed.
 
-    None: there is no such value, or it had no effect.
+    Columns from "file" on are for the CSV alone. None: there is no such value.
     """
     labels, dense = list(dict.fromkeys(run["label"] for run in runs)), _dense(runs)
     runs = sorted(runs, key=lambda run: (run["model"], round(run["sparsity"], 3), -run["settings"].get("wbits", 16),
@@ -85,26 +83,24 @@ def table_of(runs):
 
 
 def _parts(run, dense):
-    """Return groups of columns of a run: its settings, perplexities, scores and costs. A perplexity of NaN is text."""
-    settings = run["settings"]
-    pruned = run["method"] != "dense" and run["sparsity"] > 0 and (settings.get("sparsity") or settings.get("prunem"))
+    """Return groups of columns of a run: on it, perplexities, scores, costs, settings. A perplexity of NaN is text."""
     about = {"model": run["model"], "method": run["label"], "sparsity": run["sparsity"],
-             "wbits": settings.get("wbits", 16),
-             "sparsity_way": settings["sparsity_way"].replace("origin", "uniform") if pruned else None,
-             "saliency": settings["saliency"] if pruned and not settings.get("gmp") else None, "seed": settings["seed"]}
+             "seed": run["settings"]["seed"]}
+    settings = {name: value for name, value in run["settings"].items() if name not in about}
     perplexities = {}
     for name, value in run["perplexity"].get(run["method"], {}).items():
         perplexities |= {name: "nan" if math.isnan(value) else value, f"dense {name}": dense.get(_text_key(run, name))}
     scores = {f"{task} {metric}": value for task, values in run.get("tasks", {}).get(run["method"], {}).items()
               for metric, value in values.items() if metric not in NO_METRICS and not metric.endswith("_stderr")}
     peaks = {f"GB {place}": nbytes / 1e9 for place, nbytes in run["peak_memory"].items()}
-    return about, perplexities, scores, {"seconds": sum(run["seconds"].values()), **peaks, "file": run["file"]}
+    costs = {"seconds": sum(run["seconds"].values()), **peaks}
+    return about, perplexities, scores, costs, {"file": run["file"], **settings}
 
 
 def text_of(runs, markdown=False):
     """Return the table as text, for a terminal or in Markdown, with values common to all runs listed once above it."""
-    cells = table_of(runs).drop(columns=IMPLIED)
-    cells = cells.apply(lambda column: column.map(partial(_text, column.name)))
+    cells = table_of(runs).loc[:, :"file"].drop(columns="file")
+    cells = cells.apply(lambda column: [_text(column.name, value) for value in column])
     cells = cells.loc[:, (cells != "-").any()]
     shared = [name for name in cells if (name in ABOUT or name.startswith("dense ")) and cells[name].nunique() == 1]
     above = ", ".join(f"{name} {cells.at[0, name]}" for name in shared)
@@ -138,7 +134,7 @@ def points_of(runs):
             for text, perplexity in run["perplexity"][run["method"]].items() if math.isfinite(perplexity)]
     if not rows:
         return pd.DataFrame()
-    frame = pd.DataFrame(rows).replace({"dense": {math.inf: math.nan}})
+    frame = pd.DataFrame(rows)
     settings = pd.DataFrame(frame["settings"].tolist())
     varied = settings.groupby([frame["model"], frame["method"]]).transform("nunique") > 1
     for row, method in enumerate(frame["method"].tolist()):
@@ -147,16 +143,6 @@ def points_of(runs):
     return frame.groupby(["model", "text", "method", "target"]).agg(
         sparsity=("sparsity", "mean"), mean=("perplexity", "mean"), low=("perplexity", "min"),
         high=("perplexity", "max"), dense=("dense", "first")).reset_index()
-
-
-def picture_of(runs, path):
-    """Plot perplexity against sparsity. Returns the content of a file. Raises InputError if no run has both."""
-    points = points_of(runs)
-    if points.empty:
-        raise InputError(f"--plot {path}: none of the runs has both a finite perplexity and pruned weights")
-    from mixgpt.app import plots  # imports PyTorch
-
-    return plots.draw_tradeoff(points, Path(path).suffix)
 
 
 def _parse(argv):
@@ -191,7 +177,11 @@ def main(argv=None):
             write_output("--csv", options.csv, table_of(runs).to_csv(index=False))
             print(f"\nwritten  {options.csv}")
         if runs and options.plot:
-            write_output("--plot", options.plot, picture_of(runs, options.plot))
+            if (points := points_of(runs)).empty:
+                raise InputError(f"--plot {options.plot}: no run has both a finite perplexity and pruned weights")
+            from mixgpt.app import plots  # imports PyTorch
+
+            write_output("--plot", options.plot, plots.draw_tradeoff(points, Path(options.plot).suffix))
             print(f"\npicture  {options.plot}")
     return end.status
 

@@ -23,8 +23,7 @@ from scores import DENSE, Scores, cell_of, closed, parser_of, rows_of_markdown, 
 
 from datautils import load_rows
 from mixgpt.app.cli import REMEDY, reported
-from mixgpt.text.sets import DATASETS
-from mixgpt.text.sources import text_set_of
+from mixgpt.text.sets import DATASETS, text_set_of
 
 METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "mixgpt": "--preset mixgpt", "best": "--preset best"}
 TARGETS = ("50%", "60%", "70%", "2:4", "4:8", "50%+4bit")

@@ -63,8 +63,9 @@ def test_the_table_holds_what_the_records_hold_in_order(write, capsys, tmp_path)
         ("SparseGPT 2:4", "36.0"), ("SparseGPT + 4 bit", "50.0"), ("magnitude", "40.0")]
     assert {row["dense wikitext2"] for row in held} == {"27.66"}  # from the run of the dense model
     assert [row["piqa acc"] for row in held] == ["", "0.61", "", "", "", ""] and "piqa acc_stderr" not in held[0]
-    assert [(row["sparsity_way"], row["saliency"]) for row in held] == [
-        ("", ""), ("uniform", "obs"), ("weight-level", "isc"), ("uniform", "obs"), ("uniform", "obs"), ("uniform", "")]
+    assert [(row["sparsity_way"], row["prunem"], row["wbits"]) for row in held] == [
+        ("uniform", "0", "16"), ("uniform", "0", "16"), ("weight-level", "0", "16"), ("uniform", "4", "16"),
+        ("uniform", "0", "4"), ("uniform", "0", "16")]
     assert [row["seed"] for row in held] == ["0", "1", "0", "0", "0", "0"] and held[0]["file"] == files[2]
     assert {(row["seconds"], row["GB host"]) for row in held} == {("12.4", "1.5")}
     assert rows[1].split() == ["SparseGPT", "50.00%", "1", "35.25", "0.61", "12", "1.50"]

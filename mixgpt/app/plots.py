@@ -78,6 +78,7 @@ def draw_tradeoff(points, suffix=".png"):
     models, texts, methods = (list(points[name].unique()) for name in ("model", "text", "method"))
     sparsity, *others = points["sparsity"].map("{:.0%}".format).unique()
     show, height = (_tradeoff, 4 + 0.1 * len(methods)) if others else (_bars, 1.8 + 0.5 * len(methods))
+    colours = {method: f"C{number % 10}" for number, method in enumerate(methods)} | {"dense": "0.6"}
     figure = Figure(figsize=(max(5.5 * len(texts), 7), height * len(models)), layout="constrained")
     axes = figure.subplots(len(models), len(texts), squeeze=False)
     for axis, (model, text) in zip(axes.flat, itertools.product(models, texts), strict=True):
@@ -85,20 +86,19 @@ def draw_tradeoff(points, suffix=".png"):
         if panel.empty:
             axis.set_axis_off()
             continue
-        show(axis, panel, next(iter(panel["dense"].dropna()), None), methods)
+        show(axis, panel, panel["dense"].dropna()[:1].tolist(), colours)
         axis.set_title(f"{model}, {text}" if others else f"{model}\n{text}, {sparsity} of the weights pruned",
                        fontsize=11)
     return bytes_of(figure, suffix)
 
 
-def _tradeoff(axis, panel, dense, methods):
-    """Draw the methods of one panel, each in its colour, with error bars from lowest to highest."""
+def _tradeoff(axis, panel, dense, colours):
+    """Draw the methods of one panel with error bars from lowest to highest. dense: its perplexity in a list, or []."""
     for method, rows in panel.sort_values("sparsity").groupby("method"):
-        number = methods.index(method)
-        axis.errorbar(rows["sparsity"], rows["mean"], _bounds(rows), label=method, color=f"C{number % 10}",
-                      marker="osD^vP*X"[number % 8], markersize=5, capsize=3)
-    if dense is not None:
-        axis.axhline(dense, label="dense", color="black", linestyle="--", linewidth=1)
+        axis.errorbar(rows["sparsity"], rows["mean"], _bounds(rows), label=method, color=colours[method],
+                      marker="osD^vP*X"[list(colours).index(method) % 8], markersize=5, capsize=3)
+    for perplexity in dense:
+        axis.axhline(perplexity, label="dense", color="black", linestyle="--", linewidth=1)
     _perplexity_axis(axis, axis.yaxis, *axis.dataLim.intervaly)
     axis.xaxis.set_major_locator(MultipleLocator(0.1))
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -112,16 +112,12 @@ def _bounds(rows):
     return [(rows["mean"] - rows["low"]).abs(), (rows["high"] - rows["mean"]).abs()]
 
 
-def _bars(axis, panel, dense, methods):
-    """Draw a bar per method of one panel, best first, below the dense model's."""
-    rows = panel.sort_values("mean")
-    if dense is not None:
-        rows = pd.concat([pd.DataFrame([{"method": "dense", "mean": dense, "low": dense, "high": dense}]), rows])
-    labels = [textwrap.fill(method, 30) for method in rows["method"]]
-    bars = axis.barh(labels, rows["mean"], height=0.6, color=[
-        f"C{methods.index(method) % 10}" if method in methods else "0.6" for method in rows["method"]])
-    if not rows["low"].equals(rows["high"]):  # over seeds
-        axis.errorbar(rows["mean"], range(len(rows)), xerr=_bounds(rows), color="black", capsize=3, linestyle="none")
+def _bars(axis, panel, dense, colours):
+    """Draw a bar per method of one panel, best first, below the dense model's, with the range over seeds."""
+    rows = pd.concat([pd.DataFrame({"method": "dense", "mean": dense, "low": dense, "high": dense}),
+                      panel.sort_values("mean")])
+    bars = axis.barh([textwrap.fill(method, 30) for method in rows["method"]], rows["mean"], height=0.6,
+                     xerr=_bounds(rows), color=rows["method"].map(colours))
     axis.bar_label(bars, [f"{value:,.{2 if value < 100 else 0}f}" for value in rows["mean"]], padding=4)
     axis.invert_yaxis()
     axis.set_xlabel("perplexity")
@@ -133,7 +129,7 @@ def _bars(axis, panel, dense, methods):
 
 def _perplexity_axis(axis, side, low, high):
     """Scale and label a perplexity axis for values between low and high; the axis's own limits add a margin."""
-    if low > 0 and high > 5 * low:
+    if high > 5 * low:
         axis.set(**{f"{side.axis_name}scale": "log"})
     side.set_major_formatter("{x:,g}")
     side.set_minor_formatter("{x:,g}" if high < 50 * low else NullFormatter())  # they would overlap

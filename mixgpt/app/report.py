@@ -43,19 +43,13 @@ def facts(inputs, dtype):
 
 def of_matrices(matrices, others, outcomes, plan, known):
     """Return the part of the record on the matrices, and on other weights of the layers."""
-    sensitivity = known.sensitivity if known else {}
-    rows = []
+    sensitivity, rows = known.sensitivity if known else {}, []
     for m in matrices:
-        key, row = (m.layer, m.name), _counted(m)
-        if key in plan:
-            row["target"] = plan[key].sparsity
-        if key in sensitivity:
-            row["sensitivity"] = sensitivity[key]
-        outcome = outcomes.get(key, Outcome())
-        row |= {name: value for name in ("error", "percdamp") if (value := getattr(outcome, name)) is not None}
-        if outcome.grid:
-            row["wbits"] = outcome.grid.scheme.wbits
-        rows.append(row)
+        outcome = outcomes.get(key := (m.layer, m.name), Outcome())
+        facts = {"target": plan[key].sparsity if key in plan else None, "sensitivity": sensitivity.get(key),
+                 "error": outcome.error, "percdamp": outcome.percdamp,
+                 "wbits": outcome.grid and outcome.grid.scheme.wbits}
+        rows.append(_counted(m) | {name: value for name, value in facts.items() if value is not None})
     return {"sparsity": total_sparsity(matrices), "matrices": rows} | ({
         "sparsity_of_layers": total_sparsity(matrices + others), "left_dense": [_counted(m) for m in others]}
         if others else {})
@@ -123,41 +117,38 @@ def heading(run, command=None, whole=None):
 
     command: the command line. whole: type of the multimodal model whose text part is pruned.
     """
-    settings, model, parameters, data = run.settings, run.model, sum(p.numel() for p in run.model.parameters()), []
-    if run.calibration is not None:
-        synthetic = sum(settings.synthetic_counts())
-        data.append(f"{settings.dataset}: {len(run.calibration)} sequences of {run.seqlen} tokens, "
-                    + (f"{synthetic} synthetic ones, " if synthetic else "")
-                    + f"seed {settings.seed}, batches of {settings.batch_size}")
-    if settings.bos != "never":
-        data.append(BOS[settings.bos])
-    lines = {"command": command,
-             "versions": ", ".join(f"{name} {version}" for name, version in run.record["versions"].items()),
-             "model": f"{settings.model}: {type(model).__name__}, {len(run.family.layers_of(model))} layers, "
-                      f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {run.device}"
-                      + (f", the text part of a {whole}" if whole else "")
-                      + (f", {distributed.world()} processes" if distributed.world() > 1 else ""),
-             **_methods(settings, len(run.selected)), "data": ", ".join(data)}
-    return "\n".join(f"{title:<8} {line}" for title, line in lines.items() if line)
+    settings, model, parameters = run.settings, run.model, sum(p.numel() for p in run.model.parameters())
+    synthetic, processes = sum(settings.synthetic_counts()), distributed.world()
+    data = [f"{settings.dataset}: {len(run.calibration)} sequences of {run.seqlen} tokens",
+            f"{synthetic} synthetic ones" if synthetic else "",
+            f"seed {settings.seed}, batches of {settings.batch_size}"] if run.calibration is not None else []
+    lines = {"command": [command],
+             "versions": [f"{name} {version}" for name, version in run.record["versions"].items()],
+             "model": [f"{settings.model}: {type(model).__name__}, {len(run.family.layers_of(model))} layers, "
+                       f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {run.device}",
+                       f"the text part of a {whole}" if whole else "",
+                       f"{processes} processes" if processes > 1 else ""],
+             **_methods(settings, len(run.selected)),
+             "data": [*data, BOS[settings.bos] if settings.bos != "never" else ""]}
+    return "\n".join(f"{title:<8} {', '.join(filter(None, parts))}" for title, parts in lines.items() if any(parts))
 
 
 def _methods(settings, count):
-    """Describe how weights are pruned and quantized: {"pruning" or "grids": text}. count: of the matrices."""
-    lines, n, m, scheme, nonuniform = {}, settings.prunen, settings.prunem, settings.scheme, settings.is_nonuniform
-    walk = f", blocksize {settings.blocksize}, percdamp {settings.percdamp:g}" + (
-        ", true-sequential" if settings.true_sequential else "") + (
-        ", columns by activation" if settings.act_order else "") if settings.calibrates else ""
+    """Describe how weights are pruned and quantized: {"pruning" or "grids": texts}. count: of the matrices."""
+    scheme, nonuniform = settings.scheme, settings.is_nonuniform
+    amount = f"{settings.prunen}:{settings.prunem}" if settings.prunem else f"{settings.sparsity:.4g} of the weights"
+    walk = [f"blocksize {settings.blocksize}, percdamp {settings.percdamp:g}",
+            "true-sequential" if settings.true_sequential else "",
+            "columns by activation" if settings.act_order else ""] if settings.calibrates else []
+    pruning = [f"{settings.method}, {amount} {'over' if nonuniform else 'in each of'} {count} matrices",
+               f"alpha {settings.alpha:g}" if nonuniform else "",
+               f"nprobes {settings.nprobes}" if settings.ranks_by_sensitivity else "", *walk]
+    grids = [f"{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for "
+             f"{'a row' if scheme.groupsize == -1 else f'{scheme.groupsize} columns of a row'} each",
+             "range by least error" if scheme.mse else ""] if scheme else []
     if settings.prunes:
-        amount = f"{n}:{m}" if m else f"{settings.sparsity:.4g} of the weights"
-        lines["pruning"] = (f"{settings.method}, {amount} {'over' if nonuniform else 'in each of'} {count} matrices"
-                            + (f", alpha {settings.alpha:g}" if nonuniform else "")
-                            + (f", nprobes {settings.nprobes}" if settings.ranks_by_sensitivity else "") + walk)
-    if scheme:
-        grids = "a row" if scheme.groupsize == -1 else f"{scheme.groupsize} columns of a row"
-        lines["grids"] = (("" if settings.prunes else f"{settings.method}, {count} matrices, ")
-                          + f"{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for {grids} each"
-                          + (", range by least error" if scheme.mse else "") + ("" if settings.prunes else walk))
-    return lines
+        return {"pruning": pruning, "grids": grids}
+    return {"grids": [f"{settings.method}, {count} matrices", *grids, *walk] if scheme else []}
 
 
 def plan_text(settings, overall, plan, selected, sensitivity):

@@ -29,7 +29,7 @@ from mixgpt.common import distributed, memory, progress
 from mixgpt.common.errors import InputError, one_line, reading
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.evaluation.generation import complete
-from mixgpt.text.sources import hub_reachable, unlogged
+from mixgpt.text.sets import hub_reachable, unlogged
 from modelutils import SLICE, HiddenStates, run_layers, whole
 
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean

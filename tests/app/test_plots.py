@@ -61,4 +61,4 @@ def test_methods_at_one_sparsity_are_bars_from_the_best_down(values, scale, monk
     assert axis.get_xscale() == scale and axis.get_title() == "a model\nwikitext2, 50% of the weights pruned"
     assert [bar.get_width() for bar in other.patches] == [25.0]
     ranges = [segment[:, 0].tolist() for lines in axis.collections for segment in lines.get_segments()]
-    assert ranges == ([[29.0, 29.0], [49.0, 50.0], [59.0, 61.0]] if scale == "linear" else [])
+    assert ranges == [[29.0, 29.0], *(list(values[name][1:]) for name in best_first)]

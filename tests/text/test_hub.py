@@ -4,18 +4,18 @@ import socket
 
 import datasets
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
-from mixgpt.text import sources
+from mixgpt.text.sets import hub_reachable
 
 
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch):
     for options in (constants, datasets.config):
         monkeypatch.setattr(options, "HF_HUB_OFFLINE", False)
-    sources.hub_reachable.cache_clear()
+    hub_reachable.cache_clear()
     yield
-    sources.hub_reachable.cache_clear()
+    hub_reachable.cache_clear()
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -30,14 +30,14 @@ def test_the_client_of_the_hub_is_asked_once(answers, monkeypatch):
                 raise ConnectionError
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(sources, "get_session", Client)
-    assert sources.hub_reachable() == sources.hub_reachable() == answers
+    monkeypatch.setattr(utils, "get_session", Client)
+    assert hub_reachable() == hub_reachable() == answers
     assert asked == [("http://127.0.0.1:9", 5)]
 
 
 def test_where_nothing_listens_the_hub_is_not_reachable(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert not sources.hub_reachable()
+    assert not hub_reachable()
     assert constants.is_offline_mode() and datasets.config.HF_HUB_OFFLINE  # from now on
 
 
@@ -46,6 +46,6 @@ def test_in_offline_mode_the_hub_is_not_asked(monkeypatch):
         server.setblocking(False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert not sources.hub_reachable()
+        assert not hub_reachable()
         with pytest.raises(BlockingIOError):
             server.accept()
