@@ -11,7 +11,6 @@ run: mixgpt/modeling/baichuan.py replaces it. W_pack holds q, k and v, and is pr
 import sys
 
 from mixgpt.app.cli import main
-from mixgpt.modeling.family import BAICHUAN as FAMILY
 
 if __name__ == "__main__":
-    sys.exit(main(FAMILY))
+    sys.exit(main(__file__))

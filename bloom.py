@@ -10,7 +10,6 @@ Positions are ALiBi biases, so the sequence length is not limited.
 import sys
 
 from mixgpt.app.cli import main
-from mixgpt.modeling.family import BLOOM as FAMILY
 
 if __name__ == "__main__":
-    sys.exit(main(FAMILY))
+    sys.exit(main(__file__))

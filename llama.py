@@ -11,7 +11,6 @@ LLaMA-1, 2 and 3, Mistral, Qwen2, Qwen3 and SmolLM2 share this layout.
 import sys
 
 from mixgpt.app.cli import main
-from mixgpt.modeling.family import LLAMA as FAMILY
 
 if __name__ == "__main__":
-    sys.exit(main(FAMILY))
+    sys.exit(main(__file__))

@@ -17,7 +17,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import Clock
 from mixgpt.modeling import arguments
 from mixgpt.modeling.experts import is_split
-from mixgpt.modeling.family import Family
+from mixgpt.modeling.family import layers_of, rest_of
 from mixgpt.modeling.streaming import disk_weights, prefetch
 
 SLICE = 1024  # tokens whose logits are in memory at a time
@@ -42,7 +42,6 @@ class StreamedModel:
     """Where and how a model runs: one decoder layer on the device at a time, on batches of sequences."""
 
     model: torch.nn.Module
-    family: Family
     device: torch.device
     batch_size: int
     clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
@@ -50,11 +49,11 @@ class StreamedModel:
 
     @property
     def layers(self):
-        return self.family.layers_of(self.model)
+        return layers_of(self.model)
 
     def embed(self, tokens, sets=1):
         """Return the `HiddenStates` of tokens (N, T) before the first layer; see `HiddenStates.embed`."""
-        return HiddenStates.embed(self.model, self.family, tokens, self.batch_size, self.device, sets, self.on_host)
+        return HiddenStates.embed(self.model, tokens, self.batch_size, self.device, sets, self.on_host)
 
 
 @contextlib.contextmanager
@@ -78,9 +77,9 @@ def on_device(modules, device):
                 module.to("cpu")
 
 
-def whole(model, family, device):
+def whole(model, device):
     """Keep the whole model on `device` within the block, to run it as usual."""
-    return on_device([*family.rest_of(model).values(), *family.layers_of(model)], device)
+    return on_device([*rest_of(model).values(), *layers_of(model)], device)
 
 
 class _LastLayerReached(Exception):
@@ -169,14 +168,14 @@ class HiddenStates:
 
     @classmethod
     @torch.no_grad()
-    def embed(cls, model, family, tokens, batch_size, device, sets=1, on_host=False):
+    def embed(cls, model, tokens, batch_size, device, sets=1, on_host=False):
         """Run the model up to the first layer on tokens (N, T); record arguments for batches of batch_size, 1, rest.
 
         sets: number of such sets of hidden states to make room for, all in one place. on_host: not on the device.
         Raises ValueError if arguments depend on the tokens and cannot be kept for each sequence.
         """
-        stream, layers = cls(torch.empty(0), batch_size, device), family.layers_of(model)
-        with on_device(family.rest_of(model).values(), device):
+        stream, layers = cls(torch.empty(0), batch_size, device), layers_of(model)
+        with on_device(rest_of(model).values(), device):
             hidden, calls = _record(model, layers, tokens[:1].to(device))
             if len(hidden) != min(len(tokens), 1):
                 raise ValueError(f"its layers take hidden states of {tuple(hidden.shape)}, whose batch does not come "
@@ -233,16 +232,16 @@ class HiddenStates:
             self.hidden[rows] = self.forward(layer, index, rows)
 
     @contextlib.contextmanager
-    def head(self, model, family, dtype=None):
+    def head(self, model, dtype=None):
         """Within the block, give a function from hidden states behind the last layer (n, C) to logits (n, vocabulary).
 
         The model's own forward computes them, its layers skipped. dtype: of hidden states and logits (default: the
         model's; another one needs a copy of the modules behind the layers).
         """
-        layers = family.layers_of(model)
+        layers = layers_of(model)
         if converts := dtype not in (None, model.dtype):
             model = copy.deepcopy(model, {id(layers): layers})
-        rest = family.rest_of(model).values()
+        rest = rest_of(model).values()
 
         def logits(hidden):
             output = hidden[:, None, ..., :self.channels]  # as sequences of one token
@@ -257,12 +256,12 @@ class HiddenStates:
 
 
 @torch.no_grad()
-def run_layers(model, family, streams, device, title, step=HiddenStates.advance):
+def run_layers(model, streams, device, title, step=HiddenStates.advance):
     """Run a list of `HiddenStates` through all decoder layers, loading each layer once for all of them.
 
     step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
     """
-    layers = family.layers_of(model)
+    layers = layers_of(model)
     for index, layer in enumerate(progress.bar(layers, title=title, leave=False)):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)

@@ -14,7 +14,6 @@ OPT-350m projects its embeddings into and out of the layers and has no final nor
 import sys
 
 from mixgpt.app.cli import main
-from mixgpt.modeling.family import OPT as FAMILY
 
 if __name__ == "__main__":
-    sys.exit(main(FAMILY))
+    sys.exit(main(__file__))

@@ -11,6 +11,8 @@ import platform
 import sys
 from pathlib import Path
 
+from mixgpt.modeling.family import layers_of
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
@@ -22,7 +24,6 @@ from mixgpt.common.progress import table
 from mixgpt.common.runtime import Clock, peak_memory
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels.linalg import rowwise_quadratic_form
-from mixgpt.modeling.family import family_of
 from mixgpt.pruning.hessian import InputHessian, factor
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
@@ -60,14 +61,14 @@ def rate(device, dtype, n=4096):
     return 2 * n**3 / min(seconds)
 
 
-def floors(model, family, tokens, device):
+def floors(model, tokens, device):
     """Return the seconds that the arithmetic of each part of PARTS takes at the rate of a large matrix product.
 
     forward: every linear on every token, without attention, in the model's dtype. Hessian: half of XᵀX for each
     distinct input, on a GPU also in that dtype. The others are float32: one Cholesky factorisation for each distinct
     input, and what all columns receive from those before them.
     """
-    layer, stream = family.layers_of(model)[0], HiddenStates.embed(model, family, tokens[:1], 1, device)
+    layer, stream = layers_of(model)[0], HiddenStates.embed(model, tokens[:1], 1, device)
     with on_device([layer], device):
         inputs = shared_inputs(layer, 0, stream)
     columns = [layer.get_submodule(group[0]).in_features for group in inputs]
@@ -76,7 +77,7 @@ def floors(model, family, tokens, device):
     products = fast if device.type == "cuda" else slow
     parts = (sum(2 * out * n * number / fast for out, n in shapes), sum(n * n * number / products for n in columns),
              sum(n**3 / 3 / slow for n in columns), sum(out * n * n / slow for out, n in shapes))
-    return [len(family.layers_of(model)) * part for part in parts]
+    return [len(layers_of(model)) * part for part in parts]
 
 
 def calibrated(columns, device):
@@ -136,30 +137,30 @@ def bench_matrices(device, sizes):
                  "as in float64", "error against float64"], rows[len(TARGETS):]))
 
 
-def prune(name, model, family, tokens, device, batch_size):
+def prune(name, model, tokens, device, batch_size):
     """Prune a copy to 50%, here or by the textbook. Returns it and the `Clock`."""
     pruned, clock = copy.deepcopy(model), Clock(device)
     if name == "here":
-        plan = dict.fromkeys(select(model, family), Target(0.5))
-        prune_layerwise(StreamedModel(pruned, family, device, batch_size, clock), plan, tokens, Recipe())
+        plan = dict.fromkeys(select(model), Target(0.5))
+        prune_layerwise(StreamedModel(pruned, device, batch_size, clock), plan, tokens, Recipe())
     else:
-        prune_model(pruned, family, tokens, device, clock, sparsity=0.5)
+        prune_model(pruned, tokens, device, clock, sparsity=0.5)
     return pruned, clock
 
 
-def compare_model(model, family, tokens, device, batch_size, tests):
+def compare_model(model, tokens, device, batch_size, tests):
     """Prune a copy by each and print seconds by part, their ratio, peak memory so far and perplexity."""
     columns = {}
     for name in ("here", "textbook"):  # peak memory only grows on the host: the smaller one first
         if device.type == "cuda":
-            prune(name, model, family, tokens[:batch_size], device, batch_size)  # compiles kernels, loads libraries
+            prune(name, model, tokens[:batch_size], device, batch_size)  # compiles kernels, loads libraries
             torch.cuda.reset_peak_memory_stats(device)
-        pruned, clock = prune(name, model, family, tokens, device, batch_size)
+        pruned, clock = prune(name, model, tokens, device, batch_size)
         seconds = [clock.seconds[part] for part in PARTS]
         columns[name] = [*seconds, sum(seconds), "/".join(f"{nbytes / 1e9:.2f}" for nbytes in
                                                          peak_memory(device).values()),
-                         f"{perplexity(pruned, family, tests, batch_size, device):.2f}"]
-    least = floors(model, family, tokens, device)
+                         f"{perplexity(pruned, tests, batch_size, device):.2f}"]
+    least = floors(model, tokens, device)
     rows = [[part, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}x", f"{floor:.1f}"]
             for part, theirs, ours, floor in zip((*PARTS, "total"), columns["textbook"], columns["here"],
                                                  [*least, sum(least)], strict=False)]
@@ -177,7 +178,7 @@ def bench_model(device, arguments):
         model = load.load_model(arguments.file, getattr(torch, dtype))
         print(f"\n{Path(arguments.file).name}, {dtype}, {len(tokens)} sequences of {arguments.seqlen} tokens of "
               f"{arguments.dataset}, perplexity on 40 segments of {arguments.eval}")
-        compare_model(model, family_of(model), tokens, device, arguments.batch_size, tests[:40])
+        compare_model(model, tokens, device, arguments.batch_size, tests[:40])
 
 
 def main(argv=None):

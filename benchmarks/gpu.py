@@ -27,8 +27,6 @@ from small_models import train_tokenizer
 from textbook import prune_model
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-import llama
-import opt
 from datautils import calibration_samples, load_rows, test_tokens
 from mixgpt.app import pipeline
 from mixgpt.app.cli import parse
@@ -37,42 +35,42 @@ from mixgpt.common.runtime import Clock, peak_memory
 from mixgpt.evaluation.measures import perplexity
 
 ROOT = Path(__file__).parent.parent
-SHAPES = {  # name: family, class, configuration, layers of the whole model
-    "OPT-1.3B": (opt.FAMILY, OPTForCausalLM, OPTConfig(
+SHAPES = {  # name: class, configuration, layers of the whole model
+    "OPT-1.3B": (OPTForCausalLM, OPTConfig(
         hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=8192, num_attention_heads=32, num_hidden_layers=24,
         max_position_embeddings=2048), 24),
-    "LLaMA-7B": (llama.FAMILY, LlamaForCausalLM, LlamaConfig(num_hidden_layers=2), 32),
-    "LLaMA-13B": (llama.FAMILY, LlamaForCausalLM, LlamaConfig(
+    "LLaMA-7B": (LlamaForCausalLM, LlamaConfig(num_hidden_layers=2), 32),
+    "LLaMA-13B": (LlamaForCausalLM, LlamaConfig(
         hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=2), 40),
 }
 METHODS = {"SparseGPT": "--sparsity .5", "MixGPT": "--sparsity .5 --preset mixgpt",
            "best": "--sparsity .5 --preset best", "2:4": "--prunen 2 --prunem 4 --semi-structured"}
 
 
-def run(family, folder, method, nsamples, arguments):
+def run(folder, method, nsamples, arguments):
     """Run a method's command line. Returns its record."""
     with tempfile.TemporaryDirectory(prefix="mixgpt") as place, contextlib.redirect_stdout(sys.stderr):
         words = [folder, "builtin", "--eval", "builtin", "--nsamples", nsamples, "--seqlen", arguments.seqlen,
                  "--batch-size", arguments.batch_size, "--device", arguments.device, "--quiet", "--save",
                  f"{place}/saved", *METHODS[method].split()]
         words += ["--sensitivity-file", f"{place}/traces.json"] if method == "MixGPT" else []  # none from the cache
-        return pipeline.run(parse(family, list(map(str, words))))
+        return pipeline.run(parse("llama.py", list(map(str, words))))
 
 
-def run_textbook(family, model, tokenizer, nsamples, arguments):
+def run_textbook(model, tokenizer, nsamples, arguments):
     """Prune a copy by the published algorithm. Returns what a record says of seconds, memory and perplexity."""
     device, seqlen = torch.device(arguments.device), arguments.seqlen
     tokens, _ = calibration_samples("builtin", nsamples, seqlen, 0, tokenizer)
     tests, _ = test_tokens("builtin", seqlen, tokenizer)
     pruned, clock = copy.deepcopy(model), Clock(device)
-    prune_model(pruned, family, tokens, device, clock, sparsity=0.5)
+    prune_model(pruned, tokens, device, clock, sparsity=0.5)
     return {"seconds": dict(clock.seconds), "peak_memory": peak_memory(device), "sparsity": 0.5, "perplexity": {
-        "textbook": {"builtin": perplexity(pruned, family, tests, arguments.batch_size, device)}}}
+        "textbook": {"builtin": perplexity(pruned, tests, arguments.batch_size, device)}}}
 
 
 def measure(name, arguments):
     """Run all methods on one shape, each after a warm-up. Yields (method, record)."""
-    family, kind, config, _ = SHAPES[name]
+    kind, config, _ = SHAPES[name]
     torch.manual_seed(0)
     model = kind(config).bfloat16().eval()
     tokenizer = train_tokenizer(load_rows("builtin", "train", None)[0][:100], 384)  # short tokens, so many of them
@@ -83,8 +81,8 @@ def measure(name, arguments):
             for nsamples in (arguments.batch_size, arguments.nsamples):
                 if arguments.device.startswith("cuda"):
                     torch.cuda.reset_peak_memory_stats(arguments.device)
-                record = run_textbook(family, model, tokenizer, nsamples, arguments) if method == "textbook" else run(
-                    family, folder, method, nsamples, arguments)
+                record = run_textbook(model, tokenizer, nsamples, arguments) if method == "textbook" else run(
+                    folder, method, nsamples, arguments)
             yield method, record
 
 
@@ -122,7 +120,7 @@ def main(argv=None):
     if arguments.tests:
         results["tests"] = subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-q"], cwd=ROOT).returncode
     for name in arguments.shapes:
-        _, _, config, layers = SHAPES[name]
+        _, config, layers = SHAPES[name]
         records = results[name] = {}
         for method, record in measure(name, arguments):
             records[method] = record

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-import llama
 from mixgpt.app import pipeline
 from mixgpt.app.cli import Parser, parse
 from mixgpt.common.errors import InputError, reading
@@ -37,7 +36,7 @@ def cell_of(words, method, target, seed, flags):
     Raises InputError if the command line is not one.
     """
     words = [*words, *flags.split(), *flags_of(target).split(), "--seed", str(seed)]
-    parse(llama.FAMILY, words)
+    parse("llama.py", words)
     return {"model": words[0], "method": method, "target": target, "seed": seed,
             "command": shlex.join(["llama.py", *words])}  # which prunes every family
 
@@ -49,7 +48,7 @@ def measure(command):
     """
     _, *words = shlex.split(command)
     with contextlib.redirect_stdout(sys.stderr):
-        record = pipeline.run(parse(llama.FAMILY, words))
+        record = pipeline.run(parse("llama.py", words))
     *_, figures = record["perplexity"].values()
     if "tasks" in record:
         *_, scores = record["tasks"].values()

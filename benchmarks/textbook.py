@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from mixgpt.common import progress
+from mixgpt.modeling.family import layers_of
 from modelutils import HiddenStates, hooked, linears, on_device
 from quant import Scheme
 
@@ -67,15 +68,15 @@ class Textbook:
 
 
 @torch.no_grad()
-def prune_model(model, family, tokens, device, clock, sparsity=0.0, prunen=0, prunem=0, wbits=16, percdamp=0.01):
+def prune_model(model, tokens, device, clock, sparsity=0.0, prunen=0, prunem=0, wbits=16, percdamp=0.01):
     """Prune every linear of every decoder layer on calibration tokens (N, T)."""
     def add(pruner, X):
         with clock.part("Hessian"):
             pruner.add_batch(X)
 
     with clock.part("forward"):
-        stream = HiddenStates.embed(model, family, tokens, 1, device)
-    for index, layer in enumerate(progress.bar(family.layers_of(model), title="textbook")):
+        stream = HiddenStates.embed(model, tokens, 1, device)
+    for index, layer in enumerate(progress.bar(layers_of(model), title="textbook")):
         with on_device([layer], device):
             pruners = {module: Textbook(module) for module in linears(layer).values()}
             with hooked({module: partial(add, pruner) for module, pruner in pruners.items()}), clock.part("forward"):

@@ -20,10 +20,10 @@ def short_builtin(monkeypatch, tmp_path_factory):
     read_little(monkeypatch)
 
 
-def run(family, *arguments):
-    """Run a family's command line in this process. Returns the exit status."""
+def run(script, *arguments):
+    """Run the command line of a script in this process. Returns the exit status."""
     try:
-        return cli.main(family, [str(argument) for argument in arguments])
+        return cli.main(script, [str(argument) for argument in arguments])
     except SystemExit as stop:  # argparse
         return stop.code
 

@@ -24,11 +24,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import baichuan
-import bloom
 import datautils
-import llama
-import opt
 import results
 from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli, inputs
@@ -38,7 +34,7 @@ from mixgpt.evaluation.measures import measure_weights
 from mixgpt.kernels import columns_cpu
 from mixgpt.kernels.columns import UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
-from mixgpt.modeling.family import GPT_NEOX, family_of
+from mixgpt.modeling.family import layers_of
 from modelutils import hooked, linears
 
 for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -89,52 +85,50 @@ def _bloom():
 
 
 FAMILIES = {
-    "opt": (opt.FAMILY, lambda: _opt(word_embed_proj_dim=32)),
-    "opt-350m": (opt.FAMILY, lambda: _opt(word_embed_proj_dim=16, do_layer_norm_before=False)),
-    "llama": (llama.FAMILY, lambda: _llama("Llama", tie_word_embeddings=True)),
-    "mistral": (llama.FAMILY, lambda: _llama("Mistral", sliding_window=8)),
-    "qwen2": (llama.FAMILY, lambda: _llama("Qwen2", use_sliding_window=True, sliding_window=8,
-                                           max_window_layers=1)),  # the layers have different masks
-    "qwen3": (llama.FAMILY, lambda: _llama("Qwen3")),
-    "bloom": (bloom.FAMILY, _bloom),
+    "opt": lambda: _opt(word_embed_proj_dim=32),
+    "opt-350m": lambda: _opt(word_embed_proj_dim=16, do_layer_norm_before=False),
+    "llama": lambda: _llama("Llama", tie_word_embeddings=True),
+    "mistral": lambda: _llama("Mistral", sliding_window=8),
+    "qwen2": lambda: _llama("Qwen2", use_sliding_window=True, sliding_window=8,
+                            max_window_layers=1),  # the layers have different masks
+    "qwen3": lambda: _llama("Qwen3"),
+    "bloom": _bloom,
 }
 
 for name, kind, options in [
         ("baichuan-7b", BaiChuanForCausalLM, {"max_position_embeddings": 128}),
         ("baichuan-13b", BaichuanForCausalLM, {"model_max_length": 128})]:
-    FAMILIES[name] = baichuan.FAMILY, lambda kind=kind, options=options: kind(BaichuanConfig(
+    FAMILIES[name] = lambda kind=kind, options=options: kind(BaichuanConfig(
         vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
         initializer_range=0.2, **options))
 
 
 OTHERS = {  # stand-ins for the README's commands; modeling/test_decoders.py and test_experts.py have many more
-    "gemma3": (llama.FAMILY, _gemma3),
-    "gemma2": (llama.FAMILY, lambda: _llama("Gemma2", sliding_window=8)),
+    "gemma3": _gemma3,
+    "gemma2": lambda: _llama("Gemma2", sliding_window=8),
     # its layers take inputs that depend on the tokens; the last two the keys and values of the first two
-    "gemma4": (llama.FAMILY, lambda: _llama(
+    "gemma4": lambda: _llama(
         "Gemma4", config="TextConfig", num_hidden_layers=4, global_head_dim=16, sliding_window=8,
         layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
-        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY)),
-    "olmo2": (llama.FAMILY, lambda: _llama("Olmo2")),
-    "gpt2": (bloom.FAMILY, lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY),
+    "olmo2": lambda: _llama("Olmo2"),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1,
-        initializer_range=0.2))),
-    "gpt-neox": (GPT_NEOX, lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**COMMON))),
-    "qwen3-moe": (llama.FAMILY, lambda: _llama("Qwen3Moe", moe_intermediate_size=16, num_experts=4,
-                                               num_experts_per_tok=2)),
+        initializer_range=0.2)),
+    "gpt-neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**COMMON)),
+    "qwen3-moe": lambda: _llama("Qwen3Moe", moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2),
 }
 
 
 def make(name):
-    """Build the tiny random model of a name in FAMILIES or OTHERS. Returns (family, model)."""
+    """Build the tiny random model of a name in FAMILIES or OTHERS."""
     torch.manual_seed(0)
-    family, build = (FAMILIES | OTHERS)[name]
-    return family, build().eval()
+    return (FAMILIES | OTHERS)[name]().eval()
 
 
 @pytest.fixture(params=FAMILIES)
 def tiny(request):
-    """Give (family, model) for every kind of model in turn."""
+    """Give a model of every kind in turn."""
     return make(request.param)
 
 
@@ -176,7 +170,7 @@ def model_folder(tokenizer, once):
 @pytest.fixture(scope="session")
 def checkpoint_folder(model_folder):
     """Return a function that gives the folder of a saved tiny model by its name in FAMILIES."""
-    return lambda name: model_folder(name, lambda: make(name)[1])
+    return lambda name: model_folder(name, lambda: make(name))
 
 
 @pytest.fixture(scope="session")
@@ -235,11 +229,11 @@ def trainable():
 
 @pytest.fixture
 def trained_model(trained):
-    """Give (family, model, test tokens, calibration tokens), the model a fresh copy."""
+    """Give (model, test tokens, calibration tokens), the model a fresh copy."""
     state, test, calibration = trained
     model = trainable()
     model.load_state_dict(state)
-    return llama.FAMILY, model, test, calibration
+    return model, test, calibration
 
 
 def assert_same_weights(folder, other):
@@ -249,9 +243,9 @@ def assert_same_weights(folder, other):
     assert not [key for key, tensor in one.items() if not torch.equal(tensor, two[key])]
 
 
-def modules_of(model, family):
+def modules_of(model):
     """Return {(layer, name): module} of all linears in the layers."""
-    return {(index, name): module for index, layer in enumerate(family.layers_of(model))
+    return {(index, name): module for index, layer in enumerate(layers_of(model))
             for name, module in linears(layer).items()}
 
 
@@ -275,11 +269,10 @@ def saved_tensors(path):
     return {key: tensor for file in Path(path).glob("*.safetensors") for key, tensor in load_file(file).items()}
 
 
-def save(path, model, tokenizer, record, family=None, save_format="dense", grids=None):
+def save(path, model, tokenizer, record, save_format="dense", grids=None):
     """Save a model in memory as a run does at its end."""
-    family = family or family_of(model)
     with RunDir(path, save_format) as folder:
-        folder.open(model, family, {})
+        folder.open(model, {})
         folder.write_record(record)
         folder.write_checkpoint(tokenizer, grids or {})
         folder.close()
@@ -300,7 +293,7 @@ def prune(checkpoint_folder, capsys, monkeypatch, tmp_path_factory):
     def prune(name, *options, model=None, data="builtin", status=0):
         words = [word for option in options for word in str(option).split()]
         capsys.readouterr()
-        assert run((FAMILIES | OTHERS)[name][0], model or checkpoint_folder(name), data, *SMALL, *words) == status
+        assert run("llama.py", model or checkpoint_folder(name), data, *SMALL, *words) == status
         captured = capsys.readouterr()
         return captured.err if status else captured.out
 
@@ -352,7 +345,7 @@ def command(name, arguments, log, prepare=None, given=()):
     read_little(pytest.MonkeyPatch())
     if prepare:
         prepare(*given)
-    main = results.main if name == "results" else partial(cli.main, FAMILIES[name][0])
+    main = results.main if name == "results" else partial(cli.main, "llama.py")
     status = main([str(argument) for argument in arguments])
     sys.stdout.flush()
     sys.exit(status)
@@ -395,6 +388,6 @@ if os.environ.pop("FORK_SERVER", None):  # this is the process that others are f
     load_compiled()
 
 
-def measure_sparsity(model, family):
+def measure_sparsity(model):
     """Count the zeros of every linear of every decoder layer, on the host. Returns a list of `MatrixSparsity`."""
-    return measure_weights(model, family, CPU)[0]
+    return measure_weights(model, CPU)[0]

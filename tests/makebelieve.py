@@ -1,7 +1,7 @@
 """A make-believe GPU: tensors that say they lie on cuda:0, hold a CPU tensor, and refuse what a GPU refuses.
 
     with Gpu(memory=2**30) as gpu:
-        cli.main(family, [..., "--device", "cuda:0"])
+        cli.main(script, [..., "--device", "cuda:0"])
     gpu.synchronisations, gpu.peak
 
 What it refuses: operands on two devices, `numpy()` of what lies on the GPU, and more bytes at a time than it has memory

@@ -31,11 +31,11 @@ ROWS = 9, 2, 1, 38  # of matrices that read one input; one has fewer than there 
 
 def made(name, true_sequential, wbits, more=""):
     """Return traces, weights, outcomes and perplexity of a tiny model, as this process has them."""
-    family, model = make(name)
+    model = make(name)
     mixture = split_experts(model)  # on so few tokens that all experts lack some
     tokens = torch.randint(0, VOCABULARY, (7, 6 if mixture else 24), generator=torch.Generator().manual_seed(1))
-    selected = select(model, family)
-    streamed = StreamedModel(model, family, CPU, 2)
+    selected = select(model)
+    streamed = StreamedModel(model, CPU, 2)
     traces = [hessian_traces(streamed, list(selected), tokens, Sampling(name, estimator.load(), 1))
               for name, estimator in ESTIMATORS.items()]
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
@@ -59,7 +59,7 @@ def made(name, true_sequential, wbits, more=""):
     return {"traces": traces, "state": model.state_dict(), "rows": sum(solved),
             "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
                          for key, outcome in outcomes.items()},
-            "perplexity": [perplexity(model, family, part, 2, CPU) for part in (tokens, tokens[:1])]}
+            "perplexity": [perplexity(model, part, 2, CPU) for part in (tokens, tokens[:1])]}
 
 
 def made_of_all():
@@ -104,8 +104,8 @@ def selected_of_all():
 
 def synthetic_of_all():
     """Return {(whether there is room for the model, number): synthetic sequences}."""
-    family, model = make("llama")
-    streamed, results = StreamedModel(model, family, CPU, 2), {}
+    model = make("llama")
+    streamed, results = StreamedModel(model, CPU, 2), {}
     tokens = torch.randint(0, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(1))
     for room, number in itertools.product([True, False], [1, 3, 7]):
         with mock.patch.object(synthetic, "has_room", lambda _, room=room: room), mock.patch.object(

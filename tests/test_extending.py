@@ -17,7 +17,6 @@ from test_readme import commands
 from transformers import AutoModelForCausalLM, BioGptConfig, BioGptForCausalLM
 
 import datautils
-import opt
 from mixgpt.checkpoints import load
 from mixgpt.common import choices
 from mixgpt.evaluation.measures import perplexity
@@ -39,7 +38,7 @@ def registries():
         for registry in (choices.ALLOCATIONS, choices.ESTIMATORS, choices.FORMATS, choices.GRIDS, choices.SALIENCIES,
                          choices.SOLVERS, DATASETS):
             stack.enter_context(mock.patch.dict(registry))
-        stack.enter_context(mock.patch.object(family, "FAMILIES", [*family.FAMILIES]))
+        stack.enter_context(mock.patch.object(family, "LAYERS", [*family.LAYERS]))
         yield
 
 
@@ -71,8 +70,8 @@ def execute(tmp_path, monkeypatch, checkpoint_folder, biogpt_folder):
     return script
 
 
-def assert_sparsity(folder, family, fraction):
-    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), family)
+def assert_sparsity(folder, fraction):
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder))
     assert counted and all(m.zeros == round(fraction * m.numel) for m in counted)
 
 
@@ -90,8 +89,7 @@ def test_its_command_prunes_to_the_weight_and_calls_the_method_by_name(command, 
     small = SMALL if "--eval" not in arguments else SMALL[:4]  # of their own
     assert python == "python" and execute(name, *arguments, *small, "--device", "cpu", "--save", "saved") == 0
     out = capsys.readouterr().out
-    pruned = opt.FAMILY if name != "biogpt.py" else runpy.run_path(name)["FAMILY"]
-    assert_sparsity("saved", pruned, 0.5)
+    assert_sparsity("saved", 0.5)
     assert re.search(rf"^{re.escape(label)} +\d+\.\d\d$", out, re.MULTILINE)
     assert f"pruning  {label}, 0.5 of the weights" in out and out.startswith(f"command  python {name} ")
     assert label in json.loads((tmp_path / "saved" / "mixgpt.json").read_text())["perplexity"]
@@ -117,9 +115,9 @@ def removed_and_inputs(dense):
     """Yield of each linear of the first layer its name, zeros in `saved`, dense weights and norms of its inputs."""
     model, pruned = AutoModelForCausalLM.from_pretrained(dense), AutoModelForCausalLM.from_pretrained("saved")
     tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, load.load_tokenizer(dense))
-    modules = linears(opt.FAMILY.layers_of(model)[0])
+    modules = linears(family.layers_of(model)[0])
     for name, X in inputs_of(model, modules, tokens).items():
-        zeros = linears(opt.FAMILY.layers_of(pruned)[0])[name].weight == 0
+        zeros = linears(family.layers_of(pruned)[0])[name].weight == 0
         yield name, zeros, modules[name].weight.detach(), X.norm(dim=0)
 
 
@@ -168,29 +166,29 @@ def test_the_solver_is_wanda(amount, width, execute, checkpoint_folder):
 
 
 @pytest.fixture
-def biogpt(execute, biogpt_folder, tmp_path):
-    """Give (family, model) of the page's family."""
+def biogpt(execute, biogpt_folder):
+    """Give a model of the page's family."""
     assert execute("biogpt.py", "--help") == 0
-    return runpy.run_path(str(tmp_path / "biogpt.py"))["FAMILY"], BioGptForCausalLM.from_pretrained(biogpt_folder)
+    return BioGptForCausalLM.from_pretrained(biogpt_folder)
 
 
 def test_the_family_has_the_perplexity_of_the_whole_model(biogpt, tokens):
-    family, model = biogpt
+    model = biogpt
     with torch.no_grad():
         loss = model(tokens, labels=tokens).loss.item()
-    assert perplexity(model, family, tokens, 2, CPU) == pytest.approx(math.exp(loss), rel=1e-5)
+    assert perplexity(model, tokens, 2, CPU) == pytest.approx(math.exp(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [
     "--prunen 2 --prunem 4", "--preset best --alpha 0", "--wbits 4 --save-format sparse"])
 def test_it_is_pruned_by_every_recipe_and_comes_back_as_it_was_saved(options, biogpt, execute, capsys):
-    family, model = biogpt
+    model = biogpt
     sparsity = [] if "prunem" in options else ["--sparsity", ".5"]
     assert execute("biogpt.py", "microsoft/biogpt", "builtin", *sparsity, *options.split(), *SMALL, "--save",
                    "saved") == 0
     assert "saved in saved, loaded again and found equal" in capsys.readouterr().out
     config = load.read_config("saved")
-    counted = measure_sparsity(load.open_model("saved", config, family, "auto"), family)
+    counted = measure_sparsity(load.open_model("saved", config, "auto"))
     if "sparse" not in options:  # a head of another name would be made anew
         assert torch.equal(AutoModelForCausalLM.from_pretrained("saved").get_output_embeddings().weight,
                            model.get_output_embeddings().weight)
@@ -208,13 +206,13 @@ def test_an_allocation_is_followed_and_named(checkpoint_folder, tmp_path, capsys
         "one sparser, the next denser", alternate, title="in turns",
         refuses=lambda settings: "fractions only" if settings.prunem else "")
     arguments = [checkpoint_folder("opt"), "builtin", "--sparsity-way", "turns", "--prune-only", "out_proj", *SMALL]
-    assert run(opt.FAMILY, *arguments, "--sparsity", ".5", "--save", tmp_path / "saved") == 0
+    assert run("opt.py", *arguments, "--sparsity", ".5", "--save", tmp_path / "saved") == 0
     out = capsys.readouterr().out
     assert "plan     in turns: matrices from 40.00% to 60.00%" in out
     assert "pruning  SparseGPT (in turns), 0.5 of the weights over 3 matrices, alpha 0.1" in out
-    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), opt.FAMILY)
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
     assert [m.zeros for m in counted if m.name == "self_attn.out_proj"] == [round(f * 1024) for f in (0.6, 0.4, 0.6)]
-    assert run(opt.FAMILY, *arguments, "--prunen", "2", "--prunem", "4") == 2
+    assert run("opt.py", *arguments, "--prunen", "2", "--prunem", "4") == 2
     assert "--sparsity-way turns: fractions only" in capsys.readouterr().err
-    assert run(opt.FAMILY, *arguments) == 2
+    assert run("opt.py", *arguments) == 2
     assert "--sparsity-way turns: needs --sparsity" in capsys.readouterr().err

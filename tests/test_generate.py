@@ -9,7 +9,6 @@ from commands import run as prune
 from conftest import make, save
 
 import generate
-import llama
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import position_limit
 from mixgpt.evaluation import generation
@@ -29,14 +28,14 @@ def by_hand(model, tokenizer, prompt, count):
 
 
 def test_greedy_text_is_that_of_full_forwards(tiny, tokenizer):
-    _, model = tiny
+    model = tiny
     found = generation.complete(model, tokenizer, "import a module", max_new_tokens=12)
     assert found.text == by_hand(model, tokenizer, "import a module", 12)
     assert 0 < found.tokens <= 12 and found.seconds > 0
 
 
 def test_draws_depend_on_the_seed_only_and_leave_the_global_one(tokenizer):
-    _, model = make("llama")
+    model = make("llama")
     state = torch.get_rng_state()
     texts = [generation.complete(model, tokenizer, "import", 12, 5.0, seed).text for seed in (1, 2, 1)]
     assert texts[0] == texts[2] != texts[1]
@@ -46,7 +45,7 @@ def test_draws_depend_on_the_seed_only_and_leave_the_global_one(tokenizer):
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning(tokenizer):
-    _, model = make("opt")
+    model = make("opt")
     limit = position_limit(model.config)
     ids = tokenizer("one two three four " * 60, return_tensors="pt").input_ids[:, -(limit - 1):]
     with torch.no_grad():
@@ -73,9 +72,9 @@ def test_texts_stand_beside_each_other_in_the_width(width):
 def saved(tmp_path_factory, tokenizer):
     """Return {format: folder} of a pruned and quantized model, and "dense" the model before."""
     root = tmp_path_factory.mktemp("saved")
-    save(root / "dense", make("llama")[1], tokenizer, {})
+    save(root / "dense", make("llama"), tokenizer, {})
     for kind in ("sparse", "compressed-tensors"):
-        assert prune(llama.FAMILY, root / "dense", "builtin", *SMALL, "--eval", "--gmp", "--sparsity", ".5", "--wbits",
+        assert prune("llama.py", root / "dense", "builtin", *SMALL, "--eval", "--gmp", "--sparsity", ".5", "--wbits",
                      4, "--sym", "--save", root / kind, "--save-format", kind) == 0
     return root
 

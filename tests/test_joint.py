@@ -83,8 +83,8 @@ def test_columns_in_order_of_activations_are_put_back(prunem, groupsize, dtype):
 @pytest.mark.parametrize("scheme", [Scheme(2, 32), Scheme(3), Scheme(3, 32, sym=True), Scheme(4), Scheme(4, sym=True),
                                     Scheme(4, 32, mse=True), Scheme(8)])
 def test_gptq_is_never_worse_than_rounding_on_real_activations(scheme, act_order, trained_model):
-    (family, model, _, calibration), ratios = trained_model, []
-    for key, X in inputs_of(model, modules := modules_of(model, family), calibration).items():
+    (model, _, calibration), ratios = trained_model, []
+    for key, X in inputs_of(model, modules := modules_of(model), calibration).items():
         W, hessian = modules[key].weight.detach(), InputHessian(X.shape[-1], len(calibration), "cpu")
         hessian.add_batch(X)
         hessian.factor(PERCDAMP, activation_order(hessian.H.diagonal()) if act_order else None)

@@ -7,6 +7,7 @@ from conftest import CPU, make
 
 import modelutils
 from mixgpt.common.errors import InputError
+from mixgpt.modeling.family import layers_of
 from modelutils import HiddenStates, linears, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -19,9 +20,9 @@ BLOOM = [["self_attention.query_key_value"], ["self_attention.dense"], ["mlp.den
     "opt": OPT, "opt-350m": OPT, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "bloom": BLOOM,
 }.items())
 def test_linears_that_read_the_same_tensor_are_found_in_running_order(name, expected, tokens):
-    family, model = make(name)
-    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
-    found = [shared_inputs(layer, index, stream) for index, layer in enumerate(family.layers_of(model))]
+    model = make(name)
+    stream = HiddenStates.embed(model, tokens, 2, CPU)
+    found = [shared_inputs(layer, index, stream) for index, layer in enumerate(layers_of(model))]
     assert found == 3 * [expected]
 
 
@@ -46,24 +47,24 @@ def test_a_tensor_changed_in_place_is_another_input():
 
 
 def test_hidden_states_advance_layer_by_layer_as_in_the_model(tiny, tokens):
-    family, model = tiny
+    model = tiny
     with torch.no_grad():
         expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
-    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
+    stream = HiddenStates.embed(model, tokens, 2, CPU)
     assert torch.allclose(stream.hidden, expected[0], atol=1e-5)
-    for index, layer in enumerate(list(family.layers_of(model))[:-1]):
+    for index, layer in enumerate(list(layers_of(model))[:-1]):
         stream.advance(layer, index)
         assert torch.allclose(stream.hidden, expected[index + 1], atol=1e-4)
 
 
 def test_layers_take_the_arguments_of_the_sequences_that_they_run_on_in_any_order(tokens):
-    family, model = make("gemma4")
-    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
+    model = make("gemma4")
+    stream = HiddenStates.embed(model, tokens, 2, CPU)
     rows = torch.tensor([3, 1])
     with torch.no_grad():
         expected = model(tokens[rows], output_hidden_states=True, use_cache=False).hidden_states
     hidden = stream.hidden[rows]
-    for index, layer in enumerate(family.layers_of(model)):
+    for index, layer in enumerate(layers_of(model)):
         assert index == 0 or torch.equal(hidden[..., :stream.channels], expected[index])
         hidden = stream.call(layer, index, hidden, rows)
     assert stream.arguments[2][0][0][0].values.shape == (5, 24, 8)
@@ -72,12 +73,12 @@ def test_layers_take_the_arguments_of_the_sequences_that_they_run_on_in_any_orde
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_states_lie_on_disk_where_memory_is_short_and_are_the_same(dtype, tokens, monkeypatch):
-    family, model = make("llama")
+    model = make("llama")
     model.to(dtype)
 
     def last():
-        stream = HiddenStates.embed(model, family, tokens, 2, CPU)
-        for index, layer in enumerate(family.layers_of(model)):
+        stream = HiddenStates.embed(model, tokens, 2, CPU)
+        for index, layer in enumerate(layers_of(model)):
             stream.advance(layer, index)
         return stream.hidden
 

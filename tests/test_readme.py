@@ -132,8 +132,8 @@ def run_script(name, *arguments):
     assert path in SCRIPTS, name
     script = importlib.import_module(path.stem)
     try:
-        if hasattr(script, "FAMILY"):
-            return cli.main(script.FAMILY, [*arguments, *(SMALL[:-2] if "--data-dir" in arguments else SMALL)])
+        if script.main is cli.main:
+            return cli.main(name, [*arguments, *(SMALL[:-2] if "--data-dir" in arguments else SMALL)])
         return script.main([*arguments, *LESS.get(name, ())])
     except SystemExit as stop:  # argparse
         return stop.code

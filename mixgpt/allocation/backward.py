@@ -46,7 +46,7 @@ class Chunk:
 
     def __init__(self, streamed, matrices, tokens, place, bar):
         model = streamed.model
-        self.model, self.family, self.layers = model, streamed.family, streamed.layers
+        self.model, self.layers = model, streamed.layers
         self.tokens, self.matrices, self.device, self.place, self.bar = tokens, matrices, streamed.device, place, bar
         self.dtype = working_dtype(model)
         self.stream = streamed.embed(tokens)
@@ -80,7 +80,7 @@ class Chunk:
 
     def head(self):
         """Within the block, give a function from hidden states (n, C) after the last layer to logits."""
-        return self.stream.head(self.model, self.family, self.dtype)
+        return self.stream.head(self.model, self.dtype)
 
     def matrices_of(self, layer, index):
         """Return {column of the result: linear} for a layer's matrices."""

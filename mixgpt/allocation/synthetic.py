@@ -61,7 +61,7 @@ def generated(streamed, tokens, uniform, first=None):
     parts = [torch.cat([rows[:, start:start + width] for start in starts]) for rows in (tokens, uniform)]
     begin(parts[0], first)
     head = streamed.model.get_output_embeddings()  # of hidden states with gaps it would multiply each by its own copy
-    with whole(streamed.model, streamed.family, streamed.device), hooked({head: torch.Tensor.contiguous}):
+    with whole(streamed.model, streamed.device), hooked({head: torch.Tensor.contiguous}):
         room = memory.free(streamed.device) // _window_bytes(streamed, width)
         size = max(min(room, AT_A_TIME * streamed.batch_size), 1)
         batches = list(zip(*(part.split(size) for part in parts), strict=True))
@@ -113,9 +113,9 @@ def resampled(streamed, tokens, uniform):
     the layers serves all of them. The first token stays. uniform: (n, T), decides on the token drawn at each place.
     """
     stream = streamed.embed(tokens)
-    run_layers(streamed.model, streamed.family, [stream], streamed.device, "resampling")
+    run_layers(streamed.model, [stream], streamed.device, "resampling")
     new = tokens.clone()
-    with stream.head(streamed.model, streamed.family) as head:
+    with stream.head(streamed.model) as head:
         for rows in stream.batches():
             hidden = stream.hidden[rows, :-1].to(streamed.device).flatten(0, 1)
             thresholds = uniform[rows, 1:].flatten().to(streamed.device)

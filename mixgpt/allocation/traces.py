@@ -14,6 +14,7 @@ from mixgpt.allocation.backward import Chunk, chunk_size
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder, check_outputs, write_output
+from mixgpt.modeling.family import layers_of
 from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import linears
 
@@ -89,9 +90,9 @@ class Traces:
                 f"--nprobes{others}")
 
 
-def matrices_of(model, family):
+def matrices_of(model):
     """Return {(layer, name): (out, in)} of all linears of all decoder layers. The model may be on meta."""
-    return {(index, name): tuple(module.weight.shape) for index, layer in enumerate(family.layers_of(model))
+    return {(index, name): tuple(module.weight.shape) for index, layer in enumerate(layers_of(model))
             for name, module in linears(layer).items()}
 
 
@@ -158,7 +159,7 @@ def load_or_compute(streamed, tokens, sampling, path=None):
     An interrupted computation is resumed from its file. path: file to use (default: one in the cache, named by
     `key_of`); it may come from other tokens, seed or probes, but raises InputError if it comes from other weights.
     """
-    estimator, shapes = sampling.estimator, matrices_of(streamed.model, streamed.family)
+    estimator, shapes = sampling.estimator, matrices_of(streamed.model)
     key = key_of(streamed.model, tokens, sampling)
     digits = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     target = Path(path or cache_folder() / f"traces-{digits}.json")

@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,10 +46,10 @@ class Parser(argparse.ArgumentParser):
         print(self.format_help(), end="", file=file)
 
 
-def parse(family, argv=None):
-    """Parse the command line of a family script. Returns `Settings`. Raises InputError."""
+def parse(script, argv=None):
+    """Parse the command line of a script. Returns `Settings`. Raises InputError."""
     parser = Parser(
-        prog=family.script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, description="Prune and quantize a language model in one shot and report its perplexity.\n"
                                         "Without --sparsity, --prunen/--prunem or --wbits: the perplexity of the dense "
                                         "model.")
@@ -75,15 +74,14 @@ def parse(family, argv=None):
     return Settings(**vars(parser.parse_args(argv)))
 
 
-def main(family, argv=None):
-    """Run a family's command line. Returns the exit status, see `reported`.
+def main(script, argv=None):
+    """Run the command line of a script. Returns the exit status, see `reported`.
 
-    argv: its arguments (default: sys.argv, including the script's name).
+    script: its path. argv: its arguments (default: those of this process).
     """
-    if argv is None:
-        family, argv = replace(family, script=Path(sys.argv[0]).name), sys.argv[1:]
-    with reported(family.script, argv, REMEDY) as end, contextlib.ExitStack() as stack:
-        settings = parse(family, argv)
+    script, argv = Path(script).name, sys.argv[1:] if argv is None else argv
+    with reported(script, argv, REMEDY) as end, contextlib.ExitStack() as stack:
+        settings = parse(script, argv)
         settings.check_paths()
         end.advice = RESUME if settings.save else ""
         if program.rank():  # only the first process prints
@@ -92,7 +90,7 @@ def main(family, argv=None):
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         from mixgpt.app import pipeline  # slow import
 
-        pipeline.run(settings, shlex.join(["python", family.script, *argv]))
+        pipeline.run(settings, shlex.join(["python", script, *argv]))
     return end.status
 
 

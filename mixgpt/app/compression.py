@@ -27,7 +27,7 @@ def compress(run, plan):
         run.record["settings"] |= {"batch_size": used.batch_size,
                                    "true_sequential": settings.true_sequential and not (
                                        settings.calibrates and used.two_passes)}
-    matrices, others = measure_weights(run.model, run.family, run.device)
+    matrices, others = measure_weights(run.model, run.device)
     run.record |= report.of_matrices(matrices, others, outcomes, plan.targets, plan.traces)
     return outcomes, matrices, others
 

@@ -14,7 +14,6 @@ from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import Clock, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck
-from mixgpt.modeling.family import Family, family_of
 from mixgpt.modeling.streaming import digest
 from mixgpt.pruning.targets import Target, select
 from modelutils import allocate, place_for
@@ -25,7 +24,6 @@ class Inputs:
     """The checked inputs of a run; those from `calibration` on are empty until `read_texts`."""
 
     settings: Settings  # with what "auto" in --bos stands for
-    family: Family
     device: torch.device
     clock: Clock
     config: Any  # of transformers
@@ -58,18 +56,17 @@ def check(settings, device, clock, model=None, tokenizer=None):
     settings.check_paths()  # again, for callers that are not the command line
     config = model.config if model else load.read_config(settings.model)
     skeleton = load.skeleton(config)
-    family = family_of(skeleton)
-    load.check_layers(settings.model, skeleton, family, settings.save_format)
-    selected = select(skeleton, family, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
+    load.check_layers(settings.model, skeleton, settings.save_format)
+    selected = select(skeleton, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
         "--prunem": settings.prunem, "--groupsize": settings.groupsize}) if settings.compresses else {}
-    widening = selfcheck.check(settings.model, family, skeleton,
+    widening = selfcheck.check(settings.model, skeleton,
                                {name for _, name in selected} if settings.calibrates else ())
-    inputs = Inputs(settings, family, device, clock, config, choose_seqlen(settings.seqlen, config), tokenizer,
+    inputs = Inputs(settings, device, clock, config, choose_seqlen(settings.seqlen, config), tokenizer,
                     selected, model)
     if settings.needs_calibration:
         _check_sequences(inputs, widening)
     if settings.sensitivity_file:
-        traces.read(settings.sensitivity_file, traces.matrices_of(skeleton, family), settings.sensitivity)
+        traces.read(settings.sensitivity_file, traces.matrices_of(skeleton), settings.sensitivity)
     tokenizer = tokenizer or load.load_tokenizer(settings.model)
     settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer))
     return replace(inputs, settings=settings, tokenizer=tokenizer)
@@ -133,5 +130,5 @@ def read_texts(inputs, texts=None):
     chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
     tasks.check(chosen, inputs.tokenizer, load.size(load.skeleton(inputs.config), inputs.dtype), inputs.device)
     return replace(inputs, score_tasks=lambda model, batch_size: tasks.score(
-        chosen, model, inputs.family, inputs.tokenizer, settings.limit, batch_size * inputs.seqlen, inputs.device,
+        chosen, model, inputs.tokenizer, settings.limit, batch_size * inputs.seqlen, inputs.device,
         settings.bos))

@@ -20,6 +20,7 @@ from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.common.runtime import Clock, choose_device, peak_memory
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.measures import logits, measure_weights, perplexity
+from mixgpt.modeling.family import path_of
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
 
@@ -57,7 +58,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
             evaluate(current, settings.method)
         if settings.semi_structured and "semi_structured" not in current.record:
             current.record["semi_structured"] = _with_less_memory(current, lambda size: semistructured.compare(
-                current.model, current.family, current.tests, size, device))
+                current.model, current.tests, size, device))
         return _report(current)
 
 
@@ -80,7 +81,7 @@ def evaluate(current, method):
     """Add perplexities and task scores of the model as it is now to the record. method: "dense" or its name."""
     with current.clock.part("evaluation"):
         current.record.setdefault("perplexity", {})[method] = _with_less_memory(current, lambda size: {
-            name: perplexity(current.model, current.family, tokens, size, current.device, name)
+            name: perplexity(current.model, tokens, size, current.device, name)
             for name, tokens in current.tests.items()})
     if current.score_tasks:
         with current.clock.part("tasks"):
@@ -102,12 +103,12 @@ def _save(current, plan, outcomes, matrices, others):
     probe = texts[0][:1, :PROBE] if texts else torch.arange(PROBE)[None] % current.config.vocab_size
     with current.clock.part("save"):
         folder.write_record(current.record)
-        folder.write_checkpoint(current.tokenizer, {current.family.path(*key): outcome.grid
+        folder.write_checkpoint(current.tokenizer, {path_of(current.model, *key): outcome.grid
                                                     for key, outcome in outcomes.items() if outcome.grid})
-        saved = load.open_model(path, load.read_config(path), current.family, "auto")
-        if measure_weights(saved, current.family, current.device) != (matrices, others):
+        saved = load.open_model(path, load.read_config(path), "auto")
+        if measure_weights(saved, current.device) != (matrices, others):
             raise VerificationError(f"--save {path}: the zeros of the saved weights differ from those in memory")
-        of_saved, in_memory = (logits(model, current.family, probe, 1, current.device)
+        of_saved, in_memory = (logits(model, probe, 1, current.device)
                                for model in (saved, current.model))
         if not torch.allclose(of_saved, in_memory, rtol=0, atol=0, equal_nan=True):
             raise VerificationError(f"--save {path}: the logits of the saved model differ from those in memory")

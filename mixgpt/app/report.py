@@ -24,6 +24,7 @@ from mixgpt.common.program import check_signature, signature
 from mixgpt.common.progress import table
 from mixgpt.evaluation.measures import total_sparsity
 from mixgpt.modeling.experts import kind_of
+from mixgpt.modeling.family import layers_of, path_of
 from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome
 
@@ -105,7 +106,7 @@ def disk(run, plan):
     """Count the plan's matrices' bytes on disk, against bfloat16; theory counts only the kept weights' bits."""
     sizes = {key: out * columns for key, (out, columns) in run.selected.items()}
     kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
-    nbytes = stored_bytes(run.settings.save, {f"{run.family.path(*key)}.weight": sizes[key] for key in plan},
+    nbytes = stored_bytes(run.settings.save, {f"{path_of(run.model, *key)}.weight": sizes[key] for key in plan},
                           run.model.dtype.itemsize)
     numel = sum(sizes.values())
     return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
@@ -124,7 +125,7 @@ def heading(run, command=None, whole=None):
             f"seed {settings.seed}, batches of {settings.batch_size}"] if run.calibration is not None else []
     lines = {"command": [command],
              "versions": [f"{name} {version}" for name, version in run.record["versions"].items()],
-             "model": [f"{settings.model}: {type(model).__name__}, {len(run.family.layers_of(model))} layers, "
+             "model": [f"{settings.model}: {type(model).__name__}, {len(layers_of(model))} layers, "
                        f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {run.device}",
                        f"the text part of a {whole}" if whole else "",
                        f"{processes} processes" if processes > 1 else ""],

@@ -17,6 +17,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.common.memory import MemoryPlan
 from mixgpt.evaluation import semistructured
 from mixgpt.kernels import columns
+from mixgpt.modeling.family import layers_of
 from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning import calibration, distill
 from modelutils import StreamedModel
@@ -44,7 +45,7 @@ class Run(Inputs):
 
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""
-        return StreamedModel(self.model, self.family, self.device, plan.batch_size, self.clock, plan.on_host)
+        return StreamedModel(self.model, self.device, plan.batch_size, self.clock, plan.on_host)
 
     def kept(self, name, make):
         """Return make(), or what an interrupted run has kept of it; see `RunDir.kept`."""
@@ -69,14 +70,14 @@ def opened(inputs, files, command=None):
     with contextlib.ExitStack() as stack, inputs.clock.part("load"):
         model = inputs.model
         if model is None:
-            model = load.open_model(inputs.settings.model, inputs.config, inputs.family, inputs.dtype)
+            model = load.open_model(inputs.settings.model, inputs.config, inputs.dtype)
         record = report.facts(inputs, model.dtype)
         if files:
             record["identity"] = report.identity(inputs, model)
-            files.open(model, inputs.family, record["identity"])
+            files.open(model, record["identity"])
         elif inputs.selected and disk_weights(model):  # pruned layers go to disk, like the dense ones
             files = stack.enter_context(_temporary_files(stack, inputs, model))
-            files.open(model, inputs.family)
+            files.open(model)
         run = Run(**vars(inputs) | {"model": model}, files=files, record=record)
         run.log(report.heading(run, command, load.multimodal(inputs.settings.model) if inputs.model is None else None))
         with inputs.clock.part("W&B"):
@@ -89,7 +90,7 @@ def opened(inputs, files, command=None):
 
 def _temporary_files(stack, inputs, model):
     """Return LayerFiles in a temporary folder. Raises InputError if none has room for the pruned layers."""
-    nbytes = sum(tensor.nbytes for layer in inputs.family.layers_of(model) for tensor in layer.state_dict().values())
+    nbytes = sum(tensor.nbytes for layer in layers_of(model) for tensor in layer.state_dict().values())
     nbytes *= 2 if inputs.settings.distill else 1
     path = None
     if distributed.rank() == 0:

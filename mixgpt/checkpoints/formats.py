@@ -20,6 +20,7 @@ from mixgpt.common.choices import SPARSE
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import layout_of
+from mixgpt.modeling.family import layers_of, path_of
 from mixgpt.modeling.streaming import disk_weights
 from modelutils import linears
 
@@ -31,7 +32,7 @@ MARKS = {  # in config.json; without mixgpt, transformers refuses and shows the 
     "quantization_config": {"quant_method": METHOD}, "transformers_weights": "none until you `import mixgpt`"}
 
 
-def save_dense(folder, model, family=None, grids=None):
+def save_dense(folder, model, grids=None):
     """Write a model as `save_pretrained` does, one file in memory at a time; an index, if any, comes last."""
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
@@ -76,7 +77,7 @@ def _tensor_of(names, state, model=None):
     return tensor
 
 
-def save_compressed_tensors(folder, model, family, grids):
+def save_compressed_tensors(folder, model, grids):
     """Save a pack-quantized checkpoint for `from_pretrained` and vLLM, with the matrices of `grids` packed.
 
     grids: {name of a linear: quant.Grid}, all of one symmetric scheme, with contiguous column groups.
@@ -110,15 +111,15 @@ def save_compressed_tensors(folder, model, family, grids):
         del model.config.quantization_config
 
 
-def save_sparse(folder, model, family, grids):
+def save_sparse(folder, model, grids):
     """Save every linear of the decoder layers in the encoding of `packing`, for `load_sparse`.
 
     grids: {name of a linear: quant.Grid} of quantized linears. Raises ValueError if weights are not on their grid.
     """
     state, matrices = model.state_dict(), {}
-    for index, layer in enumerate(family.layers_of(model)):
+    for index, layer in enumerate(layers_of(model)):
         for name in linears(layer):
-            path = family.path(index, name)
+            path = path_of(model, index, name)
             parts, matrices[f"{path}.weight"] = encode(state.pop(f"{path}.weight"), grids.get(path))
             state |= {f"{path}.weight.{part}": tensor for part, tensor in parts.items()}
     model.save_pretrained(folder, state_dict=state, variant=SPARSE_VARIANT, max_shard_size=NO_LIMIT)

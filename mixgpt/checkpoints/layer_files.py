@@ -20,6 +20,7 @@ from mixgpt.common.choices import GRIDS
 from mixgpt.common.errors import InputError, one_line
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
+from mixgpt.modeling.family import layers_of, layers_path
 from mixgpt.modeling.streaming import TensorLocation, disk_weights
 from mixgpt.pruning.targets import Outcome
 from quant import Grid
@@ -41,9 +42,9 @@ class LayerFiles(contextlib.AbstractContextManager):
     def __exit__(self, *error):
         self.thread.shutdown()
 
-    def open(self, model, family):
+    def open(self, model):
         """Take the layers of a dense model."""
-        self.model, self.family, self.layers = model, family, family.layers_of(model)
+        self.model, self.layers, self.layers_path = model, layers_of(model), layers_path(model)
         self.dense = [(weights := disk_weights(layer)) and weights.locations for layer in self.layers]
 
     def resume_from(self, count):
@@ -79,7 +80,7 @@ class LayerFiles(contextlib.AbstractContextManager):
 
     def load_layer(self, index):
         """Let the model have a finished layer: on disk, or in memory if its weights are there."""
-        layer, prefix, file = self.layers[index], f"{self.family.layers}.{index}.", str(self._file(index))
+        layer, prefix, file = self.layers[index], f"{self.layers_path}.{index}.", str(self._file(index))
         locations = {name: TensorLocation(file, prefix + name) for name in layer.state_dict()}
         if disk_weights(layer):
             self._locate(index, locations)
@@ -89,7 +90,7 @@ class LayerFiles(contextlib.AbstractContextManager):
     def _locate(self, index, locations):
         """Let a layer on disk read its tensors from {name: TensorLocation}."""
         disk_weights(self.layers[index]).locations = locations
-        disk_weights(self.model).locations |= {f"{self.family.layers}.{index}.{name}": location
+        disk_weights(self.model).locations |= {f"{self.layers_path}.{index}.{name}": location
                                                for name, location in locations.items()}
 
     def save_layer(self, index, layer, outcomes, kind="layer"):
@@ -99,7 +100,7 @@ class LayerFiles(contextlib.AbstractContextManager):
         """
         self.flush()
         if self.writes:
-            weights = {f"{self.family.layers}.{index}.{name}": tensor.to("cpu")
+            weights = {f"{self.layers_path}.{index}.{name}": tensor.to("cpu")
                        for name, tensor in layer.state_dict().items()}
             self.writing = self.thread.submit(self._write_layer, self._file(index, kind), weights, outcomes)
         if kind == "layer" and disk_weights(layer):

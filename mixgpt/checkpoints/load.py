@@ -29,6 +29,7 @@ from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, layout_of, use_linears
+from mixgpt.modeling.family import layers_of
 from mixgpt.text.sets import hub_reachable, unlogged
 from modelutils import linears
 
@@ -167,9 +168,9 @@ def multimodal(model):
         return _config_of(*_source(model))[1]
 
 
-def check_layers(model, skeleton, family, save_format="dense"):
+def check_layers(model, skeleton, save_format="dense"):
     """Raise InputError if layers hold no linears, or some that other layers use, or tensors of three dimensions."""
-    this, layers, owners = f"of this {type(skeleton).__name__}", family.layers_of(skeleton), {}
+    this, layers, owners = f"of this {type(skeleton).__name__}", layers_of(skeleton), {}
     if not FORMATS[save_format].holds_experts and (any(map(is_split, skeleton.modules())) or any(
             part for _, part in layout_of(skeleton).values())):
         raise InputError(f"--save-format {save_format}: does not support mixtures of experts, or matrices stored "
@@ -264,7 +265,7 @@ def from_pretrained(model, name, dtype, kind=AutoModelForCausalLM, **arguments):
     return loaded
 
 
-def open_model(model, config, family, dtype):
+def open_model(model, config, dtype):
     """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it.
 
     Raises InputError if weights are missing or do not match the configuration; NaN or inf on disk shows when a layer is
@@ -277,7 +278,7 @@ def open_model(model, config, family, dtype):
         stored = streaming.stored_tensors(name, **arguments)
         kinds = (streaming.FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in streaming.FLOATS)
         opened = skeleton(config, config.dtype or next(kinds, torch.float32) if dtype == "auto" else dtype)
-        if not streaming.attach_disk_weights(opened, family, stored):
+        if not streaming.attach_disk_weights(opened, stored):
             return load_model(model, dtype)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
             opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)

@@ -77,7 +77,7 @@ class RunDir(LayerFiles):
                     self.path.rmdir()
             self.lock.close()
 
-    def open(self, model, family, identity):
+    def open(self, model, identity):
         """Start a run, or go on with the one interrupted here. identity: what both must share, {flag: value}."""
         identity = {"version of this program": __version__} | identity
         if self.writes and is_interrupted_run(self.path):
@@ -93,7 +93,7 @@ class RunDir(LayerFiles):
             self.run = signature() | {"identity": identity}
             self.write_json(self.folder / "run.json", self.run)
         self.run = distributed.broadcast_object(self.run)
-        super().open(model, family)
+        super().open(model)
         if isinstance(self.run.get("distilled"), dict):  # not a reason why there is no distilled model
             self.take_distilled()
 
@@ -153,7 +153,7 @@ class RunDir(LayerFiles):
             with self.writing_errors("the model"):
                 save_format = FORMATS[self.save_format]
                 model = self.model if save_format.streams else formats.in_memory(self.model)
-                save_format.load()(self.path, model, self.family, grids)
+                save_format.load()(self.path, model, grids)
         distributed.barrier()  # all read it
 
     def close(self):

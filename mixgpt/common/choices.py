@@ -66,7 +66,7 @@ class Registry(dict):
 
 @dataclass(frozen=True)
 class SaveFormat(Choice):
-    """A save format. Its code writes it: a function of (folder, model, family, {name of a linear: quant.Grid})."""
+    """A save format. Its code writes it: a function of (folder, model, {name of a linear: quant.Grid})."""
 
     streams: bool = False  # whether it writes models whose weights are on disk; else they are loaded
     holds_experts: bool = False  # whether it has the layouts of mixtures of experts and of GPT-2

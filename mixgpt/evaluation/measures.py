@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from mixgpt.common import distributed
+from mixgpt.modeling.family import layers_of
 from mixgpt.modeling.streaming import prefetch
 from modelutils import SLICE, HiddenStates, linears, on_device, other_weights, run_layers
 
 
 @torch.no_grad()
-def perplexity(model, family, tokens, batch_size, device, title="perplexity", step=HiddenStates.advance):
+def perplexity(model, tokens, batch_size, device, title="perplexity", step=HiddenStates.advance):
     """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence independently.
 
     T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ. Logits in the model's dtype,
@@ -20,9 +21,9 @@ def perplexity(model, family, tokens, batch_size, device, title="perplexity", st
     N, T = tokens.shape
     mine, total = tokens[distributed.share(N)], 0.0
     if len(mine):
-        stream = HiddenStates.embed(model, family, mine, batch_size, device)
-        run_layers(model, family, [stream], device, title, step)
-        with stream.head(model, family) as head:
+        stream = HiddenStates.embed(model, mine, batch_size, device)
+        run_layers(model, [stream], device, title, step)
+        with stream.head(model) as head:
             for rows in stream.batches():
                 hidden = stream.hidden[rows, :-1].to(device).flatten(0, 1)  # (B·(T−1), C)
                 targets = mine[rows, 1:].to(device).flatten()
@@ -33,11 +34,11 @@ def perplexity(model, family, tokens, batch_size, device, title="perplexity", st
 
 
 @torch.no_grad()
-def logits(model, family, tokens, batch_size, device):
+def logits(model, tokens, batch_size, device):
     """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
-    stream = HiddenStates.embed(model, family, tokens, batch_size, device)
-    run_layers(model, family, [stream], device, "logits")
-    with stream.head(model, family) as head:
+    stream = HiddenStates.embed(model, tokens, batch_size, device)
+    run_layers(model, [stream], device, "logits")
+    with stream.head(model) as head:
         return torch.cat([head(hidden.to(device)).to("cpu") for hidden in stream.hidden.flatten(0, 1).split(SLICE)]
                          ).unflatten(0, tokens.shape)
 
@@ -56,9 +57,9 @@ class MatrixSparsity:
         return math.prod(self.shape)
 
 
-def measure_weights(model, family, device):
+def measure_weights(model, device):
     """Count the zeros of the decoder layers on a device. Returns the lists of `count_zeros` of all layers."""
-    layers, matrices, others = family.layers_of(model), [], []
+    layers, matrices, others = layers_of(model), [], []
     for index, layer in enumerate(layers):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)

@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling.experts import use_linears
+from mixgpt.modeling.family import layers_of
 from modelutils import HiddenStates, linears, shared_inputs, with_layers
 
 # Of a small copy: at most so many layers, and limits of settings of its configuration.
@@ -18,7 +19,7 @@ TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to
 
 
 @torch.no_grad()
-def check(name, family, skeleton, calibrated=()):
+def check(name, skeleton, calibrated=()):
     """Raise InputError if a model's logits differ when its layers run one at a time.
 
     name: of the model, for the message. skeleton: the model on meta. calibrated: names of linears whose inputs must be
@@ -27,7 +28,7 @@ def check(name, family, skeleton, calibrated=()):
     the bytes that a sequence takes between two layers, with what layers leave for later ones, in units of its hidden
     states alone.
     """
-    kind, layers, unseen = type(skeleton).__name__, family.layers_of(skeleton), set()
+    kind, layers, unseen = type(skeleton).__name__, layers_of(skeleton), set()
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"
     with reading(refusal):
         try:
@@ -35,12 +36,12 @@ def check(name, family, skeleton, calibrated=()):
         except Exception:  # sizes that depend on each other in a way of their own
             model, tokens, expected = _run_whole(small(skeleton.config, layers, narrow=False))
         use_linears(model)
-        streams = [HiddenStates.embed(model, family, tokens, size, tokens.device) for size in (2, 1)]
-        for index, layer in enumerate(family.layers_of(model)):
+        streams = [HiddenStates.embed(model, tokens, size, tokens.device) for size in (2, 1)]
+        for index, layer in enumerate(layers_of(model)):
             unseen |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))
             for stream in streams:
                 stream.advance(layer, index)
-        with streams[0].head(model, family) as head:
+        with streams[0].head(model) as head:
             differences = [head(stream.hidden.flatten(0, 1)).view_as(expected) - expected for stream in streams]
         difference = torch.stack(differences).abs().max() / expected.std()
     if not difference <= TOLERANCE:

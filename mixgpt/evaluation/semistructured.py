@@ -57,7 +57,7 @@ def compressed(layer):
             module.weight = weight
 
 
-def compare(model, family, tests, batch_size, device):
+def compare(model, tests, batch_size, device):
     """Measure a model's layers with both kinds of kernels on the same inputs. tests: {test set: tokens (N, T)}.
 
     Returns seconds of the forward passes, the number of compressed matrices, the largest relative difference of a
@@ -81,7 +81,7 @@ def compare(model, family, tests, batch_size, device):
         counts.append(count)
         differences.append(((sparse - dense).norm() / dense.norm()).item())
 
-    perplexities = {name: perplexity(model, family, tokens, batch_size, device, f"2:4 {name}", step)
+    perplexities = {name: perplexity(model, tokens, batch_size, device, f"2:4 {name}", step)
                     for name, tokens in tests.items()}
     if not any(counts):
         return {"skipped": f"no matrix has at most 2 of 4 weights, and sizes that {ROWS} and {COLUMNS} divide"}

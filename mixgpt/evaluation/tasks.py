@@ -105,14 +105,14 @@ def check(chosen, tokenizer, nbytes, device):
             raise InputError(f"--tasks {name}: computes the likelihood of an empty text")
 
 
-def score(chosen, model, family, tokenizer, limit, tokens, device, bos=None):
+def score(chosen, model, tokenizer, limit, tokens, device, bos=None):
     """Score a model on the tasks from `load`.
 
     tokens: number per batch. bos: as `token_ids` takes it. Returns {task or group: {metric: value, metric_stderr:
     value, "examples": count, "num_fewshot": count, "version": lm-eval's}}; a metric behind a filter is "metric
     (filter)", and values unknown to lm-eval are left out. Prints a warning if texts were truncated.
     """
-    lm, scores = StreamedLM(model, family, tokenizer, tokens, device, bos), {}
+    lm, scores = StreamedLM(model, tokenizer, tokens, device, bos), {}
     with _silent():
         results = _run(lm, chosen, limit, BOOTSTRAP)
     if lm.cut:
@@ -138,9 +138,9 @@ class StreamedLM(TemplateLM):
     Texts are divided among the processes; every process gets all answers.
     """
 
-    def __init__(self, model, family, tokenizer, tokens, device, bos=None):
+    def __init__(self, model, tokenizer, tokens, device, bos=None):
         super().__init__()
-        self.model, self.family, self.tokenizer = model, family, tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.tokens, self.where = tokens, device
         self.bos, self.first = bos, first_token(tokenizer, bos)
         self.max_length = position_limit(model.config) or DEFAULT_SEQLEN
@@ -177,7 +177,7 @@ class StreamedLM(TemplateLM):
         """Return the completions by the model, entirely on its device; one text at a time."""
         mine = range(distributed.rank(), len(requests), distributed.world())
         texts = {}
-        with whole(self.model, self.family, self.where):
+        with whole(self.model, self.where):
             for number in progress.bar(mine, title="tasks", unit="text", leave=False):
                 context, options = requests[number].args
                 until, most = options.get("until") or [], options.get("max_gen_toks", 256)
@@ -223,12 +223,12 @@ class StreamedLM(TemplateLM):
         """
         batches = [(T, list(sequences)) for T, sequences in itertools.groupby(group, self._padded)]
         # causal attention: padding at the end does not affect the tokens before it
-        streams = [HiddenStates.embed(self.model, self.family,
+        streams = [HiddenStates.embed(self.model,
                                       torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in sequences]),
                                       max(1, self.tokens // T), self.where) for T, sequences in batches]
-        run_layers(self.model, self.family, streams, self.where, "tasks")
+        run_layers(self.model, streams, self.where, "tasks")
         answers = {}
-        with streams[0].head(self.model, self.family) as head:
+        with streams[0].head(self.model) as head:
             for stream, (_, sequences) in zip(streams, batches, strict=True):
                 for row, tokens in zip(stream.hidden, sequences, strict=True):
                     for number, targets in runs[tokens]:

@@ -18,6 +18,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import replacing
 from mixgpt.modeling.experts import ExpertSlice, layout_of
+from mixgpt.modeling.family import layers_of, layers_path, rest_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -137,7 +138,7 @@ def stored_tensors(name, **arguments):
     return stored
 
 
-def attach_disk_weights(model, family, stored):
+def attach_disk_weights(model, stored):
     """Make a model on meta read its weights from files, {key: StoredTensor}. Returns whether these hold all, unchanged.
 
     Keys may lack or add the base model prefix, as `from_pretrained` allows, or be those of a model whose text part this
@@ -160,8 +161,8 @@ def attach_disk_weights(model, family, stored):
         if own and not torch.equal(*read({0: own, 1: locations[name]}, model.dtype).values()):
             return False
     model.requires_grad_(False)
-    layers = {f"{family.layers}.{index}": layer for index, layer in enumerate(family.layers_of(model))}
-    for path, module in (layers | family.rest_of(model)).items():
+    layers = {f"{layers_path(model)}.{index}": layer for index, layer in enumerate(layers_of(model))}
+    for path, module in (layers | rest_of(model)).items():
         module.disk_weights = DiskWeights({name.removeprefix(f"{path}."): location for name, location in
                                            locations.items() if name.startswith(f"{path}.")}, model.dtype)
     model.disk_weights = DiskWeights(locations, model.dtype)

@@ -38,7 +38,7 @@ def with_token_budget(streamed, tokens, T):
 def dense_states(streamed, tokens):
     """Return the last hidden states, (n, T, C) on the host, of this process's share of tokens (N, T)."""
     stream = streamed.embed(tokens[distributed.share(len(tokens))])
-    run_layers(streamed.model, streamed.family, [stream], streamed.device, "dense model")
+    run_layers(streamed.model, [stream], streamed.device, "dense model")
     return stream.hidden[..., :stream.channels].to("cpu")
 
 
@@ -89,9 +89,9 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None):
             with memory.shared_fate():
                 stack.enter_context(on_device(layers, device))
                 weights = stack.enter_context(_trained(layers, chosen))
-                stream = HiddenStates.embed(model, streamed.family, tokens[mine.start:mine.stop],
+                stream = HiddenStates.embed(model, tokens[mine.start:mine.stop],
                                       min(streamed.batch_size, size), device, on_host=streamed.on_host)
-                head = stack.enter_context(stream.head(model, streamed.family))
+                head = stack.enter_context(stream.head(model))
                 grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
                 states = [_Scales(weight, grids[weight]) if weight in grids else _Weight(weight) for weight in weights]
             mean = _train(stream, layers, head, states, steps, dense)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mixgpt.common.errors import InputError
+from mixgpt.modeling.family import layers_of
 from modelutils import linears
 from quant import Grid
 
@@ -25,14 +26,14 @@ class Outcome:
     grid: Grid | None = None  # if quantized
 
 
-def select(model, family, minlayer=0, maxlayer=1000, prune_only="", invert=False, widths=None):
+def select(model, minlayer=0, maxlayer=1000, prune_only="", invert=False, widths=None):
     """Return the shapes of the matrices to change, {(layer, name): (out, in)}, in model order.
 
     These are in layers minlayer ≤ index < maxlayer and have prune_only in their names; with invert, all others. widths:
     {flag: columns of a group}; positive ones must divide the columns of each matrix. The model may be on meta.
     Raises InputError if nothing is selected, or a width does not divide the columns.
     """
-    selected, layers = {}, family.layers_of(model)
+    selected, layers = {}, layers_of(model)
     for index, layer in enumerate(layers):
         for name, module in linears(layer).items():
             if (minlayer <= index < maxlayer and prune_only in name) == invert:

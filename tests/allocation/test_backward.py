@@ -7,7 +7,6 @@ import torch
 from conftest import CPU, make
 from makebelieve import CUDA, Gpu
 
-import llama
 from mixgpt.allocation import backward
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import global_plan
@@ -35,13 +34,13 @@ def measurements(streamed, selected, tokens):
     ("opt-350m", torch.float32, "host"),  # its linears read the layer's input itself
     ("llama", torch.float16, "disk"), ("bloom", torch.bfloat16, "device")])
 def test_a_gpu_measures_what_a_cpu_does_wherever_hidden_states_are(name, dtype, place, tokens, monkeypatch):
-    family, model = make(name)
+    model = make(name)
     model.to(dtype).set_attn_implementation("eager")  # C++ makes the mask of others on what it takes for the device
-    selected, tokens = select(model, family), tokens[:3, :6]
-    wanted = measurements(StreamedModel(model, family, CPU, 2), selected, tokens)
+    selected, tokens = select(model), tokens[:3, :6]
+    wanted = measurements(StreamedModel(model, CPU, 2), selected, tokens)
     monkeypatch.setattr(backward, "place_for", lambda *_: place)
     with Gpu():
-        found = measurements(StreamedModel(model, family, CUDA, 2), selected, tokens)
+        found = measurements(StreamedModel(model, CUDA, 2), selected, tokens)
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours - theirs).norm() < (0.1 if dtype == torch.bfloat16 else 1e-4) * theirs.norm()
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
@@ -72,10 +71,10 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
     folder = str(checkpoint_folder("llama"))
     config = load.read_config(folder)
     config._attn_implementation = "eager"
-    model = load.open_model(folder, config, llama.FAMILY, "auto")
-    selected, layers, tokens = select(model, llama.FAMILY), 3, tokens[:2, :6]
+    model = load.open_model(folder, config, "auto")
+    selected, layers, tokens = select(model), 3, tokens[:2, :6]
     with Gpu() as gpu:
-        streamed = StreamedModel(model, llama.FAMILY, CUDA, 1)
+        streamed = StreamedModel(model, CUDA, 1)
         if what == "gradients":
             output_gradients(streamed, list(selected), tokens, 3)
         elif what == "plan":
@@ -96,8 +95,8 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
 
 
 def test_weights_require_gradients_again_where_memory_ran_out(tokens, monkeypatch):
-    family, model = make("llama")
+    model = make("llama")
     monkeypatch.setattr(backward.Chunk, "read", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
     with pytest.raises(torch.OutOfMemoryError):
-        output_gradients(StreamedModel(model, family, CPU, 2), list(select(model, family)), tokens, 3)
+        output_gradients(StreamedModel(model, CPU, 2), list(select(model)), tokens, 3)
     assert all(weight.requires_grad for weight in model.parameters())

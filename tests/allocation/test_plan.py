@@ -104,9 +104,9 @@ def test_no_common_shift_of_the_real_plan_comes_closer_to_the_budget(units, p, a
 WAYS = ["layer-level", "weight-level"]
 
 
-def random_sensitivity(model, family, seed=0):
+def random_sensitivity(model, seed=0):
     """Return a sensitivity for every linear of the model."""
-    keys = list(select(model, family))
+    keys = list(select(model))
     values = torch.randn(len(keys), generator=torch.Generator().manual_seed(seed)).tolist()
     return dict(zip(keys, values, strict=True))
 
@@ -116,8 +116,8 @@ def random_sensitivity(model, family, seed=0):
                                        {"minlayer": 1, "prune_only": "fc", "invert": True}])
 def test_selected_matrices_are_ranked_on_their_own_budget_and_meet_it_to_the_weight(selection, way):
     """By layer: the sum over the matrices of a layer, which get one sparsity."""
-    family, model = make("opt")
-    sensitivity, selected = random_sensitivity(model, family), select(model, family, **selection)
+    model = make("opt")
+    sensitivity, selected = random_sensitivity(model), select(model, **selection)
     plan = make_plan(selected, Target(0.4), way, sensitivity, 0.15)
     unit_of = {key: key[0] if way == "layer-level" else key for key in selected}
     sums, sizes = dict.fromkeys(unit_of.values(), 0), dict.fromkeys(unit_of.values(), 0)
@@ -133,9 +133,9 @@ def test_selected_matrices_are_ranked_on_their_own_budget_and_meet_it_to_the_wei
 
 
 def test_n_of_m_gives_every_matrix_a_whole_n_of_the_same_m_by_its_rank():
-    family, model = make("opt")
-    selected = select(model, family, prune_only="self_attn")  # 12 matrices of one size
-    sensitivity = random_sensitivity(model, family)
+    model = make("opt")
+    selected = select(model, prune_only="self_attn")  # 12 matrices of one size
+    sensitivity = random_sensitivity(model)
     plan = make_plan(selected, Target(0.5, 2, 4), "weight-level", sensitivity, 0.3)
     n = rounded([4 * s for s in by_the_paper([sensitivity[key] for key in selected], 0.5, 0.3)], 0, 4)
     assert plan == {key: Target(k / 4, k, 4) for key, k in zip(selected, n, strict=True)}

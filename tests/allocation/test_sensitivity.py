@@ -6,7 +6,6 @@ from conftest import CPU, FAMILIES, make, modules_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import OPTConfig, OPTForCausalLM
 
-import opt
 from mixgpt.allocation import backward, fisher, hutchinson
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.common.choices import ESTIMATORS
@@ -17,7 +16,7 @@ from modelutils import StreamedModel, hooked
 
 @pytest.fixture(params=[*FAMILIES, "gemma4"])
 def tiny(request):
-    """Give (family, model) for every kind of model in turn."""
+    """Give a model of every kind in turn."""
     return make(request.param)
 
 
@@ -34,23 +33,23 @@ def loss_of(model, sequence, labels=None):
                                              sequence[1:] if labels is None else labels)
 
 
-def weights_of(model, family):
-    return [module.weight for module in modules_of(model, family).values()]
+def weights_of(model):
+    return [module.weight for module in modules_of(model).values()]
 
 
-def traces(model, family, tokens, estimator, batch_size=2, matrices=None, known=None, save=None, **options):
+def traces(model, tokens, estimator, batch_size=2, matrices=None, known=None, save=None, **options):
     """Return the samples of the traces of all matrices, or of some."""
-    matrices = matrices or list(modules_of(model, family))
+    matrices = matrices or list(modules_of(model))
     sampling = Sampling(estimator, ESTIMATORS[estimator].load(), **{"seed": 3} | options)
-    return hessian_traces(StreamedModel(model, family, CPU, batch_size), matrices, tokens, sampling, known, save)
+    return hessian_traces(StreamedModel(model, CPU, batch_size), matrices, tokens, sampling, known, save)
 
 
-def whole_model_products(model, family, tokens):
+def whole_model_products(model, tokens):
     """zᵀ H z of every block by double backward through the whole model, with the probes of the streamed pass."""
-    weights, rows = weights_of(model, family), []
+    weights, rows = weights_of(model), []
     for n, sequence in enumerate(tokens):
         Z = [hutchinson.signs(W.shape, seeded(3, n, 0, *matrix), W.dtype)
-             for W, matrix in zip(weights, modules_of(model, family), strict=True)]
+             for W, matrix in zip(weights, modules_of(model), strict=True)]
         with sdpa_kernel(SDPBackend.MATH):
             gradients = torch.autograd.grad(loss_of(model, sequence), weights, create_graph=True)
             product = sum((G * z).sum() for G, z in zip(gradients, Z, strict=True))
@@ -61,22 +60,22 @@ def whole_model_products(model, family, tokens):
 
 @pytest.mark.parametrize("name", [*FAMILIES, "gemma4", "qwen3-moe"])
 def test_streamed_products_are_those_of_double_backward_through_the_whole_model(name, tokens, all_float64):
-    family, model = make(name)
+    model = make(name)
     experts, model, tokens = split_experts(model), model.double(), tokens[:3, :10]
-    expected = whole_model_products(model, family, tokens)
+    expected = whole_model_products(model, tokens)
     off = 1e-6 * expected.abs().max() if experts else 1e-10  # the router's softmax is in float32
-    assert (traces(model, family, tokens, "hutchinson") - expected).abs().max() < off
+    assert (traces(model, tokens, "hutchinson") - expected).abs().max() < off
     assert experts or expected.abs().min() > 1e-6
 
 
 @torch.no_grad()
 def test_gradients_at_experts_count_tokens_that_go_elsewhere_as_zero(tokens, all_float64):
-    family, model = make("qwen3-moe")
+    model = make("qwen3-moe")
     split_experts(model)
-    model, matrices = model.double(), list(modules_of(model, family))
-    one, five = (traces(model, family, tokens, "fisher", size) for size in (1, 5))
+    model, matrices = model.double(), list(modules_of(model))
+    one, five = (traces(model, tokens, "fisher", size) for size in (1, 5))
     assert torch.allclose(one, five, rtol=1e-8)
-    one, five = (fisher.output_gradients(StreamedModel(model, family, CPU, size), matrices, tokens, 3)
+    one, five = (fisher.output_gradients(StreamedModel(model, CPU, size), matrices, tokens, 3)
                  for size in (1, 5))
     for matrix in matrices:
         assert torch.allclose(one.rows[matrix], five.rows[matrix], rtol=1e-4)
@@ -87,27 +86,27 @@ def test_gradients_at_experts_count_tokens_that_go_elsewhere_as_zero(tokens, all
 
 @pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
 def test_batches_and_chunks_change_nothing(tokens, estimator, all_float64, monkeypatch):
-    family, model = make("bloom")
+    model = make("bloom")
     model.double()
-    whole = traces(model, family, tokens, estimator, batch_size=5)
+    whole = traces(model, tokens, estimator, batch_size=5)
     monkeypatch.setattr(backward, "SAVED_AFTER", 0)
     monkeypatch.setattr(fisher, "CPU_SLICE", 7)
     monkeypatch.setattr(hutchinson, "SLICE", 7)
     saved = []
-    parts = traces(model, family, tokens, estimator, save=saved.append)
+    parts = traces(model, tokens, estimator, save=saved.append)
     assert torch.allclose(parts, whole, rtol=1e-9)
     assert [len(rows) for rows in saved] == [2, 4, 5]
-    resumed = traces(model, family, tokens, estimator, known=saved[0])
+    resumed = traces(model, tokens, estimator, known=saved[0])
     assert torch.equal(resumed, parts)
 
 
 @pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
 def test_the_seed_decides_and_no_weight_or_gradient_changes(tokens, estimator):
-    family, model = make("opt")
+    model = make("opt")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    first, again = (traces(model, family, tokens, estimator) for _ in range(2))
+    first, again = (traces(model, tokens, estimator) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, traces(model, family, tokens, estimator, seed=4))
+    assert not torch.equal(first, traces(model, tokens, estimator, seed=4))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
@@ -127,7 +126,7 @@ def test_the_mean_over_all_sign_vectors_is_the_exact_trace(minute, name, all_flo
     monkeypatch.setattr(hutchinson, "seeded", lambda *key, device: key)
     monkeypatch.setattr(hutchinson, "signs", lambda shape, key, dtype: torch.tensor(
         [1 - 2 * (key[1] >> bit & 1) for bit in range(12)], dtype=dtype).view(shape))
-    samples = traces(minute, opt.FAMILY, sequence.expand(4096, -1), "hutchinson", 512, [(0, name)])
+    samples = traces(minute, sequence.expand(4096, -1), "hutchinson", 512, [(0, name)])
 
     module = getattr(minute.model.decoder.layers[0], name)
 
@@ -151,12 +150,12 @@ def sampled_labels(model, sequence, generator):
 
 
 def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, tokens, all_float64):
-    family, model = tiny
+    model = tiny
     model, tokens = model.double(), tokens[:3, :10]
-    samples = traces(model, family, tokens, "fisher")
+    samples = traces(model, tokens, "fisher")
     for n, sequence in enumerate(tokens):
         labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"))
-        gradients = torch.autograd.grad(loss_of(model, sequence, labels), weights_of(model, family))
+        gradients = torch.autograd.grad(loss_of(model, sequence, labels), weights_of(model))
         expected = torch.stack([9 * G.square().sum() for G in gradients])  # 9 tokens are predicted
         assert torch.allclose(samples[n], expected, rtol=1e-9)
 
@@ -164,12 +163,12 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, token
 def test_output_gradients_are_squares_at_labels_of_the_model_by_row_and_token(tiny, tokens, all_float64, monkeypatch):
     monkeypatch.setattr(backward.memory, "free", lambda _: 0)  # as many chunks as batches, on disk
     monkeypatch.setattr(fisher, "TOKEN_CLIP", 1.2)
-    family, model = tiny
+    model = tiny
     model, tokens, cut = model.double(), tokens[:3, :10], 0
-    matrices = list(modules_of(model, family))
-    found = fisher.output_gradients(StreamedModel(model, family, CPU, 2), matrices, tokens, 3)
+    matrices = list(modules_of(model))
+    found = fisher.output_gradients(StreamedModel(model, CPU, 2), matrices, tokens, 3)
     expected, energies, outputs = {key: 0 for key in matrices}, {key: [] for key in matrices}, {}
-    keep = {module: lambda Y, key=key: outputs.update({key: Y}) for key, module in modules_of(model, family).items()}
+    keep = {module: lambda Y, key=key: outputs.update({key: Y}) for key, module in modules_of(model).items()}
     for n, sequence in enumerate(tokens):
         labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"))
         with hooked(keep, outputs=True):
@@ -214,10 +213,10 @@ def exact_gauss_newton_trace(model, key, W, sequence):
 
 def test_fisher_is_the_exact_gauss_newton_trace_within_its_standard_error(minute, all_float64):
     sequence = torch.randint(0, 11, (6,))
-    matrices = list(modules_of(minute, opt.FAMILY))
-    samples = traces(minute, opt.FAMILY, sequence.expand(4000, -1), "fisher", batch_size=500)
+    matrices = list(modules_of(minute))
+    samples = traces(minute, sequence.expand(4000, -1), "fisher", batch_size=500)
     error = samples.std(dim=0) / len(samples) ** 0.5
-    for (_, name), W, mean, se in zip(matrices, weights_of(minute, opt.FAMILY), samples.mean(dim=0), error,
+    for (_, name), W, mean, se in zip(matrices, weights_of(minute), samples.mean(dim=0), error,
                                       strict=True):
         exact = exact_gauss_newton_trace(minute, f"model.decoder.layers.0.{name}.weight", W, sequence)
         assert abs(mean.item() - exact) < 4 * se.item(), name

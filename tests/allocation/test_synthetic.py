@@ -14,10 +14,10 @@ from modelutils import StreamedModel
 @pytest.fixture(scope="module", params=["opt", "baichuan-13b", "gemma2", "qwen3-moe"])
 def model(request):
     """A model whose predictions differ from token to token."""
-    family, model = make(request.param)
+    model = make(request.param)
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_(std=0.5)
-    return family, model
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,8 @@ def check_draws(model, contexts, found, uniform, ends=()):
 
 def test_windows_go_on_from_their_prefixes_as_the_model_predicts(model, tokens, small):
     """From its own tokens: the whole forward on what was generated gives the probabilities of each draw."""
-    family, model = model
     uniform = torch.rand(3, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = module.generated(StreamedModel(model, family, CPU, 2), tokens, uniform)
+    found = module.generated(StreamedModel(model, CPU, 2), tokens, uniform)
     for start, end in ((0, 4), (4, 7), (7, 11)):  # the last window overlaps the second, and stays whole
         window = slice(start, end)
         assert torch.equal(found[:, start:start + 2], tokens[:, start:start + 2])
@@ -65,9 +64,8 @@ def test_windows_go_on_from_their_prefixes_as_the_model_predicts(model, tokens, 
 
 
 def test_without_room_frequencies_are_the_predictions_from_the_original_tokens(model, tokens, no_room):
-    family, model = model
     copies, tokens = 2000, tokens[:, :5]
-    found, how = synthetic(StreamedModel(model, family, CPU, 2000), tokens, copies * len(tokens), 0)
+    found, how = synthetic(StreamedModel(model, CPU, 2000), tokens, copies * len(tokens), 0)
     found = found.view(copies, *tokens.shape)
     assert how == RESAMPLED and torch.equal(found[:, :, 0], tokens[:, 0].expand(copies, -1))
     with torch.no_grad():
@@ -80,29 +78,28 @@ def test_without_room_frequencies_are_the_predictions_from_the_original_tokens(m
 
 @pytest.mark.parametrize("room", [True, False])
 def test_draws_depend_on_the_seed_but_not_on_batches(model, tokens, room, small, monkeypatch):
-    family, model = model
     monkeypatch.setattr(module, "has_room", lambda streamed: room)
-    first, how = synthetic(StreamedModel(model, family, CPU, 2), tokens, 5, 0)
+    first, how = synthetic(StreamedModel(model, CPU, 2), tokens, 5, 0)
     assert how == (GENERATED if room else RESAMPLED)
     assert first.dtype == tokens.dtype and first.shape == (5, 11)
     assert not torch.equal(first[:2], first[3:])  # others from the same
     assert torch.equal(first[:2, :2], first[3:, :2]) or not room
     monkeypatch.setattr(module, "AT_A_TIME", 1)
-    again, other = (synthetic(StreamedModel(model, family, CPU, 3), tokens, 5, seed)[0] for seed in (0, 1))
+    again, other = (synthetic(StreamedModel(model, CPU, 3), tokens, 5, seed)[0] for seed in (0, 1))
     assert (first == again).double().mean() > 0.9 > (first == other).double().mean()
 
 
 def test_a_model_is_resampled_that_has_no_room_beside_a_window_of_text(monkeypatch):
-    family, model = make("llama")
+    model = make("llama")
     tokens = torch.randint(VOCABULARY, (1, module.WINDOW))
-    streamed = StreamedModel(model, family, CUDA, 1, clock=object())
+    streamed = StreamedModel(model, CUDA, 1, clock=object())
     with Gpu() as gpu:
         module.generated(streamed, tokens, torch.rand(tokens.shape, dtype=torch.float64))
     weights = sum(weight.nbytes for weight in model.parameters())
     for device, needed in ((CUDA, gpu.peak), (CPU, gpu.peak - weights)):  # on the host they are there
         for free, expected in ((0.95 * needed, False), (10 * needed, True)):
             monkeypatch.setattr(memory, "free", lambda device, free=free: free)
-            assert module.has_room(StreamedModel(model, family, device, 1, clock=object())) == expected
+            assert module.has_room(StreamedModel(model, device, 1, clock=object())) == expected
             if device == CPU:
-                how = synthetic(StreamedModel(model, family, CPU, 1), tokens, 1, 0)[1]
+                how = synthetic(StreamedModel(model, CPU, 1), tokens, 1, 0)[1]
                 assert how == (GENERATED if expected else RESAMPLED)

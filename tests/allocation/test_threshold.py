@@ -11,21 +11,21 @@ from modelutils import StreamedModel
 
 @pytest.fixture(params=["llama", "opt"])
 def statistics(request, tokens):
-    family, model = make(request.param)
-    selected = select(model, family)
+    model = make(request.param)
+    selected = select(model)
     generator = torch.Generator().manual_seed(0)
     gradients = {key: torch.rand(out, generator=generator) for key, (out, _) in selected.items()}
-    return family, model, selected, gradients
+    return model, selected, gradients
 
 
-def diagonals_of(model, family, selected, tokens, batch_size=2):
-    return inverse_diagonals(StreamedModel(model, family, CPU, batch_size), list(selected), tokens, 0.01)
+def diagonals_of(model, selected, tokens, batch_size=2):
+    return inverse_diagonals(StreamedModel(model, CPU, batch_size), list(selected), tokens, 0.01)
 
 
 def test_inverse_diagonals_are_those_of_the_dense_models_inputs(statistics, tokens):
-    family, model, selected, _ = statistics
-    diagonals = diagonals_of(model, family, selected, tokens)
-    for key, X in inputs_of(model, modules_of(model, family), tokens).items():
+    model, selected, _ = statistics
+    diagonals = diagonals_of(model, selected, tokens)
+    for key, X in inputs_of(model, modules_of(model), tokens).items():
         H = 2 / len(X) * X.double().T @ X.double()
         H.diagonal().add_(0.01 * H.diagonal().mean())
         torch.testing.assert_close(diagonals[key].double(), H.inverse().diagonal(), rtol=1e-3, atol=0)
@@ -33,11 +33,11 @@ def test_inverse_diagonals_are_those_of_the_dense_models_inputs(statistics, toke
 
 @pytest.mark.parametrize("sparsity", [0.31, 0.5, 0.7])
 def test_one_threshold_removes_the_least_scores_of_all(statistics, tokens, sparsity):
-    family, model, selected, gradients = statistics
-    diagonals = diagonals_of(model, family, selected, tokens)
-    plan = global_plan(StreamedModel(model, family, CPU, 2), selected, gradients, diagonals, sparsity, 1.0)
+    model, selected, gradients = statistics
+    diagonals = diagonals_of(model, selected, tokens)
+    plan = global_plan(StreamedModel(model, CPU, 2), selected, gradients, diagonals, sparsity, 1.0)
     scores = {key: module.weight.detach() ** 2 * gradients[key][:, None] / diagonals[key]
-              for key, module in modules_of(model, family).items()}
+              for key, module in modules_of(model).items()}
     total = sum(map(torch.numel, scores.values()))
     threshold = torch.cat([s.flatten() for s in scores.values()]).sort().values[round(sparsity * total) - 1]
     counts = {key: round(plan[key].sparsity * s.numel()) for key, s in scores.items()}

@@ -20,9 +20,9 @@ def path(tmp_path):
 
 
 def obtain(name, tokens, path, estimator="fisher", batch_size=2, **changes):
-    family, model = make(name)
+    model = make(name)
     sampling = traces.Sampling(estimator, ESTIMATORS[estimator].load(), **changes)
-    return traces.load_or_compute(StreamedModel(model, family, CPU, batch_size), tokens, sampling, path)
+    return traces.load_or_compute(StreamedModel(model, CPU, batch_size), tokens, sampling, path)
 
 
 def test_a_file_is_written_and_read_instead_of_computed(tokens, path, monkeypatch):
@@ -47,10 +47,10 @@ def test_by_default_the_file_depends_on_all_that_the_traces_depend_on(tokens, tm
 
 
 def test_traces_that_are_not_finite_are_refused_and_not_kept(tokens, path):
-    family, model = make("opt")
+    model = make("opt")
     model.model.decoder.layers[1].fc1.bias.data[0] = float("inf")
     with pytest.raises(InputError, match="layer 0 self_attn.k_proj: its trace is NaN or inf"):
-        traces.load_or_compute(StreamedModel(model, family, CPU, 2), tokens, FISHER, path)
+        traces.load_or_compute(StreamedModel(model, CPU, 2), tokens, FISHER, path)
     assert not path.exists()
 
 

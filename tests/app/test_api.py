@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mixgpt
 from datautils import calibration_samples, load_rows
 from mixgpt.common.errors import InputError
-from mixgpt.modeling.family import LLAMA
 
 OPTIONS = {"sparsity": 0.5, "nsamples": 4, "seqlen": 32, "eval": ["builtin"], "device": "cpu"}
 
@@ -27,7 +26,7 @@ OPTIONS = {"sparsity": 0.5, "nsamples": 4, "seqlen": 32, "eval": ["builtin"], "d
 def by_command_line(checkpoint_folder, tmp_path):
     """Return a function that gives the tensors and the record of a run of the command line on a model."""
     def by_command_line(name):
-        assert run(LLAMA, checkpoint_folder(name), "builtin", "--sparsity", ".5", *SMALL, "--save",
+        assert run("llama.py", checkpoint_folder(name), "builtin", "--sparsity", ".5", *SMALL, "--save",
                    tmp_path / "saved") == 0
         return saved_tensors(tmp_path / "saved"), json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
 

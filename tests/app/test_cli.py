@@ -11,7 +11,6 @@ from conftest import ROOT
 from mixgpt.app.cli import parse
 from mixgpt.app.settings import Settings
 from mixgpt.kernels import columns
-from mixgpt.modeling.family import LLAMA, OPT
 
 CHECK = """
 import runpy, sys
@@ -48,7 +47,7 @@ def test_the_published_spellings_of_flags_are_the_same_flags():
                  "--wandb_project", "p", "--data_dir", "d"]
     hyphens = ["--sparsity-way", "layer-level", "--sensitivity-file=a_b.json", "--prune-only", "fc_1", "--log-wandb",
                "--wandb-project", "p", "--data-dir", "d"]
-    old, new = (parse(OPT, ["opt", "builtin", "--sparsity", ".5", *flags]) for flags in (published, hyphens))
+    old, new = (parse("opt.py", ["opt", "builtin", "--sparsity", ".5", *flags]) for flags in (published, hyphens))
     assert old == new == Settings("opt", "builtin", sparsity=0.5, sparsity_way="layer-level", prune_only="fc_1",
                                   sensitivity_file="a_b.json", log_wandb=True, wandb_project="p", data_dir="d")
 
@@ -64,5 +63,5 @@ def test_ten_frames_lead_from_main_to_the_line_that_zeroes(options, checkpoint_f
         return columns.walk_columns(*args)
 
     monkeypatch.setattr(columns, "fastest", lambda W, grid: walk)
-    assert run(LLAMA, checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, *options) == 0
+    assert run("llama.py", checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, *options) == 0
     assert frames and all(len(names) + 1 <= 10 for names in frames), frames[0]

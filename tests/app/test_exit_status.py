@@ -13,14 +13,13 @@ from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import ROOT, command
 
 import generate
-import llama
 import results
 from mixgpt.app import cli, pipeline
 from mixgpt.common.errors import InputError, Terminated
 from mixgpt.pruning.hessian import InputHessian
 
 COMMANDS = {
-    "llama.py": (lambda argv: run(llama.FAMILY, *argv), (pipeline, "run"), ["somebody/model", "builtin"]),
+    "llama.py": (lambda argv: run("llama.py", *argv), (pipeline, "run"), ["somebody/model", "builtin"]),
     "generate.py": (generate.main, (generate, "print_completions"), ["model", "Hello"]),
     "results.py": (results.main, (results, "files_of"), ["record.json"]),
 }
@@ -133,10 +132,10 @@ def test_signals_act_as_before_after_a_run_and_an_ignored_one_stays_ignored(monk
     monkeypatch.setattr(pipeline, "run", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert run(llama.FAMILY, "somebody/model", "builtin") == 0
+        assert run("llama.py", "somebody/model", "builtin") == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert run(llama.FAMILY, "somebody/model", "builtin") == 143
+        assert run("llama.py", "somebody/model", "builtin") == 143
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -149,5 +148,5 @@ def test_a_later_process_names_itself_and_leaves_signals_alone(monkeypatch, caps
     assert capsys.readouterr().err == "llama.py: error: words (process 1)\n"
     handlers = []
     monkeypatch.setattr(pipeline, "run", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
-    assert run(llama.FAMILY, "somebody/model", "builtin") == 0
+    assert run("llama.py", "somebody/model", "builtin") == 0
     assert handlers == [signal.SIG_DFL], "it would hang in one that waits for the first process"

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, read_little
+from conftest import VOCABULARY, read_little
 from faults import FAULTS, SMALL, config_changed, remote, weights_changed
 
 import datautils
@@ -15,9 +15,9 @@ import generate
 from mixgpt.app import cli
 
 
-def run(family, command, **places):
-    """Run the command line of a family, or generate.py, here. Returns the exit status."""
-    main = generate.main if family == "generate" else partial(cli.main, FAMILIES[family][0])
+def run(script, command, **places):
+    """Run a command line here. Returns the exit status."""
+    main = generate.main if script == "generate" else partial(cli.main, f"{script}.py")
     return main([word.format(**places) for word in command.split()])
 
 
@@ -63,9 +63,9 @@ def model(checkpoint_folder, tmp_path):
     return shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
 
 
-def record_of(tmp_path, command, family="llama"):
+def record_of(tmp_path, command, script="llama"):
     """Run a command line that saves, and return its record."""
-    assert run(family, command, root=tmp_path) == 0
+    assert run(script, command, root=tmp_path) == 0
     return json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
 
 

@@ -32,7 +32,7 @@ def folder(tmp_path_factory, tokenizer):
 
     def path_of(name):
         if not (root / name).exists():
-            _, model = make(name)
+            model = make(name)
             if name.startswith("gemma"):
                 train(model, ids)
             model.save_pretrained(root / name)
@@ -98,9 +98,9 @@ def sequences(monkeypatch):
     read, embed, go_on = [], HiddenStates.embed.__func__, GenerationMixin.generate
     monkeypatch.setattr(selfcheck, "check", lambda *_: 1.0)
 
-    def embedded(cls, model, family, tokens, *args, **options):
+    def embedded(cls, model, tokens, *args, **options):
         read.append(tokens.clone())
-        return embed(cls, model, family, tokens, *args, **options)
+        return embed(cls, model, tokens, *args, **options)
 
     def generated(model, tokens, **options):
         read.append(tokens.clone())

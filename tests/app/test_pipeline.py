@@ -12,7 +12,6 @@ import torch
 from commands import SMALL
 from conftest import (
     CPU,
-    FAMILIES,
     assert_same_weights,
     make,
     make_plan,
@@ -46,11 +45,11 @@ from modelutils import HiddenStates, StreamedModel
     ("opt", ""), ("opt-350m", "--sparsity .5"), ("qwen2", "--sparsity .5"), ("llama", "--sparsity .5 --gmp"),
     ("bloom", "--prunen 2 --prunem 4 --no-true-sequential")])
 def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, prune, tmp_path):
-    family, folder = FAMILIES[name][0], tmp_path / "saved"
+    folder = tmp_path / "saved"
     out, record = prune(name, options, "--save", folder), record_of(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert [row["sparsity"] for row in record["matrices"]] == [
-        (module.weight == 0).double().mean().item() for module in modules_of(model, family).values()]
+        (module.weight == 0).double().mean().item() for module in modules_of(model).values()]
     assert all(row["sparsity"] == (0.5 if options else 0) for row in record["matrices"])
     method = "magnitude" if "--gmp" in options else "SparseGPT" if options else "dense"
     if options:
@@ -76,15 +75,15 @@ def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, prun
     ("bloom", "compressed-tensors", "--wbits 4 --sym --sparsity .5 --act-order --distill 2"),
     ("opt", "compressed-tensors", "--wbits 4 --sym --prunen 2 --prunem 4 --groupsize 8 --mse")])
 def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, save_format, options, prune, tmp_path):
-    family, folder = FAMILIES[name][0], tmp_path / "saved"
+    folder = tmp_path / "saved"
     out, record = prune(name, options, "--save", folder, "--save-format", save_format), record_of(folder)
     model = load.load_model(folder, "auto")
-    counted, words = measure_sparsity(model, family), options.split()
+    counted, words = measure_sparsity(model), options.split()
     assert [row["sparsity"] for row in record["matrices"]] == [m.zeros / m.numel for m in counted]
     pruned = 0.5 if "--sparsity " in options or "--prunen" in options else 0
     assert sum(m.zeros for m in counted) >= pruned * sum(m.numel for m in counted)
     wbits = int(words[words.index("--wbits") + 1])
-    for module in modules_of(model, family).values():
+    for module in modules_of(model).values():
         size = int(words[words.index("--groupsize") + 1]) if "--groupsize" in words else module.in_features
         assert "--act-order" in words or max(len(row.unique()) for row in module.weight.view(-1, size)) <= 2**wbits
         assert "--prunen" not in words or ((module.weight.view(-1, 4) == 0).sum(1) >= 2).all()
@@ -111,7 +110,7 @@ MIXGPT = "--sparsity .5 --sparsity-way weight-level --saliency isc"
 def test_mixgpt_meets_the_total_of_what_is_pruned_in_the_saved_weights(name, options, recipe, prune, tmp_path):
     folder, plot = tmp_path / "saved", tmp_path / "plan.png"
     out = prune(name, options, "--save", folder, "--plot", plot)
-    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder), FAMILIES[name][0])
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder))
     rows = record_of(folder)["matrices"]
     pairs = [(row, m) for row, m in zip(rows, counted, strict=True) if "target" in row]
     assert sum(m.zeros for _, m in pairs) / sum(m.numel for _, m in pairs) == pytest.approx(0.5, abs=1e-4)
@@ -172,7 +171,7 @@ def test_a_preset_means_its_recipe_without_the_command_line_too():
      "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 --percdamp .1 --synthetic .5"),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected):
-    preset, flags = (parse(FAMILIES["opt"][0], ["m", "c4", *amount.split(), *given.split()])
+    preset, flags = (parse("llama.py", ["m", "c4", *amount.split(), *given.split()])
                      for given in (f"--preset {preset}", expected))
     assert replace(preset, preset=None) == flags
 
@@ -180,7 +179,7 @@ def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expec
 def test_the_heading_tells_all_that_it_takes_to_repeat_the_run(checkpoint_folder, prune):
     out = prune("opt", "--sparsity .5 --prune-only fc1 --invert")
     command, versions, model, pruning, data, *_ = out.splitlines()
-    assert shlex.split(command) == ["command", "python", "opt.py", str(checkpoint_folder("opt")), "builtin", *SMALL,
+    assert shlex.split(command) == ["command", "python", "llama.py", str(checkpoint_folder("opt")), "builtin", *SMALL,
                                     "--sparsity", ".5", "--prune-only", "fc1", "--invert"]
     assert f"torch {torch.__version__}" in versions and f"python {platform.python_version()}" in versions
     assert "float32, on cpu" in model and pruning.startswith("pruning  SparseGPT, 0.5") and "seed 0" in data
@@ -194,10 +193,10 @@ def test_quiet_prints_the_tables_and_warnings_only(prune, monkeypatch):
 
 
 def test_eval_limit_takes_the_first_sequences_of_each_test_set(prune, tokenizer):
-    family, model = make("opt")
+    model = make("opt")
     tokens, _ = datautils.test_tokens("builtin", 32, tokenizer)
     found = float(re.search(r"^dense +(\d+\.\d\d)$", prune("opt", "--eval-limit 2"), re.MULTILINE)[1])
-    expected = [perplexity(model, family, tokens[:count], 2, CPU) for count in (2, 4)]
+    expected = [perplexity(model, tokens[:count], 2, CPU) for count in (2, 4)]
     assert found == pytest.approx(expected[0], abs=0.006) and abs(found - expected[1]) > 0.02
 
 
@@ -288,7 +287,7 @@ REFUSED = [  # flags, what the line says
                                             ("--eval=", "--eval : invalid choice: ''")])
 def test_settings_that_contradict_or_lack_each_other_are_refused(flags, message):
     with pytest.raises(InputError) as error:
-        parse(FAMILIES["opt"][0], ["model", "builtin", "--save", "saved", *flags.split()])
+        parse("llama.py", ["model", "builtin", "--save", "saved", *flags.split()])
     assert message in str(error.value)
 
 
@@ -315,8 +314,8 @@ def test_a_model_is_distilled_on_its_own_text(number, more, room, checkpoint_fol
     assert f"SparseGPT ({', '.join(notes)})" in out
     assert f"4 sequences of 32 tokens, {number + more} synthetic ones, seed 0" in out
     assert ("are single tokens drawn in place" in out) == (not room)
-    family, model = FAMILIES["llama"][0], AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
-    streamed, plan = StreamedModel(model, family, CPU, 2), make_plan(select(model, family), Target(0.5))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
+    streamed, plan = StreamedModel(model, CPU, 2), make_plan(select(model), Target(0.5))
     tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, tokenizer)
     written, how = synthetic.synthetic(streamed, tokens, number + more, 0)
     assert record["synthetic"] == how == ("generated" if room else "resampled")

@@ -14,7 +14,6 @@ from test_sparsegpt import correlated_inputs, prune_matrix, random, relative_err
 from textbook import Textbook
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import llama
 from mixgpt.app import inputs
 from mixgpt.kernels import columns
 from mixgpt.pruning.hessian import InputHessian
@@ -73,7 +72,7 @@ def test_the_benchmark_of_a_model_prints_the_same_perplexity_twice(checkpoint_fo
 @pytest.fixture
 def small_gpu(monkeypatch, tmp_path):
     """Give a shape that the benchmark for GPUs takes, and a make-believe GPU where there is no real one."""
-    shape = llama.FAMILY, LlamaForCausalLM, LlamaConfig(
+    shape = LlamaForCausalLM, LlamaConfig(
         vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4), 6
     monkeypatch.setattr(gpu, "SHAPES", {"LLaMA-tiny": shape})
     monkeypatch.setattr(gpu, "test_tokens", lambda *asked: inputs.test_tokens(*asked))  # little text

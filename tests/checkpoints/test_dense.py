@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import SMALL, run
-from conftest import FAMILIES, make, save
+from conftest import make, save
 from transformers import AutoModelForCausalLM
 
 from mixgpt.checkpoints import formats
@@ -22,7 +22,7 @@ def weights(folder):
 @pytest.mark.parametrize("largest", [5 * 10**9, 60_000, 5_000])  # all in one; parts of layers; a matrix each
 def test_the_files_are_those_of_save_pretrained(largest, tiny, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LARGEST", largest)
-    _, model = tiny
+    model = tiny
     model.save_pretrained(tmp_path / "plain", max_shard_size=largest)
     save(tmp_path / "saved", model, tokenizer, {})
     assert weights(tmp_path / "saved") == weights(tmp_path / "plain")
@@ -33,14 +33,14 @@ def test_the_files_are_those_of_save_pretrained(largest, tiny, tokenizer, tmp_pa
 @pytest.mark.parametrize("options", [[], ["--sparsity", ".5", "--gmp", "--maxlayer", "2"]])
 def test_a_model_on_disk_is_saved_as_save_pretrained_does(options, largest, checkpoint_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LARGEST", largest)
-    assert run(FAMILIES["llama"][0], checkpoint_folder("llama"), "builtin", *options, *SMALL, "--eval", "--save",
+    assert run("llama.py", checkpoint_folder("llama"), "builtin", *options, *SMALL, "--eval", "--save",
                tmp_path / "saved") == 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     dense = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).state_dict()
     for name, tensor in saved.items():
         pruned = bool(options) and "_proj" in name and "layers.2" not in name
         assert torch.equal(tensor, dense[name]) != pruned, name
-    _, model = make("llama")  # from_pretrained would remember an order of its own
+    model = make("llama")  # from_pretrained would remember an order of its own
     model.load_state_dict(saved)
     model.save_pretrained(tmp_path / "plain", max_shard_size=largest)
     assert weights(tmp_path / "saved") == weights(tmp_path / "plain")

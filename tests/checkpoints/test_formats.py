@@ -14,6 +14,7 @@ from mixgpt.checkpoints import load
 from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import perplexity
+from mixgpt.modeling.family import layers_of, path_of
 from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
 from modelutils import linears
@@ -30,23 +31,23 @@ def halved(tmp_path):
     disk: .to(bfloat16) would also cast rotary buffers, which from_pretrained does not.
     """
     def build(name, scheme, dtype=torch.float32, only=""):
-        family, model = make(name)
+        model = make(name)
         model.to(dtype).save_pretrained(tmp_path / "dense")
         model, grids = load.load_model(tmp_path / "dense", "auto"), {}
-        for path, W in matrices(family, model).items():
+        for path, W in matrices(model).items():
             W.copy_(magnitude_prune(W, Target(0.5)))
             if scheme and only in path:
                 Q, grids[path] = quantize_nearest(W, scheme)
                 W.copy_(Q)
-        return family, model, grids
+        return model, grids
 
     return build
 
 
-def matrices(family, model):
+def matrices(model):
     """Return the weights of the linears of the decoder layers by their paths."""
-    return {f"{family.layers}.{index}.{name}": module.weight.data
-            for index, layer in enumerate(family.layers_of(model)) for name, module in linears(layer).items()}
+    return {path_of(model, index, name): module.weight.data
+            for index, layer in enumerate(layers_of(model)) for name, module in linears(layer).items()}
 
 
 def assert_same(model, other):
@@ -74,16 +75,16 @@ def tensors_of(folder):
     ("compressed-tensors", Scheme(8, 16, sym=True)), ("sparse", None), ("sparse", SYM), ("sparse", ASYM_GROUPS),
     ("sparse", Scheme(3, 16, sym=True))])
 def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, halved, tokenizer, tokens, tmp_path):
-    family, model, grids = halved(name, scheme, dtype)
+    model, grids = halved(name, scheme, dtype)
     model.generation_config.eos_token_id = [7, 9]
     expected, folder, config = logits(model, tokens), tmp_path / "saved", model.config.to_dict()
-    save(folder, model, tokenizer, {}, family, save_format, grids)
+    save(folder, model, tokenizer, {}, save_format, grids)
     reloaded = load.load_model(folder, "auto")
     assert_same(model, reloaded)
     assert reloaded.generation_config.eos_token_id == [7, 9] and model.config.to_dict() == config
-    assert all((W == 0).sum() >= W.numel() / 2 for W in matrices(family, reloaded).values())
+    assert all((W == 0).sum() >= W.numel() / 2 for W in matrices(reloaded).values())
     assert torch.equal(logits(reloaded, tokens), expected)
-    assert perplexity(reloaded, family, tokens, 5, CPU) == perplexity(model, family, tokens, 5, CPU)
+    assert perplexity(reloaded, tokens, 5, CPU) == perplexity(model, tokens, 5, CPU)
     if save_format == "sparse":
         assert_same(model, load_sparse(folder))
     else:
@@ -93,8 +94,8 @@ def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, 
 @pytest.mark.parametrize("save_format", ["compressed-tensors", "sparse"])
 @pytest.mark.parametrize("name, tied", [("llama", True), ("qwen3", False), ("opt-350m", True)])
 def test_embeddings_stay_tied_and_are_stored_once(name, tied, save_format, halved, tokenizer, tmp_path):
-    family, model, grids = halved(name, SYM_GROUPS)
-    save(tmp_path / "saved", model, tokenizer, {}, family, save_format, grids)
+    model, grids = halved(name, SYM_GROUPS)
+    save(tmp_path / "saved", model, tokenizer, {}, save_format, grids)
     reloaded = load.load_model(tmp_path / "saved", "auto")
     assert_same(model, reloaded)
     assert (reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight) == tied
@@ -111,8 +112,8 @@ GROUP = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "
     ("bloom", "dense_", ["lm_head", *(f"transformer.h.{index}.self_attention.{name}" for index in range(3)
                                       for name in ("dense", "query_key_value"))], Scheme(8, 16, sym=True), GROUP)])
 def test_the_configuration_says_what_vllm_reads(name, only, dense, scheme, weights, halved, tokenizer, tmp_path):
-    family, model, grids = halved(name, scheme, only=only)
-    save(tmp_path / "saved", model, tokenizer, {}, family, "compressed-tensors", grids)
+    model, grids = halved(name, scheme, only=only)
+    save(tmp_path / "saved", model, tokenizer, {}, "compressed-tensors", grids)
     written = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert (written["quant_method"], written["format"], written["quantization_status"]) == (
         "compressed-tensors", "pack-quantized", "compressed")
@@ -125,12 +126,12 @@ def test_the_configuration_says_what_vllm_reads(name, only, dense, scheme, weigh
 
 @pytest.mark.parametrize("scheme", [SYM, SYM_GROUPS])
 def test_every_packed_matrix_is_what_compressed_tensors_unpacks(scheme, halved, tokenizer, tmp_path):
-    family, model, grids = halved("opt", scheme, torch.bfloat16)
-    save(tmp_path / "saved", model, tokenizer, {}, family, "compressed-tensors", grids)
+    model, grids = halved("opt", scheme, torch.bfloat16)
+    save(tmp_path / "saved", model, tokenizer, {}, "compressed-tensors", grids)
     tensors = tensors_of(tmp_path / "saved")
     group = {"strategy": "channel"} if scheme is SYM else {"strategy": "group", "group_size": 8}
     layout = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, symmetric=True, **group))
-    for path, W in matrices(family, model).items():
+    for path, W in matrices(model).items():
         parts = {key.removeprefix(f"{path}."): tensor for key, tensor in tensors.items() if key.startswith(f"{path}.w")}
         assert parts.keys() == {"weight_packed", "weight_scale", "weight_shape"}
         assert parts["weight_packed"].nbytes == W.numel() / 2 and parts["weight_scale"].dtype == torch.bfloat16
@@ -140,23 +141,23 @@ def test_every_packed_matrix_is_what_compressed_tensors_unpacks(scheme, halved, 
 
 @pytest.mark.parametrize("scheme, row_bits", [(None, 0), (SYM, 16), (ASYM_GROUPS, 4 * (16 + 4))])
 def test_a_sparse_folder_holds_masks_and_kept_weights_and_nothing_twice(scheme, row_bits, halved, tokenizer, tmp_path):
-    family, model, grids = halved("opt", scheme, torch.bfloat16, only="fc1")  # 64 rows of 32 weights
-    save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", grids)
+    model, grids = halved("opt", scheme, torch.bfloat16, only="fc1")  # 64 rows of 32 weights
+    save(tmp_path / "saved", model, tokenizer, {}, "sparse", grids)
     tensors = tensors_of(tmp_path / "saved")
-    for path, W in matrices(family, model).items():
+    for path, W in matrices(model).items():
         bits, rest = (4, len(W) * row_bits) if path in grids else (16, 0)
         stored = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(f"{path}.weight"))
         assert stored == (W.numel() + bits * int((W != 0).sum()) + rest + 7) // 8
         assert f"{path}.weight" not in tensors
-    others = {key for key in model.state_dict() if key.removesuffix(".weight") not in matrices(family, model)}
+    others = {key for key in model.state_dict() if key.removesuffix(".weight") not in matrices(model)}
     assert {key for key in tensors if ".weight." not in key} == others - {"lm_head.weight"}
 
 
 @pytest.fixture
 def sparse_folder(halved, tokenizer, tmp_path):
     """Give a folder in the sparse format."""
-    family, model, grids = halved("llama", SYM)
-    save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", grids)
+    model, grids = halved("llama", SYM)
+    save(tmp_path / "saved", model, tokenizer, {}, "sparse", grids)
     return tmp_path / "saved"
 
 

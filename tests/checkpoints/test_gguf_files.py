@@ -13,7 +13,6 @@ from makegguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import generate
-import llama
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.streaming import disk_weights
@@ -33,7 +32,7 @@ def test_a_file_gives_what_transformers_gives_to_the_bit(dtype, kind, tokenizer,
     write_gguf(path, tokenizer, kind)
     plain = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype,
                                                  quantization_config=GgufConfig(dequantize=True))
-    model = load.open_model(path, load.read_config(path), llama.FAMILY, dtype)
+    model = load.open_model(path, load.read_config(path), dtype)
     assert model.dtype == plain.dtype
     ours = load.load_model(path, dtype)
     assert all(torch.equal(ours.get_parameter(name), weight) for name, weight in plain.named_parameters())
@@ -44,7 +43,7 @@ def test_a_file_gives_what_transformers_gives_to_the_bit(dtype, kind, tokenizer,
 
 def test_a_file_is_pruned_and_continues_a_text(tokenizer, path, tmp_path, capsys):
     write_gguf(path, tokenizer)
-    assert run(llama.FAMILY, path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved") == 0
+    assert run("llama.py", path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved") == 0
     assert load.read_config(tmp_path / "saved").model_type == "llama"
     assert generate.main([str(path), "the list", "--max-new-tokens", "4", "--device", "cpu"]) == 0
     assert re.fullmatch(f"converted {path} into .* \\(once\\)\n", capsys.readouterr().err)
@@ -55,7 +54,7 @@ def test_a_file_is_converted_again_when_it_has_changed(tokenizer, path):
     for seed in (0, 0, 1):
         if len(heads) != 1:  # the second time it stays
             write_gguf(path, tokenizer, seed=seed)
-        model = load.open_model(path, load.read_config(path), llama.FAMILY, "auto")
+        model = load.open_model(path, load.read_config(path), "auto")
         heads.append(load.load_model(path, "auto").lm_head.weight)
         assert disk_weights(model.model.layers[0])  # which only the cache makes possible
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[1], heads[2])

@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-from conftest import make
 from safetensors.torch import load_file
 
 from mixgpt.checkpoints import load
@@ -21,10 +20,9 @@ UP = "mlp.up_proj.weight"
 
 @pytest.fixture
 def model(checkpoint_folder):
-    """Give (family, a tiny LLaMA whose weights stay on disk)."""
-    family, _ = make("llama")
+    """Give a tiny LLaMA whose weights stay on disk."""
     folder = checkpoint_folder("llama")
-    return family, load.open_model(folder, load.read_config(folder), family, "auto")
+    return load.open_model(folder, load.read_config(folder), "auto")
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def opened(path, model):
     """Give LayerFiles that are open."""
     path.mkdir(exist_ok=True)
     with LayerFiles(path, "--save folder", "free some space") as files:
-        files.open(model[1], model[0])
+        files.open(model)
         files.resume_from(3)
         yield files
 
@@ -109,7 +107,7 @@ def test_resuming_gives_the_dense_weights_back_and_loading_a_finished_layer_thos
         assert files.resume_from(3) == [{}]
         assert torch.equal(files.layers[0].disk_weights.tensor(UP), dense)
         files.load_layer(0)
-        for weights, name in ((files.layers[0].disk_weights, UP), (model[1].disk_weights, f"model.layers.0.{UP}")):
+        for weights, name in ((files.layers[0].disk_weights, UP), (model.disk_weights, f"model.layers.0.{UP}")):
             assert torch.equal(weights.tensor(name), torch.ones(48, 32))
 
 

@@ -110,7 +110,7 @@ def test_a_folder_is_held_against_other_processes_until_its_process_is_killed(fo
         before = snapshot(tmp_path)
         for resume in ("", "--resume"):
             assert prune("opt", "--gmp", HALF, saved, resume, status=2) == (
-                f"opt.py: error: --save {saved}: is in use by another run\n")
+                f"llama.py: error: --save {saved}: is in use by another run\n")
             assert snapshot(tmp_path) == before
     finally:
         holder.kill()
@@ -128,7 +128,7 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
 
     interrupt(1, "opt", HALF, saved, model=source)
     before = snapshot(saved)
-    assert refused() == (f"opt.py: error: --save {saved}: holds an interrupted run; continue it with --resume, or "
+    assert refused() == (f"llama.py: error: --save {saved}: holds an interrupted run; continue it with --resume, or "
                          "remove the folder\n")
     for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16"),
                            ("--save-format", "dense", "sparse")):
@@ -177,7 +177,7 @@ def test_the_folder_of_a_complete_run_without_resume_or_of_others_is_refused(com
     before = snapshot(tmp_path)
     for folder, resume in ((saved, ""), (notes, ""), (notes, "--resume")):
         assert prune("opt", "--dense", HALF, folder, resume, status=2) == (
-            f"opt.py: error: --save {folder}: {NOT_EMPTY}\n")
+            f"llama.py: error: --save {folder}: {NOT_EMPTY}\n")
     assert snapshot(tmp_path) == before
     for lost in ("mixgpt.json", "model.safetensors"):
         shutil.copytree(saved, tmp_path / lost)
@@ -210,10 +210,10 @@ def test_resume_of_a_complete_run_with_other_inputs_is_refused(complete, checkpo
     for arguments, what in (("--sparsity .6", "--sparsity was 0.5 in the complete run in {}, now it is 0.6"),
                             ("--eval ptb", "--eval was ['builtin'] in the complete run in {}, now it is ['ptb']")):
         assert prune("opt", "--dense", HALF, saved, arguments, "--resume", status=2) == (
-            f"opt.py: error: --resume: {what.format(saved)}; {AGAIN}\n")
+            f"llama.py: error: --resume: {what.format(saved)}; {AGAIN}\n")
     model, source = checkpoint_folder("opt"), shutil.copytree(checkpoint_folder("opt"), tmp_path / "model")
     assert prune("opt", "--dense", HALF, saved, "--resume", model=source, status=2) == (
-        f"opt.py: error: --resume: model was {model} in the complete run in {saved}, now it is {source}; {AGAIN}\n")
+        f"llama.py: error: --resume: model was {model} in the complete run in {saved}, now it is {source}; {AGAIN}\n")
     assert snapshot(saved) == before
 
 
@@ -243,8 +243,8 @@ def test_an_interrupted_run_gives_the_files_of_a_whole_one(save_format, name, op
 
 def test_a_temporary_folder_that_is_full_is_named_and_not_save(prune, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    line = ("opt.py: error: TMPDIR: 0.000 GB of pruned layers cannot be written to the folder for temporary files (No "
-            "space left on device); set it to another one, or give --save\n")
+    line = ("llama.py: error: TMPDIR: 0.000 GB of pruned layers cannot be written to the folder for temporary files "
+            "(No space left on device); set it to another one, or give --save\n")
     free = SimpleNamespace(free=99_000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: free)
@@ -335,7 +335,7 @@ def test_a_full_disk_gets_one_line_and_resume_gives_the_files(calls, what, finis
         patch.setattr(streaming, "save_file", lambda *given, **more: full() if next(left, None) is None else save_file(
             *given, **more))
         line = prune("opt", HALF, saved, status=2)
-    assert line == (f"opt.py: error: --save {saved}: {what} cannot be written ([Errno 28] No space left on device); "
+    assert line == (f"llama.py: error: --save {saved}: {what} cannot be written ([Errno 28] No space left on device); "
                     "free some space and continue with --resume\n")
     assert len(list(saved.glob("progress/layer-*.json"))) == finished
     assert finished or not saved.exists()
@@ -382,4 +382,4 @@ def test_a_run_of_another_version_of_this_program_is_refused(place, change, line
     content = {key: value for key, value in (content | change).items() if value is not None}
     (saved / place).write_text(json.dumps(content))
     assert prune("opt", "--gmp", HALF, saved, "--resume", status=2) == (
-        f"opt.py: error: --resume: the run in {saved} {line}\n")
+        f"llama.py: error: --resume: the run in {saved} {line}\n")

@@ -175,33 +175,33 @@ def test_nothing_is_read_or_written_behind_a_buffer():
 
 @pytest.fixture(params=["llama", "opt", "bloom"])
 def saved(request, tokenizer, tmp_path):
-    """Return a family, a half pruned model of it and its sparse folder."""
-    family, model = make(request.param)
-    for W in matrices(family, model).values():
+    """Return a half pruned model of it and its sparse folder."""
+    model = make(request.param)
+    for W in matrices(model).values():
         W[torch.rand_like(W, dtype=torch.float32) < 0.5] = 0
-    save(tmp_path / "saved", model, tokenizer, {}, family, "sparse", {})
-    return family, model, tmp_path / "saved"
+    save(tmp_path / "saved", model, tokenizer, {}, "sparse", {})
+    return model, tmp_path / "saved"
 
 
 def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer, tokens):
-    family, model, folder = saved
+    model, folder = saved
     packed, _ = mixgpt.load(folder, "cpu")
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert_same(packed, again)
     layers = [module for module in packed.modules() if isinstance(module, SparseLinear)]
-    assert len(layers) == len(matrices(family, model)) and not packed.training
+    assert len(layers) == len(matrices(model)) and not packed.training
     stored = sum(tensor.nbytes for tensor in load_file(folder / "model.sparse.safetensors").values())
     held = sum(tensor.nbytes for tensor in (*packed.parameters(), *packed.state_dict().values()) if tensor.dim() < 2)
     assert held < stored
     assert torch.equal(logits(packed, tokens), logits(model, tokens))
-    assert perplexity(packed, family, tokens, 5, CPU) == perplexity(model, family, tokens, 5, CPU)
+    assert perplexity(packed, tokens, 5, CPU) == perplexity(model, tokens, 5, CPU)
     texts = [complete(each, tokenizer, "import a", max_new_tokens=12).text for each in (packed, again, model)]
     assert texts[0] == texts[1] == texts[2]
     assert_same(mixgpt.load(folder, "cpu", packed=False)[0], load.load_model(folder, "auto"))
 
 
 def test_a_packed_model_can_be_copied_pickled_cast_and_given_a_state(saved, tokens):
-    _, model, folder = saved
+    model, folder = saved
     packed = load.load_model(folder, "auto", packed=True)
     expected = logits(packed, tokens[:, :3])
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed):
@@ -223,7 +223,7 @@ def test_without_mixgpt_transformers_refuses_and_says_what_to_import(saved):
     ("mask", lambda mask: mask[:-1], "mask"), ("mask", lambda mask: mask ^ 1, "values"),
     ("values", lambda values: values[:-1], "values"), ("values", lambda values: values * float("nan"), "NaN")])
 def test_parts_that_do_not_fit_are_refused_in_one_line(part, change, message, saved):
-    _, _, folder = saved
+    _, folder = saved
     state = load_file(folder / "model.sparse.safetensors")
     key = next(key for key in state if key.endswith(f".weight.{part}"))
     save_file(state | {key: change(state[key]).contiguous()}, folder / "model.sparse.safetensors", {"format": "pt"})

@@ -6,7 +6,6 @@ import sys
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import FAMILIES
 from tqdm import std, tqdm
 
 from mixgpt.app import cli
@@ -65,7 +64,7 @@ def test_nothing_is_shown_where_nobody_wants_it(stream, sleep, monkeypatch):
 
 def test_every_long_step_of_a_run_tells_how_far_it_is(checkpoint_folder, capsys, monkeypatch):
     monkeypatch.setattr(progress, "INTERVAL", 0)
-    assert cli.main(FAMILIES["llama"][0], [
+    assert cli.main("llama.py", [
         str(checkpoint_folder("llama")), "builtin", "--sparsity", ".5", "--nsamples", "2", "--seqlen", "32", "--eval",
         "builtin", "--device", "cpu", "--preset", "best"]) == 0
     lines = capsys.readouterr().err.splitlines()

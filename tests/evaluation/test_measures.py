@@ -10,45 +10,46 @@ from makebelieve import CUDA, Gpu
 from mixgpt.evaluation import measures
 from mixgpt.evaluation.measures import measure_weights
 from mixgpt.modeling.experts import split_experts
+from mixgpt.modeling.family import layers_of
 
 
 @pytest.mark.parametrize("batch_size, part", [(1, 2048), (4, 7), (8, 2048)])
 def test_streamed_perplexity_is_that_of_the_full_forward(tiny, tokens, batch_size, part, monkeypatch):
     """part: tokens whose logits are computed at a time. The model's own loss is over all sequences, in float64."""
-    (family, model), whole = tiny, copy.deepcopy(tiny[1]).double()
+    model, whole = tiny, copy.deepcopy(tiny).double()
     monkeypatch.setattr(measures, "SLICE", part)
-    streamed = measures.perplexity(model, family, tokens, batch_size, CPU)
+    streamed = measures.perplexity(model, tokens, batch_size, CPU)
     with torch.no_grad():
         assert streamed == pytest.approx(whole(tokens, labels=tokens, use_cache=False).loss.exp().item(), rel=1e-5)
 
 
 def test_sparsity_is_counted_in_every_linear_of_the_layers(tiny):
-    family, model = tiny
-    for module in family.layers_of(model)[1].modules():
+    model = tiny
+    for module in layers_of(model)[1].modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data[0, :3] = 0
             last = module
     last.weight.data[1, 0] = 0
-    counted = measure_sparsity(model, family)
+    counted = measure_sparsity(model)
     kinds = len(counted) // 3
     assert [m.zeros for m in counted] == [0] * kinds + [3] * (kinds - 1) + [4] + [0] * kinds
     assert sum(m.numel for m in counted) == sum(
-        module.weight.numel() for layer in family.layers_of(model) for module in layer.modules()
+        module.weight.numel() for layer in layers_of(model) for module in layer.modules()
         if isinstance(module, torch.nn.Linear))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])  # the latter has routers, which are no linears
 def test_zeros_of_all_weights_are_counted_on_a_device(name):
-    family, model = make(name)
+    model = make(name)
     state = model.state_dict()
     split_experts(model)
-    for weight in family.layers_of(model)[1].parameters():
+    for weight in layers_of(model)[1].parameters():
         if weight.dim() > 1:
             weight.data[0] = 0
     with Gpu():
-        matrices, others = measure_weights(model, family, CUDA)
+        matrices, others = measure_weights(model, CUDA)
     assert bool(others) == (name == "qwen3-moe")
     assert all(m.zeros == (m.shape[-1] if m.layer == 1 else 0) for m in matrices + others)
-    assert matrices == measure_sparsity(model, family)
+    assert matrices == measure_sparsity(model)
     numel = sum(tensor.numel() for key, tensor in state.items() if ".layers." in key and tensor.dim() > 1)
     assert sum(m.numel for m in matrices + others) == numel

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, record_of, save
+from conftest import CPU, record_of, save
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.measures import perplexity
+from mixgpt.modeling.family import layers_of
 from modelutils import linears
 
 
@@ -34,29 +35,28 @@ def test_what_fits_is_stored_without_loss(rows, columns, ones, fits):
 
 @pytest.fixture
 def halved():
-    """Give (family, model) with 2:4 sparse matrices, those of the MLP in sizes that fit."""
+    """Give a model with 2:4 sparse matrices, those of the MLP in sizes that fit."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                                          num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=128,
                                          initializer_range=0.2)).eval()
-    family = FAMILIES["llama"][0]
-    for layer in family.layers_of(model):
+    for layer in layers_of(model):
         for module in linears(layer).values():
             module.weight.data.view(-1, 4)[:, :2] = 0
-    return family, model
+    return model
 
 
 def test_both_kinds_of_kernels_get_the_same_input_and_the_weights_come_back(halved, tokens, monkeypatch):
-    family, model = halved
+    model = halved
     before = dict(model.named_parameters())
-    expected = perplexity(model, family, tokens, 2, CPU)
+    expected = perplexity(model, tokens, 2, CPU)
     monkeypatch.setattr(semistructured, "compress", lambda W: W.detach().clone())
-    found = semistructured.compare(model, family, {"a": tokens, "b": tokens}, 2, CPU)
+    found = semistructured.compare(model, {"a": tokens, "b": tokens}, 2, CPU)
     assert found["perplexity"] == {"a": expected, "b": expected} and found["difference"] == 0
     assert found["matrices"] == 2 * 5  # k_proj and v_proj have 16 rows
     assert found["speed_up"] == found["seconds"]["dense"] / found["seconds"]["semi_structured"] > 0
     monkeypatch.setattr(semistructured, "compress", lambda W: W.detach() * 1.5)
-    found = semistructured.compare(model, family, {"a": tokens}, 2, CPU)
+    found = semistructured.compare(model, {"a": tokens}, 2, CPU)
     assert found["difference"] > 0.01 and found["perplexity"]["a"] != expected
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())

@@ -56,16 +56,16 @@ def text_by_hand(model, tokenizer, text, limit=LIMIT):
 
 def limited(name):
     """Make a model that takes LIMIT tokens, also where nothing in it says so."""
-    family, model = make(name)
+    model = make(name)
     if name == "bloom":
         model.config.max_position_embeddings = LIMIT
-    return family, model
+    return model
 
 
 @pytest.mark.parametrize("name", ["opt-350m", "mistral", "qwen2", "bloom", "baichuan-13b"])
 def test_answers_are_those_of_a_forward_of_each_text_alone(name, tokenizer):
-    family, model = limited(name)
-    lm = StreamedLM(model, family, tokenizer, 300, CPU)
+    model = limited(name)
+    lm = StreamedLM(model, tokenizer, 300, CPU)
     answers = lm.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
     for (likelihood, greedy), pair in zip(answers, PAIRS, strict=True):
         expected, same = pair_by_hand(model, tokenizer, *pair)
@@ -77,9 +77,9 @@ def test_answers_are_those_of_a_forward_of_each_text_alone(name, tokenizer):
 
 @pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
 def test_answers_are_those_of_the_model_that_lm_eval_has(name, tokenizer):
-    family, model = limited(name)
+    model = limited(name)
     theirs = HFLM(model, tokenizer=tokenizer, device="cpu", batch_size=1)
-    ours = StreamedLM(model, family, tokenizer, 300, CPU)
+    ours = StreamedLM(model, tokenizer, 300, CPU)
     assert theirs.max_length == ours.max_length == LIMIT
     pairs, texts = asked("loglikelihood", PAIRS), asked("loglikelihood_rolling", ([text] for text in TEXTS if text))
     for answer, expected in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
@@ -100,9 +100,9 @@ def plain(tokenizer):
 
 def test_with_bos_for_each_sequence_answers_are_those_that_lm_eval_gives_with_it(tokenizer, plain):
     """Its `add_bos_token`, which its tokenizer must do; BOS stays where a context is cut, and before each window."""
-    family, model = limited("gemma2")
+    model = limited("gemma2")
     theirs = HFLM(model, tokenizer=tokenizer, device="cpu", batch_size=1, add_bos_token=True)
-    ours = StreamedLM(model, family, plain, 300, CPU, "each")
+    ours = StreamedLM(model, plain, 300, CPU, "each")
     whole = [pair for pair in PAIRS if not pair[0].startswith("long ")]
     for answer, expected in zip(ours.loglikelihood(asked("loglikelihood", whole)),
                                 theirs.loglikelihood(asked("loglikelihood", whole)), strict=True):
@@ -118,8 +118,8 @@ def test_with_bos_for_each_sequence_answers_are_those_that_lm_eval_gives_with_it
 
 
 def test_with_bos_for_each_sequence_texts_are_read_in_windows_that_begin_with_it(tokenizer, plain):
-    family, model = limited("gemma2")
-    ours, bos = StreamedLM(model, family, plain, 300, CPU, "each"), tokenizer.bos_token_id
+    model = limited("gemma2")
+    ours, bos = StreamedLM(model, plain, 300, CPU, "each"), tokenizer.bos_token_id
     answers = ours.loglikelihood_rolling(asked("loglikelihood_rolling", ([text] for text in TEXTS)))
     for answer, text in zip(answers, TEXTS, strict=True):
         ids, expected, done = plain(text).input_ids, 0.0, 0
@@ -134,17 +134,17 @@ def test_with_bos_for_each_sequence_texts_are_read_in_windows_that_begin_with_it
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_a_model_on_disk_answers_as_one_in_memory_in_any_groups(name, checkpoint_folder, tokenizer, monkeypatch):
-    family, model = make(name)
+    model = make(name)
     folder = checkpoint_folder(name)
-    on_disk = open_model(folder, read_config(folder), family, "auto")
+    on_disk = open_model(folder, read_config(folder), "auto")
     assert all(parameter.is_meta for parameter in on_disk.parameters())
     pairs, texts = asked("loglikelihood", PAIRS), asked("generate_until", [("x", {"max_gen_toks": 5})])
-    lms = [StreamedLM(each, family, tokenizer, 300, CPU) for each in (model, on_disk)]
+    lms = [StreamedLM(each, tokenizer, 300, CPU) for each in (model, on_disk)]
     expected = lms[0].loglikelihood(pairs, disable_tqdm=True)
     assert lms[1].loglikelihood(pairs, disable_tqdm=True) == expected
     assert lms[1].generate_until(texts) == lms[0].generate_until(texts)
     assert all(parameter.is_meta for parameter in on_disk.parameters())
     monkeypatch.setattr(tasks, "RESIDENT", 40)
     for tokens in (1, 300):
-        answers = StreamedLM(on_disk, family, tokenizer, tokens, CPU).loglikelihood(pairs, disable_tqdm=True)
+        answers = StreamedLM(on_disk, tokenizer, tokens, CPU).loglikelihood(pairs, disable_tqdm=True)
         assert [answer[0] for answer in answers] == pytest.approx([answer[0] for answer in expected], rel=1e-5)

@@ -8,7 +8,7 @@ import sys
 import lm_eval
 import pytest
 import torch
-from conftest import CPU, FAMILIES, as_rank, command, free_port, record_of, saved_tensors
+from conftest import CPU, as_rank, command, free_port, record_of, saved_tensors
 from test_streamed_lm import pair_by_hand, text_by_hand
 from transformers import AutoModelForCausalLM
 
@@ -128,9 +128,9 @@ def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, prun
 
 
 def scored(name, chosen, tokenizer, checkpoint_folder, limit=None):
-    family, folder = FAMILIES[name][0], checkpoint_folder(name)
-    model = load.open_model(folder, load.read_config(folder), family, "auto")
-    return tasks.score(chosen, model, family, tokenizer, limit, 256, CPU)
+    folder = checkpoint_folder(name)
+    model = load.open_model(folder, load.read_config(folder), "auto")
+    return tasks.score(chosen, model, tokenizer, limit, 256, CPU)
 
 
 def test_generated_answers_are_scored(folder, tokenizer, checkpoint_folder):

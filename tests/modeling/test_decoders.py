@@ -17,7 +17,7 @@ from mixgpt.evaluation.measures import logits
 from mixgpt.modeling import arguments
 from mixgpt.modeling.arguments import take
 from mixgpt.modeling.experts import use_linears
-from mixgpt.modeling.family import family_of
+from mixgpt.modeling.family import layers_of, layers_path, path_of
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
@@ -74,8 +74,8 @@ def test_streamed_logits_are_those_of_the_models_own_forward(kind, tokens):
         use_linears(model)
         expected = model(tokens, use_cache=False).logits
     assert torch.allclose(expected, own, rtol=1e-5, atol=1e-6)  # GPT-2's products round otherwise
-    assert torch.equal(logits(model, family_of(model), tokens, len(tokens), CPU), expected)
-    assert torch.allclose(logits(model, family_of(model), tokens, 2, CPU), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model, tokens, len(tokens), CPU), expected)
+    assert torch.allclose(logits(model, tokens, 2, CPU), expected, rtol=1e-4, atol=1e-4)
 
 
 SPARSE = COMMON | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
@@ -97,27 +97,26 @@ def test_layers_that_cannot_run_one_at_a_time_are_refused_with_the_reason(kind, 
     config = AutoConfig.for_model(kind, **options)
     skeleton = load.skeleton(config)
     with pytest.raises(InputError, match=re.escape(reason)):
-        load.check_layers("M", skeleton, family_of(skeleton))
-        selfcheck.check("M", family_of(skeleton), skeleton)
+        load.check_layers("M", skeleton)
+        selfcheck.check("M", skeleton)
 
 
 @pytest.mark.parametrize("kind", BY_TOKEN)
 def test_arguments_of_other_sequences_do_not_pass_the_self_check(kind, monkeypatch):
     skeleton = load.skeleton(build(kind).config)
-    selfcheck.check("M", family_of(skeleton), skeleton)
+    selfcheck.check("M", skeleton)
     monkeypatch.setattr(arguments, "take", lambda given, rows, *more: take(given, slice(0, len(range(3)[rows])), *more))
     with pytest.raises(InputError, match=r"on random weights, its logits differ by \d"):
-        selfcheck.check("M", family_of(skeleton), skeleton)
+        selfcheck.check("M", skeleton)
 
 
 def errors_of(kind, tokens, **recipe):
     """Prune the model of a model_type to 50% in memory. Returns the sum of its matrices' errors; checks their zeros."""
     model = build(kind)
     use_linears(model)
-    family = family_of(model)
-    plan = dict.fromkeys(select(model, family), Target(0.5))
-    outcomes = prune_layerwise(StreamedModel(model, family, CPU, 2), plan, tokens, Recipe(**recipe))
-    for matrix in measure_sparsity(model, family):
+    plan = dict.fromkeys(select(model), Target(0.5))
+    outcomes = prune_layerwise(StreamedModel(model, CPU, 2), plan, tokens, Recipe(**recipe))
+    for matrix in measure_sparsity(model):
         assert matrix.zeros == round(0.5 * matrix.numel)
     assert outcomes.keys() == plan.keys()
     return sum(outcome.error for outcome in outcomes.values())
@@ -133,17 +132,17 @@ def test_a_model_is_pruned_in_one_pass_or_two_and_best_by_admm(kind):
 
 @pytest.mark.parametrize("kind", [*ALONE, *BY_TOKEN, "cohere2", "gemma2", "granite", "phi3", "starcoder2"])
 def test_a_model_is_pruned_by_best_saved_and_loaded_again(kind, folder, tmp_path):
-    path, family = folder(kind), family_of(build(kind))
+    path = folder(kind)
     best = ["--sparsity", ".5", "--preset", "best"]
-    assert run(family, path, "builtin", *best, *SMALL, "--save", tmp_path / "saved") == 0
+    assert run("llama.py", path, "builtin", *best, *SMALL, "--save", tmp_path / "saved") == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     use_linears(loaded)
-    matrices = measure_sparsity(loaded, family)
-    assert len(matrices) == sum(len(linears(layer)) for layer in family.layers_of(loaded))
+    matrices = measure_sparsity(loaded)
+    assert len(matrices) == sum(len(linears(layer)) for layer in layers_of(loaded))
     assert sum(m.zeros for m in matrices) == round(0.5 * sum(m.numel for m in matrices))
     dense, pruned = saved_tensors(path), saved_tensors(tmp_path / "saved")
     assert dense.keys() == pruned.keys()
     changed = {key for key in dense if not torch.equal(dense[key], pruned[key])}
-    names = {f"{family.path(matrix.layer, matrix.name)}.weight" for matrix in matrices}
-    vectors = {key for key, tensor in dense.items() if key.startswith(f"{family.layers}.") and tensor.dim() == 1}
+    names = {f"{path_of(loaded, matrix.layer, matrix.name)}.weight" for matrix in matrices}
+    vectors = {key for key, tensor in dense.items() if key.startswith(f"{layers_path(loaded)}.") and tensor.dim() == 1}
     assert names <= changed <= names | vectors  # norms and biases are trained, too

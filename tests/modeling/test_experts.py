@@ -10,12 +10,10 @@ from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import CPU, VOCABULARY, measure_sparsity, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import llama
-import opt
 from mixgpt.checkpoints import load
 from mixgpt.evaluation.measures import logits, total_sparsity
 from mixgpt.modeling.experts import layout_of, published, split_experts
-from mixgpt.modeling.family import family_of
+from mixgpt.modeling.family import layers_of, layers_path, path_of
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
@@ -76,7 +74,7 @@ def test_split_experts_compute_what_fused_ones_do(kind, tokens):
     with torch.no_grad():
         expected = fused(tokens, use_cache=False).logits
         assert torch.allclose(model(tokens, use_cache=False).logits, expected, atol=1e-5)
-    assert torch.allclose(logits(model, family_of(model), tokens, 2, CPU), expected, atol=1e-4)
+    assert torch.allclose(logits(model, tokens, 2, CPU), expected, atol=1e-4)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in fused.parameters())
 
 
@@ -100,39 +98,38 @@ def test_what_cannot_hold_experts_is_refused(prune, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("kind, family, options, message", [
-    ("llama4_text", llama.FAMILY, {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
+@pytest.mark.parametrize("kind, options, message", [
+    ("llama4_text", {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8,
                                    "intermediate_size_mlp": 48, "num_hidden_layers": 2},
      "keeps feed_forward.experts.gate_up_proj as a tensor of three dimensions, which is not supported"),
-    ("bart", opt.FAMILY, {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},
+    ("bart", {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 48, "decoder_attention_heads": 4},
      "encoder_attn.k_proj, encoder_attn.out_proj, encoder_attn.q_proj, encoder_attn.v_proj of this BartForCausalLM are "
      "not called as modules, so that they cannot be calibrated")])
-def test_models_nothing_prunes_are_refused(kind, family, options, message, tokenizer, tmp_path, capsys, monkeypatch):
+def test_models_nothing_prunes_are_refused(kind, options, message, tokenizer, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(load, "open_model", lambda *_, **__: pytest.fail("weights are read"))
     config = AutoConfig.for_model(kind, **COMMON | options)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    assert run(family, tmp_path / "model", "builtin", "--sparsity", ".5", *SMALL) == 2
+    assert run("llama.py", tmp_path / "model", "builtin", "--sparsity", ".5", *SMALL) == 2
     assert message in capsys.readouterr().err
 
 
 @torch.no_grad()
 def test_an_expert_without_tokens_is_pruned_on_the_mean_of_the_others(tokens):
     model = build("mixtral")
-    family = family_of(model)
-    for layer in family.layers_of(model):
+    for layer in layers_of(model):
         layer.mlp.gate.weight[2] = 0
         layer.mlp.gate.weight[2, 0] = -1e3  # nearly never among the two with the highest scores
     split_experts(model)
-    plan, lines = dict.fromkeys(select(model, family), Target(0.5)), []
-    streamed = StreamedModel(model, family, CPU, 2)
+    plan, lines = dict.fromkeys(select(model), Target(0.5)), []
+    streamed = StreamedModel(model, CPU, 2)
     outcomes = prune_layerwise(streamed, plan, tokens[:2], Recipe(), observe=lambda *given: (
         lines.append(given)))
     assert len(lines) == 3 and outcomes.keys() == plan.keys()
-    for matrix in measure_sparsity(model, family):
+    for matrix in measure_sparsity(model):
         assert matrix.zeros == round(0.5 * matrix.numel), matrix
     # a weight's column decides as well as its size: the pooled Hessian ranks, not the first columns
-    W = family.layers_of(model)[0].mlp.experts.get_submodule("2").gate_proj.weight
+    W = layers_of(model)[0].mlp.experts.get_submodule("2").gate_proj.weight
     assert ((W == 0).double().mean(0) < 1).all()
 
 
@@ -141,20 +138,20 @@ def test_an_expert_without_tokens_is_pruned_on_the_mean_of_the_others(tokens):
     ("gpt_oss", "--preset best"), ("qwen3_moe", "--preset mixgpt"),
     ("qwen3_moe", "--prunen 2 --prunem 4 --preset best"), ("gpt_oss", "--wbits 4"), ("qwen3_moe", "--gmp")])
 def test_a_mixture_is_pruned_saved_in_its_published_layout_and_loaded_again(kind, options, folder, tmp_path):
-    path, family = folder(kind), family_of(build(kind))
+    path = folder(kind)
     sparsity = [] if "prunen" in options else ["--sparsity", ".5"]
-    assert run(family, path, "builtin", *sparsity, *options.split(), *SMALL, "--save", tmp_path / "saved") == 0
+    assert run("llama.py", path, "builtin", *sparsity, *options.split(), *SMALL, "--save", tmp_path / "saved") == 0
     record = json.loads((tmp_path / "saved" / "mixgpt.json").read_text())
     dense, pruned = saved_tensors(path), saved_tensors(tmp_path / "saved")
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in pruned.items()} == {
         key: (tensor.shape, tensor.dtype) for key, tensor in dense.items()}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     split_experts(loaded)
-    matrices = measure_sparsity(loaded, family)
+    matrices = measure_sparsity(loaded)
     assert [(m.layer, m.name, m.zeros / m.numel) for m in matrices] == [
         (row["layer"], row["name"], row["sparsity"]) for row in record["matrices"]]
     inside = [tensor for key, tensor in pruned.items()
-              if key.startswith(f"{family.layers}.") and tensor.dim() > 1 and tensor.is_floating_point()
+              if key.startswith(f"{layers_path(loaded)}.") and tensor.dim() > 1 and tensor.is_floating_point()
               and (key.endswith("position_bias") or not key.endswith("bias"))]
     assert record["sparsity_of_layers"] == pytest.approx(
         sum((tensor == 0).sum().item() for tensor in inside) / sum(tensor.numel() for tensor in inside), abs=1e-12)
@@ -164,9 +161,9 @@ def test_a_mixture_is_pruned_saved_in_its_published_layout_and_loaded_again(kind
     assert abs(total_sparsity(matrices) - 0.5) < (0.02 if "wbits" in options else 1e-3)
     changed = {key for key in dense if not torch.equal(dense[key], pruned[key])}
     layout = layout_of(loaded)
-    names = [f"{family.path(matrix.layer, matrix.name)}.weight" for matrix in matrices]
+    names = [f"{path_of(loaded, matrix.layer, matrix.name)}.weight" for matrix in matrices]
     others = changed - {layout.get(name, (name, None))[0] for name in names}
     assert len(changed) - len(others) == len({layout.get(name, (name, None))[0] for name in names})
-    trained = {key for key, tensor in dense.items() if key.startswith(f"{family.layers}.")
+    trained = {key for key, tensor in dense.items() if key.startswith(f"{layers_path(loaded)}.")
                and (tensor.dim() == 1 or key.endswith("bias"))}  # norms and biases, those of experts in one tensor
     assert others <= (trained if "best" in options else set())

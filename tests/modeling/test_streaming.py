@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, VOCABULARY, command, make, measure_sparsity, saved_tensors
+from conftest import CPU, VOCABULARY, command, make, measure_sparsity, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -23,9 +23,9 @@ UP = "model.layers.1.mlp.up_proj.weight"
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--device", "cpu"]
 
 
-def opened(folder, family, dtype="auto"):
+def opened(folder, dtype="auto"):
     """Open a folder as a run does."""
-    return load.open_model(folder, load.read_config(folder), family, dtype)
+    return load.open_model(folder, load.read_config(folder), dtype)
 
 
 def rename(path, new_name):
@@ -53,22 +53,22 @@ LAYOUTS = ["float32", "bfloat16 sharded", "without prefix", "prefix twice"]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_model_on_disk_is_that_of_from_pretrained_and_nothing_of_it_stays_loaded(layout, tiny, tokens, tmp_path):
-    family, model = tiny
+    model = tiny
     store(model, layout, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3 or "sharded" not in layout
     plain, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not report["missing_keys"]
-    streamed = opened(tmp_path, family)
+    streamed = opened(tmp_path)
 
     def on_meta():
         return all(parameter.is_meta for parameter in streamed.parameters())
 
     assert on_meta() and disk_weights(streamed) and streamed.dtype == plain.dtype
-    assert torch.equal(logits(streamed, family, tokens, 4, CPU),
-                       logits(plain.eval(), family, tokens, 4, CPU))
+    assert torch.equal(logits(streamed, tokens, 4, CPU),
+                       logits(plain.eval(), tokens, 4, CPU))
     assert on_meta()
-    assert perplexity(streamed, family, tokens, 4, CPU) == perplexity(plain, family, tokens, 4, CPU)
-    assert measure_sparsity(streamed, family) == measure_sparsity(plain, family)
+    assert perplexity(streamed, tokens, 4, CPU) == perplexity(plain, tokens, 4, CPU)
+    assert measure_sparsity(streamed) == measure_sparsity(plain)
     assert on_meta()
 
     kept = plain.state_dict()
@@ -81,17 +81,17 @@ def test_a_model_on_disk_is_that_of_from_pretrained_and_nothing_of_it_stays_load
 
 @pytest.mark.parametrize("name", ["opt", "bloom"])
 def test_a_heads_own_weights_are_kept_where_the_configuration_calls_them_tied(name, tokenizer, tokens, tmp_path):
-    family, model = make(name)
+    model = make(name)
     model.save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
     state = model.state_dict() | {"lm_head.weight": model.lm_head.weight.detach() * 2}
     save_file(state, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
     assert torch.equal(plain.lm_head.weight, model.lm_head.weight * 2)  # so transformers takes it
-    streamed = opened(tmp_path / "source", family)
-    assert torch.equal(logits(streamed, family, tokens, 4, CPU), logits(plain, family, tokens, 4, CPU))
+    streamed = opened(tmp_path / "source")
+    assert torch.equal(logits(streamed, tokens, 4, CPU), logits(plain, tokens, 4, CPU))
 
-    assert cli.main(family, [str(tmp_path / "source"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval",
+    assert cli.main("llama.py", [str(tmp_path / "source"), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval",
                                   "--save", str(tmp_path / "saved")]) == 0
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(saved.lm_head.weight, plain.lm_head.weight)
@@ -99,20 +99,20 @@ def test_a_heads_own_weights_are_kept_where_the_configuration_calls_them_tied(na
 
 @pytest.mark.parametrize("key", ["model.layers.2.self_attn.q_proj.weight", "model.norm.weight"])
 def test_a_fingerprint_tells_other_weights_apart_but_not_another_dtype(key, tmp_path):
-    family, model = make("llama")
+    model = make("llama")
     found = streaming.fingerprint(model.to(torch.bfloat16))
     model.save_pretrained(tmp_path)
-    assert streaming.fingerprint(opened(tmp_path, family, torch.float32)) == found
+    assert streaming.fingerprint(opened(tmp_path, torch.float32)) == found
     state = load_file(tmp_path / "model.safetensors")
     state[key].view(-1)[state[key].numel() // 2:] += 1
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert streaming.fingerprint(opened(tmp_path, family)) != found
+    assert streaming.fingerprint(opened(tmp_path)) != found
 
 
 @pytest.mark.parametrize("stored, named", [("safetensors", True), ("bin", False)])
 def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: True)  # else it would be float32
-    family, model = make("llama")
+    model = make("llama")
     source = store(model, "bfloat16", tmp_path / "source")
     tokenizer.save_pretrained(source)
     if stored == "bin":
@@ -123,7 +123,7 @@ def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, to
     if not named:  # in the configuration
         (source / "config.json").write_text(json.dumps(config))
     assert AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype == torch.bfloat16
-    assert cli.main(family, [str(source), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval", "--save",
+    assert cli.main("llama.py", [str(source), "builtin", "--sparsity", ".5", "--gmp", *SMALL, "--eval", "--save",
                                   str(tmp_path / "saved")]) == 0
     assert {tensor.dtype for tensor in saved_tensors(tmp_path / "saved").values()} == {torch.bfloat16}
 
@@ -131,14 +131,13 @@ def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, to
 @pytest.mark.parametrize("value", ["nan", "-inf"])
 @pytest.mark.parametrize("key, dtype", [(UP, "auto"), ("model.embed_tokens.weight", torch.bfloat16)])
 def test_weights_that_are_not_finite_are_refused_by_name(key, dtype, value, checkpoint_folder, tokens, tmp_path):
-    family = FAMILIES["llama"][0]
     shutil.copytree(checkpoint_folder("llama"), tmp_path, dirs_exist_ok=True)
     state = load_file(tmp_path / "model.safetensors")
     state[key][-1, -1] = float(value)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    model = opened(tmp_path, family, dtype)
+    model = opened(tmp_path, dtype)
     with pytest.raises(InputError, match=f"{tmp_path}/model.safetensors: {key} contains NaN or inf"):
-        logits(model, family, tokens, 4, CPU)
+        logits(model, tokens, 4, CPU)
 
 
 WIDTH, INNER = 1024, 2048

@@ -9,6 +9,7 @@ from mixgpt.app.compression import recipe_of
 from mixgpt.app.settings import Settings
 from mixgpt.kernels import columns
 from mixgpt.modeling.experts import split_experts
+from mixgpt.modeling.family import layers_of
 from mixgpt.pruning.calibration import one_pass_bytes, paused_forwards
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.targets import Target, select
@@ -16,10 +17,10 @@ from modelutils import HiddenStates, StreamedModel, hooked, linears, shared_inpu
 
 
 def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_each_module(tiny, tokens):
-    family, model = tiny
-    layer = family.layers_of(model)[0]
-    whole = HiddenStates.embed(model, family, tokens, 2, CPU)
-    paused = HiddenStates.embed(model, family, tokens, 2, CPU)
+    model = tiny
+    layer = layers_of(model)[0]
+    whole = HiddenStates.embed(model, tokens, 2, CPU)
+    paused = HiddenStates.embed(model, tokens, 2, CPU)
     stops = [linears(layer)[group[0]] for group in shared_inputs(layer, 0, whole)]
     inputs, expected = {module: [] for module in stops}, {module: [] for module in stops}
     with hooked({module: expected[module].append for module in stops}):
@@ -36,12 +37,12 @@ def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_ea
     ("bloom", {}), ("qwen3-moe", {}), ("opt", {"solver": "admm", "target": "dense"})])
 def test_the_bytes_of_one_pass_are_about_those_of_the_peak(name, options, monkeypatch):
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
-    family, model = make(name)
+    model = make(name)
     split_experts(model)
     tokens = torch.randint(VOCABULARY, (40, 64), generator=torch.Generator().manual_seed(0))
-    settings, selected = Settings(name, "builtin", sparsity=0.5, **options), select(model, family)
+    settings, selected = Settings(name, "builtin", sparsity=0.5, **options), select(model)
     with Gpu() as gpu:
-        streamed = StreamedModel(model, family, CUDA, 1)
+        streamed = StreamedModel(model, CUDA, 1)
         counted = one_pass_bytes(streamed, selected, tokens.shape, "target" in options, "solver" in options)
         prune_layerwise(streamed, dict.fromkeys(selected, Target(0.5)), tokens, recipe_of(settings))
     assert 0.95 * gpu.peak <= counted <= 1.6 * gpu.peak  # memory.USABLE leaves a tenth

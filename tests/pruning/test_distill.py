@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mixgpt.common import memory
 from mixgpt.modeling.experts import split_experts
+from mixgpt.modeling.family import layers_of, layers_path, path_of
 from mixgpt.pruning import distill as module
 from mixgpt.pruning.distill import dense_states, distill
 from mixgpt.pruning.targets import select
@@ -32,10 +33,10 @@ class Scene:
 
     def __init__(self, name="llama", dtype=torch.float32, scheme=None, shape=(N, T)):
         """scheme: of the grids on which the kept weights lie, `chosen`, {(layer, name): Grid or None}."""
-        self.family, self.model = make(name)
+        self.model = make(name)
         split_experts(self.model)
         self.model.to(dtype)
-        self.pruned, self.chosen = copy.deepcopy(self.model), dict.fromkeys(select(self.model, self.family))
+        self.pruned, self.chosen = copy.deepcopy(self.model), dict.fromkeys(select(self.model))
         generator = torch.Generator().manual_seed(3)
         for key in self.chosen:
             weight = self.weight(key)
@@ -48,10 +49,10 @@ class Scene:
         self.before = copy.deepcopy((self.pruned, self.chosen))
 
     def weight(self, key, model=None):
-        return modules_of(model or self.pruned, self.family)[key].weight.data
+        return modules_of(model or self.pruned)[key].weight.data
 
     def streamed(self, model, batch_size=2):
-        return StreamedModel(model, self.family, CPU, batch_size)
+        return StreamedModel(model, CPU, batch_size)
 
     def distill(self, times=1, seed=0, batch_size=2, finish=None):
         return distill(self.streamed(self.pruned, batch_size), self.chosen, self.tokens.repeat(times, 1),
@@ -81,7 +82,7 @@ def test_gradients_are_those_of_the_divergence_from_the_dense_model(name, monkey
     monkeypatch.setattr(module, "STEPS", 1)
     monkeypatch.setattr(module, "CPU_SLICE", 7)  # several parts
     mean = scene.distill()
-    with module._trained(scene.family.layers_of(scene.pruned), scene.chosen) as weights, torch.enable_grad():
+    with module._trained(layers_of(scene.pruned), scene.chosen) as weights, torch.enable_grad():
         expected = scene.divergence()
         wanted = torch.autograd.grad(expected * N * T, weights, allow_unused=True)
     assert mean == pytest.approx(expected.item(), rel=1e-5)  # summed in float32
@@ -98,9 +99,9 @@ def test_kept_weights_norms_and_biases_learn_and_all_else_stays(name, monkeypatc
     mean = scene.distill(times=8)
     end = scene.divergence().item()
     assert end < 0.95 * start and end < mean < start
-    trained, before = {f"{scene.family.path(*key)}.weight" for key in scene.chosen}, scene.before[0].state_dict()
+    trained, before = {f"{path_of(scene.pruned, *key)}.weight" for key in scene.chosen}, scene.before[0].state_dict()
     for name, weight in scene.pruned.state_dict().items():
-        layer = name.startswith(f"{scene.family.layers}.")
+        layer = name.startswith(f"{layers_path(scene.before[0])}.")
         if name in trained:
             assert torch.equal(weight == 0, before[name] == 0), name
             assert not torch.equal(weight, before[name]) or ".experts." in name, name
@@ -114,7 +115,7 @@ def test_kept_weights_norms_and_biases_learn_and_all_else_stays(name, monkeypatc
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_gradients_of_scales_are_those_of_the_divergence(name, scheme, monkeypatch):
     scene, found = Scene(name, scheme=scheme), []
-    weights = {f"{scene.family.path(*key)}.weight": grid for key, grid in scene.chosen.items()}
+    weights = {f"{path_of(scene.pruned, *key)}.weight": grid for key, grid in scene.chosen.items()}
     before = dict(scene.before[0].named_parameters())
     factors = {name: torch.ones_like(grid.scale, requires_grad=True) for name, grid in weights.items()}
     scaled = {name: before[name] * factors[name][:, grid.group] for name, grid in weights.items()}
@@ -155,7 +156,7 @@ def test_layers_without_chosen_matrices_stay():
     scene.chosen = {key: None for key in scene.chosen if key[0] == 1}
     scene.distill(finish=lambda index, *_: finished.append(index))
     same = [all(torch.equal(*pair) for pair in zip(one.parameters(), other.parameters(), strict=True))
-            for one, other in zip(*map(scene.family.layers_of, (scene.before[0], scene.pruned)), strict=True)]
+            for one, other in zip(*map(layers_of, (scene.before[0], scene.pruned)), strict=True)]
     assert same == [True, False, True]
     assert finished == [0, 1]
 
@@ -203,7 +204,7 @@ def test_what_fits_is_about_the_peak_and_without_room_for_it_nothing_does(name, 
     monkeypatch.setattr(module, "STEP_TOKENS", 1024)
     scene = Scene(name, dtype, shape=(16, 64))
     with Gpu() if device == CUDA else contextlib.nullcontext() as gpu:
-        streamed = StreamedModel(scene.pruned, scene.family, device, 4)
+        streamed = StreamedModel(scene.pruned, device, 4)
         counted = least_room(streamed, scene.tokens, monkeypatch)
         peak = peak_on_a_cpu(lambda: distill(streamed, scene.chosen, scene.tokens, scene.dense, 0), tmp_path)
     peak = gpu.peak if gpu else peak

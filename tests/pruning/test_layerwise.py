@@ -12,6 +12,7 @@ from test_sparsegpt import prune_matrix
 from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import columns
+from mixgpt.modeling.family import layers_of
 from mixgpt.pruning import layerwise
 from mixgpt.pruning.hessian import factor
 from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
@@ -30,42 +31,42 @@ NORMS = {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"
 POST_NORMS = {"self_attn.out_proj": "self_attn.q_proj", "fc2": "fc1"}  # of OPT-350m
 
 
-def plan_of(model, family, target=HALF, **selection):
-    return make_plan(select(model, family, **selection, widths={"--prunem": target.prunem}), target)
+def plan_of(model, target=HALF, **selection):
+    return make_plan(select(model, **selection, widths={"--prunem": target.prunem}), target)
 
 
-def sparsegpt(model, family, plan, tokens, batch_size=2, **changes):
+def sparsegpt(model, plan, tokens, batch_size=2, **changes):
     options = OPTIONS | changes
     saliency, solver = SALIENCIES[options.pop("saliency")].load(), SOLVERS[options.pop("solver", "obs")].load()
     recipe = Recipe(solver, saliency=saliency, **options)
-    return prune_layerwise(StreamedModel(model, family, CPU, batch_size), plan, tokens, recipe)
+    return prune_layerwise(StreamedModel(model, CPU, batch_size), plan, tokens, recipe)
 
 
 @torch.no_grad()
-def prune_by_whole_forwards(model, family, tokens, steps):
+def prune_by_whole_forwards(model, tokens, steps):
     """Prune as `steps` orders it, each step a list of (layer, name), from one run of the whole model per step."""
     for step in steps:
-        modules = {key: modules_of(model, family)[key] for key in step}
+        modules = {key: modules_of(model)[key] for key in step}
         for key, X in inputs_of(model, modules, tokens).items():
             H, module = 2 / len(tokens) * X.double().T @ X.double(), modules[key]
             R, _ = factor(H)
             module.weight.copy_(prune_matrix(module.weight.double(), R, H.diagonal(), HALF, blocksize=16)[0])
 
 
-def weights(model, family):
-    return {key: module.weight for key, module in modules_of(model, family).items()}
+def weights(model):
+    return {key: module.weight for key, module in modules_of(model).items()}
 
 
 @pytest.mark.parametrize("true_sequential", [False, True])
 def test_calibration_is_on_the_pruned_layers_or_linears_before(tiny, tokens, true_sequential):
-    family, model = tiny
+    model = tiny
     reference = copy.deepcopy(model)
-    sparsegpt(model, family, plan_of(model, family), tokens, true_sequential=true_sequential)
-    names = list(linears(family.layers_of(model)[0]))  # every family registers its linears as they run
+    sparsegpt(model, plan_of(model), tokens, true_sequential=true_sequential)
+    names = list(linears(layers_of(model)[0]))  # every family registers its linears as they run
     steps = [[name] for name in names] if true_sequential else [names]
-    prune_by_whole_forwards(reference, family, tokens, [[(index, name) for name in step] for index in range(3)
+    prune_by_whole_forwards(reference, tokens, [[(index, name) for name in step] for index in range(3)
                                                         for step in steps])
-    for (key, W), R in zip(weights(model, family).items(), weights(reference, family).values(), strict=True):
+    for (key, W), R in zip(weights(model).items(), weights(reference).values(), strict=True):
         assert torch.equal(W == 0, R == 0), key
         assert torch.allclose(W, R, atol=2e-4), key
 
@@ -75,27 +76,27 @@ def test_calibration_is_on_the_pruned_layers_or_linears_before(tiny, tokens, tru
 @torch.no_grad()
 def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, tokens, true_sequential, weighted):
     """Each matrix is solved for by least squares on what the model as pruned before it, and the dense one, give."""
-    family, model = tiny
+    model = tiny
     reference, dense = copy.deepcopy(model), copy.deepcopy(model)
-    plan, counts = plan_of(model, family), {}
+    plan, counts = plan_of(model), {}
     for key in plan if weighted else []:
         counts[key] = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(len(counts)))
-    stream = HiddenStates.embed(model, family, tokens, 2, CPU)
-    group_of = {name: group for group in shared_inputs(family.layers_of(model)[0], 0, stream) for name in group}
-    sparsegpt(model, family, plan, tokens, dense_target=True, true_sequential=true_sequential, token_weights=counts)
-    names = list(linears(family.layers_of(model)[0]))
+    stream = HiddenStates.embed(model, tokens, 2, CPU)
+    group_of = {name: group for group in shared_inputs(layers_of(model)[0], 0, stream) for name in group}
+    sparsegpt(model, plan, tokens, dense_target=True, true_sequential=true_sequential, token_weights=counts)
+    names = list(linears(layers_of(model)[0]))
     norms = NORMS if getattr(model.config, "do_layer_norm_before", True) else POST_NORMS
-    pruned, expected = weights(reference, family), {}
+    pruned, expected = weights(reference), {}
     for index in range(3):
         for step in ([[name] for name in names] if true_sequential else [names]):
             seen = []
             for each in (reference, dense):
-                layer = family.layers_of(each)[index]
+                layer = layers_of(each)[index]
                 wanted = [*step, *(norms[name] for name in step if name in norms)]
                 inputs = inputs_of(each, {name: layer.get_submodule(name) for name in wanted}, tokens)
                 seen.append({name: X.double() for name, X in inputs.items()})
             for name in step:
-                module = family.layers_of(reference)[index].get_submodule(name)
+                module = layers_of(reference)[index].get_submodule(name)
                 W, (X, X_dense) = module.weight, (inputs[name] for inputs in seen)
                 Y = (X + X_dense) / 2 @ W.double().T
                 if name in norms:
@@ -110,9 +111,9 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
                                             torch.cat([Y, ridge * W.double().T])).solution.T
                 expected[index, name] = prune_matrix(wanted, R, H.diagonal(), HALF, blocksize=16)[0].float()
             for name in step:  # what follows is compared on the same inputs, whatever rounding did here
-                pruned[index, name].copy_(weights(model, family)[index, name])
+                pruned[index, name].copy_(weights(model)[index, name])
     rows = differing = 0
-    for key, W in weights(model, family).items():
+    for key, W in weights(model).items():
         same = ((W == 0) == (expected[key] == 0)).all(dim=1)  # a tie that rounding breaks changes its row alone
         assert torch.allclose(W[same], expected[key][same], atol=2e-4), key
         rows, differing = rows + len(W), differing + (~same).sum().item()
@@ -120,23 +121,23 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
 
 
 def test_best_beats_sparsegpt_and_that_magnitude_on_a_trained_model(trained_model):
-    family, dense, test, calibration = trained_model
+    dense, test, calibration = trained_model
     model, best, magnitude = (copy.deepcopy(dense) for _ in range(3))
-    plan = plan_of(model, family)
-    walked = sparsegpt(model, family, plan, calibration, batch_size=8)
-    solved = sparsegpt(best, family, plan, calibration, batch_size=8, solver="admm", dense_target=True)
-    prune_magnitude(StreamedModel(magnitude, family, CPU, 2), plan)
+    plan = plan_of(model)
+    walked = sparsegpt(model, plan, calibration, batch_size=8)
+    solved = sparsegpt(best, plan, calibration, batch_size=8, solver="admm", dense_target=True)
+    prune_magnitude(StreamedModel(magnitude, CPU, 2), plan)
     assert sum(o.error for o in solved.values()) < 0.75 * sum(o.error for o in walked.values())
-    for W in weights(best, family).values():
+    for W in weights(best).values():
         assert (W == 0).sum() == round(0.5 * W.numel())
 
-    first = {key: module for key, module in modules_of(dense, family).items() if key[0] == 0}
+    first = {key: module for key, module in modules_of(dense).items() if key[0] == 0}
     for key, X in inputs_of(dense, first, calibration).items():
-        errors = [(X @ (first[key].weight - weights(m, family)[key]).T).square().sum().item()
+        errors = [(X @ (first[key].weight - weights(m)[key]).T).square().sum().item()
                   for m in (model, magnitude)]
         assert errors[0] < errors[1], key
 
-    dense_ppl, best_ppl, ppl, magnitude_ppl = (perplexity(m, family, test, 8, CPU)
+    dense_ppl, best_ppl, ppl, magnitude_ppl = (perplexity(m, test, 8, CPU)
                                                for m in (dense, best, model, magnitude))
     assert dense_ppl < 40, "the model has not learned"
     assert dense_ppl < best_ppl < ppl
@@ -146,13 +147,13 @@ def test_best_beats_sparsegpt_and_that_magnitude_on_a_trained_model(trained_mode
 @pytest.mark.parametrize("target", [Target(0.37), Target(0.25, 2, 8)])
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_every_matrix_meets_its_target_to_the_weight(tiny, tokens, target, magnitude):
-    family, model = tiny
-    plan = plan_of(model, family, target)
+    model = tiny
+    plan = plan_of(model, target)
     if magnitude:
-        prune_magnitude(StreamedModel(model, family, CPU, 2), plan)
+        prune_magnitude(StreamedModel(model, CPU, 2), plan)
     else:
-        sparsegpt(model, family, plan, tokens)
-    for W in weights(model, family).values():
+        sparsegpt(model, plan, tokens)
+    for W in weights(model).values():
         assert (W == 0).sum() == round(target.sparsity * W.numel())
         if target.prunem:
             assert ((W == 0).view(-1, target.prunem).sum(dim=1) == target.prunen).all()
@@ -167,11 +168,11 @@ def test_every_matrix_meets_its_target_to_the_weight(tiny, tokens, target, magni
 ])
 @pytest.mark.parametrize("true_sequential", [False, True])
 def test_only_what_is_selected_changes(selection, chosen, true_sequential, tokens):
-    family, model = make("opt")
-    before = {key: W.clone() for key, W in weights(model, family).items()}
-    outcomes = sparsegpt(model, family, plan_of(model, family, **selection), tokens, true_sequential=true_sequential)
+    model = make("opt")
+    before = {key: W.clone() for key, W in weights(model).items()}
+    outcomes = sparsegpt(model, plan_of(model, **selection), tokens, true_sequential=true_sequential)
     assert set(outcomes) == {key for key in before if chosen(*key)}
-    for key, W in weights(model, family).items():
+    for key, W in weights(model).items():
         assert torch.equal(W, before[key]) != chosen(*key), key
 
 
@@ -179,11 +180,11 @@ def test_only_what_is_selected_changes(selection, chosen, true_sequential, token
 def test_the_host_waits_for_a_gpu_once_per_input_and_once_for_all_errors(solver, dense, tokens, monkeypatch):
     """In this room: for the factorisations of the four inputs of a layer, and for its errors."""
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
-    family, model = make("llama")
+    model = make("llama")
     with makebelieve.Gpu() as gpu:
-        streamed = StreamedModel(model.bfloat16(), family, torch.device("cuda:0"), 2)
+        streamed = StreamedModel(model.bfloat16(), torch.device("cuda:0"), 2)
         recipe = Recipe(SOLVERS[solver].load(), 16, dense_target=dense)
-        outcomes = prune_layerwise(streamed, plan_of(model, family), tokens, recipe)
+        outcomes = prune_layerwise(streamed, plan_of(model), tokens, recipe)
     here = {"sparsegpt.py", "quant.py", *(file.name for room in ("kernels", "pruning")
                                           for file in (Path(layerwise.__file__).parents[1] / room).iterdir())}
     waited = {what: count for what, count in gpu.synchronisations.items()
