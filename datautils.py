@@ -13,7 +13,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line, reading
-from mixgpt.text.sets import column_of, counts_of, hub_copy_rows, hub_reachable, text_set_of
+from mixgpt.text.sets import COLUMNS, counts_of, hub_copy_rows, hub_reachable, text_set_of, texts_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
@@ -183,6 +183,7 @@ def hub_rows(dataset, text_set, split):
         copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"
         raise InputError(f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy "
                          f"{copy if text_set.local else 'as a file'}, or use the dataset builtin") from None
-    return column_of(table, text_set.hub_id, text_set.column), {"hub": text_set.hub_id, **options}
+    columns = [text_set.column] if text_set.column else COLUMNS
+    return texts_of(table.to_list(), text_set.hub_id, columns), {"hub": text_set.hub_id, **options}
 
 

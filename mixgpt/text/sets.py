@@ -88,10 +88,8 @@ def shares_of(name, flag="dataset"):
 
     A text is the name of a dataset, a path, or owner/dataset:column on the hub. Raises InputError for anything else.
     """
-    if known(name):
-        return {name: 1.0}
     weights = {}
-    for part in name.split(",") if ":" in name else []:
+    for part in name.split(",") if ":" in name and not known(name) else [f"{name}:1"]:
         text, _, share = part.rpartition(":")
         try:
             value = float(share)
@@ -100,11 +98,10 @@ def shares_of(name, flag="dataset"):
         if not 0 < value < math.inf:
             raise InputError(f"{flag} {name}: {part!r}: in a mixture each text needs a share above 0, for example "
                              "c4:0.7,builtin:0.3")
+        if not known(text):
+            raise InputError(f"{flag} {name}: invalid choice: {text!r} (choose from {', '.join(map(repr, DATASETS))}, "
+                             "or give a file or folder of text, or owner/dataset:column on the hub)")
         weights[text] = weights.get(text, 0) + value
-    if unknown := [text for text in weights or [name] if not known(text)]:
-        raise InputError(f"{flag} {name}: invalid choice: {unknown[0]!r} (choose from "
-                         f"{', '.join(map(repr, DATASETS))}, or give a file or folder of text, or owner/dataset:column "
-                         "on the hub)")
     return {text: weight / sum(weights.values()) for text, weight in weights.items()}
 
 
@@ -217,42 +214,36 @@ def read_file(path, argument):
     import pyarrow.parquet
     from datasets import Dataset
 
-    subject = f"{argument} {path}"
-    with reading(f"{subject}: cannot be read"):
+    with reading(f"{argument} {path}: cannot be read"):
         if path.suffix == ".parquet":
-            return column_of(Dataset(pyarrow.parquet.read_table(path)), subject)
-        if path.suffix == ".arrow":
-            return column_of(Dataset.from_file(str(path)), subject)
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
-        if path.suffix == ".txt":
-            return [text]
-        rows = json.loads(text) if text.lstrip().startswith("[") else [
-            json.loads(line) for line in text.split("\n") if line.strip()]
-        return [_text_or_chat(row[_column(row, subject)] if isinstance(row, dict) else row, f"{subject}: row {number}")
-                for number, row in enumerate(rows, 1)]
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        elif path.suffix == ".arrow":
+            rows = Dataset.from_file(str(path)).to_list()
+        else:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+                text = file.read()
+            if path.suffix == ".txt":
+                return [text]
+            rows = json.loads(text) if text.lstrip().startswith("[") else [
+                json.loads(line) for line in text.split("\n") if line.strip()]
+        return texts_of(rows, f"{argument} {path}")
 
 
-def column_of(table, subject, wanted=None):
-    """Return the texts or chats in a column of a datasets.Dataset: `wanted`, or the first of COLUMNS that it has."""
-    column = _column(table.column_names, subject, wanted)
-    return [_text_or_chat(value, f"{subject}: row {number}") for number, value in enumerate(table[column], 1)]
+def texts_of(rows, subject, columns=COLUMNS):
+    """Return the texts or chats of rows, which are these, or dicts with one in the first of the columns they have."""
+    return [_text_of(row, f"{subject}: row {number}", columns) for number, row in enumerate(rows, 1)]
 
 
-def _column(names, subject, wanted=None):
-    for column in [wanted] if wanted else COLUMNS:
-        if column in names:
-            return column
-    needed = wanted or "text, sentence or messages"
-    raise InputError(f"{subject} has the columns {', '.join(names)}: {needed} is needed")
-
-
-def _text_or_chat(value, subject):
+def _text_of(row, subject, columns):
     """Return a text, or a chat [{"role": …, "content": …}, …] without further keys. Raises InputError otherwise."""
-    if isinstance(value, str):
-        return value
+    if isinstance(row, dict):
+        if not (present := [column for column in columns if column in row]):
+            raise InputError(f"{subject} has the columns {', '.join(row)}; needs {' or '.join(columns)}")
+        row = row[present[0]]
+    if isinstance(row, str):
+        return row
     try:
-        chat = [{"role": part["role"], "content": part["content"]} for part in value]
+        chat = [{"role": part["role"], "content": part["content"]} for part in row]
     except (TypeError, KeyError):
         chat = []
     if not chat or not all(isinstance(part["content"], str) for part in chat):

@@ -103,7 +103,7 @@ BAD_FILES = {
     "text": ("test.txt", b"\xff\xfe", "utf-8"),
     "nothing": ("test.json", b'{"text": "a"}\n{"text": null}\n', "row 2 is neither text nor a chat"),
     "chat without a role": ("test.json", b'{"messages": [{"content": "a"}]}\n', "row 1 is neither text nor a chat"),
-    "columns": ("test.json", b'{"body": "a", "id": 1}\n', "columns body, id: text, sentence or messages is"),
+    "columns": ("test.json", b'{"body": "a", "id": 1}\n', "row 1 has the columns body, id; needs text or "),
     "another kind": ("test.csv", b"text\na\n", "must end in one of .txt .json"),
 }
 
