@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-eval, zero-shot or few-shot: build them, and score a model one decoder layer at a time.
 
-The texts of all tasks pass through the layers together, so that a layer is loaded once for thousands of them.
+Texts of all tasks pass through a layer together, so that it is loaded once for thousands of them.
 Tokenization, windows and, up to rounding, results match lm-eval's own `hf` model, except that with --bos each
 truncated texts and all windows also begin with BOS.
 """
@@ -8,7 +8,6 @@ truncated texts and all windows also begin with BOS.
 import contextlib
 import difflib
 import io
-import itertools
 import numbers
 import sys
 from collections import defaultdict
@@ -33,8 +32,7 @@ from mixgpt.text.sets import hub_reachable, unlogged
 from modelutils import SLICE, HiddenStates, run_layers, whole
 
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
-RESIDENT = 2**18  # tokens whose hidden states are in memory at a time
-PADDING = 16  # lengths are padded to multiples of it, so that few distinct ones remain
+RESIDENT = 2**17  # tokens that pass through a layer each time it is loaded
 
 
 def load(names, folder, limit):
@@ -101,8 +99,6 @@ def check(chosen, tokenizer, nbytes, device):
         if "generate_until" in kinds and not memory.fits(nbytes, device):
             raise InputError(f"--tasks {name}: generates text, for which all {nbytes / 1e9:.1f} GB of the model must "
                              f"fit in memory; {memory.free(device) / 1e9:.1f} GB are free on {device}")
-        if any(instance.request_type == "loglikelihood" and not "".join(instance.args) for instance in task.instances):
-            raise InputError(f"--tasks {name}: computes the likelihood of an empty text")
 
 
 def score(chosen, model, tokenizer, limit, tokens, device, bos=None):
@@ -138,22 +134,18 @@ class StreamedLM(TemplateLM):
     Texts are divided among the processes; every process gets all answers.
     """
 
+    eot_token_id = prefix_token_id = None  # of the tokenizer; the second precedes a text without context
+
     def __init__(self, model, tokenizer, tokens, device, bos=None):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.tokens, self.where = tokens, device
         self.bos, self.first = bos, first_token(tokenizer, bos)
         self.max_length = position_limit(model.config) or DEFAULT_SEQLEN
+        self.eot_token_id = self.prefix_token_id = tokenizer.eos_token_id
+        if tokenizer.bos_token_id is not None:
+            self.prefix_token_id = tokenizer.bos_token_id
         self.cut = 0  # number of truncated texts
-
-    @property
-    def eot_token_id(self):
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self):
-        """The token that precedes a text without context."""
-        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string, add_special_tokens=None, **_):
         """Return the ids of a text, with the tokenizer's special tokens unless it begins with BOS."""
@@ -199,46 +191,36 @@ class StreamedLM(TemplateLM):
             tokens[0] = tokens[0] if self.first is None else self.first
             runs[tuple(tokens[:-1])].append((number, continuation[-self.max_length:]))
         longest_first = sorted(runs, key=len, reverse=True)  # so that running out of memory shows at once
-        answers = {}
-        for group in self._groups(longest_first[distributed.rank()::distributed.world()]):
-            answers |= self._answers(group, runs)
+        sequences, answers = longest_first[distributed.rank()::distributed.world()], {}
+        while sequences:
+            count = max(RESIDENT // len(sequences[0]), 1)
+            answers |= self._answers(sequences[:count], runs)
+            sequences = sequences[count:]
         return self._in_order(answers)
 
-    def _groups(self, sequences):
-        """Yield lists of sequences, which are sorted, of at most RESIDENT tokens together, or of one sequence."""
-        while sequences:
-            count = max(RESIDENT // self._padded(sequences[0]), 1)
-            yield sequences[:count]
-            sequences = sequences[count:]
-
-    def _padded(self, tokens):
-        """Return the length to which tokens are padded."""
-        return min(-(-len(tokens) // PADDING) * PADDING, self.max_length)
-
     @torch.no_grad()
-    def _answers(self, group, runs):
-        """Return {number of a request: (log-likelihood, whether greedy decoding gives it)} of sorted sequences.
+    def _answers(self, sequences, runs):
+        """Return {number of a request: (log-likelihood, whether greedy decoding gives it)} of sequences, longest first.
 
         runs: {input tokens: [(request number, tokens to predict at its end)]}.
         """
-        batches = [(T, list(sequences)) for T, sequences in itertools.groupby(group, self._padded)]
+        T, answers = len(sequences[0]), {}
         # causal attention: padding at the end does not affect the tokens before it
-        streams = [HiddenStates.embed(self.model,
-                                      torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in sequences]),
-                                      max(1, self.tokens // T), self.where) for T, sequences in batches]
-        run_layers(self.model, streams, self.where, "tasks")
-        answers = {}
-        with streams[0].head(self.model) as head:
-            for stream, (_, sequences) in zip(streams, batches, strict=True):
-                for row, tokens in zip(stream.hidden, sequences, strict=True):
-                    for number, targets in runs[tokens]:
-                        hidden = row[len(tokens) - len(targets):len(tokens)].to(self.where)
-                        answers[number] = _likelihood(head, hidden, torch.tensor(targets, device=self.where))
+        padded = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in sequences])
+        stream = HiddenStates.embed(self.model, padded, max(self.tokens // T, 1), self.where)
+        run_layers(self.model, [stream], self.where, "tasks")
+        with stream.head(self.model) as head:
+            for row, tokens in zip(stream.hidden, sequences, strict=True):
+                for number, targets in runs[tokens]:
+                    hidden = row[len(tokens) - len(targets):len(tokens)].to(self.where)
+                    answers[number] = _likelihood(head, hidden, torch.tensor(targets, device=self.where))
         return answers
 
     def _in_order(self, answers):
         """Return the answers of all processes, {number: answer}, as a list."""
-        together = dict(itertools.chain.from_iterable(part.items() for part in distributed.all_gather_object(answers)))
+        together = {}
+        for part in distributed.all_gather_object(answers):
+            together |= part
         return [together[number] for number in range(len(together))]
 
 
