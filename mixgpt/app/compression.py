@@ -74,11 +74,12 @@ def _distill(run, plan, outcomes, on_host):
     def attempt(memory_plan):
         streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.seqlen)
         room = run.decided("distillation_batch", lambda: min(distributed.all_gather_object(
-            distill.room_for(streamed, tokens))))
+            distill.room_for(streamed, tokens, run.settings.effort))))
         streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))
         with run.clock.part("distillation"):
             grids = {key: outcome.grid for key, outcome in outcomes.items()}
-            divergence = distill.distill(streamed, grids, tokens, plan.dense_states, run.settings.seed, finish)
+            divergence = distill.distill(streamed, grids, tokens, plan.dense_states, run.settings.seed, finish,
+                                         run.settings.effort)
             if files:
                 files.flush()
         return {"divergence": divergence}

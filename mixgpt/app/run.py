@@ -117,7 +117,7 @@ def _plan(run):
         windows = distillation_windows(settings, run.seqlen)
         streamed = distill.with_token_budget(run.streamed(run.memory_plan), windows, run.seqlen)
         run.distills = run.decided("distills", lambda: min(distributed.all_gather_object(
-            distill.room_for(streamed, windows))) > 0)
+            distill.room_for(streamed, windows, settings.effort))) > 0)
         if not run.distills:
             run.record["distilled"] = "no room"
             run.log(f"distill  skipped: all weights cannot be trained at once in what is free on {device}")

@@ -27,16 +27,17 @@ NEEDS = {  # what makes these properties of Settings true, in words
     "compresses": "--sparsity, --prunen and --prunem, or --wbits",
     "calibrates": "calibration, --sparsity, --prunen or --wbits without --gmp and --nearest",
     "is_nonuniform": "--sparsity-way " + " or ".join(name for name, way in ALLOCATIONS.items() if not way.even),
-    "save": "--save", "log_wandb": "--log-wandb", "tasks": "--tasks", "eval": "the test sets of --eval",
+    "has_effort": "--preset best", "save": "--save", "log_wandb": "--log-wandb", "tasks": "--tasks",
+    "eval": "the test sets of --eval",
 }
 
 
-def recipe(preset, prunem=0, wbits=16, groupsize=-1):
+def recipe(preset, prunem=0, wbits=16, groupsize=-1, effort=1.0):
     """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
 
     In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more synthetic
     sequences. Grids have few scales to train. Columns are quantized in the order of activation unless their groups
-    would have to be stored.
+    would have to be stored. effort: of best, as a multiple of its text for distillation; Hessians gain less from more.
     """
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
@@ -45,6 +46,8 @@ def recipe(preset, prunem=0, wbits=16, groupsize=-1):
         options |= {"sparsity_way": "uniform", "saliency": "obs", "synthetic": 0.75, "distill": 1.0}
     if preset == "best" and wbits < 16:
         options |= {"distill": 0.5, "mse": True} | ({"act_order": True} if groupsize == -1 else {})
+    if preset == "best":
+        options |= {"synthetic": options["synthetic"] * math.sqrt(effort), "distill": options["distill"] * effort}
     return options
 
 
@@ -90,6 +93,9 @@ class Settings:
         "a complete recipe: sparsegpt, mixgpt (the paper's, with sensitivities by fisher) or best (lowest perplexity, "
         "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
         needs=("prunes",))
+    effort: float = option(1.0, METHOD,
+        "what best may cost: a multiple of the text and the steps of distillation, and its root of the synthetic text "
+        "for Hessians", between=(0.1, 100), needs=("has_effort",))
 
     sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",
         group="sparsity allocation", choices=ALLOCATIONS, needs=("prunes",))
@@ -190,7 +196,7 @@ class Settings:
         defaults = {field.name: field.default for field in dataclasses.fields(self) if "help" in field.metadata}
         if unknown := options.keys() - defaults.keys():
             raise TypeError(f"Settings has no {', '.join(sorted(unknown))}")
-        shape = {name: options[name] for name in ("prunem", "wbits", "groupsize") if name in options}
+        shape = {name: options[name] for name in ("prunem", "wbits", "groupsize", "effort") if name in options}
         preset = recipe(options["preset"], **shape) if options.get("preset") is not None else {}
         for name, value in ({"model": model, "dataset": dataset} | defaults | preset | options).items():
             value = str(value) if isinstance(value, Path) else value
@@ -252,6 +258,10 @@ class Settings:
                 choice = registry[getattr(self, field.name)]
                 if reason := choice.refuses and choice.refuses(self):
                     raise InputError(f"{registry.flag} {getattr(self, field.name)}: {reason}")
+
+    @property
+    def has_effort(self):
+        return self.preset == "best"
 
     @property
     def prunes(self):
@@ -323,7 +333,8 @@ class Settings:
         choices = {ALLOCATIONS.title(self.sparsity_way) + by: self.is_nonuniform,
                    SALIENCIES.title(self.saliency): self.prunes and self.saliency != "obs" and not (self.gmp or mixgpt),
                    "dense target": self.target == "dense", "weighted tokens": self.token_weights == "fisher",
-                   "synthetic text": self.synthetic > 0, "distilled": self.distill > 0}
+                   "synthetic text": self.synthetic > 0, "distilled": self.distill > 0,
+                   f"effort {self.effort:g}": self.effort != 1}
         chosen = ", ".join(choice for choice, is_chosen in choices.items() if is_chosen)
         return name + (f" ({chosen})" if chosen else "") + (f" + {bits}" if self.prunes and self.quantizes else "")
 

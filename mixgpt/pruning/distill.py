@@ -17,7 +17,7 @@ from mixgpt.modeling.experts import kind_of
 from mixgpt.modeling.streaming import disk_weights
 from modelutils import CPU_SLICE, SLICE, HiddenStates, bytes_to_load, linears, on_device, run_layers
 
-STEPS = 16  # at most
+STEPS = 16  # at most, with an effort of 1
 STEP_TOKENS = 1024  # of a step, if there are as many: gradients of fewer are too noisy for the rate
 RATE = 2.5e-3  # most that a step changes a matrix, as a fraction of its root mean square
 SCALES_RATE = 1e-2  # most that a step changes the scales of its grids, as a fraction
@@ -42,7 +42,7 @@ def dense_states(streamed, tokens):
     return stream.hidden[..., :stream.channels].to("cpu")
 
 
-def room_for(streamed, tokens):
+def room_for(streamed, tokens, effort=1.0):
     """Return how many of the sequences (N, T) can be a batch if the whole model is trained on the device, 0 if none.
 
     At most streamed.batch_size. Counted are all weights; for those in layers the gradient, a float32 copy and, unless
@@ -53,7 +53,7 @@ def room_for(streamed, tokens):
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
-    width, batch = model.get_input_embeddings().embedding_dim, min(streamed.batch_size, _per_step(tokens))
+    width, batch = model.get_input_embeddings().embedding_dim, min(streamed.batch_size, _per_step(tokens, effort))
     matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
                 for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
     before = itemsize if device.type == "cpu" and _in_memory(layers) else 0
@@ -70,19 +70,19 @@ def room_for(streamed, tokens):
 
 
 @torch.no_grad()
-def distill(streamed, chosen, tokens, dense, seed, finish=None):
+def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
     """Train the chosen matrices, and the norms and biases of their layers, in place.
 
     streamed: a modelutils.StreamedModel of the pruned model, all of which is put on the device. chosen: {(layer, name):
     quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid, its scales,
     which change in place at the end. tokens: (N, T), each read once, in an order drawn by the seed. dense:
     `dense_states` of these. finish: called at the end with (index, layer) for each layer up to the last chosen one,
-    while it is on the device. Returns the mean divergence KL(p ‖ q) per token, in nats. Raises Diverged if it or a
-    weight is not finite, memory.OutOfMemory, or torch.OutOfMemoryError in one of several processes; the model is then
-    as it was before.
+    while it is on the device. effort: multiplies STEPS. Returns the mean divergence KL(p ‖ q) per token, in nats.
+    Raises Diverged if it or a weight is not finite, memory.OutOfMemory, or torch.OutOfMemoryError in one of several
+    processes; the model is then as it was before.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
-    mine, size = range(len(tokens))[distributed.share(len(tokens))], _per_step(tokens)
+    mine, size = range(len(tokens))[distributed.share(len(tokens))], _per_step(tokens, effort)
     steps = _shuffled(len(mine), size, -(-_most(tokens) // size), seeded(seed, "distillation", distributed.rank()))
     with contextlib.ExitStack() as stack:
         with memory.shared_fate(waits=True):
@@ -124,10 +124,10 @@ def _most(tokens):
     return -(-len(tokens) // distributed.world())
 
 
-def _per_step(tokens):
+def _per_step(tokens, effort):
     """Return how many sequences a process takes in a step."""
     enough = -(-STEP_TOKENS // (tokens.shape[1] * distributed.world()))
-    return min(max(-(-_most(tokens) // STEPS), enough), _most(tokens))
+    return min(max(math.ceil(_most(tokens) / (STEPS * effort)), enough), _most(tokens))
 
 
 def _shuffled(n, size, count, generator):

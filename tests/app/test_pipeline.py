@@ -162,6 +162,8 @@ def test_a_preset_means_its_recipe_without_the_command_line_too():
     ("mixgpt", "--sparsity .5", "--sparsity-way weight-level --saliency isc --sensitivity fisher"),
     ("best", "--sparsity .5", "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 "
                               "--percdamp .1 --synthetic .5 --distill .75"),
+    ("best --effort 4", "--sparsity .5", "--sparsity-way global --saliency fisher --solver admm --target dense "
+                                         "--alpha .15 --percdamp .1 --synthetic 1 --distill 3"),
     ("best", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --synthetic .75 "
                                       "--distill 1"),
     ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4",
@@ -173,7 +175,7 @@ def test_a_preset_means_its_recipe_without_the_command_line_too():
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected):
     preset, flags = (parse("llama.py", ["m", "c4", *amount.split(), *given.split()])
                      for given in (f"--preset {preset}", expected))
-    assert replace(preset, preset=None) == flags
+    assert replace(preset, preset=None, effort=1.0) == flags
 
 
 def test_the_heading_tells_all_that_it_takes_to_repeat_the_run(checkpoint_folder, prune):
@@ -271,6 +273,7 @@ REFUSED = [  # flags, what the line says
     ("--wbits 4 --solver admm", "--solver admm: needs --sparsity"),
     ("--sparsity .5 --solver admm --saliency isc",
      "--saliency isc: --solver admm does not support it; must be obs or fisher"),
+    ("--sparsity .5 --preset mixgpt --effort 2", "--effort 2: needs --preset best"),
     ("--sparsity .5 --alpha -1", "--alpha -1: must lie between 0 and 1"),
     ("--sparsity .5 --plot a.png", "--plot a.png: needs --sparsity-way layer-level or weight-level or global"),
     ("--wandb-project pruning", "--wandb-project pruning: needs --log-wandb"),
