@@ -12,6 +12,7 @@ here all matrices prune the same. Seconds are those of pruning and of the sensit
 
 import contextlib
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -19,7 +20,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from peers import PEERS, registered
-from scores import DENSE, Scores, cell_of, closed, parser_of, rows_of_markdown, spread
+from scores import DENSE, Scores, cell_of, closed, parser_of, spread, table_of_markdown
 
 from datautils import load_rows
 from mixgpt.app.cli import REMEDY, reported
@@ -58,32 +59,24 @@ def heldout(dataset, data_dir):
 
 
 def markdown(cells):
-    """Write cells as one table per target, methods in rows."""
+    """Write cells as one table per target, methods in rows. Gaps are taken seed by seed and averaged."""
     dense = next((cell["figures"] for cell in cells if cell["method"] == "dense"), {})
-    pruned = [cell for cell in cells if cell["method"] != "dense"]
-    shared = {cell["method"]: 0.0 for cell in pruned}
-    for cell in pruned:
+    rows, shared = defaultdict(list), defaultdict(float)  # {(target, method): cells}; seconds of sensitivities
+    for cell in cells:
+        rows[cell["target"], cell["method"]].append(cell)
         shared[cell["method"]] = max(shared[cell["method"]], cell["sensitivity_seconds"])
-    lines = ["dense: " + ", ".join(f"{text} {value:.2f}" for text, value in dense.items())]
-    for target in dict.fromkeys(cell["target"] for cell in pruned):
-        of_target = [cell for cell in pruned if cell["target"] == target]
-        header = [target, *(title for text in dense for title in (text, "gap closed")), "sparsity", "seconds", "seeds"]
-        methods = dict.fromkeys(cell["method"] for cell in of_target)
-        lines += ["", *rows_of_markdown(header, [_row(method, of_target, dense, shared[method]) for method in methods])]
-    return "\n".join(lines)
-
-
-def _row(method, cells, dense, shared):
-    """Return the texts of a row; gaps are taken seed by seed and averaged. shared: seconds of the sensitivities."""
-    of_method = [cell for cell in cells if cell["method"] == method]
-    reference = {cell["seed"]: cell["figures"] for cell in cells if cell["method"] == REFERENCE}
-    row = [method]
-    for text in dense:
-        shares = [closed(cell["figures"][text], reference[cell["seed"]][text], dense[text])
-                  for cell in of_method if cell["seed"] in reference]
-        row += [spread([cell["figures"][text] for cell in of_method]), f"{mean(shares):.0%}" if shares else "-"]
-    return [*row, spread([100 * cell["sparsity"] for cell in of_method], 3) + "%",
-            f"{shared + mean(cell['seconds'] for cell in of_method):.0f}", str(len(of_method))]
+    tables = defaultdict(list)
+    for (target, method), of_row in rows.items():
+        reference = {cell["seed"]: cell["figures"] for cell in rows.get((target, REFERENCE), [])}
+        texts = [method]
+        for text in dense:
+            shares = [closed(cell["figures"][text], reference[cell["seed"]][text], dense[text])
+                      for cell in of_row if cell["seed"] in reference]
+            texts += [spread([cell["figures"][text] for cell in of_row]), f"{mean(shares):.0%}" if shares else "-"]
+        tables[target].append([*texts, spread([100 * cell["sparsity"] for cell in of_row], 3) + "%",
+                               f"{shared[method] + mean(cell['seconds'] for cell in of_row):.0f}", str(len(of_row))])
+    titles = [*(title for text in dense for title in (text, "gap closed")), "sparsity", "seconds", "seeds"]
+    return "\n\n".join(table_of_markdown([target, *titles], of_target) for target, of_target in tables.items())
 
 
 def parse(argv):

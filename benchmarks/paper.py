@@ -15,7 +15,7 @@ stderr, the table in Markdown to stdout and into a file beside --output.
 
 import re
 import sys
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pandas as pd
 from peers import PEERS, registered
-from scores import DENSE, Scores, cell_of, parser_of, rows_of_markdown, spread
+from scores import DENSE, Scores, cell_of, parser_of, spread, table_of_markdown
 
 from mixgpt.app.cli import REMEDY, reported
 
@@ -45,29 +45,19 @@ ADDED = (*PEERS, "best")  # what --methods adds to a table
 TASKS = ("arc_challenge", "hellaswag", "truthfulqa_mc2", "piqa")  # section 3.1.1
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of the paper: what it is about, and its rows below the dense model's."""
-
-    title: str
-    rows: tuple  # of (method, target)
-    flags: tuple = ()  # of its runs
-
-
-def _rows(methods, *targets):
-    return tuple(product(methods, targets))
-
-
+HALF = ["50%"]
+Table = namedtuple("Table", "title rows flags", defaults=[()])  # rows: (method, target). flags: words for all runs
 TABLES = {
-    "table1": Table("saliency and allocation", _rows(("sparsegpt", "isc", "weight-level", "mixgpt"), "50%")),
-    "table2": Table("methods", _rows(("magnitude", "sparsegpt", "mixgpt"), "50%")),
-    "table3": Table("zero-shot tasks, accuracy in %", _rows(("sparsegpt", "mixgpt"), "50%"),
+    "table1": Table("saliency and allocation", [*product(("sparsegpt", "isc", "weight-level", "mixgpt"), HALF)]),
+    "table2": Table("methods", [*product(("magnitude", "sparsegpt", "mixgpt"), HALF)]),
+    "table3": Table("zero-shot tasks, accuracy in %", [*product(("sparsegpt", "mixgpt"), HALF)],
                     ("--tasks", ",".join(TASKS), "--eval")),
-    "table4": Table("quantization", (("gptq", "4bit"), ("gptq", "3bit"), *_rows(("sparsegpt", "mixgpt"), "50%+4bit"))),
-    "figure3": Table("perplexity against sparsity", _rows(("magnitude", "sparsegpt", "mixgpt"),
-                                                          *(f"{percent}%" for percent in range(10, 90, 10)))),
-    "ablations": Table("saliency and allocation, of layers as well", _rows(
-        ("sparsegpt", "isc", "layer-level", "layer-level-isc", "weight-level", "mixgpt"), "50%")),
+    "table4": Table("quantization", [("gptq", "4bit"), ("gptq", "3bit"), ("sparsegpt", "50%+4bit"),
+                                     ("mixgpt", "50%+4bit")]),
+    "figure3": Table("perplexity against sparsity", [*product(
+        ("magnitude", "sparsegpt", "mixgpt"), [f"{percent}%" for percent in range(10, 90, 10)])]),
+    "ablations": Table("saliency and allocation, of layers as well", [*product(
+        ("sparsegpt", "isc", "layer-level", "layer-level-isc", "weight-level", "mixgpt"), HALF)]),
 }
 
 
@@ -115,7 +105,7 @@ def markdown(title, rows, cells):
                 places |= {f"{place} on page {page}": None} if place else {}
             sparsity = f"{spread([100 * cell['sparsity'] for cell in of_row], 3)}%" if of_row else "-"
             table.append([*texts, sparsity, str(len(of_row))])
-        lines += ["", *rows_of_markdown([Path(model).name, "target", *measures, "sparsity", "seeds"], table)]
+        lines += ["", table_of_markdown([Path(model).name, "target", *measures, "sparsity", "seeds"], table)]
     return "\n".join(lines + (["", f"paper: {PAPER}, {', '.join(places)}"] if places else []))
 
 

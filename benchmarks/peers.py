@@ -38,22 +38,16 @@ def wanda_mask(W, norms, target):
     return (ranks < counts).view(W.shape)
 
 
-def by_wanda(W, norms, target, scheme=None):
-    """Prune W (out, in) by Wanda, without update. norms: (in,), ‖X_j‖₂. Returns the new matrix and its grid or None.
-
-    scheme: the quant.Scheme to whose grids the kept weights are rounded; what that sets to 0 counts as pruned.
-    """
-    def attempt(sparsities):
-        pruned = W.masked_fill(wanda_mask(W, norms, replace(target, sparsity=sparsities[0])), 0)
-        return [quantize_nearest(pruned, scheme) if scheme else (pruned, None)]
-
-    return meet_sparsities(attempt, [target.sparsity], attempts=4 if scheme else 1)[0]
-
-
 def wanda(problem):
-    """Solve a mixgpt.pruning.solvers.Problem by Wanda."""
-    return [by_wanda(W, problem.h.sqrt(), target, problem.recipe.scheme)
-            for W, target in zip(problem.optima, problem.targets, strict=True)]
+    """Solve a mixgpt.pruning.solvers.Problem by Wanda, without update. What rounding sets to 0 counts as pruned."""
+    scheme = problem.recipe.scheme
+
+    def attempt(sparsities):
+        pruned = [W.masked_fill(wanda_mask(W, problem.h.sqrt(), replace(target, sparsity=sparsity)), 0)
+                  for W, target, sparsity in zip(problem.optima, problem.targets, sparsities, strict=True)]
+        return [quantize_nearest(W, scheme) if scheme else (W, None) for W in pruned]
+
+    return meet_sparsities(attempt, [target.sparsity for target in problem.targets], attempts=4 if scheme else 1)
 
 
 @torch.no_grad()

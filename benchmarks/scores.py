@@ -44,7 +44,7 @@ def cell_of(words, method, target, seed, flags):
 def measure(command):
     """Run a command line. Returns its perplexities or accuracies in percent, sparsity, and seconds of pruning.
 
-    Sensitivities are apart, as later runs read them from the cache.
+    An accuracy has normalised likelihoods if it can. Sensitivities are apart: later runs read them from the cache.
     """
     _, *words = shlex.split(command)
     with contextlib.redirect_stdout(sys.stderr):
@@ -52,19 +52,12 @@ def measure(command):
     *_, figures = record["perplexity"].values()
     if "tasks" in record:
         *_, scores = record["tasks"].values()
-        figures = {task: 100 * _accuracy(task, metrics) for task, metrics in scores.items()}
+        figures = {task: 100 * metrics["acc_norm" if "acc_norm" in metrics else "acc"]
+                   for task, metrics in scores.items()}
         figures[AVERAGE] = mean(figures.values())
     seconds = {part: value for part, value in record["seconds"].items() if part not in NOT_PRUNING}
     return {"figures": figures, "sparsity": record["sparsity"], "sensitivity_seconds": seconds.pop("sensitivity", 0.0),
             "seconds": sum(seconds.values())}
-
-
-def _accuracy(task, metrics):
-    """Return the accuracy of a task, with normalised likelihoods if it has that."""
-    for metric in ("acc_norm", "acc"):
-        if metric in metrics:
-            return metrics[metric]
-    raise InputError(f"--tasks {task}: reports no accuracy (acc_norm or acc), which the table is about")
 
 
 class Scores:
@@ -116,5 +109,5 @@ def closed(perplexity, reference, dense):
     return 1 - math.log(perplexity / dense) / math.log(reference / dense)
 
 
-def rows_of_markdown(header, rows):
-    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+def table_of_markdown(header, rows):
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))

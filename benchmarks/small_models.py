@@ -42,8 +42,6 @@ from mixgpt.text.sets import builtin_rows
 FAMILIES = ("opt", "bloom", "baichuan", "gemma3", "qwen3-moe")
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1 and 2
 LONGEST = 30_000  # bytes of a file; many of the longer ones are tables
-TESTED = 10  # one file in so many is test text
-PARAGRAPHS = 50  # of the manual in a document
 
 
 @dataclass(frozen=True)
@@ -127,14 +125,13 @@ def _candidates():
     """Yield (part, text): the manual, then Python files of all packages in the order of the hashes of their paths."""
     for part in ("train", "test"):
         rows, _ = builtin_rows(part)
-        for start in range(0, len(rows), PARAGRAPHS):
-            yield part, "\n\n".join(rows[start:start + PARAGRAPHS])
+        yield from ((part, "\n\n".join(rows[start:start + 50])) for start in range(0, len(rows), 50))
     folders = {Path(sysconfig.get_paths()[kind]) for kind in ("stdlib", "purelib", "platlib")}
     files = {file.relative_to(folder): file for folder in sorted(folders) for file in folder.rglob("*.py")}
     for number, file in sorted((_hash(path.as_posix()), file) for path, file in files.items()
                                if not {"site-packages", "dist-packages"} & set(path.parts)):  # of the standard library
         if file.stat().st_size <= LONGEST:
-            yield "train" if number % TESTED else "test", file.read_text(encoding="utf-8", errors="ignore")
+            yield "train" if number % 10 else "test", file.read_text(encoding="utf-8", errors="ignore")
 
 
 def _hash(text):
