@@ -71,7 +71,8 @@ def name(request):
     return request.param
 
 
-def test_an_effort_multiplies_the_steps_down_to_a_thousand_tokens_each():
+def test_an_effort_multiplies_the_steps_down_to_a_thousand_tokens_each(monkeypatch):
+    monkeypatch.setattr(module, "STEP_TOKENS", 1024)
     tokens = torch.zeros(64, 512)
     assert [-(-64 // module._per_step(tokens, effort)) for effort in (0.25, 1, 2, 4)] == [4, 16, 32, 32]
 
