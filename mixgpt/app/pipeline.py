@@ -1,7 +1,6 @@
 """A run from the model to the report: check, read, plan, prune and quantize, save, verify, evaluate."""
 
 import contextlib
-import json
 import sys
 
 import datasets
@@ -15,7 +14,6 @@ from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import VerificationError
-from mixgpt.common.files import write_output
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.common.runtime import Clock, choose_device, peak_memory
 from mixgpt.evaluation import semistructured
@@ -40,7 +38,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         if settings.resume and (record := report.completed(settings, device)):
             if not settings.quiet:
                 print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
-            return _print_results(settings, record)
+            return report.publish(settings, record)
         with clock.part("load"):
             inputs = check(settings, device, clock, model, tokenizer)
             folder = stack.enter_context(RunDir(settings.save, settings.save_format, size_on_disk(inputs),
@@ -123,15 +121,6 @@ def _report(current):
     if settings.save:
         current.files.write_record(record)
         current.files.close()
-    _print_results(settings, record)
+    report.publish(settings, record)
     current.tracker.result(record, settings.method)
-    return record
-
-
-def _print_results(settings, record):
-    """Print the tables of a record and write it to the file of --record. Returns it."""
-    if text := report.result_text(settings, record):
-        print(text, flush=True)
-    if settings.record and distributed.rank() == 0:
-        write_output("--record", settings.record, json.dumps(record, indent=1) + "\n")
     return record

@@ -20,6 +20,7 @@ from mixgpt.checkpoints.run_dir import clear
 from mixgpt.common import distributed
 from mixgpt.common.choices import NO_METRICS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError
+from mixgpt.common.files import write_output
 from mixgpt.common.program import check_signature, signature
 from mixgpt.common.progress import table
 from mixgpt.evaluation.measures import total_sparsity
@@ -250,3 +251,12 @@ def result_text(settings, record):
     if settings.save:
         parts.append(f"saved in {settings.save}, loaded again and found equal")
     return "\n" + "\n\n".join(parts)
+
+
+def publish(settings, record):
+    """Print the tables of a record and write it to the file of --record. Returns it."""
+    if text := result_text(settings, record):
+        print(text, flush=True)
+    if settings.record and distributed.rank() == 0:
+        write_output("--record", settings.record, json.dumps(record, indent=1) + "\n")
+    return record
