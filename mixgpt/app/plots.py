@@ -44,17 +44,14 @@ def draw(plan, traces=None, suffix=".png"):
     return bytes_of(figure, suffix)
 
 
-def of_kinds(values):
-    """Return the means of {(layer, name of a matrix): value} over the experts, as a Series by layer and kind."""
-    index = [layer for layer, _ in values], [kind_of(name) for _, name in values]
-    return pd.Series(list(values.values()), pd.MultiIndex.from_arrays(index), dtype=float).groupby(
-        level=[0, 1], sort=False).mean()
-
-
 def _grid(values, keys):
-    """Return `of_kinds` as a DataFrame (layers, kinds), with NaN where one of the keys (layer, name) has no value."""
+    """Return {(layer, name of a matrix): value} as a DataFrame (layers, kinds) of means over experts.
+
+    keys: (layer, name) of all that it shows; NaN where one has no value.
+    """
     kinds = dict.fromkeys(kind_of(name) for _, name in keys)
-    return of_kinds(values).unstack().reindex(index=sorted({layer for layer, _ in keys}), columns=list(kinds))
+    rows = pd.DataFrame([(layer, kind_of(name), value) for (layer, name), value in values.items()])
+    return rows.pivot_table(2, 0, 1).reindex(index=sorted({layer for layer, _ in keys}), columns=list(kinds))
 
 
 def _short(kind):

@@ -86,12 +86,11 @@ def completed(settings, device):
         return None
     try:
         record = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
+        before = {flag_of(name): value for name, value in record["settings"].items()} | record["identity"]
+        record["seconds"]
+    except (OSError, ValueError, TypeError, KeyError):  # of another program, or of a run that was killed after `save`
         return None
-    if not isinstance(record, dict) or not {"matrices", "seconds", "settings", "identity"} <= record.keys():
-        return None  # of another program, or of a run that was killed after `save`
     check_signature(record, f"--resume: the run in {folder}")
-    before = {flag_of(name): value for name, value in record["settings"].items()} | record["identity"]
     now = asked(settings, settings.seqlen or before["--seqlen"], device) | {
         flag_of(name): getattr(settings, name) for name in ("model", *having_effect(EVALUATION, REPORT))}
     for flag, value in json.loads(json.dumps(now)).items():
@@ -179,28 +178,23 @@ def sparsity_table(record):
 
     record: with the entries of `of_matrices`.
     """
-    matrices, others = record["matrices"], record.get("left_dense", [])
-    rows = [*_kinds(matrices), _total("total", matrices)]
-    if others:
-        rows += [*_kinds(others, "left dense: "), _total("total with these", matrices + others)]
-    return table(["matrix kind", "count", "shape", "sparsity", "error"], rows)
-
-
-def _kinds(matrices, prefix=""):
-    kinds = defaultdict(list)
+    matrices, others, kinds = record["matrices"], record.get("left_dense", []), defaultdict(list)
     for row in matrices:
         kinds[kind_of(row["name"])].append(row)
-    for kind, rows in kinds.items():
-        shapes = sorted({"x".join(map(str, row["shape"])) for row in rows})
-        errors = [row["error"] for row in rows if "error" in row]
-        yield [prefix + kind, str(len(rows)), ", ".join(shapes), _total(kind, rows)[3],
-               f"{mean(errors):.2%}" if errors else "-"]
+    for row in others:
+        kinds[f"left dense: {kind_of(row['name'])}"].append(row)
+    totals = {"total": matrices} | ({"total with these": matrices + others} if others else {})
+    lines = [_line(title, rows, title in totals) for title, rows in (kinds | totals).items()]
+    return table(["matrix kind", "count", "shape", "sparsity", "error"], lines)
 
 
-def _total(title, rows):
+def _line(title, rows, is_total):
     numel = sum(math.prod(row["shape"]) for row in rows)
     zeros = sum(round(row["sparsity"] * math.prod(row["shape"])) for row in rows)
-    return [title, str(len(rows)), f"{numel:,}", f"{zeros / numel:.2%}", ""]
+    shapes = sorted({"x".join(map(str, row["shape"])) for row in rows})
+    errors = [] if is_total else [row["error"] for row in rows if "error" in row]
+    return [title, str(len(rows)), f"{numel:,}" if is_total else ", ".join(shapes), f"{zeros / numel:.2%}",
+            f"{mean(errors):.2%}" if errors else "" if is_total else "-"]
 
 
 def perplexity_table(perplexities):

@@ -10,6 +10,9 @@ from PIL import Image
 
 from mixgpt.common import distributed
 from mixgpt.common.errors import one_line, status_of
+from mixgpt.evaluation.measures import total_sparsity
+from mixgpt.modeling.experts import kind_of
+from mixgpt.pruning.targets import Outcome
 
 
 def _guarded(method):
@@ -41,14 +44,13 @@ class Tracker:
         try:
             import wandb
             self.wandb = wandb
-            begin = functools.partial(
-                wandb.init, config={**record["settings"], **record, "method": settings.method},
-                project=settings.wandb_project, name=settings.wandb_name, group=settings.wandb_group,
-                settings=wandb.Settings(silent=settings.quiet))
+            options = {"config": {**record["settings"], **record, "method": settings.method},
+                       "project": settings.wandb_project, "name": settings.wandb_name, "group": settings.wandb_group,
+                       "settings": wandb.Settings(silent=settings.quiet)}
             try:
-                self.run = begin()
+                self.run = wandb.init(**options)
             except (wandb.errors.UsageError, wandb.errors.CommError) as error:  # logged out, or no answer
-                self.run = begin(mode="offline")
+                self.run = wandb.init(**options, mode="offline")
                 _warn(error, f"the run is kept on disk; {_upload(self.run)}")
             for metrics in ("layers/*", "error/*", "sparsity/*"):
                 self.run.define_metric(metrics, step_metric="layer")
@@ -70,17 +72,14 @@ class Tracker:
     @_guarded
     def layer(self, index, outcomes, seconds, counted):
         """Log a finished layer: {(layer, name): Outcome}, and the `MatrixSparsity` of all its matrices."""
-        from mixgpt.app import plots
-        point = {"layer": index, "layers/seconds": seconds,
-                 "layers/sparsity": sum(m.zeros for m in counted) / sum(m.numel for m in counted)}
-        errors = {key: outcome.error for key, outcome in outcomes.items() if outcome.error is not None}
-        if errors:
-            point["layers/error"] = sum(errors.values()) / len(errors)
-        sparsities = {(m.layer, m.name): m.zeros / m.numel for m in counted}
-        for metric, values in (("error", errors), ("sparsity", sparsities)):
-            for (_, kind), value in plots.of_kinds(values).items():
-                point[f"{metric}/{kind.replace('.', '/')}"] = value  # W&B's summary nests at dots
-        self.run.log(point)
+        frame = pd.DataFrame({"error": [outcomes.get((m.layer, m.name), Outcome()).error for m in counted],
+                              "sparsity": [m.zeros / m.numel for m in counted]}, dtype=float)
+        kinds = [kind_of(m.name).replace(".", "/") for m in counted]  # W&B's summary nests at dots
+        point = {"layer": index, "layers/seconds": seconds, "layers/sparsity": total_sparsity(counted),
+                 "layers/error": frame["error"].mean()}
+        for metric, values in frame.groupby(kinds).mean().items():
+            point |= {f"{metric}/{kind}": value for kind, value in values.items()}
+        self.run.log({name: value for name, value in point.items() if value == value})  # without calibration no errors
 
     @_guarded
     def result(self, record, method):

@@ -38,14 +38,11 @@ def check_outputs(paths, overwrite, folder=None):
     paths: {flag: path}. overwrite: whether files may be replaced. folder: that of --save, in which only the saved model
     is written.
     """
-    places = {}
     for flag, path in paths.items():
-        file, place = Path(path), Path(os.path.realpath(path))
+        file = Path(path)
         if flag == "--plot" and file.suffix not in PICTURES:
             raise InputError(f"{flag} {path}: must end in {', '.join(PICTURES)}")
-        if place in places:
-            raise InputError(f"{flag} {path}: is the file of {places[place]}; name another file")
-        if folder and place.is_relative_to(os.path.realpath(folder)):
+        if folder and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise InputError(f"{flag} {path}: is in the folder of --save; name a file elsewhere")
         with _writing(flag, path):
             if file.exists() and not file.is_file():
@@ -54,7 +51,6 @@ def check_outputs(paths, overwrite, folder=None):
                 raise InputError(f"{flag} {path}: exists; give --overwrite to replace it, or name another file")
             nearest = next(parent for parent in file.absolute().parents if parent.exists())
             tempfile.TemporaryFile(dir=nearest).close()  # tries whether it can be written
-        places[place] = flag
 
 
 def write_output(flag, path, content):

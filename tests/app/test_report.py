@@ -25,8 +25,8 @@ def test_experts_share_a_row_and_weights_that_are_left_dense_are_named():
         "matrix kind            count  shape  sparsity  error",
         "---------------------  -----  -----  --------  -----",
         "mlp.experts.*.up_proj      5    2x4    25.00%      -",
-        "total                      5     40    25.00%",
         "left dense: mlp.gate       1    5x4     0.00%      -",
         "left dense: conv           1  4x1x3    16.67%      -",
+        "total                      5     40    25.00%",
         "total with these           7     72    16.67%",
     ]
