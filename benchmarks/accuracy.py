@@ -27,6 +27,7 @@ from mixgpt.app.cli import REMEDY, reported
 from mixgpt.text.sets import DATASETS, text_set_of
 
 METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "mixgpt": "--preset mixgpt", "best": "--preset best"}
+WALKS = ("owl", "sparsegpt", "mixgpt")  # which quantize with the options of best
 TARGETS = ("50%", "60%", "70%", "2:4", "4:8", "50%+4bit")
 REFERENCE = "sparsegpt"  # the method to which the gap from the dense model is measured
 DEFAULTS = ["--nsamples", "32", "--seqlen", "512", "--eval", "wikitext2", "c4", "--dtype", "float32"]
@@ -37,8 +38,9 @@ def cells_of(options, flags):
     words = [options.model, options.dataset, *DEFAULTS, *flags]
     pairs = [(method, target) for target in options.targets for method in options.methods
              if not (":" in target and method.startswith("owl"))]
-    return [cell_of(words, *DENSE, 0, ""), *(cell_of(words, method, target, seed, METHODS[method])
-                                             for seed in options.seeds for method, target in pairs)]
+    return [cell_of(words, *DENSE, 0, ""), *(cell_of(words, method, target, seed, METHODS[method] + (
+        " --mse --act-order" if "bit" in target and method in WALKS else "")) for seed in options.seeds
+        for method, target in pairs)]
 
 
 @contextlib.contextmanager

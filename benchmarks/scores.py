@@ -5,6 +5,7 @@ A benchmark that is started again measures only the command lines that its file 
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import re
@@ -42,11 +43,14 @@ def cell_of(words, method, target, seed, flags):
 
 
 def measure(command):
-    """Run a command line. Returns its perplexities or accuracies in percent, sparsity, and seconds of pruning.
+    """Run a command line. Returns its perplexities or accuracies in percent, sparsity, commit, and costs of pruning.
 
     An accuracy has normalised likelihoods if it can. Sensitivities are apart: later runs read them from the cache.
     """
     _, *words = shlex.split(command)
+    gc.collect()
+    if (peak := Path("/proc/self/clear_refs")).exists():
+        peak.write_text("5")  # Linux forgets the peak of the runs before
     with contextlib.redirect_stdout(sys.stderr):
         record = pipeline.run(parse("llama.py", words))
     *_, figures = record["perplexity"].values()
@@ -57,7 +61,8 @@ def measure(command):
         figures[AVERAGE] = mean(figures.values())
     seconds = {part: value for part, value in record["seconds"].items() if part not in NOT_PRUNING}
     return {"figures": figures, "sparsity": record["sparsity"], "sensitivity_seconds": seconds.pop("sensitivity", 0.0),
-            "seconds": sum(seconds.values())}
+            "seconds": sum(seconds.values()), "peak_bytes": max(record["peak_memory"].values()),
+            "commit": record["program"]["commit"]}
 
 
 class Scores:

@@ -6,7 +6,9 @@ import math
 
 import accuracy
 import pytest
+import tables
 from commands import short_builtin  # noqa: F401, a fixture
+from conftest import ROOT
 
 import datautils
 from mixgpt.app import pipeline
@@ -61,6 +63,43 @@ def test_the_tables_average_seeds_and_gaps_and_add_the_sensitivities_that_later_
     assert "| best | 12.00 ± 5.66 | 50% | 50.000 ± 0.000% | 10 | 2 |" in text
     assert "| mixgpt | 32.00 | -50% | 50.000% | 15 | 1 |" in text
     assert "| mixgpt | 32.00 | - | 50.000% | 15 | 1 |" in text
+
+
+def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    names, values = ("accuracy", "spread", "gap"), {"sparsegpt": (40, 60, 80), "mixgpt": (30, 40, 50)}
+    for page in tables.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text("above\n" + "".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\nbelow\n"
+                                                        for name in names))
+    dense = {"method": "dense", "target": "0%", "seed": 0, "figures": {"wiki": 10.0, "c4": 20.0}, "seconds": 0,
+             "sensitivity_seconds": 0, "peak_bytes": 1}
+    cells = [dense, *(dense | {"method": method, "target": target, "seed": seed, "seconds": 30, "peak_bytes": 1.5e9,
+                               "figures": {"wiki": value, "c4": 400.0 + seed},
+                               "sensitivity_seconds": 7 * (method == "mixgpt" and not seed)}
+                      for method, of_seeds in values.items() for target in ("50%", "2:4")
+                      for seed, value in enumerate(of_seeds))]
+    for model in ("a", "b"):
+        (tmp_path / f"{model}.json").write_text(json.dumps({"cells": cells}))
+    assert tables.main(["a.json", "b.json"]) == 0
+    for page in tables.PAGES:
+        text = (tmp_path / page).read_text()
+        assert "old" not in text and text.startswith("above\n") and text.count("\nbelow\n") == 3
+        assert "| b: dense 10.0 / 20.0 | 50% | 2:4 | cost at 50% |" in text
+        assert text.count("| SparseGPT | 60.0 / 401 | 60.0 / 401 | 30 s, 1.5 GB |") == 2
+        assert text.count("| MixGPT | 40.0 / 401 | 40.0 / 401 | 37 s, 1.5 GB |") == 2
+        assert text.count("| MixGPT | 10.0 / 1.0 | 10.0 / 1.0 |") == 2  # standard deviations
+        closed = sum(1 - math.log(best / 10) / math.log(walk / 10) for best, walk in zip(*reversed(values.values()),
+                                                                                        strict=True)) / 3
+        assert text.count(f"| MixGPT | {closed:.0%} / 0% | {closed:.0%} / 0% |") == 2
+    assert (tmp_path / tables.PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_of_the_pages_have_their_places():
+    text = "".join((ROOT / page).read_text() for page in tables.PAGES)
+    for name in ("accuracy", "spread", "gap"):
+        assert text.count(f"<!-- {name} -->\n") == text.count(f"<!-- end of {name} -->") == 1
 
 
 def test_held_out_documents_are_never_calibrated_on(tmp_path, tokenizer):
