@@ -30,20 +30,16 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
     `token_ids` takes it; with each it replaces the first token of every segment. Raises InputError if a text is
     unavailable or shorter than seqlen + 1 tokens.
     """
-    counts = [(dataset, nsamples)] if isinstance(dataset, list) else [*counts_of(dataset, nsamples).items()]
-    parts, sources = zip(*(_samples(text, count, seqlen, seed, tokenizer, data_dir, bos) for text, count in counts),
-                         strict=True)
-    if len(counts) == 1:
-        return parts[0], sources[0]
-    order = random.Random(seed).sample(range(nsamples), nsamples)
-    return torch.cat(parts)[order], {"dataset": dataset, "parts": [
-        source | {"sequences": count} for source, (_, count) in zip(sources, counts, strict=True)]}
-
-
-def _samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir, bos):
-    """Draw random segments of one text. Returns (LongTensor (nsamples, seqlen), source)."""
-    text_set, rng = text_set_of(dataset), random.Random(seed)
-    rows, source = load_rows(dataset, "train", data_dir)
+    counts = {} if isinstance(dataset, list) else counts_of(dataset, nsamples)
+    if len(counts) > 1:
+        parts, sources = zip(*(calibration_samples(text, count, seqlen, seed, tokenizer, data_dir, bos)
+                               for text, count in counts.items()), strict=True)
+        order = random.Random(seed).sample(range(nsamples), nsamples)
+        return torch.cat(parts)[order], {"dataset": dataset, "parts": [
+            source | {"sequences": len(part)} for source, part in zip(sources, parts, strict=True)]}
+    text, = counts or [dataset]
+    text_set, rng = text_set_of(text), random.Random(seed)
+    rows, source = load_rows(text, "train", data_dir)
     rows = as_texts(rows, tokenizer)
     if text_set.by_document:
         segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer, bos)
@@ -162,10 +158,10 @@ def load_rows(dataset, part, data_dir):
     split = text_set.test_split if part == "test" else part
     if text_set.code:
         rows, origin = text_set.load()(split)
-    elif data_dir is None or not text_set.local:
-        rows, origin = hub_rows(dataset, text_set, split)
-    else:
+    elif data_dir and text_set.local:
         rows, origin = hub_copy_rows(dataset, split, data_dir)
+    else:
+        rows, origin = hub_rows(dataset, text_set, split)
     name = f"a list of {len(dataset)} texts" if isinstance(dataset, list) else dataset
     return rows, {"dataset": name, "split": split, **origin}
 

@@ -85,7 +85,10 @@ class Tracker:
     def result(self, record, method):
         """Log the record of the run: every matrix as a table, all else as summary numbers."""
         matrices = pd.DataFrame(record["matrices"]).drop(columns="shape", errors="ignore")
-        self.run.log({"matrices": self.wandb.Table(dataframe=matrices)} | scores(record, method))
+        scores = {kind if model == method else f"{model}_{kind}": values for kind in ("perplexity", "tasks")
+                  for model, values in record.get(kind, {}).items()}
+        scores, = pd.json_normalize(scores, sep="/").to_dict("records")
+        self.run.log({"matrices": self.wandb.Table(dataframe=matrices)} | scores)
         seconds = record["seconds"]
         facts = {name: record[name] for name in ("sparsity", "peak_memory", "disk") if name in record}
         self.run.summary.update(facts | {"method": method, "seconds": seconds | {"total": sum(seconds.values())}})
@@ -98,13 +101,6 @@ class Tracker:
         if isinstance(error, Exception):
             self.run.summary["failed"] = one_line(error)
         self.run.finish(exit_code=status_of(error))
-
-
-def scores(record, method):
-    """Return the perplexities and task scores of a record by name; those of the dense model begin with dense_."""
-    named = {quantity if model == method else f"{model}_{quantity}": values for quantity in ("perplexity", "tasks")
-             for model, values in record.get(quantity, {}).items() if values}
-    return pd.json_normalize(named, sep="/").to_dict("records")[0] if named else {}
 
 
 def _upload(run):

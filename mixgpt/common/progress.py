@@ -49,8 +49,8 @@ def bar(iterable=None, *, title, unit="layer", **options):
 
 @contextlib.contextmanager
 def shown_on(stream):
-    """Show progress on a stream within the block, even if sys.stderr is redirected; None: show none."""
-    token = _stream.set(stream)
+    """Show progress on a stream within the block, even if sys.stderr is redirected; None: show none from here on."""
+    token = _stream.set(_stream.get() and stream)
     try:
         yield
     finally:

@@ -54,7 +54,7 @@ def test_a_terminal_gets_a_bar(sleep, monkeypatch):
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_nothing_is_shown_where_nobody_wants_it(stream, sleep, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream())
-    with progress.shown_on(None):
+    with progress.shown_on(None), progress.shown_on(sys.stderr):
         finish(sleep, [40] * 2)
     with monkeypatch.context() as patch:
         patch.setattr(program, "rank", lambda: 1)
