@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM
 import modelutils
 from mixgpt.allocation import backward, traces
 from mixgpt.app import pipeline
-from mixgpt.checkpoints import formats, layer_files, run_dir
-from mixgpt.checkpoints.formats import load_sparse
+from mixgpt.checkpoints import formats, layer_files, load, run_dir
 from mixgpt.common import runtime
 from mixgpt.modeling import streaming
 
@@ -146,7 +145,7 @@ def loaded(path):
         model = AutoModelForCausalLM.from_pretrained(path)
         return model.state_dict(), model.config.to_dict(), model.generation_config.to_dict()
     with contextlib.suppress(*refusals):
-        model = load_sparse(path)
+        model = load.read_model(path, "auto")
         return model.state_dict(), model.config.to_dict(), model.generation_config.to_dict()
     return None
 

@@ -1,4 +1,4 @@
-"""Save formats, loading of the sparse one, and the size of matrices on disk."""
+"""Save formats, and the size of matrices on disk."""
 
 import copy
 import json
@@ -10,11 +10,9 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
-from transformers import AutoConfig, GenerationConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from mixgpt.checkpoints.load import from_pretrained, model_class
-from mixgpt.checkpoints.packing import decode, encode
+from mixgpt.checkpoints.packing import encode
 from mixgpt.checkpoints.sparse import METHOD
 from mixgpt.common.choices import SPARSE
 from mixgpt.common.files import replacing
@@ -112,7 +110,7 @@ def save_compressed_tensors(folder, model, grids):
 
 
 def save_sparse(folder, model, grids):
-    """Save every linear of the decoder layers in the encoding of `packing`, for `load_sparse`.
+    """Save every linear of the decoder layers in the encoding of `packing`, which `sparse` reads.
 
     grids: {name of a linear: quant.Grid} of quantized linears. Raises ValueError if weights are not on their grid.
     """
@@ -126,33 +124,6 @@ def save_sparse(folder, model, grids):
     (Path(folder) / SPARSE).write_text(json.dumps(matrices, indent=1) + "\n")
     config = Path(folder) / CONFIG_NAME
     config.write_text(json.dumps(json.loads(config.read_text()) | MARKS, indent=2) + "\n")
-
-
-def load_sparse(folder, dtype="auto", packed=False):
-    """Load a checkpoint written by --save-format sparse as an ordinary transformers model, bit for bit.
-
-        from mixgpt.checkpoints.formats import load_sparse
-        model = load_sparse("pruned")
-
-    dtype: of the weights in memory ("auto": as saved). packed: keep the matrices as in the files, in `SparseLinear`s.
-    Raises InputError if a weight is missing or of another shape, and what libraries raise if a file is damaged.
-    """
-    folder, state = Path(folder), {}
-    config = AutoConfig.from_pretrained(folder)
-    if packed:
-        config.quantization_config = {"quant_method": METHOD}  # older folders do not say it
-        return from_pretrained(folder, folder, dtype, model_class(config), config=config)
-    for name in MARKS:
-        vars(config).pop(name, None)
-    for shard in sorted(folder.glob(f"model.{SPARSE_VARIANT}*.safetensors")):
-        state |= load_file(shard)
-    for name, description in json.loads((folder / SPARSE).read_text()).items():
-        state[name] = decode({part: state.pop(f"{name}.{part}") for part in description["parts"]}, description)
-    model = from_pretrained(folder, None, config.dtype if dtype == "auto" else dtype, model_class(config),
-                            config=config, state_dict=state)
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
 
 
 def stored_bytes(folder, weights, itemsize):

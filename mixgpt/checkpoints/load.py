@@ -24,7 +24,8 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_NAME
 
-from mixgpt.common.choices import FORMATS, format_of
+from mixgpt.checkpoints.sparse import METHOD
+from mixgpt.common.choices import FORMATS
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder
 from mixgpt.modeling import streaming
@@ -35,6 +36,7 @@ from modelutils import linears
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+READ = ("compressed-tensors", METHOD)  # the quantization methods that are read
 NO_CODE = {"trust_remote_code": False}  # otherwise transformers asks on a terminal whether to run it
 # The files whose content, or code, ends up in a saved folder.
 COPIED = ("*.json", "*.jinja", f"{CHAT_TEMPLATE_DIR}/*", "*.model", "*.txt", "*.tiktoken", "*.py")
@@ -145,7 +147,7 @@ def _config_of(name, arguments):
     if whole.is_encoder_decoder or model_class(config) is None:
         config = whole
     method = (getattr(whole, "quantization_config", None) or {}).get("quant_method")
-    if method and not format_of(name) and (config is not whole or method != "compressed-tensors"):
+    if method and (config is not whole or method not in READ):
         raise InputError(f"model {name}: its weights are quantized by {method}; give the original model")
     if config is whole:
         return config, None
@@ -246,11 +248,9 @@ def read_model(model, dtype, packed=False):
     """
     name, arguments = _source(model)
     with _reading(model, "its weights cannot be read"):
-        if save_format := format_of(name):
-            return save_format.read(name, dtype, packed)
         config, whole = _config_of(name, arguments)
         if quantization := getattr(config, "quantization_config", None):
-            quantization["dequantize"] = True
+            quantization["dequantize"] = not (packed and quantization["quant_method"] == METHOD)
         return from_pretrained(model, name, dtype, config=config, key_mapping=TEXT_PART if whole else None, **arguments)
 
 
@@ -272,7 +272,7 @@ def open_model(model, config, dtype):
     loaded.
     """
     name, arguments = _source(model)
-    if format_of(name) or getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None):
         return load_model(model, dtype)
     with _reading(model, "its weights cannot be read"):
         stored = streaming.stored_tensors(name, **arguments)

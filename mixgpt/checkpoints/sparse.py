@@ -176,18 +176,22 @@ class SparseLinear(torch.nn.Module):
         if "mask" in self.weight.description["parts"] and stored != torch.float64 and self.weight.shape.numel() < 2**31:
             self.weight.prepare()
             return self
+        return self.expanded()
+
+    def expanded(self, dtype=None):
+        """Return an ordinary linear with the matrix in a dtype (default: as stored)."""
         dense = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         W = decode(dict(self.weight.named_buffers()), self.weight.description)
-        dense.weight, dense.bias = torch.nn.Parameter(W), self.bias
+        dense.weight, dense.bias = torch.nn.Parameter(W.to(dtype)), self.bias
         return dense
 
 
 @register_quantization_config(METHOD)
 class SparseConfig(QuantizationConfigMixin):
-    """What config.json says of the format."""
+    """What config.json says of the format; dequantize: expand all matrices into ordinary linears."""
 
-    def __init__(self, **_):
-        self.quant_method = METHOD
+    def __init__(self, dequantize=False, **_):
+        self.quant_method, self.dequantize = METHOD, dequantize
 
 
 @register_quantizer(METHOD)
@@ -212,12 +216,16 @@ class SparseQuantizer(HfQuantizer):
             dense, shape = model.get_submodule(path), tuple(description["shape"])
             if shape != tuple(dense.weight.shape):
                 raise ValueError(f"{name} is {shape}, its configuration expects {tuple(dense.weight.shape)}")
-            model.set_submodule(path, SparseLinear(PackedWeight(description, dense.weight.dtype), dense.bias))
+            weight = PackedWeight(description, *([] if self.quantization_config.dequantize else [dense.weight.dtype]))
+            model.set_submodule(path, SparseLinear(weight, dense.bias))
 
     def _process_model_after_weight_loading(self, model, **_):
+        expands = self.quantization_config.dequantize
         for path, module in list(model.named_modules()):
             if isinstance(module, SparseLinear):
                 try:
-                    model.set_submodule(path, module.prepared())
+                    model.set_submodule(path, module.expanded(model.dtype) if expands else module.prepared())
                 except (ValueError, IndexError, AttributeError) as error:
                     raise ValueError(f"{path}.weight: {error}") from error
+        if expands:
+            del model.config.transformers_weights

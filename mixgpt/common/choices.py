@@ -70,12 +70,6 @@ class SaveFormat(Choice):
 
     streams: bool = False  # whether it writes models whose weights are on disk; else they are loaded
     holds_experts: bool = False  # whether it has the layouts of mixtures of experts and of GPT-2
-    marker: str = ""  # the file that tells it; empty: `from_pretrained` reads it
-    reader: str = ""  # "module:name" of the function of (folder, dtype, packed) that reads it
-
-    def read(self, folder, dtype, packed):
-        """Return the model in a folder of this format, with its matrices expanded, or packed as they are stored."""
-        return Choice(self.help, self.reader).load()(folder, dtype, packed)
 
 
 @dataclass(frozen=True)
@@ -102,12 +96,6 @@ class Allocation(Choice):
     by_loss: bool = False  # by the mean squared gradients of the loss at matrix outputs
 
 
-def format_of(folder):
-    """Return the save format of a folder that `from_pretrained` cannot read, None for others."""
-    return next((choice for choice in FORMATS.values() if choice.marker and (Path(folder) / choice.marker).is_file()),
-                None)
-
-
 def not_packed(settings):
     """Return why a packed checkpoint cannot hold the run's result; empty if it can."""
     if settings.grid != "uniform":
@@ -127,8 +115,7 @@ FORMATS = Registry("--save-format", {
         "packed integers, which vLLM loads too", "mixgpt.checkpoints.formats:save_compressed_tensors",
         refuses=not_packed),
     "sparse": SaveFormat(
-        "a bit mask and the packed values of the kept weights", "mixgpt.checkpoints.formats:save_sparse",
-        marker=SPARSE, reader="mixgpt.checkpoints.formats:load_sparse"),
+        "a bit mask and the packed values of the kept weights", "mixgpt.checkpoints.formats:save_sparse"),
 })
 SALIENCIES = Registry("--saliency", {
     "obs": Saliency("w² / [H⁻¹]_mm (SparseGPT)", "sparsegpt:obs_saliency"),

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mixgpt.checkpoints import load
-from mixgpt.checkpoints.formats import load_sparse
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.modeling.family import layers_of, path_of
@@ -87,7 +86,7 @@ def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, 
     assert torch.equal(logits(reloaded, tokens), expected)
     assert perplexity(reloaded, tokens, 5, CPU) == perplexity(model, tokens, 5, CPU)
     if save_format == "sparse":
-        assert_same(model, load_sparse(folder))
+        assert_same(model, load.read_model(folder, "auto"))
     else:
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder), tokens), expected)
 
