@@ -12,6 +12,7 @@ import sys
 import textwrap
 from itertools import zip_longest
 
+import mixgpt
 from mixgpt.app.cli import Parser, reported
 from mixgpt.app.settings import BOS, check_between, check_model
 from mixgpt.common.errors import InputError
@@ -72,14 +73,15 @@ def print_completions(models, prompt, device, dtype, bos, **options):
     import transformers  # slow, as are the others
 
     from datautils import resolve_bos
-    from mixgpt.common.runtime import choose_device
-    from mixgpt.evaluation.generation import complete, load
+    from mixgpt.checkpoints.load import read_config
+    from mixgpt.common.runtime import choose_device, choose_dtype
+    from mixgpt.evaluation.generation import complete
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     device, completions = choose_device(device), {}
     for title, name in models.items():
-        loaded, tokenizer = load(name, device, dtype)
+        loaded, tokenizer = mixgpt.load(name, str(device), choose_dtype(dtype, read_config(name), device))
         completion = complete(loaded, tokenizer, prompt, bos=resolve_bos(bos, loaded.config.model_type, tokenizer),
                               **options)
         completions[title] = completion

@@ -9,6 +9,7 @@ from commands import run as prune
 from conftest import make, save
 
 import generate
+import mixgpt
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import position_limit
 from mixgpt.evaluation import generation
@@ -99,7 +100,7 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
         assert float(lines[-1].split()[4]) < 0.9 or kind != "sparse"
         texts[kind] = lines[2:-2]
     assert texts["sparse"] == texts["compressed-tensors"]
-    expected = {title: by_hand(generation.load(saved / folder, torch.device("cpu"))[0], tokenizer, "the list", 8)
+    expected = {title: by_hand(mixgpt.load(saved / folder, "cpu")[0], tokenizer, "the list", 8)
                 for title, folder in (("dense", "dense"), ("pruned", "sparse"))}
     assert "\n".join(texts["sparse"]).strip() == "\n".join(generate.side_by_side(expected, 80)).strip()
     assert expected["dense"] != expected["pruned"]

@@ -1,4 +1,4 @@
-"""Load a model in any format and complete a prompt."""
+"""Complete a prompt with a model."""
 
 import time
 from dataclasses import dataclass
@@ -7,9 +7,8 @@ import torch
 from transformers import GenerationConfig
 
 from datautils import begin, first_token, token_ids
-from mixgpt.checkpoints.load import load_model, load_tokenizer, read_config
 from mixgpt.common.errors import InputError
-from mixgpt.common.runtime import choose_dtype, position_limit
+from mixgpt.common.runtime import position_limit
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,3 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     rate = (len(output) - 1) / after if len(output) > 1 else 1 / seconds
     nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return Completion(text, len(output), seconds, rate, nbytes, cut)
-
-
-def load(model, device, dtype="auto"):
-    """Load a model in any format, and its tokenizer. Returns (model on `device`, tokenizer)."""
-    config = read_config(model)
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, choose_dtype(dtype, config, device), packed=True)
-    try:
-        return loaded.to(device), tokenizer
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"model {model}: out of GPU memory; give --device cpu") from error
