@@ -13,7 +13,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line, reading
-from mixgpt.text.sets import COLUMNS, counts_of, hub_copy_rows, hub_reachable, text_set_of, texts_of
+from mixgpt.common.texts import COLUMNS, counts_of, hub_copy_rows, hub_reachable, text_set_of, texts_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B

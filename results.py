@@ -23,6 +23,7 @@ from mixgpt.common.program import SCHEMA, check_signature
 from mixgpt.common.progress import table
 
 ABOUT = ("model", "seed")  # columns on what was run; like dense results, above the table if equal in all rows
+FORMATS = {"sparsity": "{:.2%}", "seconds": "{:.0f}"}  # of numbers in other columns: {:.2f}
 
 
 def files_of(names):
@@ -90,7 +91,8 @@ def _parts(run, dense):
     settings = {name: value for name, value in run["settings"].items() if name not in about}
     perplexities = {}
     for name, value in run["perplexity"].get(run["method"], {}).items():
-        perplexities |= {name: "nan" if math.isnan(value) else value, f"dense {name}": dense.get(_text_key(run, name))}
+        perplexities |= {f"{name} ppl": "nan" if math.isnan(value) else value,
+                         f"dense {name}": dense.get(_text_key(run, name))}
     scores = {f"{task} {metric}": value for task, values in run.get("tasks", {}).get(run["method"], {}).items()
               for metric, value in values.items() if metric not in NO_METRICS and not metric.endswith("_stderr")}
     peaks = {f"GB {place}": nbytes / 1e9 for place, nbytes in run["peak_memory"].items()}
@@ -101,23 +103,17 @@ def _parts(run, dense):
 def text_of(runs, markdown=False):
     """Return the table as text, for a terminal or in Markdown, with values common to all runs listed once above it."""
     cells = table_of(runs).loc[:, :"file"].drop(columns="file")
-    cells = cells.apply(lambda column: [_text(column.name, value) for value in column])
+    for name in cells:
+        number = FORMATS.get(name, "{:.2f}")
+        cells[name] = ["-" if value is None else number.format(value) if isinstance(value, float) else str(value)
+                       for value in cells[name]]
     cells = cells.loc[:, (cells != "-").any()]
     shared = [name for name in cells if (name in ABOUT or name.startswith("dense ")) and cells[name].nunique() == 1]
     above = ", ".join(f"{name} {cells.at[0, name]}" for name in shared)
     cells = cells.drop(columns=shared)
-    texts = {name for run in runs for name in run["perplexity"].get(run["method"], {})}
-    header, rows = [f"{name} ppl" if name in texts else name for name in cells], cells.to_numpy().tolist()
+    header, rows = list(cells), cells.to_numpy().tolist()
     lines = [f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows]]
     return (above and f"{above}\n\n") + ("\n".join(lines) if markdown else table(header, rows))
-
-
-def _text(name, value):
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.2%}" if name == "sparsity" else f"{value:.0f}" if name == "seconds" else f"{value:.2f}"
 
 
 def points_of(runs):

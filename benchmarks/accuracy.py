@@ -24,7 +24,7 @@ from scores import DENSE, Scores, cell_of, closed, parser_of, spread, table_of_m
 
 from datautils import load_rows
 from mixgpt.app.cli import REMEDY, reported
-from mixgpt.text.sets import DATASETS, text_set_of
+from mixgpt.common.texts import DATASETS, text_set_of
 
 METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "mixgpt": "--preset mixgpt", "best": "--preset best"}
 WALKS = ("owl", "sparsegpt", "mixgpt")  # which quantize with the options of best

@@ -36,8 +36,8 @@ from datautils import token_ids
 from mixgpt.common import progress
 from mixgpt.common.files import cache_folder
 from mixgpt.common.runtime import multiplies_bfloat16
+from mixgpt.common.texts import builtin_rows
 from mixgpt.modeling.baichuan import BaichuanConfig
-from mixgpt.text.sets import builtin_rows
 
 FAMILIES = ("opt", "bloom", "baichuan", "gemma3", "qwen3-moe")
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1 and 2

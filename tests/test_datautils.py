@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer
 
 import datautils
 from mixgpt.common.errors import InputError
-from mixgpt.text.sets import DATASETS
+from mixgpt.common.texts import DATASETS
 
 WIKI_ROWS = ["", " = Alpha = \n", "", " Beta gamma “δ” . \n", " Epsilon zeta . \n", ""]
 WIKI_TEST = "\n\n = Alpha = \n\n\n\n\n Beta gamma “δ” . \n\n\n Epsilon zeta . \n\n\n"

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, BioGptConfig, BioGptForCausalLM
 import datautils
 from mixgpt.checkpoints import load
 from mixgpt.common import choices
+from mixgpt.common.texts import DATASETS
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.modeling import family
 from mixgpt.pruning.targets import Target
-from mixgpt.text.sets import DATASETS
 from modelutils import linears
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()

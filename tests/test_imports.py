@@ -14,7 +14,7 @@ LAYERS = [  # from the top
     ("mixgpt.allocation", "mixgpt.checkpoints"),
     ("mixgpt.pruning",),
     ("sparsegpt", "datautils"),
-    ("quant", "modelutils", "mixgpt.text"),
+    ("quant", "modelutils"),
     ("mixgpt.kernels", "mixgpt.modeling", "mixgpt.common"),
 ]
 HEIGHT = {package: -number for number, layer in enumerate(LAYERS) for package in layer}

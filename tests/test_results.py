@@ -58,7 +58,7 @@ def test_the_table_holds_what_the_records_hold_in_order(write, capsys, tmp_path)
     assert re.split("  +", header) == ["method", "sparsity", "seed", "wikitext2 ppl", "piqa acc", "seconds", "GB host"]
     assert written == f"written  {tmp_path}/new/runs.csv" and max(map(len, rows)) <= 100
     held = list(csv.DictReader((tmp_path / "new" / "runs.csv").open()))
-    assert [(row["method"], row["wikitext2"]) for row in held] == [
+    assert [(row["method"], row["wikitext2 ppl"]) for row in held] == [
         ("dense", "27.66"), ("SparseGPT", "35.25"), ("MixGPT (weight-level by fisher)", "34.0"),
         ("SparseGPT 2:4", "36.0"), ("SparseGPT + 4 bit", "50.0"), ("magnitude", "40.0")]
     assert {row["dense wikitext2"] for row in held} == {"27.66"}  # from the run of the dense model

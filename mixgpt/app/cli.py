@@ -22,7 +22,7 @@ from mixgpt.app.settings import Settings, flag_of
 from mixgpt.common import program
 from mixgpt.common.choices import Registry
 from mixgpt.common.errors import InputError, Terminated, is_out_of_memory, one_line, status_of
-from mixgpt.text.sets import DATASETS
+from mixgpt.common.texts import DATASETS
 
 REMEDY = "lower --batch-size, --nsamples or --seqlen, or give --no-true-sequential"
 RESUME = "what is in the folder of --save goes on with --resume"

@@ -9,7 +9,7 @@ from pathlib import Path
 from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS, Registry
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_outputs
-from mixgpt.text.sets import check_texts
+from mixgpt.common.texts import check_texts
 
 WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 IN_MEMORY = "text in memory"  # the dataset of calibration text that the caller holds

@@ -28,10 +28,10 @@ from mixgpt.checkpoints.sparse import METHOD
 from mixgpt.common.choices import FORMATS
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder
+from mixgpt.common.texts import hub_reachable, unlogged
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, layout_of, use_linears
 from mixgpt.modeling.family import layers_of
-from mixgpt.text.sets import hub_reachable, unlogged
 from modelutils import linears
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.

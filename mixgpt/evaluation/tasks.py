@@ -27,8 +27,8 @@ from datautils import encode, first_token, token_ids
 from mixgpt.common import distributed, memory, progress
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
+from mixgpt.common.texts import hub_reachable, unlogged
 from mixgpt.evaluation.generation import complete
-from mixgpt.text.sets import hub_reachable, unlogged
 from modelutils import SLICE, HiddenStates, run_layers, whole
 
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean

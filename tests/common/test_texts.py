@@ -7,7 +7,7 @@ from conftest import record_of
 
 import datautils
 from mixgpt.common.errors import InputError
-from mixgpt.text.sets import counts_of, shares_of
+from mixgpt.common.texts import counts_of, shares_of
 
 
 @pytest.fixture

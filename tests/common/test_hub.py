@@ -6,7 +6,7 @@ import datasets
 import pytest
 from huggingface_hub import constants, utils
 
-from mixgpt.text.sets import hub_reachable
+from mixgpt.common.texts import hub_reachable
 
 
 @pytest.fixture(autouse=True)

@@ -1,1 +1,0 @@
-"""Texts: datasets, files and mixtures of them, tokenizing, and the Hugging Face hub."""
