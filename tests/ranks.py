@@ -15,7 +15,7 @@ from mixgpt.common.choices import ESTIMATORS
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import selection
 from mixgpt.modeling.experts import split_experts
-from mixgpt.pruning import distill
+from mixgpt.pruning import distill, expert_removal
 from mixgpt.pruning.hessian import InputHessian, activation_order
 from mixgpt.pruning.layerwise import magnitude_prune, prune_layerwise
 from mixgpt.pruning.solvers import Recipe, admm, prune_in_place, walk
@@ -38,6 +38,8 @@ def made(name, true_sequential, wbits, more=""):
     streamed = StreamedModel(model, CPU, 2)
     traces = [hessian_traces(streamed, list(selected), tokens, Sampling(name, estimator.load(), 1))
               for name, estimator in ESTIMATORS.items()]
+    if mixture:
+        traces += expert_removal.expert_scores(streamed, tokens).values()
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
     if more == "best":
         gradients = output_gradients(streamed, list(selected), tokens, 3, 0.01)

@@ -15,6 +15,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import Clock, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck
 from mixgpt.modeling.streaming import digest
+from mixgpt.pruning.expert_removal import with_fewer_experts
 from mixgpt.pruning.targets import Target, select
 from modelutils import allocate, place_for
 
@@ -56,6 +57,8 @@ def check(settings, device, clock, model=None, tokenizer=None):
     settings.check_paths()  # again, for callers that are not the command line
     config = model.config if model else load.read_config(settings.model)
     skeleton = load.skeleton(config)
+    if settings.experts:
+        skeleton = with_fewer_experts(skeleton, settings.experts)
     load.check_layers(settings.model, skeleton, settings.save_format)
     selected = select(skeleton, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
         "--prunem": settings.prunem, "--groupsize": settings.groupsize}) if settings.compresses else {}

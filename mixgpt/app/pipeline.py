@@ -46,13 +46,13 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         with clock.part("data"):
             inputs = read_texts(inputs, texts)
         current = stack.enter_context(opened(inputs, folder, command))
-        plan = planning.choose(current)
-        if settings.dense or not plan.targets:
+        if settings.dense or settings.method == "dense":
             evaluate(current, "dense")
+        plan = planning.choose(current)
         compressed = compression.compress(current, plan)
         if settings.save:
             _save(current, plan, *compressed)
-        if plan.targets:
+        if settings.method != "dense":
             evaluate(current, settings.method)
         if settings.semi_structured and "semi_structured" not in current.record:
             current.record["semi_structured"] = _with_less_memory(current, lambda size: semistructured.compare(

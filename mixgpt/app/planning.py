@@ -17,7 +17,7 @@ from mixgpt.common import distributed
 from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS
 from mixgpt.common.files import write_output
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
-from mixgpt.pruning import distill
+from mixgpt.pruning import distill, expert_removal
 from mixgpt.pruning.targets import Target
 
 
@@ -36,9 +36,13 @@ class Plan:
 def choose(run):
     """Return the `Plan` of a run; print and plot it."""
     settings = run.settings
+    retry = partial(retry_with_less_memory, settings, MemoryPlan(settings.batch_size, on_host=False))
+    texts = retry(partial(_texts, run))
+    if settings.experts:
+        _remove_experts(run, retry)
     if not settings.compresses:
         return Plan({})
-    plan = retry_with_less_memory(settings, MemoryPlan(settings.batch_size, on_host=False), partial(_measure, run))
+    plan = retry(partial(_measure, run, texts))
     if plan.traces:
         if warning := plan.traces.warning():
             print(warning, flush=True)
@@ -55,10 +59,27 @@ def choose(run):
     return plan
 
 
-def _measure(run, memory_plan):
-    """Return the `Plan`."""
+def _remove_experts(run, retry):
+    """Remove the experts of least score, the same as an interrupted run. retry: of a step, with less memory."""
+    smaller = expert_removal.with_fewer_experts(run.model, run.settings.experts)
+
+    def choose():
+        with run.clock.part("experts"):
+            scores = retry(lambda plan: expert_removal.expert_scores(run.streamed(plan), run.calibration))
+        return [[index, expert_removal.best_experts(of_layer, smaller)] for index, of_layer in scores.items()]
+
+    kept = run.decided("experts", choose)
+    before = run.model.num_parameters()
+    expert_removal.remove_experts(run.model, smaller, dict(kept))
+    run.record["kept_experts"] = kept
+    run.log(f"experts  {len(kept[0][1])} stay in each of {len(kept)} layers, by REAP's score; of {before:,} parameters "
+            f"{run.model.num_parameters():,} are left")
+
+
+def _measure(run, texts, memory_plan):
+    """Return the `Plan`. texts: as of `_texts`."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
-    tokens, *distillation = _texts(run, streamed)
+    tokens, *distillation = texts
     if settings.ranks_by_sensitivity:
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)
@@ -71,9 +92,9 @@ def _measure(run, memory_plan):
                 Gradients.of(tensors) if settings.needs_gradients else None, measured, *distillation)
 
 
-def _texts(run, streamed):
+def _texts(run, memory_plan):
     """Return the tokens for the Hessians, those for distillation and the dense model's states of these, or Nones."""
-    for_hessians, for_distillation = run.synthetic_counts
+    streamed, (for_hessians, for_distillation) = run.streamed(memory_plan), run.synthetic_counts
     if not for_hessians + for_distillation:
         return run.calibration, None, None
 

@@ -88,6 +88,8 @@ class Settings:
     maxlayer: int = option(1000, RESULT, "layer to stop before", between=(0,))
     prune_only: str = option("", RESULT, "only matrices whose name contains this, such as fc1 or mlp")
     invert: bool = option(False, RESULT, "all matrices except those selected by the three options above")
+    experts: float = option(0.0, METHOD, "fraction of each layer's experts to remove before, by REAP's score: mean "
+        "router weight times norm of the output", between=(0, 1))
 
     preset: str | None = option(None, FREE,
         "a complete recipe: sparsegpt, mixgpt (the paper's, with sensitivities by fisher) or best (lowest perplexity, "
@@ -305,7 +307,7 @@ class Settings:
     @property
     def needs_calibration(self):
         """Whether calibration sequences are drawn."""
-        return self.ranks_by_sensitivity or self.needs_gradients or self.calibrates
+        return self.ranks_by_sensitivity or self.needs_gradients or self.calibrates or self.experts > 0
 
     def synthetic_counts(self, distills=True):
         """Return the numbers of synthetic sequences for the Hessians, and for distillation.
@@ -321,8 +323,9 @@ class Settings:
     @property
     def method(self):
         """Name of the method in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
+        fewer = f", {100 * self.experts:g}% fewer experts" if self.experts else ""
         if not self.compresses:
-            return "dense"
+            return f"REAP{fewer}" if fewer else "dense"
         bits = f"{self.wbits} bit" + ("" if self.grid == "uniform" else f" {self.grid}")
         mixgpt = self.ranks_by_sensitivity and self.saliency == "isc" and self.solver == "obs"
         if self.prunes:
@@ -336,7 +339,8 @@ class Settings:
                    "synthetic text": self.synthetic > 0, "distilled": self.distill > 0,
                    f"effort {self.effort:g}": self.effort != 1}
         chosen = ", ".join(choice for choice, is_chosen in choices.items() if is_chosen)
-        return name + (f" ({chosen})" if chosen else "") + (f" + {bits}" if self.prunes and self.quantizes else "")
+        bits = f" + {bits}" if self.prunes and self.quantizes else ""
+        return name + (f" ({chosen})" if chosen else "") + bits + fewer
 
     def check_paths(self):
         """Raise InputError if a given file or folder does not exist, or a file to be written may not be written."""

@@ -166,7 +166,7 @@ def attach_disk_weights(model, stored):
         module.disk_weights = DiskWeights({name.removeprefix(f"{path}."): location for name, location in
                                            locations.items() if name.startswith(f"{path}.")}, model.dtype)
     model.disk_weights = DiskWeights(locations, model.dtype)
-    _compute_buffers(model)
+    compute_buffers(model)
     return True
 
 
@@ -181,7 +181,7 @@ def _find(model, name, layout, stored):
     return None
 
 
-def _compute_buffers(model):
+def compute_buffers(model):
     """Compute on the host the buffers that are in no file, such as rotary frequencies; weights stay on meta."""
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False)

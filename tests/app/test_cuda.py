@@ -166,6 +166,15 @@ def test_a_gpu_gives_what_a_cpu_gives(combination, gpu, run, no_waiting_in_the_w
         compare(run(family, job, "cuda:0", dtype=dtype), expected, job, dtype)
 
 
+def test_a_gpu_keeps_the_experts_that_a_cpu_keeps(gpu, run):
+    job = "--experts .5 --sparsity .5"
+    expected = run("qwen3-moe", job, "cpu")
+    with gpu():
+        ours = run("qwen3-moe", job, "cuda:0")
+    assert ours[1]["kept_experts"] == expected[1]["kept_experts"]
+    compare(ours, expected, job)
+
+
 @pytest.mark.parametrize("job, dtype", [
     ("SparseGPT", "float32"), ("2:4", "bfloat16"), ("50% + 4 bit, sparse", "float16")])
 def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no_waiting_in_the_walk):

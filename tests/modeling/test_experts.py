@@ -49,10 +49,10 @@ LEFT_DENSE = {"afmoe": {"mlp.router.gate"}, "deepseek_v4": {"mlp.gate", "self_at
               "qwen2_moe": {"mlp.gate", "mlp.shared_expert_gate"}}
 
 
-def build(kind):
+def build(kind, **options):
     """Build the tiny random model of a model_type, as transformers does."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **COMMON | MODELS[kind])
+    config = AutoConfig.for_model(kind, **COMMON | MODELS[kind] | options)
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, buffer in model.named_buffers():
