@@ -153,8 +153,6 @@ def _bits(mask, rows, columns):
     """Return how many weights are kept in each block of columns, by rows."""
     step = 1 if columns % 8 else 8  # columns to a number in `counts`
     counts = np.bitwise_count(mask) if step == 8 else np.unpackbits(mask, bitorder="little")
-    if columns % 8 and counts[rows * columns:].any():
-        raise ValueError("its mask has bits behind the last column")
     starts = (columns * np.arange(rows)[:, None] + np.arange(0, columns, BLOCK)) // step
     return np.add.reduceat(counts[:rows * columns // step], starts.ravel(), dtype=np.int64)
 

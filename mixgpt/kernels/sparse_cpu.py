@@ -18,7 +18,7 @@ from numba.core.cgutils import alloca_once_value, for_range_slice
 
 REACH = 64  # packed numbers that a step may read
 AHEAD = 2048  # bytes from the packed values and masks in use to those that are prefetched
-CHUNK = 32  # rows that a thread takes at a time
+CHUNK = 64  # rows that a thread takes at a time
 
 
 class Way(NamedTuple):
@@ -26,16 +26,17 @@ class Way(NamedTuple):
 
     flags: set  # that the CPU must have
     width: int  # columns of a step
-    steps: int  # in an iteration of the loop, with sums of their own
+    steps: int  # in an iteration of the loop, added to two sums in turn
+    step: str  # what emits one
 
 
 WAYS = {  # the fastest first
-    "codes": Way({"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2"}, 64, 1),
-    "vbmi2": Way({"avx512f", "avx512bw", "avx512vbmi2"}, 32, 2),
-    "avx512": Way({"avx512f", "f16c"}, 16, 2),
-    "avx2": Way({"avx2", "fma", "f16c"}, 8, 2),
-    "portable": Way(set(), 1, 4),
-    "single": Way(set(), 1, 1),
+    "codes": Way({"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2"}, 64, 1, "_look_up"),
+    "vbmi2": Way({"avx512f", "avx512bw", "avx512vbmi2"}, 32, 2, "_expand"),
+    "avx512": Way({"avx512f", "f16c"}, 16, 4, "_expand"),
+    "avx2": Way({"avx2", "fma", "f16c"}, 8, 8, "_shuffle"),
+    "portable": Way(set(), 1, 4, "_take_one"),
+    "single": Way(set(), 1, 1, "_take_one"),
 }
 TENSORS = ("mask", "data", "tail", "offsets", "units", "zero", "scale", "group", "x", "y")
 ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", "last", *TENSORS)
@@ -135,7 +136,7 @@ class _Emitter:
 
     def __init__(self, kernel):
         self.kernel, self.module = kernel, ir.Module()
-        self.way, self.step = WAYS[kernel.way], getattr(self, f"_step_{kernel.way}")
+        self.way = WAYS[kernel.way]
         self.size = 1 if kernel.wbits else kernel.dtype.itemsize  # bytes of a packed number
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [ir.PointerType()]), "run")
         self.b = b = ir.IRBuilder(function.append_basic_block())
@@ -157,38 +158,39 @@ class _Emitter:
 
     def _row(self, row):
         """Emit the steps over a row."""
-        b, kernel, at, (_, width, steps) = self.b, self.kernel, self.at, self.way
+        b, kernel, at, (_, width, steps, step_of_way) = self.b, self.kernel, self.at, self.way
         kind = F32 if width == 1 else ir.VectorType(F32, min(width, 16))
         start = b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64)
         place, self.base = alloca_once_value(b, start), self._base(start)
-        sums = [[alloca_once_value(b, _all(kind, 0)) for _ in range(max(steps, 2))] for _ in range(kernel.tokens)]
+        sums = [[alloca_once_value(b, _all(kind, 0)) for _ in range(2)] for _ in range(kernel.tokens)]
         groups = at["groups"] if kernel.way == "codes" else I64(1)
         size = b.udiv(at["columns"], groups)
         with for_range_slice(b, I64(0), groups, I64(1)) as (group, _):
             table = self._table(b.add(b.mul(row, groups), group)) if kernel.way == "codes" else row
             start = b.mul(group, size)
             with for_range_slice(b, start, b.add(start, size), I64(width * steps)) as (first, _):
+                flat = b.add(b.mul(row, at["columns"]), first)
                 for step in range(steps):
-                    column = b.add(first, I64(width * step))
-                    flat = b.add(b.mul(row, at["columns"]), column)
-                    parts = self.step(flat, column, place, table)
+                    parts = getattr(self, step_of_way)(flat, first, step * width, place, table)
                     if not kernel.tokens:
-                        self._expand(flat, parts)
+                        self._write(b.add(flat, I64(step * width)), parts)
                     for token, totals in enumerate(sums):
-                        x = b.add(b.mul(I64(token), at["columns"]), column)
-                        for number, part in enumerate(parts, step):
-                            b.store(self._dot(b.load(totals[number]), part, x), totals[number])
-                            x = b.add(x, I64(32))
+                        x = b.add(b.mul(I64(token), at["columns"]), first)
+                        for number, part in enumerate(parts):
+                            total = totals[(step + number) % 2]
+                            part_x = b.add(x, I64(step * width + 32 * number))
+                            b.store(self._dot(b.load(total), part, part_x), total)
         for token, totals in enumerate(sums):
             total = functools.reduce(b.fadd, map(b.load, totals))
             self._result(b.add(b.mul(I64(token), at["rows"]), row), total)
 
-    # steps: each returns the weights of the next columns, 0 where pruned, and moves `place` on
+    # steps: each returns the weights of the next columns, 0 where pruned, and moves `place` on. The iteration starts at
+    # column `first` of the row, weight `flat` of the matrix; `done` of its columns precede the step.
 
-    def _step_codes(self, flat, column, place, table):
+    def _look_up(self, flat, first, done, place, table):
         """As `codes` are below 16, 16 stands for a pruned one. Returns those of even columns, and of odd ones."""
         b, wbits, bytes_ = self.b, self.kernel.wbits, ir.VectorType(I8, 64)
-        mask, index = self._kept(flat, place)
+        mask, index = self._kept(flat, done, place)
         bit = b.mul(index, I64(wbits))
         packed = self._packed(bytes_, b.lshr(bit, I64(3)))
         eights = ir.Constant(bytes_, [wbits * eight + byte for eight in range(8) for byte in range(8)])
@@ -201,22 +203,21 @@ class _Emitter:
         return [self._call("llvm.x86.avx512.permvar.hi.512", words, table, index)
                 for index in (even, b.lshr(even, _all(words, 8)))]
 
-    def _step_avx512(self, flat, column, place, table):
-        mask, index = self._kept(flat, place)
+    def _expand(self, flat, first, done, place, table):
+        mask, index = self._kept(flat, done, place)
         values = self._packed(ir.VectorType(STORED[self.kernel.dtype], self.way.width), index)
         return [self._spread(values if self.way.width == 32 else self._floats(values), mask, 0)]
 
-    _step_vbmi2 = _step_avx512
-
-    def _step_avx2(self, flat, column, place, table):
+    def _shuffle(self, flat, first, done, place, table):
         b, bytes_ = self.b, ir.VectorType(I8, 16)
-        mask, index = self._kept(flat, place)
+        mask, index = self._kept(flat, done, place)
         order = self._load(bytes_, I64(SHUFFLES.ctypes.data), b.zext(mask, I64), 16)
         values = self._call("llvm.x86.ssse3.pshuf.b.128", bytes_, self._packed(bytes_, index), order)
         return [self._floats(b.bitcast(values, ir.VectorType(STORED[self.kernel.dtype], 8)))]
 
-    def _step_portable(self, flat, column, place, table):
+    def _take_one(self, flat, first, done, place, table):
         b, at, wbits = self.b, self.at, self.kernel.wbits
+        flat, column = (b.add(start, I64(done)) for start in (flat, first))
         byte = self._load(I8, at["mask"], b.lshr(flat, I64(3)))
         kept = b.trunc(b.lshr(byte, b.trunc(b.and_(flat, I64(7)), I8)), I1)
         index = b.load(place)
@@ -229,8 +230,6 @@ class _Emitter:
             group = b.add(b.mul(table, at["groups"]), b.zext(self._load(I32, at["group"], column, 4), I64))
             weight = self._weights(group, b.zext(b.and_(code, I16(2**wbits - 1)), I64), F32)
         return [b.select(kept, weight, F32(0))]
-
-    _step_single = _step_portable
 
     # parts of steps
 
@@ -247,22 +246,20 @@ class _Emitter:
         units = self._load(kind, self.at["units"], b.add(b.mul(zero, I64(codes)), code), 4)
         stored = STORED[self.kernel.dtype]
         scale = self._floats(self._load(stored, self.at["scale"], group, 4 if stored is F32 else 2))
-        weights = b.fmul(units, scale if kind is F32 else self._splat(kind, scale))
-        if self.kernel.dtype == torch.bfloat16:
-            return self._floats(self._round(weights))
-        if self.kernel.dtype == torch.float16:
-            return b.fpext(b.fptrunc(weights, F16), F32)
-        return weights
+        if kind is not F32:
+            first = b.insert_element(ir.Constant(kind, ir.Undefined), scale, I32(0))
+            scale = b.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, 16), [0] * 16))
+        return self._floats(self._round(b.fmul(units, scale)))
 
-    def _kept(self, flat, place):
+    def _kept(self, flat, done, place):
         """Return the mask of the next columns and the index of their first kept weight, and move the place on."""
-        b, kind, byte = self.b, ir.IntType(self.way.width), self.b.lshr(flat, I64(3))
-        index, mask = b.load(place), self._load(kind, self.at["mask"], byte)
+        b, byte = self.b, self.b.add(self.b.lshr(flat, I64(3)), I64(done // 8))
+        index, mask = b.load(place), self._load(ir.IntType(self.way.width), self.at["mask"], byte)
         b.store(b.add(index, b.zext(b.ctpop(mask), I64)), place)
-        bits = I64(self.kernel.wbits or 8 * self.kernel.dtype.itemsize)
-        streams = [(self.at["data"], b.lshr(b.mul(index, bits), I64(3))), (self.at["mask"], byte)]
-        for base, offset in streams[:1 + (self.way.width >= 32)]:  # for short steps the second costs more than it gains
-            ahead = b.inttoptr(b.add(b.add(base, offset), I64(AHEAD)), ir.PointerType())
+        bits = b.mul(index, I64(self.kernel.wbits or 1))
+        offsets = {"mask": byte, "data": b.lshr(bits, I64(3)) if self.kernel.wbits else b.mul(bits, I64(self.size))}
+        for name in [] if done % 32 else ["data"] if done else offsets:
+            ahead = b.inttoptr(b.add(b.add(self.at[name], offsets[name]), I64(AHEAD)), ir.PointerType())
             self._call("llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
         return mask, index
 
@@ -298,7 +295,9 @@ class _Emitter:
         return self.b.fpext(values, wide(F32)) if stored == torch.float16 else values
 
     def _round(self, values):
-        """Return the bits of float32 values in bfloat16, rounded to the nearest, ties to even."""
+        """Return float32 values as they are stored, rounded to the nearest, ties to even."""
+        if self.kernel.dtype != torch.bfloat16:
+            return self.b.fptrunc(values, _like(values.type, F16)) if self.kernel.dtype == torch.float16 else values
         b, all_ = self.b, functools.partial(_all, _like(values.type, I32))
         bits = b.bitcast(values, _like(values.type, I32))
         odd = b.and_(b.lshr(bits, all_(16)), all_(1))
@@ -322,17 +321,13 @@ class _Emitter:
             total, x = b.fadd(product, total, flags=["contract"]), b.add(x, I64(16))
         return total
 
-    def _expand(self, flat, parts):
+    def _write(self, flat, parts):
         """Write weights to the expanded matrix."""
         weights = parts[0]
         if len(parts) > 1:
             pairs = [half for column in range(32) for half in (column, column + 32)]
             weights = self.b.shuffle_vector(*parts, ir.Constant(ir.VectorType(I32, 64), pairs))
-        if self.way.width < 32 and self.kernel.dtype == torch.bfloat16:
-            weights = self._round(weights)
-        if self.kernel.dtype == torch.float16:
-            weights = self.b.fptrunc(weights, _like(weights.type, F16))
-        self._store(weights, flat, self.kernel.dtype.itemsize)
+        self._store(weights if self.way.width >= 32 else self._round(weights), flat, self.kernel.dtype.itemsize)
 
     def _result(self, place, total):
         """Write the sum of a row."""
@@ -353,10 +348,6 @@ class _Emitter:
         function = self.module.globals.get(name) or ir.Function(
             self.module, ir.FunctionType(kind, [value.type for value in values]), name)
         return self.b.call(function, values, **options)
-
-    def _splat(self, kind, value):
-        first = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
-        return self.b.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
 
 
 def _all(kind, value):
