@@ -21,25 +21,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BloomConfig,
-    Gemma3TextConfig,
-    OPTConfig,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 
+import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from datautils import token_ids
 from mixgpt.common import progress
 from mixgpt.common.files import cache_folder
 from mixgpt.common.runtime import multiplies_bfloat16
 from mixgpt.common.texts import builtin_rows
-from mixgpt.modeling.baichuan import BaichuanConfig
 
 FAMILIES = ("opt", "bloom", "baichuan", "gemma3", "qwen3-moe")
+TYPES = {"gemma3": "gemma3_text", "qwen3-moe": "qwen3_moe"}  # of their configurations, where the name is another
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1 and 2
 LONGEST = 30_000  # bytes of a file; many of the longer ones are tables
 
@@ -72,18 +65,17 @@ def build(name, size):
     sequence = {"max_position_embeddings": size.seqlen}
     heads = {"num_key_value_heads": size.heads // 2, "head_dim": size.width // size.heads}
     wide = {"intermediate_size": 11 * size.width // 4}
-    config = {
-        "opt": lambda: OPTConfig(word_embed_proj_dim=size.width, ffn_dim=4 * size.width, dropout=0.0,
-                                 init_std=size.width ** -0.5, **common, **sequence),
-        "bloom": lambda: BloomConfig(**common),
-        "baichuan": lambda: BaichuanConfig(model_max_length=size.seqlen, architectures=["BaichuanForCausalLM"],
-                                           **common, **wide),  # as of the 13B models, with ALiBi
-        "gemma3": lambda: Gemma3TextConfig(sliding_window=size.seqlen // 2, query_pre_attn_scalar=heads["head_dim"],
-                                           **common, **sequence, **heads, **wide),
-        "qwen3-moe": lambda: Qwen3MoeConfig(moe_intermediate_size=3 * size.width // 4, num_experts=size.experts,
-                                            num_experts_per_tok=2, norm_topk_prob=True, **common, **sequence, **heads),
-    }[name]()
-    return AutoModelForCausalLM.from_config(config)
+    options = {
+        "opt": {"word_embed_proj_dim": size.width, "ffn_dim": 4 * size.width, "dropout": 0.0,
+                "init_std": size.width ** -0.5, **sequence},
+        "bloom": {},
+        "baichuan": {"model_max_length": size.seqlen, "architectures": ["BaichuanForCausalLM"], **wide},  # with ALiBi
+        "gemma3": {"sliding_window": size.seqlen // 2, "query_pre_attn_scalar": heads["head_dim"], **sequence, **heads,
+                   **wide},
+        "qwen3-moe": {"moe_intermediate_size": 3 * size.width // 4, "num_experts": size.experts,
+                      "num_experts_per_tok": 2, "norm_topk_prob": True, **sequence, **heads},
+    }[name]
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(TYPES.get(name, name), **common, **options))
 
 
 def train_tokenizer(texts, vocabulary):
@@ -142,7 +134,7 @@ def train(model, ids, size, title):
     """Train a model in place on random windows of the ids (n,) of a text."""
     generator, bfloat16 = torch.Generator().manual_seed(0), multiplies_bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, round(0.05 * size.steps), size.steps)
+    scheduler = cosine_schedule(optimizer, round(0.05 * size.steps), size.steps)
     balanced = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
     model.train()
     for _ in progress.bar(range(size.steps), title=title, unit="step"):
@@ -174,11 +166,9 @@ def make_model(name, folder, size):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", default=FAMILIES, help=f"of {', '.join(FAMILIES)} (default: all)")
+    parser.add_argument("families", nargs="*", choices=[*FAMILIES, "all"], default="all")
     names = parser.parse_args(argv).families
-    if unknown := [name for name in names if name not in FAMILIES]:
-        parser.error(f"family {unknown[0]}: must be one of {', '.join(FAMILIES)}")
-    for name in names:
+    for name in FAMILIES if "all" in names else names:
         make_model(name, cache_folder() / "small-models", SIZE)
     return 0
 
