@@ -10,6 +10,7 @@ from PIL import Image
 from mixgpt.app import pipeline, plots, report
 from mixgpt.app.settings import IN_MEMORY, Settings
 from mixgpt.checkpoints import load as checkpoints
+from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_device
 from mixgpt.modeling.experts import is_fused, restore, use_linears
@@ -64,6 +65,9 @@ def prune(model, dataset, tokenizer=None, **options):
     if in_memory and any(is_fused(module) for module in model.modules()):
         raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
     settings = Settings(type(model).__name__ if in_memory else model, name, **options)
+    changes = settings.compresses or settings.save
+    if in_memory and changes and any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise InputError("model: its matrices are packed, and can only be evaluated; load it with packed=False")
     if not in_memory:
         return Result(pipeline.run(settings, texts=texts))
     device, replaced = model.device, use_linears(model)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common import distributed
 from mixgpt.modeling.family import layers_of
 from mixgpt.modeling.streaming import prefetch
@@ -75,7 +76,9 @@ def count_zeros(index, layer):
 
     Returns a `MatrixSparsity` of every linear, and of all other weights, see `other_weights`: two lists.
     """
-    of_linears = {name: module.weight for name, module in linears(layer).items()}
+    dense = linears(layer)
+    of_linears = {name: module.weight if name in dense else module.weight.expand()
+                  for name, module in layer.named_modules() if name in dense or isinstance(module, SparseLinear)}
     return [[MatrixSparsity(index, name, tuple(weight.shape), weight.numel() - torch.count_nonzero(weight).item())
              for name, weight in weights.items()] for weights in (of_linears, other_weights(layer))]
 

@@ -175,10 +175,11 @@ def test_nothing_is_read_or_written_behind_a_buffer():
 
 @pytest.fixture(params=["llama", "opt", "bloom"])
 def saved(request, tokenizer, tmp_path):
-    """Return a half pruned model of it and its sparse folder."""
+    """Return a model of which half is pruned, at random or 2:4, and its sparse folder."""
     model = make(request.param)
     for W in matrices(model).values():
-        W[torch.rand_like(W, dtype=torch.float32) < 0.5] = 0
+        scores = torch.rand_like(W, dtype=torch.float32).view(-1, 4 if request.param == "llama" else W.numel())
+        W[(scores <= scores.median(1, keepdim=True).values).view_as(W)] = 0
     save(tmp_path / "saved", model, tokenizer, {}, "sparse", {})
     return model, tmp_path / "saved"
 

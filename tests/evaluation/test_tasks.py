@@ -12,6 +12,7 @@ from conftest import CPU, as_rank, command, free_port, record_of, saved_tensors
 from test_streamed_lm import pair_by_hand, text_by_hand
 from transformers import AutoModelForCausalLM
 
+import mixgpt
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
@@ -125,6 +126,16 @@ def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, prun
 
     prune(name, chosen, "--limit 3 --save", tmp_path / "again", model=saved)  # in memory
     check(record_of(tmp_path / "again")["tasks"]["dense"], pruned, tokenizer, limit=3)
+
+    def evaluated(packed, **options):
+        options |= {"eval": "builtin", "eval_limit": 2, "tasks": "choice,rolling", "tasks_dir": str(folder)}
+        model = mixgpt.load(saved, "cpu", packed=packed)[0]
+        return mixgpt.prune(model, "builtin", tokenizer, quiet=True, **options).record
+
+    records = [[evaluated(packed)[part] for part in ("perplexity", "tasks", "matrices")] for packed in (True, False)]
+    assert records[0] == records[1] and records[0][2][0]["sparsity"] == 0.5
+    with pytest.raises(InputError, match="load it with packed=False"):
+        evaluated(True, wbits=4)
 
 
 def scored(name, chosen, tokenizer, checkpoint_folder, limit=None):
