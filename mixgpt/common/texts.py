@@ -125,14 +125,13 @@ def known(text):
 
 
 def counts_of(name, nsamples):
-    """Return {text: number of its sequences}, which sum to nsamples: largest remainders.
+    """Return {text: number of its sequences}, which sum to nsamples: cumulative shares, rounded.
 
     Raises InputError if a text would get none, or for an unknown text.
     """
-    wanted = {text: share * nsamples for text, share in shares_of(name).items()}
-    numbers = {text: int(number) for text, number in wanted.items()}
-    for text in sorted(wanted, key=lambda text: numbers[text] - wanted[text])[:nsamples - sum(numbers.values())]:
-        numbers[text] += 1
+    shares = shares_of(name)
+    ends = [round(total * nsamples) for total in itertools.accumulate(shares.values(), initial=0)]
+    numbers = {text: stop - start for text, (start, stop) in zip(shares, itertools.pairwise(ends), strict=True)}
     if none := [text for text, number in numbers.items() if not number]:
         raise InputError(f"--nsamples {nsamples}: gives no sequence to {none[0]} in {name}; raise it")
     return numbers
