@@ -99,7 +99,7 @@ def token_ids(tokenizer, text, bos=None):
 
 
 def first_token(tokenizer, bos):
-    """Return the id that every sequence begins with, None if they begin with whatever token comes."""
+    """Return the id of BOS if every sequence begins with it, else None."""
     return tokenizer.bos_token_id if bos == "each" else None
 
 

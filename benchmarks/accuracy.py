@@ -3,7 +3,7 @@
 python benchmarks/accuracy.py MODEL c4 --output accuracy.json --nsamples 32 --seqlen 512 --eval-limit 40
 python benchmarks/accuracy.py MODEL c4 --output choice.json --heldout     # for choices, without test text
 
-Every method is run at every target with every seed, and the dense model once. The arguments behind these here are flags
+Every method is run at every target with every seed, and the dense model once. Further arguments are flags
 of the family scripts, for all runs. A benchmark that was interrupted goes on when it is started again, and methods,
 targets and seeds can be added. sparsegpt, mixgpt and best are the presets of this project; Wanda and OWL are peers,
 OWL with SparseGPT's walk (owl) and with Wanda's mask (owl-wanda). OWL is left out in n:m: its paper mixes several n,
@@ -82,7 +82,7 @@ def markdown(cells):
 
 
 def parse(argv):
-    """Return the arguments, and those behind them that are flags of the family scripts."""
+    """Return the arguments, and those that follow, which are flags of the family scripts."""
     parser = parser_of("accuracy.py", __doc__)
     parser.add_argument("model", help="hub id, local folder or .gguf file")
     parser.add_argument("dataset", help="calibration text, as of the family scripts")

@@ -6,7 +6,7 @@ python benchmarks/paper.py table3 meta-llama/Llama-2-7b-hf                    # 
 
 table1: saliency and allocation; table2: methods; table3: zero-shot tasks; table4: quantization; figure3: perplexity
 against sparsity; ablations: table1 and allocation by layers. By default as in the paper: 128 sequences of 2,048 tokens
-of C4, the whole test sets, sensitivities by Hutchinson. The arguments behind these here are flags of the family
+of C4, the whole test sets, sensitivities by Hutchinson. Further arguments are flags of the family
 scripts, for all runs.
 
 An interrupted table goes on when the command is given again, and tables share their cells. The log of the runs goes to
@@ -116,7 +116,7 @@ def _compared(ours, paper):
 
 
 def parse(argv):
-    """Return the arguments, and those behind them that are flags of the family scripts."""
+    """Return the arguments, and those that follow, which are flags of the family scripts."""
     parser = parser_of("paper.py", __doc__)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, local folder or .gguf file")
