@@ -81,8 +81,9 @@ def markdown(cells):
     return "\n\n".join(table_of_markdown([target, *titles], of_target) for target, of_target in tables.items())
 
 
-def parse(argv):
-    """Return the arguments, and those that follow, which are flags of the family scripts."""
+def main(argv=None):
+    """Run the command line. Returns the exit status, see `reported`."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = parser_of("accuracy.py", __doc__)
     parser.add_argument("model", help="hub id, local folder or .gguf file")
     parser.add_argument("dataset", help="calibration text, as of the family scripts")
@@ -93,15 +94,9 @@ def parse(argv):
                         help="evaluate on train documents that calibration never draws, in place of --eval")
     parser.add_argument("--data-dir", help="folder with local copies of the texts, instead of the hub")
     parser.add_argument("--output", required=True, help=".json file of the cells; the tables go beside it, in .md")
-    options, flags = parser.parse_known_args(argv)
-    return options, flags + (["--data-dir", options.data_dir] if options.data_dir else [])
-
-
-def main(argv=None):
-    """Run the command line. Returns the exit status, see `reported`."""
-    argv = sys.argv[1:] if argv is None else argv
     with reported("accuracy.py", argv, REMEDY) as end, registered(), contextlib.ExitStack() as stack:
-        options, flags = parse(argv)
+        options, flags = parser.parse_known_args(argv)
+        flags += ["--data-dir", options.data_dir] if options.data_dir else []
         if options.heldout:
             options.dataset = stack.enter_context(heldout(options.dataset, options.data_dir))
             flags += ["--eval", options.dataset]

@@ -115,8 +115,9 @@ def _compared(ours, paper):
     return text if paper is None else f"{text} (paper {paper:g}" + (f", {mean(ours) - paper:+.2f})" if ours else ")")
 
 
-def parse(argv):
-    """Return the arguments, and those that follow, which are flags of the family scripts."""
+def main(argv=None):
+    """Run the command line. Returns the exit status, see `reported`."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = parser_of("paper.py", __doc__)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, local folder or .gguf file")
@@ -128,14 +129,8 @@ def parse(argv):
                         help=".json file of the cells; the table goes beside it, in .md (default: paper.json)")
     parser.add_argument("--dry-run", action="store_true", help="print the command lines of the missing cells; write "
                                                                "nothing")
-    return parser.parse_known_args(argv)
-
-
-def main(argv=None):
-    """Run the command line. Returns the exit status, see `reported`."""
-    argv = sys.argv[1:] if argv is None else argv
     with reported("paper.py", argv, REMEDY) as end, registered():
-        options, flags = parse(argv)
+        options, flags = parser.parse_known_args(argv)
         title = " ".join([f"{options.table}, {TABLES[options.table].title}: --dataset {options.dataset}", *flags])
         scores, cells = Scores(options.output, partial(markdown, title, rows_of(options))), cells_of(options, flags)
         if options.dry_run:
