@@ -94,11 +94,7 @@ def run(kernel, rows, columns, block, groups, tensors):
     addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in TENSORS]
     numbers = 0, rows, columns, -(-columns // block), groups, tensors["data"].numel() - columns - REACH
     values = (ctypes.c_int64 * len(ARGUMENTS))(*numbers, *addresses)
-    function, parallel = _compiled(kernel), _parallel()
-    if parallel:
-        parallel(function, values, torch.get_num_threads(), 0)
-    else:
-        function(values)
+    _parallel()(_compiled(kernel), values, torch.get_num_threads(), 0)
 
 
 @functools.cache
@@ -108,11 +104,11 @@ def _flags():
 
 @functools.cache
 def _parallel():
-    """Return what runs a function in PyTorch's own threads: others would compete with them. None: in this one."""
+    """Return what runs a function in PyTorch's own threads, as others would compete with them; or else in this one."""
     try:
         return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (OSError, AttributeError):
-        return None
+        return lambda function, values, threads, flags: function(values)
 
 
 @functools.cache
