@@ -34,9 +34,8 @@ WAYS = {  # the fastest first
     "codes": Way({"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2"}, 64, 1, "_look_up"),
     "vbmi2": Way({"avx512f", "avx512bw", "avx512vbmi2"}, 32, 2, "_expand"),
     "avx512": Way({"avx512f", "f16c"}, 16, 4, "_expand"),
-    "avx2": Way({"avx2", "fma", "f16c"}, 8, 8, "_shuffle"),
-    "portable": Way(set(), 1, 4, "_take_one"),
-    "single": Way(set(), 1, 1, "_take_one"),
+    "avx2": Way({"avx2", "fma", "f16c"}, 8, 8, "_expand"),
+    "portable": Way(set(), 1, 1, "_take_one"),
 }
 TENSORS = ("mask", "data", "tail", "offsets", "units", "zero", "scale", "group", "x", "y")
 ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", "last", *TENSORS)
@@ -46,7 +45,7 @@ STORED = {torch.float32: F32, torch.bfloat16: I16, torch.float16: F16}
 _SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # (masks, columns)
 SHIFTS = {wbits: np.arange(8, dtype=np.uint8)[:, None] + np.tile(wbits * np.arange(8, dtype=np.uint8), 8)
           for wbits in (2, 3, 4)}  # of 8 codes in 8 bytes, by the first bit: (8, 64)
-SHUFFLES = (np.where(_SET, 2 * (_SET.cumsum(1) - 1), 128)[:, :, None] + np.arange(2)).astype(np.uint8)
+ORDERS = _SET * (_SET.cumsum(1, dtype=np.int32) - 9)  # of 8 values, by a mask: place - 8 if kept, else 0
 
 
 class Kernel(NamedTuple):
@@ -56,7 +55,7 @@ class Kernel(NamedTuple):
     dtype: torch.dtype  # of the weights
     wbits: int  # of a code; 0: values
     tokens: int  # 0: writes the expanded matrix to y
-    bfloat16: bool = False  # x and y are bfloat16, not float32
+    bfloat16: bool = False  # x is bfloat16, not float32
 
 
 @functools.cache
@@ -65,9 +64,9 @@ def ways(dtype, wbits, columns, width, consecutive):
 
     width: columns of a group. consecutive: whether those of a group lie side by side.
     """
-    able = {"codes": wbits in (2, 3, 4) and dtype == torch.bfloat16 and consecutive and width % 64 == 0,
-            "vbmi2": not wbits and dtype == torch.bfloat16, "avx512": not wbits,
-            "avx2": not wbits and dtype != torch.float32, "portable": True, "single": True}
+    table = wbits in (2, 3, 4) and consecutive and width % 64 == 0
+    able = {"codes": table and dtype == torch.bfloat16, "vbmi2": not wbits and dtype == torch.bfloat16,
+            "avx512": not wbits, "avx2": table or not wbits, "portable": True}
     return [name for name, way in WAYS.items()
             if able[name] and way.flags <= _flags() and columns % (way.width * way.steps) == 0]
 
@@ -159,10 +158,11 @@ class _Emitter:
         start = b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64)
         place, self.base = alloca_once_value(b, start), self._base(start)
         sums = [[alloca_once_value(b, _all(kind, 0)) for _ in range(2)] for _ in range(kernel.tokens)]
-        groups = at["groups"] if kernel.way == "codes" else I64(1)
+        by_table = kernel.wbits and width > 1
+        groups = at["groups"] if by_table else I64(1)
         size = b.udiv(at["columns"], groups)
         with for_range_slice(b, I64(0), groups, I64(1)) as (group, _):
-            table = self._table(b.add(b.mul(row, groups), group)) if kernel.way == "codes" else row
+            table = self._weights(b.add(b.mul(row, groups), group), I64(0), ir.VectorType(F32, 16)) if by_table else row
             start = b.mul(group, size)
             with for_range_slice(b, start, b.add(start, size), I64(width * steps)) as (first, _):
                 flat = b.add(b.mul(row, at["columns"]), first)
@@ -196,20 +196,29 @@ class _Emitter:
                        _all(bytes_, 2**wbits - 1))
         words = ir.VectorType(I16, 32)
         even = b.bitcast(self._spread(codes, mask, 16), words)
-        return [self._call("llvm.x86.avx512.permvar.hi.512", words, table, index)
+        weights, order = self._round(table), ir.Constant(ir.VectorType(I32, 32), list(range(32)))
+        weights = b.shuffle_vector(weights, ir.Constant(weights.type, [0] * 16), order)
+        return [self._call("llvm.x86.avx512.permvar.hi.512", words, weights, index)
                 for index in (even, b.lshr(even, _all(words, 8)))]
 
     def _expand(self, flat, first, done, place, table):
         mask, index = self._kept(flat, done, place)
+        if self.kernel.wbits:
+            return [self._spread(self._eight_weights(index, table), mask)]
         values = self._packed(ir.VectorType(STORED[self.kernel.dtype], self.way.width), index)
-        return [self._spread(values if self.way.width == 32 else self._floats(values), mask, 0)]
+        return [self._spread(values if self.way.width == 32 else self._floats(values), mask)]
 
-    def _shuffle(self, flat, first, done, place, table):
-        b, bytes_ = self.b, ir.VectorType(I8, 16)
-        mask, index = self._kept(flat, done, place)
-        order = self._load(bytes_, I64(SHUFFLES.ctypes.data), b.zext(mask, I64), 16)
-        values = self._call("llvm.x86.ssse3.pshuf.b.128", bytes_, self._packed(bytes_, index), order)
-        return [self._floats(b.bitcast(values, ir.VectorType(STORED[self.kernel.dtype], 8)))]
+    def _eight_weights(self, index, table):
+        """Return the weights of 8 packed codes, from two halves of the table."""
+        b, wbits, words = self.b, self.kernel.wbits, ir.VectorType(I32, 8)
+        bit = b.mul(index, I64(wbits))
+        packed = b.lshr(self._packed(I64, b.lshr(bit, I64(3))), b.and_(bit, I64(7)))
+        places = ir.Constant(words, [wbits * code for code in range(8)])
+        codes = b.lshr(self._splat(words, b.trunc(packed, I32)), places)
+        halves = (b.shuffle_vector(table, table, ir.Constant(words, list(half))) for half in (range(8), range(8, 16)))
+        low, high = (self._call("llvm.x86.avx2.permps", half.type, half, codes) for half in halves)
+        is_high = b.icmp_signed("<", b.shl(codes, _all(words, 28)), _all(words, 0))
+        return b.select(is_high, high, low)
 
     def _take_one(self, flat, first, done, place, table):
         b, at, wbits = self.b, self.at, self.kernel.wbits
@@ -229,12 +238,6 @@ class _Emitter:
 
     # parts of steps
 
-    def _table(self, group):
-        """Return the weights of all codes of a group, and 0 for the codes from 16 on."""
-        weights = self._round(self._weights(group, I64(0), ir.VectorType(F32, 16)))
-        zeros = ir.Constant(weights.type, [0] * 16)
-        return self.b.shuffle_vector(weights, zeros, ir.Constant(ir.VectorType(I32, 32), list(range(32))))
-
     def _weights(self, group, code, kind):
         """Return the weights of codes from `code` on, rounded to the dtype of the scale, in float32."""
         b, codes = self.b, max(2**self.kernel.wbits, 16)
@@ -242,10 +245,7 @@ class _Emitter:
         units = self._load(kind, self.at["units"], b.add(b.mul(zero, I64(codes)), code), 4)
         stored = STORED[self.kernel.dtype]
         scale = self._floats(self._load(stored, self.at["scale"], group, 4 if stored is F32 else 2))
-        if kind is not F32:
-            first = b.insert_element(ir.Constant(kind, ir.Undefined), scale, I32(0))
-            scale = b.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, 16), [0] * 16))
-        return self._floats(self._round(b.fmul(units, scale)))
+        return self._floats(self._round(b.fmul(units, scale if kind is F32 else self._splat(kind, scale))))
 
     def _kept(self, flat, done, place):
         """Return the mask of the next columns and the index of their first kept weight, and move the place on."""
@@ -274,13 +274,17 @@ class _Emitter:
         """Return packed numbers from an index on."""
         return self._load(kind, self.base, index, self.size)
 
-    def _spread(self, values, mask, other):
+    def _spread(self, values, mask, other=0):
         """Return the first values at the bits of a mask, `other` elsewhere."""
-        flags = ir.VectorType(I1, values.type.count)
+        b, words = self.b, ir.VectorType(I32, 8)
+        if self.way.width == 8:
+            order = self._load(words, I64(ORDERS.ctypes.data), b.zext(mask, I64), 32)
+            moved = b.bitcast(self._call("llvm.x86.avx2.permps", values.type, values, order), words)
+            return b.bitcast(b.and_(moved, b.ashr(order, _all(words, 31))), values.type)
         # an instruction that loads and expands would take a microcoded form: hide the load from the compiler
-        values = self.b.asm(ir.FunctionType(values.type, [values.type]), "", "=v,0", [values], False)
+        values = b.asm(ir.FunctionType(values.type, [values.type]), "", "=v,0", [values], False)
         return self._call(f"llvm.x86.avx512.mask.expand.{_name(values.type)}", values.type, values,
-                          _all(values.type, other), self.b.bitcast(mask, flags))
+                          _all(values.type, other), b.bitcast(mask, ir.VectorType(I1, values.type.count)))
 
     def _floats(self, values):
         """Return values in float32."""
@@ -330,7 +334,7 @@ class _Emitter:
         if isinstance(total.type, ir.VectorType):
             total = self._call(f"llvm.vector.reduce.fadd.{_name(total.type)}", F32, F32(-0.0), total,
                                fastmath=("reassoc",))
-        self._store(self._round(total) if self.kernel.bfloat16 else total, place, 2 if self.kernel.bfloat16 else 4)
+        self._store(total, place, 4)
 
     def _load(self, kind, base, index, size=1):
         address = self.b.add(base, self.b.mul(index, I64(size)))
@@ -344,6 +348,10 @@ class _Emitter:
         function = self.module.globals.get(name) or ir.Function(
             self.module, ir.FunctionType(kind, [value.type for value in values]), name)
         return self.b.call(function, values, **options)
+
+    def _splat(self, kind, value):
+        first = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
+        return self.b.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
 
 
 def _all(kind, value):
