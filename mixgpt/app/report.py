@@ -47,11 +47,12 @@ def of_matrices(matrices, others, outcomes, plan, known):
     """Return the part of the record on the matrices, and on other weights of the layers."""
     sensitivity, rows = known.sensitivity if known else {}, []
     for m in matrices:
-        outcome = outcomes.get(key := (m.layer, m.name), Outcome())
-        facts = {"target": plan[key].sparsity if key in plan else None, "sensitivity": sensitivity.get(key),
-                 "error": outcome.error, "percdamp": outcome.percdamp,
-                 "wbits": outcome.grid and outcome.grid.scheme.wbits}
-        rows.append(_counted(m) | {name: value for name, value in facts.items() if value is not None})
+        key = m.layer, m.name
+        outcome = outcomes.get(key, Outcome())
+        optional = {"target": plan[key].sparsity if key in plan else None, "sensitivity": sensitivity.get(key),
+                    "error": outcome.error, "percdamp": outcome.percdamp,
+                    "wbits": outcome.grid and outcome.grid.scheme.wbits}
+        rows.append(_counted(m) | {name: value for name, value in optional.items() if value is not None})
     return {"sparsity": total_sparsity(matrices), "matrices": rows} | ({
         "sparsity_of_layers": total_sparsity(matrices + others), "left_dense": [_counted(m) for m in others]}
         if others else {})

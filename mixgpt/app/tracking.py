@@ -85,9 +85,9 @@ class Tracker:
     def result(self, record, method):
         """Log the record of the run: every matrix as a table, all else as summary numbers."""
         matrices = pd.DataFrame(record["matrices"]).drop(columns="shape", errors="ignore")
-        scores = {kind if model == method else f"{model}_{kind}": values for kind in ("perplexity", "tasks")
+        nested = {kind if model == method else f"{model}_{kind}": values for kind in ("perplexity", "tasks")
                   for model, values in record.get(kind, {}).items()}
-        scores, = pd.json_normalize(scores, sep="/").to_dict("records")
+        scores, = pd.json_normalize(nested, sep="/").to_dict("records")
         self.run.log({"matrices": self.wandb.Table(dataframe=matrices)} | scores)
         seconds = record["seconds"]
         facts = {name: record[name] for name in ("sparsity", "peak_memory", "disk") if name in record}

@@ -26,8 +26,7 @@ COLUMNS = ("text", "sentence", "messages")
 
 @dataclass(frozen=True)
 class TextSet(Choice):
-    """One dataset. Its code, if any, maps a split to (rows, JSON-able dict of their origin); otherwise rows come from
-    the hub or a copy."""
+    """A dataset. Its code maps a split to (rows, JSON-able dict of their origin); without, rows come from the hub."""
 
     train_join: str = "\n\n"
     test_join: str = "\n\n"
@@ -138,17 +137,16 @@ def counts_of(name, nsamples):
 
 
 @functools.cache
-def hub_reachable(timeout=5):
-    """Return whether the hub answers its own client within `timeout` seconds; with HF_HUB_OFFLINE it is not asked.
+def hub_reachable():
+    """Return whether the hub answers its own client within 5 seconds; with HF_HUB_OFFLINE it is not asked.
 
-    If not, its libraries work offline from now on: they would retry for 23 s each time. The client has the endpoint,
-    certificates and proxies of all later requests.
+    If not, its libraries work offline from now on: they would retry for 23 s each time.
     """
     import datasets
     from huggingface_hub import constants, utils
 
     try:
-        utils.get_session().head(constants.ENDPOINT, timeout=timeout)
+        utils.get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # what a client raises depends on its library: no name, no route, no certificate, no answer
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return False

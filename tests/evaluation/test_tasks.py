@@ -157,12 +157,12 @@ def test_generated_answers_are_scored(folder, tokenizer, checkpoint_folder):
         assert text == tokenizer.decode(ids[0, -4:], skip_special_tokens=True).partition("?")[0]
 
 
-def test_generation_is_refused_where_memory_does_not_hold_the_model(folder, tokenizer):
+def test_generation_is_refused_where_memory_does_not_hold_the_model(folder):
     chosen = tasks.load(("generate",), folder, 1)
-    tasks.check(chosen, tokenizer, 1, CPU)
+    tasks.check(chosen, 1, CPU)
     with pytest.raises(InputError, match=r"--tasks generate: generates text, .* 1000000\.0 GB of the model "):
-        tasks.check(chosen, tokenizer, 10**15, CPU)
-    tasks.check(tasks.load(("choice",), folder, 1), tokenizer, 10**15, CPU)
+        tasks.check(chosen, 10**15, CPU)
+    tasks.check(tasks.load(("choice",), folder, 1), 10**15, CPU)
 
 
 @pytest.mark.parametrize("options, message", [
