@@ -8,6 +8,7 @@ truncated texts and all windows also begin with BOS.
 import contextlib
 import difflib
 import io
+import itertools
 import numbers
 import sys
 from collections import defaultdict
@@ -32,7 +33,8 @@ from mixgpt.evaluation.generation import complete
 from modelutils import SLICE, HiddenStates, run_layers, whole
 
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
-RESIDENT = 2**17  # tokens that pass through a layer each time it is loaded
+RESIDENT = 2**18  # tokens that pass through a layer each time it is loaded
+PADDING = 16  # lengths are padded to multiples of it, so that few distinct ones remain
 
 
 def load(names, folder, limit):
@@ -195,13 +197,16 @@ class StreamedLM(TemplateLM):
 
         runs: {input tokens: [(request number, tokens to predict at its end)]}.
         """
-        T, answers = len(sequences[0]), {}
-        # causal attention: padding at the end does not affect the tokens before it
-        padded = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in sequences])
-        stream = HiddenStates.embed(self.model, padded, max(self.tokens // T, 1), self.where)
-        run_layers(self.model, [stream], self.where, "tasks")
-        with stream.head(self.model) as head:
-            for row, tokens in zip(stream.hidden, sequences, strict=True):
+        streams, answers = [], {}
+        for T, alike in itertools.groupby(sequences, lambda tokens: min(
+                -(-len(tokens) // PADDING) * PADDING, self.max_length)):
+            # causal attention: padding at the end does not affect the tokens before it
+            padded = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in alike])
+            streams.append(HiddenStates.embed(self.model, padded, max(self.tokens // T, 1), self.where))
+        run_layers(self.model, streams, self.where, "tasks")
+        with streams[0].head(self.model) as head:
+            rows = itertools.chain.from_iterable(stream.hidden for stream in streams)
+            for row, tokens in zip(rows, sequences, strict=True):
                 for number, targets in runs[tokens]:
                     hidden = row[len(tokens) - len(targets):len(tokens)].to(self.where)
                     answers[number] = _likelihood(head, hidden, torch.tensor(targets, device=self.where))
