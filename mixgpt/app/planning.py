@@ -46,7 +46,7 @@ def choose(run):
     if plan.traces:
         if warning := plan.traces.warning():
             print(warning, flush=True)
-        run.log(plan_text(settings, run.target, plan.targets, run.selected, plan.traces.sensitivity))
+        run.log(plan_text(plan.targets, run.selected, plan.traces.sensitivity))
         run.tracker.plan(plan.traces, plan.targets)
     elif settings.is_nonuniform:
         sparsities = [target.sparsity for target in plan.targets.values()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 import datasets
+import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -153,25 +154,21 @@ def _methods(settings, count):
     return {"grids": [f"{settings.method}, {count} matrices", *grids, *walk] if scheme else []}
 
 
-def plan_text(settings, overall, plan, selected, sensitivity):
+def plan_text(plan, selected, sensitivity):
     """Tabulate trace per weight, rank (1: most sensitive) and assigned sparsity by kind and by layer, and the total.
 
-    overall: a Target. plan: {(layer, name): Target}. selected: {(layer, name): (out, in)}. sensitivity: {(layer,
-    name): trace per weight}.
+    plan: {(layer, name): Target}. selected: {(layer, name): (out, in)}. sensitivity: {(layer, name): trace per weight}.
     """
     frame = pd.DataFrame([(layer, kind_of(name), sensitivity[layer, name], math.prod(selected[layer, name]),
                            target.sparsity) for (layer, name), target in plan.items()],
                          columns=["layer", "matrix kind", "trace", "numel", "sparsity"])
     frame["rank"] = frame["trace"].rank(ascending=False, method="first")
-    frame["pruned"] = frame["sparsity"] * frame["numel"]
     tables = [table([column, "mean trace/n", "mean rank", "sparsity"], [
         [str(value), f"{group['trace'].mean():.3e}", f"{group['rank'].mean():.0f}",
-         f"{group['pruned'].sum() / group['numel'].sum():.2%}"]
+         f"{np.average(group['sparsity'], weights=group['numel']):.2%}"]
         for value, group in frame.groupby(column, sort=False)]) for column in ("matrix kind", "layer")]
-    total = frame["pruned"].sum() / frame["numel"].sum()
-    met = not settings.prunem or abs(total - overall.sparsity) < 1e-9
-    closest = "" if met else f", as close to {overall.sparsity:.2%} as whole n of {settings.prunem} allow"
-    return "\n" + "\n\n".join([*tables, f"plan     {total:.2%} of the weights in all{closest}"])
+    total = np.average(frame["sparsity"], weights=frame["numel"])
+    return "\n" + "\n\n".join([*tables, f"plan     {total:.2%} of the weights in all"])
 
 
 def sparsity_table(record):
@@ -216,9 +213,8 @@ def task_table(scores):
 
 
 def _score(metrics, metric):
-    value, error = metrics[metric], metrics.get(f"{metric}_stderr")
-    digits = 2 if abs(value) >= 100 else 4
-    return f"{value:,.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    error = metrics.get(f"{metric}_stderr")
+    return f"{metrics[metric]:,.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def result_text(settings, record):
