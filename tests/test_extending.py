@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import re
 import runpy
 import shlex
@@ -12,16 +11,15 @@ from unittest import mock
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import CPU, ROOT, VOCABULARY, inputs_of, measure_sparsity, saved_tensors
+from conftest import ROOT, inputs_of, measure_sparsity, saved_tensors
 from test_readme import commands
-from transformers import AutoModelForCausalLM, BioGptConfig, BioGptForCausalLM
+from transformers import AutoModelForCausalLM
 
 import datautils
 from mixgpt.checkpoints import load
 from mixgpt.common import choices
 from mixgpt.common.texts import DATASETS
-from mixgpt.evaluation.measures import perplexity
-from mixgpt.modeling import family
+from mixgpt.modeling.family import layers_of
 from mixgpt.pruning.targets import Target
 from modelutils import linears
 
@@ -38,27 +36,14 @@ def registries():
         for registry in (choices.ALLOCATIONS, choices.ESTIMATORS, choices.FORMATS, choices.GRIDS, choices.SALIENCIES,
                          choices.SOLVERS, DATASETS):
             stack.enter_context(mock.patch.dict(registry))
-        stack.enter_context(mock.patch.object(family, "LAYERS", [*family.LAYERS]))
         yield
 
 
-@pytest.fixture(scope="session")
-def biogpt_folder(tmp_path_factory, tokenizer):
-    """Give the folder of a saved tiny BioGPT, named as its hub's checkpoints are."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("biogpt")
-    BioGptForCausalLM(BioGptConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=128, initializer_range=0.2)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def execute(tmp_path, monkeypatch, checkpoint_folder, biogpt_folder):
+def execute(tmp_path, monkeypatch, checkpoint_folder):
     """Return a function that runs a file of the page as a script, in this process. It returns the exit status."""
     monkeypatch.chdir(tmp_path)
-    folders = {"facebook/opt-125m": checkpoint_folder("opt"), "microsoft/biogpt": biogpt_folder}
+    folders = {"facebook/opt-125m": checkpoint_folder("opt")}
 
     def script(name, *arguments):
         (tmp_path / name).write_text(EXAMPLES[name])
@@ -76,13 +61,13 @@ def assert_sparsity(folder, fraction):
 
 
 def test_there_is_a_file_of_each_kind_and_a_command_for_each():
-    assert list(EXAMPLES) == ["ria.py", "wanda.py", "wanda_solver.py", "e2m1.py", "my_text.py", "biogpt.py"]
+    assert list(EXAMPLES) == ["ria.py", "wanda.py", "wanda_solver.py", "e2m1.py", "my_text.py"]
     assert PAGE.count("```python") == len(EXAMPLES)
     assert [shlex.split(command)[1] for command in COMMANDS] == list(EXAMPLES)
 
 
 @pytest.mark.parametrize("command, label", [(command, label) for command, label in zip(COMMANDS, [
-    "SparseGPT (ria)", "SparseGPT (wanda)", "Wanda", "", "SparseGPT", "SparseGPT"], strict=True) if label])
+    "SparseGPT (ria)", "SparseGPT (wanda)", "Wanda", "", "SparseGPT"], strict=True) if label])
 def test_its_command_prunes_to_the_weight_and_calls_the_method_by_name(command, label, execute, tmp_path, capsys):
     (tmp_path / "my_text.txt").write_text(TEXT)
     python, name, *arguments = shlex.split(command.replace(" c4", " builtin"))
@@ -115,9 +100,9 @@ def removed_and_inputs(dense):
     """Yield of each linear of the first layer its name, zeros in `saved`, dense weights and norms of its inputs."""
     model, pruned = AutoModelForCausalLM.from_pretrained(dense), AutoModelForCausalLM.from_pretrained("saved")
     tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, load.load_tokenizer(dense))
-    modules = linears(family.layers_of(model)[0])
+    modules = linears(layers_of(model)[0])
     for name, X in inputs_of(model, modules, tokens).items():
-        zeros = linears(family.layers_of(pruned)[0])[name].weight == 0
+        zeros = linears(layers_of(pruned)[0])[name].weight == 0
         yield name, zeros, modules[name].weight.detach(), X.norm(dim=0)
 
 
@@ -163,37 +148,6 @@ def test_the_solver_is_wanda(amount, width, execute, checkpoint_folder):
     dense = saved_tensors(checkpoint_folder("opt"))
     for key, tensor in saved_tensors("saved").items():
         assert torch.equal(tensor, dense[key].masked_fill(tensor == 0, 0)), key
-
-
-@pytest.fixture
-def biogpt(execute, biogpt_folder):
-    """Give a model of the page's family."""
-    assert execute("biogpt.py", "--help") == 0
-    return BioGptForCausalLM.from_pretrained(biogpt_folder)
-
-
-def test_the_family_has_the_perplexity_of_the_whole_model(biogpt, tokens):
-    model = biogpt
-    with torch.no_grad():
-        loss = model(tokens, labels=tokens).loss.item()
-    assert perplexity(model, tokens, 2, CPU) == pytest.approx(math.exp(loss), rel=1e-5)
-
-
-@pytest.mark.parametrize("options", [
-    "--prunen 2 --prunem 4", "--preset best --alpha 0", "--wbits 4 --save-format sparse"])
-def test_it_is_pruned_by_every_recipe_and_comes_back_as_it_was_saved(options, biogpt, execute, capsys):
-    model = biogpt
-    sparsity = [] if "prunem" in options else ["--sparsity", ".5"]
-    assert execute("biogpt.py", "microsoft/biogpt", "builtin", *sparsity, *options.split(), *SMALL, "--save",
-                   "saved") == 0
-    assert "saved in saved, loaded again and found equal" in capsys.readouterr().out
-    config = load.read_config("saved")
-    counted = measure_sparsity(load.open_model("saved", config, "auto"))
-    if "sparse" not in options:  # a head of another name would be made anew
-        assert torch.equal(AutoModelForCausalLM.from_pretrained("saved").get_output_embeddings().weight,
-                           model.get_output_embeddings().weight)
-    miss = 0.05 if "--wbits" in options else 0  # how many are rounded to 0 in the only block of columns is an estimate
-    assert len(counted) == 18 and all(abs(m.zeros / m.numel - 0.5) <= miss for m in counted)
 
 
 def test_an_allocation_is_followed_and_named(checkpoint_folder, tmp_path, capsys):

@@ -76,7 +76,7 @@ class Traces:
 
     def verdict(self):
         """Return a line on how far the ranking can be trusted."""
-        relative = (self.standard_error / self.mean).abs().median().item()
+        relative = (self.standard_error / self.mean).abs().nanmedian().item()  # NaN where a layer uses no output
         return (f"traces   {self.estimator}, {len(self.samples)} sequences: median standard error {relative:.1%} of "
                 f"the trace, {int((self.mean < 0).sum())} negative, split-half rank correlation "
                 f"{self.split_half_correlation:.3f}")

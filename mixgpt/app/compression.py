@@ -28,7 +28,9 @@ def compress(run, plan):
                                    "true_sequential": settings.true_sequential and not (
                                        settings.calibrates and used.two_passes)}
     matrices, others = measure_weights(run.model, run.device)
-    run.record |= report.of_matrices(matrices, others, outcomes, plan.targets, plan.traces)
+    left_dense = others + [matrix for matrix in matrices if matrix.name in run.uncalled]
+    run.record |= report.of_matrices([matrix for matrix in matrices if matrix.name not in run.uncalled], left_dense,
+                                     outcomes, plan.targets, plan.traces)
     return outcomes, matrices, others
 
 

@@ -31,6 +31,7 @@ class Inputs:
     seqlen: int
     tokenizer: Any
     selected: dict  # {(layer, name): (out, in)}, the matrices to change
+    uncalled: list  # names of linears that layers do not call as modules, which stay dense
     model: Any = None  # if it is in memory already
     calibration: torch.Tensor | None = None  # (N, T)
     tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
@@ -60,12 +61,11 @@ def check(settings, device, clock, model=None, tokenizer=None):
     if settings.experts:
         skeleton = with_fewer_experts(skeleton, settings.experts)
     load.check_layers(settings.model, skeleton, settings.save_format)
+    widening, uncalled = selfcheck.check(settings.model, skeleton)
     selected = select(skeleton, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
-        "--prunem": settings.prunem, "--groupsize": settings.groupsize}) if settings.compresses else {}
-    widening = selfcheck.check(settings.model, skeleton,
-                               {name for _, name in selected} if settings.calibrates else ())
+        "--prunem": settings.prunem, "--groupsize": settings.groupsize}, uncalled) if settings.compresses else {}
     inputs = Inputs(settings, device, clock, config, choose_seqlen(settings.seqlen, config), tokenizer,
-                    selected, model)
+                    selected, uncalled, model)
     if settings.needs_calibration:
         _check_sequences(inputs, widening)
     if settings.sensitivity_file:

@@ -111,6 +111,8 @@ def _plan(run):
     It distils if all weights can be trained at once on every device.
     """
     settings, device = run.settings, run.device
+    if run.uncalled and run.selected:
+        run.log(f"dense    {', '.join(run.uncalled)}: stay dense, as the layers do not call them as modules")
     if settings.dtype == "auto" and run.dtype != "auto":
         run.log("dtype    float32: this CPU computes more slowly in the stored dtype; give --dtype to keep it")
     if settings.distill:

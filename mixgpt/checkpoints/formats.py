@@ -17,7 +17,7 @@ from mixgpt.checkpoints.sparse import METHOD
 from mixgpt.common.choices import SPARSE
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
-from mixgpt.modeling.experts import layout_of
+from mixgpt.modeling.experts import fuse, layout_of
 from mixgpt.modeling.family import layers_of, path_of
 from mixgpt.modeling.streaming import disk_weights
 from modelutils import linears
@@ -32,10 +32,12 @@ MARKS = {  # in config.json; without mixgpt, transformers refuses and shows the 
 
 def save_dense(folder, model, grids=None):
     """Write a model as `save_pretrained` does, one file in memory at a time; an index, if any, comes last."""
+    if (layout := layout_of(model)) is None:
+        return fuse(model).save_pretrained(folder)
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    state, layout, slices = model.state_dict(), layout_of(model), {}  # slices: key -> {name: ExpertSlice or None}
+    state, slices = model.state_dict(), {}  # slices: key -> {name: ExpertSlice or None}
     for name in (name for name in state if name not in model.all_tied_weights_keys):
         key, part = layout.get(name, (name, None))
         slices.setdefault(key, {})[name] = part

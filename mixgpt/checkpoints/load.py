@@ -32,7 +32,7 @@ from mixgpt.common.texts import hub_reachable, unlogged
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, layout_of, use_linears
 from mixgpt.modeling.family import layers_of
-from modelutils import linears
+from modelutils import linears, other_weights
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
@@ -171,10 +171,10 @@ def multimodal(model):
 
 
 def check_layers(model, skeleton, save_format="dense"):
-    """Raise InputError if layers hold no linears, or some that other layers use, or tensors of three dimensions."""
+    """Raise InputError if layers hold no linears, or some that other layers use, or less than other tensors."""
     this, layers, owners = f"of this {type(skeleton).__name__}", layers_of(skeleton), {}
     if not FORMATS[save_format].holds_experts and (any(map(is_split, skeleton.modules())) or any(
-            part for _, part in layout_of(skeleton).values())):
+            part for _, part in (layout_of(skeleton) or {}).values())):
         raise InputError(f"--save-format {save_format}: does not support mixtures of experts, or matrices stored "
                          "transposed as GPT-2's; must be dense")
     if not any(linears(layer) for layer in layers):
@@ -184,11 +184,10 @@ def check_layers(model, skeleton, save_format="dense"):
             if (owner := owners.setdefault(id(module.weight), index)) != index:
                 raise InputError(f"model {model}: layers {owner} and {index} {this} share the weights of {name}, which "
                                  "is not supported")
-        convolutions = {id(module.weight) for module in layer.modules() if isinstance(module, torch.nn.Conv1d)}
-        for name, weight in layer.named_parameters():
-            if weight.dim() > 2 and id(weight) not in convolutions:
-                raise InputError(f"model {model}: layer {index} {this} keeps {name} as a tensor of three dimensions, "
-                                 "which is not supported")
+        stacked = {name: weight.numel() for name, weight in other_weights(layer).items() if weight.dim() > 2}
+        if sum(stacked.values()) > sum(module.weight.numel() for module in linears(layer).values()):
+            raise InputError(f"model {model}: layer {index} {this} keeps most of its weights in tensors of three "
+                             f"dimensions, which are not pruned: {', '.join(stacked)}")
 
 
 def load_tokenizer(model):

@@ -19,16 +19,15 @@ TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to
 
 
 @torch.no_grad()
-def check(name, skeleton, calibrated=()):
+def check(name, skeleton):
     """Raise InputError if a model's logits differ when its layers run one at a time.
 
-    name: of the model, for the message. skeleton: the model on meta. calibrated: names of linears whose inputs must be
-    seen, as they are to be calibrated. Compares on SEQUENCES of them, in batches of two, the last one of one, and of
-    one, through a copy of the configuration with random weights, and as many layers as show each kind of layer. Returns
-    the bytes that a sequence takes between two layers, with what layers leave for later ones, in units of its hidden
-    states alone.
+    name: of the model, for the message. skeleton: the model on meta. Compares on SEQUENCES of them, in batches of two,
+    the last one of one, and of one, through a copy of the configuration with random weights, and as many layers as show
+    each kind of layer. Returns the bytes that a sequence takes between two layers, with what layers leave for later
+    ones, in units of its hidden states alone; and the names of linears that are not called as modules.
     """
-    kind, layers, unseen = type(skeleton).__name__, layers_of(skeleton), set()
+    kind, layers, uncalled = type(skeleton).__name__, layers_of(skeleton), set()
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"
     with reading(refusal):
         try:
@@ -38,7 +37,7 @@ def check(name, skeleton, calibrated=()):
         use_linears(model)
         streams = [HiddenStates.embed(model, tokens, size, tokens.device) for size in (2, 1)]
         for index, layer in enumerate(layers_of(model)):
-            unseen |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))
+            uncalled |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))
             for stream in streams:
                 stream.advance(layer, index)
         with streams[0].head(model) as head:
@@ -46,10 +45,8 @@ def check(name, skeleton, calibrated=()):
         difference = torch.stack(differences).abs().max() / expected.std()
     if not difference <= TOLERANCE:
         raise InputError(f"{refusal}: on random weights, its logits differ by {difference:.1g} standard deviations")
-    if unseen := sorted(unseen.intersection(calibrated)):
-        raise InputError(f"model {name}: {', '.join(unseen)} of this {kind} are not called as modules, so that they "
-                         "cannot be calibrated; leave them out with --prune-only")
-    return streams[0].hidden.nbytes / (tokens.numel() * model.config.hidden_size * torch.float32.itemsize)
+    return (streams[0].hidden.nbytes / (tokens.numel() * model.config.hidden_size * torch.float32.itemsize),
+            sorted(uncalled))
 
 
 def _run_whole(config):

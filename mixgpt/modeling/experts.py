@@ -184,14 +184,19 @@ def published(model):
     return places
 
 
+def on_meta(model):
+    """Return another model of the same configuration as transformers builds it, on meta."""
+    with torch.device("meta"):
+        return type(model)._from_config(copy.deepcopy(model.config))
+
+
 def layout_of(model):
     """Return {name of a tensor: (key, `ExpertSlice` or None)} of those under another key in a published checkpoint.
 
-    model: with its experts split, possibly on meta. Raises ValueError for a mixture of experts in a layout that
-    transformers' conversion does not give tensor by tensor; other such models keep the names that they have here.
+    model: with its experts split, possibly on meta. Returns None where transformers splits or joins other matrices when
+    it loads a checkpoint: only it can load and save the model, which is then in memory.
     """
-    with torch.device("meta"):
-        fused = type(model)._from_config(copy.deepcopy(model.config))
+    fused = on_meta(model)
     try:
         places = published(fused)
         shapes = {key: tensor.shape for key, tensor in revert_weight_conversion(fused, fused.state_dict()).items()}
@@ -201,9 +206,21 @@ def layout_of(model):
     whole = {name: key for name, (key, part) in places.items() if part is None}
     if places.keys() == names.keys() and all(shapes.get(key) == names[name].shape for name, key in whole.items()):
         return {name: place for name, place in places.items() if place != (name, None)}
-    if any(is_split(module) for module in model.modules()):
-        raise ValueError(f"the checkpoints of {type(model).__name__} are converted in a way that is not supported")
-    return {}
+    return None
+
+
+def fuse(model):
+    """Return a model in memory as transformers builds it, with the experts that were split in 3-D parameters."""
+    fused, state = on_meta(model), model.state_dict()
+    for name, tensor in fused.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if parts := parts_of(fused.get_submodule(path), leaf):
+            state[name] = torch.empty(tensor.shape, dtype=model.dtype)
+            for part_name, part in parts.items():
+                part.of(state[name]).copy_(state.pop(f"{path}.{part_name}"))
+    fused.load_state_dict(state, assign=True)
+    fused.generation_config = model.generation_config
+    return fused
 
 
 ALL_EXPERTS_FUNCTIONS.register(SPLIT, _run_split)

@@ -1,26 +1,29 @@
-"""Where models of each family have their decoder layers. Their own `forward` runs what comes before and after."""
+"""Where models have their decoder layers. Their own `forward` runs what comes before and after."""
 
-import contextlib
+import torch
 
 from mixgpt.common.errors import InputError
 
-LAYERS = [  # the list of decoder layers, as a dotted path
-    "model.decoder.layers",  # OPT
-    "transformer.h",  # BLOOM, Falcon
-    "model.layers",  # LLaMA, Baichuan and most others
-    "gpt_neox.layers",  # GPT-NeoX, Pythia
-    "transformer.blocks",  # MPT
-]
-
 
 def layers_path(model):
-    """Return the first of LAYERS that a model has. Raises InputError if there is none."""
-    for path in LAYERS:
-        with contextlib.suppress(AttributeError):
-            model.get_submodule(path)
-            return path
-    raise InputError(f"model {model.config.name_or_path}: the layers of a {type(model).__name__} are not at "
-                     f"{' or '.join(LAYERS)}")
+    """Return the dotted path of a model's decoder layers: of its lists of modules, that with the most weights.
+
+    Raises InputError if it has none.
+    """
+    paths = list(_lists(model))
+    if not paths:
+        raise InputError(f"model {model.config.name_or_path}: a {type(model).__name__} has no list of layers")
+    return paths[0] if len(paths) == 1 else max(paths, key=lambda path: sum(
+        weight.numel() for weight in model.get_submodule(path).parameters()))
+
+
+def _lists(module, prefix=""):
+    """Yield the dotted paths of the lists of modules that are in no other list."""
+    for name, child in module.named_children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield prefix + name
+        else:
+            yield from _lists(child, f"{prefix}{name}.")
 
 
 def layers_of(model):

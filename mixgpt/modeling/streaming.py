@@ -17,7 +17,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import replacing
-from mixgpt.modeling.experts import ExpertSlice, layout_of
+from mixgpt.modeling.experts import ExpertSlice, layout_of, on_meta
 from mixgpt.modeling.family import layers_of, layers_path, rest_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -145,6 +145,8 @@ def attach_disk_weights(model, stored):
     is. Raises ValueError if a shape differs from the configuration.
     """
     layout, tied, locations = layout_of(model), model.all_tied_weights_keys, {}
+    if layout is None:
+        return False
     experts = Counter(key for key, part in layout.values() if part and not part.part)
     for name, tensor in model.state_dict().items():
         location = _find(model, tied.get(name, name), layout, stored)
@@ -183,13 +185,14 @@ def _find(model, name, layout, stored):
 
 def compute_buffers(model):
     """Compute on the host the buffers that are in no file, such as rotary frequencies; weights stay on meta."""
-    for module in model.modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False)
-                 if buffer.is_meta and name in module._non_persistent_buffers_set]
-        for name in names:
-            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
-        if names:
-            model._init_weights(module)
+    fused = on_meta(model)  # as its class knows it
+    for path, module in fused.named_modules():
+        own = model.get_submodule(path)
+        for name in module._non_persistent_buffers_set:
+            buffer = torch.empty_like(getattr(own, name), device="cpu")
+            setattr(own, name, buffer)
+            setattr(module, name, buffer)
+    fused.initialize_weights()
 
 
 def fingerprint(model):

@@ -26,17 +26,17 @@ class Outcome:
     grid: Grid | None = None  # if quantized
 
 
-def select(model, minlayer=0, maxlayer=1000, prune_only="", invert=False, widths=None):
+def select(model, minlayer=0, maxlayer=1000, prune_only="", invert=False, widths=None, uncalled=()):
     """Return the shapes of the matrices to change, {(layer, name): (out, in)}, in model order.
 
     These are in layers minlayer ≤ index < maxlayer and have prune_only in their names; with invert, all others. widths:
-    {flag: columns of a group}; positive ones must divide the columns of each matrix. The model may be on meta.
-    Raises InputError if nothing is selected, or a width does not divide the columns.
+    {flag: columns of a group}; positive ones must divide the columns of each matrix. uncalled: names to leave out. The
+    model may be on meta. Raises InputError if nothing is selected, or a width does not divide the columns.
     """
     selected, layers = {}, layers_of(model)
     for index, layer in enumerate(layers):
         for name, module in linears(layer).items():
-            if (minlayer <= index < maxlayer and prune_only in name) == invert:
+            if (minlayer <= index < maxlayer and prune_only in name) == invert or name in uncalled:
                 continue
             for flag, width in (widths or {}).items():
                 if width > 0 and module.in_features % width:
