@@ -6,12 +6,9 @@ python benchmarks/bench.py model FILE --seqlen 512 --nsamples 32
 
 import argparse
 import copy
-import functools
 import platform
 import sys
 from pathlib import Path
-
-from mixgpt.modeling.family import layers_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -28,7 +25,7 @@ from mixgpt.pruning.hessian import InputHessian, factor
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import HiddenStates, StreamedModel, linears, on_device, shared_inputs
+from modelutils import StreamedModel
 from quant import Scheme
 from sparsegpt import Walk
 
@@ -41,43 +38,7 @@ PARTS = ("forward", "Hessian", "factorisation", "walk")
 def machine(device):
     """Name what the figures were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32 product of 4096x4096 at "
-            f"{rate(device, torch.float32) / 1e9:.0f} GFLOP/s")
-
-
-@functools.cache
-def rate(device, dtype, n=4096):
-    """Return the floating-point operations per second of a product of (n, n) matrices, the best of five.
-
-    By the fastest library there is for it, which need not be the one that `@` takes.
-    """
-    seconds = []
-    A = torch.randn(n, n, device=device, dtype=dtype)
-    for _ in range(5):
-        clock = Clock(device)
-        with clock.part("product"):
-            A @ A.t()
-        seconds.append(clock.seconds["product"])
-    return 2 * n**3 / min(seconds)
-
-
-def floors(model, tokens, device):
-    """Return the seconds that the arithmetic of each part of PARTS takes at the rate of a large matrix product.
-
-    forward: every linear on every token, without attention, in the model's dtype. Hessian: half of XᵀX for each
-    distinct input, on a GPU also in that dtype. The others are float32: one Cholesky factorisation for each distinct
-    input, and what all columns receive from those before them.
-    """
-    layer, stream = layers_of(model)[0], HiddenStates.embed(model, tokens[:1], 1, device)
-    with on_device([layer], device):
-        inputs = shared_inputs(layer, 0, stream)
-    columns = [layer.get_submodule(group[0]).in_features for group in inputs]
-    shapes = [tuple(module.weight.shape) for module in linears(layer).values()]
-    number, slow, fast = tokens.numel(), rate(device, torch.float32), rate(device, model.dtype)
-    products = fast if device.type == "cuda" else slow
-    parts = (sum(2 * out * n * number / fast for out, n in shapes), sum(n * n * number / products for n in columns),
-             sum(n**3 / 3 / slow for n in columns), sum(out * n * n / slow for out, n in shapes))
-    return [len(layers_of(model)) * part for part in parts]
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def calibrated(columns, device):
@@ -92,9 +53,8 @@ def calibrated(columns, device):
     return hessian
 
 
-def compare_matrix(hessian, W, name, device, speed):
-    """Return a row of the table: seconds of both, their ratio, that at the floor (the operations of one factorisation
-    and of what all columns receive, at `speed` of them a second), and how far masks and errors agree."""
+def compare_matrix(hessian, W, name, device):
+    """Return a row of the table: seconds of both, their ratio, and how far masks and errors agree."""
     *target, wbits = TARGETS[name]
     linear = torch.nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta").to_empty(device=device)
     linear.weight.data.copy_(W)
@@ -116,24 +76,23 @@ def compare_matrix(hessian, W, name, device, speed):
     error, expected = (rowwise_quadratic_form(W.double() - Y.double(), H).sum().item() for Y in (ours, exact))
     seconds, (out, columns) = clock.seconds, W.shape
     total = seconds["textbook factorisation"] + seconds["textbook walk"]
-    floor = (columns**3 / 3 + out * columns**2) / speed
     return [f"{out}x{columns} {name}", *(f"{value:.2f}" for value in seconds.values()),
-            f"{total / (seconds['factorisation'] + seconds['walk']):.1f}x", f"{total / floor:.1f}x",
+            f"{total / (seconds['factorisation'] + seconds['walk']):.1f}x",
             f"{((ours == 0) == (theirs == 0)).float().mean().item():.3%}",
             f"{((ours == 0) == (exact == 0)).float().mean().item():.3%}", f"{error / expected - 1:+.4%}"]
 
 
 def bench_matrices(device, sizes):
-    rows, speed = [], rate(device, torch.float32)
+    rows = []
     for size in (WARMUP, *sizes):
         out, columns = map(int, size.split("x"))
         hessian = calibrated(columns, device)
         W = torch.randn(out, columns, device=device, generator=torch.Generator(device).manual_seed(1))
         if device.type == "cuda":  # compile kernels for these shapes before anything is timed
             for name in TARGETS:
-                compare_matrix(hessian, W, name, device, speed)
-        rows += [compare_matrix(hessian, W, name, device, speed) for name in TARGETS]
-    print(table(["matrix", "textbook: factor", "walk", "here: factor", "walk", "ratio", "at the floor", "same mask",
+                compare_matrix(hessian, W, name, device)
+        rows += [compare_matrix(hessian, W, name, device) for name in TARGETS]
+    print(table(["matrix", "textbook: factor", "walk", "here: factor", "walk", "ratio", "same mask",
                  "as in float64", "error against float64"], rows[len(TARGETS):]))
 
 
@@ -160,13 +119,11 @@ def compare_model(model, tokens, device, batch_size, tests):
         columns[name] = [*seconds, sum(seconds), "/".join(f"{nbytes / 1e9:.2f}" for nbytes in
                                                          peak_memory(device).values()),
                          f"{perplexity(pruned, tests, batch_size, device):.2f}"]
-    least = floors(model, tokens, device)
-    rows = [[part, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}x", f"{floor:.1f}"]
-            for part, theirs, ours, floor in zip((*PARTS, "total"), columns["textbook"], columns["here"],
-                                                 [*least, sum(least)], strict=False)]
-    rows += [[title, columns["textbook"][place], columns["here"][place], "", ""]
+    rows = [[part, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}x"]
+            for part, theirs, ours in zip((*PARTS, "total"), columns["textbook"], columns["here"], strict=False)]
+    rows += [[title, columns["textbook"][place], columns["here"][place], ""]
              for place, title in ((-2, "peak memory so far, GB"), (-1, "perplexity"))]
-    print(table(["seconds", "textbook", "here", "ratio", "floor"], rows), flush=True)
+    print(table(["seconds", "textbook", "here", "ratio"], rows), flush=True)
 
 
 def bench_model(device, arguments):

@@ -111,7 +111,6 @@ OTHERS = {  # stand-ins for the README's commands; modeling/test_decoders.py and
         "Gemma4", config="TextConfig", num_hidden_layers=4, global_head_dim=16, sliding_window=8,
         layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
         hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCABULARY),
-    "olmo2": lambda: _llama("Olmo2"),
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1,
         initializer_range=0.2)),

@@ -34,16 +34,13 @@ TEXT = "\n".join(PAGES.values())
 VERBS = ("python", "pip", "make", "torchrun", "wandb", "jupyter", "git")
 MARK = re.compile(r"needs (the hub|a GPU|several GPUs|an account)")
 # What the commands name -> the tiny model of conftest.py that stands there as a folder.
-MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "facebook/opt-350m": "opt-350m",
-          "meta-llama/Llama-2-7b-hf": "llama", "mistralai/Mistral-7B-v0.1": "mistral",
-          "Qwen/Qwen3-0.6B": "qwen3", "google/gemma-2-2b": "gemma2", "google/gemma-3-4b-it": "gemma3",
-          "allenai/OLMo-2-0425-1B": "olmo2", "Qwen/Qwen3-30B-A3B": "qwen3-moe",
-          "HuggingFaceTB/SmolLM2-135M-Instruct": "llama", "bigscience/bloom-560m": "bloom",
-          "EleutherAI/pythia-160m": "gpt-neox",
-          "baichuan-inc/Baichuan2-7B-Base": "baichuan-7b", "baichuan-inc/Baichuan-13B-Base": "baichuan-13b"}
+MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "meta-llama/Llama-2-7b-hf": "llama",
+          "Qwen/Qwen3-0.6B": "qwen3", "google/gemma-3-4b-it": "gemma3", "Qwen/Qwen3-30B-A3B": "qwen3-moe",
+          "HuggingFaceTB/SmolLM2-135M-Instruct": "llama", "EleutherAI/pythia-160m": "gpt-neox",
+          "baichuan-inc/Baichuan2-7B-Base": "baichuan-7b"}
 SMALL = ("--nsamples", "2", "--seqlen", "32", "--device", "cpu", "--data-dir", "texts")
 LESS = {"benchmarks/accuracy.py": (*SMALL, "--methods", "magnitude", "wanda", "--targets", "50%", "--seeds", "0"),
-        "benchmarks/paper.py": SMALL, "benchmarks/small_models.py": ("opt",)}
+        "benchmarks/paper.py": SMALL, "benchmarks/small_models.py": ("opt",), "benchmarks/models.py": ("gpt2",)}
 TINY = small_models.Size(width=16, layers=1, heads=2, experts=2, vocabulary=300, seqlen=32, steps=1, train_bytes=20_000,
                          test_bytes=20_000)
 SCRIPTS = [path for path in sorted((*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")))
@@ -121,7 +118,8 @@ def workplace(checkpoint_folder, texts, small, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     for path in (*ROOT.glob("*.txt"), *ROOT.glob("*.yaml"), ROOT / "Makefile", ROOT / "README.md"):
         (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "images").mkdir()
+    for name in ("images", "docs"):
+        (tmp_path / name).mkdir()
     yield
     torch.set_num_threads(threads)
 
