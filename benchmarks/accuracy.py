@@ -12,15 +12,14 @@ here all matrices prune the same. Seconds are those of pruning and of the sensit
 
 import contextlib
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from peers import PEERS, registered
-from scores import DENSE, Scores, cell_of, closed, parser_of, spread, table_of_markdown
+from scores import DENSE, Scores, cell_of, parser_of
+from tables import Measured
 
 from datautils import load_rows
 from mixgpt.app.cli import REMEDY, reported
@@ -29,7 +28,6 @@ from mixgpt.common.texts import DATASETS, text_set_of
 METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "mixgpt": "--preset mixgpt", "best": "--preset best"}
 WALKS = ("owl", "sparsegpt", "mixgpt")  # which quantize with the options of best
 TARGETS = ("50%", "60%", "70%", "2:4", "4:8", "50%+4bit")
-REFERENCE = "sparsegpt"  # the method to which the gap from the dense model is measured
 DEFAULTS = ["--nsamples", "32", "--seqlen", "512", "--eval", "wikitext2", "c4", "--dtype", "float32"]
 
 
@@ -61,24 +59,8 @@ def heldout(dataset, data_dir):
 
 
 def markdown(cells):
-    """Write cells as one table per target, methods in rows. Gaps are taken seed by seed and averaged."""
-    dense = next((cell["figures"] for cell in cells if cell["method"] == "dense"), {})
-    rows, shared = defaultdict(list), defaultdict(float)  # {(target, method): cells}; seconds of sensitivities
-    for cell in cells:
-        rows[cell["target"], cell["method"]].append(cell)
-        shared[cell["method"]] = max(shared[cell["method"]], cell["sensitivity_seconds"])
-    tables = defaultdict(list)
-    for (target, method), of_row in rows.items():
-        reference = {cell["seed"]: cell["figures"] for cell in rows.get((target, REFERENCE), [])}
-        texts = [method]
-        for text in dense:
-            shares = [closed(cell["figures"][text], reference[cell["seed"]][text], dense[text])
-                      for cell in of_row if cell["seed"] in reference]
-            texts += [spread([cell["figures"][text] for cell in of_row]), f"{mean(shares):.0%}" if shares else "-"]
-        tables[target].append([*texts, spread([100 * cell["sparsity"] for cell in of_row], 3) + "%",
-                               f"{shared[method] + mean(cell['seconds'] for cell in of_row):.0f}", str(len(of_row))])
-    titles = [*(title for text in dense for title in (text, "gap closed")), "sparsity", "seconds", "seeds"]
-    return "\n\n".join(table_of_markdown([target, *titles], of_target) for target, of_target in tables.items())
+    """Write the tables of `Measured`: means over the seeds and costs, standard deviations, and gaps closed."""
+    return "\n\n".join(Measured(Path(cells[0]["model"]).name, cells).tables().values()) if cells else ""
 
 
 def main(argv=None):

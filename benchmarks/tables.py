@@ -21,8 +21,8 @@ from mixgpt.app.plots import bytes_of
 
 PAGES = "README.md", "docs/results.md"
 PICTURE = "images/tradeoff.png"
-METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "sparsegpt": "SparseGPT", "mixgpt": "MixGPT",
-           "best": "best"}
+METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "owl-wanda": "OWL with Wanda's mask",
+           "sparsegpt": "SparseGPT", "mixgpt": "MixGPT", "best": "best"}
 TRAINED = ("best",)
 DRAWN = {"magnitude": ("0.5", "v"), "sparsegpt": ("C2", "D"), "mixgpt": ("C3", "^"), "best": ("C4", "o")}
 REFERENCE = "sparsegpt"  # the method from which the gap is measured
@@ -31,11 +31,10 @@ HIGHEST = 1000  # perplexity; above it the curves of all other methods would be 
 
 
 class Measured:
-    """The cells of a model."""
+    """The cells of a model, the dense one's first."""
 
-    def __init__(self, path):
-        self.name, cells = Path(path).stem, json.loads(Path(path).read_text())["cells"]
-        self.texts = list(cells[0]["figures"])
+    def __init__(self, name, cells):
+        self.name, self.texts = name, list(cells[0]["figures"])
         self.cells = pd.DataFrame([cell | cell["figures"] for cell in cells]).drop(columns="figures")
         self.dense = self.cells[self.cells["method"] == "dense"].iloc[0]
         self.targets = [target for target in self.cells["target"].unique() if target != self.dense["target"]]
@@ -114,7 +113,8 @@ def draw(models):
 
 
 def main(argv=None):
-    models = [Measured(path) for path in (sys.argv[1:] if argv is None else argv)]
+    models = [Measured(path.stem, json.loads(path.read_text())["cells"])
+              for path in map(Path, sys.argv[1:] if argv is None else argv)]
     tables = [model.tables() for model in models]
     for page in map(Path, PAGES):
         text = page.read_text()
