@@ -173,10 +173,11 @@ def multimodal(model):
 def check_layers(model, skeleton, save_format="dense"):
     """Raise InputError if layers hold no linears, or some that other layers use, or less than other tensors."""
     this, layers, owners = f"of this {type(skeleton).__name__}", layers_of(skeleton), {}
-    if not FORMATS[save_format].holds_experts and (any(map(is_split, skeleton.modules())) or any(
-            part for _, part in (layout_of(skeleton) or {}).values())):
-        raise InputError(f"--save-format {save_format}: does not support mixtures of experts, or matrices stored "
-                         "transposed as GPT-2's; must be dense")
+    if not FORMATS[save_format].holds_experts:
+        layout = layout_of(skeleton)
+        if layout is None or any(map(is_split, skeleton.modules())) or any(part for _, part in layout.values()):
+            raise InputError(f"--save-format {save_format}: does not support mixtures of experts, nor checkpoints "
+                             "whose matrices are transposed (GPT-2), joined or split; must be dense")
     if not any(linears(layer) for layer in layers):
         raise InputError(f"model {model}: the layers {this} have no torch.nn.Linear, which is all that is pruned")
     for index, layer in enumerate(layers):

@@ -106,8 +106,8 @@ def test_the_layout_is_that_of_the_folder_that_transformers_saves(kind, folder):
 
 def test_what_cannot_hold_experts_is_refused(prune, tmp_path):
     assert prune("qwen3-moe", "--sparsity .5 --save-format sparse --save", tmp_path / "saved", status=2) == (
-        "llama.py: error: --save-format sparse: does not support mixtures of experts, or matrices "
-        "stored transposed as GPT-2's; must be dense\n")
+        "llama.py: error: --save-format sparse: does not support mixtures of experts, nor "
+        "checkpoints whose matrices are transposed (GPT-2), joined or split; must be dense\n")
     assert not (tmp_path / "saved").exists()
 
 
