@@ -51,8 +51,8 @@ def parse(script, argv=None):
     parser = Parser(
         prog=script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, description="Prune and quantize a language model in one shot and report its perplexity.\n"
-                                        "Without --sparsity, --prunen/--prunem or --wbits: the perplexity of the dense "
-                                        "model.")
+                                        "Without --sparsity, --prunen/--prunem, --wbits or --experts: that of the "
+                                        "dense model.")
     parser.add_argument("model", help="hub id, local folder or .gguf file")
     parser.add_argument("dataset", help=(
         f"calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3; {DATASETS.help}"))

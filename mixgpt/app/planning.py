@@ -1,4 +1,4 @@
-"""Before pruning: write synthetic text, measure sensitivities and gradients, and assign a sparsity to each matrix."""
+"""Before pruning: write synthetic text, remove experts, measure gradients, and assign a sparsity to each matrix."""
 
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -69,11 +69,10 @@ def _remove_experts(run, retry):
         return [[index, expert_removal.best_experts(of_layer, smaller)] for index, of_layer in scores.items()]
 
     kept = run.decided("experts", choose)
-    before = run.model.num_parameters()
     expert_removal.remove_experts(run.model, smaller, dict(kept))
     run.record["kept_experts"] = kept
-    run.log(f"experts  {len(kept[0][1])} stay in each of {len(kept)} layers, by REAP's score; of {before:,} parameters "
-            f"{run.model.num_parameters():,} are left")
+    run.log(f"experts  {len(kept[0][1])} stay in each of {len(kept)} layers, those of highest REAP score, and "
+            f"{run.model.num_parameters():,} parameters in all")
 
 
 def _measure(run, texts, memory_plan):
