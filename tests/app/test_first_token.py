@@ -96,7 +96,7 @@ def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, re
 def sequences(monkeypatch):
     """Return a list that takes all sequences which a model reads, but in the check on random ones."""
     read, embed, go_on = [], HiddenStates.embed.__func__, GenerationMixin.generate
-    monkeypatch.setattr(selfcheck, "check", lambda *_: 1.0)
+    monkeypatch.setattr(selfcheck, "check", lambda *_: (1.0, []))
 
     def embedded(cls, model, tokens, *args, **options):
         read.append(tokens.clone())
