@@ -91,12 +91,12 @@ class PackedWeight(torch.nn.Module):
         if not 0 < tokens <= FEW or differentiated or not _runs_on(x.device):
             return linear(x, self.expand(None if differentiated else self._room()).to(x.dtype), bias)
         way, dtype = self.ways()[0], x.dtype
-        narrow = x.is_cuda or dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(way)
+        narrow = bias is None and (x.is_cuda or dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(way))
         kernel = sparse_cpu.Kernel(way, self.dtype, self.wbits, tokens, narrow)
-        y = torch.empty(*x.shape[:-1], rows, dtype=torch.float32, device=x.device)
-        x = (x if narrow else x.float()).contiguous()
+        y = torch.empty(*x.shape[:-1], rows, dtype=dtype if narrow else torch.float32, device=x.device)
+        x = x.contiguous() if narrow or x.is_cuda else x.float().contiguous()
         self._run(kernel, x if x.is_cuda else sparse_cpu.arrange(x, kernel), y)
-        return (y if bias is None else y.add_(bias)).to(dtype)
+        return y if narrow else (y if bias is None else y.add_(bias)).to(dtype)
 
     def expand(self, out=None):
         """Return the matrix, in `out` if given."""

@@ -55,7 +55,7 @@ class Kernel(NamedTuple):
     dtype: torch.dtype  # of the weights
     wbits: int  # of a code; 0: values
     tokens: int  # 0: writes the expanded matrix to y
-    bfloat16: bool = False  # x is bfloat16, not float32
+    bfloat16: bool = False  # x and y are bfloat16, not float32
 
 
 @functools.cache
@@ -196,7 +196,8 @@ class _Emitter:
                        _all(bytes_, 2**wbits - 1))
         words = ir.VectorType(I16, 32)
         even = b.bitcast(self._spread(codes, mask, 16), words)
-        weights, order = self._round(table), ir.Constant(ir.VectorType(I32, 32), list(range(32)))
+        bits, order = b.bitcast(table, ir.VectorType(I32, 16)), ir.Constant(ir.VectorType(I32, 32), list(range(32)))
+        weights = b.trunc(b.lshr(bits, _all(bits.type, 16)), ir.VectorType(I16, 16))
         weights = b.shuffle_vector(weights, ir.Constant(weights.type, [0] * 16), order)
         return [self._call("llvm.x86.avx512.permvar.hi.512", words, weights, index)
                 for index in (even, b.lshr(even, _all(words, 8)))]
@@ -334,7 +335,7 @@ class _Emitter:
         if isinstance(total.type, ir.VectorType):
             total = self._call(f"llvm.vector.reduce.fadd.{_name(total.type)}", F32, F32(-0.0), total,
                                fastmath=("reassoc",))
-        self._store(total, place, 4)
+        self._store(self._round(total) if self.kernel.bfloat16 else total, place, 2 if self.kernel.bfloat16 else 4)
 
     def _load(self, kind, base, index, size=1):
         address = self.b.add(base, self.b.mul(index, I64(size)))
