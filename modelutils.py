@@ -15,9 +15,9 @@ import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto 
 from mixgpt.common import memory, progress
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import Clock
-from mixgpt.modeling import arguments
+from mixgpt.modeling import decoder
+from mixgpt.modeling.decoder import layers_of, rest_of
 from mixgpt.modeling.experts import is_split
-from mixgpt.modeling.family import layers_of, rest_of
 from mixgpt.modeling.streaming import disk_weights, prefetch
 
 SLICE = 1024  # tokens whose logits are in memory at a time
@@ -161,7 +161,7 @@ class HiddenStates:
     device: torch.device  # where layers run
     arguments: dict = field(default_factory=dict)  # batch size -> (args, kwargs) of every layer
     channels: int | None = None  # C
-    shared: dict = field(default_factory=dict)  # shapes of what layers share, see `arguments.shared_shapes`
+    shared: dict = field(default_factory=dict)  # shapes of what layers share, see `decoder.shared_shapes`
     varying: bool = False  # whether some arguments depend on the tokens or on earlier layers
     tuples: bool = False  # whether the layers return tuples, once one has run
     place: str = ""  # of the hidden states, as chosen by `place_for`
@@ -180,20 +180,20 @@ class HiddenStates:
             if len(hidden) != min(len(tokens), 1):
                 raise ValueError(f"its layers take hidden states of {tuple(hidden.shape)}, whose batch does not come "
                                  "first")
-            stream.channels, stream.shared = hidden.shape[-1], arguments.shared_shapes(layers, hidden, calls)
-            shape = len(tokens), *hidden.shape[1:-1], stream.channels + sum(arguments.widths(stream.shared))
+            stream.channels, stream.shared = hidden.shape[-1], decoder.shared_shapes(layers, hidden, calls)
+            shape = len(tokens), *hidden.shape[1:-1], stream.channels + sum(decoder.widths(stream.shared))
             stream.place = place_for(sets * math.prod(shape) * hidden.dtype.itemsize, device, on_host)
             stream.hidden = allocate(shape, hidden.dtype, device, stream.place)
             stream.hidden[..., stream.channels:] = 0
             _, others = _record(model, layers, (tokens[:1] == 0).long().to(device))  # another token everywhere
-            places = arguments.per_sequence(calls, others, len(tokens))
-            stream.varying = any(isinstance(place, arguments.PerSequence) for place in tree_leaves(places)) or any(
-                map(arguments.is_shared, tree_leaves(calls)))
+            places = decoder.per_sequence(calls, others, len(tokens))
+            stream.varying = any(isinstance(place, decoder.PerSequence) for place in tree_leaves(places)) or any(
+                map(decoder.is_shared, tree_leaves(calls)))
             for rows in [slice(0, 1), *stream.batches()]:
                 hidden, calls = _record(model, layers, tokens[rows].to(device))
                 stream.hidden[rows, ..., :stream.channels] = hidden
                 if stream.varying:
-                    calls = arguments.fill(places, calls, rows)
+                    calls = decoder.fill(places, calls, rows)
                 stream.arguments.setdefault(len(hidden), calls)
         return stream
 
@@ -218,12 +218,12 @@ class HiddenStates:
         """
         args, kwargs = self.arguments[len(hidden)][index]
         if self.varying:
-            hidden, shared = arguments.unpack(hidden, self.shared)
-            args, kwargs = arguments.take((args, kwargs), rows, shared, self.device)
+            hidden, shared = decoder.unpack(hidden, self.shared)
+            args, kwargs = decoder.take((args, kwargs), rows, shared, self.device)
         output = layer(hidden, *args, **kwargs)
         self.tuples = not torch.is_tensor(output)
         output = output[0] if self.tuples else output
-        return arguments.pack(output, shared, self.shared) if self.shared else output
+        return decoder.pack(output, shared, self.shared) if self.shared else output
 
     @torch.no_grad()
     def advance(self, layer, index):

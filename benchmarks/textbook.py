@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from mixgpt.common import progress
-from mixgpt.modeling.family import layers_of
+from mixgpt.modeling.decoder import layers_of
 from modelutils import HiddenStates, hooked, linears, on_device
 from quant import Scheme
 

@@ -31,10 +31,10 @@ from mixgpt.app import cli, inputs
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.choices import ALLOCATIONS
 from mixgpt.evaluation.measures import measure_weights
-from mixgpt.kernels import columns_cpu
+from mixgpt.kernels import columns
 from mixgpt.kernels.columns import UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
-from mixgpt.modeling.family import layers_of
+from mixgpt.modeling.decoder import layers_of
 from modelutils import hooked, linears
 
 for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -379,7 +379,7 @@ def contents(folder):
 def load_compiled():
     """Load the compiled walk over columns from its cache, which takes most of the time of a tiny run."""
     for grid in (None, UniformGrid(*torch.ones(3, 2), torch.float32)):
-        columns_cpu.walk_columns(torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4, 4), torch.zeros(4, 2) > 0, None,
+        columns.walk_compiled(torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4, 4), torch.zeros(4, 2) > 0, None,
                                  grid)
 
 

@@ -19,7 +19,7 @@ import datautils
 from mixgpt.checkpoints import load
 from mixgpt.common import choices
 from mixgpt.common.texts import DATASETS
-from mixgpt.modeling.family import layers_of
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.pruning.targets import Target
 from modelutils import linears
 

@@ -7,7 +7,7 @@ from conftest import CPU, make
 
 import modelutils
 from mixgpt.common.errors import InputError
-from mixgpt.modeling.family import layers_of
+from mixgpt.modeling.decoder import layers_of
 from modelutils import HiddenStates, linears, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]

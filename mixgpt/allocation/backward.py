@@ -10,7 +10,7 @@ import math
 import torch
 
 from mixgpt.common import distributed, memory
-from mixgpt.modeling.arguments import cast
+from mixgpt.modeling.decoder import cast
 from mixgpt.modeling.experts import RoutedLinear
 from mixgpt.modeling.streaming import prefetch
 from modelutils import allocate, linears, on_device, place_for

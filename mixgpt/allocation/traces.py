@@ -14,7 +14,7 @@ from mixgpt.allocation.backward import Chunk, chunk_size
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder, check_outputs, write_output
-from mixgpt.modeling.family import layers_of
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.streaming import digest, fingerprint
 from modelutils import linears
 

@@ -18,7 +18,7 @@ from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.common.runtime import Clock, choose_device, peak_memory
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.measures import logits, measure_weights, perplexity
-from mixgpt.modeling.family import path_of
+from mixgpt.modeling.decoder import path_of
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
 

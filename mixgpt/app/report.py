@@ -25,8 +25,8 @@ from mixgpt.common.files import write_output
 from mixgpt.common.program import check_signature, signature
 from mixgpt.common.progress import table
 from mixgpt.evaluation.measures import total_sparsity
+from mixgpt.modeling.decoder import layers_of, path_of
 from mixgpt.modeling.experts import kind_of
-from mixgpt.modeling.family import layers_of, path_of
 from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome
 

@@ -17,7 +17,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.common.memory import MemoryPlan
 from mixgpt.evaluation import semistructured
 from mixgpt.kernels import columns
-from mixgpt.modeling.family import layers_of
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning import calibration, distill
 from modelutils import StreamedModel

@@ -17,8 +17,8 @@ from mixgpt.checkpoints.sparse import METHOD
 from mixgpt.common.choices import SPARSE
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
+from mixgpt.modeling.decoder import layers_of, path_of
 from mixgpt.modeling.experts import fuse, layout_of
-from mixgpt.modeling.family import layers_of, path_of
 from mixgpt.modeling.streaming import disk_weights
 from modelutils import linears
 

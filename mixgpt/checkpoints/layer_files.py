@@ -20,7 +20,7 @@ from mixgpt.common.choices import GRIDS
 from mixgpt.common.errors import InputError, one_line
 from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
-from mixgpt.modeling.family import layers_of, layers_path
+from mixgpt.modeling.decoder import layers_of, layers_path
 from mixgpt.modeling.streaming import TensorLocation, disk_weights
 from mixgpt.pruning.targets import Outcome
 from quant import Grid

@@ -30,8 +30,8 @@ from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder
 from mixgpt.common.texts import hub_reachable, unlogged
 from mixgpt.modeling import streaming
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import is_split, layout_of, use_linears
-from mixgpt.modeling.family import layers_of
 from modelutils import linears, other_weights
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.

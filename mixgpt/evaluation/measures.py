@@ -7,7 +7,7 @@ import torch
 
 from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common import distributed
-from mixgpt.modeling.family import layers_of
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.streaming import prefetch
 from modelutils import SLICE, HiddenStates, linears, on_device, other_weights, run_layers
 

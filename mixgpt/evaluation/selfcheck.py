@@ -4,8 +4,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mixgpt.common.errors import InputError, reading
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import use_linears
-from mixgpt.modeling.family import layers_of
 from modelutils import HiddenStates, linears, shared_inputs, with_layers
 
 # Of a small copy: at most so many layers, and limits of settings of its configuration.

@@ -17,8 +17,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import replacing
+from mixgpt.modeling.decoder import layers_of, layers_path, rest_of
 from mixgpt.modeling.experts import ExpertSlice, layout_of, on_meta
-from mixgpt.modeling.family import layers_of, layers_path, rest_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

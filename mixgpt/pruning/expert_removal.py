@@ -15,8 +15,8 @@ import torch
 
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError, reading
+from mixgpt.modeling.decoder import layers_of, layers_path
 from mixgpt.modeling.experts import is_split, split_experts
-from mixgpt.modeling.family import layers_of, layers_path
 from mixgpt.modeling.streaming import compute_buffers, disk_weights
 from modelutils import hooked, run_layers
 

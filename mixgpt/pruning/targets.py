@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mixgpt.common.errors import InputError
-from mixgpt.modeling.family import layers_of
+from mixgpt.modeling.decoder import layers_of
 from modelutils import linears
 from quant import Grid
 

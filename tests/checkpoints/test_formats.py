@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import perplexity
-from mixgpt.modeling.family import layers_of, path_of
+from mixgpt.modeling.decoder import layers_of, path_of
 from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
 from modelutils import linears

@@ -9,8 +9,8 @@ from makebelieve import CUDA, Gpu
 
 from mixgpt.evaluation import measures
 from mixgpt.evaluation.measures import measure_weights
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
-from mixgpt.modeling.family import layers_of
 
 
 @pytest.mark.parametrize("batch_size, part", [(1, 2048), (4, 7), (8, 2048)])

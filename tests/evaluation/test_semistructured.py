@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.measures import perplexity
-from mixgpt.modeling.family import layers_of
+from mixgpt.modeling.decoder import layers_of
 from modelutils import linears
 
 

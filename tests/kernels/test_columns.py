@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixgpt.kernels import columns, columns_cpu
+from mixgpt.kernels import columns
 from mixgpt.kernels.columns import UniformGrid
 
 try:
@@ -64,8 +64,9 @@ def walker(name, grid_dtype=None):
         pytest.skip(NO_TRITON)
     if name == "triton" and GPU == CPU and grid_dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter cuts digits off where a GPU rounds to bfloat16; float16 goes the same way")
-    module = {"torch": columns, "compiled": columns_cpu, "triton": columns_cuda}[name]
-    return module.walk_columns, GPU if name == "triton" else CPU
+    walk = {"torch": columns.walk_columns, "compiled": columns.walk_compiled,
+            "triton": columns_cuda and columns_cuda.walk_columns}[name]
+    return walk, GPU if name == "triton" else CPU
 
 
 def slices(case):
@@ -215,21 +216,19 @@ def test_weights_that_are_no_numbers_do_not_become_some(name):
     assert W.isnan().all()
 
 
-@pytest.mark.parametrize(("device", "dtype", "grid_dtype", "module"), [
-    ("cpu", torch.float32, None, columns_cpu), ("cpu", torch.float32, torch.bfloat16, columns_cpu),
-    ("cpu", torch.float32, torch.float16, columns), ("cpu", torch.float64, torch.float64, columns_cpu),
-    ("cpu", torch.float64, torch.float32, columns), ("cuda:1", torch.float64, None, columns),
-    *(("cuda:1", torch.float32, grid, columns_cuda) for grid in (None, torch.float32, torch.bfloat16, torch.float16))])
-def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, module, monkeypatch):
+@pytest.mark.parametrize(("device", "dtype", "grid_dtype", "walk"), [
+    ("cpu", torch.float32, None, "compiled"), ("cpu", torch.float32, torch.bfloat16, "compiled"),
+    ("cpu", torch.float32, torch.float16, "torch"), ("cpu", torch.float64, torch.float64, "compiled"),
+    ("cpu", torch.float64, torch.float32, "torch"), ("cuda:1", torch.float64, None, "torch"),
+    *(("cuda:1", torch.float32, grid, "triton") for grid in (None, torch.float32, torch.bfloat16, torch.float16))])
+def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, walk, monkeypatch):
     ones, W = torch.ones(2), SimpleNamespace(device=torch.device(device), dtype=dtype)  # without memory
-    grid = grid_dtype and UniformGrid(ones, ones, ones, grid_dtype)
-    if module is None:
-        pytest.skip(NO_TRITON)
+    grid, (walk, _) = grid_dtype and UniformGrid(ones, ones, ones, grid_dtype), walker(walk)
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: None)
-    assert columns.fastest(W, grid) is module.walk_columns
+    assert columns.fastest(W, grid) is walk
     assert columns.fastest(W, torch.round) is columns.walk_columns
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: "No module named 'triton'")
-    assert columns.fastest(W, grid) is (module if device == "cpu" else columns).walk_columns
+    assert columns.fastest(W, grid) is (walk if device == "cpu" else columns.walk_columns)
 
 
 @needs_triton

@@ -14,10 +14,9 @@ from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.measures import logits
-from mixgpt.modeling import arguments
-from mixgpt.modeling.arguments import take
+from mixgpt.modeling import decoder
+from mixgpt.modeling.decoder import layers_path, path_of, take
 from mixgpt.modeling.experts import use_linears
-from mixgpt.modeling.family import layers_path, path_of
 from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe, admm
@@ -117,7 +116,7 @@ def test_layers_that_cannot_run_one_at_a_time_are_refused_with_the_reason(kind, 
 def test_arguments_of_other_sequences_do_not_pass_the_self_check(kind, monkeypatch):
     skeleton = load.skeleton(build(kind).config)
     selfcheck.check("M", skeleton)
-    monkeypatch.setattr(arguments, "take", lambda given, rows, *more: take(given, slice(0, len(range(3)[rows])), *more))
+    monkeypatch.setattr(decoder, "take", lambda given, rows, *more: take(given, slice(0, len(range(3)[rows])), *more))
     with pytest.raises(InputError, match=r"on random weights, its logits differ by \d"):
         selfcheck.check("M", skeleton)
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixgpt.checkpoints import load
 from mixgpt.evaluation.measures import logits, total_sparsity
+from mixgpt.modeling.decoder import layers_of, layers_path, path_of
 from mixgpt.modeling.experts import layout_of, published, split_experts
-from mixgpt.modeling.family import layers_of, layers_path, path_of
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select

@@ -8,8 +8,8 @@ from makebelieve import CUDA, Gpu
 from mixgpt.app.compression import recipe_of
 from mixgpt.app.settings import Settings
 from mixgpt.kernels import columns
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
-from mixgpt.modeling.family import layers_of
 from mixgpt.pruning.calibration import one_pass_bytes, paused_forwards
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.targets import Target, select

@@ -11,8 +11,8 @@ from makebelieve import CUDA, Gpu
 from torch.profiler import ProfilerActivity, profile
 
 from mixgpt.common import memory
+from mixgpt.modeling.decoder import layers_of, layers_path, path_of
 from mixgpt.modeling.experts import split_experts
-from mixgpt.modeling.family import layers_of, layers_path, path_of
 from mixgpt.pruning import distill as module
 from mixgpt.pruning.distill import dense_states, distill
 from mixgpt.pruning.targets import select

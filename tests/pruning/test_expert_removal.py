@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from mixgpt.app import planning
 from mixgpt.checkpoints import load
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import is_fused, split_experts
-from mixgpt.modeling.family import layers_of
 from mixgpt.pruning import expert_removal, layerwise
 from mixgpt.pruning.expert_removal import best_experts, expert_scores, remove_experts, with_fewer_experts
 from modelutils import StreamedModel

@@ -12,7 +12,7 @@ from test_sparsegpt import prune_matrix
 from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import columns
-from mixgpt.modeling.family import layers_of
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.pruning import layerwise
 from mixgpt.pruning.hessian import factor
 from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
