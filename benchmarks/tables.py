@@ -13,21 +13,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter
 from scores import closed, table_of_markdown
 
-from mixgpt.app.plots import bytes_of
+from mixgpt.app.plots import draw_tradeoff
 
 PAGES = "README.md", "docs/results.md"
 PICTURE = "images/tradeoff.png"
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "owl-wanda": "OWL with Wanda's mask",
            "sparsegpt": "SparseGPT", "mixgpt": "MixGPT", "best": "best"}
 TRAINED = ("best",)
-DRAWN = {"magnitude": ("0.5", "v"), "sparsegpt": ("C2", "D"), "mixgpt": ("C3", "^"), "best": ("C4", "o")}
+DRAWN = "sparsegpt", "mixgpt", "best"  # magnitude would push the curves of the others together
 REFERENCE = "sparsegpt"  # the method from which the gap is measured
 COST = "50%"  # the target of which time and memory are given
-HIGHEST = 1000  # perplexity; above it the curves of all other methods would be pushed together
 
 
 class Measured:
@@ -82,34 +79,13 @@ def _number(value):
     return f"{value:,.0f}" if value >= 300 else f"{value:.1f}"
 
 
-def draw(models):
-    """Draw perplexity against sparsity, and the gaps that are closed, on the first text: a row for each model."""
-    figure = Figure(figsize=(11, 4.4 * len(models)), layout="constrained")
-    for model, (left, right) in zip(models, figure.subplots(len(models), 2, squeeze=False), strict=True):
-        text = model.texts[0]
-        plain = [target for target in model.targets if re.fullmatch(r"\d+%", target)]
-        for method, (colour, marker) in DRAWN.items():
-            means = [model.of(method, target)[text].mean() for target in plain]
-            left.plot([int(target[:-1]) for target in plain], means, label=METHODS[method], color=colour, marker=marker)
-        left.axhline(model.dense[text], label="dense", color="black", linestyle="--", linewidth=1)
-        left.set(title=f"{model.name}, {text}", xlabel="weights pruned", ylabel="perplexity", yscale="log",
-                 ylim=(0.85 * model.dense[text], HIGHEST), xticks=[int(target[:-1]) for target in plain])
-        left.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-        left.set_yticks(ticks := [30, 50, 100, 200, 500, 1000], map(str, ticks))
-        left.yaxis.set_minor_formatter(NullFormatter())
-        left.grid(alpha=0.3)
-        for number, method in enumerate(("mixgpt", "best")):
-            shares = [100 * model.gaps(method, target)[text] for target in model.targets]
-            bars = right.bar([place + 0.4 * number for place in range(len(shares))], shares, 0.38,
-                             label=METHODS[method], color=DRAWN[method][0])
-            right.bar_label(bars, [f"{share:.0f}%" for share in shares], padding=2, fontsize=9)
-        right.set(title=f"Gap from {METHODS[REFERENCE]} to dense that is closed", ylabel="share in log-perplexity",
-                  ylim=(0, 100), xticks=[place + 0.2 for place in range(len(model.targets))], xticklabels=model.targets)
-        right.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-        right.spines[["top", "right"]].set_visible(False)
-        left.legend()
-        right.legend()
-    return figure
+def points_of(models):
+    """Return the perplexities at plain sparsities as `mixgpt.app.plots.draw_tradeoff` takes them."""
+    values = {(model, text, method, target): model.of(method, target)[text] for model in models for text in model.texts
+              for method in DRAWN for target in model.targets if re.fullmatch(r"\d+%", target)}
+    return pd.DataFrame([{"model": model.name, "text": text, "method": METHODS[method], "dense": model.dense[text],
+                          "sparsity": int(target[:-1]) / 100, "mean": of.mean(), "low": of.min(), "high": of.max()}
+                         for (model, text, method, target), of in values.items() if len(of)])
 
 
 def main(argv=None):
@@ -123,7 +99,7 @@ def main(argv=None):
             text = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", f"{block}\n", text,
                           flags=re.DOTALL)
         page.write_text(text)
-    Path(PICTURE).write_bytes(bytes_of(draw(models), Path(PICTURE).suffix))
+    Path(PICTURE).write_bytes(draw_tradeoff(points_of(models), Path(PICTURE).suffix))
     return 0
 
 
