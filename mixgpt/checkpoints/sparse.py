@@ -169,11 +169,17 @@ class SparseLinear(torch.nn.Module):
         return self.weight.multiply(x, self.bias)
 
     def prepared(self):
-        """Return this layer ready for use; a dense one if its matrix has no mask, or cannot be multiplied packed."""
+        """Return this layer ready for use; a dense one if its matrix has no mask, or cannot be multiplied packed.
+
+        Also one where that takes many times as long: on CPUs, in machines without a GPU, that have no fast way.
+        """
         stored = getattr(self.weight, self.weight.data).dtype
         if "mask" in self.weight.description["parts"] and stored != torch.float64 and self.weight.shape.numel() < 2**31:
             self.weight.prepare()
-            return self
+            consecutive = "group" not in self.weight.description["parts"]
+            _, *fast = reversed(sparse_cpu.ways(self.weight.dtype, self.weight.wbits, 64, 64, consecutive))
+            if fast or torch.cuda.is_available():
+                return self
         return self.expanded()
 
     def expanded(self, dtype=None):

@@ -184,6 +184,15 @@ def saved(request, tokenizer, tmp_path):
     return model, tmp_path / "saved"
 
 
+def test_a_machine_that_would_multiply_slowly_expands_the_matrices(saved, monkeypatch):
+    monkeypatch.setattr(sparse_cpu, "_flags", frozenset)
+    monkeypatch.setattr(sparse_cpu, "ways", sparse_cpu.ways.__wrapped__)  # which remembers
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loaded, _ = mixgpt.load(saved[1], "cpu")
+    assert not [module for module in loaded.modules() if isinstance(module, SparseLinear)]
+    assert_same(saved[0], loaded)
+
+
 def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer, tokens):
     model, folder = saved
     packed, _ = mixgpt.load(folder, "cpu")
