@@ -131,7 +131,7 @@ def read_texts(inputs, texts=None):
     except ImportError as error:
         raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
     chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
-    tasks.check(chosen, load.size(load.skeleton(inputs.config), inputs.dtype), inputs.device)
+    tasks.check(chosen, inputs.tokenizer, load.size(load.skeleton(inputs.config), inputs.dtype), inputs.device)
     return replace(inputs, score_tasks=lambda model, batch_size: tasks.score(
         chosen, model, inputs.tokenizer, settings.limit, batch_size * inputs.seqlen, inputs.device,
         settings.bos))

@@ -89,8 +89,9 @@ def completed(settings, device):
     try:
         record = json.loads((folder / RECORD).read_text())
         before = {flag_of(name): value for name, value in record["settings"].items()} | record["identity"]
-        record["seconds"]
-    except (OSError, ValueError, TypeError, KeyError):  # of another program, or of a run that was killed after `save`
+        if "seconds" not in record:  # of a run that was killed after `save`
+            return None
+    except (OSError, ValueError, TypeError, KeyError):  # of another program
         return None
     check_signature(record, f"--resume: the run in {folder}")
     now = asked(settings, settings.seqlen or before["--seqlen"], device) | {

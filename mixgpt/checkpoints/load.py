@@ -227,16 +227,12 @@ def size(skeleton, dtype):
     return itemsize * sum(parameter.numel() for parameter in skeleton.parameters())
 
 
-def load_model(model, dtype, packed=False):
-    """Load `model` with its experts as linears; see `read_model`. Raises InputError if a weight is NaN or inf."""
-    loaded = read_model(model, dtype, packed)
+def load_model(model, dtype):
+    """Load `model` with its experts as linears; see `read_model`."""
+    loaded = read_model(model, dtype)
     use_linears(loaded)
-    for key, parameter in loaded.named_parameters():
+    for parameter in loaded.parameters():
         parameter.data = parameter.data.contiguous()  # .bin files may hold views whose elements share memory
-        streaming.check_finite(parameter.detach(), f"model {model}: {key}")
-    for key, buffer in loaded.named_buffers():
-        if ".weight." in key:  # of a packed matrix
-            streaming.check_finite(buffer, f"model {model}: {key}")
     return loaded.eval()
 
 
@@ -244,22 +240,28 @@ def read_model(model, dtype, packed=False):
     """Load the weights of `model` on the host, in `dtype` ("auto": as stored), from any format.
 
     packed: leave the matrices of a sparse folder packed, in a `checkpoints.sparse.SparseLinear` each. Raises
-    InputError if the checkpoint lacks a weight.
+    InputError if the checkpoint lacks a weight, or one is NaN or inf.
     """
     name, arguments = _source(model)
     with _reading(model, "its weights cannot be read"):
         config, whole = _config_of(name, arguments)
         if quantization := getattr(config, "quantization_config", None):
             quantization["dequantize"] = not (packed and quantization["quant_method"] == METHOD)
-        return from_pretrained(model, name, dtype, config=config, key_mapping=TEXT_PART if whole else None, **arguments)
+        loaded = from_pretrained(model, name, dtype, config=config, key_mapping=TEXT_PART if whole else None,
+                                 **arguments)
+    packed = {key: buffer for key, buffer in loaded.named_buffers() if ".weight." in key}
+    for key, tensor in (dict(loaded.named_parameters()) | packed).items():
+        streaming.check_finite(tensor.detach(), f"model {model}: {key}")
+    return loaded
 
 
-def from_pretrained(model, name, dtype, kind=AutoModelForCausalLM, **arguments):
-    """Load a model by a class of transformers. Raises InputError if a weight is missing.
+def from_pretrained(model, name, dtype, **arguments):
+    """Load a model by transformers. Raises InputError if a weight is missing.
 
-    name, arguments: those of `kind.from_pretrained`. model: the user's name of the model.
+    name, arguments: those of its `from_pretrained`. model: the user's name of the model.
     """
-    loaded, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **arguments, **NO_CODE)
+    loaded, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **arguments,
+                                                          **NO_CODE)
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"model {model}: the checkpoint lacks {', '.join(missing[:3])}")
     return loaded

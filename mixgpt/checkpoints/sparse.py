@@ -173,14 +173,13 @@ class SparseLinear(torch.nn.Module):
 
         Also one where that takes many times as long: on CPUs, in machines without a GPU, that have no fast way.
         """
-        stored = getattr(self.weight, self.weight.data).dtype
-        if "mask" in self.weight.description["parts"] and stored != torch.float64 and self.weight.shape.numel() < 2**31:
-            self.weight.prepare()
-            consecutive = "group" not in self.weight.description["parts"]
-            _, *fast = reversed(sparse_cpu.ways(self.weight.dtype, self.weight.wbits, 64, 64, consecutive))
-            if fast or torch.cuda.is_available():
-                return self
-        return self.expanded()
+        weight, parts = self.weight, self.weight.description["parts"]
+        _, *fast = reversed(sparse_cpu.ways(weight.dtype, weight.wbits, 64, 64, "group" not in parts))
+        pays = "mask" in parts and (fast or torch.cuda.is_available())
+        if not pays or getattr(weight, weight.data).dtype == torch.float64 or weight.shape.numel() >= 2**31:
+            return self.expanded()  # from the parts as they are stored, which `prepare` would change
+        weight.prepare()
+        return self
 
     def expanded(self, dtype=None):
         """Return an ordinary linear with the matrix in a dtype (default: as stored)."""

@@ -85,13 +85,17 @@ def _run(lm, chosen, limit, bootstrap):
     return evaluate(lm, chosen, limit=limit, bootstrap_iters=bootstrap, log_samples=False)
 
 
-def check(chosen, nbytes, device):
-    """Raise InputError for tasks that generate text if there is no memory for the whole model, of nbytes."""
+def check(chosen, tokenizer, nbytes, device):
+    """Raise InputError for tasks that need special tokens or memory (nbytes, for the whole model) that are missing."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError("--tasks: the model's tokenizer has no token for the begin or the end of a text")
     for name, task in chosen["tasks"].items():
         kinds = {instance.request_type for instance in task.instances}
         if "generate_until" in kinds and not memory.fits(nbytes, device):
             raise InputError(f"--tasks {name}: generates text, for which all {nbytes / 1e9:.1f} GB of the model must "
                              f"fit in memory; {memory.free(device) / 1e9:.1f} GB are free on {device}")
+        if any(instance.request_type == "loglikelihood" and not "".join(instance.args) for instance in task.instances):
+            raise InputError(f"--tasks {name}: computes the likelihood of an empty text")
 
 
 def score(chosen, model, tokenizer, limit, tokens, device, bos=None):

@@ -29,8 +29,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SCHEMES = [None, *(Scheme(wbits, *grid) for wbits in (2, 3, 4, 8) for grid in ((-1, True), (64, False)))]
 
 
-def packed_and_dense(rows, columns, dtype, scheme=None, sparsity=0.5, permuted=False):
-    """Return a random matrix, of which `sparsity` is 0, packed and as it was."""
+def packed_and_dense(rows, columns, dtype, scheme=None, sparsity=0.5, permuted=False, prepared=True):
+    """Return a random matrix, of which `sparsity` is 0, packed and as it was. prepared: for products."""
     W = torch.randn(rows, columns).to(dtype)
     W[torch.rand(rows, columns) < sparsity] = 0
     W[0], grid = 0, None  # a row without weights
@@ -43,7 +43,8 @@ def packed_and_dense(rows, columns, dtype, scheme=None, sparsity=0.5, permuted=F
     packed = PackedWeight(json.loads(json.dumps(description)))
     for name, part in parts.items():
         setattr(packed, name, part)
-    packed.prepare()
+    if prepared:
+        packed.prepare()
     return packed, W
 
 
@@ -193,6 +194,16 @@ def test_a_machine_that_would_multiply_slowly_expands_the_matrices(saved, monkey
     assert_same(saved[0], loaded)
 
 
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES[1:], ids=str)
+def test_what_is_expanded_for_its_slowness_is_the_matrix(scheme, permuted, monkeypatch):
+    monkeypatch.setattr(sparse_cpu, "ways", lambda *_: ["portable"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    packed, W = packed_and_dense(6, 128, torch.bfloat16, scheme, permuted=permuted, prepared=False)
+    dense = SparseLinear(packed, None).prepared()
+    assert isinstance(dense, torch.nn.Linear) and torch.equal(dense.weight, W)
+
+
 def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer, tokens):
     model, folder = saved
     packed, _ = mixgpt.load(folder, "cpu")
@@ -212,7 +223,7 @@ def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer,
 
 def test_a_packed_model_can_be_copied_pickled_cast_and_given_a_state(saved, tokens):
     model, folder = saved
-    packed = load.load_model(folder, "auto", packed=True)
+    packed = load.read_model(folder, "auto", packed=True).eval()
     expected = logits(packed, tokens[:, :3])
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed):
         other.load_state_dict(packed.state_dict())
@@ -238,7 +249,7 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(part, change, message, sa
     key = next(key for key in state if key.endswith(f".weight.{part}"))
     save_file(state | {key: change(state[key]).contiguous()}, folder / "model.sparse.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=f"model {folder}: .*{message}") as error:
-        load.load_model(folder, "auto", packed=True)
+        load.read_model(folder, "auto", packed=True)
     assert "\n" not in str(error.value)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
@@ -157,12 +158,20 @@ def test_generated_answers_are_scored(folder, tokenizer, checkpoint_folder):
         assert text == tokenizer.decode(ids[0, -4:], skip_special_tokens=True).partition("?")[0]
 
 
-def test_generation_is_refused_where_memory_does_not_hold_the_model(folder):
+def test_generation_is_refused_where_memory_does_not_hold_the_model(folder, tokenizer):
     chosen = tasks.load(("generate",), folder, 1)
-    tasks.check(chosen, 1, CPU)
+    tasks.check(chosen, tokenizer, 1, CPU)
     with pytest.raises(InputError, match=r"--tasks generate: generates text, .* 1000000\.0 GB of the model "):
-        tasks.check(chosen, 10**15, CPU)
-    tasks.check(tasks.load(("choice",), folder, 1), 10**15, CPU)
+        tasks.check(chosen, tokenizer, 10**15, CPU)
+    tasks.check(tasks.load(("choice",), folder, 1), tokenizer, 10**15, CPU)
+
+
+def test_texts_that_have_no_first_token_are_refused_before_anything_is_pruned(tokenizer):
+    empty = SimpleNamespace(instances=[SimpleNamespace(request_type="loglikelihood", args=("", ""))])
+    with pytest.raises(InputError, match="--tasks t: computes the likelihood of an empty text"):
+        tasks.check({"tasks": {"t": empty}}, tokenizer, 1, CPU)
+    with pytest.raises(InputError, match="tokenizer has no token for the begin or the end"):
+        tasks.check({"tasks": {}}, SimpleNamespace(bos_token_id=None, eos_token_id=None), 1, CPU)
 
 
 @pytest.mark.parametrize("options, message", [
