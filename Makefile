@@ -56,7 +56,7 @@ bench: .venv/runtime $(MODEL)
 	@$(PY) benchmarks/sparse.py
 
 gpu: .venv/test
-	@$(PY) benchmarks/gpu.py
+	@$(PY) -m pytest -m gpu -q; tests=$$?; $(PY) benchmarks/gpu.py && exit $$tests
 	@$(PY) benchmarks/sparse.py --device cuda
 
 fuzz: .venv/test

@@ -82,60 +82,54 @@ def compare_matrix(hessian, W, name, device):
             f"{((ours == 0) == (exact == 0)).float().mean().item():.3%}", f"{error / expected - 1:+.4%}"]
 
 
-def bench_matrices(device, sizes):
+def bench_matrices(device, arguments):
     rows = []
-    for size in (WARMUP, *sizes):
+    for size in (WARMUP, *arguments.sizes):
         out, columns = map(int, size.split("x"))
         hessian = calibrated(columns, device)
         W = torch.randn(out, columns, device=device, generator=torch.Generator(device).manual_seed(1))
-        if device.type == "cuda":  # compile kernels for these shapes before anything is timed
-            for name in TARGETS:
-                compare_matrix(hessian, W, name, device)
-        rows += [compare_matrix(hessian, W, name, device) for name in TARGETS]
+        for _ in range(2 if device.type == "cuda" else 1):  # at first kernels are compiled for these shapes
+            of_size = [compare_matrix(hessian, W, name, device) for name in TARGETS]
+        rows += of_size
     print(table(["matrix", "textbook: factor", "walk", "here: factor", "walk", "ratio", "same mask",
                  "as in float64", "error against float64"], rows[len(TARGETS):]))
 
 
-def prune(name, model, tokens, device, batch_size):
-    """Prune a copy to 50%, here or by the textbook. Returns it and the `Clock`."""
+def prune(name, model, tokens, tests, device, batch_size):
+    """Prune a copy to 50%, here or by the textbook. Returns what a record says of seconds, memory and perplexity."""
     pruned, clock = copy.deepcopy(model), Clock(device)
-    if name == "here":
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if name == "textbook":
+        prune_model(pruned, tokens, device, clock)
+    else:
         plan = dict.fromkeys(select(model), Target(0.5))
         prune_layerwise(StreamedModel(pruned, device, batch_size, clock), plan, tokens, Recipe())
-    else:
-        prune_model(pruned, tokens, device, clock, sparsity=0.5)
-    return pruned, clock
-
-
-def compare_model(model, tokens, device, batch_size, tests):
-    """Prune a copy by each and print seconds by part, their ratio, peak memory so far and perplexity."""
-    columns = {}
-    for name in ("here", "textbook"):  # peak memory only grows on the host: the smaller one first
-        if device.type == "cuda":
-            prune(name, model, tokens[:batch_size], device, batch_size)  # compiles kernels, loads libraries
-            torch.cuda.reset_peak_memory_stats(device)
-        pruned, clock = prune(name, model, tokens, device, batch_size)
-        seconds = [clock.seconds[part] for part in PARTS]
-        columns[name] = [*seconds, sum(seconds), "/".join(f"{nbytes / 1e9:.2f}" for nbytes in
-                                                         peak_memory(device).values()),
-                         f"{perplexity(pruned, tests, batch_size, device):.2f}"]
-    rows = [[part, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}x"]
-            for part, theirs, ours in zip((*PARTS, "total"), columns["textbook"], columns["here"], strict=False)]
-    rows += [[title, columns["textbook"][place], columns["here"][place], ""]
-             for place, title in ((-2, "peak memory so far, GB"), (-1, "perplexity"))]
-    print(table(["seconds", "textbook", "here", "ratio"], rows), flush=True)
+    return {"seconds": dict(clock.seconds), "peak_memory": peak_memory(device), "sparsity": 0.5,
+            "perplexity": {name: {"builtin": perplexity(pruned, tests, batch_size, device)}}}
 
 
 def bench_model(device, arguments):
-    tokenizer = load.load_tokenizer(arguments.file)
+    """Print seconds of both by part, their ratio, peak memory so far and perplexity."""
+    tokenizer, size = load.load_tokenizer(arguments.file), arguments.batch_size
     tokens, _ = datautils.calibration_samples(arguments.dataset, arguments.nsamples, arguments.seqlen, 0, tokenizer,
                                               arguments.data_dir)
     tests, _ = datautils.test_tokens(arguments.eval, arguments.seqlen, tokenizer, arguments.data_dir)
     for dtype in ("float32", "bfloat16"):
-        model = load.load_model(arguments.file, getattr(torch, dtype))
+        model, columns = load.load_model(arguments.file, getattr(torch, dtype)), {}
+        for name in ("here", "textbook"):  # peak memory only grows on the host: the smaller one first
+            if device.type == "cuda":
+                prune(name, model, tokens[:size], tests[:size], device, size)  # compiles kernels, loads libraries
+            record = prune(name, model, tokens, tests[:40], device, size)
+            seconds = [record["seconds"][part] for part in PARTS]
+            columns[name] = [*seconds, sum(seconds), *record["perplexity"][name].values(),
+                             "/".join(f"{nbytes / 1e9:.2f}" for nbytes in record["peak_memory"].values())]
+        rows = [[part, f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.2f}x"] for part, theirs, ours in zip(
+            (*PARTS, "total", "perplexity"), columns["textbook"], columns["here"], strict=False)]
+        rows.append(["peak memory so far, GB", columns["textbook"][-1], columns["here"][-1], ""])
         print(f"\n{Path(arguments.file).name}, {dtype}, {len(tokens)} sequences of {arguments.seqlen} tokens of "
-              f"{arguments.dataset}, perplexity on 40 segments of {arguments.eval}")
-        compare_model(model, tokens, device, arguments.batch_size, tests[:40])
+              f"{arguments.dataset}, perplexity on 40 segments of {arguments.eval}\n"
+              + table(["seconds", "textbook", "here", "ratio"], rows), flush=True)
 
 
 def main(argv=None):
@@ -154,10 +148,7 @@ def main(argv=None):
     device = torch.device(arguments.device)
     print(f"{arguments.what} on {machine(device)}")
     with torch.no_grad():
-        if arguments.what == "matrices":
-            bench_matrices(device, arguments.sizes)
-        else:
-            bench_model(device, arguments)
+        (bench_matrices if arguments.what == "matrices" else bench_model)(device, arguments)
 
 
 if __name__ == "__main__":

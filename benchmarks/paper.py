@@ -30,7 +30,6 @@ from scores import DENSE, Scores, cell_of, parser_of, spread, table_of_markdown
 from mixgpt.app.cli import REMEDY, reported
 
 FACTS = Path(__file__).with_name("paper.csv")  # what the paper reports, a number a line
-PAPER = "arXiv 2310.09499"
 METHODS = PEERS | {  # flags of a run
     "gptq": "",
     "sparsegpt": "",
@@ -43,8 +42,6 @@ METHODS = PEERS | {  # flags of a run
 }
 ADDED = (*PEERS, "best")  # what --methods adds to a table
 TASKS = ("arc_challenge", "hellaswag", "truthfulqa_mc2", "piqa")  # section 3.1.1
-
-
 HALF = ["50%"]
 Table = namedtuple("Table", "title rows flags", defaults=[()])  # rows: (method, target). flags: words for all runs
 TABLES = {
@@ -101,18 +98,15 @@ def markdown(title, rows, cells):
             texts = [*row]
             for name in measures:
                 value, place, page = known.get((plain(model), *row, name), (None, None, None))
-                texts.append(_compared([cell["figures"][name] for cell in of_row], value))
-                places |= {f"{place} on page {page}": None} if place else {}
+                ours = [cell["figures"][name] for cell in of_row]
+                texts.append(spread(ours) if ours else "-")
+                if place:
+                    places[f"{place} on page {page}"] = None
+                    texts[-1] += f" (paper {value:g}" + (f", {mean(ours) - value:+.2f})" if ours else ")")
             sparsity = f"{spread([100 * cell['sparsity'] for cell in of_row], 3)}%" if of_row else "-"
             table.append([*texts, sparsity, str(len(of_row))])
         lines += ["", table_of_markdown([Path(model).name, "target", *measures, "sparsity", "seeds"], table)]
-    return "\n".join(lines + (["", f"paper: {PAPER}, {', '.join(places)}"] if places else []))
-
-
-def _compared(ours, paper):
-    """Write numbers of ours and, unless it is None, the paper's and the difference."""
-    text = spread(ours) if ours else "-"
-    return text if paper is None else f"{text} (paper {paper:g}" + (f", {mean(ours) - paper:+.2f})" if ours else ")")
+    return "\n".join(lines + (["", f"paper: arXiv 2310.09499, {', '.join(places)}"] if places else []))
 
 
 def main(argv=None):

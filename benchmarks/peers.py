@@ -3,13 +3,13 @@
 import contextlib
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 
-from mixgpt.common import progress
 from mixgpt.common.choices import ALLOCATIONS, SOLVERS, Allocation, Solver
 from mixgpt.pruning.targets import Target
-from modelutils import hooked, linears, on_device
+from modelutils import hooked, in_turn, linears
 from quant import meet_sparsities, quantize_nearest
 
 OUTLIER = 5.0  # M of OWL: an outlier exceeds M times the mean
@@ -55,18 +55,17 @@ def outlier_ratios(streamed, tokens):
     """Return D_l of each layer of the dense model: the share of A_ij = ‖X_j‖₂ · |W_ij| of all its matrices together
     that exceeds OUTLIER times their mean, on tokens (N, T). OWL (arXiv 2310.05175), section 3."""
     ratios, device, stream = [], streamed.device, streamed.embed(tokens)
-    for index, layer in enumerate(progress.bar(streamed.layers, title="OWL")):
-        with on_device([layer], device):
-            squares = {module: torch.zeros(module.in_features, device=device) for module in linears(layer).values()}
-            with hooked({module: partial(_add_squares, sums) for module, sums in squares.items()}):
-                stream.advance(layer, index)
-            A = torch.cat([(module.weight.abs().float() * sums.sqrt()).flatten() for module, sums in squares.items()])
-            ratios.append((A > OUTLIER * A.mean()).double().mean().item())
+
+    def add(sums, X):
+        sums += X.float().square().flatten(0, -2).sum(0)
+
+    for index, layer in in_turn(streamed.layers, device, "OWL"):
+        squares = {module: torch.zeros(module.in_features, device=device) for module in linears(layer).values()}
+        with hooked({module: partial(add, sums) for module, sums in squares.items()}):
+            stream.advance(layer, index)
+        A = torch.cat([(module.weight.abs().float() * sums.sqrt()).flatten() for module, sums in squares.items()])
+        ratios.append((A > OUTLIER * A.mean()).double().mean().item())
     return ratios
-
-
-def _add_squares(sums, X):
-    sums += X.float().square().flatten(0, -2).sum(0)
 
 
 def owl_plan(selected, ratios, sparsity):
@@ -94,9 +93,7 @@ def owl(budget):
 @contextlib.contextmanager
 def registered():
     """Make --solver wanda and --sparsity-way owl known within the block."""
-    SOLVERS["wanda"] = Solver("in each row by |w| ‖x‖, without update", wanda, "Wanda", quantizes=True)
-    ALLOCATIONS["owl"] = Allocation("by the outliers of the layer", owl, "OWL")
-    try:
+    solver = Solver("in each row by |w| ‖x‖, without update", wanda, "Wanda", quantizes=True)
+    allocation = Allocation("by the outliers of the layer", owl, "OWL")
+    with patch.dict(SOLVERS, wanda=solver), patch.dict(ALLOCATIONS, owl=allocation):
         yield
-    finally:
-        del SOLVERS["wanda"], ALLOCATIONS["owl"]

@@ -14,7 +14,6 @@ import json
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -35,45 +34,25 @@ FAMILIES = ("opt", "bloom", "baichuan", "gemma3", "qwen3-moe")
 TYPES = {"gemma3": "gemma3_text", "qwen3-moe": "qwen3_moe"}  # of their configurations, where the name is another
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}  # ids 0, 1 and 2
 LONGEST = 30_000  # bytes of a file; many of the longer ones are tables
+WIDTH, VOCABULARY, SEQLEN = 256, 4096, 256
+BATCH, STEPS = 2, 4000  # sequences of a step
+TRAIN_BYTES, TEST_BYTES = 8_000_000, 1_000_000
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large models and texts are, and how long models are trained."""
-
-    width: int = 256
-    layers: int = 6
-    heads: int = 4
-    experts: int = 8  # of which two are active
-    vocabulary: int = 4096
-    seqlen: int = 256
-    batch: int = 2  # sequences per step
-    steps: int = 4000
-    rate: float = 2e-3  # highest learning rate
-    train_bytes: int = 8_000_000
-    test_bytes: int = 1_000_000
-
-
-SIZE = Size()
-
-
-def build(name, size):
+def build(name):
     """Return a model of random weights, whose outputs of a matrix are as large as its inputs."""
-    common = {"vocab_size": size.vocabulary, "hidden_size": size.width, "num_hidden_layers": size.layers,
-              "num_attention_heads": size.heads, "initializer_range": size.width ** -0.5,
-              **{f"{token}_id": number for number, token in enumerate(SPECIAL)}}
-    sequence = {"max_position_embeddings": size.seqlen}
-    heads = {"num_key_value_heads": size.heads // 2, "head_dim": size.width // size.heads}
-    wide = {"intermediate_size": 11 * size.width // 4}
+    common = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 6, "num_attention_heads": 4,
+              "initializer_range": WIDTH ** -0.5, **{f"{token}_id": number for number, token in enumerate(SPECIAL)}}
+    sequence, wide = {"max_position_embeddings": SEQLEN}, {"intermediate_size": 11 * WIDTH // 4}
+    heads = {"num_key_value_heads": 2, "head_dim": WIDTH // 4}
     options = {
-        "opt": {"word_embed_proj_dim": size.width, "ffn_dim": 4 * size.width, "dropout": 0.0,
-                "init_std": size.width ** -0.5, **sequence},
+        "opt": {"word_embed_proj_dim": WIDTH, "ffn_dim": 4 * WIDTH, "dropout": 0.0, "init_std": WIDTH ** -0.5,
+                **sequence},
         "bloom": {},
-        "baichuan": {"model_max_length": size.seqlen, "architectures": ["BaichuanForCausalLM"], **wide},  # with ALiBi
-        "gemma3": {"sliding_window": size.seqlen // 2, "query_pre_attn_scalar": heads["head_dim"], **sequence, **heads,
-                   **wide},
-        "qwen3-moe": {"moe_intermediate_size": 3 * size.width // 4, "num_experts": size.experts,
-                      "num_experts_per_tok": 2, "norm_topk_prob": True, **sequence, **heads},
+        "baichuan": {"model_max_length": SEQLEN, "architectures": ["BaichuanForCausalLM"], **wide},  # with ALiBi
+        "gemma3": {"sliding_window": SEQLEN // 2, "query_pre_attn_scalar": WIDTH // 4, **sequence, **heads, **wide},
+        "qwen3-moe": {"moe_intermediate_size": 3 * WIDTH // 4, "num_experts": 8, "num_experts_per_tok": 2,
+                      "norm_topk_prob": True, **sequence, **heads},
     }[name]
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(TYPES.get(name, name), **common, **options))
 
@@ -86,14 +65,14 @@ def train_tokenizer(texts, vocabulary):
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), **SPECIAL)
 
 
-def make_texts(folder, size):
+def make_texts(folder):
     """Write train.jsonl, test.jsonl and the tokenizer, unless they are there. Returns (tokenizer, train texts)."""
     if not (folder / "tokenizer_config.json").exists():  # which is written last
         folder.mkdir(parents=True, exist_ok=True)
-        texts = documents(size.train_bytes, size.test_bytes)
+        texts = documents(TRAIN_BYTES, TEST_BYTES)
         for part, rows in texts.items():
             (folder / f"{part}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-        train_tokenizer(texts["train"], size.vocabulary).save_pretrained(folder)
+        train_tokenizer(texts["train"], VOCABULARY).save_pretrained(folder)
     with (folder / "train.jsonl").open() as lines:
         return AutoTokenizer.from_pretrained(folder), [json.loads(line)["text"] for line in lines]
 
@@ -130,16 +109,16 @@ def _hash(text):
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "big")
 
 
-def train(model, ids, size, title):
+def train(model, ids, title):
     """Train a model in place on random windows of the ids (n,) of a text."""
     generator, bfloat16 = torch.Generator().manual_seed(0), multiplies_bfloat16()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
-    scheduler = cosine_schedule(optimizer, round(0.05 * size.steps), size.steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    scheduler = cosine_schedule(optimizer, round(0.05 * STEPS), STEPS)
     balanced = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
     model.train()
-    for _ in progress.bar(range(size.steps), title=title, unit="step"):
-        starts = torch.randint(len(ids) - size.seqlen, (size.batch, 1), generator=generator)
-        batch = ids[starts + torch.arange(size.seqlen)]  # (B, T)
+    for _ in progress.bar(range(STEPS), title=title, unit="step"):
+        starts = torch.randint(len(ids) - SEQLEN, (BATCH, 1), generator=generator)
+        batch = ids[starts + torch.arange(SEQLEN)]  # (B, T)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = model(batch, labels=batch, use_cache=False, **balanced).loss
         loss.backward()
@@ -149,19 +128,18 @@ def train(model, ids, size, title):
         optimizer.zero_grad()
 
 
-def make_model(name, folder, size):
+def make_model(name, folder):
     """Train the model of a name in FAMILIES and save it in a folder of that name, unless it is there."""
     place, start = folder / name, time.monotonic()
     if not (place / "tokenizer_config.json").exists():  # which is written last
-        tokenizer, texts = make_texts(folder / "text", size)
+        tokenizer, texts = make_texts(folder / "text")
         torch.manual_seed(0)
-        model = build(name, size)
-        train(model, torch.tensor(token_ids(tokenizer, "\n\n".join(texts))), size, name)
+        model = build(name)
+        train(model, torch.tensor(token_ids(tokenizer, "\n\n".join(texts))), name)
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
         print(f"{name}: {model.num_parameters() / 1e6:.1f}M parameters, "
-              f"{size.steps * size.batch * size.seqlen / 1e6:.1f}M tokens in {time.monotonic() - start:.0f} s, "
-              f"{place}", flush=True)
+              f"{STEPS * BATCH * SEQLEN / 1e6:.1f}M tokens in {time.monotonic() - start:.0f} s, {place}", flush=True)
 
 
 def main(argv=None):
@@ -169,9 +147,8 @@ def main(argv=None):
     parser.add_argument("families", nargs="*", choices=[*FAMILIES, "all"], default="all")
     names = parser.parse_args(argv).families
     for name in FAMILIES if "all" in names else names:
-        make_model(name, cache_folder() / "small-models", SIZE)
-    return 0
+        make_model(name, cache_folder() / "small-models")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

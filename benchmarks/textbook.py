@@ -8,9 +8,8 @@ from functools import partial
 
 import torch
 
-from mixgpt.common import progress
 from mixgpt.modeling.decoder import layers_of
-from modelutils import HiddenStates, hooked, linears, on_device
+from modelutils import HiddenStates, hooked, in_turn, linears
 from quant import Scheme
 
 
@@ -18,9 +17,8 @@ class Textbook:
     """The Hessian of one linear, as a running mean over its batches, and the pruning of its weight."""
 
     def __init__(self, linear):
-        columns = linear.in_features
         self.linear, self.seen = linear, 0
-        self.H = torch.zeros(columns, columns, device=linear.weight.device)
+        self.H = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
 
     def add_batch(self, X):
         """Add the inputs (1, tokens, in) of one sequence."""
@@ -57,8 +55,7 @@ class Textbook:
                     scores = block[:, i:i + prunem] ** 2 / Ub.diagonal()[i:i + prunem] ** 2
                     mask.scatter_(1, i + scores.topk(prunen, dim=1, largest=False).indices, True)
                 w = block[:, i]
-                q = w if scheme is None else to_grid(w)
-                q = torch.where(mask[:, i], 0, q)
+                q = torch.where(mask[:, i], 0, to_grid(w) if scheme else w)
                 error = (w - q) / Ub[i, i]
                 block[:, i:] -= error[:, None] @ Ub[i, i:][None]
                 pruned[:, i], errors[:, i] = q, error
@@ -68,24 +65,23 @@ class Textbook:
 
 
 @torch.no_grad()
-def prune_model(model, tokens, device, clock, sparsity=0.0, prunen=0, prunem=0, wbits=16, percdamp=0.01):
-    """Prune every linear of every decoder layer on calibration tokens (N, T)."""
+def prune_model(model, tokens, device, clock):
+    """Prune every linear of every decoder layer to 50% on calibration tokens (N, T)."""
     def add(pruner, X):
         with clock.part("Hessian"):
             pruner.add_batch(X)
 
     with clock.part("forward"):
         stream = HiddenStates.embed(model, tokens, 1, device)
-    for index, layer in enumerate(progress.bar(layers_of(model), title="textbook")):
-        with on_device([layer], device):
-            pruners = {module: Textbook(module) for module in linears(layer).values()}
-            with hooked({module: partial(add, pruner) for module, pruner in pruners.items()}), clock.part("forward"):
-                for rows in stream.batches():
-                    stream.forward(layer, index, rows)
-            for pruner in pruners.values():
-                with clock.part("factorisation"):
-                    U = pruner.inverse(percdamp)
-                with clock.part("walk"):
-                    pruner.prune(U, sparsity, prunen, prunem, wbits)
-            with clock.part("forward"):
-                stream.advance(layer, index)
+    for index, layer in in_turn(layers_of(model), device, "textbook"):
+        pruners = {module: Textbook(module) for module in linears(layer).values()}
+        with hooked({module: partial(add, pruner) for module, pruner in pruners.items()}), clock.part("forward"):
+            for rows in stream.batches():
+                stream.forward(layer, index, rows)
+        for pruner in pruners.values():
+            with clock.part("factorisation"):
+                U = pruner.inverse(0.01)
+            with clock.part("walk"):
+                pruner.prune(U, 0.5)
+        with clock.part("forward"):
+            stream.advance(layer, index)

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pyarrow.parquet
 import pytest
@@ -41,8 +42,7 @@ MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "meta-llama/Llam
 SMALL = ("--nsamples", "2", "--seqlen", "32", "--device", "cpu", "--data-dir", "texts")
 LESS = {"benchmarks/accuracy.py": (*SMALL, "--methods", "magnitude", "wanda", "--targets", "50%", "--seeds", "0"),
         "benchmarks/paper.py": SMALL, "benchmarks/small_models.py": ("opt",), "benchmarks/models.py": ("gpt2",)}
-TINY = small_models.Size(width=16, layers=1, heads=2, experts=2, vocabulary=300, seqlen=32, steps=1, train_bytes=20_000,
-                         test_bytes=20_000)
+TINY = {"WIDTH": 16, "VOCABULARY": 300, "SEQLEN": 32, "STEPS": 1, "TRAIN_BYTES": 20_000, "TEST_BYTES": 20_000}
 SCRIPTS = [path for path in sorted((*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")))
            if '__name__ == "__main__"' in path.read_text()]
 
@@ -94,7 +94,8 @@ def texts(tmp_path_factory):
 def small(tmp_path_factory):
     """Give a folder with what `python benchmarks/small_models.py opt` makes, tiny."""
     folder = tmp_path_factory.mktemp("small-models")
-    small_models.make_model("opt", folder, TINY)
+    with mock.patch.multiple(small_models, **TINY):
+        small_models.make_model("opt", folder)
     return folder
 
 
@@ -103,7 +104,8 @@ def workplace(checkpoint_folder, texts, small, tmp_path, monkeypatch):
     """Go to a folder with all that the commands name: models, texts and the files of this repository."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
-    monkeypatch.setattr(small_models, "SIZE", TINY)
+    for name, value in TINY.items():
+        monkeypatch.setattr(small_models, name, value)
     read_little(monkeypatch)
     (tmp_path / ".cache" / "mixgpt").mkdir(parents=True)
     (tmp_path / ".cache" / "mixgpt" / "small-models").symlink_to(small)
@@ -132,7 +134,7 @@ def run_script(name, *arguments):
     try:
         if script.main is cli.main:
             return cli.main(name, [*arguments, *(SMALL[:-2] if "--data-dir" in arguments else SMALL)])
-        return script.main([*arguments, *LESS.get(name, ())])
+        return script.main([*arguments, *LESS.get(name, ())]) or 0
     except SystemExit as stop:  # argparse
         return stop.code
 

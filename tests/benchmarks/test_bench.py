@@ -12,7 +12,7 @@ from conftest import CPU
 from makebelieve import Gpu
 from test_sparsegpt import correlated_inputs, prune_matrix, random, relative_error
 from textbook import Textbook
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from mixgpt.app import inputs
 from mixgpt.kernels import columns
@@ -66,8 +66,8 @@ def test_the_benchmark_of_a_model_prints_the_same_perplexity_twice(checkpoint_fo
 @pytest.fixture
 def small_gpu(monkeypatch, tmp_path):
     """Give a shape that the benchmark for GPUs takes, and a make-believe GPU where there is no real one."""
-    shape = LlamaForCausalLM, LlamaConfig(
-        vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4), 6
+    shape = LlamaConfig(vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                        num_attention_heads=4), 6
     monkeypatch.setattr(gpu, "SHAPES", {"LLaMA-tiny": shape})
     monkeypatch.setattr(gpu, "test_tokens", lambda *asked: inputs.test_tokens(*asked))  # little text
     if torch.cuda.is_available():
@@ -83,8 +83,7 @@ def test_make_gpu_measures_every_method_and_writes_all_it_found(small_gpu, tmp_p
     methods = {name: gpu.METHODS[name] for name in ("SparseGPT", "2:4")}  # the others take long on a make-believe GPU
     monkeypatch.setattr(gpu, "METHODS", methods)
     file = tmp_path / "gpu.json"
-    assert gpu.main(["--output", str(file), "--shapes", "LLaMA-tiny", "--nsamples", "4", "--seqlen", "32", "--device",
-                     "cuda:0", "--no-tests"]) == 0
+    gpu.main(["--output", str(file), "--shapes", "LLaMA-tiny", *"--nsamples 4 --seqlen 32 --device cuda:0".split()])
     results = json.loads(file.read_text())
     assert set(results["LLaMA-tiny"]) == {*gpu.METHODS, "textbook"}
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "50.00%" in line]
