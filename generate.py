@@ -39,22 +39,16 @@ def _parse(argv):
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                         help="dtype of the weights in memory; auto: as stored, but float32 where a CPU is faster in it")
     given = parser.parse_args(argv)
-    _check(given)
-    return vars(given)
-
-
-def _check(given):
-    """Raise InputError for arguments that no model could use."""
-    models = {"model": given.model, "--dense": given.dense}
     check_between("--max-new-tokens", given.max_new_tokens, 1)
     if not (given.temperature == 0 or COLDEST <= given.temperature < float("inf")):
         raise InputError(f"--temperature {given.temperature:g}: must be 0 (greedy) or at least {COLDEST:g}")
     check_between("--seed", given.seed, 0, 2**64 - 1)
     if not given.prompt:
         raise InputError("prompt: is empty; give a text to continue")
-    for flag, name in models.items():
+    for flag, name in {"model": given.model, "--dense": given.dense}.items():
         if name:
             check_model(flag, name)
+    return vars(given)
 
 
 def main(argv=None):

@@ -77,6 +77,17 @@ def on_device(modules, device):
                 module.to("cpu")
 
 
+def in_turn(layers, device, title=None):
+    """Yield (index, layer), each layer on the device until the next one is asked for, which is read meanwhile.
+
+    title: of a progress bar.
+    """
+    for index, layer in enumerate(progress.bar(layers, title=title, leave=False) if title else layers):
+        with on_device([layer], device):
+            prefetch(layers, index + 1, device)
+            yield index, layer
+
+
 def whole(model, device):
     """Keep the whole model on `device` within the block, to run it as usual."""
     return on_device([*rest_of(model).values(), *layers_of(model)], device)
@@ -132,9 +143,9 @@ def place_for(nbytes, device, on_host=False):
 
     The first of these with twice the room, half of it for the work; on_host skips the device.
     """
-    if device.type == "cuda" and not on_host and memory.fits(2 * nbytes, device):
+    if device.type == "cuda" and not on_host and 2 * nbytes <= memory.free(device):
         return "device"
-    return "host" if memory.fits(2 * nbytes, torch.device("cpu")) else "disk"
+    return "host" if 2 * nbytes <= memory.free(torch.device("cpu")) else "disk"
 
 
 def allocate(shape, dtype, device, place):
@@ -261,12 +272,9 @@ def run_layers(model, streams, device, title, step=HiddenStates.advance):
 
     step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
     """
-    layers = layers_of(model)
-    for index, layer in enumerate(progress.bar(layers, title=title, leave=False)):
-        with on_device([layer], device):
-            prefetch(layers, index + 1, device)
-            for stream in streams:
-                step(stream, layer, index)
+    for index, layer in in_turn(layers_of(model), device, title):
+        for stream in streams:
+            step(stream, layer, index)
 
 
 def linears(layer):
@@ -314,11 +322,8 @@ def shared_inputs(layer, index, stream):
 @contextlib.contextmanager
 def hooked(readers, outputs=False):
     """Within the block, call readers[module](input) before each forward of a module, or with its output after it."""
-    handles = [module.register_forward_hook(lambda _, args, output, read=read: read(output)) if outputs
-               else module.register_forward_pre_hook(lambda _, args, read=read: read(args[0]))
-               for module, read in readers.items()]
-    try:
+    with contextlib.ExitStack() as stack:
+        for module, read in readers.items():
+            stack.enter_context(module.register_forward_hook(lambda _, args, output, read=read: read(output)) if outputs
+                                else module.register_forward_pre_hook(lambda _, args, read=read: read(args[0])))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

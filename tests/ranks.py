@@ -8,7 +8,7 @@ from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
 from mixgpt.allocation import synthetic
 from mixgpt.allocation.fisher import output_gradients
-from mixgpt.allocation.plan import global_plan
+from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
@@ -43,7 +43,7 @@ def made(name, true_sequential, wbits, more=""):
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
     if more == "best":
         gradients = output_gradients(streamed, list(selected), tokens, 3, 0.01)
-        plan = global_plan(streamed, selected, gradients.rows, gradients.diagonals, 0.5, 0.15)
+        plan = by_threshold(Budget(selected, Target(0.5), 0.15, gradients=gradients, streamed=streamed))
         options = {"solver": admm, "dense_target": True, "row_weights": gradients.rows,
                    "token_weights": gradients.tokens}
     dense = distill.dense_states(streamed, tokens) if more == "distilled" else None

@@ -3,7 +3,6 @@
 Notation: L = Σ −log p(next token) over the tokens of a sequence; x, y input and output of a layer or linear; g = ∂L/∂y.
 """
 
-import contextlib
 import copy
 import math
 
@@ -12,8 +11,7 @@ import torch
 from mixgpt.common import distributed, memory
 from mixgpt.modeling.decoder import cast
 from mixgpt.modeling.experts import RoutedLinear
-from mixgpt.modeling.streaming import prefetch
-from modelutils import allocate, linears, on_device, place_for
+from modelutils import allocate, in_turn, linears, place_for
 
 HOST = torch.device("cpu")
 SAVED_AFTER = 2e9  # bytes of hidden states at layer boundaries: on a CPU such a chunk takes minutes, and is saved then
@@ -66,21 +64,14 @@ class Chunk:
         border[rows].copy_(hidden, non_blocking=True)
 
     def visit_layers(self, step, backward=False):
-        """Call step(layer, index) with each layer, last to first if backward, while the next one is read.
-
-        The layer is on the device and in self.dtype, and its weights do not require gradients.
-        """
-        order = list(enumerate(self.layers))[::-1 if backward else 1]
-        layers = [layer for _, layer in order]
-        for place, (index, layer) in enumerate(order):
-            with on_device([layer], self.device), _constant(layer, self.dtype) as constant:
-                prefetch(layers, place + 1, self.device)
-                step(constant, index)
+        """Call step(layer, index) with each layer, last to first if backward, on the device and in self.dtype."""
+        layers = list(self.layers)[::-1] if backward else self.layers
+        for place, layer in in_turn(layers, self.device):
+            tensors = [*layer.parameters(), *layer.buffers()]
+            converts = any(tensor.is_floating_point() and tensor.dtype != self.dtype for tensor in tensors)
+            step(copy.deepcopy(layer).to(self.dtype) if converts else layer,
+                 len(layers) - 1 - place if backward else place)
             self.bar.update(len(self.tokens))
-
-    def head(self):
-        """Within the block, give a function from hidden states (n, C) after the last layer to logits."""
-        return self.stream.head(self.model, self.dtype)
 
     def matrices_of(self, layer, index):
         """Return {column of the result: linear} for a layer's matrices."""
@@ -93,19 +84,3 @@ def by_sequence(module, rows, B):
     if isinstance(module, RoutedLinear):
         return module.scatter_to_batch(rows, B)
     return rows.reshape(B, -1, rows.shape[-1])  # even if a layer flattens its input
-
-
-@contextlib.contextmanager
-def _constant(layer, dtype):
-    """Give a layer in dtype whose weights require no gradients within the block: itself, or a copy in another dtype."""
-    tensors = [*layer.parameters(), *layer.buffers()]
-    if any(tensor.is_floating_point() and tensor.dtype != dtype for tensor in tensors):
-        yield copy.deepcopy(layer).to(dtype).requires_grad_(False)
-        return
-    weights = [weight for weight in layer.parameters() if weight.requires_grad]
-    layer.requires_grad_(False)
-    try:
-        yield layer
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)

@@ -42,14 +42,6 @@ class Gradients:
         return gradients
 
 
-def every_second_sequence(tokens):
-    """Return every second of the sequences (N, T): `Gradients` of these give the same perplexity, within 0.5%.
-
-    All of them if a process would get none. Gradients of tokens need all sequences.
-    """
-    return tokens[::2] if len(tokens) >= 2 * distributed.world() else tokens
-
-
 def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
     """Measure the `Gradients` of the loss w.r.t. matrix outputs, with labels sampled from the model's predictions.
 
@@ -144,7 +136,7 @@ def _sampled_backward(chunk, keys, measure, result):
         chunk.borders.pop()
 
     chunk.visit_layers(forward)
-    with chunk.head() as head:
+    with chunk.stream.head(chunk.model, chunk.dtype) as head:
         for rows in batches:
             chunk.write(chunk.borders[-1], rows, _sampled_gradient(chunk, head, rows, keys[rows]))
     chunk.visit_layers(backward, backward=True)

@@ -50,7 +50,7 @@ def curvatures(chunk, keys):
 
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
         chunk.visit_layers(forward)
-        with chunk.head() as head:
+        with chunk.stream.head(chunk.model, chunk.dtype) as head:
             for rows in batches:
                 g, g_dot = _head_tangent(chunk, head, rows, tangents[-1])
                 chunk.write(chunk.borders[-1], rows, g)
@@ -59,40 +59,33 @@ def curvatures(chunk, keys):
     return result.cpu()
 
 
-def _per_sequence(scalars, like):
-    return scalars.view(-1, *[1] * (like.dim() - 1))
-
-
 @contextlib.contextmanager
 def _probed(chunk, layer, index, keys):
     """Perturb the matrices of a layer by ε Z within the block. Yields {column: ε (B,), zeros}."""
-    epsilons, handles = {}, []
-    for column, module in chunk.matrices_of(layer, index).items():
-        Z = torch.stack([signs(module.weight.shape, seeded(*key, *chunk.matrices[column], device=chunk.device),
-                               chunk.dtype) for key in keys])  # (B, out, in)
-        epsilon = torch.zeros(len(keys), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
+    epsilons = {}
+    with contextlib.ExitStack() as stack:
+        for column, module in chunk.matrices_of(layer, index).items():
+            Z = torch.stack([signs(module.weight.shape, seeded(*key, *chunk.matrices[column], device=chunk.device),
+                                   chunk.dtype) for key in keys])  # (B, out, in)
+            epsilon = torch.zeros(len(keys), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
 
-        def perturb(module, args, output, Z=Z, epsilon=epsilon):
-            X = by_sequence(module, args[0], len(Z))  # (B, T, in)
-            change = _per_sequence(epsilon, X) * (X @ Z.mT)
-            if isinstance(module, RoutedLinear):
-                change = change.flatten(0, 1)[module.tokens]
-            return output + change.view(output.shape)
+            def perturb(module, args, output, Z=Z, epsilon=epsilon):
+                X = by_sequence(module, args[0], len(Z))  # (B, T, in)
+                change = epsilon[:, None, None] * (X @ Z.mT)
+                if isinstance(module, RoutedLinear):
+                    change = change.flatten(0, 1)[module.tokens]
+                return output + change.view(output.shape)
 
-        handles.append(module.register_forward_hook(perturb))
-        epsilons[column] = epsilon
-    try:
+            stack.enter_context(module.register_forward_hook(perturb))
+            epsilons[column] = epsilon
         yield epsilons
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _along(chunk, index, rows, x_dot):
     """Return x, a scalar t per sequence, and x + t ẋ: the input of layer `index` displaced along its tangent."""
     x = chunk.read(chunk.borders[index], rows).requires_grad_()
     t = torch.zeros(len(x), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
-    return x, t, x + _per_sequence(t, x) * chunk.read(x_dot, rows)
+    return x, t, x + t.view(-1, *[1] * (x.dim() - 1)) * chunk.read(x_dot, rows)
 
 
 def _layer_tangent(chunk, layer, index, rows, x_dot, keys):

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from mixgpt.common import distributed, progress
+from mixgpt.common import distributed
 from mixgpt.kernels.linalg import upper_inverse
-from mixgpt.modeling.streaming import prefetch
 from mixgpt.pruning.calibration import groups_of, hessians_of
 from mixgpt.pruning.targets import Target
-from modelutils import StreamedModel, hooked, linears, on_device
+from modelutils import StreamedModel, hooked, in_turn, linears
 
 
 @dataclass(frozen=True)
@@ -119,14 +118,6 @@ def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
     return n[min(closest, key=lambda i: shifts[i].abs().item())].int().tolist()
 
 
-def by_threshold(budget):
-    """Set the sparsity of each matrix of a plan.Budget by one global threshold."""
-    gradients = budget.gradients
-    with budget.streamed.clock.part("allocation"):
-        return global_plan(budget.streamed, budget.selected, gradients.rows, gradients.diagonals,
-                           budget.target.sparsity, budget.alpha)
-
-
 @torch.no_grad()
 def inverse_diagonals(streamed, matrices, tokens, percdamp):
     """Return [(H + λI)⁻¹]_cc for the input of each matrix in the dense model, {(layer, name): (in,)} on the host.
@@ -136,44 +127,42 @@ def inverse_diagonals(streamed, matrices, tokens, percdamp):
     """
     stream, device = streamed.embed(tokens[distributed.share(len(tokens))]), streamed.device
     layers, diagonals = streamed.layers[:max(index for index, _ in matrices) + 1], {}
-    for index, layer in enumerate(progress.bar(layers, title="inputs")):
-        with on_device([layer], device):
-            prefetch(layers, index + 1, device)
-            groups = groups_of(layer, index, stream, matrices)
-            hessians, read = hessians_of(layer, stream, groups, tokens.numel(), streamed.clock)
-            with hooked({module: partial(read, module) for module in hessians}):
-                stream.advance(layer, index)
-            for group, hessian in zip(groups, hessians.values(), strict=True):
-                hessian.reduce()
-                hessian.factor(percdamp)
-                diagonal = upper_inverse(hessian.R).square().sum(0).cpu()  # H⁻¹ = Uᵀ U
-                diagonals |= {(index, name): diagonal for name in group}
+    for index, layer in in_turn(layers, device, "inputs"):
+        groups = groups_of(layer, index, stream, matrices)
+        hessians, read = hessians_of(layer, stream, groups, tokens.numel(), streamed.clock)
+        with hooked({module: partial(read, module) for module in hessians}):
+            stream.advance(layer, index)
+        for group, hessian in zip(groups, hessians.values(), strict=True):
+            hessian.reduce()
+            hessian.factor(percdamp)
+            diagonal = upper_inverse(hessian.R).square().sum(0).cpu()  # H⁻¹ = Uᵀ U
+            diagonals |= {(index, name): diagonal for name in group}
     return diagonals
 
 
 @torch.no_grad()
-def global_plan(streamed, selected, gradients, diagonals, sparsity, alpha):
-    """Set every matrix's sparsity by one threshold on w² G_r / [H⁻¹]_cc, clipped to sparsity ± alpha.
+def by_threshold(budget):
+    """Set every matrix's sparsity by one threshold on w² G_r / [H⁻¹]_cc, clipped to the overall one ± alpha.
 
-    streamed: a modelutils.StreamedModel. selected: {(layer, name): (out, in)}. gradients: {(layer, name): G (out,)}.
-    diagonals: from `inverse_diagonals`. Removes exactly round(sparsity · all weights). Returns {(layer, name): Target}.
+    Removes exactly round(sparsity · all weights).
     """
+    streamed, selected, sparsity, alpha = budget.streamed, budget.selected, budget.target.sparsity, budget.alpha
     sizes, device = [out * columns for out, columns in selected.values()], streamed.device
     layers = {index: streamed.layers[index] for index, _ in selected}
 
     def scores():
-        for place, (index, layer) in enumerate(layers.items()):
-            with on_device([layer], device):
-                prefetch(list(layers.values()), place + 1, device)
-                modules = linears(layer)
-                for unit, key in enumerate(selected):
-                    if key[0] == index:
-                        G, diagonal = (values[key].to(device) for values in (gradients, diagonals))
-                        yield unit, modules[key[1]].weight.float().square().mul_(G[:, None]).div_(diagonal)
+        for index, (_, layer) in zip(layers, in_turn(list(layers.values()), device), strict=True):
+            modules = linears(layer)
+            for unit, key in enumerate(selected):
+                if key[0] == index:
+                    G, diagonal = (values[key].to(device) for values in (budget.gradients.rows,
+                                                                         budget.gradients.diagonals))
+                    yield unit, modules[key[1]].weight.float().square().mul_(G[:, None]).div_(diagonal)
 
     least = [int(max(sparsity - alpha, 0) * size) for size in sizes]
     most = [math.ceil(min(sparsity + alpha, 1) * size) for size in sizes]
-    counts = threshold_counts(scores, least, most, round(sparsity * sum(sizes)))
+    with streamed.clock.part("allocation"):
+        counts = threshold_counts(scores, least, most, round(sparsity * sum(sizes)))
     return {key: Target(count / size) for key, count, size in zip(selected, counts, sizes, strict=True)}
 
 

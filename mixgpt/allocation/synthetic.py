@@ -45,8 +45,8 @@ def windows_of(sequences, how):
 
 def has_room(streamed):
     """Return whether the whole model fits on the device, and a window of text beside it."""
-    return memory.fits(bytes_to_load(streamed.model, streamed.device) + _window_bytes(streamed, WINDOW),
-                       streamed.device)
+    needed = bytes_to_load(streamed.model, streamed.device) + _window_bytes(streamed, WINDOW)
+    return needed <= memory.free(streamed.device)
 
 
 @torch.no_grad()

@@ -172,20 +172,17 @@ def load_or_compute(streamed, tokens, sampling, path=None):
         raise InputError(f"{FLAG} {target}: is incomplete and was started with different data or settings")
     check_outputs({FLAG: target}, overwrite=True)  # the place in the cache
 
-    def save(rows):
+    def save(samples):
+        for (layer, name), finite in zip(shapes, samples.isfinite().all(dim=0).tolist(), strict=True):
+            if not finite:
+                raise InputError(f"layer {layer} {name}: its trace is NaN or inf; try --dtype float32")
         if distributed.rank() == 0:
-            _write(target, key, shapes, rows)
+            traces = Traces(estimator, shapes, samples)
+            rows = [{"layer": layer, "name": name, "shape": shape, "trace": mean, "standard_error": error}
+                    for ((layer, name), shape), mean, error in zip(
+                        shapes.items(), traces.mean.tolist(), traces.standard_error.tolist(), strict=True)]
+            content = {"key": key, "matrices": rows, "samples": samples.tolist()}
+            write_output(FLAG, target, json.dumps(content) + "\n")
 
     samples = hessian_traces(streamed, list(shapes), tokens, sampling, stored and stored["samples"], save)
     return Traces(estimator, shapes, samples), target
-
-
-def _write(path, key, shapes, samples):
-    for (layer, name), finite in zip(shapes, samples.isfinite().all(dim=0).tolist(), strict=True):
-        if not finite:
-            raise InputError(f"layer {layer} {name}: its trace is NaN or inf; try --dtype float32")
-    traces = Traces(key["estimator"], shapes, samples)
-    rows = [{"layer": layer, "name": name, "shape": shape, "trace": mean, "standard_error": error}
-            for ((layer, name), shape), mean, error in zip(
-                shapes.items(), traces.mean.tolist(), traces.standard_error.tolist(), strict=True)]
-    write_output(FLAG, path, json.dumps({"key": key, "matrices": rows, "samples": samples.tolist()}) + "\n")

@@ -70,10 +70,13 @@ def prune(model, dataset, tokenizer=None, **options):
         raise InputError("model: its matrices are packed, and can only be evaluated; load it with packed=False")
     if not in_memory:
         return Result(pipeline.run(settings, texts=texts))
-    device, replaced = model.device, use_linears(model)
+    device, trained = model.device, [weight for weight in model.parameters() if weight.requires_grad]
+    replaced = use_linears(model)
     try:
-        return Result(pipeline.run(settings, None, model.to("cpu").eval(), tokenizer, texts))
+        return Result(pipeline.run(settings, None, model.to("cpu").eval().requires_grad_(False), tokenizer, texts))
     finally:
+        for weight in trained:
+            weight.requires_grad_(True)
         restore(model, replaced)
         model.to(device)
 

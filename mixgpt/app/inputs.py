@@ -64,15 +64,15 @@ def check(settings, device, clock, model=None, tokenizer=None):
     widening, uncalled = selfcheck.check(settings.model, skeleton)
     selected = select(skeleton, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
         "--prunem": settings.prunem, "--groupsize": settings.groupsize}, uncalled) if settings.compresses else {}
-    inputs = Inputs(settings, device, clock, config, choose_seqlen(settings.seqlen, config), tokenizer,
-                    selected, uncalled, model)
-    if settings.needs_calibration:
-        _check_sequences(inputs, widening)
     if settings.sensitivity_file:
         traces.read(settings.sensitivity_file, traces.matrices_of(skeleton), settings.sensitivity)
     tokenizer = tokenizer or load.load_tokenizer(settings.model)
     settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer))
-    return replace(inputs, settings=settings, tokenizer=tokenizer)
+    inputs = Inputs(settings, device, clock, config, choose_seqlen(settings.seqlen, config), tokenizer, selected,
+                    uncalled, model)
+    if settings.needs_calibration:
+        _check_sequences(inputs, widening)
+    return inputs
 
 
 def _check_sequences(inputs, widening):
@@ -99,39 +99,33 @@ def distillation_windows(settings, seqlen):
     return windows_of(torch.empty(settings.synthetic_counts()[1], seqlen, dtype=torch.long), GENERATED)
 
 
-def size_on_disk(inputs):
-    """Return the bytes of finished layers and of the result, which is written beside them, rather more than less."""
-    return load.size(load.skeleton(inputs.config), inputs.dtype) * (2 if inputs.selected else 1)
-
-
 def read_texts(inputs, texts=None):
-    """Return the `Inputs` with calibration and test tokens and the tasks.
+    """Read calibration and test tokens and the tasks into the `Inputs`.
 
     texts: calibration text in memory, a list of strings or tokens (N, T).
     """
-    settings, tokens, tests, sources = inputs.settings, None, {}, {}
-    if isinstance(texts, torch.Tensor):
-        tokens, sources["calibration"] = texts.to("cpu"), {"dataset": settings.dataset, "tokens": digest(texts)}
+    settings, tokenizer, sources = inputs.settings, inputs.tokenizer, inputs.sources
+    if settings.needs_calibration and isinstance(texts, torch.Tensor):
+        inputs.calibration = texts.to("cpu")
+        sources["calibration"] = {"dataset": settings.dataset, "tokens": digest(inputs.calibration)}
     elif settings.needs_calibration:
-        tokens, sources["calibration"] = calibration_samples(
-            settings.dataset if texts is None else texts, settings.nsamples, inputs.seqlen, settings.seed,
-            inputs.tokenizer, settings.data_dir, settings.bos)
+        inputs.calibration, sources["calibration"] = calibration_samples(
+            settings.dataset if texts is None else texts, settings.nsamples, inputs.seqlen, settings.seed, tokenizer,
+            settings.data_dir, settings.bos)
     for name in settings.eval:
-        segments, sources[name] = test_tokens(name, inputs.seqlen, inputs.tokenizer, settings.data_dir, settings.bos)
-        tests[name] = segments[:settings.eval_limit]
-    for part in ([] if tokens is None else [tokens]) + list(tests.values()):
-        if part.max() >= inputs.config.vocab_size:
-            raise InputError(f"model {settings.model}: its tokenizer gives token {part.max()}, but its vocabulary has "
-                             f"{inputs.config.vocab_size}")
-    inputs = replace(inputs, calibration=tokens if settings.needs_calibration else None, tests=tests, sources=sources)
+        segments, sources[name] = test_tokens(name, inputs.seqlen, tokenizer, settings.data_dir, settings.bos)
+        inputs.tests[name] = segments[:settings.eval_limit]
+    for tokens in filter(torch.is_tensor, (inputs.calibration, *inputs.tests.values())):
+        if tokens.max() >= inputs.config.vocab_size:
+            raise InputError(f"model {settings.model}: its tokenizer gives token {tokens.max()}, but its vocabulary "
+                             f"has {inputs.config.vocab_size}")
     if not settings.tasks:
-        return inputs
+        return
     try:
         from mixgpt.evaluation import tasks  # lm-eval is an optional dependency
     except ImportError as error:
         raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
     chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
-    tasks.check(chosen, inputs.tokenizer, load.size(load.skeleton(inputs.config), inputs.dtype), inputs.device)
-    return replace(inputs, score_tasks=lambda model, batch_size: tasks.score(
-        chosen, model, inputs.tokenizer, settings.limit, batch_size * inputs.seqlen, inputs.device,
-        settings.bos))
+    tasks.check(chosen, tokenizer, load.size(load.skeleton(inputs.config), inputs.dtype), inputs.device)
+    inputs.score_tasks = lambda model, batch_size: tasks.score(
+        chosen, model, tokenizer, settings.limit, batch_size * inputs.seqlen, inputs.device, settings.bos)

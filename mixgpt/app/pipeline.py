@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from mixgpt.app import compression, planning, report
-from mixgpt.app.inputs import check, read_texts, size_on_disk
+from mixgpt.app.inputs import check, read_texts
 from mixgpt.app.run import opened
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
@@ -41,10 +41,11 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
             return report.publish(settings, record)
         with clock.part("load"):
             inputs = check(settings, device, clock, model, tokenizer)
-            folder = stack.enter_context(RunDir(settings.save, settings.save_format, size_on_disk(inputs),
-                                                settings.resume, settings.overwrite)) if settings.save else None
+            size = load.size(load.skeleton(inputs.config), inputs.dtype) * (2 if inputs.selected else 1)
+            folder = stack.enter_context(RunDir(settings.save, settings.save_format, size, settings.resume,
+                                                settings.overwrite)) if settings.save else None
         with clock.part("data"):
-            inputs = read_texts(inputs, texts)
+            read_texts(inputs, texts)
         current = stack.enter_context(opened(inputs, folder, command))
         if settings.dense or settings.method == "dense":
             evaluate(current, "dense")

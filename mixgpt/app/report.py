@@ -183,17 +183,16 @@ def sparsity_table(record):
     for row in others:
         kinds[f"left dense: {kind_of(row['name'])}"].append(row)
     totals = {"total": matrices} | ({"total with these": matrices + others} if others else {})
-    lines = [_line(title, rows, title in totals) for title, rows in (kinds | totals).items()]
+    lines = []
+    for title, rows in (kinds | totals).items():
+        numel = sum(math.prod(row["shape"]) for row in rows)
+        zeros = sum(round(row["sparsity"] * math.prod(row["shape"])) for row in rows)
+        shapes = sorted({"x".join(map(str, row["shape"])) for row in rows})
+        errors = [row["error"] for row in rows if "error" in row]
+        shape, error = ((f"{numel:,}", "") if title in totals else
+                        (", ".join(shapes), f"{mean(errors):.2%}" if errors else "-"))
+        lines.append([title, str(len(rows)), shape, f"{zeros / numel:.2%}", error])
     return table(["matrix kind", "count", "shape", "sparsity", "error"], lines)
-
-
-def _line(title, rows, is_total):
-    numel = sum(math.prod(row["shape"]) for row in rows)
-    zeros = sum(round(row["sparsity"] * math.prod(row["shape"])) for row in rows)
-    shapes = sorted({"x".join(map(str, row["shape"])) for row in rows})
-    errors = [] if is_total else [row["error"] for row in rows if "error" in row]
-    return [title, str(len(rows)), f"{numel:,}" if is_total else ", ".join(shapes), f"{zeros / numel:.2%}",
-            f"{mean(errors):.2%}" if errors else "" if is_total else "-"]
 
 
 def perplexity_table(perplexities):

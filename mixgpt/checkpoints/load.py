@@ -3,24 +3,15 @@
 import contextlib
 import copy
 import hashlib
-import io
 import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path, PurePath
 
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GgufConfig,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_NAME
 
@@ -28,7 +19,7 @@ from mixgpt.checkpoints.sparse import METHOD
 from mixgpt.common.choices import FORMATS
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder
-from mixgpt.common.texts import hub_reachable, unlogged
+from mixgpt.common.texts import hub_reachable, silenced
 from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import is_split, layout_of, use_linears
@@ -46,9 +37,7 @@ BESIDE_GGUF = ("*.jinja", f"{CHAT_TEMPLATE_DIR}/*")  # what transformers reads b
 @contextlib.contextmanager
 def _reading(model, part):
     """Be `reading` for a part of a model, without the logs and progress bars of transformers."""
-    shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    with reading(f"model {model}: {part}"), shown, unlogged(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with reading(f"model {model}: {part}"), silenced():
         try:
             yield
         except (OSError, ValueError) as error:
@@ -88,7 +77,7 @@ def _converted(file):
     check_links(file, file.parent, BESIDE_GGUF)
     with _reading(file, "the file cannot be read"):
         loaded = from_pretrained(file, str(file.parent), torch.float32, gguf_file=file.name,
-                                 quantization_config=GgufConfig(dequantize=True))
+                                 quantization_config=transformers.GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, **NO_CODE)
     _check_templates(file, tokenizer)
     for key, weight in loaded.named_parameters():
@@ -233,7 +222,7 @@ def load_model(model, dtype):
     use_linears(loaded)
     for parameter in loaded.parameters():
         parameter.data = parameter.data.contiguous()  # .bin files may hold views whose elements share memory
-    return loaded.eval()
+    return loaded.eval().requires_grad_(False)
 
 
 def read_model(model, dtype, packed=False):
@@ -283,5 +272,5 @@ def open_model(model, config, dtype):
         if not streaming.attach_disk_weights(opened, stored):
             return load_model(model, dtype)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
-            opened.generation_config = GenerationConfig.from_pretrained(name, **arguments)
+            opened.generation_config = transformers.GenerationConfig.from_pretrained(name, **arguments)
     return opened

@@ -40,9 +40,12 @@ def encode(W, grid=None):
         bits = description["wbits"] = grid.scheme.wbits
         if grid.scheme.name != "uniform":
             description["grid"] = grid.scheme.name
-        codes = grid.codes(W)
-        parts, values = _grid_parts(grid), codes.flatten()
-        kept = (codes != grid.zero[:, grid.group]).flatten()
+        codes, parts = grid.codes(W), {"scale": grid.scale}
+        if not (grid.zero == 2 ** (bits - 1)).all():
+            parts["zero"] = pack(grid.zero, bits)
+        if not torch.equal(grid.group, consecutive(W.shape[1], grid.scale.shape[1])):
+            parts["group"] = grid.group
+        values, kept = codes.flatten(), (codes != grid.zero[:, grid.group]).flatten()
     if W.numel() + bits * int(kept.sum()) < bits * W.numel():
         parts["mask"], values = pack(kept, 1), values[kept]
     if grid is None:
@@ -50,16 +53,6 @@ def encode(W, grid=None):
     else:
         parts["codes"] = pack(values, bits)
     return parts, description | {"parts": sorted(parts)}
-
-
-def _grid_parts(grid):
-    groups, columns = grid.scale.shape[1], len(grid.group)
-    parts = {"scale": grid.scale}
-    if not (grid.zero == 2 ** (grid.scheme.wbits - 1)).all():
-        parts["zero"] = pack(grid.zero, grid.scheme.wbits)
-    if not torch.equal(grid.group, consecutive(columns, groups)):
-        parts["group"] = grid.group
-    return parts
 
 
 def consecutive(columns, groups):

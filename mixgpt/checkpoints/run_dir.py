@@ -38,7 +38,14 @@ class RunDir(LayerFiles):
         if self.writes:
             self.is_new, self.overwrites = not self.path.exists(), overwrite and (self.path / RECORD).is_file()
             self._check(nbytes)
-            self._lock()
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock = (self.folder / "lock").open("a")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"{self.place}: is in use by another run") from error
+            except OSError as error:
+                raise InputError(f"{self.place}: cannot be used ({error.strerror}); name another folder") from error
             if is_interrupted_run(self.path) and not resume:
                 self.lock.close()
                 raise InputError(f"{self.place}: holds an interrupted run; continue it with --resume, or remove the "
@@ -57,16 +64,6 @@ class RunDir(LayerFiles):
             raise InputError(f"{self.place}: finished layers and the result need {needed / 1e9:.3f} GB, "
                              f"{free / 1e9:.3f} GB are free there")
 
-    def _lock(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.folder / "lock").open("a")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{self.place}: is in use by another run") from error
-        except OSError as error:
-            raise InputError(f"{self.place}: cannot be used ({error.strerror}); name another folder") from error
-
     def __exit__(self, *error):
         super().__exit__(*error)
         if self.writes:
@@ -78,10 +75,20 @@ class RunDir(LayerFiles):
             self.lock.close()
 
     def open(self, model, identity):
-        """Start a run, or go on with the one interrupted here. identity: what both must share, {flag: value}."""
+        """Start a run, or go on with the one interrupted here. identity: what both must share, {flag: value}.
+
+        Raises InputError if run.json cannot be read, or is that of another run.
+        """
         identity = {"version of this program": __version__} | identity
         if self.writes and is_interrupted_run(self.path):
-            self.run = self._interrupted(identity)
+            with self._reading(self.folder / "run.json"):
+                self.run = json.loads((self.folder / "run.json").read_text())
+            check_signature(self.run, f"--resume: the run in {self.path}")
+            before = self.run["identity"]
+            for flag in before | identity:
+                if before.get(flag) != identity.get(flag):
+                    raise InputError(f"--resume: {flag} was {before.get(flag)} in the interrupted run in {self.path}, "
+                                     f"now it is {identity.get(flag)}")
             for file in (file for pattern in PARTIAL for file in self.path.rglob(pattern)):
                 file.unlink()
         elif self.writes:
@@ -96,18 +103,6 @@ class RunDir(LayerFiles):
         super().open(model)
         if isinstance(self.run.get("distilled"), dict):  # not a reason why there is no distilled model
             self.take_distilled()
-
-    def _interrupted(self, identity):
-        """Return the content of run.json. Raises InputError if it cannot be read, or is that of another run."""
-        with self._reading(self.folder / "run.json"):
-            run = json.loads((self.folder / "run.json").read_text())
-        check_signature(run, f"--resume: the run in {self.path}")
-        before = run["identity"]
-        for flag in before | identity:
-            if before.get(flag) != identity.get(flag):
-                raise InputError(f"--resume: {flag} was {before.get(flag)} in the interrupted run in {self.path}, now "
-                                 f"it is {identity.get(flag)}")
-        return run
 
     def _reading(self, file):
         return reading(f"--resume: {file} cannot be read; remove {self.path} to start over")

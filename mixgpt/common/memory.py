@@ -26,11 +26,6 @@ def free(device):
     return int(USABLE * nbytes)
 
 
-def fits(nbytes, device):
-    """Return whether new tensors of nbytes fit on a device."""
-    return nbytes <= free(device)
-
-
 @dataclass(frozen=True)
 class MemoryPlan:
     """How a step uses the device's memory, from the fastest plan to the most economical one."""

@@ -7,12 +7,15 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import logging
 import math
 import os
 import re
+import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,11 +157,16 @@ def hub_reachable():
 
 
 @contextlib.contextmanager
-def unlogged():
-    """Suppress the logs of libraries: we report their exceptions in one line, where they would log a table."""
+def silenced():
+    """Suppress the logs and warnings of libraries and, without a terminal, their progress bars.
+
+    We report their exceptions in one line, where they would log a table.
+    """
+    shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     logging.disable()
     try:
-        yield
+        with shown, warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         logging.disable(logging.NOTSET)
 
@@ -249,5 +257,4 @@ def _text_of(row, subject, columns):
 
 
 def _digest(rows):
-    """Return the sha256 of rows."""
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -8,8 +8,7 @@ import torch
 from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common import distributed
 from mixgpt.modeling.decoder import layers_of
-from mixgpt.modeling.streaming import prefetch
-from modelutils import SLICE, HiddenStates, linears, on_device, other_weights, run_layers
+from modelutils import SLICE, HiddenStates, in_turn, linears, other_weights, run_layers
 
 
 @torch.no_grad()
@@ -60,11 +59,9 @@ class MatrixSparsity:
 
 def measure_weights(model, device):
     """Count the zeros of the decoder layers on a device. Returns the lists of `count_zeros` of all layers."""
-    layers, matrices, others = layers_of(model), [], []
-    for index, layer in enumerate(layers):
-        with on_device([layer], device):
-            prefetch(layers, index + 1, device)
-            of_linears, of_others = count_zeros(index, layer)
+    matrices, others = [], []
+    for index, layer in in_turn(layers_of(model), device):
+        of_linears, of_others = count_zeros(index, layer)
         matrices += of_linears
         others += of_others
     return matrices, others

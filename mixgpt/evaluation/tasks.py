@@ -28,7 +28,7 @@ from datautils import encode, first_token, token_ids
 from mixgpt.common import distributed, memory, progress
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
-from mixgpt.common.texts import hub_reachable, unlogged
+from mixgpt.common.texts import hub_reachable, silenced
 from mixgpt.evaluation.generation import complete
 from modelutils import SLICE, HiddenStates, run_layers, whole
 
@@ -70,14 +70,11 @@ def load(names, folder, limit):
 @contextlib.contextmanager
 def _silent():
     """Suppress lm-eval's output and logs and, without a terminal, its progress bars; ours pass."""
-    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    with (unlogged(), progress.shown_on(sys.stderr), contextlib.redirect_stdout(io.StringIO()),
-          contextlib.redirect_stderr(shown)):
+    with progress.shown_on(sys.stderr), contextlib.redirect_stdout(io.StringIO()), silenced():
         yield
 
 
 def _run(lm, chosen, limit, bootstrap):
-    """Run lm-eval on a model. Returns its results."""
     for task in chosen["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -91,7 +88,7 @@ def check(chosen, tokenizer, nbytes, device):
         raise InputError("--tasks: the model's tokenizer has no token for the begin or the end of a text")
     for name, task in chosen["tasks"].items():
         kinds = {instance.request_type for instance in task.instances}
-        if "generate_until" in kinds and not memory.fits(nbytes, device):
+        if "generate_until" in kinds and nbytes > memory.free(device):
             raise InputError(f"--tasks {name}: generates text, for which all {nbytes / 1e9:.1f} GB of the model must "
                              f"fit in memory; {memory.free(device) / 1e9:.1f} GB are free on {device}")
         if any(instance.request_type == "loglikelihood" and not "".join(instance.args) for instance in task.instances):

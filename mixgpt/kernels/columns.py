@@ -7,6 +7,7 @@ import numba
 import numpy as np
 import torch
 
+from mixgpt.common.errors import one_line
 from mixgpt.kernels.selection import smallest_in_groups
 
 TILE = 64  # rows of W at a time
@@ -153,12 +154,17 @@ def _choose(W, remove, factors, scores, rank, group, width, prunen):
 
 @functools.cache
 def triton_obstacle(device):
-    """Return why the Triton kernel cannot run on a GPU, trying it once; None if it can."""
+    """Return why the Triton kernel cannot run on a GPU, by trying it once; None if it can.
+
+    Triton compiles a launcher at run time, which needs a C compiler and the driver's libraries.
+    """
+    W, E, mask = torch.ones(2, 2, device=device), torch.empty(2, 2, device=device), torch.ones(2, 2, device=device) > 0
     try:
         from mixgpt.kernels import columns_cuda  # only with a GPU
-    except (ImportError, OSError, RuntimeError) as error:
-        return " ".join(str(error).split())
-    return columns_cuda.obstacle(device)
+        columns_cuda.walk_columns(W, E, torch.eye(2, device=device), mask, None, None)
+    except Exception as error:  # of the import, Triton, the compiler or the driver
+        return one_line(error)[:200]
+    return None
 
 
 def fastest(W, grid=None):

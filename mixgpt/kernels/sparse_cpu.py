@@ -152,7 +152,6 @@ class _Emitter:
         b.ret_void()
 
     def _row(self, row):
-        """Emit the steps over a row."""
         b, kernel, at, (_, width, steps, step_of_way) = self.b, self.kernel, self.at, self.way
         kind = F32 if width == 1 else ir.VectorType(F32, min(width, 16))
         start = b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64)
@@ -178,7 +177,11 @@ class _Emitter:
                             b.store(self._dot(b.load(total), part, part_x), total)
         for token, totals in enumerate(sums):
             total = functools.reduce(b.fadd, map(b.load, totals))
-            self._result(b.add(b.mul(I64(token), at["rows"]), row), total)
+            if width > 1:
+                total = self._call(f"llvm.vector.reduce.fadd.{_name(kind)}", F32, F32(-0.0), total,
+                                   fastmath=("reassoc",))
+            self._store(self._round(total) if kernel.bfloat16 else total, b.add(b.mul(I64(token), at["rows"]), row),
+                        2 if kernel.bfloat16 else 4)
 
     # steps: each returns the weights of the next columns, 0 where pruned, and moves `place` on. The iteration starts at
     # column `first` of the row, weight `flat` of the matrix; `done` of its columns precede the step.
@@ -272,7 +275,6 @@ class _Emitter:
         return b.select(b.icmp_signed(">", number, last), tail, self.at["data"])
 
     def _packed(self, kind, index):
-        """Return packed numbers from an index on."""
         return self._load(kind, self.base, index, self.size)
 
     def _spread(self, values, mask, other=0):
@@ -288,7 +290,6 @@ class _Emitter:
                           _all(values.type, other), b.bitcast(mask, ir.VectorType(I1, values.type.count)))
 
     def _floats(self, values):
-        """Return values in float32."""
         stored, wide = self.kernel.dtype, lambda kind: _like(values.type, kind)
         if stored == torch.bfloat16:
             bits = self.b.shl(self.b.zext(values, wide(I32)), _all(wide(I32), 16))
@@ -329,13 +330,6 @@ class _Emitter:
             pairs = [half for column in range(32) for half in (column, column + 32)]
             weights = self.b.shuffle_vector(*parts, ir.Constant(ir.VectorType(I32, 64), pairs))
         self._store(weights if self.way.width >= 32 else self._round(weights), flat, self.kernel.dtype.itemsize)
-
-    def _result(self, place, total):
-        """Write the sum of a row."""
-        if isinstance(total.type, ir.VectorType):
-            total = self._call(f"llvm.vector.reduce.fadd.{_name(total.type)}", F32, F32(-0.0), total,
-                               fastmath=("reassoc",))
-        self._store(self._round(total) if self.kernel.bfloat16 else total, place, 2 if self.kernel.bfloat16 else 4)
 
     def _load(self, kind, base, index, size=1):
         address = self.b.add(base, self.b.mul(index, I64(size)))

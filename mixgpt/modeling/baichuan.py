@@ -19,11 +19,7 @@ from transformers import (
     LlamaModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 ROTARY = {4096: True, 5120: False}  # by hidden size, in the published models
@@ -69,19 +65,16 @@ class BaichuanAttention(LlamaAttention):
         return self.o_proj(output.reshape(B, T, C)), weights
 
 
-def alibi_slopes(heads):
-    """Return the slope of every head: 2^(−8i/n), i = 1 … n, n the largest power of two that fits; the remaining heads
-    take every other slope of 2n heads (arXiv 2108.12409, section 3 and its code)."""
-    n = 2 ** math.floor(math.log2(heads))
-    return [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
-
-
-def alibi_mask(slopes, queries, keys, attention_mask, dtype, device):
+def alibi_mask(heads, queries, keys, attention_mask, dtype, device):
     """Return the bias for the scores of the last `queries` of `keys` positions: (1 or B, heads, queries, keys).
 
-    −slope · distance for earlier positions, the lowest finite number elsewhere. attention_mask: (B, keys), 0 for
-    padding, or None. Distances, not positions: small numbers are exact in bfloat16, and left padding shifts nothing.
+    −slope · distance for earlier positions, the lowest finite number elsewhere. Slopes are 2^(−8i/n), i = 1 … n, n the
+    largest power of two that fits; the remaining heads take every other slope of 2n heads (arXiv 2108.12409, section 3
+    and its code). attention_mask: (B, keys), 0 for padding, or None. Distances, not positions: small numbers are exact
+    in bfloat16, and left padding shifts nothing.
     """
+    n = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
     position = torch.arange(keys, device=device)
     distance = position[keys - queries:, None] - position
     bias = -torch.tensor(slopes, device=device)[:, None, None] * distance
@@ -110,7 +103,7 @@ class BaichuanModel(LlamaModel):
             source = input_ids if input_ids is not None else inputs_embeds
             queries = source.shape[1]
             keys = queries + (cache.get_seq_length() if cache is not None else 0)
-            attention_mask = alibi_mask(alibi_slopes(self.config.num_attention_heads), queries, keys, attention_mask,
+            attention_mask = alibi_mask(self.config.num_attention_heads, queries, keys, attention_mask,
                                         self.embed_tokens.weight.dtype, source.device)
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, cache=cache,
                                inputs_embeds=inputs_embeds, **kwargs)

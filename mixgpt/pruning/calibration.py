@@ -100,7 +100,7 @@ class Calibration:
         in_turn, stops = recipe.true_sequential and groups, dict(zip(groups, hessians, strict=True))
         with contextlib.ExitStack() as recording:
             if experts:
-                recording.enter_context(experts.pooling())
+                recording.enter_context(hooked(experts.readers))
             if twin:
                 recording.enter_context(twin.recording())
             if in_turn:
@@ -172,39 +172,30 @@ class ExpertInputs:
             for module in layer.modules() if is_split(module)}
         self.pools = {linear: pool for experts, pool in self.pooled_hessians.items()  # of those that read its tokens
                       for name, linear in experts.named_modules() if name.endswith(("gate_proj", "up_proj"))}
+        self.readers = {module: pool.add_batch for module, pool in self.pooled_hessians.items()}
         self.reduced = False
         self.undersampled = []  # names and tokens of linears with fewer tokens than columns
 
-    def pooling(self):
-        """Within the block, add all tokens that enter experts to the pooled Hessians."""
-        return hooked({experts: pool.add_batch for experts, pool in self.pooled_hessians.items()})
-
     def complete(self, hessian, module):
-        """Sum the Hessian of a module's input over all processes, fill it up if need be, and return it."""
+        """Sum the Hessian of a module's input over all processes, and return it.
+
+        An expert's rank-deficient one is topped up as if it had seen as many tokens as it has columns: for gate and up
+        projections by the mean over all tokens that enter the layer's experts, else by a multiple of the identity.
+        """
         hessian.reduce()
         if isinstance(module, RoutedLinear):
             if not self.reduced:  # all tokens have entered the experts before the first one is pruned
                 for pool in self.pooled_hessians.values():
                     pool.reduce()
                 self.reduced = True
-            if hessian.tokens < hessian.columns:
-                fill_up_expert_hessian(hessian, self.pools.get(module))
+            if (missing := hessian.columns - hessian.tokens) > 0:
+                if pool := self.pools.get(module):
+                    hessian.H.add_(pool.H, alpha=missing / pool.tokens)
+                else:
+                    mean = hessian.H.diagonal().mean() / max(hessian.tokens, 1)
+                    hessian.H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
                 self.undersampled.append(f"{self.modules[module]} ({hessian.tokens})")
         return hessian
-
-
-def fill_up_expert_hessian(hessian, pool):
-    """Top up an expert's rank-deficient Hessian, in place, as if it had seen as many tokens as it has columns.
-
-    pool: the Hessian of all tokens that enter the layer's experts, of which gate and up projections get the mean. None
-    for down projections, which get a multiple of the identity.
-    """
-    missing = hessian.columns - hessian.tokens
-    if pool:
-        hessian.H.add_(pool.H, alpha=missing / pool.tokens)
-    else:
-        mean = hessian.H.diagonal().mean() / max(hessian.tokens, 1)
-        hessian.H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
 
 
 def one_pass_bytes(streamed, selected, shape, dense_target, admm):

@@ -124,18 +124,6 @@ class _Search:
                 for position, (name, scale) in enumerate(writers)]
 
 
-def _aligned(module, x, tokens, X):
-    """Return a linear's input x in the dense model for the tokens of X in the pruned one.
-
-    Of an expert, x has the dense model's `tokens`; those that the pruned model routes there alone keep X.
-    """
-    if not isinstance(module, RoutedLinear):
-        return x
-    aligned = module.scatter_to_batch(X, 1)[0]
-    aligned[tokens] = x
-    return aligned[module.tokens]
-
-
 class DenseTwin:
     """The dense copy of a layer and what it computes, batch by batch; the pruned layer runs each batch after it.
 
@@ -172,7 +160,11 @@ class DenseTwin:
         """
         batch, self._taken[module] = self._taken[module], self._taken[module] + 1
         x, tokens = self._inputs[module].popleft()
-        gap = SHARE * (_aligned(module, x, tokens, X) - X)
+        if isinstance(module, RoutedLinear):  # tokens that the pruned model alone routes here keep X
+            of_batch = module.scatter_to_batch(X, 1)[0]
+            of_batch[tokens] = x
+            x = of_batch[module.tokens]
+        gap = SHARE * (x - X)
         if module not in self._lags or module not in self._alone:
             return {"input_gap": gap}
         lag = self._lags[module][batch]

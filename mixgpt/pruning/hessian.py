@@ -6,14 +6,7 @@ Notation: Y = X Wᵀ with W (out, in); H = (2/N) Xᵀ X (in, in) over N sequence
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.linalg import (
-    add_product,
-    damping,
-    exact_bfloat16,
-    rowwise_quadratic_form,
-    upper_blocks,
-    upper_cholesky,
-)
+from mixgpt.kernels.linalg import add_product, damping, exact_bfloat16, upper_blocks, upper_cholesky
 
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H can be factored
 
@@ -103,10 +96,6 @@ class InputHessian:
         H = self.H[self.order][:, self.order].clone()
         H.diagonal().add_(damping(self.h, self.percdamp))
         return H
-
-    def rowwise_quadratic_form(self, A):
-        """Return ‖a X‖² for every row a of A (rows, in), up to the scale of H. Columns in the order of the input."""
-        return rowwise_quadratic_form(A, self.H)
 
     def optimum(self, W):
         """Return the target weights W* (out, in) that pruning should approximate, columns in the order of the walk.

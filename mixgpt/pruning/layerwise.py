@@ -10,11 +10,10 @@ import torch
 
 from mixgpt.common import distributed, progress
 from mixgpt.kernels.selection import smallest, smallest_per_row
-from mixgpt.modeling.streaming import prefetch
 from mixgpt.pruning.calibration import Calibration
 from mixgpt.pruning.solvers import prune_in_place
 from mixgpt.pruning.targets import Outcome
-from modelutils import linears, on_device
+from modelutils import in_turn, linears
 from quant import meet_sparsities, quantize_nearest
 
 
@@ -57,8 +56,7 @@ def layers_in_turn(streamed, layers, title, outcomes, files=None, observe=None, 
     saved with the layer, and added to `outcomes`. So are those of layers that an interrupted run has finished; the
     calibration, if any, passes through these.
     """
-    clock, device = streamed.clock, streamed.device
-    finished = files.resume_from(len(layers)) if files else []
+    clock, finished = streamed.clock, files.resume_from(len(layers)) if files else []
     first = len(finished)
     for index, of_layer in enumerate(finished):
         if calibration:
@@ -66,17 +64,15 @@ def layers_in_turn(streamed, layers, title, outcomes, files=None, observe=None, 
         else:
             files.load_layer(index)
         outcomes |= of_layer
-    with progress.bar(range(first, len(layers)), title=title, initial=first, total=len(layers)) as bar:
-        for index in bar:
-            layer, new, start = layers[index], {}, time.perf_counter()
-            with on_device([layer], device):
-                prefetch(layers, index + 1, device)
-                yield index, layer, new, bar
-                if observe:
-                    observe(index, layer, new, start)
-                if files:
-                    with clock.part("save"):
-                        files.save_layer(index, layer, new)
+    with progress.bar(in_turn(layers[first:], streamed.device), title=title, initial=first, total=len(layers)) as bar:
+        for place, layer in bar:
+            index, new, start = first + place, {}, time.perf_counter()
+            yield index, layer, new, bar
+            if observe:
+                observe(index, layer, new, start)
+            if files:
+                with clock.part("save"):
+                    files.save_layer(index, layer, new)
             outcomes |= new
     if files:
         with clock.part("save"):

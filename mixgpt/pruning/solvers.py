@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mixgpt.common import distributed
+from mixgpt.kernels.linalg import rowwise_quadratic_form
 from mixgpt.kernels.selection import smallest
 from mixgpt.pruning.admm import admm_pruner
 from mixgpt.pruning.hessian import InputHessian, relative_errors
@@ -112,11 +113,11 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     W, counts = torch.cat(shares).float(), [len(rows) for rows in shares]
     if row_weights is not None:
         row_weights = torch.cat([of_rows[distributed.share(len(of_rows))] for of_rows in row_weights.split(sizes)])
-    whole = hessian.rowwise_quadratic_form(W)
+    whole = rowwise_quadratic_form(W, hessian.H)
     optima = list(hessian.optimum(W).split(counts))
     pruned = recipe.solver(Problem(hessian, optima, targets, recipe, dtype, row_weights))
     W_hat = torch.cat([matrix for matrix, _ in pruned])[:, hessian.inverse_order].to(dtype)
-    errors = relative_errors(hessian.rowwise_quadratic_form(W.sub_(W_hat)), whole, counts)
+    errors = relative_errors(rowwise_quadratic_form(W.sub_(W_hat), hessian.H), whole, counts)
     for weight, new in zip(weights, distributed.all_gather_shares(W_hat.split(counts), sizes), strict=True):
         weight.copy_(new)
     return [(error, grid and replace(grid.gathered(rows), group=grid.group[hessian.inverse_order]))

@@ -8,13 +8,13 @@ from conftest import CPU, make
 from makebelieve import CUDA, Gpu
 
 from mixgpt.allocation import backward
-from mixgpt.allocation.fisher import output_gradients
-from mixgpt.allocation.plan import global_plan
+from mixgpt.allocation.fisher import Gradients, output_gradients
+from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.checkpoints import load
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.modeling import streaming
-from mixgpt.pruning.targets import select
+from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel, linears
 
 
@@ -78,8 +78,8 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
         if what == "gradients":
             output_gradients(streamed, list(selected), tokens, 3)
         elif what == "plan":
-            global_plan(streamed, selected, *({key: torch.ones(shape[side]) for key, shape in selected.items()}
-                                               for side in (0, 1)), 0.5, 0.1)
+            rows, diagonals = ({key: torch.ones(shape[side]) for key, shape in selected.items()} for side in (0, 1))
+            by_threshold(Budget(selected, Target(0.5), 0.1, None, Gradients(rows, {}, diagonals), streamed))
         else:
             traces(streamed, selected, tokens, what)
     assert list(counts["loads"].values()) == [2] * layers and not counts["copies"]
@@ -92,11 +92,3 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
     else:
         assert "backward.py" not in waits and waits.get("hutchinson.py", 0) <= 1
         assert waits.get("fisher.py", 0) <= len(selected) + 1  # none within a layer
-
-
-def test_weights_require_gradients_again_where_memory_ran_out(tokens, monkeypatch):
-    model = make("llama")
-    monkeypatch.setattr(backward.Chunk, "read", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
-    with pytest.raises(torch.OutOfMemoryError):
-        output_gradients(StreamedModel(model, CPU, 2), list(select(model)), tokens, 3)
-    assert all(weight.requires_grad for weight in model.parameters())

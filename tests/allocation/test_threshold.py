@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import CPU, inputs_of, make, modules_of
 
-from mixgpt.allocation.plan import global_plan, inverse_diagonals
-from mixgpt.pruning.targets import select
+from mixgpt.allocation.fisher import Gradients
+from mixgpt.allocation.plan import Budget, by_threshold, inverse_diagonals
+from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel
 
 
@@ -35,7 +36,8 @@ def test_inverse_diagonals_are_those_of_the_dense_models_inputs(statistics, toke
 def test_one_threshold_removes_the_least_scores_of_all(statistics, tokens, sparsity):
     model, selected, gradients = statistics
     diagonals = diagonals_of(model, selected, tokens)
-    plan = global_plan(StreamedModel(model, CPU, 2), selected, gradients, diagonals, sparsity, 1.0)
+    plan = by_threshold(Budget(selected, Target(sparsity), 1.0, gradients=Gradients(gradients, {}, diagonals),
+                               streamed=StreamedModel(model, CPU, 2)))
     scores = {key: module.weight.detach() ** 2 * gradients[key][:, None] / diagonals[key]
               for key, module in modules_of(model).items()}
     total = sum(map(torch.numel, scores.values()))

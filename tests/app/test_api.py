@@ -63,6 +63,7 @@ def test_a_model_in_memory_is_pruned_in_place_on_text_by_name_or_in_memory(name,
     result = mixgpt.prune(model, text, tokenizer, quiet=True, **OPTIONS)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in tensors.items())
     assert result.record["settings"]["dataset"] == ("builtin" if kind == "name" else "text in memory")
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def state():
