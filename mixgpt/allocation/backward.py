@@ -39,7 +39,8 @@ def working_dtype(model):
 class Chunk:
     """Sequences that run through all layers together and back, and their hidden states at all layer boundaries.
 
-    place: of these, as `chunk_size` gives it.
+    borders: of each boundary so far, a list with hidden states (n, T, C) of one kind or two. place: of these, as
+    `chunk_size` gives it.
     """
 
     def __init__(self, streamed, matrices, tokens, place, bar):
@@ -49,29 +50,46 @@ class Chunk:
         self.dtype = working_dtype(model)
         self.stream = streamed.embed(tokens)
         self.stream.arguments = cast(self.stream.arguments, self.dtype)
-        self.borders = [self.stream.hidden.to(self.dtype)]
+        self.borders = [[self.stream.hidden.to(self.dtype)]]
 
-    def new_border(self):
-        """Return uninitialised memory for the hidden states at a layer boundary."""
-        return allocate(self.borders[0].shape, self.dtype, self.device, self.place)
+    def run(self, forward, turn, backward):
+        """Run all layers forward and back, in self.dtype, on the batches `rows` of sequences.
 
-    def read(self, border, rows):
-        """Return the hidden states of a batch at a layer boundary (B, T, C), on the device."""
-        return border[rows].to(self.device, non_blocking=True)
-
-    def write(self, border, rows, hidden):
-        """Overwrite the hidden states of a batch at a layer boundary."""
-        border[rows].copy_(hidden, non_blocking=True)
-
-    def visit_layers(self, step, backward=False):
-        """Call step(layer, index) with each layer, last to first if backward, on the device and in self.dtype."""
-        layers = list(self.layers)[::-1] if backward else self.layers
-        for place, layer in in_turn(layers, self.device):
-            tensors = [*layer.parameters(), *layer.buffers()]
-            converts = any(tensor.is_floating_point() and tensor.dtype != self.dtype for tensor in tensors)
-            step(copy.deepcopy(layer).to(self.dtype) if converts else layer,
-                 len(layers) - 1 - place if backward else place)
+        Each function returns new hidden states of a batch, (B, T, C) of each kind: forward(layer, index, rows) those
+        after a layer; turn(head, rows) those that replace them after the last one, with `head` from hidden states
+        (n, C) to logits; backward(layer, index, rows) those that replace the ones before a layer.
+        """
+        batches, count = self.stream.batches(), len(self.layers)
+        for index, layer in in_turn(self.layers, self.device):
+            self.borders.append([allocate(border.shape, self.dtype, self.device, self.place)
+                                 for border in self.borders[index]])
+            layer = self._converted(layer)
+            for rows in batches:
+                self._write(index + 1, rows, forward(layer, index, rows))
             self.bar.update(len(self.tokens))
+        with self.stream.head(self.model, self.dtype) as head:
+            for rows in batches:
+                self._write(count, rows, turn(head, rows))
+        for place, layer in in_turn(list(self.layers)[::-1], self.device):
+            index, layer = count - 1 - place, self._converted(layer)
+            for rows in batches:
+                self._write(index, rows, backward(layer, index, rows))
+            self.borders.pop()
+            self.bar.update(len(self.tokens))
+
+    def read(self, index, rows):
+        """Return the hidden states of a batch before layer number `index`, (B, T, C) of each kind, on the device."""
+        return [border[rows].to(self.device, non_blocking=True) for border in self.borders[index]]
+
+    def _write(self, index, rows, states):
+        for border, hidden in zip(self.borders[index], states, strict=True):
+            border[rows].copy_(hidden, non_blocking=True)
+
+    def _converted(self, layer):
+        """Return a layer in self.dtype: itself, or a copy."""
+        tensors = [*layer.parameters(), *layer.buffers()]
+        converts = any(tensor.is_floating_point() and tensor.dtype != self.dtype for tensor in tensors)
+        return copy.deepcopy(layer).to(self.dtype) if converts else layer
 
     def matrices_of(self, layer, index):
         """Return {column of the result: linear} for a layer's matrices."""

@@ -68,8 +68,9 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
     with progress.bar(total=total, title="gradients", unit="step") as bar:
         for start in range(0, len(mine), size):
             numbers = mine[start:start + size]
-            _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
-                              [(seed, n, 0) for n in numbers], measure, energies[:, start:start + size])
+            energies[:, start:start + size] = _sampled_backward(
+                Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
+                [(seed, n, 0) for n in numbers], measure, T)
     sums.append(energies.sum((1, 2)).to(streamed.device))
     together = torch.cat(sums)
     distributed.all_reduce(together)
@@ -104,47 +105,44 @@ def squared_gradients(chunk, keys):
     Its expectation is T − 1 times the trace of the Gauss-Newton matrix of the mean cross-entropy, as the gradients of
     different tokens are independent with mean zero. keys: seeds of the sequences' labels.
     """
-    result = torch.zeros(len(chunk.matrices), len(chunk.tokens), dtype=torch.float64)
-    _sampled_backward(chunk, keys, lambda column, X, Y: wide(Y.mT @ X).square().sum(dim=(1, 2)), result)
-    return result.t()
+    return _sampled_backward(chunk, keys, lambda column, X, Y: wide(Y.mT @ X).square().sum(dim=(1, 2))).t()
 
 
-def _sampled_backward(chunk, keys, measure, result):
+def _sampled_backward(chunk, keys, measure, *shape):
     """Run all layers forward and backward, with labels ŷ sampled from the model's predictions, seeded by `keys`.
 
-    Puts into result (matrices, n, ...), zeros on the host, what measure(column, X, Y) returns per sequence of a batch
-    (B, ...), given the index of a matrix, its input (B, T, in) and the gradient of L(ŷ) w.r.t. its output (B, T, out).
-    Hidden states are replaced by gradients on the way back.
+    Returns (matrices, n, *shape), float64 on the host, of what measure(column, X, Y) returns per sequence of a batch
+    (B, *shape), given the index of a matrix, its input (B, T, in) and the gradient of L(ŷ) w.r.t. its output (B, T,
+    out). Hidden states are replaced by gradients on the way back.
     """
-    batches = chunk.stream.batches()
+    # on the device, so that no batch is waited for
+    result = torch.zeros(len(chunk.matrices), len(chunk.tokens), *shape, dtype=torch.float64, device=chunk.device)
 
     @torch.no_grad()
-    def forward(layer, index):
-        before, after = chunk.borders[-1], chunk.new_border()
-        for rows in batches:
-            chunk.write(after, rows, chunk.stream.call(layer, index, chunk.read(before, rows), rows))
-        chunk.borders.append(after)
+    def forward(layer, index, rows):
+        return [chunk.stream.call(layer, index, *chunk.read(index, rows), rows)]
 
-    def backward(layer, index):
-        of_layer = {column: result.new_zeros(result.shape[1:], device=chunk.device)
-                    for column in chunk.matrices_of(layer, index)}  # on the device, so that no batch is waited for
-        for rows in batches:
-            for column, X, Y in _layer_gradient(chunk, layer, index, rows):
-                of_layer[column][rows] = measure(column, X, Y).double()
-        for column, values in of_layer.items():
-            result[column] = values
-        chunk.borders.pop()
+    def backward(layer, index, rows):
+        modules, inputs, outputs = chunk.matrices_of(layer, index), {}, {}
+        (x,), (g,) = chunk.read(index, rows), chunk.read(index + 1, rows)
+        before, after = ({module: partial(kept.__setitem__, column) for column, module in modules.items()}
+                         for kept in (inputs, outputs))
+        with hooked(before), hooked(after, outputs=True), torch.enable_grad():
+            y = chunk.stream.call(layer, index, x.requires_grad_(), rows)
+            # zeros for an output that is not used: in a short sequence, or to choose what is attended to
+            next_g, *cotangents = torch.autograd.grad(y, [x, *outputs.values()], g, materialize_grads=True)
+        for column, Y in zip(outputs, cotangents, strict=True):
+            X, Y = (by_sequence(modules[column], A, len(x)) for A in (inputs[column].detach(), Y))
+            result[column, rows] = measure(column, X, Y).double()
+        return [next_g]
 
-    chunk.visit_layers(forward)
-    with chunk.stream.head(chunk.model, chunk.dtype) as head:
-        for rows in batches:
-            chunk.write(chunk.borders[-1], rows, _sampled_gradient(chunk, head, rows, keys[rows]))
-    chunk.visit_layers(backward, backward=True)
+    chunk.run(forward, lambda head, rows: [_sampled_gradient(chunk, head, rows, keys[rows])], backward)
+    return result.cpu()
 
 
 def _sampled_gradient(chunk, head, rows, keys):
     """Return ∂L(ŷ)/∂x after the last layer (B, T, C)."""
-    hidden = chunk.read(chunk.borders[-1], rows)
+    hidden, = chunk.read(-1, rows)
     uniform = torch.cat([torch.rand(hidden.shape[1] - 1, generator=seeded(*key, "labels"), dtype=torch.float64)
                          for key in keys]).to(chunk.device)
     parts, size = [], SLICE if hidden.is_cuda else CPU_SLICE
@@ -163,19 +161,3 @@ def drawn(p, uniform):
     """Draw an index from each row of p (n, V), probabilities: the first whose cumulated p reaches uniform (n,)."""
     cumulated = p.cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(cumulated, uniform[:, None]).squeeze(1).clamp_(max=p.shape[1] - 1)
-
-
-def _layer_gradient(chunk, layer, index, rows):
-    """Backpropagate through a layer: yield (column, X, ∂L/∂y) of its matrices, then replace its input by the gradient.
-    """
-    modules, inputs, outputs = chunk.matrices_of(layer, index), {}, {}
-    x, g = chunk.read(chunk.borders[index], rows), chunk.read(chunk.borders[index + 1], rows)
-    with (hooked({module: partial(inputs.__setitem__, column) for column, module in modules.items()}),
-          hooked({module: partial(outputs.__setitem__, column) for column, module in modules.items()}, outputs=True),
-          torch.enable_grad()):
-        y = chunk.stream.call(layer, index, x.requires_grad_(), rows)
-        # zeros for an output that is not used: in a short sequence, or to choose what is attended to
-        next_g, *cotangents = torch.autograd.grad(y, [x, *outputs.values()], g, materialize_grads=True)
-    for column, Y in zip(outputs, cotangents, strict=True):
-        yield column, *(by_sequence(modules[column], A, len(x)) for A in (inputs[column].detach(), Y))
-    chunk.write(chunk.borders[index], rows, next_g)  # last: an X may be the layer's input

@@ -4,6 +4,7 @@ Notation as in `backward`; ẋ, ẏ, ġ are the tangents of x, y, g: derivatives
 """
 
 import contextlib
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,32 +31,11 @@ def curvatures(chunk, keys):
     double backward, with respect to one scalar ε per matrix and sequence, at W + εZ: no gradient of the size of a
     weight matrix is ever formed.
     """
-    tangents, batches = [torch.zeros_like(chunk.borders[0])], chunk.stream.batches()
+    chunk.borders[0].append(torch.zeros_like(chunk.borders[0][0]))  # the tangent
     result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64, device=chunk.device)
-
-    def forward(layer, index):
-        after = chunk.new_border(), chunk.new_border()
-        for rows in batches:
-            for border, hidden in zip(after, _layer_tangent(chunk, layer, index, rows, tangents[-1], keys),
-                                      strict=True):
-                chunk.write(border, rows, hidden)
-        chunk.borders.append(after[0])
-        tangents.append(after[1])
-
-    def backward(layer, index):
-        for rows in batches:
-            _layer_curvature(chunk, layer, index, rows, tangents, keys, result)
-        chunk.borders.pop()
-        tangents.pop()
-
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
-        chunk.visit_layers(forward)
-        with chunk.stream.head(chunk.model, chunk.dtype) as head:
-            for rows in batches:
-                g, g_dot = _head_tangent(chunk, head, rows, tangents[-1])
-                chunk.write(chunk.borders[-1], rows, g)
-                chunk.write(tangents[-1], rows, g_dot)
-        chunk.visit_layers(backward, backward=True)
+        chunk.run(partial(_layer_tangent, chunk, keys), partial(_head_tangent, chunk),
+                  partial(_layer_curvature, chunk, keys, result))
     return result.cpu()
 
 
@@ -81,17 +61,17 @@ def _probed(chunk, layer, index, keys):
         yield epsilons
 
 
-def _along(chunk, index, rows, x_dot):
+def _along(chunk, index, rows):
     """Return x, a scalar t per sequence, and x + t ẋ: the input of layer `index` displaced along its tangent."""
-    x = chunk.read(chunk.borders[index], rows).requires_grad_()
+    x, x_dot = chunk.read(index, rows)
     t = torch.zeros(len(x), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
-    return x, t, x + t.view(-1, *[1] * (x.dim() - 1)) * chunk.read(x_dot, rows)
+    return x, t, x.requires_grad_() + t.view(-1, *[1] * (x.dim() - 1)) * x_dot
 
 
-def _layer_tangent(chunk, layer, index, rows, x_dot, keys):
+def _layer_tangent(chunk, keys, layer, index, rows):
     """Return output y and tangent ẏ of a layer (B, T, C): ẏ = ∇_u (d/dε ⟨y, u⟩), linear in u."""
     with torch.enable_grad(), _probed(chunk, layer, index, keys[rows]) as epsilons:
-        _, t, moved = _along(chunk, index, rows, x_dot)
+        _, t, moved = _along(chunk, index, rows)
         y = chunk.stream.call(layer, index, moved, rows)
         u = torch.zeros_like(y, requires_grad=True)
         first = torch.autograd.grad((y * u).sum(), [t, *epsilons.values()], create_graph=True,
@@ -100,9 +80,9 @@ def _layer_tangent(chunk, layer, index, rows, x_dot, keys):
     return y.detach(), y_dot
 
 
-def _head_tangent(chunk, head, rows, x_dot):
+def _head_tangent(chunk, head, rows):
     """Return g = ∂L/∂x and its tangent ġ after the last layer (B, T, C)."""
-    hidden, tangent = (chunk.read(border, rows) for border in (chunk.borders[-1], x_dot))
+    hidden, tangent = chunk.read(-1, rows)
     targets, results = chunk.tokens[rows, 1:].flatten().to(chunk.device), []
     for h, h_dot, target in zip(hidden[:, :-1].flatten(0, 1).split(SLICE), tangent[:, :-1].flatten(0, 1).split(SLICE),
                                 targets.split(SLICE), strict=True):
@@ -118,15 +98,15 @@ def _head_tangent(chunk, head, rows, x_dot):
     return g, g_dot
 
 
-def _layer_curvature(chunk, layer, index, rows, tangents, keys, result):
-    """Backpropagate (g, ġ) through a layer, where they replace (x, ẋ), and store zᵀ H z of its matrices in the result.
+def _layer_curvature(chunk, keys, result, layer, index, rows):
+    """Backpropagate (g, ġ) through a layer: return those before it, and store zᵀ H z of its matrices in the result.
 
     With s = ⟨y, g⟩ and φ = ds/dε + ⟨y, ġ⟩: ∇_x s = g and ∇_x φ = ġ of the layer before, and ∂φ/∂ε for a matrix's own
     ε is zᵀ H z.
     """
-    g, g_dot = (chunk.read(borders[index + 1], rows) for borders in (chunk.borders, tangents))
+    g, g_dot = chunk.read(index + 1, rows)
     with torch.enable_grad(), _probed(chunk, layer, index, keys[rows]) as epsilons:
-        x, t, moved = _along(chunk, index, rows, tangents[index])
+        x, t, moved = _along(chunk, index, rows)
         y = chunk.stream.call(layer, index, moved, rows)
         first = torch.autograd.grad((y * g).sum(), [x, t, *epsilons.values()], create_graph=True,
                                     materialize_grads=True)
@@ -134,5 +114,4 @@ def _layer_curvature(chunk, layer, index, rows, tangents, keys, result):
         second = torch.autograd.grad(phi, [x, *epsilons.values()], materialize_grads=True)
     for column, curvature in zip(epsilons, second[1:], strict=True):
         result[rows, column] = curvature.double()
-    for borders, gradient in ((chunk.borders, first[0].detach()), (tangents, second[0])):
-        chunk.write(borders[index], rows, gradient)
+    return first[0].detach(), second[0]
