@@ -6,7 +6,6 @@ from unittest import mock
 import torch
 from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
-from mixgpt.allocation import synthetic
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import Sampling, hessian_traces
@@ -102,18 +101,6 @@ def selected_of_all():
             results[name, k] = scores, mask
     magnitudes, = distributed.all_gather_shares([magnitude_prune(ours, Target(0.4))], [7])
     return results | {("magnitude", 34): (scores.abs(), magnitudes == 0)}
-
-
-def synthetic_of_all():
-    """Return {(whether there is room for the model, number): synthetic sequences}."""
-    model = make("llama")
-    streamed, results = StreamedModel(model, CPU, 2), {}
-    tokens = torch.randint(0, VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(1))
-    for room, number in itertools.product([True, False], [1, 3, 7]):
-        with mock.patch.object(synthetic, "has_room", lambda _, room=room: room), mock.patch.object(
-                synthetic, "WINDOW", 4):
-            results[room, number], _ = synthetic.synthetic(streamed, tokens, number, 0)
-    return results
 
 
 def run(rank, world, port, file, make):

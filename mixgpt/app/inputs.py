@@ -1,13 +1,13 @@
 """What a run takes: model, texts and device, checked before the weights are read."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from datautils import calibration_samples, resolve_bos, test_tokens
+from datautils import begin, calibration_samples, first_token, resolve_bos, test_tokens
 from mixgpt.allocation import traces
-from mixgpt.allocation.synthetic import GENERATED, windows_of
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
 from mixgpt.common import distributed
@@ -15,6 +15,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import Clock, choose_dtype, choose_seqlen
 from mixgpt.evaluation import selfcheck
 from mixgpt.modeling.streaming import digest
+from mixgpt.pruning import distill
 from mixgpt.pruning.expert_removal import with_fewer_experts
 from mixgpt.pruning.targets import Target, select
 from modelutils import allocate, place_for
@@ -34,6 +35,7 @@ class Inputs:
     uncalled: list  # names of linears that layers do not call as modules, which stay dense
     model: Any = None  # if it is in memory already
     calibration: torch.Tensor | None = None  # (N, T)
+    further: torch.Tensor | None = None  # (n, T): for the Hessians alone, then for distillation
     tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
     sources: dict = field(default_factory=dict)  # origin of the texts
     score_tasks: Any = None  # function of (model, batch size), None without tasks
@@ -82,41 +84,42 @@ def _check_sequences(inputs, widening):
     """
     settings, world = inputs.settings, distributed.world()
     itemsize = 2 if inputs.dtype == "auto" else inputs.dtype.itemsize  # at least
-    numel = inputs.seqlen * (settings.nsamples + sum(settings.synthetic_counts())) * inputs.config.hidden_size
+    numel = inputs.seqlen * (settings.nsamples + sum(settings.extra_counts())) * inputs.config.hidden_size
     sets = 2 if settings.target == "dense" else 1
     nbytes = int(sets * widening * numel * itemsize) // world
     allocate([nbytes], torch.uint8, inputs.device, place_for(nbytes, inputs.device))  # and free it again
     if settings.nsamples < world:
         raise InputError(f"--nsamples {settings.nsamples}: must be at least {world}, the number of processes")
-    windows = len(distillation_windows(settings, inputs.seqlen))
-    if settings.distill and windows < world:
-        raise InputError(f"--distill {settings.distill:g}: gives {windows} pieces of text, must be at least {world}, "
-                         "the number of processes; raise --nsamples")
-
-
-def distillation_windows(settings, seqlen):
-    """Return uninitialised tokens in the shape of the text that the model is distilled on."""
-    return windows_of(torch.empty(settings.synthetic_counts()[1], seqlen, dtype=torch.long), GENERATED)
+    if settings.distill and settings.extra_counts()[1] < world:
+        raise InputError(f"--distill {settings.distill:g}: gives {settings.extra_counts()[1]} sequences, must be at "
+                         f"least {world}, the number of processes; raise --nsamples")
 
 
 def read_texts(inputs, texts=None):
     """Read calibration and test tokens and the tasks into the `Inputs`.
 
-    texts: calibration text in memory, a list of strings or tokens (N, T).
+    texts: calibration text in memory, a list of strings or tokens (N, T), which are the further sequences, too.
     """
     settings, tokenizer, sources = inputs.settings, inputs.tokenizer, inputs.sources
+    count, width = sum(settings.extra_counts()), distill.piece_length(inputs.seqlen)
     if settings.needs_calibration and isinstance(texts, torch.Tensor):
         inputs.calibration = texts.to("cpu")
         sources["calibration"] = {"dataset": settings.dataset, "tokens": digest(inputs.calibration)}
+        inputs.further = inputs.calibration[torch.arange(count) % len(inputs.calibration)]
+        begin(distill.pieces(inputs.further), first_token(tokenizer, settings.bos))
     elif settings.needs_calibration:
-        inputs.calibration, sources["calibration"] = calibration_samples(
-            settings.dataset if texts is None else texts, settings.nsamples, inputs.seqlen, settings.seed, tokenizer,
-            settings.data_dir, settings.bos)
+        draw = partial(calibration_samples, settings.dataset if texts is None else texts, tokenizer=tokenizer,
+                       data_dir=settings.data_dir, bos=settings.bos)
+        inputs.calibration, sources["calibration"] = draw(settings.nsamples, inputs.seqlen, settings.seed)
+        inputs.further = inputs.calibration[:0]
+        if count:  # in pieces, as many short ones differ more than a few long ones
+            pieces, _ = draw(count * inputs.seqlen // width, width, f"{settings.seed}, further")
+            inputs.further = pieces.view(count, inputs.seqlen)
     for name in settings.eval:
         segments, sources[name] = test_tokens(name, inputs.seqlen, tokenizer, settings.data_dir, settings.bos)
         inputs.tests[name] = segments[:settings.eval_limit]
-    for tokens in filter(torch.is_tensor, (inputs.calibration, *inputs.tests.values())):
-        if tokens.max() >= inputs.config.vocab_size:
+    for tokens in filter(torch.is_tensor, (inputs.calibration, inputs.further, *inputs.tests.values())):
+        if tokens.numel() and tokens.max() >= inputs.config.vocab_size:
             raise InputError(f"model {settings.model}: its tokenizer gives token {tokens.max()}, but its vocabulary "
                              f"has {inputs.config.vocab_size}")
     if not settings.tasks:

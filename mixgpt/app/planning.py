@@ -1,4 +1,4 @@
-"""Before pruning: write synthetic text, remove experts, measure gradients, and assign a sparsity to each matrix."""
+"""Before pruning: remove experts, measure gradients, and assign a sparsity to each matrix."""
 
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 
-from datautils import first_token
 from mixgpt.allocation import traces
 from mixgpt.allocation.fisher import Gradients, output_gradients
 from mixgpt.allocation.plan import Budget
-from mixgpt.allocation.synthetic import RESAMPLED, synthetic, windows_of
 from mixgpt.app.report import plan_text
 from mixgpt.common import distributed
 from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS
@@ -37,12 +35,12 @@ def choose(run):
     """Return the `Plan` of a run; print and plot it."""
     settings = run.settings
     retry = partial(retry_with_less_memory, settings, MemoryPlan(settings.batch_size, on_host=False))
-    texts = retry(partial(_texts, run))
+    dense_states = retry(partial(_dense_states, run))
     if settings.experts:
         _remove_experts(run, retry)
     if not settings.compresses:
         return Plan({})
-    plan = retry(partial(_measure, run, texts))
+    plan = retry(partial(_measure, run, dense_states))
     if plan.traces:
         if warning := plan.traces.warning():
             print(warning, flush=True)
@@ -75,10 +73,23 @@ def _remove_experts(run, retry):
             f"{run.model.num_parameters():,} parameters in all")
 
 
-def _measure(run, texts, memory_plan):
-    """Return the `Plan`. texts: as of `_texts`."""
+def _dense_states(run, memory_plan):
+    """Return the dense model's last hidden states of the text for distillation, None if there is none."""
+    hessians, distillation = run.extra_counts
+
+    def make():
+        tokens = distill.pieces(run.further[hessians:])
+        streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.seqlen)
+        with run.clock.part("distillation"):
+            return None, {"states": distill.dense_states(streamed, tokens)}
+
+    return run.kept("dense_states", make)[1]["states"] if distillation else None
+
+
+def _measure(run, dense_states, memory_plan):
+    """Return the `Plan`. dense_states: of `_dense_states`."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
-    tokens, *distillation = texts
+    hessians, distillation = run.extra_counts
     if settings.ranks_by_sensitivity:
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)
@@ -86,37 +97,11 @@ def _measure(run, texts, memory_plan):
             measured, path = traces.load_or_compute(streamed, run.calibration, sampling,
                                                     settings.sensitivity_file)
         run.log(f"{measured.verdict()}\n         kept in {path}")
+    tokens = torch.cat([run.calibration, run.further[:hessians]]) if settings.needs_calibration else None
     targets, tensors = run.kept("plan", lambda: _allocate(run, streamed, tokens, measured))
     return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens,
-                Gradients.of(tensors) if settings.needs_gradients else None, measured, *distillation)
-
-
-def _texts(run, memory_plan):
-    """Return the tokens for the Hessians, those for distillation and the dense model's states of these, or Nones."""
-    streamed, (for_hessians, for_distillation) = run.streamed(memory_plan), run.synthetic_counts
-    if not for_hessians + for_distillation:
-        return run.calibration, None, None
-
-    def make():
-        """Return how text was made, and {"tokens", "dense_states" of this process's share of what is distilled}."""
-        with run.clock.part("synthetic"):
-            tokens, how = synthetic(streamed, run.calibration, for_hessians + for_distillation, run.settings.seed,
-                                    first_token(run.tokenizer, run.settings.bos))
-        tensors = {"tokens": tokens}
-        if for_distillation:
-            windows = windows_of(tokens[for_hessians:], how)
-            with run.clock.part("distillation"):
-                tensors["dense_states"] = distill.dense_states(
-                    distill.with_token_budget(streamed, windows, run.seqlen), windows)
-        return how, tensors
-
-    how, tensors = run.kept("synthetic", make)
-    tokens, run.record["synthetic"] = tensors["tokens"], how
-    if how == RESAMPLED:
-        run.log(f"data     all weights do not fit on {run.device} at once: synthetic sequences are single tokens "
-                "drawn in place of those of the calibration sequences, not text")
-    windows = windows_of(tokens[for_hessians:], how) if for_distillation else None
-    return torch.cat([run.calibration, tokens[:for_hessians]]), windows, tensors.get("dense_states")
+                Gradients.of(tensors) if settings.needs_gradients else None, measured,
+                distill.pieces(run.further[hessians:]) if distillation else None, dense_states)
 
 
 def _allocate(run, streamed, tokens, measured):

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field, replace
 
 from mixgpt.app import report
-from mixgpt.app.inputs import Inputs, distillation_windows
+from mixgpt.app.inputs import Inputs
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.layer_files import LayerFiles
@@ -39,9 +39,9 @@ class Run(Inputs):
                                       two_passes=not one_pass)
 
     @property
-    def synthetic_counts(self):
-        """The numbers of synthetic sequences for the Hessians, and for distillation."""
-        return self.settings.synthetic_counts(self.distills)
+    def extra_counts(self):
+        """The numbers of further sequences for the Hessians, and for distillation."""
+        return self.settings.extra_counts(self.distills)
 
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""
@@ -116,10 +116,10 @@ def _plan(run):
     if settings.dtype == "auto" and run.dtype != "auto":
         run.log("dtype    float32: this CPU computes more slowly in the stored dtype; give --dtype to keep it")
     if settings.distill:
-        windows = distillation_windows(settings, run.seqlen)
-        streamed = distill.with_token_budget(run.streamed(run.memory_plan), windows, run.seqlen)
+        tokens = distill.pieces(run.further[-settings.extra_counts()[1]:])
+        streamed = distill.with_token_budget(run.streamed(run.memory_plan), tokens, run.seqlen)
         run.distills = run.decided("distills", lambda: min(distributed.all_gather_object(
-            distill.room_for(streamed, windows, settings.effort))) > 0)
+            distill.room_for(streamed, tokens, settings.effort))) > 0)
         if not run.distills:
             run.record["distilled"] = "no room"
             run.log(f"distill  skipped: all weights cannot be trained at once in what is free on {device}")
@@ -135,7 +135,7 @@ def _plan(run):
 def _plan_passes(run):
     """Calibrate each layer in one pass if the activations of all sequences inside it fit on the GPU."""
     settings = run.settings
-    count = -(-(len(run.calibration) + run.synthetic_counts[0]) // distributed.world())
+    count = -(-(len(run.calibration) + run.extra_counts[0]) // distributed.world())
     needed = calibration.one_pass_bytes(run.streamed(run.memory_plan), run.selected, (count, run.seqlen),
                                         settings.target == "dense", settings.solver == "admm")
     free = min(distributed.all_gather_object(memory.free(run.device)))  # all processes decide alike

@@ -19,7 +19,7 @@ PRESETS = {  # complete recipes; explicit flags override them
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
-             "percdamp": 0.1, "synthetic": 0.5, "distill": 0.75},
+             "percdamp": 0.1, "extra": 0.5, "distill": 0.75},
 }
 NEEDS = {  # what makes these properties of Settings true, in words
     "prunes": "--sparsity or --prunen and --prunem",
@@ -35,19 +35,19 @@ NEEDS = {  # what makes these properties of Settings true, in words
 def recipe(preset, prunem=0, wbits=16, groupsize=-1, effort=1.0):
     """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
 
-    In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more synthetic
-    sequences. Grids have few scales to train. Columns are quantized in the order of activation unless their groups
-    would have to be stored. effort: of best, as a multiple of its text for distillation; Hessians gain less from more.
+    In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Grids have
+    few scales to train. Columns are quantized in the order of activation unless their groups would have to be stored.
+    effort: of best, as a multiple of its text for distillation; Hessians gain less from more.
     """
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     options = dict(PRESETS[preset])
     if preset == "best" and prunem:
-        options |= {"sparsity_way": "uniform", "saliency": "obs", "synthetic": 0.75, "distill": 1.0}
+        options |= {"sparsity_way": "uniform", "saliency": "obs", "extra": 0.75, "distill": 1.0}
     if preset == "best" and wbits < 16:
         options |= {"distill": 0.5, "mse": True} | ({"act_order": True} if groupsize == -1 else {})
     if preset == "best":
-        options |= {"synthetic": options["synthetic"] * math.sqrt(effort), "distill": options["distill"] * effort}
+        options |= {"extra": options["extra"] * math.sqrt(effort), "distill": options["distill"] * effort}
     return options
 
 
@@ -96,8 +96,8 @@ class Settings:
         "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
         needs=("prunes",))
     effort: float = option(1.0, METHOD,
-        "what best may cost: a multiple of the text and the steps of distillation, and its root of the synthetic text "
-        "for Hessians", between=(0.1, 100), needs=("has_effort",))
+        "what best may cost: a multiple of the text and the steps of distillation, and its root of --extra",
+        between=(0.1, 100), needs=("has_effort",))
 
     sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",
         group="sparsity allocation", choices=ALLOCATIONS, needs=("prunes",))
@@ -141,12 +141,12 @@ class Settings:
     nearest: bool = option(False, METHOD, "round to nearest without calibration (the baseline)", needs=("quantizes",))
 
     nsamples: int = option(128, RESULT, "calibration sequences", group="calibration", between=(1,))
-    synthetic: float = option(0.0, METHOD,
-        "sequences that the dense model writes for each of these, for the Hessians beside them; 0.5: for every second",
-        between=(0, 100), needs=("calibrates",))
+    extra: float = option(0.0, METHOD,
+        "further sequences for the Hessians alone, as a multiple of --nsamples", between=(0, 100),
+        needs=("calibrates",))
     distill: float = option(0.0, METHOD,
-        "further ones, likewise, on which the kept weights, or with --wbits the scales of their grids, are trained at "
-        "the end to predict what the dense model does", between=(0, 100), needs=("calibrates",))
+        "others, likewise, on which the kept weights, or with --wbits the scales of their grids, are trained at the "
+        "end to predict what the dense model does", between=(0, 100), needs=("calibrates",))
     seqlen: int | None = option(None, RESULT, "tokens per sequence (default: 2048, or the model's limit if lower)",
         between=(2,), type=int)
     bos: str = option("auto", RESULT,
@@ -309,13 +309,13 @@ class Settings:
         """Whether calibration sequences are drawn."""
         return self.ranks_by_sensitivity or self.needs_gradients or self.calibrates or self.experts > 0
 
-    def synthetic_counts(self, distills=True):
-        """Return the numbers of synthetic sequences for the Hessians, and for distillation.
+    def extra_counts(self, distills=True):
+        """Return the numbers of further sequences for the Hessians, and for distillation.
 
         distills: whether there is room for distillation. If not, the Hessians take its sequences, up to one for each
         calibration sequence.
         """
-        hessian, distillation = (math.ceil(round(share * self.nsamples, 6)) for share in (self.synthetic, self.distill))
+        hessian, distillation = (math.ceil(round(share * self.nsamples, 6)) for share in (self.extra, self.distill))
         if distills or not hessian:
             return hessian, distillation if distills else 0
         return min(hessian + distillation, max(hessian, self.nsamples)), 0
@@ -336,7 +336,7 @@ class Settings:
         choices = {ALLOCATIONS.title(self.sparsity_way) + by: self.is_nonuniform,
                    SALIENCIES.title(self.saliency): self.prunes and self.saliency != "obs" and not (self.gmp or mixgpt),
                    "dense target": self.target == "dense", "weighted tokens": self.token_weights == "fisher",
-                   "synthetic text": self.synthetic > 0, "distilled": self.distill > 0,
+                   "more text": self.extra > 0, "distilled": self.distill > 0,
                    f"effort {self.effort:g}": self.effort != 1}
         chosen = ", ".join(choice for choice, is_chosen in choices.items() if is_chosen)
         bits = f" + {bits}" if self.prunes and self.quantizes else ""

@@ -3,7 +3,7 @@
 Until the run has ended, its subdirectory `progress` holds, beside the `LayerFiles`,
 
     run.json                  what identifies the run, and the choices that it has made, see `RunDir.kept`
-    NAME-RANK.safetensors     tensors that belong to a choice: synthetic text, gradients
+    NAME-RANK.safetensors     tensors that belong to a choice: gradients, states of the dense model
 """
 
 import fcntl

@@ -17,8 +17,9 @@ from mixgpt.modeling.experts import kind_of
 from mixgpt.modeling.streaming import disk_weights
 from modelutils import CPU_SLICE, SLICE, HiddenStates, bytes_to_load, linears, on_device, run_layers
 
-STEPS = 16  # at most, with an effort of 1
-STEP_TOKENS = 1024  # of a step, if there are as many: gradients of fewer are too noisy for the rate
+PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
+STEPS = 24  # at most, with an effort of 1
+STEP_TOKENS = 512  # of a step, if there are as many: gradients of fewer are too noisy for the rate
 RATE = 2.5e-3  # most that a step changes a matrix, as a fraction of its root mean square
 SCALES_RATE = 1e-2  # most that a step changes the scales of its grids, as a fraction
 WARMUP = 0.1  # share of the steps
@@ -27,6 +28,16 @@ EPS = 1e-15, 1e-3  # lower bounds of the root mean square of a gradient, and of 
 
 class Diverged(ArithmeticError):
     """A divergence or weight is not finite. The model is as it was before distillation."""
+
+
+def piece_length(T):
+    """Return the length of the pieces of which further sequences of T tokens are made."""
+    return PIECE if T % PIECE == 0 else T
+
+
+def pieces(sequences):
+    """Cut further sequences (n, T) into their pieces."""
+    return sequences.reshape(-1, piece_length(sequences.shape[1]))
 
 
 def with_token_budget(streamed, tokens, T):

@@ -9,12 +9,12 @@ import torch
 from conftest import CPU, make
 from test_generate import go_on
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers import AutoModelForCausalLM
 
 import datautils
 import generate
-from mixgpt.allocation import synthetic
 from mixgpt.evaluation import selfcheck
+from mixgpt.pruning import distill
 from modelutils import HiddenStates
 
 BOS = 0
@@ -95,38 +95,29 @@ def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, re
 @pytest.fixture
 def sequences(monkeypatch):
     """Return a list that takes all sequences which a model reads, but in the check on random ones."""
-    read, embed, go_on = [], HiddenStates.embed.__func__, GenerationMixin.generate
+    read, embed = [], HiddenStates.embed.__func__
     monkeypatch.setattr(selfcheck, "check", lambda *_: (1.0, []))
 
     def embedded(cls, model, tokens, *args, **options):
         read.append(tokens.clone())
         return embed(cls, model, tokens, *args, **options)
 
-    def generated(model, tokens, **options):
-        read.append(tokens.clone())
-        return go_on(model, tokens, **options)
-
     monkeypatch.setattr(HiddenStates, "embed", classmethod(embedded))
-    monkeypatch.setattr(GenerationMixin, "generate", generated)
     return read
 
 
-@pytest.mark.parametrize("room, options", [
-    (True, "--preset best --token-weights fisher"), (False, "--preset best"), (True, "--sparsity-way weight-level")])
-def test_all_that_a_run_reads_begins_with_bos(room, options, recorded, sequences, tmp_path, monkeypatch):
-    """Also each window of synthetic text, the text that the model is distilled on, and what is compared when saved."""
-    monkeypatch.setattr(synthetic, "WINDOW", 8)
-    monkeypatch.setattr(synthetic, "PREFIX", 4)
-    monkeypatch.setattr(synthetic, "has_room", lambda streamed: room)
+@pytest.mark.parametrize("options", ["--preset best --token-weights fisher", "--sparsity-way weight-level"])
+def test_all_that_a_run_reads_begins_with_bos(options, recorded, sequences, tmp_path, monkeypatch):
+    """Also the text that the model is distilled on, and what is compared when saved."""
+    monkeypatch.setattr(distill, "PIECE", 8)
     record, _ = recorded("gemma2", "--sparsity .5", options, "--save", tmp_path / "saved")
     assert all((tokens[:, 0] == BOS).all() for tokens in sequences)
     assert record["settings"]["bos"] == record["identity"]["--bos"] == "each"
     shapes = {tuple(tokens.shape) for tokens in sequences}
     assert {(4, 32), (1, 32)} <= shapes  # the test text, and what is compared
-    if "best" in options:  # two of the synthetic sequences are calibrated on, the others distilled on
+    if "best" in options:
         calibrated = next(tokens for tokens in sequences if tokens.shape == (6, 32))
-        assert (calibrated[4:, ::8] == BOS).all() == room
-        assert ((12, 8) if room else (3, 32)) in shapes
+        assert (calibrated[4:, ::8] == BOS).all() and (12, 8) in shapes  # those for distillation
 
 
 def test_bos_that_is_not_there_is_refused_in_one_line(folder, prune, tmp_path, capsys):

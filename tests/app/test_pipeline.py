@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import datautils
-from mixgpt.allocation import synthetic
+import mixgpt
 from mixgpt.app import inputs, pipeline, planning
 from mixgpt.app.cli import parse
 from mixgpt.app.settings import Settings, recipe
@@ -147,7 +147,7 @@ def test_a_recipe_is_named_by_its_choices(options, name):
 
 def test_a_preset_means_its_recipe_without_the_command_line_too():
     best, shape = Settings("m", "c4", sparsity=0.5, preset="best"), {"prunen": 2, "prunem": 4, "wbits": 4}
-    assert best.method == "ADMM (global, fisher, dense target, synthetic text, distilled)"
+    assert best.method == "ADMM (global, fisher, dense target, more text, distilled)"
     assert replace(best, preset=None) == Settings("m", "c4", sparsity=0.5, **recipe("best"))
     for given in ({"solver": "obs", "saliency": "obs"}, {"percdamp": 0.01}, {"distill": 0.0}):  # all of them defaults
         assert given.items() <= asdict(Settings("m", "c4", sparsity=0.5, preset="best", **given)).items()
@@ -161,16 +161,16 @@ def test_a_preset_means_its_recipe_without_the_command_line_too():
     ("sparsegpt", "--sparsity .5", "--sparsity-way uniform --saliency obs --solver obs"),
     ("mixgpt", "--sparsity .5", "--sparsity-way weight-level --saliency isc --sensitivity fisher"),
     ("best", "--sparsity .5", "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 "
-                              "--percdamp .1 --synthetic .5 --distill .75"),
+                              "--percdamp .1 --extra .5 --distill .75"),
     ("best --effort 4", "--sparsity .5", "--sparsity-way global --saliency fisher --solver admm --target dense "
-                                         "--alpha .15 --percdamp .1 --synthetic 1 --distill 3"),
-    ("best", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --synthetic .75 "
+                                         "--alpha .15 --percdamp .1 --extra 1 --distill 3"),
+    ("best", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --extra .75 "
                                       "--distill 1"),
     ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4",
-     "--sparsity-way global --saliency fisher --target dense --percdamp .1 --synthetic .5 --distill .5 --mse "
+     "--sparsity-way global --saliency fisher --target dense --percdamp .1 --extra .5 --distill .5 --mse "
      "--act-order"),
     ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse",
-     "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 --percdamp .1 --synthetic .5"),
+     "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 --percdamp .1 --extra .5"),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected):
     preset, flags = (parse("llama.py", ["m", "c4", *amount.split(), *given.split()])
@@ -296,7 +296,7 @@ def test_settings_that_contradict_or_lack_each_other_are_refused(flags, message)
 
 @pytest.mark.parametrize("amount, expected", [
     ("--sparsity .5", [2]), ("--prunen 2 --prunem 4", []),
-    ("--prunen 2 --prunem 4 --token-weights fisher", [7])])  # of 4 sequences and 3 synthetic ones
+    ("--prunen 2 --prunem 4 --token-weights fisher", [7])])  # of 4 sequences and 3 further ones
 def test_best_takes_gradients_from_half_of_the_sequences_unless_they_weigh_tokens(amount, expected, prune, monkeypatch):
     seen, measure = [], planning.output_gradients
     monkeypatch.setattr(planning, "output_gradients", lambda streamed, matrices, tokens, *more: seen.append(
@@ -305,30 +305,38 @@ def test_best_takes_gradients_from_half_of_the_sequences_unless_they_weigh_token
     assert seen == expected
 
 
-@pytest.mark.parametrize("number, more, room", [(8, 0, True), (8, 0, False), (0, 3, True), (2, 2, True), (4, 2, True)])
-def test_a_model_is_distilled_on_its_own_text(number, more, room, checkpoint_folder, prune, tmp_path, tokenizer,
-                                              monkeypatch):
-    """The saved weights are those of the library's parts in turn, and the record tells how far both models differ."""
-    monkeypatch.setattr(synthetic, "has_room", lambda streamed: room)
-    folder, options = tmp_path / "saved", f"--distill {more / 4}" if more else ""
-    options += f" --synthetic {number / 4}" if number else ""
-    out, record = prune("llama", "--sparsity .5", options, "--save", folder), record_of(folder)
-    notes = ["synthetic text"] * bool(number) + ["distilled"] * bool(more)
-    assert f"SparseGPT ({', '.join(notes)})" in out
-    assert f"4 sequences of 32 tokens, {number + more} synthetic ones, seed 0" in out
-    assert ("are single tokens drawn in place" in out) == (not room)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"))
-    streamed, plan = StreamedModel(model, CPU, 2), make_plan(select(model), Target(0.5))
+@pytest.mark.parametrize("number, more, piece, source", [
+    (8, 0, 128, "builtin"), (0, 3, 8, "builtin"), (2, 3, 8, "builtin"), (2, 3, 8, "tokens")])
+def test_further_text_serves_the_hessians_and_distillation(number, more, piece, source, checkpoint_folder, prune,
+                                                           tmp_path, tokenizer, monkeypatch):
+    """The saved weights are those of the library's parts in turn, and the record tells how far both models differ.
+
+    The further sequences are pieces of the same text, or the tokens in memory once more.
+    """
+    monkeypatch.setattr(distill, "PIECE", piece)
+    length, folder, given = min(piece, 32), tmp_path / "saved", {"extra": number / 4, "distill": more / 4}
     tokens, _ = datautils.calibration_samples("builtin", 4, 32, 0, tokenizer)
-    written, how = synthetic.synthetic(streamed, tokens, number + more, 0)
-    assert record["synthetic"] == how == ("generated" if room else "resampled")
-    if more:
-        windows = synthetic.windows_of(written[number:], how)
-        dense = distill.dense_states(distill.with_token_budget(streamed, windows, 32), windows)
-    prune_layerwise(streamed, plan, torch.cat([tokens, written[:number]]), Recipe())
+    if source == "tokens":
+        mixgpt.prune(checkpoint_folder("llama"), tokens, sparsity=0.5, **given, device="cpu", batch_size=2, eval=(),
+                     save=folder)
+        further = tokens[[0, 1, 2, 3, 0]]
+    else:
+        out = prune("llama", f"--sparsity .5 --extra {number / 4} --distill {more / 4} --save", folder)
+        notes = ["more text"] * bool(number) + ["distilled"] * bool(more)
+        assert f"SparseGPT ({', '.join(notes)})" in out
+        assert f"4 sequences of 32 tokens, {number + more} further ones, seed 0" in out
+        further, _ = datautils.calibration_samples("builtin", (number + more) * 32 // length, length, "0, further",
+                                                   tokenizer)
+    model, record = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")), record_of(folder)
+    streamed, plan = StreamedModel(model, CPU, 2), make_plan(select(model), Target(0.5))
+    further, distilled = further.view(-1, 32)[:number], further.view(-1, 32)[number:].reshape(-1, length)
+    training = replace(streamed, batch_size=2 * 32 // length)
+    dense = distill.dense_states(training, distilled) if more else None
+    prune_layerwise(streamed, plan, torch.cat([tokens, further]), Recipe())
     zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
     if more:
-        assert record["distilled"] == {"divergence": distill.distill(streamed, dict.fromkeys(plan), windows, dense, 0)}
+        divergence = distill.distill(training, dict.fromkeys(plan), distilled, dense, 0)
+        assert record["distilled"] == {"divergence": divergence}
     assert record["settings"]["true_sequential"] and record["settings"]["batch_size"] == 2  # as pruned
     for key, tensor in saved_tensors(folder).items():
         assert torch.equal(tensor, model.state_dict()[key]) and torch.equal(tensor == 0, zeros[key]), key
@@ -337,8 +345,8 @@ def test_a_model_is_distilled_on_its_own_text(number, more, room, checkpoint_fol
 @pytest.mark.parametrize("share, more, together", [(".25", ".25", ".5"), (".5", "2", "1"), ("1.5", "1", "1.5")])
 def test_without_room_for_training_the_hessians_take_its_sequences(share, more, together, prune, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "room_for", lambda *_: 0)
-    out = prune("llama", f"--sparsity .5 --distill {more} --synthetic {share} --save", tmp_path / "with")
-    prune("llama", f"--sparsity .5 --synthetic {together} --save", tmp_path / "without")
+    out = prune("llama", f"--sparsity .5 --distill {more} --extra {share} --save", tmp_path / "with")
+    prune("llama", f"--sparsity .5 --extra {together} --save", tmp_path / "without")
     assert_same_weights(tmp_path / "with", tmp_path / "without")
     assert out.count("distill  skipped: all weights cannot be trained at once") == 1
     assert record_of(tmp_path / "with")["distilled"] == "no room"

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 import datautils
 import mixgpt
-from mixgpt.allocation import synthetic
 from mixgpt.app import compression, planning
 from mixgpt.app import run as running
 from mixgpt.checkpoints import formats, load
@@ -293,9 +292,8 @@ def test_distillation_that_is_interrupted_costs_at_most_itself(finished, prune, 
         assert {file.name.partition("-")[0] for file in saved.glob("progress/*-0000*.safetensors")} == {"layer"}
         monkeypatch.setattr(distill, "distill", None)
     monkeypatch.setattr(layerwise, "prune_in_place", None)
-    monkeypatch.setattr(planning, "synthetic", None)  # nor is anything measured again
+    monkeypatch.setattr(distill, "dense_states", None)  # nor is anything measured again
     monkeypatch.setattr(planning, "output_gradients", None)
-    monkeypatch.setattr(synthetic, "has_room", lambda _: False)  # nor decided again, by the memory that is free now
     if finished > 3:
         monkeypatch.setattr(distill, "room_for", lambda *_: 0)
     prune(*options, saved, "--resume")

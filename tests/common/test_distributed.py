@@ -69,12 +69,6 @@ def test_processes_select_the_smallest_of_all_scores(in_processes):
             assert sorted(scores[mask].tolist())[:k] == sorted(scores.flatten().tolist())[:k], (name, k)
 
 
-def test_processes_write_the_text_that_one_writes(in_processes):
-    alone, together = in_processes(ranks.synthetic_of_all, 2)
-    for case, sequences in alone.items():
-        assert all(torch.equal(results[case], sequences) for results in together)
-
-
 def test_processes_give_what_one_gives_and_all_the_same(in_processes):
     alone, together = in_processes(ranks.made_of_all, 3)
     for case, expected in alone.items():
