@@ -47,10 +47,10 @@ class Measured:
                                  zip(pairs[text], pairs[f"{text} of reference"], strict=True)], dtype=float).mean()
                 for text in self.texts}
 
-    def table(self, corner, write, last=None):
+    def table(self, corner, write, last=None, methods=METHODS):
         """Write a table in Markdown. write: function of (method, target). last: function of the method, for COST."""
-        rows = [[title, *(write(method, target) for target in self.targets), *([last(method)] if last else [])]
-                for method, title in METHODS.items() if method in self.cells["method"].to_numpy()]
+        rows = [[METHODS[method], *(write(method, target) for target in self.targets), *(last and [last(method)] or [])]
+                for method in methods if method in self.cells["method"].to_numpy()]
         titles = [target.replace("+4bit", " + 4 bit") for target in self.targets]
         return table_of_markdown([corner, *titles, *([f"cost at {COST}"] if last else [])], rows)
 
@@ -72,7 +72,7 @@ class Measured:
         return {"accuracy": self.table(f"{self.name}: dense {dense}", self.figures, self.cost),
                 "spread": self.table(self.name, lambda *of: self.figures(*of, "std")),
                 "gap": self.table(self.name, lambda *of: " / ".join(
-                    "-" if share != share else f"{share:.0%}" for share in self.gaps(*of).values()))}
+                    "-" if share != share else f"{share:.0%}" for share in self.gaps(*of).values()), methods=DRAWN[1:])}
 
 
 def _number(value):
