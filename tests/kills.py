@@ -110,7 +110,7 @@ def watch(fatal, log, root, shard):
         moments.around(layer_files.LayerFiles, name, "finish")
     for name, part in (("kept", "kept"), ("write_checkpoint", "complete"), ("close", "end")):
         moments.around(run_dir.RunDir, name, part)
-    moments.around(traces, "_write", "traces")
+    moments.around(traces, "write_output", "traces")
     for name in ("embed", "call"):
         moments.around(modelutils.HiddenStates, name)
     for owner, name in ((streaming, "save_file"), (transformers.modeling_utils, "safe_save_file")):

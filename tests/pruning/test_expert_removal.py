@@ -170,9 +170,9 @@ def test_an_interrupted_run_goes_on_with_the_same_experts(options, folder, tmp_p
 
 
 def test_distillation_and_dense_perplexity_are_those_of_the_model_with_all_experts(folder, tmp_path, monkeypatch):
-    texts, seen = planning._texts, []
-    monkeypatch.setattr(planning, "_texts", lambda run, plan: (seen.append(run.model.num_parameters()),
-                                                               texts(run, plan))[1])
+    states, seen = planning._dense_states, []
+    monkeypatch.setattr(planning, "_dense_states", lambda run, plan: (seen.append(run.model.num_parameters()),
+                                                                      states(run, plan))[1])
     assert run("llama.py", folder("qwen3_moe"), "builtin", "--experts", ".25", "--sparsity", ".5", "--dense",
                "--distill", "1", *SMALL, "--save", tmp_path / "all") == 0
     assert seen == [build("qwen3_moe").num_parameters()]
