@@ -41,7 +41,7 @@ def made(name, true_sequential, wbits, more=""):
         traces += expert_removal.expert_scores(streamed, tokens).values()
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
     if more == "best":
-        gradients = output_gradients(streamed, list(selected), tokens, 3, 0.01)
+        gradients = output_gradients(streamed, list(selected), tokens, 3)
         plan = by_threshold(Budget(selected, Target(0.5), 0.15, gradients=gradients, streamed=streamed))
         options = {"solver": admm, "dense_target": True, "row_weights": gradients.rows,
                    "token_weights": gradients.tokens}

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 
 from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size
-from mixgpt.allocation.plan import inverse_diagonals
 from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import seeded, wide
 from modelutils import CPU_SLICE, SLICE, hooked, linears
@@ -21,47 +20,49 @@ ROW_WEIGHT_EXPONENT = 0.7  # of G within a matrix
 
 @dataclass(frozen=True)
 class Gradients:
-    """Mean squared gradients of the loss w.r.t. matrix outputs y, {(layer, name): float32 tensor on the host}."""
+    """Mean squares of gradients w.r.t. matrix outputs y, and of inputs x, {(layer, name): float32 tensor on the host}.
+    """
 
     rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens, clipped and flattened by `output_gradients`
     tokens: dict  # (n, T): ‖∂L/∂y‖² per token of this process's sequences, divided by its mean over all processes
-    diagonals: dict | None = None  # (in,): [(H + λI)⁻¹]_cc of the inputs, if measured
+    inputs: dict  # (in,): E[x_c²], over tokens
 
     def tensors(self):
-        """Return rows and tokens as {key: tensor}, for a file."""
-        return {f"{kind}.{layer}.{name}": tensor for kind in ("rows", "tokens")
-                for (layer, name), tensor in getattr(self, kind).items()}
+        """Return them as {key: tensor}, for a file."""
+        return {f"{kind}.{layer}.{name}": tensor for kind, tensors in vars(self).items()
+                for (layer, name), tensor in tensors.items()}
 
     @classmethod
     def of(cls, tensors):
         """Return the gradients that `tensors` has turned into these."""
-        gradients = cls({}, {})
+        gradients = cls({}, {}, {})
         for key, tensor in tensors.items():
             kind, layer, name = key.split(".", 2)
             getattr(gradients, kind)[int(layer), name] = tensor
         return gradients
 
 
-def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
+def output_gradients(streamed, matrices, tokens, seed):
     """Measure the `Gradients` of the loss w.r.t. matrix outputs, with labels sampled from the model's predictions.
 
     If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
     output factor in K-FAC (arXiv 1503.05671). The estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP
     times the sequence's mean, and ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. streamed: a
-    modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). percdamp: also measure
-    `inverse_diagonals`.
+    modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T).
     """
     N, T = tokens.shape
     mine, layers = range(N)[distributed.share(N)], streamed.layers
     size, place = chunk_size(streamed, -(-N // distributed.world()), T, 1)
-    sums = [torch.zeros(linears(layers[index])[name].out_features, dtype=torch.float64, device=streamed.device)
-            for index, name in matrices]
+    modules = [linears(layers[index])[name] for index, name in matrices]
+    sums, inputs = ([torch.zeros(getattr(module, side), dtype=torch.float64, device=streamed.device)
+                     for module in modules] for side in ("out_features", "in_features"))
     energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64)
 
     def measure(column, X, Y):
         squares = wide(Y).square()
         of_tokens = squares.sum(2)
         sums[column] += torch.mv(squares.flatten(0, 1).t(), _clipping(of_tokens).flatten())
+        inputs[column] += wide(X).square().sum((0, 1))
         return of_tokens
 
     total = 2 * len(mine) * len(layers)
@@ -71,16 +72,15 @@ def output_gradients(streamed, matrices, tokens, seed, percdamp=None):
             energies[:, start:start + size] = _sampled_backward(
                 Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
                 [(seed, n, 0) for n in numbers], measure, T)
-    sums.append(energies.sum((1, 2)).to(streamed.device))
+    sums += [*inputs, energies.sum((1, 2)).to(streamed.device)]
     together = torch.cat(sums)
     distributed.all_reduce(together)
     *means, token_means = (together.cpu() / (N * T)).split([len(part) for part in sums])
+    means, inputs = means[:len(matrices)], means[len(matrices):]
     shares = [energy / mean if mean else torch.ones_like(energy)
               for mean, energy in zip(token_means, energies, strict=True)]
-    rows, of_tokens = ({key: value.float() for key, value in zip(matrices, values, strict=True)}
-                       for values in ([flattened(mean) for mean in means], shares))
-    return Gradients(rows, of_tokens, None if percdamp is None else
-                     inverse_diagonals(streamed, matrices, tokens, percdamp))
+    return Gradients(*({key: value.float() for key, value in zip(matrices, values, strict=True)}
+                       for values in ([flattened(mean) for mean in means], shares, inputs)))
 
 
 def _clipping(energies):

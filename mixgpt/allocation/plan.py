@@ -1,23 +1,18 @@
 """Give each matrix a target sparsity: the overall one, by the rank of its sensitivity, or by one threshold for all.
 
-By rank: MixGPT (arXiv 2310.09499), algorithm 1. By threshold: removing w_rc from the dense model, compensated by the
-other weights of its row, adds about w_rc² G_r / [H⁻¹]_cc to the loss L, where y = W x are a matrix's outputs,
-G_r = E[(∂L/∂y_r)²], and H is the Hessian of its input x. That is optimal brain surgeon (arXiv 2301.00774, eq. 3) with
-the Fisher matrix of a row approximated by G_r H.
+By rank: MixGPT (arXiv 2310.09499), algorithm 1. By threshold: removing w_rc from the dense model adds about
+w_rc² G_r E[x_c²] to the loss L, where y = W x are a matrix's outputs and G_r = E[(∂L/∂y_r)²]. That is optimal brain
+damage (LeCun et al., 1989) with the Fisher matrix of a row approximated by G_r E[x xᵀ].
 """
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from mixgpt.common import distributed
-from mixgpt.kernels.linalg import upper_inverse
-from mixgpt.pruning.calibration import groups_of, hessians_of
 from mixgpt.pruning.targets import Target
-from modelutils import StreamedModel, hooked, in_turn, linears
+from modelutils import StreamedModel, in_turn, linears
 
 
 @dataclass(frozen=True)
@@ -119,30 +114,8 @@ def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
 
 
 @torch.no_grad()
-def inverse_diagonals(streamed, matrices, tokens, percdamp):
-    """Return [(H + λI)⁻¹]_cc for the input of each matrix in the dense model, {(layer, name): (in,)} on the host.
-
-    streamed: a modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). H is the mean over tokens, to
-    be comparable across matrices.
-    """
-    stream, device = streamed.embed(tokens[distributed.share(len(tokens))]), streamed.device
-    layers, diagonals = streamed.layers[:max(index for index, _ in matrices) + 1], {}
-    for index, layer in in_turn(layers, device, "inputs"):
-        groups = groups_of(layer, index, stream, matrices)
-        hessians, read = hessians_of(layer, stream, groups, tokens.numel(), streamed.clock)
-        with hooked({module: partial(read, module) for module in hessians}):
-            stream.advance(layer, index)
-        for group, hessian in zip(groups, hessians.values(), strict=True):
-            hessian.reduce()
-            hessian.factor(percdamp)
-            diagonal = upper_inverse(hessian.R).square().sum(0).cpu()  # H⁻¹ = Uᵀ U
-            diagonals |= {(index, name): diagonal for name in group}
-    return diagonals
-
-
-@torch.no_grad()
 def by_threshold(budget):
-    """Set every matrix's sparsity by one threshold on w² G_r / [H⁻¹]_cc, clipped to the overall one ± alpha.
+    """Set every matrix's sparsity by one threshold on w² G_r E[x_c²], clipped to the overall one ± alpha.
 
     Removes exactly round(sparsity · all weights).
     """
@@ -155,9 +128,8 @@ def by_threshold(budget):
             modules = linears(layer)
             for unit, key in enumerate(selected):
                 if key[0] == index:
-                    G, diagonal = (values[key].to(device) for values in (budget.gradients.rows,
-                                                                         budget.gradients.diagonals))
-                    yield unit, modules[key[1]].weight.float().square().mul_(G[:, None]).div_(diagonal)
+                    G, energy = (values[key].to(device) for values in (budget.gradients.rows, budget.gradients.inputs))
+                    yield unit, modules[key[1]].weight.float().square().mul_(G[:, None]).mul_(energy)
 
     least = [int(max(sparsity - alpha, 0) * size) for size in sizes]
     most = [math.ceil(min(sparsity + alpha, 1) * size) for size in sizes]

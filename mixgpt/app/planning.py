@@ -108,11 +108,10 @@ def _allocate(run, streamed, tokens, measured):
     """Return the targets of all matrices, a JSON-able list, and the tensors of the `Gradients` used for them."""
     settings, gradients = run.settings, None
     if settings.needs_gradients:
-        percdamp = settings.percdamp if ALLOCATIONS[settings.sparsity_way].by_loss else None  # needs H as well
         if settings.token_weights == "equal":  # every second sequence then gives the same perplexity, within 0.5%
             tokens = run.calibration[::2 if len(run.calibration) >= 2 * distributed.world() else 1]
         with run.clock.part("gradients"):
-            gradients = output_gradients(streamed, list(run.selected), tokens, settings.seed, percdamp)
+            gradients = output_gradients(streamed, list(run.selected), tokens, settings.seed)
     targets = ALLOCATIONS[settings.sparsity_way].load()(Budget(
         run.selected, run.target, settings.alpha, measured and measured.sensitivity, gradients, streamed,
         run.calibration))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, make, modules_of
+from conftest import CPU, FAMILIES, inputs_of, make, modules_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -189,6 +189,8 @@ def test_output_gradients_are_squares_at_labels_of_the_model_by_row_and_token(ti
         torch.testing.assert_close(found.rows[key].double(), even, rtol=1e-5, atol=1e-12)
         of_tokens = torch.stack(energies[key])
         torch.testing.assert_close(found.tokens[key].double(), of_tokens / of_tokens.mean(), rtol=1e-5, atol=1e-12)
+    for key, X in inputs_of(model, modules_of(model), tokens).items():
+        torch.testing.assert_close(found.inputs[key].double(), X.square().mean(0), rtol=1e-5, atol=1e-12)
 
 
 def test_tokens_that_are_not_routed_to_an_expert_do_not_count():
