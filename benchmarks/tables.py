@@ -76,7 +76,7 @@ class Measured:
 
 
 def _number(value):
-    return f"{value:,.0f}" if value >= 300 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def points_of(models):
