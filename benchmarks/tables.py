@@ -20,7 +20,7 @@ from mixgpt.app.plots import draw_tradeoff
 PAGES = "README.md", "docs/results.md"
 PICTURE = "images/tradeoff.png"
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "owl-wanda": "OWL with Wanda's mask",
-           "sparsegpt": "SparseGPT", "mixgpt": "MixGPT", "best": "best"}
+           "sparsegpt": "SparseGPT", "sparsegpt-72": "SparseGPT, 72 sequences", "mixgpt": "MixGPT", "best": "best"}
 TRAINED = ("best",)
 DRAWN = "sparsegpt", "mixgpt", "best"  # magnitude would push the curves of the others together
 REFERENCE = "sparsegpt"  # the method from which the gap is measured
