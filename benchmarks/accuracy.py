@@ -7,8 +7,7 @@ Every method is run at every target with every seed, and the dense model once. F
 scripts, for all runs. A benchmark that was interrupted goes on when it is started again; methods, targets and seeds can
 be added. sparsegpt, mixgpt and best are presets of this project, sparsegpt-72 reads as much text as best does with 32
 sequences; Wanda and OWL are peers, OWL with SparseGPT's walk (owl) and with Wanda's mask (owl-wanda). OWL is left out
-in n:m: its paper mixes several n, here all matrices prune the same. Seconds are those of pruning and of the
-sensitivities, which are measured once a seed.
+in n:m: its paper mixes several n, here all matrices prune the same. Sensitivities are measured once a seed.
 """
 
 import contextlib
