@@ -6,7 +6,7 @@ python benchmarks/accuracy.py MODEL c4 --output choice.json --heldout     # for 
 Every method is run at every target with every seed, and the dense model once. Further arguments are flags of the family
 scripts, for all runs. A benchmark that was interrupted goes on when it is started again; methods, targets and seeds can
 be added. sparsegpt, mixgpt and best are presets of this project, sparsegpt-72 reads as much text as best does with 32
-sequences; Wanda and OWL are peers, OWL with SparseGPT's walk (owl) and with Wanda's mask (owl-wanda). OWL is left out
+sequences, best-3 is best with an effort of 3; Wanda and OWL are peers, OWL with SparseGPT's walk (owl) and with Wanda's mask (owl-wanda). OWL is left out
 in n:m: its paper mixes several n, here all matrices prune the same. Sensitivities are measured once a seed.
 """
 
@@ -19,14 +19,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from peers import PEERS, registered
 from scores import DENSE, Scores, cell_of, parser_of
-from tables import Measured
+from tables import EFFORTS, Measured
 
 from datautils import load_rows
 from mixgpt.app.cli import REMEDY, reported
 from mixgpt.common.texts import DATASETS, text_set_of
 
 METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "sparsegpt-72": "--preset sparsegpt --nsamples 72",
-                   "mixgpt": "--preset mixgpt", "best": "--preset best"}
+                   "mixgpt": "--preset mixgpt", "best": "--preset best"} | {
+                       f"best-{effort}": f"--preset best --effort {effort}" for effort in EFFORTS}
 WALKS = ("owl", "sparsegpt", "sparsegpt-72", "mixgpt")  # which quantize with the options of best
 TARGETS = ("50%", "60%", "70%", "2:4", "4:8", "50%+4bit")
 DEFAULTS = ["--nsamples", "32", "--seqlen", "512", "--eval", "wikitext2", "c4", "--dtype", "float32"]

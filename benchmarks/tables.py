@@ -21,7 +21,7 @@ PAGES = "README.md", "docs/results.md"
 PICTURE = "images/tradeoff.png"
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "owl-wanda": "OWL with Wanda's mask",
            "sparsegpt": "SparseGPT", "sparsegpt-72": "SparseGPT, 72 sequences", "mixgpt": "MixGPT", "best": "best"}
-TRAINED = ("best",)
+EFFORTS = "0.3", "3", "10", "30"  # of best, beside 1
 REFERENCE, *BETTER = DRAWN = "sparsegpt", "mixgpt", "best"  # whose gap the others close a part of
 COST = "50%"  # the target of which time and memory are given
 
@@ -62,7 +62,7 @@ class Measured:
         """Write seconds to prune, with the sensitivities that one seed has measured for all, GB, and what trains."""
         cells = self.of(method, COST)
         seconds = cells["seconds"].mean() + self.cells.loc[self.cells["method"] == method, "sensitivity_seconds"].max()
-        trains = ", trains" if method in TRAINED else ""
+        trains = ", trains" if method == "best" else ""
         return f"{seconds:.0f} s, {cells['peak_bytes'].mean() / 1e9:.1f} GB{trains}" if len(cells) else ""
 
     def tables(self):
