@@ -1,18 +1,15 @@
 """Compare methods by perplexity at equal sparsity, with this program's own command line and the same calibration text.
 
 python benchmarks/accuracy.py MODEL c4 --output accuracy.json --nsamples 32 --seqlen 512 --eval-limit 40
-python benchmarks/accuracy.py MODEL c4 --output choice.json --heldout     # for choices, without test text
 
 Every method is run at every target with every seed, and the dense model once. Further arguments are flags of the family
 scripts, for all runs. A benchmark that was interrupted goes on when it is started again; methods, targets and seeds can
-be added. sparsegpt, mixgpt and best are presets of this project, sparsegpt-72 reads as much text as best does with 32
-sequences, best-3 is best with an effort of 3; Wanda and OWL are peers, OWL with SparseGPT's walk (owl) and with Wanda's mask (owl-wanda). OWL is left out
-in n:m: its paper mixes several n, here all matrices prune the same. Sensitivities are measured once a seed.
+be added. sparsegpt, mixgpt and best are presets of this project, sparsegpt-76 reads as much text as best does with 32
+sequences, best-3 is best with an effort of 3. Wanda and OWL are peers, OWL with SparseGPT's walk. OWL is left out in
+n:m: its paper mixes several n, here all matrices prune the same. Sensitivities are measured once a seed.
 """
 
-import contextlib
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,14 +18,12 @@ from peers import PEERS, registered
 from scores import DENSE, Scores, cell_of, parser_of
 from tables import EFFORTS, Measured
 
-from datautils import load_rows
 from mixgpt.app.cli import REMEDY, reported
-from mixgpt.common.texts import DATASETS, text_set_of
 
-METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "sparsegpt-72": "--preset sparsegpt --nsamples 72",
-                   "mixgpt": "--preset mixgpt", "best": "--preset best"} | {
-                       f"best-{effort}": f"--preset best --effort {effort}" for effort in EFFORTS}
-WALKS = ("owl", "sparsegpt", "sparsegpt-72", "mixgpt")  # which quantize with the options of best
+METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "sparsegpt-76": "--preset sparsegpt --nsamples 76",
+                   "mixgpt": "--preset mixgpt", "best": "--preset best"}
+FLAGS = METHODS | {f"best-{effort}": f"--preset best --effort {effort}" for effort in EFFORTS}
+WALKS = ("owl", "sparsegpt", "sparsegpt-76", "mixgpt")  # which quantize with the options of best
 TARGETS = ("50%", "60%", "70%", "2:4", "4:8", "50%+4bit")
 DEFAULTS = ["--nsamples", "32", "--seqlen", "512", "--eval", "wikitext2", "c4", "--dtype", "float32"]
 
@@ -38,26 +33,9 @@ def cells_of(options, flags):
     words = [options.model, options.dataset, *DEFAULTS, *flags]
     pairs = [(method, target) for target in options.targets for method in options.methods
              if not (":" in target and method.startswith("owl"))]
-    return [cell_of(words, *DENSE, 0, ""), *(cell_of(words, method, target, seed, METHODS[method] + (
+    return [cell_of(words, *DENSE, 0, ""), *(cell_of(words, method, target, seed, FLAGS[method] + (
         " --mse --act-order" if "bit" in target and method in WALKS else "")) for seed in options.seeds
         for method, target in pairs)]
-
-
-@contextlib.contextmanager
-def heldout(dataset, data_dir):
-    """Give the name of a dataset whose test text is the last fifth of a text's train rows, its train text the others.
-    """
-    def rows_of(split):
-        rows, source = load_rows(dataset, "train", data_dir)
-        border = len(rows) * 4 // 5
-        return rows[:border] if split == "train" else rows[border:], source
-
-    name = f"heldout-{dataset}"
-    DATASETS[name] = replace(text_set_of(dataset), code=rows_of, local="", test_split="test")
-    try:
-        yield name
-    finally:
-        del DATASETS[name]
 
 
 def markdown(cells):
@@ -71,19 +49,14 @@ def main(argv=None):
     parser = parser_of("accuracy.py", __doc__)
     parser.add_argument("model", help="hub id, local folder or .gguf file")
     parser.add_argument("dataset", help="calibration text, as of the family scripts")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=FLAGS)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--heldout", action="store_true",
-                        help="evaluate on train documents that calibration never draws, in place of --eval")
     parser.add_argument("--data-dir", help="folder with local copies of the texts, instead of the hub")
     parser.add_argument("--output", required=True, help=".json file of the cells; the tables go beside it, in .md")
-    with reported("accuracy.py", argv, REMEDY) as end, registered(), contextlib.ExitStack() as stack:
+    with reported("accuracy.py", argv, REMEDY) as end, registered():
         options, flags = parser.parse_known_args(argv)
         flags += ["--data-dir", options.data_dir] if options.data_dir else []
-        if options.heldout:
-            options.dataset = stack.enter_context(heldout(options.dataset, options.data_dir))
-            flags += ["--eval", options.dataset]
         print(Scores(options.output, markdown).run(cells_of(options, flags)))
     return end.status
 

@@ -18,7 +18,6 @@ PEERS = {  # flags of a run, where `registered`; Wanda's own calibration is two 
     "magnitude": "--gmp",
     "wanda": "--solver wanda --no-true-sequential",
     "owl": "--sparsity-way owl",
-    "owl-wanda": "--sparsity-way owl --solver wanda --no-true-sequential",
 }
 
 

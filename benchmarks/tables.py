@@ -5,6 +5,7 @@ python benchmarks/tables.py docs/accuracy/SmolLM2-135M-Instruct.json docs/accura
 A table NAME stands in README.md or docs/results.md between the lines <!-- NAME --> and <!-- end of NAME -->.
 """
 
+import copy
 import json
 import re
 import sys
@@ -13,17 +14,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pandas as pd
+from matplotlib.figure import Figure
 from scores import closed, table_of_markdown
 
-from mixgpt.app.plots import draw_tradeoff
+from mixgpt.app.plots import bytes_of, draw_tradeoff
 
 PAGES = "README.md", "docs/results.md"
-PICTURE = "images/tradeoff.png"
-METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "owl-wanda": "OWL with Wanda's mask",
-           "sparsegpt": "SparseGPT", "sparsegpt-72": "SparseGPT, 72 sequences", "mixgpt": "MixGPT", "best": "best"}
-EFFORTS = "0.3", "3", "10", "30"  # of best, beside 1
+PICTURE, EFFORT_PICTURE = "images/tradeoff.png", "images/effort.png"
+METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "sparsegpt": "SparseGPT",
+           "sparsegpt-76": "SparseGPT, 76 sequences", "mixgpt": "MixGPT", "best": "best"}
+EFFORTS = "0.3", "3", "10"  # of best, beside 1
 REFERENCE, *BETTER = DRAWN = "sparsegpt", "mixgpt", "best"  # whose gap the others close a part of
 COST = "50%"  # the target of which time and memory are given
+TIMED = {method: METHODS[method] for method in ("sparsegpt", "sparsegpt-76", "mixgpt")} | {
+    "best-0.3": "best, effort 0.3", "best": "best", "best-3": "best, effort 3", "best-10": "best, effort 10"}
+TIMED_TARGETS = "50%", "2:4"
 
 
 class Measured:
@@ -34,6 +39,11 @@ class Measured:
         self.cells = pd.DataFrame([cell | cell["figures"] for cell in cells]).drop(columns="figures")
         self.dense = self.cells[self.cells["method"] == "dense"].iloc[0]
         self.targets = [target for target in self.cells["target"].unique() if target != self.dense["target"]]
+
+    def of_seed_0(self):
+        other = copy.copy(self)
+        other.cells = self.cells[self.cells["seed"] == 0]
+        return other
 
     def of(self, method, target):
         """Return the cells of a method and a target, a DataFrame of a row per seed."""
@@ -46,11 +56,12 @@ class Measured:
                                  zip(pairs[text], pairs[f"{text} of reference"], strict=True)], dtype=float).mean()
                 for text in self.texts}
 
-    def table(self, corner, write, last=None, methods=METHODS):
+    def table(self, corner, write, last=None, methods=METHODS, targets=None):
         """Write a table in Markdown. write: function of (method, target). last: function of the method, for COST."""
-        rows = [[METHODS[method], *(write(method, target) for target in self.targets), *(last and [last(method)] or [])]
-                for method in methods if method in self.cells["method"].to_numpy()]
-        titles = [target.replace("+4bit", " + 4 bit") for target in self.targets]
+        targets = targets or self.targets
+        rows = [[name, *(write(method, target) for target in targets), *(last and [last(method)] or [])]
+                for method, name in methods.items() if method in self.cells["method"].to_numpy()]
+        titles = [target.replace("+4bit", " + 4 bit") for target in targets]
         return table_of_markdown([corner, *titles, *([f"cost at {COST}"] if last else [])], rows)
 
     def figures(self, method, target, statistic="mean"):
@@ -58,20 +69,30 @@ class Measured:
         values = self.of(method, target)[self.texts].agg(statistic)
         return "" if values.isna().any() else " / ".join(map(_number, values))
 
+    def seconds(self, method, target):
+        """Return the seconds to prune, with the sensitivities that one run of a seed has measured for all."""
+        sensitivity = self.cells.loc[self.cells["method"] == method, "sensitivity_seconds"].max()
+        return self.of(method, target)["seconds"].mean() + sensitivity
+
     def cost(self, method):
-        """Write seconds to prune, with the sensitivities that one seed has measured for all, GB, and what trains."""
-        cells = self.of(method, COST)
-        seconds = cells["seconds"].mean() + self.cells.loc[self.cells["method"] == method, "sensitivity_seconds"].max()
-        trains = ", trains" if method == "best" else ""
-        return f"{seconds:.0f} s, {cells['peak_bytes'].mean() / 1e9:.1f} GB{trains}" if len(cells) else ""
+        """Write seconds to prune, GB, and what trains."""
+        memory, trains = self.of(method, COST)["peak_bytes"].mean() / 1e9, ", trains" if method == "best" else ""
+        return f"{self.seconds(method, COST):.0f} s, {memory:.1f} GB{trains}" if memory == memory else ""
+
+    def timed(self, method, target):
+        """Write perplexities and seconds."""
+        figures = self.figures(method, target)
+        return figures and f"{figures} in {self.seconds(method, target):.0f} s"
 
     def tables(self):
         """Return {name: text}."""
-        dense = " / ".join(_number(self.dense[text]) for text in self.texts)
+        first, dense = self.of_seed_0(), " / ".join(_number(self.dense[text]) for text in self.texts)
         return {"accuracy": self.table(f"{self.name}: dense {dense}", self.figures, self.cost),
                 "spread": self.table(self.name, lambda *of: self.figures(*of, "std")),
                 "gap": self.table(self.name, lambda *of: " / ".join(
-                    "-" if share != share else f"{share:.0%}" for share in self.gaps(*of).values()), methods=BETTER)}
+                    "-" if share != share else f"{share:.0%}" for share in self.gaps(*of).values()),
+                    methods={method: METHODS[method] for method in BETTER}),
+                "effort": first.table(self.name, first.timed, None, TIMED, TIMED_TARGETS)}
 
 
 def _number(value):
@@ -87,6 +108,24 @@ def points_of(models):
                          for (model, text, method, target), of in values.items() if len(of)])
 
 
+def draw_efforts(models):
+    """Plot the first text's perplexity at TIMED_TARGETS against the seconds to prune, of the first seed."""
+    figure = Figure(figsize=(11, 4 * len(models)), layout="constrained")
+    for axes, model in zip(figure.subplots(len(models), len(TIMED_TARGETS), squeeze=False), models, strict=True):
+        first = model.of_seed_0()
+        for axis, target in zip(axes, TIMED_TARGETS, strict=True):
+            for line in ("SparseGPT", "MixGPT", "best"):
+                points = [(first.seconds(method, target), first.of(method, target)[model.texts[0]].mean())
+                          for method, name in TIMED.items() if name.startswith(line)]
+                axis.plot(*zip(*points, strict=True), marker="o", label=line)
+            axis.axhline(model.dense[model.texts[0]], label="dense", color="black", linestyle="--", linewidth=1)
+            axis.set(xscale="log", xlabel="seconds to prune", ylabel=f"perplexity on {model.texts[0]}",
+                     title=f"{model.name}, {target}")
+            axis.legend(fontsize=8)
+            axis.grid(alpha=0.3)
+    return bytes_of(figure, Path(EFFORT_PICTURE).suffix)
+
+
 def main(argv=None):
     models = [Measured(path.stem, json.loads(path.read_text())["cells"])
               for path in map(Path, sys.argv[1:] if argv is None else argv)]
@@ -99,6 +138,7 @@ def main(argv=None):
                           flags=re.DOTALL)
         page.write_text(text)
     Path(PICTURE).write_bytes(draw_tradeoff(points_of(models), Path(PICTURE).suffix))
+    Path(EFFORT_PICTURE).write_bytes(draw_efforts(models))
     return 0
 
 

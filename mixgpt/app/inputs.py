@@ -84,14 +84,14 @@ def _check_sequences(inputs, widening):
     """
     settings, world = inputs.settings, distributed.world()
     itemsize = 2 if inputs.dtype == "auto" else inputs.dtype.itemsize  # at least
-    numel = inputs.seqlen * (settings.nsamples + sum(settings.extra_counts())) * inputs.config.hidden_size
+    numel = inputs.seqlen * (settings.nsamples + sum(settings.extra_counts)) * inputs.config.hidden_size
     sets = 2 if settings.target == "dense" else 1
     nbytes = int(sets * widening * numel * itemsize) // world
     allocate([nbytes], torch.uint8, inputs.device, place_for(nbytes, inputs.device))  # and free it again
     if settings.nsamples < world:
         raise InputError(f"--nsamples {settings.nsamples}: must be at least {world}, the number of processes")
-    if settings.distill and settings.extra_counts()[1] < world:
-        raise InputError(f"--distill {settings.distill:g}: gives {settings.extra_counts()[1]} sequences, must be at "
+    if settings.distill and settings.extra_counts[1] < world:
+        raise InputError(f"--distill {settings.distill:g}: gives {settings.extra_counts[1]} sequences, must be at "
                          f"least {world}, the number of processes; raise --nsamples")
 
 
@@ -101,7 +101,7 @@ def read_texts(inputs, texts=None):
     texts: calibration text in memory, a list of strings or tokens (N, T), which are the further sequences, too.
     """
     settings, tokenizer, sources = inputs.settings, inputs.tokenizer, inputs.sources
-    count, width = sum(settings.extra_counts()), distill.piece_length(inputs.seqlen)
+    count, width = sum(settings.extra_counts), distill.piece_length(inputs.seqlen)
     if settings.needs_calibration and isinstance(texts, torch.Tensor):
         inputs.calibration = texts.to("cpu")
         sources["calibration"] = {"dataset": settings.dataset, "tokens": digest(inputs.calibration)}

@@ -75,21 +75,19 @@ def _remove_experts(run, retry):
 
 def _dense_states(run, memory_plan):
     """Return the dense model's last hidden states of the text for distillation, None if there is none."""
-    hessians, distillation = run.extra_counts
-
     def make():
-        tokens = distill.pieces(run.further[hessians:])
+        tokens = distill.pieces(run.further[run.settings.extra_counts[0]:])
         streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.seqlen)
         with run.clock.part("distillation"):
             return None, {"states": distill.dense_states(streamed, tokens)}
 
-    return run.kept("dense_states", make)[1]["states"] if distillation else None
+    return run.kept("dense_states", make)[1]["states"] if run.distills else None
 
 
 def _measure(run, dense_states, memory_plan):
     """Return the `Plan`. dense_states: of `_dense_states`."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
-    hessians, distillation = run.extra_counts
+    hessians, _ = settings.extra_counts
     if settings.ranks_by_sensitivity:
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)
@@ -101,7 +99,7 @@ def _measure(run, dense_states, memory_plan):
     targets, tensors = run.kept("plan", lambda: _allocate(run, streamed, tokens, measured))
     return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens,
                 Gradients.of(tensors) if settings.needs_gradients else None, measured,
-                distill.pieces(run.further[hessians:]) if distillation else None, dense_states)
+                distill.pieces(run.further[hessians:]) if run.distills else None, dense_states)
 
 
 def _allocate(run, streamed, tokens, measured):

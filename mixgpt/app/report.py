@@ -122,7 +122,7 @@ def heading(run, command=None, whole=None):
     command: the command line. whole: type of the multimodal model whose text part is pruned.
     """
     settings, model, parameters = run.settings, run.model, sum(p.numel() for p in run.model.parameters())
-    extra, processes = sum(settings.extra_counts()), distributed.world()
+    extra, processes = sum(settings.extra_counts), distributed.world()
     data = [f"{settings.dataset}: {len(run.calibration)} sequences of {run.seqlen} tokens",
             f"{extra} further ones" if extra else "",
             f"seed {settings.seed}, batches of {settings.batch_size}"] if run.calibration is not None else []

@@ -38,11 +38,6 @@ class Run(Inputs):
         self.memory_plan = MemoryPlan(self.settings.batch_size, on_host=not self.settings.calibrates,
                                       two_passes=not one_pass)
 
-    @property
-    def extra_counts(self):
-        """The numbers of further sequences for the Hessians, and for distillation."""
-        return self.settings.extra_counts(self.distills)
-
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""
         return StreamedModel(self.model, self.device, plan.batch_size, self.clock, plan.on_host)
@@ -116,7 +111,7 @@ def _plan(run):
     if settings.dtype == "auto" and run.dtype != "auto":
         run.log("dtype    float32: this CPU computes more slowly in the stored dtype; give --dtype to keep it")
     if settings.distill:
-        tokens = distill.pieces(run.further[-settings.extra_counts()[1]:])
+        tokens = distill.pieces(run.further[-settings.extra_counts[1]:])
         streamed = distill.with_token_budget(run.streamed(run.memory_plan), tokens, run.seqlen)
         run.distills = run.decided("distills", lambda: min(distributed.all_gather_object(
             distill.room_for(streamed, tokens, settings.effort))) > 0)
@@ -135,7 +130,7 @@ def _plan(run):
 def _plan_passes(run):
     """Calibrate each layer in one pass if the activations of all sequences inside it fit on the GPU."""
     settings = run.settings
-    count = -(-(len(run.calibration) + run.extra_counts[0]) // distributed.world())
+    count = -(-(len(run.calibration) + settings.extra_counts[0]) // distributed.world())
     needed = calibration.one_pass_bytes(run.streamed(run.memory_plan), run.selected, (count, run.seqlen),
                                         settings.target == "dense", settings.solver == "admm")
     free = min(distributed.all_gather_object(memory.free(run.device)))  # all processes decide alike

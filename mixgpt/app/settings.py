@@ -19,7 +19,7 @@ PRESETS = {  # complete recipes; explicit flags override them
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
-             "percdamp": 0.1, "extra": 0.5, "distill": 0.75},
+             "percdamp": 0.1, "extra": 1.0, "distill": 0.375},
 }
 NEEDS = {  # what makes these properties of Settings true, in words
     "prunes": "--sparsity or --prunen and --prunem",
@@ -35,19 +35,19 @@ NEEDS = {  # what makes these properties of Settings true, in words
 def recipe(preset, prunem=0, wbits=16, groupsize=-1, effort=1.0):
     """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
 
-    In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Grids have
-    few scales to train. Columns are quantized in the order of activation unless their groups would have to be stored.
-    effort: of best, as a multiple of its text for distillation; Hessians gain less from more.
+    In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Columns are
+    quantized in the order of activation unless their groups would have to be stored.
+    effort: of best, as a multiple of its further text.
     """
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     options = dict(PRESETS[preset])
     if preset == "best" and prunem:
-        options |= {"sparsity_way": "uniform", "saliency": "obs", "extra": 0.75, "distill": 1.0}
+        options |= {"sparsity_way": "uniform", "saliency": "obs", "distill": 0.75}
     if preset == "best" and wbits < 16:
-        options |= {"distill": 0.5, "mse": True} | ({"act_order": True} if groupsize == -1 else {})
+        options |= {"mse": True} | ({"act_order": True} if groupsize == -1 else {})
     if preset == "best":
-        options |= {"extra": options["extra"] * math.sqrt(effort), "distill": options["distill"] * effort}
+        options |= {name: options[name] * effort for name in ("extra", "distill")}
     return options
 
 
@@ -96,7 +96,7 @@ class Settings:
         "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
         needs=("prunes",))
     effort: float = option(1.0, METHOD,
-        "what best may cost: a multiple of the text and the steps of distillation, and its root of --extra",
+        "what best may cost: a multiple of --extra, --distill and the steps of distillation",
         between=(0.1, 100), needs=("has_effort",))
 
     sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",
@@ -309,16 +309,10 @@ class Settings:
         """Whether calibration sequences are drawn."""
         return self.ranks_by_sensitivity or self.needs_gradients or self.calibrates or self.experts > 0
 
-    def extra_counts(self, distills=True):
-        """Return the numbers of further sequences for the Hessians, and for distillation.
-
-        distills: whether there is room for distillation. If not, the Hessians take its sequences, up to one for each
-        calibration sequence.
-        """
-        hessian, distillation = (math.ceil(round(share * self.nsamples, 6)) for share in (self.extra, self.distill))
-        if distills or not hessian:
-            return hessian, distillation if distills else 0
-        return min(hessian + distillation, max(hessian, self.nsamples)), 0
+    @property
+    def extra_counts(self):
+        """The numbers of further sequences for the Hessians, and for distillation."""
+        return tuple(math.ceil(round(share * self.nsamples, 6)) for share in (self.extra, self.distill))
 
     @property
     def method(self):
