@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from peers import PEERS, registered
 from scores import DENSE, Scores, cell_of, parser_of
-from tables import EFFORTS, Measured
+from tables import Measured
 
 from mixgpt.app.cli import REMEDY, reported
 
 METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "sparsegpt-76": "--preset sparsegpt --nsamples 76",
                    "mixgpt": "--preset mixgpt", "best": "--preset best"}
-FLAGS = METHODS | {f"best-{effort}": f"--preset best --effort {effort}" for effort in EFFORTS}
+FLAGS = METHODS | {f"best-{effort}": f"--preset best --effort {effort}" for effort in ("0.3", "3", "10")}
 WALKS = ("owl", "sparsegpt", "sparsegpt-76", "mixgpt")  # which quantize with the options of best
 TARGETS = ("50%", "60%", "70%", "2:4", "4:8", "50%+4bit")
 DEFAULTS = ["--nsamples", "32", "--seqlen", "512", "--eval", "wikitext2", "c4", "--dtype", "float32"]
@@ -52,11 +52,9 @@ def main(argv=None):
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=FLAGS)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--data-dir", help="folder with local copies of the texts, instead of the hub")
     parser.add_argument("--output", required=True, help=".json file of the cells; the tables go beside it, in .md")
     with reported("accuracy.py", argv, REMEDY) as end, registered():
         options, flags = parser.parse_known_args(argv)
-        flags += ["--data-dir", options.data_dir] if options.data_dir else []
         print(Scores(options.output, markdown).run(cells_of(options, flags)))
     return end.status
 

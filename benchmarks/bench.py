@@ -32,6 +32,7 @@ from sparsegpt import Walk
 WARMUP = "256x256"  # loads libraries and compiled code, and is not printed
 MATRICES = ["4096x4096", "4096x11008", "11008x4096"]
 TARGETS = {"50%": (0.5, 0, 0, 16), "2:4": (0.0, 2, 4, 16), "50% + 4 bit": (0.5, 0, 0, 4)}
+BATCH_SIZE = 2
 PARTS = ("forward", "Hessian", "factorisation", "walk")
 
 
@@ -111,7 +112,7 @@ def prune(name, model, tokens, tests, device, batch_size):
 
 def bench_model(device, arguments):
     """Print seconds of both by part, their ratio, peak memory so far and perplexity."""
-    tokenizer, size = load.load_tokenizer(arguments.file), arguments.batch_size
+    tokenizer, size = load.load_tokenizer(arguments.file), BATCH_SIZE
     tokens, _ = datautils.calibration_samples(arguments.dataset, arguments.nsamples, arguments.seqlen, 0, tokenizer,
                                               arguments.data_dir)
     tests, _ = datautils.test_tokens(arguments.eval, arguments.seqlen, tokenizer, arguments.data_dir)
@@ -142,7 +143,6 @@ def main(argv=None):
     parser.add_argument("--data-dir", help="folder with local copies of the texts")
     parser.add_argument("--nsamples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)

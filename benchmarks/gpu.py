@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from bench import machine, prune
+from bench import BATCH_SIZE, machine, prune
 from scores import NOT_PRUNING
 from small_models import train_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
@@ -44,7 +44,7 @@ def run(folder, method, nsamples, arguments):
     """Run a method's command line. Returns its record."""
     with tempfile.TemporaryDirectory(prefix="mixgpt") as place, contextlib.redirect_stdout(sys.stderr):
         words = [folder, "builtin", "--eval", "builtin", "--nsamples", nsamples, "--seqlen", arguments.seqlen,
-                 "--batch-size", arguments.batch_size, "--device", arguments.device, "--quiet", "--save",
+                 "--batch-size", BATCH_SIZE, "--device", arguments.device, "--quiet", "--save",
                  f"{place}/saved", *METHODS[method].split()]
         words += ["--sensitivity-file", f"{place}/traces.json"] if method == "MixGPT" else []  # none from the cache
         return pipeline.run(parse("llama.py", list(map(str, words))))
@@ -55,7 +55,7 @@ def measure(name, arguments):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SHAPES[name][0]).bfloat16().eval()
     tokenizer = train_tokenizer(load_rows("builtin", "train", None)[0][:100], 384)  # short tokens, so many of them
-    device, seqlen, size = torch.device(arguments.device), arguments.seqlen, arguments.batch_size
+    device, seqlen, size = torch.device(arguments.device), arguments.seqlen, BATCH_SIZE
     tests, _ = test_tokens("builtin", seqlen, tokenizer)
     with tempfile.TemporaryDirectory(prefix="mixgpt") as folder:
         model.save_pretrained(folder)
@@ -93,7 +93,6 @@ def main(argv=None):
     parser.add_argument("--shapes", nargs="*", default=["LLaMA-7B", "OPT-1.3B"], choices=SHAPES)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args(argv)
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():

@@ -20,7 +20,6 @@ from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import write_output
 
 DENSE = "dense", "0%"
-AVERAGE = "average"  # of all tasks
 NOT_PRUNING = ("load", "data", "save", "evaluation", "tasks", "W&B")  # parts of a run
 
 
@@ -58,7 +57,7 @@ def measure(command):
         *_, scores = record["tasks"].values()
         figures = {task: 100 * metrics["acc_norm" if "acc_norm" in metrics else "acc"]
                    for task, metrics in scores.items()}
-        figures[AVERAGE] = mean(figures.values())
+        figures["average"] = mean(figures.values())
     seconds = {part: value for part, value in record["seconds"].items() if part not in NOT_PRUNING}
     return {"figures": figures, "sparsity": record["sparsity"], "sensitivity_seconds": seconds.pop("sensitivity", 0.0),
             "seconds": sum(seconds.values()), "peak_bytes": max(record["peak_memory"].values()),

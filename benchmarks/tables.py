@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -23,7 +24,6 @@ PAGES = "README.md", "docs/results.md"
 PICTURE, EFFORT_PICTURE = "images/tradeoff.png", "images/effort.png"
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "sparsegpt": "SparseGPT",
            "sparsegpt-76": "SparseGPT, 76 sequences", "mixgpt": "MixGPT", "best": "best"}
-EFFORTS = "0.3", "3", "10"  # of best, beside 1
 REFERENCE, *BETTER = DRAWN = "sparsegpt", "mixgpt", "best"  # whose gap the others close a part of
 COST = "50%"  # the target of which time and memory are given
 TIMED = {method: METHODS[method] for method in ("sparsegpt", "sparsegpt-76", "mixgpt")} | {
@@ -41,8 +41,7 @@ class Measured:
         self.targets = [target for target in self.cells["target"].unique() if target != self.dense["target"]]
 
     def of_seed_0(self):
-        other = copy.copy(self)
-        other.cells = self.cells[self.cells["seed"] == 0]
+        (other := copy.copy(self)).cells = self.cells[self.cells["seed"] == 0]
         return other
 
     def of(self, method, target):
@@ -79,11 +78,6 @@ class Measured:
         memory, trains = self.of(method, COST)["peak_bytes"].mean() / 1e9, ", trains" if method == "best" else ""
         return f"{self.seconds(method, COST):.0f} s, {memory:.1f} GB{trains}" if memory == memory else ""
 
-    def timed(self, method, target):
-        """Write perplexities and seconds."""
-        figures = self.figures(method, target)
-        return figures and f"{figures} in {self.seconds(method, target):.0f} s"
-
     def tables(self):
         """Return {name: text}."""
         first, dense = self.of_seed_0(), " / ".join(_number(self.dense[text]) for text in self.texts)
@@ -92,7 +86,8 @@ class Measured:
                 "gap": self.table(self.name, lambda *of: " / ".join(
                     "-" if share != share else f"{share:.0%}" for share in self.gaps(*of).values()),
                     methods={method: METHODS[method] for method in BETTER}),
-                "effort": first.table(self.name, first.timed, None, TIMED, TIMED_TARGETS)}
+                "effort": first.table(self.name, lambda *of: first.figures(*of) and (
+                    f"{first.figures(*of)} in {first.seconds(*of):.0f} s"), None, TIMED, TIMED_TARGETS)}
 
 
 def _number(value):
@@ -109,20 +104,17 @@ def points_of(models):
 
 
 def draw_efforts(models):
-    """Plot the first text's perplexity at TIMED_TARGETS against the seconds to prune, of the first seed."""
+    """Plot the first text's perplexity at TIMED_TARGETS against the seconds to prune, of seed 0."""
     figure = Figure(figsize=(11, 4 * len(models)), layout="constrained")
-    for axes, model in zip(figure.subplots(len(models), len(TIMED_TARGETS), squeeze=False), models, strict=True):
-        first = model.of_seed_0()
-        for axis, target in zip(axes, TIMED_TARGETS, strict=True):
-            for line in ("SparseGPT", "MixGPT", "best"):
-                points = [(first.seconds(method, target), first.of(method, target)[model.texts[0]].mean())
-                          for method, name in TIMED.items() if name.startswith(line)]
-                axis.plot(*zip(*points, strict=True), marker="o", label=line)
-            axis.axhline(model.dense[model.texts[0]], label="dense", color="black", linestyle="--", linewidth=1)
-            axis.set(xscale="log", xlabel="seconds to prune", ylabel=f"perplexity on {model.texts[0]}",
-                     title=f"{model.name}, {target}")
-            axis.legend(fontsize=8)
-            axis.grid(alpha=0.3)
+    axes = figure.subplots(len(models), len(TIMED_TARGETS), squeeze=False).flat
+    for axis, (model, target) in zip(axes, product(models, TIMED_TARGETS), strict=True):
+        first, text = model.of_seed_0(), model.texts[0]
+        for line in ("SparseGPT", "MixGPT", "best"):
+            points = [(first.seconds(method, target), first.of(method, target)[text].mean())
+                      for method, name in TIMED.items() if name.startswith(line)]
+            axis.plot(*zip(*points, strict=True), marker="o", label=line)
+        axis.set(xscale="log", xlabel="seconds to prune", ylabel=f"perplexity, {text}", title=f"{model.name}, {target}")
+        axis.legend()
     return bytes_of(figure, Path(EFFORT_PICTURE).suffix)
 
 
