@@ -37,18 +37,7 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     raises InputError if even that leaves no room, if the prompt gives no token, or one that the model does not have, or
     if logits are NaN or inf.
     """
-    ids = torch.tensor([token_ids(tokenizer, prompt, bos)], dtype=torch.long, device=model.device)
-    limit = position_limit(model.config)
-    if limit and max_new_tokens >= limit:
-        raise InputError(f"--max-new-tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if not ids.numel():
-        raise InputError("prompt: the model's tokenizer gives no token for it; give another one")
-    if ids.max() >= vocabulary:
-        raise InputError(f"model {model.config.name_or_path}: its tokenizer gives token {ids.max()}, but its "
-                         f"vocabulary has {vocabulary}")
-    cut = max(ids.shape[1] + max_new_tokens - limit, 0) if limit else 0
-    ids = begin(ids[:, cut:], first_token(tokenizer, bos))
+    ids, cut = _prompt_ids(model, tokenizer, prompt, max_new_tokens, bos)
     choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=model.generation_config.eos_token_id,
@@ -74,3 +63,19 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     rate = (len(output) - 1) / after if len(output) > 1 else 1 / seconds
     nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return Completion(text, len(output), seconds, rate, nbytes, cut)
+
+
+def _prompt_ids(model, tokenizer, prompt, max_new_tokens, bos):
+    """Return the tokens (1, T) of a prompt, on the model's device, and how many there was no room for before them."""
+    ids = torch.tensor([token_ids(tokenizer, prompt, bos)], dtype=torch.long, device=model.device)
+    limit = position_limit(model.config)
+    if limit and max_new_tokens >= limit:
+        raise InputError(f"--max-new-tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if not ids.numel():
+        raise InputError("prompt: the model's tokenizer gives no token for it; give another one")
+    if ids.max() >= vocabulary:
+        raise InputError(f"model {model.config.name_or_path}: its tokenizer gives token {ids.max()}, but its "
+                         f"vocabulary has {vocabulary}")
+    cut = max(ids.shape[1] + max_new_tokens - limit, 0) if limit else 0
+    return begin(ids[:, cut:], first_token(tokenizer, bos)), cut
