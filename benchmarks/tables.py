@@ -113,7 +113,7 @@ def draw_efforts(models):
             points = [(first.seconds(method, target), first.of(method, target)[text].mean())
                       for method, name in TIMED.items() if name.startswith(line)]
             axis.plot(*zip(*points, strict=True), marker="o", label=line)
-        axis.set(xscale="log", xlabel="seconds to prune", ylabel=f"perplexity, {text}", title=f"{model.name}, {target}")
+        axis.set(xlabel="seconds to prune", ylabel=f"perplexity, {text}", title=f"{model.name}, {target}")
         axis.legend()
     return bytes_of(figure, Path(EFFORT_PICTURE).suffix)
 
