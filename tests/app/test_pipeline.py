@@ -296,7 +296,7 @@ def test_settings_that_contradict_or_lack_each_other_are_refused(flags, message)
 
 @pytest.mark.parametrize("amount, expected", [
     ("--sparsity .5", [2]), ("--prunen 2 --prunem 4", []),
-    ("--prunen 2 --prunem 4 --token-weights fisher", [7])])  # of 4 sequences and 3 further ones
+    ("--prunen 2 --prunem 4 --token-weights fisher", [8])])  # of 4 sequences and 4 further ones
 def test_best_takes_gradients_from_half_of_the_sequences_unless_they_weigh_tokens(amount, expected, prune, monkeypatch):
     seen, measure = [], planning.output_gradients
     monkeypatch.setattr(planning, "output_gradients", lambda streamed, matrices, tokens, *more: seen.append(
