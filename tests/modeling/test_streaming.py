@@ -188,7 +188,7 @@ def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
         grown[layers] = after - before
     size = sum(file.stat().st_size for file in (tmp_path / "saved12").glob("*.safetensors"))
     assert size > 12 * LAYER
-    assert abs(grown[12] - grown[6]) < 3 * LAYER  # of six more; how far writing lags differs
+    assert abs(grown[12] - grown[6]) < 1.5 * LAYER
     # three layers at a time, one being written, what malloc keeps of freed blocks, and compiled code
     assert grown[12] < size
     assert AutoConfig.from_pretrained(tmp_path / "saved12").num_hidden_layers == 12
