@@ -20,6 +20,7 @@ from mixgpt.common.files import replacing
 from mixgpt.modeling.decoder import layers_of, layers_path, rest_of
 from mixgpt.modeling.experts import ExpertSlice, layout_of, on_meta
 
+READER = ThreadPoolExecutor(1)  # reads ahead; malloc would keep freed blocks of each new thread
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -106,7 +107,7 @@ def check_finite(tensor, name):
 def prefetch(layers, index, device):
     """Start reading layer number `index`, if it exists and is on disk, in a thread, for `on_device`."""
     if index < len(layers) and (weights := disk_weights(layers[index])):
-        weights.ahead = ThreadPoolExecutor(1).submit(weights.read, pinned=torch.device(device).type == "cuda")
+        weights.ahead = READER.submit(weights.read, pinned=torch.device(device).type == "cuda")
 
 
 class StoredTensor(NamedTuple):
