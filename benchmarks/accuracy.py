@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from peers import PEERS, registered
 from scores import DENSE, Scores, cell_of, parser_of
-from tables import Measured
+from tables import TIMED, Measured
 
 from mixgpt.app.cli import REMEDY, reported
 
 METHODS = PEERS | {"sparsegpt": "--preset sparsegpt", "sparsegpt-76": "--preset sparsegpt --nsamples 76",
                    "mixgpt": "--preset mixgpt", "best": "--preset best"}
-FLAGS = METHODS | {f"best-{effort}": f"--preset best --effort {effort}" for effort in ("0.3", "3", "10")}
+FLAGS = METHODS | {name: f"--preset best --effort {name[5:]}" for name in TIMED if name.startswith("best-")}
 WALKS = ("owl", "sparsegpt", "sparsegpt-76", "mixgpt")  # which quantize with the options of best
 TARGETS = ("50%", "60%", "70%", "2:4", "4:8", "50%+4bit")
 DEFAULTS = ["--nsamples", "32", "--seqlen", "512", "--eval", "wikitext2", "c4", "--dtype", "float32"]
@@ -39,7 +39,7 @@ def cells_of(options, flags):
 
 
 def markdown(cells):
-    """Write the tables of `Measured`: means over the seeds and costs, standard deviations, and gaps closed."""
+    """Write the tables of `Measured`: means over the seeds and costs, standard deviations, gaps closed, and efforts."""
     return "\n\n".join(Measured(Path(cells[0]["model"]).name, cells).tables().values()) if cells else ""
 
 

@@ -66,7 +66,7 @@ def recipe_of(settings, gradients=None):
 
 def _distill(run, plan, outcomes, on_host):
     """Distil the pruned model, or leave it as it is and say why. Returns what to record, as an interrupted run has."""
-    files, tokens = run.files, plan.distillation_tokens
+    files, tokens = run.files, run.distillation_tokens
 
     def finish(index, layer):
         if files:

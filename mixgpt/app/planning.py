@@ -27,8 +27,7 @@ class Plan:
     tokens: torch.Tensor | None = None  # (n, T), on which matrices are pruned
     gradients: Gradients | None = None  # of the loss w.r.t. matrix outputs, if needed
     traces: Any = None  # allocation.traces.Traces, if matrices are ranked by sensitivity
-    distillation_tokens: torch.Tensor | None = None  # (n, T)
-    dense_states: torch.Tensor | None = None  # (n, T, C), after the dense model's last layer, of these tokens
+    dense_states: torch.Tensor | None = None  # (m, t, C), after the dense model's last layer, of distillation_tokens
 
 
 def choose(run):
@@ -76,7 +75,7 @@ def _remove_experts(run, retry):
 def _dense_states(run, memory_plan):
     """Return the dense model's last hidden states of the text for distillation, None if there is none."""
     def make():
-        tokens = distill.pieces(run.further[run.settings.extra_counts[0]:])
+        tokens = run.distillation_tokens
         streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.seqlen)
         with run.clock.part("distillation"):
             return None, {"states": distill.dense_states(streamed, tokens)}
@@ -87,7 +86,6 @@ def _dense_states(run, memory_plan):
 def _measure(run, dense_states, memory_plan):
     """Return the `Plan`. dense_states: of `_dense_states`."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
-    hessians, _ = settings.extra_counts
     if settings.ranks_by_sensitivity:
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)
@@ -95,11 +93,11 @@ def _measure(run, dense_states, memory_plan):
             measured, path = traces.load_or_compute(streamed, run.calibration, sampling,
                                                     settings.sensitivity_file)
         run.log(f"{measured.verdict()}\n         kept in {path}")
+    hessians, _ = settings.extra_counts
     tokens = torch.cat([run.calibration, run.further[:hessians]]) if settings.needs_calibration else None
     targets, tensors = run.kept("plan", lambda: _allocate(run, streamed, tokens, measured))
     return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens,
-                Gradients.of(tensors) if settings.needs_gradients else None, measured,
-                distill.pieces(run.further[hessians:]) if run.distills else None, dense_states)
+                Gradients.of(tensors) if settings.needs_gradients else None, measured, dense_states)
 
 
 def _allocate(run, streamed, tokens, measured):

@@ -38,6 +38,11 @@ class Run(Inputs):
         self.memory_plan = MemoryPlan(self.settings.batch_size, on_host=not self.settings.calibrates,
                                       two_passes=not one_pass)
 
+    @property
+    def distillation_tokens(self):
+        """The further sequences (n, T) for distillation, cut into pieces (m, t)."""
+        return distill.pieces(self.further[self.settings.extra_counts[0]:])
+
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""
         return StreamedModel(self.model, self.device, plan.batch_size, self.clock, plan.on_host)
@@ -111,7 +116,7 @@ def _plan(run):
     if settings.dtype == "auto" and run.dtype != "auto":
         run.log("dtype    float32: this CPU computes more slowly in the stored dtype; give --dtype to keep it")
     if settings.distill:
-        tokens = distill.pieces(run.further[-settings.extra_counts[1]:])
+        tokens = run.distillation_tokens
         streamed = distill.with_token_budget(run.streamed(run.memory_plan), tokens, run.seqlen)
         run.distills = run.decided("distills", lambda: min(distributed.all_gather_object(
             distill.room_for(streamed, tokens, settings.effort))) > 0)
