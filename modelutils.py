@@ -20,9 +20,20 @@ from mixgpt.modeling.decoder import layers_of, rest_of
 from mixgpt.modeling.experts import is_split
 from mixgpt.modeling.streaming import disk_weights, prefetch
 
-SLICE = 1024  # tokens whose logits are in memory at a time
-CPU_SLICE = 128  # the same where they should stay in the caches of a CPU
+SLICE = 512  # tokens whose logits are in memory at a time
+CACHED = 2**18  # float32 logits that a core of a CPU computes with at a time, so that they stay in its caches
 ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")  # names of what routes tokens to experts
+
+
+def by_rows(logits, *others):
+    """Split logits (n, V), and others of n rows, into those of which float32 values are in memory at a time."""
+    size = rows_at_once(logits.device, logits.shape[1])
+    return zip(*(values.split(size) for values in (logits, *others)), strict=True)
+
+
+def rows_at_once(device, V):
+    """Return of how many tokens `by_rows` gives logits (V,) at a time: on a CPU those that its caches hold."""
+    return SLICE if device.type == "cuda" else max(CACHED * torch.get_num_threads() // V, 1)
 
 
 def with_layers(config, count):
@@ -258,7 +269,7 @@ class HiddenStates:
             output = hidden[:, None, ..., :self.channels]  # as sequences of one token
             tokens = output.new_zeros(len(output), 1, dtype=torch.long)  # whichever
             with _replaced(layers, lambda *_, **__: (output, None) if self.tuples else output):
-                return model(tokens, use_cache=False).logits[:, 0]
+                return model(tokens, use_cache=False).logits.squeeze(1)
 
         with on_device(rest, self.device):
             for module in rest if converts else ():

@@ -11,7 +11,7 @@ import torch
 from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size
 from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import seeded, wide
-from modelutils import CPU_SLICE, SLICE, hooked, linears
+from modelutils import SLICE, by_rows, hooked, linears
 
 TOKEN_CLIP = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: the most that a token counts in G
 ROUNDING = 1e-9  # of the largest ‖∂L/∂y‖² of a sequence: less is a token that was not routed here
@@ -145,13 +145,15 @@ def _sampled_gradient(chunk, head, rows, keys):
     hidden, = chunk.read(-1, rows)
     uniform = torch.cat([torch.rand(hidden.shape[1] - 1, generator=seeded(*key, "labels"), dtype=torch.float64)
                          for key in keys]).to(chunk.device)
-    parts, size = [], SLICE if hidden.is_cuda else CPU_SLICE
-    for h, threshold in zip(hidden[:, :-1].flatten(0, 1).split(size), uniform.split(size), strict=True):
+    parts = []
+    for h, thresholds in zip(hidden[:, :-1].flatten(0, 1).split(SLICE), uniform.split(SLICE), strict=True):
         with torch.enable_grad():
             logits = head(h.requires_grad_())
-        p = wide(logits.detach()).softmax(-1)
-        p.scatter_add_(1, drawn(p, threshold)[:, None], p.new_full((len(p), 1), -1))  # of L = −log p(ŷ)
-        parts.append(torch.autograd.grad(logits, h, p.to(logits.dtype))[0])
+        cotangent = torch.empty_like(logits)
+        for scores, threshold, g in by_rows(logits.detach(), thresholds, cotangent):
+            p = wide(scores).softmax(-1)
+            g.copy_(p.scatter_add_(1, drawn(p, threshold)[:, None], p.new_full((len(p), 1), -1)))  # of L = −log p(ŷ)
+        parts.append(torch.autograd.grad(logits, h, cotangent)[0])
     g = torch.zeros_like(hidden)
     g[:, :-1] = torch.cat(parts).view(hidden[:, :-1].shape)
     return g

@@ -8,7 +8,7 @@ import torch
 from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common import distributed
 from mixgpt.modeling.decoder import layers_of
-from modelutils import SLICE, HiddenStates, in_turn, linears, other_weights, run_layers
+from modelutils import SLICE, HiddenStates, by_rows, in_turn, linears, other_weights, run_layers
 
 
 @torch.no_grad()
@@ -27,8 +27,9 @@ def perplexity(model, tokens, batch_size, device, title="perplexity", step=Hidde
             for rows in stream.batches():
                 hidden = stream.hidden[rows, :-1].to(device).flatten(0, 1)  # (B·(T−1), C)
                 targets = mine[rows, 1:].to(device).flatten()
-                for h, t in zip(hidden.split(SLICE), targets.split(SLICE), strict=True):
-                    total += torch.nn.functional.cross_entropy(head(h).float(), t, reduction="sum").item()
+                for h, target in zip(hidden.split(SLICE), targets.split(SLICE), strict=True):
+                    for scores, t in by_rows(head(h), target):
+                        total += torch.nn.functional.cross_entropy(scores.float(), t, reduction="sum").item()
     mean = sum(distributed.all_gather_object(total)) / (N * (T - 1))
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan  # exp overflows above 709
 

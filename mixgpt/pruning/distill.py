@@ -15,7 +15,7 @@ from mixgpt.common import distributed, memory, progress
 from mixgpt.common.runtime import seeded, wide
 from mixgpt.modeling.experts import kind_of
 from mixgpt.modeling.streaming import disk_weights
-from modelutils import CPU_SLICE, SLICE, HiddenStates, bytes_to_load, linears, on_device, run_layers
+from modelutils import SLICE, HiddenStates, by_rows, bytes_to_load, linears, on_device, rows_at_once, run_layers
 
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
 STEPS = 24  # at most, with an effort of 1
@@ -58,9 +58,9 @@ def room_for(streamed, tokens, effort=1.0):
 
     At most streamed.batch_size. Counted are all weights; for those in layers the gradient, a float32 copy and, unless
     they are read from disk, a copy to restore; three more copies of the largest matrix; a second copy of the head, and
-    five float32 values for each logit of a slice of tokens; hidden states; and for each token of a batch the inputs and
-    outputs of linears, half as much again, and the scores of attention, if the model computes these, or a third of
-    their bytes for the buffers of PyTorch's attention on a CPU.
+    two values for each logit of a slice of tokens, and three of float32 for those computed with at a time; hidden
+    states; and for each token of a batch the inputs and outputs of linears, half as much again, and the scores of
+    attention, if the model computes these, or a third of their bytes for the buffers of PyTorch's attention on a CPU.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
@@ -70,7 +70,8 @@ def room_for(streamed, tokens, effort=1.0):
     before = itemsize if device.type == "cpu" and _in_memory(layers) else 0
     fixed = bytes_to_load(model, device) + 12 * max(m.weight.numel() for m in matrices.values()) + (
         before + itemsize + 4) * sum(weight.numel() for layer in layers for weight in layer.parameters())
-    fixed += config.vocab_size * (itemsize * width + 20 * min(_part(device), batch * T))
+    V, rows = config.vocab_size, min(SLICE, batch * T)
+    fixed += V * (itemsize * (width + 2 * rows) + 12 * min(rows, rows_at_once(device, V)))
     fixed += itemsize * width * T * _most(tokens)
     experts = getattr(config, "num_experts_per_tok", None) or 1
     sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
@@ -208,21 +209,17 @@ def _divergence(head, hidden, dense):
     head: from hidden states to logits. hidden, dense: (n, C), of the pruned and of the dense model.
     """
     total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-    size = _part(hidden.device)
-    for rows in (slice(start, start + size) for start in range(0, len(hidden), size)):
+    for h, of_dense, of_h in zip(*(states.split(SLICE) for states in (hidden, dense, gradient)), strict=True):
         with torch.enable_grad():
-            h = hidden[rows].requires_grad_()
-            logits = head(h)
-        log_q, log_p = (wide(values).log_softmax(-1) for values in (logits.detach(), head(dense[rows])))
-        difference, p = log_p - log_q, log_p.exp_()
-        total += torch.dot(p.flatten(), difference.flatten())
-        gradient[rows] = torch.autograd.grad(logits, h, log_q.exp_().sub_(p).to(logits.dtype))[0]
+            logits = head(h.requires_grad_())
+        others = head(of_dense)  # replaced by the gradient w.r.t. logits
+        for pair in by_rows(logits.detach(), others):
+            log_q, log_p = (wide(scores).log_softmax(-1) for scores in pair)
+            difference, p = log_p - log_q, log_p.exp_()
+            total += torch.dot(p.flatten(), difference.flatten())
+            pair[1].copy_(log_q.exp_().sub_(p))
+        of_h.copy_(torch.autograd.grad(logits, h, others)[0])
     return total, gradient
-
-
-def _part(device):
-    """Return the number of tokens whose logits are in memory at a time."""
-    return SLICE if device.type == "cuda" else CPU_SLICE
 
 
 def _mean(divergences, count, device):

@@ -6,6 +6,7 @@ from conftest import CPU, FAMILIES, inputs_of, make, modules_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import OPTConfig, OPTForCausalLM
 
+import modelutils
 from mixgpt.allocation import backward, fisher, hutchinson
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.common.choices import ESTIMATORS
@@ -90,7 +91,8 @@ def test_batches_and_chunks_change_nothing(tokens, estimator, all_float64, monke
     model.double()
     whole = traces(model, tokens, estimator, batch_size=5)
     monkeypatch.setattr(backward, "SAVED_AFTER", 0)
-    monkeypatch.setattr(fisher, "CPU_SLICE", 7)
+    monkeypatch.setattr(fisher, "SLICE", 7)
+    monkeypatch.setattr(modelutils, "CACHED", 1)  # a row at a time
     monkeypatch.setattr(hutchinson, "SLICE", 7)
     saved = []
     parts = traces(model, tokens, estimator, save=saved.append)

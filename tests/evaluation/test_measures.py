@@ -7,6 +7,7 @@ import torch
 from conftest import CPU, make, measure_sparsity
 from makebelieve import CUDA, Gpu
 
+import modelutils
 from mixgpt.evaluation import measures
 from mixgpt.evaluation.measures import measure_weights
 from mixgpt.modeling.decoder import layers_of
@@ -15,9 +16,10 @@ from mixgpt.modeling.experts import split_experts
 
 @pytest.mark.parametrize("batch_size, part", [(1, 2048), (4, 7), (8, 2048)])
 def test_streamed_perplexity_is_that_of_the_full_forward(tiny, tokens, batch_size, part, monkeypatch):
-    """part: tokens whose logits are computed at a time. The model's own loss is over all sequences, in float64."""
+    """part: tokens whose logits are in memory at a time. The model's own loss is over all sequences, in float64."""
     model, whole = tiny, copy.deepcopy(tiny).double()
     monkeypatch.setattr(measures, "SLICE", part)
+    monkeypatch.setattr(modelutils, "CACHED", 100 * part)
     streamed = measures.perplexity(model, tokens, batch_size, CPU)
     with torch.no_grad():
         assert streamed == pytest.approx(whole(tokens, labels=tokens, use_cache=False).loss.exp().item(), rel=1e-5)

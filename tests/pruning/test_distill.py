@@ -10,6 +10,7 @@ from conftest import CPU, VOCABULARY, make, modules_of
 from makebelieve import CUDA, Gpu
 from torch.profiler import ProfilerActivity, profile
 
+import modelutils
 from mixgpt.common import memory
 from mixgpt.modeling.decoder import layers_of, layers_path, path_of
 from mixgpt.modeling.experts import split_experts
@@ -86,7 +87,8 @@ def test_gradients_are_those_of_the_divergence_from_the_dense_model(name, monkey
 
     monkeypatch.setattr(module, "_step", keep)
     monkeypatch.setattr(module, "STEPS", 1)
-    monkeypatch.setattr(module, "CPU_SLICE", 7)  # several parts
+    monkeypatch.setattr(module, "SLICE", 7)  # several parts
+    monkeypatch.setattr(modelutils, "CACHED", 1)  # a row at a time
     mean = scene.distill()
     with module._trained(layers_of(scene.pruned), scene.chosen) as weights, torch.enable_grad():
         expected = scene.divergence()
