@@ -1,6 +1,6 @@
-"""Write the cells that `accuracy.py` has measured into the tables of the pages, and draw them. A file for each model.
+"""Write the cells that `accuracy.py` and `paper.py` have measured into the tables of the pages, and draw them.
 
-python benchmarks/tables.py docs/accuracy/SmolLM2-135M-Instruct.json docs/accuracy/Gemma-3-270M.json
+python benchmarks/tables.py docs/accuracy/*.json  # paper.json, families.json, and one for each model
 
 A table NAME stands in README.md or docs/results.md between the lines <!-- NAME --> and <!-- end of NAME -->.
 """
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pandas as pd
 from matplotlib.figure import Figure
-from scores import closed, table_of_markdown
+from scores import closed, spread, table_of_markdown
 
 from mixgpt.app.plots import bytes_of, draw_tradeoff
 
@@ -24,11 +24,14 @@ PAGES = "README.md", "docs/results.md"
 PICTURE, EFFORT_PICTURE = "images/tradeoff.png", "images/effort.png"
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "sparsegpt": "SparseGPT",
            "sparsegpt-76": "SparseGPT, 76 sequences", "mixgpt": "MixGPT", "best": "best"}
+SEEDED = {method: name for method, name in METHODS.items() if method != "magnitude"}  # which reads no text
 REFERENCE, *BETTER = DRAWN = "sparsegpt", "mixgpt", "best"  # whose gap the others close a part of
 COST = "50%"  # the target of which time and memory are given
 TIMED = {method: METHODS[method] for method in ("sparsegpt", "sparsegpt-76", "mixgpt")} | {
     "best-0.3": "best, effort 0.3", "best": "best", "best-3": "best, effort 3", "best-10": "best, effort 10"}
 TIMED_TARGETS = "50%", "2:4"
+OF_PAPER = {"dense": "dense", "sparsegpt": "SparseGPT", "isc": "ISC", "weight-level": "mixed", "mixgpt": "MixGPT"}
+OF_FAMILIES = {method: METHODS.get(method, method) for method in ("dense", "wanda", "owl", *DRAWN)}
 
 
 class Measured:
@@ -82,7 +85,7 @@ class Measured:
         """Return {name: text}."""
         first, dense = self.of_seed_0(), " / ".join(_number(self.dense[text]) for text in self.texts)
         return {"accuracy": self.table(f"{self.name}: dense {dense}", self.figures, self.cost),
-                "spread": self.table(self.name, lambda *of: self.figures(*of, "std")),
+                "spread": self.table(self.name, lambda *of: self.figures(*of, "std"), methods=SEEDED),
                 "gap": self.table(self.name, lambda *of: " / ".join(
                     "-" if share != share else f"{share:.0%}" for share in self.gaps(*of).values()),
                     methods={method: METHODS[method] for method in BETTER}),
@@ -118,14 +121,27 @@ def draw_efforts(models):
     return bytes_of(figure, Path(EFFORT_PICTURE).suffix)
 
 
+def by_model(cells, methods, write):
+    """Write a table of a row for each model. write: function of a method's cells, a DataFrame, and the texts."""
+    frame, texts = pd.DataFrame([cell | cell["figures"] for cell in cells]), list(cells[0]["figures"])
+    return table_of_markdown(["model", *methods.values()], [
+        [Path(model).stem, *(write(of_model[of_model["method"] == method], texts) for method in methods)]
+        for model, of_model in frame.groupby("model", sort=False)])
+
+
 def main(argv=None):
-    models = [Measured(path.stem, json.loads(path.read_text())["cells"])
-              for path in map(Path, sys.argv[1:] if argv is None else argv)]
+    files = sorted(map(Path, sys.argv[1:] if argv is None else argv), reverse=True)  # SmolLM2 before Gemma
+    cells = {file.stem: json.loads(file.read_text())["cells"] for file in files}
+    blocks = {"paper": by_model(cells.pop("paper"), OF_PAPER, lambda of, texts: " / ".join(
+                  spread(of[text].tolist(), 1) for text in texts)),
+              "families": by_model(cells.pop("families"), OF_FAMILIES, lambda of, texts: " / ".join(
+                  map("{:.2f}".format, of.groupby("target", sort=False)[texts[0]].mean())))}
+    models = [Measured(name, of_model) for name, of_model in cells.items()]
     tables = [model.tables() for model in models]
+    blocks |= {name: "\n\n".join(of_model[name] for of_model in tables) for name in tables[0]}
     for page in map(Path, PAGES):
         text = page.read_text()
-        for name in tables[0]:
-            block = "\n\n".join(of_model[name] for of_model in tables)
+        for name, block in blocks.items():
             text = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", f"{block}\n", text,
                           flags=re.DOTALL)
         page.write_text(text)

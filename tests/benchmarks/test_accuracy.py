@@ -12,6 +12,8 @@ from conftest import ROOT
 from mixgpt.app import pipeline
 from mixgpt.common.choices import ALLOCATIONS, SOLVERS
 
+NAMES = "accuracy", "spread", "gap", "effort", "paper", "families"
+
 
 def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch, tmp_path, capsys):
     def benchmark(*targets):
@@ -50,12 +52,11 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
 def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
-    names, values = ("accuracy", "spread", "gap", "effort"), {
-        "sparsegpt": (40, 60, 80), "mixgpt": (30, 40, 50), "best-3": (20, 20, 20)}
+    values = {"sparsegpt": (40, 60, 80), "mixgpt": (30, 40, 50), "best-3": (20, 20, 20)}
     for page in tables.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text("above\n" + "".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\nbelow\n"
-                                                        for name in names))
+                                                        for name in NAMES))
     dense = {"method": "dense", "target": "0%", "seed": 0, "figures": {"wiki": 10.0, "c4": 20.0}, "seconds": 0,
              "sensitivity_seconds": 0, "peak_bytes": 1}
     cells = [dense, *(dense | {"method": method, "target": target, "seed": seed, "seconds": 30, "peak_bytes": 1.5e9,
@@ -65,10 +66,21 @@ def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monke
                       for seed, value in enumerate(of_seeds))]
     for model in ("a", "b"):
         (tmp_path / f"{model}.json").write_text(json.dumps({"cells": cells}))
-    assert tables.main(["a.json", "b.json"]) == 0
+    for name, of_cells in {"paper": tables.OF_PAPER, "families": tables.OF_FAMILIES}.items():
+        measured = [dense | {"model": f"small/{model}", "method": method, "target": target, "seed": seed,
+                             "figures": {"text": 10.0 * number + seed, "other": 7.0}}
+                    for model in ("x", "y") for number, method in enumerate(of_cells)
+                    for target in ("50%", "2:4")[:1 if name == "paper" or method in ("dense", "owl") else 2]
+                    for seed in ([0] if method == "dense" else [0, 2])]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"cells": measured}))
+    assert tables.main(["families.json", "b.json", "paper.json", "a.json"]) == 0
     for page in tables.PAGES:
         text = (tmp_path / page).read_text()
-        assert "old" not in text and text.startswith("above\n") and text.count("\nbelow\n") == 4
+        assert "old" not in text and text.startswith("above\n") and text.count("\nbelow\n") == len(NAMES)
+        assert text.index("b: dense") < text.index("a: dense")
+        assert "| y | 0.0 / 7.0 | 11.0 ± 1.4 / 7.0 ± 0.0 | 21.0 ± 1.4 / 7.0 ± 0.0 |" in text
+        assert "| model | dense | Wanda | OWL | SparseGPT | MixGPT | best |" in text
+        assert "| x | 0.00 | 11.00 / 11.00 | 21.00 | 31.00 / 31.00 |" in text
         assert "| b: dense 10.0 / 20.0 | 50% | 2:4 | cost at 50% |" in text
         assert text.count("| SparseGPT | 60.0 / 401 | 60.0 / 401 | 30 s, 1.5 GB |") == 2
         assert text.count("| MixGPT | 40.0 / 401 | 40.0 / 401 | 37 s, 1.5 GB |") == 2
@@ -84,5 +96,5 @@ def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monke
 
 def test_the_tables_of_the_pages_have_their_places():
     text = "".join((ROOT / page).read_text() for page in tables.PAGES)
-    for name in ("accuracy", "spread", "gap", "effort"):
+    for name in NAMES:
         assert text.count(f"<!-- {name} -->\n") == text.count(f"<!-- end of {name} -->") == 1
