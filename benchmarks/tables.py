@@ -30,8 +30,11 @@ COST = "50%"  # the target of which time and memory are given
 TIMED = {method: METHODS[method] for method in ("sparsegpt", "sparsegpt-76", "mixgpt")} | {
     "best-0.3": "best, effort 0.3", "best": "best", "best-3": "best, effort 3", "best-10": "best, effort 10"}
 TIMED_TARGETS = "50%", "2:4"
-OF_PAPER = {"dense": "dense", "sparsegpt": "SparseGPT", "isc": "ISC", "weight-level": "mixed", "mixgpt": "MixGPT"}
-OF_FAMILIES = {method: METHODS.get(method, method) for method in ("dense", "wanda", "owl", *DRAWN)}
+BY_MODEL = {  # file: methods, and how `by_model` writes the cells of one
+    "paper": ({"dense": "dense", "sparsegpt": "SparseGPT", "isc": "ISC", "weight-level": "mixed", "mixgpt": "MixGPT"},
+              lambda of, texts: " / ".join(spread(of[text].tolist(), 1) for text in texts)),
+    "families": ({method: METHODS.get(method, method) for method in ("dense", "wanda", "owl", *DRAWN)},
+                 lambda of, texts: " / ".join(map("{:.2f}".format, of.groupby("target", sort=False)[texts[0]].mean())))}
 
 
 class Measured:
@@ -132,10 +135,7 @@ def by_model(cells, methods, write):
 def main(argv=None):
     files = sorted(map(Path, sys.argv[1:] if argv is None else argv), reverse=True)  # SmolLM2 before Gemma
     cells = {file.stem: json.loads(file.read_text())["cells"] for file in files}
-    blocks = {"paper": by_model(cells.pop("paper"), OF_PAPER, lambda of, texts: " / ".join(
-                  spread(of[text].tolist(), 1) for text in texts)),
-              "families": by_model(cells.pop("families"), OF_FAMILIES, lambda of, texts: " / ".join(
-                  map("{:.2f}".format, of.groupby("target", sort=False)[texts[0]].mean())))}
+    blocks = {name: by_model(cells.pop(name), *of) for name, of in BY_MODEL.items() if name in cells}
     models = [Measured(name, of_model) for name, of_model in cells.items()]
     tables = [model.tables() for model in models]
     blocks |= {name: "\n\n".join(of_model[name] for of_model in tables) for name in tables[0]}

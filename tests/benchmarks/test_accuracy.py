@@ -66,7 +66,9 @@ def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monke
                       for seed, value in enumerate(of_seeds))]
     for model in ("a", "b"):
         (tmp_path / f"{model}.json").write_text(json.dumps({"cells": cells}))
-    for name, of_cells in {"paper": tables.OF_PAPER, "families": tables.OF_FAMILIES}.items():
+    assert tables.main(["a.json"]) == 0  # without the others, whose tables stay
+    assert (tmp_path / "README.md").read_text().count("\nold\n") == 2
+    for name, (of_cells, _) in tables.BY_MODEL.items():
         measured = [dense | {"model": f"small/{model}", "method": method, "target": target, "seed": seed,
                              "figures": {"text": 10.0 * number + seed, "other": 7.0}}
                     for model in ("x", "y") for number, method in enumerate(of_cells)
