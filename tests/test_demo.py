@@ -56,14 +56,13 @@ def test_the_notebook_runs_from_top_to_bottom(checkpoint_folder, texts, monkeypa
     demo = notebook()
     at = next(index for index, cell in enumerate(demo.cells) if "parameters" in cell.metadata.get("tags", ()))
     given = {"MODEL": str(checkpoint_folder("opt")), "DATASET": "wikitext2", "DATA_DIR": str(texts), "NSAMPLES": 4,
-             "SEQLEN": 32, "PROMPT": "The sheep", "NEW_TOKENS": 4}
+             "SEQLEN": 32, "OUT": str(texts / "demo"), "PROMPT": "The sheep", "NEW_TOKENS": 4}
     names = re.findall(r"^([A-Z_]+)(?:, ([A-Z_]+))? =", demo.cells[at].source, re.MULTILINE)
     assert {name for pair in names for name in pair if name} == set(given)
     demo.cells[at].source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
     demo.cells[1].source, _, rest = demo.cells[1].source.partition("pip = ")  # what it installs is here
     assert "requirements.txt" in rest
     demo.cells[1].source += rest.partition("\n\n")[2]
-    monkeypatch.setenv("TMPDIR", str(texts))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of which a tiny model has no use for more
     NotebookClient(demo, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
     check(demo)
