@@ -1,8 +1,10 @@
 """Train a pruned or quantized model until it predicts what the dense model predicts. Zeros stay zeros.
 
 Kept weights are trained, or, where weights lie on grids, the scales of these. The loss is KL(p ‖ q) per token, of the
-dense model's predictions p and the pruned one's q (Hinton et al., arXiv 1503.02531). Adafactor (Shazeer & Stern, arXiv
-1804.04235) takes the steps: beside a float32 copy of the weights it needs a value for each row and column.
+dense model's predictions p and the pruned one's q (Hinton et al., arXiv 1503.02531). The text is little, so that
+gradients are mostly noise. So a step goes along them, and does not divide by their size in each column, as Adam and
+Adafactor do: that would enlarge the noise where there is little else. The result is the mean of the weights after the
+later steps (stochastic weight averaging, Izmailov et al., arXiv 1803.05407).
 """
 
 import contextlib
@@ -20,10 +22,9 @@ from modelutils import SLICE, HiddenStates, by_rows, bytes_to_load, linears, on_
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
 STEPS = 24  # at most, with an effort of 1
 STEP_TOKENS = 512  # of a step, if there are as many: gradients of fewer are too noisy for the rate
-RATE = 2.5e-3  # most that a step changes a matrix, as a fraction of its root mean square
-SCALES_RATE = 1e-2  # most that a step changes the scales of its grids, as a fraction
-WARMUP = 0.1  # share of the steps
-EPS = 1e-15, 1e-3  # lower bounds of the root mean square of a gradient, and of a weight for its rate
+RATE = 4e-4  # root mean square of the change of a matrix in a step, as a fraction of its own
+SCALES_RATE = 1e-2  # likewise of the scales of its grids
+AVERAGED = 0.5  # share of the steps, the last ones, over which weights are averaged
 
 
 class Diverged(ArithmeticError):
@@ -56,11 +57,12 @@ def dense_states(streamed, tokens):
 def room_for(streamed, tokens, effort=1.0):
     """Return how many of the sequences (N, T) can be a batch if the whole model is trained on the device, 0 if none.
 
-    At most streamed.batch_size. Counted are all weights; for those in layers the gradient, a float32 copy and, unless
-    they are read from disk, a copy to restore; three more copies of the largest matrix; a second copy of the head, and
-    two values for each logit of a slice of tokens, and three of float32 for those computed with at a time; hidden
-    states; and for each token of a batch the inputs and outputs of linears, half as much again, and the scores of
-    attention, if the model computes these, or a third of their bytes for the buffers of PyTorch's attention on a CPU.
+    At most streamed.batch_size. Counted are all weights; for those in layers the gradient, a float32 copy, the distance
+    of that from the mean and, unless they are read from disk, a copy to restore; three more copies of the largest
+    matrix; a second copy of the head, and two values for each logit of a slice of tokens, and three of float32 for
+    those computed with at a time; hidden states; and for each token of a batch the inputs and outputs of linears, half
+    as much again, and the scores of attention, if the model computes these, or a third of their bytes for the buffers
+    of PyTorch's attention on a CPU.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
@@ -69,7 +71,7 @@ def room_for(streamed, tokens, effort=1.0):
                 for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
     before = itemsize if device.type == "cpu" and _in_memory(layers) else 0
     fixed = bytes_to_load(model, device) + 12 * max(m.weight.numel() for m in matrices.values()) + (
-        before + itemsize + 4) * sum(weight.numel() for layer in layers for weight in layer.parameters())
+        before + 2 * itemsize + 4) * sum(weight.numel() for layer in layers for weight in layer.parameters())
     V, rows = config.vocab_size, min(SLICE, batch * T)
     fixed += V * (itemsize * (width + 2 * rows) + 12 * min(rows, rows_at_once(device, V)))
     fixed += itemsize * width * T * _most(tokens)
@@ -117,15 +119,18 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
 
 def _train(stream, layers, head, states, steps, dense):
     """Take the steps, of sequences (n,) each. Returns the mean divergence. Raises Diverged."""
-    means, optimizers = [], [torch.optim.Adafactor([state.exact], eps=EPS, foreach=False) for state in states]
+    means, averaged = [], math.ceil(AVERAGED * len(steps))
     with progress.bar(steps, title="distilling", unit="step") as bar:
         for number, rows in enumerate(bar, 1):
             with memory.shared_fate():
                 divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
             means.append(_mean(divergences, len(rows) * dense.shape[1], stream.device))
-            for state, optimizer in zip(states, optimizers, strict=True):
-                _step(state, optimizer, schedule(number, len(steps)))
+            for state in states:
+                _step(state, number - len(steps) + averaged)
             bar.set_postfix_str(f"divergence {means[-1]:.3f}")
+    for state in states:
+        state.exact.add_(state.lag)
+        state.update()
     if not torch.stack([state.exact.isfinite().all() for state in states]).all():
         raise Diverged("gradients became infinite")
     return sum(means) / len(means)
@@ -152,11 +157,6 @@ def _batches(stream, rows):
     """Return the parts of rows (n,) that a stream can run: batches, and what is left one by one."""
     border = len(rows) // stream.batch_size * stream.batch_size
     return [part for part in (*rows[:border].split(stream.batch_size), *rows[border:].split(1)) if len(part)]
-
-
-def schedule(number, steps):
-    """Return the factor of the rate in a step, counted from 1: a linear warm-up, times half a cosine."""
-    return min(number / max(WARMUP * steps, 1), 1) * (1 + math.cos(math.pi * (number - 1) / steps)) / 2
 
 
 @contextlib.contextmanager
@@ -236,12 +236,13 @@ def _mean(divergences, count, device):
 
 
 class _Weight:
-    """A weight that is trained, and its float32 copy."""
+    """A weight that is trained, its float32 copy `exact`, and how far the mean over the averaged steps is from that."""
 
     rate = RATE
 
     def __init__(self, weight):
         self.weight, self.exact = weight, weight.detach().to(torch.float32, copy=True)
+        self.lag = torch.zeros_like(weight)
 
     def gradient(self):
         """Return the gradient of the float32 copy, 0 where a matrix is."""
@@ -266,26 +267,33 @@ class _Scales:
         self.group, self.scale, self.before = on_device.group, on_device.scale, on_device.scale.float()
         self.units = on_device.units(on_device.codes(weight.detach()))  # the weights in units of their scales
         self.order = self.group.argsort(stable=True)  # groups are of one width
-        self.exact = torch.ones(self.before.numel(), device=weight.device)  # the factors, each with a mean square
+        self.exact, self.lag = torch.ones_like(self.before), torch.zeros_like(self.before)  # of the factors
 
     def gradient(self):
         """Return the gradient of the factors."""
         products = self.weight.grad.float().mul_(self.weight)
-        return products[:, self.order].view(*self.before.shape, -1).sum(-1).flatten() / self.exact
+        return products[:, self.order].view(*self.before.shape, -1).sum(-1).div_(self.exact)
 
     def update(self):
         """Take over the factors."""
-        self.scale = (self.before * self.exact.view_as(self.before)).to(self.weight.dtype)
+        self.scale = (self.before * self.exact).to(self.weight.dtype)
         self.weight.copy_(self.units * self.scale[:, self.group])
 
 
 @torch.no_grad()
-def _step(state, optimizer, factor):
-    """Change a weight against its gradient, which is removed. factor: of the rate."""
-    state.exact.grad = torch.zeros_like(state.exact) if state.weight.grad is None else state.gradient()
+def _step(state, averaged):
+    """Change a weight against its gradient, which is removed: each row as much as the others.
+
+    averaged: number of this step among those over which weights are averaged, below 1 before them.
+    """
+    gradient = torch.zeros_like(state.exact) if state.weight.grad is None else state.gradient()
     state.weight.grad = None
-    distributed.all_reduce(state.exact.grad)
-    optimizer.param_groups[0]["lr"] = state.rate * factor
-    optimizer.step()
-    state.exact.grad = None  # of one weight at a time
+    distributed.all_reduce(gradient)
+    rows = gradient.view(-1, gradient.shape[-1])  # a vector is a row
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    size = state.rate * torch.linalg.vector_norm(state.exact) / len(rows) ** 0.5
+    rows.mul_(torch.where(norms > 0, size / norms, 0))
+    state.exact.sub_(gradient)
+    if averaged > 1:
+        state.lag.add_(gradient).mul_(1 - 1 / averaged)
     state.update()
