@@ -35,7 +35,7 @@ JOBS = {
     "best": "--sparsity .5 --preset best", "best 2:4": "--prunen 2 --prunem 4 --preset best",
     "50% + 4 bit, sparse": "--sparsity .5 --wbits 4 --act-order --save-format sparse",
     "4:8 + 4 bit, compressed-tensors": "--prunen 4 --prunem 8 --wbits 4 --sym --save-format compressed-tensors",
-    "Hutchinson": "--sparsity .5 --sparsity-way layer-level", "best + 4 bit": "--sparsity .5 --preset best --wbits 4",
+    "best + 4 bit": "--sparsity .5 --preset best --wbits 4",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 ROOMS = ("ample", "none")

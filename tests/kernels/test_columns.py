@@ -235,6 +235,6 @@ def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, wa
 def test_the_kernels_compile_for_gpus_without_spilling_registers():
     if not (COMPILER / "ptxas").is_file():
         pytest.skip(f"Triton brings no compiler, {COMPILER / 'ptxas'}")
-    done = subprocess.run([sys.executable, Path(__file__).parent / "aot.py", "80", "89", "90", "100"],
+    done = subprocess.run([sys.executable, Path(__file__).parent / "aot.py", "80", "90", "100"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
