@@ -2,9 +2,8 @@
 
 Kept weights are trained, or, where weights lie on grids, the scales of these. The loss is KL(p ‖ q) per token, of the
 dense model's predictions p and the pruned one's q (Hinton et al., arXiv 1503.02531). The text is little, so that
-gradients are mostly noise. So a step goes along them, and does not divide by their size in each column, as Adam and
-Adafactor do: that would enlarge the noise where there is little else. The result is the mean of the weights after the
-later steps (stochastic weight averaging, Izmailov et al., arXiv 1803.05407).
+gradients are mostly noise, which dividing by their size in each column, as Adam does, would enlarge. So steps go along
+them, and end at the mean of the later ones' weights (stochastic weight averaging, Izmailov et al., arXiv 1803.05407).
 """
 
 import contextlib
@@ -119,14 +118,14 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
 
 def _train(stream, layers, head, states, steps, dense):
     """Take the steps, of sequences (n,) each. Returns the mean divergence. Raises Diverged."""
-    means, averaged = [], math.ceil(AVERAGED * len(steps))
+    means, before = [], len(steps) - math.ceil(AVERAGED * len(steps))  # steps before those averaged
     with progress.bar(steps, title="distilling", unit="step") as bar:
         for number, rows in enumerate(bar, 1):
             with memory.shared_fate():
                 divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
             means.append(_mean(divergences, len(rows) * dense.shape[1], stream.device))
             for state in states:
-                _step(state, number - len(steps) + averaged)
+                _step(state, number - before)
             bar.set_postfix_str(f"divergence {means[-1]:.3f}")
     for state in states:
         state.exact.add_(state.lag)
@@ -281,10 +280,10 @@ class _Scales:
 
 
 @torch.no_grad()
-def _step(state, averaged):
-    """Change a weight against its gradient, which is removed: each row as much as the others.
+def _step(state, number):
+    """Change each row of a weight as far as the others, against its gradient, which is removed.
 
-    averaged: number of this step among those over which weights are averaged, below 1 before them.
+    number: of the step, counted from 1 where averaging starts.
     """
     gradient = torch.zeros_like(state.exact) if state.weight.grad is None else state.gradient()
     state.weight.grad = None
@@ -294,6 +293,6 @@ def _step(state, averaged):
     size = state.rate * torch.linalg.vector_norm(state.exact) / len(rows) ** 0.5
     rows.mul_(torch.where(norms > 0, size / norms, 0))
     state.exact.sub_(gradient)
-    if averaged > 1:
-        state.lag.add_(gradient).mul_(1 - 1 / averaged)
+    if number > 1:
+        state.lag.add_(gradient).mul_(1 - 1 / number)
     state.update()
