@@ -72,4 +72,5 @@ def test_the_notebook_is_committed_with_the_outputs_of_a_real_run():
     demo = notebook()
     check(demo)
     assert "parameters, float32, on cpu" in outputs(demo, "text")[1]
+    assert not re.search("/(tmp|root|home)/", "".join(outputs(demo, "text")))  # folders of the machine it ran on
     assert (ROOT / "demo.ipynb").stat().st_size < 1_000_000
