@@ -3,7 +3,8 @@
 Kept weights are trained, or, where weights lie on grids, the scales of these. The loss is KL(p ‖ q) per token, of the
 dense model's predictions p and the pruned one's q (Hinton et al., arXiv 1503.02531). The text is little, so that
 gradients are mostly noise, which dividing by their size in each column, as Adam does, would enlarge. So steps go along
-them, and end at the mean of the later ones' weights (stochastic weight averaging, Izmailov et al., arXiv 1803.05407).
+them, as far as the loss would fall to 0 if it were linear (stochastic Polyak steps, Loizou et al., arXiv 2002.10542),
+and end at the mean of the later ones' weights (stochastic weight averaging, Izmailov et al., arXiv 1803.05407).
 """
 
 import contextlib
@@ -20,9 +21,8 @@ from modelutils import SLICE, HiddenStates, by_rows, bytes_to_load, linears, on_
 
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
 STEPS = 24  # at most, with an effort of 1
-STEP_TOKENS = 512  # of a step, if there are as many: gradients of fewer are too noisy for the rate
-RATE = 4e-4  # root mean square of the change of a matrix in a step, as a fraction of its own
-SCALES_RATE = 1e-2  # likewise of the scales of its grids
+STEP_TOKENS = 512  # of a step, if there are as many: gradients of fewer are too noisy for such steps
+SCALES_RATE = 1e-2  # root mean square of the change of scales in a step, as a fraction of their own
 AVERAGED = 0.5  # share of the steps, the last ones, over which weights are averaged
 
 
@@ -84,7 +84,7 @@ def room_for(streamed, tokens, effort=1.0):
 
 @torch.no_grad()
 def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
-    """Train the chosen matrices, and the norms and biases of their layers, in place.
+    """Train the chosen matrices in place.
 
     streamed: a modelutils.StreamedModel of the pruned model, all of which is put on the device. chosen: {(layer, name):
     quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid, its scales,
@@ -123,9 +123,9 @@ def _train(stream, layers, head, states, steps, dense):
         for number, rows in enumerate(bar, 1):
             with memory.shared_fate():
                 divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
-            means.append(_mean(divergences, len(rows) * dense.shape[1], stream.device))
-            for state in states:
-                _step(state, number - before)
+            total, count = _sums(divergences, len(rows) * dense.shape[1], stream.device)
+            means.append(total / count)
+            _step(states, total, number - before)
             bar.set_postfix_str(f"divergence {means[-1]:.3f}")
     for state in states:
         state.exact.add_(state.lag)
@@ -160,15 +160,13 @@ def _batches(stream, rows):
 
 @contextlib.contextmanager
 def _trained(layers, chosen):
-    """Within the block, let the weights of the chosen matrices, and the vectors of their layers, require gradients.
+    """Within the block, let the weights of the chosen matrices, and no others, require gradients.
 
     Gives a list of these. If the block raises, they are restored: read from disk, or from a copy.
     """
     weights = [weight for layer in layers for weight in layer.parameters()]
     required = [weight.requires_grad for weight in weights]
-    trained = [linears(layers[index])[name].weight for index, name in chosen] + [
-        weight for index in sorted({index for index, _ in chosen}) for weight in layers[index].parameters()
-        if weight.dim() == 1]
+    trained = [linears(layers[index])[name].weight for index, name in chosen]
     before = [weight.detach().to("cpu", copy=True) for weight in trained] if _in_memory(layers) else []
     try:
         for weight in weights:
@@ -221,34 +219,31 @@ def _divergence(head, hidden, dense):
     return total, gradient
 
 
-def _mean(divergences, count, device):
-    """Return the mean over the tokens of all processes. Raises Diverged if it is not finite.
+def _sums(divergences, count, device):
+    """Return the divergence and the number of tokens, both of all processes. Raises Diverged if it is not finite.
 
     divergences: of this process, each the sum over a batch. count: tokens of this process.
     """
-    total = torch.tensor([0.0, count], device=device)
-    total[0] = sum(divergences)
-    distributed.all_reduce(total)
-    if not math.isfinite(mean := (total[0] / total[1]).item()):
-        raise Diverged(f"the divergence from the dense model is {mean}")
-    return mean
+    sums = torch.tensor([0.0, count], device=device)
+    sums[0] = sum(divergences)
+    distributed.all_reduce(sums)
+    total, count = sums.tolist()
+    if not math.isfinite(total):
+        raise Diverged(f"the divergence from the dense model is {total}")
+    return total, count
 
 
 class _Weight:
-    """A weight that is trained, its float32 copy `exact`, and how far the mean over the averaged steps is from that."""
-
-    rate = RATE
+    """A matrix that is trained, its float32 copy `exact`, and how far the mean over the averaged steps is from that."""
 
     def __init__(self, weight):
         self.weight, self.exact = weight, weight.detach().to(torch.float32, copy=True)
         self.lag = torch.zeros_like(weight)
 
     def gradient(self):
-        """Return the gradient of the float32 copy, 0 where a matrix is."""
-        gradient = self.weight.grad.float()
-        if gradient.dim() == 2:  # a float mask: with a boolean one this takes many times as long on a CPU
-            gradient.mul_(torch.ne(self.exact, 0, out=torch.empty_like(self.exact)))
-        return gradient
+        """Return the gradient, 0 where the weight is."""
+        # a float mask: with a boolean one this takes many times as long on a CPU
+        return self.weight.grad.mul_(torch.ne(self.weight, 0, out=torch.empty_like(self.weight)))
 
     def update(self):
         """Take over the float32 copy."""
@@ -257,8 +252,6 @@ class _Weight:
 
 class _Scales:
     """The scales of a quantized matrix, of which factors are trained; its codes stay."""
-
-    rate = SCALES_RATE
 
     def __init__(self, weight, grid):
         self.weight, self.grid = weight, grid
@@ -280,19 +273,27 @@ class _Scales:
 
 
 @torch.no_grad()
-def _step(state, number):
-    """Change each row of a weight as far as the others, against its gradient, which is removed.
+def _step(states, divergence, number):
+    """Move the rows of a matrix equally far, or factors of its scales, against the gradients, which are removed.
 
-    number: of the step, counted from 1 where averaging starts.
+    divergence: that of the gradients, summed over tokens. number: of the step, counted from 1 where averaging starts.
     """
-    gradient = torch.zeros_like(state.exact) if state.weight.grad is None else state.gradient()
+    gradients, norms = zip(*map(_gradient, states), strict=True)
+    sizes = [torch.linalg.vector_norm(state.exact) / len(of) ** 0.5 for state, of in zip(states, norms, strict=True)]
+    fall = sum(size * of.sum() for state, size, of in zip(states, sizes, norms, strict=True)
+               if isinstance(state, _Weight))  # to first order, of a step as large as the matrices
+    for state, gradient, size, of in zip(states, gradients, sizes, norms, strict=True):
+        rate = divergence / fall if isinstance(state, _Weight) else SCALES_RATE
+        change = gradient.to(torch.float32, copy=True).mul_(torch.where(of > 0, rate * size / of, 0))
+        state.exact.sub_(change)
+        if number > 1:
+            state.lag.add_(change.to(state.lag.dtype)).mul_(1 - 1 / number)
+        state.update()
+
+
+def _gradient(state):
+    """Return the gradient of all processes, (rows, n), and the norms of its rows, (rows, 1)."""
+    gradient = torch.zeros_like(state.lag) if state.weight.grad is None else state.gradient()
     state.weight.grad = None
     distributed.all_reduce(gradient)
-    rows = gradient.view(-1, gradient.shape[-1])  # a vector is a row
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    size = state.rate * torch.linalg.vector_norm(state.exact) / len(rows) ** 0.5
-    rows.mul_(torch.where(norms > 0, size / norms, 0))
-    state.exact.sub_(gradient)
-    if number > 1:
-        state.lag.add_(gradient).mul_(1 - 1 / number)
-    state.update()
+    return gradient, torch.linalg.vector_norm(wide(gradient), dim=1, keepdim=True)
