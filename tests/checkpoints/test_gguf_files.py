@@ -22,8 +22,9 @@ TEXT = "Names refer to objects.\n\n  They are introduced by name binding operati
 
 
 @pytest.fixture
-def path(tmp_path, checkpoint_folder):
+def path(tmp_path, checkpoint_folder, monkeypatch):
     """Give the path of a GGUF file, still to be written, in the folder of another model."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return shutil.copytree(checkpoint_folder("opt"), tmp_path / "folder") / "tiny.gguf"
 
 
