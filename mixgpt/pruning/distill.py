@@ -280,8 +280,7 @@ def _step(states, divergence, number):
     """
     gradients, norms = zip(*map(_gradient, states), strict=True)
     sizes = [torch.linalg.vector_norm(state.exact) / len(of) ** 0.5 for state, of in zip(states, norms, strict=True)]
-    fall = sum(size * of.sum() for state, size, of in zip(states, sizes, norms, strict=True)
-               if isinstance(state, _Weight))  # to first order, of a step as large as the matrices
+    fall = sum(size * of.sum() for size, of in zip(sizes, norms, strict=True))  # of a step as large as the matrices
     for state, gradient, size, of in zip(states, gradients, sizes, norms, strict=True):
         rate = divergence / fall if isinstance(state, _Weight) else SCALES_RATE
         change = gradient.to(torch.float32, copy=True).mul_(torch.where(of > 0, rate * size / of, 0))
