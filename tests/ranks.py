@@ -65,6 +65,7 @@ def made(name, true_sequential, wbits, more=""):
 
 def made_of_all():
     """Return what `made` gives, {case: …}."""
+    torch.set_num_threads(1)  # sums of threads round otherwise, however many processes there are
     return {case: made(*case) for case in [("llama", True, 16), ("opt", False, 4),
                                            ("llama", True, 16, "best"), ("qwen3-moe", True, 16),
                                            ("bloom", True, 16, "distilled")]}
