@@ -142,7 +142,7 @@ def test_the_gpu_gives_the_same(scheme, dtype):
 GUARDED = """
 import ctypes, mmap
 from unittest import mock
-from test_sparse import *
+from test_sparse import DTYPES, PackedWeight, Scheme, packed_and_dense, torch
 libc, areas = ctypes.CDLL(None), []
 
 def guarded(tensor):
