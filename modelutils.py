@@ -254,11 +254,12 @@ class HiddenStates:
             self.hidden[rows] = self.forward(layer, index, rows)
 
     @contextlib.contextmanager
-    def head(self, model, dtype=None):
+    def head(self, model, dtype=None, vocabulary=None):
         """Within the block, give a function from hidden states behind the last layer (n, C) to logits (n, vocabulary).
 
         The model's own forward computes them, its layers skipped. dtype: of hidden states and logits (default: the
-        model's; another one needs a copy of the modules behind the layers).
+        model's; another one needs a copy of the modules behind the layers). vocabulary: the tokens whose logits are
+        computed (default: all), a tensor of their numbers.
         """
         layers = layers_of(model)
         if converts := dtype not in (None, model.dtype):
@@ -274,7 +275,21 @@ class HiddenStates:
         with on_device(rest, self.device):
             for module in rest if converts else ():
                 module.to(dtype)
-            yield logits
+            with _narrowed(model.get_output_embeddings(), vocabulary):
+                yield logits
+
+
+@contextlib.contextmanager
+def _narrowed(linear, outputs):
+    """Within the block, let a linear compute only some of its outputs, given by numbers, or all with None."""
+    parameters = {} if outputs is None else dict(linear.named_parameters())
+    try:
+        for name, parameter in parameters.items():
+            setattr(linear, name, torch.nn.Parameter(parameter.detach()[outputs], requires_grad=False))
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            setattr(linear, name, parameter)
 
 
 @torch.no_grad()
