@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn.functional import pad
 
 from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size
 from mixgpt.common import distributed, progress
@@ -16,7 +15,6 @@ from modelutils import SLICE, by_rows, hooked, linears
 
 TOKEN_CLIP = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: the most that a token counts in G
 ROUNDING = 1e-9  # of the largest ‖∂L/∂y‖² of a sequence: less is a token that was not routed here
-BLOCK = 512  # probabilities that are summed up when a label is drawn
 ROW_WEIGHT_EXPONENT = 0.7  # of G within a matrix
 
 
@@ -162,13 +160,6 @@ def _sampled_gradient(chunk, head, rows, keys):
 
 
 def drawn(p, uniform):
-    """Draw an index from each row of p (n, V), probabilities: the first whose cumulated p reaches uniform (n,).
-
-    Sums over blocks are cumulated first, then p within a block: all of p in float64 would take as long as its logits.
-    """
-    uniform, blocks = uniform[:, None], pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    sums = blocks.sum(-1, dtype=torch.float64).cumsum_(-1)
-    block = torch.searchsorted(sums, uniform).clamp_(max=sums.shape[1] - 1)
-    cumulated = blocks.take_along_dim(block[..., None], 1).squeeze(1).cumsum(-1, dtype=torch.float64)
-    index = torch.searchsorted(cumulated, uniform - pad(sums, (1, 0)).gather(1, block))
-    return (block * BLOCK + index).squeeze(1).clamp_(max=p.shape[1] - 1)
+    """Draw an index from each row of p (n, V), probabilities: the first whose cumulated p reaches uniform (n,)."""
+    cumulated = p.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulated, uniform[:, None]).squeeze(1).clamp_(max=p.shape[1] - 1)

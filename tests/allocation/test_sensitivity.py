@@ -151,9 +151,8 @@ def sampled_labels(model, sequence, generator):
     return (cumulative < uniform[:, None]).sum(dim=1)
 
 
-def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, tokens, all_float64, monkeypatch):
+def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, tokens, all_float64):
     model = tiny
-    monkeypatch.setattr(fisher, "BLOCK", 9)  # several, the last one not full
     model, tokens = model.double(), tokens[:3, :10]
     samples = traces(model, tokens, "fisher")
     for n, sequence in enumerate(tokens):
