@@ -145,7 +145,7 @@ def _vocabulary(stream, model, dense):
     if V <= VOCABULARY or not len(states):
         return None
     with stream.head(model) as head:
-        for hidden in states[::max(len(states) // SLICE, 1)].split(SLICE):
+        for hidden in states[::max(len(states) // SLICE, 1)].split(PIECE):  # no more than a batch has
             for logits, in by_rows(head(hidden.to(stream.device))):
                 total = total + wide(logits).softmax(-1).sum(0)
     return total.topk(VOCABULARY).indices
