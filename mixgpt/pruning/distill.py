@@ -59,10 +59,10 @@ def room_for(streamed, tokens, effort=1.0):
 
     At most streamed.batch_size. Counted are all weights; for those in layers the gradient, a float32 copy, the distance
     of that from the mean and, unless they are read from disk, a copy to restore; three more copies of the largest
-    matrix; a second copy of the head, and two values for each logit of a slice of tokens, and three of float32 for
-    those computed with at a time; hidden states; and for each token of a batch the inputs and outputs of linears, half
-    as much again, and the scores of attention, if the model computes these, or a third of their bytes for the buffers
-    of PyTorch's attention on a CPU.
+    matrix; a second copy of the head, as `_vocabulary` narrows it, and two values for each logit of a slice of tokens,
+    and three of float32 for those computed with at a time; hidden states; and for each token of a batch the inputs and
+    outputs of linears, half as much again, and the scores of attention, if the model computes these, or a third of
+    their bytes for the buffers of PyTorch's attention on a CPU.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
@@ -72,7 +72,7 @@ def room_for(streamed, tokens, effort=1.0):
     before = itemsize if device.type == "cpu" and _in_memory(layers) else 0
     fixed = bytes_to_load(model, device) + 12 * max(m.weight.numel() for m in matrices.values()) + (
         before + 2 * itemsize + 4) * sum(weight.numel() for layer in layers for weight in layer.parameters())
-    V, rows = config.vocab_size, min(SLICE, batch * T)
+    V, rows = min(config.vocab_size, VOCABULARY), min(SLICE, batch * T)
     fixed += V * (itemsize * (width + 2 * rows) + 12 * min(rows, rows_at_once(device, V)))
     fixed += itemsize * width * T * _most(tokens)
     experts = getattr(config, "num_experts_per_tok", None) or 1
