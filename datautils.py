@@ -47,7 +47,7 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
         ids = token_ids(tokenizer, text_set.train_join.join(rows), bos)
         require_tokens(ids, seqlen + 1, seqlen, source)
         segments = (random_segment(ids, seqlen, rng) for _ in range(nsamples))
-    return begin(torch.stack([torch.tensor(ids) for ids in segments]), first_token(tokenizer, bos)), source
+    return begin(torch.tensor(list(segments)), tokenizer, bos), source
 
 
 def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
@@ -62,7 +62,7 @@ def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
     ids = token_ids(tokenizer, text, bos)
     require_tokens(ids, seqlen, seqlen, source)
     n = min(len(ids) // seqlen, text_set.test_segments or len(ids))
-    return begin(torch.tensor(ids[:n * seqlen]).view(n, seqlen), first_token(tokenizer, bos)), source
+    return begin(torch.tensor(ids[:n * seqlen]).view(n, seqlen), tokenizer, bos), source
 
 
 def resolve_bos(bos, model_type, tokenizer):
@@ -98,15 +98,10 @@ def token_ids(tokenizer, text, bos=None):
     return ids[1:] if bos == "never" else [tokenizer.bos_token_id, *ids]
 
 
-def first_token(tokenizer, bos):
-    """Return the id of BOS if every sequence begins with it, else None."""
-    return tokenizer.bos_token_id if bos == "each" else None
-
-
-def begin(sequences, first):
-    """Put the id of `first_token` in place of the first token of sequences (n, T), in place. Returns them."""
-    if first is not None:
-        sequences[:, 0] = first
+def begin(sequences, tokenizer, bos):
+    """With bos each put BOS in place of the first token of sequences (n, T), in place. Returns them."""
+    if bos == "each":
+        sequences[:, 0] = tokenizer.bos_token_id
     return sequences
 
 

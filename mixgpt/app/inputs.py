@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from datautils import begin, calibration_samples, first_token, resolve_bos, test_tokens
+from datautils import begin, calibration_samples, resolve_bos, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
@@ -106,7 +106,7 @@ def read_texts(inputs, texts=None):
         inputs.calibration = texts.to("cpu")
         sources["calibration"] = {"dataset": settings.dataset, "tokens": digest(inputs.calibration)}
         inputs.further = inputs.calibration[torch.arange(count) % len(inputs.calibration)]
-        begin(distill.pieces(inputs.further), first_token(tokenizer, settings.bos))
+        begin(distill.pieces(inputs.further), tokenizer, settings.bos)
     elif settings.needs_calibration:
         draw = partial(calibration_samples, settings.dataset if texts is None else texts, tokenizer=tokenizer,
                        data_dir=settings.data_dir, bos=settings.bos)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
-from datautils import begin, first_token, token_ids
+from datautils import begin, token_ids
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import position_limit
 
@@ -78,4 +78,4 @@ def _prompt_ids(model, tokenizer, prompt, max_new_tokens, bos):
         raise InputError(f"model {model.config.name_or_path}: its tokenizer gives token {ids.max()}, but its "
                          f"vocabulary has {vocabulary}")
     cut = max(ids.shape[1] + max_new_tokens - limit, 0) if limit else 0
-    return begin(ids[:, cut:], first_token(tokenizer, bos)), cut
+    return begin(ids[:, cut:], tokenizer, bos), cut

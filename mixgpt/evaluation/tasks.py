@@ -24,7 +24,7 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks.manager import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from datautils import encode, first_token, token_ids
+from datautils import encode, token_ids
 from mixgpt.common import distributed, memory, progress
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
@@ -134,7 +134,7 @@ class StreamedLM(TemplateLM):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.tokens, self.where = tokens, device
-        self.bos, self.first = bos, first_token(tokenizer, bos)
+        self.bos, self.first = bos, tokenizer.bos_token_id if bos == "each" else None
         self.max_length = position_limit(model.config) or DEFAULT_SEQLEN
         self.eot_token_id = self.prefix_token_id = tokenizer.eos_token_id
         if tokenizer.bos_token_id is not None:
