@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -93,11 +92,8 @@ def shares_of(name, flag="dataset"):
     weights = {}
     for part in name.split(",") if ":" in name and not known(name) else [f"{name}:1"]:
         text, _, share = part.rpartition(":")
-        try:
-            value = float(share)
-        except ValueError:
-            value = math.nan
-        if not 0 < value < math.inf:
+        value = float(share) if re.fullmatch(r"\d+\.?\d*|\.\d+", share) else 0
+        if not value:
             raise InputError(f"{flag} {name}: {part!r}: in a mixture each text needs a share above 0, for example "
                              "c4:0.7,builtin:0.3")
         if not known(text):
