@@ -186,7 +186,7 @@ def text_set_of(dataset):
 def path_rows(path):
     """Return all rows of a file, or of the files below a folder in order of their paths, and where they come from.
 
-    A .txt file is one row. Raises InputError, naming the file, if it cannot be read or holds no text.
+    A .txt file is one row. Raises InputError, naming the file, if it cannot be read.
     """
     root = Path(path)
     files = [file for file in (sorted(root.rglob("*")) if root.is_dir() else [root])
@@ -195,8 +195,6 @@ def path_rows(path):
         raise InputError(f"dataset {path}: {'no files below it end' if root.is_dir() else 'must end'} in one of "
                          f"{' '.join(ENDINGS)}")
     rows = [row for file in files for row in read_file(file, "dataset")]
-    if not any(map(str.strip, map(str, rows))):
-        raise InputError(f"dataset {path}: contains no text")
     return rows, {"files": [str(file) for file in files], "sha256": _digest(rows)}
 
 
