@@ -30,10 +30,7 @@ PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "n
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises InputError, and OSError where its help cannot be printed.
-
-    Flags have hyphens; with underscores, as in the published code, they are the same flags.
-    """
+    """A parser that raises InputError. Flags with underscores, as in the published code, are those with hyphens."""
 
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else argv
@@ -41,9 +38,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(message)
-
-    def print_help(self, file=None):
-        print(self.format_help(), end="", file=file)
 
 
 def parse(script, argv=None):

@@ -1,5 +1,6 @@
 """Check how a command line ends: in one line and with a status, whatever stops it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -87,10 +88,12 @@ def test_names_cannot_break_the_line(script, capsys):
     assert line.startswith(f"{script}: error: ") and "--no-such flag" in line
 
 
-def test_a_closed_stdout_ends_a_command_without_a_line():
+def test_a_closed_stdout_ends_a_command_without_a_line(tmp_path):
     """Through the interpreter's own end, where it flushes once more."""
-    done = subprocess.run(["bash", "-c", '"$0" results.py --help | head -0; exit ${PIPESTATUS[0]}', sys.executable],
-                          cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "a.json").write_text(json.dumps({"settings": {"model": "a", "seed": 0}, "perplexity": {}, "data": {},
+                                                 "sparsity": 0.0, "seconds": {}, "peak_memory": {}}))
+    done = subprocess.run(["bash", "-c", '"$0" results.py "$1" | head -0; exit ${PIPESTATUS[0]}', sys.executable,
+                           tmp_path / "a.json"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (141, "")
 
 
