@@ -38,11 +38,8 @@ def check_outputs(paths, overwrite, folder=None):
     paths: {flag: path}. overwrite: whether files may be replaced. folder: that of --save, in which only the saved model
     is written.
     """
-    places = {}
     for flag, path in paths.items():
         file = Path(path)
-        if (other := places.setdefault(os.path.realpath(path), flag)) != flag:
-            raise InputError(f"{flag} {path}: is the file of {other}; name another file")
         if flag == "--plot" and file.suffix not in PICTURES:
             raise InputError(f"{flag} {path}: must end in {', '.join(PICTURES)}")
         if folder and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
