@@ -30,9 +30,6 @@ class Lines(tqdm):
             self.fp.write(f"{self}\n")
             self.fp.flush()
 
-    def clear(self, nolock=False):
-        """Leave lines in place; tqdm calls this to make room for other output."""
-
 
 def bar(iterable=None, *, title, unit="layer", **options):
     """Return a tqdm over an iterable, or with a given total: a bar in a terminal or a notebook, else `Lines`.
