@@ -365,11 +365,7 @@ def check_between(flag, value, least, most=math.inf):
 
 def check_model(flag, name):
     """Raise InputError for a name that cannot be a hub id and is not here."""
-    if not name.strip():
-        raise InputError(f'{flag} "{name}": must not be empty')
-    if Path(name).suffix == ".gguf" and not os.path.isfile(name):
-        raise InputError(f"{flag} {name}: no such file")
-    if (os.path.isabs(name) or name.startswith((".", "~"))) and not os.path.exists(name):
+    if (name.startswith(("/", ".", "~")) or name.endswith(".gguf")) and not os.path.exists(name):
         raise InputError(f"{flag} {name}: no such file or folder")
 
 
