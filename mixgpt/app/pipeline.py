@@ -98,8 +98,7 @@ def _save(current, plan, outcomes, matrices, others):
     """Complete the output folder, reload it and compare it with the model in memory: all zeros, logits of a few tokens.
     """
     folder, path = current.files, current.settings.save
-    texts = [tokens for tokens in (*current.tests.values(), current.calibration) if tokens is not None]
-    probe = texts[0][:1, :PROBE] if texts else torch.arange(PROBE)[None] % current.config.vocab_size
+    probe = torch.arange(min(PROBE, current.seqlen))[None] % current.config.vocab_size
     with current.clock.part("save"):
         folder.write_record(current.record)
         folder.write_checkpoint(current.tokenizer, {path_of(current.model, *key): outcome.grid
