@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from mixgpt.app import compression, planning, report
 from mixgpt.app.inputs import check, read_texts
-from mixgpt.app.run import opened
+from mixgpt.app.run import open_run
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, progress
@@ -40,13 +40,14 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
                 print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
             return report.publish(settings, record)
         with clock.part("load"):
-            inputs = check(settings, device, clock, model, tokenizer)
-            size = load.size(load.skeleton(inputs.config), inputs.dtype) * (2 if inputs.selected else 1)
+            current = check(settings, device, clock, model, tokenizer)
+            size = load.size(load.skeleton(current.config), current.dtype) * (2 if current.selected else 1)
             folder = stack.enter_context(RunDir(settings.save, settings.save_format, size, settings.resume,
                                                 settings.overwrite)) if settings.save else None
         with clock.part("data"):
-            read_texts(inputs, texts)
-        current = stack.enter_context(opened(inputs, folder, command))
+            read_texts(current, texts)
+        with clock.part("load"):
+            open_run(current, stack, folder, command)
         if settings.dense or settings.method == "dense":
             evaluate(current, "dense")
         plan = planning.choose(current)

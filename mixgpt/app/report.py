@@ -31,17 +31,17 @@ from mixgpt.modeling.streaming import digest, fingerprint
 from mixgpt.pruning.targets import Outcome
 
 
-def facts(inputs, dtype):
+def facts(run):
     """Return the part of the record known before pruning: resolved settings, versions, device and texts."""
-    settings, device = inputs.settings, inputs.device
+    settings, device = run.settings, run.device
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     versions = {"python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     if settings.tasks:
         versions["lm_eval"] = version("lm_eval")
     return {"settings": dataclasses.asdict(settings) | {
-                "seqlen": inputs.seqlen, "dtype": str(dtype).removeprefix("torch."), "device": str(device)},
-            **signature(), "device_name": device_name, "versions": versions, "data": inputs.sources}
+                "seqlen": run.seqlen, "dtype": str(run.model.dtype).removeprefix("torch."), "device": str(device)},
+            **signature(), "device_name": device_name, "versions": versions, "data": run.sources}
 
 
 def of_matrices(matrices, others, outcomes, plan, known):
@@ -70,11 +70,11 @@ def asked(settings, seqlen, device):
     return shared | {"--seqlen": seqlen, "--device": device.type, "number of processes": distributed.world()}
 
 
-def identity(inputs, model):
+def identity(run):
     """Return what a resumed run must have in common with the first one, {flag: value}."""
-    return asked(inputs.settings, inputs.seqlen, inputs.device) | {
-        "--dtype": str(model.dtype).removeprefix("torch."), "model's weights": fingerprint(model),
-        "calibration tokens": None if inputs.calibration is None else digest(inputs.calibration)}
+    return asked(run.settings, run.seqlen, run.device) | {
+        "--dtype": str(run.model.dtype).removeprefix("torch."), "model's weights": fingerprint(run.model),
+        "calibration tokens": None if run.calibration is None else digest(run.calibration)}
 
 
 def completed(settings, device):

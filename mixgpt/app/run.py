@@ -1,42 +1,69 @@
 """A run in progress: the opened model, where its results go, and what was decided on memory."""
 
-import contextlib
 import errno
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
 
 from mixgpt.app import report
-from mixgpt.app.inputs import Inputs
+from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.common import distributed, memory
 from mixgpt.common.errors import InputError
 from mixgpt.common.memory import MemoryPlan
+from mixgpt.common.runtime import Clock, choose_dtype
 from mixgpt.evaluation import semistructured
 from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning import calibration, distill
+from mixgpt.pruning.targets import Target
 from modelutils import StreamedModel
 
 
-@dataclass(kw_only=True)
-class Run(Inputs):
-    """A run in progress: its inputs and what it has beside them."""
+@dataclass
+class Run:
+    """A run in progress: its inputs, and what it has beside them.
 
-    files: LayerFiles | None  # the RunDir of --save; else in a temporary folder, if the weights are on disk
-    record: dict  # as in mixgpt.json, filled step by step
+    Those from `calibration` on are empty until `inputs.read_texts`, those from `files` on until `open_run`.
+    """
+
+    settings: Settings  # with what "auto" in --bos stands for
+    device: torch.device
+    clock: Clock
+    config: Any  # of transformers
+    seqlen: int
+    tokenizer: Any
+    selected: dict  # {(layer, name): (out, in)}, the matrices to change
+    uncalled: list  # names of linears that layers do not call as modules, which stay dense
+    model: Any = None  # if it is in memory already, or else once it is opened
+    calibration: torch.Tensor | None = None  # (N, T)
+    further: torch.Tensor | None = None  # (n, T): for the Hessians alone, then for distillation
+    tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
+    sources: dict = field(default_factory=dict)  # origin of the texts
+    score_tasks: Any = None  # function of (model, batch size), None without tasks
+    files: LayerFiles | None = None  # the RunDir of --save; else in a temporary folder, if the weights are on disk
+    record: dict = field(default_factory=dict)  # as in mixgpt.json, filled step by step
     tracker: Tracker | None = None
-    memory_plan: MemoryPlan = field(init=False)  # of pruning
+    memory_plan: MemoryPlan | None = None  # of pruning
     distills: bool = False  # whether the pruned model is distilled at the end
 
-    def __post_init__(self):
-        one_pass = self.settings.calibrates and self.settings.true_sequential
-        self.memory_plan = MemoryPlan(self.settings.batch_size, on_host=not self.settings.calibrates,
-                                      two_passes=not one_pass)
+    @property
+    def dtype(self):
+        """The dtype of the weights in memory, "auto" for that on disk."""
+        return choose_dtype(self.settings.dtype, self.config, self.device)
+
+    @property
+    def target(self):
+        """The overall target."""
+        n, m = self.settings.prunen, self.settings.prunem
+        return Target(n / m, n, m) if m else Target(self.settings.sparsity)
 
     @property
     def distillation_tokens(self):
@@ -61,37 +88,33 @@ class Run(Inputs):
             print(text, flush=True)
 
 
-@contextlib.contextmanager
-def opened(inputs, files, command=None):
-    """Yield a `Run`: open the weights, start or resume the output folder and W&B, and print the heading.
+def open_run(run, stack, folder, command=None):
+    """Open the weights of a `Run`, start or resume the output folder and W&B, and print the heading.
 
-    files: the RunDir of --save, if it is given. command: the command line, for the heading.
+    stack: an ExitStack that closes them. folder: the RunDir of --save, if it is given. command: the command line, for
+    the heading.
     """
-    with contextlib.ExitStack() as stack, inputs.clock.part("load"):
-        model = inputs.model
-        if model is None:
-            model = load.open_model(inputs.settings.model, inputs.config, inputs.dtype)
-        record = report.facts(inputs, model.dtype)
-        if files:
-            record["identity"] = report.identity(inputs, model)
-            files.open(model, record["identity"])
-        elif inputs.selected and disk_weights(model):  # pruned layers go to disk, like the dense ones
-            files = stack.enter_context(_temporary_files(stack, inputs, model))
-            files.open(model)
-        run = Run(**vars(inputs) | {"model": model}, files=files, record=record)
-        run.log(report.heading(run, command, load.multimodal(inputs.settings.model) if inputs.model is None else None))
-        with inputs.clock.part("W&B"):
-            run.tracker = stack.enter_context(Tracker(inputs.settings, record))
-        _plan(run)
-        stack = stack.pop_all()
-    with stack:
-        yield run
+    whole = None
+    if run.model is None:
+        whole = load.multimodal(run.settings.model)
+        run.model = load.open_model(run.settings.model, run.config, run.dtype)
+    run.files, run.record = folder, report.facts(run)
+    if folder:
+        run.record["identity"] = report.identity(run)
+        folder.open(run.model, run.record["identity"])
+    elif run.selected and disk_weights(run.model):  # pruned layers go to disk, like the dense ones
+        run.files = stack.enter_context(_temporary_files(stack, run))
+        run.files.open(run.model)
+    run.log(report.heading(run, command, whole))
+    with run.clock.part("W&B"):
+        run.tracker = stack.enter_context(Tracker(run.settings, run.record))
+    _plan(run)
 
 
-def _temporary_files(stack, inputs, model):
+def _temporary_files(stack, run):
     """Return LayerFiles in a temporary folder. Raises InputError if none has room for the pruned layers."""
-    nbytes = sum(tensor.nbytes for layer in layers_of(model) for tensor in layer.state_dict().values())
-    nbytes *= 2 if inputs.settings.distill else 1
+    nbytes = sum(tensor.nbytes for layer in layers_of(run.model) for tensor in layer.state_dict().values())
+    nbytes *= 2 if run.settings.distill else 1
     path = None
     if distributed.rank() == 0:
         try:
@@ -111,6 +134,8 @@ def _plan(run):
     It distils if all weights can be trained at once on every device.
     """
     settings, device = run.settings, run.device
+    run.memory_plan = MemoryPlan(settings.batch_size, on_host=not settings.calibrates,
+                                 two_passes=not (settings.calibrates and settings.true_sequential))
     if run.uncalled and run.selected:
         run.log(f"dense    {', '.join(run.uncalled)}: stay dense, as the layers do not call them as modules")
     if settings.dtype == "auto" and run.dtype != "auto":
