@@ -11,37 +11,30 @@ from mixgpt.common.errors import reading
 
 # The others wait while the first process writes and verifies the checkpoint. If it dies, they end at once.
 LONGEST_WAIT = timedelta(days=7)
-
-
-class _Hosts:
-    """The process group for objects, numbers and tensors on the host; None: the default group."""
-
-    group = None
+_hosts = None  # the process group for objects, numbers and tensors on the host; None: the default group
 
 
 @contextlib.contextmanager
 def joined(device):
     """Join the processes started by torchrun within the block. device: of this process."""
+    global _hosts
     if program.world_size() == 1:
         yield
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
+    gpu = device if device.type == "cuda" else None
+    if gpu:
+        torch.cuda.set_device(gpu)
     with reading(f"WORLD_SIZE {program.world_size()}: the processes did not meet; start them with torchrun, or unset "
                  "WORLD_SIZE"):
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
-    _Hosts.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+    _hosts = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     yield
     dist.destroy_process_group()  # not after an error: torchrun then ends the others
-    _Hosts.group = None
+    _hosts = None
 
 
 def _group(tensor):
-    return None if tensor.is_cuda else _Hosts.group
+    return None if tensor.is_cuda else _hosts
 
 
 def world():
@@ -93,7 +86,7 @@ def all_gather_object(value):
     if world() == 1:
         return [value]
     values = [None] * world()
-    dist.all_gather_object(values, value, group=_Hosts.group)
+    dist.all_gather_object(values, value, group=_hosts)
     return values
 
 

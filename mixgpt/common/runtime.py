@@ -26,8 +26,8 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda:") and program.world_size() > 1:
         raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
-    if name == "cuda" and (number := program.rank("LOCAL_RANK")):
-        name = f"cuda:{number}"
+    if name == "cuda" and program.world_size() > 1:
+        name = f"cuda:{program.rank('LOCAL_RANK')}"
     if not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
         raise InputError(f"--device {name}: must be cpu, cuda or cuda:N")
     device, count = torch.device(name), torch.cuda.device_count()
