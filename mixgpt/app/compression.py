@@ -7,7 +7,7 @@ from functools import partial
 from mixgpt.app import report
 from mixgpt.common import distributed, memory
 from mixgpt.common.choices import SALIENCIES, SOLVERS
-from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
+from mixgpt.common.memory import retry_with_less_memory
 from mixgpt.evaluation.measures import count_zeros, measure_weights
 from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning import distill
@@ -88,7 +88,7 @@ def _distill(run, plan, outcomes, on_host):
 
     def result():
         try:
-            return retry_with_less_memory(run.settings, MemoryPlan(run.settings.batch_size, on_host), attempt)
+            return run.retry(attempt, on_host)
         except (distill.Diverged, memory.OutOfMemory) as error:
             return str(error)
 

@@ -14,7 +14,6 @@ from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import VerificationError
-from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.common.runtime import Clock, choose_device, peak_memory
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.measures import logits, measure_weights, perplexity
@@ -57,8 +56,8 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         if settings.method != "dense":
             evaluate(current, settings.method)
         if settings.semi_structured and "semi_structured" not in current.record:
-            current.record["semi_structured"] = _with_less_memory(current, lambda size: semistructured.compare(
-                current.model, current.tests, size, device))
+            current.record["semi_structured"] = current.retry(lambda plan: semistructured.compare(
+                current.model, current.tests, plan.batch_size, device))
         return _report(current)
 
 
@@ -80,19 +79,13 @@ def _quieter(settings):
 def evaluate(current, method):
     """Add perplexities and task scores of the model as it is now to the record. method: "dense" or its name."""
     with current.clock.part("evaluation"):
-        current.record.setdefault("perplexity", {})[method] = _with_less_memory(current, lambda size: {
-            name: perplexity(current.model, tokens, size, current.device, name)
+        current.record.setdefault("perplexity", {})[method] = current.retry(lambda plan: {
+            name: perplexity(current.model, tokens, plan.batch_size, current.device, name)
             for name, tokens in current.tests.items()})
     if current.score_tasks:
         with current.clock.part("tasks"):
-            current.record.setdefault("tasks", {})[method] = _with_less_memory(
-                current, lambda size: current.score_tasks(current.model, size))
-
-
-def _with_less_memory(current, step):
-    """Return step(batch size), with smaller batches if GPU memory runs out."""
-    return retry_with_less_memory(current.settings, MemoryPlan(current.settings.batch_size),
-                                  lambda plan: step(plan.batch_size))
+            current.record.setdefault("tasks", {})[method] = current.retry(
+                lambda plan: current.score_tasks(current.model, plan.batch_size))
 
 
 def _save(current, plan, outcomes, matrices, others):

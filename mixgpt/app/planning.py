@@ -14,7 +14,6 @@ from mixgpt.app.report import plan_text
 from mixgpt.common import distributed
 from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS
 from mixgpt.common.files import write_output
-from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.pruning import distill, expert_removal
 from mixgpt.pruning.targets import Target
 
@@ -33,7 +32,7 @@ class Plan:
 def choose(run):
     """Return the `Plan` of a run; print and plot it."""
     settings = run.settings
-    retry = partial(retry_with_less_memory, settings, MemoryPlan(settings.batch_size, on_host=False))
+    retry = partial(run.retry, on_host=False)
     dense_states = retry(partial(_dense_states, run))
     if settings.experts:
         _remove_experts(run, retry)

@@ -16,7 +16,7 @@ from mixgpt.checkpoints import load
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.common import distributed, memory
 from mixgpt.common.errors import InputError
-from mixgpt.common.memory import MemoryPlan
+from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.common.runtime import Clock, choose_dtype
 from mixgpt.evaluation import semistructured
 from mixgpt.kernels import columns
@@ -73,6 +73,10 @@ class Run:
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""
         return StreamedModel(self.model, self.device, plan.batch_size, self.clock, plan.on_host)
+
+    def retry(self, step, on_host=True):
+        """Return step(MemoryPlan), with less memory if a GPU's runs out. on_host: whether hidden states are."""
+        return retry_with_less_memory(self.settings, MemoryPlan(self.settings.batch_size, on_host), step)
 
     def kept(self, name, make):
         """Return make(), or what an interrupted run has kept of it; see `RunDir.kept`."""
