@@ -177,11 +177,10 @@ def sparsity_table(record):
 
     record: with the entries of `of_matrices`.
     """
-    matrices, others, kinds = record["matrices"], record.get("left_dense", []), defaultdict(list)
-    for row in matrices:
+    matrices, kinds = record["matrices"], defaultdict(list)
+    others = [row | {"name": f"left dense: {row['name']}"} for row in record.get("left_dense", [])]
+    for row in matrices + others:
         kinds[kind_of(row["name"])].append(row)
-    for row in others:
-        kinds[f"left dense: {kind_of(row['name'])}"].append(row)
     totals = {"total": matrices} | ({"total with these": matrices + others} if others else {})
     lines = []
     for title, rows in (kinds | totals).items():
