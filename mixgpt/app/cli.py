@@ -1,7 +1,4 @@
-"""The command line of the family scripts: parse and check it, and only then import PyTorch and run.
-
-`reported` turns whatever ends this or another command line into one line on stderr and an exit status.
-"""
+"""The command line of the family scripts: parse and check it, then import PyTorch and run; and how any one ends."""
 
 import argparse
 import contextlib
@@ -69,10 +66,7 @@ def parse(script, argv=None):
 
 
 def main(script, argv=None):
-    """Run the command line of a script. Returns the exit status, see `reported`.
-
-    script: its path. argv: its arguments (default: those of this process).
-    """
+    """Run the command line of a script, given by its path. Returns the exit status, see `reported`."""
     script, argv = Path(script).name, sys.argv[1:] if argv is None else argv
     with reported(script, argv, REMEDY) as end, contextlib.ExitStack() as stack:
         settings = parse(script, argv)

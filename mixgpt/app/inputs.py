@@ -21,10 +21,7 @@ from modelutils import allocate, place_for
 
 
 def check(settings, device, clock, model=None, tokenizer=None):
-    """Return a `Run` without texts. Raises InputError for settings that do not fit the model or the disk.
-
-    model, tokenizer: if they are in memory already.
-    """
+    """Return a `Run` without texts. Raises InputError for settings that do not fit the model or the disk."""
     settings.check_paths()  # again, for callers that are not the command line
     config = model.config if model else load.read_config(settings.model)
     skeleton = load.skeleton(config)

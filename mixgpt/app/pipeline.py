@@ -26,8 +26,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
     """Run the pipeline and print its report. Returns the record of the run, as saved in mixgpt.json.
 
     command: the command line, for the heading. model, tokenizer: if they are in memory already; the model is changed
-    in place. texts: calibration text in memory, a list of strings or tokens (N, T). Input errors that can be detected
-    early are raised before the weights are loaded.
+    in place. texts: calibration text in memory, a list of strings or tokens (N, T).
     """
     device = choose_device(settings.device)
     clock = Clock(device)
@@ -89,8 +88,7 @@ def evaluate(current, method):
 
 
 def _save(current, plan, outcomes, matrices, others):
-    """Complete the output folder, reload it and compare it with the model in memory: all zeros, logits of a few tokens.
-    """
+    """Complete the output folder, reload it, and compare all zeros and a few logits with the model in memory."""
     folder, path = current.files, current.settings.save
     probe = torch.arange(min(PROBE, current.seqlen))[None] % current.config.vocab_size
     with current.clock.part("save"):

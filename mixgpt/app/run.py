@@ -133,10 +133,7 @@ def _temporary_files(stack, run):
 
 
 def _plan(run):
-    """Decide whether the run distils, and whether a layer is calibrated in one pass; print what the user should know.
-
-    It distils if all weights can be trained at once on every device.
-    """
+    """Decide whether the run distils, which needs room for all weights, and whether layers take one pass; tell why."""
     settings, device = run.settings, run.device
     run.memory_plan = MemoryPlan(settings.batch_size, on_host=not settings.calibrates,
                                  two_passes=not (settings.calibrates and settings.true_sequential))

@@ -35,8 +35,7 @@ class Tracker:
     def __init__(self, settings, record):
         """Start a run in the first process if the settings ask for it. record: of the run, as far as it is known.
 
-        Options of the settings that are None are left to wandb's variables. Without a login or a server that answers,
-        the run is kept on disk.
+        Without a login or a server that answers, the run is kept on disk.
         """
         self.run = None
         if not settings.log_wandb or distributed.rank() > 0:

@@ -1,7 +1,4 @@
-"""Registries of flags' choices, those of save formats and grids, and file names in a run's output folder.
-
-Help, checks and error messages are derived from a registry. Nothing here imports PyTorch.
-"""
+"""Registries of flags' choices, and file names in a run's output folder. Nothing here imports PyTorch."""
 
 import os
 import pkgutil
@@ -25,11 +22,7 @@ def is_interrupted_run(path):
 
 @dataclass(frozen=True)
 class Choice:
-    """One value of a flag.
-
-    Its code is "module:name", imported on use, so that the command line is parsed and checked before PyTorch is
-    imported; or the object itself.
-    """
+    """One value of a flag. Its code is imported on use: the command line is checked before PyTorch is imported."""
 
     help: str  # what it does, in a few words
     code: Any = None  # "module:name", or the object itself

@@ -11,10 +11,7 @@ TERSE = (KeyError, TypeError, AttributeError, ArithmeticError)  # whose messages
 
 
 class InputError(ValueError):
-    """Report an unusable argument, file or checkpoint.
-
-    The message is one line: it names the argument, what was given and what is accepted.
-    """
+    """Report an unusable argument, file or checkpoint in one line: what was given, and what is accepted."""
 
 
 class VerificationError(RuntimeError):

@@ -1,7 +1,4 @@
-"""Texts: the named datasets, files of the user's own, columns of datasets on the hub, and mixtures of these.
-
-`datasets` is imported where it is used: the command line is checked without it.
-"""
+"""Texts: the named datasets, files of the user's own, columns of datasets on the hub, and mixtures of these."""
 
 import contextlib
 import functools
@@ -154,10 +151,7 @@ def hub_reachable():
 
 @contextlib.contextmanager
 def silenced():
-    """Suppress the logs and warnings of libraries and, without a terminal, their progress bars.
-
-    We report their exceptions in one line, where they would log a table.
-    """
+    """Suppress the logs and warnings of libraries, whose errors become lines, and without a terminal their bars."""
     shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     logging.disable()
     try:
@@ -168,11 +162,7 @@ def silenced():
 
 
 def text_set_of(dataset):
-    """Return the TextSet of a dataset's name, a path, a column on the hub, or a list of texts.
-
-    Rows of the last three are joined by blank lines, and samples are drawn from anywhere in the joined text. Raises
-    InputError for an unknown name.
-    """
+    """Return the TextSet of a dataset's name, a path, a column on the hub, or a list. Raises InputError otherwise."""
     if isinstance(dataset, list):
         return TextSet("a list of texts", lambda split: (dataset, {"sha256": _digest(dataset)}))
     if dataset not in DATASETS and os.path.exists(dataset):
