@@ -66,10 +66,7 @@ def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
 
 
 def resolve_bos(bos, model_type, tokenizer):
-    """Return each, once or never for a value of --bos; auto is what a model of this type needs, or its tokenizer does.
-
-    Raises InputError if the tokenizer has no BOS to put in front.
-    """
+    """Return each, once or never for a value of --bos. Raises InputError for a tokenizer without BOS."""
     if bos == "auto" and any(name in model_type for name in NEED_EACH):
         bos = "each"
     elif bos == "auto":
@@ -106,10 +103,7 @@ def begin(sequences, tokenizer, bos):
 
 
 def as_texts(rows, tokenizer):
-    """Return rows as text: chats, [{"role": …, "content": …}, …], by the tokenizer's chat template, in jinja's sandbox.
-
-    Raises InputError if there is no template, or if it fails.
-    """
+    """Return rows as text: chats by the tokenizer's template, in jinja's sandbox. Raises InputError if that fails."""
     with reading(f"model {tokenizer.name_or_path}: its chat template"):
         return [row if isinstance(row, str) else tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
 
@@ -145,10 +139,7 @@ def require_tokens(ids, needed, seqlen, source):
 
 
 def load_rows(dataset, part, data_dir):
-    """Return (rows, source) of the "train" or "test" part of a dataset, or of all of a path or a list of texts.
-
-    rows is a list of str, or of chats, see `as_texts`.
-    """
+    """Return (rows, source) of the "train" or "test" part of a dataset; paths and lists have one part."""
     text_set = text_set_of(dataset)
     split = text_set.test_split if part == "test" else part
     if text_set.code:

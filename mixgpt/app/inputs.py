@@ -43,10 +43,7 @@ def check(settings, device, clock, model=None, tokenizer=None):
 
 
 def _check_sequences(run, widening):
-    """Raise InputError for calibration sequences that are too many for memory and disk, or too few for the processes.
-
-    widening: of hidden states, see `selfcheck.check`.
-    """
+    """Raise InputError for calibration sequences that exceed memory and disk, or are fewer than the processes."""
     settings, world = run.settings, distributed.world()
     itemsize = 2 if run.dtype == "auto" else run.dtype.itemsize  # at least
     numel = run.seqlen * (settings.nsamples + sum(settings.extra_counts)) * run.config.hidden_size

@@ -173,10 +173,7 @@ def plan_text(plan, selected, sensitivity):
 
 
 def sparsity_table(record):
-    """Tabulate measured sparsity and mean reconstruction error by kind of matrix, and the total sparsity.
-
-    record: with the entries of `of_matrices`.
-    """
+    """Tabulate measured sparsity and mean reconstruction error by kind of matrix, and the total sparsity."""
     matrices, kinds = record["matrices"], defaultdict(list)
     others = [row | {"name": f"left dense: {row['name']}"} for row in record.get("left_dense", [])]
     for row in matrices + others:

@@ -73,10 +73,7 @@ def option(default, effect, help, *, group=None, choices=None, between=None, nee
 
 @dataclass(frozen=True, init=False)
 class Settings:
-    """The options of a run, named as on the command line. Raises InputError for invalid values.
-
-    An option that is not given has the value of the preset's recipe, else its default.
-    """
+    """The options of a run: those given, else the preset's, else the defaults. Raises InputError for invalid values."""
 
     model: str = dataclasses.field(metadata={"effect": FREE})  # compared by weights, see report.identity
     dataset: str = dataclasses.field(metadata={"effect": RESULT})
@@ -276,8 +273,7 @@ class Settings:
     @property
     def scheme(self):
         """The quant.Scheme of the weights, None without quantization."""
-        scheme = GRIDS[self.grid].load() if self.quantizes else None
-        return scheme and scheme(self.wbits, self.groupsize, self.sym, self.mse)
+        return GRIDS[self.grid].load()(self.wbits, self.groupsize, self.sym, self.mse) if self.quantizes else None
 
     @property
     def compresses(self):

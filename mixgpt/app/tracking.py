@@ -1,5 +1,4 @@
-"""Logging to Weights & Biases, whose client says where a run is kept. Whatever fails there gives a line of warning and
-never ends the run."""
+"""Logging to Weights & Biases. Whatever fails there gives a line of warning and never ends the run."""
 
 import functools
 import io
@@ -33,10 +32,7 @@ class Tracker:
     """A W&B run, as a context manager that marks it finished or failed. Without a run, methods do nothing."""
 
     def __init__(self, settings, record):
-        """Start a run in the first process if the settings ask for it. record: of the run, as far as it is known.
-
-        Without a login or a server that answers, the run is kept on disk.
-        """
+        """Start a run in the first process if the settings ask for it. record: of the run, as far as it is known."""
         self.run = None
         if not settings.log_wandb or distributed.rank() > 0:
             return

@@ -54,13 +54,10 @@ def check_outputs(paths, overwrite, folder=None):
 
 
 def write_output(flag, path, content):
-    """Write text or bytes, creating parent folders. Raises InputError on failure, leaving no partial file.
-
-    A symbolic link stays a link. flag: the command-line flag of the file.
-    """
+    """Write text or bytes, creating parent folders. Raises InputError on failure, leaving no partial file."""
     with _writing(flag, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(os.path.realpath(path)) as partial:
+        with replacing(os.path.realpath(path)) as partial:  # a link stays a link
             partial.write_bytes(content if isinstance(content, bytes) else
                                 content.encode(errors="surrogateescape"))  # names of files need not be text
 

@@ -15,10 +15,7 @@ _stream = ContextVar("stream", default="stderr")  # where progress goes; "stderr
 
 
 class Lines(tqdm):
-    """Write lines such as `SparseGPT: layer 12 of 32, 03:04, about 05:10 left (22:41)`, for logs and notebooks.
-
-    A line is due INTERVAL seconds after the one before, and is written when the next step ends.
-    """
+    """Write lines such as `SparseGPT: layer 12 of 32, 03:04, about 05:10 left (22:41)` where there is no terminal."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options | {"leave": False, "mininterval": INTERVAL, "delay": INTERVAL,
@@ -32,10 +29,7 @@ class Lines(tqdm):
 
 
 def bar(iterable=None, *, title, unit="layer", **options):
-    """Return a tqdm over an iterable, or with a given total: a bar in a terminal or a notebook, else `Lines`.
-
-    Only the first of several processes shows anything. options: those of tqdm.
-    """
+    """Return a tqdm in the first process: a bar in a terminal or a notebook, else `Lines`. options: those of tqdm."""
     stream = sys.stderr if _stream.get() == "stderr" else _stream.get()
     in_notebook = type(stream).__module__.startswith("ipykernel.")
     kind = tqdm if in_notebook or stream and stream.isatty() else Lines

@@ -120,10 +120,7 @@ def known(text):
 
 
 def counts_of(name, nsamples):
-    """Return {text: number of its sequences}, which sum to nsamples: cumulative shares, rounded.
-
-    Raises InputError if a text would get none, or for an unknown text.
-    """
+    """Return {text: number of its sequences}, nsamples in all. Raises InputError if a text gets none or is unknown."""
     shares = shares_of(name)
     ends = [round(total * nsamples) for total in itertools.accumulate(shares.values(), initial=0)]
     numbers = {text: stop - start for text, (start, stop) in zip(shares, itertools.pairwise(ends), strict=True)}
@@ -174,10 +171,7 @@ def text_set_of(dataset):
 
 
 def path_rows(path):
-    """Return all rows of a file, or of the files below a folder in order of their paths, and where they come from.
-
-    A .txt file is one row. Raises InputError, naming the file, if it cannot be read.
-    """
+    """Return all rows of a file, or of the files below a folder in order of their paths, and where they come from."""
     root = Path(path)
     files = [file for file in (sorted(root.rglob("*")) if root.is_dir() else [root])
              if file.name.endswith(ENDINGS) and not any(file.match(name) for name in IGNORED)]
@@ -212,7 +206,7 @@ def read_file(path, argument):
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
                 text = file.read()
             if path.suffix == ".txt":
-                return [text]
+                return [text]  # one row
             rows = json.loads(text) if text.lstrip().startswith("[") else [
                 json.loads(line) for line in text.split("\n") if line.strip()]
         return texts_of(rows, f"{argument} {path}")
