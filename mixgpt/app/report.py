@@ -9,11 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 
-import datasets
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 
 from mixgpt.app.settings import BOS, EVALUATION, METHOD, REPORT, RESULT, flag_of, having_effect
 from mixgpt.checkpoints.formats import stored_bytes
@@ -35,10 +33,9 @@ def facts(run):
     """Return the part of the record known before pruning: resolved settings, versions, device and texts."""
     settings, device = run.settings, run.device
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    versions = {"python": platform.python_version()}
-    versions |= {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    if settings.tasks:
-        versions["lm_eval"] = version("lm_eval")
+    packages = ("transformers", "datasets", "lm_eval") if settings.tasks else ("transformers", "datasets")
+    versions = {"python": platform.python_version(), "torch": torch.__version__} | {
+        name: version(name) for name in packages}
     return {"settings": dataclasses.asdict(settings) | {
                 "seqlen": run.seqlen, "dtype": str(run.model.dtype).removeprefix("torch."), "device": str(device)},
             **signature(), "device_name": device_name, "versions": versions, "data": run.sources}
