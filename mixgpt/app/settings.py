@@ -39,9 +39,7 @@ def recipe(preset, prunem=0, wbits=16, groupsize=-1, effort=1.0):
     quantized in the order of activation unless their groups would have to be stored.
     effort: of best, as a multiple of its further text.
     """
-    if preset not in PRESETS:
-        raise InputError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-    options = dict(PRESETS[preset])
+    options = dict(PRESETS.get(preset, {}))
     if preset == "best" and prunem:
         options |= {"sparsity_way": "uniform", "saliency": "obs", "distill": 0.75}
     if preset == "best" and wbits < 16:
