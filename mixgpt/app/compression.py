@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from mixgpt.app import report
-from mixgpt.common import distributed, memory
+from mixgpt.common import memory
 from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.common.memory import retry_with_less_memory
 from mixgpt.evaluation.measures import count_zeros, measure_weights
@@ -75,8 +75,7 @@ def _distill(run, plan, outcomes, on_host):
 
     def attempt(memory_plan):
         streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.seqlen)
-        room = run.decided("distillation_batch", lambda: min(distributed.all_gather_object(
-            distill.room_for(streamed, tokens, run.settings.effort))))
+        room = run.decided("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
         streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))
         with run.clock.part("distillation"):
             grids = {key: outcome.grid for key, outcome in outcomes.items()}

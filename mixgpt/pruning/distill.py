@@ -55,7 +55,7 @@ def dense_states(streamed, tokens):
 
 
 def room_for(streamed, tokens, effort=1.0):
-    """Return how many of the sequences (N, T) can be a batch if the whole model is trained on the device, 0 if none.
+    """Return how many of the sequences (N, T) can be a batch if each device trains the whole model, 0 if none.
 
     At most streamed.batch_size. Counted are all weights; for those in layers the gradient, a float32 copy, the distance
     of that from the mean and, unless they are read from disk, a copy to restore; three more copies of the largest
@@ -80,7 +80,8 @@ def room_for(streamed, tokens, effort=1.0):
                                         for (_, kind), m in matrices.items())
     score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" else 0
     sequence += score * T * T * len(layers) * getattr(config, "num_attention_heads", 0)
-    return max(min(batch, int((memory.free(device) - fixed) / sequence)), 0)
+    room = max(min(batch, int((memory.free(device) - fixed) / sequence)), 0)
+    return min(distributed.all_gather_object(room))
 
 
 @torch.no_grad()
