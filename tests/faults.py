@@ -184,7 +184,7 @@ FAULTS = {
     "samples beyond the memory": refused(f"--nsamples {10**9}", "--nsamples, --seqlen: hidden states take … GB, …"),
     "a device that is not there": refused("--device cuda:9", "--device cuda:9: there are … CUDA devices here…"),
     "save into the model": refused(
-        "--save {root}/model", "--save {root}/model: holds {root}/model, which this run reads; name another folder",
+        "--save {root}/model", "--save {root}/model: holds {root}/model, which this run uses; name another folder",
         "{root}/model builtin "),
     "text of one's own that is not there": refused("", "dataset mine.txt: invalid choice: …", "{root}/model mine.txt "),
     # generate.py

@@ -338,11 +338,12 @@ class Settings:
         paths = {"--plot": self.plot, "--record": self.record}
         if not os.path.isfile(self.sensitivity_file or ""):  # else it is read
             paths["--sensitivity-file"] = self.sensitivity_file
-        check_outputs({flag: path for flag, path in paths.items() if path}, self.overwrite or self.resume, self.save)
+        paths = {flag: path for flag, path in paths.items() if path}
+        check_outputs(paths, self.overwrite or self.resume)
         reads = (self.model, self.dataset, *self.eval, self.data_dir, self.sensitivity_file, self.tasks_dir)
-        for path in filter(os.path.exists, filter(None, reads) if self.save else ()):
+        for path in (*paths.values(), *filter(os.path.exists, filter(None, reads))) if self.save else ():
             if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.save)):  # --overwrite would remove it
-                raise InputError(f"--save {self.save}: holds {path}, which this run reads; name another folder")
+                raise InputError(f"--save {self.save}: holds {path}, which this run uses; name another folder")
 
 
 def flag_of(name):

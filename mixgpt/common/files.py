@@ -32,18 +32,15 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixgpt"
 
 
-def check_outputs(paths, overwrite, folder=None):
+def check_outputs(paths, overwrite):
     """Raise InputError for files that exist and may not be replaced, or that cannot be written; leaves nothing behind.
 
-    paths: {flag: path}. overwrite: whether files may be replaced. folder: that of --save, in which only the saved model
-    is written.
+    paths: {flag: path}. overwrite: whether files may be replaced.
     """
     for flag, path in paths.items():
         file = Path(path)
         if flag == "--plot" and file.suffix not in PICTURES:
             raise InputError(f"{flag} {path}: must end in {', '.join(PICTURES)}")
-        if folder and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-            raise InputError(f"{flag} {path}: is in the folder of --save; name a file elsewhere")
         with _writing(flag, path):
             if file.exists() and not file.is_file():
                 raise InputError(f"{flag} {path}: is not a file; name a file")

@@ -240,8 +240,8 @@ def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint
     prune("llama", gmp, tmp_path / "mine", "--overwrite", status=2)
     (folder / "mine.txt").write_text("mine")
     for reads in ({"model": folder}, {"data": folder / "mine.txt"}):
-        assert "which this run reads; name another folder" in prune("llama", gmp, folder, "--overwrite", status=2,
-                                                                    **reads)
+        assert "which this run uses; name another folder" in prune("llama", gmp, folder, "--overwrite", status=2,
+                                                                   **reads)
     assert (folder / "mine.txt").read_text() == "mine"
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine" and (folder / "mixgpt.json").is_file()
 

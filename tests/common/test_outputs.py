@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from mixgpt.app.settings import Settings
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_outputs, replacing, write_output
 
@@ -50,7 +51,7 @@ def test_the_saved_model_has_its_folder_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "saved").mkdir()
     (tmp_path / "link").symlink_to("saved")
-    check_outputs({"--record": "saved.json", "--plot": "b/a.png"}, False, "saved")
+    Settings("a/model", "builtin", save="saved", record="saved.json").check_paths()
     for place in ("saved/new.json", "link/new.json"):
-        with pytest.raises(InputError, match=f"--record {place}: is in the folder of --save; name a file elsewhere"):
-            check_outputs({"--record": place}, False, "saved")
+        with pytest.raises(InputError, match=f"--save saved: holds {place}, which this run uses; name another"):
+            Settings("a/model", "builtin", save="saved", record=place).check_paths()
