@@ -1,9 +1,7 @@
 """Calibration samples and test tokens from WikiText-2, PTB, C4, text shipped with Python, or text of the user's own.
 
 Joins, splits and the order of random draws follow SparseGPT and GPTQ (github.com/IST-DASLab/sparsegpt, datautils.py),
-so that the same seed gives the same samples. They cut a whole text into segments, of which only the first begins with
-BOS, the token for the beginning of a text, if the tokenizer adds it. Most models predict as well without. Gemma models
-do not: they were trained with BOS in front of every sequence.
+so that the same seed gives the same samples. BOS is the token for the beginning of a text.
 """
 
 import random
@@ -13,7 +11,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line, reading
-from mixgpt.common.texts import COLUMNS, counts_of, hub_copy_rows, hub_reachable, text_set_of, texts_of
+from mixgpt.common.texts import counts_of, hub_copy_rows, hub_reachable, text_set_of, texts_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
@@ -25,10 +23,9 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
     """Draw random segments of a train split, or of a mixture of several.
 
     dataset: the name of a dataset, a path, a column on the hub, a mixture of these, or a list of strings, the documents
-    of one text. Returns (LongTensor (nsamples, seqlen), source), source being a JSON-able dict that says where the text
-    comes from. A mixture takes the first segments that each text alone would give, and shuffles them. bos: as
-    `token_ids` takes it; with each it replaces the first token of every segment. Raises InputError if a text is
-    unavailable or shorter than seqlen + 1 tokens.
+    of one text. bos: as `token_ids` takes it; with each it replaces the first token of every segment. Returns
+    (LongTensor (nsamples, seqlen), source), a JSON-able dict. A mixture takes the first segments that each text alone
+    would give, and shuffles them. Raises InputError if a text is unavailable or shorter than seqlen + 1 tokens.
     """
     counts = {} if isinstance(dataset, list) else counts_of(dataset, nsamples)
     if len(counts) > 1:
@@ -165,7 +162,6 @@ def hub_rows(dataset, text_set, split):
         copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"
         raise InputError(f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy "
                          f"{copy if text_set.local else 'as a file'}, or use the dataset builtin") from None
-    columns = [text_set.column] if text_set.column else COLUMNS
-    return texts_of(table.to_list(), text_set.hub_id, columns), {"hub": text_set.hub_id, **options}
+    return texts_of(table.to_list(), text_set.hub_id, text_set.columns), {"hub": text_set.hub_id, **options}
 
 

@@ -11,7 +11,7 @@ from mixgpt.common import program
 INTERVAL = 30  # seconds between two lines, and before the first one
 LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed}, about {remaining} left ({eta:%H:%M})"
 
-_stream = ContextVar("stream", default="stderr")  # where progress goes; "stderr": to sys.stderr; None: nowhere
+_stream = ContextVar("stream")  # where progress goes, if not to sys.stderr; None: nowhere
 
 
 class Lines(tqdm):
@@ -30,7 +30,7 @@ class Lines(tqdm):
 
 def bar(iterable=None, *, title, unit="layer", **options):
     """Return a tqdm in the first process: a bar in a terminal or a notebook, else `Lines`. options: those of tqdm."""
-    stream = sys.stderr if _stream.get() == "stderr" else _stream.get()
+    stream = _stream.get(sys.stderr)
     in_notebook = type(stream).__module__.startswith("ipykernel.")
     kind = tqdm if in_notebook or stream and stream.isatty() else Lines
     if stream is None or program.rank() > 0:
@@ -41,7 +41,7 @@ def bar(iterable=None, *, title, unit="layer", **options):
 @contextlib.contextmanager
 def shown_on(stream):
     """Show progress on a stream within the block, even if sys.stderr is redirected; None: show none from here on."""
-    token = _stream.set(_stream.get() and stream)
+    token = _stream.set(_stream.get(stream) and stream)
     try:
         yield
     finally:

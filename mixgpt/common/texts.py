@@ -32,7 +32,7 @@ class TextSet(Choice):
     hub_id: str | None = None
     hub_options: dict = field(default_factory=dict)  # further arguments of load_dataset
     hub_files: dict = field(default_factory=dict)  # split -> the one file to fetch
-    column: str | None = None  # that holds the text (default: text, sentence or messages)
+    columns: tuple[str, ...] = COLUMNS  # of which the first that is there holds the text
     local: str = ""  # pattern of its files on the hub, which are looked for below --data-dir
     test_split: str = "test"
     by_document: bool = False  # samples do not cross documents; only the first shard is used
@@ -166,7 +166,7 @@ def text_set_of(dataset):
         return TextSet("a file or folder of text", lambda split: path_rows(dataset))
     if on_hub := hub_column(dataset):
         hub_id, column = on_hub
-        return TextSet("a column of a dataset on the hub", hub_id=hub_id, column=column)
+        return TextSet("a column of a dataset on the hub", hub_id=hub_id, columns=(column,))
     return DATASETS.check(dataset)
 
 
