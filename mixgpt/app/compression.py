@@ -20,7 +20,7 @@ def compress(run, plan):
     linears and of the layers' other weights, counted afterwards."""
     settings, outcomes = run.settings, {}
     if plan.targets:
-        outcomes, used = retry_with_less_memory(settings, run.memory_plan, partial(_prune, run, plan),
+        outcomes, used = retry_with_less_memory(run.memory_plan, partial(_prune, run, plan),
                                                 again=disk_weights(run.model) is not None)
         if run.distills:
             run.record["distilled"] = _distill(run, plan, outcomes, used.on_host)

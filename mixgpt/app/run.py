@@ -76,7 +76,7 @@ class Run:
 
     def retry(self, step, on_host=True):
         """Return step(MemoryPlan), with less memory if a GPU's runs out. on_host: whether hidden states are."""
-        return retry_with_less_memory(self.settings, MemoryPlan(self.settings.batch_size, on_host), step)
+        return retry_with_less_memory(MemoryPlan(self.settings.batch_size, on_host), step)
 
     def kept(self, name, make):
         """Return make(), or what an interrupted run has kept of it; see `RunDir.kept`."""

@@ -72,7 +72,7 @@ def shared_fate(waits=False):
         raise next(filter(None, failures))("out of memory") from cause
 
 
-def retry_with_less_memory(settings, plan, step, again=True):
+def retry_with_less_memory(plan, step, again=True):
     """Return step(plan), retrying with a more economical plan each time the GPU runs out of memory.
 
     again: whether the step can be restarted. Several processes go on only if all know that one ran out. Raises
@@ -83,15 +83,12 @@ def retry_with_less_memory(settings, plan, step, again=True):
             return step(plan)
         except (torch.OutOfMemoryError, OutOfGpuMemory) as error:
             shared = isinstance(error, OutOfGpuMemory)
-            cheaper = plan.next_cheaper() if again and (shared or distributed.world() == 1) else None
-            if not cheaper and shared:
-                raise
-            if not cheaper:
-                size = "--seqlen" if plan.batch_size == 1 else "--batch-size or --seqlen"
-                one_pass = settings.true_sequential and not plan.two_passes
-                raise InputError(f"--batch-size {plan.batch_size} --seqlen {settings.seqlen or 'default'}: out of GPU "
-                                 f"memory; lower {size}" + (", or give --no-true-sequential" if one_pass else "")
-                                 ) from error
+            cheaper = plan.next_cheaper()
+            if not (cheaper and again and (shared or distributed.world() == 1)):
+                if shared:
+                    raise
+                remedy = "--batch-size or --seqlen, or give --no-true-sequential" if cheaper else "--seqlen"
+                raise InputError(f"--batch-size {plan.batch_size}: out of GPU memory; lower {remedy}") from error
         plan, change = cheaper
         gc.collect()  # tensors referenced by the error's frames
         torch.cuda.empty_cache()

@@ -269,7 +269,7 @@ def test_the_way_that_fits_is_chosen_before_a_run(simulated, run):
 def test_a_gpu_that_is_too_small_ends_in_one_line(simulated, run):
     with Gpu(memory=100_000):
         error = run("llama", "SparseGPT", "cuda:0", status=2)
-    assert error == ("llama.py: error: --batch-size 1 --seqlen 32: out of GPU memory; lower --seqlen\n")
+    assert error == ("llama.py: error: --batch-size 1: out of GPU memory; lower --seqlen\n")
 
 
 def test_memory_is_given_back_before_a_step_begins_again(simulated):
@@ -283,7 +283,7 @@ def test_memory_is_given_back_before_a_step_begins_again(simulated):
 
         gc.disable()
         try:
-            assert memory.retry_with_less_memory(None, memory.MemoryPlan(2, on_host=False), step) == 0
+            assert memory.retry_with_less_memory(memory.MemoryPlan(2, on_host=False), step) == 0
         finally:
             gc.enable()
 
