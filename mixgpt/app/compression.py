@@ -16,8 +16,7 @@ from mixgpt.pruning.solvers import Recipe
 
 
 def compress(run, plan):
-    """Prune and quantize the matrices of a plan. Returns {(layer, name): Outcome}, and MatrixSparsity lists of the
-    linears and of the layers' other weights, counted afterwards."""
+    """Prune and quantize the matrices of a plan. Returns {(layer, name): Outcome}, and what `measure_weights` does."""
     settings, outcomes = run.settings, {}
     if plan.targets:
         outcomes, used = retry_with_less_memory(run.memory_plan, partial(_prune, run, plan),

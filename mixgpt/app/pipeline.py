@@ -98,8 +98,7 @@ def _save(current, plan, outcomes, matrices, others):
         saved = load.open_model(path, load.read_config(path), "auto")
         if measure_weights(saved, current.device) != (matrices, others):
             raise VerificationError(f"--save {path}: the zeros of the saved weights differ from those in memory")
-        of_saved, in_memory = (logits(model, probe, 1, current.device)
-                               for model in (saved, current.model))
+        of_saved, in_memory = (logits(model, probe, 1, current.device) for model in (saved, current.model))
         if not torch.allclose(of_saved, in_memory, rtol=0, atol=0, equal_nan=True):
             raise VerificationError(f"--save {path}: the logits of the saved model differ from those in memory")
         if plan.targets:

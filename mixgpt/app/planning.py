@@ -89,8 +89,7 @@ def _measure(run, dense_states, memory_plan):
         sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
                                    settings.nprobes)
         with run.clock.part("sensitivity"):
-            measured, path = traces.load_or_compute(streamed, run.calibration, sampling,
-                                                    settings.sensitivity_file)
+            measured, path = traces.load_or_compute(streamed, run.calibration, sampling, settings.sensitivity_file)
         run.log(f"{measured.verdict()}\n         kept in {path}")
     hessians, _ = settings.extra_counts
     tokens = torch.cat([run.calibration, run.further[:hessians]]) if settings.needs_calibration else None

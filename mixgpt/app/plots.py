@@ -69,8 +69,7 @@ def _heat_map(axis, values, title, label, norm=None):
 def draw_tradeoff(points, suffix=".png"):
     """Plot perplexity against sparsity by method (arXiv 2310.09499, figure 3). Returns the file's bytes.
 
-    points: of `results.points_of`. One row per model, one column per text. Bars if all points have the same
-    sparsity, in percent.
+    points: of `results.points_of`. One row per model, one column per text; bars if all have one sparsity, in percent.
     """
     models, texts, methods = (list(points[name].unique()) for name in ("model", "text", "method"))
     sparsity, *others = points["sparsity"].map("{:.0%}".format).unique()

@@ -95,7 +95,7 @@ class Tracker:
     def __exit__(self, _, error, traceback):
         if isinstance(error, Exception):
             self.run.summary["failed"] = one_line(error)
-        self.run.finish(exit_code=status_of(error))
+        self.run.finish(exit_code=status_of(error) if error else 0)
 
 
 def _upload(run):

@@ -56,9 +56,7 @@ def is_out_of_memory(error):
 
 
 def status_of(error):
-    """Return the exit status of a run that an exception ends, 0 for None."""
-    if error is None:
-        return 0
+    """Return the exit status of a run that an exception ends."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     return 2 if isinstance(error, InputError) or is_out_of_memory(error) else 1

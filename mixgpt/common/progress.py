@@ -24,8 +24,7 @@ class Lines(tqdm):
     def display(self, msg=None, pos=None):
         """Write a line if a step has ended since the last one; tqdm calls this to redraw or remove the bar."""
         if msg is None and self.n > self.last_print_n:
-            self.fp.write(f"{self}\n")
-            self.fp.flush()
+            print(self, file=self.fp, flush=True)
 
 
 def bar(iterable=None, *, title, unit="layer", **options):
