@@ -1,5 +1,6 @@
 """Logging to Weights & Biases. Whatever fails there gives a line of warning and never ends the run."""
 
+import contextlib
 import functools
 import io
 from pathlib import Path
@@ -28,7 +29,7 @@ def _guarded(method):
     return guarded
 
 
-class Tracker:
+class Tracker(contextlib.AbstractContextManager):
     """A W&B run, as a context manager that marks it finished or failed. Without a run, methods do nothing."""
 
     def __init__(self, settings, record):
@@ -87,9 +88,6 @@ class Tracker:
         seconds = record["seconds"]
         facts = {name: record[name] for name in ("sparsity", "peak_memory", "disk") if name in record}
         self.run.summary.update(facts | {"method": method, "seconds": seconds | {"total": sum(seconds.values())}})
-
-    def __enter__(self):
-        return self
 
     @_guarded
     def __exit__(self, _, error, traceback):

@@ -30,11 +30,9 @@ def reading(subject):
     """
     try:
         yield
-    except InputError:
-        raise
     except BaseException as error:
         panic = type(error).__name__ == "PanicException"  # of Rust code; a BaseException, in no module
-        if is_out_of_memory(error) or not (panic or isinstance(error, Exception)):
+        if isinstance(error, InputError) or is_out_of_memory(error) or not (panic or isinstance(error, Exception)):
             raise
         kind = f"{type(error).__name__}: " if isinstance(error, TERSE) else ""
         raise InputError(f"{subject}: {kind}{one_line(error):.400}") from error
