@@ -44,7 +44,7 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
         ids = token_ids(tokenizer, text_set.train_join.join(rows), bos)
         require_tokens(ids, seqlen + 1, seqlen, source)
         segments = (random_segment(ids, seqlen, rng) for _ in range(nsamples))
-    return begin(torch.tensor(list(segments)), tokenizer, bos), source
+    return begin(torch.stack([torch.tensor(ids) for ids in segments]), tokenizer, bos), source
 
 
 def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
