@@ -100,16 +100,15 @@ def _converted(file):
 
 
 def _source(model):
-    """Return the arguments with which `from_pretrained` finds `model`: a hub id, a directory or a .gguf file."""
+    """Return the name by which `from_pretrained` finds `model`: a hub id, a directory or a .gguf file."""
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
-        return str(_converted(path)), {}
-    if path.is_dir():
-        return str(path), {}
+        return str(_converted(path))
     if path.is_file():
         raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
-    hub_reachable()  # else offline from now on
-    return model, {}
+    if not path.is_dir():
+        hub_reachable()  # else offline from now on
+    return str(model)
 
 
 def read_config(model):
@@ -117,21 +116,21 @@ def read_config(model):
 
     Raises InputError if it cannot be read, or if files that would be copied are links out of the model's folder.
     """
-    name, arguments = _source(model)
+    name = _source(model)
     check_links(model, Path(name), COPIED)
     with _reading(model, "its configuration cannot be read"):
-        config, _ = _config_of(name, arguments)
+        config, _ = _config_of(name)
     if model_class(config) is None or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
     return config
 
 
-def _config_of(name, arguments):
+def _config_of(name):
     """Return a configuration and None; of a model that also sees or hears, that of its text part and its model_type.
 
     Raises InputError if its weights are quantized in a way that is not supported.
     """
-    whole = AutoConfig.from_pretrained(name, **arguments, **NO_CODE)
+    whole = AutoConfig.from_pretrained(name, **NO_CODE)
     config = whole.get_text_config()
     if whole.is_encoder_decoder or model_class(config) is None:
         config = whole
@@ -156,7 +155,7 @@ def model_class(config):
 def multimodal(model):
     """Return the model_type of a model of which only the text part is loaded, None for others."""
     with _reading(model, "its configuration cannot be read"):
-        return _config_of(*_source(model))[1]
+        return _config_of(_source(model))[1]
 
 
 def check_layers(model, skeleton, save_format="dense"):
@@ -185,11 +184,11 @@ def load_tokenizer(model):
 
     Early LLaMA-1 conversions have empty special tokens; they are replaced by those of the model file.
     """
-    name, arguments = _source(model)
+    name, options = _source(model), dict(NO_CODE)
     with _reading(model, "its tokenizer cannot be read"):
-        if get_tokenizer_config(name, **arguments).get("bos_token") == "":
-            arguments |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
-        tokenizer = AutoTokenizer.from_pretrained(name, **arguments, **NO_CODE)
+        if get_tokenizer_config(name).get("bos_token") == "":
+            options |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     _check_templates(model, tokenizer)
     return tokenizer
 
@@ -231,13 +230,12 @@ def read_model(model, dtype, packed=False):
     packed: leave the matrices of a sparse folder packed, in a `checkpoints.sparse.SparseLinear` each. Raises
     InputError if the checkpoint lacks a weight, or one is NaN or inf.
     """
-    name, arguments = _source(model)
+    name = _source(model)
     with _reading(model, "its weights cannot be read"):
-        config, whole = _config_of(name, arguments)
+        config, whole = _config_of(name)
         if quantization := getattr(config, "quantization_config", None):
             quantization["dequantize"] = not (packed and quantization["quant_method"] == METHOD)
-        loaded = from_pretrained(model, name, dtype, config=config, key_mapping=TEXT_PART if whole else None,
-                                 **arguments)
+        loaded = from_pretrained(model, name, dtype, config=config, key_mapping=TEXT_PART if whole else None)
     packed = {key: buffer for key, buffer in loaded.named_buffers() if ".weight." in key}
     for key, tensor in (dict(loaded.named_parameters()) | packed).items():
         streaming.check_finite(tensor.detach(), f"model {model}: {key}")
@@ -262,15 +260,15 @@ def open_model(model, config, dtype):
     Raises InputError if weights are missing or do not match the configuration; NaN or inf on disk shows when a layer is
     loaded.
     """
-    name, arguments = _source(model)
     if getattr(config, "quantization_config", None):
         return load_model(model, dtype)
+    name = _source(model)
     with _reading(model, "its weights cannot be read"):
-        stored = streaming.stored_tensors(name, **arguments)
+        stored = streaming.stored_tensors(name)
         kinds = (streaming.FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in streaming.FLOATS)
         opened = skeleton(config, config.dtype or next(kinds, torch.float32) if dtype == "auto" else dtype)
         if not streaming.attach_disk_weights(opened, stored):
             return load_model(model, dtype)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
-            opened.generation_config = transformers.GenerationConfig.from_pretrained(name, **arguments)
+            opened.generation_config = transformers.GenerationConfig.from_pretrained(name)
     return opened

@@ -118,19 +118,19 @@ class StoredTensor(NamedTuple):
     shape: tuple
 
 
-def stored_tensors(name, **arguments):
+def stored_tensors(name):
     """Return {key: StoredTensor} of a directory or hub id, {} if its weights are not in safetensors files.
 
     Raises ValueError if the index points outside the directory, InputError if a file cannot be read.
     """
-    file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False, **arguments)
+    file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False)
                    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     files, stored = [file] if file else [], {}
     if index and not file:
         for shard in map(PurePosixPath, json.loads(Path(index).read_text())["weight_map"].values()):
             if shard.is_absolute() or ".." in shard.parts:
                 raise ValueError(f"its index names {shard}, which is not in the folder")
-        files, _ = get_checkpoint_shard_files(name, index, **arguments)
+        files, _ = get_checkpoint_shard_files(name, index)
     for file in files:
         with reading(f"{file}: cannot be read"), safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118, not a dict
