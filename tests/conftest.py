@@ -73,15 +73,15 @@ def _gemma3():
         text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=VOCABULARY - 1))
 
 
-def _opt(**options):
+def _opt(hidden_size=32, **options):
     return transformers.OPTForCausalLM(transformers.OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=hidden_size, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=128, init_std=0.2, **options))
 
 
-def _bloom():
+def _bloom(hidden_size=32):
     return transformers.BloomForCausalLM(transformers.BloomConfig(
-        vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.2))
+        vocab_size=VOCABULARY, hidden_size=hidden_size, n_layer=3, n_head=4, initializer_range=0.2))
 
 
 FAMILIES = {
@@ -116,6 +116,10 @@ OTHERS = {  # stand-ins for the README's commands; modeling/test_decoders.py and
         initializer_range=0.2)),
     "gpt-neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**COMMON)),
     "qwen3-moe": lambda: _llama("Qwen3Moe", moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2),
+    # wide enough for kernels to multiply their packed matrices
+    "wide llama": lambda: _llama("Llama", hidden_size=64, intermediate_size=128, head_dim=16),
+    "wide opt": lambda: _opt(hidden_size=64, word_embed_proj_dim=64),
+    "wide bloom": lambda: _bloom(hidden_size=64),
 }
 
 

@@ -73,7 +73,7 @@ def test_texts_stand_beside_each_other_in_the_width(width):
 def saved(tmp_path_factory, tokenizer):
     """Return {format: folder} of a pruned and quantized model, and "dense" the model before."""
     root = tmp_path_factory.mktemp("saved")
-    save(root / "dense", make("llama"), tokenizer, {})
+    save(root / "dense", make("wide llama"), tokenizer, {})
     for kind in ("sparse", "compressed-tensors"):
         assert prune("llama.py", root / "dense", "builtin", *SMALL, "--eval", "--gmp", "--sparsity", ".5", "--wbits",
                      4, "--sym", "--save", root / kind, "--save-format", kind) == 0

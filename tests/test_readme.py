@@ -37,7 +37,7 @@ MARK = re.compile(r"needs (the hub|a GPU|several GPUs|an account|measurements)")
 # What the commands name -> the tiny model of conftest.py that stands there as a folder.
 MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "meta-llama/Llama-2-7b-hf": "llama",
           "Qwen/Qwen3-0.6B": "qwen3", "google/gemma-3-4b-it": "gemma3", "Qwen/Qwen3-30B-A3B": "qwen3-moe",
-          "HuggingFaceTB/SmolLM2-135M-Instruct": "llama", "EleutherAI/pythia-160m": "gpt-neox",
+          "HuggingFaceTB/SmolLM2-135M-Instruct": "wide llama", "EleutherAI/pythia-160m": "gpt-neox",
           "baichuan-inc/Baichuan2-7B-Base": "baichuan-7b"}
 SMALL = ("--nsamples", "2", "--seqlen", "32", "--device", "cpu", "--data-dir", "texts")
 LESS = {"benchmarks/accuracy.py": (*SMALL, "--methods", "magnitude", "wanda", "--targets", "50%", "--seeds", "0"),

@@ -5,6 +5,8 @@ weights, or on a grid `codes`, packed to wbits; `scale`, and if the grid needs t
 `group`, the group of each column. Bytes are filled from the lowest bit.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -61,17 +63,17 @@ def consecutive(columns, groups):
 
 def decode(parts, description):
     """Return the matrix (out, in) given to `encode`, bit for bit."""
-    shape, dtype = description["shape"], getattr(torch, description["dtype"])
-    count = shape[0] * shape[1]
+    shape, count = description["shape"], math.prod(description["shape"])
     kept = unpack(parts["mask"], 1, count).bool() if "mask" in parts else torch.ones(count, dtype=torch.bool)
     if "values" in parts:
-        W = torch.zeros(count, dtype=dtype)
+        W = torch.zeros(count, dtype=parts["values"].dtype)
         W[kept] = parts["values"]
         return W.view(shape)
     wbits, scale = description["wbits"], parts["scale"]
     groups = scale.shape[1]
-    zero = unpack(parts["zero"], wbits, scale.numel()).view(scale.shape) if "zero" in parts else torch.full(
-        scale.shape, 2 ** (wbits - 1), dtype=torch.uint8)
+    zero = parts.get("zero", torch.full(scale.shape, 2 ** (wbits - 1), dtype=torch.uint8))
+    if zero.dim() == 1:  # packed
+        zero = unpack(zero, wbits, scale.numel()).view(scale.shape)
     scheme = GRIDS.check(description.get("grid", "uniform")).load()(wbits)
     grid = Grid(scheme, scale, zero, parts.get("group", consecutive(shape[1], groups)))
     codes = zero[:, grid.group].flatten()

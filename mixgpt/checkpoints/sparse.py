@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -48,15 +48,12 @@ class PackedWeight(torch.nn.Module):
 
     def prepare(self, _=None):
         """Check the loaded parts, and add what products need. Raises ValueError if the parts do not fit each other."""
-        (rows, columns), wbits, data = self.shape, self.wbits, getattr(self, self.data)
+        (rows, columns), wbits = self.shape, self.wbits
         self._check("mask", rows * columns / 8)
         sizes = _bits(self.mask.cpu().numpy(), rows, columns)
         offsets = torch.from_numpy((sizes.cumsum() - sizes).astype(np.int32)).view(rows, -1)
         self.register_buffer("offsets", offsets.to(self.mask.device), persistent=False)
-        size = math.ceil(sizes.sum() * wbits / 8) if wbits else int(sizes.sum())
-        self._check(self.data, size)
-        tail = pad(data[-columns - sparse_cpu.REACH:], (0, sparse_cpu.REACH))
-        self.register_buffer("tail", tail, persistent=False)
+        self._check(self.data, sizes.sum() * (wbits / 8 or 1))
         if not wbits:
             return
         if wbits not in range(1, 9):
@@ -85,12 +82,12 @@ class PackedWeight(torch.nn.Module):
         return (self.scale if self.wbits else self.values).dtype
 
     def multiply(self, x, bias=None):
-        """Return x Wᵀ + bias: for few tokens from the packed form, else as the dense matrix gives it, bit for bit."""
+        """Return x Wᵀ + bias: for few tokens from the packed form if there is a kernel, else as the dense matrix."""
         rows, columns = self.shape
         tokens, differentiated = x.numel() // columns, x.requires_grad and torch.is_grad_enabled()
-        if not 0 < tokens <= FEW or differentiated or not _runs_on(x.device):
-            return linear(x, self.expand(None if differentiated else self._room()).to(x.dtype), bias)
-        way, dtype = self.ways()[0], x.dtype
+        way, dtype = self._way(x.device), x.dtype
+        if not way or not 0 < tokens <= FEW or differentiated:
+            return linear(x, self.expand(None if differentiated else self._room()).to(dtype), bias)
         narrow = bias is None and (x.is_cuda or dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(way))
         kernel = sparse_cpu.Kernel(way, self.dtype, self.wbits, tokens, narrow)
         y = torch.empty(*x.shape[:-1], rows, dtype=dtype if narrow else torch.float32, device=x.device)
@@ -101,8 +98,11 @@ class PackedWeight(torch.nn.Module):
     def expand(self, out=None):
         """Return the matrix, in `out` if given."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.mask.device) if out is None else out
-        y = out if _runs_on(out.device) else torch.empty(self.shape, dtype=self.dtype)
-        self._run(sparse_cpu.Kernel(self.ways()[0], self.dtype, self.wbits, 0), y, y)
+        y = out if self._way(out.device) else torch.empty(self.shape, dtype=self.dtype)
+        if way := self._way(y.device):
+            self._run(sparse_cpu.Kernel(way, self.dtype, self.wbits, 0), y, y)
+        else:
+            y = decode({name: buffer.cpu() for name, buffer in self.named_buffers()}, self.description)
         return out if out is y else out.copy_(y)
 
     def _room(self):
@@ -118,6 +118,13 @@ class PackedWeight(torch.nn.Module):
         columns, consecutive = self.shape[1], "group" not in self.description["parts"]
         return sparse_cpu.ways(self.dtype, self.wbits, columns, columns // self.groups, consecutive)
 
+    def _way(self, device):
+        """Return what a device multiplies by this matrix with: "triton", the CPU's fastest way, None without a kernel.
+        """
+        if device.type == "cpu":
+            return next(iter(self.ways()), None)
+        return "triton" if device.type == "cuda" and triton_obstacle(device) is None else None
+
     @property
     def groups(self):
         return self.scale.shape[1] if self.wbits else 1
@@ -132,13 +139,10 @@ class PackedWeight(torch.nn.Module):
         if y.is_cuda:
             from mixgpt.kernels import sparse_cuda as kernels
         else:
-            kernels = sparse_cpu
+            kernels, tensors["data"] = sparse_cpu, sparse_cpu.padded(tensors["data"])
+            if self.mask.device == y.device:
+                self._buffers[self.data] = tensors["data"]
         kernels.run(kernel, *self.shape, BLOCK, self.groups, tensors)
-
-
-def _runs_on(device):
-    """Return whether there are kernels for a device."""
-    return device.type == "cpu" or device.type == "cuda" and triton_obstacle(device) is None
 
 
 @functools.cache
@@ -169,16 +173,11 @@ class SparseLinear(torch.nn.Module):
         return self.weight.multiply(x, self.bias)
 
     def prepared(self):
-        """Return this layer ready for use; a dense one if its matrix has no mask, or cannot be multiplied packed.
-
-        Also one where that takes many times as long: on CPUs, in machines without a GPU, that have no fast way.
-        """
-        weight, parts = self.weight, self.weight.description["parts"]
-        _, *fast = reversed(sparse_cpu.ways(weight.dtype, weight.wbits, 64, 64, "group" not in parts))
-        pays = "mask" in parts and (fast or torch.cuda.is_available())
-        if not pays or getattr(weight, weight.data).dtype == torch.float64 or weight.shape.numel() >= 2**31:
-            return self.expanded()  # from the parts as they are stored, which `prepare` would change
-        weight.prepare()
+        """Return this layer ready for use; a dense one if its matrix has no mask, or no kernel on this machine."""
+        has_kernel = self.weight.ways() or torch.cuda.is_available()
+        if "mask" not in self.weight.description["parts"] or self.weight.dtype == torch.float64 or not has_kernel:
+            return self.expanded()
+        self.weight.prepare()
         return self
 
     def expanded(self, dtype=None):

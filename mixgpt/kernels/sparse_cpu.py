@@ -35,10 +35,9 @@ WAYS = {  # the fastest first
     "vbmi2": Way({"avx512f", "avx512bw", "avx512vbmi2"}, 32, 2, "_expand"),
     "avx512": Way({"avx512f", "f16c"}, 16, 4, "_expand"),
     "avx2": Way({"avx2", "fma", "f16c"}, 8, 8, "_expand"),
-    "portable": Way(set(), 1, 1, "_take_one"),
 }
-TENSORS = ("mask", "data", "tail", "offsets", "units", "zero", "scale", "group", "x", "y")
-ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", "last", *TENSORS)
+TENSORS = ("mask", "data", "offsets", "units", "zero", "scale", "x", "y")
+ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", *TENSORS)
 I1, I8, I16, I32, I64, F16, F32 = *map(ir.IntType, (1, 8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
 BF16 = type("BFloatType", (ir.types.Type,), {"__str__": lambda self: "bfloat"})()  # llvmlite has none
 STORED = {torch.float32: F32, torch.bfloat16: I16, torch.float16: F16}
@@ -60,13 +59,13 @@ class Kernel(NamedTuple):
 
 @functools.cache
 def ways(dtype, wbits, columns, width, consecutive):
-    """Return the ways that this CPU has for a matrix, the fastest first.
+    """Return the ways that this CPU has for a matrix, the fastest first; none take times as long as the dense product.
 
     width: columns of a group. consecutive: whether those of a group lie side by side.
     """
     table = wbits in (2, 3, 4) and consecutive and width % 64 == 0
     able = {"codes": table and dtype == torch.bfloat16, "vbmi2": not wbits and dtype == torch.bfloat16,
-            "avx512": not wbits, "avx2": table or not wbits, "portable": True}
+            "avx512": not wbits, "avx2": table or not wbits}
     return [name for name, way in WAYS.items()
             if able[name] and way.flags <= _flags() and columns % (way.width * way.steps) == 0]
 
@@ -85,13 +84,20 @@ def arrange(x, kernel):
     return x
 
 
+def padded(data):
+    """Return packed numbers with room for REACH more behind them in memory, as the last steps read these."""
+    has_room = data.untyped_storage().nbytes() >= (data.storage_offset() + len(data) + REACH) * data.itemsize
+    return data if has_room else torch.nn.functional.pad(data, (0, REACH))[:len(data)]
+
+
 def run(kernel, rows, columns, block, groups, tensors):
     """Call a kernel on all rows.
 
-    block: columns to an offset. tensors: contiguous ones by their names in TENSORS, as many as the kernel needs.
+    block: columns to an offset. tensors: contiguous ones by their names in TENSORS, as many as the kernel needs; data:
+    `padded`.
     """
     addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in TENSORS]
-    numbers = 0, rows, columns, -(-columns // block), groups, tensors["data"].numel() - columns - REACH
+    numbers = 0, rows, columns, -(-columns // block), groups
     values = (ctypes.c_int64 * len(ARGUMENTS))(*numbers, *addresses)
     _parallel()(_compiled(kernel), values, torch.get_num_threads(), 0)
 
@@ -153,20 +159,19 @@ class _Emitter:
 
     def _row(self, row):
         b, kernel, at, (_, width, steps, step_of_way) = self.b, self.kernel, self.at, self.way
-        kind = F32 if width == 1 else ir.VectorType(F32, min(width, 16))
+        kind = ir.VectorType(F32, min(width, 16))
         start = b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64)
-        place, self.base = alloca_once_value(b, start), self._base(start)
+        place = alloca_once_value(b, start)
         sums = [[alloca_once_value(b, _all(kind, 0)) for _ in range(2)] for _ in range(kernel.tokens)]
-        by_table = kernel.wbits and width > 1
-        groups = at["groups"] if by_table else I64(1)
+        groups = at["groups"] if kernel.wbits else I64(1)
         size = b.udiv(at["columns"], groups)
         with for_range_slice(b, I64(0), groups, I64(1)) as (group, _):
-            table = self._weights(b.add(b.mul(row, groups), group), I64(0), ir.VectorType(F32, 16)) if by_table else row
+            table = self._table(b.add(b.mul(row, groups), group)) if kernel.wbits else None
             start = b.mul(group, size)
             with for_range_slice(b, start, b.add(start, size), I64(width * steps)) as (first, _):
                 flat = b.add(b.mul(row, at["columns"]), first)
                 for step in range(steps):
-                    parts = getattr(self, step_of_way)(flat, first, step * width, place, table)
+                    parts = getattr(self, step_of_way)(flat, step * width, place, table)
                     if not kernel.tokens:
                         self._write(b.add(flat, I64(step * width)), parts)
                     for token, totals in enumerate(sums):
@@ -177,16 +182,14 @@ class _Emitter:
                             b.store(self._dot(b.load(total), part, part_x), total)
         for token, totals in enumerate(sums):
             total = functools.reduce(b.fadd, map(b.load, totals))
-            if width > 1:
-                total = self._call(f"llvm.vector.reduce.fadd.{_name(kind)}", F32, F32(-0.0), total,
-                                   fastmath=("reassoc",))
+            total = self._call(f"llvm.vector.reduce.fadd.{_name(kind)}", F32, F32(-0.0), total, fastmath=("reassoc",))
             self._store(self._round(total) if kernel.bfloat16 else total, b.add(b.mul(I64(token), at["rows"]), row),
                         2 if kernel.bfloat16 else 4)
 
     # steps: each returns the weights of the next columns, 0 where pruned, and moves `place` on. The iteration starts at
-    # column `first` of the row, weight `flat` of the matrix; `done` of its columns precede the step.
+    # weight `flat` of the matrix; `done` columns precede the step in it.
 
-    def _look_up(self, flat, first, done, place, table):
+    def _look_up(self, flat, done, place, table):
         """As `codes` are below 16, 16 stands for a pruned one. Returns those of even columns, and of odd ones."""
         b, wbits, bytes_ = self.b, self.kernel.wbits, ir.VectorType(I8, 64)
         mask, index = self._kept(flat, done, place)
@@ -205,7 +208,7 @@ class _Emitter:
         return [self._call("llvm.x86.avx512.permvar.hi.512", words, weights, index)
                 for index in (even, b.lshr(even, _all(words, 8)))]
 
-    def _expand(self, flat, first, done, place, table):
+    def _expand(self, flat, done, place, table):
         mask, index = self._kept(flat, done, place)
         if self.kernel.wbits:
             return [self._spread(self._eight_weights(index, table), mask)]
@@ -224,32 +227,15 @@ class _Emitter:
         is_high = b.icmp_signed("<", b.shl(codes, _all(words, 28)), _all(words, 0))
         return b.select(is_high, high, low)
 
-    def _take_one(self, flat, first, done, place, table):
-        b, at, wbits = self.b, self.at, self.kernel.wbits
-        flat, column = (b.add(start, I64(done)) for start in (flat, first))
-        byte = self._load(I8, at["mask"], b.lshr(flat, I64(3)))
-        kept = b.trunc(b.lshr(byte, b.trunc(b.and_(flat, I64(7)), I8)), I1)
-        index = b.load(place)
-        b.store(b.add(index, b.zext(kept, I64)), place)
-        if not wbits:
-            weight = self._floats(self._packed(STORED[self.kernel.dtype], index))
-        else:
-            bit = b.mul(index, I64(wbits))
-            code = b.lshr(self._packed(I16, b.lshr(bit, I64(3))), b.trunc(b.and_(bit, I64(7)), I16))
-            group = b.add(b.mul(table, at["groups"]), b.zext(self._load(I32, at["group"], column, 4), I64))
-            weight = self._weights(group, b.zext(b.and_(code, I16(2**wbits - 1)), I64), F32)
-        return [b.select(kept, weight, F32(0))]
-
     # parts of steps
 
-    def _weights(self, group, code, kind):
-        """Return the weights of codes from `code` on, rounded to the dtype of the scale, in float32."""
-        b, codes = self.b, max(2**self.kernel.wbits, 16)
+    def _table(self, group):
+        """Return the weights of all codes in a group, rounded to the dtype of the scale, in float32."""
+        b, kind = self.b, ir.VectorType(F32, 16)
         zero = b.zext(self._load(I8, self.at["zero"], group), I64)
-        units = self._load(kind, self.at["units"], b.add(b.mul(zero, I64(codes)), code), 4)
-        stored = STORED[self.kernel.dtype]
-        scale = self._floats(self._load(stored, self.at["scale"], group, 4 if stored is F32 else 2))
-        return self._floats(self._round(b.fmul(units, scale if kind is F32 else self._splat(kind, scale))))
+        units = self._load(kind, self.at["units"], b.mul(zero, I64(16)), 4)
+        scale = self._load(STORED[self.kernel.dtype], self.at["scale"], group, self.kernel.dtype.itemsize)
+        return self._floats(self._round(b.fmul(units, self._splat(kind, self._floats(scale)))))
 
     def _kept(self, flat, done, place):
         """Return the mask of the next columns and the index of their first kept weight, and move the place on."""
@@ -263,19 +249,8 @@ class _Emitter:
             self._call("llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
         return mask, index
 
-    def _base(self, start):
-        """Return the address of the packed numbers, for a row that starts with that of a kept weight.
-
-        Steps at the end would read behind them: the last rows read from `tail`, where they stand with padding.
-        """
-        b, last = self.b, self.at["last"]
-        skipped = b.select(b.icmp_signed(">", last, I64(0)), last, I64(0))
-        tail = b.sub(self.at["tail"], b.mul(skipped, I64(self.size)))
-        number = b.lshr(b.mul(start, I64(self.kernel.wbits)), I64(3)) if self.kernel.wbits else start
-        return b.select(b.icmp_signed(">", number, last), tail, self.at["data"])
-
     def _packed(self, kind, index):
-        return self._load(kind, self.base, index, self.size)
+        return self._load(kind, self.at["data"], index, self.size)
 
     def _spread(self, values, mask, other=0):
         """Return the first values at the bits of a mask, `other` elsewhere."""

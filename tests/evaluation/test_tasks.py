@@ -111,7 +111,7 @@ def check(found, model, tokenizer, limit=None):
     assert found["rolling"]["examples"] == len(texts)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", ["wide opt", "wide llama"])
 def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, prune, tmp_path, tokenizer):
     saved, chosen = tmp_path / "saved", f"--eval --tasks choice,shots,rolling --tasks-dir {folder}"
     out = prune(name, chosen, "--dense --sparsity .5 --gmp --save-format sparse --save", saved)  # on disk, pruned, too
