@@ -59,25 +59,15 @@ def walk_compiled(W, E, U, mask, choice, grid):
 
     Single-threaded: the errors of a tile stay in L1 cache, so that this costs far less than the surrounding products.
     """
-    prunem, prunens, factors = choice or (0, [(slice(0, W.shape[1]), 0)], W[:, 0])
-    W, E, U, mask, factors = (x.numpy() for x in (W, E, U, mask, factors))
-    scale, low, high = (x.numpy() for x in grid[:3]) if grid else (W[0, :0],) * 3
-    walk_rows, tile = _walk_of(W.dtype), _tile(len(W), W.dtype)
+    nothing = W.new_empty(0)
+    prunem, prunens, factors = choice or (0, [(slice(0, W.shape[1]), 0)], nothing)
+    limits = grid[:3] if grid else (nothing,) * 3
+    # contiguous: numba compiles for seconds for each kind of array
+    U, factors, *limits = (x.contiguous().numpy() for x in (U, factors, *limits))
+    W, E, mask = W.numpy(), E.numpy(), mask.numpy()
     for rows, n in prunens:
-        walk_rows(W, E, U, mask, factors, rows.start, rows.stop, prunem, n, scale, low, high,
-                  grid is not None and grid.dtype == torch.bfloat16, *tile)
-
-
-@functools.cache
-def _walk_of(dtype):
-    """Return `_walk_rows` compiled for W's dtype and any strides: compiling takes seconds for each kind of array."""
-    value = numba.from_dtype(dtype)
-    matrix, vector, tile, flag = value[:, :], value[:], value[:, ::1], numba.boolean
-    _walk_rows.disable_compile(False)
-    _walk_rows.compile((matrix, matrix, matrix, flag[:, :], vector, *(numba.int64,) * 4, *(vector,) * 3, flag,
-                        tile, tile, flag[:, ::1], tile, tile, numba.int32[::1]))
-    _walk_rows.disable_compile()
-    return _walk_rows
+        _walk_rows(W, E, U, mask, factors, rows.start, rows.stop, prunem, n, *limits,
+                   grid is not None and grid.dtype == torch.bfloat16, *_tile(len(W), W.dtype))
 
 
 def _tile(columns, dtype):
