@@ -1,6 +1,5 @@
 """Save formats, and the size of matrices on disk."""
 
-import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -37,8 +36,8 @@ def save_dense(folder, model, grids=None):
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    state, slices = model.state_dict(), {}  # slices: key -> {name: ExpertSlice or None}
-    for name in (name for name in state if name not in model.all_tied_weights_keys):
+    state, slices = _untied(model), {}  # slices: key -> {name: ExpertSlice or None}
+    for name in state:
         key, part = layout.get(name, (name, None))
         slices.setdefault(key, {})[name] = part
     empty = {key: _tensor_of(names, state) for key, names in slices.items()}
@@ -52,14 +51,9 @@ def save_dense(folder, model, grids=None):
             partial.write_text(json.dumps(index, indent=1) + "\n")
 
 
-def in_memory(model):
-    """Return a model with its weights in memory: another one if they are on disk."""
-    if not (weights := disk_weights(model)):
-        return model
-    state = {name: weights.tensor(name) for name in model.state_dict() if name not in model.all_tied_weights_keys}
-    loaded = type(model).from_pretrained(None, config=copy.deepcopy(model.config), state_dict=state, dtype=model.dtype)
-    loaded.generation_config = model.generation_config
-    return loaded
+def _untied(model):
+    """Return the tensors of a model in memory, {name: tensor}, without those that are others' by another name."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
 def _tensor_of(names, state, model=None):
@@ -89,7 +83,7 @@ def save_compressed_tensors(folder, model, grids):
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
         num_bits=quantization.wbits, type="int", symmetric=True, **group))
     compressor = BaseCompressor.get_value_from_registry(PACKED)
-    state = model.state_dict()
+    state = _untied(model)
     for name, grid in grids.items():
         W = state.pop(f"{name}.weight")
         grid.codes(W)  # raises if W is not on the grid
@@ -116,7 +110,7 @@ def save_sparse(folder, model, grids):
 
     grids: {name of a linear: quant.Grid} of quantized linears. Raises ValueError if weights are not on their grid.
     """
-    state, matrices = model.state_dict(), {}
+    state, matrices = _untied(model), {}
     for index, layer in enumerate(layers_of(model)):
         for name in linears(layer):
             path = path_of(model, index, name)

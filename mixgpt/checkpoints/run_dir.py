@@ -6,19 +6,21 @@ Until the run has ended, its subdirectory `progress` holds, beside the `LayerFil
     NAME-RANK.safetensors     tensors that belong to a choice: gradients, states of the dense model
 """
 
+import contextlib
 import fcntl
 import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
-from mixgpt.checkpoints import formats
 from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.common import distributed
 from mixgpt.common.choices import FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.program import __version__, check_signature, signature
+from modelutils import whole
 
 PARTIAL = ("*.partial", ".tmp*")  # files that a killed run was writing
 
@@ -147,8 +149,9 @@ class RunDir(LayerFiles):
                         shutil.copyfile(file, self.path / file.name)
             with self.writing_errors("the model"):
                 save_format = FORMATS[self.save_format]
-                model = self.model if save_format.streams else formats.in_memory(self.model)
-                save_format.load()(self.path, model, grids)
+                loaded = contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu"))
+                with loaded:
+                    save_format.load()(self.path, self.model, grids)
         distributed.barrier()  # all read it
 
     def close(self):
