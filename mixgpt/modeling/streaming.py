@@ -80,19 +80,15 @@ def read(locations, dtype=None, pinned=False):
         files = {file: stack.enter_context(safe_open(file, "pt")) for file in {place.file for place in
                                                                                locations.values()}}
         for name, location in locations.items():
-            stored = _mapped(files[location.file], location)
+            stored = mapped(location, files[location.file])
             kind = dtype if dtype and stored.is_floating_point() else stored.dtype
             tensors[name] = torch.empty(stored.shape, dtype=kind, pin_memory=pinned).copy_(stored)
     return tensors
 
 
-def mapped(location):
-    """Return the tensor at a location as it is stored; the disk is read where its values are used."""
-    with safe_open(location.file, "pt") as content:
-        return _mapped(content, location)
-
-
-def _mapped(content, location):
+def mapped(location, content=None):
+    """Return the tensor at a location as it is stored, of an open file; the disk is read where its values are used."""
+    content = content or safe_open(location.file, "pt")
     if location.part:
         return location.part.of(content.get_slice(location.key))
     return content.get_tensor(location.key)
