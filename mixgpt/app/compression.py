@@ -9,7 +9,7 @@ from mixgpt.common import memory
 from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.common.memory import retry_with_less_memory
 from mixgpt.evaluation.measures import count_zeros, measure_weights
-from mixgpt.modeling.streaming import disk_weights
+from mixgpt.modeling.streaming import locations_of
 from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
 from mixgpt.pruning.solvers import Recipe
@@ -20,7 +20,7 @@ def compress(run, plan):
     settings, outcomes = run.settings, {}
     if plan.targets:
         outcomes, used = retry_with_less_memory(run.memory_plan, partial(_prune, run, plan),
-                                                again=disk_weights(run.model) is not None)
+                                                again=bool(locations_of(run.model)))
         if run.distills:
             run.record["distilled"] = _distill(run, plan, outcomes, used.on_host)
         run.record["settings"] |= {"batch_size": used.batch_size,

@@ -21,7 +21,7 @@ from mixgpt.common.runtime import Clock, choose_dtype
 from mixgpt.evaluation import semistructured
 from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
-from mixgpt.modeling.streaming import disk_weights
+from mixgpt.modeling.streaming import locations_of
 from mixgpt.pruning import calibration, distill
 from mixgpt.pruning.targets import Target
 from modelutils import StreamedModel
@@ -105,7 +105,7 @@ def open_run(run, stack, folder, command=None):
     if folder:
         run.record["identity"] = report.identity(run)
         folder.open(run.model, run.record["identity"])
-    elif run.selected and disk_weights(run.model):  # pruned layers go to disk, like the dense ones
+    elif run.selected and locations_of(run.model):  # pruned layers go to disk, like the dense ones
         run.files = stack.enter_context(_temporary_files(stack, run))
         run.files.open(run.model)
     run.log(report.heading(run, command, whole))

@@ -18,7 +18,7 @@ from mixgpt.common.files import replacing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import layers_of, path_of
 from mixgpt.modeling.experts import fuse, layout_of
-from mixgpt.modeling.streaming import disk_weights
+from mixgpt.modeling.streaming import locations_of
 from modelutils import linears
 
 LARGEST = 5 * 10**9  # bytes of a file; a larger tensor gets its own
@@ -40,11 +40,11 @@ def save_dense(folder, model, grids=None):
     for name in state:
         key, part = layout.get(name, (name, None))
         slices.setdefault(key, {})[name] = part
-    empty = {key: _tensor_of(names, state) for key, names in slices.items()}
+    empty, locations = {key: _tensor_of(names, state) for key, names in slices.items()}, locations_of(model)
     split = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors",
                                                max_shard_size=LARGEST)
     for file, keys in split.filename_to_tensors.items():
-        streaming.write(folder / file, {key: _tensor_of(slices[key], state, model) for key in keys})
+        streaming.write(folder / file, {key: _tensor_of(slices[key], state, locations) for key in keys})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as partial:
@@ -56,18 +56,18 @@ def _untied(model):
     return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
-def _tensor_of(names, state, model=None):
-    """Return a tensor of the checkpoint, from the weights of a model, or on meta without it.
+def _tensor_of(names, state, locations=None):
+    """Return a tensor of the checkpoint, on meta without locations.
 
-    names: {name: ExpertSlice or None} of what it consists of. state: {name: tensor} with their shapes.
+    names: {name: ExpertSlice or None} of what it consists of. state: {name: tensor} with their shapes, and values if
+    they are in memory. locations: of `locations_of`.
     """
     name, part = next(iter(names.items()))
     shape = part.whole(state[name].shape, len(names) // part.parts) if part else state[name].shape
-    tensor = torch.empty(shape, dtype=state[name].dtype, device="cpu" if model else "meta")
-    weights = model and disk_weights(model)
-    for name, part in names.items() if model else ():
+    tensor = torch.empty(shape, dtype=state[name].dtype, device="meta" if locations is None else "cpu")
+    for name, part in names.items() if locations is not None else ():
         place = part.of(tensor) if part else tensor
-        place.copy_(streaming.mapped(weights.locations[name]) if weights else state[name])
+        place.copy_(streaming.mapped(locations[name]) if locations else state[name])
     return tensor
 
 

@@ -53,9 +53,9 @@ class LayerFiles(contextlib.AbstractContextManager):
         Returns a list with {(layer, name): Outcome} of each layer; the model gets them by `load_layer`.
         """
         self.flush()
-        for index, locations in enumerate(self.dense):
+        for layer, locations in zip(self.layers, self.dense, strict=True):
             if locations:
-                self._locate(index, locations)
+                disk_weights(layer).locations = locations
         finished = []
         while len(finished) < count and (outcomes := self._outcomes(len(finished))) is not None:
             finished.append(outcomes)
@@ -82,16 +82,10 @@ class LayerFiles(contextlib.AbstractContextManager):
         """Let the model have a finished layer: on disk, or in memory if its weights are there."""
         layer, prefix, file = self.layers[index], f"{self.layers_path}.{index}.", str(self._file(index))
         locations = {name: TensorLocation(file, prefix + name) for name in layer.state_dict()}
-        if disk_weights(layer):
-            self._locate(index, locations)
+        if weights := disk_weights(layer):
+            weights.locations = locations
         else:
             layer.load_state_dict(streaming.read(locations))
-
-    def _locate(self, index, locations):
-        """Let a layer on disk read its tensors from {name: TensorLocation}."""
-        disk_weights(self.layers[index]).locations = locations
-        disk_weights(self.model).locations |= {f"{self.layers_path}.{index}.{name}": location
-                                               for name, location in locations.items()}
 
     def save_layer(self, index, layer, outcomes, kind="layer"):
         """Start writing a finished layer, {(layer, name): Outcome}; the layer is on the device.

@@ -41,10 +41,6 @@ class DiskWeights:
     ahead: Future | None = field(default=None, init=False)  # tensors being read
     empty: dict = field(default_factory=dict, init=False)  # the module's state on meta while its tensors are loaded
 
-    def tensor(self, name):
-        """Read one tensor."""
-        return read({name: self.locations[name]}, self.dtype)[name]
-
     def read(self, pinned=False):
         """Return {name: tensor} on the host. Raises InputError if one holds NaN or inf. pinned: as in `read`."""
         tensors = read(self.locations, self.dtype, pinned)
@@ -66,8 +62,14 @@ class DiskWeights:
 
 
 def disk_weights(module):
-    """Return the `DiskWeights` of a model, a layer or a module beside the layers; None if it is in memory."""
+    """Return the `DiskWeights` of a layer or of a module beside the layers; None if it is in memory."""
     return getattr(module, "disk_weights", None)
+
+
+def locations_of(model):
+    """Return {name in a model: TensorLocation} of its tensors on disk, {} if it is in memory."""
+    return {f"{path}.{name}": location for path, module in model.named_modules() if (weights := disk_weights(module))
+            for name, location in weights.locations.items()}
 
 
 def read(locations, dtype=None, pinned=False):
@@ -164,7 +166,6 @@ def attach_disk_weights(model, stored):
     for path, module in (layers | rest_of(model)).items():
         module.disk_weights = DiskWeights({name.removeprefix(f"{path}."): location for name, location in
                                            locations.items() if name.startswith(f"{path}.")}, model.dtype)
-    model.disk_weights = DiskWeights(locations, model.dtype)
     compute_buffers(model)
     return True
 
@@ -197,9 +198,9 @@ def fingerprint(model):
 
     Of files only these are read.
     """
-    result, weights = hashlib.sha256(type(model).__name__.encode()), disk_weights(model)
+    result, locations = hashlib.sha256(type(model).__name__.encode()), locations_of(model)
     for name, parameter in model.named_parameters():
-        numbers = (mapped(weights.locations[name]) if weights else parameter.detach()).flatten()
+        numbers = (mapped(locations[name]) if locations else parameter.detach()).flatten()
         values = numbers[:: -(-numbers.numel() // 64)].to(parameter.dtype)
         result.update(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return result.hexdigest()

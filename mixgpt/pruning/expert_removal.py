@@ -15,7 +15,7 @@ import torch
 
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError, reading
-from mixgpt.modeling.decoder import layers_of, layers_path
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.streaming import compute_buffers, disk_weights
 from modelutils import hooked, run_layers
@@ -154,8 +154,7 @@ def remove_experts(model, smaller, kept):
         sources, state = _sources(index, layer, new, numbers), layer.state_dict()
         if weights := disk_weights(layer):
             new.disk_weights = weights
-            _relocate(weights.locations, sources, "")
-            _relocate(disk_weights(model).locations, sources, f"{layers_path(model)}.{index}.")
+            _relocate(weights.locations, sources)
         else:
             new.load_state_dict({name: rows.of(state[source]) if rows else state[source]
                                  for name, (source, rows) in sources.items()}, assign=True)
@@ -165,9 +164,9 @@ def remove_experts(model, smaller, kept):
         setattr(model.config, name, getattr(smaller.config, name))
 
 
-def _relocate(locations, sources, prefix):
-    """Replace the entries of {name: TensorLocation} whose names begin with a prefix by those of `sources`, in place."""
-    olds = {name: locations.pop(name) for name in list(locations) if name.startswith(prefix)}
+def _relocate(locations, sources):
+    """Replace the entries of {name: TensorLocation} by those of `sources`, in place."""
+    olds = dict(locations)
+    locations.clear()
     for name, (source, rows) in sources.items():
-        old = olds[prefix + source]
-        locations[prefix + name] = old._replace(part=rows) if rows else old
+        locations[name] = olds[source]._replace(part=rows) if rows else olds[source]

@@ -17,7 +17,7 @@ from mixgpt.evaluation.measures import logits
 from mixgpt.modeling import decoder
 from mixgpt.modeling.decoder import layers_path, path_of, take
 from mixgpt.modeling.experts import use_linears
-from mixgpt.modeling.streaming import disk_weights
+from mixgpt.modeling.streaming import locations_of
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
@@ -86,7 +86,7 @@ def test_streamed_logits_are_those_of_the_models_own_forward(kind, tokens, folde
     assert torch.equal(logits(model, tokens, len(tokens), CPU), expected)
     assert torch.allclose(logits(model, tokens, 2, CPU), expected, rtol=1e-4, atol=1e-4)
     opened = load.open_model(folder(kind), model.config, "auto")
-    assert disk_weights(opened) and torch.equal(logits(opened, tokens, len(tokens), CPU), expected)
+    assert locations_of(opened) and torch.equal(logits(opened, tokens, len(tokens), CPU), expected)
 
 
 SPARSE = COMMON | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,

@@ -17,7 +17,7 @@ from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import logits, perplexity
 from mixgpt.modeling import streaming
-from mixgpt.modeling.streaming import disk_weights
+from mixgpt.modeling.streaming import locations_of
 
 UP = "model.layers.1.mlp.up_proj.weight"
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--device", "cpu"]
@@ -63,7 +63,7 @@ def test_a_model_on_disk_is_that_of_from_pretrained_and_nothing_of_it_stays_load
     def on_meta():
         return all(parameter.is_meta for parameter in streamed.parameters())
 
-    assert on_meta() and disk_weights(streamed) and streamed.dtype == plain.dtype
+    assert on_meta() and locations_of(streamed) and streamed.dtype == plain.dtype
     assert torch.equal(logits(streamed, tokens, 4, CPU),
                        logits(plain.eval(), tokens, 4, CPU))
     assert on_meta()
