@@ -89,10 +89,7 @@ def on_device(modules, device):
 
 
 def in_turn(layers, device, title=None):
-    """Yield (index, layer), each layer on the device until the next one is asked for, which is read meanwhile.
-
-    title: of a progress bar.
-    """
+    """Yield (index, layer), each on the device until the next one is asked for, read meanwhile. title: of a bar."""
     for index, layer in enumerate(progress.bar(layers, title=title, leave=False) if title else layers):
         with on_device([layer], device):
             prefetch(layers, index + 1, device)
@@ -304,21 +301,15 @@ def run_layers(model, streams, device, title, step=HiddenStates.advance):
 
 
 def linears(layer):
-    """Return the linear layers of a decoder layer by name, those of each expert included, without routers.
-
-    Also without DeepSeek-V4's block-diagonal ones, whose rows have different inputs.
-    """
+    """Return the linear layers of a decoder layer by name, those of each expert included, without routers."""
     mixture = any(map(is_split, layer.modules()))
     return {name: module for name, module in layer.named_modules()
-            if isinstance(module, torch.nn.Linear) and not hasattr(module, "n_groups")
+            if isinstance(module, torch.nn.Linear) and not hasattr(module, "n_groups")  # DeepSeek-V4's, block-diagonal
             and not (mixture and ROUTERS.search(name))}
 
 
 def other_weights(layer):
-    """Return the weights of a decoder layer that are not in `linears` by name: routers, convolutions.
-
-    These are all other parameters of two dimensions or more.
-    """
+    """Return all other parameters of a decoder layer of two dimensions or more, by name: routers, convolutions."""
     known = {id(module.weight) for module in linears(layer).values()}
     return {name.removesuffix(".weight"): weight for name, weight in layer.named_parameters()
             if weight.dim() > 1 and id(weight) not in known}

@@ -23,8 +23,6 @@ from modelutils import linears
 
 LARGEST = 5 * 10**9  # bytes of a file; a larger tensor gets its own
 PACKED = "pack-quantized"  # name used by compressed-tensors and vLLM
-SPARSE_VARIANT = "sparse"  # part of the name of its file: under the usual name, weights would be set at random
-NO_LIMIT = "1000TB"  # so that there is one file
 MARKS = {  # in config.json; without mixgpt, transformers refuses and shows the second
     "quantization_config": {"quant_method": METHOD}, "transformers_weights": "none until you `import mixgpt`"}
 
@@ -106,17 +104,15 @@ def save_compressed_tensors(folder, model, grids):
 
 
 def save_sparse(folder, model, grids):
-    """Save every linear of the decoder layers in the encoding of `packing`, which `sparse` reads.
-
-    grids: {name of a linear: quant.Grid} of quantized linears. Raises ValueError if weights are not on their grid.
-    """
+    """Save every linear of the decoder layers in the encoding of `packing`. Raises ValueError for W not on its grid."""
     state, matrices = _untied(model), {}
     for index, layer in enumerate(layers_of(model)):
         for name in linears(layer):
             path = path_of(model, index, name)
             parts, matrices[f"{path}.weight"] = encode(state.pop(f"{path}.weight"), grids.get(path))
             state |= {f"{path}.weight.{part}": tensor for part, tensor in parts.items()}
-    model.save_pretrained(folder, state_dict=state, variant=SPARSE_VARIANT, max_shard_size=NO_LIMIT)
+    # one file, with a name of its own: under the usual one, weights would be set at random
+    model.save_pretrained(folder, state_dict=state, variant="sparse", max_shard_size="1000TB")
     (Path(folder) / SPARSE).write_text(json.dumps(matrices, indent=1) + "\n")
     config = Path(folder) / CONFIG_NAME
     config.write_text(json.dumps(json.loads(config.read_text()) | MARKS, indent=2) + "\n")

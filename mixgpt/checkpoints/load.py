@@ -180,13 +180,10 @@ def check_layers(model, skeleton, save_format="dense"):
 
 
 def load_tokenizer(model):
-    """Load the tokenizer of `model`.
-
-    Early LLaMA-1 conversions have empty special tokens; they are replaced by those of the model file.
-    """
+    """Load the tokenizer of `model`."""
     name, options = _source(model), dict(NO_CODE)
     with _reading(model, "its tokenizer cannot be read"):
-        if get_tokenizer_config(name).get("bos_token") == "":
+        if get_tokenizer_config(name).get("bos_token") == "":  # early LLaMA-1 conversions: take the model file's
             options |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     _check_templates(model, tokenizer)

@@ -174,11 +174,8 @@ class StreamedLM(TemplateLM):
         return self._in_order(texts)
 
     def _loglikelihood_tokens(self, requests, **_):
-        """Return (log-likelihood, whether all tokens are the likeliest) of (_, context, continuation) as token ids.
-
-        Requests with the same input share a forward pass.
-        """
-        runs = defaultdict(list)  # input tokens -> [(request number, tokens to predict at its end)]
+        """Return (log-likelihood, whether all tokens are the likeliest) of (_, context, continuation) as token ids."""
+        runs = defaultdict(list)  # input tokens, run once -> [(request number, tokens to predict at its end)]
         for number, (_, context, continuation) in enumerate(requests):
             tokens = (context + continuation)[-self.max_length - 1:]
             self.cut += len(tokens) < len(context) + len(continuation)
@@ -195,8 +192,6 @@ class StreamedLM(TemplateLM):
     @torch.no_grad()
     def _answers(self, sequences, runs):
         """Return {number of a request: (log-likelihood, whether greedy decoding gives it)} of sequences, longest first.
-
-        runs: {input tokens: [(request number, tokens to predict at its end)]}.
         """
         streams, answers = [], {}
         for T, alike in itertools.groupby(sequences, lambda tokens: min(

@@ -74,10 +74,7 @@ def rough_product_with(B):
 
 @contextlib.contextmanager
 def exact_bfloat16(dtype):
-    """Allow float32 products of values from `dtype` on bfloat16 hardware (AMX), if that is exact.
-
-    It is for bfloat16 values, with float32 sums. dtype: original dtype of the values, or None.
-    """
+    """Allow float32 products on bfloat16 hardware (AMX) if they are exact: if the values' own dtype is bfloat16."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # PyTorch ≥ 2.9
     if matmul is None or dtype != torch.bfloat16:
         yield

@@ -135,8 +135,6 @@ class BaiChuanForCausalLM(BaichuanForCausalLM):
 
 class BaichuanTokenizer(SentencePieceBackend):
     """Tokenize as sentencepiece does with a checkpoint's own tokenizer.model; has the class name that checkpoints use.
-
-    Spaces are handled as the model file says; a leading <s> by default.
     """
 
     def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True, **kwargs):

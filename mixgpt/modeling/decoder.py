@@ -16,10 +16,7 @@ from mixgpt.common.errors import InputError
 
 
 def layers_path(model):
-    """Return the dotted path of a model's decoder layers: of its lists of modules, that with the most weights.
-
-    Raises InputError if it has none.
-    """
+    """Return the dotted path of the list of modules with the most weights. Raises InputError if there is none."""
     paths = list(_lists(model))
     if not paths:
         raise InputError(f"model {model.config.name_or_path}: a {type(model).__name__} has no list of layers")
@@ -101,10 +98,7 @@ def per_sequence(calls, others, N):
 
 
 def fill(places, calls, rows):
-    """Return the arguments of all layers for the sequences `rows` with those that depend on tokens put in `places`.
-
-    places: from `per_sequence`.
-    """
+    """Put arguments that depend on tokens, of sequences `rows`, into `places` from `per_sequence`; return all."""
     def put(place, argument):
         if place is None:
             return argument

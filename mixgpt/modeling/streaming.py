@@ -194,10 +194,7 @@ def compute_buffers(model):
 
 
 def fingerprint(model):
-    """Return a digest of 64 values of every parameter, the same whether stored as bfloat16 or wider.
-
-    Of files only these are read.
-    """
+    """Return a digest of 64 values of every parameter, the same whether stored as bfloat16 or wider."""
     result, locations = hashlib.sha256(type(model).__name__.encode()), locations_of(model)
     for name, parameter in model.named_parameters():
         numbers = (mapped(locations[name]) if locations else parameter.detach()).flatten()
