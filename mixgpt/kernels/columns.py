@@ -65,15 +65,12 @@ def walk_compiled(W, E, U, mask, choice, grid):
     # contiguous: numba compiles for seconds for each kind of array
     U, factors, *limits = (x.contiguous().numpy() for x in (U, factors, *limits))
     W, E, mask = W.numpy(), E.numpy(), mask.numpy()
+    w, e, scores = np.zeros((3, len(W), TILE), W.dtype)
+    # of a tile: weights, errors, mask, limits of the grid, scores and ranks
+    tile = w, e, np.zeros(w.shape, bool), np.ones((3, TILE), W.dtype), scores, np.zeros(TILE, np.int32)
     for rows, n in prunens:
         _walk_rows(W, E, U, mask, factors, rows.start, rows.stop, prunem, n, *limits,
-                   grid is not None and grid.dtype == torch.bfloat16, *_tile(len(W), W.dtype))
-
-
-def _tile(columns, dtype):
-    """Allocate what the walk over a tile works on: weights, errors, mask, limits of the grid, scores and ranks."""
-    w, e, scores = np.zeros((3, columns, TILE), dtype)
-    return w, e, np.zeros((columns, TILE), bool), np.ones((3, TILE), dtype), scores, np.zeros(TILE, np.int32)
+                   grid is not None and grid.dtype == torch.bfloat16, *tile)
 
 
 @numba.njit(fastmath={"contract"}, **OPTIONS)
@@ -88,7 +85,7 @@ def _update(W, E, U, column, start, stop):
 @numba.njit(fastmath={"contract"}, **OPTIONS)
 def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16, w, e, remove, limits,
                scores, rank):
-    """Walk all columns for rows start … stop − 1; scale is empty without quantization. The rest is as in `_tile`."""
+    """Walk all columns for rows start … stop − 1; scale is empty without quantization. The rest is of a tile."""
     columns, width = len(W), max(prunem, 1)
     step, least, most = limits[0], limits[1], limits[2]
     for first in range(start, stop, TILE):
