@@ -10,7 +10,6 @@ from pathlib import Path, PurePath
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_NAME
@@ -80,8 +79,6 @@ def _converted(file):
                                  quantization_config=transformers.GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, **NO_CODE)
     _check_templates(file, tokenizer)
-    for key, weight in loaded.named_parameters():
-        streaming.check_finite(weight.detach(), f"model {file}: {key}")
     with reading(f"model {file}: cannot be converted into {folder}; set XDG_CACHE_HOME to a folder with room"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
@@ -89,7 +86,7 @@ def _converted(file):
                 part.save_pretrained(partial)
             weights = {key: weight for key, weight in loaded.state_dict().items()
                        if key not in loaded.all_tied_weights_keys}
-            save_file(weights, Path(partial, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+            streaming.write(Path(partial, SAFE_WEIGHTS_NAME), weights)
             try:
                 os.rename(partial, folder)
             except OSError:
@@ -232,15 +229,11 @@ def read_model(model, dtype, packed=False):
         config, whole = _config_of(name)
         if quantization := getattr(config, "quantization_config", None):
             quantization["dequantize"] = not (packed and quantization["quant_method"] == METHOD)
-        loaded = from_pretrained(model, name, dtype, config=config, key_mapping=TEXT_PART if whole else None)
-    packed = {key: buffer for key, buffer in loaded.named_buffers() if ".weight." in key}
-    for key, tensor in (dict(loaded.named_parameters()) | packed).items():
-        streaming.check_finite(tensor.detach(), f"model {model}: {key}")
-    return loaded
+        return from_pretrained(model, name, dtype, config=config, key_mapping=TEXT_PART if whole else None)
 
 
 def from_pretrained(model, name, dtype, **arguments):
-    """Load a model by transformers. Raises InputError if a weight is missing.
+    """Load a model by transformers. Raises InputError if a weight is missing, NaN or inf.
 
     name, arguments: those of its `from_pretrained`. model: the user's name of the model.
     """
@@ -248,6 +241,9 @@ def from_pretrained(model, name, dtype, **arguments):
                                                           **NO_CODE)
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"model {model}: the checkpoint lacks {', '.join(missing[:3])}")
+    packed = {key: buffer for key, buffer in loaded.named_buffers() if ".weight." in key}
+    for key, tensor in (dict(loaded.named_parameters()) | packed).items():
+        streaming.check_finite(tensor.detach(), f"model {model}: {key}")
     return loaded
 
 
