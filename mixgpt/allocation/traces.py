@@ -14,9 +14,8 @@ from mixgpt.allocation.backward import Chunk, chunk_size
 from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder, check_outputs, write_output
-from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.streaming import digest, fingerprint
-from modelutils import linears
+from mixgpt.pruning.targets import select
 
 FLAG = "--sensitivity-file"
 STABLE = 0.8  # split-half rank correlation below which the ranking is called noise
@@ -90,12 +89,6 @@ class Traces:
                 f"--nprobes{others}")
 
 
-def matrices_of(model):
-    """Return {(layer, name): (out, in)} of all linears of all decoder layers. The model may be on meta."""
-    return {(index, name): tuple(module.weight.shape) for index, layer in enumerate(layers_of(model))
-            for name, module in linears(layer).items()}
-
-
 def key_of(model, tokens, sampling):
     """Return the cache key of traces, a JSON-able dict: weights, tokens, estimator, seed, probes, dtype."""
     return {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens),
@@ -159,7 +152,7 @@ def load_or_compute(streamed, tokens, sampling, path=None):
     An interrupted computation is resumed from its file. path: file to use (default: one in the cache, named by
     `key_of`); it may come from other tokens, seed or probes, but raises InputError if it comes from other weights.
     """
-    estimator, shapes = sampling.estimator, matrices_of(streamed.model)
+    estimator, shapes = sampling.estimator, select(streamed.model)
     key = key_of(streamed.model, tokens, sampling)
     digits = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     target = Path(path or cache_folder() / f"traces-{digits}.json")

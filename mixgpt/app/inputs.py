@@ -32,7 +32,7 @@ def check(settings, device, clock, model=None, tokenizer=None):
     selected = select(skeleton, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
         "--prunem": settings.prunem, "--groupsize": settings.groupsize}, uncalled) if settings.compresses else {}
     if settings.sensitivity_file:
-        traces.read(settings.sensitivity_file, traces.matrices_of(skeleton), settings.sensitivity)
+        traces.read(settings.sensitivity_file, select(skeleton), settings.sensitivity)
     tokenizer = tokenizer or load.load_tokenizer(settings.model)
     settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer))
     run = Run(settings, device, clock, config, choose_seqlen(settings.seqlen, config), tokenizer, selected, uncalled,
