@@ -167,34 +167,27 @@ class ExpertInputs:
 
     def __init__(self, layer, nsequences, device):
         self.modules = {module: name for name, module in linears(layer).items()}
-        self.pooled_hessians = {
-            module: InputHessian(module.get_submodule("0").up_proj.in_features, nsequences, device)
-            for module in layer.modules() if is_split(module)}
-        self.pools = {linear: pool for experts, pool in self.pooled_hessians.items()  # of those that read its tokens
+        pools = {module: InputHessian(module.get_submodule("0").up_proj.in_features, nsequences, device)
+                 for module in layer.modules() if is_split(module)}
+        self.readers = {module: pool.add_batch for module, pool in pools.items()}
+        self.pools = {linear: pool for experts, pool in pools.items()  # of those that read its tokens
                       for name, linear in experts.named_modules() if name.endswith(("gate_proj", "up_proj"))}
-        self.readers = {module: pool.add_batch for module, pool in self.pooled_hessians.items()}
-        self.reduced = False
         self.undersampled = []  # names and tokens of linears with fewer tokens than columns
 
     def complete(self, hessian, module):
-        """Sum the Hessian of a module's input over all processes, and return it.
+        """Return the Hessian of a module's input, topped up if it is an expert's and rank-deficient.
 
-        An expert's rank-deficient one is topped up as if it had seen as many tokens as it has columns: for gate and up
-        projections by the mean over all tokens that enter the layer's experts, else by a multiple of the identity.
+        That is done as if the expert had seen as many tokens as it has columns: for gate and up projections by the mean
+        over all tokens that enter the layer's experts, else by a multiple of the identity.
         """
-        hessian.reduce()
-        if isinstance(module, RoutedLinear):
-            if not self.reduced:  # all tokens have entered the experts before the first one is pruned
-                for pool in self.pooled_hessians.values():
-                    pool.reduce()
-                self.reduced = True
-            if (missing := hessian.columns - hessian.tokens) > 0:
-                if pool := self.pools.get(module):
-                    hessian.H.add_(pool.H, alpha=missing / pool.tokens)
-                else:
-                    mean = hessian.H.diagonal().mean() / max(hessian.tokens, 1)
-                    hessian.H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
-                self.undersampled.append(f"{self.modules[module]} ({hessian.tokens})")
+        H = hessian.H  # first, as only then its tokens are those of all processes
+        if isinstance(module, RoutedLinear) and (missing := hessian.columns - hessian.tokens) > 0:
+            if pool := self.pools.get(module):  # all tokens have entered the experts before the first one is pruned
+                H.add_(pool.H, alpha=missing / pool.tokens)
+            else:
+                mean = H.diagonal().mean() / max(hessian.tokens, 1)
+                H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
+            self.undersampled.append(f"{self.modules[module]} ({hessian.tokens})")
         return hessian
 
 

@@ -3,6 +3,8 @@
 Notation: Y = X Wᵀ with W (out, in); H = (2/N) Xᵀ X (in, in) over N sequences; H + λI = R Rᵀ with R upper triangular.
 """
 
+import functools
+
 import torch
 
 from mixgpt.common import distributed
@@ -21,63 +23,44 @@ class InputHessian:
     def __init__(self, columns, nsequences, device):
         """Start from H = 0. columns: width of the input. nsequences: N in H = (2/N) Xᵀ X."""
         self.columns, self.device = columns, torch.device(device)
-        self._blocks = upper_blocks(columns, self.device)
-        self._H = self._input_moment = self._output_moment = None
-        self._scale, self._complete = 2 / nsequences, False  # until complete, _H has no factor 2/N and no lower half
-        self.tokens = 0  # added, over all processes once reduced
+        self._blocks, self._scale = upper_blocks(columns, self.device), 2 / nsequences
+        self._products = {}  # sums over tokens, of Xᵀ X on and above the diagonal and of each gap with X
+        self.tokens = 0  # added, over all processes once H has been read
         self.sequence_sums = []  # per batch, (B,): the sum of each sequence's input, to find those not finite
 
     def add_batch(self, X, input_gap=None, output_gap=None, weights=None):
         """Accumulate inputs X (..., in) into the blocks on and above the diagonal of H: exact products, float32 sums.
 
         The regression target is X Wᵀ; with input_gap (..., in), (X + input_gap) Wᵀ; with output_gap (..., out),
-        X Wᵀ + output_gap. weights: (tokens,), the weight of each token (default: 1).
+        X Wᵀ + output_gap, in every batch alike. weights: (tokens,), the weight of each token (default: 1).
         """
-        X = X.reshape(-1, self.columns)
-        self.tokens += len(X)
-        self._allocate(input_gap, output_gap)
-        if not len(X):  # an expert may get none
+        factors = {"input": X, "input_gap": input_gap, "output_gap": output_gap}
+        factors = {name: A.reshape(-1, A.shape[-1]) for name, A in factors.items() if A is not None}
+        self.tokens += len(factors["input"])
+        if not self._products:  # not before the first batch, as inputs of a layer may follow each other
+            self._products = {name: torch.zeros(A.shape[1], self.columns, device=self.device)
+                              for name, A in factors.items()}
+        if not len(factors["input"]):  # an expert may get none
             return
         with exact_bfloat16(X.dtype if weights is None else None):
-            X, input_gap, output_gap = (_rows(A, weights) for A in (X, input_gap, output_gap))
+            X, *gaps = (_rows(A, weights) for A in factors.values())
+            H, *moments = self._products.values()
             for B in self._blocks:
-                add_product(self._H[:B.stop, B], X[:, :B.stop].t(), X[:, B])
-            if input_gap is not None:
-                add_product(self._input_moment, input_gap.t(), X)
-            if output_gap is not None:
-                add_product(self._output_moment, output_gap.t(), X)
+                add_product(H[:B.stop, B], X[:, :B.stop].t(), X[:, B])
+            for moment, gap in zip(moments, gaps, strict=True):
+                add_product(moment, gap.t(), X)
 
-    def _allocate(self, input_gap=None, output_gap=None):
-        """Allocate the sums: not before the first batch, as inputs of a layer may follow each other."""
-        def zeros(*shape):
-            return torch.zeros(*shape, device=self.device)
-
-        if self._H is None:
-            self._H = zeros(self.columns, self.columns)
-        if input_gap is not None and self._input_moment is None:
-            self._input_moment = zeros(self.columns, self.columns)
-        if output_gap is not None and self._output_moment is None:
-            self._output_moment = zeros(output_gap.shape[-1], self.columns)
-
-    def reduce(self):
-        """Sum the Hessian over all processes."""
-        self._allocate()
-        for total in (self._H, self._input_moment, self._output_moment):
-            if total is not None:
-                distributed.all_reduce(total)
-        self.tokens, = distributed.total([self.tokens])
-
-    @property
+    @functools.cached_property
     def H(self):
-        """The complete Hessian (in, in), undamped. No batch can be added once it has been read."""
-        if not self._complete:
-            self._allocate()
-            self._H.mul_(self._scale)
-            for B in self._blocks:
-                self._H[B, :B.start] = self._H[:B.start, B].t()
-                self._H[B, B] = self._H[B, B].triu() + self._H[B, B].triu(1).t()
-            self._complete = True
-        return self._H
+        """The complete Hessian (in, in) over all processes, undamped. No batch can be added once it has been read."""
+        for total in self._products.values():
+            distributed.all_reduce(total)
+        self.tokens, = distributed.total([self.tokens])
+        H = self._products["input"].mul_(self._scale)
+        for B in self._blocks:
+            H[B, :B.start] = H[:B.start, B].t()
+            H[B, B] = H[B, B].triu() + H[B, B].triu(1).t()
+        return H
 
     def factor(self, percdamp, order=None):
         """Factor the Hessian once for all matrices; see `factor`. Returns the percdamp used.
@@ -106,25 +89,23 @@ class InputHessian:
         without gaps around W. Zero weights stay zero. Compare QEP (arXiv 2504.09629).
         """
         W, moment = W[:, self.order], 0.0
-        if self._input_moment is None and self._output_moment is None:
+        if self._products.keys() == {"input"}:
             return W
-        if self._input_moment is not None:
-            moment = W @ self._input_moment[self.order][:, self.order]
-        if self._output_moment is not None:
-            moment = moment + self._output_moment[distributed.share(len(self._output_moment))][:, self.order]
+        if "input_gap" in self._products:
+            moment = W @ self._products["input_gap"][self.order][:, self.order]
+        if "output_gap" in self._products:
+            G = self._products["output_gap"]
+            moment = moment + G[distributed.share(len(G))][:, self.order]
         change = torch.linalg.solve_triangular(self.R.t(), self._scale * moment, upper=False, left=False)
         change = torch.linalg.solve_triangular(self.R, change, upper=True, left=False)
         return (W + change).masked_fill_(W == 0, 0)
 
 
 def _rows(A, weights=None):
-    """Return A (..., width) as (tokens, width), times the roots of weights (tokens,): float32 if weighted or on a CPU.
+    """Return A (tokens, width) times the roots of weights (tokens,): float32 if weighted or on a CPU.
 
     On a GPU, products of 16-bit values are exact in float32 sums.
     """
-    if A is None:
-        return None
-    A = A.reshape(-1, A.shape[-1])
     if weights is not None:
         return A.float() * weights.sqrt()[:, None]
     return A if A.is_cuda else A.float()
