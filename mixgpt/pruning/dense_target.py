@@ -43,7 +43,10 @@ def residual_writers(layer, index, stream):
     """
     x = stream.hidden[:1].to(stream.device, copy=True)
     search = _Search(layer, x[..., :stream.channels])
-    with search.watching():
+    with contextlib.ExitStack() as stack:
+        for name, module in layer.named_modules():
+            if not any(module.children()):
+                stack.enter_context(module.register_forward_hook(partial(search.note, name)))
         y = stream.call(layer, index, x.clone(), slice(0, 1))
     search.see(y[..., :stream.channels])
     return search.writers
@@ -56,7 +59,6 @@ class _Search:
         self.shape, self.writers = x.shape, []
         self.candidates = {name for name, module in linears(layer).items()
                            if module.out_features == x.shape[-1] and not isinstance(module, RoutedLinear)}
-        self.leaves = {name: module for name, module in layer.named_modules() if not any(module.children())}
         self.state, self.bases, self.pending = self._view(x), {}, {}  # pending: {linear: (norm, output)}
         self.eps = torch.finfo(x.dtype).eps
 
@@ -66,23 +68,10 @@ class _Search:
             return tensor.reshape(self.shape)[0, :PROBE_TOKENS].flatten().double()
         return None
 
-    @contextlib.contextmanager
-    def watching(self):
-        """Watch inputs and outputs of all modules within the block."""
-        inputs = {}
-
-        def enter(name, X):
-            inputs[name] = X
-            self.see(X)
-
-        before = {module: partial(enter, name) for name, module in self.leaves.items()}
-        after = {module: lambda Y, name=name: self._add(name, inputs[name], Y) for name, module in self.leaves.items()}
-        with hooked(before), hooked(after, outputs=True):
-            yield
-
-    def _add(self, name, X, Y):
-        """Note the output of a module: of a linear, of a norm that follows one, or of a norm of the stream."""
-        X, Y = self._view(X), self._view(Y)
+    def note(self, name, _, args, Y):
+        """Note a call of a module: of a linear, of a norm that follows one, or of a norm of the stream."""
+        self.see(args[0])
+        X, Y = self._view(args[0]), self._view(Y)
         if Y is None:
             return
         if name in self.candidates:
@@ -132,13 +121,11 @@ class DenseTwin:
 
     def __init__(self, layer, index, stream, dense, groups):
         """stream, dense: both models' hidden states before the layer. groups: from `calibration.groups_of`."""
-        self.layer = copy.deepcopy(layer)
+        self.layer, self._pruned = copy.deepcopy(layer), layer
         modules, twins = linears(layer), linears(self.layer)
         self.stops = {twins[group[0]]: modules[group[0]] for group in groups}
         self._writers = {modules[writer.linear]: writer for writer in
                          distributed.broadcast_object(residual_writers(layer, index, stream))}
-        self._twins = {modules[name]: twin for name, twin in twins.items()}
-        self._parts = [dict(each.named_modules()) for each in (layer, self.layer)]
         self._alone = {modules[group[0]] for group in groups if len(group) == 1}
         self._inputs, self._outputs, self._taken = defaultdict(deque), defaultdict(deque), Counter()
         self._lags = {module: [] for module in self._writers}  # per batch
@@ -175,8 +162,9 @@ class DenseTwin:
         """Return the change of a writer's output that closes a lag of the stream: through its scale and its norm."""
         writer = self._writers[module]
         if writer.norm:  # taken to scale its input as it does in the dense model
-            y = self._twins[module].forward(x)  # without hooks
-            scaled = self._parts[1][writer.norm].forward(y)
+            linear, norm = map(self.layer.get_submodule, (writer.linear, writer.norm))
+            y = linear.forward(x)  # without hooks
+            scaled = norm.forward(y)
             scale = torch.where(y == 0, 0, scaled / y)
             lag = lag * scale / (scale.square() + SCALE_FLOOR * scale.square().mean(-1, keepdim=True))
         return lag / writer.scale
@@ -199,8 +187,8 @@ class DenseTwin:
     def _record(self, readers, name, act):
         """Call act(output in the dense model − output in the pruned one) for a module and every batch."""
         kept = self._outputs[name]
-        readers[self._parts[1][name]] = kept.append
-        readers[self._parts[0][name]] = lambda y: act(kept.popleft() - y)
+        readers[self.layer.get_submodule(name)] = kept.append
+        readers[self._pruned.get_submodule(name)] = lambda y: act(kept.popleft() - y)
 
     def _advance_lag(self, module, next_module, scale, difference):
         batch = len(self._lags[next_module])
