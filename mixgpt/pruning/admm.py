@@ -4,15 +4,11 @@ Notation: W (out, in), W* the target weights, H (in, in) positive definite; a ro
 functions here expect columns scaled so that H has a unit diagonal: W √diag(H).
 """
 
-import itertools
-from dataclasses import dataclass
-
 import torch
 
 from mixgpt.common import distributed
 from mixgpt.kernels.linalg import rough_product_with
 from mixgpt.kernels.selection import kth_smallest, smallest, smallest_per_row
-from mixgpt.pruning.targets import Target
 
 ITERATIONS = 9  # of ADMM
 RAMP = 7  # iterations over which the sparsity rises to its target
@@ -20,72 +16,60 @@ STEPS = 3  # of conjugate gradients
 SAMPLE = 2**16  # least number of a matrix's scores from which the k-th smallest is estimated
 
 
-@dataclass(frozen=True)
-class Part:
-    """One of several stacked matrices."""
+def keep_masks(scores, targets, totals, fraction=1.0, exact=True, out=None):
+    """Mark the weights to keep when the smallest scores of each of several matrices are removed.
 
-    rows: slice  # of the stack
-    total: int  # number of its rows in all processes
-    target: Target
-
-
-def keep_mask(scores, parts, fraction=1.0, exact=True, out=None):
-    """Mark the weights to keep when the smallest scores of each of several stacked matrices are removed.
-
-    scores: (out, in), 0 where a weight must go. parts: a Part per matrix; round(sparsity · numel) weights go, or prunen
-    of every prunem (the same for all matrices) consecutive ones of a row. fraction: multiplies these numbers. exact: if
-    False, unstructured counts are only approximate, from a sample of the scores. Returns a mask (out, in) of ones and
-    zeros in the dtype of the scores, fast to multiply by; out: memory for it.
+    scores: (out, in) of each, 0 where a weight must go; in several processes the shares of its rows, `totals` in
+    number. targets: of each; round(sparsity · numel) weights go, or prunen of every prunem (the same for all matrices)
+    consecutive ones of a row. fraction: multiplies these numbers. exact: if False, unstructured counts are only
+    approximate, from a sample of the scores. Returns masks of ones and zeros in the dtype of the scores, fast to
+    multiply by; out: memory for them.
     """
-    keep = torch.empty_like(scores) if out is None else out
-    columns, prunem = scores.shape[1], parts[0].target.prunem
-    thresholds, masks = [0.0] * len(parts), [None] * len(parts)
+    columns, prunem, masks = scores[0].shape[1], targets[0].prunem, [None] * len(scores)
+    thresholds = [0.0] * len(scores)
     if prunem:
-        masks = [smallest_per_row(scores[part.rows].reshape(-1, prunem), round(fraction * part.target.prunen))
-                 .view(-1, columns) for part in parts]
+        masks = [smallest_per_row(part.reshape(-1, prunem), round(fraction * target.prunen)).view(-1, columns)
+                 for part, target in zip(scores, targets, strict=True)]
     elif exact:
-        masks = smallest([scores[part.rows] for part in parts],
-                         [round(fraction * round(part.target.sparsity * (part.total * columns))) for part in parts],
-                         [part.total for part in parts])
+        masks = smallest(scores, [round(target.sparsity * (total * columns))
+                                  for target, total in zip(targets, totals, strict=True)], totals)
     else:
-        thresholds = _thresholds(scores, parts, fraction)
-    for part, threshold, mask in zip(parts, thresholds, masks, strict=True):
-        torch.gt(scores[part.rows], threshold, out=keep[part.rows])
+        thresholds = _thresholds(scores, targets, totals, fraction)
+    keep = [torch.empty_like(part) for part in scores] if out is None else out
+    for part, threshold, mask, kept in zip(scores, thresholds, masks, keep, strict=True):
+        torch.gt(part, threshold, out=kept)
         if mask is not None:
-            keep[part.rows].masked_fill_(mask, 0)
+            kept.masked_fill_(mask, 0)
     return keep
 
 
-def _thresholds(scores, parts, fraction):
-    """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `keep_mask`."""
-    columns, processes = scores.shape[1], range(distributed.world())
-    steps = [part.total * columns // SAMPLE | 1 for part in parts]  # odd, so that all columns are sampled
+def _thresholds(scores, targets, totals, fraction):
+    """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `keep_masks`."""
+    columns = scores[0].shape[1]
 
-    def taken(part, step, number):
-        """Return the slice of a matrix's sample that lies in the rows of a process."""
-        rows = distributed.share(part.total, number)
-        return range(-(-rows.start * columns // step), -(-rows.stop * columns // step))
+    def sampled(total, number=None):
+        """Return the indices of a matrix's sample among the scores of a process."""
+        step, rows = total * columns // SAMPLE | 1, distributed.share(total, number)  # odd: all columns are sampled
+        return range(-rows.start * columns % step, (rows.stop - rows.start) * columns, step)
 
-    samples = []
-    for part, step in zip(parts, steps, strict=True):
-        first = taken(part, step, distributed.rank()).start * step - distributed.share(part.total).start * columns
-        samples.append(scores[part.rows].flatten()[first::step])
-    samples = distributed.all_gather_parts(samples, [
-        [len(taken(part, step, number)) for part, step in zip(parts, steps, strict=True)] for number in processes])
-    return [kth_smallest(sample, max(round(fraction * part.target.sparsity * len(sample)), 1))
-            for sample, part in zip(samples, parts, strict=True)]
+    samples = [part.flatten()[sampled(total).start::sampled(total).step]
+               for part, total in zip(scores, totals, strict=True)]
+    samples = distributed.all_gather_parts(samples, [[len(sampled(total, number)) for total in totals]
+                                                     for number in range(distributed.world())])
+    return [kth_smallest(sample, max(round(fraction * target.sparsity * len(sample)), 1))
+            for sample, target in zip(samples, targets, strict=True)]
 
 
-def admm_scores(W, H, parts, row_weights=None, iterations=ITERATIONS, ramp=RAMP):
+def admm_scores(W, H, counts, targets, row_weights=None):
     """Score weights (out, in) by the alternating direction method of multipliers; the largest scores are to be kept.
 
     Returns the scores and, both (out, in), the values that the kept weights have reached.
 
-    W: (out, in), the target weights; zeros go first. parts: as in `keep_mask`. row_weights: (out,), weight of each
-    row's error; affects only the ranking, as rows are independent.
+    W: (out, in), the target weights of stacked matrices with so many rows, `counts`; zeros go first. targets: of each.
+    row_weights: (out,), weight of each row's error; affects only the ranking, as rows are independent.
     With Z the sparse copy of the weights and V the scaled multipliers, each iteration sets (ρ = 1)
     W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
-    1 − (1 − t/ramp)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
+    1 − (1 − t/RAMP)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
     """
     regularised = H + torch.eye(len(H), dtype=H.dtype, device=H.device)
     # positive definite: cholesky_ex, so that the host does not wait for a GPU to be told so
@@ -94,14 +78,16 @@ def admm_scores(W, H, parts, row_weights=None, iterations=ITERATIONS, ramp=RAMP)
     # scores of 0 are of weights that are gone, those of an expert without tokens are not
     roots = None if row_weights is None else row_weights.clamp(min=torch.finfo(row_weights.dtype).tiny).sqrt()[:, None]
     S = W.clone()  # W + V
-    scores, Z = torch.empty_like(S), torch.empty_like(S)
-    for t in range(1, iterations + 1):
+    scores, Z, totals = torch.empty_like(S), torch.empty_like(S), distributed.total(counts)
+    for t in range(1, ITERATIONS + 1):
         torch.abs(S, out=scores)
         if roots is not None:
             scores.mul_(roots)
         scores.masked_fill_(gone, 0)
-        if t < iterations:
-            keep_mask(scores, parts, 1 - (1 - min(t / ramp, 1)) ** 3, exact=False, out=Z).mul_(S)
+        if t < ITERATIONS:
+            keep_masks(scores.split(counts), targets, totals, 1 - (1 - min(t / RAMP, 1)) ** 3, exact=False,
+                       out=Z.split(counts))
+            Z.mul_(S)
             S.add_(W)
             change = multiply(torch.add(Z, S, alpha=-0.5, out=scores))  # as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
             S.sub_(Z).add_(change)
@@ -146,16 +132,10 @@ def admm_pruner(matrices, H, targets, row_weights=None):
     scale = H.diagonal().sqrt()
     H, W = H.div_(scale).div_(scale[:, None]), torch.cat(matrices) * scale
     counts = [len(matrix) for matrix in matrices]
-    stops, totals = list(itertools.accumulate(counts)), distributed.total(counts)
-
-    def stacked(targets):
-        return [Part(slice(stop - count, stop), total, target)
-                for stop, count, total, target in zip(stops, counts, totals, targets, strict=True)]
-
-    scores, reached = admm_scores(W, H, stacked(targets), row_weights)
+    scores, reached = admm_scores(W, H, counts, targets, row_weights)
 
     def prune(targets):
-        keep = keep_mask(scores, stacked(targets)).bool()
+        keep = torch.cat(keep_masks(scores.split(counts), targets, distributed.total(counts))).bool()
         return (solve_on_support(reached, W, H, keep) / scale).masked_fill_(~keep, 0).split(counts)
 
     return prune
