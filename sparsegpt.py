@@ -103,8 +103,8 @@ class Walk:
         `hessian.factor`. h: (in,), diagonal of H without damping. targets: one for each matrix, all with the same
         prunem. blocksize: columns whose mask is chosen at once; each block gets an equal share of the sparsity.
         scheme: quant.Scheme, the grid of the kept weights, or None. dtype: in which grid values must be exact.
-        row_weights: (total rows,), factors of the saliencies per row.
-        Raises ValueError if prunem or the group size does not divide the columns, or neither divides the other.
+        row_weights: (total rows,), factors of the saliencies per row. The columns of groups of prunem and of grids must
+        divide all columns, and one of them the other.
         """
         self.W = torch.cat([W.t() for W in matrices], dim=1)  # (in, out)
         self.columns = len(self.W)
@@ -127,11 +127,6 @@ class Walk:
     def _nest(self, blocksize):
         """Return the widths of the nested ranges, including those of a mask unit and of a grid group."""
         m, g = self.prunem or 1, self.groupsize or 1
-        for name, width in {"prunem": m, "groupsize": g}.items():
-            if self.columns % width:
-                raise ValueError(f"{name} {width} does not divide the {self.columns} columns")
-        if m % g and g % m:
-            raise ValueError(f"prunem {m}, groupsize {g}: one must divide the other")
         block = max(blocksize, m)
         for unit in sorted({m, g}):  # whole groups of both kinds where they fit
             block = block // unit * unit or block

@@ -187,15 +187,6 @@ def test_exactly_the_wanted_number_of_weights_is_pruned(rows, columns, sparsity,
     assert not equal or torch.equal(W_hat[W_hat != 0], W[W_hat != 0])
 
 
-@pytest.mark.parametrize("prunem, groupsize, message", [
-    (5, -1, "prunem 5 does not divide the 24 columns"), (0, 5, "groupsize 5 does not divide the 24 columns"),
-    (4, 6, "prunem 4, groupsize 6: one must divide the other")])
-def test_groups_that_do_not_fit_are_refused(prunem, groupsize, message):
-    R = torch.eye(24, dtype=torch.float64)
-    with pytest.raises(ValueError, match=message):
-        prune_matrix(random(4, 24), R, R.diagonal(), Target(0.0, 2, prunem), scheme=Scheme(4, groupsize))
-
-
 WIDE = 1700  # columns of a walk in several ranges
 
 
