@@ -28,31 +28,59 @@ def groups_of(layer, index, stream, plan):
     return groups
 
 
-def hessians_of(layer, stream, groups, nsequences, clock, twin=None, token_weights=None):
-    """Return {first module to read an input: InputHessian of that input}, in order, and a function that adds a batch.
+class LayerHessians:
+    """The Hessian of each input of a layer's planned matrices, and of all tokens that enter its experts together.
 
-    nsequences: over all processes. twin: a DenseTwin, run on each batch before the layer itself.
-    token_weights: per input, (n, T).
+    The latter fill up those of experts that few tokens reach.
     """
-    modules = linears(layer)
-    firsts = [modules[group[0]] for group in groups]
-    hessians = {module: InputHessian(module.in_features, nsequences, stream.device) for module in firsts}
-    weights = {module: iter(of_tokens.split(stream.batch_size))  # batch by batch
-               for module, of_tokens in zip(firsts, token_weights or [], strict=bool(token_weights))}
 
-    def read(module, X):
+    def __init__(self, layer, stream, groups, nsequences, clock, twin=None, token_weights=None):
+        """groups: of `groups_of`. nsequences: over all processes. twin: a DenseTwin, which runs each batch first.
+
+        token_weights: per input, (n, T).
+        """
+        modules, self.stream, self.clock, self.twin = linears(layer), stream, clock, twin
+        self.names = {module: name for name, module in modules.items()}
+        self.hessians = {module: InputHessian(module.in_features, nsequences, stream.device)  # first reader of an input
+                         for module in (modules[group[0]] for group in groups)}
+        self.weights = {module: iter(of_tokens.split(stream.batch_size))  # batch by batch
+                        for module, of_tokens in zip(self.hessians, token_weights or [], strict=bool(token_weights))}
+        pools = {module: InputHessian(module.get_submodule("0").up_proj.in_features, nsequences, stream.device)
+                 for module in layer.modules() if groups and is_split(module)}
+        self.readers = {module: pool.add_batch for module, pool in pools.items()}
+        self.pools = {linear: pool for experts, pool in pools.items()  # of those that read its tokens
+                      for name, linear in experts.named_modules() if name.endswith(("gate_proj", "up_proj"))}
+        self.undersampled = []  # names and tokens of linears with fewer tokens than columns
+
+    def read(self, module, X):
+        """Add a batch to the Hessian of a module's input."""
         routed = isinstance(module, RoutedLinear)
-        with clock.part("Hessian"):
-            options = twin.gaps(module, X) if twin else {}
-            if weights:
-                of_tokens = next(weights[module]).flatten().to(X.device)
+        with self.clock.part("Hessian"):
+            options = self.twin.gaps(module, X) if self.twin else {}
+            if self.weights:
+                of_tokens = next(self.weights[module]).flatten().to(X.device)
                 options["weights"] = of_tokens[module.tokens] if routed else of_tokens
-            hessians[module].add_batch(X, **options)
+            self.hessians[module].add_batch(X, **options)
             # cheap; read only if the Hessian is not finite
-            sequences = 1 if routed else X.numel() // (stream.hidden.shape[1] * X.shape[-1])
-            hessians[module].sequence_sums.append(X.reshape(sequences, -1).sum(1, dtype=torch.float32))
+            sequences = 1 if routed else X.numel() // (self.stream.hidden.shape[1] * X.shape[-1])
+            self.hessians[module].sequence_sums.append(X.reshape(sequences, -1).sum(1, dtype=torch.float32))
 
-    return hessians, read
+    def take(self, module):
+        """Return the Hessian of a module's input, topped up if it is an expert's and rank-deficient, and forget it.
+
+        That is done as if the expert had seen as many tokens as it has columns: for gate and up projections by the mean
+        over all tokens that enter the layer's experts, else by a multiple of the identity.
+        """
+        hessian = self.hessians.pop(module)
+        H = hessian.H  # first, as only then its tokens are those of all processes
+        if isinstance(module, RoutedLinear) and (missing := hessian.columns - hessian.tokens) > 0:
+            if pool := self.pools.get(module):  # all tokens have entered the experts before the first one is pruned
+                H.add_(pool.H, alpha=missing / pool.tokens)
+            else:
+                mean = H.diagonal().mean() / max(hessian.tokens, 1)
+                H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
+            self.undersampled.append(f"{self.names[module]} ({hessian.tokens})")
+        return hessian
 
 
 class Calibration:
@@ -69,19 +97,15 @@ class Calibration:
             self.dense = self.stream.twin() if recipe.dense_target else None
         self.nsequences = len(tokens)  # over all processes
 
-    def pass_finished(self, index, layer, files, advances):
-        """Take a layer that an interrupted run has pruned, and advance the hidden states through it as that run did.
-
-        advances: whether any layer is left to prune.
-        """
+    def pass_finished(self, index, layer, files):
+        """Take a layer that an interrupted run has pruned, and advance the hidden states through it as that run did."""
         device = self.streamed.device
-        if advances and self.dense:
+        if self.dense:
             with on_device([layer], device), self.clock.part("forward"):
                 self.dense.advance(layer, index)
         files.load_layer(index)
-        if advances:
-            with on_device([layer], device), self.clock.part("forward"):
-                self.stream.advance(layer, index)
+        with on_device([layer], device), self.clock.part("forward"):
+            self.stream.advance(layer, index)
 
     def inputs(self, index, layer, last, bar):
         """Yield (names of linears, factored InputHessian of the input that they read) in the order in which they run.
@@ -95,26 +119,24 @@ class Calibration:
         twin = DenseTwin(layer, index, stream, self.dense, groups) if self.dense else None
         weights = recipe.token_weights and [  # per input, the root of the mean over the linears that read it
             torch.stack([recipe.token_weights[index, name] for name in group]).mean(0).sqrt() for group in groups]
-        hessians, read = hessians_of(layer, stream, groups, self.nsequences, self.clock, twin, weights)
-        experts = ExpertInputs(layer, self.nsequences, stream.device) if groups else None
-        in_turn, stops = recipe.true_sequential and groups, dict(zip(groups, hessians, strict=True))
+        hessians = LayerHessians(layer, stream, groups, self.nsequences, self.clock, twin, weights)
+        in_turn, stops = recipe.true_sequential and groups, list(hessians.hessians)
         with contextlib.ExitStack() as recording:
-            if experts:
-                recording.enter_context(hooked(experts.readers))
+            recording.enter_context(hooked(hessians.readers))
             if twin:
                 recording.enter_context(twin.recording())
             if in_turn:
-                runs = [paused_forwards(layer, index, stream, list(hessians), read)]
+                runs = [paused_forwards(layer, index, stream, stops, hessians.read)]
                 if twin:  # it pauses at the same modules, before the layer does
                     runs.insert(0, paused_forwards(twin.layer, index, self.dense, list(twin.stops), twin.record_input))
             else:
                 with self.clock.part("forward"):
-                    self._collect(layer, index, twin, hessians, read)
+                    self._collect(layer, index, twin, stops, hessians.read)
                 recording.close()
-            for group, module in stops.items():
+            for group, module in zip(groups, stops, strict=True):
                 if in_turn:
                     self._proceed(runs)
-                yield group, self._factored(index, group, experts.complete(hessians.pop(module), module), bar)
+                yield group, self._factored(index, group, hessians.take(module), bar)
             if in_turn:
                 for run in runs if last else []:
                     run.close()
@@ -122,7 +144,7 @@ class Calibration:
         if not in_turn and not last:
             with self.clock.part("forward"):
                 stream.advance(layer, index)
-        if groups and (few := experts.undersampled):
+        if few := hessians.undersampled:
             others = f" and {len(few) - 3} more" if len(few) > 3 else ""
             bar.write(f"layer {index}: {', '.join(few[:3])}{others} got fewer tokens than they have columns; "
                       "their Hessians are filled up with the mean over the layer's experts")
@@ -133,14 +155,14 @@ class Calibration:
             with self.clock.part("forward"):
                 next(run, None)
 
-    def _collect(self, layer, index, twin, hessians, read):
+    def _collect(self, layer, index, twin, stops, read):
         """Accumulate a layer's Hessians over all sequences, and advance the dense hidden states."""
         for rows in self.stream.batches():
             if twin:
                 with hooked({module: partial(twin.record_input, module) for module in twin.stops}):
                     output = self.dense.forward(twin.layer, index, rows)
-            if hessians:
-                with hooked({module: partial(read, module) for module in hessians}):
+            if stops:
+                with hooked({module: partial(read, module) for module in stops}):
                     self.stream.forward(layer, index, rows)
             if twin:
                 self.dense.hidden[rows] = output  # not earlier: a linear may read the hidden states themselves
@@ -159,35 +181,6 @@ class Calibration:
         if percdamp != recipe.percdamp:
             bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp "
                       f"{recipe.percdamp:g}, raised to {percdamp:g}")
-        return hessian
-
-
-class ExpertInputs:
-    """Hessians over all tokens that enter a layer's experts, which fill up those of experts that few tokens reach."""
-
-    def __init__(self, layer, nsequences, device):
-        self.modules = {module: name for name, module in linears(layer).items()}
-        pools = {module: InputHessian(module.get_submodule("0").up_proj.in_features, nsequences, device)
-                 for module in layer.modules() if is_split(module)}
-        self.readers = {module: pool.add_batch for module, pool in pools.items()}
-        self.pools = {linear: pool for experts, pool in pools.items()  # of those that read its tokens
-                      for name, linear in experts.named_modules() if name.endswith(("gate_proj", "up_proj"))}
-        self.undersampled = []  # names and tokens of linears with fewer tokens than columns
-
-    def complete(self, hessian, module):
-        """Return the Hessian of a module's input, topped up if it is an expert's and rank-deficient.
-
-        That is done as if the expert had seen as many tokens as it has columns: for gate and up projections by the mean
-        over all tokens that enter the layer's experts, else by a multiple of the identity.
-        """
-        H = hessian.H  # first, as only then its tokens are those of all processes
-        if isinstance(module, RoutedLinear) and (missing := hessian.columns - hessian.tokens) > 0:
-            if pool := self.pools.get(module):  # all tokens have entered the experts before the first one is pruned
-                H.add_(pool.H, alpha=missing / pool.tokens)
-            else:
-                mean = H.diagonal().mean() / max(hessian.tokens, 1)
-                H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
-            self.undersampled.append(f"{self.modules[module]} ({hessian.tokens})")
         return hessian
 
 

@@ -54,13 +54,13 @@ def layers_in_turn(streamed, layers, title, outcomes, files=None, observe=None, 
 
     The caller prunes the layer and puts its outcomes, {(layer, name): Outcome}, into the dict. They are then observed,
     saved with the layer, and added to `outcomes`. So are those of layers that an interrupted run has finished; the
-    calibration, if any, passes through these.
+    calibration, if any, passes through these if others are left.
     """
     clock, finished = streamed.clock, files.resume_from(len(layers)) if files else []
     first = len(finished)
     for index, of_layer in enumerate(finished):
-        if calibration:
-            calibration.pass_finished(index, layers[index], files, first < len(layers))
+        if calibration and first < len(layers):
+            calibration.pass_finished(index, layers[index], files)
         else:
             files.load_layer(index)
         outcomes |= of_layer
