@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from mixgpt.allocation import backward
 from mixgpt.allocation.backward import Chunk, chunk_size
 from mixgpt.common import distributed, progress
+from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder, check_outputs, write_output
 from mixgpt.modeling.streaming import digest, fingerprint
@@ -25,8 +25,7 @@ STABLE = 0.8  # split-half rank correlation below which the ranking is called no
 class Sampling:
     """How traces are estimated."""
 
-    estimator: str  # name, in files and messages
-    estimate: Callable  # (backward.Chunk, seeds of its sequences) -> traces times T − 1, (n, matrices) in float64
+    estimator: str  # name in choices.ESTIMATORS
     seed: int = 0
     nprobes: int = 1  # probes, or label draws, per sequence
 
@@ -126,7 +125,7 @@ def hessian_traces(streamed, matrices, tokens, sampling, previous=None, save=Non
     interrupted call. save: called with the rows so far after every chunk of sequences. Returns (N, len(matrices)) in
     float64: the mean over sequences estimates the trace, their standard deviation its error.
     """
-    N, T = tokens.shape
+    (N, T), estimate = tokens.shape, ESTIMATORS[sampling.estimator].load()
     rows, nprobes = [] if previous is None else list(previous), sampling.nprobes
     # 2 kinds of states, as an estimator may keep tangents; on a CPU a chunk takes long, and is saved at its end
     limit = backward.SAVED_AFTER if streamed.device.type == "cpu" else math.inf
@@ -138,8 +137,8 @@ def hessian_traces(streamed, matrices, tokens, sampling, previous=None, save=Non
             numbers = together[distributed.share(len(together))]
             sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
             for probe in range(nprobes if numbers else 0):
-                sums += sampling.estimate(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
-                                          [(sampling.seed, n, probe) for n in numbers])
+                sums += estimate(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
+                                 [(sampling.seed, n, probe) for n in numbers])
             rows.extend(torch.cat(distributed.all_gather_object(sums)) / nprobes / (T - 1))
             if save:
                 save(torch.stack(rows))

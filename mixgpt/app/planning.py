@@ -12,7 +12,7 @@ from mixgpt.allocation.fisher import Gradients, output_gradients
 from mixgpt.allocation.plan import Budget
 from mixgpt.app.report import plan_text
 from mixgpt.common import distributed
-from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS
+from mixgpt.common.choices import ALLOCATIONS
 from mixgpt.common.files import write_output
 from mixgpt.pruning import distill, expert_removal
 from mixgpt.pruning.targets import Target
@@ -86,8 +86,7 @@ def _measure(run, dense_states, memory_plan):
     """Return the `Plan`. dense_states: of `_dense_states`."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
     if settings.ranks_by_sensitivity:
-        sampling = traces.Sampling(settings.sensitivity, ESTIMATORS[settings.sensitivity].load(), settings.seed,
-                                   settings.nprobes)
+        sampling = traces.Sampling(settings.sensitivity, settings.seed, settings.nprobes)
         with run.clock.part("sensitivity"):
             measured, path = traces.load_or_compute(streamed, run.calibration, sampling, settings.sensitivity_file)
         run.log(f"{measured.verdict()}\n         kept in {path}")

@@ -12,14 +12,13 @@ from mixgpt.allocation.fisher import Gradients, output_gradients
 from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import Sampling, hessian_traces
 from mixgpt.checkpoints import load
-from mixgpt.common.choices import ESTIMATORS
 from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel, linears
 
 
 def traces(streamed, selected, tokens, estimator):
-    return hessian_traces(streamed, list(selected), tokens, Sampling(estimator, ESTIMATORS[estimator].load(), 3))
+    return hessian_traces(streamed, list(selected), tokens, Sampling(estimator, 3))
 
 
 def measurements(streamed, selected, tokens):

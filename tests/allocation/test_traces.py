@@ -7,11 +7,10 @@ import torch
 from conftest import CPU, make
 
 from mixgpt.allocation import traces
-from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.errors import InputError
 from modelutils import StreamedModel
 
-FISHER = traces.Sampling("fisher", ESTIMATORS["fisher"].load())
+FISHER = traces.Sampling("fisher")
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def path(tmp_path):
 
 def obtain(name, tokens, path, estimator="fisher", batch_size=2, **changes):
     model = make(name)
-    sampling = traces.Sampling(estimator, ESTIMATORS[estimator].load(), **changes)
+    sampling = traces.Sampling(estimator, **changes)
     return traces.load_or_compute(StreamedModel(model, CPU, batch_size), tokens, sampling, path)
 
 
