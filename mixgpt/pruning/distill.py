@@ -69,7 +69,7 @@ def room_for(streamed, tokens, effort=1.0):
     width, batch = model.get_input_embeddings().embedding_dim, min(streamed.batch_size, _per_step(tokens, effort))
     matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
                 for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
-    before = itemsize if device.type == "cpu" and _in_memory(layers) else 0
+    before = itemsize if device.type == "cpu" and not disk_weights(model) else 0
     fixed = bytes_to_load(model, device) + 12 * max(m.weight.numel() for m in matrices.values()) + (
         before + 2 * itemsize + 4) * sum(weight.numel() for layer in layers for weight in layer.parameters())
     V, rows = min(config.vocab_size, VOCABULARY), min(SLICE, batch * T)
@@ -184,7 +184,7 @@ def _trained(layers, chosen):
     weights = [weight for layer in layers for weight in layer.parameters()]
     required = [weight.requires_grad for weight in weights]
     trained = [linears(layers[index])[name].weight for index, name in chosen]
-    before = [weight.detach().to("cpu", copy=True) for weight in trained] if _in_memory(layers) else []
+    before = [weight.detach().to("cpu", copy=True) for weight in trained if not disk_weights(layers[0])]
     try:
         for weight in weights:
             weight.requires_grad_(False)
@@ -199,11 +199,6 @@ def _trained(layers, chosen):
         for weight, require in zip(weights, required, strict=True):
             weight.requires_grad_(require)
             weight.grad = None
-
-
-def _in_memory(layers):
-    """Return whether the weights of layers are in memory, not on disk."""
-    return not any(disk_weights(layer) for layer in layers)
 
 
 def _backward(stream, layers, head, rows, dense):
