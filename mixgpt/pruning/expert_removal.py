@@ -109,12 +109,7 @@ def expert_scores(streamed, tokens):
         distributed.all_reduce(of_layer)
         if not of_layer.isfinite().all():
             raise InputError(f"layer {index}: its experts give NaN or inf on the calibration sequences")
-    return {index: reap_score(*of_layer.cpu()) for index, of_layer in sums.items()}
-
-
-def reap_score(weighted_norms, tokens):
-    """Return the scores of a layer's experts, (experts,), from sums over tokens and the numbers of tokens of each."""
-    return weighted_norms / tokens.clamp_min(1)
+    return {index: (norms / counts.clamp_min(1)).cpu() for index, (norms, counts) in sums.items()}
 
 
 @contextlib.contextmanager
