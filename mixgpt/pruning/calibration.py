@@ -120,7 +120,7 @@ class Calibration:
         weights = recipe.token_weights and [  # per input, the root of the mean over the linears that read it
             torch.stack([recipe.token_weights[index, name] for name in group]).mean(0).sqrt() for group in groups]
         hessians = LayerHessians(layer, stream, groups, self.nsequences, self.clock, twin, weights)
-        in_turn, stops = recipe.true_sequential and groups, list(hessians.hessians)
+        in_turn, stops, runs = recipe.true_sequential and groups, list(hessians.hessians), []
         with contextlib.ExitStack() as recording:
             recording.enter_context(hooked(hessians.readers))
             if twin:
@@ -134,13 +134,11 @@ class Calibration:
                     self._collect(layer, index, twin, stops, hessians.read)
                 recording.close()
             for group, module in zip(groups, stops, strict=True):
-                if in_turn:
-                    self._proceed(runs)
-                yield group, self._factored(index, group, hessians.take(module), bar)
-            if in_turn:
-                for run in runs if last else []:
-                    run.close()
                 self._proceed(runs)
+                yield group, self._factored(index, group, hessians.take(module), bar)
+            for run in runs if last else []:
+                run.close()
+            self._proceed(runs)
         if not in_turn and not last:
             with self.clock.part("forward"):
                 stream.advance(layer, index)
