@@ -42,8 +42,11 @@ class InputHessian:
                               for name, A in factors.items()}
         if not len(factors["input"]):  # an expert may get none
             return
+        if weights is not None:
+            factors = {name: A.float() * weights.sqrt()[:, None] for name, A in factors.items()}
         with exact_bfloat16(X.dtype if weights is None else None):
-            X, *gaps = (_rows(A, weights) for A in factors.values())
+            # on a GPU, products of 16-bit values are exact in float32 sums
+            X, *gaps = (A if A.is_cuda else A.float() for A in factors.values())
             H, *moments = self._products.values()
             for B in self._blocks:
                 add_product(H[:B.stop, B], X[:, :B.stop].t(), X[:, B])
@@ -99,16 +102,6 @@ class InputHessian:
         change = torch.linalg.solve_triangular(self.R.t(), self._scale * moment, upper=False, left=False)
         change = torch.linalg.solve_triangular(self.R, change, upper=True, left=False)
         return (W + change).masked_fill_(W == 0, 0)
-
-
-def _rows(A, weights=None):
-    """Return A (tokens, width) times the roots of weights (tokens,): float32 if weighted or on a CPU.
-
-    On a GPU, products of 16-bit values are exact in float32 sums.
-    """
-    if weights is not None:
-        return A.float() * weights.sqrt()[:, None]
-    return A if A.is_cuda else A.float()
 
 
 def factor(H, percdamp=0.01):
