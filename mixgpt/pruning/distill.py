@@ -125,7 +125,12 @@ def _train(stream, layers, head, states, steps, dense):
         for number, rows in enumerate(bar, 1):
             with memory.shared_fate():
                 divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
-            total, count = _sums(divergences, len(rows) * dense.shape[1], stream.device)
+            sums = torch.tensor([0.0, len(rows) * dense.shape[1]], device=stream.device)  # divergence, tokens
+            sums[0] = sum(divergences)
+            distributed.all_reduce(sums)
+            total, count = sums.tolist()
+            if not math.isfinite(total):
+                raise Diverged(f"the divergence from the dense model is {total}")
             means.append(total / count)
             _step(states, total, number - before)
             bar.set_postfix_str(f"divergence {means[-1]:.3f}")
@@ -229,20 +234,6 @@ def _divergence(head, hidden, dense):
             pair[1].copy_(log_q.exp_().sub_(p))
         of_h.copy_(torch.autograd.grad(logits, h, others)[0])
     return total, gradient
-
-
-def _sums(divergences, count, device):
-    """Return the divergence and the number of tokens, both of all processes. Raises Diverged if it is not finite.
-
-    divergences: of this process, each the sum over a batch. count: tokens of this process.
-    """
-    sums = torch.tensor([0.0, count], device=device)
-    sums[0] = sum(divergences)
-    distributed.all_reduce(sums)
-    total, count = sums.tolist()
-    if not math.isfinite(total):
-        raise Diverged(f"the divergence from the dense model is {total}")
-    return total, count
 
 
 class _Weight:
