@@ -131,7 +131,8 @@ class Walk:
         for unit in sorted({m, g}):  # whole groups of both kinds where they fit
             block = block // unit * unit or block
         self.unit = self.prunem or block  # columns whose mask is chosen at once
-        widths = {max(WIDE // block, 1) * block, block}
+        wide = max(WIDE // block, 1) * block
+        widths = {wide // g * g or wide, block}
         if 0 < self.groupsize < self.columns:  # else there is one grid, chosen at the start
             widths.add(g)
         if not self.chosen_inside:
