@@ -7,8 +7,6 @@ python opt.py facebook/opt-125m c4 --sparsity .5 --sparsity-way weight-level --s
 python opt.py facebook/opt-125m c4 --prunen 2 --prunem 4          # 2 pruned of every 4
 python opt.py facebook/opt-125m c4 --sparsity .5 --wbits 4        # the kept half in 4 bits, in the same pass
 python opt.py facebook/opt-125m c4 --sparsity .5 --save pruned    # a checkpoint for from_pretrained
-
-OPT-350m projects its embeddings into and out of the layers and has no final norm.
 """
 
 import sys
