@@ -24,7 +24,6 @@ class Gradients:
     """
 
     rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens, clipped and flattened by `output_gradients`
-    tokens: dict  # (n, T): ‖∂L/∂y‖² per token of this process's sequences, divided by its mean over all processes
     inputs: dict  # (in,): E[x_c²], over tokens
 
     def tensors(self):
@@ -35,7 +34,7 @@ class Gradients:
     @classmethod
     def of(cls, tensors):
         """Return the gradients that `tensors` has turned into these."""
-        gradients = cls({}, {}, {})
+        gradients = cls({}, {})
         for key, tensor in tensors.items():
             kind, layer, name = key.split(".", 2)
             getattr(gradients, kind)[int(layer), name] = tensor
@@ -56,31 +55,25 @@ def output_gradients(streamed, matrices, tokens, seed):
     modules = [linears(layers[index])[name] for index, name in matrices]
     sums, inputs = ([torch.zeros(getattr(module, side), dtype=torch.float64, device=streamed.device)
                      for module in modules] for side in ("out_features", "in_features"))
-    energies = torch.zeros(len(matrices), len(mine), T, dtype=torch.float64)
 
-    def measure(column, X, Y):
+    def measure(column, _, X, Y):
         squares = wide(Y).square()
-        of_tokens = squares.sum(2)
-        sums[column] += torch.mv(squares.flatten(0, 1).t(), _clipping(of_tokens).flatten())
+        sums[column] += torch.mv(squares.flatten(0, 1).t(), _clipping(squares.sum(2)).flatten())
         inputs[column] += wide(X).square().sum((0, 1))
-        return of_tokens
 
     total = 2 * len(mine) * len(layers)
     with progress.bar(total=total, title="gradients", unit="step") as bar:
         for start in range(0, len(mine), size):
             numbers = mine[start:start + size]
-            energies[:, start:start + size] = _sampled_backward(
-                Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
-                [(seed, n, 0) for n in numbers], measure, T)
-    sums += [*inputs, energies.sum((1, 2)).to(streamed.device)]
+            _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
+                              [(seed, n, 0) for n in numbers], measure)
+    sums += inputs
     together = torch.cat(sums)
     distributed.all_reduce(together)
-    *means, token_means = (together.cpu() / (N * T)).split([len(part) for part in sums])
-    means, inputs = means[:len(matrices)], means[len(matrices):]
-    shares = [energy / mean if mean else torch.ones_like(energy)
-              for mean, energy in zip(token_means, energies, strict=True)]
+    means = (together.cpu() / (N * T)).split([len(part) for part in sums])
+    rows, inputs = map(flattened, means[:len(matrices)]), means[len(matrices):]
     return Gradients(*({key: value.float() for key, value in zip(matrices, values, strict=True)}
-                       for values in ([flattened(mean) for mean in means], shares, inputs)))
+                       for values in (rows, inputs)))
 
 
 def _clipping(energies):
@@ -105,19 +98,23 @@ def squared_gradients(chunk, keys):
     Its expectation is T − 1 times the trace of the Gauss-Newton matrix of the mean cross-entropy, as the gradients of
     different tokens are independent with mean zero. keys: seeds of the sequences' labels.
     """
-    return _sampled_backward(chunk, keys, lambda column, X, Y: wide(Y.mT @ X).square().sum(dim=(1, 2))).t()
+    # on the device, so that no batch is waited for
+    result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64, device=chunk.device)
+
+    def measure(column, rows, X, Y):
+        result[rows, column] = wide(Y.mT @ X).square().sum(dim=(1, 2)).double()
+
+    _sampled_backward(chunk, keys, measure)
+    return result.cpu()
 
 
-def _sampled_backward(chunk, keys, measure, *shape):
+def _sampled_backward(chunk, keys, measure):
     """Run all layers forward and backward, with labels ŷ sampled from the model's predictions, seeded by `keys`.
 
-    Returns (matrices, n, *shape), float64 on the host, of what measure(column, X, Y) returns per sequence of a batch
-    (B, *shape), given the index of a matrix, its input (B, T, in) and the gradient of L(ŷ) w.r.t. its output (B, T,
-    out). Hidden states are replaced by gradients on the way back.
+    Calls measure(column, rows, X, Y) with the index of a matrix, the slice of sequences that a batch has, the matrix's
+    input X (B, T, in) and the gradient Y of L(ŷ) w.r.t. its output (B, T, out). Hidden states are replaced by gradients
+    on the way back.
     """
-    # on the device, so that no batch is waited for
-    result = torch.zeros(len(chunk.matrices), len(chunk.tokens), *shape, dtype=torch.float64, device=chunk.device)
-
     @torch.no_grad()
     def forward(layer, index, rows):
         return [chunk.stream.call(layer, index, *chunk.read(index, rows), rows)]
@@ -133,11 +130,10 @@ def _sampled_backward(chunk, keys, measure, *shape):
             next_g, *cotangents = torch.autograd.grad(y, [x, *outputs.values()], g, materialize_grads=True)
         for column, Y in zip(outputs, cotangents, strict=True):
             X, Y = (by_sequence(modules[column], A, len(x)) for A in (inputs[column].detach(), Y))
-            result[column, rows] = measure(column, X, Y).double()
+            measure(column, rows, X, Y)
         return [next_g]
 
     chunk.run(forward, lambda head, rows: [_sampled_gradient(chunk, head, rows, keys[rows])], backward)
-    return result.cpu()
 
 
 def _sampled_gradient(chunk, head, rows, keys):

@@ -59,7 +59,6 @@ def recipe_of(settings, gradients=None):
         SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), settings.scheme,
         settings.percdamp, settings.act_order, settings.true_sequential, settings.target == "dense",
         row_weights=gradients.rows if saliency.weighs_rows else None,
-        token_weights=gradients.tokens if settings.token_weights == "fisher" else None,
         title=SOLVERS.title(settings.solver))
 
 

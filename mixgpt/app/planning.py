@@ -92,17 +92,17 @@ def _measure(run, dense_states, memory_plan):
         run.log(f"{measured.verdict()}\n         kept in {path}")
     hessians, _ = settings.extra_counts
     tokens = torch.cat([run.calibration, run.further[:hessians]]) if settings.needs_calibration else None
-    targets, tensors = run.kept("plan", lambda: _allocate(run, streamed, tokens, measured))
+    targets, tensors = run.kept("plan", lambda: _allocate(run, streamed, measured))
     return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens,
                 Gradients.of(tensors) if settings.needs_gradients else None, measured, dense_states)
 
 
-def _allocate(run, streamed, tokens, measured):
+def _allocate(run, streamed, measured):
     """Return the targets of all matrices, a JSON-able list, and the tensors of the `Gradients` used for them."""
     settings, gradients = run.settings, None
     if settings.needs_gradients:
-        if settings.token_weights == "equal":  # every second sequence then gives the same perplexity, within 0.5%
-            tokens = run.calibration[::2 if len(run.calibration) >= 2 * distributed.world() else 1]
+        # every second sequence gives the same perplexity, within 0.5%
+        tokens = run.calibration[::2 if len(run.calibration) >= 2 * distributed.world() else 1]
         with run.clock.part("gradients"):
             gradients = output_gradients(streamed, list(run.selected), tokens, settings.seed)
     targets = ALLOCATIONS[settings.sparsity_way].load()(Budget(

@@ -112,9 +112,6 @@ class Settings:
         "what outputs of a pruned matrix are fitted to; layer: the dense matrix's on the same inputs; dense: the mean "
         "of these and the dense model's, plus half the error of the hidden states they are added to",
         choices=("layer", "dense"), needs=("calibrates",))
-    token_weights: str = option("equal", METHOD,
-        "weights of calibration tokens in the Hessians; equal: all alike; fisher: by the square root of the "
-        "loss gradient at the token", choices=("equal", "fisher"), needs=("calibrates",))
     saliency: str = option("obs", METHOD, "score by which weights are ranked", choices=SALIENCIES)
     blocksize: int = option(128, RESULT, "columns after which the rest of the matrix is updated", between=(1,))
     percdamp: float = option(0.01, RESULT, "damping of the Hessian, a fraction of its mean diagonal", between=(0, 1))
@@ -295,8 +292,7 @@ class Settings:
     @property
     def needs_gradients(self):
         """Whether gradients of the loss w.r.t. matrix outputs are needed."""
-        weighted = SALIENCIES[self.saliency].weighs_rows or self.token_weights == "fisher"
-        return ALLOCATIONS[self.sparsity_way].by_loss or weighted and self.calibrates
+        return ALLOCATIONS[self.sparsity_way].by_loss or SALIENCIES[self.saliency].weighs_rows and self.calibrates
 
     @property
     def needs_calibration(self):
@@ -323,8 +319,7 @@ class Settings:
         by = f" by {ESTIMATORS.title(self.sensitivity)}" if self.ranks_by_sensitivity else ""
         choices = {ALLOCATIONS.title(self.sparsity_way) + by: self.is_nonuniform,
                    SALIENCIES.title(self.saliency): self.prunes and self.saliency != "obs" and not (self.gmp or mixgpt),
-                   "dense target": self.target == "dense", "weighted tokens": self.token_weights == "fisher",
-                   "more text": self.extra > 0, "distilled": self.distill > 0,
+                   "dense target": self.target == "dense", "more text": self.extra > 0, "distilled": self.distill > 0,
                    f"effort {self.effort:g}": self.effort != 1}
         chosen = ", ".join(choice for choice, is_chosen in choices.items() if is_chosen)
         bits = f" + {bits}" if self.prunes and self.quantizes else ""

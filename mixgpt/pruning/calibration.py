@@ -34,17 +34,12 @@ class LayerHessians:
     The latter fill up those of experts that few tokens reach.
     """
 
-    def __init__(self, layer, stream, groups, nsequences, clock, twin=None, token_weights=None):
-        """groups: of `groups_of`. nsequences: over all processes. twin: a DenseTwin, which runs each batch first.
-
-        token_weights: per input, (n, T).
-        """
+    def __init__(self, layer, stream, groups, nsequences, clock, twin=None):
+        """groups: of `groups_of`. nsequences: over all processes. twin: a DenseTwin, which runs each batch first."""
         modules, self.stream, self.clock, self.twin = linears(layer), stream, clock, twin
         self.names = {module: name for name, module in modules.items()}
         self.hessians = {module: InputHessian(module.in_features, nsequences, stream.device)  # first reader of an input
                          for module in (modules[group[0]] for group in groups)}
-        self.weights = {module: iter(of_tokens.split(stream.batch_size))  # batch by batch
-                        for module, of_tokens in zip(self.hessians, token_weights or [], strict=bool(token_weights))}
         pools = {module: InputHessian(module.get_submodule("0").up_proj.in_features, nsequences, stream.device)
                  for module in layer.modules() if groups and is_split(module)}
         self.readers = {module: pool.add_batch for module, pool in pools.items()}
@@ -54,15 +49,11 @@ class LayerHessians:
 
     def read(self, module, X):
         """Add a batch to the Hessian of a module's input."""
-        routed = isinstance(module, RoutedLinear)
         with self.clock.part("Hessian"):
-            options = self.twin.gaps(module, X) if self.twin else {}
-            if self.weights:
-                of_tokens = next(self.weights[module]).flatten().to(X.device)
-                options["weights"] = of_tokens[module.tokens] if routed else of_tokens
-            self.hessians[module].add_batch(X, **options)
+            self.hessians[module].add_batch(X, **self.twin.gaps(module, X) if self.twin else {})
             # cheap; read only if the Hessian is not finite
-            sequences = 1 if routed else X.numel() // (self.stream.hidden.shape[1] * X.shape[-1])
+            tokens = X.numel() // X.shape[-1]
+            sequences = 1 if isinstance(module, RoutedLinear) else tokens // self.stream.hidden.shape[1]
             self.hessians[module].sequence_sums.append(X.reshape(sequences, -1).sum(1, dtype=torch.float32))
 
     def take(self, module):
@@ -117,9 +108,7 @@ class Calibration:
         stream, recipe = self.stream, self.recipe
         groups = groups_of(layer, index, stream, self.plan)
         twin = DenseTwin(layer, index, stream, self.dense, groups) if self.dense else None
-        weights = recipe.token_weights and [  # per input, the root of the mean over the linears that read it
-            torch.stack([recipe.token_weights[index, name] for name in group]).mean(0).sqrt() for group in groups]
-        hessians = LayerHessians(layer, stream, groups, self.nsequences, self.clock, twin, weights)
+        hessians = LayerHessians(layer, stream, groups, self.nsequences, self.clock, twin)
         in_turn, stops, runs = recipe.true_sequential and groups, list(hessians.hessians), []
         with contextlib.ExitStack() as recording:
             recording.enter_context(hooked(hessians.readers))

@@ -28,11 +28,11 @@ class InputHessian:
         self.tokens = 0  # added, over all processes once H has been read
         self.sequence_sums = []  # per batch, (B,): the sum of each sequence's input, to find those not finite
 
-    def add_batch(self, X, input_gap=None, output_gap=None, weights=None):
+    def add_batch(self, X, input_gap=None, output_gap=None):
         """Accumulate inputs X (..., in) into the blocks on and above the diagonal of H: exact products, float32 sums.
 
         The regression target is X Wᵀ; with input_gap (..., in), (X + input_gap) Wᵀ; with output_gap (..., out),
-        X Wᵀ + output_gap, in every batch alike. weights: (tokens,), the weight of each token (default: 1).
+        X Wᵀ + output_gap, in every batch alike.
         """
         factors = {"input": X, "input_gap": input_gap, "output_gap": output_gap}
         factors = {name: A.reshape(-1, A.shape[-1]) for name, A in factors.items() if A is not None}
@@ -42,9 +42,7 @@ class InputHessian:
                               for name, A in factors.items()}
         if not len(factors["input"]):  # an expert may get none
             return
-        if weights is not None:
-            factors = {name: A.float() * weights.sqrt()[:, None] for name, A in factors.items()}
-        with exact_bfloat16(X.dtype if weights is None else None):
+        with exact_bfloat16(X.dtype):
             # on a GPU, products of 16-bit values are exact in float32 sums
             X, *gaps = (A if A.is_cuda else A.float() for A in factors.values())
             H, *moments = self._products.values()

@@ -97,7 +97,6 @@ class Recipe:
     true_sequential: bool = True  # calibrate a linear on inputs from the pruned linears before it in its layer
     dense_target: bool = False  # regress towards the dense model's outputs
     row_weights: dict | None = None  # {(layer, name): (out,)}, weight of each row's error
-    token_weights: dict | None = None  # {(layer, name): (n, T)}, squared weights of this process's tokens, mean 1
     title: str = "SparseGPT"  # of the progress bar
 
 

@@ -25,7 +25,7 @@ def measurements(streamed, selected, tokens):
     """Return all that is measured with gradients, as a list of tensors on the host."""
     gradients = output_gradients(streamed, list(selected), tokens, 3)
     return [*(torch.cat([each.flatten() for each in found.values()])
-              for found in (gradients.rows, gradients.tokens, gradients.inputs)),
+              for found in (gradients.rows, gradients.inputs)),
             *(traces(streamed, selected, tokens, estimator).sum(0) for estimator in ("hutchinson", "fisher"))]
 
 
@@ -78,7 +78,7 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
             output_gradients(streamed, list(selected), tokens, 3)
         elif what == "plan":
             rows, inputs = ({key: torch.ones(shape[side]) for key, shape in selected.items()} for side in (0, 1))
-            by_threshold(Budget(selected, Target(0.5), 0.1, None, Gradients(rows, {}, inputs), streamed))
+            by_threshold(Budget(selected, Target(0.5), 0.1, None, Gradients(rows, inputs), streamed))
         else:
             traces(streamed, selected, tokens, what)
     assert list(counts["loads"].values()) == [2] * layers and not counts["copies"]

@@ -69,7 +69,7 @@ def test_streamed_products_are_those_of_double_backward_through_the_whole_model(
 
 
 @torch.no_grad()
-def test_gradients_at_experts_count_tokens_that_go_elsewhere_as_zero(tokens, all_float64):
+def test_gradients_at_experts_are_those_of_any_batch(tokens, all_float64):
     model = make("qwen3-moe")
     split_experts(model)
     model, matrices = model.double(), list(modules_of(model))
@@ -79,9 +79,6 @@ def test_gradients_at_experts_count_tokens_that_go_elsewhere_as_zero(tokens, all
                  for size in (1, 5))
     for matrix in matrices:
         assert torch.allclose(one.rows[matrix], five.rows[matrix], rtol=1e-4)
-        assert torch.allclose(one.tokens[matrix], five.tokens[matrix], rtol=1e-4, atol=1e-6)
-    routed = [one.tokens[matrix] > 0 for matrix in matrices if "experts" in matrix[1] and "down" in matrix[1]]
-    assert 0 < sum(each.sum().item() for each in routed) <= 2 * 3 * tokens.numel()  # two experts a token and layer
 
 
 @pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
@@ -161,14 +158,14 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, token
         assert torch.allclose(samples[n], expected, rtol=1e-9)
 
 
-def test_output_gradients_are_squares_at_labels_of_the_model_by_row_and_token(tiny, tokens, all_float64, monkeypatch):
+def test_output_gradients_are_squares_at_labels_of_the_model_by_row(tiny, tokens, all_float64, monkeypatch):
     monkeypatch.setattr(backward.memory, "free", lambda _: 0)  # as many chunks as batches, on disk
     monkeypatch.setattr(fisher, "TOKEN_CLIP", 1.2)
     model = tiny
     model, tokens, cut = model.double(), tokens[:3, :10], 0
     matrices = list(modules_of(model))
     found = fisher.output_gradients(StreamedModel(model, CPU, 2), matrices, tokens, 3)
-    expected, energies, outputs = {key: 0 for key in matrices}, {key: [] for key in matrices}, {}
+    expected, outputs = dict.fromkeys(matrices, 0), {}
     keep = {module: lambda Y, key=key: outputs.update({key: Y}) for key, module in modules_of(model).items()}
     for n, sequence in enumerate(tokens):
         labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"))
@@ -177,7 +174,6 @@ def test_output_gradients_are_squares_at_labels_of_the_model_by_row_and_token(ti
         gradients = torch.autograd.grad(9 * loss, list(outputs.values()))
         for key, Y in zip(outputs, gradients, strict=True):
             of_tokens = [row.square() for row in Y.reshape(10, -1)]
-            energies[key].append(torch.stack(of_tokens).sum(1))
             some = [row for row in of_tokens if row.sum() > 1e-20]  # a token that sees only itself has none at q and k
             loudest = 1.2 * sum(row.sum() for row in some) / len(some)
             cut += sum(bool(row.sum() > loudest) for row in some)
@@ -188,8 +184,6 @@ def test_output_gradients_are_squares_at_labels_of_the_model_by_row_and_token(ti
         G = expected[key]
         even = G ** 0.7 / (G ** 0.7).mean() * G.mean()
         torch.testing.assert_close(found.rows[key].double(), even, rtol=1e-5, atol=1e-12)
-        of_tokens = torch.stack(energies[key])
-        torch.testing.assert_close(found.tokens[key].double(), of_tokens / of_tokens.mean(), rtol=1e-5, atol=1e-12)
     for key, X in inputs_of(model, modules_of(model), tokens).items():
         torch.testing.assert_close(found.inputs[key].double(), X.square().mean(0), rtol=1e-5, atol=1e-12)
 

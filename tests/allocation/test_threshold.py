@@ -23,7 +23,7 @@ def statistics(request, tokens):
 def test_one_threshold_removes_the_least_scores_of_all(statistics, tokens, sparsity):
     model, selected, gradients = statistics
     energies = {key: X.square().mean(0) for key, X in inputs_of(model, modules_of(model), tokens).items()}
-    plan = by_threshold(Budget(selected, Target(sparsity), 1.0, gradients=Gradients(gradients, {}, energies),
+    plan = by_threshold(Budget(selected, Target(sparsity), 1.0, gradients=Gradients(gradients, energies),
                                streamed=StreamedModel(model, CPU, 2)))
     scores = {key: module.weight.detach() ** 2 * gradients[key][:, None] * energies[key]
               for key, module in modules_of(model).items()}

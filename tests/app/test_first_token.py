@@ -106,7 +106,7 @@ def sequences(monkeypatch):
     return read
 
 
-@pytest.mark.parametrize("options", ["--preset best --token-weights fisher", "--sparsity-way weight-level"])
+@pytest.mark.parametrize("options", ["--preset best", "--sparsity-way weight-level"])
 def test_all_that_a_run_reads_begins_with_bos(options, recorded, sequences, tmp_path, monkeypatch):
     """Also the text that the model is distilled on, and what is compared when saved."""
     monkeypatch.setattr(distill, "PIECE", 8)

@@ -18,7 +18,7 @@ from mixgpt.pruning.hessian import factor
 from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import HiddenStates, StreamedModel, linears, shared_inputs
+from modelutils import StreamedModel, linears
 
 HALF = Target(0.5)
 OPTIONS = {"saliency": "obs", "blocksize": 16, "true_sequential": False}
@@ -71,19 +71,14 @@ def test_calibration_is_on_the_pruned_layers_or_linears_before(tiny, tokens, tru
         assert torch.allclose(W, R, atol=2e-4), key
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("true_sequential", [False, True])
 @torch.no_grad()
-def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, tokens, true_sequential, weighted):
+def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, tokens, true_sequential):
     """Each matrix is solved for by least squares on what the model as pruned before it, and the dense one, give."""
     model = tiny
     reference, dense = copy.deepcopy(model), copy.deepcopy(model)
-    plan, counts = plan_of(model), {}
-    for key in plan if weighted else []:
-        counts[key] = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(len(counts)))
-    stream = HiddenStates.embed(model, tokens, 2, CPU)
-    group_of = {name: group for group in shared_inputs(layers_of(model)[0], 0, stream) for name in group}
-    sparsegpt(model, plan, tokens, dense_target=True, true_sequential=true_sequential, token_weights=counts)
+    plan = plan_of(model)
+    sparsegpt(model, plan, tokens, dense_target=True, true_sequential=true_sequential)
     names = list(linears(layers_of(model)[0]))
     norms = NORMS if getattr(model.config, "do_layer_norm_before", True) else POST_NORMS
     pruned, expected = weights(reference), {}
@@ -101,9 +96,6 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
                 Y = (X + X_dense) / 2 @ W.double().T
                 if name in norms:
                     Y += (seen[1][norms[name]] - seen[0][norms[name]]) / 2
-                if weighted:  # least squares count what they have by its square
-                    of_group = sum(counts[index, other] for other in group_of[name]) / len(group_of[name])
-                    X, Y = (A * of_group.double().flatten()[:, None] ** 0.25 for A in (X, Y))
                 H = 2 / len(tokens) * X.T @ X
                 R, _ = factor(H)
                 ridge = (0.01 * H.diagonal().mean() * len(tokens) / 2).sqrt()
