@@ -75,7 +75,7 @@ def print_completions(models, prompt, device, dtype, bos, **options):
         transformers.utils.logging.disable_progress_bar()
     device, completions = choose_device(device), {}
     for title, name in models.items():
-        loaded, tokenizer = mixgpt.load(name, str(device), choose_dtype(dtype, read_config(name), device))
+        loaded, tokenizer = mixgpt.load(name, device, choose_dtype(dtype, read_config(name), device))
         completion = complete(loaded, tokenizer, prompt, bos=resolve_bos(bos, loaded.config.model_type, tokenizer),
                               **options)
         completions[title] = completion

@@ -13,6 +13,7 @@ from mixgpt.checkpoints import load as checkpoints
 from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_device
+from mixgpt.common.texts import texts_of
 from mixgpt.modeling.experts import is_fused, restore, use_linears
 from mixgpt.pruning.targets import Target
 
@@ -54,7 +55,7 @@ def prune(model, dataset, tokenizer=None, **options):
     model, dataset = (str(given) if isinstance(given, PathLike) else given for given in (model, dataset))
     texts, name = None, dataset
     if not isinstance(dataset, str):
-        texts, name = dataset if isinstance(dataset, torch.Tensor) else list(dataset), IN_MEMORY
+        texts, name = dataset if isinstance(dataset, torch.Tensor) else texts_of(dataset, "dataset"), IN_MEMORY
     if isinstance(texts, torch.Tensor):
         if texts.dim() != 2 or texts.dtype != torch.long:
             raise InputError(f"dataset: tokens are {texts.dtype} {tuple(texts.shape)}, must be torch.int64 (N, T)")

@@ -226,7 +226,7 @@ def _text_of(row, subject, columns):
     if isinstance(row, str):
         return row
     try:
-        chat = [{"role": part["role"], "content": part["content"]} for part in row]
+        chat = [{"role": part["role"], "content": part["content"]} for part in row] if isinstance(row, list) else []
     except (TypeError, KeyError):
         chat = []
     if not chat or not all(isinstance(part["content"], str) for part in chat):

@@ -66,6 +66,11 @@ def test_a_model_in_memory_is_pruned_in_place_on_text_by_name_or_in_memory(name,
     assert all(weight.requires_grad for weight in model.parameters())
 
 
+def test_a_device_may_be_one_of_pytorch(checkpoint_folder):
+    model, _ = mixgpt.load(checkpoint_folder("llama"), device=torch.device("cpu"))
+    assert model.device == torch.device("cpu")
+
+
 def state():
     """Return what libraries and Python keep per process and a run could leave changed."""
     return {"random": random.getstate(), "torch": torch.get_rng_state().tolist(), "dtype": torch.get_default_dtype(),
@@ -91,6 +96,9 @@ def test_no_state_of_the_process_is_left_changed(checkpoint_folder):
     ({"dataset": "c5"}, "dataset c5: invalid choice: 'c5'"),
     ({"dataset": torch.zeros(4, 32)}, r"dataset: tokens are torch.float32 \(4, 32\), must be torch.int64 \(N, T\)"),
     ({"dataset": ["short"]}, "--seqlen 32: the train text of dataset a list of 1 texts has"),
+    ({"dataset": list(torch.zeros(4, 32).long())}, "dataset: row 1 is neither text nor a chat"),
+    ({"dataset": [[1, 2]]}, "dataset: row 1 is neither text nor a chat"),
+    ({"dataset": [{"test": "long"}]}, "dataset: row 1 has the columns test; needs text or sentence or messages"),
     ({"tokenizer": None}, "tokenizer: must be given with a model that is in memory")])
 def test_errors_are_those_of_the_flags(given, message, checkpoint_folder):
     model, tokenizer = in_memory(checkpoint_folder("llama"))
