@@ -33,7 +33,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quieter(settings))
         stack.enter_context(distributed.joined(device))
-        if settings.resume and (record := report.completed(settings, device)):
+        if settings.resume and model is None and (record := report.completed(settings, device)):
             if not settings.quiet:
                 print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
             return report.publish(settings, record)

@@ -1,5 +1,6 @@
 """Check `mixgpt.prune` and `mixgpt.load` against the command line, from_pretrained and what the caller holds."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -64,6 +65,14 @@ def test_a_model_in_memory_is_pruned_in_place_on_text_by_name_or_in_memory(name,
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in tensors.items())
     assert result.record["settings"]["dataset"] == ("builtin" if kind == "name" else "text in memory")
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_model_in_memory_is_not_left_as_it_was_because_its_run_is_complete(checkpoint_folder, tmp_path):
+    options = OPTIONS | {"save": tmp_path / "saved", "resume": True}
+    for message in (None, f"^--save {tmp_path / 'saved'}: exists and is not an empty folder"):
+        model, tokenizer = in_memory(checkpoint_folder("llama"))
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            mixgpt.prune(model, "builtin", tokenizer, **options)
 
 
 def test_a_device_may_be_one_of_pytorch(checkpoint_folder):
