@@ -108,6 +108,8 @@ def reported(script, argv, remedy):
             line = "terminated" if isinstance(error, Terminated) else "interrupted"
         elif is_out_of_memory(error):
             line = f"error: out of memory; {remedy}"
+        elif "closed by peer" in str(error):  # of gloo
+            line = "error: another process has ended"
         else:
             line = (f"error: unexpected {type(error).__name__}: {one_line(error):.300}; please report it with "
                     f"{_traceback_file(script, argv, error)}, which has the traceback")

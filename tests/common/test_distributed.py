@@ -146,6 +146,16 @@ def test_a_process_that_dies_ends_the_others(checkpoint_folder, tmp_path):
     assert "SIGKILL" in process.stderr.read() or "Signal 9" in process.stderr.read()
 
 
+def test_a_process_whose_first_has_refused_the_input_is_no_bug(fork, checkpoint_folder, tmp_path):
+    port, logs = free_port(), [tmp_path / "saved" / str(rank) for rank in range(2)]
+    logs[0].parent.mkdir()  # holds something
+    for process in [fork(command, "llama", [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / "saved"], log,
+                         as_rank, (rank, 2, port)) for rank, log in enumerate(logs)]:
+        process.join(600)
+    assert logs[0].read_text().startswith(f"llama.py: error: --save {tmp_path / 'saved'}: exists and is not an empty")
+    assert logs[1].read_text().startswith("llama.py: error: another process has ended; ")
+
+
 def test_fewer_sequences_than_processes_are_refused(prune, monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 2)
     assert prune("llama", "--sparsity .5 --nsamples 1", status=2) == (
