@@ -103,20 +103,26 @@ def shares_of(name, flag="dataset"):
 def check_texts(name, tests, drawn):
     """Raise InputError for calibration text or test texts that do not exist, or that overlap.
 
-    name: None for text in memory. drawn: whether calibration draws from its text. Only datasets have separate splits.
+    name: None for text in memory. drawn: whether calibration draws from its text. Paths have no separate splits.
     """
     texts = shares_of(name) if name else ()
-    paths = {os.path.realpath(text) for text in texts if text not in DATASETS}
+    paths = [Path(text).resolve() for text in texts if drawn and is_path(text)]
     for test in tests:
         if len(shares_of(test, "--eval")) > 1:
             raise InputError(f"--eval {test}: is a mixture, which is for calibration; give its texts one by one")
-        if drawn and test not in DATASETS and os.path.realpath(test) in paths:
+        here = Path(test).resolve()
+        if is_path(test) and any(here.is_relative_to(path) or path.is_relative_to(here) for path in paths):
             raise InputError(f"--eval {test}: is text that calibration draws from; give another one")
 
 
 def known(text):
     """Return whether a text is the name of a dataset, a path that exists, or has the form of a column on the hub."""
-    return text in DATASETS or os.path.exists(text) or bool(hub_column(text))
+    return text in DATASETS or is_path(text) or bool(hub_column(text))
+
+
+def is_path(text):
+    """Return whether a text is a file or a folder."""
+    return text not in DATASETS and os.path.exists(text)
 
 
 def counts_of(name, nsamples):
@@ -162,7 +168,7 @@ def text_set_of(dataset):
     """Return the TextSet of a dataset's name, a path, a column on the hub, or a list. Raises InputError otherwise."""
     if isinstance(dataset, list):
         return TextSet("a list of texts", lambda split: (dataset, {"sha256": _digest(dataset)}))
-    if dataset not in DATASETS and os.path.exists(dataset):
+    if is_path(dataset):
         return TextSet("a file or folder of text", lambda split: path_rows(dataset))
     if on_hub := hub_column(dataset):
         hub_id, column = on_hub

@@ -7,7 +7,7 @@ from conftest import record_of
 
 import datautils
 from mixgpt.common.errors import InputError
-from mixgpt.common.texts import counts_of, shares_of
+from mixgpt.common.texts import check_texts, counts_of, shares_of
 
 
 @pytest.fixture
@@ -66,3 +66,11 @@ def test_a_run_draws_from_all_and_its_record_says_what_from_where(mine, prune, t
             name: f"--eval {name}: is a mixture, which is for calibration; give its texts one by one",
             "./mine.txt": "--eval ./mine.txt: is text that calibration draws from; give another one"}.items():
         assert prune("llama", "--sparsity .5 --eval", wrong, data=name, status=2) == f"llama.py: error: {line}\n"
+
+
+def test_a_folder_and_a_file_in_it_overlap_and_the_splits_of_a_dataset_do_not(mine):
+    for text, test in ((".", mine), (mine, ".")):
+        with pytest.raises(InputError, match=f"^--eval {test}: is text that calibration draws from"):
+            check_texts(text, [test], drawn=True)
+    for name in ("builtin", "owner/dataset:column"):
+        check_texts(name, [name], drawn=True)
