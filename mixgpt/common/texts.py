@@ -213,9 +213,19 @@ def read_file(path, argument):
                 text = file.read()
             if path.suffix == ".txt":
                 return [text]  # one row
-            rows = json.loads(text) if text.lstrip().startswith("[") else [
-                json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = json.loads(text) if text.lstrip().startswith("[") else json_lines(text)
         return texts_of(rows, f"{argument} {path}")
+
+
+def json_lines(text):
+    """Return the values of lines of JSON. Raises ValueError that names the line."""
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg}") from error
+    return rows
 
 
 def texts_of(rows, subject, columns=COLUMNS):
