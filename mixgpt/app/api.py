@@ -66,6 +66,8 @@ def prune(model, dataset, tokenizer=None, **options):
     if in_memory and any(is_fused(module) for module in model.modules()):
         raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
     settings = Settings(type(model).__name__ if in_memory else model, name, **options)
+    if in_memory and settings.dtype != "auto":
+        raise InputError(f"dtype: a model in memory keeps its own, {model.dtype}; convert it before, or leave this out")
     changes = settings.compresses or settings.save
     if in_memory and changes and any(isinstance(module, SparseLinear) for module in model.modules()):
         raise InputError("model: its matrices are packed, and can only be evaluated; load it with packed=False")

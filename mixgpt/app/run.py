@@ -138,7 +138,7 @@ def _plan(run):
                                  two_passes=not (settings.calibrates and settings.true_sequential))
     if run.uncalled and run.selected:
         run.log(f"dense    {', '.join(run.uncalled)}: stay dense, as the layers do not call them as modules")
-    if settings.dtype == "auto" and run.dtype != "auto":
+    if settings.dtype == "auto" and run.dtype == run.model.dtype:  # not that of a model in memory
         run.log("dtype    float32: this CPU computes more slowly in the stored dtype; give --dtype to keep it")
     if settings.distill:
         tokens = run.distillation_tokens

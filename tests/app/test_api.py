@@ -75,6 +75,13 @@ def test_a_model_in_memory_is_not_left_as_it_was_because_its_run_is_complete(che
             mixgpt.prune(model, "builtin", tokenizer, **options)
 
 
+def test_a_model_in_memory_keeps_its_dtype_and_no_line_says_otherwise(checkpoint_folder, capsys):
+    model, tokenizer = in_memory(checkpoint_folder("llama"))
+    model.half().config.dtype = torch.float16
+    assert mixgpt.prune(model, "builtin", tokenizer, **OPTIONS).record["settings"]["dtype"] == "float16"
+    assert model.dtype == torch.float16 and "float32" not in capsys.readouterr().out
+
+
 def test_a_device_may_be_one_of_pytorch(checkpoint_folder):
     model, _ = mixgpt.load(checkpoint_folder("llama"), device=torch.device("cpu"))
     assert model.device == torch.device("cpu")
@@ -108,6 +115,7 @@ def test_no_state_of_the_process_is_left_changed(checkpoint_folder):
     ({"dataset": list(torch.zeros(4, 32).long())}, "dataset: row 1 is neither text nor a chat"),
     ({"dataset": [[1, 2]]}, "dataset: row 1 is neither text nor a chat"),
     ({"dataset": [{"test": "long"}]}, "dataset: row 1 has the columns test; needs text or sentence or messages"),
+    ({"dtype": "bfloat16"}, "dtype: a model in memory keeps its own, torch.float32"),
     ({"tokenizer": None}, "tokenizer: must be given with a model that is in memory")])
 def test_errors_are_those_of_the_flags(given, message, checkpoint_folder):
     model, tokenizer = in_memory(checkpoint_folder("llama"))
