@@ -195,7 +195,8 @@ class Settings:
         for name, value in ({"model": model, "dataset": dataset} | defaults | preset | options).items():
             value = str(value) if isinstance(value, Path) else value
             if isinstance(defaults.get(name), tuple):  # of names, which text separates by commas or blanks
-                value = tuple(dict.fromkeys(value.replace(",", " ").split() if isinstance(value, str) else value))
+                names = value.replace(",", " ").split() if isinstance(value, str) else map(str, value)
+                value = tuple(dict.fromkeys(names))
             object.__setattr__(self, name, value)  # frozen
         try:
             for field in dataclasses.fields(self):

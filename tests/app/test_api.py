@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixgpt
 from datautils import calibration_samples, load_rows
+from mixgpt.app.settings import Settings
 from mixgpt.common.errors import InputError
 
 OPTIONS = {"sparsity": 0.5, "nsamples": 4, "seqlen": 32, "eval": ["builtin"], "device": "cpu"}
@@ -80,6 +81,12 @@ def test_a_model_in_memory_keeps_its_dtype_and_no_line_says_otherwise(checkpoint
     model.half().config.dtype = torch.float16
     assert mixgpt.prune(model, "builtin", tokenizer, **OPTIONS).record["settings"]["dtype"] == "float16"
     assert model.dtype == torch.float16 and "float32" not in capsys.readouterr().out
+
+
+def test_paths_may_be_those_of_pathlib(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    assert Settings("model", "builtin", eval=["builtin", tmp_path / "mine.txt"]).eval == (
+        "builtin", str(tmp_path / "mine.txt"))
 
 
 def test_a_device_may_be_one_of_pytorch(checkpoint_folder):
