@@ -166,7 +166,8 @@ class DenseTwin:
             y = linear.forward(x)  # without hooks
             scaled = norm.forward(y)
             scale = torch.where(y == 0, 0, scaled / y)
-            lag = lag * scale / (scale.square() + SCALE_FLOOR * scale.square().mean(-1, keepdim=True))
+            energy = scale.square() + SCALE_FLOOR * scale.square().mean(-1, keepdim=True)
+            lag = torch.where(scale == 0, 0, lag * scale / energy)  # energy is 0 where y is, as of an embedding of 0
         return lag / writer.scale
 
     @contextlib.contextmanager

@@ -112,6 +112,14 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
     assert differing <= 0.01 * rows
 
 
+@torch.no_grad()
+def test_the_dense_target_is_finite_where_a_norm_follows_outputs_of_zero(tokens):
+    model = make("gemma2")
+    model.get_input_embeddings().weight[tokens[0, 0]] = 0  # the first token attends to itself alone
+    outcomes = sparsegpt(model, plan_of(model), tokens, dense_target=True)
+    assert all(0 < outcome.error < 1 for outcome in outcomes.values())
+
+
 def test_best_beats_sparsegpt_and_that_magnitude_on_a_trained_model(trained_model):
     dense, test, calibration = trained_model
     model, best, magnitude = (copy.deepcopy(dense) for _ in range(3))
