@@ -201,7 +201,7 @@ class Walk:
             # weights that this block will round to 0 count as pruned but are not known yet: expect, per column, as many
             # as in the block before
             expected = ((zeros - removed).double() * growth).round().long()
-            count = (counts[i] - self.zeros[i] - expected).clamp_min(0)
+            count = (counts[i] - self.zeros[i] - expected).clamp(0, self.totals[i] * (stop - start))
             counts[i] = count if self.W.is_cuda else int(count)
         return counts
 

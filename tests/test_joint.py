@@ -145,6 +145,18 @@ def test_groups_of_any_width_lie_on_their_grids_and_have_one_each(target, groups
     assert torch.equal(grid.weights(grid.codes(pruned)), pruned)
 
 
+@pytest.mark.parametrize("sparsity", [0.99, 0.995, 0.999])
+@pytest.mark.parametrize("blocksize", [1, 8])
+def test_a_block_loses_no_more_weights_than_it_has(sparsity, blocksize):
+    """Where fewer were rounded to 0 than foreseen, the next block has to make up for it."""
+    X = correlated_inputs(200, 96).float()
+    R, _ = factor(X.t() @ X, PERCDAMP)
+    for seed in range(4):
+        pruned, _ = prune_matrix(random(16, 96, seed=seed).float(), R, (X * X).sum(0), Target(sparsity),
+                                 blocksize=blocksize, scheme=Scheme(3))
+        assert (pruned == 0).sum() == pytest.approx(sparsity * 16 * 96, abs=4)
+
+
 @pytest.mark.parametrize("solver", ["obs", "admm"])
 def test_what_is_rounded_to_zero_counts_as_pruned(solver):
     X = correlated_inputs(900, 512).float()
