@@ -225,7 +225,8 @@ class Walk:
 
     def _choose_grid(self, start, stop):
         pruned = self.mask[start:stop]
-        if self.chosen_inside or stop > start // self.unit * self.unit + self.unit:  # masks not known yet
+        whole = self.groupsize == self.columns  # chosen before any mask
+        if self.chosen_inside or whole or stop > start // self.unit * self.unit + self.unit:  # masks not known yet
             pruned = pruned.clone()
             self._mark_least(pruned, start, stop, [
                 round(sparsity * (total * (stop - start)))

@@ -25,8 +25,9 @@ from mixgpt.pruning.targets import Target
 from quant import Scheme, quantize_nearest
 from sparsegpt import Walk
 
-TARGETS = [(0.0, 0, 0, 8), (0.5, 0, 0, 8), (0.5, 0, 0, 24), (0.0, 2, 4, 8), (0.0, 4, 8, 16)]
-SCHEMES = [Scheme(2, sym=True), Scheme(3, 4, sym=True, mse=True), Scheme(4, 24), Scheme(8, mse=True), Scheme(8, 8)]
+TARGETS = [(0.0, 0, 0, 8), (0.5, 0, 0, 8), (0.5, 0, 0, 24), (0.5, 0, 0, 64), (0.0, 2, 4, 8), (0.0, 4, 8, 16)]
+SCHEMES = [Scheme(2, sym=True), Scheme(2, mse=True), Scheme(3, 4, sym=True, mse=True), Scheme(4, 24),
+           Scheme(8, mse=True), Scheme(8, 8)]
 
 
 @pytest.mark.parametrize("target", TARGETS)
