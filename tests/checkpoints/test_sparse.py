@@ -140,7 +140,7 @@ def test_the_gpu_gives_the_same(scheme, dtype):
 
 
 GUARDED = """
-import ctypes, mmap
+import ctypes, itertools, mmap
 from unittest import mock
 from mixgpt.kernels.sparse_cpu import REACH
 from test_sparse import DTYPES, PackedWeight, Scheme, packed_and_dense, torch
@@ -154,17 +154,19 @@ def guarded(tensor):
     copy = torch.frombuffer(areas[-1], dtype=torch.uint8, offset=pages - tensor.nbytes, count=tensor.nbytes)
     return copy.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
-for dtype in DTYPES:
-    for scheme, columns in ((None, 192), (None, 63), (Scheme(3), 192), (Scheme(4, 64), 128), (Scheme(8), 63)):
-        packed, W = packed_and_dense(33, columns, dtype, scheme, 0.45)
-        for name, buffer in packed._buffers.items():
-            room = torch.nn.functional.pad(buffer, (0, REACH))
-            setattr(packed, name, guarded(room)[:len(buffer)] if name == packed.data else guarded(buffer))
-        for way in packed.ways():
-            with mock.patch.object(PackedWeight, "ways", lambda self: [way]):
-                assert torch.equal(packed.expand(guarded(W)), W)
-                for x in (torch.randn(3, columns), torch.randn(1, columns).bfloat16()):
-                    packed.multiply(guarded(x))
+cases = (None, 192), (Scheme(3), 192), (Scheme(4, 64), 128)
+for dtype, (scheme, columns), room in itertools.product(DTYPES, cases, (0, REACH)):  # room is made where there is none
+    packed, W = packed_and_dense(33, columns, dtype, scheme, 0.45)
+    data = torch.nn.functional.pad(getattr(packed, packed.data), (0, room))
+    for name, buffer in packed._buffers.items():
+        setattr(packed, name, guarded(buffer))
+    for way in packed.ways():
+        with mock.patch.object(PackedWeight, "ways", lambda self: [way]):
+            for act in (lambda: packed.expand(guarded(W)), lambda: packed.multiply(guarded(torch.randn(3, columns))),
+                        lambda: packed.multiply(guarded(torch.randn(1, columns).bfloat16()))):
+                setattr(packed, packed.data, guarded(data)[:len(data) - room])
+                act()
+            assert torch.equal(packed.expand(guarded(W)), W)
 """
 
 
