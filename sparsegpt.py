@@ -184,14 +184,11 @@ class Walk:
 
         On a GPU, counts that depend on weights quantized to zero are tensors, so that the host does not synchronize.
         """
-        # cumulative counts: the last block meets the total exactly, except for weights it quantizes to zero
+        before, self.block = self.block, slice(start, stop)
+        # cumulative counts, so that the last block meets the total exactly, except for weights that it rounds to zero
         counts = [round(sparsity * (total * stop))
                   for sparsity, total in zip(self.sparsities, self.totals, strict=True)]
-        if self.scheme is None:
-            counts, self.zeros = [count - zeros for count, zeros in zip(counts, self.zeros, strict=True)], counts
-            return counts
-        before, self.block = self.block, slice(start, stop)
-        if not any(counts):
+        if not any(self.sparsities):
             return counts
         W, mask, growth = self.W[before], self.mask[before], (stop - start) / max(start - before.start, 1)
         block = torch.stack([part[:, rows].sum() for rows in self.rows for part in (W == 0, mask)])
