@@ -8,7 +8,7 @@ from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import Budget, by_threshold
-from mixgpt.allocation.traces import Sampling, hessian_traces
+from mixgpt.allocation.traces import hessian_traces
 from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.evaluation.measures import perplexity
@@ -35,7 +35,7 @@ def made(name, true_sequential, wbits, more=""):
     tokens = torch.randint(0, VOCABULARY, (7, 6 if mixture else 24), generator=torch.Generator().manual_seed(1))
     selected = select(model)
     streamed = StreamedModel(model, CPU, 2)
-    traces = [hessian_traces(streamed, list(selected), tokens, Sampling(name, 1))
+    traces = [hessian_traces(streamed, list(selected), tokens, name, 1)
               for name in ESTIMATORS]
     if mixture:
         traces += expert_removal.expert_scores(streamed, tokens).values()

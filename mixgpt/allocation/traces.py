@@ -22,19 +22,10 @@ STABLE = 0.8  # split-half rank correlation below which the ranking is called no
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How traces are estimated."""
-
-    estimator: str  # name in choices.ESTIMATORS
-    seed: int = 0
-    nprobes: int = 1  # probes, or label draws, per sequence
-
-
-@dataclass(frozen=True)
 class Traces:
     """Estimates of Tr ∇²_W L for every matrix from each of N calibration sequences."""
 
-    estimator: str
+    estimator: str  # name in choices.ESTIMATORS
     shapes: dict  # (layer, name) -> (out, in)
     samples: torch.Tensor  # (N, matrices), float64
 
@@ -88,11 +79,10 @@ class Traces:
                 f"--nprobes{others}")
 
 
-def key_of(model, tokens, sampling):
-    """Return the cache key of traces, a JSON-able dict: weights, tokens, estimator, seed, probes, dtype."""
-    return {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens),
-            "estimator": sampling.estimator, "seed": sampling.seed, "nprobes": sampling.nprobes,
-            "dtype": str(model.dtype).removeprefix("torch.")}
+def key_of(model, tokens, estimator, seed, nprobes):
+    """Return the cache key of traces, a JSON-able dict; arguments as of `hessian_traces`."""
+    return {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens), "estimator": estimator,
+            "seed": seed, "nprobes": nprobes, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def read(path, shapes, estimator):
@@ -118,41 +108,40 @@ def read(path, shapes, estimator):
     return content | {"samples": samples}
 
 
-def hessian_traces(streamed, matrices, tokens, sampling, previous=None, save=None):
+def hessian_traces(streamed, matrices, tokens, estimator, seed=0, nprobes=1, previous=None, save=None):
     """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, separately from each sequence.
 
-    streamed: a modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). previous: rows from an
-    interrupted call. save: called with the rows so far after every chunk of sequences. Returns (N, len(matrices)) in
-    float64: the mean over sequences estimates the trace, their standard deviation its error.
+    streamed: a modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). nprobes: probes, or label
+    draws, per sequence. previous: rows from an interrupted call. save: called with the rows so far after every chunk of
+    sequences. Returns (N, len(matrices)) in float64: the mean over sequences estimates the trace, their standard
+    deviation its error.
     """
-    (N, T), estimate = tokens.shape, ESTIMATORS[sampling.estimator].load()
-    rows, nprobes = [] if previous is None else list(previous), sampling.nprobes
+    (N, T), estimate, rows = tokens.shape, ESTIMATORS[estimator].load(), [] if previous is None else list(previous)
     # 2 kinds of states, as an estimator may keep tangents; on a CPU a chunk takes long, and is saved at its end
     limit = backward.SAVED_AFTER if streamed.device.type == "cpu" else math.inf
     size, place = chunk_size(streamed, -(-(N - len(rows)) // distributed.world()), T, 2, limit)
     total = (N - len(rows)) * nprobes * 2 * len(streamed.layers)
-    with progress.bar(total=total, title=sampling.estimator, unit="step") as bar:
+    with progress.bar(total=total, title=estimator, unit="step") as bar:
         while len(rows) < N:
             together = range(len(rows), min(len(rows) + size * distributed.world(), N))
             numbers = together[distributed.share(len(together))]
             sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
             for probe in range(nprobes if numbers else 0):
                 sums += estimate(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
-                                 [(sampling.seed, n, probe) for n in numbers])
+                                 [(seed, n, probe) for n in numbers])
             rows.extend(torch.cat(distributed.all_gather_object(sums)) / nprobes / (T - 1))
             if save:
                 save(torch.stack(rows))
     return torch.stack(rows)
 
 
-def load_or_compute(streamed, tokens, sampling, path=None):
+def load_or_compute(streamed, tokens, estimator, seed=0, nprobes=1, path=None):
     """Return (`Traces` of all matrices, path of their file), read from the file if it exists, else computed and saved.
 
     An interrupted computation is resumed from its file. path: file to use (default: one in the cache, named by
     `key_of`); it may come from other tokens, seed or probes, but raises InputError if it comes from other weights.
     """
-    estimator, shapes = sampling.estimator, select(streamed.model)
-    key = key_of(streamed.model, tokens, sampling)
+    shapes, key = select(streamed.model), key_of(streamed.model, tokens, estimator, seed, nprobes)
     digits = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     target = Path(path or cache_folder() / f"traces-{digits}.json")
     stored = read(target, shapes, estimator)
@@ -176,5 +165,6 @@ def load_or_compute(streamed, tokens, sampling, path=None):
             content = {"key": key, "matrices": rows, "samples": samples.tolist()}
             write_output(FLAG, target, json.dumps(content) + "\n")
 
-    samples = hessian_traces(streamed, list(shapes), tokens, sampling, stored and stored["samples"], save)
+    samples = hessian_traces(streamed, list(shapes), tokens, estimator, seed, nprobes, stored and stored["samples"],
+                             save)
     return Traces(estimator, shapes, samples), target

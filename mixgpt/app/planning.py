@@ -86,9 +86,9 @@ def _measure(run, dense_states, memory_plan):
     """Return the `Plan`. dense_states: of `_dense_states`."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
     if settings.ranks_by_sensitivity:
-        sampling = traces.Sampling(settings.sensitivity, settings.seed, settings.nprobes)
         with run.clock.part("sensitivity"):
-            measured, path = traces.load_or_compute(streamed, run.calibration, sampling, settings.sensitivity_file)
+            measured, path = traces.load_or_compute(streamed, run.calibration, settings.sensitivity, settings.seed,
+                                                    settings.nprobes, settings.sensitivity_file)
         run.log(f"{measured.verdict()}\n         kept in {path}")
     hessians, _ = settings.extra_counts
     tokens = torch.cat([run.calibration, run.further[:hessians]]) if settings.needs_calibration else None

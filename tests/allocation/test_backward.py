@@ -10,7 +10,7 @@ from makebelieve import CUDA, Gpu
 from mixgpt.allocation import backward
 from mixgpt.allocation.fisher import Gradients, output_gradients
 from mixgpt.allocation.plan import Budget, by_threshold
-from mixgpt.allocation.traces import Sampling, hessian_traces
+from mixgpt.allocation.traces import hessian_traces
 from mixgpt.checkpoints import load
 from mixgpt.modeling import streaming
 from mixgpt.pruning.targets import Target, select
@@ -18,7 +18,7 @@ from modelutils import StreamedModel, linears
 
 
 def traces(streamed, selected, tokens, estimator):
-    return hessian_traces(streamed, list(selected), tokens, Sampling(estimator, 3))
+    return hessian_traces(streamed, list(selected), tokens, estimator, 3)
 
 
 def measurements(streamed, selected, tokens):

@@ -8,7 +8,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import modelutils
 from mixgpt.allocation import backward, fisher, hutchinson
-from mixgpt.allocation.traces import Sampling, hessian_traces
+from mixgpt.allocation.traces import hessian_traces
 from mixgpt.common.runtime import seeded
 from mixgpt.modeling.experts import split_experts
 from modelutils import StreamedModel, hooked
@@ -40,8 +40,8 @@ def weights_of(model):
 def traces(model, tokens, estimator, batch_size=2, matrices=None, known=None, save=None, **options):
     """Return the samples of the traces of all matrices, or of some."""
     matrices = matrices or list(modules_of(model))
-    sampling = Sampling(estimator, **{"seed": 3} | options)
-    return hessian_traces(StreamedModel(model, CPU, batch_size), matrices, tokens, sampling, known, save)
+    return hessian_traces(StreamedModel(model, CPU, batch_size), matrices, tokens, estimator, previous=known, save=save,
+                          **{"seed": 3} | options)
 
 
 def whole_model_products(model, tokens):

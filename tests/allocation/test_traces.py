@@ -10,8 +10,6 @@ from mixgpt.allocation import traces
 from mixgpt.common.errors import InputError
 from modelutils import StreamedModel
 
-FISHER = traces.Sampling("fisher")
-
 
 @pytest.fixture
 def path(tmp_path):
@@ -20,8 +18,7 @@ def path(tmp_path):
 
 def obtain(name, tokens, path, estimator="fisher", batch_size=2, **changes):
     model = make(name)
-    sampling = traces.Sampling(estimator, **changes)
-    return traces.load_or_compute(StreamedModel(model, CPU, batch_size), tokens, sampling, path)
+    return traces.load_or_compute(StreamedModel(model, CPU, batch_size), tokens, estimator, **changes, path=path)
 
 
 def test_a_file_is_written_and_read_instead_of_computed(tokens, path, monkeypatch):
@@ -49,7 +46,7 @@ def test_traces_that_are_not_finite_are_refused_and_not_kept(tokens, path):
     model = make("opt")
     model.model.decoder.layers[1].fc1.bias.data[0] = float("inf")
     with pytest.raises(InputError, match="layer 0 self_attn.k_proj: its trace is NaN or inf"):
-        traces.load_or_compute(StreamedModel(model, CPU, 2), tokens, FISHER, path)
+        traces.load_or_compute(StreamedModel(model, CPU, 2), tokens, "fisher", path=path)
     assert not path.exists()
 
 
