@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from mixgpt.common import distributed
 from mixgpt.common.choices import GRIDS
-from mixgpt.common.errors import InputError, one_line
-from mixgpt.common.files import replacing
+from mixgpt.common.files import replacing, writing
 from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import layers_of, layers_path
 from mixgpt.modeling.streaming import TensorLocation, disk_weights
@@ -44,8 +43,7 @@ class LayerFiles(contextlib.AbstractContextManager):
 
     def open(self, model):
         """Take the layers of a dense model."""
-        self.model, self.layers, self.layers_path = model, layers_of(model), layers_path(model)
-        self.dense = [(weights := disk_weights(layer)) and weights.locations for layer in self.layers]
+        self.model, self.layers, self.layers_path, self.dense = model, layers_of(model), layers_path(model), None
 
     def resume_from(self, count):
         """Give a model on disk its dense weights back, and return what is finished of its first `count` layers.
@@ -53,6 +51,7 @@ class LayerFiles(contextlib.AbstractContextManager):
         Returns a list with {(layer, name): Outcome} of each layer; the model gets them by `load_layer`.
         """
         self.flush()
+        self.dense = self.dense or [getattr(disk_weights(layer), "locations", None) for layer in self.layers]
         for layer, locations in zip(self.layers, self.dense, strict=True):
             if locations:
                 disk_weights(layer).locations = locations
@@ -128,20 +127,14 @@ class LayerFiles(contextlib.AbstractContextManager):
 
     def write(self, file, tensors):
         """Write {key: tensor} as a safetensors file."""
-        with self.writing_errors(file.name):
+        with self.disk_errors(file.name):
             streaming.write(file, tensors)
 
     def write_json(self, file, content):
         """Write a JSON-able value to a file."""
-        with self.writing_errors(file.name), replacing(file) as partial:
+        with self.disk_errors(file.name), replacing(file) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
 
-    @contextlib.contextmanager
-    def writing_errors(self, name):
-        """Raise InputError for a full, unwritable or missing disk. name: of what is written."""
-        try:
-            yield
-        except Exception as error:
-            if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
-                raise  # tokenizers raises a plain Exception
-            raise InputError(f"{self.place}: {name} cannot be written ({one_line(error)}); {self.advice}") from error
+    def disk_errors(self, name):
+        """Be `files.writing` for what has this name."""
+        return writing(f"{self.place}: {name}", self.advice)

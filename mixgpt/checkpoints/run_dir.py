@@ -142,12 +142,12 @@ class RunDir(LayerFiles):
         grids: {name of a linear: quant.Grid}. Formats other than dense load the whole model into memory.
         """
         if self.writes:
-            with self.writing_errors("the tokenizer"):
+            with self.disk_errors("the tokenizer"):
                 tokenizer.save_pretrained(self.path)
                 if getattr(self.model.config, "auto_map", None):  # for others to load: it is never run here
                     for file in Path(self.model.config.name_or_path).glob("*.py"):
                         shutil.copyfile(file, self.path / file.name)
-            with self.writing_errors("the model"):
+            with self.disk_errors("the model"):
                 save_format = FORMATS[self.save_format]
                 loaded = contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu"))
                 with loaded:

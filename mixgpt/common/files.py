@@ -5,7 +5,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from mixgpt.common.errors import InputError
+from safetensors import SafetensorError
+
+from mixgpt.common.errors import InputError, one_line
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -41,7 +43,7 @@ def check_outputs(paths, overwrite):
         file = Path(path)
         if flag == "--plot" and file.suffix not in PICTURES:
             raise InputError(f"{flag} {path}: must end in {', '.join(PICTURES)}")
-        with _writing(flag, path):
+        with writing(f"{flag} {path}:"):
             if file.exists() and not file.is_file():
                 raise InputError(f"{flag} {path}: is not a file; name a file")
             if file.exists() and not overwrite:
@@ -52,7 +54,7 @@ def check_outputs(paths, overwrite):
 
 def write_output(flag, path, content):
     """Write text or bytes, creating parent folders. Raises InputError on failure, leaving no partial file."""
-    with _writing(flag, path):
+    with writing(f"{flag} {path}:"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(os.path.realpath(path)) as partial:  # a link stays a link
             partial.write_bytes(content if isinstance(content, bytes) else
@@ -60,8 +62,12 @@ def write_output(flag, path, content):
 
 
 @contextlib.contextmanager
-def _writing(flag, path):
+def writing(subject, advice="name another file"):
+    """Raise InputError for a full, unwritable or missing disk. subject: what is written."""
     try:
         yield
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); name another file") from error
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise  # tokenizers raises a plain Exception
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"{subject} cannot be written ({reason}); {advice}") from error

@@ -148,8 +148,9 @@ def remove_experts(model, smaller, kept):
         layer, new = layers[index], layers_of(smaller)[index]
         sources, state = _sources(index, layer, new, numbers), layer.state_dict()
         if weights := disk_weights(layer):
-            new.disk_weights = weights
-            _relocate(weights.locations, sources)
+            dense, new.disk_weights = weights.locations, weights
+            weights.locations = {name: dense[source]._replace(part=rows) if rows else dense[source]
+                                 for name, (source, rows) in sources.items()}
         else:
             new.load_state_dict({name: rows.of(state[source]) if rows else state[source]
                                  for name, (source, rows) in sources.items()}, assign=True)
@@ -157,11 +158,3 @@ def remove_experts(model, smaller, kept):
     compute_buffers(model)
     for name in vars(model.config).keys() & EXPERTS:
         setattr(model.config, name, getattr(smaller.config, name))
-
-
-def _relocate(locations, sources):
-    """Replace the entries of {name: TensorLocation} by those of `sources`, in place."""
-    olds = dict(locations)
-    locations.clear()
-    for name, (source, rows) in sources.items():
-        locations[name] = olds[source]._replace(part=rows) if rows else olds[source]

@@ -333,7 +333,7 @@ def test_a_full_disk_gets_one_line_and_resume_gives_the_files(calls, what, finis
         patch.setattr(streaming, "save_file", lambda *given, **more: full() if next(left, None) is None else save_file(
             *given, **more))
         line = prune("opt", HALF, saved, status=2)
-    assert line == (f"llama.py: error: --save {saved}: {what} cannot be written ([Errno 28] No space left on device); "
+    assert line == (f"llama.py: error: --save {saved}: {what} cannot be written (No space left on device); "
                     "free some space and continue with --resume\n")
     assert len(list(saved.glob("progress/layer-*.json"))) == finished
     assert finished or not saved.exists()
