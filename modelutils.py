@@ -141,11 +141,6 @@ def _replaced(layers, forward):
             vars(layer).pop("forward", None)  # missing where Ctrl-C came before it was set
 
 
-def bytes_to_load(model, device):
-    """Return the bytes of a model's weights that are not in the memory of a device."""
-    return sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
-
-
 def place_for(nbytes, device, on_host=False):
     """Choose where to keep nbytes of hidden states: on the "device", the "host" or, memory-mapped, on "disk".
 

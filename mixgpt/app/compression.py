@@ -45,21 +45,15 @@ def _prune(run, plan, memory_plan):
     if settings.save:
         run.files.keep("memory_plan", asdict(memory_plan))
     if settings.calibrates:
-        recipe = replace(recipe_of(settings, plan.gradients), true_sequential=not memory_plan.two_passes)
+        saliency = SALIENCIES[settings.saliency]
+        recipe = Recipe(
+            SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), settings.scheme, settings.percdamp,
+            settings.act_order, not memory_plan.two_passes, settings.target == "dense",
+            plan.gradients.rows if saliency.weighs_rows else None, SOLVERS.title(settings.solver))
         return prune_layerwise(streamed, plan.targets, plan.tokens, recipe, run.files, observe), memory_plan
     with run.clock.part("magnitude" if settings.prunes else "rounding"):
         outcomes = prune_magnitude(streamed, plan.targets, settings.scheme, run.files, observe)
     return outcomes, memory_plan
-
-
-def recipe_of(settings, gradients=None):
-    """Return the Recipe for pruning and quantizing. gradients: fisher.Gradients, if settings.needs_gradients."""
-    saliency = SALIENCIES[settings.saliency]
-    return Recipe(
-        SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), settings.scheme,
-        settings.percdamp, settings.act_order, settings.true_sequential, settings.target == "dense",
-        row_weights=gradients.rows if saliency.weighs_rows else None,
-        title=SOLVERS.title(settings.solver))
 
 
 def _distill(run, plan, outcomes, on_host):

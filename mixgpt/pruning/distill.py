@@ -17,7 +17,7 @@ from mixgpt.common import distributed, memory, progress
 from mixgpt.common.runtime import seeded, wide
 from mixgpt.modeling.experts import kind_of
 from mixgpt.modeling.streaming import disk_weights
-from modelutils import SLICE, HiddenStates, by_rows, bytes_to_load, linears, on_device, rows_at_once, run_layers
+from modelutils import SLICE, HiddenStates, by_rows, linears, on_device, rows_at_once, run_layers
 
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
 STEPS = 24  # at most, with an effort of 1
@@ -70,7 +70,8 @@ def room_for(streamed, tokens, effort=1.0):
     matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
                 for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
     before = itemsize if device.type == "cpu" and not disk_weights(model) else 0
-    fixed = bytes_to_load(model, device) + 12 * max(m.weight.numel() for m in matrices.values()) + (
+    missing = sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
+    fixed = missing + 12 * max(m.weight.numel() for m in matrices.values()) + (
         before + 2 * itemsize + 4) * sum(weight.numel() for layer in layers for weight in layer.parameters())
     V, rows = min(config.vocab_size, VOCABULARY), min(SLICE, batch * T)
     fixed += V * (itemsize * (width + 2 * rows) + 12 * min(rows, rows_at_once(device, V)))
@@ -98,7 +99,8 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     mine, size = range(len(tokens))[distributed.share(len(tokens))], _per_step(tokens, effort)
-    steps = _shuffled(len(mine), size, -(-_most(tokens) // size), seeded(seed, "distillation", distributed.rank()))
+    steps = torch.randperm(len(mine), generator=seeded(seed, "distillation", distributed.rank())).split(size)
+    steps += (steps[0][:0],) * (-(-_most(tokens) // size) - len(steps))  # as many as in every other process
     with contextlib.ExitStack() as stack:
         with memory.shared_fate(waits=True):
             with memory.shared_fate():
@@ -166,12 +168,6 @@ def _per_step(tokens, effort):
     """Return how many sequences a process takes in a step."""
     enough = -(-STEP_TOKENS // (tokens.shape[1] * distributed.world()))
     return min(max(math.ceil(_most(tokens) / (STEPS * effort)), enough), _most(tokens))
-
-
-def _shuffled(n, size, count, generator):
-    """Return `count` tensors of at most `size` numbers each, together those below n in random order."""
-    parts = torch.randperm(n, generator=generator).split(size)
-    return [*parts, *(parts[0][:0] for _ in range(count - len(parts)))]
 
 
 def _batches(stream, rows):

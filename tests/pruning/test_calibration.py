@@ -5,13 +5,13 @@ import torch
 from conftest import CPU, VOCABULARY, make
 from makebelieve import CUDA, Gpu
 
-from mixgpt.app.compression import recipe_of
-from mixgpt.app.settings import Settings
+from mixgpt.common.choices import SOLVERS
 from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning.calibration import one_pass_bytes, paused_forwards
 from mixgpt.pruning.layerwise import prune_layerwise
+from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
 from modelutils import HiddenStates, StreamedModel, hooked, linears, shared_inputs
 
@@ -40,9 +40,10 @@ def test_the_bytes_of_one_pass_are_about_those_of_the_peak(name, options, monkey
     model = make(name)
     split_experts(model)
     tokens = torch.randint(VOCABULARY, (40, 64), generator=torch.Generator().manual_seed(0))
-    settings, selected = Settings(name, "builtin", sparsity=0.5, **options), select(model)
+    recipe = Recipe(SOLVERS[options.get("solver", "obs")].load(), dense_target="target" in options)
+    selected = select(model)
     with Gpu() as gpu:
         streamed = StreamedModel(model, CUDA, 1)
         counted = one_pass_bytes(streamed, selected, tokens.shape, "target" in options, "solver" in options)
-        prune_layerwise(streamed, dict.fromkeys(selected, Target(0.5)), tokens, recipe_of(settings))
+        prune_layerwise(streamed, dict.fromkeys(selected, Target(0.5)), tokens, recipe)
     assert 0.95 * gpu.peak <= counted <= 1.6 * gpu.peak  # memory.USABLE leaves a tenth
