@@ -50,8 +50,7 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
 def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
     """Cut a test split into segments; the incomplete last one is dropped.
 
-    Returns (LongTensor (n, seqlen), source), and takes bos, as `calibration_samples` does. Raises InputError if the
-    text is unavailable or shorter than seqlen tokens.
+    Arguments and result are like those of `calibration_samples`, but the text may have as few as seqlen tokens.
     """
     text_set = text_set_of(dataset)
     rows, source = load_rows(dataset, "test", data_dir)
@@ -82,8 +81,7 @@ def encode(tokenizer, text, **options):
 def token_ids(tokenizer, text, bos=None):
     """Return the ids of a whole text, with the special tokens that the tokenizer adds by itself, except for BOS.
 
-    bos: each or once: BOS in front; never: none; None: what the tokenizer does. A text that begins with BOS, such as a
-    chat by its template, stays as it is.
+    bos: each or once: BOS in front; never: none; None: what the tokenizer does. A text that begins with BOS stays so.
     """
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids = encode(tokenizer, text, add_special_tokens=not begun).input_ids
@@ -112,10 +110,7 @@ def random_segment(ids, seqlen, rng):
 
 
 def sample_documents(documents, nsamples, seqlen, rng, tokenizer, bos):
-    """Draw each segment from a random document of more than `seqlen` tokens. Yields lists of ids.
-
-    SparseGPT and GPTQ draw forever if none is long enough; this raises InputError after `DRAWS` in a row.
-    """
+    """Draw each segment from a random document of more than `seqlen` tokens, giving up after `DRAWS`. Yields ids."""
     for _ in range(nsamples):
         for _ in range(DRAWS):
             ids = token_ids(tokenizer, documents[rng.randint(0, len(documents) - 1)], bos)

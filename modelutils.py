@@ -108,8 +108,7 @@ class _LastLayerReached(Exception):
 def _record(model, layers, tokens, tuples=True):
     """Run a model up to its layers. Returns the hidden states before these, and the (args, kwargs) of each layer.
 
-    Of all layers, not only the first: models with sliding windows pass different masks to different layers. tuples:
-    whether the layers return tuples.
+    Models with sliding windows pass different masks to different layers. tuples: whether the layers return tuples.
     """
     calls = []
 
@@ -314,8 +313,7 @@ def other_weights(layer):
 def shared_inputs(layer, index, stream):
     """Group the linears of a layer that read the same tensor, by running one sequence through it.
 
-    Returns a list of lists of names, in the order in which the inputs are first read. Linears not called as modules
-    are missing.
+    Returns lists of names, in the order in which the inputs are first read. Linears not called as modules are missing.
     """
     groups, inputs = {}, []  # inputs are kept alive, so that no address is reused
 

@@ -103,8 +103,8 @@ class Walk:
         `hessian.factor`. h: (in,), diagonal of H without damping. targets: one for each matrix, all with the same
         prunem. blocksize: columns whose mask is chosen at once; each block gets an equal share of the sparsity.
         scheme: quant.Scheme, the grid of the kept weights, or None. dtype: in which grid values must be exact.
-        row_weights: (total rows,), factors of the saliencies per row. The columns of groups of prunem and of grids must
-        divide all columns, and one of them the other.
+        row_weights: (total rows,), factors of the saliencies. Groups of prunem and of grids must divide all columns,
+        and one of them the other.
         """
         self.W = torch.cat([W.t() for W in matrices], dim=1)  # (in, out)
         self.columns = len(self.W)

@@ -39,8 +39,7 @@ def working_dtype(model):
 class Chunk:
     """Sequences that run through all layers together and back, and their hidden states at all layer boundaries.
 
-    borders: of each boundary so far, a list with hidden states (n, T, C) of one kind or two. place: of these, as
-    `chunk_size` gives it.
+    borders: of each boundary so far, hidden states (n, T, C) of one kind or two, at the place that `chunk_size` gives.
     """
 
     def __init__(self, streamed, matrices, tokens, place, bar):

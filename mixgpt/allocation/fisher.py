@@ -112,8 +112,7 @@ def _sampled_backward(chunk, keys, measure):
     """Run all layers forward and backward, with labels ŷ sampled from the model's predictions, seeded by `keys`.
 
     Calls measure(column, rows, X, Y) with the index of a matrix, the slice of sequences that a batch has, the matrix's
-    input X (B, T, in) and the gradient Y of L(ŷ) w.r.t. its output (B, T, out). Hidden states are replaced by gradients
-    on the way back.
+    input X (B, T, in) and the gradient Y of L(ŷ) w.r.t. its output (B, T, out). Gradients replace hidden states.
     """
     @torch.no_grad()
     def forward(layer, index, rows):

@@ -28,8 +28,7 @@ def curvatures(chunk, keys):
     """Return zᵀ H z per sequence and matrix (n, matrices), H the Hessian of the loss summed over tokens.
 
     keys: seeds of the sequences' probes Z, entries ±1, regenerated in the backward pass. Exact second derivatives by
-    double backward, with respect to one scalar ε per matrix and sequence, at W + εZ: no gradient of the size of a
-    weight matrix is ever formed.
+    double backward, with respect to one scalar ε per matrix and sequence, at W + εZ: no gradient is as large as W.
     """
     chunk.borders[0].append(torch.zeros_like(chunk.borders[0][0]))  # the tangent
     result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64, device=chunk.device)
@@ -74,8 +73,7 @@ def _layer_tangent(chunk, keys, layer, index, rows):
         _, t, moved = _along(chunk, index, rows)
         y = chunk.stream.call(layer, index, moved, rows)
         u = torch.zeros_like(y, requires_grad=True)
-        first = torch.autograd.grad((y * u).sum(), [t, *epsilons.values()], create_graph=True,
-                                    materialize_grads=True)
+        first = torch.autograd.grad((y * u).sum(), [t, *epsilons.values()], create_graph=True, materialize_grads=True)
         y_dot, = torch.autograd.grad(sum(d.sum() for d in first), u)
     return y.detach(), y_dot
 
@@ -101,8 +99,7 @@ def _head_tangent(chunk, head, rows):
 def _layer_curvature(chunk, keys, result, layer, index, rows):
     """Backpropagate (g, ġ) through a layer: return those before it, and store zᵀ H z of its matrices in the result.
 
-    With s = ⟨y, g⟩ and φ = ds/dε + ⟨y, ġ⟩: ∇_x s = g and ∇_x φ = ġ of the layer before, and ∂φ/∂ε for a matrix's own
-    ε is zᵀ H z.
+    With s = ⟨y, g⟩ and φ = ds/dε + ⟨y, ġ⟩: ∇_x s = g and ∇_x φ = ġ of the layer before, and ∂φ/∂ε = zᵀ H z.
     """
     g, g_dot = chunk.read(index + 1, rows)
     with torch.enable_grad(), _probed(chunk, layer, index, keys[rows]) as epsilons:

@@ -66,8 +66,7 @@ def allocate(sensitivities, sizes, sparsity, alpha):
 
     sensitivities, sizes (weights): one number per unit, a matrix or a layer. First, the most sensitive unit gets
     sparsity − alpha and the least sensitive sparsity + alpha (the paper's keep-ratios). As units differ in size, a
-    common shift, clipped to [0, 1], then makes the weighted mean equal `sparsity`. Ties: the earlier unit ranks as less
-    sensitive. Returns a list of floats.
+    common shift, clipped to [0, 1], then makes the weighted mean equal `sparsity`. Of equals the earlier is sparser.
     """
     sizes = torch.tensor(sizes, dtype=torch.float64)
     ranks = torch.empty_like(sizes)
@@ -115,10 +114,7 @@ def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
 
 @torch.no_grad()
 def by_threshold(budget):
-    """Set every matrix's sparsity by one threshold on w² G_r E[x_c²], clipped to the overall one ± alpha.
-
-    Removes exactly round(sparsity · all weights).
-    """
+    """Set sparsities by one threshold on w² G_r E[x_c²], clipped to the overall one ± alpha, with exactly its total."""
     streamed, selected, sparsity, alpha = budget.streamed, budget.selected, budget.target.sparsity, budget.alpha
     sizes, device = [out * columns for out, columns in selected.values()], streamed.device
     layers = {index: streamed.layers[index] for index, _ in selected}
@@ -145,8 +141,7 @@ def threshold_counts(scores, least, most, total):
     on both of two calls. least, most: lists of ints, the fewest and the most weights that a unit may lose; total lies
     between their sums. Ties at the threshold are removed from the first units. Returns a list of ints.
 
-    Non-negative floats sort like their bit patterns: a radix select, one pass for the threshold's upper 16 bits and one
-    for the lower.
+    Non-negative floats sort like their bit patterns: a radix select, of the threshold's upper 16 bits, then the lower.
     """
     least, most = torch.tensor(least)[:, None], torch.tensor(most)[:, None]
     below, prefix = torch.zeros(len(least), 1, dtype=torch.int64), 0

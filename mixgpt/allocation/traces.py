@@ -113,8 +113,7 @@ def hessian_traces(streamed, matrices, tokens, estimator, seed=0, nprobes=1, pre
 
     streamed: a modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). nprobes: probes, or label
     draws, per sequence. previous: rows from an interrupted call. save: called with the rows so far after every chunk of
-    sequences. Returns (N, len(matrices)) in float64: the mean over sequences estimates the trace, their standard
-    deviation its error.
+    sequences. Returns (N, len(matrices)) in float64, estimates of which the mean is the result.
     """
     (N, T), estimate, rows = tokens.shape, ESTIMATORS[estimator].load(), [] if previous is None else list(previous)
     # 2 kinds of states, as an estimator may keep tangents; on a CPU a chunk takes long, and is saved at its end

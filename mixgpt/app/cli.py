@@ -88,8 +88,7 @@ def reported(script, argv, remedy):
 
     Yields an object whose `status` is then 0, or what the block has set. 1: a bug, whose traceback is in the file that
     the line names. 2: InputError, or the host is out of memory; remedy says what to lower. 130: Ctrl-C. 141, without a
-    line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP. If the block sets `advice`, it ends the line,
-    except that of an InputError.
+    line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP. `advice` ends all lines but that of an InputError.
     """
     end = SimpleNamespace(status=0, advice="")
     try:
@@ -134,8 +133,7 @@ def _traceback_file(script, argv, error):
 def _terminable():
     """Let SIGTERM and SIGHUP raise `Terminated` within the block, so that temporary files are removed.
 
-    Only in the first process, as the others keep no files and may hang in one that waits for it. A signal that is
-    ignored, as under nohup, stays so.
+    Only in the first process: the others keep no files. A signal that is ignored, as under nohup, stays so.
     """
     def terminate(*_):
         for number in handled:  # a terminal that closes sends two

@@ -119,8 +119,7 @@ def save_sparse(folder, model, grids):
 def stored_bytes(folder, weights, itemsize):
     """Count the bytes of weights in a directory's safetensors files.
 
-    weights: {name: numbers in it}. itemsize: bytes of a number of those that are stored under another name, as of
-    experts, which no format packs.
+    weights: {name: numbers in it}. itemsize: bytes of a number where the name is another, as of experts, never packed.
     """
     sizes = Counter()  # by key without .weight and what follows
     for file in Path(folder).glob("*.safetensors"):

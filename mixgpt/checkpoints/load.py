@@ -65,8 +65,7 @@ def check_links(model, folder, patterns):
 def _converted(file):
     """Return the folder of the checkpoint into which a .gguf file is converted once, as transformers reads it slowly.
 
-    It is in the cache, under a name that tells files and their versions apart. Raises InputError if the file is
-    damaged or the cache cannot be written.
+    It is in the cache, under a name that tells files and their versions apart.
     """
     status = file.stat()
     key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {transformers.__version__}"
@@ -250,8 +249,7 @@ def from_pretrained(model, name, dtype, **arguments):
 def open_model(model, config, dtype):
     """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it.
 
-    Raises InputError if weights are missing or do not match the configuration; NaN or inf on disk shows when a layer is
-    loaded.
+    Raises InputError if weights are missing or do not match the configuration.
     """
     if getattr(config, "quantization_config", None):
         return load_model(model, dtype)

@@ -11,8 +11,7 @@ from modelutils import HiddenStates, linears, shared_inputs, with_layers
 # Of a small copy: at most so many layers, and limits of settings of its configuration.
 LAYERS = 12
 VOCABULARY = {"vocab_size": 512, "vocab_size_per_layer_input": 512}
-WIDTHS = dict.fromkeys(
-    ("intermediate_size", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 64)
+WIDTHS = dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 64)
 TOKENS = 16
 SEQUENCES = 3
 TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to 1e-4

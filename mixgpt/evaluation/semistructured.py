@@ -1,8 +1,7 @@
 """Run 2:4 sparse models on the GPU's semi-structured kernels, and compare these with the dense kernels.
 
 torch stores half of the values of such a matrix with two index bits each, and multiplies by it at up to twice the speed
-(arXiv 2104.08378). Supported shapes depend on the backend; those required here suit both of torch's, cuSPARSELt and
-CUTLASS.
+(arXiv 2104.08378). The shapes required here suit both of torch's backends, cuSPARSELt and CUTLASS.
 """
 
 import contextlib

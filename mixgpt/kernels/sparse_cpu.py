@@ -93,8 +93,7 @@ def padded(data):
 def run(kernel, rows, columns, block, groups, tensors):
     """Call a kernel on all rows.
 
-    block: columns to an offset. tensors: contiguous ones by their names in TENSORS, as many as the kernel needs; data:
-    `padded`.
+    block: columns to an offset. tensors: those that the kernel needs, by their names in TENSORS; data: `padded`.
     """
     addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in TENSORS]
     numbers = 0, rows, columns, -(-columns // block), groups

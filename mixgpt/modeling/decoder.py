@@ -79,8 +79,7 @@ def is_shared(argument):
 def per_sequence(calls, others, N):
     """Return the arguments of all layers with a `PerSequence` in place of those that depend on tokens, else None.
 
-    calls, others: the arguments for two batches of one sequence without a common token. N: of all sequences. Raises
-    ValueError if one has no batch dimension.
+    calls, others: those of two batches of one sequence without a common token. N: sequences in all. Raises ValueError.
     """
     kept = {}  # by id: many layers may take the same tensor
 

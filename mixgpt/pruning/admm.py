@@ -22,8 +22,7 @@ def keep_masks(scores, targets, totals, fraction=1.0, exact=True, out=None):
     scores: (out, in) of each, 0 where a weight must go; in several processes the shares of its rows, `totals` in
     number. targets: of each; round(sparsity · numel) weights go, or prunen of every prunem (the same for all matrices)
     consecutive ones of a row. fraction: multiplies these numbers. exact: if False, unstructured counts are only
-    approximate, from a sample of the scores. Returns masks of ones and zeros in the dtype of the scores, fast to
-    multiply by; out: memory for them.
+    approximate, from a sample of the scores. Returns masks of 1 and 0 in the dtype of the scores; out: memory for them.
     """
     columns, prunem, masks = scores[0].shape[1], targets[0].prunem, [None] * len(scores)
     thresholds = [0.0] * len(scores)

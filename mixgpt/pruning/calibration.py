@@ -175,8 +175,7 @@ def one_pass_bytes(streamed, selected, shape, dense_target, admm):
     """Estimate, on the high side, the bytes that pruning takes if all batches pause inside a layer at a time.
 
     selected: {(layer, name): (out, in)}. shape: (sequences of this process, tokens). While a batch waits in front of a
-    linear, it holds the residual stream, its norm, and the linear's input or the outputs of other linears that read the
-    norm: queries, keys and values, gates.
+    linear, it holds the residual stream, its norm, and the linear's input or outputs of others that read the norm.
     """
     model, (sequences, T), sets = streamed.model, shape, 1 + dense_target
     inputs, hessians = defaultdict(list), defaultdict(int)
@@ -202,8 +201,7 @@ def paused_forwards(layer, index, stream, stops, read):
 
     stops: modules in the order in which the layer runs them. Calls read(module, input) for each batch, and yields the
     module once all batches wait before it, so that its weights can be changed given all its inputs. When the generator
-    is exhausted, the stream holds the layer's output. Every batch is a greenlet, all in one thread, and resumes where
-    it paused.
+    is exhausted, the stream holds the layer's output. Every batch is a greenlet, and resumes where it paused.
     """
     def run(rows):
         stream.hidden[rows] = stream.forward(layer, index, rows)

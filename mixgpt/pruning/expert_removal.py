@@ -91,8 +91,7 @@ def _sources(index, layer, smaller, kept):
 def expert_scores(streamed, tokens):
     """Return {layer: scores of its experts (experts,)} on calibration tokens (N, T), in one pass of the whole model.
 
-    streamed: a modelutils.StreamedModel. Each process takes its share of the sequences. Raises InputError if a score
-    is not finite.
+    streamed: a modelutils.StreamedModel. Raises InputError if a score is not finite.
     """
     sums = {}  # layer: (2, experts), of `_recording`
 
