@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import modelutils
 from mixgpt.allocation import backward, traces
 from mixgpt.app import pipeline
-from mixgpt.checkpoints import formats, layer_files, load, run_dir
+from mixgpt.checkpoints import formats, load, run_dir
 from mixgpt.common import runtime
 from mixgpt.modeling import streaming
 
@@ -107,7 +107,7 @@ def watch(fatal, log, root, shard):
 
     runtime.Clock.part = timed_part
     for name in ("save_layer", "_write_layer", "take_distilled"):  # a thread writes what is finished
-        moments.around(layer_files.LayerFiles, name, "finish")
+        moments.around(run_dir.RunDir, name, "finish")
     for name, part in (("kept", "kept"), ("write_checkpoint", "complete"), ("close", "end")):
         moments.around(run_dir.RunDir, name, part)
     moments.around(traces, "write_output", "traces")

@@ -13,9 +13,9 @@ from mixgpt.app import report
 from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
 from mixgpt.checkpoints import load
-from mixgpt.checkpoints.layer_files import LayerFiles
+from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, memory
-from mixgpt.common.errors import InputError
+from mixgpt.common.files import writing
 from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.common.runtime import Clock, choose_dtype
 from mixgpt.evaluation import semistructured
@@ -48,7 +48,7 @@ class Run:
     tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
     sources: dict = field(default_factory=dict)  # origin of the texts
     score_tasks: Any = None  # function of (model, batch size), None without tasks
-    files: LayerFiles | None = None  # the RunDir of --save; else in a temporary folder, if the weights are on disk
+    files: RunDir | None = None  # of --save; else in a temporary folder, if the weights are on disk
     record: dict = field(default_factory=dict)  # as in mixgpt.json, filled step by step
     tracker: Tracker | None = None
     memory_plan: MemoryPlan | None = None  # of pruning
@@ -104,31 +104,28 @@ def open_run(run, stack, folder, command=None):
     run.files, run.record = folder, report.facts(run)
     if folder:
         run.record["identity"] = report.identity(run)
-        folder.open(run.model, run.record["identity"])
     elif run.selected and locations_of(run.model):  # pruned layers go to disk, like the dense ones
-        run.files = stack.enter_context(_temporary_files(stack, run))
-        run.files.open(run.model)
+        run.files = stack.enter_context(_temporary_folder(stack, run))
+    if run.files:
+        run.files.open(run.model, run.record.get("identity", {}))
     run.log(report.heading(run, command, whole))
     with run.clock.part("W&B"):
         run.tracker = stack.enter_context(Tracker(run.settings, run.record))
     _plan(run)
 
 
-def _temporary_files(stack, run):
-    """Return LayerFiles in a temporary folder. Raises InputError if none has room for the pruned layers."""
+def _temporary_folder(stack, run):
+    """Return a RunDir in a temporary folder. Raises InputError if none has room for the pruned layers."""
     nbytes = sum(tensor.nbytes for layer in layers_of(run.model) for tensor in layer.state_dict().values())
     nbytes *= 2 if run.settings.distill else 1
     path = None
     if distributed.rank() == 0:
-        try:
+        with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
             path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
             if shutil.disk_usage(path).free < nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise InputError(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers cannot be written to the folder for "
-                             f"temporary files ({error.strerror}); set it to another one, or give --save") from error
-    return LayerFiles(distributed.broadcast_object(path), f"TMPDIR {tempfile.gettempdir()}",
-                      "free some space, or set TMPDIR to a folder on a larger disk")
+    return RunDir(distributed.broadcast_object(path), place=f"TMPDIR {tempfile.gettempdir()}",
+                  advice="free some space, or set TMPDIR to a folder on a larger disk")
 
 
 def _plan(run):

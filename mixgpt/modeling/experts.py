@@ -159,7 +159,7 @@ def _run_split(experts, hidden_states, top_k_index, top_k_weights):
 def published(model):
     """Return {name of a tensor once experts are split: (key in the published checkpoint, `ExpertSlice` or None)}.
 
-    model: as transformers builds it, possibly on meta. Its conversion for saving is run on numbers, to see where they go.
+    model: as transformers builds it, possibly on meta. Its conversion for saving is run on numbers of the tensors.
     """
     tensors, names = {}, []
     for name, tensor in model.state_dict().items():

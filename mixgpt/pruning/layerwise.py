@@ -23,7 +23,7 @@ def prune_layerwise(streamed, plan, tokens, recipe, files=None, observe=None):
 
     streamed: a modelutils.StreamedModel. plan: {(layer, name): Target}. recipe: a solvers.Recipe. Inputs come from the
     preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the same layer. files:
-    a checkpoints.layer_files.LayerFiles that saves finished layers. observe: called with (index, layer, {(layer, name):
+    a checkpoints.run_dir.RunDir that saves finished layers. observe: called with (index, layer, {(layer, name):
     Outcome}, time.perf_counter() at its start) for each finished layer while it is on the device. Returns
     {(layer, name): Outcome}. Raises InputError if an input is not finite.
     """

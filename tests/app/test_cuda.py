@@ -18,7 +18,7 @@ import modelutils
 from mixgpt.allocation import backward
 from mixgpt.app import cli
 from mixgpt.checkpoints import load
-from mixgpt.checkpoints.layer_files import LayerFiles
+from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import memory
 from mixgpt.common.choices import RECORD
 from mixgpt.kernels import columns
@@ -293,19 +293,19 @@ SOLVER = {"sparsegpt.py", "hessian.py", "linalg.py", "solvers.py", "layerwise.py
 
 def test_the_host_goes_on_while_the_gpu_prunes_a_layer(simulated, checkpoint_folder, monkeypatch):
     """Without --save: the clock does not wait for the GPU, from layer to layer."""
-    finish, waits = LayerFiles.save_layer, []
+    finish, waits = RunDir.save_layer, []
 
     def finished(*given):
         finish(*given)
         waits.append(Gpu.current.synchronisations.copy())
 
-    monkeypatch.setattr(LayerFiles, "save_layer", finished)
+    monkeypatch.setattr(RunDir, "save_layer", finished)
     with simulated():
         assert cli.main("llama.py", [str(word) for word in (
             checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--seqlen", 32, "--nsamples", 5, "--eval",
             "--device", "cuda:0")]) == 0
     each = {(what, place): count for (what, place), count in (waits[2] - waits[1]).items()
-            if not place.startswith("layer_files.py")}  # which copies the weights
+            if not place.startswith("run_dir.py")}  # which copies the weights
     assert sum(each.values()) <= 10, each
     assert not [(what, place) for what, place in each if place.partition(":")[0] not in SOLVER]
 

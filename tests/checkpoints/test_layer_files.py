@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixgpt.checkpoints import load
-from mixgpt.checkpoints.layer_files import LayerFiles
+from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
 from modelutils import on_device
@@ -40,10 +40,11 @@ def gate(monkeypatch):
 
 @contextlib.contextmanager
 def opened(path, model):
-    """Give LayerFiles that are open."""
+    """Give a RunDir that is open, whose layers are in `path`."""
     path.mkdir(exist_ok=True)
-    with LayerFiles(path, "--save folder", "free some space") as files:
-        files.open(model)
+    with RunDir(path, place="--save folder", advice="free some space") as files:
+        files.folder = path
+        files.open(model, {})
         files.resume_from(3)
         yield files
 

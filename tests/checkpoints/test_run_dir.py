@@ -21,7 +21,6 @@ import mixgpt
 from mixgpt.app import compression, planning
 from mixgpt.app import run as running
 from mixgpt.checkpoints import formats, load
-from mixgpt.checkpoints.layer_files import LayerFiles
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import memory
 from mixgpt.common.errors import InputError
@@ -37,7 +36,7 @@ HALF = "--sparsity .5 --save"
 def interrupt(prune, monkeypatch):
     """Return a function that runs a command line, as `prune` does, until so many layers are finished."""
     def interrupt(finished, *arguments, **options):
-        keep, count = LayerFiles.save_layer, []
+        keep, count = RunDir.save_layer, []
 
         def finish(*given, **more):
             keep(*given, **more)
@@ -46,7 +45,7 @@ def interrupt(prune, monkeypatch):
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(LayerFiles, "save_layer", finish)
+            patch.setattr(RunDir, "save_layer", finish)
             prune(*arguments, status=130, **options)
 
     return interrupt
@@ -242,8 +241,8 @@ def test_an_interrupted_run_gives_the_files_of_a_whole_one(save_format, name, op
 
 def test_a_temporary_folder_that_is_full_is_named_and_not_save(prune, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    line = ("llama.py: error: TMPDIR: 0.000 GB of pruned layers cannot be written to the folder for temporary files "
-            "(No space left on device); set it to another one, or give --save\n")
+    line = ("llama.py: error: TMPDIR: 0.000 GB of pruned layers cannot be written "
+            "(No space left on device); set it to another folder, or give --save\n")
     free = SimpleNamespace(free=99_000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: free)
@@ -260,7 +259,7 @@ def test_a_step_that_starts_over_goes_on_from_the_finished_layers(saves, prune, 
     """As when the GPU's memory runs out in the third layer."""
     options = "--sparsity .5 --target dense --batch-size 1 --record {0}.json" + (" --save {0}" if saves else "")
     prune("opt", options.format(tmp_path / "whole"))
-    save_layer, indexes = LayerFiles.save_layer, []
+    save_layer, indexes = RunDir.save_layer, []
 
     def scarce(files, index, *given):
         indexes.append(index)
@@ -268,7 +267,7 @@ def test_a_step_that_starts_over_goes_on_from_the_finished_layers(saves, prune, 
             raise torch.OutOfMemoryError("as if")
         save_layer(files, index, *given)
 
-    monkeypatch.setattr(LayerFiles, "save_layer", scarce)
+    monkeypatch.setattr(RunDir, "save_layer", scarce)
     monkeypatch.setattr(memory.MemoryPlan, "next_cheaper", lambda plan: (plan, "as if"))
     prune("opt", options.format(tmp_path / "again"))
     assert indexes == [0, 1, 2, 2]
