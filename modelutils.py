@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from mixgpt.common import memory, progress
-from mixgpt.common.errors import InputError
+from mixgpt.common.files import writing
 from mixgpt.common.runtime import Clock
 from mixgpt.modeling import decoder
 from mixgpt.modeling.decoder import layers_of, rest_of
@@ -62,9 +62,35 @@ class StreamedModel:
     def layers(self):
         return layers_of(self.model)
 
+    @torch.no_grad()
     def embed(self, tokens, sets=1):
-        """Return the `HiddenStates` of tokens (N, T) before the first layer; see `HiddenStates.embed`."""
-        return HiddenStates.embed(self.model, tokens, self.batch_size, self.device, sets, self.on_host)
+        """Return the `HiddenStates` of tokens (N, T) before the first layer, with arguments for batches of their sizes.
+
+        sets: number of such sets of hidden states to make room for, all in one place. Raises ValueError if arguments
+        depend on the tokens and cannot be kept for each sequence.
+        """
+        stream, layers = HiddenStates(torch.empty(0), self.batch_size, self.device), self.layers
+        with on_device(rest_of(self.model).values(), self.device):
+            hidden, calls = _record(self.model, layers, tokens[:1].to(self.device))
+            if len(hidden) != min(len(tokens), 1):
+                raise ValueError(f"its layers take hidden states of {tuple(hidden.shape)}, whose batch does not come "
+                                 "first")
+            stream.channels, stream.shared = hidden.shape[-1], decoder.shared_shapes(layers, hidden, calls)
+            shape = len(tokens), *hidden.shape[1:-1], stream.channels + sum(decoder.widths(stream.shared))
+            stream.place = place_for(sets * math.prod(shape) * hidden.dtype.itemsize, self.device, self.on_host)
+            stream.hidden = allocate(shape, hidden.dtype, self.device, stream.place)
+            stream.hidden[..., stream.channels:] = 0
+            _, others = _record(self.model, layers, (tokens[:1] == 0).long().to(self.device))  # all tokens are others
+            places = decoder.per_sequence(calls, others, len(tokens))
+            stream.varying = any(isinstance(place, decoder.PerSequence) for place in tree_leaves(places)) or any(
+                map(decoder.is_shared, tree_leaves(calls)))
+            for rows in [slice(0, 1), *stream.batches()]:
+                hidden, calls = _record(self.model, layers, tokens[rows].to(self.device))
+                stream.hidden[rows, ..., :stream.channels] = hidden
+                if stream.varying:
+                    calls = decoder.fill(places, calls, rows)
+                stream.arguments.setdefault(len(hidden), calls)
+        return stream
 
 
 @contextlib.contextmanager
@@ -155,14 +181,11 @@ def allocate(shape, dtype, device, place):
     if place != "disk":
         return torch.empty(shape, dtype=dtype, device=device if place == "device" else "cpu")
     numel = math.prod(shape)
-    try:
-        with tempfile.NamedTemporaryFile() as file:
-            os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
-            return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
-    except OSError as error:
-        size = f"{numel * dtype.itemsize / 1e9:.1f} GB"
-        raise InputError(f"--nsamples, --seqlen: hidden states take {size}, more than is free in memory and in "
-                         f"{tempfile.gettempdir()} ({error.strerror})") from error
+    nbytes = numel * dtype.itemsize
+    with writing(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in memory, and",
+                 "lower these, or set TMPDIR to a larger disk"), tempfile.NamedTemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
 
 
 @dataclass
@@ -178,37 +201,6 @@ class HiddenStates:
     varying: bool = False  # whether some arguments depend on the tokens or on earlier layers
     tuples: bool = False  # whether the layers return tuples, once one has run
     place: str = ""  # of the hidden states, as chosen by `place_for`
-
-    @classmethod
-    @torch.no_grad()
-    def embed(cls, model, tokens, batch_size, device, sets=1, on_host=False):
-        """Run the model up to the first layer on tokens (N, T); record arguments for batches of batch_size, 1, rest.
-
-        sets: number of such sets of hidden states to make room for, all in one place. on_host: not on the device.
-        Raises ValueError if arguments depend on the tokens and cannot be kept for each sequence.
-        """
-        stream, layers = cls(torch.empty(0), batch_size, device), layers_of(model)
-        with on_device(rest_of(model).values(), device):
-            hidden, calls = _record(model, layers, tokens[:1].to(device))
-            if len(hidden) != min(len(tokens), 1):
-                raise ValueError(f"its layers take hidden states of {tuple(hidden.shape)}, whose batch does not come "
-                                 "first")
-            stream.channels, stream.shared = hidden.shape[-1], decoder.shared_shapes(layers, hidden, calls)
-            shape = len(tokens), *hidden.shape[1:-1], stream.channels + sum(decoder.widths(stream.shared))
-            stream.place = place_for(sets * math.prod(shape) * hidden.dtype.itemsize, device, on_host)
-            stream.hidden = allocate(shape, hidden.dtype, device, stream.place)
-            stream.hidden[..., stream.channels:] = 0
-            _, others = _record(model, layers, (tokens[:1] == 0).long().to(device))  # another token everywhere
-            places = decoder.per_sequence(calls, others, len(tokens))
-            stream.varying = any(isinstance(place, decoder.PerSequence) for place in tree_leaves(places)) or any(
-                map(decoder.is_shared, tree_leaves(calls)))
-            for rows in [slice(0, 1), *stream.batches()]:
-                hidden, calls = _record(model, layers, tokens[rows].to(device))
-                stream.hidden[rows, ..., :stream.channels] = hidden
-                if stream.varying:
-                    calls = decoder.fill(places, calls, rows)
-                stream.arguments.setdefault(len(hidden), calls)
-        return stream
 
     def twin(self):
         """Return a stream with a copy of the hidden states, in the same place."""

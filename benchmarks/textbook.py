@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from mixgpt.modeling.decoder import layers_of
-from modelutils import HiddenStates, hooked, in_turn, linears
+from modelutils import StreamedModel, hooked, in_turn, linears
 from quant import Scheme
 
 
@@ -72,7 +72,7 @@ def prune_model(model, tokens, device, clock):
             pruner.add_batch(X)
 
     with clock.part("forward"):
-        stream = HiddenStates.embed(model, tokens, 1, device)
+        stream = StreamedModel(model, device, 1).embed(tokens)
     for index, layer in in_turn(layers_of(model), device, "textbook"):
         pruners = {module: Textbook(module) for module in linears(layer).values()}
         with hooked({module: partial(add, pruner) for module, pruner in pruners.items()}), clock.part("forward"):

@@ -111,8 +111,8 @@ def watch(fatal, log, root, shard):
     for name, part in (("kept", "kept"), ("write_checkpoint", "complete"), ("close", "end")):
         moments.around(run_dir.RunDir, name, part)
     moments.around(traces, "write_output", "traces")
-    for name in ("embed", "call"):
-        moments.around(modelutils.HiddenStates, name)
+    moments.around(modelutils.StreamedModel, "embed")
+    moments.around(modelutils.HiddenStates, "call")
     for owner, name in ((streaming, "save_file"), (transformers.modeling_utils, "safe_save_file")):
         moments.half_written(owner, name)
     for owner in (io, builtins):

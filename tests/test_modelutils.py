@@ -8,7 +8,7 @@ from conftest import CPU, make
 import modelutils
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.decoder import layers_of
-from modelutils import HiddenStates, linears, shared_inputs
+from modelutils import HiddenStates, StreamedModel, linears, shared_inputs
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 OPT = [ATTENTION, ["self_attn.out_proj"], ["fc1"], ["fc2"]]
@@ -21,7 +21,7 @@ BLOOM = [["self_attention.query_key_value"], ["self_attention.dense"], ["mlp.den
 }.items())
 def test_linears_that_read_the_same_tensor_are_found_in_running_order(name, expected, tokens):
     model = make(name)
-    stream = HiddenStates.embed(model, tokens, 2, CPU)
+    stream = StreamedModel(model, CPU, 2).embed(tokens)
     found = [shared_inputs(layer, index, stream) for index, layer in enumerate(layers_of(model))]
     assert found == 3 * [expected]
 
@@ -50,7 +50,7 @@ def test_hidden_states_advance_layer_by_layer_as_in_the_model(tiny, tokens):
     model = tiny
     with torch.no_grad():
         expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
-    stream = HiddenStates.embed(model, tokens, 2, CPU)
+    stream = StreamedModel(model, CPU, 2).embed(tokens)
     assert torch.allclose(stream.hidden, expected[0], atol=1e-5)
     for index, layer in enumerate(list(layers_of(model))[:-1]):
         stream.advance(layer, index)
@@ -59,7 +59,7 @@ def test_hidden_states_advance_layer_by_layer_as_in_the_model(tiny, tokens):
 
 def test_layers_take_the_arguments_of_the_sequences_that_they_run_on_in_any_order(tokens):
     model = make("gemma4")
-    stream = HiddenStates.embed(model, tokens, 2, CPU)
+    stream = StreamedModel(model, CPU, 2).embed(tokens)
     rows = torch.tensor([3, 1])
     with torch.no_grad():
         expected = model(tokens[rows], output_hidden_states=True, use_cache=False).hidden_states
@@ -77,7 +77,7 @@ def test_hidden_states_lie_on_disk_where_memory_is_short_and_are_the_same(dtype,
     model.to(dtype)
 
     def last():
-        stream = HiddenStates.embed(model, tokens, 2, CPU)
+        stream = StreamedModel(model, CPU, 2).embed(tokens)
         for index, layer in enumerate(layers_of(model)):
             stream.advance(layer, index)
         return stream.hidden

@@ -8,7 +8,7 @@ import torch
 from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common import distributed
 from mixgpt.modeling.decoder import layers_of
-from modelutils import SLICE, HiddenStates, by_rows, in_turn, linears, other_weights, run_layers
+from modelutils import SLICE, HiddenStates, StreamedModel, by_rows, in_turn, linears, other_weights, run_layers
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def perplexity(model, tokens, batch_size, device, title="perplexity", step=Hidde
     N, T = tokens.shape
     mine, total = tokens[distributed.share(N)], 0.0
     if len(mine):
-        stream = HiddenStates.embed(model, mine, batch_size, device)
+        stream = StreamedModel(model, device, batch_size).embed(mine)
         run_layers(model, [stream], device, title, step)
         with stream.head(model) as head:
             for rows in stream.batches():
@@ -37,7 +37,7 @@ def perplexity(model, tokens, batch_size, device, title="perplexity", step=Hidde
 @torch.no_grad()
 def logits(model, tokens, batch_size, device):
     """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
-    stream = HiddenStates.embed(model, tokens, batch_size, device)
+    stream = StreamedModel(model, device, batch_size).embed(tokens)
     run_layers(model, [stream], device, "logits")
     with stream.head(model) as head:
         return torch.cat([head(hidden.to(device)).to("cpu") for hidden in stream.hidden.flatten(0, 1).split(SLICE)]

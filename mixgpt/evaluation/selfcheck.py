@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import use_linears
-from modelutils import HiddenStates, linears, shared_inputs, with_layers
+from modelutils import StreamedModel, linears, shared_inputs, with_layers
 
 # Of a small copy: at most so many layers, and limits of settings of its configuration.
 LAYERS = 12
@@ -34,7 +34,7 @@ def check(name, skeleton):
         except Exception:  # sizes that depend on each other in a way of their own
             model, tokens, expected = _run_whole(small(skeleton.config, layers, narrow=False))
         use_linears(model)
-        streams = [HiddenStates.embed(model, tokens, size, tokens.device) for size in (2, 1)]
+        streams = [StreamedModel(model, tokens.device, size).embed(tokens) for size in (2, 1)]
         for index, layer in enumerate(layers_of(model)):
             uncalled |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))
             for stream in streams:

@@ -30,7 +30,7 @@ from mixgpt.common.errors import InputError, reading
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.common.texts import hub_reachable, silenced
 from mixgpt.evaluation.generation import complete
-from modelutils import SLICE, HiddenStates, run_layers, whole
+from modelutils import SLICE, StreamedModel, run_layers, whole
 
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
 RESIDENT = 2**18  # tokens that pass through a layer each time it is loaded
@@ -198,7 +198,7 @@ class StreamedLM(TemplateLM):
                 -(-len(tokens) // PADDING) * PADDING, self.max_length)):
             # causal attention: padding at the end does not affect the tokens before it
             padded = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in alike])
-            streams.append(HiddenStates.embed(self.model, padded, max(self.tokens // T, 1), self.where))
+            streams.append(StreamedModel(self.model, self.where, max(self.tokens // T, 1)).embed(padded))
         run_layers(self.model, streams, self.where, "tasks")
         with streams[0].head(self.model) as head:
             rows = itertools.chain.from_iterable(stream.hidden for stream in streams)

@@ -17,7 +17,7 @@ from mixgpt.common import distributed, memory, progress
 from mixgpt.common.runtime import seeded, wide
 from mixgpt.modeling.experts import kind_of
 from mixgpt.modeling.streaming import disk_weights
-from modelutils import SLICE, HiddenStates, by_rows, linears, on_device, rows_at_once, run_layers
+from modelutils import SLICE, by_rows, linears, on_device, rows_at_once, run_layers
 
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
 STEPS = 24  # at most, with an effort of 1
@@ -106,8 +106,8 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
             with memory.shared_fate():
                 stack.enter_context(on_device(layers, device))
                 weights = stack.enter_context(_trained(layers, chosen))
-                stream = HiddenStates.embed(model, tokens[mine.start:mine.stop],
-                                      min(streamed.batch_size, size), device, on_host=streamed.on_host)
+                stream = replace(streamed, batch_size=min(streamed.batch_size, size)).embed(
+                    tokens[mine.start:mine.stop])
                 head = stack.enter_context(stream.head(model, vocabulary=_vocabulary(stream, model, dense)))
                 grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
                 states = [_Scales(weight, grids[weight]) if weight in grids else _Weight(weight) for weight in weights]

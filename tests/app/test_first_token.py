@@ -15,7 +15,7 @@ import datautils
 import generate
 from mixgpt.evaluation import selfcheck
 from mixgpt.pruning import distill
-from modelutils import HiddenStates
+from modelutils import StreamedModel
 
 BOS = 0
 
@@ -95,14 +95,14 @@ def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, re
 @pytest.fixture
 def sequences(monkeypatch):
     """Return a list that takes all sequences which a model reads, but in the check on random ones."""
-    read, embed = [], HiddenStates.embed.__func__
+    read, embed = [], StreamedModel.embed
     monkeypatch.setattr(selfcheck, "check", lambda *_: (1.0, []))
 
-    def embedded(cls, model, tokens, *args, **options):
+    def embedded(streamed, tokens, *args):
         read.append(tokens.clone())
-        return embed(cls, model, tokens, *args, **options)
+        return embed(streamed, tokens, *args)
 
-    monkeypatch.setattr(HiddenStates, "embed", classmethod(embedded))
+    monkeypatch.setattr(StreamedModel, "embed", embedded)
     return read
 
 

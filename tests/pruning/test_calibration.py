@@ -13,14 +13,14 @@ from mixgpt.pruning.calibration import one_pass_bytes, paused_forwards
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import HiddenStates, StreamedModel, hooked, linears, shared_inputs
+from modelutils import StreamedModel, hooked, linears, shared_inputs
 
 
 def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_each_module(tiny, tokens):
     model = tiny
     layer = layers_of(model)[0]
-    whole = HiddenStates.embed(model, tokens, 2, CPU)
-    paused = HiddenStates.embed(model, tokens, 2, CPU)
+    whole = StreamedModel(model, CPU, 2).embed(tokens)
+    paused = StreamedModel(model, CPU, 2).embed(tokens)
     stops = [linears(layer)[group[0]] for group in shared_inputs(layer, 0, whole)]
     inputs, expected = {module: [] for module in stops}, {module: [] for module in stops}
     with hooked({module: expected[module].append for module in stops}):
