@@ -43,7 +43,7 @@ def made(name, true_sequential, wbits, more=""):
     if more == "best":
         gradients = output_gradients(streamed, list(selected), tokens, 3)
         plan = by_threshold(Budget(selected, Target(0.5), 0.15, gradients=gradients, streamed=streamed))
-        options = {"solver": admm, "dense_target": True, "row_weights": gradients.rows}
+        options = {"solver": admm, "dense_target": True, "row_weights": {key: G for key, (G, _) in gradients.items()}}
     dense = distill.dense_states(streamed, tokens) if more == "distilled" else None
 
     def solver(problem, solve=options["solver"]):

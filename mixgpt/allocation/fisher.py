@@ -3,7 +3,6 @@
 Notation as in `backward`; ŷ are labels sampled from the model's predictions.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,32 +17,10 @@ ROUNDING = 1e-9  # of the largest ‖∂L/∂y‖² of a sequence: less is a tok
 ROW_WEIGHT_EXPONENT = 0.7  # of G within a matrix
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Mean squares of gradients w.r.t. matrix outputs y, and of inputs x, {(layer, name): float32 tensor on the host}.
-    """
-
-    rows: dict  # (out,): G_r = E[(∂L/∂y_r)²], over tokens, clipped and flattened by `output_gradients`
-    inputs: dict  # (in,): E[x_c²], over tokens
-
-    def tensors(self):
-        """Return them as {key: tensor}, for a file."""
-        return {f"{kind}.{layer}.{name}": tensor for kind, tensors in vars(self).items()
-                for (layer, name), tensor in tensors.items()}
-
-    @classmethod
-    def of(cls, tensors):
-        """Return the gradients that `tensors` has turned into these."""
-        gradients = cls({}, {})
-        for key, tensor in tensors.items():
-            kind, layer, name = key.split(".", 2)
-            getattr(gradients, kind)[int(layer), name] = tensor
-        return gradients
-
-
 def output_gradients(streamed, matrices, tokens, seed):
-    """Measure the `Gradients` of the loss w.r.t. matrix outputs, with labels sampled from the model's predictions.
+    """Measure gradients of the loss w.r.t. matrix outputs y = W x, with labels sampled from the model's predictions.
 
+    Returns {(layer, name): (G (out,), E[x_c²] (in,))}, float32 on the host; G_r = E[(∂L/∂y_r)²], means over tokens.
     If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
     output factor in K-FAC (arXiv 1503.05671). The estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP
     times the sequence's mean, and ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. streamed: a
@@ -72,8 +49,7 @@ def output_gradients(streamed, matrices, tokens, seed):
     distributed.all_reduce(together)
     means = (together.cpu() / (N * T)).split([len(part) for part in sums])
     rows, inputs = map(flattened, means[:len(matrices)]), means[len(matrices):]
-    return Gradients(*({key: value.float() for key, value in zip(matrices, values, strict=True)}
-                       for values in (rows, inputs)))
+    return {key: (G.float(), energy.float()) for key, G, energy in zip(matrices, rows, inputs, strict=True)}
 
 
 def _clipping(energies):

@@ -7,7 +7,6 @@ damage (LeCun et al., 1989) with the Fisher matrix of a row approximated by G_r 
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ class Budget:
     target: Target  # overall
     alpha: float = 0.0  # largest deviation of a matrix from it
     sensitivity: dict | None = None  # {(layer, name): trace per weight} of all matrices, if the allocation ranks by it
-    gradients: Any = None  # fisher.Gradients, if the allocation goes by the loss
+    gradients: dict | None = None  # of `fisher.output_gradients`, if the allocation goes by the loss
     streamed: StreamedModel | None = None  # the dense model, to run it
     calibration: torch.Tensor | None = None  # (N, T)
 
@@ -124,7 +123,7 @@ def by_threshold(budget):
             modules = linears(layer)
             for unit, key in enumerate(selected):
                 if key[0] == index:
-                    G, energy = (values[key].to(device) for values in (budget.gradients.rows, budget.gradients.inputs))
+                    G, energy = (values.to(device) for values in budget.gradients[key])
                     yield unit, modules[key[1]].weight.float().square().mul_(G[:, None]).mul_(energy)
 
     least = [int(max(sparsity - alpha, 0) * size) for size in sizes]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mixgpt.allocation import traces
-from mixgpt.allocation.fisher import Gradients, output_gradients
+from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import Budget
 from mixgpt.app.report import plan_text
 from mixgpt.common import distributed
@@ -24,7 +24,7 @@ class Plan:
 
     targets: dict  # {(layer, name): Target}
     tokens: torch.Tensor | None = None  # (n, T), on which matrices are pruned
-    gradients: Gradients | None = None  # of the loss w.r.t. matrix outputs, if needed
+    gradients: dict | None = None  # of `output_gradients`, if needed
     traces: Any = None  # allocation.traces.Traces, if matrices are ranked by sensitivity
     dense_states: torch.Tensor | None = None  # (m, t, C), after the dense model's last layer, of distillation_tokens
 
@@ -93,13 +93,15 @@ def _measure(run, dense_states, memory_plan):
     hessians, _ = settings.extra_counts
     tokens = torch.cat([run.calibration, run.further[:hessians]]) if settings.needs_calibration else None
     targets, tensors = run.kept("plan", lambda: _allocate(run, streamed, measured))
-    return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens,
-                Gradients.of(tensors) if settings.needs_gradients else None, measured, dense_states)
+    gradients = {(layer, name): tensors[f"{layer}.{name}"].split(shape)
+                 for (layer, name), shape in run.selected.items()} if settings.needs_gradients else None
+    return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens, gradients, measured,
+                dense_states)
 
 
 def _allocate(run, streamed, measured):
-    """Return the targets of all matrices, a JSON-able list, and the tensors of the `Gradients` used for them."""
-    settings, gradients = run.settings, None
+    """Return the targets of all matrices, a JSON-able list, and the gradients used for them, a tensor for each."""
+    settings, gradients = run.settings, {}
     if settings.needs_gradients:
         # every second sequence gives the same perplexity, within 0.5%
         tokens = run.calibration[::2 if len(run.calibration) >= 2 * distributed.world() else 1]
@@ -108,5 +110,5 @@ def _allocate(run, streamed, measured):
     targets = ALLOCATIONS[settings.sparsity_way].load()(Budget(
         run.selected, run.target, settings.alpha, measured and measured.sensitivity, gradients, streamed,
         run.calibration))
-    return [[layer, name, *astuple(target)] for (layer, name), target in targets.items()], (
-        gradients.tensors() if gradients else {})
+    return [[layer, name, *astuple(target)] for (layer, name), target in targets.items()], {
+        f"{layer}.{name}": torch.cat(pair) for (layer, name), pair in gradients.items()}

@@ -8,7 +8,7 @@ from conftest import CPU, make
 from makebelieve import CUDA, Gpu
 
 from mixgpt.allocation import backward
-from mixgpt.allocation.fisher import Gradients, output_gradients
+from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import hessian_traces
 from mixgpt.checkpoints import load
@@ -24,8 +24,7 @@ def traces(streamed, selected, tokens, estimator):
 def measurements(streamed, selected, tokens):
     """Return all that is measured with gradients, as a list of tensors on the host."""
     gradients = output_gradients(streamed, list(selected), tokens, 3)
-    return [*(torch.cat([each.flatten() for each in found.values()])
-              for found in (gradients.rows, gradients.inputs)),
+    return [*map(torch.cat, zip(*gradients.values(), strict=True)),
             *(traces(streamed, selected, tokens, estimator).sum(0) for estimator in ("hutchinson", "fisher"))]
 
 
@@ -77,8 +76,8 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
         if what == "gradients":
             output_gradients(streamed, list(selected), tokens, 3)
         elif what == "plan":
-            rows, inputs = ({key: torch.ones(shape[side]) for key, shape in selected.items()} for side in (0, 1))
-            by_threshold(Budget(selected, Target(0.5), 0.1, None, Gradients(rows, inputs), streamed))
+            ones = {key: list(map(torch.ones, shape)) for key, shape in selected.items()}
+            by_threshold(Budget(selected, Target(0.5), 0.1, None, ones, streamed))
         else:
             traces(streamed, selected, tokens, what)
     assert list(counts["loads"].values()) == [2] * layers and not counts["copies"]

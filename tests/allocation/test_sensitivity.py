@@ -78,7 +78,7 @@ def test_gradients_at_experts_are_those_of_any_batch(tokens, all_float64):
     one, five = (fisher.output_gradients(StreamedModel(model, CPU, size), matrices, tokens, 3)
                  for size in (1, 5))
     for matrix in matrices:
-        assert torch.allclose(one.rows[matrix], five.rows[matrix], rtol=1e-4)
+        assert torch.allclose(one[matrix][0], five[matrix][0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("estimator", ["hutchinson", "fisher"])
@@ -183,9 +183,9 @@ def test_output_gradients_are_squares_at_labels_of_the_model_by_row(tiny, tokens
     for key in matrices:
         G = expected[key]
         even = G ** 0.7 / (G ** 0.7).mean() * G.mean()
-        torch.testing.assert_close(found.rows[key].double(), even, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(found[key][0].double(), even, rtol=1e-5, atol=1e-12)
     for key, X in inputs_of(model, modules_of(model), tokens).items():
-        torch.testing.assert_close(found.inputs[key].double(), X.square().mean(0), rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(found[key][1].double(), X.square().mean(0), rtol=1e-5, atol=1e-12)
 
 
 def test_tokens_that_are_not_routed_to_an_expert_do_not_count():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import CPU, inputs_of, make, modules_of
 
-from mixgpt.allocation.fisher import Gradients
 from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel
@@ -23,8 +22,8 @@ def statistics(request, tokens):
 def test_one_threshold_removes_the_least_scores_of_all(statistics, tokens, sparsity):
     model, selected, gradients = statistics
     energies = {key: X.square().mean(0) for key, X in inputs_of(model, modules_of(model), tokens).items()}
-    plan = by_threshold(Budget(selected, Target(sparsity), 1.0, gradients=Gradients(gradients, energies),
-                               streamed=StreamedModel(model, CPU, 2)))
+    plan = by_threshold(Budget(selected, Target(sparsity), 1.0, streamed=StreamedModel(model, CPU, 2),
+                               gradients={key: (gradients[key], energies[key]) for key in selected}))
     scores = {key: module.weight.detach() ** 2 * gradients[key][:, None] * energies[key]
               for key, module in modules_of(model).items()}
     total = sum(map(torch.numel, scores.values()))
