@@ -17,8 +17,6 @@ from mixgpt.app.cli import Parser, reported
 from mixgpt.app.settings import BOS, check_between, check_model
 from mixgpt.common.errors import InputError
 
-COLDEST = 1e-6  # temperature; logits divided by less could leave float32
-
 
 def _parse(argv):
     parser = Parser(prog="generate.py", allow_abbrev=False,
@@ -40,8 +38,7 @@ def _parse(argv):
                         help="dtype of the weights in memory; auto: as stored, but float32 where a CPU is faster in it")
     given = parser.parse_args(argv)
     check_between("--max-new-tokens", given.max_new_tokens, 1)
-    if not (given.temperature == 0 or COLDEST <= given.temperature < float("inf")):
-        raise InputError(f"--temperature {given.temperature:g}: must be 0 (greedy) or at least {COLDEST:g}")
+    check_between("--temperature", given.temperature, 0)
     check_between("--seed", given.seed, 0, 2**64 - 1)
     if not given.prompt:
         raise InputError("prompt: is empty; give a text to continue")

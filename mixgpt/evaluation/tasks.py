@@ -11,7 +11,7 @@ import io
 import itertools
 import numbers
 import sys
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from pathlib import Path
 
 import lm_eval
@@ -123,10 +123,7 @@ def score(chosen, model, tokenizer, limit, tokens, device, bos=None):
 
 
 class StreamedLM(TemplateLM):
-    """An lm-eval model that runs all texts through one decoder layer after the other.
-
-    Texts are divided among the processes; every process gets all answers.
-    """
+    """An lm-eval model that runs all texts, divided among processes, through one decoder layer after the other."""
 
     eot_token_id = prefix_token_id = None  # of the tokenizer; the second precedes a text without context
 
@@ -191,8 +188,7 @@ class StreamedLM(TemplateLM):
 
     @torch.no_grad()
     def _answers(self, sequences, runs):
-        """Return {number of a request: (log-likelihood, whether greedy decoding gives it)} of sequences, longest first.
-        """
+        """Return {number of a request: (log-likelihood, whether it is greedy)} of sequences, longest first."""
         streams, answers = [], {}
         for T, alike in itertools.groupby(sequences, lambda tokens: min(
                 -(-len(tokens) // PADDING) * PADDING, self.max_length)):
@@ -210,9 +206,7 @@ class StreamedLM(TemplateLM):
 
     def _in_order(self, answers):
         """Return the answers of all processes, {number: answer}, as a list."""
-        together = {}
-        for part in distributed.all_gather_object(answers):
-            together |= part
+        together = ChainMap(*distributed.all_gather_object(answers))
         return [together[number] for number in range(len(together))]
 
 
