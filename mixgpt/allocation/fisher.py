@@ -1,7 +1,4 @@
-"""Traces of the Gauss-Newton matrix, and squared gradients at matrix outputs, from labels sampled from the model.
-
-Notation as in `backward`; ŷ are labels sampled from the model's predictions.
-"""
+"""Traces of the Gauss-Newton matrix and squared gradients at outputs, by labels ŷ of the model; see `backward`."""
 
 from functools import partial
 

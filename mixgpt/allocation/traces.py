@@ -86,10 +86,7 @@ def key_of(model, tokens, estimator, seed, nprobes):
 
 
 def read(path, shapes, estimator):
-    """Read a file of traces. Returns its content, a dict, or None if there is no file yet.
-
-    Raises InputError, naming the file, if it holds other matrices or another estimator, or is not a file of traces.
-    """
+    """Return the content of a file of traces, None if there is none. Raises InputError if it is not for the model."""
     if not Path(path).exists():
         return None
     with reading(f"{FLAG} {path}: is not a file of traces"):

@@ -83,7 +83,7 @@ def _dense_states(run, memory_plan):
 
 
 def _measure(run, dense_states, memory_plan):
-    """Return the `Plan`. dense_states: of `_dense_states`."""
+    """Return the `Plan`."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
     if settings.ranks_by_sensitivity:
         with run.clock.part("sensitivity"):

@@ -45,10 +45,7 @@ def draw(plan, traces=None, suffix=".png"):
 
 
 def _grid(values, keys):
-    """Return {(layer, name of a matrix): value} as a DataFrame (layers, kinds) of means over experts.
-
-    keys: (layer, name) of all that it shows; NaN where one has no value.
-    """
+    """Return {(layer, name): value} as a DataFrame (layers, kinds) of means over experts; keys: all that it shows."""
     kinds = dict.fromkeys(kind_of(name) for _, name in keys)
     rows = pd.DataFrame([(layer, kind_of(name), value) for (layer, name), value in values.items()])
     return rows.pivot_table(2, 0, 1).reindex(index=sorted({layer for layer, _ in keys}), columns=list(kinds))

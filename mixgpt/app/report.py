@@ -114,10 +114,7 @@ def disk(run, plan):
 
 
 def heading(run, command=None, whole=None):
-    """Return the heading: all that is needed to reproduce the run.
-
-    command: the command line. whole: type of the multimodal model whose text part is pruned.
-    """
+    """Return all that is needed to repeat the run. whole: type of the multimodal model whose text part is pruned."""
     settings, model, parameters = run.settings, run.model, sum(p.numel() for p in run.model.parameters())
     extra, processes = sum(settings.extra_counts), distributed.world()
     data = [f"{settings.dataset}: {len(run.calibration)} sequences of {run.seqlen} tokens",

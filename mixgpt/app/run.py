@@ -93,10 +93,7 @@ class Run:
 
 
 def open_run(run, stack, folder, command=None):
-    """Open the weights of a `Run`, start or resume the output folder and W&B, and print the heading.
-
-    stack: an ExitStack that closes them. folder: the RunDir of --save, if it is given. command: for the heading.
-    """
+    """Open weights, W&B and the RunDir of --save, if given, of a `Run` on an ExitStack, and print the heading."""
     whole = None
     if run.model is None:
         whole = load.multimodal(run.settings.model)

@@ -282,12 +282,10 @@ class Settings:
 
     @property
     def is_nonuniform(self):
-        """Whether matrices differ in their sparsity."""
         return not ALLOCATIONS[self.sparsity_way].even
 
     @property
     def ranks_by_sensitivity(self):
-        """Whether matrices or layers are ranked by sensitivity."""
         return ALLOCATIONS[self.sparsity_way].ranks
 
     @property

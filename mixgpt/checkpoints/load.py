@@ -63,10 +63,7 @@ def check_links(model, folder, patterns):
 
 
 def _converted(file):
-    """Return the folder of the checkpoint into which a .gguf file is converted once, as transformers reads it slowly.
-
-    It is in the cache, under a name that tells files and their versions apart.
-    """
+    """Return the folder in the cache into which a version of a .gguf file is converted once: reading it is slow."""
     status = file.stat()
     key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {transformers.__version__}"
     folder = cache_folder() / f"gguf-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -108,10 +105,7 @@ def _source(model):
 
 
 def read_config(model):
-    """Load the configuration of `model`, which must be a causal language model.
-
-    Raises InputError if it cannot be read, or if files that would be copied are links out of the model's folder.
-    """
+    """Load the configuration of `model`, which must be a causal language model, without links out of its folder."""
     name = _source(model)
     check_links(model, Path(name), COPIED)
     with _reading(model, "its configuration cannot be read"):
@@ -122,10 +116,7 @@ def read_config(model):
 
 
 def _config_of(name):
-    """Return a configuration and None; of a model that also sees or hears, that of its text part and its model_type.
-
-    Raises InputError if its weights are quantized in a way that is not supported.
-    """
+    """Return a configuration and None; of a model that also sees or hears, that of its text part and its model_type."""
     whole = AutoConfig.from_pretrained(name, **NO_CODE)
     config = whole.get_text_config()
     if whole.is_encoder_decoder or model_class(config) is None:
@@ -232,10 +223,7 @@ def read_model(model, dtype, packed=False):
 
 
 def from_pretrained(model, name, dtype, **arguments):
-    """Load a model by transformers. Raises InputError if a weight is missing, NaN or inf.
-
-    name, arguments: those of its `from_pretrained`. model: the user's name of the model.
-    """
+    """Load the user's `model` by its `from_pretrained`. Raises InputError if a weight is missing, NaN or inf."""
     loaded, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **arguments,
                                                           **NO_CODE)
     if missing := sorted(report["missing_keys"]):
@@ -247,10 +235,7 @@ def from_pretrained(model, name, dtype, **arguments):
 
 
 def open_model(model, config, dtype):
-    """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it.
-
-    Raises InputError if weights are missing or do not match the configuration.
-    """
+    """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it."""
     if getattr(config, "quantization_config", None):
         return load_model(model, dtype)
     name = _source(model)

@@ -119,8 +119,7 @@ class PackedWeight(torch.nn.Module):
         return sparse_cpu.ways(self.dtype, self.wbits, columns, columns // self.groups, consecutive)
 
     def _way(self, device):
-        """Return what a device multiplies by this matrix with: "triton", the CPU's fastest way, None without a kernel.
-        """
+        """Return what a device multiplies by this matrix with: "triton", the CPU's fastest way, or None."""
         if device.type == "cpu":
             return next(iter(self.ways()), None)
         return "triton" if device.type == "cuda" and triton_obstacle(device) is None else None

@@ -70,10 +70,7 @@ def measure_weights(model, device):
 
 @torch.no_grad()
 def count_zeros(index, layer):
-    """Count the zeros of a decoder layer on its device.
-
-    Returns a `MatrixSparsity` of every linear, and of all other weights, see `other_weights`: two lists.
-    """
+    """Return the `MatrixSparsity` of all linears of a layer on its device, and of its `other_weights`: two lists."""
     dense = linears(layer)
     of_linears = {name: module.weight if name in dense else module.weight.expand()
                   for name, module in layer.named_modules() if name in dense or isinstance(module, SparseLinear)}

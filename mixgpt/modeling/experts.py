@@ -87,10 +87,7 @@ def parts_of(module, leaf):
 
 
 def split_experts(model):
-    """Replace the 3-D parameters of all experts of a model by linears, without copying where the layout allows it.
-
-    The model may be on meta. Returns whether there were any.
-    """
+    """Replace the 3-D parameters of all experts of a model, possibly on meta, by linears. Returns if it had some."""
     fused = [module for module in model.modules() if is_fused(module)]
     for module in fused:
         tensors = {}

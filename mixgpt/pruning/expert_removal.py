@@ -89,10 +89,7 @@ def _sources(index, layer, smaller, kept):
 
 @torch.no_grad()
 def expert_scores(streamed, tokens):
-    """Return {layer: scores of its experts (experts,)} on calibration tokens (N, T), in one pass of the whole model.
-
-    streamed: a modelutils.StreamedModel. Raises InputError if a score is not finite.
-    """
+    """Return {layer: scores (experts,)} of a StreamedModel on tokens (N, T). Raises InputError if one is not finite."""
     sums = {}  # layer: (2, experts), of `_recording`
 
     def step(stream, layer, index):

@@ -64,10 +64,7 @@ class InputHessian:
         return H
 
     def factor(self, percdamp, order=None):
-        """Factor the Hessian once for all matrices; see `factor`. Returns the percdamp used.
-
-        order: (in,), column indices in the order of the walk (default: unchanged).
-        """
+        """Factor the Hessian once for all matrices, columns in an order (in,). Returns the percdamp used."""
         self.order = slice(None) if order is None else order
         self.inverse_order = slice(None) if order is None else order.argsort()
         self.R, self.percdamp = factor(self.H[self.order][:, self.order], percdamp)

@@ -1,7 +1,4 @@
-"""Prune and quantize a whole model, one decoder layer on the device at a time.
-
-On calibration data, or by magnitude and to the nearest values of a grid, the baselines.
-"""
+"""Prune and quantize a model one decoder layer at a time, on calibration data or, as baselines, by magnitude."""
 
 import time
 from dataclasses import replace
@@ -81,10 +78,7 @@ def layers_in_turn(streamed, layers, title, outcomes, files=None, observe=None, 
 
 @torch.no_grad()
 def prune_magnitude(streamed, plan, scheme=None, files=None, observe=None):
-    """Prune every matrix of the plan by magnitude and round it to the nearest values of the scheme's grid, in place.
-
-    streamed, plan, files, observe: as in `prune_layerwise`. Returns {(layer, name): Outcome}.
-    """
+    """Be `prune_layerwise` by magnitude, without calibration, rounding to the nearest values of the scheme's grid."""
     title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
     outcomes = {}
     for index, layer, new, _ in layers_in_turn(streamed, streamed.layers, title, outcomes, files, observe):
@@ -107,10 +101,7 @@ def _by_magnitude(W, target, scheme):
 
 
 def magnitude_prune(W, target):
-    """Set the weights of smallest magnitude to 0, as many as a Target says, and leave the others unchanged.
-
-    W: (out, in); in several processes, some of the rows of a matrix. Returns a new tensor (out, in).
-    """
+    """Return W (out, in), or a process's share of its rows, without as many of its least weights as a Target says."""
     scores = W.abs().float()
     if target.prunem:
         mask = smallest_per_row(scores.reshape(-1, target.prunem), target.prunen).view(W.shape)

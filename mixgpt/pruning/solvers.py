@@ -72,10 +72,7 @@ def admm(problem):
 
 
 def _filled(W, sparsity, h, row_weights=None):
-    """Set the least salient weights of W (out, in) to 0 until round(sparsity · numel) are.
-
-    h: (in,), the diagonal of H. row_weights: (out,).
-    """
+    """Return W (out, in) with as many zeros as its sparsity says, by w² times h (in,) and row_weights (out,)."""
     scores = W.square() * h
     if row_weights is not None:
         scores *= row_weights[:, None]
