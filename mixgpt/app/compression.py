@@ -49,8 +49,8 @@ def _prune(run, plan, memory_plan):
         recipe = Recipe(
             SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), settings.scheme, settings.percdamp,
             settings.act_order, not memory_plan.two_passes, settings.target == "dense",
-            {key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
-            SOLVERS.title(settings.solver))
+            row_weights={key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
+            title=SOLVERS.title(settings.solver))
         return prune_layerwise(streamed, plan.targets, plan.tokens, recipe, run.files, observe), memory_plan
     with run.clock.part("magnitude" if settings.prunes else "rounding"):
         outcomes = prune_magnitude(streamed, plan.targets, settings.scheme, run.files, observe)

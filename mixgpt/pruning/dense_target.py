@@ -38,7 +38,7 @@ def residual_writers(layer, index, stream):
     """Find the `Writer`s of layer number `index` by running one sequence through it, in order of writing.
 
     The residual stream is what modules read, or the layer returns, that differs from an earlier state of it, or from a
-    norm of that, by multiples of outputs of linears, or of norms that follow them. Nothing else may be added to it.
+    norm of that, by multiples of outputs of linears, or of norms that follow them; after anything else, none is.
     """
     x = stream.hidden[:1].to(stream.device, copy=True)
     search = _Search(layer, x[..., :stream.channels])
