@@ -94,7 +94,7 @@ def reported(script, argv, remedy):
     try:
         with _terminable():
             yield end
-        sys.stdout.flush()
+        print(end="", flush=True)  # sys.stdout may be None
     except SystemExit as stop:  # argparse, after --help
         end.status = stop.code or 0
     except BrokenPipeError:

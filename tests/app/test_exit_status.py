@@ -88,13 +88,14 @@ def test_names_cannot_break_the_line(script, capsys):
     assert line.startswith(f"{script}: error: ") and "--no-such flag" in line
 
 
-def test_a_closed_stdout_ends_a_command_without_a_line(tmp_path):
+@pytest.mark.parametrize("closed, status", [("| head -0; exit ${PIPESTATUS[0]}", 141), (">&-", 0)])
+def test_a_closed_stdout_ends_a_command_without_a_line(closed, status, tmp_path):
     """Through the interpreter's own end, where it flushes once more."""
     (tmp_path / "a.json").write_text(json.dumps({"settings": {"model": "a", "seed": 0}, "perplexity": {}, "data": {},
                                                  "sparsity": 0.0, "seconds": {}, "peak_memory": {}}))
-    done = subprocess.run(["bash", "-c", '"$0" results.py "$1" | head -0; exit ${PIPESTATUS[0]}', sys.executable,
-                           tmp_path / "a.json"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (141, "")
+    done = subprocess.run(["bash", "-c", f'"$0" results.py "$1" {closed}', sys.executable, tmp_path / "a.json"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "")
 
 
 def wait_in_the_second_layer(temporary, errors, reached):
