@@ -50,6 +50,7 @@ class Result:
         return Image.open(io.BytesIO(plots.draw(measured)))
 
 
+@torch.inference_mode(False)  # of the caller: estimators and distillation need gradients
 def prune(model, dataset, tokenizer=None, **options):
     """Prune and quantize a model; see `mixgpt.prune`."""
     model, dataset = (str(given) if isinstance(given, PathLike) else given for given in (model, dataset))

@@ -32,6 +32,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
     clock = Clock(device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quieter(settings))
+        stack.enter_context(torch.autocast(device.type, enabled=False))  # of a caller
         stack.enter_context(distributed.joined(device))
         if settings.resume and model is None and (record := report.completed(settings, device)):
             if not settings.quiet:

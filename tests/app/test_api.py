@@ -94,6 +94,15 @@ def test_a_device_may_be_one_of_pytorch(checkpoint_folder):
     assert model.device == torch.device("cpu")
 
 
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_what_the_caller_runs_under_changes_nothing(around, checkpoint_folder):
+    model, tokenizer = in_memory(checkpoint_folder("llama"))
+    expected = mixgpt.prune(str(checkpoint_folder("llama")), "builtin", preset="best", **OPTIONS)
+    with around():
+        result = mixgpt.prune(model, "builtin", tokenizer, preset="best", **OPTIONS)
+    assert result.perplexity == expected.perplexity and result.matrices == expected.matrices
+
+
 def state():
     """Return what libraries and Python keep per process and a run could leave changed."""
     return {"random": random.getstate(), "torch": torch.get_rng_state().tolist(), "dtype": torch.get_default_dtype(),
