@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mixgpt.common.errors import InputError, one_line
+from mixgpt.common.errors import InputError, one_line, reading
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -31,7 +31,8 @@ def replacing(path):
 
 def cache_folder():
     """Return the cache directory shared by all runs: mixgpt in $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixgpt"
+    with reading("XDG_CACHE_HOME: must name a folder for the cache"):  # raised where a user has no home
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixgpt"
 
 
 def check_outputs(paths, overwrite):

@@ -2,12 +2,13 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 
 from mixgpt.app.settings import Settings
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import check_outputs, replacing, write_output
+from mixgpt.common.files import cache_folder, check_outputs, replacing, write_output
 
 
 def test_a_file_is_replaced_at_the_end_of_the_block_and_stays_as_it_was_after_an_error(tmp_path):
@@ -55,3 +56,10 @@ def test_the_saved_model_has_its_folder_alone(tmp_path, monkeypatch):
     for place in ("saved/new.json", "link/new.json"):
         with pytest.raises(InputError, match=f"--save saved: holds {place}, which this run uses; name another"):
             Settings("a/model", "builtin", save="saved", record=place).check_paths()
+
+
+def test_without_a_home_the_line_names_the_variable_of_the_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", lambda: Path("~nobody-of-this-name").expanduser())
+    with pytest.raises(InputError, match="XDG_CACHE_HOME: must name a folder for the cache: Could not determine home"):
+        cache_folder()
