@@ -10,6 +10,7 @@ import glob
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -40,13 +41,20 @@ def read(file):
         record = json.loads(file.read_text())
         if record.get("schema", SCHEMA) != SCHEMA:  # without one it is older: see what fits
             check_signature(record, str(file))
-        settings, model = record["settings"], record["settings"]["model"]
+        settings, model = record["settings"], str(Path(record["settings"]["model"]))
         method = next((name for name in record["perplexity"] if name != "dense"), "dense")
-        if model.count("/") > 1 or model.startswith((".", "/")):  # a path
-            model = Path(model).name
         run = record | {"file": str(file), "model": model, "method": method, "label": _label(settings, method)}
         text_of([run]), points_of([run])  # which read all that a table and a plot need
     return run
+
+
+def shorten(runs):
+    """Call models that are paths by their last part, unless another model of these runs has it."""
+    ends = Counter(Path(model).name for model in {run["model"] for run in runs})
+    for run in runs:
+        path = Path(run["model"])
+        if len(path.parts) > 2 and ends[path.name] == 1:
+            run["model"] = path.name
 
 
 def _label(settings, method):
@@ -168,6 +176,7 @@ def main(argv=None):
             except InputError as error:
                 print(f"results.py: error: {error}", file=sys.stderr)
                 end.status = 2
+        shorten(runs)
         if runs:
             print(text_of(runs, options.markdown))
         if runs and options.csv:

@@ -81,6 +81,15 @@ def test_dense_figures_of_other_texts_or_models_are_not_put_beside(table, tmp_pa
     assert held["facebook/opt-125m"]["dense wikitext2"] == "" and any("opt-1.3b" in line for line in printed)
 
 
+def test_paths_are_models_of_their_own_and_shortened_where_none_ends_alike(table):
+    rows = [line.split()[0] for line in table(
+        a=record(20.0, model="/data/a/opt"), b=record(40.0, model="/data/a/opt/", sparsity=0.5),
+        c=record(30.0, model="/data/b/opt"), d=record(10.0, model="/data/bloom"))[4:]]
+    assert rows == ["/data/a/opt", "/data/a/opt", "/data/b/opt", "bloom"]
+    assert table(a=record(20.0, model="./opt/"), b=record(40.0, model="opt", sparsity=0.5))[0] == (
+        "model opt, seed 0, dense wikitext2 20.00")
+
+
 def test_markdown_is_a_table_of_the_same_cells(table):
     assert table("--markdown", a=record(40.0, 27.66, sparsity=0.6)) == [
         "model facebook/opt-125m, seed 0, dense wikitext2 27.66", "",
