@@ -43,7 +43,9 @@ def read(file):
             check_signature(record, str(file))
         settings, model = record["settings"], str(Path(record["settings"]["model"]))
         method = next((name for name in record["perplexity"] if name != "dense"), "dense")
-        run = record | {"file": str(file), "model": model, "method": method, "label": _label(settings, method)}
+        skipped = ", distillation skipped" if isinstance(record.get("distilled"), str) else ""
+        label = _label(settings, method) + skipped
+        run = record | {"file": str(file), "model": model, "method": method, "label": label}
         text_of([run]), points_of([run])  # which read all that a table and a plot need
     return run
 

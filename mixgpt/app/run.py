@@ -140,7 +140,7 @@ def _plan(run):
         run.distills = run.decided("distills", lambda: distill.room_for(streamed, tokens, settings.effort) > 0)
         if not run.distills:
             run.record["distilled"] = "no room"
-            run.log(f"distill  skipped: all weights cannot be trained at once in what is free on {device}")
+            print(f"distill  skipped: all weights cannot be trained at once in what is free on {device}", flush=True)
     if run.selected and not run.memory_plan.two_passes and device.type == "cuda":
         _plan_passes(run)
     if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
