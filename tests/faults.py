@@ -160,6 +160,10 @@ FAULTS = {
     "no tokenizer": Fault(
         lambda root: [file.unlink() for file in (root / "model").glob("*token*")],
         f"{MODEL}its tokenizer cannot be read: …"),
+    "no tokenizer, for which transformers makes one up": Fault(
+        lambda root: ([file.unlink() for file in (root / "model").glob("*token*")],
+                      config_changed(root, model_type="qwen2")),
+        f"{MODEL}its tokenizer has no words; get its files, such as tokenizer.json, again"),
     "a tokenizer of another model": Fault(
         lambda root: (weights_changed(root, lambda state: state.update(
             {"model.embed_tokens.weight": state["model.embed_tokens.weight"][:99].clone()})),

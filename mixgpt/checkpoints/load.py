@@ -173,6 +173,8 @@ def load_tokenizer(model):
         if get_tokenizer_config(name).get("bos_token") == "":  # early LLaMA-1 conversions: take the model file's
             options |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers
+        raise InputError(f"model {model}: its tokenizer has no words; get its files, such as tokenizer.json, again")
     _check_templates(model, tokenizer)
     return tokenizer
 
