@@ -260,6 +260,8 @@ class RunDir(contextlib.AbstractContextManager):
                 loaded = contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu"))
                 with loaded:
                     save_format.load()(self.path, self.model, grids)
+                for file in self.path.glob("*.safetensors"):  # others may read it, as in `streaming.write`
+                    file.chmod((self.path / RECORD).stat().st_mode)
         distributed.barrier()  # all read it
 
     def close(self):

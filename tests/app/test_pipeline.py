@@ -77,6 +77,7 @@ def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, prun
 def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, save_format, options, prune, tmp_path):
     folder = tmp_path / "saved"
     out, record = prune(name, options, "--save", folder, "--save-format", save_format), record_of(folder)
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1, "who may read one file may read all"
     model = load.load_model(folder, "auto")
     counted, words = measure_sparsity(model), options.split()
     assert [row["sparsity"] for row in record["matrices"]] == [m.zeros / m.numel for m in counted]
