@@ -95,7 +95,9 @@ def run(kernel, rows, columns, block, groups, tensors):
 
     block: columns to an offset. tensors: those that the kernel needs, by their names in TENSORS; data: `padded`.
     """
-    addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in TENSORS]
+    # a tensor without numbers has no address itself
+    addresses = [tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.itemsize
+                 if (tensor := tensors.get(name)) is not None else 0 for name in TENSORS]
     numbers = 0, rows, columns, -(-columns // block), groups
     values = (ctypes.c_int64 * len(ARGUMENTS))(*numbers, *addresses)
     _parallel()(_compiled(kernel), values, torch.get_num_threads(), 0)

@@ -74,7 +74,7 @@ def test_products_and_expansions_are_those_of_the_dense_matrix_in_every_way(sche
 
 
 @pytest.mark.parametrize("rows, columns, sparsity", [(1, 2, 0.5), (33, 7, 0.5), (5, 100, 0.99), (64, 64, 0.07),
-                                                     (3, 1100, 0.5)])
+                                                     (3, 1100, 0.5), (3, 64, 1.0)])
 @pytest.mark.parametrize("scheme", [None, Scheme(3)], ids=str)
 def test_any_shape_and_any_order_of_groups_is_right(scheme, rows, columns, sparsity):
     torch.manual_seed(0)
