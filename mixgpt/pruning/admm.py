@@ -65,7 +65,7 @@ def admm_scores(W, H, counts, targets, row_weights=None):
     Returns the scores and, both (out, in), the values that the kept weights have reached.
 
     W: (out, in), the target weights of stacked matrices with so many rows, `counts`; zeros go first. targets: of each.
-    row_weights: (out,), weight of each row's error; affects only the ranking, as rows are independent.
+    row_weights: (out,), weight of each row's error, above 0; affects only the ranking, as rows are independent.
     With Z the sparse copy of the weights and V the scaled multipliers, each iteration sets (ρ = 1)
     W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
     1 − (1 − t/RAMP)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
@@ -74,8 +74,7 @@ def admm_scores(W, H, counts, targets, row_weights=None):
     # positive definite: cholesky_ex, so that the host does not wait for a GPU to be told so
     multiply = rough_product_with(torch.cholesky_inverse(torch.linalg.cholesky_ex(regularised).L).mul_(2))
     gone = W == 0
-    # scores of 0 are of weights that are gone, those of an expert without tokens are not
-    roots = None if row_weights is None else row_weights.clamp(min=torch.finfo(row_weights.dtype).tiny).sqrt()[:, None]
+    roots = None if row_weights is None else row_weights.sqrt()[:, None]
     S = W.clone()  # W + V
     scores, Z, totals = torch.empty_like(S), torch.empty_like(S), distributed.total(counts)
     for t in range(1, ITERATIONS + 1):

@@ -109,6 +109,8 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     W, counts = torch.cat(shares).float(), [len(rows) for rows in shares]
     if row_weights is not None:
         row_weights = torch.cat([of_rows[distributed.share(len(of_rows))] for of_rows in row_weights.split(sizes)])
+        # those of an expert without tokens are 0, but its scores shall differ
+        row_weights.clamp_(min=torch.finfo(row_weights.dtype).tiny ** 0.5)
     whole = rowwise_quadratic_form(W, hessian.H)
     optima = list(hessian.optimum(W).split(counts))
     pruned = recipe.solver(Problem(hessian, optima, targets, recipe, dtype, row_weights))

@@ -83,10 +83,11 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
     weights[:12] = 16.0
     roots, hessian = weights.sqrt()[:, None], seen(X.float())
     plain, weighted, scaled = W.float(), W.float(), W.float() * roots  # the last: the same problem, told by the weights
-    for weight, more in ((plain, None), (weighted, weights), (scaled, None)):
+    zero = W.float()  # as of an expert without tokens: no row weighs more
+    for weight, more in ((plain, None), (weighted, weights), (scaled, None), (zero, torch.zeros(24))):
         prune_in_place(hessian, [weight], [Target(0.5)], Recipe(SOLVERS[solver].load()), more)
     assert (weighted[:12] != 0).sum() > (plain[:12] != 0).sum() + 12
-    assert torch.allclose(scaled / roots, weighted, atol=1e-3)
+    assert torch.allclose(scaled / roots, weighted, atol=1e-3) and torch.allclose(zero, plain)
 
 
 def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
