@@ -29,7 +29,7 @@ REFERENCE, *BETTER = DRAWN = "sparsegpt", "mixgpt", "best"  # whose gap the othe
 COST = "50%"  # the target of which time and memory are given
 TIMED = {method: METHODS[method] for method in ("sparsegpt", "sparsegpt-76", "mixgpt")} | {
     "best-0.3": "best, effort 0.3", "best": "best", "best-3": "best, effort 3", "best-10": "best, effort 10"}
-TIMED_TARGETS = "50%", "2:4"
+TIMED_TARGETS, TICKS = ("50%", "2:4"), (1, 2, 5, 10, 20, 50)
 BY_MODEL = {  # file: methods, and how `by_model` writes the cells of one
     "paper": ({"dense": "dense", "sparsegpt": "SparseGPT", "isc": "ISC", "weight-level": "mixed", "mixgpt": "MixGPT"},
               lambda of, texts: " / ".join(spread(of[text].tolist(), 1) for text in texts)),
@@ -79,6 +79,12 @@ class Measured:
         sensitivity = self.cells.loc[self.cells["method"] == method, "sensitivity_seconds"].max()
         return self.of(method, target)["seconds"].mean() + sensitivity
 
+    def multiple(self, method, target):
+        """Return the time to prune, SparseGPT's being 1; a cell of another machine has that as "reference_seconds"."""
+        elsewhere = self.of(method, target).get("reference_seconds", pd.Series(dtype=float)).mean()
+        reference = elsewhere if elsewhere == elsewhere else self.seconds(REFERENCE, target)
+        return self.seconds(method, target) / reference
+
     def cost(self, method):
         """Write seconds to prune, GB, and what trains."""
         memory, trains = self.of(method, COST)["peak_bytes"].mean() / 1e9, ", trains" if method == "best" else ""
@@ -93,7 +99,7 @@ class Measured:
                     "-" if share != share else f"{share:.0%}" for share in self.gaps(*of).values()),
                     methods={method: METHODS[method] for method in BETTER}),
                 "effort": first.table(self.name, lambda *of: first.figures(*of) and (
-                    f"{first.figures(*of)} in {first.seconds(*of):.0f} s"), None, TIMED, TIMED_TARGETS)}
+                    f"{first.figures(*of)} at {first.multiple(*of):.1f}x"), None, TIMED, TIMED_TARGETS)}
 
 
 def _number(value):
@@ -110,16 +116,19 @@ def points_of(models):
 
 
 def draw_efforts(models):
-    """Plot the first text's perplexity at TIMED_TARGETS against the seconds to prune, of seed 0."""
+    """Plot the first text's perplexity at TIMED_TARGETS against the time to prune, of seed 0."""
     figure = Figure(figsize=(11, 4 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), len(TIMED_TARGETS), squeeze=False).flat
     for axis, (model, target) in zip(axes, product(models, TIMED_TARGETS), strict=True):
         first, text = model.of_seed_0(), model.texts[0]
         for line in ("SparseGPT", "MixGPT", "best"):
-            points = [(first.seconds(method, target), first.of(method, target)[text].mean())
+            points = [(first.multiple(method, target), first.of(method, target)[text].mean())
                       for method, name in TIMED.items() if name.startswith(line)]
             axis.plot(*zip(*points, strict=True), marker="o", label=line)
-        axis.set(xlabel="seconds to prune", ylabel=f"perplexity, {text}", title=f"{model.name}, {target}")
+        axis.set(xscale="log", xlabel="time to prune, SparseGPT: 1", ylabel=f"perplexity, {text}",
+                 title=f"{model.name}, {target}")
+        axis.set_xticks(TICKS, TICKS)
+        axis.set_xticks([], minor=True)
         axis.legend()
     return bytes_of(figure, Path(EFFORT_PICTURE).suffix)
 

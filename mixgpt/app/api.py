@@ -58,8 +58,9 @@ def prune(model, dataset, tokenizer=None, **options):
     if not isinstance(dataset, str):
         texts, name = dataset if isinstance(dataset, torch.Tensor) else texts_of(dataset, "dataset"), IN_MEMORY
     if isinstance(texts, torch.Tensor):
-        if texts.dim() != 2 or texts.dtype != torch.long:
-            raise InputError(f"dataset: tokens are {texts.dtype} {tuple(texts.shape)}, must be torch.int64 (N, T)")
+        if texts.dim() != 2 or texts.dtype != torch.long or (texts < 0).any():
+            raise InputError(f"dataset: tokens are {texts.dtype} {tuple(texts.shape)}, must be torch.int64 (N, T), "
+                             "none below 0")
         options |= {"nsamples": len(texts), "seqlen": texts.shape[1]}
     in_memory = not isinstance(model, str)
     if in_memory and tokenizer is None:
@@ -74,7 +75,7 @@ def prune(model, dataset, tokenizer=None, **options):
         raise InputError("model: its matrices are packed, and can only be evaluated; load it with packed=False")
     if not in_memory:
         return Result(pipeline.run(settings, texts=texts))
-    device, trained = model.device, [weight for weight in model.parameters() if weight.requires_grad]
+    device, training, trained = model.device, model.training, [w for w in model.parameters() if w.requires_grad]
     replaced = use_linears(model)
     try:
         return Result(pipeline.run(settings, None, model.to("cpu").eval().requires_grad_(False), tokenizer, texts))
@@ -82,7 +83,7 @@ def prune(model, dataset, tokenizer=None, **options):
         for weight in trained:
             weight.requires_grad_(True)
         restore(model, replaced)
-        model.to(device)
+        model.to(device).train(training)
 
 
 def load(folder, device=None, dtype="auto", packed=True):

@@ -48,7 +48,7 @@ def _thresholds(scores, targets, totals, fraction):
 
     def sampled(total, number=None):
         """Return the indices of a matrix's sample among the scores of a process."""
-        step, rows = total * columns // SAMPLE | 1, distributed.share(total, number)  # odd: all columns are sampled
+        step, rows = total * columns // SAMPLE | 1, distributed.share(total, number)  # odd: of few columns else
         return range(-rows.start * columns % step, (rows.stop - rows.start) * columns, step)
 
     samples = [part.flatten()[sampled(total).start::sampled(total).step]

@@ -76,11 +76,11 @@ def test_a_model_in_memory_is_not_left_as_it_was_because_its_run_is_complete(che
             mixgpt.prune(model, "builtin", tokenizer, **options)
 
 
-def test_a_model_in_memory_keeps_its_dtype_and_no_line_says_otherwise(checkpoint_folder, capsys):
+def test_a_model_in_memory_keeps_its_dtype_and_mode_and_no_line_says_otherwise(checkpoint_folder, capsys):
     model, tokenizer = in_memory(checkpoint_folder("llama"))
-    model.half().config.dtype = torch.float16
+    model.half().train().config.dtype = torch.float16
     assert mixgpt.prune(model, "builtin", tokenizer, **OPTIONS).record["settings"]["dtype"] == "float16"
-    assert model.dtype == torch.float16 and "float32" not in capsys.readouterr().out
+    assert model.dtype == torch.float16 and model.training and "float32" not in capsys.readouterr().out
 
 
 def test_paths_may_be_those_of_pathlib(tmp_path):
@@ -126,6 +126,7 @@ def test_no_state_of_the_process_is_left_changed(checkpoint_folder):
 @pytest.mark.parametrize("given, message", [
     ({"preset": "worst"}, "--preset worst: must be one of sparsegpt, mixgpt, best"),
     ({"dataset": "c5"}, "dataset c5: invalid choice: 'c5'"),
+    ({"dataset": torch.full((4, 32), -100)}, r"dataset: tokens are torch.int64 \(4, 32\), must be .*, none below 0"),
     ({"dataset": torch.zeros(4, 32)}, r"dataset: tokens are torch.float32 \(4, 32\), must be torch.int64 \(N, T\)"),
     ({"dataset": ["short"]}, "--seqlen 32: the train text of dataset a list of 1 texts has"),
     ({"dataset": list(torch.zeros(4, 32).long())}, "dataset: row 1 is neither text nor a chat"),
