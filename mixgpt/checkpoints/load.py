@@ -105,7 +105,10 @@ def _source(model):
 
 
 def read_config(model):
-    """Load the configuration of `model`, which must be a causal language model, without links out of its folder."""
+    """Load the configuration of `model`, which must be a causal language model.
+
+    Raises InputError if it is not, or if files that would be copied are links out of the model's folder.
+    """
     name = _source(model)
     check_links(model, Path(name), COPIED)
     with _reading(model, "its configuration cannot be read"):
@@ -237,7 +240,10 @@ def from_pretrained(model, name, dtype, **arguments):
 
 
 def open_model(model, config, dtype):
-    """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it."""
+    """Open `model` with its weights left on disk if its safetensors files hold them unchanged, else load it.
+
+    Raises InputError if weights are missing or do not match the configuration.
+    """
     if getattr(config, "quantization_config", None):
         return load_model(model, dtype)
     name = _source(model)

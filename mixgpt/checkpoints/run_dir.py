@@ -97,7 +97,7 @@ class RunDir(contextlib.AbstractContextManager):
             self.lock.close()
 
     def open(self, model, identity):
-        """Start a run, or go on with the one here. identity: what both must share, {flag: value}, else InputError."""
+        """Start a run, or go on with the one here. Raises InputError if that differs in its identity, {flag: value}."""
         identity = {"version of this program": __version__} | identity
         if self.writes and is_interrupted_run(self.path):
             with self._reading(self.folder / "run.json"):
@@ -149,7 +149,10 @@ class RunDir(contextlib.AbstractContextManager):
             self.write_json(self.folder / "run.json", self.run)
 
     def resume_from(self, count):
-        """Give a model on disk its dense weights back. Returns the outcomes of those finished of `count` layers."""
+        """Give a model on disk its dense weights back, and return what is finished of its first `count` layers.
+
+        Returns a list with {(layer, name): Outcome} of each layer; the model gets them by `load_layer`.
+        """
         self.flush()
         self.dense = self.dense or [getattr(disk_weights(layer), "locations", None) for layer in self.layers]
         for layer, locations in zip(self.layers, self.dense, strict=True):

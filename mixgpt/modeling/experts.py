@@ -87,7 +87,7 @@ def parts_of(module, leaf):
 
 
 def split_experts(model):
-    """Replace the 3-D parameters of all experts of a model, possibly on meta, by linears. Returns if it had some."""
+    """Replace the 3-D parameters of all experts by linears; the model may be on meta. Returns whether it has some."""
     fused = [module for module in model.modules() if is_fused(module)]
     for module in fused:
         tensors = {}

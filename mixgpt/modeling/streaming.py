@@ -73,7 +73,7 @@ def locations_of(model):
 
 
 def read(locations, dtype=None, pinned=False):
-    """Read {name: tensor} from {name: TensorLocation}, floats in a dtype if given; pinned: where GPUs copy from."""
+    """Read {name: tensor} from {name: TensorLocation}, floats in a dtype if given, pinned for GPUs if asked."""
     tensors = {}
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(safe_open(file, "pt")) for file in {place.file for place in
@@ -114,7 +114,10 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(name):
-    """Return {key: StoredTensor} of a directory or hub id, {} if its weights are not in safetensors files."""
+    """Return {key: StoredTensor} of a directory or hub id, {} if its weights are not in safetensors files.
+
+    Raises ValueError if the index points outside the directory, InputError if a file cannot be read.
+    """
     file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False)
                    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     files, stored = [file] if file else [], {}

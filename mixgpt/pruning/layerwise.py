@@ -78,7 +78,10 @@ def layers_in_turn(streamed, layers, title, outcomes, files=None, observe=None, 
 
 @torch.no_grad()
 def prune_magnitude(streamed, plan, scheme=None, files=None, observe=None):
-    """Be `prune_layerwise` by magnitude, without calibration, rounding to the nearest values of the scheme's grid."""
+    """Prune every matrix of the plan by magnitude and round it to the nearest values of the scheme's grid, in place.
+
+    Arguments and result as of `prune_layerwise`.
+    """
     title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
     outcomes = {}
     for index, layer, new, _ in layers_in_turn(streamed, streamed.layers, title, outcomes, files, observe):
@@ -101,7 +104,7 @@ def _by_magnitude(W, target, scheme):
 
 
 def magnitude_prune(W, target):
-    """Return W (out, in), or a process's share of its rows, without as many of its least weights as a Target says."""
+    """Return W (out, in), or a process's share of its rows, with as many of its smallest weights 0 as a Target says."""
     scores = W.abs().float()
     if target.prunem:
         mask = smallest_per_row(scores.reshape(-1, target.prunem), target.prunen).view(W.shape)
