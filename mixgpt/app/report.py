@@ -108,9 +108,9 @@ def disk(run, plan):
     kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
     nbytes = stored_bytes(run.settings.save, {f"{path_of(run.model, *key)}.weight": sizes[key] for key in plan},
                           run.model.dtype.itemsize)
-    numel = sum(sizes.values())
+    numel, bits = sum(sizes.values()), run.settings.wbits if run.settings.quantizes else 8 * run.model.dtype.itemsize
     return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
-            "theoretical_ratio": 16 * numel / (run.settings.wbits * kept)}
+            "theoretical_ratio": 16 * numel / (bits * kept)}
 
 
 def heading(run, command=None, whole=None):

@@ -55,6 +55,7 @@ def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, prun
     if options:
         assert re.search(r"^total .* 50\.00%$", out, re.MULTILINE)
         assert all(("error" in row) == (method == "SparseGPT") for row in record["matrices"])
+        assert record["disk"]["theoretical_ratio"] == pytest.approx(1)  # half of the weights, in float32
 
     tokens, source = inputs.test_tokens("builtin", 32, load.load_tokenizer(folder))
     with torch.no_grad():
