@@ -182,23 +182,24 @@ class Walk:
     def _counts(self, start, stop):
         """Return how many weights of each matrix to prune in the block of columns start … stop − 1.
 
-        On a GPU, counts that depend on weights quantized to zero are tensors, so that the host does not synchronize.
+        On a GPU they are tensors, so that the host does not wait for it to count zeros.
         """
         before, self.block = self.block, slice(start, stop)
         # cumulative counts, so that the last block meets the total exactly, except for weights that it rounds to zero
-        counts = [round(sparsity * (total * stop))
-                  for sparsity, total in zip(self.sparsities, self.totals, strict=True)]
+        counts, whole = ([round(sparsity * (total * columns)) for sparsity, total in zip(
+            self.sparsities, self.totals, strict=True)] for columns in (stop, self.columns))
         if not any(self.sparsities):
             return counts
         W, mask, growth = self.W[before], self.mask[before], (stop - start) / max(start - before.start, 1)
-        block = torch.stack([part[:, rows].sum() for rows in self.rows for part in (W == 0, mask)])
+        block = torch.stack([part[:, rows].sum() for rows in self.rows for part in (W == 0, mask, self.mask[stop:])])
         distributed.all_reduce(block)
-        for i, (zeros, removed) in enumerate(block.view(-1, 2)):
+        for i, (zeros, removed, later) in enumerate(block.view(-1, 3)):
             self.zeros[i] = self.zeros[i] + zeros
             # weights that this block will round to 0 count as pruned but are not known yet: expect, per column, as many
             # as in the block before
             expected = ((zeros - removed).double() * growth).round().long()
-            count = (counts[i] - self.zeros[i] - expected).clamp(0, self.totals[i] * (stop - start))
+            count = (whole[i] - later).clamp(max=counts[i]) - self.zeros[i] - expected
+            count = count.clamp(0, self.totals[i] * (stop - start))
             counts[i] = count if self.W.is_cuda else int(count)
         return counts
 

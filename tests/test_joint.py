@@ -117,9 +117,10 @@ def test_matrices_walked_together_are_those_walked_alone(scheme, targets):
 
 @pytest.mark.parametrize("scheme", [None, Scheme(4), Scheme(3, 4)])
 @pytest.mark.parametrize("target", [(0.0, 0, 0), (0.3, 0, 0), (0.8, 0, 0), (0.0, 2, 4), (0.0, 6, 8)])
-def test_weights_that_are_zero_stay_zero_and_count_as_pruned(target, scheme):
+@pytest.mark.parametrize("shares", [(1.2, 0), (0, 1.2)])  # of zeros, in the first and in the last column
+def test_weights_that_are_zero_stay_zero_and_count_as_pruned(shares, target, scheme):
     W, X = random(6, 48), correlated_inputs(90, 48)
-    W[torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < torch.linspace(1.2, 0, 48)] = 0
+    W[torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < torch.linspace(*shares, 48)] = 0
     H = X.t() @ X
     R, _ = factor(H, PERCDAMP)
     pruned, _ = prune_matrix(W, R, H.diagonal(), Target(*target), blocksize=16, scheme=scheme, dtype=torch.float64)

@@ -92,7 +92,7 @@ def _measure(run, dense_states, memory_plan):
         run.log(f"{measured.verdict()}\n         kept in {path}")
     hessians, _ = settings.extra_counts
     tokens = torch.cat([run.calibration, run.further[:hessians]]) if settings.needs_calibration else None
-    targets, tensors = run.kept("plan", lambda: _allocate(run, streamed, measured))
+    targets, tensors = run.kept("targets", lambda: _allocate(run, streamed, measured))
     gradients = {(layer, name): tensors[f"{layer}.{name}"].split(shape)
                  for (layer, name), shape in run.selected.items()} if settings.needs_gradients else None
     return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens, gradients, measured,

@@ -351,7 +351,7 @@ def test_what_the_disk_has_damaged_of_a_layer_is_computed_again(name, prune, int
     assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["run.json", "plan-0.safetensors"])
+@pytest.mark.parametrize("name", ["run.json", "targets-0.safetensors"])
 def test_what_identifies_the_run_and_cannot_be_read_is_refused(name, prune, interrupt, tmp_path):
     saved = tmp_path / "saved"
     interrupt(1, "llama", "--preset best", HALF, saved)
