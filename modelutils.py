@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import errno
 import math
 import os
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
 
@@ -184,6 +186,8 @@ def allocate(shape, dtype, device, place):
     nbytes = numel * dtype.itemsize
     with writing(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in memory, and",
                  "lower these, or set TMPDIR to a larger disk"), tempfile.NamedTemporaryFile() as file:
+        if nbytes > shutil.disk_usage(file.name).free:  # reserving them would fill the disk before it fails
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.posix_fallocate(file.fileno(), 0, nbytes)
         return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
 
