@@ -4,8 +4,8 @@ python benchmarks/accuracy.py MODEL c4 --output accuracy.json --nsamples 32 --se
 
 Every method is run at every target with every seed, and the dense model once. Further arguments are flags of the family
 scripts, for all runs. A benchmark that was interrupted goes on when it is started again; methods, targets and seeds can
-be added. sparsegpt, mixgpt and best are presets of this project, sparsegpt-76 reads as much text as best does with 32
-sequences, best-3 is best with an effort of 3. Wanda and OWL are peers, OWL with SparseGPT's walk. OWL is left out in
+be added. sparsegpt, mixgpt and best are presets of this project, sparsegpt-76 reads four sequences more than best with
+32 at 50%, best-3 is best with an effort of 3. Wanda and OWL are peers, OWL with SparseGPT's walk. OWL is left out in
 n:m: its paper mixes several n, here all matrices prune the same. Sensitivities are measured once a seed.
 """
 

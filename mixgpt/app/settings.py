@@ -19,7 +19,7 @@ PRESETS = {  # complete recipes; explicit flags override them
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
-             "percdamp": 0.1, "extra": 1.0, "distill": 0.375},
+             "percdamp": 0.1, "extra": 0.5, "distill": 0.75},
 }
 NEEDS = {  # what makes these properties of Settings true, in words
     "prunes": "--sparsity or --prunen and --prunem",
@@ -41,7 +41,7 @@ def recipe(preset, prunem=0, wbits=16, groupsize=-1, effort=1.0):
     """
     options = dict(PRESETS.get(preset, {}))
     if preset == "best" and prunem:
-        options |= {"sparsity_way": "uniform", "saliency": "obs", "distill": 0.75}
+        options |= {"sparsity_way": "uniform", "saliency": "obs", "distill": 1.25}
     if preset == "best" and wbits < 16:
         options |= {"mse": True} | ({"act_order": True} if groupsize == -1 else {})
     if preset == "best":
@@ -138,7 +138,7 @@ class Settings:
         needs=("calibrates",))
     distill: float = option(0.0, METHOD,
         "others, likewise, on which the kept weights, or with --wbits the scales of their grids, are trained at the "
-        "end to predict what the dense model does", between=(0, 100), needs=("calibrates",))
+        "end to predict what the dense model does, and the next token", between=(0, 100), needs=("calibrates",))
     seqlen: int | None = option(None, RESULT, "tokens per sequence (default: 2048, or the model's limit if lower)",
         between=(2,), type=int)
     bos: str = option("auto", RESULT,

@@ -1,10 +1,11 @@
-"""Train a pruned or quantized model until it predicts what the dense model predicts. Zeros stay zeros.
+"""Train a pruned or quantized model to predict what the dense model predicts, and the text. Zeros stay zeros.
 
-Kept weights are trained, or, where weights lie on grids, the scales of these. The loss is KL(p ‖ q) per token, of the
-dense model's predictions p and the pruned one's q (Hinton et al., arXiv 1503.02531). The text is little, so that
-gradients are mostly noise, which dividing by their size in each column, as Adam does, would enlarge. So steps go along
-them, as far as the loss would fall to 0 if it were linear (stochastic Polyak steps, Loizou et al., arXiv 2002.10542),
-and end at the mean of the later ones' weights (stochastic weight averaging, Izmailov et al., arXiv 1803.05407).
+Kept weights are trained, or, where weights lie on grids, the scales of these. The loss is the cross-entropy of the
+pruned model's predictions q with the mean of the dense model's p and the token that follows (Hinton et al., arXiv
+1503.02531). The text is little, so that gradients are mostly noise, which dividing by their size in each column, as
+Adam does, would enlarge. So steps go along them, as far as the loss would fall by the divergence KL(p ‖ q) if it were
+linear (after stochastic Polyak steps, Loizou et al., arXiv 2002.10542), and end at the mean of the later ones' weights
+(stochastic weight averaging, Izmailov et al., arXiv 1803.05407).
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from modelutils import SLICE, by_rows, linears, on_device, rows_at_once, run_lay
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
 STEPS = 24  # at most, with an effort of 1
 STEP_TOKENS = 512  # of a step, if there are as many: gradients of fewer are too noisy for such steps
+LABELS = 0.5  # weight of the text's next token in the targets, beside the dense model's prediction
 VOCABULARY = 49_152  # most tokens of which predictions are compared: all of Gemma's 262,144 take 70% of a step
 SCALES_RATE = 1e-2  # root mean square of the change of scales in a step, as a fraction of their own
 AVERAGED = 0.5  # share of the steps, the last ones, over which weights are averaged
@@ -108,10 +110,13 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
                 weights = stack.enter_context(_trained(layers, chosen))
                 stream = replace(streamed, batch_size=min(streamed.batch_size, size)).embed(
                     tokens[mine.start:mine.stop])
-                head = stack.enter_context(stream.head(model, vocabulary=_vocabulary(stream, model, dense)))
+                vocabulary = _vocabulary(stream, model, dense, tokens)
+                head = stack.enter_context(stream.head(model, vocabulary=vocabulary))
+                labels = tokens[mine.start:mine.stop, 1:].contiguous()
+                labels = labels if vocabulary is None else torch.searchsorted(vocabulary.to("cpu"), labels)
                 grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
                 states = [_Scales(weight, grids[weight]) if weight in grids else _Weight(weight) for weight in weights]
-            mean = _train(stream, layers, head, states, steps, dense)
+            mean = _train(stream, layers, head, states, steps, dense[:, :-1], labels)
         for state in states:
             if isinstance(state, _Scales):
                 state.grid.scale.copy_(state.scale)
@@ -120,14 +125,17 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
     return mean
 
 
-def _train(stream, layers, head, states, steps, dense):
-    """Take the steps, of sequences (n,) each. Returns the mean divergence. Raises Diverged."""
+def _train(stream, layers, head, states, steps, dense, labels):
+    """Take the steps, of sequences (n,) each. Returns the mean divergence. Raises Diverged.
+
+    dense: (N, T − 1, C), the states that predict the labels (N, T − 1).
+    """
     means, before = [], len(steps) - math.ceil(AVERAGED * len(steps))  # steps before those averaged
     with progress.bar(steps, title="distilling", unit="step") as bar:
         for number, rows in enumerate(bar, 1):
             with memory.shared_fate():
-                divergences = [_backward(stream, layers, head, part, dense) for part in _batches(stream, rows)]
-            sums = torch.tensor([0.0, len(rows) * dense.shape[1]], device=stream.device)  # divergence, tokens
+                divergences = [_backward(stream, layers, head, part, dense, labels) for part in _batches(stream, rows)]
+            sums = torch.tensor([0.0, labels[rows].numel()], device=stream.device)  # divergence, tokens
             sums[0] = sum(divergences)
             distributed.all_reduce(sums)
             total, count = sums.tolist()
@@ -144,10 +152,11 @@ def _train(stream, layers, head, states, steps, dense):
     return sum(means) / len(means)
 
 
-def _vocabulary(stream, model, dense):
+def _vocabulary(stream, model, dense, tokens):
     """Return the numbers of the VOCABULARY tokens that the dense model predicts most, None if it has no more.
 
-    Without the others, which share 1% to 2% of its predictions, distillation is as good. dense: as in `distill`.
+    They are sorted, and those of the text are among them. Without the others, which share 1% to 2% of its predictions,
+    distillation is as good. dense, tokens: as in `distill`.
     """
     V, states, total = model.config.get_text_config().vocab_size, dense.flatten(0, 1), 0
     if V <= VOCABULARY or not len(states):
@@ -156,7 +165,9 @@ def _vocabulary(stream, model, dense):
         for hidden in states[::max(len(states) // SLICE, 1)].split(PIECE):  # no more than a batch has
             for logits, in by_rows(head(hidden.to(stream.device))):
                 total = total + wide(logits).softmax(-1).sum(0)
-    return total.topk(VOCABULARY).indices
+    of_text = tokens.unique().to(total.device)
+    total[of_text] = torch.inf
+    return total.topk(max(VOCABULARY, len(of_text))).indices.sort().values
 
 
 def _most(tokens):
@@ -202,31 +213,37 @@ def _trained(layers, chosen):
             weight.grad = None
 
 
-def _backward(stream, layers, head, rows, dense):
-    """Add the gradients of the divergence of sequences `rows` to the weights'. Returns it, summed over tokens."""
+def _backward(stream, layers, head, rows, dense, labels):
+    """Add the gradients of the loss of sequences `rows` to the weights'. Returns their divergence, summed over tokens.
+
+    dense, labels: as in `_train`.
+    """
     hidden = stream.hidden[rows].to(stream.device)
     with torch.enable_grad():
         for index, layer in enumerate(layers):
             hidden = stream.call(layer, index, hidden, rows)
-    divergence, gradient = _divergence(head, hidden.detach().flatten(0, 1), dense[rows].to(stream.device).flatten(0, 1))
-    hidden.backward(gradient.view_as(hidden))
+        predicting = hidden[:, :-1]
+    divergence, gradient = _divergence(head, *(tensor.to(stream.device).flatten(0, 1) for tensor in (
+        predicting.detach(), dense[rows], labels[rows])))
+    predicting.backward(gradient.view_as(predicting))
     return divergence
 
 
-def _divergence(head, hidden, dense):
-    """Return Σ KL(p ‖ q) over tokens, on the device, and its gradient w.r.t. the hidden states that predict q.
+def _divergence(head, hidden, dense, labels):
+    """Return Σ KL(p ‖ q) over tokens, on the device, and the gradient of the loss w.r.t. the states that predict q.
 
-    head: from hidden states to logits. hidden, dense: (n, C), of the pruned and of the dense model.
+    head: from hidden states to logits. hidden, dense: (n, C), of the pruned and of the dense model. labels: (n,).
     """
     total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-    for h, of_dense, of_h in zip(*(states.split(SLICE) for states in (hidden, dense, gradient)), strict=True):
+    for h, of_dense, label, of_h in zip(*(of.split(SLICE) for of in (hidden, dense, labels, gradient)), strict=True):
         with torch.enable_grad():
             logits = head(h.requires_grad_())
         others = head(of_dense)  # replaced by the gradient w.r.t. logits
-        for pair in by_rows(logits.detach(), others):
+        for *pair, target in by_rows(logits.detach(), others, label[:, None]):
             log_q, log_p = (wide(scores).log_softmax(-1) for scores in pair)
             difference, p = log_p - log_q, log_p.exp_()
             total += torch.dot(p.flatten(), difference.flatten())
+            p.mul_(1 - LABELS).scatter_add_(1, target, torch.full_like(target, LABELS, dtype=p.dtype))
             pair[1].copy_(log_q.exp_().sub_(p))
         of_h.copy_(torch.autograd.grad(logits, h, others)[0])
     return total, gradient
