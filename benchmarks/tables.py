@@ -86,9 +86,10 @@ class Measured:
         return self.seconds(method, target) / reference
 
     def cost(self, method):
-        """Write seconds to prune, GB, and what trains."""
+        """Write the time to prune, GB, and what trains."""
         memory, trains = self.of(method, COST)["peak_bytes"].mean() / 1e9, ", trains" if method == "best" else ""
-        return f"{self.seconds(method, COST):.0f} s, {memory:.1f} GB{trains}" if memory == memory else ""
+        time = f"{self.seconds(method, COST):.0f} s" if method == REFERENCE else f"{self.multiple(method, COST):.2g}x"
+        return f"{time}, {memory:.1f} GB{trains}" if memory == memory else ""
 
     def tables(self):
         """Return {name: text}."""

@@ -21,7 +21,7 @@ from mixgpt.modeling.streaming import disk_weights
 from modelutils import SLICE, by_rows, linears, on_device, rows_at_once, run_layers
 
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
-STEPS = 24  # at most, with an effort of 1
+STEPS = 40  # at most, with an effort of 1
 STEP_TOKENS = 512  # of a step, if there are as many: gradients of fewer are too noisy for such steps
 LABELS = 0.5  # weight of the text's next token in the targets, beside the dense model's prediction
 VOCABULARY = 49_152  # most tokens of which predictions are compared: all of Gemma's 262,144 take 70% of a step
