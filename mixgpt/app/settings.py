@@ -35,15 +35,16 @@ NEEDS = {  # what makes these properties of Settings true, in words
 def recipe(preset, prunem=0, wbits=16, groupsize=-1, effort=1.0):
     """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
 
-    In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Columns are
-    quantized in the order of activation unless their groups would have to be stored.
+    In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Grids need
+    more text in the Hessians, and their scales learn from less. Columns are quantized in the order of activation unless
+    their groups would have to be stored.
     effort: of best, as a multiple of its further text.
     """
     options = dict(PRESETS.get(preset, {}))
     if preset == "best" and prunem:
-        options |= {"sparsity_way": "uniform", "saliency": "obs", "distill": 1.25}
+        options |= {"sparsity_way": "uniform", "saliency": "obs", "extra": 1.0}
     if preset == "best" and wbits < 16:
-        options |= {"mse": True} | ({"act_order": True} if groupsize == -1 else {})
+        options |= {"mse": True, "extra": 1.0, "distill": 0.375} | ({"act_order": True} if groupsize == -1 else {})
     if preset == "best":
         options |= {name: options[name] * effort for name in ("extra", "distill")}
     return options

@@ -165,13 +165,13 @@ def test_a_preset_means_its_recipe_without_the_command_line_too():
                               "--percdamp .1 --extra .5 --distill .75"),
     ("best --effort 4", "--sparsity .5", "--sparsity-way global --saliency fisher --solver admm --target dense "
                                          "--alpha .15 --percdamp .1 --extra 2 --distill 3"),
-    ("best", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --extra .5 "
-                                      "--distill 1.25"),
+    ("best", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --extra 1 "
+                                      "--distill .75"),
     ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4",
-     "--sparsity-way global --saliency fisher --target dense --percdamp .1 --extra .5 --distill .75 --mse "
+     "--sparsity-way global --saliency fisher --target dense --percdamp .1 --extra 1 --distill .375 --mse "
      "--act-order"),
     ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse",
-     "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 --percdamp .1 --extra .5"),
+     "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 --percdamp .1 --extra 1"),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected):
     preset, flags = (parse("llama.py", ["m", "c4", *amount.split(), *given.split()])
