@@ -88,9 +88,8 @@ class Measured:
     def cost(self, method):
         """Write the time to prune, GB, and what trains."""
         memory, trains = self.of(method, COST)["peak_bytes"].mean() / 1e9, ", trains" if method == "best" else ""
-        multiple = self.multiple(method, COST)  # NaN if SparseGPT was not measured
-        in_seconds = method == REFERENCE or multiple != multiple
-        time = f"{self.seconds(method, COST):.0f} s" if in_seconds else f"{multiple:.2g}x"
+        multiple = self.multiple(method, COST)  # 1 for SparseGPT; NaN where that was not measured
+        time = f"{multiple:.2g}x" if multiple < 1 or multiple > 1 else f"{self.seconds(method, COST):.0f} s"
         return f"{time}, {memory:.1f} GB{trains}" if memory == memory else ""
 
     def tables(self):
