@@ -154,8 +154,7 @@ def test_steps_would_end_at_zero_if_the_divergence_were_linear_and_their_later_o
         assert torch.equal(weight, state.exact.to(dtype)) and torch.equal(weight == 0, start == 0)
 
 
-def test_kept_weights_learn_and_all_else_stays(name, monkeypatch):
-    monkeypatch.setattr(module, "STEPS", 40)
+def test_kept_weights_learn_and_all_else_stays(name):
     scene = Scene(name, torch.float64)
     divergence, start = scene.divergence()
     scene.distill(times=8)
@@ -194,8 +193,7 @@ def test_gradients_of_scales_are_those_of_the_loss(name, scheme, monkeypatch):
 
 @pytest.mark.parametrize("scheme, dtype", [(SCHEMES["rows"], torch.float32), (SCHEMES["groups"], torch.float32),
                                            (Scheme(8), torch.bfloat16)], ids=str)
-def test_scales_learn_and_codes_stay(scheme, dtype, monkeypatch):
-    monkeypatch.setattr(module, "STEPS", 40)
+def test_scales_learn_and_codes_stay(scheme, dtype):
     scene = Scene(scheme=scheme, dtype=dtype)
     divergence, start = scene.divergence()
     scene.distill(times=8)
