@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from torch.nn.functional import pad
 
 from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size
 from mixgpt.common import distributed, progress
@@ -12,6 +13,7 @@ from modelutils import SLICE, by_rows, hooked, linears
 TOKEN_CLIP = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: the most that a token counts in G
 ROUNDING = 1e-9  # of the largest ‖∂L/∂y‖² of a sequence: less is a token that was not routed here
 ROW_WEIGHT_EXPONENT = 0.7  # of G within a matrix
+PART = 512  # probabilities cumulated at a time
 
 
 def output_gradients(streamed, matrices, tokens, seed):
@@ -129,5 +131,10 @@ def _sampled_gradient(chunk, head, rows, keys):
 
 def drawn(p, uniform):
     """Draw an index from each row of p (n, V), probabilities: the first whose cumulated p reaches uniform (n,)."""
-    cumulated = p.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulated, uniform[:, None]).squeeze(1).clamp_(max=p.shape[1] - 1)
+    parts, uniform = pad(p, (0, -p.shape[1] % PART)).unflatten(1, (-1, PART)), uniform[:, None]
+    sums = parts.sum(2, dtype=torch.float64)  # of parts first: cumulating all of a row takes a third of a head's time
+    ends = sums.cumsum(1)
+    part = torch.searchsorted(ends, uniform).clamp_(max=ends.shape[1] - 1)
+    inside = parts.take_along_dim(part[..., None], 1).squeeze(1).cumsum(1, dtype=torch.float64)
+    place = torch.searchsorted(inside, uniform - (ends - sums).gather(1, part))
+    return (part * PART + place).squeeze(1).clamp_(max=p.shape[1] - 1)

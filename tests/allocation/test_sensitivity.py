@@ -188,6 +188,14 @@ def test_output_gradients_are_squares_at_labels_of_the_model_by_row(tiny, tokens
         torch.testing.assert_close(found[key][1].double(), X.square().mean(0), rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("V", [7, 512, 1300])
+def test_labels_are_drawn_by_inverting_the_distribution_function(V):
+    p = (3 * torch.randn(50, V)).softmax(-1)
+    uniform = torch.rand(50, dtype=torch.float64).index_fill_(0, torch.tensor(1), 1).index_fill_(0, torch.tensor(2), 0)
+    expected = (p.double().cumsum(-1) < uniform[:, None]).sum(1).clamp_max(V - 1)
+    assert torch.equal(fisher.drawn(p, uniform), expected)
+
+
 def test_tokens_that_are_not_routed_to_an_expert_do_not_count():
     energies = torch.tensor([[0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0], [0.0] * 7 + [1.0]])
     assert torch.equal(fisher._clipping(energies), torch.ones(2, 8))
