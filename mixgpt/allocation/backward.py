@@ -51,12 +51,13 @@ class Chunk:
         self.stream.arguments = cast(self.stream.arguments, self.dtype)
         self.borders = [[self.stream.hidden.to(self.dtype)]]
 
-    def run(self, forward, turn, backward):
+    def run(self, forward, turn, backward, vocabulary=None):
         """Run all layers forward and back, in self.dtype, on the batches `rows` of sequences.
 
         Each function returns new hidden states of a batch, (B, T, C) of each kind: forward(layer, index, rows) those
         after a layer; turn(head, rows) those that replace them after the last one, with `head` from hidden states
-        (n, C) to logits; backward(layer, index, rows) those that replace the ones before a layer.
+        (n, C) to logits of the vocabulary (default: all tokens); backward(layer, index, rows) those that replace the
+        ones before a layer.
         """
         batches, count = self.stream.batches(), len(self.layers)
         for index, layer in in_turn(self.layers, self.device):
@@ -66,7 +67,7 @@ class Chunk:
             for rows in batches:
                 self._write(index + 1, rows, forward(layer, index, rows))
             self.bar.update(len(self.tokens))
-        with self.stream.head(self.model, self.dtype) as head:
+        with self.stream.head(self.model, self.dtype, vocabulary) as head:
             for rows in batches:
                 self._write(count, rows, turn(head, rows))
         for place, layer in in_turn(list(self.layers)[::-1], self.device):

@@ -16,14 +16,15 @@ ROW_WEIGHT_EXPONENT = 0.7  # of G within a matrix
 PART = 512  # probabilities cumulated at a time
 
 
-def output_gradients(streamed, matrices, tokens, seed):
+def output_gradients(streamed, matrices, tokens, seed, vocabulary=None):
     """Measure gradients of the loss w.r.t. matrix outputs y = W x, with labels sampled from the model's predictions.
 
     Returns {(layer, name): (G (out,), E[x_c²] (in,))}, float32 on the host; G_r = E[(∂L/∂y_r)²], means over tokens.
     If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
     output factor in K-FAC (arXiv 1503.05671). The estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP
     times the sequence's mean, and ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. streamed: a
-    modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T).
+    modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). vocabulary: numbers of the tokens among
+    which the model predicts, such as the likely ones (default: all).
     """
     N, T = tokens.shape
     mine, layers = range(N)[distributed.share(N)], streamed.layers
@@ -42,7 +43,7 @@ def output_gradients(streamed, matrices, tokens, seed):
         for start in range(0, len(mine), size):
             numbers = mine[start:start + size]
             _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
-                              [(seed, n, 0) for n in numbers], measure)
+                              [(seed, n, 0) for n in numbers], measure, vocabulary)
     sums += inputs
     together = torch.cat(sums)
     distributed.all_reduce(together)
@@ -83,11 +84,12 @@ def squared_gradients(chunk, keys):
     return result.cpu()
 
 
-def _sampled_backward(chunk, keys, measure):
+def _sampled_backward(chunk, keys, measure, vocabulary=None):
     """Run all layers forward and backward, with labels ŷ sampled from the model's predictions, seeded by `keys`.
 
     Calls measure(column, rows, X, Y) with the index of a matrix, the slice of sequences that a batch has, the matrix's
     input X (B, T, in) and the gradient Y of L(ŷ) w.r.t. its output (B, T, out). Gradients replace hidden states.
+    vocabulary: as in `output_gradients`.
     """
     @torch.no_grad()
     def forward(layer, index, rows):
@@ -107,7 +109,7 @@ def _sampled_backward(chunk, keys, measure):
             measure(column, rows, X, Y)
         return [next_g]
 
-    chunk.run(forward, lambda head, rows: [_sampled_gradient(chunk, head, rows, keys[rows])], backward)
+    chunk.run(forward, lambda head, rows: [_sampled_gradient(chunk, head, rows, keys[rows])], backward, vocabulary)
 
 
 def _sampled_gradient(chunk, head, rows, keys):

@@ -72,7 +72,7 @@ def _distill(run, plan, outcomes, on_host):
         streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))
         with run.clock.part("distillation"):
             grids = {key: outcome.grid for key, outcome in outcomes.items()}
-            divergence = distill.distill(streamed, grids, tokens, plan.dense_states, run.settings.seed, finish,
+            divergence = distill.distill(streamed, grids, tokens, plan.dense, run.settings.seed, finish,
                                          run.settings.effort)
             if files:
                 files.flush()

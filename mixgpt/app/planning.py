@@ -1,6 +1,6 @@
 """Before pruning: remove experts, measure gradients, and assign a sparsity to each matrix."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,19 @@ class Plan:
     tokens: torch.Tensor | None = None  # (n, T), on which matrices are pruned
     gradients: dict | None = None  # of `output_gradients`, if needed
     traces: Any = None  # allocation.traces.Traces, if matrices are ranked by sensitivity
-    dense_states: torch.Tensor | None = None  # (m, t, C), after the dense model's last layer, of distillation_tokens
+    dense: dict = field(default_factory=dict)  # `distill.dense_states` of the tokens for distillation, if it distils
 
 
 def choose(run):
     """Return the `Plan` of a run; print and plot it."""
     settings = run.settings
     retry = partial(run.retry, on_host=False)
-    dense_states = retry(partial(_dense_states, run))
+    dense = retry(partial(_dense_states, run))
     if settings.experts:
         _remove_experts(run, retry)
     if not settings.compresses:
         return Plan({})
-    plan = retry(partial(_measure, run, dense_states))
+    plan = retry(partial(_measure, run, dense))
     if plan.traces:
         if warning := plan.traces.warning():
             print(warning, flush=True)
@@ -72,17 +72,17 @@ def _remove_experts(run, retry):
 
 
 def _dense_states(run, memory_plan):
-    """Return the dense model's last hidden states of the text for distillation, None if there is none."""
+    """Return `distill.dense_states` of the text for distillation, {} if there is none."""
     def make():
         tokens = run.distillation_tokens
         streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.seqlen)
         with run.clock.part("distillation"):
-            return None, {"states": distill.dense_states(streamed, tokens)}
+            return None, distill.dense_states(streamed, tokens)
 
-    return run.kept("dense_states", make)[1]["states"] if run.distills else None
+    return run.kept("dense_states", make)[1] if run.distills else {}
 
 
-def _measure(run, dense_states, memory_plan):
+def _measure(run, dense, memory_plan):
     """Return the `Plan`."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
     if settings.ranks_by_sensitivity:
@@ -92,21 +92,24 @@ def _measure(run, dense_states, memory_plan):
         run.log(f"{measured.verdict()}\n         kept in {path}")
     hessians, _ = settings.extra_counts
     tokens = torch.cat([run.calibration, run.further[:hessians]]) if settings.needs_calibration else None
-    targets, tensors = run.kept("targets", lambda: _allocate(run, streamed, measured))
+    targets, tensors = run.kept("targets", lambda: _allocate(run, streamed, measured, dense.get("vocabulary")))
     gradients = {(layer, name): tensors[f"{layer}.{name}"].split(shape)
                  for (layer, name), shape in run.selected.items()} if settings.needs_gradients else None
     return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens, gradients, measured,
-                dense_states)
+                dense)
 
 
-def _allocate(run, streamed, measured):
-    """Return the targets of all matrices, a JSON-able list, and the gradients used for them, a tensor for each."""
+def _allocate(run, streamed, measured, vocabulary):
+    """Return the targets of all matrices, a JSON-able list, and the gradients used for them, a tensor for each.
+
+    vocabulary: as of `distill.dense_states`, or None.
+    """
     settings, gradients = run.settings, {}
     if settings.needs_gradients:
         # every second sequence gives the same perplexity, within 0.5%
         tokens = run.calibration[::2 if len(run.calibration) >= 2 * distributed.world() else 1]
         with run.clock.part("gradients"):
-            gradients = output_gradients(streamed, list(run.selected), tokens, settings.seed)
+            gradients = output_gradients(streamed, list(run.selected), tokens, settings.seed, vocabulary)
     targets = ALLOCATIONS[settings.sparsity_way].load()(Budget(
         run.selected, run.target, settings.alpha, measured and measured.sensitivity, gradients, streamed,
         run.calibration))

@@ -50,10 +50,26 @@ def with_token_budget(streamed, tokens, T):
 
 @torch.no_grad()
 def dense_states(streamed, tokens):
-    """Return the last hidden states, (n, T, C) on the host, of this process's share of tokens (N, T)."""
+    """Run the dense model on this process's share of tokens (N, T). Returns {name: tensor on the host}.
+
+    "states": the last hidden states, (n, T, C). "vocabulary", of models with more than VOCABULARY tokens: the sorted
+    numbers of so many, those of the text and others that the model predicts most. Without the rest, which share 1% to
+    2% of its predictions, distillation is as good.
+    """
     stream = streamed.embed(tokens[distributed.share(len(tokens))])
     run_layers(streamed.model, [stream], streamed.device, "dense model")
-    return stream.hidden[..., :stream.channels].to("cpu")
+    states = stream.hidden[..., :stream.channels].to("cpu")
+    if streamed.model.config.get_text_config().vocab_size <= VOCABULARY or not len(states):
+        return {"states": states}
+    some, total = states.flatten(0, 1)[::max(states.shape[:2].numel() // SLICE, 1)], 0
+    with stream.head(streamed.model) as head:
+        for hidden in some.split(PIECE):  # no more than a batch has
+            for logits, in by_rows(head(hidden.to(stream.device))):
+                total = total + wide(logits).softmax(-1).sum(0)
+    of_text = tokens.unique().to(total.device)
+    total[of_text] = torch.inf
+    vocabulary = total.topk(max(VOCABULARY, len(of_text))).indices.sort().values
+    return {"states": states, "vocabulary": vocabulary.to("cpu")}
 
 
 def room_for(streamed, tokens, effort=1.0):
@@ -61,7 +77,7 @@ def room_for(streamed, tokens, effort=1.0):
 
     At most streamed.batch_size. Counted are all weights; for those in layers the gradient, a float32 copy, the distance
     of that from the mean and, unless they are read from disk, a copy to restore; three more copies of the largest
-    matrix; a second copy of the head, as `_vocabulary` narrows it, and two values for each logit of a slice of tokens,
+    matrix; a second copy of the head, narrowed to the vocabulary, and two values for each logit of a slice of tokens,
     and three of float32 for those computed with at a time; hidden states; and for each token of a batch the inputs and
     outputs of linears, half as much again, and the scores of attention, if the model computes these, or a third of
     their bytes for the buffers of PyTorch's attention on a CPU.
@@ -110,13 +126,12 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
                 weights = stack.enter_context(_trained(layers, chosen))
                 stream = replace(streamed, batch_size=min(streamed.batch_size, size)).embed(
                     tokens[mine.start:mine.stop])
-                vocabulary = _vocabulary(stream, model, dense, tokens)
+                vocabulary, labels = dense.get("vocabulary"), tokens[mine.start:mine.stop, 1:].contiguous()
                 head = stack.enter_context(stream.head(model, vocabulary=vocabulary))
-                labels = tokens[mine.start:mine.stop, 1:].contiguous()
-                labels = labels if vocabulary is None else torch.searchsorted(vocabulary.to("cpu"), labels)
+                labels = labels if vocabulary is None else torch.searchsorted(vocabulary, labels)
                 grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
                 states = [_Scales(weight, grids[weight]) if weight in grids else _Weight(weight) for weight in weights]
-            mean = _train(stream, layers, head, states, steps, dense[:, :-1], labels)
+            mean = _train(stream, layers, head, states, steps, dense["states"][:, :-1], labels)
         for state in states:
             if isinstance(state, _Scales):
                 state.grid.scale.copy_(state.scale)
@@ -150,24 +165,6 @@ def _train(stream, layers, head, states, steps, dense, labels):
     if not torch.stack([state.exact.isfinite().all() for state in states]).all():
         raise Diverged("gradients became infinite")
     return sum(means) / len(means)
-
-
-def _vocabulary(stream, model, dense, tokens):
-    """Return the numbers of the VOCABULARY tokens that the dense model predicts most, None if it has no more.
-
-    They are sorted, and those of the text are among them. Without the others, which share 1% to 2% of its predictions,
-    distillation is as good. dense, tokens: as in `distill`.
-    """
-    V, states, total = model.config.get_text_config().vocab_size, dense.flatten(0, 1), 0
-    if V <= VOCABULARY or not len(states):
-        return None
-    with stream.head(model) as head:
-        for hidden in states[::max(len(states) // SLICE, 1)].split(PIECE):  # no more than a batch has
-            for logits, in by_rows(head(hidden.to(stream.device))):
-                total = total + wide(logits).softmax(-1).sum(0)
-    of_text = tokens.unique().to(total.device)
-    total[of_text] = torch.inf
-    return total.topk(max(VOCABULARY, len(of_text))).indices.sort().values
 
 
 def _most(tokens):

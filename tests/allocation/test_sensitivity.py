@@ -27,9 +27,9 @@ def all_float64(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-def loss_of(model, sequence, labels=None):
-    """Mean cross-entropy of one sequence (T,) in the model's dtype."""
-    return torch.nn.functional.cross_entropy(model(sequence[None]).logits[0, :-1],
+def loss_of(model, sequence, labels=None, vocabulary=slice(None)):
+    """Mean cross-entropy of one sequence (T,) in the model's dtype. labels: places in the vocabulary."""
+    return torch.nn.functional.cross_entropy(model(sequence[None]).logits[0, :-1, vocabulary],
                                              sequence[1:] if labels is None else labels)
 
 
@@ -139,10 +139,10 @@ def test_the_mean_over_all_sign_vectors_is_the_exact_trace(minute, name, all_flo
     assert samples.std() > 1e-3 * samples.mean().abs()
 
 
-def sampled_labels(model, sequence, generator):
+def sampled_labels(model, sequence, generator, vocabulary=slice(None)):
     """Labels drawn from the model's own predictions by inverting their distribution function."""
     with torch.no_grad():
-        cumulative = model(sequence[None]).logits[0, :-1].softmax(-1).cumsum(-1)
+        cumulative = model(sequence[None]).logits[0, :-1, vocabulary].softmax(-1).cumsum(-1)
     uniform = torch.rand(len(sequence) - 1, generator=generator, dtype=torch.float64)
     return (cumulative < uniform[:, None]).sum(dim=1)
 
@@ -158,26 +158,28 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, token
         assert torch.allclose(samples[n], expected, rtol=1e-9)
 
 
-def test_output_gradients_are_squares_at_labels_of_the_model_by_row(tiny, tokens, all_float64, monkeypatch):
+@pytest.mark.parametrize("vocabulary", [None, torch.arange(3, 300, 7)], ids=["all", "some"])
+def test_output_gradients_are_squares_at_labels_of_the_model_by_row(vocabulary, tiny, tokens, all_float64, monkeypatch):
     monkeypatch.setattr(backward.memory, "free", lambda _: 0)  # as many chunks as batches, on disk
     monkeypatch.setattr(fisher, "TOKEN_CLIP", 1.2)
     model = tiny
     model, tokens, cut = model.double(), tokens[:3, :10], 0
     matrices = list(modules_of(model))
-    found = fisher.output_gradients(StreamedModel(model, CPU, 2), matrices, tokens, 3)
+    found = fisher.output_gradients(StreamedModel(model, CPU, 2), matrices, tokens, 3, vocabulary)
+    some = slice(None) if vocabulary is None else vocabulary
     expected, outputs = dict.fromkeys(matrices, 0), {}
     keep = {module: lambda Y, key=key: outputs.update({key: Y}) for key, module in modules_of(model).items()}
     for n, sequence in enumerate(tokens):
-        labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"))
+        labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"), some)
         with hooked(keep, outputs=True):
-            loss = loss_of(model, sequence, labels)
+            loss = loss_of(model, sequence, labels, some)
         gradients = torch.autograd.grad(9 * loss, list(outputs.values()))
         for key, Y in zip(outputs, gradients, strict=True):
             of_tokens = [row.square() for row in Y.reshape(10, -1)]
-            some = [row for row in of_tokens if row.sum() > 1e-20]  # a token that sees only itself has none at q and k
-            loudest = 1.2 * sum(row.sum() for row in some) / len(some)
-            cut += sum(bool(row.sum() > loudest) for row in some)
-            counted = [row * min(1, loudest / row.sum()) for row in some]
+            loud = [row for row in of_tokens if row.sum() > 1e-20]  # a token that sees only itself has none at q and k
+            loudest = 1.2 * sum(row.sum() for row in loud) / len(loud)
+            cut += sum(bool(row.sum() > loudest) for row in loud)
+            counted = [row * min(1, loudest / row.sum()) for row in loud]
             expected[key] = expected[key] + sum(counted) / 30
     assert cut > len(matrices)
     for key in matrices:

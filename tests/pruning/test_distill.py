@@ -33,7 +33,7 @@ def small_steps(monkeypatch):
 class Scene:
     """A dense model, a copy of which a random half of the weights is zero, and what distillation reads."""
 
-    def __init__(self, name="llama", dtype=torch.float32, scheme=None, shape=(N, T)):
+    def __init__(self, name="llama", dtype=torch.float32, scheme=None, shape=(N, T), most=VOCABULARY):
         """scheme: of the grids on which the kept weights lie, `chosen`, {(layer, name): Grid or None}."""
         self.model = make(name)
         split_experts(self.model)
@@ -46,7 +46,7 @@ class Scene:
             if scheme:
                 rounded, self.chosen[key] = quantize_nearest(weight, scheme)
                 weight.copy_(rounded)
-        self.tokens = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
+        self.tokens = torch.randint(0, most, shape, generator=torch.Generator().manual_seed(1))
         self.dense = dense_states(self.streamed(self.model), self.tokens)
         self.before = copy.deepcopy((self.pruned, self.chosen))
 
@@ -58,7 +58,7 @@ class Scene:
 
     def distill(self, times=1, seed=0, batch_size=2, finish=None):
         return distill(self.streamed(self.pruned, batch_size), self.chosen, self.tokens.repeat(times, 1),
-                       self.dense.repeat(times, 1, 1), seed, finish)
+                       self.dense | {"states": self.dense["states"].repeat(times, 1, 1)}, seed, finish)
 
     def divergence(self, pruned=None, most=VOCABULARY):
         """Return KL(p ‖ q) per predicted token, and the loss, by the models' own forwards.
@@ -81,7 +81,7 @@ class Scene:
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean(), loss.mean()
 
 
-@pytest.fixture(params=["opt", "baichuan-13b", "gemma4", "qwen3-moe"])
+@pytest.fixture(params=["opt", "baichuan-13b", "bloom", "gemma4", "qwen3-moe"])
 def name(request):
     return request.param
 
@@ -94,12 +94,11 @@ def test_an_effort_multiplies_the_steps_down_to_a_thousand_tokens_each(monkeypat
 
 @pytest.mark.parametrize("most", [VOCABULARY, VOCABULARY // 3])
 def test_gradients_are_those_of_the_loss(name, most, monkeypatch):
-    scene, found = Scene(name, torch.float64), []
-    monkeypatch.setattr(module, "VOCABULARY", most)
-    monkeypatch.setattr(module, "_step", lambda states, *_: found.extend(state.weight.grad for state in states))
-    monkeypatch.setattr(module, "STEPS", 1)
-    monkeypatch.setattr(module, "SLICE", 7)  # several parts
+    for constant, value in {"VOCABULARY": most, "STEPS": 1, "SLICE": 7}.items():  # 7: several parts
+        monkeypatch.setattr(module, constant, value)
     monkeypatch.setattr(modelutils, "CACHED", 1)  # a row at a time
+    scene, found = Scene(name, torch.float64), []
+    monkeypatch.setattr(module, "_step", lambda states, *_: found.extend(state.weight.grad for state in states))
     mean = scene.distill()
     with module._trained(layers_of(scene.pruned), scene.chosen) as weights, torch.enable_grad():
         expected, loss = scene.divergence(most=most)
@@ -261,8 +260,7 @@ def test_what_fits_is_about_the_peak_and_without_room_for_it_nothing_does(name, 
                                                                           tmp_path):
     monkeypatch.setattr(module, "STEP_TOKENS", 1024)
     monkeypatch.setattr(module, "VOCABULARY", most)
-    scene = Scene(name, dtype, shape=(16, 64))
-    scene.tokens %= most
+    scene = Scene(name, dtype, shape=(16, 64), most=most)
     with Gpu() if device == CUDA else contextlib.nullcontext() as gpu:
         streamed = StreamedModel(scene.pruned, device, 4)
         counted = least_room(streamed, scene.tokens, monkeypatch)
