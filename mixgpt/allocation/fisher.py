@@ -102,11 +102,12 @@ def _sampled_backward(chunk, keys, measure, vocabulary=None):
                          for kept in (inputs, outputs))
         with hooked(before), hooked(after, outputs=True), torch.enable_grad():
             y = chunk.stream.call(layer, index, x.requires_grad_(), rows)
-            # zeros for an output that is not used: in a short sequence, or to choose what is attended to
-            next_g, *cotangents = torch.autograd.grad(y, [x, *outputs.values()], g, materialize_grads=True)
-        for column, Y in zip(outputs, cotangents, strict=True):
-            X, Y = (by_sequence(modules[column], A, len(x)) for A in (inputs[column].detach(), Y))
-            measure(column, rows, X, Y)
+            reached = {column: Y for column, Y in outputs.items() if Y.requires_grad}
+            next_g, *gradients = torch.autograd.grad(y, [x, *reached.values()], g, materialize_grads=True)
+        cotangents = dict(zip(reached, gradients, strict=True))
+        for column, Y in outputs.items():  # zeros if unused, as in a short sequence, or used to choose what is attended
+            X, Y = inputs[column].detach(), cotangents.get(column, torch.zeros_like(Y))
+            measure(column, rows, *(by_sequence(modules[column], A, len(x)) for A in (X, Y)))
         return [next_g]
 
     chunk.run(forward, lambda head, rows: [_sampled_gradient(chunk, head, rows, keys[rows])], backward, vocabulary)

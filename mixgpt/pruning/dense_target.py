@@ -45,7 +45,7 @@ def residual_writers(layer, index, stream):
     with contextlib.ExitStack() as stack:
         for name, module in layer.named_modules():
             if not any(module.children()):
-                stack.enter_context(module.register_forward_hook(partial(search.note, name)))
+                stack.enter_context(module.register_forward_hook(partial(search.note, name), with_kwargs=True))
         y = stream.call(layer, index, x.clone(), slice(0, 1))
     search.see(y[..., :stream.channels])
     return search.writers
@@ -67,10 +67,11 @@ class _Search:
             return tensor.reshape(self.shape)[0, :PROBE_TOKENS].flatten().double()
         return None
 
-    def note(self, name, _, args, Y):
+    def note(self, name, _, args, named, Y):
         """Note a call of a module: of a linear, of a norm that follows one, or of a norm of the stream."""
-        self.see(args[0])
-        X, Y = self._view(args[0]), self._view(Y)
+        X, *_ = *args, *named.values()
+        self.see(X)
+        X, Y = self._view(X), self._view(Y)
         if Y is None:
             return
         if name in self.candidates:

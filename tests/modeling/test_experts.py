@@ -36,7 +36,9 @@ MODELS = {
                     "top_k_experts": 2, "tie_word_embeddings": False, "hidden_size_per_layer_input": 8,
                     "vocab_size_per_layer_input": VOCABULARY},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
-    "deepseek_v2": LATENT, "deepseek_v3": LATENT, "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
+    "deepseek_v2": LATENT, "deepseek_v3": LATENT,
+    "deepseek_v32": LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4},  # chosen without gradients
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
     "granitemoe": {"num_local_experts": 4}, "mixtral": {"num_local_experts": 4}, "olmoe": {"num_experts": 4},
     "granitemoehybrid": {"num_local_experts": 4, "layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 4,
                          "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8,
@@ -147,7 +149,7 @@ def test_an_expert_without_tokens_is_pruned_on_the_mean_of_the_others(tokens):
 
 
 @pytest.mark.parametrize("kind, options", [
-    *((kind, "--preset best" if kind in ("deepseek_v4", "gemma4_text") else "") for kind in MODELS),
+    *((kind, "--preset best" if kind in ("deepseek_v32", "deepseek_v4", "gemma4_text") else "") for kind in MODELS),
     ("gpt_oss", "--preset best"), ("jamba", "--preset best"), ("jamba", "--preset mixgpt"),
     ("qwen3_moe", "--prunen 2 --prunem 4 --preset best"), ("gpt_oss", "--wbits 4"), ("qwen3_moe", "--gmp")])
 def test_a_mixture_is_pruned_saved_in_its_published_layout_and_loaded_again(kind, options, folder, tmp_path):

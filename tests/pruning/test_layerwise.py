@@ -120,6 +120,26 @@ def test_the_dense_target_is_finite_where_a_norm_follows_outputs_of_zero(tokens)
     assert all(0 < outcome.error < 1 for outcome in outcomes.values())
 
 
+class ByName(torch.nn.Module):
+    """A module that passes its input on by name, as xLSTM's do."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden_states):
+        return self.norm(hidden_states=hidden_states)
+
+
+def test_the_dense_target_is_the_same_if_modules_get_their_input_by_name(tokens):
+    model, other = make("llama"), make("llama")
+    for layer in layers_of(other):
+        layer.post_attention_layernorm = ByName(layer.post_attention_layernorm)
+    for each in (model, other):
+        sparsegpt(each, plan_of(each), tokens, dense_target=True)
+    assert all(map(torch.equal, weights(model).values(), weights(other).values()))
+
+
 def test_best_beats_sparsegpt_and_that_magnitude_on_a_trained_model(trained_model):
     dense, test, calibration = trained_model
     model, best, magnitude = (copy.deepcopy(dense) for _ in range(3))
