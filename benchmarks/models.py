@@ -1,4 +1,4 @@
-"""Prune a tiny random model of every causal-LM class of transformers to 50%, and write docs/models.md.
+"""Prune a tiny random model of every causal-LM class of transformers to 50% by best, and write docs/models.md.
 
 python benchmarks/models.py docs/models.md            # all of them, in five minutes
 python benchmarks/models.py models.md llama gpt2
@@ -28,7 +28,7 @@ from mixgpt.evaluation.measures import logits
 PAGE = """# Models
 
 The causal-LM classes of transformers {version}, tiny and with random weights:
-{counts}. `ok`: half of the weights were pruned, and of the dense model and
+{counts}. `ok`: `best` pruned half of the weights, and of the dense model and
 the saved one, layers that are read from disk and run one at a time gave the logits of the class's own forward on three
 sequences. `refused`: in one line, before weights are read. `not built`: here, for a reason of the class or its sizes.
 This is what `python benchmarks/models.py docs/models.md` writes.
@@ -94,7 +94,7 @@ def prune(kind, folder, tokenizer):
     except Exception as error:  # of the class, or of the sizes
         return "not built", one_line(error)
     try:
-        result = mixgpt.prune(model, tokens, sparsity=0.5, eval=[], device="cpu", save=saved, quiet=True)
+        result = mixgpt.prune(model, tokens, sparsity=0.5, preset="best", eval=[], device="cpu", save=saved, quiet=True)
     except InputError as error:
         return "refused", one_line(error).replace(f"model {model}: ", "")
     if not (worst := max(difference(model, tokens), difference(saved, tokens))) <= 1e-3:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from mixgpt.app.settings import Settings, flag_of
 from mixgpt.common import program
 from mixgpt.common.choices import Registry
-from mixgpt.common.errors import InputError, Terminated, is_out_of_memory, one_line, status_of
+from mixgpt.common.errors import InputError, Terminated, is_disk_full, is_out_of_memory, one_line, status_of
 from mixgpt.common.texts import DATASETS
 
 REMEDY = "lower --batch-size, --nsamples or --seqlen, or give --no-true-sequential"
@@ -87,8 +87,9 @@ def reported(script, argv, remedy):
     """Turn what ends the block, a whole command line, into one line on stderr and an exit status.
 
     Yields an object whose `status` is then 0, or what the block has set. 1: a bug, whose traceback is in the file that
-    the line names. 2: InputError, or the host is out of memory; remedy says what to lower. 130: Ctrl-C. 141, without a
-    line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP. `advice` ends all lines but that of an InputError.
+    the line names. 2: InputError, a full disk, or the host is out of memory; remedy says what to lower. 130: Ctrl-C.
+    141, without a line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP. `advice` ends all lines but that of
+    an InputError.
     """
     end = SimpleNamespace(status=0, advice="")
     try:
@@ -107,6 +108,8 @@ def reported(script, argv, remedy):
             line = "terminated" if isinstance(error, Terminated) else "interrupted"
         elif is_out_of_memory(error):
             line = f"error: out of memory; {remedy}"
+        elif is_disk_full(error):  # another file than the flags name
+            line = "error: the disk of the output or of TMPDIR is full; free some space"
         elif "closed by peer" in str(error):  # of gloo
             line = "error: another process has ended"
         else:

@@ -53,8 +53,13 @@ def is_out_of_memory(error):
                or any(words in str(error) for words in EXHAUSTED) for error in chain)
 
 
+def is_disk_full(error):
+    """Return whether an exception says that a disk is full."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
 def status_of(error):
     """Return the exit status of a run that an exception ends."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
-    return 2 if isinstance(error, InputError) or is_out_of_memory(error) else 1
+    return 2 if isinstance(error, InputError) or is_out_of_memory(error) or is_disk_full(error) else 1

@@ -88,14 +88,16 @@ def test_names_cannot_break_the_line(script, capsys):
     assert line.startswith(f"{script}: error: ") and "--no-such flag" in line
 
 
-@pytest.mark.parametrize("closed, status", [("| head -0; exit ${PIPESTATUS[0]}", 141), (">&-", 0)])
-def test_a_closed_stdout_ends_a_command_without_a_line(closed, status, tmp_path):
+@pytest.mark.parametrize("closed, status, line", [
+    ("| head -0; exit ${PIPESTATUS[0]}", 141, ""), (">&-", 0, ""),
+    ("> /dev/full", 2, "results.py: error: the disk of the output or of TMPDIR is full; free some space\n")])
+def test_a_closed_stdout_ends_a_command_without_a_line_and_a_full_one_with_one(closed, status, line, tmp_path):
     """Through the interpreter's own end, where it flushes once more."""
     (tmp_path / "a.json").write_text(json.dumps({"settings": {"model": "a", "seed": 0}, "perplexity": {}, "data": {},
                                                  "sparsity": 0.0, "seconds": {}, "peak_memory": {}}))
     done = subprocess.run(["bash", "-c", f'"$0" results.py "$1" {closed}', sys.executable, tmp_path / "a.json"],
                           cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (status, "")
+    assert (done.returncode, done.stderr) == (status, line)
 
 
 def wait_in_the_second_layer(temporary, errors, reached):
