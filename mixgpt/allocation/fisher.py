@@ -106,7 +106,7 @@ def _sampled_backward(chunk, keys, measure, vocabulary=None):
             next_g, *gradients = torch.autograd.grad(y, [x, *reached.values()], g, materialize_grads=True)
         cotangents = dict(zip(reached, gradients, strict=True))
         for column, Y in outputs.items():  # zeros if unused, as in a short sequence, or used to choose what is attended
-            X, Y = inputs[column].detach(), cotangents.get(column, torch.zeros_like(Y))
+            X, Y = inputs[column].detach(), cotangents[column] if column in reached else torch.zeros_like(Y)
             measure(column, rows, *(by_sequence(modules[column], A, len(x)) for A in (X, Y)))
         return [next_g]
 

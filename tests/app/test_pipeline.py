@@ -295,11 +295,12 @@ def test_settings_that_contradict_or_lack_each_other_are_refused(flags, message)
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("amount, expected", [("--sparsity .5", [2]), ("--prunen 2 --prunem 4", [])])
-def test_best_takes_gradients_from_half_of_the_sequences(amount, expected, prune, monkeypatch):
+@pytest.mark.parametrize("amount, expected", [("--sparsity .5", [(2, 200)]), ("--prunen 2 --prunem 4", [])])
+def test_best_takes_gradients_from_half_of_the_sequences_and_the_likely_tokens(amount, expected, prune, monkeypatch):
     seen, measure = [], planning.output_gradients
-    monkeypatch.setattr(planning, "output_gradients", lambda streamed, matrices, tokens, *more: seen.append(
-        len(tokens)) or measure(streamed, matrices, tokens, *more))
+    monkeypatch.setattr(distill, "VOCABULARY", 200)
+    monkeypatch.setattr(planning, "output_gradients", lambda streamed, matrices, tokens, seed, vocabulary: seen.append(
+        (len(tokens), len(vocabulary))) or measure(streamed, matrices, tokens, seed, vocabulary))
     prune("llama", amount, "--preset best")
     assert seen == expected
 
