@@ -113,8 +113,11 @@ def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
 
 @torch.no_grad()
 def by_threshold(budget):
-    """Set sparsities by one threshold on w² G_r E[x_c²], clipped to the overall one ± alpha, with exactly its total."""
-    streamed, selected, sparsity, alpha = budget.streamed, budget.selected, budget.target.sparsity, budget.alpha
+    """Set sparsities by one threshold on w² G_r E[x_c²], clipped to the overall one ± alpha, with exactly its total.
+
+    Matrices that are used, but have no gradients, as they choose what is attended to, get the overall sparsity.
+    """
+    streamed, selected, sparsity = budget.streamed, budget.selected, budget.target.sparsity
     sizes, device = [out * columns for out, columns in selected.values()], streamed.device
     layers = {index: streamed.layers[index] for index, _ in selected}
 
@@ -126,8 +129,9 @@ def by_threshold(budget):
                     G, energy = (values.to(device) for values in budget.gradients[key])
                     yield unit, modules[key[1]].weight.float().square().mul_(G[:, None]).mul_(energy)
 
-    least = [int(max(sparsity - alpha, 0) * size) for size in sizes]
-    most = [math.ceil(min(sparsity + alpha, 1) * size) for size in sizes]
+    alphas = [budget.alpha if G.any() or not energy.any() else 0 for G, energy in map(budget.gradients.get, selected)]
+    least = [int(max(sparsity - alpha, 0) * size) for alpha, size in zip(alphas, sizes, strict=True)]
+    most = [math.ceil(min(sparsity + alpha, 1) * size) for alpha, size in zip(alphas, sizes, strict=True)]
     with streamed.clock.part("allocation"):
         counts = threshold_counts(scores, least, most, round(sparsity * sum(sizes)))
     return {key: Target(count / size) for key, count, size in zip(selected, counts, sizes, strict=True)}

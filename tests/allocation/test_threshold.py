@@ -32,3 +32,15 @@ def test_one_threshold_removes_the_least_scores_of_all(statistics, tokens, spars
     assert counts == {key: int((s <= threshold).sum()) for key, s in scores.items()}
     assert sum(counts.values()) == round(sparsity * total)
     assert len(set(counts.values())) > len(counts) / 2
+
+
+def test_a_matrix_without_gradients_has_the_overall_sparsity_and_an_unused_one_loses_most(statistics):
+    model, selected, gradients = statistics
+    indexer, unused, *_ = selected
+    gradients = {key: (G * (key not in (indexer, unused)), torch.ones(selected[key][1]) * (key != unused))
+                 for key, G in gradients.items()}
+    plan = by_threshold(Budget(selected, Target(0.4), 0.15, streamed=StreamedModel(model, CPU, 2), gradients=gradients))
+    sizes = {key: out * columns for key, (out, columns) in selected.items()}
+    assert abs(plan[indexer].sparsity - 0.4) * sizes[indexer] < 1
+    assert abs(plan[unused].sparsity - 0.55) * sizes[unused] <= 1
+    assert sum(round(plan[key].sparsity * size) for key, size in sizes.items()) == round(0.4 * sum(sizes.values()))
