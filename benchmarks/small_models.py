@@ -3,7 +3,7 @@
 python benchmarks/small_models.py            # all of them
 python benchmarks/small_models.py opt bloom
 
-Models and texts are kept in ~/.cache/mixgpt/small-models: a folder for each family, which every command here takes, and
+Models and texts are kept in small-models: a folder for each family, which every command here takes, and
 text/train.jsonl and text/test.jsonl, whose files are disjoint. What is there is not trained again. The same seed gives
 the same weights where packages, processor and number of threads are the same.
 """
@@ -26,7 +26,6 @@ from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from datautils import token_ids
 from mixgpt.common import progress
-from mixgpt.common.files import cache_folder
 from mixgpt.common.runtime import multiplies_bfloat16
 from mixgpt.common.texts import builtin_rows
 
@@ -147,7 +146,7 @@ def main(argv=None):
     parser.add_argument("families", nargs="*", choices=[*FAMILIES, "all"], default="all")
     names = parser.parse_args(argv).families
     for name in FAMILIES if "all" in names else names:
-        make_model(name, cache_folder() / "small-models")
+        make_model(name, Path("small-models"))
 
 
 if __name__ == "__main__":

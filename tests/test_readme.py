@@ -107,8 +107,7 @@ def workplace(checkpoint_folder, texts, small, tmp_path, monkeypatch):
     for name, value in TINY.items():
         monkeypatch.setattr(small_models, name, value)
     read_little(monkeypatch)
-    (tmp_path / ".cache" / "mixgpt").mkdir(parents=True)
-    (tmp_path / ".cache" / "mixgpt" / "small-models").symlink_to(small)
+    (tmp_path / "small-models").symlink_to(small)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of which tiny models have no use for more

@@ -227,8 +227,8 @@ def result_text(settings, record):
     parts.append(f"time {sum(record['seconds'].values()):.1f} s ({seconds}); peak memory {memory}")
     if disk := record.get("disk"):
         parts.append(f"disk {disk['bytes'] / 1e6:.1f} MB for the matrices above, {disk['bits_per_weight']:.2f} bits a "
-                     f"weight, {disk['ratio']:.2f} times smaller than bfloat16 (in theory, without mask and grids, "
-                     f"{disk['theoretical_ratio']:.2f} times)")
+                     f"weight, {1 / disk['ratio']:.2f} times the size of bfloat16 (in theory, without mask and grids, "
+                     f"{1 / disk['theoretical_ratio']:.2f})")
     if settings.save:
         parts.append(f"saved in {settings.save}, loaded again and found equal")
     return "\n" + "\n\n".join(parts)

@@ -84,15 +84,15 @@ class Settings:
     maxlayer: int = option(1000, RESULT, "layer to stop before", between=(0,))
     prune_only: str = option("", RESULT, "only matrices whose name contains this, such as fc1 or mlp")
     invert: bool = option(False, RESULT, "all matrices except those selected by the three options above")
-    experts: float = option(0.0, METHOD, "fraction of each layer's experts to remove before, by REAP's score: mean "
-        "router weight times norm of the output", between=(0, 1))
+    experts: float = option(0.0, METHOD, "fraction of each layer's experts to remove before pruning, those of least "
+        "REAP score: mean router weight times norm of the output", between=(0, 1))
 
     preset: str | None = option(None, FREE,
         "a complete recipe: sparsegpt, mixgpt (the paper's, with sensitivities by fisher) or best (lowest perplexity, "
         "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
         needs=("prunes",))
     effort: float = option(1.0, METHOD,
-        "what best may cost: a multiple of --extra, --distill and the steps of distillation",
+        "how much time best may take: multiplies its --extra, its --distill, and the steps of distillation",
         between=(0.1, 100), needs=("has_effort",))
 
     sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",
@@ -138,8 +138,8 @@ class Settings:
         "further sequences for the Hessians alone, as a multiple of --nsamples", between=(0, 100),
         needs=("calibrates",))
     distill: float = option(0.0, METHOD,
-        "others, likewise, on which the kept weights, or with --wbits the scales of their grids, are trained at the "
-        "end to predict what the dense model does, and the next token", between=(0, 100), needs=("calibrates",))
+        "others, likewise, for distillation: the kept weights, or with --wbits the scales of their grids, are trained at "
+        "the end on the dense model's predictions and the next tokens", between=(0, 100), needs=("calibrates",))
     seqlen: int | None = option(None, RESULT, "tokens per sequence (default: 2048, or the model's limit if lower)",
         between=(2,), type=int)
     bos: str = option("auto", RESULT,
@@ -165,7 +165,7 @@ class Settings:
         needs=("eval",))
 
     batch_size: int = option(2, METHOD,
-        "sequences per forward pass; affects speed and memory only", group="execution", between=(1,))
+        "sequences per forward pass; affects speed, memory and, by rounding, results", group="execution", between=(1,))
     device: str | None = option(None, FREE, "cpu, cuda or cuda:N (default: cuda if available)")
     dtype: str = option("auto", RESULT,
         "dtype of the weights in memory and on disk; auto: as stored, but float32 where a CPU is faster in it",
@@ -181,7 +181,7 @@ class Settings:
         needs=("is_nonuniform",))
     record: str | None = option(None, FREE,
         "JSON file of settings, versions, every matrix and perplexities, as mixgpt.json in --save; for results.py")
-    log_wandb: bool = option(False, FREE, "log to Weights & Biases during the run (pip install wandb, wandb login)")
+    log_wandb: bool = option(False, FREE, "log to Weights & Biases during the run (after wandb login)")
     wandb_project: str | None = option(None, FREE, "W&B project (default: WANDB_PROJECT)", needs=("log_wandb",))
     wandb_name: str | None = option(None, FREE, "W&B run name (default: WANDB_NAME)", needs=("log_wandb",))
     wandb_group: str | None = option(None, FREE, "W&B run group (default: WANDB_RUN_GROUP)", needs=("log_wandb",))
