@@ -11,7 +11,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
 from mixgpt.common.errors import InputError, one_line, reading
-from mixgpt.common.texts import counts_of, hub_copy_rows, hub_reachable, text_set_of, texts_of
+from mixgpt.common.texts import counts_of, hub_copy_rows, hub_reachable, silenced, text_set_of, texts_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
@@ -151,7 +151,8 @@ def hub_rows(dataset, text_set, split):
         options["data_files"] = {split: text_set.hub_files[split]}
     online = hub_reachable()
     try:
-        table = load_dataset(text_set.hub_id, split=split, **options)
+        with silenced():
+            table = load_dataset(text_set.hub_id, split=split, **options)
     except (DatasetsError, OSError, ValueError) as error:  # ValueError: another configuration is cached
         reason = one_line(error) if online else "the hub cannot be reached and it is not in the cache"
         copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"

@@ -61,15 +61,11 @@ def main(argv=None):
 
 def print_completions(models, prompt, device, dtype, bos, **options):
     """Print the completions of models {title: name}, run one after the other. options: further ones of `complete`."""
-    import transformers  # slow, as are the others
-
-    from datautils import resolve_bos
+    from datautils import resolve_bos  # slow, as are the others
     from mixgpt.checkpoints.load import read_config
     from mixgpt.common.runtime import choose_device, choose_dtype
     from mixgpt.evaluation.generation import complete
 
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     device, completions = choose_device(device), {}
     for title, name in models.items():
         loaded, tokenizer = mixgpt.load(name, device, choose_dtype(dtype, read_config(name), device))

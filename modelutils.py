@@ -38,18 +38,6 @@ def rows_at_once(device, V):
     return SLICE if device.type == "cuda" else max(CACHED * torch.get_num_threads() // V, 1)
 
 
-def with_layers(config, count):
-    """Return a copy of a configuration with its first layers; half of them share keys and values, if some do."""
-    short = copy.deepcopy(config)
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(short, key, value[:count])
-    if getattr(config, "num_kv_shared_layers", 0):
-        short.num_kv_shared_layers = count // 2
-    short.num_hidden_layers = count
-    return short
-
-
 @dataclass(frozen=True)
 class StreamedModel:
     """Where and how a model runs: one decoder layer on the device at a time, on batches of sequences."""
@@ -248,7 +236,7 @@ class HiddenStates:
         model's; another one needs a copy of the modules behind the layers). vocabulary: the tokens whose logits are
         computed (default: all), a tensor of their numbers.
         """
-        layers = layers_of(model)
+        layers, narrowed = layers_of(model), {}
         if converts := dtype not in (None, model.dtype):
             model = copy.deepcopy(model, {id(layers): layers})
         rest = rest_of(model).values()
@@ -257,37 +245,18 @@ class HiddenStates:
             output = hidden[:, None, ..., :self.channels]  # as sequences of one token
             tokens = output.new_zeros(len(output), 1, dtype=torch.long)  # whichever
             with _replaced(layers, lambda *_, **__: (output, None) if self.tuples else output):
-                return model(tokens, use_cache=False).logits.squeeze(1)
+                return torch.func.functional_call(model, narrowed, (tokens,), {"use_cache": False},
+                                                  tie_weights=False).logits.squeeze(1)
 
         with on_device(rest, self.device):
             for module in rest if converts else ():
                 module.to(dtype)
-            with _narrowed(model.get_output_embeddings(), vocabulary):
-                yield logits
-
-
-@contextlib.contextmanager
-def _narrowed(linear, outputs):
-    """Within the block, let a linear compute only some of its outputs, given by numbers, or all with None."""
-    parameters = {} if outputs is None else dict(linear.named_parameters())
-    try:
-        for name, parameter in parameters.items():
-            setattr(linear, name, torch.nn.Parameter(parameter.detach()[outputs], requires_grad=False))
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            setattr(linear, name, parameter)
-
-
-@torch.no_grad()
-def run_layers(model, streams, device, title, step=HiddenStates.advance):
-    """Run a list of `HiddenStates` through all decoder layers, loading each layer once for all of them.
-
-    step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
-    """
-    for index, layer in in_turn(layers_of(model), device, title):
-        for stream in streams:
-            step(stream, layer, index)
+            if vocabulary is not None:
+                linear = model.get_output_embeddings()
+                path = next(path for path, module in model.named_modules() if module is linear)
+                narrowed |= {f"{path}.{name}": weight.detach()[vocabulary]
+                             for name, weight in linear.named_parameters()}
+            yield logits
 
 
 def linears(layer):

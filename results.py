@@ -39,8 +39,7 @@ def read(file):
         raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
     with reading(f"{file}: is not the record of a run, as --record and --save write it"):
         record = json.loads(file.read_text())
-        if record.get("schema", SCHEMA) != SCHEMA:  # without one it is older: see what fits
-            check_signature(record, str(file))
+        check_signature({"schema": SCHEMA} | record, str(file))  # without one it is older: see what fits
         settings, model = record["settings"], str(Path(record["settings"]["model"]))
         method = next((name for name in record["perplexity"] if name != "dense"), "dense")
         skipped = ", distillation skipped" if isinstance(record.get("distilled"), str) else ""

@@ -11,7 +11,6 @@ import torch
 
 from mixgpt.common import distributed
 from mixgpt.kernels import columns
-from mixgpt.kernels.linalg import upper_inverse
 from mixgpt.kernels.selection import smallest, smallest_in_groups
 from quant import Grid
 
@@ -173,7 +172,9 @@ class Walk:
 
     def _enter(self, B):
         """Update a widest range, a slice of columns, for the errors of all columns before it."""
-        self.U, self.start, self.end = upper_inverse(self.R[B, B]), B.start, B.stop
+        R = self.R[B, B]
+        self.U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+        self.start, self.end = B.start, B.stop
         self.before = self.W[B].clone()
         if B.start:
             self.W[B].addmm_(self.U.t(), self.R[:B.start, B].t() @ self.D[:B.start])

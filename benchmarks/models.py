@@ -30,7 +30,7 @@ PAGE = """# Models
 The causal-LM classes of transformers {version}, tiny and with random weights:
 {counts}. `ok`: `best` pruned half of the weights, and of the dense model and
 the saved one, layers that are read from disk and run one at a time gave the logits of the class's own forward on three
-sequences. `refused`: in one line, before weights are read. `not built`: here, for a reason of the class or its sizes.
+sequences. `refused`: in one line, before weights are read. `not built`: the benchmark could not make a tiny one.
 This is what `python benchmarks/models.py docs/models.md` writes.
 
 """
@@ -84,7 +84,7 @@ def prune(kind, folder, tokenizer):
         with torch.device("meta"):
             numel = AutoModelForCausalLM.from_config(tiny(kind)).num_parameters()
         if numel > 2e7:
-            return "not built", f"has {numel / 1e6:.0f}M parameters as it is made here"
+            return "not built", f"has {numel / 1e6:.0f}M parameters as the benchmark makes it"
         torch.manual_seed(0)
         built = AutoModelForCausalLM.from_config(tiny(kind)).eval()
         if not built(tokens, use_cache=False).logits.isfinite().all():

@@ -29,7 +29,7 @@ import results
 from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli, inputs
 from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common.choices import ALLOCATIONS
+from mixgpt.common.choices import ALLOCATIONS, RECORD
 from mixgpt.evaluation.measures import measure_weights
 from mixgpt.kernels import columns
 from mixgpt.kernels.columns import UniformGrid
@@ -276,7 +276,7 @@ def save(path, model, tokenizer, record, save_format="dense", grids=None):
     """Save a model in memory as a run does at its end."""
     with RunDir(path, save_format) as folder:
         folder.open(model, {})
-        folder.write_record(record)
+        folder.write_json(folder.path / RECORD, record)
         folder.write_checkpoint(tokenizer, grids or {})
         folder.close()
 

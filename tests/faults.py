@@ -89,10 +89,6 @@ def linked(root, name):
     file.symlink_to(root / "elsewhere")
 
 
-def templates(root, content):
-    json_changed(root / "model" / "tokenizer_config.json", chat_template=content)
-
-
 def sharded(root, **index):
     """Replace the weights by two shards and an index; index: keys of the JSON to change."""
     state = load_file(root / "model" / WEIGHTS)
@@ -169,9 +165,6 @@ FAULTS = {
             {"model.embed_tokens.weight": state["model.embed_tokens.weight"][:99].clone()})),
             config_changed(root, vocab_size=99)),
         f"{MODEL}its tokenizer gives token 382, but its vocabulary has 99"),
-    "a template's name that is a path": Fault(
-        lambda root: templates(root, [{"name": "default", "template": "t"}, {"name": "../../x", "template": "t"}]),
-        f"{MODEL}the name '../../x' of a chat template is a path, must be a plain name"),
     "a template that is a link out of the folder": Fault(
         lambda root: linked(root, "additional_chat_templates/tools.jinja"),
         f"{MODEL}additional_chat_templates/tools.jinja {LINK}"),

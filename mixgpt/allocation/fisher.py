@@ -29,7 +29,8 @@ def output_gradients(streamed, matrices, tokens, seed, vocabulary=None):
     N, T = tokens.shape
     mine, layers = range(N)[distributed.share(N)], streamed.layers
     size, place = chunk_size(streamed, -(-N // distributed.world()), T, 1)
-    modules = [linears(layers[index])[name] for index, name in matrices]
+    of_layers = [linears(layer) for layer in layers]
+    modules = [of_layers[index][name] for index, name in matrices]
     sums, inputs = ([torch.zeros(getattr(module, side), dtype=torch.float64, device=streamed.device)
                      for module in modules] for side in ("out_features", "in_features"))
 

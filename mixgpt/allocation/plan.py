@@ -5,6 +5,7 @@ w_rc² G_r E[x_c²] to the loss L, where y = W x are a matrix's outputs and G_r 
 damage (LeCun et al., 1989) with the Fisher matrix of a row approximated by G_r E[x xᵀ].
 """
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -103,12 +104,17 @@ def allocate_whole(sensitivities, sizes, sparsity, alpha, m):
     ideal = m * torch.tensor(allocate(sensitivities, sizes.tolist(), sparsity, alpha), dtype=torch.float64)
     # n changes where ideal + shift crosses a half-integer: try the midpoint of every interval in between
     steps = (torch.arange(m) + 0.5 - ideal[:, None]).flatten().unique()
-    shifts = torch.cat([torch.zeros(1, dtype=torch.float64), (steps[1:] + steps[:-1]) / 2])
-    n = (ideal + shifts[:, None] + 0.5).floor().clamp(0, m)  # (shifts, units)
-    miss = ((n * sizes).sum(dim=1) / sizes.sum() / m - sparsity).abs()
-    best = miss.min()
-    closest = [i for i in range(len(shifts)) if miss[i] <= best + 1e-12]
-    return n[min(closest, key=lambda i: shifts[i].abs().item())].int().tolist()
+    shifts = sorted([0.0, *((steps[1:] + steps[:-1]) / 2).tolist()])
+
+    def whole(shift):
+        return (ideal + shift + 0.5).floor().clamp(0, m)
+
+    def excess(shift):  # which rises with the shift
+        return ((whole(shift) * sizes).sum() / sizes.sum() / m - sparsity).item()
+
+    place = bisect.bisect_left(shifts, 0, key=excess)
+    closest = shifts[max(place - 1, 0):place + 1]
+    return whole(min(closest, key=lambda shift: (round(abs(excess(shift)), 12), abs(shift)))).int().tolist()
 
 
 @torch.no_grad()

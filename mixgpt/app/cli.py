@@ -68,14 +68,10 @@ def parse(script, argv=None):
 def main(script, argv=None):
     """Run the command line of a script, given by its path. Returns the exit status, see `reported`."""
     script, argv = Path(script).name, sys.argv[1:] if argv is None else argv
-    with reported(script, argv, REMEDY) as end, contextlib.ExitStack() as stack:
+    with reported(script, argv, REMEDY) as end:
         settings = parse(script, argv)
         settings.check_paths()
         end.advice = RESUME if settings.save else ""
-        if program.rank():  # only the first process prints
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
         from mixgpt.app import pipeline  # slow import
 
         pipeline.run(settings, shlex.join(["python", script, *argv]))

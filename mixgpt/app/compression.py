@@ -1,6 +1,5 @@
 """Prune and quantize the matrices of a plan, and distil the result."""
 
-import time
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -8,7 +7,7 @@ from mixgpt.app import report
 from mixgpt.common import memory
 from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.common.memory import retry_with_less_memory
-from mixgpt.evaluation.measures import count_zeros, measure_weights
+from mixgpt.evaluation.measures import measure_weights
 from mixgpt.modeling.streaming import locations_of
 from mixgpt.pruning import distill
 from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
@@ -37,11 +36,6 @@ def _prune(run, plan, memory_plan):
     """Prune and quantize. Returns {(layer, name): Outcome} and the memory plan."""
     settings, streamed = run.settings, run.streamed(memory_plan)
 
-    def observe(index, layer, outcomes, start):
-        if run.tracker.run:
-            matrices, _ = count_zeros(index, layer)  # which waits for the layer
-            run.tracker.layer(index, outcomes, time.perf_counter() - start, matrices)
-
     if settings.save:
         run.files.keep("memory_plan", asdict(memory_plan))
     if settings.calibrates:
@@ -51,15 +45,15 @@ def _prune(run, plan, memory_plan):
             settings.act_order, not memory_plan.two_passes, settings.target == "dense",
             row_weights={key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
             title=SOLVERS.title(settings.solver))
-        return prune_layerwise(streamed, plan.targets, plan.tokens, recipe, run.files, observe), memory_plan
+        return prune_layerwise(streamed, plan.targets, plan.tokens, recipe, run.files, run.tracker.layer), memory_plan
     with run.clock.part("magnitude" if settings.prunes else "rounding"):
-        outcomes = prune_magnitude(streamed, plan.targets, settings.scheme, run.files, observe)
+        outcomes = prune_magnitude(streamed, plan.targets, settings.scheme, run.files, run.tracker.layer)
     return outcomes, memory_plan
 
 
 def _distill(run, plan, outcomes, on_host):
     """Distil the pruned model, or leave it as it is and say why. Returns what to record, as an interrupted run has."""
-    files, tokens = run.files, run.distillation_tokens
+    files = run.files
 
     def finish(index, layer):
         if files:
@@ -67,7 +61,7 @@ def _distill(run, plan, outcomes, on_host):
             files.save_layer(index, layer, of_layer, kind="distilled")
 
     def attempt(memory_plan):
-        streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.seqlen)
+        streamed, tokens = run.distilling(memory_plan)
         room = run.decided("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
         streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))
         with run.clock.part("distillation"):

@@ -91,6 +91,6 @@ def read_texts(run, texts=None):
     except ImportError as error:
         raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
     chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
-    tasks.check(chosen, tokenizer, load.size(load.skeleton(run.config), run.dtype), run.device)
+    tasks.check(chosen, tokenizer, load.size(run.config, run.dtype), run.device)
     run.score_tasks = lambda model, batch_size: tasks.score(
         chosen, model, tokenizer, settings.limit, batch_size * run.seqlen, run.device, settings.bos)

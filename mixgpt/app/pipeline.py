@@ -1,18 +1,17 @@
 """A run from the model to the report: check, read, plan, prune and quantize, save, verify, evaluate."""
 
 import contextlib
-import sys
+import os
 
-import datasets
 import torch
-from transformers.utils import logging
 
 from mixgpt.app import compression, planning, report
 from mixgpt.app.inputs import check, read_texts
 from mixgpt.app.run import open_run
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common import distributed, progress
+from mixgpt.common import distributed, program
+from mixgpt.common.choices import RECORD
 from mixgpt.common.errors import VerificationError
 from mixgpt.common.runtime import Clock, choose_device, peak_memory
 from mixgpt.evaluation import semistructured
@@ -31,16 +30,20 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
     device = choose_device(settings.device)
     clock = Clock(device)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_quieter(settings))
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        if program.rank():  # only the first process prints
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        if program.rank() or settings.quiet:  # results and warnings go to stdout
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
         stack.enter_context(torch.autocast(device.type, enabled=False))  # of a caller
         stack.enter_context(distributed.joined(device))
-        if settings.resume and model is None and (record := report.completed(settings, device)):
+        if settings.resume and model is texts is None and (record := report.completed(settings, device)):
             if not settings.quiet:
                 print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
             return report.publish(settings, record)
         with clock.part("load"):
             current = check(settings, device, clock, model, tokenizer)
-            size = load.size(load.skeleton(current.config), current.dtype) * (2 if current.selected else 1)
+            size = load.size(current.config, current.dtype) * (2 if current.selected else 1)
             folder = stack.enter_context(RunDir(settings.save, settings.save_format, size, settings.resume,
                                                 settings.overwrite)) if settings.save else None
         with clock.part("data"):
@@ -61,21 +64,6 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         return _report(current)
 
 
-@contextlib.contextmanager
-def _quieter(settings):
-    """Silence the progress bars of libraries where they would fill a log, and our own with --quiet."""
-    bars = ((logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar),  # the hub's
-            (not datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars))
-    with contextlib.ExitStack() as stack:
-        for enabled, disable, enable in bars:
-            if enabled and (settings.quiet or not sys.stderr.isatty()):
-                disable()
-                stack.callback(enable)
-        if settings.quiet:
-            stack.enter_context(progress.shown_on(None))
-        yield
-
-
 def evaluate(current, method):
     """Add perplexities and task scores of the model as it is now to the record. method: "dense" or its name."""
     with current.clock.part("evaluation"):
@@ -93,7 +81,7 @@ def _save(current, plan, outcomes, matrices, others):
     folder, path = current.files, current.settings.save
     probe = torch.arange(min(PROBE, current.seqlen))[None] % current.config.vocab_size
     with current.clock.part("save"):
-        folder.write_record(current.record)
+        folder.write_json(folder.path / RECORD, current.record)
         folder.write_checkpoint(current.tokenizer, {path_of(current.model, *key): outcome.grid
                                                     for key, outcome in outcomes.items() if outcome.grid})
         saved = load.open_model(path, load.read_config(path), "auto")
@@ -111,7 +99,7 @@ def _report(current):
     settings, record = current.settings, current.record
     record |= {"seconds": dict(current.clock.seconds), "peak_memory": peak_memory(current.device)}
     if settings.save:
-        current.files.write_record(record)
+        current.files.write_json(current.files.path / RECORD, record)
         current.files.close()
     report.publish(settings, record)
     current.tracker.result(record, settings.method)

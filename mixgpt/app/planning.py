@@ -74,8 +74,7 @@ def _remove_experts(run, retry):
 def _dense_states(run, memory_plan):
     """Return `distill.dense_states` of the text for distillation, {} if there is none."""
     def make():
-        tokens = run.distillation_tokens
-        streamed = distill.with_token_budget(run.streamed(memory_plan), tokens, run.seqlen)
+        streamed, tokens = run.distilling(memory_plan)
         with run.clock.part("distillation"):
             return None, distill.dense_states(streamed, tokens)
 

@@ -1,8 +1,5 @@
 """A run in progress: the opened model, where its results go, and what was decided on memory."""
 
-import errno
-import os
-import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -65,14 +62,15 @@ class Run:
         n, m = self.settings.prunen, self.settings.prunem
         return Target(n / m, n, m) if m else Target(self.settings.sparsity)
 
-    @property
-    def distillation_tokens(self):
-        """The further sequences (n, T) for distillation, cut into pieces (m, t)."""
-        return distill.pieces(self.further[self.settings.extra_counts[0]:])
-
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""
         return StreamedModel(self.model, self.device, plan.batch_size, self.clock, plan.on_host)
+
+    def distilling(self, plan):
+        """Return the model as it distils under a MemoryPlan, with as many tokens in a batch, and its pieces (m, t)."""
+        tokens = distill.pieces(self.further[self.settings.extra_counts[0]:])
+        size = plan.batch_size * (self.seqlen // tokens.shape[1])
+        return self.streamed(replace(plan, batch_size=size)), tokens
 
     def retry(self, step, on_host=True):
         """Return step(MemoryPlan), with less memory if a GPU's runs out. on_host: whether hidden states are."""
@@ -119,9 +117,7 @@ def _temporary_folder(stack, run):
     if distributed.rank() == 0:
         with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
             path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
-            if shutil.disk_usage(path).free < nbytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return RunDir(distributed.broadcast_object(path), place=f"TMPDIR {tempfile.gettempdir()}",
+    return RunDir(distributed.broadcast_object(path), nbytes=nbytes, place=f"TMPDIR {tempfile.gettempdir()}",
                   advice="free some space, or set TMPDIR to a folder on a larger disk")
 
 
@@ -135,8 +131,7 @@ def _plan(run):
     if settings.dtype == "auto" and run.dtype == run.model.dtype:  # not that of a model in memory
         run.log("dtype    float32: this CPU computes more slowly in the stored dtype; give --dtype to keep it")
     if settings.distill:
-        tokens = run.distillation_tokens
-        streamed = distill.with_token_budget(run.streamed(run.memory_plan), tokens, run.seqlen)
+        streamed, tokens = run.distilling(run.memory_plan)
         run.distills = run.decided("distills", lambda: distill.room_for(streamed, tokens, settings.effort) > 0)
         if not run.distills:
             run.record["distilled"] = "no room"

@@ -9,7 +9,7 @@ from pathlib import Path
 from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS, Registry
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_outputs
-from mixgpt.common.texts import check_texts
+from mixgpt.common.texts import check_texts, shares_of
 
 WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 IN_MEMORY = "text in memory"  # the dataset of calibration text that the caller holds
@@ -138,8 +138,8 @@ class Settings:
         "further sequences for the Hessians alone, as a multiple of --nsamples", between=(0, 100),
         needs=("calibrates",))
     distill: float = option(0.0, METHOD,
-        "others, likewise, for distillation: the kept weights, or with --wbits the scales of their grids, are trained at "
-        "the end on the dense model's predictions and the next tokens", between=(0, 100), needs=("calibrates",))
+        "others, likewise, for distillation: the kept weights, or with --wbits the scales of their grids, are trained "
+        "at the end on the dense model's predictions and the next tokens", between=(0, 100), needs=("calibrates",))
     seqlen: int | None = option(None, RESULT, "tokens per sequence (default: 2048, or the model's limit if lower)",
         between=(2,), type=int)
     bos: str = option("auto", RESULT,
@@ -194,6 +194,7 @@ class Settings:
         shape = {name: options[name] for name in ("prunem", "wbits", "groupsize", "effort") if name in options}
         preset = recipe(options["preset"], **shape) if options.get("preset") is not None else {}
         for name, value in ({"model": model, "dataset": dataset} | defaults | preset | options).items():
+            value = value.item() if hasattr(value, "item") else value  # of NumPy
             value = str(value) if isinstance(value, Path) else value
             if isinstance(defaults.get(name), tuple):  # of names, which text separates by commas or blanks
                 names = value.replace(",", " ").split() if isinstance(value, str) else map(str, value)
@@ -335,7 +336,8 @@ class Settings:
             paths["--sensitivity-file"] = self.sensitivity_file
         paths = {flag: path for flag, path in paths.items() if path}
         check_outputs(paths, self.overwrite or self.resume)
-        reads = (self.model, self.dataset, *self.eval, self.data_dir, self.sensitivity_file, self.tasks_dir)
+        texts = () if self.dataset == IN_MEMORY else shares_of(self.dataset)
+        reads = (self.model, *texts, *self.eval, self.data_dir, self.sensitivity_file, self.tasks_dir)
         for path in (*paths.values(), *filter(os.path.exists, filter(None, reads))) if self.save else ():
             if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.save)):  # --overwrite would remove it
                 raise InputError(f"--save {self.save}: holds {path}, which this run uses; name another folder")

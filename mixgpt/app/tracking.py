@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ from PIL import Image
 
 from mixgpt.common import distributed
 from mixgpt.common.errors import one_line, status_of
-from mixgpt.evaluation.measures import total_sparsity
+from mixgpt.evaluation.measures import count_zeros, total_sparsity
 from mixgpt.modeling.experts import kind_of
 from mixgpt.pruning.targets import Outcome
 
@@ -66,13 +67,14 @@ class Tracker(contextlib.AbstractContextManager):
                       "plan/heat_map": self.wandb.Image(Image.open(io.BytesIO(plots.draw(plan, traces))))})
 
     @_guarded
-    def layer(self, index, outcomes, seconds, counted):
-        """Log a finished layer: {(layer, name): Outcome}, and the `MatrixSparsity` of all its matrices."""
+    def layer(self, index, layer, outcomes, start):
+        """Log a finished layer on its device: {(layer, name): Outcome}, sparsities, and the time since `start`."""
+        counted, _ = count_zeros(index, layer)  # which waits for the layer
         frame = pd.DataFrame({"error": [outcomes.get((m.layer, m.name), Outcome()).error for m in counted],
                               "sparsity": [m.zeros / m.numel for m in counted]}, dtype=float)
         kinds = [kind_of(m.name).replace(".", "/") for m in counted]  # W&B's summary nests at dots
-        point = {"layer": index, "layers/seconds": seconds, "layers/sparsity": total_sparsity(counted),
-                 "layers/error": frame["error"].mean()}
+        point = {"layer": index, "layers/seconds": time.perf_counter() - start,
+                 "layers/sparsity": total_sparsity(counted), "layers/error": frame["error"].mean()}
         for metric, values in frame.groupby(kinds).mean().items():
             point |= {f"{metric}/{kind}": value for kind, value in values.items()}
         self.run.log({name: value for name, value in point.items() if value == value})  # without calibration no errors

@@ -4,15 +4,16 @@ import contextlib
 import copy
 import hashlib
 import os
+import re
 import sys
 import tempfile
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mixgpt.checkpoints.sparse import METHOD
 from mixgpt.common.choices import FORMATS
@@ -74,15 +75,11 @@ def _converted(file):
         loaded = from_pretrained(file, str(file.parent), torch.float32, gguf_file=file.name,
                                  quantization_config=transformers.GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, **NO_CODE)
-    _check_templates(file, tokenizer)
     with reading(f"model {file}: cannot be converted into {folder}; set XDG_CACHE_HOME to a folder with room"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
-            for part in (loaded.config, loaded.generation_config, tokenizer):
-                part.save_pretrained(partial)
-            weights = {key: weight for key, weight in loaded.state_dict().items()
-                       if key not in loaded.all_tied_weights_keys}
-            streaming.write(Path(partial, SAFE_WEIGHTS_NAME), weights)
+            loaded.save_pretrained(partial, save_original_format=False)  # under the names that it has in memory
+            tokenizer.save_pretrained(partial)
             try:
                 os.rename(partial, folder)
             except OSError:
@@ -178,15 +175,7 @@ def load_tokenizer(model):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers
         raise InputError(f"model {model}: its tokenizer has no words; get its files, such as tokenizer.json, again")
-    _check_templates(model, tokenizer)
     return tokenizer
-
-
-def _check_templates(model, tokenizer):
-    """Raise InputError for names of chat templates that would be saved as files elsewhere."""
-    for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
-        if template in ("", ".", "..") or PurePath(template).name != template:
-            raise InputError(f"model {model}: the name {template!r} of a chat template is a path, must be a plain name")
 
 
 def skeleton(config, dtype=torch.float32):
@@ -194,14 +183,18 @@ def skeleton(config, dtype=torch.float32):
     with _reading(config.name_or_path, "its configuration cannot be used"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **NO_CODE).eval()
+        if exact := "|".join(model._get_dtype_plan(dtype)).replace("*", ".*"):  # in float32, as by `from_pretrained`
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                tensor.data = tensor.data.float() if re.search(exact, name) else tensor.data
         use_linears(model)
     return model
 
 
-def size(skeleton, dtype):
-    """Return the bytes of a model's parameters; an upper bound if its dtype is "auto"."""
-    itemsize = 4 if dtype == "auto" else dtype.itemsize
-    return itemsize * sum(parameter.numel() for parameter in skeleton.parameters())
+def size(config, dtype):
+    """Return the bytes of the parameters of a configuration's model in a dtype, "auto" for the stored one."""
+    stored = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32)
+    model = skeleton(config, stored if dtype == "auto" else dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def load_model(model, dtype):
@@ -249,7 +242,7 @@ def open_model(model, config, dtype):
     name = _source(model)
     with _reading(model, "its weights cannot be read"):
         stored = streaming.stored_tensors(name)
-        kinds = (streaming.FLOATS[tensor.dtype] for tensor in stored.values() if tensor.dtype in streaming.FLOATS)
+        kinds = (tensor.dtype for _, tensor in stored.values() if tensor.is_floating_point())
         opened = skeleton(config, config.dtype or next(kinds, torch.float32) if dtype == "auto" else dtype)
         if not streaming.attach_disk_weights(opened, stored):
             return load_model(model, dtype)

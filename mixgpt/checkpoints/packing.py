@@ -13,8 +13,6 @@ import torch
 from mixgpt.common.choices import GRIDS
 from quant import Grid
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes per value -> integer dtype of that size
-
 
 def pack(codes, bits):
     """Pack integers below 2^bits, at most 8 bits each, contiguously. Returns uint8, flat."""
@@ -37,7 +35,7 @@ def encode(W, grid=None):
     if grid is None:
         bits = 8 * W.element_size()
         parts, values = {}, W.contiguous().flatten()
-        kept = values.view(_BITS[W.element_size()]) != 0  # −0 counts as kept, for a bit-exact round trip
+        kept = (values != 0) | values.signbit()  # −0 counts as kept, for a bit-exact round trip
     else:
         bits = description["wbits"] = grid.scheme.wbits
         if grid.scheme.name != "uniform":
@@ -50,10 +48,7 @@ def encode(W, grid=None):
         values, kept = codes.flatten(), (codes != grid.zero[:, grid.group]).flatten()
     if W.numel() + bits * int(kept.sum()) < bits * W.numel():
         parts["mask"], values = pack(kept, 1), values[kept]
-    if grid is None:
-        parts["values"] = values
-    else:
-        parts["codes"] = pack(values, bits)
+    parts |= {"values": values} if grid is None else {"codes": pack(values, bits)}
     return parts, description | {"parts": sorted(parts)}
 
 

@@ -28,6 +28,7 @@ from mixgpt.common.choices import FORMATS, GRIDS, PROGRESS, RECORD, is_interrupt
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import replacing, writing
 from mixgpt.common.program import __version__, check_signature, signature
+from mixgpt.common.texts import silenced
 from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import layers_of, layers_path
 from mixgpt.modeling.streaming import TensorLocation, disk_weights
@@ -58,9 +59,9 @@ class RunDir(contextlib.AbstractContextManager):
         self.writes = distributed.rank() == 0
         self.thread, self.writing = ThreadPoolExecutor(1), None
         if self.writes:
-            self.is_new, self.overwrites = not self.path.exists(), overwrite and (self.path / RECORD).is_file()
-            self._check(nbytes)
             try:
+                self.is_new, self.overwrites = not self.path.exists(), overwrite and (self.path / RECORD).is_file()
+                self._check(nbytes)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = (self.folder / "lock").open("a")
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,8 +146,7 @@ class RunDir(contextlib.AbstractContextManager):
     def keep(self, name, value):
         """Keep a JSON-able value under a name."""
         self.run[name] = value
-        if self.writes:
-            self.write_json(self.folder / "run.json", self.run)
+        self.write_json(self.folder / "run.json", self.run)
 
     def resume_from(self, count):
         """Give a model on disk its dense weights back, and return what is finished of its first `count` layers.
@@ -234,18 +234,14 @@ class RunDir(contextlib.AbstractContextManager):
             streaming.write(file, tensors)
 
     def write_json(self, file, content):
-        """Write a JSON-able value to a file."""
-        with self.disk_errors(file.name), replacing(file) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+        """Write a JSON-able value to a file, in the first process."""
+        if self.writes:
+            with self.disk_errors(file.name), replacing(file) as partial:
+                partial.write_text(json.dumps(content, indent=1) + "\n")
 
     def disk_errors(self, name):
         """Be `files.writing` for what has this name."""
         return writing(f"{self.place}: {name}", self.advice)
-
-    def write_record(self, record):
-        """Write the record of the run, in the first process."""
-        if self.writes:
-            self.write_json(self.path / RECORD, record)
 
     def write_checkpoint(self, tokenizer, grids):
         """Write the final checkpoint; what makes it loadable comes last.
@@ -258,12 +254,12 @@ class RunDir(contextlib.AbstractContextManager):
                 if getattr(self.model.config, "auto_map", None):  # for others to load: it is never run here
                     for file in Path(self.model.config.name_or_path).glob("*.py"):
                         shutil.copyfile(file, self.path / file.name)
-            with self.disk_errors("the model"):
+            with self.disk_errors("the model"), silenced():
                 save_format = FORMATS[self.save_format]
                 loaded = contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu"))
                 with loaded:
                     save_format.load()(self.path, self.model, grids)
-                for file in self.path.glob("*.safetensors"):  # others may read it, as in `streaming.write`
+                for file in self.path.glob("*.safetensors"):  # safetensors lets nobody else read it
                     file.chmod((self.path / RECORD).stat().st_mode)
         distributed.barrier()  # all read it
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from mixgpt.common import program
 from mixgpt.common.errors import reading
+from mixgpt.common.program import rank, world
 
 # The others wait while the first process writes and verifies the checkpoint. If it dies, they end at once.
 LONGEST_WAIT = timedelta(days=7)
@@ -18,13 +19,13 @@ _hosts = None  # the process group for objects, numbers and tensors on the host;
 def joined(device):
     """Join the processes started by torchrun within the block. device: of this process."""
     global _hosts
-    if program.world_size() == 1:
+    if program.world() == 1:
         yield
         return
     gpu = device if device.type == "cuda" else None
     if gpu:
         torch.cuda.set_device(gpu)
-    with reading(f"WORLD_SIZE {program.world_size()}: the processes did not meet; start them with torchrun, or unset "
+    with reading(f"WORLD_SIZE {program.world()}: the processes did not meet; start them with torchrun, or unset "
                  "WORLD_SIZE"):
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
     _hosts = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
@@ -35,16 +36,6 @@ def joined(device):
 
 def _group(tensor):
     return None if tensor.is_cuda else _hosts
-
-
-def world():
-    """Return the number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank():
-    """Return the rank of this process; rank 0 prints and saves."""
-    return dist.get_rank() if world() > 1 else 0
 
 
 def share(count, number=None):

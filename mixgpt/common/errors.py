@@ -4,9 +4,9 @@ import contextlib
 import errno
 import signal
 
-# How libraries say on the host that memory is used up, where they raise neither MemoryError nor ENOMEM.
-EXHAUSTED = ("DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment", "std::bad_alloc",
-             "can't start new thread")
+# How libraries say that memory is used up, where they raise neither MemoryError nor ENOMEM.
+EXHAUSTED = ("CUDA out of memory", "DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment",
+             "std::bad_alloc", "can't start new thread")
 TERSE = (KeyError, TypeError, AttributeError, ArithmeticError)  # whose messages say nothing without their class
 
 
@@ -44,7 +44,7 @@ def one_line(error):
 
 
 def is_out_of_memory(error):
-    """Return whether an exception, or one of its causes, says that the host's memory is used up."""
+    """Return whether an exception, or one of its causes, says that memory is used up."""
     chain = []
     while error and error not in chain:
         chain.append(error)

@@ -2,7 +2,9 @@
 
 import contextlib
 import gc
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -10,6 +12,7 @@ import torch
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError, is_out_of_memory
 
+GROUPS, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # where they are, and which are this process's
 USABLE = 0.9  # of the free memory: the rest is lost between tensors, or taken by other programs meanwhile
 
 
@@ -22,8 +25,20 @@ def free(device):
         nbytes = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                   - torch.cuda.memory_allocated(device))
     else:
-        nbytes = psutil.virtual_memory().available / distributed.world()
+        nbytes = min(psutil.virtual_memory().available, *_left_by_groups()) / distributed.world()
     return int(USABLE * nbytes)
+
+
+def _left_by_groups():
+    """Return inf, and the bytes that Linux's control groups (version 2) leave to this container or batch job."""
+    left = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        group = GROUPS / PROCESS.read_text().partition("0::/")[2].strip()
+        for folder in (group, *group.parents):
+            if (limit := folder / "memory.max").exists() and (most := limit.read_text().strip()) != "max":
+                used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                left.append(max(int(most) - int(used["anon"]) - int(used["shmem"]), 0))  # the rest are caches
+    return left
 
 
 @dataclass(frozen=True)

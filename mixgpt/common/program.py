@@ -11,14 +11,14 @@ __version__ = "1.0.0"
 SCHEMA = 1  # of mixgpt.json and progress/run.json; to be raised when older files can no longer be read
 
 
-def world_size():
+def world():
     """Return the number of processes."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank(variable="RANK"):
     """Return the number of this process, 0 for a single one. variable: LOCAL_RANK for the number on its machine."""
-    return int(os.environ.get(variable) or 0) if world_size() > 1 else 0
+    return int(os.environ.get(variable) or 0) if world() > 1 else 0
 
 
 def signature():
@@ -40,9 +40,7 @@ def commit():
 
 def check_signature(content, place):
     """Raise InputError if the content of a file, a dict, was written in another schema. place: names the file."""
-    schema = content.get("schema")
-    if schema != SCHEMA:
-        program = content.get("program") or {}
-        writer = f"version {program.get('version')}" if program else "an older version"
-        raise InputError(f"{place} was written by {writer} of this program (schema {schema}); this is version "
-                         f"{__version__} (schema {SCHEMA})")
+    if content.get("schema") != SCHEMA:
+        version = (content.get("program") or {}).get("version", "unknown")
+        raise InputError(f"{place} was written by version {version} of this program (schema {content.get('schema')}); "
+                         f"this is version {__version__} (schema {SCHEMA})")

@@ -6,12 +6,10 @@ from contextvars import ContextVar
 
 from tqdm import tqdm
 
-from mixgpt.common import program
-
 INTERVAL = 30  # seconds between two lines, and before the first one
 LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed}, about {remaining} left ({eta:%H:%M})"
 
-_stream = ContextVar("stream")  # where progress goes, if not to sys.stderr; None: nowhere
+_stream = ContextVar("stream")  # where progress goes, if not to sys.stderr
 
 
 class Lines(tqdm):
@@ -28,19 +26,19 @@ class Lines(tqdm):
 
 
 def bar(iterable=None, *, title, unit="layer", **options):
-    """Return a tqdm in the first process: a bar in a terminal or a notebook, else `Lines`. options: those of tqdm."""
+    """Return a tqdm: a bar in a terminal or a notebook, else `Lines`. options: those of tqdm."""
     stream = _stream.get(sys.stderr)
     in_notebook = type(stream).__module__.startswith("ipykernel.")
     kind = tqdm if in_notebook or stream and stream.isatty() else Lines
-    if stream is None or program.rank() > 0:
+    if stream is None:
         options["disable"] = True  # otherwise as TQDM_DISABLE says
     return kind(iterable, desc=title, unit=unit, file=stream, **options)
 
 
 @contextlib.contextmanager
 def shown_on(stream):
-    """Show progress on a stream within the block, even if sys.stderr is redirected; None: show none from here on."""
-    token = _stream.set(_stream.get(stream) and stream)
+    """Show progress on a stream within the block, even if sys.stderr is redirected."""
+    token = _stream.set(stream)
     try:
         yield
     finally:

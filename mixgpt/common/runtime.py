@@ -25,9 +25,9 @@ def choose_device(name):
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = str(name)  # from Python also a torch.device
-    if name.startswith("cuda:") and program.world_size() > 1:
+    if name.startswith("cuda:") and program.world() > 1:
         raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
-    if name == "cuda" and program.world_size() > 1:
+    if name == "cuda" and program.world() > 1:
         name = f"cuda:{program.rank('LOCAL_RANK')}"
     if not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
         raise InputError(f"--device {name}: must be cpu, cuda or cuda:N")

@@ -40,12 +40,6 @@ class TextSet(Choice):
     test_segments: int | None = None
 
 
-def hub_column(name):
-    """Return hub id and column of owner/dataset:column, or None for another name."""
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)", name)
-    return match and match.groups()
-
-
 def builtin_rows(split):
     """Return the paragraphs of Python's help topics, and the sha256 of their concatenation.
 
@@ -87,13 +81,13 @@ def shares_of(name, flag="dataset"):
     A text is the name of a dataset, a path, or owner/dataset:column on the hub. Raises InputError for anything else.
     """
     weights = {}
-    for part in name.split(",") if ":" in name and not known(name) else [f"{name}:1"]:
-        text, _, share = part.rpartition(":")
+    for part in name.split(",") if ":" in name and not text_set_of(name) else [f"{name}:1"]:
+        text, _, share = part.strip().rpartition(":")
         value = float(share) if re.fullmatch(r"\d+\.?\d*|\.\d+", share) else 0
         if not value:
             raise InputError(f"{flag} {name}: {part!r}: in a mixture each text needs a share above 0, for example "
                              "c4:0.7,builtin:0.3")
-        if not known(text):
+        if not text_set_of(text):
             raise InputError(f"{flag} {name}: invalid choice: {text!r} (choose from {', '.join(map(repr, DATASETS))}, "
                              "or give a file or folder of text, or owner/dataset:column on the hub)")
         weights[text] = weights.get(text, 0) + value
@@ -113,11 +107,6 @@ def check_texts(name, tests, drawn):
         here = Path(test).resolve()
         if is_path(test) and any(here.is_relative_to(path) or path.is_relative_to(here) for path in paths):
             raise InputError(f"--eval {test}: is text that calibration draws from; give another one")
-
-
-def known(text):
-    """Return whether a text is the name of a dataset, a path that exists, or has the form of a column on the hub."""
-    return text in DATASETS or is_path(text) or bool(hub_column(text))
 
 
 def is_path(text):
@@ -155,25 +144,27 @@ def hub_reachable():
 @contextlib.contextmanager
 def silenced():
     """Suppress the logs and warnings of libraries, whose errors become lines, and without a terminal their bars."""
-    shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    shown = sys.stderr and sys.stderr.isatty()
+    before = logging.root.manager.disable
     logging.disable()
     try:
-        with shown, warnings.catch_warnings(action="ignore"):
+        with (contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()),
+              warnings.catch_warnings(action="ignore")):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def text_set_of(dataset):
-    """Return the TextSet of a dataset's name, a path, a column on the hub, or a list. Raises InputError otherwise."""
+    """Return the TextSet of a dataset's name, a path, owner/dataset:column on the hub, or a list; else None."""
     if isinstance(dataset, list):
         return TextSet("a list of texts", lambda split: (dataset, {"sha256": _digest(dataset)}))
     if is_path(dataset):
         return TextSet("a file or folder of text", lambda split: path_rows(dataset))
-    if on_hub := hub_column(dataset):
-        hub_id, column = on_hub
+    if on_hub := re.fullmatch(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)", dataset):
+        hub_id, column = on_hub.groups()
         return TextSet("a column of a dataset on the hub", hub_id=hub_id, columns=(column,))
-    return DATASETS.check(dataset)
+    return DATASETS.get(dataset)
 
 
 def path_rows(path):
@@ -213,7 +204,8 @@ def read_file(path, argument):
                 text = file.read()
             if path.suffix == ".txt":
                 return [text]  # one row
-            rows = json.loads(text) if text.lstrip().startswith("[") else json_lines(text)
+            whole = text.lstrip().startswith("[") and ".jsonl" not in path.name
+            rows = json.loads(text) if whole else json_lines(text)
         return texts_of(rows, f"{argument} {path}")
 
 

@@ -44,9 +44,9 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
 
     def check_logits(_, logits):
         """Raise InputError for logits that cannot be ranked or sampled from; -inf excludes a token. Notes the time."""
-        times.append(time.perf_counter())
-        if logits.isnan().any() or logits.isposinf().any():
+        if logits.isnan().any() or logits.isposinf().any():  # waits for a GPU
             raise InputError(f"model {model.config.name_or_path}: its logits contain NaN or inf; try --dtype float32")
+        times.append(time.perf_counter())
         return logits
 
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):

@@ -8,7 +8,7 @@ import torch
 from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common import distributed
 from mixgpt.modeling.decoder import layers_of
-from modelutils import SLICE, HiddenStates, StreamedModel, by_rows, in_turn, linears, other_weights, run_layers
+from modelutils import SLICE, HiddenStates, StreamedModel, by_rows, in_turn, linears, other_weights
 
 
 @torch.no_grad()
@@ -16,13 +16,15 @@ def perplexity(model, tokens, batch_size, device, title="perplexity", step=Hidde
     """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence independently.
 
     T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ. Logits in the model's dtype,
-    log-likelihood in float32. title: of the progress bar. step: as `run_layers` takes it.
+    log-likelihood in float32. title: of the progress bar. step: called with (stream, layer,
+    index) to replace the hidden states by the output of a layer.
     """
     N, T = tokens.shape
     mine, total = tokens[distributed.share(N)], 0.0
     if len(mine):
         stream = StreamedModel(model, device, batch_size).embed(mine)
-        run_layers(model, [stream], device, title, step)
+        for index, layer in in_turn(layers_of(model), device, title):
+            step(stream, layer, index)
         with stream.head(model) as head:
             for rows in stream.batches():
                 hidden = stream.hidden[rows, :-1].to(device).flatten(0, 1)  # (B·(T−1), C)
@@ -38,7 +40,8 @@ def perplexity(model, tokens, batch_size, device, title="perplexity", step=Hidde
 def logits(model, tokens, batch_size, device):
     """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
     stream = StreamedModel(model, device, batch_size).embed(tokens)
-    run_layers(model, [stream], device, "logits")
+    for index, layer in in_turn(layers_of(model), device, "logits"):
+        stream.advance(layer, index)
     with stream.head(model) as head:
         return torch.cat([head(hidden.to(device)).to("cpu") for hidden in stream.hidden.flatten(0, 1).split(SLICE)]
                          ).unflatten(0, tokens.shape)
@@ -60,12 +63,8 @@ class MatrixSparsity:
 
 def measure_weights(model, device):
     """Count the zeros of the decoder layers on a device. Returns the lists of `count_zeros` of all layers."""
-    matrices, others = [], []
-    for index, layer in in_turn(layers_of(model), device):
-        of_linears, of_others = count_zeros(index, layer)
-        matrices += of_linears
-        others += of_others
-    return matrices, others
+    layers = [count_zeros(index, layer) for index, layer in in_turn(layers_of(model), device)]
+    return tuple([count for counts in kind for count in counts] for kind in zip(*layers, strict=True))
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """Check on random weights, before real ones are read, that a model may run one decoder layer at a time."""
 
+import copy
+
 import torch
 from transformers import AutoModelForCausalLM
 
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import use_linears
-from modelutils import StreamedModel, linears, shared_inputs, with_layers
+from modelutils import StreamedModel, linears, shared_inputs
 
 # Of a small copy: at most so many layers, and limits of settings of its configuration.
 LAYERS = 12
@@ -66,9 +68,15 @@ def small(config, layers, narrow=True):
     kinds = [([str(value[index]) for value in lists], [(name, type(module)) for name, module in layer.named_modules()])
              for index, layer in enumerate(layers)]
     count = max(kinds.index(kind) for kind in kinds[:LAYERS]) + 1
-    if getattr(config, "num_kv_shared_layers", 0):
-        count *= 2
-    config = with_layers(config, min(max(count, 2), len(layers)))
+    shares = getattr(config, "num_kv_shared_layers", 0)
+    count = min(max(2 * count if shares else count, 2), len(layers))
+    config = copy.deepcopy(config)
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(config, key, value[:count])
+    if shares:  # half of the layers share keys and values
+        config.num_kv_shared_layers = count // 2
+    config.num_hidden_layers = count
     _limit(config, VOCABULARY)
     _limit(config, dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), config.vocab_size - 1))
     if narrow:

@@ -1,7 +1,7 @@
 """Run 2:4 sparse models on the GPU's semi-structured kernels, and compare these with the dense kernels.
 
 torch stores half of the values of such a matrix with two index bits each, and multiplies by it at up to twice the speed
-(arXiv 2104.08378). The shapes required here suit both of torch's backends, cuSPARSELt and CUTLASS.
+(arXiv 2104.08378). The shapes required here suit its backend cuSPARSELt.
 """
 
 import contextlib
@@ -20,10 +20,9 @@ def obstacle(device, dtype):
     """Return why the kernels cannot run on a device with weights of a dtype; None if they can."""
     if device.type != "cuda":
         return f"the kernels need a CUDA GPU, this runs on the {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8 or major > 8 and not torch.backends.cusparselt.is_available():
-        return (f"the kernels need a GPU of compute capability 8, or above with cuSPARSELt; "
-                f"{torch.cuda.get_device_name(device)} has {major}.{minor}")
+    if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cusparselt.is_available():
+        return ("the kernels need cuSPARSELt and a GPU of compute capability 8 or above, this is "
+                f"{torch.cuda.get_device_name(device)}")
     if dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
         return f"the kernels need weights in 16 bits, these are {name}; give --dtype bfloat16"
@@ -36,20 +35,14 @@ def fits(W):
     return rows % ROWS == 0 and columns % COLUMNS == 0 and bool(((W.reshape(-1, 4) != 0).sum(1) <= 2).all())
 
 
-def compress(W):
-    """Return a 2:4 sparse matrix in torch's format for these kernels."""
-    backend = (torch.sparse.SparseSemiStructuredTensorCUSPARSELT if torch.backends.cusparselt.is_available()
-               else torch.sparse.SparseSemiStructuredTensorCUTLASS)
-    return backend.from_dense(W.detach().contiguous())
-
-
 @contextlib.contextmanager
 def compressed(layer):
     """Keep the supported linears of a layer compressed within the block. Yields their number."""
     dense = {module: module.weight for module in linears(layer).values() if fits(module.weight)}
     try:
         for module, weight in dense.items():
-            module.weight = torch.nn.Parameter(compress(weight), requires_grad=False)
+            sparse = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
+            module.weight = torch.nn.Parameter(sparse, requires_grad=False)
         yield len(dense)
     finally:
         for module, weight in dense.items():

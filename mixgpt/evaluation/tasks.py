@@ -6,7 +6,6 @@ truncated texts and all windows also begin with BOS.
 """
 
 import contextlib
-import difflib
 import io
 import itertools
 import numbers
@@ -14,7 +13,6 @@ import sys
 from collections import ChainMap, defaultdict
 from pathlib import Path
 
-import lm_eval
 import torch
 from datasets.exceptions import DatasetsError
 from lm_eval.api.model import TemplateLM
@@ -30,7 +28,8 @@ from mixgpt.common.errors import InputError, reading
 from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.common.texts import hub_reachable, silenced
 from mixgpt.evaluation.generation import complete
-from modelutils import SLICE, StreamedModel, run_layers, whole
+from mixgpt.modeling.decoder import layers_of
+from modelutils import SLICE, StreamedModel, in_turn, whole
 
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
 RESIDENT = 2**18  # tokens that pass through a layer each time it is loaded
@@ -51,11 +50,6 @@ def load(names, folder, limit):
         manager = TaskManager(include_path=folder, include_defaults=False)
         if not set(names) <= set(manager.all_subtasks):
             manager = TaskManager(include_path=folder)  # indexes lm-eval's thousands of tasks, which takes seconds
-        for name in (name for name in names if name not in manager.all_tasks):
-            similar = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3, 0.7))
-            raise InputError(f"--tasks {name}: no task, group or tag of this name in lm-eval {lm_eval.__version__}"
-                             + (f" or {folder}" if folder else "; --tasks-dir names a folder of further ones")
-                             + (f"; there is {similar}" if similar else ""))
         for name in names:
             with reading(f"--tasks {name}: cannot be used"):
                 try:
@@ -195,7 +189,9 @@ class StreamedLM(TemplateLM):
             # causal attention: padding at the end does not affect the tokens before it
             padded = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in alike])
             streams.append(StreamedModel(self.model, self.where, max(self.tokens // T, 1)).embed(padded))
-        run_layers(self.model, streams, self.where, "tasks")
+        for index, layer in in_turn(layers_of(self.model), self.where, "tasks"):
+            for stream in streams:
+                stream.advance(layer, index)
         with streams[0].head(self.model) as head:
             rows = itertools.chain.from_iterable(stream.hidden for stream in streams)
             for row, tokens in zip(rows, sequences, strict=True):

@@ -26,11 +26,6 @@ def upper_cholesky(H, damping):
     return damped.flip(0, 1), info == 0
 
 
-def upper_inverse(R):
-    """Return the inverse of R (n, n), upper triangular."""
-    return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-
-
 def upper_blocks(columns, device):
     """Return the column blocks for symmetric products; each block needs only the rows up to its end.
 
@@ -42,14 +37,7 @@ def upper_blocks(columns, device):
 
 def rowwise_quadratic_form(A, H):
     """Return the diagonal of A H Aᵀ, ‖a X‖² for every row a of A (rows, in). H: (in, in), symmetric."""
-    total = torch.zeros(len(A), dtype=A.dtype, device=A.device)
-    for B in upper_blocks(A.shape[1], A.device):
-        A_B = A[:, B]
-        AH = A_B @ H[B, B]
-        if B.start:
-            AH.addmm_(A[:, :B.start], H[:B.start, B], alpha=2)  # blocks above the diagonal count twice
-        total += torch.linalg.vecdot(AH, A_B)
-    return total
+    return torch.linalg.vecdot(A @ H, A)
 
 
 def add_product(total, A, B):

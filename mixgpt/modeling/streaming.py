@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -21,7 +22,6 @@ from mixgpt.modeling.decoder import layers_of, layers_path, rest_of
 from mixgpt.modeling.experts import ExpertSlice, layout_of, on_meta
 
 READER = ThreadPoolExecutor(1)  # reads ahead; malloc would keep freed blocks of each new thread
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class TensorLocation(NamedTuple):
@@ -37,13 +37,13 @@ class DiskWeights:
     """A module's parameters and buffers that stay on disk while it does not run; its attribute `disk_weights`."""
 
     locations: dict  # name in the module -> TensorLocation
-    dtype: torch.dtype  # of the weights in memory
+    dtypes: dict  # name in the module -> dtype in memory; classes keep some tensors in float32
     ahead: Future | None = field(default=None, init=False)  # tensors being read
     empty: dict = field(default_factory=dict, init=False)  # the module's state on meta while its tensors are loaded
 
     def read(self, pinned=False):
         """Return {name: tensor} on the host. Raises InputError if one holds NaN or inf. pinned: as in `read`."""
-        tensors = read(self.locations, self.dtype, pinned)
+        tensors = read(self.locations, self.dtypes, pinned)
         for name, tensor in tensors.items():
             check_finite(tensor, f"{self.locations[name].file}: {self.locations[name].key}")
         return tensors
@@ -72,15 +72,15 @@ def locations_of(model):
             for name, location in weights.locations.items()}
 
 
-def read(locations, dtype=None, pinned=False):
-    """Read {name: tensor} from {name: TensorLocation}, floats in a dtype if given, pinned for GPUs if asked."""
+def read(locations, dtypes=None, pinned=False):
+    """Read {name: tensor} from {name: TensorLocation}, in {name: dtype} if given, pinned for GPUs if asked."""
     tensors = {}
     with contextlib.ExitStack() as stack:
         files = {file: stack.enter_context(safe_open(file, "pt")) for file in {place.file for place in
                                                                                locations.values()}}
         for name, location in locations.items():
             stored = mapped(location, files[location.file])
-            kind = dtype if dtype and stored.is_floating_point() else stored.dtype
+            kind = dtypes[name] if dtypes else stored.dtype
             tensors[name] = torch.empty(stored.shape, dtype=kind, pin_memory=pinned).copy_(stored)
     return tensors
 
@@ -105,16 +105,8 @@ def prefetch(layers, index, device):
         weights.ahead = READER.submit(weights.read, pinned=torch.device(device).type == "cuda")
 
 
-class StoredTensor(NamedTuple):
-    """A tensor in a safetensors file."""
-
-    file: str
-    dtype: str  # as in FLOATS
-    shape: tuple
-
-
 def stored_tensors(name):
-    """Return {key: StoredTensor} of a directory or hub id, {} if its weights are not in safetensors files.
+    """Return {key: (file, tensor on meta)} of a directory or hub id, {} if its weights are not in safetensors files.
 
     Raises ValueError if the index points outside the directory, InputError if a file cannot be read.
     """
@@ -127,15 +119,13 @@ def stored_tensors(name):
                 raise ValueError(f"its index names {shard}, which is not in the folder")
         files, _ = get_checkpoint_shard_files(name, index)
     for file in files:
-        with reading(f"{file}: cannot be read"), safe_open(file, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118, not a dict
-                tensor = tensors.get_slice(key)
-                stored[key] = StoredTensor(file, tensor.get_dtype(), tuple(tensor.get_shape()))
+        with reading(f"{file}: cannot be read"):
+            stored |= {key: (file, tensor) for key, tensor in load_state_dict(file, "meta").items()}
     return stored
 
 
 def attach_disk_weights(model, stored):
-    """Make a model on meta read its weights from files, {key: StoredTensor}. Returns whether these hold all, unchanged.
+    """Make a model on meta read its weights from `stored_tensors`. Returns whether these hold all, unchanged.
 
     Keys may lack or add the base model prefix, as `from_pretrained` allows, or be those of a model whose text part this
     is. Raises ValueError if a shape differs from the configuration.
@@ -151,18 +141,18 @@ def attach_disk_weights(model, stored):
         shape = tuple(tensor.shape)
         if location.part:
             shape = location.part.whole(shape, experts[layout[name][0]])
-        if stored[location.key].shape != shape:
-            raise ValueError(f"{location.key} is {stored[location.key].shape}, its configuration expects {shape}")
+        if (found := tuple(stored[location.key][1].shape)) != shape:
+            raise ValueError(f"{location.key} is {found}, its configuration expects {shape}")
         locations[name] = location
     for name in tied:  # `from_pretrained` does not tie tensors that are both stored and differ
         own = _find(model, name, layout, stored)
-        if own and not torch.equal(*read({0: own, 1: locations[name]}, model.dtype).values()):
+        if own and not torch.equal(*read({0: own, 1: locations[name]}, dict.fromkeys((0, 1), model.dtype)).values()):
             return False
     model.requires_grad_(False)
     layers = {f"{layers_path(model)}.{index}": layer for index, layer in enumerate(layers_of(model))}
     for path, module in (layers | rest_of(model)).items():
-        module.disk_weights = DiskWeights({name.removeprefix(f"{path}."): location for name, location in
-                                           locations.items() if name.startswith(f"{path}.")}, model.dtype)
+        dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        module.disk_weights = DiskWeights({name: locations[f"{path}.{name}"] for name in dtypes}, dtypes)
     compute_buffers(model)
     return True
 
@@ -174,7 +164,7 @@ def _find(model, name, layout, stored):
         inside = key.removeprefix(base)
         for spelling in (key, inside, base + key, f"language_model.{key}", f"{base}language_model.{inside}"):
             if spelling in stored:
-                return TensorLocation(stored[spelling].file, spelling, part)
+                return TensorLocation(stored[spelling][0], spelling, part)
     return None
 
 
@@ -208,8 +198,5 @@ def digest(tokens):
 def write(file, tensors):
     """Write {key: tensor} as a safetensors file, atomically and flushed to disk."""
     with replacing(file) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
         save_file({key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}, partial,
                   metadata={"format": "pt"})
-        partial.chmod(mode)  # others may read it: safetensors replaces the file by one that they may not

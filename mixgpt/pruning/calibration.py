@@ -51,10 +51,10 @@ class LayerHessians:
         """Add a batch to the Hessian of a module's input."""
         with self.clock.part("Hessian"):
             self.hessians[module].add_batch(X, **self.twin.gaps(module, X) if self.twin else {})
-            # cheap; read only if the Hessian is not finite
-            tokens = X.numel() // X.shape[-1]
-            sequences = 1 if isinstance(module, RoutedLinear) else tokens // self.stream.hidden.shape[1]
-            self.hessians[module].sequence_sums.append(X.reshape(sequences, -1).sum(1, dtype=torch.float32))
+            if not isinstance(module, RoutedLinear):  # whose tokens are of several sequences
+                of_sequence = X.shape[-1] * self.stream.hidden.shape[1]
+                # cheap; read only if the Hessian is not finite
+                self.hessians[module].sequence_sums.append(X.reshape(-1, of_sequence).sum(1, dtype=torch.float32))
 
     def take(self, module):
         """Return the Hessian of a module's input, topped up if it is an expert's and rank-deficient, and forget it.
@@ -162,7 +162,7 @@ class Calibration:
             with self.clock.part("factorisation"):
                 percdamp = hessian.factor(recipe.percdamp, order)
         except torch.linalg.LinAlgError as error:
-            finite = torch.cat(hessian.sequence_sums).isfinite().tolist()  # of this process's sequences
+            finite = [bool(each) for sums in hessian.sequence_sums for each in sums.isfinite()]  # of this process
             bad = "" if all(finite) else f", from calibration sequence {finite.index(False)} on"
             raise InputError(f"layer {index} {group[0]}: {error}{bad}") from error
         if percdamp != recipe.percdamp:
@@ -186,7 +186,7 @@ def one_pass_bytes(streamed, selected, shape, dense_target, admm):
     width = model.get_input_embeddings().embedding_dim
     waiting = 3 * width + max(max(columns, sum(outs) - min(outs)) for (_, _, columns), outs in inputs.items())
     if model.config._attn_implementation == "eager":
-        waiting += 3 * model.config.num_attention_heads * T
+        waiting += 3 * getattr(model.config, "num_attention_heads", 0) * T
     tokens = (sequences + 2 * streamed.batch_size) * T * model.dtype.itemsize
     squares, stacks = (8, 9) if admm else (3 + dense_target, 6)  # matrices like H and like W while one is pruned
     solving = max(4 * (squares * columns**2 + stacks * columns * sum(outs)) for (_, _, columns), outs in inputs.items())

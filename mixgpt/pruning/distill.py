@@ -18,7 +18,7 @@ from mixgpt.common import distributed, memory, progress
 from mixgpt.common.runtime import seeded, wide
 from mixgpt.modeling.experts import kind_of
 from mixgpt.modeling.streaming import disk_weights
-from modelutils import SLICE, by_rows, linears, on_device, rows_at_once, run_layers
+from modelutils import SLICE, by_rows, in_turn, linears, on_device, rows_at_once
 
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
 STEPS = 40  # at most, with an effort of 1
@@ -43,11 +43,6 @@ def pieces(sequences):
     return sequences.reshape(-1, piece_length(sequences.shape[1]))
 
 
-def with_token_budget(streamed, tokens, T):
-    """Scale the batch size so that a batch of shorter sequences (N, t) has as many tokens as one of length T."""
-    return replace(streamed, batch_size=streamed.batch_size * max(T // tokens.shape[1], 1))
-
-
 @torch.no_grad()
 def dense_states(streamed, tokens):
     """Run the dense model on this process's share of tokens (N, T). Returns {name: tensor on the host}.
@@ -57,7 +52,8 @@ def dense_states(streamed, tokens):
     2% of its predictions, distillation is as good.
     """
     stream = streamed.embed(tokens[distributed.share(len(tokens))])
-    run_layers(streamed.model, [stream], streamed.device, "dense model")
+    for index, layer in in_turn(streamed.layers, streamed.device, "dense model"):
+        stream.advance(layer, index)
     states = stream.hidden[..., :stream.channels].to("cpu")
     if streamed.model.config.get_text_config().vocab_size <= VOCABULARY or not len(states):
         return {"states": states}
@@ -129,8 +125,8 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
                 vocabulary, labels = dense.get("vocabulary"), tokens[mine.start:mine.stop, 1:].contiguous()
                 head = stack.enter_context(stream.head(model, vocabulary=vocabulary))
                 labels = labels if vocabulary is None else torch.searchsorted(vocabulary, labels)
-                grids = {linears(layers[index])[name].weight: grid for (index, name), grid in chosen.items() if grid}
-                states = [_Scales(weight, grids[weight]) if weight in grids else _Weight(weight) for weight in weights]
+                states = [_Scales(weight, grid) if grid else _Weight(weight)
+                          for weight, grid in zip(weights, chosen.values(), strict=True)]
             mean = _train(stream, layers, head, states, steps, dense["states"][:, :-1], labels)
         for state in states:
             if isinstance(state, _Scales):
@@ -186,17 +182,14 @@ def _batches(stream, rows):
 
 @contextlib.contextmanager
 def _trained(layers, chosen):
-    """Within the block, let the weights of the chosen matrices, and no others, require gradients.
+    """Within the block, let the weights of the chosen matrices require gradients; before and after it none does.
 
     Gives a list of these. If the block raises, they are restored: read from disk, or from a copy.
     """
-    weights = [weight for layer in layers for weight in layer.parameters()]
-    required = [weight.requires_grad for weight in weights]
-    trained = [linears(layers[index])[name].weight for index, name in chosen]
+    modules = [linears(layer) for layer in layers]
+    trained = [modules[index][name].weight for index, name in chosen]
     before = [weight.detach().to("cpu", copy=True) for weight in trained if not disk_weights(layers[0])]
     try:
-        for weight in weights:
-            weight.requires_grad_(False)
         for weight in trained:
             weight.requires_grad_(True)
         yield trained
@@ -205,8 +198,8 @@ def _trained(layers, chosen):
             weight.data.copy_(copy)
         raise
     finally:
-        for weight, require in zip(weights, required, strict=True):
-            weight.requires_grad_(require)
+        for weight in trained:
+            weight.requires_grad_(False)
             weight.grad = None
 
 

@@ -18,7 +18,7 @@ from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.streaming import compute_buffers, disk_weights
-from modelutils import hooked, run_layers
+from modelutils import hooked, in_turn
 
 # Names in configurations, of the number of experts and of how many of them a token takes.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -92,15 +92,13 @@ def expert_scores(streamed, tokens):
     """Return {layer: scores (experts,)} of a StreamedModel on tokens (N, T). Raises InputError if one is not finite."""
     sums = {}  # layer: (2, experts), of `_recording`
 
-    def step(stream, layer, index):
+    stream = streamed.embed(tokens[distributed.share(len(tokens))])
+    for index, layer in in_turn(streamed.layers, streamed.device, "experts"):
         _, experts = _experts_of(layer)
         with contextlib.ExitStack() as stack:
             if experts:
                 sums[index] = stack.enter_context(_recording(experts, stream.device))
             stream.advance(layer, index)
-
-    stream = streamed.embed(tokens[distributed.share(len(tokens))])
-    run_layers(streamed.model, [stream], streamed.device, "experts", step)
     for index, of_layer in sums.items():
         distributed.all_reduce(of_layer)
         if not of_layer.isfinite().all():

@@ -125,14 +125,3 @@ def activation_order(h, prunem=0):
     groups = h.view(-1, prunem or 1)
     order = groups.sum(1).argsort(descending=True, stable=True)
     return torch.arange(len(h), device=h.device).view(groups.shape)[order].flatten()
-
-
-def relative_errors(lost, whole, counts):
-    """Return ‖(W − Ŵ) X‖² / ‖W X‖² of each of several stacked matrices, a float64 tensor on their device; 0 for 0 / 0.
-
-    lost, whole: (total rows,), ‖(w − ŵ) X‖² and ‖w X‖² of every row. counts: rows of each matrix, of this process.
-    """
-    sums = torch.stack([rows.sum() for forms in (lost, whole) for rows in forms.split(counts)]).double()
-    distributed.all_reduce(sums)
-    lost, whole = sums.chunk(2)
-    return torch.where(whole == 0, 0.0, lost.clamp_min(0) / whole)

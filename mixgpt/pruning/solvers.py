@@ -9,7 +9,7 @@ from mixgpt.common import distributed
 from mixgpt.kernels.linalg import rowwise_quadratic_form
 from mixgpt.kernels.selection import smallest
 from mixgpt.pruning.admm import admm_pruner
-from mixgpt.pruning.hessian import InputHessian, relative_errors
+from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.targets import Target
 from quant import Scheme, meet_sparsities
 from sparsegpt import Walk, obs_saliency
@@ -115,7 +115,11 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     optima = list(hessian.optimum(W).split(counts))
     pruned = recipe.solver(Problem(hessian, optima, targets, recipe, dtype, row_weights))
     W_hat = torch.cat([matrix for matrix, _ in pruned])[:, hessian.inverse_order].to(dtype)
-    errors = relative_errors(rowwise_quadratic_form(W.sub_(W_hat), hessian.H), whole, counts)
+    lost = rowwise_quadratic_form(W.sub_(W_hat), hessian.H)
+    sums = torch.stack([rows.sum() for forms in (lost, whole) for rows in forms.split(counts)]).double()
+    distributed.all_reduce(sums)
+    lost, whole = sums.chunk(2)
+    errors = torch.where(whole == 0, 0.0, lost.clamp_min(0) / whole)
     for weight, new in zip(weights, distributed.all_gather_shares(W_hat.split(counts), sizes), strict=True):
         weight.copy_(new)
     return [(error, grid and replace(grid.gathered(rows), group=grid.group[hessian.inverse_order]))

@@ -101,6 +101,11 @@ def test_no_common_shift_of_the_real_plan_comes_closer_to_the_budget(units, p, a
     assert miss(n, units[1], m, p) <= min(miss(rounded(real, shift, m), units[1], m, p) for shift in grid) + 1e-9
 
 
+def test_n_of_the_matrices_of_many_experts_takes_no_memory_for_all_pairs_of_them():
+    n = allocate_whole(list(range(40_000)), [1] * 40_000, 0.5, 0.3, 4)
+    assert sum(n) == 80_000 and n == sorted(n, reverse=True)
+
+
 WAYS = ["layer-level", "weight-level"]
 
 

@@ -9,6 +9,7 @@ import random
 import signal
 
 import datasets
+import numpy
 import pytest
 import torch
 import transformers
@@ -74,6 +75,8 @@ def test_a_model_in_memory_is_not_left_as_it_was_because_its_run_is_complete(che
         model, tokenizer = in_memory(checkpoint_folder("llama"))
         with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
             mixgpt.prune(model, "builtin", tokenizer, **options)
+    with pytest.raises(InputError, match=message):  # as other text in memory would be
+        mixgpt.prune(str(checkpoint_folder("llama")), ["Other text. " * 999], **options)
 
 
 def test_a_model_in_memory_keeps_its_dtype_and_mode_and_no_line_says_otherwise(checkpoint_folder, capsys):
@@ -83,7 +86,8 @@ def test_a_model_in_memory_keeps_its_dtype_and_mode_and_no_line_says_otherwise(c
     assert model.dtype == torch.float16 and model.training and "float32" not in capsys.readouterr().out
 
 
-def test_paths_may_be_those_of_pathlib(tmp_path):
+def test_paths_may_be_those_of_pathlib_and_numbers_those_of_numpy(tmp_path):
+    assert type(Settings("model", "builtin", seed=numpy.int64(3)).seed) is int
     (tmp_path / "mine.txt").touch()
     assert Settings("model", "builtin", eval=["builtin", tmp_path / "mine.txt"]).eval == (
         "builtin", str(tmp_path / "mine.txt"))
@@ -110,6 +114,7 @@ def state():
             "folder": os.getcwd(), "logging": transformers.utils.logging.get_verbosity(),
             "bars": (transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()),
             "levels": {name: logging.getLogger(name).level for name in ("transformers", "datasets")},
+            "disabled": logging.root.manager.disable,
             "signals": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]}
 
 

@@ -228,6 +228,17 @@ def test_memory_that_pytorch_holds_but_does_not_use_is_free(monkeypatch):
     assert memory.free(torch.device("cuda")) == 500 * memory.USABLE
 
 
+def test_what_control_groups_leave_of_the_hosts_memory_is_free(tmp_path, monkeypatch):
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "process").write_text("0::/job/step\n")
+    for group, most in {"job": 7000, "job/step": "max"}.items():
+        (tmp_path / group / "memory.max").write_text(f"{most}\n")
+        (tmp_path / group / "memory.stat").write_text("anon 1500\nfile 9000\nshmem 500\n")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "PROCESS", tmp_path / "process")
+    assert memory.free(torch.device("cpu")) == 5000 * memory.USABLE
+
+
 def peak_of(run, *options, **limits):
     with Gpu(**limits) as gpu:
         result = run("llama", "SparseGPT", "cuda:0", "--batch-size", 1, "--nsamples", 40, *options)

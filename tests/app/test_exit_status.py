@@ -60,7 +60,8 @@ def test_a_bug_gets_one_line_and_a_file_with_the_traceback(script, monkeypatch, 
 
 
 @pytest.mark.parametrize("error", [
-    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
     ImportError("libtorch_cpu.so: failed to map segment from shared object"), RuntimeError("can't start new thread")])
 def test_a_lack_of_memory_gets_a_line_that_says_what_to_lower(error, monkeypatch, capsys, temporary):
     assert end("llama.py", error, monkeypatch) == 2

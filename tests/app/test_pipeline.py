@@ -100,7 +100,8 @@ def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, sa
     assert disk["bits_per_weight"] == 8 * disk["bytes"] / numel and disk["ratio"] == 2 * numel / disk["bytes"]
     assert 0.8 * least <= disk["bits_per_weight"] <= least + (0 if save_format == "dense" else 8)
     assert disk["theoretical_ratio"] == pytest.approx(16 / (wbits * (1 - pruned)))
-    assert f"{disk['bits_per_weight']:.2f} bits a weight, {disk['bits_per_weight'] / 16:.2f} times the size of bfloat16" in out
+    bits = disk["bits_per_weight"]
+    assert f"{bits:.2f} bits a weight, {bits / 16:.2f} times the size of bfloat16" in out
 
 
 MIXGPT = "--sparsity .5 --sparsity-way weight-level --saliency isc"
@@ -240,7 +241,7 @@ def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     prune("llama", gmp, tmp_path / "mine", "--overwrite", status=2)
     (folder / "mine.txt").write_text("mine")
-    for reads in ({"model": folder}, {"data": folder / "mine.txt"}):
+    for reads in ({"model": folder}, {"data": folder / "mine.txt"}, {"data": f"builtin:1,{folder / 'mine.txt'}:1"}):
         assert "which this run uses; name another folder" in prune("llama", gmp, folder, "--overwrite", status=2,
                                                                    **reads)
     assert (folder / "mine.txt").read_text() == "mine"

@@ -70,11 +70,12 @@ CHATS = [[{"role": "user", "content": "What is a list? " * 9}, {"role": "assista
          [{"role": "system", "content": "Be brief: café."}]]
 
 
-@pytest.mark.parametrize("name", ["chats.jsonl", "chats.parquet"])
+@pytest.mark.parametrize("name", ["chats.jsonl", "lists.jsonl", "chats.parquet"])
 def test_chats_become_text_by_the_chat_template(name, tokenizer, tmp_path):
     path, tokenizer = tmp_path / name, copy.deepcopy(tokenizer)
     if name.endswith("jsonl"):
-        path.write_text("".join(json.dumps({"messages": chat, "id": 1}) + "\n" for chat in CHATS))
+        path.write_text("".join(json.dumps(chat if "lists" in name else {"messages": chat, "id": 1}) + "\n"
+                                for chat in CHATS))
     else:
         pyarrow.parquet.write_table(pyarrow.table({"messages": CHATS}), path)
     tokenizer.chat_template = TEMPLATE

@@ -19,7 +19,7 @@ def mine(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, nsamples, expected", [
-    ("builtin:0.7,mine.txt:0.3", 10, [7, 3]), ("builtin:7,mine.txt:3", 128, [90, 38]),
+    ("builtin:0.7, mine.txt:0.3", 10, [7, 3]), ("builtin:7,mine.txt:3", 128, [90, 38]),
     ("builtin:1,mine.txt:1", 3, [2, 1]), ("builtin:1,builtin:1,mine.txt:1", 9, [6, 3]), ("mine.txt:5", 4, [4]),
     ("builtin", 5, [5])])
 def test_each_text_gets_its_share(name, nsamples, expected, mine):

@@ -179,7 +179,7 @@ def test_texts_that_have_no_first_token_are_refused_before_anything_is_pruned(to
     ("misspelt", r"--tasks misspelt: cannot be used: 'qestion' is undefined"),
     ("unsafe", r"--tasks unsafe: cannot be used: .*marked as unsafe"),
     ("beyond", r"--tasks beyond: cannot be used: "), ("cut", r"--tasks cut: cannot be used: .*JSON"),
-    ("choice,arc_chalenge", "--tasks arc_chalenge: no task, .* of this name in lm-eval .*arc_challenge"),
+    ("choice,arc_chalenge", "--tasks arc_chalenge: cannot be used: .*'arc_chalenge' is not a registered task"),
     ("choice --tasks-dir nowhere", "--tasks-dir nowhere: must be a folder with "),
     ("choice --limit 0", r"--limit 0: must be at least 1")])
 def test_a_task_that_cannot_be_used_gets_one_line_before_the_work(options, message, folder, prune, tmp_path):
@@ -192,7 +192,7 @@ def test_a_task_that_cannot_be_used_gets_one_line_before_the_work(options, messa
 def test_without_lm_eval_the_line_says_what_to_install(prune, monkeypatch):
     monkeypatch.delitem(sys.modules, "mixgpt.evaluation.tasks", raising=False)
     monkeypatch.delattr("mixgpt.evaluation.tasks", raising=False)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     line = prune("llama", "--eval --tasks choice", status=2).splitlines()[-1]
     assert line.startswith("llama.py: error: --tasks: lm-eval cannot be used (") and line.endswith(
         "pip install -r requirements-eval.txt")

@@ -14,6 +14,7 @@ from mixgpt.checkpoints import load
 from mixgpt.evaluation.measures import logits, total_sparsity
 from mixgpt.modeling.decoder import layers_of, layers_path, path_of
 from mixgpt.modeling.experts import layout_of, published, split_experts
+from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
@@ -146,6 +147,18 @@ def test_an_expert_without_tokens_is_pruned_on_the_mean_of_the_others(tokens):
     # a weight's column decides as well as its size: the pooled Hessian ranks, not the first columns
     W = layers_of(model)[0].mlp.experts.get_submodule("2").gate_proj.weight
     assert ((W == 0).double().mean(0) < 1).all()
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v4"])
+def test_what_a_class_keeps_in_float32_is_read_so_from_disk(kind, folder):
+    path = str(folder(kind))
+    on_disk = load.open_model(path, load.read_config(path), torch.bfloat16)
+    loaded = load.load_model(path, torch.bfloat16)
+    tensors, expected = disk_weights(layers_of(on_disk)[-1]).read(), layers_of(loaded)[-1].state_dict()
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        name: tensor.dtype for name, tensor in expected.items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("kind, options", [

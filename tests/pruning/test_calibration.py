@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import CPU, VOCABULARY, make
 from makebelieve import CUDA, Gpu
+from transformers import MambaConfig, MambaForCausalLM
 
 from mixgpt.common.choices import SOLVERS
 from mixgpt.kernels import columns
@@ -31,6 +32,11 @@ def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_ea
         assert [len(inputs[stop]) for stop in stops] == [3] * (number + 1) + [0] * (len(stops) - number - 1)
     assert torch.equal(paused.hidden, whole.hidden)
     assert all(torch.equal(X, Y) for module in stops for X, Y in zip(inputs[module], expected[module], strict=True))
+
+
+def test_layers_without_attention_are_counted():
+    model = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=8, num_hidden_layers=3))
+    assert one_pass_bytes(StreamedModel(model, CPU, 1), select(model), (4, 64), False, False) > 4 * 64 * 32 * 4
 
 
 @pytest.mark.parametrize("name, options", [

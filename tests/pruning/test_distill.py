@@ -37,7 +37,7 @@ class Scene:
         """scheme: of the grids on which the kept weights lie, `chosen`, {(layer, name): Grid or None}."""
         self.model = make(name)
         split_experts(self.model)
-        self.model.to(dtype)
+        self.model.to(dtype).requires_grad_(False)
         self.pruned, self.chosen = copy.deepcopy(self.model), dict.fromkeys(select(self.model))
         generator = torch.Generator().manual_seed(3)
         for key in self.chosen:
@@ -300,6 +300,6 @@ def test_a_model_that_cannot_be_distilled_is_what_it_was(part, call, failure, ex
         scene.distill(batch_size=1, finish=lambda *_: pytest.fail("finished"))
     assert len(calls) == call
     for weight, old in zip(scene.pruned.parameters(), scene.before[0].parameters(), strict=True):
-        assert torch.equal(weight, old) and weight.requires_grad and weight.grad is None
+        assert torch.equal(weight, old) and not weight.requires_grad and weight.grad is None
     for key, grid in scene.chosen.items():
         assert grid is None or torch.equal(grid.scale, scene.before[1][key].scale)
