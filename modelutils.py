@@ -256,7 +256,10 @@ class HiddenStates:
                 path = next(path for path, module in model.named_modules() if module is linear)
                 narrowed |= {f"{path}.{name}": weight.detach()[vocabulary]
                              for name, weight in linear.named_parameters()}
-            yield logits
+            try:
+                yield logits
+            finally:
+                narrowed.clear()  # which `logits` would keep
 
 
 def linears(layer):

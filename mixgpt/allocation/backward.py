@@ -86,10 +86,8 @@ class Chunk:
             border[rows].copy_(hidden, non_blocking=True)
 
     def _converted(self, layer):
-        """Return a layer in self.dtype: itself, or a copy."""
-        tensors = [*layer.parameters(), *layer.buffers()]
-        converts = any(tensor.is_floating_point() and tensor.dtype != self.dtype for tensor in tensors)
-        return copy.deepcopy(layer).to(self.dtype) if converts else layer
+        """Return a layer that computes in self.dtype: itself, or a copy if that is not the model's dtype."""
+        return layer if self.model.dtype == self.dtype else copy.deepcopy(layer).to(self.dtype)
 
     def matrices_of(self, layer, index):
         """Return {column of the result: linear} for a layer's matrices."""

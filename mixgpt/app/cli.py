@@ -83,7 +83,7 @@ def reported(script, argv, remedy):
     """Turn what ends the block, a whole command line, into one line on stderr and an exit status.
 
     Yields an object whose `status` is then 0, or what the block has set. 1: a bug, whose traceback is in the file that
-    the line names. 2: InputError, a full disk, or the host is out of memory; remedy says what to lower. 130: Ctrl-C.
+    the line names. 2: InputError, a full disk, or out of memory; remedy says what to lower. 130: Ctrl-C.
     141, without a line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP. `advice` ends all lines but that of
     an InputError.
     """

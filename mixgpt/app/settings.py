@@ -194,7 +194,7 @@ class Settings:
         shape = {name: options[name] for name in ("prunem", "wbits", "groupsize", "effort") if name in options}
         preset = recipe(options["preset"], **shape) if options.get("preset") is not None else {}
         for name, value in ({"model": model, "dataset": dataset} | defaults | preset | options).items():
-            value = value.item() if hasattr(value, "item") else value  # of NumPy
+            value = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy
             value = str(value) if isinstance(value, Path) else value
             if isinstance(defaults.get(name), tuple):  # of names, which text separates by commas or blanks
                 names = value.replace(",", " ").split() if isinstance(value, str) else map(str, value)

@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from mixgpt.common import distributed
-from mixgpt.common.errors import one_line, status_of
+from mixgpt.common.errors import is_out_of_memory, one_line, status_of
 from mixgpt.evaluation.measures import count_zeros, total_sparsity
 from mixgpt.modeling.experts import kind_of
 from mixgpt.pruning.targets import Outcome
@@ -24,6 +24,8 @@ def _guarded(method):
             if self.run is not None:
                 method(self, *arguments)
         except Exception as error:  # of the client, its process or its server
+            if is_out_of_memory(error):
+                raise
             _warn(error, f"going on without it; {_upload(self.run)}")
             self.run = None
 

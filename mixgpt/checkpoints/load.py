@@ -75,7 +75,8 @@ def _converted(file):
         loaded = from_pretrained(file, str(file.parent), torch.float32, gguf_file=file.name,
                                  quantization_config=transformers.GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, **NO_CODE)
-    with reading(f"model {file}: cannot be converted into {folder}; set XDG_CACHE_HOME to a folder with room"):
+    place = f"{folder}; set XDG_CACHE_HOME to a folder with room"
+    with reading(f"model {file}: cannot be converted into {place}"), silenced():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
             loaded.save_pretrained(partial, save_original_format=False)  # under the names that it has in memory

@@ -249,7 +249,7 @@ class RunDir(contextlib.AbstractContextManager):
         grids: {name of a linear: quant.Grid}. Formats other than dense load the whole model into memory.
         """
         if self.writes:
-            with self.disk_errors("the tokenizer"):
+            with reading("the tokenizer cannot be saved"), self.disk_errors("the tokenizer"):
                 tokenizer.save_pretrained(self.path)
                 if getattr(self.model.config, "auto_map", None):  # for others to load: it is never run here
                     for file in Path(self.model.config.name_or_path).glob("*.py"):

@@ -98,10 +98,12 @@ class PackedWeight(torch.nn.Module):
     def expand(self, out=None):
         """Return the matrix, in `out` if given."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.mask.device) if out is None else out
-        if way := self._way(out.device):
-            self._run(sparse_cpu.Kernel(way, self.dtype, self.wbits, 0), out, out)
-            return out
-        return out.copy_(decode({name: buffer.cpu() for name, buffer in self.named_buffers()}, self.description))
+        y = out if self._way(out.device) else torch.empty(self.shape, dtype=self.dtype)
+        if way := self._way(y.device):
+            self._run(sparse_cpu.Kernel(way, self.dtype, self.wbits, 0), y, y)
+        else:
+            y = decode({name: buffer.cpu() for name, buffer in self.named_buffers()}, self.description)
+        return out if out is y else out.copy_(y)
 
     def _room(self):
         """Return a buffer of this thread for the matrix, which the next one that is expanded overwrites."""
@@ -127,14 +129,18 @@ class PackedWeight(torch.nn.Module):
         return self.scale.shape[1] if self.wbits else 1
 
     def _run(self, kernel, x, y):
-        tensors = self._buffers | {"x": x, "y": y, "data": self._buffers[self.data]}
+        tensors = self._buffers | {"x": x, "y": y}
+        if not y.is_cuda and self.mask.device.type != "cpu":
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        tensors["data"] = tensors[self.data]
         if self.wbits:
             tensors["units"] = _units(self.description.get("grid", "uniform"), self.wbits, self.dtype, y.device)
         if y.is_cuda:
             from mixgpt.kernels import sparse_cuda as kernels
         else:
-            kernels = sparse_cpu
-            tensors["data"] = self._buffers[self.data] = sparse_cpu.padded(tensors["data"])
+            kernels, tensors["data"] = sparse_cpu, sparse_cpu.padded(tensors["data"])
+            if self.mask.device == y.device:
+                self._buffers[self.data] = tensors["data"]
         kernels.run(kernel, *self.shape, BLOCK, self.groups, tensors)
 
 

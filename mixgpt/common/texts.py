@@ -204,8 +204,8 @@ def read_file(path, argument):
                 text = file.read()
             if path.suffix == ".txt":
                 return [text]  # one row
-            whole = text.lstrip().startswith("[") and ".jsonl" not in path.name
-            rows = json.loads(text) if whole else json_lines(text)
+            in_lines = not text.lstrip().startswith("[") or re.search(r"\]\s*\n\s*\[", text)  # or a list in each line
+            rows = json_lines(text) if in_lines else json.loads(text)
         return texts_of(rows, f"{argument} {path}")
 
 

@@ -145,6 +145,8 @@ def remove_experts(model, smaller, kept):
             dense, new.disk_weights = weights.locations, weights
             weights.locations = {name: dense[source]._replace(part=rows) if rows else dense[source]
                                  for name, (source, rows) in sources.items()}
+            for name, tensor in new.state_dict(keep_vars=True).items():
+                tensor.data = tensor.data.to(weights.dtypes[name])
         else:
             new.load_state_dict({name: rows.of(state[source]) if rows else state[source]
                                  for name, (source, rows) in sources.items()}, assign=True)

@@ -8,6 +8,7 @@ import shutil
 import gguf
 import pytest
 import torch
+import transformers
 from commands import SMALL, run
 from makegguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -42,7 +43,8 @@ def test_a_file_gives_what_transformers_gives_to_the_bit(dtype, kind, tokenizer,
     assert ours.special_tokens_map == theirs.special_tokens_map
 
 
-def test_a_file_is_pruned_and_continues_a_text(tokenizer, path, tmp_path, capsys):
+def test_a_file_is_pruned_and_continues_a_text(tokenizer, path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
     write_gguf(path, tokenizer)
     assert run("llama.py", path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved") == 0
     assert load.read_config(tmp_path / "saved").model_type == "llama"

@@ -1,4 +1,4 @@
-"""Check what progress looks like: a bar in a terminal, else a line when one is due, from the first process alone."""
+"""Check what progress looks like: a bar in a terminal, else a line when one is due."""
 
 import io
 import re
@@ -54,6 +54,7 @@ def test_a_terminal_gets_a_bar(sleep, monkeypatch):
 
 def test_a_closed_stderr_is_no_error(sleep, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
+    finish(sleep, [40] * 2)
     with silenced():
         finish(sleep, [40] * 2)
 
