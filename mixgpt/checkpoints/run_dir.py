@@ -85,7 +85,7 @@ class RunDir(contextlib.AbstractContextManager):
         needed = nbytes - sum(file.stat().st_size for file in self.path.rglob("*.safetensors"))
         if free < needed:
             raise InputError(f"{self.place}: finished layers and the result need {needed / 1e9:.3f} GB, "
-                             f"{free / 1e9:.3f} GB are free there")
+                             f"{free / 1e9:.3f} GB are free there; free some, or name another folder")
 
     def __exit__(self, *error):
         self.thread.shutdown()  # waits for it

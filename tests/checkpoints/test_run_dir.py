@@ -244,7 +244,7 @@ def test_a_temporary_folder_that_is_full_is_named_and_not_save(prune, tmp_path, 
     line = ("llama.py: error: TMPDIR: 0.000 GB of pruned layers cannot be written "
             "(No space left on device); set it to another folder, or give --save\n")
     needed = (f"llama.py: error: TMPDIR {tmp_path}: finished layers and the result need 0.000 GB, 0.000 GB are free "
-              "there\n")
+              "there; free some, or name another folder\n")
     free = SimpleNamespace(free=99_000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: free)

@@ -149,15 +149,15 @@ def test_an_expert_without_tokens_is_pruned_on_the_mean_of_the_others(tokens):
     assert ((W == 0).double().mean(0) < 1).all()
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v4"])
-def test_what_a_class_keeps_in_float32_is_read_so_from_disk(kind, folder):
+@pytest.mark.parametrize("kind, dtype", [("deepseek_v3", torch.bfloat16), ("gpt_oss", torch.float16)])
+def test_what_a_class_keeps_in_float32_is_read_so_from_disk(kind, dtype, folder):
     path = str(folder(kind))
-    on_disk = load.open_model(path, load.read_config(path), torch.bfloat16)
-    loaded = load.load_model(path, torch.bfloat16)
+    on_disk = load.open_model(path, load.read_config(path), dtype)
+    loaded = load.load_model(path, dtype)
     tensors, expected = disk_weights(layers_of(on_disk)[-1]).read(), layers_of(loaded)[-1].state_dict()
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {
         name: tensor.dtype for name, tensor in expected.items()}
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16, torch.float32}
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype, torch.float32}
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 

@@ -119,6 +119,7 @@ def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, to
         (source / "model.safetensors").unlink()
     config = json.loads((source / "config.json").read_text())
     assert config.pop("dtype") == "bfloat16"
+    assert load.size(load.read_config(source), "auto") == 2 * model.num_parameters()
     if not named:  # in the configuration
         (source / "config.json").write_text(json.dumps(config))
     assert AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype == torch.bfloat16
