@@ -38,7 +38,7 @@ def recipe(preset, prunem=0, wbits=16, groupsize=-1, effort=1.0):
     In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Grids need
     more text in the Hessians, and their scales learn from less. Columns are quantized in the order of activation unless
     their groups would have to be stored.
-    effort: of best, as a multiple of its further text.
+    effort: of best, as a multiple of its further text; in n:m the Hessians, which start with more, get its root.
     """
     options = dict(PRESETS.get(preset, {}))
     if preset == "best" and prunem:
@@ -46,7 +46,8 @@ def recipe(preset, prunem=0, wbits=16, groupsize=-1, effort=1.0):
     if preset == "best" and wbits < 16:
         options |= {"mse": True, "extra": 1.0, "distill": 0.375} | ({"act_order": True} if groupsize == -1 else {})
     if preset == "best":
-        options |= {name: options[name] * effort for name in ("extra", "distill")}
+        options["extra"] *= effort ** (0.5 if prunem else 1)
+        options["distill"] *= effort
     return options
 
 
@@ -92,7 +93,7 @@ class Settings:
         "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
         needs=("prunes",))
     effort: float = option(1.0, METHOD,
-        "how much time best may take: multiplies its --extra, its --distill, and the steps of distillation",
+        "how much time best may take: multiplies its --distill, the steps of that, and its --extra, in n:m by the root",
         between=(0.1, 100), needs=("has_effort",))
 
     sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",

@@ -166,8 +166,8 @@ def test_a_preset_means_its_recipe_without_the_command_line_too():
                               "--percdamp .1 --extra .5 --distill .75"),
     ("best --effort 4", "--sparsity .5", "--sparsity-way global --saliency fisher --solver admm --target dense "
                                          "--alpha .15 --percdamp .1 --extra 2 --distill 3"),
-    ("best", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --extra 1 "
-                                      "--distill .75"),
+    ("best --effort 4", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --extra 2 "
+                                                 "--distill 3"),
     ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4",
      "--sparsity-way global --saliency fisher --target dense --percdamp .1 --extra 1 --distill .375 --mse "
      "--act-order"),
