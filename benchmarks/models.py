@@ -27,7 +27,7 @@ from mixgpt.evaluation.measures import logits
 
 PAGE = """# Models
 
-The causal-LM classes of transformers {version}, tiny and with random weights:
+The causal-LM classes of transformers {version} and Baichuan, tiny and with random weights:
 {counts}. `ok`: `best` pruned half of the weights, and of the dense model and
 the saved one, layers that are read from disk and run one at a time gave the logits of the class's own forward on three
 sequences. `refused`: in one line, before weights are read. `not built`: the benchmark could not make a tiny one.
