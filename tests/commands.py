@@ -1,16 +1,11 @@
-"""Run command lines: in this process on little text, or by torchrun."""
-
-import os
-import subprocess
-import sys
+"""Run command lines in this process, on little text."""
 
 import pytest
-from conftest import ROOT, read_little
+from conftest import read_little
 
 from mixgpt.app import cli
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +17,4 @@ def short_builtin(monkeypatch, tmp_path_factory):
 
 def run(script, *arguments):
     """Run the command line of a script in this process. Returns the exit status."""
-    try:
-        return cli.main(script, [str(argument) for argument in arguments])
-    except SystemExit as stop:  # argparse
-        return stop.code
-
-
-def torchrun(number, *arguments, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    return subprocess.Popen([*TORCHRUN, str(number), *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return cli.main(script, [str(argument) for argument in arguments])

@@ -1,5 +1,8 @@
 """Tiny models of every family, a tokenizer, and a model that has learned something, all made here."""
 
+import copy
+import errno
+import gzip
 import json
 import multiprocessing
 import os
@@ -17,6 +20,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run on the CPU then
 
+import pyarrow.parquet
 import pytest
 import transformers
 from filelock import FileLock
@@ -147,6 +151,14 @@ def tokenizer(once):
     return PreTrainedTokenizerFast.from_pretrained(once("tokenizer", train_tokenizer))
 
 
+@pytest.fixture(scope="session")
+def plain(tokenizer):
+    """Give this tokenizer, but so that it adds no BOS by itself."""
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    return changed
+
+
 def train_tokenizer(path):
     """Save what `tokenizer` gives."""
     tokenizer = Tokenizer(models.BPE())
@@ -174,6 +186,30 @@ def model_folder(tokenizer, once):
 def checkpoint_folder(model_folder):
     """Return a function that gives the folder of a saved tiny model by its name in FAMILIES."""
     return lambda name: model_folder(name, lambda: make(name))
+
+
+@pytest.fixture
+def folder(request, model_folder):
+    """Return a function that gives the folder of a saved model by what `build` in the file of the test takes."""
+    module = request.module
+    return lambda kind: model_folder(f"{module.__name__}-{kind}", partial(module.build, kind))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Give a folder with a few lines of every dataset, named as docs/running.md says."""
+    folder = tmp_path_factory.mktemp("texts")
+    lines = [f"The {number} sheep of the village graze on the hill behind the mill all day ." for number in range(9)]
+    for split in ("train", "test"):
+        for name, column in ((f"wikitext-2-raw-v1/{split}-00000-of-00001", "text"),
+                             (f"penn_treebank/{split}/0000", "sentence")):
+            (file := folder / f"{name}.parquet").parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(pyarrow.table({column: lines}), file)
+    (folder / "en").mkdir()
+    for name in ("c4-train.00000-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"):
+        with gzip.open(folder / "en" / name, "wt") as file:
+            file.writelines(json.dumps({"text": " ".join(lines)}) + "\n" for _ in range(4))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -301,6 +337,10 @@ def prune(checkpoint_folder, capsys, monkeypatch, tmp_path_factory):
         return captured.err if status else captured.out
 
     return prune
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def record_of(folder):

@@ -176,14 +176,9 @@ FAULTS = {
     "groups that do not divide the columns": refused(
         "--prunen 2 --prunem 5", "--prunem 5: …", "{root}/model builtin "),
     "no matrix": refused("--minlayer 3", "--minlayer 3 --maxlayer 1000 --prune-only '': select no matrix of …"),
-    "no folder of texts": refused("--eval ptb --data-dir {root}/no", "--data-dir {root}/no: no such folder"),
     "sequences beyond the model": refused("--seqlen 1000", "--seqlen 1000: the model's limit is 128 tokens"),
     "samples beyond the memory": refused(f"--nsamples {10**9}", "--nsamples, --seqlen: hidden states take … GB, …"),
     "a device that is not there": refused("--device cuda:9", "--device cuda:9: there are … CUDA devices here…"),
-    "save into the model": refused(
-        "--save {root}/model", "--save {root}/model: holds {root}/model, which this run uses; name another folder",
-        "{root}/model builtin "),
-    "text of one's own that is not there": refused("", "dataset mine.txt: invalid choice: …", "{root}/model mine.txt "),
     # generate.py
     "logits that are not finite": prompt(
         "", f"{MODEL}its logits contain NaN or inf; try --dtype float32",

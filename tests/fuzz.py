@@ -27,8 +27,6 @@ LONGEST = 120  # seconds that a run may take, on a machine that does other thing
 SMALL = "--nsamples 2 --seqlen 32 --device cpu --eval builtin --eval-limit 1"
 PRUNE = f"{{root}}/model builtin --sparsity .5 {SMALL} --save {{root}}/saved"
 
-# ---- damage ----------------------------------------------------------------------------------------------------
-
 SCALARS = st.sampled_from([None, False, True, 0, 1, -1, 2, 3, 7, 100, "", "float32", "llama", "../../x", "/dev/zero",
                            "\x00"]) | st.floats(-100, 100) | st.text(max_size=8)
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(

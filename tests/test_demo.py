@@ -3,7 +3,6 @@
 import re
 
 import nbformat
-import pandas as pd
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
@@ -42,21 +41,11 @@ def check(demo):
         assert re.search(rf" {perplexity}$", text, re.MULTILINE), name  # measured by a run above
 
 
-@pytest.fixture
-def texts(tmp_path):
-    """Give a folder with a copy of WikiText-2, as on the hub, of a few paragraphs."""
-    (tmp_path / "wikitext-2-raw-v1").mkdir()
-    for part in ("train", "test"):
-        rows = [f"The {number} sheep of the {part} text graze behind the old mill ." for number in range(60)]
-        pd.DataFrame({"text": rows}).to_parquet(tmp_path / "wikitext-2-raw-v1" / f"{part}-00000.parquet")
-    return tmp_path
-
-
-def test_the_notebook_runs_from_top_to_bottom(checkpoint_folder, texts, monkeypatch):
+def test_the_notebook_runs_from_top_to_bottom(checkpoint_folder, texts, tmp_path, monkeypatch):
     demo = notebook()
     at = next(index for index, cell in enumerate(demo.cells) if "parameters" in cell.metadata.get("tags", ()))
     given = {"MODEL": str(checkpoint_folder("opt")), "DATASET": "wikitext2", "DATA_DIR": str(texts), "NSAMPLES": 4,
-             "SEQLEN": 32, "OUT": str(texts / "demo"), "PROMPT": "The sheep", "NEW_TOKENS": 4}
+             "SEQLEN": 32, "OUT": str(tmp_path / "demo"), "PROMPT": "The sheep", "NEW_TOKENS": 4}
     names = re.findall(r"^([A-Z_]+)(?:, ([A-Z_]+))? =", demo.cells[at].source, re.MULTILINE)
     assert {name for pair in names for name in pair if name} == set(given)
     demo.cells[at].source = "\n".join(f"{name} = {value!r}" for name, value in given.items())

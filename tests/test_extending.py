@@ -1,7 +1,6 @@
 """Run the files of docs/extending.md as it says, each on its own, and check what they add."""
 
 import contextlib
-import json
 import re
 import runpy
 import shlex
@@ -11,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import ROOT, inputs_of, measure_sparsity, saved_tensors
+from conftest import ROOT, inputs_of, measure_sparsity, record_of, saved_tensors
 from test_readme import commands
 from transformers import AutoModelForCausalLM
 
@@ -55,11 +54,6 @@ def execute(tmp_path, monkeypatch, checkpoint_folder):
     return script
 
 
-def assert_sparsity(folder, fraction):
-    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained(folder))
-    assert counted and all(m.zeros == round(fraction * m.numel) for m in counted)
-
-
 def test_there_is_a_file_of_each_kind_and_a_command_for_each():
     assert list(EXAMPLES) == ["ria.py", "wanda.py", "wanda_solver.py", "e2m1.py", "my_text.py"]
     assert PAGE.count("```python") == len(EXAMPLES)
@@ -74,10 +68,11 @@ def test_its_command_prunes_to_the_weight_and_calls_the_method_by_name(command, 
     small = SMALL if "--eval" not in arguments else SMALL[:4]  # of their own
     assert python == "python" and execute(name, *arguments, *small, "--device", "cpu", "--save", "saved") == 0
     out = capsys.readouterr().out
-    assert_sparsity("saved", 0.5)
+    counted = measure_sparsity(AutoModelForCausalLM.from_pretrained("saved"))
+    assert counted and all(m.zeros == round(0.5 * m.numel) for m in counted)
     assert re.search(rf"^{re.escape(label)} +\d+\.\d\d$", out, re.MULTILINE)
     assert f"pruning  {label}, 0.5 of the weights" in out and out.startswith(f"command  python {name} ")
-    assert label in json.loads((tmp_path / "saved" / "mixgpt.json").read_text())["perplexity"]
+    assert label in record_of("saved")["perplexity"]
 
 
 @pytest.mark.parametrize("name, arguments, line", [

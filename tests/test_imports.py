@@ -1,6 +1,8 @@
 """Draw the graph of imports: each module belongs to a layer and may import only from lower layers, or its own."""
 
 import ast
+import importlib.metadata
+import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
 
@@ -100,3 +102,8 @@ def test_what_pip_installs_is_what_the_package_imports():
     at_the_root = {name for name in needed if "." not in name} - {"mixgpt"}
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert sorted(at_the_root) == settings["py-modules"]
+
+
+def test_no_module_at_the_root_has_the_name_of_an_installed_one_or_of_the_standard_library():
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"mixgpt"}
+    assert not ours & (set(importlib.metadata.packages_distributions()) | sys.stdlib_module_names)

@@ -15,7 +15,6 @@ from test_sparsegpt import (
     pruned_by,
     random,
     relative_error,
-    zeros_per_group,
 )
 
 from mixgpt.common.choices import SOLVERS
@@ -76,8 +75,6 @@ def test_columns_in_order_of_activations_are_put_back(prunem, groupsize, dtype):
     difference = X.double() @ (before - weight.float()).double().t()
     assert error == pytest.approx((difference**2).sum().item() / ((X.double() @ before.double().t())**2).sum().item(),
                                   rel=1e-3)
-    if prunem:
-        assert min(zeros_per_group(weight, 4)) >= 2
 
 
 @pytest.mark.parametrize("act_order", [False, True])

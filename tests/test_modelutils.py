@@ -1,6 +1,5 @@
 """Check what is discovered from running models: which linears share an input, in which order."""
 
-
 import pytest
 import torch
 from conftest import CPU, make
@@ -44,17 +43,6 @@ def test_a_tensor_changed_in_place_is_another_input():
     layer = Changed()
     assert list(linears(layer)) == ["a", "b", "c"]
     assert shared_inputs(layer, 0, stream) == [["a"], ["b"]]
-
-
-def test_hidden_states_advance_layer_by_layer_as_in_the_model(tiny, tokens):
-    model = tiny
-    with torch.no_grad():
-        expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
-    stream = StreamedModel(model, CPU, 2).embed(tokens)
-    assert torch.allclose(stream.hidden, expected[0], atol=1e-5)
-    for index, layer in enumerate(list(layers_of(model))[:-1]):
-        stream.advance(layer, index)
-        assert torch.allclose(stream.hidden, expected[index + 1], atol=1e-4)
 
 
 def test_layers_take_the_arguments_of_the_sequences_that_they_run_on_in_any_order(tokens):

@@ -5,10 +5,8 @@ A command that cannot run here says so in its line: it "needs the hub", "a GPU",
 
 import argparse
 import functools
-import gzip
 import importlib
 import importlib.metadata
-import json
 import os
 import re
 import shlex
@@ -17,7 +15,6 @@ import subprocess
 from pathlib import Path
 from unittest import mock
 
-import pyarrow.parquet
 import pytest
 import small_models
 import torch
@@ -71,23 +68,6 @@ def commands(text):
 
 COMMANDS = list(dict.fromkeys(commands(TEXT)))
 TO_RUN = list(dict.fromkeys(command for command, line in COMMANDS if not MARK.search(line)))
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory):
-    """Give a folder with a few lines of every dataset, named as docs/running.md says."""
-    folder = tmp_path_factory.mktemp("texts")
-    lines = [f"The {number} sheep of the village graze on the hill behind the mill all day ." for number in range(9)]
-    for split in ("train", "test"):
-        for name, column in ((f"wikitext-2-raw-v1/{split}-00000-of-00001", "text"),
-                             (f"penn_treebank/{split}/0000", "sentence")):
-            (file := folder / f"{name}.parquet").parent.mkdir(parents=True, exist_ok=True)
-            pyarrow.parquet.write_table(pyarrow.table({column: lines}), file)
-    (folder / "en").mkdir()
-    for name in ("c4-train.00000-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"):
-        with gzip.open(folder / "en" / name, "wt") as file:
-            file.writelines(json.dumps({"text": " ".join(lines)}) + "\n" for _ in range(4))
-    return folder
 
 
 @pytest.fixture(scope="session")

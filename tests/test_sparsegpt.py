@@ -35,11 +35,6 @@ def damped(H, percdamp=PERCDAMP):
     return H + percdamp * H.diagonal().sum() / len(H) * torch.eye(len(H), dtype=H.dtype)
 
 
-def remaining_inverses(A):
-    """Return the explicit inverse of A[j:, j:] for every j."""
-    return [torch.linalg.inv(A[j:, j:]) for j in range(len(A))]
-
-
 def brute_force(W, H, sparsity, prunen, prunem, blocksize, saliency="obs", scheme=None, W_hat=None):
     """Walk by optimal brain surgeon with one explicit inverse a column and, with a scheme, every grid value tried.
 
@@ -49,7 +44,7 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize, saliency="obs", schem
     score = {"obs": lambda w, h, inverse: w ** 2 / inverse,
              "isc": lambda w, h, inverse: w ** 2 * (h + 1 / inverse)}[saliency]
     rows, columns = W.shape
-    inverses, W, loss = remaining_inverses(damped(H)), W.clone(), 0.0
+    inverses, W, loss = [torch.linalg.inv(damped(H)[j:, j:]) for j in range(columns)], W.clone(), 0.0
     mask, grids = torch.zeros(rows, columns, dtype=torch.bool), {}
     unit, width = prunem or blocksize, scheme.groupsize if scheme and scheme.groupsize > 0 else columns
 
@@ -106,11 +101,6 @@ def explicit_error(W, W_hat, X):
     """Return ‖X (W − Ŵ)ᵀ‖² / ‖X Wᵀ‖² from the outputs themselves, in float64."""
     X, W, W_hat = X.double(), W.double(), W_hat.double()
     return (((X @ W.t() - X @ W_hat.t()) ** 2).sum() / ((X @ W.t()) ** 2).sum()).item()
-
-
-def zeros_per_group(W, prunem):
-    """Return the number of zeros in every prunem consecutive weights of a row."""
-    return [row[left:left + prunem].count(0.0) for row in W.tolist() for left in range(0, len(row), prunem)]
 
 
 def prune_matrix(W, R, h, target, **options):

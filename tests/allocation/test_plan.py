@@ -27,15 +27,11 @@ def units(draw, most=12, largest=10**8):
             draw(st.lists(st.integers(1, largest), min_size=count, max_size=count)))
 
 
-def by_rank(sensitivities):
-    """Return the places of the units from the least to the most sensitive, equal ones in their order."""
-    return [place for _, place in sorted((value, place) for place, value in enumerate(sensitivities))]
-
-
 def by_the_paper(sensitivities, p, alpha):
     """Return 1 − keep-ratio, which rises with the rank from 1 − p − alpha to 1 − p + alpha (algorithm 1)."""
     result = [None] * len(sensitivities)
-    for rank, place in enumerate(by_rank(sensitivities)):
+    by_rank = sorted((value, place) for place, value in enumerate(sensitivities))  # of equal ones the first comes first
+    for rank, (_, place) in enumerate(by_rank):
         step = Fraction(rank, len(result) - 1) if len(result) > 1 else Fraction(1, 2)
         result[place] = 1 - float(1 - Fraction(p) - Fraction(alpha) + 2 * Fraction(alpha) * step)
     return result
@@ -106,9 +102,6 @@ def test_n_of_the_matrices_of_many_experts_takes_no_memory_for_all_pairs_of_them
     assert sum(n) == 80_000 and n == sorted(n, reverse=True)
 
 
-WAYS = ["layer-level", "weight-level"]
-
-
 def random_sensitivity(model, seed=0):
     """Return a sensitivity for every linear of the model."""
     keys = list(select(model))
@@ -116,7 +109,7 @@ def random_sensitivity(model, seed=0):
     return dict(zip(keys, values, strict=True))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["layer-level", "weight-level"])
 @pytest.mark.parametrize("selection", [{}, {"minlayer": 1, "prune_only": "self_attn"},
                                        {"minlayer": 1, "prune_only": "fc", "invert": True}])
 def test_selected_matrices_are_ranked_on_their_own_budget_and_meet_it_to_the_weight(selection, way):

@@ -38,7 +38,6 @@ def test_what_needs_no_model_is_answered_before_pytorch_is_imported(command):
     done = subprocess.run([sys.executable, "-c", CHECK, *command.split()], cwd=ROOT, capture_output=True, text=True)
     *_, status, imported = done.stdout.splitlines()
     assert status == f"status {ANSWERS[command]}" and imported == "imported []", done.stderr
-    assert done.returncode == 0
     assert ANSWERS[command] == 0 or done.stderr.count("\n") == 1
 
 

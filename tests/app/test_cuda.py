@@ -55,10 +55,6 @@ def pytest_generate_tests(metafunc):
                                              if every or chosen(*each)], ids=" ".join)
 
 
-def options_of(job):
-    return JOBS.get(job, job)
-
-
 @pytest.fixture(params=[pytest.param(True, marks=pytest.mark.gpu, id="real") if torch.cuda.is_available()
                         else pytest.param(False, id="make-believe")])
 def gpu(request, monkeypatch, tmp_path_factory):
@@ -88,7 +84,7 @@ def run(checkpoint_folder, tmp_path, capsys):
 
     def run(family, job, device, *more, dtype="float32", save=None, status=0):
         folder = save or tmp_path / str(next(count))
-        words = [checkpoint_folder(family), "builtin", *options_of(job).split(), "--seqlen", 32, "--nsamples", 5,
+        words = [checkpoint_folder(family), "builtin", *JOBS.get(job, job).split(), "--seqlen", 32, "--nsamples", 5,
                  "--eval", "builtin", "--device", device, "--dtype", dtype, "--save", folder, *more]
         assert cli.main("llama.py", [str(word) for word in words]) == status
         printed = capsys.readouterr()
@@ -126,7 +122,7 @@ def compare(ours, theirs, job, dtype="float32"):
     """
     (state, record, _), (expected, wanted, _) = ours, theirs
     assert set(state) == set(expected)
-    options = options_of(job)
+    options = JOBS.get(job, job)
     # scores in 16 bit, and those of ADMM, whose products have as many digits, are good to 2⁻⁸; those in float32 to
     # 2⁻²⁴ times the condition of the damped Hessian, which is at most columns / percdamp: 2⁻¹² here
     rough = dtype != "float32" or "best" in options or "--target dense" in options
@@ -219,9 +215,6 @@ def test_tensors_on_two_devices_are_refused_and_waits_and_bytes_are_counted():
         assert gpu.used == before
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
-
-
 def test_memory_that_pytorch_holds_but_does_not_use_is_free(monkeypatch):
     for name, value in {"mem_get_info": (100, 1000), "memory_reserved": 700, "memory_allocated": 300}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
@@ -299,9 +292,6 @@ def test_memory_is_given_back_before_a_step_begins_again(simulated):
             gc.enable()
 
 
-SOLVER = {"sparsegpt.py", "hessian.py", "linalg.py", "solvers.py", "layerwise.py", "calibration.py"}
-
-
 def test_the_host_goes_on_while_the_gpu_prunes_a_layer(simulated, checkpoint_folder, monkeypatch):
     """Without --save: the clock does not wait for the GPU, from layer to layer."""
     finish, waits = RunDir.save_layer, []
@@ -318,10 +308,8 @@ def test_the_host_goes_on_while_the_gpu_prunes_a_layer(simulated, checkpoint_fol
     each = {(what, place): count for (what, place), count in (waits[2] - waits[1]).items()
             if not place.startswith("run_dir.py")}  # which copies the weights
     assert sum(each.values()) <= 10, each
-    assert not [(what, place) for what, place in each if place.partition(":")[0] not in SOLVER]
-
-
-# ---- Triton ----------------------------------------------------------------------------------------------------
+    assert {place.partition(":")[0] for _, place in each} <= {
+        "sparsegpt.py", "hessian.py", "linalg.py", "solvers.py", "layerwise.py", "calibration.py"}
 
 
 @pytest.mark.skipif(columns_cuda is None, reason="Triton cannot be imported")

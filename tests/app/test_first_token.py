@@ -1,6 +1,5 @@
 """Run models that need BOS in front of every sequence, and check all that they read, predict and record."""
 
-import copy
 import json
 import shutil
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from conftest import CPU, make
 from test_generate import go_on
-from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 import datautils
@@ -21,13 +19,12 @@ BOS = 0
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
+def folder(tmp_path_factory, plain):
     """Return a function that gives the folder of a model, whose tokenizer adds no BOS by itself.
 
     The Gemma model is trained to predict text behind BOS only, and nothing in particular without.
     """
-    plain, root = copy.deepcopy(tokenizer), tmp_path_factory.mktemp("models")
-    plain.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
+    root = tmp_path_factory.mktemp("models")
     ids = torch.tensor(plain("\n\n".join(datautils.load_rows("builtin", "train", None)[0][:600])).input_ids)
 
     def path_of(name):
@@ -61,17 +58,10 @@ def train(model, ids, steps=120, T=32):
 def recorded(prune, folder, tmp_path):
     """Return a function that runs a command line on a model of `folder`. Returns the record and what was printed."""
     def recorded(name, *options):
-        family = "llama"  # whose script takes them all
-        printed = prune(family, "--record", tmp_path / "record.json", "--overwrite", *options, model=folder(name))
+        printed = prune("llama", "--record", tmp_path / "record.json", "--overwrite", *options, model=folder(name))
         return json.loads((tmp_path / "record.json").read_text()), printed
 
     return recorded
-
-
-def builtin_ids(tokenizer):
-    """Return the ids of the test text, as the fixture `prune` leaves it, without special tokens."""
-    rows, _ = datautils.load_rows("builtin", "test", None)
-    return torch.tensor(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
 
 
 @pytest.mark.parametrize("name, bos, resolved", [
@@ -82,7 +72,8 @@ def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, re
     assert record["settings"]["bos"] == resolved
     said = {"each": "data     BOS at the start of each sequence", "once": "data     BOS at the start of each text"}
     assert said.get(resolved, "") in printed
-    ids = builtin_ids(tokenizer)
+    rows, _ = datautils.load_rows("builtin", "test", None)  # as the fixture `prune` leaves it
+    ids = torch.tensor(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
     ids = ids if resolved == "never" else torch.cat([torch.tensor([BOS]), ids])
     tokens, model = ids[:4 * 32].view(4, 32).clone(), AutoModelForCausalLM.from_pretrained(folder(name)).eval()
     if resolved == "each":

@@ -27,7 +27,7 @@ import datautils
 import mixgpt
 from mixgpt.app import inputs, pipeline, planning
 from mixgpt.app.cli import parse
-from mixgpt.app.settings import Settings, recipe
+from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
@@ -148,12 +148,9 @@ def test_a_recipe_is_named_by_its_choices(options, name):
 
 
 def test_a_preset_means_its_recipe_without_the_command_line_too():
-    best, shape = Settings("m", "c4", sparsity=0.5, preset="best"), {"prunen": 2, "prunem": 4, "wbits": 4}
-    assert best.method == "ADMM (global, fisher, dense target, more text, distilled)"
-    assert replace(best, preset=None) == Settings("m", "c4", sparsity=0.5, **recipe("best"))
+    best = Settings("m", "c4", sparsity=0.5, preset="best")
     for given in ({"solver": "obs", "saliency": "obs"}, {"percdamp": 0.01}, {"distill": 0.0}):  # all of them defaults
         assert given.items() <= asdict(Settings("m", "c4", sparsity=0.5, preset="best", **given)).items()
-    assert recipe("best", 4, 4).items() <= asdict(Settings("m", "c4", preset="best", **shape)).items()
     assert Settings(**asdict(best)) == best  # as from a record
     with pytest.raises(InputError, match="^--preset best .--solver admm.: needs calibration, "):
         Settings("m", "c4", sparsity=0.5, preset="best", gmp=True)
@@ -248,7 +245,7 @@ def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine" and (folder / "mixgpt.json").is_file()
 
 
-REFUSED = [  # flags, what the line says
+@pytest.mark.parametrize("flags, message", [
     ("--sparsity -0.1", "--sparsity -0.1: must be at least 0 and below 1"),
     ("--prunen 3 --prunem 2", "--prunen 3 --prunem 2: needs 0 < prunen < prunem"),
     ("--sparsity .3 --prunen 2 --prunem 4", "--sparsity 0.3: contradicts --prunen 2 --prunem 4"),
@@ -285,11 +282,7 @@ REFUSED = [  # flags, what the line says
     ("--eval c5", "--eval c5: invalid choice: 'c5'"), ("--limit 3", "--limit 3: needs --tasks"),
     ("--semi-structured --prunen 1 --prunem 4", "--semi-structured: needs a 2:4 sparse model: --prunen 2 --prunem 4"),
     ("--semi-structured --eval", "--semi-structured: needs the test sets of --eval"),
-]
-
-
-@pytest.mark.parametrize("flags, message", [*REFUSED, ("--save=", '--save "": must not be empty'),
-                                            ("--eval=", "--eval : invalid choice: ''")])
+    ("--save=", '--save "": must not be empty'), ("--eval=", "--eval : invalid choice: ''")])
 def test_settings_that_contradict_or_lack_each_other_are_refused(flags, message):
     with pytest.raises(InputError) as error:
         parse("llama.py", ["model", "builtin", "--save", "saved", *flags.split()])

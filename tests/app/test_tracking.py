@@ -7,6 +7,7 @@ import struct
 import pytest
 import torch
 import yaml
+from commands import run
 from conftest import ROOT, load_compiled, read_little
 from paper import METHODS, TABLES, TASKS
 from scores import flags_of
@@ -22,7 +23,6 @@ from wandb.proto import wandb_internal_pb2  # noqa: E402
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # noqa: E402
 
 ARGUMENTS = ["--nsamples=4", "--seqlen=32", "--eval=builtin", "--device=cpu", "--sensitivity=fisher"]
-LOGGED = Settings("opt", "c4", log_wandb=True, quiet=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,10 +83,6 @@ def read_back(folder):
 
 def _values(items):
     return {" ".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
-
-
-def run(name, *arguments):
-    return cli.main("llama.py", [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +240,7 @@ def test_logged_out_the_run_is_kept_on_disk_after_one_line(surroundings, checkpo
 
 
 def test_a_client_that_fails_in_mid_run_is_left_after_one_line(surroundings, capsys, monkeypatch):
-    with Tracker(LOGGED, {"settings": {"sparsity": 0.5}}) as tracker:
+    with Tracker(Settings("opt", "c4", log_wandb=True, quiet=True), {"settings": {"sparsity": 0.5}}) as tracker:
         folder, real = folder_of(surroundings), tracker.run
         monkeypatch.setattr(real, "log", lambda *_: (_ for _ in ()).throw(BrokenPipeError("the service\nhas died")))
         layer = torch.nn.ModuleDict({"fc1": torch.nn.Linear(2, 2)})

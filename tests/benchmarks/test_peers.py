@@ -1,6 +1,5 @@
 """Check the peers of the accuracy benchmarks against brute force."""
 
-
 import pytest
 from peers import owl_plan, wanda_mask
 from test_sparsegpt import random

@@ -1,12 +1,11 @@
 """Check the thread that writes finished layers: it works beside the next layer, loses no error and writes what was."""
 
 import contextlib
-import errno
-import os
 import threading
 
 import pytest
 import torch
+from conftest import full
 from safetensors.torch import load_file
 
 from mixgpt.checkpoints import load
@@ -76,10 +75,6 @@ def test_the_next_layer_does_not_wait_for_the_disk_but_the_one_behind_it_does(mo
         files.flush()
         assert [written(tmp_path, index) for index in range(2)] == [{1.0}, {2.0}]
         assert torch.equal(files.layers[1].disk_weights.read()[UP], torch.full((48, 32), 2.0))
-
-
-def full(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("asked", ["save_layer", "flush", "resume_from"])

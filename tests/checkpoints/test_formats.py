@@ -6,13 +6,11 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from conftest import CPU, make, save
-from safetensors.torch import load_file
+from conftest import make, save, saved_tensors
 from transformers import AutoModelForCausalLM
 
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
-from mixgpt.evaluation.measures import perplexity
 from mixgpt.modeling.decoder import layers_of, path_of
 from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
@@ -63,11 +61,6 @@ def logits(model, tokens):
     return model(tokens, use_cache=False).logits
 
 
-def tensors_of(folder):
-    """Return all tensors in the safetensors files of a folder by name."""
-    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
-
-
 @pytest.mark.parametrize("name, dtype", [("opt", torch.float32), ("llama", torch.bfloat16), ("bloom", torch.bfloat16)])
 @pytest.mark.parametrize("save_format, scheme", [
     ("dense", None), ("compressed-tensors", SYM), ("compressed-tensors", SYM_GROUPS),
@@ -82,9 +75,7 @@ def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, 
     reloaded = load.load_model(folder, "auto")
     assert_same(model, reloaded)
     assert reloaded.generation_config.eos_token_id == [7, 9] and model.config.to_dict() == config
-    assert all((W == 0).sum() >= W.numel() / 2 for W in matrices(reloaded).values())
     assert torch.equal(logits(reloaded, tokens), expected)
-    assert perplexity(reloaded, tokens, 5, CPU) == perplexity(model, tokens, 5, CPU)
     if save_format == "sparse":
         assert_same(model, load.read_model(folder, "auto"))
     else:
@@ -99,7 +90,7 @@ def test_embeddings_stay_tied_and_are_stored_once(name, tied, save_format, halve
     reloaded = load.load_model(tmp_path / "saved", "auto")
     assert_same(model, reloaded)
     assert (reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight) == tied
-    stored = [tensor for tensor in tensors_of(tmp_path / "saved").values() if tensor.ndim == 2 and len(tensor) == 384]
+    stored = [W for W in saved_tensors(tmp_path / "saved").values() if W.ndim == 2 and len(W) == 384]
     assert len(stored) == 2 - tied
 
 
@@ -128,7 +119,7 @@ def test_the_configuration_says_what_vllm_reads(name, only, dense, scheme, weigh
 def test_every_packed_matrix_is_what_compressed_tensors_unpacks(scheme, halved, tokenizer, tmp_path):
     model, grids = halved("opt", scheme, torch.bfloat16)
     save(tmp_path / "saved", model, tokenizer, {}, "compressed-tensors", grids)
-    tensors = tensors_of(tmp_path / "saved")
+    tensors = saved_tensors(tmp_path / "saved")
     group = {"strategy": "channel"} if scheme is SYM else {"strategy": "group", "group_size": 8}
     layout = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, symmetric=True, **group))
     for path, W in matrices(model).items():
@@ -143,7 +134,7 @@ def test_every_packed_matrix_is_what_compressed_tensors_unpacks(scheme, halved, 
 def test_a_sparse_folder_holds_masks_and_kept_weights_and_nothing_twice(scheme, row_bits, halved, tokenizer, tmp_path):
     model, grids = halved("opt", scheme, torch.bfloat16, only="fc1")  # 64 rows of 32 weights
     save(tmp_path / "saved", model, tokenizer, {}, "sparse", grids)
-    tensors = tensors_of(tmp_path / "saved")
+    tensors = saved_tensors(tmp_path / "saved")
     for path, W in matrices(model).items():
         bits, rest = (4, len(W) * row_bits) if path in grids else (16, 0)
         stored = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(f"{path}.weight"))

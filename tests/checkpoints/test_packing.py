@@ -55,10 +55,6 @@ def through_a_file(parts, description):
     return decode(parts, json.loads(json.dumps(description)))
 
 
-def nbytes(parts):
-    return sum(tensor.nbytes for tensor in parts.values())
-
-
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
 def test_codes_are_packed_as_numpy_packs_their_bits_and_unpacked_again(bits, count):
@@ -78,7 +74,7 @@ def test_any_matrix_comes_back_bit_for_bit_and_takes_no_more_than_its_values(row
     before = W.clone()
     parts, description = encode(W)
     assert same_bits(through_a_file(parts, description), W) and same_bits(W, before)
-    assert nbytes(parts) <= W.nbytes
+    assert sum(tensor.nbytes for tensor in parts.values()) <= W.nbytes
     assert description["parts"] == sorted(parts) and "wbits" not in description
 
 

@@ -1,8 +1,6 @@
 """Check the folder of a run: who may write to it, what may go on in it, and that what comes back is what was left."""
 
-import errno
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -12,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same_weights, contents, record_of
+from conftest import assert_same_weights, contents, full, record_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -54,17 +52,6 @@ def interrupt(prune, monkeypatch):
 def snapshot(path):
     """Return {path: bytes, None for folders} of everything below a path."""
     return {file: None if file.is_dir() else file.read_bytes() for file in sorted(Path(path).rglob("*"))}
-
-
-def full(*_, **options):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
-
-
-# ---- one run at a time -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["file", "filled", "below a file", "too large"])
@@ -115,8 +102,6 @@ def test_a_folder_is_held_against_other_processes_until_its_process_is_killed(fo
         holder.join()
     prune("opt", "--gmp", HALF, saved)
 
-
-# ---- what may go on ----------------------------------------------------------------------------------------------
 
 def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, prune, interrupt, tmp_path, monkeypatch):
     source, saved = shutil.copytree(checkpoint_folder("opt"), tmp_path / "model"), tmp_path / "saved"
@@ -215,9 +200,6 @@ def test_resume_of_a_complete_run_with_other_inputs_is_refused(complete, checkpo
     assert snapshot(saved) == before
 
 
-# ---- what comes back ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("save_format, name, options", [
     ("dense", "qwen3-moe", "--wbits 3 --saliency isc"), ("dense", "gemma4", "--wbits 3 --saliency isc"),
     ("sparse", "llama", "--wbits 4 --groupsize 16 --act-order"), ("compressed-tensors", "opt", "--wbits 4 --sym")])
@@ -230,13 +212,9 @@ def test_an_interrupted_run_gives_the_files_of_a_whole_one(save_format, name, op
     interrupt(1, *words, saved, "--resume")
     prune(*words, saved, "--resume")
     whole, parts = contents(tmp_path / "whole"), contents(saved)
-    assert parts["mixgpt.json"]["matrices"] == whole["mixgpt.json"]["matrices"]
     assert all(row["error"] > 0 and row["percdamp"] == .02 and row["wbits"] == int(options.split()[1])
                for row in parts["mixgpt.json"]["matrices"])
     assert parts == whole
-
-
-# ---- temporary folders --------------------------------------------------------------------------------------------
 
 
 def test_a_temporary_folder_that_is_full_is_named_and_not_save(prune, tmp_path, monkeypatch):
@@ -288,7 +266,7 @@ def test_distillation_that_is_interrupted_costs_at_most_itself(finished, prune, 
         interrupt(finished, *options, saved)
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(RunDir, "write_checkpoint", interrupted)
+            patch.setattr(RunDir, "write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             prune(*options, saved, status=130)
         assert {file.name.partition("-")[0] for file in saved.glob("progress/*-0000*.safetensors")} == {"layer"}
         monkeypatch.setattr(distill, "distill", None)
@@ -318,9 +296,6 @@ def test_a_run_that_goes_on_prunes_in_the_way_of_the_interrupted_one(prune, inte
     prune("llama", HALF, tmp_path / "saved", "--resume")
     assert ways[0] == ways[1] and not ways[1].two_passes
     assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
-
-
-# ---- what cannot be read -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("calls, what, finished", [  # as many files are written before the disk is full

@@ -17,7 +17,6 @@ ROWS = ["The first row ,\nof two lines.", "Second row: café, “δ” \U0001f60
 LINES = "".join(json.dumps({"text": row, "id": 1}) + "\n" for row in ROWS)
 BOM = b"\xef\xbb\xbf"  # no text, nor are the line ends of Windows
 
-
 FORMS = {
     "notes.txt": lambda path: path.write_bytes(BOM + ROWS[0].replace("\n", "\r\n").encode()),
     "rows.jsonl": lambda path: path.write_bytes(BOM + LINES.replace("\n", "\r\n").encode()),
@@ -55,16 +54,6 @@ def test_a_folder_is_read_whole_in_order_of_its_paths(tmp_path):
     assert datautils.load_rows(str(tmp_path), "train", None)[1]["sha256"] != before
 
 
-def test_samples_and_segments_are_of_the_rows_joined_by_blank_lines(tokenizer, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(LINES)
-    ids = torch.tensor(tokenizer("\n\n".join(ROWS)).input_ids)
-    tokens, _ = datautils.test_tokens(str(path), 8, tokenizer)
-    assert torch.equal(tokens, ids[:len(ids) // 8 * 8].view(-1, 8))
-    samples, _ = datautils.calibration_samples(str(path), 20, 8, 0, tokenizer)
-    assert len(samples) == 20 and all(sample in ids.unfold(0, 8, 1).tolist() for sample in samples.tolist())
-
-
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
 CHATS = [[{"role": "user", "content": "What is a list? " * 9}, {"role": "assistant", "content": "A sequence. " * 9}],
          [{"role": "system", "content": "Be brief: café."}]]
@@ -83,8 +72,8 @@ def test_chats_become_text_by_the_chat_template(name, tokenizer, tmp_path):
     ids = torch.tensor(tokenizer(expected).input_ids)
     tokens, _ = datautils.test_tokens(str(path), 8, tokenizer)
     assert torch.equal(tokens, ids[:len(ids) // 8 * 8].view(-1, 8))
-    samples, _ = datautils.calibration_samples(str(path), 4, 8, 0, tokenizer)
-    assert all(sample in ids.unfold(0, 8, 1).tolist() for sample in samples.tolist())
+    samples, _ = datautils.calibration_samples(str(path), 200, 8, 0, tokenizer)
+    assert len(samples) == 200 and all(sample in ids.unfold(0, 8, 1).tolist() for sample in samples.tolist())
 
 
 @pytest.mark.parametrize("template, message", [
@@ -100,7 +89,6 @@ def test_a_template_that_fails_is_one_line(template, message, tokenizer):
 
 BAD_FILES = {
     "not gzip": ("test.json.gz", b'{"text": "a"}\n', "gzip"),
-    "json": ("test.json", b'{"text": "a"\n{', "cannot be read: line 1: Expecting"),
     "second line": ("test.jsonl", b'{"text": "a"}\n{', "cannot be read: line 2: Expecting"),
     "text": ("test.txt", b"\xff\xfe", "utf-8"),
     "nothing": ("test.json", b'{"text": "a"}\n{"text": null}\n', "row 2 is neither text nor a chat"),

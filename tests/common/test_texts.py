@@ -1,6 +1,5 @@
 """Check that a mixture draws from each text what it alone gives, as much as its share asks for."""
 
-
 import pytest
 import torch
 from conftest import record_of

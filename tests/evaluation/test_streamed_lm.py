@@ -1,13 +1,10 @@
 """Check the answers of the streamed model against plain forwards and against lm-eval's own model."""
 
-import copy
-
 import pytest
 import torch
 from conftest import CPU, make
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tokenizers import processors
 
 from mixgpt.checkpoints.load import open_model, read_config
 from mixgpt.evaluation import tasks
@@ -90,14 +87,6 @@ def test_answers_are_those_of_the_model_that_lm_eval_has(name, tokenizer):
     for options in ({"until": ["\n", " a"], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 9, "do_sample": False}):
         texts = asked("generate_until", [(context, options) for context, _ in PAIRS if context])
         assert ours.generate_until(texts) == theirs.generate_until(texts, disable_tqdm=True)
-
-
-@pytest.fixture
-def plain(tokenizer):
-    """A tokenizer that adds no BOS by itself."""
-    changed = copy.deepcopy(tokenizer)
-    changed.backend_tokenizer.post_processor = processors.TemplateProcessing("$A", special_tokens=[])
-    return changed
 
 
 def test_with_bos_for_each_sequence_it_stays_where_a_context_is_cut(tokenizer, plain):

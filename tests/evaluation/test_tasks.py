@@ -139,15 +139,10 @@ def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, prun
         evaluated(True, wbits=4)
 
 
-def scored(name, chosen, tokenizer, checkpoint_folder, limit=None):
-    folder = checkpoint_folder(name)
-    model = load.open_model(folder, load.read_config(folder), "auto")
-    return tasks.score(chosen, model, tokenizer, limit, 256, CPU)
-
-
 def test_generated_answers_are_scored(folder, tokenizer, checkpoint_folder):
-    chosen = tasks.load(("generate",), folder, 2)
-    found = scored("llama", chosen, tokenizer, checkpoint_folder, 2)["generate"]
+    chosen, path = tasks.load(("generate",), folder, 2), checkpoint_folder("llama")
+    model = load.open_model(path, load.read_config(path), "auto")
+    found = tasks.score(chosen, model, tokenizer, 2, 256, CPU)["generate"]
     assert found["exact_match"] == 0 and found["examples"] == 2
     given = [instance.filtered_resps["none"] for instance in chosen["tasks"]["generate"].instances]
     model = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).eval()

@@ -23,7 +23,6 @@ CPU = torch.device("cpu")
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # Triton's interpreter runs on the CPU
 NO_TRITON = "Triton cannot be imported"
 COMPILER = Path(columns_cuda.triton.__file__).parent / "backends" / "nvidia" / "bin" if columns_cuda else Path()
-needs_triton = pytest.mark.skipif(columns_cuda is None, reason=NO_TRITON)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 NEAR = 1e-3  # how near a tie, in steps of a grid or as a fraction of a score, float32 may break it another way
 
@@ -231,7 +230,7 @@ def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, wa
     assert columns.fastest(W, grid) is (walk if device == "cpu" else columns.walk_columns)
 
 
-@needs_triton
+@pytest.mark.skipif(columns_cuda is None, reason=NO_TRITON)
 def test_the_kernels_compile_for_gpus_without_spilling_registers():
     if not (COMPILER / "ptxas").is_file():
         pytest.skip(f"Triton brings no compiler, {COMPILER / 'ptxas'}")

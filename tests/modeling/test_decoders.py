@@ -1,7 +1,6 @@
 """Prune tiny random models of every class that is claimed, through the whole command line."""
 
 import re
-from functools import partial
 
 import conftest
 import pytest
@@ -69,12 +68,6 @@ def build(kind, **options):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.split()[0], **MODELS[kind] | options)).eval()
 
 
-@pytest.fixture
-def folder(model_folder):
-    """Return a function that gives the folder of a saved model by its model_type."""
-    return lambda kind: model_folder(f"decoder-{kind}", partial(build, kind))
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_streamed_logits_are_those_of_the_models_own_forward(kind, tokens, folder):
     model = build(kind)
@@ -109,16 +102,16 @@ def test_layers_that_cannot_run_one_at_a_time_are_refused_with_the_reason(kind, 
     skeleton = load.skeleton(config)
     with pytest.raises(InputError, match=re.escape(reason)):
         load.check_layers("M", skeleton)
-        selfcheck.check("M", skeleton)
+        selfcheck.check("M", skeleton, CPU)
 
 
 @pytest.mark.parametrize("kind", BY_TOKEN)
 def test_arguments_of_other_sequences_do_not_pass_the_self_check(kind, monkeypatch):
     skeleton = load.skeleton(build(kind).config)
-    selfcheck.check("M", skeleton)
+    selfcheck.check("M", skeleton, CPU)
     monkeypatch.setattr(decoder, "take", lambda given, rows, *more: take(given, slice(0, len(range(3)[rows])), *more))
     with pytest.raises(InputError, match=r"on random weights, its logits differ by \d"):
-        selfcheck.check("M", skeleton)
+        selfcheck.check("M", skeleton, CPU)
 
 
 def errors_of(kind, tokens, **recipe):

@@ -1,7 +1,5 @@
 """Prune the text part of models that also see, through the whole command line."""
 
-from functools import partial
-
 import conftest
 import pytest
 import torch
@@ -14,7 +12,6 @@ from mixgpt.evaluation.measures import logits, total_sparsity
 TEXT = conftest.COMMON | conftest.TOKEN_IDS | {"num_hidden_layers": 2}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 14, "num_channels": 3}
-IMAGE = {"image_token_index": VOCABULARY - 1}
 # model_type -> (class of the text part, configuration)
 MODELS = {
     "gemma3": ("Gemma3ForCausalLM", None),  # as built by conftest
@@ -32,14 +29,8 @@ def build(kind):
     if not MODELS[kind][1]:
         return make(kind)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **MODELS[kind][1] | IMAGE)
+    config = AutoConfig.for_model(kind, **MODELS[kind][1], image_token_index=VOCABULARY - 1)
     return AutoModelForImageTextToText.from_config(config).eval()
-
-
-@pytest.fixture
-def folder(model_folder):
-    """Return a function that gives the folder of a saved model by its model_type."""
-    return lambda kind: model_folder(f"text-part-{kind}", partial(build, kind))
 
 
 @pytest.mark.parametrize("kind", MODELS)

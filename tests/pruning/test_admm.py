@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import CPU
 
 from mixgpt.common.choices import SOLVERS
 from mixgpt.pruning.admm import admm_pruner, keep_masks, solve_on_support
@@ -9,8 +10,6 @@ from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
 from quant import Scheme
-
-CPU = torch.device("cpu")
 
 
 def pruned(W, H, *targets, weights=None):

@@ -47,17 +47,14 @@ class Scene:
                 rounded, self.chosen[key] = quantize_nearest(weight, scheme)
                 weight.copy_(rounded)
         self.tokens = torch.randint(0, most, shape, generator=torch.Generator().manual_seed(1))
-        self.dense = dense_states(self.streamed(self.model), self.tokens)
+        self.dense = dense_states(StreamedModel(self.model, CPU, 2), self.tokens)
         self.before = copy.deepcopy((self.pruned, self.chosen))
 
     def weight(self, key, model=None):
         return modules_of(model or self.pruned)[key].weight.data
 
-    def streamed(self, model, batch_size=2):
-        return StreamedModel(model, CPU, batch_size)
-
     def distill(self, times=1, seed=0, batch_size=2, finish=None):
-        return distill(self.streamed(self.pruned, batch_size), self.chosen, self.tokens.repeat(times, 1),
+        return distill(StreamedModel(self.pruned, CPU, batch_size), self.chosen, self.tokens.repeat(times, 1),
                        self.dense | {"states": self.dense["states"].repeat(times, 1, 1)}, seed, finish)
 
     def divergence(self, pruned=None, most=VOCABULARY):
@@ -269,18 +266,11 @@ def test_what_fits_is_about_the_peak_and_without_room_for_it_nothing_does(name, 
     assert 0.95 * peak <= counted <= 1.5 * peak  # of memory.free, which leaves a tenth
 
 
-def infinite(divergence):
-    return divergence * torch.inf
-
-
-def infinite_gradients(result):
-    return result[0], result[1] * torch.inf
-
-
 @pytest.mark.parametrize("part, call, failure, expected", [  # 21: matrices of three layers, in a step
     ("_backward", 1, MemoryError(), memory.OutOfMemory),
     ("_backward", 5, torch.OutOfMemoryError("CUDA out of memory"), memory.OutOfGpuMemory),
-    ("_backward", 5, infinite, module.Diverged), ("_divergence", 5, infinite_gradients, module.Diverged),
+    ("_backward", 5, lambda divergence: divergence * torch.inf, module.Diverged),
+    ("_divergence", 5, lambda result: (result[0], result[1] * torch.inf), module.Diverged),
     ("_gradient", 21, RuntimeError("unforeseen"), RuntimeError),
     ("_gradient", 5 * 21, MemoryError(), memory.OutOfMemory)])
 def test_a_model_that_cannot_be_distilled_is_what_it_was(part, call, failure, expected, monkeypatch):

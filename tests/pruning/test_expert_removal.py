@@ -20,8 +20,6 @@ from mixgpt.pruning import expert_removal, layerwise
 from mixgpt.pruning.expert_removal import best_experts, expert_scores, remove_experts, with_fewer_experts
 from modelutils import StreamedModel
 
-KINDS = [kind for kind in MODELS if kind != "deepseek_v4"]
-
 
 def build_grouped():
     """Build a DeepSeek-V3 whose routers have biases that matter, and choose one of two groups of experts."""
@@ -32,7 +30,7 @@ def build_grouped():
     return model
 
 
-BUILDS = {kind: partial(build, kind) for kind in KINDS} | {"grouped": build_grouped}
+BUILDS = {kind: partial(build, kind) for kind in MODELS if kind != "deepseek_v4"} | {"grouped": build_grouped}
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 import makebelieve
 import pytest
 import torch
-from test_sparsegpt import correlated_inputs, damped, explicit_error, prune_one, random, relative_error
+from test_sparsegpt import correlated_inputs, damped, prune_one, random
 
 from mixgpt.kernels import linalg
 from mixgpt.pruning.hessian import InputHessian, activation_order, factor
-
-# factor
 
 
 @pytest.mark.parametrize("percdamp", [0.0, 0.01, 0.3, 2.0])
@@ -108,11 +106,16 @@ def test_a_gpu_damps_and_prunes_as_a_cpu_does(act_order):
         assert torch.equal(weights[1].cpu() == 0, weights[0] == 0)
 
 
-def test_relative_error_is_the_error_of_the_outputs_whatever_the_scale_of_the_hessian():
-    W, W_hat, X = random(5, 8), random(5, 8, seed=1), correlated_inputs(40, 8)
-    for scale in (1.0, 2 / 7):
-        assert relative_error(W, W_hat, scale * X.t() @ X) == pytest.approx(explicit_error(W, W_hat, X), rel=1e-10)
+def test_the_error_of_an_output_that_vanishes_is_zero():
     hessian = InputHessian(8, 1, "cpu")
     hessian.add_batch(torch.zeros(1, 40, 8))
     hessian.factor(0.01)
-    assert prune_one(hessian, W.float(), 0.5)[0] == 0  # the output vanishes
+    assert prune_one(hessian, random(5, 8).float(), 0.5)[0] == 0
+
+
+@pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-2), (torch.float64, 1e-12)])
+def test_rough_products_are_close_and_only_float32_ones_rough(dtype, digits):
+    A, B = random(70, 50).to(dtype), random(50, 50, seed=1).to(dtype)
+    product, expected = linalg.rough_product_with(B)(A), A.double() @ B.double()
+    assert product.dtype == dtype or (product.dtype, dtype) == (torch.bfloat16, torch.float32)
+    assert (product.double() - expected).norm() <= digits * expected.norm()
