@@ -23,7 +23,7 @@ def algorithm_1(W, H, target, saliency=None, blocksize=128, percdamp=0.01):
     H: (in, in). Returns the pruned matrix, (out, in). Not used by the program: to read, and to compare with.
     """
     W, (rows, columns), h, saliency = W.clone(), W.shape, H.diagonal(), saliency or obs_saliency
-    damped = H + percdamp * h.mean() * torch.eye(columns, dtype=H.dtype)
+    damped = H + percdamp * h.mean() * torch.eye(columns).to(H)
     U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     mask, width = W == 0, target.prunem or blocksize
     for i in range(columns):
@@ -36,7 +36,7 @@ def algorithm_1(W, H, target, saliency=None, blocksize=128, percdamp=0.01):
             else:
                 count = round(target.sparsity * (rows * B.stop)) - round(target.sparsity * (rows * B.start))
                 least = scores.flatten().argsort(stable=True)[:count]
-                mask[:, B] |= torch.zeros(scores.numel(), dtype=torch.bool).scatter(0, least, True).view_as(scores)
+                mask[:, B] |= torch.zeros_like(mask[:, B]).flatten().scatter(0, least, True).view_as(scores)
         q = W[:, i].masked_fill(mask[:, i], 0)
         err = (W[:, i] - q) / U[i, i]
         W[:, i:] -= err[:, None] * U[i, i:]  # compensate the error in the columns that follow

@@ -6,7 +6,7 @@ from functools import partial
 from mixgpt.app import report
 from mixgpt.common import memory
 from mixgpt.common.choices import SALIENCIES, SOLVERS
-from mixgpt.common.memory import retry_with_less_memory
+from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
 from mixgpt.evaluation.measures import measure_weights
 from mixgpt.modeling.streaming import locations_of
 from mixgpt.pruning import distill
@@ -53,7 +53,9 @@ def _prune(run, plan, memory_plan):
 
 def _distill(run, plan, outcomes, on_host):
     """Distil the pruned model, or leave it as it is and say why. Returns what to record, as an interrupted run has."""
-    files = run.files
+    files, grids = run.files, {key: outcome.grid for key, outcome in outcomes.items()}
+    streamed, tokens = run.distilling(MemoryPlan(run.settings.batch_size, on_host))
+    room = run.decided("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
 
     def finish(index, layer):
         if files:
@@ -61,12 +63,9 @@ def _distill(run, plan, outcomes, on_host):
             files.save_layer(index, layer, of_layer, kind="distilled")
 
     def attempt(memory_plan):
-        streamed, tokens = run.distilling(memory_plan)
-        room = run.decided("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
-        streamed = replace(streamed, batch_size=max(min(room, streamed.batch_size), 1))
+        smaller = replace(streamed, batch_size=memory_plan.batch_size, on_host=memory_plan.on_host)
         with run.clock.part("distillation"):
-            grids = {key: outcome.grid for key, outcome in outcomes.items()}
-            divergence = distill.distill(streamed, grids, tokens, plan.dense, run.settings.seed, finish,
+            divergence = distill.distill(smaller, grids, tokens, plan.dense, run.settings.seed, finish,
                                          run.settings.effort)
             if files:
                 files.flush()
@@ -74,7 +73,7 @@ def _distill(run, plan, outcomes, on_host):
 
     def result():
         try:
-            return run.retry(attempt, on_host)
+            return retry_with_less_memory(MemoryPlan(max(room, 1), on_host), attempt)
         except (distill.Diverged, memory.OutOfMemory) as error:
             return str(error)
 

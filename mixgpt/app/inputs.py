@@ -28,7 +28,7 @@ def check(settings, device, clock, model=None, tokenizer=None):
     if settings.experts:
         skeleton = with_fewer_experts(skeleton, settings.experts)
     load.check_layers(settings.model, skeleton, settings.save_format)
-    widening, uncalled = selfcheck.check(settings.model, skeleton)
+    widening, uncalled = selfcheck.check(settings.model, skeleton, device)
     selected = select(skeleton, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
         "--prunem": settings.prunem, "--groupsize": settings.groupsize}, uncalled) if settings.compresses else {}
     if settings.sensitivity_file:

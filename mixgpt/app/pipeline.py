@@ -13,7 +13,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, program
 from mixgpt.common.choices import RECORD
 from mixgpt.common.errors import VerificationError
-from mixgpt.common.runtime import Clock, choose_device, peak_memory
+from mixgpt.common.runtime import Clock, choose_device, float32_products, peak_memory
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.measures import logits, measure_weights, perplexity
 from mixgpt.modeling.decoder import path_of
@@ -35,7 +35,8 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         if program.rank() or settings.quiet:  # results and warnings go to stdout
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        stack.enter_context(torch.autocast(device.type, enabled=False))  # of a caller
+        stack.enter_context(torch.autocast(device.type, enabled=False))  # of a caller, as is the next one
+        stack.enter_context(float32_products("ieee", torch.backends.cuda, torch.backends.mkldnn))
         stack.enter_context(distributed.joined(device))
         if settings.resume and model is texts is None and (record := report.completed(settings, device)):
             if not settings.quiet:

@@ -93,7 +93,7 @@ class Settings:
         "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
         needs=("prunes",))
     effort: float = option(1.0, METHOD,
-        "time that best may take: multiplies its --distill and the number of steps, and its --extra, in n:m by the root",
+        "time that best may take: multiplies its --distill and the number of steps, and its --extra (n:m: by the root)",
         between=(0.1, 100), needs=("has_effort",))
 
     sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",
@@ -139,8 +139,9 @@ class Settings:
         "further sequences for the Hessians alone, as a multiple of --nsamples", between=(0, 100),
         needs=("calibrates",))
     distill: float = option(0.0, METHOD,
-        "further sequences for distillation, likewise: at the end the kept weights, or with --wbits the scales of their "
-        "grids, are trained on the dense model's predictions and the next tokens", between=(0, 100), needs=("calibrates",))
+        "further sequences for distillation, likewise: at the end the kept weights, or with --wbits the scales of "
+        "their grids, are trained on the dense model's predictions and the next tokens", between=(0, 100),
+        needs=("calibrates",))
     seqlen: int | None = option(None, RESULT, "tokens per sequence (default: 2048, or the model's limit if lower)",
         between=(2,), type=int)
     bos: str = option("auto", RESULT,

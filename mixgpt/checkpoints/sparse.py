@@ -182,8 +182,10 @@ class SparseLinear(torch.nn.Module):
     def expanded(self, dtype=None):
         """Return an ordinary linear with the matrix in a dtype (default: as stored)."""
         dense = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        W = decode(dict(self.weight.named_buffers()), self.weight.description)
-        dense.weight, dense.bias = torch.nn.Parameter(W.to(dtype)), self.bias
+        parts = dict(self.weight.named_buffers())
+        W = decode({name: part.cpu() for name, part in parts.items()}, self.weight.description)
+        device = next(iter(parts.values())).device  # with device_map that of a GPU
+        dense.weight, dense.bias = torch.nn.Parameter(W.to(device, dtype)), self.bias
         return dense
 
 

@@ -75,6 +75,20 @@ def choose_dtype(name, config, device):
     return "auto"
 
 
+@contextlib.contextmanager
+def float32_products(precision, *backends):
+    """Within the block, let backends of PyTorch ≥ 2.9 multiply float32 matrices in a precision, ieee or bf16."""
+    kinds = [kind for backend in backends if hasattr(kind := getattr(backend, "matmul", None), "fp32_precision")]
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = precision
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+
+
 def wide(tensor):
     """Return a tensor in float32, or in float64 if that is its dtype: enough for sums of squares of one batch."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -20,23 +20,24 @@ TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to
 
 
 @torch.no_grad()
-def check(name, skeleton):
+def check(name, skeleton, device):
     """Raise InputError if a model's logits differ when its layers run one at a time.
 
-    name: of the model, for the message. skeleton: the model on meta. Compares on SEQUENCES of them, in batches of two,
-    the last one of one, and of one, through a copy of the configuration with random weights, and as many layers as show
-    each kind of layer. Returns the bytes that a sequence takes between two layers, with what layers leave for later
-    ones, in units of its hidden states alone; and the names of linears that are not called as modules.
+    name: of the model, for the message. skeleton: the model on meta. device: where it will run, as kernels of other
+    packages run on GPUs only. Compares on SEQUENCES sequences, in batches of two, the last one of one, and of one,
+    through a copy of the configuration with random weights, and as many layers as show each kind of layer. Returns the
+    bytes that a sequence takes between two layers, with what layers leave for later ones, in units of its hidden states
+    alone; and the names of linears that are not called as modules.
     """
     kind, layers, uncalled = type(skeleton).__name__, layers_of(skeleton), set()
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"
     with reading(refusal):
         try:
-            model, tokens, expected = _run_whole(small(skeleton.config, layers))
+            model, tokens, expected = _run_whole(small(skeleton.config, layers), device)
         except Exception:  # sizes that depend on each other in a way of their own
-            model, tokens, expected = _run_whole(small(skeleton.config, layers, narrow=False))
+            model, tokens, expected = _run_whole(small(skeleton.config, layers, narrow=False), device)
         use_linears(model)
-        streams = [StreamedModel(model, tokens.device, size).embed(tokens) for size in (2, 1)]
+        streams = [StreamedModel(model, device, size).embed(tokens) for size in (2, 1)]
         for index, layer in enumerate(layers_of(model)):
             uncalled |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))
             for stream in streams:
@@ -50,12 +51,13 @@ def check(name, skeleton):
             sorted(uncalled))
 
 
-def _run_whole(config):
+def _run_whole(config, device):
     """Return a random model of a configuration, tokens (N, T), and its logits (N, T, vocabulary) by its own forward."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
-        tokens = torch.randint(config.vocab_size, (SEQUENCES, TOKENS))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        tokens = torch.randint(config.vocab_size, (SEQUENCES, TOKENS)).to(device)
+    model.eval().to(device)
     return model, tokens, model(tokens, use_cache=False).logits
 
 

@@ -1,10 +1,8 @@
 """Triangular factors, products with symmetric matrices, and products of 16-bit matrices."""
 
-import contextlib
-
 import torch
 
-from mixgpt.common.runtime import multiplies_bfloat16
+from mixgpt.common.runtime import float32_products, multiplies_bfloat16
 
 STRIP = 2048  # columns of a product that occupy all of a GPU
 
@@ -60,15 +58,6 @@ def rough_product_with(B):
     return lambda A: A.bfloat16() @ B
 
 
-@contextlib.contextmanager
 def exact_bfloat16(dtype):
     """Allow float32 products on bfloat16 hardware (AMX) if they are exact: if the values' own dtype is bfloat16."""
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # PyTorch ≥ 2.9
-    if matmul is None or dtype != torch.bfloat16:
-        yield
-        return
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    return float32_products("bf16" if dtype == torch.bfloat16 else "ieee", torch.backends.mkldnn)

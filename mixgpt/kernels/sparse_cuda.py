@@ -30,8 +30,8 @@ def _run(mask, data, offsets, units, zero, scale, group, x, y, rows, columns, gr
          TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """Write the products of a tile of rows to y (tokens, rows); without tokens, the rows to y (rows, columns)."""
     row, blocks = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.cdiv(columns, BLOCK)
-    real, token = row < rows, tl.arange(0, max(TOKENS, 1))
-    sums = tl.zeros((max(TOKENS, 1), ROWS, BLOCK if TOKENS else 1), tl.float32)  # over blocks
+    real, token = row < rows, tl.arange(0, TOKENS if TOKENS else 1)
+    sums = tl.zeros((TOKENS if TOKENS else 1, ROWS, BLOCK if TOKENS else 1), tl.float32)  # over blocks
     for block in range(blocks):
         column = block * BLOCK + tl.arange(0, BLOCK)
         inside = real[:, None] & (column < columns)[None, :]
