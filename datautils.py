@@ -159,5 +159,3 @@ def hub_rows(dataset, text_set, split):
         raise InputError(f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy "
                          f"{copy if text_set.local else 'as a file'}, or use the dataset builtin") from None
     return texts_of(table.to_list(), text_set.hub_id, text_set.columns), {"hub": text_set.hub_id, **options}
-
-

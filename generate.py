@@ -65,13 +65,11 @@ def print_completions(models, prompt, device, dtype, bos, **options):
     from mixgpt.checkpoints.load import read_config
     from mixgpt.common.runtime import choose_device, choose_dtype
     from mixgpt.evaluation.generation import complete
-
     device, completions = choose_device(device), {}
     for title, name in models.items():
         loaded, tokenizer = mixgpt.load(name, device, choose_dtype(dtype, read_config(name), device))
-        completion = complete(loaded, tokenizer, prompt, bos=resolve_bos(bos, loaded.config.model_type, tokenizer),
-                              **options)
-        completions[title] = completion
+        completions[title] = completion = complete(
+            loaded, tokenizer, prompt, bos=resolve_bos(bos, loaded.config.model_type, tokenizer), **options)
         del loaded  # before the next one is loaded
         if completion.cut:
             print(f"warning  prompt: longer than the context of {name}, which reads it without its first "

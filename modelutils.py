@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,10 +21,11 @@ from mixgpt.common.runtime import Clock
 from mixgpt.modeling import decoder
 from mixgpt.modeling.decoder import layers_of, rest_of
 from mixgpt.modeling.experts import is_split
-from mixgpt.modeling.streaming import disk_weights, prefetch
+from mixgpt.modeling.streaming import disk_weights
 
 SLICE = 512  # tokens whose logits are in memory at a time
 CACHED = 2**18  # float32 logits that a core of a CPU computes with at a time, so that they stay in its caches
+READER = ThreadPoolExecutor(1)  # reads ahead; malloc would keep freed blocks of each new thread
 ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")  # names of what routes tokens to experts
 
 
@@ -99,7 +101,7 @@ def on_device(modules, device):
     finally:
         for module in modules:
             if weights := disk_weights(module):
-                weights.unload(module)
+                module.load_state_dict(weights.empty, strict=False, assign=True)  # frees them, but not other buffers
             else:
                 module.to("cpu")
 
@@ -108,7 +110,8 @@ def in_turn(layers, device, title=None):
     """Yield (index, layer), each on the device until the next one is asked for, read meanwhile. title: of a bar."""
     for index, layer in enumerate(progress.bar(layers, title=title, leave=False) if title else layers):
         with on_device([layer], device):
-            prefetch(layers, index + 1, device)
+            if index + 1 < len(layers) and (weights := disk_weights(layers[index + 1])):
+                weights.ahead = READER.submit(weights.read, pinned=torch.device(device).type == "cuda")
             yield index, layer
 
 

@@ -187,7 +187,6 @@ def main(argv=None):
             if (points := points_of(runs)).empty:
                 raise InputError(f"--plot {options.plot}: no run has both a finite perplexity and pruned weights")
             from mixgpt.app import plots  # imports PyTorch
-
             write_output("--plot", options.plot, plots.draw_tradeoff(points, Path(options.plot).suffix))
             print(f"\npicture  {options.plot}")
     return end.status

@@ -44,14 +44,12 @@ def algorithm_1(W, H, target, saliency=None, blocksize=128, percdamp=0.01):
     return W
 
 
-# ---- saliencies ------------------------------------------------------------------------------------------------
-
-# A saliency is a function score(W, h, u) -> (out, in): it scores the weights W (out, in) of some columns, the least to
-# be pruned, none of them below 0, from h (in,), their diagonal of H, and u (in,), that of U.
-
-
 class ColumnSaliency:
-    """A saliency w² · factor(h, u), with a factor (in,) of the column: the walk computes these without temporaries."""
+    """A saliency w² · factor(h, u), with a factor (in,) of the column: the walk computes these without temporaries.
+
+    A saliency is a function score(W, h, u) -> (out, in): it scores the weights W (out, in) of some columns, the least
+    to be pruned, none of them below 0, from h (in,), their diagonal of H, and u (in,), that of U.
+    """
 
     def __init__(self, factor):
         self.factor = factor
@@ -77,9 +75,6 @@ def isc_saliency(h, u):
     MixGPT (arXiv 2310.09499), eq. 4: w² (H_mm + 1 / [H⁻¹]_mm), with [H⁻¹]_mm = u_m². The released code divides by u_m.
     """
     return h + 1 / u**2
-
-
-# ---- the walk over the columns ---------------------------------------------------------------------------------
 
 
 class Walk:

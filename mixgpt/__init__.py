@@ -46,7 +46,6 @@ def prune(model, dataset, tokenizer=None, **options):
     ValueError, with the line that the command line would print.
     """
     from mixgpt.app import api  # imports PyTorch
-
     return api.prune(model, dataset, tokenizer, **options)
 
 
@@ -57,5 +56,4 @@ def load(folder, device=None, dtype="auto", packed=True):
     multiply by the matrices of a sparse folder as they are stored; False: expand them into ordinary linears.
     """
     from mixgpt.app import api
-
     return api.load(folder, device, dtype, packed)

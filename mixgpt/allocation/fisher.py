@@ -128,9 +128,7 @@ def _sampled_gradient(chunk, head, rows, keys):
             p = wide(scores).softmax(-1)
             g.copy_(p.scatter_add_(1, drawn(p, threshold)[:, None], p.new_full((len(p), 1), -1)))  # of L = −log p(ŷ)
         parts.append(torch.autograd.grad(logits, h, cotangent)[0])
-    g = torch.zeros_like(hidden)
-    g[:, :-1] = torch.cat(parts).view(hidden[:, :-1].shape)
-    return g
+    return torch.cat([torch.cat(parts).view(hidden[:, :-1].shape), torch.zeros_like(hidden[:, :1])], 1)
 
 
 def drawn(p, uniform):

@@ -90,10 +90,8 @@ def _head_tangent(chunk, head, rows):
             loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
             gradient, phi = torch.autograd.grad(loss, [h, t], create_graph=True)
             results.append((gradient.detach(), torch.autograd.grad(phi, h)[0]))
-    g, g_dot = torch.zeros_like(hidden), torch.zeros_like(hidden)
-    for whole, parts in zip((g, g_dot), zip(*results, strict=True), strict=True):
-        whole[:, :-1] = torch.cat(parts).view(hidden[:, :-1].shape)
-    return g, g_dot
+    last = torch.zeros_like(hidden[:, :1])  # which predicts nothing
+    return [torch.cat([torch.cat(parts).view(hidden[:, :-1].shape), last], 1) for parts in zip(*results, strict=True)]
 
 
 def _layer_curvature(chunk, keys, result, layer, index, rows):

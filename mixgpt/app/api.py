@@ -62,19 +62,17 @@ def prune(model, dataset, tokenizer=None, **options):
             raise InputError(f"dataset: tokens are {texts.dtype} {tuple(texts.shape)}, must be torch.int64 (N, T), "
                              "none below 0")
         options |= {"nsamples": len(texts), "seqlen": texts.shape[1]}
-    in_memory = not isinstance(model, str)
-    if in_memory and tokenizer is None:
+    if isinstance(model, str):
+        return Result(pipeline.run(Settings(model, name, **options), texts=texts))
+    if tokenizer is None:
         raise InputError("tokenizer: must be given with a model that is in memory")
-    if in_memory and any(is_fused(module) for module in model.modules()):
+    if any(is_fused(module) for module in model.modules()):
         raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
-    settings = Settings(type(model).__name__ if in_memory else model, name, **options)
-    if in_memory and settings.dtype != "auto":
+    settings = Settings(type(model).__name__, name, **options)
+    if settings.dtype != "auto":
         raise InputError(f"dtype: a model in memory keeps its own, {model.dtype}; convert it before, or leave this out")
-    changes = settings.compresses or settings.save
-    if in_memory and changes and any(isinstance(module, SparseLinear) for module in model.modules()):
+    if (settings.compresses or settings.save) and any(isinstance(module, SparseLinear) for module in model.modules()):
         raise InputError("model: its matrices are packed, and can only be evaluated; load it with packed=False")
-    if not in_memory:
-        return Result(pipeline.run(settings, texts=texts))
     device, training, trained = model.device, model.training, [w for w in model.parameters() if w.requires_grad]
     replaced = use_linears(model)
     try:

@@ -35,7 +35,6 @@ def compress(run, plan):
 def _prune(run, plan, memory_plan):
     """Prune and quantize. Returns {(layer, name): Outcome} and the memory plan."""
     settings, streamed = run.settings, run.streamed(memory_plan)
-
     if settings.save:
         run.files.keep("memory_plan", asdict(memory_plan))
     if settings.calibrates:

@@ -50,7 +50,6 @@ def choose(run):
                 f"{max(sparsities):.2%}")
     if settings.plot and distributed.rank() == 0:
         from mixgpt.app import plots  # matplotlib takes half a second to import
-
         write_output("--plot", settings.plot, plots.draw(plan.targets, plan.traces, Path(settings.plot).suffix))
     return plan
 
@@ -104,13 +103,14 @@ def _allocate(run, streamed, measured, vocabulary):
     vocabulary: as of `distill.dense_states`, or None.
     """
     settings, gradients = run.settings, {}
+    n, m = settings.prunen, settings.prunem
     if settings.needs_gradients:
         # every second sequence gives the same perplexity, within 0.5%
         tokens = run.calibration[::2 if len(run.calibration) >= 2 * distributed.world() else 1]
         with run.clock.part("gradients"):
             gradients = output_gradients(streamed, list(run.selected), tokens, settings.seed, vocabulary)
     targets = ALLOCATIONS[settings.sparsity_way].load()(Budget(
-        run.selected, run.target, settings.alpha, measured and measured.sensitivity, gradients, streamed,
-        run.calibration))
+        run.selected, Target(n / m, n, m) if m else Target(settings.sparsity), settings.alpha,
+        measured and measured.sensitivity, gradients, streamed, run.calibration))
     return [[layer, name, *astuple(target)] for (layer, name), target in targets.items()], {
         f"{layer}.{name}": torch.cat(pair) for (layer, name), pair in gradients.items()}

@@ -20,7 +20,6 @@ from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.streaming import locations_of
 from mixgpt.pruning import calibration, distill
-from mixgpt.pruning.targets import Target
 from modelutils import StreamedModel
 
 
@@ -55,12 +54,6 @@ class Run:
     def dtype(self):
         """The dtype of the weights in memory, "auto" for that on disk."""
         return choose_dtype(self.settings.dtype, self.config, self.device)
-
-    @property
-    def target(self):
-        """The overall target."""
-        n, m = self.settings.prunen, self.settings.prunem
-        return Target(n / m, n, m) if m else Target(self.settings.sparsity)
 
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""

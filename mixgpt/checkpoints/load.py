@@ -111,7 +111,7 @@ def read_config(model):
     check_links(model, Path(name), COPIED)
     with _reading(model, "its configuration cannot be read"):
         config, _ = _config_of(name)
-    if model_class(config) is None or config.is_encoder_decoder:
+    if not is_causal(config) or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
     return config
 
@@ -120,7 +120,7 @@ def _config_of(name):
     """Return a configuration and None; of a model that also sees or hears, that of its text part and its model_type."""
     whole = AutoConfig.from_pretrained(name, **NO_CODE)
     config = whole.get_text_config()
-    if whole.is_encoder_decoder or model_class(config) is None:
+    if whole.is_encoder_decoder or not is_causal(config):
         config = whole
     method = (getattr(whole, "quantization_config", None) or {}).get("quant_method")
     if method and (config is not whole or method not in READ):
@@ -132,12 +132,9 @@ def _config_of(name):
     return config, whole.model_type
 
 
-def model_class(config):
-    """Return the causal LM class that transformers builds for `config`, or None."""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if not isinstance(known, tuple):
-        return known
-    return next((kind for kind in known if kind.__name__ in (config.architectures or ())), known[0])
+def is_causal(config):
+    """Return whether transformers has a causal language model for a configuration."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not None
 
 
 def multimodal(model):

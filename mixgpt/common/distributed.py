@@ -34,10 +34,6 @@ def joined(device):
     _hosts = None
 
 
-def _group(tensor):
-    return None if tensor.is_cuda else _hosts
-
-
 def share(count, number=None):
     """Return the slice of `count` items that belongs to process `number` (default: this one)."""
     number = rank() if number is None else number
@@ -47,7 +43,7 @@ def share(count, number=None):
 def all_reduce(tensor):
     """Sum a tensor over all processes, in place."""
     if world() > 1:
-        dist.all_reduce(tensor, group=_group(tensor))
+        dist.all_reduce(tensor, group=None if tensor.is_cuda else _hosts)
 
 
 def all_gather_parts(parts, sizes):
@@ -61,7 +57,8 @@ def all_gather_parts(parts, sizes):
     own = torch.cat([own, own.new_zeros(max(map(sum, sizes)) - len(own), *own.shape[1:])])
     together = [torch.empty_like(own) for _ in range(world())]
     # as bytes, as gloo does not support every dtype
-    dist.all_gather([part.view(torch.uint8) for part in together], own.view(torch.uint8), group=_group(own))
+    dist.all_gather([part.view(torch.uint8) for part in together], own.view(torch.uint8),
+                    group=None if own.is_cuda else _hosts)
     split = [tensor[:sum(of_rank)].split(of_rank) for tensor, of_rank in zip(together, sizes, strict=True)]
     return [torch.cat(of_all) for of_all in zip(*split, strict=True)]
 

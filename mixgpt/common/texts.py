@@ -47,7 +47,6 @@ def builtin_rows(split):
     unseen. Train is the first 80% of the characters, test the rest.
     """
     from pydoc_data.topics import topics  # half a megabyte
-
     unique = {}
     for paragraph in "\n\n".join(topics[topic] for topic in sorted(topics)).split("\n\n"):
         unique.setdefault(" ".join(paragraph.split()), paragraph)
@@ -132,7 +131,6 @@ def hub_reachable():
     """
     import datasets
     from huggingface_hub import constants, utils
-
     try:
         utils.get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # what a client raises depends on its library: no name, no route, no certificate, no answer
@@ -193,7 +191,6 @@ def read_file(path, argument):
     """Return the rows of one file, each a text or a chat. Raises InputError that begins with the argument and path."""
     import pyarrow.parquet
     from datasets import Dataset
-
     with reading(f"{argument} {path}: cannot be read"):
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()

@@ -12,7 +12,7 @@ from modelutils import StreamedModel, linears, shared_inputs
 
 # Of a small copy: at most so many layers, and limits of settings of its configuration.
 LAYERS = 12
-VOCABULARY = {"vocab_size": 512, "vocab_size_per_layer_input": 512}
+VOCABULARY = 512
 WIDTHS = dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 64)
 TOKENS = 16
 SEQUENCES = 3
@@ -79,16 +79,11 @@ def small(config, layers, narrow=True):
     if shares:  # half of the layers share keys and values
         config.num_kv_shared_layers = count // 2
     config.num_hidden_layers = count
-    _limit(config, VOCABULARY)
-    _limit(config, dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), config.vocab_size - 1))
-    if narrow:
-        _limit(config, WIDTHS)
+    config.vocab_size = min(config.vocab_size, VOCABULARY)
+    limits = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), config.vocab_size - 1)
+    limits |= {"vocab_size_per_layer_input": VOCABULARY} | (WIDTHS if narrow else {})
+    for name, limit in limits.items():
+        if isinstance(value := getattr(config, name, None), int):
+            setattr(config, name, min(value, limit))
     config.initializer_range = 0.2  # small weights would hide differences
     return config
-
-
-def _limit(config, limits):
-    """Lower the settings of a configuration that are above their limit. limits: {name: limit}."""
-    for key, limit in limits.items():
-        if isinstance(value := getattr(config, key, None), int):
-            setattr(config, key, min(value, limit))

@@ -33,11 +33,6 @@ def upper_blocks(columns, device):
     return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
-def rowwise_quadratic_form(A, H):
-    """Return the diagonal of A H Aᵀ, ‖a X‖² for every row a of A (rows, in). H: (in, in), symmetric."""
-    return torch.linalg.vecdot(A @ H, A)
-
-
 def add_product(total, A, B):
     """Add A B to `total` (m, n), float32 on a GPU, in place: exact products, float32 sums.
 

@@ -1,6 +1,5 @@
 """Select the smallest scores of rows, and of matrices whose rows several processes share."""
 
-import numpy as np
 import torch
 
 from mixgpt.common import distributed
@@ -29,13 +28,6 @@ def smallest_in_groups(scores, n, m):
     return smallest_per_row(groups, n).view(scores.t().shape).t()
 
 
-def kth_smallest(values, k):
-    """Return the k-th smallest of a vector as a tensor of one value."""
-    if values.device.type == "cpu":  # numpy selects in a fifth of the time
-        return torch.from_numpy(np.partition(values.numpy(), k - 1)[k - 1:k])
-    return values.kthvalue(k).values
-
-
 def smallest(scores, ks, totals):
     """Mark exactly the k smallest scores of each of several matrices, even with ties. Returns masks like these.
 
@@ -56,7 +48,7 @@ def _smallest(values, k):
         return mask.scatter_(0, order, torch.arange(len(values), device=values.device) < k)
     if not k:
         return mask
-    value = kth_smallest(values, k)
+    value = values.kthvalue(k).values
     mask, like, missing = values <= value, values == value, k - (values < value).sum()
     if like.sum() > missing:
         mask &= ~like | (like.cumsum(0) <= missing)

@@ -195,7 +195,7 @@ class _Emitter:
         b, wbits, bytes_ = self.b, self.kernel.wbits, ir.VectorType(I8, 64)
         mask, index = self._kept(flat, done, place)
         bit = b.mul(index, I64(wbits))
-        packed = self._packed(bytes_, b.lshr(bit, I64(3)))
+        packed = self._load(bytes_, self.at["data"], b.lshr(bit, I64(3)), self.size)
         eights = ir.Constant(bytes_, [wbits * eight + byte for eight in range(8) for byte in range(8)])
         packed = self._call("llvm.x86.avx512.permvar.qi.512", bytes_, packed, eights)  # 8 codes to 8 bytes
         shifts = self._load(bytes_, I64(SHIFTS[wbits].ctypes.data), b.and_(bit, I64(7)), 64)
@@ -213,14 +213,14 @@ class _Emitter:
         mask, index = self._kept(flat, done, place)
         if self.kernel.wbits:
             return [self._spread(self._eight_weights(index, table), mask)]
-        values = self._packed(ir.VectorType(STORED[self.kernel.dtype], self.way.width), index)
+        values = self._load(ir.VectorType(STORED[self.kernel.dtype], self.way.width), self.at["data"], index, self.size)
         return [self._spread(values if self.way.width == 32 else self._floats(values), mask)]
 
     def _eight_weights(self, index, table):
         """Return the weights of 8 packed codes, from two halves of the table."""
         b, wbits, words = self.b, self.kernel.wbits, ir.VectorType(I32, 8)
         bit = b.mul(index, I64(wbits))
-        packed = b.lshr(self._packed(I64, b.lshr(bit, I64(3))), b.and_(bit, I64(7)))
+        packed = b.lshr(self._load(I64, self.at["data"], b.lshr(bit, I64(3)), self.size), b.and_(bit, I64(7)))
         places = ir.Constant(words, [wbits * code for code in range(8)])
         codes = b.lshr(self._splat(words, b.trunc(packed, I32)), places)
         halves = (b.shuffle_vector(table, table, ir.Constant(words, list(half))) for half in (range(8), range(8, 16)))
@@ -249,9 +249,6 @@ class _Emitter:
             ahead = b.inttoptr(b.add(b.add(self.at[name], offsets[name]), I64(AHEAD)), ir.PointerType())
             self._call("llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
         return mask, index
-
-    def _packed(self, kind, index):
-        return self._load(kind, self.at["data"], index, self.size)
 
     def _spread(self, values, mask, other=0):
         """Return the first values at the bits of a mask, `other` elsewhere."""

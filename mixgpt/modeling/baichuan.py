@@ -10,15 +10,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-)
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
@@ -134,8 +128,7 @@ class BaiChuanForCausalLM(BaichuanForCausalLM):
 
 
 class BaichuanTokenizer(SentencePieceBackend):
-    """Tokenize as sentencepiece does with a checkpoint's own tokenizer.model; has the class name that checkpoints use.
-    """
+    """Tokenize as sentencepiece does with a checkpoint's own tokenizer.model; checkpoints use this class name."""
 
     def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True, **kwargs):
         pattern = "bos" if add_bos_token else "none"

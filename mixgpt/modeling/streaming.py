@@ -1,10 +1,9 @@
 """Models on meta whose weights stay on disk: each module reads its own from safetensors files when it runs."""
 
-import contextlib
 import hashlib
 import json
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -20,8 +19,6 @@ from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import replacing
 from mixgpt.modeling.decoder import layers_of, layers_path, rest_of
 from mixgpt.modeling.experts import ExpertSlice, layout_of, on_meta
-
-READER = ThreadPoolExecutor(1)  # reads ahead; malloc would keep freed blocks of each new thread
 
 
 class TensorLocation(NamedTuple):
@@ -56,10 +53,6 @@ class DiskWeights:
                                assign=True)
         module.to(device)  # buffers not on disk
 
-    def unload(self, module):
-        """Free the module's tensors, if they are loaded; buffers not on disk stay where they are."""
-        module.load_state_dict(self.empty, strict=False, assign=True)
-
 
 def disk_weights(module):
     """Return the `DiskWeights` of a layer or of a module beside the layers; None if it is in memory."""
@@ -74,14 +67,12 @@ def locations_of(model):
 
 def read(locations, dtypes=None, pinned=False):
     """Read {name: tensor} from {name: TensorLocation}, in {name: dtype} if given, pinned for GPUs if asked."""
+    files = {file: safe_open(file, "pt") for file in {location.file for location in locations.values()}}
     tensors = {}
-    with contextlib.ExitStack() as stack:
-        files = {file: stack.enter_context(safe_open(file, "pt")) for file in {place.file for place in
-                                                                               locations.values()}}
-        for name, location in locations.items():
-            stored = mapped(location, files[location.file])
-            kind = dtypes[name] if dtypes else stored.dtype
-            tensors[name] = torch.empty(stored.shape, dtype=kind, pin_memory=pinned).copy_(stored)
+    for name, location in locations.items():
+        stored = mapped(location, files[location.file])
+        kind = dtypes[name] if dtypes else stored.dtype
+        tensors[name] = torch.empty(stored.shape, dtype=kind, pin_memory=pinned).copy_(stored)
     return tensors
 
 
@@ -97,12 +88,6 @@ def check_finite(tensor, name):
     """Raise InputError if a floating-point tensor holds NaN or inf, by its extremes."""
     if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
         raise InputError(f"{name} contains NaN or inf")
-
-
-def prefetch(layers, index, device):
-    """Start reading layer number `index`, if it exists and is on disk, in a thread, for `on_device`."""
-    if index < len(layers) and (weights := disk_weights(layers[index])):
-        weights.ahead = READER.submit(weights.read, pinned=torch.device(device).type == "cuda")
 
 
 def stored_tensors(name):

@@ -8,7 +8,7 @@ import torch
 
 from mixgpt.common import distributed
 from mixgpt.kernels.linalg import rough_product_with
-from mixgpt.kernels.selection import kth_smallest, smallest, smallest_per_row
+from mixgpt.kernels.selection import smallest, smallest_per_row
 
 ITERATIONS = 9  # of ADMM
 RAMP = 7  # iterations over which the sparsity rises to its target
@@ -55,7 +55,7 @@ def _thresholds(scores, targets, totals, fraction):
                for part, total in zip(scores, totals, strict=True)]
     samples = distributed.all_gather_parts(samples, [[len(sampled(total, number)) for total in totals]
                                                      for number in range(distributed.world())])
-    return [kth_smallest(sample, max(round(fraction * target.sparsity * len(sample)), 1))
+    return [sample.kthvalue(max(round(fraction * target.sparsity * len(sample)), 1)).values
             for sample, target in zip(samples, targets, strict=True)]
 
 

@@ -91,7 +91,6 @@ def _sources(index, layer, smaller, kept):
 def expert_scores(streamed, tokens):
     """Return {layer: scores (experts,)} of a StreamedModel on tokens (N, T). Raises InputError if one is not finite."""
     sums = {}  # layer: (2, experts), of `_recording`
-
     stream = streamed.embed(tokens[distributed.share(len(tokens))])
     for index, layer in in_turn(streamed.layers, streamed.device, "experts"):
         _, experts = _experts_of(layer)

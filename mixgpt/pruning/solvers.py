@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.linalg import rowwise_quadratic_form
 from mixgpt.kernels.selection import smallest
 from mixgpt.pruning.admm import admm_pruner
 from mixgpt.pruning.hessian import InputHessian
@@ -111,11 +110,12 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
         row_weights = torch.cat([of_rows[distributed.share(len(of_rows))] for of_rows in row_weights.split(sizes)])
         # those of an expert without tokens are 0, but its scores shall differ
         row_weights.clamp_(min=torch.finfo(row_weights.dtype).tiny ** 0.5)
-    whole = rowwise_quadratic_form(W, hessian.H)
+    whole = torch.linalg.vecdot(W @ hessian.H, W)  # ‖w X‖² of every row w
     optima = list(hessian.optimum(W).split(counts))
     pruned = recipe.solver(Problem(hessian, optima, targets, recipe, dtype, row_weights))
     W_hat = torch.cat([matrix for matrix, _ in pruned])[:, hessian.inverse_order].to(dtype)
-    lost = rowwise_quadratic_form(W.sub_(W_hat), hessian.H)
+    W.sub_(W_hat)
+    lost = torch.linalg.vecdot(W @ hessian.H, W)
     sums = torch.stack([rows.sum() for forms in (lost, whole) for rows in forms.split(counts)]).double()
     distributed.all_reduce(sums)
     lost, whole = sums.chunk(2)
