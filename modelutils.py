@@ -15,13 +15,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
-from mixgpt.common import memory, progress
+from mixgpt.common import memory, progress, runtime
 from mixgpt.common.files import writing
-from mixgpt.common.runtime import Clock
-from mixgpt.modeling import decoder
-from mixgpt.modeling.decoder import layers_of, rest_of
-from mixgpt.modeling.experts import is_split
-from mixgpt.modeling.streaming import disk_weights
+from mixgpt.modeling import decoder, experts, streaming
 
 SLICE = 512  # tokens whose logits are in memory at a time
 CACHED = 2**18  # float32 logits that a core of a CPU computes with at a time, so that they stay in its caches
@@ -47,12 +43,12 @@ class StreamedModel:
     model: torch.nn.Module
     device: torch.device
     batch_size: int
-    clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
+    clock: runtime.Clock = field(default_factory=lambda: runtime.Clock(torch.device("cpu")))
     on_host: bool = False  # keep calibration hidden states on the host even if the device has room
 
     @property
     def layers(self):
-        return layers_of(self.model)
+        return decoder.layers_of(self.model)
 
     @torch.no_grad()
     def embed(self, tokens, sets=1):
@@ -62,7 +58,7 @@ class StreamedModel:
         depend on the tokens and cannot be kept for each sequence.
         """
         stream, layers = HiddenStates(torch.empty(0), self.batch_size, self.device), self.layers
-        with on_device(rest_of(self.model).values(), self.device):
+        with on_device(decoder.rest_of(self.model).values(), self.device):
             hidden, calls = _record(self.model, layers, tokens[:1].to(self.device))
             if len(hidden) != min(len(tokens), 1):
                 raise ValueError(f"its layers take hidden states of {tuple(hidden.shape)}, whose batch does not come "
@@ -93,14 +89,14 @@ def on_device(modules, device):
     """
     try:
         for module in modules:
-            if weights := disk_weights(module):
+            if weights := streaming.disk_weights(module):
                 weights.load(module, device)
             else:
                 module.to(device)
         yield
     finally:
         for module in modules:
-            if weights := disk_weights(module):
+            if weights := streaming.disk_weights(module):
                 module.load_state_dict(weights.empty, strict=False, assign=True)  # frees them, but not other buffers
             else:
                 module.to("cpu")
@@ -110,14 +106,14 @@ def in_turn(layers, device, title=None):
     """Yield (index, layer), each on the device until the next one is asked for, read meanwhile. title: of a bar."""
     for index, layer in enumerate(progress.bar(layers, title=title, leave=False) if title else layers):
         with on_device([layer], device):
-            if index + 1 < len(layers) and (weights := disk_weights(layers[index + 1])):
+            if index + 1 < len(layers) and (weights := streaming.disk_weights(layers[index + 1])):
                 weights.ahead = READER.submit(weights.read, pinned=torch.device(device).type == "cuda")
             yield index, layer
 
 
 def whole(model, device):
     """Keep the whole model on `device` within the block, to run it as usual."""
-    return on_device([*rest_of(model).values(), *layers_of(model)], device)
+    return on_device([*decoder.rest_of(model).values(), *decoder.layers_of(model)], device)
 
 
 class _LastLayerReached(Exception):
@@ -239,10 +235,10 @@ class HiddenStates:
         model's; another one needs a copy of the modules behind the layers). vocabulary: the tokens whose logits are
         computed (default: all), a tensor of their numbers.
         """
-        layers, narrowed = layers_of(model), {}
+        layers, narrowed = decoder.layers_of(model), {}
         if converts := dtype not in (None, model.dtype):
             model = copy.deepcopy(model, {id(layers): layers})
-        rest = rest_of(model).values()
+        rest = decoder.rest_of(model).values()
 
         def logits(hidden):
             output = hidden[:, None, ..., :self.channels]  # as sequences of one token
@@ -267,7 +263,7 @@ class HiddenStates:
 
 def linears(layer):
     """Return the linear layers of a decoder layer by name, those of each expert included, without routers."""
-    mixture = any(map(is_split, layer.modules()))
+    mixture = any(map(experts.is_split, layer.modules()))
     return {name: module for name, module in layer.named_modules()
             if isinstance(module, torch.nn.Linear) and not hasattr(module, "n_groups")  # DeepSeek-V4's, block-diagonal
             and not (mixture and ROUTERS.search(name))}

@@ -9,8 +9,7 @@ import math
 import torch
 
 from mixgpt.common import distributed, memory
-from mixgpt.modeling.decoder import cast
-from mixgpt.modeling.experts import RoutedLinear
+from mixgpt.modeling import decoder, experts
 from modelutils import allocate, in_turn, linears, place_for
 
 HOST = torch.device("cpu")
@@ -48,7 +47,7 @@ class Chunk:
         self.tokens, self.matrices, self.device, self.place, self.bar = tokens, matrices, streamed.device, place, bar
         self.dtype = working_dtype(model)
         self.stream = streamed.embed(tokens)
-        self.stream.arguments = cast(self.stream.arguments, self.dtype)
+        self.stream.arguments = decoder.cast(self.stream.arguments, self.dtype)
         self.borders = [[self.stream.hidden.to(self.dtype)]]
 
     def run(self, forward, turn, backward, vocabulary=None):
@@ -97,6 +96,6 @@ class Chunk:
 
 def by_sequence(module, rows, B):
     """Return the inputs or outputs of a linear in a batch as (B, T, C), zeros for tokens not routed to its expert."""
-    if isinstance(module, RoutedLinear):
+    if isinstance(module, experts.RoutedLinear):
         return module.scatter_to_batch(rows, B)
     return rows.reshape(B, -1, rows.shape[-1])  # even if a layer flattens its input

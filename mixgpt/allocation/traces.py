@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from mixgpt.allocation import backward
-from mixgpt.allocation.backward import Chunk, chunk_size
 from mixgpt.common import distributed, progress
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.errors import InputError, reading
@@ -115,7 +114,7 @@ def hessian_traces(streamed, matrices, tokens, estimator, seed=0, nprobes=1, pre
     (N, T), estimate, rows = tokens.shape, ESTIMATORS[estimator].load(), [] if previous is None else list(previous)
     # 2 kinds of states, as an estimator may keep tangents; on a CPU a chunk takes long, and is saved at its end
     limit = backward.SAVED_AFTER if streamed.device.type == "cpu" else math.inf
-    size, place = chunk_size(streamed, -(-(N - len(rows)) // distributed.world()), T, 2, limit)
+    size, place = backward.chunk_size(streamed, -(-(N - len(rows)) // distributed.world()), T, 2, limit)
     total = (N - len(rows)) * nprobes * 2 * len(streamed.layers)
     with progress.bar(total=total, title=estimator, unit="step") as bar:
         while len(rows) < N:
@@ -123,7 +122,7 @@ def hessian_traces(streamed, matrices, tokens, estimator, seed=0, nprobes=1, pre
             numbers = together[distributed.share(len(together))]
             sums = torch.zeros(len(numbers), len(matrices), dtype=torch.float64)
             for probe in range(nprobes if numbers else 0):
-                sums += estimate(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
+                sums += estimate(backward.Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
                                  [(seed, n, probe) for n in numbers])
             rows.extend(torch.cat(distributed.all_gather_object(sums)) / nprobes / (T - 1))
             if save:

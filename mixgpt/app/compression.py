@@ -4,22 +4,18 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from mixgpt.app import report
-from mixgpt.common import memory
-from mixgpt.common.choices import SALIENCIES, SOLVERS
-from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
+from mixgpt.common import choices, memory
 from mixgpt.evaluation.measures import measure_weights
 from mixgpt.modeling.streaming import locations_of
-from mixgpt.pruning import distill
-from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
-from mixgpt.pruning.solvers import Recipe
+from mixgpt.pruning import distill, layerwise, solvers
 
 
 def compress(run, plan):
     """Prune and quantize the matrices of a plan. Returns {(layer, name): Outcome}, and what `measure_weights` does."""
     settings, outcomes = run.settings, {}
     if plan.targets:
-        outcomes, used = retry_with_less_memory(run.memory_plan, partial(_prune, run, plan),
-                                                again=bool(locations_of(run.model)))
+        outcomes, used = memory.retry_with_less_memory(run.memory_plan, partial(_prune, run, plan),
+                                                       again=bool(locations_of(run.model)))
         if run.distills:
             run.record["distilled"] = _distill(run, plan, outcomes, used.on_host)
         run.record["settings"] |= {"batch_size": used.batch_size,
@@ -38,22 +34,23 @@ def _prune(run, plan, memory_plan):
     if settings.save:
         run.files.keep("memory_plan", asdict(memory_plan))
     if settings.calibrates:
-        saliency = SALIENCIES[settings.saliency]
-        recipe = Recipe(
-            SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), settings.scheme, settings.percdamp,
-            settings.act_order, not memory_plan.two_passes, settings.target == "dense",
+        saliency = choices.SALIENCIES[settings.saliency]
+        recipe = solvers.Recipe(
+            choices.SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), settings.scheme,
+            settings.percdamp, settings.act_order, not memory_plan.two_passes, settings.target == "dense",
             row_weights={key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
-            title=SOLVERS.title(settings.solver))
-        return prune_layerwise(streamed, plan.targets, plan.tokens, recipe, run.files, run.tracker.layer), memory_plan
-    with run.clock.part("magnitude" if settings.prunes else "rounding"):
-        outcomes = prune_magnitude(streamed, plan.targets, settings.scheme, run.files, run.tracker.layer)
+            title=choices.SOLVERS.title(settings.solver))
+        outcomes = layerwise.prune_layerwise(streamed, plan.targets, plan.tokens, recipe, run.files, run.tracker.layer)
+    else:
+        with run.clock.part("magnitude" if settings.prunes else "rounding"):
+            outcomes = layerwise.prune_magnitude(streamed, plan.targets, settings.scheme, run.files, run.tracker.layer)
     return outcomes, memory_plan
 
 
 def _distill(run, plan, outcomes, on_host):
     """Distil the pruned model, or leave it as it is and say why. Returns what to record, as an interrupted run has."""
     files, grids = run.files, {key: outcome.grid for key, outcome in outcomes.items()}
-    streamed, tokens = run.distilling(MemoryPlan(run.settings.batch_size, on_host))
+    streamed, tokens = run.distilling(memory.MemoryPlan(run.settings.batch_size, on_host))
     room = run.decided("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
 
     def finish(index, layer):
@@ -72,7 +69,7 @@ def _distill(run, plan, outcomes, on_host):
 
     def result():
         try:
-            return retry_with_less_memory(MemoryPlan(max(room, 1), on_host), attempt)
+            return memory.retry_with_less_memory(memory.MemoryPlan(max(room, 1), on_host), attempt)
         except (distill.Diverged, memory.OutOfMemory) as error:
             return str(error)
 

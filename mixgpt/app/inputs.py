@@ -9,14 +9,11 @@ from datautils import begin, calibration_samples, resolve_bos, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.app.run import Run
 from mixgpt.checkpoints import load
-from mixgpt.common import distributed
+from mixgpt.common import distributed, runtime
 from mixgpt.common.errors import InputError
-from mixgpt.common.runtime import choose_seqlen
 from mixgpt.evaluation import selfcheck
 from mixgpt.modeling.streaming import digest
-from mixgpt.pruning import distill
-from mixgpt.pruning.expert_removal import with_fewer_experts
-from mixgpt.pruning.targets import select
+from mixgpt.pruning import distill, expert_removal, targets
 from modelutils import allocate, place_for
 
 
@@ -26,17 +23,17 @@ def check(settings, device, clock, model=None, tokenizer=None):
     config = model.config if model else load.read_config(settings.model)
     skeleton = load.skeleton(config)
     if settings.experts:
-        skeleton = with_fewer_experts(skeleton, settings.experts)
+        skeleton = expert_removal.with_fewer_experts(skeleton, settings.experts)
     load.check_layers(settings.model, skeleton, settings.save_format)
     widening, uncalled = selfcheck.check(settings.model, skeleton, device)
-    selected = select(skeleton, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
+    selected = targets.select(skeleton, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
         "--prunem": settings.prunem, "--groupsize": settings.groupsize}, uncalled) if settings.compresses else {}
     if settings.sensitivity_file:
-        traces.read(settings.sensitivity_file, select(skeleton), settings.sensitivity)
+        traces.read(settings.sensitivity_file, targets.select(skeleton), settings.sensitivity)
     tokenizer = tokenizer or load.load_tokenizer(settings.model)
     settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer))
-    run = Run(settings, device, clock, config, choose_seqlen(settings.seqlen, config), tokenizer, selected, uncalled,
-              model)
+    run = Run(settings, device, clock, config, runtime.choose_seqlen(settings.seqlen, config), tokenizer, selected,
+              uncalled, model)
     if settings.needs_calibration:
         _check_sequences(run, widening)
     return run

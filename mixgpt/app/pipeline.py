@@ -5,17 +5,12 @@ import os
 
 import torch
 
-from mixgpt.app import compression, planning, report
-from mixgpt.app.inputs import check, read_texts
+from mixgpt.app import compression, inputs, planning, report
 from mixgpt.app.run import open_run
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common import distributed, program
-from mixgpt.common.choices import RECORD
-from mixgpt.common.errors import VerificationError
-from mixgpt.common.runtime import Clock, choose_device, float32_products, peak_memory
-from mixgpt.evaluation import semistructured
-from mixgpt.evaluation.measures import logits, measure_weights, perplexity
+from mixgpt.common import choices, distributed, errors, program, runtime
+from mixgpt.evaluation import measures, semistructured
 from mixgpt.modeling.decoder import path_of
 
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
@@ -27,8 +22,8 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
     command: the command line, for the heading. model, tokenizer: if they are in memory already; the model is changed
     in place. texts: calibration text in memory, a list of strings or tokens (N, T).
     """
-    device = choose_device(settings.device)
-    clock = Clock(device)
+    device = runtime.choose_device(settings.device)
+    clock = runtime.Clock(device)
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))
         if program.rank():  # only the first process prints
@@ -36,19 +31,19 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         if program.rank() or settings.quiet:  # results and warnings go to stdout
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         stack.enter_context(torch.autocast(device.type, enabled=False))  # of a caller, as is the next one
-        stack.enter_context(float32_products("ieee", torch.backends.cuda, torch.backends.mkldnn))
+        stack.enter_context(runtime.float32_products("ieee", torch.backends.cuda, torch.backends.mkldnn))
         stack.enter_context(distributed.joined(device))
         if settings.resume and model is texts is None and (record := report.completed(settings, device)):
             if not settings.quiet:
                 print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
             return report.publish(settings, record)
         with clock.part("load"):
-            current = check(settings, device, clock, model, tokenizer)
+            current = inputs.check(settings, device, clock, model, tokenizer)
             size = load.size(current.config, current.dtype) * (2 if current.selected else 1)
             folder = stack.enter_context(RunDir(settings.save, settings.save_format, size, settings.resume,
                                                 settings.overwrite)) if settings.save else None
         with clock.part("data"):
-            read_texts(current, texts)
+            inputs.read_texts(current, texts)
         with clock.part("load"):
             open_run(current, stack, folder, command)
         if settings.dense or settings.method == "dense":
@@ -69,7 +64,7 @@ def evaluate(current, method):
     """Add perplexities and task scores of the model as it is now to the record. method: "dense" or its name."""
     with current.clock.part("evaluation"):
         current.record.setdefault("perplexity", {})[method] = current.retry(lambda plan: {
-            name: perplexity(current.model, tokens, plan.batch_size, current.device, name)
+            name: measures.perplexity(current.model, tokens, plan.batch_size, current.device, name)
             for name, tokens in current.tests.items()})
     if current.score_tasks:
         with current.clock.part("tasks"):
@@ -82,15 +77,15 @@ def _save(current, plan, outcomes, matrices, others):
     folder, path = current.files, current.settings.save
     probe = torch.arange(min(PROBE, current.seqlen))[None] % current.config.vocab_size
     with current.clock.part("save"):
-        folder.write_json(folder.path / RECORD, current.record)
+        folder.write_json(folder.path / choices.RECORD, current.record)
         folder.write_checkpoint(current.tokenizer, {path_of(current.model, *key): outcome.grid
                                                     for key, outcome in outcomes.items() if outcome.grid})
         saved = load.open_model(path, load.read_config(path), "auto")
-        if measure_weights(saved, current.device) != (matrices, others):
-            raise VerificationError(f"--save {path}: the zeros of the saved weights differ from those in memory")
-        of_saved, in_memory = (logits(model, probe, 1, current.device) for model in (saved, current.model))
+        if measures.measure_weights(saved, current.device) != (matrices, others):
+            raise errors.VerificationError(f"--save {path}: the zeros of the saved weights differ from those in memory")
+        of_saved, in_memory = (measures.logits(model, probe, 1, current.device) for model in (saved, current.model))
         if not torch.allclose(of_saved, in_memory, rtol=0, atol=0, equal_nan=True):
-            raise VerificationError(f"--save {path}: the logits of the saved model differ from those in memory")
+            raise errors.VerificationError(f"--save {path}: the logits of the saved model differ from those in memory")
         if plan.targets:
             current.record["disk"] = report.disk(current, plan.targets)
 
@@ -98,9 +93,9 @@ def _save(current, plan, outcomes, matrices, others):
 def _report(current):
     """Complete the record, write it if requested, and print the tables. Returns the record."""
     settings, record = current.settings, current.record
-    record |= {"seconds": dict(current.clock.seconds), "peak_memory": peak_memory(current.device)}
+    record |= {"seconds": dict(current.clock.seconds), "peak_memory": runtime.peak_memory(current.device)}
     if settings.save:
-        current.files.write_json(current.files.path / RECORD, record)
+        current.files.write_json(current.files.path / choices.RECORD, record)
         current.files.close()
     report.publish(settings, record)
     current.tracker.result(record, settings.method)

@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 
-from mixgpt.allocation import traces
-from mixgpt.allocation.fisher import output_gradients
+from mixgpt.allocation import fisher, traces
 from mixgpt.allocation.plan import Budget
 from mixgpt.app.report import plan_text
-from mixgpt.common import distributed
-from mixgpt.common.choices import ALLOCATIONS
-from mixgpt.common.files import write_output
+from mixgpt.common import choices, distributed, files
 from mixgpt.pruning import distill, expert_removal
 from mixgpt.pruning.targets import Target
 
@@ -46,11 +43,11 @@ def choose(run):
         run.tracker.plan(plan.traces, plan.targets)
     elif settings.is_nonuniform:
         sparsities = [target.sparsity for target in plan.targets.values()]
-        run.log(f"plan     {ALLOCATIONS.title(settings.sparsity_way)}: matrices from {min(sparsities):.2%} to "
+        run.log(f"plan     {choices.ALLOCATIONS.title(settings.sparsity_way)}: matrices from {min(sparsities):.2%} to "
                 f"{max(sparsities):.2%}")
     if settings.plot and distributed.rank() == 0:
         from mixgpt.app import plots  # matplotlib takes half a second to import
-        write_output("--plot", settings.plot, plots.draw(plan.targets, plan.traces, Path(settings.plot).suffix))
+        files.write_output("--plot", settings.plot, plots.draw(plan.targets, plan.traces, Path(settings.plot).suffix))
     return plan
 
 
@@ -108,8 +105,8 @@ def _allocate(run, streamed, measured, vocabulary):
         # every second sequence gives the same perplexity, within 0.5%
         tokens = run.calibration[::2 if len(run.calibration) >= 2 * distributed.world() else 1]
         with run.clock.part("gradients"):
-            gradients = output_gradients(streamed, list(run.selected), tokens, settings.seed, vocabulary)
-    targets = ALLOCATIONS[settings.sparsity_way].load()(Budget(
+            gradients = fisher.output_gradients(streamed, list(run.selected), tokens, settings.seed, vocabulary)
+    targets = choices.ALLOCATIONS[settings.sparsity_way].load()(Budget(
         run.selected, Target(n / m, n, m) if m else Target(settings.sparsity), settings.alpha,
         measured and measured.sensitivity, gradients, streamed, run.calibration))
     return [[layer, name, *astuple(target)] for (layer, name), target in targets.items()], {

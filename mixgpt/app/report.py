@@ -14,18 +14,13 @@ import pandas as pd
 import torch
 
 from mixgpt.app.settings import BOS, EVALUATION, METHOD, REPORT, RESULT, flag_of, having_effect
-from mixgpt.checkpoints.formats import stored_bytes
-from mixgpt.checkpoints.run_dir import clear
-from mixgpt.common import distributed
+from mixgpt.checkpoints import formats, run_dir
+from mixgpt.common import distributed, files, program
 from mixgpt.common.choices import NO_METRICS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError
-from mixgpt.common.files import write_output
-from mixgpt.common.program import check_signature, signature
 from mixgpt.common.progress import table
 from mixgpt.evaluation.measures import total_sparsity
-from mixgpt.modeling.decoder import layers_of, path_of
-from mixgpt.modeling.experts import kind_of
-from mixgpt.modeling.streaming import digest, fingerprint
+from mixgpt.modeling import decoder, experts, streaming
 from mixgpt.pruning.targets import Outcome
 
 
@@ -38,7 +33,7 @@ def facts(run):
         name: version(name) for name in packages}
     return {"settings": dataclasses.asdict(settings) | {
                 "seqlen": run.seqlen, "dtype": str(run.model.dtype).removeprefix("torch."), "device": str(device)},
-            **signature(), "device_name": device_name, "versions": versions, "data": run.sources}
+            **program.signature(), "device_name": device_name, "versions": versions, "data": run.sources}
 
 
 def of_matrices(matrices, others, outcomes, plan, known):
@@ -70,8 +65,8 @@ def asked(settings, seqlen, device):
 def identity(run):
     """Return what a resumed run must have in common with the first one, {flag: value}."""
     return asked(run.settings, run.seqlen, run.device) | {
-        "--dtype": str(run.model.dtype).removeprefix("torch."), "model's weights": fingerprint(run.model),
-        "calibration tokens": None if run.calibration is None else digest(run.calibration)}
+        "--dtype": str(run.model.dtype).removeprefix("torch."), "model's weights": streaming.fingerprint(run.model),
+        "calibration tokens": None if run.calibration is None else streaming.digest(run.calibration)}
 
 
 def completed(settings, device):
@@ -90,7 +85,7 @@ def completed(settings, device):
             return None
     except (OSError, ValueError, TypeError, KeyError):  # of another program
         return None
-    check_signature(record, f"--resume: the run in {folder}")
+    program.check_signature(record, f"--resume: the run in {folder}")
     now = asked(settings, settings.seqlen or before["--seqlen"], device) | {
         flag_of(name): getattr(settings, name) for name in ("model", *having_effect(EVALUATION, REPORT))}
     for flag, value in json.loads(json.dumps(now)).items():
@@ -98,7 +93,7 @@ def completed(settings, device):
             raise InputError(f"--resume: {flag} was {before.get(flag)} in the complete run in {folder}, now it is "
                              f"{value}; to evaluate its result again, give the folder as the model")
     if distributed.rank() == 0:
-        clear(folder)
+        run_dir.clear(folder)
     return record
 
 
@@ -106,8 +101,8 @@ def disk(run, plan):
     """Count the plan's matrices' bytes on disk, against bfloat16; theory counts only the kept weights' bits."""
     sizes = {key: out * columns for key, (out, columns) in run.selected.items()}
     kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
-    nbytes = stored_bytes(run.settings.save, {f"{path_of(run.model, *key)}.weight": sizes[key] for key in plan},
-                          run.model.dtype.itemsize)
+    weights = {f"{decoder.path_of(run.model, *key)}.weight": sizes[key] for key in plan}
+    nbytes = formats.stored_bytes(run.settings.save, weights, run.model.dtype.itemsize)
     numel, bits = sum(sizes.values()), run.settings.wbits if run.settings.quantizes else 8 * run.model.dtype.itemsize
     return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
             "theoretical_ratio": 16 * numel / (bits * kept)}
@@ -122,7 +117,7 @@ def heading(run, command=None, whole=None):
             f"seed {settings.seed}, batches of {settings.batch_size}"] if run.calibration is not None else []
     lines = {"command": [command],
              "versions": [f"{name} {version}" for name, version in run.record["versions"].items()],
-             "model": [f"{settings.model}: {type(model).__name__}, {len(layers_of(model))} layers, "
+             "model": [f"{settings.model}: {type(model).__name__}, {len(decoder.layers_of(model))} layers, "
                        f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {run.device}",
                        f"the text part of a {whole}" if whole else "",
                        f"{processes} processes" if processes > 1 else ""],
@@ -154,7 +149,7 @@ def plan_text(plan, selected, sensitivity):
 
     plan: {(layer, name): Target}. selected: {(layer, name): (out, in)}. sensitivity: {(layer, name): trace per weight}.
     """
-    frame = pd.DataFrame([(layer, kind_of(name), sensitivity[layer, name], math.prod(selected[layer, name]),
+    frame = pd.DataFrame([(layer, experts.kind_of(name), sensitivity[layer, name], math.prod(selected[layer, name]),
                            target.sparsity) for (layer, name), target in plan.items()],
                          columns=["layer", "matrix kind", "trace", "numel", "sparsity"])
     frame["rank"] = frame["trace"].rank(ascending=False, method="first")
@@ -171,7 +166,7 @@ def sparsity_table(record):
     matrices, kinds = record["matrices"], defaultdict(list)
     others = [row | {"name": f"left dense: {row['name']}"} for row in record.get("left_dense", [])]
     for row in matrices + others:
-        kinds[kind_of(row["name"])].append(row)
+        kinds[experts.kind_of(row["name"])].append(row)
     totals = {"total": matrices} | ({"total with these": matrices + others} if others else {})
     lines = []
     for title, rows in (kinds | totals).items():
@@ -239,5 +234,5 @@ def publish(settings, record):
     if text := result_text(settings, record):
         print(text, flush=True)
     if settings.record and distributed.rank() == 0:
-        write_output("--record", settings.record, json.dumps(record, indent=1) + "\n")
+        files.write_output("--record", settings.record, json.dumps(record, indent=1) + "\n")
     return record

@@ -6,19 +6,14 @@ from typing import Any
 
 import torch
 
-from mixgpt.app import report
+from mixgpt.app import report, tracking
 from mixgpt.app.settings import Settings
-from mixgpt.app.tracking import Tracker
-from mixgpt.checkpoints import load
-from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common import distributed, memory
+from mixgpt.checkpoints import load, run_dir
+from mixgpt.common import distributed, memory, runtime
 from mixgpt.common.files import writing
-from mixgpt.common.memory import MemoryPlan, retry_with_less_memory
-from mixgpt.common.runtime import Clock, choose_dtype
 from mixgpt.evaluation import semistructured
 from mixgpt.kernels import columns
-from mixgpt.modeling.decoder import layers_of
-from mixgpt.modeling.streaming import locations_of
+from mixgpt.modeling import decoder, streaming
 from mixgpt.pruning import calibration, distill
 from modelutils import StreamedModel
 
@@ -32,7 +27,7 @@ class Run:
 
     settings: Settings  # with what "auto" in --bos stands for
     device: torch.device
-    clock: Clock
+    clock: runtime.Clock
     config: Any  # of transformers
     seqlen: int
     tokenizer: Any
@@ -44,16 +39,16 @@ class Run:
     tests: dict = field(default_factory=dict)  # {test set: tokens (n, T)}
     sources: dict = field(default_factory=dict)  # origin of the texts
     score_tasks: Any = None  # function of (model, batch size), None without tasks
-    files: RunDir | None = None  # of --save; else in a temporary folder, if the weights are on disk
+    files: run_dir.RunDir | None = None  # of --save; else in a temporary folder, if the weights are on disk
     record: dict = field(default_factory=dict)  # as in mixgpt.json, filled step by step
-    tracker: Tracker | None = None
-    memory_plan: MemoryPlan | None = None  # of pruning
+    tracker: tracking.Tracker | None = None
+    memory_plan: memory.MemoryPlan | None = None  # of pruning
     distills: bool = False  # whether the pruned model is distilled at the end
 
     @property
     def dtype(self):
         """The dtype of the weights in memory, "auto" for that on disk."""
-        return choose_dtype(self.settings.dtype, self.config, self.device)
+        return runtime.choose_dtype(self.settings.dtype, self.config, self.device)
 
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""
@@ -67,7 +62,7 @@ class Run:
 
     def retry(self, step, on_host=True):
         """Return step(MemoryPlan), with less memory if a GPU's runs out. on_host: whether hidden states are."""
-        return retry_with_less_memory(MemoryPlan(self.settings.batch_size, on_host), step)
+        return memory.retry_with_less_memory(memory.MemoryPlan(self.settings.batch_size, on_host), step)
 
     def kept(self, name, make):
         """Return make(), or what an interrupted run has kept of it; see `RunDir.kept`."""
@@ -92,33 +87,33 @@ def open_run(run, stack, folder, command=None):
     run.files, run.record = folder, report.facts(run)
     if folder:
         run.record["identity"] = report.identity(run)
-    elif run.selected and locations_of(run.model):  # pruned layers go to disk, like the dense ones
+    elif run.selected and streaming.locations_of(run.model):  # pruned layers go to disk, like the dense ones
         run.files = stack.enter_context(_temporary_folder(stack, run))
     if run.files:
         run.files.open(run.model, run.record.get("identity", {}))
     run.log(report.heading(run, command, whole))
     with run.clock.part("W&B"):
-        run.tracker = stack.enter_context(Tracker(run.settings, run.record))
+        run.tracker = stack.enter_context(tracking.Tracker(run.settings, run.record))
     _plan(run)
 
 
 def _temporary_folder(stack, run):
     """Return a RunDir in a temporary folder. Raises InputError if none has room for the pruned layers."""
-    nbytes = sum(tensor.nbytes for layer in layers_of(run.model) for tensor in layer.state_dict().values())
+    nbytes = sum(tensor.nbytes for layer in decoder.layers_of(run.model) for tensor in layer.state_dict().values())
     nbytes *= 2 if run.settings.distill else 1
     path = None
     if distributed.rank() == 0:
         with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
             path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
-    return RunDir(distributed.broadcast_object(path), nbytes=nbytes, place=f"TMPDIR {tempfile.gettempdir()}",
-                  advice="free some space, or set TMPDIR to a folder on a larger disk")
+    return run_dir.RunDir(distributed.broadcast_object(path), nbytes=nbytes, place=f"TMPDIR {tempfile.gettempdir()}",
+                          advice="free some space, or set TMPDIR to a folder on a larger disk")
 
 
 def _plan(run):
     """Decide whether the run distils, which needs room for all weights, and whether layers take one pass; tell why."""
     settings, device = run.settings, run.device
-    run.memory_plan = MemoryPlan(settings.batch_size, on_host=not settings.calibrates,
-                                 two_passes=not (settings.calibrates and settings.true_sequential))
+    run.memory_plan = memory.MemoryPlan(settings.batch_size, on_host=not settings.calibrates,
+                                        two_passes=not (settings.calibrates and settings.true_sequential))
     if run.uncalled and run.selected:
         run.log(f"dense    {', '.join(run.uncalled)}: stay dense, as the layers do not call them as modules")
     if settings.dtype == "auto" and run.dtype == run.model.dtype:  # not that of a model in memory
@@ -145,7 +140,7 @@ def _plan_passes(run):
     needed = calibration.one_pass_bytes(run.streamed(run.memory_plan), run.selected, (count, run.seqlen),
                                         settings.target == "dense", settings.solver == "admm")
     free = min(distributed.all_gather_object(memory.free(run.device)))  # all processes decide alike
-    run.memory_plan = MemoryPlan(**run.decided("memory_plan", lambda: asdict(
+    run.memory_plan = memory.MemoryPlan(**run.decided("memory_plan", lambda: asdict(
         replace(run.memory_plan, two_passes=needed > free))))
     passes = ("two passes through each layer: one would take" if run.memory_plan.two_passes else
               "one pass through each layer takes")

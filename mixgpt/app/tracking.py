@@ -9,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from mixgpt.common import distributed
-from mixgpt.common.errors import is_out_of_memory, one_line, status_of
+from mixgpt.common import distributed, errors
 from mixgpt.evaluation.measures import count_zeros, total_sparsity
 from mixgpt.modeling.experts import kind_of
 from mixgpt.pruning.targets import Outcome
@@ -24,7 +23,7 @@ def _guarded(method):
             if self.run is not None:
                 method(self, *arguments)
         except Exception as error:  # of the client, its process or its server
-            if is_out_of_memory(error):
+            if errors.is_out_of_memory(error):
                 raise
             _warn(error, f"going on without it; {_upload(self.run)}")
             self.run = None
@@ -96,8 +95,8 @@ class Tracker(contextlib.AbstractContextManager):
     @_guarded
     def __exit__(self, _, error, traceback):
         if isinstance(error, Exception):
-            self.run.summary["failed"] = one_line(error)
-        self.run.finish(exit_code=status_of(error) if error else 0)
+            self.run.summary["failed"] = errors.one_line(error)
+        self.run.finish(exit_code=errors.status_of(error) if error else 0)
 
 
 def _upload(run):
@@ -105,4 +104,4 @@ def _upload(run):
 
 
 def _warn(error, consequence):
-    print(f"warning  W&B: {one_line(error).rstrip('.'):.300}; {consequence}", flush=True)
+    print(f"warning  W&B: {errors.one_line(error).rstrip('.'):.300}; {consequence}", flush=True)

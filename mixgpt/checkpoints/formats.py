@@ -11,26 +11,21 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from mixgpt.checkpoints.packing import encode
-from mixgpt.checkpoints.sparse import METHOD
-from mixgpt.common.choices import SPARSE
-from mixgpt.common.files import replacing
-from mixgpt.modeling import streaming
-from mixgpt.modeling.decoder import layers_of, path_of
-from mixgpt.modeling.experts import fuse, layout_of
-from mixgpt.modeling.streaming import locations_of
+from mixgpt.checkpoints import packing, sparse
+from mixgpt.common import choices, files
+from mixgpt.modeling import decoder, experts, streaming
 from modelutils import linears
 
 LARGEST = 5 * 10**9  # bytes of a file; a larger tensor gets its own
 PACKED = "pack-quantized"  # name used by compressed-tensors and vLLM
 MARKS = {  # in config.json; without mixgpt, transformers refuses and shows the second
-    "quantization_config": {"quant_method": METHOD}, "transformers_weights": "none until you `import mixgpt`"}
+    "quantization_config": {"quant_method": sparse.METHOD}, "transformers_weights": "none until you `import mixgpt`"}
 
 
 def save_dense(folder, model, grids=None):
     """Write a model as `save_pretrained` does, one file in memory at a time; an index, if any, comes last."""
-    if (layout := layout_of(model)) is None:
-        return fuse(model).save_pretrained(folder)
+    if (layout := experts.layout_of(model)) is None:
+        return experts.fuse(model).save_pretrained(folder)
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -38,14 +33,14 @@ def save_dense(folder, model, grids=None):
     for name in state:
         key, part = layout.get(name, (name, None))
         slices.setdefault(key, {})[name] = part
-    empty, locations = {key: _tensor_of(names, state) for key, names in slices.items()}, locations_of(model)
+    empty, locations = {key: _tensor_of(names, state) for key, names in slices.items()}, streaming.locations_of(model)
     split = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors",
                                                max_shard_size=LARGEST)
     for file, keys in split.filename_to_tensors.items():
         streaming.write(folder / file, {key: _tensor_of(slices[key], state, locations) for key in keys})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        with replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as partial:
+        with files.replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as partial:
             partial.write_text(json.dumps(index, indent=1) + "\n")
 
 
@@ -104,14 +99,14 @@ def save_compressed_tensors(folder, model, grids):
 def save_sparse(folder, model, grids):
     """Save every linear of the decoder layers in the encoding of `packing`. Raises ValueError for W not on its grid."""
     state, matrices = _untied(model), {}
-    for index, layer in enumerate(layers_of(model)):
+    for index, layer in enumerate(decoder.layers_of(model)):
         for name in linears(layer):
-            path = path_of(model, index, name)
-            parts, matrices[f"{path}.weight"] = encode(state.pop(f"{path}.weight"), grids.get(path))
+            path = decoder.path_of(model, index, name)
+            parts, matrices[f"{path}.weight"] = packing.encode(state.pop(f"{path}.weight"), grids.get(path))
             state |= {f"{path}.weight.{part}": tensor for part, tensor in parts.items()}
     # one file, with a name of its own: under the usual one, weights would be set at random
     model.save_pretrained(folder, state_dict=state, variant="sparse", max_shard_size="1000TB")
-    (Path(folder) / SPARSE).write_text(json.dumps(matrices, indent=1) + "\n")
+    (Path(folder) / choices.SPARSE).write_text(json.dumps(matrices, indent=1) + "\n")
     config = Path(folder) / CONFIG_NAME
     config.write_text(json.dumps(json.loads(config.read_text()) | MARKS, indent=2) + "\n")
 

@@ -16,13 +16,10 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mixgpt.checkpoints.sparse import METHOD
-from mixgpt.common.choices import FORMATS
+from mixgpt.common import choices, files
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.files import cache_folder
 from mixgpt.common.texts import hub_reachable, silenced
-from mixgpt.modeling import streaming
-from mixgpt.modeling.decoder import layers_of
-from mixgpt.modeling.experts import is_split, layout_of, use_linears
+from mixgpt.modeling import decoder, experts, streaming
 from modelutils import linears, other_weights
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
@@ -67,7 +64,7 @@ def _converted(file):
     """Return the folder in the cache into which a version of a .gguf file is converted once: reading it is slow."""
     status = file.stat()
     key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {transformers.__version__}"
-    folder = cache_folder() / f"gguf-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = files.cache_folder() / f"gguf-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
     check_links(file, file.parent, BESIDE_GGUF)
@@ -145,10 +142,10 @@ def multimodal(model):
 
 def check_layers(model, skeleton, save_format="dense"):
     """Raise InputError if layers hold no linears, or some that other layers use, or less than other tensors."""
-    this, layers, owners = f"of this {type(skeleton).__name__}", layers_of(skeleton), {}
-    if not FORMATS[save_format].holds_experts:
-        layout = layout_of(skeleton)
-        if layout is None or any(map(is_split, skeleton.modules())) or any(part for _, part in layout.values()):
+    this, layers, owners = f"of this {type(skeleton).__name__}", decoder.layers_of(skeleton), {}
+    if not choices.FORMATS[save_format].holds_experts:
+        layout = experts.layout_of(skeleton)
+        if layout is None or any(map(experts.is_split, skeleton.modules())) or any(part for _, part in layout.values()):
             raise InputError(f"--save-format {save_format}: does not support mixtures of experts, nor checkpoints "
                              "whose matrices are transposed (GPT-2), joined or split; must be dense")
     if not any(linears(layer) for layer in layers):
@@ -184,7 +181,7 @@ def skeleton(config, dtype=torch.float32):
         if exact := "|".join(model._get_dtype_plan(dtype)).replace("*", ".*"):  # in float32, as by `from_pretrained`
             for name, tensor in model.state_dict(keep_vars=True).items():
                 tensor.data = tensor.data.float() if re.search(exact, name) else tensor.data
-        use_linears(model)
+        experts.use_linears(model)
     return model
 
 
@@ -198,7 +195,7 @@ def size(config, dtype):
 def load_model(model, dtype):
     """Load `model` with its experts as linears; see `read_model`."""
     loaded = read_model(model, dtype)
-    use_linears(loaded)
+    experts.use_linears(loaded)
     for parameter in loaded.parameters():
         parameter.data = parameter.data.contiguous()  # .bin files may hold views whose elements share memory
     return loaded.eval().requires_grad_(False)

@@ -23,15 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from mixgpt.common import distributed
+from mixgpt.common import distributed, files, program, texts
 from mixgpt.common.choices import FORMATS, GRIDS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.files import replacing, writing
-from mixgpt.common.program import __version__, check_signature, signature
-from mixgpt.common.texts import silenced
-from mixgpt.modeling import streaming
-from mixgpt.modeling.decoder import layers_of, layers_path
-from mixgpt.modeling.streaming import TensorLocation, disk_weights
+from mixgpt.modeling import decoder, streaming
 from mixgpt.pruning.targets import Outcome
 from modelutils import whole
 from quant import Grid
@@ -99,11 +94,11 @@ class RunDir(contextlib.AbstractContextManager):
 
     def open(self, model, identity):
         """Start a run, or go on with the one here. Raises InputError if that differs in its identity, {flag: value}."""
-        identity = {"version of this program": __version__} | identity
+        identity = {"version of this program": program.__version__} | identity
         if self.writes and is_interrupted_run(self.path):
             with self._reading(self.folder / "run.json"):
                 self.run = json.loads((self.folder / "run.json").read_text())
-            check_signature(self.run, f"--resume: the run in {self.path}")
+            program.check_signature(self.run, f"--resume: the run in {self.path}")
             before = self.run["identity"]
             for flag in before | identity:
                 if before.get(flag) != identity.get(flag):
@@ -117,10 +112,11 @@ class RunDir(contextlib.AbstractContextManager):
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
-            self.run = signature() | {"identity": identity}
+            self.run = program.signature() | {"identity": identity}
             self.write_json(self.folder / "run.json", self.run)
         self.run = distributed.broadcast_object(self.run)
-        self.model, self.layers, self.layers_path, self.dense = model, layers_of(model), layers_path(model), None
+        self.model, self.layers, self.dense = model, decoder.layers_of(model), None
+        self.layers_path = decoder.layers_path(model)
         if isinstance(self.run.get("distilled"), dict):  # not a reason why there is no distilled model
             self.take_distilled()
 
@@ -154,10 +150,10 @@ class RunDir(contextlib.AbstractContextManager):
         Returns a list with {(layer, name): Outcome} of each layer; the model gets them by `load_layer`.
         """
         self.flush()
-        self.dense = self.dense or [getattr(disk_weights(layer), "locations", None) for layer in self.layers]
+        self.dense = self.dense or [getattr(streaming.disk_weights(layer), "locations", None) for layer in self.layers]
         for layer, locations in zip(self.layers, self.dense, strict=True):
             if locations:
-                disk_weights(layer).locations = locations
+                streaming.disk_weights(layer).locations = locations
         finished = []
         while len(finished) < count and (outcomes := self._outcomes(len(finished))) is not None:
             finished.append(outcomes)
@@ -183,8 +179,8 @@ class RunDir(contextlib.AbstractContextManager):
     def load_layer(self, index):
         """Let the model have a finished layer: on disk, or in memory if its weights are there."""
         layer, prefix, file = self.layers[index], f"{self.layers_path}.{index}.", str(self._file(index))
-        locations = {name: TensorLocation(file, prefix + name) for name in layer.state_dict()}
-        if weights := disk_weights(layer):
+        locations = {name: streaming.TensorLocation(file, prefix + name) for name in layer.state_dict()}
+        if weights := streaming.disk_weights(layer):
             weights.locations = locations
         else:
             layer.load_state_dict(streaming.read(locations))
@@ -199,7 +195,7 @@ class RunDir(contextlib.AbstractContextManager):
             weights = {f"{self.layers_path}.{index}.{name}": tensor.to("cpu")
                        for name, tensor in layer.state_dict().items()}
             self.writing = self.thread.submit(self._write_layer, self._file(index, kind), weights, outcomes)
-        if kind == "layer" and disk_weights(layer):
+        if kind == "layer" and streaming.disk_weights(layer):
             self.load_layer(index)
 
     def _write_layer(self, file, weights, outcomes):
@@ -236,12 +232,12 @@ class RunDir(contextlib.AbstractContextManager):
     def write_json(self, file, content):
         """Write a JSON-able value to a file, in the first process."""
         if self.writes:
-            with self.disk_errors(file.name), replacing(file) as partial:
+            with self.disk_errors(file.name), files.replacing(file) as partial:
                 partial.write_text(json.dumps(content, indent=1) + "\n")
 
     def disk_errors(self, name):
         """Be `files.writing` for what has this name."""
-        return writing(f"{self.place}: {name}", self.advice)
+        return files.writing(f"{self.place}: {name}", self.advice)
 
     def write_checkpoint(self, tokenizer, grids):
         """Write the final checkpoint; what makes it loadable comes last.
@@ -254,7 +250,7 @@ class RunDir(contextlib.AbstractContextManager):
                 if getattr(self.model.config, "auto_map", None):  # for others to load: it is never run here
                     for file in Path(self.model.config.name_or_path).glob("*.py"):
                         shutil.copyfile(file, self.path / file.name)
-            with self.disk_errors("the model"), silenced():
+            with self.disk_errors("the model"), texts.silenced():
                 save_format = FORMATS[self.save_format]
                 loaded = contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu"))
                 with loaded:

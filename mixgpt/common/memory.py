@@ -9,8 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from mixgpt.common import distributed
-from mixgpt.common.errors import InputError, is_out_of_memory
+from mixgpt.common import distributed, errors
 
 GROUPS, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # where they are, and which are this process's
 USABLE = 0.9  # of the free memory: the rest is lost between tensors, or taken by other programs meanwhile
@@ -79,7 +78,7 @@ def shared_fate(waits=False):
         yield
     except (RuntimeError, MemoryError) as error:
         on_gpu, cause = isinstance(error, torch.OutOfMemoryError), error
-        if not on_gpu and not is_out_of_memory(error) or waits and distributed.world() > 1:
+        if not on_gpu and not errors.is_out_of_memory(error) or waits and distributed.world() > 1:
             raise
         failure = OutOfGpuMemory if on_gpu else OutOfMemory
     failures = [failure] if waits else distributed.all_gather_object(failure)
@@ -103,7 +102,7 @@ def retry_with_less_memory(plan, step, again=True):
                 if shared:
                     raise
                 remedy = "--batch-size or --seqlen, or give --no-true-sequential" if cheaper else "--seqlen"
-                raise InputError(f"--batch-size {plan.batch_size}: out of GPU memory; lower {remedy}") from error
+                raise errors.InputError(f"--batch-size {plan.batch_size}: out of GPU memory; lower {remedy}") from error
         plan, change = cheaper
         gc.collect()  # tensors referenced by the error's frames
         torch.cuda.empty_cache()

@@ -6,8 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mixgpt.common.errors import InputError, reading
-from mixgpt.modeling.decoder import layers_of
-from mixgpt.modeling.experts import use_linears
+from mixgpt.modeling import decoder, experts
 from modelutils import StreamedModel, linears, shared_inputs
 
 # Of a small copy: at most so many layers, and limits of settings of its configuration.
@@ -29,16 +28,16 @@ def check(name, skeleton, device):
     bytes that a sequence takes between two layers, with what layers leave for later ones, in units of its hidden states
     alone; and the names of linears that are not called as modules.
     """
-    kind, layers, uncalled = type(skeleton).__name__, layers_of(skeleton), set()
+    kind, layers, uncalled = type(skeleton).__name__, decoder.layers_of(skeleton), set()
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"
     with reading(refusal):
         try:
             model, tokens, expected = _run_whole(small(skeleton.config, layers), device)
         except Exception:  # sizes that depend on each other in a way of their own
             model, tokens, expected = _run_whole(small(skeleton.config, layers, narrow=False), device)
-        use_linears(model)
+        experts.use_linears(model)
         streams = [StreamedModel(model, device, size).embed(tokens) for size in (2, 1)]
-        for index, layer in enumerate(layers_of(model)):
+        for index, layer in enumerate(decoder.layers_of(model)):
             uncalled |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))
             for stream in streams:
                 stream.advance(layer, index)

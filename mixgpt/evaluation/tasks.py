@@ -23,9 +23,8 @@ from lm_eval.tasks.manager import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from datautils import encode, token_ids
-from mixgpt.common import distributed, memory, progress
+from mixgpt.common import distributed, memory, progress, runtime
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.runtime import DEFAULT_SEQLEN, position_limit
 from mixgpt.common.texts import hub_reachable, silenced
 from mixgpt.evaluation.generation import complete
 from mixgpt.modeling.decoder import layers_of
@@ -126,7 +125,7 @@ class StreamedLM(TemplateLM):
         self.model, self.tokenizer = model, tokenizer
         self.tokens, self.where = tokens, device
         self.bos, self.first = bos, tokenizer.bos_token_id if bos == "each" else None
-        self.max_length = position_limit(model.config) or DEFAULT_SEQLEN
+        self.max_length = runtime.position_limit(model.config) or runtime.DEFAULT_SEQLEN
         self.eot_token_id = self.prefix_token_id = tokenizer.eos_token_id
         if tokenizer.bos_token_id is not None:
             self.prefix_token_id = tokenizer.bos_token_id

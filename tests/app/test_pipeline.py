@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 
 import datautils
 import mixgpt
-from mixgpt.app import inputs, pipeline, planning
+from mixgpt.allocation import fisher
+from mixgpt.app import inputs, pipeline
 from mixgpt.app.cli import parse
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
@@ -291,9 +292,9 @@ def test_settings_that_contradict_or_lack_each_other_are_refused(flags, message)
 
 @pytest.mark.parametrize("amount, expected", [("--sparsity .5", [(2, 200)]), ("--prunen 2 --prunem 4", [])])
 def test_best_takes_gradients_from_half_of_the_sequences_and_the_likely_tokens(amount, expected, prune, monkeypatch):
-    seen, measure = [], planning.output_gradients
+    seen, measure = [], fisher.output_gradients
     monkeypatch.setattr(distill, "VOCABULARY", 200)
-    monkeypatch.setattr(planning, "output_gradients", lambda streamed, matrices, tokens, seed, vocabulary: seen.append(
+    monkeypatch.setattr(fisher, "output_gradients", lambda streamed, matrices, tokens, seed, vocabulary: seen.append(
         (len(tokens), len(vocabulary))) or measure(streamed, matrices, tokens, seed, vocabulary))
     prune("llama", amount, "--preset best")
     assert seen == expected

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import datautils
 import mixgpt
-from mixgpt.app import compression, planning
+from mixgpt.allocation import fisher
+from mixgpt.app import compression
 from mixgpt.app import run as running
 from mixgpt.checkpoints import formats, load
 from mixgpt.checkpoints.run_dir import RunDir
@@ -272,7 +273,7 @@ def test_distillation_that_is_interrupted_costs_at_most_itself(finished, prune, 
         monkeypatch.setattr(distill, "distill", None)
     monkeypatch.setattr(layerwise, "prune_in_place", None)
     monkeypatch.setattr(distill, "dense_states", None)  # nor is anything measured again
-    monkeypatch.setattr(planning, "output_gradients", None)
+    monkeypatch.setattr(fisher, "output_gradients", None)
     if finished > 3:
         monkeypatch.setattr(distill, "room_for", lambda *_: 0)
     prune(*options, saved, "--resume")
