@@ -31,7 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import datautils
 import results
 from mixgpt.allocation.plan import Budget
-from mixgpt.app import cli, inputs
+from mixgpt.app import cli
+from mixgpt.app import run as running
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.choices import ALLOCATIONS, RECORD
 from mixgpt.evaluation.measures import measure_weights
@@ -373,7 +374,7 @@ def read_little(patch):
     """Let runs in this process read a part of the texts, and evaluate on four segments. patch: a pytest.MonkeyPatch."""
     rows, tests = datautils.load_rows, datautils.test_tokens
     patch.setattr(datautils, "load_rows", lambda *asked: (lambda found, source: (found[:150], source))(*rows(*asked)))
-    patch.setattr(inputs, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
+    patch.setattr(running, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
 
 
 def command(name, arguments, log, prepare=None, given=()):

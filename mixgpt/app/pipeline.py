@@ -5,8 +5,8 @@ import os
 
 import torch
 
-from mixgpt.app import compression, inputs, planning, report
-from mixgpt.app.run import open_run
+from mixgpt.app import compression, planning, report
+from mixgpt.app.run import check, open_run, read_texts
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import choices, distributed, errors, program, runtime
@@ -38,12 +38,12 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
                 print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
             return report.publish(settings, record)
         with clock.part("load"):
-            current = inputs.check(settings, device, clock, model, tokenizer)
+            current = check(settings, device, clock, model, tokenizer)
             size = load.size(current.config, current.dtype) * (2 if current.selected else 1)
             folder = stack.enter_context(RunDir(settings.save, settings.save_format, size, settings.resume,
                                                 settings.overwrite)) if settings.save else None
         with clock.part("data"):
-            inputs.read_texts(current, texts)
+            read_texts(current, texts)
         with clock.part("load"):
             open_run(current, stack, folder, command)
         if settings.dense or settings.method == "dense":

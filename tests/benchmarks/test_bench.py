@@ -14,7 +14,7 @@ from test_sparsegpt import correlated_inputs, prune_matrix, random, relative_err
 from textbook import Textbook
 from transformers import LlamaConfig
 
-from mixgpt.app import inputs
+from mixgpt.app import run as running
 from mixgpt.kernels import columns
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.targets import Target
@@ -69,7 +69,7 @@ def small_gpu(monkeypatch, tmp_path):
     shape = LlamaConfig(vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                         num_attention_heads=4), 6
     monkeypatch.setattr(gpu, "SHAPES", {"LLaMA-tiny": shape})
-    monkeypatch.setattr(gpu, "test_tokens", lambda *asked: inputs.test_tokens(*asked))  # little text
+    monkeypatch.setattr(gpu, "test_tokens", lambda *asked: running.test_tokens(*asked))  # little text
     if torch.cuda.is_available():
         yield
     else:
