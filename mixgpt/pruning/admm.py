@@ -7,7 +7,7 @@ functions here expect columns scaled so that H has a unit diagonal: W √diag(H)
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.linalg import rough_product_with
+from mixgpt.common.runtime import multiplies_bfloat16
 from mixgpt.kernels.selection import smallest, smallest_per_row
 
 ITERATIONS = 9  # of ADMM
@@ -137,3 +137,12 @@ def admm_pruner(matrices, H, targets, row_weights=None):
         return (solve_on_support(reached, W, H, keep) / scale).masked_fill_(~keep, 0).split(counts)
 
     return prune
+
+
+def rough_product_with(B):
+    """Return a function A (m, k) ↦ A B, B (k, n), good to about three digits: all in bfloat16 where that is fast."""
+    fast = B.is_cuda or (B.device.type == "cpu" and multiplies_bfloat16())
+    if not fast or B.dtype != torch.float32:
+        return lambda A: A @ B
+    B = B.bfloat16()
+    return lambda A: A.bfloat16() @ B

@@ -8,8 +8,9 @@ import functools
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.linalg import add_product, damping, exact_bfloat16, upper_blocks, upper_cholesky
+from mixgpt.common.runtime import float32_products
 
+STRIP = 2048  # columns of a product that occupy all of a GPU
 MAX_DAMPING = 1.0  # λ = mean(diag H) bounds the condition number by in + 1: any finite H can be factored
 
 
@@ -42,7 +43,8 @@ class InputHessian:
                               for name, A in factors.items()}
         if not len(factors["input"]):  # an expert may get none
             return
-        with exact_bfloat16(X.dtype):
+        # products of bfloat16 values on bfloat16 hardware (AMX) are exact in float32 sums
+        with float32_products("bf16" if X.dtype == torch.bfloat16 else "ieee", torch.backends.mkldnn):
             # on a GPU, products of 16-bit values are exact in float32 sums
             X, *gaps = (A if A.is_cuda else A.float() for A in factors.values())
             H, *moments = self._products.values()
@@ -125,3 +127,40 @@ def activation_order(h, prunem=0):
     groups = h.view(-1, prunem or 1)
     order = groups.sum(1).argsort(descending=True, stable=True)
     return torch.arange(len(h), device=h.device).view(groups.shape)[order].flatten()
+
+
+def damping(h, percdamp):
+    """Return λ = percdamp · mean(diag H), of h (in,), the diagonal of H."""
+    mean = h.mean()
+    return torch.where(mean > 0, percdamp * mean, 1.0)  # an all-zero input has no scale
+
+
+def upper_cholesky(H, damping):
+    """Return R (in, in), upper triangular with H + damping · I = R Rᵀ, and whether that is positive definite, a tensor.
+
+    H: (in, in), symmetric; only its upper triangle is read.
+    """
+    damped = H.flip(0, 1)  # the Cholesky factor of the flipped matrix, flipped back, is upper triangular
+    damped.diagonal().add_(damping)
+    damped, info = torch.linalg.cholesky_ex(damped)
+    return damped.flip(0, 1), info == 0
+
+
+def upper_blocks(columns, device):
+    """Return the column blocks for symmetric products; each block needs only the rows up to its end.
+
+    Narrower blocks save little and multiply slower, on a GPU by far: there each block should occupy all of it.
+    """
+    width = max(STRIP if device.type == "cuda" else 192, columns // 8)
+    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def add_product(total, A, B):
+    """Add A B to `total` (m, n), float32 on a GPU, in place: exact products, float32 sums.
+
+    A: (m, k). B: (k, n). Where both have one 16-bit dtype they are multiplied as they are, else in float32.
+    """
+    if A.dtype != B.dtype or A.dtype not in (torch.bfloat16, torch.float16):
+        total.addmm_(A.float(), B.float())
+    else:
+        total.add_(torch.mm(A, B, out_dtype=torch.float32))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from test_sparsegpt import correlated_inputs, damped, prune_one, random
 
-from mixgpt.kernels import linalg
+from mixgpt.pruning import hessian as hessians
+from mixgpt.pruning.admm import rough_product_with
 from mixgpt.pruning.hessian import InputHessian, activation_order, factor
 
 
@@ -74,7 +75,7 @@ def on_both(columns, batches):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_gpu_adds_up_what_a_cpu_does(dtype, monkeypatch):
-    monkeypatch.setattr(linalg, "STRIP", 256)  # more than one block
+    monkeypatch.setattr(hessians, "STRIP", 256)  # more than one block
     make = torch.Generator().manual_seed(0)
     batches = [(torch.randn(2, 40, 600, generator=make).to(dtype), {
         "input_gap": torch.randn(2, 40, 600, generator=make).to(dtype),
@@ -116,6 +117,6 @@ def test_the_error_of_an_output_that_vanishes_is_zero():
 @pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-2), (torch.float64, 1e-12)])
 def test_rough_products_are_close_and_only_float32_ones_rough(dtype, digits):
     A, B = random(70, 50).to(dtype), random(50, 50, seed=1).to(dtype)
-    product, expected = linalg.rough_product_with(B)(A), A.double() @ B.double()
+    product, expected = rough_product_with(B)(A), A.double() @ B.double()
     assert product.dtype == dtype or (product.dtype, dtype) == (torch.bfloat16, torch.float32)
     assert (product.double() - expected).norm() <= digits * expected.norm()
