@@ -1,5 +1,6 @@
 """Check on random weights, before real ones are read, that a model may run one decoder layer at a time."""
 
+import contextlib
 import copy
 
 import torch
@@ -22,28 +23,29 @@ TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to
 def check(name, skeleton, device):
     """Raise InputError if a model's logits differ when its layers run one at a time.
 
-    name: of the model, for the message. skeleton: the model on meta. device: where it will run, as kernels of other
-    packages run on GPUs only. Compares on SEQUENCES sequences, in batches of two, the last one of one, and of one,
-    through a copy of the configuration with random weights, and as many layers as show each kind of layer. Returns the
-    bytes that a sequence takes between two layers, with what layers leave for later ones, in units of its hidden states
-    alone; and the names of linears that are not called as modules.
+    name: of the model, for the message. skeleton: the model on meta. device: where it will run; this runs on the host,
+    or there if kernels of other packages need a GPU. Compares on SEQUENCES sequences, in batches of two, the last one
+    of one, and of one, through a copy of the configuration with random weights, and as many layers as show each kind of
+    layer. Returns the bytes that a sequence takes between two layers, with what layers leave for later ones, in units
+    of its hidden states alone; and the names of linears that are not called as modules.
     """
     kind, layers, uncalled = type(skeleton).__name__, decoder.layers_of(skeleton), set()
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"
     with reading(refusal):
-        try:
-            model, tokens, expected = _run_whole(small(skeleton.config, layers), device)
-        except Exception:  # sizes that depend on each other in a way of their own
-            model, tokens, expected = _run_whole(small(skeleton.config, layers, narrow=False), device)
+        # kernels of other packages may need a GPU; sizes may depend on each other in a way of their own
+        for place, narrow in ((torch.device("cpu"), True), (device, True), (device, False)):
+            with contextlib.suppress(*[Exception] if narrow else []):
+                model, tokens, expected = _run_whole(small(skeleton.config, layers, narrow), place)
+                break
         experts.use_linears(model)
-        streams = [StreamedModel(model, device, size).embed(tokens) for size in (2, 1)]
+        streams = [StreamedModel(model, place, size).embed(tokens) for size in (2, 1)]
         for index, layer in enumerate(decoder.layers_of(model)):
             uncalled |= linears(layer).keys() - set().union(*shared_inputs(layer, index, streams[0]))
             for stream in streams:
                 stream.advance(layer, index)
         with streams[0].head(model) as head:
-            differences = [head(stream.hidden.flatten(0, 1)).view_as(expected) - expected for stream in streams]
-        difference = torch.stack(differences).abs().max() / expected.std()
+            outputs = [head(stream.hidden.flatten(0, 1).to(place)).view_as(expected) for stream in streams]
+        difference = (torch.stack(outputs) - expected).abs().max() / expected.std()
     if not difference <= TOLERANCE:
         raise InputError(f"{refusal}: on random weights, its logits differ by {difference:.1g} standard deviations")
     return (streams[0].hidden.nbytes / (tokens.numel() * model.config.hidden_size * torch.float32.itemsize),
@@ -60,7 +62,7 @@ def _run_whole(config, device):
     return model, tokens, model(tokens, use_cache=False).logits
 
 
-def small(config, layers, narrow=True):
+def small(config, layers, narrow):
     """Return a copy of a configuration with few layers, of every kind that `layers` have, and a small vocabulary.
 
     A kind is a layer's modules, and its entries in lists of the configuration. narrow: also with narrow MLPs.
