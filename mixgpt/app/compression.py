@@ -54,15 +54,14 @@ def _distill(run, plan, outcomes, on_host):
     room = run.decided("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
 
     def finish(index, layer):
-        if files:
-            of_layer = {key: outcome for key, outcome in outcomes.items() if key[0] == index}
-            files.save_layer(index, layer, of_layer, kind="distilled")
+        of_layer = {key: outcome for key, outcome in outcomes.items() if key[0] == index}
+        files.save_layer(index, layer, of_layer, kind="distilled")
 
     def attempt(memory_plan):
         smaller = replace(streamed, batch_size=memory_plan.batch_size, on_host=memory_plan.on_host)
         with run.clock.part("distillation"):
-            divergence = distill.distill(smaller, grids, tokens, plan.dense, run.settings.seed, finish,
-                                         run.settings.effort)
+            divergence = distill.distill(smaller, grids, tokens, plan.dense, run.settings.seed,
+                                         finish if files else None, run.settings.effort)
             if files:
                 files.flush()
         return {"divergence": divergence}
