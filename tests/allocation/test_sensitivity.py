@@ -44,11 +44,11 @@ def traces(model, tokens, estimator, batch_size=2, matrices=None, known=None, sa
                           **{"seed": 3} | options)
 
 
-def whole_model_products(model, tokens):
+def whole_model_products(model, tokens, probe=0):
     """zᵀ H z of every block by double backward through the whole model, with the probes of the streamed pass."""
     weights, rows = weights_of(model), []
     for n, sequence in enumerate(tokens):
-        Z = [hutchinson.signs(W.shape, seeded(3, n, 0, *matrix), W.dtype)
+        Z = [hutchinson.signs(W.shape, seeded(3, n, probe, *matrix), W.dtype)
              for W, matrix in zip(weights, modules_of(model), strict=True)]
         with sdpa_kernel(SDPBackend.MATH):
             gradients = torch.autograd.grad(loss_of(model, sequence), weights, create_graph=True)
@@ -66,6 +66,13 @@ def test_streamed_products_are_those_of_double_backward_through_the_whole_model(
     off = 1e-6 * expected.abs().max() if experts else 1e-10  # the router's softmax is in float32
     assert (traces(model, tokens, "hutchinson") - expected).abs().max() < off
     assert experts or expected.abs().min() > 1e-6
+
+
+def test_a_sample_is_the_mean_over_different_probes_of_its_sequence(tokens, all_float64):
+    model, tokens = make("opt").double(), tokens[:3, :10]
+    first, second = (whole_model_products(model, tokens, probe) for probe in (0, 1))
+    assert (traces(model, tokens, "hutchinson", nprobes=2) - (first + second) / 2).abs().max() < 1e-10
+    assert (first - second).abs().min() > 1e-6
 
 
 @torch.no_grad()

@@ -7,9 +7,11 @@ import pytest
 import torch
 from commands import SMALL, run
 from conftest import make, save
+from modeling import test_experts
 from transformers import AutoModelForCausalLM
 
-from mixgpt.checkpoints import formats
+from mixgpt.checkpoints import formats, load
+from mixgpt.modeling.streaming import locations_of
 
 
 def weights(folder):
@@ -45,3 +47,15 @@ def test_a_model_on_disk_is_saved_as_save_pretrained_does(options, largest, chec
     model.save_pretrained(tmp_path / "plain", max_shard_size=largest)
     assert weights(tmp_path / "saved") == weights(tmp_path / "plain")
     assert not (tmp_path / "saved" / "progress").exists()
+
+
+@pytest.mark.parametrize("build, name, on_disk", [
+    (make, "llama", True), (test_experts.build, "kimi_linear", False)])  # whose experts are fused for transformers
+def test_how_a_model_generates_is_kept(build, name, on_disk, tokenizer, tmp_path):
+    build(name).save_pretrained(tmp_path / "dense")
+    settings = {"eos_token_id": [1, 7, 9], "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
+    (tmp_path / "dense" / "generation_config.json").write_text(json.dumps(settings))
+    model = load.open_model(tmp_path / "dense", load.read_config(tmp_path / "dense"), "auto")
+    assert bool(locations_of(model)) == on_disk
+    save(tmp_path / "saved", model, tokenizer, {})
+    assert (written := json.loads((tmp_path / "saved" / "generation_config.json").read_text())) == written | settings

@@ -1,8 +1,10 @@
-"""Check runs of a layer that pause at linears against plain runs, and what is counted of their memory."""
+"""Check runs of a layer that pause at linears against plain runs, Hessians of experts, and what memory is counted."""
+
+import io
 
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, make
+from conftest import CPU, VOCABULARY, inputs_of, make
 from makebelieve import CUDA, Gpu
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -10,7 +12,7 @@ from mixgpt.common.choices import SOLVERS
 from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
-from mixgpt.pruning.calibration import one_pass_bytes, paused_forwards
+from mixgpt.pruning.calibration import Calibration, one_pass_bytes, paused_forwards
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
@@ -32,6 +34,32 @@ def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_ea
         assert [len(inputs[stop]) for stop in stops] == [3] * (number + 1) + [0] * (len(stops) - number - 1)
     assert torch.equal(paused.hidden, whole.hidden)
     assert all(torch.equal(X, Y) for module in stops for X, Y in zip(inputs[module], expected[module], strict=True))
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+@torch.no_grad()
+def test_the_hessian_of_an_expert_with_few_tokens_is_filled_up_to_one_for_each_column(true_sequential, tokens):
+    """By the mean over all tokens that enter the experts, or for down projections by its own mean diagonal."""
+    model, tokens = make("qwen3-moe"), tokens[:3, :8]
+    split_experts(model)
+    mlp = layers_of(model)[0].mlp
+    bias = torch.tensor([1e3, 0, -1e3, 0])  # all 24 tokens go to expert 0, whose down_proj has 16 columns; none to 2
+    mlp.gate.register_forward_hook(lambda _, args, output: (*output[:2], (output[0] + bias).topk(2).indices))
+    hidden = inputs_of(model, {"mlp": mlp}, tokens)["mlp"]
+    chosen, counts = (hidden @ mlp.gate.weight.T + bias).topk(2).indices, set()
+    plan = {key: Target(0.5) for key in select(model, maxlayer=1, prune_only="experts")}
+    calibration = Calibration(StreamedModel(model, CPU, 2), plan, tokens, Recipe(true_sequential=true_sequential))
+    for (name, *_), hessian in calibration.inputs(0, layers_of(model)[0], True, io.StringIO()):
+        number = name.split(".")[2]
+        X, expert = hidden[(chosen == int(number)).any(1)], mlp.experts.get_submodule(number)
+        mean = 2 / 3 * hidden.T @ hidden / 24
+        if name.endswith("down_proj"):
+            X = torch.nn.functional.silu(X @ expert.gate_proj.weight.T) * (X @ expert.up_proj.weight.T)
+            mean = torch.eye(16) * (2 / 3 * X.square().sum(0).mean() / len(X) if len(X) else 1)
+        H, (n, columns) = 2 / 3 * X.T @ X, X.shape
+        torch.testing.assert_close(hessian.H, H + max(columns - n, 0) * mean, rtol=1e-4, atol=1e-5)
+        counts.add((n, columns))
+    assert {(24, 32), (24, 16), (0, 32), (0, 16)} < counts
 
 
 def test_layers_without_attention_are_counted():

@@ -7,12 +7,14 @@ import makebelieve
 import pytest
 import torch
 from conftest import CPU, inputs_of, make, make_plan, modules_of
+from modeling.test_decoders import build
 from test_sparsegpt import prune_matrix
 
 from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
+from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning import layerwise
 from mixgpt.pruning.hessian import factor
 from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
@@ -49,6 +51,27 @@ def prune_by_whole_forwards(model, tokens, steps):
             H, module = 2 / len(tokens) * X.double().T @ X.double(), modules[key]
             R, _ = factor(H)
             module.weight.copy_(prune_matrix(module.weight.double(), R, H.diagonal(), HALF, blocksize=16)[0])
+
+
+def least_squares(W, X, Y):
+    """Return the weights (out, in) by which inputs X (n, in) give outputs Y best, drawn to W by the default damping."""
+    ridge = (0.01 * X.square().sum(0).mean()).sqrt()
+    return torch.linalg.lstsq(torch.cat([X, ridge * torch.eye(X.shape[1])]), torch.cat([Y, ridge * W.T])).solution.T
+
+
+def regress_layer_1(model, parts, read, tokens, **options):
+    """Halve layer 0, and regress linears of layer 1 towards the dense model, by parts of their names, pruning none.
+
+    Returns layer 1 as it was, and inputs {name: X} of its modules `read` in that model and the dense one, in float64.
+    """
+    dense = copy.deepcopy(model)
+    plan = {(index, name): Target(0.0) if index else HALF for index, name in select(model, maxlayer=2)
+            if not index or any(part in name for part in parts)}
+    sparsegpt(model, plan, tokens, dense_target=True, **options)
+    before = copy.deepcopy(dense)
+    layers_of(before)[0] = layers_of(model)[0]
+    return layers_of(dense)[1], [inputs_of(each.double(), {name: layers_of(each)[1].get_submodule(name)
+                                                           for name in read}, tokens) for each in (before, dense)]
 
 
 def weights(model):
@@ -96,9 +119,7 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
                     Y += (seen[1][norms[name]] - seen[0][norms[name]]) / 2
                 H = 2 / len(tokens) * X.T @ X
                 R, _ = factor(H)
-                ridge = (0.01 * H.diagonal().mean() * len(tokens) / 2).sqrt()
-                wanted = torch.linalg.lstsq(torch.cat([X, ridge * torch.eye(len(H))]),
-                                            torch.cat([Y, ridge * W.double().T])).solution.T
+                wanted = least_squares(W.double(), X, Y)
                 expected[index, name] = prune_matrix(wanted, R, H.diagonal(), HALF, blocksize=16)[0].float()
             for name in step:  # what follows is compared on the same inputs, whatever rounding did here
                 pruned[index, name].copy_(weights(model)[index, name])
@@ -108,6 +129,47 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
         assert torch.allclose(W[same], expected[key][same], atol=2e-4), key
         rows, differing = rows + len(W), differing + (~same).sum().item()
     assert differing <= 0.01 * rows
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+@torch.no_grad()
+def test_the_dense_target_of_an_expert_is_that_of_each_token_that_both_models_route_to_it(true_sequential, tokens):
+    split_experts(model := make("qwen3-moe"))
+    tokens = torch.cat([tokens, tokens.flip(1)])  # each expert gets more than it has columns
+    layer, seen = regress_layer_1(model, ["experts"], ["mlp"], tokens, true_sequential=true_sequential)
+    hidden = [inputs["mlp"] for inputs in seen]
+    for number in range(4):
+        own, theirs = (((X @ layer.mlp.gate.weight.T).topk(2).indices == number).any(1) for X in hidden)
+        assert own.sum() >= 32 and (own & theirs).any() and (own & ~theirs).any() and (theirs & ~own).any()
+        old, new = (each.mlp.experts.get_submodule(f"{number}") for each in (layer, layers_of(model)[1].double()))
+        acts = [torch.nn.functional.silu(X @ expert.gate_proj.weight.T) * (X @ expert.up_proj.weight.T)
+                for X, expert in zip(hidden, (new if true_sequential else old, old), strict=True)]
+        for name, (X, x) in {"gate_proj": hidden, "up_proj": hidden, "down_proj": acts}.items():
+            W, target = old.get_submodule(name).weight, torch.where(theirs[:, None], (X + x) / 2, X)  # no gap elsewhere
+            expected = least_squares(W, X[own], target[own] @ W.T)
+            torch.testing.assert_close(new.get_submodule(name).weight, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind, writers", [  # {linear: (what reads the stream before it is added, norm between)}
+    ("gemma2", {"self_attn.o_proj": ("input_layernorm", "post_attention_layernorm"),
+                "mlp.down_proj": ("pre_feedforward_layernorm", "post_feedforward_layernorm")}),
+    ("granite", {"self_attn.o_proj": ("input_layernorm", ""), "mlp.down_proj": ("post_attention_layernorm", "")})])
+@torch.no_grad()
+def test_the_lag_of_the_stream_is_closed_through_the_norm_and_the_scale_of_what_is_added(kind, writers, tokens):
+    model = build(kind, **{"residual_multiplier": 0.3} if kind == "granite" else {})
+    for name, weight in model.named_parameters():
+        if name.endswith("layernorm.weight"):
+            weight.normal_()
+    layer, seen = regress_layer_1(model, writers, [*writers, *(reader for reader, _ in writers.values())], tokens)
+    for name, (reader, norm) in writers.items():
+        (X, stream), (x, dense_stream) = ((inputs[name], inputs[reader]) for inputs in seen)
+        W, scale, floor = layer.get_submodule(name).weight, torch.tensor(0.3), 0
+        if norm:  # taken to scale what it reads as it does in the dense model
+            scale = (1 + layer.get_submodule(norm).weight) / ((x @ W.T).square().mean(1, keepdim=True) + 1e-6).sqrt()
+            floor = 0.01 * scale.square().mean(1, keepdim=True)
+        change = (dense_stream - stream) * scale / (scale.square() + floor)  # least (scale · it − lag)² + floor · it²
+        torch.testing.assert_close(layers_of(model)[1].get_submodule(name).weight.double(),
+                                   least_squares(W, X, (X + x) / 2 @ W.T + change / 2), rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
