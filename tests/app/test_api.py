@@ -101,6 +101,22 @@ def test_what_the_caller_runs_under_changes_nothing(around, checkpoint_folder):
     assert result.perplexity == expected.perplexity and result.matrices == expected.matrices
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9 has none")
+def test_products_in_float32_are_exact_in_a_run_whatever_the_caller_allows_before_and_behind_it(checkpoint_folder):
+    def allowed():
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+
+    seen, before = set(), allowed()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: seen.add(allowed())):
+            mixgpt.prune(str(checkpoint_folder("llama")), "builtin", **OPTIONS)
+        assert seen == {("ieee", "ieee")} and allowed() == ("tf32", "bf16")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before
+
+
 def state():
     """Return what libraries and Python keep per process and a run could leave changed."""
     return {"random": random.getstate(), "torch": torch.get_rng_state().tolist(), "dtype": torch.get_default_dtype(),
@@ -120,6 +136,17 @@ def test_no_state_of_the_process_is_left_changed(checkpoint_folder):
     mixgpt.prune(folder, "builtin", preset="best", **OPTIONS)
     assert state() == before
     transformers.utils.logging.disable_progress_bar()  # as other tests expect
+
+
+def test_a_mixture_of_experts_in_memory_is_refused_and_left_as_it_was(checkpoint_folder):
+    model, tokenizer = in_memory(checkpoint_folder("qwen3-moe"))
+    before, modules = copy.deepcopy(model.train().state_dict()), list(model.modules())
+    with pytest.raises(InputError, match="^model: a mixture of experts cannot be pruned in memory; give its name or"):
+        mixgpt.prune(model, "builtin", tokenizer, **OPTIONS)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(tensor, before[key]) for key, tensor in after.items())
+    assert list(model.modules()) == modules and all(module.training for module in modules)
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 @pytest.mark.parametrize("given, message", [

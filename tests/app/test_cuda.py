@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import FAMILIES, read_little, saved_tensors
 from makebelieve import Gpu, GpuTensor
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import modelutils
 from mixgpt.allocation import backward
@@ -22,6 +23,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import memory
 from mixgpt.common.choices import RECORD
 from mixgpt.kernels import columns
+from mixgpt.pruning import distill
 from sparsegpt import Walk
 
 try:
@@ -171,6 +173,20 @@ def test_a_gpu_keeps_the_experts_that_a_cpu_keeps(gpu, run):
     compare(ours, expected, job)
 
 
+@pytest.mark.parametrize("free", [None, 0])  # with hidden states there, and on the host
+def test_a_model_whose_kernels_need_a_gpu_is_checked_there(free, simulated, run, monkeypatch):
+    forward = LlamaMLP.forward
+
+    def on_gpus(self, X):
+        if not X.is_cuda:
+            raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+        return forward(self, X)
+
+    monkeypatch.setattr(LlamaMLP, "forward", on_gpus)
+    with Gpu(free=free):
+        run("llama", "", "cuda:0")
+
+
 @pytest.mark.parametrize("job, dtype", [
     ("SparseGPT", "float32"), ("2:4", "bfloat16"), ("50% + 4 bit, sparse", "float16")])
 def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no_waiting_in_the_walk):
@@ -274,6 +290,27 @@ def test_a_gpu_that_is_too_small_ends_in_one_line(simulated, run):
     with Gpu(memory=100_000):
         error = run("llama", "SparseGPT", "cuda:0", status=2)
     assert error == ("llama.py: error: --batch-size 1: out of GPU memory; lower --seqlen\n")
+
+
+def test_distillation_goes_on_in_smaller_batches_down_to_what_fits(simulated, run, monkeypatch):
+    job, train, backward_of, tried = "--sparsity .5 --distill 2 --batch-size 8", distill.distill, distill._backward, []
+    monkeypatch.setattr(distill, "room_for", lambda *_: 6)
+    with Gpu():
+        expected, whole, _ = run("llama", job, "cuda:0")
+
+    def scarce(stream, layers, head, rows, *given):
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backward_of(stream, layers, head, rows, *given)
+
+    monkeypatch.setattr(distill, "_backward", scarce)
+    monkeypatch.setattr(distill, "distill", lambda streamed, *given: tried.append(
+        (streamed.batch_size, streamed.on_host)) or train(streamed, *given))
+    with Gpu():
+        found, record, _ = run("llama", job, "cuda:0")
+    assert tried == [(6, False), (6, True), (3, True), (1, True)]
+    assert record["distilled"] == {"divergence": pytest.approx(whole["distilled"]["divergence"], rel=1e-4)}
+    assert all(torch.allclose(tensor, expected[key], rtol=0, atol=1e-4) for key, tensor in found.items())
 
 
 def test_memory_is_given_back_before_a_step_begins_again(simulated):

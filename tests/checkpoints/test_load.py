@@ -1,12 +1,17 @@
 """Check loading."""
 
+import hashlib
 import json
 
+import pytest
 import sentencepiece as spm
+from conftest import assert_same_weights, make, record_of
+from huggingface_hub import constants
 from transformers import LlamaConfig
 
 import datautils
 from mixgpt.checkpoints import load
+from mixgpt.modeling.streaming import locations_of
 
 
 def test_the_empty_special_tokens_of_early_llama_conversions_are_put_right(tmp_path):
@@ -21,3 +26,34 @@ def test_the_empty_special_tokens_of_early_llama_conversions_are_put_right(tmp_p
     pieces = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text)
     assert tokenizer(text).input_ids == [1, *pieces]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+
+
+def put_in_cache(folder, cache):
+    """Keep a folder as the hub's client keeps the model org/name: a snapshot is links to blobs without an ending."""
+    blobs, refs, snapshot = (cache / "models--org--name" / path for path in ("blobs", "refs", "snapshots/5cf2"))
+    for place in (blobs, refs, snapshot):
+        place.mkdir(parents=True)
+    (refs / "main").write_text(snapshot.name)
+    for file in folder.iterdir():
+        blob = file.rename(blobs / hashlib.sha256(file.read_bytes()).hexdigest())
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+
+
+@pytest.mark.parametrize("size, files", [("1GB", 1), ("40KB", 5)])
+def test_a_hub_id_is_read_from_the_cache_as_a_folder_is(size, files, tokenizer, prune, tmp_path, monkeypatch):
+    """Without network, and its weights stay on disk, as in the README's first command."""
+    model, source, saved = make("opt"), tmp_path / "source", tmp_path / "saved"
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(source, max_shard_size=size)
+    tokenizer.save_pretrained(source)
+    assert len(list(source.glob("*.safetensors"))) == files
+    prune("opt", "--sparsity .5 --save", tmp_path / "expected", model=source)
+    put_in_cache(source, tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    prune("opt", "--sparsity .5 --save", saved, model="org/name")
+    assert_same_weights(saved, tmp_path / "expected")
+    record, expected = record_of(saved), record_of(tmp_path / "expected")
+    assert all(record[key] == expected[key] for key in ("matrices", "perplexity", "data"))
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (saved / name).read_text() == (tmp_path / "expected" / name).read_text()
+    assert locations_of(load.open_model("org/name", load.read_config("org/name"), "auto"))

@@ -154,6 +154,15 @@ def complete(prune, tmp_path):
     return saved, prune("opt", "--dense", HALF, saved).partition("\n\n")[2]
 
 
+def test_a_run_that_is_refused_leaves_the_model_that_it_would_replace(complete, prune, tmp_path):
+    saved, _ = complete
+    (tmp_path / "short.txt").write_text("A short text.")
+    before = snapshot(saved)
+    assert "--seqlen 32: the train text of" in prune("opt", HALF, saved, "--overwrite", data=tmp_path / "short.txt",
+                                                     status=2)
+    assert snapshot(saved) == before
+
+
 def test_the_folder_of_a_complete_run_without_resume_or_of_others_is_refused(complete, prune, tmp_path):
     notes, saved = tmp_path / "notes", complete[0]
     notes.mkdir()

@@ -129,6 +129,25 @@ def test_the_gpu_gives_the_same(scheme, dtype):
                 assert y.is_cuda and torch.allclose(y.cpu(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("scheme, sparsity", [(None, 0.0), (Scheme(4, 16), 0.0), (Scheme(3), 0.5)], ids=str)
+def test_a_layer_on_the_gpu_is_expanded_there(scheme, sparsity):
+    """After from_pretrained(folder, device_map="cuda"): one without a mask, and each with `dequantize`."""
+    W = torch.randn(6, 64).bfloat16()
+    W[torch.rand(6, 64) < sparsity] = 0
+    W, grid = quantize_nearest(W, scheme) if scheme else (W, None)
+    parts, description = encode(W, grid)
+    layer = SparseLinear(PackedWeight(description), torch.nn.Parameter(torch.randn(6).bfloat16()))
+    for name, part in parts.items():
+        setattr(layer.weight, name, part)
+    with Gpu():
+        layer.to("cuda:0")
+        layers = [layer.expanded(), layer.expanded(torch.float32), layer.prepared()]
+        assert (layers[-1] is layer) == ("mask" in parts) == (sparsity > 0)
+        for dense in layers[:2] if sparsity else layers:
+            assert type(dense) is torch.nn.Linear and dense.weight.is_cuda and dense.bias.is_cuda
+            assert torch.equal(dense.weight.cpu(), W.to(dense.weight.dtype))
+
+
 GUARDED = """
 import ctypes, itertools, mmap
 from unittest import mock
