@@ -246,10 +246,13 @@ class RunDir(contextlib.AbstractContextManager):
         """
         if self.writes:
             with reading("the tokenizer cannot be saved"), self.disk_errors("the tokenizer"):
+                owners = [each for each in (vars(self.model.config), tokenizer.init_kwargs) if each.get("auto_map")]
+                code = list(Path(self.model.config.name_or_path).glob("*.py")) if owners else []
+                for file in code:  # for others to load: it is never run here
+                    shutil.copyfile(file, self.path / file.name)
+                for owner in () if code else owners:  # of a hub id, whose code is not fetched
+                    del owner["auto_map"]
                 tokenizer.save_pretrained(self.path)
-                if getattr(self.model.config, "auto_map", None):  # for others to load: it is never run here
-                    for file in Path(self.model.config.name_or_path).glob("*.py"):
-                        shutil.copyfile(file, self.path / file.name)
             with self.disk_errors("the model"), texts.silenced():
                 save_format = FORMATS[self.save_format]
                 loaded = contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu"))

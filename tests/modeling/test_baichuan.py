@@ -267,3 +267,7 @@ def test_a_saved_folder_keeps_the_code_of_the_published_one_for_others(published
         assert all("auto_map" in json.loads((folder / each).read_text())
                    for each in ("config.json", "tokenizer_config.json"))
         assert {file.read_text() for file in folder.glob("*.py")} == {POISON}
+    for file in folder.glob("*.py"):  # as where only a hub id is known
+        file.unlink()
+    save(tmp_path / "without", load.load_model(folder, "auto"), load.load_tokenizer(folder), {})
+    assert not any("auto_map" in file.read_text() for file in (tmp_path / "without").glob("*config.json"))
