@@ -52,7 +52,7 @@ def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
 
     Arguments and result are like those of `calibration_samples`, but the text may have as few as seqlen tokens.
     """
-    text_set = text_set_of(dataset) or DATASETS.check(dataset)
+    text_set = text_set_of(dataset) or DATASETS[dataset]
     rows, source = load_rows(dataset, "test", data_dir)
     text = text_set.test_join.join(as_texts(rows[:text_set.test_documents], tokenizer))
     ids = token_ids(tokenizer, text, bos)
@@ -132,7 +132,7 @@ def require_tokens(ids, needed, seqlen, source):
 
 def load_rows(dataset, part, data_dir):
     """Return (rows, source) of the "train" or "test" part of a dataset; paths and lists have one part."""
-    text_set = text_set_of(dataset) or DATASETS.check(dataset)
+    text_set = text_set_of(dataset) or DATASETS[dataset]
     split = text_set.test_split if part == "test" else part
     if text_set.code:
         rows, origin = text_set.load()(split)

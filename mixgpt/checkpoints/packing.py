@@ -69,7 +69,7 @@ def decode(parts, description):
     zero = parts.get("zero", torch.full(scale.shape, 2 ** (wbits - 1), dtype=torch.uint8))
     if zero.dim() == 1:  # packed
         zero = unpack(zero, wbits, scale.numel()).view(scale.shape)
-    scheme = GRIDS.check(description.get("grid", "uniform")).load()(wbits)
+    scheme = GRIDS[description.get("grid", "uniform")].load()(wbits)
     grid = Grid(scheme, scale, zero, parts.get("group", consecutive(shape[1], groups)))
     codes = zero[:, grid.group].flatten()
     codes[kept] = unpack(parts["codes"], wbits, int(kept.sum()))

@@ -167,7 +167,7 @@ class RunDir(contextlib.AbstractContextManager):
         try:
             with safe_open(file, "pt") as tensors:
                 for name, matrix in json.loads(file.with_suffix(".json").read_text()).items():
-                    scheme = GRIDS.check(matrix["grid"]).load() if matrix["grid"] else None
+                    scheme = GRIDS[matrix["grid"]].load() if matrix["grid"] else None
                     grid = scheme and Grid(scheme(**matrix["scheme"]), *(
                         tensors.get_tensor(f"grid.{name}.{part}").clone() for part in ("scale", "zero", "group")))
                     outcomes[index, name] = Outcome(matrix["error"], matrix["percdamp"], grid)

@@ -148,7 +148,7 @@ class PackedWeight(torch.nn.Module):
 def _units(grid, wbits, dtype, device):
     """Return the values of codes in units of the scale, (zeros, codes), rounded to the dtype of the scale."""
     codes = torch.arange(2**wbits, dtype=torch.uint8)
-    units = GRIDS.check(grid).load()(wbits).decode(codes.expand(len(codes), -1), codes[:, None])
+    units = GRIDS[grid].load()(wbits).decode(codes.expand(len(codes), -1), codes[:, None])
     return units.to(dtype).float().repeat(1, -(-16 // len(codes))).to(device)
 
 

@@ -35,17 +35,14 @@ class Choice:
 
 
 class Registry(dict):
-    """{name: Choice} of one flag."""
+    """{name: Choice} of one flag. Another name raises InputError."""
 
     def __init__(self, flag, choices):
         super().__init__(choices)
         self.flag = flag
 
-    def check(self, name):
-        """Raise InputError if there is no such choice."""
-        if name not in self:
-            raise InputError(f"{self.flag} {name}: must be one of {', '.join(self)}")
-        return self[name]
+    def __missing__(self, name):
+        raise InputError(f"{self.flag} {name}: must be one of {', '.join(self)}")
 
     def title(self, name):
         """Return the name of a choice in tables and progress."""
