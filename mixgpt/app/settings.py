@@ -225,6 +225,8 @@ class Settings:
         if missing := [need for need in metadata["needs"] if not getattr(self, need)]:
             given = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
             raise InputError(f"{flag}{given}: needs {NEEDS[missing[0]]}")
+        if reason := isinstance(choices, Registry) and choices[value].refuses(self):
+            raise InputError(f"{flag} {value}: {reason}")
 
     def _check_combinations(self):
         n, m, groupsize, solver = self.prunen, self.prunem, self.groupsize, SOLVERS[self.solver]
@@ -252,11 +254,6 @@ class Settings:
             raise InputError(f"--wbits {self.wbits}: --solver {self.solver} does not quantize; must be "
                              f"{' or '.join(name for name, other in SOLVERS.items() if other.quantizes)}")
         check_texts(None if self.dataset == IN_MEMORY else self.dataset, self.eval, self.needs_calibration)
-        for field in dataclasses.fields(self):
-            if isinstance(registry := field.metadata.get("choices"), Registry):
-                choice = registry[getattr(self, field.name)]
-                if reason := choice.refuses and choice.refuses(self):
-                    raise InputError(f"{registry.flag} {getattr(self, field.name)}: {reason}")
 
     @property
     def has_effort(self):

@@ -27,7 +27,7 @@ class Choice:
     help: str  # what it does, in a few words
     code: Any = None  # "module:name", or the object itself
     title: str = ""  # name in tables and progress (default: its name)
-    refuses: Callable | None = None  # function of app.settings.Settings: why it does not support them, or ""
+    refuses: Callable = lambda settings: ""  # why it does not support an app.settings.Settings, or ""
 
     def load(self):
         """Return the code of this choice."""
