@@ -32,7 +32,7 @@ NEEDS = {  # what makes these properties of Settings true, in words
 }
 
 
-def recipe(preset, prunem=0, wbits=16, groupsize=-1, effort=1.0):
+def recipe(preset=None, prunem=0, wbits=16, groupsize=-1, effort=1.0, **_):
     """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
 
     In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Grids need
@@ -193,8 +193,7 @@ class Settings:
         defaults = {field.name: field.default for field in dataclasses.fields(self) if "help" in field.metadata}
         if unknown := options.keys() - defaults.keys():
             raise TypeError(f"Settings has no {', '.join(sorted(unknown))}")
-        shape = {name: options[name] for name in ("prunem", "wbits", "groupsize", "effort") if name in options}
-        preset = recipe(options["preset"], **shape) if options.get("preset") is not None else {}
+        preset = recipe(**options)
         for name, value in ({"model": model, "dataset": dataset} | defaults | preset | options).items():
             value = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy
             value = str(value) if isinstance(value, Path) else value
