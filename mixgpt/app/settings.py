@@ -21,13 +21,12 @@ PRESETS = {  # complete recipes; explicit flags override them
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
              "percdamp": 0.1, "extra": 0.5, "distill": 0.75},
 }
-NEEDS = {  # what makes these properties of Settings true, in words
+NEEDS = {  # what makes these properties of Settings true, in words, if not the flag of that name
     "prunes": "--sparsity or --prunen and --prunem",
     "quantizes": f"--wbits {', '.join(map(str, WBITS[:-1]))}",
     "compresses": "--sparsity, --prunen and --prunem, or --wbits",
     "calibrates": "calibration, --sparsity, --prunen or --wbits without --gmp and --nearest",
     "is_nonuniform": "--sparsity-way " + " or ".join(name for name, way in ALLOCATIONS.items() if not way.even),
-    "has_effort": "--preset best", "save": "--save", "log_wandb": "--log-wandb", "tasks": "--tasks",
     "eval": "the test sets of --eval",
 }
 
@@ -94,7 +93,7 @@ class Settings:
         needs=("prunes",))
     effort: float = option(1.0, METHOD,
         "time that best may take: multiplies its --distill and the number of steps, and its --extra (n:m: by the root)",
-        between=(0.1, 100), needs=("has_effort",))
+        between=(0.1, 100))
 
     sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",
         group="sparsity allocation", choices=ALLOCATIONS, needs=("prunes",))
@@ -223,7 +222,7 @@ class Settings:
             check_between(flag, value, *metadata["between"])
         if missing := [need for need in metadata["needs"] if not getattr(self, need)]:
             given = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
-            raise InputError(f"{flag}{given}: needs {NEEDS[missing[0]]}")
+            raise InputError(f"{flag}{given}: needs {NEEDS.get(missing[0], flag_of(missing[0]))}")
         if reason := isinstance(choices, Registry) and choices[value].refuses(self):
             raise InputError(f"{flag} {value}: {reason}")
 
@@ -235,6 +234,8 @@ class Settings:
             raise InputError(f"--prunen {n} --prunem {m}: needs 0 < prunen < prunem, for example --prunen 2 --prunem 4")
         if m and self.sparsity not in (0, n / m):
             raise InputError(f"--sparsity {self.sparsity:g}: contradicts --prunen {n} --prunem {m}; leave it out")
+        if self.effort != 1 and self.preset != "best":
+            raise InputError(f"--effort {self.effort:g}: needs --preset best")
         if groupsize == 0:
             raise InputError("--groupsize 0: must be at least 1, or -1 for a whole row")
         if self.nearest and self.prunes and not self.gmp:
@@ -253,10 +254,6 @@ class Settings:
             raise InputError(f"--wbits {self.wbits}: --solver {self.solver} does not quantize; must be "
                              f"{' or '.join(name for name, other in SOLVERS.items() if other.quantizes)}")
         check_texts(None if self.dataset == IN_MEMORY else self.dataset, self.eval, self.needs_calibration)
-
-    @property
-    def has_effort(self):
-        return self.preset == "best"
 
     @property
     def prunes(self):
