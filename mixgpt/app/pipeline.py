@@ -75,7 +75,7 @@ def evaluate(current, method):
 def _save(current, plan, outcomes, matrices, others):
     """Complete the output folder, reload it, and compare all zeros and a few logits with the model in memory."""
     folder, path = current.files, current.settings.save
-    probe = torch.arange(min(PROBE, current.seqlen))[None] % current.config.vocab_size
+    probe = torch.arange(min(PROBE, current.settings.seqlen))[None] % current.config.vocab_size
     with current.clock.part("save"):
         folder.write_json(folder.path / choices.RECORD, current.record)
         folder.write_checkpoint(current.tokenizer, {path_of(current.model, *key): outcome.grid

@@ -32,7 +32,7 @@ def facts(run):
     versions = {"python": platform.python_version(), "torch": torch.__version__} | {
         name: version(name) for name in packages}
     return {"settings": dataclasses.asdict(settings) | {
-                "seqlen": run.seqlen, "dtype": str(run.model.dtype).removeprefix("torch."), "device": str(device)},
+                "dtype": str(run.model.dtype).removeprefix("torch."), "device": str(device)},
             **program.signature(), "device_name": device_name, "versions": versions, "data": run.sources}
 
 
@@ -56,15 +56,15 @@ def _counted(m):
     return {"layer": m.layer, "name": m.name, "shape": list(m.shape), "sparsity": m.zeros / m.numel}
 
 
-def asked(settings, seqlen, device):
+def asked(settings, device):
     """Return the settings that a resumed run must have in common with the first one, {flag: value}."""
     shared = {flag_of(name): getattr(settings, name) for name in having_effect(RESULT, METHOD)}
-    return shared | {"--seqlen": seqlen, "--device": device.type, "number of processes": distributed.world()}
+    return shared | {"--device": device.type, "number of processes": distributed.world()}
 
 
 def identity(run):
     """Return what a resumed run must have in common with the first one, {flag: value}."""
-    return asked(run.settings, run.seqlen, run.device) | {
+    return asked(run.settings, run.device) | {
         "--dtype": str(run.model.dtype).removeprefix("torch."), "model's weights": streaming.fingerprint(run.model),
         "calibration tokens": None if run.calibration is None else streaming.digest(run.calibration)}
 
@@ -86,10 +86,11 @@ def completed(settings, device):
     except (OSError, ValueError, TypeError, KeyError):  # of another program
         return None
     program.check_signature(record, f"--resume: the run in {folder}")
-    now = asked(settings, settings.seqlen or before["--seqlen"], device) | {
+    now = asked(settings, device) | {
         flag_of(name): getattr(settings, name) for name in ("model", *having_effect(EVALUATION, REPORT))}
     for flag, value in json.loads(json.dumps(now)).items():
-        if value != before.get(flag) and not (flag in ("--dtype", "--bos") and value == "auto"):  # which is resolved
+        resolved = flag in ("--seqlen", "--dtype", "--bos") and value in (None, "auto")
+        if value != before.get(flag) and not resolved:
             raise InputError(f"--resume: {flag} was {before.get(flag)} in the complete run in {folder}, now it is "
                              f"{value}; to evaluate its result again, give the folder as the model")
     if distributed.rank() == 0:
@@ -112,7 +113,7 @@ def heading(run, command=None, whole=None):
     """Return all that is needed to repeat the run. whole: type of the multimodal model whose text part is pruned."""
     settings, model, parameters = run.settings, run.model, sum(p.numel() for p in run.model.parameters())
     extra, processes = sum(settings.extra_counts), distributed.world()
-    data = [f"{settings.dataset}: {len(run.calibration)} sequences of {run.seqlen} tokens",
+    data = [f"{settings.dataset}: {len(run.calibration)} sequences of {settings.seqlen} tokens",
             f"{extra} further ones" if extra else "",
             f"seed {settings.seed}, batches of {settings.batch_size}"] if run.calibration is not None else []
     lines = {"command": [command],

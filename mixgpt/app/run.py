@@ -29,11 +29,10 @@ class Run:
     Those from `calibration` on are empty until `read_texts`, those from `files` on until `open_run`.
     """
 
-    settings: Settings  # with what "auto" in --bos stands for
+    settings: Settings  # with what the defaults of --seqlen and --bos stand for
     device: torch.device
     clock: runtime.Clock
     config: Any  # of transformers
-    seqlen: int
     tokenizer: Any
     selected: dict  # {(layer, name): (out, in)}, the matrices to change
     uncalled: list  # names of linears that layers do not call as modules, which stay dense
@@ -61,7 +60,7 @@ class Run:
     def distilling(self, plan):
         """Return the model as it distils under a MemoryPlan, with as many tokens in a batch, and its pieces (m, t)."""
         tokens = distill.pieces(self.further[self.settings.extra_counts[0]:])
-        size = plan.batch_size * (self.seqlen // tokens.shape[1])
+        size = plan.batch_size * (self.settings.seqlen // tokens.shape[1])
         return self.streamed(replace(plan, batch_size=size)), tokens
 
     def retry(self, step, on_host=True):
@@ -96,9 +95,9 @@ def check(settings, device, clock, model=None, tokenizer=None):
     if settings.sensitivity_file:
         traces.read(settings.sensitivity_file, targets.select(skeleton), settings.sensitivity)
     tokenizer = tokenizer or load.load_tokenizer(settings.model)
-    settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer))
-    run = Run(settings, device, clock, config, runtime.choose_seqlen(settings.seqlen, config), tokenizer, selected,
-              uncalled, model)
+    settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer),
+                       seqlen=runtime.choose_seqlen(settings.seqlen, config))
+    run = Run(settings, device, clock, config, tokenizer, selected, uncalled, model)
     if settings.needs_calibration:
         _check_sequences(run, widening)
     return run
@@ -108,7 +107,7 @@ def _check_sequences(run, widening):
     """Raise InputError for calibration sequences that exceed memory and disk, or are fewer than the processes."""
     settings, world = run.settings, distributed.world()
     itemsize = 2 if run.dtype == "auto" else run.dtype.itemsize  # at least
-    numel = run.seqlen * (settings.nsamples + sum(settings.extra_counts)) * run.config.hidden_size
+    numel = settings.seqlen * (settings.nsamples + sum(settings.extra_counts)) * run.config.hidden_size
     sets = 2 if settings.target == "dense" else 1
     nbytes = int(sets * widening * numel * itemsize) // world
     allocate([nbytes], torch.uint8, run.device, place_for(nbytes, run.device))  # and free it again
@@ -124,8 +123,8 @@ def read_texts(run, texts=None):
 
     texts: calibration text in memory, a list of strings or tokens (N, T), which are the further sequences, too.
     """
-    settings, tokenizer, sources = run.settings, run.tokenizer, run.sources
-    count, width = sum(settings.extra_counts), distill.piece_length(run.seqlen)
+    settings, seqlen, tokenizer, sources = run.settings, run.settings.seqlen, run.tokenizer, run.sources
+    count, width = sum(settings.extra_counts), distill.piece_length(seqlen)
     if settings.needs_calibration and isinstance(texts, torch.Tensor):
         run.calibration = texts.to("cpu")
         sources["calibration"] = {"dataset": settings.dataset, "tokens": streaming.digest(run.calibration)}
@@ -134,13 +133,13 @@ def read_texts(run, texts=None):
     elif settings.needs_calibration:
         draw = partial(calibration_samples, settings.dataset if texts is None else texts, tokenizer=tokenizer,
                        data_dir=settings.data_dir, bos=settings.bos)
-        run.calibration, sources["calibration"] = draw(settings.nsamples, run.seqlen, settings.seed)
+        run.calibration, sources["calibration"] = draw(settings.nsamples, seqlen, settings.seed)
         run.further = run.calibration[:0]
         if count:  # in pieces, as many short ones differ more than a few long ones
-            pieces, _ = draw(count * run.seqlen // width, width, f"{settings.seed}, further")
-            run.further = pieces.view(count, run.seqlen)
+            pieces, _ = draw(count * seqlen // width, width, f"{settings.seed}, further")
+            run.further = pieces.view(count, seqlen)
     for name in settings.eval:
-        segments, sources[name] = test_tokens(name, run.seqlen, tokenizer, settings.data_dir, settings.bos)
+        segments, sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir, settings.bos)
         run.tests[name] = segments[:settings.eval_limit]
     for tokens in filter(torch.is_tensor, (run.calibration, run.further, *run.tests.values())):
         if tokens.numel() and tokens.max() >= run.config.vocab_size:
@@ -155,7 +154,7 @@ def read_texts(run, texts=None):
     chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
     tasks.check(chosen, tokenizer, load.size(run.config, run.dtype), run.device)
     run.score_tasks = lambda model, batch_size: tasks.score(
-        chosen, model, tokenizer, settings.limit, batch_size * run.seqlen, run.device, settings.bos)
+        chosen, model, tokenizer, settings.limit, batch_size * seqlen, run.device, settings.bos)
 
 
 def open_run(run, stack, folder, command=None):
@@ -217,7 +216,7 @@ def _plan_passes(run):
     """Calibrate each layer in one pass if the activations of all sequences inside it fit on the GPU."""
     settings = run.settings
     count = -(-(len(run.calibration) + settings.extra_counts[0]) // distributed.world())
-    needed = calibration.one_pass_bytes(run.streamed(run.memory_plan), run.selected, (count, run.seqlen),
+    needed = calibration.one_pass_bytes(run.streamed(run.memory_plan), run.selected, (count, settings.seqlen),
                                         settings.target == "dense", settings.solver == "admm")
     free = min(distributed.all_gather_object(memory.free(run.device)))  # all processes decide alike
     run.memory_plan = memory.MemoryPlan(**run.decided("memory_plan", lambda: asdict(
