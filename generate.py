@@ -51,7 +51,7 @@ def _parse(argv):
 def main(argv=None):
     """Run the command line. Returns the exit status, see `reported`."""
     argv = sys.argv[1:] if argv is None else argv
-    remedy = "lower --max-new-tokens, or give --dtype bfloat16"
+    remedy = "lower --max-new-tokens, or give --dtype bfloat16 or --device cpu"
     with reported("generate.py", argv, remedy) as end:
         given = _parse(argv)
         model, dense = given.pop("model"), given.pop("dense")

@@ -87,7 +87,4 @@ def prune(model, dataset, tokenizer=None, **options):
 def load(folder, device=None, dtype="auto", packed=True):
     """Load a saved model; see `mixgpt.load`."""
     device, tokenizer = choose_device(device), checkpoints.load_tokenizer(str(folder))
-    try:
-        return checkpoints.read_model(str(folder), dtype, packed).eval().to(device), tokenizer
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"model {folder}: out of GPU memory; give --device cpu") from error
+    return checkpoints.read_model(str(folder), dtype, packed).eval().to(device), tokenizer

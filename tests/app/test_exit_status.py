@@ -69,7 +69,7 @@ def test_a_lack_of_memory_gets_a_line_that_says_what_to_lower(error, monkeypatch
                                        "give --no-true-sequential\n")
     assert end("generate.py", error, monkeypatch) == 2
     assert capsys.readouterr().err == (
-        "generate.py: error: out of memory; lower --max-new-tokens, or give --dtype bfloat16\n")
+        "generate.py: error: out of memory; lower --max-new-tokens, or give --dtype bfloat16 or --device cpu\n")
     assert not list(temporary.iterdir())
 
 
