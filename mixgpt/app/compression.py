@@ -3,6 +3,8 @@
 from dataclasses import asdict, replace
 from functools import partial
 
+import torch
+
 from mixgpt.app import report
 from mixgpt.common import choices, memory
 from mixgpt.evaluation.measures import measure_weights
@@ -40,7 +42,8 @@ def _prune(run, plan, memory_plan):
             settings.percdamp, settings.act_order, not memory_plan.two_passes, settings.target == "dense",
             row_weights={key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
             title=choices.SOLVERS.title(settings.solver))
-        outcomes = layerwise.prune_layerwise(streamed, plan.targets, plan.tokens, recipe, run.files, run.tracker.layer)
+        tokens = torch.cat([run.calibration, run.further[:settings.extra_counts[0]]])
+        outcomes = layerwise.prune_layerwise(streamed, plan.targets, tokens, recipe, run.files, run.tracker.layer)
     else:
         with run.clock.part("magnitude" if settings.prunes else "rounding"):
             outcomes = layerwise.prune_magnitude(streamed, plan.targets, settings.scheme, run.files, run.tracker.layer)

@@ -20,7 +20,6 @@ class Plan:
     """What pruning needs beside the model. Empty for a dense model."""
 
     targets: dict  # {(layer, name): Target}
-    tokens: torch.Tensor | None = None  # (n, T), on which matrices are pruned
     gradients: dict | None = None  # of `output_gradients`, if needed
     traces: Any = None  # allocation.traces.Traces, if matrices are ranked by sensitivity
     dense: dict = field(default_factory=dict)  # `distill.dense_states` of the tokens for distillation, if it distils
@@ -30,7 +29,9 @@ def choose(run):
     """Return the `Plan` of a run; print and plot it."""
     settings = run.settings
     retry = partial(run.retry, on_host=False)
-    dense = retry(partial(_dense_states, run))
+    dense = {}
+    if run.distills:
+        _, dense = run.kept("dense_states", lambda: (None, retry(partial(_dense_states, run))))
     if settings.experts:
         _remove_experts(run, retry)
     if not settings.compresses:
@@ -68,13 +69,10 @@ def _remove_experts(run, retry):
 
 
 def _dense_states(run, memory_plan):
-    """Return `distill.dense_states` of the text for distillation, {} if there is none."""
-    def make():
-        streamed, tokens = run.distilling(memory_plan)
-        with run.clock.part("distillation"):
-            return None, distill.dense_states(streamed, tokens)
-
-    return run.kept("dense_states", make)[1] if run.distills else {}
+    """Return `distill.dense_states` of the text for distillation."""
+    streamed, tokens = run.distilling(memory_plan)
+    with run.clock.part("distillation"):
+        return distill.dense_states(streamed, tokens)
 
 
 def _measure(run, dense, memory_plan):
@@ -85,20 +83,14 @@ def _measure(run, dense, memory_plan):
             measured, path = traces.load_or_compute(streamed, run.calibration, settings.sensitivity, settings.seed,
                                                     settings.nprobes, settings.sensitivity_file)
         run.log(f"{measured.verdict()}\n         kept in {path}")
-    hessians, _ = settings.extra_counts
-    tokens = torch.cat([run.calibration, run.further[:hessians]]) if settings.needs_calibration else None
     targets, tensors = run.kept("targets", lambda: _allocate(run, streamed, measured, dense.get("vocabulary")))
     gradients = {(layer, name): tensors[f"{layer}.{name}"].split(shape)
                  for (layer, name), shape in run.selected.items()} if settings.needs_gradients else None
-    return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, tokens, gradients, measured,
-                dense)
+    return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, gradients, measured, dense)
 
 
 def _allocate(run, streamed, measured, vocabulary):
-    """Return the targets of all matrices, a JSON-able list, and the gradients used for them, a tensor for each.
-
-    vocabulary: as of `distill.dense_states`, or None.
-    """
+    """Return the targets of all matrices, a JSON-able list, and the gradients used for them, a tensor for each."""
     settings, gradients = run.settings, {}
     n, m = settings.prunen, settings.prunem
     if settings.needs_gradients:
