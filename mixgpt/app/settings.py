@@ -91,9 +91,8 @@ class Settings:
         "a complete recipe: sparsegpt, mixgpt (the paper's, with sensitivities by fisher) or best (lowest perplexity, "
         "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
         needs=("prunes",))
-    effort: float = option(1.0, METHOD,
-        "time that best may take: multiplies its --distill and the number of steps, and its --extra (n:m: by the root)",
-        between=(0.1, 100))
+    effort: float = option(1.0, METHOD, "time that best may take: multiplies its --distill and the number of steps, "
+        "and its --extra (n:m: by the root)", between=(0.1, 100))
 
     sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",
         group="sparsity allocation", choices=ALLOCATIONS, needs=("prunes",))
@@ -102,9 +101,8 @@ class Settings:
     sensitivity: str = option("hutchinson", METHOD, "sensitivity estimator", choices=ESTIMATORS)
     nprobes: int = option(1, RESULT, "random probes (with fisher: sampled labels) per calibration sequence",
         between=(1,))
-    sensitivity_file: str | None = option(None, FREE,
-        "JSON file of sensitivities: read if it exists, else computed and written (default: cached in ~/.cache/mixgpt "
-        "by model, data, seed and settings)")
+    sensitivity_file: str | None = option(None, FREE, "JSON file of sensitivities: read if it exists, else computed "
+        "and written (default: cached in ~/.cache/mixgpt by model, data, seed and settings)")
 
     gmp: bool = option(False, METHOD, "magnitude pruning without calibration (the baseline)", group="pruning",
         needs=("compresses",))
@@ -116,9 +114,8 @@ class Settings:
     saliency: str = option("obs", METHOD, "score by which weights are ranked", choices=SALIENCIES)
     blocksize: int = option(128, RESULT, "columns after which the rest of the matrix is updated", between=(1,))
     percdamp: float = option(0.01, RESULT, "damping of the Hessian, a fraction of its mean diagonal", between=(0, 1))
-    true_sequential: bool = option(True, RESULT,
-        "calibrate each linear on the outputs of the pruned linears before it in its layer; otherwise all linears of "
-        "a layer on the unpruned layer")
+    true_sequential: bool = option(True, RESULT, "calibrate each linear on the outputs of the pruned linears before it "
+        "in its layer; otherwise all linears of a layer on the unpruned layer")
 
     wbits: int = option(16, METHOD, "bits of the kept weights, quantized by GPTQ in the same pass; 16: not quantized",
         group="quantization", choices=WBITS)
@@ -134,9 +131,8 @@ class Settings:
     nearest: bool = option(False, METHOD, "round to nearest without calibration (the baseline)", needs=("quantizes",))
 
     nsamples: int = option(128, RESULT, "calibration sequences", group="calibration", between=(1,))
-    extra: float = option(0.0, METHOD,
-        "further sequences for the Hessians alone, as a multiple of --nsamples", between=(0, 100),
-        needs=("calibrates",))
+    extra: float = option(0.0, METHOD, "further sequences for the Hessians alone, as a multiple of --nsamples",
+        between=(0, 100), needs=("calibrates",))
     distill: float = option(0.0, METHOD,
         "further sequences for distillation, likewise: at the end the kept weights, or with --wbits the scales of "
         "their grids, are trained on the dense model's predictions and the next tokens", between=(0, 100),
@@ -150,9 +146,8 @@ class Settings:
     seed: int = option(0, METHOD, "random seed for sequences, probes and sampled labels", between=(0, 2**64 - 1))
     data_dir: str | None = option(None, FREE, "folder with local copies of the datasets, used instead of the hub")
 
-    eval: tuple[str, ...] = option(("wikitext2", "ptb", "c4"), REPORT,
-        "test sets for perplexity, by name, or files or folders of text; --eval without a name: none",
-        group="evaluation", nargs="*", type=str, metavar="TEXT")
+    eval: tuple[str, ...] = option(("wikitext2", "ptb", "c4"), REPORT, "test sets for perplexity, by name, or files or "
+        "folders of text; --eval without a name: none", group="evaluation", nargs="*", type=str, metavar="TEXT")
     eval_limit: int | None = option(None, EVALUATION,
         "evaluate only the first sequences of each test set (default: all)", between=(1,), type=int)
     dense: bool = option(False, REPORT, "also evaluate the dense model")
@@ -161,25 +156,22 @@ class Settings:
     tasks_dir: str | None = option(None, FREE, "folder with further tasks, as .yaml files of lm-eval", needs=("tasks",))
     limit: int | None = option(None, REPORT, "evaluate only the first examples of each task (default: all)",
         between=(1,), needs=("tasks",), type=int)
-    semi_structured: bool = option(False, REPORT,
-        "also run the model, which must be 2:4 sparse, on the GPU's sparse kernels, and report speed and difference",
-        needs=("eval",))
+    semi_structured: bool = option(False, REPORT, "also run the model, which must be 2:4 sparse, on the GPU's sparse "
+        "kernels, and report speed and difference", needs=("eval",))
 
     batch_size: int = option(2, METHOD,
         "sequences per forward pass; affects speed, memory and, by rounding, results", group="execution", between=(1,))
     device: str | None = option(None, FREE, "cpu, cuda or cuda:N (default: cuda if available)")
-    dtype: str = option("auto", RESULT,
-        "dtype of the weights in memory and on disk; auto: as stored, but float32 where a CPU is faster in it",
-        choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", RESULT, "dtype of the weights in memory and on disk; auto: as stored, but float32 "
+        "where a CPU is faster in it", choices=("auto", "float32", "bfloat16", "float16"))
 
     save: str | None = option(None, FREE,
         "new folder for the model and mixgpt.json; reloaded and compared after writing", group="output")
     save_format: str = option("dense", METHOD, "format of the saved weights", choices=FORMATS, needs=("save",))
     resume: bool = option(False, FREE, "continue the interrupted run in the folder of --save", needs=("save",))
     overwrite: bool = option(False, FREE, "replace the files of --record and --plot, and the model in --save")
-    plot: str | None = option(None, FREE,
-        "figure of sparsities and, if matrices are ranked, sensitivities by layer and kind (.png, .pdf, .svg)",
-        needs=("is_nonuniform",))
+    plot: str | None = option(None, FREE, "figure of sparsities and, if matrices are ranked, sensitivities by layer "
+        "and kind (.png, .pdf, .svg)", needs=("is_nonuniform",))
     record: str | None = option(None, FREE,
         "JSON file of settings, versions, every matrix and perplexities, as mixgpt.json in --save; for results.py")
     log_wandb: bool = option(False, FREE, "log to Weights & Biases during the run (after wandb login)")
