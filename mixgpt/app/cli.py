@@ -140,10 +140,8 @@ def _terminable():
 
     handled = [number for number in (signal.SIGTERM, signal.SIGHUP)
                if program.rank() == 0 and signal.getsignal(number) == signal.SIG_DFL]
-    for number in handled:
-        signal.signal(number, terminate)
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
         for number in handled:
-            signal.signal(number, signal.SIG_DFL)
+            stack.callback(signal.signal, number, signal.SIG_DFL)
+            signal.signal(number, terminate)
+        yield
