@@ -60,8 +60,9 @@ class Tracker(contextlib.AbstractContextManager):
     def plan(self, traces, plan):
         """Log `Traces` and {(layer, name): Target} as a table and a picture."""
         from mixgpt.app import plots  # imports matplotlib
-        ranked = sorted(plan, key=traces.sensitivity.get, reverse=True)
-        rows = [[*key, traces.sensitivity[key], traces.sensitivity_errors[key], rank, plan[key].sparsity]
+        sensitivity, deviations = traces.sensitivity, traces.sensitivity_errors  # each access computes all of them
+        ranked = sorted(plan, key=sensitivity.get, reverse=True)
+        rows = [[*key, sensitivity[key], deviations[key], rank, plan[key].sparsity]
                 for rank, key in enumerate(ranked, start=1)]
         columns = ["layer", "matrix", "trace per weight", "standard error", "rank", "sparsity assigned"]
         self.run.log({"plan/matrices": self.wandb.Table(columns=columns, data=rows),
