@@ -23,8 +23,10 @@ class InputHessian:
 
     def __init__(self, columns, nsequences, device):
         """Start from H = 0. columns: width of the input. nsequences: N in H = (2/N) Xᵀ X."""
-        self.columns, self.device = columns, torch.device(device)
-        self._blocks, self._scale = upper_blocks(columns, self.device), 2 / nsequences
+        self.columns, self.device, self._scale = columns, torch.device(device), 2 / nsequences
+        # of columns: narrower ones save little and multiply slower; on a GPU each should occupy all of it
+        width = max(STRIP if self.device.type == "cuda" else 192, columns // 8)
+        self._blocks = [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
         self._products = {}  # sums over tokens, of Xᵀ X on and above the diagonal and of each gap with X
         self.tokens = 0  # added, over all processes once H has been read
         self.sequence_sums = []  # per batch, (B,): the sum of each sequence's input, to find those not finite
@@ -111,12 +113,14 @@ def factor(H, percdamp=0.01):
     """
     all_finite = H.diagonal().isfinite().all()
     while True:
-        R, is_positive = upper_cholesky(H, damping(H.diagonal(), percdamp))
-        positive, finite = torch.stack([is_positive, all_finite]).tolist()
+        flipped = H.flip(0, 1)  # its lower Cholesky factor, flipped back, is upper triangular
+        flipped.diagonal().add_(damping(H.diagonal(), percdamp))
+        flipped, info = torch.linalg.cholesky_ex(flipped)
+        positive, finite = torch.stack([info == 0, all_finite]).tolist()
         if not finite:
             raise torch.linalg.LinAlgError("the Hessian contains NaN or inf")
         if positive:
-            return R, percdamp
+            return flipped.flip(0, 1), percdamp
         if percdamp >= MAX_DAMPING:
             raise torch.linalg.LinAlgError(f"the Hessian is not positive definite at percdamp {percdamp:g}")
         percdamp = min(max(10 * percdamp, 1e-4), MAX_DAMPING)
@@ -133,26 +137,6 @@ def damping(h, percdamp):
     """Return λ = percdamp · mean(diag H), of h (in,), the diagonal of H."""
     mean = h.mean()
     return torch.where(mean > 0, percdamp * mean, 1.0)  # an all-zero input has no scale
-
-
-def upper_cholesky(H, damping):
-    """Return R (in, in), upper triangular with H + damping · I = R Rᵀ, and whether that is positive definite, a tensor.
-
-    H: (in, in), symmetric; only its upper triangle is read.
-    """
-    damped = H.flip(0, 1)  # the Cholesky factor of the flipped matrix, flipped back, is upper triangular
-    damped.diagonal().add_(damping)
-    damped, info = torch.linalg.cholesky_ex(damped)
-    return damped.flip(0, 1), info == 0
-
-
-def upper_blocks(columns, device):
-    """Return the column blocks for symmetric products; each block needs only the rows up to its end.
-
-    Narrower blocks save little and multiply slower, on a GPU by far: there each block should occupy all of it.
-    """
-    width = max(STRIP if device.type == "cuda" else 192, columns // 8)
-    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def add_product(total, A, B):
