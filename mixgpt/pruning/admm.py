@@ -5,6 +5,7 @@ functions here expect columns scaled so that H has a unit diagonal: W √diag(H)
 """
 
 import torch
+from torch.linalg import vecdot
 
 from mixgpt.common import distributed
 from mixgpt.common.runtime import multiplies_bfloat16
@@ -101,23 +102,19 @@ def solve_on_support(W, optimum, H, keep, steps=STEPS):
     keep = keep.to(W.dtype)
     W = W * keep
     residual = ((optimum - W) @ H).mul_(keep)
-    direction, square = residual.clone(), _dots(residual, residual)
+    direction, square = residual.clone(), vecdot(residual, residual)
     for _ in range(steps):
         image = (direction @ H).mul_(keep)
-        length = _quotient(square, _dots(direction, image))
+        length = _quotient(square, vecdot(direction, image))
         W.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)
-        before, square = square, _dots(residual, residual)
+        before, square = square, vecdot(residual, residual)
         direction.mul_(_quotient(square, before)).add_(residual)
     return W
 
 
-def _dots(A, B):
-    return torch.linalg.vecdot(A, B)[:, None]
-
-
 def _quotient(a, b):
-    return torch.where(b > 0, a / b, 0)  # a solved row has zero residual
+    return torch.where(b > 0, a / b, 0)[:, None]  # a solved row has zero residual
 
 
 def admm_pruner(matrices, H, targets, row_weights=None):
