@@ -1,6 +1,6 @@
 """Calibrate a layer: linears that share an input, the Hessian of each input, forward passes that pause at linears."""
 
-import contextlib
+import itertools
 from collections import defaultdict
 from functools import partial
 
@@ -18,8 +18,6 @@ from modelutils import hooked, linears, on_device, shared_inputs
 def groups_of(layer, index, stream, plan):
     """Return the inputs of the planned matrices, in order, each as a tuple of the names of the linears that read it."""
     names = [name for planned, name in plan if planned == index]
-    if not names:
-        return []
     groups = [tuple(name for name in group if name in names) for group in shared_inputs(layer, index, stream)]
     groups = [group for group in groups if group]
     if unused := set(names).difference(*groups):
@@ -36,15 +34,15 @@ class LayerHessians:
 
     def __init__(self, layer, stream, groups, nsequences, clock, twin=None):
         """groups: of `groups_of`. nsequences: over all processes. twin: a DenseTwin, which runs each batch first."""
-        modules, self.stream, self.clock, self.twin = linears(layer), stream, clock, twin
-        self.names = {module: name for name, module in modules.items()}
+        self.modules, self.stream, self.clock, self.twin = linears(layer), stream, clock, twin
         self.hessians = {module: InputHessian(module.in_features, nsequences, stream.device)  # first reader of an input
-                         for module in (modules[group[0]] for group in groups)}
-        pools = {module: InputHessian(module.get_submodule("0").up_proj.in_features, nsequences, stream.device)
-                 for module in layer.modules() if groups and is_split(module)}
-        self.readers = {module: pool.add_batch for module, pool in pools.items()}
-        self.pools = {linear: pool for experts, pool in pools.items()  # of those that read its tokens
-                      for name, linear in experts.named_modules() if name.endswith(("gate_proj", "up_proj"))}
+                         for module in (self.modules[group[0]] for group in groups)}
+        self.readers, self.pools = {}, {}  # pools: of the linears that read the tokens of all experts
+        for experts in filter(is_split, layer.modules()) if groups else ():
+            pool = InputHessian(experts.get_submodule("0").up_proj.in_features, nsequences, stream.device)
+            self.readers[experts] = pool.add_batch
+            self.pools |= {linear: pool for name, linear in experts.named_modules()
+                           if name.endswith(("gate_proj", "up_proj"))}
         self.undersampled = []  # names and tokens of linears with fewer tokens than columns
 
     def read(self, module, X):
@@ -56,12 +54,13 @@ class LayerHessians:
                 # cheap; read only if the Hessian is not finite
                 self.hessians[module].sequence_sums.append(X.reshape(-1, of_sequence).sum(1, dtype=torch.float32))
 
-    def take(self, module):
-        """Return the Hessian of a module's input, topped up if it is an expert's and rank-deficient, and forget it.
+    def take(self, name):
+        """Return the Hessian of a linear's input, topped up if it is an expert's and rank-deficient, and forget it.
 
         That is done as if the expert had seen as many tokens as it has columns: for gate and up projections by the mean
         over all tokens that enter the layer's experts, else by a multiple of the identity.
         """
+        module = self.modules[name]
         hessian = self.hessians.pop(module)
         H = hessian.H  # first, as only then its tokens are those of all processes
         if isinstance(module, RoutedLinear) and (missing := hessian.columns - hessian.tokens) > 0:
@@ -70,7 +69,7 @@ class LayerHessians:
             else:
                 mean = H.diagonal().mean() / max(hessian.tokens, 1)
                 H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
-            self.undersampled.append(f"{self.names[module]} ({hessian.tokens})")
+            self.undersampled.append(f"{name} ({hessian.tokens})")
         return hessian
 
 
@@ -82,7 +81,7 @@ class Calibration:
 
     def __init__(self, streamed, plan, tokens, recipe):
         """tokens: (N, T). plan and recipe: as in `layerwise.prune_layerwise`."""
-        self.streamed, self.plan, self.recipe, self.clock = streamed, plan, recipe, streamed.clock
+        self.plan, self.recipe, self.clock = plan, recipe, streamed.clock
         with self.clock.part("forward"):
             self.stream = streamed.embed(tokens[distributed.share(len(tokens))], 2 if recipe.dense_target else 1)
             self.dense = self.stream.twin() if recipe.dense_target else None
@@ -90,69 +89,61 @@ class Calibration:
 
     def pass_finished(self, index, layer, files):
         """Take a layer that an interrupted run has pruned, and advance the hidden states through it as that run did."""
-        device = self.streamed.device
         if self.dense:
-            with on_device([layer], device), self.clock.part("forward"):
+            with on_device([layer], self.stream.device), self.clock.part("forward"):
                 self.dense.advance(layer, index)
         files.load_layer(index)
-        with on_device([layer], device), self.clock.part("forward"):
+        with on_device([layer], self.stream.device), self.clock.part("forward"):
             self.stream.advance(layer, index)
 
-    def inputs(self, index, layer, last, bar):
+    def inputs(self, index, layer, bar):
         """Yield (names of linears, factored InputHessian of the input that they read) in the order in which they run.
 
         The caller prunes these linears before it asks for the next input. With recipe.true_sequential, all batches
         pause in front of them meanwhile, so that later inputs come from pruned linears. At the end the hidden states
-        are the layer's output, unless it is the last layer. Raises InputError if an input is not finite.
+        are the layer's output, unless no matrix of a later layer is planned. Raises InputError if an input is not
+        finite.
         """
-        stream, recipe = self.stream, self.recipe
-        groups = groups_of(layer, index, stream, self.plan)
-        twin = DenseTwin(layer, index, stream, self.dense, groups) if self.dense else None
-        hessians = LayerHessians(layer, stream, groups, self.nsequences, self.clock, twin)
-        in_turn, stops, runs = recipe.true_sequential and groups, list(hessians.hessians), []
-        with contextlib.ExitStack() as recording:
-            recording.enter_context(hooked(hessians.readers))
-            if twin:
-                recording.enter_context(twin.recording())
-            if in_turn:
-                runs = [paused_forwards(layer, index, stream, stops, hessians.read)]
-                if twin:  # it pauses at the same modules, before the layer does
-                    runs.insert(0, paused_forwards(twin.layer, index, self.dense, list(twin.stops), twin.record_input))
-            else:
-                with self.clock.part("forward"):
-                    self._collect(layer, index, twin, stops, hessians.read)
-                recording.close()
-            for group, module in zip(groups, stops, strict=True):
-                self._proceed(runs)
-                yield group, self._factored(index, group, hessians.take(module), bar)
-            for run in runs if last else []:
-                run.close()
-            self._proceed(runs)
-        if not in_turn and not last:
+        groups = groups_of(layer, index, self.stream, self.plan)
+        twin = DenseTwin(layer, index, self.stream, self.dense, groups) if self.dense else None
+        hessians = LayerHessians(layer, self.stream, groups, self.nsequences, self.clock, twin)
+        run = (self._one_pass if self.recipe.true_sequential else self._two_passes)(layer, index, hessians, twin)
+        for group in groups:
             with self.clock.part("forward"):
-                stream.advance(layer, index)
+                next(run)
+            yield group, self._factored(index, group, hessians.take(group[0]), bar)
+        if index < max(planned for planned, _ in self.plan):
+            with self.clock.part("forward"):
+                next(run, None)
+        run.close()
         if few := hessians.undersampled:
             others = f" and {len(few) - 3} more" if len(few) > 3 else ""
             bar.write(f"layer {index}: {', '.join(few[:3])}{others} got fewer tokens than they have columns; "
                       "their Hessians are filled up with the mean over the layer's experts")
 
-    def _proceed(self, runs):
-        """Run all batches up to the next pause, or to the end of the layer."""
-        for run in runs:
-            with self.clock.part("forward"):
-                next(run, None)
+    def _one_pass(self, layer, index, hessians, twin):
+        """Yield when all batches pause in front of a stop, and go on to the next one; the dense model goes first."""
+        runs = [paused_forwards(layer, index, self.stream, list(hessians.hessians), hessians.read)]
+        if twin:
+            runs.insert(0, paused_forwards(twin.layer, index, self.dense, list(twin.stops), twin.record_input))
+        with hooked(hessians.readers), hooked(twin.readers if twin else {}, outputs=True):
+            yield from itertools.zip_longest(*runs)
 
-    def _collect(self, layer, index, twin, stops, read):
-        """Accumulate a layer's Hessians over all sequences, and advance the dense hidden states."""
-        for rows in self.stream.batches():
-            if twin:
-                with hooked({module: partial(twin.record_input, module) for module in twin.stops}):
-                    output = self.dense.forward(twin.layer, index, rows)
-            if stops:
-                with hooked({module: partial(read, module) for module in stops}):
+    def _two_passes(self, layer, index, hessians, twin):
+        """Run all batches of both models, yield for each stop, and run the pruned layer again."""
+        stops = list(hessians.hessians)
+        readers = hessians.readers | {module: partial(hessians.read, module) for module in stops}
+        if twin:
+            readers |= {module: partial(twin.record_input, module) for module in twin.stops}
+        with hooked(readers), hooked(twin.readers if twin else {}, outputs=True):
+            for rows in self.stream.batches():
+                output = self.dense.forward(twin.layer, index, rows) if twin else None
+                if stops:
                     self.stream.forward(layer, index, rows)
-            if twin:
-                self.dense.hidden[rows] = output  # not earlier: a linear may read the hidden states themselves
+                if twin:
+                    self.dense.hidden[rows] = output  # not earlier: a linear may read the hidden states themselves
+        yield from stops
+        self.stream.advance(layer, index)
 
     def _factored(self, index, group, hessian, bar):
         recipe, order = self.recipe, None
@@ -210,11 +201,11 @@ def paused_forwards(layer, index, stream, stops, read):
         read(module, X)
         getcurrent().parent.switch()
 
-    batches = [(greenlet(run), rows) for rows in stream.batches()]
-    with hooked({module: lambda X, module=module: pause(module, X) for module in stops}):
-        for number, module in enumerate(stops):
-            for batch, rows in batches:
-                batch.switch(*([] if number else [rows]))
+    batches = [greenlet(partial(run, rows)) for rows in stream.batches()]
+    with hooked({module: partial(pause, module) for module in stops}):
+        for module in stops:
+            for batch in batches:
+                batch.switch()
             yield module
-        for batch, _ in batches:
+        for batch in batches:
             batch.switch()

@@ -14,7 +14,7 @@ import torch
 
 from mixgpt.common import distributed
 from mixgpt.modeling.experts import RoutedLinear
-from modelutils import hooked, linears
+from modelutils import linears
 
 SHARE = 0.5  # fraction of the gap to the dense model that the regression target closes
 PROBE_TOKENS = 256  # on which the residual stream is found
@@ -47,7 +47,7 @@ def residual_writers(layer, index, stream):
             if not any(module.children()):
                 stack.enter_context(module.register_forward_hook(partial(search.note, name), with_kwargs=True))
         y = stream.call(layer, index, x.clone(), slice(0, 1))
-    search.see(y[..., :stream.channels])
+    search.see(search.view(y[..., :stream.channels]))
     return search.writers
 
 
@@ -58,10 +58,10 @@ class _Search:
         self.shape, self.writers = x.shape, []
         self.candidates = {name for name, module in linears(layer).items()
                            if module.out_features == x.shape[-1] and not isinstance(module, RoutedLinear)}
-        self.state, self.bases, self.pending = self._view(x), {}, {}  # pending: {linear: (norm, output)}
+        self.state, self.bases, self.pending = self.view(x), {}, {}  # pending: {linear: (norm, output)}
         self.eps = torch.finfo(x.dtype).eps
 
-    def _view(self, tensor):
+    def view(self, tensor):
         """Return the values of some tokens, or None for a tensor that cannot be the stream."""
         if torch.is_tensor(tensor) and tensor.numel() == self.shape.numel() and tensor.shape[-1] == self.shape[-1]:
             return tensor.reshape(self.shape)[0, :PROBE_TOKENS].flatten().double()
@@ -70,8 +70,8 @@ class _Search:
     def note(self, name, _, args, named, Y):
         """Note a call of a module: of a linear, of a norm that follows one, or of a norm of the stream."""
         X, *_ = *args, *named.values()
+        X, Y = self.view(X), self.view(Y)
         self.see(X)
-        X, Y = self._view(X), self._view(Y)
         if Y is None:
             return
         if name in self.candidates:
@@ -83,9 +83,8 @@ class _Search:
             elif torch.equal(X, self.state):
                 self.bases[name] = Y
 
-    def see(self, tensor):
-        """Explain a tensor as a later state of the stream, if it is one."""
-        state = self._view(tensor)
+    def see(self, state):
+        """Explain a `view` of a tensor as a later state of the stream, if it is one."""
         if state is None or not self.pending or torch.equal(state, self.state):
             return
         for base, before in {"": self.state, **self.bases}.items():
@@ -116,24 +115,43 @@ class _Search:
 class DenseTwin:
     """The dense copy of a layer and what it computes, batch by batch; the pruned layer runs each batch after it.
 
-    layer: the dense copy. stops: {its module: the pruned layer's}, for the first reader of each input.
+    layer: the dense copy. stops: {its module: the pruned layer's}, for the first reader of each input. readers: of the
+    outputs that reach the residual stream, {module of either layer: function}, to be called in every batch.
     """
 
     def __init__(self, layer, index, stream, dense, groups):
         """stream, dense: both models' hidden states before the layer. groups: from `calibration.groups_of`."""
-        self.layer, self._pruned = copy.deepcopy(layer), layer
+        self.layer, self._pruned, self.readers = copy.deepcopy(layer), layer, {}
         modules, twins = linears(layer), linears(self.layer)
         self.stops = {twins[group[0]]: modules[group[0]] for group in groups}
+        self._alone = {modules[group[0]] for group in groups if len(group) == 1}
+        self._inputs, self._taken = defaultdict(deque), Counter()
         self._writers = {modules[writer.linear]: writer for writer in
                          distributed.broadcast_object(residual_writers(layer, index, stream))}
-        self._alone = {modules[group[0]] for group in groups if len(group) == 1}
-        self._inputs, self._outputs, self._taken = defaultdict(deque), defaultdict(deque), Counter()
         self._lags = {module: [] for module in self._writers}  # per batch
-        for module, writer in list(self._writers.items())[:1]:
-            if not writer.base:
+        before = None
+        for module, writer in self._writers.items():
+            if writer.base:
+                self._read(writer.base, self._lags[module].append)
+            elif before:
+                self._read(self._writers[before].norm or self._writers[before].linear,
+                           partial(self._advance_lag, before, module))
+            else:
                 self._lags[module] = [(dense.hidden[rows, ..., :stream.channels]
                                        - stream.hidden[rows, ..., :stream.channels]).to(stream.device)
                                       for rows in stream.batches()]
+            before = module
+
+    def _read(self, name, act):
+        """Have act(output in the dense model − output in the pruned one) called for a module and every batch."""
+        kept = deque()
+        self.readers[self.layer.get_submodule(name)] = kept.append
+        self.readers[self._pruned.get_submodule(name)] = lambda y: act(kept.popleft() - y)
+
+    def _advance_lag(self, module, next_module, difference):
+        batch = len(self._lags[next_module])
+        lag, self._lags[module][batch] = self._lags[module][batch], None
+        self._lags[next_module].append(lag + self._writers[module].scale * difference)
 
     def record_input(self, twin, x):
         """Keep x, the input of a module of the dense layer in the next batch."""
@@ -169,29 +187,3 @@ class DenseTwin:
             energy = scale.square() + SCALE_FLOOR * scale.square().mean(-1, keepdim=True)
             lag = torch.where(scale == 0, 0, lag * scale / energy)  # energy is 0 where y is, as of an embedding of 0
         return lag / writer.scale
-
-    @contextlib.contextmanager
-    def recording(self):
-        """While active, record what both layers add to the residual stream."""
-        readers = {}
-        writers = list(self._writers.items())
-        for (module, writer), (next_module, next_writer) in zip(writers, writers[1:], strict=False):
-            if not next_writer.base:
-                self._record(readers, writer.norm or writer.linear,
-                             partial(self._advance_lag, module, next_module, writer.scale))
-        for module, writer in writers:
-            if writer.base:
-                self._record(readers, writer.base, self._lags[module].append)
-        with hooked(readers, outputs=True):
-            yield
-
-    def _record(self, readers, name, act):
-        """Call act(output in the dense model − output in the pruned one) for a module and every batch."""
-        kept = self._outputs[name]
-        readers[self.layer.get_submodule(name)] = kept.append
-        readers[self._pruned.get_submodule(name)] = lambda y: act(kept.popleft() - y)
-
-    def _advance_lag(self, module, next_module, scale, difference):
-        batch = len(self._lags[next_module])
-        lag, self._lags[module][batch] = self._lags[module][batch], None
-        self._lags[next_module].append(lag + scale * difference)

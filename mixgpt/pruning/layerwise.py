@@ -28,7 +28,7 @@ def prune_layerwise(streamed, plan, tokens, recipe, files=None, observe=None):
     layers = streamed.layers[:max(index for index, _ in plan) + 1]
     for index, layer, new, bar in layers_in_turn(streamed, layers, recipe.title, outcomes, files, observe, calibration):
         modules = linears(layer)
-        for names, hessian in calibration.inputs(index, layer, index + 1 == len(layers), bar):
+        for names, hessian in calibration.inputs(index, layer, bar):
             keys = [(index, name) for name in names]
             row_weights = recipe.row_weights and torch.cat([recipe.row_weights[key] for key in keys]).to(hessian.device)
             with clock.part(recipe.solver.__name__):

@@ -49,7 +49,7 @@ def test_the_hessian_of_an_expert_with_few_tokens_is_filled_up_to_one_for_each_c
     chosen, counts = (hidden @ mlp.gate.weight.T + bias).topk(2).indices, set()
     plan = {key: Target(0.5) for key in select(model, maxlayer=1, prune_only="experts")}
     calibration = Calibration(StreamedModel(model, CPU, 2), plan, tokens, Recipe(true_sequential=true_sequential))
-    for (name, *_), hessian in calibration.inputs(0, layers_of(model)[0], True, io.StringIO()):
+    for (name, *_), hessian in calibration.inputs(0, layers_of(model)[0], io.StringIO()):
         number = name.split(".")[2]
         X, expert = hidden[(chosen == int(number)).any(1)], mlp.experts.get_submodule(number)
         mean = 2 / 3 * hidden.T @ hidden / 24
