@@ -58,7 +58,7 @@ class _Search:
         self.shape, self.writers = x.shape, []
         self.candidates = {name for name, module in linears(layer).items()
                            if module.out_features == x.shape[-1] and not isinstance(module, RoutedLinear)}
-        self.state, self.bases, self.pending = self.view(x), {}, {}  # pending: {linear: (norm, output)}
+        self.bases, self.pending = {"": self.view(x)}, {}  # {norm, or "": stream behind it}, {linear: (norm, output)}
         self.eps = torch.finfo(x.dtype).eps
 
     def view(self, tensor):
@@ -80,24 +80,21 @@ class _Search:
             sources = [linear for linear, (norm, output) in self.pending.items() if not norm and torch.equal(output, X)]
             if sources:
                 self.pending[sources[-1]] = name, Y
-            elif torch.equal(X, self.state):
+            elif torch.equal(X, self.bases[""]):
                 self.bases[name] = Y
 
     def see(self, state):
         """Explain a `view` of a tensor as a later state of the stream, if it is one."""
-        if state is None or not self.pending or torch.equal(state, self.state):
+        if state is None or not self.pending or torch.equal(state, self.bases[""]):
             return
-        for base, before in {"": self.state, **self.bases}.items():
+        for base, before in self.bases.items():
             if found := self._explain(state - before, before, base):
                 self.writers += found
-                self.state, self.bases, self.pending = state, {}, {}
+                self.bases, self.pending = {"": state}, {}
                 return
 
     def _explain(self, change, before, base):
-        """Return the writers whose outputs, each times a scale, sum up to a change, in order, or an empty list.
-
-        The scales are the least-squares solution over the outputs of all candidates so far.
-        """
+        """Return the writers whose outputs, times scales by least squares, sum up to a change, in order; [] if none."""
         A = torch.stack([output for _, output in self.pending.values()], 1)
         if not A.isfinite().all() or not change.isfinite().all():
             return []
