@@ -27,10 +27,7 @@ def groups_of(layer, index, stream, plan):
 
 
 class LayerHessians:
-    """The Hessian of each input of a layer's planned matrices, and of all tokens that enter its experts together.
-
-    The latter fill up those of experts that few tokens reach.
-    """
+    """The Hessians of the inputs of a layer's planned matrices, and of all tokens that enter its experts."""
 
     def __init__(self, layer, stream, groups, nsequences, clock, twin=None):
         """groups: of `groups_of`. nsequences: over all processes. twin: a DenseTwin, which runs each batch first."""
@@ -74,10 +71,7 @@ class LayerHessians:
 
 
 class Calibration:
-    """The calibration hidden states before the next layer of a model that is pruned layer by layer.
-
-    With recipe.dense_target these are those of the dense model too, `dense`.
-    """
+    """The calibration hidden states before the next layer of a model, and of the dense model if that is the target."""
 
     def __init__(self, streamed, plan, tokens, recipe):
         """tokens: (N, T). plan and recipe: as in `layerwise.prune_layerwise`."""
