@@ -112,7 +112,7 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
     processes; the model is then as it was before.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
-    mine, size = range(len(tokens))[distributed.share(len(tokens))], _per_step(tokens, effort)
+    mine, size = tokens[distributed.share(len(tokens))], _per_step(tokens, effort)
     steps = torch.randperm(len(mine), generator=seeded(seed, "distillation", distributed.rank())).split(size)
     steps += (steps[0][:0],) * (-(-_most(tokens) // size) - len(steps))  # as many as in every other process
     with contextlib.ExitStack() as stack:
@@ -120,9 +120,8 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
             with memory.shared_fate():
                 stack.enter_context(on_device(layers, device))
                 weights = stack.enter_context(_trained(layers, chosen))
-                stream = replace(streamed, batch_size=min(streamed.batch_size, size)).embed(
-                    tokens[mine.start:mine.stop])
-                vocabulary, labels = dense.get("vocabulary"), tokens[mine.start:mine.stop, 1:].contiguous()
+                stream = replace(streamed, batch_size=min(streamed.batch_size, size)).embed(mine)
+                vocabulary, labels = dense.get("vocabulary"), mine[:, 1:].contiguous()
                 head = stack.enter_context(stream.head(model, vocabulary=vocabulary))
                 labels = labels if vocabulary is None else torch.searchsorted(vocabulary, labels)
                 states = [_Scales(weight, grid) if grid else _Weight(weight)
@@ -144,8 +143,10 @@ def _train(stream, layers, head, states, steps, dense, labels):
     means, before = [], len(steps) - math.ceil(AVERAGED * len(steps))  # steps before those averaged
     with progress.bar(steps, title="distilling", unit="step") as bar:
         for number, rows in enumerate(bar, 1):
+            border = len(rows) // stream.batch_size * stream.batch_size
+            batches = *rows[:border].split(stream.batch_size), *rows[border:].split(1)  # the stream runs these sizes
             with memory.shared_fate():
-                divergences = [_backward(stream, layers, head, part, dense, labels) for part in _batches(stream, rows)]
+                divergences = [_backward(stream, layers, head, part, dense, labels) for part in batches if len(part)]
             sums = torch.tensor([0.0, labels[rows].numel()], device=stream.device)  # divergence, tokens
             sums[0] = sum(divergences)
             distributed.all_reduce(sums)
@@ -174,12 +175,6 @@ def _per_step(tokens, effort):
     return min(max(math.ceil(_most(tokens) / (STEPS * effort)), enough), _most(tokens))
 
 
-def _batches(stream, rows):
-    """Return the parts of rows (n,) that a stream can run: batches, and what is left one by one."""
-    border = len(rows) // stream.batch_size * stream.batch_size
-    return [part for part in (*rows[:border].split(stream.batch_size), *rows[border:].split(1)) if len(part)]
-
-
 @contextlib.contextmanager
 def _trained(layers, chosen):
     """Within the block, let the weights of the chosen matrices require gradients; before and after it none does.
@@ -204,10 +199,7 @@ def _trained(layers, chosen):
 
 
 def _backward(stream, layers, head, rows, dense, labels):
-    """Add the gradients of the loss of sequences `rows` to the weights'. Returns their divergence, summed over tokens.
-
-    dense, labels: as in `_train`.
-    """
+    """Add the gradients of the loss of sequences `rows` to the weights'. Returns the divergence, summed over tokens."""
     hidden = stream.hidden[rows].to(stream.device)
     with torch.enable_grad():
         for index, layer in enumerate(layers):
@@ -278,7 +270,6 @@ class _Scales:
         self.weight.copy_(self.units * self.scale[:, self.group])
 
 
-@torch.no_grad()
 def _step(states, divergence, number):
     """Move the rows of a matrix equally far, or factors of its scales, against the gradients, which are removed.
 
