@@ -1,5 +1,6 @@
 """Calibrate a layer: linears that share an input, the Hessian of each input, forward passes that pause at linears."""
 
+import contextlib
 import itertools
 from collections import defaultdict
 from functools import partial
@@ -101,15 +102,15 @@ class Calibration:
         groups = groups_of(layer, index, self.stream, self.plan)
         twin = DenseTwin(layer, index, self.stream, self.dense, groups) if self.dense else None
         hessians = LayerHessians(layer, self.stream, groups, self.nsequences, self.clock, twin)
-        run = (self._one_pass if self.recipe.true_sequential else self._two_passes)(layer, index, hessians, twin)
-        for group in groups:
-            with self.clock.part("forward"):
-                next(run)
-            yield group, self._factored(index, group, hessians.take(group[0]), bar)
-        if index < max(planned for planned, _ in self.plan):
-            with self.clock.part("forward"):
-                next(run, None)
-        run.close()
+        way = self._one_pass if self.recipe.true_sequential else self._two_passes
+        with contextlib.closing(way(layer, index, hessians, twin)) as run:
+            for group in groups:
+                with self.clock.part("forward"):
+                    next(run)
+                yield group, self._factored(index, group, hessians.take(group[0]), bar)
+            if index < max(planned for planned, _ in self.plan):
+                with self.clock.part("forward"):
+                    next(run, None)
         if few := hessians.undersampled:
             others = f" and {len(few) - 3} more" if len(few) > 3 else ""
             bar.write(f"layer {index}: {', '.join(few[:3])}{others} got fewer tokens than they have columns; "

@@ -78,6 +78,17 @@ def test_a_model_in_memory_is_not_left_as_it_was_because_its_run_is_complete(che
         mixgpt.prune(str(checkpoint_folder("llama")), ["Other text. " * 999], **options)
 
 
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_a_model_in_memory_that_cannot_be_pruned_keeps_no_hooks(true_sequential, checkpoint_folder):
+    """While the error is at hand, as in a notebook, which keeps the last one."""
+    model, tokenizer = in_memory(checkpoint_folder("opt"))
+    model.model.decoder.embed_tokens.weight.data[3] = 3e38  # finite, and too large for a norm
+    with pytest.raises(InputError, match="the Hessian contains NaN or inf") as kept:
+        mixgpt.prune(model, torch.full((2, 16), 3), tokenizer, sparsity=0.5, preset="best", extra=0, distill=0,
+                     true_sequential=true_sequential, eval=(), device="cpu")
+    assert kept and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_a_model_in_memory_keeps_its_dtype_and_mode_and_no_line_says_otherwise(checkpoint_folder, capsys):
     model, tokenizer = in_memory(checkpoint_folder("llama"))
     model.half().train().config.dtype = torch.float16
