@@ -22,8 +22,9 @@ def pack(codes, bits):
 
 def unpack(packed, bits, count):
     """Undo `pack`. Returns `count` integers, uint8, flat."""
-    binary = torch.from_numpy(np.unpackbits(packed.numpy(), count=count * bits, bitorder="little"))
-    return (binary.view(count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    binary = (packed[:, None] >> places & 1).flatten()[:count * bits].view(count, bits)
+    return (binary << places[:bits]).sum(1, dtype=torch.uint8)
 
 
 def encode(W, grid=None):
@@ -52,25 +53,25 @@ def encode(W, grid=None):
     return parts, description | {"parts": sorted(parts)}
 
 
-def consecutive(columns, groups):
-    return torch.arange(columns, dtype=torch.int32) // (columns // groups)
+def consecutive(columns, groups, device=None):
+    return torch.arange(columns, dtype=torch.int32, device=device) // (columns // groups)
 
 
 def decode(parts, description):
-    """Return the matrix (out, in) given to `encode`, bit for bit."""
-    shape, count = description["shape"], math.prod(description["shape"])
-    kept = unpack(parts["mask"], 1, count).bool() if "mask" in parts else torch.ones(count, dtype=torch.bool)
+    """Return the matrix (out, in) given to `encode`, bit for bit, on the device of its parts."""
+    shape, device = description["shape"], next(iter(parts.values())).device
+    count = math.prod(shape)
+    kept = unpack(parts["mask"], 1, count) > 0 if "mask" in parts else torch.ones(count, dtype=bool, device=device)
     if "values" in parts:
-        W = torch.zeros(count, dtype=parts["values"].dtype)
+        W = parts["values"].new_zeros(count)
         W[kept] = parts["values"]
         return W.view(shape)
     wbits, scale = description["wbits"], parts["scale"]
-    groups = scale.shape[1]
-    zero = parts.get("zero", torch.full(scale.shape, 2 ** (wbits - 1), dtype=torch.uint8))
+    zero = parts.get("zero", torch.full_like(scale, 2 ** (wbits - 1), dtype=torch.uint8))
     if zero.dim() == 1:  # packed
         zero = unpack(zero, wbits, scale.numel()).view(scale.shape)
     scheme = GRIDS[description.get("grid", "uniform")].load()(wbits)
-    grid = Grid(scheme, scale, zero, parts.get("group", consecutive(shape[1], groups)))
+    grid = Grid(scheme, scale, zero, parts.get("group", consecutive(shape[1], scale.shape[1], device)))
     codes = zero[:, grid.group].flatten()
     codes[kept] = unpack(parts["codes"], wbits, int(kept.sum()))
     return grid.weights(codes.view(shape))

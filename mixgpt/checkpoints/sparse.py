@@ -63,9 +63,9 @@ class PackedWeight(torch.nn.Module):
             self.register_buffer("zero", torch.full_like(self.scale, 2 ** (wbits - 1), dtype=torch.uint8))
         if self.zero.dim() == 1:  # packed
             self._check("zero", rows * self.groups * wbits / 8)
-            self.zero = unpack(self.zero.cpu(), wbits, self.scale.numel()).view_as(self.scale).to(self.mask.device)
+            self.zero = unpack(self.zero, wbits, self.scale.numel()).view_as(self.scale)
         if "group" not in self._buffers:
-            self.register_buffer("group", consecutive(columns, self.groups).to(self.mask.device))
+            self.register_buffer("group", consecutive(columns, self.groups, self.mask.device))
         self._check("zero", rows * self.groups)
         self._check("group", columns)
         if int(self.zero.max()) >> wbits or not 0 <= int(self.group.min()) <= int(self.group.max()) < self.groups:
@@ -98,12 +98,10 @@ class PackedWeight(torch.nn.Module):
     def expand(self, out=None):
         """Return the matrix, in `out` if given."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.mask.device) if out is None else out
-        y = out if self._way(out.device) else torch.empty(self.shape, dtype=self.dtype)
-        if way := self._way(y.device):
-            self._run(sparse_cpu.Kernel(way, self.dtype, self.wbits, 0), y, y)
-        else:
-            y = decode({name: buffer.cpu() for name, buffer in self.named_buffers()}, self.description)
-        return out if out is y else out.copy_(y)
+        if way := self._way(out.device):
+            self._run(sparse_cpu.Kernel(way, self.dtype, self.wbits, 0), out, out)
+            return out
+        return out.copy_(decode(self._buffers, self.description))
 
     def _room(self):
         """Return a buffer of this thread for the matrix, which the next one that is expanded overwrites."""
@@ -129,18 +127,14 @@ class PackedWeight(torch.nn.Module):
         return self.scale.shape[1] if self.wbits else 1
 
     def _run(self, kernel, x, y):
-        tensors = self._buffers | {"x": x, "y": y}
-        if not y.is_cuda and self.mask.device.type != "cpu":
-            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        tensors["data"] = tensors[self.data]
-        if self.wbits:
-            tensors["units"] = _units(self.description.get("grid", "uniform"), self.wbits, self.dtype, y.device)
         if y.is_cuda:
             from mixgpt.kernels import sparse_cuda as kernels
         else:
-            kernels, tensors["data"] = sparse_cpu, sparse_cpu.padded(tensors["data"])
-            if self.mask.device == y.device:
-                self._buffers[self.data] = tensors["data"]
+            kernels = sparse_cpu
+            self._buffers[self.data] = sparse_cpu.padded(self._buffers[self.data])
+        tensors = self._buffers | {"data": self._buffers[self.data], "x": x, "y": y}
+        if self.wbits:
+            tensors["units"] = _units(self.description.get("grid", "uniform"), self.wbits, self.dtype, y.device)
         kernels.run(kernel, *self.shape, BLOCK, self.groups, tensors)
 
 
@@ -182,10 +176,8 @@ class SparseLinear(torch.nn.Module):
     def expanded(self, dtype=None):
         """Return an ordinary linear with the matrix in a dtype (default: as stored)."""
         dense = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        parts = dict(self.weight.named_buffers())
-        W = decode({name: part.cpu() for name, part in parts.items()}, self.weight.description)
-        device = next(iter(parts.values())).device  # with device_map that of a GPU
-        dense.weight, dense.bias = torch.nn.Parameter(W.to(device, dtype)), self.bias
+        W = decode(dict(self.weight.named_buffers()), self.weight.description)
+        dense.weight, dense.bias = torch.nn.Parameter(W.to(dtype)), self.bias
         return dense
 
 
@@ -228,7 +220,7 @@ class SparseQuantizer(HfQuantizer):
             if isinstance(module, SparseLinear):
                 try:
                     model.set_submodule(path, module.expanded(model.dtype) if expands else module.prepared())
-                except (ValueError, IndexError, AttributeError) as error:
+                except (ValueError, IndexError, AttributeError, RuntimeError) as error:
                     raise ValueError(f"{path}.weight: {error}") from error
         if expands:
             del model.config.transformers_weights
