@@ -169,7 +169,7 @@ def open_run(run, stack, folder, command=None):
     elif run.selected and streaming.locations_of(run.model):  # pruned layers go to disk, like the dense ones
         run.files = stack.enter_context(_temporary_folder(stack, run))
     if run.files:
-        run.files.open(run.model, run.record.get("identity", {}))
+        run.files.open(run.model, run.record.get("identity", {}), run.settings.scheme)
     run.log(report.heading(run, command, whole))
     with run.clock.part("W&B"):
         run.tracker = stack.enter_context(tracking.Tracker(run.settings, run.record))

@@ -2,11 +2,10 @@
 
 Until the run has ended, its subdirectory `progress` holds
 
-    run.json                             what identifies the run, and the choices that it has made, see `RunDir.kept`
-    NAME-RANK.safetensors                tensors that belong to a choice: gradients, states of the dense model
-    layer-00000.safetensors, .json       a finished layer with the grids of its matrices, and their errors; it counts
-                                         once the second file is there
-    distilled-00000.safetensors, .json   the same layer, distilled; they replace those above once all are written
+    run.json                      what identifies the run, and the choices that it has made, see `RunDir.kept`
+    NAME-RANK.safetensors         tensors that belong to a choice: gradients, states of the dense model
+    layer-00000.safetensors       a finished layer with the grids of its matrices and, as metadata, their errors
+    distilled-00000.safetensors   the same layer, distilled; they replace those above once all are written
 
 All are written under another name, flushed and renamed, so that a killed run can be continued to the same bits.
 """
@@ -16,7 +15,6 @@ import fcntl
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from mixgpt.common import distributed, files, program, texts
-from mixgpt.common.choices import FORMATS, GRIDS, PROGRESS, RECORD, is_interrupted_run
+from mixgpt.common.choices import FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import decoder, streaming
 from mixgpt.pruning.targets import Outcome
 from modelutils import whole
 from quant import Grid
 
-PARTIAL = ("*.partial", ".tmp*")  # files that a killed run was writing
+GRID = ("scale", "zero", "group")  # tensors of a quant.Grid
 
 
 class RunDir(contextlib.AbstractContextManager):
@@ -71,8 +69,7 @@ class RunDir(contextlib.AbstractContextManager):
 
     def _check(self, nbytes):
         # what a run that never started has left
-        unused = all(file == self.folder or file.parent == self.folder and (
-            file.name == "lock" or file.suffix == ".partial") for file in self.path.rglob("*"))
+        unused = {*self.path.rglob("*")} <= {self.folder, self.folder / "lock", *self.folder.glob("*.partial")}
         if not (unused or is_interrupted_run(self.path) or self.overwrites):
             raise InputError(f"{self.place}: exists and is not an empty folder; name another one, or give --overwrite "
                              "to replace a saved model")
@@ -92,8 +89,11 @@ class RunDir(contextlib.AbstractContextManager):
                     self.path.rmdir()
             self.lock.close()
 
-    def open(self, model, identity):
-        """Start a run, or go on with the one here. Raises InputError if that differs in its identity, {flag: value}."""
+    def open(self, model, identity, scheme=None):
+        """Start a run, or go on with the one here. Raises InputError if that differs in its identity, {flag: value}.
+
+        scheme: the quant.Scheme of all matrices that are pruned, if any.
+        """
         identity = {"version of this program": program.__version__} | identity
         if self.writes and is_interrupted_run(self.path):
             with self._reading(self.folder / "run.json"):
@@ -104,7 +104,7 @@ class RunDir(contextlib.AbstractContextManager):
                 if before.get(flag) != identity.get(flag):
                     raise InputError(f"--resume: {flag} was {before.get(flag)} in the interrupted run in {self.path}, "
                                      f"now it is {identity.get(flag)}")
-            for file in (file for pattern in PARTIAL for file in self.path.rglob(pattern)):
+            for file in [*self.path.rglob("*.partial"), *self.path.rglob(".tmp*")]:  # that it was writing
                 file.unlink()
         elif self.writes:
             for entry in set(self.path.iterdir()) - {self.folder} if self.overwrites else ():
@@ -115,8 +115,8 @@ class RunDir(contextlib.AbstractContextManager):
             self.run = program.signature() | {"identity": identity}
             self.write_json(self.folder / "run.json", self.run)
         self.run = distributed.broadcast_object(self.run)
-        self.model, self.layers, self.dense = model, decoder.layers_of(model), None
-        self.layers_path = decoder.layers_path(model)
+        self.model, self.layers, self.layers_path = model, decoder.layers_of(model), decoder.layers_path(model)
+        self.scheme, self.dense = scheme, {}  # dense: {layer: locations of its dense weights} of those replaced
         if isinstance(self.run.get("distilled"), dict):  # not a reason why there is no distilled model
             self.take_distilled()
 
@@ -134,7 +134,8 @@ class RunDir(contextlib.AbstractContextManager):
                 return self.run[name], load_file(file) if file.exists() else {}
         value, tensors = make()
         if tensors:
-            self.write(file, tensors)
+            with self._disk_errors(file.name):
+                streaming.write(file, tensors)
         distributed.barrier()  # all have written theirs
         self.keep(name, value)
         return value, tensors
@@ -150,10 +151,8 @@ class RunDir(contextlib.AbstractContextManager):
         Returns a list with {(layer, name): Outcome} of each layer; the model gets them by `load_layer`.
         """
         self.flush()
-        self.dense = self.dense or [getattr(streaming.disk_weights(layer), "locations", None) for layer in self.layers]
-        for layer, locations in zip(self.layers, self.dense, strict=True):
-            if locations:
-                streaming.disk_weights(layer).locations = locations
+        for index, locations in self.dense.items():
+            streaming.disk_weights(self.layers[index]).locations = locations
         finished = []
         while len(finished) < count and (outcomes := self._outcomes(len(finished))) is not None:
             finished.append(outcomes)
@@ -162,16 +161,15 @@ class RunDir(contextlib.AbstractContextManager):
     def _outcomes(self, index):
         """Return {(layer, name): Outcome} of a finished layer, None if there is none, or it cannot be read."""
         file, outcomes = self._file(index), {}
-        if not file.with_suffix(".json").exists():
+        if not file.exists():
             return None
         try:
             with safe_open(file, "pt") as tensors:
-                for name, matrix in json.loads(file.with_suffix(".json").read_text()).items():
-                    scheme = GRIDS[matrix["grid"]].load() if matrix["grid"] else None
-                    grid = scheme and Grid(scheme(**matrix["scheme"]), *(
-                        tensors.get_tensor(f"grid.{name}.{part}").clone() for part in ("scale", "zero", "group")))
-                    outcomes[index, name] = Outcome(matrix["error"], matrix["percdamp"], grid)
-        except (OSError, ValueError, SafetensorError) as error:
+                for name, (error, percdamp) in json.loads(tensors.metadata()["outcomes"]).items():
+                    grid = self.scheme and Grid(self.scheme, *(
+                        tensors.get_tensor(f"grid.{name}.{part}").clone() for part in GRID))
+                    outcomes[index, name] = Outcome(error, percdamp, grid)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             print(f"resume   {file} cannot be read ({error}): pruning again from layer {index}", flush=True)
             return None
         return outcomes
@@ -181,6 +179,7 @@ class RunDir(contextlib.AbstractContextManager):
         layer, prefix, file = self.layers[index], f"{self.layers_path}.{index}.", str(self._file(index))
         locations = {name: streaming.TensorLocation(file, prefix + name) for name in layer.state_dict()}
         if weights := streaming.disk_weights(layer):
+            self.dense.setdefault(index, weights.locations)
             weights.locations = locations
         else:
             layer.load_state_dict(streaming.read(locations))
@@ -199,14 +198,12 @@ class RunDir(contextlib.AbstractContextManager):
             self.load_layer(index)
 
     def _write_layer(self, file, weights, outcomes):
-        """Write a layer, then the outcomes that make it count."""
+        """Write a layer with its outcomes."""
         grids = {f"grid.{name}.{part}": getattr(outcome.grid, part) for (_, name), outcome in outcomes.items()
-                 if outcome.grid for part in ("scale", "zero", "group")}
-        self.write(file, weights | grids)
-        self.write_json(file.with_suffix(".json"), {
-            name: {"error": outcome.error, "percdamp": outcome.percdamp,
-                   "grid": outcome.grid and outcome.grid.scheme.name,
-                   "scheme": outcome.grid and asdict(outcome.grid.scheme)} for (_, name), outcome in outcomes.items()})
+                 if outcome.grid for part in GRID}
+        content = {name: [outcome.error, outcome.percdamp] for (_, name), outcome in outcomes.items()}
+        with self._disk_errors(file.name):
+            streaming.write(file, weights | grids, outcomes=json.dumps(content))
 
     def flush(self):
         """Wait in all processes until all saved layers are written. Raises what prevented it."""
@@ -224,19 +221,13 @@ class RunDir(contextlib.AbstractContextManager):
     def _file(self, index, kind="layer"):
         return self.folder / f"{kind}-{index:05d}.safetensors"
 
-    def write(self, file, tensors):
-        """Write {key: tensor} as a safetensors file."""
-        with self.disk_errors(file.name):
-            streaming.write(file, tensors)
-
     def write_json(self, file, content):
         """Write a JSON-able value to a file, in the first process."""
         if self.writes:
-            with self.disk_errors(file.name), files.replacing(file) as partial:
+            with self._disk_errors(file.name), files.replacing(file) as partial:
                 partial.write_text(json.dumps(content, indent=1) + "\n")
 
-    def disk_errors(self, name):
-        """Be `files.writing` for what has this name."""
+    def _disk_errors(self, name):
         return files.writing(f"{self.place}: {name}", self.advice)
 
     def write_checkpoint(self, tokenizer, grids):
@@ -245,7 +236,7 @@ class RunDir(contextlib.AbstractContextManager):
         grids: {name of a linear: quant.Grid}. Formats other than dense load the whole model into memory.
         """
         if self.writes:
-            with reading("the tokenizer cannot be saved"), self.disk_errors("the tokenizer"):
+            with reading("the tokenizer cannot be saved"), self._disk_errors("the tokenizer"):
                 owners = [each for each in (vars(self.model.config), tokenizer.init_kwargs) if each.get("auto_map")]
                 code = list(Path(self.model.config.name_or_path).glob("*.py")) if owners else []
                 for file in code:  # for others to load: it is never run here
@@ -253,10 +244,9 @@ class RunDir(contextlib.AbstractContextManager):
                 for owner in () if code else owners:  # of a hub id, whose code is not fetched
                     del owner["auto_map"]
                 tokenizer.save_pretrained(self.path)
-            with self.disk_errors("the model"), texts.silenced():
+            with self._disk_errors("the model"), texts.silenced():
                 save_format = FORMATS[self.save_format]
-                loaded = contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu"))
-                with loaded:
+                with contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu")):
                     save_format.load()(self.path, self.model, grids)
                 for file in self.path.glob("*.safetensors"):  # safetensors lets nobody else read it
                     file.chmod((self.path / RECORD).stat().st_mode)

@@ -180,8 +180,8 @@ def digest(tokens):
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
-def write(file, tensors):
-    """Write {key: tensor} as a safetensors file, atomically and flushed to disk."""
+def write(file, tensors, **metadata):
+    """Write {key: tensor} as a safetensors file, atomically and flushed to disk. metadata: texts."""
     with replacing(file) as partial:
         save_file({key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}, partial,
-                  metadata={"format": "pt"})
+                  metadata={"format": "pt"} | metadata)

@@ -218,10 +218,10 @@ def test_a_cpu_computes_in_float32_if_that_is_faster(stored, fast, used, checkpo
 def test_a_save_that_reads_back_differently_is_reported(prune, tmp_path, monkeypatch):
     write = streaming.write
 
-    def corrupt(file, tensors):
+    def corrupt(file, tensors, **metadata):
         if "model.norm.weight" in tensors:  # in the result
             tensors["model.norm.weight"].view(torch.int32)[-1] ^= 1  # the last bit
-        write(file, tensors)
+        write(file, tensors, **metadata)
 
     monkeypatch.setattr(streaming, "write", corrupt)
     assert "VerificationError: --save" in prune("llama", "--sparsity .5 --save", tmp_path / "saved", status=1)

@@ -185,7 +185,7 @@ def test_resume_of_a_complete_run_prints_its_results_again_and_reads_no_weights(
     saved, tables = complete
     before = snapshot(saved)
     (saved / "progress").mkdir()  # as if killed while it removed them
-    for name in ("lock", "layer-00001.json", "layer-00001.safetensors"):
+    for name in ("lock", "layer-00001.safetensors"):
         (saved / "progress" / name).write_text("")
     monkeypatch.setattr(load, "open_model", None)
     out = prune("opt", "--dense", HALF, saved, "--resume --record", tmp_path / "record.json")
@@ -321,20 +321,19 @@ def test_a_full_disk_gets_one_line_and_resume_gives_the_files(calls, what, finis
         line = prune("opt", HALF, saved, status=2)
     assert line == (f"llama.py: error: --save {saved}: {what} cannot be written (No space left on device); "
                     "free some space and continue with --resume\n")
-    assert len(list(saved.glob("progress/layer-*.json"))) == finished
+    assert len(list(saved.glob("progress/layer-*.safetensors"))) == finished
     assert finished or not saved.exists()
     prune("opt", HALF, saved, "--resume")
     assert contents(saved) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["layer-00001.safetensors", "layer-00001.json"])
-def test_what_the_disk_has_damaged_of_a_layer_is_computed_again(name, prune, interrupt, tmp_path):
-    file = tmp_path / "saved" / "progress" / name
+def test_what_the_disk_has_damaged_of_a_layer_is_computed_again(prune, interrupt, tmp_path):
+    file = tmp_path / "saved" / "progress" / "layer-00001.safetensors"
     prune("llama", "--wbits 4", HALF, tmp_path / "whole")
     interrupt(2, "llama", "--wbits 4", HALF, tmp_path / "saved")
     file.write_bytes(file.read_bytes()[:-9])
     out = prune("llama", "--wbits 4", HALF, tmp_path / "saved", "--resume")
-    assert f"resume   {file.with_suffix('.safetensors')} cannot be read (" in out
+    assert f"resume   {file} cannot be read (" in out
     assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
 
 
