@@ -7,33 +7,32 @@
     model, tokenizer = mixgpt.load("pruned")
 """
 
-import functools
-import importlib.abc
 import importlib.util
 import sys
 
 from mixgpt.common.program import __version__  # noqa: F401
 
+REGISTRY = "transformers.quantizers.auto"
 
-class _Registration(importlib.abc.MetaPathFinder):
+
+class _Registration:
     """Registers the sparse format with transformers once its registry is imported: importing it here takes seconds."""
 
-    registry = "transformers.quantizers.auto"
-
-    def find_spec(self, name, path, target=None):
-        if name != self.registry:
+    @classmethod
+    def find_spec(cls, name, path, target=None):
+        if name != REGISTRY:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(cls)
         spec = importlib.util.find_spec(name)
-        run, register = spec.loader.exec_module, functools.partial(importlib.import_module, "mixgpt.checkpoints.sparse")
-        spec.loader.exec_module = lambda module: (run(module), register())
+        run = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (run(module), importlib.import_module("mixgpt.checkpoints.sparse"))
         return spec
 
 
-if _Registration.registry in sys.modules:
+if REGISTRY in sys.modules:
     importlib.import_module("mixgpt.checkpoints.sparse")
 else:
-    sys.meta_path.insert(0, _Registration())
+    sys.meta_path.insert(0, _Registration)
 
 
 def prune(model, dataset, tokenizer=None, **options):
