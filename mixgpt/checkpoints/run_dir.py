@@ -238,7 +238,8 @@ class RunDir(contextlib.AbstractContextManager):
         if self.writes:
             with reading("the tokenizer cannot be saved"), self._disk_errors("the tokenizer"):
                 owners = [each for each in (vars(self.model.config), tokenizer.init_kwargs) if each.get("auto_map")]
-                code = list(Path(self.model.config.name_or_path).glob("*.py")) if owners else []
+                folder = self.model.config.name_or_path  # "" for a model built in memory
+                code = list(Path(folder).glob("*.py")) if owners and folder else []
                 for file in code:  # for others to load: it is never run here
                     shutil.copyfile(file, self.path / file.name)
                 for owner in () if code else owners:  # of a hub id, whose code is not fetched

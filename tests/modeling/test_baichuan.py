@@ -259,7 +259,7 @@ def test_a_beginning_is_added_unless_the_configuration_says_no(given, expected, 
         assert (each("Hello").input_ids[0] == 1) == expected
 
 
-def test_a_saved_folder_keeps_the_code_of_the_published_one_for_others(published, tmp_path):
+def test_a_saved_folder_keeps_the_code_of_the_published_one_for_others(published, tmp_path, monkeypatch):
     folder = published("Baichuan-7B")
     for name in ("saved", "again"):
         save(tmp_path / name, load.load_model(folder, "auto"), load.load_tokenizer(folder), {})
@@ -269,5 +269,11 @@ def test_a_saved_folder_keeps_the_code_of_the_published_one_for_others(published
         assert {file.read_text() for file in folder.glob("*.py")} == {POISON}
     for file in folder.glob("*.py"):  # as where only a hub id is known
         file.unlink()
-    save(tmp_path / "without", load.load_model(folder, "auto"), load.load_tokenizer(folder), {})
-    assert not any("auto_map" in file.read_text() for file in (tmp_path / "without").glob("*config.json"))
+    model, mine = load.load_model(folder, "auto"), tmp_path / "mine.py"
+    mine.touch()
+    monkeypatch.chdir(tmp_path)
+    for saved, name in (("without", str(folder)), ("nameless", "")):  # the second one is built in memory
+        model.config.name_or_path = name
+        save(tmp_path / saved, model, load.load_tokenizer(folder), {})
+        assert not any("auto_map" in file.read_text() for file in (tmp_path / saved).glob("*config.json"))
+        assert not (tmp_path / saved / mine.name).exists()
