@@ -125,7 +125,8 @@ def _config_of(name):
     if config is whole:
         return config, None
     config.name_or_path, config.dtype = whole.name_or_path, config.dtype or whole.dtype
-    config.tie_word_embeddings |= whole.tie_word_embeddings
+    if getattr(whole, "tie_word_embeddings", False):  # some classes leave it out
+        config.tie_word_embeddings = True
     return config, whole.model_type
 
 

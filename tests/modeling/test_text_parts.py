@@ -1,10 +1,10 @@
-"""Prune the text part of models that also see, through the whole command line."""
+"""Prune the text part of models that also see or hear, through the whole command line."""
 
 import conftest
 import pytest
 import torch
 from conftest import CPU, VOCABULARY, make, measure_sparsity
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from mixgpt.checkpoints import load
 from mixgpt.evaluation.measures import logits, total_sparsity
@@ -22,6 +22,9 @@ MODELS = {
         "model_type": "pixtral", "head_dim": 16}}),
     "llava": ("LlamaForCausalLM", {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION | {
         "model_type": "clip_vision_model", "projection_dim": 32}}),
+    "qwen2_audio": ("Qwen2ForCausalLM", {  # whose configuration does not say whether embeddings are tied
+        "text_config": TEXT | {"model_type": "qwen2"}, "audio_config": {
+            "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48}}),
 }
 
 
@@ -30,7 +33,7 @@ def build(kind):
         return make(kind)
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **MODELS[kind][1], image_token_index=VOCABULARY - 1)
-    return AutoModelForImageTextToText.from_config(config).eval()
+    return AutoModelForMultimodalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize("kind", MODELS)
