@@ -68,8 +68,8 @@ class RunDir(contextlib.AbstractContextManager):
                                  "folder")
 
     def _check(self, nbytes):
-        # what a run that never started has left
-        unused = {*self.path.rglob("*")} <= {self.folder, self.folder / "lock", *self.folder.glob("*.partial")}
+        left = {self.folder, self.folder / "lock", *self.folder.glob("*.partial")}  # by a run that never started
+        unused = all(file in left for file in self.path.rglob("*"))
         if not (unused or is_interrupted_run(self.path) or self.overwrites):
             raise InputError(f"{self.place}: exists and is not an empty folder; name another one, or give --overwrite "
                              "to replace a saved model")
