@@ -50,11 +50,7 @@ def _untied(model):
 
 
 def _tensor_of(names, state, locations=None):
-    """Return a tensor of the checkpoint, on meta without locations.
-
-    names: {name: ExpertSlice or None} of what it consists of. state: {name: tensor} with their shapes, and values if
-    they are in memory. locations: of `locations_of`.
-    """
+    """Return a tensor of the checkpoint of its parts, {name: ExpertSlice or None}, on meta without their locations."""
     name, part = next(iter(names.items()))
     shape = part.whole(state[name].shape, len(names) // part.parts) if part else state[name].shape
     tensor = torch.empty(shape, dtype=state[name].dtype, device="meta" if locations is None else "cpu")
@@ -71,10 +67,9 @@ def save_compressed_tensors(folder, model, grids):
     Raises ValueError if weights are not on their grid.
     """
     quantization = next(iter(grids.values())).scheme
-    group = {"strategy": "channel"} if quantization.groupsize == -1 else {"strategy": "group",
-                                                                         "group_size": quantization.groupsize}
+    width = None if quantization.groupsize == -1 else quantization.groupsize
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
-        num_bits=quantization.wbits, type="int", symmetric=True, **group))
+        num_bits=quantization.wbits, symmetric=True, strategy="group" if width else "channel", group_size=width))
     compressor = BaseCompressor.get_value_from_registry(PACKED)
     state = _untied(model)
     for name, grid in grids.items():
