@@ -79,7 +79,7 @@ def prune(kind, folder, tokenizer):
     model, saved, tokens = f"{folder}/model", f"{folder}/saved", torch.randint(3, 384, (3, 24))
     try:
         text = CONFIG_MAPPING[kind]().get_text_config()
-        if text.model_type in CONFIG_MAPPING and text.model_type != kind and load.is_causal(text):
+        if text.model_type in CONFIG_MAPPING and text.model_type != kind and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
             return "text part", f"is a `{text.model_type}`"
         with torch.device("meta"):
             numel = AutoModelForCausalLM.from_config(tiny(kind)).num_parameters()

@@ -24,11 +24,9 @@ from modelutils import linears, other_weights
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
-READ = ("compressed-tensors", METHOD)  # the quantization methods that are read
 NO_CODE = {"trust_remote_code": False}  # otherwise transformers asks on a terminal whether to run it
 # The files whose content, or code, ends up in a saved folder.
 COPIED = ("*.json", "*.jinja", f"{CHAT_TEMPLATE_DIR}/*", "*.model", "*.txt", "*.tiktoken", "*.py")
-BESIDE_GGUF = ("*.jinja", f"{CHAT_TEMPLATE_DIR}/*")  # what transformers reads beside a .gguf file
 
 
 @contextlib.contextmanager
@@ -67,13 +65,13 @@ def _converted(file):
     folder = files.cache_folder() / f"gguf-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
-    check_links(file, file.parent, BESIDE_GGUF)
+    check_links(file, file.parent, ("*.jinja", f"{CHAT_TEMPLATE_DIR}/*"))  # which transformers reads, too
     with _reading(file, "the file cannot be read"):
         loaded = from_pretrained(file, str(file.parent), torch.float32, gguf_file=file.name,
                                  quantization_config=transformers.GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, **NO_CODE)
-    place = f"{folder}; set XDG_CACHE_HOME to a folder with room"
-    with reading(f"model {file}: cannot be converted into {place}"), silenced():
+    advice = "set XDG_CACHE_HOME to a folder with room"
+    with reading(f"model {file}: cannot be converted into {folder}; {advice}"), silenced():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
             loaded.save_pretrained(partial, save_original_format=False)  # under the names that it has in memory
@@ -108,7 +106,7 @@ def read_config(model):
     check_links(model, Path(name), COPIED)
     with _reading(model, "its configuration cannot be read"):
         config, _ = _config_of(name)
-    if not is_causal(config) or config.is_encoder_decoder:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
     return config
 
@@ -117,10 +115,10 @@ def _config_of(name):
     """Return a configuration and None; of a model that also sees or hears, that of its text part and its model_type."""
     whole = AutoConfig.from_pretrained(name, **NO_CODE)
     config = whole.get_text_config()
-    if whole.is_encoder_decoder or not is_causal(config):
+    if whole.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         config = whole
     method = (getattr(whole, "quantization_config", None) or {}).get("quant_method")
-    if method and (config is not whole or method not in READ):
+    if method and (config is not whole or method not in ("compressed-tensors", METHOD)):
         raise InputError(f"model {name}: its weights are quantized by {method}; give the original model")
     if config is whole:
         return config, None
@@ -128,11 +126,6 @@ def _config_of(name):
     if getattr(whole, "tie_word_embeddings", False):  # some classes leave it out
         config.tie_word_embeddings = True
     return config, whole.model_type
-
-
-def is_causal(config):
-    """Return whether transformers has a causal language model for a configuration."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is not None
 
 
 def multimodal(model):
@@ -188,8 +181,7 @@ def skeleton(config, dtype=torch.float32):
 
 def size(config, dtype):
     """Return the bytes of the parameters of a configuration's model in a dtype, "auto" for the stored one."""
-    stored = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32)
-    model = skeleton(config, stored if dtype == "auto" else dtype)
+    model = skeleton(config, config.dtype or torch.float32 if dtype == "auto" else dtype)
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
