@@ -64,13 +64,9 @@ def walk_compiled(W, E, U, mask, choice, grid):
     limits = grid[:3] if grid else (nothing,) * 3
     # contiguous: numba compiles for seconds for each kind of array
     U, factors, *limits = (x.contiguous().numpy() for x in (U, factors, *limits))
-    W, E, mask = W.numpy(), E.numpy(), mask.numpy()
-    w, e, scores = np.zeros((3, len(W), TILE), W.dtype)
-    # of a tile: weights, errors, mask, limits of the grid, scores and ranks
-    tile = w, e, np.zeros(w.shape, bool), np.ones((3, TILE), W.dtype), scores, np.zeros(TILE, np.int32)
     for rows, n in prunens:
-        _walk_rows(W, E, U, mask, factors, rows.start, rows.stop, prunem, n, *limits,
-                   grid is not None and grid.dtype == torch.bfloat16, *tile)
+        _walk_rows(W.numpy(), E.numpy(), U, mask.numpy(), factors, rows.start, rows.stop, prunem, n, *limits,
+                   grid is not None and grid.dtype == torch.bfloat16)
 
 
 @numba.njit(fastmath={"contract"}, **OPTIONS)
@@ -83,16 +79,18 @@ def _update(W, E, U, column, start, stop):
 
 
 @numba.njit(fastmath={"contract"}, **OPTIONS)
-def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16, w, e, remove, limits,
-               scores, rank):
-    """Walk all columns for rows start … stop − 1; scale is empty without quantization. The rest is of a tile."""
+def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16):
+    """Walk all columns for rows start … stop − 1; scale is empty without quantization."""
     columns, width = len(W), max(prunem, 1)
+    w, remove, rank = np.zeros((columns, TILE), W.dtype), np.zeros((columns, TILE), np.bool_), np.zeros(TILE, np.int32)
+    e, scores, limits = np.zeros_like(w), np.zeros_like(w), np.ones((3, TILE), W.dtype)
     step, least, most = limits[0], limits[1], limits[2]
     for first in range(start, stop, TILE):
         rows = min(TILE, stop - first)
-        w[:, :rows], remove[:, :rows] = W[:, first:first + rows], mask[:, first:first + rows]
-        for r in range(rows if len(scale) else 0):
-            step[r], least[r], most[r] = scale[first + r], low[first + r], high[first + r]
+        part = slice(first, first + rows)
+        w[:, :rows], remove[:, :rows] = W[:, part], mask[:, part]
+        if len(scale):
+            step[:rows], least[:rows], most[:rows] = scale[part], low[part], high[part]
         for group in range(0, columns, width):
             for j in range(group, group + width):
                 _update(w, e, U, j, 0, group)
@@ -117,9 +115,7 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
                         q = e[j, r]
                         e[j, r] = (w[j, r] - q) * diagonal
                         w[j, r] = q
-        W[:, first:first + rows], E[:, first:first + rows] = w[:, :rows], e[:, :rows]
-        if prunem:
-            mask[:, first:first + rows] = remove[:, :rows]
+        W[:, part], E[:, part], mask[:, part] = w[:, :rows], e[:, :rows], remove[:, :rows]
 
 
 @numba.njit(fastmath={"contract"}, **OPTIONS)
