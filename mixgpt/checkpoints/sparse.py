@@ -88,12 +88,12 @@ class PackedWeight(torch.nn.Module):
         way, dtype = self._way(x.device), x.dtype
         if not way or not 0 < tokens <= FEW or differentiated:
             return linear(x, self.expand(None if differentiated else self._room()).to(dtype), bias)
-        narrow = bias is None and (x.is_cuda or dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(way))
+        narrow = x.is_cuda or dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(way)
+        written = dtype if x.is_cuda and bias is None else torch.float32
+        y = torch.empty(*x.shape[:-1], rows, dtype=written, device=x.device)
         kernel = sparse_cpu.Kernel(way, self.dtype, self.wbits, tokens, narrow)
-        y = torch.empty(*x.shape[:-1], rows, dtype=dtype if narrow else torch.float32, device=x.device)
-        x = x.contiguous() if narrow or x.is_cuda else x.float().contiguous()
-        self._run(kernel, x if x.is_cuda else sparse_cpu.arrange(x, kernel), y)
-        return y if narrow else (y if bias is None else y.add_(bias)).to(dtype)
+        self._run(kernel, sparse_cpu.arrange((x if narrow else x.float()).contiguous(), kernel), y)
+        return (y if bias is None else y.add_(bias)).to(dtype)
 
     def expand(self, out=None):
         """Return the matrix, in `out` if given."""
@@ -113,14 +113,16 @@ class PackedWeight(torch.nn.Module):
 
     def ways(self):
         """Return the ways in which the CPU can multiply by this matrix, the fastest first."""
-        columns, consecutive = self.shape[1], "group" not in self.description["parts"]
-        return sparse_cpu.ways(self.dtype, self.wbits, columns, columns // self.groups, consecutive)
+        if "group" in self.description["parts"]:  # columns of a group do not lie side by side
+            return []
+        return sparse_cpu.ways(self.dtype, self.wbits, self.shape[1] // self.groups)
 
     def _way(self, device):
         """Return what a device multiplies by this matrix with: "triton", the CPU's fastest way, or None."""
         if device.type == "cpu":
             return next(iter(self.ways()), None)
-        return "triton" if device.type == "cuda" and triton_obstacle(device) is None else None
+        able = device.type == "cuda" and self.dtype != torch.float64
+        return "triton" if able and triton_obstacle(device) is None else None
 
     @property
     def groups(self):

@@ -83,10 +83,10 @@ def test_ways_are_chosen_by_the_flags_of_the_cpu(monkeypatch):
                                    (("avx512f", "avx2"), None, None)):
         monkeypatch.setattr(sparse_cpu, "_flags", lambda missing=missing: flags - {*missing})
         ways = sparse_cpu.ways.__wrapped__
-        assert next(iter(ways(torch.bfloat16, 0, 128, 128, True)), None) == values
-        assert next(iter(ways(torch.bfloat16, 4, 128, 128, True)), None) == codes
-        assert ways(torch.bfloat16, 4, 128, 128, False) == ways(torch.float16, 8, 128, 128, True) == []
-        assert ways(torch.bfloat16, 4, 128, 32, True) == ways(torch.bfloat16, 0, 7, 7, True) == []
+        assert next(iter(ways(torch.bfloat16, 0, 128)), None) == values
+        assert next(iter(ways(torch.bfloat16, 4, 128)), None) == codes
+        assert ways(torch.float16, 8, 128) == ways(torch.float64, 0, 128) == []
+        assert ways(torch.bfloat16, 4, 32) == ways(torch.bfloat16, 0, 7) == []
 
 
 def test_the_number_of_threads_changes_nothing():
@@ -228,7 +228,8 @@ def test_a_packed_model_can_be_copied_pickled_cast_and_given_a_state(saved, toke
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed):
         other.load_state_dict(packed.state_dict())
         assert torch.equal(logits(other, tokens[:, :3]), expected)
-    assert torch.equal(logits(packed.bfloat16(), tokens), logits(model.bfloat16(), tokens))
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(logits(packed.to(dtype), tokens), logits(model.to(dtype), tokens))
 
 
 @pytest.mark.parametrize("saved", ["wide llama"], indirect=True)
