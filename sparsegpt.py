@@ -175,6 +175,11 @@ class Walk:
             self.W[B].addmm_(self.U.t(), self.R[:B.start, B].t() @ self.D[:B.start])
         self.E = torch.empty_like(self.before)
 
+    def _share(self, columns):
+        """Return how many weights of each matrix its sparsity prunes in so many columns."""
+        return [round(sparsity * (total * columns))
+                for sparsity, total in zip(self.sparsities, self.totals, strict=True)]
+
     def _counts(self, start, stop):
         """Return how many weights of each matrix to prune in the block of columns start … stop − 1.
 
@@ -182,8 +187,7 @@ class Walk:
         """
         before, self.block = self.block, slice(start, stop)
         # cumulative counts, so that the last block meets the total exactly, except for weights that it rounds to zero
-        counts, whole = ([round(sparsity * (total * columns)) for sparsity, total in zip(
-            self.sparsities, self.totals, strict=True)] for columns in (stop, self.columns))
+        counts, whole = self._share(stop), self._share(self.columns)
         if not any(self.sparsities):
             return counts
         W, mask, growth = self.W[before], self.mask[before], (stop - start) / max(start - before.start, 1)
@@ -222,9 +226,7 @@ class Walk:
         whole = self.groupsize == self.columns  # chosen before any mask
         if self.chosen_inside or whole or stop > start // self.unit * self.unit + self.unit:  # masks not known yet
             pruned = pruned.clone()
-            self._mark_least(pruned, start, stop, [
-                round(sparsity * (total * (stop - start)))
-                for sparsity, total in zip(self.sparsities, self.totals, strict=True)])
+            self._mark_least(pruned, start, stop, self._share(stop - start))
         self.grids.append(self.scheme.fit(self.W[start:stop].t(), pruned.t(), self.dtype, self.h[start:stop]))
 
     def _grid(self, rows):

@@ -96,7 +96,7 @@ class Moments:
 def watch(fatal, log, root, shard):
     """Kill this process at moment number `fatal`, or write the parts that all moments fell in to `log`."""
     moments = Moments(fatal)
-    backward.BORDERS = 1  # a chunk of sequences is one batch
+    backward.SAVED_AFTER = 1  # a chunk of sequences is one batch
     formats.LARGEST = shard
     timed = runtime.Clock.part
 

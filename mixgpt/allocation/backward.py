@@ -12,7 +12,6 @@ from mixgpt.common import distributed, memory
 from mixgpt.modeling import decoder, experts
 from modelutils import allocate, in_turn, linears, place_for
 
-HOST = torch.device("cpu")
 SAVED_AFTER = 2e9  # bytes of hidden states at layer boundaries: on a CPU such a chunk takes minutes, and is saved then
 
 
@@ -25,7 +24,7 @@ def chunk_size(streamed, count, T, states, limit=math.inf):
     batch, width = streamed.batch_size, streamed.model.config.hidden_size
     sequence = states * (len(streamed.layers) + 1) * T * width * working_dtype(streamed.model).itemsize
     place = place_for(batch * sequence, streamed.device, streamed.on_host)
-    room = min(memory.free(streamed.device if place == "device" else HOST) // 2, limit)
+    room = min(memory.free(streamed.device if place == "device" else torch.device("cpu")) // 2, limit)
     size = max(min(room // sequence // batch, -(-count // batch)), 1) * batch
     return min(distributed.all_gather_object(int(size))), place
 
