@@ -82,32 +82,32 @@ class StreamedModel:
 
 
 @contextlib.contextmanager
-def on_device(modules, device):
-    """Keep `modules` on `device` within the block; afterwards on the host, or on disk if they have `DiskWeights`.
+def on_device(modules, device, ahead=None):
+    """Keep `modules` on `device` within the block; afterwards on the host, or on disk if they have `disk_weights`.
 
-    Changes to modules on disk are lost at the end of the block, unless written there.
+    Changes to modules on disk are lost at the end of the block, unless written there. ahead: Future of the tensors of
+    a single module, if they are being read already.
     """
-    try:
+    with contextlib.ExitStack() as stack:
         for module in modules:
-            if weights := streaming.disk_weights(module):
-                weights.load(module, device)
+            if streaming.disk_weights(module) is None:
+                stack.callback(module.to, "cpu")
             else:
-                module.to(device)
+                tensors, empty = ahead.result() if ahead else streaming.read(module), module.state_dict(keep_vars=True)
+                stack.callback(module.load_state_dict, empty, strict=False, assign=True)  # frees what is on disk only
+                module.load_state_dict({name: tensors.pop(name).to(device, non_blocking=True) for name in empty},
+                                       assign=True)  # popped, as `ahead` would keep them on the host
+            module.to(device)
         yield
-    finally:
-        for module in modules:
-            if weights := streaming.disk_weights(module):
-                module.load_state_dict(weights.empty, strict=False, assign=True)  # frees them, but not other buffers
-            else:
-                module.to("cpu")
 
 
 def in_turn(layers, device, title=None):
     """Yield (index, layer), each on the device until the next one is asked for, read meanwhile. title: of a bar."""
+    ahead, pinned = None, torch.device(device).type == "cuda"
     for index, layer in enumerate(progress.bar(layers, title=title, leave=False) if title else layers):
-        with on_device([layer], device):
-            if index + 1 < len(layers) and (weights := streaming.disk_weights(layers[index + 1])):
-                weights.ahead = READER.submit(weights.read, pinned=torch.device(device).type == "cuda")
+        with on_device([layer], device, ahead):
+            if index + 1 < len(layers) and streaming.disk_weights(layer):
+                ahead = READER.submit(streaming.read, layers[index + 1], pinned)
             yield index, layer
 
 

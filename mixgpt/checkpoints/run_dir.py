@@ -152,7 +152,7 @@ class RunDir(contextlib.AbstractContextManager):
         """
         self.flush()
         for index, locations in self.dense.items():
-            streaming.disk_weights(self.layers[index]).locations = locations
+            self.layers[index].disk_weights = locations
         finished = []
         while len(finished) < count and (outcomes := self._outcomes(len(finished))) is not None:
             finished.append(outcomes)
@@ -178,11 +178,11 @@ class RunDir(contextlib.AbstractContextManager):
         """Let the model have a finished layer: on disk, or in memory if its weights are there."""
         layer, prefix, file = self.layers[index], f"{self.layers_path}.{index}.", str(self._file(index))
         locations = {name: streaming.TensorLocation(file, prefix + name) for name in layer.state_dict()}
-        if weights := streaming.disk_weights(layer):
-            self.dense.setdefault(index, weights.locations)
-            weights.locations = locations
+        if dense := streaming.disk_weights(layer):
+            self.dense.setdefault(index, dense)
+            layer.disk_weights = locations
         else:
-            layer.load_state_dict(streaming.read(locations))
+            layer.load_state_dict({name: streaming.mapped(location) for name, location in locations.items()})
 
     def save_layer(self, index, layer, outcomes, kind="layer"):
         """Start writing a finished layer, {(layer, name): Outcome}; the layer is on the device.

@@ -3,8 +3,6 @@
 import hashlib
 import json
 from collections import Counter
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -29,50 +27,29 @@ class TensorLocation(NamedTuple):
     part: ExpertSlice | None = None  # if it is one of several in the tensor of this key
 
 
-@dataclass
-class DiskWeights:
-    """A module's parameters and buffers that stay on disk while it does not run; its attribute `disk_weights`."""
-
-    locations: dict  # name in the module -> TensorLocation
-    dtypes: dict  # name in the module -> dtype in memory; classes keep some tensors in float32
-    ahead: Future | None = field(default=None, init=False)  # tensors being read
-    empty: dict = field(default_factory=dict, init=False)  # the module's state on meta while its tensors are loaded
-
-    def read(self, pinned=False):
-        """Return {name: tensor} on the host. Raises InputError if one holds NaN or inf. pinned: as in `read`."""
-        tensors = read(self.locations, self.dtypes, pinned)
-        for name, tensor in tensors.items():
-            check_finite(tensor, f"{self.locations[name].file}: {self.locations[name].key}")
-        return tensors
-
-    def load(self, module, device):
-        """Put the tensors of the module, which is on meta, on a device. Raises InputError if one holds NaN or inf."""
-        tensors, self.ahead = self.ahead.result() if self.ahead else self.read(), None
-        self.empty = dict(module.state_dict(keep_vars=True))
-        module.load_state_dict({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
-                               assign=True)
-        module.to(device)  # buffers not on disk
-
-
 def disk_weights(module):
-    """Return the `DiskWeights` of a layer or of a module beside the layers; None if it is in memory."""
+    """Return {name in a layer, or in a module beside the layers: TensorLocation}; None if it is in memory.
+
+    The module keeps it as its attribute `disk_weights`, and its tensors on meta while it does not run.
+    """
     return getattr(module, "disk_weights", None)
 
 
 def locations_of(model):
     """Return {name in a model: TensorLocation} of its tensors on disk, {} if it is in memory."""
-    return {f"{path}.{name}": location for path, module in model.named_modules() if (weights := disk_weights(module))
-            for name, location in weights.locations.items()}
+    return {f"{path}.{name}": location for path, module in model.named_modules()
+            for name, location in (disk_weights(module) or {}).items()}
 
 
-def read(locations, dtypes=None, pinned=False):
-    """Read {name: tensor} from {name: TensorLocation}, in {name: dtype} if given, pinned for GPUs if asked."""
+def read(module, pinned=False):
+    """Read {name: tensor} of a module on disk, in its dtypes. Raises InputError for NaN or inf. pinned: for GPUs."""
+    locations, tensors = disk_weights(module), {}
     files = {file: safe_open(file, "pt") for file in {location.file for location in locations.values()}}
-    tensors = {}
-    for name, location in locations.items():
+    for name, own in module.state_dict().items():
+        location = locations[name]
         stored = mapped(location, files[location.file])
-        kind = dtypes[name] if dtypes else stored.dtype
-        tensors[name] = torch.empty(stored.shape, dtype=kind, pin_memory=pinned).copy_(stored)
+        tensors[name] = torch.empty(stored.shape, dtype=own.dtype, pin_memory=pinned).copy_(stored)
+        check_finite(tensors[name], f"{location.file}: {location.key}")
     return tensors
 
 
@@ -131,13 +108,12 @@ def attach_disk_weights(model, stored):
         locations[name] = location
     for name in tied:  # `from_pretrained` does not tie tensors that are both stored and differ
         own = _find(model, name, layout, stored)
-        if own and not torch.equal(*read({0: own, 1: locations[name]}, dict.fromkeys((0, 1), model.dtype)).values()):
+        if own and not torch.equal(*(mapped(place).to(model.dtype) for place in (own, locations[name]))):
             return False
     model.requires_grad_(False)
     layers = {f"{layers_path(model)}.{index}": layer for index, layer in enumerate(layers_of(model))}
     for path, module in (layers | rest_of(model)).items():
-        dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
-        module.disk_weights = DiskWeights({name: locations[f"{path}.{name}"] for name in dtypes}, dtypes)
+        module.disk_weights = {name: locations[f"{path}.{name}"] for name in module.state_dict()}
     compute_buffers(model)
     return True
 

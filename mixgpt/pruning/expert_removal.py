@@ -140,12 +140,11 @@ def remove_experts(model, smaller, kept):
     for index, numbers in kept.items():
         layer, new = layers[index], layers_of(smaller)[index]
         sources, state = _sources(index, layer, new, numbers), layer.state_dict()
-        if weights := disk_weights(layer):
-            dense, new.disk_weights = weights.locations, weights
-            weights.locations = {name: dense[source]._replace(part=rows) if rows else dense[source]
-                                 for name, (source, rows) in sources.items()}
+        if dense := disk_weights(layer):
+            new.disk_weights = {name: dense[source]._replace(part=rows) if rows else dense[source]
+                                for name, (source, rows) in sources.items()}
             for name, tensor in new.state_dict(keep_vars=True).items():
-                tensor.data = tensor.data.to(weights.dtypes[name])
+                tensor.data = tensor.data.to(state[name].dtype)
         else:
             new.load_state_dict({name: rows.of(state[source]) if rows else state[source]
                                  for name, (source, rows) in sources.items()}, assign=True)

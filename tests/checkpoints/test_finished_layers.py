@@ -74,7 +74,7 @@ def test_the_next_layer_does_not_wait_for_the_disk_but_the_one_behind_it_does(mo
         second.join(30)
         files.flush()
         assert [written(tmp_path, index) for index in range(2)] == [{1.0}, {2.0}]
-        assert torch.equal(files.layers[1].disk_weights.read()[UP], torch.full((48, 32), 2.0))
+        assert torch.equal(streaming.read(files.layers[1])[UP], torch.full((48, 32), 2.0))
 
 
 @pytest.mark.parametrize("asked", ["save_layer", "flush", "resume_from"])
@@ -98,12 +98,12 @@ def test_an_error_of_the_run_waits_for_the_layer_that_is_being_written(model, tm
 
 def test_resuming_gives_the_dense_weights_back_and_loading_a_finished_layer_those_saved(model, tmp_path):
     with opened(tmp_path, model) as files:
-        dense = files.layers[0].disk_weights.read()[UP]
+        dense = streaming.read(files.layers[0])[UP]
         save_layer(files, 0)
         assert files.resume_from(3) == [{}]
-        assert torch.equal(files.layers[0].disk_weights.read()[UP], dense)
+        assert torch.equal(streaming.read(files.layers[0])[UP], dense)
         files.load_layer(0)
-        assert torch.equal(files.layers[0].disk_weights.read()[UP], torch.ones(48, 32))
+        assert torch.equal(streaming.read(files.layers[0])[UP], torch.ones(48, 32))
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -115,7 +115,7 @@ def test_distilled_layers_count_when_all_are_written_and_the_pruned_ones_before(
         for index in range(3):
             save_layer(files, index, -1, "distilled")
             files.flush()
-            assert (files.layers[0].disk_weights.read()[UP] == 1).all()
+            assert (streaming.read(files.layers[0])[UP] == 1).all()
         if killed:
             (tmp_path / "distilled-00001.safetensors").replace(tmp_path / "layer-00001.safetensors")
         files.take_distilled()

@@ -11,7 +11,7 @@ from mixgpt.checkpoints import load
 from mixgpt.evaluation.measures import logits, total_sparsity
 from mixgpt.modeling.decoder import layers_of, layers_path, path_of
 from mixgpt.modeling.experts import layout_of, published, split_experts
-from mixgpt.modeling.streaming import disk_weights
+from mixgpt.modeling.streaming import read
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
@@ -144,7 +144,7 @@ def test_what_a_class_keeps_in_float32_is_read_so_from_disk(kind, dtype, folder)
     path = str(folder(kind))
     on_disk = load.open_model(path, load.read_config(path), dtype)
     loaded = load.load_model(path, dtype)
-    tensors, expected = disk_weights(layers_of(on_disk)[-1]).read(), layers_of(loaded)[-1].state_dict()
+    tensors, expected = read(layers_of(on_disk)[-1]), layers_of(loaded)[-1].state_dict()
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {
         name: tensor.dtype for name, tensor in expected.items()}
     assert {tensor.dtype for tensor in tensors.values()} == {dtype, torch.float32}
