@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from mixgpt.common import memory, progress, runtime
@@ -70,14 +69,10 @@ class StreamedModel:
             stream.hidden[..., stream.channels:] = 0
             _, others = _record(self.model, layers, (tokens[:1] == 0).long().to(self.device))  # all tokens are others
             places = decoder.per_sequence(calls, others, len(tokens))
-            stream.varying = any(isinstance(place, decoder.PerSequence) for place in tree_leaves(places)) or any(
-                map(decoder.is_shared, tree_leaves(calls)))
             for rows in [slice(0, 1), *stream.batches()]:
                 hidden, calls = _record(self.model, layers, tokens[rows].to(self.device))
                 stream.hidden[rows, ..., :stream.channels] = hidden
-                if stream.varying:
-                    calls = decoder.fill(places, calls, rows)
-                stream.arguments.setdefault(len(hidden), calls)
+                stream.arguments.setdefault(len(hidden), decoder.fill(places, calls, rows))
         return stream
 
 
@@ -189,7 +184,6 @@ class HiddenStates:
     arguments: dict = field(default_factory=dict)  # batch size -> (args, kwargs) of every layer
     channels: int | None = None  # C
     shared: dict = field(default_factory=dict)  # shapes of what layers share, see `decoder.shared_shapes`
-    varying: bool = False  # whether some arguments depend on the tokens or on earlier layers
     tuples: bool = False  # whether the layers return tuples, once one has run
     place: str = ""  # of the hidden states, as chosen by `place_for`
 
@@ -212,10 +206,8 @@ class HiddenStates:
 
         Returns (B, T, C). rows: a slice, or a tensor of numbers. Both may be wider by what layers share.
         """
-        args, kwargs = self.arguments[len(hidden)][index]
-        if self.varying:
-            hidden, shared = decoder.unpack(hidden, self.shared)
-            args, kwargs = decoder.take((args, kwargs), rows, shared, self.device)
+        arguments, (hidden, shared) = self.arguments[len(hidden)][index], decoder.unpack(hidden, self.shared)
+        args, kwargs = decoder.take(arguments, rows, shared, self.device)
         output = layer(hidden, *args, **kwargs)
         self.tuples = not torch.is_tensor(output)
         output = output[0] if self.tuples else output
