@@ -141,13 +141,11 @@ def _record(model, layers, tokens, tuples=True):
 @contextlib.contextmanager
 def _replaced(layers, forward):
     """Let layers run `forward` within the block."""
-    try:
+    with contextlib.ExitStack() as stack:
         for layer in layers:
+            stack.callback(vars(layer).pop, "forward", None)
             layer.forward = forward  # on the instance, to preserve attributes the model reads from its layers
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)  # missing where Ctrl-C came before it was set
 
 
 def place_for(nbytes, device, on_host=False):
@@ -279,13 +277,11 @@ def shared_inputs(layer, index, stream):
     def note(name, X):
         inputs.append(X)
         # a tensor changed in place counts as another input; empty ones, of experts without tokens, have no address
-        group = groups.setdefault((X.data_ptr() or id(X), X.shape, X.stride(), X._version), [])
-        if name not in group:
-            group.append(name)
+        groups.setdefault((X.data_ptr() or id(X), X.shape, X.stride(), X._version), {})[name] = None
 
     with hooked({module: lambda X, name=name: note(name, X) for name, module in linears(layer).items()}):
         stream.forward(layer, index, slice(0, 1))
-    return list(groups.values())
+    return [list(names) for names in groups.values()]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from mixgpt.evaluation.measures import perplexity
 from modelutils import linears
 
 ROWS, COLUMNS = 32, 64  # required divisors of the dimensions of a 16-bit matrix
-DTYPES = (torch.float16, torch.bfloat16)
 
 
 def obstacle(device, dtype):
@@ -23,7 +22,7 @@ def obstacle(device, dtype):
     if torch.cuda.get_device_capability(device) < (8, 0) or not torch.backends.cusparselt.is_available():
         return ("the kernels need cuSPARSELt and a GPU of compute capability 8 or above, this is "
                 f"{torch.cuda.get_device_name(device)}")
-    if dtype not in DTYPES:
+    if dtype not in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         return f"the kernels need weights in 16 bits, these are {name}; give --dtype bfloat16"
     return None
@@ -39,14 +38,12 @@ def fits(W):
 def compressed(layer):
     """Keep the supported linears of a layer compressed within the block. Yields their number."""
     dense = {module: module.weight for module in linears(layer).values() if fits(module.weight)}
-    try:
+    with contextlib.ExitStack() as stack:
         for module, weight in dense.items():
+            stack.callback(setattr, module, "weight", weight)
             sparse = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
             module.weight = torch.nn.Parameter(sparse, requires_grad=False)
         yield len(dense)
-    finally:
-        for module, weight in dense.items():
-            module.weight = weight
 
 
 def compare(model, tests, batch_size, device):
