@@ -83,7 +83,7 @@ def room_for(streamed, tokens, effort=1.0):
     width, batch = model.get_input_embeddings().embedding_dim, min(streamed.batch_size, _per_step(tokens, effort))
     matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
                 for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
-    before = itemsize if device.type == "cpu" and not disk_weights(model) else 0
+    before = itemsize if device.type == "cpu" and not disk_weights(layers[0]) else 0
     missing = sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
     fixed = missing + 12 * max(m.weight.numel() for m in matrices.values()) + (
         before + 2 * itemsize + 4) * sum(weight.numel() for layer in layers for weight in layer.parameters())

@@ -12,6 +12,7 @@ from makebelieve import CUDA, Gpu
 from torch.profiler import ProfilerActivity, profile
 
 import modelutils
+from mixgpt.checkpoints import load
 from mixgpt.common import memory
 from mixgpt.modeling.decoder import layers_of, path_of
 from mixgpt.modeling.experts import split_experts
@@ -264,6 +265,15 @@ def test_what_fits_is_about_the_peak_and_without_room_for_it_nothing_does(name, 
         peak = peak_on_a_cpu(lambda: distill(streamed, scene.chosen, scene.tokens, scene.dense, 0), tmp_path)
     peak = gpu.peak if gpu else peak
     assert 0.95 * peak <= counted <= 1.5 * peak  # of memory.free, which leaves a tenth
+
+
+def test_no_copy_is_counted_of_weights_that_can_be_read_from_disk_again(checkpoint_folder, monkeypatch):
+    folder, tokens = str(checkpoint_folder("llama")), torch.zeros(16, 64, dtype=torch.long)
+    monkeypatch.setattr(module, "STEP_TOKENS", 1024)
+    on_disk, in_memory = load.open_model(folder, load.read_config(folder), "auto"), load.load_model(folder, "auto")
+    rooms = [least_room(StreamedModel(model, CPU, 4), tokens, monkeypatch) for model in (on_disk, in_memory)]
+    of_layers = sum(weight.nbytes for layer in layers_of(in_memory) for weight in layer.parameters())
+    assert rooms[0] - rooms[1] == sum(weight.nbytes for weight in in_memory.parameters()) - of_layers
 
 
 @pytest.mark.parametrize("part, call, failure, expected", [  # 21: matrices of three layers, in a step
