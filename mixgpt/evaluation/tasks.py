@@ -19,6 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.models.dummy import DummyLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks.manager import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -156,11 +157,11 @@ class StreamedLM(TemplateLM):
         with whole(self.model, self.where):
             for number in progress.bar(mine, title="tasks", unit="text", leave=False):
                 context, options = requests[number].args
-                until, most = options.get("until") or [], options.get("max_gen_toks", 256)
-                temperature = options.get("temperature") or 1.0 if options.get("do_sample") else 0.0
-                texts[number] = complete(self.model, self.tokenizer, context, min(most, self.max_length - 1),
-                                         temperature, until=[until] if isinstance(until, str) else until,
-                                         bos=self.bos).text
+                options = normalize_gen_kwargs(options)
+                texts[number] = complete(
+                    self.model, self.tokenizer, context, min(options["max_gen_toks"], self.max_length - 1),
+                    options.get("temperature", 1.0) if options["do_sample"] else 0.0,
+                    until=[end for end in options["until"] if end], bos=self.bos).text
         return self._in_order(texts)
 
     def _loglikelihood_tokens(self, requests, **_):

@@ -84,7 +84,7 @@ def test_answers_are_those_of_the_model_that_lm_eval_has(name, tokenizer):
     for answer, expected in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
         assert answer == (pytest.approx(expected[0], rel=1e-4, abs=1e-3), expected[1])
     assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-4)
-    for options in ({"until": ["\n", " a"], "max_gen_toks": 12}, {"until": [], "max_gen_toks": 9, "do_sample": False}):
+    for options in ({"until": ["\n", " a"], "max_gen_toks": 12}, {"until": [], "max_new_tokens": 9}):
         texts = asked("generate_until", [(context, options) for context, _ in PAIRS if context])
         assert ours.generate_until(texts) == theirs.generate_until(texts, disable_tqdm=True)
 
