@@ -94,8 +94,7 @@ def split_experts(model):
         for leaf, parts in {leaf: parts_of(module, leaf) for leaf in module._parameters}.items():
             if parts:
                 parameter = module._parameters.pop(leaf)
-                tensors |= {name: torch.nn.Parameter(part.of(parameter.detach()).contiguous(),
-                                                     requires_grad=parameter.requires_grad)
+                tensors |= {name: torch.nn.Parameter(part.of(parameter.detach()).contiguous())
                             for name, part in parts.items()}
         for name in [name for name in tensors if name.endswith("weight")]:
             number, matrix, _ = name.split(".")
@@ -162,16 +161,15 @@ def published(model):
     for name, tensor in model.state_dict().items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        parts = parts_of(module, leaf)
-        if not parts:
-            tensors[name] = torch.full((1,) * tensor.dim(), len(names))
-            names.append((name, TRANSPOSED if isinstance(module, Conv1D) and leaf == "weight" else None))
-            continue
-        numbers = torch.arange(len(names), len(names) + len(parts)).view(len(tensor), -1)
-        if tensor.dim() == 3:
-            numbers = numbers[:, None] if module.is_transposed else numbers[:, :, None]
+        if parts := parts_of(module, leaf):
+            numbers = torch.arange(len(names), len(names) + len(parts)).view(len(tensor), -1)
+            if tensor.dim() == 3:
+                numbers = numbers[:, None] if module.is_transposed else numbers[:, :, None]
+        else:
+            numbers = torch.full((1,) * tensor.dim(), len(names))
+            parts = {leaf: TRANSPOSED if isinstance(module, Conv1D) and leaf == "weight" else None}
         tensors[name] = numbers.clone()
-        names += [(f"{path}.{part_name}", part) for part_name, part in parts.items()]
+        names += [(name.removesuffix(leaf) + part_name, part) for part_name, part in parts.items()]
     places = {}
     for key, numbers in revert_weight_conversion(model, tensors).items():
         for number in numbers.flatten().tolist():
@@ -197,7 +195,7 @@ def layout_of(model):
         places = published(fused)
         shapes = {key: tensor.shape for key, tensor in revert_weight_conversion(fused, fused.state_dict()).items()}
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
-        places, shapes = {}, {}
+        return None
     names = model.state_dict()
     whole = {name: key for name, (key, part) in places.items() if part is None}
     if places.keys() == names.keys() and all(shapes.get(key) == names[name].shape for name, key in whole.items()):
