@@ -15,9 +15,8 @@ from modelutils import SLICE, HiddenStates, StreamedModel, by_rows, in_turn, lin
 def perplexity(model, tokens, batch_size, device, title="perplexity", step=HiddenStates.advance):
     """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence independently.
 
-    T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ. Logits in the model's dtype,
-    log-likelihood in float32. title: of the progress bar. step: called with (stream, layer,
-    index) to replace the hidden states by the output of a layer.
+    T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ. Logits in the model's dtype, log-likelihood
+    in float32. step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
     """
     N, T = tokens.shape
     mine, total = tokens[distributed.share(N)], 0.0

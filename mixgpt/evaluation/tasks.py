@@ -127,9 +127,8 @@ class StreamedLM(TemplateLM):
         self.tokens, self.where = tokens, device
         self.bos, self.first = bos, tokenizer.bos_token_id if bos == "each" else None
         self.max_length = runtime.position_limit(model.config) or runtime.DEFAULT_SEQLEN
-        self.eot_token_id = self.prefix_token_id = tokenizer.eos_token_id
-        if tokenizer.bos_token_id is not None:
-            self.prefix_token_id = tokenizer.bos_token_id
+        self.eot_token_id = tokenizer.eos_token_id
+        self.prefix_token_id = self.eot_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.cut = 0  # number of truncated texts
 
     def tok_encode(self, string, add_special_tokens=None, **_):

@@ -54,8 +54,7 @@ class BaichuanAttention(LlamaAttention):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling,
-                                    dropout=self.attention_dropout if self.training else 0.0, **kwargs)
+        output, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(B, T, C)), weights
 
 

@@ -135,9 +135,7 @@ def compute_buffers(model):
     for path, module in fused.named_modules():
         own = model.get_submodule(path)
         for name in module._non_persistent_buffers_set:
-            buffer = torch.empty_like(getattr(own, name), device="cpu")
-            setattr(own, name, buffer)
-            setattr(module, name, buffer)
+            own._buffers[name] = module._buffers[name] = torch.empty_like(getattr(own, name), device="cpu")
     fused.initialize_weights()
 
 
