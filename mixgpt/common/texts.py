@@ -189,32 +189,26 @@ def hub_copy_rows(dataset, split, data_dir):
 
 def read_file(path, argument):
     """Return the rows of one file, each a text or a chat. Raises InputError that begins with the argument and path."""
-    import pyarrow.parquet
-    from datasets import Dataset
+    import pyarrow.parquet  # slow
     with reading(f"{argument} {path}: cannot be read"):
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
         elif path.suffix == ".arrow":
-            rows = Dataset.from_file(str(path)).to_list()
+            rows = pyarrow.ipc.open_stream(path).read_all().to_pylist()
         else:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
                 text = file.read()
-            if path.suffix == ".txt":
-                return [text]  # one row
-            in_lines = not text.lstrip().startswith("[") or re.search(r"\]\s*\n\s*\[", text)  # or a list in each line
-            rows = json_lines(text) if in_lines else json.loads(text)
+            rows = [text] if path.suffix == ".txt" else json_rows(text)
         return texts_of(rows, f"{argument} {path}")
 
 
-def json_lines(text):
-    """Return the values of lines of JSON. Raises ValueError that names the line."""
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: {error.msg}") from error
-    return rows
+def json_rows(text):
+    """Return the values that follow one another in a text, or in its list if it is one. Raises JSONDecodeError."""
+    decoder, blanks, rows, end = json.JSONDecoder(), re.compile(r"\s*"), [], 0
+    while (start := blanks.match(text, end).end()) < len(text):
+        row, end = decoder.raw_decode(text, start)
+        rows.append(row)
+    return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
 
 
 def texts_of(rows, subject, columns=COLUMNS):
