@@ -224,13 +224,11 @@ def _text_of(row, subject, columns):
         row = row[present[0]]
     if isinstance(row, str):
         return row
-    try:
-        chat = [{"role": part["role"], "content": part["content"]} for part in row] if isinstance(row, list) else []
-    except (TypeError, KeyError):
-        chat = []
-    if not chat or not all(isinstance(part["content"], str) for part in chat):
+    parts = row if isinstance(row, list) else []
+    if not parts or not all(isinstance(part, dict) and "role" in part and isinstance(part.get("content"), str)
+                            for part in parts):
         raise InputError(f'{subject} is neither text nor a chat [{{"role": "user", "content": "text"}}, …]')
-    return chat
+    return [{"role": part["role"], "content": part["content"]} for part in parts]
 
 
 def _digest(rows):
