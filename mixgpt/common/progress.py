@@ -1,15 +1,11 @@
 """Show the progress of long loops, as a bar in a terminal and elsewhere in a line now and then; and lay out tables."""
 
-import contextlib
 import sys
-from contextvars import ContextVar
 
 from tqdm import tqdm
 
 INTERVAL = 30  # seconds between two lines, and before the first one
 LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed}, about {remaining} left ({eta:%H:%M})"
-
-_stream = ContextVar("stream")  # where progress goes, if not to sys.stderr
 
 
 class Lines(tqdm):
@@ -27,22 +23,12 @@ class Lines(tqdm):
 
 def bar(iterable=None, *, title, unit="layer", **options):
     """Return a tqdm: a bar in a terminal or a notebook, else `Lines`. options: those of tqdm."""
-    stream = _stream.get(sys.stderr)
+    stream = getattr(sys.stderr, "behind", sys.stderr)  # of `texts.silenced`, which is for libraries
     in_notebook = type(stream).__module__.startswith("ipykernel.")
     kind = tqdm if in_notebook or stream and stream.isatty() else Lines
     if stream is None:
         options["disable"] = True  # otherwise as TQDM_DISABLE says
     return kind(iterable, desc=title, unit=unit, file=stream, **options)
-
-
-@contextlib.contextmanager
-def shown_on(stream):
-    """Show progress on a stream within the block, even if sys.stderr is redirected."""
-    token = _stream.set(stream)
-    try:
-        yield
-    finally:
-        _stream.reset(token)
 
 
 def table(header, rows):

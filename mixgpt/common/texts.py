@@ -143,10 +143,11 @@ def hub_reachable():
 def silenced():
     """Suppress the logs and warnings of libraries, whose errors become lines, and without a terminal their bars."""
     shown = sys.stderr and sys.stderr.isatty()
-    before = logging.root.manager.disable
+    before, hidden = logging.root.manager.disable, io.StringIO()
+    hidden.behind = sys.stderr  # to which `progress.bar` still writes
     logging.disable()
     try:
-        with (contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()),
+        with (contextlib.nullcontext() if shown else contextlib.redirect_stderr(hidden),
               warnings.catch_warnings(action="ignore")):
             yield
     finally:

@@ -9,7 +9,6 @@ import contextlib
 import io
 import itertools
 import numbers
-import sys
 from collections import ChainMap, defaultdict
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def load(names, folder, limit):
 @contextlib.contextmanager
 def _silent():
     """Suppress lm-eval's output and logs and, without a terminal, its progress bars; ours pass."""
-    with progress.shown_on(sys.stderr), contextlib.redirect_stdout(io.StringIO()), silenced():
+    with contextlib.redirect_stdout(io.StringIO()), silenced():
         yield
 
 

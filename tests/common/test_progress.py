@@ -31,7 +31,8 @@ def finish(sleep, steps):
 
 
 def test_lines_come_every_30_seconds_at_most_with_the_time_left_by_the_mean_of_all_steps(sleep, capsys):
-    finish(sleep, [10, 10, 10, 50, 10, 10, 10, 10])
+    with silenced():  # libraries alone
+        finish(sleep, [10, 10, 10, 50, 10, 10, 10, 10])
     lines = capsys.readouterr().err.splitlines()
     at = datetime.now() + timedelta(seconds=50)
     assert [line.rpartition(" (")[0] for line in lines] == [
