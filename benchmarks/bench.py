@@ -75,7 +75,7 @@ def compare_matrix(hessian, W, name, device):
     (exact, _), = Walk([W.double()], factor(H, 0.01)[0], H.diagonal(), [Target(*target)], scheme=scheme).run()
     errors = (W.double() - Y.double() for Y in (ours, exact))
     error, expected = (torch.linalg.vecdot(E @ H, E).sum().item() for E in errors)
-    seconds, (out, columns) = clock.seconds, W.shape
+    seconds, (out, columns) = clock.seconds(), W.shape
     total = seconds["textbook factorisation"] + seconds["textbook walk"]
     return [f"{out}x{columns} {name}", *(f"{value:.2f}" for value in seconds.values()),
             f"{total / (seconds['factorisation'] + seconds['walk']):.1f}x",
@@ -106,7 +106,7 @@ def prune(name, model, tokens, tests, device, batch_size):
     else:
         plan = dict.fromkeys(select(model), Target(0.5))
         prune_layerwise(StreamedModel(pruned, device, batch_size, clock), plan, tokens, Recipe())
-    return {"seconds": dict(clock.seconds), "peak_memory": peak_memory(device), "sparsity": 0.5,
+    return {"seconds": clock.seconds(), "peak_memory": peak_memory(device), "sparsity": 0.5,
             "perplexity": {name: {"builtin": perplexity(pruned, tests, batch_size, device)}}}
 
 

@@ -48,7 +48,7 @@ def seconds(function, device):
     clock = Clock(device)
     with clock.part("it"):
         function()
-    return clock.seconds["it"]
+    return clock.seconds()["it"]
 
 
 @torch.no_grad()

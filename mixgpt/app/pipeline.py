@@ -93,7 +93,7 @@ def _save(current, plan, outcomes, matrices, others):
 def _report(current):
     """Complete the record, write it if requested, and print the tables. Returns the record."""
     settings, record = current.settings, current.record
-    record |= {"seconds": dict(current.clock.seconds), "peak_memory": runtime.peak_memory(current.device)}
+    record |= {"seconds": current.clock.seconds(), "peak_memory": runtime.peak_memory(current.device)}
     if settings.save:
         current.files.write_json(current.files.path / choices.RECORD, record)
         current.files.close()

@@ -111,19 +111,15 @@ class Clock:
         self._seconds = defaultdict(float)
         self._changes = [self._change(None)]  # not added up yet
 
-    @property
     def seconds(self):
-        """Seconds by name of a part. On a GPU this waits for its work so far."""
-        self._add_up()
-        return self._seconds
-
-    def _add_up(self):
+        """Return {name of a part: its seconds so far}. On a GPU this waits for its work so far."""
         if self.device.type == "cuda":
             self._changes[-1][1].synchronize()
         for (name, start), (_, end) in itertools.pairwise(self._changes):
             if name is not None:
                 self._seconds[name] += start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
         del self._changes[:-1]
+        return dict(self._seconds)
 
     @contextlib.contextmanager
     def part(self, name):
@@ -135,7 +131,7 @@ class Clock:
         finally:
             self._changes.append(self._change(outer))
             if len(self._changes) > KEPT:
-                self._add_up()
+                self.seconds()  # adds them up
 
     def _change(self, name):
         """Return the name of the part that begins, None for none, and its time or event."""

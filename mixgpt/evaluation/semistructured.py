@@ -74,6 +74,6 @@ def compare(model, tests, batch_size, device):
                     for name, tokens in tests.items()}
     if not any(counts):
         return {"skipped": f"no matrix has at most 2 of 4 weights, and sizes that {ROWS} and {COLUMNS} divide"}
-    seconds = dict(clock.seconds)
+    seconds = clock.seconds()
     return {"seconds": seconds, "matrices": sum(counts) // len(tests), "difference": max(differences),
             "perplexity": perplexities, "speed_up": seconds["dense"] / seconds["semi_structured"]}
