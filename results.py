@@ -83,30 +83,25 @@ def _dense(runs):
 def table_of(runs):
     """Return a DataFrame of a row per run, sorted by model, sparsity, bits, method in the order given, and seed.
 
-    Columns from "file" on are for the CSV alone. None: there is no such value.
+    Columns from "file" on are for the CSV alone. NaN or None: there is no such value; a perplexity of NaN is text.
     """
-    labels, dense = list(dict.fromkeys(run["label"] for run in runs)), _dense(runs)
-    runs = sorted(runs, key=lambda run: (run["model"], round(run["sparsity"], 3), -run["settings"].get("wbits", 16),
-                                         labels.index(run["label"]), run["settings"]["seed"], run["file"]))
-    parts = [pd.DataFrame(rows, dtype=object) for rows in zip(*(_parts(run, dense) for run in runs), strict=True)]
-    frame = pd.concat(parts, axis=1)
-    return frame.where(frame.notna(), None)
-
-
-def _parts(run, dense):
-    """Return groups of columns of a run: on it, perplexities, scores, costs, settings. A perplexity of NaN is text."""
-    about = {"model": run["model"], "method": run["label"], "sparsity": run["sparsity"],
-             "seed": run["settings"]["seed"]}
-    settings = {name: value for name, value in run["settings"].items() if name not in about}
-    perplexities = {}
-    for name, value in run["perplexity"].get(run["method"], {}).items():
-        perplexities |= {f"{name} ppl": "nan" if math.isnan(value) else value,
-                         f"dense {name}": dense.get(_text_key(run, name))}
-    scores = {f"{task} {metric}": value for task, values in run.get("tasks", {}).get(run["method"], {}).items()
-              for metric, value in values.items() if metric not in NO_METRICS and not metric.endswith("_stderr")}
-    peaks = {f"GB {place}": nbytes / 1e9 for place, nbytes in run["peak_memory"].items()}
-    costs = {"seconds": sum(run["seconds"].values()), **peaks}
-    return about, perplexities, scores, costs, {"file": run["file"], **settings}
+    labels, dense, groups = list(dict.fromkeys(run["label"] for run in runs)), _dense(runs), []
+    for run in sorted(runs, key=lambda run: (
+            run["model"], round(run["sparsity"], 3), -run["settings"].get("wbits", 16), labels.index(run["label"]),
+            run["settings"]["seed"], run["file"])):
+        about = {"model": run["model"], "method": run["label"], "sparsity": run["sparsity"],
+                 "seed": run["settings"]["seed"]}
+        perplexities = {}
+        for name, value in run["perplexity"].get(run["method"], {}).items():
+            perplexities |= {f"{name} ppl": "nan" if math.isnan(value) else value,
+                             f"dense {name}": dense.get(_text_key(run, name))}
+        scores = {f"{task} {metric}": value for task, values in run.get("tasks", {}).get(run["method"], {}).items()
+                  for metric, value in values.items() if metric not in NO_METRICS and not metric.endswith("_stderr")}
+        costs = {"seconds": sum(run["seconds"].values())} | {
+            f"GB {place}": nbytes / 1e9 for place, nbytes in run["peak_memory"].items()}
+        settings = {name: value for name, value in run["settings"].items() if name not in about}
+        groups.append((about, perplexities, scores, costs, {"file": run["file"], **settings}))
+    return pd.concat([pd.DataFrame(rows, dtype=object) for rows in zip(*groups, strict=True)], axis=1)
 
 
 def text_of(runs, markdown=False):
@@ -114,7 +109,7 @@ def text_of(runs, markdown=False):
     cells = table_of(runs).loc[:, :"file"].drop(columns="file")
     for name in cells:
         number = FORMATS.get(name, "{:.2f}")
-        cells[name] = ["-" if value is None else number.format(value) if isinstance(value, float) else str(value)
+        cells[name] = ["-" if pd.isna(value) else number.format(value) if isinstance(value, float) else str(value)
                        for value in cells[name]]
     cells = cells.loc[:, (cells != "-").any()]
     shared = [name for name in cells if (name in ABOUT or name.startswith("dense ")) and cells[name].nunique() == 1]
