@@ -146,7 +146,9 @@ def points_of(runs):
         high=("perplexity", "max"), dense=("dense", "first")).reset_index()
 
 
-def _parse(argv):
+def main(argv=None):
+    """Run the command line. Returns the exit status, see `reported`; 2 also if a file was unusable."""
+    argv, runs = sys.argv[1:] if argv is None else argv, []
     parser = Parser(prog="results.py", description="Compare the records of runs in one table.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="file of --record, folder of --save, or a pattern such "
                                                                "as 'runs/*'")
@@ -156,14 +158,8 @@ def _parse(argv):
                                                        "all runs have the same sparsity; mean and range over seeds "
                                                        "(.png, .pdf, .svg)")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of --csv and --plot if they exist")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Run the command line. Returns the exit status, see `reported`; 2 also if a file was unusable."""
-    argv, runs = sys.argv[1:] if argv is None else argv, []
     with reported("results.py", argv, "give fewer files") as end:
-        options = _parse(argv)
+        options = parser.parse_args(argv)
         paths = {"--csv": options.csv, "--plot": options.plot}
         check_outputs({flag: path for flag, path in paths.items() if path is not None}, options.overwrite)
         for file in files_of(options.runs):
