@@ -106,7 +106,7 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
     (["{}", "x", "--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
     (["{}", "x", "--max-new-tokens", "128"], "--max-new-tokens 128: the model's limit is 128 tokens"),
     (["{}", "x", "--temperature", "-1"], "--temperature -1: must be at least 0"),
-    (["{}", "x", "--device", "tpu"], "--device tpu: must be cpu"),
+    (["{}", "x", "--device", "cuda:07"], "--device cuda:07: must be cpu"),
     (["{}"], "the following arguments are required: prompt")])
 def test_bad_input_gets_one_line_and_status_2(arguments, message, saved, capsys):
     capsys.readouterr()

@@ -29,7 +29,7 @@ def choose_device(name):
         raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
     if name == "cuda" and program.world() > 1:
         name = f"cuda:{program.rank('LOCAL_RANK')}"
-    if not re.fullmatch(r"cpu|cuda(:\d\d?)?", name):
+    if not re.fullmatch(r"cpu|cuda(:(\d|[1-9]\d))?", name):
         raise InputError(f"--device {name}: must be cpu, cuda or cuda:N")
     device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
