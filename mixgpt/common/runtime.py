@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import platform
 import random
@@ -44,10 +45,9 @@ def position_limit(config):
 
 def choose_seqlen(seqlen, config):
     """Return the sequence length: as requested, else 2048 or the model's limit."""
-    limit = position_limit(config)
-    if seqlen is None:
-        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
-    if limit and seqlen > limit:
+    limit = position_limit(config) or math.inf
+    seqlen = seqlen or min(DEFAULT_SEQLEN, limit)
+    if seqlen > limit:
         raise InputError(f"--seqlen {seqlen}: the model's limit is {limit} tokens")
     return seqlen
 
