@@ -8,9 +8,8 @@ import random
 
 import torch
 from datasets import load_dataset
-from datasets.exceptions import DatasetsError
 
-from mixgpt.common.errors import InputError, one_line, reading
+from mixgpt.common.errors import InputError, reading
 from mixgpt.common.texts import DATASETS, counts_of, hub_copy_rows, hub_reachable, silenced, text_set_of, texts_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
@@ -149,13 +148,13 @@ def hub_rows(dataset, text_set, split):
     options = dict(text_set.hub_options)
     if text_set.hub_files:
         options["data_files"] = {split: text_set.hub_files[split]}
-    online = hub_reachable()
+    online, subject = hub_reachable(), f"dataset {dataset}: cannot load {text_set.hub_id}"
     try:
-        with silenced():
+        with reading(subject), silenced():
             table = load_dataset(text_set.hub_id, split=split, **options)
-    except (DatasetsError, OSError, ValueError) as error:  # ValueError: another configuration is cached
-        reason = one_line(error) if online else "the hub cannot be reached and it is not in the cache"
+    except InputError as error:
+        refusal = error if online else f"{subject}: the hub cannot be reached and it is not in the cache"
         copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"
-        raise InputError(f"dataset {dataset}: cannot load {text_set.hub_id}: {reason}; supply a copy "
-                         f"{copy if text_set.local else 'as a file'}, or use the dataset builtin") from None
+        raise InputError(f"{refusal}; supply a copy {copy if text_set.local else 'as a file'}, or use the dataset "
+                         "builtin") from None
     return texts_of(table.to_list(), text_set.hub_id, text_set.columns), {"hub": text_set.hub_id, **options}

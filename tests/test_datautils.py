@@ -217,7 +217,7 @@ def test_offline_the_error_is_one_line(monkeypatch, tmp_path, dataset, tokenizer
     assert "\n" not in str(error.value) and DATASETS[dataset].hub_id in str(error.value)
 
 
-@pytest.mark.parametrize("kind", [datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ValueError])
+@pytest.mark.parametrize("kind", [datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ValueError, Exception])
 def test_a_failure_of_the_hub_is_one_line(monkeypatch, kind, tokenizer):
     def load_dataset(*_, **__):
         raise kind("it does\nnot exist")
