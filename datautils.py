@@ -111,7 +111,7 @@ def random_segment(ids, seqlen, rng):
 def sample_documents(documents, nsamples, seqlen, rng, tokenizer, bos):
     """Draw each segment from a random document of more than `seqlen` tokens, giving up after `DRAWS`. Yields ids."""
     for _ in range(nsamples):
-        for _ in range(DRAWS):
+        for _ in range(DRAWS if documents else 0):
             ids = token_ids(tokenizer, documents[rng.randint(0, len(documents) - 1)], bos)
             if len(ids) > seqlen:
                 yield random_segment(ids, seqlen, rng)

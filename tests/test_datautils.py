@@ -161,9 +161,10 @@ def test_c4_samples_are_those_of_the_ancestors(root, tokenizer, no_hub):
 
 
 def test_c4_gives_up_when_every_document_is_too_short(root, tokenizer, no_hub):
-    put_c4(root / "en" / "c4-train.00000-of-01024.json.gz", ["a", "bcd", "ef"])
-    with pytest.raises(InputError, match="--seqlen 4: none of 10000 documents in a row has more than 4 tokens; lower"):
-        datautils.calibration_samples("c4", 2, 4, 0, tokenizer, data_dir=root)
+    for documents in [], ["a", "bcd", "ef"]:
+        put_c4(root / "en" / "c4-train.00000-of-01024.json.gz", documents)
+        with pytest.raises(InputError, match="--seqlen 4: none of 10000 documents in a row has more than 4 tokens; "):
+            datautils.calibration_samples("c4", 2, 4, 0, tokenizer, data_dir=root)
     samples, _ = datautils.calibration_samples("c4", 2, 3, 0, tokenizer, data_dir=root)
     assert samples.tolist() == [byte_ids("bcd")[:3]] * 2
 
