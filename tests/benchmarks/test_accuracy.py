@@ -52,7 +52,7 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
 def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
-    values = {"sparsegpt": (40, 60, 80), "mixgpt": (30, 40, 50), "best-3": (20, 20, 20)}
+    values = {"sparsegpt": (40, 60, 80), "mixgpt": (30, 40, 50), "best-3": (20, 20, 20), "best-10": (15,)}
     for page in tables.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text("above\n" + "".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\nbelow\n"
@@ -91,6 +91,8 @@ def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monke
         closed = sum(1 - math.log(ours / 10) / math.log(walk / 10) for ours, walk in zip(
             values["mixgpt"], values["sparsegpt"], strict=True)) / 3
         assert text.count(f"| MixGPT | {closed:.0%} / 0% | {closed:.0%} / 0% |") == 2
+        closed = 1 - math.log(15 / 10) / math.log(40 / 10)
+        assert text.count(f"| best, effort 10 | {closed:.0%} / 0% | {closed:.0%} / 0% |") == 2
         assert text.count("| MixGPT | 30.0 / 400 at 1.2x | 30.0 / 400 at 1.2x |") == 2  # of seed 0
         assert text.count("| best, effort 3 | 20.0 / 400 at 3.0x | 20.0 / 400 at 3.0x |") == 2
     for picture in (tables.PICTURE, tables.EFFORT_PICTURE):
