@@ -95,14 +95,13 @@ class Measured:
     def tables(self):
         """Return {name: text}."""
         first, dense = self.of_seed_0(), " / ".join(_number(self.dense[text]) for text in self.texts)
-        timed = [target for target in first.targets if target in TIMED_TARGETS or len(first.of(LONGEST, target))]
         return {"accuracy": self.table(f"{self.name}: dense {dense}", self.figures, self.cost),
                 "spread": self.table(self.name, lambda *of: self.figures(*of, "std"), methods=SEEDED),
                 "gap": self.table(self.name, lambda *of: " / ".join(
                     "-" if share != share else f"{share:.0%}" for share in self.gaps(*of).values()),
                     methods={method: (METHODS | TIMED)[method] for method in (*BETTER, LONGEST)}),
                 "effort": first.table(self.name, lambda *of: first.figures(*of) and (
-                    f"{first.figures(*of)} at {first.multiple(*of):.1f}x"), None, TIMED, timed)}
+                    f"{first.figures(*of)} at {first.multiple(*of):.1f}x"), None, TIMED, TIMED_TARGETS)}
 
 
 def _number(value):
