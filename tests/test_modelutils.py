@@ -45,6 +45,16 @@ def test_a_tensor_changed_in_place_is_another_input():
     assert shared_inputs(layer, 0, stream) == [["a"], ["b"]]
 
 
+def test_a_layer_may_change_its_input_in_place_where_gradients_are_computed(tokens):
+    model = make("llama")
+    layer, stream = layers_of(model)[1], StreamedModel(model, CPU, 2).embed(tokens[:2])
+    hidden = stream.hidden.clone().requires_grad_()
+    expected = stream.call(layer, 1, hidden + 1, slice(0, 2)).detach()
+    with layer.register_forward_pre_hook(lambda _, args: (args[0].add_(1), *args[1:])):
+        changed = stream.call(layer, 1, hidden * 1, slice(0, 2))
+    assert torch.equal(changed, expected) and torch.autograd.grad(changed.sum(), hidden)[0].any()
+
+
 def test_layers_take_the_arguments_of_the_sequences_that_they_run_on_in_any_order(tokens):
     model = make("gemma4")
     stream = StreamedModel(model, CPU, 2).embed(tokens)

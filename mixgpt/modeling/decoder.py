@@ -148,8 +148,8 @@ def pack(hidden, shared, shapes):
 def unpack(packed, shapes):
     """Return hidden states, contiguous, and a `Shared`, from what `pack` gives."""
     sizes = widths(shapes)
-    hidden, *parts = packed.split([packed.shape[-1] - sum(sizes), *sizes], -1)
-    parts = iter(parts)
+    width = packed.shape[-1] - sum(sizes)
+    hidden, parts = packed[..., :width], iter(packed[..., width:].split(sizes, -1))  # a layer may change `hidden`
     return hidden.contiguous(), Shared({key: tuple(next(parts).reshape(len(packed), *shape[1:]) for shape in tensors)
                                         for key, tensors in shapes.items()})
 
