@@ -83,7 +83,7 @@ def completed(settings, device):
         before = {flag_of(name): value for name, value in record["settings"].items()} | record["identity"]
         if "seconds" not in record:  # of a run that was killed after `save`
             return None
-    except (OSError, ValueError, TypeError, KeyError):  # of another program
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # of another program
         return None
     program.check_signature(record, f"--resume: the run in {folder}")
     now = asked(settings, device) | {

@@ -19,8 +19,6 @@ from numba.core.cgutils import alloca_once_value, for_range_slice
 REACH = 64  # packed numbers that a step may read
 AHEAD = 2048  # bytes from the packed values and masks in use to those that are prefetched
 CHUNK = 64  # rows that a thread takes at a time
-
-
 COLUMNS = 64  # of an iteration: steps of one way, added to two sums in turn
 WAYS = {"codes": 64, "vbmi2": 32, "avx512": 16, "avx2": 8}  # columns of a step, the fastest way first
 FLAGS = {  # that the CPU must have

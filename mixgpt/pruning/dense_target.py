@@ -118,14 +118,14 @@ class DenseTwin:
 
     def __init__(self, layer, index, stream, dense, groups):
         """stream, dense: both models' hidden states before the layer. groups: from `calibration.groups_of`."""
-        self.layer, self._pruned, self.readers = copy.deepcopy(layer), layer, {}
+        self.layer, self._pruned, self.readers, self._place = copy.deepcopy(layer), layer, {}, stream.hidden.device
         modules, twins = linears(layer), linears(self.layer)
         self.stops = {twins[group[0]]: modules[group[0]] for group in groups}
         self._alone = {modules[group[0]] for group in groups if len(group) == 1}
         self._inputs, self._taken = defaultdict(deque), Counter()
         self._writers = {modules[writer.linear]: writer for writer in
                          distributed.broadcast_object(residual_writers(layer, index, stream))}
-        self._lags = {module: [] for module in self._writers}  # per batch
+        self._lags = {module: [] for module in self._writers}  # per batch, where the hidden states are
         before = None
         for module, writer in self._writers.items():
             if writer.base:
@@ -134,16 +134,15 @@ class DenseTwin:
                 self._read(self._writers[before].norm or self._writers[before].linear,
                            partial(self._advance_lag, before, module))
             else:
-                self._lags[module] = [(dense.hidden[rows, ..., :stream.channels]
-                                       - stream.hidden[rows, ..., :stream.channels]).to(stream.device)
-                                      for rows in stream.batches()]
+                self._lags[module] = [dense.hidden[rows, ..., :stream.channels]
+                                      - stream.hidden[rows, ..., :stream.channels] for rows in stream.batches()]
             before = module
 
     def _read(self, name, act):
-        """Have act(output in the dense model − output in the pruned one) called for a module and every batch."""
+        """Call act(output in the dense model − in the pruned one), put where the hidden states are, in every batch."""
         kept = deque()
         self.readers[self.layer.get_submodule(name)] = kept.append
-        self.readers[self._pruned.get_submodule(name)] = lambda y: act(kept.popleft() - y)
+        self.readers[self._pruned.get_submodule(name)] = lambda y: act((kept.popleft() - y).to(self._place))
 
     def _advance_lag(self, module, next_module, difference):
         batch = len(self._lags[next_module])
@@ -169,7 +168,7 @@ class DenseTwin:
         gap = SHARE * (x - X)
         if module not in self._lags or module not in self._alone:
             return {"input_gap": gap}
-        lag = self._lags[module][batch]
+        lag = self._lags[module][batch].to(X.device)
         missing = self._before(module, x, lag)
         return {"output_gap": torch.nn.functional.linear(gap, module.weight).view_as(lag).add(missing, alpha=SHARE)}
 

@@ -273,6 +273,8 @@ def test_a_run_goes_on_in_the_way_that_fits(simulated, run):
         assert ways(out) == [way]
         assert not record["settings"]["true_sequential"]
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    dense = "--no-true-sequential", "--target", "dense"
+    assert peak_of(run, *dense, free=0)[0] < 0.5 * peak_of(run, *dense)[0]  # the lags are on the host, too
 
 
 def test_the_way_that_fits_is_chosen_before_a_run(simulated, run):
