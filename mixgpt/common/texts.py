@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import gzip
 import hashlib
 import io
@@ -169,7 +170,7 @@ def text_set_of(dataset):
 def path_rows(path):
     """Return all rows of a file, or of the files below a folder in order of their paths, and where they come from."""
     root = Path(path)
-    files = [file for file in (sorted(root.rglob("*")) if root.is_dir() else [root])
+    files = [file for file in (_below(root, "*") if root.is_dir() else [root])
              if file.name.endswith(ENDINGS) and not any(file.match(name) for name in IGNORED)]
     if not files:
         raise InputError(f"dataset {path}: {'no files below it end' if root.is_dir() else 'must end'} in one of "
@@ -178,10 +179,15 @@ def path_rows(path):
     return rows, {"files": [str(file) for file in files], "sha256": _digest(rows)}
 
 
+def _below(folder, pattern):
+    """Return the paths at any depth of a folder that match a pattern, in order. Those of pathlib pass over links."""
+    return sorted(map(Path, glob.glob(f"{glob.escape(str(folder))}/**/{pattern}", recursive=True, include_hidden=True)))
+
+
 def hub_copy_rows(dataset, split, data_dir):
     """Return the rows of a split from the files below a folder that are named as on the hub, and these files."""
     pattern = DATASETS[dataset].local.format(split=split)
-    files = sorted(Path(data_dir).glob(f"**/{pattern}"))
+    files = _below(data_dir, pattern)
     if not files:
         raise InputError(f"--data-dir {data_dir}: no {split} split of {dataset} in it; needs {pattern}, as on the hub")
     files = [file for file in files if file.parent == files[0].parent]  # of one copy
