@@ -106,6 +106,9 @@ def read_config(model):
     check_links(model, Path(name), COPIED)
     with _reading(model, "its configuration cannot be read"):
         config, _ = _config_of(name)
+        if config.dtype is None:  # older ones leave it out
+            stored = (tensor.dtype for _, tensor in streaming.stored_tensors(name).values())
+            config.dtype = next((dtype for dtype in stored if dtype.is_floating_point), None)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
     return config
@@ -230,8 +233,7 @@ def open_model(model, config, dtype):
     name = _source(model)
     with _reading(model, "its weights cannot be read"):
         stored = streaming.stored_tensors(name)
-        kinds = (tensor.dtype for _, tensor in stored.values() if tensor.is_floating_point())
-        opened = skeleton(config, config.dtype or next(kinds, torch.float32) if dtype == "auto" else dtype)
+        opened = skeleton(config, config.dtype or torch.float32 if dtype == "auto" else dtype)
         if not streaming.attach_disk_weights(opened, stored):
             return load_model(model, dtype)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration

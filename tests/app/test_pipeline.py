@@ -203,13 +203,17 @@ def test_eval_limit_takes_the_first_sequences_of_each_test_set(prune, tokenizer)
     assert found == pytest.approx(expected[0], abs=0.006) and abs(found - expected[1]) > 0.02
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("stored, fast, used", [
     ("float16", True, "float32"), ("bfloat16", False, "float32"), ("bfloat16", True, "bfloat16")])
-def test_a_cpu_computes_in_float32_if_that_is_faster(stored, fast, used, checkpoint_folder, prune, tmp_path,
+def test_a_cpu_computes_in_float32_if_that_is_faster(stored, fast, used, named, checkpoint_folder, prune, tmp_path,
                                                      monkeypatch):
     monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: fast)
     shutil.copytree(checkpoint_folder("opt"), tmp_path, dirs_exist_ok=True)
     AutoModelForCausalLM.from_pretrained(tmp_path, dtype=stored).save_pretrained(tmp_path)
+    if not named:  # in the configuration
+        config = (tmp_path / "config.json").read_text()
+        (tmp_path / "config.json").write_text(config.replace(f'"dtype": "{stored}",', ""))
     for more, dtype in ("", used), (f"--dtype {stored}", stored):
         out = prune("opt", more, model=tmp_path)
         assert f"{dtype}, on cpu" in out and ("dtype    float32" in out) == (dtype != stored)
