@@ -100,12 +100,11 @@ def check_texts(name, tests, drawn):
     name: None for text in memory. drawn: whether calibration draws from its text. Paths have no separate splits.
     """
     texts = shares_of(name) if name else ()
-    paths = [Path(text).resolve() for text in texts if drawn and is_path(text)]
+    drawn_from = {file.resolve() for text in texts if drawn and is_path(text) for file in _files_of(text)}
     for test in tests:
         if len(shares_of(test, "--eval")) > 1:
             raise InputError(f"--eval {test}: is a mixture, which is for calibration; give its texts one by one")
-        here = Path(test).resolve()
-        if is_path(test) and any(here.is_relative_to(path) or path.is_relative_to(here) for path in paths):
+        if is_path(test) and any(file.resolve() in drawn_from for file in _files_of(test)):
             raise InputError(f"--eval {test}: is text that calibration draws from; give another one")
 
 
@@ -169,14 +168,17 @@ def text_set_of(dataset):
 
 def path_rows(path):
     """Return all rows of a file, or of the files below a folder in order of their paths, and where they come from."""
-    root = Path(path)
-    files = [file for file in (_below(root, "*") if root.is_dir() else [root])
-             if file.name.endswith(ENDINGS) and not any(file.match(name) for name in IGNORED)]
-    if not files:
-        raise InputError(f"dataset {path}: {'no files below it end' if root.is_dir() else 'must end'} in one of "
+    if not (files := _files_of(path)):
+        raise InputError(f"dataset {path}: {'no files below it end' if os.path.isdir(path) else 'must end'} in one of "
                          f"{' '.join(ENDINGS)}")
     rows = [row for file in files for row in read_file(file, "dataset")]
     return rows, {"files": [str(file) for file in files], "sha256": _digest(rows)}
+
+
+def _files_of(path):
+    """Return the files of text below a folder, or the file itself, if its name is that of one."""
+    return [file for file in (_below(path, "*") if os.path.isdir(path) else [Path(path)])
+            if file.name.endswith(ENDINGS) and not any(file.match(name) for name in IGNORED)]
 
 
 def _below(folder, pattern):

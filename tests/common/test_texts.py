@@ -1,5 +1,7 @@
 """Check that a mixture draws from each text what it alone gives, as much as its share asks for."""
 
+import os
+
 import pytest
 import torch
 from conftest import record_of
@@ -68,7 +70,9 @@ def test_a_run_draws_from_all_and_its_record_says_what_from_where(mine, prune, t
 
 
 def test_a_folder_and_a_file_in_it_overlap_and_the_splits_of_a_dataset_do_not(mine):
-    for text, test in ((".", mine), (mine, ".")):
+    os.mkdir("links")
+    os.symlink(f"../{mine}", "links/theirs.txt")
+    for text, test in ((".", mine), (mine, "."), ("links", mine)):
         with pytest.raises(InputError, match=f"^--eval {test}: is text that calibration draws from"):
             check_texts(text, [test], drawn=True)
     for name in ("builtin", "owner/dataset:column"):
