@@ -167,16 +167,16 @@ class SparseLinear(torch.nn.Module):
     def forward(self, x):
         return self.weight.multiply(x, self.bias)
 
-    def prepared(self):
-        """Return this layer ready for use; a dense one if its matrix has no mask, or no kernel on this machine."""
+    def prepared(self, dtype):
+        """Return this layer ready for use; one in a dtype if its matrix has no mask, or no kernel on this machine."""
         has_kernel = self.weight.ways() or torch.cuda.is_available()
         if "mask" not in self.weight.description["parts"] or self.weight.dtype == torch.float64 or not has_kernel:
-            return self.expanded()
+            return self.expanded(dtype)
         self.weight.prepare()
         return self
 
-    def expanded(self, dtype=None):
-        """Return an ordinary linear with the matrix in a dtype (default: as stored)."""
+    def expanded(self, dtype):
+        """Return an ordinary linear with the matrix in a dtype."""
         dense = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         W = decode(dict(self.weight.named_buffers()), self.weight.description)
         dense.weight, dense.bias = torch.nn.Parameter(W.to(dtype)), self.bias
@@ -221,7 +221,7 @@ class SparseQuantizer(HfQuantizer):
         for path, module in list(model.named_modules()):
             if isinstance(module, SparseLinear):
                 try:
-                    model.set_submodule(path, module.expanded(model.dtype) if expands else module.prepared())
+                    model.set_submodule(path, (module.expanded if expands else module.prepared)(model.dtype))
                 except (ValueError, IndexError, AttributeError, RuntimeError) as error:
                     raise ValueError(f"{path}.weight: {error}") from error
         if expands:

@@ -141,7 +141,7 @@ def test_a_layer_on_the_gpu_is_expanded_there(scheme, sparsity):
         setattr(layer.weight, name, part)
     with Gpu():
         layer.to("cuda:0")
-        layers = [layer.expanded(), layer.expanded(torch.float32), layer.prepared()]
+        layers = [layer.expanded(torch.bfloat16), layer.expanded(torch.float32), layer.prepared(torch.bfloat16)]
         assert (layers[-1] is layer) == ("mask" in parts) == (sparsity > 0)
         for dense in layers[:2] if sparsity else layers:
             assert type(dense) is torch.nn.Linear and dense.weight.is_cuda and dense.bias.is_cuda
@@ -199,9 +199,10 @@ def test_a_machine_without_kernels_expands_the_matrices(saved, monkeypatch):
     monkeypatch.setattr(sparse_cpu, "_flags", frozenset)
     monkeypatch.setattr(sparse_cpu, "ways", sparse_cpu.ways.__wrapped__)  # which remembers
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    loaded, _ = mixgpt.load(saved[1], "cpu")
-    assert not [module for module in loaded.modules() if isinstance(module, SparseLinear)]
-    assert_same(saved[0], loaded)
+    for dtype in (torch.float32, torch.float64):  # that on disk, and a larger one
+        loaded, _ = mixgpt.load(saved[1], "cpu", dtype)
+        assert not [module for module in loaded.modules() if isinstance(module, SparseLinear)]
+        assert_same(saved[0].to(dtype), loaded)
 
 
 def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer, tokens):
