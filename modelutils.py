@@ -140,10 +140,11 @@ def _record(model, layers, tokens, tuples=True):
 
 @contextlib.contextmanager
 def _replaced(layers, forward):
-    """Let layers run `forward` within the block."""
+    """Let layers run `forward` within the block; one that a caller has set, as accelerate does, comes back."""
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.callback(vars(layer).pop, "forward", None)
+            stack.callback(vars(layer).update, {name: own for name, own in vars(layer).items() if name == "forward"})
+            stack.callback(vars(layer).pop, "forward")
             layer.forward = forward  # on the instance, to preserve attributes the model reads from its layers
         yield
 

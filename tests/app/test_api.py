@@ -89,10 +89,12 @@ def test_a_model_in_memory_that_cannot_be_pruned_keeps_no_hooks(true_sequential,
     assert kept and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_model_in_memory_keeps_its_dtype_and_mode_and_no_line_says_otherwise(checkpoint_folder, capsys):
+def test_a_model_in_memory_keeps_its_dtype_mode_and_forward_and_no_line_says_otherwise(checkpoint_folder, capsys):
     model, tokenizer = in_memory(checkpoint_folder("llama"))
+    model.model.layers[1].forward = forward = model.model.layers[1].forward  # as libraries wrap it
     model.half().train().config.dtype = torch.float16
     assert mixgpt.prune(model, "builtin", tokenizer, **OPTIONS).record["settings"]["dtype"] == "float16"
+    assert model.model.layers[1].forward is forward
     assert model.dtype == torch.float16 and model.training and "float32" not in capsys.readouterr().out
 
 
