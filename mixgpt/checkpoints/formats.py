@@ -45,8 +45,10 @@ def save_dense(folder, model, grids=None):
 
 
 def _untied(model):
-    """Return the tensors of a model in memory, {name: tensor}, without those that are others' by another name."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    """Return the tensors of a model, {name: tensor}, without those that are others' by another name."""
+    state, tied = model.state_dict(), model.get_expanded_tied_weights_keys(all_submodels=True)  # as config is by now
+    return {name: tensor for name, tensor in state.items()
+            if name not in tied or not (tensor.is_meta or torch.equal(tensor, state[tied[name]]))}
 
 
 def _tensor_of(names, state, locations=None):
