@@ -13,7 +13,7 @@ from mixgpt.app import report, tracking
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load, run_dir
 from mixgpt.common import distributed, memory, runtime
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import writing
 from mixgpt.evaluation import selfcheck, semistructured
 from mixgpt.kernels import columns
@@ -89,6 +89,8 @@ def check(settings, device, clock, model=None, tokenizer=None):
     if settings.experts:
         skeleton = expert_removal.with_fewer_experts(skeleton, settings.experts)
     load.check_layers(settings.model, skeleton, settings.save_format)
+    if model and settings.save:
+        _check_saved(settings.save, model, skeleton)
     widening, uncalled = selfcheck.check(settings.model, skeleton, device)
     selected = targets.select(skeleton, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
         "--prunem": settings.prunem, "--groupsize": settings.groupsize}, uncalled) if settings.compresses else {}
@@ -101,6 +103,16 @@ def check(settings, device, clock, model=None, tokenizer=None):
     if settings.needs_calibration:
         _check_sequences(run, widening)
     return run
+
+
+def _check_saved(path, model, skeleton):
+    """Raise InputError for a model in memory that could not be saved, or not be loaded again."""
+    own, made = ({(name, tensor.shape) for name, tensor in each.state_dict().items()} for each in (model, skeleton))
+    for name, shape in sorted(own ^ made)[:1]:
+        raise InputError(f"--save {path}: model.config makes another model than the one in memory: only one of them "
+                         f"has {name} {tuple(shape)}")
+    with reading(f"--save {path}: the model's generation_config"), tempfile.TemporaryDirectory() as folder:
+        model.generation_config.save_pretrained(folder)
 
 
 def _check_sequences(run, widening):

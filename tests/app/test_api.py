@@ -85,6 +85,15 @@ def test_a_head_that_the_caller_has_untied_is_saved(checkpoint_folder, tmp_path)
     assert torch.equal(saved_tensors(tmp_path / "saved")["lm_head.weight"], model.lm_head.weight)
 
 
+def test_a_model_in_memory_that_could_not_be_saved_is_refused_before_it_is_pruned(checkpoint_folder, tmp_path):
+    model, tokenizer = in_memory(checkpoint_folder("llama"))
+    for change, reason in [(lambda: vars(model.generation_config).update(temperature=0.3), "the model's generation_c"),
+                           (lambda: model.model.layers.pop(2), r"model.config makes .* has model.layers.2.\S+ \(32,")]:
+        change()
+        with pytest.raises(InputError, match=f"^--save {tmp_path}/saved: {reason}"):
+            mixgpt.prune(model, "builtin", tokenizer, save=tmp_path / "saved", **OPTIONS)
+
+
 @pytest.mark.parametrize("true_sequential", [False, True])
 def test_a_model_in_memory_that_cannot_be_pruned_keeps_no_hooks(true_sequential, checkpoint_folder):
     """While the error is at hand, as in a notebook, which keeps the last one."""
