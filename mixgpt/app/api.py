@@ -68,6 +68,8 @@ def prune(model, dataset, tokenizer=None, **options):
         raise InputError("tokenizer: must be given with a model that is in memory")
     if any(is_fused(module) for module in model.modules()):
         raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise InputError("model: was made in torch.inference_mode, which forbids changes; make it outside of that")
     settings = Settings(type(model).__name__, name, **options)
     if settings.dtype != "auto":
         raise InputError(f"dtype: a model in memory keeps its own, {model.dtype}; convert it before, or leave this out")
@@ -84,6 +86,7 @@ def prune(model, dataset, tokenizer=None, **options):
         model.to(device).train(training)
 
 
+@torch.inference_mode(False)  # of the caller: `prune` would refuse the model
 def load(folder, device=None, dtype="auto", packed=True):
     """Load a saved model; see `mixgpt.load`."""
     device, tokenizer = choose_device(device), checkpoints.load_tokenizer(str(folder))

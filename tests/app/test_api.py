@@ -184,6 +184,7 @@ def test_a_mixture_of_experts_in_memory_is_refused_and_left_as_it_was(checkpoint
     ({"dataset": torch.zeros(4, 32)}, r"dataset: tokens are torch.float32 \(4, 32\), must be torch.int64 \(N, T\)"),
     ({"dataset": ["short"]}, "--seqlen 32: the train text of dataset a list of 1 texts has"),
     ({"dataset": [[1, 2]]}, "dataset: row 1 is neither text nor a chat"),
+    ({"model": torch.inference_mode()(lambda: torch.nn.Linear(1, 1))()}, "model: was made in torch.inference_mode"),
     ({"dtype": "bfloat16"}, "dtype: a model in memory keeps its own, torch.float32"),
     ({"tokenizer": None}, "tokenizer: must be given with a model that is in memory")])
 def test_errors_are_those_of_the_flags(given, message, checkpoint_folder):
