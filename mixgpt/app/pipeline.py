@@ -30,7 +30,9 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         if program.rank() or settings.quiet:  # results and warnings go to stdout
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        stack.enter_context(torch.autocast(device.type, enabled=False))  # of a caller, as is the next one
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)  # not that of a caller, as are the next two
+        stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(runtime.float32_products("ieee", torch.backends.cuda, torch.backends.mkldnn))
         stack.enter_context(distributed.joined(device))
         if settings.resume and model is texts is None and (record := report.completed(settings, device)):
