@@ -161,7 +161,7 @@ class Settings:
 
     batch_size: int = option(2, METHOD,
         "sequences per forward pass; affects speed, memory and, by rounding, results", group="execution", between=(1,))
-    device: str | None = option(None, FREE, "cpu, cuda or cuda:N (default: cuda if available)")
+    device: object = option(None, FREE, "cpu, cuda or cuda:N (default: cuda if available)")  # or a torch.device
     dtype: str = option("auto", RESULT, "dtype of the weights in memory and on disk; auto: as stored, but float32 "
         "where a CPU is faster in it", choices=("auto", "float32", "bfloat16", "float16"))
 
@@ -184,13 +184,12 @@ class Settings:
         defaults = {field.name: field.default for field in dataclasses.fields(self) if "help" in field.metadata}
         if unknown := options.keys() - defaults.keys():
             raise TypeError(f"Settings has no {', '.join(sorted(unknown))}")
-        preset = recipe(**options)
-        for name, value in ({"model": model, "dataset": dataset} | defaults | preset | options).items():
-            value = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy
-            value = str(value) if isinstance(value, Path) else value
-            if isinstance(defaults.get(name), tuple):  # of names, which text separates by commas or blanks
-                names = value.replace(",", " ").split() if isinstance(value, str) else map(str, value)
-                value = tuple(dict.fromkeys(names))
+        given = {"model": model, "dataset": dataset} | options
+        for field in dataclasses.fields(self):
+            if field.name in given:
+                given[field.name] = _converted(field, given[field.name])
+        preset = recipe(**given)
+        for name, value in (defaults | preset | given).items():
             object.__setattr__(self, name, value)  # frozen
         try:
             for field in dataclasses.fields(self):
@@ -198,7 +197,7 @@ class Settings:
             self._check_combinations()
         except InputError as error:
             refused, _, reason = str(error).partition(": ")
-            if refused.split()[0] in (flag_of(name) for name in preset.keys() - options.keys()):
+            if refused.split()[0] in (flag_of(name) for name in preset.keys() - given.keys()):
                 raise InputError(f"--preset {self.preset} ({refused}): {reason}") from error
             raise
 
@@ -328,6 +327,19 @@ class Settings:
         for path in (*paths.values(), *filter(os.path.exists, filter(None, reads))) if self.save else ():
             if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.save)):  # --overwrite would remove it
                 raise InputError(f"--save {self.save}: holds {path}, which this run uses; name another folder")
+
+
+def _converted(field, value):
+    """Return the value of a field as Python may give it in the field's type. Raises InputError for others."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy
+    value = str(value) if isinstance(value, Path) else value
+    if isinstance(field.default, tuple):  # of names, which text separates by commas or blanks
+        names = value.replace(",", " ").split() if isinstance(value, str) else map(str, value or ())
+        return tuple(dict.fromkeys(names))
+    if not isinstance(value, field.type | int if field.type is float else field.type):
+        kind = getattr(field.type, "__name__", field.type)
+        raise InputError(f"{flag_of(field.name)} {value!r}: must be {kind}, not {type(value).__name__}")
+    return value
 
 
 def flag_of(name):

@@ -186,6 +186,8 @@ def test_a_mixture_of_experts_in_memory_is_refused_and_left_as_it_was(checkpoint
     ({"dataset": ["short"]}, "--seqlen 32: the train text of dataset a list of 1 texts has"),
     ({"dataset": [[1, 2]]}, "dataset: row 1 is neither text nor a chat"),
     ({"model": torch.inference_mode()(lambda: torch.nn.Linear(1, 1))()}, "model: was made in torch.inference_mode"),
+    ({"nsamples": "4"}, "--nsamples '4': must be int, not str"),
+    ({"seqlen": 32.0}, "--seqlen 32.0: must be int | None, not float"),
     ({"dtype": "bfloat16"}, "dtype: a model in memory keeps its own, torch.float32"),
     ({"tokenizer": None}, "tokenizer: must be given with a model that is in memory")])
 def test_errors_are_those_of_the_flags(given, message, checkpoint_folder):
