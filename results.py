@@ -7,10 +7,11 @@ python results.py runs/*.json --plot tradeoff.png        # paper figure 3 (arXiv
 """
 
 import glob
+import itertools
 import json
 import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pandas as pd
@@ -56,6 +57,17 @@ def shorten(runs):
         path = Path(run["model"])
         if len(path.parts) > 2 and ends[path.name] == 1:
             run["model"] = path.name
+
+
+def distinguish(runs):
+    """Add to the labels of runs of one model and label the settings in which they differ, except for the seed."""
+    alike = defaultdict(list)
+    for run in runs:
+        alike[run["model"], run["label"]].append(run)
+    for group, name in itertools.product(alike.values(), having_effect(RESULT, EVALUATION)):
+        if len({str(run["settings"].get(name)) for run in group}) > 1:
+            for run in group:
+                run["label"] += f", {name} {run['settings'].get(name)}"
 
 
 def _label(settings, method):
@@ -123,25 +135,17 @@ def text_of(runs, markdown=False):
 def points_of(runs):
     """Return the points of a picture as a DataFrame; runs that differ only in their seed become one point.
 
-    Columns: model, text, method and the settings in which rows of its model and method differ, sparsity, mean, low and
-    high of the perplexity, and dense, the dense model's.
+    Columns: model, text, method, sparsity, mean, low and high of the perplexity, and dense, the dense model's.
     """
-    dense, distinguished = _dense(runs), having_effect(RESULT, EVALUATION)
+    dense = _dense(runs)
     rows = [{"model": run["model"], "text": text, "method": run["label"], "sparsity": run["sparsity"],
              "perplexity": perplexity, "dense": dense.get(_text_key(run, text)),
-             "target": (run["settings"].get("sparsity", 0), run["settings"].get("prunen", 0)),
-             "settings": {name: str(run["settings"].get(name)) for name in distinguished}}
+             "target": (run["settings"].get("sparsity", 0), run["settings"].get("prunen", 0))}
             for run in runs if run["method"] != "dense"
             for text, perplexity in run["perplexity"][run["method"]].items() if math.isfinite(perplexity)]
     if not rows:
         return pd.DataFrame()
-    frame = pd.DataFrame(rows)
-    settings = pd.DataFrame(frame["settings"].tolist())
-    varied = settings.groupby([frame["model"], frame["method"]]).transform("nunique") > 1
-    for row, method in enumerate(frame["method"].tolist()):
-        differing = settings.columns[varied.loc[row]]
-        frame.at[row, "method"] = ", ".join([method, *(f"{name} {settings.at[row, name]}" for name in differing)])
-    return frame.groupby(["model", "text", "method", "target"]).agg(
+    return pd.DataFrame(rows).groupby(["model", "text", "method", "target"]).agg(
         sparsity=("sparsity", "mean"), mean=("perplexity", "mean"), low=("perplexity", "min"),
         high=("perplexity", "max"), dense=("dense", "first")).reset_index()
 
@@ -169,6 +173,7 @@ def main(argv=None):
                 print(f"results.py: error: {error}", file=sys.stderr)
                 end.status = 2
         shorten(runs)
+        distinguish(runs)
         if runs:
             print(text_of(runs, options.markdown))
         if runs and options.csv:

@@ -112,7 +112,9 @@ def test_the_preset_best_is_named_where_all_its_settings_are_those_of_the_run(ta
 
 def points_of(files):
     """Return the points of a picture, and them as (method, sparsity, mean, low, high)."""
-    points = results.points_of([results.read(path) for path in results.files_of(files)])
+    runs = [results.read(path) for path in results.files_of(files)]
+    results.distinguish(runs)
+    points = results.points_of(runs)
     return points, list(points[["method", "sparsity", "mean", "low", "high"]].itertuples(index=False, name=None))
 
 
@@ -126,6 +128,12 @@ def test_runs_that_differ_in_their_seed_alone_are_one_point(write):
         ("SparseGPT, nsamples 128", 0.5, 30.0, 30.0, 30.0), ("SparseGPT, nsamples 128", 0.6, 42.0, 40.0, 44.0),
         ("SparseGPT, nsamples 32", 0.6, 39.0, 39.0, 39.0), ("magnitude, eval_limit 8", 0.5, 48.0, 48.0, 48.0),
         ("magnitude, eval_limit None", 0.5, 50.0, 50.0, 50.0)]
+
+
+def test_rows_of_one_method_say_in_which_settings_they_differ(table):
+    rows = table(a=record(40.0, sparsity=0.6), b=record(41.0, sparsity=0.6, percdamp=0.1), c=record(30.0))
+    assert [re.split("  +", row)[0] for row in rows[4:]] == ["dense", "SparseGPT, percdamp 0.01",
+                                                             "SparseGPT, percdamp 0.1"]
 
 
 def test_the_picture_has_a_line_for_each_method_and_the_dense_model(write, tmp_path, monkeypatch, capsys):
