@@ -31,7 +31,9 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         if program.rank() or settings.quiet:  # results and warnings go to stdout
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(torch.float32)  # not that of a caller, as are the next two
+        torch.set_default_dtype(torch.float32)  # not that of a caller, as are the next three
+        if torch.get_default_device().type != "cpu":  # the context is felt in every call
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(runtime.float32_products("ieee", torch.backends.cuda, torch.backends.mkldnn))
         stack.enter_context(distributed.joined(device))

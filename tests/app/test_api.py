@@ -122,7 +122,8 @@ def test_paths_may_be_those_of_pathlib_and_numbers_those_of_numpy(tmp_path):
 
 
 @pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16),
-                                    lambda: transformers.modeling_utils.local_torch_dtype(torch.bfloat16)])
+                                    lambda: transformers.modeling_utils.local_torch_dtype(torch.bfloat16),
+                                    lambda: torch.device("meta")])
 def test_what_the_caller_runs_under_changes_nothing(around, checkpoint_folder):
     model, tokenizer = in_memory(checkpoint_folder("llama"))
     expected = mixgpt.prune(str(checkpoint_folder("llama")), "builtin", preset="best", **OPTIONS)
