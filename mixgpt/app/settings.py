@@ -181,18 +181,16 @@ class Settings:
     quiet: bool = option(False, FREE, "print only results and warnings")
 
     def __init__(self, model, dataset, **options):
-        defaults = {field.name: field.default for field in dataclasses.fields(self) if "help" in field.metadata}
-        if unknown := options.keys() - defaults.keys():
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        if unknown := options.keys() - fields.keys():
             raise TypeError(f"Settings has no {', '.join(sorted(unknown))}")
         given = {"model": model, "dataset": dataset} | options
-        for field in dataclasses.fields(self):
-            if field.name in given:
-                given[field.name] = _converted(field, given[field.name])
+        given = {name: _converted(fields[name], value) for name, value in given.items()}
         preset = recipe(**given)
-        for name, value in (defaults | preset | given).items():
-            object.__setattr__(self, name, value)  # frozen
+        for name, field in fields.items():
+            object.__setattr__(self, name, (preset | given).get(name, field.default))  # frozen
         try:
-            for field in dataclasses.fields(self):
+            for field in fields.values():
                 self._check_field(field)
             self._check_combinations()
         except InputError as error:
