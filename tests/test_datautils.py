@@ -91,8 +91,10 @@ def test_every_place_of_the_hubs_layout_gives_the_same_tokens(shape, root, token
 
 
 def test_ptb_rows_are_joined_with_spaces(root, tokenizer, no_hub):
+    elsewhere = root.with_name(f"{root.name}, elsewhere")
+    (root / "linked").symlink_to(elsewhere)
     for i in (1, 0):
-        put_parquet(root / "penn_treebank" / "test" / f"000{i}.parquet", [PTB_ROWS[i]], "sentence")
+        put_parquet(elsewhere / "penn_treebank" / "test" / f"000{i}.parquet", [PTB_ROWS[i]], "sentence")
     tokens, _ = datautils.test_tokens("ptb", 7, tokenizer, data_dir=root)
     ids = byte_ids(PTB_TEXT)
     assert tokens.tolist() == [ids[i:i + 7] for i in range(0, len(ids) - 6, 7)]

@@ -171,7 +171,8 @@ def load_tokenizer(model):
 
 
 def skeleton(config, dtype=torch.float32):
-    """Build the model of `config` on meta, without weights, for its modules and shapes."""
+    """Build the model of `config` on meta, without weights, for its modules and shapes. dtype "auto": as stored."""
+    dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
     with _reading(config.name_or_path, "its configuration cannot be used"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **NO_CODE).eval()
@@ -184,8 +185,7 @@ def skeleton(config, dtype=torch.float32):
 
 def size(config, dtype):
     """Return the bytes of the parameters of a configuration's model in a dtype, "auto" for the stored one."""
-    model = skeleton(config, config.dtype or torch.float32 if dtype == "auto" else dtype)
-    return sum(parameter.nbytes for parameter in model.parameters())
+    return sum(parameter.nbytes for parameter in skeleton(config, dtype).parameters())
 
 
 def load_model(model, dtype):
@@ -233,7 +233,7 @@ def open_model(model, config, dtype):
     name = _source(model)
     with _reading(model, "its weights cannot be read"):
         stored = streaming.stored_tensors(name)
-        opened = skeleton(config, config.dtype or torch.float32 if dtype == "auto" else dtype)
+        opened = skeleton(config, dtype)
         if not streaming.attach_disk_weights(opened, stored):
             return load_model(model, dtype)
         with contextlib.suppress(OSError):  # no such file: fall back to the configuration
