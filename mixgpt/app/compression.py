@@ -1,9 +1,7 @@
-"""Prune and quantize the matrices of a plan, and distil the result."""
+"""Prune and quantize the matrices of a plan, and distil the result: before quantization if it is pruned, too."""
 
 from dataclasses import asdict, replace
 from functools import partial
-
-import torch
 
 from mixgpt.app import report
 from mixgpt.common import choices, memory
@@ -16,10 +14,18 @@ def compress(run, plan):
     """Prune and quantize the matrices of a plan. Returns {(layer, name): Outcome}, and what `measure_weights` does."""
     settings, outcomes = run.settings, {}
     if plan.targets:
-        outcomes, used = memory.retry_with_less_memory(run.memory_plan, partial(_prune, run, plan),
-                                                       again=bool(locations_of(run.model)))
+        last = run.distills and settings.prunes and settings.quantizes  # quantizes at the end
+        retry = partial(memory.retry_with_less_memory, again=bool(locations_of(run.model)))
+        if run.files:
+            run.files.begin("layer", None if last else settings.scheme)
+        outcomes, used = retry(run.memory_plan, partial(_prune, run, plan, last))
         if run.distills:
             run.record["distilled"] = _distill(run, plan, outcomes, used.on_host)
+        if last:
+            if run.files:
+                run.files.begin("quantized", settings.scheme)
+            quantized, used = retry(used, partial(_quantize, run, plan))
+            outcomes = {key: replace(outcome, grid=quantized[key].grid) for key, outcome in outcomes.items()}
         run.record["settings"] |= {"batch_size": used.batch_size,
                                    "true_sequential": settings.true_sequential and not (
                                        settings.calibrates and used.two_passes)}
@@ -30,24 +36,36 @@ def compress(run, plan):
     return outcomes, matrices, others
 
 
-def _prune(run, plan, memory_plan):
-    """Prune and quantize. Returns {(layer, name): Outcome} and the memory plan."""
+def _prune(run, plan, last, memory_plan):
+    """Prune and quantize, unless that comes last. Returns {(layer, name): Outcome} and the memory plan."""
     settings, streamed = run.settings, run.streamed(memory_plan)
     if settings.save:
         run.files.keep("memory_plan", asdict(memory_plan))
     if settings.calibrates:
-        saliency = choices.SALIENCIES[settings.saliency]
-        recipe = solvers.Recipe(
-            choices.SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), settings.scheme,
-            settings.percdamp, settings.act_order, not memory_plan.two_passes, settings.target == "dense",
-            row_weights={key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
-            title=choices.SOLVERS.title(settings.solver))
-        tokens = torch.cat([run.calibration, run.further[:settings.extra_counts[0]]])
-        outcomes = layerwise.prune_layerwise(streamed, plan.targets, tokens, recipe, run.files, run.tracker.layer)
+        recipe = _recipe(settings, plan, memory_plan)
+        if last:
+            recipe = replace(recipe, scheme=None, later=recipe.scheme)
+        outcomes = layerwise.prune_layerwise(streamed, plan.targets, run.fitted, recipe, run.files, run.tracker.layer)
     else:
         with run.clock.part("magnitude" if settings.prunes else "rounding"):
             outcomes = layerwise.prune_magnitude(streamed, plan.targets, settings.scheme, run.files, run.tracker.layer)
     return outcomes, memory_plan
+
+
+def _recipe(settings, plan, memory_plan):
+    saliency = choices.SALIENCIES[settings.saliency]
+    return solvers.Recipe(
+        choices.SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), settings.scheme,
+        settings.percdamp, settings.act_order, not memory_plan.two_passes, settings.target == "dense",
+        row_weights={key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
+        title=choices.SOLVERS.title(settings.solver))
+
+
+def _quantize(run, plan, memory_plan):
+    """Quantize what is pruned and distilled. Returns what `_prune` does."""
+    recipe = replace(_recipe(run.settings, plan, memory_plan), solver=solvers.quantize, title="GPTQ")
+    return layerwise.prune_layerwise(run.streamed(memory_plan), plan.targets, run.fitted, recipe,
+                                     run.files), memory_plan
 
 
 def _distill(run, plan, outcomes, on_host):
@@ -58,7 +76,7 @@ def _distill(run, plan, outcomes, on_host):
 
     def finish(index, layer):
         of_layer = {key: outcome for key, outcome in outcomes.items() if key[0] == index}
-        files.save_layer(index, layer, of_layer, kind="distilled")
+        files.save_layer(index, layer, of_layer, distilled=True)
 
     def attempt(memory_plan):
         smaller = replace(streamed, batch_size=memory_plan.batch_size, on_host=memory_plan.on_host)

@@ -53,6 +53,11 @@ class Run:
         """The dtype of the weights in memory, "auto" for that on disk."""
         return runtime.choose_dtype(self.settings.dtype, self.config, self.device)
 
+    @property
+    def fitted(self):
+        """The tokens (N, T) of the Hessians: calibration and further sequences."""
+        return torch.cat([self.calibration, self.further[:self.settings.extra_counts[0]]])
+
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""
         return StreamedModel(self.model, self.device, plan.batch_size, self.clock, plan.on_host)
@@ -181,7 +186,7 @@ def open_run(run, stack, folder, command=None):
     elif run.selected and streaming.locations_of(run.model):  # pruned layers go to disk, like the dense ones
         run.files = stack.enter_context(_temporary_folder(stack, run))
     if run.files:
-        run.files.open(run.model, run.record.get("identity", {}), run.settings.scheme)
+        run.files.open(run.model, run.record.get("identity", {}))
     run.log(report.heading(run, command, whole))
     with run.clock.part("W&B"):
         run.tracker = stack.enter_context(tracking.Tracker(run.settings, run.record))

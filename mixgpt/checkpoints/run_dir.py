@@ -6,6 +6,7 @@ Until the run has ended, its subdirectory `progress` holds
     NAME-RANK.safetensors         tensors that belong to a choice: gradients, states of the dense model
     layer-00000.safetensors       a finished layer with the grids of its matrices and, as metadata, their errors
     distilled-00000.safetensors   the same layer, distilled; they replace those above once all are written
+    quantized-00000.safetensors   the same layer, quantized after distillation
 
 All are written under another name, flushed and renamed, so that a killed run can be continued to the same bits.
 """
@@ -89,11 +90,8 @@ class RunDir(contextlib.AbstractContextManager):
                     self.path.rmdir()
             self.lock.close()
 
-    def open(self, model, identity, scheme=None):
-        """Start a run, or go on with the one here. Raises InputError if that differs in its identity, {flag: value}.
-
-        scheme: the quant.Scheme of all matrices that are pruned, if any.
-        """
+    def open(self, model, identity):
+        """Start a run, or go on with the one here. Raises InputError if that differs in its identity, {flag: value}."""
         identity = {"version of this program": program.__version__} | identity
         if self.writes and is_interrupted_run(self.path):
             with self._reading(self.folder / "run.json"):
@@ -116,9 +114,14 @@ class RunDir(contextlib.AbstractContextManager):
             self.write_json(self.folder / "run.json", self.run)
         self.run = distributed.broadcast_object(self.run)
         self.model, self.layers, self.layers_path = model, decoder.layers_of(model), decoder.layers_path(model)
-        self.scheme, self.dense = scheme, {}  # dense: {layer: locations of its dense weights} of those replaced
+        self.begin("layer")
         if isinstance(self.run.get("distilled"), dict):  # not a reason why there is no distilled model
             self.take_distilled()
+
+    def begin(self, stage, scheme=None):
+        """Begin a stage, "layer" or "quantized", which names its files. scheme: quant.Scheme of its matrices."""
+        self.stage, self.scheme = stage, scheme
+        self.before = {}  # {layer: where its weights were before the stage}, of those on disk that it has finished
 
     def _reading(self, file):
         return reading(f"--resume: {file} cannot be read; remove {self.path} to start over")
@@ -146,12 +149,12 @@ class RunDir(contextlib.AbstractContextManager):
         self.write_json(self.folder / "run.json", self.run)
 
     def resume_from(self, count):
-        """Give a model on disk its dense weights back, and return what is finished of its first `count` layers.
+        """Give a model on disk its weights before the stage back, and return what that has finished of `count` layers.
 
         Returns a list with {(layer, name): Outcome} of each layer; the model gets them by `load_layer`.
         """
         self.flush()
-        for index, locations in self.dense.items():
+        for index, locations in self.before.items():
             self.layers[index].disk_weights = locations
         finished = []
         while len(finished) < count and (outcomes := self._outcomes(len(finished))) is not None:
@@ -178,23 +181,24 @@ class RunDir(contextlib.AbstractContextManager):
         """Let the model have a finished layer: on disk, or in memory if its weights are there."""
         layer, prefix, file = self.layers[index], f"{self.layers_path}.{index}.", str(self._file(index))
         locations = {name: streaming.TensorLocation(file, prefix + name) for name in layer.state_dict()}
-        if dense := streaming.disk_weights(layer):
-            self.dense.setdefault(index, dense)
+        if before := streaming.disk_weights(layer):
+            self.before.setdefault(index, before)
             layer.disk_weights = locations
         else:
             layer.load_state_dict({name: streaming.mapped(location) for name, location in locations.items()})
 
-    def save_layer(self, index, layer, outcomes, kind="layer"):
+    def save_layer(self, index, layer, outcomes, distilled=False):
         """Start writing a finished layer, {(layer, name): Outcome}; the layer is on the device.
 
-        kind: "distilled" for a layer that does not count before `take_distilled`.
+        distilled: whether it does not count before `take_distilled`.
         """
         self.flush()
         if self.writes:
             weights = {f"{self.layers_path}.{index}.{name}": tensor.to("cpu")
                        for name, tensor in layer.state_dict().items()}
-            self.writing = self.thread.submit(self._write_layer, self._file(index, kind), weights, outcomes)
-        if kind == "layer" and streaming.disk_weights(layer):
+            file = self._file(index, "distilled" if distilled else self.stage)
+            self.writing = self.thread.submit(self._write_layer, file, weights, outcomes)
+        if not distilled and streaming.disk_weights(layer):
             self.load_layer(index)
 
     def _write_layer(self, file, weights, outcomes):
@@ -218,8 +222,8 @@ class RunDir(contextlib.AbstractContextManager):
                 file.replace(self.folder / file.name.replace("distilled", "layer"))
         distributed.barrier()
 
-    def _file(self, index, kind="layer"):
-        return self.folder / f"{kind}-{index:05d}.safetensors"
+    def _file(self, index, stage=None):
+        return self.folder / f"{stage or self.stage}-{index:05d}.safetensors"
 
     def write_json(self, file, content):
         """Write a JSON-able value to a file, in the first process."""

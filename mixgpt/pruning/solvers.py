@@ -10,7 +10,7 @@ from mixgpt.kernels.selection import smallest
 from mixgpt.pruning.admm import admm_pruner
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.targets import Target
-from quant import Scheme, meet_sparsities
+from quant import Scheme, meet_sparsities, quantize_nearest
 from sparsegpt import Walk, obs_saliency
 
 MARGIN_SIGMAS = 3  # of `meet_sparsities`, so that the walk rounds too few weights to 0, not too many
@@ -48,26 +48,44 @@ def walk(problem):
 def admm(problem):
     """Prune by `admm_pruner`; with a scheme, quantize the kept weights in a walk over the columns.
 
-    Weights that the walk rounds to 0 count: the pruning target is lowered until both together meet the sparsity, but
-    for a few weights; these are the least salient of the rounded ones.
+    Weights that are rounded to 0 count: the pruning target is lowered until both together meet the sparsity, but for a
+    few weights; these are the least salient of the rounded ones.
     """
+    later, sparsities = problem.recipe.later, [target.sparsity for target in problem.targets]
     prune = admm_pruner(problem.optima, problem.hessian.damped, problem.targets, problem.row_weights)
-    if problem.recipe.scheme is None:
+    if not problem.recipe.scheme and (not later or problem.targets[0].prunem):
         return [(W, None) for W in prune(problem.targets)]
 
     def attempt(sparsities):
         pruned = prune([replace(target, sparsity=sparsity)
                         for target, sparsity in zip(problem.targets, sparsities, strict=True)])
-        return walk(replace(problem, optima=pruned, targets=[Target(0.0)] * len(pruned)))
+        if later:  # a good guess of what will be rounded to 0
+            return [(quantize_nearest(W, later)[0], W) for W in pruned]
+        return _rounded(problem, pruned)
 
-    sparsities = [target.sparsity for target in problem.targets]
     if problem.targets[0].prunem:
         return attempt(sparsities)
     results = meet_sparsities(attempt, sparsities, margin_sigmas=MARGIN_SIGMAS)
-    counts = [len(W) for W, _ in results]
-    rows = [None] * len(results) if problem.row_weights is None else problem.row_weights.split(counts)
-    return [(_filled(W, sparsity, problem.h, weights), grid)
-            for (W, grid), sparsity, weights in zip(results, sparsities, rows, strict=True)]
+    return [(W, None) for _, W in results] if later else _meeting(problem, results)
+
+
+def quantize(problem):
+    """Quantize the kept weights in a walk over the columns, then remove the least salient ones beyond the sparsity."""
+    results = _rounded(problem, problem.optima)
+    return results if problem.targets[0].prunem else _meeting(problem, results)
+
+
+def _rounded(problem, matrices):
+    """Walk over pruned matrices without pruning more."""
+    return walk(replace(problem, optima=matrices, targets=[Target(0.0)] * len(matrices)))
+
+
+def _meeting(problem, results):
+    """Return results of a walk with as many zeros as the targets say."""
+    rows = [None] * len(results) if problem.row_weights is None else problem.row_weights.split(
+        [len(W) for W, _ in results])
+    return [(_filled(W, target.sparsity, problem.h, weights), grid)
+            for (W, grid), target, weights in zip(results, problem.targets, rows, strict=True)]
 
 
 def _filled(W, sparsity, h, row_weights=None):
@@ -94,6 +112,7 @@ class Recipe:
     dense_target: bool = False  # regress towards the dense model's outputs
     row_weights: dict | None = None  # {(layer, name): (out,)}, weight of each row's error
     title: str = "SparseGPT"  # of the progress bar
+    later: Scheme | None = None  # quantization by `quantize`, once they are distilled
 
 
 def prune_in_place(hessian, weights, targets, recipe, row_weights=None):

@@ -106,6 +106,14 @@ def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, sa
     assert f"{bits:.2f} bits a weight, {bits / 16:.2f} times the size of bfloat16" in out
 
 
+def test_kept_weights_are_quantized_after_distillation_as_in_a_run_of_its_own(prune, tmp_path):
+    options, saved = "--prunen 2 --prunem 4 --distill 1 --save", [tmp_path / name for name in "abc"]
+    prune("llama", "--wbits 4 --mse --target dense", options, saved[0])
+    prune("llama", "--target dense", options, saved[1])
+    prune("llama", "--wbits 4 --mse --target dense --save", saved[2], model=saved[1])
+    assert_same_weights(saved[0], saved[2])
+
+
 MIXGPT = "--sparsity .5 --sparsity-way weight-level --saliency isc"
 
 
@@ -168,10 +176,10 @@ def test_a_preset_means_its_recipe_without_the_command_line_too():
     ("best --effort 4", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --extra 2 "
                                                  "--distill 3"),
     ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4",
-     "--sparsity-way global --saliency fisher --target dense --percdamp .1 --extra 1 --distill .375 --mse "
+     "--sparsity-way global --saliency fisher --target dense --percdamp .1 --extra .5 --distill .75 --mse "
      "--act-order"),
     ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse",
-     "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 --percdamp .1 --extra 1"),
+     "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 --percdamp .1 --extra .5"),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected):
     preset, flags = (parse("llama.py", ["m", "c4", *amount.split(), *given.split()])

@@ -48,13 +48,13 @@ def opened(path, model):
         yield files
 
 
-def save_layer(files, index, value=None, kind="layer"):
+def save_layer(files, index, value=None, distilled=False):
     """Save a layer with all weights 1 + index, or another value."""
     layer = files.layers[index]
     with on_device([layer], "cpu"):
         for weight in layer.parameters():
             weight.fill_(1 + index if value is None else value)
-        files.save_layer(index, layer, {}, kind)
+        files.save_layer(index, layer, {}, distilled)
 
 
 def written(folder, index):
@@ -113,7 +113,7 @@ def test_distilled_layers_count_when_all_are_written_and_the_pruned_ones_before(
         for index in range(3):
             save_layer(files, index)
         for index in range(3):
-            save_layer(files, index, -1, "distilled")
+            save_layer(files, index, -1, distilled=True)
             files.flush()
             assert (streaming.read(files.layers[0])[UP] == 1).all()
         if killed:

@@ -24,7 +24,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import memory
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
-from mixgpt.pruning import calibration, distill, layerwise
+from mixgpt.pruning import calibration, distill, solvers
 
 AGAIN = "to evaluate its result again, give the folder as the model"
 NOT_EMPTY = "exists and is not an empty folder; name another one, or give --overwrite to replace a saved model"
@@ -267,20 +267,21 @@ def test_a_step_that_starts_over_goes_on_from_the_finished_layers(saves, prune, 
         assert_same_weights(tmp_path / "again", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("finished", [3, 4, 6])
-def test_distillation_that_is_interrupted_costs_at_most_itself(finished, prune, interrupt, tmp_path, monkeypatch):
-    """Ctrl-C behind the last pruned layer, the first distilled one, and all: no layer is pruned again."""
-    options, saved = ["llama", "--preset best", HALF], tmp_path / "saved"
+@pytest.mark.parametrize("finished, more", [(3, ""), (4, ""), (6, ""), (4, "--wbits 4"), (8, "--wbits 4")])
+def test_distillation_that_is_interrupted_costs_at_most_itself(finished, more, prune, interrupt, tmp_path, monkeypatch):
+    """Ctrl-C behind the last pruned layer, the first distilled one, all, and the second quantized one."""
+    options, saved = ["llama", f"--preset best {more}", HALF], tmp_path / "saved"
     prune(*options, tmp_path / "whole")
-    if finished < 6:
+    if finished != 6:
         interrupt(finished, *options, saved)
     else:
         with monkeypatch.context() as patch:
             patch.setattr(RunDir, "write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             prune(*options, saved, status=130)
         assert {file.name.partition("-")[0] for file in saved.glob("progress/*-0000*.safetensors")} == {"layer"}
+    if finished > 4:
         monkeypatch.setattr(distill, "distill", None)
-    monkeypatch.setattr(layerwise, "prune_in_place", None)
+    monkeypatch.setattr(solvers, "admm_pruner", None)  # no layer is pruned again
     monkeypatch.setattr(distill, "dense_states", None)  # nor is anything measured again
     monkeypatch.setattr(fisher, "output_gradients", None)
     if finished > 3:
@@ -293,7 +294,7 @@ def test_a_run_that_goes_on_prunes_in_the_way_of_the_interrupted_one(prune, inte
     """As on a GPU with less memory free, where two passes through each layer would be chosen."""
     prune("llama", HALF, tmp_path / "whole")
     ways, apply = [], compression._prune
-    monkeypatch.setattr(compression, "_prune", lambda run, plan, way: (ways.append(way), apply(run, plan, way))[1])
+    monkeypatch.setattr(compression, "_prune", lambda *given: (ways.append(given[-1]), apply(*given))[1])
     interrupt(1, "llama", HALF, tmp_path / "saved")
     monkeypatch.setattr(calibration, "one_pass_bytes", lambda *_: 10**18)
     decide = running._plan
