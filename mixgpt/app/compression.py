@@ -3,6 +3,8 @@
 from dataclasses import asdict, replace
 from functools import partial
 
+import torch
+
 from mixgpt.app import report
 from mixgpt.common import choices, memory
 from mixgpt.evaluation.measures import measure_weights
@@ -16,15 +18,11 @@ def compress(run, plan):
     if plan.targets:
         last = run.distills and settings.prunes and settings.quantizes  # quantizes at the end
         retry = partial(memory.retry_with_less_memory, again=bool(locations_of(run.model)))
-        if run.files:
-            run.files.begin("layer", None if last else settings.scheme)
-        outcomes, used = retry(run.memory_plan, partial(_prune, run, plan, last))
+        outcomes, used = retry(run.memory_plan, partial(_prune, run, plan, last, "layer"))
         if run.distills:
             run.record["distilled"] = _distill(run, plan, outcomes, used.on_host)
         if last:
-            if run.files:
-                run.files.begin("quantized", settings.scheme)
-            quantized, used = retry(used, partial(_quantize, run, plan))
+            quantized, used = retry(used, partial(_prune, run, plan, last, "quantized"))
             outcomes = {key: replace(outcome, grid=quantized[key].grid) for key, outcome in outcomes.items()}
         run.record["settings"] |= {"batch_size": used.batch_size,
                                    "true_sequential": settings.true_sequential and not (
@@ -36,36 +34,29 @@ def compress(run, plan):
     return outcomes, matrices, others
 
 
-def _prune(run, plan, last, memory_plan):
-    """Prune and quantize, unless that comes last. Returns {(layer, name): Outcome} and the memory plan."""
-    settings, streamed = run.settings, run.streamed(memory_plan)
+def _prune(run, plan, last, stage, memory_plan):
+    """Prune and quantize, or do only one of them if quantizing comes last. Returns outcomes and the memory plan."""
+    settings, streamed, observe = run.settings, run.streamed(memory_plan), run.tracker.layer
+    scheme = None if last and stage == "layer" else settings.scheme
     if settings.save:
         run.files.keep("memory_plan", asdict(memory_plan))
+    if run.files:
+        run.files.begin(stage, scheme)
     if settings.calibrates:
-        recipe = _recipe(settings, plan, memory_plan)
-        if last:
-            recipe = replace(recipe, scheme=None, later=recipe.scheme)
-        outcomes = layerwise.prune_layerwise(streamed, plan.targets, run.fitted, recipe, run.files, run.tracker.layer)
+        saliency = choices.SALIENCIES[settings.saliency]
+        recipe = solvers.Recipe(
+            choices.SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), scheme,
+            settings.percdamp, settings.act_order, not memory_plan.two_passes, settings.target == "dense",
+            row_weights={key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
+            title=choices.SOLVERS.title(settings.solver), later=None if scheme else settings.scheme)
+        if stage == "quantized":
+            recipe, observe = replace(recipe, solver=solvers.quantize, title="GPTQ"), None
+        tokens = torch.cat([run.calibration, run.further[:settings.extra_counts[0]]])
+        outcomes = layerwise.prune_layerwise(streamed, plan.targets, tokens, recipe, run.files, observe)
     else:
         with run.clock.part("magnitude" if settings.prunes else "rounding"):
-            outcomes = layerwise.prune_magnitude(streamed, plan.targets, settings.scheme, run.files, run.tracker.layer)
+            outcomes = layerwise.prune_magnitude(streamed, plan.targets, scheme, run.files, observe)
     return outcomes, memory_plan
-
-
-def _recipe(settings, plan, memory_plan):
-    saliency = choices.SALIENCIES[settings.saliency]
-    return solvers.Recipe(
-        choices.SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), settings.scheme,
-        settings.percdamp, settings.act_order, not memory_plan.two_passes, settings.target == "dense",
-        row_weights={key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
-        title=choices.SOLVERS.title(settings.solver))
-
-
-def _quantize(run, plan, memory_plan):
-    """Quantize what is pruned and distilled. Returns what `_prune` does."""
-    recipe = replace(_recipe(run.settings, plan, memory_plan), solver=solvers.quantize, title="GPTQ")
-    return layerwise.prune_layerwise(run.streamed(memory_plan), plan.targets, run.fitted, recipe,
-                                     run.files), memory_plan
 
 
 def _distill(run, plan, outcomes, on_host):

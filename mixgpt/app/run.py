@@ -53,11 +53,6 @@ class Run:
         """The dtype of the weights in memory, "auto" for that on disk."""
         return runtime.choose_dtype(self.settings.dtype, self.config, self.device)
 
-    @property
-    def fitted(self):
-        """The tokens (N, T) of the Hessians: calibration and further sequences."""
-        return torch.cat([self.calibration, self.further[:self.settings.extra_counts[0]]])
-
     def streamed(self, plan):
         """Return the model as it runs under a MemoryPlan."""
         return StreamedModel(self.model, self.device, plan.batch_size, self.clock, plan.on_host)

@@ -114,6 +114,7 @@ class RunDir(contextlib.AbstractContextManager):
             self.write_json(self.folder / "run.json", self.run)
         self.run = distributed.broadcast_object(self.run)
         self.model, self.layers, self.layers_path = model, decoder.layers_of(model), decoder.layers_path(model)
+        self.before = {}  # {(stage, layer): where the weights of a layer on disk were before it was finished}
         self.begin("layer")
         if isinstance(self.run.get("distilled"), dict):  # not a reason why there is no distilled model
             self.take_distilled()
@@ -121,7 +122,6 @@ class RunDir(contextlib.AbstractContextManager):
     def begin(self, stage, scheme=None):
         """Begin a stage, "layer" or "quantized", which names its files. scheme: quant.Scheme of its matrices."""
         self.stage, self.scheme = stage, scheme
-        self.before = {}  # {layer: where its weights were before the stage}, of those on disk that it has finished
 
     def _reading(self, file):
         return reading(f"--resume: {file} cannot be read; remove {self.path} to start over")
@@ -154,8 +154,9 @@ class RunDir(contextlib.AbstractContextManager):
         Returns a list with {(layer, name): Outcome} of each layer; the model gets them by `load_layer`.
         """
         self.flush()
-        for index, locations in self.before.items():
-            self.layers[index].disk_weights = locations
+        for (stage, index), locations in self.before.items():
+            if stage == self.stage:
+                self.layers[index].disk_weights = locations
         finished = []
         while len(finished) < count and (outcomes := self._outcomes(len(finished))) is not None:
             finished.append(outcomes)
@@ -182,7 +183,7 @@ class RunDir(contextlib.AbstractContextManager):
         layer, prefix, file = self.layers[index], f"{self.layers_path}.{index}.", str(self._file(index))
         locations = {name: streaming.TensorLocation(file, prefix + name) for name in layer.state_dict()}
         if before := streaming.disk_weights(layer):
-            self.before.setdefault(index, before)
+            self.before.setdefault((self.stage, index), before)
             layer.disk_weights = locations
         else:
             layer.load_state_dict({name: streaming.mapped(location) for name, location in locations.items()})

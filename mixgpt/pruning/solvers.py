@@ -53,35 +53,24 @@ def admm(problem):
     """
     later, sparsities = problem.recipe.later, [target.sparsity for target in problem.targets]
     prune = admm_pruner(problem.optima, problem.hessian.damped, problem.targets, problem.row_weights)
-    if not problem.recipe.scheme and (not later or problem.targets[0].prunem):
-        return [(W, None) for W in prune(problem.targets)]
 
     def attempt(sparsities):
         pruned = prune([replace(target, sparsity=sparsity)
                         for target, sparsity in zip(problem.targets, sparsities, strict=True)])
-        if later:  # a good guess of what will be rounded to 0
-            return [(quantize_nearest(W, later)[0], W) for W in pruned]
-        return _rounded(problem, pruned)
+        if problem.recipe.scheme:
+            return quantize(replace(problem, optima=pruned))
+        return [(quantize_nearest(W, later)[0] if later else W, W) for W in pruned]  # a guess of what will be 0
 
-    if problem.targets[0].prunem:
-        return attempt(sparsities)
-    results = meet_sparsities(attempt, sparsities, margin_sigmas=MARGIN_SIGMAS)
-    return [(W, None) for _, W in results] if later else _meeting(problem, results)
+    exact = problem.targets[0].prunem or not (problem.recipe.scheme or later)
+    results = attempt(sparsities) if exact else meet_sparsities(attempt, sparsities, margin_sigmas=MARGIN_SIGMAS)
+    return results if problem.recipe.scheme else [(W, None) for _, W in results]
 
 
 def quantize(problem):
-    """Quantize the kept weights in a walk over the columns, then remove the least salient ones beyond the sparsity."""
-    results = _rounded(problem, problem.optima)
-    return results if problem.targets[0].prunem else _meeting(problem, results)
-
-
-def _rounded(problem, matrices):
-    """Walk over pruned matrices without pruning more."""
-    return walk(replace(problem, optima=matrices, targets=[Target(0.0)] * len(matrices)))
-
-
-def _meeting(problem, results):
-    """Return results of a walk with as many zeros as the targets say."""
+    """Quantize the kept weights in a walk over the columns, then remove the least salient ones up to the sparsity."""
+    results = walk(replace(problem, targets=[Target(0.0)] * len(problem.optima)))
+    if problem.targets[0].prunem:
+        return results
     rows = [None] * len(results) if problem.row_weights is None else problem.row_weights.split(
         [len(W) for W, _ in results])
     return [(_filled(W, target.sparsity, problem.h, weights), grid)

@@ -10,7 +10,7 @@ from mixgpt.pruning import solvers
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.solvers import Recipe, prune_in_place, walk
 from mixgpt.pruning.targets import Target
-from quant import Scheme
+from quant import Scheme, quantize_nearest
 
 HALF = Target(0.5)
 
@@ -55,6 +55,12 @@ def test_admm_meets_the_sparsity_whatever_rounding_sets_to_zero(device, wbits, m
         assert (W == 0).sum() == round(0.55 * W.numel())
         assert max(len(row.unique()) for row in W) <= 2**wbits
     assert len(walks) <= most
+
+
+def test_admm_leaves_as_many_weights_more_as_rounding_later_sets_to_zero():
+    for W in pruned_on("cpu", torch.float32, Recipe(SOLVERS["admm"].load(), later=Scheme(3)), Target(0.4))[1]:
+        rounded = (quantize_nearest(W, Scheme(3))[0] == 0).sum()
+        assert (W == 0).sum() < rounded and rounded == pytest.approx(0.4 * W.numel(), rel=0.02)
 
 
 def test_the_least_salient_weights_fill_up():
