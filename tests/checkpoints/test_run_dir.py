@@ -281,9 +281,8 @@ def test_distillation_that_is_interrupted_costs_at_most_itself(finished, more, p
         assert {file.name.partition("-")[0] for file in saved.glob("progress/*-0000*.safetensors")} == {"layer"}
     if finished > 4:
         monkeypatch.setattr(distill, "distill", None)
-    monkeypatch.setattr(solvers, "admm_pruner", None)  # no layer is pruned again
-    monkeypatch.setattr(distill, "dense_states", None)  # nor is anything measured again
-    monkeypatch.setattr(fisher, "output_gradients", None)
+    for owner, name in ((solvers, "admm_pruner"), (distill, "dense_states"), (fisher, "output_gradients")):
+        monkeypatch.setattr(owner, name, None)  # nothing is pruned or measured again
     if finished > 3:
         monkeypatch.setattr(distill, "room_for", lambda *_: 0)
     prune(*options, saved, "--resume")
