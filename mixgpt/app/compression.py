@@ -1,4 +1,4 @@
-"""Prune and quantize the matrices of a plan, and distil the result: before quantization if it is pruned, too."""
+"""Prune and quantize the matrices of a plan, and distil the result, before or after quantization."""
 
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,7 +16,7 @@ def compress(run, plan):
     """Prune and quantize the matrices of a plan. Returns {(layer, name): Outcome}, and what `measure_weights` does."""
     settings, outcomes = run.settings, {}
     if plan.targets:
-        last = run.distills and settings.prunes and settings.quantizes  # quantizes at the end
+        last = run.distills and settings.quantizes_last
         retry = partial(memory.retry_with_less_memory, again=bool(locations_of(run.model)))
         outcomes, used = retry(run.memory_plan, partial(_prune, run, plan, last, "layer"))
         if run.distills:

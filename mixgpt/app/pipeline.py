@@ -43,8 +43,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
             return report.publish(settings, record)
         with clock.part("load"):
             current = check(settings, device, clock, model, tokenizer)
-            copies = (2 if current.selected else 1) + (settings.prunes and settings.quantizes and settings.distill > 0)
-            size = load.size(current.config, current.dtype) * copies
+            size = load.size(current.config, current.dtype) * (1 + bool(current.selected) + settings.quantizes_last)
             folder = stack.enter_context(RunDir(settings.save, settings.save_format, size, settings.resume,
                                                 settings.overwrite)) if settings.save else None
         with clock.part("data"):

@@ -34,18 +34,21 @@ NEEDS = {  # what makes these properties of Settings true, in words, if not the 
 def recipe(preset=None, prunem=0, wbits=16, groupsize=-1, effort=1.0, **_):
     """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
 
-    In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Columns are
-    quantized in the order of activation unless their groups would have to be stored.
+    In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Grids need
+    more text in the Hessians, and their scales learn from less. Columns are quantized in the order of activation unless
+    their groups would have to be stored.
     effort: of best, as a multiple of its further text; the Hessians get its root in n:m, where they start with more,
-    and with grids, where they are computed twice.
+    and where `Settings.quantizes_last`, as they are computed twice.
     """
     options = dict(PRESETS.get(preset, {}))
     if preset == "best" and prunem:
         options |= {"sparsity_way": "uniform", "saliency": "obs", "extra": 1.0}
     if preset == "best" and wbits < 16:
         options |= {"mse": True} | ({"act_order": True} if groupsize == -1 else {})
+    if preset == "best" and wbits < 16 and effort <= 1:
+        options |= {"extra": 1.0, "distill": 0.375}
     if preset == "best":
-        options["extra"] *= effort ** (0.5 if prunem or wbits < 16 else 1)
+        options["extra"] *= effort ** (0.5 if prunem or wbits < 16 and effort > 1 else 1)
         options["distill"] *= effort
     return options
 
@@ -134,9 +137,9 @@ class Settings:
     extra: float = option(0.0, METHOD, "further sequences for the Hessians alone, as a multiple of --nsamples",
         between=(0, 100), needs=("calibrates",))
     distill: float = option(0.0, METHOD,
-        "further sequences for distillation, likewise: the kept weights, which are quantized afterwards, or without "
-        "pruning the scales of grids, are trained on the dense model's predictions and the next tokens",
-        between=(0, 100), needs=("calibrates",))
+        "further sequences for distillation, likewise: at the end the kept weights, or with --wbits the scales of "
+        "their grids, are trained on the dense model's predictions and the next tokens", between=(0, 100),
+        needs=("calibrates",))
     seqlen: int | None = option(None, RESULT, "tokens per sequence (default: 2048, or the model's limit if lower)",
         between=(2,), type=int)
     bos: str = option("auto", RESULT,
@@ -251,6 +254,11 @@ class Settings:
     @property
     def quantizes(self):
         return self.wbits < 16
+
+    @property
+    def quantizes_last(self):
+        """Whether weights are quantized after distillation, which takes longer than scales that are trained then."""
+        return self.prunes and self.quantizes and self.distill > 0 and self.effort > 1
 
     @property
     def scheme(self):

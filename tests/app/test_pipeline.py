@@ -107,10 +107,10 @@ def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, sa
 
 
 def test_kept_weights_are_quantized_after_distillation_as_in_a_run_of_its_own(prune, tmp_path):
-    options, saved = "--prunen 2 --prunem 4 --distill 1 --save", [tmp_path / name for name in "abc"]
-    prune("llama", "--wbits 4 --mse --target dense", options, saved[0])
-    prune("llama", "--target dense", options, saved[1])
-    prune("llama", "--wbits 4 --mse --target dense --save", saved[2], model=saved[1])
+    options, saved = "--extra 0 --no-act-order --save", [tmp_path / name for name in "abc"]
+    for more, folder in zip(("--wbits 4", ""), saved[:2], strict=True):
+        prune("llama", "--prunen 2 --prunem 4 --preset best --effort 2", more, options, folder)
+    prune("llama", "--wbits 4 --mse --target dense --percdamp .1", options, saved[2], model=saved[1])
     assert_same_weights(saved[0], saved[2])
 
 
@@ -166,20 +166,21 @@ def test_a_preset_means_its_recipe_without_the_command_line_too():
         Settings("m", "c4", sparsity=0.5, preset="best", gmp=True)
 
 
+BEST = "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 --percdamp .1"
+
+
 @pytest.mark.parametrize("preset, amount, expected", [
     ("sparsegpt", "--sparsity .5", "--sparsity-way uniform --saliency obs --solver obs"),
     ("mixgpt", "--sparsity .5", "--sparsity-way weight-level --saliency isc --sensitivity fisher"),
-    ("best", "--sparsity .5", "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 "
-                              "--percdamp .1 --extra .5 --distill .75"),
-    ("best --effort 4", "--sparsity .5", "--sparsity-way global --saliency fisher --solver admm --target dense "
-                                         "--alpha .15 --percdamp .1 --extra 2 --distill 3"),
+    ("best", "--sparsity .5", f"{BEST} --extra .5 --distill .75"),
+    ("best --effort 4", "--sparsity .5", f"{BEST} --extra 2 --distill 3"),
     ("best --effort 4", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --extra 2 "
                                                  "--distill 3"),
     ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4",
-     "--sparsity-way global --saliency fisher --target dense --percdamp .1 --extra .5 --distill .75 --mse "
+     "--sparsity-way global --saliency fisher --target dense --percdamp .1 --extra 1 --distill .375 --mse "
      "--act-order"),
-    ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse",
-     "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 --percdamp .1 --extra .5"),
+    ("best --effort 4", "--sparsity .5 --wbits 4", f"{BEST} --extra 1 --distill 3 --mse --act-order"),
+    ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse", f"{BEST} --extra 1"),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected):
     preset, flags = (parse("llama.py", ["m", "c4", *amount.split(), *given.split()])

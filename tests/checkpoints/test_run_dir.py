@@ -267,7 +267,7 @@ def test_a_step_that_starts_over_goes_on_from_the_finished_layers(saves, prune, 
         assert_same_weights(tmp_path / "again", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("finished, more", [(3, ""), (4, ""), (6, ""), (4, "--wbits 4"), (8, "--wbits 4")])
+@pytest.mark.parametrize("finished, more", [(3, ""), (4, ""), (6, ""), (8, "--wbits 4 --effort 2")])
 def test_distillation_that_is_interrupted_costs_at_most_itself(finished, more, prune, interrupt, tmp_path, monkeypatch):
     """Ctrl-C behind the last pruned layer, the first distilled one, all, and the second quantized one."""
     options, saved = ["llama", f"--preset best {more}", HALF], tmp_path / "saved"
@@ -279,10 +279,9 @@ def test_distillation_that_is_interrupted_costs_at_most_itself(finished, more, p
             patch.setattr(RunDir, "write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             prune(*options, saved, status=130)
         assert {file.name.partition("-")[0] for file in saved.glob("progress/*-0000*.safetensors")} == {"layer"}
-    if finished > 4:
-        monkeypatch.setattr(distill, "distill", None)
-    for owner, name in ((solvers, "admm_pruner"), (distill, "dense_states"), (fisher, "output_gradients")):
-        monkeypatch.setattr(owner, name, None)  # nothing is pruned or measured again
+    for owner, name in ((solvers, "admm_pruner"), (distill, "dense_states"), (fisher, "output_gradients"),
+                        *[(distill, "distill")] * (finished > 4)):
+        monkeypatch.setattr(owner, name, None)  # nothing is done again
     if finished > 3:
         monkeypatch.setattr(distill, "room_for", lambda *_: 0)
     prune(*options, saved, "--resume")
