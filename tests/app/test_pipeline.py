@@ -112,6 +112,7 @@ def test_kept_weights_are_quantized_after_distillation_as_in_a_run_of_its_own(pr
         prune("llama", "--prunen 2 --prunem 4 --preset best --effort 2", more, options, folder)
     prune("llama", "--wbits 4 --mse --target dense --percdamp .1", options, saved[2], model=saved[1])
     assert_same_weights(saved[0], saved[2])
+    assert {row["wbits"] for row in record_of(saved[0])["matrices"]} == {4}
 
 
 MIXGPT = "--sparsity .5 --sparsity-way weight-level --saliency isc"
@@ -177,8 +178,7 @@ BEST = "--sparsity-way global --saliency fisher --solver admm --target dense --a
     ("best --effort 4", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --extra 2 "
                                                  "--distill 3"),
     ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4",
-     "--sparsity-way global --saliency fisher --target dense --percdamp .1 --extra 1 --distill .375 --mse "
-     "--act-order"),
+     f"{BEST} --alpha .2 --solver obs --extra 1 --distill .375 --mse --act-order"),
     ("best --effort 4", "--sparsity .5 --wbits 4", f"{BEST} --extra 1 --distill 3 --mse --act-order"),
     ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse", f"{BEST} --extra 1"),
 ])
