@@ -37,18 +37,16 @@ def recipe(preset=None, prunem=0, wbits=16, groupsize=-1, effort=1.0, **_):
     In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Grids need
     more text in the Hessians, and their scales learn from less. Columns are quantized in the order of activation unless
     their groups would have to be stored.
-    effort: of best, as a multiple of its further text; the Hessians get its root in n:m, where they start with more,
-    and where `Settings.quantizes_last`, as they are computed twice.
+    effort: of best, as a multiple of its further text; the Hessians get its root where they start with more.
     """
     options = dict(PRESETS.get(preset, {}))
     if preset == "best" and prunem:
         options |= {"sparsity_way": "uniform", "saliency": "obs", "extra": 1.0}
     if preset == "best" and wbits < 16:
-        options |= {"mse": True} | ({"act_order": True} if groupsize == -1 else {})
-    if preset == "best" and wbits < 16 and effort <= 1:
-        options |= {"extra": 1.0, "distill": 0.375}
+        options |= {"mse": True, "extra": 1.0} | ({"act_order": True} if groupsize == -1 else {})
+        options |= {"distill": 0.375} if effort <= 1 else {}
     if preset == "best":
-        options["extra"] *= effort ** (0.5 if prunem or wbits < 16 and effort > 1 else 1)
+        options["extra"] *= effort ** (0.5 if prunem or wbits < 16 else 1)
         options["distill"] *= effort
     return options
 
@@ -95,7 +93,7 @@ class Settings:
         "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
         needs=("prunes",))
     effort: float = option(1.0, METHOD, "time that best may take: multiplies its --distill and the number of steps, "
-        "and its --extra (n:m: by the root)", between=(0.1, 100))
+        "and its --extra (n:m, --wbits: by the root)", between=(0.1, 100))
 
     sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",
         group="sparsity allocation", choices=ALLOCATIONS, needs=("prunes",))

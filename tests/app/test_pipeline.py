@@ -179,7 +179,7 @@ BEST = "--sparsity-way global --saliency fisher --solver admm --target dense --a
                                                  "--distill 3"),
     ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4",
      f"{BEST} --alpha .2 --solver obs --extra 1 --distill .375 --mse --act-order"),
-    ("best --effort 4", "--sparsity .5 --wbits 4", f"{BEST} --extra 1 --distill 3 --mse --act-order"),
+    ("best --effort 4", "--sparsity .5 --wbits 4", f"{BEST} --extra 2 --distill 3 --mse --act-order"),
     ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse", f"{BEST} --extra 1"),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected):
