@@ -221,13 +221,14 @@ def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer,
     assert_same(mixgpt.load(folder, "cpu", packed=False)[0], load.load_model(folder, "auto"))
 
 
-def test_a_packed_model_can_be_copied_pickled_cast_and_given_a_state(saved, tokens):
+def test_a_packed_model_can_be_copied_pickled_compiled_cast_and_given_a_state(saved, tokens):
     model, folder = saved
     packed = load.read_model(folder, "auto", packed=True).eval()
     expected = logits(packed, tokens[:, :3])
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed):
         other.load_state_dict(packed.state_dict())
         assert torch.equal(logits(other, tokens[:, :3]), expected)
+    assert torch.equal(torch.compile(packed, backend="eager")(tokens, use_cache=False).logits, packed(tokens).logits)
     for dtype in (torch.bfloat16, torch.float64):
         assert torch.equal(logits(packed.to(dtype), tokens), logits(model.to(dtype), tokens))
 
@@ -264,6 +265,5 @@ def test_a_state_that_does_not_fit_its_mask_is_refused():
     packed, _ = packed_and_dense(8, 64, torch.bfloat16, Scheme(4))
     for name, change in (("mask", lambda mask: mask | 3), ("zero", lambda zero: zero + 16),
                          ("group", lambda group: group + 1), ("group", lambda group: group - 1)):
-        state = packed.state_dict()
         with pytest.raises(ValueError, match="its (codes|zeros or groups)"):
-            copy.deepcopy(packed).load_state_dict(state | {name: change(state[name])})
+            copy.deepcopy(packed).load_state_dict(packed.state_dict() | {name: change(getattr(packed, name))})
