@@ -139,13 +139,14 @@ def points_of(runs):
     """
     dense = _dense(runs)
     rows = [{"model": run["model"], "text": text, "method": run["label"], "sparsity": run["sparsity"],
-             "perplexity": perplexity, "dense": dense.get(_text_key(run, text)),
+             "seed": run["settings"]["seed"], "perplexity": perplexity, "dense": dense.get(_text_key(run, text)),
              "target": (run["settings"].get("sparsity", 0), run["settings"].get("prunen", 0))}
             for run in runs if run["method"] != "dense"
             for text, perplexity in run["perplexity"][run["method"]].items() if math.isfinite(perplexity)]
     if not rows:
         return pd.DataFrame()
-    return pd.DataFrame(rows).groupby(["model", "text", "method", "target"]).agg(
+    point = ["model", "text", "method", "target"]
+    return pd.DataFrame(rows).drop_duplicates([*point, "seed"]).groupby(point).agg(
         sparsity=("sparsity", "mean"), mean=("perplexity", "mean"), low=("perplexity", "min"),
         high=("perplexity", "max"), dense=("dense", "first")).reset_index()
 

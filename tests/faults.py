@@ -175,7 +175,7 @@ FAULTS = {
     # arguments
     "groups that do not divide the columns": refused(
         "--prunen 2 --prunem 5", "--prunem 5: …", "{root}/model builtin "),
-    "no matrix": refused("--minlayer 3", "--minlayer 3 --maxlayer 1000 --prune-only '': select no matrix of …"),
+    "no matrix": refused("--invert", "--minlayer 0 --maxlayer 1000 --prune-only '' --invert: select no matrix of …"),
     "sequences beyond the model": refused("--seqlen 1000", "--seqlen 1000: the model's limit is 128 tokens"),
     "samples beyond the memory": refused(f"--nsamples {10**9}", "--nsamples, --seqlen: hidden states take … GB, …"),
     "a device that is not there": refused("--device cuda:9", "--device cuda:9: there are … CUDA devices here…"),

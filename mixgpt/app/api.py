@@ -6,6 +6,7 @@ from os import PathLike
 
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
 from mixgpt.app import pipeline, plots, report
 from mixgpt.app.settings import IN_MEMORY, Settings
@@ -64,12 +65,12 @@ def prune(model, dataset, tokenizer=None, **options):
         options |= {"nsamples": len(texts), "seqlen": texts.shape[1]}
     if isinstance(model, str):
         return Result(pipeline.run(Settings(model, name, **options), texts=texts))
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()):  # as PEFT's, or compiled ones
+        raise InputError(f"model: is a {type(model).__name__}, must be a causal language model of transformers")
     if tokenizer is None:
         raise InputError("tokenizer: must be given with a model that is in memory")
     if any(is_fused(module) for module in model.modules()):
         raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
-    if any(weight.is_inference() for weight in model.parameters()):
-        raise InputError("model: was made in torch.inference_mode, which forbids changes; make it outside of that")
     settings = Settings(type(model).__name__, name, **options)
     if settings.dtype != "auto":
         raise InputError(f"dtype: a model in memory keeps its own, {model.dtype}; convert it before, or leave this out")

@@ -138,7 +138,7 @@ def read_texts(run, texts=None):
     settings, seqlen, tokenizer, sources = run.settings, run.settings.seqlen, run.tokenizer, run.sources
     count, width = sum(settings.extra_counts), distill.piece_length(seqlen)
     if settings.needs_calibration and isinstance(texts, torch.Tensor):
-        run.calibration = texts.to("cpu")
+        run.calibration = begin(texts.to("cpu", copy=True), tokenizer, settings.bos)
         sources["calibration"] = {"dataset": settings.dataset, "tokens": streaming.digest(run.calibration)}
         run.further = run.calibration[torch.arange(count) % len(run.calibration)]
         begin(distill.pieces(run.further), tokenizer, settings.bos)

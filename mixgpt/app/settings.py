@@ -339,7 +339,9 @@ def _converted(field, value):
     value = str(value) if isinstance(value, Path) else value
     if isinstance(field.default, tuple):  # of names, which text separates by commas or blanks
         names = value.replace(",", " ").split() if isinstance(value, str) else map(str, value or ())
-        return tuple(dict.fromkeys(names))
+        if not (names := tuple(dict.fromkeys(names))) and isinstance(value, str):
+            raise InputError(f'{flag_of(field.name)} "{value}": must not be empty')
+        return names
     if not isinstance(value, field.type | int if field.type is float else field.type):
         kind = getattr(field.type, "__name__", field.type)
         raise InputError(f"{flag_of(field.name)} {value!r}: must be {kind}, not {type(value).__name__}")

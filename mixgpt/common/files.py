@@ -40,8 +40,11 @@ def check_outputs(paths, overwrite):
 
     paths: {flag: path}. overwrite: whether files may be replaced.
     """
+    flags = {}  # by file
     for flag, path in paths.items():
         file = Path(path)
+        if (other := flags.setdefault(file.resolve(), flag)) != flag:
+            raise InputError(f"{flag} {path}: is the file of {other}, too; name another file")
         if flag == "--plot" and file.suffix not in PICTURES:
             raise InputError(f"{flag} {path}: must end in {', '.join(PICTURES)}")
         with writing(f"{flag} {path}:"):

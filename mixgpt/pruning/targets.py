@@ -44,6 +44,7 @@ def select(model, minlayer=0, maxlayer=1000, prune_only="", invert=False, widths
                                      f"layer {index} {name}")
             selected[index, name] = tuple(module.weight.shape)
     if not selected:
-        raise InputError(f"--minlayer {minlayer} --maxlayer {maxlayer} --prune-only {prune_only!r}: select no matrix "
-                         f"of {len(layers)} layers with {', '.join(linears(layers[0]))}")
+        raise InputError(f"--minlayer {minlayer} --maxlayer {maxlayer} --prune-only {prune_only!r}"
+                         f"{' --invert' if invert else ''}: select no matrix of {len(layers)} layers with "
+                         f"{', '.join(linears(layers[0]))}")
     return selected

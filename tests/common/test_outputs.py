@@ -31,8 +31,9 @@ def test_a_path_is_tried_where_the_nearest_folder_is_and_nothing_stays_behind(tm
     for bad in (tmp_path, tmp_path / "file" / "a.csv", tmp_path / "pipe", "/dev/null", tmp_path / ("a" * 300)):
         with pytest.raises(InputError, match=f"--csv {bad}: "):
             check_outputs({"--csv": bad}, overwrite=True)
-    with pytest.raises(InputError, match="--plot a.txt: must end in .png, .pdf, .svg"):
-        check_outputs({"--plot": "a.txt"}, overwrite=False)
+    for bad, message in [("a.txt", "must end in .png, .pdf, .svg"), ("./file", "is the file of --csv, too; name an")]:
+        with pytest.raises(InputError, match=f"--plot {bad}: {message}"):
+            check_outputs({"--csv": Path("file"), "--plot": bad}, overwrite=False)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "pipe"}
 
 
