@@ -34,7 +34,7 @@ def _parse(argv):
                              "models that need it (Gemma), else what the tokenizer does by itself (default: auto)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                        help="dtype of the weights in memory; auto: as stored, but float32 where a CPU is faster in it")
+                        help="dtype of the weights in memory; auto: as stored, but float32 where that is faster")
     given = parser.parse_args(argv)
     check_between("--max-new-tokens", given.max_new_tokens, 1)
     check_between("--temperature", given.temperature, 0)

@@ -110,7 +110,7 @@ def _hash(text):
 
 def train(model, ids, title):
     """Train a model in place on random windows of the ids (n,) of a text."""
-    generator, bfloat16 = torch.Generator().manual_seed(0), multiplies_bfloat16()
+    generator, bfloat16 = torch.Generator().manual_seed(0), multiplies_bfloat16(model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
     scheduler = cosine_schedule(optimizer, round(0.05 * STEPS), STEPS)
     balanced = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}

@@ -147,7 +147,7 @@ class Gpu:
         self.memory, self._free = memory, free
         self.synchronisations = collections.Counter()
         self.thread = threading.get_ident()
-        self.used = self.peak = 0
+        self.used, self.peak, self.attends = 0, 0, None
         self._holders = collections.Counter()  # address of a storage -> tensors that keep it
 
     def hold(self, tensor):
@@ -192,7 +192,8 @@ class Gpu:
         args_, kwargs_ = mapped(held, (args, kwargs))
         if kwargs.get("device") is not None:
             # of an operand on the GPU C++ says that it lies on the CPU, and asks for a copy there
-            here = _on_gpu(kwargs["device"]) or here and function is aten._to_copy.default
+            here = (_on_gpu(kwargs["device"]) or self.attends == threading.get_ident()
+                    or here and function is aten._to_copy.default)
             meta = torch.device(kwargs["device"]).type == "meta"
             kwargs_["device"] = "meta" if meta else CPU
             kwargs_.pop("pin_memory", None)
@@ -207,6 +208,10 @@ class Gpu:
             return written[0] if len(written) == 1 else tuple(written)
         return mapped(lambda value: GpuTensor(value) if type(value) is torch.Tensor else value,
                        result) if here else result
+
+    def _attend(self, attention, query, *args, **kwargs):
+        with mock.patch.object(self, "attends", threading.get_ident() if isinstance(query, GpuTensor) else None):
+            return attention(query, *args, **kwargs)  # C++ makes a mask where the query lies
 
     def execute(self, function, args, kwargs):
         """Return what an operator gives for the CPU tensors behind its operands."""
@@ -247,6 +252,8 @@ class Gpu:
             self._stack.enter_context(mock.patch(f"torch.cuda.{name}", value))
         self._stack.enter_context(mock.patch("torch.Generator", _generator(torch.Generator)))
         self._stack.enter_context(mock.patch("torch.tensor", _tensor(torch.tensor)))
+        self._stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", functools.partial(
+            self._attend, torch.nn.functional.scaled_dot_product_attention)))
         self._stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor, *_: tensor))
         self._stack.enter_context(mock.patch("torch.accelerator.empty_host_cache", lambda: None, create=True))
         self._stack.enter_context(mock.patch.object(concurrent.futures.ThreadPoolExecutor, "submit", _submit(

@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size
 from mixgpt.common import distributed, progress
-from mixgpt.common.runtime import seeded, wide
+from mixgpt.common.runtime import repeatable_attention, seeded, wide
 from modelutils import SLICE, by_rows, hooked, linears
 
 TOKEN_CLIP = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: the most that a token counts in G
@@ -111,7 +111,8 @@ def _sampled_backward(chunk, keys, measure, vocabulary=None):
             measure(column, rows, *(by_sequence(modules[column], A, len(x)) for A in (X, Y)))
         return [next_g]
 
-    chunk.run(forward, lambda head, rows: [_sampled_gradient(chunk, head, rows, keys[rows])], backward, vocabulary)
+    with repeatable_attention(chunk.device):
+        chunk.run(forward, lambda head, rows: [_sampled_gradient(chunk, head, rows, keys[rows])], backward, vocabulary)
 
 
 def _sampled_gradient(chunk, head, rows, keys):

@@ -69,6 +69,8 @@ def prune(model, dataset, tokenizer=None, **options):
         raise InputError(f"model: is a {type(model).__name__}, must be a causal language model of transformers")
     if tokenizer is None:
         raise InputError("tokenizer: must be given with a model that is in memory")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise InputError("model: lies on several devices; load it without device_map, or give its name or folder")
     if any(is_fused(module) for module in model.modules()):
         raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
     settings = Settings(type(model).__name__, name, **options)
@@ -91,4 +93,8 @@ def prune(model, dataset, tokenizer=None, **options):
 def load(folder, device=None, dtype="auto", packed=True):
     """Load a saved model; see `mixgpt.load`."""
     device, tokenizer = choose_device(device), checkpoints.load_tokenizer(str(folder))
-    return checkpoints.read_model(str(folder), dtype, packed).eval().to(device), tokenizer
+    model = checkpoints.read_model(str(folder), dtype, packed).eval().to(device)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear) and not module.weight.way(device):  # as on a GPU without Triton
+            model.set_submodule(path, module.expanded(model.dtype))
+    return model, tokenizer

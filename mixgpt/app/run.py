@@ -208,7 +208,7 @@ def _plan(run):
     if run.uncalled and run.selected:
         run.log(f"dense    {', '.join(run.uncalled)}: stay dense, as the layers do not call them as modules")
     if settings.dtype == "auto" and run.dtype == run.model.dtype:  # not that of a model in memory
-        run.log("dtype    float32: this CPU computes more slowly in the stored dtype; give --dtype to keep it")
+        run.log("dtype    float32: this device computes more slowly in the stored dtype; give --dtype to keep it")
     if settings.distill:
         streamed, tokens = run.distilling(run.memory_plan)
         run.distills = run.decided("distills", lambda: distill.room_for(streamed, tokens, settings.effort) > 0)

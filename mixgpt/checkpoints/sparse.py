@@ -85,7 +85,7 @@ class PackedWeight(torch.nn.Module):
         """Return x Wᵀ + bias: for few tokens from the packed form if there is a kernel, else as the dense matrix."""
         rows, columns = self.shape
         tokens, differentiated = x.numel() // columns, x.requires_grad and torch.is_grad_enabled()
-        way, dtype = self._way(x.device), x.dtype
+        way, dtype = self.way(x.device), x.dtype
         if not way or not 0 < tokens <= FEW or differentiated:
             return linear(x, self.expand(None if differentiated else self._room()).to(dtype), bias)
         narrow = x.is_cuda or dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(way)
@@ -98,7 +98,7 @@ class PackedWeight(torch.nn.Module):
     def expand(self, out=None):
         """Return the matrix, in `out` if given."""
         out = torch.empty(self.shape, dtype=self.dtype, device=self.mask.device) if out is None else out
-        if way := self._way(out.device):
+        if way := self.way(out.device):
             self._run(sparse_cpu.Kernel(way, self.dtype, self.wbits, 0), out, out)
             return out
         return out.copy_(decode(self._buffers, self.description))
@@ -117,7 +117,7 @@ class PackedWeight(torch.nn.Module):
             return []
         return sparse_cpu.ways(self.dtype, self.wbits, self.shape[1] // self.groups)
 
-    def _way(self, device):
+    def way(self, device):
         """Return what a device multiplies by this matrix with: "triton", the CPU's fastest way, or None."""
         if device.type == "cpu":
             return next(iter(self.ways()), None)

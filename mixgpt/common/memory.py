@@ -77,13 +77,18 @@ def shared_fate(waits=False):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        on_gpu, cause = isinstance(error, torch.OutOfMemoryError), error
+        on_gpu, cause = _is_of_gpu(error), error
         if not on_gpu and not errors.is_out_of_memory(error) or waits and distributed.world() > 1:
             raise
         failure = OutOfGpuMemory if on_gpu else OutOfMemory
     failures = [failure] if waits else distributed.all_gather_object(failure)
     if any(failures):
         raise next(filter(None, failures))("out of memory") from cause
+
+
+def _is_of_gpu(error):
+    """Return whether an exception, of PyTorch, cuBLAS or Triton, says that a GPU's memory is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or errors.is_out_of_memory(error) and "CUDA" in str(error)
 
 
 def retry_with_less_memory(plan, step, again=True):
@@ -95,8 +100,10 @@ def retry_with_less_memory(plan, step, again=True):
     while True:
         try:
             return step(plan)
-        except (torch.OutOfMemoryError, OutOfGpuMemory) as error:
+        except (RuntimeError, OutOfGpuMemory) as error:
             shared = isinstance(error, OutOfGpuMemory)
+            if not shared and not _is_of_gpu(error):
+                raise
             cheaper = plan.next_cheaper()
             if not (cheaper and again and (shared or distributed.world() == 1)):
                 if shared:

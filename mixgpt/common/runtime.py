@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixgpt.common import program
 from mixgpt.common.errors import InputError
@@ -52,11 +53,14 @@ def choose_seqlen(seqlen, config):
     return seqlen
 
 
-def multiplies_bfloat16():
-    """Return whether the CPU has instructions that multiply bfloat16 matrices, and oneDNN is allowed to use them.
+def multiplies_bfloat16(device):
+    """Return whether a device has instructions that multiply bfloat16 matrices, and oneDNN is allowed to use them.
 
-    PyTorch says so of every processor with AVX-512; without them a product takes several times as long as in float32.
+    PyTorch says so of every GPU, and of processors with AVX-512; without them a product takes up to several times as
+    long as in float32.
     """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # not a T4
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -66,13 +70,18 @@ def multiplies_bfloat16():
 
 
 def choose_dtype(name, config, device):
-    """Return the dtype of the weights in memory, "auto" for the stored one; on a CPU float32, if that is faster."""
+    """Return the dtype of the weights in memory, "auto" for the stored one; but float32 if that is faster."""
     if name != "auto":
         return getattr(torch, name)
     stored = str(config.dtype).removeprefix("torch.")
-    if device.type == "cpu" and (stored == "float16" or stored == "bfloat16" and not multiplies_bfloat16()):
-        return torch.float32  # float16 overflows there as well
+    if stored == "float16" and device.type == "cpu" or stored == "bfloat16" and not multiplies_bfloat16(device):
+        return torch.float32  # float16 overflows on a CPU as well
     return "auto"
+
+
+def repeatable_attention(device):
+    """Return a context in which gradients of PyTorch's attention are the same each time; on GPUs the default is not."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

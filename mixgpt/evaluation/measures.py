@@ -19,7 +19,7 @@ def perplexity(model, tokens, batch_size, device, title="perplexity", step=Hidde
     in float32. step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
     """
     N, T = tokens.shape
-    mine, total = tokens[distributed.share(N)], 0.0
+    mine, total = tokens[distributed.share(N)], torch.zeros((), dtype=torch.float64, device=device)
     if len(mine):
         stream = StreamedModel(model, device, batch_size).embed(mine)
         for index, layer in in_turn(layers_of(model), device, title):
@@ -30,8 +30,8 @@ def perplexity(model, tokens, batch_size, device, title="perplexity", step=Hidde
                 targets = mine[rows, 1:].to(device).flatten()
                 for h, target in zip(hidden.split(SLICE), targets.split(SLICE), strict=True):
                     for scores, t in by_rows(head(h), target):
-                        total += torch.nn.functional.cross_entropy(scores.float(), t, reduction="sum").item()
-    mean = sum(distributed.all_gather_object(total)) / (N * (T - 1))
+                        total += torch.nn.functional.cross_entropy(scores.float(), t, reduction="sum")
+    mean = sum(distributed.all_gather_object(total.item())) / (N * (T - 1))
     return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan  # exp overflows above 709
 
 

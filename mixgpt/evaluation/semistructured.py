@@ -8,8 +8,10 @@ import contextlib
 
 import torch
 
+from mixgpt.common.errors import one_line
 from mixgpt.common.runtime import Clock
 from mixgpt.evaluation.measures import perplexity
+from mixgpt.modeling.experts import RoutedLinear
 from modelutils import linears
 
 ROWS, COLUMNS = 32, 64  # required divisors of the dimensions of a 16-bit matrix
@@ -25,6 +27,11 @@ def obstacle(device, dtype):
     if dtype not in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         return f"the kernels need weights in 16 bits, these are {name}; give --dtype bfloat16"
+    try:  # the library knows some GPUs only
+        W = torch.eye(COLUMNS, dtype=dtype, device=device)
+        torch.nn.functional.linear(W, torch.sparse.to_sparse_semi_structured(W))
+    except RuntimeError as error:
+        return f"the kernels do not run on this GPU ({one_line(error):.200})"
     return None
 
 
@@ -37,7 +44,8 @@ def fits(W):
 @contextlib.contextmanager
 def compressed(layer):
     """Keep the supported linears of a layer compressed within the block. Yields their number."""
-    dense = {module: module.weight for module in linears(layer).values() if fits(module.weight)}
+    dense = {module: module.weight for module in linears(layer).values()
+             if fits(module.weight) and not isinstance(module, RoutedLinear)}  # whose input may have no row
     with contextlib.ExitStack() as stack:
         for module, weight in dense.items():
             stack.callback(setattr, module, "weight", weight)

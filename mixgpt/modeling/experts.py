@@ -134,9 +134,10 @@ def _run_split(experts, hidden_states, top_k_index, top_k_weights):
     top_k_index, top_k_weights: (n, k), the experts of each token. Returns (n, C).
     """
     result = torch.zeros_like(hidden_states)
-    for number in range(experts.num_experts):
-        expert = experts.get_submodule(str(number))
-        tokens, places = torch.where(top_k_index == number)
+    chosen, k = top_k_index.flatten(), top_k_index.shape[1]
+    counts = chosen.bincount(minlength=experts.num_experts).tolist()  # the only wait for a GPU
+    for number, choices in enumerate(chosen.argsort(stable=True).split(counts)):
+        expert, tokens, places = experts.get_submodule(str(number)), choices // k, choices % k
         hidden = hidden_states[tokens]
         if experts.has_gate:
             gate, up = (linear(hidden, tokens, len(hidden_states)) for linear in (expert.gate_proj, expert.up_proj))

@@ -1,5 +1,6 @@
 """Models on meta whose weights stay on disk: each module reads its own from safetensors files when it runs."""
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -48,9 +49,16 @@ def read(module, pinned=False):
     for name, own in module.state_dict().items():
         location = locations[name]
         stored = mapped(location, files[location.file])
-        tensors[name] = torch.empty(stored.shape, dtype=own.dtype, pin_memory=pinned).copy_(stored)
+        tensors[name] = _room(stored.shape, own.dtype, pinned).copy_(stored)
         check_finite(tensors[name], f"{location.file}: {location.key}")
     return tensors
+
+
+def _room(shape, dtype, pinned):
+    """Return an uninitialised tensor, pinned if that is asked for and the system allows it: WSL2 does for little."""
+    with contextlib.suppress(RuntimeError):
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    return torch.empty(shape, dtype=dtype)
 
 
 def mapped(location, content=None):

@@ -138,7 +138,7 @@ def admm_pruner(matrices, H, targets, row_weights=None):
 
 def rough_product_with(B):
     """Return a function A (m, k) ↦ A B, B (k, n), good to about three digits: all in bfloat16 where that is fast."""
-    if B.dtype != torch.float32 or not (B.is_cuda or multiplies_bfloat16()):
+    if B.dtype != torch.float32 or not multiplies_bfloat16(B.device):
         return lambda A: A @ B
     B = B.bfloat16()
     return lambda A: A.bfloat16() @ B

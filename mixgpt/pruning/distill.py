@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from mixgpt.common import distributed, memory, progress
-from mixgpt.common.runtime import seeded, wide
+from mixgpt.common.runtime import repeatable_attention, seeded, wide
 from mixgpt.modeling.experts import kind_of
 from mixgpt.modeling.streaming import disk_weights
 from modelutils import SLICE, by_rows, in_turn, linears, on_device, rows_at_once
@@ -75,8 +75,8 @@ def room_for(streamed, tokens, effort=1.0):
     of that from the mean and, unless they are read from disk, a copy to restore; three more copies of the largest
     matrix; a second copy of the head, narrowed to the vocabulary, and two values for each logit of a slice of tokens,
     and three of float32 for those computed with at a time; hidden states; and for each token of a batch the inputs and
-    outputs of linears, half as much again, and the scores of attention, if the model computes these, or a third of
-    their bytes for the buffers of PyTorch's attention on a CPU.
+    outputs of linears, half as much again, and the scores of attention, or a third of their bytes for the buffers of
+    PyTorch's attention on a CPU.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
@@ -93,7 +93,7 @@ def room_for(streamed, tokens, effort=1.0):
     experts = getattr(config, "num_experts_per_tok", None) or 1
     sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
                                         for (_, kind), m in matrices.items())
-    score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" else 0
+    score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" else 3 * itemsize
     sequence += score * T * T * len(layers) * getattr(config, "num_attention_heads", 0)
     room = max(min(batch, int((memory.free(device) - fixed) / sequence)), 0)
     return min(distributed.all_gather_object(room))
@@ -116,6 +116,7 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
     steps = torch.randperm(len(mine), generator=seeded(seed, "distillation", distributed.rank())).split(size)
     steps += (steps[0][:0],) * (-(-_most(tokens) // size) - len(steps))  # as many as in every other process
     with contextlib.ExitStack() as stack:
+        stack.enter_context(repeatable_attention(device))
         with memory.shared_fate(waits=True):
             with memory.shared_fate():
                 stack.enter_context(on_device(layers, device))

@@ -186,6 +186,7 @@ def test_a_mixture_of_experts_in_memory_is_refused_and_left_as_it_was(checkpoint
     ({"dataset": torch.zeros(4, 32)}, r"dataset: tokens are torch.float32 \(4, 32\), must be torch.int64 \(N, T\)"),
     ({"dataset": ["short"]}, "--seqlen 32: the train text of dataset a list of 1 texts has"),
     ({"dataset": [[1, 2]]}, "dataset: row 1 is neither text nor a chat"),
+    ({"hf_device_map": {"model": 0, "lm_head": 1}}, "model: lies on several devices; load it without device_map, or"),
     ({"model": torch.nn.Linear(1, 1)}, "model: is a Linear, must be a causal language model of transformers"),
     ({"nsamples": "4"}, "--nsamples '4': must be int, not str"),
     ({"seqlen": 32.0}, "--seqlen 32.0: must be int | None, not float"),
@@ -194,5 +195,6 @@ def test_a_mixture_of_experts_in_memory_is_refused_and_left_as_it_was(checkpoint
 def test_errors_are_those_of_the_flags(given, message, checkpoint_folder):
     model, tokenizer = in_memory(checkpoint_folder("llama"))
     options = OPTIONS | {"model": model, "dataset": "builtin", "tokenizer": tokenizer} | given
+    model.hf_device_map = options.pop("hf_device_map", {})
     with pytest.raises(InputError, match=f"^{message}"):
         mixgpt.prune(options.pop("model"), options.pop("dataset"), **options)

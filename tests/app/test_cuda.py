@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import FAMILIES, read_little, saved_tensors
 from makebelieve import Gpu, GpuTensor
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import modelutils
@@ -20,7 +21,7 @@ from mixgpt.allocation import backward
 from mixgpt.app import cli
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common import memory
+from mixgpt.common import memory, runtime
 from mixgpt.common.choices import RECORD
 from mixgpt.kernels import columns
 from mixgpt.pruning import distill
@@ -126,9 +127,10 @@ def compare(ours, theirs, job, dtype="float32"):
     assert set(state) == set(expected)
     options = JOBS.get(job, job)
     # scores in 16 bit, and those of ADMM, whose products have as many digits, are good to 2⁻⁸; those in float32 to
-    # 2⁻²⁴ times the condition of the damped Hessian, which is at most columns / percdamp: 2⁻¹² here
-    rough = dtype != "float32" or "best" in options or "--target dense" in options
-    rounding = 2.0 ** (-8 if rough else -12)
+    # 2⁻²⁴ times the condition of the damped Hessian, which is at most columns / percdamp: 2⁻¹² here; squared gradients
+    # in 16 bit have four times the rounding of these, as a GPU's attention is another kernel
+    narrow, best = dtype != "float32", "best" in options
+    rounding = 2.0 ** (-6 if narrow and best else -8 if narrow or best or "--target dense" in options else -12)
     assert record["sparsity"] == pytest.approx(wanted["sparsity"], abs=5e-3 if "wbits" in options else 1e-6)
     for layer, rows in itertools.groupby(zip(record["matrices"], wanted["matrices"], strict=True),
                                          lambda pair: pair[0]["layer"]):
@@ -167,10 +169,25 @@ def test_a_gpu_gives_what_a_cpu_gives(combination, gpu, run, no_waiting_in_the_w
 def test_a_gpu_keeps_the_experts_that_a_cpu_keeps(gpu, run):
     job = "--experts .5 --sparsity .5"
     expected = run("qwen3-moe", job, "cpu")
-    with gpu():
+    with gpu() as device:
         ours = run("qwen3-moe", job, "cuda:0")
-    assert ours[1]["kept_experts"] == expected[1]["kept_experts"]
+    waits = {what for what, place in device.synchronisations if place.startswith("experts.py")} if device else ()
+    assert ours[1]["kept_experts"] == expected[1]["kept_experts"] and "aten.nonzero.default" not in waits
     compare(ours, expected, job)
+
+
+def test_gradients_on_a_gpu_take_the_attention_that_gives_the_same_each_time(simulated, run):
+    fused, enabled = [], torch.backends.cuda.flash_sdp_enabled
+    with Gpu(), torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda *_: fused.append(enabled()) if torch.is_grad_enabled() else None):
+        run("llama", "best", "cuda:0")
+    assert len(fused) > 100 and not any(fused)
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), "auto")])
+def test_a_gpu_that_does_not_multiply_bfloat16_computes_in_float32(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert runtime.choose_dtype("auto", LlamaConfig(dtype="bfloat16"), torch.device("cuda")) == dtype
 
 
 @pytest.mark.parametrize("free", [None, 0])  # with hidden states there, and on the host
@@ -302,7 +319,7 @@ def test_distillation_goes_on_in_smaller_batches_down_to_what_fits(simulated, ru
 
     def scarce(stream, layers, head, rows, *given):
         if len(rows) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
         return backward_of(stream, layers, head, rows, *given)
 
     monkeypatch.setattr(distill, "_backward", scarce)
@@ -322,7 +339,7 @@ def test_memory_is_given_back_before_a_step_begins_again(simulated):
                 return device.used
             cycle = [torch.ones(100, device="cuda:0")]
             cycle.append(cycle)  # which only the garbage collector frees
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
         gc.disable()
         try:

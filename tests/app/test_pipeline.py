@@ -217,7 +217,7 @@ def test_eval_limit_takes_the_first_sequences_of_each_test_set(prune, tokenizer)
     ("float16", True, "float32"), ("bfloat16", False, "float32"), ("bfloat16", True, "bfloat16")])
 def test_a_cpu_computes_in_float32_if_that_is_faster(stored, fast, used, named, checkpoint_folder, prune, tmp_path,
                                                      monkeypatch):
-    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda device: fast)
     shutil.copytree(checkpoint_folder("opt"), tmp_path, dirs_exist_ok=True)
     AutoModelForCausalLM.from_pretrained(tmp_path, dtype=stored).save_pretrained(tmp_path)
     if not named:  # in the configuration

@@ -12,19 +12,17 @@ from conftest import ROOT, load_compiled, read_little
 from paper import METHODS, TABLES, TASKS
 from scores import flags_of
 
-from mixgpt.allocation.traces import Traces
 from mixgpt.app import cli, compression
 from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
 from mixgpt.common.errors import InputError
-from mixgpt.pruning.targets import Outcome, Target
+from mixgpt.pruning.targets import Outcome
 
 wandb = pytest.importorskip("wandb")
 from wandb.proto import wandb_internal_pb2  # noqa: E402
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # noqa: E402
 
 ARGUMENTS = ["--nsamples=4", "--seqlen=32", "--eval=builtin", "--device=cpu", "--sensitivity=fisher"]
-KEYS = [(0, f"fc{number}") for number in range(9)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,15 +151,6 @@ def variables(monkeypatch):
     yield monkeypatch
     monkeypatch.undo()
     wandb.teardown()
-
-
-def test_the_plan_computes_the_sensitivities_of_all_matrices_once(surroundings, monkeypatch):
-    traces, calls = Traces("fisher", dict.fromkeys(KEYS, (2, 2)), torch.rand(4, 9)), []
-    compute = Traces.sensitivity.fget
-    monkeypatch.setattr(Traces, "sensitivity", property(lambda traces: calls.append(traces) or compute(traces)))
-    with Tracker(Settings("opt", "c4", log_wandb=True, quiet=True), {"settings": {}}) as tracker:
-        tracker.plan(traces, dict.fromkeys(KEYS, Target(0.5)))
-    assert len(calls) == 2  # for the table, and for the picture
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def test_the_gpu_gives_the_same(scheme, dtype):
         packed, W = packed_and_dense(rows, columns, dtype, scheme)
         with Gpu():
             moved = copy.deepcopy(packed).to("cuda:0")
-            assert moved._way(moved.mask.device) == "triton" and torch.equal(moved.expand().cpu(), W)
+            assert moved.way(moved.mask.device) == "triton" and torch.equal(moved.expand().cpu(), W)
             for tokens, bias in ((1, None), (3, torch.randn(rows)), (FEW, None), (FEW + 1, None)):
                 x = torch.randn(tokens, columns)
                 y = moved.multiply(x.to("cuda:0"), None if bias is None else bias.to("cuda:0"))
@@ -196,10 +196,11 @@ def saved(request, tokenizer, tmp_path):
     return model, tmp_path / "saved"
 
 
-def test_a_machine_without_kernels_expands_the_matrices(saved, monkeypatch):
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_device_without_kernels_expands_the_matrices(gpu, saved, monkeypatch):
     monkeypatch.setattr(sparse_cpu, "_flags", frozenset)
     monkeypatch.setattr(sparse_cpu, "ways", sparse_cpu.ways.__wrapped__)  # which remembers
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     loaded, _ = mixgpt.load(saved[1], "cpu", torch.float64)  # larger than that on disk
     assert not [module for module in loaded.modules() if isinstance(module, SparseLinear)]
     assert_same(saved[0].double(), loaded)

@@ -17,6 +17,7 @@ from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import logits
 from mixgpt.modeling import streaming
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.streaming import locations_of
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -61,6 +62,8 @@ def test_a_model_on_disk_is_that_of_from_pretrained_and_nothing_of_it_stays_load
 
     assert on_meta() and locations_of(streamed) and streamed.dtype == plain.dtype
     assert torch.equal(logits(streamed, tokens, 4, CPU), logits(plain.eval(), tokens, 4, CPU))
+    read = streaming.read(layers_of(streamed)[0], pinned=True)  # which works where nothing can be pinned, too
+    assert all(torch.equal(read[name], tensor) for name, tensor in layers_of(plain)[0].state_dict().items())
     assert on_meta()
     assert measure_sparsity(streamed) == measure_sparsity(plain)
     assert on_meta()
@@ -103,7 +106,7 @@ def test_a_fingerprint_tells_other_weights_apart_but_not_another_dtype(key, tmp_
 
 @pytest.mark.parametrize("stored, named", [("safetensors", True), ("bin", False)])
 def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, tokenizer, prune, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: True)  # else it would be float32
+    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda device: True)  # else it would be float32
     model = make("llama")
     source = store(model, "bfloat16", tmp_path / "source")
     tokenizer.save_pretrained(source)
