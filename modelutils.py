@@ -83,16 +83,24 @@ def on_device(modules, device, ahead=None):
     Changes to modules on disk are lost at the end of the block, unless written there. ahead: Future of the tensors of
     a single module, if they are being read already.
     """
+    there = {}  # once each, as a head may be the embedding
+
+    def move(key, tensor):
+        if key not in there:
+            there[key] = tensor.to(device, non_blocking=True)
+        return there[key]
+
     with contextlib.ExitStack() as stack:
         for module in modules:
-            if streaming.disk_weights(module) is None:
+            if (places := streaming.disk_weights(module)) is None:
                 stack.callback(module.to, "cpu")
             else:
                 tensors, empty = ahead.result() if ahead else streaming.read(module), module.state_dict(keep_vars=True)
                 stack.callback(module.load_state_dict, empty, strict=False, assign=True)  # frees what is on disk only
-                module.load_state_dict({name: tensors.pop(name).to(device, non_blocking=True) for name in empty},
-                                       assign=True)  # popped, as `ahead` would keep them on the host
+                module.load_state_dict({name: move((places[name], own.dtype), tensors.pop(name)) for name, own in
+                                        empty.items()}, assign=True)  # popped, as `ahead` would keep them on the host
             module.to(device)
+        there.clear()
         yield
 
 

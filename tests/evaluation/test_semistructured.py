@@ -53,8 +53,8 @@ def test_both_kinds_of_kernels_get_the_same_input_and_the_weights_come_back(halv
 
 
 @pytest.mark.parametrize("capability, library, dtype, reason", [
-    ((7, 5), True, torch.float16, "need cuSPARSELt and a GPU of compute capability 8 or above, this is a GPU"),
-    ((9, 0), False, torch.float16, "need cuSPARSELt and a GPU of compute capability 8 or above, this is a GPU"),
+    ((7, 5), True, torch.float16, "GPU of compute capability 8 or above, this is make-believe GPU"),
+    ((9, 0), False, torch.float16, "GPU of compute capability 8 or above, this is make-believe GPU"),
     ((9, 0), True, torch.float32, "weights in 16 bits, these are float32; give --dtype bfloat16"),
     ((9, 0), True, torch.bfloat16, None), ((8, 0), True, torch.float16, None),
     ((12, 0), True, torch.float16, "the kernels do not run on this GPU (CUDA error: mismatch)")])
@@ -62,7 +62,6 @@ def test_the_reason_is_told_where_the_kernels_cannot_run(capability, library, dt
     convert = Mock(side_effect=RuntimeError("CUDA error: mismatch") if capability > (9, 0) else lambda W: W)
     with Gpu():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
         monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: library)
         monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", convert)
         found = semistructured.obstacle(torch.device("cuda"), dtype)
