@@ -10,7 +10,7 @@ import torch
 from datasets import load_dataset
 
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.texts import DATASETS, counts_of, hub_copy_rows, hub_reachable, silenced, text_set_of, texts_of
+from mixgpt.common.texts import counts_of, hub_copy_rows, hub_reachable, silenced, text_set_of, texts_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
@@ -51,7 +51,7 @@ def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
 
     Arguments and result are like those of `calibration_samples`, but the text may have as few as seqlen tokens.
     """
-    text_set = text_set_of(dataset) or DATASETS[dataset]
+    text_set = text_set_of(dataset)
     rows, source = load_rows(dataset, "test", data_dir)
     text = text_set.test_join.join(as_texts(rows[:text_set.test_documents], tokenizer))
     ids = token_ids(tokenizer, text, bos)
@@ -131,7 +131,7 @@ def require_tokens(ids, needed, seqlen, source):
 
 def load_rows(dataset, part, data_dir):
     """Return (rows, source) of the "train" or "test" part of a dataset; paths and lists have one part."""
-    text_set = text_set_of(dataset) or DATASETS[dataset]
+    text_set = text_set_of(dataset)
     split = text_set.test_split if part == "test" else part
     if text_set.code:
         rows, origin = text_set.load()(split)

@@ -49,8 +49,11 @@ def output_gradients(streamed, matrices, tokens, seed, vocabulary=None):
     together = torch.cat(sums)
     distributed.all_reduce(together)
     means = (together.cpu() / (N * T)).split([len(part) for part in sums])
-    rows, inputs = map(flattened, means[:len(matrices)]), means[len(matrices):]
-    return {key: (G.float(), energy.float()) for key, G, energy in zip(matrices, rows, inputs, strict=True)}
+    result = {}
+    for key, G, energy in zip(matrices, means[:len(matrices)], means[len(matrices):], strict=True):
+        powers = G ** ROW_WEIGHT_EXPONENT  # scaled to the mean of G
+        result[key] = (powers * (G.mean() / powers.mean()).nan_to_num(1.0)).float(), energy.float()
+    return result
 
 
 def _clipping(energies):
@@ -61,12 +64,6 @@ def _clipping(energies):
     routed = energies > ROUNDING * energies.amax(1, keepdim=True)
     mean = energies.sum(1, keepdim=True) / routed.sum(1, keepdim=True).clamp(min=1)
     return (TOKEN_CLIP * mean / energies).nan_to_num(1.0).clamp_(max=1)
-
-
-def flattened(G):
-    """Return G (out,) to the power ROW_WEIGHT_EXPONENT, scaled to its mean."""
-    powers = G ** ROW_WEIGHT_EXPONENT
-    return powers * (G.mean() / powers.mean()).nan_to_num(1.0)
 
 
 def squared_gradients(chunk, keys):

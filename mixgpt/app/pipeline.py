@@ -61,7 +61,13 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         if settings.semi_structured and "semi_structured" not in current.record:
             current.record["semi_structured"] = current.retry(lambda plan: semistructured.compare(
                 current.model, current.tests, plan.batch_size, device))
-        return _report(current)
+        record = current.record | {"seconds": clock.seconds(), "peak_memory": runtime.peak_memory(device)}
+        if settings.save:
+            folder.write_json(folder.path / choices.RECORD, record)
+            folder.close()
+        report.publish(current.settings, record)
+        current.tracker.result(record, settings.method)
+        return record
 
 
 def evaluate(current, method):
@@ -92,15 +98,3 @@ def _save(current, plan, outcomes, matrices, others):
             raise errors.VerificationError(f"--save {path}: the logits of the saved model differ from those in memory")
         if plan.targets:
             current.record["disk"] = report.disk(current, plan.targets)
-
-
-def _report(current):
-    """Complete the record, write it if requested, and print the tables. Returns the record."""
-    settings, record = current.settings, current.record
-    record |= {"seconds": current.clock.seconds(), "peak_memory": runtime.peak_memory(current.device)}
-    if settings.save:
-        current.files.write_json(current.files.path / choices.RECORD, record)
-        current.files.close()
-    report.publish(settings, record)
-    current.tracker.result(record, settings.method)
-    return record

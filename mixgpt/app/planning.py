@@ -31,7 +31,9 @@ def choose(run):
     retry = partial(run.retry, on_host=False)
     dense = {}
     if run.distills:
-        _, dense = run.kept("dense_states", lambda: (None, retry(partial(_dense_states, run))))
+        with run.clock.part("distillation"):
+            _, dense = run.kept("dense_states", lambda: (
+                None, retry(lambda plan: distill.dense_states(*run.distilling(plan)))))
     if settings.experts:
         _remove_experts(run, retry)
     if not settings.compresses:
@@ -66,13 +68,6 @@ def _remove_experts(run, retry):
     run.record["kept_experts"] = kept
     run.log(f"experts  {len(kept[0][1])} stay in each of {len(kept)} layers, those of highest REAP score, and "
             f"{run.model.num_parameters():,} parameters in all")
-
-
-def _dense_states(run, memory_plan):
-    """Return `distill.dense_states` of the text for distillation."""
-    streamed, tokens = run.distilling(memory_plan)
-    with run.clock.part("distillation"):
-        return distill.dense_states(streamed, tokens)
 
 
 def _measure(run, dense, memory_plan):

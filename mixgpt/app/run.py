@@ -1,5 +1,6 @@
 """A run in progress: what it takes, checked before the weights are read, the opened model, and how memory is used."""
 
+import math
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -97,8 +98,11 @@ def check(settings, device, clock, model=None, tokenizer=None):
     if settings.sensitivity_file:
         traces.read(settings.sensitivity_file, targets.select(skeleton), settings.sensitivity)
     tokenizer = tokenizer or load.load_tokenizer(settings.model)
-    settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer),
-                       seqlen=runtime.choose_seqlen(settings.seqlen, config))
+    limit = runtime.position_limit(config) or math.inf
+    seqlen = settings.seqlen or min(runtime.DEFAULT_SEQLEN, limit)
+    if seqlen > limit:
+        raise InputError(f"--seqlen {seqlen}: the model's limit is {limit} tokens")
+    settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer), seqlen=seqlen)
     run = Run(settings, device, clock, config, tokenizer, selected, uncalled, model)
     if settings.needs_calibration:
         _check_sequences(run, widening)

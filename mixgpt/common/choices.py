@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixgpt.common.errors import InputError
-
 RECORD = "mixgpt.json"  # of a run: settings, versions, every matrix, perplexities
 PROGRESS = "progress"  # a directory, until the run has ended: the resume state
 NO_METRICS = ("examples", "num_fewshot", "version")  # of a task's scores in a record
@@ -35,14 +33,7 @@ class Choice:
 
 
 class Registry(dict):
-    """{name: Choice} of one flag. Another name raises InputError."""
-
-    def __init__(self, flag, choices):
-        super().__init__(choices)
-        self.flag = flag
-
-    def __missing__(self, name):
-        raise InputError(f"{self.flag} {name}: must be one of {', '.join(self)}")
+    """{name: Choice} of one flag."""
 
     def title(self, name):
         """Return the name of a choice in tables and progress."""
@@ -97,8 +88,8 @@ def not_packed(settings):
     return ""
 
 
-GRIDS = Registry("--grid", {"uniform": Choice("evenly spaced values", "quant:Scheme")})
-FORMATS = Registry("--save-format", {
+GRIDS = Registry({"uniform": Choice("evenly spaced values", "quant:Scheme")})
+FORMATS = Registry({
     "dense": SaveFormat("every weight in its dtype, as by save_pretrained", "mixgpt.checkpoints.formats:save_dense",
                         streams=True, holds_experts=True),
     "compressed-tensors": SaveFormat(
@@ -107,25 +98,25 @@ FORMATS = Registry("--save-format", {
     "sparse": SaveFormat(
         "a bit mask and the packed values of the kept weights", "mixgpt.checkpoints.formats:save_sparse"),
 })
-SALIENCIES = Registry("--saliency", {
+SALIENCIES = Registry({
     "obs": Saliency("w² / [H⁻¹]_mm (SparseGPT)", "sparsegpt:obs_saliency"),
     "isc": Saliency("w² (H_mm + 1 / [H⁻¹]_mm) (MixGPT)", "sparsegpt:isc_saliency"),
     "fisher": Saliency("obs times the mean squared gradient of the loss at the row's output",
                        "sparsegpt:obs_saliency", weighs_rows=True),
 })
-SOLVERS = Registry("--solver", {
+SOLVERS = Registry({
     "obs": Solver("column by column with OBS updates (SparseGPT)", "mixgpt.pruning.solvers:walk", "SparseGPT",
                   saliencies=None, quantizes=True),
     "admm": Solver("masks by ADMM, then the exact least-squares solution for the kept weights",
                    "mixgpt.pruning.solvers:admm", "ADMM", saliencies=("obs", "fisher"), quantizes=True),
 })
-ESTIMATORS = Registry("--sensitivity", {
+ESTIMATORS = Registry({
     "hutchinson": Choice("trace of the exact Hessian of the loss, by random probes (Hutchinson)",
                          "mixgpt.allocation.hutchinson:curvatures"),
     "fisher": Choice("trace of the Gauss-Newton matrix, with less noise and in less time",
                      "mixgpt.allocation.fisher:squared_gradients"),
 })
-ALLOCATIONS = Registry("--sparsity-way", {
+ALLOCATIONS = Registry({
     "uniform": Allocation("the same sparsity in every matrix", "mixgpt.allocation.plan:uniform", even=True),
     "origin": Allocation("alias of uniform, as in the published code", "mixgpt.allocation.plan:uniform", even=True),
     "layer-level": Allocation("by sensitivity of the layer: the more sensitive, the less sparse",

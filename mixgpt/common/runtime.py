@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 import os
 import platform
 import random
@@ -42,15 +41,6 @@ def choose_device(name):
 def position_limit(config):
     """Return a model's context length in tokens, None if unlimited."""
     return getattr(config, "max_position_embeddings", None) or getattr(config, "model_max_length", None)
-
-
-def choose_seqlen(seqlen, config):
-    """Return the sequence length: as requested, else 2048 or the model's limit."""
-    limit = position_limit(config) or math.inf
-    seqlen = seqlen or min(DEFAULT_SEQLEN, limit)
-    if seqlen > limit:
-        raise InputError(f"--seqlen {seqlen}: the model's limit is {limit} tokens")
-    return seqlen
 
 
 def multiplies_bfloat16(device):

@@ -58,7 +58,7 @@ def builtin_rows(split):
     return paragraphs[:border] if split == "train" else paragraphs[border:], {"sha256": sha256}
 
 
-DATASETS = Registry("dataset", {
+DATASETS = Registry({
     "wikitext2": TextSet(
         "raw WikiText-2", train_join=" ", hub_id="Salesforce/wikitext", hub_options={"name": "wikitext-2-raw-v1"},
         local="wikitext-2-raw-v1/{split}-*.parquet"),

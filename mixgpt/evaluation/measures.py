@@ -53,11 +53,8 @@ class MatrixSparsity:
     layer: int
     name: str
     shape: tuple[int, ...]
+    numel: int
     zeros: int
-
-    @property
-    def numel(self):
-        return math.prod(self.shape)
 
 
 def measure_weights(model, device):
@@ -72,7 +69,7 @@ def count_zeros(index, layer):
     dense = linears(layer)
     of_linears = {name: module.weight if name in dense else module.weight.expand()
                   for name, module in layer.named_modules() if name in dense or isinstance(module, SparseLinear)}
-    return [[MatrixSparsity(index, name, tuple(weight.shape), weight.numel() - torch.count_nonzero(weight).item())
+    return [[MatrixSparsity(index, name, tuple(weight.shape), weight.numel(), (weight == 0).sum().item())
              for name, weight in weights.items()] for weights in (of_linears, other_weights(layer))]
 
 

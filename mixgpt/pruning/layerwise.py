@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from mixgpt.common import distributed, progress
-from mixgpt.kernels.selection import smallest, smallest_per_row
+from mixgpt.pruning.admm import keep_masks
 from mixgpt.pruning.calibration import Calibration
 from mixgpt.pruning.solvers import prune_in_place
 from mixgpt.pruning.targets import Outcome
@@ -95,20 +95,14 @@ def prune_magnitude(streamed, plan, scheme=None, files=None, observe=None):
 
 
 def _by_magnitude(W, target, scheme):
-    if scheme is None:
-        return magnitude_prune(W, target), None
-    (W, grid), = meet_sparsities(
-        lambda sparsities: [quantize_nearest(magnitude_prune(W, replace(target, sparsity=sparsities[0])), scheme)],
-        [target.sparsity], attempts=1 if target.prunem else 4)
-    return W, grid
+    def attempt(sparsities):
+        pruned = magnitude_prune(W, replace(target, sparsity=sparsities[0]))
+        return [quantize_nearest(pruned, scheme) if scheme else (pruned, None)]
+
+    return meet_sparsities(attempt, [target.sparsity], attempts=4 if scheme and not target.prunem else 1)[0]
 
 
 def magnitude_prune(W, target):
     """Return W (out, in), or a process's share of its rows, with as many of its smallest weights 0 as a Target says."""
-    scores = W.abs().float()
-    if target.prunem:
-        mask = smallest_per_row(scores.reshape(-1, target.prunem), target.prunen).view(W.shape)
-    else:
-        rows, = distributed.total([len(W)])
-        mask, = smallest([scores], [round(target.sparsity * (rows * W.shape[1]))], [rows])
-    return W.masked_fill(mask, 0)
+    keep, = keep_masks([W.abs().float()], [target], distributed.total([len(W)]))
+    return W.masked_fill(keep == 0, 0)

@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM
 import datautils
 import mixgpt
 from mixgpt.allocation import fisher
-from mixgpt.app import pipeline
 from mixgpt.app import run as running
 from mixgpt.app.cli import parse
 from mixgpt.app.settings import Settings
@@ -387,7 +386,7 @@ def test_a_failed_distillation_leaves_the_pruned_model(error, step, in_memory, r
     prune("llama", options, tmp_path / "pruned", model=model)
     saved = tmp_path / "saved"
     with monkeypatch.context() as patch:  # killed behind it
-        patch.setattr(pipeline, "_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(runtime, "peak_memory", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prune("llama", options, saved, "--distill 1", model=model, status=130)
     assert calls
     monkeypatch.setattr(distill, "distill", lambda *_: pytest.fail("tried again"))

@@ -12,11 +12,10 @@ from modeling.test_experts import MODELS, build
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from mixgpt.app import planning
 from mixgpt.checkpoints import load
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import is_fused, split_experts
-from mixgpt.pruning import expert_removal, layerwise
+from mixgpt.pruning import distill, expert_removal, layerwise
 from mixgpt.pruning.expert_removal import best_experts, expert_scores, remove_experts, with_fewer_experts
 from modelutils import StreamedModel
 
@@ -168,9 +167,9 @@ def test_an_interrupted_run_goes_on_with_the_same_experts(options, folder, tmp_p
 
 
 def test_distillation_and_dense_perplexity_are_those_of_the_model_with_all_experts(folder, tmp_path, monkeypatch):
-    states, seen = planning._dense_states, []
-    monkeypatch.setattr(planning, "_dense_states", lambda run, plan: (seen.append(run.model.num_parameters()),
-                                                                      states(run, plan))[1])
+    states, seen = distill.dense_states, []
+    monkeypatch.setattr(distill, "dense_states", lambda streamed, tokens: (
+        seen.append(streamed.model.num_parameters()), states(streamed, tokens))[1])
     assert run("llama.py", folder("qwen3_moe"), "builtin", "--experts", ".25", "--sparsity", ".5", "--dense",
                "--distill", "1", *SMALL, "--save", tmp_path / "all") == 0
     assert seen == [build("qwen3_moe").num_parameters()]
