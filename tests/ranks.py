@@ -44,7 +44,9 @@ def made(name, true_sequential, wbits, more=""):
         gradients = output_gradients(streamed, list(selected), tokens, 3)
         plan = by_threshold(Budget(selected, Target(0.5), 0.15, gradients=gradients, streamed=streamed))
         options = {"solver": admm, "dense_target": True, "row_weights": {key: G for key, (G, _) in gradients.items()}}
-    dense = distill.dense_states(streamed, tokens) if more == "distilled" else None
+    with mock.patch.object(distill, "VOCABULARY", 2 * VOCABULARY // 3):  # more than the text has
+        dense = distill.dense_states(streamed, tokens) if more == "distilled" else {}
+    traces += [dense["vocabulary"]] if dense else []
 
     def solver(problem, solve=options["solver"]):
         solved.append(sum(map(len, problem.optima)))

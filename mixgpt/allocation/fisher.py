@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size
 from mixgpt.common import distributed, progress
 from mixgpt.common.runtime import repeatable_attention, seeded, wide
+from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE, by_rows, hooked, linears
 
 TOKEN_CLIP = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: the most that a token counts in G
@@ -19,7 +20,8 @@ PART = 512  # probabilities cumulated at a time
 def output_gradients(streamed, matrices, tokens, seed, vocabulary=None):
     """Measure gradients of the loss w.r.t. matrix outputs y = W x, with labels sampled from the model's predictions.
 
-    Returns {(layer, name): (G (out,), E[x_c²] (in,))}, float32 on the host; G_r = E[(∂L/∂y_r)²], means over tokens.
+    Returns {(layer, name): (G (out,), E[x_c²] (in,))}, float32 on the host; G_r = E[(∂L/∂y_r)²], means over tokens, and
+    E[x_c²] over those that reach the matrix: an expert's G_r is 0 for the others.
     If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
     output factor in K-FAC (arXiv 1503.05671). The estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP
     times the sequence's mean, and ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. streamed: a
@@ -34,10 +36,13 @@ def output_gradients(streamed, matrices, tokens, seed, vocabulary=None):
     sums, inputs = ([torch.zeros(getattr(module, side), dtype=torch.float64, device=streamed.device)
                      for module in modules] for side in ("out_features", "in_features"))
 
+    reached = torch.zeros(len(matrices), dtype=torch.float64, device=streamed.device)  # tokens
+
     def measure(column, _, X, Y):
         squares = wide(Y).square()
         sums[column] += torch.mv(squares.flatten(0, 1).t(), _clipping(squares.sum(2)).flatten())
         inputs[column] += wide(X).square().sum((0, 1))
+        reached[column] += X.any(-1).sum() if isinstance(modules[column], RoutedLinear) else X.shape[:2].numel()
 
     total = 2 * len(mine) * len(layers)
     with progress.bar(total=total, title="gradients", unit="step") as bar:
@@ -45,12 +50,12 @@ def output_gradients(streamed, matrices, tokens, seed, vocabulary=None):
             numbers = mine[start:start + size]
             _sampled_backward(Chunk(streamed, matrices, tokens[numbers.start:numbers.stop], place, bar),
                               [(seed, n, 0) for n in numbers], measure, vocabulary)
-    sums += inputs
-    together = torch.cat(sums)
+    together = torch.cat([*sums, *inputs, reached])
     distributed.all_reduce(together)
-    means = (together.cpu() / (N * T)).split([len(part) for part in sums])
+    *sums, reached = together.cpu().split([*map(len, (*sums, *inputs)), len(reached)])
     result = {}
-    for key, G, energy in zip(matrices, means[:len(matrices)], means[len(matrices):], strict=True):
+    for key, G, energy, count in zip(matrices, sums[:len(matrices)], sums[len(matrices):], reached, strict=True):
+        G, energy = G / (N * T), energy / count.clamp(min=1)
         powers = G ** ROW_WEIGHT_EXPONENT  # scaled to the mean of G
         result[key] = (powers * (G.mean() / powers.mean()).nan_to_num(1.0)).float(), energy.float()
     return result

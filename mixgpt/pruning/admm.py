@@ -14,6 +14,7 @@ from mixgpt.kernels.selection import smallest, smallest_per_row
 ITERATIONS = 9  # of ADMM
 RAMP = 7  # iterations over which the sparsity rises to its target
 STEPS = 3  # of conjugate gradients
+FAINT = 1e-12  # factor of columns without input
 SAMPLE = 2**16  # least number of a matrix's scores from which the k-th smallest is estimated
 
 
@@ -117,15 +118,17 @@ def _quotient(a, b):
     return torch.where(b > 0, a / b, 0)[:, None]  # a solved row has zero residual
 
 
-def admm_pruner(matrices, H, targets, row_weights=None):
+def admm_pruner(matrices, H, targets, row_weights=None, dead=None):
     """Rank the weights of matrices that read the same input by ADMM; return a function that prunes to given targets.
 
     matrices: list of (out, in), the target weights; zeros stay zero. H: (in, in), damped; overwritten. targets:
-    a Target per matrix. row_weights: (total rows,). The function takes these or similar targets, runs
-    `solve_on_support`, and returns a list like `matrices`.
+    a Target per matrix. row_weights: (total rows,). dead: (in,), marks columns without input, whose weights go first.
+    The function takes these or similar targets, runs `solve_on_support`, and returns a list like `matrices`.
     """
     scale = H.diagonal().sqrt()
-    H, W = H.div_(scale).div_(scale[:, None]), torch.cat(matrices) * scale
+    H = H.div_(scale).div_(scale[:, None])
+    scale = scale if dead is None else scale * torch.where(dead, FAINT, 1.0)
+    W = torch.cat(matrices) * scale
     counts = [len(matrix) for matrix in matrices]
     scores, reached = admm_scores(W, H, counts, targets, row_weights)
 

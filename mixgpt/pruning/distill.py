@@ -55,13 +55,16 @@ def dense_states(streamed, tokens):
     for index, layer in in_turn(streamed.layers, streamed.device, "dense model"):
         stream.advance(layer, index)
     states = stream.hidden[..., :stream.channels].to("cpu")
-    if streamed.model.config.get_text_config().vocab_size <= VOCABULARY or not len(states):
+    if streamed.model.config.get_text_config().vocab_size <= VOCABULARY:
         return {"states": states}
-    some, total = states.flatten(0, 1)[::max(states.shape[:2].numel() // SLICE, 1)], 0
+    step, before = max(tokens.numel() // SLICE, 1), distributed.share(len(tokens)).start * tokens.shape[1]
+    some = states.flatten(0, 1)[-before % step::step]  # the same tokens in any number of processes
+    total = torch.zeros(len(streamed.model.get_output_embeddings().weight), device=stream.device)
     with stream.head(streamed.model) as head:
         for hidden in some.split(PIECE):  # no more than a batch has
             for logits, in by_rows(head(hidden.to(stream.device))):
-                total = total + wide(logits).softmax(-1).sum(0)
+                total += wide(logits).softmax(-1).sum(0)
+    distributed.all_reduce(total)
     of_text = tokens.unique().to(total.device)
     total[of_text] = torch.inf
     vocabulary = total.topk(max(VOCABULARY, len(of_text))).indices.sort().values

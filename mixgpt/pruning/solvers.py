@@ -52,7 +52,7 @@ def admm(problem):
     few weights; these are the least salient of the rounded ones.
     """
     later, sparsities = problem.recipe.later, [target.sparsity for target in problem.targets]
-    prune = admm_pruner(problem.optima, problem.hessian.damped, problem.targets, problem.row_weights)
+    prune = admm_pruner(problem.optima, problem.hessian.damped, problem.targets, problem.row_weights, problem.h == 0)
 
     def attempt(sparsities):
         pruned = prune([replace(target, sparsity=sparsity)

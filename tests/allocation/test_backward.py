@@ -1,10 +1,11 @@
 """Check where hidden states and layers are while gradients are measured, on a make-believe GPU, and what it changes."""
 
 import copy
+from collections import defaultdict
 
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, make, modules_of
 from makebelieve import CUDA, Gpu
 
 from mixgpt.allocation import backward
@@ -13,8 +14,9 @@ from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import hessian_traces
 from mixgpt.checkpoints import load
 from mixgpt.modeling import streaming
+from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning.targets import Target, select
-from modelutils import StreamedModel, linears
+from modelutils import StreamedModel, hooked, linears
 
 
 def traces(streamed, selected, tokens, estimator):
@@ -26,6 +28,17 @@ def measurements(streamed, selected, tokens):
     gradients = output_gradients(streamed, list(selected), tokens, 3)
     return [*map(torch.cat, zip(*gradients.values(), strict=True)),
             *(traces(streamed, selected, tokens, estimator).sum(0) for estimator in ("hutchinson", "fisher"))]
+
+
+def test_inputs_of_experts_are_measured_on_the_tokens_that_reach_them(tokens):
+    model, inputs = make("qwen3-moe"), defaultdict(list)
+    split_experts(model)
+    found = output_gradients(StreamedModel(model, CPU, 2), list(modules_of(model)), tokens[:3], 3)
+    with hooked({module: inputs[key].append for key, module in modules_of(model).items()}), torch.no_grad():
+        model(tokens[:3])
+    for key, (_, energy) in found.items():
+        expected = torch.cat([X.flatten(0, -2) for X in inputs[key]]).square().mean(0).nan_to_num()  # an unused expert
+        torch.testing.assert_close(energy, expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("name, dtype, place", [
