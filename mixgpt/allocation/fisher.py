@@ -35,7 +35,6 @@ def output_gradients(streamed, matrices, tokens, seed, vocabulary=None):
     modules = [of_layers[index][name] for index, name in matrices]
     sums, inputs = ([torch.zeros(getattr(module, side), dtype=torch.float64, device=streamed.device)
                      for module in modules] for side in ("out_features", "in_features"))
-
     reached = torch.zeros(len(matrices), dtype=torch.float64, device=streamed.device)  # tokens
 
     def measure(column, _, X, Y):

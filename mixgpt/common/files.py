@@ -43,7 +43,7 @@ def check_outputs(paths, overwrite):
     flags = {}  # by file
     for flag, path in paths.items():
         file = Path(path)
-        if (other := flags.setdefault(file.resolve(), flag)) != flag:
+        if (other := flags.setdefault(os.path.realpath(path), flag)) != flag:
             raise InputError(f"{flag} {path}: is the file of {other}, too; name another file")
         if flag == "--plot" and file.suffix not in PICTURES:
             raise InputError(f"{flag} {path}: must end in {', '.join(PICTURES)}")
