@@ -26,7 +26,7 @@ def _parse(argv):
     parser.add_argument("--max-new-tokens", type=int, default=64,
                         help="maximum number of tokens to generate (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0,
-                        help="sampling temperature; 0: greedy decoding (default: 0)")
+                        help="sampling temperature; 0: greedy (default: 0); all else as in generation_config.json")
     parser.add_argument("--seed", type=int, default=0, help="random seed for sampling (default: 0)")
     parser.add_argument("--bos", default="auto", choices=["auto", *BOS],
                         help="whether the prompt begins with the token for the beginning of a text; each: also if it "

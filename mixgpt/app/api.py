@@ -75,7 +75,8 @@ def prune(model, dataset, tokenizer=None, **options):
         raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
     settings = Settings(type(model).__name__, name, **options)
     if settings.dtype != "auto":
-        raise InputError(f"dtype: a model in memory keeps its own, {model.dtype}; convert it before, or leave this out")
+        raise InputError(f"dtype: a model in memory keeps its own, {model.dtype}; load it in the other, or leave this "
+                         "out")
     if (settings.compresses or settings.save) and any(isinstance(module, SparseLinear) for module in model.modules()):
         raise InputError("model: its matrices are packed, and can only be evaluated; load it with packed=False")
     device, training, trained = model.device, model.training, [w for w in model.parameters() if w.requires_grad]
@@ -93,8 +94,7 @@ def prune(model, dataset, tokenizer=None, **options):
 def load(folder, device=None, dtype="auto", packed=True):
     """Load a saved model; see `mixgpt.load`."""
     device, tokenizer = choose_device(device), checkpoints.load_tokenizer(str(folder))
-    model = checkpoints.read_model(str(folder), dtype, packed).eval().to(device)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear) and not module.weight.way(device):  # as on a GPU without Triton
-            model.set_submodule(path, module.expanded(model.dtype))
-    return model, tokenizer
+    model = checkpoints.read_model(str(folder), dtype, packed)
+    if any(isinstance(module, SparseLinear) and not module.weight.way(device) for module in model.modules()):
+        model = checkpoints.read_model(str(folder), dtype)  # as on a GPU without Triton
+    return model.eval().to(device), tokenizer

@@ -86,7 +86,7 @@ def check(settings, device, clock, model=None, tokenizer=None):
     """Return a `Run` without texts. Raises InputError for settings that do not fit the model or the disk."""
     settings.check_paths()  # again, for callers that are not the command line
     config = model.config if model else load.read_config(settings.model)
-    skeleton = load.skeleton(config)
+    skeleton = load.skeleton(config, model.dtype if model else torch.float32)
     if settings.experts:
         skeleton = expert_removal.with_fewer_experts(skeleton, settings.experts)
     load.check_layers(settings.model, skeleton, settings.save_format)
@@ -115,6 +115,10 @@ def _check_saved(path, model, skeleton):
     for name, shape in sorted(own ^ made)[:1]:
         raise InputError(f"--save {path}: model.config makes another model than the one in memory: only one of them "
                          f"has {name} {tuple(shape)}")
+    dtypes = {name: buffer.dtype for name, buffer in skeleton.named_buffers()}
+    if cast := [name for name, buffer in model.named_buffers() if buffer.dtype != dtypes.get(name, buffer.dtype)]:
+        raise InputError(f"--save {path}: {cast[0]} was cast with the model, and will not be when that is loaded; load "
+                         "the model by from_pretrained(..., dtype=...)")
     with reading(f"--save {path}: the model's generation_config"), tempfile.TemporaryDirectory() as folder:
         model.generation_config.save_pretrained(folder)
 

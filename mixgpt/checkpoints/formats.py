@@ -12,14 +12,13 @@ from safetensors.torch import load_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.checkpoints import packing, sparse
-from mixgpt.common import choices, files
+from mixgpt.common import files
 from mixgpt.modeling import decoder, experts, streaming
 from modelutils import linears
 
 LARGEST = 5 * 10**9  # bytes of a file; a larger tensor gets its own
 PACKED = "pack-quantized"  # name used by compressed-tensors and vLLM
-MARKS = {  # in config.json; without mixgpt, transformers refuses and shows the second
-    "quantization_config": {"quant_method": sparse.METHOD}, "transformers_weights": "none until you `import mixgpt`"}
+NONE = "none until you `import mixgpt`"  # the weights of a sparse folder: without mixgpt, transformers shows it
 
 
 def save_dense(folder, model, grids=None):
@@ -103,9 +102,9 @@ def save_sparse(folder, model, grids):
             state |= {f"{path}.weight.{part}": tensor for part, tensor in parts.items()}
     # one file, with a name of its own: under the usual one, weights would be set at random
     model.save_pretrained(folder, state_dict=state, variant="sparse", max_shard_size="1000TB")
-    (Path(folder) / choices.SPARSE).write_text(json.dumps(matrices, indent=1) + "\n")
     config = Path(folder) / CONFIG_NAME
-    config.write_text(json.dumps(json.loads(config.read_text()) | MARKS, indent=2) + "\n")
+    marks = {"quantization_config": {"quant_method": sparse.METHOD, "matrices": matrices}, "transformers_weights": NONE}
+    config.write_text(json.dumps(json.loads(config.read_text()) | marks, indent=2) + "\n")
 
 
 def stored_bytes(folder, weights, itemsize):

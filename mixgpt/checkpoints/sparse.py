@@ -5,10 +5,8 @@
 """
 
 import functools
-import json
 import math
 import threading
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixgpt.checkpoints.packing import consecutive, decode, unpack
-from mixgpt.common.choices import GRIDS, SPARSE
+from mixgpt.common.choices import GRIDS
 from mixgpt.kernels import sparse_cpu
 from mixgpt.kernels.columns import triton_obstacle
 
@@ -188,10 +186,13 @@ class SparseLinear(torch.nn.Module):
 
 @register_quantization_config(METHOD)
 class SparseConfig(QuantizationConfigMixin):
-    """What config.json says of the format; dequantize: expand all matrices into ordinary linears."""
+    """What config.json says of the format.
 
-    def __init__(self, dequantize=False, **_):
-        self.quant_method, self.dequantize = METHOD, dequantize
+    matrices: {name of a parameter: its description}. dequantize: expand all matrices into ordinary linears.
+    """
+
+    def __init__(self, matrices, dequantize=False, **_):
+        self.quant_method, self.matrices, self.dequantize = METHOD, matrices, dequantize
 
 
 @register_quantizer(METHOD)
@@ -210,8 +211,8 @@ class SparseQuantizer(HfQuantizer):
     def param_needs_quantization(self, model, name, **_):
         return isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight)
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files, **_):
-        for name, description in json.loads((Path(checkpoint_files[0]).parent / SPARSE).read_text()).items():
+    def _process_model_before_weight_loading(self, model, **_):
+        for name, description in self.quantization_config.matrices.items():
             path = name.removesuffix(".weight")
             dense, shape = model.get_submodule(path), tuple(description["shape"])
             if shape != tuple(dense.weight.shape):
@@ -227,5 +228,6 @@ class SparseQuantizer(HfQuantizer):
                     model.set_submodule(path, (module.expanded if expands else module.prepared)(model.dtype))
                 except (ValueError, IndexError, AttributeError, RuntimeError) as error:
                     raise ValueError(f"{path}.weight: {error}") from error
-        if expands:
+        if not any(isinstance(module, SparseLinear) for module in model.modules()):
+            self.remove_quantization_config(model)  # it is an ordinary model
             del model.config.transformers_weights

@@ -10,7 +10,6 @@ from typing import Any
 RECORD = "mixgpt.json"  # of a run: settings, versions, every matrix, perplexities
 PROGRESS = "progress"  # a directory, until the run has ended: the resume state
 NO_METRICS = ("examples", "num_fewshot", "version")  # of a task's scores in a record
-SPARSE = "sparse.json"  # file of a sparse checkpoint: {name of a parameter: its description}
 
 
 def is_interrupted_run(path):

@@ -32,7 +32,8 @@ class Completion:
 def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=0, until=(), bos=None):
     """Complete `prompt` with a model that is entirely on its device. Returns a `Completion`.
 
-    temperature: 0 is greedy; otherwise tokens are sampled, seeded by `seed`. until: stop strings, not included. bos: as
+    temperature: 0 is greedy; otherwise tokens are sampled, seeded by `seed`; all else is as the model's generation
+    config says, a penalty of repetitions for example. until: stop strings, not included. bos: as
     `token_ids` takes it. If prompt and completion exceed the model's context, the prompt is truncated on the left.
     Raises InputError if even that leaves no room, for a prompt without usable tokens, and if logits are NaN or inf.
     """
@@ -40,7 +41,7 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=model.generation_config.eos_token_id,
-        stop_strings=list(until) or None, **choice)
+        stop_strings=list(until) or None, return_dict_in_generate=False, **choice)
 
     def check_logits(_, logits):
         """Raise InputError for logits that cannot be ranked or sampled from; -inf excludes a token. Notes the time."""

@@ -152,7 +152,7 @@ def sparse_folder(halved, tokenizer, tmp_path):
     return tmp_path / "saved"
 
 
-@pytest.mark.parametrize("name, kept", [("model.sparse.safetensors", 0.5), ("sparse.json", 0.5), ("sparse.json", None)])
+@pytest.mark.parametrize("name, kept", [("model.sparse.safetensors", 0.5), ("config.json", 0.5), ("config.json", None)])
 def test_a_sparse_folder_with_a_truncated_or_missing_file_is_refused_in_one_line(kept, name, sparse_folder):
     content = (sparse_folder / name).read_bytes()
     (sparse_folder / name).unlink()

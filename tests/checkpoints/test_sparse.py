@@ -197,13 +197,15 @@ def saved(request, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_a_device_without_kernels_expands_the_matrices(gpu, saved, monkeypatch):
+def test_a_device_without_kernels_expands_the_matrices(gpu, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(sparse_cpu, "_flags", frozenset)
     monkeypatch.setattr(sparse_cpu, "ways", sparse_cpu.ways.__wrapped__)  # which remembers
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     loaded, _ = mixgpt.load(saved[1], "cpu", torch.float64)  # larger than that on disk
     assert not [module for module in loaded.modules() if isinstance(module, SparseLinear)]
     assert_same(saved[0].double(), loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same(loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
 
 
 def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer, tokens):
