@@ -10,7 +10,7 @@ import torch
 from datasets import load_dataset
 
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.texts import counts_of, hub_copy_rows, hub_reachable, silenced, text_set_of, texts_of
+from mixgpt.common.texts import ARGUMENTS, counts_of, hub_copy_rows, hub_reachable, silenced, text_set_of, texts_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
@@ -148,7 +148,7 @@ def hub_rows(dataset, text_set, split):
     options = dict(text_set.hub_options)
     if text_set.hub_files:
         options["data_files"] = {split: text_set.hub_files[split]}
-    online, subject = hub_reachable(), f"dataset {dataset}: cannot load {text_set.hub_id}"
+    online, subject = hub_reachable(), f"{ARGUMENTS[split]} {dataset}: cannot load {text_set.hub_id}"
     try:
         with reading(subject), silenced():
             table = load_dataset(text_set.hub_id, split=split, **options)

@@ -54,7 +54,7 @@ def main(argv=None):
     with reported("generate.py", argv, remedy) as end:
         given = _parse(argv)
         model, dense = given.pop("model"), given.pop("dense")
-        print_completions({"dense": dense, "pruned": model} if dense else {"model": model}, **given)
+        print_completions({"dense": dense, "model": model} if dense else {"model": model}, **given)
     return end.status
 
 
@@ -79,8 +79,8 @@ def print_completions(models, prompt, device, dtype, bos, **options):
     print(*wrapped(prompt, width), "", *lines, sep="\n")
     print("\n" + "; ".join(f"{title} {each.speed}" for title, each in completions.items()) + f" on {device}")
     if len(models) > 1:
-        dense, pruned = completions.values()
-        print(f"{pruned.rate / dense.rate:.2f} times as fast, {pruned.nbytes / dense.nbytes:.2f} times the memory")
+        dense, other = completions.values()
+        print(f"{other.rate / dense.rate:.2f} times as fast, {other.nbytes / dense.nbytes:.2f} times the memory")
 
 
 def side_by_side(texts, width):

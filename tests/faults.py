@@ -144,7 +144,7 @@ FAULTS = {
     "a malicious pickle": Fault(pickled, f"{WEIGHTS_UNREAD}…"),
     # configuration, tokenizer
     "no configuration": Fault(
-        lambda root: (root / "model" / "config.json").unlink(), f"{MODEL}{UNREAD}… `model_type` key in its …"),
+        lambda root: (root / "model" / "config.json").unlink(), f"{MODEL}holds no model, as it has no config.json"),
     "an unknown kind": Fault(
         lambda root: config_changed(root, model_type="other"),
         f"{MODEL}{UNREAD}… model type `other` but Transformers does not recognize this …"),
@@ -164,7 +164,7 @@ FAULTS = {
         lambda root: (weights_changed(root, lambda state: state.update(
             {"model.embed_tokens.weight": state["model.embed_tokens.weight"][:99].clone()})),
             config_changed(root, vocab_size=99)),
-        f"{MODEL}its tokenizer gives token 382, but its vocabulary has 99"),
+        f"{MODEL}its tokenizer gives token 382, but the model's vocabulary has 99"),
     "a template that is a link out of the folder": Fault(
         lambda root: linked(root, "additional_chat_templates/tools.jinja"),
         f"{MODEL}additional_chat_templates/tools.jinja {LINK}"),

@@ -215,7 +215,7 @@ def test_offline_the_error_is_one_line(monkeypatch, tmp_path, dataset, tokenizer
     monkeypatch.setattr(datautils, "hub_reachable", lambda: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=f"^dataset {dataset}: .*cannot be reached.*--data-dir DIR.*builtin") as error:
+    with pytest.raises(InputError, match=f"^--eval {dataset}: .*cannot be reached.*--data-dir DIR.*builtin") as error:
         datautils.test_tokens(dataset, 8, tokenizer)
     assert "\n" not in str(error.value) and DATASETS[dataset].hub_id in str(error.value)
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import datautils
 from mixgpt.checkpoints import load
 from mixgpt.common import choices
+from mixgpt.common.errors import InputError
 from mixgpt.common.texts import DATASETS
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.pruning.targets import Target
@@ -131,6 +132,9 @@ def test_weights_lie_on_the_grid_of_4_bit_floating_point_numbers(options, execut
         off = (units[..., None] - values).abs().amin(-1).amax(-1)
         assert off.min() < 1e-4
     assert len(W.unique()) > 8
+    del choices.GRIDS["e2m1"]
+    with pytest.raises(InputError, match="e2m1 is not known here") if "sparse" in options else contextlib.nullcontext():
+        load.load_model("saved", "auto")
 
 
 @pytest.mark.parametrize("amount, width", [("--sparsity .5", None), ("--prunen 2 --prunem 4 --act-order", 4)])

@@ -57,10 +57,10 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(tokenizer):
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_texts_stand_beside_each_other_in_the_width(width):
     left, right = "a line\n\nand a second one that is long " * 4, "x" * 130 + "\tend"
-    lines = generate.side_by_side({"dense": left, "pruned": right}, width)
+    lines = generate.side_by_side({"dense": left, "model": right}, width)
     each = (width - 3) // 2
     assert max(map(len, lines)) <= width
-    assert lines[0].split() == ["dense", "|", "pruned"] and lines[1] == f"{'-' * each} | {'-' * each}"
+    assert lines[0].split() == ["dense", "|", "model"] and lines[1] == f"{'-' * each} | {'-' * each}"
     columns = [[line[:each] for line in lines[2:]], [line[each + 3:] for line in lines[2:]]]
     assert [re.sub(r"\s", "", "".join(column)) for column in columns] == [re.sub(r"\s", "", text)
                                                                           for text in (left, right)]
@@ -88,17 +88,17 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
     for kind in ("sparse", "compressed-tensors"):
         assert run(saved / kind, "the list", "--max-new-tokens", 8, "--dense", saved / "dense", "--device", "cpu") == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[:2] == ["the list", ""] and lines[2].split() == ["dense", "|", "pruned"]
-        assert re.fullmatch(r"dense \d tokens in \d+\.\d s, [\d.]+ tokens/s after the first, weights \d+ MB; pruned \d "
+        assert lines[:2] == ["the list", ""] and lines[2].split() == ["dense", "|", "model"]
+        assert re.fullmatch(r"dense \d tokens in \d+\.\d s, [\d.]+ tokens/s after the first, weights \d+ MB; model \d "
                             r"tokens in .* on cpu", lines[-2])
         assert re.fullmatch(r"[\d.]+ times as fast, (\d\.\d\d) times the memory", lines[-1])
         assert float(lines[-1].split()[4]) < 0.9 or kind != "sparse"
         texts[kind] = lines[2:-2]
     assert texts["sparse"] == texts["compressed-tensors"]
     expected = {title: by_hand(mixgpt.load(saved / folder, "cpu")[0], tokenizer, "the list", 8)
-                for title, folder in (("dense", "dense"), ("pruned", "sparse"))}
+                for title, folder in (("dense", "dense"), ("model", "sparse"))}
     assert "\n".join(texts["sparse"]).strip() == "\n".join(generate.side_by_side(expected, 80)).strip()
-    assert expected["dense"] != expected["pruned"]
+    assert expected["dense"] != expected["model"]
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -1,12 +1,12 @@
 """The Python interface behind `mixgpt.prune` and `mixgpt.load`."""
 
 import io
+import os
 from dataclasses import dataclass
-from os import PathLike
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixgpt.app import pipeline, plots, report
 from mixgpt.app.settings import IN_MEMORY, Settings
@@ -54,7 +54,7 @@ class Result:
 @torch.inference_mode(False)  # of the caller: estimators and distillation need gradients
 def prune(model, dataset, tokenizer=None, **options):
     """Prune and quantize a model; see `mixgpt.prune`."""
-    model, dataset = (str(given) if isinstance(given, PathLike) else given for given in (model, dataset))
+    model, dataset = (str(given) if isinstance(given, os.PathLike) else given for given in (model, dataset))
     texts, name = None, dataset
     if not isinstance(dataset, str):
         texts, name = dataset if isinstance(dataset, torch.Tensor) else texts_of(dataset, "dataset"), IN_MEMORY
@@ -63,12 +63,12 @@ def prune(model, dataset, tokenizer=None, **options):
             raise InputError(f"dataset: tokens are {texts.dtype} {tuple(texts.shape)}, must be torch.int64 (N, T), "
                              "none below 0")
         options |= {"nsamples": len(texts), "seqlen": texts.shape[1]}
+    if not isinstance(tokenizer, (PreTrainedTokenizerBase, *[type(None)] * isinstance(model, str))):
+        raise InputError(f"tokenizer: is a {type(tokenizer).__name__}, must be one of transformers")
     if isinstance(model, str):
-        return Result(pipeline.run(Settings(model, name, **options), texts=texts))
+        return Result(pipeline.run(Settings(model, name, **options), tokenizer=tokenizer, texts=texts))
     if not (isinstance(model, PreTrainedModel) and model.can_generate()):  # as PEFT's, or compiled ones
         raise InputError(f"model: is a {type(model).__name__}, must be a causal language model of transformers")
-    if tokenizer is None:
-        raise InputError("tokenizer: must be given with a model that is in memory")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise InputError("model: lies on several devices; load it without device_map, or give its name or folder")
     if any(is_fused(module) for module in model.modules()):
@@ -93,8 +93,8 @@ def prune(model, dataset, tokenizer=None, **options):
 @torch.inference_mode(False)  # of the caller: `prune` would refuse the model
 def load(folder, device=None, dtype="auto", packed=True):
     """Load a saved model; see `mixgpt.load`."""
-    device, tokenizer = choose_device(device), checkpoints.load_tokenizer(str(folder))
-    model = checkpoints.read_model(str(folder), dtype, packed)
+    device, folder = choose_device(device), os.path.expanduser(folder)
+    tokenizer, model = checkpoints.load_tokenizer(folder), checkpoints.read_model(folder, dtype, packed)
     if any(isinstance(module, SparseLinear) and not module.weight.way(device) for module in model.modules()):
-        model = checkpoints.read_model(str(folder), dtype)  # as on a GPU without Triton
+        model = checkpoints.read_model(folder, dtype)  # as on a GPU without Triton
     return model.eval().to(device), tokenizer

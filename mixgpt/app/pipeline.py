@@ -13,6 +13,7 @@ from mixgpt.common import choices, distributed, errors, program, runtime
 from mixgpt.evaluation import measures, semistructured
 from mixgpt.modeling.decoder import path_of
 
+SOME = 0.2  # sparsity above which a model is no dense one: rounding to 4 bits leaves up to 15% of zeros
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
 
 
@@ -50,14 +51,15 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
             read_texts(current, texts)
         with clock.part("load"):
             open_run(current, stack, folder, command)
-        if settings.dense or settings.method == "dense":
+        if settings.dense and settings.method != "dense":
             evaluate(current, "dense")
         plan = planning.choose(current)
         compressed = compression.compress(current, plan)
         if settings.save:
             _save(current, plan, *compressed)
-        if settings.method != "dense":
-            evaluate(current, settings.method)
+        pruned_before = settings.method == "dense" and current.record["sparsity"] > SOME
+        method = "as given" if pruned_before else settings.method
+        evaluate(current, method)
         if settings.semi_structured and "semi_structured" not in current.record:
             current.record["semi_structured"] = current.retry(lambda plan: semistructured.compare(
                 current.model, current.tests, plan.batch_size, device))
@@ -66,7 +68,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
             folder.write_json(folder.path / choices.RECORD, record)
             folder.close()
         report.publish(current.settings, record)
-        current.tracker.result(record, settings.method)
+        current.tracker.result(record, method)
         return record
 
 

@@ -163,8 +163,9 @@ def read_texts(run, texts=None):
         run.tests[name] = segments[:settings.eval_limit]
     for tokens in filter(torch.is_tensor, (run.calibration, run.further, *run.tests.values())):
         if tokens.numel() and tokens.max() >= run.config.vocab_size:
-            raise InputError(f"model {settings.model}: its tokenizer gives token {tokens.max()}, but its vocabulary "
-                             f"has {run.config.vocab_size}")
+            given = tokens is run.calibration and torch.is_tensor(texts)
+            raise InputError(f"{'dataset: holds' if given else f'model {settings.model}: its tokenizer gives'} token "
+                             f"{tokens.max()}, but the model's vocabulary has {run.config.vocab_size}")
     if not settings.tasks:
         return
     try:
@@ -187,25 +188,21 @@ def open_run(run, stack, folder, command=None):
     if folder:
         run.record["identity"] = report.identity(run)
     elif run.selected and streaming.locations_of(run.model):  # pruned layers go to disk, like the dense ones
-        run.files = stack.enter_context(_temporary_folder(stack, run))
+        nbytes = sum(tensor.nbytes for layer in decoder.layers_of(run.model) for tensor in layer.state_dict().values())
+        nbytes *= 2 if run.settings.distill else 1
+        path = None
+        if distributed.rank() == 0:
+            with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
+                path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
+        run.files = stack.enter_context(run_dir.RunDir(
+            distributed.broadcast_object(path), nbytes=nbytes, place=f"TMPDIR {tempfile.gettempdir()}",
+            advice="free some space, or set TMPDIR to a folder on a larger disk"))
     if run.files:
         run.files.open(run.model, run.record.get("identity", {}))
     run.log(report.heading(run, command, whole))
     with run.clock.part("W&B"):
         run.tracker = stack.enter_context(tracking.Tracker(run.settings, run.record))
     _plan(run)
-
-
-def _temporary_folder(stack, run):
-    """Return a RunDir in a temporary folder. Raises InputError if none has room for the pruned layers."""
-    nbytes = sum(tensor.nbytes for layer in decoder.layers_of(run.model) for tensor in layer.state_dict().values())
-    nbytes *= 2 if run.settings.distill else 1
-    path = None
-    if distributed.rank() == 0:
-        with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
-            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
-    return run_dir.RunDir(distributed.broadcast_object(path), nbytes=nbytes, place=f"TMPDIR {tempfile.gettempdir()}",
-                          advice="free some space, or set TMPDIR to a folder on a larger disk")
 
 
 def _plan(run):

@@ -93,12 +93,12 @@ class Settings:
         "trains at the end); flags given beside it take precedence", group="recipe", choices=tuple(PRESETS),
         needs=("prunes",))
     effort: float = option(1.0, METHOD, "time that best may take: multiplies its --distill and the number of steps, "
-        "and its --extra (n:m, --wbits: by the root)", between=(0.1, 100))
+        "and its --extra (with n:m or --wbits, by its square root)", between=(0.1, 100))
 
     sparsity_way: str = option("uniform", METHOD, "how to distribute sparsity over matrices",
         group="sparsity allocation", choices=ALLOCATIONS, needs=("prunes",))
-    alpha: float = option(0.1, RESULT, "largest deviation of a matrix from the overall sparsity, up to a shift of all",
-        between=(0, 1))
+    alpha: float = option(0.1, RESULT, "largest deviation of a matrix from the overall sparsity, before all shift "
+        "alike to meet it", between=(0, 1))
     sensitivity: str = option("hutchinson", METHOD, "sensitivity estimator", choices=ESTIMATORS)
     nprobes: int = option(1, RESULT, "random probes (with fisher: sampled labels) per calibration sequence",
         between=(1,))
@@ -184,7 +184,7 @@ class Settings:
     def __init__(self, model, dataset, **options):
         fields = {field.name: field for field in dataclasses.fields(self)}
         if unknown := options.keys() - fields.keys():
-            raise TypeError(f"Settings has no {', '.join(sorted(unknown))}")
+            raise TypeError(f"no option is called {', '.join(sorted(unknown))}")
         given = {"model": model, "dataset": dataset} | options
         given = {name: _converted(fields[name], value) for name, value in given.items()}
         preset = recipe(**given)
@@ -336,10 +336,11 @@ class Settings:
 def _converted(field, value):
     """Return the value of a field as Python may give it in the field's type. Raises InputError for others."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy
-    value = str(value) if isinstance(value, Path) else value
+    value = str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
+    value = os.path.expanduser(value) if isinstance(value, (str, Path)) else value
     if isinstance(field.default, tuple):  # of names, which text separates by commas or blanks
         names = value.replace(",", " ").split() if isinstance(value, str) else map(str, value or ())
-        if not (names := tuple(dict.fromkeys(names))) and isinstance(value, str):
+        if not (names := tuple(dict.fromkeys(map(os.path.expanduser, names)))) and isinstance(value, str):
             raise InputError(f'{flag_of(field.name)} "{value}": must not be empty')
         return names
     if not isinstance(value, field.type | int if field.type is float else field.type):

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import CHAT_TEMPLATE_DIR
+from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME
 
 from mixgpt.checkpoints.sparse import METHOD
 from mixgpt.common import choices, files
@@ -94,6 +94,8 @@ def _source(model):
         raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
     if not path.is_dir():
         hub_reachable()  # else offline from now on
+    elif not (path / CONFIG_NAME).is_file():
+        raise InputError(f"model {model}: holds no model, as it has no {CONFIG_NAME}")
     return str(model)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixgpt.common.errors import InputError
+
 RECORD = "mixgpt.json"  # of a run: settings, versions, every matrix, perplexities
 PROGRESS = "progress"  # a directory, until the run has ended: the resume state
 NO_METRICS = ("examples", "num_fewshot", "version")  # of a task's scores in a record
@@ -33,6 +35,9 @@ class Choice:
 
 class Registry(dict):
     """{name: Choice} of one flag."""
+
+    def __missing__(self, name):
+        raise InputError(f"{name} is not known here; import what defines it first")
 
     def title(self, name):
         """Return the name of a choice in tables and progress."""

@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from mixgpt.common.choices import Choice, Registry
@@ -22,6 +23,7 @@ from mixgpt.common.errors import InputError, reading
 ENDINGS = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".arrow")
 IGNORED = ("state.json", "dataset_*.json", "cache-*.arrow")  # what `datasets` keeps beside the data
 COLUMNS = ("text", "sentence", "messages")
+ARGUMENTS = {"train": "dataset", "test": "--eval", "validation": "--eval"}  # split -> by which its text is given
 
 
 @dataclass(frozen=True)
@@ -159,19 +161,19 @@ def text_set_of(dataset):
     if isinstance(dataset, list):
         return TextSet("a list of texts", lambda split: (dataset, {"sha256": _digest(dataset)}))
     if is_path(dataset):
-        return TextSet("a file or folder of text", lambda split: path_rows(dataset))
+        return TextSet("a file or folder of text", partial(path_rows, dataset))
     if on_hub := re.fullmatch(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)", dataset):
         hub_id, column = on_hub.groups()
         return TextSet("a column of a dataset on the hub", hub_id=hub_id, columns=(column,))
     return DATASETS.get(dataset)
 
 
-def path_rows(path):
+def path_rows(path, split):
     """Return all rows of a file, or of the files below a folder in order of their paths, and where they come from."""
     if not (files := _files_of(path)):
-        raise InputError(f"dataset {path}: {'no files below it end' if os.path.isdir(path) else 'must end'} in one of "
-                         f"{' '.join(ENDINGS)}")
-    rows = [row for file in files for row in read_file(file, "dataset")]
+        ends = "no files below it end" if os.path.isdir(path) else "must end"
+        raise InputError(f"{ARGUMENTS[split]} {path}: {ends} in one of {' '.join(ENDINGS)}")
+    rows = [row for file in files for row in read_file(file, ARGUMENTS[split])]
     return rows, {"files": [str(file) for file in files], "sha256": _digest(rows)}
 
 

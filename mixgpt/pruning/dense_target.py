@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from mixgpt.common import distributed
+from mixgpt.common.runtime import wide
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import linears
 
@@ -20,7 +21,7 @@ SHARE = 0.5  # fraction of the gap to the dense model that the regression target
 PROBE_TOKENS = 256  # on which the residual stream is found
 SCALE_FLOOR = 0.01  # added to the squared scale of a norm, times its mean: faint channels need not close their lag
 COEFFICIENT_TOLERANCE = 0.05  # of the scale of what is added to the stream: it is 0, or 1, up to rounding
-RESIDUAL_TOLERANCE = 0.01  # share of a change of the stream that may stay unexplained, beside rounding
+RESIDUAL_TOLERANCE = 0.01  # share of a change of the stream that may stay unexplained, beyond rounding
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,15 @@ class _Search:
         """Note a call of a module: of a linear, of a norm that follows one, or of a norm of the stream."""
         X, *_ = *args, *named.values()
         X, Y = self.view(X), self.view(Y)
-        self.see(X)
+        sources = [linear for linear, (norm, output) in self.pending.items()
+                   if X is not None and not norm and torch.equal(output, X)]
+        if not sources:  # an output that dwarfs the stream would pass for its change
+            self.see(X)
         if Y is None:
             return
         if name in self.candidates:
             self.pending[name] = "", Y
         elif X is not None and not torch.equal(X, Y):  # dropout does nothing here
-            sources = [linear for linear, (norm, output) in self.pending.items() if not norm and torch.equal(output, X)]
             if sources:
                 self.pending[sources[-1]] = name, Y
             elif torch.equal(X, self.bases[""]):
@@ -101,8 +104,9 @@ class _Search:
         scales = torch.linalg.pinv(A.t() @ A, hermitian=True) @ (A.t() @ change)
         for value in (0.0, 1.0):
             scales = torch.where((scales - value).abs() < COEFFICIENT_TOLERANCE, value, scales)
-        rounding = self.eps * (before.norm() + (before + change).norm())
-        if not scales.any() or (change - A @ scales).norm() > RESIDUAL_TOLERANCE * change.norm() + rounding:
+        rounding = self.eps * (before.abs() + (before + change).abs())  # of each value, as some tokens' are huge
+        unexplained = ((change - A @ scales).abs() - rounding).clamp_min(0).norm()
+        if not scales.any() or unexplained > RESIDUAL_TOLERANCE * change.norm():
             return []
         writers = [(name, scale) for name, scale in zip(self.pending, scales.tolist(), strict=True) if scale]
         return [Writer(name, scale, self.pending[name][0], base if position == 0 else "")
@@ -178,8 +182,8 @@ class DenseTwin:
         if writer.norm:  # taken to scale its input as it does in the dense model
             linear, norm = map(self.layer.get_submodule, (writer.linear, writer.norm))
             y = linear.forward(x)  # without hooks
-            scaled = norm.forward(y)
-            scale = torch.where(y == 0, 0, scaled / y)
+            scale = torch.where(y == 0, 0, wide(norm.forward(y)) / y)  # float16 does not hold its square
             energy = scale.square() + SCALE_FLOOR * scale.square().mean(-1, keepdim=True)
-            lag = torch.where(scale == 0, 0, lag * scale / energy)  # energy is 0 where y is, as of an embedding of 0
+            # energy is 0 where y is, as of an embedding of 0
+            lag = torch.where(scale == 0, 0, lag * scale / energy).to(lag.dtype)
         return lag / writer.scale

@@ -144,7 +144,7 @@ def _train(stream, layers, head, states, steps, dense, labels):
 
     dense: (N, T − 1, C), the states that predict the labels (N, T − 1).
     """
-    means, before = [], len(steps) - math.ceil(AVERAGED * len(steps))  # steps before those averaged
+    totals, before = [], len(steps) - math.ceil(AVERAGED * len(steps))  # steps before those averaged
     with progress.bar(steps, title="distilling", unit="step") as bar:
         for number, rows in enumerate(bar, 1):
             border = len(rows) // stream.batch_size * stream.batch_size
@@ -157,15 +157,16 @@ def _train(stream, layers, head, states, steps, dense, labels):
             total, count = sums.tolist()
             if not math.isfinite(total):
                 raise Diverged(f"the divergence from the dense model is {total}")
-            means.append(total / count)
+            totals.append((total, count))
             _step(states, total, number - before)
-            bar.set_postfix_str(f"divergence {means[-1]:.3f}")
+            bar.set_postfix_str(f"divergence {total / count:.3f}")
     for state in states:
         state.exact.add_(state.lag)
         state.update()
     if not torch.stack([state.exact.isfinite().all() for state in states]).all():
         raise Diverged("gradients became infinite")
-    return sum(means) / len(means)
+    divergence, count = map(sum, zip(*totals, strict=True))
+    return divergence / count
 
 
 def _most(tokens):

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import signal
+from pathlib import Path
 
 import datasets
 import numpy
@@ -115,10 +116,11 @@ def test_a_model_in_memory_keeps_its_dtype_mode_and_forward_and_no_line_says_oth
     assert model.dtype == torch.float16 and model.training and "float32" not in capsys.readouterr().out
 
 
-def test_paths_may_be_those_of_pathlib_and_numbers_those_of_numpy(tmp_path):
+def test_paths_may_be_those_of_pathlib_or_below_the_home_and_numbers_those_of_numpy(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert type(Settings("model", "builtin", seed=numpy.int64(3)).seed) is int
     (tmp_path / "mine.txt").touch()
-    assert Settings("model", "builtin", eval=["builtin", tmp_path / "mine.txt"]).eval == (
+    assert Settings("model", "builtin", eval=["builtin", Path("~/mine.txt")]).eval == (
         "builtin", str(tmp_path / "mine.txt"))
 
 
@@ -191,8 +193,8 @@ def test_a_mixture_of_experts_in_memory_is_refused_and_left_as_it_was(checkpoint
     ({"model": torch.nn.Linear(1, 1)}, "model: is a Linear, must be a causal language model of transformers"),
     ({"nsamples": "4"}, "--nsamples '4': must be int, not str"),
     ({"seqlen": 32.0}, "--seqlen 32.0: must be int | None, not float"),
-    ({"dtype": "bfloat16"}, "dtype: a model in memory keeps its own, torch.float32"),
-    ({"tokenizer": None}, "tokenizer: must be given with a model that is in memory")])
+    ({"dtype": torch.bfloat16}, "dtype: a model in memory keeps its own, torch.float32"),
+    ({"tokenizer": None}, "tokenizer: is a NoneType, must be one of transformers")])
 def test_errors_are_those_of_the_flags(given, message, checkpoint_folder):
     model, tokenizer = in_memory(checkpoint_folder("llama"))
     options = OPTIONS | {"model": model, "dataset": "builtin", "tokenizer": tokenizer} | given

@@ -103,7 +103,7 @@ BAD_FILES = {
 def test_a_file_that_cannot_be_used_is_named_in_one_line(case, tmp_path):
     name, content, reason = BAD_FILES[case]
     (path := tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=f"^dataset {path}.*{reason}") as error:
+    with pytest.raises(InputError, match=f"^--eval {path}.*{reason}") as error:
         datautils.load_rows(str(path), "test", None)
     assert "\n" not in str(error.value)
 

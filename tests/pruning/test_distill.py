@@ -140,9 +140,9 @@ def test_steps_would_end_at_zero_if_the_divergence_were_linear_and_their_later_o
 
     monkeypatch.setattr(module, "_backward", backward)
     with torch.no_grad():
-        mean = module._train(SimpleNamespace(batch_size=1, device=CPU), None, None, states, [torch.arange(1)] * 5,
-                             None, torch.zeros(1, T))
-    assert mean == pytest.approx(sum(divergences) / 5 / T)
+        mean = module._train(SimpleNamespace(batch_size=2, device=CPU), None, None, states,
+                             [torch.arange(2), *[torch.arange(1)] * 4], None, torch.zeros(2, T))
+    assert mean == pytest.approx(sum(divergences) / 6 / T)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-4  # of the distance from the last, in the dtype of weights
     for state, weight, start, *of in zip(states, weights, before, *passed, strict=True):
         mean = torch.stack(of[2:]).mean(0)

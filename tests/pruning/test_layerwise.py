@@ -7,8 +7,9 @@ import makebelieve
 import pytest
 import torch
 from conftest import CPU, inputs_of, make, make_plan, modules_of
-from modeling.test_decoders import build
+from modeling.test_decoders import COMMON, build
 from test_sparsegpt import prune_matrix
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.evaluation.measures import perplexity
@@ -16,6 +17,7 @@ from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning import layerwise
+from mixgpt.pruning.dense_target import residual_writers
 from mixgpt.pruning.hessian import factor
 from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
 from mixgpt.pruning.solvers import Recipe
@@ -154,12 +156,14 @@ def test_the_dense_target_of_an_expert_is_that_of_each_token_that_both_models_ro
     ("gemma2", {"self_attn.o_proj": ("input_layernorm", "post_attention_layernorm"),
                 "mlp.down_proj": ("pre_feedforward_layernorm", "post_feedforward_layernorm")}),
     ("granite", {"self_attn.o_proj": ("input_layernorm", ""), "mlp.down_proj": ("post_attention_layernorm", "")})])
+@pytest.mark.parametrize("factor", [1, 1000])  # outputs that dwarf the stream
 @torch.no_grad()
-def test_the_lag_of_the_stream_is_closed_through_the_norm_and_the_scale_of_what_is_added(kind, writers, tokens):
+def test_the_lag_of_the_stream_is_closed_through_the_norm_and_the_scale_of_what_is_added(kind, writers, factor, tokens):
     model = build(kind, **{"residual_multiplier": 0.3} if kind == "granite" else {})
     for name, weight in model.named_parameters():
         if name.endswith("layernorm.weight"):
             weight.normal_()
+    layers_of(model)[1].mlp.down_proj.weight.mul_(factor if kind == "gemma2" else 1)
     layer, seen = regress_layer_1(model, writers, [*writers, *(reader for reader, _ in writers.values())], tokens)
     for name, (reader, norm) in writers.items():
         (X, stream), (x, dense_stream) = ((inputs[name], inputs[reader]) for inputs in seen)
@@ -170,6 +174,29 @@ def test_the_lag_of_the_stream_is_closed_through_the_norm_and_the_scale_of_what_
         change = (dense_stream - stream) * scale / (scale.square() + floor)  # least (scale · it − lag)² + floor · it²
         torch.testing.assert_close(layers_of(model)[1].get_submodule(name).weight.double(),
                                    least_squares(W, X, (X + x) / 2 @ W.T + change / 2), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_scale_of_a_norm_may_exceed_what_float16_holds_the_square_of(tokens):
+    model = make("gemma2")
+    layers_of(model)[1].mlp.down_proj.weight.mul_(1e-3)
+    found, dense = [], weights(model)[1, "mlp.down_proj"].clone()
+    for dtype in (torch.float32, torch.float16):
+        other = copy.deepcopy(model).to(dtype)
+        sparsegpt(other, plan_of(other), tokens, dense_target=True)
+        found.append(weights(other)[1, "mlp.down_proj"].float() - dense)
+    assert (found[1] - found[0]).norm() < 0.1 * found[0].norm()
+
+
+@torch.no_grad()
+def test_a_gated_output_is_not_added_as_it_is_because_a_token_is_huge(tokens):
+    torch.manual_seed(0)
+    experts = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4}
+    split_experts(model := Qwen2MoeForCausalLM(Qwen2MoeConfig(**COMMON, **experts)).eval().bfloat16())
+    model.get_input_embeddings().weight[tokens[:, 0], 5] = 3000
+    streamed = StreamedModel(model, CPU, 2)
+    writers = residual_writers(streamed.layers[0], 0, streamed.embed(tokens))
+    assert [writer.linear for writer in writers] == ["self_attn.o_proj"]
 
 
 @torch.no_grad()
