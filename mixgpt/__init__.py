@@ -38,11 +38,11 @@ else:
 def prune(model, dataset, tokenizer=None, **options):
     """Prune and quantize a model in one shot, print the report, and return a `mixgpt.app.api.Result`.
 
-    model: a hub id, a folder, a .gguf file, or a model of transformers in memory, which is changed in place; with the
-    latter also its tokenizer. dataset: calibration text as on the command line (a name, a path, a mixture), a list of
-    strings, the documents of a text, or a LongTensor of tokens (N, T). options: those of the command line, with
-    underscores: sparsity=0.5, preset="best", save="pruned", quiet=True. Raises `mixgpt.common.errors.InputError`, a
-    ValueError, with the line that the command line would print.
+    model: a hub id, a folder, a .gguf file, or a model of transformers in memory, which is changed in place. tokenizer:
+    needed with the latter, else in place of the model's own. dataset: calibration text as on the command line (a name,
+    a path, a mixture), a list of strings, the documents of a text, or a LongTensor of tokens (N, T). options: those of
+    the command line, with underscores: sparsity=0.5, preset="best", save="pruned", quiet=True. Raises
+    `mixgpt.common.errors.InputError`, a ValueError, with the line that the command line would print.
     """
     from mixgpt.app import api  # imports PyTorch
     return api.prune(model, dataset, tokenizer, **options)

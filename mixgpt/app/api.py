@@ -63,7 +63,7 @@ def prune(model, dataset, tokenizer=None, **options):
             raise InputError(f"dataset: tokens are {texts.dtype} {tuple(texts.shape)}, must be torch.int64 (N, T), "
                              "none below 0")
         options |= {"nsamples": len(texts), "seqlen": texts.shape[1]}
-    if not isinstance(tokenizer, (PreTrainedTokenizerBase, *[type(None)] * isinstance(model, str))):
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) and (tokenizer or not isinstance(model, str)):
         raise InputError(f"tokenizer: is a {type(tokenizer).__name__}, must be one of transformers")
     if isinstance(model, str):
         return Result(pipeline.run(Settings(model, name, **options), tokenizer=tokenizer, texts=texts))
