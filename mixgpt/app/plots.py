@@ -6,7 +6,7 @@ import textwrap
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from mixgpt.modeling.experts import kind_of
 
@@ -93,8 +93,8 @@ def _tradeoff(axis, panel, dense, colours):
     for perplexity in dense:
         axis.axhline(perplexity, label="dense", color="black", linestyle="--", linewidth=1)
     _perplexity_axis(axis, axis.yaxis, *axis.dataLim.intervaly)
-    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
     axis.set(xlabel="weights pruned", ylabel="perplexity")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
