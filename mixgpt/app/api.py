@@ -94,7 +94,7 @@ def prune(model, dataset, tokenizer=None, **options):
 def load(folder, device=None, dtype="auto", packed=True):
     """Load a saved model; see `mixgpt.load`."""
     device, folder = choose_device(device), os.path.expanduser(folder)
-    tokenizer, model = checkpoints.load_tokenizer(folder), checkpoints.read_model(folder, dtype, packed)
+    model, tokenizer = checkpoints.read_model(folder, dtype, packed), checkpoints.load_tokenizer(folder)
     if any(isinstance(module, SparseLinear) and not module.weight.way(device) for module in model.modules()):
         model = checkpoints.read_model(folder, dtype)  # as on a GPU without Triton
     return model.eval().to(device), tokenizer

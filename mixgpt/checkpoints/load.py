@@ -94,8 +94,6 @@ def _source(model):
         raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
     if not path.is_dir():
         hub_reachable()  # else offline from now on
-    elif not (path / CONFIG_NAME).is_file():
-        raise InputError(f"model {model}: holds no model, as it has no {CONFIG_NAME}")
     return str(model)
 
 
@@ -118,6 +116,8 @@ def read_config(model):
 
 def _config_of(name):
     """Return a configuration and None; of a model that also sees or hears, that of its text part and its model_type."""
+    if Path(name).is_dir() and not (Path(name) / CONFIG_NAME).is_file():
+        raise InputError(f"model {name}: holds no model, as it has no {CONFIG_NAME}")
     whole = AutoConfig.from_pretrained(name, **NO_CODE)
     config = whole.get_text_config()
     if whole.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -126,7 +126,7 @@ def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, prun
     assert re.search(r"^task +metric +examples +num_fewshot +version +dense +magnitude$", out, re.MULTILINE)
 
     prune(name, chosen, "--limit 3 --save", tmp_path / "again", model=saved)  # in memory
-    check(record_of(tmp_path / "again")["tasks"]["dense"], pruned, tokenizer, limit=3)
+    check(record_of(tmp_path / "again")["tasks"]["as given"], pruned, tokenizer, limit=3)
 
     def evaluated(packed, **options):
         options |= {"eval": "builtin", "eval_limit": 2, "tasks": "choice,rolling", "tasks_dir": str(folder)}
