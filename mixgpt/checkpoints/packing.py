@@ -2,7 +2,7 @@
 
 A matrix is stored as tensors named after it: `mask`, one bit per weight, if that saves space; `values`, the kept
 weights, or on a grid `codes`, packed to wbits; `scale`, and if the grid needs them `zero` (packed to wbits) and
-`group`, the group of each column. Bytes are filled from the lowest bit.
+`group`, the group of each column. Bytes are filled from the lowest bit. Descriptions are in config.json.
 """
 
 import math
