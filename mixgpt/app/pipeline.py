@@ -38,7 +38,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(runtime.float32_products("ieee", torch.backends.cuda, torch.backends.mkldnn))
         stack.enter_context(distributed.joined(device))
-        if settings.resume and model is texts is None and (record := report.completed(settings, device)):
+        if settings.resume and model is tokenizer is texts is None and (record := report.completed(settings, device)):
             if not settings.quiet:
                 print(f"resume   the run in {settings.save} is complete; these are its results", flush=True)
             return report.publish(settings, record)

@@ -33,9 +33,9 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     """Complete `prompt` with a model that is entirely on its device. Returns a `Completion`.
 
     temperature: 0 is greedy; otherwise tokens are sampled, seeded by `seed`; all else is as the model's generation
-    config says, a penalty of repetitions for example. until: stop strings, not included. bos: as
-    `token_ids` takes it. If prompt and completion exceed the model's context, the prompt is truncated on the left.
-    Raises InputError if even that leaves no room, for a prompt without usable tokens, and if logits are NaN or inf.
+    config says, a penalty of repetitions for example. until: stop strings, not included. bos: as `token_ids` takes it.
+    If prompt and completion exceed the model's context, the prompt is truncated on the left. Raises
+    InputError if even that leaves no room, for a prompt without usable tokens, and if logits are NaN or inf.
     """
     ids, cut = _prompt_ids(model, tokenizer, prompt, max_new_tokens, bos)
     choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}

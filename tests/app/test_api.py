@@ -75,8 +75,9 @@ def test_a_model_in_memory_is_not_left_as_it_was_because_its_run_is_complete(che
         model, tokenizer = in_memory(checkpoint_folder("llama"))
         with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
             mixgpt.prune(model, "builtin", tokenizer, **options)
-    with pytest.raises(InputError, match=message):  # as other text in memory would be
-        mixgpt.prune(str(checkpoint_folder("llama")), ["Other text. " * 999], **options)
+    for others in ([["Other text. " * 999]], ["builtin", tokenizer]):  # text or a tokenizer
+        with pytest.raises(InputError, match=message):
+            mixgpt.prune(str(checkpoint_folder("llama")), *others, **options)
 
 
 def test_a_head_that_the_caller_has_untied_is_saved(checkpoint_folder, tmp_path):

@@ -156,14 +156,14 @@ def test_the_dense_target_of_an_expert_is_that_of_each_token_that_both_models_ro
     ("gemma2", {"self_attn.o_proj": ("input_layernorm", "post_attention_layernorm"),
                 "mlp.down_proj": ("pre_feedforward_layernorm", "post_feedforward_layernorm")}),
     ("granite", {"self_attn.o_proj": ("input_layernorm", ""), "mlp.down_proj": ("post_attention_layernorm", "")})])
-@pytest.mark.parametrize("factor", [1, 1000])  # outputs that dwarf the stream
 @torch.no_grad()
-def test_the_lag_of_the_stream_is_closed_through_the_norm_and_the_scale_of_what_is_added(kind, writers, factor, tokens):
+def test_the_lag_of_the_stream_is_closed_through_the_norm_and_the_scale_of_what_is_added(kind, writers, tokens):
     model = build(kind, **{"residual_multiplier": 0.3} if kind == "granite" else {})
     for name, weight in model.named_parameters():
         if name.endswith("layernorm.weight"):
             weight.normal_()
-    layers_of(model)[1].mlp.down_proj.weight.mul_(factor if kind == "gemma2" else 1)
+    if kind == "gemma2":
+        layers_of(model)[1].mlp.down_proj.weight.mul_(1000)  # whose outputs dwarf the stream
     layer, seen = regress_layer_1(model, writers, [*writers, *(reader for reader, _ in writers.values())], tokens)
     for name, (reader, norm) in writers.items():
         (X, stream), (x, dense_stream) = ((inputs[name], inputs[reader]) for inputs in seen)
