@@ -76,16 +76,11 @@ def completed(settings, device):
     what the run kept to go on from: it may have been killed while it did this.
     """
     folder = Path(settings.save)
-    if is_interrupted_run(folder) or not any(folder.glob("*.safetensors")):
+    if is_interrupted_run(folder) or not ((folder / RECORD).exists() and any(folder.glob("*.safetensors"))):
         return None
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        before = {flag_of(name): value for name, value in record["settings"].items()} | record["identity"]
-        if "seconds" not in record:  # of a run that was killed after `save`
-            return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # of another program
-        return None
+    record = json.loads((folder / RECORD).read_text())
     program.check_signature(record, f"--resume: the run in {folder}")
+    before = {flag_of(name): value for name, value in record["settings"].items()} | record["identity"]
     now = asked(settings, device) | {
         flag_of(name): getattr(settings, name) for name in ("model", *having_effect(EVALUATION, REPORT))}
     for flag, value in json.loads(json.dumps(now)).items():
