@@ -1,6 +1,5 @@
 """Registries of flags' choices, and file names in a run's output folder. Nothing here imports PyTorch."""
 
-import os
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ NO_METRICS = ("examples", "num_fewshot", "version")  # of a task's scores in a r
 
 def is_interrupted_run(path):
     """Return whether a directory holds an unfinished run."""
-    return os.path.lexists(Path(path) / PROGRESS / "run.json")
+    return (Path(path) / PROGRESS / "run.json").exists()
 
 
 @dataclass(frozen=True)

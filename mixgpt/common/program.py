@@ -29,12 +29,11 @@ def signature():
 def commit():
     """Return the git commit of the checkout that this program runs from, "-dirty" if files were changed; else None."""
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    place = [f"--git-dir={root / '.git'}", f"--work-tree={root}"]  # not those of a folder above it
+    command = ["git", *place, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout of another user
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         return None
 
 
