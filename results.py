@@ -72,10 +72,8 @@ def distinguish(runs):
 
 def _label(settings, method):
     """Return a method's name with n:m, and best in place of its choices if its settings are that preset's."""
-    n, m = settings.get("prunen", 0), settings.get("prunem", 0)
-    effort = settings.get("effort", 1.0)
-    best = recipe("best", m, settings.get("wbits", 16), settings.get("groupsize", -1), effort)
-    if (settings.get("sparsity") or m) and best.items() <= settings.items():
+    n, m, effort = settings.get("prunen", 0), settings.get("prunem", 0), settings.get("effort", 1.0)
+    if recipe(**settings | {"preset": "best"}).items() <= settings.items():
         method = "best" + (f", effort {effort:g}" if effort != 1 else "") + method.rpartition(")")[2]
     return method + (f" {n}:{m}" if m else "")
 
