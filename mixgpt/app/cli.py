@@ -44,12 +44,8 @@ def parse(script, argv=None):
         allow_abbrev=False, description="Prune and quantize a language model in one shot and report its perplexity.\n"
                                         "Without --sparsity, --prunen/--prunem, --wbits or --experts: that of the "
                                         "dense model.")
-    parser.add_argument("model", help="hub id, local folder or .gguf file")
-    parser.add_argument("dataset", help=(
-        f"calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3; {DATASETS.help}"))
+    group = parser
     for field in dataclasses.fields(Settings):
-        if "help" not in field.metadata:
-            continue
         if title := field.metadata["group"]:
             group = parser.add_argument_group(title)
         default, text, choices = field.default, field.metadata["help"], field.metadata["choices"]
@@ -61,7 +57,8 @@ def parse(script, argv=None):
             text += f"; {choices.help}" if isinstance(choices, Registry) else ""
         if default not in (None, "", ()) and not isinstance(default, bool):
             text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
-        group.add_argument(flag_of(field.name), dest=field.name, help=text, **arguments)
+        text += f"; {DATASETS.help}" if field.name == "dataset" else ""
+        group.add_argument(flag_of(field.name), help=text, **arguments)
     return Settings(**vars(parser.parse_args(argv)))
 
 

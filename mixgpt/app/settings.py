@@ -75,8 +75,9 @@ def option(default, effect, help, *, group=None, choices=None, between=None, nee
 class Settings:
     """The options of a run: those given, else the preset's, else the defaults. Raises InputError for invalid values."""
 
-    model: str = dataclasses.field(metadata={"effect": FREE})  # compared by weights, see report.identity
-    dataset: str = dataclasses.field(metadata={"effect": RESULT})
+    model: str = option(None, FREE, "hub id, local folder or .gguf file")  # compared by weights, see report.identity
+    dataset: str = option(
+        None, RESULT, "calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3")
 
     sparsity: float = option(0.0, METHOD, "fraction of the weights to prune, below 1", group="what to prune")
     prunen: int = option(0, METHOD, "n of n:m: weights to prune in every group", between=(0,))
@@ -204,7 +205,7 @@ class Settings:
         value, metadata, flag = getattr(self, field.name), field.metadata, flag_of(field.name)
         if isinstance(value, str) and not value.strip() and field.default != "":
             raise InputError(f'{flag} "{value}": must not be empty')
-        if value == field.default or "help" not in metadata:
+        if value == field.default:
             return
         if (choices := metadata["choices"]) and value not in choices:
             raise InputError(f"{flag} {value}: must be one of {', '.join(map(str, choices))}")
