@@ -110,7 +110,8 @@ class Walk:
         self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
         self.totals = distributed.total([len(W) for W in matrices])  # rows of each matrix in all processes
         self.sparsities, self.prunem = [target.sparsity for target in targets], targets[0].prunem
-        self.prunens = [(rows, target.prunen) for rows, target in zip(self.rows, targets, strict=True)]
+        self.prunens = torch.cat([torch.full_like(W[:, 0], target.prunen, dtype=torch.int32)
+                                  for W, target in zip(matrices, targets, strict=True)])
         self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # zeros before the last block, and its columns
         self.scheme, self.dtype, self.grids = scheme, dtype, []
         self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
@@ -215,11 +216,12 @@ class Walk:
             scores.mul_(self.row_weights)
         scores.masked_fill_(self.mask[B], -1)
         if self.prunem:
-            marked = [smallest_in_groups(scores[:, rows], n, self.prunem) for rows, n in self.prunens]
-        else:
-            marked = [least.t() for least in smallest([scores[:, rows].t() for rows in self.rows], counts, self.totals)]
+            groups = scores.view(-1, self.prunem, scores.shape[1])
+            mask |= smallest_in_groups(groups, self.prunens).view_as(mask)
+            return
+        marked = smallest([scores[:, rows].t() for rows in self.rows], counts, self.totals)
         for rows, least in zip(self.rows, marked, strict=True):
-            mask[:, rows] |= least
+            mask[:, rows] |= least.t()
 
     def _choose_grid(self, start, stop):
         pruned = self.mask[start:stop]

@@ -33,19 +33,18 @@ def walk_columns(W, E, U, mask, choice, grid):
 
     W: (n, out), the columns of a range, updated for all errors before it; overwritten with the new weights. E: (n,
     out), overwritten with the errors divided by the diagonal of U. U: (n, n), upper triangular. mask: (n, out), the
-    weights to prune. choice: (prunem, [(slice of rows, prunen)], factors (n,)), to choose here the prunen lowest scores
-    w² · factors of every prunem weights of those rows, masked ones first; or None. grid: a function that rounds a
-    column (out,), a UniformGrid for the compiled walks; or None.
+    weights to prune. choice: (prunem, prunens (out,), int32, factors (n,)), to choose here the prunen lowest scores
+    w² · factors of every prunem weights of a row, masked ones first; or None. grid: a function that rounds a column
+    (out,), a UniformGrid for the compiled walks; or None.
     SparseGPT (arXiv 2301.00774), algorithm 1, and GPTQ (arXiv 2210.17323), eq. 2 and 3.
     """
-    prunem, prunens, factors = choice or (0, [], None)
+    prunem, prunens, factors = choice or (0, None, None)
     for j in range(len(W)):
         if prunem and j % prunem == 0:
             group = slice(j, j + prunem)
             now = W[group] - U[:j, group].t() @ E[:j]
             scores = now.square_().mul_(factors[group, None]).masked_fill_(mask[group], -1)
-            for rows, n in prunens:
-                mask[group, rows] |= smallest_in_groups(scores[:, rows], n, prunem)
+            mask[group] |= smallest_in_groups(scores[None], prunens)[0]
         w, e = W[j], E[j]
         w.addmv_(E[:j].t(), U[:j, j], alpha=-1)
         q = w if grid is None else grid(w)
@@ -60,13 +59,12 @@ def walk_compiled(W, E, U, mask, choice, grid):
     Single-threaded: the errors of a tile stay in L1 cache, so that this costs far less than the surrounding products.
     """
     nothing = W.new_empty(0)
-    prunem, prunens, factors = choice or (0, [(slice(0, W.shape[1]), 0)], nothing)
+    prunem, prunens, factors = choice or (0, nothing.int(), nothing)
     limits = grid[:3] if grid else (nothing,) * 3
     # contiguous: numba compiles for seconds for each kind of array
     U, factors, *limits = (x.contiguous().numpy() for x in (U, factors, *limits))
-    for rows, n in prunens:
-        _walk_rows(W.numpy(), E.numpy(), U, mask.numpy(), factors, rows.start, rows.stop, prunem, n, *limits,
-                   grid is not None and grid.dtype == torch.bfloat16)
+    _walk_rows(W.numpy(), E.numpy(), U, mask.numpy(), factors, prunem, prunens.numpy(), *limits,
+               grid is not None and grid.dtype == torch.bfloat16)
 
 
 @numba.njit(fastmath={"contract"}, **OPTIONS)
@@ -79,18 +77,21 @@ def _update(W, E, U, column, start, stop):
 
 
 @numba.njit(fastmath={"contract"}, **OPTIONS)
-def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, high, bfloat16):
-    """Walk all columns for rows start … stop − 1; scale is empty without quantization."""
-    columns, width = len(W), max(prunem, 1)
-    w, remove, rank = np.zeros((columns, TILE), W.dtype), np.zeros((columns, TILE), np.bool_), np.zeros(TILE, np.int32)
+def _walk_rows(W, E, U, mask, factors, prunem, prunens, scale, low, high, bfloat16):
+    """Walk all columns; scale is empty without quantization."""
+    (columns, out), width = W.shape, max(prunem, 1)
+    w, remove = np.zeros((columns, TILE), W.dtype), np.zeros((columns, TILE), np.bool_)
+    rank, prunen = np.zeros(TILE, np.int32), np.zeros(TILE, np.int32)
     e, scores, limits = np.zeros_like(w), np.zeros_like(w), np.ones((3, TILE), W.dtype)
     step, least, most = limits[0], limits[1], limits[2]
-    for first in range(start, stop, TILE):
-        rows = min(TILE, stop - first)
+    for first in range(0, out, TILE):
+        rows = min(TILE, out - first)
         part = slice(first, first + rows)
         w[:, :rows], remove[:, :rows] = W[:, part], mask[:, part]
         if len(scale):
             step[:rows], least[:rows], most[:rows] = scale[part], low[part], high[part]
+        if prunem:
+            prunen[:rows] = prunens[part]
         for group in range(0, columns, width):
             for j in range(group, group + width):
                 _update(w, e, U, j, 0, group)
@@ -120,7 +121,7 @@ def _walk_rows(W, E, U, mask, factors, start, stop, prunem, prunen, scale, low, 
 
 @numba.njit(fastmath={"contract"}, **OPTIONS)
 def _choose(W, remove, factors, scores, rank, group, width, prunen):
-    """Mark the prunen least salient of columns group … group + width − 1 per row of a tile, marked ones first."""
+    """Mark the least salient of columns group … group + width − 1, prunen (TILE,) of each row, marked ones first."""
     for j in range(group, group + width):
         for r in range(TILE):
             scores[j, r] = -1 if remove[j, r] else W[j, r] * W[j, r] * factors[j]
@@ -132,7 +133,7 @@ def _choose(W, remove, factors, scores, rank, group, width, prunen):
             for r in range(TILE):
                 rank[r] += (scores[other, r] < scores[j, r]) | (tie & (scores[other, r] == scores[j, r]))
         for r in range(TILE):
-            remove[j, r] |= rank[r] < prunen
+            remove[j, r] |= rank[r] < prunen[r]
 
 
 @functools.cache

@@ -19,22 +19,17 @@ def walk_columns(W, E, U, mask, choice, grid):
     columns, out = W.shape
     padded = triton.next_power_of_2(columns)
     tile = max(min(ROWS, TILE // padded), 1)
-    prunen, (prunem, prunens, factors) = None, choice or (0, [], None)
-    if prunem:
-        factors = factors.contiguous()
-        prunen = torch.empty(out, dtype=torch.int32, device=W.device)
-        for rows, n in prunens:
-            prunen[rows] = n
+    prunem, prunens, factors = choice or (0, None, None)
     scale, low, high, dtype = grid or (None, None, None, torch.float32)
     with torch.cuda.device_of(W):  # Triton launches on the current device
         _walk_rows[triton.cdiv(out, tile),](
-            W, E, U, mask, factors, prunen, scale, low, high, columns, out,
+            W, E, U, mask, factors, prunens, scale, low, high, columns, out,
             *W.stride(), *E.stride(), *U.stride(), *mask.stride(), PRUNEM=prunem, DTYPE=GRID_DTYPES[dtype],
             COLUMNS=padded, ROWS=tile, num_warps=WARPS, enable_fp_fusion=True)
 
 
 @triton.jit
-def _walk_rows(W, E, U, mask, factors, prunen, scale, low, high, columns, out, w_column, w_row, e_column, e_row,
+def _walk_rows(W, E, U, mask, factors, prunens, scale, low, high, columns, out, w_column, w_row, e_column, e_row,
                u_row, u_column, mask_column, mask_row, PRUNEM: tl.constexpr, DTYPE: tl.constexpr,
                COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """Walk a tile of rows of the matrix.
@@ -49,7 +44,7 @@ def _walk_rows(W, E, U, mask, factors, prunen, scale, low, high, columns, out, w
         step = tl.load(scale + row, mask=real, other=1)
         least, most = tl.load(low + row, mask=real, other=0), tl.load(high + row, mask=real, other=0)
     if PRUNEM:
-        share = tl.load(prunen + row, mask=real, other=0)
+        share = tl.load(prunens + row, mask=real, other=0)
         factor = tl.load(factors + column, mask=column < columns, other=0)
         rank = tl.zeros((COLUMNS, ROWS), tl.int32)
 

@@ -1,31 +1,27 @@
-"""Select the smallest scores of rows, and of matrices whose rows several processes share."""
+"""Select the smallest scores of groups, and of matrices whose rows several processes share."""
 
 import torch
 
 from mixgpt.common import distributed
 
-NARROW = 8  # scores per row up to which pairwise comparison is faster than selection
+NARROW = 32  # scores per group up to which pairwise comparison is as fast as sorting, or faster
 
 
-def smallest_per_row(scores, n):
-    """Mark the n smallest scores of every row. scores: (rows, m). Returns a mask (rows, m)."""
+def smallest_in_groups(scores, n):
+    """Mark the n smallest scores of each group, the first ones of equals. Returns a mask like the scores.
+
+    scores: (groups, m, rows), a group for each row. n: int or (rows,).
+    """
     if scores.shape[1] > NARROW:
-        mask = torch.zeros_like(scores, dtype=torch.bool)
-        return mask.scatter_(1, scores.topk(n, dim=1, largest=False, sorted=False).indices, True)
+        return scores.argsort(dim=1, stable=True).argsort(dim=1) < n
     mask, columns = torch.empty_like(scores, dtype=torch.bool), scores.unbind(1)
     for j, column in enumerate(columns):
-        rank = torch.zeros(len(scores), dtype=torch.uint8, device=scores.device)
+        rank = torch.zeros_like(column, dtype=torch.uint8)
         for k, other in enumerate(columns):
             if k != j:
                 rank += other <= column if k < j else other < column
         torch.lt(rank, n, out=mask[:, j])
     return mask
-
-
-def smallest_in_groups(scores, n, m):
-    """Mark the n smallest scores of every m consecutive columns of a row. scores: (in, out). Returns a mask like it."""
-    groups = scores.t().reshape(-1, m)
-    return smallest_per_row(groups, n).view(scores.t().shape).t()
 
 
 def smallest(scores, ks, totals):

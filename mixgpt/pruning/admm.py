@@ -9,7 +9,7 @@ from torch.linalg import vecdot
 
 from mixgpt.common import distributed
 from mixgpt.common.runtime import multiplies_bfloat16
-from mixgpt.kernels.selection import smallest, smallest_per_row
+from mixgpt.kernels.selection import smallest, smallest_in_groups
 
 ITERATIONS = 9  # of ADMM
 RAMP = 7  # iterations over which the sparsity rises to its target
@@ -29,7 +29,7 @@ def keep_masks(scores, targets, totals, fraction=1.0, exact=True, out=None):
     columns, prunem, masks = scores[0].shape[1], targets[0].prunem, [None] * len(scores)
     thresholds = [0.0] * len(scores)
     if prunem:
-        masks = [smallest_per_row(part.reshape(-1, prunem), round(fraction * target.prunen)).view(-1, columns)
+        masks = [smallest_in_groups(part.reshape(-1, prunem, 1), round(fraction * target.prunen)).view(-1, columns)
                  for part, target in zip(scores, targets, strict=True)]
     elif exact:
         masks = smallest(scores, [round(target.sparsity * (total * columns))

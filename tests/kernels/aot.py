@@ -40,7 +40,7 @@ def launches():
         W, U = torch.zeros(512, rows)[:columns], torch.zeros(512, 512)
         U = (U if by_rows else U.t())[:columns, :columns]
         grid = dtype and (torch.ones(rows), torch.zeros(rows), torch.ones(rows), dtype)
-        choice = (m, [(slice(0, rows), m // 2)], torch.ones(columns)) if m else None
+        choice = (m, torch.full((rows,), m // 2, dtype=torch.int32), torch.ones(columns)) if m else None
         with mock.patch.object(columns_cuda, "_walk_rows", mock.MagicMock()) as recorder:
             columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, choice, grid)
         found.append((columns_cuda._walk_rows, *recorder.__getitem__.return_value.call_args))

@@ -162,7 +162,8 @@ def test_walks_as_the_formulas_say(name, dtype, case, layouts):
     large_U, inner_U = inside(U.to(dtype), device, extra_columns=4, **triangle)
     factors = factors.to(device, dtype)
     grid = grid and (*(x.to(device, dtype) for x in grid[:3]), grid[3])
-    choice = (case.prunem, slices(case), factors) if case.prunem else None
+    prunens = torch.tensor([n for rows, n in slices(case) for _ in range(rows.start, rows.stop)], dtype=torch.int32)
+    choice = (case.prunem, prunens.to(device), factors) if case.prunem else None
     walk(inner_W, inner_E, inner_U, inner_mask, choice, grid and UniformGrid(*grid))
 
     new, errors, removed, compared = brute_force(case)
@@ -198,12 +199,13 @@ def test_halves_are_rounded_to_even(name, dtype):
     assert torch.equal(W, expected)
 
 
-@pytest.mark.parametrize("name", ["compiled", "triton"])
+@pytest.mark.parametrize("name", ["torch", "compiled", "triton"])
 def test_the_first_of_equal_scores_are_removed(name):
     walk, device = walker(name)
     W = torch.tensor([2.0, 1, 1, -1, 0, 0, 0, 0], device=device)[:, None].repeat(1, 2)
     E, U, mask = independent(W)
-    walk(W, E, U, mask, (4, [(slice(0, 1), 2), (slice(1, 2), 1)], torch.ones(8, device=device)), None)
+    prunens = torch.tensor([2, 1], dtype=torch.int32, device=device)
+    walk(W, E, U, mask, (4, prunens, torch.ones(8, device=device)), None)
     assert mask.t().int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0, 0, 0]]
 
 

@@ -1,12 +1,14 @@
 """Check the smallest scores against sorted lists."""
 
+import itertools
+
 import makebelieve
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_sparsegpt import hypothesis_settings
 
-from mixgpt.kernels.selection import smallest, smallest_per_row
+from mixgpt.kernels.selection import smallest, smallest_in_groups
 
 small_integers = st.integers(-3, 3).map(float)  # many ties
 
@@ -22,14 +24,16 @@ def test_smallest_marks_the_first_k_of_the_sorted_scores(rows, columns, data):
 
 
 @hypothesis_settings
-@given(columns=st.integers(1, 12), data=st.data())
-def test_smallest_per_row_marks_the_first_n_of_each_sorted_row(columns, data):
-    rows = data.draw(st.lists(st.lists(small_integers, min_size=columns, max_size=columns), min_size=1, max_size=5))
-    n = data.draw(st.integers(0, columns), label="n")
-    mask = smallest_per_row(torch.tensor(rows), n)
-    assert mask.shape == (len(rows), columns) and mask.dtype == torch.bool
-    for row, marks in zip(rows, mask.tolist(), strict=True):
-        assert sorted(score for score, marked in zip(row, marks, strict=True) if marked) == sorted(row)[:n]
+@given(m=st.sampled_from([1, 2, 4, 7, 40]), rows=st.integers(1, 3), groups=st.integers(1, 3), data=st.data())
+def test_the_first_of_the_sorted_scores_of_each_group_are_marked(m, rows, groups, data):
+    scores = torch.tensor(data.draw(st.lists(small_integers, min_size=groups * m * rows, max_size=groups * m * rows)))
+    scores, n = scores.view(groups, m, rows), torch.tensor(data.draw(st.lists(st.integers(0, m), min_size=rows,
+                                                                             max_size=rows)))
+    mask = smallest_in_groups(scores, n)
+    for group, row in itertools.product(range(groups), range(rows)):
+        order = sorted(range(m), key=scores[group, :, row].tolist().__getitem__)
+        assert set(mask[group, :, row].nonzero().flatten().tolist()) == set(order[:n[row]])
+    assert torch.equal(smallest_in_groups(scores, 1), smallest_in_groups(scores, torch.ones(rows, dtype=torch.int32)))
 
 
 def test_a_gpu_marks_the_first_of_equal_scores_and_takes_counts_that_lie_on_it():
