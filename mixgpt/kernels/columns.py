@@ -11,7 +11,6 @@ from mixgpt.common.errors import one_line
 from mixgpt.kernels.selection import smallest_in_groups
 
 TILE = 64  # rows of W at a time
-COMPILED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of grids
 OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
@@ -153,13 +152,12 @@ def triton_obstacle(device):
 
 def fastest(W, grid=None):
     """Return the fastest `walk_columns` for a matrix and a grid."""
-    dtype, device = grid.dtype if isinstance(grid, UniformGrid) else W.dtype, W.device
     if grid is not None and not isinstance(grid, UniformGrid):
         return walk_columns
-    if device.type == "cpu" and (dtype == W.dtype or W.dtype == torch.float32 and dtype in COMPILED_DTYPES):
+    dtypes = W.dtype, W.dtype if grid is None else grid.dtype
+    if W.device.type == "cpu" and (dtypes[0] == dtypes[1] or dtypes == (torch.float32, torch.bfloat16)):
         return walk_compiled
-    if device.type == "cuda" and W.dtype == torch.float32 and triton_obstacle(device) is None:
+    if W.device.type == "cuda" and W.dtype == torch.float32 and triton_obstacle(W.device) is None:
         from mixgpt.kernels import columns_cuda
-        if dtype in columns_cuda.GRID_DTYPES:
-            return columns_cuda.walk_columns
+        return columns_cuda.walk_columns
     return walk_columns

@@ -24,6 +24,7 @@ WAYS = {"codes": 64, "vbmi2": 32, "avx512": 16, "avx2": 8}  # columns of a step,
 FLAGS = {  # that the CPU must have
     "codes": {"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2"}, "vbmi2": {"avx512f", "avx512bw", "avx512vbmi2"},
     "avx512": {"avx512f", "f16c"}, "avx2": {"avx2", "fma", "f16c"}}
+HERE = {name for name, present in binding.get_host_cpu_features().items() if present}
 TENSORS = ("mask", "data", "offsets", "units", "zero", "scale", "x", "y")
 ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", *TENSORS)
 I1, I8, I16, I32, I64, F16, F32 = *map(ir.IntType, (1, 8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
@@ -55,12 +56,12 @@ def ways(dtype, wbits, width):
         return []
     able = {"codes": wbits and dtype == torch.bfloat16, "vbmi2": not wbits and dtype == torch.bfloat16,
             "avx512": not wbits, "avx2": True}
-    return [way for way in WAYS if able[way] and FLAGS[way] <= _flags()]
+    return [way for way in WAYS if able[way] and FLAGS[way] <= HERE]
 
 
 def multiplies_bfloat16(way):
     """Return whether x may be bfloat16."""
-    return WAYS[way] >= 32 and "avx512bf16" in _flags()
+    return WAYS[way] >= 32 and "avx512bf16" in HERE
 
 
 def arrange(x, kernel):
@@ -89,11 +90,6 @@ def run(kernel, rows, columns, block, groups, tensors):
     numbers = 0, rows, columns, -(-columns // block), groups
     values = (ctypes.c_int64 * len(ARGUMENTS))(*numbers, *addresses)
     _parallel()(_compiled(kernel), values, torch.get_num_threads(), 0)
-
-
-@functools.cache
-def _flags():
-    return {name for name, present in binding.get_host_cpu_features().items() if present}
 
 
 @functools.cache

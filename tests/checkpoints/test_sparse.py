@@ -81,7 +81,7 @@ def test_ways_are_chosen_by_the_flags_of_the_cpu(monkeypatch):
     for missing, values, codes in (((), "vbmi2", "codes"), (("avx512vbmi2",), "avx512", "avx2"),
                                    (("avx512vbmi",), "vbmi2", "avx2"), (("avx512f",), "avx2", "avx2"),
                                    (("avx512f", "avx2"), None, None)):
-        monkeypatch.setattr(sparse_cpu, "_flags", lambda missing=missing: flags - {*missing})
+        monkeypatch.setattr(sparse_cpu, "HERE", flags - {*missing})
         ways = sparse_cpu.ways.__wrapped__
         assert next(iter(ways(torch.bfloat16, 0, 128)), None) == values
         assert next(iter(ways(torch.bfloat16, 4, 128)), None) == codes
@@ -198,7 +198,7 @@ def saved(request, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_device_without_kernels_expands_the_matrices(gpu, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(sparse_cpu, "_flags", frozenset)
+    monkeypatch.setattr(sparse_cpu, "HERE", set())
     monkeypatch.setattr(sparse_cpu, "ways", sparse_cpu.ways.__wrapped__)  # which remembers
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     loaded, _ = mixgpt.load(saved[1], "cpu", torch.float64)  # larger than that on disk
