@@ -17,7 +17,7 @@ from mixgpt.app.settings import BOS, EVALUATION, METHOD, REPORT, RESULT, flag_of
 from mixgpt.checkpoints import formats, run_dir
 from mixgpt.common import distributed, files, program
 from mixgpt.common.choices import NO_METRICS, RECORD, is_interrupted_run
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, reading
 from mixgpt.common.progress import table
 from mixgpt.evaluation.measures import total_sparsity
 from mixgpt.modeling import decoder, experts, streaming
@@ -78,9 +78,10 @@ def completed(settings, device):
     folder = Path(settings.save)
     if is_interrupted_run(folder) or not ((folder / RECORD).exists() and any(folder.glob("*.safetensors"))):
         return None
-    record = json.loads((folder / RECORD).read_text())
-    program.check_signature(record, f"--resume: the run in {folder}")
-    before = {flag_of(name): value for name, value in record["settings"].items()} | record["identity"]
+    with reading(f"--resume: {folder / RECORD}"):
+        record = json.loads((folder / RECORD).read_text())
+        program.check_signature(record, f"--resume: the run in {folder}")
+        before = {flag_of(name): value for name, value in record["settings"].items()} | record["identity"]
     now = asked(settings, device) | {
         flag_of(name): getattr(settings, name) for name in ("model", *having_effect(EVALUATION, REPORT))}
     for flag, value in json.loads(json.dumps(now)).items():
