@@ -9,6 +9,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.checkpoints import packing, sparse
@@ -28,7 +29,8 @@ def save_dense(folder, model, grids=None):
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    state, slices = _untied(model), {}  # slices: key -> {name: ExpertSlice or None}
+    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    slices = {}  # key -> {name: ExpertSlice or None}
     for name in state:
         key, part = layout.get(name, (name, None))
         slices.setdefault(key, {})[name] = part
@@ -41,13 +43,6 @@ def save_dense(folder, model, grids=None):
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         with files.replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as partial:
             partial.write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _untied(model):
-    """Return the tensors of a model, {name: tensor}, without those that are others' by another name."""
-    state, tied = model.state_dict(), model.get_expanded_tied_weights_keys(all_submodels=True)  # as config is by now
-    return {name: tensor for name, tensor in state.items()
-            if name not in tied or not (tensor.is_meta or torch.equal(tensor, state[tied[name]]))}
 
 
 def _tensor_of(names, state, locations=None):
@@ -72,7 +67,7 @@ def save_compressed_tensors(folder, model, grids):
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
         num_bits=quantization.wbits, symmetric=True, strategy="group" if width else "channel", group_size=width))
     compressor = BaseCompressor.get_value_from_registry(PACKED)
-    state = _untied(model)
+    state = model.state_dict()
     for name, grid in grids.items():
         W = state.pop(f"{name}.weight")
         grid.codes(W)  # raises if W is not on the grid
@@ -94,7 +89,7 @@ def save_compressed_tensors(folder, model, grids):
 
 def save_sparse(folder, model, grids):
     """Save every linear of the decoder layers in the encoding of `packing`. Raises ValueError for W not on its grid."""
-    state, matrices = _untied(model), {}
+    state, matrices = model.state_dict(), {}
     for index, layer in enumerate(decoder.layers_of(model)):
         for name in linears(layer):
             path = decoder.path_of(model, index, name)
