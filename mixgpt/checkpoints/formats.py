@@ -13,7 +13,6 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from mixgpt.checkpoints import packing, sparse
-from mixgpt.common import files
 from mixgpt.modeling import decoder, experts, streaming
 from modelutils import linears
 
@@ -41,8 +40,7 @@ def save_dense(folder, model, grids=None):
         streaming.write(folder / file, {key: _tensor_of(slices[key], state, locations) for key in keys})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        with files.replacing(folder / SAFE_WEIGHTS_INDEX_NAME) as partial:
-            partial.write_text(json.dumps(index, indent=1) + "\n")
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _tensor_of(names, state, locations=None):
