@@ -87,7 +87,7 @@ def on_device(modules, device, ahead=None):
 
     def move(key, tensor):
         if key not in there:
-            there[key] = tensor.to(device, non_blocking=True)
+            there[key] = tensor.to(device)
         return there[key]
 
     with contextlib.ExitStack() as stack:
@@ -106,11 +106,11 @@ def on_device(modules, device, ahead=None):
 
 def in_turn(layers, device, title=None):
     """Yield (index, layer), each on the device until the next one is asked for, read meanwhile. title: of a bar."""
-    ahead, pinned = None, torch.device(device).type == "cuda"
+    ahead = None
     for index, layer in enumerate(progress.bar(layers, title=title, leave=False) if title else layers):
         with on_device([layer], device, ahead):
             if index + 1 < len(layers) and streaming.disk_weights(layer):
-                ahead = READER.submit(streaming.read, layers[index + 1], pinned)
+                ahead = READER.submit(streaming.read, layers[index + 1])
             yield index, layer
 
 

@@ -254,8 +254,6 @@ class Gpu:
         self._stack.enter_context(mock.patch("torch.tensor", _tensor(torch.tensor)))
         self._stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", functools.partial(
             self._attend, torch.nn.functional.scaled_dot_product_attention)))
-        self._stack.enter_context(mock.patch("torch.Tensor.pin_memory", lambda tensor, *_: tensor))
-        self._stack.enter_context(mock.patch("torch.accelerator.empty_host_cache", lambda: None, create=True))
         self._stack.enter_context(mock.patch.object(concurrent.futures.ThreadPoolExecutor, "submit", _submit(
             concurrent.futures.ThreadPoolExecutor.submit)))
         # a module moved there gets new parameters, as those of another class cannot be overwritten

@@ -1,6 +1,5 @@
 """Models on meta whose weights stay on disk: each module reads its own from safetensors files when it runs."""
 
-import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -42,23 +41,16 @@ def locations_of(model):
             for name, location in (disk_weights(module) or {}).items()}
 
 
-def read(module, pinned=False):
-    """Read {name: tensor} of a module on disk, in its dtypes. Raises InputError for NaN or inf. pinned: for GPUs."""
+def read(module):
+    """Read {name: tensor} of a module on disk, in its dtypes. Raises InputError for NaN or inf."""
     locations, tensors = disk_weights(module), {}
     files = {file: safe_open(file, "pt") for file in {location.file for location in locations.values()}}
     for name, own in module.state_dict().items():
         location = locations[name]
         stored = mapped(location, files[location.file])
-        tensors[name] = _room(stored.shape, own.dtype, pinned).copy_(stored)
+        tensors[name] = torch.empty(stored.shape, dtype=own.dtype).copy_(stored)
         check_finite(tensors[name], f"{location.file}: {location.key}")
     return tensors
-
-
-def _room(shape, dtype, pinned):
-    """Return an uninitialised tensor, pinned if that is asked for and the system allows it: WSL2 does for little."""
-    with contextlib.suppress(RuntimeError):
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
-    return torch.empty(shape, dtype=dtype)
 
 
 def mapped(location, content=None):
