@@ -53,8 +53,8 @@ class StreamedModel:
     def embed(self, tokens, sets=1):
         """Return the `HiddenStates` of tokens (N, T) before the first layer, with arguments for batches of their sizes.
 
-        sets: number of such sets of hidden states to make room for, all in one place. Raises ValueError if arguments
-        depend on the tokens and cannot be kept for each sequence.
+        sets: number of such sets of hidden states to make room for, all in one place. Raises ValueError if the batch
+        is not their first dimension.
         """
         stream, layers = HiddenStates(torch.empty(0), self.batch_size, self.device), self.layers
         with on_device(decoder.rest_of(self.model).values(), self.device):

@@ -79,16 +79,13 @@ def is_shared(argument):
 def per_sequence(calls, others, N):
     """Return the arguments of all layers with a `PerSequence` in place of those that depend on tokens, else None.
 
-    calls, others: those of two batches of one sequence without a common token. N: sequences in all. Raises ValueError.
+    calls, others: those of two batches of one sequence without a common token. N: sequences in all.
     """
     kept = {}  # by id: many layers may take the same tensor
 
     def compare(ours, theirs):
         if not torch.is_tensor(ours) or ours is theirs or torch.equal(ours, theirs):
             return None
-        if ours.shape[:1] != (1,):
-            raise ValueError(f"its layers take a tensor of {tuple(ours.shape)}, which depends on the tokens but has no "
-                             "batch dimension")
         if id(ours) not in kept:
             kept[id(ours)] = PerSequence(torch.empty(N, *ours.shape[1:], dtype=ours.dtype))
         return kept[id(ours)]
