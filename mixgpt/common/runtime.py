@@ -23,9 +23,7 @@ KEPT = 10_000  # moments of a `Clock` that are not added up yet; a mixture of ex
 
 def choose_device(name):
     """Return the device of this process: with torchrun, the GPU of its local rank."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = str(name)  # from Python also a torch.device
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))  # from Python also a torch.device
     if name.startswith("cuda:") and program.world() > 1:
         raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
     if name == "cuda" and program.world() > 1:
