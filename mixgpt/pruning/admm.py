@@ -18,34 +18,30 @@ FAINT = 1e-12  # factor of columns without input
 SAMPLE = 2**16  # least number of a matrix's scores from which the k-th smallest is estimated
 
 
-def keep_masks(scores, targets, totals, fraction=1.0, exact=True, out=None):
-    """Mark the weights to keep when the smallest scores of each of several matrices are removed.
+def prune_masks(scores, targets, totals, fraction=None):
+    """Mark the weights to prune, those of the smallest scores of each of several matrices.
 
-    scores: (out, in) of each, 0 where a weight must go; in several processes the shares of its rows, `totals` in
+    scores: (out, in) of each, below 0 where a weight must go; in several processes the shares of its rows, `totals` in
     number. targets: of each; round(sparsity · numel) weights go, or prunen of every prunem (the same for all matrices)
-    consecutive ones of a row. fraction: multiplies these numbers. exact: if False, unstructured counts are only
-    approximate, from a sample of the scores. Returns masks of 1 and 0 in the dtype of the scores; out: memory for them.
+    consecutive ones of a row. fraction: multiplies these numbers; without n:m they are then only approximate, from a
+    sample of the scores. Returns boolean masks.
     """
-    columns, prunem, masks = scores[0].shape[1], targets[0].prunem, [None] * len(scores)
-    thresholds = [0.0] * len(scores)
+    columns, prunem = scores[0].shape[1], targets[0].prunem
     if prunem:
-        masks = [smallest_in_groups(part.reshape(-1, prunem, 1), round(fraction * target.prunen)).view(-1, columns)
+        share = 1 if fraction is None else fraction
+        masks = [smallest_in_groups(part.reshape(-1, prunem, 1), round(share * target.prunen)).view(-1, columns)
                  for part, target in zip(scores, targets, strict=True)]
-    elif exact:
+    elif fraction is None:
         masks = smallest(scores, [round(target.sparsity * (total * columns))
                                   for target, total in zip(targets, totals, strict=True)], totals)
     else:
         thresholds = _thresholds(scores, targets, totals, fraction)
-    keep = [torch.empty_like(part) for part in scores] if out is None else out
-    for part, threshold, mask, kept in zip(scores, thresholds, masks, keep, strict=True):
-        torch.gt(part, threshold, out=kept)
-        if mask is not None:
-            kept.masked_fill_(mask, 0)
-    return keep
+        masks = [part <= threshold for part, threshold in zip(scores, thresholds, strict=True)]
+    return [mask | (part < 0) for mask, part in zip(masks, scores, strict=True)]
 
 
 def _thresholds(scores, targets, totals, fraction):
-    """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `keep_masks`."""
+    """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `prune_masks`."""
     columns = scores[0].shape[1]
 
     def sampled(total, number=None):
@@ -83,11 +79,10 @@ def admm_scores(W, H, counts, targets, row_weights=None):
         torch.abs(S, out=scores)
         if roots is not None:
             scores.mul_(roots)
-        scores.masked_fill_(gone, 0)
+        scores.masked_fill_(gone, -1)
         if t < ITERATIONS:
-            keep_masks(scores.split(counts), targets, totals, 1 - (1 - min(t / RAMP, 1)) ** 3, exact=False,
-                       out=Z.split(counts))
-            Z.mul_(S)
+            masks = prune_masks(scores.split(counts), targets, totals, 1 - (1 - min(t / RAMP, 1)) ** 3)
+            Z.copy_(S).masked_fill_(torch.cat(masks), 0)
             S.add_(W)
             change = multiply(torch.add(Z, S, alpha=-0.5, out=scores))  # as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
             S.sub_(Z).add_(change)
@@ -133,8 +128,8 @@ def admm_pruner(matrices, H, targets, row_weights=None, dead=None):
     scores, reached = admm_scores(W, H, counts, targets, row_weights)
 
     def prune(targets):
-        keep = torch.cat(keep_masks(scores.split(counts), targets, distributed.total(counts))).bool()
-        return (solve_on_support(reached, W, H, keep) / scale).masked_fill_(~keep, 0).split(counts)
+        pruned = torch.cat(prune_masks(scores.split(counts), targets, distributed.total(counts)))
+        return (solve_on_support(reached, W, H, ~pruned) / scale).masked_fill_(pruned, 0).split(counts)
 
     return prune
 

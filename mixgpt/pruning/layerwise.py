@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from mixgpt.common import distributed, progress
-from mixgpt.pruning.admm import keep_masks
+from mixgpt.pruning.admm import prune_masks
 from mixgpt.pruning.calibration import Calibration
 from mixgpt.pruning.solvers import prune_in_place
 from mixgpt.pruning.targets import Outcome
@@ -104,5 +104,5 @@ def _by_magnitude(W, target, scheme):
 
 def magnitude_prune(W, target):
     """Return W (out, in), or a process's share of its rows, with as many of its smallest weights 0 as a Target says."""
-    keep, = keep_masks([W.abs().float()], [target], distributed.total([len(W)]))
-    return W.masked_fill(keep == 0, 0)
+    mask, = prune_masks([W.abs().float()], [target], distributed.total([len(W)]))
+    return W.masked_fill(mask, 0)

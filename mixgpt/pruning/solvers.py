@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mixgpt.common import distributed
-from mixgpt.kernels.selection import smallest
-from mixgpt.pruning.admm import admm_pruner
+from mixgpt.pruning.admm import admm_pruner, prune_masks
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.targets import Target
 from quant import Scheme, meet_sparsities, quantize_nearest
@@ -69,22 +68,12 @@ def admm(problem):
 def quantize(problem):
     """Quantize the kept weights in a walk over the columns, then remove the least salient ones up to the sparsity."""
     results = walk(replace(problem, targets=[Target(0.0)] * len(problem.optima)))
-    if problem.targets[0].prunem:
-        return results
-    rows = [None] * len(results) if problem.row_weights is None else problem.row_weights.split(
-        [len(W) for W, _ in results])
-    return [(_filled(W, target.sparsity, problem.h, weights), grid)
-            for (W, grid), target, weights in zip(results, problem.targets, rows, strict=True)]
-
-
-def _filled(W, sparsity, h, row_weights=None):
-    """Return W (out, in) with as many zeros as its sparsity says, by w² times h (in,) and row_weights (out,)."""
-    scores = W.square() * h
-    if row_weights is not None:
-        scores *= row_weights[:, None]
-    rows, = distributed.total([len(W)])
-    mask, = smallest([scores.masked_fill_(W == 0, -1)], [round(sparsity * (rows * W.shape[1]))], [rows])
-    return W.masked_fill(mask, 0)
+    W, counts = torch.cat([W for W, _ in results]), [len(W) for W, _ in results]
+    scores = W.square() * problem.h
+    if problem.row_weights is not None:
+        scores *= problem.row_weights[:, None]
+    masks = prune_masks(scores.masked_fill_(W == 0, -1).split(counts), problem.targets, distributed.total(counts))
+    return [(W.masked_fill(mask, 0), grid) for (W, grid), mask in zip(results, masks, strict=True)]
 
 
 @dataclass(frozen=True)

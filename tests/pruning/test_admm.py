@@ -5,7 +5,7 @@ import torch
 from conftest import CPU
 
 from mixgpt.common.choices import SOLVERS
-from mixgpt.pruning.admm import admm_pruner, keep_masks, solve_on_support
+from mixgpt.pruning.admm import admm_pruner, prune_masks, solve_on_support
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
@@ -91,13 +91,13 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
 
 def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
     scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [2.0, -1.0, 9.0, 4.0]])
-    first, second = keep_masks(scores.split(1), [Target(0.5), Target(0.25)], [1, 1])
-    assert first.sum() == 2 and first[0, 0] and not first[0, 1]
-    assert second[0].tolist() == [True, False, True, True]
-    keep, = keep_masks([scores], [Target(0.5, 2, 4)], [2])
-    assert keep[1].tolist() == [False, False, True, True]
-    early, = keep_masks([scores.abs()], [Target(0.5, 2, 4)], [2], fraction=0.5)
-    assert early.tolist() == [[1, 0, 1, 1], [1, 0, 1, 1]]
+    first, second = prune_masks(scores.split(1), [Target(0.5), Target(0.25)], [1, 1])
+    assert first.sum() == 2 and first[0, 1] and not first[0, 0]
+    assert second[0].tolist() == [False, True, False, False]
+    mask, = prune_masks([scores], [Target(0.5, 2, 4)], [2])
+    assert mask[1].tolist() == [True, True, False, False]
+    early, = prune_masks([scores.abs()], [Target(0.5, 2, 4)], [2], fraction=0.5)
+    assert early.tolist() == [[0, 1, 0, 0], [0, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("solver, scheme", [("obs", None), ("admm", None), ("admm", Scheme(4))])

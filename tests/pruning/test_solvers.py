@@ -1,5 +1,7 @@
 """Check the errors that are reported against products with the Hessian."""
 
+from types import SimpleNamespace
+
 import makebelieve
 import pytest
 import torch
@@ -8,7 +10,7 @@ from test_sparsegpt import correlated_inputs, random, relative_error
 from mixgpt.common.choices import SOLVERS
 from mixgpt.pruning import solvers
 from mixgpt.pruning.hessian import InputHessian
-from mixgpt.pruning.solvers import Recipe, prune_in_place, walk
+from mixgpt.pruning.solvers import Problem, Recipe, prune_in_place, walk
 from mixgpt.pruning.targets import Target
 from quant import Scheme, quantize_nearest
 
@@ -72,11 +74,17 @@ def test_columns_without_input_go_first(target):
     assert not W[:, ::4].any() and (W == 0).sum() == W.numel() // 2
 
 
-def test_the_least_salient_weights_fill_up():
+def test_the_least_salient_weights_fill_up(monkeypatch):
     W, h, weights = random(5, 8).float(), torch.rand(8), torch.rand(5)
     h[3], W[:, 5] = 0, 0  # an input that is always zero, and weights that are
+    monkeypatch.setattr(solvers, "walk", lambda problem: [(matrix, None) for matrix in problem.optima])
+
+    def filled(sparsity, row_weights=None):
+        problem = Problem(SimpleNamespace(h=h), [W], [Target(sparsity)], Recipe(), W.dtype, row_weights)
+        return solvers.quantize(problem)[0][0]
+
     for row_weights in (None, weights):
-        filled = solvers._filled(W, 0.5, h, row_weights)
         scores = W.square() * h * (1 if row_weights is None else weights[:, None])
-        assert torch.equal(filled, torch.where(scores <= scores.flatten().sort().values[19], 0, W))  # 20 of 40
-    assert torch.equal(solvers._filled(W, 0.1, h), W)  # more are zero than asked for
+        expected = torch.where(scores <= scores.flatten().sort().values[19], 0, W)  # 20 of 40
+        assert torch.equal(filled(0.5, row_weights), expected)
+    assert torch.equal(filled(0.1), W)  # more are zero than asked for
