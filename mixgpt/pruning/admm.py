@@ -42,17 +42,12 @@ def prune_masks(scores, targets, totals, fraction=None):
 
 def _thresholds(scores, targets, totals, fraction):
     """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `prune_masks`."""
-    columns = scores[0].shape[1]
-
-    def sampled(total, number=None):
-        """Return the indices of a matrix's sample among the scores of a process."""
-        step, rows = total * columns // SAMPLE | 1, distributed.share(total, number)  # odd: of few columns else
-        return range(-rows.start * columns % step, (rows.stop - rows.start) * columns, step)
-
-    samples = [part.flatten()[sampled(total).start::sampled(total).step]
-               for part, total in zip(scores, totals, strict=True)]
-    samples = distributed.all_gather_parts(samples, [[len(sampled(total, number)) for total in totals]
-                                                     for number in range(distributed.world())])
+    columns, samples = scores[0].shape[1], []
+    for part, total in zip(scores, totals, strict=True):  # the same sample in any number of processes
+        step = total * columns // SAMPLE | 1  # odd: of few columns else
+        first = distributed.share(total).start * columns
+        samples.append(part.flatten()[-first % step::step])
+    samples = distributed.all_gather_parts(samples, distributed.all_gather_object(list(map(len, samples))))
     return [sample.kthvalue(max(round(fraction * target.sparsity * len(sample)), 1)).values
             for sample, target in zip(samples, targets, strict=True)]
 
