@@ -69,8 +69,7 @@ def allocate(sensitivities, sizes, sparsity, alpha):
     common shift, clipped to [0, 1], then makes the weighted mean equal `sparsity`. Of equals the earlier is sparser.
     """
     sizes = torch.tensor(sizes, dtype=torch.float64)
-    ranks = torch.empty_like(sizes)
-    ranks[sorted(range(len(sizes)), key=lambda i: sensitivities[i])] = torch.arange(len(sizes), dtype=torch.float64)
+    ranks = torch.tensor(sensitivities, dtype=torch.float64).argsort(stable=True).argsort().double()
     ideal = sparsity + alpha * (1 - 2 * ranks / max(len(ranks) - 1, 1))  # from the least to the most sensitive unit
     low, high = -2.0, 2.0  # ideal lies within [−1, 2]: these shifts clip every unit to 0 or 1
     for _ in range(100):
@@ -125,10 +124,9 @@ def by_threshold(budget):
     """
     streamed, selected, sparsity = budget.streamed, budget.selected, budget.target.sparsity
     sizes, device = [out * columns for out, columns in selected.values()], streamed.device
-    layers = {index: streamed.layers[index] for index, _ in selected}
 
     def scores():
-        for index, (_, layer) in zip(layers, in_turn(list(layers.values()), device), strict=True):
+        for index, layer in in_turn(streamed.layers, device):
             modules = linears(layer)
             for unit, key in enumerate(selected):
                 if key[0] == index:
