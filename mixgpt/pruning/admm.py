@@ -27,16 +27,16 @@ def prune_masks(scores, targets, totals, fraction=None):
     sample of the scores. Returns boolean masks.
     """
     columns, prunem = scores[0].shape[1], targets[0].prunem
+    if fraction is not None and not prunem:
+        thresholds = _thresholds(scores, targets, totals, fraction)
+        return [part <= threshold for part, threshold in zip(scores, thresholds, strict=True)]
     if prunem:
         share = 1 if fraction is None else fraction
         masks = [smallest_in_groups(part.reshape(-1, prunem, 1), round(share * target.prunen)).view(-1, columns)
                  for part, target in zip(scores, targets, strict=True)]
-    elif fraction is None:
+    else:
         masks = smallest(scores, [round(target.sparsity * (total * columns))
                                   for target, total in zip(targets, totals, strict=True)], totals)
-    else:
-        thresholds = _thresholds(scores, targets, totals, fraction)
-        masks = [part <= threshold for part, threshold in zip(scores, thresholds, strict=True)]
     return [mask | (part < 0) for mask, part in zip(masks, scores, strict=True)]
 
 
@@ -77,7 +77,7 @@ def admm_scores(W, H, counts, targets, row_weights=None):
         scores.masked_fill_(gone, -1)
         if t < ITERATIONS:
             masks = prune_masks(scores.split(counts), targets, totals, 1 - (1 - min(t / RAMP, 1)) ** 3)
-            Z.copy_(S).masked_fill_(torch.cat(masks), 0)
+            torch.mul(S, ~torch.cat(masks), out=Z)  # many times as fast as masked_fill on a CPU
             S.add_(W)
             change = multiply(torch.add(Z, S, alpha=-0.5, out=scores))  # as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
             S.sub_(Z).add_(change)
