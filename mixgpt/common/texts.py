@@ -21,7 +21,7 @@ from mixgpt.common.choices import Choice, Registry
 from mixgpt.common.errors import InputError, reading
 
 ENDINGS = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".arrow")
-IGNORED = ("state.json", "dataset_*.json", "cache-*.arrow")  # what `datasets` keeps beside the data
+IGNORED = ("state.json", "dataset_dict.json", "dataset_info*.json", "cache-*.arrow")  # of `datasets`, beside the data
 COLUMNS = ("text", "sentence", "messages")
 ARGUMENTS = {"train": "dataset", "test": "--eval", "validation": "--eval"}  # split -> by which its text is given
 

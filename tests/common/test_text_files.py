@@ -45,13 +45,13 @@ def test_a_folder_is_read_whole_in_order_of_its_paths(tmp_path):
     (elsewhere := tmp_path.with_name(f"{tmp_path.name}, elsewhere") / "b").mkdir(parents=True)
     (elsewhere / "rows.jsonl").write_text(LINES)
     (tmp_path / "b").symlink_to(elsewhere)  # as where large files have a disk of their own
-    (tmp_path / "c.txt").write_text("last\n")
+    (tmp_path / "dataset_c.json").write_text('["last"]')
     (tmp_path / "a.txt").write_text("first\nof two lines\n")
     (tmp_path / "README.md").write_text("not a text")
     rows, source = datautils.load_rows(str(tmp_path), "train", None)
-    assert rows == ["first\nof two lines\n", *ROWS, "last\n"] and len(source["files"]) == 3
+    assert rows == ["first\nof two lines\n", *ROWS, "last"] and len(source["files"]) == 3
     before = source["sha256"]
-    (tmp_path / "c.txt").write_text("Last\n")
+    (tmp_path / "dataset_c.json").write_text('["Last"]')
     assert datautils.load_rows(str(tmp_path), "train", None)[1]["sha256"] != before
 
 
