@@ -180,7 +180,7 @@ def path_rows(path, split):
 def _files_of(path):
     """Return the files of text below a folder, or the file itself, if its name is that of one."""
     return [file for file in (_below(path, "*") if os.path.isdir(path) else [Path(path)])
-            if file.name.endswith(ENDINGS) and not any(file.match(name) for name in IGNORED)]
+            if file.name.endswith(ENDINGS) and not any(file.match(name) for name in IGNORED) and not file.is_dir()]
 
 
 def _below(folder, pattern):

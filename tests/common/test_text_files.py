@@ -44,7 +44,7 @@ def test_rows_are_those_of_the_file_in_every_form(name, tmp_path):
 def test_a_folder_is_read_whole_in_order_of_its_paths(tmp_path):
     (elsewhere := tmp_path.with_name(f"{tmp_path.name}, elsewhere") / "b").mkdir(parents=True)
     (elsewhere / "rows.jsonl").write_text(LINES)
-    (tmp_path / "b").symlink_to(elsewhere)  # as where large files have a disk of their own
+    (tmp_path / "b.json").symlink_to(elsewhere)  # a folder, as where large files have a disk of their own
     (tmp_path / "dataset_c.json").write_text('["last"]')
     (tmp_path / "a.txt").write_text("first\nof two lines\n")
     (tmp_path / "README.md").write_text("not a text")
