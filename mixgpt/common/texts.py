@@ -205,7 +205,9 @@ def read_file(path, argument):
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
         elif path.suffix == ".arrow":
-            rows = pyarrow.ipc.open_stream(path).read_all().to_pylist()
+            with path.open("rb") as file:  # Arrow has two formats: a stream, as `datasets` writes, and a file
+                opened = pyarrow.ipc.open_file if file.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
+            rows = opened(path).read_all().to_pylist()
         else:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
                 text = file.read()

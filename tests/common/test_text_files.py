@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 import torch
@@ -24,6 +25,7 @@ FORMS = {
     "objects.json": lambda path: path.write_text(json.dumps([{"sentence": row} for row in ROWS], indent=1)),
     "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(BOM + LINES.encode())),
     "rows.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": ROWS}), path),
+    "rows.arrow": lambda path: pyarrow.feather.write_feather(pyarrow.table({"text": ROWS}), path),
     "saved": lambda path: Dataset.from_dict({"text": ROWS}).save_to_disk(path),
 }
 
