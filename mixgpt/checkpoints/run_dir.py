@@ -174,6 +174,9 @@ class RunDir(contextlib.AbstractContextManager):
                         tensors.get_tensor(f"grid.{name}.{part}").clone() for part in GRID))
                     outcomes[index, name] = Outcome(error, percdamp, grid)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
+            if self.stage == "layer" and isinstance(self.run.get("distilled"), dict):  # pruned again, it would stay so
+                with self._reading(file):
+                    raise
             print(f"resume   {file} cannot be read ({error}): pruning again from layer {index}", flush=True)
             return None
         return outcomes

@@ -335,14 +335,14 @@ def test_what_the_disk_has_damaged_of_a_layer_is_computed_again(prune, interrupt
     assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["run.json", "targets-0.safetensors"])
-def test_what_identifies_the_run_and_cannot_be_read_is_refused(name, prune, interrupt, tmp_path):
-    saved = tmp_path / "saved"
-    interrupt(1, "llama", "--preset best", HALF, saved)
+@pytest.mark.parametrize("name", ["run.json", "targets-0.safetensors", "layer-00001.safetensors"])
+def test_what_identifies_the_run_or_is_distilled_and_cannot_be_read_is_refused(name, prune, interrupt, tmp_path):
+    options, saved = ["llama", "--preset best --wbits 4 --effort 2", HALF], tmp_path / "saved"
+    interrupt(7, *options, saved)  # behind the first quantized layer
     file = saved / "progress" / name
     file.write_bytes(file.read_bytes()[:-9])
     before = snapshot(tmp_path)
-    line = prune("llama", "--preset best", HALF, saved, "--resume", status=2)
+    line = prune(*options, saved, "--resume", status=2)
     assert re.fullmatch(f"llama.py: error: --resume: {file} cannot be read; remove {saved} to start over: .*\n", line)
     assert snapshot(tmp_path) == before
 
