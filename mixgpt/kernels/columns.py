@@ -159,5 +159,6 @@ def fastest(W, grid=None):
         return walk_compiled
     if W.device.type == "cuda" and W.dtype == torch.float32 and triton_obstacle(W.device) is None:
         from mixgpt.kernels import columns_cuda
-        return columns_cuda.walk_columns
+        if dtypes[1] in columns_cuda.GRID_DTYPES:
+            return columns_cuda.walk_columns
     return walk_columns

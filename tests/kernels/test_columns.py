@@ -221,6 +221,7 @@ def test_weights_that_are_no_numbers_do_not_become_some(name):
     ("cpu", torch.float32, None, "compiled"), ("cpu", torch.float32, torch.bfloat16, "compiled"),
     ("cpu", torch.float32, torch.float16, "torch"), ("cpu", torch.float64, torch.float64, "compiled"),
     ("cpu", torch.float64, torch.float32, "torch"), ("cuda:1", torch.float64, None, "torch"),
+    ("cuda:1", torch.float32, torch.float64, "torch"),
     *(("cuda:1", torch.float32, grid, "triton") for grid in (None, torch.float32, torch.bfloat16, torch.float16))])
 def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, walk, monkeypatch):
     ones, W = torch.ones(2), SimpleNamespace(device=torch.device(device), dtype=dtype)  # without memory
