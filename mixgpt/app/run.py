@@ -115,6 +115,10 @@ def _check_saved(path, model, skeleton):
     for name, shape in sorted(own ^ made)[:1]:
         raise InputError(f"--save {path}: model.config makes another model than the one in memory: only one of them "
                          f"has {name} {tuple(shape)}")
+    own, made = (dict(each.named_parameters()) for each in (model, skeleton))  # of shared ones, the first alone
+    for name in sorted(made.keys() - own.keys())[:1]:
+        raise InputError(f"--save {path}: {name} is tied to another tensor of the model, but not by model.config; set "
+                         "its tie_word_embeddings, or give the model a copy of the tensor")
     dtypes = {name: buffer.dtype for name, buffer in skeleton.named_buffers()}
     if cast := [name for name, buffer in model.named_buffers() if buffer.dtype != dtypes.get(name, buffer.dtype)]:
         raise InputError(f"--save {path}: {cast[0]} was cast with the model, and will not be when that is loaded; load "
