@@ -134,7 +134,7 @@ def meet_sparsities(attempt, sparsities, attempts=4, margin_sigmas=0):
             margin = margin_sigmas * ((reached - targets).clamp(min=0) / sizes).sqrt()
             goals = (requested - margin).clamp(min=0)
         miss = reached - goals
-        tolerance = torch.maximum(1.001 * margin, (0.5 / sizes).clamp(min=CLOSE))  # filled up, W misses by the margin
+        tolerance = (margin + 0.501 / sizes).clamp(min=CLOSE)  # filled up to a whole weight, W misses by the margin
         if not left or ((miss.abs() <= tolerance) | ((targets == 0) & (miss > 0))).all():
             return results
         slopes = torch.ones_like(targets)

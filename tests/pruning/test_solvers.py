@@ -51,9 +51,9 @@ def test_admm_meets_the_sparsity_whatever_rounding_sets_to_zero(device, wbits, m
     monkeypatch.setattr(solvers, "walk", lambda problem: walks.append(problem) or walk(problem))
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0)) if ordered else None
     with makebelieve.Gpu():
-        _, after, *_ = pruned_on(device, torch.float32, recipe, Target(0.55), order=order)
+        _, after, *_ = pruned_on(device, torch.float32, recipe, Target(0.57), order=order)
     for W in after:
-        assert (W == 0).sum() == round(0.55 * W.numel())
+        assert (W == 0).sum() == round(0.57 * W.numel())
         assert max(len(row.unique()) for row in W) <= 2**wbits
     assert len(walks) <= most
 
