@@ -23,7 +23,8 @@ KEPT = 10_000  # moments of a `Clock` that are not added up yet; a mixture of ex
 
 def choose_device(name):
     """Return the device of this process: with torchrun, the GPU of its local rank."""
-    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))  # from Python also a torch.device
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    name = str(default if name is None else name)  # from Python also a torch.device
     if name.startswith("cuda:") and program.world() > 1:
         raise InputError(f"--device {name}: torchrun gives each process a GPU of its own; needs cuda or cpu")
     if name == "cuda" and program.world() > 1:

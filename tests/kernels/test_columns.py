@@ -68,11 +68,9 @@ def walker(name, grid_dtype=None):
     return walk, GPU if name == "triton" else CPU
 
 
-def slices(case):
-    """Return (slice of rows, prunen) of each matrix of a case."""
-    stops = np.cumsum(case.rows).tolist()
-    return [(slice(stop - count, stop), n)
-            for stop, count, n in zip(stops, case.rows, case.prunens or [0] * len(stops), strict=True)]
+def prunens_of(case):
+    """Return prunen of each row of a case."""
+    return [n for count, n in zip(case.rows, case.prunens or [0] * len(case.rows), strict=True) for _ in range(count)]
 
 
 def make(case):
@@ -105,28 +103,27 @@ def brute_force(case):
     W, U, mask, factors, grid = make(case)
     W, U, mask, factors = W.numpy(), U.numpy(), mask.numpy(), factors.numpy()
     E, margin = np.zeros_like(W), np.full(W.shape[1], np.inf)
-    for rows, n in slices(case):
-        for row in range(rows.start, rows.stop):
-            w = W[:, row]
-            for j in range(case.width):
-                if case.prunem and j % case.prunem == 0:
-                    group = range(j, j + case.prunem)
-                    scores = {k: w[k] ** 2 * factors[k] for k in group}
-                    order = sorted(group, key=lambda k: (not mask[k, row], scores[k]))  # those of the mask first
-                    alike = 0 < n < case.prunem and mask[order[n - 1], row] == mask[order[n], row]
-                    mask[group, row] |= [k in order[:n] for k in group]
-                    if alike:
-                        margin[row] = min(margin[row], scores[order[n]] / scores[order[n - 1]] - 1)
-                q = 0.0 if mask[j, row] else w[j]
-                if grid and not mask[j, row]:
-                    scale, low, high = (x[row].item() for x in grid[:3])
-                    steps = w[j] / scale
-                    margin[row] = min(margin[row], abs(steps % 1 - 0.5))
-                    q = torch.tensor(min(max(round(steps), low), high) * scale, dtype=torch.float64)
-                    q = q.to(case.dtype).item()
-                E[j, row] = (w[j] - q) / U[j, j]
-                w[j:] -= E[j, row] * U[j, j:]  # the first of them: w − (w − q)
-                w[j] = q
+    for row, n in enumerate(prunens_of(case)):
+        w = W[:, row]
+        for j in range(case.width):
+            if case.prunem and j % case.prunem == 0:
+                group = range(j, j + case.prunem)
+                scores = {k: w[k] ** 2 * factors[k] for k in group}
+                order = sorted(group, key=lambda k: (not mask[k, row], scores[k]))  # those of the mask first
+                alike = 0 < n < case.prunem and mask[order[n - 1], row] == mask[order[n], row]
+                mask[group, row] |= [k in order[:n] for k in group]
+                if alike:
+                    margin[row] = min(margin[row], scores[order[n]] / scores[order[n - 1]] - 1)
+            q = 0.0 if mask[j, row] else w[j]
+            if grid and not mask[j, row]:
+                scale, low, high = (x[row].item() for x in grid[:3])
+                steps = w[j] / scale
+                margin[row] = min(margin[row], abs(steps % 1 - 0.5))
+                q = torch.tensor(min(max(round(steps), low), high) * scale, dtype=torch.float64)
+                q = q.to(case.dtype).item()
+            E[j, row] = (w[j] - q) / U[j, j]
+            w[j:] -= E[j, row] * U[j, j:]  # the first of them: w − (w − q)
+            w[j] = q
     return torch.tensor(W), torch.tensor(E), torch.tensor(mask), torch.tensor(margin > NEAR)
 
 
@@ -162,8 +159,7 @@ def test_walks_as_the_formulas_say(name, dtype, case, layouts):
     large_U, inner_U = inside(U.to(dtype), device, extra_columns=4, **triangle)
     factors = factors.to(device, dtype)
     grid = grid and (*(x.to(device, dtype) for x in grid[:3]), grid[3])
-    prunens = torch.tensor([n for rows, n in slices(case) for _ in range(rows.start, rows.stop)], dtype=torch.int32)
-    choice = (case.prunem, prunens.to(device), factors) if case.prunem else None
+    choice = case.prunem and (case.prunem, torch.tensor(prunens_of(case), dtype=torch.int32, device=device), factors)
     walk(inner_W, inner_E, inner_U, inner_mask, choice, grid and UniformGrid(*grid))
 
     new, errors, removed, compared = brute_force(case)
