@@ -193,7 +193,7 @@ def test_a_mixture_of_experts_in_memory_is_refused_and_left_as_it_was(checkpoint
     ({"dataset": [[1, 2]]}, "dataset: row 1 is neither text nor a chat"),
     ({"hf_device_map": {"model": 0, "lm_head": 1}}, "model: lies on several devices; load it without device_map, or"),
     ({"model": torch.nn.Linear(1, 1)}, "model: is a Linear, must be a causal language model of transformers"),
-    ({"nsamples": "4"}, "--nsamples '4': must be int, not str"),
+    ({"nsamples": "4"}, "--nsamples '4': must be int, not str"), ({"device": 0}, "--device 0: must be cpu, cuda or"),
     ({"seqlen": 32.0}, "--seqlen 32.0: must be int | None, not float"),
     ({"dtype": torch.bfloat16}, "dtype: a model in memory keeps its own, torch.float32"),
     ({"tokenizer": None}, "tokenizer: is a NoneType, must be one of transformers")])
