@@ -84,7 +84,7 @@ def shares_of(name, flag="dataset"):
     """
     weights = {}
     for part in name.split(",") if ":" in name and not text_set_of(name) else [f"{name}:1"]:
-        text, _, share = part.strip().rpartition(":")
+        text, _, share = os.path.expanduser(part.strip()).rpartition(":")
         value = float(share) if re.fullmatch(r"\d+\.?\d*|\.\d+", share) else 0
         if not value:
             raise InputError(f"{flag} {name}: {part!r}: in a mixture each text needs a share above 0, for example "

@@ -39,9 +39,9 @@ def test_samples_are_the_first_that_each_text_gives_alone(mine, tokenizer):
     assert [(part["dataset"], part["sequences"]) for part in source["parts"]] == [("builtin", 9), (mine, 3)]
 
 
-def test_a_column_on_the_hub_is_a_text():
+def test_a_column_on_the_hub_is_a_text_and_so_is_a_folder_in_that_of_the_user():
     assert shares_of("owner/set.1:words") == {"owner/set.1:words": 1}
-    assert shares_of("owner/set:words:3,builtin:1") == {"owner/set:words": 0.75, "builtin": 0.25}
+    assert shares_of("owner/set:words:3,~/:1") == {"owner/set:words": 0.75, os.path.expanduser("~/"): 0.25}
     for name in ("owner/set", "owner/set:0.5", "owner/set:3", "a/b/c:text", "set:text"):
         with pytest.raises(InputError, match="invalid choice|in a mixture each text needs a share"):
             shares_of(name)
