@@ -77,11 +77,11 @@ class Chunk:
 
     def read(self, index, rows):
         """Return the hidden states of a batch before layer number `index`, (B, T, C) of each kind, on the device."""
-        return [border[rows].to(self.device, non_blocking=True) for border in self.borders[index]]
+        return [border[rows].to(self.device) for border in self.borders[index]]
 
     def _write(self, index, rows, states):
         for border, hidden in zip(self.borders[index], states, strict=True):
-            border[rows].copy_(hidden, non_blocking=True)
+            border[rows].copy_(hidden)
 
     def _converted(self, layer):
         """Return a layer that computes in self.dtype: itself, or a copy if that is not the model's dtype."""
