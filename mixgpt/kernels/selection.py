@@ -1,10 +1,12 @@
 """Select the smallest scores of groups, and of matrices whose rows several processes share."""
 
+import itertools
+
 import torch
 
 from mixgpt.common import distributed
 
-NARROW = 32  # scores per group up to which pairwise comparison is as fast as sorting, or faster
+NARROW = 64  # scores per group up to which pairwise comparison is as fast as sorting, or faster
 
 
 def smallest_in_groups(scores, n):
@@ -14,14 +16,13 @@ def smallest_in_groups(scores, n):
     """
     if scores.shape[1] > NARROW:
         return scores.argsort(dim=1, stable=True).argsort(dim=1) < n
-    mask, columns = torch.empty_like(scores, dtype=torch.bool), scores.unbind(1)
-    for j, column in enumerate(columns):
-        rank = torch.zeros_like(column, dtype=torch.uint8)
-        for k, other in enumerate(columns):
-            if k != j:
-                rank += other <= column if k < j else other < column
-        torch.lt(rank, n, out=mask[:, j])
-    return mask
+    columns = scores.unbind(1)
+    ranks = [torch.full_like(column, j, dtype=torch.uint8) for j, column in enumerate(columns)]
+    for j, k in itertools.combinations(range(len(columns)), 2):
+        less = (columns[k] < columns[j]).view(torch.uint8)  # only then the later one goes first
+        ranks[j] += less
+        ranks[k] -= less
+    return torch.stack(ranks, 1) < n
 
 
 def smallest(scores, ks, totals):

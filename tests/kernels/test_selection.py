@@ -24,7 +24,7 @@ def test_smallest_marks_the_first_k_of_the_sorted_scores(rows, columns, data):
     assert sorted(s for s, marked in zip(scores, mask.flatten().tolist(), strict=True) if marked) == sorted(scores)[:k]
 
 
-@pytest.mark.parametrize("m", [1, 2, 4, 7, 40])
+@pytest.mark.parametrize("m", [1, 2, 4, 7, 40, 70])
 def test_the_first_of_the_sorted_scores_of_each_group_are_marked(m):
     scores, counts = random(9, m, 3).round(), [0, 1, m]  # many ties
     mask = smallest_in_groups(scores, torch.tensor(counts))
