@@ -131,8 +131,11 @@ def test_runs_that_differ_in_their_seed_alone_are_one_point(write):
 
 
 def test_rows_of_one_method_say_in_which_settings_they_differ(table):
-    rows = table(a=record(40.0, sparsity=0.6), b=record(41.0, sparsity=0.6, percdamp=0.1), c=record(30.0))
-    assert [row.partition("  ")[0] for row in rows[4:]] == ["dense", *map("SparseGPT, percdamp {}".format, (0.01, 0.1))]
+    rows = table(a=record(40.0, sparsity=0.6), b=record(41.0, sparsity=0.6, percdamp=0.1), c=record(30.0),
+                 d=record(39.0, sparsity=0.6, distill=0.5), e=record(38.0, sparsity=0.6, distill=1.0, seed=1))
+    assert [row.partition("  ")[0] for row in rows[4:]] == [
+        "dense", *map("SparseGPT, percdamp {}".format, (0.01, 0.1)),
+        *map("SparseGPT (distilled), distill {}".format, (0.5, 1.0))]
 
 
 def test_the_picture_has_a_line_for_each_method_and_the_dense_model(write, tmp_path, monkeypatch, capsys):

@@ -133,9 +133,9 @@ class Settings:
     nearest: bool = option(False, METHOD, "round to nearest without calibration (the baseline)", needs=("quantizes",))
 
     nsamples: int = option(128, RESULT, "calibration sequences", group="calibration", between=(1,))
-    extra: float = option(0.0, METHOD, "further sequences for the Hessians alone, as a multiple of --nsamples",
+    extra: float = option(0.0, RESULT, "further sequences for the Hessians alone, as a multiple of --nsamples",
         between=(0, 100), needs=("calibrates",))
-    distill: float = option(0.0, METHOD,
+    distill: float = option(0.0, RESULT,
         "further sequences for distillation, likewise: at the end the kept weights, or with --wbits the scales of "
         "their grids, are trained on the dense model's predictions and the next tokens", between=(0, 100),
         needs=("calibrates",))
