@@ -32,7 +32,10 @@ def _guarded(method):
 
 
 class Tracker(contextlib.AbstractContextManager):
-    """A W&B run, as a context manager that marks it finished or failed. Without a run, methods do nothing."""
+    """A W&B run, as a context manager that marks it finished or failed. Without a run, methods do nothing.
+
+    A run that the caller has open is logged to, and stays open.
+    """
 
     def __init__(self, settings, record):
         """Start a run in the first process if the settings ask for it. record: of the run, as far as it is known."""
@@ -41,7 +44,7 @@ class Tracker(contextlib.AbstractContextManager):
             return
         try:
             import wandb
-            self.wandb = wandb
+            self.wandb, self.own = wandb, wandb.run is None
             options = {"config": {**record["settings"], **record, "method": settings.method},
                        "project": settings.wandb_project, "name": settings.wandb_name, "group": settings.wandb_group,
                        "settings": wandb.Settings(silent=settings.quiet)}
@@ -50,6 +53,8 @@ class Tracker(contextlib.AbstractContextManager):
             except (wandb.errors.UsageError, wandb.errors.CommError) as error:  # logged out, or no answer
                 self.run = wandb.init(**options, mode="offline")
                 _warn(error, f"the run is kept on disk; {_upload(self.run)}")
+            if not self.own:
+                self.run.config.update(options["config"], allow_val_change=True)
             for metrics in ("layers/*", "error/*", "sparsity/*"):
                 self.run.define_metric(metrics, step_metric="layer")
         except Exception as error:  # not installed, a variable that it does not accept, a full disk
@@ -97,7 +102,8 @@ class Tracker(contextlib.AbstractContextManager):
     def __exit__(self, _, error, traceback):
         if isinstance(error, Exception):
             self.run.summary["failed"] = errors.one_line(error)
-        self.run.finish(exit_code=errors.status_of(error) if error else 0)
+        if self.own:
+            self.run.finish(exit_code=errors.status_of(error) if error else 0)
 
 
 def _upload(run):

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,8 @@ def read_back(folder):
             case "run":
                 config |= _values(record.run.config.update)
                 group = record.run.run_group
+            case "config":
+                config |= _values(record.config.update)
             case "history":
                 history.append(_values(record.history.item))
             case "summary":
@@ -226,6 +229,15 @@ def test_a_run_that_fails_is_marked_so_and_says_why(surroundings, checkpoint_fol
     monkeypatch.setattr(compression, "_prune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run("opt", checkpoint_folder("opt"), "builtin", "--sparsity=.5", *ARGUMENTS, "--log-wandb") == 130
     assert read_back(folder_of(surroundings))[3] == 130
+
+
+def test_a_run_that_the_caller_has_open_is_logged_to_and_stays_open(surroundings):
+    with wandb.init(config={"lr": 1}) as caller:
+        with Tracker(Settings("opt", "c4", log_wandb=True), {"settings": {"sparsity": 0.5}}):
+            pass
+        caller.log({"mine": 1})
+    config, history, _, status, _ = read_back(Path(caller.dir).parent)
+    assert config.items() >= {"lr": 1, "sparsity": 0.5}.items() and (history[-1]["mine"], status) == (1, 0)
 
 
 def test_logged_out_the_run_is_kept_on_disk_after_one_line(surroundings, checkpoint_folder, variables, capfd):
