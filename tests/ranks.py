@@ -1,6 +1,7 @@
 """Prune in memory in several processes, for test_distributed.py, and keep what each of them made of it."""
 
 import itertools
+import time
 from unittest import mock
 
 import torch
@@ -9,6 +10,7 @@ from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import hessian_traces
+from mixgpt.app import compression
 from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.evaluation.measures import perplexity
@@ -114,9 +116,9 @@ def run(rank, world, port, file, make):
 
 
 def poor(rank, world, port, short):
-    """Be process `rank`; if it is the last, run out of memory in the second batch that distillation takes, if short."""
+    """Be process `rank`; if it is the last, count slowly, and if short lack memory for the second batch to distil."""
     as_rank(rank, world, port)
-    backward, calls = distill._backward, []
+    backward, measure, calls = distill._backward, compression.measure_weights, []
 
     def failing(*given):
         calls.append(given)
@@ -124,5 +126,6 @@ def poor(rank, world, port, short):
             raise MemoryError
         return backward(*given)
 
-    if short and rank == world - 1:
-        distill._backward = failing
+    if rank == world - 1:
+        distill._backward = failing if short else backward
+        compression.measure_weights = lambda *given: (time.sleep(2), measure(*given))[1]

@@ -66,7 +66,8 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         record = current.record | {"seconds": clock.seconds(), "peak_memory": runtime.peak_memory(device)}
         if settings.save:
             folder.write_json(folder.path / choices.RECORD, record)
-            folder.close()
+        if current.files:
+            current.files.close()
         report.publish(current.settings, record)
         current.tracker.result(record, method)
         return record

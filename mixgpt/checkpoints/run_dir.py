@@ -263,7 +263,7 @@ class RunDir(contextlib.AbstractContextManager):
 
     def close(self):
         """Remove what was kept to go on from: the run is complete."""
-        distributed.barrier()  # others may still compare the layers there with the saved model
+        distributed.barrier()  # others may still read the layers there
         if self.writes:
             clear(self.path)
 
