@@ -139,7 +139,7 @@ def load_or_compute(streamed, tokens, estimator, seed=0, nprobes=1, path=None):
     shapes, key = select(streamed.model), key_of(streamed.model, tokens, estimator, seed, nprobes)
     digits = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     target = Path(path or cache_folder() / f"traces-{digits}.json")
-    stored = read(target, shapes, estimator)
+    stored = distributed.broadcast_object(read(target, shapes, estimator))  # other machines have caches of their own
     if stored and stored["key"]["weights"] != key["weights"]:
         raise InputError(f"{FLAG} {target}: was computed from different weights")
     if stored and len(stored["samples"]) == stored["key"]["sequences"]:

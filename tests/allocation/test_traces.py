@@ -30,6 +30,9 @@ def test_a_file_is_written_and_read_instead_of_computed(tokens, path, monkeypatc
     rows = json.loads(path.read_text())["matrices"]
     assert [row["trace"] for row in rows] == first.samples.mean(dim=0).tolist()
     assert [(row["layer"], row["name"]) for row in rows] == list(first.shapes)
+    stored = traces.read(path, first.shapes, "fisher")
+    monkeypatch.setattr(traces.distributed, "broadcast_object", lambda _: stored)  # by a process on another machine
+    assert torch.equal(obtain("llama", tokens, path.with_name("none"))[0].samples, first.samples)
 
 
 def test_by_default_the_file_depends_on_all_that_the_traces_depend_on(tokens, tmp_path, monkeypatch):
