@@ -66,7 +66,8 @@ def identity(run):
     """Return what a resumed run must have in common with the first one, {flag: value}."""
     return asked(run.settings, run.device) | {
         "--dtype": str(run.model.dtype).removeprefix("torch."), "model's weights": streaming.fingerprint(run.model),
-        "calibration tokens": None if run.calibration is None else streaming.digest(run.calibration)}
+        "calibration tokens": None if run.calibration is None else streaming.digest(
+            torch.cat([run.calibration, run.further]))}
 
 
 def completed(settings, device):

@@ -14,7 +14,6 @@ from conftest import assert_same_weights, contents, full, record_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import datautils
 import mixgpt
 from mixgpt.allocation import fisher
 from mixgpt.app import compression
@@ -108,9 +107,9 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
     source, saved = shutil.copytree(checkpoint_folder("opt"), tmp_path / "model"), tmp_path / "saved"
 
     def refused(*options):
-        return prune("opt", HALF, saved, *options, model=source, status=2)
+        return prune("opt", "--extra 1", HALF, saved, *options, model=source, status=2)
 
-    interrupt(1, "opt", HALF, saved, model=source)
+    interrupt(1, "opt", "--extra 1", HALF, saved, model=source)
     before = snapshot(saved)
     assert refused() == (f"llama.py: error: --save {saved}: holds an interrupted run; continue it with --resume, or "
                          "remove the folder\n")
@@ -118,11 +117,12 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
                            ("--save-format", "dense", "sparse")):
         assert re.search(f"--resume: {flag} was {was} .*, now it is {now}$", refused(flag, now, "--resume"))
 
-    with monkeypatch.context() as patch:
-        short = datautils.load_rows
-        patch.setattr(datautils, "load_rows", lambda *asked: (lambda rows, source: (rows[::-1], source))(
-            *short(*asked)))
-        assert "--resume: calibration tokens was " in refused("--resume")
+    draw = running.calibration_samples
+    for changed in (0, "0, further"):  # the seed of these sequences
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "calibration_samples", lambda *asked, **more: (lambda tokens, source: (
+                tokens.flip(1) if asked[-1] == changed else tokens, source))(*draw(*asked, **more)))  # noqa: B023
+            assert "--resume: calibration tokens was " in refused("--resume")
 
     whole = load_file(source / "model.safetensors")
     for name in ("layers.2.fc2.weight", "final_layer_norm.weight"):
