@@ -226,6 +226,8 @@ def _plan(run):
             print(f"distill  skipped: all weights cannot be trained at once in what is free on {device}", flush=True)
     if run.selected and not run.memory_plan.two_passes and device.type == "cuda":
         _plan_passes(run)
+    elif run.selected:
+        run.memory_plan = memory.MemoryPlan(**run.decided("memory_plan", lambda: asdict(run.memory_plan)))
     if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
         run.log(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
     if settings.semi_structured and (reason := semistructured.obstacle(device, run.model.dtype)):

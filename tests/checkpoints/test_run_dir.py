@@ -304,6 +304,12 @@ def test_a_run_that_goes_on_prunes_in_the_way_of_the_interrupted_one(prune, inte
     prune("llama", HALF, tmp_path / "saved", "--resume")
     assert ways[0] == ways[1] and not ways[1].two_passes
     assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
+    monkeypatch.setattr(running, "_plan", decide)
+    interrupt(1, "llama", "--no-true-sequential", HALF, tmp_path / "cut")
+    file = tmp_path / "cut" / "progress" / "run.json"
+    file.write_text(file.read_text().replace('"batch_size": 2', '"batch_size": 1'))  # as where memory has run out
+    prune("llama", "--no-true-sequential", HALF, tmp_path / "cut", "--resume")
+    assert ways[-1].batch_size == 1 and ways[-1].two_passes
 
 
 @pytest.mark.parametrize("calls, what, finished", [  # as many files are written before the disk is full
