@@ -38,7 +38,8 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
     InputError if even that leaves no room, for a prompt without usable tokens, and if logits are NaN or inf.
     """
     ids, cut = _prompt_ids(model, tokenizer, prompt, max_new_tokens, bos)
-    choice = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    choice = {"do_sample": True, "temperature": temperature,
+              "top_k": model.generation_config.top_k or 0} if temperature else {"do_sample": False}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=model.generation_config.eos_token_id,
         stop_strings=list(until) or None, return_dict_in_generate=False, **choice)
