@@ -94,6 +94,7 @@ def _save(current, plan, outcomes, matrices, others):
         folder.write_checkpoint(current.tokenizer, {path_of(current.model, *key): outcome.grid
                                                     for key, outcome in outcomes.items() if outcome.grid})
         saved = load.open_model(path, load.read_config(path), "auto")
+        saved.config._attn_implementation = current.model.config._attn_implementation  # a caller may have chosen it
         if measures.measure_weights(saved, current.device) != (matrices, others):
             raise errors.VerificationError(f"--save {path}: the zeros of the saved weights differ from those in memory")
         of_saved, in_memory = (measures.logits(model, probe, 1, current.device) for model in (saved, current.model))
