@@ -6,6 +6,7 @@ positions, and Baichuan 2 normalises the rows of its head. Importing this file r
 
 import json
 import math
+from dataclasses import field
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ class BaichuanConfig(LlamaConfig):
 
     model_type = "baichuan"
 
+    architectures: list[str] | None = field(default_factory=lambda: ["BaichuanForCausalLM"])  # of two, one is needed
     vocab_size: int = 64_000
     max_position_embeddings: int | None = None
     model_max_length: int | None = None

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import datautils
 from mixgpt.checkpoints import load
 from mixgpt.evaluation.measures import total_sparsity
+from mixgpt.modeling import baichuan
 
 LAYERS, LIMIT = 2, 64
 VARIANTS = {  # architectures, hidden size, heads, vocabulary, further fields, all as in the published configurations
@@ -272,6 +273,7 @@ def test_a_saved_folder_keeps_the_code_of_the_published_one_for_others(published
     model, mine = load.load_model(folder, "auto"), tmp_path / "mine.py"
     mine.touch()
     monkeypatch.chdir(tmp_path)
+    load.skeleton(baichuan.BaichuanConfig(num_hidden_layers=1))  # names no architectures until it is saved
     for saved, name in (("without", str(folder)), ("nameless", "")):  # the second one is built in memory
         model.config.name_or_path = name
         save(tmp_path / saved, model, load.load_tokenizer(folder), {})
