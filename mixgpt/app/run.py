@@ -119,9 +119,10 @@ def _check_saved(path, model, skeleton):
     for name in sorted(made.keys() - own.keys())[:1]:
         raise InputError(f"--save {path}: {name} is tied to another tensor of the model, but not by model.config; set "
                          "its tie_word_embeddings, or give the model a copy of the tensor")
-    dtypes = {name: buffer.dtype for name, buffer in skeleton.named_buffers()}
-    if cast := [name for name, buffer in model.named_buffers() if buffer.dtype != dtypes.get(name, buffer.dtype)]:
-        raise InputError(f"--save {path}: {cast[0]} was cast with the model, and will not be when that is loaded; load "
+    own, made = (dict([*each.named_buffers(), *each.named_parameters()]) for each in (model, skeleton))
+    if cast := [name for name, tensor in made.items() if name in own and own[name].dtype != tensor.dtype]:
+        before, after = (tensors[cast[0]].dtype for tensors in (own, made))
+        raise InputError(f"--save {path}: {cast[0]} was cast to {before}, and will be {after} once loaded; load "
                          "the model by from_pretrained(..., dtype=...)")
     with reading(f"--save {path}: the model's generation_config"), tempfile.TemporaryDirectory() as folder:
         model.generation_config.save_pretrained(folder)

@@ -91,7 +91,8 @@ def test_a_head_that_the_caller_has_untied_is_saved_whatever_the_attention(check
 def test_a_model_in_memory_that_could_not_be_saved_is_refused_before_it_is_pruned(checkpoint_folder, tmp_path):
     model, tokenizer = in_memory(checkpoint_folder("llama"))
     for change, reason in [(lambda: vars(model.generation_config).update(temperature=0.3), "the model's generation_c"),
-                           (model.bfloat16, "model.rotary_emb.inv_freq was cast with the model"),
+                           (model.model.norm.double, "model.norm.weight was cast to torch.float64, and will be"),
+                           (model.bfloat16, "model.rotary_emb.inv_freq was cast to torch.bfloat16, and will be"),
                            (lambda: vars(model.config).update(tie_word_embeddings=False), "lm_head.weight is tied to"),
                            (lambda: model.model.layers.pop(2), r"model.config makes .* has model.layers.2.\S+ \(32,")]:
         change()
