@@ -79,7 +79,8 @@ def prune(model, dataset, tokenizer=None, **options):
                          "out")
     if (settings.compresses or settings.save) and any(isinstance(module, SparseLinear) for module in model.modules()):
         raise InputError("model: its matrices are packed, and can only be evaluated; load it with packed=False")
-    device, training, trained = model.device, model.training, [w for w in model.parameters() if w.requires_grad]
+    device, trained = model.device, [weight for weight in model.parameters() if weight.requires_grad]
+    modes = {module: module.training for module in model.modules()}
     replaced = use_linears(model)
     try:
         return Result(pipeline.run(settings, None, model.to("cpu").eval().requires_grad_(False), tokenizer, texts))
@@ -87,7 +88,9 @@ def prune(model, dataset, tokenizer=None, **options):
         for weight in trained:
             weight.requires_grad_(True)
         restore(model, replaced)
-        model.to(device).train(training)
+        model.to(device)
+        for module, training in modes.items():
+            module.training = training
 
 
 @torch.inference_mode(False)  # of the caller: `prune` would refuse the model

@@ -115,9 +115,11 @@ def test_a_model_in_memory_keeps_its_dtype_mode_and_forward_and_no_line_says_oth
     model, tokenizer = in_memory(checkpoint_folder("llama"))
     model.model.layers[1].forward = forward = model.model.layers[1].forward  # as libraries wrap it
     model.half().train().config.dtype = torch.float16
+    model.lm_head.eval()
     assert mixgpt.prune(model, "builtin", tokenizer, **OPTIONS).record["settings"]["dtype"] == "float16"
     assert model.model.layers[1].forward is forward
     assert model.dtype == torch.float16 and model.training and "float32" not in capsys.readouterr().out
+    assert not model.lm_head.training
 
 
 def test_paths_may_be_those_of_pathlib_or_below_the_home_and_numbers_those_of_numpy(tmp_path, monkeypatch):
