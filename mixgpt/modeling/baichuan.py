@@ -94,7 +94,7 @@ class BaichuanModel(LlamaModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, cache=None, inputs_embeds=None, **kwargs):
-        if not self.config.rotary and (attention_mask is None or attention_mask.dim() == 2):
+        if not self.config.rotary:
             source = input_ids if input_ids is not None else inputs_embeds
             queries = source.shape[1]
             keys = queries + (cache.get_seq_length() if cache is not None else 0)

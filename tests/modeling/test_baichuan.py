@@ -202,6 +202,9 @@ def test_generation_is_the_same_with_and_without_cache_and_with_padding(variant)
     cached, uncached = (model.generate(tokens, attention_mask=mask, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, uncached) and cached.shape == (2, 17)
     assert torch.equal(model.generate(tokens[1:, 4:], **options)[0], cached[1, 4:])
+    if not model.config.rotary:  # a static cache brings a mask of four dimensions, without ALiBi
+        with pytest.raises(RuntimeError, match="must match the size"):
+            model.generate(tokens, attention_mask=mask, cache_implementation="static", **options)
     steps = model(cached[:1]).logits.argmax(-1)[0]
     assert torch.equal(steps[8:-1], cached[0, 9:])  # the model's own full forward
 
