@@ -158,8 +158,8 @@ class StreamedLM(TemplateLM):
                 options = normalize_gen_kwargs(options)
                 texts[number] = complete(
                     self.model, self.tokenizer, context, min(options["max_gen_toks"], self.max_length - 1),
-                    options.get("temperature", 1.0) if options["do_sample"] else 0.0,
-                    until=[end for end in options["until"] if end], bos=self.bos).text
+                    options.get("temperature", 1.0) if options["do_sample"] else 0.0, number,  # repeats differ
+                    [end for end in options["until"] if end], bos=self.bos).text
         return self._in_order(texts)
 
     def _loglikelihood_tokens(self, requests, **_):

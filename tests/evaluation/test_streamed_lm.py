@@ -87,6 +87,8 @@ def test_answers_are_those_of_the_model_that_lm_eval_has(name, tokenizer):
     for options in ({"until": ["\n", " a"], "max_gen_toks": 12}, {"until": [], "max_new_tokens": 9}):
         texts = asked("generate_until", [(context, options) for context, _ in PAIRS if context])
         assert ours.generate_until(texts) == theirs.generate_until(texts, disable_tqdm=True)
+    repeats = asked("generate_until", [("x", {"max_gen_toks": 9, "do_sample": True, "temperature": 2.0})] * 3)
+    assert len(set(ours.generate_until(repeats))) == 3
 
 
 def test_with_bos_for_each_sequence_it_stays_where_a_context_is_cut(tokenizer, plain):
