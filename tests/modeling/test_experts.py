@@ -12,10 +12,6 @@ from mixgpt.evaluation.measures import logits, total_sparsity
 from mixgpt.modeling.decoder import layers_of, layers_path, path_of
 from mixgpt.modeling.experts import layout_of, published, split_experts
 from mixgpt.modeling.streaming import read
-from mixgpt.pruning.layerwise import prune_layerwise
-from mixgpt.pruning.solvers import Recipe
-from mixgpt.pruning.targets import Target, select
-from modelutils import StreamedModel
 
 COMMON = {key: value for key, value in conftest.COMMON.items() if key != "head_dim"} | conftest.TOKEN_IDS | {
     "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "num_experts_per_tok": 2}
@@ -118,25 +114,6 @@ def test_models_nothing_prunes_are_refused(kind, options, message, tokenizer, tm
     tokenizer.save_pretrained(tmp_path / "model")
     assert run("llama.py", tmp_path / "model", "builtin", "--sparsity", ".5", *SMALL) == 2
     assert message in capsys.readouterr().err
-
-
-@torch.no_grad()
-def test_an_expert_without_tokens_is_pruned_on_the_mean_of_the_others(tokens):
-    model = build("mixtral")
-    for layer in layers_of(model):
-        layer.mlp.gate.register_forward_hook(lambda _, args, output: (  # never expert 2
-            *output[:2], output[0].index_fill(1, torch.tensor(2), -torch.inf).topk(2).indices))
-    split_experts(model)
-    plan, lines = dict.fromkeys(select(model), Target(0.5)), []
-    streamed = StreamedModel(model, CPU, 2)
-    outcomes = prune_layerwise(streamed, plan, tokens[:2], Recipe(), observe=lambda *given: (
-        lines.append(given)))
-    assert len(lines) == 3 and outcomes.keys() == plan.keys()
-    for matrix in measure_sparsity(model):
-        assert matrix.zeros == round(0.5 * matrix.numel), matrix
-    # a weight's column decides as well as its size: the pooled Hessian ranks, not the first columns
-    W = layers_of(model)[0].mlp.experts.get_submodule("2").gate_proj.weight
-    assert ((W == 0).double().mean(0) < 1).all()
 
 
 @pytest.mark.parametrize("kind, dtype", [("deepseek_v3", torch.bfloat16), ("gpt_oss", torch.float16)])
