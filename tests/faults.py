@@ -1,7 +1,6 @@
 """The table of faults that a command line must refuse in one line: what users get wrong, and what would be unsafe."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +13,11 @@ SMALL = "--nsamples 4 --seqlen 32 --device cpu"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 MODEL = "model {root}/model: "
+PRUNED = "{root}/model builtin --sparsity .5 "
 
 
 def nothing(root=None):
     """Break nothing."""
-
-
-def cut(file, kept):
-    """Keep the first bytes of a file."""
-    file.write_bytes(file.read_bytes()[:kept])
 
 
 def weights_changed(root, change):
@@ -47,22 +42,17 @@ class Fault:
 
     damage: object  # called with the folder in which `model` is a copy of a tiny model
     message: str  # the whole of it; "…" stands for words of other libraries
-    command: str = "{root}/model builtin --sparsity .5 --eval builtin"
+    command: str = PRUNED
     script: str = "llama"
 
 
 WEIGHTS_UNREAD = f"{MODEL}its weights cannot be read: "
 UNREAD, REMOTE = "its configuration cannot be read: ", "it needs code from its repository, which is never executed here"
 LINK = "is a link out of its folder, to {root}/elsewhere; replace it by the file itself"
-PRUNED = "{root}/model builtin --sparsity .5 "
 
 
 def refused(options, message, command=PRUNED):
     return Fault(nothing, message, command + options)
-
-
-def prompt(options, message, damage=nothing):
-    return Fault(damage, message, "{root}/model import --device cpu " + options, "generate")
 
 
 def remote(root, model_type):
@@ -89,23 +79,11 @@ def linked(root, name):
     file.symlink_to(root / "elsewhere")
 
 
-def sharded(root, **index):
-    """Replace the weights by two shards and an index; index: keys of the JSON to change."""
-    state = load_file(root / "model" / WEIGHTS)
-    (root / "model" / WEIGHTS).unlink()
-    names, places = ["one.safetensors", "two.safetensors"], {}
-    for number, name in enumerate(names):
-        part = {key: tensor for place, (key, tensor) in enumerate(state.items()) if place % 2 == number}
-        save_file(part, root / "model" / name, metadata={"format": "pt"})
-        places |= dict.fromkeys(part, name)
+def leading(root):
+    """Let an index name a file out of the folder, which is there and holds all weights."""
+    elsewhere = (root / "model" / WEIGHTS).rename(root / "elsewhere.safetensors")
+    places = dict.fromkeys(load_file(elsewhere), f"../{elsewhere.name}")
     (root / "model" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    json_changed(root / "model" / INDEX, **index)
-
-
-def leading(root, name):
-    """Let the index name a file elsewhere, which is there and holds all weights."""
-    shutil.copy(root / "model" / WEIGHTS, root / "elsewhere.safetensors")
-    sharded(root, weight_map=dict.fromkeys(load_file(root / "model" / WEIGHTS), name.format(root=root)))
 
 
 class Malicious:
@@ -136,11 +114,11 @@ FAULTS = {
     "no weights": Fault(
         lambda root: (root / "model" / WEIGHTS).unlink(), f"{WEIGHTS_UNREAD}… no file named …"),
     "weights cut by a full disk": Fault(
-        lambda root: cut(root / "model" / WEIGHTS, -9), f"{{root}}/model/{WEIGHTS}: cannot be read: …"),
+        lambda root: (file := root / "model" / WEIGHTS).write_bytes(file.read_bytes()[:-9]),
+        f"{{root}}/model/{WEIGHTS}: cannot be read: …"),
     "a weight is missing": Fault(
         lambda root: weights_changed(root, lambda state: state.pop(UP)), f"{MODEL}the checkpoint lacks {UP}"),
-    "an index out of the folder": Fault(
-        lambda root: leading(root, "../elsewhere.safetensors"), f"{MODEL}…../elsewhere.safetensors…"),
+    "an index out of the folder": Fault(leading, f"{MODEL}…../elsewhere.safetensors…"),
     "a malicious pickle": Fault(pickled, f"{WEIGHTS_UNREAD}…"),
     # configuration, tokenizer
     "no configuration": Fault(
@@ -180,7 +158,7 @@ FAULTS = {
     "samples beyond the memory": refused(f"--nsamples {10**9}", "--nsamples, --seqlen: hidden states take … GB, …"),
     "a device that is not there": refused("--device cuda:9", "--device cuda:9: there are … CUDA devices here…"),
     # generate.py
-    "logits that are not finite": prompt(
-        "", f"{MODEL}its logits contain NaN or inf; try --dtype float32",
-        lambda root: weights_changed(root, lambda state: state["model.norm.weight"].fill_(3e38))),
+    "logits that are not finite": Fault(
+        lambda root: weights_changed(root, lambda state: state["model.norm.weight"].fill_(3e38)),
+        f"{MODEL}its logits contain NaN or inf; try --dtype float32", "{root}/model import --device cpu", "generate"),
 }
