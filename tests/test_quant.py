@@ -47,16 +47,17 @@ def squared_error(values, factors, scale, zero, wbits):
                for w, factor in zip(values, factors, strict=True))
 
 
-def some_grid(wbits, dtype, groups=1, sym=False, seed=0):
-    """Return a Grid for 3 rows, whose columns name every code of every group once, and these codes (3, in)."""
+def random_grid(rows, groups, width, wbits, dtype, sym=False, permuted=False, seed=0):
+    """Return a Grid for matrices (rows, groups · width). permuted: whether columns of a group stand anywhere."""
     generator = torch.Generator().manual_seed(seed)
-    scale = (0.5 + torch.rand(3, groups, generator=generator)).to(dtype)
-    zero = torch.randint(0, 2 ** wbits, (3, groups), dtype=torch.uint8, generator=generator)
+    scale = (0.5 + torch.rand(rows, groups, generator=generator)).to(dtype)
+    zero = torch.randint(0, 2 ** wbits, (rows, groups), dtype=torch.uint8, generator=generator)
     if sym:
         zero.fill_(2 ** (wbits - 1))
-    group = torch.arange(groups, dtype=torch.int32).repeat_interleave(2 ** wbits)
-    codes = torch.arange(2 ** wbits, dtype=torch.uint8).repeat(3, groups)
-    return Grid(Scheme(wbits, sym=sym), scale, zero, group), codes
+    group = torch.arange(groups, dtype=torch.int32).repeat_interleave(width)
+    if permuted:
+        group = group[torch.randperm(len(group), generator=generator)]
+    return Grid(Scheme(wbits, -1 if groups == 1 else width, sym), scale, zero, group)
 
 
 @hypothesis_settings
@@ -121,10 +122,9 @@ def test_rounding_finds_the_nearest_of_all_codes(wbits, dtype, seed, data):
 @pytest.mark.parametrize("groups, sym, permuted", [(1, False, False), (1, True, False), (3, False, False),
                                                    (3, True, True), (3, False, True)])
 def test_every_code_has_its_weight_and_every_weight_its_code(wbits, dtype, groups, sym, permuted):
-    grid, codes = some_grid(wbits, dtype, groups, sym)
-    if permuted:
-        order = torch.randperm(codes.shape[1], generator=torch.Generator().manual_seed(1))
-        grid, codes = Grid(grid.scheme, grid.scale, grid.zero, grid.group[order]), codes[:, order]
+    grid, each = random_grid(3, groups, 2 ** wbits, wbits, dtype, sym, permuted), torch.arange(2 ** wbits)
+    codes = torch.zeros(3, len(grid.group), dtype=torch.uint8)
+    codes[:, grid.group.argsort()] = each.repeat(groups).to(torch.uint8)  # in the columns of each group
     W = grid.weights(codes)
     for i, row in enumerate(codes.tolist()):
         expected = [(code - int(grid.zero[i, g])) * grid.scale[i, g].item()
@@ -147,7 +147,7 @@ def test_every_weight_of_every_8_bit_grid_in_bfloat16_has_a_code(zero):
 @pytest.mark.parametrize("code", [2.5, 2.001, -1, 16, 20, 255, 256, 1e30, float("inf"), float("nan")])
 @pytest.mark.parametrize("sym", [False, True])
 def test_weights_off_the_grid_have_no_code(code, sym):
-    grid, codes = some_grid(4, torch.float32, sym=sym)
+    grid, codes = random_grid(3, 1, 16, 4, torch.float32, sym), torch.arange(16, dtype=torch.uint8).repeat(3, 1)
     W = grid.weights(codes)
     assert torch.equal(grid.codes(W), codes)
     W[1, 7] = (code - int(grid.zero[1, 0])) * grid.scale[1, 0]

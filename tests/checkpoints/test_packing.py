@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_quant import random_grid
 
 from mixgpt.checkpoints.packing import decode, encode, pack, unpack
-from quant import Grid, Scheme
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 hypothesis_settings = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -31,28 +31,15 @@ def random_bits(rows, columns, dtype, sparsity, seed):
 
 def on_grid(rows, groups, width, wbits, dtype, sym, permuted, sparsity, seed):
     """Return a matrix (rows, groups · width), of which about `sparsity` are 0, and its Grid."""
-    generator = torch.Generator().manual_seed(seed)
-    scale = (0.5 + torch.rand(rows, groups, generator=generator)).to(dtype)
-    zero = torch.randint(0, 2 ** wbits, (rows, groups), dtype=torch.uint8, generator=generator)
-    if sym:
-        zero.fill_(2 ** (wbits - 1))
-    group = torch.arange(groups, dtype=torch.int32).repeat_interleave(width)
-    if permuted:
-        group = group[torch.randperm(len(group), generator=generator)]
-    steps = some_codes(rows * len(group), wbits, seed).view(rows, -1) - zero[:, group].float()
-    steps[torch.rand(steps.shape, generator=generator) < sparsity] = 0
-    W = (steps * scale[:, group].float()).to(dtype)
-    return W, Grid(Scheme(wbits, -1 if groups == 1 else width, sym), scale, zero, group)
+    grid = random_grid(rows, groups, width, wbits, dtype, sym, permuted, seed)
+    steps = some_codes(rows * len(grid.group), wbits, seed).view(rows, -1) - grid.zero[:, grid.group].float()
+    steps[torch.rand(steps.shape, generator=torch.Generator().manual_seed(seed + 1)) < sparsity] = 0
+    return (steps * grid.scale[:, grid.group].float()).to(dtype), grid
 
 
 def same_bits(first, second):
     integers = INTEGERS[first.dtype]
     return first.dtype == second.dtype and torch.equal(first.view(integers), second.view(integers))
-
-
-def through_a_file(parts, description):
-    """Decode what `encode` returned, its description having been JSON."""
-    return decode(parts, json.loads(json.dumps(description)))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -73,7 +60,7 @@ def test_any_matrix_comes_back_bit_for_bit_and_takes_no_more_than_its_values(row
     W = random_bits(rows, columns, dtype, sparsity, seed)
     before = W.clone()
     parts, description = encode(W)
-    assert same_bits(through_a_file(parts, description), W) and same_bits(W, before)
+    assert same_bits(decode(parts, json.loads(json.dumps(description))), W) and same_bits(W, before)
     assert sum(tensor.nbytes for tensor in parts.values()) <= W.nbytes
     assert description["parts"] == sorted(parts) and "wbits" not in description
 
@@ -85,5 +72,5 @@ def test_any_matrix_comes_back_bit_for_bit_and_takes_no_more_than_its_values(row
 def test_a_matrix_on_a_grid_comes_back_bit_for_bit(rows, groups, width, wbits, dtype, sym, permuted, sparsity, seed):
     W, grid = on_grid(rows, groups, width, wbits, dtype, sym, permuted, sparsity, seed)
     parts, description = encode(W, grid)
-    assert same_bits(through_a_file(parts, description), W)
+    assert same_bits(decode(parts, json.loads(json.dumps(description))), W)
     assert description["parts"] == sorted(parts) and description["wbits"] == wbits
