@@ -11,10 +11,6 @@ RUNS = ["dense", "magnitude 50%", "magnitude 60%", "SparseGPT 50%", "SparseGPT 6
         "best 50%", "MixGPT 50% + 4 bit"]
 
 
-def notebook():
-    return nbformat.read(ROOT / "demo.ipynb", as_version=4)
-
-
 def outputs(demo, kind):
     """Return what was printed ("text"), or the base64 of pictures ("image"), in order."""
     found = [output for cell in demo.cells for output in cell.get("outputs", ())]
@@ -42,7 +38,7 @@ def check(demo):
 
 
 def test_the_notebook_runs_from_top_to_bottom(checkpoint_folder, texts, tmp_path, monkeypatch):
-    demo = notebook()
+    demo = nbformat.read(ROOT / "demo.ipynb", as_version=4)
     at = next(index for index, cell in enumerate(demo.cells) if "parameters" in cell.metadata.get("tags", ()))
     given = {"MODEL": str(checkpoint_folder("opt")), "DATASET": "wikitext2", "DATA_DIR": str(texts), "NSAMPLES": 4,
              "SEQLEN": 32, "OUT": str(tmp_path / "demo"), "PROMPT": "The sheep", "NEW_TOKENS": 4}
@@ -58,7 +54,7 @@ def test_the_notebook_runs_from_top_to_bottom(checkpoint_folder, texts, tmp_path
 
 
 def test_the_notebook_is_committed_with_the_outputs_of_a_real_run():
-    demo = notebook()
+    demo = nbformat.read(ROOT / "demo.ipynb", as_version=4)
     check(demo)
     assert "parameters, float32, on cpu" in outputs(demo, "text")[1]
     assert not re.search("/(tmp|root|home)/", "".join(outputs(demo, "text")))  # folders of the machine it ran on

@@ -1,6 +1,5 @@
 """Check pruning and quantization in one walk against brute force: explicit inverses, exhaustive rounding."""
 
-
 import pytest
 import torch
 from test_sparsegpt import PERCDAMP, brute_force, correlated_inputs, damped, prune_matrix, prune_one, pruned_by, random

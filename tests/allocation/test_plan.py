@@ -61,17 +61,13 @@ def test_one_common_shift_and_clipping_lead_from_the_papers_sparsities_to_the_bu
     assert least <= most + 1e-9
 
 
-def exact_of(sparsities, sizes):
-    """Return the numbers of weights that sparsities stand for, not rounded."""
-    return [sparsity * size for sparsity, size in zip(sparsities, sizes, strict=True)]
-
-
 @hypothesis_settings
 @given(units=units(most=8, largest=60), p=budgets, alpha=alphas)
 def test_whole_weights_meet_the_total_and_are_as_close_to_the_exact_numbers_as_any_that_do(units, p, alpha):
-    sizes, exact = units[1], exact_of(allocate(*units, p, alpha), units[1])
-    met = meet_total(allocate(*units, p, alpha), sizes, round(p * sum(sizes)))
-    counts = [round(count) for count in exact_of(met, sizes)]
+    sizes, sparsities = units[1], allocate(*units, p, alpha)
+    exact = [sparsity * size for sparsity, size in zip(sparsities, sizes, strict=True)]
+    met = meet_total(sparsities, sizes, round(p * sum(sizes)))
+    counts = [round(sparsity * size) for sparsity, size in zip(met, sizes, strict=True)]
     assert sum(counts) == round(p * sum(sizes)) and all(0 <= s <= 1 for s in met)
     ways = [way for way in product(*({floor(count), ceil(count)} for count in exact)) if sum(way) == sum(counts)]
     moved = [sum(abs(whole - count) for whole, count in zip(way, exact, strict=True)) for way in (counts, *ways)]
