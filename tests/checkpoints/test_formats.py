@@ -6,15 +6,14 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from conftest import make, save, saved_tensors
+from conftest import make, modules_of, save, saved_tensors
 from transformers import AutoModelForCausalLM
 
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
-from mixgpt.modeling.decoder import layers_of, path_of
+from mixgpt.modeling.decoder import path_of
 from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
-from modelutils import linears
 from quant import Scheme, quantize_nearest
 
 SYM, SYM_GROUPS, ASYM_GROUPS = Scheme(4, sym=True), Scheme(4, 8, sym=True), Scheme(4, 8)
@@ -43,8 +42,7 @@ def halved(tmp_path):
 
 def matrices(model):
     """Return the weights of the linears of the decoder layers by their paths."""
-    return {path_of(model, index, name): module.weight.data
-            for index, layer in enumerate(layers_of(model)) for name, module in linears(layer).items()}
+    return {path_of(model, *key): module.weight.data for key, module in modules_of(model).items()}
 
 
 def assert_same(model, other):
