@@ -37,8 +37,7 @@ def made(name, true_sequential, wbits, more=""):
     tokens = torch.randint(0, VOCABULARY, (7, 6 if mixture else 24), generator=torch.Generator().manual_seed(1))
     selected = select(model)
     streamed = StreamedModel(model, CPU, 2)
-    traces = [hessian_traces(streamed, list(selected), tokens, name, 1)
-              for name in ESTIMATORS]
+    traces = [hessian_traces(streamed, list(selected), tokens, name, 1) for name in ESTIMATORS]
     if mixture:
         traces += expert_removal.expert_scores(streamed, tokens).values()
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []

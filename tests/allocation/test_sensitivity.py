@@ -82,8 +82,7 @@ def test_gradients_at_experts_are_those_of_any_batch(tokens, all_float64):
     model, matrices = model.double(), list(modules_of(model))
     one, five = (traces(model, tokens, "fisher", size) for size in (1, 5))
     assert torch.allclose(one, five, rtol=1e-8)
-    one, five = (fisher.output_gradients(StreamedModel(model, CPU, size), matrices, tokens, 3)
-                 for size in (1, 5))
+    one, five = (fisher.output_gradients(StreamedModel(model, CPU, size), matrices, tokens, 3) for size in (1, 5))
     for matrix in matrices:
         assert torch.allclose(one[matrix][0], five[matrix][0], rtol=1e-4)
 
@@ -155,8 +154,7 @@ def sampled_labels(model, sequence, generator, vocabulary=slice(None)):
 
 
 def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, tokens, all_float64):
-    model = tiny
-    model, tokens = model.double(), tokens[:3, :10]
+    model, tokens = tiny.double(), tokens[:3, :10]
     samples = traces(model, tokens, "fisher")
     for n, sequence in enumerate(tokens):
         labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"))
@@ -169,8 +167,7 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, token
 def test_output_gradients_are_squares_at_labels_of_the_model_by_row(vocabulary, tiny, tokens, all_float64, monkeypatch):
     monkeypatch.setattr(backward.memory, "free", lambda _: 0)  # as many chunks as batches, on disk
     monkeypatch.setattr(fisher, "TOKEN_CLIP", 1.2)
-    model = tiny
-    model, tokens, cut = model.double(), tokens[:3, :10], 0
+    model, tokens, cut = tiny.double(), tokens[:3, :10], 0
     matrices = list(modules_of(model))
     found = fisher.output_gradients(StreamedModel(model, CPU, 2), matrices, tokens, 3, vocabulary)
     some = slice(None) if vocabulary is None else vocabulary
@@ -230,8 +227,7 @@ def test_fisher_is_the_exact_gauss_newton_trace_within_its_standard_error(minute
     matrices = list(modules_of(minute))
     samples = traces(minute, sequence.expand(4000, -1), "fisher", batch_size=500)
     error = samples.std(dim=0) / len(samples) ** 0.5
-    for (_, name), W, mean, se in zip(matrices, weights_of(minute), samples.mean(dim=0), error,
-                                      strict=True):
+    for (_, name), W, mean, se in zip(matrices, weights_of(minute), samples.mean(dim=0), error, strict=True):
         exact = exact_gauss_newton_trace(minute, f"model.decoder.layers.0.{name}.weight", W, sequence)
         assert abs(mean.item() - exact) < 4 * se.item(), name
         assert se < 0.1 * exact, name

@@ -20,10 +20,8 @@ from modelutils import StreamedModel, hooked, linears, shared_inputs
 
 
 def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_each_module(tiny, tokens):
-    model = tiny
-    layer = layers_of(model)[0]
-    whole = StreamedModel(model, CPU, 2).embed(tokens)
-    paused = StreamedModel(model, CPU, 2).embed(tokens)
+    layer = layers_of(tiny)[0]
+    whole, paused = (StreamedModel(tiny, CPU, 2).embed(tokens) for _ in range(2))
     stops = [linears(layer)[group[0]] for group in shared_inputs(layer, 0, whole)]
     inputs, expected = {module: [] for module in stops}, {module: [] for module in stops}
     with hooked({module: expected[module].append for module in stops}):

@@ -82,8 +82,7 @@ def weights(model):
 
 @pytest.mark.parametrize("true_sequential", [False, True])
 def test_calibration_is_on_the_pruned_layers_or_linears_before(tiny, tokens, true_sequential):
-    model = tiny
-    reference = copy.deepcopy(model)
+    model, reference = tiny, copy.deepcopy(tiny)
     sparsegpt(model, plan_of(model), tokens, true_sequential=true_sequential)
     names = list(linears(layers_of(model)[0]))  # every family registers its linears as they run
     steps = [[name] for name in names] if true_sequential else [names]
@@ -98,8 +97,7 @@ def test_calibration_is_on_the_pruned_layers_or_linears_before(tiny, tokens, tru
 @torch.no_grad()
 def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, tokens, true_sequential):
     """Each matrix is solved for by least squares on what the model as pruned before it, and the dense one, give."""
-    model = tiny
-    reference, dense = copy.deepcopy(model), copy.deepcopy(model)
+    model, reference, dense = tiny, copy.deepcopy(tiny), copy.deepcopy(tiny)
     plan = plan_of(model)
     sparsegpt(model, plan, tokens, dense_target=True, true_sequential=true_sequential)
     names = list(linears(layers_of(model)[0]))
@@ -240,12 +238,10 @@ def test_best_beats_sparsegpt_and_that_magnitude_on_a_trained_model(trained_mode
 
     first = {key: module for key, module in modules_of(dense).items() if key[0] == 0}
     for key, X in inputs_of(dense, first, calibration).items():
-        errors = [(X @ (first[key].weight - weights(m)[key]).T).square().sum().item()
-                  for m in (model, magnitude)]
+        errors = [(X @ (first[key].weight - weights(m)[key]).T).square().sum().item() for m in (model, magnitude)]
         assert errors[0] < errors[1], key
 
-    dense_ppl, best_ppl, ppl, magnitude_ppl = (perplexity(m, test, 8, CPU)
-                                               for m in (dense, best, model, magnitude))
+    dense_ppl, best_ppl, ppl, magnitude_ppl = (perplexity(m, test, 8, CPU) for m in (dense, best, model, magnitude))
     assert dense_ppl < 40, "the model has not learned"
     assert dense_ppl < best_ppl < ppl
     assert torch.tensor(ppl / dense_ppl).log() < 0.8 * torch.tensor(magnitude_ppl / dense_ppl).log()
