@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import CPU, VOCABULARY, command, make, measure_sparsity, saved_tensors
+from faults import weights_changed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -51,8 +52,7 @@ def store(model, layout, path):
 
 @pytest.mark.parametrize("layout", ["float32", "bfloat16 sharded", "without prefix", "prefix twice"])
 def test_a_model_on_disk_is_that_of_from_pretrained_and_nothing_of_it_stays_loaded(layout, tiny, tokens, tmp_path):
-    model = tiny
-    store(model, layout, tmp_path)
+    store(tiny, layout, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3 or "sharded" not in layout
     plain, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not report["missing_keys"]
@@ -98,12 +98,10 @@ def test_a_heads_own_weights_are_kept_where_the_configuration_calls_them_tied(na
 def test_a_fingerprint_tells_other_weights_apart_but_not_another_dtype(key, tmp_path):
     model = make("llama")
     found = streaming.fingerprint(model.to(torch.bfloat16))
-    model.save_pretrained(tmp_path)
-    assert streaming.fingerprint(opened(tmp_path, torch.float32)) == found
-    state = load_file(tmp_path / "model.safetensors")
-    state[key].view(-1)[state[key].numel() // 2:] += 1
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert streaming.fingerprint(opened(tmp_path)) != found
+    model.save_pretrained(tmp_path / "model")
+    assert streaming.fingerprint(opened(tmp_path / "model", torch.float32)) == found
+    weights_changed(tmp_path, lambda state: state[key].view(-1)[state[key].numel() // 2:].add_(1))
+    assert streaming.fingerprint(opened(tmp_path / "model")) != found
 
 
 @pytest.mark.parametrize("stored, named", [("safetensors", True), ("bin", False)])
@@ -127,12 +125,10 @@ def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, to
 @pytest.mark.parametrize("value", ["nan", "-inf"])
 @pytest.mark.parametrize("key, dtype", [(UP, "auto"), ("model.embed_tokens.weight", torch.bfloat16)])
 def test_weights_that_are_not_finite_are_refused_by_name(key, dtype, value, checkpoint_folder, tokens, tmp_path):
-    shutil.copytree(checkpoint_folder("llama"), tmp_path, dirs_exist_ok=True)
-    state = load_file(tmp_path / "model.safetensors")
-    state[key][-1, -1] = float(value)
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    model = opened(tmp_path, dtype)
-    with pytest.raises(InputError, match=f"{tmp_path}/model.safetensors: {key} contains NaN or inf"):
+    folder = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model")
+    weights_changed(tmp_path, lambda state: state[key][-1, -1].fill_(float(value)))
+    model = opened(folder, dtype)
+    with pytest.raises(InputError, match=f"{folder}/model.safetensors: {key} contains NaN or inf"):
         logits(model, tokens, 4, CPU)
 
 
