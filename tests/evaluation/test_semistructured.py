@@ -4,14 +4,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CPU, record_of, save
+from conftest import COMMON, CPU, modules_of, record_of, save
 from makebelieve import Gpu
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixgpt.evaluation import semistructured
 from mixgpt.evaluation.measures import perplexity
-from mixgpt.modeling.decoder import layers_of
-from modelutils import linears
 
 
 @pytest.mark.parametrize("rows, columns, ones, fits", [(32, 64, 0, True), (96, 192, 0, True), (32, 64, 1, False),
@@ -27,12 +25,10 @@ def test_what_fits_is_2_to_4_sparse_in_sizes_of_the_kernels(rows, columns, ones,
 def halved():
     """Give a model with 2:4 sparse matrices, those of the MLP in sizes that fit."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                         num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=128,
-                                         initializer_range=0.2)).eval()
-    for layer in layers_of(model):
-        for module in linears(layer).values():
-            module.weight.data.view(-1, 4)[:, :2] = 0
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(**COMMON | sizes)).eval()
+    for module in modules_of(model).values():
+        module.weight.data.view(-1, 4)[:, :2] = 0
     return model
 
 
@@ -43,7 +39,7 @@ def test_both_kinds_of_kernels_get_the_same_input_and_the_weights_come_back(halv
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda W: W.clone())
     found = semistructured.compare(model, {"a": tokens, "b": tokens}, 2, CPU)
     assert found["perplexity"] == {"a": expected, "b": expected} and found["difference"] == 0
-    assert found["matrices"] == 2 * 5  # k_proj and v_proj have 16 rows
+    assert found["matrices"] == 3 * 5  # k_proj and v_proj have 16 rows
     assert found["speed_up"] == found["seconds"]["dense"] / found["seconds"]["semi_structured"] > 0
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda W: W * 1.5)
     found = semistructured.compare(model, {"a": tokens}, 2, CPU)
@@ -80,6 +76,6 @@ def test_the_kernels_give_what_dense_ones_give(halved, tokenizer, prune, tmp_pat
     out = prune("llama", "--device cuda --semi-structured --save", tmp_path / "saved", model=tmp_path / "model")
     record = record_of(tmp_path / "saved")
     found = record["semi_structured"]
-    assert found["matrices"] == 10 and 0 <= found["difference"] < 0.02
+    assert found["matrices"] == 15 and 0 <= found["difference"] < 0.02
     assert found["perplexity"]["builtin"] == pytest.approx(record["perplexity"]["dense"]["builtin"], rel=0.02)
     assert "times as fast as on dense ones" in out
