@@ -91,17 +91,13 @@ def test_answers_are_those_of_the_model_that_lm_eval_has(name, tokenizer):
     assert len(set(ours.generate_until(repeats))) == 3
 
 
-def test_with_bos_for_each_sequence_it_stays_where_a_context_is_cut(tokenizer, plain):
-    model = limited("gemma2")
-    answers = StreamedLM(model, plain, 300, CPU, "each").loglikelihood(asked("loglikelihood", PAIRS))
-    for (likelihood, greedy), pair in zip(answers, PAIRS, strict=True):
-        expected, same = pair_by_hand(model, tokenizer, *pair, bos=True)
-        assert likelihood == pytest.approx(expected, rel=1e-5, abs=1e-4) and greedy == same
-
-
-def test_with_bos_for_each_sequence_texts_are_read_in_windows_that_begin_with_it(tokenizer, plain):
-    model = limited("gemma2")
+def test_with_bos_for_each_sequence_cut_contexts_and_windows_of_texts_begin_with_it(tokenizer, plain):
+    model = make("gemma2")
     ours, bos = StreamedLM(model, plain, 300, CPU, "each"), tokenizer.bos_token_id
+    for answer, pair in zip(ours.loglikelihood(asked("loglikelihood", PAIRS)), PAIRS, strict=True):
+        expected, same = pair_by_hand(model, tokenizer, *pair, bos=True)
+        assert answer == (pytest.approx(expected, rel=1e-5, abs=1e-4), same)
+
     answers = ours.loglikelihood_rolling(asked("loglikelihood_rolling", ([text] for text in TEXTS)))
     for answer, text in zip(answers, TEXTS, strict=True):
         ids, expected, done = plain(text).input_ids, 0.0, 0
