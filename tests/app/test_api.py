@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 import transformers
-from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
+from commands import short_builtin  # noqa: F401, a fixture
 from conftest import CPU, record_of, saved_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,24 +25,13 @@ from mixgpt.common.errors import InputError
 OPTIONS = {"sparsity": 0.5, "nsamples": 4, "seqlen": 32, "eval": ["builtin"], "device": "cpu"}
 
 
-@pytest.fixture
-def by_command_line(checkpoint_folder, tmp_path):
-    """Return a function that gives the tensors and the record of a run of the command line on a model."""
-    def by_command_line(name):
-        assert run("llama.py", checkpoint_folder(name), "builtin", "--sparsity", ".5", *SMALL, "--save",
-                   tmp_path / "saved") == 0
-        return saved_tensors(tmp_path / "saved"), record_of(tmp_path / "saved")
-
-    return by_command_line
-
-
 def in_memory(folder):
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def test_a_name_gives_what_the_command_line_gives(by_command_line, checkpoint_folder, tmp_path, capsys):
-    tensors, record = by_command_line("llama")
-    capsys.readouterr()
+def test_a_name_gives_what_the_command_line_gives(prune, checkpoint_folder, tmp_path, capsys):
+    prune("llama", "--sparsity .5 --save", tmp_path / "saved")
+    tensors, record = saved_tensors(tmp_path / "saved"), record_of(tmp_path / "saved")
     result = mixgpt.prune(checkpoint_folder("llama"), "builtin", save=tmp_path / "here", **OPTIONS)
     assert f"perplexity  builtin\n{'-' * 10}  {'-' * 7}" in result.table() and result.table() in capsys.readouterr().out
     assert result.matrices == record["matrices"] and result.sparsity == record["sparsity"] == 0.5
@@ -57,14 +46,15 @@ def test_a_name_gives_what_the_command_line_gives(by_command_line, checkpoint_fo
 
 
 @pytest.mark.parametrize("name, kind", [("llama", "name"), ("opt", "strings"), ("gemma2", "tokens"), ("gpt2", "name")])
-def test_a_model_in_memory_is_pruned_in_place_on_text_by_name_or_in_memory(name, kind, by_command_line,
-                                                                           checkpoint_folder):
-    tensors, _ = by_command_line(name)
+def test_a_model_in_memory_is_pruned_in_place_on_text_by_name_or_in_memory(name, kind, prune, checkpoint_folder,
+                                                                           tmp_path):
+    prune(name, "--sparsity .5 --save", tmp_path / "saved")
     model, tokenizer = in_memory(checkpoint_folder(name))
     text = {"name": "builtin", "strings": load_rows("builtin", "train", None)[0],
             "tokens": calibration_samples("builtin", 4, 32, 0, tokenizer)[0]}[kind]
     result = mixgpt.prune(model, text, tokenizer, quiet=True, **OPTIONS)
-    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in tensors.items())
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in saved_tensors(tmp_path / "saved").items())
     assert result.record["settings"]["dataset"] == ("builtin" if kind == "name" else "text in memory")
     assert all(weight.requires_grad for weight in model.parameters())
 
