@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import SMALL, run
 from conftest import make, save
 from modeling import test_experts
 from transformers import AutoModelForCausalLM
@@ -24,19 +23,18 @@ def weights(folder):
 @pytest.mark.parametrize("largest", [5 * 10**9, 60_000, 5_000])  # all in one; parts of layers; a matrix each
 def test_the_files_are_those_of_save_pretrained(largest, tiny, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LARGEST", largest)
-    model = tiny
-    model.save_pretrained(tmp_path / "plain", max_shard_size=largest)
-    save(tmp_path / "saved", model, tokenizer, {})
+    tiny.save_pretrained(tmp_path / "plain", max_shard_size=largest)
+    save(tmp_path / "saved", tiny, tokenizer, {})
     assert weights(tmp_path / "saved") == weights(tmp_path / "plain")
     assert (len(weights(tmp_path / "saved")[0]) == 1) == (largest == 5 * 10**9)
 
 
 @pytest.mark.parametrize("largest", [5 * 10**9, 60_000])
-@pytest.mark.parametrize("options", [[], ["--sparsity", ".5", "--gmp", "--maxlayer", "2"]])
-def test_a_model_on_disk_is_saved_as_save_pretrained_does(options, largest, checkpoint_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", ["", "--sparsity .5 --gmp --maxlayer 2"])
+def test_a_model_on_disk_is_saved_as_save_pretrained_does(options, largest, checkpoint_folder, prune, tmp_path,
+                                                          monkeypatch):
     monkeypatch.setattr(formats, "LARGEST", largest)
-    assert run("llama.py", checkpoint_folder("llama"), "builtin", *options, *SMALL, "--eval", "--save",
-               tmp_path / "saved") == 0
+    prune("llama", options, "--eval --save", tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     dense = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).state_dict()
     for name, tensor in saved.items():

@@ -5,7 +5,6 @@ import re
 import conftest
 import pytest
 import torch
-from commands import SMALL, run, short_builtin  # noqa: F401, the fixture
 from conftest import CPU, VOCABULARY, measure_sparsity, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -135,15 +134,13 @@ def test_a_model_is_pruned_in_one_pass_or_two_and_best_by_admm(kind):
 
 
 @pytest.mark.parametrize("kind", [*ALONE, *BY_TOKEN, *HYBRID, *LIKE_LLAMA])
-def test_a_model_is_pruned_by_best_saved_and_loaded_again(kind, folder, tmp_path):
-    path = folder(kind)
-    best = ["--sparsity", ".5", "--preset", "best"]
-    assert run("llama.py", path, "builtin", *best, *SMALL, "--save", tmp_path / "saved") == 0
+def test_a_model_is_pruned_by_best_saved_and_loaded_again(kind, folder, prune, tmp_path):
+    prune("llama", "--sparsity .5 --preset best --save", tmp_path / "saved", model=folder(kind))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     use_linears(loaded)
     matrices = [matrix for matrix in measure_sparsity(loaded) if matrix.name != "mixer.dt_proj"]
     assert sum(m.zeros for m in matrices) == round(0.5 * sum(m.numel for m in matrices))
-    dense, pruned = saved_tensors(path), saved_tensors(tmp_path / "saved")
+    dense, pruned = saved_tensors(folder(kind)), saved_tensors(tmp_path / "saved")
     assert dense.keys() == pruned.keys()
     changed = {key for key in dense if not torch.equal(dense[key], pruned[key])}
     names = {f"{path_of(loaded, matrix.layer, matrix.name)}.weight" for matrix in matrices}

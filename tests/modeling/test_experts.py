@@ -3,7 +3,6 @@
 import conftest
 import pytest
 import torch
-from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import CPU, VOCABULARY, measure_sparsity, record_of, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -107,13 +106,12 @@ def test_what_cannot_hold_experts_is_refused(prune, tmp_path):
      ", feed_forward.experts.down_proj"),
     ("jetmoe", {"num_local_experts": 4, "kv_channels": 8},
      "keeps most of its weights in tensors of three dimensions, which are not pruned: mlp.input_linear, ")])
-def test_models_nothing_prunes_are_refused(kind, options, message, tokenizer, tmp_path, capsys, monkeypatch):
+def test_models_nothing_prunes_are_refused(kind, options, message, tokenizer, prune, tmp_path, monkeypatch):
     monkeypatch.setattr(load, "open_model", lambda *_, **__: pytest.fail("weights are read"))
     config = AutoConfig.for_model(kind, **COMMON | options)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    assert run("llama.py", tmp_path / "model", "builtin", "--sparsity", ".5", *SMALL) == 2
-    assert message in capsys.readouterr().err
+    assert message in prune("llama", "--sparsity .5", model=tmp_path / "model", status=2)
 
 
 @pytest.mark.parametrize("kind, dtype", [("deepseek_v3", torch.bfloat16), ("gpt_oss", torch.float16)])
@@ -132,12 +130,11 @@ def test_what_a_class_keeps_in_float32_is_read_so_from_disk(kind, dtype, folder)
     *((kind, "--preset best" if kind in ("deepseek_v32", "deepseek_v4", "gemma4_text") else "") for kind in MODELS),
     ("gpt_oss", "--preset best"), ("jamba", "--preset best"), ("jamba", "--preset mixgpt"),
     ("qwen3_moe", "--prunen 2 --prunem 4 --preset best"), ("gpt_oss", "--wbits 4"), ("qwen3_moe", "--gmp")])
-def test_a_mixture_is_pruned_saved_in_its_published_layout_and_loaded_again(kind, options, folder, tmp_path):
-    path = folder(kind)
-    sparsity = [] if "prunen" in options else ["--sparsity", ".5"]
-    assert run("llama.py", path, "builtin", *sparsity, *options.split(), *SMALL, "--save", tmp_path / "saved") == 0
+def test_a_mixture_is_pruned_saved_in_its_published_layout_and_loaded_again(kind, options, folder, prune, tmp_path):
+    sparsity = "" if "prunen" in options else "--sparsity .5"
+    prune("llama", sparsity, options, "--save", tmp_path / "saved", model=folder(kind))
     record = record_of(tmp_path / "saved")
-    dense, pruned = saved_tensors(path), saved_tensors(tmp_path / "saved")
+    dense, pruned = saved_tensors(folder(kind)), saved_tensors(tmp_path / "saved")
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in pruned.items()} == {
         key: (tensor.shape, tensor.dtype) for key, tensor in dense.items()}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

@@ -2,13 +2,11 @@
 
 import itertools
 import re
-from functools import partial
 
 import pytest
 import torch
-from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import CPU, assert_same_weights, record_of
-from modeling.test_experts import MODELS, build
+from modeling import test_experts
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
@@ -19,23 +17,18 @@ from mixgpt.pruning import distill, expert_removal, layerwise
 from mixgpt.pruning.expert_removal import best_experts, expert_scores, remove_experts, with_fewer_experts
 from modelutils import StreamedModel
 
+NAMES = [*(kind for kind in test_experts.MODELS if kind != "deepseek_v4"), "grouped"]
 
-def build_grouped():
-    """Build a DeepSeek-V3 whose routers have biases that matter, and choose one of two groups of experts."""
-    model = build("deepseek_v3", n_routed_experts=8, n_group=2)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+
+def build(name):
+    """Build a model of test_experts.py, or a DeepSeek-V3 whose routers choose one of two groups by biases, too."""
+    if name != "grouped":
+        return test_experts.build(name)
+    model = test_experts.build("deepseek_v3", n_routed_experts=8, n_group=2)
+    for place, buffer in model.named_buffers():
+        if place.endswith("e_score_correction_bias"):
             buffer.normal_(std=0.3)
     return model
-
-
-BUILDS = {kind: partial(build, kind) for kind in MODELS if kind != "deepseek_v4"} | {"grouped": build_grouped}
-
-
-@pytest.fixture
-def folder(model_folder):
-    """Return a function that gives the folder of a saved model by its name in BUILDS."""
-    return lambda name: model_folder(f"removal-{name}", BUILDS[name])
 
 
 class Excluded(TorchFunctionMode):
@@ -89,12 +82,12 @@ def brute_force_scores(model, tokens):
     return scores
 
 
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_scores_are_those_of_each_token_alone(name, tokens):
-    tokens, model = tokens[:3, :5], BUILDS[name]()  # so few that experts differ in theirs
+    tokens, model = tokens[:3, :5], build(name)  # so few that experts differ in theirs
     split_experts(model)
     scores = expert_scores(StreamedModel(model, CPU, 2), tokens)
-    expected = brute_force_scores(BUILDS[name](), tokens)
+    expected = brute_force_scores(build(name), tokens)
     assert scores.keys() == expected.keys()
     for index, of_layer in expected.items():
         assert torch.allclose(scores[index].float(), of_layer, rtol=1e-3), index
@@ -115,7 +108,7 @@ def test_an_expert_without_tokens_scores_zero_and_norms_of_outputs_count():
 @pytest.mark.parametrize("name, fraction, groups", [("mixtral", 0.5, 1), ("mixtral", 0.25, 1), ("grouped", 0.25, 2),
                                                     ("grouped", 0.5, 2)])
 def test_the_best_experts_of_each_group_stay(name, fraction, groups):
-    model = BUILDS[name]()
+    model = build(name)
     split_experts(model)
     smaller, count = with_fewer_experts(model, fraction), 4 * groups
     scores = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -124,9 +117,9 @@ def test_the_best_experts_of_each_group_stay(name, fraction, groups):
     assert best_experts(scores, smaller) == list(max(allowed, key=lambda chosen: scores[list(chosen)].sum()))
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_the_saved_model_is_the_dense_one_whose_routers_never_choose_the_removed(name, folder, tokens, tmp_path):
-    assert run("llama.py", folder(name), "builtin", "--experts", ".5", *SMALL, "--save", tmp_path / "saved") == 0
+@pytest.mark.parametrize("name", NAMES)
+def test_the_saved_model_is_the_dense_one_whose_routers_never_choose_the_removed(name, folder, tokens, prune, tmp_path):
+    prune("llama", "--experts .5 --save", tmp_path / "saved", model=folder(name))
     kept = dict(record_of(tmp_path / "saved")["kept_experts"])
     dense = AutoModelForCausalLM.from_pretrained(folder(name), experts_implementation="eager").eval()
     saved, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
@@ -143,37 +136,37 @@ def test_the_saved_model_is_the_dense_one_whose_routers_never_choose_the_removed
 
 
 @pytest.mark.parametrize("kind, options", [("qwen3_moe", ""), ("gpt_oss", "--preset mixgpt --no-true-sequential")])
-def test_what_is_left_is_pruned_as_if_it_had_been_the_model(kind, options, folder, tmp_path):
-    options = ["--sparsity", ".5", *options.split()]
-    for model, name, words in [(folder(kind), "experts", ["--experts", ".5"]), (tmp_path / "experts", "after", options),
-                               (folder(kind), "at once", ["--experts", ".5", *options])]:
-        assert run("llama.py", model, "builtin", *words, *SMALL, "--save", tmp_path / name) == 0
-    assert_same_weights(tmp_path / "after", tmp_path / "at once")
-    assert not record_of(tmp_path / "experts")["sparsity"] and record_of(tmp_path / "at once")["sparsity"] == (
-        pytest.approx(0.5, abs=1e-3))
+def test_what_is_left_is_pruned_as_if_it_had_been_the_model(kind, options, folder, prune, tmp_path):
+    prune("llama", "--experts .5 --save", tmp_path / "experts", model=folder(kind))
+    prune("llama", "--sparsity .5", options, "--save", tmp_path / "after", model=tmp_path / "experts")
+    prune("llama", "--experts .5 --sparsity .5", options, "--save", tmp_path / "once", model=folder(kind))
+    assert_same_weights(tmp_path / "after", tmp_path / "once")
+    assert not record_of(tmp_path / "experts")["sparsity"]
+    assert record_of(tmp_path / "once")["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("options", ["", "--preset best", "--wbits 4"])
-def test_an_interrupted_run_goes_on_with_the_same_experts(options, folder, tmp_path, monkeypatch):
-    words = [folder("qwen3_moe"), "builtin", "--experts", ".25", "--sparsity", ".5", *options.split(), *SMALL]
-    assert run("llama.py", *words, "--save", tmp_path / "whole") == 0
+def test_an_interrupted_run_goes_on_with_the_same_experts(options, folder, prune, tmp_path, monkeypatch):
+    options, model = f"--experts .25 --sparsity .5 {options} --save", folder("qwen3_moe")
+    prune("llama", options, tmp_path / "whole", model=model)
     with monkeypatch.context() as patch:
-        prune, calls = layerwise.prune_in_place, itertools.count()
-        patch.setattr(layerwise, "prune_in_place", lambda *given: prune(*given) if next(calls) < 9 else 1 / 0)
-        assert run("llama.py", *words, "--save", tmp_path / "resumed") == 1
+        step, calls = layerwise.prune_in_place, itertools.count()
+        patch.setattr(layerwise, "prune_in_place", lambda *given: step(*given) if next(calls) < 9 else 1 / 0)
+        prune("llama", options, tmp_path / "resumed", model=model, status=1)
     monkeypatch.setattr(expert_removal, "expert_scores", lambda *_: pytest.fail("the experts are chosen again"))
-    assert run("llama.py", *words, "--save", tmp_path / "resumed", "--resume") == 0
+    prune("llama", options, tmp_path / "resumed", "--resume", model=model)
     assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
 
 
-def test_distillation_and_dense_perplexity_are_those_of_the_model_with_all_experts(folder, tmp_path, monkeypatch):
+def test_distillation_and_dense_perplexity_are_those_of_the_model_with_all_experts(folder, prune, tmp_path,
+                                                                                   monkeypatch):
     states, seen = distill.dense_states, []
     monkeypatch.setattr(distill, "dense_states", lambda streamed, tokens: (
         seen.append(streamed.model.num_parameters()), states(streamed, tokens))[1])
-    assert run("llama.py", folder("qwen3_moe"), "builtin", "--experts", ".25", "--sparsity", ".5", "--dense",
-               "--distill", "1", *SMALL, "--save", tmp_path / "all") == 0
+    model = folder("qwen3_moe")
+    prune("llama", "--experts .25 --sparsity .5 --dense --distill 1 --save", tmp_path / "all", model=model)
     assert seen == [build("qwen3_moe").num_parameters()]
-    assert run("llama.py", folder("qwen3_moe"), "builtin", *SMALL, "--save", tmp_path / "dense") == 0
+    prune("llama", "--save", tmp_path / "dense", model=model)
     perplexities = record_of(tmp_path / "all")["perplexity"]
     assert perplexities["dense"] == record_of(tmp_path / "dense")["perplexity"]["dense"]
     assert list(perplexities) == ["dense", "SparseGPT (distilled), 25% fewer experts"]
@@ -189,10 +182,10 @@ def test_distillation_and_dense_perplexity_are_those_of_the_model_with_all_exper
     ("mixtral", 1, "leaves 0 of the 4 experts of a layer, too few for tokens that take 2"),
 ])
 def test_what_no_router_could_choose_from_is_refused_before_weights_are_read(
-        name, fraction, message, folder, capsys, monkeypatch):
+        name, fraction, message, folder, prune, monkeypatch):
     monkeypatch.setattr(load, "open_model", lambda *_, **__: pytest.fail("weights are read"))
-    assert run("llama.py", folder(name), "builtin", "--experts", fraction, *SMALL) == 2
-    assert capsys.readouterr().err == f"llama.py: error: --experts {fraction}: {message}\n"
+    said = prune("llama", "--experts", fraction, model=folder(name), status=2)
+    assert said == f"llama.py: error: --experts {fraction}: {message}\n"
 
 
 def test_models_without_experts_and_tables_of_experts_are_refused(prune):
