@@ -26,11 +26,13 @@ QUESTIONS = [{"question": f"what is {word}?", "choices": choices, "label": numbe
                  ("a tuple", ["fixed", "changing", "ü ü ü"]), ("self", ["the instance", "a module"]),
                  ("yield", ["an expression", "a loop"]), ("lambda", ["a function", "a list of names", "x"])])]
 DOCUMENTS = [{"text": text} for text in ("a first document, short", "the second one repeats itself, " * 9, "zwölf")]
-CHOICE = """
+LOCAL = """
 task: NAME
 dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl, train: FOLDER/questions.jsonl}}
+dataset_kwargs: {data_files: {test: FOLDER/ROWS.jsonl, train: FOLDER/ROWS.jsonl}}
 test_split: test
+"""
+CHOICE = LOCAL.replace("ROWS", "questions") + """
 output_type: multiple_choice
 doc_to_text: "Q: {{question}}\\nA:"
 doc_to_choice: "{{choices}}"
@@ -39,21 +41,13 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 metadata: {version: 2.5}
 """
 FEWSHOT = "training_split: train\nnum_fewshot: 2\nfewshot_config: {sampler: first_n}\n"
-ROLLING = """
-task: rolling
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/documents.jsonl}}
-test_split: test
+ROLLING = LOCAL.replace("ROWS", "documents") + """
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: text
 metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
 """
-GENERATE = """
-task: generate
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
-test_split: test
+GENERATE = LOCAL.replace("ROWS", "questions") + """
 output_type: generate_until
 doc_to_text: question
 doc_to_target: "{{choices[0]}}"

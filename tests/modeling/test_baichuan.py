@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import pytest
 import sentencepiece as spm
@@ -55,27 +56,25 @@ def weights(hidden, intermediate, vocabulary, rotary):
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory):
+def sentencepiece_model(once):
     """Train a BPE model with byte fallback, as Baichuan's is, on the builtin text and some Chinese."""
-    path = tmp_path_factory.mktemp("sentencepiece")
     rows = datautils.load_rows("builtin", "train", None)[0][:200] + TEXTS * 3
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for row in rows for line in row.splitlines()), model_prefix=str(path / "m"),
-        model_type="bpe", vocab_size=400, character_coverage=0.99, byte_fallback=True, add_dummy_prefix=False,
-        remove_extra_whitespaces=False, normalization_rule_name="identity", split_digits=True, pad_id=-1,
-        minloglevel=2)
-    return (path / "m.model").read_bytes()
+
+    def train(path):
+        path.mkdir()
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(line for row in rows for line in row.splitlines()), model_prefix=str(path / "m"),
+            model_type="bpe", vocab_size=400, character_coverage=0.99, byte_fallback=True, add_dummy_prefix=False,
+            remove_extra_whitespaces=False, normalization_rule_name="identity", split_digits=True, pad_id=-1,
+            minloglevel=2)
+
+    return (once("sentencepiece", train) / "m.model").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory, sentencepiece_model):
+def published(once, sentencepiece_model):
     """Return a function that gives the folder of a variant, written as on the hub, with code that must not run."""
-    root = tmp_path_factory.mktemp("published")
-
-    def folder(name):
-        path = root / name
-        if path.exists():
-            return path
+    def write(name, path):
         path.mkdir()
         architecture, hidden, heads, vocabulary, fields = VARIANTS[name]
         config = {"architectures": [architecture], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -99,9 +98,8 @@ def published(tmp_path_factory, sentencepiece_model):
             (path / f"{module}_baichuan.py").write_text(POISON)
         save_file(weights(hidden, 40, vocabulary, "max_position_embeddings" in fields), path / "model.safetensors",
                   metadata={"format": "pt"})
-        return path
 
-    return folder
+    return lambda name: once(name, partial(write, name))
 
 
 def slopes(heads):
