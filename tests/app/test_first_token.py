@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, make, record_of
 from test_generate import go_on
 from transformers import AutoModelForCausalLM
 
@@ -18,25 +19,22 @@ from modelutils import StreamedModel
 BOS = 0
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, plain):
+@pytest.fixture(scope="session")
+def folder(once, plain):
     """Return a function that gives the folder of a model, whose tokenizer adds no BOS by itself.
 
     The Gemma model is trained to predict text behind BOS only, and nothing in particular without.
     """
-    root = tmp_path_factory.mktemp("models")
     ids = torch.tensor(plain("\n\n".join(datautils.load_rows("builtin", "train", None)[0][:600])).input_ids)
 
-    def path_of(name):
-        if not (root / name).exists():
-            model = make(name)
-            if name.startswith("gemma"):
-                train(model, ids)
-            model.save_pretrained(root / name)
-            plain.save_pretrained(root / name)
-        return root / name
+    def save(name, path):
+        model = make(name)
+        if name.startswith("gemma"):
+            train(model, ids)
+        model.save_pretrained(path)
+        plain.save_pretrained(path)
 
-    return path_of
+    return lambda name: once(f"without-bos-{name}", partial(save, name))
 
 
 def train(model, ids, steps=120, T=32):
@@ -54,21 +52,14 @@ def train(model, ids, steps=120, T=32):
         optimizer.step()
 
 
-@pytest.fixture
-def recorded(prune, folder, tmp_path):
-    """Return a function that runs a command line on a model of `folder`. Returns the record and what was printed."""
-    def recorded(name, *options):
-        printed = prune("llama", "--record", tmp_path / "record.json", "--overwrite", *options, model=folder(name))
-        return json.loads((tmp_path / "record.json").read_text()), printed
-
-    return recorded
-
-
 @pytest.mark.parametrize("name, bos, resolved", [
     ("gemma2", "auto", "each"), ("llama", "each", "each"), ("gemma2", "once", "once"), ("gemma2", "never", "never"),
     ("llama", "auto", "never")])
-def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, resolved, recorded, folder, tokenizer):
-    record, printed = recorded(name, "" if bos == "auto" else f"--bos {bos}")
+def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, resolved, prune, folder, tokenizer,
+                                                                   tmp_path):
+    options = "" if bos == "auto" else f"--bos {bos}"
+    printed = prune("llama", options, "--record", tmp_path / "record.json", model=folder(name))
+    record = json.loads((tmp_path / "record.json").read_text())
     assert record["settings"]["bos"] == resolved
     said = {"each": "data     BOS at the start of each sequence", "once": "data     BOS at the start of each text"}
     assert said.get(resolved, "") in printed
@@ -98,10 +89,11 @@ def sequences(monkeypatch):
 
 
 @pytest.mark.parametrize("options", ["--preset best", "--sparsity-way weight-level"])
-def test_all_that_a_run_reads_begins_with_bos(options, recorded, sequences, tmp_path, monkeypatch):
+def test_all_that_a_run_reads_begins_with_bos(options, prune, folder, sequences, tmp_path, monkeypatch):
     """Also the text that the model is distilled on, and what is compared when saved."""
     monkeypatch.setattr(distill, "PIECE", 8)
-    record, _ = recorded("gemma2", "--sparsity .5", options, "--save", tmp_path / "saved")
+    prune("llama", "--sparsity .5", options, "--save", tmp_path / "saved", model=folder("gemma2"))
+    record = record_of(tmp_path / "saved")
     assert all((tokens[:, 0] == BOS).all() for tokens in sequences)
     assert record["settings"]["bos"] == record["identity"]["--bos"] == "each"
     shapes = {tuple(tokens.shape) for tokens in sequences}
