@@ -28,11 +28,6 @@ from mixgpt.kernels import columns
 from mixgpt.pruning import distill
 from sparsegpt import Walk
 
-try:
-    from mixgpt.kernels import columns_cuda
-except ImportError:  # no Triton
-    columns_cuda = None
-
 JOBS = {
     "dense and magnitude": "--sparsity .5 --gmp --dense", "SparseGPT": "--sparsity .5",
     "MixGPT, two passes": "--sparsity .5 --preset mixgpt --no-true-sequential", "2:4": "--prunen 2 --prunem 4",
@@ -210,9 +205,7 @@ def test_a_model_whose_kernels_need_a_gpu_is_checked_there(free, simulated, run,
     ("SparseGPT", "float32"), ("2:4", "bfloat16"), ("50% + 4 bit, sparse", "float16")])
 def test_the_kernel_gives_what_a_cpu_gives(job, dtype, gpu, run, monkeypatch, no_waiting_in_the_walk):
     """In the layouts that the pipeline gives it: on a GPU U lies by columns, as solve_triangular returns it."""
-    launched = []
-    if columns_cuda is None:
-        pytest.skip("Triton cannot be imported")
+    launched, columns_cuda = [], pytest.importorskip("mixgpt.kernels.columns_cuda", exc_type=ImportError)
     KERNEL.cache_clear()
     monkeypatch.setattr(columns, "triton_obstacle", KERNEL)
     walk = columns_cuda.walk_columns
@@ -370,12 +363,12 @@ def test_the_host_goes_on_while_the_gpu_prunes_a_layer(simulated, checkpoint_fol
         "sparsegpt.py", "hessian.py", "solvers.py", "layerwise.py", "calibration.py"}
 
 
-@pytest.mark.skipif(columns_cuda is None, reason="Triton cannot be imported")
 def test_where_triton_does_not_run_pytorch_walks_and_one_line_says_so(gpu, run, monkeypatch):
     class Broken:
         def __getitem__(self, grid):
             raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
 
+    columns_cuda = pytest.importorskip("mixgpt.kernels.columns_cuda", exc_type=ImportError)
     KERNEL.cache_clear()
     monkeypatch.setattr(columns, "triton_obstacle", KERNEL)
     monkeypatch.setattr(columns_cuda, "_walk_rows", Broken())

@@ -14,15 +14,8 @@ import torch
 from mixgpt.kernels import columns
 from mixgpt.kernels.columns import UniformGrid
 
-try:
-    from mixgpt.kernels import columns_cuda
-except ImportError:  # no Triton
-    columns_cuda = None
-
 CPU = torch.device("cpu")
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # Triton's interpreter runs on the CPU
-NO_TRITON = "Triton cannot be imported"
-COMPILER = Path(columns_cuda.triton.__file__).parent / "backends" / "nvidia" / "bin" if columns_cuda else Path()
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 NEAR = 1e-3  # how near a tie, in steps of a grid or as a fraction of a score, float32 may break it another way
 
@@ -59,13 +52,11 @@ WALKS = ([("torch", torch.float32, case) for case in SPARSE + N_OF_M + GRIDS + B
 
 def walker(name, grid_dtype=None):
     """Return a `walk_columns` and the device of its tensors."""
-    if name == "triton" and columns_cuda is None:
-        pytest.skip(NO_TRITON)
-    if name == "triton" and GPU == CPU and grid_dtype == torch.bfloat16:
+    if name != "triton":
+        return {"torch": columns.walk_columns, "compiled": columns.walk_compiled}[name], CPU
+    if GPU == CPU and grid_dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter cuts digits off where a GPU rounds to bfloat16; float16 goes the same way")
-    walk = {"torch": columns.walk_columns, "compiled": columns.walk_compiled,
-            "triton": columns_cuda and columns_cuda.walk_columns}[name]
-    return walk, GPU if name == "triton" else CPU
+    return pytest.importorskip("mixgpt.kernels.columns_cuda", exc_type=ImportError).walk_columns, GPU
 
 
 def prunens_of(case):
@@ -229,10 +220,10 @@ def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, wa
     assert columns.fastest(W, grid) is (walk if device == "cpu" else columns.walk_columns)
 
 
-@pytest.mark.skipif(columns_cuda is None, reason=NO_TRITON)
 def test_the_kernels_compile_for_gpus_without_spilling_registers():
-    if not (COMPILER / "ptxas").is_file():
-        pytest.skip(f"Triton brings no compiler, {COMPILER / 'ptxas'}")
+    tools = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    if not (tools / "ptxas").is_file():
+        pytest.skip(f"Triton brings no compiler, {tools / 'ptxas'}")
     done = subprocess.run([sys.executable, Path(__file__).parent / "aot.py", "80", "90", "100"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
