@@ -5,7 +5,6 @@ import sys
 import traceback
 
 import pytest
-from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import ROOT
 
 from mixgpt.app.cli import parse
@@ -51,8 +50,8 @@ def test_the_published_spellings_of_flags_are_the_same_flags():
                                   sensitivity_file="a_b.json", log_wandb=True, wandb_project="p", data_dir="d")
 
 
-@pytest.mark.parametrize("options", [[], ["--no-true-sequential"]])
-def test_ten_frames_lead_from_main_to_the_line_that_zeroes(options, checkpoint_folder, monkeypatch):
+@pytest.mark.parametrize("options", ["", "--no-true-sequential"])
+def test_ten_frames_lead_from_main_to_the_line_that_zeroes(options, prune, monkeypatch):
     frames = []
 
     def walk(*args):
@@ -62,5 +61,5 @@ def test_ten_frames_lead_from_main_to_the_line_that_zeroes(options, checkpoint_f
         return columns.walk_columns(*args)
 
     monkeypatch.setattr(columns, "fastest", lambda W, grid: walk)
-    assert run("llama.py", checkpoint_folder("llama"), "builtin", "--sparsity", ".5", *SMALL, *options) == 0
+    prune("llama", "--sparsity .5", options)
     assert frames and all(len(names) + 1 <= 10 for names in frames), frames[0]
