@@ -141,12 +141,10 @@ def drawn(passed, parts, generator):
 def loaded(path):
     """Return what plain transformers loads from a folder (for the sparse format our loader), None if it refuses."""
     refusals = (OSError, ValueError, KeyError, SafetensorError)
-    with contextlib.suppress(*refusals):
-        model = AutoModelForCausalLM.from_pretrained(path)
-        return model.state_dict(), model.config.to_dict(), model.generation_config.to_dict()
-    with contextlib.suppress(*refusals):
-        model = load.read_model(path, "auto")
-        return model.state_dict(), model.config.to_dict(), model.generation_config.to_dict()
+    for read in (AutoModelForCausalLM.from_pretrained, functools.partial(load.read_model, dtype="auto")):
+        with contextlib.suppress(*refusals):
+            model = read(path)
+            return model.state_dict(), model.config.to_dict(), model.generation_config.to_dict()
     return None
 
 
