@@ -5,9 +5,9 @@ import errno
 import signal
 
 # How libraries say that memory is used up, where they raise neither MemoryError nor ENOMEM.
-EXHAUSTED = ("CUDA out of memory", "CUDA error: out of memory", "[CUDA]: out of memory", "STATUS_ALLOC_FAILED",
-             "DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment", "std::bad_alloc",
-             "can't start new thread")
+EXHAUSTED = ("CUDA out of memory", "error: out of memory", "[CUDA]: out of memory", "STATUS_ALLOC_FAILED",
+             "cusolverDnCreate", "DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment",
+             "std::bad_alloc", "can't start new thread")
 TERSE = (KeyError, TypeError, AttributeError, ArithmeticError)  # whose messages say nothing without their class
 
 

@@ -87,8 +87,9 @@ def shared_fate(waits=False):
 
 
 def _is_of_gpu(error):
-    """Return whether an exception, of PyTorch, cuBLAS or Triton, says that a GPU's memory is used up."""
-    return isinstance(error, torch.OutOfMemoryError) or errors.is_out_of_memory(error) and "CUDA" in str(error)
+    """Return whether an exception, of PyTorch, cuBLAS, cuSOLVER or Triton, says that a GPU's memory is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or errors.is_out_of_memory(error) and any(
+        name in str(error) for name in ("CUDA", "CUSOLVER"))
 
 
 def retry_with_less_memory(plan, step, again=True):

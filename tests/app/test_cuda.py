@@ -327,14 +327,17 @@ def test_distillation_goes_on_in_smaller_batches_down_to_what_fits(simulated, ru
     assert all(torch.allclose(tensor, expected[key], rtol=0, atol=1e-4) for key, tensor in found.items())
 
 
-def test_memory_is_given_back_before_a_step_begins_again(simulated):
+@pytest.mark.parametrize("message", [
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA driver error: out of memory",
+    "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"])
+def test_memory_is_given_back_before_a_step_begins_again(simulated, message):
     with Gpu() as device:
         def step(way):
             if way.on_host:
                 return device.used
             cycle = [torch.ones(100, device="cuda:0")]
             cycle.append(cycle)  # which only the garbage collector frees
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+            raise RuntimeError(message)
 
         gc.disable()
         try:
