@@ -50,6 +50,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they and what they
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 ROOT = Path(__file__).parent.parent
+ON_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []  # marks of what runs on a real GPU where there is one
 VOCABULARY = 384
 CPU = torch.device("cpu")
 

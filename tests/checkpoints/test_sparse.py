@@ -1,5 +1,6 @@
 """Check products with packed matrices against dense ones, in every way that the CPU has, and what may be loaded."""
 
+import contextlib
 import copy
 import json
 import os
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, ROOT, make, save
+from conftest import CPU, ON_GPU, ROOT, make, save
 from makebelieve import Gpu
 from safetensors.torch import load_file, save_file
 from test_formats import assert_same, logits, matrices
@@ -113,14 +114,14 @@ def test_many_tokens_give_what_the_dense_layer_gives_bit_for_bit_and_gradients_f
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)  # the interpreter cannot round to bfloat16
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=ON_GPU) for dtype in DTYPES[not ON_GPU:]], ids=str)
 @pytest.mark.parametrize("scheme", [None, Scheme(3), Scheme(4, 64, True), Scheme(8)], ids=str)
 def test_the_gpu_gives_the_same(scheme, dtype):
-    """On the make-believe GPU, in Triton's interpreter."""
+    """On a make-believe GPU in Triton's interpreter, which cannot round to bfloat16."""
     torch.manual_seed(0)
     for rows, columns in ((7, 1152), (3, 64)):
         packed, W = packed_and_dense(rows, columns, dtype, scheme)
-        with Gpu():
+        with contextlib.nullcontext() if ON_GPU else Gpu():
             moved = copy.deepcopy(packed).to("cuda:0")
             assert moved.way(moved.mask.device) == "triton" and torch.equal(moved.expand().cpu(), W)
             for tokens, bias in ((1, None), (3, torch.randn(rows)), (FEW, None), (FEW + 1, None)):

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import ON_GPU
 
 from mixgpt.kernels import columns
 from mixgpt.kernels.columns import UniformGrid
 
 CPU = torch.device("cpu")
-GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # Triton's interpreter runs on the CPU
+GPU = torch.device("cuda" if ON_GPU else "cpu")  # Triton's interpreter runs on the CPU
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 NEAR = 1e-3  # how near a tie, in steps of a grid or as a fraction of a score, float32 may break it another way
 
@@ -48,6 +49,10 @@ WALKS = ([("torch", torch.float32, case) for case in SPARSE + N_OF_M + GRIDS + B
          + [("compiled", torch.float32, case) for case in SPARSE + N_OF_M + GRIDS + BFLOAT16]
          + [("compiled", torch.float64, case) for case in SPARSE + N_OF_M + DOUBLE]
          + [("triton", torch.float32, case) for case in SPARSE + N_OF_M + GRIDS + BFLOAT16 + FLOAT16])
+
+
+def marked(name, *others):
+    return pytest.param(name, *others, marks=ON_GPU if name == "triton" else [])
 
 
 def walker(name, grid_dtype=None):
@@ -137,8 +142,8 @@ def untouched(large, values):
 
 # layouts: which of W (with E and the mask) and of U lie by columns; solve_triangular returns U so, on a GPU too
 @pytest.mark.parametrize(("name", "dtype", "case", "layouts"), [
-    *((*walk, (False, False)) for walk in WALKS),
-    *((name, torch.float32, case, layouts) for layouts in [(False, True), (True, True)]
+    *(marked(*walk, (False, False)) for walk in WALKS),
+    *(marked(name, torch.float32, case, layouts) for layouts in [(False, True), (True, True)]
       for name in ("torch", "compiled", "triton") for case in (SPARSE[2], N_OF_M[0], GRIDS[1]))], ids=str)
 def test_walks_as_the_formulas_say(name, dtype, case, layouts):
     walk, device = walker(name, case.dtype)
@@ -174,7 +179,7 @@ def independent(W):
     return E, U, mask
 
 
-@pytest.mark.parametrize("name", ["torch", "compiled", "triton"])
+@pytest.mark.parametrize("name", [*map(marked, ["torch", "compiled", "triton"])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_halves_are_rounded_to_even(name, dtype):
     walk, device = walker(name)  # these few codes are the same in any dtype
@@ -186,7 +191,7 @@ def test_halves_are_rounded_to_even(name, dtype):
     assert torch.equal(W, expected)
 
 
-@pytest.mark.parametrize("name", ["torch", "compiled", "triton"])
+@pytest.mark.parametrize("name", [*map(marked, ["torch", "compiled", "triton"])])
 def test_the_first_of_equal_scores_are_removed(name):
     walk, device = walker(name)
     W = torch.tensor([2.0, 1, 1, -1, 0, 0, 0, 0], device=device)[:, None].repeat(1, 2)
@@ -196,7 +201,7 @@ def test_the_first_of_equal_scores_are_removed(name):
     assert mask.t().int().tolist() == [[0, 1, 1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("name", ["torch", "compiled", "triton"])
+@pytest.mark.parametrize("name", [*map(marked, ["torch", "compiled", "triton"])])
 def test_weights_that_are_no_numbers_do_not_become_some(name):
     walk, device = walker(name)
     W, ones = torch.full((2, 3), torch.nan, device=device), torch.ones(3, device=device)
