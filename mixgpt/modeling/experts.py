@@ -87,9 +87,8 @@ def parts_of(module, leaf):
 
 
 def split_experts(model):
-    """Replace the 3-D parameters of all experts by linears; the model may be on meta. Returns whether it has some."""
-    fused = [module for module in model.modules() if is_fused(module)]
-    for module in fused:
+    """Replace the 3-D parameters of all experts by linears; the model may be on meta."""
+    for module in filter(is_fused, list(model.modules())):
         tensors = {}
         for leaf, parts in {leaf: parts_of(module, leaf) for leaf in module._parameters}.items():
             if parts:
@@ -105,7 +104,6 @@ def split_experts(model):
             module._modules.setdefault(number, torch.nn.Module()).add_module(matrix, linear)
         module.config = copy.copy(module.config)  # the model's own, as saved, stays as it is
         module.config._experts_implementation = SPLIT
-    return bool(fused)
 
 
 def use_linears(model):

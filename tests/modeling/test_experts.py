@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mixgpt.checkpoints import load
 from mixgpt.evaluation.measures import logits, total_sparsity
 from mixgpt.modeling.decoder import layers_of, layers_path, path_of
-from mixgpt.modeling.experts import layout_of, published, split_experts
+from mixgpt.modeling.experts import is_fused, is_split, layout_of, published, split_experts
 from mixgpt.modeling.streaming import read
 
 COMMON = {key: value for key, value in conftest.COMMON.items() if key != "head_dim"} | conftest.TOKEN_IDS | {
@@ -72,7 +72,8 @@ def build(kind, **options):
 @pytest.mark.parametrize("kind", MODELS)
 def test_split_experts_compute_what_fused_ones_do(kind, tokens):
     model, fused = build(kind), build(kind)
-    assert split_experts(model)
+    split_experts(model)
+    assert any(map(is_split, model.modules())) and not any(map(is_fused, model.modules()))
     with torch.no_grad():
         expected = fused(tokens, use_cache=False).logits
         assert torch.allclose(model(tokens, use_cache=False).logits, expected, atol=1e-5)
