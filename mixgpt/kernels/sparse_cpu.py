@@ -167,7 +167,8 @@ class _Emitter:
                             b.store(self._dot(b.load(total), part, part_x), total)
         for token, totals in enumerate(sums):
             total = functools.reduce(b.fadd, map(b.load, totals))
-            total = self._call(f"llvm.vector.reduce.fadd.{_name(kind)}", F32, F32(-0.0), total, fastmath=("reassoc",))
+            total = self._call(f"llvm.vector.reduce.fadd.v{kind.count}f32", F32, F32(-0.0), total,
+                               fastmath=("reassoc",))
             self._store(total, b.add(b.mul(I64(token), at["rows"]), row), 4)
 
     # steps: each returns the weights of the next columns, 0 where pruned, and moves `place` on. The iteration starts at
@@ -239,9 +240,10 @@ class _Emitter:
             moved = b.bitcast(self._call("llvm.x86.avx2.permps", values.type, values, order), words)
             return b.bitcast(b.and_(moved, b.ashr(order, _all(words, 31))), values.type)
         # an instruction that loads and expands would take a microcoded form: hide the load from the compiler
-        values = b.asm(ir.FunctionType(values.type, [values.type]), "", "=v,0", [values], False)
-        return self._call(f"llvm.x86.avx512.mask.expand.{_name(values.type)}", values.type, values,
-                          _all(values.type, other), b.bitcast(mask, ir.VectorType(I1, values.type.count)))
+        kind = values.type
+        values = b.asm(ir.FunctionType(kind, [kind]), "", "=v,0", [values], False)
+        return self._call(f"llvm.x86.avx512.mask.expand.v{kind.count}{kind.element.intrinsic_name}", kind, values,
+                          _all(kind, other), b.bitcast(mask, ir.VectorType(I1, kind.count)))
 
     def _floats(self, values):
         """Return values, as they are stored, in float32."""
@@ -306,7 +308,3 @@ class _Emitter:
 
 def _all(kind, value):
     return ir.Constant(kind, [value] * kind.count)
-
-
-def _name(kind):
-    return f"v{kind.count}{kind.element.intrinsic_name}"
