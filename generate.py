@@ -77,7 +77,9 @@ def print_completions(models, prompt, device, dtype, bos, **options):
     texts = {title: completion.text for title, completion in completions.items()}
     lines = side_by_side(texts, width) if len(texts) > 1 else wrapped(texts["model"], width)
     print(*wrapped(prompt, width), "", *lines, sep="\n")
-    print("\n" + "; ".join(f"{title} {each.speed}" for title, each in completions.items()) + f" on {device}")
+    speeds = (f"{title} {each.tokens} tokens in {each.seconds:.1f} s, {each.rate:.1f} tokens/s after the first, "
+              f"weights {each.nbytes / 1e6:.0f} MB" for title, each in completions.items())
+    print("\n" + "; ".join(speeds) + f" on {device}")
     if len(models) > 1:
         dense, other = completions.values()
         print(f"{other.rate / dense.rate:.2f} times as fast, {other.nbytes / dense.nbytes:.2f} times the memory")

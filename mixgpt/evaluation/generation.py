@@ -22,11 +22,6 @@ class Completion:
     nbytes: int  # of the model's weights in memory
     cut: int = 0  # tokens at the beginning of the prompt for which the model's context had no room
 
-    @property
-    def speed(self):
-        return (f"{self.tokens} tokens in {self.seconds:.1f} s, {self.rate:.1f} tokens/s after the first, weights "
-                f"{self.nbytes / 1e6:.0f} MB")
-
 
 @torch.no_grad()
 def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=0, until=(), bos=None):
