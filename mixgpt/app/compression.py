@@ -38,9 +38,8 @@ def _prune(run, plan, last, stage, memory_plan):
     """Prune and quantize, or do only one of them if quantizing comes last. Returns outcomes and the memory plan."""
     settings, streamed, observe = run.settings, run.streamed(memory_plan), run.tracker.layer
     scheme = None if last and stage == "layer" else settings.scheme
-    if settings.save:
-        run.files.keep("memory_plan", asdict(memory_plan))
     if run.files:
+        run.files.keep("memory_plan", asdict(memory_plan))
         run.files.begin(stage, scheme)
     if settings.calibrates:
         saliency = choices.SALIENCIES[settings.saliency]
