@@ -18,11 +18,11 @@ def compress(run, plan):
     if plan.targets:
         last = run.distills and settings.quantizes_last
         retry = partial(memory.retry_with_less_memory, again=bool(locations_of(run.model)))
-        outcomes, used = retry(run.memory_plan, partial(_prune, run, plan, last, "layer"))
+        outcomes, used = retry(run.memory_plan, partial(_prune, run, plan, "layer", None if last else settings.scheme))
         if run.distills:
             run.record["distilled"] = _distill(run, plan, outcomes, used.on_host)
         if last:
-            quantized, used = retry(used, partial(_prune, run, plan, last, "quantized"))
+            quantized, used = retry(used, partial(_prune, run, plan, "quantized", settings.scheme))
             outcomes = {key: replace(outcome, grid=quantized[key].grid) for key, outcome in outcomes.items()}
         run.record["settings"] |= {"batch_size": used.batch_size,
                                    "true_sequential": settings.true_sequential and not (
@@ -34,10 +34,9 @@ def compress(run, plan):
     return outcomes, matrices, others
 
 
-def _prune(run, plan, last, stage, memory_plan):
-    """Prune and quantize, or do only one of them if quantizing comes last. Returns outcomes and the memory plan."""
+def _prune(run, plan, stage, scheme, memory_plan):
+    """Prune, and quantize if a quant.Scheme is given, or quantize alone. Returns outcomes and the memory plan."""
     settings, streamed, observe = run.settings, run.streamed(memory_plan), run.tracker.layer
-    scheme = None if last and stage == "layer" else settings.scheme
     if run.files:
         run.files.keep("memory_plan", asdict(memory_plan))
         run.files.begin(stage, scheme)
