@@ -68,20 +68,17 @@ class OutOfGpuMemory(OutOfMemory):
 
 
 @contextlib.contextmanager
-def shared_fate(waits=False):
-    """Raise OutOfMemory in all processes if one runs out of memory in the block.
-
-    waits: whether they wait for each other in it. Then several processes share nothing.
-    """
+def shared_fate():
+    """Raise OutOfMemory in all processes if one runs out of memory in the block, in which none waits for another."""
     failure = cause = None
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         on_gpu, cause = _is_of_gpu(error), error
-        if not on_gpu and not errors.is_out_of_memory(error) or waits and distributed.world() > 1:
+        if not on_gpu and not errors.is_out_of_memory(error):
             raise
         failure = OutOfGpuMemory if on_gpu else OutOfMemory
-    failures = [failure] if waits else distributed.all_gather_object(failure)
+    failures = distributed.all_gather_object(failure)
     if any(failures):
         raise next(filter(None, failures))("out of memory") from cause
 

@@ -120,7 +120,7 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
     steps += (steps[0][:0],) * (-(-_most(tokens) // size) - len(steps))  # as many as in every other process
     with contextlib.ExitStack() as stack:
         stack.enter_context(repeatable_attention(device))
-        with memory.shared_fate(waits=True):
+        with memory.shared_fate() if distributed.world() == 1 else contextlib.nullcontext():  # else they wait in it
             with memory.shared_fate():
                 stack.enter_context(on_device(layers, device))
                 weights = stack.enter_context(_trained(layers, chosen))
