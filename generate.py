@@ -41,9 +41,8 @@ def _parse(argv):
     check_between("--seed", given.seed, 0, 2**64 - 1)
     if not given.prompt:
         raise InputError("prompt: is empty; give a text to continue")
-    for flag, name in {"model": given.model, "--dense": given.dense}.items():
-        if name:
-            check_model(flag, name)
+    check_model("model", given.model)
+    check_model("--dense", given.dense or "")
     return vars(given)
 
 
