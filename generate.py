@@ -46,9 +46,8 @@ def _parse(argv):
     return vars(given)
 
 
-def main(argv=None):
+def main(argv):
     """Run the command line. Returns the exit status, see `reported`."""
-    argv = sys.argv[1:] if argv is None else argv
     remedy = "lower --max-new-tokens, or give --dtype bfloat16 or --device cpu"
     with reported("generate.py", argv, remedy) as end:
         given = _parse(argv)
@@ -98,4 +97,4 @@ def wrapped(text, width):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -149,9 +149,9 @@ def points_of(runs):
         high=("perplexity", "max"), dense=("dense", "first")).reset_index()
 
 
-def main(argv=None):
+def main(argv):
     """Run the command line. Returns the exit status, see `reported`; 2 also if a file was unusable."""
-    argv, runs = sys.argv[1:] if argv is None else argv, []
+    runs = []
     parser = Parser(prog="results.py", description="Compare the records of runs in one table.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="file of --record, folder of --save, or a pattern such "
                                                                "as 'runs/*'")
@@ -188,4 +188,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

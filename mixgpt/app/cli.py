@@ -29,15 +29,14 @@ PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "n
 class Parser(argparse.ArgumentParser):
     """A parser that raises InputError. Flags with underscores, as in the published code, are those with hyphens."""
 
-    def parse_args(self, argv=None):
-        argv = sys.argv[1:] if argv is None else argv
+    def parse_args(self, argv):
         return super().parse_args([re.sub(r"^--[^=]*", lambda flag: flag[0].replace("_", "-"), part) for part in argv])
 
     def error(self, message):
         raise InputError(message)
 
 
-def parse(script, argv=None):
+def parse(script, argv):
     """Parse the command line of a script. Returns `Settings`. Raises InputError."""
     parser = Parser(
         prog=script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
