@@ -42,7 +42,7 @@ def wanda(problem):
     scheme = problem.recipe.scheme
 
     def attempt(sparsities):
-        pruned = [W.masked_fill(wanda_mask(W, problem.h.sqrt(), replace(target, sparsity=sparsity)), 0)
+        pruned = [W.masked_fill(wanda_mask(W, problem.hessian.h.sqrt(), replace(target, sparsity=sparsity)), 0)
                   for W, target, sparsity in zip(problem.optima, problem.targets, sparsities, strict=True)]
         return [quantize_nearest(W, scheme) if scheme else (W, None) for W in pruned]
 

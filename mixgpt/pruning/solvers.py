@@ -30,16 +30,11 @@ class Problem:
     dtype: torch.dtype  # of the final weights
     row_weights: torch.Tensor | None = None  # (total rows,), weight of each row's error
 
-    @property
-    def h(self):
-        """The diagonal of H, (in,)."""
-        return self.hessian.h
-
 
 def walk(problem):
     """Walk once over the columns: SparseGPT, and GPTQ if there is a scheme."""
     recipe = problem.recipe
-    return Walk(problem.optima, problem.hessian.R, problem.h, problem.targets, blocksize=recipe.blocksize,
+    return Walk(problem.optima, problem.hessian.R, problem.hessian.h, problem.targets, blocksize=recipe.blocksize,
                 saliency=recipe.saliency, scheme=recipe.scheme, dtype=problem.dtype,
                 row_weights=problem.row_weights).run()
 
@@ -51,7 +46,8 @@ def admm(problem):
     few weights; these are the least salient of the rounded ones.
     """
     later, sparsities = problem.recipe.later, [target.sparsity for target in problem.targets]
-    prune = admm_pruner(problem.optima, problem.hessian.damped, problem.targets, problem.row_weights, problem.h == 0)
+    hessian = problem.hessian
+    prune = admm_pruner(problem.optima, hessian.damped, problem.targets, problem.row_weights, hessian.h == 0)
 
     def attempt(sparsities):
         pruned = prune([replace(target, sparsity=sparsity)
@@ -69,7 +65,7 @@ def quantize(problem):
     """Quantize the kept weights in a walk over the columns, then remove the least salient ones up to the sparsity."""
     results = walk(replace(problem, targets=[Target(0.0)] * len(problem.optima)))
     W, counts = torch.cat([W for W, _ in results]), [len(W) for W, _ in results]
-    scores = W.square() * problem.h
+    scores = W.square() * problem.hessian.h
     if problem.row_weights is not None:
         scores *= problem.row_weights[:, None]
     masks = prune_masks(scores.masked_fill_(W == 0, -1).split(counts), problem.targets, distributed.total(counts))
