@@ -32,10 +32,7 @@ def _guarded(method):
 
 
 class Tracker(contextlib.AbstractContextManager):
-    """A W&B run, as a context manager that marks it finished or failed. Without a run, methods do nothing.
-
-    A run that the caller has open is logged to, and stays open.
-    """
+    """A W&B run, as a context manager that ends it, unless a caller has begun it. Without a run, methods do nothing."""
 
     def __init__(self, settings, record):
         """Start a run in the first process if the settings ask for it. record: of the run, as far as it is known."""
