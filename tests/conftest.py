@@ -26,7 +26,7 @@ import transformers
 from filelock import FileLock
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import datautils
 import results
@@ -236,47 +236,6 @@ def once(tmp_path_factory):
     return once
 
 
-@pytest.fixture(scope="session")
-def trained(tokenizer, once):
-    """Give (state dict, test tokens, calibration tokens) of a LLaMA briefly trained on the builtin text."""
-    return torch.load(once("trained", lambda path: torch.save(train(tokenizer), path)))
-
-
-def train(tokenizer):
-    """Return what `trained` gives."""
-    torch.manual_seed(0)
-    model = trainable()
-    ids = torch.tensor(datautils.token_ids(tokenizer, "\n\n".join(datautils.load_rows("builtin", "train", None)[0])))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    steps = 150
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-    for _ in range(steps):
-        batch = torch.stack([ids[i:i + 96] for i in torch.randint(0, len(ids) - 96, (16,)).tolist()])
-        model(batch, labels=batch).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    test, _ = datautils.test_tokens("builtin", 96, tokenizer)
-    calibration, _ = datautils.calibration_samples("builtin", 64, 96, 0, tokenizer)
-    return model.state_dict(), test[:64], calibration
-
-
-def trainable():
-    """Build the model of `trained`."""
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256,
-                                        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                                        max_position_embeddings=128, tie_word_embeddings=True)).eval()
-
-
-@pytest.fixture
-def trained_model(trained):
-    """Give (model, test tokens, calibration tokens), the model a fresh copy."""
-    state, test, calibration = trained
-    model = trainable()
-    model.load_state_dict(state)
-    return model, test, calibration
-
-
 def assert_same_weights(folder, other):
     """Assert that two saved folders have the same tensors, bit for bit."""
     one, two = saved_tensors(folder), saved_tensors(other)
@@ -374,7 +333,7 @@ def fork():
 def read_little(patch):
     """Let runs in this process read a part of the texts, and evaluate on four segments. patch: a pytest.MonkeyPatch."""
     rows, tests = datautils.load_rows, datautils.test_tokens
-    patch.setattr(datautils, "load_rows", lambda *asked: (lambda found, source: (found[:150], source))(*rows(*asked)))
+    patch.setattr(datautils, "load_rows", lambda *asked: (lambda found, source: (found[:50], source))(*rows(*asked)))
     patch.setattr(running, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
 
 

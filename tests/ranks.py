@@ -115,8 +115,8 @@ def run(rank, world, port, file, make):
         torch.save(make(), file)
 
 
-def poor(rank, world, port, short):
-    """Be process `rank`; if it is the last, count slowly, and if short lack memory for the second batch to distil."""
+def poor(rank, world, port, short, late):
+    """Be process `rank`; the last one counts `late` seconds later and, if short, lacks memory to distil batch two."""
     as_rank(rank, world, port)
     backward, measure, calls = distill._backward, compression.measure_weights, []
 
@@ -128,4 +128,4 @@ def poor(rank, world, port, short):
 
     if rank == world - 1:
         distill._backward = failing if short else backward
-        compression.measure_weights = lambda *given: (time.sleep(2), measure(*given))[1]
+        compression.measure_weights = lambda *given: (time.sleep(late), measure(*given))[1]

@@ -126,9 +126,9 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(start, tmp_path):
 
 def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distillation(start, tmp_path):
     options = ["--nsamples", "6", "--sparsity", ".5", "--batch-size", "1", "--save"]
-    assert start([*options, tmp_path / "pruned"], 2, ranks.poor, [False])[1] == 0
-    assert start(options[:-1], 2, ranks.poor, [False])[1] == 0  # the first removes what the last still reads
-    out, status = start([*options, tmp_path / "saved", "--distill", "1"], 2, ranks.poor, [True])
+    assert start([*options, tmp_path / "pruned"], 2)[1] == 0
+    assert start(options[:-1], 2, ranks.poor, [False, 2])[1] == 0  # the first removes what the last still reads
+    out, status = start([*options, tmp_path / "saved", "--distill", "1"], 2, ranks.poor, [True, 0])
     assert status == 0 and out.count("warning  --distill: out of memory: the model stays as it was") == 1
     assert_same_weights(tmp_path / "pruned", tmp_path / "saved")
 

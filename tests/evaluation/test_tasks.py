@@ -171,11 +171,20 @@ def test_texts_that_have_no_first_token_are_refused_before_anything_is_pruned(to
     ("choice,arc_chalenge", "--tasks arc_chalenge: cannot be used: .*'arc_chalenge' is not a registered task"),
     ("choice --tasks-dir nowhere", "--tasks-dir nowhere: must be a folder with "),
     ("choice --limit 0", r"--limit 0: must be at least 1")])
-def test_a_task_that_cannot_be_used_gets_one_line_before_the_work(options, message, folder, prune, tmp_path):
+def test_a_task_that_cannot_be_used_gets_one_line_before_the_work(options, message, folder, prune, tmp_path,
+                                                                  monkeypatch):
+    manage, asked = tasks.TaskManager, []
+
+    def without_defaults(include_path, include_defaults=True):
+        asked.append(include_defaults)
+        return manage(include_path=include_path, include_defaults=False)  # those of lm-eval take seconds to index
+
+    monkeypatch.setattr(tasks, "TaskManager", without_defaults)
     line = prune("llama", "--eval --sparsity .5 --save", tmp_path / "saved", "--tasks-dir", folder, "--tasks", options,
                  status=2)
     assert re.fullmatch(rf"llama\.py: error: {message}.*", line.strip())
     assert not list(tmp_path.glob("saved/*.safetensors"))
+    assert asked in ([], [False]) or "arc_chalenge" in options and asked == [False, True]
 
 
 def test_without_lm_eval_the_line_says_what_to_install(prune, monkeypatch):

@@ -171,15 +171,15 @@ def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
     for layers in (4, 10):
         write_shards(tmp_path / f"model{layers}", layers, tokenizer)
         process = fork(command, "llama", [
-            tmp_path / f"model{layers}", "builtin", "--sparsity", ".5", "--gmp", "--eval", "builtin", "--eval-limit", 8,
-            "--seqlen", 32, "--dtype", "bfloat16", "--save", tmp_path / f"saved{layers}"], tmp_path / "log", peak_of,
-            (tmp_path / "peak",))
+            tmp_path / f"model{layers}", "builtin", "--prunen", 2, "--prunem", 4, "--gmp", "--eval", "builtin",
+            "--eval-limit", 8, "--seqlen", 32, "--dtype", "bfloat16", "--save", tmp_path / f"saved{layers}"],
+            tmp_path / "log", peak_of, (tmp_path / "peak",))
         process.join()
         assert process.exitcode == 0, (tmp_path / "log").read_text()
         before, after = json.loads((tmp_path / "peak").read_text())
         grown[layers] = after - before
     size = sum(file.stat().st_size for file in (tmp_path / "saved10").glob("*.safetensors"))
     assert size > 10 * LAYER
-    assert abs(grown[10] - grown[4]) < 1.5 * LAYER
+    assert abs(grown[10] - grown[4]) < 2.5 * LAYER  # threads that read ahead and write differ by up to two
     # three layers at a time, one being written, what malloc keeps of freed blocks, and compiled code
     assert grown[10] < size

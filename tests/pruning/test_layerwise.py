@@ -6,11 +6,12 @@ from pathlib import Path
 import makebelieve
 import pytest
 import torch
-from conftest import CPU, inputs_of, make, make_plan, modules_of
+from conftest import CPU, VOCABULARY, inputs_of, make, make_plan, modules_of
 from modeling.test_decoders import COMMON, build
 from test_sparsegpt import prune_matrix
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+import datautils
 from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import columns
@@ -225,8 +226,27 @@ def test_the_dense_target_is_the_same_if_modules_get_their_input_by_name(tokens)
     assert all(map(torch.equal, weights(model).values(), weights(other).values()))
 
 
-def test_best_beats_sparsegpt_and_that_magnitude_on_a_trained_model(trained_model):
-    dense, test, calibration = trained_model
+def train(model, ids):
+    """Train a model briefly on tokens (n,)."""
+    optimizer, steps = torch.optim.AdamW(model.parameters()), 110
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    for starts in torch.randint(0, len(ids) - 96, (steps, 16)).tolist():
+        batch = torch.stack([ids[start:start + 96] for start in starts])
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def test_best_beats_sparsegpt_and_that_magnitude_on_a_trained_model(tokenizer):
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256,
+                                         num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                                         max_position_embeddings=128, tie_word_embeddings=True)).eval()
+    rows, _ = datautils.load_rows("builtin", "train", None)
+    train(dense, torch.tensor(datautils.token_ids(tokenizer, "\n\n".join(rows))))
+    test = datautils.test_tokens("builtin", 96, tokenizer)[0][:64]
+    calibration, _ = datautils.calibration_samples("builtin", 64, 96, 0, tokenizer)
     model, best, magnitude = (copy.deepcopy(dense) for _ in range(3))
     plan = plan_of(model)
     walked = sparsegpt(model, plan, calibration, batch_size=8)
