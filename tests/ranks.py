@@ -1,6 +1,8 @@
 """Prune in memory in several processes, for test_distributed.py, and keep what each of them made of it."""
 
+import contextlib
 import itertools
+import os
 import time
 from unittest import mock
 
@@ -111,8 +113,13 @@ def run(rank, world, port, file, make):
     """Save what `make` returns in process `rank` of as many as torchrun would have started."""
     torch.set_num_threads(1)
     as_rank(rank, world, port)
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # it outlives the runs
     with distributed.joined(CPU):
-        torch.save(make(), file)
+        pass
+    time.sleep(rank == 0)  # the others must not find the addresses of the run before
+    for call in (lambda: 1 / 0, make):  # a run that fails, and one behind it
+        with contextlib.suppress(ZeroDivisionError), distributed.joined(CPU):
+            torch.save(call(), file)
 
 
 def poor(rank, world, port, short, late):

@@ -1,6 +1,7 @@
 """Processes that divide the work, as started by torchrun; without it, a single process."""
 
 import contextlib
+import itertools
 from datetime import timedelta
 
 import torch
@@ -12,25 +13,31 @@ from mixgpt.common.program import rank, world
 
 # The others wait while the first process writes and verifies the checkpoint. If it dies, they end at once.
 LONGEST_WAIT = timedelta(days=7)
+NUMBERS = itertools.count()  # of the times that the processes meet
 _hosts = None  # the process group for objects, numbers and tensors on the host; None: the default group
+_store = None  # through which the processes meet
 
 
 @contextlib.contextmanager
 def joined(device):
-    """Join the processes started by torchrun within the block. device: of this process."""
-    global _hosts
+    """Join the processes started by torchrun within the block, unless they are already. device: of this process."""
+    global _hosts, _store
     if program.world() == 1:
         yield
         return
     gpu = device if device.type == "cuda" else None
     if gpu:
         torch.cuda.set_device(gpu)
-    with reading(f"WORLD_SIZE {program.world()}: the processes did not meet; start them with torchrun, or unset "
-                 "WORLD_SIZE"):
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+    if own := not dist.is_initialized():  # by a caller, or a run before that failed
+        with reading(f"WORLD_SIZE {program.world()}: the processes did not meet; start them with torchrun, or unset "
+                     "WORLD_SIZE"):
+            _store = _store or next(dist.rendezvous("env://"))[0]
+            store = dist.PrefixStore(f"mixgpt {next(NUMBERS)}", _store)  # which keeps the addresses of the time before
+            dist.init_process_group("nccl" if gpu else "gloo", None, None, world(), rank(), store, device_id=gpu)
     _hosts = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     yield
-    dist.destroy_process_group()  # not after an error: torchrun then ends the others
+    if own:
+        dist.destroy_process_group()  # not after an error: torchrun then ends the others
     _hosts = None
 
 

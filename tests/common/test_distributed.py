@@ -11,6 +11,7 @@ import pytest
 import ranks
 import torch
 from conftest import ROOT, as_rank, assert_same_weights, command, free_port, record_of, saved_tensors
+from torch.distributed import TCPStore
 
 from mixgpt.common import distributed
 
@@ -40,6 +41,7 @@ def in_processes(fork, tmp_path):
     """Return a function that returns what a function returns in this process alone, and in each of several."""
     def results(make, world):
         port, files = free_port(), [tmp_path / str(rank) for rank in range(world)]
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # noqa: F841, torchrun's
         processes = [fork(ranks.run, rank, world, port, file, make) for rank, file in enumerate(files)]
         alone = make()
         for process in processes:
