@@ -169,3 +169,13 @@ def test_an_allocation_is_followed_and_named(checkpoint_folder, tmp_path, capsys
     assert "--sparsity-way turns: fractions only" in capsys.readouterr().err
     assert run("opt.py", *arguments) == 2
     assert "--sparsity-way turns: needs --sparsity" in capsys.readouterr().err
+
+
+def test_a_save_format_may_mark_its_folders_with_its_name(checkpoint_folder, tmp_path):
+    config = load.read_config(checkpoint_folder("opt"))
+    config.quantization_config = {"quant_method": "own"}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="its weights are quantized by own"):
+        load.read_config(tmp_path)
+    choices.FORMATS["own"] = choices.SaveFormat("")
+    assert load.read_config(tmp_path).quantization_config == {"quant_method": "own"}

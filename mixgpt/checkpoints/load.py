@@ -123,7 +123,7 @@ def _config_of(name):
     if whole.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         config = whole
     method = (getattr(whole, "quantization_config", None) or {}).get("quant_method")
-    if method and (config is not whole or method not in ("compressed-tensors", METHOD)):
+    if method and (config is not whole or method not in (METHOD, *choices.FORMATS)):
         raise InputError(f"model {name}: its weights are quantized by {method}; give the original model")
     if config is whole:
         return config, None
