@@ -212,8 +212,9 @@ class SparseQuantizer(HfQuantizer):
         return isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight)
 
     def _process_model_before_weight_loading(self, model, **_):
+        prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."  # of AutoModel
         for name, description in self.quantization_config.matrices.items():
-            path = name.removesuffix(".weight")
+            path = name.removesuffix(".weight").removeprefix(prefix)
             dense, shape = model.get_submodule(path), tuple(description["shape"])
             if shape != tuple(dense.weight.shape):
                 raise ValueError(f"{name} is {shape}, its configuration expects {tuple(dense.weight.shape)}")

@@ -17,7 +17,7 @@ from conftest import CPU, ON_GPU, make, save
 from makebelieve import Gpu
 from safetensors.torch import load_file, save_file
 from test_formats import assert_same, logits, matrices
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import mixgpt
 from mixgpt.checkpoints import load
@@ -219,6 +219,7 @@ def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer,
     held = sum(tensor.nbytes for tensor in (*packed.parameters(), *packed.state_dict().values()) if tensor.dim() < 2)
     assert held < stored
     assert torch.equal(logits(packed, tokens), logits(model, tokens))
+    assert_same(packed.base_model, AutoModel.from_pretrained(folder))
     assert perplexity(packed, tokens, 5, CPU) == perplexity(model, tokens, 5, CPU)
     texts = [complete(each, tokenizer, "import a", max_new_tokens=12).text for each in (packed, again, model)]
     assert texts[0] == texts[1] == texts[2]
