@@ -46,7 +46,7 @@ class Tracker(contextlib.AbstractContextManager):
                        "project": settings.wandb_project, "name": settings.wandb_name, "group": settings.wandb_group,
                        "settings": wandb.Settings(silent=settings.quiet)}
             try:
-                self.run = wandb.init(**options)
+                self.run = wandb.run or wandb.init(**options)  # which in a notebook would end the caller's
             except (wandb.errors.UsageError, wandb.errors.CommError) as error:  # logged out, or no answer
                 self.run = wandb.init(**options, mode="offline")
                 _warn(error, f"the run is kept on disk; {_upload(self.run)}")

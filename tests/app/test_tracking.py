@@ -231,7 +231,8 @@ def test_a_run_that_fails_is_marked_so_and_says_why(surroundings, checkpoint_fol
     assert read_back(folder_of(surroundings))[3] == 130
 
 
-def test_a_run_that_the_caller_has_open_is_logged_to_and_stays_open(surroundings):
+def test_a_run_that_the_caller_has_open_is_logged_to_and_stays_open(surroundings, variables):
+    variables.setenv("WANDB_REINIT", "finish_previous")  # as it is by default in a notebook
     with wandb.init(config={"lr": 1}) as caller:
         with Tracker(Settings("opt", "c4", log_wandb=True), {"settings": {"sparsity": 0.5}}):
             pass
