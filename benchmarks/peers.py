@@ -71,17 +71,17 @@ def owl_plan(selected, ratios, sparsity):
     """Make layers with more outliers less sparse. Returns {(layer, name): Target}.
 
     selected: {(layer, name): (out, in)}. ratios: D_l of each layer. As the authors do: the ratios are scaled to
-    [0, 2λ] and, negated, shifted to the mean that is asked for. The mean is that over weights here, which is the same
-    where layers are of one size.
+    [0, 2λ] and, negated, shifted to the mean that is asked for; λ is less where a sparsity would leave [0, 1]. The mean
+    is that over weights here, which is the same where layers are of one size.
     """
     sizes = torch.zeros(len(ratios), dtype=torch.float64)
     for (layer, _), (out, columns) in selected.items():
         sizes[layer] += out * columns
     D = torch.tensor(ratios, dtype=torch.float64)
     D = 2 * RANGE * (D - D.min()) / (D.max() - D.min()).clamp_min(1e-12)  # equal ratios: uniform
-    sparsities = sparsity - (D - (D * sizes).sum() / sizes.sum())
-    assert 0 <= sparsities.min() and sparsities.max() <= 1
-    return {(layer, name): Target(sparsities[layer].item()) for layer, name in selected}
+    D -= (D * sizes).sum() / sizes.sum()
+    sparsities = sparsity - D * min(1, sparsity / D.max().clamp_min(1e-12), (1 - sparsity) / -D.min().clamp_max(-1e-12))
+    return {(layer, name): Target(sparsities[layer].clamp(0, 1).item()) for layer, name in selected}
 
 
 def owl(budget):

@@ -31,3 +31,6 @@ def test_owl_meets_the_budget_and_spares_layers_with_outliers():
     total = sum(unequal[key].sparsity * out * columns for key, (out, columns) in sizes.items())
     assert total == pytest.approx(0.6 * sum(out * columns for out, columns in sizes.values()))
     assert {target.sparsity for target in owl_plan(equal, [0.1] * 4, 0.6).values()} == {0.6}
+    for sparsity, ratios, end in ((0.06, [0, 0, 0, 1], 0), (0.94, [0, 1, 1, 1], 1)):  # half of λ has room
+        few = [target.sparsity for target in owl_plan(equal, ratios, sparsity).values()]
+        assert sum(few) == pytest.approx(4 * sparsity) and few.count(end) == 1
