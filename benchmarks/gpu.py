@@ -62,8 +62,6 @@ def measure(name, arguments):
         tokenizer.save_pretrained(folder)
         for method in (*METHODS, "textbook"):
             for nsamples in (size, arguments.nsamples):
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
                 tokens, _ = calibration_samples("builtin", nsamples, seqlen, 0, tokenizer)
                 record = run(folder, method, nsamples, arguments) if method in METHODS else prune(
                     method, model, tokens, tests, device, size)

@@ -33,9 +33,9 @@ BYTES = 6e8  # of the copies of a dense matrix
 def pack(shape, sparsity, wbits, device):
     """Return a random matrix in bfloat16, and the same packed."""
     W, grid = torch.randn(shape).bfloat16(), None
-    W[torch.rand(shape) < sparsity] = 0
     if wbits < 16:
-        W, grid = quantize_nearest(W, Scheme(wbits, sym=True))
+        W, grid = quantize_nearest(W, Scheme(wbits, sym=True))  # which sets a fifth to 0
+    W[torch.rand(shape) * (W != 0).float().mean() >= 1 - sparsity] = 0
     parts, description = encode(W, grid)
     packed = PackedWeight(description)
     for name, part in parts.items():

@@ -276,6 +276,7 @@ class Gpu:
             "get_device_name": lambda *_: "make-believe GPU", "get_device_capability": lambda *_: (9, 0),
             "mem_get_info": lambda *_: (self.free, self.memory), "memory_allocated": lambda *_: self.used,
             "memory_reserved": lambda *_: self.used, "max_memory_allocated": lambda *_: self.peak,
+            "reset_peak_memory_stats": lambda *_: vars(self).update(peak=self.used),
             "empty_cache": lambda: None, "synchronize": lambda *_: self.wait("torch.cuda.synchronize"),
             "Event": functools.partial(Event, self), "current_stream": mock.MagicMock(),
             "device_of": lambda _: nothing, "device": lambda _: nothing,

@@ -25,6 +25,8 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
     """
     device = runtime.choose_device(settings.device)
     clock = runtime.Clock(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # that of the runs before
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))
         if program.rank():  # only the first process prints

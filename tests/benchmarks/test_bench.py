@@ -74,7 +74,6 @@ def small_gpu(monkeypatch, tmp_path):
         yield
     else:
         monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
         with Gpu():
             yield
 
