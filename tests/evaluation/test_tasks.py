@@ -141,10 +141,10 @@ def test_generated_answers_are_scored(folder, tokenizer, checkpoint_folder):
     given = [instance.filtered_resps["none"] for instance in chosen["tasks"]["generate"].instances]
     model = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).eval()
     for row, text in zip(QUESTIONS, given, strict=False):
-        ids = tokenizer(row["question"], return_tensors="pt").input_ids
-        for _ in range(4):
+        prompt = ids = tokenizer(row["question"], return_tensors="pt").input_ids
+        while len(ids[0]) < len(prompt[0]) + 4 and ids[0, -1] != model.config.eos_token_id:
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-        assert text == tokenizer.decode(ids[0, -4:], skip_special_tokens=True).partition("?")[0]
+        assert text == tokenizer.decode(ids[0, len(prompt[0]):], skip_special_tokens=True).partition("?")[0]
 
 
 def test_generation_is_refused_where_memory_does_not_hold_the_model(folder, tokenizer):

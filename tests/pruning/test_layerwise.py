@@ -228,7 +228,7 @@ def test_the_dense_target_is_the_same_if_modules_get_their_input_by_name(tokens)
 
 def train(model, ids):
     """Train a model briefly on tokens (n,)."""
-    optimizer, steps = torch.optim.AdamW(model.parameters()), 110
+    optimizer, steps = torch.optim.AdamW(model.parameters()), 150
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     for starts in torch.randint(0, len(ids) - 96, (steps, 16)).tolist():
         batch = torch.stack([ids[start:start + 96] for start in starts])
