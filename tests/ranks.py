@@ -9,12 +9,13 @@ from unittest import mock
 import torch
 from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
-from mixgpt.allocation.fisher import output_gradients
-from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import hessian_traces
-from mixgpt.app import compression
+from mixgpt.app import compression, planning
+from mixgpt.app.run import Run
+from mixgpt.app.settings import Settings
 from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
+from mixgpt.common.memory import MemoryPlan
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import selection
 from mixgpt.modeling.experts import is_split, split_experts
@@ -45,8 +46,11 @@ def made(name, true_sequential, wbits, more=""):
         traces += expert_removal.expert_scores(streamed, tokens).values()
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
     if more == "best":
-        gradients = output_gradients(streamed, list(selected), tokens, 3)
-        plan = by_threshold(Budget(selected, Target(0.5), 0.15, gradients=gradients, streamed=streamed))
+        run = Run(Settings("tiny", "builtin", sparsity=0.5, preset=more), CPU, streamed.clock, model.config, None,
+                  selected, [], model, tokens[:3])  # two of them give gradients, so that one process has none
+        chosen = planning._measure(run, {}, MemoryPlan(2))
+        plan, gradients = chosen.targets, chosen.gradients
+        traces += sum(gradients.values(), ())
         options = {"solver": admm, "dense_target": True, "row_weights": {key: G for key, (G, _) in gradients.items()}}
     with mock.patch.object(distill, "VOCABULARY", 2 * VOCABULARY // 3):  # more than the text has
         dense = distill.dense_states(streamed, tokens) if more == "distilled" else {}
