@@ -71,8 +71,9 @@ def prune(model, dataset, tokenizer=None, **options):
         raise InputError(f"model: is a {type(model).__name__}, must be a causal language model of transformers")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise InputError("model: lies on several devices; load it without device_map, or give its name or folder")
-    if any(is_fused(module) for module in model.modules()):
-        raise InputError("model: a mixture of experts cannot be pruned in memory; give its name or folder")
+    if model.config.get_text_config() is not model.config or any(map(is_fused, model.modules())):
+        raise InputError("model: a mixture of experts, or one with images or sound, cannot be pruned in memory; give "
+                         "its name or folder")
     settings = Settings(type(model).__name__, name, **options)
     if settings.dtype != "auto":
         raise InputError(f"dtype: a model in memory keeps its own, {model.dtype}; load it in the other, or leave this "

@@ -168,10 +168,11 @@ def test_no_state_of_the_process_is_left_changed(checkpoint_folder):
     transformers.utils.logging.disable_progress_bar()  # as other tests expect
 
 
-def test_a_mixture_of_experts_in_memory_is_refused_and_left_as_it_was(checkpoint_folder):
-    model, tokenizer = in_memory(checkpoint_folder("qwen3-moe"))
+@pytest.mark.parametrize("name", ["qwen3-moe", "gemma3"])
+def test_a_mixture_of_experts_or_one_that_sees_in_memory_is_refused_and_left_as_it_was(name, checkpoint_folder):
+    model, tokenizer = in_memory(checkpoint_folder(name))
     before, modules = copy.deepcopy(model.train().state_dict()), list(model.modules())
-    with pytest.raises(InputError, match="^model: a mixture of experts cannot be pruned in memory; give its name or"):
+    with pytest.raises(InputError, match="^model: a mixture of experts, or one with .* in memory; give its"):
         mixgpt.prune(model, "builtin", tokenizer, **OPTIONS)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(tensor, before[key]) for key, tensor in after.items())
