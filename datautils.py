@@ -77,13 +77,16 @@ def encode(tokenizer, text, **options):
         return tokenizer(text, verbose=False, **options)  # else it warns that the text exceeds the model's length
 
 
-def token_ids(tokenizer, text, bos=None):
+def token_ids(tokenizer, text, bos=None, goes_on=False):
     """Return the ids of a whole text, with the special tokens that the tokenizer adds by itself, except for BOS.
 
     bos: each or once: BOS in front; never: none; None: what the tokenizer does. A text that begins with BOS stays so.
+    goes_on: whether others follow, so that the end of a text (EOS) that the tokenizer adds is left out.
     """
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids = encode(tokenizer, text, add_special_tokens=not begun).input_ids
+    if goes_on and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
     if begun or bos is None or (ids[:1] == [tokenizer.bos_token_id]) == (bos != "never"):
         return ids
     return ids[1:] if bos == "never" else [tokenizer.bos_token_id, *ids]

@@ -2,7 +2,7 @@
 
 Texts of all tasks pass through a layer together, so that it is loaded once for thousands of them.
 Tokenization, windows and, up to rounding, results match lm-eval's own `hf` model, except that with --bos each
-truncated texts and all windows also begin with BOS.
+truncated texts and all windows also begin with BOS, and that no text ends with an EOS that the tokenizer adds.
 """
 
 import contextlib
@@ -131,9 +131,9 @@ class StreamedLM(TemplateLM):
         self.cut = 0  # number of truncated texts
 
     def tok_encode(self, string, add_special_tokens=None, **_):
-        """Return the ids of a text, with the tokenizer's special tokens unless it begins with BOS."""
+        """Return the ids of a text, with the tokenizer's special tokens, but EOS, unless it begins with BOS."""
         if add_special_tokens is None:
-            return token_ids(self.tokenizer, string, self.bos)
+            return token_ids(self.tokenizer, string, self.bos, True)
         return encode(self.tokenizer, string, add_special_tokens=add_special_tokens).input_ids
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):

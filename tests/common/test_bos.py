@@ -66,6 +66,7 @@ def test_ids_are_those_of_the_tokenizer_but_for_bos(added, text, adding):
     assert token_ids(tokenizer, text, "never") == [*others, *inner, *after]
     assert token_ids(tokenizer, text, "once") == token_ids(tokenizer, text, "each") == [BOS, *others, *inner, *after]
     assert token_ids(tokenizer, text) == tokenizer(text).input_ids
+    assert not text or token_ids(tokenizer, text, "once", goes_on=True) == [BOS, *others, *inner]
 
 
 @pytest.mark.parametrize("added", ["BOS", "nothing"])
