@@ -23,7 +23,7 @@ from mixgpt.modeling import decoder, experts, streaming
 from modelutils import linears, other_weights
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
-TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
+TEXT_PART = {r"^language_model\.": "", r"^model\.(?:language|text)_model\.": "model."}
 NO_CODE = {"trust_remote_code": False}  # otherwise transformers asks on a terminal whether to run it
 # The files whose content, or code, ends up in a saved folder.
 COPIED = ("*.json", "*.jinja", f"{CHAT_TEMPLATE_DIR}/*", "*.model", "*.txt", "*.tiktoken", "*.py")

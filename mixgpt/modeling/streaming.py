@@ -123,7 +123,8 @@ def _find(model, name, layout, stored):
     base = model.base_model_prefix + "."
     for key, part in (layout.get(name, (name, None)), (name, None)):
         inside = key.removeprefix(base)
-        for spelling in (key, inside, base + key, f"language_model.{key}", f"{base}language_model.{inside}"):
+        for spelling in (key, inside, base + key, f"language_model.{key}", f"{base}language_model.{inside}",
+                         f"{base}text_model.{inside}"):
             if spelling in stored:
                 return TensorLocation(stored[spelling][0], spelling, part)
     return None

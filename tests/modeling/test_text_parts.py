@@ -22,6 +22,8 @@ MODELS = {
         "model_type": "pixtral", "head_dim": 16}}),
     "llava": ("LlamaForCausalLM", {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION | {
         "model_type": "clip_vision_model", "projection_dim": 32}}),
+    "smolvlm": ("LlamaForCausalLM", {"text_config": TEXT | {"model_type": "llama"}, "vision_config": VISION,
+                                     "scale_factor": 2}),
     "qwen2_audio": ("Qwen2ForCausalLM", {  # whose configuration does not say whether embeddings are tied
         "text_config": TEXT | {"model_type": "qwen2"}, "audio_config": {
             "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48}}),
