@@ -112,10 +112,9 @@ def held(value):
 
 def mapped(change, value):
     """Apply a function to every value in nested lists, tuples and dicts, as operators take and return them."""
-    kind = type(value)
-    if kind is tuple or kind is list or isinstance(value, (list, tuple)):
-        return kind([mapped(change, each) for each in value])
-    if kind is dict:
+    if isinstance(value, (list, tuple)):
+        return type(value)([mapped(change, each) for each in value])
+    if isinstance(value, dict):
         return {key: mapped(change, each) for key, each in value.items()}
     return change(value)
 
@@ -185,11 +184,17 @@ class Gpu:
 
     def run(self, function, args, kwargs):
         """Run an operator on the CPU tensors behind its operands. Returns what it returns, where it would lie."""
-        operands = tensors_in((args, kwargs))
+        operands = []
+
+        def noted(value):
+            if isinstance(value, torch.Tensor):
+                operands.append(value)
+            return held(value)
+
+        args_, kwargs_ = mapped(noted, (args, kwargs))
         here = any(isinstance(value, GpuTensor) for value in operands)
         if here:
             self._check(function, args, operands)
-        args_, kwargs_ = mapped(held, (args, kwargs))
         if kwargs.get("device") is not None:
             # of an operand on the GPU C++ says that it lies on the CPU, and asks for a copy there
             here = (_on_gpu(kwargs["device"]) or self.attends == threading.get_ident()
