@@ -56,8 +56,8 @@ bench: .venv/runtime $(MODEL)
 	@$(PY) benchmarks/sparse.py
 
 gpu: .venv/test
-	@$(PY) -m pytest -m gpu -q; tests=$$?; $(PY) benchmarks/gpu.py && exit $$tests
-	@$(PY) benchmarks/sparse.py --device cuda
+	@failed=0; $(PY) -m pytest -m gpu -q || failed=1; $(PY) benchmarks/gpu.py || failed=1; \
+	$(PY) benchmarks/sparse.py --device cuda || failed=1; exit $$failed
 
 fuzz: .venv/test
 	@$(PY) -m pytest -n auto --dist worksteal tests/fuzz.py
