@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
+from conftest import make
 from tokenizers import processors
 
 import datautils
 from datautils import resolve_bos, token_ids
+from mixgpt.evaluation.generation import complete
+from mixgpt.evaluation.tasks import StreamedLM
 
 TEXT = "Names refer to objects; they are introduced by name binding operations. " * 6
 BOS, END = 0, 1
@@ -67,6 +70,13 @@ def test_ids_are_those_of_the_tokenizer_but_for_bos(added, text, adding):
     assert token_ids(tokenizer, text, "once") == token_ids(tokenizer, text, "each") == [BOS, *others, *inner, *after]
     assert token_ids(tokenizer, text) == tokenizer(text).input_ids
     assert not text or token_ids(tokenizer, text, "once", goes_on=True) == [BOS, *others, *inner]
+
+
+def test_prompts_and_contexts_go_on_without_an_end_that_the_tokenizer_adds(adding):
+    model, (plain, ending) = make("llama"), map(adding, ("BOS", "both"))
+    assert complete(model, ending, TEXT, 4).text == complete(model, plain, TEXT, 4).text
+    ours, other = (StreamedLM(model, each, 64, torch.device("cpu")) for each in (ending, plain))
+    assert ours.tok_encode(TEXT) == other.tok_encode(TEXT)
 
 
 @pytest.mark.parametrize("added", ["BOS", "nothing"])
