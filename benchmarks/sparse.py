@@ -35,7 +35,7 @@ def pack(shape, sparsity, wbits, device):
     W, grid = torch.randn(shape).bfloat16(), None
     if wbits < 16:
         W, grid = quantize_nearest(W, Scheme(wbits, sym=True))  # which sets a fifth to 0
-    W[torch.rand(shape) * (W != 0).float().mean() >= 1 - sparsity] = 0
+    W[torch.rand(shape) < 1 - (1 - sparsity) / (W != 0).float().mean()] = 0
     parts, description = encode(W, grid)
     packed = PackedWeight(description)
     for name, part in parts.items():

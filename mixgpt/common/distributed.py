@@ -13,7 +13,7 @@ from mixgpt.common.program import rank, world
 
 # The others wait while the first process writes and verifies the checkpoint. If it dies, they end at once.
 LONGEST_WAIT = timedelta(days=7)
-NUMBERS = itertools.count()  # of the times that the processes meet
+_meetings = itertools.count()  # numbers of the times that the processes meet
 _hosts = None  # the process group for objects, numbers and tensors on the host; None: the default group
 _store = None  # through which the processes meet
 
@@ -32,7 +32,7 @@ def joined(device):
         with reading(f"WORLD_SIZE {program.world()}: the processes did not meet; start them with torchrun, or unset "
                      "WORLD_SIZE"):
             _store = _store or next(dist.rendezvous("env://"))[0]
-            store = dist.PrefixStore(f"mixgpt {next(NUMBERS)}", _store)  # which keeps the addresses of the time before
+            store = dist.PrefixStore(f"mixgpt {next(_meetings)}", _store)  # which keeps addresses of the time before
             dist.init_process_group("nccl" if gpu else "gloo", None, None, world(), rank(), store, device_id=gpu)
     _hosts = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     yield

@@ -63,7 +63,7 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
 
 def _prompt_ids(model, tokenizer, prompt, max_new_tokens, bos):
     """Return the tokens (1, T) of a prompt, on the model's device, and how many there was no room for before them."""
-    ids = torch.tensor([token_ids(tokenizer, prompt, bos, True)], dtype=torch.long, device=model.device)
+    ids = torch.tensor([token_ids(tokenizer, prompt, bos, goes_on=True)], dtype=torch.long, device=model.device)
     limit = position_limit(model.config)
     if limit and max_new_tokens >= limit:
         raise InputError(f"--max-new-tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")

@@ -133,7 +133,7 @@ class StreamedLM(TemplateLM):
     def tok_encode(self, string, add_special_tokens=None, **_):
         """Return the ids of a text, with the tokenizer's special tokens, but EOS, unless it begins with BOS."""
         if add_special_tokens is None:
-            return token_ids(self.tokenizer, string, self.bos, True)
+            return token_ids(self.tokenizer, string, self.bos, goes_on=True)
         return encode(self.tokenizer, string, add_special_tokens=add_special_tokens).input_ids
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
