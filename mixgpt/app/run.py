@@ -90,8 +90,8 @@ def check(settings, device, clock, model=None, tokenizer=None):
     if settings.experts:
         skeleton = expert_removal.with_fewer_experts(skeleton, settings.experts)
     load.check_layers(settings.model, skeleton, settings.save_format)
-    if model and settings.save:
-        _check_saved(settings.save, model, skeleton)
+    if model and (settings.compresses or settings.save):
+        _check_in_memory(settings.save, model, skeleton)
     widening, uncalled = selfcheck.check(settings.model, skeleton, device)
     selected = targets.select(skeleton, settings.minlayer, settings.maxlayer, settings.prune_only, settings.invert, {
         "--prunem": settings.prunem, "--groupsize": settings.groupsize}, uncalled) if settings.compresses else {}
@@ -109,12 +109,15 @@ def check(settings, device, clock, model=None, tokenizer=None):
     return run
 
 
-def _check_saved(path, model, skeleton):
-    """Raise InputError for a model in memory that could not be saved, or not be loaded again."""
-    own, made = ({(name, tensor.shape) for name, tensor in each.state_dict().items()} for each in (model, skeleton))
-    for name, shape in sorted(own ^ made)[:1]:
-        raise InputError(f"--save {path}: model.config makes another model than the one in memory: only one of them "
-                         f"has {name} {tuple(shape)}")
+def _check_in_memory(path, model, skeleton):
+    """Raise InputError for a model in memory with other matrices than its skeleton, or that --save could not keep."""
+    own, made = ({(name, *getattr(tensor, "shape", ())) for name, tensor in each.state_dict().items()}
+                 for each in (model, skeleton))
+    for name, *shape in sorted(own ^ made)[:1]:
+        raise InputError("model: its config makes another model than the one in memory: only one of them has "
+                         f"{name} {tuple(shape)}; merge adapters, and undo other changes of its modules")
+    if not path:
+        return
     own, made = (dict(each.named_parameters()) for each in (model, skeleton))  # of shared ones, the first alone
     for name in sorted(made.keys() - own.keys())[:1]:
         raise InputError(f"--save {path}: {name} is tied to another tensor of the model, but not by model.config; set "

@@ -83,11 +83,13 @@ def test_a_model_in_memory_that_could_not_be_saved_is_refused_before_it_is_prune
     for change, reason in [(lambda: vars(model.generation_config).update(temperature=0.3), "the model's generation_c"),
                            (model.model.norm.double, "model.norm.weight was cast to torch.float64, and will be"),
                            (model.bfloat16, "model.rotary_emb.inv_freq was cast to torch.bfloat16, and will be"),
-                           (lambda: vars(model.config).update(tie_word_embeddings=False), "lm_head.weight is tied to"),
-                           (lambda: model.model.layers.pop(2), r"model.config makes .* has model.layers.2.\S+ \(32,")]:
+                           (lambda: vars(model.config).update(tie_word_embeddings=False), "lm_head.weight is tied to")]:
         change()
         with pytest.raises(InputError, match=f"^--save {tmp_path}/saved: {reason}"):
             mixgpt.prune(model, "builtin", tokenizer, save=tmp_path / "saved", **OPTIONS)
+    model.model.layers.pop(2)
+    with pytest.raises(InputError, match=r"^model: its config makes .* has model.layers.2.\S+ \(32,"):
+        mixgpt.prune(model, "builtin", tokenizer, preset="best", **OPTIONS)
 
 
 @pytest.mark.parametrize("true_sequential", [False, True])
