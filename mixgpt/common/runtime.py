@@ -42,6 +42,11 @@ def position_limit(config):
     return getattr(config, "max_position_embeddings", None) or getattr(config, "model_max_length", None)
 
 
+def attention_heads(config):
+    """Return the number of attention heads of the layer with the most, 0 without attention."""
+    return max(getattr(layer, "num_attention_heads", 0) for layer in config.per_layer_config)
+
+
 def multiplies_bfloat16(device):
     """Return whether a device has instructions that multiply bfloat16 matrices, and oneDNN is allowed to use them.
 

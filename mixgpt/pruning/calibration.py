@@ -10,6 +10,7 @@ from greenlet import getcurrent, greenlet
 
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import attention_heads
 from mixgpt.modeling.experts import RoutedLinear, is_split
 from mixgpt.pruning.dense_target import DenseTwin
 from mixgpt.pruning.hessian import InputHessian, activation_order
@@ -172,7 +173,7 @@ def one_pass_bytes(streamed, selected, shape, dense_target, admm):
     width = model.get_input_embeddings().embedding_dim
     waiting = 3 * width + max(max(columns, sum(outs) - min(outs)) for (_, _, columns), outs in inputs.items())
     if model.config._attn_implementation == "eager":
-        waiting += 3 * getattr(model.config, "num_attention_heads", 0) * T
+        waiting += 3 * attention_heads(model.config) * T
     tokens = (sequences + 2 * streamed.batch_size) * T * model.dtype.itemsize
     squares, stacks = (8, 9) if admm else (3 + dense_target, 6)  # matrices like H and like W while one is pruned
     solving = max(4 * (squares * columns**2 + stacks * columns * sum(outs)) for (_, _, columns), outs in inputs.items())

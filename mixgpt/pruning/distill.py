@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from mixgpt.common import distributed, memory, progress
-from mixgpt.common.runtime import repeatable_attention, seeded, wide
+from mixgpt.common.runtime import attention_heads, repeatable_attention, seeded, wide
 from mixgpt.modeling.experts import kind_of
 from mixgpt.modeling.streaming import disk_weights
 from modelutils import SLICE, by_rows, in_turn, linears, on_device, rows_at_once
@@ -97,7 +97,7 @@ def room_for(streamed, tokens, effort=1.0):
     sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
                                         for (_, kind), m in matrices.items())
     score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" else 3 * itemsize
-    sequence += score * T * T * len(layers) * getattr(config, "num_attention_heads", 0)
+    sequence += score * T * T * len(layers) * attention_heads(config)
     room = max(min(batch, int((memory.free(device) - fixed) / sequence)), 0)
     return min(distributed.all_gather_object(room))
 

@@ -65,6 +65,15 @@ def test_layers_without_attention_are_counted():
     assert one_pass_bytes(StreamedModel(model, CPU, 1), select(model), (4, 64), False, False) > 4 * 64 * 32 * 4
 
 
+def test_attention_heads_that_differ_between_layers_are_counted():
+    model, counted = make("llama"), []
+    model.set_attn_implementation("eager")
+    for heads in (4, 8):
+        model.config.per_layer_config = {1: {"num_attention_heads": heads}}
+        counted.append(one_pass_bytes(StreamedModel(model, CPU, 1), select(model), (4, 64), False, False))
+    assert counted[0] < counted[1]
+
+
 @pytest.mark.parametrize("name, options", [
     ("bloom", {}), ("qwen3-moe", {}), ("opt", {"solver": "admm", "target": "dense"})])
 def test_the_bytes_of_one_pass_are_about_those_of_the_peak(name, options, monkeypatch):
