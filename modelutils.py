@@ -194,9 +194,9 @@ class HiddenStates:
     tuples: bool = False  # whether the layers return tuples, once one has run
     place: str = ""  # of the hidden states, as chosen by `place_for`
 
-    def twin(self):
-        """Return a stream with a copy of the hidden states, in the same place."""
-        hidden = allocate(self.hidden.shape, self.hidden.dtype, self.device, self.place).copy_(self.hidden)
+    def twin(self, dtype=None):
+        """Return a stream with a copy of the hidden states, in the same place. dtype: default: theirs."""
+        hidden = allocate(self.hidden.shape, dtype or self.hidden.dtype, self.device, self.place).copy_(self.hidden)
         return replace(self, hidden=hidden)
 
     def batches(self):
@@ -224,7 +224,13 @@ class HiddenStates:
     def advance(self, layer, index):
         """Replace the hidden states by the output of layer number `index`, which is on the device."""
         for rows in self.batches():
-            self.hidden[rows] = self.forward(layer, index, rows)
+            self.put(rows, self.forward(layer, index, rows))
+
+    def put(self, rows, hidden):
+        """Keep the hidden states of sequences `rows`, in a wider dtype than before if a layer gives one, as Mamba's."""
+        if hidden.dtype != self.hidden.dtype:
+            self.hidden = self.twin(hidden.dtype).hidden
+        self.hidden[rows] = hidden
 
     @contextlib.contextmanager
     def head(self, model, dtype=None, vocabulary=None):

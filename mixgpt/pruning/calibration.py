@@ -137,7 +137,7 @@ class Calibration:
                 if stops:
                     self.stream.forward(layer, index, rows)
                 if twin:
-                    self.dense.hidden[rows] = output  # not earlier: a linear may read the hidden states themselves
+                    self.dense.put(rows, output)  # not earlier: a linear may read the hidden states themselves
         yield from stops
         self.stream.advance(layer, index)
 
@@ -191,7 +191,7 @@ def paused_forwards(layer, index, stream, stops, read):
     is exhausted, the stream holds the layer's output. Every batch is a greenlet, and resumes where it paused.
     """
     def run(rows):
-        stream.hidden[rows] = stream.forward(layer, index, rows)
+        stream.put(rows, stream.forward(layer, index, rows))
 
     def pause(module, X):
         read(module, X)

@@ -81,6 +81,12 @@ def test_streamed_logits_are_those_of_the_models_own_forward(kind, tokens, folde
     assert locations_of(opened) and torch.equal(logits(opened, tokens, len(tokens), CPU), expected)
 
 
+def test_a_residual_stream_that_layers_widen_is_not_rounded_between_them(tokens):
+    model = build("mamba").bfloat16()
+    with torch.no_grad():
+        assert torch.equal(logits(model, tokens, len(tokens), CPU), model(tokens, use_cache=False).logits)
+
+
 SPARSE = COMMON | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
                    "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 4,
                    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "index_n_heads": 2, "index_head_dim": 16,
