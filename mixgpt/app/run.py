@@ -115,7 +115,7 @@ def _check_in_memory(path, model, skeleton):
                  for each in (model, skeleton))
     for name, *shape in sorted(own ^ made)[:1]:
         raise InputError("model: its config makes another model than the one in memory: only one of them has "
-                         f"{name} {tuple(shape)}; merge adapters, and undo other changes of its modules")
+                         f"{name} {tuple(shape)}; merge adapters first, or give its name or folder")
     if not path:
         return
     own, made = (dict(each.named_parameters()) for each in (model, skeleton))  # of shared ones, the first alone
