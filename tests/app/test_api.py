@@ -90,6 +90,9 @@ def test_a_model_in_memory_that_could_not_be_saved_is_refused_before_it_is_prune
     model.model.layers.pop(2)
     with pytest.raises(InputError, match=r"^model: its config makes .* has model.layers.2.\S+ \(32,"):
         mixgpt.prune(model, "builtin", tokenizer, preset="best", **OPTIONS)
+    model.model.layers.append(model.model.layers[0])
+    with pytest.raises(InputError, match="layers 0 and 2 of this LlamaForCausalLM share the weights of"):
+        mixgpt.prune(model, "builtin", tokenizer, preset="best", **OPTIONS)
 
 
 @pytest.mark.parametrize("true_sequential", [False, True])
