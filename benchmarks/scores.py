@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from mixgpt.app import pipeline
 from mixgpt.app.cli import Parser, parse
@@ -104,8 +104,8 @@ def parser_of(name, description):
 
 def spread(values, digits=2):
     """Write the mean of some numbers and, of more than one, their standard deviation."""
-    text = f"{mean(values):.{digits}f}"
-    return text if len(values) < 2 else f"{text} ± {stdev(values):.{digits}f}"
+    text, differences = f"{mean(values):.{digits}f}", [value - mean(values) for value in values]
+    return text if len(values) < 2 else f"{text} ± {math.hypot(*differences) / (len(values) - 1) ** 0.5:.{digits}f}"
 
 
 def closed(perplexity, reference, dense):

@@ -5,7 +5,7 @@ from itertools import groupby
 import paper
 import pytest
 from paper import TABLES, facts
-from scores import DENSE
+from scores import DENSE, spread
 
 
 def test_what_the_paper_reports_is_of_cells_that_there_are():
@@ -27,3 +27,8 @@ def test_what_the_paper_reports_is_of_cells_that_there_are():
         if key[3] == "average":
             accuracies = [known[*key[:3], task][0] for task in paper.TASKS]
             assert value == pytest.approx(sum(accuracies) / 4, abs=0.051)
+
+
+def test_means_and_standard_deviations_are_written_of_perplexities_beyond_all_numbers_too():
+    assert [spread(values) for values in ([1, 2, 4], [3.0], [1.0, float("nan")], [2.0, float("inf")])] == [
+        "2.33 ± 1.53", "3.00", "nan ± nan", "inf ± inf"]
