@@ -72,9 +72,13 @@ class Scores:
         self.path, self.render, self.measured = Path(path), render, {}
         if self.path.suffix != ".json":
             raise InputError(f"--output {path}: must end in .json; the tables are written beside it, in .md")
+        self._read()
+
+    def _read(self):
+        """Take up the cells of the file, to which other processes may write, too."""
         if self.path.exists():
-            with reading(f"--output {path}: exists and holds no cells of this benchmark"):
-                self.measured = {cell["command"]: cell for cell in json.loads(self.path.read_text())["cells"]}
+            with reading(f"--output {self.path}: exists and holds no cells of this benchmark"):
+                self.measured |= {cell["command"]: cell for cell in json.loads(self.path.read_text())["cells"]}
 
     def missing(self, cells):
         return [cell for cell in cells if cell["command"] not in self.measured]
@@ -90,8 +94,9 @@ class Scores:
 
     def _save(self, cells):
         """Write all that is measured, and the table of the cells. Returns the table."""
-        table = self.render([self.measured[cell["command"]] for cell in cells if cell["command"] in self.measured])
+        self._read()
         write_output("--output", self.path, json.dumps({"cells": list(self.measured.values())}, indent=1) + "\n")
+        table = self.render([self.measured[cell["command"]] for cell in cells if cell["command"] in self.measured])
         write_output("--output", self.path.with_suffix(".md"), table + "\n")
         return table
 
