@@ -29,6 +29,10 @@ PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "n
 class Parser(argparse.ArgumentParser):
     """A parser that raises InputError. Flags with underscores, as in the published code, are those with hyphens."""
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register("type", None, os.path.expanduser)  # shells leave the ~ of --csv=~/runs.csv
+
     def parse_args(self, argv):
         return super().parse_args([re.sub(r"^--[^=]*", lambda flag: flag[0].replace("_", "-"), part) for part in argv])
 
