@@ -1,7 +1,10 @@
 """Complete a prompt with a model."""
 
+import math
 import time
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 import torch
 from transformers import GenerationConfig
@@ -18,7 +21,7 @@ class Completion:
     text: str  # without the prompt
     tokens: int  # generated
     seconds: float  # for all of them, including the prompt
-    rate: float  # tokens per second after the first token, which takes the prompt
+    rate: float  # of the median token after the first, which takes the prompt, per second; NaN if there is none
     nbytes: int  # of the model's weights in memory
     cut: int = 0  # tokens at the beginning of the prompt for which the model's context had no room
 
@@ -52,11 +55,12 @@ def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=
         output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
                                 tokenizer=tokenizer, logits_processor=[check_logits])
         output = output[0, ids.shape[1]:].tolist()
-        seconds, after = (time.perf_counter() - begun for begun in times[:2])
+        seconds = time.perf_counter() - times[0]
     text = tokenizer.decode(output, skip_special_tokens=True)
     for end in until:
         text = text.partition(end)[0]
-    rate = (len(output) - 1) / after if len(output) > 1 else 1 / seconds
+    gaps = [after - before for before, after in pairwise(times[1:])]  # in the first one kernels are compiled
+    rate = 1 / median(gaps or [math.nan])
     nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return Completion(text, len(output), seconds, rate, nbytes, cut)
 
