@@ -19,7 +19,7 @@ from mixgpt.common.errors import InputError
 
 
 def _parse(argv):
-    parser = Parser(prog="generate.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser = Parser(prog="generate.py", description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="folder of --save, hub id, local folder or .gguf file")
     parser.add_argument("prompt", type=str, help="text to continue")
     parser.add_argument("--dense", metavar="MODEL", help="another model, whose text is shown on the left")

@@ -120,8 +120,7 @@ def main(argv=None):
     parser.add_argument("--dataset", default="c4", help="calibration text (default: c4)")
     parser.add_argument("--output", default="paper.json",
                         help=".json file of the cells; the table goes beside it, in .md (default: paper.json)")
-    parser.add_argument("--dry-run", action="store_true", help="print the command lines of the missing cells; write "
-                                                               "nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the missing cells' commands; write nothing")
     with reported("paper.py", argv, REMEDY) as end, registered():
         options, flags = parser.parse_known_args(argv)
         title = " ".join([f"{options.table}, {TABLES[options.table].title}: --dataset {options.dataset}", *flags])

@@ -103,8 +103,7 @@ class Scores:
 
 def parser_of(name, description):
     """Return a parser for `parse_known_args`: the arguments that it does not know are flags of all runs."""
-    return Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                  allow_abbrev=False)
+    return Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def spread(values, digits=2):

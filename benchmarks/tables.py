@@ -153,8 +153,7 @@ def main(argv=None):
     for page in map(Path, PAGES):
         text = page.read_text()
         for name, block in blocks.items():
-            text = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", f"{block}\n", text,
-                          flags=re.DOTALL)
+            text = re.sub(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", f"{block}\n", text)
         page.write_text(text)
     Path(PICTURE).write_bytes(draw_tradeoff(points_of(models), Path(PICTURE).suffix))
     Path(EFFORT_PICTURE).write_bytes(draw_efforts(models))

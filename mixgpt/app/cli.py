@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises InputError. Flags with underscores, as in the published code, are those with hyphens."""
 
     def __init__(self, **options):
-        super().__init__(**options)
+        super().__init__(allow_abbrev=False, **options)
         self.register("type", None, os.path.expanduser)  # shells leave the ~ of --csv=~/runs.csv
 
     def parse_args(self, argv):
@@ -44,9 +44,8 @@ def parse(script, argv):
     """Parse the command line of a script. Returns `Settings`. Raises InputError."""
     parser = Parser(
         prog=script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, description="Prune and quantize a language model in one shot and report its perplexity.\n"
-                                        "Without --sparsity, --prunen/--prunem, --wbits or --experts: that of the "
-                                        "dense model.")
+        description="Prune and quantize a language model in one shot and report its perplexity.\n"
+                    "Without --sparsity, --prunen/--prunem, --wbits or --experts: that of the dense model.")
     group = parser
     for field in dataclasses.fields(Settings):
         if title := field.metadata["group"]:
