@@ -34,7 +34,7 @@ def _parse(argv):
                              "models that need it (Gemma), else what the tokenizer does by itself (default: auto)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                        help="dtype of the weights in memory; auto: as stored, but float32 where that is faster")
+                        help="of all weights in memory; auto: as stored in `model`, but float32 where that is faster")
     given = parser.parse_args(argv)
     check_between("--max-new-tokens", given.max_new_tokens, 1)
     check_between("--temperature", given.temperature, 0)
@@ -62,9 +62,10 @@ def print_completions(models, prompt, device, dtype, bos, **options):
     from mixgpt.checkpoints.load import read_config
     from mixgpt.common.runtime import choose_device, choose_dtype
     from mixgpt.evaluation.generation import complete
-    device, completions = choose_device(device), {}
+    device, completions, config = choose_device(device), {}, read_config(models["model"])
+    dtype = choose_dtype(dtype, config, device)
     for title, name in models.items():
-        loaded, tokenizer = mixgpt.load(name, device, choose_dtype(dtype, read_config(name), device))
+        loaded, tokenizer = mixgpt.load(name, device, config.dtype if dtype == "auto" else dtype)
         completions[title] = completion = complete(
             loaded, tokenizer, prompt, bos=resolve_bos(bos, loaded.config.model_type, tokenizer), **options)
         del loaded  # before the next one is loaded

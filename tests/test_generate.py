@@ -97,6 +97,9 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
                 for title, folder in (("dense", "dense"), ("model", "sparse"))}
     assert "\n".join(texts["sparse"]).strip() == "\n".join(generate.side_by_side(expected, 80)).strip()
     assert expected["dense"] != expected["model"]
+    save(saved / "wide", make("wide llama").double(), tokenizer, {})
+    assert run(saved / "dense", "the list", "--max-new-tokens", 2, "--dense", saved / "wide", "--device", "cpu") == 0
+    assert capsys.readouterr().out.endswith("times as fast, 1.00 times the memory\n")
 
 
 @pytest.mark.parametrize("arguments, message", [
