@@ -61,11 +61,8 @@ class InputHessian:
         for total in self._products.values():
             distributed.all_reduce(total)
         self.tokens, = distributed.total([self.tokens])
-        H = self._products["input"].mul_(self._scale)
-        for B in self._blocks:
-            H[B, :B.start] = H[:B.start, B].t()
-            H[B, B] = H[B, B].triu() + H[B, B].triu(1).t()
-        return H
+        H = self._products["input"].mul_(self._scale).triu_()
+        return H.add_(H.triu(1).t())
 
     def factor(self, percdamp, order=None):
         """Factor the Hessian once for all matrices, columns in an order (in,). Returns the percdamp used."""
