@@ -219,9 +219,9 @@ class Walk:
             groups = scores.view(-1, self.prunem, scores.shape[1])
             mask |= smallest_in_groups(groups, self.prunens).view_as(mask)
             return
-        marked = smallest([scores[:, rows].t() for rows in self.rows], counts, self.totals)
+        marked = smallest([scores[:, rows].reshape(-1, len(W)) for rows in self.rows], counts, self.totals)
         for rows, least in zip(self.rows, marked, strict=True):
-            mask[:, rows] |= least.t()
+            mask[:, rows] |= least.view(len(W), -1)  # in the order in memory, so that nothing is copied
 
     def _choose_grid(self, start, stop):
         pruned = self.mask[start:stop]

@@ -106,9 +106,8 @@ def selected_of_all():
     scores, results = torch.randint(-1, 4, (7, 12), generator=torch.Generator().manual_seed(1)).float(), {}
     ours = scores[distributed.share(7)]
     for k in (0, 1, 20, 40, 83, 84):
-        for name, part in {"rows": ours, "columns": ours.t().contiguous().t()}.items():
-            mask, = distributed.all_gather_shares(selection.smallest([part], [k], [7]), [7])
-            results[name, k] = scores, mask
+        mask, = distributed.all_gather_shares(selection.smallest([ours], [k], [7]), [7])
+        results["scores", k] = scores, mask
     magnitudes, = distributed.all_gather_shares([magnitude_prune(ours, Target(0.4))], [7])
     return results | {("magnitude", 34): (scores.abs(), magnitudes == 0)}
 

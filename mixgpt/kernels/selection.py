@@ -31,11 +31,8 @@ def smallest(scores, ks, totals):
     scores: (rows, in) of each, in several processes the shares of its rows, `totals` in number. ks: ints, or tensors on
     the scores' device, to avoid a host synchronization.
     """
-    turned = [part.stride(0) < part.stride(1) for part in scores]  # selected in memory order, which copies nothing
-    flat = [(part.t() if turn else part).reshape(part.shape) for part, turn in zip(scores, turned, strict=True)]
-    masks = [_smallest(whole.flatten(), k).view(whole.shape)[distributed.share(total)]
-             for whole, k, total in zip(distributed.all_gather_shares(flat, totals), ks, totals, strict=True)]
-    return [mask.reshape(mask.t().shape).t() if turn else mask for mask, turn in zip(masks, turned, strict=True)]
+    return [_smallest(whole.flatten(), k).view(whole.shape)[distributed.share(total)]
+            for whole, k, total in zip(distributed.all_gather_shares(scores, totals), ks, totals, strict=True)]
 
 
 def _smallest(values, k):
