@@ -112,10 +112,5 @@ def spread(values, digits=2):
     return text if len(values) < 2 else f"{text} ± {math.hypot(*differences) / (len(values) - 1) ** 0.5:.{digits}f}"
 
 
-def closed(perplexity, reference, dense):
-    """Return the share of the gap in log-perplexity between the dense model and a reference that a method closes."""
-    return 1 - math.log(perplexity / dense) / math.log(reference / dense)
-
-
 def table_of_markdown(header, rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))

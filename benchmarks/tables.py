@@ -14,9 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scores import closed, spread, table_of_markdown
+from scores import spread, table_of_markdown
 
 from mixgpt.app.plots import bytes_of, draw_tradeoff
 
@@ -55,11 +56,11 @@ class Measured:
         return self.cells[(self.cells["method"] == method) & (self.cells["target"] == target)]
 
     def gaps(self, method, target):
-        """Return the shares of the gap to the dense model that a method closes, {text: mean over seeds}."""
-        pairs = self.of(method, target).merge(self.of(REFERENCE, target), on="seed", suffixes=("", " of reference"))
-        return {text: pd.Series([closed(one, other, self.dense[text]) for one, other in
-                                 zip(pairs[text], pairs[f"{text} of reference"], strict=True)], dtype=float).mean()
-                for text in self.texts}
+        """Return the shares of the gap in log-perplexity to the dense model that a method closes, means over seeds."""
+        dense = self.dense[self.texts].astype(float)
+        ours, theirs = (np.log(self.of(each, target).set_index("seed")[self.texts] / dense)
+                        for each in (method, REFERENCE))
+        return (1 - ours / theirs).mean()
 
     def table(self, corner, write, last=None, methods=METHODS, targets=None):
         """Write a table in Markdown. write: function of (method, target). last: function of the method, for COST."""
@@ -98,7 +99,7 @@ class Measured:
         return {"accuracy": self.table(f"{self.name}: dense {dense}", self.figures, self.cost),
                 "spread": self.table(self.name, lambda *of: self.figures(*of, "std"), methods=SEEDED),
                 "gap": self.table(self.name, lambda *of: " / ".join(
-                    "-" if share != share else f"{share:.0%}" for share in self.gaps(*of).values()),
+                    "-" if share != share else f"{share:.0%}" for share in self.gaps(*of)),
                     methods={method: TIMED[method] for method in (*BETTER, "best-10")}),
                 "effort": first.table(self.name, lambda *of: first.figures(*of) and (
                     f"{first.figures(*of)} at {first.multiple(*of):.1f}x"), None, TIMED, TIMED_TARGETS)}
