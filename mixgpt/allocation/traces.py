@@ -78,12 +78,6 @@ class Traces:
                 f"--nprobes{others}")
 
 
-def key_of(model, tokens, estimator, seed, nprobes):
-    """Return the cache key of traces, a JSON-able dict; arguments as of `hessian_traces`."""
-    return {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens), "estimator": estimator,
-            "seed": seed, "nprobes": nprobes, "dtype": str(model.dtype).removeprefix("torch.")}
-
-
 def read(path, shapes, estimator):
     """Return the content of a file of traces, None if there is none. Raises InputError if it is not for the model."""
     if not Path(path).exists():
@@ -133,10 +127,12 @@ def hessian_traces(streamed, matrices, tokens, estimator, seed=0, nprobes=1, pre
 def load_or_compute(streamed, tokens, estimator, seed=0, nprobes=1, path=None):
     """Return (`Traces` of all matrices, path of their file), read from the file if it exists, else computed and saved.
 
-    An interrupted computation is resumed from its file. path: file to use (default: one in the cache, named by
-    `key_of`); it may come from other tokens, seed or probes, but raises InputError if it comes from other weights.
+    An interrupted computation is resumed from its file. path: file to use (default: one in the cache, named by its
+    key); it may come from other tokens, seed or probes, but raises InputError if it comes from other weights.
     """
-    shapes, key = select(streamed.model), key_of(streamed.model, tokens, estimator, seed, nprobes)
+    model, shapes = streamed.model, select(streamed.model)
+    key = {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens), "estimator": estimator,
+           "seed": seed, "nprobes": nprobes, "dtype": str(model.dtype).removeprefix("torch.")}
     digits = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     target = Path(path or cache_folder() / f"traces-{digits}.json")
     stored = distributed.broadcast_object(read(target, shapes, estimator))  # other machines have caches of their own
