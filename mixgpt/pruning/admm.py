@@ -67,14 +67,11 @@ def admm_scores(W, H, counts, targets, row_weights=None):
     # positive definite: cholesky_ex, so that the host does not wait for a GPU to be told so
     multiply = rough_product_with(torch.cholesky_inverse(torch.linalg.cholesky_ex(regularised).L).mul_(2))
     gone = W == 0
-    roots = None if row_weights is None else row_weights.sqrt()[:, None]
+    roots = 1 if row_weights is None else row_weights.sqrt()[:, None]
     S = W.clone()  # W + V
     scores, Z, totals = torch.empty_like(S), torch.empty_like(S), distributed.total(counts)
     for t in range(1, ITERATIONS + 1):
-        torch.abs(S, out=scores)
-        if roots is not None:
-            scores.mul_(roots)
-        scores.masked_fill_(gone, -1)
+        torch.abs(S, out=scores).mul_(roots).masked_fill_(gone, -1)
         if t < ITERATIONS:
             masks = prune_masks(scores.split(counts), targets, totals, 1 - (1 - min(t / RAMP, 1)) ** 3)
             torch.mul(S, ~torch.cat(masks), out=Z)  # many times as fast as masked_fill on a CPU
