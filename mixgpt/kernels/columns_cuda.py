@@ -23,23 +23,18 @@ def walk_columns(W, E, U, mask, choice, grid):
     scale, low, high, dtype = grid or (None, None, None, torch.float32)
     with torch.cuda.device_of(W):  # Triton launches on the current device
         _walk_rows[triton.cdiv(out, tile),](
-            W, E, U, mask, factors, prunens, scale, low, high, columns, out,
-            *W.stride(), *E.stride(), *U.stride(), *mask.stride(), PRUNEM=prunem, DTYPE=GRID_DTYPES[dtype],
-            COLUMNS=padded, ROWS=tile, num_warps=WARPS, enable_fp_fusion=True)
+            W, E, U, mask, factors, prunens, scale, low, high, columns, out, *U.stride(), PRUNEM=prunem,
+            DTYPE=GRID_DTYPES[dtype], COLUMNS=padded, ROWS=tile, num_warps=WARPS, enable_fp_fusion=True)
 
 
 @triton.jit
-def _walk_rows(W, E, U, mask, factors, prunens, scale, low, high, columns, out, w_column, w_row, e_column, e_row,
-               u_row, u_column, mask_column, mask_row, PRUNEM: tl.constexpr, DTYPE: tl.constexpr,
-               COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Walk a tile of rows of the matrix.
-
-    w_column and w_row are strides to the next column and row of W; likewise e_…, mask_…, u_row and u_column.
-    """
+def _walk_rows(W, E, U, mask, factors, prunens, scale, low, high, columns, out, u_row, u_column,
+               PRUNEM: tl.constexpr, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Walk a tile of rows of the matrix. Only U, of strides u_row and u_column, need not be contiguous."""
     column, row = tl.arange(0, COLUMNS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < out
-    at_w, at_e, at_mask = W + row * w_row, E + row * e_row, mask + row * mask_row
-    w_all = tl.load(at_w + column[:, None] * w_column, mask=(column < columns)[:, None] & real, other=0)
+    at_w, at_e, at_mask = W + row, E + row, mask + row
+    w_all = tl.load(at_w + column[:, None] * out, mask=(column < columns)[:, None] & real, other=0)
     if scale is not None:
         step = tl.load(scale + row, mask=real, other=1)
         least, most = tl.load(low + row, mask=real, other=0), tl.load(high + row, mask=real, other=0)
@@ -53,14 +48,14 @@ def _walk_rows(W, E, U, mask, factors, prunens, scale, low, high, columns, out, 
             if j % PRUNEM == 0:
                 scores = w_all * w_all * factor[:, None]
                 for k in range(j, j + PRUNEM):  # a tile of bytes would impose its layout on the sums over columns
-                    marked = tl.load(at_mask + k * mask_column, mask=real, other=0)
+                    marked = tl.load(at_mask + k * out, mask=real, other=0)
                     scores = tl.where((column == k)[:, None] & marked, -1.0, scores)
                 rank = _ranks(scores, column, j, PRUNEM)
-            marked = tl.load(at_mask + j * mask_column, mask=real, other=0)
+            marked = tl.load(at_mask + j * out, mask=real, other=0)
             removed = (_column(rank, column, j) < share) | marked
-            tl.store(at_mask + j * mask_column, removed, mask=real)
+            tl.store(at_mask + j * out, removed, mask=real)
         else:
-            removed = tl.load(at_mask + j * mask_column, mask=real, other=0)
+            removed = tl.load(at_mask + j * out, mask=real, other=0)
         w = _column(w_all, column, j)
         q = w
         if scale is not None:
@@ -68,8 +63,8 @@ def _walk_rows(W, E, U, mask, factors, prunens, scale, low, high, columns, out, 
             q = (((q + ROUNDER) - ROUNDER) * step).to(DTYPE).to(tl.float32)
         q = tl.where(removed, 0.0, q)
         e = (w - q) / tl.load(U + j * (u_row + u_column))
-        tl.store(at_w + j * w_column, q, mask=real)
-        tl.store(at_e + j * e_column, e, mask=real)
+        tl.store(at_w + j * out, q, mask=real)
+        tl.store(at_e + j * out, e, mask=real)
         u = tl.load(U + j * u_row + column * u_column, mask=(column > j) & (column < columns), other=0)
         w_all -= u[:, None] * e
 

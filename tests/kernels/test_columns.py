@@ -144,14 +144,15 @@ def untouched(large, values):
 @pytest.mark.parametrize(("name", "dtype", "case", "layouts"), [
     *(marked(*walk, (False, False)) for walk in WALKS),
     *(marked(name, torch.float32, case, layouts) for layouts in [(False, True), (True, True)]
-      for name in ("torch", "compiled", "triton") for case in (SPARSE[2], N_OF_M[0], GRIDS[1]))], ids=str)
+      for name in ("torch", "compiled", "triton") for case in (SPARSE[2], N_OF_M[0], GRIDS[1])
+      if not (name == "triton" and layouts[0]))], ids=str)
 def test_walks_as_the_formulas_say(name, dtype, case, layouts):
     walk, device = walker(name, case.dtype)
     W, U, mask, factors, grid = make(case)
     matrix, triangle = ({"by_columns": by_columns} for by_columns in layouts)
     large_W, inner_W = inside(W.to(dtype), device, **matrix)
     large_E, inner_E = inside(torch.full_like(W, torch.nan, dtype=dtype), device, **matrix)
-    large_mask, inner_mask = inside(mask, device, extra_columns=3, **matrix)
+    large_mask, inner_mask = inside(mask, device, **matrix)
     large_U, inner_U = inside(U.to(dtype), device, extra_columns=4, **triangle)
     factors = factors.to(device, dtype)
     grid = grid and (*(x.to(device, dtype) for x in grid[:3]), grid[3])
@@ -175,7 +176,7 @@ def independent(W):
     """Return E, U and mask for columns W that leave nothing to each other, laid out as above: no new build."""
     _, E = inside(torch.zeros_like(W), W.device)
     _, U = inside(torch.eye(len(W)), W.device, extra_columns=4)
-    _, mask = inside(torch.zeros_like(W, dtype=torch.bool), W.device, extra_columns=3)
+    _, mask = inside(torch.zeros_like(W, dtype=torch.bool), W.device)
     return E, U, mask
 
 
