@@ -81,15 +81,12 @@ def repeatable_attention(device):
 @contextlib.contextmanager
 def float32_products(precision, *backends):
     """Within the block, let backends of PyTorch ≥ 2.9 multiply float32 matrices in a precision, ieee or bf16."""
-    kinds = [kind for backend in backends if hasattr(kind := getattr(backend, "matmul", None), "fp32_precision")]
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.fp32_precision = precision
+    with contextlib.ExitStack() as stack:
+        for backend in backends:
+            if hasattr(kind := getattr(backend, "matmul", None), "fp32_precision"):
+                stack.callback(setattr, kind, "fp32_precision", kind.fp32_precision)
+                kind.fp32_precision = precision
         yield
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
 
 
 def wide(tensor):
