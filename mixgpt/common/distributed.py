@@ -1,7 +1,6 @@
 """Processes that divide the work, as started by torchrun; without it, a single process."""
 
 import contextlib
-import itertools
 from datetime import timedelta
 
 import torch
@@ -13,9 +12,8 @@ from mixgpt.common.program import rank, world
 
 # The others wait while the first process writes and verifies the checkpoint. If it dies, they end at once.
 LONGEST_WAIT = timedelta(days=7)
-_meetings = itertools.count()  # numbers of the times that the processes meet
 _hosts = None  # the process group for objects, numbers and tensors on the host; None: the default group
-_store = None  # through which the processes meet
+_store = None  # through which the processes meet, behind one more prefix each time, as it keeps earlier addresses
 
 
 @contextlib.contextmanager
@@ -31,9 +29,8 @@ def joined(device):
     if own := not dist.is_initialized():  # by a caller, or a run before that failed
         with reading(f"WORLD_SIZE {program.world()}: the processes did not meet; start them with torchrun, or unset "
                      "WORLD_SIZE"):
-            _store = _store or next(dist.rendezvous("env://"))[0]
-            store = dist.PrefixStore(f"mixgpt {next(_meetings)}", _store)  # which keeps addresses of the time before
-            dist.init_process_group("nccl" if gpu else "gloo", None, None, world(), rank(), store, device_id=gpu)
+            _store = dist.PrefixStore("mixgpt", _store or next(dist.rendezvous("env://"))[0])
+            dist.init_process_group("nccl" if gpu else "gloo", None, None, world(), rank(), _store, device_id=gpu)
     _hosts = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     yield
     if own:
