@@ -29,29 +29,27 @@ def save_dense(folder, model, grids=None):
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    slices = {}  # key -> {name: ExpertSlice or None}
-    for name in state:
+    locations = streaming.locations_of(model)
+    slices, empty = {}, {}  # {key: {name: ExpertSlice or None}}, {key: tensor on meta}
+    for name, tensor in state.items():
         key, part = layout.get(name, (name, None))
         slices.setdefault(key, {})[name] = part
-    empty, locations = {key: _tensor_of(names, state) for key, names in slices.items()}, streaming.locations_of(model)
+        empty[key] = torch.empty(part.shape if part else tensor.shape, dtype=tensor.dtype, device="meta")
+
+    def filled(key):
+        tensor = torch.empty_like(empty[key], device="cpu")
+        for name, part in slices[key].items():
+            place = part.of(tensor) if part else tensor
+            place.copy_(streaming.mapped(locations[name]) if locations else state[name])
+        return tensor
+
     split = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors",
                                                max_shard_size=LARGEST)
     for file, keys in split.filename_to_tensors.items():
-        streaming.write(folder / file, {key: _tensor_of(slices[key], state, locations) for key in keys})
+        streaming.write(folder / file, {key: filled(key) for key in keys})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _tensor_of(names, state, locations=None):
-    """Return a tensor of the checkpoint of its parts, {name: ExpertSlice or None}, on meta without their locations."""
-    name, part = next(iter(names.items()))
-    shape = part.whole(state[name].shape, len(names) // part.parts) if part else state[name].shape
-    tensor = torch.empty(shape, dtype=state[name].dtype, device="meta" if locations is None else "cpu")
-    for name, part in names.items() if locations is not None else ():
-        place = part.of(tensor) if part else tensor
-        place.copy_(streaming.mapped(locations[name]) if locations else state[name])
-    return tensor
 
 
 def save_compressed_tensors(folder, model, grids):

@@ -21,6 +21,7 @@ SPLIT = "one linear for each matrix"  # name of the implementation
 class ExpertSlice:
     """The place of an expert's matrix or bias in a tensor of all experts, (experts, rows, columns) or transposed."""
 
+    shape: torch.Size  # of that tensor
     expert: int | None  # None: the tensor is this matrix alone, transposed
     part: int = 0  # which of `parts` matrices that share the rows
     parts: int = 1
@@ -32,16 +33,6 @@ class ExpertSlice:
         own = tensor[... if self.expert is None else self.expert]
         rows = own.t() if self.transposed and own.dim() == 2 else own
         return rows.chunk(self.parts)[self.part] if self.concatenated else rows[self.part::self.parts]
-
-    def whole(self, shape, experts):
-        """Return the shape of the tensor of all experts in which this part has a shape."""
-        rows, *columns = shape
-        inner = (rows * self.parts, *columns)
-        own = inner[::-1] if self.transposed else inner
-        return own if self.expert is None else (experts, *own)
-
-
-TRANSPOSED = ExpertSlice(None, transposed=True)
 
 
 class RoutedLinear(torch.nn.Linear):
@@ -81,9 +72,12 @@ def parts_of(module, leaf):
     matrices = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
     names = matrices.get(leaf.removesuffix("_bias"), ()) if is_fused(module) else ()
     kind = "bias" if leaf.endswith("_bias") else "weight"
-    return {f"{expert}.{name}.{kind}": ExpertSlice(expert, part, len(names), module.is_transposed,
+    if not names:
+        return {}
+    shape = module._parameters[leaf].shape
+    return {f"{expert}.{name}.{kind}": ExpertSlice(shape, expert, part, len(names), module.is_transposed,
                                                    module.is_concatenated)
-            for expert in range(len(module._parameters[leaf])) for part, name in enumerate(names)} if names else {}
+            for expert in range(shape[0]) for part, name in enumerate(names)}
 
 
 def split_experts(model):
@@ -166,14 +160,15 @@ def published(model):
                 numbers = numbers[:, None] if module.is_transposed else numbers[:, :, None]
         else:
             numbers = torch.full((1,) * tensor.dim(), len(names))
-            parts = {leaf: TRANSPOSED if isinstance(module, Conv1D) and leaf == "weight" else None}
+            transposed = isinstance(module, Conv1D) and leaf == "weight"
+            parts = {leaf: ExpertSlice(tensor.shape, None, transposed=True) if transposed else None}
         tensors[name] = numbers.clone()
         names += [(name.removesuffix(leaf) + part_name, part) for part_name, part in parts.items()]
     places = {}
     for key, numbers in revert_weight_conversion(model, tensors).items():
         for number in numbers.flatten().tolist():
             name, part = names[number]
-            places[name] = key, part if numbers.numel() > 1 or part == TRANSPOSED else None
+            places[name] = key, part if numbers.numel() > 1 or part and part.expert is None else None
     return places
 
 
@@ -196,8 +191,8 @@ def layout_of(model):
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
         return None
     names = model.state_dict()
-    whole = {name: key for name, (key, part) in places.items() if part is None}
-    if places.keys() == names.keys() and all(shapes.get(key) == names[name].shape for name, key in whole.items()):
+    if places.keys() == names.keys() and all(shapes.get(key) == (part.shape if part else names[name].shape)
+                                             for name, (key, part) in places.items()):
         return {name: place for name, place in places.items() if place != (name, None)}
     return None
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -95,16 +94,13 @@ def attach_disk_weights(model, stored):
     layout, tied, locations = layout_of(model), model.all_tied_weights_keys, {}
     if layout is None:
         return False
-    experts = Counter(key for key, part in layout.values() if part and not part.part)
     for name, tensor in model.state_dict().items():
         location = _find(model, tied.get(name, name), layout, stored)
         if location is None:
             return False
-        shape = tuple(tensor.shape)
-        if location.part:
-            shape = location.part.whole(shape, experts[layout[name][0]])
-        if (found := tuple(stored[location.key][1].shape)) != shape:
-            raise ValueError(f"{location.key} is {found}, its configuration expects {shape}")
+        shape = location.part.shape if location.part else tensor.shape
+        if (found := stored[location.key][1].shape) != shape:
+            raise ValueError(f"{location.key} is {tuple(found)}, its configuration expects {tuple(shape)}")
         locations[name] = location
     for name in tied:  # `from_pretrained` does not tie tensors that are both stored and differ
         own = _find(model, name, layout, stored)
