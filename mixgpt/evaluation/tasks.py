@@ -45,7 +45,7 @@ def load(names, folder, limit):
         raise InputError(f"--tasks-dir {folder}: must be a folder with .yaml files that describe tasks of lm-eval")
     chosen = {"tasks": {}, "groups": {}}
     hub_reachable()  # else offline from now on
-    with _silent():
+    with contextlib.redirect_stdout(io.StringIO()), silenced():  # lm-eval prints, too
         manager = TaskManager(include_path=folder, include_defaults=False)
         if not set(names) <= set(manager.all_subtasks):
             manager = TaskManager(include_path=folder)  # indexes lm-eval's thousands of tasks, which takes seconds
@@ -58,13 +58,6 @@ def load(names, folder, limit):
                 _run(DummyLM(), loaded, limit, 0)  # refuses tasks that run the model's code, or need images
             chosen = {kind: chosen[kind] | loaded[kind] for kind in chosen}
     return chosen
-
-
-@contextlib.contextmanager
-def _silent():
-    """Suppress lm-eval's output and logs and, without a terminal, its progress bars; ours pass."""
-    with contextlib.redirect_stdout(io.StringIO()), silenced():
-        yield
 
 
 def _run(lm, chosen, limit, bootstrap):
@@ -96,7 +89,7 @@ def score(chosen, model, tokenizer, limit, tokens, device, bos=None):
     (filter)", and values unknown to lm-eval are left out. Prints a warning if texts were truncated.
     """
     lm, scores = StreamedLM(model, tokenizer, tokens, device, bos), {}
-    with _silent():
+    with contextlib.redirect_stdout(io.StringIO()), silenced():
         results = _run(lm, chosen, limit, BOOTSTRAP)
     if lm.cut:
         print(f"warning  --tasks: {lm.cut} texts are longer than the model's {lm.max_length} tokens and lost their "
