@@ -34,8 +34,13 @@ def check(name, skeleton, device):
     with reading(refusal):
         # kernels of other packages may need a GPU; sizes may depend on each other in a way of their own
         for place, narrow in ((torch.device("cpu"), True), (device, True), (device, False)):
-            with contextlib.suppress(*[Exception] if narrow else []):
-                model, tokens, expected = _run_whole(small(skeleton.config, layers, narrow), place)
+            with contextlib.suppress(*[Exception] if narrow else []), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                config = small(skeleton.config, layers, narrow)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+                model.eval().to(place)
+                tokens = torch.randint(config.vocab_size, (SEQUENCES, TOKENS)).to(place)
+                expected = model(tokens, use_cache=False).logits
                 break
         experts.use_linears(model)
         streams = [StreamedModel(model, place, size).embed(tokens) for size in (2, 1)]
@@ -50,16 +55,6 @@ def check(name, skeleton, device):
         raise InputError(f"{refusal}: on random weights, its logits differ by {difference:.1g} standard deviations")
     return (streams[0].hidden.nbytes / (tokens.numel() * model.config.hidden_size * torch.float32.itemsize),
             sorted(uncalled))
-
-
-def _run_whole(config, device):
-    """Return a random model of a configuration, tokens (N, T), and its logits (N, T, vocabulary) by its own forward."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        tokens = torch.randint(config.vocab_size, (SEQUENCES, TOKENS)).to(device)
-    model.eval().to(device)
-    return model, tokens, model(tokens, use_cache=False).logits
 
 
 def small(config, layers, narrow):
