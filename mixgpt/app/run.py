@@ -89,7 +89,7 @@ def check(settings, device, clock, model=None, tokenizer=None):
     skeleton = load.skeleton(config, model.dtype if model else torch.float32)
     if settings.experts:
         skeleton = expert_removal.with_fewer_experts(skeleton, settings.experts)
-    load.check_layers(settings.model, settings.compresses and model or skeleton, settings.save_format)
+    load.check_layers(settings.model, model if model and settings.compresses else skeleton, settings.save_format)
     if model and (settings.compresses or settings.save):
         _check_in_memory(settings.save, model, skeleton)
     widening, uncalled = selfcheck.check(settings.model, skeleton, device)
