@@ -29,8 +29,9 @@ SEEDED = {method: name for method, name in METHODS.items() if method != "magnitu
 REFERENCE, *BETTER = DRAWN = "sparsegpt", "mixgpt", "best"  # whose gap the others close a part of
 COST = "50%"  # the target of which time and memory are given
 TIMED = {method: METHODS[method] for method in ("sparsegpt", "sparsegpt-76", "mixgpt")} | {
-    "best-0.3": "best, effort 0.3", "best": "best", "best-3": "best, effort 3", "best-10": "best, effort 10"}
-TIMED_TARGETS, TICKS = ("50%", "2:4"), (1, 2, 5, 10, 20, 50)
+    "best-0.3": "best, effort 0.3", "best": "best", "best-3": "best, effort 3", "best-10": "best, effort 10",
+    "best-30": "best, effort 30"}
+TIMED_TARGETS, TICKS = ("50%", "2:4"), (1, 2, 5, 10, 20, 50, 100)
 BY_MODEL = {  # file: methods, and how `by_model` writes the cells of one
     "paper": ({"dense": "dense", "sparsegpt": "SparseGPT", "isc": "ISC", "weight-level": "mixed", "mixgpt": "MixGPT"},
               lambda of, texts: " / ".join(spread(of[text].tolist(), 1) for text in texts)),
