@@ -57,7 +57,7 @@ def parse(script, argv):
             arguments = {"type": str if default is None else type(default), **field.metadata["arguments"]}
             arguments |= {"choices": choices} if choices else {}
             text += f"; {choices.help}" if isinstance(choices, Registry) else ""
-        if default not in (None, "", ()) and not isinstance(default, bool):
+        if default not in (None, "", ()) and default is not False:
             text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
         text += f"; {DATASETS.help}" if field.name == "dataset" else ""
         group.add_argument(flag_of(field.name), help=text, **arguments)

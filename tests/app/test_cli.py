@@ -38,6 +38,7 @@ def test_what_needs_no_model_is_answered_before_pytorch_is_imported(command):
     *_, status, imported = done.stdout.splitlines()
     assert status == f"status {ANSWERS[command]}" and imported == "imported []", done.stderr
     assert ANSWERS[command] == 0 or done.stderr.count("\n") == 1
+    assert command != "opt.py --help" or "on the unpruned layer (default: True)" in " ".join(done.stdout.split())
 
 
 def test_the_published_spellings_of_flags_are_the_same_flags():
