@@ -110,7 +110,7 @@ SALIENCIES = Registry({
 SOLVERS = Registry({
     "obs": Solver("column by column with OBS updates (SparseGPT)", "mixgpt.pruning.solvers:walk", "SparseGPT",
                   saliencies=None, quantizes=True),
-    "admm": Solver("masks by ADMM, then the exact least-squares solution for the kept weights",
+    "admm": Solver("masks by ADMM, then least squares for the kept weights, by conjugate gradients",
                    "mixgpt.pruning.solvers:admm", "ADMM", saliencies=("obs", "fisher"), quantizes=True),
 })
 ESTIMATORS = Registry({

@@ -1,4 +1,4 @@
-"""Choose the weights to keep by ADMM, then solve for them exactly: a lower layer error than one walk over the columns.
+"""Choose the weights to keep by ADMM, then fit them by conjugate gradients: a lower layer error than by one walk.
 
 Notation: W (out, in), W* the target weights, H (in, in) positive definite; a row w costs (w − w*) H (w − w*)ᵀ. All
 functions here expect columns scaled so that H has a unit diagonal: W √diag(H).
