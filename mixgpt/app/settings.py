@@ -114,7 +114,7 @@ class Settings:
         "of these and the dense model's, plus half the error of the hidden states they are added to",
         choices=("layer", "dense"), needs=("calibrates",))
     saliency: str = option("obs", METHOD, "score by which weights are ranked", choices=SALIENCIES)
-    blocksize: int = option(128, RESULT, "columns after which the rest of the matrix is updated", between=(1,))
+    blocksize: int = option(128, RESULT, "columns whose weights to prune are chosen at once", between=(1,))
     percdamp: float = option(0.01, RESULT, "damping of the Hessian, a fraction of its mean diagonal", between=(0, 1))
     true_sequential: bool = option(True, RESULT, "calibrate each linear on the outputs of the pruned linears before it "
         "in its layer; otherwise all linears of a layer on the unpruned layer")
