@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixgpt.app import pipeline, plots, report
 from mixgpt.app.settings import IN_MEMORY, Settings
 from mixgpt.checkpoints import load as checkpoints
-from mixgpt.checkpoints.sparse import SparseLinear
+from mixgpt.checkpoints.sparse import METHOD, SparseLinear
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_device
 from mixgpt.common.texts import texts_of
@@ -71,9 +71,10 @@ def prune(model, dataset, tokenizer=None, **options):
         raise InputError(f"model: is a {type(model).__name__}, must be a causal language model of transformers")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise InputError("model: lies on several devices; load it without device_map, or give its name or folder")
-    if model.config.get_text_config() is not model.config or any(map(is_fused, model.modules())):
-        raise InputError("model: a mixture of experts, or one with images or sound, cannot be pruned in memory; give "
-                         "its name or folder")
+    quantized = getattr(model, "quantization_method", METHOD) != METHOD
+    if quantized or model.config.get_text_config() is not model.config or any(map(is_fused, model.modules())):
+        raise InputError("model: a mixture of experts, or one with images, sound or quantized weights, cannot be "
+                         "pruned in memory; give its name or folder")
     settings = Settings(type(model).__name__, name, **options)
     if settings.dtype != "auto":
         raise InputError(f"dtype: a model in memory keeps its own, {model.dtype}; load it in the other, or leave this "

@@ -9,6 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from conftest import make, modules_of, save, saved_tensors
 from transformers import AutoModelForCausalLM
 
+import mixgpt
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.decoder import path_of
@@ -111,6 +112,8 @@ def test_the_configuration_says_what_vllm_reads(name, only, dense, scheme, weigh
     assert group["targets"] == ["Linear"] and group["weights"].items() >= weights.items()
     assert ("group_size" in group["weights"]) == ("group_size" in weights)
     assert "input_activations" not in group and "output_activations" not in group
+    with pytest.raises(InputError, match="^model: .* quantized weights, cannot be pruned in memory; give its name"):
+        mixgpt.prune(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), "builtin", tokenizer, eval=["builtin"])
 
 
 @pytest.mark.parametrize("scheme", [SYM, SYM_GROUPS])
