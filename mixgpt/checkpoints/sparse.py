@@ -101,6 +101,7 @@ class PackedWeight(torch.nn.Module):
             return out
         return out.copy_(decode(self._buffers, self.description))
 
+    @torch.inference_mode(False)  # of the caller: others use it, too
     def _room(self):
         """Return a buffer of this thread for the matrix, which the next one that is expanded overwrites."""
         numel, key = self.shape.numel(), (self.dtype, self.mask.device)
@@ -131,7 +132,8 @@ class PackedWeight(torch.nn.Module):
             from mixgpt.kernels import sparse_cuda as kernels
         else:
             kernels = sparse_cpu
-            self._buffers[self.data] = sparse_cpu.padded(self._buffers[self.data])
+            with torch.inference_mode(False):  # of the caller: it stays
+                self._buffers[self.data] = sparse_cpu.padded(self._buffers[self.data])
         tensors = self._buffers | {"data": self._buffers[self.data], "x": x, "y": y}
         if self.wbits:
             tensors["units"] = _units(self.description.get("grid", "uniform"), self.wbits, self.dtype, y.device)
