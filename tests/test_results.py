@@ -158,10 +158,11 @@ def test_the_picture_has_a_line_for_each_method_and_the_dense_model(write, tmp_p
 
 
 def test_what_a_run_records_is_read_without_its_weights(prune, tmp_path, capsys):
-    file = tmp_path / "new" / "a.json"
+    file = tmp_path / "new" / "a[1].json"
     for more in (["--record", file], ["--save", tmp_path / "saved", "--record", tmp_path / "b.json"]):
         prune("opt", "--sparsity .5 --gmp --eval --quiet", *more)
-    assert [path.name for path in file.parent.iterdir()] == ["a.json"]
+    assert [path.name for path in file.parent.iterdir()] == ["a[1].json"]
+    (file.parent / "a1.json").touch()  # for which the name stands as a pattern
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads((tmp_path / "saved/mixgpt.json").read_text())
     assert results.main([str(file), str(tmp_path / "sav*"), str(file)]) == 0
     rows = capsys.readouterr().out.splitlines()[4:]
