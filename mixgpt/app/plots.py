@@ -31,13 +31,13 @@ def draw(plan, traces=None, suffix=".png"):
         _heat_map(figure.add_subplot(grid[1, :]), positive, "Sensitivity", label,
                   "log" if positive.notna().any(axis=None) else None)
         lines.set_yscale("log" if positive.notna().equals(values.notna()) else "linear")
-    for kind in values:
-        lines.errorbar(values.index, values[kind], errors if errors is None else errors[kind], label=_short(kind),
-                       marker=".", linewidth=1, elinewidth=0.5)
+    for number, kind in enumerate(values):
+        lines.errorbar(values.index, values[kind], errors if errors is None else errors[kind], label=kind, marker=".",
+                       linewidth=1, linestyle="-" if number < 10 else ":", elinewidth=0.5)  # ten colours
     lines.set(xlabel="layer", ylabel=label, title=f"{title}, by layer")
     lines.xaxis.set_major_locator(MaxNLocator(integer=True))
-    lines.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    bars.barh(list(map(_short, values)), values.mean())
+    lines.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    bars.barh(values.columns, values.mean())
     bars.invert_yaxis()
     bars.locator_params(axis="x", nbins=4)
     bars.set(xlabel=f"{label}, mean over layers", title=f"{title}, by matrix kind")
@@ -51,14 +51,10 @@ def _grid(values, keys):
     return rows.pivot_table(2, 0, 1).reindex(index=sorted({layer for layer, _ in keys}), columns=list(kinds))
 
 
-def _short(kind):
-    return kind.rpartition(".")[2]
-
-
 def _heat_map(axis, values, title, label, norm=None):
     """Show a DataFrame (layers, kinds) as colours; missing values stay blank."""
     image = axis.imshow(values.T, aspect="auto", cmap="viridis", norm=norm)
-    axis.set(xlabel="layer", title=title, yticks=range(values.shape[1]), yticklabels=map(_short, values))
+    axis.set(xlabel="layer", title=title, yticks=range(values.shape[1]), yticklabels=values)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.figure.colorbar(image, ax=axis, label=label)
 

@@ -9,7 +9,7 @@ from mixgpt.allocation.traces import Traces
 from mixgpt.app import plots
 from mixgpt.pruning.targets import Target
 
-SHAPES = {(layer, name): (4, 8) for layer in range(3) for name in ("self_attn.q_proj", "mlp.fc1")}
+SHAPES = {(layer, name): (4, 8) for layer in range(3) for name in ("attn.c_proj", "mlp.c_proj")}
 KEYS = list(SHAPES)
 
 
@@ -35,10 +35,11 @@ def test_the_heat_maps_show_sensitivities_and_sparsities(negative, monkeypatch):
             "Sparsity assigned": {key: target.sparsity for key, target in plan.items()}}.items():
         axis = titled[title]
         shown = axis.images[0].get_array().filled(float("nan"))
-        assert [label.get_text() for label in axis.get_yticklabels()] == ["q_proj", "fc1"]
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["attn.c_proj", "mlp.c_proj"]
         for (layer, name), value in zip(KEYS, [expected.get(key, float("nan")) for key in KEYS], strict=True):
-            found = shown[["self_attn.q_proj", "mlp.fc1"].index(name), layer]
+            found = shown[["attn.c_proj", "mlp.c_proj"].index(name), layer]
             assert found == pytest.approx(value, nan_ok=True), (title, layer, name)
+    assert len(figures[0].axes[1].patches) == len({bar.get_y() for bar in figures[0].axes[1].patches}) == 2
     assert content.startswith(b"\x89PNG")
 
 
