@@ -76,8 +76,8 @@ def draw_tradeoff(points, suffix=".png"):
             axis.set_axis_off()
             continue
         show(axis, panel, panel["dense"].dropna()[:1].tolist(), colours)
-        axis.set_title(f"{model}, {text}" if others else f"{model}\n{text}, {sparsity} of the weights pruned",
-                       fontsize=11)
+        title = f"{model}, {text}" + ("" if others else f", {sparsity} of the weights pruned")
+        axis.set_title(textwrap.fill(title, 40), fontsize=11)
     return bytes_of(figure, suffix)
 
 

@@ -51,7 +51,7 @@ def test_methods_at_one_sparsity_are_bars_from_the_best_down(values, scale, monk
     monkeypatch.setattr(plots, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
     plots.draw_tradeoff(points_of({
         "wikitext2": (29.0, {name: [(0.5001, *points)] for name, points in values.items()}),
-        "c4": (None, {"SparseGPT": [(0.5, 25.0, 25.0, 25.0)]})}))
+        "a/long/path/" * 9 + "c4.jsonl": (None, {"SparseGPT": [(0.5, 25.0, 25.0, 25.0)]})}))
     axis, other = figures[0].axes
     best_first = sorted(values, key=values.get)
     assert [label.get_text().replace("\n", " ") for label in axis.get_yticklabels()] == ["dense", *best_first]
@@ -59,7 +59,8 @@ def test_methods_at_one_sparsity_are_bars_from_the_best_down(values, scale, monk
     texts = [text.get_text() for text in axis.texts]
     assert texts == ["29.00", *("49.50 60.00" if scale == "linear" else "60.00 3,501").split()]
     assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first bar is on top
-    assert axis.get_xscale() == scale and axis.get_title() == "a model\nwikitext2, 50% of the weights pruned"
+    assert axis.get_xscale() == scale and axis.get_title() == "a model, wikitext2, 50% of the weights\npruned"
+    assert max(map(len, other.get_title().split("\n"))) <= 40 < len(other.get_title())  # no title is in another
     assert [bar.get_width() for bar in other.patches] == [25.0]
     ranges = [segment[:, 0].tolist() for lines in axis.collections for segment in lines.get_segments()]
     assert ranges == [[29.0, 29.0], *(list(values[name][1:]) for name in best_first)]
