@@ -73,8 +73,8 @@ class Measured:
 
     def figures(self, method, target, statistic="mean"):
         """Write the perplexities of the texts, or another statistic of them over the seeds."""
-        values = self.of(method, target)[self.texts].agg(statistic)
-        return "" if values.isna().any() else " / ".join(map(_number, values))
+        of = self.of(method, target)[self.texts]  # NaN of a seed is that of the mean, too
+        return "" if len(of) < 1 + (statistic == "std") else " / ".join(map(_number, of.agg(statistic, skipna=False)))
 
     def seconds(self, method, target):
         """Return the seconds to prune, with the sensitivities that one run of a seed has measured for all."""

@@ -58,7 +58,8 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
 def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
-    values = {"sparsegpt": (40, 60, 80), "mixgpt": (30, 40, 50), "best-3": (20, 20, 20), "best-10": (15,)}
+    values = {"sparsegpt": (40, 60, 80), "mixgpt": (30, 40, 50), "best-3": (20, 20, 20), "best-10": (15,),
+              "wanda": (40, math.nan)}
     for page in tables.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text("above\n" + "".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\nbelow\n"
@@ -93,6 +94,7 @@ def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monke
         assert "| b: dense 10.0 / 20.0 | 50% | 2:4 | cost at 50% |" in text
         assert text.count("| SparseGPT | 60.0 / 401 | 60.0 / 401 | 30 s, 1.5 GB |") == 2
         assert text.count("| MixGPT | 40.0 / 401 | 40.0 / 401 | 1.2x, 1.5 GB |") == 2
+        assert text.count("| Wanda | nan / 400 | nan / 400 | 30 s, 1.5 GB |") == 2  # not the mean of the other seed
         assert text.count("| MixGPT | 10.0 / 1.0 | 10.0 / 1.0 |") == 2  # standard deviations
         closed = sum(1 - math.log(ours / 10) / math.log(walk / 10) for ours, walk in zip(
             values["mixgpt"], values["sparsegpt"], strict=True)) / 3
