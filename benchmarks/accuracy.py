@@ -34,7 +34,7 @@ def cells_of(options, flags):
     pairs = [(method, target) for target in options.targets for method in options.methods
              if not (":" in target and method.startswith("owl"))]
     return [cell_of(words, *DENSE, 0, ""), *(cell_of(words, method, target, seed, FLAGS[method] + (
-        " --mse --act-order" if "bit" in target and method in WALKS else "")) for seed in options.seeds
+        " --mse --act-order" if "bit" in target and method in WALKS else "")) for seed in dict.fromkeys(options.seeds)
         for method, target in pairs)]
 
 

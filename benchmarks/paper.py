@@ -69,7 +69,7 @@ def cells_of(options, flags):
     return [cell_of([model, options.dataset, *TABLES[options.table].flags, *flags], *row, seed,
                     METHODS.get(row[0], ""))
             for model in options.models for row in rows_of(options)
-            for seed in ([0] if row == DENSE else options.seeds)]
+            for seed in ([0] if row == DENSE else dict.fromkeys(options.seeds))]
 
 
 def facts():

@@ -102,8 +102,8 @@ class Measured:
                 "gap": self.table(self.name, lambda *of: " / ".join(
                     "-" if share != share else f"{share:.0%}" for share in self.gaps(*of)),
                     methods={method: TIMED[method] for method in (*BETTER, "best-10")}),
-                "effort": first.table(self.name, lambda *of: first.figures(*of) and (
-                    f"{first.figures(*of)} at {first.multiple(*of):.1f}x"), None, TIMED, TIMED_TARGETS)}
+                "effort": first.table(self.name, lambda *of: first.figures(*of) and f"{first.figures(*of)} at "
+                                      f"{first.multiple(*of):.1f}x".replace("nanx", "-"), None, TIMED, TIMED_TARGETS)}
 
 
 def _number(value):

@@ -21,7 +21,7 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
     def benchmark(*targets):
         return accuracy.main([str(checkpoint_folder("llama")), "builtin", "--output", str(output),
                               "--methods", "magnitude", "wanda", "owl", "best", "--targets", *targets, "--seeds",
-                              "0", "--eval", "builtin", "--nsamples", "4", "--seqlen", "32", "--device", "cpu"])
+                              "0", "0", "--eval", "builtin", "--nsamples", "4", "--seqlen", "32", "--device", "cpu"])
 
     def cells():
         content = json.loads(output.read_text())
@@ -52,6 +52,7 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
     assert len({cell["figures"]["builtin"] for cell in after.values()}) == len(after)
     table = (tmp_path / "accuracy.md").read_text()
     assert table in capsys.readouterr().out and "| OWL | " in table and table.count("| best |") == 4
+    assert "| best |  |  |" in table and " at - |" in table  # one seed has no spread, and SparseGPT no time
     assert "wanda" not in SOLVERS and "owl" not in ALLOCATIONS
 
 
