@@ -60,8 +60,7 @@ TABLES = {
 def rows_of(options):
     """Return the rows (method, target) of a table: the dense model, the paper's, and those of --methods."""
     rows = TABLES[options.table].rows
-    targets = [target for _, target in rows if "%" in target]
-    return list(dict.fromkeys([DENSE, *rows, *product(options.methods, targets)]))
+    return list(dict.fromkeys([DENSE, *rows, *product(options.methods, [of for _, of in rows if "%" in of])]))
 
 
 def cells_of(options, flags):
@@ -125,10 +124,8 @@ def main(argv=None):
         options, flags = parser.parse_known_args(argv)
         title = " ".join([f"{options.table}, {TABLES[options.table].title}: --dataset {options.dataset}", *flags])
         scores, cells = Scores(options.output, partial(markdown, title, rows_of(options))), cells_of(options, flags)
-        if options.dry_run:
-            print("\n".join(f"python {cell['command']}" for cell in scores.missing(cells)))
-        else:
-            print(scores.run(cells))
+        print("\n".join(f"python {cell['command']}" for cell in scores.missing(cells)) if options.dry_run
+              else scores.run(cells))
     return end.status
 
 

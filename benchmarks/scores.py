@@ -33,10 +33,11 @@ def flags_of(target):
 def cell_of(words, method, target, seed, flags):
     """Return a cell to be measured. words: of the command line, all but those of method, target and seed.
 
-    Raises InputError if the command line is not one.
+    Raises InputError if the command line is not one, or flags for all runs prune the dense model.
     """
     words = [*words, *flags.split(), *flags_of(target).split(), "--seed", str(seed)]
-    parse("llama.py", words)
+    if (made := parse("llama.py", words).method) != "dense" == method:
+        raise InputError(f"llama.py {shlex.join(words)}: is {made}, not dense; leave such flags for all runs out")
     return {"model": words[0], "method": method, "target": target, "seed": seed,
             "command": shlex.join(["llama.py", *words])}  # which prunes every family
 

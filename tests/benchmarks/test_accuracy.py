@@ -38,6 +38,7 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "run", interrupted)
         assert benchmark("50%") == 130
+    assert benchmark("50%", "--wbits", "4") == 2  # all runs quantize, the dense model's, too
     before = cells()
     assert list(before) == [("dense", "0%"), ("magnitude", "50%"), ("other", "0%")]
     assert benchmark("50%", "2:4") == 0
