@@ -45,7 +45,8 @@ def cell_of(words, method, target, seed, flags):
 def measure(command):
     """Run a command line. Returns its perplexities or accuracies in percent, sparsity, commit, and costs of pruning.
 
-    An accuracy has normalised likelihoods if it can. Sensitivities are apart: later runs read them from the cache.
+    Accuracies have normalised likelihoods if they can; tasks without have NaN. Sensitivities are apart: later runs
+    read them from the cache.
     """
     _, *words = shlex.split(command)
     gc.collect()
@@ -56,8 +57,7 @@ def measure(command):
     *_, figures = record["perplexity"].values()
     if "tasks" in record:
         *_, scores = record["tasks"].values()
-        figures = {task: 100 * metrics["acc_norm" if "acc_norm" in metrics else "acc"]
-                   for task, metrics in scores.items()}
+        figures = {task: 100 * of.get("acc_norm", of.get("acc", math.nan)) for task, of in scores.items()}
         figures["average"] = mean(figures.values())
     seconds = {part: value for part, value in record["seconds"].items() if part not in NOT_PRUNING}
     return {"figures": figures, "sparsity": record["sparsity"], "sensitivity_seconds": seconds.pop("sensitivity", 0.0),

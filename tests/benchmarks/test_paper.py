@@ -1,9 +1,11 @@
 """Check the tables of the paper: their cells and the paper's own numbers."""
 
+import math
 from itertools import groupby
 
 import paper
 import pytest
+import scores
 from paper import TABLES, facts
 from scores import DENSE, spread
 
@@ -32,3 +34,11 @@ def test_what_the_paper_reports_is_of_cells_that_there_are():
 def test_means_and_standard_deviations_are_written_of_perplexities_beyond_all_numbers_too():
     assert [spread(values) for values in ([1, 2, 4], [3.0], [1.0, float("nan")], [2.0, float("inf")])] == [
         "2.33 ± 1.53", "3.00", "nan ± nan", "inf ± inf"]
+
+
+def test_a_task_without_accuracies_has_no_figure_and_does_not_end_the_benchmark(monkeypatch):
+    monkeypatch.setattr(scores.pipeline, "run", lambda settings: {
+        "perplexity": {"dense": {}}, "tasks": {"dense": {"piqa": {"acc": 0.5}, "gsm8k": {"exact_match": 0.1}}},
+        "sparsity": 0.0, "seconds": {}, "peak_memory": {"host": 1}, "program": {"commit": None}})
+    figures = scores.measure("llama.py m c4")["figures"]
+    assert figures["piqa"] == 50 and math.isnan(figures["gsm8k"])
