@@ -103,7 +103,9 @@ def prune(kind, folder, tokenizer):
 
 
 def main(argv=None):
-    output, *kinds = sys.argv[1:] if argv is None else argv
+    output, *kinds = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if output.startswith("-"):
+        sys.exit(__doc__)
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     tokenizer, rows = train_tokenizer(builtin_rows("train")[0][:100], 384), []

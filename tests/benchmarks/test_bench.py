@@ -5,6 +5,7 @@ import re
 
 import bench
 import gpu
+import models
 import pytest
 import torch
 from commands import short_builtin  # noqa: F401, a fixture
@@ -47,6 +48,11 @@ def test_the_textbook_prunes_as_the_product_does(target, wbits):
     rounded = (theirs == 0).sum() - W.numel() // 2
     assert same[:, :128].float().mean() > 0.998
     assert 0 < rounded and (~same).sum() <= 2 * rounded + 0.002 * W.numel() and errors[0] < errors[1]
+
+
+def test_models_says_what_it_takes_and_prunes_nothing():
+    with pytest.raises(SystemExit, match=r"benchmarks/models.py docs/models.md"):
+        models.main(["--help"])
 
 
 def test_the_benchmark_of_matrices_prints_ratios_and_agreement(monkeypatch, capsys):
