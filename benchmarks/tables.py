@@ -141,8 +141,8 @@ def by_model(cells, methods, write):
     """Write a table of a row for each model. write: function of a method's cells, a DataFrame, and the texts."""
     frame, texts = pd.DataFrame([cell | cell["figures"] for cell in cells]), list(cells[0]["figures"])
     return table_of_markdown(["model", *methods.values()], [
-        [Path(model).stem, *(write(of_model[of_model["method"] == method], texts) for method in methods)]
-        for model, of_model in frame.groupby("model", sort=False)])
+        [Path(model).name.removesuffix(".gguf"), *(write(of[of["method"] == method], texts) for method in methods)]
+        for model, of in frame.groupby("model", sort=False)])
 
 
 def main(argv=None):

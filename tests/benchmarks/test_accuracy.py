@@ -81,7 +81,7 @@ def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monke
     for name, (of_cells, _) in tables.BY_MODEL.items():
         measured = [dense | {"model": f"small/{model}", "method": method, "target": target, "seed": seed,
                              "figures": {"text": 10.0 * number + seed, "other": 7.0}}
-                    for model in ("x", "y") for number, method in enumerate(of_cells)
+                    for model in ("x", "y-1.5") for number, method in enumerate(of_cells)
                     for target in ("50%", "2:4")[:1 if name == "paper" or method in ("dense", "owl") else 2]
                     for seed in ([0] if method == "dense" else [0, 2])]
         (tmp_path / f"{name}.json").write_text(json.dumps({"cells": measured}))
@@ -90,7 +90,7 @@ def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monke
         text = (tmp_path / page).read_text()
         assert "old" not in text and text.startswith("above\n") and text.count("\nbelow\n") == len(NAMES)
         assert text.index("b: dense") < text.index("a: dense")
-        assert "| y | 0.0 / 7.0 | 11.0 ± 1.4 / 7.0 ± 0.0 | 21.0 ± 1.4 / 7.0 ± 0.0 |" in text
+        assert "| y-1.5 | 0.0 / 7.0 | 11.0 ± 1.4 / 7.0 ± 0.0 | 21.0 ± 1.4 / 7.0 ± 0.0 |" in text
         assert "| model | dense | Wanda | OWL | SparseGPT | MixGPT | best |" in text
         assert "| x | 0.00 | 11.00 / 11.00 | 21.00 | 31.00 / 31.00 |" in text
         assert "| b: dense 10.0 / 20.0 | 50% | 2:4 | cost at 50% |" in text
