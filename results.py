@@ -30,7 +30,7 @@ FORMATS = {"sparsity": "{:.2%}", "seconds": "{:.0f}"}  # of numbers in other col
 
 def files_of(names):
     """Return the record files that names, folders and glob patterns refer to, each once."""
-    paths = [Path(path) for name in names for path in [name] * Path(name).exists() or sorted(glob.glob(name)) or [name]]
+    paths = [Path(path) for name in names for path in sorted(glob.glob(glob.escape(name)) or glob.glob(name)) or [name]]
     return list(dict.fromkeys(path / RECORD if path.is_dir() else path for path in paths))
 
 

@@ -76,8 +76,8 @@ def draw_tradeoff(points, suffix=".png"):
             axis.set_axis_off()
             continue
         show(axis, panel, panel["dense"].dropna()[:1].tolist(), colours)
-        title = f"{model}, {text}" + ("" if others else f", {sparsity} of the weights pruned")
-        axis.set_title(textwrap.fill(title, 40), fontsize=11)
+        title = [f"{model}, {text}"] if others else [model, f"{text}, {sparsity} of the weights pruned"]
+        axis.set_title("\n".join(textwrap.fill(line, 40) for line in title), fontsize=11)
     return bytes_of(figure, suffix)
 
 

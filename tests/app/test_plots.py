@@ -59,7 +59,7 @@ def test_methods_at_one_sparsity_are_bars_from_the_best_down(values, scale, monk
     texts = [text.get_text() for text in axis.texts]
     assert texts == ["29.00", *("49.50 60.00" if scale == "linear" else "60.00 3,501").split()]
     assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first bar is on top
-    assert axis.get_xscale() == scale and axis.get_title() == "a model, wikitext2, 50% of the weights\npruned"
+    assert axis.get_xscale() == scale and axis.get_title() == "a model\nwikitext2, 50% of the weights pruned"
     assert max(map(len, other.get_title().split("\n"))) <= 40 < len(other.get_title())  # no title is in another
     assert [bar.get_width() for bar in other.patches] == [25.0]
     ranges = [segment[:, 0].tolist() for lines in axis.collections for segment in lines.get_segments()]
