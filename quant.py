@@ -48,7 +48,7 @@ class Scheme:
         # made on the device: a copy from the host would wait for all that a GPU has still to do; exact in every dtype
         shrinks = torch.arange(SHRINKS.start, SHRINKS.stop, SHRINKS.step, dtype=W.dtype, device=W.device)[:, None] / 32
         scale, zero = self._spanning(shrinks * low, shrinks * high, dtype)
-        importance = torch.ones_like(W[0]) if importance is None else importance
+        importance = W.new_ones(W.shape[1]) if importance is None else importance
         errors = torch.stack([self.rounder(s[:, None], z[:, None], W.dtype)(W).sub_(W).square_() @ importance
                               for s, z in zip(scale, zero, strict=True)])
         best = errors.argmin(0, keepdim=True)  # the widest of equals

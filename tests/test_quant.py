@@ -82,6 +82,7 @@ def test_rows_without_weights_have_a_finite_grid_that_holds_zero(sym, mse):
     scale, zero = Scheme(4, sym=sym, mse=mse).fit(W, pruned, torch.bfloat16)
     assert scale.isfinite().all() and (scale > 0).all() and ((zero >= 0) & (zero <= 15)).all()
     assert (Scheme(4).rounder(scale[:, None], zero[:, None], torch.bfloat16)(torch.zeros(3, 8)) == 0).all()
+    assert Scheme(4, sym=sym, mse=mse).fit(W[:0], pruned[:0], torch.bfloat16)[0].shape == (0,)  # a process's share
 
 
 @hypothesis_settings
