@@ -104,7 +104,7 @@ def reported(script, argv, remedy):
             line = f"error: out of memory; {remedy}"
         elif is_disk_full(error):  # another file than the flags name
             line = "error: the disk of the output or of TMPDIR is full; free some space"
-        elif "closed by peer" in str(error):  # of gloo
+        elif re.search("pair.cc.*(by peer|Broken pipe)", str(error)):  # of gloo
             line = "error: another process has ended"
         else:
             line = (f"error: unexpected {type(error).__name__}: {one_line(error):.300}; please report it with "

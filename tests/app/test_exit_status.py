@@ -73,11 +73,15 @@ def test_a_lack_of_memory_gets_a_line_that_says_what_to_lower(error, monkeypatch
     assert not list(temporary.iterdir())
 
 
-@pytest.mark.parametrize("error, status", [
-    (KeyboardInterrupt(), 130), (Terminated(), 143), (RuntimeError("surprise"), 1), (MemoryError(), 2)])
-def test_what_stops_a_run_speaks_of_its_folder_where_there_is_one(error, status, monkeypatch, capsys):
+@pytest.mark.parametrize("error, status, line", [
+    (KeyboardInterrupt(), 130, "interrupted"), (Terminated(), 143, "terminated"), (MemoryError(), 2, "error: out of"),
+    (RuntimeError("surprise"), 1, "error: unexpected RuntimeError: surprise"), *(
+        (RuntimeError(f"[gloo/pair.cc:537] {how}."), 1, "error: another process has ended")
+        for how in ("Connection closed by peer [::1]", "Read error: Connection reset by peer", "writev: Broken pipe"))])
+def test_what_stops_a_run_speaks_of_its_folder_where_there_is_one(error, status, line, monkeypatch, capsys):
     assert end("llama.py", error, monkeypatch) == status
-    assert "--resume" not in capsys.readouterr().err
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"llama.py: {line}") and "--resume" not in stderr
     assert end("llama.py", error, monkeypatch, "--save", "saved") == status
     assert capsys.readouterr().err.endswith("; what is in the folder of --save goes on with --resume\n")
 
