@@ -31,7 +31,7 @@ from sparsegpt import Walk
 JOBS = {
     "dense and magnitude": "--sparsity .5 --gmp --dense", "SparseGPT": "--sparsity .5",
     "MixGPT, two passes": "--sparsity .5 --preset mixgpt --no-true-sequential", "2:4": "--prunen 2 --prunem 4",
-    "best": "--sparsity .5 --preset best", "2:4 + 4 bit": "--prunen 2 --prunem 4 --preset best --wbits 4 --effort 2",
+    "best": "--sparsity .5 --preset best", "2:4 + 4 bit": "--prunen 2 --prunem 4 --preset best --wbits 4 --effort 1.1",
     "50% + 4 bit, sparse": "--sparsity .5 --wbits 4 --act-order --save-format sparse",
     "4:8 + 4 bit, compressed-tensors": "--prunen 4 --prunem 8 --wbits 4 --sym --save-format compressed-tensors",
     "best + 4 bit": "--sparsity .5 --preset best --wbits 4",

@@ -100,7 +100,7 @@ def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, sa
 def test_kept_weights_are_quantized_after_distillation_as_in_a_run_of_its_own(prune, tmp_path):
     options, saved = "--extra 0 --no-act-order --save", [tmp_path / name for name in "abc"]
     for more, folder in zip(("--wbits 4", ""), saved[:2], strict=True):
-        prune("llama", "--prunen 2 --prunem 4 --preset best --effort 2", more, options, folder)
+        prune("llama", "--prunen 2 --prunem 4 --preset best --effort 1.1", more, options, folder)
     prune("llama", "--wbits 4 --mse --target dense --percdamp .1", options, saved[2], model=saved[1])
     assert_same_weights(saved[0], saved[2])
     assert {row["wbits"] for row in record_of(saved[0])["matrices"]} == {4}

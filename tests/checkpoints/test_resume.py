@@ -35,7 +35,7 @@ SPARSEGPT = [{"forward"}, CALIBRATION, {"finish"}, {"half a file"}, {"complete"}
 SCENARIOS = {
     "opt": Scenario("opt", ["--sparsity", ".5"], [{"load"}, *SPARSEGPT], shard=40_000),
     "opt, in memory": Scenario("opt", ["--sparsity", ".5", "--wbits", "4"], SPARSEGPT[1:3], pickled=True),
-    "llama, best": Scenario("llama", ["--preset", "best", "--sparsity", ".5", "--wbits", "4", "--effort", "2"],
+    "llama, best": Scenario("llama", ["--preset", "best", "--sparsity", ".5", "--wbits", "4", "--effort", "1.1"],
                             [{"gradients", "allocation"}, {"kept"}, CALIBRATION | {"admm"},
                              {"distillation"}, {"finish"}, {"finish"}]),
     "llama, mixed": Scenario("llama", [*MIXED, "--wbits", "4"], [{"sensitivity"}, {"traces"}, {"traces"}, {"finish"}]),

@@ -266,7 +266,7 @@ def test_a_step_that_starts_over_goes_on_from_the_finished_layers(saves, prune, 
         assert_same_weights(tmp_path / "again", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("finished, more", [(3, ""), (4, ""), (6, ""), (8, "--wbits 4 --effort 2")])
+@pytest.mark.parametrize("finished, more", [(3, ""), (4, ""), (6, ""), (8, "--wbits 4 --effort 1.1")])
 def test_distillation_that_is_interrupted_costs_at_most_itself(finished, more, prune, interrupt, tmp_path, monkeypatch):
     """Ctrl-C behind the last pruned layer, the first distilled one, all, and the second quantized one."""
     options, saved = ["llama", f"--preset best {more}", HALF], tmp_path / "saved"
@@ -343,7 +343,7 @@ def test_what_the_disk_has_damaged_of_a_layer_is_computed_again(prune, interrupt
 
 @pytest.mark.parametrize("name", ["run.json", "targets-0.safetensors", "layer-00001.safetensors"])
 def test_what_identifies_the_run_or_is_distilled_and_cannot_be_read_is_refused(name, prune, interrupt, tmp_path):
-    options, saved = ["llama", "--preset best --wbits 4 --effort 2", HALF], tmp_path / "saved"
+    options, saved = ["llama", "--preset best --wbits 4 --effort 1.1", HALF], tmp_path / "saved"
     interrupt(7, *options, saved)  # behind the first quantized layer
     file = saved / "progress" / name
     file.write_bytes(file.read_bytes()[:-9])

@@ -167,7 +167,7 @@ def peak_of(report):
 
 def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
     grown = {}
-    for layers in (4, 14):
+    for layers in (4, 10):
         write_shards(tmp_path / f"model{layers}", layers, tokenizer)
         process = fork(command, "llama", [
             tmp_path / f"model{layers}", "builtin", "--prunen", 2, "--prunem", 4, "--gmp", "--eval", "builtin",
@@ -177,8 +177,8 @@ def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
         assert process.exitcode == 0, (tmp_path / "log").read_text()
         before, after = json.loads((tmp_path / "peak").read_text())
         grown[layers] = after - before
-    size = sum(file.stat().st_size for file in (tmp_path / "saved14").glob("*.safetensors"))
-    assert size > 14 * LAYER
-    assert abs(grown[14] - grown[4]) < 2.5 * LAYER  # threads that read ahead and write differ by up to two
+    size = sum(file.stat().st_size for file in (tmp_path / "saved10").glob("*.safetensors"))
+    assert size > 10 * LAYER
+    assert abs(grown[10] - grown[4]) < 2.5 * LAYER  # threads that read ahead and write differ by up to two
     # three layers at a time, one being written, what malloc keeps of freed blocks, and compiled code
-    assert grown[14] < size
+    assert grown[10] < size

@@ -11,6 +11,8 @@ from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
 from quant import Scheme
 
+HALF = Target(0.5)
+
 
 def pruned(W, H, *targets, weights=None):
     """Return what ADMM makes of matrices, each with its target."""
@@ -100,13 +102,14 @@ def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
     assert early.tolist() == [[0, 1, 0, 0], [0, 1, 0, 0]]
 
 
-@pytest.mark.parametrize("solver, scheme", [("obs", None), ("admm", None), ("admm", Scheme(4))])
-def test_columns_without_input_are_free_to_prune(problem, solver, scheme):
+@pytest.mark.parametrize("solver, target, scheme", [
+    ("obs", HALF, None), ("admm", HALF, None), ("admm", Target(0.5, 2, 4), None), ("admm", HALF, Scheme(4))])
+def test_columns_without_input_are_free_to_prune(problem, solver, target, scheme):
     W, X = problem
     X = X.float().clone()
     X[:, 3] = 0
     weight, recipe = W.float(), Recipe(SOLVERS[solver].load(), scheme=scheme)
-    (_, grid), = prune_in_place(seen(X, input_gap=torch.full_like(X, 0.01)), [weight], [Target(0.5)], recipe)
+    (_, grid), = prune_in_place(seen(X, input_gap=torch.full_like(X, 0.01)), [weight], [target], recipe)
     assert weight.isfinite().all() and (weight[:, 3] == 0).all()
     assert abs((weight == 0).sum() - 12 * 32) <= (2 if scheme else 0)
     assert torch.equal(grid.weights(grid.codes(weight)), weight) if scheme else grid is None

@@ -80,7 +80,7 @@ def test_the_bytes_of_one_pass_are_about_those_of_the_peak(name, options, monkey
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
     model = make(name)
     split_experts(model)
-    tokens = torch.randint(VOCABULARY, (40, 64), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(VOCABULARY, (24, 64), generator=torch.Generator().manual_seed(0))
     recipe = Recipe(SOLVERS[options.get("solver", "obs")].load(), dense_target="target" in options)
     selected = select(model)
     with Gpu() as gpu:

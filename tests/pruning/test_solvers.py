@@ -64,16 +64,6 @@ def test_admm_leaves_as_many_weights_more_as_rounding_later_sets_to_zero():
         assert (W == 0).sum() < rounded and rounded == pytest.approx(0.4 * W.numel(), rel=0.02)
 
 
-@pytest.mark.parametrize("target", [Target(0.5), Target(0.5, 2, 4)])
-def test_columns_without_input_go_first(target):
-    X, W, recipe = correlated_inputs(300, 96).float(), random(40, 96).float(), Recipe(SOLVERS["admm"].load())
-    X[:, ::4], hessian = 0, InputHessian(96, 1, "cpu")
-    hessian.add_batch(X)
-    hessian.factor(0.1)
-    prune_in_place(hessian, [W], [target], recipe)
-    assert not W[:, ::4].any() and (W == 0).sum() == W.numel() // 2
-
-
 def test_the_least_salient_weights_fill_up(monkeypatch):
     W, h, weights = random(5, 8).float(), torch.rand(8), torch.rand(5)
     h[3], W[:, 5] = 0, 0  # an input that is always zero, and weights that are
