@@ -54,9 +54,11 @@ def seconds(function, device):
 
 
 @torch.no_grad()
-def measure(shape, sparsity, wbits, tokens, device, pairs):
-    """Return a row of the table for products with so many tokens."""
+def measure(shape, sparsity, wbits, tokens, device, pairs, way):
+    """Return a row of the table for products with so many tokens. way: of a CPU, None for the fastest."""
     W, packed = pack(shape, sparsity, wbits, device)
+    if way:
+        packed.ways = lambda: [way]
     dense = [W.clone() for _ in range(int(BYTES // W.nbytes))]
     copies, x = [copy.deepcopy(packed) for _ in dense], torch.randn(tokens, shape[1], device=device).bfloat16()
     for each in copies:
@@ -76,10 +78,8 @@ def main(argv=None):
     parser.add_argument("--tokens", type=int, nargs="*", default=[1], help="multiplied at a time")
     parser.add_argument("--way", choices=WAYS, help="where this CPU has it (default: the fastest)")
     given = parser.parse_args(argv)
-    if given.way:
-        PackedWeight.ways = lambda self: [given.way]
     able = [case for case in CASES if given.way in (None, *ways(torch.bfloat16, case[1] % 16, 64))]
-    rows = [measure(shape, *case, tokens, choose_device(given.device), given.pairs)
+    rows = [measure(shape, *case, tokens, choose_device(given.device), given.pairs, given.way)
             for tokens in given.tokens for shape in SHAPES for case in able]
     print(table(["matrix", "sparsity", "tokens", "dense", "packed", "ratio", "GB/s"], rows), flush=True)
 

@@ -61,7 +61,6 @@ def test_the_benchmark_of_matrices_prints_ratios_and_agreement(monkeypatch, caps
     bench.main(["matrices", "--sizes", "64x96", "--device", "cpu"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("64x96")]
     assert len(rows) == 3 and all(row.count("x") == 2 and row.count("%") >= 3 for row in rows)
-    monkeypatch.setattr(sparse.PackedWeight, "ways", sparse.PackedWeight.ways)  # which --way replaces
     monkeypatch.setattr(sparse, "measure", lambda *given: ["-"] * 7 if given[2] < 16 else pytest.fail("has no codes"))
     sparse.main(["--way", "codes"])
 
