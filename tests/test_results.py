@@ -106,7 +106,7 @@ def test_the_preset_best_is_named_where_all_its_settings_are_those_of_the_run(ta
                   h=record(36.0, sparsity=0.5, wbits=4, **recipe("best")),
                   j=record(35.0, sparsity=0.5, preset="best", effort=4.0),
                   k=record(37.0, sparsity=0.5, preset="best") | {"distilled": "no room"})
-    method = "ADMM (global, fisher, dense target, more text, distilled)"
+    method = "ADMM (global, fisher, dense target, rotated heads, more text, distilled)"
     assert [re.split("  +", row)[0] for row in lines[4:]] == [
         "best", method, "best 2:4", "best, effort 4", "best, distillation skipped", "best + 4 bit", f"{method} + 4 bit"]
 

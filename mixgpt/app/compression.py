@@ -45,10 +45,11 @@ def _prune(run, plan, stage, scheme, memory_plan):
         recipe = solvers.Recipe(
             choices.SOLVERS[settings.solver].load(), settings.blocksize, saliency.load(), scheme,
             settings.percdamp, settings.act_order, not memory_plan.two_passes, settings.target == "dense",
-            row_weights={key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
+            settings.bos != "each", settings.rotate,
+            {key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
             title=choices.SOLVERS.title(settings.solver), later=None if scheme else settings.scheme)
         if stage == "quantized":
-            recipe, observe = replace(recipe, solver=solvers.quantize, title="GPTQ"), None
+            recipe, observe = replace(recipe, solver=solvers.quantize, rotate=False, title="GPTQ"), None
         tokens = torch.cat([run.calibration, run.further[:settings.extra_counts[0]]])
         outcomes = layerwise.prune_layerwise(streamed, plan.targets, tokens, recipe, run.files, observe)
     else:

@@ -19,7 +19,7 @@ PRESETS = {  # complete recipes; explicit flags override them
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
-             "percdamp": 0.1, "extra": 0.5, "distill": 0.75},
+             "rotate": True, "percdamp": 0.1, "extra": 0.5, "distill": 0.75},
 }
 NEEDS = {  # what makes these properties of Settings true, in words, if not the flag of that name
     "prunes": "--sparsity or --prunen and --prunem",
@@ -113,6 +113,8 @@ class Settings:
         "what outputs of a pruned matrix are fitted to; layer: the dense matrix's on the same inputs; dense: the mean "
         "of these and the dense model's, plus half the error of the hidden states they are added to",
         choices=("layer", "dense"), needs=("calibrates",))
+    rotate: bool = option(False, METHOD, "first rotate the heads of attention so that pruning keeps more of them; the "
+        "dense model computes the same", needs=("calibrates", "prunes"))
     saliency: str = option("obs", METHOD, "score by which weights are ranked", choices=SALIENCIES)
     blocksize: int = option(128, RESULT, "columns whose weights to prune are chosen at once", between=(1,))
     percdamp: float = option(0.01, RESULT, "damping of the Hessian, a fraction of its mean diagonal", between=(0, 1))
@@ -311,7 +313,8 @@ class Settings:
         by = f" by {ESTIMATORS.title(self.sensitivity)}" if self.ranks_by_sensitivity else ""
         choices = {ALLOCATIONS.title(self.sparsity_way) + by: self.is_nonuniform,
                    SALIENCIES.title(self.saliency): self.prunes and self.saliency != "obs" and not (self.gmp or mixgpt),
-                   "dense target": self.target == "dense", "more text": self.extra > 0, "distilled": self.distill > 0,
+                   "dense target": self.target == "dense", "rotated heads": self.rotate, "more text": self.extra > 0,
+                   "distilled": self.distill > 0,
                    f"effort {self.effort:g}": self.effort != 1}
         chosen = ", ".join(choice for choice, is_chosen in choices.items() if is_chosen)
         bits = f" + {bits}" if self.prunes and self.quantizes else ""

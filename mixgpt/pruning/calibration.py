@@ -14,6 +14,7 @@ from mixgpt.common.runtime import attention_heads
 from mixgpt.modeling.experts import RoutedLinear, is_split
 from mixgpt.pruning.dense_target import DenseTwin
 from mixgpt.pruning.hessian import InputHessian, activation_order
+from mixgpt.pruning.rotation import rotate_heads
 from modelutils import hooked, linears, on_device, shared_inputs
 
 
@@ -86,8 +87,10 @@ class Calibration:
     def pass_finished(self, index, layer, files):
         """Take a layer that an interrupted run has pruned, and advance the hidden states through it as that run did."""
         if self.dense:
-            with on_device([layer], self.stream.device), self.clock.part("forward"):
-                self.dense.advance(layer, index)
+            with on_device([layer], self.stream.device):
+                self._rotate(index, layer)
+                with self.clock.part("forward"):
+                    self.dense.advance(layer, index)
         files.load_layer(index)
         with on_device([layer], self.stream.device), self.clock.part("forward"):
             self.stream.advance(layer, index)
@@ -100,8 +103,9 @@ class Calibration:
         are the layer's output, unless no matrix of a later layer is planned. Raises InputError if an input is not
         finite.
         """
+        self._rotate(index, layer)
         groups = groups_of(layer, index, self.stream, self.plan)
-        twin = DenseTwin(layer, index, self.stream, self.dense, groups) if self.dense else None
+        twin = DenseTwin(layer, index, self.stream, self.dense, groups, self.recipe.light_first) if self.dense else None
         hessians = LayerHessians(layer, self.stream, groups, self.nsequences, self.clock, twin)
         way = self._one_pass if self.recipe.true_sequential else self._two_passes
         with contextlib.closing(way(layer, index, hessians, twin)) as run:
@@ -116,6 +120,12 @@ class Calibration:
             others = f" and {len(few) - 3} more" if len(few) > 3 else ""
             bar.write(f"layer {index}: {', '.join(few[:3])}{others} got fewer tokens than they have columns; "
                       "their Hessians are filled up with the mean over the layer's experts")
+
+    def _rotate(self, index, layer):
+        if self.recipe.rotate:
+            targets = {name: target for (planned, name), target in self.plan.items() if planned == index}
+            with self.clock.part("rotation"):
+                rotate_heads(layer, index, self.dense or self.stream, targets, distributed.share(self.nsequences).start)
 
     def _one_pass(self, layer, index, hessians, twin):
         """Yield when all batches pause in front of a stop, and go on to the next one; the dense model goes first."""

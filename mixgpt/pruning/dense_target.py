@@ -113,6 +113,18 @@ class _Search:
                 for position, (name, scale) in enumerate(writers)]
 
 
+def first_token_weights(hidden):
+    """Return weights (B, T) of the tokens of hidden states (B, T, C).
+
+    The first token of a sequence, which all others attend to, may have a huge residual stream. Norms divide by it, so
+    errors of what is added there matter as much less as it exceeds the median. All other tokens have 1.
+    """
+    sizes = wide(hidden).norm(dim=-1)
+    weights, first, median = torch.ones_like(sizes), sizes[:, 0], sizes.median(1).values
+    weights[:, 0] = torch.where(first > median, median / first, 1.0)
+    return weights
+
+
 class DenseTwin:
     """The dense copy of a layer and what it computes, batch by batch; the pruned layer runs each batch after it.
 
@@ -120,8 +132,12 @@ class DenseTwin:
     outputs that reach the residual stream, {module of either layer: function}, to be called in every batch.
     """
 
-    def __init__(self, layer, index, stream, dense, groups):
-        """stream, dense: both models' hidden states before the layer. groups: from `calibration.groups_of`."""
+    def __init__(self, layer, index, stream, dense, groups, light_first=False):
+        """Prepare for all batches.
+
+        stream, dense: both models' hidden states before the layer. groups: from `calibration.groups_of`. light_first:
+        whether what writes to the stream weighs tokens by `first_token_weights`.
+        """
         self.layer, self._pruned, self.readers, self._place = copy.deepcopy(layer), layer, {}, stream.hidden.device
         modules, twins = linears(layer), linears(self.layer)
         self.stops = {twins[group[0]]: modules[group[0]] for group in groups}
@@ -130,6 +146,8 @@ class DenseTwin:
         self._writers = {modules[writer.linear]: writer for writer in
                          distributed.broadcast_object(residual_writers(layer, index, stream))}
         self._lags = {module: [] for module in self._writers}  # per batch, where the hidden states are
+        self._weights = [first_token_weights(stream.hidden[rows, ..., :stream.channels]) if light_first else None
+                         for rows in stream.batches()]
         before = None
         for module, writer in self._writers.items():
             if writer.base:
@@ -174,7 +192,8 @@ class DenseTwin:
             return {"input_gap": gap}
         lag = self._lags[module][batch].to(X.device)
         missing = self._before(module, x, lag)
-        return {"output_gap": torch.nn.functional.linear(gap, module.weight).view_as(lag).add(missing, alpha=SHARE)}
+        output_gap = torch.nn.functional.linear(gap, module.weight).view_as(lag).add(missing, alpha=SHARE)
+        return {"output_gap": output_gap, "weights": self._weights[batch]}
 
     def _before(self, module, x, lag):
         """Return the change of a writer's output that closes a lag of the stream: through its scale and its norm."""

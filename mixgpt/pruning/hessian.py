@@ -31,14 +31,16 @@ class InputHessian:
         self.tokens = 0  # added, over all processes once H has been read
         self.sequence_sums = []  # per batch, (B,): the sum of each sequence's input, to find those not finite
 
-    def add_batch(self, X, input_gap=None, output_gap=None):
+    def add_batch(self, X, input_gap=None, output_gap=None, weights=None):
         """Accumulate inputs X (..., in) into the blocks on and above the diagonal of H: exact products, float32 sums.
 
         The regression target is X Wᵀ; with input_gap (..., in), (X + input_gap) Wᵀ; with output_gap (..., out),
-        X Wᵀ + output_gap, in every batch alike.
+        X Wᵀ + output_gap, in every batch alike. weights: (...,), factors of each token's input and gaps.
         """
         factors = {"input": X, "input_gap": input_gap, "output_gap": output_gap}
         factors = {name: A.reshape(-1, A.shape[-1]) for name, A in factors.items() if A is not None}
+        if weights is not None:
+            factors = {name: A * weights.reshape(-1, 1).to(A.device, A.dtype) for name, A in factors.items()}
         self.tokens += len(factors["input"])
         if not self._products:  # not before the first batch, as inputs of a layer may follow each other
             self._products = {name: torch.zeros(A.shape[1], self.columns, device=self.device)

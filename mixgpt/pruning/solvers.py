@@ -84,6 +84,8 @@ class Recipe:
     act_order: bool = False  # walk the columns in `hessian.activation_order`
     true_sequential: bool = True  # calibrate a linear on inputs from the pruned linears before it in its layer
     dense_target: bool = False  # regress towards the dense model's outputs
+    light_first: bool = False  # weigh tokens by `dense_target.first_token_weights`, with that target
+    rotate: bool = False  # first rotate the heads of a layer by `rotation.rotate_heads`
     row_weights: dict | None = None  # {(layer, name): (out,)}, weight of each row's error
     title: str = "SparseGPT"  # of the progress bar
     later: Scheme | None = None  # quantization by `quantize`, once they are distilled

@@ -158,7 +158,7 @@ def test_a_preset_means_its_recipe_without_the_command_line_too():
         Settings("m", "c4", sparsity=0.5, preset="best", gmp=True)
 
 
-BEST = "--sparsity-way global --saliency fisher --solver admm --target dense --alpha .15 --percdamp .1"
+BEST = "--sparsity-way global --saliency fisher --solver admm --target dense --rotate --alpha .15 --percdamp .1"
 
 
 @pytest.mark.parametrize("preset, amount, expected", [
@@ -166,8 +166,8 @@ BEST = "--sparsity-way global --saliency fisher --solver admm --target dense --a
     ("mixgpt", "--sparsity .5", "--sparsity-way weight-level --saliency isc --sensitivity fisher"),
     ("best", "--sparsity .5", f"{BEST} --extra .5 --distill .75"),
     ("best --effort 4", "--sparsity .5", f"{BEST} --extra 2 --distill 3"),
-    ("best --effort 4", "--prunen 2 --prunem 4", "--solver admm --target dense --alpha .15 --percdamp .1 --extra 2 "
-                                                 "--distill 3"),
+    ("best --effort 4", "--prunen 2 --prunem 4",
+     "--solver admm --target dense --rotate --alpha .15 --percdamp .1 --extra 2 --distill 3"),
     ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4",
      f"{BEST} --alpha .2 --solver obs --extra 1 --distill .375 --mse --act-order"),
     ("best --effort 4", "--sparsity .5 --wbits 4", f"{BEST} --extra 2 --distill 3 --mse --act-order"),

@@ -246,7 +246,7 @@ def test_a_temporary_folder_that_is_full_is_named_and_not_save(prune, tmp_path, 
 @pytest.mark.parametrize("saves", [True, False])
 def test_a_step_that_starts_over_goes_on_from_the_finished_layers(saves, prune, tmp_path, monkeypatch):
     """As when the GPU's memory runs out in the third layer."""
-    options = "--sparsity .5 --target dense --batch-size 1 --record {0}.json" + (" --save {0}" if saves else "")
+    options = "--sparsity .5 --target dense --rotate --batch-size 1 --record {0}.json" + " --save {0}" * saves
     prune("opt", options.format(tmp_path / "whole"))
     save_layer, indexes = RunDir.save_layer, []
 
