@@ -1,7 +1,7 @@
 """Check where hidden states and layers are while gradients are measured, on a make-believe GPU, and what it changes."""
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -57,28 +57,21 @@ def test_a_gpu_measures_what_a_cpu_does_wherever_hidden_states_are(name, dtype, 
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
 
 
-@pytest.fixture
-def counts(monkeypatch):
-    """Give {what: number} of layers that are loaded, by their source, and copied."""
-    found = {"loads": {}, "copies": 0}
-    read, copied = streaming.read, copy.deepcopy
+@pytest.mark.parametrize("what", ["gradients", "plan", "hutchinson", "fisher"])
+def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(what, checkpoint_folder, tokens,
+                                                                              monkeypatch):
+    loads, copies, read, copied = Counter(), [], streaming.read, copy.deepcopy
 
     def read_counted(module):
-        if linears(module) and not isinstance(module, torch.nn.Linear):
-            found["loads"][id(module)] = found["loads"].get(id(module), 0) + 1
+        loads[id(module)] += bool(linears(module)) and not isinstance(module, torch.nn.Linear)
         return read(module)
 
     def copy_counted(value, *memo):
-        found["copies"] += isinstance(value, torch.nn.Module) and bool(linears(value))
+        copies.extend(linears(value) if isinstance(value, torch.nn.Module) else ())
         return copied(value, *memo)
 
     monkeypatch.setattr(streaming, "read", read_counted)
     monkeypatch.setattr(copy, "deepcopy", copy_counted)
-    yield found
-
-
-@pytest.mark.parametrize("what", ["gradients", "plan", "hutchinson", "fisher"])
-def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(what, checkpoint_folder, tokens, counts):
     folder = str(checkpoint_folder("llama"))
     config = load.read_config(folder)
     config._attn_implementation = "eager"
@@ -93,7 +86,7 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
             by_threshold(Budget(selected, Target(0.5), 0.1, None, ones, streamed))
         else:
             traces(streamed, selected, tokens, what)
-    assert list(counts["loads"].values()) == [2] * layers and not counts["copies"]
+    assert list((+loads).values()) == [2] * layers and not copies  # without modules that are no layers
     waits = {}
     for (_, place), count in gpu.synchronisations.items():
         file = place.partition(":")[0]

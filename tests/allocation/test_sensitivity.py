@@ -14,12 +14,6 @@ from mixgpt.modeling.experts import split_experts
 from modelutils import StreamedModel, hooked
 
 
-@pytest.fixture(params=[*FAMILIES, "gemma4"])
-def tiny(request):
-    """Give a model of every kind in turn."""
-    return make(request.param)
-
-
 @pytest.fixture
 def all_float64(monkeypatch):
     """Let norms and softmax of transformers, which compute in torch.float32, compute in float64 too."""
@@ -153,8 +147,9 @@ def sampled_labels(model, sequence, generator, vocabulary=slice(None)):
     return (cumulative < uniform[:, None]).sum(dim=1)
 
 
-def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, tokens, all_float64):
-    model, tokens = tiny.double(), tokens[:3, :10]
+@pytest.mark.parametrize("name", [*FAMILIES, "gemma4"])
+def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(name, tokens, all_float64):
+    model, tokens = make(name).double(), tokens[:3, :10]
     samples = traces(model, tokens, "fisher")
     for n, sequence in enumerate(tokens):
         labels = sampled_labels(model, sequence, seeded(3, n, 0, "labels"))
@@ -163,11 +158,12 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(tiny, token
         assert torch.allclose(samples[n], expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, "gemma4"])
 @pytest.mark.parametrize("vocabulary", [None, torch.arange(3, 300, 7)], ids=["all", "some"])
-def test_output_gradients_are_squares_at_labels_of_the_model_by_row(vocabulary, tiny, tokens, all_float64, monkeypatch):
+def test_output_gradients_are_squares_at_labels_of_the_model_by_row(vocabulary, name, tokens, all_float64, monkeypatch):
     monkeypatch.setattr(backward.memory, "free", lambda _: 0)  # as many chunks as batches, on disk
     monkeypatch.setattr(fisher, "TOKEN_CLIP", 1.2)
-    model, tokens, cut = tiny.double(), tokens[:3, :10], 0
+    model, tokens, cut = make(name).double(), tokens[:3, :10], 0
     matrices = list(modules_of(model))
     found = fisher.output_gradients(StreamedModel(model, CPU, 2), matrices, tokens, 3, vocabulary)
     some = slice(None) if vocabulary is None else vocabulary

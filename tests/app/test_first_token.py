@@ -74,23 +74,17 @@ def test_perplexity_is_that_of_a_forward_of_the_sequences_with_bos(name, bos, re
     assert record["perplexity"]["dense"]["builtin"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.fixture
-def sequences(monkeypatch):
-    """Return a list that takes all sequences which a model reads, but in the check on random ones."""
-    read, embed = [], StreamedModel.embed
-    monkeypatch.setattr(selfcheck, "check", lambda *_: (1.0, []))
+@pytest.mark.parametrize("options", ["--preset best", "--sparsity-way weight-level"])
+def test_all_that_a_run_reads_begins_with_bos(options, prune, folder, tmp_path, monkeypatch):
+    """Also the text that the model is distilled on, and what is compared when saved."""
+    sequences, embed = [], StreamedModel.embed
 
     def embedded(streamed, tokens, *args):
-        read.append(tokens.clone())
+        sequences.append(tokens.clone())
         return embed(streamed, tokens, *args)
 
     monkeypatch.setattr(StreamedModel, "embed", embedded)
-    return read
-
-
-@pytest.mark.parametrize("options", ["--preset best", "--sparsity-way weight-level"])
-def test_all_that_a_run_reads_begins_with_bos(options, prune, folder, sequences, tmp_path, monkeypatch):
-    """Also the text that the model is distilled on, and what is compared when saved."""
+    monkeypatch.setattr(selfcheck, "check", lambda *_: (1.0, []))  # which reads random ones
     monkeypatch.setattr(distill, "PIECE", 8)
     prune("llama", "--sparsity .5", options, "--save", tmp_path / "saved", model=folder("gemma2"))
     record = record_of(tmp_path / "saved")

@@ -24,6 +24,7 @@ from wandb.proto import wandb_internal_pb2  # noqa: E402
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # noqa: E402
 
 ARGUMENTS = ["--nsamples=4", "--seqlen=32", "--eval=builtin", "--device=cpu", "--sensitivity=fisher"]
+SWEEP = yaml.safe_load((ROOT / "sweep.yaml").read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -156,13 +157,8 @@ def variables(monkeypatch):
     wandb.teardown()
 
 
-@pytest.fixture(scope="module")
-def sweep():
-    return yaml.safe_load((ROOT / "sweep.yaml").read_text())
-
-
 def commands_of(sweep):
-    """Return the command lines of all runs of a grid as the client's agent builds them, and their parameters."""
+    """Yield the arguments of all runs of a grid as the client's agent builds them, and their Settings, once checked."""
     runs = [{}]
     for name, values in sweep["parameters"].items():
         runs = [run | {name: value} for run in runs for value in values["values"]]
@@ -170,27 +166,23 @@ def commands_of(sweep):
         made = create_sweep_command_args({"args": {name: {"value": value} for name, value in parameters.items()}})
         words = [made["args_no_boolean_flags"] if word == "${args_no_boolean_flags}" else [word]
                  for word in sweep["command"]]
-        yield parameters, [word for group in words for word in group]
-
-
-def test_no_run_of_the_sweep_is_refused_by_the_settings(sweep):
-    commands = list(commands_of(sweep))
-    assert len(commands) == 36
-    for parameters, (env, interpreter, program, *arguments) in commands:
+        env, interpreter, program, *arguments = (word for group in words for word in group)
         assert (env, interpreter, program) == ("${env}", "${interpreter}", "${program}")
-        settings = cli.parse("llama.py", arguments)
-        assert all(getattr(settings, name) == value for name, value in parameters.items())
-        assert settings.log_wandb and settings.sensitivity_file == "traces-opt-125m.json"
+        settings = cli.parse(sweep["program"], arguments)
+        assert all(getattr(settings, name) == value for name, value in parameters.items()) and settings.log_wandb
+        yield arguments, settings
+
+
+def test_no_run_of_the_sweep_is_refused_by_the_settings():
+    files = [settings.sensitivity_file for _, settings in commands_of(SWEEP)]
+    assert files == ["traces-opt-125m.json"] * 36
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("sweeps/*.yaml")), ids=lambda file: file.stem)
 def test_the_runs_of_a_papers_sweep_are_the_rows_of_its_table(file):
-    sweep, made = yaml.safe_load(file.read_text()), []
-    for parameters, (env, interpreter, program, *arguments) in commands_of(sweep):
-        assert (env, interpreter, program) == ("${env}", "${interpreter}", "${program}")
-        made.append(cli.parse(sweep["program"], arguments))
-        assert all(getattr(made[-1], name) == value for name, value in parameters.items())
-        assert made[-1].log_wandb and made[-1].dataset == "c4" and made[-1].sensitivity == "hutchinson"
+    sweep = yaml.safe_load(file.read_text())
+    made = [settings for _, settings in commands_of(sweep)]
+    assert {(settings.dataset, settings.sensitivity) for settings in made} == {("c4", "hutchinson")}
     assert {file.stem for file in ROOT.glob("sweeps/*.yaml")} == {*TABLES, "table4-gptq"}
     table = TABLES[file.stem.removesuffix("-gptq")]
     gptq = ("gptq" in file.stem) if file.stem.startswith("table4") else None
@@ -204,16 +196,16 @@ def test_the_runs_of_a_papers_sweep_are_the_rows_of_its_table(file):
     assert all(settings.tasks == (TASKS if table.flags else ()) for settings in made)
 
 
-def test_runs_of_the_sweep_share_their_traces(sweep, surroundings, checkpoint_folder, tmp_path, variables, capsys):
+def test_runs_of_the_sweep_share_their_traces(surroundings, checkpoint_folder, tmp_path, variables, capsys):
     variables.chdir(tmp_path)
     (tmp_path / "parameters.yaml").write_text("wandb_version: 1\nsparsity: {value: 0.6}\n")
     variables.setenv("WANDB_SWEEP_ID", "abcd1234")  # what an agent tells the runs that it starts
     variables.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "parameters.yaml"))
-    chosen = [arguments for parameters, arguments in commands_of(sweep) if (
-        parameters["sparsity"], parameters["saliency"], parameters["wbits"]) == (0.6, "isc", 4)
-        and parameters["sparsity_way"] != "uniform"]
+    chosen = [arguments for arguments, settings in commands_of(SWEEP) if (
+        settings.sparsity, settings.saliency, settings.wbits) == (0.6, "isc", 4)
+        and settings.sparsity_way != "uniform"]
     for arguments in chosen:
-        words = [checkpoint_folder("opt"), "builtin", *arguments[5:], *ARGUMENTS]
+        words = [checkpoint_folder("opt"), "builtin", *arguments[2:], *ARGUMENTS]
         assert run("opt", *words) == 0
         config, _, summary, status, _ = read_back(folder_of(surroundings))
         assert (config["sparsity"], status) == (0.6, 0) and summary["perplexity/builtin"] > 1

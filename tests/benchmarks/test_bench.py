@@ -1,5 +1,6 @@
 """Check that the yardstick of speed does the same work, and that the benchmarks run."""
 
+import contextlib
 import json
 import re
 
@@ -72,26 +73,19 @@ def test_the_benchmark_of_a_model_prints_the_same_perplexity_twice(checkpoint_fo
                                           for one, other in perplexities)
 
 
-@pytest.fixture
-def small_gpu(monkeypatch, tmp_path):
-    """Give a shape that the benchmark for GPUs takes, and a make-believe GPU where there is no real one."""
+def test_make_gpu_measures_every_method_and_writes_all_it_found(tmp_path, capsys, monkeypatch):
+    """On a make-believe GPU where there is no real one."""
+    real, file = torch.cuda.is_available(), tmp_path / "gpu.json"
     shape = LlamaConfig(vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                         num_attention_heads=4), 6
     monkeypatch.setattr(gpu, "SHAPES", {"LLaMA-tiny": shape})
     monkeypatch.setattr(gpu, "test_tokens", lambda *asked: running.test_tokens(*asked))  # little text
-    if torch.cuda.is_available():
-        yield
-    else:
-        monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
-        with Gpu():
-            yield
-
-
-def test_make_gpu_measures_every_method_and_writes_all_it_found(small_gpu, tmp_path, capsys, monkeypatch):
     methods = {name: gpu.METHODS[name] for name in ("SparseGPT", "2:4")}  # the others take long on a make-believe GPU
     monkeypatch.setattr(gpu, "METHODS", methods)
-    file = tmp_path / "gpu.json"
-    gpu.main(["--output", str(file), "--shapes", "LLaMA-tiny", *"--nsamples 4 --seqlen 32 --device cuda:0".split()])
+    if not real:
+        monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
+    with contextlib.nullcontext() if real else Gpu():
+        gpu.main(["--output", str(file), "--shapes", "LLaMA-tiny", *"--nsamples 4 --seqlen 32 --device cuda:0".split()])
     results = json.loads(file.read_text())
     assert set(results["LLaMA-tiny"]) == {*gpu.METHODS, "textbook"}
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "50.00%" in line]
@@ -99,4 +93,4 @@ def test_make_gpu_measures_every_method_and_writes_all_it_found(small_gpu, tmp_p
     for method, record in results["LLaMA-tiny"].items():
         assert record["sparsity"] == 0.5 and record["peak_memory"]["device"] > 0
         assert any(part not in gpu.NOT_PRUNING for part in record["seconds"]), method
-    assert "skipped" in results["LLaMA-tiny"]["2:4"]["semi_structured"] or torch.cuda.is_available()
+    assert "skipped" in results["LLaMA-tiny"]["2:4"]["semi_structured"] or real

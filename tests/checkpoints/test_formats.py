@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from conftest import make, modules_of, save, saved_tensors
 from transformers import AutoModelForCausalLM
 
@@ -101,8 +99,8 @@ GROUP = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "
     ("opt-350m", "", ["lm_head", "model.decoder.project_in", "model.decoder.project_out"], SYM, CHANNEL),
     ("bloom", "dense_", ["lm_head", *(f"transformer.h.{index}.self_attention.{name}" for index in range(3)
                                       for name in ("dense", "query_key_value"))], Scheme(8, 16, sym=True), GROUP)])
-def test_the_configuration_says_what_vllm_reads(name, only, dense, scheme, weights, halved, tokenizer, tmp_path):
-    model, grids = halved(name, scheme, only=only)
+def test_configuration_and_tensors_are_what_vllm_reads(name, only, dense, scheme, weights, halved, tokenizer, tmp_path):
+    model, grids = halved(name, scheme, torch.bfloat16, only)
     save(tmp_path / "saved", model, tokenizer, {}, "compressed-tensors", grids)
     written = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert (written["quant_method"], written["format"], written["quantization_status"]) == (
@@ -112,23 +110,14 @@ def test_the_configuration_says_what_vllm_reads(name, only, dense, scheme, weigh
     assert group["targets"] == ["Linear"] and group["weights"].items() >= weights.items()
     assert ("group_size" in group["weights"]) == ("group_size" in weights)
     assert "input_activations" not in group and "output_activations" not in group
-    with pytest.raises(InputError, match="^model: .* quantized weights, cannot be pruned in memory; give its name"):
-        mixgpt.prune(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), "builtin", tokenizer, eval=["builtin"])
-
-
-@pytest.mark.parametrize("scheme", [SYM, SYM_GROUPS])
-def test_every_packed_matrix_is_what_compressed_tensors_unpacks(scheme, halved, tokenizer, tmp_path):
-    model, grids = halved("opt", scheme, torch.bfloat16)
-    save(tmp_path / "saved", model, tokenizer, {}, "compressed-tensors", grids)
     tensors = saved_tensors(tmp_path / "saved")
-    group = {"strategy": "channel"} if scheme is SYM else {"strategy": "group", "group_size": 8}
-    layout = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, symmetric=True, **group))
-    for path, W in matrices(model).items():
+    for path in grids:
         parts = {key.removeprefix(f"{path}."): tensor for key, tensor in tensors.items() if key.startswith(f"{path}.w")}
         assert parts.keys() == {"weight_packed", "weight_scale", "weight_shape"}
-        assert parts["weight_packed"].nbytes == W.numel() / 2 and parts["weight_scale"].dtype == torch.bfloat16
-        unpacked = BaseCompressor.get_value_from_registry("pack-quantized").decompress(parts, layout)
-        assert torch.equal(unpacked["weight"].view(torch.int16), W.view(torch.int16))
+        numel, bits = model.get_submodule(path).weight.numel(), 8 * parts["weight_packed"].nbytes
+        assert bits == numel * scheme.wbits and parts["weight_scale"].dtype == torch.bfloat16
+    with pytest.raises(InputError, match="^model: .* quantized weights, cannot be pruned in memory; give its name"):
+        mixgpt.prune(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), "builtin", tokenizer, eval=["builtin"])
 
 
 @pytest.mark.parametrize("scheme, row_bits", [(None, 0), (SYM, 16), (ASYM_GROUPS, 4 * (16 + 4))])
@@ -145,20 +134,15 @@ def test_a_sparse_folder_holds_masks_and_kept_weights_and_nothing_twice(scheme, 
     assert {key for key in tensors if ".weight." not in key} == others - {"lm_head.weight"}
 
 
-@pytest.fixture
-def sparse_folder(halved, tokenizer, tmp_path):
-    """Give a folder in the sparse format."""
-    model, grids = halved("llama", SYM)
-    save(tmp_path / "saved", model, tokenizer, {}, "sparse", grids)
-    return tmp_path / "saved"
-
-
 @pytest.mark.parametrize("name, kept", [("model.sparse.safetensors", 0.5), ("config.json", 0.5), ("config.json", None)])
-def test_a_sparse_folder_with_a_truncated_or_missing_file_is_refused_in_one_line(kept, name, sparse_folder):
-    content = (sparse_folder / name).read_bytes()
-    (sparse_folder / name).unlink()
+def test_a_sparse_folder_with_a_truncated_or_missing_file_is_refused_in_one_line(kept, name, halved, tokenizer,
+                                                                                 tmp_path):
+    model, grids = halved("llama", SYM)
+    save(folder := tmp_path / "saved", model, tokenizer, {}, "sparse", grids)
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
     if kept is not None:
-        (sparse_folder / name).write_bytes(content[:int(kept * len(content))])
-    with pytest.raises(InputError, match=f"model {sparse_folder}: ") as error:
-        load.load_model(sparse_folder, "auto")
+        (folder / name).write_bytes(content[:int(kept * len(content))])
+    with pytest.raises(InputError, match=f"model {folder}: ") as error:
+        load.load_model(folder, "auto")
     assert "\n" not in str(error.value)

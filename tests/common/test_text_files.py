@@ -8,7 +8,6 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import record_of
 from datasets import Dataset
 
 import datautils
@@ -108,14 +107,3 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(case, tmp_path):
     with pytest.raises(InputError, match=f"^--eval {path}.*{reason}") as error:
         datautils.load_rows(str(path), "test", None)
     assert "\n" not in str(error.value)
-
-
-def test_a_run_calibrates_and_evaluates_on_files_and_names_them(prune, tmp_path):
-    for name in ("mine.txt", "other.txt"):
-        (tmp_path / name).write_text(f"Of {name} this is a line.\n" * 100)
-    mine, other = (str(tmp_path / name) for name in ("mine.txt", "other.txt"))
-    printed = prune("llama", "--sparsity .5 --eval", other, "builtin --save", tmp_path / "saved", data=mine)
-    record = record_of(tmp_path / "saved")
-    assert f"data     {mine}: 4 sequences of 32 tokens" in printed and other in printed
-    assert list(record["perplexity"]["SparseGPT"]) == [other, "builtin"]
-    assert record["data"]["calibration"]["files"] == [mine] and len(record["data"][other]["sha256"]) == 64

@@ -59,10 +59,15 @@ def test_what_is_no_mixture_is_refused(name, message):
 
 
 def test_a_run_draws_from_all_and_its_record_says_what_from_where(mine, prune, tmp_path):
-    name = f"builtin:1,{mine}:1"
-    printed = prune("llama", "--sparsity .5 --save", tmp_path / "saved", data=name)
-    assert [part["sequences"] for part in record_of(tmp_path / "saved")["data"]["calibration"]["parts"]] == [2, 2]
-    assert f"data     {name}: 4 sequences" in printed
+    name, other = f"builtin:1,{mine}:1", tmp_path / "other.txt"
+    other.write_text("This is a line of another text.\n" * 100)
+    printed = prune("llama", "--sparsity .5 --eval", other, "builtin --save", tmp_path / "saved", data=name)
+    record = record_of(tmp_path / "saved")
+    parts = record["data"]["calibration"]["parts"]
+    assert [part["sequences"] for part in parts] == [2, 2] and parts[1]["files"] == [mine]
+    assert f"data     {name}: 4 sequences of 32 tokens" in printed and str(other) in printed
+    assert list(record["perplexity"]["SparseGPT"]) == [str(other), "builtin"]
+    assert len(record["data"][str(other)]["sha256"]) == 64
     for wrong, line in {
             name: f"--eval {name}: is a mixture, which is for calibration; give its texts one by one",
             "./mine.txt": "--eval ./mine.txt: is text that calibration draws from; give another one"}.items():

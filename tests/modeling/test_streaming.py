@@ -29,23 +29,16 @@ def opened(folder, dtype="auto"):
     return load.open_model(folder, load.read_config(folder), dtype)
 
 
-def rename(path, new_name):
-    """Give the keys of a saved model other names."""
-    state = load_file(path / "model.safetensors")
-    save_file({new_name(key): tensor for key, tensor in state.items()}, path / "model.safetensors",
-              metadata={"format": "pt"})
-
-
 def store(model, layout, path):
     """Save a model by plain transformers in a layout."""
     if "bfloat16" in layout:
         model = model.to(torch.bfloat16)
     model.save_pretrained(path, max_shard_size="20KB" if "sharded" in layout else "1GB")
-    base = model.base_model_prefix + "."
-    if layout == "without prefix":
-        rename(path, lambda key: key.removeprefix(base))
-    if layout == "prefix twice":
-        rename(path, lambda key: base + key)
+    if "prefix" in layout:
+        base, file = f"{model.base_model_prefix}.", path / "model.safetensors"
+        state = {key.removeprefix(base) if layout == "without prefix" else base + key: tensor
+                 for key, tensor in load_file(file).items()}
+        save_file(state, file, metadata={"format": "pt"})
     return path
 
 
