@@ -179,7 +179,7 @@ class DenseTwin:
         """Return the input or output gap of a pruned layer's module in the next batch, whose input is X.
 
         Keyword arguments of `InputHessian.add_batch`: half of the gap to the dense model's input and, if the module
-        writes to the residual stream, half of the gap there too.
+        writes to the residual stream, half of the gap there too, and the weights of its tokens.
         """
         batch, self._taken[module] = self._taken[module], self._taken[module] + 1
         x, tokens = self._inputs[module].popleft()
