@@ -72,8 +72,8 @@ class InputHessian:
             distributed.all_reduce(total)
         self.tokens, = distributed.total([self.tokens])
         if self.centred:
-            count, sums = self._means.pop("ones"), self._means["input"]  # of tokens, by the squares of their weights
-            self._means = {name: total / count for name, total in self._means.items()}
+            tokens, sums = self._means.pop("ones"), self._means["input"]
+            self._means = {name: total / tokens for name, total in self._means.items()}
             for name, mean in self._means.items():
                 self._products[name].addr_(mean, sums, alpha=-1)
         H = self._products["input"].mul_(self._scale).triu_()

@@ -66,7 +66,7 @@ def test_the_hessian_is_two_over_n_times_the_gram_matrix_whatever_the_batches(dt
 
 def on_both(columns, batches):
     """Return the objects that a CPU and a GPU make of batches [(X, options of add_batch)]."""
-    hessians = [InputHessian(columns, 3, device, centred=True) for device in ("cpu", "cuda:0")]
+    hessians = [InputHessian(columns, 3, device) for device in ("cpu", "cuda:0")]
     for X, options in batches:
         for hessian in hessians:
             hessian.add_batch(X.to(hessian.device), **{name: A.to(hessian.device) for name, A in options.items()})
@@ -87,7 +87,6 @@ def test_a_gpu_adds_up_what_a_cpu_does(dtype, monkeypatch):
         W = torch.randn(5, 600, generator=make)
         torch.testing.assert_close(theirs.H.cpu(), ours.H, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(theirs.optimum(W.to("cuda:0")).cpu(), ours.optimum(W), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(theirs.bias_change(*[W.to("cuda:0")] * 2).cpu(), ours.bias_change(W, W))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
