@@ -35,12 +35,8 @@ class LayerHessians:
     def __init__(self, layer, stream, groups, nsequences, clock, twin=None):
         """groups: of `groups_of`. nsequences: over all processes. twin: a DenseTwin, which runs each batch first."""
         self.modules, self.stream, self.clock, self.twin = linears(layer), stream, clock, twin
-        self.hessians = {}  # of the first reader of each input
-        for group in groups:
-            module, *others = (self.modules[name] for name in group)
-            centred = twin and all(linear.bias is not None for linear in (module, *others))
-            self.hessians[module] = InputHessian(
-                module.in_features, nsequences, stream.device, centred and not isinstance(module, RoutedLinear))
+        self.hessians = {module: InputHessian(module.in_features, nsequences, stream.device)  # first reader of an input
+                         for module in (self.modules[group[0]] for group in groups)}
         self.readers, self.pools = {}, {}  # pools: of the linears that read the tokens of all experts
         for experts in filter(is_split, layer.modules()) if groups else ():
             pool = InputHessian(experts.get_submodule("0").up_proj.in_features, nsequences, stream.device)

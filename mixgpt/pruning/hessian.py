@@ -21,13 +21,9 @@ class InputHessian:
     indices of the walk. R and h are in the order of the walk.
     """
 
-    def __init__(self, columns, nsequences, device, centred=False):
-        """Start from H = 0. columns: width of the input. nsequences: N in H = (2/N) Xᵀ X.
-
-        centred: whether biases take up mean errors, by `bias_change`. H and gaps are then those less the means.
-        """
+    def __init__(self, columns, nsequences, device):
+        """Start from H = 0. columns: width of the input. nsequences: N in H = (2/N) Xᵀ X."""
         self.columns, self.device, self._scale = columns, torch.device(device), 2 / nsequences
-        self.centred, self._means = centred, {}  # sums over tokens of inputs and gaps, once H has been read their means
         # of columns: narrower ones save little and multiply slower; on a GPU each should occupy all of it
         width = max(STRIP if self.device.type == "cuda" else 192, columns // 8)
         self._blocks = [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
@@ -51,10 +47,6 @@ class InputHessian:
                               for name, A in factors.items()}
         if not len(factors["input"]):  # an expert may get none
             return
-        if self.centred:
-            ones = (X.new_ones(X.shape[:-1]) if weights is None else weights).flatten().to(X.device, torch.float32)
-            for name, A in (factors | {"ones": ones[:, None]}).items():
-                self._means[name] = self._means.get(name, 0) + A.float().t() @ ones
         # products of bfloat16 values on bfloat16 hardware (AMX) are exact in float32 sums
         with float32_products("bf16" if X.dtype == torch.bfloat16 else "ieee", torch.backends.mkldnn):
             # on a GPU, products of 16-bit values are exact in float32 sums
@@ -68,14 +60,9 @@ class InputHessian:
     @functools.cached_property
     def H(self):
         """The complete Hessian (in, in) over all processes, undamped. No batch can be added once it has been read."""
-        for total in (*self._products.values(), *self._means.values()):
+        for total in self._products.values():
             distributed.all_reduce(total)
         self.tokens, = distributed.total([self.tokens])
-        if self.centred:
-            tokens, sums = self._means.pop("ones"), self._means["input"]
-            self._means = {name: total / tokens for name, total in self._means.items()}
-            for name, mean in self._means.items():
-                self._products[name].addr_(mean, sums, alpha=-1)
         H = self._products["input"].mul_(self._scale).triu_()
         return H.add_(H.triu(1).t())
 
@@ -113,17 +100,6 @@ class InputHessian:
         change = torch.linalg.solve_triangular(self.R.t(), self._scale * moment, upper=False, left=False)
         change = torch.linalg.solve_triangular(self.R, change, upper=True, left=False)
         return (W + change).masked_fill_(W == 0, 0)
-
-    def bias_change(self, W, W_hat):
-        """Return what to add to biases (out,) so that outputs have the mean of the targets' if W_hat replaces W.
-
-        W, W_hat: (out, in), columns as in the input. Only of a centred H that has been read.
-        """
-        means = self._means
-        change = (W - W_hat) @ means["input"]
-        if "input_gap" in means:
-            change += W @ means["input_gap"]
-        return change + means.get("output_gap", 0)
 
 
 def factor(H, percdamp=0.01):

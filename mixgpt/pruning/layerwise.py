@@ -33,8 +33,7 @@ def prune_layerwise(streamed, plan, tokens, recipe, files=None, observe=None):
             row_weights = recipe.row_weights and torch.cat([recipe.row_weights[key] for key in keys]).to(hessian.device)
             with clock.part(recipe.solver.__name__):
                 pruned = prune_in_place(hessian, [modules[name].weight for name in names],
-                                        [plan[key] for key in keys], recipe, row_weights,
-                                        [modules[name].bias for name in names] if hessian.centred else ())
+                                        [plan[key] for key in keys], recipe, row_weights)
             new |= {key: Outcome(error, hessian.percdamp, grid)
                     for key, (error, grid) in zip(keys, pruned, strict=True)}
             del hessian, pruned  # before the next one fills up

@@ -91,12 +91,11 @@ class Recipe:
     later: Scheme | None = None  # quantization by `quantize`, once they are distilled
 
 
-def prune_in_place(hessian, weights, targets, recipe, row_weights=None, biases=()):
+def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
     """Prune and quantize `weights`, a list of matrices (out, in) of one dtype that read one input, in place.
 
-    hessian: InputHessian, factored. targets: a Target per matrix. row_weights: (total rows,). biases: with a
-    centred H, (out,) of each, which take up mean errors. Returns the relative error of each, with a centred H of
-    outputs less their means, a float64 tensor on its device, and its quant.Grid, None if it is not quantized. Every
+    hessian: InputHessian, factored. targets: a Target per matrix. row_weights: (total rows,). Returns the
+    relative error of each, a float64 tensor on its device, and its quant.Grid, None if it is not quantized. Every
     process prunes its share of the rows of each matrix, and gets those of the others.
     """
     dtype, sizes = weights[0].dtype, [len(weight) for weight in weights]
@@ -116,10 +115,7 @@ def prune_in_place(hessian, weights, targets, recipe, row_weights=None, biases=(
     distributed.all_reduce(sums)
     lost, whole = sums.chunk(2)
     errors = torch.where(whole == 0, 0.0, lost.clamp_min(0) / whole)
-    gathered = distributed.all_gather_shares(W_hat.split(counts), sizes)
-    for bias, weight, new in zip(biases, weights, gathered, strict=False):
-        bias.add_(hessian.bias_change(weight.float(), new.float()))
-    for weight, new in zip(weights, gathered, strict=True):
+    for weight, new in zip(weights, distributed.all_gather_shares(W_hat.split(counts), sizes), strict=True):
         weight.copy_(new)
     return [(error, grid and replace(grid.gathered(rows), group=grid.group[hessian.inverse_order]))
             for error, rows, (_, grid) in zip(errors, sizes, pruned, strict=True)]
