@@ -240,14 +240,15 @@ def _plan(run):
 
 
 def _plan_passes(run):
-    """Calibrate each layer in one pass if the activations of all sequences inside it fit on the GPU."""
+    """Calibrate each layer in one pass, unless that does not fit on the GPU and two passes take less."""
     settings = run.settings
     count = -(-(len(run.calibration) + settings.extra_counts[0]) // distributed.world())
-    needed = calibration.one_pass_bytes(run.streamed(run.memory_plan), run.selected, (count, settings.seqlen),
-                                        settings.target == "dense", settings.solver == "admm")
+    one, two = calibration.pass_bytes(run.streamed(run.memory_plan), run.selected, (count, settings.seqlen),
+                                      settings.target == "dense", settings.solver == "admm")
     free = min(distributed.all_gather_object(memory.free(run.device)))  # all processes decide alike
-    run.memory_plan = memory.MemoryPlan(**run.decided("memory_plan", lambda: asdict(
-        replace(run.memory_plan, two_passes=needed > free))))
-    passes = ("two passes through each layer: one would take" if run.memory_plan.two_passes else
-              "one pass through each layer takes")
-    run.log(f"memory   {passes} about {needed / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU")
+    run.memory_plan = memory.MemoryPlan(**run.decided("memory_plan", lambda: asdict(replace(
+        run.memory_plan, two_passes=free < one > two, two_take_less=two < one))))
+    passes, other = (two, one) if run.memory_plan.two_passes else (one, two)
+    number, alternative = ("two passes", "one") if run.memory_plan.two_passes else ("one pass", "two")
+    run.log(f"memory   {number} through each layer: about {passes / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU; "
+            f"{alternative} would take {other / 1e9:.1f} GB")
