@@ -33,10 +33,25 @@ class Problem:
 
 def walk(problem):
     """Walk once over the columns: SparseGPT, and GPTQ if there is a scheme."""
+    results = _walk(problem, problem.targets)
+    return _filled_up(problem, results) if problem.recipe.scheme and not problem.targets[0].prunem else results
+
+
+def _walk(problem, targets):
     recipe = problem.recipe
-    return Walk(problem.optima, problem.hessian.R, problem.hessian.h, problem.targets, blocksize=recipe.blocksize,
+    return Walk(problem.optima, problem.hessian.R, problem.hessian.h, targets, blocksize=recipe.blocksize,
                 saliency=recipe.saliency, scheme=recipe.scheme, dtype=problem.dtype,
                 row_weights=problem.row_weights).run()
+
+
+def _filled_up(problem, results):
+    """Remove the least salient ones of rounded weights, [(Ŵ, its Grid)], until each matrix meets its target."""
+    W, counts = torch.cat([W for W, _ in results]), [len(W) for W, _ in results]
+    scores = W.square() * problem.hessian.h
+    if problem.row_weights is not None:
+        scores *= problem.row_weights[:, None]
+    masks = prune_masks(scores.masked_fill_(W == 0, -1).split(counts), problem.targets, distributed.total(counts))
+    return [(W.masked_fill(mask, 0), grid) for (W, grid), mask in zip(results, masks, strict=True)]
 
 
 def admm(problem):
@@ -63,13 +78,7 @@ def admm(problem):
 
 def quantize(problem):
     """Quantize the kept weights in a walk over the columns, then remove the least salient ones up to the sparsity."""
-    results = walk(replace(problem, targets=[Target(0.0)] * len(problem.optima)))
-    W, counts = torch.cat([W for W, _ in results]), [len(W) for W, _ in results]
-    scores = W.square() * problem.hessian.h
-    if problem.row_weights is not None:
-        scores *= problem.row_weights[:, None]
-    masks = prune_masks(scores.masked_fill_(W == 0, -1).split(counts), problem.targets, distributed.total(counts))
-    return [(W.masked_fill(mask, 0), grid) for (W, grid), mask in zip(results, masks, strict=True)]
+    return _filled_up(problem, _walk(problem, [Target(0.0)] * len(problem.optima)))
 
 
 @dataclass(frozen=True)
