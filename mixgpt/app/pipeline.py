@@ -53,14 +53,15 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
             read_texts(current, texts)
         with clock.part("load"):
             open_run(current, stack, folder, command)
-        if settings.dense and settings.method != "dense":
+        if settings.dense and settings.method() != "dense":
             evaluate(current, "dense")
         plan = planning.choose(current)
         compressed = compression.compress(current, plan)
         if settings.save:
             _save(current, plan, *compressed)
-        pruned_before = settings.method == "dense" and current.record["sparsity"] > PRUNED
-        method = "as given" if pruned_before else settings.method
+        method = current.method
+        if method == "dense" and current.record["sparsity"] > PRUNED:
+            method = "as given"
         evaluate(current, method)
         if settings.semi_structured and "semi_structured" not in current.record:
             current.record["semi_structured"] = current.retry(lambda plan: semistructured.compare(

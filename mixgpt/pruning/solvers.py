@@ -33,15 +33,12 @@ class Problem:
 
 def walk(problem):
     """Walk once over the columns: SparseGPT, and GPTQ if there is a scheme."""
-    results = _walk(problem, problem.targets)
-    return _filled_up(problem, results) if problem.recipe.scheme and not problem.targets[0].prunem else results
-
-
-def _walk(problem, targets):
-    recipe = problem.recipe
-    return Walk(problem.optima, problem.hessian.R, problem.hessian.h, targets, blocksize=recipe.blocksize,
-                saliency=recipe.saliency, scheme=recipe.scheme, dtype=problem.dtype,
-                row_weights=problem.row_weights).run()
+    recipe, targets = problem.recipe, problem.targets
+    results = Walk(problem.optima, problem.hessian.R, problem.hessian.h, targets, blocksize=recipe.blocksize,
+                   saliency=recipe.saliency, scheme=recipe.scheme, dtype=problem.dtype,
+                   row_weights=problem.row_weights).run()
+    counts = any(target.sparsity for target in targets) and not targets[0].prunem
+    return _filled_up(problem, results) if recipe.scheme and counts else results
 
 
 def _filled_up(problem, results):
@@ -78,7 +75,7 @@ def admm(problem):
 
 def quantize(problem):
     """Quantize the kept weights in a walk over the columns, then remove the least salient ones up to the sparsity."""
-    return _filled_up(problem, _walk(problem, [Target(0.0)] * len(problem.optima)))
+    return _filled_up(problem, walk(replace(problem, targets=[Target(0.0)] * len(problem.optima))))
 
 
 @dataclass(frozen=True)

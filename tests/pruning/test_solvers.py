@@ -67,7 +67,7 @@ def test_admm_leaves_as_many_weights_more_as_rounding_later_sets_to_zero():
 def test_the_least_salient_weights_fill_up(monkeypatch):
     W, h, weights = random(5, 8).float(), torch.rand(8), torch.rand(5)
     h[3], W[:, 5] = 0, 0  # an input that is always zero, and weights that are
-    monkeypatch.setattr(solvers, "_walk", lambda *_: [(W, None)])
+    monkeypatch.setattr(solvers, "walk", lambda problem: [(W, None)])
     for sparsity, count, row_weights in ((0.5, 20, None), (0.5, 20, weights), (0.1, 0, None)):  # more are zero than 0.1
         problem = Problem(SimpleNamespace(h=h), [W], [Target(sparsity)], Recipe(), W.dtype, row_weights)
         scores = W.square() * h * (1 if row_weights is None else weights[:, None])
