@@ -13,10 +13,11 @@ from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.measures import logits
 from mixgpt.modeling import decoder
-from mixgpt.modeling.decoder import layers_path, path_of, take
+from mixgpt.modeling.decoder import path_of, take
 from mixgpt.modeling.experts import use_linears
 from mixgpt.modeling.streaming import locations_of
 from mixgpt.pruning.layerwise import prune_layerwise
+from mixgpt.pruning.rotation import VALUES
 from mixgpt.pruning.solvers import Recipe, admm
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel
@@ -150,5 +151,5 @@ def test_a_model_is_pruned_by_best_saved_and_loaded_again(kind, folder, prune, t
     assert dense.keys() == pruned.keys()
     changed = {key for key in dense if not torch.equal(dense[key], pruned[key])}
     names = {f"{path_of(loaded, matrix.layer, matrix.name)}.weight" for matrix in matrices}
-    vectors = {key for key, tensor in dense.items() if key.startswith(f"{layers_path(loaded)}.") and tensor.dim() == 1}
-    assert names <= changed <= names | vectors  # norms and biases are trained, too
+    biases = {f"{name.removesuffix('weight')}bias" for name in names if name.split(".")[-2] in VALUES}
+    assert names <= changed <= names | biases  # those of values are rotated with them
