@@ -12,8 +12,8 @@ from datautils import begin, calibration_samples, resolve_bos, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.app import report, tracking
 from mixgpt.app.settings import Settings
-from mixgpt.checkpoints import load, run_dir
-from mixgpt.common import distributed, memory, runtime
+from mixgpt.checkpoints import formats, load, run_dir
+from mixgpt.common import choices, distributed, memory, program, runtime
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import writing
 from mixgpt.evaluation import selfcheck, semistructured
@@ -48,6 +48,7 @@ class Run:
     tracker: tracking.Tracker | None = None
     memory_plan: memory.MemoryPlan | None = None  # of pruning
     distills: bool = False  # whether the pruned model is distilled at the end
+    hidden_bytes: int = 0  # of the hidden states of its calibration sequences, in this process
 
     @property
     def dtype(self):
@@ -106,7 +107,19 @@ def check(settings, device, clock, model=None, tokenizer=None):
     run = Run(settings, device, clock, config, tokenizer, selected, uncalled, model)
     if settings.needs_calibration:
         _check_sequences(run, widening)
+    if settings.save:
+        _check_result(run)
     return run
+
+
+def _check_result(run):
+    """Raise InputError if the host has no memory for a file of the result, or all of it in formats that need that."""
+    needed = load.size(run.config, run.dtype)
+    if choices.FORMATS[run.settings.save_format].streams:
+        needed = min(needed, formats.LARGEST)
+    if needed > (free := memory.free(torch.device("cpu")) * program.world("LOCAL_WORLD_SIZE")):
+        raise InputError(f"--save {run.settings.save}: takes {needed / 1e9:.3f} GB of memory at the end, "
+                         f"{free / 1e9:.3f} GB are free; end other programs, or use a machine with more")
 
 
 def _check_in_memory(path, model, skeleton):
@@ -137,7 +150,7 @@ def _check_sequences(run, widening):
     itemsize = 2 if run.dtype == "auto" else run.dtype.itemsize  # at least
     numel = settings.seqlen * (settings.nsamples + sum(settings.extra_counts)) * run.config.hidden_size
     sets = 2 if settings.target == "dense" else 1
-    nbytes = int(sets * widening * numel * itemsize) // world
+    nbytes = run.hidden_bytes = int(sets * widening * numel * itemsize) // world
     allocate([nbytes], torch.uint8, run.device, place_for(nbytes, run.device))  # and free it again
     if settings.nsamples < world:
         raise InputError(f"--nsamples {settings.nsamples}: must be at least {world}, the number of processes")
@@ -198,6 +211,8 @@ def open_run(run, stack, folder, command=None):
     elif run.selected and streaming.locations_of(run.model):  # pruned layers go to disk, like the dense ones
         nbytes = sum(tensor.nbytes for layer in decoder.layers_of(run.model) for tensor in layer.state_dict().values())
         nbytes *= 2 if run.settings.distill else 1
+        if memory.room(tempfile.gettempdir())[1]:  # they share it
+            nbytes += run.hidden_bytes * program.world("LOCAL_WORLD_SIZE")
         path = None
         if distributed.rank() == 0:
             with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
@@ -210,6 +225,7 @@ def open_run(run, stack, folder, command=None):
     run.log(report.heading(run, command, whole))
     with run.clock.part("W&B"):
         run.tracker = stack.enter_context(tracking.Tracker(run.settings, run.record))
+    distributed.prepared()
     _plan(run)
 
 

@@ -67,7 +67,7 @@ def test_a_folder_that_cannot_be_used_is_refused_and_nothing_is_left(case, tmp_p
 @pytest.mark.parametrize("layers, saved, needed", [(0, 0, 200), (60, 0, 140), (100, 70, 30)])
 def test_room_for_layers_and_result_that_are_not_there_yet_is_asked_for(layers, saved, needed, tmp_path, monkeypatch):
     (tmp_path / "progress").mkdir()
-    (tmp_path / "progress" / "run.json").write_text("{}")
+    (tmp_path / "progress" / "run.json").write_text('{"published": "dense"}' if saved else "{}")
     (tmp_path / "progress" / "layer-00000.safetensors").write_bytes(bytes(layers))
     (tmp_path / "model-00001-of-00003.safetensors").write_bytes(bytes(saved))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
@@ -112,9 +112,8 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
     interrupt(1, "opt", "--extra 1", HALF, saved, model=source)
     before = snapshot(saved)
     assert refused() == (f"llama.py: error: --save {saved}: holds an interrupted run; continue it with --resume, or "
-                         "remove the folder\n")
-    for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16"),
-                           ("--save-format", "dense", "sparse")):
+                         f"remove {saved}/progress\n")
+    for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16")):
         assert re.search(f"--resume: {flag} was {was} .*, now it is {now}$", refused(flag, now, "--resume"))
 
     draw = running.calibration_samples
@@ -349,7 +348,7 @@ def test_what_identifies_the_run_or_is_distilled_and_cannot_be_read_is_refused(n
     file.write_bytes(file.read_bytes()[:-9])
     before = snapshot(tmp_path)
     line = prune(*options, saved, "--resume", status=2)
-    assert re.fullmatch(f"llama.py: error: --resume: {file} cannot be read; remove {saved} to start over: .*\n", line)
+    assert re.fullmatch(f"llama.py: error: --resume: {file} cannot be read; remove {saved}/progress to start over: .*\n", line)
     assert snapshot(tmp_path) == before
 
 
