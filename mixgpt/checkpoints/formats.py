@@ -25,22 +25,23 @@ def save_dense(folder, model, grids=None):
     """Write a model as `save_pretrained` does, one file in memory at a time."""
     if (layout := experts.layout_of(model)) is None:
         return experts.fuse(model).save_pretrained(folder)
+    _write_configuration(folder, model)
     slices, tensors = {}, _tensors(model)  # {key: {name: ExpertSlice or None}}
     for name in tensors:
         key, part = layout.get(name, (name, None))
         slices.setdefault(key, {})[name] = part
 
-    def published(key):
-        first, part = next(iter(slices[key].items()))
+    def published(names):
+        values = {name: tensors[name]() for name in names}
+        (first, part), *_ = names.items()
         if part is None:
-            return tensors[first]()
-        joined = torch.empty(part.shape, dtype=tensors[first]().dtype)
-        for name, part in slices[key].items():
-            part.of(joined).copy_(tensors[name]())
-        return joined
+            return values[first]
+        whole = values[first].new_empty(part.shape)
+        for name, part in names.items():
+            part.of(whole).copy_(values[name])
+        return whole
 
-    _write_configuration(folder, model)
-    _write_weights(folder, "model", ({key: published(key)} for key in slices))
+    _write_weights(folder, "model", ({key: published(names)} for key, names in slices.items()))
 
 
 def save_compressed_tensors(folder, model, grids):
@@ -84,9 +85,9 @@ def save_sparse(folder, model, grids):
     paths = {decoder.path_of(model, index, name) for index, layer in enumerate(decoder.layers_of(model))
              for name in linears(layer)}
     file = _write_weights(folder, sparse.WEIGHTS.removesuffix(".safetensors"), _encoded(model, paths, encode))
-    place = {} if file == sparse.WEIGHTS else {"weights": file}
-    _write_configuration(folder, model, quantization_config={"quant_method": sparse.METHOD, "matrices": matrices} | place,
-                         transformers_weights=NONE)
+    quantization = {"quant_method": sparse.METHOD, "matrices": matrices}
+    quantization |= {} if file == sparse.WEIGHTS else {"weights": file}
+    _write_configuration(folder, model, quantization_config=quantization, transformers_weights=NONE)
 
 
 def _tensors(model):
@@ -118,39 +119,41 @@ def _write_configuration(folder, model, **entries):
 
 
 def _write_weights(folder, name, groups):
-    """Write groups of tensors {key: tensor}, one file in memory at a time, divided as huggingface_hub divides them.
+    """Write groups of tensors {key: tensor}, one file in memory at a time. Returns the name of the file or the index.
 
-    A group is not divided. Returns the name of the file or, if there are several, of their index.
+    Files are filled as huggingface_hub fills them; a group is in one file.
     """
-    shard, size, total, written = {}, 0, 0, []  # written: (file, keys)
+    sizes, places = [], {}  # places: {key: file}
+    for number, shard in enumerate(_shards(groups), 1):
+        file = Path(folder) / f"{name}-{number:05d}.safetensors"
+        streaming.write(file, shard)
+        sizes.append(sum(tensor.nbytes for tensor in shard.values()))
+        places |= dict.fromkeys(shard, file)
+    if len(sizes) == 1:
+        return file.rename(file.with_name(f"{name}.safetensors")).name
+    of = f"-of-{len(sizes):05d}"
+    names = {file: file.rename(file.with_stem(file.stem + of)).name for file in set(places.values())}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {key: names[file] for key, file in places.items()}}
+    file = Path(folder) / f"{name}.safetensors.index.json"
+    file.write_text(json.dumps(index, indent=1) + "\n")
+    return file.name
 
-    def write(tensors):
-        file = Path(folder) / f"{name}-{len(written) + 1:05d}.safetensors"
-        streaming.write(file, tensors)
-        written.append((file, list(tensors)))
 
+def _shards(groups):
+    """Join groups of tensors {key: tensor} up to `LARGEST` bytes; a larger group stays alone."""
+    shard, size = {}, 0
     for group in groups:
         distributed.alive()
         nbytes = sum(tensor.nbytes for tensor in group.values())
-        total += nbytes
-        if nbytes > LARGEST:
-            write(group)
-            continue
-        if size + nbytes > LARGEST:
-            write(shard)
+        if size and size + min(nbytes, LARGEST) > LARGEST >= nbytes:
+            yield shard
             shard, size = {}, 0
-        shard, size = shard | group, size + nbytes
+        if nbytes > LARGEST:
+            yield group
+        else:
+            shard, size = shard | group, size + nbytes
     if shard:
-        write(shard)
-    if len(written) == 1:
-        return written[0][0].rename(Path(folder) / f"{name}.safetensors").name
-    places = {}
-    for file, keys in written:
-        last = file.rename(file.with_stem(f"{file.stem}-of-{len(written):05d}"))
-        places |= dict.fromkeys(keys, last.name)
-    index = Path(folder) / f"{name}.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1) + "\n")
-    return index.name
+        yield shard
 
 
 def stored_bytes(folder, weights, itemsize):

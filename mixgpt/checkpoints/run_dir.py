@@ -69,25 +69,18 @@ class RunDir(contextlib.AbstractContextManager):
                 self.is_new = not self.path.exists()
                 self._check(nbytes, resume, overwrite)
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock()
+                self.lock = (self.folder / "lock").open("a")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"{self.place}: is in use by another run") from error
             except OSError as error:
-                raise InputError(f"{self.place}: cannot be used ({error.strerror}); name another folder") from error
+                if error.errno not in NO_LOCKS:
+                    raise InputError(f"{self.place}: cannot be used ({error.strerror}); name another folder") from error
+                print(f"warning  {self.place}: its file system has no locks; start no other run there", flush=True)
             if is_interrupted_run(self.path) and not resume:
                 self.lock.close()
                 raise InputError(f"{self.place}: holds an interrupted run; continue it with --resume, or remove "
                                  f"{self.folder}")
-
-    def _lock(self):
-        self.lock = (self.folder / "lock").open("a")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(f"warning  {self.place}: its file system has no locks; start no other run with this folder",
-                  flush=True)
 
     def _check(self, nbytes, resume, overwrite):
         if resume and is_interrupted_run(self.path):
@@ -314,12 +307,12 @@ class RunDir(contextlib.AbstractContextManager):
             return
         self.keep("published", None)
         with self._disk_errors("the model"):
-            for file in (file for pattern in WRITTEN for file in self.path.glob(pattern)) if self.writes else ():
+            for file in [file for pattern in WRITTEN for file in self.path.glob(pattern)] if self.writes else ():
                 file.unlink()
-            for file in sorted(self.result.rglob("*"), key=lambda file: file.name == CONFIG_NAME) if self.writes else ():
-                if file.is_file():
-                    (place := self.path / file.relative_to(self.result)).parent.mkdir(exist_ok=True)
-                    file.replace(place)
+            result = [file for file in self.result.rglob("*") if file.is_file()] if self.writes else ()
+            for file in sorted(result, key=lambda file: file.name == CONFIG_NAME):
+                (place := self.path / file.relative_to(self.result)).parent.mkdir(exist_ok=True)
+                file.replace(place)
         self.keep("published", self.save_format)
 
     def close(self):

@@ -208,7 +208,8 @@ class SparseQuantizer(HfQuantizer):
         return False
 
     def update_attn_implementation(self, config):
-        config.transformers_weights = self.quantization_config.weights  # the first call in which a quantizer sees the configuration
+        # the first call in which a quantizer sees the configuration
+        config.transformers_weights = self.quantization_config.weights
         return config
 
     def param_needs_quantization(self, model, name, **_):

@@ -16,13 +16,10 @@ from mixgpt.common.program import rank, world
 
 START = 24 * 3600  # seconds for which processes wait for the last one to download, convert and read what it needs
 PATIENCE = 600  # seconds for which they then wait while none shows that it works; if one dies, they end at once
+UNANSWERED = "another process does not answer"
 _hosts = None  # the process group for objects, numbers and tensors on the host; None: the default group
 _store = None  # through which the processes meet, behind one more prefix each time, as it keeps earlier addresses
 _patience, _shown = START, 0.0  # in force now; when this process last showed that it works
-
-
-class Unanswered(RuntimeError):
-    """Another process has neither come to where this one waits for it nor shown that it works."""
 
 
 @contextlib.contextmanager
@@ -75,7 +72,7 @@ def _signs(new=0):
 
 
 def _wait(work):
-    """Wait for an operation of the hosts, None if it is done, while one of them works. Raises Unanswered."""
+    """Wait for an operation of the hosts, None if it is done, while one of them works. Raises RuntimeError."""
     signs, since = None, time.monotonic()
     while work:
         try:
@@ -85,10 +82,10 @@ def _wait(work):
                 return work.wait()  # raises why it failed, if it did
         if signs != (signs := _signs()):
             since = time.monotonic()
-        if (waited := time.monotonic() - since) > (_patience if _store else START):
+        if time.monotonic() - since > (_patience if _store else START):
             atexit.register(os._exit, 1)  # else gloo would wait for the others once more
             atexit.register(sys.stdout.flush)  # before that
-            raise Unanswered(f"another process has not answered for {waited:.0f} s")
+            raise RuntimeError(UNANSWERED)
 
 
 def all_reduce(tensor):

@@ -41,7 +41,8 @@ def _left_by_groups():
                 for limit, fields in LIMITS.items():
                     if (file := folder / limit).exists() and (most := file.read_text().strip()) != "max":
                         used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                        left.append(max(int(most) - sum(int(used.get(field, 0)) for field in fields), 0))  # the rest: caches
+                        # the rest are caches
+                        left.append(max(int(most) - sum(int(used.get(field, 0)) for field in fields), 0))
     return left
 
 

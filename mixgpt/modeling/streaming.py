@@ -92,8 +92,9 @@ def stored_tensors(name, weights=SAFE_WEIGHTS_NAME):
 def attach_disk_weights(model, stored):
     """Make a model on meta read its weights from `stored_tensors`. Returns whether these hold all, unchanged.
 
-    Packed ones have a third entry, that of their TensorLocation. Keys may lack or add the base model prefix, as `from_pretrained` allows, or be those of a model whose text part this
-    is. Raises ValueError if a shape differs from the configuration.
+    Those of packed matrices have a third entry, `TensorLocation.part`. Keys may lack or add the base model prefix, as
+    `from_pretrained` allows, or be those of a model whose text part this is. Raises ValueError if a shape differs from
+    the configuration.
     """
     layout, tied, locations = layout_of(model), model.all_tied_weights_keys, {}
     if layout is None:

@@ -1,5 +1,6 @@
 """Check the folder of a run: who may write to it, what may go on in it, and that what comes back is what was left."""
 
+import errno
 import json
 import re
 import shutil
@@ -16,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import mixgpt
 from mixgpt.allocation import fisher
-from mixgpt.app import compression
+from mixgpt.app import compression, pipeline
 from mixgpt.app import run as running
-from mixgpt.checkpoints import formats, load
+from mixgpt.checkpoints import formats, load, run_dir
 from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common import memory
+from mixgpt.common import choices, memory
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
 from mixgpt.pruning import calibration, distill, solvers
@@ -76,6 +77,46 @@ def test_room_for_layers_and_result_that_are_not_there_yet_is_asked_for(layers, 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(InputError, match=r": finished layers and the result need 0.000 GB, 0.000 GB are free there"):
         RunDir(tmp_path, nbytes=200)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_and_the_run_goes_on(error, prune, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(error, "as Lustre")
+
+    monkeypatch.setattr(run_dir, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=0, LOCK_NB=0))
+    assert prune("opt", "--gmp", HALF, tmp_path / "saved").startswith(
+        f"warning  --save {tmp_path / 'saved'}: its file system has no locks; start no other run there\n")
+    with pytest.raises(InputError), RunDir(tmp_path / "none"):
+        raise InputError("a text is too short")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"] and not (tmp_path / "saved" / "progress").exists()
+
+
+def test_what_the_end_needs_of_memory_is_asked_for_before_weights_are_read(prune, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "stored_tensors", None)
+    monkeypatch.setattr(formats, "LARGEST", 50_000)  # of 138,752 bytes
+    free = {"bytes": 49_999}
+    monkeypatch.setattr(memory, "free", lambda _: free["bytes"])
+    monkeypatch.setitem(choices.FORMATS, "whole", choices.SaveFormat("", formats.save_dense))
+    for save_format, needed in (("dense", 50_000), ("sparse", 50_000), ("whole", 138_752)):
+        free["bytes"] = needed - 1
+        assert f"--save {tmp_path / 'saved'}: takes 0.000 GB of memory at the end" in prune(
+            "opt", "--gmp --save-format", save_format, HALF, tmp_path / "saved", status=2)
+        free["bytes"] = needed
+        assert "NoneType" in prune("opt", "--gmp --save-format", save_format, HALF, tmp_path / "saved", status=1)
+
+
+@pytest.mark.parametrize("kind, free, needed", [("tmpfs", 89_999, 90_000), ("ramfs", 89_999, 90_000), ("ext4", 0, 1)])
+def test_files_in_a_tmpfs_take_memory(kind, free, needed, tmp_path, monkeypatch):
+    disks = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(memory.psutil, "disk_partitions", lambda all: disks if all else [])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if kind != "tmpfs" else 10**9))
+    monkeypatch.setattr(memory, "free", lambda _: free)
+    with pytest.raises(InputError, match=f"0.000 GB are free there{'' if kind == 'ext4' else ', as .* is memory'}; "):
+        RunDir(tmp_path / "new" / "saved", nbytes=needed)
+    if kind != "ext4":
+        with RunDir(tmp_path / "new" / "saved", nbytes=needed - 1):
+            pass
 
 
 def hold(path, held):
@@ -144,6 +185,55 @@ def test_a_run_may_go_on_with_another_evaluation_and_folder(weights, checkpoint_
         torch.save(state, moved / "pytorch_model.bin")
     prune("opt", HALF, saved, "--resume --dense", model=moved)
     assert set(record_of(saved)["perplexity"]) == {"dense", "SparseGPT"}
+
+
+@pytest.mark.parametrize("before, now", [("sparse", "dense"), ("dense", "sparse")])
+def test_a_run_may_go_on_in_another_format_until_it_has_ended(before, now, prune, interrupt, tmp_path, monkeypatch):
+    words, saved = ["llama", "--wbits 4", HALF], tmp_path / "saved"
+    prune(*words, tmp_path / "whole", "--save-format", now)
+    interrupt(1, *words, saved, "--save-format", before)
+    file = saved / "progress" / "run.json"
+    run = json.loads(file.read_text())
+    run["identity"]["--save-format"] = run.pop("token") and before  # as an earlier version of this program has it
+    file.write_text(json.dumps(run))
+    with monkeypatch.context() as patch:  # the result is in place already
+        patch.setattr(pipeline, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prune(*words, saved, "--resume --save-format", before, status=130)
+    prune(*words, saved, "--resume --save-format", now)
+    assert contents(saved) == contents(tmp_path / "whole")
+    assert f"--save-format was {now} in the complete run" in prune(*words, saved, "--resume --save-format", before,
+                                                                   status=2)
+
+
+def test_a_result_that_is_in_place_is_not_written_again(prune, tmp_path, monkeypatch):
+    prune("opt", HALF, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prune("opt", HALF, tmp_path / "saved", status=130)
+    monkeypatch.setattr(streaming, "write", None)
+    prune("opt", HALF, tmp_path / "saved", "--resume")
+    assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("renamed", range(3))
+def test_a_model_that_is_being_replaced_is_the_old_one_or_none_until_resume(renamed, prune, tmp_path, monkeypatch):
+    options, saved = ["llama", "--sparsity .75 --overwrite --save"], tmp_path / "saved"
+    prune("llama", HALF, saved)
+    prune(*options, tmp_path / "whole")
+    replace, left = Path.replace, iter(range(renamed))
+
+    def stopped(file, target):
+        if file.parent.name == "result" and "partial" not in file.name and next(left, None) is None:
+            raise KeyboardInterrupt
+        return replace(file, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)
+        prune(*options, saved, status=130)
+    with pytest.raises(OSError):
+        AutoModelForCausalLM.from_pretrained(saved)
+    prune(*options, saved, "--resume")
+    assert contents(saved) == contents(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -348,7 +438,8 @@ def test_what_identifies_the_run_or_is_distilled_and_cannot_be_read_is_refused(n
     file.write_bytes(file.read_bytes()[:-9])
     before = snapshot(tmp_path)
     line = prune(*options, saved, "--resume", status=2)
-    assert re.fullmatch(f"llama.py: error: --resume: {file} cannot be read; remove {saved}/progress to start over: .*\n", line)
+    assert re.fullmatch(f"llama.py: error: --resume: {file} cannot be read; remove {file.parent} to start over: .*\n",
+                        line)
     assert snapshot(tmp_path) == before
 
 
