@@ -107,19 +107,12 @@ def check(settings, device, clock, model=None, tokenizer=None):
     run = Run(settings, device, clock, config, tokenizer, selected, uncalled, model)
     if settings.needs_calibration:
         _check_sequences(run, widening)
-    if settings.save:
-        _check_result(run)
+    needed = load.size(config, run.dtype)  # by a format that has all weights in memory
+    needed = min(needed, formats.LARGEST) if choices.FORMATS[settings.save_format].streams else needed
+    if settings.save and needed > (free := memory.free_on_host()):
+        raise InputError(f"--save {settings.save}: needs {needed / 1e9:.3f} GB of memory at the end, {free / 1e9:.3f} "
+                         "GB are free; end other programs, or use a machine with more")
     return run
-
-
-def _check_result(run):
-    """Raise InputError if the host has no memory for a file of the result, or all of it in formats that need that."""
-    needed = load.size(run.config, run.dtype)
-    if choices.FORMATS[run.settings.save_format].streams:
-        needed = min(needed, formats.LARGEST)
-    if needed > (free := memory.free(torch.device("cpu")) * program.world("LOCAL_WORLD_SIZE")):
-        raise InputError(f"--save {run.settings.save}: takes {needed / 1e9:.3f} GB of memory at the end, "
-                         f"{free / 1e9:.3f} GB are free; end other programs, or use a machine with more")
 
 
 def _check_in_memory(path, model, skeleton):

@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from mixgpt.checkpoints import packing
+from mixgpt.checkpoints.packing import Packed
 from mixgpt.checkpoints.sparse import METHOD, WEIGHTS
 from mixgpt.common import choices, files
 from mixgpt.common.errors import InputError, reading
@@ -238,7 +238,9 @@ def open_model(model, config, dtype):
     with _reading(model, "its weights cannot be read"):
         stored = streaming.stored_tensors(name, WEIGHTS if quantization else SAFE_WEIGHTS_NAME)
         if quantization:
-            stored |= packing.packed(stored, quantization["matrices"])
+            stored |= {key: (part[0], torch.empty(description["shape"], device="meta"), Packed(description))
+                       for key, description in quantization["matrices"].items()
+                       if (part := stored.get(f"{key}.{description['parts'][0]}"))}
             config = copy.deepcopy(config)
             for mark in ("quantization_config", "transformers_weights"):  # an ordinary model has neither
                 vars(config).pop(mark, None)

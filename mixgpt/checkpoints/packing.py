@@ -90,16 +90,3 @@ class Packed:
         with reading(f"{key}: its parts cannot be decoded"):
             parts = {part: content.get_tensor(f"{key}.{part}") for part in self.description["parts"]}
             return decode(parts, self.description)
-
-
-def packed(stored, matrices):
-    """Return {key: (file, matrix on meta, `Packed`)} of matrices, {key: description}, for `attach_disk_weights`.
-
-    stored: {key of a part: (file, tensor on meta)}.
-    """
-    found = {}
-    for key, description in matrices.items():
-        files = {stored.get(f"{key}.{part}", (None,))[0] for part in description["parts"]}
-        if len(files) == 1 and None not in files:
-            found[key] = *files, torch.empty(description["shape"], device="meta"), Packed(description)
-    return found

@@ -140,8 +140,8 @@ class RunDir(contextlib.AbstractContextManager):
 
     def _check_shared(self):
         """Raise InputError in all processes if one of them does not see what the first one has written."""
-        start, seen = time.monotonic(), False
-        while not seen and time.monotonic() - start < SHOWN:
+        end, seen = time.monotonic() + SHOWN, False
+        while not seen and time.monotonic() < end:
             with contextlib.suppress(OSError, ValueError):
                 seen = json.loads((self.folder / "run.json").read_text()) == self.run
             time.sleep(0 if seen else 1)

@@ -22,12 +22,15 @@ def free(device):
 
     On a GPU that includes what PyTorch's allocator has cached. The processes of a machine share its memory equally.
     """
-    if device.type == "cuda":
-        nbytes = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-                  - torch.cuda.memory_allocated(device))
-    else:
-        nbytes = min(psutil.virtual_memory().available, *_left_by_groups()) / program.world("LOCAL_WORLD_SIZE")
-    return int(USABLE * nbytes)
+    if device.type != "cuda":
+        return free_on_host() // program.world("LOCAL_WORLD_SIZE")
+    return int(USABLE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                         - torch.cuda.memory_allocated(device)))
+
+
+def free_on_host():
+    """Return the bytes of the host's memory that are free for all processes of this machine together."""
+    return int(USABLE * min(psutil.virtual_memory().available, *_left_by_groups()))
 
 
 def _left_by_groups():
@@ -49,17 +52,15 @@ def _left_by_groups():
 def room(path):
     """Return the bytes that are free for files at a path, which need not exist, and whether they are of memory.
 
-    In a tmpfs or ramfs, as many a /tmp, files take memory, of which no other process of this machine counts a part.
+    In a tmpfs or ramfs, as many a /tmp, files take memory, here all that is free for the processes of this machine.
     """
-    place = Path(path).resolve()
-    place = next(folder for folder in (place, *place.parents) if folder.exists())
-    kinds = {disk.mountpoint: disk.fstype for disk in psutil.disk_partitions(all=True)}
-    kind = next((kinds[str(folder)] for folder in (place, *place.parents) if str(folder) in kinds), None)
-    free_on_disk = shutil.disk_usage(place).free
+    place = next(folder for folder in (Path(path).resolve(), *Path(path).resolve().parents) if folder.exists())
+    disks = [disk for disk in psutil.disk_partitions(all=True) if place.is_relative_to(disk.mountpoint)]
+    kind = max(disks, key=lambda disk: len(disk.mountpoint)).fstype if disks else ""
+    of_disk = math.inf if kind == "ramfs" else shutil.disk_usage(place).free  # a ramfs knows no size
     if kind not in ("tmpfs", "ramfs"):
-        return free_on_disk, False
-    in_memory = free(torch.device("cpu")) * program.world("LOCAL_WORLD_SIZE")
-    return in_memory if kind == "ramfs" else min(free_on_disk, in_memory), True  # a ramfs knows no size
+        return of_disk, False
+    return min(of_disk, free_on_host()), True
 
 
 @dataclass(frozen=True)

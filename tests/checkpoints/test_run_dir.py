@@ -92,18 +92,18 @@ def test_a_file_system_without_locks_is_told_and_the_run_goes_on(error, prune, t
     assert [path.name for path in tmp_path.iterdir()] == ["saved"] and not (tmp_path / "saved" / "progress").exists()
 
 
-def test_what_the_end_needs_of_memory_is_asked_for_before_weights_are_read(prune, tmp_path, monkeypatch):
+def test_what_the_end_needs_of_memory_is_asked_for_before_weights_are_read(checkpoint_folder, prune, tmp_path,
+                                                                           monkeypatch):
+    size = load.size(load.read_config(checkpoint_folder("opt")), "auto")
     monkeypatch.setattr(streaming, "stored_tensors", None)
-    monkeypatch.setattr(formats, "LARGEST", 50_000)  # of 138,752 bytes
-    free = {"bytes": 49_999}
-    monkeypatch.setattr(memory, "free", lambda _: free["bytes"])
+    monkeypatch.setattr(formats, "LARGEST", 50_000)
     monkeypatch.setitem(choices.FORMATS, "whole", choices.SaveFormat("", formats.save_dense))
-    for save_format, needed in (("dense", 50_000), ("sparse", 50_000), ("whole", 138_752)):
-        free["bytes"] = needed - 1
-        assert f"--save {tmp_path / 'saved'}: takes 0.000 GB of memory at the end" in prune(
+    for save_format, needed in (("dense", 50_000), ("sparse", 50_000), ("whole", size)):
+        monkeypatch.setattr(memory, "free_on_host", lambda needed=needed: needed - 1)
+        assert f"--save {tmp_path / 'saved'}: needs 0.000 GB of memory at the end" in prune(
             "opt", "--gmp --save-format", save_format, HALF, tmp_path / "saved", status=2)
-        free["bytes"] = needed
-        assert "NoneType" in prune("opt", "--gmp --save-format", save_format, HALF, tmp_path / "saved", status=1)
+        monkeypatch.setattr(memory, "free_on_host", lambda needed=needed: needed)
+        assert "NoneType" in prune("opt", "--gmp --save-format", save_format, HALF, tmp_path / "saved", status=2)
 
 
 @pytest.mark.parametrize("kind, free, needed", [("tmpfs", 89_999, 90_000), ("ramfs", 89_999, 90_000), ("ext4", 0, 1)])
@@ -111,7 +111,7 @@ def test_files_in_a_tmpfs_take_memory(kind, free, needed, tmp_path, monkeypatch)
     disks = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
     monkeypatch.setattr(memory.psutil, "disk_partitions", lambda all: disks if all else [])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if kind != "tmpfs" else 10**9))
-    monkeypatch.setattr(memory, "free", lambda _: free)
+    monkeypatch.setattr(memory, "free_on_host", lambda: free)
     with pytest.raises(InputError, match=f"0.000 GB are free there{'' if kind == 'ext4' else ', as .* is memory'}; "):
         RunDir(tmp_path / "new" / "saved", nbytes=needed)
     if kind != "ext4":
@@ -199,20 +199,12 @@ def test_a_run_may_go_on_in_another_format_until_it_has_ended(before, now, prune
     with monkeypatch.context() as patch:  # the result is in place already
         patch.setattr(pipeline, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prune(*words, saved, "--resume --save-format", before, status=130)
+        patch.setattr(streaming, "write", None)
+        prune(*words, saved, "--resume --save-format", before, status=130)
     prune(*words, saved, "--resume --save-format", now)
     assert contents(saved) == contents(tmp_path / "whole")
     assert f"--save-format was {now} in the complete run" in prune(*words, saved, "--resume --save-format", before,
                                                                    status=2)
-
-
-def test_a_result_that_is_in_place_is_not_written_again(prune, tmp_path, monkeypatch):
-    prune("opt", HALF, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        prune("opt", HALF, tmp_path / "saved", status=130)
-    monkeypatch.setattr(streaming, "write", None)
-    prune("opt", HALF, tmp_path / "saved", "--resume")
-    assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("renamed", range(3))
@@ -230,7 +222,7 @@ def test_a_model_that_is_being_replaced_is_the_old_one_or_none_until_resume(rena
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", stopped)
         prune(*options, saved, status=130)
-    with pytest.raises(OSError):
+    with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(saved)
     prune(*options, saved, "--resume")
     assert contents(saved) == contents(tmp_path / "whole")
@@ -329,6 +321,24 @@ def test_a_temporary_folder_that_is_full_is_named_and_not_save(prune, tmp_path, 
         prune("opt", "--sparsity .5")
     monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
     assert prune("opt", "--sparsity .5", status=2) == line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_folder_in_memory_is_named_as_such(prune, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(memory, "room", lambda path: (room, True))
+    room, layers, hidden = 10**9, 102_528, 4 * 32 * 32 * 2
+    prune("opt", "--sparsity .5")
+    room = layers + hidden - 1  # which lie in the same memory
+    line = prune("opt", "--sparsity .5", status=2)
+    assert line.startswith(f"llama.py: error: TMPDIR {tmp_path}: finished layers and the result need ")
+    assert "are free there, as its file system is memory; " in line
+    room = hidden - 1
+    monkeypatch.setattr(memory, "free", lambda _: hidden)  # of which half is for the work
+    assert prune("opt", "--sparsity .5", status=2) == (
+        "llama.py: error: --nsamples, --seqlen: hidden states take 0.0 GB, more than is free in memory, and cannot be "
+        "written (No space left on device); lower these, or set TMPDIR to a folder on a disk: "
+        f"{tmp_path} is memory\n")
     assert list(tmp_path.iterdir()) == []
 
 
