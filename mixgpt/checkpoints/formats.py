@@ -26,22 +26,7 @@ def save_dense(folder, model, grids=None):
     if (layout := experts.layout_of(model)) is None:
         return experts.fuse(model).save_pretrained(folder)
     _write_configuration(folder, model)
-    slices, tensors = {}, _tensors(model)  # {key: {name: ExpertSlice or None}}
-    for name in tensors:
-        key, part = layout.get(name, (name, None))
-        slices.setdefault(key, {})[name] = part
-
-    def published(names):
-        values = {name: tensors[name]() for name in names}
-        (first, part), *_ = names.items()
-        if part is None:
-            return values[first]
-        whole = values[first].new_empty(part.shape)
-        for name, part in names.items():
-            part.of(whole).copy_(values[name])
-        return whole
-
-    _write_weights(folder, "model", ({key: published(names)} for key, names in slices.items()))
+    _write_weights(folder, "model", _tensors(model, layout))
 
 
 def save_compressed_tensors(folder, model, grids):
@@ -65,7 +50,7 @@ def save_compressed_tensors(folder, model, grids):
 
     dense = [name for name, module in model.named_modules()
              if isinstance(module, torch.nn.Linear) and name not in grids]
-    _write_weights(folder, "model", _encoded(model, grids, encode))
+    _write_weights(folder, "model", _tensors(model, experts.layout_of(model), grids, encode))
     _write_configuration(folder, model, quantization_config=QuantizationConfig(
         config_groups={"group_0": scheme}, format=PACKED, quantization_status="compressed",
         ignore=dense).model_dump(mode="json", exclude_none=True))
@@ -84,29 +69,39 @@ def save_sparse(folder, model, grids):
 
     paths = {decoder.path_of(model, index, name) for index, layer in enumerate(decoder.layers_of(model))
              for name in linears(layer)}
-    file = _write_weights(folder, sparse.WEIGHTS.removesuffix(".safetensors"), _encoded(model, paths, encode))
+    file = _write_weights(folder, sparse.WEIGHTS.removesuffix(".safetensors"),
+                          _tensors(model, experts.layout_of(model), paths, encode))
     quantization = {"quant_method": sparse.METHOD, "matrices": matrices}
     quantization |= {} if file == sparse.WEIGHTS else {"weights": file}
     _write_configuration(folder, model, quantization_config=quantization, transformers_weights=NONE)
 
 
-def _tensors(model):
-    """Return {name: function that gives the tensor, in the dtype of the model's} of what a checkpoint holds."""
-    locations = streaming.locations_of(model)
-    return {name: lambda name=name, own=own: streaming.mapped(locations[name]).to(own.dtype) if locations else own
-            for name, own in remove_tied_weights_from_state_dict(model.state_dict(), model).items()}
+def _tensors(model, layout, paths=(), encode=None):
+    """Yield {key in a checkpoint: tensor} of what belongs together: for the linears at `paths` encode(path, W).
 
+    layout: of `experts.layout_of`.
+    """
+    state, locations = remove_tied_weights_from_state_dict(model.state_dict(), model), streaming.locations_of(model)
+    slices = {}  # {key: {name: ExpertSlice or None}}
+    for name in state:
+        key, part = layout.get(name, (name, None))
+        slices.setdefault(key, {})[name] = part
 
-def _encoded(model, paths, encode):
-    """Yield {key: tensor} of what belongs together: for a linear at one of `paths` encode(path, W)."""
-    layout = experts.layout_of(model)
-    for name, tensor in _tensors(model).items():
-        key, _ = layout.get(name, (name, None))
-        path, leaf = name.rpartition(".")[::2]
-        if path in paths and leaf == "weight":
-            yield {key.removesuffix(leaf) + part: encoded for part, encoded in encode(path, tensor()).items()}
+    def tensor(name):
+        return streaming.mapped(locations[name]).to(state[name].dtype) if locations else state[name]
+
+    for key, parts in slices.items():
+        (name, part), *_ = parts.items()
+        path, _, leaf = name.rpartition(".")
+        if part:
+            whole = torch.empty(part.shape, dtype=state[name].dtype)
+            for name, part in parts.items():
+                part.of(whole).copy_(tensor(name))
+            yield {key: whole}
+        elif leaf == "weight" and path in paths:
+            yield {key.removesuffix(leaf) + end: encoded for end, encoded in encode(path, tensor(name)).items()}
         else:
-            yield {key: tensor()}
+            yield {key: tensor(name)}
 
 
 def _write_configuration(folder, model, **entries):
