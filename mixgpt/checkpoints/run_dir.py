@@ -314,6 +314,7 @@ class RunDir(contextlib.AbstractContextManager):
                 (place := self.path / file.relative_to(self.result)).parent.mkdir(exist_ok=True)
                 file.replace(place)
         self.keep("published", self.save_format)
+        distributed.barrier()  # all look for it there
 
     def close(self):
         """Remove what was kept to go on from: the run is complete."""

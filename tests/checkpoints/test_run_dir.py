@@ -194,6 +194,7 @@ def test_a_run_may_go_on_in_another_format_until_it_has_ended(before, now, prune
     interrupt(1, *words, saved, "--save-format", before)
     file = saved / "progress" / "run.json"
     run = json.loads(file.read_text())
+    assert "--save-format" not in run["identity"]
     run["identity"]["--save-format"] = run.pop("token") and before  # as an earlier version of this program has it
     file.write_text(json.dumps(run))
     with monkeypatch.context() as patch:  # the result is in place already
@@ -207,15 +208,17 @@ def test_a_run_may_go_on_in_another_format_until_it_has_ended(before, now, prune
                                                                    status=2)
 
 
-@pytest.mark.parametrize("renamed", range(3))
-def test_a_model_that_is_being_replaced_is_the_old_one_or_none_until_resume(renamed, prune, tmp_path, monkeypatch):
-    options, saved = ["llama", "--sparsity .75 --overwrite --save"], tmp_path / "saved"
+@pytest.mark.parametrize("until, more", [
+    ("tokenizer.json", "--sparsity .75"), ("config.json", "--sparsity .75"), ("config.json", "--save-format sparse")])
+def test_a_folder_whose_model_is_being_replaced_holds_none_until_resume(until, more, prune, tmp_path, monkeypatch):
+    """The last one has no finished layers."""
+    options, saved = ["llama", more, "--overwrite --save"], tmp_path / "saved"
     prune("llama", HALF, saved)
     prune(*options, tmp_path / "whole")
-    replace, left = Path.replace, iter(range(renamed))
+    replace = Path.replace
 
     def stopped(file, target):
-        if file.parent.name == "result" and "partial" not in file.name and next(left, None) is None:
+        if file.parent.name == "result" and file.name == until:
             raise KeyboardInterrupt
         return replace(file, target)
 
