@@ -6,7 +6,6 @@ import errno
 import math
 import os
 import re
-import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
-from mixgpt.common import memory, progress, runtime
+from mixgpt.common import distributed, memory, program, progress, runtime
 from mixgpt.common.files import writing
 from mixgpt.modeling import decoder, experts, streaming
 
@@ -173,9 +172,13 @@ def allocate(shape, dtype, device, place):
         return torch.empty(shape, dtype=dtype, device=device if place == "device" else "cpu")
     numel = math.prod(shape)
     nbytes = numel * dtype.itemsize
+    free, in_memory = memory.room(tempfile.gettempdir())
+    advice = "lower these, or set TMPDIR to a " + (
+        f"folder on a disk: {tempfile.gettempdir()} is memory" if in_memory else "larger disk")
     with writing(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in memory, and",
-                 "lower these, or set TMPDIR to a larger disk"), tempfile.NamedTemporaryFile() as file:
-        if nbytes > shutil.disk_usage(file.name).free:  # reserving them would fill the disk before it fails
+                 advice), tempfile.NamedTemporaryFile() as file:
+        # reserving them would fill the disk before it fails; all processes share what is memory
+        if nbytes * (program.world("LOCAL_WORLD_SIZE") if in_memory else 1) > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.posix_fallocate(file.fileno(), 0, nbytes)
         return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
@@ -213,6 +216,7 @@ class HiddenStates:
 
         Returns (B, T, C). rows: a slice, or a tensor of numbers. Both may be wider by what layers share.
         """
+        distributed.alive()
         arguments, (hidden, shared) = self.arguments[len(hidden)][index], decoder.unpack(hidden, self.shared)
         args, kwargs = decoder.take(arguments, rows, shared, self.device)
         output = layer(hidden, *args, **kwargs)

@@ -34,7 +34,7 @@ from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli
 from mixgpt.app import run as running
 from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common.choices import ALLOCATIONS, RECORD
+from mixgpt.common.choices import ALLOCATIONS
 from mixgpt.evaluation.measures import measure_weights
 from mixgpt.kernels import columns
 from mixgpt.kernels.columns import UniformGrid
@@ -273,8 +273,8 @@ def save(path, model, tokenizer, record, save_format="dense", grids=None):
     """Save a model in memory as a run does at its end."""
     with RunDir(path, save_format) as folder:
         folder.open(model, {})
-        folder.write_json(folder.path / RECORD, record)
-        folder.write_checkpoint(tokenizer, grids or {})
+        folder.write_checkpoint(tokenizer, grids or {}, record)
+        folder.publish()
         folder.close()
 
 

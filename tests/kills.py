@@ -74,7 +74,7 @@ class Moments:
             call(tensors, file, **options)
             content, half = Path(file).read_bytes(), Path(file).with_name(f".tmp{os.getpid()}")
             half.write_bytes(content[:len(content) // 2])
-            with self.part("half a file" if half.parent.name == "saved" else self.parts[-1]):
+            with self.part("half a file" if half.parent.name == "result" else self.parts[-1]):
                 self.mark()  # half a file of the result
             half.unlink()
 
@@ -108,7 +108,7 @@ def watch(fatal, log, root, shard):
     runtime.Clock.part = timed_part
     for name in ("save_layer", "_write_layer", "take_distilled"):  # a thread writes what is finished
         moments.around(run_dir.RunDir, name, "finish")
-    for name, part in (("kept", "kept"), ("write_checkpoint", "complete"), ("close", "end")):
+    for name, part in (("kept", "kept"), ("write_checkpoint", "complete"), ("publish", "publish"), ("close", "end")):
         moments.around(run_dir.RunDir, name, part)
     moments.around(traces, "write_output", "traces")
     moments.around(modelutils.StreamedModel, "embed")

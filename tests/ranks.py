@@ -13,11 +13,14 @@ from mixgpt.allocation.traces import hessian_traces
 from mixgpt.app import compression, planning
 from mixgpt.app.run import Run
 from mixgpt.app.settings import Settings
+from mixgpt.checkpoints import formats, run_dir
+from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.memory import MemoryPlan
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import selection
+from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.pruning import distill, expert_removal
 from mixgpt.pruning.hessian import InputHessian, activation_order
@@ -124,6 +127,32 @@ def run(rank, world, port, file, make):
     for call in (lambda: 1 / 0, make):  # a run that fails, and one behind it
         with contextlib.suppress(ZeroDivisionError), distributed.joined(CPU):
             torch.save(call(), file)
+
+
+def impatient(rank, world, port, pause, stops):
+    """Be process `rank`, with a patience of 3 s; the first one needs `pause` s for each file of the result.
+
+    stops: whether the last one comes to a halt behind its first layer.
+    """
+    as_rank(rank, world, port)
+    distributed.PATIENCE, formats.LARGEST = 3, 40_000
+    write, save_layer = streaming.write, RunDir.save_layer
+    streaming.write = lambda file, *given, **more: (time.sleep(pause * ("result" in str(file))),
+                                                    write(file, *given, **more))
+    if stops and rank == world - 1:
+        RunDir.save_layer = lambda *given: (save_layer(*given), time.sleep(999))
+
+
+def elsewhere(rank, world, port, path):
+    """Be process `rank`; the last one finds another folder where the first one writes."""
+    as_rank(rank, world, port)
+    run_dir.SHOWN, init = 1, RunDir.__init__
+
+    def other(files, *given, **more):
+        init(files, *given, **more)
+        files.folder = path / "progress" if rank == world - 1 else files.folder
+
+    RunDir.__init__ = other
 
 
 def poor(rank, world, port, short, late):

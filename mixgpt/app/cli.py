@@ -106,6 +106,8 @@ def reported(script, argv, remedy):
             line = "error: the disk of the output or of TMPDIR is full; free some space"
         elif re.search("pair.cc.*(by peer|Broken pipe)", str(error)):  # of gloo
             line = "error: another process has ended"
+        elif str(error) == "another process does not answer":  # of mixgpt.common.distributed
+            line = f"error: {error}"
         else:
             line = (f"error: unexpected {type(error).__name__}: {one_line(error):.300}; please report it with "
                     f"{_traceback_file(script, argv, error)}, which has the traceback")

@@ -89,19 +89,20 @@ def evaluate(current, method):
 
 
 def _save(current, plan, outcomes, matrices, others):
-    """Complete the output folder, reload it, and compare all zeros and a few logits with the model in memory."""
+    """Write the result, reload it, compare all zeros and a few logits with the model in memory, and put it in place."""
     folder, path = current.files, current.settings.save
     probe = torch.arange(min(PROBE, current.settings.seqlen))[None] % current.config.vocab_size
     with current.clock.part("save"):
-        folder.write_json(folder.path / choices.RECORD, current.record)
-        folder.write_checkpoint(current.tokenizer, {path_of(current.model, *key): outcome.grid
-                                                    for key, outcome in outcomes.items() if outcome.grid})
-        saved = load.open_model(path, load.read_config(path), "auto")
+        written = folder.write_checkpoint(current.tokenizer, {
+            path_of(current.model, *key): outcome.grid for key, outcome in outcomes.items() if outcome.grid},
+            current.record)
+        saved = load.open_model(written, load.read_config(written), "auto")
         saved.config._attn_implementation = current.model.config._attn_implementation  # a caller may have chosen it
         if measures.measure_weights(saved, current.device) != (matrices, others):
             raise errors.VerificationError(f"--save {path}: the zeros of the saved weights differ from those in memory")
         of_saved, in_memory = (measures.logits(model, probe, 1, current.device) for model in (saved, current.model))
         if not torch.allclose(of_saved, in_memory, rtol=0, atol=0, equal_nan=True):
             raise errors.VerificationError(f"--save {path}: the logits of the saved model differ from those in memory")
+        folder.publish()
         if plan.targets:
             current.record["disk"] = report.disk(current, plan.targets)

@@ -12,8 +12,8 @@ from datautils import begin, calibration_samples, resolve_bos, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.app import report, tracking
 from mixgpt.app.settings import Settings
-from mixgpt.checkpoints import load, run_dir
-from mixgpt.common import distributed, memory, runtime
+from mixgpt.checkpoints import formats, load, run_dir
+from mixgpt.common import choices, distributed, memory, program, runtime
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import writing
 from mixgpt.evaluation import selfcheck, semistructured
@@ -48,6 +48,7 @@ class Run:
     tracker: tracking.Tracker | None = None
     memory_plan: memory.MemoryPlan | None = None  # of pruning
     distills: bool = False  # whether the pruned model is distilled at the end
+    hidden_bytes: int = 0  # of the hidden states of its calibration sequences, in this process
 
     @property
     def method(self):
@@ -111,6 +112,12 @@ def check(settings, device, clock, model=None, tokenizer=None):
     run = Run(settings, device, clock, config, tokenizer, selected, uncalled, model)
     if settings.needs_calibration:
         _check_sequences(run, widening)
+    needed = load.size(config, run.dtype)  # for a format that has all weights in memory, to write or to verify them
+    if choices.FORMATS[settings.save_format].streams and settings.save_format != "compressed-tensors":
+        needed = min(needed, formats.LARGEST)
+    if settings.save and needed > (free := memory.free_on_host()):
+        raise InputError(f"--save {settings.save}: needs {needed / 1e9:.3f} GB of memory at the end, {free / 1e9:.3f} "
+                         "GB are free; end other programs, or use a machine with more")
     return run
 
 
@@ -142,7 +149,7 @@ def _check_sequences(run, widening):
     itemsize = 2 if run.dtype == "auto" else run.dtype.itemsize  # at least
     numel = settings.seqlen * (settings.nsamples + sum(settings.extra_counts)) * run.config.hidden_size
     sets = 2 if settings.target == "dense" else 1
-    nbytes = int(sets * widening * numel * itemsize) // world
+    nbytes = run.hidden_bytes = int(sets * widening * numel * itemsize) // world
     allocate([nbytes], torch.uint8, run.device, place_for(nbytes, run.device))  # and free it again
     if settings.nsamples < world:
         raise InputError(f"--nsamples {settings.nsamples}: must be at least {world}, the number of processes")
@@ -203,6 +210,8 @@ def open_run(run, stack, folder, command=None):
     elif run.selected and streaming.locations_of(run.model):  # pruned layers go to disk, like the dense ones
         nbytes = sum(tensor.nbytes for layer in decoder.layers_of(run.model) for tensor in layer.state_dict().values())
         nbytes *= 2 if run.settings.distill else 1
+        if memory.room(tempfile.gettempdir())[1]:  # they share it
+            nbytes += run.hidden_bytes * program.world("LOCAL_WORLD_SIZE")
         path = None
         if distributed.rank() == 0:
             with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
@@ -218,6 +227,7 @@ def open_run(run, stack, folder, command=None):
         print(warning, flush=True)
     with run.clock.part("W&B"):
         run.tracker = stack.enter_context(tracking.Tracker(run.settings, run.record, run.method))
+    distributed.prepared()
 
 
 def _plan(run):

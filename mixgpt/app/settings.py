@@ -54,7 +54,7 @@ def recipe(preset=None, prunem=0, wbits=16, groupsize=-1, effort=1.0, **_):
 RESULT = "result"  # the result: must match for --resume, distinguished in plots
 METHOD = "method"  # likewise, but one point in plots, which show it as method, sparsity or range, or rounding alone
 EVALUATION = "evaluation"  # what is reported, not saved: must match once the run has ended, distinguished in plots
-REPORT = "report"  # how much is reported: must match once the run has ended
+REPORT = "report"  # how much is reported, or how the result is stored: must match once the run has ended
 FREE = "free"  # none of these: may differ for --resume
 
 
@@ -170,7 +170,7 @@ class Settings:
 
     save: str | None = option(None, FREE,
         "new folder for the model and mixgpt.json; reloaded and compared after writing", group="output")
-    save_format: str = option("dense", METHOD, "format of the saved weights", choices=FORMATS, needs=("save",))
+    save_format: str = option("dense", REPORT, "format of the saved weights", choices=FORMATS, needs=("save",))
     resume: bool = option(False, FREE, "continue the interrupted run in the folder of --save", needs=("save",))
     overwrite: bool = option(False, FREE, "replace the files of --record and --plot, and the model in --save")
     plot: str | None = option(None, FREE, "figure of sparsities and, if matrices are ranked, sensitivities by layer "

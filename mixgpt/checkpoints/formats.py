@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME
 
 from mixgpt.checkpoints import packing, sparse
+from mixgpt.common import distributed
 from mixgpt.modeling import decoder, experts, streaming
 from modelutils import linears
 
@@ -22,38 +22,15 @@ NONE = "none until you `import mixgpt`"  # the weights of a sparse folder: witho
 
 
 def save_dense(folder, model, grids=None):
-    """Write a model as `save_pretrained` does, one file in memory at a time; an index, if any, comes last."""
+    """Write a model as `save_pretrained` does, one file in memory at a time."""
     if (layout := experts.layout_of(model)) is None:
         return experts.fuse(model).save_pretrained(folder)
-    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    locations = streaming.locations_of(model)
-    slices, empty = {}, {}  # {key: {name: ExpertSlice or None}}, {key: tensor on meta}
-    for name, tensor in state.items():
-        key, part = layout.get(name, (name, None))
-        slices.setdefault(key, {})[name] = part
-        empty[key] = torch.empty(part.shape if part else tensor.shape, dtype=tensor.dtype, device="meta")
-
-    def filled(key):
-        tensor = torch.empty_like(empty[key], device="cpu")
-        for name, part in slices[key].items():
-            place = part.of(tensor) if part else tensor
-            place.copy_(streaming.mapped(locations[name]) if locations else state[name])
-        return tensor
-
-    split = split_torch_state_dict_into_shards(empty, filename_pattern="model{suffix}.safetensors",
-                                               max_shard_size=LARGEST)
-    for file, keys in split.filename_to_tensors.items():
-        streaming.write(folder / file, {key: filled(key) for key in keys})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+    _write_configuration(folder, model)
+    _write_weights(folder, "model", _tensors(model, layout))
 
 
 def save_compressed_tensors(folder, model, grids):
-    """Save a pack-quantized checkpoint for `from_pretrained` and vLLM, with the matrices of `grids` packed.
+    """Write a pack-quantized checkpoint for `from_pretrained` and vLLM, with the matrices of `grids` packed.
 
     grids: {name of a linear: quant.Grid}, all of one symmetric scheme, with contiguous column groups.
     Raises ValueError if weights are not on their grid.
@@ -63,39 +40,115 @@ def save_compressed_tensors(folder, model, grids):
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
         num_bits=quantization.wbits, symmetric=True, strategy="group" if width else "channel", group_size=width))
     compressor = BaseCompressor.get_value_from_registry(PACKED)
-    state = model.state_dict()
-    for name, grid in grids.items():
-        W = state.pop(f"{name}.weight")
-        grid.codes(W)  # raises if W is not on the grid
-        packed = compressor.compress({  # in float32, which recovers the same codes
-            "weight": W.float(), "weight_scale": grid.scale.float(),
-            "weight_zero_point": torch.zeros_like(grid.scale, dtype=torch.int8)}, scheme)
-        packed["weight_scale"] = grid.scale
-        state |= {f"{name}.{part}": tensor for part, tensor in packed.items()}
+
+    def encode(path, W):
+        grids[path].codes(W)  # raises if W is not on the grid
+        scale = grids[path].scale
+        return compressor.compress({  # in float32, which recovers the same codes
+            "weight": W.float(), "weight_scale": scale.float(),
+            "weight_zero_point": torch.zeros_like(scale, dtype=torch.int8)}, scheme) | {"weight_scale": scale}
+
     dense = [name for name, module in model.named_modules()
              if isinstance(module, torch.nn.Linear) and name not in grids]
-    model.config.quantization_config = QuantizationConfig(
+    _write_weights(folder, "model", _tensors(model, experts.layout_of(model), grids, encode))
+    _write_configuration(folder, model, quantization_config=QuantizationConfig(
         config_groups={"group_0": scheme}, format=PACKED, quantization_status="compressed",
-        ignore=dense).model_dump(mode="json", exclude_none=True)
-    try:
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        del model.config.quantization_config
+        ignore=dense).model_dump(mode="json", exclude_none=True))
 
 
 def save_sparse(folder, model, grids):
-    """Save every linear of the decoder layers in the encoding of `packing`. Raises ValueError for W not on its grid."""
-    state, matrices = model.state_dict(), {}
-    for index, layer in enumerate(decoder.layers_of(model)):
-        for name in linears(layer):
-            path = decoder.path_of(model, index, name)
-            parts, matrices[f"{path}.weight"] = packing.encode(state.pop(f"{path}.weight"), grids.get(path))
-            state |= {f"{path}.weight.{part}": tensor for part, tensor in parts.items()}
-    # one file, with a name of its own: under the usual one, weights would be set at random
-    model.save_pretrained(folder, state_dict=state, variant="sparse", max_shard_size="1000TB")
+    """Write every linear of the decoder layers in the encoding of `packing`. Raises ValueError for W not on its grid.
+
+    The files have a name of their own: under the usual one, weights would be set at random.
+    """
+    matrices = {}
+
+    def encode(path, W):
+        parts, matrices[f"{path}.weight"] = packing.encode(W, grids.get(path))
+        return {f"weight.{part}": tensor for part, tensor in parts.items()}
+
+    paths = {decoder.path_of(model, index, name) for index, layer in enumerate(decoder.layers_of(model))
+             for name in linears(layer)}
+    file = _write_weights(folder, sparse.WEIGHTS.removesuffix(".safetensors"),
+                          _tensors(model, experts.layout_of(model), paths, encode))
+    quantization = {"quant_method": sparse.METHOD, "matrices": matrices}
+    quantization |= {} if file == sparse.WEIGHTS else {"weights": file}
+    _write_configuration(folder, model, quantization_config=quantization, transformers_weights=NONE)
+
+
+def _tensors(model, layout, paths=(), encode=None):
+    """Yield {key in a checkpoint: tensor} of what belongs together: for the linears at `paths` encode(path, W).
+
+    layout: of `experts.layout_of`.
+    """
+    state, locations = remove_tied_weights_from_state_dict(model.state_dict(), model), streaming.locations_of(model)
+    slices = {}  # {key: {name: ExpertSlice or None}}
+    for name in state:
+        key, part = layout.get(name, (name, None))
+        slices.setdefault(key, {})[name] = part
+
+    def tensor(name):
+        return streaming.mapped(locations[name]).to(state[name].dtype) if locations else state[name]
+
+    for key, parts in slices.items():
+        (name, part), *_ = parts.items()
+        path, _, leaf = name.rpartition(".")
+        if part:
+            whole = torch.empty(part.shape, dtype=state[name].dtype)
+            for name, part in parts.items():
+                part.of(whole).copy_(tensor(name))
+            yield {key: whole}
+        elif leaf == "weight" and path in paths:
+            yield {key.removesuffix(leaf) + end: encoded for end, encoded in encode(path, tensor(name)).items()}
+        else:
+            yield {key: tensor(name)}
+
+
+def _write_configuration(folder, model, **entries):
+    """Write a model's configuration, with further entries, and how it generates."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
     config = Path(folder) / CONFIG_NAME
-    marks = {"quantization_config": {"quant_method": sparse.METHOD, "matrices": matrices}, "transformers_weights": NONE}
-    config.write_text(json.dumps(json.loads(config.read_text()) | marks, indent=2) + "\n")
+    config.write_text(json.dumps(json.loads(config.read_text()) | entries, indent=2) + "\n")
+
+
+def _write_weights(folder, name, groups):
+    """Write groups of tensors {key: tensor}, one file in memory at a time. Returns the name of the file or the index.
+
+    Files are filled as huggingface_hub fills them; a group is in one file.
+    """
+    sizes, places = [], {}  # places: {key: file}
+    for number, shard in enumerate(_shards(groups), 1):
+        file = Path(folder) / f"{name}-{number:05d}.safetensors"
+        streaming.write(file, shard)
+        sizes.append(sum(tensor.nbytes for tensor in shard.values()))
+        places |= dict.fromkeys(shard, file)
+    if len(sizes) == 1:
+        return file.rename(file.with_name(f"{name}.safetensors")).name
+    of = f"-of-{len(sizes):05d}"
+    names = {file: file.rename(file.with_stem(file.stem + of)).name for file in set(places.values())}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {key: names[file] for key, file in places.items()}}
+    file = Path(folder) / f"{name}.safetensors.index.json"
+    file.write_text(json.dumps(index, indent=1) + "\n")
+    return file.name
+
+
+def _shards(groups):
+    """Join groups of tensors {key: tensor} up to `LARGEST` bytes; a larger group stays alone."""
+    shard, size = {}, 0
+    for group in groups:
+        distributed.alive()
+        nbytes = sum(tensor.nbytes for tensor in group.values())
+        if size and size + min(nbytes, LARGEST) > LARGEST >= nbytes:
+            yield shard
+            shard, size = {}, 0
+        if nbytes > LARGEST:
+            yield group
+        else:
+            shard, size = shard | group, size + nbytes
+    if shard:
+        yield shard
 
 
 def stored_bytes(folder, weights, itemsize):

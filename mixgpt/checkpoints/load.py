@@ -13,9 +13,10 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from mixgpt.checkpoints.sparse import METHOD
+from mixgpt.checkpoints.packing import Packed
+from mixgpt.checkpoints.sparse import METHOD, WEIGHTS
 from mixgpt.common import choices, files
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.texts import hub_reachable, silenced
@@ -230,11 +231,19 @@ def open_model(model, config, dtype):
 
     Raises InputError if weights are missing or do not match the configuration.
     """
-    if getattr(config, "quantization_config", None):
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and quantization["quant_method"] != METHOD:
         return load_model(model, dtype)
     name = _source(model)
     with _reading(model, "its weights cannot be read"):
-        stored = streaming.stored_tensors(name)
+        stored = streaming.stored_tensors(name, WEIGHTS if quantization else SAFE_WEIGHTS_NAME)
+        if quantization:
+            stored |= {key: (part[0], torch.empty(description["shape"], device="meta"), Packed(description))
+                       for key, description in quantization["matrices"].items()
+                       if (part := stored.get(f"{key}.{description['parts'][0]}"))}
+            config = copy.deepcopy(config)
+            for mark in ("quantization_config", "transformers_weights"):  # an ordinary model has neither
+                vars(config).pop(mark, None)
         opened = skeleton(config, dtype)
         if not streaming.attach_disk_weights(opened, stored):
             return load_model(model, dtype)

@@ -6,11 +6,13 @@ weights, or on a grid `codes`, packed to wbits; `scale`, and if the grid needs t
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from mixgpt.common.choices import GRIDS
+from mixgpt.common.errors import reading
 from quant import Grid
 
 
@@ -75,3 +77,16 @@ def decode(parts, description):
     codes = zero[:, grid.group].flatten()
     codes[kept] = unpack(parts["codes"], wbits, int(kept.sum()))
     return grid.weights(codes.view(shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """How a matrix is read that is encoded in a file."""
+
+    description: dict
+
+    def read(self, content, key):
+        """Return the matrix whose parts are named after a key in an open file."""
+        with reading(f"{key}: its parts cannot be decoded"):
+            parts = {part: content.get_tensor(f"{key}.{part}") for part in self.description["parts"]}
+            return decode(parts, self.description)

@@ -7,22 +7,27 @@ Until the run has ended, its subdirectory `progress` holds
     layer-00000.safetensors       a finished layer with the grids of its matrices and, as metadata, their errors
     distilled-00000.safetensors   the same layer, distilled; they replace those above once all are written
     quantized-00000.safetensors   the same layer, quantized after distillation
+    result                        the finished checkpoint, until it has been verified and is moved into place
 
 All are written under another name, flushed and renamed, so that a killed run can be continued to the same bits.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
+import secrets
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME
 
-from mixgpt.common import distributed, files, program, texts
+from mixgpt.common import distributed, files, memory, program, texts
 from mixgpt.common.choices import FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import decoder, streaming
@@ -31,6 +36,12 @@ from modelutils import whole
 from quant import Grid
 
 GRID = ("scale", "zero", "group")  # tensors of a quant.Grid
+# The files that a save writes, of which the next one removes those of the one before; without the first it is no model.
+WRITTEN = (CONFIG_NAME, RECORD, "generation_config.json", "model*.safetensors", "model*.safetensors.index.json",
+           "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+           "spiece.model", "sentencepiece*.model", "chat_template*", f"{CHAT_TEMPLATE_DIR}/*.jinja")
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # how file systems say that they have none
+SHOWN = 60  # seconds after which each machine must see a file that another one has written
 
 
 class RunDir(contextlib.AbstractContextManager):
@@ -45,45 +56,58 @@ class RunDir(contextlib.AbstractContextManager):
         """Lock the folder in the first process, the one that writes.
 
         nbytes: of finished layers and result together. resume: accept an interrupted run. overwrite: accept a saved
-        model, which `open` removes. place, advice: flag and path, and what to do, for errors. Raises InputError for a
-        folder that is not empty, not writable, in use by another run or on a full disk, and leaves nothing behind.
+        model, which `publish` replaces. place, advice: flag and path, and what to do, for errors. Raises InputError for
+        a folder that is not empty, not writable, in use by another run or on a full disk, and leaves nothing behind.
         """
         self.path, self.folder, self.save_format = Path(path), Path(path) / PROGRESS, save_format
+        self.result = self.folder / "result"
         self.place, self.advice, self.run = place or f"--save {path}", advice, {}  # run: content of run.json
         self.writes = distributed.rank() == 0
         self.thread, self.writing = ThreadPoolExecutor(1), None
         if self.writes:
             try:
-                self.is_new, self.overwrites = not self.path.exists(), overwrite and (self.path / RECORD).is_file()
-                self._check(nbytes)
+                self.is_new = not self.path.exists()
+                self._check(nbytes, resume, overwrite)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = (self.folder / "lock").open("a")
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"{self.place}: is in use by another run") from error
             except OSError as error:
-                raise InputError(f"{self.place}: cannot be used ({error.strerror}); name another folder") from error
+                if error.errno not in NO_LOCKS:
+                    raise InputError(f"{self.place}: cannot be used ({error.strerror}); name another folder") from error
+                print(f"warning  {self.place}: its file system has no locks; start no other run there", flush=True)
             if is_interrupted_run(self.path) and not resume:
                 self.lock.close()
-                raise InputError(f"{self.place}: holds an interrupted run; continue it with --resume, or remove the "
-                                 "folder")
+                raise InputError(f"{self.place}: holds an interrupted run; continue it with --resume, or remove "
+                                 f"{self.folder}")
 
-    def _check(self, nbytes):
+    def _check(self, nbytes, resume, overwrite):
+        if resume and is_interrupted_run(self.path):
+            with self._reading(self.folder / "run.json"):
+                self.run = json.loads((self.folder / "run.json").read_text())
         left = {self.folder, self.folder / "lock", *self.folder.glob("*.partial")}  # by a run that never started
         unused = all(file in left for file in self.path.rglob("*"))
-        if not (unused or is_interrupted_run(self.path) or self.overwrites):
+        if not (unused or is_interrupted_run(self.path) or overwrite and is_saved_model(self.path)):
             raise InputError(f"{self.place}: exists and is not an empty folder; name another one, or give --overwrite "
                              "to replace a saved model")
-        free = shutil.disk_usage(next(place for place in self.folder.absolute().parents if place.exists())).free
-        needed = nbytes - sum(file.stat().st_size for file in self.path.rglob("*.safetensors"))
+        free, in_memory = memory.room(self.folder)
+        own = (self.path if self.published else self.folder).rglob("*.safetensors")
+        needed = nbytes - sum(file.stat().st_size for file in own)
         if free < needed:
+            there = "there, as its file system is memory" if in_memory else "there"
             raise InputError(f"{self.place}: finished layers and the result need {needed / 1e9:.3f} GB, "
-                             f"{free / 1e9:.3f} GB are free there; free some, or name another folder")
+                             f"{free / 1e9:.3f} GB are free {there}; free some, or name another folder")
+
+    @property
+    def published(self):
+        """Whether the checkpoint of this run is in place, in the format that is asked for."""
+        return self.run.get("published") == self.save_format
 
     def __exit__(self, *error):
         self.thread.shutdown()  # waits for it
         if self.writes:
-            kept = any(self.folder.glob("*.safetensors")) or any(file != self.folder for file in self.path.glob("*"))
+            kept = any(self.folder.rglob("*.safetensors")) or "published" in self.run
             if not (is_interrupted_run(self.path) and kept):
                 clear(self.path)
                 if self.is_new and not any(self.path.glob("*")):
@@ -94,37 +118,43 @@ class RunDir(contextlib.AbstractContextManager):
         """Start a run, or go on with the one here. Raises InputError if that differs in its identity, {flag: value}."""
         identity = {"version of this program": program.__version__} | identity
         if self.writes and is_interrupted_run(self.path):
-            with self._reading(self.folder / "run.json"):
-                self.run = json.loads((self.folder / "run.json").read_text())
             program.check_signature(self.run, f"--resume: the run in {self.path}")
             before = self.run["identity"]
-            for flag in before | identity:
+            for flag in (before | identity).keys() - {"--save-format"}:  # which earlier runs have there; it may change
                 if before.get(flag) != identity.get(flag):
                     raise InputError(f"--resume: {flag} was {before.get(flag)} in the interrupted run in {self.path}, "
                                      f"now it is {identity.get(flag)}")
-            for file in [*self.path.rglob("*.partial"), *self.path.rglob(".tmp*")]:  # that it was writing
+            for file in [*self.folder.rglob("*.partial"), *self.folder.rglob(".tmp*"),
+                         *self.path.glob(f"{RECORD}.*.partial")]:  # that it was writing
                 file.unlink()
         elif self.writes:
-            for entry in set(self.path.iterdir()) - {self.folder} if self.overwrites else ():
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
-            self.run = program.signature() | {"identity": identity}
+            self.run = program.signature() | {"token": secrets.token_hex(8), "identity": identity}
             self.write_json(self.folder / "run.json", self.run)
-        self.run = distributed.broadcast_object(self.run)
+        self.run = distributed.broadcast_object(json.loads(json.dumps(self.run)))
+        self._check_shared()
         self.model, self.layers, self.layers_path = model, decoder.layers_of(model), decoder.layers_path(model)
         self.before = {}  # {(stage, layer): where the weights of a layer on disk were before it was finished}
         self.begin("layer")
         if isinstance(self.run.get("distilled"), dict):  # not a reason why there is no distilled model
             self.take_distilled()
 
+    def _check_shared(self):
+        """Raise InputError in all processes if one of them does not see what the first one has written."""
+        end, seen = time.monotonic() + SHOWN, False
+        while not seen and time.monotonic() < end:
+            with contextlib.suppress(OSError, ValueError):
+                seen = json.loads((self.folder / "run.json").read_text()) == self.run
+            time.sleep(0 if seen else 1)
+        if not all(distributed.all_gather_object(seen)):
+            raise InputError(f"{self.place}: a process does not see what the first one writes there; it must be a "
+                             "folder that all machines share")
+
     def begin(self, stage, scheme=None):
         """Begin a stage, "layer" or "quantized", which names its files. scheme: quant.Scheme of its matrices."""
         self.stage, self.scheme = stage, scheme
 
     def _reading(self, file):
-        return reading(f"--resume: {file} cannot be read; remove {self.path} to start over")
+        return reading(f"--resume: {file} cannot be read; remove {self.folder} to start over")
 
     def kept(self, name, make):
         """Return what the interrupted run has kept under a name; else make() and keep it.
@@ -139,7 +169,7 @@ class RunDir(contextlib.AbstractContextManager):
         if tensors:
             with self._disk_errors(file.name):
                 streaming.write(file, tensors)
-        distributed.barrier()  # all have written theirs
+        value = distributed.broadcast_object(value)  # once all have written theirs
         self.keep(name, value)
         return value, tensors
 
@@ -238,34 +268,67 @@ class RunDir(contextlib.AbstractContextManager):
     def _disk_errors(self, name):
         return files.writing(f"{self.place}: {name}", self.advice)
 
-    def write_checkpoint(self, tokenizer, grids):
-        """Write the final checkpoint; what makes it loadable comes last.
+    def write_checkpoint(self, tokenizer, grids, record):
+        """Write the final checkpoint beside the layers, unless it is in place already. Returns its folder.
 
-        grids: {name of a linear: quant.Grid}. Formats other than dense load the whole model into memory.
+        grids: {name of a linear: quant.Grid}. record: of the run so far. Formats that do not stream load the model.
         """
+        if self.published:
+            return self.path
         if self.writes:
+            shutil.rmtree(self.result, ignore_errors=True)
+            self.result.mkdir()
+            self.write_json(self.result / RECORD, record)
             with reading("the tokenizer cannot be saved"), self._disk_errors("the tokenizer"):
                 owners = [each for each in (vars(self.model.config), tokenizer.init_kwargs) if each.get("auto_map")]
                 folder = self.model.config.name_or_path  # "" for a model built in memory
                 code = list(Path(folder).glob("*.py")) if owners and folder else []
                 for file in code:  # for others to load: it is never run here
-                    shutil.copyfile(file, self.path / file.name)
+                    shutil.copyfile(file, self.result / file.name)
                 for owner in () if code else owners:  # of a hub id, whose code is not fetched
                     del owner["auto_map"]
-                tokenizer.save_pretrained(self.path)
+                tokenizer.save_pretrained(self.result)
             with self._disk_errors("the model"), texts.silenced():
                 save_format = FORMATS[self.save_format]
                 with contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu")):
-                    save_format.load()(self.path, self.model, grids)
-                for file in self.path.glob("*.safetensors"):  # safetensors lets nobody else read it
-                    file.chmod((self.path / RECORD).stat().st_mode)
+                    save_format.load()(self.result, self.model, grids)
+                for file in self.result.glob("*.safetensors"):  # safetensors lets nobody else read it
+                    file.chmod((self.result / RECORD).stat().st_mode)
         distributed.barrier()  # all read it
+        return self.result
+
+    def publish(self):
+        """Move the checkpoint into place, and remove what a save before it has written; other files stay.
+
+        If this is interrupted, the folder holds no model, and the run can go on.
+        """
+        distributed.barrier()  # others may still read it
+        if self.published:
+            return
+        self.keep("published", None)
+        with self._disk_errors("the model"):
+            for file in [file for pattern in WRITTEN for file in self.path.glob(pattern)] if self.writes else ():
+                file.unlink()
+            result = [file for file in self.result.rglob("*") if file.is_file()] if self.writes else ()
+            for file in sorted(result, key=lambda file: file.name == CONFIG_NAME):
+                (place := self.path / file.relative_to(self.result)).parent.mkdir(exist_ok=True)
+                file.replace(place)
+        self.keep("published", self.save_format)
+        distributed.barrier()  # all look for it there
 
     def close(self):
         """Remove what was kept to go on from: the run is complete."""
         distributed.barrier()  # others may still read the layers there
         if self.writes:
             clear(self.path)
+
+
+def is_saved_model(path):
+    """Return whether a folder holds what a run of this program has saved: configuration, weights and record."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        record = json.loads((path / RECORD).read_text())
+        return "program" in record and (path / CONFIG_NAME).is_file() and any(path.glob("*.safetensors"))
+    return False
 
 
 def clear(path):

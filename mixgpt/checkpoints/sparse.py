@@ -190,11 +190,12 @@ class SparseLinear(torch.nn.Module):
 class SparseConfig(QuantizationConfigMixin):
     """What config.json says of the format.
 
-    matrices: {name of a parameter: its description}. dequantize: expand all matrices into ordinary linears.
+    matrices: {name of a parameter: its description}. weights: the file that holds them, or the index of several.
+    dequantize: expand all matrices into ordinary linears.
     """
 
-    def __init__(self, matrices, dequantize=False, **_):
-        self.quant_method, self.matrices, self.dequantize = METHOD, matrices, dequantize
+    def __init__(self, matrices, weights=WEIGHTS, dequantize=False, **_):
+        self.quant_method, self.matrices, self.weights, self.dequantize = METHOD, matrices, weights, dequantize
 
 
 @register_quantizer(METHOD)
@@ -207,7 +208,8 @@ class SparseQuantizer(HfQuantizer):
         return False
 
     def update_attn_implementation(self, config):
-        config.transformers_weights = WEIGHTS  # the first call in which a quantizer sees the configuration
+        # the first call in which a quantizer sees the configuration
+        config.transformers_weights = self.quantization_config.weights
         return config
 
     def param_needs_quantization(self, model, name, **_):

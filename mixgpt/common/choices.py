@@ -97,9 +97,10 @@ FORMATS = Registry({
                         streams=True, holds_experts=True),
     "compressed-tensors": SaveFormat(
         "packed integers, which vLLM loads too", "mixgpt.checkpoints.formats:save_compressed_tensors",
-        refuses=not_packed),
+        streams=True, refuses=not_packed),
     "sparse": SaveFormat(
-        "a bit mask and the packed values of the kept weights", "mixgpt.checkpoints.formats:save_sparse"),
+        "a bit mask and the packed values of the kept weights", "mixgpt.checkpoints.formats:save_sparse",
+        streams=True),
 })
 SALIENCIES = Registry({
     "obs": Saliency("w² / [H⁻¹]_mm (SparseGPT)", "sparsegpt:obs_saliency"),

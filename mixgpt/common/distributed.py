@@ -1,6 +1,10 @@
 """Processes that divide the work, as started by torchrun; without it, a single process."""
 
+import atexit
 import contextlib
+import os
+import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -10,16 +14,18 @@ from mixgpt.common import program
 from mixgpt.common.errors import reading
 from mixgpt.common.program import rank, world
 
-# The others wait while the first process writes and verifies the checkpoint. If it dies, they end at once.
-LONGEST_WAIT = timedelta(days=7)
+START = 24 * 3600  # seconds for which processes wait for the last one to download, convert and read what it needs
+PATIENCE = 600  # seconds for which they then wait while none shows that it works; if one dies, they end at once
+UNANSWERED = "another process does not answer"
 _hosts = None  # the process group for objects, numbers and tensors on the host; None: the default group
 _store = None  # through which the processes meet, behind one more prefix each time, as it keeps earlier addresses
+_patience, _shown = START, 0.0  # in force now; when this process last showed that it works
 
 
 @contextlib.contextmanager
 def joined(device):
     """Join the processes started by torchrun within the block, unless they are already. device: of this process."""
-    global _hosts, _store
+    global _hosts, _store, _patience
     if program.world() == 1:
         yield
         return
@@ -31,7 +37,7 @@ def joined(device):
                      "WORLD_SIZE"):
             _store = dist.PrefixStore("mixgpt", _store or next(dist.rendezvous("env://"))[0])
             dist.init_process_group("nccl" if gpu else "gloo", None, None, world(), rank(), _store, device_id=gpu)
-    _hosts = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    _hosts, _patience = dist.new_group(backend="gloo", timeout=timedelta(days=7)), START  # `_wait` ends earlier
     yield
     if own:
         dist.destroy_process_group()  # not after an error: torchrun then ends the others
@@ -44,10 +50,48 @@ def share(count, number=None):
     return slice(number * count // world(), (number + 1) * count // world())
 
 
+def prepared():
+    """Wait for the other processes to be as far, and from now on for `PATIENCE` only."""
+    global _patience
+    barrier()
+    _patience = PATIENCE
+
+
+def alive():
+    """Show the processes that wait for this one that it works; what takes one of them long calls this at each step."""
+    global _shown
+    if world() > 1 and time.monotonic() - _shown > _patience / 20:
+        _shown = time.monotonic()
+        _signs(1)
+
+
+def _signs(new=0):
+    """Return how often processes have shown that they work, None if a caller's store, or none any more, counts it."""
+    with contextlib.suppress(RuntimeError):  # the store ends with the process that keeps it
+        return _store and _store.add("alive", new)
+
+
+def _wait(work):
+    """Wait for an operation of the hosts, None if it is done, while one of them works. Raises RuntimeError."""
+    signs, since = None, time.monotonic()
+    while work:
+        try:
+            return work.wait(timedelta(seconds=min(_patience / 20, 1)))
+        except RuntimeError:
+            if work.is_completed():
+                return work.wait()  # raises why it failed, if it did
+        if signs != (signs := _signs()):
+            since = time.monotonic()
+        if time.monotonic() - since > (_patience if _store else START):
+            atexit.register(os._exit, 1)  # else gloo would wait for the others once more
+            atexit.register(sys.stdout.flush)  # before that
+            raise RuntimeError(UNANSWERED)
+
+
 def all_reduce(tensor):
     """Sum a tensor over all processes, in place."""
     if world() > 1:
-        dist.all_reduce(tensor, group=None if tensor.is_cuda else _hosts)
+        _wait(dist.all_reduce(tensor, group=None if tensor.is_cuda else _hosts, async_op=not tensor.is_cuda))
 
 
 def all_gather_parts(parts, sizes):
@@ -61,8 +105,8 @@ def all_gather_parts(parts, sizes):
     own = torch.cat([own, own.new_zeros(max(map(sum, sizes)) - len(own), *own.shape[1:])])
     together = [torch.empty_like(own) for _ in range(world())]
     # as bytes, as gloo does not support every dtype
-    dist.all_gather([part.view(torch.uint8) for part in together], own.view(torch.uint8),
-                    group=None if own.is_cuda else _hosts)
+    _wait(dist.all_gather([part.view(torch.uint8) for part in together], own.view(torch.uint8),
+                          group=None if own.is_cuda else _hosts, async_op=not own.is_cuda))
     split = [tensor[:sum(of_rank)].split(of_rank) for tensor, of_rank in zip(together, sizes, strict=True)]
     return [torch.cat(of_all) for of_all in zip(*split, strict=True)]
 
@@ -77,6 +121,7 @@ def all_gather_object(value):
     """Return the values passed by all processes, in rank order."""
     if world() == 1:
         return [value]
+    barrier()  # which can be waited for with patience
     values = [None] * world()
     dist.all_gather_object(values, value, group=_hosts)
     return values
@@ -94,4 +139,5 @@ def broadcast_object(value):
 
 def barrier():
     """Wait until all processes get here."""
-    all_gather_object(None)
+    if world() > 1:
+        _wait(dist.barrier(group=_hosts, async_op=True))

@@ -1,43 +1,66 @@
-"""What fits in memory, and how a step goes on where memory has run out: with less of it."""
+"""What fits in memory and on disks, and how a step goes on where memory has run out: with less of it."""
 
 import contextlib
 import gc
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
-from mixgpt.common import distributed, errors
+from mixgpt.common import distributed, errors, program
 
 GROUPS, PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # where they are, and which are this process's
+LIMITS = {"memory.max": ("anon", "shmem"), "memory.limit_in_bytes": ("total_rss", "total_shmem")}  # versions 2 and 1
 USABLE = 0.9  # of the free memory: the rest is lost between tensors, or taken by other programs meanwhile
 
 
 def free(device):
     """Return the bytes of a device's memory that new tensors of this process may take.
 
-    On a GPU that includes what PyTorch's allocator has cached. Processes share the host's memory in equal parts.
+    On a GPU that includes what PyTorch's allocator has cached. The processes of a machine share its memory equally.
     """
-    if device.type == "cuda":
-        nbytes = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-                  - torch.cuda.memory_allocated(device))
-    else:
-        nbytes = min(psutil.virtual_memory().available, *_left_by_groups()) / distributed.world()
-    return int(USABLE * nbytes)
+    if device.type != "cuda":
+        return free_on_host() // program.world("LOCAL_WORLD_SIZE")
+    return int(USABLE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                         - torch.cuda.memory_allocated(device)))
+
+
+def free_on_host():
+    """Return the bytes of the host's memory that are free for all processes of this machine together."""
+    return int(USABLE * min(psutil.virtual_memory().available, *_left_by_groups()))
 
 
 def _left_by_groups():
-    """Return inf, and the bytes that Linux's control groups (version 2) leave to this container or batch job."""
+    """Return inf, and the bytes that Linux's control groups leave to this container or batch job."""
     left = [math.inf]
     with contextlib.suppress(OSError, ValueError):
-        group = GROUPS / PROCESS.read_text().partition("0::/")[2].strip()
-        for folder in (group, *group.parents):
-            if (limit := folder / "memory.max").exists() and (most := limit.read_text().strip()) != "max":
-                used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                left.append(max(int(most) - int(used["anon"]) - int(used["shmem"]), 0))  # the rest are caches
+        for line in PROCESS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)  # of version 2 without kinds
+            group = GROUPS / ("memory" if kinds else "") / path.strip("/")
+            for folder in (group, *group.parents) if kinds in ("", "memory") else ():
+                for limit, fields in LIMITS.items():
+                    if (file := folder / limit).exists() and (most := file.read_text().strip()) != "max":
+                        used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                        # the rest are caches
+                        left.append(max(int(most) - sum(int(used.get(field, 0)) for field in fields), 0))
     return left
+
+
+def room(path):
+    """Return the bytes that are free for files at a path, which need not exist, and whether they are of memory.
+
+    In a tmpfs or ramfs, as many a /tmp, files take memory, here all that is free for the processes of this machine.
+    """
+    place = next(folder for folder in (Path(path).resolve(), *Path(path).resolve().parents) if folder.exists())
+    disks = [disk for disk in psutil.disk_partitions(all=True) if place.is_relative_to(disk.mountpoint)]
+    kind = max(disks, key=lambda disk: len(disk.mountpoint)).fstype if disks else ""
+    of_disk = math.inf if kind == "ramfs" else shutil.disk_usage(place).free  # a ramfs knows no size
+    if kind not in ("tmpfs", "ramfs"):
+        return of_disk, False
+    return min(of_disk, free_on_host()), True
 
 
 @dataclass(frozen=True)

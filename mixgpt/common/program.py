@@ -11,9 +11,9 @@ __version__ = "1.0.0"
 SCHEMA = 1  # of mixgpt.json and progress/run.json; to be raised when older files can no longer be read
 
 
-def world():
-    """Return the number of processes."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+def world(variable="WORLD_SIZE"):
+    """Return the number of processes. variable: LOCAL_WORLD_SIZE for those on this machine, all if it is not set."""
+    return int(os.environ.get(variable) or os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank(variable="RANK"):

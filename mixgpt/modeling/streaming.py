@@ -3,19 +3,20 @@
 import hashlib
 import json
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from mixgpt.common import distributed
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import replacing
 from mixgpt.modeling.decoder import layers_of, layers_path, rest_of
-from mixgpt.modeling.experts import ExpertSlice, layout_of, on_meta
+from mixgpt.modeling.experts import layout_of, on_meta
 
 
 class TensorLocation(NamedTuple):
@@ -23,7 +24,7 @@ class TensorLocation(NamedTuple):
 
     file: str
     key: str  # in the file
-    part: ExpertSlice | None = None  # if it is one of several in the tensor of this key
+    part: Any = None  # how its values are read, if not as they are: an ExpertSlice, or a checkpoints.packing.Packed
 
 
 def disk_weights(module):
@@ -48,6 +49,7 @@ def read(module):
         location = locations[name]
         stored = mapped(location, files[location.file])
         tensors[name] = torch.empty(stored.shape, dtype=own.dtype).copy_(stored)
+        distributed.alive()
         check_finite(tensors[name], f"{location.file}: {location.key}")
     return tensors
 
@@ -56,7 +58,7 @@ def mapped(location, content=None):
     """Return the tensor at a location as it is stored, of an open file; the disk is read where its values are used."""
     content = content or safe_open(location.file, "pt")
     if location.part:
-        return location.part.of(content.get_slice(location.key))
+        return location.part.read(content, location.key)
     return content.get_tensor(location.key)
 
 
@@ -66,13 +68,15 @@ def check_finite(tensor, name):
         raise InputError(f"{name} contains NaN or inf")
 
 
-def stored_tensors(name):
+def stored_tensors(name, weights=SAFE_WEIGHTS_NAME):
     """Return {key: (file, tensor on meta)} of a directory or hub id, {} if its weights are not in safetensors files.
+
+    weights: name of the file, if it is one.
 
     Raises ValueError if the index points outside the directory, InputError if a file cannot be read.
     """
     file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-                   for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+                   for file in (weights, f"{weights}.index.json"))
     files, stored = [file] if file else [], {}
     if index and not file:
         for shard in map(PurePosixPath, json.loads(Path(index).read_text())["weight_map"].values()):
@@ -88,8 +92,9 @@ def stored_tensors(name):
 def attach_disk_weights(model, stored):
     """Make a model on meta read its weights from `stored_tensors`. Returns whether these hold all, unchanged.
 
-    Keys may lack or add the base model prefix, as `from_pretrained` allows, or be those of a model whose text part this
-    is. Raises ValueError if a shape differs from the configuration.
+    Those of packed matrices have a third entry, `TensorLocation.part`. Keys may lack or add the base model prefix, as
+    `from_pretrained` allows, or be those of a model whose text part this is. Raises ValueError if a shape differs from
+    the configuration.
     """
     layout, tied, locations = layout_of(model), model.all_tied_weights_keys, {}
     if layout is None:
@@ -98,7 +103,7 @@ def attach_disk_weights(model, stored):
         location = _find(model, tied.get(name, name), layout, stored)
         if location is None:
             return False
-        shape = location.part.shape if location.part else tensor.shape
+        shape = getattr(location.part, "shape", tensor.shape)
         if (found := stored[location.key][1].shape) != shape:
             raise ValueError(f"{location.key} is {tuple(found)}, its configuration expects {tuple(shape)}")
         locations[name] = location
@@ -122,7 +127,8 @@ def _find(model, name, layout, stored):
         for spelling in (key, inside, base + key, f"language_model.{key}", f"{base}language_model.{inside}",
                          f"{base}text_model.{inside}"):
             if spelling in stored:
-                return TensorLocation(stored[spelling][0], spelling, part)
+                file, _, *packed = stored[spelling]
+                return TensorLocation(file, spelling, *packed or [part])
     return None
 
 
@@ -156,3 +162,4 @@ def write(file, tensors, **metadata):
     with replacing(file) as partial:
         save_file({key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}, partial,
                   metadata={"format": "pt"} | metadata)
+    distributed.alive()

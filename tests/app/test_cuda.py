@@ -258,6 +258,17 @@ def test_what_control_groups_leave_of_the_hosts_memory_is_free(tmp_path, monkeyp
     monkeypatch.setattr(memory, "GROUPS", tmp_path)
     monkeypatch.setattr(memory, "PROCESS", tmp_path / "process")
     assert memory.free(torch.device("cpu")) == 5000 * memory.USABLE
+    (tmp_path / "process").write_text("5:cpu:/\n4:memory:/job/step\n0::/\n")  # version 1
+    (tmp_path / "memory" / "job" / "step").mkdir(parents=True)
+    for group, most in {"memory": 2**63 - 4096, "memory/job": 6000, "memory/job/step": 2**63 - 4096}.items():
+        (tmp_path / group / "memory.limit_in_bytes").write_text(f"{most}\n")
+        (tmp_path / group / "memory.stat").write_text("rss 1\ntotal_cache 9000\ntotal_rss 1500\ntotal_shmem 500\n")
+    assert memory.free(torch.device("cpu")) == 4000 * memory.USABLE
+    monkeypatch.setenv("WORLD_SIZE", "16")  # of which four are on this machine
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free(torch.device("cpu")) == 1000 * memory.USABLE
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert memory.free(torch.device("cpu")) == 250 * memory.USABLE
 
 
 def peak_of(run, *options, **limits):

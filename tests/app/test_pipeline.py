@@ -11,7 +11,17 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from commands import SMALL
-from conftest import CPU, assert_same_weights, make, make_plan, measure_sparsity, modules_of, record_of, saved_tensors
+from conftest import (
+    CPU,
+    assert_same_weights,
+    contents,
+    make,
+    make_plan,
+    measure_sparsity,
+    modules_of,
+    record_of,
+    saved_tensors,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -242,21 +252,35 @@ def test_a_save_that_reads_back_differently_is_reported(prune, tmp_path, monkeyp
             tensors["model.norm.weight"].view(torch.int32)[-1] ^= 1  # the last bit
         write(file, tensors, **metadata)
 
-    monkeypatch.setattr(streaming, "write", corrupt)
-    assert "VerificationError: --save" in prune("llama", "--sparsity .5 --save", tmp_path / "saved", status=1)
+    folder, options = tmp_path / "saved", "--sparsity .5 --gmp --overwrite --save"
+    prune("llama", options, folder)
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "write", corrupt)
+        assert "VerificationError: --save" in prune("llama", "--wbits 4", options, folder, status=1)
+    for name, content in before.items():  # the model that was to be replaced
+        assert name == "mixgpt.json" or (folder / name).read_bytes() == content
+    prune("llama", "--wbits 4 --resume", options, folder)
+    assert contents(folder)["model.safetensors"] != before["model.safetensors"]
 
 
 def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint_folder, prune, tmp_path):
     folder, gmp = tmp_path / "saved", "--sparsity .75 --gmp --save"
     prune("llama", "--sparsity .5 --gmp --save", folder)
     (folder / "extra").mkdir()
+    (folder / "extra" / "notes.txt").write_text("mine")
+    for name in ("model.safetensors.index.json", "model.sparse.safetensors", "merges.txt"):  # of a save before
+        (folder / name).write_text("{}")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert "give --overwrite to replace a saved model" in prune("llama", gmp, folder, status=2)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     prune("llama", gmp, folder, "--overwrite")
-    assert record_of(folder)["sparsity"] == 0.75 and not (folder / "extra").exists()
+    assert record_of(folder)["sparsity"] == 0.75 and (folder / "extra" / "notes.txt").read_text() == "mine"
+    prune("llama", gmp, tmp_path / "new")
+    assert {file.name for file in folder.iterdir()} == {"extra", *(file.name for file in (tmp_path / "new").iterdir())}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
+    prune("llama", gmp[:-7], "--record", tmp_path / "mine" / "mixgpt.json")  # whose name is that of a saved one
     prune("llama", gmp, tmp_path / "mine", "--overwrite", status=2)
     (folder / "mine.txt").write_text("mine")
     for reads in ({"model": folder}, {"data": folder / "mine.txt"}, {"data": f"builtin:1,{folder / 'mine.txt'}:1"}):

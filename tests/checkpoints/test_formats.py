@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from conftest import make, modules_of, save, saved_tensors
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import mixgpt
-from mixgpt.checkpoints import load
+from mixgpt.checkpoints import formats, load, run_dir
 from mixgpt.common.errors import InputError
+from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import path_of
 from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
@@ -89,6 +91,50 @@ def test_embeddings_stay_tied_and_are_stored_once(name, tied, save_format, halve
     assert (reloaded.get_output_embeddings().weight is reloaded.get_input_embeddings().weight) == tied
     stored = [W for W in saved_tensors(tmp_path / "saved").values() if W.ndim == 2 and len(W) == 384]
     assert len(stored) == 2 - tied
+
+
+@pytest.mark.parametrize("save_format, wbits, index", [
+    ("sparse", "4", "model.sparse.safetensors.index.json"), ("sparse", "16", "model.sparse.safetensors.index.json"),
+    ("compressed-tensors", "4", "model.safetensors.index.json")])
+def test_packed_files_are_filled_and_read_one_at_a_time(save_format, wbits, index, prune, tmp_path, monkeypatch):
+    """The whole model is never in memory: not to be packed, not to be verified, not as the input of a run."""
+    options = ["llama", f"--gmp --sparsity .5 --wbits {wbits}", "--sym" * (wbits == "4"), "--save"]
+    prune(*options, tmp_path / "dense")
+    write, sizes = streaming.write, []
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "whole", None)
+        patch.setattr(formats, "LARGEST", 5_000)
+        patch.setattr(streaming, "write", lambda file, tensors, **more: (
+            sizes.append(sum(tensor.nbytes for tensor in tensors.values())), write(file, tensors, **more)))
+        if save_format == "sparse":
+            patch.setattr(load, "read_model", None)
+        prune(*options, tmp_path / "saved", "--save-format", save_format)
+        sizes = sizes[3:]  # behind the layers
+        assert len(sizes) > 3 and max(sizes[1:]) <= 5_000 < sizes[0]  # the embeddings
+        prune("llama", "--save", tmp_path / "again", model=tmp_path / "saved")
+    assert (tmp_path / "saved" / index).exists()
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    for folder in ("saved", "again"):
+        assert_same(dense, load.load_model(tmp_path / folder, "auto"))
+        assert_same(dense, mixgpt.load(tmp_path / folder, "cpu", packed=False)[0])
+    parts = saved_tensors(tmp_path / "again")
+    assert parts.keys() == saved_tensors(tmp_path / "dense").keys()
+    assert "quantization_config" not in (tmp_path / "again" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("damage", ["shorter", "missing"])
+def test_a_packed_matrix_that_cannot_be_decoded_is_named(damage, halved, tokenizer, tmp_path, prune):
+    model, grids = halved("llama", SYM)
+    save(folder := tmp_path / "saved", model, tokenizer, {}, "sparse", grids)
+    tensors = load_file(file := folder / "model.sparse.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight.codes"
+    tensors[name] = tensors[name][:-8].clone()
+    if damage == "missing":
+        tensors.pop(name)
+    save_file(tensors, file, {"format": "pt"})
+    line = prune("llama", model=folder, status=2)
+    assert ("model.layers.1.mlp.up_proj.weight: its parts cannot be decoded: " if damage == "shorter" else
+            f"model {folder}: ") in line and line.count("\n") == 1
 
 
 CHANNEL = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"}

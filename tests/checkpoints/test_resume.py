@@ -31,7 +31,7 @@ class Scenario:
 
 
 CALIBRATION = {"forward", "Hessian", "factorisation", "walk"}
-SPARSEGPT = [{"forward"}, CALIBRATION, {"finish"}, {"half a file"}, {"complete"}, {"evaluation"}, {"end"}]
+SPARSEGPT = [{"forward"}, CALIBRATION, {"finish"}, {"half a file"}, {"complete"}, {"publish"}, {"evaluation"}, {"end"}]
 SCENARIOS = {
     "opt": Scenario("opt", ["--sparsity", ".5"], [{"load"}, *SPARSEGPT], shard=40_000),
     "opt, in memory": Scenario("opt", ["--sparsity", ".5", "--wbits", "4"], SPARSEGPT[1:3], pickled=True),
@@ -40,7 +40,7 @@ SCENARIOS = {
                              {"distillation"}, {"finish"}, {"finish"}]),
     "llama, mixed": Scenario("llama", [*MIXED, "--wbits", "4"], [{"sensitivity"}, {"traces"}, {"traces"}, {"finish"}]),
     "bloom, sparse": Scenario("bloom", ["--sparsity", ".5", "--wbits", "4", "--no-true-sequential", "--save-format",
-                                        "sparse"], [{"finish"}, {"half a file"}, {"complete"}]),
+                                        "sparse"], [{"finish"}, {"half a file"}, {"publish"}]),
     "baichuan-7b, packed": Scenario("baichuan-7b", ["--sparsity", ".5", "--wbits", "4", "--sym", "--act-order",
                                                     "--distill", "1", "--save-format", "compressed-tensors"],
                                     [{"finish"}, {"distillation"}, {"complete"}]),

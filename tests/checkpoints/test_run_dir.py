@@ -1,5 +1,6 @@
 """Check the folder of a run: who may write to it, what may go on in it, and that what comes back is what was left."""
 
+import errno
 import json
 import re
 import shutil
@@ -16,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import mixgpt
 from mixgpt.allocation import fisher
-from mixgpt.app import compression
+from mixgpt.app import compression, pipeline
 from mixgpt.app import run as running
-from mixgpt.checkpoints import formats, load
+from mixgpt.checkpoints import formats, load, run_dir
 from mixgpt.checkpoints.run_dir import RunDir
-from mixgpt.common import memory
+from mixgpt.common import choices, memory
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
 from mixgpt.pruning import calibration, distill, solvers
@@ -67,7 +68,7 @@ def test_a_folder_that_cannot_be_used_is_refused_and_nothing_is_left(case, tmp_p
 @pytest.mark.parametrize("layers, saved, needed", [(0, 0, 200), (60, 0, 140), (100, 70, 30)])
 def test_room_for_layers_and_result_that_are_not_there_yet_is_asked_for(layers, saved, needed, tmp_path, monkeypatch):
     (tmp_path / "progress").mkdir()
-    (tmp_path / "progress" / "run.json").write_text("{}")
+    (tmp_path / "progress" / "run.json").write_text('{"published": "dense"}' if saved else "{}")
     (tmp_path / "progress" / "layer-00000.safetensors").write_bytes(bytes(layers))
     (tmp_path / "model-00001-of-00003.safetensors").write_bytes(bytes(saved))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
@@ -76,6 +77,46 @@ def test_room_for_layers_and_result_that_are_not_there_yet_is_asked_for(layers, 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(InputError, match=r": finished layers and the result need 0.000 GB, 0.000 GB are free there"):
         RunDir(tmp_path, nbytes=200)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_and_the_run_goes_on(error, prune, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(error, "as Lustre")
+
+    monkeypatch.setattr(run_dir, "fcntl", SimpleNamespace(flock=flock, LOCK_EX=0, LOCK_NB=0))
+    assert prune("opt", "--gmp", HALF, tmp_path / "saved").startswith(
+        f"warning  --save {tmp_path / 'saved'}: its file system has no locks; start no other run there\n")
+    with pytest.raises(InputError), RunDir(tmp_path / "none"):
+        raise InputError("a text is too short")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"] and not (tmp_path / "saved" / "progress").exists()
+
+
+def test_what_the_end_needs_of_memory_is_asked_for_before_weights_are_read(checkpoint_folder, prune, tmp_path,
+                                                                           monkeypatch):
+    size = load.size(load.read_config(checkpoint_folder("opt")), "auto")
+    monkeypatch.setattr(streaming, "stored_tensors", None)
+    monkeypatch.setattr(formats, "LARGEST", 50_000)
+    monkeypatch.setitem(choices.FORMATS, "whole", choices.SaveFormat("", formats.save_dense))
+    for save_format, needed in (("dense", 50_000), ("sparse", 50_000), ("whole", size), ("compressed-tensors", size)):
+        words = ["opt", "--gmp --wbits 4 --sym --save-format", save_format, HALF, tmp_path / "saved"]
+        monkeypatch.setattr(memory, "free_on_host", lambda needed=needed: needed - 1)
+        assert f"--save {tmp_path / 'saved'}: needs 0.000 GB of memory at the end" in prune(*words, status=2)
+        monkeypatch.setattr(memory, "free_on_host", lambda needed=needed: needed)
+        assert "NoneType" in prune(*words, status=2)
+
+
+@pytest.mark.parametrize("kind, free, needed", [("tmpfs", 89_999, 90_000), ("ramfs", 89_999, 90_000), ("ext4", 0, 1)])
+def test_files_in_a_tmpfs_take_memory(kind, free, needed, tmp_path, monkeypatch):
+    disks = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype=kind)]
+    monkeypatch.setattr(memory.psutil, "disk_partitions", lambda all: disks if all else [])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0 if kind != "tmpfs" else 10**9))
+    monkeypatch.setattr(memory, "free_on_host", lambda: free)
+    with pytest.raises(InputError, match=f"0.000 GB are free there{'' if kind == 'ext4' else ', as .* is memory'}; "):
+        RunDir(tmp_path / "new" / "saved", nbytes=needed)
+    if kind != "ext4":
+        with RunDir(tmp_path / "new" / "saved", nbytes=needed - 1):
+            pass
 
 
 def hold(path, held):
@@ -112,9 +153,8 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
     interrupt(1, "opt", "--extra 1", HALF, saved, model=source)
     before = snapshot(saved)
     assert refused() == (f"llama.py: error: --save {saved}: holds an interrupted run; continue it with --resume, or "
-                         "remove the folder\n")
-    for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16"),
-                           ("--save-format", "dense", "sparse")):
+                         f"remove {saved}/progress\n")
+    for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16")):
         assert re.search(f"--resume: {flag} was {was} .*, now it is {now}$", refused(flag, now, "--resume"))
 
     draw = running.calibration_samples
@@ -145,6 +185,50 @@ def test_a_run_may_go_on_with_another_evaluation_and_folder(weights, checkpoint_
         torch.save(state, moved / "pytorch_model.bin")
     prune("opt", HALF, saved, "--resume --dense", model=moved)
     assert set(record_of(saved)["perplexity"]) == {"dense", "SparseGPT"}
+
+
+@pytest.mark.parametrize("before, now", [("sparse", "dense"), ("dense", "sparse")])
+def test_a_run_may_go_on_in_another_format_until_it_has_ended(before, now, prune, interrupt, tmp_path, monkeypatch):
+    words, saved = ["llama", "--wbits 4", HALF], tmp_path / "saved"
+    prune(*words, tmp_path / "whole", "--save-format", now)
+    interrupt(1, *words, saved, "--save-format", before)
+    file = saved / "progress" / "run.json"
+    run = json.loads(file.read_text())
+    assert "--save-format" not in run["identity"]
+    run["identity"]["--save-format"] = run.pop("token") and before  # as an earlier version of this program has it
+    file.write_text(json.dumps(run))
+    with monkeypatch.context() as patch:  # the result is in place already
+        patch.setattr(pipeline, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prune(*words, saved, "--resume --save-format", before, status=130)
+        patch.setattr(streaming, "write", None)
+        prune(*words, saved, "--resume --save-format", before, status=130)
+    prune(*words, saved, "--resume --save-format", now)
+    assert contents(saved) == contents(tmp_path / "whole")
+    assert f"--save-format was {now} in the complete run" in prune(*words, saved, "--resume --save-format", before,
+                                                                   status=2)
+
+
+@pytest.mark.parametrize("until, more", [
+    ("tokenizer.json", "--sparsity .75"), ("config.json", "--sparsity .75"), ("config.json", "--save-format sparse")])
+def test_a_folder_whose_model_is_being_replaced_holds_none_until_resume(until, more, prune, tmp_path, monkeypatch):
+    """The last one has no finished layers."""
+    options, saved = ["llama", more, "--overwrite --save"], tmp_path / "saved"
+    prune("llama", HALF, saved)
+    prune(*options, tmp_path / "whole")
+    replace = Path.replace
+
+    def stopped(file, target):
+        if file.parent.name == "result" and file.name == until:
+            raise KeyboardInterrupt
+        return replace(file, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)
+        prune(*options, saved, status=130)
+    with pytest.raises(InputError, match="holds no model"):
+        load.read_config(saved)
+    prune(*options, saved, "--resume")
+    assert contents(saved) == contents(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -243,6 +327,24 @@ def test_a_temporary_folder_that_is_full_is_named_and_not_save(prune, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_temporary_folder_in_memory_is_named_as_such(prune, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(memory, "room", lambda path: (room, True))
+    room, layers, hidden = 10**9, 102_528, 4 * 32 * 32 * 2
+    prune("opt", "--sparsity .5")
+    room = layers + hidden - 1  # which lie in the same memory
+    line = prune("opt", "--sparsity .5", status=2)
+    assert line.startswith(f"llama.py: error: TMPDIR {tmp_path}: finished layers and the result need ")
+    assert "are free there, as its file system is memory; " in line
+    room = hidden - 1
+    monkeypatch.setattr(memory, "free", lambda _: hidden)  # of which half is for the work
+    assert prune("opt", "--sparsity .5", status=2) == (
+        "llama.py: error: --nsamples, --seqlen: hidden states take 0.0 GB, more than is free in memory, and cannot be "
+        "written (No space left on device); lower these, or set TMPDIR to a folder on a disk: "
+        f"{tmp_path} is memory\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("saves", [True, False])
 def test_a_step_that_starts_over_goes_on_from_the_finished_layers(saves, prune, tmp_path, monkeypatch):
     """As when the GPU's memory runs out in the third layer."""
@@ -297,8 +399,9 @@ def test_a_run_that_goes_on_prunes_in_the_way_of_the_interrupted_one(prune, inte
     decide = running._plan
 
     def on_a_gpu(current):
-        decide(current)
+        lines = decide(current)
         running._plan_passes(current)
+        return lines
 
     monkeypatch.setattr(running, "_plan", on_a_gpu)
     prune("llama", HALF, tmp_path / "saved", "--resume")
@@ -349,7 +452,8 @@ def test_what_identifies_the_run_or_is_distilled_and_cannot_be_read_is_refused(n
     file.write_bytes(file.read_bytes()[:-9])
     before = snapshot(tmp_path)
     line = prune(*options, saved, "--resume", status=2)
-    assert re.fullmatch(f"llama.py: error: --resume: {file} cannot be read; remove {saved} to start over: .*\n", line)
+    assert re.fullmatch(f"llama.py: error: --resume: {file} cannot be read; remove {file.parent} to start over: .*\n",
+                        line)
     assert snapshot(tmp_path) == before
 
 

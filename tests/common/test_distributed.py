@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -133,6 +134,42 @@ def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distil
     out, status = start([*options, tmp_path / "saved", "--distill", "1"], 2, ranks.poor, [True, 0])
     assert status == 0 and out.count("warning  --distill: out of memory: the model stays as it was") == 1
     assert_same_weights(tmp_path / "pruned", tmp_path / "saved")
+
+
+def test_the_others_wait_for_the_first_process_as_long_as_it_writes(start, tmp_path):
+    options = ["--sparsity", ".5", "--save"]
+    began = time.monotonic()
+    out, status = start([*options, tmp_path / "slow"], 2, ranks.impatient, [1.5, False])
+    assert status == 0 and "saved in" in out and time.monotonic() - began > 2 * 3, out
+    assert start([*options, tmp_path / "saved"], 2)[1] == 0
+    tensors = saved_tensors(tmp_path / "slow")
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in saved_tensors(tmp_path / "saved").items())
+
+
+def test_a_process_that_hangs_ends_the_others_in_one_line(fork, checkpoint_folder, tmp_path):
+    port, logs = free_port(), [tmp_path / str(rank) for rank in range(2)]
+    first, second = (fork(command, "llama", [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / "saved"], log,
+                          ranks.impatient, (rank, 2, port, 0, True)) for rank, log in enumerate(logs))
+    first.join(120)
+    assert first.exitcode == 1 and second.is_alive()
+    second.kill()
+    assert logs[0].read_text().splitlines()[-1] == ("llama.py: error: another process does not answer; what is in the "
+                                                    "folder of --save goes on with --resume")
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_machines_without_a_shared_folder_are_told_before_the_first_layer(saves, fork, checkpoint_folder, tmp_path):
+    port, logs = free_port(), [tmp_path / str(rank) for rank in range(2)]
+    options = ["--save", tmp_path / "saved"] if saves else []
+    processes = [fork(command, "llama", [checkpoint_folder("llama"), *ARGUMENTS, *options], log, ranks.elsewhere,
+                      (rank, 2, port, tmp_path / "elsewhere")) for rank, log in enumerate(logs)]
+    for process, log in zip(processes, logs, strict=True):
+        process.join(120)
+        line, = log.read_text().splitlines()
+        place = f"--save {tmp_path / 'saved'}" if saves else f"TMPDIR {tempfile.gettempdir()}"
+        assert process.exitcode == 2 and line.startswith(
+            f"llama.py: error: {place}: a process does not see what the first one writes there; it must be a folder")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_process_that_dies_ends_the_others(checkpoint_folder, tmp_path):
