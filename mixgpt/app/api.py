@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixgpt.app import pipeline, plots, report
 from mixgpt.app.settings import IN_MEMORY, Settings
 from mixgpt.checkpoints import load as checkpoints
-from mixgpt.checkpoints.sparse import METHOD, SparseLinear
+from mixgpt.checkpoints.quantizer import METHOD
+from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_device
 from mixgpt.common.texts import texts_of

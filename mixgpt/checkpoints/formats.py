@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from mixgpt.checkpoints import packing, sparse
+from mixgpt.checkpoints import packing
+from mixgpt.checkpoints.quantizer import METHOD
 from mixgpt.modeling import decoder, experts, streaming
 from modelutils import linears
 
@@ -94,7 +95,7 @@ def save_sparse(folder, model, grids):
     # one file, with a name of its own: under the usual one, weights would be set at random
     model.save_pretrained(folder, state_dict=state, variant="sparse", max_shard_size="1000TB")
     config = Path(folder) / CONFIG_NAME
-    marks = {"quantization_config": {"quant_method": sparse.METHOD, "matrices": matrices}, "transformers_weights": NONE}
+    marks = {"quantization_config": {"quant_method": METHOD, "matrices": matrices}, "transformers_weights": NONE}
     config.write_text(json.dumps(json.loads(config.read_text()) | marks, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME
 
-from mixgpt.checkpoints.sparse import METHOD
+from mixgpt.checkpoints.quantizer import METHOD
 from mixgpt.common import choices, files
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.texts import hub_reachable, silenced
