@@ -129,7 +129,8 @@ def counts_of(name, nsamples):
 def hub_reachable():
     """Return whether the hub answers its own client within 5 seconds; with HF_HUB_OFFLINE it is not asked.
 
-    If not, its libraries work offline from now on: they would retry for 23 s each time.
+    If not, its libraries work offline from now on, within `hub_asked_anew` until its end: they would retry for 23 s
+    each time.
     """
     import datasets
     from huggingface_hub import constants, utils
@@ -139,6 +140,20 @@ def hub_reachable():
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return False
     return True  # an error status is an answer too
+
+
+@contextlib.contextmanager
+def hub_asked_anew():
+    """Let `hub_reachable` ask once within the block; behind it the hub's libraries are as they were before."""
+    import datasets
+    from huggingface_hub import constants
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    hub_reachable.cache_clear()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        hub_reachable.cache_clear()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ import datasets
 import pytest
 from huggingface_hub import constants, utils
 
+import mixgpt
+from mixgpt.common.errors import InputError
 from mixgpt.common.texts import hub_reachable
 
 
@@ -33,6 +35,22 @@ def test_the_client_of_the_hub_is_asked_once(answers, monkeypatch):
     monkeypatch.setattr(utils, "get_session", Client)
     assert hub_reachable() == hub_reachable() == answers
     assert asked == [("http://127.0.0.1:9", 5)]
+
+
+def test_the_next_run_asks_again_where_the_hub_did_not_answer_in_time(monkeypatch):
+    asked, offline = [], []
+
+    class Client:
+        def head(self, url, timeout):
+            asked.append(constants.HF_HUB_OFFLINE)
+            raise TimeoutError
+
+    monkeypatch.setattr(utils, "get_session", Client)
+    for run in (mixgpt.load, lambda model: mixgpt.prune(model, "ptb", sparsity=0.5)):
+        with pytest.raises(InputError, match="the hub cannot be reached"):
+            run("owner/nowhere")
+        offline += [constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE]
+    assert asked == [False, False] and offline == [False] * 4
 
 
 def test_where_nothing_listens_the_hub_is_not_reachable(monkeypatch):
