@@ -224,28 +224,22 @@ def read_file(path, argument):
             rows = opened(path).read_all().to_pylist()
         else:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-                return texts_of([file.read()] if path.suffix == ".txt" else json_rows(file), f"{argument} {path}")
+                rows = [file.read()] if path.suffix == ".txt" else json_rows(file)
         return texts_of(rows, f"{argument} {path}")
 
 
 def json_rows(file):
     """Return the values that follow one another in a file, or in its list if it is one. Raises JSONDecodeError."""
-    values = _json_values(file)
-    first = list(itertools.islice(values, 2))
-    return first[0] if len(first) == 1 and isinstance(first[0], list) else itertools.chain(first, values)
-
-
-def _json_values(file):
-    """Yield the values of a file, of which most have one in each line, so that the whole text is never in memory."""
-    decoder, blanks = json.JSONDecoder(), re.compile(r"\s*")
+    decoder, blanks, rows = json.JSONDecoder(), re.compile(r"\s*"), []
     for number, line in enumerate(file):
-        try:
-            yield decoder.decode(line)
-        except json.JSONDecodeError:  # no whole value: take all that is left, below as many lines as before
+        try:  # most files have a value in each line, and their whole text is never in memory
+            rows.append(decoder.decode(line))
+        except json.JSONDecodeError:  # takes all that is left, below as many lines as before
             text, end = "\n" * number + line + file.read(), 0
             while (start := blanks.match(text, end).end()) < len(text):
                 row, end = decoder.raw_decode(text, start)
-                yield row
+                rows.append(row)
+    return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
 
 
 def texts_of(rows, subject, columns=COLUMNS):

@@ -67,20 +67,27 @@ def check_finite(tensor, name):
         raise InputError(f"{name} contains NaN or inf")
 
 
+def weight_files(name, single=SAFE_WEIGHTS_NAME, index=SAFE_WEIGHTS_INDEX_NAME):
+    """Return the weight files of a directory or hub id, which lie under a name or in an index; [] if there are none.
+
+    Raises ValueError if the index points outside the directory.
+    """
+    single, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in (single, index))
+    if single or not index:
+        return [single] if single else []
+    for shard in map(PurePosixPath, json.loads(Path(index).read_text())["weight_map"].values()):
+        if shard.is_absolute() or ".." in shard.parts:
+            raise ValueError(f"its index names {shard}, which is not in the folder")
+    return get_checkpoint_shard_files(name, index)[0]
+
+
 def stored_tensors(name):
     """Return {key: (file, tensor on meta)} of a directory or hub id, {} if its weights are not in safetensors files.
 
-    Raises ValueError if the index points outside the directory, InputError if a file cannot be read.
+    Raises InputError if a file cannot be read.
     """
-    file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-                   for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    files, stored = [file] if file else [], {}
-    if index and not file:
-        for shard in map(PurePosixPath, json.loads(Path(index).read_text())["weight_map"].values()):
-            if shard.is_absolute() or ".." in shard.parts:
-                raise ValueError(f"its index names {shard}, which is not in the folder")
-        files, _ = get_checkpoint_shard_files(name, index)
-    for file in files:
+    stored = {}
+    for file in weight_files(name):
         with reading(f"{file}: cannot be read"):
             stored |= {key: (file, tensor) for key, tensor in load_state_dict(file, "meta").items()}
     return stored
