@@ -100,10 +100,9 @@ def _write_streamable(sources, folder):
     """Write the tensors of .bin files as safetensors files, which can be read tensor by tensor, and their index."""
     places = {}
     for source in sources:
-        file = f"{Path(source).name}.safetensors"
-        tensors = {key: tensor.clone() for key, tensor in load_state_dict(source).items()}  # they may share memory
-        streaming.write(folder / file, tensors)
-        places |= dict.fromkeys(tensors, file)
+        mapped, file = load_state_dict(source), f"{Path(source).name}.safetensors"
+        streaming.write(folder / file, {key: tensor.clone() for key, tensor in mapped.items()})  # they may share memory
+        places |= dict.fromkeys(mapped, file)
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
