@@ -148,7 +148,7 @@ def fingerprint(model):
     """Return a digest of 64 values of every parameter, 2 of an expert's, the same whether bfloat16 or wider."""
     result, locations = hashlib.sha256(type(model).__name__.encode()), locations_of(model)
     routed = {path for path, module in model.named_modules() if isinstance(module, RoutedLinear)}
-    opened = functools.cache(lambda file: safe_open(file, "pt"))
+    opened = functools.lru_cache(1)(lambda file: safe_open(file, "pt"))  # the next one unmaps it
     for name, parameter in model.named_parameters():
         place = locations.get(name)
         stored = mapped(place, opened(place.file)) if place else parameter.detach()
