@@ -36,11 +36,10 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
     text, = counts or [dataset]
     text_set, rng = text_set_of(text), random.Random(seed)
     rows, source = load_rows(text, "train", data_dir)
-    rows = as_texts(rows, tokenizer)
     if text_set.by_document:
         segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer, bos)
     else:
-        ids = token_ids(tokenizer, text_set.train_join.join(rows), bos)
+        ids = token_ids(tokenizer, text_set.train_join.join(as_texts(rows, tokenizer)), bos)
         require_tokens(ids, seqlen + 1, seqlen, source)
         segments = (random_segment(ids, seqlen, rng) for _ in range(nsamples))
     return begin(torch.stack([torch.tensor(ids) for ids in segments]), tokenizer, bos), source
@@ -115,7 +114,8 @@ def sample_documents(documents, nsamples, seqlen, rng, tokenizer, bos):
     """Draw each segment from a random document of more than `seqlen` tokens, giving up after `DRAWS`. Yields ids."""
     for _ in range(nsamples):
         for _ in range(DRAWS if documents else 0):
-            ids = token_ids(tokenizer, documents[rng.randint(0, len(documents) - 1)], bos)
+            document, = as_texts([documents[rng.randint(0, len(documents) - 1)]], tokenizer)
+            ids = token_ids(tokenizer, document, bos)
             if len(ids) > seqlen:
                 yield random_segment(ids, seqlen, rng)
                 break
@@ -160,4 +160,6 @@ def hub_rows(dataset, text_set, split):
         copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"
         raise InputError(f"{refusal}; supply a copy {copy if text_set.local else 'as a file'}, or use the dataset "
                          "builtin") from None
-    return texts_of(table.to_list(), text_set.hub_id, text_set.columns), {"hub": text_set.hub_id, **options}
+    # documents stay on disk until they are drawn: C4's shard would take a gigabyte in each process
+    rows = table["text"] if text_set.by_document else texts_of(table.to_list(), text_set.hub_id, text_set.columns)
+    return rows, {"hub": text_set.hub_id, **options}

@@ -25,12 +25,12 @@ class _Registration:
         sys.meta_path.remove(cls)
         spec = importlib.util.find_spec(name)
         run = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (run(module), importlib.import_module("mixgpt.checkpoints.sparse"))
+        spec.loader.exec_module = lambda module: (run(module), importlib.import_module("mixgpt.checkpoints.quantizer"))
         return spec
 
 
 if REGISTRY in sys.modules:
-    importlib.import_module("mixgpt.checkpoints.sparse")
+    importlib.import_module("mixgpt.checkpoints.quantizer")
 else:
     sys.meta_path.insert(0, _Registration)
 

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import random
+import tracemalloc
 
 import datasets
 import pyarrow.parquet
@@ -146,10 +147,15 @@ def test_a_list_of_strings_is_one_text(tokenizer, no_hub):
     assert source == {"dataset": "a list of 3 texts", "split": "train", "sha256": digest}
 
 
-def test_c4_samples_are_those_of_the_ancestors(root, tokenizer, no_hub):
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_c4_samples_are_those_of_the_ancestors(on_hub, root, tokenizer, no_hub, monkeypatch):
     documents = ["abcdefghij" * (i % 3) + str(i) for i in range(30)]
     put_c4(root / "en" / "c4-train.00000-of-01024.json.gz", documents)
-    samples, _ = datautils.calibration_samples("c4", 12, 11, 5, tokenizer, data_dir=root)
+    if on_hub:
+        monkeypatch.setattr(datautils, "hub_reachable", lambda: True)
+        monkeypatch.setattr(datautils, "load_dataset", lambda *_, **__: Dataset.from_dict({"text": documents}))
+        monkeypatch.setattr(Dataset, "to_list", lambda _: pytest.fail("documents that are not drawn are read"))
+    samples, _ = datautils.calibration_samples("c4", 12, 11, 5, tokenizer, data_dir=None if on_hub else root)
     random.seed(5)
     expected = []
     for _ in range(12):
@@ -160,6 +166,16 @@ def test_c4_samples_are_those_of_the_ancestors(root, tokenizer, no_hub):
         i = random.randint(0, len(ids) - 11 - 1)
         expected.append(ids[i : i + 11])
     assert samples.tolist() == expected
+
+
+def test_of_a_shard_of_c4_only_the_texts_are_in_memory(root, tokenizer, no_hub):
+    put_c4(root / "en" / "c4-train.00000-of-01024.json.gz", ["x" * 2000] * 1000 + ["\U0001f600"])
+    for trace in (lambda: None, tracemalloc.start):  # what is imported does not count
+        trace()
+        rows, _ = datautils.load_rows("c4", "train", root)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 1001 and peak < 1.5 * 2000 * 1000
 
 
 def test_c4_gives_up_when_every_document_is_too_short(root, tokenizer, no_hub):
@@ -205,7 +221,7 @@ def test_the_hub_is_asked_for_the_datasets_of_the_field(monkeypatch, dataset, pa
     monkeypatch.setattr(datautils, "hub_reachable", lambda: True)
     monkeypatch.setattr(datautils, "load_dataset", load_dataset)
     rows, source = datautils.load_rows(dataset, part, None)
-    assert rows == ["a", "b"] and calls == [((hub_id,), options)]
+    assert list(rows) == ["a", "b"] and calls == [((hub_id,), options)]
     assert source == {"dataset": dataset, "hub": hub_id, **options}
     json.dumps(source)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mixgpt.allocation import backward
-from mixgpt.common import distributed, progress
+from mixgpt.common import distributed, program, progress
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import cache_folder, check_outputs, write_output
@@ -128,12 +128,13 @@ def load_or_compute(streamed, tokens, estimator, seed=0, nprobes=1, path=None):
     """Return (`Traces` of all matrices, path of their file), read from the file if it exists, else computed and saved.
 
     An interrupted computation is resumed from its file. path: file to use (default: one in the cache, named by its
-    key); it may come from other tokens, seed or probes, but raises InputError if it comes from other weights.
+    key and this version of the program); it may come from other tokens, seed, probes or versions, but raises InputError
+    if it comes from other weights.
     """
     model, shapes = streamed.model, select(streamed.model)
     key = {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens), "estimator": estimator,
            "seed": seed, "nprobes": nprobes, "dtype": str(model.dtype).removeprefix("torch.")}
-    digits = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    digits = hashlib.sha256(json.dumps([key, program.signature()["program"]]).encode()).hexdigest()[:16]
     target = Path(path or cache_folder() / f"traces-{digits}.json")
     stored = distributed.broadcast_object(read(target, shapes, estimator))  # other machines have caches of their own
     if stored and stored["key"]["weights"] != key["weights"]:

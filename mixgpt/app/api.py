@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixgpt.app import pipeline, plots, report
 from mixgpt.app.settings import IN_MEMORY, Settings
 from mixgpt.checkpoints import load as checkpoints
-from mixgpt.checkpoints.sparse import METHOD, SparseLinear
+from mixgpt.checkpoints.quantizer import METHOD
+from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import choose_device
-from mixgpt.common.texts import texts_of
+from mixgpt.common.texts import hub_asked_anew, texts_of
 from mixgpt.modeling.experts import is_fused, restore, use_linears
 from mixgpt.pruning.targets import Target
 
@@ -52,6 +53,7 @@ class Result:
 
 
 @torch.inference_mode(False)  # of the caller: estimators and distillation need gradients
+@hub_asked_anew()
 def prune(model, dataset, tokenizer=None, **options):
     """Prune and quantize a model; see `mixgpt.prune`."""
     model, dataset = (str(given) if isinstance(given, os.PathLike) else given for given in (model, dataset))
@@ -96,6 +98,7 @@ def prune(model, dataset, tokenizer=None, **options):
 
 
 @torch.inference_mode(False)  # of the caller: `prune` would refuse the model
+@hub_asked_anew()
 def load(folder, device=None, dtype="auto", packed=True):
     """Load a saved model; see `mixgpt.load`."""
     device, folder = choose_device(device), os.path.expanduser(folder)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import CONFIG_NAME
 
-from mixgpt.checkpoints import packing, sparse
+from mixgpt.checkpoints import packing
+from mixgpt.checkpoints.quantizer import METHOD, WEIGHTS
 from mixgpt.common import distributed
 from mixgpt.modeling import decoder, experts, streaming
 from modelutils import linears
@@ -69,10 +70,10 @@ def save_sparse(folder, model, grids):
 
     paths = {decoder.path_of(model, index, name) for index, layer in enumerate(decoder.layers_of(model))
              for name in linears(layer)}
-    file = _write_weights(folder, sparse.WEIGHTS.removesuffix(".safetensors"),
+    file = _write_weights(folder, WEIGHTS.removesuffix(".safetensors"),
                           _tensors(model, experts.layout_of(model), paths, encode))
-    quantization = {"quant_method": sparse.METHOD, "matrices": matrices}
-    quantization |= {} if file == sparse.WEIGHTS else {"weights": file}
+    quantization = {"quant_method": METHOD, "matrices": matrices}
+    quantization |= {} if file == WEIGHTS else {"weights": file}
     _write_configuration(folder, model, quantization_config=quantization, transformers_weights=NONE)
 
 

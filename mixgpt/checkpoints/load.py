@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import json
 import os
 import re
 import sys
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.utils import WeakFileLock
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import load_state_dict
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from mixgpt.checkpoints.packing import Packed
-from mixgpt.checkpoints.sparse import METHOD, WEIGHTS
-from mixgpt.common import choices, files
+from mixgpt.checkpoints.quantizer import METHOD, WEIGHTS
+from mixgpt.common import choices, distributed, files
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.texts import hub_reachable, silenced
 from mixgpt.modeling import decoder, experts, streaming
@@ -59,38 +62,68 @@ def check_links(model, folder, patterns):
                              f"{file.resolve()}; replace it by the file itself")
 
 
-def _converted(file):
-    """Return the folder in the cache into which a version of a .gguf file is converted once: reading it is slow."""
-    status = file.stat()
-    key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {transformers.__version__}"
-    folder = files.cache_folder() / f"gguf-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+def _converted(model, kind, write, sources, version=""):
+    """Return the folder in the cache that write(sources, folder) fills once for each version of a model's files."""
+    statuses = [(path.resolve(), path.stat()) for path in map(Path, sources)]
+    key = " ".join([*(f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in statuses), version])
+    folder = files.cache_folder() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
+    with reading(f"model {model}: cannot be converted into {folder}; set XDG_CACHE_HOME to a folder with room"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with silenced(), WeakFileLock(f"{folder}.lock"):  # each process would need memory for it
+            if folder.is_dir():
+                return folder
+            with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as made:
+                write(sources, Path(made))
+                try:
+                    os.rename(made, folder)
+                except OSError:
+                    if not folder.is_dir():  # else another machine has made it meanwhile
+                        raise
+    print(f"converted {model} into {folder} (once)", file=sys.stderr, flush=True)
+    return folder
+
+
+def _write_dequantized(sources, folder):
+    """Write the model and the tokenizer of a .gguf file, in float32: reading the file is slow."""
+    file, = sources
     check_links(file, file.parent, ("*.jinja", f"{CHAT_TEMPLATE_DIR}/*"))  # which transformers reads, too
     with _reading(file, "the file cannot be read"):
         loaded = from_pretrained(file, str(file.parent), torch.float32, gguf_file=file.name,
                                  quantization_config=transformers.GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, **NO_CODE)
-    advice = "set XDG_CACHE_HOME to a folder with room"
-    with reading(f"model {file}: cannot be converted into {folder}; {advice}"), silenced():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
-            loaded.save_pretrained(partial, save_original_format=False)  # under the names that it has in memory
-            tokenizer.save_pretrained(partial)
-            try:
-                os.rename(partial, folder)
-            except OSError:
-                if not folder.is_dir():  # else another process has made it meanwhile
-                    raise
-    print(f"converted {file} into {folder} (once)", file=sys.stderr, flush=True)
-    return folder
+    loaded.save_pretrained(folder, save_original_format=False)  # under the names that it has in memory
+    tokenizer.save_pretrained(folder)
+
+
+def _write_streamable(sources, folder):
+    """Write the tensors of .bin files as safetensors files, which can be read tensor by tensor, and their index."""
+    places = {}
+    for source in sources:
+        mapped, file = load_state_dict(source), f"{Path(source).name}.safetensors"
+        streaming.write(folder / file, {key: tensor.clone() for key, tensor in mapped.items()})  # they may share memory
+        places |= dict.fromkeys(mapped, file)
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def _stored(model, name):
+    """Return `streaming.stored_tensors`, of .bin files those of a copy in the cache, {} if there can be none."""
+    stored = streaming.stored_tensors(name)
+    sources = [] if stored else streaming.weight_files(name, WEIGHTS_NAME)
+    if not sources:
+        return stored
+    with contextlib.suppress(InputError, OSError):  # the model is loaded whole, which tells what is wrong with a file
+        folder = _converted(model, "bin", _write_streamable, sources)
+        stored = streaming.stored_tensors(str(folder))
+    return stored if all(distributed.all_gather_object(bool(stored))) else {}  # some machine may have no room
 
 
 def _source(model):
     """Return the name by which `from_pretrained` finds `model`: a hub id, a directory or a .gguf file."""
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
-        return str(_converted(path))
+        return str(_converted(path, "gguf", _write_dequantized, [path], transformers.__version__))
     if path.is_file():
         raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
     if not path.is_dir():
@@ -108,7 +141,7 @@ def read_config(model):
     with _reading(model, "its configuration cannot be read"):
         config, _ = _config_of(name)
         if config.dtype is None:  # older ones leave it out
-            stored = (tensor.dtype for _, tensor in streaming.stored_tensors(name).values())
+            stored = (tensor.dtype for _, tensor in _stored(model, name).values())
             config.dtype = next((dtype for dtype in stored if dtype.is_floating_point), None)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise InputError(f"model {model}: {config.model_type} is not a causal language model")
@@ -236,7 +269,7 @@ def open_model(model, config, dtype):
         return load_model(model, dtype)
     name = _source(model)
     with _reading(model, "its weights cannot be read"):
-        stored = streaming.stored_tensors(name, WEIGHTS if quantization else SAFE_WEIGHTS_NAME)
+        stored = streaming.stored_tensors(name, WEIGHTS) if quantization else _stored(model, name)
         if quantization:
             stored |= {key: (part[0], torch.empty(description["shape"], device="meta"), Packed(description))
                        for key, description in quantization["matrices"].items()

@@ -1,8 +1,4 @@
-"""Linear layers whose weights stay in the encoding of `packing`, and their registration with transformers.
-
-    import mixgpt
-    model = AutoModelForCausalLM.from_pretrained("pruned")  # a folder of --save-format sparse
-"""
+"""Linear layers whose weights stay in the encoding of `packing`."""
 
 import functools
 import math
@@ -11,17 +7,12 @@ import threading
 import numpy as np
 import torch
 from torch.nn.functional import linear
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixgpt.checkpoints.packing import consecutive, decode, unpack
 from mixgpt.common.choices import GRIDS
 from mixgpt.kernels import sparse_cpu
 from mixgpt.kernels.columns import triton_obstacle
 
-METHOD = "mixgpt"  # in config.json
-WEIGHTS = "model.sparse.safetensors"  # not under the name that transformers looks for, which would ignore the method
 BLOCK = 512  # columns to an offset
 DTYPES = {"mask": torch.uint8, "codes": torch.uint8, "zero": torch.uint8, "group": torch.int32}  # of parts
 FEW = 8  # tokens at most that are multiplied without expanding the matrix
@@ -184,55 +175,3 @@ class SparseLinear(torch.nn.Module):
         W = decode(dict(self.weight.named_buffers()), self.weight.description)
         dense.weight, dense.bias = torch.nn.Parameter(W.to(dtype)), self.bias
         return dense
-
-
-@register_quantization_config(METHOD)
-class SparseConfig(QuantizationConfigMixin):
-    """What config.json says of the format.
-
-    matrices: {name of a parameter: its description}. weights: the file that holds them, or the index of several.
-    dequantize: expand all matrices into ordinary linears.
-    """
-
-    def __init__(self, matrices, weights=WEIGHTS, dequantize=False, **_):
-        self.quant_method, self.matrices, self.weights, self.dequantize = METHOD, matrices, weights, dequantize
-
-
-@register_quantizer(METHOD)
-class SparseQuantizer(HfQuantizer):
-    """Lets `from_pretrained` read a sparse folder into `SparseLinear`s."""
-
-    is_trainable = False
-
-    def is_serializable(self):
-        return False
-
-    def update_attn_implementation(self, config):
-        # the first call in which a quantizer sees the configuration
-        config.transformers_weights = self.quantization_config.weights
-        return config
-
-    def param_needs_quantization(self, model, name, **_):
-        return isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight)
-
-    def _process_model_before_weight_loading(self, model, **_):
-        prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."  # of AutoModel
-        for name, description in self.quantization_config.matrices.items():
-            path = name.removesuffix(".weight").removeprefix(prefix)
-            dense, shape = model.get_submodule(path), tuple(description["shape"])
-            if shape != tuple(dense.weight.shape):
-                raise ValueError(f"{name} is {shape}, its configuration expects {tuple(dense.weight.shape)}")
-            weight = PackedWeight(description, *([] if self.quantization_config.dequantize else [dense.weight.dtype]))
-            model.set_submodule(path, SparseLinear(weight, dense.bias))
-
-    def _process_model_after_weight_loading(self, model, **_):
-        expands = self.quantization_config.dequantize
-        for path, module in list(model.named_modules()):
-            if isinstance(module, SparseLinear):
-                try:
-                    model.set_submodule(path, (module.expanded if expands else module.prepared)(model.dtype))
-                except (ValueError, IndexError, AttributeError, RuntimeError) as error:
-                    raise ValueError(f"{path}.weight: {error}") from error
-        if not any(isinstance(module, SparseLinear) for module in model.modules()):
-            self.remove_quantization_config(model)  # it is an ordinary model
-            del model.config.transformers_weights

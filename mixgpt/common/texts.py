@@ -129,7 +129,8 @@ def counts_of(name, nsamples):
 def hub_reachable():
     """Return whether the hub answers its own client within 5 seconds; with HF_HUB_OFFLINE it is not asked.
 
-    If not, its libraries work offline from now on: they would retry for 23 s each time.
+    If not, its libraries work offline from now on, within `hub_asked_anew` until its end: they would retry for 23 s
+    each time.
     """
     import datasets
     from huggingface_hub import constants, utils
@@ -139,6 +140,19 @@ def hub_reachable():
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         return False
     return True  # an error status is an answer too
+
+
+@contextlib.contextmanager
+def hub_asked_anew():
+    """Let `hub_reachable` ask once within the block; behind it the hub's libraries are as they were before."""
+    import datasets
+    from huggingface_hub import constants
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        hub_reachable.cache_clear()
 
 
 @contextlib.contextmanager
@@ -210,17 +224,21 @@ def read_file(path, argument):
             rows = opened(path).read_all().to_pylist()
         else:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-                text = file.read()
-            rows = [text] if path.suffix == ".txt" else json_rows(text)
+                rows = [file.read()] if path.suffix == ".txt" else json_rows(file)
         return texts_of(rows, f"{argument} {path}")
 
 
-def json_rows(text):
-    """Return the values that follow one another in a text, or in its list if it is one. Raises JSONDecodeError."""
-    decoder, blanks, rows, end = json.JSONDecoder(), re.compile(r"\s*"), [], 0
-    while (start := blanks.match(text, end).end()) < len(text):
-        row, end = decoder.raw_decode(text, start)
-        rows.append(row)
+def json_rows(file):
+    """Return the values that follow one another in a file, or in its list if it is one. Raises JSONDecodeError."""
+    decoder, blanks, rows = json.JSONDecoder(), re.compile(r"\s*"), []
+    for number, line in enumerate(file):
+        try:  # most files have a value in each line, and their whole text is never in memory
+            rows.append(decoder.decode(line))
+        except json.JSONDecodeError:  # takes all that is left, below as many lines as before
+            text, end = "\n" * number + line + file.read(), 0
+            while (start := blanks.match(text, end).end()) < len(text):
+                row, end = decoder.raw_decode(text, start)
+                rows.append(row)
     return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
 
 

@@ -11,7 +11,15 @@ from mixgpt.common.errors import one_line
 from mixgpt.kernels.selection import smallest_in_groups
 
 TILE = 64  # rows of W at a time
-OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+
+def compiled(function):
+    """Let numba compile a function when it is called, and keep the code on disk if there is a place for that."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither beside the function nor in the cache of the user can files be written
+        return numba.njit(**options)(function)
 
 
 class UniformGrid(NamedTuple):
@@ -66,7 +74,7 @@ def walk_compiled(W, E, U, mask, choice, grid):
                grid is not None and grid.dtype == torch.bfloat16)
 
 
-@numba.njit(fastmath={"contract"}, **OPTIONS)
+@compiled
 def _update(W, E, U, column, start, stop):
     """Update a column of a tile for the errors of columns start … stop − 1."""
     for k in range(start, stop):
@@ -75,7 +83,7 @@ def _update(W, E, U, column, start, stop):
             W[column, r] -= share * E[k, r]
 
 
-@numba.njit(fastmath={"contract"}, **OPTIONS)
+@compiled
 def _walk_rows(W, E, U, mask, factors, prunem, prunens, scale, low, high, bfloat16):
     """Walk all columns; scale is empty without quantization."""
     (columns, out), width = W.shape, max(prunem, 1)
@@ -118,7 +126,7 @@ def _walk_rows(W, E, U, mask, factors, prunem, prunens, scale, low, high, bfloat
         W[:, part], E[:, part], mask[:, part] = w[:, :rows], e[:, :rows], remove[:, :rows]
 
 
-@numba.njit(fastmath={"contract"}, **OPTIONS)
+@compiled
 def _choose(W, remove, factors, scores, rank, group, width, prunen):
     """Mark the least salient of columns group … group + width − 1, prunen (TILE,) of each row, marked ones first."""
     for j in range(group, group + width):

@@ -1,5 +1,6 @@
 """Models on meta whose weights stay on disk: each module reads its own from safetensors files when it runs."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from mixgpt.common import distributed
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import replacing
 from mixgpt.modeling.decoder import layers_of, layers_path, rest_of
-from mixgpt.modeling.experts import layout_of, on_meta
+from mixgpt.modeling.experts import RoutedLinear, layout_of, on_meta
 
 
 class TensorLocation(NamedTuple):
@@ -68,22 +69,28 @@ def check_finite(tensor, name):
         raise InputError(f"{name} contains NaN or inf")
 
 
+def weight_files(name, weights=SAFE_WEIGHTS_NAME):
+    """Return the weight files of a directory or hub id, one of this name or those in its index; [] if there are none.
+
+    Raises ValueError if the index points outside the directory.
+    """
+    single, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+                     for file in (weights, f"{weights}.index.json"))
+    if single or not index:
+        return [single] if single else []
+    for shard in map(PurePosixPath, json.loads(Path(index).read_text())["weight_map"].values()):
+        if shard.is_absolute() or ".." in shard.parts:
+            raise ValueError(f"its index names {shard}, which is not in the folder")
+    return get_checkpoint_shard_files(name, index)[0]
+
+
 def stored_tensors(name, weights=SAFE_WEIGHTS_NAME):
     """Return {key: (file, tensor on meta)} of a directory or hub id, {} if its weights are not in safetensors files.
 
-    weights: name of the file, if it is one.
-
-    Raises ValueError if the index points outside the directory, InputError if a file cannot be read.
+    weights: as of `weight_files`. Raises InputError if a file cannot be read.
     """
-    file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-                   for file in (weights, f"{weights}.index.json"))
-    files, stored = [file] if file else [], {}
-    if index and not file:
-        for shard in map(PurePosixPath, json.loads(Path(index).read_text())["weight_map"].values()):
-            if shard.is_absolute() or ".." in shard.parts:
-                raise ValueError(f"its index names {shard}, which is not in the folder")
-        files, _ = get_checkpoint_shard_files(name, index)
-    for file in files:
+    stored = {}
+    for file in weight_files(name, weights):
         with reading(f"{file}: cannot be read"):
             stored |= {key: (file, tensor) for key, tensor in load_state_dict(file, "meta").items()}
     return stored
@@ -143,11 +150,15 @@ def compute_buffers(model):
 
 
 def fingerprint(model):
-    """Return a digest of 64 values of every parameter, the same whether stored as bfloat16 or wider."""
+    """Return a digest of 64 values of every parameter, 2 of an expert's, the same whether bfloat16 or wider."""
     result, locations = hashlib.sha256(type(model).__name__.encode()), locations_of(model)
+    routed = {path for path, module in model.named_modules() if isinstance(module, RoutedLinear)}
+    opened = functools.lru_cache(1)(lambda file: safe_open(file, "pt"))  # the next one unmaps it
     for name, parameter in model.named_parameters():
-        numbers = (mapped(locations[name]) if locations else parameter.detach()).flatten()
-        values = numbers[:: -(-numbers.numel() // 64)].to(parameter.dtype)
+        place = locations.get(name)
+        stored = mapped(place, opened(place.file)) if place else parameter.detach()
+        count = 2 if name.rpartition(".")[0] in routed else 64  # experts are many, and a disk reads around each value
+        values = stored.take(torch.arange(0, stored.numel(), -(-stored.numel() // count))).to(parameter.dtype)
         result.update(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return result.hexdigest()
 

@@ -5,7 +5,10 @@ import copy
 import logging
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -14,7 +17,7 @@ import pytest
 import torch
 import transformers
 from commands import short_builtin  # noqa: F401, a fixture
-from conftest import CPU, record_of, saved_tensors
+from conftest import CPU, ROOT, assert_same_weights, record_of, saved_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixgpt
@@ -202,3 +205,27 @@ def test_errors_are_those_of_the_flags(given, message, checkpoint_folder):
     model.hf_device_map = options.pop("hf_device_map", {})
     with pytest.raises(InputError, match=f"^{message}"):
         mixgpt.prune(options.pop("model"), options.pop("dataset"), **options)
+
+
+BARE = """
+import sys, mixgpt
+from transformers import LlamaForCausalLM
+assert "numba" not in sys.modules
+mixgpt.prune(sys.argv[1], sys.argv[3:], save=sys.argv[2], sparsity=0.5, nsamples=4, seqlen=32, eval=[], device="cpu")
+"""
+
+
+def test_where_no_cache_can_be_written_transformers_imports_and_models_are_pruned(checkpoint_folder, tmp_path):
+    """Neither beside the code, whose __pycache__ is a file here, nor at home: as in images that are read-only."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("mixgpt/**/*.py")):
+        (copied := tmp_path / "code" / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copied)
+        (copied.parent / "__pycache__").touch()
+    model, texts = checkpoint_folder("llama"), load_rows("builtin", "train", None)[0][:50]
+    environment = {"HOME": "/dev/null", "PYTHONPATH": str(tmp_path / "code"),
+                   "OMP_NUM_THREADS": str(torch.get_num_threads())}  # on which sums depend
+    done = subprocess.run([sys.executable, "-c", BARE, model, tmp_path / "bare", *texts], cwd="/", env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    mixgpt.prune(model, texts, save=tmp_path / "saved", **OPTIONS | {"eval": []})
+    assert_same_weights(tmp_path / "bare", tmp_path / "saved")

@@ -402,11 +402,12 @@ def test_without_room_for_training_the_model_is_not_distilled(prune, tmp_path, m
     (None, 4, True, "the divergence from the dense model is inf")])
 def test_a_failed_distillation_leaves_the_pruned_model(error, step, in_memory, reason, checkpoint_folder, prune,
                                                        tmp_path, monkeypatch):
-    """Weights of a checkpoint are on disk, or in memory where its file is a .bin file."""
+    """Weights of a checkpoint are on disk, or in memory where its .bin file cannot be converted."""
     model, backward, calls = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model"), distill._backward, []
     if in_memory:
         torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
         (model / "model.safetensors").unlink()
+        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
 
     def failing(*given):
         calls.append(given)

@@ -51,16 +51,15 @@ KILLS = int(os.environ.get("KILLS", 0))  # at further moments of each scenario, 
 
 def member(rank, world, port, *watched):
     """Be one of the processes of a run, and let `watch` watch it."""
+    os.environ["XDG_CACHE_HOME"] = "/dev/null"  # so that .bin files cannot be converted
     if world > 1:
         as_rank(rank, world, port)
     watch(*watched)
 
 
 @pytest.fixture
-def launch(fork, checkpoint_folder, tmp_path, monkeypatch):
+def launch(fork, checkpoint_folder, tmp_path):
     """Return a function that runs a scenario's command line, to be killed at a moment or not, and gives its status."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
     def source(scenario):
         kept = checkpoint_folder(scenario.name)
         if not scenario.pickled:

@@ -6,6 +6,8 @@ import datasets
 import pytest
 from huggingface_hub import constants, utils
 
+import mixgpt
+from mixgpt.common.errors import InputError
 from mixgpt.common.texts import hub_reachable
 
 
@@ -33,6 +35,16 @@ def test_the_client_of_the_hub_is_asked_once(answers, monkeypatch):
     monkeypatch.setattr(utils, "get_session", Client)
     assert hub_reachable() == hub_reachable() == answers
     assert asked == [("http://127.0.0.1:9", 5)]
+
+
+def test_the_next_run_asks_again_where_the_hub_did_not_answer_in_time(monkeypatch):
+    asked = []
+    monkeypatch.setattr(utils, "get_session", lambda: asked.append(constants.HF_HUB_OFFLINE))  # None has no head
+    for run in (mixgpt.load, lambda model: mixgpt.prune(model, "ptb", sparsity=0.5)):
+        with pytest.raises(InputError, match="the hub cannot be reached"):
+            run("owner/nowhere")
+        assert not constants.is_offline_mode() and not datasets.config.HF_HUB_OFFLINE
+    assert asked == [False, False]
 
 
 def test_where_nothing_listens_the_hub_is_not_reachable(monkeypatch):

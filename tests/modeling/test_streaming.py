@@ -1,5 +1,6 @@
 """Check that a model whose weights stay on disk is the one that plain transformers loads, and that it stays there."""
 
+import hashlib
 import json
 import resource
 import shutil
@@ -18,6 +19,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import logits
 from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import layers_of
+from mixgpt.modeling.experts import RoutedLinear
 from mixgpt.modeling.streaming import locations_of
 from modelutils import whole
 
@@ -86,14 +88,24 @@ def test_a_heads_own_weights_are_kept_where_the_configuration_calls_them_tied(na
     assert torch.equal(saved.lm_head.weight, plain.lm_head.weight)
 
 
-@pytest.mark.parametrize("key", ["model.layers.2.self_attn.q_proj.weight", "model.norm.weight"])
-def test_a_fingerprint_tells_other_weights_apart_but_not_another_dtype(key, tmp_path):
-    model = make("llama")
-    found = streaming.fingerprint(model.to(torch.bfloat16))
-    model.save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("name, key", [
+    ("llama", "model.layers.2.self_attn.q_proj.weight"), ("llama", "model.norm.weight"),
+    ("qwen3-moe", "model.layers.1.mlp.experts.3.down_proj.weight")])
+def test_a_fingerprint_tells_other_weights_apart_but_not_another_dtype(name, key, tmp_path):
+    make(name).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    found = streaming.fingerprint(load.load_model(tmp_path / "model", "auto"))
     assert streaming.fingerprint(opened(tmp_path / "model", torch.float32)) == found
     weights_changed(tmp_path, lambda state: state[key].view(-1)[state[key].numel() // 2:].add_(1))
     assert streaming.fingerprint(opened(tmp_path / "model")) != found
+
+
+def test_a_fingerprint_copies_no_matrix_to_read_64_of_its_values_and_two_of_an_experts():
+    both = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), RoutedLinear(1, 1, bias=False))
+    for linear in both:
+        linear.weight.data = torch.arange(2.0**20).expand(2**22, -1).t()  # whose copy would take 17 TB
+    values = torch.cat([torch.arange(2.0**20)[::2**14], torch.tensor([0, 2.0**19])]).to(torch.bfloat16)
+    expected = hashlib.sha256(b"Sequential" + values.view(torch.int16).numpy().tobytes())
+    assert streaming.fingerprint(both) == expected.hexdigest()
 
 
 @pytest.mark.parametrize("stored, named", [("safetensors", True), ("bin", False)])
