@@ -10,12 +10,13 @@ import torch
 from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
 from mixgpt.allocation.traces import hessian_traces
-from mixgpt.app import compression, planning
+from mixgpt.app import planning
 from mixgpt.app.run import Run
 from mixgpt.app.settings import Settings
 from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.memory import MemoryPlan
+from mixgpt.evaluation import measures
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import selection
 from mixgpt.modeling.experts import is_split, split_experts
@@ -129,7 +130,7 @@ def run(rank, world, port, file, make):
 def poor(rank, world, port, short, late):
     """Be process `rank`; the last one counts `late` seconds later and, if short, lacks memory to distil batch two."""
     as_rank(rank, world, port)
-    backward, measure, calls = distill._backward, compression.measure_weights, []
+    backward, finish, calls = distill._backward, measures.Survey.finish, []
 
     def failing(*given):
         calls.append(given)
@@ -139,4 +140,4 @@ def poor(rank, world, port, short, late):
 
     if rank == world - 1:
         distill._backward = failing if short else backward
-        compression.measure_weights = lambda *given: (time.sleep(late), measure(*given))[1]
+        measures.Survey.finish = lambda survey: (time.sleep(late), finish(survey))[1]
