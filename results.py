@@ -43,8 +43,9 @@ def read(file):
         check_signature({"schema": SCHEMA} | record, str(file))  # without one it is older: see what fits
         settings, model = record["settings"], str(Path(record["settings"]["model"]))
         method = next((name for name in record["perplexity"] if name != "dense"), "dense")
-        skipped = ", distillation skipped" if isinstance(record.get("distilled"), str) else ""
-        label = _label(settings, method) + skipped
+        label = _label(settings, method)
+        if isinstance(record.get("distilled"), str) and "not distilled" not in label:
+            label += ", not distilled"
         run = record | {"file": str(file), "model": model, "method": method, "label": label}
         text_of([run]), points_of([run])  # which read all that a table and a plot need
     return run

@@ -36,7 +36,7 @@ def cell_of(words, method, target, seed, flags):
     Raises InputError if the command line is not one, or flags for all runs prune the dense model.
     """
     words = [*words, *flags.split(), *flags_of(target).split(), "--seed", str(seed)]
-    made = parse("llama.py", words).method
+    made = parse("llama.py", words).method()
     if method == "dense" and made != method:
         raise InputError(f"llama.py {shlex.join(words)}: is {made}, not dense; leave such flags for all runs out")
     return {"model": words[0], "method": method, "target": target, "seed": seed,

@@ -14,6 +14,7 @@ import torch
 from mixgpt.pruning.targets import Target
 from modelutils import StreamedModel, in_turn, linears
 
+LOWER = 13  # bits of a score that `threshold_counts` looks at in its second pass
 
 @dataclass(frozen=True)
 class Budget:
@@ -148,22 +149,45 @@ def threshold_counts(scores, least, most, total):
     on both of two calls. least, most: lists of ints, the fewest and the most weights that a unit may lose; total lies
     between their sums. Ties at the threshold are removed from the first units. Returns a list of ints.
 
-    Non-negative floats sort like their bit patterns: a radix select, of the threshold's upper 16 bits, then the lower.
+    Non-negative floats sort like their bit patterns: a radix select, first of the threshold's upper 18 bits, then of
+    the lower 13. Where a threshold rises past a score, the unit's count, clamped to its limits, rises by a step. Only
+    the sum of all units' steps is kept, as mixtures of experts have tens of thousands of units, and of each unit the
+    few scores whose upper bits are the threshold's.
     """
-    least, most = torch.tensor(least)[:, None], torch.tensor(most)[:, None]
-    below, prefix = torch.zeros(len(least), 1, dtype=torch.int64), 0
-    for shift in (16, 0):
-        counts = torch.zeros(len(least), 1 << 16, dtype=torch.int64)
-        for unit, values in scores():
-            bits = values.flatten().view(torch.int32)
-            if not shift:
-                bits = bits[bits >> 16 == prefix]
-            counts[unit] += torch.bincount(bits >> shift & 0xFFFF, minlength=1 << 16).cpu()
-        counts.cumsum_(1).add_(below)  # number of scores up to each value of these bits
-        digit = int((counts.clamp(least, most).sum(0) >= total).int().argmax())
-        reached, below = counts[:, digit:digit + 1], counts[:, digit - 1:digit] if digit else below
-        prefix = digit
-    reached, below = reached.clamp(least, most).flatten(), below.clamp(least, most).flatten()
+    upper, inside = torch.zeros(1 << 31 - LOWER, dtype=torch.int64), [None] * len(least)
+    for unit, values in scores():
+        digits = values.flatten().view(torch.int32) >> LOWER
+        _add_steps(upper, digits, 0, least[unit], most[unit])
+    prefix = _first_reaching(total - sum(least), upper)
+    lower = torch.zeros(1 << LOWER, dtype=torch.int64)
+    for unit, values in scores():
+        bits = values.flatten().view(torch.int32)
+        digits = bits >> LOWER
+        below, digits = int((digits < prefix).sum()), bits[digits == prefix] & (1 << LOWER) - 1
+        inside[unit] = below, *(each.to("cpu", torch.int32) for each in digits.unique(return_counts=True))
+        _add_steps(lower, digits, below, least[unit], most[unit])
+    before = sum(min(max(below, fewest), highest)
+                 for (below, *_), fewest, highest in zip(inside, least, most, strict=True))
+    digit = _first_reaching(total - before, lower)
+    below, reached = (torch.tensor([count + int(number[found(digits, digit)].sum()) for count, digits, number in inside]
+                                   ).clamp(torch.tensor(least), torch.tensor(most)) for found in (torch.lt, torch.le))
     spare = (reached - below).flip(0)
     surplus = int(reached.sum()) - total
     return (reached - (surplus - spare.cumsum(0) + spare).clamp_min(0).minimum(spare).flip(0)).tolist()
+
+
+def _add_steps(steps, digits, below, least, most):
+    """Add to `steps`, at each value of the digits (n,), how far a unit's count, clamped to [least, most], rises there.
+
+    below: how many scores of the unit come before all of these.
+    """
+    if len(digits):
+        first = int(digits.min())
+        counts = (torch.bincount(digits - first).cumsum(0) + below).clamp_(least, most).cpu()
+        before = torch.tensor([min(max(below, least), most)])
+        steps[first:first + len(counts)] += counts.diff(prepend=before)
+
+
+def _first_reaching(total, steps):
+    """Return up to which index steps must be added up to reach a total."""
+    return int((steps.cumsum(0) >= total).int().argmax())

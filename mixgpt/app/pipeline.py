@@ -53,7 +53,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
             read_texts(current, texts)
         with clock.part("load"):
             open_run(current, stack, folder, command)
-        if settings.dense and settings.method != "dense":
+        if settings.dense and settings.method() != "dense":
             _add_scores(current, "dense", _perplexities(current, current.model))
         plan = planning.choose(current)
         probe = torch.arange(min(PROBE, current.settings.seqlen))[None] % current.config.vocab_size
@@ -110,8 +110,9 @@ def _finish(current, plan, outcomes, survey):
     current.record |= report.of_matrices(current, plan, outcomes, zeros)
     if settings.save and plan.targets:
         current.record["disk"] = report.disk(current, plan.targets)
-    pruned_before = settings.method == "dense" and current.record["sparsity"] > PRUNED
-    method = "as given" if pruned_before else settings.method
+    method = current.method
+    if method == "dense" and current.record["sparsity"] > PRUNED:
+        method = "as given"
     _add_scores(current, method, perplexities)
     return method
 

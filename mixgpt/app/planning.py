@@ -44,7 +44,10 @@ def choose(run):
             print(warning, flush=True)
         run.log(plan_text(plan.targets, run.selected, plan.traces.sensitivity))
         run.tracker.plan(plan.traces, plan.targets)
-    elif settings.is_nonuniform:
+    elif settings.allocation is not choices.ALLOCATIONS[settings.sparsity_way]:
+        run.log(f"plan     {settings.prunen} of {settings.prunem} in each matrix: --alpha {settings.alpha:g} changes "
+                "none, so no sensitivities are measured")
+    elif not settings.allocation.even:
         sparsities = [target.sparsity for target in plan.targets.values()]
         run.log(f"plan     {choices.ALLOCATIONS.title(settings.sparsity_way)}: matrices from {min(sparsities):.2%} to "
                 f"{max(sparsities):.2%}")
@@ -73,7 +76,7 @@ def _remove_experts(run, retry):
 def _measure(run, dense, memory_plan):
     """Return the `Plan`."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
-    if settings.ranks_by_sensitivity:
+    if settings.allocation.ranks:
         with run.clock.part("sensitivity"):
             measured, path = traces.load_or_compute(streamed, run.calibration, settings.sensitivity, settings.seed,
                                                     settings.nprobes, settings.sensitivity_file)
@@ -93,7 +96,7 @@ def _allocate(run, streamed, measured, vocabulary):
         tokens = run.calibration[::2]
         with run.clock.part("gradients"):
             gradients = fisher.output_gradients(streamed, list(run.selected), tokens, settings.seed, vocabulary)
-    targets = choices.ALLOCATIONS[settings.sparsity_way].load()(Budget(
+    targets = settings.allocation.load()(Budget(
         run.selected, Target(n / m, n, m) if m else Target(settings.sparsity), settings.alpha,
         measured and measured.sensitivity, gradients, streamed, run.calibration))
     return [[layer, name, *astuple(target)] for (layer, name), target in targets.items()], {

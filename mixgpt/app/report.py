@@ -115,33 +115,36 @@ def heading(run, command=None, whole=None):
     data = [f"{settings.dataset}: {len(run.calibration)} sequences of {settings.seqlen} tokens",
             f"{extra} further ones" if extra else "",
             f"seed {settings.seed}, batches of {settings.batch_size}"] if run.calibration is not None else []
+    own = run.record["program"]
     lines = {"command": [command],
-             "versions": [f"{name} {version}" for name, version in run.record["versions"].items()],
+             "versions": [f"mixgpt {own['version']}" + (f" ({own['commit'][:12]})" if own["commit"] else ""),
+                          *(f"{name} {version}" for name, version in run.record["versions"].items())],
              "model": [f"{settings.model}: {type(model).__name__}, {len(decoder.layers_of(model))} layers, "
-                       f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {run.device}",
+                       f"{parameters:,} parameters, {str(model.dtype).removeprefix('torch.')}, on {run.device}"
+                       + (f" ({run.record['device_name']})" if run.device.type == "cuda" else ""),
                        f"the text part of a {whole}" if whole else "",
                        f"{processes} processes" if processes > 1 else ""],
-             **_methods(settings, len(run.selected)),
+             **_methods(settings, run.method, len(run.selected)),
              "data": [*data, BOS[settings.bos] if settings.bos != "never" else ""]}
     return "\n".join(f"{title:<8} {', '.join(filter(None, parts))}" for title, parts in lines.items() if any(parts))
 
 
-def _methods(settings, count):
+def _methods(settings, method, count):
     """Describe how weights are pruned and quantized: {"pruning" or "grids": texts}. count: of the matrices."""
-    scheme, nonuniform = settings.scheme, settings.is_nonuniform
+    scheme, nonuniform = settings.scheme, not settings.allocation.even
     amount = f"{settings.prunen}:{settings.prunem}" if settings.prunem else f"{settings.sparsity:.4g} of the weights"
     walk = [f"blocksize {settings.blocksize}, percdamp {settings.percdamp:g}",
             "true-sequential" if settings.true_sequential else "",
             "columns by activation" if settings.act_order else ""] if settings.calibrates else []
-    pruning = [f"{settings.method}, {amount} {'over' if nonuniform else 'in each of'} {count} matrices",
+    pruning = [f"{method}, {amount} {'over' if nonuniform else 'in each of'} {count} matrices",
                f"alpha {settings.alpha:g}" if nonuniform else "",
-               f"nprobes {settings.nprobes}" if settings.ranks_by_sensitivity else "", *walk]
+               f"nprobes {settings.nprobes}" if settings.allocation.ranks else "", *walk]
     grids = [f"{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for "
              f"{'a row' if scheme.groupsize == -1 else f'{scheme.groupsize} columns of a row'} each",
              "range by least error" if scheme.mse else ""] if scheme else []
     if settings.prunes:
         return {"pruning": pruning, "grids": grids}
-    return {"grids": [f"{settings.method}, {count} matrices", *grids, *walk] if scheme else []}
+    return {"grids": [f"{method}, {count} matrices", *grids, *walk] if scheme else []}
 
 
 def plan_text(plan, selected, sensitivity):

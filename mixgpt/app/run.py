@@ -50,6 +50,11 @@ class Run:
     distills: bool = False  # whether the pruned model is distilled at the end
 
     @property
+    def method(self):
+        """The name of what has happened, in tables and records."""
+        return self.settings.method(distilled=not isinstance(self.record.get("distilled"), str))
+
+    @property
     def dtype(self):
         """The dtype of the weights in memory, "auto" for that on disk."""
         return runtime.choose_dtype(self.settings.dtype, self.config, self.device)
@@ -207,47 +212,56 @@ def open_run(run, stack, folder, command=None):
             advice="free some space, or set TMPDIR to a folder on a larger disk"))
     if run.files:
         run.files.open(run.model, run.record.get("identity", {}))
-    run.log(report.heading(run, command, whole))
+    notes, warnings = _plan(run)
+    run.log("\n".join([report.heading(run, command, whole), *notes]))
+    for warning in warnings:
+        print(warning, flush=True)
     with run.clock.part("W&B"):
-        run.tracker = stack.enter_context(tracking.Tracker(run.settings, run.record))
-    _plan(run)
+        run.tracker = stack.enter_context(tracking.Tracker(run.settings, run.record, run.method))
 
 
 def _plan(run):
-    """Decide whether the run distils, which needs room for all weights, and whether layers take one pass; tell why."""
-    settings, device = run.settings, run.device
+    """Decide whether the run distils, which needs room for all weights, and whether layers take one pass.
+
+    Returns the lines that tell why, and those of them that a quiet run prints, too.
+    """
+    settings, device, notes, warnings = run.settings, run.device, [], []
     run.memory_plan = memory.MemoryPlan(settings.batch_size, on_host=not settings.calibrates,
                                         two_passes=not (settings.calibrates and settings.true_sequential))
     if run.uncalled and run.selected:
-        run.log(f"dense    {', '.join(run.uncalled)}: stay dense, as the layers do not call them as modules")
+        notes.append(f"dense    {', '.join(run.uncalled)}: stay dense, as the layers do not call them as modules")
     if settings.dtype == "auto" and run.dtype == run.model.dtype:  # not that of a model in memory
-        run.log("dtype    float32: this device computes more slowly in the stored dtype; give --dtype to keep it")
+        notes.append("dtype    float32: this device computes more slowly in the stored dtype; give --dtype to keep it")
     if settings.distill:
         streamed, tokens = run.distilling(run.memory_plan)
         run.distills = run.decided("distills", lambda: distill.room_for(streamed, tokens, settings.effort) > 0)
         if not run.distills:
             run.record["distilled"] = "no room"
-            print(f"distill  skipped: all weights cannot be trained at once in what is free on {device}", flush=True)
+            needed = sum(distill.training_bytes(streamed, tokens, settings.effort))
+            warnings.append(f"distill  skipped: training all weights takes {needed / 1e9:.1f} GB, and "
+                            f"{memory.free(device) / 1e9:.1f} GB are free on {device}")
     if run.selected and not run.memory_plan.two_passes and device.type == "cuda":
-        _plan_passes(run)
+        notes.append(_plan_passes(run))
     elif run.selected:
         run.memory_plan = memory.MemoryPlan(**run.decided("memory_plan", lambda: asdict(run.memory_plan)))
     if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
-        run.log(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
+        notes.append(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
     if settings.semi_structured and (reason := semistructured.obstacle(device, run.model.dtype)):
         run.record["semi_structured"] = {"skipped": reason}
-        run.log(f"kernels  --semi-structured is skipped: {reason}")
+        notes.append(f"kernels  --semi-structured is skipped: {reason}")
+    return notes, warnings
 
 
 def _plan_passes(run):
-    """Calibrate each layer in one pass if the activations of all sequences inside it fit on the GPU."""
+    """Choose one pass through each layer, unless that does not fit on the GPU and two take less. Returns a line."""
     settings = run.settings
     count = -(-(len(run.calibration) + settings.extra_counts[0]) // distributed.world())
-    needed = calibration.one_pass_bytes(run.streamed(run.memory_plan), run.selected, (count, settings.seqlen),
-                                        settings.target == "dense", settings.solver == "admm")
+    one, two = calibration.pass_bytes(run.streamed(run.memory_plan), run.selected, (count, settings.seqlen),
+                                      settings.target == "dense", settings.solver == "admm")
     free = min(distributed.all_gather_object(memory.free(run.device)))  # all processes decide alike
-    run.memory_plan = memory.MemoryPlan(**run.decided("memory_plan", lambda: asdict(
-        replace(run.memory_plan, two_passes=needed > free))))
-    passes = ("two passes through each layer: one would take" if run.memory_plan.two_passes else
-              "one pass through each layer takes")
-    run.log(f"memory   {passes} about {needed / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU")
+    run.memory_plan = memory.MemoryPlan(**run.decided("memory_plan", lambda: asdict(replace(
+        run.memory_plan, two_passes=free < one > two, two_take_less=two < one))))
+    passes, other = (two, one) if run.memory_plan.two_passes else (one, two)
+    number, alternative = ("two passes", "one") if run.memory_plan.two_passes else ("one pass", "two")
+    return (f"memory   {number} through each layer: about {passes / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU; "
+            f"{alternative} would take {other / 1e9:.1f} GB")

@@ -26,7 +26,6 @@ NEEDS = {  # what makes these properties of Settings true, in words, if not the 
     "quantizes": f"--wbits {', '.join(map(str, WBITS[:-1]))}",
     "compresses": "--sparsity, --prunen and --prunem, or --wbits",
     "calibrates": "calibration, --sparsity, --prunen or --wbits without --gmp and --nearest",
-    "is_nonuniform": "--sparsity-way " + " or ".join(name for name, way in ALLOCATIONS.items() if not way.even),
     "eval": "the test sets of --eval",
 }
 
@@ -175,7 +174,7 @@ class Settings:
     resume: bool = option(False, FREE, "continue the interrupted run in the folder of --save", needs=("save",))
     overwrite: bool = option(False, FREE, "replace the files of --record and --plot, and the model in --save")
     plot: str | None = option(None, FREE, "figure of sparsities and, if matrices are ranked, sensitivities by layer "
-        "and kind (.png, .pdf, .svg)", needs=("is_nonuniform",))
+        "and kind (.png, .pdf, .svg)", needs=("compresses",))
     record: str | None = option(None, FREE,
         "JSON file of settings, versions, every matrix and perplexities, as mixgpt.json in --save; for results.py")
     log_wandb: bool = option(False, FREE, "log to Weights & Biases during the run (after wandb login)")
@@ -276,45 +275,45 @@ class Settings:
         return self.compresses and not (self.gmp or self.nearest)
 
     @property
-    def is_nonuniform(self):
-        return not ALLOCATIONS[self.sparsity_way].even
-
-    @property
-    def ranks_by_sensitivity(self):
-        return ALLOCATIONS[self.sparsity_way].ranks
+    def allocation(self):
+        """The `Allocation` of sparsity: uniform if ranks move n of n:m by less than 1 in all, so that it stays."""
+        chosen = ALLOCATIONS[self.sparsity_way]
+        return ALLOCATIONS["uniform"] if chosen.ranks and self.prunem and 2 * self.alpha * self.prunem < 1 else chosen
 
     @property
     def needs_gradients(self):
         """Whether gradients of the loss w.r.t. matrix outputs are needed."""
-        return ALLOCATIONS[self.sparsity_way].by_loss or SALIENCIES[self.saliency].weighs_rows and self.calibrates
+        return self.allocation.by_loss or SALIENCIES[self.saliency].weighs_rows and self.calibrates
 
     @property
     def needs_calibration(self):
         """Whether calibration sequences are drawn."""
-        return self.ranks_by_sensitivity or self.needs_gradients or self.calibrates or self.experts > 0
+        return self.allocation.ranks or self.needs_gradients or self.calibrates or self.experts > 0
 
     @property
     def extra_counts(self):
         """The numbers of further sequences for the Hessians, and for distillation."""
         return tuple(math.ceil(round(share * self.nsamples, 6)) for share in (self.extra, self.distill))
 
-    @property
-    def method(self):
-        """Name of the method in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity."""
+    def method(self, distilled=True):
+        """Return the method's name in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity.
+
+        distilled: whether the model has been, or can be, distilled if that is asked for.
+        """
         fewer = f", {100 * self.experts:g}% fewer experts" if self.experts else ""
         if not self.compresses:
             return f"REAP{fewer}" if fewer else "dense"
         bits = f"{self.wbits} bit" + ("" if self.grid == "uniform" else f" {self.grid}")
-        mixgpt = self.ranks_by_sensitivity and self.saliency == "isc" and self.solver == "obs"
+        mixgpt = self.allocation.ranks and self.saliency == "isc" and self.solver == "obs"
         if self.prunes:
             name = "magnitude" if self.gmp else "MixGPT" if mixgpt else SOLVERS.title(self.solver)
         else:
             name = f"{'GPTQ' if self.calibrates else 'nearest'} {bits}"
-        by = f" by {ESTIMATORS.title(self.sensitivity)}" if self.ranks_by_sensitivity else ""
-        choices = {ALLOCATIONS.title(self.sparsity_way) + by: self.is_nonuniform,
+        by = f" by {ESTIMATORS.title(self.sensitivity)}" if self.allocation.ranks else ""
+        choices = {ALLOCATIONS.title(self.sparsity_way) + by: not self.allocation.even,
                    SALIENCIES.title(self.saliency): self.prunes and self.saliency != "obs" and not (self.gmp or mixgpt),
                    "dense target": self.target == "dense", "rotated heads": self.rotate, "more text": self.extra > 0,
-                   "distilled": self.distill > 0,
+                   "distilled" if distilled else "not distilled": self.distill > 0,
                    f"effort {self.effort:g}": self.effort != 1}
         chosen = ", ".join(choice for choice, is_chosen in choices.items() if is_chosen)
         bits = f" + {bits}" if self.prunes and self.quantizes else ""

@@ -34,15 +34,15 @@ def _guarded(method):
 class Tracker(contextlib.AbstractContextManager):
     """A W&B run, as a context manager that ends it, unless a caller has begun it. Without a run, methods do nothing."""
 
-    def __init__(self, settings, record):
-        """Start a run in the first process if the settings ask for it. record: of the run, as far as it is known."""
+    def __init__(self, settings, record, method):
+        """Start a run in the first process if the settings ask for it. record, method: as far as they are known."""
         self.run = None
         if not settings.log_wandb or distributed.rank() > 0:
             return
         try:
             import wandb
             self.wandb, self.own = wandb, wandb.run is None
-            options = {"config": {**record["settings"], **record, "method": settings.method},
+            options = {"config": {**record["settings"], **record, "method": method},
                        "project": settings.wandb_project, "name": settings.wandb_name, "group": settings.wandb_group,
                        "settings": wandb.Settings(silent=settings.quiet)}
             try:

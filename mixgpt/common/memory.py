@@ -47,10 +47,11 @@ class MemoryPlan:
     batch_size: int
     on_host: bool = True  # calibration hidden states
     two_passes: bool = True  # per layer, so that only one batch's activations inside it exist at a time
+    two_take_less: bool = True  # memory than one; not in mixtures of experts, as they hold all Hessians of a layer
 
     def next_cheaper(self):
         """Return the next more economical plan and its description, or None."""
-        if not self.two_passes:  # one pass keeps all sequences' activations inside the layer
+        if not self.two_passes and self.two_take_less:
             return replace(self, two_passes=True, on_host=True), (
                 "two passes through each layer, as by --no-true-sequential, and hidden states on the host")
         if not self.on_host:

@@ -21,6 +21,7 @@ from mixgpt.modeling.streaming import disk_weights
 from modelutils import SLICE, by_rows, in_turn, linears, on_device, rows_at_once
 
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
+SHORTEST = 16  # tokens of a piece: fewer give too little context
 STEPS = 40  # at most, with an effort of 1
 STEP_TOKENS = 512  # of a step, if there are as many: gradients of fewer are too noisy for such steps
 LABELS = 0.5  # weight of the text's next token in the targets, beside the dense model's prediction
@@ -34,8 +35,12 @@ class Diverged(ArithmeticError):
 
 
 def piece_length(T):
-    """Return the length of the pieces of which further sequences of T tokens are made."""
-    return PIECE if T % PIECE == 0 else T
+    """Return the length of the pieces of further sequences of T tokens: its largest divisor up to PIECE.
+
+    T itself if that is below SHORTEST, as of prime numbers.
+    """
+    length = next(length for length in range(min(T, PIECE), 0, -1) if T % length == 0)
+    return length if length >= SHORTEST else T
 
 
 def pieces(sequences):
@@ -74,7 +79,21 @@ def dense_states(streamed, tokens):
 def room_for(streamed, tokens, effort=1.0):
     """Return how many of the sequences (N, T) can be a batch if each device trains the whole model, 0 if none.
 
-    At most streamed.batch_size. Counted are all weights; for those in layers the gradient, a float32 copy, the distance
+    At most streamed.batch_size.
+    """
+    fixed, sequence = training_bytes(streamed, tokens, effort)
+    room = int((memory.free(streamed.device) - fixed) / sequence)
+    return min(distributed.all_gather_object(max(min(_batch(streamed, tokens, effort), room), 0)))
+
+
+def _batch(streamed, tokens, effort):
+    return min(streamed.batch_size, _per_step(tokens, effort))
+
+
+def training_bytes(streamed, tokens, effort=1.0):
+    """Estimate the bytes that training the whole model takes, and what each sequence (T,) of a batch adds.
+
+    Counted are all weights; for those in layers the gradient, a float32 copy, the distance
     of that from the mean and, unless they are read from disk, a copy to restore; three more copies of the largest
     matrix; a second copy of the head, narrowed to the vocabulary, and two values for each logit of a slice of tokens,
     and three of float32 for those computed with at a time; hidden states; and for each token of a batch the inputs and
@@ -83,7 +102,7 @@ def room_for(streamed, tokens, effort=1.0):
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
-    width, batch = model.get_input_embeddings().embedding_dim, min(streamed.batch_size, _per_step(tokens, effort))
+    width, batch = model.get_input_embeddings().embedding_dim, _batch(streamed, tokens, effort)
     matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
                 for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
     before = itemsize if device.type == "cpu" and not disk_weights(layers[0]) else 0
@@ -97,9 +116,7 @@ def room_for(streamed, tokens, effort=1.0):
     sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
                                         for (_, kind), m in matrices.items())
     score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" else 3 * itemsize
-    sequence += score * T * T * len(layers) * attention_heads(config)
-    room = max(min(batch, int((memory.free(device) - fixed) / sequence)), 0)
-    return min(distributed.all_gather_object(room))
+    return fixed, sequence + score * T * T * len(layers) * attention_heads(config)
 
 
 @torch.no_grad()

@@ -99,7 +99,8 @@ def _by_magnitude(W, target, scheme):
         pruned = magnitude_prune(W, replace(target, sparsity=sparsities[0]))
         return [quantize_nearest(pruned, scheme) if scheme else (pruned, None)]
 
-    return meet_sparsities(attempt, [target.sparsity], attempts=4 if scheme and not target.prunem else 1)[0]
+    W, grid = meet_sparsities(attempt, [target.sparsity], attempts=4 if scheme and not target.prunem else 1)[0]
+    return magnitude_prune(W, target) if scheme else W, grid  # what is still missing
 
 
 def magnitude_prune(W, target):

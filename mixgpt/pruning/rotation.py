@@ -23,7 +23,7 @@ TOKENS = 2048  # on which E[x xᵀ] is measured
 STEPS = 20
 LENGTH = 0.5  # of the first step, as a multiple of the norm of Q
 ZEROS = 0.25  # share of zeros above which a matrix has been pruned before; 4 bits round a fifth to 0
-TOLERANCE = 0.05  # relative deviation of the output projection's input from the rotated one, by rounding
+TOLERANCE = {2: 2e-2, 4: 1e-3, 8: 1e-3}  # relative deviation of rotated values by rounding, by bytes of a number
 
 
 class _Reached(Exception):
@@ -42,7 +42,8 @@ def rotate_heads(layer, index, stream, targets, first=0):
         beside = [f"{path}.{output}" for output in OUTPUTS if f"{path}.{output}" in targets]
         attention = layer.get_submodule(path)
         d = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
-        if last not in VALUES or not beside or not d or d % (targets[name].prunem or 1):
+        clipped = any(getattr(of, "clip_qkv", None) for of in (attention, getattr(attention, "config", None)))
+        if last not in VALUES or not beside or not d or d % (targets[name].prunem or 1) or clipped:
             continue
         v, o = (linears(layer)[of] for of in (name, beside[0]))
         heads, rows = o.in_features // d, torch.arange(v.out_features, device=v.weight.device)
@@ -72,7 +73,8 @@ def _rotate(v, o, rows, targets, layer, index, stream, first):
     o.weight.copy_(_turned(wide(o.weight), Q))
     (_, after), *_ = _inputs(v, o, layer, index, stream, 1)
     expected = _turned(before[0], Q)
-    alike = all(distributed.all_gather_object(bool((after - expected).norm() <= TOLERANCE * expected.norm())))
+    tolerance = TOLERANCE[o.weight.itemsize] * expected.norm()
+    alike = all(distributed.all_gather_object(bool((after - expected).norm() <= tolerance)))
     for weight, values in () if alike else dense.items():
         weight.copy_(values)
     return alike

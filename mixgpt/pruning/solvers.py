@@ -33,10 +33,22 @@ class Problem:
 
 def walk(problem):
     """Walk once over the columns: SparseGPT, and GPTQ if there is a scheme."""
-    recipe = problem.recipe
-    return Walk(problem.optima, problem.hessian.R, problem.hessian.h, problem.targets, blocksize=recipe.blocksize,
-                saliency=recipe.saliency, scheme=recipe.scheme, dtype=problem.dtype,
-                row_weights=problem.row_weights).run()
+    recipe, targets = problem.recipe, problem.targets
+    results = Walk(problem.optima, problem.hessian.R, problem.hessian.h, targets, blocksize=recipe.blocksize,
+                   saliency=recipe.saliency, scheme=recipe.scheme, dtype=problem.dtype,
+                   row_weights=problem.row_weights).run()
+    counts = any(target.sparsity for target in targets) and not targets[0].prunem
+    return _filled_up(problem, results) if recipe.scheme and counts else results
+
+
+def _filled_up(problem, results):
+    """Remove the least salient ones of rounded weights, [(Ŵ, its Grid)], until each matrix meets its target."""
+    W, counts = torch.cat([W for W, _ in results]), [len(W) for W, _ in results]
+    scores = W.square() * problem.hessian.h
+    if problem.row_weights is not None:
+        scores *= problem.row_weights[:, None]
+    masks = prune_masks(scores.masked_fill_(W == 0, -1).split(counts), problem.targets, distributed.total(counts))
+    return [(W.masked_fill(mask, 0), grid) for (W, grid), mask in zip(results, masks, strict=True)]
 
 
 def admm(problem):
@@ -63,13 +75,7 @@ def admm(problem):
 
 def quantize(problem):
     """Quantize the kept weights in a walk over the columns, then remove the least salient ones up to the sparsity."""
-    results = walk(replace(problem, targets=[Target(0.0)] * len(problem.optima)))
-    W, counts = torch.cat([W for W, _ in results]), [len(W) for W, _ in results]
-    scores = W.square() * problem.hessian.h
-    if problem.row_weights is not None:
-        scores *= problem.row_weights[:, None]
-    masks = prune_masks(scores.masked_fill_(W == 0, -1).split(counts), problem.targets, distributed.total(counts))
-    return [(W.masked_fill(mask, 0), grid) for (W, grid), mask in zip(results, masks, strict=True)]
+    return _filled_up(problem, walk(replace(problem, targets=[Target(0.0)] * len(problem.optima))))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Check the division of the sparsity against the paper's algorithm by hand, exact conditions and brute force."""
 
+import resource
 from fractions import Fraction
 from itertools import product
 from math import ceil, floor
 
+import psutil
 import pytest
 import torch
 from conftest import make, make_plan
@@ -151,3 +153,25 @@ def test_a_common_threshold_breaks_ties_to_the_weight_and_keeps_to_limits():
     assert threshold_counts(lambda: enumerate(scores), [0] * 4, [10, 20, 30, 40], 37) == [10, 20, 7, 0]
     assert threshold_counts(lambda: enumerate(scores), [2, 4, 6, 8], [8, 16, 24, 32], 50) == [8, 16, 18, 8]
     assert threshold_counts(lambda: enumerate(scores), [2, 4, 6, 8], [8, 16, 24, 32], 20) == [2, 4, 6, 8]
+
+
+def count_of_experts():
+    """Count the weights of 20,000 units up to one threshold, with little more memory than there is already."""
+    make, (units, size) = torch.Generator().manual_seed(0), (20_000, 48)
+    scores = torch.randn(units, size, generator=make).exp_() * torch.randn(units, 1, generator=make).exp_()
+    rows, least, most = scores.unbind(), [size // 4] * units, [3 * size // 4] * units
+    before = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (before + 2**29, -1))
+    counts = threshold_counts(lambda: enumerate(rows), least, most, units * size // 2)
+    low, high = 0.0, float(scores.max())
+    for _ in range(60):  # bisect the threshold
+        middle = (low + high) / 2
+        clamped = (scores <= middle).sum(1).clamp(size // 4, 3 * size // 4)
+        low, high = (middle, high) if clamped.sum() < units * size // 2 else (low, middle)
+    assert counts == (scores <= high).sum(1).clamp(size // 4, 3 * size // 4).tolist()
+
+
+def test_a_common_threshold_of_thousands_of_experts_takes_little_memory(fork):
+    process = fork(count_of_experts)
+    process.join()
+    assert process.exitcode == 0

@@ -25,7 +25,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import memory, runtime
 from mixgpt.common.choices import RECORD
 from mixgpt.kernels import columns
-from mixgpt.pruning import distill
+from mixgpt.pruning import calibration, distill
 from sparsegpt import Walk
 
 JOBS = {
@@ -299,6 +299,16 @@ def test_the_way_that_fits_is_chosen_before_a_run(simulated, run):
         assert not ways(out)
     assert said == {"ample": ("one pass", True), "little": ("two passes", False)}
     assert peaks["little"] < 420_000 < peaks["ample"]
+
+
+def test_what_takes_less_is_chosen_where_neither_way_fits(simulated, run, monkeypatch):
+    """As of a mixture of experts, of which two passes hold the Hessians of all experts."""
+    monkeypatch.setattr(calibration, "pass_bytes", lambda *_: (10**18, 10**19))
+    _, (_, record, out) = peak_of(run)
+    assert "memory   one pass through each layer" in out and record["settings"]["true_sequential"]
+    cheaper, _ = memory.MemoryPlan(2, on_host=False, two_passes=False, two_take_less=False).next_cheaper()
+    assert cheaper.on_host and not cheaper.two_passes
+    assert memory.MemoryPlan(2, on_host=False, two_passes=False).next_cheaper()[0].two_passes
 
 
 def test_a_gpu_that_is_too_small_ends_in_one_line(simulated, run):

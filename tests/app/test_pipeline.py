@@ -1,5 +1,6 @@
 """Run the command line: what it prints, saves and refuses."""
 
+import math
 import platform
 import re
 import shlex
@@ -17,12 +18,13 @@ from transformers import AutoModelForCausalLM
 
 import datautils
 import mixgpt
-from mixgpt.allocation import fisher
+from mixgpt.allocation import fisher, traces
+from mixgpt.allocation.plan import allocate_whole
 from mixgpt.app import run as running
 from mixgpt.app.cli import parse
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
-from mixgpt.common import choices, runtime
+from mixgpt.common import choices, memory, runtime
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.measures import perplexity
@@ -147,7 +149,20 @@ def test_mixgpt_meets_the_total_of_what_is_pruned_in_the_saved_weights(name, opt
     ({"sparsity_way": "global", "saliency": "fisher", "gmp": True}, "magnitude (global)"),
 ])
 def test_a_recipe_is_named_by_its_choices(options, name):
-    assert Settings("model", "c4", **{"sparsity": 0.5} | options).method == name
+    assert Settings("model", "c4", **{"sparsity": 0.5} | options).method() == name
+
+
+@pytest.mark.parametrize("m, alpha, ranks", [(4, 0.1, False), (8, 0.06, False), (8, 0.1, True), (4, 0.2, True)])
+def test_sensitivities_are_measured_only_where_ranks_change_n_of_m(m, alpha, ranks, prune, tmp_path):
+    """Else all matrices have one n, whatever the sensitivities are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traces, "STABLE", -1)
+        out = prune("llama", f"--preset mixgpt --prunen {m // 2} --prunem {m} --alpha {alpha} --save", tmp_path)
+    assert ("traces   fisher" in out) == ("MixGPT (weight-level by fisher)" in out) == ranks
+    assert (f"plan     {m // 2} of {m} in each matrix: --alpha {alpha:g} changes none" in out) != ranks
+    matrices = record_of(tmp_path)["matrices"]
+    by_rank = allocate_whole(range(len(matrices)), [math.prod(row["shape"]) for row in matrices], 0.5, alpha, m)
+    assert (len(set(by_rank)) > 1) == (len({row["target"] for row in matrices}) > 1) == ranks
 
 
 def test_a_preset_means_its_recipe_without_the_command_line_too():
@@ -316,7 +331,7 @@ def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint
      "--saliency isc: --solver admm does not support it; must be obs or fisher"),
     ("--sparsity .5 --preset mixgpt --effort 2", "--effort 2: needs --preset best"),
     ("--sparsity .5 --alpha -1", "--alpha -1: must lie between 0 and 1"),
-    ("--sparsity .5 --plot a.png", "--plot a.png: needs --sparsity-way layer-level or weight-level or global"),
+    ("--plot a.png", "--plot a.png: needs --sparsity, --prunen and --prunem, or --wbits"),
     ("--wandb-project pruning", "--wandb-project pruning: needs --log-wandb"),
     ("--nsamples 0", "--nsamples 0: must be at least 1"),
     ("--seqlen 1", "--seqlen 1: must be at least 2"),
@@ -350,7 +365,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(prune, monkeypatch):
 
 
 @pytest.mark.parametrize("number, more, piece, source", [
-    (8, 0, 128, "builtin"), (0, 3, 8, "builtin"), (2, 3, 8, "builtin"), (2, 3, 8, "tokens")])
+    (8, 0, 128, "builtin"), (0, 3, 16, "builtin"), (2, 3, 16, "builtin"), (2, 3, 16, "tokens")])
 def test_further_text_serves_the_hessians_and_distillation(number, more, piece, source, checkpoint_folder, prune,
                                                            tmp_path, tokenizer, monkeypatch):
     """The saved weights are those of the library's parts in turn, and the record tells how far both models differ.
@@ -387,12 +402,17 @@ def test_further_text_serves_the_hessians_and_distillation(number, more, piece, 
 
 
 def test_without_room_for_training_the_model_is_not_distilled(prune, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "room_for", lambda *_: 0)
+    monkeypatch.setattr(distill, "training_bytes", lambda *_: (7 * 10**10, 12 * 10**8))
+    monkeypatch.setattr(memory, "free", lambda device: 71 * 10**9)
     out = prune("llama", "--sparsity .5 --distill .5 --extra .25 --quiet --save", tmp_path / "with")
     prune("llama", "--sparsity .5 --extra .25 --save", tmp_path / "without")
     assert_same_weights(tmp_path / "with", tmp_path / "without")
-    assert out.count("distill  skipped: all weights cannot be trained at once") == 1
+    assert out.count("distill  skipped: training all weights takes 71.2 GB, and 71.0 GB are free on cpu\n") == 1
     assert record_of(tmp_path / "with")["distilled"] == "no room"
+    assert [*record_of(tmp_path / "with")["perplexity"]] == ["SparseGPT (more text, not distilled)"]
+    assert "SparseGPT (more text, not distilled) " in out
+    out = prune("llama", "--sparsity .5 --distill .5 --extra .25")
+    assert out.index("pruning  SparseGPT (more text, not distilled), ") < out.index("distill  skipped: ")
 
 
 @pytest.mark.parametrize("error, step, in_memory, reason", [
@@ -433,6 +453,7 @@ def test_a_failed_distillation_leaves_the_pruned_model(error, step, in_memory, r
     assert records[1]["distilled"] == reason and not (saved / "progress").exists()
     assert records[0]["matrices"] == records[1]["matrices"]
     assert list(records[0]["perplexity"].values()) == list(records[1]["perplexity"].values())
+    assert [*records[1]["perplexity"]] == ["SparseGPT (not distilled)"]
     out = prune("llama", options, saved, "--distill 1 --resume", model=model)
     assert "is complete; these are its results" in out
 

@@ -190,7 +190,7 @@ def test_the_runs_of_a_papers_sweep_are_the_rows_of_its_table(file):
             for method, target in table.rows if gptq in (None, method == "gptq")]
 
     def what(settings):
-        return settings.method, settings.sparsity, settings.gmp or settings.saliency
+        return settings.method(), settings.sparsity, settings.gmp or settings.saliency
 
     assert set(map(what, rows)) <= set(map(what, made)) and len(made) <= 4 / 3 * len(rows)
     assert all(settings.tasks == (TASKS if table.flags else ()) for settings in made)
@@ -226,7 +226,7 @@ def test_a_run_that_fails_is_marked_so_and_says_why(surroundings, checkpoint_fol
 def test_a_run_that_the_caller_has_open_is_logged_to_and_stays_open(surroundings, variables):
     variables.setenv("WANDB_REINIT", "finish_previous")  # as it is by default in a notebook
     with wandb.init(config={"lr": 1}) as caller:
-        with Tracker(Settings("opt", "c4", log_wandb=True), {"settings": {"sparsity": 0.5}}):
+        with Tracker(Settings("opt", "c4", log_wandb=True), {"settings": {"sparsity": 0.5}}, "dense"):
             pass
         caller.log({"mine": 1})
     config, history, _, status, _ = read_back(Path(caller.dir).parent)
@@ -245,7 +245,8 @@ def test_logged_out_the_run_is_kept_on_disk_after_one_line(surroundings, checkpo
 
 
 def test_a_client_that_fails_in_mid_run_is_left_after_one_line(surroundings, capsys, monkeypatch):
-    with Tracker(Settings("opt", "c4", log_wandb=True, quiet=True), {"settings": {"sparsity": 0.5}}) as tracker:
+    settings = Settings("opt", "c4", log_wandb=True, quiet=True)
+    with Tracker(settings, {"settings": {"sparsity": 0.5}}, "dense") as tracker:
         folder, real = folder_of(surroundings), tracker.run
         monkeypatch.setattr(real, "log", lambda *_: (_ for _ in ()).throw(BrokenPipeError("the service\nhas died")))
         counted = [MatrixSparsity(0, "fc1", (2, 2), 4, 1)]

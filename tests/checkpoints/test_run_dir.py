@@ -293,7 +293,7 @@ def test_a_run_that_goes_on_prunes_in_the_way_of_the_interrupted_one(prune, inte
     ways, apply = [], compression._prune
     monkeypatch.setattr(compression, "_prune", lambda *given: (ways.append(given[-1]), apply(*given))[1])
     interrupt(1, "llama", HALF, tmp_path / "saved")
-    monkeypatch.setattr(calibration, "one_pass_bytes", lambda *_: 10**18)
+    monkeypatch.setattr(calibration, "pass_bytes", lambda *_: (10**18, 0))
     decide = running._plan
 
     def on_a_gpu(current):

@@ -303,3 +303,10 @@ def test_a_model_that_cannot_be_distilled_is_what_it_was(part, call, failure, ex
         assert torch.equal(weight, old) and not weight.requires_grad and weight.grad is None
     for key, grid in scene.chosen.items():
         assert grid is None or torch.equal(grid.scale, scene.before[1][key].scale)
+
+
+@pytest.mark.parametrize("T, length", [
+    (2048, 128), (2000, 125), (4000, 125), (254, 127), (128, 128), (96, 96), (24, 24), (262, 262), (2039, 2039)])
+def test_pieces_are_as_long_as_divides_the_sequences_up_to_128_tokens(T, length):
+    """Of sequences that only numbers below 16 divide they are whole."""
+    assert module.pieces(torch.zeros(3, T)).shape == (3 * T // length, length)

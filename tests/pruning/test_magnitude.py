@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_sparsegpt import fractions, hypothesis_settings, random
 
-from mixgpt.pruning.layerwise import magnitude_prune
+from mixgpt.pruning.layerwise import _by_magnitude, magnitude_prune
 from mixgpt.pruning.targets import Target
+from quant import Scheme
 
 
 @hypothesis_settings
@@ -30,3 +31,12 @@ def test_magnitude_prune_zeroes_the_n_smallest_magnitudes_of_every_group(prunen,
     for group, group_hat in zip(W.view(-1, prunem), W_hat.view(-1, prunem), strict=True):
         assert torch.equal(group_hat[group_hat != 0], group[group_hat != 0])
         assert sorted(group[group_hat == 0].abs().tolist()) == sorted(group.abs().tolist())[:prunen]
+
+
+@pytest.mark.parametrize("scheme", [Scheme(2), Scheme(3, 8, sym=True), Scheme(4)])
+def test_magnitude_and_rounding_never_leave_fewer_zeros_than_asked(scheme):
+    for seed in range(20):
+        W = random(7, 32, seed=seed).float()
+        rounded, grid = _by_magnitude(W, Target(0.5), scheme)
+        assert (rounded == 0).sum() >= 112
+        assert torch.equal(grid.weights(grid.codes(rounded)), rounded)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CPU, inputs_of, modules_of
+from conftest import CPU, _llama, inputs_of, modules_of
 from modeling.test_decoders import MODELS, build
 
 from mixgpt.modeling.experts import use_linears
@@ -61,6 +61,28 @@ def test_heads_stay_in_a_model_pruned_before_or_if_an_input_is_not_finite(finite
     rotated = copy.deepcopy(model)
     rotate(rotated, tokens, target)
     assert all(map(torch.equal, model.model.layers.parameters(), rotated.model.layers.parameters()))
+
+
+@pytest.mark.parametrize("kind, options", [("BitNet", {}), ("Olmo", {"clip_qkv": 2.5})])
+def test_heads_stay_where_more_than_rounding_would_change(kind, options, tokens):
+    """A norm between values and output projection whose weights are about 1, and values that are clipped at times."""
+    torch.manual_seed(0)
+    model = _llama(kind, **options)
+    for name, weight in model.named_parameters():
+        if "sub_norm" in name:
+            weight.data += 0.02 * torch.randn_like(weight)
+    rotated = copy.deepcopy(model)
+    rotate(rotated, tokens, Target(0.5, 2, 4))
+    assert all(map(torch.equal, model.model.layers.parameters(), rotated.model.layers.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_are_rotated_in_16_bits(dtype, tokens):
+    model = build("llama").to(dtype)
+    rotated = copy.deepcopy(model)
+    rotate(rotated, tokens, Target(0.5, 2, 4))
+    assert not any(torch.equal(*(layers.self_attn.v_proj.weight for layers in pair))
+                   for pair in zip(model.model.layers, rotated.model.layers, strict=True))
 
 
 @pytest.mark.parametrize("targets", [(Target(0.5, 2, 4),) * 2, (Target(0.4), Target(0.7))])
