@@ -86,7 +86,7 @@ def on_device(modules, device, ahead=None):
 
     def move(key, tensor):
         if key not in there:
-            there[key] = tensor.to(device)
+            there[key] = tensor.to(device, non_blocking=True)
         return there[key]
 
     with contextlib.ExitStack() as stack:
@@ -109,7 +109,7 @@ def in_turn(layers, device, title=None):
     for index, layer in enumerate(progress.bar(layers, title=title, leave=False) if title else layers):
         with on_device([layer], device, ahead):
             if index + 1 < len(layers) and streaming.disk_weights(layer):
-                ahead = READER.submit(streaming.read, layers[index + 1])
+                ahead = READER.submit(streaming.read, layers[index + 1], pinned=device.type == "cuda")
             yield index, layer
 
 

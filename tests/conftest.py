@@ -35,7 +35,7 @@ from mixgpt.app import cli
 from mixgpt.app import run as running
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.choices import ALLOCATIONS
-from mixgpt.evaluation.measures import measure_weights
+from mixgpt.evaluation.measures import Survey
 from mixgpt.kernels import columns
 from mixgpt.kernels.columns import UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
@@ -394,4 +394,4 @@ if os.environ.pop("FORK_SERVER", None):  # this is the process that others are f
 
 def measure_sparsity(model):
     """Count the zeros of every linear of every decoder layer, on the host. Returns a list of `MatrixSparsity`."""
-    return measure_weights(model, CPU)[0]
+    return Survey(model, CPU).finish()[0][0]

@@ -137,7 +137,8 @@ class Gpu:
     """The make-believe GPU, as a context; one at a time.
 
     memory: its bytes. free: of these, as `torch.cuda.mem_get_info` tells them; default: those not in use.
-    synchronisations: {(what waited, "file:line in the product"): count}. peak: the most bytes in use so far.
+    synchronisations: {(what waited, "file:line in the product"): count}. peak: the most bytes in use so far. pinned:
+    tensors that were made in pinned memory of the host.
     """
 
     current = None
@@ -146,7 +147,7 @@ class Gpu:
         self.memory, self._free = memory, free
         self.synchronisations = collections.Counter()
         self.thread = threading.get_ident()
-        self.used, self.peak, self.attends = 0, 0, None
+        self.used, self.peak, self.pinned, self.attends = 0, 0, 0, None
         self._holders = collections.Counter()  # address of a storage -> tensors that keep it
 
     def hold(self, tensor):
@@ -192,6 +193,7 @@ class Gpu:
             return held(value)
 
         args_, kwargs_ = mapped(noted, (args, kwargs))
+        self.pinned += bool(kwargs_.pop("pin_memory", None))  # which needs a GPU's driver
         here = any(isinstance(value, GpuTensor) for value in operands)
         if here:
             self._check(function, args, operands)
@@ -201,7 +203,6 @@ class Gpu:
                     or here and function is aten._to_copy.default)
             meta = torch.device(kwargs["device"]).type == "meta"
             kwargs_["device"] = "meta" if meta else CPU
-            kwargs_.pop("pin_memory", None)
         if function is aten.copy_.default:
             here = isinstance(args[0], GpuTensor)
         result = self.execute(function, args_, kwargs_)

@@ -10,7 +10,7 @@ import torch
 from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
 from mixgpt.allocation.traces import hessian_traces
-from mixgpt.app import compression, planning
+from mixgpt.app import planning
 from mixgpt.app.run import Run
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import formats, run_dir
@@ -18,6 +18,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.memory import MemoryPlan
+from mixgpt.evaluation import measures
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.kernels import selection
 from mixgpt.modeling import streaming
@@ -158,7 +159,7 @@ def elsewhere(rank, world, port, path):
 def poor(rank, world, port, short, late):
     """Be process `rank`; the last one counts `late` seconds later and, if short, lacks memory to distil batch two."""
     as_rank(rank, world, port)
-    backward, measure, calls = distill._backward, compression.measure_weights, []
+    backward, finish, calls = distill._backward, measures.Survey.finish, []
 
     def failing(*given):
         calls.append(given)
@@ -168,4 +169,4 @@ def poor(rank, world, port, short, late):
 
     if rank == world - 1:
         distill._backward = failing if short else backward
-        compression.measure_weights = lambda *given: (time.sleep(late), measure(*given))[1]
+        measures.Survey.finish = lambda survey: (time.sleep(late), finish(survey))[1]

@@ -7,6 +7,7 @@ from torch.nn.functional import pad
 
 from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size
 from mixgpt.common import distributed, progress
+from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import repeatable_attention, seeded, wide
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import SLICE, by_rows, hooked, linears
@@ -26,7 +27,7 @@ def output_gradients(streamed, matrices, tokens, seed, vocabulary=None):
     output factor in K-FAC (arXiv 1503.05671). The estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP
     times the sequence's mean, and ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. streamed: a
     modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). vocabulary: numbers of the tokens among
-    which the model predicts, such as the likely ones (default: all).
+    which the model predicts, such as the likely ones (default: all). Raises InputError if a result is NaN or inf.
     """
     N, T = tokens.shape
     mine, layers = range(N)[distributed.share(N)], streamed.layers
@@ -57,6 +58,8 @@ def output_gradients(streamed, matrices, tokens, seed, vocabulary=None):
         G, energy = G / (N * T), energy / count.clamp(min=1)
         powers = G ** ROW_WEIGHT_EXPONENT  # scaled to the mean of G
         result[key] = (powers * (G.mean() / powers.mean()).nan_to_num(1.0)).float(), energy.float()
+        if not all(values.isfinite().all() for values in result[key]):
+            raise InputError(f"layer {key[0]} {key[1]}: its gradient is NaN or inf; try --dtype float32")
     return result
 
 

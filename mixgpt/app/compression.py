@@ -5,38 +5,49 @@ from functools import partial
 
 import torch
 
-from mixgpt.app import report
 from mixgpt.common import choices, memory
-from mixgpt.evaluation.measures import measure_weights
+from mixgpt.common.errors import InputError
 from mixgpt.modeling.streaming import locations_of
 from mixgpt.pruning import distill, layerwise, solvers
 
 
-def compress(run, plan):
-    """Prune and quantize the matrices of a plan. Returns {(layer, name): Outcome}, and what `measure_weights` does."""
+def compress(run, plan, survey):
+    """Prune and quantize the matrices of a plan. Returns {(layer, name): Outcome}.
+
+    survey: a measures.Survey, of the result at last. Raises InputError if a matrix has fewer zeros than asked.
+    """
     settings, outcomes = run.settings, {}
     if plan.targets:
         last = run.distills and settings.quantizes_last
         retry = partial(memory.retry_with_less_memory, again=bool(locations_of(run.model)))
-        outcomes, used = retry(run.memory_plan, partial(_prune, run, plan, "layer", None if last else settings.scheme))
+        outcomes, used = retry(run.memory_plan, partial(
+            _prune, run, plan, survey, "layer", None if last else settings.scheme))
         if run.distills:
-            run.record["distilled"] = _distill(run, plan, outcomes, used.on_host)
+            run.record["distilled"] = _distill(run, plan, survey, outcomes, used.on_host)
         if last:
-            quantized, used = retry(used, partial(_prune, run, plan, "quantized", settings.scheme))
+            quantized, used = retry(used, partial(_prune, run, plan, survey, "quantized", settings.scheme))
             outcomes = {key: replace(outcome, grid=quantized[key].grid) for key, outcome in outcomes.items()}
         run.record["settings"] |= {"batch_size": used.batch_size,
                                    "true_sequential": settings.true_sequential and not (
                                        settings.calibrates and used.two_passes)}
-    matrices, others = measure_weights(run.model, run.device)
-    left_dense = others + [matrix for matrix in matrices if matrix.name in run.uncalled]
-    run.record |= report.of_matrices([matrix for matrix in matrices if matrix.name not in run.uncalled], left_dense,
-                                     outcomes, plan.targets, plan.traces)
-    return outcomes, matrices, others
+        for m in survey.finish()[0][0]:
+            target = plan.targets.get((m.layer, m.name))
+            if target and m.zeros < (asked := round(target.sparsity * m.numel)):
+                flag = "--gmp" if settings.gmp else f"--solver {settings.solver}"
+                raise InputError(f"{flag}: layer {m.layer} {m.name} has {m.zeros:,} zeros, {m.zeros / m.numel:.2%}; "
+                                 f"asked were {asked:,}, {asked / m.numel:.2%}")
+    return outcomes
 
 
-def _prune(run, plan, stage, scheme, memory_plan):
+def _prune(run, plan, survey, stage, scheme, memory_plan):
     """Prune, and quantize if a quant.Scheme is given, or quantize alone. Returns outcomes and the memory plan."""
-    settings, streamed, observe = run.settings, run.streamed(memory_plan), run.tracker.layer
+    settings, streamed = run.settings, run.streamed(memory_plan)
+
+    def observe(index, layer, outcomes=None, start=None):
+        counted, _ = survey.take(index, layer)
+        if start and stage == "layer":
+            run.tracker.layer(index, counted, outcomes, start)
+
     if run.files:
         run.files.keep("memory_plan", asdict(memory_plan))
         run.files.begin(stage, scheme)
@@ -49,7 +60,7 @@ def _prune(run, plan, stage, scheme, memory_plan):
             {key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
             title=choices.SOLVERS.title(settings.solver), later=None if scheme else settings.scheme)
         if stage == "quantized":
-            recipe, observe = replace(recipe, solver=solvers.quantize, rotate=False, title="GPTQ"), None
+            recipe = replace(recipe, solver=solvers.quantize, rotate=False, title="GPTQ")
         tokens = torch.cat([run.calibration, run.further[:settings.extra_counts[0]]])
         outcomes = layerwise.prune_layerwise(streamed, plan.targets, tokens, recipe, run.files, observe)
     else:
@@ -58,21 +69,23 @@ def _prune(run, plan, stage, scheme, memory_plan):
     return outcomes, memory_plan
 
 
-def _distill(run, plan, outcomes, on_host):
+def _distill(run, plan, survey, outcomes, on_host):
     """Distil the pruned model, or leave it as it is and say why. Returns what to record, as an interrupted run has."""
     files, grids = run.files, {key: outcome.grid for key, outcome in outcomes.items()}
     streamed, tokens = run.distilling(memory.MemoryPlan(run.settings.batch_size, on_host))
     room = run.decided("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
 
     def finish(index, layer):
+        survey.take(index, layer)
         of_layer = {key: outcome for key, outcome in outcomes.items() if key[0] == index}
-        files.save_layer(index, layer, of_layer, distilled=True)
+        if files:
+            files.save_layer(index, layer, of_layer, distilled=True)
 
     def attempt(memory_plan):
         smaller = replace(streamed, batch_size=memory_plan.batch_size, on_host=memory_plan.on_host)
         with run.clock.part("distillation"):
-            divergence = distill.distill(smaller, grids, tokens, plan.dense, run.settings.seed,
-                                         finish if files else None, run.settings.effort)
+            divergence = distill.distill(smaller, grids, tokens, plan.dense, run.settings.seed, finish,
+                                         run.settings.effort)
             if files:
                 files.flush()
         return {"divergence": divergence}

@@ -54,15 +54,12 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         with clock.part("load"):
             open_run(current, stack, folder, command)
         if settings.dense and settings.method() != "dense":
-            evaluate(current, "dense")
+            _add_scores(current, "dense", _perplexities(current, current.model))
         plan = planning.choose(current)
-        compressed = compression.compress(current, plan)
-        if settings.save:
-            _save(current, plan, *compressed)
-        method = current.method
-        if method == "dense" and current.record["sparsity"] > PRUNED:
-            method = "as given"
-        evaluate(current, method)
+        probe = torch.arange(min(PROBE, current.settings.seqlen))[None] % current.config.vocab_size
+        survey = measures.Survey(current.model, device, probe if settings.save else None)
+        outcomes = compression.compress(current, plan, survey)
+        method = _finish(current, plan, outcomes, survey)
         if settings.semi_structured and "semi_structured" not in current.record:
             current.record["semi_structured"] = current.retry(lambda plan: semistructured.compare(
                 current.model, current.tests, plan.batch_size, device))
@@ -76,33 +73,58 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         return record
 
 
-def evaluate(current, method):
-    """Add perplexities and task scores of the model as it is now to the record. method: "dense" or its name."""
+def _perplexities(current, model, observe=None):
+    """Return the perplexities of a model on the test sets. observe: as in `measures.perplexities`."""
     with current.clock.part("evaluation"):
-        current.record.setdefault("perplexity", {})[method] = current.retry(lambda plan: {
-            name: measures.perplexity(current.model, tokens, plan.batch_size, current.device, name)
-            for name, tokens in current.tests.items()})
+        return current.retry(lambda plan: measures.perplexities(
+            model, current.tests, plan.batch_size, current.device, observe=observe))
+
+
+def _add_scores(current, method, perplexities):
+    """Add perplexities, and task scores of the model as it is now, to the record. method: "dense" or its name."""
+    current.record.setdefault("perplexity", {})[method] = perplexities
     if current.score_tasks:
         with current.clock.part("tasks"):
             current.record.setdefault("tasks", {})[method] = current.retry(
                 lambda plan: current.score_tasks(current.model, plan.batch_size))
 
 
-def _save(current, plan, outcomes, matrices, others):
-    """Write the result, reload it, compare all zeros and a few logits with the model in memory, and put it in place."""
-    folder, path = current.files, current.settings.save
-    probe = torch.arange(min(PROBE, current.settings.seqlen))[None] % current.config.vocab_size
+def _finish(current, plan, outcomes, survey):
+    """Save the model if asked to, and measure what is reported in one pass. Returns its name in the report.
+
+    survey: of the model in memory, with which the saved one is compared.
+    """
+    settings, final, found = current.settings, current.model, survey
+    if settings.save:
+        final = _save(current, outcomes)
+        found = measures.Survey(final, current.device, survey.tokens)
+    perplexities = _perplexities(current, final, found.take)
+    zeros, logits = found.finish()
+    if settings.save:
+        expected_zeros, expected = survey.finish()
+        same = {"zeros": zeros == expected_zeros, "logits": torch.allclose(logits, expected, 0, 0, equal_nan=True)}
+        for what, equal in same.items():
+            if not equal:
+                raise errors.VerificationError(f"--save {settings.save}: the {what} of the saved model differ from "
+                                               "those in memory")
+        current.files.publish()
+    current.record |= report.of_matrices(current, plan, outcomes, zeros)
+    if settings.save and plan.targets:
+        current.record["disk"] = report.disk(current, plan.targets)
+    method = current.method
+    if method == "dense" and current.record["sparsity"] > PRUNED:
+        method = "as given"
+    _add_scores(current, method, perplexities)
+    return method
+
+
+def _save(current, outcomes):
+    """Write the result beside the folder's finished layers. Returns the model in it, loaded again."""
+    folder = current.files
     with current.clock.part("save"):
         written = folder.write_checkpoint(current.tokenizer, {
             path_of(current.model, *key): outcome.grid for key, outcome in outcomes.items() if outcome.grid},
             current.record)
         saved = load.open_model(written, load.read_config(written), "auto")
         saved.config._attn_implementation = current.model.config._attn_implementation  # a caller may have chosen it
-        if measures.measure_weights(saved, current.device) != (matrices, others):
-            raise errors.VerificationError(f"--save {path}: the zeros of the saved weights differ from those in memory")
-        of_saved, in_memory = (measures.logits(model, probe, 1, current.device) for model in (saved, current.model))
-        if not torch.allclose(of_saved, in_memory, rtol=0, atol=0, equal_nan=True):
-            raise errors.VerificationError(f"--save {path}: the logits of the saved model differ from those in memory")
-        folder.publish()
-        if plan.targets:
-            current.record["disk"] = report.disk(current, plan.targets)
+    return saved

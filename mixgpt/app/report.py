@@ -36,14 +36,16 @@ def facts(run):
             **program.signature(), "device_name": device_name, "versions": versions, "data": run.sources}
 
 
-def of_matrices(matrices, others, outcomes, plan, known):
-    """Return the part of the record on the matrices, and on other weights of the layers."""
-    sensitivity, rows = known.sensitivity if known else {}, []
+def of_matrices(run, plan, outcomes, zeros):
+    """Return the part of the record on the matrices, and on other weights of the layers. zeros: of `Survey.zeros`."""
+    matrices = [m for m in zeros[0] if m.name not in run.uncalled]
+    others = zeros[1] + [m for m in zeros[0] if m.name in run.uncalled]
+    sensitivity, rows = plan.traces.sensitivity if plan.traces else {}, []
     for m in matrices:
         key = m.layer, m.name
         outcome = outcomes.get(key, Outcome())
-        optional = {"target": plan[key].sparsity if key in plan else None, "sensitivity": sensitivity.get(key),
-                    "error": outcome.error, "percdamp": outcome.percdamp,
+        optional = {"target": plan.targets[key].sparsity if key in plan.targets else None,
+                    "sensitivity": sensitivity.get(key), "error": outcome.error, "percdamp": outcome.percdamp,
                     "wbits": outcome.grid and outcome.grid.scheme.wbits}
         rows.append(_counted(m) | {name: value for name, value in optional.items() if value is not None})
     return {"sparsity": total_sparsity(matrices), "matrices": rows} | ({

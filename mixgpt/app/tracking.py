@@ -10,7 +10,7 @@ import pandas as pd
 from PIL import Image
 
 from mixgpt.common import distributed, errors
-from mixgpt.evaluation.measures import count_zeros, total_sparsity
+from mixgpt.evaluation.measures import total_sparsity
 from mixgpt.modeling.experts import kind_of
 from mixgpt.pruning.targets import Outcome
 
@@ -71,9 +71,8 @@ class Tracker(contextlib.AbstractContextManager):
                       "plan/heat_map": self.wandb.Image(Image.open(io.BytesIO(plots.draw(plan, traces))))})
 
     @_guarded
-    def layer(self, index, layer, outcomes, start):
-        """Log a finished layer on its device: {(layer, name): Outcome}, sparsities, and the time since `start`."""
-        counted, _ = count_zeros(index, layer)  # which waits for the layer
+    def layer(self, index, counted, outcomes, start):
+        """Log a finished layer: its `MatrixSparsity`s, {(layer, name): Outcome}, and the time since `start`."""
         frame = pd.DataFrame({"error": [outcomes.get((m.layer, m.name), Outcome()).error for m in counted],
                               "sparsity": [m.zeros / m.numel for m in counted]}, dtype=float)
         kinds = [kind_of(m.name).replace(".", "/") for m in counted]  # W&B's summary nests at dots

@@ -12,38 +12,87 @@ from modelutils import SLICE, HiddenStates, StreamedModel, by_rows, in_turn, lin
 
 
 @torch.no_grad()
-def perplexity(model, tokens, batch_size, device, title="perplexity", step=HiddenStates.advance):
-    """Return exp of the mean negative log-likelihood of tokens (N, T), each sequence independently.
+def perplexities(model, tests, batch_size, device, step=HiddenStates.advance, observe=None):
+    """Return exp of the mean negative log-likelihood of test sets, {name: tokens (N, T)}, each sequence independently.
 
     T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ. Logits in the model's dtype, log-likelihood
-    in float32. step: called with (stream, layer, index) to replace the hidden states by the output of a layer.
+    in float32. All sets pass through a layer before the next one is read. step: called with (stream, layer, index) to
+    replace the hidden states by its output. observe: called with (index, layer) behind that, in processes with tokens.
     """
-    N, T = tokens.shape
-    mine, total = tokens[distributed.share(N)], torch.zeros((), dtype=torch.float64, device=device)
-    if len(mine):
-        stream = StreamedModel(model, device, batch_size).embed(mine)
-        for index, layer in in_turn(layers_of(model), device, title):
-            step(stream, layer, index)
+    streamed, streams, totals = StreamedModel(model, device, batch_size), {}, dict.fromkeys(tests, 0.0)
+    shares = {name: tokens[distributed.share(len(tokens))] for name, tokens in tests.items()}
+    for name, tokens in shares.items():
+        if len(tokens):  # there must be room for those that follow, too
+            left = sum(shares[other].numel() for other in shares if other not in streams)
+            streams[name] = streamed.embed(tokens, left / tokens.numel())
+    if streams:
+        for index, layer in in_turn(layers_of(model), device, "perplexity"):
+            for stream in streams.values():
+                step(stream, layer, index)
+            if observe:
+                observe(index, layer)
         with stream.head(model) as head:
-            for rows in stream.batches():
-                hidden = stream.hidden[rows, :-1].to(device).flatten(0, 1)  # (B·(T−1), C)
-                targets = mine[rows, 1:].to(device).flatten()
-                for h, target in zip(hidden.split(SLICE), targets.split(SLICE), strict=True):
-                    for scores, t in by_rows(head(h), target):
-                        total += torch.nn.functional.cross_entropy(scores.float(), t, reduction="sum")
-    mean = sum(distributed.all_gather_object(total.item())) / (N * (T - 1))
-    return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan  # exp overflows above 709
+            totals |= {name: _loss(head, stream, shares[name]) for name, stream in streams.items()}
+    totals = distributed.all_gather_object(totals)
+    means = {name: sum(each[name] for each in totals) / tokens[:, 1:].numel() for name, tokens in tests.items()}
+    return {name: math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan  # exp overflows above 709
+            for name, mean in means.items()}
 
 
-@torch.no_grad()
+def _loss(head, stream, tokens):
+    """Return the negative log-likelihood of tokens (N, T), summed, from the hidden states behind the last layer."""
+    total = torch.zeros((), dtype=torch.float64, device=stream.device)
+    for rows in stream.batches():
+        hidden = stream.hidden[rows, :-1].to(stream.device).flatten(0, 1)  # (B·(T−1), C)
+        targets = tokens[rows, 1:].to(stream.device).flatten()
+        for h, target in zip(hidden.split(SLICE), targets.split(SLICE), strict=True):
+            for scores, t in by_rows(head(h), target):
+                total += torch.nn.functional.cross_entropy(scores.float(), t, reduction="sum")
+    return total.item()
+
+
+def perplexity(model, tokens, batch_size, device):
+    """Return that of tokens (N, T) alone; see `perplexities`."""
+    return perplexities(model, {"": tokens}, batch_size, device)[""]
+
+
 def logits(model, tokens, batch_size, device):
     """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
-    stream = StreamedModel(model, device, batch_size).embed(tokens)
-    for index, layer in in_turn(layers_of(model), device, "logits"):
-        stream.advance(layer, index)
-    with stream.head(model) as head:
-        return torch.cat([head(hidden.to(device)).to("cpu") for hidden in stream.hidden.flatten(0, 1).split(SLICE)]
-                         ).unflatten(0, tokens.shape)
+    return Survey(model, device, tokens, batch_size).finish()[1]
+
+
+class Survey:
+    """The zeros of a model, and the logits of a few tokens, taken from its layers while they are on the device."""
+
+    def __init__(self, model, device, tokens=None, batch_size=1):
+        """tokens: (N, T), if their logits are asked for."""
+        self.model, self.device, self.tokens, self.counts = model, device, tokens, []
+        self.embedded = None if tokens is None else StreamedModel(model, device, batch_size).embed(tokens)
+
+    @torch.no_grad()
+    def take(self, index, layer):
+        """Take layer number `index` if it is the next one; the first one starts anew. Returns its `count_zeros`."""
+        if index == 0:
+            self.counts, self.stream = [], self.embedded and self.embedded.twin()
+        counted = count_zeros(index, layer)
+        if index == len(self.counts):
+            self.counts.append(counted)
+            if self.stream:
+                self.stream.advance(layer, index)
+        return counted
+
+    @torch.no_grad()
+    def finish(self):
+        """Read the layers that are left. Returns the `count_zeros` of all, and the logits on the host."""
+        first = len(self.counts)
+        for place, layer in in_turn(layers_of(self.model)[first:], self.device):
+            self.take(first + place, layer)
+        zeros = [sum(kind, []) for kind in zip(*self.counts, strict=True)]
+        if not self.stream:
+            return zeros, None
+        with self.stream.head(self.model) as head:
+            parts = [head(h.to(self.device)).to("cpu") for h in self.stream.hidden.flatten(0, 1).split(SLICE)]
+        return zeros, torch.cat(parts).unflatten(0, self.tokens.shape)
 
 
 @dataclass(frozen=True)
@@ -57,20 +106,16 @@ class MatrixSparsity:
     zeros: int
 
 
-def measure_weights(model, device):
-    """Count the zeros of the decoder layers on a device. Returns the lists of `count_zeros` of all layers."""
-    layers = [count_zeros(index, layer) for index, layer in in_turn(layers_of(model), device)]
-    return tuple([count for counts in kind for count in counts] for kind in zip(*layers, strict=True))
-
-
 @torch.no_grad()
 def count_zeros(index, layer):
     """Return the `MatrixSparsity` of all linears of a layer on its device, and of its `other_weights`: two lists."""
     dense = linears(layer)
     of_linears = {name: module.weight if name in dense else module.weight.expand()
                   for name, module in layer.named_modules() if name in dense or isinstance(module, SparseLinear)}
-    return [[MatrixSparsity(index, name, tuple(weight.shape), weight.numel(), (weight == 0).sum().item())
-             for name, weight in weights.items()] for weights in (of_linears, other_weights(layer))]
+    kinds = of_linears, other_weights(layer)
+    counts = iter(torch.stack([(weight == 0).sum() for weights in kinds for weight in weights.values()]).tolist())
+    return [[MatrixSparsity(index, name, tuple(weight.shape), weight.numel(), next(counts))
+             for name, weight in weights.items()] for weights in kinds]
 
 
 def total_sparsity(matrices):

@@ -10,7 +10,7 @@ import torch
 
 from mixgpt.common.errors import one_line
 from mixgpt.common.runtime import Clock
-from mixgpt.evaluation.measures import perplexity
+from mixgpt.evaluation.measures import perplexities
 from mixgpt.modeling.experts import RoutedLinear
 from modelutils import linears
 
@@ -75,10 +75,9 @@ def compare(model, tests, batch_size, device):
         counts.append(count)
         differences.append(((sparse - dense).norm() / dense.norm()).item())
 
-    perplexities = {name: perplexity(model, tokens, batch_size, device, f"2:4 {name}", step)
-                    for name, tokens in tests.items()}
+    found = perplexities(model, tests, batch_size, device, step)
     if not any(counts):
         return {"skipped": f"no matrix has at most 2 of 4 weights, and sizes that {ROWS} and {COLUMNS} divide"}
     seconds = clock.seconds()
     return {"seconds": seconds, "matrices": sum(counts) // len(tests), "difference": max(differences),
-            "perplexity": perplexities, "speed_up": seconds["dense"] / seconds["semi_structured"]}
+            "perplexity": found, "speed_up": seconds["dense"] / seconds["semi_structured"]}

@@ -42,16 +42,21 @@ def locations_of(model):
             for name, location in (disk_weights(module) or {}).items()}
 
 
-def read(module):
-    """Read {name: tensor} of a module on disk, in its dtypes. Raises InputError for NaN or inf."""
+def read(module, pinned=False):
+    """Read {name: tensor} of a module on disk, in its dtypes. Raises InputError for NaN or inf.
+
+    pinned: in memory that PyTorch gives to no other tensor before the copies from it to a GPU have ended.
+    """
     locations, tensors = disk_weights(module), {}
     files = {file: safe_open(file, "pt") for file in {location.file for location in locations.values()}}
     for name, own in module.state_dict().items():
         location = locations[name]
         stored = mapped(location, files[location.file])
-        tensors[name] = torch.empty(stored.shape, dtype=own.dtype).copy_(stored)
+        tensors[name] = torch.empty(stored.shape, dtype=own.dtype, pin_memory=pinned).copy_(stored)
         distributed.alive()
-        check_finite(tensors[name], f"{location.file}: {location.key}")
+        if getattr(module, "finite", None) is not locations:  # what was read before needs no further scan
+            check_finite(tensors[name], f"{location.file}: {location.key}")
+    module.finite = locations
     return tensors
 
 

@@ -84,7 +84,7 @@ class Calibration:
             self.dense = self.stream.twin() if recipe.dense_target else None
         self.nsequences = len(tokens)  # over all processes
 
-    def pass_finished(self, index, layer, files):
+    def pass_finished(self, index, layer, files, observe):
         """Take a layer that an interrupted run has pruned, and advance the hidden states through it as that run did."""
         if self.dense:
             with on_device([layer], self.stream.device):
@@ -94,6 +94,8 @@ class Calibration:
         files.load_layer(index)
         with on_device([layer], self.stream.device), self.clock.part("forward"):
             self.stream.advance(layer, index)
+            if observe:
+                observe(index, layer)
 
     def inputs(self, index, layer, bar):
         """Yield (names of linears, factored InputHessian of the input that they read) in the order in which they run.

@@ -136,7 +136,6 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
     steps = torch.randperm(len(mine), generator=seeded(seed, "distillation", distributed.rank())).split(size)
     steps += (steps[0][:0],) * (-(-_most(tokens) // size) - len(steps))  # as many as in every other process
     with contextlib.ExitStack() as stack:
-        stack.enter_context(repeatable_attention(device))
         with memory.shared_fate() if distributed.world() == 1 else contextlib.nullcontext():  # else they wait in it
             with memory.shared_fate():
                 stack.enter_context(on_device(layers, device))
@@ -147,7 +146,8 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
                 labels = labels if vocabulary is None else torch.searchsorted(vocabulary, labels)
                 states = [_Scales(weight, grid) if grid else _Weight(weight)
                           for weight, grid in zip(weights, chosen.values(), strict=True)]
-            mean = _train(stream, layers, head, states, steps, dense["states"][:, :-1], labels)
+            with repeatable_attention(device):
+                mean = _train(stream, layers, head, states, steps, dense["states"][:, :-1], labels)
         for state in states:
             if isinstance(state, _Scales):
                 state.grid.scale.copy_(state.scale)

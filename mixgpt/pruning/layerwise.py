@@ -20,9 +20,9 @@ def prune_layerwise(streamed, plan, tokens, recipe, files=None, observe=None):
 
     streamed: a modelutils.StreamedModel. plan: {(layer, name): Target}. recipe: a solvers.Recipe. Inputs come from the
     preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the same layer. files:
-    a checkpoints.run_dir.RunDir that saves finished layers. observe: called with (index, layer, {(layer, name):
-    Outcome}, time.perf_counter() at its start) for each finished layer while it is on the device. Returns
-    {(layer, name): Outcome}. Raises InputError if an input is not finite.
+    a checkpoints.run_dir.RunDir that saves finished layers. observe: called with (index, layer) for each finished layer
+    while it is on the device, and unless an interrupted run has finished it with {(layer, name): Outcome} and
+    time.perf_counter() at its start. Returns {(layer, name): Outcome}. Raises InputError if an input is not finite.
     """
     calibration, outcomes, clock = Calibration(streamed, plan, tokens, recipe), {}, streamed.clock
     layers = streamed.layers[:max(index for index, _ in plan) + 1]
@@ -57,7 +57,7 @@ def layers_in_turn(streamed, layers, title, outcomes, files=None, observe=None, 
     first = len(finished)
     for index, of_layer in enumerate(finished):
         if calibration and first < len(layers):
-            calibration.pass_finished(index, layers[index], files)
+            calibration.pass_finished(index, layers[index], files, observe)
         else:
             files.load_layer(index)
         outcomes |= of_layer

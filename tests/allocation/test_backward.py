@@ -14,6 +14,7 @@ from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import hessian_traces
 from mixgpt.checkpoints import load
 from mixgpt.modeling import streaming
+from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
 from mixgpt.pruning.targets import Target, select
 from modelutils import StreamedModel, hooked, linears
@@ -62,9 +63,9 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
                                                                               monkeypatch):
     loads, copies, read, copied = Counter(), [], streaming.read, copy.deepcopy
 
-    def read_counted(module):
+    def read_counted(module, **how):
         loads[id(module)] += bool(linears(module)) and not isinstance(module, torch.nn.Linear)
-        return read(module)
+        return read(module, **how)
 
     def copy_counted(value, *memo):
         copies.extend(linears(value) if isinstance(value, torch.nn.Module) else ())
@@ -87,6 +88,7 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
         else:
             traces(streamed, selected, tokens, what)
     assert list((+loads).values()) == [2] * layers and not copies  # without modules that are no layers
+    assert gpu.pinned == 2 * (layers - 1) * len(layers_of(model)[0].state_dict())  # what is read ahead
     waits = {}
     for (_, place), count in gpu.synchronisations.items():
         file = place.partition(":")[0]

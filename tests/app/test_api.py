@@ -104,7 +104,7 @@ def test_a_model_in_memory_that_cannot_be_pruned_keeps_no_hooks(true_sequential,
     model, tokenizer = in_memory(checkpoint_folder("opt"))
     model.model.decoder.embed_tokens.weight.data[3] = 3e38  # finite, and too large for a norm
     with pytest.raises(InputError, match="the Hessian contains NaN or inf") as kept:
-        mixgpt.prune(model, torch.full((2, 16), 3), tokenizer, sparsity=0.5, preset="best", extra=0, distill=0,
+        mixgpt.prune(model, torch.full((2, 16), 3), tokenizer, prunen=2, prunem=4, preset="best", extra=0, distill=0,
                      true_sequential=true_sequential, eval=(), device="cpu")
     assert kept and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -385,7 +385,7 @@ def test_the_host_goes_on_while_the_gpu_prunes_a_layer(simulated, checkpoint_fol
             if not place.startswith("run_dir.py")}  # which copies the weights
     assert sum(each.values()) <= 10, each
     assert {place.partition(":")[0] for _, place in each} <= {
-        "sparsegpt.py", "hessian.py", "solvers.py", "layerwise.py", "calibration.py"}
+        "sparsegpt.py", "hessian.py", "solvers.py", "layerwise.py", "calibration.py", "measures.py"}
 
 
 def test_where_triton_does_not_run_pytorch_walks_and_one_line_says_so(gpu, run, monkeypatch):

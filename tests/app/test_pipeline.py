@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
@@ -33,12 +34,12 @@ from mixgpt.app import run as running
 from mixgpt.app.cli import parse
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
-from mixgpt.common import memory, runtime
+from mixgpt.common import choices, memory, runtime
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.measures import perplexity
 from mixgpt.modeling import streaming
-from mixgpt.pruning import distill
+from mixgpt.pruning import distill, solvers
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
@@ -244,12 +245,15 @@ def test_a_cpu_computes_in_float32_if_that_is_faster(stored, fast, used, named, 
         assert f"{dtype}, on cpu" in out and ("dtype    float32" in out) == (dtype != stored)
 
 
-def test_a_save_that_reads_back_differently_is_reported(prune, tmp_path, monkeypatch):
+@pytest.mark.parametrize("key, what", [("layers.1.mlp.up_proj", "zeros"), ("norm", "logits")])
+def test_a_save_that_reads_back_differently_is_reported(key, what, prune, tmp_path, monkeypatch):
     write = streaming.write
 
     def corrupt(file, tensors, **metadata):
         if "model.norm.weight" in tensors:  # in the result
-            tensors["model.norm.weight"].view(torch.int32)[-1] ^= 1  # the last bit
+            numbers = tensors[f"model.{key}.weight"].view(torch.int32).flatten()
+            numbers[numbers.argmax()] *= what == "logits"
+            numbers[-1] ^= what == "logits"  # the last bit
         write(file, tensors, **metadata)
 
     folder, options = tmp_path / "saved", "--sparsity .5 --gmp --overwrite --save"
@@ -257,11 +261,43 @@ def test_a_save_that_reads_back_differently_is_reported(prune, tmp_path, monkeyp
     before = contents(folder)
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "write", corrupt)
-        assert "VerificationError: --save" in prune("llama", "--wbits 4", options, folder, status=1)
+        line = prune("llama", "--wbits 4", options, folder, status=1)
+        assert f"VerificationError: --save {folder}: the {what} of the saved" in line
     for name, content in before.items():  # the model that was to be replaced
         assert name == "mixgpt.json" or (folder / name).read_bytes() == content
     prune("llama", "--wbits 4 --resume", options, folder)
     assert contents(folder)["model.safetensors"] != before["model.safetensors"]
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+@pytest.mark.parametrize("preset, most", [("sparsegpt", 2), ("mixgpt", 4), ("best", 8)])
+def test_what_is_read_of_each_layer_is_counted(preset, most, dense, prune, tmp_path, monkeypatch):
+    """One pass for what is reported, whatever the number of test sets, and one for the dense model."""
+    read, counts, tests = streaming.read, Counter(), [tmp_path / "a.txt", tmp_path / "b.txt"]
+
+    def counted(module, **how):
+        counts.update(set(re.findall(r"layers.(\d)", str(streaming.disk_weights(module)))))
+        return read(module, **how)
+
+    for file in tests:
+        file.write_text("".join(f"The {number} sheep of {file.name} graze. " for number in range(50)))
+    monkeypatch.setattr(streaming, "read", counted)
+    prune("llama", "--sparsity .5 --preset", preset, "--dense" * dense, "--eval builtin", *tests, "--save",
+          tmp_path / "saved")
+    assert [len(row) for row in record_of(tmp_path / "saved")["perplexity"].values()] == [3] * (1 + dense)
+    assert len(counts) == 3 and max(counts.values()) <= most + dense
+
+
+def test_a_matrix_with_a_zero_less_than_asked_ends_the_run(prune, monkeypatch):
+    def careless(problem):
+        (W, grid), *others = solvers.walk(problem)
+        return [(W.index_put(tuple((W == 0).nonzero()[:1].t()), torch.tensor(1.0)), grid), *others]
+
+    monkeypatch.setitem(choices.SOLVERS, "careless", choices.Solver("", careless))
+    for amount, found in (("--sparsity .5", "511 zeros, 49.90%; asked were 512, 50.00%"),
+                          ("--prunen 1 --prunem 4", "255 zeros, 24.90%; asked were 256, 25.00%")):
+        line = prune("llama", amount, "--solver careless", status=2)
+        assert line.endswith(f"error: --solver careless: layer 0 self_attn.q_proj has {found}\n")
 
 
 def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint_folder, prune, tmp_path):
@@ -342,6 +378,14 @@ def test_best_takes_gradients_from_half_of_the_sequences_and_the_likely_tokens(a
         (len(tokens), len(vocabulary))) or measure(streamed, matrices, tokens, seed, vocabulary))
     prune("llama", amount, "--preset best")
     assert seen == expected
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(prune, monkeypatch):
+    gradient = fisher._sampled_gradient
+    monkeypatch.setattr(fisher, "_sampled_gradient", lambda *given: gradient(*given).index_fill_(
+        1, torch.tensor(5), torch.nan))
+    line = prune("llama", "--sparsity .5 --preset best --distill 0", status=2)
+    assert line.endswith(": layer 0 self_attn.q_proj: its gradient is NaN or inf; try --dtype float32\n")
 
 
 @pytest.mark.parametrize("number, more, piece, source", [

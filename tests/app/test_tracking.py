@@ -6,7 +6,6 @@ import struct
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from commands import run
 from conftest import ROOT, load_compiled, read_little
@@ -17,6 +16,7 @@ from mixgpt.app import cli, compression
 from mixgpt.app.settings import Settings
 from mixgpt.app.tracking import Tracker
 from mixgpt.common.errors import InputError
+from mixgpt.evaluation.measures import MatrixSparsity
 from mixgpt.pruning.targets import Outcome
 
 wandb = pytest.importorskip("wandb")
@@ -249,9 +249,9 @@ def test_a_client_that_fails_in_mid_run_is_left_after_one_line(surroundings, cap
     with Tracker(settings, {"settings": {"sparsity": 0.5}}, "dense") as tracker:
         folder, real = folder_of(surroundings), tracker.run
         monkeypatch.setattr(real, "log", lambda *_: (_ for _ in ()).throw(BrokenPipeError("the service\nhas died")))
-        layer = torch.nn.ModuleDict({"fc1": torch.nn.Linear(2, 2)})
+        counted = [MatrixSparsity(0, "fc1", (2, 2), 4, 1)]
         for _ in range(2):
-            tracker.layer(0, layer, {(0, "fc1"): Outcome(0.1)}, 0.0)
+            tracker.layer(0, counted, {(0, "fc1"): Outcome(0.1)}, 0.0)
         tracker.result({"matrices": [], "seconds": {}}, "dense")
         assert tracker.run is None
     assert capsys.readouterr().out == (f"warning  W&B: the service has died; going on without it; upload it with: "

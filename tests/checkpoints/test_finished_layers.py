@@ -106,6 +106,18 @@ def test_resuming_gives_the_dense_weights_back_and_loading_a_finished_layer_thos
         assert torch.equal(streaming.read(files.layers[0])[UP], torch.ones(48, 32))
 
 
+def test_weights_are_checked_when_they_are_first_read_and_those_of_a_finished_layer_again(model, tmp_path, monkeypatch):
+    with opened(tmp_path, model) as files:
+        streaming.read(files.layers[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "check_finite", lambda *_: pytest.fail("checked again"))
+            streaming.read(files.layers[0])
+        save_layer(files, 0, float("inf"))
+        files.flush()
+        with pytest.raises(InputError, match="layer-00000.safetensors: .* contains NaN or inf"):
+            streaming.read(files.layers[0])
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_distilled_layers_count_when_all_are_written_and_the_pruned_ones_before(killed, model, tmp_path):
     """killed: while they replace the pruned ones."""

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import CPU, make, measure_sparsity
+from conftest import CPU, make, measure_sparsity, modules_of
 from makebelieve import CUDA, Gpu
 
 import modelutils
 from mixgpt.evaluation import measures
-from mixgpt.evaluation.measures import measure_weights
+from mixgpt.evaluation.measures import Survey
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
 
@@ -25,6 +25,28 @@ def test_streamed_perplexity_is_that_of_the_full_forward(tiny, tokens, batch_siz
         assert streamed == pytest.approx(whole(tokens, labels=tokens, use_cache=False).loss.exp().item(), rel=1e-5)
 
 
+def test_test_sets_pass_the_layers_together_as_they_do_alone(tokens, monkeypatch):
+    """The place of each is chosen by what those that are not embedded yet take together."""
+    model, tests, room = make("llama"), {"a": tokens, "b": tokens[:3].flip(1), "c": tokens[:1]}, []
+    monkeypatch.setattr(modelutils, "place_for", lambda nbytes, *_: room.append(nbytes) or "host")
+    together = measures.perplexities(model, tests, 2, CPU)
+    assert room == pytest.approx([count * 24 * 32 * 4 for count in (9, 4, 1)])
+    assert together == {name: measures.perplexity(model, tokens, 2, CPU) for name, tokens in tests.items()}
+
+
+def test_a_survey_is_that_of_the_layers_as_they_are_at_last(tokens):
+    """Layers may be missing, or come again when they have changed."""
+    model = make("llama")
+    layers, survey = layers_of(model), Survey(model, CPU, tokens)
+    for index in (0, 1, 0, 2):
+        layers[index].mlp.up_proj.weight.data[index:, 3:] *= torch.rand(29) > 0.5
+        survey.take(index, layers[index])
+    layers[1].mlp.up_proj.weight.data[:5] = 0  # read at the end
+    (matrices, _), logits = survey.finish()
+    torch.testing.assert_close(logits, model(tokens, use_cache=False).logits.detach())
+    assert [m.zeros for m in matrices] == [(each.weight == 0).sum() for each in modules_of(model).values()]
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])  # the latter has routers, which are no linears
 def test_zeros_of_all_weights_are_counted_on_a_device(name):
     model = make(name)
@@ -34,7 +56,7 @@ def test_zeros_of_all_weights_are_counted_on_a_device(name):
         if weight.dim() > 1:
             weight.data[0] = 0
     with Gpu():
-        matrices, others = measure_weights(model, CUDA)
+        matrices, others = Survey(model, CUDA).finish()[0]
     assert bool(others) == (name == "qwen3-moe")
     assert all(m.zeros == (m.shape[-1] if m.layer == 1 else 0) for m in matrices + others)
     assert matrices == measure_sparsity(model)
