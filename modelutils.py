@@ -14,6 +14,7 @@ import torch
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from mixgpt.common import distributed, memory, program, progress, runtime
+from mixgpt.common.errors import InputError
 from mixgpt.common.files import writing
 from mixgpt.modeling import decoder, experts, streaming
 
@@ -172,13 +173,14 @@ def allocate(shape, dtype, device, place):
         return torch.empty(shape, dtype=dtype, device=device if place == "device" else "cpu")
     numel = math.prod(shape)
     nbytes = numel * dtype.itemsize
-    free, in_memory = memory.room(tempfile.gettempdir())
-    advice = "lower these, or set TMPDIR to a " + (
-        f"folder on a disk: {tempfile.gettempdir()} is memory" if in_memory else "larger disk")
     with writing(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in memory, and",
-                 advice), tempfile.NamedTemporaryFile() as file:
-        # reserving them would fill the disk before it fails; all processes share what is memory
-        if nbytes * (program.world("LOCAL_WORLD_SIZE") if in_memory else 1) > free:
+                 "lower these, or set TMPDIR to a larger disk"), tempfile.NamedTemporaryFile() as file:
+        free, in_memory = memory.room(file.name)
+        if in_memory and nbytes * program.world("LOCAL_WORLD_SIZE") > free:
+            raise InputError(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in "
+                             f"memory, and TMPDIR {tempfile.gettempdir()} is memory, too; lower these, or set it to a "
+                             "folder on a disk")
+        if nbytes > free:  # reserving them would fill the disk before it fails
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.posix_fallocate(file.fileno(), 0, nbytes)
         return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)

@@ -210,12 +210,12 @@ def open_run(run, stack, folder, command=None):
     elif run.selected and streaming.locations_of(run.model):  # pruned layers go to disk, like the dense ones
         nbytes = sum(tensor.nbytes for layer in decoder.layers_of(run.model) for tensor in layer.state_dict().values())
         nbytes *= 2 if run.settings.distill else 1
-        if memory.room(tempfile.gettempdir())[1]:  # they share it
-            nbytes += run.hidden_bytes * program.world("LOCAL_WORLD_SIZE")
         path = None
         if distributed.rank() == 0:
             with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
                 path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
+        if memory.room(tempfile.gettempdir())[1]:  # hidden states and layers share it
+            nbytes += run.hidden_bytes * program.world("LOCAL_WORLD_SIZE")
         run.files = stack.enter_context(run_dir.RunDir(
             distributed.broadcast_object(path), nbytes=nbytes, place=f"TMPDIR {tempfile.gettempdir()}",
             advice="free some space, or set TMPDIR to a folder on a larger disk"))

@@ -34,10 +34,6 @@ class ExpertSlice:
         rows = own.t() if self.transposed and own.dim() == 2 else own
         return rows.chunk(self.parts)[self.part] if self.concatenated else rows[self.part::self.parts]
 
-    def read(self, content, key):
-        """Return this part of the tensor under a key of an open file."""
-        return self.of(content.get_slice(key))
-
 
 class RoutedLinear(torch.nn.Linear):
     """A linear of an expert. Its input is the tokens that are routed to the expert, possibly none."""

@@ -17,7 +17,7 @@ from mixgpt.common import distributed
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import replacing
 from mixgpt.modeling.decoder import layers_of, layers_path, rest_of
-from mixgpt.modeling.experts import RoutedLinear, layout_of, on_meta
+from mixgpt.modeling.experts import ExpertSlice, RoutedLinear, layout_of, on_meta
 
 
 class TensorLocation(NamedTuple):
@@ -25,7 +25,8 @@ class TensorLocation(NamedTuple):
 
     file: str
     key: str  # in the file
-    part: Any = None  # how its values are read, if not as they are: an ExpertSlice, or a checkpoints.packing.Packed
+    part: ExpertSlice | None = None  # if it is one of several in the tensor of this key
+    packed: Any = None  # the checkpoints.packing.Packed that reads it, if it is encoded
 
 
 def disk_weights(module):
@@ -63,8 +64,10 @@ def read(module, pinned=False):
 def mapped(location, content=None):
     """Return the tensor at a location as it is stored, of an open file; the disk is read where its values are used."""
     content = content or safe_open(location.file, "pt")
+    if location.packed:
+        return location.packed.read(content, location.key)
     if location.part:
-        return location.part.read(content, location.key)
+        return location.part.of(content.get_slice(location.key))
     return content.get_tensor(location.key)
 
 
@@ -104,7 +107,7 @@ def stored_tensors(name, weights=SAFE_WEIGHTS_NAME):
 def attach_disk_weights(model, stored):
     """Make a model on meta read its weights from `stored_tensors`. Returns whether these hold all, unchanged.
 
-    Those of packed matrices have a third entry, `TensorLocation.part`. Keys may lack or add the base model prefix, as
+    Those of packed matrices have a third entry, `TensorLocation.packed`. Keys may lack or add the base model prefix, as
     `from_pretrained` allows, or be those of a model whose text part this is. Raises ValueError if a shape differs from
     the configuration.
     """
@@ -115,7 +118,7 @@ def attach_disk_weights(model, stored):
         location = _find(model, tied.get(name, name), layout, stored)
         if location is None:
             return False
-        shape = getattr(location.part, "shape", tensor.shape)
+        shape = location.part.shape if location.part else tensor.shape
         if (found := stored[location.key][1].shape) != shape:
             raise ValueError(f"{location.key} is {tuple(found)}, its configuration expects {tuple(shape)}")
         locations[name] = location
@@ -140,7 +143,7 @@ def _find(model, name, layout, stored):
                          f"{base}text_model.{inside}"):
             if spelling in stored:
                 file, _, *packed = stored[spelling]
-                return TensorLocation(file, spelling, *packed or [part])
+                return TensorLocation(file, spelling, part, *packed)
     return None
 
 

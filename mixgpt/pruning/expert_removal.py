@@ -36,10 +36,6 @@ class ExpertRows:
         """Return the entries of these experts. tensor: a tensor, or that of a safetensors file, not yet read."""
         return tensor[:].index_select(self.dim, torch.tensor(self.numbers))
 
-    def read(self, content, key):
-        """Return these entries of the tensor under a key of an open file."""
-        return self.of(content.get_slice(key))
-
 
 def _experts_of(model):
     """Return the name and the module of the first experts of a model or a layer, "" and None if it has none."""

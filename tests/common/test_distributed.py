@@ -150,11 +150,38 @@ def test_a_process_that_hangs_ends_the_others_in_one_line(fork, checkpoint_folde
     port, logs = free_port(), [tmp_path / str(rank) for rank in range(2)]
     first, second = (fork(command, "llama", [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / "saved"], log,
                           ranks.impatient, (rank, 2, port, 0, True)) for rank, log in enumerate(logs))
-    first.join(120)
-    assert first.exitcode == 1 and second.is_alive()
+    first.join(60)
+    hangs, status = second.is_alive(), first.exitcode
+    first.kill()
     second.kill()
+    assert hangs and status == 1
     assert logs[0].read_text().splitlines()[-1] == ("llama.py: error: another process does not answer; what is in the "
                                                     "folder of --save goes on with --resume")
+
+
+WAITING = """
+import time, torch
+from mixgpt.common import distributed
+distributed.PATIENCE = 1
+with distributed.joined(torch.device("cpu")):
+    distributed.prepared()
+    time.sleep(999 * distributed.rank())
+    distributed.barrier()
+"""
+
+
+def test_the_interpreter_of_a_process_that_has_given_up_ends():
+    """Where gloo's threads would wait until the other one comes."""
+    environment, port = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, free_port()
+    first, second = (subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                                      env=environment | {"RANK": str(rank), "MASTER_PORT": str(port)})
+                     for rank in range(2))
+    try:
+        assert "RuntimeError: another process does not answer" in first.communicate(timeout=60)[1]
+        assert first.returncode == 1
+    finally:
+        first.kill()
+        second.kill()
 
 
 @pytest.mark.parametrize("saves", [True, False])
