@@ -5,7 +5,7 @@ import torch
 from conftest import CPU
 
 from mixgpt.common.choices import SOLVERS
-from mixgpt.pruning.admm import admm_pruner, prune_masks, solve_on_support
+from mixgpt.pruning.admm import ITERATIONS, RAMP, SAMPLE, admm_pruner, admm_scores, prune_masks, solve_on_support
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
@@ -42,6 +42,81 @@ def seen(X, **gaps):
         hessian.add_batch(X[half], **{name: gap[half] for name, gap in gaps.items()})
     hessian.factor(0.01)
     return hessian
+
+
+def smallest(scores, target, fraction=1.0):
+    """Mark a fraction of the target's smallest scores (out, in), by sorting."""
+    groups = scores.view(-1, target.prunem) if target.prunem else scores.view(1, -1)
+    count = round(fraction * (target.prunen or target.sparsity * scores.numel()))
+    return (groups.argsort(1).argsort(1) < count).view(scores.shape)
+
+
+def published_admm(W, H, target, row_weights):
+    """Return |W + V| and W + V as the recursion of arXiv 2401.02938 (ρ = 1) leaves them, one matrix at a time."""
+    inverse, S = torch.linalg.inv(H + torch.eye(len(H))), W
+    for t in range(1, ITERATIONS):
+        scores = (S.abs() * row_weights.sqrt()[:, None]).masked_fill(W == 0, -1)
+        Z = S.masked_fill(smallest(scores, target, 1 - (1 - min(t, RAMP) / RAMP) ** 3) | (W == 0), 0)
+        V = S - Z
+        S = (W @ H + Z - V) @ inverse + V
+    return (S.abs() * row_weights.sqrt()[:, None]).masked_fill(W == 0, -1), S
+
+
+def conjugate_gradients(A, b, x, steps):
+    """Take steps towards A x = b from x."""
+    r = p = b - A @ x
+    for _ in range(steps):
+        x, before = x + r @ r / (p @ A @ p) * p, r
+        r = b - A @ x
+        p = r + r @ r / (before @ before) * p
+    return x
+
+
+def wide_problem(rows):
+    """Return weights (rows, 700) with zeros, a damped H of correlated inputs of different scales, and row weights."""
+    make = torch.Generator().manual_seed(rows)
+    X, W = (torch.randn(n, 700, generator=make, dtype=torch.float64) for n in (1500, rows))
+    X = (X + X.roll(1, 1) + 0.3 * X[:, :1]) * torch.linspace(-2, 2, 700).exp()
+    H = X.T @ X / 1500
+    H.diagonal().add_(0.01 * H.diagonal().mean())
+    W[torch.rand(W.shape, generator=make) < 0.1] = 0
+    return W, H, torch.rand(rows, generator=make, dtype=torch.float64) + 0.5
+
+
+@pytest.mark.parametrize("targets", [[Target(0.5), Target(0.7)], [Target(0.5, 2, 4), Target(0.25, 1, 4)]])
+def test_scores_and_kept_weights_are_those_of_the_published_recursion_and_three_conjugate_gradients(targets):
+    W, H, row_weights = wide_problem(60)
+    scale, counts = H.diagonal().sqrt(), [40, 20]
+    H_, W_ = H / scale / scale[:, None], W * scale
+    scores, reached = (of.split(counts) for of in admm_scores(W_, H_, counts, targets, row_weights))
+    found = admm_pruner(list(W.split(counts)), H, targets, row_weights)(targets)
+    for i, (of_w, weights) in enumerate(zip(W_.split(counts), row_weights.split(counts), strict=True)):
+        exact, values = published_admm(of_w, H_, targets[i], weights)
+        torch.testing.assert_close(scores[i], exact, rtol=0, atol=1e-10)
+        torch.testing.assert_close(reached[i], values, rtol=0, atol=1e-10)
+        assert torch.equal(found[i] == 0, gone := smallest(exact, targets[i]) | (of_w == 0))
+        for row, wanted, x, kept in zip(found[i] * scale, of_w, values, ~gone, strict=True):
+            fitted = conjugate_gradients(H_[kept][:, kept], H_[kept] @ wanted, x[kept], steps=3)
+            torch.testing.assert_close(row[kept], fitted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.6, 1.0])
+def test_thresholds_of_large_matrices_are_those_of_a_sample_of_all_rows_and_columns(fraction):
+    """As scores are not alike in rows, nor in even and odd columns. Allowed: 4 standard errors of a random sample."""
+    scores = torch.randn(240, 640, generator=torch.Generator().manual_seed(0)).abs()
+    scores *= torch.linspace(0.2, 4, 240)[:, None] * torch.tensor([1.0, 5.0]).repeat(320)
+    mask, = prune_masks([scores], [Target(0.5)], [240], fraction)
+    share = 0.5 * fraction
+    assert scores[mask].max() <= scores[~mask].min() and scores.numel() > 2 * SAMPLE
+    assert mask.double().mean() == pytest.approx(share, abs=4 * (share * (1 - share) / SAMPLE) ** 0.5)
+
+
+def test_sampled_thresholds_leave_the_recursion_nearly_as_it_is():
+    W, H, row_weights = wide_problem(200)
+    scale = H.diagonal().sqrt()
+    H, W = H / scale / scale[:, None], W * scale
+    (_, found), (_, exact) = admm_scores(W, H, [200], [HALF], row_weights), published_admm(W, H, HALF, row_weights)
+    assert 2 * SAMPLE < W.numel() and (found - exact).norm() < 0.01 * exact.norm()
 
 
 def test_conjugate_gradients_find_the_least_squares_solution_of_every_row(problem):
@@ -119,6 +194,7 @@ def test_columns_without_input_are_free_to_prune(problem, solver, target, scheme
 def test_outputs_with_gaps_are_met_by_the_ridge_solution(problem, names):
     W, X = problem
     generator = torch.Generator().manual_seed(2)
+    W[torch.rand(W.shape, generator=generator) < 0.3] = 0  # of a model that has been pruned: they stay
     gaps = {"input_gap": torch.randn(X.shape, generator=generator),
             "output_gap": 3 * torch.randn(len(X), len(W), generator=generator)}
     gaps = {name: gaps[name] for name in names}
@@ -127,5 +203,6 @@ def test_outputs_with_gaps_are_met_by_the_ridge_solution(problem, names):
     outputs = (X + gaps.get("input_gap", 0)) @ W.T + gaps.get("output_gap", 0)
     exact = torch.linalg.lstsq(torch.cat([(2 / 4) ** 0.5 * X, ridge * torch.eye(32, dtype=torch.float64)]),
                                torch.cat([(2 / 4) ** 0.5 * outputs, ridge * W.T])).solution.T
-    assert torch.allclose(hessian.optimum(W.float()).double(), exact, rtol=1e-3, atol=1e-3)
+    found = hessian.optimum(W.float()).double()
+    assert torch.allclose(found, exact.masked_fill(W == 0, 0), rtol=1e-3, atol=1e-3) and (found[W == 0] == 0).all()
     assert not torch.allclose(exact, W, atol=0.05)
