@@ -211,6 +211,7 @@ def test_resume_of_a_complete_run_with_other_inputs_is_refused(complete, checkpo
 
 @pytest.mark.parametrize("save_format, name, options", [
     ("dense", "qwen3-moe", "--wbits 3 --saliency isc"), ("dense", "gemma4", "--wbits 3 --saliency isc"),
+    ("dense", "llama", "--wbits 3 --target dense --rotate"),
     ("sparse", "llama", "--wbits 4 --groupsize 16 --act-order"), ("compressed-tensors", "opt", "--wbits 4 --sym")])
 def test_an_interrupted_run_gives_the_files_of_a_whole_one(save_format, name, options, prune, interrupt, tmp_path):
     """--resume begins in an empty folder, too."""

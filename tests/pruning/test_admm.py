@@ -166,6 +166,15 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
     assert torch.allclose(scaled / roots, weighted, atol=1e-3) and torch.allclose(zero, plain)
 
 
+def test_admm_prunes_the_same_in_any_order_of_the_walk(problem):
+    W, X = problem
+    hessian, pruned = seen(X.float()), [W.float(), W.float()]
+    for weight, order in zip(pruned, (None, torch.randperm(32, generator=torch.Generator().manual_seed(4))), strict=True):
+        hessian.factor(0.01, order)
+        prune_in_place(hessian, [weight], [HALF], Recipe(SOLVERS["admm"].load()))
+    assert (pruned[0] - pruned[1]).norm() < 0.05 * pruned[0].norm()  # few masks differ where products are rough
+
+
 def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
     scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [2.0, -1.0, 9.0, 4.0]])
     first, second = prune_masks(scores.split(1), [Target(0.5), Target(0.25)], [1, 1])
@@ -199,10 +208,11 @@ def test_outputs_with_gaps_are_met_by_the_ridge_solution(problem, names):
             "output_gap": 3 * torch.randn(len(X), len(W), generator=generator)}
     gaps = {name: gaps[name] for name in names}
     hessian = seen(X.float(), **gaps)
+    hessian.factor(0.01, torch.randperm(32, generator=generator))
     ridge = (0.01 * hessian.H.diagonal().mean().double()).sqrt()
     outputs = (X + gaps.get("input_gap", 0)) @ W.T + gaps.get("output_gap", 0)
     exact = torch.linalg.lstsq(torch.cat([(2 / 4) ** 0.5 * X, ridge * torch.eye(32, dtype=torch.float64)]),
                                torch.cat([(2 / 4) ** 0.5 * outputs, ridge * W.T])).solution.T
-    found = hessian.optimum(W.float()).double()
+    found = hessian.optimum(W.float()).double()[:, hessian.inverse_order]
     assert torch.allclose(found, exact.masked_fill(W == 0, 0), rtol=1e-3, atol=1e-3) and (found[W == 0] == 0).all()
     assert not torch.allclose(exact, W, atol=0.05)
