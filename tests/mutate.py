@@ -13,31 +13,28 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent
 # a changed file may have the size and, in whole seconds, the time of one whose compiled code is there
 ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def mutations(words):
     """Yield a dict for each mutation: what, file, -, +, and tests or explained."""
-    for block in (Path(__file__).parent / "mutations.txt").read_text().split("\n\n"):
-        lines = [line for line in block.splitlines() if line and not line.startswith("#")]
-        if not lines or words and not any(word in block for word in words):
-            continue
-        mutation = {"what": lines[0], "-": "", "+": ""}
-        for key, _, value in (line.partition(" ") for line in lines[1:]):
-            if key in "-+":
-                mutation[key] += value + "\n"
-            else:
-                mutation[key.rstrip(":")] = value
-        yield mutation | {sign: mutation[sign].removesuffix("\n") for sign in "-+"}
+    for block in (HERE / "mutations.txt").read_text().split("\n\n"):
+        lines = [line for line in block.splitlines() if not line.startswith("#")]
+        if lines and (not words or any(word in block for word in words)):
+            mutation = {"what": lines[0]}
+            for key, _, value in (line.partition(" ") for line in lines[1:]):
+                key = key.rstrip(":")
+                mutation[key] = f"{mutation[key]}\n{value}" if key in mutation else value
+            yield mutation
 
 
 def run(copy, tests):
-    """Run tests in the copy. Returns pytest's exit status, and the test that failed first, or its last line."""
+    """Run tests in the copy. Returns pytest's exit status, and the test that failed first, or the last line."""
     done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests], cwd=copy,
-                          env=ENVIRONMENT, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
+                          env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = done.stdout.splitlines() or [""]
     failed = [line.split(" - ")[0].removeprefix("FAILED ") for line in lines if line.startswith("FAILED")]
     return done.returncode, (failed or lines)[-1]
 
@@ -58,18 +55,17 @@ def outcome(copy, mutation):
 
 def main(words):
     chosen, bad = list(mutations(words)), 0
-    with tempfile.TemporaryDirectory(prefix="mutate") as folder:
-        copy = Path(folder) / "copy"
-        listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True,
-                                text=True, check=True).stdout.splitlines()
-        for name in filter(lambda name: (ROOT / name).is_file(), listed):
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, copy / name)
-        unbroken, said = run(copy, sorted({test for each in chosen for test in each.get("tests", "").split()}))
-        if unbroken:
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=HERE.parent, capture_output=True,
+                            text=True, check=True).stdout.splitlines()
+    with tempfile.TemporaryDirectory(prefix="mutate") as copy:
+        for name in filter(lambda name: (HERE.parent / name).is_file(), listed):
+            (Path(copy) / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(HERE.parent / name, Path(copy) / name)
+        status, said = run(copy, sorted({test for each in chosen for test in each.get("tests", "").split()}))
+        if status:
             return f"without a mutation the tests do not pass: {said}"
         for mutation in chosen:
-            said = outcome(copy, mutation)
+            said = outcome(Path(copy), mutation)
             bad += not said.startswith(("caught", "not run"))
             print(f"{mutation['what']}\n    {said}", flush=True)
     print(f"{len(chosen)} mutations, {bad} of them not caught or not applied")

@@ -25,6 +25,13 @@ def test_streamed_perplexity_is_that_of_the_full_forward(tiny, tokens, batch_siz
         assert streamed == pytest.approx(whole(tokens, labels=tokens, use_cache=False).loss.exp().item(), rel=1e-5)
 
 
+def test_likelihoods_of_bfloat16_logits_are_summed_in_a_wider_dtype(tokens):
+    model = make("llama").bfloat16()
+    logits = measures.logits(model, tokens, 4, CPU)[:, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).exp().item()
+    assert measures.perplexity(model, tokens, 4, CPU) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe"])  # the latter has routers, which are no linears
 def test_zeros_of_all_weights_are_counted_on_a_device(name):
     model = make(name)

@@ -169,7 +169,7 @@ def test_rows_keep_more_where_they_weigh_more_and_their_solutions_do_not_change(
 def test_admm_prunes_the_same_in_any_order_of_the_walk(problem):
     W, X = problem
     hessian, pruned = seen(X.float()), [W.float(), W.float()]
-    for weight, order in zip(pruned, (None, torch.randperm(32, generator=torch.Generator().manual_seed(4))), strict=True):
+    for weight, order in zip(pruned, (None, torch.arange(32) * 5 % 32), strict=True):
         hessian.factor(0.01, order)
         prune_in_place(hessian, [weight], [HALF], Recipe(SOLVERS["admm"].load()))
     assert (pruned[0] - pruned[1]).norm() < 0.05 * pruned[0].norm()  # few masks differ where products are rough
