@@ -114,6 +114,7 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
     assert refused() == (f"llama.py: error: --save {saved}: holds an interrupted run; continue it with --resume, or "
                          "remove the folder\n")
     for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16"),
+                           ("--percdamp", "0.01", "0.02"),
                            ("--save-format", "dense", "sparse")):
         assert re.search(f"--resume: {flag} was {was} .*, now it is {now}$", refused(flag, now, "--resume"))
 
