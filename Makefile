@@ -2,6 +2,7 @@
 # make gpu: run on a GPU the tests that need one, then time and memory of the shapes of LLaMA-7B and OPT-1.3B.
 # make fuzz: hand damaged files to every command line, 50 examples of each kind.
 # make soak: kill runs at random moments, and compare what --resume makes of them with whole runs.
+# make mutations: break the program in one line at a time, and see whether the tests named for it notice.
 # They set up .venv by themselves; only Python 3.11 to 3.13 with venv, and a package registry, are needed.
 
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -16,7 +17,7 @@ DEMO := builtin --nsamples 16 --seqlen 256 --eval builtin --eval-limit 24 --over
 RECORDS := demo/dense.json demo/sparsegpt.json demo/mixgpt.json demo/best.json
 show = echo; echo '$$ python $(1)'; $(PY) $(1)
 
-.PHONY: demo test bench gpu fuzz soak
+.PHONY: demo test bench gpu fuzz soak mutations
 
 demo: .venv/runtime $(MODEL)
 	@mkdir -p demo
@@ -64,3 +65,6 @@ fuzz: .venv/test
 
 soak: .venv/test
 	@KILLS=20 $(PY) -m pytest -n auto --dist worksteal tests/checkpoints/test_resume.py
+
+mutations: .venv/test
+	@$(PY) tests/mutate.py

@@ -42,6 +42,14 @@ def test_inputs_of_experts_are_measured_on_the_tokens_that_reach_them(tokens):
         torch.testing.assert_close(energy, expected, rtol=1e-4, atol=1e-9)
 
 
+def test_gradients_of_a_float16_model_do_not_underflow(tokens):
+    model = make("llama").half()
+    model.model.norm.weight.data.fill_(2.0**-20)
+    found, expected = (output_gradients(StreamedModel(each, CPU, 2), [(0, "mlp.up_proj")], tokens, 3)[0, "mlp.up_proj"]
+                       for each in (model, copy.deepcopy(model).float()))
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize("name, dtype, place", [
     ("opt-350m", torch.float32, "host"),  # its linears read the layer's input itself
     ("llama", torch.float16, "disk"), ("bloom", torch.bfloat16, "device")])

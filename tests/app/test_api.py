@@ -24,6 +24,7 @@ import mixgpt
 from datautils import calibration_samples, load_rows
 from mixgpt.app.settings import Settings
 from mixgpt.common.errors import InputError
+from quant import Scheme
 
 OPTIONS = {"sparsity": 0.5, "nsamples": 4, "seqlen": 32, "eval": ["builtin"], "device": "cpu"}
 
@@ -126,6 +127,11 @@ def test_paths_may_be_those_of_pathlib_or_below_the_home_and_numbers_those_of_nu
     (tmp_path / "mine.txt").touch()
     assert Settings("model", "builtin", eval=["builtin", Path("~/mine.txt")]).eval == (
         "builtin", str(tmp_path / "mine.txt"))
+
+
+def test_grids_are_as_the_settings_say():
+    chosen = Settings("model", "builtin", wbits=4, groupsize=8, sym=True, mse=True)
+    assert chosen.scheme == Scheme(4, groupsize=8, sym=True, mse=True)
 
 
 def test_what_the_caller_runs_under_changes_nothing(checkpoint_folder):

@@ -7,11 +7,13 @@ from functools import partial
 import pytest
 import torch
 from conftest import CPU, make, record_of
+from pruning.test_layerwise import plan_of, sparsegpt, weights
 from test_generate import go_on
 from transformers import AutoModelForCausalLM
 
 import datautils
 import generate
+import mixgpt
 from mixgpt.evaluation import selfcheck
 from mixgpt.pruning import distill
 from modelutils import StreamedModel
@@ -95,6 +97,19 @@ def test_all_that_a_run_reads_begins_with_bos(options, prune, folder, tmp_path, 
     if "best" in options:
         calibrated = next(tokens for tokens in sequences if tokens.shape == (6, 32))
         assert (calibrated[4:, ::8] == BOS).all() and (12, 8) in shapes  # those for distillation
+
+
+@pytest.mark.parametrize("bos, light_first", [("each", False), ("once", True), ("never", True)])
+def test_a_huge_first_token_counts_less_unless_it_is_the_bos_of_each_sequence(bos, light_first, tokenizer):
+    tokens = torch.randint(1, 99, (6, 24), generator=torch.Generator().manual_seed(1))
+    tokens[:, 0] = BOS  # so that it changes no text
+    model, expected = make("llama"), make("llama")
+    for each in (model, expected):
+        each.get_input_embeddings().weight.data[BOS] *= 30
+    mixgpt.prune(model, tokens, tokenizer, sparsity=0.5, target="dense", bos=bos, eval=(), device="cpu")
+    sparsegpt(expected, plan_of(expected), tokens, blocksize=128, true_sequential=True, dense_target=True,
+              light_first=light_first)
+    assert all(map(torch.equal, weights(model).values(), weights(expected).values()))
 
 
 def test_bos_that_is_not_there_is_refused_in_one_line(folder, prune, tmp_path, capsys):

@@ -22,11 +22,12 @@ def some_codes(count, bits, seed=0):
 
 
 def random_bits(rows, columns, dtype, sparsity, seed):
-    """Return a matrix of any bit patterns, NaN included, of which about `sparsity` are 0."""
+    """Return a matrix of any bit patterns, NaN and −0 included, of which about `sparsity` are 0."""
     generator = torch.Generator().manual_seed(seed)
     integers, info = INTEGERS[dtype], torch.iinfo(INTEGERS[dtype])
     W = torch.randint(info.min, info.max + 1, (rows, columns), dtype=integers, generator=generator)
-    return W.masked_fill(torch.rand(rows, columns, generator=generator) < sparsity, 0).view(dtype)
+    W.masked_fill_(torch.rand(rows, columns, generator=generator) < sparsity, 0)
+    return W.masked_fill(torch.rand(rows, columns, generator=generator) < 0.1, info.min).view(dtype)
 
 
 def on_grid(rows, groups, width, wbits, dtype, sym, permuted, sparsity, seed):

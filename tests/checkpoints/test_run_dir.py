@@ -154,7 +154,8 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
     before = snapshot(saved)
     assert refused() == (f"llama.py: error: --save {saved}: holds an interrupted run; continue it with --resume, or "
                          f"remove {saved}/progress\n")
-    for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16")):
+    for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16"),
+                           ("--percdamp", "0.01", "0.02")):
         assert re.search(f"--resume: {flag} was {was} .*, now it is {now}$", refused(flag, now, "--resume"))
 
     draw = running.calibration_samples
@@ -295,6 +296,7 @@ def test_resume_of_a_complete_run_with_other_inputs_is_refused(complete, checkpo
 
 @pytest.mark.parametrize("save_format, name, options", [
     ("dense", "qwen3-moe", "--wbits 3 --saliency isc"), ("dense", "gemma4", "--wbits 3 --saliency isc"),
+    ("dense", "llama", "--wbits 3 --target dense --rotate"),
     ("sparse", "llama", "--wbits 4 --groupsize 16 --act-order"), ("compressed-tensors", "opt", "--wbits 4 --sym")])
 def test_an_interrupted_run_gives_the_files_of_a_whole_one(save_format, name, options, prune, interrupt, tmp_path):
     """--resume begins in an empty folder, too."""

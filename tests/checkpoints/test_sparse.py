@@ -54,13 +54,13 @@ def packed_and_dense(rows, columns, dtype, scheme=None, sparsity=0.5, permuted=F
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_products_and_expansions_are_those_of_the_dense_matrix_in_every_way(scheme, dtype, monkeypatch):
-    packed, W = packed_and_dense(70, 192, dtype, scheme)
+    packed, W = packed_and_dense(70, 704, dtype, scheme)
     for way in packed.ways():
         monkeypatch.setattr(PackedWeight, "ways", lambda self, way=way: [way])
         assert torch.equal(packed.expand().view(torch.uint8), W.view(torch.uint8)), way
         for x_dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)):
             for tokens in (1, 3, FEW):
-                x = torch.randn(1, tokens, 192).to(x_dtype)
+                x = torch.randn(1, tokens, 704).to(x_dtype)
                 y, exact = packed.multiply(x), x.double() @ W.double().t()
                 assert y.dtype == x_dtype and y.shape == (1, tokens, 70)
                 assert (y - exact).abs().max() <= tolerance * exact.abs().max(), (way, x_dtype, tokens)
@@ -68,7 +68,7 @@ def test_products_and_expansions_are_those_of_the_dense_matrix_in_every_way(sche
 
 
 @pytest.mark.parametrize("rows, columns, sparsity", [(1, 2, 0.5), (33, 7, 0.5), (5, 100, 0.99), (64, 64, 0.07),
-                                                     (3, 1100, 0.5), (3, 64, 1.0)])
+                                                     (3, 1100, 0.5), (3, 1152, 0.5), (3, 64, 1.0)])
 @pytest.mark.parametrize("scheme", [None, Scheme(3)], ids=str)
 def test_any_shape_and_any_order_of_groups_is_right(scheme, rows, columns, sparsity):
     torch.manual_seed(0)

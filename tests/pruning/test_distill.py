@@ -171,15 +171,20 @@ def test_gradients_of_scales_are_those_of_the_loss(name, scheme, monkeypatch):
     scene, found = Scene(name, scheme=scheme), []
     weights = {f"{path_of(scene.pruned, *key)}.weight": grid for key, grid in scene.chosen.items()}
     before = dict(scene.before[0].named_parameters())
-    factors = {name: torch.ones_like(grid.scale, requires_grad=True) for name, grid in weights.items()}
-    scaled = {name: before[name] * factors[name][:, grid.group] for name, grid in weights.items()}
+    factors = {name: torch.full_like(grid.scale, 2.0, requires_grad=True) for name, grid in weights.items()}
+    scaled = {name: before[name] * (factors[name] / 2)[:, grid.group] for name, grid in weights.items()}
 
     def forward(tokens, **more):
         return torch.func.functional_call(scene.pruned, before | scaled, (tokens,), more)
 
+    def step(states, *_):
+        for state in states:
+            state.exact.fill_(2)  # as if factors had moved
+            found.append(torch.zeros_like(state.exact) if state.weight.grad is None else state.gradient())
+            state.exact.fill_(1)
+
     wanted = torch.autograd.grad(scene.divergence(forward)[1] * N * (T - 1), list(factors.values()), allow_unused=True)
-    monkeypatch.setattr(module, "_step", lambda states, *_: found.extend(
-        torch.zeros_like(state.exact) if state.weight.grad is None else state.gradient() for state in states))
+    monkeypatch.setattr(module, "_step", step)
     monkeypatch.setattr(module, "STEPS", 1)
     scene.distill()
     for gradient, other in zip(found, wanted, strict=True):
