@@ -390,6 +390,17 @@ def test_distillation_that_is_interrupted_costs_at_most_itself(finished, more, p
     assert contents(saved) == contents(tmp_path / "whole")
 
 
+def test_a_run_that_goes_on_has_the_grids_of_the_distilled_layers(prune, tmp_path, monkeypatch):
+    """Killed when all are written and none has replaced the pruned one: scales are trained, and both must fit."""
+    options = "--sparsity .5 --wbits 4 --distill .5 --save-format sparse --save"
+    prune("llama", options, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "take_distilled", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        prune("llama", options, tmp_path / "saved", status=130)
+    prune("llama", options, tmp_path / "saved", "--resume")
+    assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
+
+
 def test_a_run_that_goes_on_prunes_in_the_way_of_the_interrupted_one(prune, interrupt, tmp_path, monkeypatch):
     """As on a GPU with less memory free, where two passes through each layer would be chosen."""
     prune("llama", HALF, tmp_path / "whole")
