@@ -87,7 +87,7 @@ def test_all_that_a_run_reads_begins_with_bos(options, prune, folder, tmp_path, 
 
     monkeypatch.setattr(StreamedModel, "embed", embedded)
     monkeypatch.setattr(selfcheck, "check", lambda *_: (1.0, []))  # which reads random ones
-    monkeypatch.setattr(distill, "PIECE", 8)
+    monkeypatch.setattr(distill, "PIECE", 16)
     prune("llama", "--sparsity .5", options, "--save", tmp_path / "saved", model=folder("gemma2"))
     record = record_of(tmp_path / "saved")
     assert all((tokens[:, 0] == BOS).all() for tokens in sequences)
@@ -96,7 +96,7 @@ def test_all_that_a_run_reads_begins_with_bos(options, prune, folder, tmp_path, 
     assert {(4, 32), (1, 32)} <= shapes  # the test text, and what is compared
     if "best" in options:
         calibrated = next(tokens for tokens in sequences if tokens.shape == (6, 32))
-        assert (calibrated[4:, ::8] == BOS).all() and (12, 8) in shapes  # those for distillation
+        assert (calibrated[4:, ::16] == BOS).all() and (6, 16) in shapes  # those for distillation
 
 
 @pytest.mark.parametrize("bos, light_first", [("each", False), ("once", True), ("never", True)])

@@ -199,7 +199,7 @@ def test_a_run_may_go_on_in_another_format_until_it_has_ended(before, now, prune
     run["identity"]["--save-format"] = run.pop("token") and before  # as an earlier version of this program has it
     file.write_text(json.dumps(run))
     with monkeypatch.context() as patch:  # the result is in place already
-        patch.setattr(pipeline, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline, "_add_scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prune(*words, saved, "--resume --save-format", before, status=130)
         patch.setattr(streaming, "write", None)
         prune(*words, saved, "--resume --save-format", before, status=130)

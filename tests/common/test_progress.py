@@ -61,5 +61,5 @@ def test_every_long_step_of_a_run_tells_how_far_it_is(checkpoint_folder, capsys,
     assert run("llama.py", checkpoint_folder("llama"), "builtin", "--sparsity", ".5", "--preset", "best", *SMALL) == 0
     lines = capsys.readouterr().err.splitlines()
     assert list(dict.fromkeys(line.partition(": ")[0] for line in lines)) == [
-        "dense model", "gradients", "ADMM", "distilling", "builtin"]
+        "dense model", "gradients", "ADMM", "distilling", "perplexity"]
     assert [line for line in lines if line.startswith("ADMM: layer 3 of 3, ")]
