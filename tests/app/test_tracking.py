@@ -224,10 +224,11 @@ def test_a_run_that_fails_is_marked_so_and_says_why(error, status, surroundings)
 def test_a_run_that_the_caller_has_open_is_logged_to_and_stays_open(surroundings, variables):
     variables.setenv("WANDB_REINIT", "finish_previous")  # as it is by default in a notebook
     with wandb.init(config={"lr": 1}) as caller:
-        with begin():
-            pass
+        with begin() as tracker:
+            tracker.layer(0, [MatrixSparsity(0, "fc1", (2, 2), 4, 1)], {}, 0.0)
         caller.log({"mine": 1})
     config, history, _, status, _ = read_back(Path(caller.dir).parent)
+    assert history[0]["sparsity/fc1"] == 0.25 and "layers/error" not in history[0]  # without calibration
     assert config.items() >= {"lr": 1, "sparsity": 0.5}.items() and (history[-1]["mine"], status) == (1, 0)
 
 
