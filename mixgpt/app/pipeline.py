@@ -10,7 +10,7 @@ from mixgpt.app.run import check, open_run, read_texts
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import choices, distributed, errors, program, runtime
-from mixgpt.evaluation import measures, semistructured
+from mixgpt.evaluation import measures
 from mixgpt.modeling.decoder import path_of
 
 PRUNED = 0.25  # sparsity above which a model is no dense one: of normal weights 4 bits round a fifth to 0
@@ -60,9 +60,6 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         survey = measures.Survey(current.model, device, probe if settings.save else None)
         outcomes = compression.compress(current, plan, survey)
         method = _finish(current, plan, outcomes, survey)
-        if settings.semi_structured and "semi_structured" not in current.record:
-            current.record["semi_structured"] = current.retry(lambda plan: semistructured.compare(
-                current.model, current.tests, plan.batch_size, device))
         record = current.record | {"seconds": clock.seconds(), "peak_memory": runtime.peak_memory(device)}
         if settings.save:
             folder.write_json(folder.path / choices.RECORD, record)

@@ -212,12 +212,6 @@ def result_text(settings, record):
         parts.append(perplexity_table(record["perplexity"]))
     if record.get("tasks"):
         parts.append(task_table(record["tasks"]))
-    if kernels := record.get("semi_structured"):
-        parts.append(f"semi-structured kernels: skipped, {kernels['skipped']}" if "skipped" in kernels else
-                     f"semi-structured kernels: layers run {kernels['speed_up']:.2f} times as fast as on dense ones "
-                     f"({kernels['seconds']['semi_structured']:.2f} s, {kernels['seconds']['dense']:.2f} s), "
-                     f"{kernels['matrices']} matrices compressed; their outputs differ by {kernels['difference']:.2%} "
-                     "at most\n" + perplexity_table({"semi-structured": kernels["perplexity"]}))
     if settings.quiet:
         return "\n\n".join(parts)
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in record["seconds"].items() if value >= 0.05)

@@ -16,7 +16,7 @@ from mixgpt.checkpoints import formats, load, run_dir
 from mixgpt.common import choices, distributed, memory, program, runtime
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import writing
-from mixgpt.evaluation import selfcheck, semistructured
+from mixgpt.evaluation import selfcheck
 from mixgpt.kernels import columns
 from mixgpt.modeling import decoder, streaming
 from mixgpt.pruning import calibration, distill, expert_removal, targets
@@ -192,10 +192,10 @@ def read_texts(run, texts=None):
         from mixgpt.evaluation import tasks  # lm-eval is an optional dependency
     except ImportError as error:
         raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
-    chosen = tasks.load(settings.tasks, settings.tasks_dir, settings.limit)
+    chosen = tasks.load(settings.tasks, settings.tasks_dir)
     tasks.check(chosen, tokenizer, load.size(run.config, run.dtype), run.device)
     run.score_tasks = lambda model, batch_size: tasks.score(
-        chosen, model, tokenizer, settings.limit, batch_size * seqlen, run.device, settings.bos)
+        chosen, model, tokenizer, batch_size * seqlen, run.device, settings.bos)
 
 
 def open_run(run, stack, folder, command=None):
@@ -256,9 +256,6 @@ def _plan(run):
         run.memory_plan = memory.MemoryPlan(**run.decided("memory_plan", lambda: asdict(run.memory_plan)))
     if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
         notes.append(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
-    if settings.semi_structured and (reason := semistructured.obstacle(device, run.model.dtype)):
-        run.record["semi_structured"] = {"skipped": reason}
-        notes.append(f"kernels  --semi-structured is skipped: {reason}")
     return notes, warnings
 
 

@@ -26,7 +26,6 @@ NEEDS = {  # what makes these properties of Settings true, in words, if not the 
     "quantizes": f"--wbits {', '.join(map(str, WBITS[:-1]))}",
     "compresses": "--sparsity, --prunen and --prunem, or --wbits",
     "calibrates": "calibration, --sparsity, --prunen or --wbits without --gmp and --nearest",
-    "eval": "the test sets of --eval",
 }
 
 
@@ -157,10 +156,6 @@ class Settings:
     tasks: tuple[str, ...] = option((), REPORT,
         "lm-eval tasks, separated by commas, such as arc_challenge,piqa; needs requirements-eval.txt", type=str)
     tasks_dir: str | None = option(None, FREE, "folder with further tasks, as .yaml files of lm-eval", needs=("tasks",))
-    limit: int | None = option(None, REPORT, "evaluate only the first examples of each task (default: all)",
-        between=(1,), needs=("tasks",), type=int)
-    semi_structured: bool = option(False, REPORT, "also run the model, which must be 2:4 sparse, on the GPU's sparse "
-        "kernels, and report speed and difference", needs=("eval",))
 
     batch_size: int = option(2, METHOD,
         "sequences per forward pass; affects speed, memory and, by rounding, results", group="execution", between=(1,))
@@ -237,8 +232,6 @@ class Settings:
         if self.act_order and 0 < groupsize < m:
             raise InputError(f"--act-order --groupsize {groupsize}: must be at least {m}, as the {m} columns of an n:m "
                              "group stay together")
-        if self.semi_structured and self.prunes and not (m == 4 and n >= 2):
-            raise InputError("--semi-structured: needs a 2:4 sparse model: --prunen 2 --prunem 4, or one pruned before")
         if solver.saliencies is not None and self.saliency not in solver.saliencies:
             raise InputError(f"--saliency {self.saliency}: --solver {self.solver} does not support it; must be "
                              f"{' or '.join(solver.saliencies)}")

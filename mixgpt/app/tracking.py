@@ -1,7 +1,6 @@
 """Logging to Weights & Biases. Whatever fails there gives a line of warning and never ends the run."""
 
 import contextlib
-import functools
 import io
 import time
 from pathlib import Path
@@ -16,56 +15,53 @@ from mixgpt.pruning.targets import Outcome
 
 
 def _guarded(method):
-    """Make a method of `Tracker` do nothing without a W&B run, and give the W&B run up if the client fails."""
-    @functools.wraps(method)
+    """Make a method of `Tracker` do nothing unless it logs, and stop logging if the client fails."""
     def guarded(self, *arguments):
         try:
-            if self.run is not None:
+            if self.logs:
                 method(self, *arguments)
-        except Exception as error:  # of the client, its process or its server
+        except Exception as error:  # not installed, a variable that it does not accept, a full disk, no server
             if errors.is_out_of_memory(error):
                 raise
-            _warn(error, f"going on without it; {_upload(self.run)}")
-            self.run = None
+            self.logs = False
+            print(f"warning  W&B: {errors.one_line(error).rstrip('.'):.300}; going on without it", flush=True)
 
     return guarded
 
 
 class Tracker(contextlib.AbstractContextManager):
-    """A W&B run, as a context manager that ends it, unless a caller has begun it. Without a run, methods do nothing."""
+    """A W&B run, as a context manager that ends it, unless a caller has begun it."""
 
+    logs = True  # until the client fails
+
+    @_guarded
     def __init__(self, settings, record, method):
-        """Start a run in the first process if the settings ask for it. record, method: as far as they are known."""
-        self.run = None
-        if not settings.log_wandb or distributed.rank() > 0:
+        """Begin to log in the first process if the settings ask for it. record, method: as far as they are known."""
+        self.logs = settings.log_wandb and distributed.rank() == 0
+        if not self.logs:
             return
+        import wandb
+        self.wandb, self.own = wandb, wandb.run is None
+        options = {"config": {**record["settings"], **record, "method": method}, "project": settings.wandb_project,
+                   "name": settings.wandb_name, "group": settings.wandb_group,
+                   "settings": wandb.Settings(silent=settings.quiet)}
         try:
-            import wandb
-            self.wandb, self.own = wandb, wandb.run is None
-            options = {"config": {**record["settings"], **record, "method": method},
-                       "project": settings.wandb_project, "name": settings.wandb_name, "group": settings.wandb_group,
-                       "settings": wandb.Settings(silent=settings.quiet)}
-            try:
-                self.run = wandb.run or wandb.init(**options)  # which in a notebook would end the caller's
-            except (wandb.errors.UsageError, wandb.errors.CommError) as error:  # logged out, or no answer
-                self.run = wandb.init(**options, mode="offline")
-                _warn(error, f"the run is kept on disk; {_upload(self.run)}")
-            if not self.own:
-                self.run.config.update(options["config"], allow_val_change=True)
-            for metrics in ("layers/*", "error/*", "sparsity/*"):
-                self.run.define_metric(metrics, step_metric="layer")
-        except Exception as error:  # not installed, a variable that it does not accept, a full disk
-            self.run = None
-            _warn(error, "going on without it")
+            self.run = wandb.run or wandb.init(**options)  # which in a notebook would end the caller's
+        except (wandb.errors.UsageError, wandb.errors.CommError):  # logged out, or no answer
+            self.run = wandb.init(**options, mode="offline")
+            print(f"warning  W&B: not online; upload the run with: wandb sync {Path(self.run.dir).parent}", flush=True)
+        if not self.own:
+            self.run.config.update(options["config"], allow_val_change=True)
+        for metrics in ("layers/*", "error/*", "sparsity/*"):
+            self.run.define_metric(metrics, step_metric="layer")
 
     @_guarded
     def plan(self, traces, plan):
         """Log `Traces` and {(layer, name): Target} as a table and a picture."""
         from mixgpt.app import plots  # imports matplotlib
         sensitivity, deviations = traces.sensitivity, traces.sensitivity_errors  # each access computes all of them
-        ranked = sorted(plan, key=sensitivity.get, reverse=True)
         rows = [[*key, sensitivity[key], deviations[key], rank, plan[key].sparsity]
-                for rank, key in enumerate(ranked, start=1)]
+                for rank, key in enumerate(sorted(plan, key=sensitivity.get, reverse=True), start=1)]
         columns = ["layer", "matrix", "trace per weight", "standard error", "rank", "sparsity assigned"]
         self.run.log({"plan/matrices": self.wandb.Table(columns=columns, data=rows),
                       "plan/heat_map": self.wandb.Image(Image.open(io.BytesIO(plots.draw(plan, traces))))})
@@ -78,8 +74,8 @@ class Tracker(contextlib.AbstractContextManager):
         kinds = [kind_of(m.name).replace(".", "/") for m in counted]  # W&B's summary nests at dots
         point = {"layer": index, "layers/seconds": time.perf_counter() - start,
                  "layers/sparsity": total_sparsity(counted), "layers/error": frame["error"].mean()}
-        for metric, values in frame.groupby(kinds).mean().items():
-            point |= {f"{metric}/{kind}": value for kind, value in values.items()}
+        means = frame.groupby(kinds).mean().unstack()
+        point |= {f"{metric}/{kind}": mean for (metric, kind), mean in means.items()}
         self.run.log({name: value for name, value in point.items() if value == value})  # without calibration no errors
 
     @_guarded
@@ -90,9 +86,9 @@ class Tracker(contextlib.AbstractContextManager):
                   for model, values in record.get(kind, {}).items()}
         scores, = pd.json_normalize(nested, sep="/").to_dict("records")
         self.run.log({"matrices": self.wandb.Table(dataframe=matrices)} | scores)
-        seconds = record["seconds"]
         facts = {name: record[name] for name in ("sparsity", "peak_memory", "disk") if name in record}
-        self.run.summary.update(facts | {"method": method, "seconds": seconds | {"total": sum(seconds.values())}})
+        seconds = record["seconds"] | {"total": sum(record["seconds"].values())}
+        self.run.summary.update(facts | {"method": method, "seconds": seconds})
 
     @_guarded
     def __exit__(self, _, error, traceback):
@@ -100,11 +96,3 @@ class Tracker(contextlib.AbstractContextManager):
             self.run.summary["failed"] = errors.one_line(error)
         if self.own:
             self.run.finish(exit_code=errors.status_of(error) if error else 0)
-
-
-def _upload(run):
-    return f"upload it with: wandb sync {Path(run.dir).parent}"
-
-
-def _warn(error, consequence):
-    print(f"warning  W&B: {errors.one_line(error).rstrip('.'):.300}; {consequence}", flush=True)

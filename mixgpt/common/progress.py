@@ -11,10 +11,6 @@ LINE = "{desc}: {unit} {n_fmt} of {total_fmt}, {elapsed}, about {remaining} left
 class Lines(tqdm):
     """Write lines such as `SparseGPT: layer 12 of 32, 03:04, about 05:10 left (22:41)` where there is no terminal."""
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options | {"leave": False, "mininterval": INTERVAL, "delay": INTERVAL,
-                                                  "miniters": 1, "smoothing": 0, "bar_format": LINE})
-
     def display(self, msg=None, pos=None):
         """Write a line if a step has ended since the last one; tqdm calls this to redraw or remove the bar."""
         if msg is None and self.n > self.last_print_n:
@@ -24,11 +20,13 @@ class Lines(tqdm):
 def bar(iterable=None, *, title, unit="layer", **options):
     """Return a tqdm: a bar in a terminal or a notebook, else `Lines`. options: those of tqdm."""
     stream = getattr(sys.stderr, "behind", sys.stderr)  # of `texts.silenced`, which is for libraries
-    in_notebook = type(stream).__module__.startswith("ipykernel.")
-    kind = tqdm if in_notebook or stream and stream.isatty() else Lines
+    options |= {"desc": title, "unit": unit, "file": stream}
+    if stream and (stream.isatty() or type(stream).__module__.startswith("ipykernel.")):
+        return tqdm(iterable, **options)
     if stream is None:
         options["disable"] = True  # otherwise as TQDM_DISABLE says
-    return kind(iterable, desc=title, unit=unit, file=stream, **options)
+    return Lines(iterable, **options | {"mininterval": INTERVAL, "delay": INTERVAL, "miniters": 1, "smoothing": 0,
+                                        "leave": False, "bar_format": LINE})
 
 
 def table(header, rows):

@@ -8,16 +8,16 @@ import torch
 from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common import distributed
 from mixgpt.modeling.decoder import layers_of
-from modelutils import SLICE, HiddenStates, StreamedModel, by_rows, in_turn, linears, other_weights
+from modelutils import SLICE, StreamedModel, by_rows, in_turn, linears, other_weights
 
 
 @torch.no_grad()
-def perplexities(model, tests, batch_size, device, step=HiddenStates.advance, observe=None):
+def perplexities(model, tests, batch_size, device, observe=None):
     """Return exp of the mean negative log-likelihood of test sets, {name: tokens (N, T)}, each sequence independently.
 
     T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ. Logits in the model's dtype, log-likelihood
-    in float32. All sets pass through a layer before the next one is read. step: called with (stream, layer, index) to
-    replace the hidden states by its output. observe: called with (index, layer) behind that, in processes with tokens.
+    in float32. All sets pass through a layer before the next one is read. observe: called with (index, layer) behind
+    that, in processes with tokens.
     """
     streamed, streams, totals = StreamedModel(model, device, batch_size), {}, dict.fromkeys(tests, 0.0)
     shares = {name: tokens[distributed.share(len(tokens))] for name, tokens in tests.items()}
@@ -28,7 +28,7 @@ def perplexities(model, tests, batch_size, device, step=HiddenStates.advance, ob
     if streams:
         for index, layer in in_turn(layers_of(model), device, "perplexity"):
             for stream in streams.values():
-                step(stream, layer, index)
+                stream.advance(layer, index)
             if observe:
                 observe(index, layer)
         with stream.head(model) as head:

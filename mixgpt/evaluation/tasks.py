@@ -35,11 +35,11 @@ RESIDENT = 2**18  # tokens that pass through a layer each time it is loaded
 PADDING = 16  # lengths are padded to multiples of it, so that few distinct ones remain
 
 
-def load(names, folder, limit):
+def load(names, folder):
     """Build lm-eval tasks, groups and tags with their data, and try them on a model that guesses.
 
-    folder: of additional tasks, or None. limit: examples per task, None for all. Returns the argument of `score`.
-    Raises InputError if a task is unknown or unusable.
+    folder: of additional tasks, or None. Returns the argument of `score`. Raises InputError if a task is unknown or
+    unusable.
     """
     if folder is not None and not any(Path(folder).glob("**/*.yaml")):
         raise InputError(f"--tasks-dir {folder}: must be a folder with .yaml files that describe tasks of lm-eval")
@@ -55,17 +55,17 @@ def load(names, folder, limit):
                     loaded = manager.load([name])
                 except DatasetsError as error:
                     raise (error.__cause__ or error) from None  # which says what is wrong
-                _run(DummyLM(), loaded, limit, 0)  # refuses tasks that run the model's code, or need images
+                _run(DummyLM(), loaded, 0)  # refuses tasks that run the model's code, or need images
             chosen = {kind: chosen[kind] | loaded[kind] for kind in chosen}
     return chosen
 
 
-def _run(lm, chosen, limit, bootstrap):
+def _run(lm, chosen, bootstrap):
     for task in chosen["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # reset each time, or each model gets other examples
-    return evaluate(lm, chosen, limit=limit, bootstrap_iters=bootstrap, log_samples=False)
+    return evaluate(lm, chosen, bootstrap_iters=bootstrap, log_samples=False)
 
 
 def check(chosen, tokenizer, nbytes, device):
@@ -81,7 +81,7 @@ def check(chosen, tokenizer, nbytes, device):
             raise InputError(f"--tasks {name}: computes the likelihood of an empty text")
 
 
-def score(chosen, model, tokenizer, limit, tokens, device, bos=None):
+def score(chosen, model, tokenizer, tokens, device, bos=None):
     """Score a model on the tasks from `load`.
 
     tokens: number per batch. bos: as `token_ids` takes it. Returns {task or group: {metric: value, metric_stderr:
@@ -90,7 +90,7 @@ def score(chosen, model, tokenizer, limit, tokens, device, bos=None):
     """
     lm, scores = StreamedLM(model, tokenizer, tokens, device, bos), {}
     with contextlib.redirect_stdout(io.StringIO()), silenced():
-        results = _run(lm, chosen, limit, BOOTSTRAP)
+        results = _run(lm, chosen, BOOTSTRAP)
     if lm.cut:
         print(f"warning  --tasks: {lm.cut} texts are longer than the model's {lm.max_length} tokens and lost their "
               "beginning", flush=True)

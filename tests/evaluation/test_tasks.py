@@ -74,28 +74,28 @@ def folder(tmp_path_factory):
     return folder
 
 
-def expected(model, tokenizer, limit, shots=""):
+def expected(model, tokenizer, shots=""):
     """Compute (acc, acc_norm) of the multiple-choice task from a forward for each choice."""
     hits = torch.zeros(2)
-    for row in QUESTIONS[:limit]:
+    for row in QUESTIONS:
         likelihoods = [pair_by_hand(model, tokenizer, f"{shots}Q: {row['question']}\nA:", f" {choice}")[0]
                        for choice in row["choices"]]
         normed = [likelihood / len(choice) for likelihood, choice in zip(likelihoods, row["choices"], strict=True)]
         hits += torch.tensor([each.index(max(each)) == row["label"] for each in (likelihoods, normed)])
-    return (hits / len(QUESTIONS[:limit])).tolist()
+    return (hits / len(QUESTIONS)).tolist()
 
 
-def check(found, model, tokenizer, limit=None):
+def check(found, model, tokenizer):
     """Compare the scores of a record with those computed by hand."""
     shots = "".join(f"Q: {row['question']}\nA: {row['choices'][row['label']]}\n\n" for row in QUESTIONS[:2])
-    number = len(QUESTIONS[:limit])
+    number = len(QUESTIONS)
     for task, count, text in (("choice", 0, ""), ("shots", 2, shots)):
-        acc, norm = expected(model, tokenizer, limit, text)
+        acc, norm = expected(model, tokenizer, text)
         errors = [math.sqrt(share * (1 - share) / (number - 1)) for share in (acc, norm)]
         assert found[task] == pytest.approx({
             "acc": acc, "acc_stderr": errors[0], "acc_norm": norm, "acc_norm_stderr": errors[1], "examples": number,
             "num_fewshot": count, "version": 2.5})
-    texts = [row["text"] for row in DOCUMENTS][:limit]
+    texts = [row["text"] for row in DOCUMENTS]
     longest = position_limit(model.config) or DEFAULT_SEQLEN
     total = sum(text_by_hand(model, tokenizer, text, longest) for text in texts)
     words = sum(len(re.split(r"\s+", text)) for text in texts)
@@ -119,8 +119,8 @@ def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, prun
     assert re.search(rf"^shots +acc +8 +2 +2\.5 +{cells[0]} +{cells[1]}$", out, re.MULTILINE)
     assert re.search(r"^task +metric +examples +num_fewshot +version +dense +magnitude$", out, re.MULTILINE)
 
-    prune(name, chosen, "--limit 3 --save", tmp_path / "again", model=saved)  # in memory
-    check(record_of(tmp_path / "again")["tasks"]["as given"], pruned, tokenizer, limit=3)
+    prune(name, chosen, "--save", tmp_path / "again", model=saved)  # in memory
+    check(record_of(tmp_path / "again")["tasks"]["as given"], pruned, tokenizer)
 
     def evaluated(packed, **options):
         options |= {"eval": "builtin", "eval_limit": 2, "tasks": "choice,rolling", "tasks_dir": str(folder)}
@@ -134,13 +134,13 @@ def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, prun
 
 
 def test_generated_answers_are_scored(folder, tokenizer, checkpoint_folder):
-    chosen, path = tasks.load(("generate",), folder, 2), checkpoint_folder("llama")
+    chosen, path = tasks.load(("generate",), folder), checkpoint_folder("llama")
     model = load.open_model(path, load.read_config(path), "auto")
-    found = tasks.score(chosen, model, tokenizer, 2, 256, CPU)["generate"]
-    assert found["exact_match"] == 0 and found["examples"] == 2
+    found = tasks.score(chosen, model, tokenizer, 256, CPU)["generate"]
+    assert found["exact_match"] == 0 and found["examples"] == len(QUESTIONS)
     given = [instance.filtered_resps["none"] for instance in chosen["tasks"]["generate"].instances]
     model = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).eval()
-    for row, text in zip(QUESTIONS, given, strict=False):
+    for row, text in zip(QUESTIONS, given, strict=True):
         prompt = ids = tokenizer(row["question"], return_tensors="pt").input_ids
         while len(ids[0]) < len(prompt[0]) + 4 and ids[0, -1] != model.config.eos_token_id:
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -148,11 +148,11 @@ def test_generated_answers_are_scored(folder, tokenizer, checkpoint_folder):
 
 
 def test_generation_is_refused_where_memory_does_not_hold_the_model(folder, tokenizer):
-    chosen = tasks.load(("generate",), folder, 1)
+    chosen = tasks.load(("generate",), folder)
     tasks.check(chosen, tokenizer, 1, CPU)
     with pytest.raises(InputError, match=r"--tasks generate: generates text, .* 1000000\.0 GB of the model "):
         tasks.check(chosen, tokenizer, 10**15, CPU)
-    tasks.check(tasks.load(("choice",), folder, 1), tokenizer, 10**15, CPU)
+    tasks.check(tasks.load(("choice",), folder), tokenizer, 10**15, CPU)
 
 
 def test_texts_that_have_no_first_token_are_refused_before_anything_is_pruned(tokenizer):
@@ -169,8 +169,7 @@ def test_texts_that_have_no_first_token_are_refused_before_anything_is_pruned(to
     ("unsafe", r"--tasks unsafe: cannot be used: .*marked as unsafe"),
     ("beyond", r"--tasks beyond: cannot be used: "), ("cut", r"--tasks cut: cannot be used: .*JSON"),
     ("choice,arc_chalenge", "--tasks arc_chalenge: cannot be used: .*'arc_chalenge' is not a registered task"),
-    ("choice --tasks-dir nowhere", "--tasks-dir nowhere: must be a folder with "),
-    ("choice --limit 0", r"--limit 0: must be at least 1")])
+    ("choice --tasks-dir nowhere", "--tasks-dir nowhere: must be a folder with ")])
 def test_a_task_that_cannot_be_used_gets_one_line_before_the_work(options, message, folder, prune, tmp_path,
                                                                   monkeypatch):
     manage, asked = tasks.TaskManager, []
