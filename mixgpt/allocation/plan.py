@@ -16,6 +16,7 @@ from modelutils import StreamedModel, in_turn, linears
 
 LOWER = 13  # bits of a score that `threshold_counts` looks at in its second pass
 
+
 @dataclass(frozen=True)
 class Budget:
     """Input of an allocation, which returns {(layer, name): Target}."""
@@ -158,7 +159,7 @@ def threshold_counts(scores, least, most, total):
     for unit, values in scores():
         digits = values.flatten().view(torch.int32) >> LOWER
         _add_steps(upper, digits, 0, least[unit], most[unit])
-    prefix = _first_reaching(total - sum(least), upper)
+    prefix = int(torch.searchsorted(upper.cumsum(0), total - sum(least)))  # the first sum that reaches it
     lower = torch.zeros(1 << LOWER, dtype=torch.int64)
     for unit, values in scores():
         bits = values.flatten().view(torch.int32)
@@ -168,7 +169,7 @@ def threshold_counts(scores, least, most, total):
         _add_steps(lower, digits, below, least[unit], most[unit])
     before = sum(min(max(below, fewest), highest)
                  for (below, *_), fewest, highest in zip(inside, least, most, strict=True))
-    digit = _first_reaching(total - before, lower)
+    digit = int(torch.searchsorted(lower.cumsum(0), total - before))
     below, reached = (torch.tensor([count + int(number[found(digits, digit)].sum()) for count, digits, number in inside]
                                    ).clamp(torch.tensor(least), torch.tensor(most)) for found in (torch.lt, torch.le))
     spare = (reached - below).flip(0)
@@ -186,8 +187,3 @@ def _add_steps(steps, digits, below, least, most):
         counts = (torch.bincount(digits - first).cumsum(0) + below).clamp_(least, most).cpu()
         before = torch.tensor([min(max(below, least), most)])
         steps[first:first + len(counts)] += counts.diff(prepend=before)
-
-
-def _first_reaching(total, steps):
-    """Return up to which index steps must be added up to reach a total."""
-    return int((steps.cumsum(0) >= total).int().argmax())

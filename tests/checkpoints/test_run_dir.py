@@ -341,8 +341,8 @@ def test_a_temporary_folder_in_memory_is_named_as_such(prune, tmp_path, monkeypa
     room = hidden - 1
     monkeypatch.setattr(memory, "free", lambda _: hidden)  # of which half is for the work
     assert prune("opt", "--sparsity .5", status=2) == (
-        "llama.py: error: --nsamples, --seqlen: hidden states take 0.0 GB, more than is free in memory, and TMPDIR "
-        f"{tmp_path} is memory, too; lower these, or set it to a folder on a disk\n")
+        "llama.py: error: --nsamples, --seqlen: hidden states take 0.0 GB, more than is free in memory, and cannot "
+        f"be written ({tmp_path} is memory, too); lower these, or set TMPDIR to a larger disk\n")
     assert list(tmp_path.iterdir()) == []
 
 

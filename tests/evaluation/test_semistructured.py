@@ -9,7 +9,7 @@ from makebelieve import Gpu
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixgpt.evaluation import semistructured
-from mixgpt.evaluation.measures import perplexity
+from mixgpt.evaluation.measures import perplexities
 
 
 @pytest.mark.parametrize("rows, columns, ones, fits", [(32, 64, 0, True), (96, 192, 0, True), (32, 64, 1, False),
@@ -35,7 +35,7 @@ def halved():
 def test_both_kinds_of_kernels_get_the_same_input_and_the_weights_come_back(halved, tokens, monkeypatch):
     model = halved
     before = dict(model.named_parameters())
-    expected = perplexity(model, tokens, 2, CPU)
+    expected = perplexities(model, {"": tokens}, 2, CPU)[""]
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda W: W.clone())
     found = semistructured.compare(model, {"a": tokens, "b": tokens}, 2, CPU)
     assert found["perplexity"] == {"a": expected, "b": expected} and found["difference"] == 0
