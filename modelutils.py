@@ -118,8 +118,8 @@ def whole(model, device):
     return on_device([*decoder.rest_of(model).values(), *decoder.layers_of(model)], device)
 
 
-class _LastLayerReached(Exception):
-    pass
+class Reached(Exception):
+    """A forward pass has got as far as it needs to."""
 
 
 def _record(model, layers, tokens, tuples=True):
@@ -132,11 +132,11 @@ def _record(model, layers, tokens, tuples=True):
     def record(hidden, *args, **kwargs):
         calls.append((hidden, (args, kwargs)))
         if len(calls) == len(layers):
-            raise _LastLayerReached
+            raise Reached
         return (hidden, None) if tuples else hidden  # some models unpack two
 
     try:
-        with _replaced(layers, record), contextlib.suppress(_LastLayerReached):
+        with _replaced(layers, record), contextlib.suppress(Reached):
             model(tokens, use_cache=False)
     except (AttributeError, TypeError):
         if not tuples:

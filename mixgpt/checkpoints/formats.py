@@ -72,9 +72,8 @@ def save_sparse(folder, model, grids):
              for name in linears(layer)}
     file = _write_weights(folder, WEIGHTS.removesuffix(".safetensors"),
                           _tensors(model, experts.layout_of(model), paths, encode))
-    quantization = {"quant_method": METHOD, "matrices": matrices}
-    quantization |= {} if file == WEIGHTS else {"weights": file}
-    _write_configuration(folder, model, quantization_config=quantization, transformers_weights=NONE)
+    _write_configuration(folder, model, transformers_weights=NONE, quantization_config={
+        "quant_method": METHOD, "matrices": matrices, "weights": file})
 
 
 def _tensors(model, layout, paths=(), encode=None):

@@ -157,6 +157,8 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
     for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16"),
                            ("--percdamp", "0.01", "0.02")):
         assert re.search(f"--resume: {flag} was {was} .*, now it is {now}$", refused(flag, now, "--resume"))
+    several = "--seed 1", "--sparsity .6", "--blocksize 8", "--percdamp .02", "--extra .5"
+    assert "--resume: --sparsity was 0.5 " in refused(*several, "--resume")  # the first in the order of --help
 
     draw = running.calibration_samples
     for changed in (0, "0, further"):  # the seed of these sequences
@@ -199,7 +201,7 @@ def test_a_run_may_go_on_in_another_format_until_it_has_ended(before, now, prune
     run["identity"]["--save-format"] = run.pop("token") and before  # as an earlier version of this program has it
     file.write_text(json.dumps(run))
     with monkeypatch.context() as patch:  # the result is in place already
-        patch.setattr(pipeline, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline, "_add_scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prune(*words, saved, "--resume --save-format", before, status=130)
         patch.setattr(streaming, "write", None)
         prune(*words, saved, "--resume --save-format", before, status=130)
