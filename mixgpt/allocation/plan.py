@@ -155,23 +155,21 @@ def threshold_counts(scores, least, most, total):
     the sum of all units' steps is kept, as mixtures of experts have tens of thousands of units, and of each unit the
     few scores whose upper bits are the threshold's.
     """
-    upper, inside = torch.zeros(1 << 31 - LOWER, dtype=torch.int64), [None] * len(least)
+    least, most = torch.tensor(least), torch.tensor(most)
+    upper, lower = (torch.zeros(1 << bits, dtype=torch.int64) for bits in (31 - LOWER, LOWER))
+    below, inside = torch.zeros_like(least), [None] * len(least)
     for unit, values in scores():
-        digits = values.flatten().view(torch.int32) >> LOWER
-        _add_steps(upper, digits, 0, least[unit], most[unit])
-    prefix = int(torch.searchsorted(upper.cumsum(0), total - sum(least)))  # the first sum that reaches it
-    lower = torch.zeros(1 << LOWER, dtype=torch.int64)
+        upper = upper.to(values.device)
+        _add_steps(upper, values.flatten().view(torch.int32) >> LOWER, 0, int(least[unit]), int(most[unit]))
+    prefix = int((upper.cumsum(0) >= total - least.sum().item()).int().argmax())
     for unit, values in scores():
-        bits = values.flatten().view(torch.int32)
-        digits = bits >> LOWER
-        below, digits = int((digits < prefix).sum()), bits[digits == prefix] & (1 << LOWER) - 1
-        inside[unit] = below, *(each.to("cpu", torch.int32) for each in digits.unique(return_counts=True))
-        _add_steps(lower, digits, below, least[unit], most[unit])
-    before = sum(min(max(below, fewest), highest)
-                 for (below, *_), fewest, highest in zip(inside, least, most, strict=True))
-    digit = int(torch.searchsorted(lower.cumsum(0), total - before))
-    below, reached = (torch.tensor([count + int(number[found(digits, digit)].sum()) for count, digits, number in inside]
-                                   ).clamp(torch.tensor(least), torch.tensor(most)) for found in (torch.lt, torch.le))
+        lower, bits = lower.to(values.device), values.flatten().view(torch.int32)
+        digits, below[unit] = bits >> LOWER, (bits < prefix << LOWER).sum()
+        digits = bits[digits == prefix] & (1 << LOWER) - 1
+        inside[unit] = _add_steps(lower, digits, int(below[unit]), int(least[unit]), int(most[unit]))
+    digit = int((lower.cumsum(0) >= total - below.clamp(least, most).sum().item()).int().argmax())
+    reached, below = ((below + torch.tensor([int(number[found(digits, digit)].sum()) for digits, number in inside])
+                       ).clamp(least, most) for found in (torch.le, torch.lt))
     spare = (reached - below).flip(0)
     surplus = int(reached.sum()) - total
     return (reached - (surplus - spare.cumsum(0) + spare).clamp_min(0).minimum(spare).flip(0)).tolist()
@@ -180,10 +178,12 @@ def threshold_counts(scores, least, most, total):
 def _add_steps(steps, digits, below, least, most):
     """Add to `steps`, at each value of the digits (n,), how far a unit's count, clamped to [least, most], rises there.
 
-    below: how many scores of the unit come before all of these.
+    below: how many scores of the unit come before all of these. Returns the digits' values and numbers, on the host.
     """
-    if len(digits):
-        first = int(digits.min())
-        counts = (torch.bincount(digits - first).cumsum(0) + below).clamp_(least, most).cpu()
-        before = torch.tensor([min(max(below, least), most)])
-        steps[first:first + len(counts)] += counts.diff(prepend=before)
+    first = 0 if digits.is_cuda or not len(digits) else int(digits.min())  # on a GPU the host would wait for it
+    counts = torch.bincount(digits - first)
+    reached = (counts.cumsum(0) + below).clamp_(least, most)
+    steps[first:first + len(counts)] += reached.diff(prepend=reached.new_full((1,), min(max(below, least), most)))
+    counts = counts.cpu() if len(steps) == 1 << LOWER else counts[:0]
+    values = counts.nonzero().flatten()
+    return (values + first).short(), counts[values].int()

@@ -102,7 +102,7 @@ def test_a_layer_is_loaded_twice_and_not_copied_and_nothing_waits_for_the_gpu(wh
         file = place.partition(":")[0]
         waits[file] = waits.get(file, 0) + count
     if what == "plan":  # the size of a histogram, and itself
-        assert waits == {"plan.py": 2 * len(selected) * 2 + len(selected)}
+        assert waits == {"plan.py": 5 * len(selected) + 2}
     else:
         assert "backward.py" not in waits and waits.get("hutchinson.py", 0) <= 1
         assert waits.get("fisher.py", 0) <= len(selected) + 1  # none within a layer
