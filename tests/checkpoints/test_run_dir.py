@@ -98,7 +98,9 @@ def test_what_the_end_needs_of_memory_is_asked_for_before_weights_are_read(check
     monkeypatch.setattr(streaming, "stored_tensors", None)
     monkeypatch.setattr(formats, "LARGEST", 50_000)
     monkeypatch.setitem(choices.FORMATS, "whole", choices.SaveFormat("", formats.save_dense))
-    for save_format, needed in (("dense", 50_000), ("sparse", 50_000), ("whole", size), ("compressed-tensors", size)):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of which each loads packed weights to verify them
+    for save_format, needed in (("dense", 50_000), ("sparse", 50_000), ("whole", size),
+                                ("compressed-tensors", 2 * size)):
         words = ["opt", "--gmp --wbits 4 --sym --save-format", save_format, HALF, tmp_path / "saved"]
         monkeypatch.setattr(memory, "free_on_host", lambda needed=needed: needed - 1)
         assert f"--save {tmp_path / 'saved'}: needs 0.000 GB of memory at the end" in prune(*words, status=2)
