@@ -14,7 +14,6 @@ import torch
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
 from mixgpt.common import distributed, memory, program, progress, runtime
-from mixgpt.common.errors import InputError
 from mixgpt.common.files import writing
 from mixgpt.modeling import decoder, experts, streaming
 
@@ -119,8 +118,8 @@ def whole(model, device):
     return on_device([*decoder.rest_of(model).values(), *decoder.layers_of(model)], device)
 
 
-class _LastLayerReached(Exception):
-    pass
+class Reached(Exception):
+    """A forward pass has got as far as it needs to."""
 
 
 def _record(model, layers, tokens, tuples=True):
@@ -133,11 +132,11 @@ def _record(model, layers, tokens, tuples=True):
     def record(hidden, *args, **kwargs):
         calls.append((hidden, (args, kwargs)))
         if len(calls) == len(layers):
-            raise _LastLayerReached
+            raise Reached
         return (hidden, None) if tuples else hidden  # some models unpack two
 
     try:
-        with _replaced(layers, record), contextlib.suppress(_LastLayerReached):
+        with _replaced(layers, record), contextlib.suppress(Reached):
             model(tokens, use_cache=False)
     except (AttributeError, TypeError):
         if not tuples:
@@ -176,12 +175,9 @@ def allocate(shape, dtype, device, place):
     with writing(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in memory, and",
                  "lower these, or set TMPDIR to a larger disk"), tempfile.NamedTemporaryFile() as file:
         free, in_memory = memory.room(file.name)
-        if in_memory and nbytes * program.world("LOCAL_WORLD_SIZE") > free:
-            raise InputError(f"--nsamples, --seqlen: hidden states take {nbytes / 1e9:.1f} GB, more than is free in "
-                             f"memory, and TMPDIR {tempfile.gettempdir()} is memory, too; lower these, or set it to a "
-                             "folder on a disk")
-        if nbytes > free:  # reserving them would fill the disk before it fails
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if nbytes * (program.world("LOCAL_WORLD_SIZE") if in_memory else 1) > free:
+            why = f"{tempfile.gettempdir()} is memory, too" if in_memory else os.strerror(errno.ENOSPC)
+            raise OSError(errno.ENOSPC, why)  # reserving them would fill the disk before it fails
         os.posix_fallocate(file.fileno(), 0, nbytes)
         return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
 

@@ -19,7 +19,7 @@ import datautils
 from mixgpt.checkpoints import load
 from mixgpt.common.progress import table
 from mixgpt.common.runtime import Clock, peak_memory
-from mixgpt.evaluation.measures import perplexity
+from mixgpt.evaluation.measures import perplexities
 from mixgpt.pruning.hessian import InputHessian, factor
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
@@ -107,7 +107,7 @@ def prune(name, model, tokens, tests, device, batch_size):
         plan = dict.fromkeys(select(model), Target(0.5))
         prune_layerwise(StreamedModel(pruned, device, batch_size, clock), plan, tokens, Recipe())
     return {"seconds": clock.seconds(), "peak_memory": peak_memory(device), "sparsity": 0.5,
-            "perplexity": {name: {"builtin": perplexity(pruned, tests, batch_size, device)}}}
+            "perplexity": {name: perplexities(pruned, {"builtin": tests}, batch_size, device)}}
 
 
 def bench_model(device, arguments):

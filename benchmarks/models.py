@@ -23,7 +23,8 @@ import mixgpt
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError, one_line
 from mixgpt.common.texts import builtin_rows
-from mixgpt.evaluation.measures import logits
+from mixgpt.evaluation.measures import Survey
+from modelutils import StreamedModel
 
 PAGE = """# Models
 
@@ -70,7 +71,8 @@ def difference(folder, tokens):
     """Return by how many standard deviations logits of tokens (N, T) differ from the class's own forward at most."""
     expected = AutoModelForCausalLM.from_pretrained(folder).eval()(tokens, use_cache=False).logits
     opened = load.open_model(folder, load.read_config(folder), "auto")
-    return ((logits(opened, tokens, 2, torch.device("cpu")) - expected).abs().max() / expected.std()).item()
+    _, logits = Survey(StreamedModel(opened, torch.device("cpu"), 2), tokens).finish()
+    return ((logits - expected).abs().max() / expected.std()).item()
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from mixgpt.kernels import columns
 from mixgpt.kernels.columns import UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from mixgpt.modeling.decoder import layers_of
-from modelutils import hooked, linears
+from modelutils import StreamedModel, hooked, linears
 
 for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:  # as in the background, or under nohup; processes would inherit it
@@ -394,4 +394,9 @@ if os.environ.pop("FORK_SERVER", None):  # this is the process that others are f
 
 def measure_sparsity(model):
     """Count the zeros of every linear of every decoder layer, on the host. Returns a list of `MatrixSparsity`."""
-    return Survey(model, CPU).finish()[0][0]
+    return Survey(StreamedModel(model, CPU, 1)).finish()[0][0]
+
+
+def logits(model, tokens, batch_size, device):
+    """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
+    return Survey(StreamedModel(model, device, batch_size), tokens).finish()[1]

@@ -19,7 +19,7 @@ from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.memory import MemoryPlan
 from mixgpt.evaluation import measures
-from mixgpt.evaluation.measures import perplexity
+from mixgpt.evaluation.measures import perplexities
 from mixgpt.kernels import selection
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
@@ -74,7 +74,7 @@ def made(name, true_sequential, wbits, more=""):
     return {"traces": traces, "state": model.state_dict(), "rows": sum(solved),
             "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
                          for key, outcome in outcomes.items()},
-            "perplexity": [perplexity(model, part, 2, CPU) for part in (tokens, tokens[:1])]}
+            "perplexity": [perplexities(model, {"": part}, 2, CPU)[""] for part in (tokens, tokens[:1])]}
 
 
 def made_of_all():

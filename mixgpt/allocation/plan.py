@@ -16,6 +16,7 @@ from modelutils import StreamedModel, in_turn, linears
 
 LOWER = 13  # bits of a score that `threshold_counts` looks at in its second pass
 
+
 @dataclass(frozen=True)
 class Budget:
     """Input of an allocation, which returns {(layer, name): Target}."""

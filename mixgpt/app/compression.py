@@ -20,16 +20,16 @@ def compress(run, plan, survey):
     if plan.targets:
         last = run.distills and settings.quantizes_last
         retry = partial(memory.retry_with_less_memory, again=bool(locations_of(run.model)))
-        outcomes, used = retry(run.memory_plan, partial(
+        outcomes = retry(run.memory_plan, partial(
             _prune, run, plan, survey, "layer", None if last else settings.scheme))
         if run.distills:
-            run.record["distilled"] = _distill(run, plan, survey, outcomes, used.on_host)
+            run.record["distilled"] = _distill(run, plan, survey, outcomes)
         if last:
-            quantized, used = retry(used, partial(_prune, run, plan, survey, "quantized", settings.scheme))
+            quantized = retry(run.memory_plan, partial(_prune, run, plan, survey, "quantized", settings.scheme))
             outcomes = {key: replace(outcome, grid=quantized[key].grid) for key, outcome in outcomes.items()}
-        run.record["settings"] |= {"batch_size": used.batch_size,
-                                   "true_sequential": settings.true_sequential and not (
-                                       settings.calibrates and used.two_passes)}
+        two_passes = settings.calibrates and run.memory_plan.two_passes
+        run.record["settings"] |= {"batch_size": run.memory_plan.batch_size,
+                                   "true_sequential": settings.true_sequential and not two_passes}
         for m in survey.finish()[0][0]:
             target = plan.targets.get((m.layer, m.name))
             if target and m.zeros < (asked := round(target.sparsity * m.numel)):
@@ -40,8 +40,8 @@ def compress(run, plan, survey):
 
 
 def _prune(run, plan, survey, stage, scheme, memory_plan):
-    """Prune, and quantize if a quant.Scheme is given, or quantize alone. Returns outcomes and the memory plan."""
-    settings, streamed = run.settings, run.streamed(memory_plan)
+    """Prune, and quantize if a quant.Scheme is given, or quantize alone. Returns outcomes; the run keeps the plan."""
+    settings, streamed, run.memory_plan = run.settings, run.streamed(memory_plan), memory_plan
 
     def observe(index, layer, outcomes=None, start=None):
         counted, _ = survey.take(index, layer)
@@ -66,12 +66,12 @@ def _prune(run, plan, survey, stage, scheme, memory_plan):
     else:
         with run.clock.part("magnitude" if settings.prunes else "rounding"):
             outcomes = layerwise.prune_magnitude(streamed, plan.targets, scheme, run.files, observe)
-    return outcomes, memory_plan
+    return outcomes
 
 
-def _distill(run, plan, survey, outcomes, on_host):
+def _distill(run, plan, survey, outcomes):
     """Distil the pruned model, or leave it as it is and say why. Returns what to record, as an interrupted run has."""
-    files, grids = run.files, {key: outcome.grid for key, outcome in outcomes.items()}
+    on_host, files, grids = run.memory_plan.on_host, run.files, {key: outcome.grid for key, outcome in outcomes.items()}
     streamed, tokens = run.distilling(memory.MemoryPlan(run.settings.batch_size, on_host))
     room = run.decided("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
 

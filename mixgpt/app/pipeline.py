@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +13,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import choices, distributed, errors, program, runtime
 from mixgpt.evaluation import measures
 from mixgpt.modeling.decoder import path_of
+from modelutils import StreamedModel
 
 PRUNED = 0.25  # sparsity above which a model is no dense one: of normal weights 4 bits round a fifth to 0
 PROBE = 128  # tokens on which the saved model is compared with the one in memory
@@ -57,7 +59,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
             _add_scores(current, "dense", _perplexities(current, current.model))
         plan = planning.choose(current)
         probe = torch.arange(min(PROBE, current.settings.seqlen))[None] % current.config.vocab_size
-        survey = measures.Survey(current.model, device, probe if settings.save else None)
+        survey = measures.Survey(StreamedModel(current.model, device, 1), probe if settings.save else None)
         outcomes = compression.compress(current, plan, survey)
         method = _finish(current, plan, outcomes, survey)
         record = current.record | {"seconds": clock.seconds(), "peak_memory": runtime.peak_memory(device)}
@@ -93,14 +95,19 @@ def _finish(current, plan, outcomes, survey):
     """
     settings, final, found = current.settings, current.model, survey
     if settings.save:
-        final = _save(current, outcomes)
-        found = measures.Survey(final, current.device, survey.tokens)
+        with current.clock.part("save"):
+            written = current.files.write_checkpoint(current.tokenizer, {
+                path_of(current.model, *key): outcome.grid for key, outcome in outcomes.items() if outcome.grid},
+                current.record)
+            final = load.open_model(written, load.read_config(written), "auto")
+            final.config._attn_implementation = current.model.config._attn_implementation  # a caller may have chosen it
+        found = measures.Survey(replace(survey.streamed, model=final), survey.tokens)
     perplexities = _perplexities(current, final, found.take)
     zeros, logits = found.finish()
     if settings.save:
         expected_zeros, expected = survey.finish()
-        same = {"zeros": zeros == expected_zeros, "logits": torch.allclose(logits, expected, 0, 0, equal_nan=True)}
-        for what, equal in same.items():
+        for what, equal in (("zeros", zeros == expected_zeros),
+                            ("logits", torch.allclose(logits, expected, 0, 0, equal_nan=True))):
             if not equal:
                 raise errors.VerificationError(f"--save {settings.save}: the {what} of the saved model differ from "
                                                "those in memory")
@@ -113,15 +120,3 @@ def _finish(current, plan, outcomes, survey):
         method = "as given"
     _add_scores(current, method, perplexities)
     return method
-
-
-def _save(current, outcomes):
-    """Write the result beside the folder's finished layers. Returns the model in it, loaded again."""
-    folder = current.files
-    with current.clock.part("save"):
-        written = folder.write_checkpoint(current.tokenizer, {
-            path_of(current.model, *key): outcome.grid for key, outcome in outcomes.items() if outcome.grid},
-            current.record)
-        saved = load.open_model(written, load.read_config(written), "auto")
-        saved.config._attn_implementation = current.model.config._attn_implementation  # a caller may have chosen it
-    return saved

@@ -112,8 +112,10 @@ def check(settings, device, clock, model=None, tokenizer=None):
     run = Run(settings, device, clock, config, tokenizer, selected, uncalled, model)
     if settings.needs_calibration:
         _check_sequences(run, widening)
-    needed = load.size(config, run.dtype)  # for a format that has all weights in memory, to write or to verify them
-    if choices.FORMATS[settings.save_format].streams and settings.save_format != "compressed-tensors":
+    needed = load.size(config, run.dtype)  # for a format that is written from all weights in memory
+    if settings.save_format == "compressed-tensors":
+        needed *= program.world("LOCAL_WORLD_SIZE")  # as each process loads it to verify it
+    elif choices.FORMATS[settings.save_format].streams:
         needed = min(needed, formats.LARGEST)
     if settings.save and needed > (free := memory.free_on_host()):
         raise InputError(f"--save {settings.save}: needs {needed / 1e9:.3f} GB of memory at the end, {free / 1e9:.3f} "

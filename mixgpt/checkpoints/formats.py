@@ -72,9 +72,8 @@ def save_sparse(folder, model, grids):
              for name in linears(layer)}
     file = _write_weights(folder, WEIGHTS.removesuffix(".safetensors"),
                           _tensors(model, experts.layout_of(model), paths, encode))
-    quantization = {"quant_method": METHOD, "matrices": matrices}
-    quantization |= {} if file == WEIGHTS else {"weights": file}
-    _write_configuration(folder, model, quantization_config=quantization, transformers_weights=NONE)
+    _write_configuration(folder, model, transformers_weights=NONE, quantization_config={
+        "quant_method": METHOD, "matrices": matrices, "weights": file})
 
 
 def _tensors(model, layout, paths=(), encode=None):
@@ -119,17 +118,16 @@ def _write_weights(folder, name, groups):
 
     Files are filled as huggingface_hub fills them; a group is in one file.
     """
-    sizes, places = [], {}  # places: {key: file}
+    size, places = 0, {}  # places: {key: file}
     for number, shard in enumerate(_shards(groups), 1):
         file = Path(folder) / f"{name}-{number:05d}.safetensors"
         streaming.write(file, shard)
-        sizes.append(sum(tensor.nbytes for tensor in shard.values()))
+        size += sum(tensor.nbytes for tensor in shard.values())
         places |= dict.fromkeys(shard, file)
-    if len(sizes) == 1:
+    if number == 1:
         return file.rename(file.with_name(f"{name}.safetensors")).name
-    of = f"-of-{len(sizes):05d}"
-    names = {file: file.rename(file.with_stem(file.stem + of)).name for file in set(places.values())}
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {key: names[file] for key, file in places.items()}}
+    names = {file: file.rename(file.with_stem(f"{file.stem}-of-{number:05d}")).name for file in set(places.values())}
+    index = {"metadata": {"total_size": size}, "weight_map": {key: names[file] for key, file in places.items()}}
     file = Path(folder) / f"{name}.safetensors.index.json"
     file.write_text(json.dumps(index, indent=1) + "\n")
     return file.name
@@ -141,13 +139,13 @@ def _shards(groups):
     for group in groups:
         distributed.alive()
         nbytes = sum(tensor.nbytes for tensor in group.values())
-        if size and size + min(nbytes, LARGEST) > LARGEST >= nbytes:
-            yield shard
-            shard, size = {}, 0
         if nbytes > LARGEST:
             yield group
-        else:
-            shard, size = shard | group, size + nbytes
+            continue
+        if size + nbytes > LARGEST:
+            yield shard
+            shard, size = {}, 0
+        shard, size = shard | group, size + nbytes
     if shard:
         yield shard
 

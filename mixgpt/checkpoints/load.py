@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from mixgpt.checkpoints.packing import Packed
+from mixgpt.checkpoints import packing
 from mixgpt.checkpoints.quantizer import METHOD, WEIGHTS
 from mixgpt.common import choices, distributed, files
 from mixgpt.common.errors import InputError, reading
@@ -269,14 +270,17 @@ def open_model(model, config, dtype):
         return load_model(model, dtype)
     name = _source(model)
     with _reading(model, "its weights cannot be read"):
-        stored = streaming.stored_tensors(name, WEIGHTS) if quantization else _stored(model, name)
         if quantization:
-            stored |= {key: (part[0], torch.empty(description["shape"], device="meta"), Packed(description))
+            stored = streaming.stored_tensors(name, WEIGHTS)
+            stored |= {key: (first[0], torch.empty(description["shape"], device="meta"),
+                             partial(packing.read, description))
                        for key, description in quantization["matrices"].items()
-                       if (part := stored.get(f"{key}.{description['parts'][0]}"))}
+                       if (first := stored.get(f"{key}.{description['parts'][0]}"))}
             config = copy.deepcopy(config)
             for mark in ("quantization_config", "transformers_weights"):  # an ordinary model has neither
                 vars(config).pop(mark, None)
+        else:
+            stored = _stored(model, name)
         opened = skeleton(config, dtype)
         if not streaming.attach_disk_weights(opened, stored):
             return load_model(model, dtype)

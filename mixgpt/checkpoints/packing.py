@@ -6,7 +6,6 @@ weights, or on a grid `codes`, packed to wbits; `scale`, and if the grid needs t
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -79,14 +78,7 @@ def decode(parts, description):
     return grid.weights(codes.view(shape))
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """How a matrix is read that is encoded in a file."""
-
-    description: dict
-
-    def read(self, content, key):
-        """Return the matrix whose parts are named after a key in an open file."""
-        with reading(f"{key}: its parts cannot be decoded"):
-            parts = {part: content.get_tensor(f"{key}.{part}") for part in self.description["parts"]}
-            return decode(parts, self.description)
+def read(description, content, key):
+    """Return the matrix whose parts are named after a key in an open file."""
+    with reading(f"{key}: its parts cannot be decoded"):
+        return decode({part: content.get_tensor(f"{key}.{part}") for part in description["parts"]}, description)

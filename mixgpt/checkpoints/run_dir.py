@@ -120,8 +120,8 @@ class RunDir(contextlib.AbstractContextManager):
         if self.writes and is_interrupted_run(self.path):
             program.check_signature(self.run, f"--resume: the run in {self.path}")
             before = self.run["identity"]
-            for flag in (before | identity).keys() - {"--save-format"}:  # which earlier runs have there; it may change
-                if before.get(flag) != identity.get(flag):
+            for flag in before | identity:
+                if flag != "--save-format" and before.get(flag) != identity.get(flag):  # earlier versions have it there
                     raise InputError(f"--resume: {flag} was {before.get(flag)} in the interrupted run in {self.path}, "
                                      f"now it is {identity.get(flag)}")
             for file in [*self.folder.rglob("*.partial"), *self.folder.rglob(".tmp*"),

@@ -51,23 +51,13 @@ def _loss(head, stream, tokens):
     return total.item()
 
 
-def perplexity(model, tokens, batch_size, device):
-    """Return that of tokens (N, T) alone; see `perplexities`."""
-    return perplexities(model, {"": tokens}, batch_size, device)[""]
-
-
-def logits(model, tokens, batch_size, device):
-    """Return the logits (N, T, vocabulary) of tokens (N, T) on the host, streamed."""
-    return Survey(model, device, tokens, batch_size).finish()[1]
-
-
 class Survey:
-    """The zeros of a model, and the logits of a few tokens, taken from its layers while they are on the device."""
+    """The zeros of a StreamedModel, and the logits of a few tokens, taken while its layers are on the device."""
 
-    def __init__(self, model, device, tokens=None, batch_size=1):
+    def __init__(self, streamed, tokens=None):
         """tokens: (N, T), if their logits are asked for."""
-        self.model, self.device, self.tokens, self.counts = model, device, tokens, []
-        self.embedded = None if tokens is None else StreamedModel(model, device, batch_size).embed(tokens)
+        self.streamed, self.tokens, self.counts = streamed, tokens, []
+        self.embedded = None if tokens is None else streamed.embed(tokens)
 
     @torch.no_grad()
     def take(self, index, layer):
@@ -83,15 +73,15 @@ class Survey:
 
     @torch.no_grad()
     def finish(self):
-        """Read the layers that are left. Returns the `count_zeros` of all, and the logits on the host."""
-        first = len(self.counts)
-        for place, layer in in_turn(layers_of(self.model)[first:], self.device):
+        """Read the layers that are left. Returns all `count_zeros`, and logits (N, T, vocabulary) on the host."""
+        first, device = len(self.counts), self.streamed.device
+        for place, layer in in_turn(self.streamed.layers[first:], device):
             self.take(first + place, layer)
         zeros = [sum(kind, []) for kind in zip(*self.counts, strict=True)]
         if not self.stream:
             return zeros, None
-        with self.stream.head(self.model) as head:
-            parts = [head(h.to(self.device)).to("cpu") for h in self.stream.hidden.flatten(0, 1).split(SLICE)]
+        with self.stream.head(self.streamed.model) as head:
+            parts = [head(h.to(device)).to("cpu") for h in self.stream.hidden.flatten(0, 1).split(SLICE)]
         return zeros, torch.cat(parts).unflatten(0, self.tokens.shape)
 
 

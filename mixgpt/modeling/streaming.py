@@ -3,8 +3,9 @@
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -26,7 +27,7 @@ class TensorLocation(NamedTuple):
     file: str
     key: str  # in the file
     part: ExpertSlice | None = None  # if it is one of several in the tensor of this key
-    packed: Any = None  # the checkpoints.packing.Packed that reads it, if it is encoded
+    packed: Callable | None = None  # reads it from (open file, key), if it is encoded
 
 
 def disk_weights(module):
@@ -65,7 +66,7 @@ def mapped(location, content=None):
     """Return the tensor at a location as it is stored, of an open file; the disk is read where its values are used."""
     content = content or safe_open(location.file, "pt")
     if location.packed:
-        return location.packed.read(content, location.key)
+        return location.packed(content, location.key)
     if location.part:
         return location.part.of(content.get_slice(location.key))
     return content.get_tensor(location.key)

@@ -28,8 +28,14 @@ def prune_masks(scores, targets, totals, fraction=None):
     """
     columns, prunem = scores[0].shape[1], targets[0].prunem
     if fraction is not None and not prunem:
-        thresholds = _thresholds(scores, targets, totals, fraction)
-        return [part <= threshold for part, threshold in zip(scores, thresholds, strict=True)]
+        samples = []
+        for part, total in zip(scores, totals, strict=True):  # the same sample in any number of processes
+            step = total * columns // SAMPLE | 1  # odd: of few columns else
+            first = distributed.share(total).start * columns
+            samples.append(part.flatten()[-first % step::step])
+        samples = distributed.all_gather_parts(samples, distributed.all_gather_object(list(map(len, samples))))
+        return [part <= sample.kthvalue(max(round(fraction * target.sparsity * len(sample)), 1)).values
+                for part, sample, target in zip(scores, samples, targets, strict=True)]
     if prunem:
         share = 1 if fraction is None else fraction
         masks = [smallest_in_groups(part.reshape(-1, prunem, 1), round(share * target.prunen)).view(-1, columns)
@@ -38,18 +44,6 @@ def prune_masks(scores, targets, totals, fraction=None):
         masks = smallest(scores, [round(target.sparsity * (total * columns))
                                   for target, total in zip(targets, totals, strict=True)], totals)
     return [mask | (part < 0) for mask, part in zip(masks, scores, strict=True)]
-
-
-def _thresholds(scores, targets, totals, fraction):
-    """Estimate up to which score the weights of each matrix go, from a sample of its scores; see `prune_masks`."""
-    columns, samples = scores[0].shape[1], []
-    for part, total in zip(scores, totals, strict=True):  # the same sample in any number of processes
-        step = total * columns // SAMPLE | 1  # odd: of few columns else
-        first = distributed.share(total).start * columns
-        samples.append(part.flatten()[-first % step::step])
-    samples = distributed.all_gather_parts(samples, distributed.all_gather_object(list(map(len, samples))))
-    return [sample.kthvalue(max(round(fraction * target.sparsity * len(sample)), 1)).values
-            for sample, target in zip(samples, targets, strict=True)]
 
 
 def admm_scores(W, H, counts, targets, row_weights=None):

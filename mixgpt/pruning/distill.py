@@ -83,26 +83,21 @@ def room_for(streamed, tokens, effort=1.0):
     """
     fixed, sequence = training_bytes(streamed, tokens, effort)
     room = int((memory.free(streamed.device) - fixed) / sequence)
-    return min(distributed.all_gather_object(max(min(_batch(streamed, tokens, effort), room), 0)))
-
-
-def _batch(streamed, tokens, effort):
-    return min(streamed.batch_size, _per_step(tokens, effort))
+    return min(distributed.all_gather_object(max(min(streamed.batch_size, _per_step(tokens, effort), room), 0)))
 
 
 def training_bytes(streamed, tokens, effort=1.0):
     """Estimate the bytes that training the whole model takes, and what each sequence (T,) of a batch adds.
 
-    Counted are all weights; for those in layers the gradient, a float32 copy, the distance
-    of that from the mean and, unless they are read from disk, a copy to restore; three more copies of the largest
-    matrix; a second copy of the head, narrowed to the vocabulary, and two values for each logit of a slice of tokens,
-    and three of float32 for those computed with at a time; hidden states; and for each token of a batch the inputs and
-    outputs of linears, half as much again, and the scores of attention, or a third of their bytes for the buffers of
-    PyTorch's attention on a CPU.
+    Counted are all weights; for those in layers the gradient, a float32 copy, the distance of that from the mean and,
+    unless they are read from disk, a copy to restore; three more copies of the largest matrix; a second copy of the
+    head, narrowed to the vocabulary, and two values for each logit of a slice of tokens, and three of float32 for those
+    computed with at a time; hidden states; and for each token of a batch the inputs and outputs of linears, half as
+    much again, and the scores of attention, or a third of their bytes for the buffers of PyTorch's attention on a CPU.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
-    width, batch = model.get_input_embeddings().embedding_dim, _batch(streamed, tokens, effort)
+    width, batch = model.get_input_embeddings().embedding_dim, min(streamed.batch_size, _per_step(tokens, effort))
     matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
                 for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
     before = itemsize if device.type == "cpu" and not disk_weights(layers[0]) else 0

@@ -14,7 +14,7 @@ from mixgpt.common import distributed
 from mixgpt.common.runtime import wide
 from mixgpt.kernels.selection import smallest_in_groups
 from mixgpt.pruning.admm import SAMPLE
-from modelutils import hooked, linears
+from modelutils import Reached, hooked, linears
 
 # names of linears that give values, alone or below queries and keys, and of the projection beside them that reads these
 VALUES = ("v_proj", "qkv_proj", "W_pack", "query_key_value", "c_attn", "Wqkv")
@@ -24,10 +24,6 @@ STEPS = 20
 LENGTH = 0.5  # of the first step, as a multiple of the norm of Q
 ZEROS = 0.25  # share of zeros above which a matrix has been pruned before; 4 bits round a fifth to 0
 TOLERANCE = {2: 2e-2, 4: 1e-3, 8: 1e-3}  # relative deviation of rotated values by rounding, by bytes of a number
-
-
-class _Reached(Exception):
-    pass
 
 
 @torch.no_grad()
@@ -86,12 +82,12 @@ def _inputs(v, o, layer, index, stream, count):
 
     def reached(x):
         seen.append(x)
-        raise _Reached
+        raise Reached
 
     with hooked({v: seen.append, o: reached}):
         for rows in stream.batches():
             if rows.start < count:
-                with contextlib.suppress(_Reached):
+                with contextlib.suppress(Reached):
                     stream.forward(layer, index, rows)
                 yield [wide(x).flatten(0, -2) for x in seen]
                 seen.clear()

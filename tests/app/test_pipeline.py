@@ -37,7 +37,7 @@ from mixgpt.checkpoints import load
 from mixgpt.common import choices, memory, runtime
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
-from mixgpt.evaluation.measures import perplexity
+from mixgpt.evaluation.measures import perplexities
 from mixgpt.modeling import streaming
 from mixgpt.pruning import distill, solvers
 from mixgpt.pruning.layerwise import prune_layerwise
@@ -225,7 +225,7 @@ def test_eval_limit_takes_the_first_sequences_of_each_test_set(prune, tokenizer)
     model = make("opt")
     tokens, _ = datautils.test_tokens("builtin", 32, tokenizer)
     found = float(re.search(r"^dense +(\d+\.\d\d)$", prune("opt", "--eval-limit 2"), re.MULTILINE)[1])
-    expected = [perplexity(model, tokens[:count], 2, CPU) for count in (2, 4)]
+    expected = [perplexities(model, {"": tokens[:count]}, 2, CPU)[""] for count in (2, 4)]
     assert found == pytest.approx(expected[0], abs=0.006) and abs(found - expected[1]) > 0.02
 
 

@@ -98,7 +98,9 @@ def test_what_the_end_needs_of_memory_is_asked_for_before_weights_are_read(check
     monkeypatch.setattr(streaming, "stored_tensors", None)
     monkeypatch.setattr(formats, "LARGEST", 50_000)
     monkeypatch.setitem(choices.FORMATS, "whole", choices.SaveFormat("", formats.save_dense))
-    for save_format, needed in (("dense", 50_000), ("sparse", 50_000), ("whole", size), ("compressed-tensors", size)):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of which each loads packed weights to verify them
+    for save_format, needed in (("dense", 50_000), ("sparse", 50_000), ("whole", size),
+                                ("compressed-tensors", 2 * size)):
         words = ["opt", "--gmp --wbits 4 --sym --save-format", save_format, HALF, tmp_path / "saved"]
         monkeypatch.setattr(memory, "free_on_host", lambda needed=needed: needed - 1)
         assert f"--save {tmp_path / 'saved'}: needs 0.000 GB of memory at the end" in prune(*words, status=2)
@@ -157,6 +159,8 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
     for flag, was, now in (("--sparsity", "0.5", "0.6"), ("--dtype", "float32", "bfloat16"),
                            ("--percdamp", "0.01", "0.02")):
         assert re.search(f"--resume: {flag} was {was} .*, now it is {now}$", refused(flag, now, "--resume"))
+    several = "--seed 1", "--sparsity .6", "--blocksize 8", "--percdamp .02", "--extra .5"
+    assert "--resume: --sparsity was 0.5 " in refused(*several, "--resume")  # the first in the order of --help
 
     draw = running.calibration_samples
     for changed in (0, "0, further"):  # the seed of these sequences
@@ -341,8 +345,8 @@ def test_a_temporary_folder_in_memory_is_named_as_such(prune, tmp_path, monkeypa
     room = hidden - 1
     monkeypatch.setattr(memory, "free", lambda _: hidden)  # of which half is for the work
     assert prune("opt", "--sparsity .5", status=2) == (
-        "llama.py: error: --nsamples, --seqlen: hidden states take 0.0 GB, more than is free in memory, and TMPDIR "
-        f"{tmp_path} is memory, too; lower these, or set it to a folder on a disk\n")
+        "llama.py: error: --nsamples, --seqlen: hidden states take 0.0 GB, more than is free in memory, and cannot "
+        f"be written ({tmp_path} is memory, too); lower these, or set TMPDIR to a larger disk\n")
     assert list(tmp_path.iterdir()) == []
 
 

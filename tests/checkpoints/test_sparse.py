@@ -25,7 +25,7 @@ from mixgpt.checkpoints.packing import encode
 from mixgpt.checkpoints.sparse import FEW, PackedWeight, SparseLinear
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.generation import complete
-from mixgpt.evaluation.measures import perplexity
+from mixgpt.evaluation.measures import perplexities
 from mixgpt.kernels import sparse_cpu
 from quant import Scheme, quantize_nearest
 
@@ -220,7 +220,7 @@ def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer,
     assert held < stored
     assert torch.equal(logits(packed, tokens), logits(model, tokens))
     assert_same(packed.base_model, AutoModel.from_pretrained(folder))
-    assert perplexity(packed, tokens, 5, CPU) == perplexity(model, tokens, 5, CPU)
+    assert perplexities(packed, {"": tokens}, 5, CPU) == perplexities(model, {"": tokens}, 5, CPU)
     texts = [complete(each, tokenizer, "import a", max_new_tokens=12).text for each in (packed, again, model)]
     assert texts[0] == texts[1] == texts[2]
     assert_same(mixgpt.load(folder, "cpu", packed=False)[0], load.load_model(folder, "auto"))

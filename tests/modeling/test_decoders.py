@@ -5,13 +5,12 @@ import re
 import conftest
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, measure_sparsity, saved_tensors
+from conftest import CPU, VOCABULARY, logits, measure_sparsity, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
-from mixgpt.evaluation.measures import logits
 from mixgpt.modeling import decoder
 from mixgpt.modeling.decoder import path_of, take
 from mixgpt.modeling.experts import use_linears

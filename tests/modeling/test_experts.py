@@ -3,11 +3,11 @@
 import conftest
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, measure_sparsity, record_of, saved_tensors
+from conftest import CPU, VOCABULARY, logits, measure_sparsity, record_of, saved_tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixgpt.checkpoints import load
-from mixgpt.evaluation.measures import logits, total_sparsity
+from mixgpt.evaluation.measures import total_sparsity
 from mixgpt.modeling.decoder import layers_of, layers_path, path_of
 from mixgpt.modeling.experts import is_fused, is_split, layout_of, published, split_experts
 from mixgpt.modeling.streaming import read

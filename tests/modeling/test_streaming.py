@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, command, make, measure_sparsity, saved_tensors
+from conftest import CPU, VOCABULARY, command, logits, make, measure_sparsity, saved_tensors
 from faults import weights_changed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -16,7 +16,6 @@ from mixgpt.app import pipeline
 from mixgpt.checkpoints import formats, load
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
-from mixgpt.evaluation.measures import logits
 from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import RoutedLinear

@@ -3,11 +3,11 @@
 import conftest
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, make, measure_sparsity
+from conftest import CPU, VOCABULARY, logits, make, measure_sparsity
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from mixgpt.checkpoints import load
-from mixgpt.evaluation.measures import logits, total_sparsity
+from mixgpt.evaluation.measures import total_sparsity
 
 TEXT = conftest.COMMON | conftest.TOKEN_IDS | {"num_hidden_layers": 2}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2Moe
 
 import datautils
 from mixgpt.common.choices import SALIENCIES, SOLVERS
-from mixgpt.evaluation.measures import perplexity
+from mixgpt.evaluation.measures import perplexities
 from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
@@ -267,7 +267,8 @@ def test_best_beats_sparsegpt_and_that_magnitude_on_a_trained_model(tokenizer):
         errors = [(X @ (first[key].weight - weights(m)[key]).T).square().sum().item() for m in (model, magnitude)]
         assert errors[0] < errors[1], key
 
-    dense_ppl, best_ppl, ppl, magnitude_ppl = (perplexity(m, test, 8, CPU) for m in (dense, best, model, magnitude))
+    dense_ppl, best_ppl, ppl, magnitude_ppl = (
+        perplexities(m, {"": test}, 8, CPU)[""] for m in (dense, best, model, magnitude))
     assert dense_ppl < 40, "the model has not learned"
     assert dense_ppl < best_ppl < ppl
     assert torch.tensor(ppl / dense_ppl).log() < 0.8 * torch.tensor(magnitude_ppl / dense_ppl).log()
