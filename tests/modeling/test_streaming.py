@@ -7,14 +7,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, command, make, measure_sparsity, saved_tensors
+from conftest import CPU, VOCABULARY, command, make, measure_sparsity
 from faults import weights_changed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mixgpt.app import pipeline
 from mixgpt.checkpoints import formats, load
-from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.measures import logits
 from mixgpt.modeling import streaming
@@ -106,24 +105,6 @@ def test_a_fingerprint_copies_no_matrix_to_read_64_of_its_values_and_two_of_an_e
     values = torch.cat([torch.arange(2.0**20)[::2**14], torch.tensor([0, 2.0**19])]).to(torch.bfloat16)
     expected = hashlib.sha256(b"Sequential" + values.view(torch.int16).numpy().tobytes())
     assert streaming.fingerprint(both) == expected.hexdigest()
-
-
-@pytest.mark.parametrize("stored, named", [("safetensors", True), ("bin", False)])
-def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, tokenizer, prune, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda device: True)  # else it would be float32
-    model = make("llama")
-    source = store(model, "bfloat16", tmp_path / "source")
-    tokenizer.save_pretrained(source)
-    if stored == "bin":
-        torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
-        (source / "model.safetensors").unlink()
-    config = json.loads((source / "config.json").read_text())
-    assert config.pop("dtype") == "bfloat16"
-    assert load.size(load.read_config(source), "auto") == 2 * model.num_parameters()
-    if not named:  # in the configuration
-        (source / "config.json").write_text(json.dumps(config))
-    prune("llama", "--sparsity .5 --gmp --eval --save", tmp_path / "saved", model=source)
-    assert {tensor.dtype for tensor in saved_tensors(tmp_path / "saved").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("value", ["nan", "-inf"])
