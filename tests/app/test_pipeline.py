@@ -222,16 +222,16 @@ def test_eval_limit_takes_the_first_sequences_of_each_test_set(prune, tokenizer)
 def test_a_cpu_computes_in_float32_if_that_is_faster(stored, fast, used, named, checkpoint_folder, prune, tmp_path,
                                                      monkeypatch):
     monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda device: fast)
-    shutil.copytree(checkpoint_folder("opt"), tmp_path, dirs_exist_ok=True)
-    AutoModelForCausalLM.from_pretrained(tmp_path, dtype=stored).save_pretrained(tmp_path)
+    model, saved = shutil.copytree(checkpoint_folder("opt"), tmp_path / "model"), tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(model, dtype=stored).save_pretrained(model)
     if not named:  # in the configuration
-        config = (tmp_path / "config.json").read_text()
-        (tmp_path / "config.json").write_text(config.replace(f'"dtype": "{stored}",', ""))
-    assert load.size(load.read_config(tmp_path), "auto") == 2 * make("opt").num_parameters()
+        config = (model / "config.json").read_text()
+        (model / "config.json").write_text(config.replace(f'"dtype": "{stored}",', ""))
+    assert load.size(load.read_config(model), "auto") == 2 * make("opt").num_parameters()
     for more, dtype in ("", used), (f"--dtype {stored}", stored):
-        out = prune("opt", more, "--save", tmp_path / dtype, model=tmp_path)
+        out = prune("opt", more, "--overwrite --save", saved, model=model)
         assert f"{dtype}, on cpu" in out and ("dtype    float32" in out) == (dtype != stored)
-        assert {str(tensor.dtype) for tensor in saved_tensors(tmp_path / dtype).values()} == {f"torch.{dtype}"}
+        assert {str(tensor.dtype) for tensor in saved_tensors(saved).values()} == {f"torch.{dtype}"}
 
 
 @pytest.mark.parametrize("key, what", [("layers.1.mlp.up_proj", "zeros"), ("norm", "logits")])

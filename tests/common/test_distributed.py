@@ -152,6 +152,7 @@ conftest.command("llama", arguments, f"{arguments[-1]}-{rank}", ranks.impatient,
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others_in_one_line(checkpoint_folder, tmp_path):
     """And their interpreters, where gloo's threads would wait until it comes."""
     words = [free_port(), checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / "saved"]
@@ -181,6 +182,7 @@ def test_machines_without_a_shared_folder_are_told_before_the_first_layer(saves,
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(checkpoint_folder, tmp_path):
     words = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "llama.py",
              checkpoint_folder("llama"), *ARGUMENTS, *MIXED, "--nsamples", "3000", "--save", tmp_path / "saved"]

@@ -226,6 +226,7 @@ def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, wa
     assert columns.fastest(W, grid) is (walk if device == "cpu" else columns.walk_columns)
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_gpus_without_spilling_registers():
     tools = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
     if not (tools / "ptxas").is_file():

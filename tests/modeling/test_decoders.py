@@ -5,7 +5,7 @@ import re
 import conftest
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, measure_sparsity, saved_tensors
+from conftest import CPU, VOCABULARY, measure_sparsity, saved_tensors, slow_but
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mixgpt.checkpoints import load
@@ -108,7 +108,8 @@ def test_arguments_of_other_sequences_do_not_pass_the_self_check(kind, monkeypat
 
 
 @pytest.mark.parametrize("passes", ["", pytest.param("--no-true-sequential", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [*ALONE, *BY_TOKEN, *HYBRID, *LIKE_LLAMA])
+@pytest.mark.parametrize("kind", slow_but(["gpt2", "gemma4_text shared", "zamba2", "mamba", "phi3"], [
+    *ALONE, *BY_TOKEN, *HYBRID, *LIKE_LLAMA]))
 def test_a_model_is_pruned_by_best_saved_and_loaded_again(kind, passes, folder, prune, tmp_path):
     prune("llama", "--sparsity .5 --preset best", passes, "--save", tmp_path / "saved", model=folder(kind))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

@@ -151,6 +151,7 @@ def peak_of(report):
     pipeline.run = run
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
     grown = {}
     for layers in (4, 10):
