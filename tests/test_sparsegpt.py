@@ -215,7 +215,7 @@ def wide_problem():
 
 @pytest.mark.parametrize("target, scheme", [
     (Target(0.6), None), (Target(0.5, 2, 4), None), (Target(0.0), Scheme(4)), (Target(0.0), Scheme(3, 850, mse=True)),
-    (Target(0.5, 2, 4), Scheme(4, sym=True)), (Target(0.5, 2, 4), Scheme(4, 100))])
+    (Target(0.5, 2, 4), Scheme(4, sym=True)), *((Target(0.5, 2, 4), Scheme(4, width)) for width in (100, 340))])
 def test_a_wide_walk_is_algorithm_1_and_nearly_so_as_the_program_computes_it(target, scheme):
     """That is in float32, of a Hessian in several blocks, and of matrices that are walked together."""
     X, H = wide_problem()
