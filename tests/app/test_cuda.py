@@ -329,6 +329,7 @@ def test_a_gpu_that_is_too_small_ends_in_one_line(simulated, run):
     assert error == ("llama.py: error: --batch-size 1: out of GPU memory; lower --seqlen\n")
 
 
+@pytest.mark.slow
 def test_distillation_goes_on_in_smaller_batches_down_to_what_fits(simulated, run, monkeypatch):
     job, train, backward_of, tried = "--sparsity .5 --distill 2 --batch-size 8", distill.distill, distill._backward, []
     monkeypatch.setattr(distill, "room_for", lambda *_: 6)

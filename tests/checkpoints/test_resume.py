@@ -85,7 +85,7 @@ def launch(fork, checkpoint_folder, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("case", slow_but(["opt, in memory", "bloom, sparse"], SCENARIOS))
+@pytest.mark.parametrize("case", slow_but(["bloom, sparse"], SCENARIOS))
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_files(case, launch, tmp_path):
     scenario, generator = SCENARIOS[case], random.Random(case)
     assert launch(scenario, "whole", 0) == 0, (tmp_path / "whole" / "log").read_text()

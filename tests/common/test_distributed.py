@@ -127,6 +127,7 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(start, tmp_path):
         "1; to evaluate its result again, give the folder as the model\n", 2)
 
 
+@pytest.mark.slow
 def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distillation(start, tmp_path):
     options = ["--nsamples", "6", "--sparsity", ".5", "--batch-size", "1", "--save"]
     assert start([*options, tmp_path / "pruned"], 2)[1] == 0

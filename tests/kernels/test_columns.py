@@ -52,7 +52,8 @@ WALKS = ([("torch", torch.float32, case) for case in SPARSE + N_OF_M + GRIDS + B
 
 
 def marked(name, *others):
-    return pytest.param(name, *others, marks=ON_GPU if name == "triton" else [])
+    slow = name == "triton" and not ON_GPU and any(isinstance(each, Case) and each.width > 16 for each in others)
+    return pytest.param(name, *others, marks=(ON_GPU if name == "triton" else []) + [pytest.mark.slow] * slow)
 
 
 def walker(name, grid_dtype=None):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import CPU, assert_same_weights, record_of
+from conftest import CPU, assert_same_weights, record_of, slow_but
 from modeling import test_experts
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -117,7 +117,7 @@ def test_the_best_experts_of_each_group_stay(name, fraction, groups):
     assert best_experts(scores, smaller) == list(max(allowed, key=lambda chosen: scores[list(chosen)].sum()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(["gemma4_text", "gpt_oss", "grouped", "mixtral"], NAMES))
 def test_the_saved_model_is_the_dense_one_whose_routers_never_choose_the_removed(name, folder, tokens, prune, tmp_path):
     prune("llama", "--experts .5 --save", tmp_path / "saved", model=folder(name))
     kept = dict(record_of(tmp_path / "saved")["kept_experts"])
