@@ -284,6 +284,7 @@ def ways(out):
     return [line.partition("continuing with ")[2] for line in out.splitlines() if "warning" in line]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_way_that_fits(simulated, run):
     """In one pass through a layer all sequences are inside it at a time: smaller batches do not help there."""
     one_pass, (_, record, out) = peak_of(run)

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import as_rank, command, free_port, slow_but
+from conftest import as_rank, command, free_port
 from kills import SMALL, check_goes_on, drawn, end_of, loaded, watch
 from safetensors.torch import load_file
 
@@ -85,7 +85,8 @@ def launch(fork, checkpoint_folder, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("case", slow_but(["bloom, sparse"], SCENARIOS))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SCENARIOS)
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_files(case, launch, tmp_path):
     scenario, generator = SCENARIOS[case], random.Random(case)
     assert launch(scenario, "whole", 0) == 0, (tmp_path / "whole" / "log").read_text()

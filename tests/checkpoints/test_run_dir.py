@@ -347,7 +347,8 @@ def test_a_step_that_starts_over_goes_on_from_the_finished_layers(saves, prune, 
         assert_same_weights(tmp_path / "again", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("finished, more", [(3, ""), (4, ""), (6, ""), (8, "--wbits 4 --effort 1.1")])
+@pytest.mark.parametrize("finished, more", [
+    *(pytest.param(finished, "", marks=pytest.mark.slow) for finished in (3, 4, 6)), (8, "--wbits 4 --effort 1.1")])
 def test_distillation_that_is_interrupted_costs_at_most_itself(finished, more, prune, interrupt, tmp_path, monkeypatch):
     """Ctrl-C behind the last pruned layer, the first distilled one, all, and the second quantized one."""
     options, saved = ["llama", f"--preset best {more}", HALF], tmp_path / "saved"
