@@ -1,4 +1,5 @@
 # make demo: prune a small real model in three ways on this machine, and compare.  make test: run the tests.  make bench: time it.
+# make test-all: run slow tests too, of which others guard the same in less time.
 # make gpu: run on a GPU the tests that need one, then time and memory of the shapes of LLaMA-7B and OPT-1.3B.
 # make fuzz: hand damaged files to every command line, 50 examples of each kind.
 # make soak: kill runs at random moments, and compare what --resume makes of them with whole runs.
@@ -17,7 +18,7 @@ DEMO := builtin --nsamples 16 --seqlen 256 --eval builtin --eval-limit 24 --over
 RECORDS := demo/dense.json demo/sparsegpt.json demo/mixgpt.json demo/best.json
 show = echo; echo '$$ python $(1)'; $(PY) $(1)
 
-.PHONY: demo test bench gpu fuzz soak mutations
+.PHONY: demo test test-all bench gpu fuzz soak mutations
 
 demo: .venv/runtime $(MODEL)
 	@mkdir -p demo
@@ -29,6 +30,10 @@ demo: .venv/runtime $(MODEL)
 	@$(call show,generate.py demo/pruned "Once upon a time" --dense $(MODEL) --dtype bfloat16)
 
 test: .venv/test
+	@$(PY) -m ruff check .
+	@$(PY) -m pytest -n auto --dist worksteal -m "not slow"
+
+test-all: .venv/test
 	@$(PY) -m ruff check .
 	@$(PY) -m pytest -n auto --dist worksteal
 

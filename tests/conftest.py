@@ -55,6 +55,11 @@ VOCABULARY = 384
 CPU = torch.device("cpu")
 
 
+def slow_but(first, values):
+    """Mark the values of a parameter as slow, but some."""
+    return [value if value in first else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def pytest_addoption(parser):
     parser.addoption("--every-combination", action="store_true",
                      help="run test_cuda.py on each family, job, dtype and room, not only on all pairs of these")

@@ -37,6 +37,7 @@ def check(demo):
         assert re.search(rf" {perplexity}$", text, re.MULTILINE), name  # measured by a run above
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(checkpoint_folder, texts, tmp_path, monkeypatch):
     demo = nbformat.read(ROOT / "demo.ipynb", as_version=4)
     at = next(index for index, cell in enumerate(demo.cells) if "parameters" in cell.metadata.get("tags", ()))

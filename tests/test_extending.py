@@ -55,12 +55,6 @@ def execute(tmp_path, monkeypatch, checkpoint_folder):
     return script
 
 
-def test_there_is_a_file_of_each_kind_and_a_command_for_each():
-    assert list(EXAMPLES) == ["ria.py", "wanda.py", "wanda_solver.py", "e2m1.py", "my_text.py"]
-    assert PAGE.count("```python") == len(EXAMPLES)
-    assert [shlex.split(command)[1] for command in COMMANDS] == list(EXAMPLES)
-
-
 @pytest.mark.parametrize("command, label", [(command, label) for command, label in zip(COMMANDS, [
     "SparseGPT (ria)", "SparseGPT (wanda)", "Wanda", "", "SparseGPT"], strict=True) if label])
 def test_its_command_prunes_to_the_weight_and_calls_the_method_by_name(command, label, execute, tmp_path, capsys):

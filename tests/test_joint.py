@@ -103,16 +103,6 @@ def test_weights_that_are_zero_stay_zero_and_count_as_pruned(shares, target, sch
         assert (pruned == 0).sum() == more
 
 
-@pytest.mark.parametrize("groupsize", [96, 192, 384, 768])
-@pytest.mark.parametrize("target", [(0.5,), (0.5, 2, 4)])
-def test_groups_of_any_width_lie_on_their_grids_and_have_one_each(target, groupsize):
-    W, X = random(4, 1536).float(), correlated_inputs(90, 1536).float()
-    R, _ = factor(X.t() @ X, PERCDAMP)
-    pruned, grid = prune_matrix(W, R, (X * X).sum(0), Target(*target), scheme=Scheme(4, groupsize))
-    assert grid.scale.shape == (4, 1536 // groupsize)
-    assert torch.equal(grid.weights(grid.codes(pruned)), pruned)
-
-
 @pytest.mark.parametrize("sparsity", [0.99, 0.995, 0.999])
 @pytest.mark.parametrize("blocksize", [1, 8])
 def test_a_block_loses_no_more_weights_than_it_has(sparsity, blocksize):

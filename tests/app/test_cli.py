@@ -5,7 +5,7 @@ import sys
 import traceback
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, slow_but
 
 from mixgpt.app.cli import parse
 from mixgpt.app.settings import Settings
@@ -32,7 +32,7 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("command", ANSWERS)
+@pytest.mark.parametrize("command", slow_but(["opt.py --help", "results.py nowhere.json"], ANSWERS))
 def test_what_needs_no_model_is_answered_before_pytorch_is_imported(command):
     done = subprocess.run([sys.executable, "-c", CHECK, *command.split()], cwd=ROOT, capture_output=True, text=True)
     *_, status, imported = done.stdout.splitlines()

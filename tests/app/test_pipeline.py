@@ -12,17 +12,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from commands import SMALL
-from conftest import (
-    CPU,
-    assert_same_weights,
-    contents,
-    make,
-    make_plan,
-    measure_sparsity,
-    modules_of,
-    record_of,
-    saved_tensors,
-)
+from conftest import CPU, assert_same_weights, make, make_plan, measure_sparsity, modules_of, record_of, saved_tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -150,11 +140,8 @@ def test_mixgpt_meets_the_total_of_what_is_pruned_in_the_saved_weights(name, opt
 @pytest.mark.parametrize("options, name", [
     ({"wbits": 4}, "SparseGPT + 4 bit"), ({"wbits": 3, "gmp": True}, "magnitude + 3 bit"),
     ({"wbits": 4, "sparsity": 0}, "GPTQ 4 bit"), ({"wbits": 4, "sparsity": 0, "nearest": True}, "nearest 4 bit"),
-    ({}, "SparseGPT"), ({"saliency": "isc"}, "SparseGPT (isc)"), ({"gmp": True, "saliency": "isc"}, "magnitude"),
+    ({"saliency": "isc"}, "SparseGPT (isc)"), ({"gmp": True, "saliency": "isc"}, "magnitude"),
     ({"sparsity_way": "layer-level"}, "SparseGPT (layer-level by hutchinson)"),
-    ({"sparsity_way": "weight-level", "saliency": "isc", "sensitivity": "fisher"}, "MixGPT (weight-level by fisher)"),
-    ({"sparsity_way": "global", "saliency": "fisher", "solver": "admm", "target": "dense", "wbits": 4},
-     "ADMM (global, fisher, dense target) + 4 bit"),
     ({"target": "dense", "wbits": 4, "sparsity": 0}, "GPTQ 4 bit (dense target)"),
     ({"sparsity_way": "global", "saliency": "fisher", "gmp": True}, "magnitude (global)"),
 ])
@@ -235,14 +222,16 @@ def test_eval_limit_takes_the_first_sequences_of_each_test_set(prune, tokenizer)
 def test_a_cpu_computes_in_float32_if_that_is_faster(stored, fast, used, named, checkpoint_folder, prune, tmp_path,
                                                      monkeypatch):
     monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda device: fast)
-    shutil.copytree(checkpoint_folder("opt"), tmp_path, dirs_exist_ok=True)
-    AutoModelForCausalLM.from_pretrained(tmp_path, dtype=stored).save_pretrained(tmp_path)
+    model, saved = shutil.copytree(checkpoint_folder("opt"), tmp_path / "model"), tmp_path / "saved"
+    AutoModelForCausalLM.from_pretrained(model, dtype=stored).save_pretrained(model)
     if not named:  # in the configuration
-        config = (tmp_path / "config.json").read_text()
-        (tmp_path / "config.json").write_text(config.replace(f'"dtype": "{stored}",', ""))
+        config = (model / "config.json").read_text()
+        (model / "config.json").write_text(config.replace(f'"dtype": "{stored}",', ""))
+    assert load.size(load.read_config(model), "auto") == 2 * make("opt").num_parameters()
     for more, dtype in ("", used), (f"--dtype {stored}", stored):
-        out = prune("opt", more, model=tmp_path)
+        out = prune("opt", more, "--overwrite --save", saved, model=model)
         assert f"{dtype}, on cpu" in out and ("dtype    float32" in out) == (dtype != stored)
+        assert {str(tensor.dtype) for tensor in saved_tensors(saved).values()} == {f"torch.{dtype}"}
 
 
 @pytest.mark.parametrize("key, what", [("layers.1.mlp.up_proj", "zeros"), ("norm", "logits")])
@@ -258,15 +247,14 @@ def test_a_save_that_reads_back_differently_is_reported(key, what, prune, tmp_pa
 
     folder, options = tmp_path / "saved", "--sparsity .5 --gmp --overwrite --save"
     prune("llama", options, folder)
-    before = contents(folder)
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.name != "mixgpt.json"}
     with monkeypatch.context() as patch:
         patch.setattr(streaming, "write", corrupt)
         line = prune("llama", "--wbits 4", options, folder, status=1)
         assert f"VerificationError: --save {folder}: the {what} of the saved" in line
-    for name, content in before.items():  # the model that was to be replaced
-        assert name == "mixgpt.json" or (folder / name).read_bytes() == content
+    assert all(file.read_bytes() == content for file, content in before.items())  # the model that was to be replaced
     prune("llama", "--wbits 4 --resume", options, folder)
-    assert contents(folder)["model.safetensors"] != before["model.safetensors"]
+    assert (file := folder / "model.safetensors").read_bytes() != before[file]
 
 
 @pytest.mark.parametrize("dense", [0, 1])
@@ -307,9 +295,6 @@ def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint
     (folder / "extra" / "notes.txt").write_text("mine")
     for name in ("model.safetensors.index.json", "model.sparse.safetensors", "merges.txt"):  # of a save before
         (folder / name).write_text("{}")
-    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    assert "give --overwrite to replace a saved model" in prune("llama", gmp, folder, status=2)
-    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     prune("llama", gmp, folder, "--overwrite")
     assert record_of(folder)["sparsity"] == 0.75 and (folder / "extra" / "notes.txt").read_text() == "mine"
     prune("llama", gmp, tmp_path / "new")
@@ -438,10 +423,7 @@ def test_without_room_for_training_the_model_is_not_distilled(prune, tmp_path, m
 
 
 @pytest.mark.parametrize("error, step, in_memory, reason", [
-    (MemoryError(), 1, False, "out of memory"), (torch.OutOfMemoryError("CUDA"), 2, True, "out of memory"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), 4, False,
-     "out of memory"),
-    (None, 4, True, "the divergence from the dense model is inf")])
+    (MemoryError(), 1, False, "out of memory"), (None, 4, True, "the divergence from the dense model is inf")])
 def test_a_failed_distillation_leaves_the_pruned_model(error, step, in_memory, reason, checkpoint_folder, prune,
                                                        tmp_path, monkeypatch):
     """Weights of a checkpoint are on disk, or in memory where its .bin file cannot be converted."""

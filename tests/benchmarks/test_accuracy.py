@@ -15,6 +15,7 @@ from mixgpt.common.choices import ALLOCATIONS, SOLVERS
 NAMES = "accuracy", "spread", "gap", "effort", "paper", "families"
 
 
+@pytest.mark.slow
 def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch, tmp_path, capsys):
     output = tmp_path / "accuracy.json"
 

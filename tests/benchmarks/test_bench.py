@@ -73,6 +73,7 @@ def test_the_benchmark_of_a_model_prints_the_same_perplexity_twice(checkpoint_fo
                                           for one, other in perplexities)
 
 
+@pytest.mark.slow
 def test_make_gpu_measures_every_method_and_writes_all_it_found(tmp_path, capsys, monkeypatch):
     """On a make-believe GPU where there is no real one."""
     real, file = torch.cuda.is_available(), tmp_path / "gpu.json"

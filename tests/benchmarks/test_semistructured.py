@@ -7,7 +7,7 @@ from commands import short_builtin  # noqa: F401, a fixture
 from conftest import COMMON, CPU, modules_of, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixgpt.evaluation.measures import perplexity
+from mixgpt.evaluation.measures import perplexities
 
 FITTING = 3 * 4 - 1  # not those with 16 rows or 96 columns, nor one with a weight too many
 ON_GPU = pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -25,7 +25,7 @@ def halved():
 @pytest.mark.parametrize("factor", [1, 1.5])
 def test_both_kinds_of_kernels_get_the_same_input_and_the_weights_come_back(factor, tokens, monkeypatch):
     model = halved()
-    before, expected = dict(model.named_parameters()), perplexity(model, tokens, 2, CPU)
+    before, expected = dict(model.named_parameters()), perplexities(model, {"": tokens}, 2, CPU)[""]
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda W: W * factor)
     found = semistructured.compare(model, tokens, 2, CPU)
     assert found["matrices"] == FITTING and (found["difference"] > 0.01) == (factor != 1)

@@ -96,16 +96,6 @@ def test_an_error_of_the_run_waits_for_the_layer_that_is_being_written(model, tm
     assert written(tmp_path, 0) == {1.0}
 
 
-def test_resuming_gives_the_dense_weights_back_and_loading_a_finished_layer_those_saved(model, tmp_path):
-    with opened(tmp_path, model) as files:
-        dense = streaming.read(files.layers[0])[UP]
-        save_layer(files, 0)
-        assert files.resume_from(3) == [{}]
-        assert torch.equal(streaming.read(files.layers[0])[UP], dense)
-        files.load_layer(0)
-        assert torch.equal(streaming.read(files.layers[0])[UP], torch.ones(48, 32))
-
-
 def test_weights_are_checked_when_they_are_first_read_and_those_of_a_finished_layer_again(model, tmp_path, monkeypatch):
     with opened(tmp_path, model) as files:
         streaming.read(files.layers[0])

@@ -60,7 +60,9 @@ def logits(model, tokens):
     return model(tokens, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name, dtype", [("opt", torch.float32), ("llama", torch.bfloat16), ("bloom", torch.bfloat16)])
+@pytest.mark.parametrize("name, dtype", [
+    pytest.param("opt", torch.float32, marks=pytest.mark.slow), ("llama", torch.bfloat16),
+    pytest.param("bloom", torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("save_format, scheme", [
     ("dense", None), ("compressed-tensors", SYM), ("compressed-tensors", SYM_GROUPS),
     ("compressed-tensors", Scheme(8, 16, sym=True)), ("sparse", None), ("sparse", SYM), ("sparse", ASYM_GROUPS),

@@ -85,6 +85,7 @@ def launch(fork, checkpoint_folder, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SCENARIOS)
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_files(case, launch, tmp_path):
     scenario, generator = SCENARIOS[case], random.Random(case)

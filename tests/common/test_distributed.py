@@ -127,6 +127,7 @@ def test_the_command_line_saves_once_prints_once_and_goes_on(start, tmp_path):
         "1; to evaluate its result again, give the folder as the model\n", 2)
 
 
+@pytest.mark.slow
 def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distillation(start, tmp_path):
     options = ["--nsamples", "6", "--sparsity", ".5", "--batch-size", "1", "--save"]
     assert start([*options, tmp_path / "pruned"], 2)[1] == 0
@@ -142,46 +143,29 @@ def test_the_others_wait_for_the_first_process_as_long_as_it_writes(start, tmp_p
     out, status = start([*options, tmp_path / "slow"], 2, ranks.impatient, [1.5, False])
     assert status == 0 and "saved in" in out and time.monotonic() - began > 2 * 3, out
     assert start([*options, tmp_path / "saved"], 2)[1] == 0
-    tensors = saved_tensors(tmp_path / "slow")
-    assert all(torch.equal(tensors[key], tensor) for key, tensor in saved_tensors(tmp_path / "saved").items())
+    assert_same_weights(tmp_path / "slow", tmp_path / "saved")
 
 
-def test_a_process_that_hangs_ends_the_others_in_one_line(fork, checkpoint_folder, tmp_path):
-    port, logs = free_port(), [tmp_path / str(rank) for rank in range(2)]
-    first, second = (fork(command, "llama", [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / "saved"], log,
-                          ranks.impatient, (rank, 2, port, 0, True)) for rank, log in enumerate(logs))
-    first.join(60)
-    hangs, status = second.is_alive(), first.exitcode
-    first.kill()
-    second.kill()
-    assert hangs and status == 1
-    assert logs[0].read_text().splitlines()[-1] == ("llama.py: error: another process does not answer; what is in the "
-                                                    "folder of --save goes on with --resume")
-
-
-WAITING = """
-import time, torch
-from mixgpt.common import distributed
-distributed.PATIENCE = 1
-with distributed.joined(torch.device("cpu")):
-    distributed.prepared()
-    time.sleep(999 * distributed.rank())
-    distributed.barrier()
+HANGING = """
+import sys, conftest, ranks
+rank, port, *arguments = sys.argv[1:]
+conftest.command("llama", arguments, f"{arguments[-1]}-{rank}", ranks.impatient, (int(rank), 2, int(port), 0, True))
 """
 
 
-def test_the_interpreter_of_a_process_that_has_given_up_ends():
-    """Where gloo's threads would wait until the other one comes."""
-    environment, port = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, free_port()
-    first, second = (subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                                      env=environment | {"RANK": str(rank), "MASTER_PORT": str(port)})
-                     for rank in range(2))
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others_in_one_line(checkpoint_folder, tmp_path):
+    """And their interpreters, where gloo's threads would wait until it comes."""
+    words = [free_port(), checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / "saved"]
+    first, second = (subprocess.Popen([sys.executable, "-c", HANGING, *map(str, (rank, *words))], cwd=ROOT / "tests",
+                                      env=os.environ | {"PYTHONPATH": str(ROOT)}) for rank in range(2))
     try:
-        assert "RuntimeError: another process does not answer" in first.communicate(timeout=60)[1]
-        assert first.returncode == 1
+        assert first.wait(300) == 1 and second.poll() is None
     finally:
         first.kill()
         second.kill()
+    assert (tmp_path / "saved-0").read_text().splitlines()[-1] == (
+        "llama.py: error: another process does not answer; what is in the folder of --save goes on with --resume")
 
 
 @pytest.mark.parametrize("saves", [True, False])
@@ -199,6 +183,7 @@ def test_machines_without_a_shared_folder_are_told_before_the_first_layer(saves,
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(checkpoint_folder, tmp_path):
     words = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "llama.py",
              checkpoint_folder("llama"), *ARGUMENTS, *MIXED, "--nsamples", "3000", "--save", tmp_path / "saved"]

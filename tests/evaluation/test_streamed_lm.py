@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, make, slow_but
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -74,7 +74,7 @@ def test_answers_are_those_of_a_forward_of_each_text_alone(name, tokenizer):
     assert rolling == pytest.approx([text_by_hand(model, tokenizer, text) for text in TEXTS], rel=1e-5, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "bloom"])
+@pytest.mark.parametrize("name", slow_but(["llama"], ["opt", "llama", "bloom"]))
 def test_answers_are_those_of_the_model_that_lm_eval_has(name, tokenizer):
     model = limited(name)
     theirs = HFLM(model, tokenizer=tokenizer, device="cpu", batch_size=1)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 import torch
-from conftest import CPU, as_rank, command, free_port, record_of, saved_tensors
+from conftest import CPU, as_rank, command, free_port, record_of, saved_tensors, slow_but
 from test_streamed_lm import pair_by_hand, text_by_hand
 from transformers import AutoModelForCausalLM
 
@@ -105,7 +105,7 @@ def check(found, model, tokenizer):
     assert found["rolling"]["examples"] == len(texts)
 
 
-@pytest.mark.parametrize("name", ["wide opt", "wide llama"])
+@pytest.mark.parametrize("name", slow_but(["wide llama"], ["wide opt", "wide llama"]))
 def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, prune, tmp_path, tokenizer):
     saved, chosen = tmp_path / "saved", f"--eval --tasks choice,shots,rolling --tasks-dir {folder}"
     out = prune(name, chosen, "--dense --sparsity .5 --gmp --save-format sparse --save", saved)  # on disk, pruned, too

@@ -52,7 +52,8 @@ WALKS = ([("torch", torch.float32, case) for case in SPARSE + N_OF_M + GRIDS + B
 
 
 def marked(name, *others):
-    return pytest.param(name, *others, marks=ON_GPU if name == "triton" else [])
+    slow = name == "triton" and not ON_GPU and any(isinstance(each, Case) and each.width > 16 for each in others)
+    return pytest.param(name, *others, marks=(ON_GPU if name == "triton" else []) + [pytest.mark.slow] * slow)
 
 
 def walker(name, grid_dtype=None):
@@ -226,6 +227,7 @@ def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, wa
     assert columns.fastest(W, grid) is (walk if device == "cpu" else columns.walk_columns)
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_gpus_without_spilling_registers():
     tools = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
     if not (tools / "ptxas").is_file():

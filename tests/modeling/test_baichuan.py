@@ -8,14 +8,12 @@ from functools import partial
 import pytest
 import sentencepiece as spm
 import torch
-from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
-from conftest import measure_sparsity, save, saved_tensors
+from conftest import save, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import datautils
 from mixgpt.checkpoints import load
-from mixgpt.evaluation.measures import total_sparsity
 from mixgpt.modeling import baichuan
 
 LAYERS, LIMIT = 2, 64
@@ -176,22 +174,9 @@ def test_logits_are_those_of_the_papers_formulas(variant, attention):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padding_on_the_left_changes_nothing(variant, attention):
+def test_generation_is_the_same_with_and_without_cache_and_with_padding(variant, attention):
     _, _, model = variant
     model.set_attn_implementation(attention)
-    tokens, lengths = sequences(3, 12), [12, 7, 1]
-    mask = torch.stack([torch.arange(12) >= 12 - length for length in lengths]).long()
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    logits = model(tokens * mask, attention_mask=mask, position_ids=positions).logits
-    assert logits.isfinite().all()
-    for row, length in enumerate(lengths):
-        alone = model(tokens[row:row + 1, 12 - length:]).logits[0]
-        torch.testing.assert_close(logits[row, 12 - length:], alone, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_generation_is_the_same_with_and_without_cache_and_with_padding(variant):
-    _, _, model = variant
     tokens = sequences(2, 9)
     tokens[1, :4] = 0
     mask = torch.ones_like(tokens)
@@ -237,16 +222,6 @@ def test_token_ids_are_those_of_sentencepiece(published, sentencepiece_model):
         text = "\n".join(TEXTS[:-1])
         assert datautils.token_ids(tokenizer, text) == reference.encode(text)
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
-
-
-@pytest.mark.parametrize("name, options", [("Baichuan-7B", ["--sparsity", ".5"]),
-                                           ("Baichuan2-13B", ["--prunen", "2", "--prunem", "4", "--preset", "mixgpt"])])
-def test_the_command_line_prunes_the_folder_without_running_its_code(name, options, published, tmp_path, capsys):
-    assert run("baichuan.py", published(name), "builtin", *SMALL, "--save", tmp_path / "saved", *options) == 0
-    assert "self_attn.W_pack" in capsys.readouterr().out
-    matrices = measure_sparsity(load.load_model(tmp_path / "saved", "auto"))
-    assert len(matrices) == 5 * LAYERS
-    assert total_sparsity(matrices) == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("given, expected", [({}, True), ({"add_bos_token": False}, False)])

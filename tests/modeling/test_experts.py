@@ -128,7 +128,8 @@ def test_what_a_class_keeps_in_float32_is_read_so_from_disk(kind, dtype, folder)
 
 
 @pytest.mark.parametrize("kind, options", [
-    *((kind, "--preset best" if kind in ("deepseek_v32", "deepseek_v4", "gemma4_text") else "") for kind in MODELS),
+    *(pytest.param(kind, "--preset best" if kind in ("deepseek_v32", "deepseek_v4", "gemma4_text") else "", marks=[
+        pytest.mark.slow] * (kind not in ("gemma4_text", "deepseek_v3", "nemotron_h"))) for kind in MODELS),
     ("gpt_oss", "--preset best"), ("jamba", "--preset best"), ("jamba", "--preset mixgpt"),
     ("qwen3_moe", "--prunen 2 --prunem 4 --preset best"), ("gpt_oss", "--wbits 4"), ("qwen3_moe", "--gmp")])
 def test_a_mixture_is_pruned_saved_in_its_published_layout_and_loaded_again(kind, options, folder, prune, tmp_path):

@@ -7,14 +7,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, command, logits, make, measure_sparsity, saved_tensors
+from conftest import CPU, VOCABULARY, command, logits, make, measure_sparsity
 from faults import weights_changed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mixgpt.app import pipeline
 from mixgpt.checkpoints import formats, load
-from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import layers_of
@@ -107,24 +106,6 @@ def test_a_fingerprint_copies_no_matrix_to_read_64_of_its_values_and_two_of_an_e
     assert streaming.fingerprint(both) == expected.hexdigest()
 
 
-@pytest.mark.parametrize("stored, named", [("safetensors", True), ("bin", False)])
-def test_a_bfloat16_checkpoint_is_pruned_and_saved_in_bfloat16(stored, named, tokenizer, prune, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda device: True)  # else it would be float32
-    model = make("llama")
-    source = store(model, "bfloat16", tmp_path / "source")
-    tokenizer.save_pretrained(source)
-    if stored == "bin":
-        torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
-        (source / "model.safetensors").unlink()
-    config = json.loads((source / "config.json").read_text())
-    assert config.pop("dtype") == "bfloat16"
-    assert load.size(load.read_config(source), "auto") == 2 * model.num_parameters()
-    if not named:  # in the configuration
-        (source / "config.json").write_text(json.dumps(config))
-    prune("llama", "--sparsity .5 --gmp --eval --save", tmp_path / "saved", model=source)
-    assert {tensor.dtype for tensor in saved_tensors(tmp_path / "saved").values()} == {torch.bfloat16}
-
-
 @pytest.mark.parametrize("value", ["nan", "-inf"])
 @pytest.mark.parametrize("key, dtype", [(UP, "auto"), ("model.embed_tokens.weight", torch.bfloat16)])
 def test_weights_that_are_not_finite_are_refused_by_name(key, dtype, value, checkpoint_folder, tokens, tmp_path):
@@ -169,6 +150,7 @@ def peak_of(report):
     pipeline.run = run
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_depth(fork, tokenizer, tmp_path):
     grown = {}
     for layers in (4, 10):

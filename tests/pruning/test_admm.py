@@ -6,7 +6,7 @@ from conftest import CPU
 from test_sparsegpt import correlated_inputs, damped, random
 
 from mixgpt.common.choices import SOLVERS
-from mixgpt.pruning.admm import ITERATIONS, RAMP, SAMPLE, admm_pruner, admm_scores, prune_masks, solve_on_support
+from mixgpt.pruning.admm import ITERATIONS, RAMP, SAMPLE, admm_pruner, admm_scores, prune_masks
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
@@ -102,18 +102,6 @@ def test_thresholds_of_large_matrices_are_those_of_a_sample_of_all_rows_and_colu
     assert mask.double().mean() == pytest.approx(share, abs=4 * (share * (1 - share) / SAMPLE) ** 0.5)
 
 
-def test_conjugate_gradients_find_the_least_squares_solution_of_every_row(problem):
-    W, X = problem
-    H, _ = normalised(X)
-    keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    keep[0], keep[1] = False, True  # a row that is removed, and one that stays as it is
-    found = solve_on_support(W, W, H, keep, steps=60)
-    assert torch.equal(found == 0, ~keep)
-    for row, wanted, kept in zip(found, W, keep, strict=True):
-        exact = torch.linalg.solve(H[kept][:, kept], H[kept] @ wanted)
-        assert torch.allclose(row[kept], exact, rtol=1e-7, atol=1e-9)
-
-
 @pytest.mark.parametrize("sparsity", [0.37, 0.5, 0.999, 0.0])
 def test_each_matrix_of_a_stack_meets_its_own_target(problem, sparsity):
     W, X = problem
@@ -156,17 +144,6 @@ def test_admm_prunes_the_same_in_any_order_of_the_walk(problem):
         hessian.factor(0.01, order)
         prune_in_place(hessian, [weight], [HALF], Recipe(SOLVERS["admm"].load()))
     assert (pruned[0] - pruned[1]).norm() < 0.05 * pruned[0].norm()  # few masks differ where products are rough
-
-
-def test_the_smallest_scores_go_exactly_and_forbidden_ones_first():
-    scores = torch.tensor([[3.0, 1.0, 2.0, 2.0], [2.0, -1.0, 9.0, 4.0]])
-    first, second = prune_masks(scores.split(1), [Target(0.5), Target(0.25)], [1, 1])
-    assert first.sum() == 2 and first[0, 1] and not first[0, 0]
-    assert second[0].tolist() == [False, True, False, False]
-    mask, = prune_masks([scores], [Target(0.5, 2, 4)], [2])
-    assert mask[1].tolist() == [True, True, False, False]
-    early, = prune_masks([scores.abs()], [Target(0.5, 2, 4)], [2], fraction=0.5)
-    assert early.tolist() == [[0, 1, 0, 0], [0, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("solver, target, scheme", [

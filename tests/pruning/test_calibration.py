@@ -75,9 +75,9 @@ def test_attention_heads_that_differ_between_layers_are_counted():
     assert counted[0] < counted[1]
 
 
-def many_experts(count=24):
+def many_experts():
     """Build a model of which a layer's Hessians take more than its hidden states."""
-    model = _llama("Qwen3Moe", hidden_size=128, num_hidden_layers=1, moe_intermediate_size=16, num_experts=count,
+    model = _llama("Qwen3Moe", hidden_size=128, num_hidden_layers=1, moe_intermediate_size=16, num_experts=24,
                    num_experts_per_tok=2)
     split_experts(model)
     return model
@@ -102,9 +102,3 @@ def test_the_bytes_of_one_pass_and_of_two_are_about_those_of_the_peak(build, sha
         one, two = pass_bytes(streamed, selected, shape, "target" in options, "solver" in options)
         prune_layerwise(streamed, dict.fromkeys(selected, Target(0.5)), tokens, recipe)
     assert 0.95 * gpu.peak <= (one if true_sequential else two) <= 1.9 * gpu.peak  # memory.USABLE leaves a tenth
-
-
-def test_two_passes_hold_the_hessians_of_all_experts_and_one_pass_a_single_one():
-    model = many_experts(256)
-    one, two = pass_bytes(StreamedModel(model, CPU, 1), select(model), (4, 16), False, False)
-    assert two - one >= 0.9 * 4 * 255 * (128**2 + 16**2)

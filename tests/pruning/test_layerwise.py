@@ -244,6 +244,7 @@ def train(model, ids):
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_best_beats_sparsegpt_and_that_magnitude_on_a_trained_model(tokenizer):
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=96, intermediate_size=256,
