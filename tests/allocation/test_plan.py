@@ -162,6 +162,7 @@ def count_of_experts():
     assert counts == (scores <= high).sum(1).clamp(size // 4, 3 * size // 4).tolist()
 
 
+@pytest.mark.slow
 def test_a_common_threshold_of_thousands_of_experts_takes_little_memory(fork):
     process = fork(count_of_experts)
     process.join()

@@ -221,6 +221,7 @@ mixgpt.prune(sys.argv[1], sys.argv[3:], save=sys.argv[2], sparsity=0.5, nsamples
 """
 
 
+@pytest.mark.slow
 def test_where_no_cache_can_be_written_transformers_imports_and_models_are_pruned(checkpoint_folder, tmp_path):
     """Neither beside the code, whose __pycache__ is a file here, nor at home: as in images that are read-only."""
     for path in (*ROOT.glob("*.py"), *ROOT.glob("mixgpt/**/*.py")):

@@ -191,6 +191,7 @@ def test_the_runs_of_a_papers_sweep_are_the_rows_of_its_table(file):
     assert all(settings.tasks == (TASKS if table.flags else ()) for settings in made)
 
 
+@pytest.mark.slow
 def test_runs_of_the_sweep_share_their_traces(surroundings, checkpoint_folder, tmp_path, variables, capsys):
     variables.chdir(tmp_path)
     (tmp_path / "parameters.yaml").write_text("wandb_version: 1\nsparsity: {value: 0.6}\n")

@@ -58,6 +58,7 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
     assert "wanda" not in SOLVERS and "owl" not in ALLOCATIONS
 
 
+@pytest.mark.slow
 def test_the_pages_get_means_spread_gaps_and_costs_of_each_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()

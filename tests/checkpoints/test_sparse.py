@@ -240,6 +240,7 @@ def test_a_packed_model_can_be_copied_pickled_cast_and_given_a_state(saved, toke
         assert torch.equal(logits(packed, tokens), logits(model.to(dtype), tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", ["wide llama"], indirect=True)
 def test_without_mixgpt_transformers_refuses_and_says_what_to_import(saved):
     code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(saved[-1])!r})"

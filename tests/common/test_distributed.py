@@ -137,6 +137,7 @@ def test_all_processes_leave_the_model_as_pruned_if_one_has_no_memory_for_distil
     assert_same_weights(tmp_path / "pruned", tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_the_others_wait_for_the_first_process_as_long_as_it_writes(start, tmp_path):
     options = ["--sparsity", ".5", "--save"]
     began = time.monotonic()
