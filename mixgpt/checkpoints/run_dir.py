@@ -37,9 +37,11 @@ from quant import Grid
 
 GRID = ("scale", "zero", "group")  # tensors of a quant.Grid
 # The files that a save writes, of which the next one removes those of the one before; without the first it is no model.
-WRITTEN = (CONFIG_NAME, RECORD, "generation_config.json", "model*.safetensors", "model*.safetensors.index.json",
-           "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-           "spiece.model", "sentencepiece*.model", "chat_template*", f"{CHAT_TEMPLATE_DIR}/*.jinja")
+WRITTEN = (CONFIG_NAME, RECORD, "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+           "model.sparse*.safetensors", "model.safetensors.index.json", "model.sparse.safetensors.index.json",
+           "tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+           "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template.*",
+           f"{CHAT_TEMPLATE_DIR}/*.jinja")
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # how file systems say that they have none
 SHOWN = 60  # seconds after which each machine must see a file that another one has written
 
@@ -308,7 +310,8 @@ class RunDir(contextlib.AbstractContextManager):
         self.keep("published", None)
         with self._disk_errors("the model"):
             for file in [file for pattern in WRITTEN for file in self.path.glob(pattern)] if self.writes else ():
-                file.unlink()
+                if not file.is_dir():
+                    file.unlink()
             result = [file for file in self.result.rglob("*") if file.is_file()] if self.writes else ()
             for file in sorted(result, key=lambda file: file.name == CONFIG_NAME):
                 (place := self.path / file.relative_to(self.result)).parent.mkdir(exist_ok=True)

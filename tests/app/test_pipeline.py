@@ -291,14 +291,17 @@ def test_a_matrix_with_a_zero_less_than_asked_ends_the_run(prune, monkeypatch):
 def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint_folder, prune, tmp_path):
     folder, gmp = tmp_path / "saved", "--sparsity .75 --gmp --save"
     prune("llama", "--sparsity .5 --gmp --save", folder)
-    (folder / "extra").mkdir()
-    (folder / "extra" / "notes.txt").write_text("mine")
+    for mine in ("extra/notes.txt", "tokenizer.old/notes.txt", "model_of_mine.safetensors", "tokenizer_notes.txt"):
+        (folder / mine).parent.mkdir(exist_ok=True)
+        (folder / mine).write_text("mine")
     for name in ("model.safetensors.index.json", "model.sparse.safetensors", "merges.txt"):  # of a save before
         (folder / name).write_text("{}")
     prune("llama", gmp, folder, "--overwrite")
     assert record_of(folder)["sparsity"] == 0.75 and (folder / "extra" / "notes.txt").read_text() == "mine"
     prune("llama", gmp, tmp_path / "new")
-    assert {file.name for file in folder.iterdir()} == {"extra", *(file.name for file in (tmp_path / "new").iterdir())}
+    assert {file.name for file in folder.iterdir()} == {
+        "extra", "tokenizer.old", "model_of_mine.safetensors", "tokenizer_notes.txt",
+        *(file.name for file in (tmp_path / "new").iterdir())}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     prune("llama", gmp[:-7], "--record", tmp_path / "mine" / "mixgpt.json")  # whose name is that of a saved one
