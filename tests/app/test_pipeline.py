@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import SMALL
 from conftest import CPU, assert_same_weights, make, make_plan, measure_sparsity, modules_of, record_of, saved_tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import datautils
@@ -291,9 +291,10 @@ def test_a_matrix_with_a_zero_less_than_asked_ends_the_run(prune, monkeypatch):
 def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint_folder, prune, tmp_path):
     folder, gmp = tmp_path / "saved", "--sparsity .75 --gmp --save"
     prune("llama", "--sparsity .5 --gmp --save", folder)
-    for mine in ("extra/notes.txt", "tokenizer.old/notes.txt", "model_of_mine.safetensors", "tokenizer_notes.txt"):
+    for mine in ("extra/notes.txt", "tokenizer.old/notes.txt", "tokenizer_notes.txt"):
         (folder / mine).parent.mkdir(exist_ok=True)
         (folder / mine).write_text("mine")
+    save_file({"mine": torch.ones(1)}, folder / "model_of_mine.safetensors")
     for name in ("model.safetensors.index.json", "model.sparse.safetensors", "merges.txt"):  # of a save before
         (folder / name).write_text("{}")
     prune("llama", gmp, folder, "--overwrite")
