@@ -51,11 +51,13 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize, saliency="obs", schem
     unit, width = prunem or blocksize, scheme.groupsize if scheme and scheme.groupsize > 0 else columns
     early = width > unit or width == columns  # the grid is chosen before the masks of its group
 
-    def least(left, right, count, first=()):
+    def least(left, right, count, rounded=()):
         scores = {(i, k): 0.0 if H[k, k] == 0 else score(W[i, k], H[k, k], inverses[k][0, 0]).item()
                   for i in range(rows) for k in range(left, right)}
         if not prunem:
-            return sorted(scores, key=lambda place: (place not in first, scores[place]))[:count]
+            chosen = [place for place in sorted(scores, key=scores.get) if place not in rounded]
+            chosen = chosen[:max(count - len(rounded), 0)]
+            return chosen + [place for place in rounded if chosen and scores[place] <= scores[chosen[-1]]]
         return [place for i in range(rows) for group in range(left, right, prunem)
                 for place in sorted(((i, k) for k in range(group, group + prunem)), key=scores.get)[:prunen]]
 
@@ -73,14 +75,14 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize, saliency="obs", schem
                 pruned[i, k - j] = True
             grid = fit(j, pruned)
         if j % unit == 0:
-            right, first = min(j + unit, columns), []
-            for k in range(j, right) if scheme else ():  # what rounding would set to 0 as things are goes first
+            right, rounded = min(j + unit, columns), []
+            for k in range(j, right) if scheme else ():  # what rounding would set to 0 as things are counts
                 left = k // width * width
                 values = values_of(*(grid if early else fit(left, W[:, left:left + width] == 0, mse=False)))
                 nearest = values.gather(1, (values - W[:, k, None]).abs().argmin(1, keepdim=True))
-                first += [(i, k) for i in range(rows) if nearest[i] == 0]
+                rounded += [(i, k) for i in range(rows) if nearest[i] == 0]
             count = round(sparsity * (rows * right)) - int((W[:, :j].abs() < 1e-12).sum())
-            for i, k in least(j, right, max(count, 0) if sparsity else 0, first):
+            for i, k in least(j, right, max(count, 0) if sparsity else 0, rounded):
                 mask[i, k] = True
         q = W[:, j]
         if scheme and not early and j % width == 0:
