@@ -6,7 +6,6 @@ processed is U_mm² = 1/R_mm². A target is a mixgpt.pruning.targets.Target.
 """
 
 import itertools
-from dataclasses import replace
 
 import torch
 
@@ -138,12 +137,11 @@ class Walk:
     def run(self):
         """Walk all columns. Returns (Ŵ (out, in), its quant.Grid or None) for each matrix.
 
-        Prunes round(sparsity · numel) weights of a matrix, spread evenly over column blocks. Weights that are rounded
-        to 0 count: in each block, those that would be, as they are. As compensation still changes some of these, the
-        last block may miss by a few. With prunem > 0, prunes prunen of every prunem consecutive weights of a row
-        instead. Zero weights stay zero, even if they exceed the target. In several processes, each has some of the rows
-        of every matrix, and numbers are those of all rows. Columns whose input is always zero (h = 0) cost nothing to
-        prune: they go first, and are otherwise unchanged.
+        Prunes round(sparsity · numel) weights of a matrix, spread evenly over column blocks. Weights quantized to zero
+        count; the last block's number is an estimate. With prunem > 0, prunes prunen of every prunem consecutive
+        weights of a row instead. Zero weights stay zero, even if they exceed the target. In several processes, each has
+        some of the rows of every matrix, and numbers are those of all rows. Columns whose input is always zero (h = 0)
+        cost nothing to prune: they go first, and are otherwise unchanged.
         """
         if self.groupsize == self.columns:
             self._choose_grid(0, self.columns)
@@ -154,8 +152,7 @@ class Walk:
                 done, B = slice(left - self.start, start - self.start), slice(start - self.start, stop - self.start)
                 self.W[start:stop].addmm_(self.U[done, B].t(), self.E[done], alpha=-1)
             if width == self.unit and not self.chosen_inside:
-                rounded = self._rounded_to_zero(start, stop) if self.scheme and not self.prunem else None
-                self._mark_least(self.mask[start:stop], start, stop, self._counts(start, stop, rounded), rounded)
+                self._mark_least(self.mask[start:stop], start, stop, self._counts(start, stop))
             if width == self.groupsize < self.columns:
                 self._choose_grid(start, stop)
             if width == self.widths[-1]:
@@ -184,44 +181,31 @@ class Walk:
         return [round(sparsity * (total * columns))
                 for sparsity, total in zip(self.sparsities, self.totals, strict=True)]
 
-    def _counts(self, start, stop, rounded=None):
+    def _counts(self, start, stop):
         """Return how many weights of each matrix to prune in the block of columns start … stop − 1.
 
-        rounded: mask of weights that will be 0 in any case.
         On a GPU they are tensors, so that the host does not wait for it to count zeros.
         """
-        # cumulative counts, so that the last block meets the total
+        before, self.block = self.block, slice(start, stop)
+        # cumulative counts, so that the last block meets the total exactly, except for weights that it rounds to zero
         counts, whole = self._share(stop), self._share(self.columns)
         if not any(self.sparsities):
             return counts
-        before, self.block = self.block, slice(start, stop)
-        parts = self.W[before] == 0, self.mask[stop:], self.mask[:0] if rounded is None else rounded
-        block = torch.stack([part[:, rows].sum() for rows in self.rows for part in parts])
+        W, mask, growth = self.W[before], self.mask[before], (stop - start) / max(start - before.start, 1)
+        block = torch.stack([part[:, rows].sum() for rows in self.rows for part in (W == 0, mask, self.mask[stop:])])
         distributed.all_reduce(block)
-        for i, (zeros, later, in_any_case) in enumerate(block.view(-1, 3)):
+        for i, (zeros, removed, later) in enumerate(block.view(-1, 3)):
             self.zeros[i] = self.zeros[i] + zeros
-            count = (whole[i] - later).clamp(max=counts[i]) - self.zeros[i] - in_any_case
+            # weights that this block will round to 0 count as pruned but are not known yet: expect, per column, as many
+            # as in the block before
+            expected = ((zeros - removed).double() * growth).round().long()
+            count = (whole[i] - later).clamp(max=counts[i]) - self.zeros[i] - expected
             count = count.clamp(0, self.totals[i] * (stop - start))
             counts[i] = count if self.W.is_cuda else int(count)
         return counts
 
-    def _rounded_to_zero(self, start, stop):
-        """Mark the weights of columns start … stop − 1 that rounding would set to 0 if they stayed as they are.
-
-        By the grid if it is known, else by that of all weights of a group.
-        """
-        scheme, known = replace(self.scheme, mse=False), self.groupsize > self.unit or self.groupsize == self.columns
-        marked = []
-        for W in self.W[start:stop].split(self.groupsize):
-            grid = self.grids[-1] if known else scheme.fit(W.t(), W.t() == 0, self.dtype)
-            marked.append(scheme.rounder(*grid, self.dtype)(W) == 0)
-        return torch.cat(marked) & ~self.mask[start:stop]
-
-    def _mark_least(self, mask, start, stop, counts, rounded=None):
-        """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1.
-
-        rounded: mask of weights that do not count; those as little salient as the others that are marked are, too.
-        """
+    def _mark_least(self, mask, start, stop, counts):
+        """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1."""
         W, B = self.W[start:stop], slice(start, stop)
         if self.factors is not None:
             scores = W.square().mul_(self.factors[B, None])
@@ -230,20 +214,14 @@ class Walk:
             scores = scores.masked_fill(self.h[B, None] == 0, 0)
         if self.row_weights is not None:
             scores.mul_(self.row_weights)
-        scores.masked_fill_(self.mask[B], -torch.inf)
+        scores.masked_fill_(self.mask[B], -1)
         if self.prunem:
             groups = scores.view(-1, self.prunem, scores.shape[1])
             mask |= smallest_in_groups(groups, self.prunens).view_as(mask)
             return
-        others = scores if rounded is None else scores.masked_fill(rounded, torch.inf)
-        marked = smallest([others[:, rows].reshape(-1, len(W)) for rows in self.rows], counts, self.totals)
+        marked = smallest([scores[:, rows].reshape(-1, len(W)) for rows in self.rows], counts, self.totals)
         for rows, least in zip(self.rows, marked, strict=True):
-            least = least.view(len(W), -1)  # in the order in memory, so that nothing is copied
-            mask[:, rows] |= least
-            if rounded is not None:
-                most = torch.where(least, scores[:, rows], -torch.inf).amax().view(1)
-                most, = distributed.all_gather_parts([most], [[1]] * distributed.world())
-                mask[:, rows] |= rounded[:, rows] & (scores[:, rows] <= most.amax())
+            mask[:, rows] |= least.view(len(W), -1)  # in the order in memory, so that nothing is copied
 
     def _choose_grid(self, start, stop):
         pruned = self.mask[start:stop]

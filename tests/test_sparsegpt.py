@@ -1,7 +1,6 @@
 """Check sparsegpt against brute force in float64: explicit inverses, sorted lists, errors from the inputs."""
 
 import functools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -49,46 +48,34 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize, saliency="obs", schem
     inverses, W, loss = [torch.linalg.inv(damped(H)[j:, j:]) for j in range(columns)], W.clone(), 0.0
     mask, grids = torch.zeros(rows, columns, dtype=torch.bool), {}
     unit, width = prunem or blocksize, scheme.groupsize if scheme and scheme.groupsize > 0 else columns
-    early = width > unit or width == columns  # the grid is chosen before the masks of its group
 
-    def least(left, right, count, rounded=()):
+    def least(left, right, count):
         scores = {(i, k): 0.0 if H[k, k] == 0 else score(W[i, k], H[k, k], inverses[k][0, 0]).item()
                   for i in range(rows) for k in range(left, right)}
         if not prunem:
-            chosen = [place for place in sorted(scores, key=scores.get) if place not in rounded]
-            chosen = chosen[:max(count - len(rounded), 0)]
-            return chosen + [place for place in rounded if chosen and scores[place] <= scores[chosen[-1]]]
+            return sorted(scores, key=scores.get)[:count]
         return [place for i in range(rows) for group in range(left, right, prunem)
                 for place in sorted(((i, k) for k in range(group, group + prunem)), key=scores.get)[:prunen]]
 
-    def fit(left, pruned, mse=True):
-        group = slice(left, left + width)
-        return replace(scheme, mse=scheme.mse and mse).fit(W[:, group], pruned, torch.float64, H.diagonal()[group])
-
-    def values_of(scale, zero):  # (out, codes)
-        return (torch.arange(2**scheme.wbits) - zero[:, None]) * scale[:, None]
-
     for j in range(columns):
-        if scheme and early and j % width == 0:  # by what would be pruned as things are
-            pruned = torch.zeros(rows, width, dtype=torch.bool)
-            for i, k in least(j, j + width, round(sparsity * rows * width)):
-                pruned[i, k - j] = True
-            grid = fit(j, pruned)
         if j % unit == 0:
-            right, rounded = min(j + unit, columns), []
-            for k in range(j, right) if scheme else ():  # what rounding would set to 0 as things are counts
-                left = k // width * width
-                values = values_of(*(grid if early else fit(left, W[:, left:left + width] == 0, mse=False)))
-                nearest = values.gather(1, (values - W[:, k, None]).abs().argmin(1, keepdim=True))
-                rounded += [(i, k) for i in range(rows) if nearest[i] == 0]
-            count = round(sparsity * (rows * right)) - int((W[:, :j].abs() < 1e-12).sum())
-            for i, k in least(j, right, max(count, 0) if sparsity else 0, rounded):
+            right = min(j + unit, columns)
+            zeros = W[:, :j].abs() < 1e-12  # rounded to 0 or removed; as many again as in the block before are to come
+            rounded = int((zeros & ~mask[:, :j])[:, -unit:].sum())
+            count = round(sparsity * (rows * right)) - int(zeros.sum()) - round(rounded * (right - j) / unit)
+            for i, k in least(j, right, max(count, 0) if sparsity else 0):
                 mask[i, k] = True
         q = W[:, j]
-        if scheme and not early and j % width == 0:
-            grid = fit(j, mask[:, j:j + width])
+        if scheme and j % width == 0:
+            pruned = mask[:, j:j + width].clone()
+            if width > unit:  # not all masks of the group are known: what would be pruned as things are
+                pruned[:] = False
+                for i, k in least(j, j + width, round(sparsity * rows * width)):
+                    pruned[i, k - j] = True
+            scale, zero = scheme.fit(W[:, j:j + width], pruned, torch.float64, H.diagonal()[j:j + width])
         if scheme:
-            grids[j], values = grid, values_of(*grid)
+            grids[j] = scale, zero
+            values = (torch.arange(2**scheme.wbits) - zero[:, None]) * scale[:, None]  # (out, codes)
             distance = (values - W[:, j, None]).abs()
             distance = torch.where((values - W_hat[:, j, None]).abs() < 1e-9, distance - 1e-9, distance)
             q = values.gather(1, distance.argmin(1, keepdim=True))[:, 0]
