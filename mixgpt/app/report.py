@@ -37,7 +37,7 @@ def facts(run):
 
 
 def of_matrices(run, plan, outcomes, zeros):
-    """Return the part of the record on the matrices, and on other weights of the layers. zeros: of `Survey.zeros`."""
+    """Return the part of the record on the matrices, and on other weights of the layers. zeros: of `Survey.finish`."""
     matrices = [m for m in zeros[0] if m.name not in run.uncalled]
     others = zeros[1] + [m for m in zeros[0] if m.name in run.uncalled]
     sensitivity, rows = plan.traces.sensitivity if plan.traces else {}, []
