@@ -58,9 +58,9 @@ def main(argv):
 
 def print_completions(models, prompt, device, dtype, bos, **options):
     """Print the completions of models {title: name}, run one after the other. options: further ones of `complete`."""
-    from datautils import resolve_bos  # slow, as are the others
     from mixgpt.checkpoints.load import read_config
     from mixgpt.common.runtime import choose_device, choose_dtype
+    from mixgpt.datautils import resolve_bos  # slow, as are the others
     from mixgpt.evaluation.generation import complete
     device, completions, config = choose_device(device), {}, read_config(models["model"])
     dtype = choose_dtype(dtype, config, device)

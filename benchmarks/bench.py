@@ -15,18 +15,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from textbook import Textbook, prune_model
 
-import datautils
+from mixgpt import datautils
 from mixgpt.checkpoints import load
 from mixgpt.common.progress import table
 from mixgpt.common.runtime import Clock, peak_memory
 from mixgpt.evaluation.measures import perplexities
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning.hessian import InputHessian, factor
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import StreamedModel
-from quant import Scheme
-from sparsegpt import Walk
+from mixgpt.quant import Scheme
+from mixgpt.sparsegpt import Walk
 
 WARMUP = "256x256"  # loads libraries and compiled code, and is not printed
 MATRICES = ["4096x4096", "4096x11008", "11008x4096"]

@@ -25,12 +25,12 @@ from scores import NOT_PRUNING
 from small_models import train_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from datautils import calibration_samples, load_rows, test_tokens
 from mixgpt.app import pipeline
 from mixgpt.app.cli import parse
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.common.progress import table
+from mixgpt.datautils import calibration_samples, load_rows, test_tokens
 
 SHAPES = {  # name: configuration, layers of the whole model
     "OPT-1.3B": (OPTConfig(hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=8192, num_attention_heads=32,

@@ -24,7 +24,7 @@ from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError, one_line
 from mixgpt.common.texts import builtin_rows
 from mixgpt.evaluation.measures import Survey
-from modelutils import StreamedModel
+from mixgpt.modeling.running import StreamedModel
 
 PAGE = """# Models
 

@@ -8,9 +8,10 @@ from unittest.mock import patch
 import torch
 
 from mixgpt.common.choices import ALLOCATIONS, SOLVERS, Allocation, Solver
+from mixgpt.modeling.linears import hooked, linears
+from mixgpt.modeling.placing import in_turn
 from mixgpt.pruning.targets import Target
-from modelutils import hooked, in_turn, linears
-from quant import meet_sparsities, quantize_nearest
+from mixgpt.quant import meet_sparsities, quantize_nearest
 
 OUTLIER = 5.0  # M of OWL: an outlier exceeds M times the mean
 RANGE = 0.08  # λ of OWL: half of the distance between the sparsest and the densest layer

@@ -15,14 +15,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from datautils import resolve_bos, test_tokens
 from mixgpt.app.cli import Parser, reported
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.runtime import DEFAULT_SEQLEN, Clock, choose_device, position_limit
+from mixgpt.datautils import resolve_bos, test_tokens
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import RoutedLinear
-from modelutils import StreamedModel, in_turn, linears
+from mixgpt.modeling.linears import linears
+from mixgpt.modeling.placing import in_turn
+from mixgpt.modeling.running import StreamedModel
 
 ROWS, COLUMNS = 32, 64  # required divisors of the dimensions of a 16-bit matrix
 

@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
-from datautils import token_ids
 from mixgpt.common import progress
 from mixgpt.common.runtime import multiplies_bfloat16
 from mixgpt.common.texts import builtin_rows
+from mixgpt.datautils import token_ids
 
 FAMILIES = ("opt", "bloom", "baichuan", "gemma3", "qwen3-moe")
 TYPES = {"gemma3": "gemma3_text", "qwen3-moe": "qwen3_moe"}  # of their configurations, where the name is another

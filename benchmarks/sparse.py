@@ -23,7 +23,7 @@ from mixgpt.checkpoints.sparse import PackedWeight
 from mixgpt.common.progress import table
 from mixgpt.common.runtime import Clock, choose_device
 from mixgpt.kernels.sparse_cpu import WAYS, ways
-from quant import Scheme, quantize_nearest
+from mixgpt.quant import Scheme, quantize_nearest
 
 SHAPES = (4096, 4096), (4096, 11008), (1536, 576)
 CASES = (0.5, 16), (0.6, 16), (0.7, 16), (0.5, 4)  # sparsity, bits

@@ -9,8 +9,10 @@ from functools import partial
 import torch
 
 from mixgpt.modeling.decoder import layers_of
-from modelutils import StreamedModel, hooked, in_turn, linears
-from quant import Scheme
+from mixgpt.modeling.linears import hooked, linears
+from mixgpt.modeling.placing import in_turn
+from mixgpt.modeling.running import StreamedModel
+from mixgpt.quant import Scheme
 
 
 class Textbook:

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import datautils
 import results
+from mixgpt import datautils
 from mixgpt.allocation.plan import Budget
 from mixgpt.app import cli
 from mixgpt.app import run as running
@@ -40,7 +40,8 @@ from mixgpt.kernels import columns
 from mixgpt.kernels.columns import UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from mixgpt.modeling.decoder import layers_of
-from modelutils import StreamedModel, hooked, linears
+from mixgpt.modeling.linears import hooked, linears
+from mixgpt.modeling.running import StreamedModel
 
 for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:  # as in the background, or under nohup; processes would inherit it

@@ -17,12 +17,11 @@ from conftest import contents
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-import modelutils
 from mixgpt.allocation import backward, traces
 from mixgpt.app import pipeline
 from mixgpt.checkpoints import formats, load, run_dir
 from mixgpt.common import runtime
-from mixgpt.modeling import streaming
+from mixgpt.modeling import running, streaming
 
 SMALL = ["--nsamples", "4", "--seqlen", "32", "--batch-size", "1", "--eval", "builtin", "--device", "cpu"]
 
@@ -111,8 +110,8 @@ def watch(fatal, log, root, shard):
     for name, part in (("kept", "kept"), ("write_checkpoint", "complete"), ("publish", "publish"), ("close", "end")):
         moments.around(run_dir.RunDir, name, part)
     moments.around(traces, "write_output", "traces")
-    moments.around(modelutils.StreamedModel, "embed")
-    moments.around(modelutils.HiddenStates, "call")
+    moments.around(running.StreamedModel, "embed")
+    moments.around(running.HiddenStates, "call")
     for owner, name in ((streaming, "save_file"), (transformers.modeling_utils, "safe_save_file")):
         moments.half_written(owner, name)
     for owner in (io, builtins):

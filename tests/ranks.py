@@ -23,14 +23,14 @@ from mixgpt.evaluation.measures import perplexities
 from mixgpt.kernels import selection
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill, expert_removal
 from mixgpt.pruning.hessian import InputHessian, activation_order
 from mixgpt.pruning.layerwise import magnitude_prune, prune_layerwise
 from mixgpt.pruning.solvers import Recipe, admm, prune_in_place, walk
 from mixgpt.pruning.targets import Target, select
-from modelutils import StreamedModel
-from quant import Scheme
-from sparsegpt import isc_saliency
+from mixgpt.quant import Scheme
+from mixgpt.sparsegpt import isc_saliency
 
 SOLVERS = {"walk": walk, "admm": admm}
 SCHEMES = {"16 bit": None, "4 bit": Scheme(4), "3 bit mse": Scheme(3, 16, mse=True)}

@@ -14,7 +14,7 @@ from datasets import Dataset
 from huggingface_hub import constants
 from transformers import ByT5Tokenizer
 
-import datautils
+from mixgpt import datautils
 from mixgpt.common.errors import InputError
 from mixgpt.common.texts import DATASETS
 

@@ -14,14 +14,14 @@ from conftest import ROOT, inputs_of, measure_sparsity, record_of, saved_tensors
 from test_readme import commands
 from transformers import AutoModelForCausalLM
 
-import datautils
+from mixgpt import datautils
 from mixgpt.checkpoints import load
 from mixgpt.common import choices
 from mixgpt.common.errors import InputError
 from mixgpt.common.texts import DATASETS
 from mixgpt.modeling.decoder import layers_of
+from mixgpt.modeling.linears import linears
 from mixgpt.pruning.targets import Target
-from modelutils import linears
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = dict(re.findall(r"^## [^\n]*`(\w+\.py)`\n.*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))

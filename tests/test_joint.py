@@ -8,8 +8,8 @@ from mixgpt.common.choices import SOLVERS
 from mixgpt.pruning.hessian import InputHessian, activation_order, factor
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
-from quant import Scheme
-from sparsegpt import Walk
+from mixgpt.quant import Scheme
+from mixgpt.sparsegpt import Walk
 
 TARGETS = [(0.0, 0, 0, 8), (0.5, 0, 0, 8), (0.5, 0, 0, 24), (0.5, 0, 0, 64), (0.0, 2, 4, 8), (0.0, 4, 8, 16)]
 SCHEMES = [Scheme(2, sym=True), Scheme(2, mse=True), Scheme(3, 4, sym=True, mse=True), Scheme(4, 24),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
-from quant import SHRINKS, Grid, Scheme, quantize_nearest
+from mixgpt.quant import SHRINKS, Grid, Scheme, quantize_nearest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 hypothesis_settings = settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -24,7 +24,7 @@ from torch.distributed.run import get_args_parser
 
 import mixgpt
 from mixgpt.app import cli
-from modelutils import linears
+from mixgpt.modeling.linears import linears
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
          if path.name != "extending.md"}  # whose commands run files that it holds: test_extending.py

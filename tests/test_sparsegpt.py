@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from mixgpt.pruning.hessian import InputHessian, factor
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
-from quant import Scheme
-from sparsegpt import Walk, algorithm_1, isc_saliency, obs_saliency
+from mixgpt.quant import Scheme
+from mixgpt.sparsegpt import Walk, algorithm_1, isc_saliency, obs_saliency
 
 SALIENCIES = {"obs": obs_saliency, "isc": isc_saliency}
 PERCDAMP = 0.01

@@ -10,7 +10,8 @@ import torch
 
 from mixgpt.common import distributed, memory
 from mixgpt.modeling import decoder, experts
-from modelutils import allocate, in_turn, linears, place_for
+from mixgpt.modeling.linears import linears
+from mixgpt.modeling.placing import allocate, in_turn, place_for
 
 SAVED_AFTER = 2e9  # bytes of hidden states at layer boundaries: on a CPU such a chunk takes minutes, and is saved then
 

@@ -10,7 +10,8 @@ from mixgpt.common import distributed, progress
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import repeatable_attention, seeded, wide
 from mixgpt.modeling.experts import RoutedLinear
-from modelutils import SLICE, by_rows, hooked, linears
+from mixgpt.modeling.linears import hooked, linears
+from mixgpt.modeling.running import SLICE, by_rows
 
 TOKEN_CLIP = 4  # times the mean ‖∂L/∂y‖² of a sequence's tokens: the most that a token counts in G
 ROUNDING = 1e-9  # of the largest ‖∂L/∂y‖² of a sequence: less is a token that was not routed here
@@ -26,7 +27,7 @@ def output_gradients(streamed, matrices, tokens, seed, vocabulary=None):
     If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
     output factor in K-FAC (arXiv 1503.05671). The estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP
     times the sequence's mean, and ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. streamed: a
-    modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). vocabulary: numbers of the tokens among
+    running.StreamedModel. matrices: list of (layer, name). tokens: (N, T). vocabulary: numbers of the tokens among
     which the model predicts, such as the likely ones (default: all). Raises InputError if a result is NaN or inf.
     """
     N, T = tokens.shape

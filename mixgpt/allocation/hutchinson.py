@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mixgpt.allocation.backward import by_sequence
 from mixgpt.common.runtime import seeded, wide
 from mixgpt.modeling.experts import RoutedLinear
-from modelutils import SLICE
+from mixgpt.modeling.running import SLICE
 
 
 def signs(shape, generator, dtype):

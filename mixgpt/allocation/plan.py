@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from mixgpt.modeling.linears import linears
+from mixgpt.modeling.placing import in_turn
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning.targets import Target
-from modelutils import StreamedModel, in_turn, linears
 
 LOWER = 13  # bits of a score that `threshold_counts` looks at in its second pass
 

@@ -101,7 +101,7 @@ def read(path, shapes, estimator):
 def hessian_traces(streamed, matrices, tokens, estimator, seed=0, nprobes=1, previous=None, save=None):
     """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, separately from each sequence.
 
-    streamed: a modelutils.StreamedModel. matrices: list of (layer, name). tokens: (N, T). nprobes: probes, or label
+    streamed: a running.StreamedModel. matrices: list of (layer, name). tokens: (N, T). nprobes: probes, or label
     draws, per sequence. previous: rows from an interrupted call. save: called with the rows so far after every chunk of
     sequences. Returns (N, len(matrices)) in float64, estimates of which the mean is the result.
     """

@@ -13,7 +13,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import choices, distributed, errors, program, runtime
 from mixgpt.evaluation import measures
 from mixgpt.modeling.decoder import path_of
-from modelutils import StreamedModel
+from mixgpt.modeling.running import StreamedModel
 
 PRUNED = 0.25  # sparsity above which a model is no dense one: of normal weights 4 bits round a fifth to 0
 PROBE = 128  # tokens on which the saved model is compared with the one in memory

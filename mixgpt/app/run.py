@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from datautils import begin, calibration_samples, resolve_bos, test_tokens
 from mixgpt.allocation import traces
 from mixgpt.app import report, tracking
 from mixgpt.app.settings import Settings
@@ -16,11 +15,13 @@ from mixgpt.checkpoints import formats, load, run_dir
 from mixgpt.common import choices, distributed, memory, program, runtime
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import writing
+from mixgpt.datautils import begin, calibration_samples, resolve_bos, test_tokens
 from mixgpt.evaluation import selfcheck
 from mixgpt.kernels import columns
 from mixgpt.modeling import decoder, streaming
+from mixgpt.modeling.placing import allocate, place_for
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import calibration, distill, expert_removal, targets
-from modelutils import StreamedModel, allocate, place_for
 
 
 @dataclass

@@ -15,7 +15,7 @@ from mixgpt.checkpoints import packing
 from mixgpt.checkpoints.quantizer import METHOD, WEIGHTS
 from mixgpt.common import distributed
 from mixgpt.modeling import decoder, experts, streaming
-from modelutils import linears
+from mixgpt.modeling.linears import linears
 
 LARGEST = 5 * 10**9  # bytes of a file; a larger tensor gets its own
 PACKED = "pack-quantized"  # name used by compressed-tensors and vLLM

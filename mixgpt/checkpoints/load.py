@@ -25,7 +25,7 @@ from mixgpt.common import choices, distributed, files
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.texts import hub_reachable, silenced
 from mixgpt.modeling import decoder, experts, streaming
-from modelutils import linears, other_weights
+from mixgpt.modeling.linears import linears, other_weights
 
 # Names of the text part's weights in checkpoints of models that see or hear, old and new, and on their own.
 TEXT_PART = {r"^language_model\.": "", r"^model\.(?:language|text)_model\.": "model."}

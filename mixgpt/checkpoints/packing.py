@@ -12,7 +12,7 @@ import torch
 
 from mixgpt.common.choices import GRIDS
 from mixgpt.common.errors import reading
-from quant import Grid
+from mixgpt.quant import Grid
 
 
 def pack(codes, bits):

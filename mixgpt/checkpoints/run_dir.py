@@ -31,9 +31,9 @@ from mixgpt.common import distributed, files, memory, program, texts
 from mixgpt.common.choices import FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import decoder, streaming
+from mixgpt.modeling.placing import whole
 from mixgpt.pruning.targets import Outcome
-from modelutils import whole
-from quant import Grid
+from mixgpt.quant import Grid
 
 GRID = ("scale", "zero", "group")  # tensors of a quant.Grid
 # The files that a save writes, of which the next one removes those of the one before; without the first it is no model.

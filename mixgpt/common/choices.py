@@ -91,7 +91,7 @@ def not_packed(settings):
     return ""
 
 
-GRIDS = Registry({"uniform": Choice("evenly spaced values", "quant:Scheme")})
+GRIDS = Registry({"uniform": Choice("evenly spaced values", "mixgpt.quant:Scheme")})
 FORMATS = Registry({
     "dense": SaveFormat("every weight in its dtype, as by save_pretrained", "mixgpt.checkpoints.formats:save_dense",
                         streams=True, holds_experts=True),
@@ -103,10 +103,10 @@ FORMATS = Registry({
         streams=True),
 })
 SALIENCIES = Registry({
-    "obs": Saliency("w² / [H⁻¹]_mm (SparseGPT)", "sparsegpt:obs_saliency"),
-    "isc": Saliency("w² (H_mm + 1 / [H⁻¹]_mm) (MixGPT)", "sparsegpt:isc_saliency"),
+    "obs": Saliency("w² / [H⁻¹]_mm (SparseGPT)", "mixgpt.sparsegpt:obs_saliency"),
+    "isc": Saliency("w² (H_mm + 1 / [H⁻¹]_mm) (MixGPT)", "mixgpt.sparsegpt:isc_saliency"),
     "fisher": Saliency("obs times the mean squared gradient of the loss at the row's output",
-                       "sparsegpt:obs_saliency", weighs_rows=True),
+                       "mixgpt.sparsegpt:obs_saliency", weighs_rows=True),
 })
 SOLVERS = Registry({
     "obs": Solver("column by column with OBS updates (SparseGPT)", "mixgpt.pruning.solvers:walk", "SparseGPT",

@@ -9,9 +9,9 @@ from statistics import median
 import torch
 from transformers import GenerationConfig
 
-from datautils import begin, token_ids
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import position_limit
+from mixgpt.datautils import begin, token_ids
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import torch
 from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common import distributed
 from mixgpt.modeling.decoder import layers_of
-from modelutils import SLICE, StreamedModel, by_rows, in_turn, linears, other_weights
+from mixgpt.modeling.linears import linears, other_weights
+from mixgpt.modeling.placing import in_turn
+from mixgpt.modeling.running import SLICE, StreamedModel, by_rows
 
 
 @torch.no_grad()

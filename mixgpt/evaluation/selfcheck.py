@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import decoder, experts
-from modelutils import StreamedModel, linears, shared_inputs
+from mixgpt.modeling.linears import linears, shared_inputs
+from mixgpt.modeling.running import StreamedModel
 
 # Of a small copy: at most so many layers, and limits of settings of its configuration.
 LAYERS = 12

@@ -22,13 +22,14 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks.manager import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from datautils import encode, token_ids
 from mixgpt.common import distributed, memory, progress, runtime
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.texts import hub_reachable, silenced
+from mixgpt.datautils import encode, token_ids
 from mixgpt.evaluation.generation import complete
 from mixgpt.modeling.decoder import layers_of
-from modelutils import SLICE, StreamedModel, in_turn, whole
+from mixgpt.modeling.placing import in_turn, whole
+from mixgpt.modeling.running import SLICE, StreamedModel
 
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
 RESIDENT = 2**18  # tokens that pass through a layer each time it is loaded

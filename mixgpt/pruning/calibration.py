@@ -12,10 +12,11 @@ from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import attention_heads
 from mixgpt.modeling.experts import RoutedLinear, is_split
+from mixgpt.modeling.linears import hooked, linears, shared_inputs
+from mixgpt.modeling.placing import on_device
 from mixgpt.pruning.dense_target import DenseTwin
 from mixgpt.pruning.hessian import InputHessian, activation_order
 from mixgpt.pruning.rotation import OUTPUTS, rotate_heads
-from modelutils import hooked, linears, on_device, shared_inputs
 
 
 def groups_of(layer, index, stream, plan):

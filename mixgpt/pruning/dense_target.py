@@ -15,7 +15,7 @@ import torch
 from mixgpt.common import distributed
 from mixgpt.common.runtime import wide
 from mixgpt.modeling.experts import RoutedLinear
-from modelutils import linears
+from mixgpt.modeling.linears import linears
 
 SHARE = 0.5  # fraction of the gap to the dense model that the regression target closes
 PROBE_TOKENS = 256  # on which the residual stream is found

@@ -17,8 +17,10 @@ import torch
 from mixgpt.common import distributed, memory, progress
 from mixgpt.common.runtime import attention_heads, repeatable_attention, seeded, wide
 from mixgpt.modeling.experts import kind_of
+from mixgpt.modeling.linears import linears
+from mixgpt.modeling.placing import in_turn, on_device
+from mixgpt.modeling.running import SLICE, by_rows, rows_at_once
 from mixgpt.modeling.streaming import disk_weights
-from modelutils import SLICE, by_rows, in_turn, linears, on_device, rows_at_once
 
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
 SHORTEST = 16  # tokens of a piece: fewer give too little context
@@ -118,7 +120,7 @@ def training_bytes(streamed, tokens, effort=1.0):
 def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
     """Train the chosen matrices in place.
 
-    streamed: a modelutils.StreamedModel of the pruned model, all of which is put on the device. chosen: {(layer, name):
+    streamed: a running.StreamedModel of the pruned model, all of which is put on the device. chosen: {(layer, name):
     quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid, its scales,
     which change in place at the end. tokens: (N, T), each read once, in an order drawn by the seed. dense:
     `dense_states` of these. finish: called at the end with (index, layer) for each layer up to the last chosen one,

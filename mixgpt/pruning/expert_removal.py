@@ -17,8 +17,9 @@ from mixgpt.common import distributed
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import is_split, split_experts
+from mixgpt.modeling.linears import hooked
+from mixgpt.modeling.placing import in_turn
 from mixgpt.modeling.streaming import compute_buffers, disk_weights
-from modelutils import hooked, in_turn
 
 # Names in configurations, of the number of experts and of how many of them a token takes.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -6,19 +6,20 @@ from dataclasses import replace
 import torch
 
 from mixgpt.common import distributed, progress
+from mixgpt.modeling.linears import linears
+from mixgpt.modeling.placing import in_turn
 from mixgpt.pruning.admm import prune_masks
 from mixgpt.pruning.calibration import Calibration
 from mixgpt.pruning.solvers import prune_in_place
 from mixgpt.pruning.targets import Outcome
-from modelutils import in_turn, linears
-from quant import meet_sparsities, quantize_nearest
+from mixgpt.quant import meet_sparsities, quantize_nearest
 
 
 @torch.no_grad()
 def prune_layerwise(streamed, plan, tokens, recipe, files=None, observe=None):
     """Prune and quantize every matrix of the plan on calibration tokens (N, T), in place.
 
-    streamed: a modelutils.StreamedModel. plan: {(layer, name): Target}. recipe: a solvers.Recipe. Inputs come from the
+    streamed: a running.StreamedModel. plan: {(layer, name): Target}. recipe: a solvers.Recipe. Inputs come from the
     preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the same layer. files:
     a checkpoints.run_dir.RunDir that saves finished layers. observe: called with (index, layer) for each finished layer
     while it is on the device, and unless an interrupted run has finished it with {(layer, name): Outcome} and

@@ -13,8 +13,9 @@ import torch
 from mixgpt.common import distributed
 from mixgpt.common.runtime import wide
 from mixgpt.kernels.selection import smallest_in_groups
+from mixgpt.modeling.linears import hooked, linears
+from mixgpt.modeling.running import Reached
 from mixgpt.pruning.admm import SAMPLE
-from modelutils import Reached, hooked, linears
 
 # names of linears that give values, alone or below queries and keys, and of the projection beside them that reads these
 VALUES = ("v_proj", "qkv_proj", "W_pack", "query_key_value", "c_attn", "Wqkv")

@@ -9,8 +9,8 @@ from mixgpt.common import distributed
 from mixgpt.pruning.admm import admm_pruner, prune_masks
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.targets import Target
-from quant import Scheme, meet_sparsities, quantize_nearest
-from sparsegpt import Walk, obs_saliency
+from mixgpt.quant import Scheme, meet_sparsities, quantize_nearest
+from mixgpt.sparsegpt import Walk, obs_saliency
 
 MARGIN_SIGMAS = 3  # of `meet_sparsities`, so that the walk rounds too few weights to 0, not too many
 

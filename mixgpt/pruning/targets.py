@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.decoder import layers_of
-from modelutils import linears
-from quant import Grid
+from mixgpt.modeling.linears import linears
+from mixgpt.quant import Grid
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from mixgpt.checkpoints import load
 from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
+from mixgpt.modeling.linears import hooked, linears
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning.targets import Target, select
-from modelutils import StreamedModel, hooked, linears
 
 
 def traces(streamed, selected, tokens, estimator):

@@ -6,12 +6,13 @@ from conftest import CPU, FAMILIES, inputs_of, make, modules_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import OPTConfig, OPTForCausalLM
 
-import modelutils
 from mixgpt.allocation import backward, fisher, hutchinson
 from mixgpt.allocation.traces import hessian_traces
 from mixgpt.common.runtime import seeded
+from mixgpt.modeling import running
 from mixgpt.modeling.experts import split_experts
-from modelutils import StreamedModel, hooked
+from mixgpt.modeling.linears import hooked
+from mixgpt.modeling.running import StreamedModel
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_batches_and_chunks_change_nothing(tokens, estimator, all_float64, monke
     whole = traces(model, tokens, estimator, batch_size=5)
     monkeypatch.setattr(backward, "SAVED_AFTER", 0)
     monkeypatch.setattr(fisher, "SLICE", 7)
-    monkeypatch.setattr(modelutils, "CACHED", 1)  # a row at a time
+    monkeypatch.setattr(running, "CACHED", 1)  # a row at a time
     monkeypatch.setattr(hutchinson, "SLICE", 7)
     saved = []
     parts = traces(model, tokens, estimator, save=saved.append)

@@ -5,8 +5,8 @@ import torch
 from conftest import CPU, inputs_of, make, modules_of
 
 from mixgpt.allocation.plan import Budget, by_threshold
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning.targets import Target, select
-from modelutils import StreamedModel
 
 
 @pytest.fixture(params=["llama", "opt"])

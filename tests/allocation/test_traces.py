@@ -8,7 +8,7 @@ from conftest import CPU, make
 
 from mixgpt.allocation import traces
 from mixgpt.common.errors import InputError
-from modelutils import StreamedModel
+from mixgpt.modeling.running import StreamedModel
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from conftest import CPU, ROOT, assert_same_weights, record_of, saved_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixgpt
-from datautils import calibration_samples, load_rows
 from mixgpt.app.settings import Settings
 from mixgpt.common.errors import InputError
-from quant import Scheme
+from mixgpt.datautils import calibration_samples, load_rows
+from mixgpt.quant import Scheme
 
 OPTIONS = {"sparsity": 0.5, "nsamples": 4, "seqlen": 32, "eval": ["builtin"], "device": "cpu"}
 

@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import modelutils
 from mixgpt.allocation import backward, fisher
 from mixgpt.app import cli
 from mixgpt.checkpoints import load
@@ -25,8 +24,9 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import memory, runtime
 from mixgpt.common.choices import RECORD
 from mixgpt.kernels import columns
+from mixgpt.modeling import running
 from mixgpt.pruning import calibration, distill
-from sparsegpt import Walk
+from mixgpt.sparsegpt import Walk
 
 JOBS = {
     "dense and magnitude": "--sparsity .5 --gmp --dense", "SparseGPT": "--sparsity .5",
@@ -158,7 +158,7 @@ def test_a_gpu_gives_what_a_cpu_gives(combination, gpu, run, no_waiting_in_the_w
         monkeypatch.setattr(module, "repeatable_attention", lambda device: sdpa_kernel(SDPBackend.MATH))
     expected = run(family, job, "cpu", dtype=dtype)
     if room == "none":  # for hidden states
-        monkeypatch.setattr(modelutils, "place_for", lambda *_, **__: "host")
+        monkeypatch.setattr(running, "place_for", lambda *_, **__: "host")
         monkeypatch.setattr(backward, "place_for", lambda *_, **__: "host")
     with gpu():
         compare(run(family, job, "cuda:0", dtype=dtype), expected, job, dtype)

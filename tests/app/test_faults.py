@@ -10,8 +10,8 @@ from commands import short_builtin  # noqa: F401, a fixture
 from conftest import VOCABULARY, record_of
 from faults import FAULTS, SMALL, config_changed, remote, weights_changed
 
-import datautils
 import generate
+from mixgpt import datautils
 from mixgpt.app import cli
 
 

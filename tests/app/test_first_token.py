@@ -11,12 +11,12 @@ from pruning.test_layerwise import plan_of, sparsegpt, weights
 from test_generate import go_on
 from transformers import AutoModelForCausalLM
 
-import datautils
 import generate
 import mixgpt
+from mixgpt import datautils
 from mixgpt.evaluation import selfcheck
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill
-from modelutils import StreamedModel
 
 BOS = 0
 

@@ -16,8 +16,8 @@ from conftest import CPU, assert_same_weights, make, make_plan, measure_sparsity
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import datautils
 import mixgpt
+from mixgpt import datautils
 from mixgpt.allocation import fisher, traces
 from mixgpt.allocation.plan import allocate_whole
 from mixgpt.app import run as running
@@ -29,11 +29,11 @@ from mixgpt.common.errors import InputError
 from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.measures import perplexities
 from mixgpt.modeling import streaming
+from mixgpt.modeling.running import HiddenStates, StreamedModel
 from mixgpt.pruning import distill, solvers
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import HiddenStates, StreamedModel
 
 
 @pytest.mark.parametrize("name, options", [

@@ -21,7 +21,7 @@ from mixgpt.app import run as running
 from mixgpt.kernels import columns
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.targets import Target
-from quant import Scheme
+from mixgpt.quant import Scheme
 
 
 @pytest.mark.parametrize("target, wbits", [((0.5,), 16), ((0.0, 2, 4), 16), ((0.5,), 4)])

@@ -12,7 +12,7 @@ from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
-from modelutils import on_device
+from mixgpt.modeling.placing import on_device
 
 UP = "mlp.up_proj.weight"
 

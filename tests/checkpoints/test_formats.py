@@ -15,7 +15,7 @@ from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import path_of
 from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
-from quant import Scheme, quantize_nearest
+from mixgpt.quant import Scheme, quantize_nearest
 
 SYM, SYM_GROUPS, ASYM_GROUPS = Scheme(4, sym=True), Scheme(4, 8, sym=True), Scheme(4, 8)
 

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
-import datautils
+from mixgpt import datautils
 from mixgpt.checkpoints import load
 from mixgpt.modeling import streaming
 from mixgpt.modeling.streaming import locations_of

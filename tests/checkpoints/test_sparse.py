@@ -27,7 +27,7 @@ from mixgpt.common.errors import InputError
 from mixgpt.evaluation.generation import complete
 from mixgpt.evaluation.measures import perplexities
 from mixgpt.kernels import sparse_cpu
-from quant import Scheme, quantize_nearest
+from mixgpt.quant import Scheme, quantize_nearest
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SCHEMES = [None, *(Scheme(wbits, *grid) for wbits in (2, 3, 4, 8) for grid in ((-1, True), (64, False)))]

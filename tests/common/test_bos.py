@@ -9,8 +9,8 @@ import torch
 from conftest import make
 from tokenizers import processors
 
-import datautils
-from datautils import resolve_bos, token_ids
+from mixgpt import datautils
+from mixgpt.datautils import resolve_bos, token_ids
 from mixgpt.evaluation.generation import complete
 from mixgpt.evaluation.tasks import StreamedLM
 

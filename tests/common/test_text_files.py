@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-import datautils
+from mixgpt import datautils
 from mixgpt.common.errors import InputError
 
 ROWS = ["The first row ,\nof two lines.", "Second row: café, “δ” \U0001f600", "2019-04-25T12:57:54Z", "\t1\x00", ""]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import record_of
 
-import datautils
+from mixgpt import datautils
 from mixgpt.common.errors import InputError
 from mixgpt.common.texts import check_texts, counts_of, shares_of
 

@@ -7,12 +7,12 @@ import torch
 from conftest import CPU, logits, make, measure_sparsity, modules_of
 from makebelieve import CUDA, Gpu
 
-import modelutils
 from mixgpt.evaluation import measures
 from mixgpt.evaluation.measures import Survey
+from mixgpt.modeling import running
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
-from modelutils import StreamedModel
+from mixgpt.modeling.running import StreamedModel
 
 
 @pytest.mark.parametrize("batch_size, part", [(1, 2048), (4, 7), (8, 2048)])
@@ -20,7 +20,7 @@ def test_streamed_perplexity_is_that_of_the_full_forward(tiny, tokens, batch_siz
     """part: tokens whose logits are in memory at a time. The model's own loss is over all sequences, in float64."""
     model, whole = tiny, copy.deepcopy(tiny).double()
     monkeypatch.setattr(measures, "SLICE", part)
-    monkeypatch.setattr(modelutils, "CACHED", 100 * part)
+    monkeypatch.setattr(running, "CACHED", 100 * part)
     streamed = measures.perplexities(model, {"": tokens}, batch_size, CPU)[""]
     with torch.no_grad():
         assert streamed == pytest.approx(whole(tokens, labels=tokens, use_cache=False).loss.exp().item(), rel=1e-5)
@@ -29,7 +29,7 @@ def test_streamed_perplexity_is_that_of_the_full_forward(tiny, tokens, batch_siz
 def test_test_sets_pass_the_layers_together_as_they_do_alone(tokens, monkeypatch):
     """The place of each is chosen by what those that are not embedded yet take together."""
     model, tests, room = make("llama"), {"a": tokens, "b": tokens[:3].flip(1), "c": tokens[:1]}, []
-    monkeypatch.setattr(modelutils, "place_for", lambda nbytes, *_: room.append(nbytes) or "host")
+    monkeypatch.setattr(running, "place_for", lambda nbytes, *_: room.append(nbytes) or "host")
     together = measures.perplexities(model, tests, 2, CPU)
     assert room == pytest.approx([count * 24 * 32 * 4 for count in (9, 4, 1)])
     for name, tokens in tests.items():

@@ -12,7 +12,7 @@ from conftest import save, saved_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import datautils
+from mixgpt import datautils
 from mixgpt.checkpoints import load
 from mixgpt.modeling import baichuan
 

@@ -18,8 +18,8 @@ from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import RoutedLinear
+from mixgpt.modeling.placing import whole
 from mixgpt.modeling.streaming import locations_of
-from modelutils import whole
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -10,7 +10,7 @@ from mixgpt.pruning.admm import ITERATIONS, RAMP, SAMPLE, admm_pruner, admm_scor
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.solvers import Recipe, prune_in_place
 from mixgpt.pruning.targets import Target
-from quant import Scheme
+from mixgpt.quant import Scheme
 
 HALF = Target(0.5)
 

@@ -13,11 +13,12 @@ from mixgpt.common.choices import SOLVERS
 from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
+from mixgpt.modeling.linears import hooked, linears, shared_inputs
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning.calibration import Calibration, pass_bytes, paused_forwards
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import StreamedModel, hooked, linears, shared_inputs
 
 
 def test_paused_forwards_are_one_forward_and_stop_with_all_inputs_in_front_of_each_module(tiny, tokens):

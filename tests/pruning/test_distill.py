@@ -11,16 +11,16 @@ from conftest import CPU, VOCABULARY, make, modules_of
 from makebelieve import CUDA, Gpu
 from torch.profiler import ProfilerActivity, profile
 
-import modelutils
 from mixgpt.checkpoints import load
 from mixgpt.common import memory
+from mixgpt.modeling import running
 from mixgpt.modeling.decoder import layers_of, path_of
 from mixgpt.modeling.experts import split_experts
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill as module
 from mixgpt.pruning.distill import dense_states, distill
 from mixgpt.pruning.targets import select
-from modelutils import StreamedModel
-from quant import Scheme, quantize_nearest
+from mixgpt.quant import Scheme, quantize_nearest
 
 N, T = 5, 9
 SCHEMES = {"rows": Scheme(3), "groups": Scheme(4, groupsize=8, sym=True)}
@@ -94,7 +94,7 @@ def test_an_effort_multiplies_the_steps_down_to_a_thousand_tokens_each(monkeypat
 def test_gradients_are_those_of_the_loss(name, most, monkeypatch):
     for constant, value in {"VOCABULARY": most, "STEPS": 1, "SLICE": 7}.items():  # 7: several parts
         monkeypatch.setattr(module, constant, value)
-    monkeypatch.setattr(modelutils, "CACHED", 1)  # a row at a time
+    monkeypatch.setattr(running, "CACHED", 1)  # a row at a time
     scene, found = Scene(name, torch.float64), []
     monkeypatch.setattr(module, "_step", lambda states, *_: found.extend(state.weight.grad for state in states))
     mean = scene.distill()

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from mixgpt.checkpoints import load
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import is_fused, split_experts
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill, expert_removal, layerwise
 from mixgpt.pruning.expert_removal import best_experts, expert_scores, remove_experts, with_fewer_experts
-from modelutils import StreamedModel
 
 NAMES = [*(kind for kind in test_experts.MODELS if kind != "deepseek_v4"), "grouped"]
 

@@ -11,19 +11,20 @@ from modeling.test_decoders import COMMON, build
 from test_sparsegpt import prune_matrix
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-import datautils
+from mixgpt import datautils
 from mixgpt.common.choices import SALIENCIES, SOLVERS
 from mixgpt.evaluation.measures import perplexities
 from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
+from mixgpt.modeling.linears import linears
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import layerwise
 from mixgpt.pruning.dense_target import residual_writers
 from mixgpt.pruning.hessian import factor
 from mixgpt.pruning.layerwise import prune_layerwise, prune_magnitude
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
-from modelutils import StreamedModel, linears
 
 HALF = Target(0.5)
 

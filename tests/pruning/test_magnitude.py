@@ -8,7 +8,7 @@ from test_sparsegpt import fractions, hypothesis_settings, random
 
 from mixgpt.pruning.layerwise import _by_magnitude, magnitude_prune
 from mixgpt.pruning.targets import Target
-from quant import Scheme
+from mixgpt.quant import Scheme
 
 
 @hypothesis_settings

@@ -8,10 +8,11 @@ from conftest import CPU, _llama, inputs_of, modules_of
 from modeling.test_decoders import MODELS, build
 
 from mixgpt.modeling.experts import use_linears
+from mixgpt.modeling.linears import linears
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import rotation
 from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
-from modelutils import StreamedModel, linears
 
 LEFT = {"codegen", "diffllama", "gemma4_text shared", "mamba", "openai-gpt"}  # without heads, or with others
 

@@ -12,7 +12,7 @@ from mixgpt.pruning import solvers
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.solvers import Problem, Recipe, prune_in_place, walk
 from mixgpt.pruning.targets import Target
-from quant import Scheme, quantize_nearest
+from mixgpt.quant import Scheme, quantize_nearest
 
 HALF = Target(0.5)
 

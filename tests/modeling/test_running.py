@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import CPU, make
 
-import modelutils
 from mixgpt.common.errors import InputError
+from mixgpt.modeling import placing
 from mixgpt.modeling.decoder import layers_of
-from modelutils import HiddenStates, StreamedModel, linears, shared_inputs
+from mixgpt.modeling.linears import linears, shared_inputs
+from mixgpt.modeling.running import HiddenStates, StreamedModel
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 OPT = [ATTENTION, ["self_attn.out_proj"], ["fc1"], ["fc2"]]
@@ -81,7 +82,7 @@ def test_hidden_states_lie_on_disk_where_memory_is_short_and_are_the_same(dtype,
         return stream.hidden
 
     expected, mapped, from_file = last(), [], torch.from_file
-    monkeypatch.setattr(modelutils.memory, "free", lambda device: 1000)
+    monkeypatch.setattr(placing.memory, "free", lambda device: 1000)
     monkeypatch.setattr(torch, "from_file", lambda *given, **options: mapped.append(options["size"]) or from_file(
         *given, **options))
     found = last()
@@ -90,6 +91,6 @@ def test_hidden_states_lie_on_disk_where_memory_is_short_and_are_the_same(dtype,
 
 
 def test_hidden_states_that_fit_nowhere_are_refused_without_filling_the_disk(monkeypatch):
-    monkeypatch.delattr(modelutils.os, "posix_fallocate")
+    monkeypatch.delattr(placing.os, "posix_fallocate")
     with pytest.raises(InputError, match=r"--nsamples, --seqlen: hidden states take 1000000\.0 GB, more than is free "):
-        modelutils.allocate([10**15], torch.uint8, CPU, modelutils.place_for(10**15, CPU))
+        placing.allocate([10**15], torch.uint8, CPU, placing.place_for(10**15, CPU))

@@ -1,0 +1,165 @@
+"""Calibration samples and test tokens from WikiText-2, PTB, C4, text shipped with Python, or text of the user's own.
+
+Joins, splits and the order of random draws follow SparseGPT and GPTQ (github.com/IST-DASLab/sparsegpt, datautils.py),
+so that the same seed gives the same samples. BOS is the token for the beginning of a text.
+"""
+
+import random
+
+import torch
+from datasets import load_dataset
+
+from mixgpt.common.errors import InputError, reading
+from mixgpt.common.texts import ARGUMENTS, counts_of, hub_copy_rows, hub_reachable, silenced, text_set_of, texts_of
+
+DRAWS = 10_000  # consecutive documents that may be too short before giving up
+# Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
+# on LAMBADA 6e9 without BOS, 3.5 with it; 2049 and 2105: the others) and llama.cpp (21500: Gemma 4) add it to the same.
+NEED_EACH = ("gemma",)
+
+
+def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=None, bos=None):
+    """Draw random segments of a train split, or of a mixture of several.
+
+    dataset: the name of a dataset, a path, a column on the hub, a mixture of these, or a list of strings, the documents
+    of one text. bos: as `token_ids` takes it; with each it replaces the first token of every segment. Returns
+    (LongTensor (nsamples, seqlen), source), a JSON-able dict. A mixture takes the first segments that each text alone
+    would give, and shuffles them. Raises InputError if a text is unavailable or shorter than seqlen + 1 tokens.
+    """
+    counts = {} if isinstance(dataset, list) else counts_of(dataset, nsamples)
+    if len(counts) > 1:
+        parts, sources = zip(*(calibration_samples(text, count, seqlen, seed, tokenizer, data_dir, bos)
+                               for text, count in counts.items()), strict=True)
+        order = random.Random(seed).sample(range(nsamples), nsamples)
+        return torch.cat(parts)[order], {"dataset": dataset, "parts": [
+            source | {"sequences": len(part)} for source, part in zip(sources, parts, strict=True)]}
+    text, = counts or [dataset]
+    text_set, rng = text_set_of(text), random.Random(seed)
+    rows, source = load_rows(text, "train", data_dir)
+    if text_set.by_document:
+        segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer, bos)
+    else:
+        ids = token_ids(tokenizer, text_set.train_join.join(as_texts(rows, tokenizer)), bos)
+        require_tokens(ids, seqlen + 1, seqlen, source)
+        segments = (random_segment(ids, seqlen, rng) for _ in range(nsamples))
+    return begin(torch.stack([torch.tensor(ids) for ids in segments]), tokenizer, bos), source
+
+
+def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
+    """Cut a test split into segments; the incomplete last one is dropped.
+
+    Arguments and result are like those of `calibration_samples`, but the text may have as few as seqlen tokens.
+    """
+    text_set = text_set_of(dataset)
+    rows, source = load_rows(dataset, "test", data_dir)
+    text = text_set.test_join.join(as_texts(rows[:text_set.test_documents], tokenizer))
+    ids = token_ids(tokenizer, text, bos)
+    require_tokens(ids, seqlen, seqlen, source)
+    n = min(len(ids) // seqlen, text_set.test_segments or len(ids))
+    return begin(torch.tensor(ids[:n * seqlen]).view(n, seqlen), tokenizer, bos), source
+
+
+def resolve_bos(bos, model_type, tokenizer):
+    """Return each, once or never for a value of --bos. Raises InputError for a tokenizer without BOS."""
+    if bos == "auto" and any(name in model_type for name in NEED_EACH):
+        bos = "each"
+    elif bos == "auto":
+        bos = "once" if encode(tokenizer, "a").input_ids[:1] == [tokenizer.bos_token_id] else "never"
+    if bos != "never" and tokenizer.bos_token_id is None:
+        raise InputError(f"--bos {bos}: the tokenizer of model {tokenizer.name_or_path} has no BOS; must be never")
+    return bos
+
+
+def encode(tokenizer, text, **options):
+    """Return what a tokenizer gives for a text. Raises InputError if it fails."""
+    with reading(f"model {tokenizer.name_or_path}: its tokenizer fails on a text"):
+        return tokenizer(text, verbose=False, **options)  # else it warns that the text exceeds the model's length
+
+
+def token_ids(tokenizer, text, bos=None, goes_on=False):
+    """Return the ids of a whole text, with the special tokens that the tokenizer adds by itself, except for BOS.
+
+    bos: each or once: BOS in front; never: none; None: what the tokenizer does. A text that begins with BOS stays so.
+    goes_on: whether others follow, so that the end of a text (EOS) that the tokenizer adds is left out.
+    """
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids = encode(tokenizer, text, add_special_tokens=not begun).input_ids
+    if goes_on and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    if begun or bos is None or (ids[:1] == [tokenizer.bos_token_id]) == (bos != "never"):
+        return ids
+    return ids[1:] if bos == "never" else [tokenizer.bos_token_id, *ids]
+
+
+def begin(sequences, tokenizer, bos):
+    """With bos each put BOS in place of the first token of sequences (n, T), in place. Returns them."""
+    if bos == "each":
+        sequences[:, 0] = tokenizer.bos_token_id
+    return sequences
+
+
+def as_texts(rows, tokenizer):
+    """Return rows as text: chats by the tokenizer's template, in jinja's sandbox. Raises InputError if that fails."""
+    with reading(f"model {tokenizer.name_or_path}: its chat template"):
+        return [row if isinstance(row, str) else tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
+
+
+def random_segment(ids, seqlen, rng):
+    """Return `seqlen` consecutive random ids; never the last possible segment, as in SparseGPT and GPTQ."""
+    start = rng.randint(0, len(ids) - seqlen - 1)
+    return ids[start:start + seqlen]
+
+
+def sample_documents(documents, nsamples, seqlen, rng, tokenizer, bos):
+    """Draw each segment from a random document of more than `seqlen` tokens, giving up after `DRAWS`. Yields ids."""
+    for _ in range(nsamples):
+        for _ in range(DRAWS if documents else 0):
+            document, = as_texts([documents[rng.randint(0, len(documents) - 1)]], tokenizer)
+            ids = token_ids(tokenizer, document, bos)
+            if len(ids) > seqlen:
+                yield random_segment(ids, seqlen, rng)
+                break
+        else:
+            raise InputError(f"--seqlen {seqlen}: none of {DRAWS} documents in a row has more than {seqlen} tokens; "
+                             "lower --seqlen")
+
+
+def require_tokens(ids, needed, seqlen, source):
+    """Raise InputError if a text has fewer than `needed` tokens."""
+    if len(ids) < needed:
+        raise InputError(
+            f"--seqlen {seqlen}: the {source['split']} text of dataset {source['dataset']} has {len(ids)} "
+            f"tokens and {needed} are needed; lower --seqlen or take another dataset")
+
+
+def load_rows(dataset, part, data_dir):
+    """Return (rows, source) of the "train" or "test" part of a dataset; paths and lists have one part."""
+    text_set = text_set_of(dataset)
+    split = text_set.test_split if part == "test" else part
+    if text_set.code:
+        rows, origin = text_set.load()(split)
+    elif data_dir and text_set.local:
+        rows, origin = hub_copy_rows(dataset, split, data_dir)
+    else:
+        rows, origin = hub_rows(dataset, text_set, split)
+    name = f"a list of {len(dataset)} texts" if isinstance(dataset, list) else dataset
+    return rows, {"dataset": name, "split": split, **origin}
+
+
+def hub_rows(dataset, text_set, split):
+    """Return the rows of a split from the hub or its cache, and the name of the hub dataset."""
+    options = dict(text_set.hub_options)
+    if text_set.hub_files:
+        options["data_files"] = {split: text_set.hub_files[split]}
+    online, subject = hub_reachable(), f"{ARGUMENTS[split]} {dataset}: cannot load {text_set.hub_id}"
+    try:
+        with reading(subject), silenced():
+            table = load_dataset(text_set.hub_id, split=split, **options)
+    except InputError as error:
+        refusal = error if online else f"{subject}: the hub cannot be reached and it is not in the cache"
+        copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"
+        raise InputError(f"{refusal}; supply a copy {copy if text_set.local else 'as a file'}, or use the dataset "
+                         "builtin") from None
+    # documents stay on disk until they are drawn: C4's shard would take a gigabyte in each process
+    rows = table["text"] if text_set.by_document else texts_of(table.to_list(), text_set.hub_id, text_set.columns)
+    return rows, {"hub": text_set.hub_id, **options}
