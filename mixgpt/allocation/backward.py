@@ -6,12 +6,11 @@ Notation: L = Σ −log p(next token) over the tokens of a sequence; x, y input 
 import copy
 import math
 
-import torch
-
-from mixgpt.common import distributed, memory
+from mixgpt.common import distributed
 from mixgpt.modeling import decoder, experts
 from mixgpt.modeling.linears import linears
-from mixgpt.modeling.placing import allocate, in_turn, place_for
+from mixgpt.modeling.placing import allocate, in_turn
+from mixgpt.pruning import needs
 
 SAVED_AFTER = 2e9  # bytes of hidden states at layer boundaries: on a CPU such a chunk takes minutes, and is saved then
 
@@ -22,17 +21,8 @@ def chunk_size(streamed, count, T, states, limit=math.inf):
     At least a batch, at most what half of the free memory holds at all layer boundaries; the other half is for the
     work. states: kinds of hidden states per boundary. limit: bytes that these may take. All processes get the same.
     """
-    batch, width = streamed.batch_size, streamed.model.config.hidden_size
-    sequence = states * (len(streamed.layers) + 1) * T * width * working_dtype(streamed.model).itemsize
-    place = place_for(batch * sequence, streamed.device, streamed.on_host)
-    room = min(memory.free(streamed.device if place == "device" else torch.device("cpu")) // 2, limit)
-    size = max(min(room // sequence // batch, -(-count // batch)), 1) * batch
-    return min(distributed.all_gather_object(int(size))), place
-
-
-def working_dtype(model):
-    """Return the dtype in which gradients are computed: the model's, but gradients underflow in float16."""
-    return torch.float32 if model.dtype == torch.float16 else model.dtype
+    size, place, _ = needs.chunk(streamed, count, T, states, limit)
+    return min(distributed.all_gather_object(size)), place
 
 
 class Chunk:
@@ -45,7 +35,7 @@ class Chunk:
         model = streamed.model
         self.model, self.layers = model, streamed.layers
         self.tokens, self.matrices, self.device, self.place, self.bar = tokens, matrices, streamed.device, place, bar
-        self.dtype = working_dtype(model)
+        self.dtype = needs.working_dtype(model)
         self.stream = streamed.embed(tokens)
         self.stream.arguments = decoder.cast(self.stream.arguments, self.dtype)
         self.borders = [[self.stream.hidden.to(self.dtype)]]

@@ -68,7 +68,7 @@ def prune(model, dataset, tokenizer=None, **options):
     if not isinstance(tokenizer, PreTrainedTokenizerBase) and (tokenizer or not isinstance(model, str)):
         raise InputError(f"tokenizer: is a {type(tokenizer).__name__}, must be one of transformers")
     if isinstance(model, str):
-        return Result(pipeline.run(Settings(model, name, **options), tokenizer=tokenizer, texts=texts))
+        return Result(pipeline.execute(Settings(model, name, **options), tokenizer=tokenizer, texts=texts))
     if not (isinstance(model, PreTrainedModel) and model.can_generate()):  # as PEFT's, or compiled ones
         raise InputError(f"model: is a {type(model).__name__}, must be a causal language model of transformers")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
@@ -87,7 +87,7 @@ def prune(model, dataset, tokenizer=None, **options):
     modes = {module: module.training for module in model.modules()}
     replaced = use_linears(model)
     try:
-        return Result(pipeline.run(settings, None, model.to("cpu").eval().requires_grad_(False), tokenizer, texts))
+        return Result(pipeline.execute(settings, None, model.to("cpu").eval().requires_grad_(False), tokenizer, texts))
     finally:
         for weight in trained:
             weight.requires_grad_(True)

@@ -72,7 +72,7 @@ def main(script, argv=None):
         settings.check_paths()
         end.advice = RESUME if settings.save else ""
         from mixgpt.app import pipeline  # slow import
-        pipeline.run(settings, shlex.join(["python", script, *argv]))
+        pipeline.execute(settings, shlex.join(["python", script, *argv]))
     return end.status
 
 

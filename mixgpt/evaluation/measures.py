@@ -34,14 +34,14 @@ def perplexities(model, tests, batch_size, device, observe=None):
             if observe:
                 observe(index, layer)
         with stream.head(model) as head:
-            totals |= {name: _loss(head, stream, shares[name]) for name, stream in streams.items()}
+            totals |= {name: negative_log_likelihood(head, stream, shares[name]) for name, stream in streams.items()}
     totals = distributed.all_gather_object(totals)
     means = {name: sum(each[name] for each in totals) / tokens[:, 1:].numel() for name, tokens in tests.items()}
     return {name: math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan  # exp overflows above 709
             for name, mean in means.items()}
 
 
-def _loss(head, stream, tokens):
+def negative_log_likelihood(head, stream, tokens):
     """Return the negative log-likelihood of tokens (N, T), summed, from the hidden states behind the last layer."""
     total = torch.zeros((), dtype=torch.float64, device=stream.device)
     for rows in stream.batches():

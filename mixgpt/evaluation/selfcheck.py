@@ -61,21 +61,9 @@ def check(name, skeleton, device):
 def small(config, layers, narrow):
     """Return a copy of a configuration with few layers, of every kind that `layers` have, and a small vocabulary.
 
-    A kind is a layer's modules, and its entries in lists of the configuration. narrow: also with narrow MLPs.
+    narrow: also with narrow MLPs.
     """
-    lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) >= len(layers)]
-    kinds = [([str(value[index]) for value in lists], [(name, type(module)) for name, module in layer.named_modules()])
-             for index, layer in enumerate(layers)]
-    count = max(kinds.index(kind) for kind in kinds[:LAYERS]) + 1
-    shares = getattr(config, "num_kv_shared_layers", 0)
-    count = min(max(2 * count if shares else count, 2), len(layers))
-    config = copy.deepcopy(config)
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(config, key, value[:count])
-    if shares:  # half of the layers share keys and values
-        config.num_kv_shared_layers = count // 2
-    config.num_hidden_layers = count
+    config = with_few_layers(config, layers, 2)
     config.vocab_size = min(config.vocab_size, VOCABULARY)
     limits = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), config.vocab_size - 1)
     limits |= {"vocab_size_per_layer_input": VOCABULARY} | (WIDTHS if narrow else {})
@@ -83,4 +71,25 @@ def small(config, layers, narrow):
         if isinstance(value := getattr(config, name, None), int):
             setattr(config, name, min(value, limit))
     config.initializer_range = 0.2  # small weights would hide differences
+    return config
+
+
+def with_few_layers(config, layers, least):
+    """Return a copy of a configuration with as few of its first layers as show every kind, and at least so many.
+
+    A kind is a layer's modules, and its entries in lists of the configuration.
+    """
+    lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) >= len(layers)]
+    kinds = [([str(value[index]) for value in lists], [(name, type(module)) for name, module in layer.named_modules()])
+             for index, layer in enumerate(layers)]
+    count = max(kinds.index(kind) for kind in kinds[:LAYERS]) + 1
+    shares = getattr(config, "num_kv_shared_layers", 0)
+    count = min(max(2 * count if shares else count, least), len(layers))
+    config = copy.deepcopy(config)
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(config, key, value[:count])
+    if shares:  # half of the layers share keys and values
+        config.num_kv_shared_layers = count // 2
+    config.num_hidden_layers = count
     return config

@@ -59,14 +59,16 @@ def whole(model, device):
     return on_device([*decoder.rest_of(model).values(), *decoder.layers_of(model)], device)
 
 
-def place_for(nbytes, device, on_host=False):
+def place_for(nbytes, device, on_host=False, free=None):
     """Choose where to keep nbytes of hidden states: on the "device", the "host" or, memory-mapped, on "disk".
 
-    The first of these with twice the room, half of it for the work; on_host skips the device.
+    The first of these with twice the room, half of it for the work; on_host skips the device. free: a function like
+    `memory.free`, the default, for another machine.
     """
-    if device.type == "cuda" and not on_host and 2 * nbytes <= memory.free(device):
+    free = free or memory.free
+    if device.type == "cuda" and not on_host and 2 * nbytes <= free(device):
         return "device"
-    return "host" if 2 * nbytes <= memory.free(torch.device("cpu")) else "disk"
+    return "host" if 2 * nbytes <= free(torch.device("cpu")) else "disk"
 
 
 def allocate(shape, dtype, device, place):

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-from collections import defaultdict
 from functools import partial
 
 import torch
@@ -10,13 +9,12 @@ from greenlet import getcurrent, greenlet
 
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError
-from mixgpt.common.runtime import attention_heads
 from mixgpt.modeling.experts import RoutedLinear, is_split
 from mixgpt.modeling.linears import hooked, linears, shared_inputs
 from mixgpt.modeling.placing import on_device
 from mixgpt.pruning.dense_target import DenseTwin
 from mixgpt.pruning.hessian import InputHessian, activation_order
-from mixgpt.pruning.rotation import OUTPUTS, rotate_heads
+from mixgpt.pruning.rotation import rotate_heads
 
 
 def groups_of(layer, index, stream, plan):
@@ -169,37 +167,6 @@ class Calibration:
             bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp "
                       f"{recipe.percdamp:g}, raised to {percdamp:g}")
         return hessian
-
-
-def pass_bytes(streamed, selected, shape, dense_target, admm):
-    """Estimate, on the high side, the bytes that pruning takes with one pass through each layer, and with two passes.
-
-    In one pass all batches pause inside a layer at a time, and there is one Hessian; in two passes one batch is inside,
-    and there are the Hessians of all inputs of the layer, of which a mixture of experts has hundreds. Beside these,
-    experts have one of all tokens that enter them. selected: {(layer, name): (out, in)}. shape: (sequences of this
-    process, tokens). While a batch waits in front of a linear, it holds the residual stream, its norm, and the
-    linear's input or outputs of others that read the norm.
-    """
-    model, (sequences, T), sets = streamed.model, shape, 1 + dense_target
-    inputs, hessians = defaultdict(list), defaultdict(dict)
-    for (index, name), (out, columns) in selected.items():
-        path, _, last = name.rpartition(".")
-        inputs[index, path, columns].append(out)  # of the linears that may read one input
-        hessians[index][path, columns, last in OUTPUTS] = 4 * sets * columns**2
-    width = model.get_input_embeddings().embedding_dim
-    waiting = 3 * width + max(max(columns, sum(outs) - min(outs)) for (_, _, columns), outs in inputs.items())
-    if model.config._attn_implementation == "eager":
-        waiting += 3 * attention_heads(model.config) * T
-    squares, stacks = (8, 9) if admm else (3 + dense_target, 6)  # matrices like H and like W while one is pruned
-    solving = max(4 * (squares * columns**2 + stacks * columns * sum(outs)) for (_, _, columns), outs in inputs.items())
-    layer = max(sum(weight.nbytes for weight in layer.parameters()) for layer in streamed.layers)
-    entering = 4 * width**2 * any(map(is_split, model.modules()))
-    token, work = T * model.dtype.itemsize, 2 * streamed.batch_size
-    states = token * (sequences + work) * (sets + 2 * dense_target) * width + (2 + dense_target) * layer + solving
-    return (states + token * (sequences + work) * sets * waiting + entering + max(
-                max(of_layer.values()) for of_layer in hessians.values()),
-            states + token * work * sets * waiting + entering + max(
-                sum(of_layer.values()) for of_layer in hessians.values()))
 
 
 @torch.no_grad()

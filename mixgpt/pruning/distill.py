@@ -15,12 +15,12 @@ from dataclasses import replace
 import torch
 
 from mixgpt.common import distributed, memory, progress
-from mixgpt.common.runtime import attention_heads, repeatable_attention, seeded, wide
-from mixgpt.modeling.experts import kind_of
+from mixgpt.common.runtime import repeatable_attention, seeded, wide
 from mixgpt.modeling.linears import linears
 from mixgpt.modeling.placing import in_turn, on_device
-from mixgpt.modeling.running import SLICE, by_rows, rows_at_once
+from mixgpt.modeling.running import SLICE, by_rows
 from mixgpt.modeling.streaming import disk_weights
+from mixgpt.pruning import needs
 
 PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
 SHORTEST = 16  # tokens of a piece: fewer give too little context
@@ -85,35 +85,12 @@ def room_for(streamed, tokens, effort=1.0):
     """
     fixed, sequence = training_bytes(streamed, tokens, effort)
     room = int((memory.free(streamed.device) - fixed) / sequence)
-    return min(distributed.all_gather_object(max(min(streamed.batch_size, _per_step(tokens, effort), room), 0)))
+    return min(distributed.all_gather_object(max(min(streamed.batch_size, per_step(tokens, effort), room), 0)))
 
 
 def training_bytes(streamed, tokens, effort=1.0):
-    """Estimate the bytes that training the whole model takes, and what each sequence (T,) of a batch adds.
-
-    Counted are all weights; for those in layers the gradient, a float32 copy, the distance of that from the mean and,
-    unless they are read from disk, a copy to restore; three more copies of the largest matrix; a second copy of the
-    head, narrowed to the vocabulary, and two values for each logit of a slice of tokens, and three of float32 for those
-    computed with at a time; hidden states; and for each token of a batch the inputs and outputs of linears, half as
-    much again, and the scores of attention, or a third of their bytes for the buffers of PyTorch's attention on a CPU.
-    """
-    model, device, layers = streamed.model, streamed.device, streamed.layers
-    itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
-    width, batch = model.get_input_embeddings().embedding_dim, min(streamed.batch_size, _per_step(tokens, effort))
-    matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
-                for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
-    before = itemsize if device.type == "cpu" and not disk_weights(layers[0]) else 0
-    missing = sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
-    fixed = missing + 12 * max(m.weight.numel() for m in matrices.values()) + (
-        before + 2 * itemsize + 4) * sum(weight.numel() for layer in layers for weight in layer.parameters())
-    V, rows = min(config.vocab_size, VOCABULARY), min(SLICE, batch * T)
-    fixed += V * (itemsize * (width + 2 * rows) + 12 * min(rows, rows_at_once(device, V)))
-    fixed += itemsize * width * T * _most(tokens)
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
-                                        for (_, kind), m in matrices.items())
-    score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" else 3 * itemsize
-    return fixed, sequence + score * T * T * len(layers) * attention_heads(config)
+    """Return `needs.training_bytes` of tokens (N, T)."""
+    return needs.training_bytes(streamed, tokens, per_step(tokens, effort), VOCABULARY)
 
 
 @torch.no_grad()
@@ -129,7 +106,7 @@ def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
     processes; the model is then as it was before.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
-    mine, size = tokens[distributed.share(len(tokens))], _per_step(tokens, effort)
+    mine, size = tokens[distributed.share(len(tokens))], per_step(tokens, effort)
     steps = torch.randperm(len(mine), generator=seeded(seed, "distillation", distributed.rank())).split(size)
     steps += (steps[0][:0],) * (-(-_most(tokens) // size) - len(steps))  # as many as in every other process
     with contextlib.ExitStack() as stack:
@@ -188,7 +165,7 @@ def _most(tokens):
     return -(-len(tokens) // distributed.world())
 
 
-def _per_step(tokens, effort):
+def per_step(tokens, effort):
     """Return how many sequences a process takes in a step."""
     enough = -(-STEP_TOKENS // (tokens.shape[1] * distributed.world()))
     return min(max(math.ceil(_most(tokens) / (STEPS * effort)), enough), _most(tokens))
@@ -224,13 +201,13 @@ def _backward(stream, layers, head, rows, dense, labels):
         for index, layer in enumerate(layers):
             hidden = stream.call(layer, index, hidden, rows)
         predicting = hidden[:, :-1]
-    divergence, gradient = _divergence(head, *(tensor.to(stream.device).flatten(0, 1) for tensor in (
+    divergence, gradient = divergence_of(head, *(tensor.to(stream.device).flatten(0, 1) for tensor in (
         predicting.detach(), dense[rows], labels[rows])))
     predicting.backward(gradient.view_as(predicting))
     return divergence
 
 
-def _divergence(head, hidden, dense, labels):
+def divergence_of(head, hidden, dense, labels):
     """Return Σ KL(p ‖ q) over tokens, on the device, and the gradient of the loss w.r.t. the states that predict q.
 
     head: from hidden states to logits. hidden, dense: (n, C), of the pruned and of the dense model. labels: (n,).

@@ -17,7 +17,7 @@ from test_sparsegpt import correlated_inputs, prune_matrix, random, relative_err
 from textbook import Textbook
 from transformers import LlamaConfig
 
-from mixgpt.app import run as running
+from mixgpt.app import opening
 from mixgpt.kernels import columns
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.targets import Target
@@ -80,7 +80,7 @@ def test_make_gpu_measures_every_method_and_writes_all_it_found(tmp_path, capsys
     shape = LlamaConfig(vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                         num_attention_heads=4), 6
     monkeypatch.setattr(gpu, "SHAPES", {"LLaMA-tiny": shape})
-    monkeypatch.setattr(gpu, "test_tokens", lambda *asked: running.test_tokens(*asked))  # little text
+    monkeypatch.setattr(gpu, "test_tokens", lambda *asked: opening.test_tokens(*asked))  # little text
     methods = {name: gpu.METHODS[name] for name in ("SparseGPT", "2:4")}  # the others take long on a make-believe GPU
     monkeypatch.setattr(gpu, "METHODS", methods)
     if not real:

@@ -15,8 +15,9 @@ from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
 from mixgpt.modeling.linears import hooked, linears, shared_inputs
 from mixgpt.modeling.running import StreamedModel
-from mixgpt.pruning.calibration import Calibration, pass_bytes, paused_forwards
+from mixgpt.pruning.calibration import Calibration, paused_forwards
 from mixgpt.pruning.layerwise import prune_layerwise
+from mixgpt.pruning.needs import pass_bytes
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
 

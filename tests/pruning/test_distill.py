@@ -285,7 +285,7 @@ def test_no_copy_is_counted_of_weights_that_can_be_read_from_disk_again(checkpoi
     ("_backward", 1, MemoryError(), memory.OutOfMemory),
     ("_backward", 5, torch.OutOfMemoryError("CUDA out of memory"), memory.OutOfGpuMemory),
     ("_backward", 5, lambda divergence: divergence * torch.inf, module.Diverged),
-    ("_divergence", 5, lambda result: (result[0], result[1] * torch.inf), module.Diverged),
+    ("divergence_of", 5, lambda result: (result[0], result[1] * torch.inf), module.Diverged),
     ("_gradient", 21, RuntimeError("unforeseen"), RuntimeError),
     ("_gradient", 5 * 21, MemoryError(), memory.OutOfMemory)])
 def test_a_model_that_cannot_be_distilled_is_what_it_was(part, call, failure, expected, monkeypatch):
