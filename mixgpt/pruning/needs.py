@@ -98,7 +98,8 @@ def pass_bytes(streamed: StreamedModel, selected: dict[tuple[int, str], tuple[in
         hessians[index][path, columns, last in OUTPUTS] = 4 * sets * columns**2
     width = model.get_input_embeddings().embedding_dim
     mixture = any(map(is_split, model.modules()))  # whose experts hold copies of their tokens
-    waiting = (2 + mixture) * width + max(max(columns, sum(outs) - min(outs)) for (_, _, columns), outs in inputs.items())
+    waiting = (2 + mixture) * width + max(
+        max(columns, sum(outs) - min(outs)) for (_, _, columns), outs in inputs.items())
     if model.config._attn_implementation == "eager":
         waiting += 3 * attention_heads(model.config) * T
     squares, stacks = (8, 9) if admm else (3 + fits_reference, 6)  # matrices like H and like W while one is pruned
