@@ -22,7 +22,7 @@ class Plan:
     targets: dict  # {(layer, name): Target}
     gradients: dict | None = None  # of `output_gradients`, if needed
     traces: Any = None  # allocation.traces.Traces, if matrices are ranked by sensitivity
-    dense: dict = field(default_factory=dict)  # `distill.dense_states` of the tokens for distillation, if it distils
+    dense: dict = field(default_factory=dict)  # `distill.reference_states` of the text for distillation, if it distils
 
 
 def choose(run):
@@ -33,7 +33,7 @@ def choose(run):
     if run.distills:
         with run.clock.part("distillation"):
             _, dense = run.kept("dense_states", lambda: (
-                None, retry(lambda plan: distill.dense_states(*run.distilling(plan)))))
+                None, retry(lambda plan: distill.reference_states(*run.distilling(plan)))))
     if settings.experts:
         _remove_experts(run, retry)
     if not settings.compresses:
