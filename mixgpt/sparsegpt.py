@@ -195,10 +195,7 @@ class Walk:
                 for sparsity, total in zip(self.sparsities, self.totals, strict=True)]
 
     def _counts(self, start: int, stop: int) -> list[Any]:
-        """Return how many weights of each matrix to prune in the block of columns start … stop − 1.
-
-        On a GPU they are tensors, so that the host does not wait for it to count zeros.
-        """
+        """Return how many weights of each matrix to prune in a block of columns; tensors on a GPU, not to wait."""
         before, self.block = self.block, slice(start, stop)
         # Counts are cumulative, so that the last block meets the total, except for weights that it rounds to zero.
         counts, whole = self._share(stop), self._share(self.columns)

@@ -42,10 +42,7 @@ def working_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 class Chunk:
-    """Sequences that pass through all layers together and back, and their hidden states at all layer boundaries.
-
-    borders: for each boundary so far, hidden states (n, T, C) of one kind or two, where `chunk_size` says.
-    """
+    """Sequences that pass together through all layers and back, with their hidden states at all boundaries so far."""
 
     def __init__(self, streamed: StreamedModel, matrices: Sequence[Key], tokens: Tensor, place: str,
                  bar: tqdm) -> None:

@@ -34,9 +34,8 @@ def output_gradients(streamed: StreamedModel, matrices: Sequence[Key], tokens: T
     E[x_c²] over those that reach the matrix: an expert's G_r is 0 for the others.
     If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
     output factor in K-FAC (arXiv 1503.05671). The estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP
-    times the sequence's mean, and ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. streamed: a
-    running.StreamedModel. matrices: list of (layer, name). tokens: (N, T). vocabulary: numbers of the tokens among
-    which the model predicts, such as the likely ones (default: all). Raises InputError if a result is NaN or inf.
+    times the sequence's mean, and ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. tokens: (N, T).
+    vocabulary: numbers of the tokens among which the model predicts (default: all). Raises InputError for NaN or inf.
     """
     N, T = tokens.shape
     mine, layers = range(N)[distributed.share(N)], streamed.layers
@@ -73,10 +72,7 @@ def output_gradients(streamed: StreamedModel, matrices: Sequence[Key], tokens: T
 
 
 def _clipping(energies: Tensor) -> Tensor:
-    """Return the factors (B, T) ≤ 1 that clip each token at TOKEN_CLIP times its sequence's mean.
-
-    energies: (B, T), ‖∂L/∂y‖² of each token; 0 for those not routed to an expert, which are not in the mean.
-    """
+    """Return factors (B, T) that clip ‖∂L/∂y‖² (B, T) at TOKEN_CLIP times the mean of a sequence's routed tokens."""
     routed = energies > ROUNDING * energies.amax(1, keepdim=True)
     mean = energies.sum(1, keepdim=True) / routed.sum(1, keepdim=True).clamp(min=1)
     return (TOKEN_CLIP * mean / energies).nan_to_num(1.0).clamp_(max=1)

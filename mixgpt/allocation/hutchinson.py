@@ -46,6 +46,22 @@ def curvatures(chunk: Chunk, keys: Sequence[tuple]) -> Tensor:
             y_dot, = torch.autograd.grad(sum((d.sum() for d in first[1:]), first[0].sum()), u)
         return y.detach(), y_dot
 
+    def turn(head: Callable[[Tensor], Tensor], rows: slice) -> list[Tensor]:
+        """Return g = ∂L/∂x and its tangent ġ after the last layer (B, T, C)."""
+        hidden, tangent = chunk.read(-1, rows)
+        labels, results = chunk.tokens[rows, 1:].flatten().to(chunk.device), []
+        states = (x[:, :-1].flatten(0, 1).split(SLICE) for x in (hidden, tangent))
+        for h, h_dot, label in zip(*states, labels.split(SLICE), strict=True):
+            with torch.enable_grad():
+                t = torch.zeros((), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
+                logits = wide(head(h.requires_grad_() + t * h_dot))
+                loss = torch.nn.functional.cross_entropy(logits, label, reduction="sum")
+                gradient, phi = torch.autograd.grad(loss, [h, t], create_graph=True)
+                results.append((gradient.detach(), torch.autograd.grad(phi, h)[0]))
+        last = torch.zeros_like(hidden[:, :1])  # The last token predicts nothing.
+        return [torch.cat([torch.cat(parts).view(hidden[:, :-1].shape), last], 1)
+                for parts in zip(*results, strict=True)]
+
     def backward(layer: Module, index: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Return (g, ġ) before a layer, and store zᵀ H z of its matrices in the result.
 
@@ -64,7 +80,7 @@ def curvatures(chunk: Chunk, keys: Sequence[tuple]) -> Tensor:
         return first[0].detach(), second[0]
 
     with sdpa_kernel(SDPBackend.MATH):  # The other kernels have no second derivative.
-        chunk.run(forward, lambda head, rows: _head_tangent(chunk, head, rows), backward)
+        chunk.run(forward, turn, backward)
     return result.cpu()
 
 
@@ -96,19 +112,3 @@ def _along(chunk: Chunk, index: int, rows: slice) -> tuple[Tensor, Tensor, Tenso
     x, x_dot = chunk.read(index, rows)
     t = torch.zeros(len(x), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
     return x, t, x.requires_grad_() + t.view(-1, *[1] * (x.dim() - 1)) * x_dot
-
-
-def _head_tangent(chunk: Chunk, head: Callable[[Tensor], Tensor], rows: slice) -> list[Tensor]:
-    """Return g = ∂L/∂x and its tangent ġ after the last layer (B, T, C)."""
-    hidden, tangent = chunk.read(-1, rows)
-    labels, results = chunk.tokens[rows, 1:].flatten().to(chunk.device), []
-    for h, h_dot, label in zip(hidden[:, :-1].flatten(0, 1).split(SLICE), tangent[:, :-1].flatten(0, 1).split(SLICE),
-                               labels.split(SLICE), strict=True):
-        with torch.enable_grad():
-            t = torch.zeros((), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
-            logits = wide(head(h.requires_grad_() + t * h_dot))
-            loss = torch.nn.functional.cross_entropy(logits, label, reduction="sum")
-            gradient, phi = torch.autograd.grad(loss, [h, t], create_graph=True)
-            results.append((gradient.detach(), torch.autograd.grad(phi, h)[0]))
-    last = torch.zeros_like(hidden[:, :1])  # The last token predicts nothing.
-    return [torch.cat([torch.cat(parts).view(hidden[:, :-1].shape), last], 1) for parts in zip(*results, strict=True)]

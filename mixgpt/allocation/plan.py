@@ -91,7 +91,6 @@ def meet_total(sparsities: Sequence[float], sizes: Sequence[int], total: int) ->
 
     sparsities: floats whose mean, weighted by sizes, lies within half a weight of total. The units move whose exact
     number is closest to the next whole one, the first of equally close ones (Hamilton's method of largest remainders).
-    Returns all sparsities; those of units that do not move are unchanged.
     """
     exact = [sparsity * size for sparsity, size in zip(sparsities, sizes, strict=True)]
     missing = total - sum(map(round, exact))
@@ -103,10 +102,7 @@ def meet_total(sparsities: Sequence[float], sizes: Sequence[int], total: int) ->
 
 def allocate_whole(sensitivities: Sequence[float], sizes: Sequence[int], sparsity: float, alpha: float,
                    m: int) -> list[int]:
-    """Give each unit an integer n of n:m, as `allocate` would, with the total as close to the budget as possible.
-
-    Returns a list of ints in [0, m], none higher for a more sensitive unit.
-    """
+    """Give each unit an integer n of n:m, as `allocate` would, with the total as close to the budget as possible."""
     weights = torch.tensor(sizes, dtype=torch.float64)
     ideal = m * torch.tensor(allocate(sensitivities, sizes, sparsity, alpha), dtype=torch.float64)
     # A unit's n changes where ideal + shift crosses a half-integer: the midpoints between these shifts are tried.
@@ -186,8 +182,7 @@ def threshold_counts(scores: Callable[[], Iterator[tuple[int, Tensor]]], least: 
 def _add_steps(steps: Tensor, digits: Tensor, below: int, least: int, most: int) -> tuple[Tensor, Tensor]:
     """Add to `steps`, at each value of the digits (n,), how far a unit's count, clamped to [least, most], rises there.
 
-    below: how many of the unit's scores come before all of these. Returns the digits' values and their numbers, on the
-    host.
+    below: how many of the unit's scores come before these. Returns the digits' values and their numbers on the host.
     """
     first = 0 if digits.is_cuda or not len(digits) else int(digits.min())  # The host would wait for a GPU's minimum.
     counts = torch.bincount(digits - first)

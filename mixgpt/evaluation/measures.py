@@ -22,9 +22,8 @@ def perplexities(model: PreTrainedModel, tests: dict[str, Tensor], batch_size: i
                  observe: Callable[[int, Module], object] | None = None) -> dict[str, float]:
     """Return exp of the mean negative log-likelihood of test sets, {name: tokens (N, T)}, each sequence independently.
 
-    T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ. Logits are in the model's dtype,
-    log-likelihoods in float32. All sets pass through a layer before the next one is read. observe: called with
-    (index, layer) behind each, in processes with tokens.
+    T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ, with float32 log-likelihoods. All sets pass
+    through a layer before the next one is read. observe: called with (index, layer) behind each, if there are tokens.
     """
     streamed, streams, totals = StreamedModel(model, device, batch_size), {}, dict.fromkeys(tests, 0.0)
     shares = {name: tokens[distributed.share(len(tokens))] for name, tokens in tests.items()}
@@ -78,10 +77,7 @@ class Survey:
 
     @torch.no_grad()
     def take(self, index: int, layer: Module) -> list[Counts]:
-        """Take layer number `index`, on its device, if it is the next one; the first one starts anew.
-
-        Returns the zeros of all its linears, and those of its `other_weights`.
-        """
+        """Take layer `index` if it is the next one; 0 starts anew. Returns zeros of its linears and `other_weights`."""
         if index == 0:
             self.counts, self.stream = [], self.embedded and self.embedded.copy()
         found = linears(layer)

@@ -24,11 +24,10 @@ TOLERANCE = 1e-3  # Logits may differ by this share of their standard deviation;
 def check(name: str, skeleton: PreTrainedModel, device: torch.device) -> tuple[float, list[str]]:
     """Raise InputError if a model's logits differ when its layers run one at a time.
 
-    name: of the model, for the message. skeleton: the model on meta. device: where it will run; this runs on the host,
-    or there if kernels of other packages need a GPU. A copy with random weights and a few layers, each kind of layer
-    among them, runs on SEQUENCES sequences, in batches of two and of one. Returns the bytes that a sequence takes
-    between two layers, with what layers leave for later ones, in units of its hidden states alone; and the names of
-    linears that are not called as modules.
+    skeleton: the model on meta. device: where it will run; this runs on the host, or there if kernels of other packages
+    need a GPU. A copy with random weights and a few layers, of every kind, runs on SEQUENCES sequences, in batches of
+    two and of one. Returns the bytes that a sequence takes between two layers, with what layers leave for later ones,
+    in units of its hidden states alone; and the names of linears that are not called as modules.
     """
     kind, layers, uncalled = type(skeleton).__name__, decoder.layers_of(skeleton), set()
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"

@@ -42,8 +42,7 @@ PADDING = 16  # Lengths are padded to multiples of it, so that few distinct ones
 def load(names: Iterable[str], folder: str | None) -> dict[str, dict]:
     """Build lm-eval tasks, groups and tags with their data, and try them on a model that guesses.
 
-    folder: with additional tasks, or None. Returns the argument of `score`. Raises InputError if a task is unknown or
-    unusable.
+    folder: with additional tasks. Returns the argument of `score`. Raises InputError if a task is unknown or unusable.
     """
     if folder is not None and not any(Path(folder).glob("**/*.yaml")):
         raise InputError(f"--tasks-dir {folder}: must be a folder with .yaml files that describe tasks of lm-eval")
@@ -162,6 +161,7 @@ class StreamedLM(TemplateLM):
                     [end for end in options["until"] if end], bos=self.bos).text
         return self._in_order(texts)
 
+    @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[tuple], **_: object) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether all tokens are the likeliest) of (_, context, continuation) as token ids."""
         requested = defaultdict(list)  # {tokens, read once: [(number of a request, its tokens to predict at the end)]}
@@ -174,34 +174,28 @@ class StreamedLM(TemplateLM):
         sequences, answers = longest_first[distributed.rank()::distributed.world()], {}
         while sequences:
             count = max(RESIDENT // len(sequences[0]), 1)
-            answers |= self._answers(sequences[:count], requested)
-            sequences = sequences[count:]
+            resident, sequences = sequences[:count], sequences[count:]
+            streams = []
+            for T, alike in itertools.groupby(resident, lambda tokens: min(
+                    -(-len(tokens) // PADDING) * PADDING, self.max_length)):
+                # Attention is causal: padding at the end does not affect the tokens before it.
+                padded = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in alike])
+                streams.append(StreamedModel(self.model, self.where, max(self.tokens // T, 1)).embed(padded))
+            for index, layer in in_turn(layers_of(self.model), self.where, "tasks"):
+                for stream in streams:
+                    stream.advance(layer, index)
+            with streams[0].head(self.model) as head:
+                rows = itertools.chain.from_iterable(stream.hidden for stream in streams)
+                for row, tokens in zip(rows, resident, strict=True):
+                    for number, continuation in requested[tokens]:
+                        labels, likelihood, greedy = torch.tensor(continuation, device=self.where), 0.0, True
+                        hidden = row[len(tokens) - len(labels):len(tokens)].to(self.where)
+                        for h, label in zip(hidden.split(SLICE), labels.split(SLICE), strict=True):
+                            scores = head(h).float().log_softmax(-1)  # (n, vocabulary)
+                            likelihood += scores.gather(1, label[:, None]).sum().item()
+                            greedy = greedy and torch.equal(scores.argmax(-1), label)
+                        answers[number] = likelihood, greedy
         return self._in_order(answers)
-
-    @torch.no_grad()
-    def _answers(self, sequences: Sequence[tuple], requested: dict[tuple, list]) -> dict[int, tuple[float, bool]]:
-        """Return {number of a request: (log-likelihood, whether it is greedy)} of sequences, longest first."""
-        streams, answers = [], {}
-        for T, alike in itertools.groupby(sequences, lambda tokens: min(
-                -(-len(tokens) // PADDING) * PADDING, self.max_length)):
-            # Attention is causal: padding at the end does not affect the tokens before it.
-            padded = torch.tensor([[*tokens, *[0] * (T - len(tokens))] for tokens in alike])
-            streams.append(StreamedModel(self.model, self.where, max(self.tokens // T, 1)).embed(padded))
-        for index, layer in in_turn(layers_of(self.model), self.where, "tasks"):
-            for stream in streams:
-                stream.advance(layer, index)
-        with streams[0].head(self.model) as head:
-            rows = itertools.chain.from_iterable(stream.hidden for stream in streams)
-            for row, tokens in zip(rows, sequences, strict=True):
-                for number, continuation in requested[tokens]:
-                    labels, likelihood, greedy = torch.tensor(continuation, device=self.where), 0.0, True
-                    hidden = row[len(tokens) - len(labels):len(tokens)].to(self.where)
-                    for h, label in zip(hidden.split(SLICE), labels.split(SLICE), strict=True):
-                        scores = head(h).float().log_softmax(-1)  # (n, vocabulary)
-                        likelihood += scores.gather(1, label[:, None]).sum().item()
-                        greedy = greedy and torch.equal(scores.argmax(-1), label)
-                    answers[number] = likelihood, greedy
-        return answers
 
     def _in_order(self, answers: dict[int, object]) -> list:
         """Return the answers of all processes, {number: answer}, as a list."""

@@ -66,10 +66,7 @@ def walk_columns(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice |
 
 def walk_compiled(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice | None,
                   grid: UniformGrid | None) -> None:
-    """Walk the columns of a range on the host, compiled; arguments as in `walk_columns`.
-
-    One thread is enough: the errors of a tile stay in L1 cache, so this costs far less than the surrounding products.
-    """
+    """Do the same on the host, compiled, in one thread: the errors of a tile of rows stay in L1 cache."""
     nothing = W.new_empty(0)
     prunem, prunens, factors = choice or (0, nothing.int(), nothing)
     limits = grid[:3] if grid else (nothing,) * 3
@@ -152,10 +149,7 @@ def _choose(W: np.ndarray, remove: np.ndarray, factors: np.ndarray, scores: np.n
 
 @functools.cache
 def triton_obstacle(device: torch.device) -> str | None:
-    """Return why the Triton kernel cannot run on a GPU, by trying it once; None if it can.
-
-    Triton compiles a launcher at run time, which needs a C compiler and the driver's libraries.
-    """
+    """Return why Triton, which needs a C compiler and the driver's libraries, cannot run on a GPU; None if it can."""
     W, E, mask = torch.ones(2, 2, device=device), torch.empty(2, 2, device=device), torch.ones(2, 2, device=device) > 0
     try:
         from mixgpt.kernels import columns_cuda  # Triton is installed only where there may be a GPU.

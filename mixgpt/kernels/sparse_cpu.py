@@ -96,10 +96,7 @@ def launch(kernel: Kernel, rows: int, columns: int, block: int, groups: int, ten
 
 @functools.cache
 def _parallel() -> Callable:
-    """Return a function that calls another in PyTorch's own threads, or in this thread where that is impossible.
-
-    Threads of our own would compete with PyTorch's.
-    """
+    """Return what calls a function in PyTorch's own threads, with which ours would compete, or else in this one."""
     try:
         return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (OSError, AttributeError):

@@ -128,10 +128,7 @@ def cast(arguments: dict, dtype: torch.dtype) -> dict:
 
 
 def shared_shapes(layers: ModuleList, hidden: Tensor, calls: list) -> Shapes:
-    """Return the `Shapes` of the tensors that layers leave for later ones in a mapping, for one sequence.
-
-    hidden, calls: hidden states before the layers, and the layers' arguments. All layers run on meta.
-    """
+    """Return the `Shapes` of what layers leave for later ones, by running them on meta on these calls."""
     shared = Shared()
     if any(map(is_shared, tree_leaves(calls))):
         for layer, arguments in zip(layers, calls, strict=True):

@@ -124,10 +124,7 @@ def restore(model: PreTrainedModel, replaced: dict[str, Conv1D]) -> None:
 
 
 def _run_split(experts: Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Run tokens (n, C) through their experts, each expert on all of its tokens, even if there are none.
-
-    top_k_index, top_k_weights: (n, k), the experts of each token. Returns (n, C).
-    """
+    """Run tokens (n, C) through their experts, with numbers and weights (n, k); an expert may get no tokens."""
     result = torch.zeros_like(hidden_states)
     chosen, k = top_k_index.flatten(), top_k_index.shape[1]
     counts = chosen.bincount(minlength=experts.num_experts).tolist()  # This is the only wait for a GPU.

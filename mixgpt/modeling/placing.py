@@ -25,8 +25,7 @@ READER = ThreadPoolExecutor(1)  # One thread reads all ahead: malloc would keep 
 def on_device(modules: Iterable[Module], device: torch.device, ahead: Future | None = None) -> Generator[None]:
     """Keep `modules` on `device` within the block; afterwards on the host, or on disk if they have `disk_weights`.
 
-    Changes to modules on disk are lost at the end of the block, unless written there. ahead: the tensors of a single
-    module, if they are being read already.
+    Changes to modules on disk are lost unless written there. ahead: a single module's tensors that are being read.
     """
     there = {}  # A head may share its weight with the embedding: it is moved once.
 
@@ -50,10 +49,7 @@ def on_device(modules: Iterable[Module], device: torch.device, ahead: Future | N
 
 
 def in_turn(layers: Sequence[Module], device: torch.device, title: str | None = None) -> Iterator[tuple[int, Module]]:
-    """Yield (index, layer), each on the device until the next one is asked for; that one is read meanwhile.
-
-    title: of a progress bar, if there is to be one.
-    """
+    """Yield (index, layer), each on the device while the next one is read. title: of a progress bar, if any."""
     ahead = None
     for index, layer in enumerate(progress.bar(layers, title=title, leave=False) if title else layers):
         with on_device([layer], device, ahead):
@@ -68,10 +64,7 @@ def whole(model: PreTrainedModel, device: torch.device) -> AbstractContextManage
 
 
 def place_for(nbytes: float, device: torch.device, on_host: bool = False) -> str:
-    """Choose where to keep nbytes of hidden states: on the "device", the "host" or, memory-mapped, on "disk".
-
-    It is the first of these with twice the room, half of it for the work; on_host skips the device.
-    """
+    """Choose where states go: the first of "device" (not with on_host), "host", "disk" with twice nbytes free."""
     if device.type == "cuda" and not on_host and 2 * nbytes <= memory.free(device):
         return "device"
     return "host" if 2 * nbytes <= memory.free(torch.device("cpu")) else "disk"

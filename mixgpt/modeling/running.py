@@ -49,8 +49,7 @@ class StreamedModel:
     def embed(self, tokens: Tensor, sets: float = 1) -> "HiddenStates":
         """Return the `HiddenStates` of tokens (N, T) before the first layer, with arguments for batches of their sizes.
 
-        sets: number of such sets of hidden states to make room for, all in one place. Raises ValueError if the batch
-        is not their first dimension.
+        sets: how many such sets to make room for, in one place. Raises ValueError if the batch does not come first.
         """
         stream, layers = HiddenStates(torch.empty(0), self.batch_size, self.device), self.layers
         with on_device(decoder.rest_of(self.model).values(), self.device):
@@ -139,10 +138,7 @@ class HiddenStates:
         return self.call(layer, index, self.hidden[rows].to(self.device), rows)
 
     def call(self, layer: Module, index: int, hidden: Tensor, rows: slice | Tensor) -> Tensor:
-        """Run layer number `index` on hidden states (B, T, C) of sequences `rows`, all on the device.
-
-        Returns (B, T, C). rows: a slice, or a tensor of numbers. Both may be wider by what layers share.
-        """
+        """Run layer number `index` on hidden states (B, T, C), or wider by what layers share, of sequences `rows`."""
         distributed.alive()
         arguments, (hidden, shared) = self.arguments[len(hidden)][index], decoder.unpack(hidden, self.shared)
         args, kwargs = decoder.take(arguments, rows, shared, self.device)
@@ -169,8 +165,7 @@ class HiddenStates:
         """Yield a function from hidden states behind the last layer (n, C) to logits (n, vocabulary).
 
         The model's own forward computes them, with its layers skipped. dtype: of hidden states and logits (default: the
-        model's; another one needs a copy of the modules behind the layers). vocabulary: the numbers of the tokens whose
-        logits are computed (default: all).
+        model's; another one needs a copy of the modules behind the layers). vocabulary: numbers of tokens, or all.
         """
         layers, narrowed = decoder.layers_of(model), {}
         if converts := dtype not in (None, model.dtype):

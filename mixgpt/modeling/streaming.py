@@ -34,10 +34,7 @@ class TensorLocation(NamedTuple):
 
 
 def disk_weights(module: Module) -> dict[str, TensorLocation] | None:
-    """Return {name of a tensor in a layer, or in a module beside the layers: TensorLocation}; None if in memory.
-
-    The module keeps it as its attribute `disk_weights`, and its tensors on meta while it does not run.
-    """
+    """Return {name: TensorLocation} of a module on disk, whose tensors are on meta while it does not run, else None."""
     return getattr(module, "disk_weights", None)
 
 
@@ -66,10 +63,7 @@ def read(module: Module, pinned: bool = False) -> dict[str, Tensor]:
 
 
 def mapped(location: TensorLocation, content: Any = None) -> Tensor:
-    """Return the tensor at a location as it is stored; the disk is read where its values are used.
-
-    content: the file, if it is open.
-    """
+    """Return a tensor as it is stored, from an open file if given; the disk is read where its values are used."""
     content = content or safe_open(location.file, "pt")
     if location.packed:
         return location.packed(content, location.key)
@@ -85,10 +79,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def weight_files(name: str, weights: str = SAFE_WEIGHTS_NAME) -> list[str]:
-    """Return the weight files of a directory or hub id, one of this name or those in its index; [] if there are none.
-
-    Raises ValueError if the index points outside the directory.
-    """
+    """Return a folder's or hub id's weight files, or []. Raises ValueError if an index points outside the folder."""
     single, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False)
                      for file in (weights, f"{weights}.index.json"))
     if single or not index:
@@ -100,10 +91,7 @@ def weight_files(name: str, weights: str = SAFE_WEIGHTS_NAME) -> list[str]:
 
 
 def stored_tensors(name: str, weights: str = SAFE_WEIGHTS_NAME) -> dict[str, tuple[str, Tensor]]:
-    """Return {key: (file, tensor on meta)} of a directory or hub id, {} if its weights are not in safetensors files.
-
-    weights: as in `weight_files`. Raises InputError if a file cannot be read.
-    """
+    """Return {key: (file, tensor on meta)} of `weight_files` in safetensors. Raises InputError if one is unreadable."""
     stored = {}
     for file in weight_files(name, weights):
         with reading(f"{file}: cannot be read"):
@@ -115,8 +103,7 @@ def attach_disk_weights(model: PreTrainedModel, stored: Mapping[str, tuple]) -> 
     """Make a model on meta read its weights from `stored_tensors`. Returns whether these hold all, unchanged.
 
     Entries for packed matrices have a third value, `TensorLocation.packed`. Keys may lack or add the base model prefix,
-    as `from_pretrained` allows, or be those of a model whose text part this is. Raises ValueError if a shape differs
-    from the configuration.
+    as `from_pretrained` allows, or be those of a model whose text part this is. Raises ValueError for another shape.
     """
     layout, tied, locations = layout_of(model), model.all_tied_weights_keys, {}
     if layout is None:

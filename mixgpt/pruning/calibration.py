@@ -41,10 +41,7 @@ from mixgpt.pruning.targets import Target
 
 
 class LayerHessians:
-    """The Hessians of the inputs of a layer's planned matrices, and of all tokens that enter its experts.
-
-    groups: the names of the linears that read each input. nsequences: over all processes.
-    """
+    """The Hessians of the inputs of a layer's planned matrices, and of all tokens that enter its experts."""
 
     def __init__(self, layer: Module, stream: HiddenStates, groups: list[tuple[str, ...]], nsequences: int,
                  clock: Clock, twin: DenseTwin | None = None) -> None:
@@ -88,10 +85,7 @@ class LayerHessians:
 
 
 class Calibration:
-    """The calibration hidden states before the next layer, and those of the dense model, the reference, if it counts.
-
-    tokens: (N, T). plan and recipe: as in `layerwise.prune_layerwise`.
-    """
+    """The calibration hidden states before the next layer, and those of the dense model, the reference, if any."""
 
     def __init__(self, streamed: StreamedModel, plan: dict[Key, Target], tokens: Tensor, recipe: Recipe) -> None:
         self.plan, self.recipe, self.clock = plan, recipe, streamed.clock
@@ -120,21 +114,37 @@ class Calibration:
         output, unless no matrix of a later layer is planned. Raises InputError if an input is not finite.
         """
         self._rotate(index, layer)
+        recipe = self.recipe
         names = [name for planned, name in self.plan if planned == index]
         groups = [tuple(name for name in group if name in names) for group in shared_inputs(layer, index, self.stream)]
         groups = [group for group in groups if group]
         if unused := set(names).difference(*groups):
             raise InputError(f"layer {index} {', '.join(sorted(unused))}: not called as a module, cannot be "
                              "calibrated; leave it out with --prune-only")
-        twin = DenseTwin(layer, index, self.stream, self.reference, groups,
-                         self.recipe.light_first) if self.reference else None
+        twin = None
+        if self.reference:
+            twin = DenseTwin(layer, index, self.stream, self.reference, groups, recipe.light_first)
         hessians = LayerHessians(layer, self.stream, groups, self.nsequences, self.clock, twin)
-        passes = self._one_pass if self.recipe.true_sequential else self._two_passes
+        passes = self._one_pass if recipe.true_sequential else self._two_passes
         with contextlib.closing(passes(layer, index, hessians, twin)) as stops:
             for group in groups:
                 with self.clock.part("forward"):
                     next(stops)
-                yield group, self._factored(index, group, hessians.take(group[0]), bar)
+                hessian, order = hessians.take(group[0]), None
+                if recipe.act_order:
+                    order = activation_order(hessian.H.diagonal(), self.plan[index, group[0]].prunem)
+                try:
+                    with self.clock.part("factorisation"):
+                        percdamp = hessian.factor(recipe.percdamp, order)
+                except torch.linalg.LinAlgError as error:
+                    finite = [bool(each) for sums in hessian.sequence_sums for each in sums.isfinite()]
+                    bad = "" if all(finite) else f", from calibration sequence {finite.index(False)} on"
+                    raise InputError(f"layer {index} {group[0]}: {error}{bad}") from error
+                if percdamp != recipe.percdamp:
+                    bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp "
+                              f"{recipe.percdamp:g}, raised to {percdamp:g}")
+                yield group, hessian
+                del hessian
             if index < max(planned for planned, _ in self.plan):
                 with self.clock.part("forward"):
                     next(stops, None)
@@ -174,23 +184,6 @@ class Calibration:
         yield from stops
         self.stream.advance(layer, index)
 
-    def _factored(self, index: int, group: tuple[str, ...], hessian: InputHessian, bar: tqdm) -> InputHessian:
-        """Factor a Hessian, with more damping if needed. Raises InputError that names the first bad sequence."""
-        recipe, order = self.recipe, None
-        if recipe.act_order:
-            order = activation_order(hessian.H.diagonal(), self.plan[index, group[0]].prunem)
-        try:
-            with self.clock.part("factorisation"):
-                percdamp = hessian.factor(recipe.percdamp, order)
-        except torch.linalg.LinAlgError as error:
-            finite = [bool(each) for sums in hessian.sequence_sums for each in sums.isfinite()]
-            bad = "" if all(finite) else f", from calibration sequence {finite.index(False)} on"
-            raise InputError(f"layer {index} {group[0]}: {error}{bad}") from error
-        if percdamp != recipe.percdamp:
-            bar.write(f"layer {index} {', '.join(group)}: Hessian not positive definite at --percdamp "
-                      f"{recipe.percdamp:g}, raised to {percdamp:g}")
-        return hessian
-
 
 def pass_bytes(streamed: StreamedModel, selected: dict[Key, tuple[int, int]], shape: tuple[int, int], fits_dense: bool,
                admm: bool) -> tuple[int, int]:
@@ -198,9 +191,8 @@ def pass_bytes(streamed: StreamedModel, selected: dict[Key, tuple[int, int]], sh
 
     In one pass all batches are inside a layer together, and there is one Hessian; in two passes one batch is inside,
     and there are the Hessians of all inputs of the layer, of which a mixture of experts has hundreds. Either way,
-    experts have a pool. selected: {(layer, name): (out, in)}. shape: (sequences of this process, tokens). While a batch
-    waits in front of a linear, it holds the residual stream, its norm, and the linear's input or outputs of others that
-    read the norm.
+    experts have a pool. shape: (sequences of this process, tokens). While a batch waits in front of a linear, it holds
+    the residual stream, its norm, and the linear's input or outputs of others that read the norm.
     """
     model, (sequences, T), sets = streamed.model, shape, 1 + fits_dense
     inputs, hessians = defaultdict(list), defaultdict(dict)

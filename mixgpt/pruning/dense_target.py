@@ -52,8 +52,7 @@ def residual_writers(layer: Module, index: int, stream: HiddenStates) -> list[Wr
     """Find the `Writer`s of layer number `index` by running one sequence through it, in order of writing.
 
     The residual stream is what modules read, or the layer returns, that differs from an earlier state of it, or from a
-    norm of that, by multiples of outputs of linears, or of norms that follow them. Once it changes by anything else, no
-    more writers are found.
+    norm of that, by multiples of outputs of linears, or of norms that follow them; after another change, none is.
     """
     x = stream.hidden[:1].to(stream.device, copy=True)
     search = _Search(layer, x[..., :stream.channels])
@@ -142,16 +141,12 @@ class DenseTwin:
     """The dense copy of a layer and what it computes, batch by batch; the pruned layer runs each batch after it.
 
     layer: the dense copy. stops: {its module: the pruned layer's}, for the first reader of each input. readers: {module
-    of either layer whose output reaches the residual stream: function}, to be called in every batch.
+    of either layer whose output reaches the residual stream: function}, to be called in every batch. groups: the names
+    of the linears that read each input. light_first: whether writers weigh tokens by `first_token_weights`.
     """
 
     def __init__(self, layer: Module, index: int, stream: HiddenStates, reference: HiddenStates,
                  groups: list[tuple[str, ...]], light_first: bool = False) -> None:
-        """Prepare for all batches.
-
-        stream, reference: the hidden states of the pruned and of the dense model before the layer. groups: the names of
-        the linears that read each input. light_first: whether writers weigh tokens by `first_token_weights`.
-        """
         self.layer, self._pruned, self.readers, self._place = copy.deepcopy(layer), layer, {}, stream.hidden.device
         modules, twins = linears(layer), linears(self.layer)
         self.stops = {twins[group[0]]: modules[group[0]] for group in groups}

@@ -41,10 +41,7 @@ class Diverged(ArithmeticError):
 
 
 def piece_length(T: int) -> int:
-    """Return the length of the pieces of sequences of T tokens: the largest divisor of T up to PIECE.
-
-    It is T itself if that divisor is below SHORTEST, as for prime numbers.
-    """
+    """Return the length of pieces: the largest divisor of T up to PIECE, or T itself if that is below SHORTEST."""
     length = next(length for length in range(min(T, PIECE), 0, -1) if T % length == 0)
     return length if length >= SHORTEST else T
 
@@ -158,10 +155,7 @@ def distill(streamed: StreamedModel, chosen: dict[Key, Grid | None], tokens: Ten
 
 def _train(stream: HiddenStates, layers: ModuleList, head: Callable[[Tensor], Tensor],
            states: "Sequence[_Weight | _Scales]", steps: Sequence[Tensor], reference: Tensor, labels: Tensor) -> float:
-    """Take the steps, of sequences (n,) each. Returns the mean divergence. Raises Diverged.
-
-    reference: (N, T − 1, C), the dense model's states that predict the labels (N, T − 1).
-    """
+    """Take the steps on sequences (n,), with reference (N, T − 1, C). Returns the divergence or raises Diverged."""
     totals, before = [], len(steps) - math.ceil(AVERAGED * len(steps))  # Averaging starts after so many steps.
     with progress.bar(steps, title="distilling", unit="step") as bar:
         for number, rows in enumerate(bar, 1):
@@ -201,10 +195,7 @@ def _per_step(tokens: Tensor, effort: float) -> int:
 
 @contextlib.contextmanager
 def _trained(layers: ModuleList, chosen: dict[Key, Grid | None]) -> Generator[list[Parameter]]:
-    """Within the block, let the weights of the chosen matrices require gradients; before and after it none does.
-
-    Yields a list of these. If the block raises, they are restored: read from disk, or from a copy.
-    """
+    """Yield the weights of the chosen matrices, which require gradients in the block; if it raises, restore them."""
     modules = [linears(layer) for layer in layers]
     trained = [modules[index][name].weight for index, name in chosen]
     before = [weight.detach().to("cpu", copy=True) for weight in trained if not disk_weights(layers[0])]
@@ -238,10 +229,7 @@ def _backward(stream: HiddenStates, layers: ModuleList, head: Callable[[Tensor],
 
 def _divergence(head: Callable[[Tensor], Tensor], hidden: Tensor, reference: Tensor,
                 labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ KL(p ‖ q) over tokens, on the device, and the gradient of the loss w.r.t. the states that predict q.
-
-    hidden, reference: the states (n, C) of the pruned and of the dense model. labels: (n,).
-    """
+    """Return Σ KL(p ‖ q) over tokens (n,) and the gradient of the loss w.r.t. the states (n, C) that predict q."""
     total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
     for h, h_dense, label, h_gradient in zip(
             *(rows.split(SLICE) for rows in (hidden, reference, labels, gradient)), strict=True):

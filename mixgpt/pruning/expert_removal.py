@@ -135,10 +135,7 @@ def best_experts(scores: Tensor, smaller: PreTrainedModel) -> list[int]:
 
 
 def remove_experts(model: PreTrainedModel, smaller: PreTrainedModel, kept: dict[int, Sequence[int]]) -> None:
-    """Remove all experts of a model but some, in place; weights that are on disk stay there.
-
-    smaller: from `with_fewer_experts`; its layers become those of the model. kept: {layer: numbers, ascending}.
-    """
+    """Keep only experts {layer: numbers, ascending}, in layers of `with_fewer_experts`; weights on disk stay there."""
     layers = layers_of(model)
     for index, numbers in kept.items():
         layer, new = layers[index], layers_of(smaller)[index]

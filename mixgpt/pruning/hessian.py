@@ -139,10 +139,7 @@ def damping(h: Tensor, percdamp: float) -> Tensor:
 
 
 def add_product(total: Tensor, A: Tensor, B: Tensor) -> None:
-    """Add A B to `total` (m, n), float32 on a GPU, in place: exact products, float32 sums.
-
-    A: (m, k). B: (k, n). Where both have one 16-bit dtype they are multiplied as they are, else in float32.
-    """
+    """Add A (m, k) B (k, n) to `total` in place: exact products, in 16 bits where both have one dtype, float32 sums."""
     if A.dtype != B.dtype or A.dtype not in (torch.bfloat16, torch.float16):
         total.addmm_(A.float(), B.float())
     else:

@@ -89,10 +89,7 @@ def layers_in_turn(streamed: StreamedModel, layers: Sequence[Module], title: str
 @torch.no_grad()
 def prune_magnitude(streamed: StreamedModel, plan: dict[Key, Target], scheme: Scheme | None = None, files: Any = None,
                     observe: Callable | None = None) -> dict[Key, Outcome]:
-    """Prune every matrix of the plan by magnitude and round it to the nearest values of the scheme's grid, in place.
-
-    Arguments and result as of `prune_layerwise`.
-    """
+    """Prune the matrices of a plan by magnitude and round them to the nearest, in place; see `prune_layerwise`."""
     title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
     outcomes = {}
     for index, layer, new, _ in layers_in_turn(streamed, streamed.layers, title, outcomes, files, observe):

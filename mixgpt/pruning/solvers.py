@@ -23,8 +23,7 @@ Result = list[tuple[Tensor, Grid | None]]  # Ŵ of each matrix, (out, in), and i
 class Problem:
     """Input of a solver: the matrices that read one input, of each this process's share of the rows, and their targets.
 
-    Columns are in the order of the walk. A solver returns a `Result` in the order of `optima`; zeros of W* must be
-    zeros of Ŵ.
+    Columns are in the order of the walk. A solver returns a `Result` in the order of `optima`; zeros must stay zeros.
     """
 
     hessian: InputHessian  # Factored.
