@@ -44,8 +44,7 @@ def working_dtype(model: PreTrainedModel) -> torch.dtype:
 class Chunk:
     """Sequences that pass together through all layers and back, with their hidden states at all boundaries so far."""
 
-    def __init__(self, streamed: StreamedModel, matrices: Sequence[Key], tokens: Tensor, place: str,
-                 bar: tqdm) -> None:
+    def __init__(self, streamed: StreamedModel, matrices: Sequence[Key], tokens: Tensor, place: str, bar: tqdm) -> None:
         model = streamed.model
         self.model, self.layers = model, streamed.layers
         self.tokens, self.matrices, self.device, self.place, self.bar = tokens, matrices, streamed.device, place, bar

@@ -94,10 +94,9 @@ def _probed(chunk: Chunk, layer: Module, index: int, keys: Sequence[tuple]) -> G
                                    chunk.dtype) for key in keys])  # (B, out, in)
             epsilon = torch.zeros(len(keys), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
 
-            def perturb(module: Module, args: tuple, output: Tensor, Z: Tensor = Z,
-                        epsilon: Tensor = epsilon) -> Tensor:
+            def perturb(module: Module, args: tuple, output: Tensor, Z: Tensor = Z, eps: Tensor = epsilon) -> Tensor:
                 X = by_sequence(module, args[0], len(Z))  # (B, T, in)
-                change = epsilon[:, None, None] * (X @ Z.mT)
+                change = eps[:, None, None] * (X @ Z.mT)
                 if isinstance(module, RoutedLinear):
                     change = change.flatten(0, 1)[module.tokens]
                 return output + change.view(output.shape)

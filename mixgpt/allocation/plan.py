@@ -100,8 +100,7 @@ def meet_total(sparsities: Sequence[float], sizes: Sequence[int], total: int) ->
     return [(round(exact[i]) + step) / sizes[i] if i in moved else sparsity for i, sparsity in enumerate(sparsities)]
 
 
-def allocate_whole(sensitivities: Sequence[float], sizes: Sequence[int], sparsity: float, alpha: float,
-                   m: int) -> list[int]:
+def allocate_whole(sensitivities: list[float], sizes: list[int], sparsity: float, alpha: float, m: int) -> list[int]:
     """Give each unit an integer n of n:m, as `allocate` would, with the total as close to the budget as possible."""
     weights = torch.tensor(sizes, dtype=torch.float64)
     ideal = m * torch.tensor(allocate(sensitivities, sizes, sparsity, alpha), dtype=torch.float64)

@@ -13,7 +13,7 @@ from mixgpt.common.errors import one_line
 from mixgpt.kernels.selection import smallest_in_groups
 
 TILE = 64  # Rows of W that are walked together.
-Choice = tuple[int, Tensor, Tensor]  # As `walk_columns` takes it.
+Choice = tuple[int, Tensor, Tensor] | None  # As `walk_columns` takes it.
 
 
 def compiled(function: Callable) -> Callable:
@@ -38,7 +38,7 @@ class UniformGrid(NamedTuple):
         return (W / self.scale).round_().clamp_(self.low, self.high).mul_(self.scale).to(self.dtype).to(W.dtype)
 
 
-def walk_columns(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice | None,
+def walk_columns(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice,
                  grid: Callable[[Tensor], Tensor] | None) -> None:
     """Prune or round the weights of each column in turn, compensating the error in the columns after it.
 
@@ -64,8 +64,7 @@ def walk_columns(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice |
         w.copy_(q)
 
 
-def walk_compiled(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice | None,
-                  grid: UniformGrid | None) -> None:
+def walk_compiled(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice, grid: UniformGrid | None) -> None:
     """Do the same on the host, compiled, in one thread: the errors of a tile of rows stay in L1 cache."""
     nothing = W.new_empty(0)
     prunem, prunens, factors = choice or (0, nothing.int(), nothing)

@@ -110,8 +110,7 @@ def fill(places: list, calls: list, rows: slice) -> list:
     return tree_map(put, places, calls)
 
 
-def take(arguments: tuple[tuple, dict], rows: slice | Tensor, shared: Shared,
-         device: torch.device) -> tuple[tuple, dict]:
+def take(arguments: tuple[tuple, dict], rows: slice | Tensor, shared: Shared, device: torch.device) -> tuple:
     """Return the arguments of a layer for the sequences `rows`, on the device, with `shared` for what layers share."""
     return tree_map(lambda argument: argument.values[rows].to(device) if isinstance(argument, PerSequence)
                     else shared if is_shared(argument) else argument, arguments)
@@ -140,14 +139,8 @@ def shared_shapes(layers: ModuleList, hidden: Tensor, calls: list) -> Shapes:
     return {key: [tensor.shape for tensor in shared.data[key]] for key in sorted(shared.read & shared.keys())}
 
 
-def pack(hidden: Tensor, shared: Shared, shapes: Shapes) -> Tensor:
-    """Return hidden states (B, T, C) and what layers share as one tensor (B, T, C + ...)."""
-    parts = [tensor.reshape(*hidden.shape[:2], -1) for key in shapes for tensor in shared[key]]
-    return torch.cat([hidden, *parts], -1)
-
-
 def unpack(packed: Tensor, shapes: Shapes) -> tuple[Tensor, Shared]:
-    """Return hidden states, contiguous, and a `Shared`, from what `pack` gives."""
+    """Return hidden states (B, T, C), contiguous, and what layers share from one tensor (B, T, C + ...) with both."""
     sizes = widths(shapes)
     width = packed.shape[-1] - sum(sizes)
     hidden, parts = packed[..., :width], iter(packed[..., width:].split(sizes, -1))

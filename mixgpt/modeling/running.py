@@ -145,7 +145,8 @@ class HiddenStates:
         output = layer(hidden, *args, **kwargs)
         self.tuples = not torch.is_tensor(output)
         output = output[0] if self.tuples else output
-        return decoder.pack(output, shared, self.shared) if self.shared else output
+        parts = [tensor.reshape(*output.shape[:2], -1) for key in self.shared for tensor in shared[key]]
+        return torch.cat([output, *parts], -1) if parts else output
 
     @torch.no_grad()
     def advance(self, layer: Module, index: int) -> None:

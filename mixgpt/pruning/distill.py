@@ -227,8 +227,7 @@ def _backward(stream: HiddenStates, layers: ModuleList, head: Callable[[Tensor],
     return divergence
 
 
-def _divergence(head: Callable[[Tensor], Tensor], hidden: Tensor, reference: Tensor,
-                labels: Tensor) -> tuple[Tensor, Tensor]:
+def _divergence(head: Callable, hidden: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σ KL(p ‖ q) over tokens (n,) and the gradient of the loss w.r.t. the states (n, C) that predict q."""
     total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
     for h, h_dense, label, h_gradient in zip(

@@ -76,8 +76,7 @@ def with_fewer_experts(model: PreTrainedModel, fraction: float) -> PreTrainedMod
     return smaller
 
 
-def _sources(index: int, layer: Module, smaller: Module,
-             kept: Iterable[int]) -> dict[str, tuple[str, ExpertRows | None]]:
+def _sources(index: int, layer: Module, smaller: Module, kept: Iterable[int]) -> dict[str, tuple]:
     """Return {name of a tensor of a layer with fewer experts: (its name in the layer, `ExpertRows` or None)}.
 
     smaller: the layer with fewer experts. kept: the numbers of these, ascending. Empty for a layer without experts.

@@ -82,8 +82,7 @@ def _rotate(v: Linear, o: Linear, rows: Tensor, targets: tuple[Target, Target], 
     return alike
 
 
-def _inputs(v: Linear, o: Linear, layer: Module, index: int, stream: HiddenStates,
-            count: int) -> Iterator[list[Tensor]]:
+def _inputs(v: Linear, o: Linear, layer: Module, index: int, stream: HiddenStates, count: int) -> Iterator[list]:
     """Yield the inputs (n, ...) of two linears, batch by batch, of at least `count` sequences if there are as many."""
     seen = []
 
