@@ -186,7 +186,7 @@ class Walk:
         W = self.W.t() + 0.0  # This turns −0 of the grid into 0.
         scale, zero = (torch.stack(values, 1) for values in zip(*self.grids, strict=True))
         group = torch.arange(self.columns, dtype=torch.int32, device=W.device) // self.groupsize
-        return [(W[rows], Grid(self.scheme, scale[rows].to(self.dtype), zero[rows].to(torch.uint8), group))
+        return [(W[rows], Grid(self.scheme, scale[rows].to(self.dtype), zero[rows].to(torch.uint8), group.clone()))
                 for rows in self.rows]
 
     def _share(self, columns: int) -> list[Any]:

@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -87,17 +86,17 @@ class Chunk:
         for border, hidden in zip(self.borders[index], states, strict=True):
             border[rows].copy_(hidden)
 
-    def _converted(self, layer: Module) -> Module:
+    def _converted(self, layer: nn.Module) -> nn.Module:
         """Return a layer that computes in self.dtype: itself, or a copy if that is not the model's dtype."""
         return layer if self.model.dtype == self.dtype else copy.deepcopy(layer).to(self.dtype)
 
-    def matrices_of(self, layer: Module, index: int) -> dict[int, torch.nn.Linear]:
+    def matrices_of(self, layer: nn.Module, index: int) -> dict[int, nn.Linear]:
         """Return {column of the result: linear} for a layer's matrices."""
         modules = linears(layer)
         return {column: modules[name] for column, (at, name) in enumerate(self.matrices) if at == index}
 
 
-def by_sequence(module: Module, rows: Tensor, B: int) -> Tensor:
+def by_sequence(module: nn.Module, rows: Tensor, B: int) -> Tensor:
     """Return a batch's inputs or outputs of a linear as (B, T, C), with zeros for tokens not routed to its expert."""
     if isinstance(module, experts.RoutedLinear):
         return module.scatter_to_batch(rows, B)

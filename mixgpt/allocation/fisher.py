@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn import Module
-from torch.nn.functional import pad
+from torch import Tensor, nn
 
 from mixgpt.allocation.backward import Chunk, by_sequence, chunk_size
 from mixgpt.common import distributed, progress
@@ -102,10 +100,10 @@ def _sampled_backward(chunk: Chunk, keys: Sequence[tuple], measure: Callable, vo
     vocabulary: as in `output_gradients`.
     """
     @torch.no_grad()
-    def forward(layer: Module, index: int, rows: slice) -> list[Tensor]:
+    def forward(layer: nn.Module, index: int, rows: slice) -> list[Tensor]:
         return [chunk.stream.call(layer, index, *chunk.read(index, rows), rows)]
 
-    def backward(layer: Module, index: int, rows: slice) -> list[Tensor]:
+    def backward(layer: nn.Module, index: int, rows: slice) -> list[Tensor]:
         modules, inputs, outputs = chunk.matrices_of(layer, index), {}, {}
         (x,), (g,) = chunk.read(index, rows), chunk.read(index + 1, rows)
         before, after = ({module: partial(kept.__setitem__, column) for column, module in modules.items()}
@@ -143,7 +141,7 @@ def _sampled_gradient(chunk: Chunk, head: Callable, rows: slice, keys: Sequence[
 
 def drawn(p: Tensor, uniform: Tensor) -> Tensor:
     """Draw an index from each row of p (n, V), probabilities: the first whose cumulated p reaches uniform (n,)."""
-    parts, uniform = pad(p, (0, -p.shape[1] % PART)).unflatten(1, (-1, PART)), uniform[:, None]
+    parts, uniform = nn.functional.pad(p, (0, -p.shape[1] % PART)).unflatten(1, (-1, PART)), uniform[:, None]
     sums = parts.sum(2, dtype=torch.float64)  # Cumulating whole rows would take a third of the head's time.
     ends = sums.cumsum(1)
     part = torch.searchsorted(ends, uniform).clamp_(max=ends.shape[1] - 1)

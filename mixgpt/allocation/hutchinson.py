@@ -7,8 +7,7 @@ import contextlib
 from collections.abc import Callable, Generator, Sequence
 
 import torch
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixgpt.allocation.backward import Chunk, by_sequence
@@ -35,7 +34,7 @@ def curvatures(chunk: Chunk, keys: Sequence[tuple]) -> Tensor:
     chunk.borders[0].append(torch.zeros_like(chunk.borders[0][0]))  # The tangent of the first layer's input is 0.
     result = torch.zeros(len(chunk.tokens), len(chunk.matrices), dtype=torch.float64, device=chunk.device)
 
-    def forward(layer: Module, index: int, rows: slice) -> tuple[Tensor, Tensor]:
+    def forward(layer: nn.Module, index: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Return output y and tangent ẏ of a layer (B, T, C): ẏ = ∇_u (d/dε ⟨y, u⟩), linear in u."""
         with torch.enable_grad(), _probed(chunk, layer, index, keys[rows]) as epsilons:
             _, t, moved = _along(chunk, index, rows)
@@ -55,14 +54,14 @@ def curvatures(chunk: Chunk, keys: Sequence[tuple]) -> Tensor:
             with torch.enable_grad():
                 t = torch.zeros((), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
                 logits = wide(head(h.requires_grad_() + t * h_dot))
-                loss = torch.nn.functional.cross_entropy(logits, label, reduction="sum")
+                loss = nn.functional.cross_entropy(logits, label, reduction="sum")
                 gradient, phi = torch.autograd.grad(loss, [h, t], create_graph=True)
                 results.append((gradient.detach(), torch.autograd.grad(phi, h)[0]))
         last = torch.zeros_like(hidden[:, :1])  # The last token predicts nothing.
         return [torch.cat([torch.cat(parts).view(hidden[:, :-1].shape), last], 1)
                 for parts in zip(*results, strict=True)]
 
-    def backward(layer: Module, index: int, rows: slice) -> tuple[Tensor, Tensor]:
+    def backward(layer: nn.Module, index: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Return (g, ġ) before a layer, and store zᵀ H z of its matrices in the result.
 
         With s = ⟨y, g⟩ and φ = ds/dε + ⟨y, ġ⟩: ∇_x s = g and ∇_x φ = ġ of the layer before, and ∂φ/∂ε = zᵀ H z.
@@ -85,7 +84,7 @@ def curvatures(chunk: Chunk, keys: Sequence[tuple]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _probed(chunk: Chunk, layer: Module, index: int, keys: Sequence[tuple]) -> Generator[dict[int, Tensor]]:
+def _probed(chunk: Chunk, layer: nn.Module, index: int, keys: Sequence[tuple]) -> Generator[dict[int, Tensor]]:
     """Perturb the matrices of a layer by ε Z within the block. Yields {column: ε (B,), zeros}."""
     epsilons = {}
     with contextlib.ExitStack() as stack:
@@ -94,7 +93,7 @@ def _probed(chunk: Chunk, layer: Module, index: int, keys: Sequence[tuple]) -> G
                                    chunk.dtype) for key in keys])  # (B, out, in)
             epsilon = torch.zeros(len(keys), device=chunk.device, dtype=chunk.dtype, requires_grad=True)
 
-            def perturb(module: Module, args: tuple, output: Tensor, Z: Tensor = Z, eps: Tensor = epsilon) -> Tensor:
+            def perturb(module: nn.Module, args: tuple, output: Tensor, Z: Tensor = Z, eps: Tensor = epsilon) -> Tensor:
                 X = by_sequence(module, args[0], len(Z))  # (B, T, in)
                 change = eps[:, None, None] * (X @ Z.mT)
                 if isinstance(module, RoutedLinear):

@@ -134,7 +134,7 @@ def load_or_compute(streamed: StreamedModel, tokens: Tensor, estimator: str, see
     """Return (`Traces` of all matrices, path of their file), read from the file if it exists, else computed and saved.
 
     An interrupted computation is resumed from its file. path: the file (default: one in the cache, named by its key and
-    this version of the program). It may come from other tokens, seeds or probes; from other weights, InputError.
+    this version of the program). Raises InputError if it comes from other weights; other tokens or seeds will do.
     """
     model, shapes = streamed.model, select(streamed.model)
     key = {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens), "estimator": estimator,

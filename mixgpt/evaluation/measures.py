@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixgpt.checkpoints.sparse import SparseLinear
@@ -19,7 +18,7 @@ from mixgpt.modeling.running import SLICE, StreamedModel, by_rows
 
 @torch.no_grad()
 def perplexities(model: PreTrainedModel, tests: dict[str, Tensor], batch_size: int, device: torch.device,
-                 observe: Callable[[int, Module], object] | None = None) -> dict[str, float]:
+                 observe: Callable[[int, nn.Module], object] | None = None) -> dict[str, float]:
     """Return exp of the mean negative log-likelihood of test sets, {name: tokens (N, T)}, each sequence independently.
 
     T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ, with float32 log-likelihoods. All sets pass
@@ -45,7 +44,7 @@ def perplexities(model: PreTrainedModel, tests: dict[str, Tensor], batch_size: i
                     labels = shares[name][rows, 1:].to(device).flatten()
                     for h, label in zip(hidden.split(SLICE), labels.split(SLICE), strict=True):
                         for scores, t in by_rows(head(h), label):
-                            total += torch.nn.functional.cross_entropy(scores.float(), t, reduction="sum")
+                            total += nn.functional.cross_entropy(scores.float(), t, reduction="sum")
                 totals[name] = total.item()
     totals = distributed.all_gather_object(totals)
     means = {name: sum(each[name] for each in totals) / tokens[:, 1:].numel() for name, tokens in tests.items()}
@@ -76,7 +75,7 @@ class Survey:
         self.embedded = None if tokens is None else streamed.embed(tokens)
 
     @torch.no_grad()
-    def take(self, index: int, layer: Module) -> list[Counts]:
+    def take(self, index: int, layer: nn.Module) -> list[Counts]:
         """Take layer `index` if it is the next one; 0 starts anew. Returns zeros of its linears and `other_weights`."""
         if index == 0:
             self.counts, self.stream = [], self.embedded and self.embedded.copy()

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
@@ -30,16 +29,16 @@ def layers_path(model: PreTrainedModel) -> str:
         weight.numel() for weight in model.get_submodule(path).parameters()))
 
 
-def _lists(module: Module, prefix: str = "") -> Iterator[str]:
+def _lists(module: nn.Module, prefix: str = "") -> Iterator[str]:
     """Yield the dotted paths of the lists of modules that are in no other list."""
     for name, child in module.named_children():
-        if isinstance(child, torch.nn.ModuleList):
+        if isinstance(child, nn.ModuleList):
             yield prefix + name
         else:
             yield from _lists(child, f"{prefix}{name}.")
 
 
-def layers_of(model: PreTrainedModel) -> ModuleList:
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers of a model."""
     return model.get_submodule(layers_path(model))
 
@@ -49,7 +48,7 @@ def path_of(model: PreTrainedModel, index: int, name: str) -> str:
     return f"{layers_path(model)}.{index}.{name}"
 
 
-def rest_of(model: PreTrainedModel) -> dict[str, Module]:
+def rest_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the modules that hold what is not in the layers, {dotted path: module}."""
     layers = layers_path(model)
     names = layers.split(".")
@@ -126,7 +125,7 @@ def cast(arguments: dict, dtype: torch.dtype) -> dict:
     return tree_map(convert, arguments)
 
 
-def shared_shapes(layers: ModuleList, hidden: Tensor, calls: list) -> Shapes:
+def shared_shapes(layers: nn.ModuleList, hidden: Tensor, calls: list) -> Shapes:
     """Return the `Shapes` of what layers leave for later ones, by running them on meta on these calls."""
     shared = Shared()
     if any(map(is_shared, tree_leaves(calls))):

@@ -10,8 +10,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn import Linear, Module, Parameter
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -38,7 +37,7 @@ class ExpertSlice:
         return rows.chunk(self.parts)[self.part] if self.concatenated else rows[self.part::self.parts]
 
 
-class RoutedLinear(Linear):
+class RoutedLinear(nn.Linear):
     """A linear of an expert. Its input is the tokens that are routed to the expert, possibly none."""
 
     tokens: Tensor | None = None  # (n,): the numbers of these tokens in the batch of the latest call.
@@ -55,12 +54,12 @@ class RoutedLinear(Linear):
         return zeros.index_put((self.tokens,), rows).view(B, -1, rows.shape[-1])
 
 
-def is_fused(module: Module) -> bool:
+def is_fused(module: nn.Module) -> bool:
     """Return whether a module holds experts in 3-D parameters, in one of transformers' layouts."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and "down_proj" in module._parameters
 
 
-def is_split(module: Module) -> bool:
+def is_split(module: nn.Module) -> bool:
     """Return whether a module holds experts as linears of their own."""
     return hasattr(module, "is_transposed") and module.config._experts_implementation == SPLIT
 
@@ -70,7 +69,7 @@ def kind_of(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
-def parts_of(module: Module, leaf: str) -> dict[str, ExpertSlice]:
+def parts_of(module: nn.Module, leaf: str) -> dict[str, ExpertSlice]:
     """Return {name of an expert's tensor once split: its `ExpertSlice` of a parameter}, {} if that is not fused."""
     matrices = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
     names = matrices.get(leaf.removesuffix("_bias"), ()) if is_fused(module) else ()
@@ -90,7 +89,7 @@ def split_experts(model: PreTrainedModel) -> None:
         for leaf, parts in {leaf: parts_of(module, leaf) for leaf in module._parameters}.items():
             if parts:
                 parameter = module._parameters.pop(leaf)
-                tensors |= {name: Parameter(part.of(parameter.detach()).contiguous())
+                tensors |= {name: nn.Parameter(part.of(parameter.detach()).contiguous())
                             for name, part in parts.items()}
         for name in [name for name in tensors if name.endswith("weight")]:
             number, matrix, _ = name.split(".")
@@ -98,7 +97,7 @@ def split_experts(model: PreTrainedModel) -> None:
             with torch.device("meta"):
                 linear = RoutedLinear(*reversed(tensors[name].shape), bias=bias is not None)
             linear.weight, linear.bias = tensors[name], bias
-            module._modules.setdefault(number, Module()).add_module(matrix, linear)
+            module._modules.setdefault(number, nn.Module()).add_module(matrix, linear)
         module.config = copy.copy(module.config)  # The model's own configuration, which is saved, stays as it is.
         module.config._experts_implementation = SPLIT
 
@@ -109,8 +108,8 @@ def use_linears(model: PreTrainedModel) -> dict[str, Conv1D]:
     replaced = {path: module for path, module in model.named_modules() if isinstance(module, Conv1D)}
     for path, module in replaced.items():
         with torch.device("meta"):
-            linear = Linear(module.nx, module.nf)
-        linear.weight, linear.bias = Parameter(module.weight.detach().t().contiguous()), module.bias
+            linear = nn.Linear(module.nx, module.nf)
+        linear.weight, linear.bias = nn.Parameter(module.weight.detach().t().contiguous()), module.bias
         model.set_submodule(path, linear)
     return replaced
 
@@ -123,7 +122,7 @@ def restore(model: PreTrainedModel, replaced: dict[str, Conv1D]) -> None:
         model.set_submodule(path, module)
 
 
-def _run_split(experts: Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _run_split(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run tokens (n, C) through their experts, with numbers and weights (n, k); an expert may get no tokens."""
     result = torch.zeros_like(hidden_states)
     chosen, k = top_k_index.flatten(), top_k_index.shape[1]

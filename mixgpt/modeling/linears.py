@@ -3,30 +3,26 @@
 import contextlib
 import re
 from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn import Linear, Module, Parameter
+from torch import Tensor, nn
 
 from mixgpt.modeling import experts
-
-if TYPE_CHECKING:  # `running` comes after this module.
-    from mixgpt.modeling.running import HiddenStates
+from mixgpt.modeling.running import HiddenStates
 
 Key = tuple[int, str]  # The number of a decoder layer, and the name of a linear in it.
 ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")  # Names of what routes tokens to experts.
 
 
-def linears(layer: Module) -> dict[str, Linear]:
+def linears(layer: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers of a decoder layer by name, those of each expert included, without routers."""
     mixture = any(map(experts.is_split, layer.modules()))
     return {name: module for name, module in layer.named_modules()
-            if isinstance(module, Linear) and not hasattr(module, "n_groups")  # DeepSeek-V4's is block-diagonal.
+            if isinstance(module, nn.Linear) and not hasattr(module, "n_groups")  # DeepSeek-V4's is block-diagonal.
             and not (mixture and ROUTERS.search(name))}
 
 
-def other_weights(layer: Module) -> dict[str, Parameter]:
+def other_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Return all other parameters of a decoder layer of two dimensions or more, by name: routers, convolutions."""
     known = {id(module.weight) for module in linears(layer).values()}
     return {name.removesuffix(".weight"): weight for name, weight in layer.named_parameters()
@@ -34,7 +30,7 @@ def other_weights(layer: Module) -> dict[str, Parameter]:
 
 
 @torch.no_grad()
-def shared_inputs(layer: Module, index: int, stream: "HiddenStates") -> list[list[str]]:
+def shared_inputs(layer: nn.Module, index: int, stream: HiddenStates) -> list[list[str]]:
     """Group the linears of a layer that read the same tensor, by running one sequence through it.
 
     Returns lists of names, in the order in which the inputs are first read. Linears not called as modules are missing.
@@ -52,7 +48,7 @@ def shared_inputs(layer: Module, index: int, stream: "HiddenStates") -> list[lis
 
 
 @contextlib.contextmanager
-def hooked(readers: Mapping[Module, Callable[[Tensor], object]], outputs: bool = False) -> Generator[None]:
+def hooked(readers: Mapping[nn.Module, Callable[[Tensor], object]], outputs: bool = False) -> Generator[None]:
     """Within the block, call readers[module](input) before each forward of a module, or with its output after it."""
     with contextlib.ExitStack() as stack:
         for module, read in readers.items():

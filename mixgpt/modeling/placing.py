@@ -10,8 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixgpt.common import memory, program, progress
@@ -22,7 +21,7 @@ READER = ThreadPoolExecutor(1)  # One thread reads all ahead: malloc would keep 
 
 
 @contextlib.contextmanager
-def on_device(modules: Iterable[Module], device: torch.device, ahead: Future | None = None) -> Generator[None]:
+def on_device(modules: Iterable[nn.Module], device: torch.device, ahead: Future | None = None) -> Generator[None]:
     """Keep `modules` on `device` within the block; afterwards on the host, or on disk if they have `disk_weights`.
 
     Changes to modules on disk are lost unless written there. ahead: a single module's tensors that are being read.
@@ -48,7 +47,7 @@ def on_device(modules: Iterable[Module], device: torch.device, ahead: Future | N
         yield
 
 
-def in_turn(layers: Sequence[Module], device: torch.device, title: str | None = None) -> Iterator[tuple[int, Module]]:
+def in_turn(layers: Sequence[nn.Module], device: torch.device, title: str = "") -> Iterator[tuple[int, nn.Module]]:
     """Yield (index, layer), each on the device while the next one is read. title: of a progress bar, if any."""
     ahead = None
     for index, layer in enumerate(progress.bar(layers, title=title, leave=False) if title else layers):

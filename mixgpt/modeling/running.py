@@ -7,8 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import mixgpt.modeling.baichuan  # noqa: F401, registers Baichuan with the Auto classes
@@ -42,7 +41,7 @@ class StreamedModel:
     on_host: bool = False  # Keep calibration hidden states on the host even if the device has room.
 
     @property
-    def layers(self) -> ModuleList:
+    def layers(self) -> nn.ModuleList:
         return decoder.layers_of(self.model)
 
     @torch.no_grad()
@@ -75,7 +74,7 @@ class Reached(Exception):
     """A forward pass has got as far as it needs to."""
 
 
-def _record(model: PreTrainedModel, layers: ModuleList, tokens: Tensor,
+def _record(model: PreTrainedModel, layers: nn.ModuleList, tokens: Tensor,
             tuples: bool = True) -> tuple[Tensor, list[tuple[tuple, dict]]]:
     """Run a model up to its layers. Returns the hidden states before these, and the (args, kwargs) of each layer.
 
@@ -100,7 +99,7 @@ def _record(model: PreTrainedModel, layers: ModuleList, tokens: Tensor,
 
 
 @contextlib.contextmanager
-def _replaced(layers: Iterable[Module], forward: Callable) -> Generator[None]:
+def _replaced(layers: Iterable[nn.Module], forward: Callable) -> Generator[None]:
     """Let layers run `forward` within the block; afterwards, one that a caller has set, as accelerate does, is back."""
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -133,11 +132,11 @@ class HiddenStates:
         N = len(self.hidden)
         return [slice(start, min(start + self.batch_size, N)) for start in range(0, N, self.batch_size)]
 
-    def forward(self, layer: Module, index: int, rows: slice) -> Tensor:
+    def forward(self, layer: nn.Module, index: int, rows: slice) -> Tensor:
         """Run layer number `index`, which is on the device, on sequences `rows`. Returns (B, T, C) there."""
         return self.call(layer, index, self.hidden[rows].to(self.device), rows)
 
-    def call(self, layer: Module, index: int, hidden: Tensor, rows: slice | Tensor) -> Tensor:
+    def call(self, layer: nn.Module, index: int, hidden: Tensor, rows: slice | Tensor) -> Tensor:
         """Run layer number `index` on hidden states (B, T, C), or wider by what layers share, of sequences `rows`."""
         distributed.alive()
         arguments, (hidden, shared) = self.arguments[len(hidden)][index], decoder.unpack(hidden, self.shared)
@@ -149,7 +148,7 @@ class HiddenStates:
         return torch.cat([output, *parts], -1) if parts else output
 
     @torch.no_grad()
-    def advance(self, layer: Module, index: int) -> None:
+    def advance(self, layer: nn.Module, index: int) -> None:
         """Replace the hidden states by the output of layer number `index`, which is on the device."""
         for rows in self.batches():
             self.put(rows, self.forward(layer, index, rows))

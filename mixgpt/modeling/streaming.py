@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
@@ -33,7 +32,7 @@ class TensorLocation(NamedTuple):
     packed: Callable | None = None  # A function that reads it from (open file, key), if it is encoded.
 
 
-def disk_weights(module: Module) -> dict[str, TensorLocation] | None:
+def disk_weights(module: nn.Module) -> dict[str, TensorLocation] | None:
     """Return {name: TensorLocation} of a module on disk, whose tensors are on meta while it does not run, else None."""
     return getattr(module, "disk_weights", None)
 
@@ -44,7 +43,7 @@ def locations_of(model: PreTrainedModel) -> dict[str, TensorLocation]:
             for name, location in (disk_weights(module) or {}).items()}
 
 
-def read(module: Module, pinned: bool = False) -> dict[str, Tensor]:
+def read(module: nn.Module, pinned: bool = False) -> dict[str, Tensor]:
     """Read {name: tensor} of a module on disk, in its dtypes. Raises InputError for NaN or inf.
 
     pinned: use memory that PyTorch gives to no other tensor before the copies from it to a GPU have ended.

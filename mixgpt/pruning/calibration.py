@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixgpt.common import distributed
@@ -43,7 +42,7 @@ from mixgpt.pruning.targets import Target
 class LayerHessians:
     """The Hessians of the inputs of a layer's planned matrices, and of all tokens that enter its experts."""
 
-    def __init__(self, layer: Module, stream: HiddenStates, groups: list[tuple[str, ...]], nsequences: int,
+    def __init__(self, layer: nn.Module, stream: HiddenStates, groups: list[tuple[str, ...]], nsequences: int,
                  clock: Clock, twin: DenseTwin | None = None) -> None:
         self.modules, self.stream, self.clock, self.twin = linears(layer), stream, clock, twin
         self.hessians = {stop: InputHessian(stop.in_features, nsequences, stream.device)
@@ -56,7 +55,7 @@ class LayerHessians:
                            if name.endswith(("gate_proj", "up_proj"))}
         self.undersampled = []  # The names of linears with fewer tokens than columns, and these tokens' numbers.
 
-    def read(self, module: Module, X: Tensor) -> None:
+    def read(self, module: nn.Module, X: Tensor) -> None:
         """Add a batch to the Hessian of a module's input."""
         with self.clock.part("Hessian"):
             self.hessians[module].add_batch(X, **self.twin.gaps(module, X) if self.twin else {})
@@ -94,7 +93,7 @@ class Calibration:
             self.reference = self.stream.copy() if recipe.fits_dense else None
         self.nsequences = len(tokens)  # The number over all processes.
 
-    def pass_finished(self, index: int, layer: Module, files: Any, observe: Callable | None) -> None:
+    def pass_finished(self, index: int, layer: nn.Module, files: Any, observe: Callable | None) -> None:
         """Take a layer that an interrupted run has pruned, and advance the hidden states through it as that run did."""
         if self.reference:
             with on_device([layer], self.stream.device):
@@ -107,7 +106,7 @@ class Calibration:
             if observe:
                 observe(index, layer)
 
-    def inputs(self, index: int, layer: Module, bar: tqdm) -> Iterator[tuple[tuple[str, ...], InputHessian]]:
+    def inputs(self, index: int, layer: nn.Module, bar: tqdm) -> Iterator[tuple[tuple[str, ...], InputHessian]]:
         """Yield (names of linears, factored InputHessian of the input that they read) in the order in which they run.
 
         The caller prunes these linears before it asks for the next input. At the end the hidden states are the layer's
@@ -153,14 +152,14 @@ class Calibration:
             bar.write(f"layer {index}: {', '.join(few[:3])}{others} got fewer tokens than they have columns; "
                       "their Hessians are filled up with the mean over the layer's experts")
 
-    def _rotate(self, index: int, layer: Module) -> None:
+    def _rotate(self, index: int, layer: nn.Module) -> None:
         if self.recipe.rotate:
             targets = {name: target for (planned, name), target in self.plan.items() if planned == index}
             with self.clock.part("rotation"):
                 rotate_heads(layer, index, self.reference or self.stream, targets,
                              distributed.share(self.nsequences).start)
 
-    def _one_pass(self, layer: Module, index: int, hessians: LayerHessians, twin: DenseTwin | None) -> Generator:
+    def _one_pass(self, layer: nn.Module, index: int, hessians: LayerHessians, twin: DenseTwin | None) -> Generator:
         """Yield when all batches pause in front of a stop, and go on to the next one; the dense model goes first."""
         forwards = [paused_forwards(layer, index, self.stream, list(hessians.hessians), hessians.read)]
         if twin and self.reference:
@@ -168,7 +167,7 @@ class Calibration:
         with hooked(hessians.readers), hooked(twin.readers if twin else {}, outputs=True):
             yield from itertools.zip_longest(*forwards)
 
-    def _two_passes(self, layer: Module, index: int, hessians: LayerHessians, twin: DenseTwin | None) -> Generator:
+    def _two_passes(self, layer: nn.Module, index: int, hessians: LayerHessians, twin: DenseTwin | None) -> Generator:
         """Run all batches of both models, yield for each stop, and run the pruned layer again."""
         stops = list(hessians.hessians)
         readers = hessians.readers | {module: partial(hessians.read, module) for module in stops}
@@ -217,8 +216,8 @@ def pass_bytes(streamed: StreamedModel, selected: dict[Key, tuple[int, int]], sh
 
 
 @torch.no_grad()
-def paused_forwards(layer: Module, index: int, stream: HiddenStates, stops: list[Module],
-                    read: Callable[[Module, Tensor], None]) -> Generator[Module]:
+def paused_forwards(layer: nn.Module, index: int, stream: HiddenStates, stops: list[nn.Module],
+                    read: Callable[[nn.Module, Tensor], None]) -> Generator[nn.Module]:
     """Run all batches through layer number `index` concurrently, pausing at each module of `stops`.
 
     stops: modules in the order in which the layer runs them. Calls read(module, input) for each batch, and yields the
@@ -228,7 +227,7 @@ def paused_forwards(layer: Module, index: int, stream: HiddenStates, stops: list
     def forward(rows: slice) -> None:
         stream.put(rows, stream.forward(layer, index, rows))
 
-    def pause(module: Module, X: Tensor) -> None:
+    def pause(module: nn.Module, X: Tensor) -> None:
         read(module, X)
         getcurrent().parent.switch()
 

@@ -21,8 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 
 from mixgpt.common import distributed
 from mixgpt.common.runtime import wide
@@ -48,7 +47,7 @@ class Writer:
 
 
 @torch.no_grad()
-def residual_writers(layer: Module, index: int, stream: HiddenStates) -> list[Writer]:
+def residual_writers(layer: nn.Module, index: int, stream: HiddenStates) -> list[Writer]:
     """Find the `Writer`s of layer number `index` by running one sequence through it, in order of writing.
 
     The residual stream is what modules read, or the layer returns, that differs from an earlier state of it, or from a
@@ -68,7 +67,7 @@ def residual_writers(layer: Module, index: int, stream: HiddenStates) -> list[Wr
 class _Search:
     """What is known of a layer's residual stream while one sequence runs through it."""
 
-    def __init__(self, layer: Module, x: Tensor) -> None:
+    def __init__(self, layer: nn.Module, x: Tensor) -> None:
         self.shape, self.eps, self.writers = x.shape, torch.finfo(x.dtype).eps, []
         self.candidates = {name for name, module in linears(layer).items()
                            if module.out_features == x.shape[-1] and not isinstance(module, RoutedLinear)}
@@ -81,7 +80,7 @@ class _Search:
             return tensor.reshape(self.shape)[0, :PROBE_TOKENS].flatten().double()
         return None
 
-    def note(self, name: str, _: Module, args: tuple, named: dict, Y: object) -> None:
+    def note(self, name: str, _: nn.Module, args: tuple, named: dict, Y: object) -> None:
         """Note a call of a module: a linear, a norm that follows one, or a norm of the stream."""
         X, *_ = *args, *named.values()
         X, Y = self.view(X), self.view(Y)
@@ -145,7 +144,7 @@ class DenseTwin:
     of the linears that read each input. light_first: whether writers weigh tokens by `first_token_weights`.
     """
 
-    def __init__(self, layer: Module, index: int, stream: HiddenStates, reference: HiddenStates,
+    def __init__(self, layer: nn.Module, index: int, stream: HiddenStates, reference: HiddenStates,
                  groups: list[tuple[str, ...]], light_first: bool = False) -> None:
         self.layer, self._pruned, self.readers, self._place = copy.deepcopy(layer), layer, {}, stream.hidden.device
         modules, twins = linears(layer), linears(self.layer)
@@ -175,17 +174,17 @@ class DenseTwin:
         self.readers[self.layer.get_submodule(name)] = kept.append
         self.readers[self._pruned.get_submodule(name)] = lambda y: act((kept.popleft() - y).to(self._place))
 
-    def _advance_lag(self, module: Module, next_module: Module, difference: Tensor) -> None:
+    def _advance_lag(self, module: nn.Module, next_module: nn.Module, difference: Tensor) -> None:
         """Find the lag before the next writer from the one before this writer and the difference of its outputs."""
         batch = len(self._lags[next_module])
         lag, self._lags[module][batch] = self._lags[module][batch], None
         self._lags[next_module].append(lag + self._writers[module].scale * difference)
 
-    def record_input(self, twin: Module, x: Tensor) -> None:
+    def record_input(self, twin: nn.Module, x: Tensor) -> None:
         """Keep x, the input of a module of the dense layer in the next batch."""
         self._inputs[self.stops[twin]].append((x, getattr(twin, "tokens", None)))
 
-    def gaps(self, module: Module, X: Tensor) -> dict[str, Tensor | None]:
+    def gaps(self, module: nn.Module, X: Tensor) -> dict[str, Tensor | None]:
         """Return half of the input gap or of the output gap of a pruned layer's module in the next batch, with input X.
 
         These are keyword arguments of `InputHessian.add_batch`; with an output gap there are the weights of its tokens.
@@ -209,5 +208,5 @@ class DenseTwin:
             # Where y is 0, as it is for an embedding of zeros, so is the energy.
             closing = torch.where(scale == 0, 0, lag * scale / energy).to(lag.dtype)
         closing = closing / writer.scale
-        output_gap = torch.nn.functional.linear(gap, module.weight).view_as(lag).add(closing, alpha=SHARE)
+        output_gap = nn.functional.linear(gap, module.weight).view_as(lag).add(closing, alpha=SHARE)
         return {"output_gap": output_gap, "weights": self._weights[batch]}

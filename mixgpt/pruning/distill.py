@@ -14,8 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
-from torch.nn import Module, ModuleList, Parameter
+from torch import Tensor, nn
 
 from mixgpt.common import distributed, memory, progress
 from mixgpt.common.runtime import attention_heads, repeatable_attention, seeded, wide
@@ -116,7 +115,7 @@ def training_bytes(streamed: StreamedModel, tokens: Tensor, effort: float = 1.0)
 
 @torch.no_grad()
 def distill(streamed: StreamedModel, chosen: dict[Key, Grid | None], tokens: Tensor, reference: dict[str, Tensor],
-            seed: int, finish: Callable[[int, Module], None] | None = None, effort: float = 1.0) -> float:
+            seed: int, finish: Callable[[int, nn.Module], None] | None = None, effort: float = 1.0) -> float:
     """Train the chosen matrices in place.
 
     streamed: the pruned model, which is put on the device as a whole. chosen: all pruned or quantized matrices. Their
@@ -153,7 +152,7 @@ def distill(streamed: StreamedModel, chosen: dict[Key, Grid | None], tokens: Ten
     return mean
 
 
-def _train(stream: HiddenStates, layers: ModuleList, head: Callable[[Tensor], Tensor],
+def _train(stream: HiddenStates, layers: nn.ModuleList, head: Callable[[Tensor], Tensor],
            states: "Sequence[_Weight | _Scales]", steps: Sequence[Tensor], reference: Tensor, labels: Tensor) -> float:
     """Take the steps on sequences (n,), with reference (N, T − 1, C). Returns the divergence or raises Diverged."""
     totals, before = [], len(steps) - math.ceil(AVERAGED * len(steps))  # Averaging starts after so many steps.
@@ -194,7 +193,7 @@ def _per_step(tokens: Tensor, effort: float) -> int:
 
 
 @contextlib.contextmanager
-def _trained(layers: ModuleList, chosen: dict[Key, Grid | None]) -> Generator[list[Parameter]]:
+def _trained(layers: nn.ModuleList, chosen: dict[Key, Grid | None]) -> Generator[list[nn.Parameter]]:
     """Yield the weights of the chosen matrices, which require gradients in the block; if it raises, restore them."""
     modules = [linears(layer) for layer in layers]
     trained = [modules[index][name].weight for index, name in chosen]
@@ -213,7 +212,7 @@ def _trained(layers: ModuleList, chosen: dict[Key, Grid | None]) -> Generator[li
             weight.grad = None
 
 
-def _backward(stream: HiddenStates, layers: ModuleList, head: Callable[[Tensor], Tensor], rows: Tensor,
+def _backward(stream: HiddenStates, layers: nn.ModuleList, head: Callable[[Tensor], Tensor], rows: Tensor,
               reference: Tensor, labels: Tensor) -> Tensor:
     """Add the gradients of the loss of sequences `rows` to the weights'. Returns the divergence, summed over tokens."""
     hidden = stream.hidden[rows].to(stream.device)
@@ -248,7 +247,7 @@ def _divergence(head: Callable, hidden: Tensor, reference: Tensor, labels: Tenso
 class _Weight:
     """A matrix that is trained, its float32 copy `exact`, and `lag`: its mean over the averaged steps minus `exact`."""
 
-    def __init__(self, weight: Parameter) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         self.weight, self.exact = weight, weight.detach().to(torch.float32, copy=True)
         self.lag = torch.zeros_like(weight)
 
@@ -265,7 +264,7 @@ class _Weight:
 class _Scales:
     """The scales of a quantized matrix: factors of them are trained, `exact` and `lag`; its codes stay."""
 
-    def __init__(self, weight: Parameter, grid: Grid) -> None:
+    def __init__(self, weight: nn.Parameter, grid: Grid) -> None:
         self.weight, self.grid = weight, grid
         on_device = grid.to(weight.device)
         self.group, self.scale, self.before = on_device.group, on_device.scale, on_device.scale.float()

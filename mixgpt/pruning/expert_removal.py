@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixgpt.common import distributed
@@ -42,7 +41,7 @@ class ExpertRows:
         return tensor[:].index_select(self.dim, torch.tensor(self.numbers))
 
 
-def _experts_of(model: Module) -> tuple[str, Module | None]:
+def _experts_of(model: nn.Module) -> tuple[str, nn.Module | None]:
     """Return the name and the module of the first experts of a model or a layer, "" and None if it has none."""
     return next(((name, module) for name, module in model.named_modules() if is_split(module)), ("", None))
 
@@ -76,7 +75,7 @@ def with_fewer_experts(model: PreTrainedModel, fraction: float) -> PreTrainedMod
     return smaller
 
 
-def _sources(index: int, layer: Module, smaller: Module, kept: Iterable[int]) -> dict[str, tuple]:
+def _sources(index: int, layer: nn.Module, smaller: nn.Module, kept: Iterable[int]) -> dict[str, tuple]:
     """Return {name of a tensor of a layer with fewer experts: (its name in the layer, `ExpertRows` or None)}.
 
     smaller: the layer with fewer experts. kept: the numbers of these, ascending. Empty for a layer without experts.
@@ -103,7 +102,7 @@ def expert_scores(streamed: StreamedModel, tokens: Tensor) -> dict[int, Tensor]:
             continue
         sums, routing = torch.zeros(2, experts.num_experts, dtype=torch.float64, device=stream.device), {}
 
-        def add(number: int, output: Tensor, experts: Module = experts, sums: Tensor = sums,
+        def add(number: int, output: Tensor, experts: nn.Module = experts, sums: Tensor = sums,
                 routing: dict = routing) -> None:
             """Add up, for an expert, router weights times the norms of its outputs, and its tokens."""
             tokens = experts.get_submodule(f"{number}.down_proj").tokens

@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Module
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixgpt.common import distributed, progress
@@ -54,9 +53,9 @@ def prune_layerwise(streamed: StreamedModel, plan: dict[Key, Target], tokens: Te
     return outcomes
 
 
-def layers_in_turn(streamed: StreamedModel, layers: Sequence[Module], title: str, outcomes: dict[Key, Outcome],
+def layers_in_turn(streamed: StreamedModel, layers: Sequence[nn.Module], title: str, outcomes: dict[Key, Outcome],
                    files: Any = None, observe: Callable | None = None, calibration: Calibration | None = None
-                   ) -> Iterator[tuple[int, Module, dict[Key, Outcome], tqdm]]:
+                   ) -> Iterator[tuple[int, nn.Module, dict[Key, Outcome], tqdm]]:
     """Yield (index, layer, {}, progress bar) for each layer that is not finished, while it is on the device.
 
     The caller prunes the layer and puts its outcomes into the dict. They are then observed, saved with the layer, and

@@ -10,8 +10,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-from torch.nn import Linear, Module
+from torch import Tensor, nn
 
 from mixgpt.common import distributed
 from mixgpt.common.runtime import wide
@@ -32,7 +31,7 @@ TOLERANCE = {2: 2e-2, 4: 1e-3, 8: 1e-3}  # Rounding changes rotated values by at
 
 
 @torch.no_grad()
-def rotate_heads(layer: Module, index: int, stream: HiddenStates, targets: dict[str, Target], first: int = 0) -> None:
+def rotate_heads(layer: nn.Module, index: int, stream: HiddenStates, targets: dict[str, Target], first: int) -> None:
     """Rotate the heads of layer number `index`, which is on the device, in place, if it computes the same then.
 
     stream: hidden states before it. targets: {name of a linear: Target}. first: number of this process's first sequence
@@ -56,7 +55,7 @@ def rotate_heads(layer: Module, index: int, stream: HiddenStates, targets: dict[
                 for values in layouts)
 
 
-def _rotate(v: Linear, o: Linear, rows: Tensor, targets: tuple[Target, Target], layer: Module, index: int,
+def _rotate(v: nn.Linear, o: nn.Linear, rows: Tensor, targets: tuple[Target, Target], layer: nn.Module, index: int,
             stream: HiddenStates, first: int) -> bool:
     """Rotate heads whose values are rows (k, d) of v. Returns whether the layer computes the same; else it stays."""
     (k, d), before, h, C = rows.shape, [], 0, 0
@@ -82,7 +81,7 @@ def _rotate(v: Linear, o: Linear, rows: Tensor, targets: tuple[Target, Target], 
     return alike
 
 
-def _inputs(v: Linear, o: Linear, layer: Module, index: int, stream: HiddenStates, count: int) -> Iterator[list]:
+def _inputs(v: nn.Linear, o: nn.Linear, layer: nn.Module, index: int, stream: HiddenStates, count: int) -> Iterator:
     """Yield the inputs (n, ...) of two linears, batch by batch, of at least `count` sequences if there are as many."""
     seen = []
 
