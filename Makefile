@@ -30,11 +30,11 @@ demo: .venv/runtime $(MODEL)
 	@$(call show,generate.py demo/pruned "Once upon a time" --dense $(MODEL) --dtype bfloat16)
 
 test: .venv/test
-	@$(PY) -m ruff check .
+	@$(PY) -m ruff check . && $(PY) -m ty check
 	@$(PY) -m pytest -n auto --dist worksteal -m "not slow"
 
 test-all: .venv/test
-	@$(PY) -m ruff check .
+	@$(PY) -m ruff check . && $(PY) -m ty check
 	@$(PY) -m pytest -n auto --dist worksteal
 
 .venv/python:

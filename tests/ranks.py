@@ -55,10 +55,10 @@ def made(name, true_sequential, wbits, more=""):
         chosen = allocating._measure(run, {}, MemoryPlan(2))
         plan, gradients = chosen.targets, chosen.gradients
         traces += sum(gradients.values(), ())
-        options = {"solver": admm, "dense_target": True, "rotate": True,
+        options = {"solver": admm, "fits_dense": True, "rotate": True,
                    "row_weights": {key: G for key, (G, _) in gradients.items()}}
     with mock.patch.object(distill, "VOCABULARY", 2 * VOCABULARY // 3):  # more than the text has
-        dense = distill.dense_states(streamed, tokens) if more == "distilled" else {}
+        dense = distill.reference_states(streamed, tokens) if more == "distilled" else {}
     traces += [dense["vocabulary"]] if dense else []
 
     def solver(problem, solve=options["solver"]):

@@ -25,7 +25,7 @@ class Plan:
     targets: dict[tuple[int, str], Target]
     gradients: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] | None = None  # of `output_gradients`
     traces: Traces | None = None  # if matrices are ranked by sensitivity
-    reference: dict[str, torch.Tensor] = field(default_factory=dict)  # `distill.dense_states`, if the run distils
+    reference: dict[str, torch.Tensor] = field(default_factory=dict)  # `distill.reference_states`, if the run distils
 
 
 def choose(run: Run) -> Plan:
@@ -37,7 +37,7 @@ def choose(run: Run) -> Plan:
         run.begin("reference")
         with run.clock.part("distillation"):
             _, reference = run.keep_tensors("dense_states", lambda: (
-                None, retry(lambda plan: distill.dense_states(*run.distilling(plan)))))
+                None, retry(lambda plan: distill.reference_states(*run.distilling(plan)))))
     if settings.experts:
         _remove_experts(run, retry)
     if not settings.compresses:

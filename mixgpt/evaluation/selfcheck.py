@@ -4,36 +4,35 @@ import contextlib
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import decoder, experts
 from mixgpt.modeling.linears import linears, shared_inputs
 from mixgpt.modeling.running import StreamedModel
 
-# Of a small copy: at most so many layers, and limits of settings of its configuration.
+# A small copy of a model has at most so many layers, and these limits in its configuration.
 LAYERS = 12
 VOCABULARY = 512
 WIDTHS = dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 64)
 TOKENS = 16
 SEQUENCES = 3
-TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to 1e-4
+TOLERANCE = 1e-3  # Logits may differ by this share of their standard deviation; rounding is 1e-6 to 1e-4.
 
 
 @torch.no_grad()
-def check(name, skeleton, device):
+def check(name: str, skeleton: PreTrainedModel, device: torch.device) -> tuple[float, list[str]]:
     """Raise InputError if a model's logits differ when its layers run one at a time.
 
-    name: of the model, for the message. skeleton: the model on meta. device: where it will run; this runs on the host,
-    or there if kernels of other packages need a GPU. Compares on SEQUENCES sequences, in batches of two, the last one
-    of one, and of one, through a copy of the configuration with random weights, and as many layers as show each kind of
-    layer. Returns the bytes that a sequence takes between two layers, with what layers leave for later ones, in units
-    of its hidden states alone; and the names of linears that are not called as modules.
+    skeleton: the model on meta. device: where it will run; this runs on the host, or there if kernels of other packages
+    need a GPU. A copy with random weights and a few layers, of every kind, runs on SEQUENCES sequences, in batches of
+    two and of one. Returns the bytes that a sequence takes between two layers, with what layers leave for later ones,
+    in units of its hidden states alone; and the names of linears that are not called as modules.
     """
     kind, layers, uncalled = type(skeleton).__name__, decoder.layers_of(skeleton), set()
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"
     with reading(refusal):
-        # kernels of other packages may need a GPU; sizes may depend on each other in a way of their own
+        # Kernels of other packages may need a GPU; sizes may depend on each other, so that no narrow copy can be built.
         for place, narrow in ((torch.device("cpu"), True), (device, True), (device, False)):
             with contextlib.suppress(*[Exception] if narrow else []), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -58,7 +57,7 @@ def check(name, skeleton, device):
             sorted(uncalled))
 
 
-def small(config, layers, narrow):
+def small(config: PretrainedConfig, layers: torch.nn.ModuleList, narrow: bool) -> PretrainedConfig:
     """Return a copy of a configuration with few layers, of every kind that `layers` have, and a small vocabulary.
 
     narrow: also with narrow MLPs.
@@ -70,11 +69,11 @@ def small(config, layers, narrow):
     for name, limit in limits.items():
         if isinstance(value := getattr(config, name, None), int):
             setattr(config, name, min(value, limit))
-    config.initializer_range = 0.2  # small weights would hide differences
+    config.initializer_range = 0.2  # Small weights would hide differences.
     return config
 
 
-def with_few_layers(config, layers, least):
+def with_few_layers(config: PretrainedConfig, layers: torch.nn.ModuleList, least: int) -> PretrainedConfig:
     """Return a copy of a configuration with as few of its first layers as show every kind, and at least so many.
 
     A kind is a layer's modules, and its entries in lists of the configuration.

@@ -401,7 +401,7 @@ def test_further_text_serves_the_hessians_and_distillation(number, more, piece, 
     streamed, plan = StreamedModel(model, CPU, 2), make_plan(select(model), Target(0.5))
     further, distilled = further.view(-1, 32)[:number], further.view(-1, 32)[number:].reshape(-1, length)
     training = replace(streamed, batch_size=2 * 32 // length)
-    dense = distill.dense_states(training, distilled) if more else None
+    dense = distill.reference_states(training, distilled) if more else None
     prune_layerwise(streamed, plan, torch.cat([tokens, further]), Recipe())
     zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
     if more:

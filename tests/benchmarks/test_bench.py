@@ -63,7 +63,7 @@ def test_the_benchmark_of_matrices_prints_ratios_and_agreement(monkeypatch, caps
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("64x96")]
     assert len(rows) == 3 and all(row.count("x") == 2 and row.count("%") >= 3 for row in rows)
     monkeypatch.setattr(sparse, "measure", lambda *given: ["-"] * 7 if given[2] < 16 else pytest.fail("has no codes"))
-    sparse.main(["--way", "codes"])
+    sparse.main(["--kernel", "codes"])
 
 
 def test_the_benchmark_of_a_model_prints_the_same_perplexity_twice(checkpoint_folder, capsys):

@@ -363,7 +363,7 @@ def test_distillation_that_is_interrupted_costs_at_most_itself(finished, more, p
             patch.setattr(RunDir, "write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             prune(*options, saved, status=130)
         assert {file.name.partition("-")[0] for file in saved.glob("progress/*-0000*.safetensors")} == {"layer"}
-    for owner, name in ((solvers, "admm_pruner"), (distill, "dense_states"), (fisher, "output_gradients"),
+    for owner, name in ((solvers, "admm_pruner"), (distill, "reference_states"), (fisher, "output_gradients"),
                         *[(distill, "distill")] * (finished > 4)):
         monkeypatch.setattr(owner, name, None)  # nothing is done again
     if finished > 3:
