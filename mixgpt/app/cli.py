@@ -1,4 +1,4 @@
-"""The command line of the family scripts: parse and check it, then import PyTorch and run; and how any one ends."""
+"""Command lines that prune or evaluate: parse and check them, then import PyTorch and run; and how any one ends."""
 
 import argparse
 import contextlib
@@ -12,9 +12,12 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
+from mixgpt.app.options import Evaluation
 from mixgpt.app.settings import Settings, flag_of
 from mixgpt.common import program
 from mixgpt.common.choices import Registry
@@ -29,26 +32,29 @@ PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "n
 class Parser(argparse.ArgumentParser):
     """A parser that raises InputError. Flags with underscores, as in the published code, are those with hyphens."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.register("type", None, os.path.expanduser)  # shells leave the ~ of --csv=~/runs.csv
 
-    def parse_args(self, argv):
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
         return super().parse_args([re.sub(r"^--[^=]*", lambda flag: flag[0].replace("_", "-"), part) for part in argv])
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
-def parse(script, argv):
-    """Parse the command line of a script. Returns `Settings`. Raises InputError."""
+def parse(script: str, argv: list[str], names: Collection[str] | None = None) -> Settings:
+    """Parse the command line of a script. names: the options it takes, None for all. Raises InputError."""
     parser = Parser(
         prog=script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Prune and quantize a language model in one shot and report its perplexity.\n"
+        description="Measure the perplexity of a language model as it is, and its scores in tasks." if names else
+                    "Prune and quantize a language model in one shot and report its perplexity.\n"
                     "Without --sparsity, --prunen/--prunem, --wbits or --experts: that of the dense model.")
     group = parser
     for field in dataclasses.fields(Settings):
-        if title := field.metadata["group"]:
+        if names and field.name not in ("model", *names):
+            continue
+        if (title := field.metadata["group"]) and not names:
             group = parser.add_argument_group(title)
         default, text, choices = field.default, field.metadata["help"], field.metadata["choices"]
         if isinstance(default, bool):
@@ -64,20 +70,30 @@ def parse(script, argv):
     return Settings(**vars(parser.parse_args(argv)))
 
 
-def main(script, argv=None):
-    """Run the command line of a script, given by its path. Returns the exit status, see `reported`."""
+def main(script: str, argv: list[str] | None = None, names: Collection[str] | None = None) -> int:
+    """Run the command line of a script, given by its path. names: see `parse`. Returns the status of `reported`."""
     script, argv = Path(script).name, sys.argv[1:] if argv is None else argv
-    with reported(script, argv, REMEDY) as end:
-        settings = parse(script, argv)
+    with reported(script, argv, "lower --batch-size or --seqlen" if names else REMEDY) as end:
+        settings = parse(script, argv, names)
         settings.check_paths()
         end.advice = RESUME if settings.save else ""
         from mixgpt.app import pipeline  # slow import
-        pipeline.run(settings, shlex.join(["python", script, *argv]))
+        pipeline.run(settings, typed(script, argv))
     return end.status
 
 
+def evaluate(script: str, argv: list[str]) -> int:
+    """Run a command line that measures a model as it is. Returns the exit status, see `reported`."""
+    return main(script, argv, Evaluation.__annotations__)
+
+
+def typed(script: str, argv: list[str]) -> str:
+    """Return a command line as one types it. script: the file name of one, or `mixgpt` and a subcommand."""
+    return shlex.join([*(["python"] if script.endswith(".py") else []), *script.split(), *argv])
+
+
 @contextlib.contextmanager
-def reported(script, argv, remedy):
+def reported(script: str, argv: list[str], remedy: str = "") -> Iterator[SimpleNamespace]:
     """Turn what ends the block, a whole command line, into one line on stderr and an exit status.
 
     Yields an object whose `status` is then 0, or what the block has set. 1: a bug, whose traceback is in the file that
@@ -85,6 +101,8 @@ def reported(script, argv, remedy):
     141, without a line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP. `advice` ends all lines but that of
     an InputError.
     """
+    if program.UNSUPPORTED:
+        sys.exit(f"{script}: error: {program.UNSUPPORTED}")
     end = SimpleNamespace(status=0, advice="")
     try:
         with _terminable():
@@ -117,10 +135,10 @@ def reported(script, argv, remedy):
         end.status = status_of(error)
 
 
-def _traceback_file(script, argv, error):
+def _traceback_file(script: str, argv: list[str], error: BaseException) -> str:
     """Write traceback, command and versions to a new file. Returns its path."""
-    with tempfile.NamedTemporaryFile("w", prefix=f"{script}-", suffix=".txt", delete=False) as file:
-        print(shlex.join(["python", script, *argv]), file=file)
+    with tempfile.NamedTemporaryFile("w", prefix=f"{script.replace(' ', '-')}-", suffix=".txt", delete=False) as file:
+        print(typed(script, argv), file=file)
         print(f"Python {platform.python_version()} on {platform.platform()}", file=file)
         for name in PACKAGES:
             print(name, importlib.metadata.version(name), file=file)
@@ -129,7 +147,7 @@ def _traceback_file(script, argv, error):
 
 
 @contextlib.contextmanager
-def _terminable():
+def _terminable() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise `Terminated` within the block, so that temporary files are removed.
 
     Only in the first process: the others keep no files. A signal that is ignored, as under nohup, stays so.
@@ -146,3 +164,7 @@ def _terminable():
             stack.callback(signal.signal, number, signal.SIG_DFL)
             signal.signal(number, terminate)
         yield
+
+
+if __name__ == "__main__":
+    sys.exit(main("mixgpt prune"))

@@ -40,7 +40,7 @@ def _parse(script, argv):
     return vars(given)
 
 
-def main(script, argv=None):
+def main(script: str, argv: list[str] | None = None) -> int:
     """Run the command line of a script, given by its path. Returns the exit status, see `reported`."""
     remedy = "lower --max-new-tokens, or give --dtype bfloat16 or --device cpu"
     script, argv = Path(script).name, sys.argv[1:] if argv is None else argv
@@ -90,3 +90,7 @@ def wrapped(text, width):
     """Return the lines of a text, none longer than `width`."""
     return [part for line in text.strip("\n").expandtabs(4).splitlines()
             for part in textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False) or [""]]
+
+
+if __name__ == "__main__":
+    sys.exit(main("mixgpt generate"))

@@ -144,7 +144,7 @@ def points_of(runs):
         high=("perplexity", "max"), dense=("dense", "first")).reset_index()
 
 
-def main(script, argv=None):
+def main(script: str, argv: list[str] | None = None) -> int:
     """Run the command line of a script, given by its path. Returns the exit status; 2 also if a file was unusable."""
     script, argv, runs = Path(script).name, sys.argv[1:] if argv is None else argv, []
     parser = Parser(prog=script, description="Compare the records of runs in one table.")
@@ -180,3 +180,7 @@ def main(script, argv=None):
             write_output("--plot", options.plot, plots.draw_tradeoff(points, Path(options.plot).suffix))
             print(f"\npicture  {options.plot}")
     return end.status
+
+
+if __name__ == "__main__":
+    sys.exit(main("mixgpt results"))
