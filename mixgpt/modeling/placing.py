@@ -81,5 +81,6 @@ def allocate(shape, dtype, device, place):
         if nbytes * (program.world("LOCAL_WORLD_SIZE") if in_memory else 1) > free:
             why = f"{tempfile.gettempdir()} is memory, too" if in_memory else os.strerror(errno.ENOSPC)
             raise OSError(errno.ENOSPC, why)  # reserving them would fill the disk before it fails
-        os.posix_fallocate(file.fileno(), 0, nbytes)
+        if hasattr(os, "posix_fallocate"):  # macOS has none: there a disk that others fill meanwhile ends the run later
+            os.posix_fallocate(file.fileno(), 0, nbytes)
         return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
