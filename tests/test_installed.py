@@ -30,10 +30,10 @@ assert (mixgpt.load("pruned", "cpu")[0].model.layers[0].mlp.up_proj.weight == 0)
 def installed(tmp_path_factory):
     """Build the wheel and install it where neither Python nor numba can write: __pycache__ is a file there."""
     source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for path in (*ROOT.glob("*.*"), *ROOT.glob("mixgpt/**/*.*"), ROOT / "LICENSE"):
-        if path.is_file() and path.suffix != ".pyc":
-            (copied := source / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copied)
+    shutil.copytree(ROOT / "mixgpt", source / "mixgpt", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.*"), ROOT / "LICENSE"):
+        if path.is_file():
+            shutil.copy(path, source)
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps",
                     "--no-build-isolation", "--no-compile", "--target", site, source], check=True)
     for folder in {path.parent for path in site.glob("mixgpt/**/*.py")}:

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from mixgpt.app.options import Evaluation
 from mixgpt.app.settings import Settings, flag_of
 from mixgpt.common import program
 from mixgpt.common.choices import Registry
@@ -71,79 +70,62 @@ def parse(script: str, argv: list[str], names: Collection[str] | None = None) ->
 
 
 def main(script: str, argv: list[str] | None = None, names: Collection[str] | None = None) -> int:
-    """Run the command line of a script, given by its path. names: see `parse`. Returns the status of `reported`."""
-    script, argv = Path(script).name, sys.argv[1:] if argv is None else argv
-    with reported(script, argv, "lower --batch-size or --seqlen" if names else REMEDY) as end:
-        settings = parse(script, argv, names)
+    """Run the command line of a script, see `reported`. names: see `parse`. Returns the exit status."""
+    with reported(script, argv, "lower --batch-size or --seqlen" if names else REMEDY) as command:
+        settings = parse(command.name, command.argv, names)
         settings.check_paths()
-        end.advice = RESUME if settings.save else ""
+        command.advice = f"; {RESUME}" if settings.save else ""
         from mixgpt.app import pipeline  # slow import
-        pipeline.run(settings, typed(script, argv))
-    return end.status
-
-
-def evaluate(script: str, argv: list[str]) -> int:
-    """Run a command line that measures a model as it is. Returns the exit status, see `reported`."""
-    return main(script, argv, Evaluation.__annotations__)
-
-
-def typed(script: str, argv: list[str]) -> str:
-    """Return a command line as one types it. script: the file name of one, or `mixgpt` and a subcommand."""
-    return shlex.join([*(["python"] if script.endswith(".py") else []), *script.split(), *argv])
+        pipeline.run(settings, command.typed)
+    return command.status
 
 
 @contextlib.contextmanager
-def reported(script: str, argv: list[str], remedy: str = "") -> Iterator[SimpleNamespace]:
+def reported(script: str, argv: list[str] | None, remedy: str = "") -> Iterator[SimpleNamespace]:
     """Turn what ends the block, a whole command line, into one line on stderr and an exit status.
 
-    Yields an object whose `status` is then 0, or what the block has set. 1: a bug, whose traceback is in the file that
-    the line names. 2: InputError, a full disk, or out of memory; remedy says what to lower. 130: Ctrl-C.
-    141, without a line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP. `advice` ends all lines but that of
-    an InputError.
+    script: a path, or `mixgpt` and a subcommand. Yields their `name`, `argv`, what was `typed`, and a `status`: 0, or
+    what the block has set. 1: a bug, whose traceback is in the file that the line names. 2: InputError, a full disk, or
+    out of memory; remedy says what to lower. 130: Ctrl-C. 141, without a line: stdout was closed, as by `| head`. 143:
+    SIGTERM or SIGHUP. `advice` ends all lines but that of an InputError.
     """
+    name, argv = Path(script).name, sys.argv[1:] if argv is None else argv
+    start = ["python", name] if name.endswith(".py") else name.split()
+    command = SimpleNamespace(name=name, argv=argv, typed=shlex.join([*start, *argv]), status=0, advice="")
     if program.UNSUPPORTED:
-        sys.exit(f"{script}: error: {program.UNSUPPORTED}")
-    end = SimpleNamespace(status=0, advice="")
+        sys.exit(f"{name}: error: {program.UNSUPPORTED}")
     try:
         with _terminable():
-            yield end
+            yield command
         print(end="", flush=True)  # sys.stdout may be None
     except SystemExit as stop:  # argparse, after --help
-        end.status = stop.code or 0
+        command.status = stop.code or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
-        end.status = 128 + signal.SIGPIPE
+        command.status = 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
+        command.status = status_of(error)
         if isinstance(error, InputError):
-            line = f"error: {one_line(error)}"
+            line, command.advice = f"error: {one_line(error)}", ""
         elif isinstance(error, KeyboardInterrupt):
             line = "terminated" if isinstance(error, Terminated) else "interrupted"
         elif is_out_of_memory(error):
             line = f"error: out of memory; {remedy}"
         elif is_disk_full(error):  # another file than the flags name
             line = "error: the disk of the output or of TMPDIR is full; free some space"
-        elif re.search("pair.cc.*(by peer|Broken pipe)", str(error)):  # of gloo
-            line = "error: another process has ended"
-        elif str(error) == "another process does not answer":  # of mixgpt.common.distributed
-            line = f"error: {error}"
+        elif lost := re.search("pair.cc.*(by peer|Broken pipe)|another process does not answer", str(error)):
+            line = f"error: another process {'has ended' if lost[1] else 'does not answer'}"  # the first is gloo's
         else:
+            versions = (f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
+            with tempfile.NamedTemporaryFile("w", prefix=f"{name}-".replace(" ", "-"), suffix=".txt",
+                                             delete=False) as file:
+                print(command.typed, f"Python {platform.python_version()} on {platform.platform()}", *versions,
+                      sep="\n", file=file)
+                traceback.print_exception(error, file=file)
             line = (f"error: unexpected {type(error).__name__}: {one_line(error):.300}; please report it with "
-                    f"{_traceback_file(script, argv, error)}, which has the traceback")
-        advice = f"; {end.advice}" if end.advice and not isinstance(error, InputError) else ""
+                   f"{file.name}, which has the traceback")
         process = f" (process {program.rank()})" if program.rank() else ""
-        print(f"{script}: {line}{advice}{process}", file=sys.stderr, flush=True)
-        end.status = status_of(error)
-
-
-def _traceback_file(script: str, argv: list[str], error: BaseException) -> str:
-    """Write traceback, command and versions to a new file. Returns its path."""
-    with tempfile.NamedTemporaryFile("w", prefix=f"{script.replace(' ', '-')}-", suffix=".txt", delete=False) as file:
-        print(typed(script, argv), file=file)
-        print(f"Python {platform.python_version()} on {platform.platform()}", file=file)
-        for name in PACKAGES:
-            print(name, importlib.metadata.version(name), file=file)
-        traceback.print_exception(error, file=file)
-    return file.name
+        print(f"{name}: {line}{command.advice}{process}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import shutil
 import sys
 import textwrap
 from itertools import zip_longest
-from pathlib import Path
 
 import mixgpt
 from mixgpt.app.cli import Parser, reported
@@ -41,14 +40,13 @@ def _parse(script, argv):
 
 
 def main(script: str, argv: list[str] | None = None) -> int:
-    """Run the command line of a script, given by its path. Returns the exit status, see `reported`."""
+    """Run the command line of a script, see `reported`. Returns the exit status."""
     remedy = "lower --max-new-tokens, or give --dtype bfloat16 or --device cpu"
-    script, argv = Path(script).name, sys.argv[1:] if argv is None else argv
-    with reported(script, argv, remedy) as end:
-        given = _parse(script, argv)
+    with reported(script, argv, remedy) as command:
+        given = _parse(command.name, command.argv)
         model, dense = given.pop("model"), given.pop("dense")
         print_completions({"dense": dense, "model": model} if dense else {"model": model}, **given)
-    return end.status
+    return command.status
 
 
 def print_completions(models, prompt, device, dtype, bos, **options):

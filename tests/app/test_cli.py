@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, slow_but
 
 from mixgpt.app.cli import parse
-from mixgpt.app.options import Evaluation, Options
+from mixgpt.app.options import Options
 from mixgpt.app.settings import Settings
 from mixgpt.kernels import columns
 
@@ -35,9 +35,8 @@ ANSWERS = {
     "opt.py ./nowhere c4": 2, "llama.py nowhere.gguf c4": 2, "opt.py facebook/opt-125m c4 --data-dir nowhere": 2,
     "opt.py facebook/opt-125m c4 --save-format sparse": 2, "generate.py nowhere.gguf Hello": 2,
     "results.py nowhere.json": 2,
-    "mixgpt": 0, "mixgpt --help": 0, "mixgpt --version": 0, "mixgpt prune --help": 0, "mixgpt prnue": 2,
+    "mixgpt": 0, "mixgpt --version": 0, "mixgpt prune --help": 0, "mixgpt prnue": 2, "mixgpt results nowhere.json": 2,
     "mixgpt prune facebook/opt-125m nowhere": 2, "mixgpt eval facebook/opt-125m --sparsity .5": 2,
-    "mixgpt generate nowhere.gguf Hello": 2, "mixgpt results nowhere.json": 2,
     "mixgpt.app.cli facebook/opt-125m nowhere": 2, "mixgpt.app.generate nowhere.gguf Hello": 2,
     "mixgpt.app.results nowhere.json": 2,
 }
@@ -89,10 +88,6 @@ def test_the_options_of_prune_are_those_of_the_flags_in_name_and_type():
     fields = {field.name: field.type for field in dataclasses.fields(Settings)}
     assert hints == {name: hints[name] if hints[name] == kind else wider.get(kind) for name, kind in fields.items()
                      if name not in ("model", "dataset")}
-    given = {"seqlen": 32, "tasks": "a,b", "record": Path("r.json"), "device": "cpu", "dtype": torch.half}
-    assert Settings("model", **given) == parse("mixgpt eval", [
-        "model", "--seqlen", "32", "--tasks", "a,b", "--record", "r.json", "--device", "cpu", "--dtype", "float16"],
-        Evaluation.__annotations__)
 
 
 @pytest.mark.parametrize("options", ["", "--no-true-sequential"])

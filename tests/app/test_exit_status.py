@@ -13,13 +13,14 @@ import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import ROOT, command
 
+from mixgpt import __main__
 from mixgpt.app import cli, generate, pipeline, results
 from mixgpt.common.errors import InputError, Terminated
 from mixgpt.pruning.hessian import InputHessian
 
 COMMANDS = {
     "llama.py": (cli.main, (pipeline, "run"), ["somebody/model", "builtin"]),
-    "mixgpt eval": (cli.evaluate, (pipeline, "run"), ["somebody/model"]),
+    "mixgpt eval": (__main__.SUBCOMMANDS["eval"].load(), (pipeline, "run"), ["somebody/model"]),
     "generate.py": (generate.main, (generate, "print_completions"), ["model", "Hello"]),
     "results.py": (results.main, (results, "files_of"), ["record.json"]),
 }
