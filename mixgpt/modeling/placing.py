@@ -86,5 +86,6 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, pla
         if nbytes * (program.world("LOCAL_WORLD_SIZE") if in_memory else 1) > free:
             why = f"{tempfile.gettempdir()} is memory, too" if in_memory else os.strerror(errno.ENOSPC)
             raise OSError(errno.ENOSPC, why)  # Reserving the bytes would fill the disk before it fails.
-        os.posix_fallocate(file.fileno(), 0, nbytes)
+        if hasattr(os, "posix_fallocate"):  # macOS has none; there, a disk that others fill ends the run later.
+            os.posix_fallocate(file.fileno(), 0, nbytes)
         return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
