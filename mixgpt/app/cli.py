@@ -25,6 +25,7 @@ from mixgpt.common.texts import DATASETS
 
 REMEDY = "lower --batch-size, --nsamples or --seqlen, or give --no-true-sequential"
 RESUME = "what is in the folder of --save goes on with --resume"
+AMOUNTS = ("sparsity", "prunen", "wbits", "experts")  # options of which each says what to do
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numba", "numpy")
 
 
@@ -42,11 +43,17 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parse(script: str, argv: list[str], names: Collection[str] | None = None) -> Settings:
-    """Parse the command line of a script. names: the options it takes, None for all. Raises InputError."""
+def parse(script: str, argv: list[str], names: Collection[str] | None = None, plans: bool = False) -> Settings:
+    """Parse the command line of a script. Raises InputError.
+
+    names: the options it takes, None for all. plans: whether it is a dry run; what is pruned, and on which text, may
+    then be left out.
+    """
     parser = Parser(
         prog=script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measure the perplexity of a language model as it is, and its scores in tasks." if names else
+        description="Say what memory, disk and time a run takes. Without an amount: of --preset best --sparsity .5."
+                    if plans else
+                    "Measure the perplexity of a language model as it is, and its scores in tasks." if names else
                     "Prune and quantize a language model in one shot and report its perplexity.\n"
                     "Without --sparsity, --prunen/--prunem, --wbits or --experts: that of the dense model.")
     group = parser
@@ -65,14 +72,19 @@ def parse(script: str, argv: list[str], names: Collection[str] | None = None) ->
         if default not in (None, "", ()) and default is not False:
             text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
         text += f"; {DATASETS.help}" if field.name == "dataset" else ""
+        arguments |= {"nargs": "?"} if plans and field.name == "dataset" else {}
         group.add_argument(flag_of(field.name), help=text, **arguments)
-    return Settings(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    if plans:
+        given = {"dataset": "builtin", "dry_run": True} | given
+        given |= {} if given.keys() & AMOUNTS else {"preset": "best", "sparsity": 0.5} | given
+    return Settings(**given)
 
 
-def main(script: str, argv: list[str] | None = None, names: Collection[str] | None = None) -> int:
-    """Run the command line of a script, see `reported`. names: see `parse`. Returns the exit status."""
+def main(script: str, argv: list[str] | None = None, names: Collection[str] | None = None, plans: bool = False) -> int:
+    """Run the command line of a script, see `reported`. names, plans: see `parse`. Returns the exit status."""
     with reported(script, argv, "lower --batch-size or --seqlen" if names else REMEDY) as command:
-        settings = parse(command.name, command.argv, names)
+        settings = parse(command.name, command.argv, names, plans)
         settings.check_paths()
         command.advice = f"; {RESUME}" if settings.save else ""
         from mixgpt.app import pipeline  # slow import

@@ -28,7 +28,7 @@ from mixgpt.pruning import distill, needs
 
 UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 TEST_TOKENS = {"wikitext2": 330_000, "ptb": 110_000, "builtin": 25_000}  # about so many, by most tokenizers
-SEQUENCES = 4  # calibration sequences for which a layer is timed
+SEQUENCES = 2  # calibration sequences for which a layer is timed
 STEPS = 4  # steps of distillation that are timed
 ONCE = ("factorisation", "rotation", "walk", "admm", "quantize", "magnitude", "rounding")  # parts without sequences
 WORTH = 10**12  # weights times calibration tokens from which on a run says how long it will take

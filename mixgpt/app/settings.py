@@ -178,7 +178,7 @@ class Settings:
     wandb_group: str | None = option(None, FREE, "W&B run group (default: WANDB_RUN_GROUP)", needs=("log_wandb",))
     quiet: bool = option(False, FREE, "print only results and warnings")
     dry_run: bool = option(False, FREE, "check everything, say what memory, disk and time the run takes, and end")
-    device_memory: str | None = option(None, FREE, "with --dry-run: memory of a GPU that is not here, such as 24GB",
+    device_memory: str | None = option(None, FREE, "memory of a GPU that is not here, such as 24GB, for --dry-run",
         needs=("dry_run",))
 
     def __init__(self, model, dataset=None, **options):
