@@ -8,7 +8,7 @@ import torch
 
 from mixgpt.app import compression, planning, report
 from mixgpt.app.run import check, open_run, read_texts
-from mixgpt.checkpoints import load
+from mixgpt.checkpoints import card, load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import choices, distributed, errors, program, runtime
 from mixgpt.evaluation import measures
@@ -65,6 +65,7 @@ def run(settings, command=None, model=None, tokenizer=None, texts=None):
         record = current.record | {"seconds": clock.seconds(), "peak_memory": runtime.peak_memory(device)}
         if settings.save:
             folder.write_json(folder.path / choices.RECORD, record)
+            folder.write_text(folder.path / choices.CARD, card.text(record, current.model, command))
         if current.files:
             current.files.close()
         report.publish(current.settings, record)
@@ -115,6 +116,8 @@ def _finish(current, plan, outcomes, survey):
     current.record |= report.of_matrices(current, plan, outcomes, zeros)
     if settings.save and plan.targets:
         current.record["disk"] = report.disk(current, plan.targets)
+    if settings.save:
+        current.record["sizes"] = card.sizes(current.files.path, current.record, current.model, settings)
     method = current.method
     if method == "dense" and current.record["sparsity"] > PRUNED:
         method = "as given"

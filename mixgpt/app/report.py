@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from mixgpt.app.settings import BOS, EVALUATION, METHOD, REPORT, RESULT, flag_of, having_effect
-from mixgpt.checkpoints import formats, run_dir
+from mixgpt.checkpoints import card, formats, run_dir
 from mixgpt.common import distributed, files, program
 from mixgpt.common.choices import NO_METRICS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
@@ -222,7 +222,7 @@ def result_text(settings, record):
                      f"weight, {1 / disk['ratio']:.2f} times the size of bfloat16 (in theory, without mask and grids, "
                      f"{1 / disk['theoretical_ratio']:.2f})")
     if settings.save:
-        parts.append(f"saved in {settings.save}, loaded again and found equal")
+        parts.append(card.report(record))
     return "\n" + "\n\n".join(parts)
 
 
