@@ -178,7 +178,7 @@ def format_bytes(total: int, matrices: Iterable[tuple[tuple[int, int], float, in
         if wbits < 16:
             groups = 1 if groupsize == -1 else columns // groupsize
             bits, scales = wbits, rows * groups * 8 * itemsize
-            packed += wbits * numel + scales - 8 * itemsize * numel
+            packed += wbits * numel + scales + 128 - 8 * itemsize * numel  # 128: two integers for the shape
             scales += 0 if sym else rows * groups * wbits
         sparse += min(bits * numel, numel + round((1 - zeros) * numel) * bits) + scales - 8 * itemsize * numel
     return {"dense": total, "compressed-tensors": packed // 8, "sparse": sparse // 8}
