@@ -1,10 +1,12 @@
-# make demo: prune a small real model in three ways on this machine, and compare.  make test: run the tests.  make bench: time it.
-# make test-all: run slow tests too, of which others guard the same in less time.
-# make gpu: run on a GPU the tests that need one, then time and memory of the shapes of LLaMA-7B and OPT-1.3B.
-# make fuzz: hand damaged files to every command line, 50 examples of each kind.
-# make soak: kill runs at random moments, and compare what --resume makes of them with whole runs.
-# make mutations: break the program in one line at a time, and see whether the tests named for it notice.
-# They set up .venv by themselves; only Python 3.11 to 3.13 with venv, and a package registry, are needed.
+# Each target but help sets up .venv by itself; only Python 3.11 to 3.13 with venv, and a package registry, are needed.
+# make demo        prune a small real model in three ways on this machine, and compare
+# make test        run the linter and the tests
+# make test-all    run slow tests too, of which others guard the same in less time
+# make bench       time it on this machine
+# make gpu         run on a GPU the tests that need one, then time the shapes of LLaMA-7B and OPT-1.3B
+# make fuzz        hand damaged files to every command line, 50 examples of each kind
+# make soak        kill runs at random moments, and compare what --resume makes of them with whole runs
+# make mutations   break the program in one line at a time, and see whether the tests named for it notice
 
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
@@ -18,7 +20,10 @@ DEMO := builtin --nsamples 16 --seqlen 256 --eval builtin --eval-limit 24 --over
 RECORDS := demo/dense.json demo/sparsegpt.json demo/mixgpt.json demo/best.json
 show = echo; echo '$$ python $(1)'; $(PY) $(1)
 
-.PHONY: demo test test-all bench gpu fuzz soak mutations
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+.PHONY: help demo test test-all bench gpu fuzz soak mutations
 
 demo: .venv/runtime $(MODEL)
 	@mkdir -p demo
@@ -30,11 +35,11 @@ demo: .venv/runtime $(MODEL)
 	@$(call show,generate.py demo/pruned "Once upon a time" --dense $(MODEL) --dtype bfloat16)
 
 test: .venv/test
-	@$(PY) -m ruff check .
+	@$(PY) -m ruff check . && $(PY) -m ty check
 	@$(PY) -m pytest -n auto --dist worksteal -m "not slow"
 
 test-all: .venv/test
-	@$(PY) -m ruff check .
+	@$(PY) -m ruff check . && $(PY) -m ty check
 	@$(PY) -m pytest -n auto --dist worksteal
 
 .venv/python:
@@ -47,8 +52,8 @@ test-all: .venv/test
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/test: requirements-test.txt .venv/runtime
-	@$(PIP) -r requirements-test.txt
+.venv/test: requirements-test.txt requirements-eval.txt .venv/runtime
+	@$(PIP) -r requirements-test.txt -r requirements-eval.txt
 	@touch $@
 
 $(MODEL): .venv/python

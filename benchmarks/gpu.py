@@ -50,7 +50,7 @@ def run(folder, method, nsamples, tests, arguments):
                  "--batch-size", BATCH_SIZE, "--device", arguments.device, "--quiet", "--save",
                  f"{place}/saved", *METHODS[method].split()]
         words += ["--sensitivity-file", f"{place}/traces.json"] if method == "MixGPT" else []  # none from the cache
-        record = pipeline.run(parse("llama.py", list(map(str, words))))
+        record = pipeline.execute(parse("llama.py", list(map(str, words))))
         if method == "2:4":
             record["semi_structured"] = kernels(f"{place}/saved", tests, torch.device(arguments.device))
         return record

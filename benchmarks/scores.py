@@ -54,7 +54,7 @@ def measure(command):
     if (peak := Path("/proc/self/clear_refs")).exists():
         peak.write_text("5")  # Linux forgets the peak of the runs before
     with contextlib.redirect_stdout(sys.stderr):
-        record = pipeline.run(parse("llama.py", words))
+        record = pipeline.execute(parse("llama.py", words))
     *_, figures = record["perplexity"].values()
     if "tasks" in record:
         *_, scores = record["tasks"].values()

@@ -1,7 +1,7 @@
 """Time products with packed matrices against PyTorch's with dense ones in bfloat16, in pairs.
 
 python benchmarks/sparse.py
-python benchmarks/sparse.py --way avx2 --tokens 1 4 8
+python benchmarks/sparse.py --kernel avx2 --tokens 1 4 8
 python generate.py pruned "Once upon a time" --dense MODEL --dtype bfloat16 --max-new-tokens 128     # a whole model
 
 A row gives medians in ms, the median of the pairs' ratios, and GB/s of the packed matrix. Copies of a matrix take
@@ -22,7 +22,7 @@ from mixgpt.checkpoints.packing import encode
 from mixgpt.checkpoints.sparse import PackedWeight
 from mixgpt.common.progress import table
 from mixgpt.common.runtime import Clock, choose_device
-from mixgpt.kernels.sparse_cpu import WAYS, ways
+from mixgpt.kernels.sparse_cpu import KINDS, kinds_for
 from mixgpt.quant import Scheme, quantize_nearest
 
 SHAPES = (4096, 4096), (4096, 11008), (1536, 576)
@@ -54,11 +54,11 @@ def seconds(function, device):
 
 
 @torch.no_grad()
-def measure(shape, sparsity, wbits, tokens, device, pairs, way):
-    """Return a row of the table for products with so many tokens. way: of a CPU, None for the fastest."""
+def measure(shape, sparsity, wbits, tokens, device, pairs, kernel):
+    """Return a row of the table for products with so many tokens. kernel: its kind on a CPU, None for the fastest."""
     W, packed = pack(shape, sparsity, wbits, device)
-    if way:
-        packed.ways = lambda: [way]
+    if kernel:
+        packed.ways = lambda: [kernel]
     dense = [W.clone() for _ in range(int(BYTES // W.nbytes))]
     copies, x = [copy.deepcopy(packed) for _ in dense], torch.randn(tokens, shape[1], device=device).bfloat16()
     for each in copies:
@@ -76,10 +76,10 @@ def main(argv=None):
     parser.add_argument("--device")
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--tokens", type=int, nargs="*", default=[1], help="multiplied at a time")
-    parser.add_argument("--way", choices=WAYS, help="where this CPU has it (default: the fastest)")
+    parser.add_argument("--kernel", choices=KINDS, help="where this CPU has it (default: the fastest)")
     given = parser.parse_args(argv)
-    able = [case for case in CASES if given.way in (None, *ways(torch.bfloat16, case[1] % 16, 64))]
-    rows = [measure(shape, *case, tokens, choose_device(given.device), given.pairs, given.way)
+    able = [case for case in CASES if given.kernel in (None, *kinds_for(torch.bfloat16, case[1] % 16, 64))]
+    rows = [measure(shape, *case, tokens, choose_device(given.device), given.pairs, given.kernel)
             for tokens in given.tokens for shape in SHAPES for case in able]
     print(table(["matrix", "sparsity", "tokens", "dense", "packed", "ratio", "GB/s"], rows), flush=True)
 

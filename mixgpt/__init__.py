@@ -3,14 +3,24 @@
     import mixgpt
 
     result = mixgpt.prune("facebook/opt-125m", "c4", sparsity=0.5, preset="best", save="pruned")
-    print(result.table())
+    print(result)
     model, tokenizer = mixgpt.load("pruned")
 """
 
 import importlib
 import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Unpack
 
-from mixgpt.common.program import __version__  # noqa: F401
+from mixgpt.common.program import UNSUPPORTED, __version__  # noqa: F401
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mixgpt.app.api import Result
+    from mixgpt.app.options import Evaluation, Options
 
 
 class _Registration:
@@ -30,7 +40,15 @@ else:
     sys.meta_path.insert(0, _Registration)
 
 
-def prune(model, dataset, tokenizer=None, **options):
+def _interface() -> ModuleType:
+    """Import what is behind the functions below, with PyTorch. Raises ImportError where this program cannot run."""
+    if UNSUPPORTED:
+        raise ImportError(UNSUPPORTED)
+    return importlib.import_module("mixgpt.app.api")
+
+
+def prune(model: "str | Path | PreTrainedModel", dataset: "str | Path | list[Any] | torch.Tensor | None",
+          tokenizer: "PreTrainedTokenizerBase | None" = None, **options: "Unpack[Options]") -> "Result":
     """Prune and quantize a model in one shot, print the report, and return a `mixgpt.app.api.Result`.
 
     model: a hub id, a folder, a .gguf file, or a model of transformers in memory, which is changed in place. tokenizer:
@@ -39,15 +57,24 @@ def prune(model, dataset, tokenizer=None, **options):
     the command line, with underscores: sparsity=0.5, preset="best", save="pruned", quiet=True. Raises
     `mixgpt.common.errors.InputError`, a ValueError, with the line that the command line would print.
     """
-    from mixgpt.app import api  # imports PyTorch
-    return api.prune(model, dataset, tokenizer, **options)
+    return _interface().prune(model, dataset, tokenizer, **options)
 
 
-def load(folder, device=None, dtype="auto", packed=True):
+def evaluate(model: "str | Path | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None,
+             **options: "Unpack[Evaluation]") -> "Result":
+    """Measure perplexities, and scores of tasks, of a model as it is, print them, and return a `mixgpt.app.api.Result`.
+
+    model, tokenizer: as in `prune`. options: those of `mixgpt eval`, with underscores, such as eval=["wikitext2"].
+    Raises `mixgpt.common.errors.InputError`.
+    """
+    return _interface().evaluate(model, tokenizer, **options)
+
+
+def load(folder: str | Path, device: "str | torch.device | None" = None, dtype: "str | torch.dtype" = "auto",
+         packed: bool = True) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a saved model, in any format, for evaluation. Returns (model, tokenizer), as of transformers.
 
     device: cpu, cuda or cuda:N (default: cuda if available). dtype: a torch.dtype, or "auto" for that on disk. packed:
     multiply by the matrices of a sparse folder as they are stored; False: expand them into ordinary linears.
     """
-    from mixgpt.app import api
-    return api.load(folder, device, dtype, packed)
+    return _interface().load(folder, device, dtype, packed)

@@ -2,22 +2,36 @@
 
 Notation: Y = X Wᵀ with W (out, in); H = (2/N) Xᵀ X (in, in) over N sequences; (H + λI)⁻¹ = Uᵀ U with U upper
 triangular, and R = U⁻¹, so that H + λI = R Rᵀ. The first diagonal entry of the inverse Hessian of the columns not yet
-processed is U_mm² = 1/R_mm². A target is a mixgpt.pruning.targets.Target.
+processed is U_mm² = 1/R_mm².
 """
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mixgpt.common import distributed
 from mixgpt.kernels import columns
 from mixgpt.kernels.selection import smallest, smallest_in_groups
-from mixgpt.quant import Grid
+from mixgpt.quant import Grid, Scheme
 
-WIDE = 512  # columns updated from all columns before them in one product
+WIDE = 512  # So many columns are updated from all columns before them in one product.
 
 
-def algorithm_1(W, H, target, saliency=None, blocksize=128, percdamp=0.01):
+@dataclass(frozen=True)
+class Target:
+    """Target sparsity of one matrix: a fraction of its weights, or prunen of every prunem consecutive ones."""
+
+    sparsity: float
+    prunen: int = 0
+    prunem: int = 0
+
+
+def algorithm_1(W: Tensor, H: Tensor, target: Target, saliency: Callable | None = None, blocksize: int = 128,
+                percdamp: float = 0.01) -> Tensor:
     """Prune W (out, in) by Algorithm 1 of the paper, to the letter: what `Walk` computes, but faster.
 
     H: (in, in). Returns the pruned matrix, (out, in). Not used by the program: to read, and to compare with.
@@ -27,7 +41,7 @@ def algorithm_1(W, H, target, saliency=None, blocksize=128, percdamp=0.01):
     U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     mask, width = W == 0, target.prunem or blocksize
     for i in range(columns):
-        if i % width == 0:  # choose the mask of the next block of columns
+        if i % width == 0:  # The mask of the next block of columns is chosen.
             B = slice(i, min(i + width, columns))
             scores = saliency(W[:, B], h[B], U.diagonal()[B]).masked_fill(h[B] == 0, 0).masked_fill(mask[:, B], -1)
             if target.prunem:
@@ -39,7 +53,7 @@ def algorithm_1(W, H, target, saliency=None, blocksize=128, percdamp=0.01):
                 mask[:, B] |= torch.zeros_like(mask[:, B]).flatten().scatter(0, least, True).view_as(scores)
         q = W[:, i].masked_fill(mask[:, i], 0)
         err = (W[:, i] - q) / U[i, i]
-        W[:, i:] -= err[:, None] * U[i, i:]  # compensate the error in the columns that follow
+        W[:, i:] -= err[:, None] * U[i, i:]  # The columns that follow compensate the error.
         W[:, i] = q
     return W
 
@@ -47,20 +61,20 @@ def algorithm_1(W, H, target, saliency=None, blocksize=128, percdamp=0.01):
 class ColumnSaliency:
     """A saliency w² · factor(h, u), with a factor (in,) of the column: the walk computes these without temporaries.
 
-    A saliency is a function score(W, h, u) -> (out, in): it scores the weights W (out, in) of some columns, the least
-    to be pruned, none of them below 0, from h (in,), their diagonal of H, and u (in,), that of U.
+    A saliency is a function score(W, h, u) -> (out, in): it scores the weights W (out, in) of some columns, with the
+    diagonals h (in,) of H and u (in,) of U there. Scores are at least 0; the lowest are pruned.
     """
 
-    def __init__(self, factor):
+    def __init__(self, factor: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.factor = factor
         self.__doc__ = factor.__doc__
 
-    def __call__(self, W, h, u):
+    def __call__(self, W: Tensor, h: Tensor, u: Tensor) -> Tensor:
         return W.square() * self.factor(h, u)
 
 
 @ColumnSaliency
-def obs_saliency(h, u):
+def obs_saliency(h: Tensor, u: Tensor) -> Tensor:
     """Score weights by the loss increase when they are removed, after compensation.
 
     SparseGPT (arXiv 2301.00774), eq. 3: w² / [H⁻¹]_mm, and [H⁻¹]_mm = u_m² for the columns not yet processed.
@@ -69,7 +83,7 @@ def obs_saliency(h, u):
 
 
 @ColumnSaliency
-def isc_saliency(h, u):
+def isc_saliency(h: Tensor, u: Tensor) -> Tensor:
     """Score weights by the loss increase when they are removed, before plus after compensation.
 
     MixGPT (arXiv 2310.09499), eq. 4: w² (H_mm + 1 / [H⁻¹]_mm), with [H⁻¹]_mm = u_m². The released code divides by u_m.
@@ -89,52 +103,52 @@ class Walk:
     B, U = R_BB⁻¹ is known and the update is −E U as in the paper, with E the errors divided by the diagonal of U.
     """
 
-    def __init__(self, matrices, R, h, targets, *, blocksize=128, saliency=obs_saliency, scheme=None,
-                 dtype=torch.float32, row_weights=None):
+    def __init__(self, matrices: Sequence[Tensor], R: Tensor, h: Tensor, targets: Sequence[Target], *,
+                 blocksize: int = 128, saliency: Callable = obs_saliency, scheme: Scheme | None = None,
+                 dtype: torch.dtype = torch.float32, row_weights: Tensor | None = None) -> None:
         """Prepare a walk.
 
         matrices: (out, in) each, float32 or float64; stacked and walked together. R: (in, in), upper triangular, from
         `hessian.factor`. h: (in,), diagonal of H without damping. targets: one for each matrix, all with the same
         prunem. blocksize: columns whose mask is chosen at once; each block gets an equal share of the sparsity.
-        scheme: quant.Scheme, the grid of the kept weights, or None. dtype: in which grid values must be exact.
-        row_weights: (total rows,), factors of the saliencies. Groups of prunem and of grids must divide all columns,
-        and one of them the other.
+        scheme: quantization of the kept weights, if any. dtype: grid values must be exact in it. row_weights: (total
+        rows,), factors of the saliencies. Groups of prunem and of grids must divide all columns, and one of them the
+        other.
         """
         self.W = torch.cat([W.t() for W in matrices], dim=1)  # (in, out)
         self.columns = len(self.W)
         self.D = torch.empty_like(self.W)  # W − Ŵ
-        self.mask = self.W == 0  # zero weights stay zero
+        self.mask = self.W == 0  # Zero weights stay zero.
         self.R, self.h, self.u, self.saliency, self.row_weights = R, h, 1 / R.diagonal(), saliency, row_weights
-        self.factors = saliency.factor(h, self.u).masked_fill(h == 0, 0) if hasattr(saliency, "factor") else None
+        self.factors = None
+        if isinstance(saliency, ColumnSaliency):
+            self.factors = saliency.factor(h, self.u).masked_fill(h == 0, 0)
         stops = list(itertools.accumulate(map(len, matrices)))
         self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
-        self.totals = distributed.total([len(W) for W in matrices])  # rows of each matrix in all processes
+        self.totals = distributed.total([len(W) for W in matrices])  # Rows of each matrix in all processes.
         self.sparsities, self.prunem = [target.sparsity for target in targets], targets[0].prunem
         self.prunens = torch.cat([torch.full_like(W[:, 0], target.prunen, dtype=torch.int32)
                                   for W, target in zip(matrices, targets, strict=True)])
-        self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # zeros before the last block, and its columns
+        self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # The zeros before the last block, and its columns.
         self.scheme, self.dtype, self.grids = scheme, dtype, []
         self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
-        # the kernel chooses n:m masks group by group, unless grids are narrower or scores need more than a factor
+        # The kernel chooses n:m masks group by group, unless grids are narrower or scores need more than a factor.
         self.chosen_inside = 0 < self.prunem and not 0 < self.groupsize < self.prunem and self.factors is not None
-        self.widths = self._nest(blocksize)
-
-    def _nest(self, blocksize):
-        """Return the widths of the nested ranges, including those of a mask unit and of a grid group."""
+        # Nested ranges have these widths, among them that of a mask and that of a grid.
         m, g = self.prunem or 1, self.groupsize or 1
         block = max(blocksize, m)
-        for unit in sorted({m, g}):  # whole groups of both kinds where they fit
-            block = block // unit * unit or block
-        self.unit = self.prunem or block  # columns whose mask is chosen at once
+        for width in sorted({m, g}):  # A block holds whole groups of both kinds where they fit.
+            block = block // width * width or block
+        self.mask_width = self.prunem or block  # Columns whose mask is chosen at once.
         wide = max(WIDE // block, 1) * block
         widths = {wide // g * g or wide, block}
-        if 0 < self.groupsize < self.columns:  # else there is one grid, chosen at the start
+        if 0 < self.groupsize < self.columns:  # Else there is one grid, chosen at the start.
             widths.add(g)
         if not self.chosen_inside:
-            widths.add(self.unit)
-        return sorted(widths, reverse=True)
+            widths.add(self.mask_width)
+        self.widths = sorted(widths, reverse=True)
 
-    def run(self):
+    def run(self) -> list[tuple[Tensor, Grid | None]]:
         """Walk all columns. Returns (Ŵ (out, in), its quant.Grid or None) for each matrix.
 
         Prunes round(sparsity · numel) weights of a matrix, spread evenly over column blocks. Weights quantized to zero
@@ -146,48 +160,44 @@ class Walk:
         if self.groupsize == self.columns:
             self._choose_grid(0, self.columns)
         for width, left, start, stop in _nested(0, self.columns, self.widths):
-            if width == self.widths[0]:
-                self._enter(slice(start, stop))
+            if width == self.widths[0]:  # A widest range is updated for the errors of all columns before it.
+                first, end, R = start, stop, self.R[start:stop, start:stop]
+                U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+                before = self.W[start:stop].clone()
+                if start:
+                    self.W[start:stop].addmm_(U.t(), self.R[:start, start:stop].t() @ self.D[:start])
+                E = torch.empty_like(before)
             elif start > left:
-                done, B = slice(left - self.start, start - self.start), slice(start - self.start, stop - self.start)
-                self.W[start:stop].addmm_(self.U[done, B].t(), self.E[done], alpha=-1)
-            if width == self.unit and not self.chosen_inside:
+                done, B = slice(left - first, start - first), slice(start - first, stop - first)
+                self.W[start:stop].addmm_(U[done, B].t(), E[done], alpha=-1)
+            if width == self.mask_width and not self.chosen_inside:
                 self._mark_least(self.mask[start:stop], start, stop, self._counts(start, stop))
             if width == self.groupsize < self.columns:
                 self._choose_grid(start, stop)
             if width == self.widths[-1]:
-                B = slice(start - self.start, stop - self.start)
-                grid = self.scheme and self.scheme.rounder(*self.grids[-1], self.dtype)
+                B = slice(start - first, stop - first)
+                grid = self.scheme.rounder(*self.grids[-1], self.dtype) if self.scheme else None
                 choice = (self.prunem, self.prunens, self.factors[start:stop]) if self.chosen_inside else None
-                columns.fastest(self.W, grid)(self.W[start:stop], self.E[B], self.U[B, B], self.mask[start:stop],
-                                              choice, grid)
-                if stop == self.end:  # of a widest range
-                    self.D[self.start:stop] = self.before - self.W[self.start:stop]
-        W = self.W.t() if self.scheme is None else self.W.t() + 0.0  # −0 of the grid becomes 0
-        return [(W[rows], self.scheme and self._grid(rows)) for rows in self.rows]
+                columns.fastest(self.W, grid)(self.W[start:stop], E[B], U[B, B], self.mask[start:stop], choice, grid)
+                if stop == end:
+                    self.D[first:stop] = before - self.W[first:stop]
+        if self.scheme is None:
+            return [(self.W.t()[rows], None) for rows in self.rows]
+        W = self.W.t() + 0.0  # This turns −0 of the grid into 0.
+        scale, zero = (torch.stack(values, 1) for values in zip(*self.grids, strict=True))
+        group = torch.arange(self.columns, dtype=torch.int32, device=W.device) // self.groupsize
+        return [(W[rows], Grid(self.scheme, scale[rows].to(self.dtype), zero[rows].to(torch.uint8), group.clone()))
+                for rows in self.rows]
 
-    def _enter(self, B):
-        """Update a widest range, a slice of columns, for the errors of all columns before it."""
-        R = self.R[B, B]
-        self.U = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
-        self.start, self.end = B.start, B.stop
-        self.before = self.W[B].clone()
-        if B.start:
-            self.W[B].addmm_(self.U.t(), self.R[:B.start, B].t() @ self.D[:B.start])
-        self.E = torch.empty_like(self.before)
-
-    def _share(self, columns):
+    def _share(self, columns: int) -> list[Any]:
         """Return how many weights of each matrix its sparsity prunes in so many columns."""
         return [round(sparsity * (total * columns))
                 for sparsity, total in zip(self.sparsities, self.totals, strict=True)]
 
-    def _counts(self, start, stop):
-        """Return how many weights of each matrix to prune in the block of columns start … stop − 1.
-
-        On a GPU they are tensors, so that the host does not wait for it to count zeros.
-        """
+    def _counts(self, start: int, stop: int) -> list[Any]:
+        """Return how many weights of each matrix to prune in a block of columns; tensors on a GPU, not to wait."""
         before, self.block = self.block, slice(start, stop)
-        # cumulative counts, so that the last block meets the total exactly, except for weights that it rounds to zero
+        # Counts are cumulative, so that the last block meets the total, except for weights that it rounds to zero.
         counts, whole = self._share(stop), self._share(self.columns)
         if not any(self.sparsities):
             return counts
@@ -196,15 +206,15 @@ class Walk:
         distributed.all_reduce(block)
         for i, (zeros, removed, later) in enumerate(block.view(-1, 3)):
             self.zeros[i] = self.zeros[i] + zeros
-            # weights that this block will round to 0 count as pruned but are not known yet: expect, per column, as many
-            # as in the block before
+            # Weights that this block will round to 0 count as pruned but are not known yet: as many are expected per
+            # column as in the block before.
             expected = ((zeros - removed).double() * growth).round().long()
             count = (whole[i] - later).clamp(max=counts[i]) - self.zeros[i] - expected
             count = count.clamp(0, self.totals[i] * (stop - start))
             counts[i] = count if self.W.is_cuda else int(count)
         return counts
 
-    def _mark_least(self, mask, start, stop, counts):
+    def _mark_least(self, mask: Tensor, start: int, stop: int, counts: Sequence[int | Tensor]) -> None:
         """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1."""
         W, B = self.W[start:stop], slice(start, stop)
         if self.factors is not None:
@@ -221,24 +231,18 @@ class Walk:
             return
         marked = smallest([scores[:, rows].reshape(-1, len(W)) for rows in self.rows], counts, self.totals)
         for rows, least in zip(self.rows, marked, strict=True):
-            mask[:, rows] |= least.view(len(W), -1)  # in the order in memory, so that nothing is copied
+            mask[:, rows] |= least.view(len(W), -1)  # In the order in memory, nothing is copied.
 
-    def _choose_grid(self, start, stop):
-        pruned = self.mask[start:stop]
-        whole = self.groupsize == self.columns  # chosen before any mask
-        if self.chosen_inside or whole or stop > start // self.unit * self.unit + self.unit:  # masks not known yet
+    def _choose_grid(self, start: int, stop: int) -> None:
+        """Choose the grid of columns start … stop − 1; where their masks are not known yet, these are guessed."""
+        pruned, mask_stop = self.mask[start:stop], start // self.mask_width * self.mask_width + self.mask_width
+        if self.chosen_inside or self.groupsize == self.columns or stop > mask_stop:
             pruned = pruned.clone()
             self._mark_least(pruned, start, stop, self._share(stop - start))
         self.grids.append(self.scheme.fit(self.W[start:stop].t(), pruned.t(), self.dtype, self.h[start:stop]))
 
-    def _grid(self, rows):
-        """Return the Grid of a matrix, columns in the order of the walk."""
-        scale, zero = (torch.stack(values, 1)[rows] for values in zip(*self.grids, strict=True))
-        group = torch.arange(self.columns, dtype=torch.int32, device=self.W.device) // self.groupsize
-        return Grid(self.scheme, scale.to(self.dtype), zero.to(torch.uint8), group)
 
-
-def _nested(left, right, widths):
+def _nested(left: int, right: int, widths: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
     """Yield (width, left, start, stop) of each range of columns in the order in which a walk enters them.
 
     Columns left … right − 1 are split into ranges start … stop − 1 of the first width, these into the next, and so on.

@@ -30,8 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixgpt import datautils
 from mixgpt.allocation.plan import Budget
-from mixgpt.app import cli, results
-from mixgpt.app import run as running
+from mixgpt.app import cli, opening, results
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.choices import ALLOCATIONS
 from mixgpt.evaluation.measures import Survey
@@ -339,7 +338,7 @@ def read_little(patch):
     """Let runs in this process read a part of the texts, and evaluate on four segments. patch: a pytest.MonkeyPatch."""
     rows, tests = datautils.load_rows, datautils.test_tokens
     patch.setattr(datautils, "load_rows", lambda *asked: (lambda found, source: (found[:50], source))(*rows(*asked)))
-    patch.setattr(running, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
+    patch.setattr(opening, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
 
 
 def command(name, arguments, log, prepare=None, given=()):

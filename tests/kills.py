@@ -118,13 +118,13 @@ def watch(fatal, log, root, shard):
         moments.opened(owner, root)
     for name in ("replace", "fsync", "unlink", "rmdir"):
         moments.around(os, name)
-    whole = pipeline.run
+    whole = pipeline.execute
 
     def run(*arguments):
         whole(*arguments)
         log.write_text(json.dumps(moments.passed))
 
-    pipeline.run = run
+    pipeline.execute = run
 
 
 def drawn(passed, parts, generator):

@@ -10,7 +10,7 @@ import torch
 from conftest import CPU, VOCABULARY, as_rank, make, make_plan
 
 from mixgpt.allocation.traces import hessian_traces
-from mixgpt.app import planning
+from mixgpt.app import allocating
 from mixgpt.app.run import Run
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import formats, run_dir
@@ -51,14 +51,14 @@ def made(name, true_sequential, wbits, more=""):
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
     if more == "best":
         run = Run(Settings("tiny", "builtin", sparsity=0.5, preset=more), CPU, streamed.clock, model.config, None,
-                  selected, [], model, tokens[:3])  # two of them give gradients, so that one process has none
-        chosen = planning._measure(run, {}, MemoryPlan(2))
+                  selected, [], 1.0, model, tokens[:3])  # two of them give gradients, so that one process has none
+        chosen = allocating._measure(run, {}, MemoryPlan(2))
         plan, gradients = chosen.targets, chosen.gradients
         traces += sum(gradients.values(), ())
-        options = {"solver": admm, "dense_target": True, "rotate": True,
+        options = {"solver": admm, "fits_dense": True, "rotate": True,
                    "row_weights": {key: G for key, (G, _) in gradients.items()}}
     with mock.patch.object(distill, "VOCABULARY", 2 * VOCABULARY // 3):  # more than the text has
-        dense = distill.dense_states(streamed, tokens) if more == "distilled" else {}
+        dense = distill.reference_states(streamed, tokens) if more == "distilled" else {}
     traces += [dense["vocabulary"]] if dense else []
 
     def solver(problem, solve=options["solver"]):

@@ -6,7 +6,8 @@ from graphlib import CycleError, TopologicalSorter
 from conftest import ROOT
 
 LAYERS = [  # from the top
-    ("opt", "llama", "bloom", "baichuan", "generate", "results", "sparsegpt", "quant", "datautils", "modelutils"),
+    ("opt", "llama", "bloom", "baichuan", "generate", "results", "sparsegpt", "quant", "datautils", "modelutils",
+     "mixgpt.__main__"),
     ("mixgpt.app",),
     ("mixgpt.evaluation",),
     ("mixgpt.allocation", "mixgpt.checkpoints"),

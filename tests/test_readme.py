@@ -23,13 +23,14 @@ from packaging.requirements import Requirement
 from torch.distributed.run import get_args_parser
 
 import mixgpt
-from mixgpt.app import cli
+from mixgpt import __main__
+from mixgpt.app import cli, generate, results
 from mixgpt.modeling.linears import linears
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
          if path.name != "extending.md"}  # whose commands run files that it holds: test_extending.py
 TEXT = "\n".join(PAGES.values())
-VERBS = ("python", "pip", "make", "torchrun", "wandb", "jupyter", "git")
+VERBS = ("mixgpt", "python", "pip", "make", "torchrun", "wandb", "jupyter", "git")
 MARK = re.compile(r"needs (the hub|a GPU|several GPUs|an account|measurements)")
 # What the commands name -> the tiny model of conftest.py that stands there as a folder.
 MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "meta-llama/Llama-2-7b-hf": "llama",
@@ -113,11 +114,17 @@ def run_script(name, *arguments):
     try:
         if script.main is cli.main:
             return cli.main(name, [*arguments, *(SMALL[:-2] if "--data-dir" in arguments else SMALL)])
-        if name in ("generate.py", "results.py"):
+        if script.main in (generate.main, results.main):
             return script.main(name, arguments)
         return script.main([*arguments, *LESS.get(name, ())]) or 0
     except SystemExit as stop:  # argparse
         return stop.code
+
+
+def run_mixgpt(name, *arguments):
+    """Run a subcommand in this process, on little text; alone, its help. Returns the exit status."""
+    less = {"prune": SMALL, "eval": SMALL[2:]}.get(name, ()) if arguments else ["--help"]
+    return __main__.main([name, *arguments, *less])
 
 
 def run_pip(verb, *words):
@@ -144,7 +151,7 @@ def run(command):
         verb, words = "python", [given.training_script, *given.training_script_args]
     if verb == "make":
         return subprocess.run(["make", "--dry-run", *words], capture_output=True).returncode
-    return {"python": run_script, "pip": run_pip}[verb](*words)
+    return {"mixgpt": run_mixgpt, "python": run_script, "pip": run_pip}[verb](*words)
 
 
 @pytest.fixture(scope="session")
@@ -204,3 +211,11 @@ def test_no_command_is_missed():
     assert [(command, bool(MARK.search(line))) for command, line in commands(text)] == [
         ("python a.py x --flag", True), *((each, False) for each in ("make demo", "ls  -l", "ls 1", "python c.py"))]
     assert {"make demo", "make test"} <= set(TO_RUN) and len(TO_RUN) > 15
+
+
+def test_make_alone_lists_its_targets_and_does_nothing(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    lines = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    targets = re.search(r"^\.PHONY: help (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert [line.split()[1] for line in lines] == targets and all(len(line.split()) > 4 for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]

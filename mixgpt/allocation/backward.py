@@ -5,53 +5,47 @@ Notation: L = Σ −log p(next token) over the tokens of a sequence; x, y input 
 
 import copy
 import math
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from mixgpt.common import distributed, memory
+from mixgpt.common import distributed
 from mixgpt.modeling import decoder, experts
-from mixgpt.modeling.linears import linears
-from mixgpt.modeling.placing import allocate, in_turn, place_for
+from mixgpt.modeling.linears import Key, linears
+from mixgpt.modeling.placing import allocate, in_turn
+from mixgpt.modeling.running import StreamedModel
+from mixgpt.pruning import needs
 
-SAVED_AFTER = 2e9  # bytes of hidden states at layer boundaries: on a CPU such a chunk takes minutes, and is saved then
+SAVED_AFTER = 2e9  # On a CPU, a chunk with so many bytes at layer boundaries takes minutes and is saved at its end.
 
 
-def chunk_size(streamed, count, T, states, limit=math.inf):
-    """Return how many of `count` sequences of T tokens run together, and where: "device", "host" or "disk".
+def chunk_size(streamed: StreamedModel, count: int, T: int, states: int, limit: float = math.inf) -> tuple[int, str]:
+    """Return how many of `count` sequences of T tokens pass together, and where: "device", "host" or "disk".
 
     At least a batch, at most what half of the free memory holds at all layer boundaries; the other half is for the
     work. states: kinds of hidden states per boundary. limit: bytes that these may take. All processes get the same.
     """
-    batch, width = streamed.batch_size, streamed.model.config.hidden_size
-    sequence = states * (len(streamed.layers) + 1) * T * width * working_dtype(streamed.model).itemsize
-    place = place_for(batch * sequence, streamed.device, streamed.on_host)
-    room = min(memory.free(streamed.device if place == "device" else torch.device("cpu")) // 2, limit)
-    size = max(min(room // sequence // batch, -(-count // batch)), 1) * batch
-    return min(distributed.all_gather_object(int(size))), place
+    size, place, _ = needs.chunk(streamed, count, T, states, limit)
+    return min(distributed.all_gather_object(size)), place
 
 
-def working_dtype(model):
-    """Return the dtype in which gradients are computed: the model's, but gradients underflow in float16."""
-    return torch.float32 if model.dtype == torch.float16 else model.dtype
 
 
 class Chunk:
-    """Sequences that run through all layers together and back, and their hidden states at all layer boundaries.
+    """Sequences that pass together through all layers and back, with their hidden states at all boundaries so far."""
 
-    borders: of each boundary so far, hidden states (n, T, C) of one kind or two, at the place that `chunk_size` gives.
-    """
-
-    def __init__(self, streamed, matrices, tokens, place, bar):
+    def __init__(self, streamed: StreamedModel, matrices: Sequence[Key], tokens: Tensor, place: str, bar: tqdm) -> None:
         model = streamed.model
         self.model, self.layers = model, streamed.layers
         self.tokens, self.matrices, self.device, self.place, self.bar = tokens, matrices, streamed.device, place, bar
-        self.dtype = working_dtype(model)
+        self.dtype = needs.working_dtype(model)
         self.stream = streamed.embed(tokens)
         self.stream.arguments = decoder.cast(self.stream.arguments, self.dtype)
         self.borders = [[self.stream.hidden.to(self.dtype)]]
 
-    def run(self, forward, turn, backward, vocabulary=None):
-        """Run all layers forward and back, in self.dtype, on the batches `rows` of sequences.
+    def run(self, forward: Callable, turn: Callable, backward: Callable, vocabulary: Tensor | None = None) -> None:
+        """Go forward through all layers and back, in self.dtype, on the batches `rows` of sequences.
 
         Each function returns new hidden states of a batch, (B, T, C) of each kind: forward(layer, index, rows) those
         after a layer; turn(head, rows) those that replace them after the last one, with `head` from hidden states
@@ -76,26 +70,26 @@ class Chunk:
             self.borders.pop()
             self.bar.update(len(self.tokens))
 
-    def read(self, index, rows):
+    def read(self, index: int, rows: slice) -> list[Tensor]:
         """Return the hidden states of a batch before layer number `index`, (B, T, C) of each kind, on the device."""
         return [border[rows].to(self.device) for border in self.borders[index]]
 
-    def _write(self, index, rows, states):
+    def _write(self, index: int, rows: slice, states: Iterable[Tensor]) -> None:
         for border, hidden in zip(self.borders[index], states, strict=True):
             border[rows].copy_(hidden)
 
-    def _converted(self, layer):
+    def _converted(self, layer: nn.Module) -> nn.Module:
         """Return a layer that computes in self.dtype: itself, or a copy if that is not the model's dtype."""
         return layer if self.model.dtype == self.dtype else copy.deepcopy(layer).to(self.dtype)
 
-    def matrices_of(self, layer, index):
+    def matrices_of(self, layer: nn.Module, index: int) -> dict[int, nn.Linear]:
         """Return {column of the result: linear} for a layer's matrices."""
         modules = linears(layer)
         return {column: modules[name] for column, (at, name) in enumerate(self.matrices) if at == index}
 
 
-def by_sequence(module, rows, B):
-    """Return the inputs or outputs of a linear in a batch as (B, T, C), zeros for tokens not routed to its expert."""
+def by_sequence(module: nn.Module, rows: Tensor, B: int) -> Tensor:
+    """Return a batch's inputs or outputs of a linear as (B, T, C), with zeros for tokens not routed to its expert."""
     if isinstance(module, experts.RoutedLinear):
         return module.scatter_to_batch(rows, B)
-    return rows.reshape(B, -1, rows.shape[-1])  # even if a layer flattens its input
+    return rows.reshape(B, -1, rows.shape[-1])  # A layer may have flattened its input.

@@ -1,14 +1,17 @@
-"""The Python interface behind `mixgpt.prune` and `mixgpt.load`."""
+"""The Python interface behind `mixgpt.prune`, `mixgpt.evaluate` and `mixgpt.load`."""
 
 import io
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixgpt.app import pipeline, plots, report
+from mixgpt.app.options import Evaluation, Options
 from mixgpt.app.settings import IN_MEMORY, Settings
 from mixgpt.checkpoints import load as checkpoints
 from mixgpt.checkpoints.quantizer import METHOD
@@ -20,33 +23,41 @@ from mixgpt.modeling.experts import is_fused, restore, use_linears
 from mixgpt.pruning.targets import Target
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """What a run has measured."""
+    """What a run has measured. Printed, or as the last line of a notebook's cell, it is its tables."""
 
-    record: dict  # as in mixgpt.json and the files of --record
+    record: dict[str, Any]  # as in mixgpt.json and the files of --record
 
     @property
-    def perplexity(self):
+    def perplexity(self) -> dict[str, float]:
         """Perplexities of the pruned model, {test set: perplexity}."""
         return list(self.record["perplexity"].values())[-1]
 
     @property
-    def sparsity(self):
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Scores of the pruned model in tasks, {task: {metric: value}}."""
+        return list(self.record.get("tasks", {"": {}}).values())[-1]
+
+    @property
+    def sparsity(self) -> float:
         """The fraction of zeros among the weights of the pruned matrices, counted."""
         return self.record["sparsity"]
 
     @property
-    def matrices(self):
+    def matrices(self) -> list[dict[str, Any]]:
         """One dict per matrix: layer, name, shape, sparsity, and the reconstruction error if it was calibrated."""
         return self.record["matrices"]
 
-    def table(self):
-        """Return the tables of sparsity and perplexity as text."""
-        table = report.sparsity_table(self.record)
-        return table + ("\n\n" + report.perplexity_table(self.record["perplexity"]) if self.perplexity else "")
+    def table(self) -> str:
+        """Return the tables of sparsity, perplexity and tasks as text."""
+        return "\n\n".join([report.sparsity_table(self.record),
+                            *([report.perplexity_table(self.record["perplexity"])] if self.perplexity else []),
+                            *([report.task_table(self.record["tasks"])] if self.tasks else [])])
 
-    def plot(self):
+    __repr__ = table
+
+    def plot(self) -> Image.Image:
         """Return a picture of the sparsities by layer and by kind of matrix, a PIL.Image."""
         measured = {(row["layer"], row["name"]): Target(row["sparsity"]) for row in self.matrices}
         return Image.open(io.BytesIO(plots.draw(measured)))
@@ -54,11 +65,12 @@ class Result:
 
 @torch.inference_mode(False)  # of the caller: estimators and distillation need gradients
 @hub_asked_anew()
-def prune(model, dataset, tokenizer=None, **options):
+def prune(model: str | Path | PreTrainedModel, dataset: str | Path | list[Any] | torch.Tensor | None,
+          tokenizer: PreTrainedTokenizerBase | None = None, **options: Unpack[Options]) -> Result:
     """Prune and quantize a model; see `mixgpt.prune`."""
     model, dataset = (str(given) if isinstance(given, os.PathLike) else given for given in (model, dataset))
     texts, name = None, dataset
-    if not isinstance(dataset, str):
+    if not isinstance(dataset, str | None):
         texts, name = dataset if isinstance(dataset, torch.Tensor) else texts_of(dataset, "dataset"), IN_MEMORY
     if isinstance(texts, torch.Tensor):
         if texts.dim() != 2 or texts.dtype != torch.long or (texts < 0).any():
@@ -68,7 +80,7 @@ def prune(model, dataset, tokenizer=None, **options):
     if not isinstance(tokenizer, PreTrainedTokenizerBase) and (tokenizer or not isinstance(model, str)):
         raise InputError(f"tokenizer: is a {type(tokenizer).__name__}, must be one of transformers")
     if isinstance(model, str):
-        return Result(pipeline.run(Settings(model, name, **options), tokenizer=tokenizer, texts=texts))
+        return Result(pipeline.execute(Settings(model, name, **options), tokenizer=tokenizer, texts=texts))
     if not (isinstance(model, PreTrainedModel) and model.can_generate()):  # as PEFT's, or compiled ones
         raise InputError(f"model: is a {type(model).__name__}, must be a causal language model of transformers")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
@@ -87,7 +99,7 @@ def prune(model, dataset, tokenizer=None, **options):
     modes = {module: module.training for module in model.modules()}
     replaced = use_linears(model)
     try:
-        return Result(pipeline.run(settings, None, model.to("cpu").eval().requires_grad_(False), tokenizer, texts))
+        return Result(pipeline.execute(settings, None, model.to("cpu").eval().requires_grad_(False), tokenizer, texts))
     finally:
         for weight in trained:
             weight.requires_grad_(True)
@@ -97,9 +109,18 @@ def prune(model, dataset, tokenizer=None, **options):
             module.training = training
 
 
+def evaluate(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None,
+             **options: Unpack[Evaluation]) -> Result:
+    """Measure a model as it is; see `mixgpt.evaluate`."""
+    if others := options.keys() - Evaluation.__annotations__.keys():
+        raise TypeError(f"no option of an evaluation is called {', '.join(sorted(others))}")
+    return prune(model, None, tokenizer, **options)
+
+
 @torch.inference_mode(False)  # of the caller: `prune` would refuse the model
 @hub_asked_anew()
-def load(folder, device=None, dtype="auto", packed=True):
+def load(folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto",
+         packed: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a saved model; see `mixgpt.load`."""
     device, folder = choose_device(device), os.path.expanduser(folder)
     model, tokenizer = checkpoints.read_model(folder, dtype, packed), checkpoints.load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""The command line of the family scripts: parse and check it, then import PyTorch and run; and how any one ends."""
+"""Command lines that prune or evaluate: parse and check them, then import PyTorch and run; and how any one ends."""
 
 import argparse
 import contextlib
@@ -12,8 +12,10 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 from mixgpt.app.settings import Settings, flag_of
 from mixgpt.common import program
@@ -29,26 +31,29 @@ PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "n
 class Parser(argparse.ArgumentParser):
     """A parser that raises InputError. Flags with underscores, as in the published code, are those with hyphens."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.register("type", None, os.path.expanduser)  # shells leave the ~ of --csv=~/runs.csv
 
-    def parse_args(self, argv):
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
         return super().parse_args([re.sub(r"^--[^=]*", lambda flag: flag[0].replace("_", "-"), part) for part in argv])
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
-def parse(script, argv):
-    """Parse the command line of a script. Returns `Settings`. Raises InputError."""
+def parse(script: str, argv: list[str], names: Collection[str] | None = None) -> Settings:
+    """Parse the command line of a script. names: the options it takes, None for all. Raises InputError."""
     parser = Parser(
         prog=script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Prune and quantize a language model in one shot and report its perplexity.\n"
+        description="Measure the perplexity of a language model as it is, and its scores in tasks." if names else
+                    "Prune and quantize a language model in one shot and report its perplexity.\n"
                     "Without --sparsity, --prunen/--prunem, --wbits or --experts: that of the dense model.")
     group = parser
     for field in dataclasses.fields(Settings):
-        if title := field.metadata["group"]:
+        if names and field.name not in ("model", *names):
+            continue
+        if (title := field.metadata["group"]) and not names:
             group = parser.add_argument_group(title)
         default, text, choices = field.default, field.metadata["help"], field.metadata["choices"]
         if isinstance(default, bool):
@@ -64,72 +69,67 @@ def parse(script, argv):
     return Settings(**vars(parser.parse_args(argv)))
 
 
-def main(script, argv=None):
-    """Run the command line of a script, given by its path. Returns the exit status, see `reported`."""
-    script, argv = Path(script).name, sys.argv[1:] if argv is None else argv
-    with reported(script, argv, REMEDY) as end:
-        settings = parse(script, argv)
+def main(script: str, argv: list[str] | None = None, names: Collection[str] | None = None) -> int:
+    """Run the command line of a script, see `reported`. names: see `parse`. Returns the exit status."""
+    with reported(script, argv, "lower --batch-size or --seqlen" if names else REMEDY) as command:
+        settings = parse(command.name, command.argv, names)
         settings.check_paths()
-        end.advice = RESUME if settings.save else ""
+        command.advice = f"; {RESUME}" if settings.save else ""
         from mixgpt.app import pipeline  # slow import
-        pipeline.run(settings, shlex.join(["python", script, *argv]))
-    return end.status
+        pipeline.execute(settings, command.typed)
+    return command.status
 
 
 @contextlib.contextmanager
-def reported(script, argv, remedy):
+def reported(script: str, argv: list[str] | None, remedy: str = "") -> Iterator[SimpleNamespace]:
     """Turn what ends the block, a whole command line, into one line on stderr and an exit status.
 
-    Yields an object whose `status` is then 0, or what the block has set. 1: a bug, whose traceback is in the file that
-    the line names. 2: InputError, a full disk, or out of memory; remedy says what to lower. 130: Ctrl-C.
-    141, without a line: stdout was closed, as by `| head`. 143: SIGTERM or SIGHUP. `advice` ends all lines but that of
-    an InputError.
+    script: a path, or `mixgpt` and a subcommand. Yields their `name`, `argv`, what was `typed`, and a `status`: 0, or
+    what the block has set. 1: a bug, whose traceback is in the file that the line names. 2: InputError, a full disk, or
+    out of memory; remedy says what to lower. 130: Ctrl-C. 141, without a line: stdout was closed, as by `| head`. 143:
+    SIGTERM or SIGHUP. `advice` ends all lines but that of an InputError.
     """
-    end = SimpleNamespace(status=0, advice="")
+    name, argv = Path(script).name, sys.argv[1:] if argv is None else argv
+    start = ["python", name] if name.endswith(".py") else name.split()
+    command = SimpleNamespace(name=name, argv=argv, typed=shlex.join([*start, *argv]), status=0, advice="")
+    if program.UNSUPPORTED:
+        sys.exit(f"{name}: error: {program.UNSUPPORTED}")
     try:
         with _terminable():
-            yield end
+            yield command
         print(end="", flush=True)  # sys.stdout may be None
     except SystemExit as stop:  # argparse, after --help
-        end.status = stop.code or 0
+        command.status = stop.code or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
-        end.status = 128 + signal.SIGPIPE
+        command.status = 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
+        command.status = status_of(error)
         if isinstance(error, InputError):
-            line = f"error: {one_line(error)}"
+            line, command.advice = f"error: {one_line(error)}", ""
         elif isinstance(error, KeyboardInterrupt):
             line = "terminated" if isinstance(error, Terminated) else "interrupted"
         elif is_out_of_memory(error):
             line = f"error: out of memory; {remedy}"
         elif is_disk_full(error):  # another file than the flags name
             line = "error: the disk of the output or of TMPDIR is full; free some space"
-        elif re.search("pair.cc.*(by peer|Broken pipe)", str(error)):  # of gloo
-            line = "error: another process has ended"
-        elif str(error) == "another process does not answer":  # of mixgpt.common.distributed
-            line = f"error: {error}"
+        elif lost := re.search("pair.cc.*(by peer|Broken pipe)|another process does not answer", str(error)):
+            line = f"error: another process {'has ended' if lost[1] else 'does not answer'}"  # the first is gloo's
         else:
+            versions = (f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
+            with tempfile.NamedTemporaryFile("w", prefix=f"{name}-".replace(" ", "-"), suffix=".txt",
+                                             delete=False) as file:
+                print(command.typed, f"Python {platform.python_version()} on {platform.platform()}", *versions,
+                      sep="\n", file=file)
+                traceback.print_exception(error, file=file)
             line = (f"error: unexpected {type(error).__name__}: {one_line(error):.300}; please report it with "
-                    f"{_traceback_file(script, argv, error)}, which has the traceback")
-        advice = f"; {end.advice}" if end.advice and not isinstance(error, InputError) else ""
+                   f"{file.name}, which has the traceback")
         process = f" (process {program.rank()})" if program.rank() else ""
-        print(f"{script}: {line}{advice}{process}", file=sys.stderr, flush=True)
-        end.status = status_of(error)
-
-
-def _traceback_file(script, argv, error):
-    """Write traceback, command and versions to a new file. Returns its path."""
-    with tempfile.NamedTemporaryFile("w", prefix=f"{script}-", suffix=".txt", delete=False) as file:
-        print(shlex.join(["python", script, *argv]), file=file)
-        print(f"Python {platform.python_version()} on {platform.platform()}", file=file)
-        for name in PACKAGES:
-            print(name, importlib.metadata.version(name), file=file)
-        traceback.print_exception(error, file=file)
-    return file.name
+        print(f"{name}: {line}{command.advice}{process}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _terminable():
+def _terminable() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise `Terminated` within the block, so that temporary files are removed.
 
     Only in the first process: the others keep no files. A signal that is ignored, as under nohup, stays so.
@@ -146,3 +146,7 @@ def _terminable():
             stack.callback(signal.signal, number, signal.SIG_DFL)
             signal.signal(number, terminate)
         yield
+
+
+if __name__ == "__main__":
+    sys.exit(main("mixgpt prune"))

@@ -5,13 +5,18 @@ from functools import partial
 
 import torch
 
+from mixgpt.app.allocating import Plan
+from mixgpt.app.run import Run
 from mixgpt.common import choices, memory
 from mixgpt.common.errors import InputError
+from mixgpt.evaluation import measures
 from mixgpt.modeling.streaming import locations_of
 from mixgpt.pruning import distill, layerwise, solvers
+from mixgpt.pruning.targets import Outcome
+from mixgpt.quant import Scheme
 
 
-def compress(run, plan, survey):
+def compress(run: Run, plan: Plan, survey: measures.Survey) -> dict[tuple[int, str], Outcome]:
     """Prune and quantize the matrices of a plan. Returns {(layer, name): Outcome}.
 
     survey: a measures.Survey, of the result at last. Raises InputError if a matrix has fewer zeros than asked.
@@ -39,18 +44,20 @@ def compress(run, plan, survey):
     return outcomes
 
 
-def _prune(run, plan, survey, stage, scheme, memory_plan):
+def _prune(run: Run, plan: Plan, survey: measures.Survey, stage: str, scheme: Scheme | None,
+           memory_plan: memory.MemoryPlan) -> dict[tuple[int, str], Outcome]:
     """Prune, and quantize if a quant.Scheme is given, or quantize alone. Returns outcomes; the run keeps the plan."""
     settings, streamed, run.memory_plan = run.settings, run.streamed(memory_plan), memory_plan
+    run.begin("quantization" if stage == "quantized" else "pruning" if settings.prunes else "rounding")
 
-    def observe(index, layer, outcomes=None, start=None):
+    def observe(index: int, layer: torch.nn.Module, outcomes: dict | None = None, start: float | None = None) -> None:
         counted, _ = survey.take(index, layer)
         if start and stage == "layer":
             run.tracker.layer(index, counted, outcomes, start)
 
-    if run.files:
-        run.files.keep("memory_plan", asdict(memory_plan))
-        run.files.begin(stage, scheme)
+    if run.folder:
+        run.folder.keep("memory_plan", asdict(memory_plan))
+        run.folder.begin(stage, scheme)
     if settings.calibrates:
         saliency = choices.SALIENCIES[settings.saliency]
         recipe = solvers.Recipe(
@@ -62,43 +69,46 @@ def _prune(run, plan, survey, stage, scheme, memory_plan):
         if stage == "quantized":
             recipe = replace(recipe, solver=solvers.quantize, rotate=False, title="GPTQ")
         tokens = torch.cat([run.calibration, run.further[:settings.extra_counts[0]]])
-        outcomes = layerwise.prune_layerwise(streamed, plan.targets, tokens, recipe, run.files, observe)
+        outcomes = layerwise.prune_layerwise(streamed, plan.targets, tokens, recipe, run.folder, observe)
     else:
         with run.clock.part("magnitude" if settings.prunes else "rounding"):
-            outcomes = layerwise.prune_magnitude(streamed, plan.targets, scheme, run.files, observe)
+            outcomes = layerwise.prune_magnitude(streamed, plan.targets, scheme, run.folder, observe)
     return outcomes
 
 
-def _distill(run, plan, survey, outcomes):
+def _distill(run: Run, plan: Plan, survey: measures.Survey, outcomes: dict[tuple[int, str], Outcome]
+             ) -> dict[str, float] | str:
     """Distil the pruned model, or leave it as it is and say why. Returns what to record, as an interrupted run has."""
-    on_host, files, grids = run.memory_plan.on_host, run.files, {key: outcome.grid for key, outcome in outcomes.items()}
+    on_host, folder = run.memory_plan.on_host, run.folder
+    grids = {key: outcome.grid for key, outcome in outcomes.items()}
     streamed, tokens = run.distilling(memory.MemoryPlan(run.settings.batch_size, on_host))
-    room = run.decided("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
+    room = run.keep("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
 
-    def finish(index, layer):
+    def finish(index: int, layer: torch.nn.Module) -> None:
         survey.take(index, layer)
         of_layer = {key: outcome for key, outcome in outcomes.items() if key[0] == index}
-        if files:
-            files.save_layer(index, layer, of_layer, distilled=True)
+        if folder:
+            folder.save_layer(index, layer, of_layer, distilled=True)
 
-    def attempt(memory_plan):
+    def attempt(memory_plan: memory.MemoryPlan) -> dict[str, float]:
+        run.begin("distillation")
         smaller = replace(streamed, batch_size=memory_plan.batch_size, on_host=memory_plan.on_host)
         with run.clock.part("distillation"):
-            divergence = distill.distill(smaller, grids, tokens, plan.dense, run.settings.seed, finish,
+            divergence = distill.distill(smaller, grids, tokens, plan.reference, run.settings.seed, finish,
                                          run.settings.effort)
-            if files:
-                files.flush()
+            if folder:
+                folder.flush()
         return {"divergence": divergence}
 
-    def result():
+    def result() -> dict[str, float] | str:
         try:
             return memory.retry_with_less_memory(memory.MemoryPlan(max(room, 1), on_host), attempt)
         except (distill.Diverged, memory.OutOfMemory) as error:
             return str(error)
 
-    distilled = run.decided("distilled", result)
+    distilled = run.keep("distilled", result)
     if isinstance(distilled, str):
         print(f"warning  --distill: {distilled}: the model stays as it was before distillation", flush=True)
-    elif files:
-        files.take_distilled()
+    elif folder:
+        folder.take_distilled()
     return distilled

@@ -4,7 +4,6 @@ import shutil
 import sys
 import textwrap
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mixgpt
@@ -46,15 +45,14 @@ def _parse(script, argv):
     return vars(given)
 
 
-def main(script, argv=None):
-    """Run the command line of a script, given by its path. Returns the exit status, see `reported`."""
+def main(script: str, argv: list[str] | None = None) -> int:
+    """Run the command line of a script, see `reported`. Returns the exit status."""
     remedy = "lower --max-new-tokens, or give --dtype bfloat16 or --device cpu"
-    script, argv = Path(script).name, sys.argv[1:] if argv is None else argv
-    with reported(script, argv, remedy) as end:
-        given = _parse(script, argv)
+    with reported(script, argv, remedy) as command:
+        given = _parse(command.name, command.argv)
         model, dense = given.pop("model"), given.pop("dense")
         print_completions({"dense": dense, "model": model} if dense else {"model": model}, **given)
-    return end.status
+    return command.status
 
 
 def print_completions(models: dict[str, str], prompt: str, chat: bool, device: str | None, dtype: str, bos: str,
@@ -105,3 +103,7 @@ def side_by_side(texts: dict[str, str], width: int) -> list[str]:
         for part in textwrap.wrap(line, each, drop_whitespace=False, replace_whitespace=False) or [""])]
         for title, text in texts.items()]
     return [" | ".join(cell.ljust(each) for cell in row).rstrip() for row in zip_longest(*columns, fillvalue="")]
+
+
+if __name__ == "__main__":
+    sys.exit(main("mixgpt generate"))

@@ -6,21 +6,19 @@ import math
 import platform
 from collections import defaultdict
 from importlib.metadata import version
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import pandas as pd
 import torch
 
-from mixgpt.app.settings import BOS, EVALUATION, METHOD, REPORT, RESULT, flag_of, having_effect
-from mixgpt.checkpoints import card, formats, run_dir
+from mixgpt.app.settings import BOS
+from mixgpt.checkpoints import card, formats
 from mixgpt.common import distributed, files, program
-from mixgpt.common.choices import NO_METRICS, RECORD, is_interrupted_run
-from mixgpt.common.errors import InputError, reading
+from mixgpt.common.choices import NO_METRICS
 from mixgpt.common.progress import table
 from mixgpt.evaluation.measures import total_sparsity
-from mixgpt.modeling import decoder, experts, streaming
+from mixgpt.modeling import decoder, experts
 from mixgpt.pruning.targets import Outcome
 
 
@@ -56,45 +54,6 @@ def of_matrices(run, plan, outcomes, zeros):
 def _counted(m):
     """Return the entries of the record for a `MatrixSparsity`."""
     return {"layer": m.layer, "name": m.name, "shape": list(m.shape), "sparsity": m.zeros / m.numel}
-
-
-def asked(settings, device):
-    """Return the settings that a resumed run must have in common with the first one, {flag: value}."""
-    shared = {flag_of(name): getattr(settings, name) for name in having_effect(RESULT, METHOD)}
-    return shared | {"--device": device.type, "number of processes": distributed.world()}
-
-
-def identity(run):
-    """Return what a resumed run must have in common with the first one, {flag: value}."""
-    return asked(run.settings, run.device) | {
-        "--dtype": str(run.model.dtype).removeprefix("torch."), "model's weights": streaming.fingerprint(run.model),
-        "calibration tokens": None if run.calibration is None else streaming.digest(
-            torch.cat([run.calibration, run.further]))}
-
-
-def completed(settings, device):
-    """Return the record of the run that has ended in the folder of --save, None if there is none or it is not whole.
-
-    Raises InputError if another version of this program wrote it, or with other settings than those of now. Removes
-    what the run kept to go on from: it may have been killed while it did this.
-    """
-    folder = Path(settings.save)
-    if is_interrupted_run(folder) or not ((folder / RECORD).exists() and any(folder.glob("*.safetensors"))):
-        return None
-    with reading(f"--resume: {folder / RECORD}"):
-        record = json.loads((folder / RECORD).read_text())
-        program.check_signature(record, f"--resume: the run in {folder}")
-        before = {flag_of(name): value for name, value in record["settings"].items()} | record["identity"]
-    now = asked(settings, device) | {
-        flag_of(name): getattr(settings, name) for name in ("model", *having_effect(EVALUATION, REPORT))}
-    for flag, value in json.loads(json.dumps(now)).items():
-        resolved = flag in ("--seqlen", "--dtype", "--bos") and value in (None, "auto")
-        if value != before.get(flag) and not resolved:
-            raise InputError(f"--resume: {flag} was {before.get(flag)} in the complete run in {folder}, now it is "
-                             f"{value}; to evaluate its result again, give the folder as the model")
-    if distributed.rank() == 0:
-        run_dir.clear(folder)
-    return record
 
 
 def disk(run, plan):

@@ -37,7 +37,10 @@ def read(file):
         check_signature({"schema": SCHEMA} | record, str(file))  # without one it is older: see what fits
         settings, model = record["settings"], str(Path(record["settings"]["model"]))
         method = next((name for name in record["perplexity"] if name != "dense"), "dense")
-        label = _label(settings, method)
+        n, m, effort, label = settings.get("prunen", 0), settings.get("prunem", 0), settings.get("effort", 1), method
+        if recipe(**settings | {"preset": "best"}).items() <= settings.items():  # best, in place of its choices
+            label = "best" + (f", effort {effort:g}" if effort != 1 else "") + method.rpartition(")")[2]
+        label += f" {n}:{m}" if m else ""
         if isinstance(record.get("distilled"), str) and "not distilled" not in label:
             label += ", not distilled"
         run = record | {"file": str(file), "model": model, "method": method, "label": label}
@@ -63,14 +66,6 @@ def distinguish(runs):
         if len({str(run["settings"].get(name)) for run in group}) > 1:
             for run in group:
                 run["label"] += f", {name} {run['settings'].get(name)}"
-
-
-def _label(settings, method):
-    """Return a method's name with n:m, and best in place of its choices if its settings are that preset's."""
-    n, m, effort = settings.get("prunen", 0), settings.get("prunem", 0), settings.get("effort", 1.0)
-    if recipe(**settings | {"preset": "best"}).items() <= settings.items():
-        method = "best" + (f", effort {effort:g}" if effort != 1 else "") + method.rpartition(")")[2]
-    return method + (f" {n}:{m}" if m else "")
 
 
 def _text_key(run, name):
@@ -144,10 +139,9 @@ def points_of(runs):
         high=("perplexity", "max"), dense=("dense", "first")).reset_index()
 
 
-def main(script, argv=None):
-    """Run the command line of a script, given by its path. Returns the exit status; 2 also if a file was unusable."""
-    script, argv, runs = Path(script).name, sys.argv[1:] if argv is None else argv, []
-    parser = Parser(prog=script, description="Compare the records of runs in one table.")
+def main(script: str, argv: list[str] | None = None) -> int:
+    """Run the command line of a script, see `reported`. Returns the exit status; 2 also if a file was unusable."""
+    parser, runs = Parser(prog=Path(script).name, description="Compare the records of runs in one table."), []
     parser.add_argument("runs", nargs="+", metavar="RUN", help="file of --record, folder of --save, or a pattern such "
                                                                "as 'runs/*'")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -156,16 +150,16 @@ def main(script, argv=None):
                                                        "all runs have the same sparsity; mean and range over seeds "
                                                        "(.png, .pdf, .svg)")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of --csv and --plot if they exist")
-    with reported(script, argv, "give fewer files") as end:
-        options = parser.parse_args(argv)
+    with reported(script, argv, "give fewer files") as command:
+        options = parser.parse_args(command.argv)
         paths = {"--csv": options.csv, "--plot": options.plot}
         check_outputs({flag: path for flag, path in paths.items() if path is not None}, options.overwrite)
         for file in files_of(options.runs):
             try:
                 runs.append(read(file))
             except InputError as error:
-                print(f"{script}: error: {error}", file=sys.stderr)
-                end.status = 2
+                print(f"{command.name}: error: {error}", file=sys.stderr)
+                command.status = 2
         shorten(runs)
         distinguish(runs)
         if runs:
@@ -179,4 +173,8 @@ def main(script, argv=None):
             from mixgpt.app import plots  # imports PyTorch
             write_output("--plot", options.plot, plots.draw_tradeoff(points, Path(options.plot).suffix))
             print(f"\npicture  {options.plot}")
-    return end.status
+    return command.status
+
+
+if __name__ == "__main__":
+    sys.exit(main("mixgpt results"))

@@ -74,7 +74,7 @@ class Settings:
     """The options of a run: those given, else the preset's, else the defaults. Raises InputError for invalid values."""
 
     model: str = option(None, FREE, "hub id, local folder or .gguf file")  # compared by weights, see report.identity
-    dataset: str = option(
+    dataset: str | None = option(  # None: where nothing is calibrated
         None, RESULT, "calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3")
 
     sparsity: float = option(0.0, METHOD, "fraction of the weights to prune, below 1", group="what to prune")
@@ -177,8 +177,11 @@ class Settings:
     wandb_name: str | None = option(None, FREE, "W&B run name (default: WANDB_NAME)", needs=("log_wandb",))
     wandb_group: str | None = option(None, FREE, "W&B run group (default: WANDB_RUN_GROUP)", needs=("log_wandb",))
     quiet: bool = option(False, FREE, "print only results and warnings")
+    dry_run: bool = option(False, FREE, "check everything, say what memory, disk and time the run takes, and end")
+    device_memory: str | None = option(None, FREE, "with --dry-run: memory of a GPU that is not here, such as 24GB",
+        needs=("dry_run",))
 
-    def __init__(self, model, dataset, **options):
+    def __init__(self, model, dataset=None, **options):
         fields = {field.name: field for field in dataclasses.fields(self)}
         if unknown := options.keys() - fields.keys():
             raise TypeError(f"no option is called {', '.join(sorted(unknown))}")
@@ -238,6 +241,8 @@ class Settings:
         if self.quantizes and not solver.quantizes:
             raise InputError(f"--wbits {self.wbits}: --solver {self.solver} does not quantize; must be "
                              f"{' or '.join(name for name, other in SOLVERS.items() if other.quantizes)}")
+        if self.dataset is None and self.needs_calibration:
+            raise InputError("dataset: is needed for calibration; give the name of a text, or a file or folder")
         check_texts(None if self.dataset == IN_MEMORY else self.dataset, self.eval, self.needs_calibration)
 
     @property
@@ -322,7 +327,7 @@ class Settings:
             paths["--sensitivity-file"] = self.sensitivity_file
         paths = {flag: path for flag, path in paths.items() if path}
         check_outputs(paths, self.overwrite or self.resume)
-        texts = () if self.dataset == IN_MEMORY else shares_of(self.dataset)
+        texts = () if self.dataset in (IN_MEMORY, None) else shares_of(self.dataset)
         reads = (self.model, *texts, *self.eval, self.data_dir, self.sensitivity_file, self.tasks_dir)
         for path in (*paths.values(), *filter(os.path.exists, filter(None, reads))) if self.save else ():
             if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.save)):  # --overwrite would remove it

@@ -21,6 +21,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -328,6 +329,41 @@ class RunDir(contextlib.AbstractContextManager):
         distributed.barrier()  # others may still read the layers there
         if self.writes:
             clear(self.path)
+
+
+def identity(model: torch.nn.Module, asked: dict[str, Any], calibration: torch.Tensor | None,
+             further: torch.Tensor | None) -> dict[str, Any]:
+    """Return what a resumed run must have in common with the first one, {flag: value}.
+
+    asked: the part of it that is known from the command line. calibration, further: tokens, (N, T) and (n, T).
+    """
+    return asked | {
+        "--dtype": str(model.dtype).removeprefix("torch."), "model's weights": streaming.fingerprint(model),
+        "calibration tokens": None if calibration is None else streaming.digest(torch.cat([calibration, further]))}
+
+
+def completed(path: str, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of the run that has ended in a folder, None if there is none or it is not whole.
+
+    asked: {flag: value} of now. Raises InputError if another version of this program wrote it, or if it was asked for
+    something else. Removes what the run kept to go on from: it may have been killed while it did this.
+    """
+    folder = Path(path)
+    if is_interrupted_run(folder) or not ((folder / RECORD).exists() and any(folder.glob("*.safetensors"))):
+        return None
+    with reading(f"--resume: {folder / RECORD}"):
+        record = json.loads((folder / RECORD).read_text())
+        program.check_signature(record, f"--resume: the run in {folder}")
+        before = {name if name in ("model", "dataset") else f"--{name.replace('_', '-')}": value
+                  for name, value in record["settings"].items()} | record["identity"]
+    for flag, value in json.loads(json.dumps(asked)).items():
+        resolved = flag in ("--seqlen", "--dtype", "--bos") and value in (None, "auto")
+        if value != before.get(flag) and not resolved:
+            raise InputError(f"--resume: {flag} was {before.get(flag)} in the complete run in {folder}, now it is "
+                             f"{value}; to evaluate its result again, give the folder as the model")
+    if distributed.rank() == 0:
+        clear(folder)
+    return record
 
 
 def is_saved_model(path):

@@ -105,7 +105,7 @@ class PackedWeight(torch.nn.Module):
         """Return the ways in which the CPU can multiply by this matrix, the fastest first."""
         if "group" in self.description["parts"]:  # columns of a group do not lie side by side
             return []
-        return sparse_cpu.ways(self.dtype, self.wbits, self.shape[1] // self.groups)
+        return sparse_cpu.kinds_for(self.dtype, self.wbits, self.shape[1] // self.groups)
 
     def way(self, device):
         """Return what a device multiplies by this matrix with: "triton", the CPU's fastest way, or None."""
@@ -128,7 +128,7 @@ class PackedWeight(torch.nn.Module):
         tensors = self._buffers | {"data": self._buffers[self.data], "x": x, "y": y}
         if self.wbits:
             tensors["units"] = _units(self.description.get("grid", "uniform"), self.wbits, self.dtype, y.device)
-        kernels.run(kernel, *self.shape, BLOCK, self.groups, tensors)
+        kernels.launch(kernel, *self.shape, BLOCK, self.groups, tensors)
 
 
 @functools.cache

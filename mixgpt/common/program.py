@@ -2,11 +2,15 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from mixgpt.common.errors import InputError
 
 __version__ = "1.0.0"
+
+UNSUPPORTED = ("mixgpt runs on Linux and macOS; on Windows, run it in WSL, which `wsl --install` sets up"
+               if sys.platform == "win32" else "")  # which cannot lock files as they do, and knows no SIGHUP
 
 SCHEMA = 1  # of mixgpt.json and progress/run.json; to be raised when older files can no longer be read
 

@@ -10,11 +10,12 @@ import resource
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixgpt.common import program
+from mixgpt.common import distributed, program
 from mixgpt.common.errors import InputError
 
 DEFAULT_SEQLEN = 2048
@@ -76,6 +77,28 @@ def choose_dtype(name, config, device):
 def repeatable_attention(device):
     """Return a context in which gradients of PyTorch's attention are the same each time; on GPUs the default is not."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def isolated(device: torch.device, quiet: bool) -> Iterator[None]:
+    """Within the block, PyTorch has its own defaults, whatever a caller has set, and only the first process prints.
+
+    quiet: whether it prints on stdout alone, where results and warnings go.
+    """
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        if program.rank():
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        if program.rank() or quiet:
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":  # the context is felt in every call
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(float32_products("ieee", torch.backends.cuda, torch.backends.mkldnn))
+        stack.enter_context(distributed.joined(device))
+        yield
 
 
 @contextlib.contextmanager

@@ -4,36 +4,35 @@ import contextlib
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import decoder, experts
 from mixgpt.modeling.linears import linears, shared_inputs
 from mixgpt.modeling.running import StreamedModel
 
-# Of a small copy: at most so many layers, and limits of settings of its configuration.
+# A small copy of a model has at most so many layers, and these limits in its configuration.
 LAYERS = 12
 VOCABULARY = 512
 WIDTHS = dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 64)
 TOKENS = 16
 SEQUENCES = 3
-TOLERANCE = 1e-3  # of the standard deviation of the logits; rounding is 1e-6 to 1e-4
+TOLERANCE = 1e-3  # Logits may differ by this share of their standard deviation; rounding is 1e-6 to 1e-4.
 
 
 @torch.no_grad()
-def check(name, skeleton, device):
+def check(name: str, skeleton: PreTrainedModel, device: torch.device) -> tuple[float, list[str]]:
     """Raise InputError if a model's logits differ when its layers run one at a time.
 
-    name: of the model, for the message. skeleton: the model on meta. device: where it will run; this runs on the host,
-    or there if kernels of other packages need a GPU. Compares on SEQUENCES sequences, in batches of two, the last one
-    of one, and of one, through a copy of the configuration with random weights, and as many layers as show each kind of
-    layer. Returns the bytes that a sequence takes between two layers, with what layers leave for later ones, in units
-    of its hidden states alone; and the names of linears that are not called as modules.
+    skeleton: the model on meta. device: where it will run; this runs on the host, or there if kernels of other packages
+    need a GPU. A copy with random weights and a few layers, of every kind, runs on SEQUENCES sequences, in batches of
+    two and of one. Returns the bytes that a sequence takes between two layers, with what layers leave for later ones,
+    in units of its hidden states alone; and the names of linears that are not called as modules.
     """
     kind, layers, uncalled = type(skeleton).__name__, decoder.layers_of(skeleton), set()
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"
     with reading(refusal):
-        # kernels of other packages may need a GPU; sizes may depend on each other in a way of their own
+        # Kernels of other packages may need a GPU; sizes may depend on each other, so that no narrow copy can be built.
         for place, narrow in ((torch.device("cpu"), True), (device, True), (device, False)):
             with contextlib.suppress(*[Exception] if narrow else []), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -58,17 +57,33 @@ def check(name, skeleton, device):
             sorted(uncalled))
 
 
-def small(config, layers, narrow):
+def small(config: PretrainedConfig, layers: torch.nn.ModuleList, narrow: bool) -> PretrainedConfig:
     """Return a copy of a configuration with few layers, of every kind that `layers` have, and a small vocabulary.
 
-    A kind is a layer's modules, and its entries in lists of the configuration. narrow: also with narrow MLPs.
+    narrow: also with narrow MLPs.
+    """
+    config = with_few_layers(config, layers, 2)
+    config.vocab_size = min(config.vocab_size, VOCABULARY)
+    limits = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), config.vocab_size - 1)
+    limits |= {"vocab_size_per_layer_input": VOCABULARY} | (WIDTHS if narrow else {})
+    for name, limit in limits.items():
+        if isinstance(value := getattr(config, name, None), int):
+            setattr(config, name, min(value, limit))
+    config.initializer_range = 0.2  # Small weights would hide differences.
+    return config
+
+
+def with_few_layers(config: PretrainedConfig, layers: torch.nn.ModuleList, least: int) -> PretrainedConfig:
+    """Return a copy of a configuration with as few of its first layers as show every kind, and at least so many.
+
+    A kind is a layer's modules, and its entries in lists of the configuration.
     """
     lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) >= len(layers)]
     kinds = [([str(value[index]) for value in lists], [(name, type(module)) for name, module in layer.named_modules()])
              for index, layer in enumerate(layers)]
     count = max(kinds.index(kind) for kind in kinds[:LAYERS]) + 1
     shares = getattr(config, "num_kv_shared_layers", 0)
-    count = min(max(2 * count if shares else count, 2), len(layers))
+    count = min(max(2 * count if shares else count, least), len(layers))
     config = copy.deepcopy(config)
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
@@ -76,11 +91,4 @@ def small(config, layers, narrow):
     if shares:  # half of the layers share keys and values
         config.num_kv_shared_layers = count // 2
     config.num_hidden_layers = count
-    config.vocab_size = min(config.vocab_size, VOCABULARY)
-    limits = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), config.vocab_size - 1)
-    limits |= {"vocab_size_per_layer_input": VOCABULARY} | (WIDTHS if narrow else {})
-    for name, limit in limits.items():
-        if isinstance(value := getattr(config, name, None), int):
-            setattr(config, name, min(value, limit))
-    config.initializer_range = 0.2  # small weights would hide differences
     return config

@@ -1,41 +1,45 @@
 """Walk over the columns of a narrow range one by one: for any device, compiled for CPUs, and the choice among these."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numba
 import numpy as np
 import torch
+from torch import Tensor
 
 from mixgpt.common.errors import one_line
 from mixgpt.kernels.selection import smallest_in_groups
 
-TILE = 64  # rows of W at a time
+TILE = 64  # Rows of W that are walked together.
+Choice = tuple[int, Tensor, Tensor] | None  # As `walk_columns` takes it.
 
 
-def compiled(function):
+def compiled(function: Callable) -> Callable:
     """Let numba compile a function when it is called, and keep the code on disk if there is a place for that."""
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
         return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither beside the function nor in the cache of the user can files be written
+    except RuntimeError:  # Neither the function's folder nor the user's cache can be written.
         return numba.njit(**options)(function)
 
 
 class UniformGrid(NamedTuple):
     """A function that rounds W to a multiple of scale, between low and high times it, as computed in `dtype`."""
 
-    scale: torch.Tensor  # (out,), as the next two
-    low: torch.Tensor
-    high: torch.Tensor
+    scale: Tensor  # (out,), like low and high.
+    low: Tensor
+    high: Tensor
     dtype: torch.dtype
 
-    def __call__(self, W):
+    def __call__(self, W: Tensor) -> Tensor:
         """Round W (..., out). Returns W's dtype."""
         return (W / self.scale).round_().clamp_(self.low, self.high).mul_(self.scale).to(self.dtype).to(W.dtype)
 
 
-def walk_columns(W, E, U, mask, choice, grid):
+def walk_columns(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice,
+                 grid: Callable[[Tensor], Tensor] | None) -> None:
     """Prune or round the weights of each column in turn, compensating the error in the columns after it.
 
     W: (n, out), the columns of a range, updated for all errors before it; overwritten with the new weights. E: (n,
@@ -45,7 +49,7 @@ def walk_columns(W, E, U, mask, choice, grid):
     (out,), a UniformGrid for the compiled walks; or None.
     SparseGPT (arXiv 2301.00774), algorithm 1, and GPTQ (arXiv 2210.17323), eq. 2 and 3.
     """
-    prunem, prunens, factors = choice or (0, None, None)
+    prunem, prunens, factors = choice or (0, 0, W)
     for j in range(len(W)):
         if prunem and j % prunem == 0:
             group = slice(j, j + prunem)
@@ -60,22 +64,19 @@ def walk_columns(W, E, U, mask, choice, grid):
         w.copy_(q)
 
 
-def walk_compiled(W, E, U, mask, choice, grid):
-    """Walk the columns of a range on the host, compiled; arguments as in `walk_columns`.
-
-    Single-threaded: the errors of a tile stay in L1 cache, so that this costs far less than the surrounding products.
-    """
+def walk_compiled(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice, grid: UniformGrid | None) -> None:
+    """Do the same on the host, compiled, in one thread: the errors of a tile of rows stay in L1 cache."""
     nothing = W.new_empty(0)
     prunem, prunens, factors = choice or (0, nothing.int(), nothing)
     limits = grid[:3] if grid else (nothing,) * 3
-    # contiguous: numba compiles for seconds for each kind of array
+    # All arrays are contiguous, because numba compiles for seconds for each kind of array.
     U, factors, *limits = (x.contiguous().numpy() for x in (U, factors, *limits))
     _walk_rows(W.numpy(), E.numpy(), U, mask.numpy(), factors, prunem, prunens.numpy(), *limits,
                grid is not None and grid.dtype == torch.bfloat16)
 
 
 @compiled
-def _update(W, E, U, column, start, stop):
+def _update(W: np.ndarray, E: np.ndarray, U: np.ndarray, column: int, start: int, stop: int) -> None:
     """Update a column of a tile for the errors of columns start … stop − 1."""
     for k in range(start, stop):
         share = U[k, column]
@@ -84,7 +85,8 @@ def _update(W, E, U, column, start, stop):
 
 
 @compiled
-def _walk_rows(W, E, U, mask, factors, prunem, prunens, scale, low, high, bfloat16):
+def _walk_rows(W: np.ndarray, E: np.ndarray, U: np.ndarray, mask: np.ndarray, factors: np.ndarray, prunem: int,
+               prunens: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray, bfloat16: bool) -> None:
     """Walk all columns; scale is empty without quantization."""
     (columns, out), width = W.shape, max(prunem, 1)
     w, remove = np.zeros((columns, TILE), W.dtype), np.zeros((columns, TILE), np.bool_)
@@ -127,8 +129,9 @@ def _walk_rows(W, E, U, mask, factors, prunem, prunens, scale, low, high, bfloat
 
 
 @compiled
-def _choose(W, remove, factors, scores, rank, group, width, prunen):
-    """Mark the least salient of columns group … group + width − 1, prunen (TILE,) of each row, marked ones first."""
+def _choose(W: np.ndarray, remove: np.ndarray, factors: np.ndarray, scores: np.ndarray, rank: np.ndarray, group: int,
+            width: int, prunen: np.ndarray) -> None:
+    """Mark the prunen (TILE,) least salient weights of each row in columns from `group` on, marked ones first."""
     for j in range(group, group + width):
         for r in range(TILE):
             scores[j, r] = -1 if remove[j, r] else W[j, r] * W[j, r] * factors[j]
@@ -144,21 +147,18 @@ def _choose(W, remove, factors, scores, rank, group, width, prunen):
 
 
 @functools.cache
-def triton_obstacle(device):
-    """Return why the Triton kernel cannot run on a GPU, by trying it once; None if it can.
-
-    Triton compiles a launcher at run time, which needs a C compiler and the driver's libraries.
-    """
+def triton_obstacle(device: torch.device) -> str | None:
+    """Return why Triton, which needs a C compiler and the driver's libraries, cannot run on a GPU; None if it can."""
     W, E, mask = torch.ones(2, 2, device=device), torch.empty(2, 2, device=device), torch.ones(2, 2, device=device) > 0
     try:
-        from mixgpt.kernels import columns_cuda  # only with a GPU
+        from mixgpt.kernels import columns_cuda  # Triton is installed only where there may be a GPU.
         columns_cuda.walk_columns(W, E, torch.eye(2, device=device), mask, None, None)
-    except Exception as error:  # of the import, Triton, the compiler or the driver
+    except Exception as error:  # The import, Triton, the compiler or the driver may fail, each in a way of its own.
         return one_line(error)[:200]
     return None
 
 
-def fastest(W, grid=None):
+def fastest(W: Tensor, grid: Callable | None = None) -> Callable:
     """Return the fastest `walk_columns` for a matrix and a grid."""
     if grid is not None and not isinstance(grid, UniformGrid):
         return walk_columns

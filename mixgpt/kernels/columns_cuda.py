@@ -7,21 +7,23 @@ column is up to date when it is reached, and W, E and the mask are read or writt
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-ROWS, TILE = 32, 4096  # maximum rows and weights of W per program: 32 registers per thread
+ROWS, TILE = 32, 4096  # A program has at most so many rows and weights of W: 32 registers per thread.
 WARPS = 4
 GRID_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-ROUNDER = tl.constexpr(1.5 * 2**23)  # float32 spacing is 1 at this size: adding it rounds to an integer
+ROUNDER = tl.constexpr(1.5 * 2**23)  # The spacing of float32 is 1 at this size: adding it rounds to an integer.
 
 
-def walk_columns(W, E, U, mask, choice, grid):
+def walk_columns(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: tuple[int, Tensor, Tensor] | None,
+                 grid: tuple | None) -> None:
     """Walk the columns of a range on the device; arguments as in `columns.walk_columns`, all float32."""
     columns, out = W.shape
     padded = triton.next_power_of_2(columns)
     tile = max(min(ROWS, TILE // padded), 1)
     prunem, prunens, factors = choice or (0, None, None)
     scale, low, high, dtype = grid or (None, None, None, torch.float32)
-    with torch.cuda.device_of(W):  # Triton launches on the current device
+    with torch.cuda.device_of(W):  # Triton launches on the current device.
         _walk_rows[triton.cdiv(out, tile),](
             W, E, U, mask, factors, prunens, scale, low, high, columns, out, *U.stride(), PRUNEM=prunem,
             DTYPE=GRID_DTYPES[dtype], COLUMNS=padded, ROWS=tile, num_warps=WARPS, enable_fp_fusion=True)
@@ -47,7 +49,7 @@ def _walk_rows(W, E, U, mask, factors, prunens, scale, low, high, columns, out, 
         if PRUNEM:
             if j % PRUNEM == 0:
                 scores = w_all * w_all * factor[:, None]
-                for k in range(j, j + PRUNEM):  # a tile of bytes would impose its layout on the sums over columns
+                for k in range(j, j + PRUNEM):  # A whole tile of bytes would impose its layout on the sums.
                     marked = tl.load(at_mask + k * out, mask=real, other=0)
                     scores = tl.where((column == k)[:, None] & marked, -1.0, scores)
                 rank = _ranks(scores, column, j, PRUNEM)

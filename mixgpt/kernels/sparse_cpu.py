@@ -8,6 +8,7 @@ so that the number of threads does not change the result.
 
 import ctypes
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,86 +16,87 @@ import numpy as np
 import torch
 from llvmlite import binding, ir
 from numba.core.cgutils import alloca_once_value, for_range_slice
+from torch import Tensor
 
-REACH = 64  # packed numbers that a step may read
-AHEAD = 2048  # bytes from the packed values and masks in use to those that are prefetched
-CHUNK = 64  # rows that a thread takes at a time
-COLUMNS = 64  # of an iteration: steps of one way, added to two sums in turn
-WAYS = {"codes": 64, "vbmi2": 32, "avx512": 16, "avx2": 8}  # columns of a step, the fastest way first
-FLAGS = {  # that the CPU must have
+REACH = 64  # A step may read so many packed numbers.
+AHEAD = 2048  # Masks and packed values are prefetched so many bytes before they are used.
+CHUNK = 64  # A thread takes so many rows at a time.
+COLUMNS = 64  # One iteration covers so many columns in several steps, added to two sums in turn.
+KINDS = {"codes": 64, "vbmi2": 32, "avx512": 16, "avx2": 8}  # Columns per step of each kind, the fastest first.
+FLAGS = {  # The CPU must have these features.
     "codes": {"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2"}, "vbmi2": {"avx512f", "avx512bw", "avx512vbmi2"},
     "avx512": {"avx512f", "f16c"}, "avx2": {"avx2", "fma", "f16c"}}
 HERE = {name for name, present in binding.get_host_cpu_features().items() if present}
 TENSORS = ("mask", "data", "offsets", "units", "zero", "scale", "x", "y")
 ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", *TENSORS)
 I1, I8, I16, I32, I64, F16, F32 = *map(ir.IntType, (1, 8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
-BF16 = type("BFloatType", (ir.types.Type,), {"__str__": lambda self: "bfloat"})()  # llvmlite has none
+BF16 = type("BFloatType", (ir.types.Type,), {"__str__": lambda self: "bfloat"})()  # llvmlite has no such type.
 STORED = {torch.float32: F32, torch.bfloat16: I16, torch.float16: F16}
 _SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # (masks, columns)
 SHIFTS = {wbits: np.arange(8, dtype=np.uint8)[:, None] + np.tile(wbits * np.arange(8, dtype=np.uint8), 8)
-          for wbits in (2, 3, 4)}  # of 8 codes in 8 bytes, by the first bit: (8, 64)
-ORDERS = _SET * (_SET.cumsum(1, dtype=np.int32) - 9)  # of 8 values, by a mask: place - 8 if kept, else 0
+          for wbits in (2, 3, 4)}  # (8, 64): where 8 times 8 codes start in 8 bytes each, by the first bit.
+ORDERS = _SET * (_SET.cumsum(1, dtype=np.int32) - 9)  # (masks, 8): a kept value's place - 8, else 0.
 
 
 class Kernel(NamedTuple):
-    """A function to emit."""
+    """A kernel to emit: it multiplies vectors by a packed matrix, or expands the matrix."""
 
-    way: str  # in WAYS
-    dtype: torch.dtype  # of the weights
-    wbits: int  # of a code; 0: values
-    tokens: int  # 0: writes the expanded matrix to y
-    bfloat16: bool = False  # x is bfloat16, not float32
+    kind: str  # A key of KINDS.
+    dtype: torch.dtype  # The dtype of the weights.
+    wbits: int  # Bits per code; 0 stands for a matrix of plain values.
+    tokens: int  # Number of vectors x; with 0, the kernel writes the expanded matrix to y.
+    bfloat16: bool = False  # Whether x is bfloat16, not float32.
 
 
 @functools.cache
-def ways(dtype, wbits, width):
-    """Return the ways that this CPU has for a matrix, the fastest first; none take times as long as the dense product.
+def kinds_for(dtype: torch.dtype, wbits: int, width: int) -> list[str]:
+    """Return the kinds of kernels that this CPU can run on a matrix, the fastest first.
 
-    width: columns of a group, which lie side by side.
+    width: columns per group; groups are consecutive columns. The list is empty if the dense product is much faster.
     """
     if dtype not in STORED or wbits not in (0, 2, 3, 4) or width % COLUMNS:
         return []
     able = {"codes": wbits and dtype == torch.bfloat16, "vbmi2": not wbits and dtype == torch.bfloat16,
             "avx512": not wbits, "avx2": True}
-    return [way for way in WAYS if able[way] and FLAGS[way] <= HERE]
+    return [kind for kind in KINDS if able[kind] and FLAGS[kind] <= HERE]
 
 
-def multiplies_bfloat16(way):
-    """Return whether x may be bfloat16."""
-    return WAYS[way] >= 32 and "avx512bf16" in HERE
+def multiplies_bfloat16(kind: str) -> bool:
+    """Return whether kernels of a kind take x in bfloat16 on this CPU."""
+    return KINDS[kind] >= 32 and "avx512bf16" in HERE
 
 
-def arrange(x, kernel):
+def arrange(x: Tensor, kernel: Kernel) -> Tensor:
     """Return x (…, columns) in the order in which the steps of a kernel take it."""
-    if kernel.way == "codes":  # even columns, then odd ones
+    if kernel.kind == "codes":  # Even columns come before odd ones.
         x = x.view(-1, 32, 2).transpose(1, 2).contiguous()
-    if kernel.way in ("codes", "vbmi2") and not kernel.bfloat16:
+    if kernel.kind in ("codes", "vbmi2") and not kernel.bfloat16:
         x = x.view(-1, 16, 2).transpose(1, 2).contiguous()
     return x
 
 
-def padded(data):
-    """Return packed numbers with room for REACH more behind them in memory, as the last steps read these."""
+def padded(data: Tensor) -> Tensor:
+    """Return packed numbers with memory for REACH more behind them, because the last steps read beyond the end."""
     has_room = data.untyped_storage().nbytes() >= (data.storage_offset() + len(data) + REACH) * data.itemsize
     return data if has_room else torch.nn.functional.pad(data, (0, REACH))[:len(data)]
 
 
-def run(kernel, rows, columns, block, groups, tensors):
+def launch(kernel: Kernel, rows: int, columns: int, block: int, groups: int, tensors: dict[str, Tensor]) -> None:
     """Call a kernel on all rows.
 
-    block: columns to an offset. tensors: those that the kernel needs, by their names in TENSORS; data: `padded`.
+    block: columns per offset. tensors: what the kernel needs, by the names in TENSORS; `data` must be `padded`.
     """
-    # a tensor without numbers has no address itself
+    # The storage is asked for its address, because an empty tensor has none of its own.
     addresses = [tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.itemsize
                  if (tensor := tensors.get(name)) is not None else 0 for name in TENSORS]
     numbers = 0, rows, columns, -(-columns // block), groups
     values = (ctypes.c_int64 * len(ARGUMENTS))(*numbers, *addresses)
-    _parallel()(_compiled(kernel), values, torch.get_num_threads(), 0)
+    _parallel()(_compiled(kernel)[0], values, torch.get_num_threads(), 0)
 
 
 @functools.cache
-def _parallel():
-    """Return what runs a function in PyTorch's own threads, as others would compete with them; or else in this one."""
+def _parallel() -> Callable:
+    """Return what calls a function in PyTorch's own threads, with which ours would compete, or else in this one."""
     try:
         return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (OSError, AttributeError):
@@ -102,7 +104,8 @@ def _parallel():
 
 
 @functools.cache
-def _compiled(kernel):
+def _compiled(kernel: Kernel) -> tuple[Callable, object]:
+    """Compile a kernel for this CPU. Returns it and what owns its code, which must live as long."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     module = binding.parse_assembly(str(_Emitter(kernel).module))
@@ -112,19 +115,17 @@ def _compiled(kernel):
     passes.getModulePassManager().run(module, passes)
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("run"))
-    function.engine = engine  # which owns the code
-    return function
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("kernel")), engine
 
 
 class _Emitter:
     """The code of a kernel."""
 
-    def __init__(self, kernel):
+    def __init__(self, kernel: Kernel) -> None:
         self.kernel, self.module = kernel, ir.Module()
-        self.width = WAYS[kernel.way]
-        self.bits = kernel.wbits or 8 * kernel.dtype.itemsize  # of a packed number
-        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64]), "run")
+        self.width = KINDS[kernel.kind]
+        self.bits = kernel.wbits or 8 * kernel.dtype.itemsize  # Bits per packed number.
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64]), "kernel")
         self.b = b = ir.IRBuilder(function.append_basic_block())
         self.at = {name: self._load(I64, function.args[0], I64(place), 8) for place, name in enumerate(ARGUMENTS)}
         take, work, done = (b.append_basic_block() for _ in range(3))
@@ -142,9 +143,10 @@ class _Emitter:
         b.position_at_end(done)
         b.ret_void()
 
-    def _row(self, row):
+    def _row(self, row: ir.Value) -> None:
+        """Emit the code for one row: its products with all vectors, or its expansion."""
         b, kernel, at, width = self.b, self.kernel, self.at, self.width
-        take = self._look_up if kernel.way == "codes" else self._expand
+        take = self._look_up if kernel.kind == "codes" else self._expand
         kind = ir.VectorType(F32, min(width, 16))
         start = b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64)
         place = alloca_once_value(b, start)
@@ -171,36 +173,33 @@ class _Emitter:
                                fastmath=("reassoc",))
             self._store(total, b.add(b.mul(I64(token), at["rows"]), row), 4)
 
-    # steps: each returns the weights of the next columns, 0 where pruned, and moves `place` on. The iteration starts at
-    # weight `flat` of the matrix; `done` columns precede the step in it.
+    # The next two methods emit a step. It takes the weights of the next columns, 0 where pruned, and moves `place` on.
+    # The iteration starts at weight `flat` of the matrix; `done` columns precede the step in it.
 
-    def _look_up(self, flat, done, place, table):
-        """As `codes` are below 16, 16 stands for a pruned one. Returns those of even columns, and of odd ones."""
+    def _look_up(self, flat: ir.Value, done: int, place: ir.Value, table: ir.Value) -> list[ir.Value]:
+        """Return the weights of even columns and those of odd columns. Codes are below 16; 16 stands for pruned."""
         b, wbits, bytes_, words = self.b, self.kernel.wbits, ir.VectorType(I8, 64), ir.VectorType(I16, 32)
         mask, bit = self._kept(flat, done, place)
         packed = self._load(bytes_, self.at["data"], b.lshr(bit, I64(3)))
         eights = ir.Constant(bytes_, [wbits * eight + byte for eight in range(8) for byte in range(8)])
-        packed = self._call("llvm.x86.avx512.permvar.qi.512", bytes_, packed, eights)  # 8 codes to 8 bytes
+        packed = self._call("llvm.x86.avx512.permvar.qi.512", bytes_, packed, eights)  # 8 codes in 8 bytes each
         shifts = self._load(bytes_, I64(SHIFTS[wbits].ctypes.data), b.and_(bit, I64(7)), 64)
         codes = b.and_(self._call("llvm.x86.avx512.pmultishift.qb.512", bytes_, shifts, packed),
                        _all(bytes_, 2**wbits - 1))
         even = b.bitcast(self._spread(codes, mask, 16), words)
-        # the upper halves of the table's 16 numbers, then zeros
+        # The table for bfloat16 is the upper halves of the 16 numbers, followed by zeros for pruned weights.
         places = ir.Constant(ir.VectorType(I32, 32), [*range(1, 32, 2), *[32] * 16])
         weights = b.shuffle_vector(b.bitcast(table, words), _all(words, 0), places)
         return [self._call("llvm.x86.avx512.permvar.hi.512", words, weights, index)
                 for index in (even, b.lshr(even, _all(words, 8)))]
 
-    def _expand(self, flat, done, place, table):
+    def _expand(self, flat: ir.Value, done: int, place: ir.Value, table: ir.Value | None) -> list[ir.Value]:
+        """Return the weights of consecutive columns: stored values, or 8 codes looked up in two halves of the table."""
         mask, bit = self._kept(flat, done, place)
-        if self.kernel.wbits:
-            return [self._spread(self._eight_weights(bit, table), mask)]
-        kind = ir.VectorType(STORED[self.kernel.dtype], self.width)
-        values = self._load(kind, self.at["data"], self.b.lshr(bit, I64(3)))
-        return [self._spread(values if self.width == 32 else self._floats(values), mask)]
-
-    def _eight_weights(self, bit, table):
-        """Return the weights of 8 packed codes, from two halves of the table."""
+        if table is None:
+            kind = ir.VectorType(STORED[self.kernel.dtype], self.width)
+            values = self._load(kind, self.at["data"], self.b.lshr(bit, I64(3)))
+            return [self._spread(values if self.width == 32 else self._floats(values), mask)]
         b, words = self.b, ir.VectorType(I32, 8)
         packed = b.lshr(self._load(I64, self.at["data"], b.lshr(bit, I64(3))), b.and_(bit, I64(7)))
         places = ir.Constant(words, [self.bits * code for code in range(8)])
@@ -208,11 +207,9 @@ class _Emitter:
         halves = (b.shuffle_vector(table, table, ir.Constant(words, list(half))) for half in (range(8), range(8, 16)))
         low, high = (self._call("llvm.x86.avx2.permps", half.type, half, codes) for half in halves)
         is_high = b.icmp_signed("<", b.shl(codes, _all(words, 28)), _all(words, 0))
-        return b.select(is_high, high, low)
+        return [self._spread(b.select(is_high, high, low), mask)]
 
-    # parts of steps
-
-    def _table(self, group):
+    def _table(self, group: ir.Value) -> ir.Value:
         """Return the weights of all codes in a group, rounded to the dtype of the scale, in float32."""
         b, kind = self.b, ir.VectorType(F32, 16)
         zero = b.zext(self._load(I8, self.at["zero"], group), I64)
@@ -221,7 +218,7 @@ class _Emitter:
         scale = self._floats(self._splat(ir.VectorType(scale.type, 16), scale))
         return self._floats(self._round(b.fmul(units, scale)))
 
-    def _kept(self, flat, done, place):
+    def _kept(self, flat: ir.Value, done: int, place: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return the mask of the next columns and the first bit of the first kept weight, and move the place on."""
         b, byte = self.b, self.b.add(self.b.lshr(flat, I64(3)), I64(done // 8))
         index, mask = b.load(place), self._load(ir.IntType(self.width), self.at["mask"], byte)
@@ -232,47 +229,47 @@ class _Emitter:
             self._call("llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
         return mask, bit
 
-    def _spread(self, values, mask, other=0):
+    def _spread(self, values: ir.Value, mask: ir.Value, other: int = 0) -> ir.Value:
         """Return the first values at the bits of a mask, `other` elsewhere."""
         b, words = self.b, ir.VectorType(I32, 8)
         if self.width == 8:
             order = self._load(words, I64(ORDERS.ctypes.data), b.zext(mask, I64), 32)
             moved = b.bitcast(self._call("llvm.x86.avx2.permps", values.type, values, order), words)
             return b.bitcast(b.and_(moved, b.ashr(order, _all(words, 31))), values.type)
-        # an instruction that loads and expands would take a microcoded form: hide the load from the compiler
+        # LLVM would merge the load with the expansion into a slow, microcoded instruction: the empty assembly hides it.
         kind = values.type
         values = b.asm(ir.FunctionType(kind, [kind]), "", "=v,0", [values], False)
         return self._call(f"llvm.x86.avx512.mask.expand.v{kind.count}{kind.element.intrinsic_name}", kind, values,
                           _all(kind, other), b.bitcast(mask, ir.VectorType(I1, kind.count)))
 
-    def _floats(self, values):
-        """Return values, as they are stored, in float32."""
+    def _floats(self, values: ir.Value) -> ir.Value:
+        """Convert stored values to float32."""
         b, wide = self.b, ir.VectorType(F32, values.type.count)
         if self.kernel.dtype == torch.bfloat16:
             bits = b.zext(values, ir.VectorType(I32, wide.count))
             return b.bitcast(b.shl(bits, _all(bits.type, 16)), wide)
         return b.fpext(values, wide) if self.kernel.dtype == torch.float16 else values
 
-    def _round(self, values):
-        """Return float32 values as they are stored, rounded to the nearest, ties to even."""
+    def _round(self, values: ir.Value) -> ir.Value:
+        """Convert float32 values to the stored dtype, rounding to the nearest, ties to even."""
         b, stored = self.b, ir.VectorType(STORED[self.kernel.dtype], values.type.count)
         if self.kernel.dtype != torch.bfloat16:
             return b.fptrunc(values, stored) if self.kernel.dtype == torch.float16 else values
         bits = b.bitcast(values, ir.VectorType(I32, stored.count))
         all_ = functools.partial(_all, bits.type)
         odd = b.and_(b.lshr(bits, all_(16)), all_(1))
-        rounded = b.lshr(b.add(b.add(bits, all_(0x7FFF)), odd), all_(16))  # NaN stays: only its upper bits are set
+        rounded = b.lshr(b.add(b.add(bits, all_(0x7FFF)), odd), all_(16))  # A NaN stays one: it has upper bits only.
         return b.trunc(rounded, stored)
 
-    def _dot(self, total, weights, x):
-        """Return a sum plus the products of weights with x from a place on."""
+    def _dot(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """Return a sum plus the products of weights with the vector from its index x on."""
         b = self.b
         if self.kernel.bfloat16:
             pairs = ir.VectorType(BF16, 32)
             return self._call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, b.bitcast(weights, pairs),
                               self._load(pairs, self.at["x"], x, 2))
         parts = [weights]
-        if self.width >= 32:  # 32 in bfloat16: even ones, and odd ones
+        if self.width >= 32:  # 32 bfloat16 weights are split into even and odd ones.
             bits = b.bitcast(weights, ir.VectorType(I32, 16))
             parts = [b.bitcast(half, total.type) for half in (
                 b.shl(bits, _all(bits.type, 16)), b.and_(bits, _all(bits.type, -65536)))]
@@ -281,7 +278,7 @@ class _Emitter:
             total = b.fadd(b.fmul(part, x_part, flags=["contract"]), total, flags=["contract"])
         return total
 
-    def _write(self, flat, parts):
+    def _write(self, flat: ir.Value, parts: list[ir.Value]) -> None:
         """Write weights to the expanded matrix."""
         weights = parts[0]
         if len(parts) > 1:
@@ -289,22 +286,22 @@ class _Emitter:
             weights = self.b.shuffle_vector(*parts, ir.Constant(ir.VectorType(I32, 64), pairs))
         self._store(weights if self.width >= 32 else self._round(weights), flat, self.kernel.dtype.itemsize)
 
-    def _load(self, kind, base, index, size=1):
+    def _load(self, kind: ir.Type, base: ir.Value, index: ir.Value, size: int = 1) -> ir.Value:
         address = self.b.add(base, self.b.mul(index, I64(size)))
         return self.b.load(self.b.inttoptr(address, ir.PointerType()), typ=kind, align=1)
 
-    def _store(self, value, index, size):
+    def _store(self, value: ir.Value, index: ir.Value, size: int) -> None:
         address = self.b.add(self.at["y"], self.b.mul(index, I64(size)))
         self.b.store(value, self.b.inttoptr(address, ir.PointerType()), align=1)
 
-    def _call(self, name, kind, *values, **options):
+    def _call(self, name: str, kind: ir.Type, *values: ir.Value, **options: Sequence[str]) -> ir.Value:
         function = ir.FunctionType(kind, [value.type for value in values])
         return self.b.call(self.module.declare_intrinsic(name, fnty=function), values, **options)
 
-    def _splat(self, kind, value):
+    def _splat(self, kind: ir.VectorType, value: ir.Value) -> ir.Value:
         first = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
         return self.b.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
 
 
-def _all(kind, value):
+def _all(kind: ir.VectorType, value: int) -> ir.Constant:
     return ir.Constant(kind, [value] * kind.count)

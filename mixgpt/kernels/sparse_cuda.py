@@ -8,30 +8,32 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS = 4  # of a program, for one token
+from mixgpt.kernels.sparse_cpu import Kernel
+
+ROWS = 4  # A program takes so many rows for one token, fewer for several.
 WARPS = 4
 TENSORS = ("mask", "data", "offsets", "units", "zero", "scale", "group", "x", "y")
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def run(kernel, rows, columns, block, groups, tensors):
-    """Multiply, or expand, on the device; arguments as of `sparse_cpu.run`, of whose kernel `way` plays no part."""
+def launch(kernel: Kernel, rows: int, columns: int, block: int, groups: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Multiply, or expand, on the device; arguments as of `sparse_cpu.launch`, but the kernel's kind is ignored."""
     tokens = triton.next_power_of_2(kernel.tokens) if kernel.tokens else 0
     tile = max(ROWS // max(tokens, 1), 1)
-    with torch.cuda.device_of(tensors["mask"]):  # Triton launches on the current device
-        _run[triton.cdiv(rows, tile),](
+    with torch.cuda.device_of(tensors["mask"]):  # Triton launches on the current device.
+        _multiply[triton.cdiv(rows, tile),](
             *(tensors.get(name) for name in TENSORS), rows, columns, groups, kernel.tokens, WBITS=kernel.wbits,
             TOKENS=tokens, ROWS=tile, BLOCK=block, DTYPE=FLOATS[kernel.dtype], num_warps=WARPS,
             enable_fp_fusion=True)
 
 
 @triton.jit
-def _run(mask, data, offsets, units, zero, scale, group, x, y, rows, columns, groups, tokens, WBITS: tl.constexpr,
-         TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+def _multiply(mask, data, offsets, units, zero, scale, group, x, y, rows, columns, groups, tokens, WBITS: tl.constexpr,
+              TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
     """Write the products of a tile of rows to y (tokens, rows); without tokens, the rows to y (rows, columns)."""
     row, blocks = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.cdiv(columns, BLOCK)
     real, token = row < rows, tl.arange(0, TOKENS if TOKENS else 1)
-    sums = tl.zeros((TOKENS if TOKENS else 1, ROWS, BLOCK if TOKENS else 1), tl.float32)  # over blocks
+    sums = tl.zeros((TOKENS if TOKENS else 1, ROWS, BLOCK if TOKENS else 1), tl.float32)
     for block in range(blocks):
         column = block * BLOCK + tl.arange(0, BLOCK)
         inside = real[:, None] & (column < columns)[None, :]

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-ROTARY = {4096: True, 5120: False}  # by hidden size, in the published models
-NORMALISED_HEAD = 125_696  # the vocabulary of Baichuan 2
+ROTARY = {4096: True, 5120: False}  # By the hidden sizes of the published models.
+NORMALISED_HEAD = 125_696  # The vocabulary of Baichuan 2.
 
 @strict
 class BaichuanConfig(LlamaConfig):
@@ -26,14 +29,14 @@ class BaichuanConfig(LlamaConfig):
 
     model_type = "baichuan"
 
-    architectures: list[str] | None = field(default_factory=lambda: ["BaichuanForCausalLM"])  # of two, one is needed
+    architectures: list[str] | None = field(default_factory=lambda: ["BaichuanForCausalLM"])  # One of two classes.
     vocab_size: int = 64_000
     max_position_embeddings: int | None = None
     model_max_length: int | None = None
     pad_token_id: int | None = 0
 
     @property
-    def rotary(self):
+    def rotary(self) -> bool:
         """Whether positions are rotary (7B), not ALiBi (13B)."""
         return ROTARY.get(self.hidden_size, self.max_position_embeddings is not None)
 
@@ -41,13 +44,15 @@ class BaichuanConfig(LlamaConfig):
 class BaichuanAttention(LlamaAttention):
     """LLaMA's attention with one matrix for q, k and v."""
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config: BaichuanConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         del self.q_proj, self.k_proj, self.v_proj
         self.W_pack = torch.nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o_proj = self._modules.pop("o_proj")  # listed after W_pack, in execution order
+        self.o_proj = self._modules.pop("o_proj")  # It must be listed after W_pack, in the order of execution.
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None,
+                attention_mask: Tensor | None = None, cache: Cache | None = None,
+                **kwargs: object) -> tuple[Tensor, Tensor | None]:
         B, T, C = hidden_states.shape
         query, key, value = (part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
                              for part in self.W_pack(hidden_states).split(C, dim=-1))
@@ -60,7 +65,8 @@ class BaichuanAttention(LlamaAttention):
         return self.o_proj(output.reshape(B, T, C)), weights
 
 
-def alibi_mask(heads, queries, keys, attention_mask, dtype, device):
+def alibi_mask(heads: int, queries: int, keys: int, attention_mask: Tensor | None, dtype: torch.dtype,
+               device: torch.device) -> Tensor:
     """Return the bias for the scores of the last `queries` of `keys` positions: (1 or B, heads, queries, keys).
 
     −slope · distance for earlier positions, the lowest finite number elsewhere. Slopes are 2^(−8i/n), i = 1 … n, n the
@@ -84,7 +90,7 @@ class BaichuanModel(LlamaModel):
 
     config_class = BaichuanConfig
 
-    def __init__(self, config):
+    def __init__(self, config: BaichuanConfig) -> None:
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             layer.self_attn = BaichuanAttention(config, index)
@@ -93,7 +99,8 @@ class BaichuanModel(LlamaModel):
             self.rotary_emb = lambda *_, **__: None
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, cache=None, inputs_embeds=None, **kwargs):
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, cache: Cache | None = None,
+                inputs_embeds: Tensor | None = None, **kwargs: object) -> BaseModelOutputWithPast:
         if not self.config.rotary:
             source = input_ids if input_ids is not None else inputs_embeds
             queries = source.shape[1]
@@ -107,7 +114,7 @@ class BaichuanModel(LlamaModel):
 class NormHead(torch.nn.Linear):
     """A head whose rows are normalised in the forward pass; the weight stays as stored (arXiv 2309.10305, 2.4)."""
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
         return torch.nn.functional.linear(hidden, torch.nn.functional.normalize(self.weight))
 
 
@@ -116,7 +123,7 @@ class BaichuanForCausalLM(LlamaForCausalLM):
 
     config_class = BaichuanConfig
 
-    def __init__(self, config):
+    def __init__(self, config: BaichuanConfig) -> None:
         super().__init__(config)
         self.model = BaichuanModel(config)
         if config.vocab_size == NORMALISED_HEAD:
@@ -131,13 +138,14 @@ class BaiChuanForCausalLM(BaichuanForCausalLM):
 class BaichuanTokenizer(SentencePieceBackend):
     """Tokenize as sentencepiece does with a checkpoint's own tokenizer.model; checkpoints use this class name."""
 
-    def __init__(self, vocab_file, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True, **kwargs):
+    def __init__(self, vocab_file: str, bos_token: str = "<s>", eos_token: str = "</s>", unk_token: str = "<unk>",
+                 add_bos_token: bool = True, **kwargs: object) -> None:
         pattern = "bos" if add_bos_token else "none"
         super().__init__(**kwargs | {"legacy": True, "special_tokens_pattern": pattern}, vocab_file=vocab_file,
                          bos_token=bos_token, eos_token=eos_token, unk_token=unk_token, add_bos_token=add_bos_token)
         self.add_bos_token = add_bos_token
 
-    def save_pretrained(self, save_directory, *arguments, **options):
+    def save_pretrained(self, save_directory: str | Path, *arguments: object, **options: object) -> tuple[str, ...]:
         """Save the files of the tokenizer; transformers leaves out whether it adds <s>."""
         files = super().save_pretrained(save_directory, *arguments, **options)
         file = Path(save_directory) / "tokenizer_config.json"
@@ -145,7 +153,7 @@ class BaichuanTokenizer(SentencePieceBackend):
         file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
         return files
 
-    def convert_tokens_to_string(self, tokens):
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Join pieces into the original text, without special tokens."""
         return self.sp_model.decode(tokens)
 

@@ -1,21 +1,26 @@
 """Decoder layers: where a model has them, and what they take beside hidden states.
 
-The model's own `forward` runs what comes before and after them. Arguments are the same for all batches, of each
-sequence, or left by earlier layers.
+The model's own `forward` runs what comes before and after them. An argument is the same for all batches, depends on the
+tokens of a sequence, or is left by earlier layers.
 """
 
 import contextlib
 from collections import UserDict
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 
 from mixgpt.common.errors import InputError
 
+Shapes = dict[str, list[torch.Size]]  # Of the tensors, (1, heads, T, d) for one sequence, that layers share.
 
-def layers_path(model):
+
+def layers_path(model: PreTrainedModel) -> str:
     """Return the dotted path of the list of modules with the most weights. Raises InputError if there is none."""
     paths = list(_lists(model))
     if not paths:
@@ -24,26 +29,26 @@ def layers_path(model):
         weight.numel() for weight in model.get_submodule(path).parameters()))
 
 
-def _lists(module, prefix=""):
+def _lists(module: nn.Module, prefix: str = "") -> Iterator[str]:
     """Yield the dotted paths of the lists of modules that are in no other list."""
     for name, child in module.named_children():
-        if isinstance(child, torch.nn.ModuleList):
+        if isinstance(child, nn.ModuleList):
             yield prefix + name
         else:
             yield from _lists(child, f"{prefix}{name}.")
 
 
-def layers_of(model):
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """Return the decoder layers of a model."""
     return model.get_submodule(layers_path(model))
 
 
-def path_of(model, index, name):
+def path_of(model: PreTrainedModel, index: int, name: str) -> str:
     """Return the full name of the linear `name` of decoder layer number `index`."""
     return f"{layers_path(model)}.{index}.{name}"
 
 
-def rest_of(model):
+def rest_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the modules that hold what is not in the layers, {dotted path: module}."""
     layers = layers_path(model)
     names = layers.split(".")
@@ -54,36 +59,36 @@ def rest_of(model):
 
 @dataclass(frozen=True, eq=False)
 class PerSequence:
-    """An argument that depends on the tokens, of all sequences."""
+    """The values, for all sequences, of an argument that depends on the tokens."""
 
-    values: torch.Tensor  # (N, ...), on the host
+    values: Tensor  # (N, ...), on the host
 
 
 class Shared(UserDict):
-    """Tensors that layers leave for later layers, as Gemma 4's leave keys and values; notes which are read."""
+    """Tensors that layers leave for later layers, as Gemma 4's leave keys and values; `read` holds the keys read."""
 
-    def __init__(self, *tensors):
+    def __init__(self, *tensors: dict) -> None:
         super().__init__(*tensors)
         self.read = set()
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> tuple[Tensor, ...]:
         self.read.add(key)
         return super().__getitem__(key)
 
 
-def is_shared(argument):
+def is_shared(argument: object) -> bool:
     """Return whether an argument is a mapping to which layers write."""
     return isinstance(argument, MutableMapping) and not isinstance(argument, dict)
 
 
-def per_sequence(calls, others, N):
+def per_sequence(calls: list, others: list, N: int) -> list:
     """Return the arguments of all layers with a `PerSequence` in place of those that depend on tokens, else None.
 
-    calls, others: those of two batches of one sequence without a common token. N: sequences in all.
+    calls, others: the arguments for two batches of one sequence without a common token. N: number of all sequences.
     """
-    kept = {}  # by id: many layers may take the same tensor
+    kept = {}  # {id of a tensor: its PerSequence}, as many layers may take the same tensor.
 
-    def compare(ours, theirs):
+    def compare(ours: Any, theirs: Any) -> PerSequence | None:
         if not torch.is_tensor(ours) or ours is theirs or torch.equal(ours, theirs):
             return None
         if id(ours) not in kept:
@@ -93,9 +98,9 @@ def per_sequence(calls, others, N):
     return tree_map(compare, calls, others)
 
 
-def fill(places, calls, rows):
-    """Put arguments that depend on tokens, of sequences `rows`, into `places` from `per_sequence`; return all."""
-    def put(place, argument):
+def fill(places: list, calls: list, rows: slice) -> list:
+    """Put the arguments of sequences `rows` that depend on tokens into `places` from `per_sequence`; return all."""
+    def put(place: PerSequence | None, argument: Any) -> Any:
         if place is None:
             return argument
         place.values[rows] = argument.to("cpu")
@@ -104,15 +109,15 @@ def fill(places, calls, rows):
     return tree_map(put, places, calls)
 
 
-def take(arguments, rows, shared, device):
+def take(arguments: tuple[tuple, dict], rows: slice | Tensor, shared: Shared, device: torch.device) -> tuple:
     """Return the arguments of a layer for the sequences `rows`, on the device, with `shared` for what layers share."""
     return tree_map(lambda argument: argument.values[rows].to(device) if isinstance(argument, PerSequence)
                     else shared if is_shared(argument) else argument, arguments)
 
 
-def cast(arguments, dtype):
+def cast(arguments: dict, dtype: torch.dtype) -> dict:
     """Convert the floating-point tensors in arguments."""
-    def convert(value):
+    def convert(value: Any) -> Any:
         if isinstance(value, PerSequence):
             return PerSequence(convert(value.values))
         return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
@@ -120,37 +125,28 @@ def cast(arguments, dtype):
     return tree_map(convert, arguments)
 
 
-def shared_shapes(layers, hidden, calls):
-    """Return {key: shapes} of the tensors that layers leave for later ones in a mapping, for one sequence.
-
-    hidden, calls: hidden states before the layers, and their arguments. All layers run on meta.
-    """
+def shared_shapes(layers: nn.ModuleList, hidden: Tensor, calls: list) -> Shapes:
+    """Return the `Shapes` of what layers leave for later ones, by running them on meta on these calls."""
     shared = Shared()
     if any(map(is_shared, tree_leaves(calls))):
         for layer, arguments in zip(layers, calls, strict=True):
             weights = {name: tensor.to("meta") for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]}
             args, kwargs = tree_map(lambda each: each.to("meta") if torch.is_tensor(each) else shared
                                     if is_shared(each) else each, arguments)
-            with contextlib.suppress(RuntimeError):  # experts, which choose tokens by value, come after attention
+            with contextlib.suppress(RuntimeError):  # Experts choose tokens by value; they come after attention.
                 torch.func.functional_call(layer, weights, (hidden.to("meta"), *args), kwargs)
     return {key: [tensor.shape for tensor in shared.data[key]] for key in sorted(shared.read & shared.keys())}
 
 
-def pack(hidden, shared, shapes):
-    """Return hidden states (B, T, C) and what layers share as one tensor (B, T, C + ...)."""
-    parts = [tensor.reshape(*hidden.shape[:2], -1) for key in shapes for tensor in shared[key]]
-    return torch.cat([hidden, *parts], -1)
-
-
-def unpack(packed, shapes):
-    """Return hidden states, contiguous, and a `Shared`, from what `pack` gives."""
+def unpack(packed: Tensor, shapes: Shapes) -> tuple[Tensor, Shared]:
+    """Return hidden states (B, T, C), contiguous, and what layers share from one tensor (B, T, C + ...) with both."""
     sizes = widths(shapes)
     width = packed.shape[-1] - sum(sizes)
-    hidden, parts = packed[..., :width], iter(packed[..., width:].split(sizes, -1))  # a layer may change `hidden`
+    hidden, parts = packed[..., :width], iter(packed[..., width:].split(sizes, -1))
     return hidden.contiguous(), Shared({key: tuple(next(parts).reshape(len(packed), *shape[1:]) for shape in tensors)
                                         for key, tensors in shapes.items()})
 
 
-def widths(shapes):
-    """Return the numbers a token in the tensors of these shapes, for one sequence (1, heads, T, d)."""
+def widths(shapes: Shapes) -> list[int]:
+    """Return how many numbers per token there are in each tensor of these shapes."""
     return [shape[1] * shape[3] for tensors in shapes.values() for shape in tensors]

@@ -10,64 +10,66 @@ import re
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-SPLIT = "one linear for each matrix"  # name of the implementation
+SPLIT = "one linear for each matrix"  # The name of this implementation in transformers' registry.
 
 
 @dataclass(frozen=True)
 class ExpertSlice:
     """The place of an expert's matrix or bias in a tensor of all experts, (experts, rows, columns) or transposed."""
 
-    shape: torch.Size  # of that tensor
-    expert: int | None  # None: the tensor is this matrix alone, transposed
-    part: int = 0  # which of `parts` matrices that share the rows
+    shape: torch.Size  # The shape of that tensor.
+    expert: int | None  # None if the tensor is this matrix alone, transposed.
+    part: int = 0  # Which of `parts` matrices that share the rows.
     parts: int = 1
     transposed: bool = False
-    concatenated: bool = True  # parts below each other, else row by row in turn
+    concatenated: bool = True  # Parts lie below each other; else their rows take turns.
 
-    def of(self, tensor):
+    def of(self, tensor: Tensor) -> Tensor:
         """Return this part (out, in), a view, of the tensor of all experts, which may be a slice of a file."""
         own = tensor[... if self.expert is None else self.expert]
         rows = own.t() if self.transposed and own.dim() == 2 else own
         return rows.chunk(self.parts)[self.part] if self.concatenated else rows[self.part::self.parts]
 
 
-class RoutedLinear(torch.nn.Linear):
+class RoutedLinear(nn.Linear):
     """A linear of an expert. Its input is the tokens that are routed to the expert, possibly none."""
 
-    tokens = None  # (n,): the numbers of these tokens in the batch, in the latest call
-    batch_tokens = 0  # tokens of the batch, in the latest call
+    tokens: Tensor | None = None  # (n,): the numbers of these tokens in the batch of the latest call.
+    batch_tokens = 0  # The number of all tokens in that batch.
 
-    def __call__(self, hidden, tokens, batch_tokens):
+    def __call__(self, hidden: Tensor, tokens: Tensor, batch_tokens: int) -> Tensor:
         """Run on the tokens of these numbers; hooks find them in `tokens` and `batch_tokens`."""
         self.tokens, self.batch_tokens = tokens, batch_tokens
         return super().__call__(hidden)
 
-    def scatter_to_batch(self, rows, B):
+    def scatter_to_batch(self, rows: Tensor, B: int) -> Tensor:
         """Return rows (n, C), one for each token of the latest call, as (B, T, C) with zeros for all other tokens."""
         zeros = rows.new_zeros(self.batch_tokens, rows.shape[-1])
         return zeros.index_put((self.tokens,), rows).view(B, -1, rows.shape[-1])
 
 
-def is_fused(module):
+def is_fused(module: nn.Module) -> bool:
     """Return whether a module holds experts in 3-D parameters, in one of transformers' layouts."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and "down_proj" in module._parameters
 
 
-def is_split(module):
+def is_split(module: nn.Module) -> bool:
     """Return whether a module holds experts as linears of their own."""
     return hasattr(module, "is_transposed") and module.config._experts_implementation == SPLIT
 
 
-def kind_of(name):
+def kind_of(name: str) -> str:
     """Return the kind of a matrix, the same in all layers: its name, with * for the number of an expert."""
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
-def parts_of(module, leaf):
+def parts_of(module: nn.Module, leaf: str) -> dict[str, ExpertSlice]:
     """Return {name of an expert's tensor once split: its `ExpertSlice` of a parameter}, {} if that is not fused."""
     matrices = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
     names = matrices.get(leaf.removesuffix("_bias"), ()) if is_fused(module) else ()
@@ -80,14 +82,14 @@ def parts_of(module, leaf):
             for expert in range(shape[0]) for part, name in enumerate(names)}
 
 
-def split_experts(model):
+def split_experts(model: PreTrainedModel) -> None:
     """Replace the 3-D parameters of all experts by linears; the model may be on meta."""
     for module in filter(is_fused, list(model.modules())):
         tensors = {}
         for leaf, parts in {leaf: parts_of(module, leaf) for leaf in module._parameters}.items():
             if parts:
                 parameter = module._parameters.pop(leaf)
-                tensors |= {name: torch.nn.Parameter(part.of(parameter.detach()).contiguous())
+                tensors |= {name: nn.Parameter(part.of(parameter.detach()).contiguous())
                             for name, part in parts.items()}
         for name in [name for name in tensors if name.endswith("weight")]:
             number, matrix, _ = name.split(".")
@@ -95,24 +97,24 @@ def split_experts(model):
             with torch.device("meta"):
                 linear = RoutedLinear(*reversed(tensors[name].shape), bias=bias is not None)
             linear.weight, linear.bias = tensors[name], bias
-            module._modules.setdefault(number, torch.nn.Module()).add_module(matrix, linear)
-        module.config = copy.copy(module.config)  # the model's own, as saved, stays as it is
+            module._modules.setdefault(number, nn.Module()).add_module(matrix, linear)
+        module.config = copy.copy(module.config)  # The model's own configuration, which is saved, stays as it is.
         module.config._experts_implementation = SPLIT
 
 
-def use_linears(model):
+def use_linears(model: PreTrainedModel) -> dict[str, Conv1D]:
     """Split a model's experts and replace its Conv1D by linears; it may be on meta. Returns {path: Conv1D}."""
     split_experts(model)
     replaced = {path: module for path, module in model.named_modules() if isinstance(module, Conv1D)}
     for path, module in replaced.items():
         with torch.device("meta"):
-            linear = torch.nn.Linear(module.nx, module.nf)
-        linear.weight, linear.bias = torch.nn.Parameter(module.weight.detach().t().contiguous()), module.bias
+            linear = nn.Linear(module.nx, module.nf)
+        linear.weight, linear.bias = nn.Parameter(module.weight.detach().t().contiguous()), module.bias
         model.set_submodule(path, linear)
     return replaced
 
 
-def restore(model, replaced):
+def restore(model: PreTrainedModel, replaced: dict[str, Conv1D]) -> None:
     """Put each Conv1D, {path: Conv1D}, back into a model in place of its linear, with what that holds now."""
     for path, module in replaced.items():
         linear = model.get_submodule(path)
@@ -120,14 +122,11 @@ def restore(model, replaced):
         model.set_submodule(path, module)
 
 
-def _run_split(experts, hidden_states, top_k_index, top_k_weights):
-    """Run tokens (n, C) through their experts, each expert on all of its tokens, also where these are none.
-
-    top_k_index, top_k_weights: (n, k), the experts of each token. Returns (n, C).
-    """
+def _run_split(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run tokens (n, C) through their experts, with numbers and weights (n, k); an expert may get no tokens."""
     result = torch.zeros_like(hidden_states)
     chosen, k = top_k_index.flatten(), top_k_index.shape[1]
-    counts = chosen.bincount(minlength=experts.num_experts).tolist()  # the only wait for a GPU
+    counts = chosen.bincount(minlength=experts.num_experts).tolist()  # This is the only wait for a GPU.
     for number, choices in enumerate(chosen.argsort(stable=True).split(counts)):
         expert, tokens, places = experts.get_submodule(str(number)), choices // k, choices % k
         hidden = hidden_states[tokens]
@@ -145,7 +144,7 @@ def _run_split(experts, hidden_states, top_k_index, top_k_weights):
     return result
 
 
-def published(model):
+def published(model: PreTrainedModel) -> dict[str, tuple[str, ExpertSlice | None]]:
     """Return {name of a tensor once experts are split: (key in the published checkpoint, `ExpertSlice` or None)}.
 
     model: as transformers builds it, possibly on meta. Its conversion for saving is run on numbers of the tensors.
@@ -172,14 +171,14 @@ def published(model):
     return places
 
 
-def on_meta(model):
+def on_meta(model: PreTrainedModel) -> PreTrainedModel:
     """Return another model of the same configuration as transformers builds it, on meta."""
     with torch.device("meta"):
         return type(model)._from_config(copy.deepcopy(model.config))
 
 
-def layout_of(model):
-    """Return {name of a tensor: (key, `ExpertSlice` or None)} of those under another key in a published checkpoint.
+def layout_of(model: PreTrainedModel) -> dict[str, tuple[str, ExpertSlice | None]] | None:
+    """Return {name: (key, `ExpertSlice` or None)} of the tensors that published checkpoints keep under another key.
 
     model: with its experts split, possibly on meta. Returns None where transformers splits or joins other matrices when
     it loads a checkpoint: only it can load and save the model, which is then in memory.
@@ -197,8 +196,8 @@ def layout_of(model):
     return None
 
 
-def fuse(model):
-    """Return a model in memory as transformers builds it, with the experts that were split in 3-D parameters."""
+def fuse(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model in memory as transformers builds it, with its split experts in 3-D parameters again."""
     fused, state = on_meta(model), model.state_dict()
     for name, tensor in fused.state_dict().items():
         path, _, leaf = name.rpartition(".")

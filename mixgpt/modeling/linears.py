@@ -2,23 +2,27 @@
 
 import contextlib
 import re
+from collections.abc import Callable, Generator, Mapping
 
 import torch
+from torch import Tensor, nn
 
 from mixgpt.modeling import experts
+from mixgpt.modeling.running import HiddenStates
 
-ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")  # names of what routes tokens to experts
+Key = tuple[int, str]  # The number of a decoder layer, and the name of a linear in it.
+ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")  # Names of what routes tokens to experts.
 
 
-def linears(layer):
+def linears(layer: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear layers of a decoder layer by name, those of each expert included, without routers."""
     mixture = any(map(experts.is_split, layer.modules()))
     return {name: module for name, module in layer.named_modules()
-            if isinstance(module, torch.nn.Linear) and not hasattr(module, "n_groups")  # DeepSeek-V4's, block-diagonal
+            if isinstance(module, nn.Linear) and not hasattr(module, "n_groups")  # DeepSeek-V4's is block-diagonal.
             and not (mixture and ROUTERS.search(name))}
 
 
-def other_weights(layer):
+def other_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Return all other parameters of a decoder layer of two dimensions or more, by name: routers, convolutions."""
     known = {id(module.weight) for module in linears(layer).values()}
     return {name.removesuffix(".weight"): weight for name, weight in layer.named_parameters()
@@ -26,16 +30,16 @@ def other_weights(layer):
 
 
 @torch.no_grad()
-def shared_inputs(layer, index, stream):
+def shared_inputs(layer: nn.Module, index: int, stream: HiddenStates) -> list[list[str]]:
     """Group the linears of a layer that read the same tensor, by running one sequence through it.
 
     Returns lists of names, in the order in which the inputs are first read. Linears not called as modules are missing.
     """
-    groups, inputs = {}, []  # inputs are kept alive, so that no address is reused
+    groups, inputs = {}, []  # Inputs are kept alive, so that no address is reused.
 
-    def note(name, X):
+    def note(name: str, X: Tensor) -> None:
         inputs.append(X)
-        # a tensor changed in place counts as another input; empty ones, of experts without tokens, have no address
+        # A tensor changed in place counts as another input. Experts without tokens get empty ones without an address.
         groups.setdefault((X.data_ptr() or id(X), X.shape, X.stride(), X._version), {})[name] = None
 
     with hooked({module: lambda X, name=name: note(name, X) for name, module in linears(layer).items()}):
@@ -44,7 +48,7 @@ def shared_inputs(layer, index, stream):
 
 
 @contextlib.contextmanager
-def hooked(readers, outputs=False):
+def hooked(readers: Mapping[nn.Module, Callable[[Tensor], object]], outputs: bool = False) -> Generator[None]:
     """Within the block, call readers[module](input) before each forward of a module, or with its output after it."""
     with contextlib.ExitStack() as stack:
         for module, read in readers.items():

@@ -5,27 +5,30 @@ import errno
 import math
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixgpt.common import memory, program, progress
 from mixgpt.common.files import writing
 from mixgpt.modeling import decoder, streaming
 
-READER = ThreadPoolExecutor(1)  # reads ahead; malloc would keep freed blocks of each new thread
+READER = ThreadPoolExecutor(1)  # One thread reads all ahead: malloc would keep freed blocks of each new one.
 
 
 @contextlib.contextmanager
-def on_device(modules, device, ahead=None):
+def on_device(modules: Iterable[nn.Module], device: torch.device, ahead: Future | None = None) -> Generator[None]:
     """Keep `modules` on `device` within the block; afterwards on the host, or on disk if they have `disk_weights`.
 
-    Changes to modules on disk are lost at the end of the block, unless written there. ahead: Future of the tensors of
-    a single module, if they are being read already.
+    Changes to modules on disk are lost unless written there. ahead: a single module's tensors that are being read.
     """
-    there = {}  # once each, as a head may be the embedding
+    there = {}  # A head may share its weight with the embedding: it is moved once.
 
-    def move(key, tensor):
+    def move(key: tuple, tensor: Tensor) -> Tensor:
         if key not in there:
             there[key] = tensor.to(device, non_blocking=True)
         return there[key]
@@ -36,16 +39,16 @@ def on_device(modules, device, ahead=None):
                 stack.callback(module.to, "cpu")
             else:
                 tensors, empty = ahead.result() if ahead else streaming.read(module), module.state_dict(keep_vars=True)
-                stack.callback(module.load_state_dict, empty, strict=False, assign=True)  # frees what is on disk only
+                stack.callback(module.load_state_dict, empty, strict=False, assign=True)  # This frees the weights.
                 module.load_state_dict({name: move((places[name], own.dtype), tensors.pop(name)) for name, own in
-                                        empty.items()}, assign=True)  # popped, as `ahead` would keep them on the host
+                                        empty.items()}, assign=True)  # `ahead` keeps what is not popped on the host.
             module.to(device)
         there.clear()
         yield
 
 
-def in_turn(layers, device, title=None):
-    """Yield (index, layer), each on the device until the next one is asked for, read meanwhile. title: of a bar."""
+def in_turn(layers: Sequence[nn.Module], device: torch.device, title: str = "") -> Iterator[tuple[int, nn.Module]]:
+    """Yield (index, layer), each on the device while the next one is read. title: of a progress bar, if any."""
     ahead = None
     for index, layer in enumerate(progress.bar(layers, title=title, leave=False) if title else layers):
         with on_device([layer], device, ahead):
@@ -54,22 +57,24 @@ def in_turn(layers, device, title=None):
             yield index, layer
 
 
-def whole(model, device):
+def whole(model: PreTrainedModel, device: torch.device) -> AbstractContextManager:
     """Keep the whole model on `device` within the block, to run it as usual."""
     return on_device([*decoder.rest_of(model).values(), *decoder.layers_of(model)], device)
 
 
-def place_for(nbytes, device, on_host=False):
-    """Choose where to keep nbytes of hidden states: on the "device", the "host" or, memory-mapped, on "disk".
+def place_for(nbytes: float, device: torch.device, on_host: bool = False,
+              free: Callable[[torch.device], float] | None = None) -> str:
+    """Choose where states go: the first of "device" (not with on_host), "host", "disk" with twice nbytes free.
 
-    The first of these with twice the room, half of it for the work; on_host skips the device.
+    free: a function like `memory.free`, the default, for another machine.
     """
-    if device.type == "cuda" and not on_host and 2 * nbytes <= memory.free(device):
+    free = free or memory.free
+    if device.type == "cuda" and not on_host and 2 * nbytes <= free(device):
         return "device"
-    return "host" if 2 * nbytes <= memory.free(torch.device("cpu")) else "disk"
+    return "host" if 2 * nbytes <= free(torch.device("cpu")) else "disk"
 
 
-def allocate(shape, dtype, device, place):
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, place: str) -> Tensor:
     """Return an uninitialised tensor at the place chosen by `place_for`. Raises InputError if the disk is full."""
     if place != "disk":
         return torch.empty(shape, dtype=dtype, device=device if place == "device" else "cpu")
@@ -80,6 +85,7 @@ def allocate(shape, dtype, device, place):
         free, in_memory = memory.room(file.name)
         if nbytes * (program.world("LOCAL_WORLD_SIZE") if in_memory else 1) > free:
             why = f"{tempfile.gettempdir()} is memory, too" if in_memory else os.strerror(errno.ENOSPC)
-            raise OSError(errno.ENOSPC, why)  # reserving them would fill the disk before it fails
-        os.posix_fallocate(file.fileno(), 0, nbytes)
+            raise OSError(errno.ENOSPC, why)  # Reserving the bytes would fill the disk before it fails.
+        if hasattr(os, "posix_fallocate"):  # macOS has none; there, a disk that others fill ends the run later.
+            os.posix_fallocate(file.fileno(), 0, nbytes)
         return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)

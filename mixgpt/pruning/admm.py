@@ -1,36 +1,41 @@
 """Choose the weights to keep by ADMM, then fit them by conjugate gradients: a lower layer error than by one walk.
 
-Notation: W (out, in), W* the target weights, H (in, in) positive definite; a row w costs (w − w*) H (w − w*)ᵀ. All
-functions here expect columns scaled so that H has a unit diagonal: W √diag(H).
+Notation: W (out, in), W* the optimum, H (in, in) positive definite; a row w costs (w − w*) H (w − w*)ᵀ. All functions
+here but `admm_pruner` expect columns scaled so that H has a unit diagonal: W √diag(H).
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
 from torch.linalg import vecdot
 
 from mixgpt.common import distributed
 from mixgpt.common.runtime import multiplies_bfloat16
 from mixgpt.kernels.selection import smallest, smallest_in_groups
+from mixgpt.pruning.targets import Target
 
-ITERATIONS = 9  # of ADMM
-RAMP = 7  # iterations over which the sparsity rises to its target
-STEPS = 3  # of conjugate gradients
-FAINT = 1e-12  # factor of columns without input
-SAMPLE = 2**16  # least number of a matrix's scores from which the k-th smallest is estimated
+ITERATIONS = 9  # ADMM takes so many iterations.
+RAMP = 7  # The sparsity rises to its target over so many of them.
+STEPS = 3  # Conjugate gradients take so many steps.
+FAINT = 1e-12  # Columns without input are scaled by it.
+SAMPLE = 2**16  # The k-th smallest of a matrix's scores is estimated from at least so many.
 
 
-def prune_masks(scores, targets, totals, fraction=None):
+def prune_masks(scores: Sequence[Tensor], targets: Sequence[Target], totals: Sequence[int],
+                fraction: float | None = None) -> list[Tensor]:
     """Mark the weights to prune, those of the smallest scores of each of several matrices.
 
-    scores: (out, in) of each, below 0 where a weight must go; in several processes the shares of its rows, `totals` in
-    number. targets: of each; round(sparsity · numel) weights go, or prunen of every prunem (the same for all matrices)
-    consecutive ones of a row. fraction: multiplies these numbers; without n:m they are then only approximate, from a
-    sample of the scores. Returns boolean masks.
+    scores: matrices (out, in), below 0 where a weight must go; with several processes, each passes its share of the
+    `totals` rows. targets: round(sparsity · numel) weights of a matrix go, or prunen of every prunem (the same for all
+    matrices) consecutive ones of a row. fraction: multiplies these numbers; without n:m they are then only approximate,
+    from a sample of the scores. Returns boolean masks.
     """
     columns, prunem = scores[0].shape[1], targets[0].prunem
     if fraction is not None and not prunem:
         samples = []
-        for part, total in zip(scores, totals, strict=True):  # the same sample in any number of processes
-            step = total * columns // SAMPLE | 1  # odd: of few columns else
+        for part, total in zip(scores, totals, strict=True):  # The sample is the same in any number of processes.
+            step = total * columns // SAMPLE | 1  # An even step would take few columns only.
             first = distributed.share(total).start * columns
             samples.append(part.flatten()[-first % step::step])
         samples = distributed.all_gather_parts(samples, distributed.all_gather_object(list(map(len, samples))))
@@ -46,19 +51,19 @@ def prune_masks(scores, targets, totals, fraction=None):
     return [mask | (part < 0) for mask, part in zip(masks, scores, strict=True)]
 
 
-def admm_scores(W, H, counts, targets, row_weights=None):
-    """Score weights (out, in) by the alternating direction method of multipliers; the largest scores are to be kept.
+def admm_scores(W: Tensor, H: Tensor, counts: list[int], targets: Sequence[Target],
+                row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Score weights by the alternating direction method of multipliers; the largest scores are to be kept.
 
-    Returns the scores and, both (out, in), the values that the kept weights have reached.
-
-    W: (out, in), the target weights of stacked matrices with so many rows, `counts`; zeros go first. targets: of each.
-    row_weights: (out,), weight of each row's error, above 0; affects only the ranking, as rows are independent.
+    W: (out, in), the optima of stacked matrices, which have `counts` rows; zeros go first. row_weights: (out,), the
+    weight of each row's error, above 0; it affects only the ranking, as rows are independent. Returns the scores and
+    the values that the weights have reached, both (out, in).
     With Z the sparse copy of the weights and V the scaled multipliers, each iteration sets (ρ = 1)
     W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
     1 − (1 − t/RAMP)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
     """
     regularised = H + torch.eye(len(H), dtype=H.dtype, device=H.device)
-    # positive definite: cholesky_ex, so that the host does not wait for a GPU to be told so
+    # It is positive definite; cholesky_ex does not make the host wait for a GPU to confirm that.
     multiply = rough_product_with(torch.cholesky_inverse(torch.linalg.cholesky_ex(regularised).L).mul_(2))
     gone = W == 0
     roots = 1 if row_weights is None else row_weights.sqrt()[:, None]
@@ -68,14 +73,14 @@ def admm_scores(W, H, counts, targets, row_weights=None):
         torch.abs(S, out=scores).mul_(roots).masked_fill_(gone, -1)
         if t < ITERATIONS:
             masks = prune_masks(scores.split(counts), targets, totals, 1 - (1 - min(t / RAMP, 1)) ** 3)
-            torch.mul(S, ~torch.cat(masks), out=Z)  # many times as fast as masked_fill on a CPU
+            torch.mul(S, ~torch.cat(masks), out=Z)  # On a CPU, masked_fill takes many times as long.
             S.add_(W)
-            change = multiply(torch.add(Z, S, alpha=-0.5, out=scores))  # as (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
+            change = multiply(torch.add(Z, S, alpha=-0.5, out=scores))  # (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
             S.sub_(Z).add_(change)
     return scores, S
 
 
-def solve_on_support(W, optimum, H, keep, steps=STEPS):
+def solve_on_support(W: Tensor, optimum: Tensor, H: Tensor, keep: Tensor, steps: int = STEPS) -> Tensor:
     """Minimize (w − w*) H (w − w*)ᵀ over the kept weights of each row, by conjugate gradients started at W.
 
     W, optimum (W*): (out, in). keep: mask (out, in). All rows at once; as H has a unit diagonal, plain conjugate
@@ -95,16 +100,17 @@ def solve_on_support(W, optimum, H, keep, steps=STEPS):
     return W
 
 
-def _quotient(a, b):
-    return torch.where(b > 0, a / b, 0)[:, None]  # a solved row has zero residual
+def _quotient(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b > 0, a / b, 0)[:, None]  # A solved row has zero residual.
 
 
-def admm_pruner(matrices, H, targets, row_weights=None, dead=None):
+def admm_pruner(matrices: list[Tensor], H: Tensor, targets: Sequence[Target], row_weights: Tensor | None = None,
+                dead: Tensor | None = None) -> Callable[[Sequence[Target]], Sequence[Tensor]]:
     """Rank the weights of matrices that read the same input by ADMM; return a function that prunes to given targets.
 
-    matrices: list of (out, in), the target weights; zeros stay zero. H: (in, in), damped; overwritten. targets:
-    a Target per matrix. row_weights: (total rows,). dead: (in,), marks columns without input, whose weights go first.
-    The function takes these or similar targets, runs `solve_on_support`, and returns a list like `matrices`.
+    matrices: their optima (out, in); zeros stay zero. H: (in, in), damped; overwritten. row_weights: (total rows,).
+    dead: (in,), marks columns without input, whose weights go first. The function takes these or similar targets, runs
+    `solve_on_support`, and returns matrices like the optima.
     """
     scale = H.diagonal().sqrt()
     H = H.div_(scale).div_(scale[:, None])
@@ -113,15 +119,15 @@ def admm_pruner(matrices, H, targets, row_weights=None, dead=None):
     counts = [len(matrix) for matrix in matrices]
     scores, reached = admm_scores(W, H, counts, targets, row_weights)
 
-    def prune(targets):
+    def prune(targets: Sequence[Target]) -> Sequence[Tensor]:
         pruned = torch.cat(prune_masks(scores.split(counts), targets, distributed.total(counts)))
         return (solve_on_support(reached, W, H, ~pruned) / scale).masked_fill_(pruned, 0).split(counts)
 
     return prune
 
 
-def rough_product_with(B):
-    """Return a function A (m, k) ↦ A B, B (k, n), good to about three digits: all in bfloat16 where that is fast."""
+def rough_product_with(B: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function A (m, k) ↦ A B, B (k, n), good to about three digits: in bfloat16 where that is fast."""
     if B.dtype != torch.float32 or not multiplies_bfloat16(B.device):
         return lambda A: A @ B
     B = B.bfloat16()

@@ -10,53 +10,53 @@ linear (after stochastic Polyak steps, Loizou et al., arXiv 2002.10542), and end
 
 import contextlib
 import math
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 from mixgpt.common import distributed, memory, progress
-from mixgpt.common.runtime import attention_heads, repeatable_attention, seeded, wide
-from mixgpt.modeling.experts import kind_of
-from mixgpt.modeling.linears import linears
+from mixgpt.common.runtime import repeatable_attention, seeded, wide
+from mixgpt.modeling.linears import Key, linears
 from mixgpt.modeling.placing import in_turn, on_device
-from mixgpt.modeling.running import SLICE, by_rows, rows_at_once
+from mixgpt.modeling.running import SLICE, HiddenStates, StreamedModel, by_rows
 from mixgpt.modeling.streaming import disk_weights
+from mixgpt.pruning import needs
+from mixgpt.quant import Grid
 
-PIECE = 128  # tokens of a sequence to train on: many short ones of different documents teach more than a few long ones
-SHORTEST = 16  # tokens of a piece: fewer give too little context
-STEPS = 40  # at most, with an effort of 1
-STEP_TOKENS = 512  # of a step, if there are as many: gradients of fewer are too noisy for such steps
-LABELS = 0.5  # weight of the text's next token in the targets, beside the dense model's prediction
-VOCABULARY = 49_152  # most tokens of which predictions are compared: all of Gemma's 262,144 take 70% of a step
-SCALES_RATE = 1e-2  # root mean square of the change of scales in a step, as a fraction of their own
-AVERAGED = 0.5  # share of the steps, the last ones, over which weights are averaged
+PIECE = 128  # Tokens per training sequence: many short ones of different documents teach more than a few long ones.
+SHORTEST = 16  # A piece of fewer tokens gives too little context.
+STEPS = 40  # With an effort of 1, there are at most so many steps.
+STEP_TOKENS = 512  # A step has so many tokens, if there are as many: gradients of fewer are too noisy.
+LABELS = 0.5  # The weight of the text's next token beside the dense model's prediction.
+VOCABULARY = 49_152  # At most so many tokens' predictions are compared: all 262,144 of Gemma take 70% of a step.
+SCALES_RATE = 1e-2  # The root mean square of the change of scales in a step, as a fraction of their own.
+AVERAGED = 0.5  # Weights are averaged over this share of the steps, the last ones.
 
 
 class Diverged(ArithmeticError):
     """A divergence or weight is not finite. The model is as it was before distillation."""
 
 
-def piece_length(T):
-    """Return the length of the pieces of further sequences of T tokens: its largest divisor up to PIECE.
-
-    T itself if that is below SHORTEST, as of prime numbers.
-    """
+def piece_length(T: int) -> int:
+    """Return the length of pieces: the largest divisor of T up to PIECE, or T itself if that is below SHORTEST."""
     length = next(length for length in range(min(T, PIECE), 0, -1) if T % length == 0)
     return length if length >= SHORTEST else T
 
 
-def pieces(sequences):
-    """Cut further sequences (n, T) into their pieces."""
+def pieces(sequences: Tensor) -> Tensor:
+    """Cut sequences (n, T) into pieces, (more, `piece_length`)."""
     return sequences.reshape(-1, piece_length(sequences.shape[1]))
 
 
 @torch.no_grad()
-def dense_states(streamed, tokens):
+def reference_states(streamed: StreamedModel, tokens: Tensor) -> dict[str, Tensor]:
     """Run the dense model on this process's share of tokens (N, T). Returns {name: tensor on the host}.
 
-    "states": the last hidden states, (n, T, C). "vocabulary", of models with more than VOCABULARY tokens: the sorted
-    numbers of so many, those of the text and others that the model predicts most. Without the rest, which share 1% to
-    2% of its predictions, distillation is as good.
+    "states": the last hidden states, (n, T, C). "vocabulary", for models with more than VOCABULARY tokens: the sorted
+    numbers of so many, those of the text and others that the model predicts most. Distillation is as good without the
+    rest, which share 1% to 2% of its predictions.
     """
     stream = streamed.embed(tokens[distributed.share(len(tokens))])
     for index, layer in in_turn(streamed.layers, streamed.device, "dense model"):
@@ -65,107 +65,83 @@ def dense_states(streamed, tokens):
     if streamed.model.config.get_text_config().vocab_size <= VOCABULARY:
         return {"states": states}
     step, before = max(tokens.numel() // SLICE, 1), distributed.share(len(tokens)).start * tokens.shape[1]
-    some = states.flatten(0, 1)[-before % step::step]  # the same tokens in any number of processes
+    some = states.flatten(0, 1)[-before % step::step]  # These are the same tokens in any number of processes.
     total = torch.zeros(len(streamed.model.get_output_embeddings().weight), device=stream.device)
     with stream.head(streamed.model) as head:
-        for hidden in some.split(PIECE):  # no more than a batch has
+        for hidden in some.split(PIECE):
             for logits, in by_rows(head(hidden.to(stream.device))):
                 total += wide(logits).softmax(-1).sum(0)
     distributed.all_reduce(total)
-    of_text = tokens.unique().to(total.device)
-    total[of_text] = torch.inf
-    vocabulary = total.topk(max(VOCABULARY, len(of_text))).indices.sort().values
+    occurring = tokens.unique().to(total.device)
+    total[occurring] = torch.inf
+    vocabulary = total.topk(max(VOCABULARY, len(occurring))).indices.sort().values
     return {"states": states, "vocabulary": vocabulary.to("cpu")}
 
 
-def room_for(streamed, tokens, effort=1.0):
-    """Return how many of the sequences (N, T) can be a batch if each device trains the whole model, 0 if none.
-
-    At most streamed.batch_size.
-    """
+def room_for(streamed: StreamedModel, tokens: Tensor, effort: float = 1.0) -> int:
+    """Return how many of the sequences (N, T), up to streamed.batch_size, fit in a batch if each device trains all."""
     fixed, sequence = training_bytes(streamed, tokens, effort)
     room = int((memory.free(streamed.device) - fixed) / sequence)
-    return min(distributed.all_gather_object(max(min(streamed.batch_size, _per_step(tokens, effort), room), 0)))
+    return min(distributed.all_gather_object(max(min(streamed.batch_size, per_step(tokens, effort), room), 0)))
 
 
-def training_bytes(streamed, tokens, effort=1.0):
-    """Estimate the bytes that training the whole model takes, and what each sequence (T,) of a batch adds.
+def training_bytes(streamed: StreamedModel, tokens: Tensor, effort: float = 1.0) -> tuple[float, float]:
+    """Return `needs.training_bytes` of tokens (N, T)."""
+    return needs.training_bytes(streamed, tokens, per_step(tokens, effort), VOCABULARY)
 
-    Counted are all weights; for those in layers the gradient, a float32 copy, the distance of that from the mean and,
-    unless they are read from disk, a copy to restore; three more copies of the largest matrix; a second copy of the
-    head, narrowed to the vocabulary, and two values for each logit of a slice of tokens, and three of float32 for those
-    computed with at a time; hidden states; and for each token of a batch the inputs and outputs of linears, half as
-    much again, and the scores of attention, or a third of their bytes for the buffers of PyTorch's attention on a CPU.
-    """
-    model, device, layers = streamed.model, streamed.device, streamed.layers
-    itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
-    width, batch = model.get_input_embeddings().embedding_dim, min(streamed.batch_size, _per_step(tokens, effort))
-    matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
-                for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
-    before = itemsize if device.type == "cpu" and not disk_weights(layers[0]) else 0
-    missing = sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
-    fixed = missing + 12 * max(m.weight.numel() for m in matrices.values()) + (
-        before + 2 * itemsize + 4) * sum(weight.numel() for layer in layers for weight in layer.parameters())
-    V, rows = min(config.vocab_size, VOCABULARY), min(SLICE, batch * T)
-    fixed += V * (itemsize * (width + 2 * rows) + 12 * min(rows, rows_at_once(device, V)))
-    fixed += itemsize * width * T * _most(tokens)
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
-                                        for (_, kind), m in matrices.items())
-    score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" else 3 * itemsize
-    return fixed, sequence + score * T * T * len(layers) * attention_heads(config)
 
 
 @torch.no_grad()
-def distill(streamed, chosen, tokens, dense, seed, finish=None, effort=1.0):
+def distill(streamed: StreamedModel, chosen: dict[Key, Grid | None], tokens: Tensor, reference: dict[str, Tensor],
+            seed: int, finish: Callable[[int, nn.Module], None] | None = None, effort: float = 1.0) -> float:
     """Train the chosen matrices in place.
 
-    streamed: a running.StreamedModel of the pruned model, all of which is put on the device. chosen: {(layer, name):
-    quant.Grid or None}, all of them pruned or quantized. The kept weights are trained, or, with a grid, its scales,
-    which change in place at the end. tokens: (N, T), each read once, in an order drawn by the seed. dense:
-    `dense_states` of these. finish: called at the end with (index, layer) for each layer up to the last chosen one,
-    while it is on the device. effort: multiplies STEPS. Returns the mean divergence KL(p ‖ q) per token, in nats.
-    Raises Diverged if it or a weight is not finite, memory.OutOfMemory, or torch.OutOfMemoryError in one of several
-    processes; the model is then as it was before.
+    streamed: the pruned model, which is put on the device as a whole. chosen: all pruned or quantized matrices. Their
+    kept weights are trained, or, with a grid, its scales, which change in place at the end. tokens: (N, T), each
+    sequence read once, in an order drawn by the seed. reference: `reference_states` of these. finish: called at the end
+    with (index, layer) for each layer up to the last chosen one, while it is on the device. effort: multiplies STEPS.
+    Returns the mean divergence KL(p ‖ q) per token, in nats. Raises Diverged if it or a weight is not finite,
+    memory.OutOfMemory, or torch.OutOfMemoryError in one of several processes; the model is then as it was before.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
-    mine, size = tokens[distributed.share(len(tokens))], _per_step(tokens, effort)
+    mine, size = tokens[distributed.share(len(tokens))], per_step(tokens, effort)
     steps = torch.randperm(len(mine), generator=seeded(seed, "distillation", distributed.rank())).split(size)
-    steps += (steps[0][:0],) * (-(-_most(tokens) // size) - len(steps))  # as many as in every other process
+    steps += (steps[0][:0],) * (-(-_most(tokens) // size) - len(steps))  # Every process takes as many steps.
     with contextlib.ExitStack() as stack:
-        with memory.shared_fate() if distributed.world() == 1 else contextlib.nullcontext():  # else they wait in it
+        # A process that runs out of memory in the middle of a step leaves others waiting: only a single one goes on.
+        with memory.shared_fate() if distributed.world() == 1 else contextlib.nullcontext():
             with memory.shared_fate():
                 stack.enter_context(on_device(layers, device))
                 weights = stack.enter_context(_trained(layers, chosen))
                 stream = replace(streamed, batch_size=min(streamed.batch_size, size)).embed(mine)
-                vocabulary, labels = dense.get("vocabulary"), mine[:, 1:].contiguous()
+                vocabulary, labels = reference.get("vocabulary"), mine[:, 1:].contiguous()
                 head = stack.enter_context(stream.head(model, vocabulary=vocabulary))
                 labels = labels if vocabulary is None else torch.searchsorted(vocabulary, labels)
                 states = [_Scales(weight, grid) if grid else _Weight(weight)
                           for weight, grid in zip(weights, chosen.values(), strict=True)]
             with repeatable_attention(device):
-                mean = _train(stream, layers, head, states, steps, dense["states"][:, :-1], labels)
+                mean = _train(stream, layers, head, states, steps, reference["states"][:, :-1], labels)
         for state in states:
             if isinstance(state, _Scales):
                 state.grid.scale.copy_(state.scale)
-        for index in range(1 + max(index for index, _ in chosen) if finish else 0):
-            finish(index, layers[index])
+        if finish:
+            for index in range(1 + max(index for index, _ in chosen)):
+                finish(index, layers[index])
     return mean
 
 
-def _train(stream, layers, head, states, steps, dense, labels):
-    """Take the steps, of sequences (n,) each. Returns the mean divergence. Raises Diverged.
-
-    dense: (N, T − 1, C), the states that predict the labels (N, T − 1).
-    """
-    totals, before = [], len(steps) - math.ceil(AVERAGED * len(steps))  # steps before those averaged
+def _train(stream: HiddenStates, layers: nn.ModuleList, head: Callable[[Tensor], Tensor],
+           states: "Sequence[_Weight | _Scales]", steps: Sequence[Tensor], reference: Tensor, labels: Tensor) -> float:
+    """Take the steps on sequences (n,), with reference (N, T − 1, C). Returns the divergence or raises Diverged."""
+    totals, before = [], len(steps) - math.ceil(AVERAGED * len(steps))  # Averaging starts after so many steps.
     with progress.bar(steps, title="distilling", unit="step") as bar:
         for number, rows in enumerate(bar, 1):
             border = len(rows) // stream.batch_size * stream.batch_size
-            batches = *rows[:border].split(stream.batch_size), *rows[border:].split(1)  # the stream runs these sizes
+            batches = *rows[:border].split(stream.batch_size), *rows[border:].split(1)  # The stream takes these sizes.
             with memory.shared_fate():
-                divergences = [_backward(stream, layers, head, part, dense, labels) for part in batches if len(part)]
-            sums = torch.tensor([0.0, labels[rows].numel()], device=stream.device)  # divergence, tokens
+                divergences = [_backward(stream, layers, head, part, reference, labels)
+                               for part in batches if len(part)]
+            sums = torch.tensor([0.0, labels[rows].numel()], device=stream.device)  # (divergence, tokens)
             sums[0] = sum(divergences)
             distributed.all_reduce(sums)
             total, count = sums.tolist()
@@ -183,23 +159,20 @@ def _train(stream, layers, head, states, steps, dense, labels):
     return divergence / count
 
 
-def _most(tokens):
+def _most(tokens: Tensor) -> int:
     """Return the number of sequences in the largest share of a process."""
     return -(-len(tokens) // distributed.world())
 
 
-def _per_step(tokens, effort):
+def per_step(tokens: Tensor, effort: float) -> int:
     """Return how many sequences a process takes in a step."""
     enough = -(-STEP_TOKENS // (tokens.shape[1] * distributed.world()))
     return min(max(math.ceil(_most(tokens) / (STEPS * effort)), enough), _most(tokens))
 
 
 @contextlib.contextmanager
-def _trained(layers, chosen):
-    """Within the block, let the weights of the chosen matrices require gradients; before and after it none does.
-
-    Gives a list of these. If the block raises, they are restored: read from disk, or from a copy.
-    """
+def _trained(layers: nn.ModuleList, chosen: dict[Key, Grid | None]) -> Generator[list[nn.Parameter]]:
+    """Yield the weights of the chosen matrices, which require gradients in the block; if it raises, restore them."""
     modules = [linears(layer) for layer in layers]
     trained = [modules[index][name].weight for index, name in chosen]
     before = [weight.detach().to("cpu", copy=True) for weight in trained if not disk_weights(layers[0])]
@@ -217,98 +190,95 @@ def _trained(layers, chosen):
             weight.grad = None
 
 
-def _backward(stream, layers, head, rows, dense, labels):
+def _backward(stream: HiddenStates, layers: nn.ModuleList, head: Callable[[Tensor], Tensor], rows: Tensor,
+              reference: Tensor, labels: Tensor) -> Tensor:
     """Add the gradients of the loss of sequences `rows` to the weights'. Returns the divergence, summed over tokens."""
     hidden = stream.hidden[rows].to(stream.device)
     with torch.enable_grad():
         for index, layer in enumerate(layers):
             hidden = stream.call(layer, index, hidden, rows)
         predicting = hidden[:, :-1]
-    divergence, gradient = _divergence(head, *(tensor.to(stream.device).flatten(0, 1) for tensor in (
-        predicting.detach(), dense[rows], labels[rows])))
+    divergence, gradient = divergence_of(head, *(tensor.to(stream.device).flatten(0, 1) for tensor in (
+        predicting.detach(), reference[rows], labels[rows])))
     predicting.backward(gradient.view_as(predicting))
     return divergence
 
 
-def _divergence(head, hidden, dense, labels):
-    """Return Σ KL(p ‖ q) over tokens, on the device, and the gradient of the loss w.r.t. the states that predict q.
-
-    head: from hidden states to logits. hidden, dense: (n, C), of the pruned and of the dense model. labels: (n,).
-    """
+def divergence_of(head: Callable, hidden: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ KL(p ‖ q) over tokens (n,) and the gradient of the loss w.r.t. the states (n, C) that predict q."""
     total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-    for h, of_dense, label, of_h in zip(*(of.split(SLICE) for of in (hidden, dense, labels, gradient)), strict=True):
+    for h, h_dense, label, h_gradient in zip(
+            *(rows.split(SLICE) for rows in (hidden, reference, labels, gradient)), strict=True):
         with torch.enable_grad():
             logits = head(h.requires_grad_())
-        others = head(of_dense)  # replaced by the gradient w.r.t. logits
-        for *pair, target in by_rows(logits.detach(), others, label[:, None]):
+        others = head(h_dense)  # The gradient w.r.t. the logits will replace these.
+        for *pair, label_rows in by_rows(logits.detach(), others, label[:, None]):
             log_q, log_p = (wide(scores).log_softmax(-1) for scores in pair)
             difference, p = log_p - log_q, log_p.exp_()
             total += torch.dot(p.flatten(), difference.flatten())
-            p.mul_(1 - LABELS).scatter_add_(1, target, torch.full_like(target, LABELS, dtype=p.dtype))
+            p.mul_(1 - LABELS).scatter_add_(1, label_rows, torch.full_like(label_rows, LABELS, dtype=p.dtype))
             pair[1].copy_(log_q.exp_().sub_(p))
-        of_h.copy_(torch.autograd.grad(logits, h, others)[0])
+        h_gradient.copy_(torch.autograd.grad(logits, h, others)[0])
     return total, gradient
 
 
 class _Weight:
-    """A matrix that is trained, its float32 copy `exact`, and how far the mean over the averaged steps is from that."""
+    """A matrix that is trained, its float32 copy `exact`, and `lag`: its mean over the averaged steps minus `exact`."""
 
-    def __init__(self, weight):
+    def __init__(self, weight: nn.Parameter) -> None:
         self.weight, self.exact = weight, weight.detach().to(torch.float32, copy=True)
         self.lag = torch.zeros_like(weight)
 
-    def gradient(self):
-        """Return the gradient, 0 where the weight is."""
-        # a float mask: with a boolean one this takes many times as long on a CPU
+    def gradient(self) -> Tensor:
+        """Return the gradient, 0 where the weight is 0."""
+        # A boolean mask would take many times as long as this one of floats on a CPU.
         return self.weight.grad.mul_(torch.ne(self.weight, 0, out=torch.empty_like(self.weight)))
 
-    def update(self):
+    def update(self) -> None:
         """Take over the float32 copy."""
         self.weight.copy_(self.exact)
 
 
 class _Scales:
-    """The scales of a quantized matrix, of which factors are trained; its codes stay."""
+    """The scales of a quantized matrix: factors of them are trained, `exact` and `lag`; its codes stay."""
 
-    def __init__(self, weight, grid):
+    def __init__(self, weight: nn.Parameter, grid: Grid) -> None:
         self.weight, self.grid = weight, grid
         on_device = grid.to(weight.device)
         self.group, self.scale, self.before = on_device.group, on_device.scale, on_device.scale.float()
-        self.units = on_device.units(on_device.codes(weight.detach()))  # the weights in units of their scales
-        self.order = self.group.argsort(stable=True)  # groups are of one width
-        self.exact, self.lag = torch.ones_like(self.before), torch.zeros_like(self.before)  # of the factors
+        self.units = on_device.units(on_device.codes(weight.detach()))
+        self.order = self.group.argsort(stable=True)  # All groups have one width.
+        self.exact, self.lag = torch.ones_like(self.before), torch.zeros_like(self.before)
 
-    def gradient(self):
+    def gradient(self) -> Tensor:
         """Return the gradient of the factors."""
         products = self.weight.grad.float().mul_(self.weight)
         return products[:, self.order].view(*self.before.shape, -1).sum(-1).div_(self.exact)
 
-    def update(self):
+    def update(self) -> None:
         """Take over the factors."""
         self.scale = (self.before * self.exact).to(self.weight.dtype)
         self.weight.copy_(self.units * self.scale[:, self.group])
 
 
-def _step(states, divergence, number):
+def _step(states: "Sequence[_Weight | _Scales]", divergence: float, number: int) -> None:
     """Move the rows of a matrix equally far, or factors of its scales, against the gradients, which are removed.
 
-    divergence: that of the gradients, summed over tokens. number: of the step, counted from 1 where averaging starts.
+    divergence: summed over the tokens of the gradients. number: of the step, counted from 1 where averaging starts.
     """
-    gradients, norms = zip(*map(_gradient, states), strict=True)
-    sizes = [torch.linalg.vector_norm(state.exact) / len(of) ** 0.5 for state, of in zip(states, norms, strict=True)]
-    fall = sum(size * of.sum() for size, of in zip(sizes, norms, strict=True))  # of a step as large as the matrices
-    for state, gradient, size, of in zip(states, gradients, sizes, norms, strict=True):
+    gradients = []
+    for state in states:
+        gradients.append(torch.zeros_like(state.lag) if state.weight.grad is None else state.gradient())
+        state.weight.grad = None
+        distributed.all_reduce(gradients[-1])
+    norms = [torch.linalg.vector_norm(wide(gradient), dim=1, keepdim=True) for gradient in gradients]  # (rows, 1)
+    sizes = [torch.linalg.vector_norm(state.exact) / len(norm) ** 0.5
+             for state, norm in zip(states, norms, strict=True)]
+    fall = sum(size * norm.sum() for size, norm in zip(sizes, norms, strict=True))  # By a step as large as the weights.
+    for state, gradient, size, norm in zip(states, gradients, sizes, norms, strict=True):
         rate = divergence / fall if isinstance(state, _Weight) else SCALES_RATE
-        change = gradient.to(torch.float32, copy=True).mul_(torch.where(of > 0, rate * size / of, 0))
+        change = gradient.to(torch.float32, copy=True).mul_(torch.where(norm > 0, rate * size / norm, 0))
         state.exact.sub_(change)
         if number > 1:
             state.lag.add_(change.to(state.lag.dtype)).mul_(1 - 1 / number)
         state.update()
-
-
-def _gradient(state):
-    """Return the gradient of all processes, (rows, n), and the norms of its rows, (rows, 1)."""
-    gradient = torch.zeros_like(state.lag) if state.weight.grad is None else state.gradient()
-    state.weight.grad = None
-    distributed.all_reduce(gradient)
-    return gradient, torch.linalg.vector_norm(wide(gradient), dim=1, keepdim=True)

@@ -5,13 +5,15 @@ its output. All that a class keeps for each expert, such as rows and biases of i
 the same class built with fewer experts.
 """
 
-import contextlib
 import copy
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError, reading
@@ -19,9 +21,10 @@ from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.linears import hooked
 from mixgpt.modeling.placing import in_turn
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.modeling.streaming import compute_buffers, disk_weights
 
-# Names in configurations, of the number of experts and of how many of them a token takes.
+# Configurations have these names for the number of experts, and for how many of them a token takes.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
@@ -30,23 +33,23 @@ TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 class ExpertRows:
     """The entries of some experts in a tensor with one for each expert; the part of a `TensorLocation`."""
 
-    dim: int  # along which experts lie
-    numbers: tuple  # of these experts
+    dim: int  # Experts lie along this dimension.
+    numbers: tuple[int, ...]  # The numbers of these experts.
 
-    def of(self, tensor):
-        """Return the entries of these experts. tensor: a tensor, or that of a safetensors file, not yet read."""
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the entries of these experts. tensor: a tensor, or a slice of a safetensors file, not yet read."""
         return tensor[:].index_select(self.dim, torch.tensor(self.numbers))
 
 
-def _experts_of(model):
+def _experts_of(model: nn.Module) -> tuple[str, nn.Module | None]:
     """Return the name and the module of the first experts of a model or a layer, "" and None if it has none."""
     return next(((name, module) for name, module in model.named_modules() if is_split(module)), ("", None))
 
 
-def with_fewer_experts(model, fraction):
-    """Return a model on meta, like this one but for a fraction of the experts of each layer.
+def with_fewer_experts(model: PreTrainedModel, fraction: float) -> PreTrainedModel:
+    """Return a model on meta, like this one but without a fraction of the experts of each layer.
 
-    model: possibly on meta, with its experts split. Where routers choose among groups of experts, these stay equal.
+    model: possibly on meta, with its experts split. Groups of experts among which routers choose stay equally large.
     Raises InputError if there are no experts, too few would be left for a token, or they cannot be told apart.
     """
     config, kind, flag = copy.deepcopy(model.config), type(model).__name__, f"--experts {fraction:g}"
@@ -57,7 +60,7 @@ def with_fewer_experts(model, fraction):
     (count,), groups = counts, getattr(config, "n_group", None) or 1
     in_group = count // groups - round(fraction * count / groups)
     left, before = groups * in_group, f"the {count} experts of a layer" + (f", {groups} groups" if groups > 1 else "")
-    top_k = max(int(torch.tensor(getattr(config, name, None) or 0).max()) for name in TOP_K)  # some list it by layer
+    top_k = max(int(torch.tensor(getattr(config, name, None) or 0).max()) for name in TOP_K)  # Some list it by layer.
     if left == count:
         raise InputError(f"{flag}: removes none of {before}")
     if in_group * (config.topk_group if groups > 1 else 1) < top_k or in_group < min(groups, 2):
@@ -68,11 +71,11 @@ def with_fewer_experts(model, fraction):
         smaller = type(model)._from_config(config, dtype=model.dtype).eval()
     split_experts(smaller)
     for index, layer in enumerate(layers_of(smaller)):
-        _sources(index, layers_of(model)[index], layer, range(left))  # raises
+        _sources(index, layers_of(model)[index], layer, range(left))  # This raises if experts cannot be told apart.
     return smaller
 
 
-def _sources(index, layer, smaller, kept):
+def _sources(index: int, layer: nn.Module, smaller: nn.Module, kept: Iterable[int]) -> dict[str, tuple]:
     """Return {name of a tensor of a layer with fewer experts: (its name in the layer, `ExpertRows` or None)}.
 
     smaller: the layer with fewer experts. kept: the numbers of these, ascending. Empty for a layer without experts.
@@ -89,60 +92,54 @@ def _sources(index, layer, smaller, kept):
 
 
 @torch.no_grad()
-def expert_scores(streamed, tokens):
-    """Return {layer: scores (experts,)} of a StreamedModel on tokens (N, T). Raises InputError if one is not finite."""
-    sums = {}  # layer: (2, experts), of `_recording`
-    stream = streamed.embed(tokens[distributed.share(len(tokens))])
+def expert_scores(streamed: StreamedModel, tokens: Tensor) -> dict[int, Tensor]:
+    """Return {layer: scores (experts,)} of a model on tokens (N, T). Raises InputError if a score is not finite."""
+    result, stream = {}, streamed.embed(tokens[distributed.share(len(tokens))])
     for index, layer in in_turn(streamed.layers, streamed.device, "experts"):
         _, experts = _experts_of(layer)
-        with contextlib.ExitStack() as stack:
-            if experts:
-                sums[index] = stack.enter_context(_recording(experts, stream.device))
+        if not experts:
             stream.advance(layer, index)
-    for index, of_layer in sums.items():
-        distributed.all_reduce(of_layer)
-        if not of_layer.isfinite().all():
+            continue
+        sums, routing = torch.zeros(2, experts.num_experts, dtype=torch.float64, device=stream.device), {}
+
+        def add(number: int, output: Tensor, experts: nn.Module = experts, sums: Tensor = sums,
+                routing: dict = routing) -> None:
+            """Add up, for an expert, router weights times the norms of its outputs, and its tokens."""
+            tokens = experts.get_submodule(f"{number}.down_proj").tokens
+            output = experts.post_expert_norm(output) if experts.has_post_expert_norm else output
+            _, chosen, weights = routing.values()  # (n, k) each
+            weights = (weights * (chosen == number)).sum(-1)[tokens]
+            sums[0, number] += (weights * output.float().norm(dim=-1)).sum(dtype=torch.float64)
+            sums[1, number] += len(output)
+
+        readers = {experts.get_submodule(f"{number}.down_proj"): partial(add, number)
+                   for number in range(experts.num_experts)}
+        with hooked(readers, outputs=True), experts.register_forward_pre_hook(
+                lambda _, args, routing=routing: routing.update(enumerate(args))):
+            stream.advance(layer, index)
+        distributed.all_reduce(sums)
+        if not sums.isfinite().all():
             raise InputError(f"layer {index}: its experts give NaN or inf on the calibration sequences")
-    return {index: (norms / counts.clamp_min(1)).cpu() for index, (norms, counts) in sums.items()}
+        norms, counts = sums
+        result[index] = (norms / counts.clamp_min(1)).cpu()
+    return result
 
 
-@contextlib.contextmanager
-def _recording(experts, device):
-    """Within the block, sum up router weight times norm of the output, and tokens, of each expert: (2, experts)."""
-    sums, routing = torch.zeros(2, experts.num_experts, dtype=torch.float64, device=device), {}
-
-    def add(number, linear, output):
-        output = experts.post_expert_norm(output) if experts.has_post_expert_norm else output
-        _, chosen, weights = routing.values()  # (n, k) each
-        weights = (weights * (chosen == number)).sum(-1)[linear.tokens]
-        sums[0, number] += (weights * output.float().norm(dim=-1)).sum(dtype=torch.float64)
-        sums[1, number] += len(output)
-
-    downs = [experts.get_submodule(f"{number}.down_proj") for number in range(experts.num_experts)]
-    readers = {linear: partial(add, number, linear) for number, linear in enumerate(downs)}
-    with hooked(readers, outputs=True), experts.register_forward_pre_hook(
-            lambda _, args: routing.update(enumerate(args))):
-        yield sums
-
-
-def best_experts(scores, smaller):
+def best_experts(scores: Tensor, smaller: PreTrainedModel) -> list[int]:
     """Return the numbers, ascending, of the experts of highest scores (experts,), as many as `smaller` has."""
     groups, left = getattr(smaller.config, "n_group", None) or 1, _experts_of(smaller)[1].num_experts
-    best = scores.view(groups, -1).topk(left // groups).indices  # experts of a group are neighbours
+    best = scores.view(groups, -1).topk(left // groups).indices  # Experts of a group are neighbours.
     return (best + len(scores) // groups * torch.arange(groups)[:, None]).flatten().sort().values.tolist()
 
 
-def remove_experts(model, smaller, kept):
-    """Remove all experts of a model but some, in place; weights that are on disk stay there.
-
-    smaller: of `with_fewer_experts`; its layers become those of the model. kept: {layer: numbers, ascending}.
-    """
+def remove_experts(model: PreTrainedModel, smaller: PreTrainedModel, kept: dict[int, Sequence[int]]) -> None:
+    """Keep only experts {layer: numbers, ascending}, in layers of `with_fewer_experts`; weights on disk stay there."""
     layers = layers_of(model)
     for index, numbers in kept.items():
         layer, new = layers[index], layers_of(smaller)[index]
         sources, state = _sources(index, layer, new, numbers), layer.state_dict()
-        if dense := disk_weights(layer):
-            new.disk_weights = {name: dense[source]._replace(part=rows) if rows else dense[source]
+        if locations := disk_weights(layer):
+            new.disk_weights = {name: locations[source]._replace(part=rows) if rows else locations[source]
                                 for name, (source, rows) in sources.items()}
             for name, tensor in new.state_dict(keep_vars=True).items():
                 tensor.data = tensor.data.to(state[name].dtype)

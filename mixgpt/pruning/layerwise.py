@@ -1,29 +1,34 @@
 """Prune and quantize a model one decoder layer at a time, on calibration data or, as baselines, by magnitude."""
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from mixgpt.common import distributed, progress
-from mixgpt.modeling.linears import linears
+from mixgpt.modeling.linears import Key, linears
 from mixgpt.modeling.placing import in_turn
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning.admm import prune_masks
 from mixgpt.pruning.calibration import Calibration
-from mixgpt.pruning.solvers import prune_in_place
-from mixgpt.pruning.targets import Outcome
-from mixgpt.quant import meet_sparsities, quantize_nearest
+from mixgpt.pruning.solvers import Recipe, prune_in_place
+from mixgpt.pruning.targets import Outcome, Target
+from mixgpt.quant import Grid, Scheme, meet_sparsities, quantize_nearest
 
 
 @torch.no_grad()
-def prune_layerwise(streamed, plan, tokens, recipe, files=None, observe=None):
+def prune_layerwise(streamed: StreamedModel, plan: dict[Key, Target], tokens: Tensor, recipe: Recipe,
+                    files: Any = None, observe: Callable | None = None) -> dict[Key, Outcome]:
     """Prune and quantize every matrix of the plan on calibration tokens (N, T), in place.
 
-    streamed: a running.StreamedModel. plan: {(layer, name): Target}. recipe: a solvers.Recipe. Inputs come from the
-    preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the same layer. files:
-    a checkpoints.run_dir.RunDir that saves finished layers. observe: called with (index, layer) for each finished layer
-    while it is on the device, and unless an interrupted run has finished it with {(layer, name): Outcome} and
-    time.perf_counter() at its start. Returns {(layer, name): Outcome}. Raises InputError if an input is not finite.
+    Inputs come from the preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the
+    same layer. files: a checkpoints.run_dir.RunDir that saves finished layers. observe: called with (index, layer) for
+    each finished layer while it is on the device and, unless an interrupted run has finished it, with its outcomes and
+    time.perf_counter() at its start. Raises InputError if an input is not finite.
     """
     calibration, outcomes, clock = Calibration(streamed, plan, tokens, recipe), {}, streamed.clock
     layers = streamed.layers[:max(index for index, _ in plan) + 1]
@@ -31,37 +36,40 @@ def prune_layerwise(streamed, plan, tokens, recipe, files=None, observe=None):
         modules = linears(layer)
         for names, hessian in calibration.inputs(index, layer, bar):
             keys = [(index, name) for name in names]
-            row_weights = recipe.row_weights and torch.cat([recipe.row_weights[key] for key in keys]).to(hessian.device)
+            weights = recipe.row_weights
+            row_weights = torch.cat([weights[key] for key in keys]).to(hessian.device) if weights else None
             with clock.part(recipe.solver.__name__):
                 pruned = prune_in_place(hessian, [modules[name].weight for name in names],
                                         [plan[key] for key in keys], recipe, row_weights)
             new |= {key: Outcome(error, hessian.percdamp, grid)
                     for key, (error, grid) in zip(keys, pruned, strict=True)}
-            del hessian, pruned  # before the next one fills up
-            bar.refresh()  # a line, if one is due
+            del hessian, pruned  # The next Hessian fills up now.
+            bar.refresh()  # In a log this prints a line, if one is due.
         if new:
-            errors = torch.stack([outcome.error for outcome in new.values()]).tolist()  # waits for a GPU only here
+            errors = torch.stack([outcome.error for outcome in new.values()]).tolist()  # The only wait for a GPU.
             new |= {key: replace(outcome, error=error, grid=outcome.grid and outcome.grid.to("cpu"))
                     for (key, outcome), error in zip(new.items(), errors, strict=True)}
             bar.set_postfix_str(f"layer {index} error {sum(outcome.error for outcome in new.values()) / len(new):.2%}")
     return outcomes
 
 
-def layers_in_turn(streamed, layers, title, outcomes, files=None, observe=None, calibration=None):
+def layers_in_turn(streamed: StreamedModel, layers: Sequence[nn.Module], title: str, outcomes: dict[Key, Outcome],
+                   files: Any = None, observe: Callable | None = None, calibration: Calibration | None = None
+                   ) -> Iterator[tuple[int, nn.Module, dict[Key, Outcome], tqdm]]:
     """Yield (index, layer, {}, progress bar) for each layer that is not finished, while it is on the device.
 
-    The caller prunes the layer and puts its outcomes, {(layer, name): Outcome}, into the dict. They are then observed,
-    saved with the layer, and added to `outcomes`. So are those of layers that an interrupted run has finished; the
-    calibration, if any, passes through these if others are left.
+    The caller prunes the layer and puts its outcomes into the dict. They are then observed, saved with the layer, and
+    added to `outcomes`, as are those of layers that an interrupted run has finished. The calibration, if any, passes
+    through finished layers if others are left.
     """
     clock, finished = streamed.clock, files.resume_from(len(layers)) if files else []
     first = len(finished)
-    for index, of_layer in enumerate(finished):
+    for index, old in enumerate(finished):
         if calibration and first < len(layers):
             calibration.pass_finished(index, layers[index], files, observe)
         else:
             files.load_layer(index)
-        outcomes |= of_layer
+        outcomes |= old
     with progress.bar(in_turn(layers[first:], streamed.device), title=title, initial=first, total=len(layers)) as bar:
         for place, layer in bar:
             index, new, start = first + place, {}, time.perf_counter()
@@ -78,11 +86,9 @@ def layers_in_turn(streamed, layers, title, outcomes, files=None, observe=None, 
 
 
 @torch.no_grad()
-def prune_magnitude(streamed, plan, scheme=None, files=None, observe=None):
-    """Prune every matrix of the plan by magnitude and round it to the nearest values of the scheme's grid, in place.
-
-    Arguments and result as of `prune_layerwise`.
-    """
+def prune_magnitude(streamed: StreamedModel, plan: dict[Key, Target], scheme: Scheme | None = None, files: Any = None,
+                    observe: Callable | None = None) -> dict[Key, Outcome]:
+    """Prune the matrices of a plan by magnitude and round them to the nearest, in place; see `prune_layerwise`."""
     title = "magnitude" if any(target.sparsity for target in plan.values()) else "nearest"
     outcomes = {}
     for index, layer, new, _ in layers_in_turn(streamed, streamed.layers, title, outcomes, files, observe):
@@ -95,16 +101,16 @@ def prune_magnitude(streamed, plan, scheme=None, files=None, observe=None):
     return outcomes
 
 
-def _by_magnitude(W, target, scheme):
-    def attempt(sparsities):
+def _by_magnitude(W: Tensor, target: Target, scheme: Scheme | None) -> tuple[Tensor, Grid | None]:
+    def attempt(sparsities: Sequence[float]) -> list[tuple[Tensor, Grid | None]]:
         pruned = magnitude_prune(W, replace(target, sparsity=sparsities[0]))
         return [quantize_nearest(pruned, scheme) if scheme else (pruned, None)]
 
     W, grid = meet_sparsities(attempt, [target.sparsity], attempts=4 if scheme and not target.prunem else 1)[0]
-    return magnitude_prune(W, target) if scheme else W, grid  # what is still missing
+    return magnitude_prune(W, target) if scheme else W, grid  # This removes what is still missing.
 
 
-def magnitude_prune(W, target):
+def magnitude_prune(W: Tensor, target: Target) -> Tensor:
     """Return W (out, in), or a process's share of its rows, with as many of its smallest weights 0 as a Target says."""
     mask, = prune_masks([W.abs().float()], [target], distributed.total([len(W)]))
     return W.masked_fill(mask, 0)

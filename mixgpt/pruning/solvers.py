@@ -1,37 +1,40 @@
 """Solvers, which prune and quantize the matrices that read one input, and the recipe that selects one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 
 import torch
+from torch import Tensor
 
 from mixgpt.common import distributed
+from mixgpt.modeling.linears import Key
 from mixgpt.pruning.admm import admm_pruner, prune_masks
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.targets import Target
-from mixgpt.quant import Scheme, meet_sparsities, quantize_nearest
+from mixgpt.quant import Grid, Scheme, meet_sparsities, quantize_nearest
 from mixgpt.sparsegpt import Walk, obs_saliency
 
-MARGIN_SIGMAS = 3  # of `meet_sparsities`, so that the walk rounds too few weights to 0, not too many
+MARGIN_SIGMAS = 3  # `meet_sparsities` aims so far below, so that the walk rounds too few weights to 0, not too many.
+Result = list[tuple[Tensor, Grid | None]]  # Ŵ of each matrix, (out, in), and its grid if it is quantized.
 
 
 @dataclass(frozen=True)
 class Problem:
     """Input of a solver: the matrices that read one input, of each this process's share of the rows, and their targets.
 
-    Columns are in the order of the walk. A solver returns [(Ŵ, its quant.Grid or None)] in the order of `optima`;
-    zeros of W* must be zeros of Ŵ.
+    Columns are in the order of the walk. A solver returns a `Result` in the order of `optima`; zeros must stay zeros.
     """
 
-    hessian: InputHessian  # factored
-    optima: list[torch.Tensor]  # W* (out, in) of each, float32: the unconstrained optimum
-    targets: list[Target]  # of each
+    hessian: InputHessian  # Factored.
+    optima: list[Tensor]  # W* (out, in) of each matrix, float32: the unconstrained optimum.
+    targets: list[Target]  # The target of each matrix.
     recipe: "Recipe"
-    dtype: torch.dtype  # of the final weights
-    row_weights: torch.Tensor | None = None  # (total rows,), weight of each row's error
+    dtype: torch.dtype  # The dtype of the final weights.
+    row_weights: Tensor | None = None  # (total rows,), the weight of each row's error.
 
 
-def walk(problem):
+def walk(problem: Problem) -> Result:
     """Walk once over the columns: SparseGPT, and GPTQ if there is a scheme."""
     recipe, targets = problem.recipe, problem.targets
     results = Walk(problem.optima, problem.hessian.R, problem.hessian.h, targets, blocksize=recipe.blocksize,
@@ -41,8 +44,8 @@ def walk(problem):
     return _filled_up(problem, results) if recipe.scheme and counts else results
 
 
-def _filled_up(problem, results):
-    """Remove the least salient ones of rounded weights, [(Ŵ, its Grid)], until each matrix meets its target."""
+def _filled_up(problem: Problem, results: Result) -> Result:
+    """Remove the least salient of rounded weights until each matrix meets its target."""
     W, counts = torch.cat([W for W, _ in results]), [len(W) for W, _ in results]
     scores = W.square() * problem.hessian.h
     if problem.row_weights is not None:
@@ -51,7 +54,7 @@ def _filled_up(problem, results):
     return [(W.masked_fill(mask, 0), grid) for (W, grid), mask in zip(results, masks, strict=True)]
 
 
-def admm(problem):
+def admm(problem: Problem) -> Result:
     """Prune by `admm_pruner`; with a scheme, quantize the kept weights in a walk over the columns.
 
     Weights that are rounded to 0 count: the pruning target is lowered until both together meet the sparsity, but for a
@@ -61,19 +64,19 @@ def admm(problem):
     hessian = problem.hessian
     prune = admm_pruner(problem.optima, hessian.damped, problem.targets, problem.row_weights, hessian.h == 0)
 
-    def attempt(sparsities):
+    def attempt(sparsities: Sequence[float]) -> list[tuple]:
         pruned = prune([replace(target, sparsity=sparsity)
                         for target, sparsity in zip(problem.targets, sparsities, strict=True)])
         if problem.recipe.scheme:
             return quantize(replace(problem, optima=pruned))
-        return [(quantize_nearest(W, later)[0] if later else W, W) for W in pruned]  # a guess of what will be 0
+        return [(quantize_nearest(W, later)[0] if later else W, W) for W in pruned]  # This guesses what will be 0.
 
     exact = problem.targets[0].prunem or not (problem.recipe.scheme or later)
     results = attempt(sparsities) if exact else meet_sparsities(attempt, sparsities, margin_sigmas=MARGIN_SIGMAS)
     return results if problem.recipe.scheme else [(W, None) for _, W in results]
 
 
-def quantize(problem):
+def quantize(problem: Problem) -> Result:
     """Quantize the kept weights in a walk over the columns, then remove the least salient ones up to the sparsity."""
     return _filled_up(problem, walk(replace(problem, targets=[Target(0.0)] * len(problem.optima))))
 
@@ -82,34 +85,35 @@ def quantize(problem):
 class Recipe:
     """How to prune and quantize matrices on calibration inputs."""
 
-    solver: Callable = walk  # of a Problem
-    blocksize: int = 128  # columns whose mask is chosen at once
+    solver: FunctionType = walk  # Its argument is a `Problem`; it returns a `Result`.
+    blocksize: int = 128  # Columns whose mask is chosen at once.
     saliency: Callable = obs_saliency
-    scheme: Scheme | None = None  # quantization of the kept weights
-    percdamp: float = 0.01  # of each Hessian, as a fraction of its mean diagonal
-    act_order: bool = False  # walk the columns in `hessian.activation_order`
-    true_sequential: bool = True  # calibrate a linear on inputs from the pruned linears before it in its layer
-    dense_target: bool = False  # regress towards the dense model's outputs
-    light_first: bool = False  # weigh tokens by `dense_target.first_token_weights`, with that target
-    rotate: bool = False  # first rotate the heads of a layer by `rotation.rotate_heads`
-    row_weights: dict | None = None  # {(layer, name): (out,)}, weight of each row's error
-    title: str = "SparseGPT"  # of the progress bar
-    later: Scheme | None = None  # quantization by `quantize`, once they are distilled
+    scheme: Scheme | None = None  # Quantization of the kept weights.
+    percdamp: float = 0.01  # Damping of each Hessian, as a fraction of its mean diagonal.
+    act_order: bool = False  # Walk the columns in `hessian.activation_order`.
+    true_sequential: bool = True  # Calibrate a linear on inputs from the pruned linears before it in its layer.
+    fits_dense: bool = False  # Fit each linear to the dense model's outputs, too: see `dense_target`.
+    light_first: bool = False  # If so, weigh tokens by `dense_target.first_token_weights`.
+    rotate: bool = False  # First rotate the heads of a layer by `rotation.rotate_heads`.
+    row_weights: dict[Key, Tensor] | None = None  # (out,), the weight of each row's error.
+    title: str = "SparseGPT"  # Title of the progress bar.
+    later: Scheme | None = None  # Quantization by `quantize`, once the weights are distilled.
 
 
-def prune_in_place(hessian, weights, targets, recipe, row_weights=None):
-    """Prune and quantize `weights`, a list of matrices (out, in) of one dtype that read one input, in place.
+def prune_in_place(hessian: InputHessian, weights: list[Tensor], targets: list[Target], recipe: Recipe,
+                   row_weights: Tensor | None = None) -> list[tuple[Tensor, Grid | None]]:
+    """Prune and quantize `weights`, matrices (out, in) of one dtype that read one input, in place.
 
-    hessian: InputHessian, factored. targets: a Target per matrix. row_weights: (total rows,). Returns the
-    relative error of each, a float64 tensor on its device, and its quant.Grid, None if it is not quantized. Every
-    process prunes its share of the rows of each matrix, and gets those of the others.
+    hessian: factored. row_weights: (total rows,). Returns the relative error of each matrix, a float64 tensor on its
+    device, and its grid, None if it is not quantized. Every process prunes its share of the rows of each matrix, and
+    gets those of the others.
     """
     dtype, sizes = weights[0].dtype, [len(weight) for weight in weights]
     shares = [weight[distributed.share(len(weight))] for weight in weights]
     W, counts = torch.cat(shares).float(), [len(rows) for rows in shares]
     if row_weights is not None:
-        row_weights = torch.cat([of_rows[distributed.share(len(of_rows))] for of_rows in row_weights.split(sizes)])
-        # those of an expert without tokens are 0, but its scores shall differ
+        row_weights = torch.cat([part[distributed.share(len(part))] for part in row_weights.split(sizes)])
+        # An expert without tokens has weights of 0, but its scores must differ.
         row_weights.clamp_(min=torch.finfo(row_weights.dtype).tiny ** 0.5)
     whole = torch.linalg.vecdot(W @ hessian.H, W)  # ‖w X‖² of every row w
     optima = list(hessian.optimum(W).split(counts))

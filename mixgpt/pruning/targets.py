@@ -1,36 +1,33 @@
 """Which matrices to prune, the target sparsity of each, and the outcome."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.decoder import layers_of
-from mixgpt.modeling.linears import linears
+from mixgpt.modeling.linears import Key, linears
 from mixgpt.quant import Grid
-
-
-@dataclass(frozen=True)
-class Target:
-    """Target sparsity of one matrix: a fraction of its weights, or prunen of every prunem consecutive ones."""
-
-    sparsity: float
-    prunen: int = 0
-    prunem: int = 0
+from mixgpt.sparsegpt import Target as Target
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Result of pruning and quantizing one matrix."""
 
-    error: float | None = None  # ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs, if any
-    percdamp: float | None = None  # damping used for its Hessian
-    grid: Grid | None = None  # if quantized
+    error: Any = None  # ‖(W − Ŵ) X‖² / ‖W X‖² on the calibration inputs, if any: a tensor, then a float.
+    percdamp: float | None = None  # The damping used for its Hessian.
+    grid: Grid | None = None  # The grid, if the matrix is quantized.
 
 
-def select(model, minlayer=0, maxlayer=1000, prune_only="", invert=False, widths=None, uncalled=()):
+def select(model: PreTrainedModel, minlayer: int = 0, maxlayer: int = 1000, prune_only: str = "", invert: bool = False,
+           widths: dict[str, int] | None = None, uncalled: Collection[str] = ()) -> dict[Key, tuple[int, int]]:
     """Return the shapes of the matrices to change, {(layer, name): (out, in)}, in model order.
 
     These are in layers minlayer ≤ index < maxlayer and have prune_only in their names; with invert, all others. widths:
-    {flag: columns of a group}; positive ones must divide the columns of each matrix. uncalled: names to leave out. The
+    {flag: columns per group}; positive ones must divide the columns of each matrix. uncalled: names to leave out. The
     model may be on meta. Raises InputError if nothing is selected, or a width does not divide the columns.
     """
     selected, layers = {}, layers_of(model)

@@ -5,10 +5,7 @@ import copy
 import logging
 import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -17,10 +14,11 @@ import pytest
 import torch
 import transformers
 from commands import short_builtin  # noqa: F401, a fixture
-from conftest import CPU, ROOT, assert_same_weights, record_of, saved_tensors
+from conftest import CPU, record_of, saved_tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixgpt
+from mixgpt.__main__ import main
 from mixgpt.app.settings import Settings
 from mixgpt.common.errors import InputError
 from mixgpt.datautils import calibration_samples, load_rows
@@ -38,6 +36,7 @@ def test_a_name_gives_what_the_command_line_gives(prune, checkpoint_folder, tmp_
     tensors, record = saved_tensors(tmp_path / "saved"), record_of(tmp_path / "saved")
     result = mixgpt.prune(checkpoint_folder("llama"), "builtin", save=tmp_path / "here", **OPTIONS)
     assert f"perplexity  builtin\n{'-' * 10}  {'-' * 7}" in result.table() and result.table() in capsys.readouterr().out
+    assert str(result) == repr(result) == result.table()
     assert result.matrices == record["matrices"] and result.sparsity == record["sparsity"] == 0.5
     assert result.perplexity == record["perplexity"]["SparseGPT"]
     width, height = result.plot().size
@@ -47,6 +46,23 @@ def test_a_name_gives_what_the_command_line_gives(prune, checkpoint_folder, tmp_
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in model.state_dict().items() if key in tensors)
     _, original = in_memory(checkpoint_folder("llama"))
     assert tokenizer("import a module").input_ids == original("import a module").input_ids
+
+
+def test_a_saved_model_is_evaluated_as_it_was_when_it_was_pruned(checkpoint_folder, tmp_path, capsys):
+    folder, options = tmp_path / "saved", {"seqlen": 32, "eval": ["builtin"], "device": "cpu"}
+    pruned = mixgpt.prune(checkpoint_folder("llama"), "builtin", save=folder, **OPTIONS)
+    result = mixgpt.evaluate(folder, **options)
+    assert result.perplexity == pruned.perplexity and result.sparsity == 0.5 and result.tasks == {}
+    assert mixgpt.evaluate(*in_memory(folder), **options).perplexity == pruned.perplexity
+    capsys.readouterr()
+    command = ["eval", str(folder), "--seqlen", "32", "--eval", "builtin", "--device", "cpu"]
+    assert main([*command, "--record", str(tmp_path / "mixgpt.json")]) == 0
+    assert capsys.readouterr().out.startswith(f"command  mixgpt {' '.join(command)} --record")
+    assert list(record_of(tmp_path)["perplexity"].values()) == [pruned.perplexity]
+    with pytest.raises(TypeError, match="^no option of an evaluation is called sparsity"):
+        mixgpt.evaluate(folder, sparsity=0.5)
+    with pytest.raises(InputError, match="^dataset: is needed for calibration"):
+        mixgpt.prune(folder, None, **OPTIONS)
 
 
 @pytest.mark.parametrize("name, kind", [("llama", "name"), ("opt", "strings"), ("gemma2", "tokens"), ("gpt2", "name")])
@@ -211,28 +227,3 @@ def test_errors_are_those_of_the_flags(given, message, checkpoint_folder):
     model.hf_device_map = options.pop("hf_device_map", {})
     with pytest.raises(InputError, match=f"^{message}"):
         mixgpt.prune(options.pop("model"), options.pop("dataset"), **options)
-
-
-BARE = """
-import sys, mixgpt
-from transformers import LlamaForCausalLM
-assert "numba" not in sys.modules
-mixgpt.prune(sys.argv[1], sys.argv[3:], save=sys.argv[2], sparsity=0.5, nsamples=4, seqlen=32, eval=[], device="cpu")
-"""
-
-
-@pytest.mark.slow
-def test_where_no_cache_can_be_written_transformers_imports_and_models_are_pruned(checkpoint_folder, tmp_path):
-    """Neither beside the code, whose __pycache__ is a file here, nor at home: as in images that are read-only."""
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("mixgpt/**/*.py")):
-        (copied := tmp_path / "code" / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copied)
-        (copied.parent / "__pycache__").touch()
-    model, texts = checkpoint_folder("llama"), load_rows("builtin", "train", None)[0][:50]
-    environment = {"HOME": "/dev/null", "PYTHONPATH": str(tmp_path / "code"),
-                   "OMP_NUM_THREADS": str(torch.get_num_threads())}  # on which sums depend
-    done = subprocess.run([sys.executable, "-c", BARE, model, tmp_path / "bare", *texts], cwd="/", env=environment,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    mixgpt.prune(model, texts, save=tmp_path / "saved", **OPTIONS | {"eval": []})
-    assert_same_weights(tmp_path / "bare", tmp_path / "saved")

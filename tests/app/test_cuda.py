@@ -25,7 +25,7 @@ from mixgpt.common import memory, runtime
 from mixgpt.common.choices import RECORD
 from mixgpt.kernels import columns
 from mixgpt.modeling import running
-from mixgpt.pruning import calibration, distill
+from mixgpt.pruning import distill, needs
 from mixgpt.sparsegpt import Walk
 
 JOBS = {
@@ -316,7 +316,7 @@ def test_the_way_that_fits_is_chosen_before_a_run(simulated, run):
 
 def test_what_takes_less_is_chosen_where_neither_way_fits(simulated, run, monkeypatch):
     """As of a mixture of experts, of which two passes hold the Hessians of all experts."""
-    monkeypatch.setattr(calibration, "pass_bytes", lambda *_: (10**18, 10**19))
+    monkeypatch.setattr(needs, "pass_bytes", lambda *_: (10**18, 10**19))
     _, (_, record, out) = peak_of(run)
     assert "memory   one pass through each layer" in out and record["settings"]["true_sequential"]
     cheaper, _ = memory.MemoryPlan(2, on_host=False, two_passes=False, two_take_less=False).next_cheaper()

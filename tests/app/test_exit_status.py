@@ -13,12 +13,14 @@ import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import ROOT, command
 
+from mixgpt import __main__
 from mixgpt.app import cli, generate, pipeline, results
 from mixgpt.common.errors import InputError, Terminated
 from mixgpt.pruning.hessian import InputHessian
 
 COMMANDS = {
     "llama.py": (cli.main, (pipeline, "run"), ["somebody/model", "builtin"]),
+    "mixgpt eval": (__main__.SUBCOMMANDS["eval"].load(), (pipeline, "run"), ["somebody/model"]),
     "generate.py": (generate.main, (generate, "print_completions"), ["model", "Hello"]),
     "results.py": (results.main, (results, "files_of"), ["record.json"]),
 }
@@ -51,7 +53,7 @@ def test_a_bug_gets_one_line_and_a_file_with_the_traceback(script, monkeypatch, 
     assert line.startswith(f"{script}: error: unexpected KeyError: 'a\\nsurprise of words") and len(line) < 600
     assert line.endswith(f"; please report it with {file}, which has the traceback")
     text = file.read_text()
-    assert text.startswith(f"python {script} {COMMANDS[script][2][0]}")
+    assert text.startswith(f"{'python ' if '.py' in script else ''}{script} {COMMANDS[script][2][0]}")
     assert f"torch {torch.__version__.partition('+')[0]}" in text and "transformers " in text and "Python 3" in text
     assert "Traceback (most recent call last)" in text and "in failing\n" in text and "of words " * 1000 in text
     assert file.stat().st_mode & 0o077 == 0, "a command line is nobody else's business"

@@ -84,7 +84,7 @@ def test_a_huge_first_token_counts_less_unless_it_is_the_bos_of_each_sequence(bo
     for each in (model, expected):
         each.get_input_embeddings().weight.data[BOS] *= 30
     mixgpt.prune(model, tokens, tokenizer, sparsity=0.5, target="dense", bos=bos, eval=(), device="cpu")
-    sparsegpt(expected, plan_of(expected), tokens, blocksize=128, true_sequential=True, dense_target=True,
+    sparsegpt(expected, plan_of(expected), tokens, blocksize=128, true_sequential=True, fits_dense=True,
               light_first=light_first)
     assert all(map(torch.equal, weights(model).values(), weights(expected).values()))
 

@@ -20,7 +20,7 @@ import mixgpt
 from mixgpt import datautils
 from mixgpt.allocation import fisher, traces
 from mixgpt.allocation.plan import allocate_whole
-from mixgpt.app import run as running
+from mixgpt.app import opening
 from mixgpt.app.cli import parse
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
@@ -52,7 +52,7 @@ def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, prun
         assert all(("error" in row) == (method == "SparseGPT") for row in record["matrices"])
         assert record["disk"]["theoretical_ratio"] == pytest.approx(1)  # half of the weights, in float32
 
-    tokens, source = running.test_tokens("builtin", 32, load.load_tokenizer(folder))
+    tokens, source = opening.test_tokens("builtin", 32, load.load_tokenizer(folder))
     with torch.no_grad():
         expected = model(tokens, labels=tokens).loss.exp().item()
     assert record["perplexity"] == {method: {"builtin": pytest.approx(expected, rel=1e-5)}}
@@ -401,7 +401,7 @@ def test_further_text_serves_the_hessians_and_distillation(number, more, piece, 
     streamed, plan = StreamedModel(model, CPU, 2), make_plan(select(model), Target(0.5))
     further, distilled = further.view(-1, 32)[:number], further.view(-1, 32)[number:].reshape(-1, length)
     training = replace(streamed, batch_size=2 * 32 // length)
-    dense = distill.dense_states(training, distilled) if more else None
+    dense = distill.reference_states(training, distilled) if more else None
     prune_layerwise(streamed, plan, torch.cat([tokens, further]), Recipe())
     zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
     if more:

@@ -28,7 +28,7 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
         content = json.loads(output.read_text())
         return {(cell["method"], cell["target"]): cell for cell in content["cells"]}
 
-    def interrupted(settings, run=pipeline.run):
+    def interrupted(settings, run=pipeline.execute):
         if settings.solver == "wanda":
             raise KeyboardInterrupt
         if settings.gmp:  # another process has measured something meanwhile

@@ -17,7 +17,7 @@ from test_sparsegpt import correlated_inputs, prune_matrix, random, relative_err
 from textbook import Textbook
 from transformers import LlamaConfig
 
-from mixgpt.app import run as running
+from mixgpt.app import opening
 from mixgpt.kernels import columns
 from mixgpt.pruning.hessian import InputHessian
 from mixgpt.pruning.targets import Target
@@ -63,7 +63,7 @@ def test_the_benchmark_of_matrices_prints_ratios_and_agreement(monkeypatch, caps
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("64x96")]
     assert len(rows) == 3 and all(row.count("x") == 2 and row.count("%") >= 3 for row in rows)
     monkeypatch.setattr(sparse, "measure", lambda *given: ["-"] * 7 if given[2] < 16 else pytest.fail("has no codes"))
-    sparse.main(["--way", "codes"])
+    sparse.main(["--kernel", "codes"])
 
 
 def test_the_benchmark_of_a_model_prints_the_same_perplexity_twice(checkpoint_folder, capsys):
@@ -80,7 +80,7 @@ def test_make_gpu_measures_every_method_and_writes_all_it_found(tmp_path, capsys
     shape = LlamaConfig(vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                         num_attention_heads=4), 6
     monkeypatch.setattr(gpu, "SHAPES", {"LLaMA-tiny": shape})
-    monkeypatch.setattr(gpu, "test_tokens", lambda *asked: running.test_tokens(*asked))  # little text
+    monkeypatch.setattr(gpu, "test_tokens", lambda *asked: opening.test_tokens(*asked))  # little text
     methods = {name: gpu.METHODS[name] for name in ("SparseGPT", "2:4")}  # the others take long on a make-believe GPU
     monkeypatch.setattr(gpu, "METHODS", methods)
     if not real:

@@ -17,14 +17,13 @@ from transformers import AutoModelForCausalLM
 
 import mixgpt
 from mixgpt.allocation import fisher
-from mixgpt.app import compression, pipeline
-from mixgpt.app import run as running
+from mixgpt.app import compression, opening, pipeline
 from mixgpt.checkpoints import formats, load, run_dir
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import choices, memory
 from mixgpt.common.errors import InputError
 from mixgpt.modeling import streaming
-from mixgpt.pruning import calibration, distill, solvers
+from mixgpt.pruning import distill, needs, solvers
 
 AGAIN = "to evaluate its result again, give the folder as the model"
 NOT_EMPTY = "exists and is not an empty folder; name another one, or give --overwrite to replace a saved model"
@@ -162,10 +161,10 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
     several = "--seed 1", "--sparsity .6", "--blocksize 8", "--percdamp .02", "--extra .5"
     assert "--resume: --sparsity was 0.5 " in refused(*several, "--resume")  # the first in the order of --help
 
-    draw = running.calibration_samples
+    draw = opening.calibration_samples
     for changed in (0, "0, further"):  # the seed of these sequences
         with monkeypatch.context() as patch:
-            patch.setattr(running, "calibration_samples", lambda *asked, **more: (lambda tokens, source: (
+            patch.setattr(opening, "calibration_samples", lambda *asked, **more: (lambda tokens, source: (
                 tokens.flip(1) if asked[-1] == changed else tokens, source))(*draw(*asked, **more)))  # noqa: B023
             assert "--resume: calibration tokens was " in refused("--resume")
 
@@ -364,7 +363,7 @@ def test_distillation_that_is_interrupted_costs_at_most_itself(finished, more, p
             patch.setattr(RunDir, "write_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             prune(*options, saved, status=130)
         assert {file.name.partition("-")[0] for file in saved.glob("progress/*-0000*.safetensors")} == {"layer"}
-    for owner, name in ((solvers, "admm_pruner"), (distill, "dense_states"), (fisher, "output_gradients"),
+    for owner, name in ((solvers, "admm_pruner"), (distill, "reference_states"), (fisher, "output_gradients"),
                         *[(distill, "distill")] * (finished > 4)):
         monkeypatch.setattr(owner, name, None)  # nothing is done again
     if finished > 3:
@@ -390,19 +389,19 @@ def test_a_run_that_goes_on_prunes_in_the_way_of_the_interrupted_one(prune, inte
     ways, apply = [], compression._prune
     monkeypatch.setattr(compression, "_prune", lambda *given: (ways.append(given[-1]), apply(*given))[1])
     interrupt(1, "llama", HALF, tmp_path / "saved")
-    monkeypatch.setattr(calibration, "pass_bytes", lambda *_: (10**18, 0))
-    decide = running._plan
+    monkeypatch.setattr(needs, "pass_bytes", lambda *_: (10**18, 0))
+    decide = opening._plan
 
     def on_a_gpu(current):
         lines = decide(current)
-        running._plan_passes(current)
+        opening._plan_passes(current)
         return lines
 
-    monkeypatch.setattr(running, "_plan", on_a_gpu)
+    monkeypatch.setattr(opening, "_plan", on_a_gpu)
     prune("llama", HALF, tmp_path / "saved", "--resume")
     assert ways[0] == ways[1] and not ways[1].two_passes
     assert contents(tmp_path / "saved") == contents(tmp_path / "whole")
-    monkeypatch.setattr(running, "_plan", decide)
+    monkeypatch.setattr(opening, "_plan", decide)
     interrupt(1, "llama", "--no-true-sequential", HALF, tmp_path / "cut")
     file = tmp_path / "cut" / "progress" / "run.json"
     file.write_text(file.read_text().replace('"batch_size": 2', '"batch_size": 1'))  # as where memory has run out

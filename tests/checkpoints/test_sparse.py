@@ -86,11 +86,11 @@ def test_ways_are_chosen_by_the_flags_of_the_cpu(monkeypatch):
                                    (("avx512vbmi",), "vbmi2", "avx2"), (("avx512f",), "avx2", "avx2"),
                                    (("avx512f", "avx2"), None, None)):
         monkeypatch.setattr(sparse_cpu, "HERE", flags - {*missing})
-        ways = sparse_cpu.ways.__wrapped__
-        assert next(iter(ways(torch.bfloat16, 0, 128)), None) == values
-        assert next(iter(ways(torch.bfloat16, 4, 128)), None) == codes
-        assert ways(torch.float16, 8, 128) == ways(torch.float64, 0, 128) == []
-        assert ways(torch.bfloat16, 4, 32) == ways(torch.bfloat16, 0, 7) == []
+        kinds = sparse_cpu.kinds_for.__wrapped__
+        assert next(iter(kinds(torch.bfloat16, 0, 128)), None) == values
+        assert next(iter(kinds(torch.bfloat16, 4, 128)), None) == codes
+        assert kinds(torch.float16, 8, 128) == kinds(torch.float64, 0, 128) == []
+        assert kinds(torch.bfloat16, 4, 32) == kinds(torch.bfloat16, 0, 7) == []
 
 
 def test_the_number_of_threads_changes_nothing():
@@ -199,7 +199,7 @@ def saved(request, tokenizer, tmp_path):
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_device_without_kernels_expands_the_matrices(gpu, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(sparse_cpu, "HERE", set())
-    monkeypatch.setattr(sparse_cpu, "ways", sparse_cpu.ways.__wrapped__)  # which remembers
+    monkeypatch.setattr(sparse_cpu, "kinds_for", sparse_cpu.kinds_for.__wrapped__)  # which remembers
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     loaded, _ = mixgpt.load(saved[1], "cpu", torch.float64)  # larger than that on disk
     assert not [module for module in loaded.modules() if isinstance(module, SparseLinear)]

@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time, as no GPU is needed for it: python tests/kernels/aot.py 80 90
 
-They are given the arguments that `columns_cuda.walk_columns` and `sparse_cuda.run` would launch them with, specialised
+They are given the arguments with which `columns_cuda.walk_columns` and `sparse_cuda.launch` launch them, specialised
 as Triton specialises them: integers that are 1 are constants, those that 16 divides are known to be so.
 """
 
@@ -49,10 +49,10 @@ def launches():
                  "y": dtype}
         if wbits:
             kinds |= {"units": torch.float32, "zero": torch.uint8, "scale": dtype, "group": torch.int32}
-        with mock.patch.object(sparse_cuda, "_run", mock.MagicMock()) as recorder:
-            sparse_cuda.run(Kernel("", dtype, wbits, tokens), 4096, 11008, 512, 86,
+        with mock.patch.object(sparse_cuda, "_multiply", mock.MagicMock()) as recorder:
+            sparse_cuda.launch(Kernel("", dtype, wbits, tokens), 4096, 11008, 512, 86,
                             {part: torch.zeros(1, dtype=kind) for part, kind in kinds.items()})
-        found.append((sparse_cuda._run, *recorder.__getitem__.return_value.call_args))
+        found.append((sparse_cuda._multiply, *recorder.__getitem__.return_value.call_args))
     return found
 
 

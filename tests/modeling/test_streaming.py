@@ -140,14 +140,14 @@ def write_shards(folder, layers, tokenizer):
 
 def peak_of(report):
     """Write the peak memory of this process behind a run, for `command`."""
-    whole, formats.LARGEST = pipeline.run, 2 * LAYER
+    whole, formats.LARGEST = pipeline.execute, 2 * LAYER
 
     def run(*arguments):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         whole(*arguments)
         report.write_text(json.dumps([before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
 
-    pipeline.run = run
+    pipeline.execute = run
 
 
 @pytest.mark.slow

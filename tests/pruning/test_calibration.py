@@ -15,8 +15,9 @@ from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
 from mixgpt.modeling.linears import hooked, linears, shared_inputs
 from mixgpt.modeling.running import StreamedModel
-from mixgpt.pruning.calibration import Calibration, pass_bytes, paused_forwards
+from mixgpt.pruning.calibration import Calibration, paused_forwards
 from mixgpt.pruning.layerwise import prune_layerwise
+from mixgpt.pruning.needs import pass_bytes
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
 
@@ -95,7 +96,7 @@ def test_the_bytes_of_one_pass_and_of_two_are_about_those_of_the_peak(build, sha
     model = build()
     split_experts(model)
     tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
-    recipe = Recipe(SOLVERS[options.get("solver", "obs")].load(), dense_target="target" in options,
+    recipe = Recipe(SOLVERS[options.get("solver", "obs")].load(), fits_dense="target" in options,
                     true_sequential=true_sequential)
     selected = select(model)
     with Gpu() as gpu:

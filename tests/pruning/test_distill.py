@@ -18,7 +18,7 @@ from mixgpt.modeling.decoder import layers_of, path_of
 from mixgpt.modeling.experts import split_experts
 from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill as module
-from mixgpt.pruning.distill import dense_states, distill
+from mixgpt.pruning.distill import distill, reference_states
 from mixgpt.pruning.targets import select
 from mixgpt.quant import Scheme, quantize_nearest
 
@@ -48,7 +48,7 @@ class Scene:
                 rounded, self.chosen[key] = quantize_nearest(weight, scheme)
                 weight.copy_(rounded)
         self.tokens = torch.randint(0, most, shape, generator=torch.Generator().manual_seed(1))
-        self.dense = dense_states(StreamedModel(self.model, CPU, 2), self.tokens)
+        self.dense = reference_states(StreamedModel(self.model, CPU, 2), self.tokens)
         self.before = copy.deepcopy((self.pruned, self.chosen))
 
     def weight(self, key, model=None):
@@ -281,13 +281,13 @@ def test_no_copy_is_counted_of_weights_that_can_be_read_from_disk_again(checkpoi
     assert rooms[0] - rooms[1] == sum(weight.nbytes for weight in in_memory.parameters()) - of_layers
 
 
-@pytest.mark.parametrize("part, call, failure, expected", [  # 21: matrices of three layers, in a step
+@pytest.mark.parametrize("part, call, failure, expected", [
     ("_backward", 1, MemoryError(), memory.OutOfMemory),
     ("_backward", 5, torch.OutOfMemoryError("CUDA out of memory"), memory.OutOfGpuMemory),
     ("_backward", 5, lambda divergence: divergence * torch.inf, module.Diverged),
-    ("_divergence", 5, lambda result: (result[0], result[1] * torch.inf), module.Diverged),
-    ("_gradient", 21, RuntimeError("unforeseen"), RuntimeError),
-    ("_gradient", 5 * 21, MemoryError(), memory.OutOfMemory)])
+    ("divergence_of", 5, lambda result: (result[0], result[1] * torch.inf), module.Diverged),
+    ("_step", 1, RuntimeError("unforeseen"), RuntimeError),
+    ("_step", 5, MemoryError(), memory.OutOfMemory)])
 def test_a_model_that_cannot_be_distilled_is_what_it_was(part, call, failure, expected, monkeypatch):
     scene, calls = Scene(scheme=SCHEMES["groups"]), []
     # scales of two layers are trained, weights of one

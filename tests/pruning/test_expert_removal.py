@@ -160,8 +160,8 @@ def test_an_interrupted_run_goes_on_with_the_same_experts(options, folder, prune
 
 def test_distillation_and_dense_perplexity_are_those_of_the_model_with_all_experts(folder, prune, tmp_path,
                                                                                    monkeypatch):
-    states, seen = distill.dense_states, []
-    monkeypatch.setattr(distill, "dense_states", lambda streamed, tokens: (
+    states, seen = distill.reference_states, []
+    monkeypatch.setattr(distill, "reference_states", lambda streamed, tokens: (
         seen.append(streamed.model.num_parameters()), states(streamed, tokens))[1])
     model = folder("qwen3_moe")
     prune("llama", "--experts .25 --sparsity .5 --dense --distill 1 --save", tmp_path / "all", model=model)

@@ -71,7 +71,7 @@ def regress_layer_1(model, parts, read, tokens, **options):
     dense = copy.deepcopy(model)
     plan = {(index, name): Target(0.0) if index else HALF for index, name in select(model, maxlayer=2)
             if not index or any(part in name for part in parts)}
-    sparsegpt(model, plan, tokens, dense_target=True, **options)
+    sparsegpt(model, plan, tokens, fits_dense=True, **options)
     before = copy.deepcopy(dense)
     layers_of(before)[0] = layers_of(model)[0]
     return layers_of(dense)[1], [inputs_of(each.double(), {name: layers_of(each)[1].get_submodule(name)
@@ -102,7 +102,7 @@ def test_the_dense_target_is_that_of_the_dense_models_inputs_and_sums(tiny, toke
     tiny.get_input_embeddings().weight[tokens[:, 0]] *= 9
     model, reference, dense = tiny, copy.deepcopy(tiny), copy.deepcopy(tiny)
     plan = plan_of(model)
-    sparsegpt(model, plan, tokens, dense_target=True, true_sequential=true_sequential, light_first=light_first)
+    sparsegpt(model, plan, tokens, fits_dense=True, true_sequential=true_sequential, light_first=light_first)
     names = list(linears(layers_of(model)[0]))
     norms = NORMS if getattr(model.config, "do_layer_norm_before", True) else POST_NORMS
     pruned, expected = weights(reference), {}
@@ -189,7 +189,7 @@ def test_the_scale_of_a_norm_may_exceed_what_float16_holds_the_square_of(tokens)
     found, dense = [], weights(model)[1, "mlp.down_proj"].clone()
     for dtype in (torch.float32, torch.float16):
         other = copy.deepcopy(model).to(dtype)
-        sparsegpt(other, plan_of(other), tokens, dense_target=True)
+        sparsegpt(other, plan_of(other), tokens, fits_dense=True)
         found.append(weights(other)[1, "mlp.down_proj"].float() - dense)
     assert (found[1] - found[0]).norm() < 0.1 * found[0].norm()
 
@@ -209,7 +209,7 @@ def test_a_gated_output_is_not_added_as_it_is_because_a_token_is_huge(tokens):
 def test_the_dense_target_is_finite_where_a_norm_follows_outputs_of_zero(tokens):
     model = make("gemma2")
     model.get_input_embeddings().weight[tokens[0, 0]] = 0  # the first token attends to itself alone
-    outcomes = sparsegpt(model, plan_of(model), tokens, dense_target=True)
+    outcomes = sparsegpt(model, plan_of(model), tokens, fits_dense=True)
     assert all(0 < outcome.error < 1 for outcome in outcomes.values())
 
 
@@ -229,7 +229,7 @@ def test_the_dense_target_is_the_same_if_modules_get_their_input_by_name(tokens)
     for layer in layers_of(other):
         layer.post_attention_layernorm = ByName(layer.post_attention_layernorm)
     for each in (model, other):
-        sparsegpt(each, plan_of(each), tokens, dense_target=True)
+        sparsegpt(each, plan_of(each), tokens, fits_dense=True)
     assert all(map(torch.equal, weights(model).values(), weights(other).values()))
 
 
@@ -258,7 +258,7 @@ def test_best_beats_sparsegpt_and_that_magnitude_on_a_trained_model(tokenizer):
     model, best, magnitude = (copy.deepcopy(dense) for _ in range(3))
     plan = plan_of(model)
     walked = sparsegpt(model, plan, calibration, batch_size=8)
-    solved = sparsegpt(best, plan, calibration, batch_size=8, solver="admm", dense_target=True)
+    solved = sparsegpt(best, plan, calibration, batch_size=8, solver="admm", fits_dense=True)
     prune_magnitude(StreamedModel(magnitude, CPU, 2), plan)
     assert sum(o.error for o in solved.values()) < 0.75 * sum(o.error for o in walked.values())
     for W in weights(best).values():
@@ -300,7 +300,7 @@ def test_the_host_waits_for_a_gpu_once_per_input_and_once_for_all_errors(solver,
     model = make("llama")
     with makebelieve.Gpu() as gpu:
         streamed = StreamedModel(model.bfloat16(), torch.device("cuda:0"), 2)
-        recipe = Recipe(SOLVERS[solver].load(), 16, dense_target=dense)
+        recipe = Recipe(SOLVERS[solver].load(), 16, fits_dense=dense)
         outcomes = prune_layerwise(streamed, plan_of(model), tokens, recipe)
     here = {"sparsegpt.py", "quant.py", *(file.name for room in ("kernels", "pruning")
                                           for file in (Path(layerwise.__file__).parents[1] / room).iterdir())}

@@ -29,7 +29,7 @@ def rotate(model, tokens, target):
     streamed = StreamedModel(model, CPU, 2)
     stream = streamed.embed(tokens)
     for index, layer in enumerate(streamed.layers):
-        rotation.rotate_heads(layer, index, stream, dict.fromkeys(linears(layer), target))
+        rotation.rotate_heads(layer, index, stream, dict.fromkeys(linears(layer), target), 0)
         stream.advance(layer, index)
 
 

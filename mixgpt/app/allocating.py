@@ -1,16 +1,19 @@
 """Before pruning: remove experts, measure gradients, and assign a sparsity to each matrix."""
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mixgpt.allocation import fisher, traces
 from mixgpt.allocation.plan import Budget
+from mixgpt.allocation.traces import Traces
 from mixgpt.app.report import plan_text
-from mixgpt.common import choices, distributed, files
+from mixgpt.app.run import Run
+from mixgpt.common import choices, distributed, files, memory
+from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill, expert_removal
 from mixgpt.pruning.targets import Target
 
@@ -19,26 +22,27 @@ from mixgpt.pruning.targets import Target
 class Plan:
     """What pruning needs beside the model. Empty for a dense model."""
 
-    targets: dict  # {(layer, name): Target}
-    gradients: dict | None = None  # of `output_gradients`, if needed
-    traces: Any = None  # allocation.traces.Traces, if matrices are ranked by sensitivity
-    dense: dict = field(default_factory=dict)  # `distill.dense_states` of the tokens for distillation, if it distils
+    targets: dict[tuple[int, str], Target]
+    gradients: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] | None = None  # of `output_gradients`
+    traces: Traces | None = None  # if matrices are ranked by sensitivity
+    reference: dict[str, torch.Tensor] = field(default_factory=dict)  # `distill.reference_states`, if the run distils
 
 
-def choose(run):
+def choose(run: Run) -> Plan:
     """Return the `Plan` of a run; print and plot it."""
     settings = run.settings
     retry = partial(run.retry, on_host=False)
-    dense = {}
+    reference = {}
     if run.distills:
+        run.begin("reference")
         with run.clock.part("distillation"):
-            _, dense = run.kept("dense_states", lambda: (
-                None, retry(lambda plan: distill.dense_states(*run.distilling(plan)))))
+            _, reference = run.keep_tensors("dense_states", lambda: (
+                None, retry(lambda plan: distill.reference_states(*run.distilling(plan)))))
     if settings.experts:
         _remove_experts(run, retry)
     if not settings.compresses:
         return Plan({})
-    plan = retry(partial(_measure, run, dense))
+    plan = retry(partial(_measure, run, reference))
     if plan.traces:
         if warning := plan.traces.warning():
             print(warning, flush=True)
@@ -57,43 +61,48 @@ def choose(run):
     return plan
 
 
-def _remove_experts(run, retry):
+def _remove_experts(run: Run, retry: Callable) -> None:
     """Remove the experts of least score, the same as an interrupted run. retry: of a step, with less memory."""
     smaller = expert_removal.with_fewer_experts(run.model, run.settings.experts)
 
-    def choose():
+    def choose() -> list:
+        run.begin("experts")
         with run.clock.part("experts"):
             scores = retry(lambda plan: expert_removal.expert_scores(run.streamed(plan), run.calibration))
         return [[index, expert_removal.best_experts(of_layer, smaller)] for index, of_layer in scores.items()]
 
-    kept = run.decided("experts", choose)
+    kept = run.keep("experts", choose)
     expert_removal.remove_experts(run.model, smaller, dict(kept))
     run.record["kept_experts"] = kept
     run.log(f"experts  {len(kept[0][1])} stay in each of {len(kept)} layers, those of highest REAP score, and "
             f"{run.model.num_parameters():,} parameters in all")
 
 
-def _measure(run, dense, memory_plan):
+def _measure(run: Run, reference: dict[str, torch.Tensor], memory_plan: memory.MemoryPlan) -> Plan:
     """Return the `Plan`."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
     if settings.allocation.ranks:
+        run.begin("sensitivity")
         with run.clock.part("sensitivity"):
             measured, path = traces.load_or_compute(streamed, run.calibration, settings.sensitivity, settings.seed,
                                                     settings.nprobes, settings.sensitivity_file)
         run.log(f"{measured.verdict()}\n         kept in {path}")
-    targets, tensors = run.kept("targets", lambda: _allocate(run, streamed, measured, dense.get("vocabulary")))
+    targets, tensors = run.keep_tensors("targets", lambda: _allocate(
+        run, streamed, measured, reference.get("vocabulary")))
     gradients = {(layer, name): tensors[f"{layer}.{name}"].split(shape)
                  for (layer, name), shape in run.selected.items()} if settings.needs_gradients else None
-    return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, gradients, measured, dense)
+    return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, gradients, measured, reference)
 
 
-def _allocate(run, streamed, measured, vocabulary):
+def _allocate(run: Run, streamed: StreamedModel, measured: traces.Traces | None, vocabulary: torch.Tensor | None
+              ) -> tuple[list, dict[str, torch.Tensor]]:
     """Return the targets of all matrices, a JSON-able list, and the gradients used for them, a tensor for each."""
     settings, gradients = run.settings, {}
     n, m = settings.prunen, settings.prunem
     if settings.needs_gradients:
         # every second sequence gives the same perplexity, within 0.5%
         tokens = run.calibration[::2]
+        run.begin("gradients")
         with run.clock.part("gradients"):
             gradients = fisher.output_gradients(streamed, list(run.selected), tokens, settings.seed, vocabulary)
     targets = settings.allocation.load()(Budget(

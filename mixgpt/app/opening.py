@@ -1,0 +1,160 @@
+"""Open a checked run: its texts, weights, folder and W&B, and whether its steps fit in memory."""
+
+import contextlib
+import tempfile
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
+
+from mixgpt.app import report, tracking
+from mixgpt.app.run import Run
+from mixgpt.app.settings import METHOD, RESULT, Settings, flag_of, having_effect
+from mixgpt.checkpoints import load
+from mixgpt.checkpoints.run_dir import RunDir, identity
+from mixgpt.common import distributed, memory, program
+from mixgpt.common.errors import InputError
+from mixgpt.common.files import writing
+from mixgpt.datautils import begin, calibration_samples, test_tokens
+from mixgpt.kernels import columns
+from mixgpt.modeling import streaming
+from mixgpt.pruning import distill, needs
+
+
+def open_run(run: Run, stack: contextlib.ExitStack, command: str | None = None,
+             texts: list | torch.Tensor | None = None) -> None:
+    """Open the folder of --save, texts, weights and W&B of a `Run`, on an ExitStack, and print the heading.
+
+    command, texts: as of `pipeline.execute`.
+    """
+    settings, whole = run.settings, None
+    with run.clock.part("load"):
+        folder = stack.enter_context(RunDir(settings.save, settings.save_format, run.disk_bytes, settings.resume,
+                                            settings.overwrite)) if settings.save else None
+    with run.clock.part("data"):
+        _read_texts(run, texts)
+    with run.clock.part("load"):
+        if next(run.model.parameters()).is_meta:
+            whole = load.multimodal(settings.model)
+            run.model = load.open_model(settings.model, run.config, run.dtype)
+        run.record = report.facts(run)
+        if folder:
+            run.record["identity"] = identity(run.model, asked(settings, run.device), run.calibration, run.further)
+        elif run.selected and streaming.locations_of(run.model):  # pruned layers go to disk, like the dense ones
+            folder = _temporary_folder(run, stack)
+        if folder:
+            folder.open(run.model, run.record.get("identity", {}))
+        run.folder = folder
+        notes, warnings = _plan(run)
+    run.log("\n".join([report.heading(run, command, whole), *notes]))
+    for warning in warnings:
+        print(warning, flush=True)
+    with run.clock.part("W&B"):
+        run.tracker = stack.enter_context(tracking.Tracker(settings, run.record, run.method))
+    distributed.prepared()
+
+
+def asked(settings: Settings, device: torch.device, *effects: str) -> dict[str, object]:
+    """Return the settings that a resumed run must have in common with the first one, {flag: value}.
+
+    effects: further ones, see `settings.option`.
+    """
+    shared = {flag_of(name): getattr(settings, name) for name in having_effect(RESULT, METHOD, *effects)}
+    return shared | {"--device": device.type, "number of processes": distributed.world()}
+
+
+def _read_texts(run: Run, texts: list | torch.Tensor | None) -> None:
+    """Read calibration and test tokens and the tasks.
+
+    texts: calibration text in memory, a list of strings or tokens (N, T), which are the further sequences, too.
+    """
+    settings, seqlen, tokenizer, sources = run.settings, run.settings.seqlen, run.tokenizer, run.sources
+    count, width = sum(settings.extra_counts), distill.piece_length(seqlen)
+    if settings.needs_calibration and isinstance(texts, torch.Tensor):
+        run.calibration = begin(texts.to("cpu", copy=True), tokenizer, settings.bos)
+        sources["calibration"] = {"dataset": settings.dataset, "tokens": streaming.digest(run.calibration)}
+        run.further = run.calibration[torch.arange(count) % len(run.calibration)]
+        begin(distill.pieces(run.further), tokenizer, settings.bos)
+    elif settings.needs_calibration:
+        draw = partial(calibration_samples, settings.dataset if texts is None else texts, tokenizer=tokenizer,
+                       data_dir=settings.data_dir, bos=settings.bos)
+        run.calibration, sources["calibration"] = draw(settings.nsamples, seqlen, settings.seed)
+        run.further = run.calibration[:0]
+        if count:  # in pieces, as many short ones differ more than a few long ones
+            pieces, _ = draw(count * seqlen // width, width, f"{settings.seed}, further")
+            run.further = pieces.view(count, seqlen)
+    for name in settings.eval:
+        segments, sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir, settings.bos)
+        run.tests[name] = segments[:settings.eval_limit]
+    for tokens in filter(torch.is_tensor, (run.calibration, run.further, *run.tests.values())):
+        if tokens.numel() and tokens.max() >= run.config.vocab_size:
+            given = tokens is run.calibration and torch.is_tensor(texts)
+            raise InputError(f"{'dataset: holds' if given else f'model {settings.model}: its tokenizer gives'} token "
+                             f"{tokens.max()}, but the model's vocabulary has {run.config.vocab_size}")
+    if not settings.tasks:
+        return
+    try:
+        from mixgpt.evaluation import tasks  # lm-eval is an optional dependency
+    except ImportError as error:
+        raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
+    chosen = tasks.load(settings.tasks, settings.tasks_dir)
+    tasks.check(chosen, tokenizer, load.size(run.config, run.dtype), run.device)
+    run.score_tasks = lambda model, batch_size: tasks.score(
+        chosen, model, tokenizer, batch_size * seqlen, run.device, settings.bos)
+
+
+def _temporary_folder(run: Run, stack: contextlib.ExitStack) -> RunDir:
+    """Return a RunDir in TMPDIR for the layers of a run that is not saved."""
+    nbytes, path = run.disk_bytes, None
+    if distributed.rank() == 0:
+        with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
+            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
+    if memory.room(tempfile.gettempdir())[1]:  # hidden states and layers share it
+        nbytes += run.hidden_bytes * program.world("LOCAL_WORLD_SIZE")
+    return stack.enter_context(RunDir(
+        distributed.broadcast_object(path), nbytes=nbytes, place=f"TMPDIR {tempfile.gettempdir()}",
+        advice="free some space, or set TMPDIR to a folder on a larger disk"))
+
+
+def _plan(run: Run) -> tuple[list[str], list[str]]:
+    """Decide whether the run distils, which needs room for all weights, and whether layers take one pass.
+
+    Returns the lines that tell why, and those of them that a quiet run prints, too.
+    """
+    settings, device, notes, warnings = run.settings, run.device, [], []
+    run.memory_plan = memory.MemoryPlan(settings.batch_size, on_host=not settings.calibrates,
+                                        two_passes=not (settings.calibrates and settings.true_sequential))
+    if run.uncalled and run.selected:
+        notes.append(f"dense    {', '.join(run.uncalled)}: stay dense, as the layers do not call them as modules")
+    if settings.dtype == "auto" and run.dtype == run.model.dtype:  # not that of a model in memory
+        notes.append("dtype    float32: this device computes more slowly in the stored dtype; give --dtype to keep it")
+    if settings.distill:
+        streamed, tokens = run.distilling(run.memory_plan)
+        run.distills = run.keep("distills", lambda: distill.room_for(streamed, tokens, settings.effort) > 0)
+        if not run.distills:
+            run.record["distilled"] = "no room"
+            needed = sum(distill.training_bytes(streamed, tokens, settings.effort))
+            warnings.append(f"distill  skipped: training all weights takes {needed / 1e9:.1f} GB, and "
+                            f"{memory.free(device) / 1e9:.1f} GB are free on {device}")
+    if run.selected and not run.memory_plan.two_passes and device.type == "cuda":
+        notes.append(_plan_passes(run))
+    elif run.selected:
+        run.memory_plan = memory.MemoryPlan(**run.keep("memory_plan", lambda: asdict(run.memory_plan)))
+    if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
+        notes.append(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
+    return notes, warnings
+
+
+def _plan_passes(run: Run) -> str:
+    """Choose one pass through each layer, unless that does not fit on the GPU and two take less. Returns a line."""
+    settings = run.settings
+    count = -(-(len(run.calibration) + settings.extra_counts[0]) // distributed.world())
+    one, two = needs.pass_bytes(run.streamed(run.memory_plan), run.selected, (count, settings.seqlen),
+                                      settings.target == "dense", settings.solver == "admm")
+    free = min(distributed.all_gather_object(memory.free(run.device)))  # all processes decide alike
+    run.memory_plan = memory.MemoryPlan(**run.keep("memory_plan", lambda: asdict(replace(
+        run.memory_plan, two_passes=free < one > two, two_take_less=two < one))))
+    passes, other = (two, one) if run.memory_plan.two_passes else (one, two)
+    number, alternative = ("two passes", "one") if run.memory_plan.two_passes else ("one pass", "two")
+    return (f"memory   {number} through each layer: about {passes / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU; "
+            f"{alternative} would take {other / 1e9:.1f} GB")

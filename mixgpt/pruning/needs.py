@@ -1,0 +1,144 @@
+"""What the stages of a run take in memory: the formulas by which the run, and the forecast of one, decide what fits.
+
+Models may be on meta, as a skeleton is, or one whose weights are on disk: shapes are all that counts here.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from mixgpt.common import distributed, memory
+from mixgpt.common.runtime import attention_heads
+from mixgpt.modeling import decoder
+from mixgpt.modeling.experts import is_split, kind_of
+from mixgpt.modeling.linears import linears
+from mixgpt.modeling.placing import place_for
+from mixgpt.modeling.running import SLICE, StreamedModel, rows_at_once
+from mixgpt.pruning.rotation import OUTPUTS
+
+
+def layer_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the largest decoder layer."""
+    return max(sum(weight.nbytes for weight in layer.parameters()) for layer in decoder.layers_of(model))
+
+
+def rest_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the weights outside of the decoder layers."""
+    inside = {id(weight) for layer in decoder.layers_of(model) for weight in layer.parameters()}
+    return sum(weight.nbytes for weight in model.parameters() if id(weight) not in inside)
+
+
+def batch_bytes(streamed: StreamedModel, T: int, gradients: bool = False) -> int:
+    """Estimate the bytes of a batch of sequences (T,) inside a decoder layer.
+
+    gradients: whether its graph is kept. Then all inputs and outputs of linears count, and half as much again for what
+    is between them; else the residual stream, its norm, and the widest linear's input and outputs.
+    """
+    model = streamed.model
+    shapes = {(index, kind_of(name)): module for index, layer in enumerate(streamed.layers)
+              for name, module in linears(layer).items()}
+    width = model.get_input_embeddings().embedding_dim
+    if gradients:
+        last = max(index for index, _ in shapes)
+        numbers = 2 * width + int(1.5 * sum(
+            m.in_features + m.out_features for (index, _), m in shapes.items() if index == last))
+    else:
+        numbers = 3 * width + 3 * max(max(m.in_features, m.out_features) for m in shapes.values())
+    if model.config._attn_implementation == "eager":
+        numbers += 3 * attention_heads(model.config) * T
+    return streamed.batch_size * T * numbers * model.dtype.itemsize
+
+
+def head_bytes(streamed: StreamedModel, tokens: int, vocabulary: int, copies: int) -> int:
+    """Estimate the bytes of the logits of `tokens` tokens, `copies` of a slice of them, and float32 ones of a few."""
+    rows = min(SLICE, tokens)
+    return vocabulary * (copies * rows * streamed.model.dtype.itemsize
+                         + 12 * min(rows, rows_at_once(streamed.device, vocabulary)))
+
+
+def working_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype in which gradients are computed: the model's, but gradients underflow in float16."""
+    return torch.float32 if model.dtype == torch.float16 else model.dtype
+
+
+def chunk(streamed: StreamedModel, count: int, T: int, states: int, limit: float = math.inf,
+          free: Callable[[torch.device], int] | None = None) -> tuple[int, str, int]:
+    """Return how many of `count` sequences of T tokens go back through all layers together, where, and their bytes.
+
+    At least a batch, at most what half of the free memory holds at all layer boundaries; the other half is for the
+    work. states: kinds of hidden states per boundary. limit: bytes that these may take. free: as of `place_for`.
+    """
+    batch, width = streamed.batch_size, streamed.model.config.hidden_size
+    sequence = states * (len(streamed.layers) + 1) * T * width * working_dtype(streamed.model).itemsize
+    place = place_for(batch * sequence, streamed.device, streamed.on_host, free)
+    room = min((free or memory.free)(streamed.device if place == "device" else torch.device("cpu")) // 2, limit)
+    size = int(max(min(room // sequence // batch, -(-count // batch)), 1) * batch)
+    return size, place, size * sequence
+
+
+def pass_bytes(streamed: StreamedModel, selected: dict[tuple[int, str], tuple[int, int]], shape: tuple[int, int],
+               fits_reference: bool, admm: bool) -> tuple[int, int]:
+    """Estimate, on the high side, the bytes that pruning takes with one pass through each layer, and with two passes.
+
+    In one pass all batches pause inside a layer at a time, and there is one Hessian; in two passes one batch is inside,
+    and there are the Hessians of all inputs of the layer, of which a mixture of experts has hundreds. Beside these,
+    experts have one of all tokens that enter them. selected: {(layer, name): (out, in)}. shape: (sequences of this
+    process, tokens). fits_reference: whether outputs of the dense model are what is fitted. While a batch waits in
+    front of a linear, it holds the residual stream, its norm, and the linear's input or outputs of others that read the
+    norm.
+    """
+    model, (sequences, T), sets = streamed.model, shape, 1 + fits_reference
+    inputs, hessians = defaultdict(list), defaultdict(dict)
+    for (index, name), (out, columns) in selected.items():
+        path, _, last = name.rpartition(".")
+        inputs[index, path, columns].append(out)  # the linears that may read one input
+        hessians[index][path, columns, last in OUTPUTS] = 4 * sets * columns**2
+    width = model.get_input_embeddings().embedding_dim
+    mixture = any(map(is_split, model.modules()))  # whose experts hold copies of their tokens
+    waiting = (2 + mixture) * width + max(
+        max(columns, sum(outs) - min(outs)) for (_, _, columns), outs in inputs.items())
+    if model.config._attn_implementation == "eager":
+        waiting += 3 * attention_heads(model.config) * T
+    squares, stacks = (8, 9) if admm else (3 + fits_reference, 6)  # matrices like H and like W while one is pruned
+    solving = max(4 * (squares * columns**2 + stacks * columns * sum(outs)) for (_, _, columns), outs in inputs.items())
+    entering = 4 * width**2 * mixture
+    token, work = T * model.dtype.itemsize, 2 * streamed.batch_size
+    states = (token * (sequences + work) * (sets + 2 * fits_reference) * width
+              + (2 + fits_reference) * layer_bytes(model) + solving)
+    return (states + token * (sequences + work) * sets * waiting + entering + max(
+                max(of_layer.values()) for of_layer in hessians.values()),
+            states + token * work * sets * waiting + entering + max(
+                sum(of_layer.values()) for of_layer in hessians.values()))
+
+
+def training_bytes(streamed: StreamedModel, tokens: torch.Tensor, step: int, vocabulary: int) -> tuple[int, float]:
+    """Estimate the bytes that training the whole model takes, and what each sequence (T,) of a batch adds.
+
+    Counted are all weights; for those in layers the gradient, a float32 copy, the distance of that from the mean and,
+    unless they are read from disk, a copy to restore; three more copies of the largest matrix; a second copy of the
+    head, narrowed to the vocabulary, and two values for each logit of a slice of tokens, and three of float32 for those
+    computed with at a time; hidden states; and for each token of a batch the inputs and outputs of linears, half as
+    much again, and the scores of attention, or a third of their bytes for the buffers of PyTorch's attention on a CPU.
+    tokens: (N, T). step: sequences of a step. vocabulary: most tokens of which predictions are compared.
+    """
+    model, device, layers = streamed.model, streamed.device, streamed.layers
+    itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
+    width = model.get_input_embeddings().embedding_dim
+    matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
+                for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
+    in_memory = not any(weight.is_meta for layer in layers for weight in layer.parameters())
+    missing = sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
+    fixed = missing + 12 * max(m.weight.numel() for m in matrices.values()) + (
+        itemsize * (device.type == "cpu" and in_memory) + 2 * itemsize + 4) * sum(
+            weight.numel() for layer in layers for weight in layer.parameters())
+    V = min(config.vocab_size, vocabulary)
+    fixed += V * itemsize * width + head_bytes(streamed, min(streamed.batch_size, step) * T, V, 2)
+    fixed += itemsize * width * T * -(-len(tokens) // distributed.world())
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
+                                        for (_, kind), m in matrices.items())
+    score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" else 3 * itemsize
+    return fixed, sequence + score * T * T * len(layers) * attention_heads(config)
