@@ -7,7 +7,7 @@
     model, tokenizer = mixgpt.load("pruned")
 """
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,24 +22,19 @@ if TYPE_CHECKING:
     from mixgpt.app.api import Result
     from mixgpt.app.options import Evaluation, Options
 
-REGISTRY = "transformers.quantizers.auto"
-
 
 class _Registration:
-    """Registers the sparse format with transformers once its registry is imported: importing it here takes seconds."""
+    """Registers the sparse format with transformers once that imports models: importing it here would take seconds."""
 
     @classmethod
-    def find_spec(cls, name, path, target=None):
-        if name != REGISTRY:
-            return None
-        sys.meta_path.remove(cls)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (run(module), importlib.import_module("mixgpt.checkpoints.quantizer"))
-        return spec
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> None:
+        """Return None, so that Python goes on to find the module by itself."""
+        if name == "transformers.modeling_utils":
+            sys.meta_path.remove(cls)
+            importlib.import_module("mixgpt.checkpoints.quantizer")
 
 
-if REGISTRY in sys.modules:
+if "transformers.modeling_utils" in sys.modules:
     importlib.import_module("mixgpt.checkpoints.quantizer")
 else:
     sys.meta_path.insert(0, _Registration)

@@ -378,6 +378,7 @@ def contents(folder):
         if file.is_file():
             found[str(file.relative_to(folder))] = file.read_bytes()
     record = json.loads(found.pop("mixgpt.json"))
+    found.pop("README.md", None)  # which names the folder and the command
     for key in ("seconds", "peak_memory"):
         record.pop(key, None)
     for key in ("save", "resume", "sensitivity_file"):

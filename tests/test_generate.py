@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import time
 
 import pytest
@@ -31,6 +32,33 @@ def by_hand(model, tokenizer, prompt, count):
 def test_greedy_text_is_that_of_full_forwards(tiny, tokenizer):
     found = generation.complete(tiny, tokenizer, "import a module", max_new_tokens=12)
     assert found.text == by_hand(tiny, tokenizer, "import a module", 12)
+
+
+def test_a_text_appears_word_by_word_while_it_is_made(tokenizer, monkeypatch):
+    model, steps, seen = make("llama"), [], []
+    model.register_forward_hook(lambda *_: steps.append(1))
+    monkeypatch.setattr("builtins.print", lambda text, end=None, flush=False: seen.append(
+        (len(steps), text + ("\n" if end is None else end))))
+    text = generation.complete(model, tokenizer, "import a module", max_new_tokens=12, heading="as given").text
+    assert seen[0] == (1, "as given\n\n") and "".join(part for _, part in seen[1:]) == text + "\n"
+    assert next(step for step, part in seen[1:] if part.strip()) == 1 < len(steps)
+
+
+def test_a_chat_is_laid_out_by_the_template_of_the_tokenizer(saved, tokenizer, tmp_path, capsys):
+    folder = shutil.copytree(saved / "dense", tmp_path / "chat")
+    options = "--chat", "--max-new-tokens", "8", "--device", "cpu"
+    for template, line in (None, "the tokenizer of model {} has no chat template; leave it out"), (
+            "{{ raise_exception('no\nuser') }}", "the chat template of model {}: no user"):
+        (folder / "chat_template.jinja").write_text(template) if template else None
+        assert run(folder, "the list", *options) == 2
+        assert capsys.readouterr().err == f"generate.py: error: --chat: {line.format(folder)}\n"
+    (folder / "chat_template.jinja").write_text(
+        "<s>{{ messages[0].role }}: {{ messages[0].content }} {% if add_generation_prompt %}me:{% endif %}")
+    assert run(folder, "the list", *options) == 0
+    out, model = capsys.readouterr().out, mixgpt.load(folder, "cpu")[0]
+    ids = [0, *tokenizer("user: the list me:", add_special_tokens=False).input_ids]
+    text = tokenizer.decode(go_on(model, ids, 8), skip_special_tokens=True)
+    assert out.startswith(f"the list\n\n{text}\n\nmodel ") and text != by_hand(model, tokenizer, "the list", 8)
 
 
 def test_the_rate_leaves_out_the_first_tokens(tokenizer):

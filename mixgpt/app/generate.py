@@ -4,11 +4,15 @@ import shutil
 import sys
 import textwrap
 from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 import mixgpt
 from mixgpt.app.cli import Parser, reported
 from mixgpt.app.settings import BOS, check_between, check_model
-from mixgpt.common.errors import InputError
+from mixgpt.common.errors import InputError, reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def _parse(script, argv):
@@ -16,6 +20,8 @@ def _parse(script, argv):
     parser.add_argument("model", help="folder of --save, hub id, local folder or .gguf file")
     parser.add_argument("prompt", type=str, help="text to continue")
     parser.add_argument("--dense", metavar="MODEL", help="another model, whose text is shown on the left")
+    parser.add_argument("--chat", action="store_true", help="hand the prompt to the model as a user's message, by the "
+                        "chat template of its tokenizer: for models that are made to follow instructions")
     parser.add_argument("--max-new-tokens", type=int, default=64,
                         help="maximum number of tokens to generate (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0,
@@ -49,7 +55,8 @@ def main(script: str, argv: list[str] | None = None) -> int:
     return command.status
 
 
-def print_completions(models, prompt, device, dtype, bos, **options):
+def print_completions(models: dict[str, str], prompt: str, chat: bool, device: str | None, dtype: str, bos: str,
+                      **options: Any) -> None:
     """Print the completions of models {title: name}, run one after the other. options: further ones of `complete`."""
     from mixgpt.checkpoints.load import read_config
     from mixgpt.common.runtime import choose_device, choose_dtype
@@ -59,35 +66,43 @@ def print_completions(models, prompt, device, dtype, bos, **options):
     dtype = choose_dtype(dtype, config, device)
     for title, name in models.items():
         loaded, tokenizer = mixgpt.load(name, device, config.dtype if dtype == "auto" else dtype)
-        completions[title] = completion = complete(
-            loaded, tokenizer, prompt, bos=resolve_bos(bos, loaded.config.model_type, tokenizer), **options)
+        completions[title] = complete(
+            loaded, tokenizer, chat_prompt(name, tokenizer, prompt) if chat else prompt,
+            bos=resolve_bos(bos, loaded.config.model_type, tokenizer), heading=None if len(models) > 1 else prompt,
+            **options)
         del loaded  # before the next one is loaded
-        if completion.cut:
-            print(f"warning  prompt: longer than the context of {name}, which reads it without its first "
-                  f"{completion.cut} tokens")
-    width = min(max(shutil.get_terminal_size((100, 24)).columns, 20), 120)
-    texts = {title: completion.text for title, completion in completions.items()}
-    lines = side_by_side(texts, width) if len(texts) > 1 else wrapped(texts["model"], width)
-    print(*wrapped(prompt, width), "", *lines, sep="\n")
+    if len(models) > 1:
+        width = min(max(shutil.get_terminal_size((100, 24)).columns, 20), 120)
+        texts = {title: completion.text for title, completion in completions.items()}
+        print(prompt, "", *side_by_side(texts, width), sep="\n")
     speeds = (f"{title} {each.tokens} tokens in {each.seconds:.1f} s, {each.rate:.1f} tokens/s after the first, "
               f"weights {each.nbytes / 1e6:.0f} MB" for title, each in completions.items())
     print("\n" + "; ".join(speeds) + f" on {device}")
+    for title, name in models.items():
+        if cut := completions[title].cut:
+            print(f"warning  prompt: longer than the context of {name}, which reads it without its first {cut} tokens")
     if len(models) > 1:
         dense, other = completions.values()
         print(f"{other.rate / dense.rate:.2f} times as fast, {other.nbytes / dense.nbytes:.2f} times the memory")
 
 
-def side_by_side(texts, width):
+def chat_prompt(name: str, tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    """Return a user's message and the beginning of the answer, as the chat template of the model of a name has them."""
+    if not tokenizer.chat_template:
+        raise InputError(f"--chat: the tokenizer of model {name} has no chat template; leave it out")
+    with reading(f"--chat: the chat template of model {name}"):
+        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                             add_generation_prompt=True)
+
+
+def side_by_side(texts: dict[str, str], width: int) -> list[str]:
     """Return {title: text} as lines of at most `width` characters, in adjacent columns."""
     each = (width - 3 * (len(texts) - 1)) // len(texts)
-    columns = [[title, "-" * each, *wrapped(text, each)] for title, text in texts.items()]
+    columns = [[title, "-" * each, *(
+        part for line in text.strip("\n").expandtabs(4).splitlines()
+        for part in textwrap.wrap(line, each, drop_whitespace=False, replace_whitespace=False) or [""])]
+        for title, text in texts.items()]
     return [" | ".join(cell.ljust(each) for cell in row).rstrip() for row in zip_longest(*columns, fillvalue="")]
-
-
-def wrapped(text, width):
-    """Return the lines of a text, none longer than `width`."""
-    return [part for line in text.strip("\n").expandtabs(4).splitlines()
-            for part in textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False) or [""]]
 
 
 if __name__ == "__main__":

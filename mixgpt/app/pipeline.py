@@ -12,7 +12,7 @@ from mixgpt.app import allocating, compression, forecast, opening, report
 from mixgpt.app.checks import check
 from mixgpt.app.run import Run
 from mixgpt.app.settings import EVALUATION, REPORT, Settings
-from mixgpt.checkpoints import load, run_dir
+from mixgpt.checkpoints import card, load, run_dir
 from mixgpt.common import choices, errors, runtime
 from mixgpt.evaluation import measures
 from mixgpt.modeling.decoder import path_of
@@ -62,6 +62,7 @@ def execute(settings: Settings, command: str | None = None, model: PreTrainedMod
         record = run.record | {"seconds": clock.seconds(), "peak_memory": runtime.peak_memory(device)}
         if settings.save:
             run.folder.write_json(run.folder.path / choices.RECORD, record)
+            run.folder.write_text(run.folder.path / choices.CARD, card.text(record, run.model, command))
         if run.folder:
             run.folder.close()
         report.publish(run.settings, record)
@@ -116,6 +117,8 @@ def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Out
     run.record |= report.of_matrices(run, plan, outcomes, zeros)
     if settings.save and plan.targets:
         run.record["disk"] = report.disk(run, plan.targets)
+    if settings.save:
+        run.record["sizes"] = card.sizes(run.folder.path, run.record, run.model, settings)
     method = run.method
     if method == "dense" and run.record["sparsity"] > PRUNED:
         method = "as given"

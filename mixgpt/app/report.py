@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from mixgpt.app.settings import BOS
-from mixgpt.checkpoints import formats
+from mixgpt.checkpoints import card, formats
 from mixgpt.common import distributed, files, program
 from mixgpt.common.choices import NO_METRICS
 from mixgpt.common.progress import table
@@ -181,7 +181,7 @@ def result_text(settings, record):
                      f"weight, {1 / disk['ratio']:.2f} times the size of bfloat16 (in theory, without mask and grids, "
                      f"{1 / disk['theoretical_ratio']:.2f})")
     if settings.save:
-        parts.append(f"saved in {settings.save}, loaded again and found equal")
+        parts.append(card.report(record))
     return "\n" + "\n\n".join(parts)
 
 

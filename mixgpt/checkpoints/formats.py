@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -160,3 +161,24 @@ def stored_bytes(folder, weights, itemsize):
         for key, tensor in load_file(file).items():  # mapped: no values are read
             sizes[key.rpartition(".weight")[0] or key] += tensor.nbytes
     return sum(sizes.get(name.removesuffix(".weight"), numel * itemsize) for name, numel in weights.items())
+
+
+def format_bytes(total: int, matrices: Iterable[tuple[tuple[int, int], float, int]], itemsize: int,
+                 groupsize: int = -1, sym: bool = False) -> dict[str, int]:
+    """Estimate the bytes of a model's weights in each save format, {format: bytes}, before or after they are pruned.
+
+    total: of all its weights in the dtype that is saved, of itemsize bytes a number. matrices: shape, fraction of zeros
+    and bits of the kept weights, 16 if they are on no grid, of each linear in the decoder layers; of those without
+    zeros and grids nothing changes. groupsize, sym: of the grids, as of `quant.Scheme`. Which formats can hold a model
+    is told by `load.check_layers` and what a format refuses.
+    """
+    sparse = packed = 8 * total  # in bits
+    for (rows, columns), zeros, wbits in matrices:
+        numel, bits, scales = rows * columns, 8 * itemsize, 0
+        if wbits < 16:
+            groups = 1 if groupsize == -1 else columns // groupsize
+            bits, scales = wbits, rows * groups * 8 * itemsize
+            packed += wbits * numel + scales + 128 - 8 * itemsize * numel  # 128: two integers for the shape
+            scales += 0 if sym else rows * groups * wbits
+        sparse += min(bits * numel, numel + round((1 - zeros) * numel) * bits) + scales - 8 * itemsize * numel
+    return {"dense": total, "compressed-tensors": packed // 8, "sparse": sparse // 8}

@@ -8,6 +8,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mixgpt.common.errors import InputError
+
 METHOD = "mixgpt"  # in config.json
 WEIGHTS = "model.sparse.safetensors"  # not under the name that transformers looks for, which would ignore the method
 
@@ -30,8 +32,10 @@ class SparseQuantizer(HfQuantizer):
 
     is_trainable = False
 
-    def is_serializable(self):
-        return False
+    def is_serializable(self) -> bool:
+        """Raise InputError: `save_pretrained` and `push_to_hub`, which ask first, would write what nothing can read."""
+        raise InputError("save_pretrained: the model's matrices are packed; load it by mixgpt.load(folder, "
+                         "packed=False), or copy its folder")
 
     def update_attn_implementation(self, config):
         # the first call in which a quantizer sees the configuration

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME
 
 from mixgpt.common import distributed, files, memory, program, texts
-from mixgpt.common.choices import FORMATS, PROGRESS, RECORD, is_interrupted_run
+from mixgpt.common.choices import CARD, FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import decoder, streaming
 from mixgpt.modeling.placing import whole
@@ -38,7 +38,7 @@ from mixgpt.quant import Grid
 
 GRID = ("scale", "zero", "group")  # tensors of a quant.Grid
 # The files that a save writes, of which the next one removes those of the one before; without the first it is no model.
-WRITTEN = (CONFIG_NAME, RECORD, "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+WRITTEN = (CONFIG_NAME, RECORD, CARD, "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
            "model.sparse*.safetensors", "model.safetensors.index.json", "model.sparse.safetensors.index.json",
            "tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
            "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template.*",
@@ -264,9 +264,13 @@ class RunDir(contextlib.AbstractContextManager):
 
     def write_json(self, file, content):
         """Write a JSON-able value to a file, in the first process."""
+        self.write_text(file, json.dumps(content, indent=1) + "\n")
+
+    def write_text(self, file: Path, text: str) -> None:
+        """Write a text to a file, in the first process."""
         if self.writes:
             with self._disk_errors(file.name), files.replacing(file) as partial:
-                partial.write_text(json.dumps(content, indent=1) + "\n")
+                partial.write_text(text)
 
     def _disk_errors(self, name):
         return files.writing(f"{self.place}: {name}", self.advice)

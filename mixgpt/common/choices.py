@@ -9,6 +9,7 @@ from typing import Any
 from mixgpt.common.errors import InputError
 
 RECORD = "mixgpt.json"  # of a run: settings, versions, every matrix, perplexities
+CARD = "README.md"  # of a saved model, for people, and for the hub
 PROGRESS = "progress"  # a directory, until the run has ended: the resume state
 NO_METRICS = ("examples", "num_fewshot", "version")  # of a task's scores in a record
 

@@ -2,12 +2,13 @@
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
 import torch
-from transformers import GenerationConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from mixgpt.common.errors import InputError
 from mixgpt.common.runtime import position_limit
@@ -27,45 +28,49 @@ class Completion:
 
 
 @torch.no_grad()
-def complete(model, tokenizer, prompt, max_new_tokens=64, temperature=0.0, seed=0, until=(), bos=None):
-    """Complete `prompt` with a model that is entirely on its device. Returns a `Completion`.
+def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 64,
+             temperature: float = 0.0, seed: int = 0, until: Collection[str] = (), bos: str | None = None,
+             heading: str | None = None) -> Completion:
+    """Complete `prompt` with a model that is entirely on its device.
 
     temperature: 0 is greedy; otherwise tokens are sampled, seeded by `seed`; all else is as the model's generation
     config says, a penalty of repetitions for example. until: stop strings, not included. bos: as `token_ids` takes it.
-    If prompt and completion exceed the model's context, the prompt is truncated on the left. Raises
-    InputError if even that leaves no room, for a prompt without usable tokens, and if logits are NaN or inf.
+    heading: if given, it is printed, and below it the completion while it is made. If prompt and completion exceed the
+    model's context, the prompt is truncated on the left. Raises InputError if even that leaves no room, for a prompt
+    without usable tokens, and if logits are NaN or inf.
     """
     ids, cut = _prompt_ids(model, tokenizer, prompt, max_new_tokens, bos)
-    choice = {"do_sample": True, "temperature": temperature,
-              "top_k": model.generation_config.top_k or 0} if temperature else {"do_sample": False}
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=model.generation_config.eos_token_id,
-        stop_strings=list(until) or None, return_dict_in_generate=False, **choice)
+    streamer = None if heading is None else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    times = []
 
-    def check_logits(_, logits):
+    def check_logits(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Raise InputError for logits that cannot be ranked or sampled from; -inf excludes a token. Notes the time."""
         if logits.isnan().any() or logits.isposinf().any():  # waits for a GPU
             raise InputError(f"model {model.config.name_or_path}: its logits contain NaN or inf; try --dtype float32")
+        if streamer and not times:
+            print(heading, end="\n\n", flush=True)
         times.append(time.perf_counter())
         return logits
 
+    choice = {"temperature": temperature, "top_k": model.generation_config.top_k or 0} if temperature else {}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        times = [time.perf_counter()]  # then of each token
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-                                tokenizer=tokenizer, logits_processor=[check_logits])
-        output = output[0, ids.shape[1]:].tolist()
-        seconds = time.perf_counter() - times[0]
+        start = time.perf_counter()
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=temperature > 0,
+            num_beams=1, stop_strings=list(until) or None, tokenizer=tokenizer, pad_token_id=0, streamer=streamer,
+            logits_processor=[check_logits], return_dict_in_generate=False, **choice)[0, ids.shape[1]:].tolist()
+        seconds = time.perf_counter() - start
     text = tokenizer.decode(output, skip_special_tokens=True)
     for end in until:
         text = text.partition(end)[0]
-    gaps = [after - before for before, after in pairwise(times[1:])]  # in the first one kernels are compiled
-    rate = 1 / median(gaps or [math.nan])
+    gaps = [after - before for before, after in pairwise(times)]  # in the first one kernels are compiled
     nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return Completion(text, len(output), seconds, rate, nbytes, cut)
+    return Completion(text, len(output), seconds, 1 / median(gaps or [math.nan]), nbytes, cut)
 
 
-def _prompt_ids(model, tokenizer, prompt, max_new_tokens, bos):
+def _prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int,
+                bos: str | None) -> tuple[torch.Tensor, int]:
     """Return the tokens (1, T) of a prompt, on the model's device, and how many there was no room for before them."""
     ids = torch.tensor([token_ids(tokenizer, prompt, bos, goes_on=True)], dtype=torch.long, device=model.device)
     limit = position_limit(model.config)

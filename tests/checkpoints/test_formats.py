@@ -182,6 +182,23 @@ def test_a_sparse_folder_holds_masks_and_kept_weights_and_nothing_twice(scheme, 
     assert {key for key in tensors if ".weight." not in key} == others - {"lm_head.weight"}
 
 
+@pytest.mark.parametrize("scheme, only", [(None, ""), (SYM, ""), (SYM_GROUPS, "fc"), (ASYM_GROUPS, "fc1"),
+                                          (Scheme(8, 16, sym=True), "")])
+def test_the_size_of_each_format_is_known_before_it_is_written(scheme, only, halved, tokenizer, tmp_path):
+    model, grids = halved("wide opt", scheme, torch.bfloat16, only)
+    if not scheme:
+        model.model.decoder.layers[0].fc1.weight.fill_(1)  # a mask would not pay
+    weights = [(tuple(W.shape), float((W == 0).float().mean()), scheme.wbits if path in grids else 16)
+               for path, W in matrices(model).items()]
+    options = {"groupsize": scheme.groupsize, "sym": scheme.sym} if scheme else {}
+    sizes = formats.format_bytes(2 * model.num_parameters(), weights, 2, **options)
+    for save_format in ["dense", "sparse"] + ["compressed-tensors"] * bool(scheme and scheme.sym):
+        save(folder := tmp_path / f"as {save_format}", model, tokenizer, {}, save_format, grids)
+        stored = sum(tensor.nbytes for tensor in saved_tensors(folder).values())
+        assert sizes[save_format] == pytest.approx(stored, rel=1e-3)
+    assert sizes["sparse"] < sizes["dense"] and (sizes["compressed-tensors"] < sizes["dense"]) == bool(scheme)
+
+
 @pytest.mark.parametrize("name, kept", [("model.sparse.safetensors", 0.5), ("config.json", 0.5), ("config.json", None)])
 def test_a_sparse_folder_with_a_truncated_or_missing_file_is_refused_in_one_line(kept, name, halved, tokenizer,
                                                                                  tmp_path):

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import CPU, ON_GPU, make, save
+from conftest import CPU, ON_GPU, ROOT, make, save
 from makebelieve import Gpu
 from safetensors.torch import load_file, save_file
 from test_formats import assert_same, logits, matrices
@@ -226,6 +226,17 @@ def test_a_folder_is_read_packed_by_mixgpt_and_by_transformers(saved, tokenizer,
     assert_same(mixgpt.load(folder, "cpu", packed=False)[0], load.load_model(folder, "auto"))
 
 
+def test_a_packed_model_that_is_to_be_saved_says_what_to_do_and_writes_nothing(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for online in ("hf_api", "create_and_tag_model_card"):
+        monkeypatch.setattr(f"transformers.utils.hub.{online}", mock.MagicMock())
+    packed, before = mixgpt.load(saved[1], "cpu")[0], set(tmp_path.rglob("*"))
+    for write in (packed.save_pretrained, copy.deepcopy(packed).save_pretrained, packed.push_to_hub):
+        with pytest.raises(InputError, match=r"^save_pretrained: .* packed; load it by mixgpt.load\(.*packed=False\)"):
+            write("again")
+    assert set(tmp_path.rglob("*")) == before
+
+
 def test_a_packed_model_can_be_copied_pickled_cast_and_given_a_state(saved, tokens):
     model, folder = saved
     packed = load.read_model(folder, "auto", packed=True).eval()
@@ -242,10 +253,13 @@ def test_a_packed_model_can_be_copied_pickled_cast_and_given_a_state(saved, toke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saved", ["wide llama"], indirect=True)
-def test_without_mixgpt_transformers_refuses_and_says_what_to_import(saved):
+def test_transformers_says_what_to_import_and_then_reads_the_folder(saved):
     code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(saved[-1])!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode and "import mixgpt" in done.stderr.splitlines()[-1]
+    light = "import mixgpt, sys; assert not {'torch', 'transformers'} & sys.modules.keys(); "
+    for before in (light, "from transformers import AutoModelForCausalLM; import mixgpt; "):
+        subprocess.run([sys.executable, "-c", before + code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("part, change, message", [
