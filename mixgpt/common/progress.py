@@ -19,7 +19,7 @@ class Lines(tqdm):
 
 def bar(iterable=None, *, title, unit="layer", **options):
     """Return a tqdm: a bar in a terminal or a notebook, else `Lines`. options: those of tqdm."""
-    stream = getattr(sys.stderr, "behind", sys.stderr)  # of `texts.silenced`, which is for libraries
+    stream = getattr(sys.stderr, "behind", sys.stderr)  # of `hub.silenced`, which is for libraries
     options |= {"desc": title, "unit": unit, "file": stream}
     if stream and (stream.isatty() or type(stream).__module__.startswith("ipykernel.")):
         return tqdm(iterable, **options)

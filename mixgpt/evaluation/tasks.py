@@ -24,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mixgpt.common import distributed, memory, progress, runtime
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.texts import hub_reachable, silenced
+from mixgpt.common.hub import hub_reachable, silenced
 from mixgpt.datautils import encode, token_ids
 from mixgpt.evaluation.generation import complete
 from mixgpt.modeling.decoder import layers_of

@@ -8,7 +8,7 @@ from huggingface_hub import constants, utils
 
 import mixgpt
 from mixgpt.common.errors import InputError
-from mixgpt.common.texts import hub_reachable
+from mixgpt.common.hub import hub_reachable
 
 
 @pytest.fixture(autouse=True)
