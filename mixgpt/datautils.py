@@ -5,7 +5,7 @@ so that the same seed gives the same samples. BOS is the token for the beginning
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,15 +40,17 @@ def calibration_samples(dataset: str | list[Row], nsamples: int, seqlen: int, se
         return torch.cat(parts)[order], {"dataset": dataset, "parts": [
             source | {"sequences": len(part)} for source, part in zip(sources, parts, strict=True)]}
     text, = counts or [dataset]
-    text_set, rng = text_set_of(text), random.Random(seed)
+    text_set, rng, segments = text_set_of(text), random.Random(seed), []
     rows, source = load_rows(text, "train", data_dir)
-    if text_set.by_document:
-        segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer, bos)
-    else:
+    if not text_set.by_document:
         ids = token_ids(tokenizer, text_set.train_join.join(as_texts(rows, tokenizer)), bos)
         require_tokens(ids, seqlen + 1, seqlen, source)
-        segments = (random_segment(ids, seqlen, rng) for _ in range(nsamples))
-    return begin(torch.stack([torch.tensor(ids) for ids in segments]), tokenizer, bos), source
+    for _ in range(nsamples):
+        if text_set.by_document:
+            ids = random_document(rows, seqlen, rng, tokenizer, bos)
+        start = rng.randint(0, len(ids) - seqlen - 1)  # SparseGPT and GPTQ never draw the last possible segment
+        segments.append(ids[start:start + seqlen])
+    return begin(torch.tensor(segments), tokenizer, bos), source
 
 
 def test_tokens(dataset: str, seqlen: int, tokenizer: PreTrainedTokenizerBase, data_dir: str | None = None,
@@ -112,25 +114,15 @@ def as_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[st
         return [row if isinstance(row, str) else tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
 
 
-def random_segment(ids: list[int], seqlen: int, rng: random.Random) -> list[int]:
-    """Return `seqlen` consecutive random ids; never the last possible segment, as in SparseGPT and GPTQ."""
-    start = rng.randint(0, len(ids) - seqlen - 1)
-    return ids[start:start + seqlen]
-
-
-def sample_documents(documents: Sequence[Row], nsamples: int, seqlen: int, rng: random.Random,
-                     tokenizer: PreTrainedTokenizerBase, bos: str | None) -> Iterator[list[int]]:
-    """Draw each segment from a random document of more than `seqlen` tokens, giving up after `DRAWS`. Yields ids."""
-    for _ in range(nsamples):
-        for _ in range(DRAWS if documents else 0):
-            document, = as_texts([documents[rng.randint(0, len(documents) - 1)]], tokenizer)
-            ids = token_ids(tokenizer, document, bos)
-            if len(ids) > seqlen:
-                yield random_segment(ids, seqlen, rng)
-                break
-        else:
-            raise InputError(f"--seqlen {seqlen}: none of {DRAWS} documents in a row has more than {seqlen} tokens; "
-                             "lower --seqlen")
+def random_document(documents: Sequence[Row], seqlen: int, rng: random.Random, tokenizer: PreTrainedTokenizerBase,
+                    bos: str | None) -> list[int]:
+    """Return the ids of a random document of more than seqlen tokens. Raises InputError after `DRAWS` shorter ones."""
+    for _ in range(DRAWS if documents else 0):
+        document, = as_texts([documents[rng.randint(0, len(documents) - 1)]], tokenizer)
+        if len(ids := token_ids(tokenizer, document, bos)) > seqlen:
+            return ids
+    raise InputError(f"--seqlen {seqlen}: none of {DRAWS} documents in a row has more than {seqlen} tokens; lower "
+                     "--seqlen")
 
 
 def require_tokens(ids: list[int], needed: int, seqlen: int, source: dict[str, Any]) -> None:

@@ -178,15 +178,16 @@ def hub_copies(data_dir: str | Path, **parts: Iterable[str]) -> dict[tuple[str, 
 
 def read_files(files: list[Path], argument: str) -> tuple[list[Row], dict[str, Any]]:
     """Return the rows of files, one after another, and the files. Raises InputError that begins with the argument."""
-    import pyarrow.parquet  # slow, as is the next
-    from datasets import Dataset
-    rows = []
+    import pyarrow.parquet  # slow
+    rows: list[Row] = []
     for path in files:
         with reading(f"{argument} {path}: cannot be read"):
             if path.suffix == ".parquet":
                 read = pyarrow.parquet.read_table(path).to_pylist()
             elif path.suffix == ".arrow":
-                read = Dataset.from_file(str(path)).to_list()
+                with path.open("rb") as binary:  # Arrow has two formats: a stream, as `datasets` writes, and a file
+                    opened = pyarrow.ipc.open_file if binary.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
+                read = opened(path).read_all().to_pylist()
             else:
                 with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
                     read = [file.read()] if path.suffix == ".txt" else json_rows(file)
@@ -218,12 +219,11 @@ def texts_of(rows: Iterable[Any], subject: str, columns: tuple[str, ...] = COLUM
                                  f"{' or '.join(columns)}")
             row = row[present[0]]
         if not isinstance(row, str):
-            parts = row if isinstance(row, list) else []
-            if not parts or not all(isinstance(part, dict) and "role" in part and isinstance(part.get("content"), str)
-                                    for part in parts):
+            if not (isinstance(row, list) and row and all(isinstance(part, dict) and "role" in part
+                                                          and isinstance(part.get("content"), str) for part in row)):
                 raise InputError(f'{subject}: row {number} is neither text nor a chat [{{"role": "user", "content": '
                                  '"text"}, …]')
-            row = [{"role": part["role"], "content": part["content"]} for part in parts]
+            row = [{"role": part["role"], "content": part["content"]} for part in row]
         texts.append(row)
     return texts
 
