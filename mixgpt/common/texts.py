@@ -17,11 +17,11 @@ from mixgpt.common.choices import Choice, Registry
 from mixgpt.common.errors import InputError, reading
 
 ENDINGS = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".arrow")
-IGNORED = ("state.json", "dataset_dict.json", "dataset_info*.json", "cache-*.arrow")  # of `datasets`, beside the data
+IGNORED = ("state.json", "dataset_dict.json", "dataset_info*.json", "cache-*.arrow")  # what `datasets` puts beside data
 COLUMNS = ("text", "sentence", "messages")
 ON_HUB = re.compile(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)")  # owner/dataset:column
-ARGUMENTS = {"train": "dataset", "test": "--eval", "validation": "--eval"}  # split -> by which its text is given
-Row = str | list[dict[str, str]]  # a text, or a chat [{"role": …, "content": …}, …]
+ARGUMENTS = {"train": "dataset", "test": "--eval", "validation": "--eval"}  # the argument that names a split's text
+Row = str | list[dict[str, str]]  # a row is a text, or a chat [{"role": …, "content": …}, …]
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class TextSet(Choice):
     train_join: str = "\n\n"
     test_join: str = "\n\n"
     hub_id: str = ""
-    hub_options: dict[str, Any] = field(default_factory=dict)  # further arguments of load_dataset
-    hub_files: dict[str, str] = field(default_factory=dict)  # split -> the one file to fetch
-    columns: tuple[str, ...] = COLUMNS  # of which the first that is there holds the text
-    local: str = ""  # pattern of its files on the hub, which are looked for below --data-dir
+    hub_options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of load_dataset
+    hub_files: dict[str, str] = field(default_factory=dict)  # {split: the one file to fetch}
+    columns: tuple[str, ...] = COLUMNS  # the first of these that a row has holds its text
+    local: str = ""  # the names of its files on the hub, and below --data-dir
     test_split: str = "test"
-    by_document: bool = False  # samples do not cross documents; only the first shard is used
+    by_document: bool = False  # samples do not cross documents
     test_documents: int | None = None
     test_segments: int | None = None
 
@@ -76,7 +76,7 @@ DATASETS = Registry({
 
 
 def shares_of(name: str, flag: str = "dataset") -> dict[str, float]:
-    """Return {text: share} of a mixture, or of one text; the shares add up to 1.
+    """Return {text: share} for a mixture, or for one text; the shares add up to 1.
 
     A text is the name of a dataset, a path, or owner/dataset:column on the hub. Raises InputError for anything else.
     """
@@ -153,7 +153,7 @@ def _files_of(path: str) -> list[Path]:
 
 
 def _below(folder: str | Path, pattern: str) -> list[Path]:
-    """Return the paths at any depth of a folder that match a pattern, in order. Those of pathlib pass over links."""
+    """Return the paths at any depth of a folder that match a pattern, in order. pathlib would not follow links."""
     return sorted(map(Path, glob.glob(f"{glob.escape(str(folder))}/**/{pattern}", recursive=True, include_hidden=True)))
 
 

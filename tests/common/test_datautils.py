@@ -134,28 +134,22 @@ def put_wiki(folder, rows, split="train"):
     return path
 
 
-def test_samples_are_those_of_the_ancestors(tmp_path, tokenizer, no_hub):
-    file = put_wiki(tmp_path, WIKI_ROWS)
-    samples, source = datautils.calibration_samples("wikitext2", 6, 8, 3, tokenizer, data_dir=tmp_path)
-    assert samples.dtype == torch.long and samples.tolist() == drawn_as_by_the_ancestors(WIKI_TRAIN, 6, 8, 3)
-    assert source == {"dataset": "wikitext2", "split": "train", "files": [str(file)]}
+DOCUMENTS = ["The first document.", "The second one: café.", "The last."]  # a list of strings is one text
 
 
-def drawn_as_by_the_ancestors(text, nsamples, seqlen, seed):
-    ids, samples = byte_ids(text), []
-    random.seed(seed)
-    for _ in range(nsamples):
-        i = random.randint(0, len(ids) - seqlen - 1)
-        samples.append(ids[i:i + seqlen])
-    return samples
-
-
-def test_a_list_of_strings_is_one_text(tokenizer, no_hub):
-    documents = ["The first document.", "The second one: café.", "The last."]
-    samples, source = datautils.calibration_samples(documents, 5, 9, 2, tokenizer, data_dir="ignored")
-    assert samples.tolist() == drawn_as_by_the_ancestors("\n\n".join(documents), 5, 9, 2)
-    digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()
-    assert source == {"dataset": "a list of 3 texts", "split": "train", "sha256": digest}
+@pytest.mark.parametrize("dataset, text", [("wikitext2", WIKI_TRAIN), (DOCUMENTS, "\n\n".join(DOCUMENTS))])
+def test_samples_are_those_of_the_ancestors(dataset, text, tmp_path, tokenizer, no_hub):
+    file, digest = put_wiki(tmp_path, WIKI_ROWS), hashlib.sha256(json.dumps(DOCUMENTS).encode()).hexdigest()
+    samples, source = datautils.calibration_samples(dataset, 6, 8, 3, tokenizer, data_dir=tmp_path)
+    ids, expected = byte_ids(text), []
+    random.seed(3)
+    for _ in range(6):
+        i = random.randint(0, len(ids) - 8 - 1)
+        expected.append(ids[i:i + 8])
+    assert samples.dtype == torch.long and samples.tolist() == expected
+    assert source == {"split": "train"} | (
+        {"dataset": "wikitext2", "files": [str(file)]} if dataset == "wikitext2" else
+        {"dataset": "a list of 3 texts", "sha256": digest})
 
 
 @pytest.mark.parametrize("on_hub", [False, True])
