@@ -17,8 +17,9 @@ from mixgpt.checkpoints import load as checkpoints
 from mixgpt.checkpoints.quantizer import METHOD
 from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common.errors import InputError
+from mixgpt.common.hub import hub_asked_anew
 from mixgpt.common.runtime import choose_device
-from mixgpt.common.texts import hub_asked_anew, texts_of
+from mixgpt.common.texts import texts_of
 from mixgpt.modeling.experts import is_fused, restore, use_linears
 from mixgpt.pruning.targets import Target
 

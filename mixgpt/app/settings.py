@@ -9,7 +9,7 @@ from pathlib import Path
 from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS, Registry
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_outputs
-from mixgpt.common.texts import check_texts, shares_of
+from mixgpt.common.texts import check_texts, hub_copies, shares_of
 
 WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 IN_MEMORY = "text in memory"  # the dataset of calibration text that the caller holds
@@ -149,7 +149,8 @@ class Settings:
     data_dir: str | None = option(None, FREE, "folder with local copies of the datasets, used instead of the hub")
 
     eval: tuple[str, ...] = option(("wikitext2", "ptb", "c4"), REPORT, "test sets for perplexity, by name, or files or "
-        "folders of text; --eval without a name: none", group="evaluation", nargs="*", type=str, metavar="TEXT")
+        "folders of text; --eval without a name: none; if the dataset is builtin, so is the default",
+        group="evaluation", nargs="*", type=str, metavar="TEXT")
     eval_limit: int | None = option(None, EVALUATION,
         "evaluate only the first sequences of each test set (default: all)", between=(1,), type=int)
     dense: bool = option(False, REPORT, "also evaluate the dense model")
@@ -187,9 +188,9 @@ class Settings:
             raise TypeError(f"no option is called {', '.join(sorted(unknown))}")
         given = {"model": model, "dataset": dataset} | options
         given = {name: _converted(fields[name], value) for name, value in given.items()}
-        preset = recipe(**given)
+        preset, known = recipe(**given), {"eval": ("builtin",)} if dataset == "builtin" else {}
         for name, field in fields.items():
-            object.__setattr__(self, name, (preset | given).get(name, field.default))  # frozen
+            object.__setattr__(self, name, (known | preset | given).get(name, field.default))  # frozen
         try:
             for field in fields.values():
                 self._check_field(field)
@@ -320,14 +321,14 @@ class Settings:
     def check_paths(self):
         """Raise InputError if a given file or folder does not exist, or a file to be written may not be written."""
         check_model("model", self.model)
-        if self.data_dir and not os.path.isdir(self.data_dir):
-            raise InputError(f"--data-dir {self.data_dir}: no such folder")
+        texts = () if self.dataset in (IN_MEMORY, None) else shares_of(self.dataset)
+        if self.data_dir:
+            hub_copies(self.data_dir, train=texts if self.needs_calibration else (), test=self.eval)
         paths = {"--plot": self.plot, "--record": self.record}
         if not os.path.isfile(self.sensitivity_file or ""):  # else it is read
             paths["--sensitivity-file"] = self.sensitivity_file
         paths = {flag: path for flag, path in paths.items() if path}
         check_outputs(paths, self.overwrite or self.resume)
-        texts = () if self.dataset in (IN_MEMORY, None) else shares_of(self.dataset)
         reads = (self.model, *texts, *self.eval, self.data_dir, self.sensitivity_file, self.tasks_dir)
         for path in (*paths.values(), *filter(os.path.exists, filter(None, reads))) if self.save else ():
             if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.save)):  # --overwrite would remove it

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME
 
-from mixgpt.common import distributed, files, memory, program, texts
+from mixgpt.common import distributed, files, hub, memory, program
 from mixgpt.common.choices import CARD, FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import decoder, streaming
@@ -295,7 +295,7 @@ class RunDir(contextlib.AbstractContextManager):
                 for owner in () if code else owners:  # of a hub id, whose code is not fetched
                     del owner["auto_map"]
                 tokenizer.save_pretrained(self.result)
-            with self._disk_errors("the model"), texts.silenced():
+            with self._disk_errors("the model"), hub.silenced():
                 save_format = FORMATS[self.save_format]
                 with contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu")):
                     save_format.load()(self.result, self.model, grids)
