@@ -28,10 +28,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import results
 from mixgpt import datautils
 from mixgpt.allocation.plan import Budget
-from mixgpt.app import cli
+from mixgpt.app import cli, results
 from mixgpt.app import run as running
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.choices import ALLOCATIONS
@@ -355,7 +354,7 @@ def command(name, arguments, log, prepare=None, given=()):
     read_little(pytest.MonkeyPatch())
     if prepare:
         prepare(*given)
-    main = results.main if name == "results" else partial(cli.main, "llama.py")
+    main = partial(results.main, "results.py") if name == "results" else partial(cli.main, "llama.py")
     status = main([str(argument) for argument in arguments])
     sys.stdout.flush()
     sys.exit(status)

@@ -10,8 +10,8 @@ from commands import SMALL
 from commands import run as prune
 from conftest import make, save
 
-import generate
 import mixgpt
+from mixgpt.app import generate
 from mixgpt.evaluation import generation
 
 
@@ -79,7 +79,7 @@ def saved(tmp_path_factory, tokenizer):
 
 
 def run(*arguments):
-    return generate.main([str(argument) for argument in arguments])
+    return generate.main("generate.py", [str(argument) for argument in arguments])
 
 
 def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, tokenizer, capsys, monkeypatch):

@@ -113,6 +113,8 @@ def run_script(name, *arguments):
     try:
         if script.main is cli.main:
             return cli.main(name, [*arguments, *(SMALL[:-2] if "--data-dir" in arguments else SMALL)])
+        if name in ("generate.py", "results.py"):
+            return script.main(name, arguments)
         return script.main([*arguments, *LESS.get(name, ())]) or 0
     except SystemExit as stop:  # argparse
         return stop.code

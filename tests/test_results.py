@@ -7,7 +7,7 @@ import re
 import pytest
 from matplotlib.figure import Figure
 
-import results
+from mixgpt.app import results
 from mixgpt.app.settings import Settings, recipe
 
 SETTINGS = {"model": "facebook/opt-125m", "dataset": "c4", "seqlen": 2048}
@@ -39,7 +39,7 @@ def write(tmp_path):
 def table(write, capsys):
     """Return a function that gives the lines which results.py prints for records."""
     def table(*options, status=0, **records):
-        assert results.main([*write(**records), *map(str, options)]) == status
+        assert results.main("results.py", [*write(**records), *map(str, options)]) == status
         return capsys.readouterr().out.splitlines()
 
     return table
@@ -53,7 +53,7 @@ def test_the_table_holds_what_the_records_hold_in_order(write, capsys, tmp_path,
         c=record(27.66),
         d=record(34.0, sparsity=0.5, sparsity_way="weight-level", saliency="isc", sensitivity="fisher"),
         e=record(36.0, prunen=2, prunem=4), f=record(50.0, sparsity=0.5, wbits=4))
-    assert results.main([*files, "--csv=~/new/runs.csv"]) == 0
+    assert results.main("results.py", [*files, "--csv=~/new/runs.csv"]) == 0
     above, _, header, _, *rows, _, written = capsys.readouterr().out.splitlines()
     assert above == "model facebook/opt-125m, dense wikitext2 27.66"
     assert re.split("  +", header) == ["method", "sparsity", "seed", "wikitext2 ppl", "piqa acc", "seconds", "GB host"]
@@ -145,7 +145,7 @@ def test_the_picture_has_a_line_for_each_method_and_the_dense_model(write, tmp_p
     drawn, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **options: drawn.append(figure) or save(
         figure, *given, **options))
-    assert results.main([*files, "--plot", str(tmp_path / "tradeoff.png")]) == 0
+    assert results.main("results.py", [*files, "--plot", str(tmp_path / "tradeoff.png")]) == 0
     assert (tmp_path / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.endswith(f"\n\npicture  {tmp_path}/tradeoff.png\n")
     axis, = drawn[0].axes
@@ -164,7 +164,7 @@ def test_what_a_run_records_is_read_without_its_weights(prune, tmp_path, capsys)
     assert [path.name for path in file.parent.iterdir()] == ["a[1].json"]
     (file.parent / "a1.json").touch()  # for which the name stands as a pattern
     assert json.loads((tmp_path / "b.json").read_text()) == json.loads((tmp_path / "saved/mixgpt.json").read_text())
-    assert results.main([str(file), str(tmp_path / "sav*"), str(file)]) == 0
+    assert results.main("results.py", [str(file), str(tmp_path / "sav*"), str(file)]) == 0
     rows = capsys.readouterr().out.splitlines()[4:]
     assert len(rows) == 2 and all("magnitude" in row and "50.00%" in row for row in rows)
 
@@ -178,7 +178,7 @@ def test_files_that_are_no_records_get_a_line_each_and_the_others_are_shown(writ
     (tmp_path / "unfinished" / "progress" / "run.json").write_text("{}")
     (tmp_path / "unfinished" / "mixgpt.json").write_text("{}")
     names = ["damaged.json", "foreign.json", "types.json", "unfinished"]
-    assert results.main([good, *(str(tmp_path / name) for name in names)]) == 2
+    assert results.main("results.py", [good, *(str(tmp_path / name) for name in names)]) == 2
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 5 and "40.00" in captured.out
     for name, line in zip(names, captured.err.splitlines(), strict=True):

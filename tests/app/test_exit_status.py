@@ -13,14 +13,12 @@ import torch
 from commands import SMALL, run, short_builtin  # noqa: F401, a fixture
 from conftest import ROOT, command
 
-import generate
-import results
-from mixgpt.app import cli, pipeline
+from mixgpt.app import cli, generate, pipeline, results
 from mixgpt.common.errors import InputError, Terminated
 from mixgpt.pruning.hessian import InputHessian
 
 COMMANDS = {
-    "llama.py": (lambda argv: run("llama.py", *argv), (pipeline, "run"), ["somebody/model", "builtin"]),
+    "llama.py": (cli.main, (pipeline, "run"), ["somebody/model", "builtin"]),
     "generate.py": (generate.main, (generate, "print_completions"), ["model", "Hello"]),
     "results.py": (results.main, (results, "files_of"), ["record.json"]),
 }
@@ -42,7 +40,7 @@ def end(script, error, monkeypatch, *more):
 
     main, (module, name), argv = COMMANDS[script]
     monkeypatch.setattr(module, name, failing)
-    return main([*argv, *more])
+    return main(script, [*argv, *more])
 
 
 @pytest.mark.parametrize("script", COMMANDS)
@@ -85,7 +83,7 @@ def test_what_stops_a_run_speaks_of_its_folder_where_there_is_one(error, status,
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_names_cannot_break_the_line(script, capsys):
-    assert COMMANDS[script][0](["./no\nmodel.gguf", "builtin", "--no-such\nflag"]) == 2
+    assert COMMANDS[script][0](script, ["./no\nmodel.gguf", "builtin", "--no-such\nflag"]) == 2
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{script}: error: ") and "--no-such flag" in line
 

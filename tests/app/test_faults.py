@@ -10,9 +10,8 @@ from commands import short_builtin  # noqa: F401, a fixture
 from conftest import VOCABULARY, record_of
 from faults import FAULTS, SMALL, config_changed, remote, weights_changed
 
-import generate
 from mixgpt import datautils
-from mixgpt.app import cli
+from mixgpt.app import cli, generate
 
 
 @pytest.mark.parametrize("case", FAULTS)
@@ -23,7 +22,7 @@ def test_a_fault_gets_one_line_and_nothing_is_written(case, checkpoint_folder, t
     fault.damage(root)
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
-    main, command = generate.main, fault.command
+    main, command = partial(generate.main, "generate.py"), fault.command
     if fault.script == "llama":
         main, command = partial(cli.main, "llama.py"), f"{SMALL} {command} --eval builtin --save {{root}}/saved"
     assert main([word.format(root=root) for word in command.split()]) == 2

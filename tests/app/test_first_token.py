@@ -11,9 +11,9 @@ from pruning.test_layerwise import plan_of, sparsegpt, weights
 from test_generate import go_on
 from transformers import AutoModelForCausalLM
 
-import generate
 import mixgpt
 from mixgpt import datautils
+from mixgpt.app import generate
 from mixgpt.evaluation import selfcheck
 from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill
@@ -96,7 +96,7 @@ def test_bos_that_is_not_there_is_refused_in_one_line(folder, prune, tmp_path, c
     message = f"--bos each: the tokenizer of model {path} has no BOS; must be never\n"
     for options in ([], ["--bos", "each"]):
         assert prune("llama", *options, model=path, status=2) == f"llama.py: error: {message}"
-        assert generate.main([str(path), "def", "--device", "cpu", *options]) == 2
+        assert generate.main("generate.py", [str(path), "def", "--device", "cpu", *options]) == 2
         assert capsys.readouterr().err == f"generate.py: error: {message}"
     prune("llama", "--bos never", model=path)
 
@@ -106,7 +106,8 @@ def test_bos_that_is_not_there_is_refused_in_one_line(folder, prune, tmp_path, c
                                                    ("gemma2", ["--bos", "never"], False)])
 @pytest.mark.parametrize("prompt", ["def", "<s>user: a chat", "one two three four " * 60])
 def test_a_prompt_begins_with_bos_also_where_it_is_cut(name, options, begins, prompt, folder, tokenizer, capsys):
-    assert generate.main([str(folder(name)), prompt, "--max-new-tokens", "8", "--device", CPU.type, *options]) == 0
+    prompted = [str(folder(name)), prompt, "--max-new-tokens", "8", "--device", CPU.type, *options]
+    assert generate.main("generate.py", prompted) == 0
     text = capsys.readouterr().out.split("\n\n")[1].strip()
     ids = tokenizer(prompt.removeprefix("<s>"), add_special_tokens=False).input_ids
     ids = [BOS, *ids] if begins or prompt.startswith("<s>") else ids

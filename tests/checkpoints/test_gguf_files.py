@@ -13,7 +13,7 @@ from commands import SMALL, run
 from makegguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-import generate
+from mixgpt.app import generate
 from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.streaming import disk_weights
@@ -48,7 +48,7 @@ def test_a_file_is_pruned_and_continues_a_text(tokenizer, path, tmp_path, capsys
     write_gguf(path, tokenizer)
     assert run("llama.py", path, "builtin", "--sparsity", ".5", *SMALL, "--save", tmp_path / "saved") == 0
     assert load.read_config(tmp_path / "saved").model_type == "llama"
-    assert generate.main([str(path), "the list", "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert generate.main("generate.py", [str(path), "the list", "--max-new-tokens", "4", "--device", "cpu"]) == 0
     assert re.fullmatch(f"converted {path} into .* \\(once\\)\n", capsys.readouterr().err)
 
 
