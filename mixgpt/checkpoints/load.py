@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.utils import WeakFileLock
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -218,6 +218,28 @@ def skeleton(config, dtype=torch.float32):
                 tensor.data = tensor.data.float() if re.search(exact, name) else tensor.data
         experts.use_linears(model)
     return model
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model with the same weights in a dtype: itself if it has that, else one that reads the disk as it does.
+
+    Norms and the like that `from_pretrained` leaves in float32 are so here, too.
+    """
+    if dtype == model.dtype:
+        return model
+    other = skeleton(model.config, dtype).requires_grad_(False)
+    if streaming.locations_of(model):
+        for path, module in model.named_modules():
+            if locations := streaming.disk_weights(module):
+                other.get_submodule(path).disk_weights = locations
+    else:
+        state = other.state_dict()
+        other.load_state_dict({name: tensor.to(state[name].dtype) for name, tensor in model.state_dict().items()},
+                              assign=True)
+        other.tie_weights()
+    streaming.compute_buffers(other)
+    other.generation_config = model.generation_config
+    return other
 
 
 def size(config, dtype):
