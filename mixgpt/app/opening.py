@@ -130,7 +130,7 @@ def _plan(run: Run) -> tuple[list[str], list[str]]:
         notes.append(f"dense    {', '.join(run.uncalled)}: stay dense, as the layers do not call them as modules")
     if (stored := streaming.stored_dtype(run.model)) != run.model.dtype:
         name = str(stored).removeprefix("torch.")
-        notes.append(f"dtype    float32 in memory, {name} on disk, in which this device is slower; --dtype decides both")
+        notes.append(f"dtype    float32 in memory, {name} on disk: this device is slower in that; --dtype sets both")
     if settings.distill:
         streamed, tokens = run.distilling(run.memory_plan)
         run.distills = run.keep("distills", lambda: distill.room_for(streamed, tokens, settings.effort) > 0)

@@ -8,11 +8,13 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from gguf import GGUFReader
 from huggingface_hub.utils import WeakFileLock
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
@@ -86,12 +88,20 @@ def _converted(model, kind, write, sources, version=""):
     return folder
 
 
-def _write_dequantized(sources, folder):
-    """Write the model and the tokenizer of a .gguf file, in float32: reading the file is slow."""
+def _write_dequantized(sources: list[Path], folder: Path) -> None:
+    """Write the model and the tokenizer of a .gguf file: reading the file is slow.
+
+    In the dtype of most of its weights; in bfloat16 where these are quantized, to bits that float32 would waste.
+    """
     file, = sources
     check_links(file, file.parent, ("*.jinja", f"{CHAT_TEMPLATE_DIR}/*"))  # which transformers reads, too
     with _reading(file, "the file cannot be read"):
-        loaded = from_pretrained(file, str(file.parent), torch.float32, gguf_file=file.name,
+        counts = Counter()
+        for tensor in GGUFReader(file).tensors:
+            counts[tensor.tensor_type.name] += tensor.n_elements
+        most = max(counts, key=counts.get)
+        dtype = {"F32": torch.float32, "F16": torch.float16}.get(most, torch.bfloat16)
+        loaded = from_pretrained(file, str(file.parent), dtype, gguf_file=file.name,
                                  quantization_config=transformers.GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, **NO_CODE)
     loaded.save_pretrained(folder, save_original_format=False)  # under the names that it has in memory
@@ -124,7 +134,7 @@ def _source(model):
     """Return the name by which `from_pretrained` finds `model`: a hub id, a directory or a .gguf file."""
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
-        return str(_converted(path, "gguf", _write_dequantized, [path], transformers.__version__))
+        return str(_converted(path, "gguf", _write_dequantized, [path], f"16 bit {transformers.__version__}"))
     if path.is_file():
         raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
     if not path.is_dir():
