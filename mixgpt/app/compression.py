@@ -10,7 +10,7 @@ from mixgpt.app.run import Run
 from mixgpt.common import choices, memory
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import measures
-from mixgpt.modeling.streaming import locations_of
+from mixgpt.modeling.streaming import locations_of, stored_dtype
 from mixgpt.pruning import distill, layerwise, solvers
 from mixgpt.pruning.targets import Outcome
 from mixgpt.quant import Scheme
@@ -65,7 +65,8 @@ def _prune(run: Run, plan: Plan, survey: measures.Survey, stage: str, scheme: Sc
             settings.percdamp, settings.act_order, not memory_plan.two_passes, settings.target == "dense",
             settings.bos != "each", settings.rotate,
             {key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
-            title=choices.SOLVERS.title(settings.solver), later=None if scheme else settings.scheme)
+            title=choices.SOLVERS.title(settings.solver), later=None if scheme else settings.scheme,
+            dtype=stored_dtype(run.model))
         if stage == "quantized":
             recipe = replace(recipe, solver=solvers.quantize, rotate=False, title="GPTQ")
         tokens = torch.cat([run.calibration, run.further[:settings.extra_counts[0]]])

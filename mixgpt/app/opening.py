@@ -37,6 +37,8 @@ def open_run(run: Run, stack: contextlib.ExitStack, command: str | None = None,
         if next(run.model.parameters()).is_meta:
             whole = load.multimodal(settings.model)
             run.model = load.open_model(settings.model, run.config, run.dtype)
+            if settings.dtype == "auto" and run.dtype != "auto":
+                run.model.stored_dtype = run.config.dtype
         run.record = report.facts(run)
         if folder:
             run.record["identity"] = identity(run.model, asked(settings, run.device), run.calibration, run.further)
@@ -126,8 +128,9 @@ def _plan(run: Run) -> tuple[list[str], list[str]]:
                                         two_passes=not (settings.calibrates and settings.true_sequential))
     if run.uncalled and run.selected:
         notes.append(f"dense    {', '.join(run.uncalled)}: stay dense, as the layers do not call them as modules")
-    if settings.dtype == "auto" and run.dtype == run.model.dtype:  # not that of a model in memory
-        notes.append("dtype    float32: this device computes more slowly in the stored dtype; give --dtype to keep it")
+    if (stored := streaming.stored_dtype(run.model)) != run.model.dtype:
+        name = str(stored).removeprefix("torch.")
+        notes.append(f"dtype    float32 in memory, {name} on disk: this device is slower in that; --dtype sets both")
     if settings.distill:
         streamed, tokens = run.distilling(run.memory_plan)
         run.distills = run.keep("distills", lambda: distill.room_for(streamed, tokens, settings.effort) > 0)

@@ -99,7 +99,7 @@ def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Out
             written = run.folder.write_checkpoint(run.tokenizer, {
                 path_of(run.model, *key): outcome.grid for key, outcome in outcomes.items() if outcome.grid},
                 run.record)
-            final = load.open_model(written, load.read_config(written), "auto")
+            final = load.in_dtype(load.open_model(written, load.read_config(written), "auto"), run.model.dtype)
             final.config._attn_implementation = run.model.config._attn_implementation  # a caller may have chosen it
         found = measures.Survey(replace(survey.streamed, model=final), survey.tokens)
     if settings.eval or settings.tasks:

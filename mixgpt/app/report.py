@@ -19,6 +19,7 @@ from mixgpt.common.choices import NO_METRICS
 from mixgpt.common.progress import table
 from mixgpt.evaluation.measures import total_sparsity
 from mixgpt.modeling import decoder, experts
+from mixgpt.modeling.streaming import stored_dtype
 from mixgpt.pruning.targets import Outcome
 
 
@@ -61,8 +62,9 @@ def disk(run, plan):
     sizes = {key: out * columns for key, (out, columns) in run.selected.items()}
     kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
     weights = {f"{decoder.path_of(run.model, *key)}.weight": sizes[key] for key in plan}
-    nbytes = formats.stored_bytes(run.settings.save, weights, run.model.dtype.itemsize)
-    numel, bits = sum(sizes.values()), run.settings.wbits if run.settings.quantizes else 8 * run.model.dtype.itemsize
+    itemsize = stored_dtype(run.model).itemsize
+    nbytes = formats.stored_bytes(run.settings.save, weights, itemsize)
+    numel, bits = sum(sizes.values()), run.settings.wbits if run.settings.quantizes else 8 * itemsize
     return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
             "theoretical_ratio": 16 * numel / (bits * kept)}
 

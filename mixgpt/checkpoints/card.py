@@ -14,6 +14,7 @@ from mixgpt.checkpoints import load
 from mixgpt.checkpoints.formats import format_bytes
 from mixgpt.common.choices import CARD, FORMATS
 from mixgpt.common.errors import InputError, reading
+from mixgpt.modeling.streaming import stored_dtype
 
 TAKEN = ("license", "license_name", "license_link", "language")  # over from the card of the base model
 NEEDS = {"dense": "loads everywhere", "compressed-tensors": "loads in vLLM, too", "sparse": "needs mixgpt to load"}
@@ -75,9 +76,9 @@ def _base(name: str) -> tuple[str | None, dict[str, Any]]:
 def sizes(folder: Path, record: dict[str, Any], model: PreTrainedModel, settings: Any) -> dict[str, int]:
     """Return the bytes of the weights in a saved folder, and about those of the formats that it could have instead."""
     weights = [(row["shape"], row["sparsity"], row.get("wbits", 16)) for row in record["matrices"]]
-    found, itemsize = {}, model.dtype.itemsize
-    for name, nbytes in format_bytes(sum(weight.nbytes for weight in model.parameters()), weights, itemsize,
-                                     settings.groupsize, settings.sym).items():
+    found, dtype = {}, stored_dtype(model)
+    for name, nbytes in format_bytes(load.size(model.config, dtype), weights, dtype.itemsize, settings.groupsize,
+                                     settings.sym).items():
         with contextlib.suppress(InputError):
             load.check_layers(settings.model, model, name)
             if not FORMATS[name].refuses(settings):

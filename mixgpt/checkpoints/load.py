@@ -8,13 +8,15 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from gguf import GGUFReader
 from huggingface_hub.utils import WeakFileLock
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -86,12 +88,20 @@ def _converted(model, kind, write, sources, version=""):
     return folder
 
 
-def _write_dequantized(sources, folder):
-    """Write the model and the tokenizer of a .gguf file, in float32: reading the file is slow."""
+def _write_dequantized(sources: list[Path], folder: Path) -> None:
+    """Write the model and the tokenizer of a .gguf file: reading the file is slow.
+
+    In the dtype of most of its weights; in bfloat16 where these are quantized, to bits that float32 would waste.
+    """
     file, = sources
     check_links(file, file.parent, ("*.jinja", f"{CHAT_TEMPLATE_DIR}/*"))  # which transformers reads, too
     with _reading(file, "the file cannot be read"):
-        loaded = from_pretrained(file, str(file.parent), torch.float32, gguf_file=file.name,
+        counts = Counter()
+        for tensor in GGUFReader(file).tensors:
+            counts[tensor.tensor_type.name] += tensor.n_elements
+        most = max(counts, key=counts.get)
+        dtype = {"F32": torch.float32, "F16": torch.float16}.get(most, torch.bfloat16)
+        loaded = from_pretrained(file, str(file.parent), dtype, gguf_file=file.name,
                                  quantization_config=transformers.GgufConfig(dequantize=True))
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, **NO_CODE)
     loaded.save_pretrained(folder, save_original_format=False)  # under the names that it has in memory
@@ -124,7 +134,7 @@ def _source(model):
     """Return the name by which `from_pretrained` finds `model`: a hub id, a directory or a .gguf file."""
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
-        return str(_converted(path, "gguf", _write_dequantized, [path], transformers.__version__))
+        return str(_converted(path, "gguf", _write_dequantized, [path], f"16 bit {transformers.__version__}"))
     if path.is_file():
         raise InputError(f"model {model}: is a file; give its folder, a .gguf file or a hub id")
     if not path.is_dir():
@@ -218,6 +228,28 @@ def skeleton(config, dtype=torch.float32):
                 tensor.data = tensor.data.float() if re.search(exact, name) else tensor.data
         experts.use_linears(model)
     return model
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model with the same weights in a dtype: itself if it has that, else one that reads the disk as it does.
+
+    Norms and the like that `from_pretrained` leaves in float32 are so here, too.
+    """
+    if dtype == model.dtype:
+        return model
+    other = skeleton(model.config, dtype).requires_grad_(False)
+    if streaming.locations_of(model):
+        for path, module in model.named_modules():
+            if locations := streaming.disk_weights(module):
+                other.get_submodule(path).disk_weights = locations
+    else:
+        state = other.state_dict()
+        other.load_state_dict({name: tensor.to(state[name].dtype) for name, tensor in model.state_dict().items()},
+                              assign=True)
+        other.tie_weights()
+    streaming.compute_buffers(other)
+    other.generation_config = model.generation_config
+    return other
 
 
 def size(config, dtype):

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME
 
+from mixgpt.checkpoints.load import in_dtype
 from mixgpt.common import distributed, files, hub, memory, program
 from mixgpt.common.choices import CARD, FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
@@ -296,9 +297,9 @@ class RunDir(contextlib.AbstractContextManager):
                     del owner["auto_map"]
                 tokenizer.save_pretrained(self.result)
             with self._disk_errors("the model"), hub.silenced():
-                save_format = FORMATS[self.save_format]
-                with contextlib.nullcontext() if save_format.streams else whole(self.model, torch.device("cpu")):
-                    save_format.load()(self.result, self.model, grids)
+                save_format, model = FORMATS[self.save_format], in_dtype(self.model, streaming.stored_dtype(self.model))
+                with contextlib.nullcontext() if save_format.streams else whole(model, torch.device("cpu")):
+                    save_format.load()(self.result, model, grids)
                 for file in self.result.glob("*.safetensors"):  # safetensors lets nobody else read it
                     file.chmod((self.result / RECORD).stat().st_mode)
         distributed.barrier()  # all read it

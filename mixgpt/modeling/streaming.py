@@ -37,6 +37,14 @@ def disk_weights(module: nn.Module) -> dict[str, TensorLocation] | None:
     return getattr(module, "disk_weights", None)
 
 
+def stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype of a model's weights in a checkpoint: its attribute `stored_dtype` where memory has a wider one.
+
+    All weights that a run changes are rounded to it at once, so that what is saved is the model in memory.
+    """
+    return getattr(model, "stored_dtype", model.dtype)
+
+
 def locations_of(model: PreTrainedModel) -> dict[str, TensorLocation]:
     """Return {name in a model: TensorLocation} of its tensors on disk, {} if it is in memory."""
     return {f"{path}.{name}": location for path, module in model.named_modules()

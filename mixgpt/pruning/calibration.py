@@ -156,7 +156,7 @@ class Calibration:
             targets = {name: target for (planned, name), target in self.plan.items() if planned == index}
             with self.clock.part("rotation"):
                 rotate_heads(layer, index, self.reference or self.stream, targets,
-                             distributed.share(self.nsequences).start)
+                             distributed.share(self.nsequences).start, self.recipe.dtype)
 
     def _one_pass(self, layer: nn.Module, index: int, hessians: LayerHessians, twin: DenseTwin | None) -> Generator:
         """Yield when all batches pause in front of a stop, and go on to the next one; the dense model goes first."""

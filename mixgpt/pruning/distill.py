@@ -21,7 +21,7 @@ from mixgpt.common.runtime import repeatable_attention, seeded, wide
 from mixgpt.modeling.linears import Key, linears
 from mixgpt.modeling.placing import in_turn, on_device
 from mixgpt.modeling.running import SLICE, HiddenStates, StreamedModel, by_rows
-from mixgpt.modeling.streaming import disk_weights
+from mixgpt.modeling.streaming import disk_weights, stored_dtype
 from mixgpt.pruning import needs
 from mixgpt.quant import Grid
 
@@ -124,6 +124,8 @@ def distill(streamed: StreamedModel, chosen: dict[Key, Grid | None], tokens: Ten
         for state in states:
             if isinstance(state, _Scales):
                 state.grid.scale.copy_(state.scale)
+            else:
+                state.weight.copy_(state.weight.to(stored_dtype(model)))
         if finish:
             for index in range(1 + max(index for index, _ in chosen)):
                 finish(index, layers[index])
@@ -257,7 +259,7 @@ class _Scales:
 
     def update(self) -> None:
         """Take over the factors."""
-        self.scale = (self.before * self.exact).to(self.weight.dtype)
+        self.scale = (self.before * self.exact).to(self.scale.dtype)
         self.weight.copy_(self.units * self.scale[:, self.group])
 
 

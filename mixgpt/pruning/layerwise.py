@@ -13,6 +13,7 @@ from mixgpt.common import distributed, progress
 from mixgpt.modeling.linears import Key, linears
 from mixgpt.modeling.placing import in_turn
 from mixgpt.modeling.running import StreamedModel
+from mixgpt.modeling.streaming import stored_dtype
 from mixgpt.pruning.admm import prune_masks
 from mixgpt.pruning.calibration import Calibration
 from mixgpt.pruning.solvers import Recipe, prune_in_place
@@ -95,7 +96,8 @@ def prune_magnitude(streamed: StreamedModel, plan: dict[Key, Target], scheme: Sc
         for name, module in linears(layer).items():
             if target := plan.get((index, name)):
                 rows = len(module.weight)
-                W, grid = _by_magnitude(module.weight[distributed.share(rows)], target, scheme)
+                dense = module.weight[distributed.share(rows)].to(stored_dtype(streamed.model))
+                W, grid = _by_magnitude(dense, target, scheme)
                 module.weight.copy_(*distributed.all_gather_shares([W], [rows]))
                 new[index, name] = Outcome(grid=grid and grid.gathered(rows).to("cpu"))
     return outcomes

@@ -31,11 +31,13 @@ TOLERANCE = {2: 2e-2, 4: 1e-3, 8: 1e-3}  # Rounding changes rotated values by at
 
 
 @torch.no_grad()
-def rotate_heads(layer: nn.Module, index: int, stream: HiddenStates, targets: dict[str, Target], first: int) -> None:
+def rotate_heads(layer: nn.Module, index: int, stream: HiddenStates, targets: dict[str, Target], first: int,
+                 dtype: torch.dtype | None = None) -> None:
     """Rotate the heads of layer number `index`, which is on the device, in place, if it computes the same then.
 
     stream: hidden states before it. targets: {name of a linear: Target}. first: number of this process's first sequence
-    among all. Heads are rotated only if the linears to and from the values are both in the targets.
+    among all. dtype: of the rotated weights, default: as in memory. Heads are rotated only if the linears to and from
+    the values are both in the targets.
     """
     for name in () if stream.shared else targets:  # Later layers may read values that are shared.
         path, _, last = name.rpartition(".")
@@ -51,12 +53,12 @@ def rotate_heads(layer: nn.Module, index: int, stream: HiddenStates, targets: di
         if k > 0 and not heads % k and not len(rows) % (k * d) and all(
                 (linear.weight == 0).float().mean() <= ZEROS for linear in (v, o)):
             layouts = rows[-k * d:], rows.view(k, -1, d)[:, -1].flatten()  # Values come last in all, or in each head.
-            any(_rotate(v, o, values.view(k, d), (targets[name], targets[beside[0]]), layer, index, stream, first)
-                for values in layouts)
+            any(_rotate(v, o, values.view(k, d), (targets[name], targets[beside[0]]), layer, index, stream, first,
+                        dtype or o.weight.dtype) for values in layouts)
 
 
 def _rotate(v: nn.Linear, o: nn.Linear, rows: Tensor, targets: tuple[Target, Target], layer: nn.Module, index: int,
-            stream: HiddenStates, first: int) -> bool:
+            stream: HiddenStates, first: int, dtype: torch.dtype) -> bool:
     """Rotate heads whose values are rows (k, d) of v. Returns whether the layer computes the same; else it stays."""
     (k, d), before, h, C = rows.shape, [], 0, 0
     for x_v, x_o in _inputs(v, o, layer, index, stream, max(TOKENS // stream.hidden.shape[1] - first, 1)):
@@ -70,11 +72,11 @@ def _rotate(v: nn.Linear, o: nn.Linear, rows: Tensor, targets: tuple[Target, Tar
     Q = distributed.broadcast_object(Q.cpu()).to(h.device)  # Processes may differ in the last digits.
     unrotated = {weight: weight.clone() for weight in (*v.parameters(), o.weight)}
     for weight in v.parameters():
-        weight[rows] = (Q.mT @ wide(weight[rows]).view(k, d, -1)).view_as(weight[rows]).to(weight.dtype)
-    o.weight.copy_(_turned(wide(o.weight), Q))
+        weight[rows] = (Q.mT @ wide(weight[rows]).view(k, d, -1)).view_as(weight[rows]).to(dtype).to(weight.dtype)
+    o.weight.copy_(_turned(wide(o.weight), Q).to(dtype))
     (_, after), *_ = _inputs(v, o, layer, index, stream, 1)
     expected = _turned(before[0], Q)
-    tolerance = TOLERANCE[o.weight.itemsize] * expected.norm()
+    tolerance = TOLERANCE[dtype.itemsize] * expected.norm()
     alike = all(distributed.all_gather_object(bool((after - expected).norm() <= tolerance)))
     for weight, values in () if alike else unrotated.items():
         weight.copy_(values)

@@ -98,6 +98,7 @@ class Recipe:
     row_weights: dict[Key, Tensor] | None = None  # (out,), the weight of each row's error.
     title: str = "SparseGPT"  # Title of the progress bar.
     later: Scheme | None = None  # Quantization by `quantize`, once the weights are distilled.
+    dtype: torch.dtype | None = None  # The dtype to which weights are rounded; default: theirs in memory.
 
 
 def prune_in_place(hessian: InputHessian, weights: list[Tensor], targets: list[Target], recipe: Recipe,
@@ -108,7 +109,7 @@ def prune_in_place(hessian: InputHessian, weights: list[Tensor], targets: list[T
     device, and its grid, None if it is not quantized. Every process prunes its share of the rows of each matrix, and
     gets those of the others.
     """
-    dtype, sizes = weights[0].dtype, [len(weight) for weight in weights]
+    dtype, sizes = recipe.dtype or weights[0].dtype, [len(weight) for weight in weights]
     shares = [weight[distributed.share(len(weight))] for weight in weights]
     W, counts = torch.cat(shares).float(), [len(rows) for rows in shares]
     if row_weights is not None:

@@ -18,7 +18,7 @@ from mixgpt.checkpoints import load
 from mixgpt.common.errors import InputError
 from mixgpt.modeling.streaming import disk_weights
 
-Q4_1 = gguf.GGMLQuantizationType.Q4_1
+F16, Q4_1 = gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q4_1
 TEXT = "Names refer to objects.\n\n  They are introduced by name binding operations; café."
 
 
@@ -29,10 +29,12 @@ def path(tmp_path, checkpoint_folder, monkeypatch):
     return shutil.copytree(checkpoint_folder("opt"), tmp_path / "folder") / "tiny.gguf"
 
 
-@pytest.mark.parametrize("kind, dtype", [(None, "auto"), (Q4_1, "auto"), (Q4_1, torch.bfloat16)])
-def test_a_file_gives_what_transformers_gives_to_the_bit(dtype, kind, tokenizer, path):
+@pytest.mark.parametrize("kind, dtype, own", [
+    (None, "auto", torch.float32), (F16, "auto", torch.float16), (Q4_1, "auto", torch.bfloat16),
+    (Q4_1, torch.bfloat16, torch.bfloat16)])
+def test_a_file_gives_what_transformers_gives_in_its_own_dtype_to_the_bit(dtype, own, kind, tokenizer, path):
     write_gguf(path, tokenizer, kind)
-    plain = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype,
+    plain = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=own,
                                                  quantization_config=GgufConfig(dequantize=True))
     model = load.open_model(path, load.read_config(path), dtype)
     assert model.dtype == plain.dtype
