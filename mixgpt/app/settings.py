@@ -169,8 +169,8 @@ class Settings:
     batch_size: int = option(2, METHOD,
         "sequences per forward pass; affects speed, memory and, by rounding, results", group="execution", between=(1,))
     device: object = option(None, FREE, "cpu, cuda or cuda:N (default: cuda if available)")  # or a torch.device
-    dtype: str = option("auto", RESULT, "dtype of the weights in memory and on disk; auto: as stored, but float32 "
-        "where the device is faster in it", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", RESULT, "dtype of the weights in memory and on disk; auto: as stored, but in memory "
+        "float32 where the device is faster in it", choices=("auto", "float32", "bfloat16", "float16"))
 
     save: str | None = option(None, FREE,
         "new folder for the model and mixgpt.json; reloaded and compared after writing", group="output")

@@ -228,10 +228,11 @@ def test_a_cpu_computes_in_float32_if_that_is_faster(stored, fast, used, named, 
         config = (model / "config.json").read_text()
         (model / "config.json").write_text(config.replace(f'"dtype": "{stored}",', ""))
     assert load.size(load.read_config(model), "auto") == 2 * make("opt").num_parameters()
-    for more, dtype in ("", used), (f"--dtype {stored}", stored):
+    for more, dtype, on_disk in ("", used, stored), (f"--dtype {stored}", stored, stored), (
+            "--dtype float32", "float32", "float32"):
         out = prune("opt", more, "--overwrite --save", saved, model=model)
-        assert f"{dtype}, on cpu" in out and ("dtype    float32" in out) == (dtype != stored)
-        assert {str(tensor.dtype) for tensor in saved_tensors(saved).values()} == {f"torch.{dtype}"}
+        assert f"{dtype}, on cpu" in out and ("dtype    float32" in out) == (dtype != on_disk)
+        assert {str(tensor.dtype) for tensor in saved_tensors(saved).values()} == {f"torch.{on_disk}"}
 
 
 @pytest.mark.parametrize("key, what", [("layers.1.mlp.up_proj", "zeros"), ("norm", "logits")])
