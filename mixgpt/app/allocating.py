@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from transformers import PreTrainedModel
 
 from mixgpt.allocation import fisher, traces
 from mixgpt.allocation.plan import Budget
@@ -43,7 +44,12 @@ def choose(run: Run) -> Plan:
             _, reference = run.keep_tensors("dense_states", lambda: (
                 None, retry(lambda plan: distill.reference_states(*run.distilling(plan)))))
     if settings.experts:
-        _remove_experts(run, retry)
+        smaller = expert_removal.with_fewer_experts(run.model, settings.experts)
+        kept = run.keep("experts", partial(_best_experts, run, smaller, retry))
+        expert_removal.remove_experts(run.model, smaller, dict(kept))
+        run.record["kept_experts"] = kept
+        run.log(f"experts  {len(kept[0][1])} stay in each of {len(kept)} layers, those of highest REAP score, and "
+                f"{run.model.num_parameters():,} parameters in all")
     if not settings.compresses:
         return Plan({})
     plan = retry(partial(_measure, run, reference))
@@ -65,21 +71,12 @@ def choose(run: Run) -> Plan:
     return plan
 
 
-def _remove_experts(run: Run, retry: Callable) -> None:
-    """Remove the experts of least score, the same as an interrupted run. retry: of a step, with less memory."""
-    smaller = expert_removal.with_fewer_experts(run.model, run.settings.experts)
-
-    def choose() -> list:
-        run.begin("experts")
-        with run.clock.part("experts"):
-            scores = retry(lambda plan: expert_removal.expert_scores(run.streamed(plan), run.calibration))
-        return [[index, expert_removal.best_experts(of_layer, smaller)] for index, of_layer in scores.items()]
-
-    kept = run.keep("experts", choose)
-    expert_removal.remove_experts(run.model, smaller, dict(kept))
-    run.record["kept_experts"] = kept
-    run.log(f"experts  {len(kept[0][1])} stay in each of {len(kept)} layers, those of highest REAP score, and "
-            f"{run.model.num_parameters():,} parameters in all")
+def _best_experts(run: Run, smaller: PreTrainedModel, retry: Callable) -> list:
+    """Return [layer, the experts of highest score] of each layer, as many as `smaller` has. retry: with less memory."""
+    run.begin("experts")
+    with run.clock.part("experts"):
+        scores = retry(lambda plan: expert_removal.expert_scores(run.streamed(plan), run.calibration))
+    return [[index, expert_removal.best_experts(of_layer, smaller)] for index, of_layer in scores.items()]
 
 
 def _measure(run: Run, reference: dict[str, torch.Tensor], memory_plan: memory.MemoryPlan) -> Plan:

@@ -1,4 +1,4 @@
-"""The Python interface behind `mixgpt.prune`, `mixgpt.evaluate` and `mixgpt.load`."""
+"""The Python interface: `mixgpt.prune`, `mixgpt.evaluate` and `mixgpt.load`."""
 
 import io
 import os
@@ -66,7 +66,14 @@ class Result:
 @hub_asked_anew()
 def prune(model: str | Path | PreTrainedModel, dataset: str | Path | list[Any] | torch.Tensor | None,
           tokenizer: PreTrainedTokenizerBase | None = None, **options: Unpack[Options]) -> Result:
-    """Prune and quantize a model; see `mixgpt.prune`."""
+    """Prune and quantize a model in one shot, print the report, and return a `Result`.
+
+    model: a hub id, a folder, a .gguf file, or a model of transformers in memory, which is changed in place. tokenizer:
+    needed with the latter, else in place of the model's own. dataset: calibration text as on the command line (a name,
+    a path, a mixture), a list of strings, the documents of a text, or a LongTensor of tokens (N, T). options: those of
+    the command line, with underscores: sparsity=0.5, preset="best", save="pruned", quiet=True. Raises
+    `mixgpt.common.errors.InputError`, a ValueError, with the line that the command line would print.
+    """
     model, given = (str(path) if isinstance(path, os.PathLike) else path for path in (model, dataset))
     name, texts = (given, None) if isinstance(given, str | None) else (IN_MEMORY, given)
     if texts is not None and not isinstance(texts, torch.Tensor):
@@ -110,7 +117,11 @@ def prune(model: str | Path | PreTrainedModel, dataset: str | Path | list[Any] |
 
 def evaluate(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None,
              **options: Unpack[Evaluation]) -> Result:
-    """Measure a model as it is; see `mixgpt.evaluate`."""
+    """Measure perplexities, and scores of tasks, of a model as it is, print them, and return a `Result`.
+
+    model, tokenizer: as in `prune`. options: those of `mixgpt eval`, with underscores, such as eval=["wikitext2"].
+    Raises `mixgpt.common.errors.InputError`.
+    """
     if others := options.keys() - Evaluation.__annotations__.keys():
         raise TypeError(f"no option of an evaluation is called {', '.join(sorted(others))}")
     return prune(model, None, tokenizer, **options)
@@ -120,7 +131,11 @@ def evaluate(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizer
 @hub_asked_anew()
 def load(folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto",
          packed: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a saved model; see `mixgpt.load`."""
+    """Load a saved model, in any format, for evaluation. Returns (model, tokenizer), as of transformers.
+
+    device: cpu, cuda or cuda:N (default: cuda if available). dtype: a torch.dtype, or "auto" for that on disk. packed:
+    multiply by the matrices of a sparse folder as they are stored; False: expand them into ordinary linears.
+    """
     device, folder = choose_device(device), os.path.expanduser(folder)
     model, tokenizer = checkpoints.read_model(folder, dtype, packed), checkpoints.load_tokenizer(folder)
     if any(isinstance(module, SparseLinear) and not module.weight.way(device) for module in model.modules()):

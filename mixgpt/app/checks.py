@@ -22,7 +22,7 @@ from mixgpt.pruning import expert_removal, targets
 def check(settings: Settings, device: torch.device, clock: runtime.Clock, model: PreTrainedModel | None = None,
           tokenizer: PreTrainedTokenizerBase | None = None) -> Run:
     """Return a `Run` that is not open yet. Raises InputError for settings that do not fit the model or the disk."""
-    settings.check_paths()  # again, for callers that are not the command line
+    settings.check_paths()  # Only the command line has checked them before.
     config = model.config if model else load.read_config(settings.model)
     skeleton = load.skeleton(config, model.dtype if model else runtime.choose_dtype(settings.dtype, config, device))
     if settings.experts:
@@ -43,7 +43,13 @@ def check(settings: Settings, device: torch.device, clock: runtime.Clock, model:
     settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer), seqlen=seqlen)
     run = Run(settings, device, clock, config, tokenizer, selected, uncalled, widening, model or skeleton)
     if settings.needs_calibration and not settings.dry_run:
-        _check_sequences(run)
+        nbytes, world, distilled = run.hidden_bytes, distributed.world(), settings.extra_counts[1]
+        allocate([nbytes], torch.uint8, device, place_for(nbytes, device))  # Only whether there is room counts.
+        if settings.nsamples < world:
+            raise InputError(f"--nsamples {settings.nsamples}: must be at least {world}, the number of processes")
+        if settings.distill and distilled < world:
+            raise InputError(f"--distill {settings.distill:g}: gives {distilled} sequences, must be at least {world}, "
+                             "the number of processes; raise --nsamples")
     needed = saving_bytes(load.size(config, run.dtype), settings.save_format)
     if settings.save and not settings.dry_run and needed > (free := memory.free_on_host()):
         raise InputError(f"--save {settings.save}: needs {needed / 1e9:.3f} GB of memory at the end, {free / 1e9:.3f} "
@@ -53,7 +59,7 @@ def check(settings: Settings, device: torch.device, clock: runtime.Clock, model:
 
 def saving_bytes(size: int, save_format: str) -> int:
     """Return the bytes of the host's memory that saving a model of `size` bytes takes, and loading it to verify it."""
-    if save_format == "compressed-tensors":  # each process loads it
+    if save_format == "compressed-tensors":  # Each process loads it.
         return size * program.world("LOCAL_WORLD_SIZE")
     return min(size, formats.LARGEST) if choices.FORMATS[save_format].streams else size
 
@@ -67,7 +73,7 @@ def _check_in_memory(path: str | None, model: PreTrainedModel, skeleton: PreTrai
                          f"{name} {tuple(shape)}; merge adapters first, or give its name or folder")
     if not path:
         return
-    own, made = (dict(each.named_parameters()) for each in (model, skeleton))  # of shared ones, the first alone
+    own, made = (dict(each.named_parameters()) for each in (model, skeleton))  # Shared ones count once.
     for name in sorted(made.keys() - own.keys())[:1]:
         raise InputError(f"--save {path}: {name} is tied to another tensor of the model, but not by model.config; set "
                          "its tie_word_embeddings, or give the model a copy of the tensor")
@@ -78,15 +84,3 @@ def _check_in_memory(path: str | None, model: PreTrainedModel, skeleton: PreTrai
                          "the model by from_pretrained(..., dtype=...)")
     with reading(f"--save {path}: the model's generation_config"), tempfile.TemporaryDirectory() as folder:
         model.generation_config.save_pretrained(folder)
-
-
-def _check_sequences(run: Run) -> None:
-    """Raise InputError for calibration sequences that exceed memory and disk, or are fewer than the processes."""
-    settings, world = run.settings, distributed.world()
-    nbytes = run.hidden_bytes
-    allocate([nbytes], torch.uint8, run.device, place_for(nbytes, run.device))  # and free it again
-    if settings.nsamples < world:
-        raise InputError(f"--nsamples {settings.nsamples}: must be at least {world}, the number of processes")
-    if settings.distill and settings.extra_counts[1] < world:
-        raise InputError(f"--distill {settings.distill:g}: gives {settings.extra_counts[1]} sequences, must be at "
-                         f"least {world}, the number of processes; raise --nsamples")

@@ -25,7 +25,7 @@ from mixgpt.common.texts import DATASETS
 
 REMEDY = "lower --batch-size, --nsamples or --seqlen, or give --no-true-sequential"
 RESUME = "what is in the folder of --save goes on with --resume"
-AMOUNTS = ("sparsity", "prunen", "wbits", "experts")  # options of which each says what to do
+AMOUNTS = ("sparsity", "prunen", "wbits", "experts")  # Each of these options says what to do.
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numba", "numpy")
 
 
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.register("type", None, os.path.expanduser)  # shells leave the ~ of --csv=~/runs.csv
+        self.register("type", None, os.path.expanduser)  # Shells leave the ~ of --csv=~/runs.csv.
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # ty: ignore[incompatible-method-override]
         return super().parse_args([re.sub(r"^--[^=]*", lambda flag: flag[0].replace("_", "-"), part) for part in argv])
@@ -87,7 +87,7 @@ def main(script: str, argv: list[str] | None = None, names: Collection[str] | No
         settings = parse(command.name, command.argv, names, plans)
         settings.check_paths()
         command.advice = f"; {RESUME}" if settings.save else ""
-        from mixgpt.app import pipeline  # slow import
+        from mixgpt.app import pipeline  # It imports PyTorch.
         pipeline.execute(settings, command.typed)
     return command.status
 
@@ -109,11 +109,11 @@ def reported(script: str, argv: list[str] | None, remedy: str = "") -> Generator
     try:
         with _terminable():
             yield command
-        print(end="", flush=True)  # sys.stdout may be None
-    except SystemExit as stop:  # argparse, after --help
+        print(end="", flush=True)  # sys.stdout may be None.
+    except SystemExit as stop:  # argparse raises it after --help.
         command.status = stop.code or 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its exit.
         command.status = 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt) as error:
         command.status = status_of(error)
@@ -123,10 +123,10 @@ def reported(script: str, argv: list[str] | None, remedy: str = "") -> Generator
             line = "terminated" if isinstance(error, Terminated) else "interrupted"
         elif is_out_of_memory(error):
             line = f"error: out of memory; {remedy}"
-        elif is_disk_full(error):  # another file than the flags name
+        elif is_disk_full(error):  # The flags do not name the file.
             line = "error: the disk of the output or of TMPDIR is full; free some space"
         elif lost := re.search("pair.cc.*(by peer|Broken pipe)|another process does not answer", str(error)):
-            line = f"error: another process {'has ended' if lost[1] else 'does not answer'}"  # the first is gloo's
+            line = f"error: another process {'has ended' if lost[1] else 'does not answer'}"  # gloo says the first.
         else:
             versions = (f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
             with tempfile.NamedTemporaryFile("w", prefix=f"{name}-".replace(" ", "-"), suffix=".txt",

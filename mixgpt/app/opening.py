@@ -44,7 +44,16 @@ def open_run(run: Run, stack: contextlib.ExitStack, command: str | None = None,
         if folder:
             run.record["identity"] = identity(run.model, asked(settings, run.device), run.calibration, run.further)
         elif run.selected and streaming.locations_of(run.model):  # Pruned layers go to disk, like the dense ones.
-            folder = _temporary_folder(run, stack)
+            nbytes, path = run.disk_bytes, None
+            if distributed.rank() == 0:
+                with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give "
+                             "--save"):
+                    path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
+            if memory.room(tempfile.gettempdir())[1]:  # Hidden states and layers share it.
+                nbytes += run.hidden_bytes * program.world("LOCAL_WORLD_SIZE")
+            folder = stack.enter_context(RunDir(
+                distributed.broadcast_object(path), nbytes=nbytes, place=f"TMPDIR {tempfile.gettempdir()}",
+                advice="free some space, or set TMPDIR to a folder on a larger disk"))
         if folder:
             folder.open(run.model, run.record.get("identity", {}))
         run.folder = folder
@@ -107,19 +116,6 @@ def _read_texts(run: Run, texts: list | torch.Tensor | None) -> None:
         chosen, model, tokenizer, batch_size * seqlen, run.device, settings.bos)
 
 
-def _temporary_folder(run: Run, stack: contextlib.ExitStack) -> RunDir:
-    """Return a RunDir in TMPDIR for the layers of a run that is not saved."""
-    nbytes, path = run.disk_bytes, None
-    if distributed.rank() == 0:
-        with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
-            path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
-    if memory.room(tempfile.gettempdir())[1]:  # Hidden states and layers share it.
-        nbytes += run.hidden_bytes * program.world("LOCAL_WORLD_SIZE")
-    return stack.enter_context(RunDir(
-        distributed.broadcast_object(path), nbytes=nbytes, place=f"TMPDIR {tempfile.gettempdir()}",
-        advice="free some space, or set TMPDIR to a folder on a larger disk"))
-
-
 def _plan(run: Run) -> tuple[list[str], list[str]]:
     """Decide whether the run distils, which needs room for all weights, and whether layers take one pass.
 
@@ -142,24 +138,18 @@ def _plan(run: Run) -> tuple[list[str], list[str]]:
             warnings.append(f"distill  skipped: training all weights takes {needed / 1e9:.1f} GB, and "
                             f"{memory.free(device) / 1e9:.1f} GB are free on {device}")
     if run.selected and not run.memory_plan.two_passes and device.type == "cuda":
-        notes.append(_plan_passes(run))
+        count = -(-(len(run.calibration) + settings.extra_counts[0]) // distributed.world())
+        one, two = needs.pass_bytes(run.streamed(run.memory_plan), run.selected, (count, run.seqlen),
+                                    settings.target == "dense", settings.solver == "admm")
+        free = min(distributed.all_gather_object(memory.free(device)))  # All processes decide alike.
+        run.memory_plan = memory.MemoryPlan(**run.keep("memory_plan", lambda: asdict(replace(
+            run.memory_plan, two_passes=free < one > two, two_take_less=two < one))))
+        passes, taken, other, more = ("two passes", two, "one", one) if run.memory_plan.two_passes else (
+            "one pass", one, "two", two)
+        notes.append(f"memory   {passes} through each layer: about {taken / 1e9:.1f} of {free / 1e9:.1f} GB free on "
+                     f"the GPU; {other} would take {more / 1e9:.1f} GB")
     elif run.selected:
         run.memory_plan = memory.MemoryPlan(**run.keep("memory_plan", lambda: asdict(run.memory_plan)))
     if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
         notes.append(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
     return notes, warnings
-
-
-def _plan_passes(run: Run) -> str:
-    """Choose one pass through each layer, unless that does not fit on the GPU and two take less. Returns a line."""
-    settings = run.settings
-    count = -(-(len(run.calibration) + settings.extra_counts[0]) // distributed.world())
-    one, two = needs.pass_bytes(run.streamed(run.memory_plan), run.selected, (count, run.seqlen),
-                                settings.target == "dense", settings.solver == "admm")
-    free = min(distributed.all_gather_object(memory.free(run.device)))  # All processes decide alike.
-    run.memory_plan = memory.MemoryPlan(**run.keep("memory_plan", lambda: asdict(replace(
-        run.memory_plan, two_passes=free < one > two, two_take_less=two < one))))
-    passes, other = (two, one) if run.memory_plan.two_passes else (one, two)
-    number, alternative = ("two passes", "one") if run.memory_plan.two_passes else ("one pass", "two")
-    return (f"memory   {number} through each layer: about {passes / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU; "
-            f"{alternative} would take {other / 1e9:.1f} GB")

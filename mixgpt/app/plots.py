@@ -34,13 +34,13 @@ def draw(plan: Mapping[Key, Target], traces: Traces | None = None, suffix: str =
     if traces:
         values, errors = (_grid(values, traces.shapes) for values in (traces.sensitivity, traces.sensitivity_errors))
         title, label = f"Sensitivity by {traces.estimator}", "trace per weight"
-        positive = values.where(values > 0)  # Hutchinson estimates can be negative
+        positive = values.where(values > 0)  # Hutchinson's estimates can be negative.
         _heat_map(figure.add_subplot(grid[1, :]), positive, "Sensitivity", label,
                   "log" if positive.notna().any(axis=None) else None)
         lines.set_yscale("log" if positive.notna().equals(values.notna()) else "linear")
     for number, kind in enumerate(values):
         lines.errorbar(values.index, values[kind], errors if errors is None else errors[kind], label=kind, marker=".",
-                       linewidth=1, linestyle="-" if number < 10 else ":", elinewidth=0.5)  # ten colours
+                       linewidth=1, linestyle="-" if number < 10 else ":", elinewidth=0.5)  # There are ten colours.
     lines.set(xlabel="layer", ylabel=label, title=f"{title}, by layer")
     lines.xaxis.set_major_locator(MaxNLocator(integer=True))
     lines.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
@@ -119,7 +119,7 @@ def _bars(axis: Axes, panel: pd.DataFrame, dense: list[float], colours: dict[Any
     axis.set_xlabel("perplexity")
     axis.margins(x=0.12)
     _perplexity_axis(axis, axis.xaxis, rows["low"].min(), rows["high"].max())
-    axis.xaxis.set_minor_formatter(NullFormatter())  # the bars have labels
+    axis.xaxis.set_minor_formatter(NullFormatter())  # The bars have labels.
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -128,7 +128,7 @@ def _perplexity_axis(axis: Axes, side: XAxis | YAxis, low: float, high: float) -
     if high > 5 * low:
         axis.set(**{f"{side.axis_name}scale": "log"})
     side.set_major_formatter("{x:,g}")
-    side.set_minor_formatter("{x:,g}" if high < 50 * low else NullFormatter())  # they would overlap
+    side.set_minor_formatter("{x:,g}" if high < 50 * low else NullFormatter())  # More labels would overlap.
 
 
 def bytes_of(figure: Figure, suffix: str) -> bytes:

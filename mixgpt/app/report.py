@@ -55,7 +55,6 @@ def of_matrices(run: Run, plan: Plan, outcomes: dict[Key, Outcome], zeros: list[
 
 
 def _counted(m: MatrixSparsity) -> dict[str, Any]:
-    """Return the entries of the record for a `MatrixSparsity`."""
     return {"layer": m.layer, "name": m.name, "shape": list(m.shape), "sparsity": m.zeros / m.numel}
 
 

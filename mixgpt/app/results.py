@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from mixgpt.common.files import check_outputs, write_output
 from mixgpt.common.program import SCHEMA, check_signature
 from mixgpt.common.progress import table
 
-ABOUT = ("model", "seed")  # columns on what was run; like dense results, above the table if equal in all rows
-FORMATS = {"sparsity": "{:.2%}", "seconds": "{:.0f}"}  # of numbers in other columns: {:.2f}
-Runs = list[dict[str, Any]]  # as `read` returns each
+ABOUT = ("model", "seed")  # These columns, like dense results, stand above the table if all rows agree in them.
+FORMATS = {"sparsity": "{:.2%}", "seconds": "{:.0f}"}  # Numbers in other columns have two digits.
+Runs = list[dict[str, Any]]  # `read` returns each of them.
 
 
 def files_of(names: Iterable[str]) -> list[Path]:
@@ -37,31 +37,30 @@ def read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
     with reading(f"{file}: is not the record of a run, as --record and --save write it"):
         record = json.loads(file.read_text())
-        check_signature({"schema": SCHEMA} | record, str(file))  # without one it is older: see what fits
+        check_signature({"schema": SCHEMA} | record, str(file))  # A record without one is older; what fits is shown.
         settings, model = record["settings"], str(Path(record["settings"]["model"]))
         method = next((name for name in record["perplexity"] if name != "dense"), "dense")
         n, m, effort, label = settings.get("prunen", 0), settings.get("prunem", 0), settings.get("effort", 1), method
-        if recipe(**settings | {"preset": "best"}).items() <= settings.items():  # best, in place of its choices
+        if recipe(**settings | {"preset": "best"}).items() <= settings.items():  # The choices are those of best.
             label = "best" + (f", effort {effort:g}" if effort != 1 else "") + method.rpartition(")")[2]
         label += f" {n}:{m}" if m else ""
         if isinstance(record.get("distilled"), str) and "not distilled" not in label:
             label += ", not distilled"
         run = record | {"file": str(file), "model": model, "method": method, "label": label}
-        text_of([run]), points_of([run])  # which read all that a table and a plot need
+        text_of([run]), points_of([run])  # They read all that a table and a plot need.
     return run
 
 
-def shorten(runs: Runs) -> None:
-    """Call models that are paths by their last part, unless another model of these runs has it."""
+def distinguish(runs: Runs) -> None:
+    """Shorten paths of models to their last part where only one has it, and tell runs of one model and label apart.
+
+    Their labels get the settings in which they differ, except for the seed.
+    """
     ends = Counter(Path(model).name for model in {run["model"] for run in runs})
     for run in runs:
         path = Path(run["model"])
         if len(path.parts) > 2 and ends[path.name] == 1:
             run["model"] = path.name
-
-
-def distinguish(runs: Runs) -> None:
-    """Add to the labels of runs of one model and label the settings in which they differ, except for the seed."""
     alike = defaultdict(list)
     for run in runs:
         alike[run["model"], run["label"]].append(run)
@@ -71,16 +70,15 @@ def distinguish(runs: Runs) -> None:
                 run["label"] += f", {name} {run['settings'].get(name)}"
 
 
-def _text_key(run: dict[str, Any], name: str) -> tuple:
-    """Return what two perplexities must share to be compared: model, sequences, BOS and text."""
-    settings, source = run["settings"], run["data"].get(name, {})
-    return run["model"], *(settings.get(key) for key in ("seqlen", "eval_limit", "bos")), name, source.get("sha256")
+def _dense(runs: Runs) -> Callable[[dict[str, Any], str], float | None]:
+    """Return a function of a run and a text that gives the dense model's perplexity on the same sequences, if known."""
+    def key(run: dict[str, Any], name: str) -> tuple:
+        settings, source = run["settings"], run["data"].get(name, {})
+        return run["model"], *(settings.get(key) for key in ("seqlen", "eval_limit", "bos")), name, source.get("sha256")
 
-
-def _dense(runs: Runs) -> dict[tuple, float]:
-    """Return {_text_key: perplexity} of the dense models."""
-    return {_text_key(run, name): float(value) for run in runs
-            for name, value in run["perplexity"].get("dense", {}).items()}
+    known = {key(run, name): float(value) for run in runs
+             for name, value in run["perplexity"].get("dense", {}).items()}
+    return lambda run, name: known.get(key(run, name))
 
 
 def table_of(runs: Runs) -> pd.DataFrame:
@@ -88,7 +86,7 @@ def table_of(runs: Runs) -> pd.DataFrame:
 
     Columns from "file" on are for the CSV alone. NaN or None: there is no such value; a perplexity of NaN is text.
     """
-    labels, dense, groups = list(dict.fromkeys(run["label"] for run in runs)), _dense(runs), []
+    labels, dense_of, groups = list(dict.fromkeys(run["label"] for run in runs)), _dense(runs), []
     for run in sorted(runs, key=lambda run: (
             run["model"], round(run["sparsity"], 3), -run["settings"].get("wbits", 16), labels.index(run["label"]),
             run["settings"]["seed"], run["file"])):
@@ -97,7 +95,7 @@ def table_of(runs: Runs) -> pd.DataFrame:
         perplexities = {}
         for name, value in run["perplexity"].get(run["method"], {}).items():
             perplexities |= {f"{name} ppl": "nan" if math.isnan(value) else value,
-                             f"dense {name}": dense.get(_text_key(run, name))}
+                             f"dense {name}": dense_of(run, name)}
         scores = {f"{task} {metric}": value for task, values in run.get("tasks", {}).get(run["method"], {}).items()
                   for metric, value in values.items() if metric not in NO_METRICS and not metric.endswith("_stderr")}
         costs = {"seconds": sum(run["seconds"].values())} | {
@@ -128,9 +126,9 @@ def points_of(runs: Runs) -> pd.DataFrame:
 
     Columns: model, text, method, sparsity, mean, low and high of the perplexity, and dense, the dense model's.
     """
-    dense = _dense(runs)
+    dense_of = _dense(runs)
     rows = [{"model": run["model"], "text": text, "method": run["label"], "sparsity": run["sparsity"],
-             "seed": run["settings"]["seed"], "perplexity": perplexity, "dense": dense.get(_text_key(run, text)),
+             "seed": run["settings"]["seed"], "perplexity": perplexity, "dense": dense_of(run, text),
              "target": (run["settings"].get("sparsity", 0), run["settings"].get("prunen", 0))}
             for run in runs if run["method"] != "dense"
             for text, perplexity in run["perplexity"][run["method"]].items() if math.isfinite(perplexity)]
@@ -163,7 +161,6 @@ def main(script: str, argv: list[str] | None = None) -> int:
             except InputError as error:
                 print(f"{command.name}: error: {error}", file=sys.stderr)
                 command.status = 2
-        shorten(runs)
         distinguish(runs)
         if runs:
             print(text_of(runs, options.markdown))
@@ -173,7 +170,7 @@ def main(script: str, argv: list[str] | None = None) -> int:
         if runs and options.plot:
             if (points := points_of(runs)).empty:
                 raise InputError(f"--plot {options.plot}: no run has both a finite perplexity and pruned weights")
-            from mixgpt.app import plots  # imports PyTorch
+            from mixgpt.app import plots  # It imports PyTorch.
             write_output("--plot", options.plot, plots.draw_tradeoff(points, Path(options.plot).suffix))
             print(f"\npicture  {options.plot}")
     return command.status

@@ -16,17 +16,17 @@ from mixgpt.common.texts import check_texts, hub_copies, shares_of
 if TYPE_CHECKING:
     from mixgpt.quant import Scheme
 
-WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
-IN_MEMORY = "text in memory"  # the dataset of calibration text that the caller holds
+WBITS = (2, 3, 4, 8, 16)  # Weights of 16 bits are not quantized.
+IN_MEMORY = "text in memory"  # This is the dataset if the caller holds the calibration text.
 BOS = {"each": "BOS at the start of each sequence", "once": "BOS at the start of each text", "never": "no BOS"}
-PRESETS = {  # complete recipes; explicit flags override them
+PRESETS = {  # Explicit flags override them.
     "sparsegpt": {"sparsity_way": "uniform", "saliency": "obs", "solver": "obs", "target": "layer"},
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
              "rotate": True, "percdamp": 0.1, "extra": 0.5, "distill": 0.75},
 }
-NEEDS = {  # what makes these properties of Settings true, in words, if not the flag of that name
+NEEDS = {  # These flags make properties of Settings true; others are flags themselves.
     "prunes": "--sparsity or --prunen and --prunem",
     "quantizes": f"--wbits {', '.join(map(str, WBITS[:-1]))}",
     "compresses": "--sparsity, --prunen and --prunem, or --wbits",
@@ -55,12 +55,12 @@ def recipe(preset: str | None = None, prunem: int = 0, wbits: int = 16, groupsiz
     return options
 
 
-# What an option affects.
-RESULT = "result"  # the result: must match for --resume, distinguished in plots
-METHOD = "method"  # likewise, but one point in plots, which show it as method, sparsity or range, or rounding alone
-EVALUATION = "evaluation"  # what is reported, not saved: must match once the run has ended, distinguished in plots
-REPORT = "report"  # how much is reported, or how the result is stored: must match once the run has ended
-FREE = "free"  # none of these: may differ for --resume
+# What an option affects decides whether it must match for --resume, and whether plots tell its values apart.
+RESULT = "result"  # The result differs: it must match, and plots tell it apart.
+METHOD = "method"  # It must match, but plots show it as method, sparsity or range, or it changes rounding alone.
+EVALUATION = "evaluation"  # What is reported differs: it must match once the run has ended, and plots tell it apart.
+REPORT = "report"  # How much is reported, or how it is stored, differs: it must match once the run has ended.
+FREE = "free"  # It may differ.
 
 
 def option(default: Any, effect: str, help: str, *, group: str | None = None, choices: Collection | None = None,
@@ -82,7 +82,7 @@ class Settings:
     """The options of a run: those given, else the preset's, else the defaults. Raises InputError for invalid values."""
 
     model: str = option(None, FREE, "hub id, local folder or .gguf file")  # `run_dir.identity` compares its weights.
-    dataset: str | None = option(  # None: where nothing is calibrated
+    dataset: str | None = option(  # It is None where nothing is calibrated.
         None, RESULT, "calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3")
 
     sparsity: float = option(0.0, METHOD, "fraction of the weights to prune, below 1", group="what to prune")
@@ -168,7 +168,7 @@ class Settings:
 
     batch_size: int = option(2, METHOD,
         "sequences per forward pass; affects speed, memory and, by rounding, results", group="execution", between=(1,))
-    device: object = option(None, FREE, "cpu, cuda or cuda:N (default: cuda if available)")  # or a torch.device
+    device: object = option(None, FREE, "cpu, cuda or cuda:N (default: cuda if available)")  # It may be a torch.device.
     dtype: str = option("auto", RESULT, "dtype of the weights in memory and on disk; auto: as stored, but in memory "
         "float32 where the device is faster in it", choices=("auto", "float32", "bfloat16", "float16"))
 
@@ -198,10 +198,9 @@ class Settings:
         given = {name: _converted(fields[name], value) for name, value in given.items()}
         preset, known = recipe(**given), {"eval": ("builtin",)} if dataset == "builtin" else {}
         for name, field in fields.items():
-            object.__setattr__(self, name, (known | preset | given).get(name, field.default))  # frozen
+            object.__setattr__(self, name, (known | preset | given).get(name, field.default))  # The class is frozen.
         try:
-            for field in fields.values():
-                self._check_field(field)
+            self._check_values()
             self._check_combinations()
         except InputError as error:
             refused, _, reason = str(error).partition(": ")
@@ -209,21 +208,22 @@ class Settings:
                 raise InputError(f"--preset {self.preset} ({refused}): {reason}") from error
             raise
 
-    def _check_field(self, field: dataclasses.Field) -> None:
-        value, metadata, flag = getattr(self, field.name), field.metadata, flag_of(field.name)
-        if isinstance(value, str) and not value.strip() and field.default != "":
-            raise InputError(f'{flag} "{value}": must not be empty')
-        if value == field.default:
-            return
-        if (choices := metadata["choices"]) and value not in choices:
-            raise InputError(f"{flag} {value}: must be one of {', '.join(map(str, choices))}")
-        if metadata["between"]:
-            check_between(flag, value, *metadata["between"])
-        if missing := [need for need in metadata["needs"] if not getattr(self, need)]:
-            given = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
-            raise InputError(f"{flag}{given}: needs {NEEDS.get(missing[0], flag_of(missing[0]))}")
-        if reason := isinstance(choices, Registry) and choices[value].refuses(self):
-            raise InputError(f"{flag} {value}: {reason}")
+    def _check_values(self) -> None:
+        for field in dataclasses.fields(self):
+            value, metadata, flag = getattr(self, field.name), field.metadata, flag_of(field.name)
+            if isinstance(value, str) and not value.strip() and field.default != "":
+                raise InputError(f'{flag} "{value}": must not be empty')
+            if value == field.default:
+                continue
+            if (choices := metadata["choices"]) and value not in choices:
+                raise InputError(f"{flag} {value}: must be one of {', '.join(map(str, choices))}")
+            if metadata["between"]:
+                check_between(flag, value, *metadata["between"])
+            if missing := [need for need in metadata["needs"] if not getattr(self, need)]:
+                given = "" if value is True else f" {value:g}" if isinstance(value, float) else f" {value}"
+                raise InputError(f"{flag}{given}: needs {NEEDS.get(missing[0], flag_of(missing[0]))}")
+            if reason := isinstance(choices, Registry) and choices[value].refuses(self):
+                raise InputError(f"{flag} {value}: {reason}")
 
     def _check_combinations(self) -> None:
         n, m, groupsize, solver = self.prunen, self.prunem, self.groupsize, SOLVERS[self.solver]
@@ -334,7 +334,7 @@ class Settings:
         if self.data_dir:
             hub_copies(self.data_dir, train=texts if self.needs_calibration else (), test=self.eval)
         paths = {"--plot": self.plot, "--record": self.record}
-        if not os.path.isfile(self.sensitivity_file or ""):  # else it is read
+        if not os.path.isfile(self.sensitivity_file or ""):  # An existing one is read.
             paths["--sensitivity-file"] = self.sensitivity_file
         paths = {flag: path for flag, path in paths.items() if path}
         check_outputs(paths, self.overwrite or self.resume)
@@ -347,10 +347,10 @@ class Settings:
 
 def _converted(field: dataclasses.Field, value: Any) -> Any:
     """Return the value of a field as Python may give it in the field's type. Raises InputError for others."""
-    value = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy's numbers count.
     value = str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
     value = os.path.expanduser(value) if isinstance(value, (str, Path)) else value
-    if isinstance(field.default, tuple):  # of names, which text separates by commas or blanks
+    if isinstance(field.default, tuple):  # A text separates names by commas or blanks.
         names = value.replace(",", " ").split() if isinstance(value, str) else map(str, value or ())
         if not (names := tuple(dict.fromkeys(map(os.path.expanduser, names)))) and isinstance(value, str):
             raise InputError(f'{flag_of(field.name)} "{value}": must not be empty')

@@ -26,7 +26,7 @@ def _guarded(method: Callable) -> Callable:
         try:
             if self.logs:
                 method(self, *arguments)
-        except Exception as error:  # not installed, a variable that it does not accept, a full disk, no server
+        except Exception as error:  # It may be missing, refuse a variable, find no room or no server.
             if errors.is_out_of_memory(error):
                 raise
             self.logs = False
@@ -38,7 +38,7 @@ def _guarded(method: Callable) -> Callable:
 class Tracker(contextlib.AbstractContextManager):
     """A W&B run, as a context manager that ends it, unless a caller has begun it."""
 
-    logs = True  # until the client fails
+    logs = True  # It is False once the client has failed.
 
     @_guarded
     def __init__(self, settings: Settings, record: dict[str, Any], method: str) -> None:
@@ -52,8 +52,8 @@ class Tracker(contextlib.AbstractContextManager):
                    "name": settings.wandb_name, "group": settings.wandb_group,
                    "settings": wandb.Settings(silent=settings.quiet)}
         try:
-            self.run = wandb.run or wandb.init(**options)  # which in a notebook would end the caller's
-        except (wandb.errors.UsageError, wandb.errors.CommError):  # logged out, or no answer
+            self.run = wandb.run or wandb.init(**options)  # A second one would end the caller's.
+        except (wandb.errors.UsageError, wandb.errors.CommError):  # It is logged out, or gets no answer.
             self.run = wandb.init(**options, mode="offline")
             print(f"warning  W&B: not online; upload the run with: wandb sync {Path(self.run.dir).parent}", flush=True)
         if not self.own:
@@ -64,8 +64,8 @@ class Tracker(contextlib.AbstractContextManager):
     @_guarded
     def plan(self, traces: Traces, plan: dict[Key, Target]) -> None:
         """Log `Traces` and {(layer, name): Target} as a table and a picture."""
-        from mixgpt.app import plots  # imports matplotlib
-        sensitivity, deviations = traces.sensitivity, traces.sensitivity_errors  # each access computes all of them
+        from mixgpt.app import plots  # It imports matplotlib.
+        sensitivity, deviations = traces.sensitivity, traces.sensitivity_errors  # Each access computes them.
         rows = [[*key, sensitivity[key], deviations[key], rank, plan[key].sparsity]
                 for rank, key in enumerate(sorted(plan, key=sensitivity.__getitem__, reverse=True), start=1)]
         columns = ["layer", "matrix", "trace per weight", "standard error", "rank", "sparsity assigned"]
@@ -77,12 +77,12 @@ class Tracker(contextlib.AbstractContextManager):
         """Log a finished layer: its `MatrixSparsity`s, {(layer, name): Outcome}, and the time since `start`."""
         frame = pd.DataFrame({"error": [outcomes.get((m.layer, m.name), Outcome()).error for m in counted],
                               "sparsity": [m.zeros / m.numel for m in counted]}, dtype=float)
-        kinds = [kind_of(m.name).replace(".", "/") for m in counted]  # W&B's summary nests at dots
+        kinds = [kind_of(m.name).replace(".", "/") for m in counted]  # W&B's summary nests at dots.
         point = {"layer": index, "layers/seconds": time.perf_counter() - start,
                  "layers/sparsity": total_sparsity(counted), "layers/error": frame["error"].mean()}
         means = frame.groupby(kinds).mean().unstack()
         point |= {f"{metric}/{kind}": mean for (metric, kind), mean in means.items()}
-        self.run.log({name: value for name, value in point.items() if value == value})  # without calibration no errors
+        self.run.log({name: value for name, value in point.items() if value == value})  # No error is NaN.
 
     @_guarded
     def result(self, record: dict[str, Any], method: str) -> None:
