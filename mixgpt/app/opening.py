@@ -138,18 +138,24 @@ def _plan(run: Run) -> tuple[list[str], list[str]]:
             warnings.append(f"distill  skipped: training all weights takes {needed / 1e9:.1f} GB, and "
                             f"{memory.free(device) / 1e9:.1f} GB are free on {device}")
     if run.selected and not run.memory_plan.two_passes and device.type == "cuda":
-        count = -(-(len(run.calibration) + settings.extra_counts[0]) // distributed.world())
-        one, two = needs.pass_bytes(run.streamed(run.memory_plan), run.selected, (count, run.seqlen),
-                                    settings.target == "dense", settings.solver == "admm")
-        free = min(distributed.all_gather_object(memory.free(device)))  # All processes decide alike.
-        run.memory_plan = memory.MemoryPlan(**run.keep("memory_plan", lambda: asdict(replace(
-            run.memory_plan, two_passes=free < one > two, two_take_less=two < one))))
-        passes, taken, other, more = ("two passes", two, "one", one) if run.memory_plan.two_passes else (
-            "one pass", one, "two", two)
-        notes.append(f"memory   {passes} through each layer: about {taken / 1e9:.1f} of {free / 1e9:.1f} GB free on "
-                     f"the GPU; {other} would take {more / 1e9:.1f} GB")
+        notes.append(_plan_passes(run))
     elif run.selected:
         run.memory_plan = memory.MemoryPlan(**run.keep("memory_plan", lambda: asdict(run.memory_plan)))
     if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
         notes.append(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
     return notes, warnings
+
+
+def _plan_passes(run: Run) -> str:
+    """Choose one pass through each layer, unless that does not fit on the GPU and two take less. Returns a line."""
+    settings = run.settings
+    count = -(-(len(run.calibration) + settings.extra_counts[0]) // distributed.world())
+    one, two = needs.pass_bytes(run.streamed(run.memory_plan), run.selected, (count, run.seqlen),
+                                settings.target == "dense", settings.solver == "admm")
+    free = min(distributed.all_gather_object(memory.free(run.device)))  # All processes decide alike.
+    run.memory_plan = memory.MemoryPlan(**run.keep("memory_plan", lambda: asdict(replace(
+        run.memory_plan, two_passes=free < one > two, two_take_less=two < one))))
+    passes, taken, other, more = ("two passes", two, "one", one) if run.memory_plan.two_passes else (
+        "one pass", one, "two", two)
+    return (f"memory   {passes} through each layer: about {taken / 1e9:.1f} of {free / 1e9:.1f} GB free on the GPU; "
+            f"{other} would take {more / 1e9:.1f} GB")
