@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import math
 import os
 import re
 import tempfile
@@ -31,6 +30,7 @@ TEST_TOKENS = {"wikitext2": 330_000, "ptb": 110_000, "builtin": 25_000}  # about
 SEQUENCES = 2  # calibration sequences for which a layer is timed
 STEPS = 4  # steps of distillation that are timed
 ONCE = ("factorisation", "rotation", "walk", "admm", "quantize", "magnitude", "rounding")  # parts without sequences
+AMPLE = 2**60  # bytes of a host of which nothing is known
 WORTH = 10**12  # weights times calibration tokens from which on a run says how long it will take
 
 
@@ -50,7 +50,7 @@ class Machine:
         if not parsed:
             raise InputError(f"--device-memory {given}: must be a number with its unit, such as 24GB")
         free = memory.USABLE * float(parsed[1]) * UNITS[parsed[2].upper()]
-        return cls(torch.device("cuda"), lambda device: free if device.type == "cuda" else math.inf)
+        return cls(torch.device("cuda"), lambda device: free if device.type == "cuda" else AMPLE)
 
 
 @dataclass(frozen=True)
