@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
         self.register("type", None, os.path.expanduser)  # shells leave the ~ of --csv=~/runs.csv
 
-    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # ty: ignore[incompatible-method-override]
         return super().parse_args([re.sub(r"^--[^=]*", lambda flag: flag[0].replace("_", "-"), part) for part in argv])
 
     def error(self, message: str) -> NoReturn:
@@ -63,18 +63,18 @@ def parse(script: str, argv: list[str], names: Collection[str] | None = None, pl
         if (title := field.metadata["group"]) and not names:
             group = parser.add_argument_group(title)
         default, text, choices = field.default, field.metadata["help"], field.metadata["choices"]
-        if isinstance(default, bool):
-            arguments = {"action": argparse.BooleanOptionalAction}
-        else:
+        arguments: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if not isinstance(default, bool):
             arguments = {"type": str if default is None else type(default), **field.metadata["arguments"]}
             arguments |= {"choices": choices} if choices else {}
             text += f"; {choices.help}" if isinstance(choices, Registry) else ""
         if default not in (None, "", ()) and default is not False:
             text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
-        text += f"; {DATASETS.help}" if field.name == "dataset" else ""
-        arguments |= {"nargs": "?"} if plans and field.name == "dataset" else {}
-        group.add_argument(flag_of(field.name), help=text, **arguments)
-    given = vars(parser.parse_args(argv))
+        if field.name == "dataset":
+            text += f"; {DATASETS.help}"
+            arguments |= {"nargs": "?"} if plans else {}
+        group.add_argument(flag_of(field.name), *field.metadata["aliases"], help=text, **arguments)
+    given: dict[str, Any] = vars(parser.parse_args(argv))
     if plans:
         given = {"dataset": "builtin", "dry_run": True} | given
         given |= {} if given.keys() & AMOUNTS else {"preset": "best", "sparsity": 0.5} | given
@@ -93,7 +93,7 @@ def main(script: str, argv: list[str] | None = None, names: Collection[str] | No
 
 
 @contextlib.contextmanager
-def reported(script: str, argv: list[str] | None, remedy: str = "") -> Iterator[SimpleNamespace]:
+def reported(script: str, argv: list[str] | None, remedy: str = "") -> Generator[SimpleNamespace]:
     """Turn what ends the block, a whole command line, into one line on stderr and an exit status.
 
     script: a path, or `mixgpt` and a subcommand. Yields their `name`, `argv`, what was `typed`, and a `status`: 0, or
@@ -141,13 +141,13 @@ def reported(script: str, argv: list[str] | None, remedy: str = "") -> Iterator[
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable() -> Generator[None]:
     """Let SIGTERM and SIGHUP raise `Terminated` within the block, so that temporary files are removed.
 
     Only in the first process: the others keep no files. A signal that is ignored, as under nohup, stays so.
     """
-    def terminate(*_):
-        for number in handled:  # a terminal that closes sends two
+    def terminate(*_: object) -> None:
+        for number in handled:  # A terminal that closes sends two.
             signal.signal(number, signal.SIG_IGN)
         raise Terminated
 
