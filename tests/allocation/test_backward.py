@@ -8,7 +8,6 @@ import torch
 from conftest import CPU, make, modules_of
 from makebelieve import CUDA, Gpu
 
-from mixgpt.allocation import backward
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import hessian_traces
@@ -18,6 +17,7 @@ from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
 from mixgpt.modeling.linears import hooked, linears
 from mixgpt.modeling.running import StreamedModel
+from mixgpt.pruning import needs
 from mixgpt.pruning.targets import Target, select
 
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mixgpt.allocation import backward, fisher
+from mixgpt.allocation import fisher
 from mixgpt.app import cli
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
