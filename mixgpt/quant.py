@@ -105,7 +105,7 @@ class Grid:
         for step in (1, -1):  # bfloat16 rounds an 8-bit weight by up to one step: it may belong to the next code.
             neighbours = (nearest.int() + step).clamp(0, 2**self.scheme.wbits - 1).to(torch.uint8)
             codes = torch.where(self.weights(codes) == W, codes, neighbours)
-        if not (self.weights(codes) == W).all():  # W may have a wider dtype.
+        if not torch.equal(self.weights(codes), W):
             raise ValueError("the weights do not lie on the grid")
         return codes
 
