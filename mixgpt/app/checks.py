@@ -24,6 +24,8 @@ def check(settings: Settings, device: torch.device, clock: runtime.Clock, model:
     """Return a `Run` that is not open yet. Raises InputError for settings that do not fit the model or the disk."""
     settings.check_paths()  # Only the command line has checked them before.
     config = model.config if model else load.read_config(settings.model)
+    if settings.device_memory and settings.dtype == "auto":  # What is fast on this device says nothing of another.
+        settings = replace(settings, dtype=str(config.dtype or torch.float32).removeprefix("torch."))
     skeleton = load.skeleton(config, model.dtype if model else runtime.choose_dtype(settings.dtype, config, device))
     if settings.experts:
         skeleton = expert_removal.with_fewer_experts(skeleton, settings.experts)

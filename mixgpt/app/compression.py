@@ -56,7 +56,7 @@ def _prune(run: Run, plan: Plan, survey: measures.Survey, stage: str, scheme: Sc
             run.tracker.layer(index, counted, outcomes, start)
 
     if run.folder:
-        run.folder.keep("memory_plan", asdict(memory_plan))
+        run.folder.put("memory_plan", asdict(memory_plan))
         run.folder.begin(stage, scheme)
     if settings.calibrates:
         saliency = choices.SALIENCIES[settings.saliency]

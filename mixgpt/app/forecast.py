@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mixgpt.app.checks import saving_bytes
 from mixgpt.app.run import Run
-from mixgpt.checkpoints import load
-from mixgpt.common import distributed, memory
+from mixgpt.checkpoints import formats, load
+from mixgpt.common import choices, distributed, errors, memory
 from mixgpt.common.errors import InputError
 from mixgpt.common.progress import table
 from mixgpt.evaluation import measures, selfcheck
@@ -115,7 +115,9 @@ def memory_needs(run: Run) -> list[Need]:
 
 
 def test_tokens(run: Run) -> list[int]:
-    """Return about how many tokens of each test set are evaluated."""
+    """Return how many tokens of each test set are evaluated, about so many if they have not been read yet."""
+    if run.tests:
+        return [tokens.numel() for tokens in run.tests.values()]
     sizes = [256 * run.seqlen if name == "c4" else os.path.getsize(name) // 4 if os.path.isfile(name)
              else TEST_TOKENS.get(name, TEST_TOKENS["wikitext2"]) for name in run.settings.eval]
     return [min(size, (run.settings.eval_limit or size) * run.seqlen) for size in sizes]
@@ -220,8 +222,15 @@ def text(run: Run, execute: Callable) -> str:
              f"method   {run.method}", "", table(["GB beside the program", "GPU", "host", "TMPDIR", "time"], cells), "",
              f"program  {gigabytes(psutil.Process().memory_info().rss)} GB of the host's memory"]
     if settings.distill:
-        lines.append("distill  yes" if run.distills else f"distill  no: needs {gigabytes(training_need(run))} GB on "
-                     f"{device}, which has {gigabytes(free(device))} GB free")
+        lines.append(f"distill  {'yes' if run.distills else 'no'}: takes {gigabytes(training_need(run))} GB on {device}, "
+                     f"which has {gigabytes(free(device))} GB free")
+    if run.selected:
+        zeros, wbits = settings.prunen / settings.prunem if settings.prunem else settings.sparsity, settings.wbits
+        sizes = formats.format_bytes(load.size(run.config, run.dtype), [
+            (shape, zeros, wbits) for shape in run.selected.values()], run.model.dtype.itemsize, settings.groupsize,
+            settings.sym)
+        lines.append("result   " + ", ".join(f"{name} {gigabytes(nbytes)} GB" for name, nbytes in sizes.items()
+                                             if not choices.FORMATS[name].refuses(settings)))
     left = "" if elsewhere else f"; {gigabytes(memory.room(folder)[0])} GB are free"
     return "\n".join([*lines, f"disk     {gigabytes(run.disk_bytes)} GB in {folder}{left}"])
 
@@ -241,7 +250,11 @@ def announce(run: Run, execute: Callable) -> None:
     """Print how long a long run will take, stage by stage."""
     sequences = (run.settings.nsamples + sum(run.settings.extra_counts)) * run.settings.needs_calibration
     work = run.model.num_parameters() * (sequences * run.seqlen + sum(test_tokens(run)))
-    if work >= WORTH and distributed.world() == 1 and not run.settings.quiet:
+    if work < WORTH or distributed.world() > 1 or run.settings.quiet:
+        return
+    try:
         times = seconds(run, execute)
-        parts = ", ".join(f"{stage} {duration(time)}" for stage, time in times.items() if time >= 1)
-        run.log(f"time     about {duration(sum(times.values()))} ({parts})")
+    except Exception as error:  # An estimate must not end a run.
+        return run.log(f"time     cannot be told: {errors.one_line(error)}")
+    parts = ", ".join(f"{stage} {duration(time)}" for stage, time in times.items() if time >= 1)
+    run.log(f"time     about {duration(sum(times.values()))} ({parts})")

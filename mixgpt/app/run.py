@@ -120,13 +120,13 @@ class Run:
         return memory.retry_with_less_memory(memory.MemoryPlan(self.settings.batch_size, on_host), step)
 
     def keep(self, name: str, make: Callable[[], Value]) -> Value:
-        """Return the JSON-able make(), or what it was in the interrupted run; see `RunDir.kept`."""
+        """Return the JSON-able make(), or what it was in the interrupted run; see `RunDir.keep`."""
         return self.keep_tensors(name, lambda: (make(), {}))[0]
 
     def keep_tensors(self, name: str, make: Callable[[], tuple[Any, dict[str, torch.Tensor]]]
                      ) -> tuple[Any, dict[str, torch.Tensor]]:
         """Return make(), a JSON-able value and tensors, or what they were in the interrupted run."""
-        return self.folder.kept(name, make) if self.settings.save else make()
+        return self.folder.keep(name, make) if self.settings.save else make()
 
     def log(self, text: str) -> None:
         """Print text unless the run is quiet."""

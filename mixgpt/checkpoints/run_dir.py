@@ -2,7 +2,7 @@
 
 Until the run has ended, its subdirectory `progress` holds
 
-    run.json                      what identifies the run, and the choices that it has made, see `RunDir.kept`
+    run.json                      what identifies the run, and the choices that it has made, see `RunDir.keep`
     NAME-RANK.safetensors         tensors that belong to a choice: gradients, states of the dense model
     layer-00000.safetensors       a finished layer with the grids of its matrices and, as metadata, their errors
     distilled-00000.safetensors   the same layer, distilled; they replace those above once all are written
@@ -160,8 +160,8 @@ class RunDir(contextlib.AbstractContextManager):
     def _reading(self, file):
         return reading(f"--resume: {file} cannot be read; remove {self.folder} to start over")
 
-    def kept(self, name, make):
-        """Return what the interrupted run has kept under a name; else make() and keep it.
+    def keep(self, name, make):
+        """Return what the interrupted run has made under a name; else make() and keep it.
 
         make: returns a JSON-able value, that of the first process counts, and {key: tensor} of this process.
         """
@@ -174,11 +174,11 @@ class RunDir(contextlib.AbstractContextManager):
             with self._disk_errors(file.name):
                 streaming.write(file, tensors)
         value = distributed.broadcast_object(value)  # once all have written theirs
-        self.keep(name, value)
+        self.put(name, value)
         return value, tensors
 
-    def keep(self, name, value):
-        """Keep a JSON-able value under a name."""
+    def put(self, name, value):
+        """Keep a JSON-able value under a name, in place of the one before."""
         self.run[name] = value
         self.write_json(self.folder / "run.json", self.run)
 
@@ -313,7 +313,7 @@ class RunDir(contextlib.AbstractContextManager):
         distributed.barrier()  # others may still read it
         if self.published:
             return
-        self.keep("published", None)
+        self.put("published", None)
         with self._disk_errors("the model"):
             for file in [file for pattern in WRITTEN for file in self.path.glob(pattern)] if self.writes else ():
                 if not file.is_dir():
@@ -322,7 +322,7 @@ class RunDir(contextlib.AbstractContextManager):
             for file in sorted(result, key=lambda file: file.name == CONFIG_NAME):
                 (place := self.path / file.relative_to(self.result)).parent.mkdir(exist_ok=True)
                 file.replace(place)
-        self.keep("published", self.save_format)
+        self.put("published", self.save_format)
         distributed.barrier()  # all look for it there
 
     def close(self):

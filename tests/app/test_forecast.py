@@ -1,16 +1,21 @@
 """Check what a run is said to take against what it takes."""
 
+import re
+
 import pytest
 import torch
 from conftest import CPU, read_little
 from makebelieve import Gpu
 
+from mixgpt import __main__
 from mixgpt.app import forecast, pipeline
 from mixgpt.app.checks import check
 from mixgpt.app.run import Run
 from mixgpt.app.settings import Settings
 from mixgpt.common import runtime
+from mixgpt.common.errors import InputError
 from mixgpt.kernels import columns
+from mixgpt.modeling.decoder import layers_of
 
 
 @pytest.fixture
@@ -42,3 +47,55 @@ def test_what_a_gpu_is_said_to_hold_at_most_is_what_it_holds(name, preset, forec
     assert 0.8 * peak < most < 1.25 * peak
     assert [stage for stage, _ in begun] == [need.stage for need in needs]
     assert max(used for _, used in begun) < 0.02 * peak  # a stage leaves nothing large behind
+
+
+def test_a_machine_that_is_not_here_is_asked_about_by_the_memory_of_its_gpu(forecast_of, tmp_path):
+    def planned(memory):
+        run, settings = forecast_of("wide llama", preset="best", dry_run=True, device_memory=memory,
+                                    save=str(tmp_path / "saved"))
+        return {need.stage: need for need in forecast.memory_needs(run)}, forecast.text(run, None)
+
+    (little, said), (ample, _) = planned("7MB"), planned("1 GiB")
+    assert "distillation" in ample and "distillation" not in little and "distill  no: takes 0.0" in said
+    assert little["pruning"].device < ample["pruning"].device  # in two passes
+    assert little["pruning"].host > ample["pruning"].host  # of hidden states
+    assert not any(need.disk for need in ample.values())
+    assert not list(tmp_path.glob("saved*"))
+    with pytest.raises(InputError, match="--device-memory 24: must be a number with its unit, such as 24GB"):
+        planned("24")
+
+
+def test_a_dry_run_says_what_the_run_will_do_and_leaves_nothing_behind(checkpoint_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    words = [str(checkpoint_folder("llama")), "builtin", "--sparsity", ".5", "--preset", "best", "--nsamples", "4",
+             "--seqlen", "32", "--save", "saved", "--device", "cpu"]
+    assert __main__.main(["prune", *words, "--dry-run"]) == 0
+    stages = [line.split()[0] for line in capsys.readouterr().out.partition("time\n")[2].splitlines()[1:]]
+    assert stages[:6] == ["reference", "gradients", "pruning", "distillation", "saving", "evaluation"]
+    assert not (tmp_path / "saved").exists()
+    assert __main__.main(["plan", words[0], "--nsamples", "4", "--seqlen", "32", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "method   ADMM (global, fisher, dense target, rotated heads, more text, distilled)" in said
+    assert re.search(r"result   dense 0\.00 GB, sparse 0\.00 GB\n", said)
+    assert re.search(r"at most .* [1-9]\d* s\n", said)  # a model this small takes seconds
+
+
+def test_as_few_layers_are_timed_as_there_are_kinds(forecast_of):
+    run, _ = forecast_of("gemma3")
+    layers = layers_of(run.model)
+    kinds = run.config.layer_types
+    assert forecast.one_of_each(run.config, layers).layer_types == list(dict.fromkeys(kinds)) != kinds
+    run, _ = forecast_of("llama")
+    assert forecast.one_of_each(run.config, layers_of(run.model)).num_hidden_layers == 1
+
+
+def test_a_long_run_says_its_stages_and_how_long_it_takes_and_goes_on_if_that_cannot_be_told(
+        prune, capsys, monkeypatch):
+    monkeypatch.setattr(forecast, "WORTH", 0)
+    prune("llama", "--sparsity .5", "--preset", "mixgpt")
+    said = capsys.readouterr().out
+    assert re.search(r"^time     about \d+ s", said, re.M) and "stage    1 of 3: sensitivity" in said
+    monkeypatch.setattr(forecast, "seconds", lambda *_: 1 / 0)
+    prune("llama", "--sparsity .5")
+    assert "time     cannot be told: division by zero" in capsys.readouterr().out
