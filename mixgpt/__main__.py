@@ -13,6 +13,7 @@ SUBCOMMANDS = Registry({  # functions of (name, argv) that return the exit statu
     "prune": Choice("prune and quantize a language model, and measure its perplexity", cli.main),
     "eval": Choice("measure perplexity, and scores of tasks, of a model as it is",
                    partial(cli.main, names=Evaluation.__annotations__)),
+    "plan": Choice("say what memory, disk and time a run takes, here or on another GPU", partial(cli.main, plans=True)),
     "generate": Choice("generate text with a saved model, optionally beside the dense one's",
                        "mixgpt.app.generate:main"),
     "results": Choice("compare the records of runs in one table, and plot them", "mixgpt.app.results:main"),

@@ -5,12 +5,16 @@ so that the same seed gives the same samples. BOS is the token for the beginning
 """
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from datasets import load_dataset
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.texts import ARGUMENTS, counts_of, hub_copy_rows, hub_reachable, silenced, text_set_of, texts_of
+from mixgpt.common.hub import hub_reachable, silenced
+from mixgpt.common.texts import ARGUMENTS, Row, TextSet, counts_of, hub_copies, read_files, text_set_of, texts_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
@@ -18,7 +22,9 @@ DRAWS = 10_000  # consecutive documents that may be too short before giving up
 NEED_EACH = ("gemma",)
 
 
-def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=None, bos=None):
+def calibration_samples(dataset: str | list[Row], nsamples: int, seqlen: int, seed: int | str,
+                        tokenizer: PreTrainedTokenizerBase, data_dir: str | None = None,
+                        bos: str | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
     """Draw random segments of a train split, or of a mixture of several.
 
     dataset: the name of a dataset, a path, a column on the hub, a mixture of these, or a list of strings, the documents
@@ -34,18 +40,21 @@ def calibration_samples(dataset, nsamples, seqlen, seed, tokenizer, data_dir=Non
         return torch.cat(parts)[order], {"dataset": dataset, "parts": [
             source | {"sequences": len(part)} for source, part in zip(sources, parts, strict=True)]}
     text, = counts or [dataset]
-    text_set, rng = text_set_of(text), random.Random(seed)
+    text_set, rng, segments = text_set_of(text), random.Random(seed), []
     rows, source = load_rows(text, "train", data_dir)
-    if text_set.by_document:
-        segments = sample_documents(rows, nsamples, seqlen, rng, tokenizer, bos)
-    else:
+    if not text_set.by_document:
         ids = token_ids(tokenizer, text_set.train_join.join(as_texts(rows, tokenizer)), bos)
         require_tokens(ids, seqlen + 1, seqlen, source)
-        segments = (random_segment(ids, seqlen, rng) for _ in range(nsamples))
-    return begin(torch.stack([torch.tensor(ids) for ids in segments]), tokenizer, bos), source
+    for _ in range(nsamples):
+        if text_set.by_document:
+            ids = random_document(rows, seqlen, rng, tokenizer, bos)
+        start = rng.randint(0, len(ids) - seqlen - 1)  # SparseGPT and GPTQ never draw the last possible segment
+        segments.append(ids[start:start + seqlen])
+    return begin(torch.tensor(segments), tokenizer, bos), source
 
 
-def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
+def test_tokens(dataset: str, seqlen: int, tokenizer: PreTrainedTokenizerBase, data_dir: str | None = None,
+                bos: str | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
     """Cut a test split into segments; the incomplete last one is dropped.
 
     Arguments and result are like those of `calibration_samples`, but the text may have as few as seqlen tokens.
@@ -59,7 +68,7 @@ def test_tokens(dataset, seqlen, tokenizer, data_dir=None, bos=None):
     return begin(torch.tensor(ids[:n * seqlen]).view(n, seqlen), tokenizer, bos), source
 
 
-def resolve_bos(bos, model_type, tokenizer):
+def resolve_bos(bos: str, model_type: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return each, once or never for a value of --bos. Raises InputError for a tokenizer without BOS."""
     if bos == "auto" and any(name in model_type for name in NEED_EACH):
         bos = "each"
@@ -70,13 +79,14 @@ def resolve_bos(bos, model_type, tokenizer):
     return bos
 
 
-def encode(tokenizer, text, **options):
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> BatchEncoding:
     """Return what a tokenizer gives for a text. Raises InputError if it fails."""
     with reading(f"model {tokenizer.name_or_path}: its tokenizer fails on a text"):
         return tokenizer(text, verbose=False, **options)  # else it warns that the text exceeds the model's length
 
 
-def token_ids(tokenizer, text, bos=None, goes_on=False):
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, bos: str | None = None,
+              goes_on: bool = False) -> list[int]:
     """Return the ids of a whole text, with the special tokens that the tokenizer adds by itself, except for BOS.
 
     bos: each or once: BOS in front; never: none; None: what the tokenizer does. A text that begins with BOS stays so.
@@ -91,40 +101,31 @@ def token_ids(tokenizer, text, bos=None, goes_on=False):
     return ids[1:] if bos == "never" else [tokenizer.bos_token_id, *ids]
 
 
-def begin(sequences, tokenizer, bos):
+def begin(sequences: torch.Tensor, tokenizer: PreTrainedTokenizerBase, bos: str | None) -> torch.Tensor:
     """With bos each put BOS in place of the first token of sequences (n, T), in place. Returns them."""
     if bos == "each":
         sequences[:, 0] = tokenizer.bos_token_id
     return sequences
 
 
-def as_texts(rows, tokenizer):
+def as_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return rows as text: chats by the tokenizer's template, in jinja's sandbox. Raises InputError if that fails."""
     with reading(f"model {tokenizer.name_or_path}: its chat template"):
         return [row if isinstance(row, str) else tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
 
 
-def random_segment(ids, seqlen, rng):
-    """Return `seqlen` consecutive random ids; never the last possible segment, as in SparseGPT and GPTQ."""
-    start = rng.randint(0, len(ids) - seqlen - 1)
-    return ids[start:start + seqlen]
+def random_document(documents: Sequence[Row], seqlen: int, rng: random.Random, tokenizer: PreTrainedTokenizerBase,
+                    bos: str | None) -> list[int]:
+    """Return the ids of a random document of more than seqlen tokens. Raises InputError after `DRAWS` shorter ones."""
+    for _ in range(DRAWS if documents else 0):
+        document, = as_texts([documents[rng.randint(0, len(documents) - 1)]], tokenizer)
+        if len(ids := token_ids(tokenizer, document, bos)) > seqlen:
+            return ids
+    raise InputError(f"--seqlen {seqlen}: none of {DRAWS} documents in a row has more than {seqlen} tokens; lower "
+                     "--seqlen")
 
 
-def sample_documents(documents, nsamples, seqlen, rng, tokenizer, bos):
-    """Draw each segment from a random document of more than `seqlen` tokens, giving up after `DRAWS`. Yields ids."""
-    for _ in range(nsamples):
-        for _ in range(DRAWS if documents else 0):
-            document, = as_texts([documents[rng.randint(0, len(documents) - 1)]], tokenizer)
-            ids = token_ids(tokenizer, document, bos)
-            if len(ids) > seqlen:
-                yield random_segment(ids, seqlen, rng)
-                break
-        else:
-            raise InputError(f"--seqlen {seqlen}: none of {DRAWS} documents in a row has more than {seqlen} tokens; "
-                             "lower --seqlen")
-
-
-def require_tokens(ids, needed, seqlen, source):
+def require_tokens(ids: list[int], needed: int, seqlen: int, source: dict[str, Any]) -> None:
     """Raise InputError if a text has fewer than `needed` tokens."""
     if len(ids) < needed:
         raise InputError(
@@ -132,25 +133,23 @@ def require_tokens(ids, needed, seqlen, source):
             f"tokens and {needed} are needed; lower --seqlen or take another dataset")
 
 
-def load_rows(dataset, part, data_dir):
+def load_rows(dataset: str | list[Row], part: str, data_dir: str | None) -> tuple[Sequence[Row], dict[str, Any]]:
     """Return (rows, source) of the "train" or "test" part of a dataset; paths and lists have one part."""
     text_set = text_set_of(dataset)
+    name = f"a list of {len(dataset)} texts" if isinstance(dataset, list) else dataset
     split = text_set.test_split if part == "test" else part
     if text_set.code:
         rows, origin = text_set.load()(split)
     elif data_dir and text_set.local:
-        rows, origin = hub_copy_rows(dataset, split, data_dir)
+        rows, origin = read_files(hub_copies(data_dir, **{part: [name]})[name, split], "--data-dir")
     else:
-        rows, origin = hub_rows(dataset, text_set, split)
-    name = f"a list of {len(dataset)} texts" if isinstance(dataset, list) else dataset
+        rows, origin = hub_rows(name, text_set, split)
     return rows, {"dataset": name, "split": split, **origin}
 
 
-def hub_rows(dataset, text_set, split):
+def hub_rows(dataset: str, text_set: TextSet, split: str) -> tuple[Sequence[Row], dict[str, Any]]:
     """Return the rows of a split from the hub or its cache, and the name of the hub dataset."""
-    options = dict(text_set.hub_options)
-    if text_set.hub_files:
-        options["data_files"] = {split: text_set.hub_files[split]}
+    options = text_set.hub_options | ({"data_files": {split: text_set.hub_files[split]}} if text_set.hub_files else {})
     online, subject = hub_reachable(), f"{ARGUMENTS[split]} {dataset}: cannot load {text_set.hub_id}"
     try:
         with reading(subject), silenced():
@@ -158,8 +157,8 @@ def hub_rows(dataset, text_set, split):
     except InputError as error:
         refusal = error if online else f"{subject}: the hub cannot be reached and it is not in the cache"
         copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"
-        raise InputError(f"{refusal}; supply a copy {copy if text_set.local else 'as a file'}, or use the dataset "
-                         "builtin") from None
+        raise InputError(f"{refusal}; supply a copy {copy if text_set.local else 'as a file'}, or use "
+                         f"{ARGUMENTS[split]} builtin") from None
     # documents stay on disk until they are drawn: C4's shard would take a gigabyte in each process
     rows = table["text"] if text_set.by_document else texts_of(table.to_list(), text_set.hub_id, text_set.columns)
     return rows, {"hub": text_set.hub_id, **options}

@@ -42,7 +42,7 @@ class Chunk:
         self.dtype = needs.working_dtype(model)
         self.stream = streamed.embed(tokens)
         self.stream.arguments = decoder.cast(self.stream.arguments, self.dtype)
-        self.borders = [[self.stream.hidden.to(self.dtype)]]
+        self.borders = [[self.stream.hidden.to(self.dtype)]]  # Per boundary, (n, T, C) of one kind or two.
 
     def run(self, forward: Callable, turn: Callable, backward: Callable, vocabulary: Tensor | None = None) -> None:
         """Go forward through all layers and back, in self.dtype, on the batches `rows` of sequences.

@@ -1,19 +1,23 @@
 """Before pruning: remove experts, measure gradients, and assign a sparsity to each matrix."""
 
+import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 
 from mixgpt.allocation import fisher, traces
 from mixgpt.allocation.plan import Budget
 from mixgpt.allocation.traces import Traces
-from mixgpt.app.report import plan_text
 from mixgpt.app.run import Run
 from mixgpt.common import choices, distributed, files, memory
-from mixgpt.modeling.running import StreamedModel
+from mixgpt.common.progress import table
+from mixgpt.modeling.experts import kind_of
+from mixgpt.modeling.linears import Key
 from mixgpt.pruning import distill, expert_removal
 from mixgpt.pruning.targets import Target
 
@@ -22,10 +26,10 @@ from mixgpt.pruning.targets import Target
 class Plan:
     """What pruning needs beside the model. Empty for a dense model."""
 
-    targets: dict[tuple[int, str], Target]
-    gradients: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] | None = None  # of `output_gradients`
-    traces: Traces | None = None  # if matrices are ranked by sensitivity
-    reference: dict[str, torch.Tensor] = field(default_factory=dict)  # `distill.reference_states`, if the run distils
+    targets: dict[Key, Target]
+    gradients: dict[Key, tuple[torch.Tensor, torch.Tensor]] | None = None  # `fisher.output_gradients` returns them.
+    traces: Traces | None = None  # They are there if matrices are ranked by sensitivity.
+    reference: dict[str, torch.Tensor] = field(default_factory=dict)  # A run that distils has `reference_states`.
 
 
 def choose(run: Run) -> Plan:
@@ -46,7 +50,7 @@ def choose(run: Run) -> Plan:
     if plan.traces:
         if warning := plan.traces.warning():
             print(warning, flush=True)
-        run.log(plan_text(plan.targets, run.selected, plan.traces.sensitivity))
+        run.log(_plan_text(run, plan))
         run.tracker.plan(plan.traces, plan.targets)
     elif settings.allocation is not choices.ALLOCATIONS[settings.sparsity_way]:
         run.log(f"plan     {settings.prunen} of {settings.prunem} in each matrix: --alpha {settings.alpha:g} changes "
@@ -56,7 +60,7 @@ def choose(run: Run) -> Plan:
         run.log(f"plan     {choices.ALLOCATIONS.title(settings.sparsity_way)}: matrices from {min(sparsities):.2%} to "
                 f"{max(sparsities):.2%}")
     if settings.plot and distributed.rank() == 0:
-        from mixgpt.app import plots  # matplotlib takes half a second to import
+        from mixgpt.app import plots  # matplotlib takes half a second to import.
         files.write_output("--plot", settings.plot, plots.draw(plan.targets, plan.traces, Path(settings.plot).suffix))
     return plan
 
@@ -79,7 +83,7 @@ def _remove_experts(run: Run, retry: Callable) -> None:
 
 
 def _measure(run: Run, reference: dict[str, torch.Tensor], memory_plan: memory.MemoryPlan) -> Plan:
-    """Return the `Plan`."""
+    """Return the `Plan`: measure what the allocation needs, unless an interrupted run has, and assign the targets."""
     settings, streamed, measured = run.settings, run.streamed(memory_plan), None
     if settings.allocation.ranks:
         run.begin("sensitivity")
@@ -87,26 +91,37 @@ def _measure(run: Run, reference: dict[str, torch.Tensor], memory_plan: memory.M
             measured, path = traces.load_or_compute(streamed, run.calibration, settings.sensitivity, settings.seed,
                                                     settings.nprobes, settings.sensitivity_file)
         run.log(f"{measured.verdict()}\n         kept in {path}")
-    targets, tensors = run.keep_tensors("targets", lambda: _allocate(
-        run, streamed, measured, reference.get("vocabulary")))
+
+    def allocate() -> tuple[list, dict[str, torch.Tensor]]:
+        gradients, n, m = {}, settings.prunen, settings.prunem
+        if settings.needs_gradients:
+            tokens = run.calibration[::2]  # Every second sequence gives the same perplexity, within 0.5%.
+            run.begin("gradients")
+            with run.clock.part("gradients"):
+                gradients = fisher.output_gradients(streamed, list(run.selected), tokens, settings.seed,
+                                                    reference.get("vocabulary"))
+        found = settings.allocation.load()(Budget(
+            run.selected, Target(n / m, n, m) if m else Target(settings.sparsity), settings.alpha,
+            measured.sensitivity if measured else None, gradients, streamed, run.calibration))
+        return [[layer, name, *astuple(target)] for (layer, name), target in found.items()], {
+            f"{layer}.{name}": torch.cat(pair) for (layer, name), pair in gradients.items()}
+
+    targets, tensors = run.keep_tensors("targets", allocate)
     gradients = {(layer, name): tensors[f"{layer}.{name}"].split(shape)
                  for (layer, name), shape in run.selected.items()} if settings.needs_gradients else None
     return Plan({(layer, name): Target(*target) for layer, name, *target in targets}, gradients, measured, reference)
 
 
-def _allocate(run: Run, streamed: StreamedModel, measured: traces.Traces | None, vocabulary: torch.Tensor | None
-              ) -> tuple[list, dict[str, torch.Tensor]]:
-    """Return the targets of all matrices, a JSON-able list, and the gradients used for them, a tensor for each."""
-    settings, gradients = run.settings, {}
-    n, m = settings.prunen, settings.prunem
-    if settings.needs_gradients:
-        # every second sequence gives the same perplexity, within 0.5%
-        tokens = run.calibration[::2]
-        run.begin("gradients")
-        with run.clock.part("gradients"):
-            gradients = fisher.output_gradients(streamed, list(run.selected), tokens, settings.seed, vocabulary)
-    targets = settings.allocation.load()(Budget(
-        run.selected, Target(n / m, n, m) if m else Target(settings.sparsity), settings.alpha,
-        measured and measured.sensitivity, gradients, streamed, run.calibration))
-    return [[layer, name, *astuple(target)] for (layer, name), target in targets.items()], {
-        f"{layer}.{name}": torch.cat(pair) for (layer, name), pair in gradients.items()}
+def _plan_text(run: Run, plan: Plan) -> str:
+    """Tabulate trace per weight, rank (1: most sensitive) and assigned sparsity by kind and by layer, and the total."""
+    sensitivity = plan.traces.sensitivity
+    frame = pd.DataFrame([(layer, kind_of(name), sensitivity[layer, name], math.prod(run.selected[layer, name]),
+                           target.sparsity) for (layer, name), target in plan.targets.items()],
+                         columns=["layer", "matrix kind", "trace", "numel", "sparsity"])
+    frame["rank"] = frame["trace"].rank(ascending=False, method="first")
+    tables = [table([column, "mean trace/n", "mean rank", "sparsity"], [
+        [str(value), f"{group['trace'].mean():.3e}", f"{group['rank'].mean():.0f}",
+         f"{np.average(group['sparsity'], weights=group['numel']):.2%}"]
+        for value, group in frame.groupby(column, sort=False)]) for column in ("matrix kind", "layer")]
+    total = np.average(frame["sparsity"], weights=frame["numel"])
+    return "\n" + "\n\n".join([*tables, f"plan     {total:.2%} of the weights in all"])

@@ -17,8 +17,9 @@ from mixgpt.checkpoints import load as checkpoints
 from mixgpt.checkpoints.quantizer import METHOD
 from mixgpt.checkpoints.sparse import SparseLinear
 from mixgpt.common.errors import InputError
+from mixgpt.common.hub import hub_asked_anew
 from mixgpt.common.runtime import choose_device
-from mixgpt.common.texts import hub_asked_anew, texts_of
+from mixgpt.common.texts import texts_of
 from mixgpt.modeling.experts import is_fused, restore, use_linears
 from mixgpt.pruning.targets import Target
 
@@ -27,7 +28,7 @@ from mixgpt.pruning.targets import Target
 class Result:
     """What a run has measured. Printed, or as the last line of a notebook's cell, it is its tables."""
 
-    record: dict[str, Any]  # as in mixgpt.json and the files of --record
+    record: dict[str, Any]  # mixgpt.json and the files of --record hold it.
 
     @property
     def perplexity(self) -> dict[str, float]:
@@ -51,9 +52,7 @@ class Result:
 
     def table(self) -> str:
         """Return the tables of sparsity, perplexity and tasks as text."""
-        return "\n\n".join([report.sparsity_table(self.record),
-                            *([report.perplexity_table(self.record["perplexity"])] if self.perplexity else []),
-                            *([report.task_table(self.record["tasks"])] if self.tasks else [])])
+        return "\n\n".join(report.tables(self.record))
 
     __repr__ = table
 
@@ -63,15 +62,15 @@ class Result:
         return Image.open(io.BytesIO(plots.draw(measured)))
 
 
-@torch.inference_mode(False)  # of the caller: estimators and distillation need gradients
+@torch.inference_mode(False)  # Estimators and distillation need gradients, even where the caller needs none.
 @hub_asked_anew()
 def prune(model: str | Path | PreTrainedModel, dataset: str | Path | list[Any] | torch.Tensor | None,
           tokenizer: PreTrainedTokenizerBase | None = None, **options: Unpack[Options]) -> Result:
     """Prune and quantize a model; see `mixgpt.prune`."""
-    model, dataset = (str(given) if isinstance(given, os.PathLike) else given for given in (model, dataset))
-    texts, name = None, dataset
-    if not isinstance(dataset, str | None):
-        texts, name = dataset if isinstance(dataset, torch.Tensor) else texts_of(dataset, "dataset"), IN_MEMORY
+    model, given = (str(path) if isinstance(path, os.PathLike) else path for path in (model, dataset))
+    name, texts = (given, None) if isinstance(given, str | None) else (IN_MEMORY, given)
+    if texts is not None and not isinstance(texts, torch.Tensor):
+        texts = texts_of(texts, "dataset")
     if isinstance(texts, torch.Tensor):
         if texts.dim() != 2 or texts.dtype != torch.long or (texts < 0).any():
             raise InputError(f"dataset: tokens are {texts.dtype} {tuple(texts.shape)}, must be torch.int64 (N, T), "
@@ -81,7 +80,7 @@ def prune(model: str | Path | PreTrainedModel, dataset: str | Path | list[Any] |
         raise InputError(f"tokenizer: is a {type(tokenizer).__name__}, must be one of transformers")
     if isinstance(model, str):
         return Result(pipeline.execute(Settings(model, name, **options), tokenizer=tokenizer, texts=texts))
-    if not (isinstance(model, PreTrainedModel) and model.can_generate()):  # as PEFT's, or compiled ones
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()):  # PEFT's and compiled ones are none.
         raise InputError(f"model: is a {type(model).__name__}, must be a causal language model of transformers")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise InputError("model: lies on several devices; load it without device_map, or give its name or folder")
@@ -117,7 +116,7 @@ def evaluate(model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizer
     return prune(model, None, tokenizer, **options)
 
 
-@torch.inference_mode(False)  # of the caller: `prune` would refuse the model
+@torch.inference_mode(False)  # `prune` would refuse a model that is loaded in the caller's inference mode.
 @hub_asked_anew()
 def load(folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto",
          packed: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -125,5 +124,5 @@ def load(folder: str | Path, device: str | torch.device | None = None, dtype: st
     device, folder = choose_device(device), os.path.expanduser(folder)
     model, tokenizer = checkpoints.read_model(folder, dtype, packed), checkpoints.load_tokenizer(folder)
     if any(isinstance(module, SparseLinear) and not module.weight.way(device) for module in model.modules()):
-        model = checkpoints.read_model(folder, dtype)  # as on a GPU without Triton
+        model = checkpoints.read_model(folder, dtype)  # A GPU without Triton multiplies by ordinary matrices.
     return model.eval().to(device), tokenizer

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ from mixgpt.common.texts import DATASETS
 
 REMEDY = "lower --batch-size, --nsamples or --seqlen, or give --no-true-sequential"
 RESUME = "what is in the folder of --save goes on with --resume"
+AMOUNTS = ("sparsity", "prunen", "wbits", "experts")  # options of which each says what to do
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numba", "numpy")
 
 
@@ -35,18 +36,24 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
         self.register("type", None, os.path.expanduser)  # shells leave the ~ of --csv=~/runs.csv
 
-    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # ty: ignore[incompatible-method-override]
         return super().parse_args([re.sub(r"^--[^=]*", lambda flag: flag[0].replace("_", "-"), part) for part in argv])
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
-def parse(script: str, argv: list[str], names: Collection[str] | None = None) -> Settings:
-    """Parse the command line of a script. names: the options it takes, None for all. Raises InputError."""
+def parse(script: str, argv: list[str], names: Collection[str] | None = None, plans: bool = False) -> Settings:
+    """Parse the command line of a script. Raises InputError.
+
+    names: the options it takes, None for all. plans: whether it is a dry run; what is pruned, and on which text, may
+    then be left out.
+    """
     parser = Parser(
         prog=script, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measure the perplexity of a language model as it is, and its scores in tasks." if names else
+        description="Say what memory, disk and time a run takes. Without an amount: of --preset best --sparsity .5."
+                    if plans else
+                    "Measure the perplexity of a language model as it is, and its scores in tasks." if names else
                     "Prune and quantize a language model in one shot and report its perplexity.\n"
                     "Without --sparsity, --prunen/--prunem, --wbits or --experts: that of the dense model.")
     group = parser
@@ -56,23 +63,28 @@ def parse(script: str, argv: list[str], names: Collection[str] | None = None) ->
         if (title := field.metadata["group"]) and not names:
             group = parser.add_argument_group(title)
         default, text, choices = field.default, field.metadata["help"], field.metadata["choices"]
-        if isinstance(default, bool):
-            arguments = {"action": argparse.BooleanOptionalAction}
-        else:
+        arguments: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if not isinstance(default, bool):
             arguments = {"type": str if default is None else type(default), **field.metadata["arguments"]}
             arguments |= {"choices": choices} if choices else {}
             text += f"; {choices.help}" if isinstance(choices, Registry) else ""
         if default not in (None, "", ()) and default is not False:
             text += f" (default: {' '.join(default) if isinstance(default, tuple) else default})"
-        text += f"; {DATASETS.help}" if field.name == "dataset" else ""
-        group.add_argument(flag_of(field.name), help=text, **arguments)
-    return Settings(**vars(parser.parse_args(argv)))
+        if field.name == "dataset":
+            text += f"; {DATASETS.help}"
+            arguments |= {"nargs": "?"} if plans else {}
+        group.add_argument(flag_of(field.name), *field.metadata["aliases"], help=text, **arguments)
+    given: dict[str, Any] = vars(parser.parse_args(argv))
+    if plans:
+        given = {"dataset": "builtin", "dry_run": True} | given
+        given |= {} if given.keys() & AMOUNTS else {"preset": "best", "sparsity": 0.5} | given
+    return Settings(**given)
 
 
-def main(script: str, argv: list[str] | None = None, names: Collection[str] | None = None) -> int:
-    """Run the command line of a script, see `reported`. names: see `parse`. Returns the exit status."""
+def main(script: str, argv: list[str] | None = None, names: Collection[str] | None = None, plans: bool = False) -> int:
+    """Run the command line of a script, see `reported`. names, plans: see `parse`. Returns the exit status."""
     with reported(script, argv, "lower --batch-size or --seqlen" if names else REMEDY) as command:
-        settings = parse(command.name, command.argv, names)
+        settings = parse(command.name, command.argv, names, plans)
         settings.check_paths()
         command.advice = f"; {RESUME}" if settings.save else ""
         from mixgpt.app import pipeline  # slow import
@@ -81,7 +93,7 @@ def main(script: str, argv: list[str] | None = None, names: Collection[str] | No
 
 
 @contextlib.contextmanager
-def reported(script: str, argv: list[str] | None, remedy: str = "") -> Iterator[SimpleNamespace]:
+def reported(script: str, argv: list[str] | None, remedy: str = "") -> Generator[SimpleNamespace]:
     """Turn what ends the block, a whole command line, into one line on stderr and an exit status.
 
     script: a path, or `mixgpt` and a subcommand. Yields their `name`, `argv`, what was `typed`, and a `status`: 0, or
@@ -129,13 +141,13 @@ def reported(script: str, argv: list[str] | None, remedy: str = "") -> Iterator[
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _terminable() -> Generator[None]:
     """Let SIGTERM and SIGHUP raise `Terminated` within the block, so that temporary files are removed.
 
     Only in the first process: the others keep no files. A signal that is ignored, as under nohup, stays so.
     """
-    def terminate(*_):
-        for number in handled:  # a terminal that closes sends two
+    def terminate(*_: object) -> None:
+        for number in handled:  # A terminal that closes sends two.
             signal.signal(number, signal.SIG_IGN)
         raise Terminated
 

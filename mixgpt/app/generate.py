@@ -4,19 +4,18 @@ import shutil
 import sys
 import textwrap
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import mixgpt
 from mixgpt.app.cli import Parser, reported
 from mixgpt.app.settings import BOS, check_between, check_model
 from mixgpt.common.errors import InputError, reading
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-def _parse(script, argv):
-    parser = Parser(prog=script, description=__doc__.partition("\n")[0])
+def main(script: str, argv: list[str] | None = None) -> int:
+    """Run the command line of a script, see `reported`. Returns the exit status."""
+    parser = Parser(prog=Path(script).name, description=__doc__)
     parser.add_argument("model", help="folder of --save, hub id, local folder or .gguf file")
     parser.add_argument("prompt", type=str, help="text to continue")
     parser.add_argument("--dense", metavar="MODEL", help="another model, whose text is shown on the left")
@@ -34,23 +33,16 @@ def _parse(script, argv):
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                         help="of all weights in memory; auto: as stored in `model`, but float32 where that is faster")
-    given = parser.parse_args(argv)
-    check_between("--max-new-tokens", given.max_new_tokens, 1)
-    check_between("--temperature", given.temperature, 0)
-    check_between("--seed", given.seed, 0, 2**64 - 1)
-    if not given.prompt:
-        raise InputError("prompt: is empty; give a text to continue")
-    check_model("model", given.model)
-    check_model("--dense", given.dense or "")
-    return vars(given)
-
-
-def main(script: str, argv: list[str] | None = None) -> int:
-    """Run the command line of a script, see `reported`. Returns the exit status."""
-    remedy = "lower --max-new-tokens, or give --dtype bfloat16 or --device cpu"
-    with reported(script, argv, remedy) as command:
-        given = _parse(command.name, command.argv)
+    with reported(script, argv, "lower --max-new-tokens, or give --dtype bfloat16 or --device cpu") as command:
+        given = vars(parser.parse_args(command.argv))
+        check_between("--max-new-tokens", given["max_new_tokens"], 1)
+        check_between("--temperature", given["temperature"], 0)
+        check_between("--seed", given["seed"], 0, 2**64 - 1)
+        if not given["prompt"]:
+            raise InputError("prompt: is empty; give a text to continue")
         model, dense = given.pop("model"), given.pop("dense")
+        check_model("model", model)
+        check_model("--dense", dense or "")
         print_completions({"dense": dense, "model": model} if dense else {"model": model}, **given)
     return command.status
 
@@ -60,39 +52,34 @@ def print_completions(models: dict[str, str], prompt: str, chat: bool, device: s
     """Print the completions of models {title: name}, run one after the other. options: further ones of `complete`."""
     from mixgpt.checkpoints.load import read_config
     from mixgpt.common.runtime import choose_device, choose_dtype
-    from mixgpt.datautils import resolve_bos  # slow, as are the others
-    from mixgpt.evaluation.generation import complete
-    device, completions, config = choose_device(device), {}, read_config(models["model"])
-    dtype = choose_dtype(dtype, config, device)
+    from mixgpt.datautils import resolve_bos
+    from mixgpt.evaluation.generation import complete  # These imports take seconds.
+    place, completions, config = choose_device(device), {}, read_config(models["model"])
+    chosen, heading = choose_dtype(dtype, config, place), None if len(models) > 1 else prompt
     for title, name in models.items():
-        loaded, tokenizer = mixgpt.load(name, device, config.dtype if dtype == "auto" else dtype)
-        completions[title] = complete(
-            loaded, tokenizer, chat_prompt(name, tokenizer, prompt) if chat else prompt,
-            bos=resolve_bos(bos, loaded.config.model_type, tokenizer), heading=None if len(models) > 1 else prompt,
-            **options)
-        del loaded  # before the next one is loaded
+        loaded, tokenizer = mixgpt.load(name, place, config.dtype if chosen == "auto" else chosen)
+        text, starts = prompt, resolve_bos(bos, loaded.config.model_type, tokenizer)
+        if chat:
+            if not tokenizer.chat_template:
+                raise InputError(f"--chat: the tokenizer of model {name} has no chat template; leave it out")
+            with reading(f"--chat: the chat template of model {name}"):
+                text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                                     add_generation_prompt=True)
+        completions[title] = complete(loaded, tokenizer, text, heading=heading, bos=starts, **options)
+        del loaded  # The next model gets its memory.
     if len(models) > 1:
         width = min(max(shutil.get_terminal_size((100, 24)).columns, 20), 120)
         texts = {title: completion.text for title, completion in completions.items()}
         print(prompt, "", *side_by_side(texts, width), sep="\n")
     speeds = (f"{title} {each.tokens} tokens in {each.seconds:.1f} s, {each.rate:.1f} tokens/s after the first, "
               f"weights {each.nbytes / 1e6:.0f} MB" for title, each in completions.items())
-    print("\n" + "; ".join(speeds) + f" on {device}")
+    print("\n" + "; ".join(speeds) + f" on {place}")
     for title, name in models.items():
         if cut := completions[title].cut:
             print(f"warning  prompt: longer than the context of {name}, which reads it without its first {cut} tokens")
     if len(models) > 1:
         dense, other = completions.values()
         print(f"{other.rate / dense.rate:.2f} times as fast, {other.nbytes / dense.nbytes:.2f} times the memory")
-
-
-def chat_prompt(name: str, tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
-    """Return a user's message and the beginning of the answer, as the chat template of the model of a name has them."""
-    if not tokenizer.chat_template:
-        raise InputError(f"--chat: the tokenizer of model {name} has no chat template; leave it out")
-    with reading(f"--chat: the chat template of model {name}"):
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                             add_generation_prompt=True)
 
 
 def side_by_side(texts: dict[str, str], width: int) -> list[str]:

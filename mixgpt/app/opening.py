@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def open_run(run: Run, stack: contextlib.ExitStack, command: str | None = None,
         run.record = report.facts(run)
         if folder:
             run.record["identity"] = identity(run.model, asked(settings, run.device), run.calibration, run.further)
-        elif run.selected and streaming.locations_of(run.model):  # pruned layers go to disk, like the dense ones
+        elif run.selected and streaming.locations_of(run.model):  # Pruned layers go to disk, like the dense ones.
             folder = _temporary_folder(run, stack)
         if folder:
             folder.open(run.model, run.record.get("identity", {}))
@@ -70,7 +71,7 @@ def _read_texts(run: Run, texts: list | torch.Tensor | None) -> None:
 
     texts: calibration text in memory, a list of strings or tokens (N, T), which are the further sequences, too.
     """
-    settings, seqlen, tokenizer, sources = run.settings, run.settings.seqlen, run.tokenizer, run.sources
+    settings, seqlen, tokenizer, sources = run.settings, run.seqlen, run.tokenizer, run.sources
     count, width = sum(settings.extra_counts), distill.piece_length(seqlen)
     if settings.needs_calibration and isinstance(texts, torch.Tensor):
         run.calibration = begin(texts.to("cpu", copy=True), tokenizer, settings.bos)
@@ -78,11 +79,11 @@ def _read_texts(run: Run, texts: list | torch.Tensor | None) -> None:
         run.further = run.calibration[torch.arange(count) % len(run.calibration)]
         begin(distill.pieces(run.further), tokenizer, settings.bos)
     elif settings.needs_calibration:
-        draw = partial(calibration_samples, settings.dataset if texts is None else texts, tokenizer=tokenizer,
-                       data_dir=settings.data_dir, bos=settings.bos)
+        dataset: Any = settings.dataset if texts is None else texts
+        draw = partial(calibration_samples, dataset, tokenizer=tokenizer, data_dir=settings.data_dir, bos=settings.bos)
         run.calibration, sources["calibration"] = draw(settings.nsamples, seqlen, settings.seed)
         run.further = run.calibration[:0]
-        if count:  # in pieces, as many short ones differ more than a few long ones
+        if count:  # They are drawn in pieces, as many short ones differ more than a few long ones.
             pieces, _ = draw(count * seqlen // width, width, f"{settings.seed}, further")
             run.further = pieces.view(count, seqlen)
     for name in settings.eval:
@@ -96,9 +97,10 @@ def _read_texts(run: Run, texts: list | torch.Tensor | None) -> None:
     if not settings.tasks:
         return
     try:
-        from mixgpt.evaluation import tasks  # lm-eval is an optional dependency
+        from mixgpt.evaluation import tasks  # lm-eval is an optional dependency.
     except ImportError as error:
-        raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install -r requirements-eval.txt") from error
+        raise InputError(f"--tasks: lm-eval cannot be used ({error}); pip install \"mixgpt[eval]\", or in a checkout "
+                         "-r requirements-eval.txt") from error
     chosen = tasks.load(settings.tasks, settings.tasks_dir)
     tasks.check(chosen, tokenizer, load.size(run.config, run.dtype), run.device)
     run.score_tasks = lambda model, batch_size: tasks.score(
@@ -111,7 +113,7 @@ def _temporary_folder(run: Run, stack: contextlib.ExitStack) -> RunDir:
     if distributed.rank() == 0:
         with writing(f"TMPDIR: {nbytes / 1e9:.3f} GB of pruned layers", "set it to another folder, or give --save"):
             path = stack.enter_context(tempfile.TemporaryDirectory(prefix="mixgpt"))
-    if memory.room(tempfile.gettempdir())[1]:  # hidden states and layers share it
+    if memory.room(tempfile.gettempdir())[1]:  # Hidden states and layers share it.
         nbytes += run.hidden_bytes * program.world("LOCAL_WORLD_SIZE")
     return stack.enter_context(RunDir(
         distributed.broadcast_object(path), nbytes=nbytes, place=f"TMPDIR {tempfile.gettempdir()}",
@@ -152,9 +154,9 @@ def _plan_passes(run: Run) -> str:
     """Choose one pass through each layer, unless that does not fit on the GPU and two take less. Returns a line."""
     settings = run.settings
     count = -(-(len(run.calibration) + settings.extra_counts[0]) // distributed.world())
-    one, two = needs.pass_bytes(run.streamed(run.memory_plan), run.selected, (count, settings.seqlen),
-                                      settings.target == "dense", settings.solver == "admm")
-    free = min(distributed.all_gather_object(memory.free(run.device)))  # all processes decide alike
+    one, two = needs.pass_bytes(run.streamed(run.memory_plan), run.selected, (count, run.seqlen),
+                                settings.target == "dense", settings.solver == "admm")
+    free = min(distributed.all_gather_object(memory.free(run.device)))  # All processes decide alike.
     run.memory_plan = memory.MemoryPlan(**run.keep("memory_plan", lambda: asdict(replace(
         run.memory_plan, two_passes=free < one > two, two_take_less=two < one))))
     passes, other = (two, one) if run.memory_plan.two_passes else (one, two)

@@ -72,3 +72,5 @@ class Options(Evaluation, total=False):
     save_format: str
     resume: bool
     plot: str | Path | None
+    dry_run: bool
+    device_memory: str | None

@@ -19,8 +19,8 @@ from mixgpt.modeling.decoder import path_of
 from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning.targets import Outcome
 
-PRUNED = 0.25  # sparsity above which a model is not called dense: 4 bits round a fifth of normal weights to 0
-PROBE = 128  # tokens on which the saved model is compared with the one in memory
+PRUNED = 0.25  # A model with more zeros is not called dense. 4 bits round a fifth of normal weights to 0.
+PROBE = 128  # The saved model is compared with the one in memory on so many tokens.
 
 
 def execute(settings: Settings, command: str | None = None, model: PreTrainedModel | None = None,
@@ -31,13 +31,13 @@ def execute(settings: Settings, command: str | None = None, model: PreTrainedMod
     command: the command line, for the heading. model, tokenizer: if they are in memory already; the model is changed
     in place. texts: calibration text in memory, a list of strings or tokens (N, T).
     """
-    device = runtime.choose_device(settings.device)
+    device = runtime.choose_device(settings.device)  # ty: ignore[invalid-argument-type]  # It refuses what is no device.
     clock = runtime.Clock(device)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # the peak of earlier runs in this process does not count
+        torch.cuda.reset_peak_memory_stats(device)  # The peak of earlier runs in this process does not count.
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.isolated(device, settings.quiet))
-        if settings.resume and model is tokenizer is texts is None and (
+        if settings.save and settings.resume and model is tokenizer is texts is None and (
                 record := run_dir.completed(settings.save, {"model": settings.model} | opening.asked(
                     settings, device, EVALUATION, REPORT))):
             if not settings.quiet:
@@ -55,7 +55,7 @@ def execute(settings: Settings, command: str | None = None, model: PreTrainedMod
                 run.begin("dense model")
             _add_scores(run, "dense", _perplexities(run, run.model))
         plan = allocating.choose(run)
-        probe = torch.arange(min(PROBE, run.settings.seqlen))[None] % run.config.vocab_size
+        probe = torch.arange(min(PROBE, run.seqlen))[None] % run.config.vocab_size
         survey = measures.Survey(StreamedModel(run.model, device, 1), probe if settings.save else None)
         outcomes = compression.compress(run, plan, survey)
         method = _finish(run, plan, outcomes, survey)
@@ -80,10 +80,9 @@ def _perplexities(run: Run, model: PreTrainedModel, observe: Callable | None = N
 def _add_scores(run: Run, method: str, perplexities: dict[str, float]) -> None:
     """Add perplexities, and task scores of the model as it is now, to the record. method: "dense" or its name."""
     run.record.setdefault("perplexity", {})[method] = perplexities
-    if run.score_tasks:
+    if score := run.score_tasks:
         with run.clock.part("tasks"):
-            run.record.setdefault("tasks", {})[method] = run.retry(
-                lambda plan: run.score_tasks(run.model, plan.batch_size))
+            run.record.setdefault("tasks", {})[method] = run.retry(lambda plan: score(run.model, plan.batch_size))
 
 
 def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Outcome], survey: measures.Survey
@@ -100,7 +99,7 @@ def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Out
                 path_of(run.model, *key): outcome.grid for key, outcome in outcomes.items() if outcome.grid},
                 run.record)
             final = load.in_dtype(load.open_model(written, load.read_config(written), "auto"), run.model.dtype)
-            final.config._attn_implementation = run.model.config._attn_implementation  # a caller may have chosen it
+            final.config._attn_implementation = run.model.config._attn_implementation  # A caller may have chosen it.
         found = measures.Survey(replace(survey.streamed, model=final), survey.tokens)
     if settings.eval or settings.tasks:
         run.begin("evaluation")
@@ -108,8 +107,8 @@ def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Out
     zeros, logits = found.finish()
     if settings.save:
         expected_zeros, expected = survey.finish()
-        for what, equal in (("zeros", zeros == expected_zeros),
-                            ("logits", torch.allclose(logits, expected, 0, 0, equal_nan=True))):
+        alike = torch.allclose(logits, expected, 0, 0, equal_nan=True)  # ty: ignore[invalid-argument-type]  # tensors
+        for what, equal in (("zeros", zeros == expected_zeros), ("logits", alike)):
             if not equal:
                 raise errors.VerificationError(f"--save {settings.save}: the {what} of the saved model differ from "
                                                "those in memory")

@@ -3,17 +3,24 @@
 import io
 import itertools
 import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from mixgpt.allocation.traces import Traces
 from mixgpt.modeling.experts import kind_of
+from mixgpt.pruning.targets import Target
 
+Key = tuple[int, str]  # (layer, name)
 PRUNED = "fraction of weights pruned"
 
 
-def draw(plan, traces=None, suffix=".png"):
+def draw(plan: Mapping[Key, Target], traces: Traces | None = None, suffix: str = ".png") -> bytes:
     """Plot {(layer, name): Target} as a heat map, and above it by layer and by kind of matrix. Returns a file's bytes.
 
     traces: the `Traces` that the plan follows from, shown in the three ways in place of the sparsities.
@@ -44,14 +51,14 @@ def draw(plan, traces=None, suffix=".png"):
     return bytes_of(figure, suffix)
 
 
-def _grid(values, keys):
+def _grid(values: Mapping[Key, float], keys: Iterable[Key]) -> pd.DataFrame:
     """Return {(layer, name): value} as a DataFrame (layers, kinds) of means over experts; keys: all that it shows."""
     kinds = dict.fromkeys(kind_of(name) for _, name in keys)
     rows = pd.DataFrame([(layer, kind_of(name), value) for (layer, name), value in values.items()])
     return rows.pivot_table(2, 0, 1).reindex(index=sorted({layer for layer, _ in keys}), columns=list(kinds))
 
 
-def _heat_map(axis, values, title, label, norm=None):
+def _heat_map(axis: Axes, values: pd.DataFrame, title: str, label: str, norm: str | None = None) -> None:
     """Show a DataFrame (layers, kinds) as colours; missing values stay blank."""
     image = axis.imshow(values.T, aspect="auto", cmap="viridis", norm=norm)
     axis.set(xlabel="layer", title=title, yticks=range(values.shape[1]), yticklabels=values)
@@ -59,7 +66,7 @@ def _heat_map(axis, values, title, label, norm=None):
     axis.figure.colorbar(image, ax=axis, label=label)
 
 
-def draw_tradeoff(points, suffix=".png"):
+def draw_tradeoff(points: pd.DataFrame, suffix: str = ".png") -> bytes:
     """Plot perplexity against sparsity by method (arXiv 2310.09499, figure 3). Returns the file's bytes.
 
     points: of `results.points_of`. One row per model, one column per text; bars if all have one sparsity, in percent.
@@ -81,7 +88,7 @@ def draw_tradeoff(points, suffix=".png"):
     return bytes_of(figure, suffix)
 
 
-def _tradeoff(axis, panel, dense, colours):
+def _tradeoff(axis: Axes, panel: pd.DataFrame, dense: list[float], colours: dict[Any, str]) -> None:
     """Draw the methods of one panel with error bars from lowest to highest. dense: its perplexity in a list, or []."""
     for method, rows in panel.sort_values("sparsity").groupby("method"):
         axis.errorbar(rows["sparsity"], rows["mean"], _bounds(rows), label=method, color=colours[method],
@@ -96,12 +103,12 @@ def _tradeoff(axis, panel, dense, colours):
     axis.grid(alpha=0.3)
 
 
-def _bounds(rows):
+def _bounds(rows: pd.DataFrame) -> list[pd.Series]:
     """Return the distances of the lowest and the highest from the mean, (2, points); rounding makes none negative."""
     return [(rows["mean"] - rows["low"]).abs(), (rows["high"] - rows["mean"]).abs()]
 
 
-def _bars(axis, panel, dense, colours):
+def _bars(axis: Axes, panel: pd.DataFrame, dense: list[float], colours: dict[Any, str]) -> None:
     """Draw a bar per method of one panel, best first, below the dense model's, with the range over seeds."""
     rows = pd.concat([pd.DataFrame({"method": "dense", "mean": dense, "low": dense, "high": dense}),
                       panel.sort_values("mean")])
@@ -116,7 +123,7 @@ def _bars(axis, panel, dense, colours):
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _perplexity_axis(axis, side, low, high):
+def _perplexity_axis(axis: Axes, side: XAxis | YAxis, low: float, high: float) -> None:
     """Scale and label a perplexity axis for values between low and high; the axis's own limits add a margin."""
     if high > 5 * low:
         axis.set(**{f"{side.axis_name}scale": "log"})
@@ -124,7 +131,7 @@ def _perplexity_axis(axis, side, low, high):
     side.set_minor_formatter("{x:,g}" if high < 50 * low else NullFormatter())  # they would overlap
 
 
-def bytes_of(figure, suffix):
+def bytes_of(figure: Figure, suffix: str) -> bytes:
     """Return a figure as a .png, .pdf or .svg file."""
     content = io.BytesIO()
     figure.savefig(content, format=suffix[1:], dpi=120)

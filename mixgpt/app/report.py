@@ -7,23 +7,25 @@ import platform
 from collections import defaultdict
 from importlib.metadata import version
 from statistics import mean
+from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 
-from mixgpt.app.settings import BOS
+from mixgpt.app.allocating import Plan
+from mixgpt.app.run import Run
+from mixgpt.app.settings import BOS, Settings
 from mixgpt.checkpoints import card, formats
 from mixgpt.common import distributed, files, program
 from mixgpt.common.choices import NO_METRICS
 from mixgpt.common.progress import table
-from mixgpt.evaluation.measures import total_sparsity
+from mixgpt.evaluation.measures import Counts, MatrixSparsity, total_sparsity
 from mixgpt.modeling import decoder, experts
+from mixgpt.modeling.linears import Key
 from mixgpt.modeling.streaming import stored_dtype
-from mixgpt.pruning.targets import Outcome
+from mixgpt.pruning.targets import Outcome, Target
 
 
-def facts(run):
+def facts(run: Run) -> dict[str, Any]:
     """Return the part of the record known before pruning: resolved settings, versions, device and texts."""
     settings, device = run.settings, run.device
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
@@ -35,7 +37,7 @@ def facts(run):
             **program.signature(), "device_name": device_name, "versions": versions, "data": run.sources}
 
 
-def of_matrices(run, plan, outcomes, zeros):
+def of_matrices(run: Run, plan: Plan, outcomes: dict[Key, Outcome], zeros: list[Counts]) -> dict[str, Any]:
     """Return the part of the record on the matrices, and on other weights of the layers. zeros: of `Survey.finish`."""
     matrices = [m for m in zeros[0] if m.name not in run.uncalled]
     others = zeros[1] + [m for m in zeros[0] if m.name in run.uncalled]
@@ -52,12 +54,12 @@ def of_matrices(run, plan, outcomes, zeros):
         if others else {})
 
 
-def _counted(m):
+def _counted(m: MatrixSparsity) -> dict[str, Any]:
     """Return the entries of the record for a `MatrixSparsity`."""
     return {"layer": m.layer, "name": m.name, "shape": list(m.shape), "sparsity": m.zeros / m.numel}
 
 
-def disk(run, plan):
+def disk(run: Run, plan: dict[Key, Target]) -> dict[str, float]:
     """Count the plan's matrices' bytes on disk, against bfloat16; theory counts only the kept weights' bits."""
     sizes = {key: out * columns for key, (out, columns) in run.selected.items()}
     kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
@@ -69,15 +71,27 @@ def disk(run, plan):
             "theoretical_ratio": 16 * numel / (bits * kept)}
 
 
-def heading(run, command=None, whole=None):
+def heading(run: Run, command: str | None = None, whole: str | None = None) -> str:
     """Return all that is needed to repeat the run. whole: type of the multimodal model whose text part is pruned."""
-    settings, model, parameters = run.settings, run.model, sum(p.numel() for p in run.model.parameters())
-    extra, processes = sum(settings.extra_counts), distributed.world()
+    settings, model, own, scheme = run.settings, run.model, run.record["program"], run.settings.scheme
+    parameters, extra = sum(weight.numel() for weight in model.parameters()), sum(settings.extra_counts)
+    nonuniform, processes, count = not settings.allocation.even, distributed.world(), len(run.selected)
+    amount = f"{settings.prunen}:{settings.prunem}" if settings.prunem else f"{settings.sparsity:.4g} of the weights"
+    pruning = [f"{run.method}, {amount} {'over' if nonuniform else 'in each of'} {count} matrices",
+               f"alpha {settings.alpha:g}" if nonuniform else "",
+               f"nprobes {settings.nprobes}" if settings.allocation.ranks else ""] if settings.prunes else []
+    grids = ["" if settings.prunes else f"{run.method}, {count} matrices",
+             f"{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for "
+             f"{'a row' if scheme.groupsize == -1 else f'{scheme.groupsize} columns of a row'} each",
+             "range by least error" if scheme.mse else ""] if scheme else []
+    if settings.calibrates:
+        (pruning or grids).extend([f"blocksize {settings.blocksize}, percdamp {settings.percdamp:g}",
+                                   "true-sequential" if settings.true_sequential else "",
+                                   "columns by activation" if settings.act_order else ""])
     data = [f"{settings.dataset}: {len(run.calibration)} sequences of {settings.seqlen} tokens",
             f"{extra} further ones" if extra else "",
             f"seed {settings.seed}, batches of {settings.batch_size}"] if run.calibration is not None else []
-    own = run.record["program"]
-    lines = {"command": [command],
+    lines = {"command": [command or ""],
              "versions": [f"mixgpt {own['version']}" + (f" ({own['commit'][:12]})" if own["commit"] else ""),
                           *(f"{name} {version}" for name, version in run.record["versions"].items())],
              "model": [f"{settings.model}: {type(model).__name__}, {len(decoder.layers_of(model))} layers, "
@@ -85,47 +99,12 @@ def heading(run, command=None, whole=None):
                        + (f" ({run.record['device_name']})" if run.device.type == "cuda" else ""),
                        f"the text part of a {whole}" if whole else "",
                        f"{processes} processes" if processes > 1 else ""],
-             **_methods(settings, run.method, len(run.selected)),
+             "pruning": pruning, "grids": grids,
              "data": [*data, BOS[settings.bos] if settings.bos != "never" else ""]}
     return "\n".join(f"{title:<8} {', '.join(filter(None, parts))}" for title, parts in lines.items() if any(parts))
 
 
-def _methods(settings, method, count):
-    """Describe how weights are pruned and quantized: {"pruning" or "grids": texts}. count: of the matrices."""
-    scheme, nonuniform = settings.scheme, not settings.allocation.even
-    amount = f"{settings.prunen}:{settings.prunem}" if settings.prunem else f"{settings.sparsity:.4g} of the weights"
-    walk = [f"blocksize {settings.blocksize}, percdamp {settings.percdamp:g}",
-            "true-sequential" if settings.true_sequential else "",
-            "columns by activation" if settings.act_order else ""] if settings.calibrates else []
-    pruning = [f"{method}, {amount} {'over' if nonuniform else 'in each of'} {count} matrices",
-               f"alpha {settings.alpha:g}" if nonuniform else "",
-               f"nprobes {settings.nprobes}" if settings.allocation.ranks else "", *walk]
-    grids = [f"{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for "
-             f"{'a row' if scheme.groupsize == -1 else f'{scheme.groupsize} columns of a row'} each",
-             "range by least error" if scheme.mse else ""] if scheme else []
-    if settings.prunes:
-        return {"pruning": pruning, "grids": grids}
-    return {"grids": [f"{method}, {count} matrices", *grids, *walk] if scheme else []}
-
-
-def plan_text(plan, selected, sensitivity):
-    """Tabulate trace per weight, rank (1: most sensitive) and assigned sparsity by kind and by layer, and the total.
-
-    plan: {(layer, name): Target}. selected: {(layer, name): (out, in)}. sensitivity: {(layer, name): trace per weight}.
-    """
-    frame = pd.DataFrame([(layer, experts.kind_of(name), sensitivity[layer, name], math.prod(selected[layer, name]),
-                           target.sparsity) for (layer, name), target in plan.items()],
-                         columns=["layer", "matrix kind", "trace", "numel", "sparsity"])
-    frame["rank"] = frame["trace"].rank(ascending=False, method="first")
-    tables = [table([column, "mean trace/n", "mean rank", "sparsity"], [
-        [str(value), f"{group['trace'].mean():.3e}", f"{group['rank'].mean():.0f}",
-         f"{np.average(group['sparsity'], weights=group['numel']):.2%}"]
-        for value, group in frame.groupby(column, sort=False)]) for column in ("matrix kind", "layer")]
-    total = np.average(frame["sparsity"], weights=frame["numel"])
-    return "\n" + "\n\n".join([*tables, f"plan     {total:.2%} of the weights in all"])
-
-
-def sparsity_table(record):
+def sparsity_table(record: dict[str, Any]) -> str:
     """Tabulate measured sparsity and mean reconstruction error by kind of matrix, and the total sparsity."""
     matrices, kinds = record["matrices"], defaultdict(list)
     others = [row | {"name": f"left dense: {row['name']}"} for row in record.get("left_dense", [])]
@@ -144,53 +123,38 @@ def sparsity_table(record):
     return table(["matrix kind", "count", "shape", "sparsity", "error"], lines)
 
 
-def perplexity_table(perplexities):
-    """Tabulate {"dense" or method: {dataset: perplexity}}."""
-    datasets = list(next(iter(perplexities.values())))
-    return table(["perplexity", *datasets],
-                 [[name, *(f"{row[dataset]:.2f}" for dataset in datasets)] for name, row in perplexities.items()])
-
-
-def task_table(scores):
-    """Tabulate {"dense" or method: {task: {metric: value, …}}} from tasks.score, with standard errors."""
-    models, rows = list(scores), []
-    for task, metrics in scores[models[0]].items():
+def tables(record: dict[str, Any]) -> list[str]:
+    """Return the tables of sparsities and, where a record has them, of perplexities and of scores in tasks."""
+    found, perplexities, scores = [sparsity_table(record)], record["perplexity"], record.get("tasks", {})
+    if texts := list(next(iter(perplexities.values()))):
+        found.append(table(["perplexity", *texts], [
+            [model, *(f"{row[text]:.2f}" for text in texts)] for model, row in perplexities.items()]))
+    rows = []
+    for task, metrics in next(iter(scores.values()), {}).items():
         about = [str(metrics.get(key, "")) for key in NO_METRICS]
         for metric in (key for key in metrics if key not in NO_METRICS and not key.endswith("_stderr")):
-            rows.append([task, metric, *about, *(_score(scores[model][task], metric) for model in models)])
-    return table(["task", "metric", *NO_METRICS, *models], rows)
+            values = ((of_model[task][metric], of_model[task].get(f"{metric}_stderr")) for of_model in scores.values())
+            rows.append([task, metric, *about, *(
+                f"{value:,.4f}" + ("" if error is None else f" ± {error:.4f}") for value, error in values)])
+    return [*found, table(["task", "metric", *NO_METRICS, *scores], rows)] if rows else found
 
 
-def _score(metrics, metric):
-    error = metrics.get(f"{metric}_stderr")
-    return f"{metrics[metric]:,.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def result_text(settings, record):
-    """Return the final output: tables of sparsity, perplexity and tasks and, unless quiet, the costs."""
-    parts = [sparsity_table(record)] if settings.compresses else []
-    if settings.eval:
-        parts.append(perplexity_table(record["perplexity"]))
-    if record.get("tasks"):
-        parts.append(task_table(record["tasks"]))
-    if settings.quiet:
-        return "\n\n".join(parts)
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in record["seconds"].items() if value >= 0.05)
-    memory = ", ".join(f"{place} {value / 1e9:.2f} GB" for place, value in record["peak_memory"].items())
-    parts.append(f"time {sum(record['seconds'].values()):.1f} s ({seconds}); peak memory {memory}")
-    if disk := record.get("disk"):
-        parts.append(f"disk {disk['bytes'] / 1e6:.1f} MB for the matrices above, {disk['bits_per_weight']:.2f} bits a "
-                     f"weight, {1 / disk['ratio']:.2f} times the size of bfloat16 (in theory, without mask and grids, "
-                     f"{1 / disk['theoretical_ratio']:.2f})")
-    if settings.save:
-        parts.append(card.report(record))
-    return "\n" + "\n\n".join(parts)
-
-
-def publish(settings, record):
-    """Print the tables of a record and write it to the file of --record. Returns it."""
-    if text := result_text(settings, record):
-        print(text, flush=True)
+def publish(settings: Settings, record: dict[str, Any]) -> dict[str, Any]:
+    """Print the tables of a record and, unless quiet, the costs; write it to the file of --record. Returns it."""
+    parts = tables(record) if settings.compresses else tables(record)[1:]
+    if not settings.quiet:
+        seconds = ", ".join(f"{name} {value:.1f}" for name, value in record["seconds"].items() if value >= 0.05)
+        memory = ", ".join(f"{place} {value / 1e9:.2f} GB" for place, value in record["peak_memory"].items())
+        parts.append(f"time {sum(record['seconds'].values()):.1f} s ({seconds}); peak memory {memory}")
+        if disk := record.get("disk"):
+            parts.append(f"disk {disk['bytes'] / 1e6:.1f} MB for the matrices above, {disk['bits_per_weight']:.2f} "
+                         f"bits a weight, {1 / disk['ratio']:.2f} times the size of bfloat16 (in theory, without mask "
+                         f"and grids, {1 / disk['theoretical_ratio']:.2f})")
+        if settings.save:
+            parts.append(card.report(record))
+        parts[0] = "\n" + parts[0]
+    if parts:
+        print("\n\n".join(parts), flush=True)
     if settings.record and distributed.rank() == 0:
         files.write_output("--record", settings.record, json.dumps(record, indent=1) + "\n")
     return record

@@ -6,7 +6,9 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,15 +22,16 @@ from mixgpt.common.progress import table
 
 ABOUT = ("model", "seed")  # columns on what was run; like dense results, above the table if equal in all rows
 FORMATS = {"sparsity": "{:.2%}", "seconds": "{:.0f}"}  # of numbers in other columns: {:.2f}
+Runs = list[dict[str, Any]]  # as `read` returns each
 
 
-def files_of(names):
+def files_of(names: Iterable[str]) -> list[Path]:
     """Return the record files that names, folders and glob patterns refer to, each once."""
     paths = [Path(path) for name in names for path in sorted(glob.glob(glob.escape(name)) or glob.glob(name)) or [name]]
     return list(dict.fromkeys(path / RECORD if path.is_dir() else path for path in paths))
 
 
-def read(file):
+def read(file: Path) -> dict[str, Any]:
     """Read the record of a finished run. Raises InputError, naming the file, if it is not one."""
     if file.name == RECORD and is_interrupted_run(file.parent):
         raise InputError(f"{file}: its run has not finished; continue it with --save {file.parent} --resume")
@@ -48,7 +51,7 @@ def read(file):
     return run
 
 
-def shorten(runs):
+def shorten(runs: Runs) -> None:
     """Call models that are paths by their last part, unless another model of these runs has it."""
     ends = Counter(Path(model).name for model in {run["model"] for run in runs})
     for run in runs:
@@ -57,7 +60,7 @@ def shorten(runs):
             run["model"] = path.name
 
 
-def distinguish(runs):
+def distinguish(runs: Runs) -> None:
     """Add to the labels of runs of one model and label the settings in which they differ, except for the seed."""
     alike = defaultdict(list)
     for run in runs:
@@ -68,19 +71,19 @@ def distinguish(runs):
                 run["label"] += f", {name} {run['settings'].get(name)}"
 
 
-def _text_key(run, name):
+def _text_key(run: dict[str, Any], name: str) -> tuple:
     """Return what two perplexities must share to be compared: model, sequences, BOS and text."""
     settings, source = run["settings"], run["data"].get(name, {})
     return run["model"], *(settings.get(key) for key in ("seqlen", "eval_limit", "bos")), name, source.get("sha256")
 
 
-def _dense(runs):
+def _dense(runs: Runs) -> dict[tuple, float]:
     """Return {_text_key: perplexity} of the dense models."""
     return {_text_key(run, name): float(value) for run in runs
             for name, value in run["perplexity"].get("dense", {}).items()}
 
 
-def table_of(runs):
+def table_of(runs: Runs) -> pd.DataFrame:
     """Return a DataFrame of a row per run, sorted by model, sparsity, bits, method in the order given, and seed.
 
     Columns from "file" on are for the CSV alone. NaN or None: there is no such value; a perplexity of NaN is text.
@@ -104,7 +107,7 @@ def table_of(runs):
     return pd.concat([pd.DataFrame(rows, dtype=object) for rows in zip(*groups, strict=True)], axis=1)
 
 
-def text_of(runs, markdown=False):
+def text_of(runs: Runs, markdown: bool = False) -> str:
     """Return the table as text, for a terminal or in Markdown, with values common to all runs listed once above it."""
     cells = table_of(runs).loc[:, :"file"].drop(columns="file")
     for name in cells:
@@ -120,7 +123,7 @@ def text_of(runs, markdown=False):
     return (above and f"{above}\n\n") + ("\n".join(lines) if markdown else table(header, rows))
 
 
-def points_of(runs):
+def points_of(runs: Runs) -> pd.DataFrame:
     """Return the points of a picture as a DataFrame; runs that differ only in their seed become one point.
 
     Columns: model, text, method, sparsity, mean, low and high of the perplexity, and dense, the dense model's.

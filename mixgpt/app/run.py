@@ -13,39 +13,42 @@ from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import run_dir
 from mixgpt.common import distributed, memory, runtime
 from mixgpt.modeling import decoder
+from mixgpt.modeling.linears import Key
 from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill
 
 Value = TypeVar("Value")
+LATER: Any = None  # `opening.open_run` sets these fields before anything reads them.
 
 
 @dataclass
 class Run:
-    """A run in progress.
+    """A run in progress."""
 
-    What stands from `calibration` on is empty until `opening.open_run` has read it.
-    """
-
-    settings: Settings  # with what the defaults of --seqlen and --bos stand for
+    settings: Settings  # The defaults of --seqlen and --bos are replaced by what they stand for.
     device: torch.device
     clock: runtime.Clock
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    selected: dict[tuple[int, str], tuple[int, int]]  # {(layer, name): (out, in)}, the matrices to change
-    uncalled: list[str]  # names of linears that layers do not call as modules, which stay dense
-    widening: float  # bytes of a token between two layers, in units of its hidden state
-    model: PreTrainedModel  # on meta, unless it is in memory already, until the run is opened
-    calibration: torch.Tensor | None = None  # (N, T)
-    further: torch.Tensor | None = None  # (n, T): for the Hessians alone, then for distillation
+    selected: dict[Key, tuple[int, int]]  # {(layer, name): (out, in)} are the matrices to change.
+    uncalled: list[str]  # Linears of these names are not called as modules, and stay dense.
+    widening: float  # A token between two layers has this many times the bytes of its hidden state.
+    model: PreTrainedModel  # It is on meta until the run is opened, unless it is in memory already.
+    calibration: torch.Tensor = LATER  # (N, T); None if nothing is calibrated
+    further: torch.Tensor = LATER  # (n, T): the first ones are for the Hessians alone, the others for distillation.
     tests: dict[str, torch.Tensor] = field(default_factory=dict)  # {test set: tokens (n, T)}
-    sources: dict[str, dict] = field(default_factory=dict)  # origin of the texts
-    score_tasks: Callable[[PreTrainedModel, int], dict] | None = None  # of a model and the batch size, if asked for
-    folder: run_dir.RunDir | None = None  # of --save; else a temporary one, if the weights are on disk
-    record: dict[str, Any] = field(default_factory=dict)  # the content of mixgpt.json, filled step by step
-    tracker: tracking.Tracker | None = None
-    memory_plan: memory.MemoryPlan | None = None  # of pruning
+    sources: dict[str, dict] = field(default_factory=dict)  # They say where the texts come from.
+    score_tasks: Callable[[PreTrainedModel, int], dict] | None = None  # It takes a model and the batch size.
+    folder: run_dir.RunDir | None = None  # It is that of --save, else a temporary one if the weights are on disk.
+    record: dict[str, Any] = field(default_factory=dict)  # mixgpt.json will hold it; each step adds its part.
+    tracker: tracking.Tracker = LATER
+    memory_plan: memory.MemoryPlan = LATER  # Pruning follows it.
     distills: bool = False  # whether the pruned model is distilled at the end
-    begun: int = 0  # stages
+
+    @property
+    def seqlen(self) -> int:
+        """The tokens of a sequence."""
+        return self.settings.seqlen  # ty: ignore[invalid-explicit-return]  # None is a default, which `check` replaces.
 
     @property
     def method(self) -> str:
@@ -78,7 +81,7 @@ class Run:
     def hidden_bytes(self) -> int:
         """The bytes of the hidden states of all calibration sequences of this process, between two layers."""
         settings, sets = self.settings, 1 + (self.settings.target == "dense")
-        tokens = settings.seqlen * (settings.nsamples + sum(settings.extra_counts)) // distributed.world()
+        tokens = self.seqlen * (settings.nsamples + sum(settings.extra_counts)) // distributed.world()
         return int(sets * tokens * self.token_bytes)
 
     @property
@@ -98,7 +101,7 @@ class Run:
 
     def begin(self, stage: str) -> None:
         """Say which of how many stages begins, with the memory of those before it given back."""
-        gc.collect()  # the hidden states of a stage are in cycles of references, and would stay on a GPU
+        gc.collect()  # The hidden states of a stage are in cycles of references, and would stay on a GPU.
         stages = self.stages
         self.log(f"stage    {stages.index(stage) + 1} of {len(stages)}: {stage}")
 
@@ -109,7 +112,7 @@ class Run:
     def distilling(self, plan: memory.MemoryPlan) -> tuple[StreamedModel, torch.Tensor]:
         """Return the model as it distils under a MemoryPlan, with as many tokens in a batch, and its pieces (m, t)."""
         tokens = distill.pieces(self.further[self.settings.extra_counts[0]:])
-        size = plan.batch_size * (self.settings.seqlen // tokens.shape[1])
+        size = plan.batch_size * (self.seqlen // tokens.shape[1])
         return self.streamed(replace(plan, batch_size=size)), tokens
 
     def retry(self, step: Callable[[memory.MemoryPlan], Value], on_host: bool = True) -> Value:

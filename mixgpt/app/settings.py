@@ -3,13 +3,18 @@
 import dataclasses
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS, Registry
+from mixgpt.common.choices import ALLOCATIONS, ESTIMATORS, FORMATS, GRIDS, SALIENCIES, SOLVERS, Allocation, Registry
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import check_outputs
-from mixgpt.common.texts import check_texts, shares_of
+from mixgpt.common.texts import check_texts, hub_copies, shares_of
+
+if TYPE_CHECKING:
+    from mixgpt.quant import Scheme
 
 WBITS = (2, 3, 4, 8, 16)  # 16: not quantized
 IN_MEMORY = "text in memory"  # the dataset of calibration text that the caller holds
@@ -29,7 +34,8 @@ NEEDS = {  # what makes these properties of Settings true, in words, if not the 
 }
 
 
-def recipe(preset=None, prunem=0, wbits=16, groupsize=-1, effort=1.0, **_):
+def recipe(preset: str | None = None, prunem: int = 0, wbits: int = 16, groupsize: int = -1, effort: float = 1.0,
+           **_: object) -> dict[str, Any]:
     """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
 
     In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Grids need
@@ -37,7 +43,7 @@ def recipe(preset=None, prunem=0, wbits=16, groupsize=-1, effort=1.0, **_):
     their groups would have to be stored.
     effort: of best, as a multiple of its further text; the Hessians get its root where they start with more.
     """
-    options = dict(PRESETS.get(preset, {}))
+    options: dict[str, Any] = dict(PRESETS.get(preset, {}))
     if preset == "best" and prunem:
         options |= {"sparsity_way": "uniform", "saliency": "obs", "extra": 1.0}
     if preset == "best" and wbits < 16:
@@ -57,23 +63,25 @@ REPORT = "report"  # how much is reported, or how the result is stored: must mat
 FREE = "free"  # none of these: may differ for --resume
 
 
-def option(default, effect, help, *, group=None, choices=None, between=None, needs=(), **arguments):
+def option(default: Any, effect: str, help: str, *, group: str | None = None, choices: Collection | None = None,
+           between: tuple[float, ...] | None = None, needs: tuple[str, ...] = (), aliases: tuple[str, ...] = (),
+           **arguments: Any) -> Any:
     """Describe a field of `Settings`.
 
     effect: one of the above. group: the option group that starts with it. choices: its values, or their `Registry`.
     between: the least and the greatest number. needs: the properties of Settings without which only the default makes
-    sense. arguments: further ones of argparse.
+    sense. aliases: further names of the flag. arguments: further ones of argparse.
     """
     return dataclasses.field(default=default, metadata={
         "effect": effect, "help": help, "group": group, "choices": choices, "between": between, "needs": needs,
-        "arguments": arguments})
+        "aliases": aliases, "arguments": arguments})
 
 
 @dataclass(frozen=True, init=False)
 class Settings:
     """The options of a run: those given, else the preset's, else the defaults. Raises InputError for invalid values."""
 
-    model: str = option(None, FREE, "hub id, local folder or .gguf file")  # compared by weights, see report.identity
+    model: str = option(None, FREE, "hub id, local folder or .gguf file")  # `run_dir.identity` compares its weights.
     dataset: str | None = option(  # None: where nothing is calibrated
         None, RESULT, "calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3")
 
@@ -105,7 +113,7 @@ class Settings:
         "and written (default: cached in ~/.cache/mixgpt by model, data, seed and settings)")
 
     gmp: bool = option(False, METHOD, "magnitude pruning without calibration (the baseline)", group="pruning",
-        needs=("compresses",))
+        needs=("compresses",), aliases=("--magnitude",))
     solver: str = option("obs", METHOD, "pruning solver", choices=SOLVERS, needs=("calibrates", "prunes"))
     target: str = option("layer", METHOD,
         "what outputs of a pruned matrix are fitted to; layer: the dense matrix's on the same inputs; dense: the mean "
@@ -149,12 +157,13 @@ class Settings:
     data_dir: str | None = option(None, FREE, "folder with local copies of the datasets, used instead of the hub")
 
     eval: tuple[str, ...] = option(("wikitext2", "ptb", "c4"), REPORT, "test sets for perplexity, by name, or files or "
-        "folders of text; --eval without a name: none", group="evaluation", nargs="*", type=str, metavar="TEXT")
+        "folders of text; --eval without a name: none; if the dataset is builtin, so is the default",
+        group="evaluation", nargs="*", type=str, metavar="TEXT")
     eval_limit: int | None = option(None, EVALUATION,
         "evaluate only the first sequences of each test set (default: all)", between=(1,), type=int)
     dense: bool = option(False, REPORT, "also evaluate the dense model")
     tasks: tuple[str, ...] = option((), REPORT,
-        "lm-eval tasks, separated by commas, such as arc_challenge,piqa; needs requirements-eval.txt", type=str)
+        "lm-eval tasks, separated by commas, such as arc_challenge,piqa; needs mixgpt[eval]", type=str)
     tasks_dir: str | None = option(None, FREE, "folder with further tasks, as .yaml files of lm-eval", needs=("tasks",))
 
     batch_size: int = option(2, METHOD,
@@ -178,18 +187,18 @@ class Settings:
     wandb_group: str | None = option(None, FREE, "W&B run group (default: WANDB_RUN_GROUP)", needs=("log_wandb",))
     quiet: bool = option(False, FREE, "print only results and warnings")
     dry_run: bool = option(False, FREE, "check everything, say what memory, disk and time the run takes, and end")
-    device_memory: str | None = option(None, FREE, "with --dry-run: memory of a GPU that is not here, such as 24GB",
+    device_memory: str | None = option(None, FREE, "memory of a GPU that is not here, such as 24GB, for --dry-run",
         needs=("dry_run",))
 
-    def __init__(self, model, dataset=None, **options):
+    def __init__(self, model: str, dataset: str | None = None, **options: Any) -> None:
         fields = {field.name: field for field in dataclasses.fields(self)}
         if unknown := options.keys() - fields.keys():
             raise TypeError(f"no option is called {', '.join(sorted(unknown))}")
         given = {"model": model, "dataset": dataset} | options
         given = {name: _converted(fields[name], value) for name, value in given.items()}
-        preset = recipe(**given)
+        preset, known = recipe(**given), {"eval": ("builtin",)} if dataset == "builtin" else {}
         for name, field in fields.items():
-            object.__setattr__(self, name, (preset | given).get(name, field.default))  # frozen
+            object.__setattr__(self, name, (known | preset | given).get(name, field.default))  # frozen
         try:
             for field in fields.values():
                 self._check_field(field)
@@ -200,7 +209,7 @@ class Settings:
                 raise InputError(f"--preset {self.preset} ({refused}): {reason}") from error
             raise
 
-    def _check_field(self, field):
+    def _check_field(self, field: dataclasses.Field) -> None:
         value, metadata, flag = getattr(self, field.name), field.metadata, flag_of(field.name)
         if isinstance(value, str) and not value.strip() and field.default != "":
             raise InputError(f'{flag} "{value}": must not be empty')
@@ -216,7 +225,7 @@ class Settings:
         if reason := isinstance(choices, Registry) and choices[value].refuses(self):
             raise InputError(f"{flag} {value}: {reason}")
 
-    def _check_combinations(self):
+    def _check_combinations(self) -> None:
         n, m, groupsize, solver = self.prunen, self.prunem, self.groupsize, SOLVERS[self.solver]
         if not 0 <= self.sparsity < 1:
             raise InputError(f"--sparsity {self.sparsity:g}: must be at least 0 and below 1")
@@ -246,54 +255,55 @@ class Settings:
         check_texts(None if self.dataset == IN_MEMORY else self.dataset, self.eval, self.needs_calibration)
 
     @property
-    def prunes(self):
+    def prunes(self) -> bool:
         return self.sparsity > 0 or self.prunem > 0
 
     @property
-    def quantizes(self):
+    def quantizes(self) -> bool:
         return self.wbits < 16
 
     @property
-    def quantizes_last(self):
+    def quantizes_last(self) -> bool:
         """Whether weights are quantized after distillation, which takes longer than scales that are trained then."""
         return self.prunes and self.quantizes and self.distill > 0 and self.effort > 1
 
     @property
-    def scheme(self):
+    def scheme(self) -> "Scheme | None":
         """The quant.Scheme of the weights, None without quantization."""
         return GRIDS[self.grid].load()(self.wbits, self.groupsize, self.sym, self.mse) if self.quantizes else None
 
     @property
-    def compresses(self):
+    def compresses(self) -> bool:
         return self.prunes or self.quantizes
 
     @property
-    def calibrates(self):
+    def calibrates(self) -> bool:
         """Whether weights are pruned or quantized on calibration sequences."""
         return self.compresses and not (self.gmp or self.nearest)
 
     @property
-    def allocation(self):
+    def allocation(self) -> Allocation:
         """The `Allocation` of sparsity: uniform if ranks move n of n:m by less than 1 in all, so that it stays."""
         chosen = ALLOCATIONS[self.sparsity_way]
         return ALLOCATIONS["uniform"] if chosen.ranks and self.prunem and 2 * self.alpha * self.prunem < 1 else chosen
 
     @property
-    def needs_gradients(self):
+    def needs_gradients(self) -> bool:
         """Whether gradients of the loss w.r.t. matrix outputs are needed."""
         return self.allocation.by_loss or SALIENCIES[self.saliency].weighs_rows and self.calibrates
 
     @property
-    def needs_calibration(self):
+    def needs_calibration(self) -> bool:
         """Whether calibration sequences are drawn."""
         return self.allocation.ranks or self.needs_gradients or self.calibrates or self.experts > 0
 
     @property
-    def extra_counts(self):
+    def extra_counts(self) -> tuple[int, int]:
         """The numbers of further sequences for the Hessians, and for distillation."""
-        return tuple(math.ceil(round(share * self.nsamples, 6)) for share in (self.extra, self.distill))
+        hessians, distilled = (math.ceil(round(share * self.nsamples, 6)) for share in (self.extra, self.distill))
+        return hessians, distilled
 
-    def method(self, distilled=True):
+    def method(self, distilled: bool = True) -> str:
         """Return the method's name in tables and records; MixGPT is the paper's: isc saliency and mixed sparsity.
 
         distilled: whether the model has been, or can be, distilled if that is asked for.
@@ -317,24 +327,25 @@ class Settings:
         bits = f" + {bits}" if self.prunes and self.quantizes else ""
         return name + (f" ({chosen})" if chosen else "") + bits + fewer
 
-    def check_paths(self):
+    def check_paths(self) -> None:
         """Raise InputError if a given file or folder does not exist, or a file to be written may not be written."""
         check_model("model", self.model)
-        if self.data_dir and not os.path.isdir(self.data_dir):
-            raise InputError(f"--data-dir {self.data_dir}: no such folder")
+        texts = () if self.dataset in (IN_MEMORY, None) else shares_of(self.dataset)
+        if self.data_dir:
+            hub_copies(self.data_dir, train=texts if self.needs_calibration else (), test=self.eval)
         paths = {"--plot": self.plot, "--record": self.record}
         if not os.path.isfile(self.sensitivity_file or ""):  # else it is read
             paths["--sensitivity-file"] = self.sensitivity_file
         paths = {flag: path for flag, path in paths.items() if path}
         check_outputs(paths, self.overwrite or self.resume)
-        texts = () if self.dataset in (IN_MEMORY, None) else shares_of(self.dataset)
         reads = (self.model, *texts, *self.eval, self.data_dir, self.sensitivity_file, self.tasks_dir)
-        for path in (*paths.values(), *filter(os.path.exists, filter(None, reads))) if self.save else ():
-            if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.save)):  # --overwrite would remove it
+        for path in (*paths.values(), *filter(os.path.exists, filter(None, reads))):
+            # With --overwrite the run would remove what it reads.
+            if self.save and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.save)):
                 raise InputError(f"--save {self.save}: holds {path}, which this run uses; name another folder")
 
 
-def _converted(field, value):
+def _converted(field: dataclasses.Field, value: Any) -> Any:
     """Return the value of a field as Python may give it in the field's type. Raises InputError for others."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy
     value = str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
@@ -344,30 +355,31 @@ def _converted(field, value):
         if not (names := tuple(dict.fromkeys(map(os.path.expanduser, names)))) and isinstance(value, str):
             raise InputError(f'{flag_of(field.name)} "{value}": must not be empty')
         return names
-    if not isinstance(value, field.type | int if field.type is float else field.type):
-        kind = getattr(field.type, "__name__", field.type)
-        raise InputError(f"{flag_of(field.name)} {value!r}: must be {kind}, not {type(value).__name__}")
+    kind: Any = field.type
+    if not isinstance(value, float | int if kind is float else kind):
+        raise InputError(f"{flag_of(field.name)} {value!r}: must be {getattr(kind, '__name__', kind)}, not "
+                         f"{type(value).__name__}")
     return value
 
 
-def flag_of(name):
+def flag_of(name: str) -> str:
     """Return the flag of a field of Settings, or its name if it is positional."""
     return name if name in ("model", "dataset") else f"--{name.replace('_', '-')}"
 
 
-def check_between(flag, value, least, most=math.inf):
+def check_between(flag: str, value: float, least: float, most: float = math.inf) -> None:
     """Raise InputError for a number outside of [least, most]."""
     if not least <= value <= most:
         bounds = f"must be at least {least}" if most == math.inf else f"must lie between {least} and {most}"
         raise InputError(f"{flag} {value:g}: {bounds}")
 
 
-def check_model(flag, name):
+def check_model(flag: str, name: str) -> None:
     """Raise InputError for a name that cannot be a hub id and is not here."""
     if (name.startswith(("/", ".", "~")) or name.endswith(".gguf")) and not os.path.exists(name):
         raise InputError(f"{flag} {name}: no such file or folder")
 
 
-def having_effect(*effects):
+def having_effect(*effects: str) -> list[str]:
     """Return the names of the fields of Settings whose effect is one of these."""
     return [field.name for field in dataclasses.fields(Settings) if field.metadata["effect"] in effects]

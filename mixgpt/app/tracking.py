@@ -3,20 +3,26 @@
 import contextlib
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from PIL import Image
 
+from mixgpt.allocation.traces import Traces
+from mixgpt.app.settings import Settings
 from mixgpt.common import distributed, errors
-from mixgpt.evaluation.measures import total_sparsity
+from mixgpt.evaluation.measures import MatrixSparsity, total_sparsity
 from mixgpt.modeling.experts import kind_of
-from mixgpt.pruning.targets import Outcome
+from mixgpt.pruning.targets import Outcome, Target
+
+Key = tuple[int, str]  # (layer, name)
 
 
-def _guarded(method):
+def _guarded(method: Callable) -> Callable:
     """Make a method of `Tracker` do nothing unless it logs, and stop logging if the client fails."""
-    def guarded(self, *arguments):
+    def guarded(self: "Tracker", *arguments: Any) -> None:
         try:
             if self.logs:
                 method(self, *arguments)
@@ -35,7 +41,7 @@ class Tracker(contextlib.AbstractContextManager):
     logs = True  # until the client fails
 
     @_guarded
-    def __init__(self, settings, record, method):
+    def __init__(self, settings: Settings, record: dict[str, Any], method: str) -> None:
         """Begin to log in the first process if the settings ask for it. record, method: as far as they are known."""
         self.logs = settings.log_wandb and distributed.rank() == 0
         if not self.logs:
@@ -56,18 +62,18 @@ class Tracker(contextlib.AbstractContextManager):
             self.run.define_metric(metrics, step_metric="layer")
 
     @_guarded
-    def plan(self, traces, plan):
+    def plan(self, traces: Traces, plan: dict[Key, Target]) -> None:
         """Log `Traces` and {(layer, name): Target} as a table and a picture."""
         from mixgpt.app import plots  # imports matplotlib
         sensitivity, deviations = traces.sensitivity, traces.sensitivity_errors  # each access computes all of them
         rows = [[*key, sensitivity[key], deviations[key], rank, plan[key].sparsity]
-                for rank, key in enumerate(sorted(plan, key=sensitivity.get, reverse=True), start=1)]
+                for rank, key in enumerate(sorted(plan, key=sensitivity.__getitem__, reverse=True), start=1)]
         columns = ["layer", "matrix", "trace per weight", "standard error", "rank", "sparsity assigned"]
         self.run.log({"plan/matrices": self.wandb.Table(columns=columns, data=rows),
                       "plan/heat_map": self.wandb.Image(Image.open(io.BytesIO(plots.draw(plan, traces))))})
 
     @_guarded
-    def layer(self, index, counted, outcomes, start):
+    def layer(self, index: int, counted: list[MatrixSparsity], outcomes: dict[Key, Outcome], start: float) -> None:
         """Log a finished layer: its `MatrixSparsity`s, {(layer, name): Outcome}, and the time since `start`."""
         frame = pd.DataFrame({"error": [outcomes.get((m.layer, m.name), Outcome()).error for m in counted],
                               "sparsity": [m.zeros / m.numel for m in counted]}, dtype=float)
@@ -79,7 +85,7 @@ class Tracker(contextlib.AbstractContextManager):
         self.run.log({name: value for name, value in point.items() if value == value})  # without calibration no errors
 
     @_guarded
-    def result(self, record, method):
+    def result(self, record: dict[str, Any], method: str) -> None:
         """Log the record of the run: every matrix as a table, all else as summary numbers."""
         matrices = pd.DataFrame(record["matrices"]).drop(columns="shape", errors="ignore")
         nested = {kind if model == method else f"{model}_{kind}": values for kind in ("perplexity", "tasks")
@@ -91,7 +97,7 @@ class Tracker(contextlib.AbstractContextManager):
         self.run.summary.update(facts | {"method": method, "seconds": seconds})
 
     @_guarded
-    def __exit__(self, _, error, traceback):
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, Exception):
             self.run.summary["failed"] = errors.one_line(error)
         if self.own:

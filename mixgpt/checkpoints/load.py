@@ -25,7 +25,7 @@ from mixgpt.checkpoints import packing
 from mixgpt.checkpoints.quantizer import METHOD, WEIGHTS
 from mixgpt.common import choices, distributed, files
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.texts import hub_reachable, silenced
+from mixgpt.common.hub import hub_reachable, silenced
 from mixgpt.modeling import decoder, experts, streaming
 from mixgpt.modeling.linears import linears, other_weights
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME
 
 from mixgpt.checkpoints.load import in_dtype
-from mixgpt.common import distributed, files, memory, program, texts
+from mixgpt.common import distributed, files, hub, memory, program
 from mixgpt.common.choices import CARD, FORMATS, PROGRESS, RECORD, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling import decoder, streaming
@@ -296,7 +296,7 @@ class RunDir(contextlib.AbstractContextManager):
                 for owner in () if code else owners:  # of a hub id, whose code is not fetched
                     del owner["auto_map"]
                 tokenizer.save_pretrained(self.result)
-            with self._disk_errors("the model"), texts.silenced():
+            with self._disk_errors("the model"), hub.silenced():
                 save_format, model = FORMATS[self.save_format], in_dtype(self.model, streaming.stored_dtype(self.model))
                 with contextlib.nullcontext() if save_format.streams else whole(model, torch.device("cpu")):
                     save_format.load()(self.result, model, grids)

@@ -4,7 +4,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mixgpt.common.errors import InputError
 
@@ -14,7 +14,7 @@ PROGRESS = "progress"  # a directory, until the run has ended: the resume state
 NO_METRICS = ("examples", "num_fewshot", "version")  # of a task's scores in a record
 
 
-def is_interrupted_run(path):
+def is_interrupted_run(path: str | Path) -> bool:
     """Return whether a directory holds an unfinished run."""
     return (Path(path) / PROGRESS / "run.json").exists()
 
@@ -26,25 +26,25 @@ class Choice:
     help: str  # what it does, in a few words
     code: Any = None  # "module:name", or the object itself
     title: str = ""  # name in tables and progress (default: its name)
-    refuses: Callable = lambda settings: ""  # why it does not support an app.settings.Settings, or ""
+    refuses: Callable[[Any], str] = lambda settings: ""  # why it does not support an app.settings.Settings, or ""
 
-    def load(self):
+    def load(self) -> Any:
         """Return the code of this choice."""
         return pkgutil.resolve_name(self.code) if isinstance(self.code, str) else self.code
 
 
-class Registry(dict):
+class Registry(dict[str, Any]):
     """{name: Choice} of one flag."""
 
-    def __missing__(self, name):
+    def __missing__(self, name: str) -> NoReturn:
         raise InputError(f"{name} is not known here; import what defines it first")
 
-    def title(self, name):
+    def title(self, name: str) -> str:
         """Return the name of a choice in tables and progress."""
         return self[name].title or name
 
     @property
-    def help(self):
+    def help(self) -> str:
         """What each choice does, escaped for argparse's formatting."""
         return "; ".join(f"{name}: {choice.help}" for name, choice in self.items()).replace("%", "%%")
 
@@ -81,7 +81,7 @@ class Allocation(Choice):
     by_loss: bool = False  # by the mean squared gradients of the loss at matrix outputs
 
 
-def not_packed(settings):
+def not_packed(settings: Any) -> str:
     """Return why a packed checkpoint cannot hold the run's result; empty if it can."""
     if settings.grid != "uniform":
         return "supports uniform grids only"

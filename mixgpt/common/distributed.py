@@ -5,7 +5,9 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +25,7 @@ _patience, _shown = START, 0.0  # in force now; when this process last showed th
 
 
 @contextlib.contextmanager
-def joined(device):
+def joined(device: torch.device) -> Iterator[None]:
     """Join the processes started by torchrun within the block, unless they are already. device: of this process."""
     global _hosts, _store, _patience
     if program.world() == 1:
@@ -44,20 +46,20 @@ def joined(device):
     _hosts = None
 
 
-def share(count, number=None):
+def share(count: int, number: int | None = None) -> slice:
     """Return the slice of `count` items that belongs to process `number` (default: this one)."""
     number = rank() if number is None else number
     return slice(number * count // world(), (number + 1) * count // world())
 
 
-def prepared():
+def prepared() -> None:
     """Wait for the other processes to be as far, and from now on for `PATIENCE` only."""
     global _patience
     barrier()
     _patience = PATIENCE
 
 
-def alive():
+def alive() -> None:
     """Show the processes that wait for this one that it works; what takes one of them long calls this at each step."""
     global _shown
     if world() > 1 and time.monotonic() - _shown > _patience / 20:
@@ -65,13 +67,13 @@ def alive():
         _signs(1)
 
 
-def _signs(new=0):
+def _signs(new: int = 0) -> int | None:
     """Return how often processes have shown that they work, None if a caller's store, or none any more, counts it."""
     with contextlib.suppress(RuntimeError):  # the store ends with the process that keeps it
         return _store and _store.add("alive", new)
 
 
-def _wait(work):
+def _wait(work: "dist.Work | None") -> bool | None:
     """Wait for an operation of the hosts, None if it is done, while one of them works. Raises RuntimeError."""
     signs, since = None, time.monotonic()
     while work:
@@ -88,13 +90,13 @@ def _wait(work):
             raise RuntimeError(UNANSWERED)
 
 
-def all_reduce(tensor):
+def all_reduce(tensor: torch.Tensor) -> None:
     """Sum a tensor over all processes, in place."""
     if world() > 1:
         _wait(dist.all_reduce(tensor, group=None if tensor.is_cuda else _hosts, async_op=not tensor.is_cuda))
 
 
-def all_gather_parts(parts, sizes):
+def all_gather_parts(parts: list[torch.Tensor], sizes: list[list[int]]) -> list[torch.Tensor]:
     """Return tensors (n, ...), each that of all processes in rank order, in one exchange.
 
     parts: of this process, all of one dtype and alike but for n. sizes: [n of each part] for each process.
@@ -111,13 +113,13 @@ def all_gather_parts(parts, sizes):
     return [torch.cat(of_all) for of_all in zip(*split, strict=True)]
 
 
-def all_gather_shares(parts, counts):
+def all_gather_shares(parts: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
     """Return matrices with all of their rows, `counts`, of which every process passes its `share`."""
     return all_gather_parts(parts, [[len(range(count)[share(count, number)]) for count in counts]
                                     for number in range(world())])
 
 
-def all_gather_object(value):
+def all_gather_object(value: Any) -> list[Any]:
     """Return the values passed by all processes, in rank order."""
     if world() == 1:
         return [value]
@@ -127,17 +129,17 @@ def all_gather_object(value):
     return values
 
 
-def total(counts):
+def total(counts: list[int]) -> list[int]:
     """Return the sums over all processes of a list of integers, computed on the hosts."""
     return [sum(each) for each in zip(*all_gather_object(counts), strict=True)]
 
 
-def broadcast_object(value):
+def broadcast_object(value: Any) -> Any:
     """Return the value passed by the first process."""
     return all_gather_object(value)[0]
 
 
-def barrier():
+def barrier() -> None:
     """Wait until all processes get here."""
     if world() > 1:
         _wait(dist.barrier(group=_hosts, async_op=True))

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import signal
+from collections.abc import Iterator
 
 # How libraries say that memory is used up, where they raise neither MemoryError nor ENOMEM.
 EXHAUSTED = ("CUDA out of memory", "error: out of memory", "[CUDA]: out of memory", "STATUS_ALLOC_FAILED",
@@ -24,7 +25,7 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def reading(subject):
+def reading(subject: str) -> Iterator[None]:
     """Turn whatever a library raises while it reads what the user named into an InputError.
 
     subject: comes before the library's reason, such as "model X: its tokenizer". A lack of memory is raised as it is.
@@ -39,12 +40,12 @@ def reading(subject):
         raise InputError(f"{subject}: {kind}{one_line(error):.400}") from error
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """Return an exception's message, or else its name, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether an exception, or one of its causes, says that memory is used up."""
     chain = []
     while error and error not in chain:
@@ -54,12 +55,12 @@ def is_out_of_memory(error):
                or any(words in str(error) for words in EXHAUSTED) for error in chain)
 
 
-def is_disk_full(error):
+def is_disk_full(error: BaseException) -> bool:
     """Return whether an exception says that a disk is full."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
-def status_of(error):
+def status_of(error: BaseException) -> int:
     """Return the exit status of a run that an exception ends."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)

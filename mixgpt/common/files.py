@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,7 +14,7 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end of the block it is flushed to disk and renamed to `path`.
 
     After an error the file at `path` is unchanged. Several processes may write to one path concurrently.
@@ -29,13 +30,13 @@ def replacing(path):
         partial.unlink(missing_ok=True)
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """Return the cache directory shared by all runs: mixgpt in $XDG_CACHE_HOME or ~/.cache."""
     with reading("XDG_CACHE_HOME: must name a folder for the cache"):  # raised where a user has no home
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixgpt"
 
 
-def check_outputs(paths, overwrite):
+def check_outputs(paths: Mapping[str, str | Path], overwrite: bool) -> None:
     """Raise InputError for files that exist and may not be replaced, or that cannot be written; leaves nothing behind.
 
     paths: {flag: path}. overwrite: whether files may be replaced.
@@ -56,7 +57,7 @@ def check_outputs(paths, overwrite):
             tempfile.TemporaryFile(dir=nearest).close()  # tries whether it can be written
 
 
-def write_output(flag, path, content):
+def write_output(flag: str, path: str | Path, content: str | bytes) -> None:
     """Write text or bytes, creating parent folders. Raises InputError on failure, leaving no partial file."""
     with writing(f"{flag} {path}:"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def write_output(flag, path, content):
 
 
 @contextlib.contextmanager
-def writing(subject, advice="name another file"):
+def writing(subject: str, advice: str = "name another file") -> Iterator[None]:
     """Raise InputError for a full, unwritable or missing disk. subject: what is written."""
     try:
         yield

@@ -4,8 +4,10 @@ import contextlib
 import gc
 import math
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
 import psutil
 import torch
@@ -17,7 +19,7 @@ LIMITS = {"memory.max": ("anon", "shmem"), "memory.limit_in_bytes": ("total_rss"
 USABLE = 0.9  # of the free memory: the rest is lost between tensors, or taken by other programs meanwhile
 
 
-def free(device):
+def free(device: torch.device) -> int:
     """Return the bytes of a device's memory that new tensors of this process may take.
 
     On a GPU that includes what PyTorch's allocator has cached. The processes of a machine share its memory equally.
@@ -28,12 +30,12 @@ def free(device):
                          - torch.cuda.memory_allocated(device)))
 
 
-def free_on_host():
+def free_on_host() -> int:
     """Return the bytes of the host's memory that are free for all processes of this machine together."""
     return int(USABLE * min(psutil.virtual_memory().available, *_left_by_groups()))
 
 
-def _left_by_groups():
+def _left_by_groups() -> list[float]:
     """Return inf, and the bytes that Linux's control groups leave to this container or batch job."""
     left = [math.inf]
     with contextlib.suppress(OSError, ValueError):
@@ -49,7 +51,7 @@ def _left_by_groups():
     return left
 
 
-def room(path):
+def room(path: str | Path) -> tuple[float, bool]:
     """Return the bytes that are free for files at a path, which need not exist, and whether they are of memory.
 
     In a tmpfs or ramfs, as many a /tmp, files take memory, here all that is free for the processes of this machine.
@@ -72,7 +74,7 @@ class MemoryPlan:
     two_passes: bool = True  # per layer, so that only one batch's activations inside it exist at a time
     two_take_less: bool = True  # memory than one; not in mixtures of experts, as they hold all Hessians of a layer
 
-    def next_cheaper(self):
+    def next_cheaper(self) -> tuple[Self, str] | None:
         """Return the next more economical plan and its description, or None."""
         if not self.two_passes and self.two_take_less:
             return replace(self, two_passes=True, on_host=True), (
@@ -92,7 +94,7 @@ class OutOfGpuMemory(OutOfMemory):
 
 
 @contextlib.contextmanager
-def shared_fate():
+def shared_fate() -> Iterator[None]:
     """Raise OutOfMemory in all processes if one runs out of memory in the block, in which none waits for another."""
     failure = cause = None
     try:
@@ -107,13 +109,13 @@ def shared_fate():
         raise next(filter(None, failures))("out of memory") from cause
 
 
-def _is_of_gpu(error):
+def _is_of_gpu(error: BaseException) -> bool:
     """Return whether an exception, of PyTorch, cuBLAS, cuSOLVER or Triton, says that a GPU's memory is used up."""
     return isinstance(error, torch.OutOfMemoryError) or errors.is_out_of_memory(error) and any(
         name in str(error) for name in ("CUDA", "CUSOLVER"))
 
 
-def retry_with_less_memory(plan, step, again=True):
+def retry_with_less_memory(plan: MemoryPlan, step: Callable[[MemoryPlan], Any], again: bool = True) -> Any:
     """Return step(plan), retrying with a more economical plan each time the GPU runs out of memory.
 
     again: whether the step can be restarted. Several processes go on only if all know that one ran out. Raises

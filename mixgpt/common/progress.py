@@ -21,7 +21,7 @@ class Lines(tqdm):
 
 def bar(iterable: Iterable | None = None, *, title: str, unit: str = "layer", **options: Any) -> tqdm:
     """Return a tqdm: a bar in a terminal or a notebook, else `Lines`. options: those of tqdm."""
-    stream = getattr(sys.stderr, "behind", sys.stderr)  # `texts.silenced` hides stderr from libraries alone
+    stream = getattr(sys.stderr, "behind", sys.stderr)  # `hub.silenced` hides stderr from libraries alone
     options |= {"desc": title, "unit": unit, "file": stream} | ({} if stream else {"disable": True})
     if stream and (stream.isatty() or type(stream).__module__.startswith("ipykernel.")):
         return tqdm(iterable, **options)

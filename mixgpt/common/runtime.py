@@ -11,9 +11,11 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedConfig
 
 from mixgpt.common import distributed, program
 from mixgpt.common.errors import InputError
@@ -22,7 +24,7 @@ DEFAULT_SEQLEN = 2048
 KEPT = 10_000  # moments of a `Clock` that are not added up yet; a mixture of experts has millions
 
 
-def choose_device(name):
+def choose_device(name: str | torch.device | None) -> torch.device:
     """Return the device of this process: with torchrun, the GPU of its local rank."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     name = str(default if name is None else name)  # from Python also a torch.device
@@ -38,17 +40,17 @@ def choose_device(name):
     return device
 
 
-def position_limit(config):
+def position_limit(config: PreTrainedConfig) -> int | None:
     """Return a model's context length in tokens, None if unlimited."""
     return getattr(config, "max_position_embeddings", None) or getattr(config, "model_max_length", None)
 
 
-def attention_heads(config):
+def attention_heads(config: PreTrainedConfig) -> int:
     """Return the number of attention heads of the layer with the most, 0 without attention."""
     return max(getattr(layer, "num_attention_heads", 0) for layer in config.per_layer_config)
 
 
-def multiplies_bfloat16(device):
+def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether a device has instructions that multiply bfloat16 matrices, and oneDNN is allowed to use them.
 
     PyTorch says so of every GPU, and of processors with AVX-512; without them a product takes up to several times as
@@ -64,7 +66,7 @@ def multiplies_bfloat16(device):
     return torch.cpu._is_avx512_bf16_supported() and limit not in ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
-def choose_dtype(name, config, device):
+def choose_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype | str:
     """Return the dtype of the weights in memory, "auto" for the stored one; but float32 if that is faster."""
     if name != "auto":
         return getattr(torch, name)
@@ -74,7 +76,7 @@ def choose_dtype(name, config, device):
     return "auto"
 
 
-def repeatable_attention(device):
+def repeatable_attention(device: torch.device) -> contextlib.AbstractContextManager:
     """Return a context in which gradients of PyTorch's attention are the same each time; on GPUs the default is not."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -102,7 +104,7 @@ def isolated(device: torch.device, quiet: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def float32_products(precision, *backends):
+def float32_products(precision: str, *backends: Any) -> Iterator[None]:
     """Within the block, let backends of PyTorch ≥ 2.9 multiply float32 matrices in a precision, ieee or bf16."""
     with contextlib.ExitStack() as stack:
         for backend in backends:
@@ -112,12 +114,12 @@ def float32_products(precision, *backends):
         yield
 
 
-def wide(tensor):
+def wide(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in float32, or in float64 if that is its dtype: enough for sums of squares of one batch."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def seeded(*key, device="cpu"):
+def seeded(*key: object, device: str | torch.device = "cpu") -> torch.Generator:
     """Return a generator seeded by all of `key`."""
     return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
 
@@ -129,12 +131,12 @@ class Clock:
     not wait for them; elsewhere wall time. What a GPU still works on belongs to the part that launched it.
     """
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._seconds = defaultdict(float)
+        self._seconds: dict[str, float] = defaultdict(float)
         self._changes = [self._change(None)]  # not added up yet
 
-    def seconds(self):
+    def seconds(self) -> dict[str, float]:
         """Return {name of a part: its seconds so far}. On a GPU this waits for its work so far."""
         if self.device.type == "cuda":
             self._changes[-1][1].synchronize()
@@ -145,7 +147,7 @@ class Clock:
         return dict(self._seconds)
 
     @contextlib.contextmanager
-    def part(self, name):
+    def part(self, name: str) -> Iterator[None]:
         """Count the time of the block, even if an error ends it."""
         outer = self._changes[-1][0]
         self._changes.append(self._change(name))
@@ -156,7 +158,7 @@ class Clock:
             if len(self._changes) > KEPT:
                 self.seconds()  # adds them up
 
-    def _change(self, name):
+    def _change(self, name: str | None) -> tuple[str | None, Any]:
         """Return the name of the part that begins, None for none, and its time or event."""
         if self.device.type != "cuda":
             return name, time.perf_counter()
@@ -165,7 +167,7 @@ class Clock:
         return name, event
 
 
-def peak_memory(device):
+def peak_memory(device: torch.device) -> dict[str, int]:
     """Return the peak memory so far in bytes: {"host": …} and on CUDA {"device": …}."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

@@ -1,29 +1,27 @@
 """Texts: the named datasets, files of the user's own, columns of datasets on the hub, and mixtures of these."""
 
-import contextlib
-import functools
 import glob
 import gzip
 import hashlib
-import io
 import itertools
 import json
-import logging
 import os
 import re
-import sys
-import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TextIO
 
 from mixgpt.common.choices import Choice, Registry
 from mixgpt.common.errors import InputError, reading
 
 ENDINGS = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet", ".arrow")
-IGNORED = ("state.json", "dataset_dict.json", "dataset_info*.json", "cache-*.arrow")  # of `datasets`, beside the data
+IGNORED = ("state.json", "dataset_dict.json", "dataset_info*.json", "cache-*.arrow")  # what `datasets` puts beside data
 COLUMNS = ("text", "sentence", "messages")
-ARGUMENTS = {"train": "dataset", "test": "--eval", "validation": "--eval"}  # split -> by which its text is given
+ON_HUB = re.compile(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)")  # owner/dataset:column
+ARGUMENTS = {"train": "dataset", "test": "--eval", "validation": "--eval"}  # the argument that names a split's text
+Row = str | list[dict[str, str]]  # a row is a text, or a chat [{"role": …, "content": …}, …]
 
 
 @dataclass(frozen=True)
@@ -32,25 +30,25 @@ class TextSet(Choice):
 
     train_join: str = "\n\n"
     test_join: str = "\n\n"
-    hub_id: str | None = None
-    hub_options: dict = field(default_factory=dict)  # further arguments of load_dataset
-    hub_files: dict = field(default_factory=dict)  # split -> the one file to fetch
-    columns: tuple[str, ...] = COLUMNS  # of which the first that is there holds the text
-    local: str = ""  # pattern of its files on the hub, which are looked for below --data-dir
+    hub_id: str = ""
+    hub_options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of load_dataset
+    hub_files: dict[str, str] = field(default_factory=dict)  # {split: the one file to fetch}
+    columns: tuple[str, ...] = COLUMNS  # the first of these that a row has holds its text
+    local: str = ""  # the names of its files on the hub, and below --data-dir
     test_split: str = "test"
-    by_document: bool = False  # samples do not cross documents; only the first shard is used
+    by_document: bool = False  # samples do not cross documents
     test_documents: int | None = None
     test_segments: int | None = None
 
 
-def builtin_rows(split):
+def builtin_rows(split: str) -> tuple[list[str], dict[str, Any]]:
     """Return the paragraphs of Python's help topics, and the sha256 of their concatenation.
 
     Repeated paragraphs, ignoring indentation, are dropped: topics share whole sections, and the test text must be
     unseen. Train is the first 80% of the characters, test the rest.
     """
     from pydoc_data.topics import topics  # half a megabyte
-    unique = {}
+    unique: dict[str, str] = {}
     for paragraph in "\n\n".join(topics[topic] for topic in sorted(topics)).split("\n\n"):
         unique.setdefault(" ".join(paragraph.split()), paragraph)
     paragraphs = list(unique.values())
@@ -77,26 +75,29 @@ DATASETS = Registry({
 })
 
 
-def shares_of(name, flag="dataset"):
-    """Return {text: share} of a mixture, or of one text; the shares add up to 1.
+def shares_of(name: str, flag: str = "dataset") -> dict[str, float]:
+    """Return {text: share} for a mixture, or for one text; the shares add up to 1.
 
     A text is the name of a dataset, a path, or owner/dataset:column on the hub. Raises InputError for anything else.
     """
-    weights = {}
-    for part in name.split(",") if ":" in name and not text_set_of(name) else [f"{name}:1"]:
+    def known(text: str) -> bool:
+        return text in DATASETS or os.path.exists(text) or ON_HUB.fullmatch(text) is not None
+
+    weights: dict[str, float] = {}
+    for part in name.split(",") if ":" in name and not known(name) else [f"{name}:1"]:
         text, _, share = os.path.expanduser(part.strip()).rpartition(":")
         value = float(share) if re.fullmatch(r"\d+\.?\d*|\.\d+", share) else 0
         if not value:
             raise InputError(f"{flag} {name}: {part!r}: in a mixture each text needs a share above 0, for example "
                              "c4:0.7,builtin:0.3")
-        if not text_set_of(text):
+        if not known(text):
             raise InputError(f"{flag} {name}: invalid choice: {text!r} (choose from {', '.join(map(repr, DATASETS))}, "
                              "or give a file or folder of text, or owner/dataset:column on the hub)")
         weights[text] = weights.get(text, 0) + value
     return {text: weight / sum(weights.values()) for text, weight in weights.items()}
 
 
-def check_texts(name, tests, drawn):
+def check_texts(name: str | None, tests: Iterable[str], drawn: bool) -> None:
     """Raise InputError for calibration text or test texts that do not exist, or that overlap.
 
     name: None for text in memory. drawn: whether calibration draws from its text. Paths have no separate splits.
@@ -110,12 +111,12 @@ def check_texts(name, tests, drawn):
             raise InputError(f"--eval {test}: is text that calibration draws from; give another one")
 
 
-def is_path(text):
+def is_path(text: str) -> bool:
     """Return whether a text is a file or a folder."""
     return text not in DATASETS and os.path.exists(text)
 
 
-def counts_of(name, nsamples):
+def counts_of(name: str, nsamples: int) -> dict[str, int]:
     """Return {text: number of its sequences}, nsamples in all. Raises InputError if a text gets none or is unknown."""
     shares = shares_of(name)
     ends = [round(total * nsamples) for total in itertools.accumulate(shares.values(), initial=0)]
@@ -125,142 +126,107 @@ def counts_of(name, nsamples):
     return numbers
 
 
-@functools.cache
-def hub_reachable():
-    """Return whether the hub answers its own client within 5 seconds; with HF_HUB_OFFLINE it is not asked.
-
-    If not, its libraries work offline from now on, within `hub_asked_anew` until its end: they would retry for 23 s
-    each time.
-    """
-    import datasets
-    from huggingface_hub import constants, utils
-    try:
-        utils.get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # what a client raises depends on its library: no name, no route, no certificate, no answer
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        return False
-    return True  # an error status is an answer too
-
-
-@contextlib.contextmanager
-def hub_asked_anew():
-    """Let `hub_reachable` ask once within the block; behind it the hub's libraries are as they were before."""
-    import datasets
-    from huggingface_hub import constants
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-        hub_reachable.cache_clear()
-
-
-@contextlib.contextmanager
-def silenced():
-    """Suppress the logs and warnings of libraries, whose errors become lines, and without a terminal their bars."""
-    shown = sys.stderr and sys.stderr.isatty()
-    before, hidden = logging.root.manager.disable, io.StringIO()
-    hidden.behind = sys.stderr  # to which `progress.bar` still writes
-    logging.disable()
-    try:
-        with (contextlib.nullcontext() if shown else contextlib.redirect_stderr(hidden),
-              warnings.catch_warnings(action="ignore")):
-            yield
-    finally:
-        logging.disable(before)
-
-
-def text_set_of(dataset):
-    """Return the TextSet of a dataset's name, a path, owner/dataset:column on the hub, or a list; else None."""
+def text_set_of(dataset: str | list[Row]) -> TextSet:
+    """Return the TextSet of a dataset's name, a path, owner/dataset:column on the hub, or a list."""
     if isinstance(dataset, list):
         return TextSet("a list of texts", lambda split: (dataset, {"sha256": _digest(dataset)}))
     if is_path(dataset):
         return TextSet("a file or folder of text", partial(path_rows, dataset))
-    if on_hub := re.fullmatch(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)", dataset):
-        hub_id, column = on_hub.groups()
-        return TextSet("a column of a dataset on the hub", hub_id=hub_id, columns=(column,))
-    return DATASETS.get(dataset)
+    if on_hub := ON_HUB.fullmatch(dataset):
+        return TextSet("a column of a dataset on the hub", hub_id=on_hub[1], columns=(on_hub[2],))
+    return DATASETS[dataset]
 
 
-def path_rows(path, split):
+def path_rows(path: str, split: str) -> tuple[list[Row], dict[str, Any]]:
     """Return all rows of a file, or of the files below a folder in order of their paths, and where they come from."""
     if not (files := _files_of(path)):
         ends = "no files below it end" if os.path.isdir(path) else "must end"
         raise InputError(f"{ARGUMENTS[split]} {path}: {ends} in one of {' '.join(ENDINGS)}")
-    rows = [row for file in files for row in read_file(file, ARGUMENTS[split])]
-    return rows, {"files": [str(file) for file in files], "sha256": _digest(rows)}
+    rows, origin = read_files(files, ARGUMENTS[split])
+    return rows, origin | {"sha256": _digest(rows)}
 
 
-def _files_of(path):
+def _files_of(path: str) -> list[Path]:
     """Return the files of text below a folder, or the file itself, if its name is that of one."""
     return [file for file in (_below(path, "*") if os.path.isdir(path) else [Path(path)])
             if file.name.endswith(ENDINGS) and not any(file.match(name) for name in IGNORED) and not file.is_dir()]
 
 
-def _below(folder, pattern):
-    """Return the paths at any depth of a folder that match a pattern, in order. Those of pathlib pass over links."""
+def _below(folder: str | Path, pattern: str) -> list[Path]:
+    """Return the paths at any depth of a folder that match a pattern, in order. pathlib would not follow links."""
     return sorted(map(Path, glob.glob(f"{glob.escape(str(folder))}/**/{pattern}", recursive=True, include_hidden=True)))
 
 
-def hub_copy_rows(dataset, split, data_dir):
-    """Return the rows of a split from the files below a folder that are named as on the hub, and these files."""
-    pattern = DATASETS[dataset].local.format(split=split)
-    files = _below(data_dir, pattern)
-    if not files:
-        raise InputError(f"--data-dir {data_dir}: no {split} split of {dataset} in it; needs {pattern}, as on the hub")
-    files = [file for file in files if file.parent == files[0].parent]  # of one copy
-    return [row for file in files for row in read_file(file, "--data-dir")], {"files": [str(file) for file in files]}
+def hub_copies(data_dir: str | Path, **parts: Iterable[str]) -> dict[tuple[str, str], list[Path]]:
+    """Return the files below a folder that are named as those of named datasets on the hub, {(dataset, split): files}.
+
+    parts: the texts of which the "train" or the "test" part is needed. Raises InputError that names all files missing.
+    """
+    if not os.path.isdir(data_dir):
+        raise InputError(f"--data-dir {data_dir}: no such folder")
+    copies, missing = {}, []
+    for text_set, name, part in ((text_set_of(name), name, part) for part, names in parts.items() for name in names):
+        if text_set.local:
+            split = text_set.test_split if part == "test" else part
+            files = _below(data_dir, pattern := text_set.local.format(split=split))
+            copies[name, split] = [file for file in files if file.parent == files[0].parent]  # of one copy
+            missing += [] if files else [f"{pattern} ({ARGUMENTS[split]} {name})"]
+    if missing:
+        raise InputError(f"--data-dir {data_dir}: lacks {', '.join(missing)}; files are named as on the hub")
+    return copies
 
 
-def read_file(path, argument):
-    """Return the rows of one file, each a text or a chat. Raises InputError that begins with the argument and path."""
+def read_files(files: list[Path], argument: str) -> tuple[list[Row], dict[str, Any]]:
+    """Return the rows of files, one after another, and the files. Raises InputError that begins with the argument."""
     import pyarrow.parquet  # slow
-    with reading(f"{argument} {path}: cannot be read"):
-        if path.suffix == ".parquet":
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".arrow":
-            with path.open("rb") as file:  # Arrow has two formats: a stream, as `datasets` writes, and a file
-                opened = pyarrow.ipc.open_file if file.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
-            rows = opened(path).read_all().to_pylist()
-        else:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-                rows = [file.read()] if path.suffix == ".txt" else json_rows(file)
-        return texts_of(rows, f"{argument} {path}")
+    rows: list[Row] = []
+    for path in files:
+        with reading(f"{argument} {path}: cannot be read"):
+            if path.suffix == ".parquet":
+                read = pyarrow.parquet.read_table(path).to_pylist()
+            elif path.suffix == ".arrow":
+                with path.open("rb") as binary:  # Arrow has two formats: a stream, as `datasets` writes, and a file
+                    opened = pyarrow.ipc.open_file if binary.read(6) == b"ARROW1" else pyarrow.ipc.open_stream
+                read = opened(path).read_all().to_pylist()
+            else:
+                with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+                    read = [file.read()] if path.suffix == ".txt" else json_rows(file)
+            rows += texts_of(read, f"{argument} {path}")
+    return rows, {"files": [str(file) for file in files]}
 
 
-def json_rows(file):
-    """Return the values that follow one another in a file, or in its list if it is one. Raises JSONDecodeError."""
-    decoder, blanks, rows = json.JSONDecoder(), re.compile(r"\s*"), []
+def json_rows(file: TextIO) -> list[Any]:
+    """Return the values in the lines of a file, or in the list that is all of it. Raises JSONDecodeError."""
+    rows = []
     for number, line in enumerate(file):
         try:  # most files have a value in each line, and their whole text is never in memory
-            rows.append(decoder.decode(line))
-        except json.JSONDecodeError:  # takes all that is left, below as many lines as before
-            text, end = "\n" * number + line + file.read(), 0
-            while (start := blanks.match(text, end).end()) < len(text):
-                row, end = decoder.raw_decode(text, start)
-                rows.append(row)
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError:  # the value has more lines; the error, if any, counts those before it, too
+            rows.append(json.loads("\n" * number + line + file.read()))
     return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
 
 
-def texts_of(rows, subject, columns=COLUMNS):
-    """Return the texts or chats of rows, which are these, or dicts with one in the first of the columns they have."""
-    return [_text_of(row, f"{subject}: row {number}", columns) for number, row in enumerate(rows, 1)]
+def texts_of(rows: Iterable[Any], subject: str, columns: tuple[str, ...] = COLUMNS) -> list[Row]:
+    """Return the texts or chats of rows, which are these, or dicts with one in the first of the columns they have.
+
+    A chat is [{"role": …, "content": …}, …], and loses further keys. Raises InputError that begins with the subject.
+    """
+    texts = []
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            if not (present := [column for column in columns if column in row]):
+                raise InputError(f"{subject}: row {number} has the columns {', '.join(row)}; needs "
+                                 f"{' or '.join(columns)}")
+            row = row[present[0]]
+        if not isinstance(row, str):
+            if not (isinstance(row, list) and row and all(isinstance(part, dict) and "role" in part
+                                                          and isinstance(part.get("content"), str) for part in row)):
+                raise InputError(f'{subject}: row {number} is neither text nor a chat [{{"role": "user", "content": '
+                                 '"text"}, …]')
+            row = [{"role": part["role"], "content": part["content"]} for part in row]
+        texts.append(row)
+    return texts
 
 
-def _text_of(row, subject, columns):
-    """Return a text, or a chat [{"role": …, "content": …}, …] without further keys. Raises InputError otherwise."""
-    if isinstance(row, dict):
-        if not (present := [column for column in columns if column in row]):
-            raise InputError(f"{subject} has the columns {', '.join(row)}; needs {' or '.join(columns)}")
-        row = row[present[0]]
-    if isinstance(row, str):
-        return row
-    parts = row if isinstance(row, list) else []
-    if not parts or not all(isinstance(part, dict) and "role" in part and isinstance(part.get("content"), str)
-                            for part in parts):
-        raise InputError(f'{subject} is neither text nor a chat [{{"role": "user", "content": "text"}}, …]')
-    return [{"role": part["role"], "content": part["content"]} for part in parts]
-
-
-def _digest(rows):
+def _digest(rows: list[Row]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixgpt.common import distributed, memory, progress, runtime
 from mixgpt.common.errors import InputError, reading
-from mixgpt.common.texts import hub_reachable, silenced
+from mixgpt.common.hub import hub_reachable, silenced
 from mixgpt.datautils import encode, token_ids
 from mixgpt.evaluation.generation import complete
 from mixgpt.modeling.decoder import layers_of

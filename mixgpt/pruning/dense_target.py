@@ -8,8 +8,8 @@ add to the residual stream, a writer; the circle is this sum:
     pruned model   stream ṙ ──▶ norm ──▶ … ẋ ──▶ Ŵ ──▶ (+) ──▶ ṙ' = ṙ + Ŵ ẋ
                       └─────────────────────────────────┘
 
-Half of each gap to the dense model is closed: Ŵ ẋ is fitted to W (ẋ + (x − ẋ) / 2), and, if it is a writer, to that
-plus (r − ṙ) / 2, its output gap. The lag before the next writer is found from what both models add here.
+Half of each gap to the dense model is closed: Ŵ ẋ is fitted to W (ẋ + (x − ẋ) / 2) or, if it is a writer, to that plus
+(r − ṙ) / 2; what is added to W ẋ is its output gap. The lag before the next writer follows from what both models add.
 """
 
 import contextlib

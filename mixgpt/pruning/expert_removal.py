@@ -5,9 +5,10 @@ its output. All that a class keeps for each expert, such as rows and biases of i
 the same class built with fewer experts.
 """
 
+import contextlib
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from mixgpt.common import distributed
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling.decoder import layers_of
-from mixgpt.modeling.experts import is_split, split_experts
+from mixgpt.modeling.experts import RoutedLinear, is_split, split_experts
 from mixgpt.modeling.linears import hooked
 from mixgpt.modeling.placing import in_turn
 from mixgpt.modeling.running import StreamedModel
@@ -94,35 +95,36 @@ def _sources(index: int, layer: nn.Module, smaller: nn.Module, kept: Iterable[in
 @torch.no_grad()
 def expert_scores(streamed: StreamedModel, tokens: Tensor) -> dict[int, Tensor]:
     """Return {layer: scores (experts,)} of a model on tokens (N, T). Raises InputError if a score is not finite."""
-    result, stream = {}, streamed.embed(tokens[distributed.share(len(tokens))])
+    sums, stream = {}, streamed.embed(tokens[distributed.share(len(tokens))])
     for index, layer in in_turn(streamed.layers, streamed.device, "experts"):
         _, experts = _experts_of(layer)
-        if not experts:
+        with _recording(experts, stream.device) if experts else contextlib.nullcontext() as recorded:
             stream.advance(layer, index)
-            continue
-        sums, routing = torch.zeros(2, experts.num_experts, dtype=torch.float64, device=stream.device), {}
+        if experts:
+            distributed.all_reduce(recorded)
+            if not recorded.isfinite().all():
+                raise InputError(f"layer {index}: its experts give NaN or inf on the calibration sequences")
+            sums[index] = recorded
+    return {index: (norms / counts.clamp_min(1)).cpu() for index, (norms, counts) in sums.items()}
 
-        def add(number: int, output: Tensor, experts: nn.Module = experts, sums: Tensor = sums,
-                routing: dict = routing) -> None:
-            """Add up, for an expert, router weights times the norms of its outputs, and its tokens."""
-            tokens = experts.get_submodule(f"{number}.down_proj").tokens
-            output = experts.post_expert_norm(output) if experts.has_post_expert_norm else output
-            _, chosen, weights = routing.values()  # (n, k) each
-            weights = (weights * (chosen == number)).sum(-1)[tokens]
-            sums[0, number] += (weights * output.float().norm(dim=-1)).sum(dtype=torch.float64)
-            sums[1, number] += len(output)
 
-        readers = {experts.get_submodule(f"{number}.down_proj"): partial(add, number)
-                   for number in range(experts.num_experts)}
-        with hooked(readers, outputs=True), experts.register_forward_pre_hook(
-                lambda _, args, routing=routing: routing.update(enumerate(args))):
-            stream.advance(layer, index)
-        distributed.all_reduce(sums)
-        if not sums.isfinite().all():
-            raise InputError(f"layer {index}: its experts give NaN or inf on the calibration sequences")
-        norms, counts = sums
-        result[index] = (norms / counts.clamp_min(1)).cpu()
-    return result
+@contextlib.contextmanager
+def _recording(experts: nn.Module, device: torch.device) -> Generator[Tensor]:
+    """Within the block, sum up router weight times norm of the output, and tokens, of each expert: (2, experts)."""
+    sums, routing = torch.zeros(2, experts.num_experts, dtype=torch.float64, device=device), {}
+
+    def add(number: int, linear: RoutedLinear, output: Tensor) -> None:
+        output = experts.post_expert_norm(output) if experts.has_post_expert_norm else output
+        _, chosen, weights = routing.values()  # (n, k) each
+        weights = (weights * (chosen == number)).sum(-1)[linear.tokens]
+        sums[0, number] += (weights * output.float().norm(dim=-1)).sum(dtype=torch.float64)
+        sums[1, number] += len(output)
+
+    downs = [experts.get_submodule(f"{number}.down_proj") for number in range(experts.num_experts)]
+    readers = {linear: partial(add, number, linear) for number, linear in enumerate(downs)}
+    with hooked(readers, outputs=True), experts.register_forward_pre_hook(
+            lambda _, args: routing.update(enumerate(args))):
+        yield sums
 
 
 def best_experts(scores: Tensor, smaller: PreTrainedModel) -> list[int]:

@@ -8,7 +8,6 @@ import torch
 from conftest import CPU, make, modules_of
 from makebelieve import CUDA, Gpu
 
-from mixgpt.allocation import backward
 from mixgpt.allocation.fisher import output_gradients
 from mixgpt.allocation.plan import Budget, by_threshold
 from mixgpt.allocation.traces import hessian_traces
@@ -18,6 +17,7 @@ from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.experts import split_experts
 from mixgpt.modeling.linears import hooked, linears
 from mixgpt.modeling.running import StreamedModel
+from mixgpt.pruning import needs
 from mixgpt.pruning.targets import Target, select
 
 
@@ -59,7 +59,7 @@ def test_a_gpu_measures_what_a_cpu_does_wherever_hidden_states_are(name, dtype, 
     model.to(dtype).set_attn_implementation("eager")  # C++ makes the mask of others on what it takes for the device
     selected, tokens = select(model), tokens[:3, :6]
     wanted = measurements(StreamedModel(model, CPU, 2), selected, tokens)
-    monkeypatch.setattr(backward, "place_for", lambda *_: place)
+    monkeypatch.setattr(needs, "place_for", lambda *_: place)
     with Gpu():
         found = measurements(StreamedModel(model, CUDA, 2), selected, tokens)
     for ours, theirs in zip(found, wanted, strict=True):

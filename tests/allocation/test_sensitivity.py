@@ -8,6 +8,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from mixgpt.allocation import backward, fisher, hutchinson
 from mixgpt.allocation.traces import hessian_traces
+from mixgpt.common import memory
 from mixgpt.common.runtime import seeded
 from mixgpt.modeling import running
 from mixgpt.modeling.experts import split_experts
@@ -162,7 +163,7 @@ def test_fisher_samples_are_squared_gradients_at_labels_of_the_model(name, token
 @pytest.mark.parametrize("name", [*FAMILIES, "gemma4"])
 @pytest.mark.parametrize("vocabulary", [None, torch.arange(3, 300, 7)], ids=["all", "some"])
 def test_output_gradients_are_squares_at_labels_of_the_model_by_row(vocabulary, name, tokens, all_float64, monkeypatch):
-    monkeypatch.setattr(backward.memory, "free", lambda _: 0)  # as many chunks as batches, on disk
+    monkeypatch.setattr(memory, "free", lambda _: 0)  # as many chunks as batches, on disk
     monkeypatch.setattr(fisher, "TOKEN_CLIP", 1.2)
     model, tokens, cut = make(name).double(), tokens[:3, :10], 0
     matrices = list(modules_of(model))

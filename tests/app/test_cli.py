@@ -61,6 +61,14 @@ def test_the_published_spellings_of_flags_are_the_same_flags():
                                   sensitivity_file="a_b.json", log_wandb=True, wandb_project="p", data_dir="d")
 
 
+def test_magnitude_is_another_name_of_gmp(capsys):
+    old, new = (parse("opt.py", ["opt", "builtin", "--sparsity", ".5", flag]) for flag in ("--gmp", "--magnitude"))
+    assert old == new == Settings("opt", "builtin", sparsity=0.5, gmp=True)
+    with pytest.raises(SystemExit):
+        parse("opt.py", ["--help"])
+    assert "--gmp, --no-gmp, --magnitude, --no-magnitude" in capsys.readouterr().out
+
+
 WINDOWS = """
 import runpy, signal, sys
 sys.platform, sys.modules["fcntl"], sys.modules["resource"] = "win32", None, None

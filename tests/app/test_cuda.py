@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mixgpt.allocation import backward, fisher
+from mixgpt.allocation import fisher
 from mixgpt.app import cli
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
@@ -159,7 +159,7 @@ def test_a_gpu_gives_what_a_cpu_gives(combination, gpu, run, no_waiting_in_the_w
     expected = run(family, job, "cpu", dtype=dtype)
     if room == "none":  # for hidden states
         monkeypatch.setattr(running, "place_for", lambda *_, **__: "host")
-        monkeypatch.setattr(backward, "place_for", lambda *_, **__: "host")
+        monkeypatch.setattr(needs, "place_for", lambda *_, **__: "host")
     with gpu():
         compare(run(family, job, "cuda:0", dtype=dtype), expected, job, dtype)
 

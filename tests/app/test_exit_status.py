@@ -19,8 +19,8 @@ from mixgpt.common.errors import InputError, Terminated
 from mixgpt.pruning.hessian import InputHessian
 
 COMMANDS = {
-    "llama.py": (cli.main, (pipeline, "run"), ["somebody/model", "builtin"]),
-    "mixgpt eval": (__main__.SUBCOMMANDS["eval"].load(), (pipeline, "run"), ["somebody/model"]),
+    "llama.py": (cli.main, (pipeline, "execute"), ["somebody/model", "builtin"]),
+    "mixgpt eval": (__main__.SUBCOMMANDS["eval"].load(), (pipeline, "execute"), ["somebody/model"]),
     "generate.py": (generate.main, (generate, "print_completions"), ["model", "Hello"]),
     "results.py": (results.main, (results, "files_of"), ["record.json"]),
 }
@@ -137,7 +137,7 @@ def test_a_signal_leaves_no_pruned_layers(number, status, line, fork, checkpoint
 
 
 def test_signals_act_as_before_after_a_run_and_an_ignored_one_stays_ignored(monkeypatch):
-    monkeypatch.setattr(pipeline, "run", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    monkeypatch.setattr(pipeline, "execute", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert run("llama.py", "somebody/model", "builtin") == 0
@@ -155,6 +155,6 @@ def test_a_later_process_names_itself_and_leaves_signals_alone(monkeypatch, caps
     assert end("llama.py", InputError("words"), monkeypatch) == 2
     assert capsys.readouterr().err == "llama.py: error: words (process 1)\n"
     handlers = []
-    monkeypatch.setattr(pipeline, "run", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr(pipeline, "execute", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
     assert run("llama.py", "somebody/model", "builtin") == 0
     assert handlers == [signal.SIG_DFL], "it would hang in one that waits for the first process"

@@ -36,7 +36,7 @@ def test_what_a_gpu_is_said_to_hold_at_most_is_what_it_holds(name, preset, forec
     monkeypatch.setattr(Run, "begin", lambda self, stage: (begin(self, stage), begun.append((stage, gpu.used))))
     with Gpu() as gpu:
         run, settings = forecast_of(name, preset=preset, device="cuda:0", save=str(tmp_path / "saved"))
-        needs = forecast.memory_needs(run, forecast.Machine.of(run))
+        needs = forecast.memory_needs(run)
         peak = pipeline.execute(settings)["peak_memory"]["device"]
     most = max(need.device for need in needs)
     assert 0.8 * peak < most < 1.25 * peak

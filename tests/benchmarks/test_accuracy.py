@@ -37,7 +37,7 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
         return run(settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "run", interrupted)
+        patch.setattr(pipeline, "execute", interrupted)
         assert benchmark("50%") == 130
     assert benchmark("50%", "--wbits", "4") == 2  # all runs quantize, the dense model's, too
     before = cells()

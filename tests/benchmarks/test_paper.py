@@ -37,7 +37,7 @@ def test_means_and_standard_deviations_are_written_of_perplexities_beyond_all_nu
 
 
 def test_a_task_without_accuracies_has_no_figure_and_does_not_end_the_benchmark(monkeypatch):
-    monkeypatch.setattr(scores.pipeline, "run", lambda settings: {
+    monkeypatch.setattr(scores.pipeline, "execute", lambda settings: {
         "perplexity": {"dense": {}}, "tasks": {"dense": {"piqa": {"acc": 0.5}, "gsm8k": {"exact_match": 0.1}}},
         "sparsity": 0.0, "seconds": {}, "peak_memory": {"host": 1}, "program": {"commit": None}})
     figures = scores.measure("llama.py m c4")["figures"]

@@ -1,7 +1,6 @@
 """Check where BOS stands against ids put together by hand, and that nothing moves for models that do not need it."""
 
 import copy
-import gzip
 import json
 
 import pytest
@@ -34,15 +33,11 @@ def adding(tokenizer):
 
 
 @pytest.fixture
-def texts(tmp_path):
+def names(tmp_path):
     """Return {kind of text: name of a dataset}, for each way to draw from a text."""
     (tmp_path / "own.txt").write_text(TEXT * 3)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": [
         {"role": "user", "content": f"{number} {TEXT}"}]}) + "\n" for number in range(3)))
-    (tmp_path / "en").mkdir()
-    for part in ("train", "validation"):
-        with gzip.open(tmp_path / "en" / f"c4-{part}.00000-of-00001.json.gz", "wt") as file:
-            file.writelines(json.dumps({"text": f"{part} {number}: {TEXT}"}) + "\n" for number in range(5))
     return {"joined": "builtin", "own": str(tmp_path / "own.txt"), "chats": str(tmp_path / "chats.jsonl"),
             "documents": "c4", "mixture": f"builtin:0.5,{tmp_path}/own.txt:0.5"}
 
@@ -81,17 +76,17 @@ def test_prompts_and_contexts_go_on_without_an_end_that_the_tokenizer_adds(addin
 
 @pytest.mark.parametrize("added", ["BOS", "nothing"])
 @pytest.mark.parametrize("kind", ["joined", "own", "chats", "documents", "mixture"])
-def test_every_segment_begins_with_bos_in_place_of_its_first_token(added, kind, adding, texts, tmp_path):
+def test_every_segment_begins_with_bos_in_place_of_its_first_token(added, kind, adding, names, texts):
     tokenizer = adding(added)
     tokenizer.chat_template = TEMPLATE
-    arguments = texts[kind], 6, 16, 0, tokenizer, tmp_path
+    arguments = names[kind], 6, 16, 0, tokenizer, texts
     samples, _ = datautils.calibration_samples(*arguments, "each")
     once, _ = datautils.calibration_samples(*arguments, "once")
     assert (samples[:, 0] == BOS).all() and torch.equal(samples[:, 1:], once[:, 1:])
     assert (once[:, 0] != BOS).any(), "the segments would begin with BOS anyhow"
     if kind != "mixture":
-        tokens, _ = datautils.test_tokens(texts[kind], 16, tokenizer, tmp_path, "each")
-        rows, _ = datautils.load_rows(texts[kind], "test", tmp_path)
+        tokens, _ = datautils.test_tokens(names[kind], 16, tokenizer, texts, "each")
+        rows, _ = datautils.load_rows(names[kind], "test", texts)
         rows = [row if isinstance(row, str) else f"<s>{row[0]['content']}</s>" for row in rows]
         text = (" " if kind == "documents" else "\n\n").join(rows)
         ids = tokenizer(text.removeprefix("<s>"), add_special_tokens=False).input_ids

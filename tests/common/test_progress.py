@@ -8,7 +8,7 @@ from commands import SMALL, run
 from tqdm import std, tqdm
 
 from mixgpt.common import progress
-from mixgpt.common.texts import silenced
+from mixgpt.common.hub import silenced
 
 
 @pytest.fixture

@@ -192,7 +192,7 @@ def test_without_lm_eval_the_line_says_what_to_install(prune, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     line = prune("llama", "--eval --tasks choice", status=2).splitlines()[-1]
     assert line.startswith("llama.py: error: --tasks: lm-eval cannot be used (") and line.endswith(
-        "pip install -r requirements-eval.txt")
+        'pip install "mixgpt[eval]", or in a checkout -r requirements-eval.txt')
     prune("llama", "--eval")  # not needed then
 
 

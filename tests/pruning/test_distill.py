@@ -87,7 +87,7 @@ def name(request):
 def test_an_effort_multiplies_the_steps_down_to_a_thousand_tokens_each(monkeypatch):
     monkeypatch.setattr(module, "STEP_TOKENS", 1024)
     tokens = torch.zeros(128, 512)
-    assert [-(-128 // module._per_step(tokens, effort)) for effort in (0.25, 1, 2, 4)] == [10, 32, 64, 64]
+    assert [-(-128 // module.per_step(tokens, effort)) for effort in (0.25, 1, 2, 4)] == [10, 32, 64, 64]
 
 
 @pytest.mark.parametrize("most", [VOCABULARY, VOCABULARY // 3])

@@ -5,16 +5,19 @@ import hashlib
 import json
 import random
 import tracemalloc
+from unittest.mock import Mock
 
 import datasets
 import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset
+from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 from transformers import ByT5Tokenizer
 
 from mixgpt import datautils
+from mixgpt.app.settings import Settings
 from mixgpt.common.errors import InputError
 from mixgpt.common.texts import DATASETS
 
@@ -34,14 +37,6 @@ def byte_ids(text):
 def tokenizer():
     """Make a tokenizer with one token a byte and a small maximal length."""
     return ByT5Tokenizer(model_max_length=16)
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Return an empty folder whose own name says nothing about a dataset."""
-    folder = tmp_path / "copies"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture
@@ -73,89 +68,99 @@ SHAPES = {  # {path: rows} in a folder; files of the hub's cache are links to bl
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_place_of_the_hubs_layout_gives_the_same_tokens(shape, root, tokenizer, no_hub, monkeypatch):
+def test_every_place_of_the_hubs_layout_gives_the_same_tokens(shape, tmp_path, tokenizer, no_hub, monkeypatch):
     for name, rows in SHAPES[shape].items():
-        put_parquet(root / name, rows)
+        put_parquet(tmp_path / name, rows)
     if shape == "cache":
-        link = root / "datasets--Salesforce--wikitext/snapshots/b08601e" / f"{WIKI}0-of-00001.parquet"
+        link = tmp_path / "datasets--Salesforce--wikitext/snapshots/b08601e" / f"{WIKI}0-of-00001.parquet"
         link.parent.mkdir(parents=True)
-        link.symlink_to(root / "datasets--Salesforce--wikitext/blobs/0c4e")
-    monkeypatch.chdir(root)
-    ids, before = byte_ids(WIKI_TEST), sorted(root.rglob("*"))
-    for folder in (root, "."):
+        link.symlink_to(tmp_path / "datasets--Salesforce--wikitext/blobs/0c4e")
+    monkeypatch.chdir(tmp_path)
+    ids, before = byte_ids(WIKI_TEST), sorted(tmp_path.rglob("*"))
+    for folder in (tmp_path, "."):
         tokens, source = datautils.test_tokens("wikitext2", 5, tokenizer, data_dir=folder)
         assert tokens.dtype == torch.long
         assert tokens.tolist() == [ids[i:i + 5] for i in range(0, len(ids) - 4, 5)]
         assert (source["dataset"], source["split"]) == ("wikitext2", "test")
         assert len(json.loads(json.dumps(source))["files"]) == (2 if shape == "shards" else 1)
-    assert sorted(root.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_ptb_rows_are_joined_with_spaces(root, tokenizer, no_hub):
-    elsewhere = root.with_name(f"{root.name}, elsewhere")
-    (root / "linked").symlink_to(elsewhere)
+def test_ptb_rows_are_joined_with_spaces(tmp_path, tokenizer, no_hub):
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}, elsewhere")
+    (tmp_path / "linked").symlink_to(elsewhere)
     for i in (1, 0):
         put_parquet(elsewhere / "penn_treebank" / "test" / f"000{i}.parquet", [PTB_ROWS[i]], "sentence")
-    tokens, _ = datautils.test_tokens("ptb", 7, tokenizer, data_dir=root)
+    tokens, _ = datautils.test_tokens("ptb", 7, tokenizer, data_dir=tmp_path)
     ids = byte_ids(PTB_TEXT)
     assert tokens.tolist() == [ids[i:i + 7] for i in range(0, len(ids) - 6, 7)]
 
 
-def test_c4_tests_on_1100_documents_and_256_segments_of_its_first_file(root, tokenizer, no_hub):
-    snapshot = root / "datasets--allenai--c4/snapshots/1588ec45"
+def test_c4_tests_on_1100_documents_and_256_segments_of_its_first_file(tmp_path, tokenizer, no_hub):
+    snapshot = tmp_path / "datasets--allenai--c4/snapshots/1588ec45"
     documents = [f"doc {i}" for i in range(1100)] + ["x" * 2000]
     put_c4(snapshot / "en.noblocklist/c4-validation.00000-of-00008.json.gz", ["wrong folder"])
-    with pytest.raises(InputError, match="no validation split of c4 in it; needs en/c4-validation.00000-of-"):
-        datautils.test_tokens("c4", 3, tokenizer, data_dir=root)
+    with pytest.raises(InputError, match="lacks en/c4-validation.00000-of-"):
+        datautils.test_tokens("c4", 3, tokenizer, data_dir=tmp_path)
     put_c4(snapshot / "en/c4-validation.00000-of-00008.json.gz", documents)
     put_c4(snapshot / "en/c4-validation.00001-of-00008.json.gz", ["second shard"])
     ids = byte_ids(" ".join(f"doc {i}" for i in range(1100)))
-    long, source = datautils.test_tokens("c4", 1000, tokenizer, data_dir=root)
+    long, source = datautils.test_tokens("c4", 1000, tokenizer, data_dir=tmp_path)
     assert long.flatten().tolist() == ids[:len(ids) // 1000 * 1000] and len(long) < 256
     assert source["files"] == [str(snapshot / "en" / "c4-validation.00000-of-00008.json.gz")]
-    short, _ = datautils.test_tokens("c4", 3, tokenizer, data_dir=root)
+    short, _ = datautils.test_tokens("c4", 3, tokenizer, data_dir=tmp_path)
     assert short.shape == (256, 3) and short.flatten().tolist() == ids[:768]
 
 
-def put_wiki(root, rows, split="train"):
+def test_all_files_that_the_copies_lack_are_named_before_a_model_or_text_is_read(tmp_path, no_hub):
+    copies = tmp_path / "copies"
+    put_wiki(copies, WIKI_ROWS, "test")
+    named = {"data_dir": str(copies), "eval": ["wikitext2", "ptb", "c4", "builtin", str(copies)]}
+    with pytest.raises(InputError) as error:
+        Settings("an/owner", "wikitext2:1,c4:1,owner/set:text:1", sparsity=0.5, **named).check_paths()
+    assert str(error.value) == (
+        f"--data-dir {copies}: lacks wikitext-2-raw-v1/train-*.parquet (dataset wikitext2), "
+        "en/c4-train.00000-of-*.json.gz (dataset c4), penn_treebank/test/*.parquet (--eval ptb), "
+        "en/c4-validation.00000-of-*.json.gz (--eval c4); files are named as on the hub")
+    for options in ({"gmp": True, "sparsity": 0.5}, {}):  # nothing is drawn from the train split
+        Settings("an/owner", "wikitext2", **named | options | {"eval": ["wikitext2"]}).check_paths()
+    with pytest.raises(InputError, match="^--data-dir nowhere: no such folder"):
+        Settings("an/owner", "builtin", data_dir="nowhere").check_paths()
+
+
+def put_wiki(folder, rows, split="train"):
     """Write a split of WikiText-2. Returns its file."""
-    put_parquet(path := root / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet", rows)
+    put_parquet(path := folder / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet", rows)
     return path
 
 
-def test_samples_are_those_of_the_ancestors(root, tokenizer, no_hub):
-    file = put_wiki(root, WIKI_ROWS)
-    samples, source = datautils.calibration_samples("wikitext2", 6, 8, 3, tokenizer, data_dir=root)
-    assert samples.dtype == torch.long and samples.tolist() == drawn_as_by_the_ancestors(WIKI_TRAIN, 6, 8, 3)
-    assert source == {"dataset": "wikitext2", "split": "train", "files": [str(file)]}
+DOCUMENTS = ["The first document.", "The second one: café.", "The last."]  # a list of strings is one text
 
 
-def drawn_as_by_the_ancestors(text, nsamples, seqlen, seed):
-    ids, samples = byte_ids(text), []
-    random.seed(seed)
-    for _ in range(nsamples):
-        i = random.randint(0, len(ids) - seqlen - 1)
-        samples.append(ids[i:i + seqlen])
-    return samples
-
-
-def test_a_list_of_strings_is_one_text(tokenizer, no_hub):
-    documents = ["The first document.", "The second one: café.", "The last."]
-    samples, source = datautils.calibration_samples(documents, 5, 9, 2, tokenizer, data_dir="ignored")
-    assert samples.tolist() == drawn_as_by_the_ancestors("\n\n".join(documents), 5, 9, 2)
-    digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()
-    assert source == {"dataset": "a list of 3 texts", "split": "train", "sha256": digest}
+@pytest.mark.parametrize("dataset, text", [("wikitext2", WIKI_TRAIN), (DOCUMENTS, "\n\n".join(DOCUMENTS))])
+def test_samples_are_those_of_the_ancestors(dataset, text, tmp_path, tokenizer, no_hub):
+    file, digest = put_wiki(tmp_path, WIKI_ROWS), hashlib.sha256(json.dumps(DOCUMENTS).encode()).hexdigest()
+    samples, source = datautils.calibration_samples(dataset, 6, 8, 3, tokenizer, data_dir=tmp_path)
+    ids, expected = byte_ids(text), []
+    random.seed(3)
+    for _ in range(6):
+        i = random.randint(0, len(ids) - 8 - 1)
+        expected.append(ids[i:i + 8])
+    assert samples.dtype == torch.long and samples.tolist() == expected
+    assert source == {"split": "train"} | (
+        {"dataset": "wikitext2", "files": [str(file)]} if dataset == "wikitext2" else
+        {"dataset": "a list of 3 texts", "sha256": digest})
 
 
 @pytest.mark.parametrize("on_hub", [False, True])
-def test_c4_samples_are_those_of_the_ancestors(on_hub, root, tokenizer, no_hub, monkeypatch):
+def test_c4_samples_are_those_of_the_ancestors(on_hub, tmp_path, tokenizer, no_hub, monkeypatch):
     documents = ["abcdefghij" * (i % 3) + str(i) for i in range(30)]
-    put_c4(root / "en" / "c4-train.00000-of-01024.json.gz", documents)
+    put_c4(tmp_path / "en" / "c4-train.00000-of-01024.json.gz", documents)
     if on_hub:
         monkeypatch.setattr(datautils, "hub_reachable", lambda: True)
         monkeypatch.setattr(datautils, "load_dataset", lambda *_, **__: Dataset.from_dict({"text": documents}))
         monkeypatch.setattr(Dataset, "to_list", lambda _: pytest.fail("documents that are not drawn are read"))
-    samples, _ = datautils.calibration_samples("c4", 12, 11, 5, tokenizer, data_dir=None if on_hub else root)
+    samples, _ = datautils.calibration_samples("c4", 12, 11, 5, tokenizer, data_dir=None if on_hub else tmp_path)
     random.seed(5)
     expected = []
     for _ in range(12):
@@ -168,22 +173,22 @@ def test_c4_samples_are_those_of_the_ancestors(on_hub, root, tokenizer, no_hub, 
     assert samples.tolist() == expected
 
 
-def test_of_a_shard_of_c4_only_the_texts_are_in_memory(root, tokenizer, no_hub):
-    put_c4(root / "en" / "c4-train.00000-of-01024.json.gz", ["x" * 2000] * 1000 + ["\U0001f600"])
+def test_of_a_shard_of_c4_only_the_texts_are_in_memory(tmp_path, tokenizer, no_hub):
+    put_c4(tmp_path / "en" / "c4-train.00000-of-01024.json.gz", ["x" * 2000] * 1000 + ["\U0001f600"])
     for trace in (lambda: None, tracemalloc.start):  # what is imported does not count
         trace()
-        rows, _ = datautils.load_rows("c4", "train", root)
+        rows, _ = datautils.load_rows("c4", "train", tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(rows) == 1001 and peak < 1.5 * 2000 * 1000
 
 
-def test_c4_gives_up_when_every_document_is_too_short(root, tokenizer, no_hub):
+def test_c4_gives_up_when_every_document_is_too_short(tmp_path, tokenizer, no_hub):
     for documents in [], ["a", "bcd", "ef"]:
-        put_c4(root / "en" / "c4-train.00000-of-01024.json.gz", documents)
+        put_c4(tmp_path / "en" / "c4-train.00000-of-01024.json.gz", documents)
         with pytest.raises(InputError, match="--seqlen 4: none of 10000 documents in a row has more than 4 tokens; "):
-            datautils.calibration_samples("c4", 2, 4, 0, tokenizer, data_dir=root)
-    samples, _ = datautils.calibration_samples("c4", 2, 3, 0, tokenizer, data_dir=root)
+            datautils.calibration_samples("c4", 2, 4, 0, tokenizer, data_dir=tmp_path)
+    samples, _ = datautils.calibration_samples("c4", 2, 3, 0, tokenizer, data_dir=tmp_path)
     assert samples.tolist() == [byte_ids("bcd")[:3]] * 2
 
 
@@ -210,50 +215,40 @@ def test_builtin_splits_share_no_paragraph(tokenizer, no_hub):
      {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "split": "validation"}),
     ("an-owner/their.set:words_1", "train", "an-owner/their.set", {"split": "train"})])
 def test_the_hub_is_asked_for_the_datasets_of_the_field(monkeypatch, dataset, part, hub_id, options):
-    calls = []
-
-    def load_dataset(*given, **keywords):
-        calls.append((given, keywords))
-        column = "words_1" if "words_1" in dataset else "sentence" if dataset == "ptb" else "text"
-        return Dataset.from_dict({"url": ["u", "v"], "text": ["c", "d"], column: ["a", "b"]}).select_columns(
-            ["url", "text", column] if "words_1" in dataset else ["url", column])
-
+    columns = {"an-owner/their.set:words_1": ["url", "text", "words_1"], "ptb": ["url", "sentence"]}
+    *others, column = columns.get(dataset, ["url", "text"])
+    table = Dataset.from_dict({other: ["c", "d"] for other in others} | {column: ["a", "b"]})
     monkeypatch.setattr(datautils, "hub_reachable", lambda: True)
-    monkeypatch.setattr(datautils, "load_dataset", load_dataset)
+    monkeypatch.setattr(datautils, "load_dataset", load_dataset := Mock(return_value=table))
     rows, source = datautils.load_rows(dataset, part, None)
-    assert list(rows) == ["a", "b"] and calls == [((hub_id,), options)]
-    assert source == {"dataset": dataset, "hub": hub_id, **options}
-    json.dumps(source)
+    load_dataset.assert_called_once_with(hub_id, **options)
+    assert list(rows) == ["a", "b"]
+    assert json.loads(json.dumps(source)) == {"dataset": dataset, "hub": hub_id, **options}
 
 
-@pytest.mark.parametrize("dataset", ["wikitext2", "ptb", "c4"])
-def test_offline_the_error_is_one_line(monkeypatch, tmp_path, dataset, tokenizer):
-    monkeypatch.setattr(datautils, "hub_reachable", lambda: False)
+@pytest.mark.parametrize("dataset, error", [
+    ("wikitext2", None), ("ptb", None), ("c4", None), ("ptb", DatasetNotFoundError), ("c4", FileNotFoundError),
+    ("ptb", ValueError), ("ptb", Exception)])
+def test_a_text_that_neither_hub_nor_cache_gives_is_named_in_one_line(dataset, error, monkeypatch, tmp_path):
+    monkeypatch.setattr(datautils, "hub_reachable", lambda: error is not None)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=f"^--eval {dataset}: .*cannot be reached.*--data-dir DIR.*builtin") as error:
-        datautils.test_tokens(dataset, 8, tokenizer)
-    assert "\n" not in str(error.value) and DATASETS[dataset].hub_id in str(error.value)
+    if error:
+        monkeypatch.setattr(datautils, "load_dataset", Mock(side_effect=error("it does\nnot exist")))
+    reason = "it does not exist" if error else "the hub cannot be reached and it is not in the cache"
+    for part, argument in (("train", "dataset"), ("test", "--eval")):
+        with pytest.raises(InputError, match=f"^{argument} {dataset}: cannot load {DATASETS[dataset].hub_id}: {reason}"
+                                             f"; supply a copy below --data-dir DIR.*, or use {argument} builtin$"):
+            datautils.load_rows(dataset, part, None)
 
 
-@pytest.mark.parametrize("kind", [datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ValueError, Exception])
-def test_a_failure_of_the_hub_is_one_line(monkeypatch, kind, tokenizer):
-    def load_dataset(*_, **__):
-        raise kind("it does\nnot exist")
-
-    monkeypatch.setattr(datautils, "hub_reachable", lambda: True)
-    monkeypatch.setattr(datautils, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match="ptb: cannot load ptb-text-only/ptb_text_only: it does not exist; supply"):
-        datautils.test_tokens("ptb", 8, tokenizer)
-
-
-def test_a_text_that_is_too_short_is_refused_with_both_numbers(root, tokenizer, no_hub):
-    put_wiki(root, ["1234567"])
-    put_wiki(root, ["1234567"], "test")
-    assert len(datautils.test_tokens("wikitext2", 8, tokenizer, data_dir=root)[0]) == 1
-    samples, _ = datautils.calibration_samples("wikitext2", 2, 7, 0, tokenizer, data_dir=root)
+def test_a_text_that_is_too_short_is_refused_with_both_numbers(tmp_path, tokenizer, no_hub):
+    put_wiki(tmp_path, ["1234567"])
+    put_wiki(tmp_path, ["1234567"], "test")
+    assert len(datautils.test_tokens("wikitext2", 8, tokenizer, data_dir=tmp_path)[0]) == 1
+    samples, _ = datautils.calibration_samples("wikitext2", 2, 7, 0, tokenizer, data_dir=tmp_path)
     assert samples.tolist() == [byte_ids("1234567")[:7]] * 2
     with pytest.raises(InputError, match="--seqlen 9: the test text of dataset wikitext2 has 8 tokens and 9 are"):
-        datautils.test_tokens("wikitext2", 9, tokenizer, data_dir=root)
+        datautils.test_tokens("wikitext2", 9, tokenizer, data_dir=tmp_path)
     with pytest.raises(InputError, match="--seqlen 8: the train text of dataset wikitext2 has 8 tokens and 9 are"):
-        datautils.calibration_samples("wikitext2", 2, 8, 0, tokenizer, data_dir=root)
+        datautils.calibration_samples("wikitext2", 2, 8, 0, tokenizer, data_dir=tmp_path)
