@@ -222,8 +222,8 @@ def text(run: Run, execute: Callable) -> str:
              f"method   {run.method}", "", table(["GB beside the program", "GPU", "host", "TMPDIR", "time"], cells), "",
              f"program  {gigabytes(psutil.Process().memory_info().rss)} GB of the host's memory"]
     if settings.distill:
-        lines.append(f"distill  {'yes' if run.distills else 'no'}: takes {gigabytes(training_need(run))} GB on {device}, "
-                     f"which has {gigabytes(free(device))} GB free")
+        lines.append(f"distill  {'yes' if run.distills else 'no'}: takes {gigabytes(training_need(run))} GB on "
+                     f"{device}, which has {gigabytes(free(device))} GB free")
     if run.selected:
         zeros, wbits = settings.prunen / settings.prunem if settings.prunem else settings.sparsity, settings.wbits
         sizes = formats.format_bytes(load.size(run.config, run.dtype), [

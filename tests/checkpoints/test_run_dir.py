@@ -311,7 +311,7 @@ def test_a_temporary_folder_that_is_full_is_named_and_not_save(prune, tmp_path, 
             "llama.py: error: TMPDIR: 0.000 GB of pruned layers cannot be written (No space left on device); set it to "
             "another folder, or give --save\n")
     monkeypatch.setattr(memory, "room", lambda path: (room, bool(why)))
-    layers, hidden = 102_528, 4 * 32 * 32 * 2
+    layers, hidden = 102_528, 4 * 32 * 32 * 4
     for needed, why in ((layers, ""), (layers + hidden, ", as its file system is memory")):
         room = needed
         prune("opt", "--sparsity .5")
