@@ -32,8 +32,7 @@ def output_gradients(streamed: StreamedModel, matrices: Sequence[Key], tokens: T
     over those that reach the matrix: an expert's G_r is 0 for the others. If x is independent of ∂L/∂y, the Fisher
     matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the output factor in K-FAC (arXiv 1503.05671). The
     estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP times the sequence's mean, and
-    ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. vocabulary: numbers of the tokens among which the
-    model predicts (default: all). Raises InputError for NaN or inf.
+    ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. vocabulary: the tokens among which the model predicts.
     """
     N, T = tokens.shape
     mine, layers = range(N)[distributed.share(N)], streamed.layers

@@ -86,9 +86,8 @@ def score(chosen: dict[str, dict], model: PreTrainedModel, tokenizer: PreTrained
           device: torch.device, bos: str | None = None) -> dict[str, dict]:
     """Score a model on the tasks from `load`.
 
-    tokens: number per batch. bos: as `token_ids` takes it. Returns {task or group: {metric: value, metric_stderr:
-    value, "examples": count, "num_fewshot": count, "version": lm-eval's}}; a metric behind a filter names it in
-    parentheses. Prints a warning if texts were truncated.
+    tokens: number per batch. Returns {task or group: {metric: value, metric_stderr: value, "examples": count,
+    "num_fewshot": count, "version": lm-eval's}}; a metric behind a filter names it in parentheses.
     """
     lm, scores = StreamedLM(model, tokenizer, tokens, device, bos), {}
     with contextlib.redirect_stdout(io.StringIO()), silenced():

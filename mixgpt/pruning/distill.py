@@ -94,11 +94,10 @@ def distill(streamed: StreamedModel, chosen: dict[Key, Grid | None], tokens: Ten
             seed: int, finish: Callable[[int, nn.Module], None] | None = None, effort: float = 1.0) -> float:
     """Train the chosen matrices in place.
 
-    streamed: the pruned model, which is put on the device as a whole. chosen: all pruned or quantized matrices, of
-    which kept weights are trained or, with a grid, its scales, in place at the end. tokens: (N, T), each sequence read
-    once. reference: `reference_states` of these. finish: called at the end for each layer up to the last chosen one,
-    while it is on the device. Returns the mean KL(p ‖ q) per token, in nats. Raises Diverged if it or a weight is not
-    finite, or errors of memory, in one of several processes only there; the model is then as it was before.
+    streamed: the pruned model, put on the device as a whole. chosen: all pruned or quantized matrices, of which kept
+    weights are trained or, with a grid, its scales, in place at the end. finish: called at the end for each layer up to
+    the last chosen one, while it is on the device. Returns the mean KL(p ‖ q) per token, in nats. Raises Diverged if it
+    or a weight is not finite, or an error of memory, maybe in this process alone; the model is then as it was before.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     mine, size = tokens[distributed.share(len(tokens))], per_step(tokens, effort)
