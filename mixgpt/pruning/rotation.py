@@ -33,7 +33,7 @@ TOLERANCE = {2: 2e-2, 4: 1e-3, 8: 1e-3}  # Rounding changes rotated values by at
 @torch.no_grad()
 def rotate_heads(layer: nn.Module, index: int, stream: HiddenStates, targets: dict[str, Target], first: int,
                  dtype: torch.dtype | None = None) -> None:
-    """Rotate the heads of a layer on the device in place, if possible. first: this process's first sequence."""
+    """Rotate a layer's heads in place if it computes the same then. first: number of this process's first sequence."""
     for name in () if stream.shared else targets:  # Later layers may read values that are shared.
         path, _, last = name.rpartition(".")
         beside = [f"{path}.{output}" for output in OUTPUTS if f"{path}.{output}" in targets]
